@@ -1,0 +1,95 @@
+"""Configurations of the annotation stages: scores, pairs, evaluation."""
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from contracts.callables import source_file
+from contracts.config import StageConfig, identity, input_path, runtime
+
+
+class ScoreConfig(StageConfig):
+    """Judge every completion with one scorer."""
+
+    stage: ClassVar[str] = "score"
+    code_version: ClassVar[int] = 1
+
+    rollouts: Path = input_path()
+    """Published rollouts."""
+    pairs: Path | None = input_path(None)
+    """Published pairs: score only the completions that occur in them."""
+    name: str = identity("reward", min_length=1)
+    """Name of the scorer, the column that its scores are known by."""
+    kind: Literal["reward_model", "rule", "logprobs"] = identity()
+    """reward_model: a Bradley-Terry model; rule: a Python function; logprobs: a language model's log-probabilities."""
+    model: Path | None = input_path(None)
+    """Directory of the model, for the kinds reward_model and logprobs."""
+    function: str | None = identity(None)
+    """For the kind rule: package.module:function or file.py:function, called once per completion with the keywords
+    messages, response, finish_reason and answer; returns a number, or None where it cannot judge."""
+    dtype: Literal["auto", "float32", "bfloat16"] = identity("auto")
+    """Number format of the model; auto: bfloat16 on a GPU, float32 on a CPU."""
+    max_length: int | None = identity(None, ge=1)
+    """Longer inputs (in tokens) are dropped and counted, never cut; by default the model's context."""
+    missing_eos_penalty: float | None = identity(None, ge=0)
+    """Subtracted from the score of truncated answers."""
+    batch_tokens: int = identity(16384, ge=1)
+    """Tokens per forward pass, padding included; batches are made of inputs of similar length."""
+    max_dropped: float = identity(0.1, ge=0, le=1)
+    """Stop when a larger share of the completions is dropped."""
+    replicas: int = runtime(1, ge=1)
+    """Processes that share the shards; one device each."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "rule" and (self.function is None or self.model is not None):
+            raise ValueError("kind=rule needs function=package.module:function, and no model.")
+        if self.kind != "rule" and (self.model is None or self.function is not None):
+            raise ValueError(f"kind={self.kind} needs model=DIRECTORY, and no function.")
+        return self
+
+    def source_files(self) -> dict[str, Path]:
+        """The file of the rule's function."""
+        return {"function": source_file(self.function)} if self.function else {}
+
+
+class PairsConfig(StageConfig):
+    """Choose preference pairs among the scored completions of each prompt."""
+
+    stage: ClassVar[str] = "pairs"
+    code_version: ClassVar[int] = 1
+
+    rollouts: Path = input_path()
+    """Published rollouts, with at least two completions per prompt."""
+    scores: Path = input_path()
+    """Published scores of those rollouts; the score that selects is the score that labels."""
+    strategy: Literal["max_min", "max_random", "max_max", "all"] = identity("max_min")
+    """max_min: best against worst; max_random: best against a random other (seeded); max_max: best against second
+    best; all: every pair of completions."""
+    length_penalty: float = identity(0.0, ge=0)
+    """Subtracted from the score per response token, before anything is chosen."""
+    margin: float = identity(0.0, ge=0)
+    """Pairs whose scores differ by less are dropped and counted; ties always are."""
+    seed: int = identity(0, ge=0)
+    """Seed of the strategy max_random."""
+    max_dropped: float = identity(0.95, ge=0, le=1)
+    """Stop when a larger share of the pairs is dropped."""
+
+
+class EvaluationConfig(StageConfig):
+    """Judge a policy by its answers to held-out prompts."""
+
+    stage: ClassVar[str] = "evaluation"
+    code_version: ClassVar[int] = 1
+
+    rollouts: Path = input_path()
+    """Rollouts of the policy on the held-out prompts."""
+    scores: dict[str, Path] = input_path()
+    """Scores of these rollouts by scorer name; must hold `reward`, and `gold` where a gold scorer exists."""
+    baseline: Path | None = input_path(None)
+    """`reward` scores of the initial policy on the same prompts, for the win rate; None: this is the initial policy."""
+    reference: Path | None = input_path(None)
+    """Log-probabilities of these rollouts under the initial policy, for the KL; None: this is the initial policy."""
+    iteration: int = identity(0, ge=0)
+    """Number of the policy: 0 is the initial one."""

@@ -1,0 +1,358 @@
+"""Published directories. Readers trust only manifests; writers publish by one rename.
+
+A stage writes into a hidden directory beside its target, shard by shard. Each finished shard gets a receipt, so
+that a killed stage loses the shard in hand and nothing else. `publish` checks the counts, writes `manifest.json`
+last, flushes everything to the disk and renames.
+
+What a crash can leave, and what the next attempt does with it:
+  hidden directory, shards with receipts           keeps them, makes the rest
+  a `*.tmp` file, or a shard without its receipt   deletes it
+  hidden directory with a manifest                 finishes the rename
+  the target                                       nothing left to do
+"""
+
+import fcntl
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import msgspec
+
+from contracts.errors import UserError
+from contracts.fingerprint import digest, file_sha256, weights_fingerprint
+from contracts.jsonl import read_jsonl, write_jsonl
+from contracts.ledger import Ledger, merge
+from contracts.records import Schema
+
+MANIFEST = "manifest.json"
+R = TypeVar("R")
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One published file; `rows` is 0 for files that are not JSONL."""
+
+    path: str
+    sha256: str
+    bytes: int
+    rows: int = 0
+
+
+class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is known of one finished shard."""
+
+    file: File
+    ledger: Ledger
+    seconds: dict[str, float] = {}
+    facts: dict[str, Any] = {}
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The description of an artifact, and the proof that it is complete."""
+
+    schema: Schema
+    stage: str
+    key: str
+    """The stage key: same key, same content."""
+    key_parts: dict[str, Any]
+    """What the key was made of, to say in words why another key differs."""
+    digest: str
+    """Of schema and files alone: what downstream keys use."""
+    inputs: dict[str, Any]
+    """Digest (or digests) of each input."""
+    input_paths: dict[str, Any]
+    rows: int
+    ledger: Ledger
+    files: tuple[File, ...]
+    weights: str | None
+    """Fingerprint of the weights in a checkpoint, or of those that made the rows."""
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    seconds: dict[str, float]
+    """Where the time went: start, load, compute, save."""
+    facts: dict[str, Any]
+    """The stage's own results, for example its metrics."""
+    created: str
+
+
+class Artifact:
+    """A published directory, opened by its manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path, *schemas: Schema) -> "Artifact":
+        """Open a published directory.
+
+        Raises:
+            UserError: nothing is published there, or it holds something else than one of `schemas`.
+        """
+        if not (path / MANIFEST).is_file():
+            why = "is not published (it has no manifest.json)" if path.exists() else "does not exist"
+            raise UserError(f"{path} {why}. Run the stage that makes it first.")
+        try:
+            manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
+        except msgspec.DecodeError as error:
+            raise UserError(f"{path / MANIFEST} is damaged: {error}. Delete {path} and run its stage again.") from error
+        if schemas and manifest.schema not in schemas:
+            wanted = " or ".join(f"{schema.name} v{schema.version}" for schema in schemas)
+            found = f"{manifest.schema.name} v{manifest.schema.version}"
+            raise UserError(f"{path} holds {found}; expected {wanted}.")
+        return cls(path, manifest)
+
+    @property
+    def shards(self) -> list[Path]:
+        """The JSONL files that hold rows, in order."""
+        return [self.path / file.path for file in self.manifest.files if file.path.startswith("shard-")]
+
+    def rows(self, kind: type[R]) -> Iterator[R]:
+        """All records, in order."""
+        for shard in self.shards:
+            yield from read_jsonl(shard, kind)
+
+    def damage(self) -> list[str]:
+        """Every way in which the directory differs from its manifest; empty when it is whole."""
+        found: list[str] = []
+        for file in self.manifest.files:
+            path = self.path / file.path
+            if not path.is_file():
+                found.append(f"{path}: missing")
+            elif path.stat().st_size != file.bytes:
+                found.append(f"{path}: {path.stat().st_size} bytes instead of {file.bytes}")
+            elif file_sha256(path) != file.sha256:
+                found.append(f"{path}: sha256 differs from the manifest")
+        if content_digest(self.manifest.schema, self.manifest.files) != self.manifest.digest:
+            found.append(f"{self.path / MANIFEST}: the digest does not fit the files listed")
+        return found
+
+
+def content_digest(schema: Schema, files: tuple[File, ...]) -> str:
+    """Digest of an artifact's content: its schema and its files, nothing of when, where or how fast."""
+    return digest({"schema": [schema.name, schema.version], "files": sorted((f.path, f.sha256) for f in files)})
+
+
+def input_digest(source: Path | str) -> str:
+    """Digest of an input's content: an artifact, a file, a model, any other directory, or the name of a Hub id.
+
+    Raises:
+        UserError: there is nothing at that path.
+    """
+    if str(source).startswith("hf:"):
+        return digest(str(source))
+    path = Path(source)
+    if (path / MANIFEST).is_file():
+        return Artifact.open(path).manifest.digest
+    if path.is_file():
+        return file_sha256(path)
+    if not path.is_dir():
+        raise UserError(f"input {path} does not exist. Give a file, a published directory, a model, or hf:ORG/NAME.")
+    if (path / "config.json").is_file():
+        return weights_fingerprint(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return digest({file.relative_to(path).as_posix(): file_sha256(file) for file in files})
+
+
+def is_published(target: Path, key: str) -> bool:
+    """Whether `target` holds what `key` makes.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if not target.exists():
+        return False
+    if not (target / MANIFEST).is_file():
+        raise UserError(f"output {target} exists and is not an artifact. Choose another output, or remove it.")
+    found = Artifact.open(target).manifest
+    if found.key != key:
+        raise UserError(
+            f"output {target} was published by another run (stage {found.stage}, key {found.key[:12]}, this is "
+            f"{key[:12]}). Choose another output, or remove it to compute it again."
+        )
+    return True
+
+
+class Publication:
+    """The one way to publish: shards with receipts, then a manifest, then a rename."""
+
+    def __init__(self, target: Path, schema: Schema, stage: str, key: str) -> None:
+        self.target = target
+        self.schema = schema
+        self.stage = stage
+        self.key = key
+        self.directory = partial_directory(target, key)
+        self._lock: IO[str] | None = None
+
+    def begin(self) -> None:
+        """Create or take over the hidden directory and clear what a crash left in it.
+
+        Raises:
+            UserError: another live process is publishing the same thing.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # The lock is on a file beside the directory's content and dies with its holder.
+        self._lock = (self.directory / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process is making {self.target} right now. Wait for it, or choose another output."
+            ) from error
+        if not self.complete:
+            self._clear_leftovers()
+
+    def _clear_leftovers(self) -> None:
+        """Delete scratch files, and files without a receipt or that differ from it."""
+        known = {name for name, receipt in self.receipts().items() if self._intact(receipt)}
+        for path in sorted(self.directory.rglob("*")):
+            name = path.relative_to(self.directory).as_posix()
+            if path.is_file() and name not in known and not name.startswith((".", "state/")):
+                path.unlink()
+
+    def _intact(self, receipt: Receipt) -> bool:
+        return file_sha256(self.directory / receipt.file.path) == receipt.file.sha256
+
+    @property
+    def state(self) -> Path:
+        """A folder for what helps to continue after a kill; never published."""
+        path = self.directory / "state"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def receipts(self) -> dict[str, Receipt]:
+        """Receipts of the finished files by name; a file that is damaged does not count as finished."""
+        found: dict[str, Receipt] = {}
+        for path in sorted(self.directory.glob(".receipt-*.json")):
+            receipt = msgspec.json.decode(path.read_bytes(), type=Receipt)
+            file = self.directory / receipt.file.path
+            if file.is_file() and file.stat().st_size == receipt.file.bytes:
+                found[receipt.file.path] = receipt
+        return found
+
+    def scratch(self, name: str) -> Path:
+        """Where to write the file `name` before `commit` gives it its name."""
+        path = self.directory / f"{name}.{os.getpid()}.tmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def commit(
+        self,
+        name: str,
+        ledger: Ledger,
+        *,
+        rows: int = 0,
+        seconds: dict[str, float] | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """Make the scratch file `name` one of the artifact's files, with its counts."""
+        ledger.check()
+        scratch = self.scratch(name)
+        _fsync(scratch)
+        file = File(name, file_sha256(scratch), scratch.stat().st_size, rows)
+        os.replace(scratch, self.directory / name)
+        receipt = Receipt(file, ledger, seconds or {}, facts or {})
+        write_atomically(self.directory / f".receipt-{name.replace('/', '--')}.json", msgspec.json.encode(receipt))
+
+    def write_rows(self, name: str, rows: list[Any], ledger: Ledger, **known: Any) -> None:
+        """Write and commit one JSONL file."""
+        write_jsonl(self.scratch(name), rows)
+        self.commit(name, ledger, rows=len(rows), **known)
+
+    def publish(
+        self,
+        *,
+        key_parts: dict[str, Any],
+        inputs: dict[str, Any],
+        input_paths: dict[str, Any],
+        unit: str,
+        weights: str | None,
+        versions: dict[str, str],
+        seconds: dict[str, float],
+        facts: dict[str, Any],
+    ) -> Artifact:
+        """Write the manifest and rename the hidden directory to the target."""
+        receipts = [receipt for _, receipt in sorted(self.receipts().items())]
+        files = tuple(receipt.file for receipt in receipts)
+        ledger = merge((receipt.ledger for receipt in receipts), unit)
+        ledger.check()
+        total = dict(seconds)
+        for receipt in receipts:
+            for name, value in receipt.seconds.items():
+                total[name] = total.get(name, 0.0) + value
+        manifest = Manifest(
+            schema=self.schema,
+            stage=self.stage,
+            key=self.key,
+            key_parts=key_parts,
+            digest=content_digest(self.schema, files),
+            inputs=inputs,
+            input_paths=input_paths,
+            rows=sum(file.rows for file in files),
+            ledger=ledger,
+            files=files,
+            weights=weights,
+            versions=versions,
+            hardware=hardware(),
+            seconds={name: round(value, 3) for name, value in total.items()},
+            facts=facts,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+        text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+        write_atomically(self.directory / MANIFEST, text + b"\n")
+        return self.finish()
+
+    def finish(self) -> Artifact:
+        """From the manifest on: drop receipts and state, rename. Also what a crash in between is continued with."""
+        for path in [*self.directory.glob(".receipt-*.json"), *self.directory.rglob("*.tmp")]:
+            path.unlink()
+        shutil.rmtree(self.directory / "state", ignore_errors=True)
+        (self.directory / ".lock").unlink(missing_ok=True)
+        _fsync(self.directory)
+        os.rename(self.directory, self.target)
+        _fsync(self.target.parent)
+        return Artifact.open(self.target, self.schema)
+
+    @property
+    def complete(self) -> bool:
+        """Whether a killed attempt had written the manifest already, so that only the rename is missing."""
+        return (self.directory / MANIFEST).is_file()
+
+
+def partial_directory(target: Path, key: str) -> Path:
+    """The hidden directory in which `target` is being made; one per key, so that keys never mix."""
+    return target.parent / f".{target.name}.partial-{key[:16]}"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a small file so that a reader sees the old or the new content, also after a power cut."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with scratch.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+    _fsync(path.parent)
+
+
+def hardware() -> dict[str, Any]:
+    """Where it ran."""
+    return {
+        "host": socket.gethostname(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

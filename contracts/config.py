@@ -1,0 +1,213 @@
+"""Stage configurations: every field is declared *identity*, *input* or *runtime*, and unknown keys are errors.
+
+identity  changes what is computed: part of the stage key.
+input     a path to an artifact or a model: enters the stage key by its content's digest, not by its name.
+runtime   where and how fast: devices, batch shapes that do not change results, output paths.
+"""
+
+import difflib
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from contracts.errors import UserError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Role(StrEnum):
+    """What a config field means for the stage key."""
+
+    IDENTITY = "identity"
+    INPUT = "input"
+    RUNTIME = "runtime"
+
+
+def identity(default: Any = ..., **constraints: Any) -> Any:
+    """A field that changes what is computed."""
+    return Field(default, json_schema_extra={"role": Role.IDENTITY}, validate_default=True, **constraints)
+
+
+def input_path(default: Any = ..., **constraints: Any) -> Any:
+    """A field that holds the path(s) of artifacts or models: `Path`, `list[Path]`, `dict[str, Path]` or None."""
+    return Field(default, json_schema_extra={"role": Role.INPUT}, **constraints)
+
+
+def runtime(default: Any = ..., **constraints: Any) -> Any:
+    """A field that changes where or how fast, but not what is computed."""
+    return Field(default, json_schema_extra={"role": Role.RUNTIME}, validate_default=True, **constraints)
+
+
+def role_of(field: FieldInfo) -> Role | None:
+    """The declared role, or None where a field was left unclassified."""
+    extra = field.json_schema_extra
+    return Role(str(extra["role"])) if isinstance(extra, dict) and "role" in extra else None
+
+
+class Section(BaseModel):
+    """Base of every configuration model. A subclass with an unclassified field cannot be defined."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class that has an unclassified field."""
+        super().__pydantic_init_subclass__(**kwargs)
+        for name, field in cls.model_fields.items():
+            if role_of(field) is None:
+                raise TypeError(f"{cls.__name__}.{name} must be declared with identity(), input_path() or runtime()")
+
+    def select(self, role: Role) -> dict[str, Any]:
+        """The fields of one role as plain data; sections that are identity fields are searched as well."""
+        chosen: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                if nested := value.select(role):
+                    chosen[name] = nested
+            elif role_of(field) is role:
+                chosen[name] = _plain(value, role)
+        return chosen
+
+
+def _plain(value: Any, role: Role) -> Any:
+    if isinstance(value, Section):
+        return value.select(role)
+    if isinstance(value, dict):
+        return {str(key): _plain(item, role) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, role) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+class StageConfig(Section):
+    """Base of every stage's configuration.
+
+    `stage` is the command that runs it; raise `code_version` whenever the stage's results change.
+    """
+
+    stage: ClassVar[str]
+    code_version: ClassVar[int]
+
+    output: Path = runtime()
+    """Directory to publish; must not exist yet, or hold what this very configuration makes."""
+
+    def source_files(self) -> dict[str, Path]:
+        """Files of the user's own code that this stage runs; their content enters the stage key."""
+        return {}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping, or a UserError that names file and line."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"config file {path} does not exist.") from error
+    except IsADirectoryError as error:
+        raise UserError(f"config file {path} is a directory; name the YAML file in it.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {path} is not UTF-8 text: {error.reason}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}.") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found a {type(data).__name__}.")
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Set `a.b=value` items (values in YAML) in a nested mapping, which is copied."""
+    data = json.loads(json.dumps(data, default=str))
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        if not separator or not key:
+            raise UserError(f"cannot read the override {item!r}: write key=value, for example training.beta=0.2.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value of {key!r} is not valid YAML: {text!r}.") from error
+        if isinstance(value, str):
+            value = _number(value)
+        target = data
+        *parents, last = key.split(".")
+        for parent in parents:
+            child = target.get(parent)
+            if child is None:
+                child = target[parent] = {}
+            if not isinstance(child, dict):
+                raise UserError(f"cannot set {key!r}: {parent!r} is the value {child!r}, not a section.")
+            target = child
+        target[last] = value
+    return data
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 5e-7 as text; users mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def validate(model: type[M], data: dict[str, Any], source: str) -> M:
+    """Build `model` from `data`, or raise one UserError that lists every mistake with its place and its mend."""
+    try:
+        return model.model_validate(_numbers(data))
+    except ValidationError as error:
+        problems = [_explain(model, problem) for problem in error.errors()]
+        raise UserError(f"{source}: " + "\n  ".join(dict.fromkeys(problems))) from error
+
+
+def _numbers(value: Any) -> Any:
+    """Floats that YAML 1.1 leaves as text ("5e-7"), anywhere in a configuration."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and "e" in value.lower() and value[:1] in "+-.0123456789":
+        return _number(value)
+    return value
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, last = problem["loc"]
+        known = sorted(_fields_at(model, parents))
+        nearest = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
+        hint = f" Did you mean {'.'.join([*map(str, parents), nearest[0]])!r}?" if nearest else ""
+        return f"unknown key {place!r}.{hint} Known keys: {', '.join(known)}."
+    if problem["type"] == "missing":
+        return f"{place!r} is required but not set."
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if problem["type"] == "value_error" and not place else f"{place!r} is {problem['input']!r}: "
+    return f"{shown}{message}" + ("" if message.endswith(".") else ".")
+
+
+def _fields_at(model: type[BaseModel], location: list[Any]) -> set[str]:
+    """Names of the fields of the section at `location`, looking into unions, lists and dictionaries."""
+    candidates: list[Any] = [model]
+    for part in location:
+        found: list[Any] = []
+        for candidate in candidates:
+            for kind in _models_in(candidate):
+                if part in kind.model_fields:
+                    found.append(kind.model_fields[part].annotation)
+                else:  # a list index, a dictionary key or the tag of a union
+                    found.append(kind)
+        candidates = found
+    return {name for candidate in candidates for kind in _models_in(candidate) for name in kind.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for argument in get_args(annotation) for kind in _models_in(argument)]

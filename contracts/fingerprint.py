@@ -1,0 +1,70 @@
+"""Digests: of bytes, of canonical data, and of the weights of a model."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from contracts.errors import UserError
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of plain data as canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weight_files(model: Path) -> list[Path]:
+    """The safetensors files of a model directory, sorted.
+
+    Raises:
+        UserError: the directory is missing, is no model, or holds its weights in another format only.
+    """
+    if not model.is_dir():
+        raise UserError(
+            f"model directory {model} does not exist. Give a directory written by save_pretrained, or hf:ORG/NAME."
+        )
+    if not (model / "config.json").is_file():
+        raise UserError(f"{model} is not a model: it has no config.json. Give a directory written by save_pretrained.")
+    files = sorted(model.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{model} has no *.safetensors weights; other formats can run code on loading and are not read. "
+            "Convert it: load the model in transformers and call save_pretrained(...)."
+        )
+    return files
+
+
+def weights_fingerprint(model: Path) -> str:
+    """Digest of a model's weights, configuration and tokenizer.
+
+    It is what "the same policy" means everywhere: in stage keys, in every rollout, and when an engine's loaded
+    weights are checked. The directory's name does not matter.
+    """
+    files = [*weight_files(model), *(model / name for name in MODEL_FILES if (model / name).is_file())]
+    return digest({file.name: file_sha256(file) for file in files})
+
+
+def tokenizer_fingerprint(model: Path) -> str:
+    """Digest of the tokenizer files of a model directory."""
+    return digest({name: file_sha256(model / name) for name in TOKENIZER_FILES if (model / name).is_file()})

@@ -1,0 +1,56 @@
+"""JSONL: one record a line, typed, streamed, strict."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from contracts.errors import UserError
+
+R = TypeVar("R")
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(record: Any) -> bytes:
+    """One record as a line of UTF-8 JSON with its newline; floats keep every bit."""
+    return _encoder.encode(record) + b"\n"
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> int:
+    """Write `records` to a new file, flush it to the disk and return how many there were."""
+    rows = 0
+    with path.open("wb") as file:
+        for record in records:
+            file.write(encode(record))
+            rows += 1
+        file.flush()
+        os.fsync(file.fileno())
+    return rows
+
+
+def read_jsonl(path: Path, kind: type[R], *, tolerate_torn_tail: bool = False) -> Iterator[R]:
+    """Read records of type `kind` one by one.
+
+    `tolerate_torn_tail`: a last line without a newline, as a killed writer leaves it, ends the file quietly; use it
+    only on append-only logs, never on published files, where it is damage like any other.
+
+    Raises:
+        UserError: a line that is not a valid record; names the file, the line and what is wrong with it.
+    """
+    decoder = msgspec.json.Decoder(kind)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") and tolerate_torn_tail:
+                return
+            if not line.strip():
+                continue
+            try:
+                yield decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"{path}, line {number}: {error}. Each line must be one JSON object"
+                    + (f" with the fields of {kind.__name__}." if kind is not dict else ".")
+                ) from error

@@ -1,0 +1,63 @@
+"""The drop ledger: what came in is what was kept plus what was dropped, by reason."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import msgspec
+
+from contracts.errors import UserError
+
+
+class Ledger(msgspec.Struct):
+    """Counts of one stage's units (prompts, samples, pairs), with the identity `rows_in = kept + dropped`."""
+
+    unit: str
+    rows_in: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = msgspec.field(default_factory=dict)
+
+    def keep(self, count: int = 1) -> None:
+        """Count units that came in and were kept."""
+        self.rows_in += count
+        self.kept += count
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count units that came in and were dropped for `reason`."""
+        if count:
+            self.rows_in += count
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+    @property
+    def dropped_share(self) -> float:
+        """Dropped units over all units, 0 for an empty ledger."""
+        return sum(self.dropped.values()) / self.rows_in if self.rows_in else 0.0
+
+    def check(self) -> None:
+        """Raise AssertionError unless the counts add up: a defect of the stage, not of the data."""
+        total = self.kept + sum(self.dropped.values())
+        assert self.rows_in == total, f"{self.unit}: {self.rows_in} in, but {total} kept or dropped"
+
+    def stop_above(self, limit: float, what: str) -> None:
+        """Raise UserError when more than the share `limit` was dropped."""
+        if self.dropped_share > limit:
+            raise UserError(
+                f"{what}: {self} is more than max_dropped={limit:g} allows. "
+                "Mend the inputs or raise max_dropped if this loss is intended."
+            )
+
+    def __str__(self) -> str:
+        """`512 prompts in = 500 kept + 12 too_long`."""
+        reasons = "".join(f" + {count} {reason}" for reason, count in sorted(self.dropped.items()))
+        return f"{self.rows_in} {self.unit} in = {self.kept} kept{reasons}"
+
+
+def merge(ledgers: Iterable[Ledger], unit: str) -> Ledger:
+    """The sum of several shards' ledgers."""
+    total = Ledger(unit)
+    dropped: Counter[str] = Counter()
+    for ledger in ledgers:
+        total.rows_in += ledger.rows_in
+        total.kept += ledger.kept
+        dropped.update(ledger.dropped)
+    total.dropped = dict(sorted(dropped.items()))
+    return total

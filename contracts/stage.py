@@ -1,0 +1,221 @@
+"""How every stage runs: read the config, find its key, reuse or compute, publish.
+
+The same command line serves a person, a bash script and the driver:
+
+    python -m generation --config generation.yaml policy=models/sft output=out seed=1
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from contracts.artifacts import Artifact, Publication, input_digest, is_published, write_atomically
+from contracts.config import Role, StageConfig, apply_overrides, read_yaml, validate
+from contracts.errors import UserError
+from contracts.fingerprint import digest
+from contracts.processes import die_with_parent
+from contracts.records import Schema
+from contracts.versions import installed_versions
+
+ATTEMPT = "RATCHET_ATTEMPT"
+"""Environment variable: the directory in which a supervised stage leaves its progress and its failures."""
+MINIMUM_FREE = 64 << 20
+
+
+class Outcome(msgspec.Struct):
+    """What a stage's `run` returns for its manifest."""
+
+    unit: str
+    """What the ledger counts: prompts, samples, pairs."""
+    facts: dict[str, Any] = {}
+    weights: str | None = None
+
+
+class Command(msgspec.Struct, frozen=True):
+    """One stage: its config type, what it publishes, and where its `run(config, context) -> Outcome` is.
+
+    `run` is named, not imported, so that a config is validated before torch or vLLM are loaded.
+    """
+
+    config: type[StageConfig]
+    schema: Schema
+    run: str
+
+
+class Context:
+    """What a running stage is given beside its config."""
+
+    def __init__(self, publication: Publication, rank: int, world_size: int) -> None:
+        self.publication = publication
+        self.rank = rank
+        self.world_size = world_size
+        self.seconds: dict[str, float] = {}
+        self._shown = 0.0
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to the manifest under `name`: load, compute, save."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Tell whoever watches how far the stage is; cheap enough for every step."""
+        now = time.monotonic()
+        if self.rank == 0 and (now - self._shown > 0.5 or done == total):
+            self._shown = now
+            if attempt := os.environ.get(ATTEMPT):
+                text = json.dumps({"done": done, "total": total, "unit": unit}).encode()
+                write_atomically(Path(attempt) / "progress.json", text)
+
+
+def key_parts(config: StageConfig, versions: dict[str, str]) -> dict[str, Any]:
+    """Everything the stage key depends on, kept in the manifest to explain later why two keys differ."""
+    return {
+        "stage": config.stage,
+        "code": config.code_version,
+        "config": json.loads(json.dumps(config.select(Role.IDENTITY), default=str)),
+        "inputs": {name: _digests(value) for name, value in _flat(config.select(Role.INPUT)).items()},
+        "sources": {name: input_digest(path) for name, path in config.source_files().items()},
+        "versions": versions,
+    }
+
+
+def stage_key(parts: dict[str, Any]) -> str:
+    """The stage key: a digest of `key_parts`."""
+    return digest(parts)
+
+
+def _flat(inputs: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        elif value is not None:
+            flat[prefix + name] = value
+    return flat
+
+
+def _digests(value: Any) -> Any:
+    return [input_digest(item) for item in value] if isinstance(value, list) else input_digest(value)
+
+
+def main(commands: dict[str, Command], package: str, argv: list[str] | None = None) -> NoReturn:
+    """Run one stage from the command line and exit: 0 published or reused, 2 the user's mistake, 1 anything else."""
+    die_with_parent()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        command, config = _parse(commands, package, sys.argv[1:] if argv is None else argv)
+        run_stage(command, config)
+    except UserError as error:
+        _leave_failure("user", str(error))
+        print(f"error: {error}", file=sys.stderr)
+        code = UserError.exit_code
+    except Exception as error:
+        _leave_failure("error", traceback.format_exc())
+        if not getattr(error, "reported", False):
+            traceback.print_exc()
+        code = 1
+    else:
+        code = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def run_stage(command: Command, config: StageConfig) -> Artifact:
+    """Publish what `config` describes, or reuse what is published already."""
+    start = time.perf_counter()
+    parts = key_parts(config, installed_versions())
+    key = stage_key(parts)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if is_published(config.output, key):
+        if rank == 0:
+            print(f"reuse {config.output}: already published under key {key[:12]}")
+        return Artifact.open(config.output, command.schema)
+    publication = Publication(config.output, command.schema, config.stage, key)
+    context = Context(publication, rank, world_size)
+    if rank == 0:
+        _require_space(config.output)
+        publication.begin()
+        if publication.complete:
+            return publication.finish()
+    module, _, function = command.run.partition(":")
+    with context.timed("import"):
+        run: Callable[[Any, Context], Outcome] = getattr(importlib.import_module(module), function)
+    outcome = run(config, context)
+    if rank != 0:
+        return Artifact(config.output, None)  # type: ignore[arg-type]
+    context.seconds["total"] = time.perf_counter() - start
+    artifact = publication.publish(
+        key_parts=parts,
+        inputs=parts["inputs"],
+        input_paths=json.loads(json.dumps(_flat(config.select(Role.INPUT)), default=str)),
+        unit=outcome.unit,
+        weights=outcome.weights,
+        versions=installed_versions(),
+        seconds=context.seconds,
+        facts=outcome.facts,
+    )
+    print(f"published {config.output}: {artifact.manifest.ledger}")
+    return artifact
+
+
+def _parse(commands: dict[str, Command], package: str, argv: list[str]) -> tuple[Command, StageConfig]:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {package}", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_describe(commands)
+    )
+    if len(commands) > 1:
+        parser.add_argument("stage", choices=sorted(commands))
+    parser.add_argument("--config", type=Path, help="YAML file with the stage's keys")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys set or changed on the command line")
+    options = parser.parse_args(argv)
+    command = commands[options.stage if len(commands) > 1 else next(iter(commands))]
+    data = apply_overrides(read_yaml(options.config) if options.config else {}, options.overrides)
+    source = str(options.config) if options.config else f"python -m {package}"
+    return command, validate(command.config, data, source)
+
+
+def _describe(commands: dict[str, Command]) -> str:
+    lines = []
+    for name, command in commands.items():
+        lines.append(f"{name}: {(command.config.__doc__ or '').strip().splitlines()[0]}")
+        for key, field in command.config.model_fields.items():
+            default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+            lines.append(f"  {key:<22} {' '.join((field.description or '').split())} ({default})")
+    return "\n".join(lines)
+
+
+def _require_space(output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output.parent).free
+    if free < MINIMUM_FREE:
+        raise UserError(
+            f"only {free >> 20} MiB are free on the disk of {output.parent}; at least {MINIMUM_FREE >> 20} MiB are "
+            "needed. Free some space, or set another output."
+        )
+
+
+def _leave_failure(kind: str, text: str) -> None:
+    """Write the failure where the supervisor finds the first one of several processes."""
+    if attempt := os.environ.get(ATTEMPT):
+        record = {"kind": kind, "text": text, "rank": os.environ.get("RANK", "0"), "time": time.time()}
+        write_atomically(Path(attempt) / f"failure-{os.getpid()}.json", json.dumps(record).encode())
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)

@@ -1,0 +1,77 @@
+"""Configuration of the generation stage."""
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from contracts.config import StageConfig, identity, input_path, runtime
+
+
+class GenerationConfig(StageConfig):
+    """Sample K answers per prompt with the current policy."""
+
+    stage: ClassVar[str] = "generation"
+    code_version: ClassVar[int] = 1
+
+    policy: Path = input_path()
+    """Directory of the causal language model that samples."""
+    prompts: Path = input_path()
+    """Published prompts."""
+    start: int = identity(0, ge=0)
+    """Index of the first prompt to use; indices wrap around at the end of the prompt set."""
+    count: int | None = identity(None, ge=1)
+    """Number of prompts to use; all by default."""
+    iteration: int = identity(0, ge=0)
+    """Iteration that the rollouts belong to; recorded and part of every seed."""
+    k: int = identity(4, ge=1)
+    """Answers per prompt."""
+    temperatures: list[float] = identity([1.0], min_length=1)
+    """Sampling temperatures; K is divided among them in equal parts, in order. 0 is greedy."""
+    top_p: float = identity(1.0, gt=0, le=1)
+    """Nucleus sampling: smallest set of tokens with at least this probability."""
+    top_k: int = identity(0, ge=0)
+    """Sample among the k likeliest tokens; 0: no limit."""
+    max_new_tokens: int = identity(512, ge=1)
+    """Longest answer in tokens; longer ones are truncated and keep finish_reason "length"."""
+    max_prompt_tokens: int | None = identity(None, ge=1)
+    """Longer prompts are dropped and counted; by default what the model's context leaves beside max_new_tokens."""
+    seed: int = identity(0, ge=0)
+    """Seed of the run; each sample's own seed is derived from it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = identity("auto")
+    """Number format of the engine; auto: bfloat16 on a GPU, float32 on a CPU."""
+    logprob_mode: Literal["processed", "raw"] = identity("processed")
+    """Which behaviour log-probabilities to keep: of the sampled distribution, or of the model's own at T=1."""
+    engine: Literal["vllm", "transformers"] = identity("vllm")
+    """transformers is for platforms without vLLM: same records, slower."""
+    shard_size: int | None = identity(None, ge=1)
+    """Prompts per shard, the unit of batch composition and of resuming; by default eight full batches of samples."""
+    max_num_seqs: int = identity(256, ge=1)
+    """Sequences that the engine runs at once."""
+    tensor_parallel: int = identity(1, ge=1)
+    """Devices that one replica of the policy is spread over."""
+    max_dropped: float = identity(0.1, ge=0, le=1)
+    """Stop when a larger share of the prompts is dropped."""
+    replicas: int = runtime(1, ge=1)
+    """Data-parallel copies of the engine; they share the shards dynamically."""
+    servers: int = runtime(0, ge=0)
+    """OpenAI-compatible vLLM servers to start instead of in-process engines; 0: in-process."""
+    startup_seconds: float = runtime(600.0, gt=0)
+    """How long a server may take until it is healthy."""
+    memory_utilization: float = runtime(0.9, gt=0, le=1)
+    """Share of a GPU's memory for the engine."""
+    kv_cache_mib: int | None = runtime(None, ge=1)
+    """Size of the KV cache; on a GPU by default what memory_utilization leaves, on a CPU 256 MiB."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.k % len(self.temperatures):
+            raise ValueError(
+                f"k={self.k} cannot be divided equally among the {len(self.temperatures)} temperatures "
+                f"{self.temperatures}. Make k a multiple of their number."
+            )
+        if min(self.temperatures) < 0:
+            raise ValueError(f"temperatures {self.temperatures} must not be negative.")
+        if self.servers and (self.engine != "vllm" or self.replicas > 1):
+            raise ValueError("servers needs engine=vllm and replicas=1: every server is a replica.")
+        return self

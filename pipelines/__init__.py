@@ -1,0 +1,1 @@
+"""The driver: config, graph, executors, status, and the `pipeline` command."""

@@ -1,0 +1,1 @@
+"""Pairs or demonstrations in, a checkpoint out."""
