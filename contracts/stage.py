@@ -179,12 +179,15 @@ def _parse(commands: dict[str, Command], package: str, argv: list[str]) -> tuple
     parser = argparse.ArgumentParser(
         prog=f"python -m {package}", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_describe(commands)
     )
-    if len(commands) > 1:
+    only = next(iter(commands)) if len(commands) == 1 else None
+    if only is not None and argv[:1] == [only]:  # `python -m contracts prompts ...` and `python -m generation ...`
+        argv = argv[1:]
+    if only is None:
         parser.add_argument("stage", choices=sorted(commands))
     parser.add_argument("--config", type=Path, help="YAML file with the stage's keys")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys set or changed on the command line")
     options = parser.parse_args(argv)
-    command = commands[options.stage if len(commands) > 1 else next(iter(commands))]
+    command = commands[only or options.stage]
     data = apply_overrides(read_yaml(options.config) if options.config else {}, options.overrides)
     source = str(options.config) if options.config else f"python -m {package}"
     return command, validate(command.config, data, source)

@@ -1,0 +1,40 @@
+"""Configuration of the embedded world."""
+
+from typing import ClassVar, Self
+
+from pydantic import model_validator
+
+from contracts.config import StageConfig, identity
+from embedded.reviews import all_prompts
+
+
+class WorldConfig(StageConfig):
+    """Make the embedded world: an untrained tiny model, demonstrations and three disjoint sets of prompts."""
+
+    stage: ClassVar[str] = "world"
+    code_version: ClassVar[int] = 1
+
+    seed: int = identity(0, ge=0)
+    """Decides the initial weights, the demonstrations, and which prompt falls into which set."""
+    demonstrations: int = identity(3072, ge=1)
+    """Conversations to imitate, of mixed quality."""
+    train: int = identity(1536, ge=1)
+    """Prompts for the online iterations."""
+    preference: int = identity(800, ge=1)
+    """Prompts for the reward model's preference data."""
+    heldout: int = identity(256, ge=1)
+    """Prompts that no stage trains on."""
+    hidden_size: int = identity(64, ge=32, multiple_of=32)
+    """Width of the model; it has one attention head for each 32."""
+    layers: int = identity(2, ge=1)
+    """Depth of the model."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        wanted = self.demonstrations + self.train + self.preference + self.heldout
+        if wanted > (available := len(all_prompts())):
+            raise ValueError(
+                f"demonstrations, train, preference and heldout need {wanted} different prompts, but the task has "
+                f"{available}. Lower one of them."
+            )
+        return self
