@@ -52,6 +52,9 @@ class Command(msgspec.Struct, frozen=True):
     config: type[StageConfig]
     schema: Schema
     run: str
+    launch: str | None = None
+    """`launch(config) -> bool`, asked before anything is written: whether it has run this stage to its end in
+    processes of its own (True), or leaves it to this one."""
 
 
 class Context:
@@ -147,6 +150,8 @@ def run_stage(command: Command, config: StageConfig) -> Artifact:
         if rank == 0:
             print(f"reuse {config.output}: already published under key {key[:12]}")
         return Artifact.open(config.output, command.schema)
+    if command.launch is not None and _load(command.launch)(config):
+        return Artifact.open(config.output, command.schema)
     publication = Publication(config.output, command.schema, config.stage, key)
     context = Context(publication, rank, world_size)
     if rank == 0:
@@ -154,10 +159,9 @@ def run_stage(command: Command, config: StageConfig) -> Artifact:
         publication.begin()
         if publication.complete:
             return publication.finish()
-    module, _, function = command.run.partition(":")
     with context.timed("import"):
-        run: Callable[[Any, Context], Outcome] = getattr(importlib.import_module(module), function)
-    outcome = run(config, context)
+        run = _load(command.run)
+    outcome: Outcome = run(config, context)
     if rank != 0:
         return Artifact(config.output, None)  # type: ignore[arg-type]
     context.seconds["total"] = time.perf_counter() - start
@@ -173,6 +177,11 @@ def run_stage(command: Command, config: StageConfig) -> Artifact:
     )
     print(f"published {config.output}: {artifact.manifest.ledger}")
     return artifact
+
+
+def _load(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def _parse(commands: dict[str, Command], package: str, argv: list[str]) -> tuple[Command, StageConfig]:
