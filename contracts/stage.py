@@ -150,9 +150,9 @@ def run_stage(command: Command, config: StageConfig) -> Artifact:
         if rank == 0:
             print(f"reuse {config.output}: already published under key {key[:12]}")
         return Artifact.open(config.output, command.schema)
-    if command.launch is not None and _load(command.launch)(config):
-        return Artifact.open(config.output, command.schema)
     publication = Publication(config.output, command.schema, config.stage, key)
+    if command.launch is not None and not publication.complete and _load(command.launch)(config):
+        return Artifact.open(config.output, command.schema)
     context = Context(publication, rank, world_size)
     if rank == 0:
         _require_space(config.output)
@@ -161,7 +161,12 @@ def run_stage(command: Command, config: StageConfig) -> Artifact:
             return publication.finish()
     with context.timed("import"):
         run = _load(command.run)
-    outcome: Outcome = run(config, context)
+    try:
+        outcome: Outcome = run(config, context)
+    except UserError:
+        if rank == 0:
+            publication.abandon()
+        raise
     if rank != 0:
         return Artifact(config.output, None)  # type: ignore[arg-type]
     context.seconds["total"] = time.perf_counter() - start
