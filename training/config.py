@@ -105,3 +105,17 @@ class DpoConfig(TrainingConfig):
                 f"{len(self.pairs)} pairs but {len(self.reference)} reference: give one reference for each of pairs."
             )
         return self
+
+
+class EmaConfig(StageConfig):
+    """Move an average of weights towards a model: average ← decay · average + (1 - decay) · model."""
+
+    stage: ClassVar[str] = "ema"
+    code_version: ClassVar[int] = 1
+
+    average: Path = input_path()
+    """Directory of the average so far."""
+    model: Path = input_path()
+    """Directory of the model that enters it."""
+    decay: float = identity(0.9, ge=0, lt=1)
+    """Share of the old average that is kept."""

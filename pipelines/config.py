@@ -1,0 +1,171 @@
+"""The configuration of a run: one YAML file, sections named like the stages."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import create_model, model_validator
+
+from annotation.config import PairsConfig, ScoreConfig
+from contracts.config import Section, StageConfig, apply_overrides, identity, read_yaml, runtime, validate
+from contracts.errors import UserError
+from contracts.prompts import PromptsConfig
+from embedded.config import WorldConfig
+from generation.config import GenerationConfig
+from pipelines.environments import EnvironmentConfig
+from training.config import DpoConfig, RewardConfig, SftConfig
+
+
+def _section(stage: type[StageConfig], *owned: str) -> Any:
+    """A stage's config without the fields that the driver fills in: `output`, inputs, the iteration, the seed."""
+    fields: dict[str, Any] = {
+        name: (field.annotation, field)
+        for name, field in stage.model_fields.items()
+        if name not in {"output", "seed", "iteration", *owned}
+    }
+    name = stage.__name__.removesuffix("Config") + "Section"
+    return create_model(name, __base__=Section, __doc__=stage.__doc__, **fields)
+
+
+WorldSection = _section(WorldConfig)
+PromptSourceSection = _section(PromptsConfig, "exclude")
+GenerationSection = _section(GenerationConfig, "policy", "prompts", "start", "count")
+ScorerSection = _section(ScoreConfig, "rollouts", "pairs", "name")
+PairsSection = _section(PairsConfig, "rollouts", "scores")
+SftSection = _section(SftConfig, "model")
+RewardSection = _section(RewardConfig, "model", "pairs")
+DpoSection = _section(DpoConfig, "model", "pairs", "reference")
+
+
+class PromptsSection(Section):
+    """Where the prompts come from. No stage trains on the held-out ones."""
+
+    train: PromptSourceSection = identity()  # type: ignore[valid-type]
+    """Prompts to learn from."""
+    heldout: PromptSourceSection = identity()  # type: ignore[valid-type]
+    """Prompts to judge by."""
+    per_iteration: int | None = identity(None, ge=1)
+    """Prompts per iteration, taken in turn from the training prompts; all of them by default."""
+
+
+class RewardModelSection(Section):
+    """Train the reward model first, on answers of the initial policy that another scorer labels."""
+
+    prompts: PromptSourceSection = identity()  # type: ignore[valid-type]
+    """Prompts whose answers are compared."""
+    label: str = identity("gold")
+    """Scorer that says which answer is better."""
+    generation: GenerationSection = identity({})  # type: ignore[valid-type]
+    """How the answers are sampled; keys that are not set are those of the section `generation`."""
+    pairs: PairsSection = identity({})  # type: ignore[valid-type]
+    """How the pairs are chosen."""
+    training: RewardSection = identity({})  # type: ignore[valid-type]
+    """How the reward model is trained."""
+
+
+class EnvironmentsSection(Section):
+    """What each kind of stage runs in; by default the locked environment of `pipeline env sync`."""
+
+    generation: EnvironmentConfig = runtime(EnvironmentConfig())
+    """For `python -m generation`."""
+    annotation: EnvironmentConfig = runtime(EnvironmentConfig())
+    """For `python -m annotation` and `python -m contracts`."""
+    training: EnvironmentConfig = runtime(EnvironmentConfig())
+    """For `python -m training` and `python -m embedded`."""
+
+
+class ExecutorSection(Section):
+    """Where stages run."""
+
+    kind: Literal["local", "inline"] = runtime("local")
+    """local: each stage is a submitit job on this machine; inline: run by the driver itself, for debugging."""
+    parallel: int | None = runtime(None, ge=1)
+    """Stages without mutual dependency that may run at once; by default 1 with GPUs, else one per two cores, at
+    least 2."""
+
+
+class RunConfig(Section):
+    """One run of iterative online RLHF."""
+
+    name: str = runtime(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its directory."""
+    directory: Path = runtime(Path("runs"))
+    """Directory that holds the runs."""
+    iterations: int = runtime(3, ge=0)
+    """Iterations to run when --iters does not say."""
+    seed: int = identity(0, ge=0)
+    """Every seed of the run is derived from this one."""
+    policy: str = identity()
+    """The policy to start from: a directory, hf:ORG/NAME[@REVISION], or world:model."""
+    prompts: PromptsSection = identity()
+    generation: GenerationSection = identity({})  # type: ignore[valid-type]
+    scorers: dict[str, ScorerSection] = identity()  # type: ignore[valid-type]
+    """Scorers by name. `reward` labels the pairs; `gold`, where there is one, only judges; others are reported."""
+    pairs: PairsSection = identity({})  # type: ignore[valid-type]
+    training: DpoSection = identity({})  # type: ignore[valid-type]
+    reference: Literal["initial", "previous", "ema"] = identity("initial")
+    """What the training is regularised towards: the initial policy, the one that sampled this iteration, or an
+    exponential moving average of all policies so far."""
+    ema_decay: float = identity(0.9, ge=0, lt=1)
+    """Share of the old average that is kept when a new policy enters it, for reference=ema."""
+    start: Literal["previous", "initial"] = identity("previous")
+    """Where the training of an iteration starts: at the last policy (warm start), or at the initial one."""
+    accumulate: bool = identity(False)
+    """Train on the pairs of all iterations so far, not only of this one."""
+    evaluation: GenerationSection = identity({})  # type: ignore[valid-type]
+    """How held-out answers are sampled; keys that are not set are those of the section `generation`."""
+    world: WorldSection | None = identity(None)  # type: ignore[valid-type]
+    """Make the embedded world (data and an untrained model) first; refer to its files as world:NAME."""
+    sft: SftSection | None = identity(None)  # type: ignore[valid-type]
+    """Fine-tune `policy` on demonstrations first; the result is the initial policy."""
+    reward_model: RewardModelSection | None = identity(None)
+    """Train the model of the scorer `reward` first."""
+    environments: EnvironmentsSection = runtime(EnvironmentsSection())
+    executor: ExecutorSection = runtime(ExecutorSection())
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "reward" not in self.scorers:
+            raise ValueError(f"scorers must hold `reward`, which labels the pairs; found {sorted(self.scorers)}.")
+        if self.reward_model and self.reward_model.label not in self.scorers:
+            raise ValueError(
+                f"reward_model.label is {self.reward_model.label!r}, but scorers holds only {sorted(self.scorers)}."
+            )
+        if self.generation.k < 2:
+            raise ValueError(f"generation.k is {self.generation.k}; pairs need at least 2 answers per prompt.")
+        uses_world = any(str(value).startswith("world:") for value in _leaves(self.model_dump()))
+        if uses_world and self.world is None:
+            raise ValueError("a path starts with world:, but there is no section `world`. Add one (`world: {}`).")
+        return self
+
+    @property
+    def run_directory(self) -> Path:
+        """Where everything of this run is."""
+        return self.directory / self.name
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in _leaves(item)]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value]
+
+
+def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
+    """Read, override and validate a run's configuration.
+
+    Raises:
+        UserError: anything is wrong with it; lists every mistake.
+    """
+    config = validate(RunConfig, apply_overrides(read_yaml(path), overrides), str(path))
+    if not os.access(_existing_parent(config.directory), os.W_OK):
+        raise UserError(f"directory {config.directory} cannot be written to. Set directory=PATH.")
+    return config
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,81 @@
+"""What the user sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
+
+import json
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from contracts.artifacts import Artifact
+from pipelines.graph import Graph, Node
+
+if TYPE_CHECKING:
+    from pipelines.driver import Running
+
+
+class Display:
+    """Tells what happens to each stage, and how far the running ones are."""
+
+    def __init__(self, console: Console, graph: Graph) -> None:
+        self.console = console
+        self.total = len(graph.nodes)
+        self.done = 0
+        self.reused_count = 0
+        self._started: dict[str, float] = {}
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> "Display":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def started(self, node: Node, reason: str) -> None:
+        """A stage starts."""
+        self._started[node.name] = time.monotonic()
+        self._line(f"run    {node.name}  ({reason})")
+
+    def reused(self, node: Node, reason: str) -> None:
+        """A stage is reused."""
+        self.done += 1
+        self.reused_count += 1
+        self._line(f"reuse  {node.name}  ({reason})")
+
+    def published(self, node: Node, artifact: Artifact) -> None:
+        """A stage has published."""
+        self.done += 1
+        seconds = time.monotonic() - self._started[node.name]
+        self._line(f"done   {node.name}  {seconds:.1f} s, {artifact.manifest.ledger}  [{self.done}/{self.total}]")
+
+    def failed(self, node: Node) -> None:
+        """A stage has failed."""
+        self._line(f"FAILED {node.name}")
+
+    def refresh(self, running: "dict[str, Running]") -> None:
+        """Redraw the live table."""
+        if self._live is None:
+            return
+        table = Table(box=None, pad_edge=False)
+        for title in (f"{self.done} of {self.total} stages", "seconds", "progress"):
+            table.add_column(title)
+        for name, stage in running.items():
+            seconds = time.monotonic() - self._started[name]
+            table.add_row(name, f"{seconds:.0f}", progress_of(stage))
+        self._live.update(table, refresh=True)
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def progress_of(stage: "Running") -> str:
+    """How far a running stage says it is."""
+    path = stage.attempt / "progress.json"
+    if not path.exists():
+        return "starting"
+    record = json.loads(path.read_bytes())
+    return f"{record['done']}/{record['total']} {record['unit']}"

@@ -1,0 +1,97 @@
+"""The graph of a run: stages, and which of them need which others' outputs."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from contracts.config import Role, StageConfig, validate
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of a run."""
+
+    name: str
+    """Path of its output below the run directory, for example iteration-001/training."""
+    package: str
+    """Package that is run: python -m PACKAGE [SUBCOMMAND]."""
+    subcommand: str | None
+    environment: str
+    config: StageConfig
+    needs: tuple[str, ...] = field(compare=False)
+    """Names of the nodes whose outputs it reads."""
+
+    @property
+    def output(self) -> Path:
+        """The directory that it publishes."""
+        return self.config.output
+
+    def external_inputs(self, graph: "Graph") -> list[Path]:
+        """The inputs that no stage of the graph makes."""
+        return [path for path in input_paths(self.config) if graph.owner(path) is None]
+
+    @property
+    def argv(self) -> list[str]:
+        """Arguments after `python`, without the config file."""
+        return ["-m", self.package, *([self.subcommand] if self.subcommand else [])]
+
+
+class Graph:
+    """Stages in the order in which they were added; an output is known by its path before it exists."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.nodes: dict[str, Node] = {}
+
+    def add(
+        self, name: str, kind: type[StageConfig], command: str, section: dict[str, Any] | None = None, **fields: Any
+    ) -> Path:
+        """Add a stage and return the path of its output, to be given to the stages that read it.
+
+        Args:
+            command: "PACKAGE" or "PACKAGE SUBCOMMAND".
+            section: keys from the run's config; `fields`, which the driver knows, come on top.
+
+        Raises:
+            UserError: the stage's config refuses the values.
+        """
+        output = self.directory / name
+        config = validate(kind, {**(section or {}), **fields, "output": output}, f"stage {name}")
+        package, _, subcommand = command.partition(" ")
+        environment = ENVIRONMENTS[package]
+        needs = tuple(dict.fromkeys(owner for path in input_paths(config) if (owner := self.owner(path))))
+        assert name not in self.nodes, f"two stages are named {name}"
+        self.nodes[name] = Node(name, package, subcommand or None, environment, config, needs)
+        return output
+
+    def owner(self, path: Path) -> str | None:
+        """The node that makes `path`, which may be a file inside its output."""
+        if not path.is_relative_to(self.directory):
+            return None
+        inside = path.relative_to(self.directory)
+        for candidate in [inside, *inside.parents]:
+            if candidate.as_posix() in self.nodes:
+                return candidate.as_posix()
+        return None
+
+
+ENVIRONMENTS = {
+    "contracts": "annotation",
+    "annotation": "annotation",
+    "generation": "generation",
+    "training": "training",
+    "embedded": "training",
+}
+
+
+def input_paths(config: StageConfig) -> list[Path]:
+    """All inputs of a stage."""
+    return _paths(config.select(Role.INPUT))
+
+
+def _paths(value: Any) -> list[Path]:
+    if isinstance(value, dict):
+        return [path for item in value.values() for path in _paths(item)]
+    if isinstance(value, list):
+        return [path for item in value for path in _paths(item)]
+    return [] if value is None else [Path(value)]

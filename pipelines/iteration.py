@@ -1,0 +1,194 @@
+"""The recipe of a run, as a graph of stages. `improve` is the loop's body: one iteration."""
+
+from pathlib import Path
+from typing import Any
+
+from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
+from contracts.config import Section
+from contracts.prompts import PromptsConfig
+from contracts.seeds import derive_seed
+from embedded.config import WorldConfig
+from generation.config import GenerationConfig
+from pipelines.config import RunConfig
+from pipelines.graph import Graph
+from training.config import DpoConfig, EmaConfig, RewardConfig, SftConfig
+
+
+def build_graph(config: RunConfig, iterations: int) -> Graph:
+    """The stages of a run, from what has to be made before the first iteration to the last evaluation."""
+    return Recipe(config).build(iterations)
+
+
+class Recipe:
+    """Adds a run's stages to a graph; every method returns the paths of what its stages will publish."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.graph = Graph(config.run_directory.absolute())
+        self.pairs: list[Path] = []
+        self.references: dict[tuple[Path, Path], Path] = {}
+
+    def build(self, iterations: int) -> Graph:
+        """Set up, then improve the policy `iterations` times; judge the initial policy and every later one."""
+        self.prepare()
+        policy = self.average = self.initial
+        self.evaluate(0, policy)
+        for iteration in range(1, iterations + 1):
+            policy = self.improve(iteration, policy)
+            self.evaluate(iteration, policy)
+        return self.graph
+
+    def improve(self, iteration: int, policy: Path) -> Path:
+        """One iteration: sample, score, pair, train. Returns the next policy."""
+        config, here = self.config, f"iteration-{iteration:03d}"
+        count = config.prompts.per_iteration
+        window = {"start": (iteration - 1) * count, "count": count} if count else {}
+
+        rollouts = self.sample(f"{here}/generation", policy, self.train_prompts, iteration, config.generation, window)
+        rewards = self.score(f"{here}/reward", "reward", rollouts)
+        pairs = self.choose(f"{here}/pairs", rollouts, rewards, config.pairs, iteration)
+        anchor = {"initial": self.initial, "previous": policy, "ema": self.average}[config.reference]
+        reference = self.log_probabilities(f"{here}/reference", rollouts, anchor, pairs)
+
+        self.references[pairs, anchor] = reference
+        self.pairs = [*self.pairs, pairs] if config.accumulate else [pairs]
+        start = policy if config.start == "previous" else self.initial
+        trained = self.graph.add(
+            f"{here}/training",
+            DpoConfig,
+            "training dpo",
+            keys(config.training),
+            model=start,
+            pairs=self.pairs,
+            reference=[self.reference_of(made, anchor, here) for made in self.pairs],
+            seed=derive_seed(config.seed, iteration, "training"),
+        )
+        if config.reference == "ema":
+            mean = {"average": self.average, "model": trained, "decay": config.ema_decay}
+            self.average = self.graph.add(f"{here}/ema", EmaConfig, "training ema", **mean)
+        return trained
+
+    def evaluate(self, iteration: int, policy: Path) -> Path:
+        """Judge a policy on the held-out prompts."""
+        here = f"iteration-{iteration:03d}"
+        generation = {**keys(self.config.generation), **keys(self.config.evaluation)}
+        rollouts = self.sample(f"{here}/heldout/generation", policy, self.heldout_prompts, iteration, generation)
+        scores = {name: self.score(f"{here}/heldout/{name}", name, rollouts) for name in self.config.scorers}
+        against: dict[str, Any] = {}
+        if iteration == 0:
+            self.baseline = scores["reward"]
+        else:
+            against["baseline"] = self.baseline
+            against["reference"] = self.log_probabilities(f"{here}/heldout/reference", rollouts, self.initial)
+        return self.graph.add(
+            f"{here}/evaluation",
+            EvaluationConfig,
+            "annotation evaluate",
+            rollouts=rollouts,
+            scores=scores,
+            iteration=iteration,
+            **against,
+        )
+
+    def prepare(self) -> None:
+        """What stands before the first iteration: prompts, and the initial policy and reward model if they are made
+        here."""
+        config = self.config
+        if config.world is not None:
+            self.graph.add("setup/world", WorldConfig, "embedded world", keys(config.world), seed=config.seed)
+        self.heldout_prompts = self.import_prompts("prompts/heldout", config.prompts.heldout)
+        self.train_prompts = self.import_prompts("prompts/train", config.prompts.train, [self.heldout_prompts])
+        self.initial = self.locate(config.policy)
+        if config.sft is not None:
+            section = keys(config.sft)
+            section["demonstrations"] = self.locate(section["demonstrations"])
+            seed = derive_seed(config.seed, 0, "sft")
+            self.initial = self.graph.add(
+                "setup/sft", SftConfig, "training sft", section, model=self.initial, seed=seed
+            )
+        self.reward_model = self.train_reward_model() if config.reward_model is not None else None
+
+    def train_reward_model(self) -> Path:
+        """Sample answers of the initial policy, label them, and train the reward model on the pairs."""
+        section = self.config.reward_model
+        assert section is not None
+        prompts = self.import_prompts("setup/reward-model/prompts", section.prompts, [self.heldout_prompts])
+        generation = {**keys(self.config.generation), **keys(section.generation)}
+        rollouts = self.sample("setup/reward-model/generation", self.initial, prompts, 0, generation)
+        labels = self.score("setup/reward-model/labels", section.label, rollouts)
+        pairs = self.choose("setup/reward-model/pairs", rollouts, labels, section.pairs, 0)
+        return self.graph.add(
+            "setup/reward-model/training",
+            RewardConfig,
+            "training reward",
+            keys(section.training),
+            model=self.initial,
+            pairs=[pairs],
+            seed=derive_seed(self.config.seed, 0, "reward"),
+        )
+
+    # The stages.
+
+    def import_prompts(self, name: str, section: Any, exclude: list[Path] | None = None) -> Path:
+        """Import prompts from where they are."""
+        fields = keys(section)
+        fields["source"] = self.locate(fields["source"])
+        return self.graph.add(name, PromptsConfig, "contracts prompts", fields, exclude=exclude or [])
+
+    def sample(
+        self, name: str, policy: Path, prompts: Path, iteration: int, section: Any, window: dict[str, Any] | None = None
+    ) -> Path:
+        """Sample answers to prompts."""
+        fields = {**(section if isinstance(section, dict) else keys(section)), **(window or {})}
+        return self.graph.add(
+            name,
+            GenerationConfig,
+            "generation",
+            fields,
+            policy=policy,
+            prompts=prompts,
+            iteration=iteration,
+            seed=derive_seed(self.config.seed, name),
+        )
+
+    def score(self, name: str, scorer: str, rollouts: Path) -> Path:
+        """Judge rollouts with one of the configured scorers."""
+        fields = keys(self.config.scorers[scorer])
+        if scorer == "reward" and self.reward_model is not None:
+            fields["model"] = self.reward_model
+        elif "model" in fields:
+            fields["model"] = self.locate(fields["model"])
+        return self.graph.add(name, ScoreConfig, "annotation score", fields, rollouts=rollouts, name=scorer)
+
+    def log_probabilities(self, name: str, rollouts: Path, model: Path, pairs: Path | None = None) -> Path:
+        """Log-probabilities of rollouts under a model; only of the completions in `pairs`, if given."""
+        fields = {"kind": "logprobs", "name": "reference", "model": model, "rollouts": rollouts, "pairs": pairs}
+        return self.graph.add(name, ScoreConfig, "annotation score", **fields)
+
+    def choose(self, name: str, rollouts: Path, scores: Path, section: Any, iteration: int) -> Path:
+        """Choose preference pairs."""
+        seed = derive_seed(self.config.seed, iteration, "pairs")
+        return self.graph.add(
+            name, PairsConfig, "annotation pairs", keys(section), rollouts=rollouts, scores=scores, seed=seed
+        )
+
+    def reference_of(self, pairs: Path, anchor: Path, here: str) -> Path:
+        """Reference log-probabilities of pairs, made anew only where the reference has changed since."""
+        if (pairs, anchor) not in self.references:
+            origin = pairs.parent
+            name = f"{here}/reference-of-{origin.name}"
+            self.references[pairs, anchor] = self.log_probabilities(name, origin / "generation", anchor, pairs)
+        return self.references[pairs, anchor]
+
+    def locate(self, reference: str | Path) -> Path:
+        """A path in the config as a real one: world:NAME is a file of the embedded world, relative paths are the
+        user's."""
+        text = str(reference)
+        if text.startswith("world:"):
+            return self.graph.directory / "setup/world" / text.removeprefix("world:")
+        return Path(text) if text.startswith("hf:") else Path(text).absolute()
+
+
+def keys(section: Section) -> dict[str, Any]:
+    """The keys that the user set in a section, so that the stage's own defaults hold for the others."""
+    return section.model_dump(exclude_unset=True)

@@ -1,0 +1,120 @@
+"""The `pipeline` command."""
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+from rich.console import Console
+
+from contracts.artifacts import MANIFEST
+from contracts.errors import UserError
+from pipelines.config import RunConfig, load_run_config
+from pipelines.decisions import decide
+from pipelines.display import Display
+from pipelines.driver import Driver, StageFailedError
+from pipelines.environments import env_main, probe_versions
+from pipelines.graph import Graph
+from pipelines.hub import fetch_models
+from pipelines.iteration import build_graph
+from pipelines.preflight import check_inputs, check_space
+from pipelines.report import print_table
+from pipelines.rundir import RunDirectory
+from pipelines.status import print_status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0: done; 2: a mistake of the user's, in one message; 1: anything else; 130: interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        if arguments[:1] == ["env"]:
+            return env_main(arguments[1:])
+        options = make_parser().parse_args(arguments)
+        return int(options.command(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.exit_code
+    except StageFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues.", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="pipeline", description="Iterative online RLHF.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a configuration, or continue it")
+    run.add_argument("config", type=Path, help="the run's YAML file")
+    run.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys set on the command line: training.beta=0.2"
+    )
+    run.add_argument("--iters", type=int, default=None, help="iterations to have in the end")
+    run.add_argument("--dry-run", action="store_true", help="say what would be reused or run, and why; start nothing")
+    run.set_defaults(command=run_command)
+
+    status = commands.add_parser("status", help="how far a run is")
+    status.add_argument("run", type=Path, help="the run's directory, for example runs/quickstart")
+    status.set_defaults(command=status_command)
+
+    # Mounted by `main` before this parser is asked; here for --help.
+    commands.add_parser("env", help="build and list the stages' environments")
+    return parser
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """`pipeline run CONFIG --iters N [key=value ...]`."""
+    config = load_run_config(options.config, options.overrides)
+    iterations = config.iterations if options.iters is None else options.iters
+    if iterations < 0:
+        raise UserError(f"--iters is {iterations}; it must not be negative.")
+    console = Console()
+    if options.dry_run:
+        print_plan(console, build_graph(config, iterations), config)
+        return 0
+    config = fetch_models(config)
+    graph = build_graph(config, iterations)
+    check_inputs(graph)
+    run = RunDirectory(config.run_directory)
+    run.claim(config, options.config, iterations)
+    check_space(run.path)
+    with Display(console, graph) as display:
+        ran = Driver(run, graph, config, display).drive()
+    if ran == 0:
+        console.print(
+            f"{config.run_directory} is finished: all {len(graph.nodes)} stages are published; nothing to do."
+        )
+    print_table(console, graph)
+    return 0
+
+
+def print_plan(console: Console, graph: Graph, config: RunConfig) -> None:
+    """For every stage *reuse* or *run*, and why."""
+    certain: set[str] = set()
+    for node in graph.nodes.values():
+        unknown = [name for name in node.needs if name not in certain]
+        if unknown:
+            verb, reason = "run", f"after {', '.join(unknown)}"
+            if (node.output / MANIFEST).is_file():
+                reason += "; reused if these come out the same"
+        else:
+            environment = getattr(config.environments, node.environment)
+            decision = decide(node, probe_versions(environment, node.environment))
+            verb, reason = ("reuse" if decision.reuse else "run"), decision.reason
+            if decision.reuse:
+                certain.add(node.name)
+        console.print(f"{verb:<6} {node.name}  ({reason})", soft_wrap=True, markup=False, highlight=False)
+
+
+def status_command(options: argparse.Namespace) -> int:
+    """`pipeline status RUN`."""
+    run = RunDirectory.existing(options.run)
+    config = load_run_config(run.path / "config.resolved.yaml", [])
+    print_status(Console(), run, build_graph(config, run.iterations))
+    return 0

@@ -1,0 +1,74 @@
+"""Metrics of the iterations, derived from the published evaluations and from nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from contracts.artifacts import MANIFEST, Artifact, write_atomically
+from pipelines.graph import Graph
+
+COLUMNS = {
+    "reward_mean": "reward",
+    "reward_ci95": "± 95 %",
+    "gold_reward_mean": "gold reward",
+    "win_rate": "win rate",
+    "kl": "KL",
+    "response_length": "length",
+    "stop_rate": "stop rate",
+}
+
+
+def evaluations(graph: Graph) -> list[tuple[Path, dict[str, Any]]]:
+    """Each published evaluation of the graph, by iteration: the policy's directory and its metrics."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for node in graph.nodes.values():
+        if node.config.stage == "evaluation" and (node.output / MANIFEST).is_file():
+            metrics = Artifact.open(node.output).manifest.facts["metrics"]
+            rollouts = graph.nodes[node.needs[0]]
+            found.append((Path(rollouts.config.model_dump()["policy"]), metrics))
+    return sorted(found, key=lambda item: int(item[1]["iteration"]))
+
+
+def write_metrics(run: Path, graph: Graph) -> None:
+    """Write metrics.jsonl: one object per iteration, 0 being the initial policy."""
+    lines = [json.dumps({**metrics, "policy": str(policy)}) for policy, metrics in evaluations(graph)]
+    write_atomically(run / "metrics.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def print_table(console: Console, graph: Graph) -> None:
+    """The table of iterations, and the path of the best checkpoint."""
+    rows = evaluations(graph)
+    if not rows:
+        return
+    first = rows[0][1]
+    columns = {name: title for name, title in COLUMNS.items() if first.get(name) is not None or name == "win_rate"}
+    columns |= {name: name.removesuffix("_mean").replace("_", " ") for name in first if is_further_scorer(name)}
+    table = Table(title="Held-out prompts, by iteration (0: the initial policy)")
+    for title in ["iteration", *columns.values()]:
+        table.add_column(title, justify="right")
+    for _, metrics in rows:
+        table.add_row(str(metrics["iteration"]), *(_number(metrics.get(name)) for name in columns))
+    console.print(table)
+    judge = "gold_reward_mean" if first.get("gold_reward_mean") is not None else "reward_mean"
+    policy, best = max(rows, key=lambda item: float(item[1][judge]))
+    console.print(
+        f"Best checkpoint (by {judge}, iteration {best['iteration']}): {_relative(policy)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def is_further_scorer(name: str) -> bool:
+    """Whether a metric is the mean of a scorer beside `reward` and `gold`."""
+    return name.endswith("_mean") and name not in COLUMNS
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else f"{float(value):.3f}"
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,121 @@
+"""The directory of a run: whose it is, who drives it, and where things are in it."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import yaml
+
+from contracts.artifacts import write_atomically
+from contracts.errors import UserError
+from contracts.jsonl import read_jsonl
+from pipelines.config import RunConfig
+
+
+class RunDirectory:
+    """Everything of a run is below `path`; nothing of another run is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def existing(cls, path: Path) -> "RunDirectory":
+        """An existing run's directory, or a UserError."""
+        if not (path / "run.json").is_file():
+            raise UserError(f"{path} is not the directory of a run (it has no run.json). Give the path runs/NAME.")
+        return cls(path)
+
+    def claim(self, config: RunConfig, source: Path, iterations: int) -> None:
+        """Create the directory, or take it over, and become the run's only driver until this process ends.
+
+        Raises:
+            UserError: it belongs to another config file, is no run's directory, or another driver is alive.
+        """
+        marker = self.path / "run.json"
+        if self.path.exists() and not marker.exists() and any(self.path.iterdir()):
+            raise UserError(
+                f"{self.path} exists and was not made by a run of Ratchet. Choose another name=... or directory=..."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        self._mend_events()
+        origin = os.path.relpath(source, self.path)
+        if marker.exists():
+            owner = json.loads(marker.read_text())["config"]
+            if owner != origin:
+                raise UserError(
+                    f"{self.path} is the run of {(self.path / owner).resolve()}, not of {source}. "
+                    "Choose another name=... for this run."
+                )
+        record = {"config": origin, "iterations": iterations}
+        write_atomically(marker, json.dumps(record).encode())
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        write_atomically(self.path / "config.resolved.yaml", text.encode())
+
+    def _take_lock(self) -> None:
+        self._lock = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            raise UserError(
+                f"the run {self.path} is being driven right now by {holder}. Wait for it, or stop that process; "
+                "`pipeline status` shows how far it is."
+            ) from error
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
+        self._lock.flush()
+
+    def _mend_events(self) -> None:
+        """Cut off the line that a killed driver was writing, so that the next one starts on a line of its own."""
+        path = self.path / "events.jsonl"
+        if path.exists():
+            content = path.read_bytes()
+            os.truncate(path, content.rfind(b"\n") + 1)
+
+    def holder(self) -> str | None:
+        """Who drives the run at this moment, if anybody."""
+        with (self.path / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                return file.read().strip()
+        return None
+
+    @property
+    def iterations(self) -> int:
+        """Iterations that the last command asked for."""
+        return int(json.loads((self.path / "run.json").read_text())["iterations"])
+
+    def record(self, event: str, **facts: Any) -> None:
+        """Append to events.jsonl."""
+        line = msgspec.json.encode({"time": round(time.time(), 3), "event": event, **facts}) + b"\n"
+        with (self.path / "events.jsonl").open("ab") as file:
+            file.write(line)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events so far; a line torn by a crash is left out."""
+        path = self.path / "events.jsonl"
+        return list(read_jsonl(path, dict, tolerate_torn_tail=True)) if path.exists() else []
+
+    def new_attempt(self, stage: str) -> Path:
+        """A fresh directory for the logs of one attempt at a stage."""
+        folder = self.path / "logs" / stage
+        number = 1 + sum(1 for _ in folder.glob("attempt-*")) if folder.exists() else 1
+        attempt = folder / f"attempt-{number}"
+        attempt.mkdir(parents=True)
+        return attempt
+
+    def attempts(self, stage: str) -> list[Path]:
+        """The attempts at a stage, the latest last."""
+        found = (self.path / "logs" / stage).glob("attempt-*")
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
