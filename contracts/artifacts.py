@@ -317,6 +317,11 @@ class Publication:
         _fsync(self.target.parent)
         return Artifact.open(self.target, self.schema)
 
+    def abandon(self) -> None:
+        """After a user's mistake: leave nothing behind, unless finished shards are worth keeping."""
+        if not self.receipts():
+            shutil.rmtree(self.directory)
+
     @property
     def complete(self) -> bool:
         """Whether a killed attempt had written the manifest already, so that only the rename is missing."""

@@ -72,9 +72,11 @@ class Completion(Record, frozen=True):
     finish_reason: FinishReason
     """"length": truncated by the token limit; such an answer carries no EOS."""
     logprobs: tuple[float, ...]
-    """Natural log-probability of each response token under the policy that sampled it."""
-    seed: int
-    sampling: Sampling
+    """Natural log-probability of each response token under the policy that sampled it; empty: unknown."""
+    seed: int | None
+    """None: unknown, for answers that were imported."""
+    sampling: Sampling | None
+    """None: unknown, for answers that were imported."""
 
 
 class Rollout(Record, frozen=True):
@@ -86,7 +88,7 @@ class Rollout(Record, frozen=True):
     """The tokens that the engine was given: the chat template applied once."""
     completions: tuple[Completion, ...]
     policy: str
-    """Fingerprint of the weights that sampled."""
+    """Fingerprint of the weights that sampled; "imported" for answers that came from elsewhere."""
     iteration: int
     logprob_mode: LogprobMode
     """"processed": of the distribution sampled from (after temperature, top-k, top-p); "raw": of the model's own."""
