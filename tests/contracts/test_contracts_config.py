@@ -1,0 +1,97 @@
+"""Configs: classified fields, unknown keys, overrides, stage keys."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from pydantic import Field
+
+from contracts.config import Role, Section, StageConfig, apply_overrides, identity, input_path, read_yaml, runtime
+from contracts.config import validate as validate_config
+from contracts.errors import UserError
+from contracts.stage import key_parts, stage_key
+
+
+class Inner(Section):
+    """A section."""
+
+    beta: float = identity(0.1)
+    threads: int = runtime(1)
+
+
+class Example(StageConfig):
+    """A stage."""
+
+    stage: ClassVar[str] = "example"
+    code_version: ClassVar[int] = 1
+    source: Path = input_path()
+    others: dict[str, Path] = input_path({})
+    learning_rate: float = identity(1e-3)
+    inner: Inner = identity(Inner())
+
+
+def key(**fields: object) -> str:
+    return stage_key(key_parts(Example(**fields), {"torch": "1"}))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "a.jsonl").write_text("1\n")
+    return tmp_path / "a.jsonl"
+
+
+def test_a_field_without_a_role_cannot_be_defined() -> None:
+    with pytest.raises(TypeError, match=r"Forgotten\.size must be declared"):
+
+        class Forgotten(Section):
+            size: int = Field(1)
+
+
+def test_the_key_depends_on_identity_and_content_and_on_nothing_else(source: Path, tmp_path: Path) -> None:
+    base = key(source=source, output=tmp_path / "x")
+    assert base == key(source=source, output=tmp_path / "y", inner={"threads": 8})
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(source.read_bytes())
+    assert base == key(source=copy, output=tmp_path / "x")
+    assert base != key(source=source, output=tmp_path / "x", inner={"beta": 0.2})
+    assert base != key(source=source, output=tmp_path / "x", others={"extra": copy})
+    assert base != stage_key(key_parts(Example(source=source, output=tmp_path), {"torch": "2"}))
+    source.write_text("2\n")
+    assert base != key(source=source, output=tmp_path / "x")
+
+
+def test_roles_are_selected_in_nested_sections(source: Path, tmp_path: Path) -> None:
+    config = Example(source=source, output=tmp_path)
+    assert config.select(Role.IDENTITY) == {"learning_rate": 1e-3, "inner": {"beta": 0.1}}
+    assert config.select(Role.RUNTIME) == {"output": str(tmp_path), "inner": {"threads": 1}}
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ({"inner": {"bta": 0.2}}, r"unknown key 'inner\.bta'\. Did you mean 'inner\.beta'\?"),
+        ({"learning_rat": 1}, "unknown key 'learning_rat'. Did you mean 'learning_rate'?"),
+        ({"inner": {"beta": "much"}}, r"'inner\.beta' is 'much'"),
+        ({"source": None}, "'source' is None"),
+        ({}, "'source' is required but not set"),
+    ],
+)
+def test_mistakes_are_explained(data: dict[str, object], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        validate_config(Example, {"output": "x", **data}, "example.yaml")
+
+
+def test_overrides_are_yaml_and_reach_into_sections() -> None:
+    data = apply_overrides({"inner": {"threads": 1}}, ["inner.beta=5e-7", "others={a: b}", "source=null"])
+    assert data == {"inner": {"threads": 1, "beta": 5e-7}, "others": {"a": "b"}, "source": None}
+    assert validate_config(Inner, {"beta": "5e-7"}, "x").beta == 5e-7
+    for wrong in ["beta", "=1", "inner.threads.more=1", "a=[1"]:
+        with pytest.raises(UserError):
+            apply_overrides({"inner": {"threads": 1}}, [wrong])
+
+
+@pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2\n", "a: b: c"])
+def test_broken_yaml_names_the_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"c\.yaml"):
+        read_yaml(tmp_path / "c.yaml")
