@@ -47,6 +47,8 @@ class ScoreConfig(StageConfig):
             raise ValueError("kind=rule needs function=package.module:function, and no model.")
         if self.kind != "rule" and (self.model is None or self.function is not None):
             raise ValueError(f"kind={self.kind} needs model=DIRECTORY, and no function.")
+        if self.kind == "logprobs" and self.missing_eos_penalty is not None:
+            raise ValueError("missing_eos_penalty is for rewards; log-probabilities (kind=logprobs) have no penalty.")
         return self
 
     def source_files(self) -> dict[str, Path]:
@@ -86,10 +88,67 @@ class EvaluationConfig(StageConfig):
     rollouts: Path = input_path()
     """Rollouts of the policy on the held-out prompts."""
     scores: dict[str, Path] = input_path()
-    """Scores of these rollouts by scorer name; must hold `reward`, and `gold` where a gold scorer exists."""
+    """Scores of these rollouts by scorer name; must hold `reward`, and `gold` where a gold scorer exists. Any further
+    NAME gives the metric NAME_mean."""
     baseline: Path | None = input_path(None)
     """`reward` scores of the initial policy on the same prompts, for the win rate; None: this is the initial policy."""
     reference: Path | None = input_path(None)
     """Log-probabilities of these rollouts under the initial policy, for the KL; None: this is the initial policy."""
     iteration: int = identity(0, ge=0)
     """Number of the policy: 0 is the initial one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "reward" not in self.scores:
+            raise ValueError(f"scores must hold `reward`, found {', '.join(sorted(self.scores)) or 'none'}.")
+        for name in self.scores:
+            if name in ("reference", "gold_reward") or not name.isidentifier():
+                raise ValueError(f"scores.{name}: this name is taken or has other signs than letters, digits and _.")
+        return self
+
+
+class RlhflowExportConfig(StageConfig):
+    """Write rollouts as RLHFlow's JSONL: one {"prompt", "responses", "rewards"} a line, in `rlhflow.jsonl`."""
+
+    stage: ClassVar[str] = "rlhflow-export"
+    code_version: ClassVar[int] = 1
+
+    rollouts: Path = input_path()
+    """Published rollouts."""
+    scores: Path | None = input_path(None)
+    """Published scores of those rollouts, written as `rewards`; samples without a score are left out and counted."""
+
+
+class RlhflowImportConfig(StageConfig):
+    """Read answers from a file of RLHFlow as rollouts."""
+
+    stage: ClassVar[str] = "rlhflow-import"
+    code_version: ClassVar[int] = 1
+
+    source: Path = input_path()
+    """JSONL with one {"prompt", "responses"} a line, or JSON {"type": "text_only", "instances": [...]}. A prompt is a
+    list of messages, or a string that becomes one user message."""
+    tokenizer: Path = input_path()
+    """Directory of the model whose chat template and tokens the rollouts get."""
+    iteration: int = identity(0, ge=0)
+    """Iteration that the rollouts are said to belong to."""
+    shard_size: int = identity(1024, ge=1)
+    """Prompts per shard."""
+    max_dropped: float = identity(0.1, ge=0, le=1)
+    """Stop when a larger share of the samples is dropped."""
+
+
+class RlhflowScoresConfig(StageConfig):
+    """Read the rewards of a file of RLHFlow as scores of the rollouts that were imported from it."""
+
+    stage: ClassVar[str] = "rlhflow-scores"
+    code_version: ClassVar[int] = 1
+
+    source: Path = input_path()
+    """The file that the rollouts came from; every row must have `rewards`."""
+    rollouts: Path = input_path()
+    """What `rlhflow-import` published."""
+    name: str = identity("reward", min_length=1)
+    """Name of the scorer."""
+    max_dropped: float = identity(0.1, ge=0, le=1)
+    """Stop when a larger share of the samples is dropped."""

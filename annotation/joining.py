@@ -1,0 +1,70 @@
+"""Rollouts and their scores, joined by (`prompt_id`, sample), one shard in memory at a time."""
+
+from collections.abc import Iterator
+
+from contracts.artifacts import Artifact
+from contracts.errors import UserError
+from contracts.jsonl import read_jsonl
+from contracts.records import Rollout, Score
+
+ScoresBySample = dict[int, Score]
+
+
+def require_made_from(rollouts: Artifact, derived: Artifact) -> None:
+    """Raise UserError unless `derived` (scores or pairs) was made from exactly these rollouts.
+
+    Ids alone would not tell: every iteration has samples 0 to K-1 of the same prompts.
+    """
+    if derived.manifest.inputs.get("rollouts") != rollouts.manifest.digest:
+        raise UserError(
+            f"{derived.path} ({derived.manifest.schema.name}) was made from other rollouts than {rollouts.path}. "
+            "Give the rollouts that it was made from, or make it again from these."
+        )
+
+
+def join(rollouts: Artifact, scores: dict[str, Artifact]) -> Iterator[tuple[Rollout, dict[str, ScoresBySample]]]:
+    """Each rollout with its scores by scorer name and sample; samples that a scorer dropped are absent there.
+
+    Raises:
+        UserError: scores of other rollouts, a score without its completion, or a prompt that occurs twice.
+    """
+    for artifact in scores.values():
+        require_made_from(rollouts, artifact)
+    seen: set[str] = set()
+    for shard in rollouts.shards:
+        columns = {name: _by_prompt(artifact, shard.name) for name, artifact in scores.items()}
+        for rollout in read_jsonl(shard, Rollout):
+            if rollout.prompt_id in seen:
+                raise UserError(
+                    f"{shard}: prompt {rollout.prompt_id} occurs twice, so its scores cannot be told apart. "
+                    "Generate with every prompt once (count no larger than the prompt set)."
+                )
+            seen.add(rollout.prompt_id)
+            found = {name: column.pop(rollout.prompt_id, {}) for name, column in columns.items()}
+            samples = {completion.sample for completion in rollout.completions}
+            for name, by_sample in found.items():
+                if extra := sorted(set(by_sample) - samples):
+                    raise UserError(_orphan(scores[name], rollout.prompt_id, extra[0], rollouts))
+            yield rollout, found
+        for name, column in columns.items():
+            for prompt_id, by_sample in column.items():
+                raise UserError(_orphan(scores[name], prompt_id, min(by_sample), rollouts))
+
+
+def _orphan(scores: Artifact, prompt_id: str, sample: int, rollouts: Artifact) -> str:
+    return (
+        f"{scores.path} scores prompt {prompt_id}, sample {sample}, which {rollouts.path} does not hold there. "
+        "Make the scores again from these rollouts."
+    )
+
+
+def _by_prompt(scores: Artifact, shard: str) -> dict[str, ScoresBySample]:
+    column: dict[str, ScoresBySample] = {}
+    if not (scores.path / shard).is_file():
+        raise UserError(f"{scores.path} has no {shard}, unlike its rollouts. Make the scores again.")
+    for score in read_jsonl(scores.path / shard, Score):
+        by_sample = column.setdefault(score.prompt_id, {})
+        if score.sample in by_sample:
+            raise UserError(f"{scores.path / shard}: prompt {score.prompt_id}, sample {score.sample} is scored twice.")
+        by_sample[score.sample] = score
+    return column

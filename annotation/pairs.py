@@ -1,0 +1,147 @@
+"""The pairs stage: scored rollouts in, preference pairs out, as JSONL and as a dataset in Parquet."""
+
+import os
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+from annotation.choice import Candidate, choose
+from annotation.config import PairsConfig
+from annotation.joining import ScoresBySample, join
+from annotation.parquet import PairsParquet
+from contracts.artifacts import Artifact
+from contracts.errors import UserError
+from contracts.fingerprint import digest
+from contracts.jsonl import encode
+from contracts.ledger import Ledger
+from contracts.records import ROLLOUTS, SCORES, Completion, Pair, Rollout
+from contracts.stage import Context, Outcome
+
+SHARD = "shard-00000.jsonl"
+DATASET = "train.parquet"
+
+
+def run(config: PairsConfig, context: Context) -> Outcome:
+    """Choose the pairs of every prompt and publish them; one shard of rollouts is in memory at a time."""
+    rollouts = Artifact.open(config.rollouts, ROLLOUTS)
+    scores = Artifact.open(config.scores, SCORES)
+    _require_several_samples(rollouts)
+    publication = context.publication
+    ledger = Ledger("pairs")
+    summary = Summary()
+    with publication.scratch(SHARD).open("wb") as jsonl, PairsParquet(publication.scratch(DATASET)) as dataset:
+        for rollout, found in join(rollouts, {"scores": scores}):
+            candidates = _candidates(config, rollout, found["scores"])
+            choice = choose(candidates, config.strategy, config.margin, config.seed, rollout.prompt_id)
+            pairs = list(_records(config, rollout, choice.pairs))
+            for pair in pairs:
+                jsonl.write(encode(pair))
+            dataset.add(pairs)
+            ledger.keep(len(pairs))
+            for reason, count in choice.dropped.items():
+                ledger.drop(reason, count)
+            summary.add(rollout, candidates, pairs)
+        jsonl.flush()
+        os.fsync(jsonl.fileno())
+    if not ledger.kept:
+        raise UserError(
+            f"no pair is left of {config.rollouts}: {ledger}. Sample more answers or at a higher temperature, lower "
+            "margin, or use a scorer that tells the answers apart."
+        )
+    ledger.stop_above(config.max_dropped, "pairs")
+    publication.commit(SHARD, ledger, rows=ledger.kept)
+    publication.commit(DATASET, Ledger("pairs"))
+    return Outcome("pairs", summary.facts(), rollouts.manifest.weights)
+
+
+def _require_several_samples(rollouts: Artifact) -> None:
+    if all(len(rollout.completions) < 2 for rollout in rollouts.rows(Rollout)):
+        raise UserError(
+            f"{rollouts.path} holds at most one completion per prompt; a pair needs two. Generate with k=2 or more."
+        )
+
+
+def _candidates(config: PairsConfig, rollout: Rollout, scores: ScoresBySample) -> list[Candidate]:
+    """The scored completions; the length penalty enters here, before anything is chosen."""
+    return [
+        Candidate(
+            completion.sample,
+            completion.response_ids,
+            scores[completion.sample].score - config.length_penalty * len(completion.response_ids),
+        )
+        for completion in rollout.completions
+        if completion.sample in scores
+    ]
+
+
+def _records(config: PairsConfig, rollout: Rollout, pairs: list[tuple[Candidate, Candidate]]) -> Iterator[Pair]:
+    completions = {completion.sample: completion for completion in rollout.completions}
+    prompt = next((message.content for message in reversed(rollout.messages) if message.role == "user"), "")
+    for better, worse in pairs:
+        chosen, rejected = completions[better.sample], completions[worse.sample]
+        yield Pair(
+            pair_id=digest([rollout.prompt_id, rollout.iteration, chosen.sample, rejected.sample])[:16],
+            prompt_id=rollout.prompt_id,
+            prompt=prompt,
+            prompt_ids=rollout.prompt_ids,
+            chosen_ids=chosen.response_ids,
+            rejected_ids=rejected.response_ids,
+            chosen=chosen.text,
+            rejected=rejected.text,
+            chosen_sample=chosen.sample,
+            rejected_sample=rejected.sample,
+            chosen_finish_reason=chosen.finish_reason,
+            rejected_finish_reason=rejected.finish_reason,
+            chosen_score=better.score,
+            rejected_score=worse.score,
+            margin=better.score - worse.score,
+            strategy=config.strategy,
+            iteration=rollout.iteration,
+        )
+
+
+class Summary:
+    """What the report says of the pairs: margins, lengths, truncation, and whether the reward grows with length."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, list[float]] = {
+            name: [] for name in ("margin", "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens")
+        }
+        self._scores: list[float] = []
+        self._lengths: list[float] = []
+        self._samples = 0
+        self._truncated = 0
+
+    def add(self, rollout: Rollout, candidates: list[Candidate], pairs: list[Pair]) -> None:
+        """Count one prompt."""
+        self._samples += len(rollout.completions)
+        self._truncated += sum(map(_is_truncated, rollout.completions))
+        self._scores += [candidate.score for candidate in candidates]
+        self._lengths += [float(len(candidate.response_ids)) for candidate in candidates]
+        for pair in pairs:
+            self._pairs["margin"].append(pair.margin)
+            self._pairs["chosen_score"].append(pair.chosen_score)
+            self._pairs["rejected_score"].append(pair.rejected_score)
+            self._pairs["chosen_tokens"].append(float(len(pair.chosen_ids)))
+            self._pairs["rejected_tokens"].append(float(len(pair.rejected_ids)))
+
+    def facts(self) -> dict[str, Any]:
+        """Means over the pairs; shares and the correlation over all completions.
+
+        `reward_length_correlation` is Pearson's, between the score that selects and the length in tokens of all
+        scored completions; None where one of them is constant.
+        """
+        correlation = None
+        if len(set(self._scores)) > 1 and len(set(self._lengths)) > 1:
+            correlation = statistics.correlation(self._scores, self._lengths)
+        return {
+            **{f"{name}_mean": statistics.fmean(values) for name, values in self._pairs.items()},
+            "reward_length_correlation": correlation,
+            "truncation_rate": self._truncated / self._samples,
+            "samples": self._samples,
+            "unscored": self._samples - len(self._scores),
+        }
+
+
+def _is_truncated(completion: Completion) -> bool:
+    return completion.finish_reason == "length"

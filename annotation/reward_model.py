@@ -1,0 +1,58 @@
+"""The scorer kind `reward_model`: a Bradley-Terry model, read at the last token of the conversation."""
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from annotation.batching import batches
+from annotation.chat import ChatTokenizer
+from annotation.config import ScoreConfig
+from annotation.loading import load_model, pad_right
+from annotation.samples import Sample
+from contracts.errors import UserError
+from contracts.records import Message, Score
+
+
+class RewardModel:
+    """Scores conversations built by the reward model's own chat template."""
+
+    def __init__(self, config: ScoreConfig, longest: int | None) -> None:
+        assert config.model is not None
+        self.budget = config.batch_tokens
+        self.longest = longest
+        self.chat = ChatTokenizer(config.model)
+        self.model = load_model(config, AutoModelForSequenceClassification)
+
+    def __call__(self, samples: list[Sample]) -> list[Score | str]:
+        """One score per sample; "too_long" where the conversation exceeds the limit."""
+        sequences = [self._token_ids(sample) for sample in samples]
+        results: list[Score | str] = ["too_long"] * len(samples)
+        fitting = [index for index, ids in enumerate(sequences) if self.longest is None or len(ids) <= self.longest]
+        for batch in batches([len(sequences[index]) for index in fitting], self.budget):
+            indices = [fitting[position] for position in batch]
+            rewards = self._forward([sequences[index] for index in indices])
+            for index, reward in zip(indices, rewards, strict=True):
+                results[index] = samples[index].scored(reward)
+        return results
+
+    def _token_ids(self, sample: Sample) -> list[int]:
+        answer = Message("assistant", sample.completion.text)
+        try:
+            return self.chat.conversation([*sample.rollout.messages, answer])
+        except UserError as error:
+            raise UserError(f"{sample}: {error}") from error
+
+    @torch.inference_mode()
+    def _forward(self, sequences: list[list[int]]) -> list[float]:
+        """Rewards of one batch.
+
+        The classification heads of transformers read the right-most token that differs from `pad_token_id`. Where the
+        padding is the end-of-turn token, that is the last token but one. Padding with a token that ends none of these
+        sequences, and saying so, makes it the last real token, whatever the tokenizer's padding is.
+        """
+        last = {sequence[-1] for sequence in sequences}
+        pad = next(token for token in range(len(last) + 1) if token not in last)
+        self.model.config.get_text_config().pad_token_id = pad
+        input_ids_BT, mask_BT = pad_right(sequences, pad, self.model.device)
+        rewards_B1 = self.model(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).logits
+        rewards: list[float] = rewards_B1[:, 0].float().tolist()
+        return rewards

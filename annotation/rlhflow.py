@@ -1,0 +1,187 @@
+"""Exchange with RLHFlow: `{"prompt": [messages], "responses": [texts], "rewards": [numbers]}`.
+
+Its files hold text only. An import tokenizes each prompt by the chat template once and each response once, and ends
+every response with EOS and finish_reason "stop": the files do not say which answers were truncated. What else they do
+not say is recorded as unknown: log-probabilities, sampling parameters, seeds, the policy.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from annotation.config import RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig
+from annotation.joining import join
+from contracts.artifacts import Artifact
+from contracts.errors import UserError
+from contracts.jsonl import read_jsonl, write_jsonl
+from contracts.ledger import Ledger, merge
+from contracts.prompts import prompt_id
+from contracts.records import ROLLOUTS, SCORES, Completion, Message, Rollout, Schema, Score
+from contracts.stage import Context, Outcome
+
+RLHFLOW = Schema("rlhflow", 1)
+FILE = "rlhflow.jsonl"
+IMPORTED = "imported"
+
+
+class Row(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One prompt with its answers; other keys of the file are of no use here and are passed over."""
+
+    prompt: tuple[Message, ...] | str
+    responses: tuple[str, ...]
+    rewards: tuple[float | None, ...] | None = None
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The prompt as a conversation."""
+        return (Message("user", self.prompt),) if isinstance(self.prompt, str) else self.prompt
+
+
+class Instances(msgspec.Struct, frozen=True):
+    """RLHFlow's (LMFlow's) JSON file."""
+
+    instances: tuple[Row, ...]
+
+
+def read_rows(source: Path) -> list[Row]:
+    """All rows of a file in either format, told apart by content: RLHFlow names its JSONL files .json as well.
+
+    Raises:
+        UserError: the file is missing or empty, or a row is not in the format.
+    """
+    if not source.is_file():
+        raise UserError(f"source {source} is not a file. Give the .json or .jsonl file that RLHFlow wrote.")
+    try:
+        whole = msgspec.json.decode(source.read_bytes())
+    except msgspec.DecodeError:
+        whole = None
+    if isinstance(whole, dict) and "instances" in whole:
+        try:
+            rows = list(msgspec.convert(whole, Instances).instances)
+        except msgspec.ValidationError as error:
+            raise UserError(f"{source}: {error}. Each instance needs `prompt` and `responses`.") from error
+    else:
+        rows = list(read_jsonl(source, Row))
+    if not rows:
+        raise UserError(f"{source} holds no rows.")
+    for number, row in enumerate(rows, 1):
+        if row.rewards is not None and len(row.rewards) != len(row.responses):
+            raise UserError(
+                f"{source}, row {number}: {len(row.rewards)} rewards for {len(row.responses)} responses. "
+                "Give one reward for each response."
+            )
+    return rows
+
+
+def run_export(config: RlhflowExportConfig, context: Context) -> Outcome:
+    """Publish `rlhflow.jsonl`."""
+    rollouts = Artifact.open(config.rollouts, ROLLOUTS)
+    scores = {} if config.scores is None else {"rewards": Artifact.open(config.scores, SCORES)}
+    ledger = Ledger("samples")
+
+    def rows() -> Iterator[Row]:
+        for rollout, found in join(rollouts, scores):
+            rewards = found.get("rewards")
+            kept = [sample for sample in rollout.completions if rewards is None or sample.sample in rewards]
+            ledger.keep(len(kept))
+            ledger.drop("unscored", len(rollout.completions) - len(kept))
+            if kept:
+                texts = tuple(sample.text for sample in kept)
+                values = None if rewards is None else tuple(rewards[sample.sample].score for sample in kept)
+                yield Row(rollout.messages, texts, values)
+
+    count = write_jsonl(context.publication.scratch(FILE), rows())
+    context.publication.commit(FILE, ledger, rows=count)
+    return Outcome("samples", weights=rollouts.manifest.weights)
+
+
+def run_import(config: RlhflowImportConfig, context: Context) -> Outcome:
+    """Publish the file's answers as rollouts."""
+    rows = read_rows(config.source)
+    if not (config.tokenizer / "tokenizer_config.json").is_file():
+        raise UserError(f"{config.tokenizer} holds no tokenizer (tokenizer_config.json). Name a model's directory.")
+    from annotation.chat import ChatTokenizer
+
+    chat = ChatTokenizer(config.tokenizer)
+    if chat.tokenizer.chat_template is None or chat.tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {config.tokenizer} needs a chat template for the prompts and an EOS token to end the "
+            "answers with. Use that of an instruction-tuned model."
+        )
+    seen: set[str] = set()
+    for start in range(0, len(rows), config.shard_size):
+        ledger = Ledger("samples")
+        rollouts = []
+        for row in rows[start : start + config.shard_size]:
+            key = prompt_id(row.messages)
+            if key in seen:
+                ledger.drop("duplicate_prompt", len(row.responses))
+                continue
+            seen.add(key)
+            ledger.keep(len(row.responses))
+            rollouts.append(_rollout(config, chat, key, row))
+        name = f"shard-{start // config.shard_size:05d}.jsonl"
+        context.publication.write_rows(name, rollouts, ledger)
+    total = merge((receipt.ledger for receipt in context.publication.receipts().values()), "samples")
+    total.stop_above(config.max_dropped, f"import of {config.source}")
+    return Outcome("samples")
+
+
+def _rollout(config: RlhflowImportConfig, chat: Any, key: str, row: Row) -> Rollout:
+    completions = tuple(
+        Completion(
+            sample=sample,
+            response_ids=(*chat.tokenizer(text, add_special_tokens=False).input_ids, chat.tokenizer.eos_token_id),
+            text=text,
+            finish_reason="stop",
+            logprobs=(),
+            seed=None,
+            sampling=None,
+        )
+        for sample, text in enumerate(row.responses)
+    )
+    return Rollout(
+        prompt_id=key,
+        messages=row.messages,
+        prompt_ids=tuple(chat.conversation(row.messages, for_answer=True)),
+        completions=completions,
+        policy=IMPORTED,
+        iteration=config.iteration,
+        logprob_mode="raw",
+    )
+
+
+def run_scores(config: RlhflowScoresConfig, context: Context) -> Outcome:
+    """Publish the file's rewards, one shard for each shard of rollouts."""
+    rollouts = Artifact.open(config.rollouts, ROLLOUTS)
+    rows: dict[str, Row] = {}
+    for number, row in enumerate(read_rows(config.source), 1):
+        if row.rewards is None:
+            raise UserError(f"{config.source}, row {number} has no rewards. Score the rollouts by `annotation score`.")
+        rows.setdefault(prompt_id(row.messages), row)
+    for shard in rollouts.shards:
+        ledger = Ledger("samples")
+        scores = [score for rollout in read_jsonl(shard, Rollout) for score in _scores(config, rows, rollout, ledger)]
+        context.publication.write_rows(shard.name, scores, ledger)
+    total = merge((receipt.ledger for receipt in context.publication.receipts().values()), "samples")
+    total.stop_above(config.max_dropped, f"rewards of {config.source}")
+    return Outcome("samples", {"scorer": config.name, "kind": IMPORTED})
+
+
+def _scores(config: RlhflowScoresConfig, rows: dict[str, Row], rollout: Rollout, ledger: Ledger) -> Iterator[Score]:
+    row = rows.get(rollout.prompt_id)
+    texts = tuple(completion.text for completion in rollout.completions)
+    if row is None or row.responses != texts:
+        raise UserError(
+            f"{config.source} does not hold the answers of prompt {rollout.prompt_id} in {config.rollouts}. "
+            "Give the file that these rollouts were imported from."
+        )
+    for completion, reward in zip(rollout.completions, row.rewards or (), strict=True):
+        if reward is None or not math.isfinite(reward):
+            ledger.drop("unscored")
+        else:
+            ledger.keep()
+            yield Score(rollout.prompt_id, completion.sample, reward)

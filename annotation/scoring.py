@@ -1,0 +1,149 @@
+"""The score stage: every completion, one scorer, one shard of scores for each shard of rollouts."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from annotation.config import ScoreConfig
+from annotation.joining import require_made_from
+from annotation.samples import Sample, Scorer
+from contracts.artifacts import Artifact
+from contracts.errors import UserError
+from contracts.fingerprint import weights_fingerprint
+from contracts.jsonl import read_jsonl
+from contracts.ledger import Ledger, merge
+from contracts.models import ModelInfo
+from contracts.records import PAIRS, ROLLOUTS, Pair, Rollout, Score
+from contracts.stage import Context, Outcome
+from contracts.workers import is_worker, share_shards
+
+
+def run(config: ScoreConfig, context: Context) -> Outcome:
+    """Score the rollouts shard by shard; shards are shared among replicas and survive a kill."""
+    rollouts = Artifact.open(config.rollouts, ROLLOUTS)
+    wanted = _samples_in_pairs(config, rollouts)
+    open_scorer = _opener(config)
+
+    def open_worker() -> Callable[[str], None]:
+        start = time.perf_counter()
+        seconds = {"load": 0.0}
+        scorer = open_scorer()
+        seconds["load"] = time.perf_counter() - start
+
+        def make(name: str) -> None:
+            start = time.perf_counter()
+            samples = _read_samples(rollouts, name, wanted)
+            scores, ledger = _judge(config, scorer, samples)
+            seconds["compute"] = time.perf_counter() - start
+            facts = {"sum": math.fsum(score.score for score in scores)}
+            context.publication.write_rows(name, scores, ledger, seconds=dict(seconds), facts=facts)
+            seconds["load"] = 0.0
+
+        return make
+
+    largest_first = sorted(rollouts.shards, key=lambda shard: (-shard.stat().st_size, shard.name))
+    shards = [shard.name for shard in largest_first]
+    share_shards(context, shards, open_worker, replicas=config.replicas, devices=_devices(config))
+    return _outcome(config, context) if context.rank == 0 else Outcome("samples")
+
+
+def _samples_in_pairs(config: ScoreConfig, rollouts: Artifact) -> set[tuple[str, int]] | None:
+    """The (prompt_id, sample) keys that occur in the pairs, or None for "all"."""
+    if config.pairs is None:
+        return None
+    pairs = Artifact.open(config.pairs, PAIRS)
+    require_made_from(rollouts, pairs)
+    keys: set[tuple[str, int]] = set()
+    for pair in pairs.rows(Pair):
+        keys |= {(pair.prompt_id, pair.chosen_sample), (pair.prompt_id, pair.rejected_sample)}
+    return keys
+
+
+def _opener(config: ScoreConfig) -> Callable[[], Scorer]:
+    """Check all that can be checked without loading a model, and return what opens the scorer.
+
+    The kinds are imported late: a rule must start without torch.
+    """
+    if config.kind == "rule":
+        from annotation.rule import open_rule
+
+        return lambda: open_rule(config)
+    assert config.model is not None
+    info = ModelInfo.read(config.model)
+    if config.kind == "reward_model":
+        info.require_one_label()
+        info.require_chat_template()
+    else:
+        info.require_causal()
+    if config.max_length is not None:
+        info.require_length(config.max_length, "max_length")
+    longest = config.max_length or info.context_length
+    if config.kind == "reward_model":
+
+        def open_reward_model() -> Scorer:
+            from annotation.reward_model import RewardModel
+
+            return RewardModel(config, longest)
+
+        return open_reward_model
+
+    def open_logprobs() -> Scorer:
+        from annotation.logprobs import LogprobModel
+
+        return LogprobModel(config, longest)
+
+    return open_logprobs
+
+
+def _devices(config: ScoreConfig) -> int:
+    """Accelerators per replica."""
+    if config.kind == "rule" or config.replicas == 1 or is_worker():
+        return 0
+    from annotation.loading import accelerators
+
+    available = accelerators()
+    if available and config.replicas > available:
+        raise UserError(f"replicas={config.replicas}, but only {available} devices are visible. Lower replicas.")
+    return 1 if available else 0
+
+
+def _read_samples(rollouts: Artifact, shard: str, wanted: set[tuple[str, int]] | None) -> list[Sample]:
+    return [
+        Sample(rollout, completion)
+        for rollout in read_jsonl(rollouts.path / shard, Rollout)
+        for completion in rollout.completions
+        if wanted is None or (rollout.prompt_id, completion.sample) in wanted
+    ]
+
+
+def _judge(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -> tuple[list[Score], Ledger]:
+    """Scores of the samples that could be judged, and the count of the others by reason."""
+    ledger = Ledger("samples")
+    scores: list[Score] = []
+    for sample, score in zip(samples, scorer(samples), strict=True):
+        if isinstance(score, str):
+            ledger.drop(score)
+            continue
+        if not math.isfinite(score.score):
+            raise UserError(
+                f"scorer {config.name!r} ({config.function or config.model}) gave {score.score} for {sample}. A score "
+                "must be a finite number: mend the function or the model, or try dtype=float32."
+            )
+        if config.missing_eos_penalty and sample.completion.finish_reason == "length":
+            score = msgspec.structs.replace(score, score=score.score - config.missing_eos_penalty)
+        ledger.keep()
+        scores.append(score)
+    return scores, ledger
+
+
+def _outcome(config: ScoreConfig, context: Context) -> Outcome:
+    receipts = context.publication.receipts().values()
+    ledger = merge((receipt.ledger for receipt in receipts), "samples")
+    ledger.stop_above(config.max_dropped, f"scorer {config.name!r}")
+    facts: dict[str, Any] = {"scorer": config.name, "kind": config.kind, "score_mean": None}
+    if ledger.kept:
+        facts["score_mean"] = math.fsum(receipt.facts["sum"] for receipt in receipts) / ledger.kept
+    return Outcome("samples", facts, weights_fingerprint(config.model) if config.model else None)

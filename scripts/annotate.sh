@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Scores, pairs, evaluations, and exchange with RLHFlow: one stage of `python -m annotation`.
+#
+#   bash scripts/annotate.sh score rollouts=DIR kind=reward_model model=DIR output=DIR
+#   bash scripts/annotate.sh pairs rollouts=DIR scores=DIR output=DIR
+#   bash scripts/annotate.sh evaluate rollouts=DIR scores.reward=DIR output=DIR
+#   bash scripts/annotate.sh --help
+#
+# PYTHON names the interpreter of the annotation environment; `python` by default.
+set -euo pipefail
+exec "${PYTHON:-python}" -m annotation "$@"
