@@ -200,7 +200,7 @@ def _parse(commands: dict[str, Command], package: str, argv: list[str]) -> tuple
         parser.add_argument("stage", choices=sorted(commands))
     parser.add_argument("--config", type=Path, help="YAML file with the stage's keys")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys set or changed on the command line")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     command = commands[only or options.stage]
     data = apply_overrides(read_yaml(options.config) if options.config else {}, options.overrides)
     source = str(options.config) if options.config else f"python -m {package}"

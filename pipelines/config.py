@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from pydantic import create_model, model_validator
 
@@ -27,22 +27,32 @@ def _section(stage: type[StageConfig], *owned: str) -> Any:
     return create_model(name, __base__=Section, __doc__=stage.__doc__, **fields)
 
 
-WorldSection = _section(WorldConfig)
-PromptSourceSection = _section(PromptsConfig, "exclude")
-GenerationSection = _section(GenerationConfig, "policy", "prompts", "start", "count")
-ScorerSection = _section(ScoreConfig, "rollouts", "pairs", "name")
-PairsSection = _section(PairsConfig, "rollouts", "scores")
-SftSection = _section(SftConfig, "model")
-RewardSection = _section(RewardConfig, "model", "pairs")
-DpoSection = _section(DpoConfig, "model", "pairs", "reference")
+if TYPE_CHECKING:  # made at run time below, which a type checker cannot follow
+    WorldSection: TypeAlias = Any
+    PromptSourceSection: TypeAlias = Any
+    GenerationSection: TypeAlias = Any
+    ScorerSection: TypeAlias = Any
+    PairsSection: TypeAlias = Any
+    SftSection: TypeAlias = Any
+    RewardSection: TypeAlias = Any
+    DpoSection: TypeAlias = Any
+else:
+    WorldSection = _section(WorldConfig)
+    PromptSourceSection = _section(PromptsConfig, "exclude")
+    GenerationSection = _section(GenerationConfig, "policy", "prompts", "start", "count")
+    ScorerSection = _section(ScoreConfig, "rollouts", "pairs", "name")
+    PairsSection = _section(PairsConfig, "rollouts", "scores")
+    SftSection = _section(SftConfig, "model")
+    RewardSection = _section(RewardConfig, "model", "pairs")
+    DpoSection = _section(DpoConfig, "model", "pairs", "reference")
 
 
 class PromptsSection(Section):
     """Where the prompts come from. No stage trains on the held-out ones."""
 
-    train: PromptSourceSection = identity()  # type: ignore[valid-type]
+    train: PromptSourceSection = identity()
     """Prompts to learn from."""
-    heldout: PromptSourceSection = identity()  # type: ignore[valid-type]
+    heldout: PromptSourceSection = identity()
     """Prompts to judge by."""
     per_iteration: int | None = identity(None, ge=1)
     """Prompts per iteration, taken in turn from the training prompts; all of them by default."""
@@ -51,15 +61,15 @@ class PromptsSection(Section):
 class RewardModelSection(Section):
     """Train the reward model first, on answers of the initial policy that another scorer labels."""
 
-    prompts: PromptSourceSection = identity()  # type: ignore[valid-type]
+    prompts: PromptSourceSection = identity()
     """Prompts whose answers are compared."""
     label: str = identity("gold")
     """Scorer that says which answer is better."""
-    generation: GenerationSection = identity({})  # type: ignore[valid-type]
+    generation: GenerationSection = identity({})
     """How the answers are sampled; keys that are not set are those of the section `generation`."""
-    pairs: PairsSection = identity({})  # type: ignore[valid-type]
+    pairs: PairsSection = identity({})
     """How the pairs are chosen."""
-    training: RewardSection = identity({})  # type: ignore[valid-type]
+    training: RewardSection = identity({})
     """How the reward model is trained."""
 
 
@@ -98,11 +108,11 @@ class RunConfig(Section):
     policy: str = identity()
     """The policy to start from: a directory, hf:ORG/NAME[@REVISION], or world:model."""
     prompts: PromptsSection = identity()
-    generation: GenerationSection = identity({})  # type: ignore[valid-type]
-    scorers: dict[str, ScorerSection] = identity()  # type: ignore[valid-type]
+    generation: GenerationSection = identity({})
+    scorers: dict[str, ScorerSection] = identity()
     """Scorers by name. `reward` labels the pairs; `gold`, where there is one, only judges; others are reported."""
-    pairs: PairsSection = identity({})  # type: ignore[valid-type]
-    training: DpoSection = identity({})  # type: ignore[valid-type]
+    pairs: PairsSection = identity({})
+    training: DpoSection = identity({})
     reference: Literal["initial", "previous", "ema"] = identity("initial")
     """What the training is regularised towards: the initial policy, the one that sampled this iteration, or an
     exponential moving average of all policies so far."""
@@ -112,11 +122,11 @@ class RunConfig(Section):
     """Where the training of an iteration starts: at the last policy (warm start), or at the initial one."""
     accumulate: bool = identity(False)
     """Train on the pairs of all iterations so far, not only of this one."""
-    evaluation: GenerationSection = identity({})  # type: ignore[valid-type]
+    evaluation: GenerationSection = identity({})
     """How held-out answers are sampled; keys that are not set are those of the section `generation`."""
-    world: WorldSection | None = identity(None)  # type: ignore[valid-type]
+    world: WorldSection | None = identity(None)
     """Make the embedded world (data and an untrained model) first; refer to its files as world:NAME."""
-    sft: SftSection | None = identity(None)  # type: ignore[valid-type]
+    sft: SftSection | None = identity(None)
     """Fine-tune `policy` on demonstrations first; the result is the initial policy."""
     reward_model: RewardModelSection | None = identity(None)
     """Train the model of the scorer `reward` first."""

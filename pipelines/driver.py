@@ -51,6 +51,7 @@ class Driver:
     def __init__(self, run: RunDirectory, graph: Graph, config: RunConfig, display: Display) -> None:
         self.run = run
         self.graph = graph
+        self.order = graph.by_urgency()
         self.config = config
         self.display = display
         self.executor = make_executor(config.executor.kind)
@@ -80,8 +81,8 @@ class Driver:
         return self.ran
 
     def start_ready(self) -> None:
-        """Reuse or start the stages whose inputs are published, in the order of the graph, as many as may run."""
-        for node in self.graph.nodes.values():
+        """Reuse or start the stages whose inputs are published, the most urgent first, as many as may run."""
+        for node in self.order:
             if node.name in self.published or node.name in self.running:
                 continue
             if not self.published.issuperset(node.needs):

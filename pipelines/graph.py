@@ -44,7 +44,7 @@ class Graph:
         self.nodes: dict[str, Node] = {}
 
     def add(
-        self, name: str, kind: type[StageConfig], command: str, section: dict[str, Any] | None = None, **fields: Any
+        self, name: str, kind: type[StageConfig], command: str, section: dict[str, Any] | None = None, /, **fields: Any
     ) -> Path:
         """Add a stage and return the path of its output, to be given to the stages that read it.
 
@@ -73,6 +73,14 @@ class Graph:
             if candidate.as_posix() in self.nodes:
                 return candidate.as_posix()
         return None
+
+    def by_urgency(self) -> list[Node]:
+        """The stages, those first that the longest chain of others waits for: training before evaluation."""
+        chain = dict.fromkeys(self.nodes, 0)
+        for node in reversed(self.nodes.values()):
+            for needed in node.needs:
+                chain[needed] = max(chain[needed], chain[node.name] + 1)
+        return sorted(self.nodes.values(), key=lambda node: -chain[node.name])
 
 
 ENVIRONMENTS = {

@@ -65,7 +65,7 @@ class Recipe:
         )
         if config.reference == "ema":
             mean = {"average": self.average, "model": trained, "decay": config.ema_decay}
-            self.average = self.graph.add(f"{here}/ema", EmaConfig, "training ema", **mean)
+            self.average = self.graph.add(f"{here}/ema", EmaConfig, "training ema", mean)
         return trained
 
     def evaluate(self, iteration: int, policy: Path) -> Path:
@@ -163,7 +163,7 @@ class Recipe:
     def log_probabilities(self, name: str, rollouts: Path, model: Path, pairs: Path | None = None) -> Path:
         """Log-probabilities of rollouts under a model; only of the completions in `pairs`, if given."""
         fields = {"kind": "logprobs", "name": "reference", "model": model, "rollouts": rollouts, "pairs": pairs}
-        return self.graph.add(name, ScoreConfig, "annotation score", **fields)
+        return self.graph.add(name, ScoreConfig, "annotation score", fields)
 
     def choose(self, name: str, rollouts: Path, scores: Path, section: Any, iteration: int) -> Path:
         """Choose preference pairs."""

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments[:1] == ["env"]:
             return env_main(arguments[1:])
-        options = make_parser().parse_args(arguments)
+        options = parse(arguments)
         return int(options.command(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -45,6 +45,18 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line; key=value items may stand before and after options."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [item for item in rest if item.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="pipeline", description="Iterative online RLHF.")
@@ -52,9 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a configuration, or continue it")
     run.add_argument("config", type=Path, help="the run's YAML file")
-    run.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="keys set on the command line: training.beta=0.2"
-    )
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like training.beta=0.2")
     run.add_argument("--iters", type=int, default=None, help="iterations to have in the end")
     run.add_argument("--dry-run", action="store_true", help="say what would be reused or run, and why; start nothing")
     run.set_defaults(command=run_command)

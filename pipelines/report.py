@@ -67,7 +67,7 @@ def is_further_scorer(name: str) -> bool:
 
 
 def _number(value: Any) -> str:
-    return "–" if value is None else f"{float(value):.3f}"
+    return "-" if value is None else f"{float(value):.3f}"
 
 
 def _relative(path: Path) -> Path:

@@ -1,0 +1,83 @@
+"""A user's mistakes in a run's config: one clear message, exit code 2, nothing left behind."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.config import load_run_config
+from pipelines.main import main
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command, which must fail by the user's mistake, and return its message."""
+    assert main(list(arguments)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("training.bta=0.2", "unknown key 'training.bta'. Did you mean 'training.beta'?"),
+        ("trainig.beta=0.2", "unknown key 'trainig'. Did you mean 'training'?"),
+        ("training.beta=much", "'training.beta' is 'much'"),
+        ("training.beta=-1", "'training.beta' is -1"),
+        ("generation.k=1", "generation.k is 1; pairs need at least 2"),
+        ("generation.temperatures=[1.0, 0.7, 0.5]", "k=4 cannot be divided equally"),
+        ("scorers={gold: {kind: rule}}", "scorers must hold `reward`"),
+        ("scorers.gold.kind=magic", "'scorers.gold.kind' is 'magic'"),
+        ("scorers.gold.function=embedded.nowhere:score", "embedded.nowhere"),
+        ("reward_model.label=silver", "reward_model.label is 'silver'"),
+        ("reference=next", "'reference' is 'next'"),
+        ("name=../escape", "'name' is '../escape'"),
+        ("world=null", "there is no section `world`"),
+        ("policy=models/nowhere", "models/nowhere does not exist"),
+        ("prompts.train.source=nowhere.jsonl", "nowhere.jsonl does not exist"),
+        ("executor.kind=cloud", "'executor.kind' is 'cloud'"),
+        ("seed=-1", "'seed' is -1"),
+        ("=1", "cannot read the override"),
+        ("generation.k", "cannot read the override"),
+        ("name.first=x", "cannot set 'name.first'"),
+    ],
+)
+def test_a_mistake_is_named_and_nothing_is_started(
+    smallest: Path, capsys: pytest.CaptureFixture[str], override: str, complaint: str
+) -> None:
+    assert complaint in fails(capsys, "run", str(smallest), override)
+    assert not (smallest.parent / "runs").exists()
+
+
+def test_missing_and_broken_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "does not exist" in fails(capsys, "run", str(tmp_path / "nothing.yaml"))
+    (tmp_path / "broken.yaml").write_text("name: [x\n")
+    assert "broken.yaml, line 2: not valid YAML" in fails(capsys, "run", str(tmp_path / "broken.yaml"))
+    assert "is not the directory of a run" in fails(capsys, "status", str(tmp_path))
+
+
+def test_a_directory_of_something_else_is_refused(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    precious = smallest.parent / "runs" / "smallest" / "thesis.tex"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("...")
+    assert "was not made by a run of Ratchet" in fails(capsys, "run", str(smallest))
+    assert [path.name for path in precious.parent.iterdir()] == ["thesis.tex"]
+
+
+def test_a_policy_that_is_no_model(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (smallest.parent / "empty").mkdir()
+    assert "is not a model" in fails(capsys, "run", str(smallest), f"policy={smallest.parent / 'empty'}")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "smollm2"])
+def test_the_recipes_are_valid(root: Path, name: str) -> None:
+    config = load_run_config(root / "configs" / f"{name}.yaml", [])
+    assert config.name == name
+
+
+def test_the_resolved_config_reads_as_itself(smallest: Path) -> None:
+    config = load_run_config(smallest, ["training.beta=0.3"])
+    resolved = smallest.parent / "resolved.yaml"
+    resolved.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    assert load_run_config(resolved, []) == config
