@@ -38,11 +38,12 @@ class ModelInfo(msgspec.Struct, frozen=True):
             tokenizer_config.is_file() and bool(_read_json(tokenizer_config).get("chat_template"))
         )
         text_config = config.get("text_config", config)
-        return cls(path, architecture, text_config.get("max_position_embeddings"), labels, template)
+        context = text_config.get("max_position_embeddings", text_config.get("n_positions"))
+        return cls(path, architecture, context, labels, template)
 
     def require_causal(self) -> None:
         """Raise UserError unless this is a causal language model."""
-        if not self.architecture.endswith(("ForCausalLM", "ForConditionalGeneration")):
+        if not self.architecture.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
             raise UserError(
                 f"{self.path} is a {self.architecture}; a policy must be a causal language model (…ForCausalLM)."
             )

@@ -61,12 +61,17 @@ def _missing(publication: Publication, shards: list[str]) -> list[str]:
     return [name for name in shards if name not in finished]
 
 
+def _published(publication: Publication) -> bool:
+    """Whether receipts are missing because rank 0 has found all of them and is publishing."""
+    return publication.complete or publication.target.exists()
+
+
 def _work(context: Context, shards: list[str], open_worker: Callable[[], Callable[[str], None]]) -> None:
     make: Callable[[str], None] | None = None
     for name in shards:
         try:
             with _claim(context.publication, name) as mine:
-                if mine and name in _missing(context.publication, [name]):
+                if mine and name in _missing(context.publication, [name]) and not _published(context.publication):
                     make = make or open_worker()
                     make(name)
         except FileNotFoundError:
@@ -122,10 +127,13 @@ def _meet(context: Context) -> None:
     """Under a launcher: wait until rank 0 has cleared what a crash left, before writing anything."""
     if is_worker():  # the starting process cleared already
         return
-    mark = context.publication.state / f"begun-{os.getppid()}"
+    publication = context.publication
+    mark = f"begun-{os.getppid()}"
     if context.rank == 0:
-        mark.touch()
-    _wait(mark.exists, "rank 0 to begin", 300)
+        (publication.state / mark).touch()
+    else:  # rank 0 may not have made the directory yet, or have finished and renamed it already
+        begun = publication.directory / "state" / mark
+        _wait(lambda: begun.exists() or publication.target.exists(), "rank 0 to begin", 300)
 
 
 def _wait_for_all(context: Context, shards: list[str]) -> None:
