@@ -55,7 +55,8 @@ class RunDirectory:
                 )
         record = {"config": origin, "iterations": iterations}
         write_atomically(marker, json.dumps(record).encode())
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        resolved = {**config.model_dump(mode="json"), "directory": str(self.path.parent)}
+        text = yaml.safe_dump(resolved, sort_keys=False)
         write_atomically(self.path / "config.resolved.yaml", text.encode())
 
     def _take_lock(self) -> None:

@@ -31,6 +31,12 @@ SMALLEST: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="session")
+def smallest_text() -> str:
+    """The smallest run's YAML."""
+    return yaml.safe_dump(SMALLEST)
+
+
 @pytest.fixture
 def smallest(tmp_path: Path) -> Path:
     """Config file of the smallest run, whose directory is beside it."""
