@@ -11,13 +11,13 @@ import time
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere nothing happens).
+def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
+    """Ask the kernel to send this process the signal `number` when its parent dies (Linux; elsewhere: nothing).
 
     `parent`: the expected parent's pid; if it is gone already, exit at once.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
         if parent is not None and os.getppid() != parent:
             os._exit(1)
 

@@ -7,6 +7,9 @@ from pydantic import model_validator
 
 from contracts.config import StageConfig, identity, input_path, runtime
 
+MINIMUM_TEMPERATURE = 0.01
+"""vLLM silently raises what lies between 0 and this."""
+
 
 class GenerationConfig(StageConfig):
     """Sample K answers per prompt with the current policy."""
@@ -24,10 +27,11 @@ class GenerationConfig(StageConfig):
     """Number of prompts to use; all by default."""
     iteration: int = identity(0, ge=0)
     """Iteration that the rollouts belong to; recorded and part of every seed."""
-    k: int = identity(4, ge=1)
+    k: int = identity(4, ge=1, le=65536)
     """Answers per prompt."""
     temperatures: list[float] = identity([1.0], min_length=1)
-    """Sampling temperatures; K is divided among them in equal parts, in order. 0 is greedy."""
+    """Sampling temperatures; K is divided among them in equal parts, in order. 0 is greedy: one answer,
+    whose log-probabilities are the model's own in either logprob_mode."""
     top_p: float = identity(1.0, gt=0, le=1)
     """Nucleus sampling: smallest set of tokens with at least this probability."""
     top_k: int = identity(0, ge=0)
@@ -55,13 +59,15 @@ class GenerationConfig(StageConfig):
     replicas: int = runtime(1, ge=1)
     """Data-parallel copies of the engine; they share the shards dynamically."""
     servers: int = runtime(0, ge=0)
-    """OpenAI-compatible vLLM servers to start instead of in-process engines; 0: in-process."""
+    """OpenAI-compatible vLLM servers to start instead of in-process engines; 0: in-process. A server batches requests
+    as they arrive, so the last bits of its log-probabilities can differ from one run to the next."""
     startup_seconds: float = runtime(600.0, gt=0)
     """How long a server may take until it is healthy."""
     memory_utilization: float = runtime(0.9, gt=0, le=1)
     """Share of a GPU's memory for the engine."""
     kv_cache_mib: int | None = runtime(None, ge=1)
-    """Size of the KV cache; on a GPU by default what memory_utilization leaves, on a CPU 256 MiB."""
+    """Size of the KV cache; on a GPU by default what memory_utilization leaves, on a CPU enough for max_num_seqs
+    sequences (at most 4 GiB). Less makes the engine evict sequences and compute them again."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -70,8 +76,13 @@ class GenerationConfig(StageConfig):
                 f"k={self.k} cannot be divided equally among the {len(self.temperatures)} temperatures "
                 f"{self.temperatures}. Make k a multiple of their number."
             )
-        if min(self.temperatures) < 0:
-            raise ValueError(f"temperatures {self.temperatures} must not be negative.")
+        if any(temperature != 0 and temperature < MINIMUM_TEMPERATURE for temperature in self.temperatures):
+            raise ValueError(f"temperatures {self.temperatures} must be 0 (greedy) or at least {MINIMUM_TEMPERATURE}.")
+        if 0 in self.temperatures and self.k > len(self.temperatures):
+            raise ValueError(
+                f"temperature 0 is greedy, so its {self.k // len(self.temperatures)} answers would all be the same. "
+                "Set k to the number of temperatures, or a temperature above 0."
+            )
         if self.servers and (self.engine != "vllm" or self.replicas > 1):
             raise ValueError("servers needs engine=vllm and replicas=1: every server is a replica.")
         return self

@@ -1,0 +1,94 @@
+"""The generation stage, from top to bottom."""
+
+import contextlib
+import time
+from collections.abc import Callable
+
+from contracts.errors import UserError
+from contracts.fingerprint import weights_fingerprint
+from contracts.jsonl import write_jsonl
+from contracts.ledger import merge
+from contracts.stage import Context, Outcome
+from contracts.workers import share_shards
+from generation.config import GenerationConfig
+from generation.engine import EngineSettings, devices_per_replica, open_engine, resolve_dtype, set_threads
+from generation.prompts import ChatTokenizer, check_policy, select_prompts
+from generation.rollouts import Shard, cut, default_shard_size, sample_shard, shard_facts, summary
+
+
+def run(config: GenerationConfig, context: Context) -> Outcome:
+    """Sample K answers to every selected prompt."""
+    # The user's mistakes, before anything large is loaded.
+    longest_allowed = check_policy(config)
+    prompts = select_prompts(config)
+
+    # The chat template, once; token ids from here on.
+    set_threads(config)
+    with context.timed("load"):
+        tokenizer = ChatTokenizer(config.policy)
+        fingerprint = weights_fingerprint(config.policy)
+    with context.timed("tokenize"):
+        tokenized = [(prompt, tokenizer.prompt_ids(prompt)) for prompt in prompts]
+    shards = cut(tokenized, config.shard_size or default_shard_size(config), longest_allowed)
+    settings = _settings(config, context, tokenizer, shards, longest_allowed)
+
+    # Sampling: the shards are shared among the replicas.
+    with contextlib.ExitStack() as stack:
+
+        def open_worker() -> Callable[[str], None]:
+            start = time.perf_counter()
+            engine = open_engine(config, settings)
+            stack.callback(engine.close)
+            load = {"load": time.perf_counter() - start}  # counted with the worker's first shard
+
+            def make(name: str) -> None:
+                shard = by_name[name]
+                start = time.perf_counter()
+                rows = sample_shard(shard, engine, tokenizer, config, fingerprint)
+                sampled = time.perf_counter()
+                write_jsonl(context.publication.scratch(name), rows)
+                seconds = {**load, "compute": sampled - start, "save": time.perf_counter() - sampled}
+                facts = shard_facts(rows)
+                context.publication.commit(name, shard.ledger, rows=len(rows), seconds=seconds, facts=facts)
+                load.clear()
+
+            return make
+
+        by_name = {shard.name: shard for shard in shards}
+        share_shards(
+            context,
+            list(by_name),
+            open_worker,
+            replicas=config.servers or config.replicas,
+            devices=config.tensor_parallel if settings.on_gpu else 0,
+        )
+
+    made = [receipt.facts for _, receipt in sorted(context.publication.receipts().items())]
+    facts = {**summary(made), "dtype": settings.dtype, "engine": config.engine}
+    return Outcome("prompts", facts=facts, weights=fingerprint)
+
+
+def _settings(
+    config: GenerationConfig,
+    context: Context,
+    tokenizer: ChatTokenizer,
+    shards: list[Shard],
+    longest_allowed: int | None,
+) -> EngineSettings:
+    """What the engine has to be prepared for; a UserError where too few prompts are left to sample from."""
+    ledger = merge((shard.ledger for shard in shards), "prompts")
+    lengths = [len(ids) for shard in shards for _, ids in shard.prompts]
+    if not lengths:
+        raise UserError(
+            f"no prompt of {config.prompts} is left: all {ledger.rows_in} have more than {longest_allowed} tokens. "
+            "Raise max_prompt_tokens, lower max_new_tokens, or use a model with a longer context."
+        )
+    ledger.stop_above(config.max_dropped, f"prompts of {config.prompts} with more than {longest_allowed} tokens")
+    on_gpu = devices_per_replica(config) > 0
+    return EngineSettings(
+        stop_ids=tokenizer.stop_ids,
+        max_length=max(lengths) + config.max_new_tokens,
+        dtype=resolve_dtype(config.dtype, on_gpu),
+        on_gpu=on_gpu,
+        log=context.publication.state / f"server-{context.rank}.log",
+    )

@@ -1,0 +1,154 @@
+"""Sampling with transformers alone, for platforms without vLLM.
+
+Prompts of a batch are padded on the left and computed once each; their caches are repeated for the n answers. Every
+answer draws from a random generator of its own, so its tokens do not depend on what else is in the batch, up to the
+last bits of the model's logits.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from contracts.records import Sampling
+from generation.config import GenerationConfig
+from generation.engine import Answer, EngineSettings, Request
+
+
+class TransformersEngine:
+    """One model on one device (or spread over the visible GPUs, where tensor_parallel asks for several)."""
+
+    def __init__(self, config: GenerationConfig, settings: EngineSettings) -> None:
+        self._device = "cuda" if settings.on_gpu else "cpu"
+        placement: Any = "auto" if config.tensor_parallel > 1 else None
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            config.policy, dtype=getattr(torch, settings.dtype), device_map=placement
+        )
+        self._model = (model if placement else model.to(self._device)).eval()
+        self._stop_ids = torch.tensor(settings.stop_ids, device=self._device)
+        self._processed = config.logprob_mode == "processed"
+        self._batch_size = config.max_num_seqs
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], batch: str) -> list[list[Answer]]:
+        """Answer all requests, at most `max_num_seqs` samples at a time."""
+        answers: list[list[Answer]] = [[] for _ in requests]
+        samples = [(index, j) for index, request in enumerate(requests) for j in range(request.n)]
+        for start in range(0, len(samples), self._batch_size):
+            chunk = samples[start : start + self._batch_size]
+            for (index, _), answer in zip(chunk, self._sample(requests, chunk), strict=True):
+                answers[index].append(answer)
+        return answers
+
+    def _sample(self, requests: Sequence[Request], chunk: list[tuple[int, int]]) -> Iterator[Answer]:
+        """Sample the answers `(request, number)` of `chunk` together."""
+        seeds = [requests[index].seed + j for index, j in chunk]
+        sampler = _Sampler([requests[index].sampling for index, _ in chunk], seeds, self._device, self._processed)
+        distinct = list(dict.fromkeys(index for index, _ in chunk))
+        rows_of_prompts = torch.tensor([distinct.index(index) for index, _ in chunk], device=self._device)
+
+        # Prefill: every distinct prompt once.
+        ids_PL, mask_PL = self._pad([requests[index].prompt_ids for index in distinct])
+        cache = DynamicCache(config=self._model.config)
+        logits_PV = self._forward(ids_PL, mask_PL, cache)
+        cache.batch_select_indices(rows_of_prompts)
+        logits_BV, mask_BL = logits_PV[rows_of_prompts], mask_PL[rows_of_prompts]
+
+        # Decode: `alive` are the rows of the chunk that the batch still holds.
+        tokens: list[list[int]] = [[] for _ in chunk]
+        logprobs: list[list[float]] = [[] for _ in chunk]
+        stopped = [False] * len(chunk)
+        alive = torch.arange(len(chunk), device=self._device)
+        for step in range(max(requests[index].sampling.max_tokens for index, _ in chunk)):
+            token_B, logprob_B = sampler(logits_BV, alive, step)
+            ends_B = torch.isin(token_B, self._stop_ids)
+            for row, token, logprob, ends in zip(
+                alive.tolist(), token_B.tolist(), logprob_B.tolist(), ends_B.tolist(), strict=True
+            ):
+                tokens[row].append(token)
+                logprobs[row].append(logprob)
+                stopped[row] = ends
+            full = [len(tokens[row]) == requests[chunk[row][0]].sampling.max_tokens for row in alive.tolist()]
+            goes_on = (~(ends_B | torch.tensor(full, device=self._device))).nonzero().squeeze(1)
+            if not len(goes_on):
+                break
+            if len(goes_on) < len(alive):
+                cache.batch_select_indices(goes_on)
+                alive, mask_BL, token_B = alive[goes_on], mask_BL[goes_on], token_B[goes_on]
+            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(alive), 1)], dim=1)
+            logits_BV = self._forward(token_B[:, None], mask_BL, cache)
+        for ids, values, ends, seed in zip(tokens, logprobs, stopped, seeds, strict=True):
+            yield Answer(tuple(ids), tuple(values), "stop" if ends else "length", seed)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask, padded on the left; what the padding is makes no difference, it is masked."""
+        length = max(map(len, prompts))
+        ids = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return torch.tensor(ids, device=self._device), torch.tensor(mask, device=self._device)
+
+    def _forward(self, ids_BT: torch.Tensor, mask_BL: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Logits of the next token, in float32; `ids_BT` are the last T of the L positions of `mask_BL`."""
+        positions = (mask_BL.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+        output = self._model(
+            input_ids=ids_BT,
+            attention_mask=mask_BL,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+
+class _Sampler:
+    """Draws the next token of each row by inverting its cumulative distribution."""
+
+    def __init__(self, sampling: Sequence[Sampling], seeds: Sequence[int], device: str, processed: bool) -> None:
+        self._processed = processed
+        temperatures = torch.tensor([one.temperature for one in sampling], device=device)
+        self._greedy_B = temperatures == 0
+        self._temperature_B = torch.where(self._greedy_B, 1.0, temperatures)
+        # The same for all rows but the greedy ones, for which the filters make no difference to the token.
+        self._top_p = min(one.top_p for one in sampling)
+        self._top_k = max(one.top_k for one in sampling)
+        steps = max(one.max_tokens for one in sampling)
+        # Always on the CPU, so that a GPU draws the same numbers.
+        draws = [
+            torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
+        ]
+        self._uniform_BT = torch.stack(draws).to(device)
+
+    def __call__(self, logits_BV: torch.Tensor, rows: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and their log-probabilities; `rows` says which of the samples the logits are of."""
+        greedy_B1 = self._greedy_B[rows, None]
+        scaled_BV = logits_BV / self._temperature_B[rows, None]
+        processed_BV = torch.where(greedy_B1, logits_BV, self._filter(scaled_BV)).log_softmax(-1)
+        cumulative_BV = processed_BV.double().exp().cumsum(-1)
+        total_B1 = cumulative_BV[:, -1:]
+        # Below the total, so that the token found has a probability above zero.
+        threshold_B1 = torch.minimum(
+            self._uniform_BT[rows, step, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1))
+        )
+        drawn_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True)
+        token_B1 = torch.where(greedy_B1, logits_BV.argmax(-1, keepdim=True), drawn_B1)
+        kept_BV = processed_BV if self._processed else logits_BV.log_softmax(-1)
+        return token_B1.squeeze(1), kept_BV.gather(1, token_B1).squeeze(1)
+
+    def _filter(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Top-k, then nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751) among what is left."""
+        if self._top_k and self._top_k < logits_BV.shape[1]:
+            smallest_B1 = logits_BV.topk(self._top_k).values[:, -1:]
+            logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
+        if self._top_p < 1:
+            sorted_BV, order_BV = logits_BV.sort(descending=True)
+            probability_BV = sorted_BV.softmax(-1)
+            # A token stays where those before it do not reach top_p yet; the first always does.
+            beyond_BV = probability_BV.cumsum(-1) - probability_BV >= self._top_p
+            logits_BV = logits_BV.masked_fill(torch.zeros_like(beyond_BV).scatter(1, order_BV, beyond_BV), -torch.inf)
+        return logits_BV

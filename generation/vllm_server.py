@@ -1,0 +1,157 @@
+"""vLLM behind its OpenAI-compatible server: one server of our own, for this process alone."""
+
+import asyncio
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+from contracts.processes import end_group
+from generation.config import GenerationConfig
+from generation.engine import Answer, EngineSettings, Request
+from generation.vllm_engine import engine_arguments, set_environment
+
+TAIL = 3000
+"""Characters of the server's log that an error shows."""
+
+
+class VllmServer:
+    """Starts a server on a free loopback port, asks it, and ends it."""
+
+    def __init__(self, config: GenerationConfig, settings: EngineSettings) -> None:
+        set_environment(settings)
+        self._log = settings.log
+        self._stop_ids = list(settings.stop_ids)
+        self._model = str(config.policy)
+        self._key = secrets.token_urlsafe(32)
+        self._address = f"http://127.0.0.1:{_free_port()}"
+        self._process = self._start(engine_arguments(config, settings), on_gpu=settings.on_gpu)
+        try:
+            self._wait_until_healthy(config.startup_seconds)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, arguments: dict[str, Any], *, on_gpu: bool) -> "subprocess.Popen[bytes]":
+        arguments = {**arguments, "host": "127.0.0.1", "port": self._address.rpartition(":")[2]}
+        flags = [_flag(name.replace("_", "-"), value) for name, value in arguments.items()]
+        flags += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+        environment = {**os.environ, "VLLM_API_KEY": self._key}
+        if not on_gpu:
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # spares a process beside the engine's own
+        with self._log.open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "generation.guard", str(os.getpid()), *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _wait_until_healthy(self, seconds: float) -> None:
+        """Poll /health.
+
+        Raises:
+            RuntimeError: the server ended, or the time is over.
+        """
+        deadline = time.monotonic() + seconds
+        while not self._healthy():
+            if self._process.poll() is not None:
+                raise RuntimeError(f"the vLLM server ended while it was starting. Its last words:\n{self._tail()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"the vLLM server was not healthy after startup_seconds={seconds:g}. Raise it for a large model. "
+                    f"The server's last words:\n{self._tail()}"
+                )
+            time.sleep(0.2)
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self._address}/health", timeout=5):
+                return True
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            return False
+
+    def generate(self, requests: Sequence[Request], batch: str) -> list[list[Answer]]:
+        """Answer all requests, sent at once; the server batches them as they arrive."""
+        return asyncio.run(self._generate([self._body(request, batch) for request in requests], requests))
+
+    async def _generate(self, bodies: list[dict[str, Any]], requests: Sequence[Request]) -> list[list[Answer]]:
+        import aiohttp
+
+        session = aiohttp.ClientSession(
+            self._address,
+            headers={"Authorization": f"Bearer {self._key}"},
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None),
+        )
+        async with session:
+
+            async def ask(body: dict[str, Any]) -> list[dict[str, Any]]:
+                async with session.post("/v1/completions", json=body) as response:
+                    if response.status != 200:
+                        raise RuntimeError(f"the vLLM server answered {response.status}: {await response.text()}")
+                    return list((await response.json())["choices"])
+
+            try:
+                found = await asyncio.gather(*(ask(body) for body in bodies))
+            except aiohttp.ClientError as error:
+                raise RuntimeError(f"the vLLM server is gone ({error}). Its last words:\n{self._tail()}") from error
+        return [_answers(choices, request) for choices, request in zip(found, requests, strict=True)]
+
+    def _body(self, request: Request, batch: str) -> dict[str, Any]:
+        """A request to /v1/completions with every parameter, so that no default of the server's is used."""
+        return {
+            "model": self._model,
+            "prompt": list(request.prompt_ids),
+            "n": request.n,
+            "seed": request.seed,
+            "temperature": request.sampling.temperature,
+            "top_p": request.sampling.top_p,
+            "top_k": request.sampling.top_k,
+            "max_tokens": request.sampling.max_tokens,
+            "stop_token_ids": self._stop_ids,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "cache_salt": batch,
+        }
+
+    def _tail(self) -> str:
+        return self._log.read_text(errors="replace")[-TAIL:].strip()
+
+    def close(self) -> None:
+        """End the server and all of its processes."""
+        end_group(self._process)
+
+
+def _answers(choices: list[dict[str, Any]], request: Request) -> list[Answer]:
+    return [
+        Answer(
+            tuple(choice["token_ids"]),
+            tuple(choice["logprobs"]["token_logprobs"]),
+            choice["finish_reason"],
+            request.seed + choice["index"],
+        )
+        for choice in sorted(choices, key=lambda choice: int(choice["index"]))
+    ]
+
+
+def _flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
