@@ -1,0 +1,172 @@
+"""A tiny world for the training stages: a word-level tokenizer, random Llamas, pairs with reference log-probs."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contracts.artifacts import Artifact, Publication
+from contracts.ledger import Ledger
+from contracts.records import PAIRS, SCORES, Pair, Schema, Score
+
+ROOT = Path(__file__).parents[2]
+WORDS = "review the film book meal was great good bad awful and blue long .".split()
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
+IDS = {token: index for index, token in enumerate([*SPECIAL, *WORDS])}
+EOS = IDS["</s>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'user' %} <|user|> {{ message.content }}"
+    "{% elif message.role == 'assistant' %} <|assistant|> {{ message.content }} {{ eos_token }}"
+    "{% else %}{{ raise_exception('no role ' + message.role) }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %} <|assistant|>{% endif %}"
+)
+
+
+def run_cli(*arguments: Any, check: bool = True, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """The real command line, in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
+    result = subprocess.run(
+        [sys.executable, "-m", "training", *map(str, arguments)],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def publish(target: Path, schema: Schema, rows: list[Any]) -> Artifact:
+    """Publish records directly, as a stage would."""
+    publication = Publication(target, schema, schema.name, target.name)
+    publication.begin()
+    ledger = Ledger("rows")
+    ledger.keep(len(rows))
+    publication.write_rows("shard-00000.jsonl", rows, ledger)
+    return publication.publish(
+        key_parts={}, inputs={}, input_paths={}, unit="rows", weights=None, versions={}, seconds={}, facts={}
+    )
+
+
+def make_pairs(count: int, *, seed: int = 0, longest: int = 12) -> list[Pair]:
+    """Random pairs of uneven length; some answers are truncated and end without EOS, some contain EOS inside."""
+    rng = random.Random(seed)
+    words = list(range(len(SPECIAL), len(IDS)))
+    pairs = []
+    for number in range(count):
+        prompt = (IDS["<s>"], IDS["<|user|>"], *rng.choices(words, k=rng.randint(1, 6)), IDS["<|assistant|>"])
+        answers = []
+        for _ in range(2):
+            finished = rng.random() < 0.7
+            answers.append((*rng.choices(words, k=rng.randint(1, longest)), *((EOS,) if finished else ())))
+        reasons = ["stop" if answer[-1] == EOS else "length" for answer in answers]
+        pairs.append(
+            Pair(
+                pair_id=f"pair-{number:04d}",
+                prompt_id=f"prompt-{number // 2:04d}",
+                prompt="",
+                prompt_ids=prompt,
+                chosen_ids=answers[0],
+                rejected_ids=answers[1],
+                chosen="",
+                rejected="",
+                chosen_sample=2 * (number % 2),
+                rejected_sample=2 * (number % 2) + 1,
+                chosen_finish_reason=reasons[0],  # type: ignore[arg-type]
+                rejected_finish_reason=reasons[1],  # type: ignore[arg-type]
+                chosen_score=1.0,
+                rejected_score=0.0,
+                margin=1.0,
+                strategy="max_min",
+                iteration=0,
+            )
+        )
+    return pairs
+
+
+def make_reference(pairs: list[Pair], *, seed: int = 1) -> list[Score]:
+    """Reference log-probabilities; any numbers will do."""
+    rng = random.Random(seed)
+    scores = []
+    for pair in pairs:
+        for sample, ids in ((pair.chosen_sample, pair.chosen_ids), (pair.rejected_sample, pair.rejected_ids)):
+            values = tuple(-rng.uniform(2.0, 4.0) for _ in ids)
+            scores.append(Score(pair.prompt_id, sample, sum(values), values))
+    return scores
+
+
+def make_model(target: Path, *, tied: bool = True, seed: int = 0) -> Path:
+    """A random Llama with its tokenizer: two layers, hidden size 64; untied comes with grouped-query attention."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(IDS),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2 if tied else 1,
+        head_dim=32,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        bos_token_id=IDS["<s>"],
+        eos_token_id=EOS,
+        pad_token_id=EOS,  # as many models have it: padding must never hide an EOS
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        attention_dropout=0.5,  # training must switch it off
+    )
+    LlamaForCausalLM(config).save_pretrained(target)
+    backend = Tokenizer(WordLevel(IDS, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="</s>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`tied` and `gqa` (grouped-query attention, untied embeddings)."""
+    folder = tmp_path_factory.mktemp("models")
+    return {"tied": make_model(folder / "tied"), "gqa": make_model(folder / "gqa", tied=False, seed=1)}
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Published `pairs` (22 of them) and their `reference`."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = make_pairs(22)
+    publish(folder / "pairs", PAIRS, rows)
+    publish(folder / "reference", SCORES, make_reference(rows))
+    return {"pairs": folder / "pairs", "reference": folder / "reference"}
+
+
+@pytest.fixture(scope="session")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 20 conversations."""
+    rng = random.Random(3)
+    path = tmp_path_factory.mktemp("demonstrations") / "train.jsonl"
+    with path.open("w") as file:
+        for _ in range(20):
+            noun = rng.choice(["film", "book", "meal"])
+            answer = f"the {noun} was {rng.choice(['great', 'good'])} ."
+            messages = [{"role": "user", "content": f"review the {noun}"}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages, "source": "made up"}) + "\n")
+    return path
+
+
+def training_log(output: Path) -> list[dict[str, Any]]:
+    """The lines of a checkpoint's training log."""
+    return [json.loads(line) for line in (output / "training-log.jsonl").read_text().splitlines()]

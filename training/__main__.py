@@ -1,0 +1,17 @@
+"""`python -m training {sft,reward,dpo}`."""
+
+from contracts.records import CHECKPOINT
+from contracts.stage import Command, main
+from training.config import DpoConfig, RewardConfig, SftConfig
+from training.launch import leaves_without_teardown
+
+LAUNCH = "training.launch:launch"
+COMMANDS = {
+    "sft": Command(SftConfig, CHECKPOINT, "training.sft:run", LAUNCH),
+    "reward": Command(RewardConfig, CHECKPOINT, "training.reward:run", LAUNCH),
+    "dpo": Command(DpoConfig, CHECKPOINT, "training.dpo:run", LAUNCH),
+}
+
+if __name__ == "__main__":
+    with leaves_without_teardown():
+        main(COMMANDS, "training")

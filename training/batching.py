@@ -1,0 +1,76 @@
+"""Which rows meet in which optimizer step, on which process, in which forward pass. Pure, and without torch.
+
+The optimizer steps depend on the data and on (seed, epoch) alone. How a step is divided over processes and
+micro-batches depends on the number of processes and the token budget, and must not change its result: every row
+occurs once with weight 1, and every normaliser is known from the step itself.
+"""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from contracts.seeds import derive_seed
+from training.data import Row
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward and backward pass."""
+
+    rows: tuple[int, ...]
+    weight: float = 1.0
+    """0 for a filler: it is computed because every process must take part in every collective, and counts nothing."""
+
+
+def count_steps(rows: int, global_batch: int, epochs: int, max_steps: int | None) -> int:
+    """Number of optimizer steps; the last batch of an epoch may be incomplete and is a step like any other."""
+    total = epochs * math.ceil(rows / global_batch)
+    return total if max_steps is None else min(total, max_steps)
+
+
+def global_batches(
+    rows: int, *, global_batch: int, epochs: int, seed: int, max_steps: int | None = None
+) -> Iterator[tuple[int, ...]]:
+    """The row indices of each optimizer step: every epoch is a permutation, decided by (seed, epoch)."""
+    left = count_steps(rows, global_batch, epochs, max_steps)
+    for epoch in range(epochs):
+        order = list(range(rows))
+        random.Random(derive_seed("order", seed, epoch)).shuffle(order)
+        for start in range(0, rows, global_batch):
+            if left == 0:
+                return
+            left -= 1
+            yield tuple(order[start : start + global_batch])
+
+
+def divide(batch: tuple[int, ...], rows: list[Row], *, processes: int, budget: int) -> list[list[MicroBatch]]:
+    """The micro-batches of every process, equally many for each.
+
+    Rows are dealt by descending length, so that processes get equal work and micro-batches little padding. A
+    micro-batch holds at most `budget` tokens, padding included; a row that is larger than that stands alone. Where a
+    process has fewer micro-batches than another, it gets fillers of the batch's shortest row with weight 0.
+    """
+    order = sorted(batch, key=lambda index: (-rows[index].longest, index))
+    shares = [_pack(order[process::processes], rows, budget) for process in range(processes)]
+    most = max(len(share) for share in shares)
+    filler = MicroBatch((order[-1],), 0.0)
+    return [share + [filler] * (most - len(share)) for share in shares]
+
+
+def _pack(order: list[int], rows: list[Row], budget: int) -> list[MicroBatch]:
+    """Rows of descending length, as many to a micro-batch as fit."""
+    packed: list[MicroBatch] = []
+    current: list[int] = []
+    sequences = width = 0
+    for index in order:
+        row = rows[index]
+        width = max(width, row.longest)
+        if current and (sequences + len(row.sequences)) * width > budget:
+            packed.append(MicroBatch(tuple(current)))
+            current, sequences, width = [], 0, row.longest
+        current.append(index)
+        sequences += len(row.sequences)
+    if current:
+        packed.append(MicroBatch(tuple(current)))
+    return packed

@@ -1,0 +1,119 @@
+"""From rows to a published checkpoint: what all training stages do the same way."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from contracts.fingerprint import weights_fingerprint
+from contracts.ledger import Ledger
+from contracts.stage import Context, Outcome
+from training.checkpoint import save_checkpoint
+from training.config import TrainingConfig
+from training.data import Row
+from training.distributed import pick_dtype, start, zero_stage
+from training.loop import Line, Loss, evaluate, train
+from training.models import set_modes, set_trainable, tensor_shapes
+from training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Task:
+    """What distinguishes one algorithm from another."""
+
+    rows: list[Row]
+    ledger: Ledger
+    loss: Loss
+    load: Callable[[torch.dtype], Any]
+    """Loads the transformers model."""
+    wrap: Callable[[Any], nn.Module]
+    """Makes it the module that `loss` calls; its attribute `model` is what was loaded."""
+    auto: Any
+    """The transformers auto class of the published model."""
+    model_config: Any
+    """transformers configuration of the published model."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Entries of the start model's config.json that change."""
+    held_out: list[Row] = field(default_factory=list)
+    """Rows to measure the final model by."""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
+    """Load, train, validate, publish."""
+    logging.disable_progress_bar()
+    dtype = pick_dtype(config)
+    with context.timed("load"):
+        shapes = tensor_shapes(task.auto, task.model_config)
+        accelerator = start(config, dtype)
+        # Without DeepSpeed, which keeps fp32 master weights itself, the weights are fp32 and bf16 is autocast:
+        # at the learning rates of preference learning an update is smaller than a bf16 weight's last bit.
+        model = task.load(dtype if zero_stage(accelerator) else torch.float32)
+        set_trainable(model, config.frozen)
+        set_modes(model, config.gradient_checkpointing)
+        wrapped = task.wrap(model)
+        optimizer: Any = _optimizer(config, wrapped)
+        wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
+        set_modes(model, config.gradient_checkpointing)
+    state = TrainingState(
+        context.publication.directory / "state" / "training.safetensors",
+        accelerator.unwrap_model(wrapped),
+        optimizer,
+        every=config.checkpoint_every,
+        writes=accelerator.is_main_process,
+    )
+    with context.timed("compute"):
+        log = train(config, context, accelerator, wrapped, optimizer, task.rows, task.loss, state)
+        if task.held_out:
+            figures = evaluate(config, accelerator, wrapped, task.held_out, task.loss)
+            log[-1].update({f"held_out_{name}": value for name, value in figures.items()})
+    with context.timed("save"):
+        gathered = accelerator.get_state_dict(wrapped)  # under ZeRO-3 with every process's help, for rank 0 alone
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return Outcome(task.ledger.unit)
+        weights = {
+            name.removeprefix("model."): tensor for name, tensor in gathered.items() if name.startswith("model.")
+        }
+        save_checkpoint(
+            context.publication,
+            weights,
+            model,
+            start=config.model,
+            shapes=shapes,
+            dtype=dtype,
+            changes=task.changes,
+            unit=task.ledger.unit,
+        )
+        context.publication.write_rows("training-log.jsonl", log, task.ledger)
+    facts = {
+        **task.facts,
+        "steps": len(log),
+        "final": _final(log),
+        "tokens": sum(len(sequence.ids) for row in task.rows for sequence in row.sequences),
+        "dtype": str(dtype).removeprefix("torch."),
+        "master_dtype": "float32",
+        "attention": model.config._attn_implementation,
+        "distributed": accelerator.distributed_type.value,
+        "zero_stage": zero_stage(accelerator),
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+    }
+    return Outcome(task.ledger.unit, facts, weights_fingerprint(context.publication.directory))
+
+
+def _final(log: list[Line]) -> Line:
+    return {name: value for name, value in log[-1].items() if name != "step"}
+
+
+def _optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.learning_rate)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay, fused=False
+    )

@@ -1,0 +1,109 @@
+"""Loading the model that is trained."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from contracts.errors import UserError
+from contracts.models import ModelInfo
+from contracts.seeds import derive_seed
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_config(model: Path) -> Any:
+    """The transformers configuration of a model directory.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"transformers cannot read the configuration of {model}: {error}. Check its config.json."
+        ) from error
+
+
+def vocabulary_size(config: Any) -> int:
+    """Number of token ids that the embedding knows."""
+    return int(config.get_text_config().vocab_size)
+
+
+def tensor_shapes(auto: Any, config: Any) -> Shapes:
+    """Name and shape of every tensor of the architecture, found without allocating weights.
+
+    Call it before an `Accelerator` exists: under ZeRO-3 every later construction partitions its parameters.
+    """
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def load_causal(model: Path, dtype: torch.dtype) -> Any:
+    """A causal language model with its weights."""
+    return _load(AutoModelForCausalLM, model, dtype)
+
+
+def load_reward(model: Path, dtype: torch.dtype, seed: int) -> Any:
+    """A sequence classifier with one label; on a causal model, with a new head drawn by `seed`.
+
+    The head is normal with standard deviation 1 / sqrt(hidden size + 1) (Stiennon et al. 2020, arXiv 2009.01325).
+    """
+    loaded = _load(AutoModelForSequenceClassification, model, dtype, num_labels=1)
+    if ModelInfo.read(model).labels is None:
+        weight = loaded.score.weight
+        with _gathered(weight), torch.no_grad():
+            generator = torch.Generator().manual_seed(derive_seed("reward head", seed))
+            fresh = torch.randn(weight.shape, generator=generator) / (weight.shape[-1] + 1) ** 0.5
+            weight.copy_(fresh.to(weight))
+    return loaded
+
+
+def _load(auto: Any, model: Path, dtype: torch.dtype, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(model, dtype=dtype, use_safetensors=True, **options)
+    except (ValueError, OSError) as error:
+        raise UserError(f"transformers cannot load {model}: {error}. Check that its files are complete.") from error
+
+
+def _gathered(weight: nn.Parameter) -> Any:
+    """Under ZeRO-3, the whole parameter, with rank 0's changes broadcast; otherwise nothing to do."""
+    if not hasattr(weight, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+
+
+def set_trainable(model: nn.Module, frozen: list[str]) -> None:
+    """Freeze every parameter whose name contains one of `frozen`.
+
+    Raises:
+        UserError: one of them names no parameter, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for part in frozen:
+        if not any(part in name for name in names):
+            raise UserError(f"frozen: no parameter's name contains {part!r}. Names look like {names[0]}, {names[-1]}.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in frozen))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"frozen={frozen} freezes every parameter; leave some to train.")
+
+
+def set_modes(model: Any, gradient_checkpointing: bool) -> None:
+    """Evaluation mode, so that there is no dropout whatever the model calls it; recomputation where it is wanted."""
+    model.eval()
+    if gradient_checkpointing:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                # transformers recomputes only layers in training mode; set on the layer alone, not on what is in it.
+                module.training = True

@@ -1,0 +1,143 @@
+"""Supervised fine-tuning: imitate the last answer of each demonstration."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from contracts.artifacts import MANIFEST, Artifact
+from contracts.errors import UserError
+from contracts.jsonl import read_jsonl
+from contracts.ledger import Ledger
+from contracts.models import ModelInfo
+from contracts.records import DEMONSTRATIONS, Message
+from contracts.stage import Context, Outcome
+from training.config import SftConfig
+from training.data import Row, Sequence, length_limit, usable
+from training.fit import Task, fit
+from training.logprobs import TokenLogprobs, collate, sum_by_sequence
+from training.loop import Totals
+from training.models import load_causal, read_config, vocabulary_size
+
+
+class Conversation(msgspec.Struct):
+    """A line of the user's file; columns beside these are ignored."""
+
+    messages: tuple[Message, ...]
+    prompt_id: str | None = None
+
+
+def run(config: SftConfig, context: Context) -> Outcome:
+    """The stage `sft`."""
+    info = ModelInfo.read(config.model)
+    info.require_causal()
+    info.require_chat_template()
+    limit = length_limit(config, info)
+    model_config = read_config(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    stops = stop_tokens(config.model, tokenizer)
+    ledger = Ledger("demonstrations")
+    conversations = read_demonstrations(config.demonstrations)
+    rows = usable(
+        tokenized(conversations, tokenizer, stops, ledger),
+        ledger,
+        limit=limit,
+        vocabulary=vocabulary_size(model_config),
+        max_dropped=config.max_dropped,
+        what=str(config.demonstrations),
+    )
+    task = Task(
+        rows=rows,
+        ledger=ledger,
+        loss=sft_loss,
+        load=lambda dtype: load_causal(config.model, dtype),
+        wrap=TokenLogprobs,
+        auto=AutoModelForCausalLM,
+        model_config=model_config,
+        facts={"stop_tokens": stops},
+    )
+    return fit(config, context, task)
+
+
+def sft_loss(model: Any, rows: list[Row], weights: Tensor, totals: Totals) -> dict[str, Tensor]:
+    """Negative log-likelihood per response token of the global batch."""
+    batch = collate((row.sequences[0] for row in rows), weights.device)
+    logprobs = model(batch.input_ids, batch.positions, batch.targets)
+    return {"loss": -(weights * sum_by_sequence(logprobs, batch.lengths)).sum() / totals.tokens}
+
+
+def read_demonstrations(path: Path) -> Iterator[Conversation]:
+    """Conversations of a JSONL file, or of published demonstrations."""
+    files = Artifact.open(path, DEMONSTRATIONS).shards if (path / MANIFEST).is_file() else [path]
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        raise UserError(f"demonstrations {path} is a directory without a manifest.json; give the JSONL file in it.")
+    for file in files:
+        yield from read_jsonl(file, Conversation)
+
+
+def tokenized(conversations: Iterator[Conversation], tokenizer: Any, stops: list[int], ledger: Ledger) -> Iterator[Row]:
+    """Demonstrations as token ids: the chat template applied once, the loss on the last answer only.
+
+    A response ends with the token that ends generation. What the template writes behind it is cut off, and where the
+    template writes none it is appended, so that the model learns to stop exactly where the engine stops. A stop token
+    inside an answer would end it there: such rows are dropped (stop_inside), and those without an answer (no_answer).
+
+    Raises:
+        UserError: the template's text before the answer is not the prompt that generation will use.
+    """
+    for number, conversation in enumerate(conversations, 1):
+        messages = [msgspec.to_builtins(message) for message in conversation.messages]
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            ledger.drop("no_answer")
+            continue
+        row_id = conversation.prompt_id or f"row {number}"
+        prompt = _template(tokenizer, messages[:-1], row_id, add_generation_prompt=True)
+        full = _template(tokenizer, messages, row_id)
+        if full[: len(prompt)] != prompt:
+            raise UserError(
+                f"demonstration {row_id}: the chat template of {tokenizer.name_or_path} does not begin the whole "
+                "conversation with the prompt that it makes for generation, so the two cannot be told apart. Use a "
+                "template whose add_generation_prompt writes what precedes an assistant's answer."
+            )
+        response = full[len(prompt) :]
+        if not set(stops).isdisjoint(tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]):
+            ledger.drop("stop_inside")
+            continue
+        end = next((index for index, token in enumerate(response) if token in stops), None)
+        response = [*response, stops[0]] if end is None else response[: end + 1]
+        yield Row(row_id, (Sequence((*prompt, *response), len(prompt)),))
+
+
+def stop_tokens(model: Path, tokenizer: Any) -> list[int]:
+    """The tokens that end generation, the tokenizer's EOS first, then those of generation_config.json.
+
+    Raises:
+        UserError: there is none.
+    """
+    stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    for name in ("generation_config.json", "config.json"):
+        found = json.loads((model / name).read_text()).get("eos_token_id") if (model / name).is_file() else None
+        if found is not None:
+            stops += found if isinstance(found, list) else [found]
+            break
+    if not stops:
+        raise UserError(f"{model} names no EOS token, so no answer could ever end. Set eos_token in its tokenizer.")
+    return list(dict.fromkeys(stops))
+
+
+def _template(tokenizer: Any, messages: list[dict[str, str]], row_id: str, **options: bool) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+    except Exception as error:
+        # Templates refuse conversations in their own words (jinja's raise_exception), for example a system turn.
+        raise UserError(f"demonstration {row_id}: the chat template refuses it: {error}.") from error
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        raise UserError(
+            f"demonstration {row_id}: it begins with two BOS tokens. Take the BOS out of the chat template, or out of "
+            "the tokenizer's post-processor."
+        )
+    return ids
