@@ -1,7 +1,6 @@
 """Where packages come from: what pip is configured to use, told to uv, which does not read pip's configuration."""
 
 import ast
-import os
 import subprocess
 import sys
 from collections.abc import Mapping

@@ -1,0 +1,266 @@
+"""The stages' locked environments: where they are, whether they are complete, and how they are built.
+
+An environment is known by the content of its lock and by the Python version, so every checkout with the same lock
+uses the same one, and a changed lock makes a new one. It holds no Ratchet: the code comes from the checkout in use,
+by PYTHONPATH. A mark, written last, says that it is complete; what a kill leaves is built again.
+"""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import contracts
+from contracts.errors import UserError
+from pipelines.package_index import pip_settings, uv_options, uv_variables
+
+NAMES = ("generation", "annotation", "training")
+PACKAGES = ("annotation", "contracts", "embedded", "generation", "pipelines", "training")
+VARIANT = "RATCHET_VARIANT"
+HOME = "RATCHET_HOME"
+MARK = "ratchet-complete"
+IMPORTS = {
+    "generation": "import torch; from vllm import LLM",
+    "annotation": "import torch, transformers",
+    "training": "import torch, transformers, trl",
+}
+"""What a CPU environment must be able to import. GPU environments may be built where there is no GPU."""
+Variant = Literal["cpu", "gpu"]
+
+
+class InstallError(Exception):
+    """An installation failed: the command, and the last lines of its output."""
+
+
+@dataclass(frozen=True)
+class Locked:
+    """One locked environment of this checkout."""
+
+    name: str
+    variant: Variant
+
+    @property
+    def lock(self) -> Path:
+        """The file of its versions.
+
+        Raises:
+            UserError: it does not exist.
+        """
+        path = source_root() / "configs" / "environments" / f"{self.name}-{self.variant}.txt"
+        if not path.is_file():
+            raise UserError(
+                f"the lock {path} does not exist. Run Ratchet from a checkout of its repository, or name an "
+                f"interpreter of your own: environments.{self.name}.python=/path/to/python."
+            )
+        return path
+
+    @property
+    def requirements(self) -> list[str]:
+        """The lines `name==version` of the lock."""
+        return [line for line in self.lock.read_text().split() if "==" in line]
+
+    @property
+    def directory(self) -> Path:
+        """Where it is, or will be built."""
+        digest = hashlib.sha256("\n".join(self.requirements).encode()).hexdigest()
+        python = f"py{sys.version_info.major}{sys.version_info.minor}"
+        return home() / "environments" / f"{self.name}-{self.variant}-{python}-{digest[:12]}"
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.directory / "bin" / "python"
+
+    @property
+    def complete(self) -> bool:
+        """Whether it can be used; a Python that was removed from under it counts as incomplete."""
+        return (self.directory / MARK).is_file() and self.python.exists()
+
+
+def home() -> Path:
+    """Where environments and downloads are kept: RATCHET_HOME, or ~/.cache/ratchet."""
+    return Path(os.environ.get(HOME) or "~/.cache/ratchet").expanduser().absolute()
+
+
+def source_root() -> Path:
+    """The directory that holds Ratchet's packages."""
+    return Path(contracts.__file__).resolve().parent.parent
+
+
+def code_path() -> Path:
+    """A directory that holds Ratchet's packages and no others, for PYTHONPATH."""
+    root = source_root()
+    if (root / "pyproject.toml").is_file():
+        return root
+    # Installed among the driver's libraries, which no stage may see.
+    links = home() / "code" / hashlib.sha256(str(root).encode()).hexdigest()[:12]
+    links.mkdir(parents=True, exist_ok=True)
+    for package in PACKAGES:
+        with contextlib.suppress(FileExistsError):
+            (links / package).symlink_to(root / package)
+    return links
+
+
+def resolve_variant(variant: str = "auto") -> Variant:
+    """cpu or gpu: as asked, else as RATCHET_VARIANT says, else by what `nvidia-smi -L` lists.
+
+    Raises:
+        UserError: it is something else.
+    """
+    asked = variant if variant != "auto" else os.environ.get(VARIANT) or "auto"
+    if asked == "auto":
+        asked = "gpu" if _has_gpu() else "cpu"
+    if asked == "cpu":
+        return "cpu"
+    if asked == "gpu":
+        return "gpu"
+    raise UserError(f"variant {asked!r} does not exist. Set --variant or {VARIANT} to cpu, gpu or auto.")
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    try:
+        result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
+        return False
+    return result.returncode == 0 and "GPU 0:" in result.stdout
+
+
+def known(name: str) -> str:
+    """`name`, if it is that of an environment.
+
+    Raises:
+        UserError: it is not.
+    """
+    if name not in NAMES:
+        raise UserError(f"environment {name!r} does not exist. Known: {', '.join(NAMES)}.")
+    return name
+
+
+def interpreter(name: str, variant: str = "auto") -> Path:
+    """The interpreter of a locked environment that is complete.
+
+    Raises:
+        UserError: it has not been built.
+    """
+    locked = Locked(known(name), resolve_variant(variant))
+    if not locked.complete:
+        raise UserError(
+            f"the {locked.variant} environment of {name} is not built (it would be {locked.directory}). Build it: "
+            f"pipeline env sync {name}. Or name your own: environments.{name}.python=/path/to/python."
+        )
+    return locked.python
+
+
+def sync(names: list[str], variant: str = "auto", say: Callable[[str], None] = print) -> list[Locked]:
+    """Build the environments that are missing, at once, and return them all.
+
+    Raises:
+        UserError: there is no environment of that name, or no such variant.
+        InstallError: an installation failed.
+    """
+    chosen = resolve_variant(variant)
+    wanted = [Locked(known(name), chosen) for name in dict.fromkeys(names)]
+    missing = [locked for locked in wanted if not locked.complete]
+    for locked in wanted:
+        if locked not in missing:
+            say(f"{locked.name}: up to date ({locked.variant}, {locked.directory})")
+    if missing:
+        pip = pip_settings()
+        with concurrent.futures.ThreadPoolExecutor(len(missing)) as pool:
+            jobs = [pool.submit(_build, locked, pip, say) for locked in missing]
+        for job in jobs:
+            job.result()
+    return wanted
+
+
+def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None]) -> None:
+    with _lock(locked, say):
+        if locked.complete:
+            say(f"{locked.name}: built meanwhile ({locked.variant}, {locked.directory})")
+            return
+        start = time.monotonic()
+        if locked.directory.exists():
+            shutil.rmtree(locked.directory)
+        requirements = locked.requirements
+        say(f"{locked.name}: installing {len(requirements)} packages ({locked.variant}) into {locked.directory}")
+        environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        # Beside the environments, so that files are linked, not copied: torch is unpacked once for all of them.
+        environ.setdefault("UV_CACHE_DIR", str(home() / "uv"))
+        environ |= uv_variables(pip, environ, locked.variant)
+        uv = _find_uv()
+        _run([uv, "venv", "--python", sys.executable, "--no-project", str(locked.directory)], environ, locked)
+        # Compiled now: the first stages would wait for it, and nothing writes into an environment later.
+        install = [uv, "pip", "install", "--python", str(locked.python), "--no-deps", "--compile-bytecode"]
+        _run([*install, *uv_options(pip), "-r", str(locked.lock)], environ, locked)
+        _check(locked, environ)
+        (locked.directory / MARK).write_text("\n".join(requirements) + "\n")
+        say(f"{locked.name}: ready in {time.monotonic() - start:.0f} s")
+
+
+@contextlib.contextmanager
+def _lock(locked: Locked, say: Callable[[str], None]) -> Iterator[None]:
+    """One builder at a time; the others wait. Ends with its holder."""
+    path = locked.directory.with_name(f".{locked.directory.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"{locked.name}: another process is building {locked.directory}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _find_uv() -> str:
+    beside = Path(sys.executable).with_name("uv")
+    uv = str(beside) if beside.exists() else shutil.which("uv")
+    if uv is None:
+        raise UserError("uv, which builds the environments, is not installed. Install it: pip install uv.")
+    return uv
+
+
+def _check(locked: Locked, environ: dict[str, str]) -> None:
+    """Import what the environment is for.
+
+    Raises:
+        InstallError: that fails.
+    """
+    try:
+        _run(
+            [str(locked.python), "-c", IMPORTS[locked.name] if locked.variant == "cpu" else "import torch"],
+            environ,
+            locked,
+        )
+    except InstallError as error:
+        if locked.variant == "cpu" and not list(locked.directory.glob("lib/*/site-packages/torch-*+cpu.dist-info")):
+            raise InstallError(
+                f"{error}\nThe package index gave a torch that is not a CPU build. Add PyTorch's index of CPU builds "
+                "(the page 'Get started' on pytorch.org names it) to pip's extra-index-url, or set "
+                "UV_TORCH_BACKEND=cpu; then run this again."
+            ) from error
+        raise
+
+
+def _run(command: list[str], environ: dict[str, str], locked: Locked) -> None:
+    result = subprocess.run(
+        command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    if result.returncode != 0:
+        lines = result.stdout.decode(errors="replace").strip().splitlines()[-20:]
+        tail = "\n".join(f"  {line}" for line in lines)
+        raise InstallError(
+            f"the {locked.variant} environment of {locked.name} was not built: exit code {result.returncode} of\n"
+            f"  {shlex.join(command)}\n{tail}"
+        )
