@@ -22,7 +22,8 @@ def load_model(config: ScoreConfig, auto_class: Any) -> Any:
     """The model in eval mode on this process's device.
 
     dtype auto is bfloat16 on a GPU and float32 on a CPU. Under a launcher, LOCAL_RANK picks the device. The number of
-    threads is torch's own reading of OMP_NUM_THREADS.
+    threads is torch's own reading of OMP_NUM_THREADS. Attention is transformers' default: sdpa where the architecture
+    has it (Gemma 2 does not).
 
     Raises:
         UserError: the checkpoint lacks weights that the model needs, which would be drawn at random.
@@ -32,7 +33,6 @@ def load_model(config: ScoreConfig, auto_class: Any) -> Any:
     model, info = auto_class.from_pretrained(
         config.model,
         dtype=getattr(torch, name),
-        attn_implementation="sdpa",
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,

@@ -1,0 +1,265 @@
+"""The score stage: what the models give, what is dropped, and that nothing depends on who works."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from annotation_world import (
+    EOS,
+    IDS,
+    ROOT,
+    make_rollouts,
+    publish_rollouts,
+    publish_scores,
+    run_cli,
+    save_model,
+    tiny_config,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from annotation.__main__ import COMMANDS
+from annotation.config import ScoreConfig
+from contracts.artifacts import Artifact
+from contracts.errors import UserError
+from contracts.records import SCORES, Pair, Rollout, Score
+from contracts.stage import run_stage
+
+RULE = """
+def contains_bad(messages, response, finish_reason, answer):
+    assert messages[-1]["role"] == "user" and answer == "great"
+    return None if "awful" in response else response.count(answer) + (finish_reason == "stop") * 0.5
+"""
+
+
+def score(output, rollouts, **keys):
+    return run_stage(COMMANDS["score"], ScoreConfig(output=output, rollouts=rollouts.path, **keys))
+
+
+def by_key(artifact):
+    return {(row.prompt_id, row.sample): row for row in artifact.rows(Score)}
+
+
+def samples_of(rollouts):
+    return {
+        (rollout.prompt_id, completion.sample): (rollout, completion)
+        for rollout in rollouts.rows(Rollout)
+        for completion in rollout.completions
+    }
+
+
+@pytest.fixture
+def rule(tmp_path):
+    path = tmp_path / "rule.py"
+    path.write_text(RULE)
+    return f"{path}:contains_bad"
+
+
+@pytest.mark.parametrize("which", ["reward", "reward_pad_is_eos"])
+def test_rewards_equal_scoring_one_conversation_at_a_time(tmp_path, rollouts, models, which):
+    """Also with pad == eos, where the head of transformers alone would read the token before the last."""
+    found = by_key(score(tmp_path / "scores", rollouts, kind="reward_model", model=models[which], batch_tokens=100))
+    model = AutoModelForSequenceClassification.from_pretrained(models[which]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(models[which])
+    assert len(found) == 40
+    for key, (rollout, completion) in samples_of(rollouts).items():
+        turns = [{"role": m.role, "content": m.content} for m in rollout.messages]
+        text = tokenizer.apply_chat_template(
+            [*turns, {"role": "assistant", "content": completion.text}], tokenize=False
+        )
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids.count(IDS["<s>"]) == 1
+        assert ids[-1] == EOS
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([ids])).last_hidden_state
+            expected = model.score(hidden[0, -1]).item()
+        assert found[key].score == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("which", ["causal", "tied"])
+def test_logprobs_equal_a_naive_forward(tmp_path, rollouts, models, which):
+    found = by_key(score(tmp_path / "scores", rollouts, kind="logprobs", model=models[which], batch_tokens=90))
+    model = AutoModelForCausalLM.from_pretrained(models[which]).eval()
+    assert_naive(model, rollouts, found)
+
+
+def assert_naive(model, rollouts, found):
+    assert len(found) == len(samples_of(rollouts))
+    for key, (rollout, completion) in samples_of(rollouts).items():
+        ids = torch.tensor([[*rollout.prompt_ids, *completion.response_ids]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        expected = logprobs.gather(1, ids[0, 1:, None])[len(rollout.prompt_ids) - 1 :, 0]
+        assert found[key].token_logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+        assert found[key].score == pytest.approx(expected.sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Gemma2Config", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 32}),
+        ("CohereConfig", {"logit_scale": 0.1}),
+        ("GraniteConfig", {"logits_scaling": 3.0}),
+        ("MixtralConfig", {"num_local_experts": 2}),
+        ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 1, "n_positions": 64}),
+    ],
+)
+def test_logprobs_of_architectures_that_change_their_logits(tmp_path, rollouts, tokenizer, family, changes):
+    import transformers
+
+    known = tiny_config().to_dict()
+    keys = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range")
+    if family != "GPT2Config":
+        keys += (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "max_position_embeddings",
+        )  # fmt: skip
+    config = getattr(transformers, family)(**{key: known[key] for key in keys}, **changes)
+    path = save_model(tmp_path / "model", AutoModelForCausalLM, config, tokenizer)
+    found = by_key(score(tmp_path / "scores", rollouts, kind="logprobs", model=path))
+    assert_naive(AutoModelForCausalLM.from_pretrained(path).eval(), rollouts, found)
+
+
+def test_logits_in_several_chunks_change_nothing(tmp_path, rollouts, models, monkeypatch):
+    import annotation.logprobs
+
+    whole = by_key(score(tmp_path / "whole", rollouts, kind="logprobs", model=models["causal"]))
+    monkeypatch.setattr(annotation.logprobs, "LOGITS_AT_ONCE", 3 * len(IDS))
+    chunked = by_key(score(tmp_path / "chunked", rollouts, kind="logprobs", model=models["causal"]))
+    assert whole.keys() == chunked.keys()
+    for key, row in whole.items():
+        assert row.token_logprobs == pytest.approx(chunked[key].token_logprobs, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["reward_model", "logprobs"])
+def test_too_long_inputs_are_dropped_and_counted_never_cut(tmp_path, rollouts, models, kind):
+    model = models["reward" if kind == "reward_model" else "causal"]
+    every = by_key(score(tmp_path / "all", rollouts, kind=kind, model=model))
+    some = score(tmp_path / "some", rollouts, kind=kind, model=model, max_length=18, max_dropped=1)
+    ledger = some.manifest.ledger
+    assert 0 < ledger.dropped["too_long"] < 40
+    assert ledger.rows_in == 40 == ledger.kept + ledger.dropped["too_long"]
+    for key, row in by_key(some).items():
+        assert row.score == pytest.approx(every[key].score, abs=1e-4)
+    with pytest.raises(UserError, match=r"too_long is more than max_dropped=0\.1"):
+        score(tmp_path / "none", rollouts, kind=kind, model=model, max_length=18)
+
+
+def test_truncated_answers_pay_the_penalty(tmp_path, rollouts, models):
+    plain = by_key(score(tmp_path / "plain", rollouts, kind="reward_model", model=models["reward"]))
+    fined = by_key(
+        score(tmp_path / "fined", rollouts, kind="reward_model", model=models["reward"], missing_eos_penalty=2.5)
+    )
+    reasons = set()
+    for key, (_, completion) in samples_of(rollouts).items():
+        reasons.add(completion.finish_reason)
+        fine = 2.5 if completion.finish_reason == "length" else 0.0
+        assert fined[key].score == pytest.approx(plain[key].score - fine)
+    assert reasons == {"stop", "length"}
+
+
+def test_a_rule_sees_the_answer_and_what_it_cannot_judge_is_counted(tmp_path, rollouts, rule):
+    scores = score(tmp_path / "scores", rollouts, kind="rule", function=rule, name="gold", max_dropped=1)
+    found = by_key(scores)
+    for key, (_, completion) in samples_of(rollouts).items():
+        if "awful" in completion.text:
+            assert key not in found
+        else:
+            expected = completion.text.count("great") + 0.5 * (completion.finish_reason == "stop")
+            assert found[key].score == expected
+    ledger = scores.manifest.ledger
+    assert ledger.dropped == {"unscored": 40 - len(found)}
+    assert scores.manifest.facts["scorer"] == "gold"
+
+
+def test_only_the_completions_of_the_pairs_are_scored(tmp_path, rollouts, models):
+    rewards = publish_scores(tmp_path / "rewards", rollouts, lambda rollout, completion: float(completion.sample))
+    run_cli("pairs", f"rollouts={rollouts.path}", f"scores={rewards.path}", f"output={tmp_path / 'pairs'}")
+    found = score(tmp_path / "s", rollouts, kind="logprobs", model=models["causal"], pairs=tmp_path / "pairs")
+    pairs = list(Artifact.open(tmp_path / "pairs").rows(Pair))
+    assert {key for pair in pairs for key in ((pair.prompt_id, 0), (pair.prompt_id, 3))} == by_key(found).keys()
+    assert found.manifest.ledger.rows_in == 20
+    assert [path.name for path in found.shards] == [path.name for path in rollouts.shards]
+    others = publish_rollouts(tmp_path / "others", make_rollouts(3, 2, seed=5))
+    with pytest.raises(UserError, match="made from other rollouts"):
+        score(tmp_path / "x", others, kind="logprobs", model=models["causal"], pairs=tmp_path / "pairs")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompts=st.integers(1, 9), k=st.integers(1, 4), shard=st.integers(1, 4), seed=st.integers(0, 99))
+def test_sharding_and_dropping_lose_and_repeat_nothing(tmp_path_factory, rule, prompts, k, shard, seed):
+    base = tmp_path_factory.mktemp("property")
+    rollouts = publish_rollouts(base / "rollouts", make_rollouts(prompts, k, seed=seed), shard)
+    scores = score(base / "scores", rollouts, kind="rule", function=rule, max_dropped=1)
+    expected = {key for key, (_, completion) in samples_of(rollouts).items() if "awful" not in completion.text}
+    rows = [(row.prompt_id, row.sample) for row in scores.rows(Score)]
+    assert len(rows) == len(set(rows))
+    assert set(rows) == expected
+    assert scores.manifest.ledger.rows_in == prompts * k
+    assert scores.manifest.ledger.kept == len(rows) == scores.manifest.rows
+
+
+def test_replicas_launchers_and_kills_give_the_same_bytes(tmp_path, models):
+    rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(24, 4), shard=2)
+    common = ["score", f"rollouts={rollouts.path}", "kind=logprobs", f"model={models['causal']}"]
+    run_cli(*common, f"output={tmp_path / 'one'}")
+    expected = Artifact.open(tmp_path / "one", SCORES).manifest.digest
+
+    run_cli(*common, f"output={tmp_path / 'two'}", "replicas=2")
+    assert Artifact.open(tmp_path / "two", SCORES).manifest.digest == expected
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "annotation"]
+    subprocess.run([*launcher, *common, f"output={tmp_path / 'torchrun'}"], cwd=ROOT, check=True, timeout=200)
+    assert Artifact.open(tmp_path / "torchrun", SCORES).manifest.digest == expected
+
+
+def test_a_killed_scorer_continues_with_the_shards_that_it_finished(tmp_path):
+    rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(24, 2), shard=2)
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import pathlib, time\nLOG = pathlib.Path(__file__).with_name('calls')\n"
+        "def judge(messages, response, finish_reason, answer):\n"
+        "    with LOG.open('a') as log: log.write('x')\n"
+        "    time.sleep(0.05)\n    return len(response) / 7\n"
+    )
+    command = ["score", f"rollouts={rollouts.path}", "kind=rule", f"function={slow}:judge"]
+    run_cli(*command, f"output={tmp_path / 'whole'}")
+    (tmp_path / "calls").unlink()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "annotation", *command, f"output={tmp_path / 'killed'}"], cwd=ROOT, env=os.environ
+    )
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob(".killed.partial-*/.receipt-*.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    before = (tmp_path / "calls").stat().st_size
+    finished = len(list(tmp_path.glob(".killed.partial-*/.receipt-*.json")))
+    assert 3 <= finished < 12
+    run_cli(*command, f"output={tmp_path / 'killed'}")
+    assert (tmp_path / "calls").stat().st_size - before == 48 - 4 * finished
+    digests = {Artifact.open(tmp_path / name, SCORES).manifest.digest for name in ("whole", "killed")}
+    assert len(digests) == 1
+
+
+def test_rules_pairs_and_evaluations_start_without_torch():
+    code = (
+        "import sys, annotation.__main__, annotation.scoring, annotation.rule\n"
+        "import annotation.pairs, annotation.evaluation, annotation.rlhflow\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_the_weights_that_scored_are_in_the_manifest(tmp_path, rollouts, models):
+    scores = score(tmp_path / "scores", rollouts, kind="reward_model", model=models["reward"])
+    assert scores.manifest.weights == scores.manifest.inputs["model"]
+    assert json.loads((tmp_path / "scores/manifest.json").read_text())["facts"]["kind"] == "reward_model"
