@@ -10,6 +10,8 @@ from contracts.config import StageConfig, identity, input_path
 from contracts.fingerprint import digest
 from contracts.records import Message
 
+Column = Literal["prompt", "messages", "context_messages", "question"]
+
 
 class PromptsConfig(StageConfig):
     """Import prompts from a Hub dataset, a save_to_disk directory, JSONL or Parquet."""
@@ -21,7 +23,7 @@ class PromptsConfig(StageConfig):
     """hf:ORG/NAME[@REVISION], or a path: a save_to_disk directory, a .jsonl or .parquet file or a directory of them."""
     split: str = identity("train")
     """Split of a dataset that has several."""
-    column: Literal["prompt", "messages", "context_messages", "question"] | None = identity(None)
+    column: Column | None = identity(None)
     """Column that holds the prompt; found by itself when only one of these exists."""
     answer_column: str = identity("answer")
     """Column of known answers, for rule scorers; ignored where it does not exist."""
