@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import nn
 
 from contracts.config import read_yaml
 from contracts.errors import UserError
@@ -49,7 +50,7 @@ def start(config: TrainingConfig, dtype: torch.dtype) -> Accelerator:
     declared = declared_zero_stage(config.accelerate_config)
     if declared is not None and declared != zero_stage(accelerator):
         raise UserError(
-            f"{config.accelerate_config} declares ZeRO stage {declared}, but stage {zero_stage(accelerator)} is running "
+            f"{config.accelerate_config} declares ZeRO stage {declared}, but {zero_stage(accelerator)} is running "
             "(0: no DeepSpeed). Start the stage without `accelerate launch` of your own, or give it this file."
         )
     if accelerator.num_processes != config.processes:
@@ -94,6 +95,15 @@ def add_up(accelerator: Accelerator, figures: dict[str, Any]) -> dict[str, float
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in figures.values()])
     total = accelerator.reduce(values.to(accelerator.device), "sum").tolist()
     return dict(zip(figures, total, strict=True))
+
+
+def gather(accelerator: Accelerator, prepared: Any, module: nn.Module) -> dict[str, Any]:
+    """The whole weights of `module`, which `prepared` wraps; under ZeRO-3 with every process's help, for rank 0 alone.
+
+    Only under DeepSpeed by accelerate's own function, which imports DeepSpeed (2 s) wherever it is installed.
+    """
+    weights: dict[str, Any] = accelerator.get_state_dict(prepared) if zero_stage(accelerator) else module.state_dict()
+    return weights
 
 
 def _require_no_compiler() -> None:

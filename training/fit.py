@@ -14,7 +14,8 @@ from contracts.stage import Context, Outcome
 from training.checkpoint import save_checkpoint
 from training.config import TrainingConfig
 from training.data import Row
-from training.distributed import pick_dtype, start, zero_stage
+from training.distributed import gather, pick_dtype, start, zero_stage
+from training.logprobs import TokenLogprobs, require_same_logits
 from training.loop import Line, Loss, evaluate, train
 from training.models import set_modes, set_trainable, tensor_shapes
 from training.state import TrainingState
@@ -54,24 +55,27 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         model = task.load(dtype if zero_stage(accelerator) else torch.float32)
         set_trainable(model, config.frozen)
         set_modes(model, config.gradient_checkpointing)
-        wrapped = task.wrap(model)
-        optimizer: Any = _optimizer(config, wrapped)
-        wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
+        module = task.wrap(model)
+        optimizer: Any = _optimizer(config, module)
+        prepared, optimizer = accelerator.prepare(module, optimizer)
         set_modes(model, config.gradient_checkpointing)
+        if isinstance(module, TokenLogprobs):
+            with accelerator.autocast():
+                require_same_logits(prepared, module, task.rows[0].sequences[0], accelerator.device)
     state = TrainingState(
         context.publication.directory / "state" / "training.safetensors",
-        accelerator.unwrap_model(wrapped),
+        module,
         optimizer,
         every=config.checkpoint_every,
         writes=accelerator.is_main_process,
     )
     with context.timed("compute"):
-        log = train(config, context, accelerator, wrapped, optimizer, task.rows, task.loss, state)
+        log = train(config, context, accelerator, prepared, optimizer, task.rows, task.loss, state)
         if task.held_out:
-            figures = evaluate(config, accelerator, wrapped, task.held_out, task.loss)
+            figures = evaluate(config, accelerator, prepared, task.held_out, task.loss)
             log[-1].update({f"held_out_{name}": value for name, value in figures.items()})
     with context.timed("save"):
-        gathered = accelerator.get_state_dict(wrapped)  # under ZeRO-3 with every process's help, for rank 0 alone
+        gathered = gather(accelerator, prepared, module)
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return Outcome(task.ledger.unit)

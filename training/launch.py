@@ -104,6 +104,7 @@ def main() -> int:
     if settings.get("distributed_type") == "MULTI_GPU" and settings["num_processes"] == 1:
         settings["distributed_type"] = "NO"
     (folder / "accelerate.json").write_text(json.dumps(settings))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings["num_processes"])))
     # The ranks have reported their own failures; the launcher's table of exit codes adds nothing.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     arguments = ["--config_file", str(folder / "accelerate.json"), "--main_process_port", "0", "-m", "training", stage]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from contracts.errors import UserError
 from training.data import Sequence
 
 CHUNK = 2048
@@ -90,6 +91,27 @@ class SequenceScore(nn.Module):
         """Fields of a `Batch` -> [S] scores in fp32."""
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return self.model.score(hidden.flatten(0, 1)[last]).float().squeeze(-1)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def require_same_logits(prepared: Any, module: TokenLogprobs, sequence: Sequence, device: torch.device) -> None:
+    """Check once that the model's logits are its LM head applied to its last hidden state.
+
+    Some models scale or cap their logits; `TokenLogprobs` would be wrong for these without anybody noticing.
+
+    Raises:
+        UserError: this model does.
+    """
+    batch = collate([sequence], device)
+    found = prepared(batch.input_ids, batch.positions, batch.targets)
+    logits = module.model(input_ids=batch.input_ids, use_cache=False).logits[0, batch.positions]
+    expected = logits.float().log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1)
+    difference = float((found - expected).abs().mean())
+    if difference > (1e-3 if logits.dtype == torch.float32 else 0.1):
+        raise UserError(
+            f"{type(module.model).__name__} does more to its logits than to apply its LM head (log-probabilities "
+            f"differ by {difference:.2g}), for example soft-capping; such models are not supported. Choose another model."
+        )
 
 
 class LogprobHead(nn.Module):

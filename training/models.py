@@ -55,6 +55,8 @@ def load_reward(model: Path, dtype: torch.dtype, seed: int) -> Any:
     The head is normal with standard deviation 1 / sqrt(hidden size + 1) (Stiennon et al. 2020, arXiv 2009.01325).
     """
     loaded = _load(AutoModelForSequenceClassification, model, dtype, num_labels=1)
+    if not hasattr(loaded, "score"):
+        raise UserError(f"{type(loaded).__name__} has no linear layer `score` as its head; choose another model.")
     if ModelInfo.read(model).labels is None:
         weight = loaded.score.weight
         with _gathered(weight), torch.no_grad():
