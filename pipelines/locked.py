@@ -186,7 +186,7 @@ def sync(names: list[str], variant: str = "auto", say: Callable[[str], None] = p
 
 
 def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None]) -> None:
-    with _lock(locked, say):
+    with _lock(locked, say) as held:
         if locked.complete:
             say(f"{locked.name}: built meanwhile ({locked.variant}, {locked.directory})")
             return
@@ -199,19 +199,23 @@ def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None]) -> N
         # Beside the environments, so that files are linked, not copied: torch is unpacked once for all of them.
         environ.setdefault("UV_CACHE_DIR", str(home() / "uv"))
         environ |= uv_variables(pip, environ, locked.variant)
+        run = functools.partial(_run, environ=environ, locked=locked, held=held)
         uv = _find_uv()
-        _run([uv, "venv", "--python", sys.executable, "--no-project", str(locked.directory)], environ, locked)
+        run([uv, "venv", "--python", sys.executable, "--no-project", str(locked.directory)])
         # Compiled now: the first stages would wait for it, and nothing writes into an environment later.
         install = [uv, "pip", "install", "--python", str(locked.python), "--no-deps", "--compile-bytecode"]
-        _run([*install, *uv_options(pip), "-r", str(locked.lock)], environ, locked)
-        _check(locked, environ)
+        run([*install, *uv_options(pip), "-r", str(locked.lock)])
+        try:
+            run([str(locked.python), "-c", IMPORTS[locked.name] if locked.variant == "cpu" else "import torch"])
+        except InstallError as error:
+            raise InstallError(f"{error}{_torch_advice(locked)}") from error
         (locked.directory / MARK).write_text("\n".join(requirements) + "\n")
         say(f"{locked.name}: ready in {time.monotonic() - start:.0f} s")
 
 
 @contextlib.contextmanager
-def _lock(locked: Locked, say: Callable[[str], None]) -> Iterator[None]:
-    """One builder at a time; the others wait. Ends with its holder."""
+def _lock(locked: Locked, say: Callable[[str], None]) -> Iterator[int]:
+    """One builder at a time; the others wait. Ends with the last process that holds the file descriptor."""
     path = locked.directory.with_name(f".{locked.directory.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -220,7 +224,7 @@ def _lock(locked: Locked, say: Callable[[str], None]) -> Iterator[None]:
         except OSError:
             say(f"{locked.name}: another process is building {locked.directory}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file.fileno()
 
 
 def _find_uv() -> str:
@@ -231,31 +235,25 @@ def _find_uv() -> str:
     return uv
 
 
-def _check(locked: Locked, environ: dict[str, str]) -> None:
-    """Import what the environment is for.
-
-    Raises:
-        InstallError: that fails.
-    """
-    try:
-        _run(
-            [str(locked.python), "-c", IMPORTS[locked.name] if locked.variant == "cpu" else "import torch"],
-            environ,
-            locked,
-        )
-    except InstallError as error:
-        if locked.variant == "cpu" and not list(locked.directory.glob("lib/*/site-packages/torch-*+cpu.dist-info")):
-            raise InstallError(
-                f"{error}\nThe package index gave a torch that is not a CPU build. Add PyTorch's index of CPU builds "
-                "(the page 'Get started' on pytorch.org names it) to pip's extra-index-url, or set "
-                "UV_TORCH_BACKEND=cpu; then run this again."
-            ) from error
-        raise
+def _torch_advice(locked: Locked) -> str:
+    if locked.variant == "gpu" or any(locked.directory.glob("lib/*/site-packages/torch-*+cpu.dist-info")):
+        return ""
+    return (
+        "\nThe package index gave a torch that is not a CPU build. Add PyTorch's index of CPU builds (the page 'Get "
+        "started' on pytorch.org names it) to pip's extra-index-url, or set UV_TORCH_BACKEND=cpu; then run this again."
+    )
 
 
-def _run(command: list[str], environ: dict[str, str], locked: Locked) -> None:
+def _run(command: list[str], environ: dict[str, str], locked: Locked, held: int) -> None:
     result = subprocess.run(
-        command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        command,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+        # The lock goes to the child as well: if only this process is killed, nobody builds beside the child.
+        pass_fds=[held],
     )
     if result.returncode != 0:
         lines = result.stdout.decode(errors="replace").strip().splitlines()[-20:]
