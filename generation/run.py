@@ -27,7 +27,6 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
     with context.timed("load"):
         tokenizer = ChatTokenizer(config.policy)
         fingerprint = weights_fingerprint(config.policy)
-    with context.timed("tokenize"):
         tokenized = [(prompt, tokenizer.prompt_ids(prompt)) for prompt in prompts]
     shards = cut(tokenized, config.shard_size or default_shard_size(config), longest_allowed)
     settings = _settings(config, context, tokenizer, shards, longest_allowed)

@@ -12,6 +12,8 @@ from generation.engine import Answer, EngineSettings, Request
 
 CPU_BLOCK = 128
 """Tokens per block of the KV cache on a CPU."""
+CPU_STEP = 2048
+"""Tokens per forward pass on a CPU."""
 
 
 class VllmEngine:
@@ -106,6 +108,10 @@ def engine_arguments(config: GenerationConfig, settings: EngineSettings) -> dict
         arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(config, settings)
     if not settings.on_gpu:
         arguments["enforce_eager"] = True
+        # A prompt in two pieces needs a rewind of its random generator, which generators on a CPU refuse
+        # ("CPU Generator does not use offset").
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(CPU_STEP, settings.max_length, config.max_num_seqs)
     return arguments
 
 

@@ -17,8 +17,8 @@ from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, Request
 from generation.vllm_engine import engine_arguments, set_environment
 
-TAIL = 3000
-"""Characters of the server's log that an error shows."""
+LAST_WORDS = 40
+"""Lines of the server's log that an error shows."""
 
 
 class VllmServer:
@@ -65,11 +65,11 @@ class VllmServer:
         deadline = time.monotonic() + seconds
         while not self._healthy():
             if self._process.poll() is not None:
-                raise RuntimeError(f"the vLLM server ended while it was starting. Its last words:\n{self._tail()}")
+                raise RuntimeError(f"the vLLM server ended while it was starting. From its log:\n{self._last_words()}")
             if time.monotonic() > deadline:
                 raise RuntimeError(
                     f"the vLLM server was not healthy after startup_seconds={seconds:g}. Raise it for a large model. "
-                    f"The server's last words:\n{self._tail()}"
+                    f"From its log:\n{self._last_words()}"
                 )
             time.sleep(0.2)
 
@@ -98,13 +98,14 @@ class VllmServer:
             async def ask(body: dict[str, Any]) -> list[dict[str, Any]]:
                 async with session.post("/v1/completions", json=body) as response:
                     if response.status != 200:
-                        raise RuntimeError(f"the vLLM server answered {response.status}: {await response.text()}")
+                        problem = f"answered {response.status}: {await response.text()}"
+                        raise RuntimeError(f"the vLLM server {problem}. From its log:\n{self._last_words()}")
                     return list((await response.json())["choices"])
 
             try:
                 found = await asyncio.gather(*(ask(body) for body in bodies))
             except aiohttp.ClientError as error:
-                raise RuntimeError(f"the vLLM server is gone ({error}). Its last words:\n{self._tail()}") from error
+                raise RuntimeError(f"the vLLM server is gone ({error}). From its log:\n{self._last_words()}") from error
         return [_answers(choices, request) for choices, request in zip(found, requests, strict=True)]
 
     def _body(self, request: Request, batch: str) -> dict[str, Any]:
@@ -125,8 +126,11 @@ class VllmServer:
             "cache_salt": batch,
         }
 
-    def _tail(self) -> str:
-        return self._log.read_text(errors="replace")[-TAIL:].strip()
+    def _last_words(self) -> str:
+        """The first errors of the log, which name the cause, or its end where it has none."""
+        lines = [line[:300] for line in self._log.read_text(errors="replace").splitlines()]
+        errors = [line for line in lines if " ERROR " in line]
+        return "\n".join(errors[:LAST_WORDS] or lines[-LAST_WORDS:])
 
     def close(self) -> None:
         """End the server and all of its processes."""

@@ -1,23 +1,15 @@
-"""A tiny chat model made on the spot, prompts for it, and the stage's real command line."""
+"""A tiny chat model made on the spot, and prompts for it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from generation_runs import generate, processed_config, publish_prompts, raw_config
 
-from contracts.artifacts import Artifact, Publication
-from contracts.ledger import Ledger
-from contracts.prompts import prompt_id
-from contracts.records import PROMPTS, ROLLOUTS, Message, Prompt, Rollout
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from contracts.artifacts import Artifact
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]
 WORDS = [f"w{index}" for index in range(58)]
@@ -90,21 +82,6 @@ def changed_policy(policy: Path, tmp_path: Path) -> Callable[..., Path]:
     return change
 
 
-def publish_prompts(path: Path, texts: Sequence[str]) -> Path:
-    """Publish one-turn prompts."""
-    rows = []
-    for text in texts:
-        messages = (Message("user", text),)
-        rows.append(Prompt(prompt_id(messages), messages, answer="w1", tags=("test",)))
-    publication = Publication(path, PROMPTS, "prompts", "0" * 64)
-    publication.begin()
-    publication.write_rows("shard-00000.jsonl", rows, Ledger("prompts", len(rows), len(rows)))
-    publication.publish(
-        key_parts={}, inputs={}, input_paths={}, unit="prompts", weights=None, versions={}, seconds={}, facts={}
-    )
-    return path
-
-
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """26 prompts of 1 to 6 words; the last five share 130 words, longer than a block of the KV cache."""
@@ -113,39 +90,21 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return publish_prompts(tmp_path_factory.mktemp("data") / "prompts", [*short, *(f"{common} w{i}" for i in range(5))])
 
 
-def start(*overrides: str, **environment: str) -> "subprocess.Popen[str]":
-    """Start `python -m generation` with these overrides."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "generation", *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
+@pytest.fixture(scope="session", params=["vllm", "transformers"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine; vLLM where it is installed."""
+    if request.param == "vllm":
+        pytest.importorskip("vllm", reason="vLLM is in the generation environment only", exc_type=ImportError)
+    return str(request.param)
 
 
-def generate(output: Path, **config: Any) -> Artifact:
-    """Run the stage through its command line and open what it published."""
-    overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in {**config, "output": output}.items()]
-    process = start(*overrides)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
-    return Artifact.open(output, ROLLOUTS)
+@pytest.fixture(scope="session")
+def processed(engine: str, policy: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Two samples at T=1 and two at T=0.7, with log-probabilities of what was sampled from."""
+    return generate(tmp_path_factory.mktemp("processed") / "out", **processed_config(engine, policy, prompts))
 
 
-def refuse(output: Path, **config: Any) -> str:
-    """Run the stage with a mistake in its configuration; return the one message, having checked that it is one."""
-    overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in {**config, "output": output}.items()]
-    process = start(*overrides)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2, out + err
-    assert "Traceback" not in err
-    assert err.count("error: ") == 1
-    left = [path.name for path in output.parent.iterdir() if path.name.lstrip(".").startswith(output.name)]
-    assert left == []
-    return err
-
-
-def rows(artifact: Artifact) -> list[Rollout]:
-    """All rollouts of an artifact."""
-    return list(artifact.rows(Rollout))
+@pytest.fixture(scope="session")
+def raw(engine: str, policy: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """One sample at T=0.7 and one greedy, with log-probabilities of the model's own."""
+    return generate(tmp_path_factory.mktemp("raw") / "out", **raw_config(engine, policy, prompts))

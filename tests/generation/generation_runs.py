@@ -1,0 +1,104 @@
+"""The stage's real command line, and prompts for it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from contracts.artifacts import Artifact, Publication
+from contracts.ledger import Ledger
+from contracts.prompts import prompt_id
+from contracts.records import PROMPTS, ROLLOUTS, Message, Prompt, Rollout
+
+
+def publish_prompts(path: Path, texts: Sequence[str], *, system: str | None = None) -> Path:
+    """Publish one-turn prompts, with a system message if wanted."""
+    rows = []
+    for text in texts:
+        messages = (*([Message("system", system)] if system else []), Message("user", text))
+        rows.append(Prompt(prompt_id(messages), messages, answer="w1", tags=("test",)))
+    publication = Publication(path, PROMPTS, "prompts", "0" * 64)
+    publication.begin()
+    publication.write_rows("shard-00000.jsonl", rows, Ledger("prompts", len(rows), len(rows)))
+    publication.publish(
+        key_parts={}, inputs={}, input_paths={}, unit="prompts", weights=None, versions={}, seconds={}, facts={}
+    )
+    return path
+
+
+def start(output: Path, **config: Any) -> "subprocess.Popen[str]":
+    """Start `python -m generation`."""
+    overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in {**config, "output": output}.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "generation", *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def generate(output: Path, **config: Any) -> Artifact:
+    """Run the stage through its command line and open what it published."""
+    process = start(output, **config)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return Artifact.open(output, ROLLOUTS)
+
+
+def refuse(output: Path, **config: Any) -> str:
+    """Run the stage with a mistake in its configuration; return the one message, having checked that it is one."""
+    process = start(output, **config)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, out + err
+    assert "Traceback" not in err
+    assert err.count("error: ") == 1
+    left = [path.name for path in output.parent.iterdir() if path.name.lstrip(".").startswith(output.name)]
+    assert left == []
+    return err
+
+
+def rows(artifact: Artifact) -> list[Rollout]:
+    """All rollouts of an artifact."""
+    return list(artifact.rows(Rollout))
+
+
+def processed_config(engine: str, policy: Path, prompts: Path) -> dict[str, Any]:
+    return {
+        "engine": engine,
+        "policy": policy,
+        "prompts": prompts,
+        "shard_size": 8,
+        "max_num_seqs": 16,
+        "k": 4,
+        "temperatures": [1.0, 0.7],
+        "top_k": 40,
+        "top_p": 0.95,
+        "max_new_tokens": 24,
+        "iteration": 2,
+    }
+
+
+def raw_config(engine: str, policy: Path, prompts: Path) -> dict[str, Any]:
+    return {
+        "engine": engine,
+        "policy": policy,
+        "prompts": prompts,
+        "shard_size": 3,
+        "logprob_mode": "raw",
+        "k": 2,
+        "temperatures": [0.7, 0.0],
+        "max_new_tokens": 48,
+        "seed": 7,
+    }
+
+
+def processes_naming(path: Path) -> list[int]:
+    """Other processes that have `path` on their command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(path).encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return [number for number in found if number != os.getpid()]

@@ -1,0 +1,139 @@
+"""The pure parts: selection, shards, requests, and what is refused from an engine."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contracts.ledger import merge
+from contracts.prompts import prompt_id
+from contracts.records import Message, Prompt, Sampling
+from generation.config import GenerationConfig
+from generation.engine import Answer, Request
+from generation.prompts import ChatTokenizer, select_prompts
+from generation.rollouts import check_answer, cut, default_shard_size, requests_of, sample_shard
+
+
+def config(**values: Any) -> GenerationConfig:
+    return GenerationConfig(**{"policy": "model", "prompts": "prompts", "output": "out", **values})
+
+
+def numbered(count: int) -> list[Prompt]:
+    messages = [(Message("user", str(index)),) for index in range(count)]
+    return [Prompt(prompt_id(one), one) for one in messages]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20), max_size=60),
+    size=st.integers(1, 25),
+    longest=st.one_of(st.none(), st.integers(1, 20)),
+)
+def test_cut_covers_the_input_exactly(lengths: list[int], size: int, longest: int | None) -> None:
+    prompts = [(prompt, (0,) * length) for prompt, length in zip(numbered(len(lengths)), lengths, strict=True)]
+    shards = cut(prompts, size, longest)
+    kept = [item for item in prompts if longest is None or len(item[1]) <= longest]
+    assert [item for shard in shards for item in shard.prompts] == kept
+    assert len({shard.name for shard in shards}) == len(shards) == math.ceil(len(prompts) / size)
+    assert sorted(shard.name for shard in shards) == [shard.name for shard in shards]
+    assert all(shard.ledger.rows_in == size for shard in shards[:-1])
+    total = merge((shard.ledger for shard in shards), "prompts")
+    assert (total.rows_in, total.kept) == (len(prompts), len(kept))
+    assert sum(total.dropped.values()) == len(prompts) - len(kept)
+
+
+@given(start=st.integers(0, 200), count=st.integers(1, 26))
+def test_selection_goes_round_and_uses_no_prompt_twice(prompts: Path, start: int, count: int) -> None:
+    everything = select_prompts(config(prompts=prompts))
+    chosen = select_prompts(config(prompts=prompts, start=start, count=count))
+    assert [prompt.prompt_id for prompt in chosen] == [
+        everything[(start + offset) % 26].prompt_id for offset in range(count)
+    ]
+    assert len({prompt.prompt_id for prompt in chosen}) == count
+
+
+def test_shard_size_depends_on_the_samples_in_flight_alone() -> None:
+    assert default_shard_size(config(k=4, max_num_seqs=256)) == 512
+    assert default_shard_size(config(k=4, max_num_seqs=256, replicas=8)) == 512
+    assert default_shard_size(config(k=64, temperatures=[1.0], max_num_seqs=4)) == 1
+
+
+def test_every_sample_has_a_seed_of_its_own() -> None:
+    seeds: Counter[int] = Counter()
+    for iteration in range(3):
+        stage = config(k=8, temperatures=[1.0, 0.7], iteration=iteration)
+        for prompt in numbered(50):
+            for request in requests_of(prompt, (1, 2), stage):
+                seeds.update(request.seed + sample for sample in range(request.n))
+    assert len(seeds) == 3 * 50 * 8
+
+
+def test_greedy_requests_record_no_filter() -> None:
+    stage = config(k=2, temperatures=[0.0, 1.0], top_p=0.9, top_k=5, max_new_tokens=3)
+    greedy, sampled = requests_of(numbered(1)[0], (1,), stage)
+    assert greedy.sampling == Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=3)
+    assert sampled.sampling == Sampling(temperature=1.0, top_p=0.9, top_k=5, max_tokens=3)
+
+
+class Recorder:
+    """An engine that echoes the length of the prompt and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+
+    def generate(self, requests: Any, batch: str) -> list[list[Answer]]:
+        self.asked = list(requests)
+        return [
+            [
+                Answer((10 + len(request.prompt_ids), 2), (-1.0, -0.5), "stop", request.seed + j)
+                for j in range(request.n)
+            ]
+            for request in requests
+        ]
+
+    def close(self) -> None: ...
+
+
+def test_the_longest_prompts_are_submitted_first_and_rows_keep_their_order(policy: Path) -> None:
+    prompts = [(prompt, (1,) * length) for prompt, length in zip(numbered(5), (3, 9, 4, 9, 1), strict=True)]
+    (shard,) = cut(prompts, 5, None)
+    engine = Recorder()
+    rollouts = sample_shard(shard, engine, ChatTokenizer(policy), config(k=4, temperatures=[1.0, 0.5]), "weights")
+    assert [len(request.prompt_ids) for request in engine.asked] == [9, 9, 9, 9, 4, 4, 3, 3, 1, 1]
+    assert [request.sampling.temperature for request in engine.asked] == [1.0, 0.5] * 5
+    assert [row.prompt_id for row in rollouts] == [prompt.prompt_id for prompt, _ in prompts]
+    for row in rollouts:
+        assert {answer.response_ids[0] for answer in row.completions} == {10 + len(row.prompt_ids)}
+
+
+GOOD = Answer((7, 8, 2), (-0.1, -0.2, -0.3), "stop", 5)
+
+
+def test_consistent_answers_pass() -> None:
+    check_answer(GOOD, 3, [2])
+    check_answer(Answer((7, 8, 9), (0.0, -0.2, -0.3), "length", 5), 3, [2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"response_ids": (), "logprobs": ()}, "0 tokens where 1 to 3"),
+        ({"response_ids": (7, 8, 9, 2), "logprobs": (-1.0,) * 4}, "4 tokens where 1 to 3"),
+        ({"response_ids": (7, 8, 9)}, "stop tokens are at \\[\\] of 3"),
+        ({"response_ids": (7, 2, 2)}, "stop tokens are at \\[1, 2\\] of 3"),
+        ({"finish_reason": "length"}, "stop tokens are at \\[2\\] of 3"),
+        ({"response_ids": (7, 8), "logprobs": (-1.0, -1.0), "finish_reason": "length"}, "truncated after 2 of 3"),
+        ({"finish_reason": "abort"}, "neither stop nor length"),
+        ({"logprobs": (-0.1, -0.2)}, "3 tokens, but 2 log-probabilities"),
+        ({"logprobs": (-0.1, float("nan"), -0.3)}, "not a number"),
+        ({"logprobs": (-0.1, float("-inf"), -0.3)}, "not a number"),
+        ({"logprobs": (-0.1, 0.2, -0.3)}, "not a number"),
+    ],
+)
+def test_inconsistent_answers_are_an_error(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        check_answer(msgspec.structs.replace(GOOD, **changes), 3, [2])

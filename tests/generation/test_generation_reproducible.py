@@ -1,0 +1,73 @@
+"""The same inputs give the same bytes: run again, after a kill, with replicas, behind a server."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from generation_runs import generate, processed_config, processes_naming, raw_config, rows, start
+
+from contracts.artifacts import Artifact
+
+
+def test_two_replicas_publish_the_same_bytes(
+    engine: str, processed: Artifact, policy: Path, prompts: Path, tmp_path: Path
+) -> None:
+    again = generate(tmp_path / "out", replicas=2, **processed_config(engine, policy, prompts))
+    assert again.manifest.key == processed.manifest.key
+    assert again.manifest.digest == processed.manifest.digest
+
+
+def test_killed_and_run_again_publishes_the_same_bytes(
+    engine: str, raw: Artifact, policy: Path, prompts: Path, tmp_path: Path
+) -> None:
+    config = raw_config(engine, policy, prompts)
+    killed = start(tmp_path / "out", **config)
+    while not (finished := list(tmp_path.glob(".out.partial-*/.receipt-shard-00000.jsonl.json"))):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    partial = finished[0].parent
+    assert len(list(partial.glob(".receipt-*"))) < len(raw.manifest.files)
+    first = (partial / "shard-00000.jsonl").stat().st_ino
+
+    again = generate(tmp_path / "out", **config)
+    assert again.manifest.digest == raw.manifest.digest
+    assert again.shards[0].stat().st_ino == first
+    assert {name: again.manifest.facts[name] for name in ("completions", "stop_rate")} == {
+        name: raw.manifest.facts[name] for name in ("completions", "stop_rate")
+    }
+
+
+def test_run_again_reuses_what_is_published(raw: Artifact, engine: str, policy: Path, prompts: Path) -> None:
+    created = raw.manifest.created
+    assert generate(raw.path, **raw_config(engine, policy, prompts)).manifest.created == created
+
+
+def test_another_seed_gives_other_answers(raw: Artifact, engine: str, policy: Path, prompts: Path) -> None:
+    if engine == "vllm":
+        pytest.skip("the seeds are the stage's own, the same for every engine")
+    config = {**raw_config(engine, policy, prompts), "seed": 8}
+    other = rows(generate(raw.path.parent / "other-seed", **config))
+    pairs = list(zip(rows(raw), other, strict=True))
+    assert all(one.completions[1].response_ids == two.completions[1].response_ids for one, two in pairs)
+    assert sum(one.completions[0].response_ids != two.completions[0].response_ids for one, two in pairs) > 20
+
+
+def test_server_answers_as_the_engine_in_process(
+    engine: str, raw: Artifact, policy: Path, prompts: Path, tmp_path: Path
+) -> None:
+    if engine != "vllm":
+        pytest.skip("servers are vLLM's")
+    served = generate(tmp_path / "out", servers=1, **raw_config(engine, policy, prompts))
+    assert served.manifest.key == raw.manifest.key
+    same = 0
+    for one, two in zip(rows(raw), rows(served), strict=True):
+        greedy, other = one.completions[1], two.completions[1]
+        assert (greedy.response_ids, greedy.finish_reason) == (other.response_ids, other.finish_reason)
+        assert greedy.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert [answer.seed for answer in one.completions] == [answer.seed for answer in two.completions]
+        same += one.completions[0].response_ids == two.completions[0].response_ids
+    assert same > 23  # of 26: a last bit can decide between two tokens
+    assert processes_naming(policy) == []
