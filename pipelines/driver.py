@@ -112,6 +112,8 @@ class Driver:
         write_atomically(config, yaml.safe_dump(node.config.model_dump(mode="json"), sort_keys=False).encode())
         environment = getattr(self.config.environments, node.environment)
         argv, variables = launch_command(environment, node.environment, [*node.argv, "--config", str(config)])
+        threads = max(1, (os.cpu_count() or 1) // self.parallel)
+        variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))
         # submitit's local executor hides the GPUs unless it is told their number.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is not None:

@@ -84,8 +84,6 @@ def launch_command(environment: EnvironmentConfig, name: str, argv: list[str]) -
 def _variables(environment: EnvironmentConfig) -> dict[str, str]:
     """The variables of a stage: defaults that the user's own settings override, the code, the config's."""
     defaults = {
-        # Stages run side by side, and several threads on shared cores stall one another.
-        "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -84,7 +84,7 @@ def run_command(options: argparse.Namespace) -> int:
     iterations = config.iterations if options.iters is None else options.iters
     if iterations < 0:
         raise UserError(f"--iters is {iterations}; it must not be negative.")
-    console = Console()
+    console = make_console()
     if options.dry_run:
         print_plan(console, build_graph(config, iterations), config)
         return 0
@@ -102,6 +102,12 @@ def run_command(options: argparse.Namespace) -> int:
         )
     print_table(console, graph)
     return 0
+
+
+def make_console() -> Console:
+    """Standard output; wide enough for the tables where it is not a terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
 
 
 def print_plan(console: Console, graph: Graph, config: RunConfig) -> None:
@@ -126,5 +132,5 @@ def status_command(options: argparse.Namespace) -> int:
     """`pipeline status RUN`."""
     run = RunDirectory.existing(options.run)
     config = load_run_config(run.path / "config.resolved.yaml", [])
-    print_status(Console(), run, build_graph(config, run.iterations))
+    print_status(make_console(), run, build_graph(config, run.iterations))
     return 0

@@ -80,20 +80,17 @@ def test_a_failing_prologue_stops_the_stage() -> None:
 
 
 def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR", "PYTHONPATH"):
+    for name in ("TOKENIZERS_PARALLELISM", "DS_ACCELERATOR", "PYTHONPATH"):
         monkeypatch.delenv(name, raising=False)
     _, variables = launch_command(environment(python=sys.executable), "training", [])
-    assert variables["OMP_NUM_THREADS"] == "1"
     assert variables["TOKENIZERS_PARALLELISM"] == "false"
     assert variables["DS_ACCELERATOR"] == "cpu"
     assert variables["PYTHONPATH"] == str(code_path())
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("PYTHONPATH", f"/mine{os.pathsep}{code_path()}")
     monkeypatch.setenv("RATCHET_VARIANT", "gpu")
     _, variables = launch_command(
         environment(python=sys.executable, variables={"TOKENIZERS_PARALLELISM": "true"}), "training", []
     )
-    assert variables["OMP_NUM_THREADS"] == "3"
     assert variables["TOKENIZERS_PARALLELISM"] == "true"
     assert variables["PYTHONPATH"] == f"{code_path()}{os.pathsep}/mine"
     assert "DS_ACCELERATOR" not in variables
