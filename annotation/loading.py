@@ -45,6 +45,11 @@ def load_model(config: ScoreConfig, auto_class: Any) -> Any:
     return model.to(device).eval()
 
 
+def compute_facts(model: Any) -> dict[str, str]:
+    """For the manifest: number format and kind of device."""
+    return {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
+
+
 def pad_right(sequences: list[list[int]], pad: int, device: Any) -> tuple[Any, Any]:
     """Sequences as `(input_ids [B, T], attention_mask [B, T])`, padded at the right."""
     longest = max(map(len, sequences))

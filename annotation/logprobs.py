@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from annotation.batching import batches
 from annotation.config import ScoreConfig
-from annotation.loading import load_model, pad_right, require_vocabulary
+from annotation.loading import compute_facts, load_model, pad_right, require_vocabulary
 from annotation.samples import Sample
 from contracts.records import Score
 
@@ -24,6 +24,7 @@ class LogprobModel:
         self.budget = config.batch_tokens
         self.longest = longest
         self.model = load_model(config, AutoModelForCausalLM)
+        self.facts = compute_facts(self.model)
 
     def __call__(self, samples: list[Sample]) -> list[Score | str]:
         """One score per sample; "too_long" where prompt and response exceed the limit."""

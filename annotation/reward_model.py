@@ -6,7 +6,7 @@ from transformers import AutoModelForSequenceClassification
 from annotation.batching import batches
 from annotation.chat import ChatTokenizer
 from annotation.config import ScoreConfig
-from annotation.loading import load_model, pad_right
+from annotation.loading import compute_facts, load_model, pad_right
 from annotation.samples import Sample
 from contracts.errors import UserError
 from contracts.records import Message, Score
@@ -21,6 +21,7 @@ class RewardModel:
         self.longest = longest
         self.chat = ChatTokenizer(config.model)
         self.model = load_model(config, AutoModelForSequenceClassification)
+        self.facts = compute_facts(self.model)
 
     def __call__(self, samples: list[Sample]) -> list[Score | str]:
         """One score per sample; "too_long" where the conversation exceeds the limit."""

@@ -1,7 +1,6 @@
 """What a scorer is given, and what it answers."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from contracts.records import Completion, Rollout, Score
 
@@ -21,5 +20,12 @@ class Sample(NamedTuple):
         return f"prompt {self.rollout.prompt_id}, sample {self.completion.sample}"
 
 
-Scorer = Callable[[list[Sample]], list[Score | str]]
-"""Judges the samples of one shard; answers in their order, with the reason in words where a sample is dropped."""
+class Scorer(Protocol):
+    """What each kind of scorer is, once its model or function is loaded."""
+
+    facts: dict[str, str]
+    """What the manifest says of how it computes: dtype and device."""
+
+    def __call__(self, samples: list[Sample]) -> list[Score | str]:
+        """Judge the samples of one shard, in their order; a string is the reason for which a sample is dropped."""
+        ...

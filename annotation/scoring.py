@@ -38,7 +38,7 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
             samples = _read_samples(rollouts, name, wanted)
             scores, ledger = _judge(config, scorer, samples)
             seconds["compute"] = time.perf_counter() - start
-            facts = {"sum": math.fsum(score.score for score in scores)}
+            facts = {**scorer.facts, "score_sum": math.fsum(score.score for score in scores)}
             context.publication.write_rows(name, scores, ledger, seconds=dict(seconds), facts=facts)
             seconds["load"] = 0.0
 
@@ -68,9 +68,9 @@ def _opener(config: ScoreConfig) -> Callable[[], Scorer]:
     The kinds are imported late: a rule must start without torch.
     """
     if config.kind == "rule":
-        from annotation.rule import open_rule
+        from annotation.rule import Rule
 
-        return lambda: open_rule(config)
+        return lambda: Rule(config)
     assert config.model is not None
     info = ModelInfo.read(config.model)
     if config.kind == "reward_model":
@@ -143,7 +143,10 @@ def _outcome(config: ScoreConfig, context: Context) -> Outcome:
     receipts = context.publication.receipts().values()
     ledger = merge((receipt.ledger for receipt in receipts), "samples")
     ledger.stop_above(config.max_dropped, f"scorer {config.name!r}")
-    facts: dict[str, Any] = {"scorer": config.name, "kind": config.kind, "score_mean": None}
-    if ledger.kept:
-        facts["score_mean"] = math.fsum(receipt.facts["sum"] for receipt in receipts) / ledger.kept
+    facts: dict[str, Any] = {"scorer": config.name, "kind": config.kind}
+    for receipt in receipts:
+        facts |= receipt.facts
+    total = math.fsum(receipt.facts["score_sum"] for receipt in receipts)
+    facts["score_mean"] = total / ledger.kept if ledger.kept else None
+    facts.pop("score_sum", None)
     return Outcome("samples", facts, weights_fingerprint(config.model) if config.model else None)

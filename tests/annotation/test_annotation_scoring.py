@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import msgspec
 import pytest
 import torch
 from annotation_world import (
@@ -22,13 +24,14 @@ from annotation_world import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from annotation.__main__ import COMMANDS
 from annotation.config import ScoreConfig
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from contracts.records import SCORES, Pair, Rollout, Score
+from contracts.records import SCORES, Message, Pair, Rollout, Score
 from contracts.stage import run_stage
 
 RULE = """
@@ -205,18 +208,23 @@ def test_sharding_and_dropping_lose_and_repeat_nothing(tmp_path_factory, rule, p
     assert scores.manifest.ledger.kept == len(rows) == scores.manifest.rows
 
 
-def test_replicas_launchers_and_kills_give_the_same_bytes(tmp_path, models):
+def test_two_replicas_give_the_same_bytes_as_one(tmp_path, models):
     rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(24, 4), shard=2)
     common = ["score", f"rollouts={rollouts.path}", "kind=logprobs", f"model={models['causal']}"]
-    run_cli(*common, f"output={tmp_path / 'one'}")
-    expected = Artifact.open(tmp_path / "one", SCORES).manifest.digest
-
+    one = score(tmp_path / "one", rollouts, kind="logprobs", model=models["causal"])
     run_cli(*common, f"output={tmp_path / 'two'}", "replicas=2")
-    assert Artifact.open(tmp_path / "two", SCORES).manifest.digest == expected
+    assert Artifact.open(tmp_path / "two", SCORES).manifest.digest == one.manifest.digest
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "annotation"]
-    subprocess.run([*launcher, *common, f"output={tmp_path / 'torchrun'}"], cwd=ROOT, check=True, timeout=200)
-    assert Artifact.open(tmp_path / "torchrun", SCORES).manifest.digest == expected
+
+def test_processes_of_a_launcher_share_the_shards(tmp_path, rule):
+    """As under `accelerate launch`, which sets the same variables as torchrun."""
+    rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(24, 4), shard=2)
+    one = score(tmp_path / "one", rollouts, kind="rule", function=rule, max_dropped=1)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "-m", "annotation"]
+    arguments = ["score", f"rollouts={rollouts.path}", "kind=rule", f"function={rule}", "max_dropped=1"]
+    subprocess.run([*launcher, *arguments, f"output={tmp_path / 'three'}"], cwd=ROOT, check=True, timeout=200)
+    assert Artifact.open(tmp_path / "three", SCORES).manifest.digest == one.manifest.digest
+    assert not list(tmp_path.glob(".three*"))
 
 
 def test_a_killed_scorer_continues_with_the_shards_that_it_finished(tmp_path):
@@ -262,4 +270,46 @@ def test_rules_pairs_and_evaluations_start_without_torch():
 def test_the_weights_that_scored_are_in_the_manifest(tmp_path, rollouts, models):
     scores = score(tmp_path / "scores", rollouts, kind="reward_model", model=models["reward"])
     assert scores.manifest.weights == scores.manifest.inputs["model"]
-    assert json.loads((tmp_path / "scores/manifest.json").read_text())["facts"]["kind"] == "reward_model"
+    facts = json.loads((tmp_path / "scores/manifest.json").read_text())["facts"]
+    mean = sum(row.score for row in scores.rows(Score)) / 40
+    assert facts == {
+        "scorer": "reward", "kind": "reward_model", "score_mean": pytest.approx(mean), "dtype": "float32",
+        "device": "cpu",
+    }  # fmt: skip
+
+
+def test_a_template_that_refuses_a_role_is_told_with_the_prompt(tmp_path, models):
+    (rollout,) = make_rollouts(1, 1)
+    rollout = msgspec.structs.replace(rollout, messages=(Message("system", "be good"), *rollout.messages))
+    rollouts = publish_rollouts(tmp_path / "rollouts", [rollout])
+    with pytest.raises(UserError, match=f"prompt {rollout.prompt_id}, sample 0: .*refuses.*no role system"):
+        score(tmp_path / "scores", rollouts, kind="reward_model", model=models["reward"])
+
+
+def test_bfloat16_is_a_choice_that_the_manifest_shows(tmp_path, rollouts, models):
+    exact = by_key(score(tmp_path / "exact", rollouts, kind="logprobs", model=models["causal"]))
+    coarse = score(tmp_path / "coarse", rollouts, kind="logprobs", model=models["causal"], dtype="bfloat16")
+    assert coarse.manifest.facts["dtype"] == "bfloat16"
+    for key, row in by_key(coarse).items():
+        assert row.token_logprobs == pytest.approx(exact[key].token_logprobs, abs=1.0)
+
+
+def test_models_that_would_give_nonsense_are_refused(tmp_path, rollouts, models, tokenizer):
+    """A checkpoint without its head, a template that doubles BOS, a smaller vocabulary."""
+    headless = shutil.copytree(models["reward"], tmp_path / "headless")
+    weights = load_file(headless / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks the weights score\.weight"):
+        score(tmp_path / "scores", rollouts, kind="reward_model", model=headless)
+
+    doubled = shutil.copytree(models["reward"], tmp_path / "doubled")
+    template = doubled / "chat_template.jinja"
+    template.write_text("{{ bos_token }}" + template.read_text())
+    with pytest.raises(UserError, match="two BOS tokens"):
+        score(tmp_path / "scores", rollouts, kind="reward_model", model=doubled)
+
+    small = save_model(tmp_path / "small", AutoModelForCausalLM, tiny_config(vocab_size=len(IDS) - 4), tokenizer)
+    with pytest.raises(UserError, match="the rollouts were made with another tokenizer"):
+        score(tmp_path / "scores", rollouts, kind="logprobs", model=small)
+    assert not list(tmp_path.glob(".scores*"))
