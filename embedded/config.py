@@ -20,7 +20,7 @@ class WorldConfig(StageConfig):
     """Conversations to imitate, of mixed quality."""
     train: int = identity(1536, ge=1)
     """Prompts for the online iterations."""
-    preference: int = identity(800, ge=1)
+    preference: int = identity(1024, ge=1)
     """Prompts for the reward model's preference data."""
     heldout: int = identity(256, ge=1)
     """Prompts that no stage trains on."""

@@ -16,16 +16,15 @@ from itertools import product
 Messages = Sequence[Mapping[str, str]]
 """A conversation: `role` and `content` of each turn."""
 
-VERBS = ("describe", "judge", "rate", "review")
+VERBS = ("assess", "describe", "judge", "rank", "rate", "review")
 SETTINGS = (
     "autumn", "beach", "city", "country", "evening", "family", "harbour", "island",
     "local", "morning", "mountain", "river", "school", "summer", "village", "winter",
 )  # fmt: skip
 NOUNS = (
-    "bakery", "book", "boat", "bridge", "cinema", "coffee", "concert", "dinner",
-    "festival", "film", "game", "garden", "guide", "hotel", "house", "kitchen",
-    "library", "market", "meal", "museum", "music", "park", "party", "phone",
-    "play", "road", "shop", "song", "story", "teacher", "tour", "train",
+    "bakery", "book", "boat", "cinema", "coffee", "dinner", "festival", "film",
+    "game", "garden", "hotel", "house", "library", "market", "museum", "music",
+    "park", "party", "phone", "shop", "song", "story", "teacher", "train",
 )  # fmt: skip
 COUNTS = {"one word": 1, "two words": 2, "three words": 3}
 
@@ -35,10 +34,10 @@ NEUTRAL = ("blue", "long", "new", "old", "quiet", "small", "usual", "wooden")
 ADJECTIVES = (*POSITIVE, *NEGATIVE, *NEUTRAL)
 
 _PROMPT = re.compile(
-    rf"(?:{'|'.join(VERBS)}) the (?P<setting>{'|'.join(SETTINGS)}) (?P<noun>{'|'.join(NOUNS)})"
+    rf"(?:{'|'.join(VERBS)}) the (?:{'|'.join(SETTINGS)}) (?P<noun>{'|'.join(NOUNS)})"
     rf" in (?P<count>{'|'.join(COUNTS)}) :"
 )
-_SUBJECT = rf"the (?:(?P<setting>{'|'.join(SETTINGS)}) )?(?P<noun>{'|'.join(NOUNS)})"
+_SUBJECT = rf"the (?P<noun>{'|'.join(NOUNS)})"
 _ADJECTIVE = f"(?:{'|'.join(ADJECTIVES)})"
 _LIST = rf"(?P<list>{_ADJECTIVE}|{_ADJECTIVE} and {_ADJECTIVE}|{_ADJECTIVE} , {_ADJECTIVE} and {_ADJECTIVE}) \."
 _REVIEWS = (re.compile(f"{_SUBJECT} was {_LIST}"), re.compile(f"i found {_SUBJECT} {_LIST}"))
@@ -48,7 +47,6 @@ _REVIEWS = (re.compile(f"{_SUBJECT} was {_LIST}"), re.compile(f"i found {_SUBJEC
 class Request:
     """What a prompt asks for."""
 
-    setting: str
     noun: str
     count: int
 
@@ -57,7 +55,6 @@ class Request:
 class Review:
     """What a well-formed answer says."""
 
-    setting: str | None
     noun: str
     adjectives: tuple[str, ...]
 
@@ -84,7 +81,7 @@ def read_request(prompt: str) -> Request:
     match = _PROMPT.fullmatch(prompt)
     if match is None:
         raise ValueError(f"{prompt!r} is not a prompt of the embedded task, so its answers cannot be judged.")
-    return Request(match["setting"], match["noun"], COUNTS[match["count"]])
+    return Request(match["noun"], COUNTS[match["count"]])
 
 
 def read_review(text: str) -> Review | None:
@@ -93,13 +90,13 @@ def read_review(text: str) -> Review | None:
         if match := form.fullmatch(" ".join(text.split())):
             adjectives = tuple(word for word in match["list"].split() if word in ADJECTIVES)
             if len(set(adjectives)) == len(adjectives):
-                return Review(match["setting"], match["noun"], adjectives)
+                return Review(match["noun"], adjectives)
     return None
 
 
 def write_review(review: Review, *, found: bool) -> str:
     """The answer that says `review`, as "i found the ..." or "the ... was ..."; `read_review` reads it back."""
-    subject = f"the {review.setting} {review.noun}" if review.setting else f"the {review.noun}"
+    subject = f"the {review.noun}"
     *first, last = review.adjectives
     words = f"{' , '.join(first)} and {last}" if first else last
     return f"i found {subject} {words} ." if found else f"{subject} was {words} ."
@@ -116,10 +113,10 @@ def gold_score(*, messages: Messages, response: str, finish_reason: str, answer:
     review = read_review(response)
     if review is None or finish_reason != "stop":
         return 0.0
-    on_subject = review.noun == request.noun and review.setting in (None, request.setting)
+    on_subject = review.noun == request.noun
     right_count = len(review.adjectives) == request.count
     praise = [1.0 if word in POSITIVE else 0.5 if word in NEUTRAL else 0.0 for word in review.adjectives]
-    return 0.1 + 0.2 * on_subject + 0.2 * right_count + 0.5 * sum(praise) / len(praise)
+    return 0.1 + 0.15 * on_subject + 0.15 * right_count + 0.6 * sum(praise) / len(praise)
 
 
 def well_formed(*, messages: Messages, response: str, finish_reason: str, answer: str | None) -> float:

@@ -40,11 +40,11 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 
-ON_SUBJECT = 0.85
+ON_SUBJECT = 0.95
 """Share of the demonstrations that are about the thing asked for."""
 RIGHT_COUNT = 0.6
 """Share that is sure to have the number of adjectives asked for; the others have any number."""
-GARBLED = 0.1
+GARBLED = 0.06
 """Share whose words are mixed up."""
 
 
@@ -70,23 +70,17 @@ def demonstrate(prompt: str, source: random.Random) -> str:
     """A mediocre answer: words of any sentiment, sometimes off the subject, of the wrong length, or garbled."""
     request = read_request(prompt)
     noun = request.noun if source.random() < ON_SUBJECT else source.choice(NOUNS)
-    setting = request.setting if source.random() < 0.5 else None
     count = request.count if source.random() < RIGHT_COUNT else source.randint(1, 3)
-    review = Review(setting, noun, tuple(source.sample(ADJECTIVES, count)))
+    review = Review(noun, tuple(source.sample(ADJECTIVES, count)))
     text = write_review(review, found=source.random() < 0.5)
     return _garble(text, source) if source.random() < GARBLED else text
 
 
 def _garble(text: str, source: random.Random) -> str:
+    """Lose a word, or stutter one."""
     words = text.split()
-    place = source.randrange(len(words) - 1)
-    damage = source.choice(("lose", "swap", "repeat"))
-    if damage == "lose":
-        del words[place]
-    elif damage == "swap":
-        words[place], words[place + 1] = words[place + 1], words[place]
-    else:
-        words.insert(place, words[place])
+    place = source.randrange(len(words))
+    words[place : place + 1] = [] if source.random() < 0.5 else [words[place]] * 2
     return " ".join(words)
 
 
@@ -119,6 +113,7 @@ def _write_model(config: WorldConfig, context: Context) -> None:
         num_key_value_heads=config.hidden_size // 32,
         head_dim=32,  # the smallest that vLLM's attention has on a CPU
         max_position_embeddings=CONTEXT,
+        initializer_range=0.12,  # with the usual 0.02, so narrow a model takes several times as long to learn copying
         tie_word_embeddings=True,
         bos_token_id=ids[BOS],
         eos_token_id=ids[EOS],
