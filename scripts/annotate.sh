@@ -6,6 +6,8 @@
 #   bash scripts/annotate.sh evaluate rollouts=DIR scores.reward=DIR output=DIR
 #   bash scripts/annotate.sh --help
 #
-# PYTHON names the interpreter of the annotation environment; `python` by default.
+# Runs in the locked environment; PYTHON names another interpreter.
 set -euo pipefail
-exec "${PYTHON:-python}" -m annotation "$@"
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+exec "${PYTHON:-$("$root/.venv/bin/pipeline" env python annotation)}" -m annotation "$@"

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Train a model: supervised fine-tuning, a reward model, or direct preference optimisation.
 #
-#   scripts/train.sh dpo model=models/sft pairs=[out/pairs] reference=[out/reference] output=out/policy
-#   scripts/train.sh sft --config sft.yaml processes=2 accelerate_config=configs/accelerate/zero3.yaml
-#   scripts/train.sh --help
+#   bash scripts/train.sh dpo model=models/sft pairs=[out/pairs] reference=[out/reference] output=out/policy
+#   bash scripts/train.sh sft --config sft.yaml processes=2 accelerate_config=configs/accelerate/zero3.yaml
+#   bash scripts/train.sh --help
 #
-# PYTHON names the interpreter of the training environment (default: python).
+# Runs in the locked environment; PYTHON names another interpreter.
 set -euo pipefail
-exec "${PYTHON:-python}" -m training "$@"
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+exec "${PYTHON:-$("$root/.venv/bin/pipeline" env python training)}" -m training "$@"

@@ -1,8 +1,8 @@
-"""`python -m training {sft,reward,dpo}`."""
+"""`python -m training {sft,reward,dpo,ema}`."""
 
 from contracts.records import CHECKPOINT
 from contracts.stage import Command, main
-from training.config import DpoConfig, RewardConfig, SftConfig
+from training.config import DpoConfig, EmaConfig, RewardConfig, SftConfig
 from training.launch import leaves_without_teardown
 
 LAUNCH = "training.launch:launch"
@@ -10,6 +10,7 @@ COMMANDS = {
     "sft": Command(SftConfig, CHECKPOINT, "training.sft:run", LAUNCH),
     "reward": Command(RewardConfig, CHECKPOINT, "training.reward:run", LAUNCH),
     "dpo": Command(DpoConfig, CHECKPOINT, "training.dpo:run", LAUNCH),
+    "ema": Command(EmaConfig, CHECKPOINT, "training.ema:run"),
 }
 
 if __name__ == "__main__":

@@ -37,19 +37,12 @@ def digests(run: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, smallest_text: str) -> Path:
-    path = tmp_path_factory.mktemp("end to end") / "smallest.yaml"
-    path.write_text(smallest_text)
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(config: Path) -> Path:
+def finished(shared_smallest: Path) -> Path:
     """The directory of a run of two iterations that nothing interrupted."""
-    result = pipeline("run", str(config), "--iters", "2", f"directory={config.parent}", cwd=config.parent)
+    result = pipeline("run", str(shared_smallest), "--iters", "2")
     assert result.returncode == 0, result.stderr
     assert "Best checkpoint" in result.stdout
-    return config.parent / "smallest"
+    return shared_smallest.parent / "runs" / "smallest"
 
 
 def test_metrics_have_one_row_per_policy(finished: Path) -> None:
@@ -62,8 +55,8 @@ def test_metrics_have_one_row_per_policy(finished: Path) -> None:
     assert Path(rows[2]["policy"]) == finished / "iteration-002" / "training"
 
 
-def test_every_count_adds_up_and_every_file_is_as_its_manifest_says(finished: Path, config: Path) -> None:
-    graph = build_graph(load_run_config(config, [f"directory={config.parent}"]), 2)
+def test_every_count_adds_up_and_every_file_is_as_its_manifest_says(finished: Path, shared_smallest: Path) -> None:
+    graph = build_graph(load_run_config(shared_smallest, []), 2)
     for node in graph.nodes.values():
         artifact = Artifact.open(node.output)
         assert artifact.damage() == []
@@ -114,18 +107,17 @@ def test_held_out_prompts_are_not_trained_on(finished: Path) -> None:
         assert not heldout & {row.prompt_id for row in Artifact.open(finished / place, PROMPTS).rows(Prompt)}
 
 
-def test_the_same_command_again_does_nothing_and_says_so(finished: Path, config: Path) -> None:
+def test_the_same_command_again_does_nothing_and_says_so(finished: Path, shared_smallest: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob(MANIFEST)}
-    result = pipeline("run", str(config), "--iters", "2", f"directory={config.parent}", cwd=config.parent)
+    result = pipeline("run", str(shared_smallest), "--iters", "2")
     assert result.returncode == 0, result.stderr
     assert "is finished" in result.stdout
     assert "run    " not in result.stdout
     assert {path: path.stat().st_mtime_ns for path in finished.rglob(MANIFEST)} == before
 
 
-def test_a_dry_run_says_what_would_run_and_why(finished: Path, config: Path) -> None:
-    arguments = ["run", str(config), "--iters", "2", "--dry-run", f"directory={config.parent}", "training.beta=0.2"]
-    lines = pipeline(*arguments, cwd=config.parent).stdout.splitlines()
+def test_a_dry_run_says_what_would_run_and_why(finished: Path, shared_smallest: Path) -> None:
+    lines = pipeline("run", str(shared_smallest), "training.beta=0.2", "--iters", "2", "--dry-run").stdout.splitlines()
     plan = {line.split()[1]: line for line in lines}
     assert plan["iteration-001/reference"].startswith("reuse")
     assert plan["iteration-001/training"].startswith("run")
@@ -154,12 +146,12 @@ def kill_stage(run: Path, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("victim", ["driver", "stage"])
-def test_killed_again_and_again_it_ends_with_the_same_bytes(finished: Path, config: Path, victim: str) -> None:
+def test_killed_again_and_again_it_ends_with_the_same_bytes(finished: Path, shared_smallest: Path, victim: str) -> None:
     chance = random.Random(victim)
-    home = config.parent / f"killed-{victim}"
-    arguments = ["run", str(config), "--iters", "2", f"directory={home}"]
+    home = shared_smallest.parent / f"killed-{victim}"
+    arguments = ["run", str(shared_smallest), "--iters", "2", f"directory={home}"]
     for _ in range(5):
-        with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, cwd=config.parent, text=True) as driver:
+        with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, text=True) as driver:
             assert driver.stdout is not None
             # Wait for a stage to start, so that every kill finds something to interrupt.
             for line in driver.stdout:
@@ -171,7 +163,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(finished: Path, conf
             else:
                 kill_stage(home / "smallest", chance)
             driver.communicate(timeout=600)
-    result = pipeline(*arguments, cwd=config.parent)
+    result = pipeline(*arguments)
     assert result.returncode == 0, result.stderr
     assert digests(home / "smallest") == digests(finished)
     assert end_orphans(home / "smallest") == []
@@ -180,12 +172,12 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(finished: Path, conf
     shutil.rmtree(home)
 
 
-def test_a_second_driver_is_refused(finished: Path, config: Path) -> None:
-    arguments = ["run", str(config), "--iters", "3", f"directory={config.parent}"]
-    with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, cwd=config.parent, text=True) as first:
+def test_a_second_driver_is_refused(finished: Path, shared_smallest: Path) -> None:
+    arguments = ["run", str(shared_smallest), "--iters", "3"]
+    with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         next(line for line in first.stdout if line.startswith("run "))
-        second = pipeline(*arguments, cwd=config.parent)
+        second = pipeline(*arguments)
         assert second.returncode == 2
         assert f"driven right now by process {first.pid}" in second.stderr
         first.send_signal(signal.SIGINT)

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# One iteration of online DPO by hand: every stage alone, from files to files. `pipeline run` does the same and more.
+#
+#   bash scripts/iterate.sh PROMPTS POLICY REWARD_MODEL OUTPUT [generation keys ...]
+#
+# PROMPTS is a JSONL or Parquet file, a dataset directory, or hf:ORG/NAME; OUTPUT/policy is the next policy. Run again
+# after an interruption: what is published is reused.
+set -euo pipefail
+prompts=$1 policy=$2 reward_model=$3 out=$4
+shift 4
+here=$(cd "$(dirname "$0")" && pwd)
+
+bash "$here/import-prompts.sh" source="$prompts" output="$out/prompts"
+bash "$here/generate.sh" policy="$policy" prompts="$out/prompts" output="$out/rollouts" "$@"
+bash "$here/annotate.sh" score kind=reward_model model="$reward_model" rollouts="$out/rollouts" output="$out/reward"
+bash "$here/annotate.sh" pairs rollouts="$out/rollouts" scores="$out/reward" output="$out/pairs"
+bash "$here/annotate.sh" score kind=logprobs name=reference model="$policy" rollouts="$out/rollouts" \
+  pairs="$out/pairs" output="$out/reference"
+bash "$here/train.sh" dpo model="$policy" pairs="[$out/pairs]" reference="[$out/reference]" output="$out/policy"

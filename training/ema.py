@@ -1,0 +1,40 @@
+"""An exponential moving average of policies: a reference that follows slowly."""
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from contracts.errors import UserError
+from contracts.fingerprint import weights_fingerprint
+from contracts.models import ModelInfo
+from contracts.stage import Context, Outcome
+from training.checkpoint import save_checkpoint
+from training.config import EmaConfig
+from training.models import load_causal, read_config, tensor_shapes
+
+
+@torch.no_grad()
+def run(config: EmaConfig, context: Context) -> Outcome:
+    """Publish decay · average + (1 - decay) · model, computed in float32 and stored like `model`.
+
+    Raises:
+        UserError: the two are not of one architecture.
+    """
+    logging.disable_progress_bar()
+    for path in (config.average, config.model):
+        ModelInfo.read(path).require_causal()
+    model_config = read_config(config.model)
+    shapes = tensor_shapes(AutoModelForCausalLM, model_config)
+    with context.timed("load"):
+        average, model = (load_causal(path, torch.float32) for path in (config.average, config.model))
+    target, state = average.state_dict(), model.state_dict()
+    if {name: tensor.shape for name, tensor in target.items()} != {name: t.shape for name, t in state.items()}:
+        raise UserError(f"{config.average} and {config.model} are of different architectures and have no average.")
+    with context.timed("compute"):
+        mean = {name: target[name].lerp(state[name], 1 - config.decay) for name in target}
+    with context.timed("save"):
+        dtype = getattr(model_config, "dtype", None) or torch.float32
+        save_checkpoint(
+            context.publication, mean, model, start=config.model, shapes=shapes, dtype=dtype, changes={}, unit="models"
+        )
+    return Outcome("models", {"decay": config.decay}, weights_fingerprint(context.publication.directory))
