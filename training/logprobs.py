@@ -110,7 +110,7 @@ def require_same_logits(prepared: Any, module: TokenLogprobs, sequence: Sequence
     if difference > (1e-3 if logits.dtype == torch.float32 else 0.1):
         raise UserError(
             f"{type(module.model).__name__} does more to its logits than to apply its LM head (log-probabilities "
-            f"differ by {difference:.2g}), for example soft-capping; such models are not supported. Choose another model."
+            f"differ by {difference:.2g}), for example soft-capping; such models are not supported. Choose another."
         )
 
 

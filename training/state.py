@@ -34,6 +34,7 @@ class TrainingState:
             tensors[f"parameter/{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = value
+        self.path.parent.mkdir(exist_ok=True)
         scratch = self.path.with_name(self.path.name + ".tmp")
         save_file({name: value.contiguous() for name, value in tensors.items()}, scratch, {"log": json.dumps(log)})
         with scratch.open("rb") as file:

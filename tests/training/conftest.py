@@ -11,8 +11,15 @@ from typing import Any
 import pytest
 
 from contracts.artifacts import Artifact, Publication
+from contracts.config import validate
 from contracts.ledger import Ledger
 from contracts.records import PAIRS, SCORES, Pair, Schema, Score
+from contracts.stage import run_stage
+from training.__main__ import COMMANDS
+
+# Before any test module imports torch, which reads it once: two threads on shared cores stall each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parents[2]
 WORDS = "review the film book meal was great good bad awful and blue long .".split()
@@ -37,6 +44,15 @@ def run_cli(*arguments: Any, check: bool = True, **environment: str) -> "subproc
     )  # fmt: skip
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def run_here(stage: str, **settings: Any) -> Artifact:
+    """The same stage in this process, where nothing depends on its own process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    command = COMMANDS[stage]
+    return run_stage(command, validate(command.config, settings, "test"))
 
 
 def publish(target: Path, schema: Schema, rows: list[Any]) -> Artifact:

@@ -14,8 +14,8 @@ from training.config import DpoConfig
 from training.data import Row, Sequence, pair_sequences
 from training.dpo import dpo_loss
 from training.logprobs import LogprobHead, TokenLogprobs, collate, sum_by_sequence
-from training.losses import bradley_terry, dpo
 from training.loop import Totals
+from training.losses import bradley_terry, dpo
 
 
 def pair_rows(count: int) -> list[Row]:
@@ -75,7 +75,9 @@ def test_dpo_equals_trl(which: str, kind: str, nll: float, models: dict[str, Pat
     assert mine.keys() == trl.keys()
     assert max(float(value.abs().max()) for value in trl.values()) > 1e-3
     for name, value in mine.items():
-        torch.testing.assert_close(value, trl[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, trl[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def trl_batch(rows: list[Row]) -> dict[str, torch.Tensor]:
