@@ -19,7 +19,7 @@ COLUMNS: tuple[str, ...] = get_args(Column)
 
 def run(config: PromptsConfig, context: Context) -> Outcome:
     """Publish the prompts of a source, each once."""
-    excluded = {prompt.prompt_id for path in config.exclude for prompt in Artifact.open(path, PROMPTS).rows(Prompt)}
+    excluded = {prompt_id(p.messages) for path in config.exclude for p in Artifact.open(path, PROMPTS).rows(Prompt)}
     ledger, facts = Ledger("rows"), {"assistant_turns_removed": 0}
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
@@ -29,16 +29,19 @@ def run(config: PromptsConfig, context: Context) -> Outcome:
         if prompt is None:
             ledger.drop("empty")
             continue
-        if prompt.prompt_id in places:
-            if config.duplicates == "error":
-                raise UserError(
-                    f"{place}: the same prompt (prompt_id {prompt.prompt_id}) as in {places[prompt.prompt_id]}. "
-                    "Remove one of them, or set duplicates=drop."
-                )
+        content = prompt_id(prompt.messages)
+        # A given identity that repeats is as wrong as a conversation that does.
+        known = {f"conversation {content}": place, f"{config.id_column} {prompt.prompt_id}": place}
+        again = [name for name in known if name in places]
+        if again and config.duplicates == "error":
+            raise UserError(
+                f"{place}: the same {again[0]} as in {places[again[0]]}. Remove one of them, or set duplicates=drop."
+            )
+        if again:
             ledger.drop("duplicate")
             continue
-        places[prompt.prompt_id] = place
-        if prompt.prompt_id in excluded:
+        places.update(known)
+        if content in excluded:
             ledger.drop("held_out")
             continue
         prompts.append(prompt)
@@ -80,16 +83,22 @@ def read_prompt(row: dict[str, Any], place: str, config: PromptsConfig) -> tuple
     removed, messages = len(messages) - kept, messages[:kept]
     if not any(message.content.strip() for message in messages):
         return None, 0
+    if messages[-1].role == "system":
+        raise UserError(
+            f"{place}, column {column!r}: the conversation ends with a system message; nobody asks anything."
+        )
     if config.system is not None and messages[0].role != "system":
         messages = (Message("system", config.system), *messages)
     answer = row.get(config.answer_column)
-    tags = row.get("tags") or ()
-    if not all(isinstance(tag, str) for tag in tags) or isinstance(tags, str):
+    tags = row.get("tags") or []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise UserError(f"{place}: tags must be a list of strings, found {tags!r}.")
-    identity = row.get("prompt_id", prompt_id(messages))
-    if not isinstance(identity, str) or not identity:
-        raise UserError(f"{place}: prompt_id must be a string that is not empty, found {identity!r}.")
-    return Prompt(identity, messages, None if answer is None else str(answer), tuple(tags)), removed
+    identity = row.get(config.id_column)
+    if identity is None:
+        identity = prompt_id(messages)
+    elif not isinstance(identity, str | int) or identity == "":
+        raise UserError(f"{place}: {config.id_column} must be a string or a whole number, found {identity!r}.")
+    return Prompt(str(identity), messages, None if answer is None else str(answer), tuple(tags)), removed
 
 
 def _find_column(row: dict[str, Any], place: str) -> str:

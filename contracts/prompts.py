@@ -27,16 +27,19 @@ class PromptsConfig(StageConfig):
     """Column that holds the prompt; found by itself when only one of these exists."""
     answer_column: str = identity("answer")
     """Column of known answers, for rule scorers; ignored where it does not exist."""
+    id_column: str = identity("prompt_id")
+    """Column of identities to keep; where it does not exist, the identity is the hash of the conversation."""
     system: str | None = identity(None)
     """System message to put before every conversation that has none."""
     limit: int | None = identity(None, ge=1)
     """Keep only so many prompts."""
     shuffle_seed: int | None = identity(None)
-    """Shuffle by this seed before the limit; None keeps the order of the source."""
+    """Shuffle by this seed (random.Random, seeded by derive_seed) before the limit; None keeps the source's order."""
     duplicates: Literal["error", "drop"] = identity("error")
     """What to do with a prompt that occurs again."""
     exclude: list[Path] = input_path([])
-    """Published prompts (held-out sets) that must not occur: they are dropped and counted."""
+    """Published prompts (held-out sets) that must not occur: they are dropped as held_out, which max_dropped does not
+    count."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the rows is dropped."""
 
