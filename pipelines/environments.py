@@ -16,7 +16,15 @@ from contracts.errors import UserError
 from pipelines.locked import NAMES, InstallError, Locked, code_path, home, interpreter, resolve_variant, sync
 
 CONTAINER_RUNTIMES = ("apptainer", "singularity", "docker", "podman")
-PASSED_ON = ("RATCHET_ATTEMPT", "RATCHET_RUN", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_TOKEN", "HF_ENDPOINT")
+PASSED_ON = (
+    "RATCHET_ATTEMPT",
+    "RATCHET_RUN",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HOME",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+)
 """Variables that docker and podman hand on where they are set."""
 
 
