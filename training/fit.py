@@ -96,6 +96,7 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
     facts = {
         **task.facts,
         "steps": len(log),
+        "resumed_steps": state.resumed_steps,
         "final": _final(log),
         "tokens": sum(len(sequence.ids) for row in task.rows for sequence in row.sequences),
         "dtype": str(dtype).removeprefix("torch."),

@@ -23,6 +23,7 @@ class TrainingState:
         self.every = every
         self.writes = writes
         self.optimizer = optimizer
+        self.resumed_steps = 0
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
 
     def save(self, log: list[dict[str, float | int]]) -> None:
@@ -57,4 +58,5 @@ class TrainingState:
                     place = value.device if value.ndim == 0 else parameter.device
                     self.optimizer.state[parameter][kind] = value.to(place)
             log: list[dict[str, float | int]] = json.loads(file.metadata()["log"])
+        self.resumed_steps = len(log)
         return log

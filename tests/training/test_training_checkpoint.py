@@ -145,6 +145,7 @@ def test_sigkill_then_the_same_command_gives_the_same_bytes(
     resumed = run_here("dpo", **settings)
     assert resumed.manifest.files == whole.manifest.files
     assert 0 < saved_steps(saved) < resumed.manifest.facts["steps"]
+    assert resumed.manifest.facts["resumed_steps"] == saved_steps(saved), "starting again would give the same bytes"
     assert not (tmp_path / "out" / "state").exists()
 
 
