@@ -153,6 +153,19 @@ class RunConfig(Section):
         """Where everything of this run is."""
         return self.directory / self.name
 
+    def with_inherited(self) -> Self:
+        """The same, with the sampling keys that other sections take from `generation` filled in."""
+        changes: dict[str, Any] = {"evaluation": _inherit(self.generation, self.evaluation)}
+        if self.reward_model is not None:
+            generation = _inherit(self.generation, self.reward_model.generation)
+            changes["reward_model"] = self.reward_model.model_copy(update={"generation": generation})
+        return self.model_copy(update=changes)
+
+
+def _inherit(base: Section, section: Section) -> Section:
+    """`base` with the keys that the user set in `section`."""
+    return base.model_copy(update={name: getattr(section, name) for name in section.model_fields_set})
+
 
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, dict):
@@ -168,7 +181,7 @@ def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
     Raises:
         UserError: anything is wrong with it; lists every mistake.
     """
-    config = validate(RunConfig, apply_overrides(read_yaml(path), overrides), str(path))
+    config = validate(RunConfig, apply_overrides(read_yaml(path), overrides), str(path)).with_inherited()
     if not os.access(_existing_parent(config.directory), os.W_OK):
         raise UserError(f"directory {config.directory} cannot be written to. Set directory=PATH.")
     return config

@@ -71,8 +71,8 @@ class Recipe:
     def evaluate(self, iteration: int, policy: Path) -> Path:
         """Judge a policy on the held-out prompts."""
         here = f"iteration-{iteration:03d}"
-        generation = {**keys(self.config.generation), **keys(self.config.evaluation)}
-        rollouts = self.sample(f"{here}/heldout/generation", policy, self.heldout_prompts, iteration, generation)
+        heldout = self.heldout_prompts
+        rollouts = self.sample(f"{here}/heldout/generation", policy, heldout, iteration, self.config.evaluation)
         scores = {name: self.score(f"{here}/heldout/{name}", name, rollouts) for name in self.config.scorers}
         against: dict[str, Any] = {}
         if iteration == 0:
@@ -113,8 +113,7 @@ class Recipe:
         section = self.config.reward_model
         assert section is not None
         prompts = self.import_prompts("setup/reward-model/prompts", section.prompts, [self.heldout_prompts])
-        generation = {**keys(self.config.generation), **keys(section.generation)}
-        rollouts = self.sample("setup/reward-model/generation", self.initial, prompts, 0, generation)
+        rollouts = self.sample("setup/reward-model/generation", self.initial, prompts, 0, section.generation)
         labels = self.score("setup/reward-model/labels", section.label, rollouts)
         pairs = self.choose("setup/reward-model/pairs", rollouts, labels, section.pairs, 0)
         return self.graph.add(
@@ -139,12 +138,11 @@ class Recipe:
         self, name: str, policy: Path, prompts: Path, iteration: int, section: Any, window: dict[str, Any] | None = None
     ) -> Path:
         """Sample answers to prompts."""
-        fields = {**(section if isinstance(section, dict) else keys(section)), **(window or {})}
         return self.graph.add(
             name,
             GenerationConfig,
             "generation",
-            fields,
+            {**keys(section), **(window or {})},
             policy=policy,
             prompts=prompts,
             iteration=iteration,
@@ -156,7 +154,7 @@ class Recipe:
         fields = keys(self.config.scorers[scorer])
         if scorer == "reward" and self.reward_model is not None:
             fields["model"] = self.reward_model
-        elif "model" in fields:
+        elif fields.get("model") is not None:
             fields["model"] = self.locate(fields["model"])
         return self.graph.add(name, ScoreConfig, "annotation score", fields, rollouts=rollouts, name=scorer)
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from pipelines.config import load_run_config
+from pipelines.iteration import build_graph
 from pipelines.main import main
 
 
@@ -76,8 +77,11 @@ def test_the_recipes_are_valid(root: Path, name: str) -> None:
     assert config.name == name
 
 
-def test_the_resolved_config_reads_as_itself(smallest: Path) -> None:
-    config = load_run_config(smallest, ["training.beta=0.3"])
+def test_the_resolved_config_is_the_same_run(smallest: Path) -> None:
+    config = load_run_config(smallest, ["training.beta=0.3", "evaluation.k=2"])
+    assert (config.evaluation.k, config.evaluation.max_new_tokens) == (2, 12)
     resolved = smallest.parent / "resolved.yaml"
     resolved.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    assert load_run_config(resolved, []) == config
+    again = load_run_config(resolved, [])
+    assert again == config
+    assert build_graph(again, 2).nodes == build_graph(config, 2).nodes

