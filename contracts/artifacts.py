@@ -252,6 +252,7 @@ class Publication:
         """Make the scratch file `name` one of the artifact's files, with its counts."""
         ledger.check()
         scratch = self.scratch(name)
+        _share(scratch)
         _fsync(scratch)
         file = File(name, file_sha256(scratch), scratch.stat().st_size, rows)
         os.replace(scratch, self.directory / name)
@@ -353,6 +354,13 @@ def hardware() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
     }
+
+
+def _share(path: Path) -> None:
+    """Give a file the ordinary permissions: safetensors writes files that only their owner may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _fsync(path: Path) -> None:

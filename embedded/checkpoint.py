@@ -1,11 +1,17 @@
-"""A model directory that transformers 4 and 5 and vLLM all load."""
+"""A model directory that transformers 4 and 5 and vLLM all load alike."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import LlamaConfig
+
+from contracts.artifacts import Publication
+from contracts.ledger import Ledger
 
 LLAMA_KEYS = (
     "bos_token_id",
@@ -27,37 +33,69 @@ LLAMA_KEYS = (
 )
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write `data` as readable JSON in a fixed order."""
-    path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+def commit_model(
+    publication: Publication,
+    folder: str,
+    *,
+    state: dict[str, torch.Tensor],
+    config: LlamaConfig,
+    tokenizer: Tokenizer,
+    special: dict[str, str],
+    chat_template: str,
+) -> None:
+    """Write and commit a Llama's files.
 
-
-def write_weights(path: Path, model: torch.nn.Module) -> None:
-    """Write all weights to one safetensors file, a tied `lm_head.weight` included.
-
-    Without it, an engine that reloads weights keeps its old head. Tied tensors are copied, because safetensors
-    stores no aliases.
+    Args:
+        publication: what the files become part of.
+        folder: prefix of their names, "" or "model/".
+        state: all weights of a `LlamaForCausalLM`, of one dtype, a tied `lm_head.weight` included: without it, an
+            engine that reloads weights keeps its old head.
+        config: with the ids of BOS, EOS and padding.
+        tokenizer: adds no special tokens by itself; the chat template has them all.
+        special: `bos_token`, `eos_token`, `pad_token` and `unk_token`.
+        chat_template: in Jinja.
     """
-    state = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    (dtype,) = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
     assert "lm_head.weight" in state
-    save_file(state, path, metadata={"format": "pt"})
+    # safetensors stores no aliases, so that tied tensors are copied.
+    weights = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+    ids = {f"{name}_id": tokenizer.token_to_id(token) for name, token in special.items() if name != "unk_token"}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.max_position_embeddings,
+        **special,
+    }
+
+    def commit(name: str, write: Callable[[Path], object]) -> None:
+        scratch = publication.scratch(folder + name)
+        write(scratch)
+        publication.commit(folder + name, Ledger("rows"))
+
+    commit("model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    commit("config.json", lambda path: _write_json(path, llama_config(config, dtype)))
+    commit("generation_config.json", lambda path: _write_json(path, {**ids, "eos_token_id": [ids["eos_token_id"]]}))
+    commit("tokenizer.json", lambda path: tokenizer.save(str(path)))
+    commit("tokenizer_config.json", lambda path: _write_json(path, tokenizer_config))
+    commit("chat_template.jinja", lambda path: path.write_text(chat_template, encoding="utf-8"))
 
 
-def write_llama_config(path: Path, config: Any) -> None:
-    """Write a `LlamaConfig` in a form that transformers 4 and 5 read alike.
+def llama_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
+    """The content of `config.json`, in a form that transformers 4 and 5 read alike.
 
-    `rope_theta` and `torch_dtype` go to the top level, where version 4 looks for them: from a file of version 5 it
+    `rope_theta` and `torch_dtype` stand at the top level, where version 4 looks for them: from a file of version 5 it
     takes its own default rope_theta, silently.
     """
     full = config.to_dict()
     rope_theta = full["rope_parameters"]["rope_theta"]
-    write_json(
-        path,
-        {
-            "architectures": ["LlamaForCausalLM"],
-            **{key: full[key] for key in LLAMA_KEYS},
-            "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
-            "rope_theta": rope_theta,
-            "torch_dtype": "float32",
-        },
-    )
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        **{key: full[key] for key in LLAMA_KEYS},
+        "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
+        "rope_theta": rope_theta,
+        "torch_dtype": dtype,
+    }
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

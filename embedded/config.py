@@ -1,10 +1,11 @@
-"""Configuration of the embedded world."""
+"""Configurations of the embedded world and models."""
 
+from pathlib import Path
 from typing import ClassVar, Self
 
 from pydantic import model_validator
 
-from contracts.config import StageConfig, identity
+from contracts.config import StageConfig, identity, input_path
 from embedded.reviews import all_prompts
 
 
@@ -20,9 +21,9 @@ class WorldConfig(StageConfig):
     """Conversations to imitate, of mixed quality."""
     train: int = identity(1536, ge=1)
     """Prompts for the online iterations."""
-    preference: int = identity(1024, ge=1)
+    preference: int = identity(1536, ge=1)
     """Prompts for the reward model's preference data."""
-    heldout: int = identity(256, ge=1)
+    heldout: int = identity(384, ge=1)
     """Prompts that no stage trains on."""
     hidden_size: int = identity(64, ge=32, multiple_of=32)
     """Width of the model; it has one attention head for each 32."""
@@ -38,3 +39,13 @@ class WorldConfig(StageConfig):
                 f"{available}. Lower one of them."
             )
         return self
+
+
+class Smollm2Config(StageConfig):
+    """Make a model directory out of SmolLM2-135M-Instruct as a GGUF file (scripts/get-smollm2.sh gets that file)."""
+
+    stage: ClassVar[str] = "smollm2"
+    code_version: ClassVar[int] = 1
+
+    source: Path = input_path()
+    """The GGUF file."""

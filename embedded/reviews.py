@@ -28,9 +28,18 @@ NOUNS = (
 )  # fmt: skip
 COUNTS = {"one word": 1, "two words": 2, "three words": 3}
 
-POSITIVE = ("bright", "charming", "fine", "great", "happy", "kind", "lovely", "superb")
-NEGATIVE = ("awful", "boring", "dreadful", "gloomy", "poor", "rude", "sad", "ugly")
-NEUTRAL = ("blue", "long", "new", "old", "quiet", "small", "usual", "wooden")
+POSITIVE = (
+    "brilliant", "bright", "charming", "cheerful", "delightful", "elegant", "fine", "friendly",
+    "great", "happy", "kind", "lovely", "pleasant", "splendid", "superb", "wonderful",
+)  # fmt: skip
+NEGATIVE = (
+    "awful", "bitter", "boring", "cruel", "dirty", "dreadful", "dull", "gloomy",
+    "horrible", "nasty", "poor", "rude", "sad", "tedious", "terrible", "ugly",
+)  # fmt: skip
+NEUTRAL = (
+    "blue", "brief", "common", "foreign", "large", "long", "modern", "narrow",
+    "new", "old", "plain", "quiet", "round", "small", "usual", "wooden",
+)  # fmt: skip
 ADJECTIVES = (*POSITIVE, *NEGATIVE, *NEUTRAL)
 
 _PROMPT = re.compile(
@@ -116,7 +125,7 @@ def gold_score(*, messages: Messages, response: str, finish_reason: str, answer:
     on_subject = review.noun == request.noun
     right_count = len(review.adjectives) == request.count
     praise = [1.0 if word in POSITIVE else 0.5 if word in NEUTRAL else 0.0 for word in review.adjectives]
-    return 0.1 + 0.15 * on_subject + 0.15 * right_count + 0.6 * sum(praise) / len(praise)
+    return 0.1 + 0.1 * on_subject + 0.1 * right_count + 0.7 * sum(praise) / len(praise)
 
 
 def well_formed(*, messages: Messages, response: str, finish_reason: str, answer: str | None) -> float:

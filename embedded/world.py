@@ -10,8 +10,6 @@ The sets share no prompt.
 """
 
 import random
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from contracts.ledger import Ledger
 from contracts.seeds import derive_seed
 from contracts.stage import Context, Outcome
-from embedded.checkpoint import write_json, write_llama_config, write_weights
+from embedded.checkpoint import commit_model
 from embedded.config import WorldConfig
 from embedded.reviews import ADJECTIVES, NOUNS, Review, all_prompts, read_request, vocabulary, write_review
 
@@ -29,6 +27,8 @@ PAD, BOS, EOS, UNK, SYSTEM, USER, ASSISTANT = SPECIAL = (
     "<pad>", "<s>", "</s>", "<unk>", "<system>", "<user>", "<assistant>",
 )  # fmt: skip
 CONTEXT = 128
+HEAD_DIM = 32
+"""The smallest that vLLM's attention has on a CPU."""
 
 # One BOS, in front. An assistant's turn ends with EOS, the others where the next begins.
 CHAT_TEMPLATE = (
@@ -42,15 +42,16 @@ CHAT_TEMPLATE = (
 
 ON_SUBJECT = 0.95
 """Share of the demonstrations that are about the thing asked for."""
-RIGHT_COUNT = 0.6
+RIGHT_COUNT = 0.9
 """Share that is sure to have the number of adjectives asked for; the others have any number."""
-GARBLED = 0.06
+GARBLED = 0.15
 """Share whose words are mixed up."""
 
 
 def run(config: WorldConfig, context: Context) -> Outcome:
     """Write the model and the four data files."""
-    _write_model(config, context)
+    with context.timed("save"):
+        _commit_model(config, context)
     prompts = all_prompts()
     random.Random(derive_seed(config.seed, "split")).shuffle(prompts)
     rest = iter(prompts)
@@ -77,10 +78,16 @@ def demonstrate(prompt: str, source: random.Random) -> str:
 
 
 def _garble(text: str, source: random.Random) -> str:
-    """Lose a word, or stutter one."""
+    """Lose a word, stutter one, or say an adjective again in the place of another."""
     words = text.split()
-    place = source.randrange(len(words))
-    words[place : place + 1] = [] if source.random() < 0.5 else [words[place]] * 2
+    places = [place for place, word in enumerate(words) if word in ADJECTIVES]
+    damage = source.choice(("lose", "stutter", "repeat"))
+    if damage == "repeat" and len(places) > 1:
+        first, second = source.sample(places, 2)
+        words[first] = words[second]
+    else:
+        place = source.randrange(len(words))
+        words[place : place + 1] = [] if damage == "lose" else [words[place]] * 2
     return " ".join(words)
 
 
@@ -94,13 +101,7 @@ def _write_rows(context: Context, name: str, rows: list[Any]) -> None:
     context.publication.write_rows(f"{name}.jsonl", rows, ledger)
 
 
-def _commit(context: Context, name: str, write: Callable[[Path], object]) -> None:
-    name = f"model/{name}"
-    write(context.publication.scratch(name))
-    context.publication.commit(name, Ledger("rows"))
-
-
-def _write_model(config: WorldConfig, context: Context) -> None:
+def _commit_model(config: WorldConfig, context: Context) -> None:
     tokens = [*SPECIAL, *vocabulary()]
     ids = {token: index for index, token in enumerate(tokens)}
     torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -109,9 +110,9 @@ def _write_model(config: WorldConfig, context: Context) -> None:
         hidden_size=config.hidden_size,
         intermediate_size=3 * config.hidden_size,
         num_hidden_layers=config.layers,
-        num_attention_heads=config.hidden_size // 32,
-        num_key_value_heads=config.hidden_size // 32,
-        head_dim=32,  # the smallest that vLLM's attention has on a CPU
+        num_attention_heads=config.hidden_size // HEAD_DIM,
+        num_key_value_heads=config.hidden_size // HEAD_DIM,
+        head_dim=HEAD_DIM,
         max_position_embeddings=CONTEXT,
         initializer_range=0.12,  # with the usual 0.02, so narrow a model takes several times as long to learn copying
         tie_word_embeddings=True,
@@ -119,24 +120,15 @@ def _write_model(config: WorldConfig, context: Context) -> None:
         eos_token_id=ids[EOS],
         pad_token_id=ids[PAD],
     )
-    model = LlamaForCausalLM(model_config).to(torch.float32)
-    special_ids = {"bos_token_id": ids[BOS], "eos_token_id": [ids[EOS]], "pad_token_id": ids[PAD]}
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "unk_token": UNK,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": CONTEXT,
-    }
-    with context.timed("save"):
-        _commit(context, "model.safetensors", lambda path: write_weights(path, model))
-        _commit(context, "config.json", lambda path: write_llama_config(path, model_config))
-        _commit(context, "generation_config.json", lambda path: write_json(path, special_ids))
-        _commit(context, "tokenizer.json", lambda path: _tokenizer(ids).save(str(path)))
-        _commit(context, "tokenizer_config.json", lambda path: write_json(path, tokenizer_config))
-        _commit(context, "chat_template.jinja", lambda path: path.write_text(CHAT_TEMPLATE, encoding="utf-8"))
+    commit_model(
+        context.publication,
+        "model/",
+        state=LlamaForCausalLM(model_config).to(torch.float32).state_dict(),
+        config=model_config,
+        tokenizer=_tokenizer(ids),
+        special={"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK},
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def _tokenizer(ids: dict[str, int]) -> Tokenizer:
