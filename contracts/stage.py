@@ -23,7 +23,7 @@ import msgspec
 
 from contracts.artifacts import Artifact, Publication, input_digest, is_published, write_atomically
 from contracts.config import Role, StageConfig, apply_overrides, read_yaml, validate
-from contracts.errors import UserError
+from contracts.errors import UserError, as_user_error
 from contracts.fingerprint import digest
 from contracts.processes import die_with_parent
 from contracts.records import Schema
@@ -124,15 +124,13 @@ def main(commands: dict[str, Command], package: str, argv: list[str] | None = No
     try:
         command, config = _parse(commands, package, sys.argv[1:] if argv is None else argv)
         run_stage(command, config)
-    except UserError as error:
-        _leave_failure("user", str(error))
-        print(f"error: {error}", file=sys.stderr)
-        code = UserError.exit_code
     except Exception as error:
-        _leave_failure("error", traceback.format_exc())
-        if not getattr(error, "reported", False):
-            traceback.print_exc()
-        code = 1
+        mistake = as_user_error(error)
+        code = UserError.exit_code if mistake else 1
+        text = str(mistake) if mistake else traceback.format_exc()
+        print(f"error: {mistake}" if mistake else text, file=sys.stderr)
+        with contextlib.suppress(OSError):  # on a full disk the message above has to do
+            _leave_failure("user" if mistake else "error", text)
     else:
         code = 0
     sys.stdout.flush()

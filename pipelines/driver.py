@@ -20,6 +20,8 @@ from pipelines.display import Display
 from pipelines.environments import launch_command, probe_versions
 from pipelines.executors import Job, make_executor
 from pipelines.graph import Graph, Node
+from pipelines.placement import gpu_count
+from pipelines.preflight import check_space
 from pipelines.report import write_metrics
 from pipelines.rundir import RunDirectory
 from pipelines.supervisor import Request, end_orphans, failure_of, process_identity
@@ -153,6 +155,7 @@ class Driver:
         name, log = running.node.name, running.attempt / "stage.log"
         self.run.record("failed", stage=name, attempt=running.attempt.name)
         self.display.failed(running.node)
+        check_space(self.run.path)
         failure = failure_of(running.attempt)
         resume = f"Then continue with: {shlex.join(['pipeline', *sys.argv[1:]])}"
         if failure is not None and failure["kind"] == "user":
@@ -173,7 +176,7 @@ class Driver:
 
 def default_parallel() -> int:
     """Stages at once: one where GPUs are, since a stage uses all of them; else two, or one per two cores."""
-    if Path("/dev/nvidia0").exists():
+    if gpu_count():
         return 1
     return max(2, (os.cpu_count() or 2) // 2)
 

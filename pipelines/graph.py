@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from contracts.config import Role, StageConfig, validate
+from pipelines.placement import gpu_count, place
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Graph:
             UserError: the stage's config refuses the values.
         """
         output = self.directory / name
-        config = validate(kind, {**(section or {}), **fields, "output": output}, f"stage {name}")
+        config: StageConfig = validate(kind, {**(section or {}), **fields, "output": output}, f"stage {name}")
+        config = place(config, gpu_count())
         package, _, subcommand = command.partition(" ")
         environment = ENVIRONMENTS[package]
         needs = tuple(dict.fromkeys(owner for path in input_paths(config) if (owner := self.owner(path))))

@@ -24,6 +24,7 @@ from typing import Literal
 import contracts
 from contracts.errors import UserError
 from pipelines.package_index import pip_settings, uv_options, uv_variables
+from pipelines.placement import gpu_count
 
 NAMES = ("generation", "annotation", "training")
 PACKAGES = ("annotation", "contracts", "embedded", "generation", "pipelines", "training")
@@ -113,28 +114,19 @@ def code_path() -> Path:
 
 
 def resolve_variant(variant: str = "auto") -> Variant:
-    """cpu or gpu: as asked, else as RATCHET_VARIANT says, else by what `nvidia-smi -L` lists.
+    """cpu or gpu: as asked, else as RATCHET_VARIANT says, else by whether GPUs are visible.
 
     Raises:
         UserError: it is something else.
     """
     asked = variant if variant != "auto" else os.environ.get(VARIANT) or "auto"
     if asked == "auto":
-        asked = "gpu" if _has_gpu() else "cpu"
+        asked = "gpu" if gpu_count() else "cpu"
     if asked == "cpu":
         return "cpu"
     if asked == "gpu":
         return "gpu"
     raise UserError(f"variant {asked!r} does not exist. Set --variant or {VARIANT} to cpu, gpu or auto.")
-
-
-@functools.cache
-def _has_gpu() -> bool:
-    try:
-        result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
-    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
-        return False
-    return result.returncode == 0 and "GPU 0:" in result.stdout
 
 
 def known(name: str) -> str:

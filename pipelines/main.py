@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from contracts.artifacts import MANIFEST
-from contracts.errors import UserError
+from contracts.errors import UserError, as_user_error
 from pipelines.config import RunConfig, load_run_config
 from pipelines.decisions import decide
 from pipelines.display import Display
@@ -31,18 +31,19 @@ def main(argv: list[str] | None = None) -> int:
             return env_main(arguments[1:])
         options = parse(arguments)
         return int(options.command(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.exit_code
     except StageFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command continues.", file=sys.stderr)
         return 130
-    except Exception:
-        traceback.print_exc()
-        return 1
+    except Exception as error:
+        mistake = as_user_error(error)
+        if mistake is None:
+            traceback.print_exc()
+            return 1
+        print(f"error: {mistake}", file=sys.stderr)
+        return UserError.exit_code
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

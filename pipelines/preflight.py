@@ -42,7 +42,9 @@ def check_model(node: Node, graph: Graph) -> None:
             model.require_one_label()
             model.require_chat_template()
     if isinstance(config, TrainingConfig) and config.model in outside:
-        ModelInfo.read(config.model).require_causal()
+        model = ModelInfo.read(config.model)
+        model.require_causal()
+        model.require_length(config.max_length or 1, "max_length")
 
 
 def check_space(directory: Path) -> None:

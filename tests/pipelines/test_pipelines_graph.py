@@ -75,3 +75,18 @@ def test_differences_are_told_in_words() -> None:
     old = {"config": {"beta": 0.1, "k": 4}, "inputs": {"pairs": ["a"]}, "versions": {"torch": "2.12"}, "code": 1}
     new = {"config": {"beta": 0.2, "k": 4}, "inputs": {"pairs": ["b"]}, "versions": {"torch": "2.13"}, "code": 1}
     assert differences(old, new) == ["beta 0.1 → 0.2", "input pairs changed", "version of torch 2.12 → 2.13"]
+
+
+def test_on_gpus_every_stage_uses_all_of_them_unless_told_otherwise(
+    smallest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    nodes = graph_of(smallest, 1, "generation.tensor_parallel=2", "training.processes=1").nodes
+    configs = {name: node.config.model_dump() for name, node in nodes.items()}
+    assert configs["iteration-001/generation"]["replicas"] == 2
+    assert configs["iteration-001/reward"]["replicas"] == 4
+    assert configs["iteration-000/heldout/gold"]["replicas"] == 1
+    assert configs["iteration-001/training"]["processes"] == 1
+    assert configs["setup/sft"]["processes"] == 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert graph_of(smallest, 1).nodes["setup/sft"].config.model_dump()["processes"] == 1
