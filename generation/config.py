@@ -57,7 +57,8 @@ class GenerationConfig(StageConfig):
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the prompts is dropped."""
     replicas: int = runtime(1, ge=1)
-    """Data-parallel copies of the engine; they share the shards dynamically."""
+    """Data-parallel copies of the engine; they share the shards dynamically. On a CPU each has OMP_NUM_THREADS threads:
+    set it to the cores divided by the replicas."""
     servers: int = runtime(0, ge=0)
     """OpenAI-compatible vLLM servers to start instead of in-process engines; 0: in-process. A server batches requests
     as they arrive, so the last bits of its log-probabilities can differ from one run to the next."""

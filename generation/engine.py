@@ -79,14 +79,15 @@ def open_engine(config: GenerationConfig, settings: EngineSettings) -> Engine:
     return VllmEngine(config, settings)
 
 
-def set_threads(config: GenerationConfig) -> None:
-    """Divide the cores among the replicas, unless the user has; to be called before torch is imported.
+def set_threads() -> str:
+    """Give every engine all cores, unless the user has said how many; return the number. Call it before torch loads.
 
-    Without OMP_NUM_THREADS, vLLM's throughput on a CPU falls to a fifth.
+    Without OMP_NUM_THREADS, vLLM's throughput on a CPU falls to a fifth. The last bits of a CPU's results depend on
+    it, so it must not depend on the number of replicas, which promises the same bytes.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(config.replicas, config.servers))))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    return os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def devices_per_replica(config: GenerationConfig) -> int:

@@ -23,7 +23,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
     prompts = select_prompts(config)
 
     # The chat template, once; token ids from here on.
-    set_threads(config)
+    threads = set_threads()
     with context.timed("load"):
         tokenizer = ChatTokenizer(config.policy)
         fingerprint = weights_fingerprint(config.policy)
@@ -63,7 +63,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
         )
 
     made = [receipt.facts for _, receipt in sorted(context.publication.receipts().items())]
-    facts = {**summary(made), "dtype": settings.dtype, "engine": config.engine}
+    facts = {**summary(made), "dtype": settings.dtype, "engine": config.engine, "threads": threads}
     return Outcome("prompts", facts=facts, weights=fingerprint)
 
 

@@ -1,5 +1,6 @@
 """What is published: the records of both engines, checked against the model itself."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def test_manifest_tells_the_weights_and_the_facts(processed: Artifact, policy: P
     assert manifest.facts["response_length"] == pytest.approx(sum(lengths) / 104)
     assert manifest.facts["stop_rate"] == pytest.approx(stopped / 104)
     assert (manifest.facts["engine"], manifest.facts["dtype"]) == (engine, "float32")
+    assert manifest.facts["threads"] == os.environ["OMP_NUM_THREADS"]
     assert {"load", "compute", "save", "total"} <= set(manifest.seconds)
 
 
