@@ -18,7 +18,7 @@ from pipelines.graph import Graph
 from pipelines.hub import fetch_models
 from pipelines.iteration import build_graph
 from pipelines.preflight import check_inputs, check_space
-from pipelines.report import print_table
+from pipelines.report import print_comparison, print_table
 from pipelines.rundir import RunDirectory
 from pipelines.status import print_status
 
@@ -74,6 +74,11 @@ def make_parser() -> argparse.ArgumentParser:
     status.add_argument("run", type=Path, help="the run's directory, for example runs/quickstart")
     status.set_defaults(command=status_command)
 
+    compare = commands.add_parser("compare", help="one metric of several runs, by iteration")
+    compare.add_argument("runs", nargs="+", type=Path, help="the runs' directories")
+    compare.add_argument("--metric", help="a name from metrics.jsonl; by default the gold reward, or the reward")
+    compare.set_defaults(command=compare_command)
+
     # Mounted by `main` before this parser is asked; here for --help.
     commands.add_parser("env", help="build and list the stages' environments")
     return parser
@@ -127,6 +132,12 @@ def print_plan(console: Console, graph: Graph, config: RunConfig) -> None:
             if decision.reuse:
                 certain.add(node.name)
         console.print(f"{verb:<6} {node.name}  ({reason})", soft_wrap=True, markup=False, highlight=False)
+
+
+def compare_command(options: argparse.Namespace) -> int:
+    """`pipeline compare RUN ...`."""
+    print_comparison(make_console(), options.runs, options.metric)
+    return 0
 
 
 def status_command(options: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from contracts.artifacts import MANIFEST, Artifact, write_atomically
+from contracts.errors import UserError
+from contracts.jsonl import read_jsonl
 from pipelines.graph import Graph
 
 COLUMNS = {
@@ -52,13 +54,44 @@ def print_table(console: Console, graph: Graph) -> None:
     for _, metrics in rows:
         table.add_row(str(metrics["iteration"]), *(_number(metrics.get(name)) for name in columns))
     console.print(table)
-    judge = "gold_reward_mean" if first.get("gold_reward_mean") is not None else "reward_mean"
+    judge = judge_of(first)
     policy, best = max(rows, key=lambda item: float(item[1][judge]))
     console.print(
         f"Best checkpoint (by {judge}, iteration {best['iteration']}): {_relative(policy)}",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def print_comparison(console: Console, runs: list[Path], metric: str | None) -> None:
+    """One metric of several runs by iteration.
+
+    Raises:
+        UserError: a run has no metrics yet, or not this one.
+    """
+    rows: dict[Path, list[dict[str, Any]]] = {}
+    for run in runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise UserError(f"{run} has no metrics.jsonl: it is not a run, or has evaluated nothing yet.")
+        rows[run] = list(read_jsonl(run / "metrics.jsonl", dict))
+    first = rows[runs[0]][0]
+    metric = metric or judge_of(first)
+    table = Table(title=f"{metric}, by iteration")
+    table.add_column("run")
+    for iteration in range(max(map(len, rows.values()))):
+        table.add_column(str(iteration), justify="right")
+    for run, lines in rows.items():
+        missing = next((line for line in lines if metric not in line), None)
+        if missing is not None:
+            known = ", ".join(name for name, value in missing.items() if isinstance(value, float))
+            raise UserError(f"{run} has no metric {metric!r}. Known: {known}.")
+        table.add_row(run.name, *(_number(line[metric]) for line in lines))
+    console.print(table)
+
+
+def judge_of(metrics: dict[str, Any]) -> str:
+    """The metric that decides which checkpoint is best: the gold reward where there is one."""
+    return "gold_reward_mean" if metrics.get("gold_reward_mean") is not None else "reward_mean"
 
 
 def is_further_scorer(name: str) -> bool:
