@@ -29,9 +29,10 @@ def run(config: PairsConfig, context: Context) -> Outcome:
     publication = context.publication
     ledger = Ledger("pairs")
     summary = Summary()
+    bos = rollouts.manifest.facts.get("bos_token_id")
     with publication.scratch(SHARD).open("wb") as jsonl, PairsParquet(publication.scratch(DATASET)) as dataset:
         for rollout, found in join(rollouts, {"scores": scores}):
-            candidates = _candidates(config, rollout, found["scores"])
+            candidates = _candidates(config, rollout, found["scores"], bos)
             choice = choose(candidates, config.strategy, config.margin, config.seed, rollout.prompt_id)
             pairs = list(_records(config, rollout, choice.pairs))
             for pair in pairs:
@@ -40,7 +41,7 @@ def run(config: PairsConfig, context: Context) -> Outcome:
             ledger.keep(len(pairs))
             for reason, count in choice.dropped.items():
                 ledger.drop(reason, count)
-            summary.add(rollout, candidates, pairs)
+            summary.add(rollout, found["scores"], candidates, pairs)
         jsonl.flush()
         os.fsync(jsonl.fileno())
     if not ledger.kept:
@@ -61,8 +62,11 @@ def _require_several_samples(rollouts: Artifact) -> None:
         )
 
 
-def _candidates(config: PairsConfig, rollout: Rollout, scores: ScoresBySample) -> list[Candidate]:
-    """The scored completions; the length penalty enters here, before anything is chosen."""
+def _candidates(config: PairsConfig, rollout: Rollout, scores: ScoresBySample, bos: int | None) -> list[Candidate]:
+    """The scored completions; the length penalty enters here, before anything is chosen.
+
+    A completion in which the policy sampled BOS is left out, so that no trained sequence has it twice.
+    """
     return [
         Candidate(
             completion.sample,
@@ -70,7 +74,7 @@ def _candidates(config: PairsConfig, rollout: Rollout, scores: ScoresBySample) -
             scores[completion.sample].score - config.length_penalty * len(completion.response_ids),
         )
         for completion in rollout.completions
-        if completion.sample in scores
+        if completion.sample in scores and bos not in completion.response_ids
     ]
 
 
@@ -110,11 +114,13 @@ class Summary:
         self._scores: list[float] = []
         self._lengths: list[float] = []
         self._samples = 0
+        self._scored = 0
         self._truncated = 0
 
-    def add(self, rollout: Rollout, candidates: list[Candidate], pairs: list[Pair]) -> None:
+    def add(self, rollout: Rollout, scores: ScoresBySample, candidates: list[Candidate], pairs: list[Pair]) -> None:
         """Count one prompt."""
         self._samples += len(rollout.completions)
+        self._scored += len(scores)
         self._truncated += sum(map(_is_truncated, rollout.completions))
         self._scores += [candidate.score for candidate in candidates]
         self._lengths += [float(len(candidate.response_ids)) for candidate in candidates]
@@ -139,7 +145,8 @@ class Summary:
             "reward_length_correlation": correlation,
             "truncation_rate": self._truncated / self._samples,
             "samples": self._samples,
-            "unscored": self._samples - len(self._scores),
+            "unscored": self._samples - self._scored,
+            "stray_bos": self._scored - len(self._scores),
         }
 
 

@@ -58,6 +58,9 @@ class ChatTokenizer:
         self.policy = policy
         self._tokenizer: Any = AutoTokenizer.from_pretrained(policy)
         self.stop_ids = self._read_stop_ids()
+        bos = self._tokenizer.bos_token_id
+        self.bos_id: int | None = None if bos in self.stop_ids else bos
+        """The token that only ever begins; None where there is none, or where it ends answers as well (GPT-2)."""
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The conversation as the policy was trained to see it, up to where its answer begins.
@@ -77,8 +80,7 @@ class ChatTokenizer:
                 f"the chat template of {self.policy} refuses prompt {prompt.prompt_id}: {error}. "
                 "Change the prompt's messages, or use another policy."
             ) from error
-        bos = self._tokenizer.bos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:
+        if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
             raise UserError(
                 f"the chat template of {self.policy} begins a prompt with two BOS tokens "
                 f"({self._tokenizer.bos_token!r}). Remove one: from chat_template.jinja, or from the text of prompt "

@@ -63,7 +63,8 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
         )
 
     made = [receipt.facts for _, receipt in sorted(context.publication.receipts().items())]
-    facts = {**summary(made), "dtype": settings.dtype, "engine": config.engine, "threads": threads}
+    settled = {"dtype": settings.dtype, "engine": config.engine, "threads": threads}
+    facts = {**summary(made), **settled, "bos_token_id": tokenizer.bos_id}
     return Outcome("prompts", facts=facts, weights=fingerprint)
 
 

@@ -89,7 +89,8 @@ def make_rollouts(prompts: int, k: int, *, seed: int = 0, **known: Any) -> list[
 
 def publish_rollouts(target: Path, rollouts: list[Rollout], shard: int = 4) -> Artifact:
     """Publish rollouts, `shard` prompts per shard."""
-    return publish(target, ROLLOUTS, [rollouts[i : i + shard] for i in range(0, len(rollouts), shard)])
+    shards = [rollouts[i : i + shard] for i in range(0, len(rollouts), shard)]
+    return publish(target, ROLLOUTS, shards, facts={"bos_token_id": IDS["<s>"]})
 
 
 def publish_scores(

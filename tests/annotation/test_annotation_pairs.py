@@ -57,6 +57,16 @@ def test_the_length_penalty_selects_and_labels_alike(tmp_path):
     assert fined.margin == 0.5
 
 
+def test_answers_in_which_the_policy_sampled_bos_are_left_out_and_counted(tmp_path):
+    rollout = make_rollout(0, ["good <s> good .", "good .", "great great ."])
+    rollouts = publish_rollouts(tmp_path / "rollouts", [rollout])
+    scores = publish_scores(tmp_path / "scores", rollouts, lambda _, completion: 2.0 - completion.sample)
+    pairs = make(tmp_path / "pairs", rollouts, scores)
+    (pair,) = pairs.rows(Pair)
+    assert (pair.chosen_sample, pair.rejected_sample) == (1, 2)
+    assert (pairs.manifest.facts["stray_bos"], pairs.manifest.facts["unscored"]) == (1, 0)
+
+
 def test_the_dataset_holds_the_same_rows_as_the_jsonl(tmp_path, rollouts):
     import datasets
     import pandas
