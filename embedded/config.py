@@ -19,7 +19,7 @@ class WorldConfig(StageConfig):
     """Decides the initial weights, the demonstrations, and which prompt falls into which set."""
     demonstrations: int = identity(3072, ge=1)
     """Conversations to imitate, of mixed quality."""
-    train: int = identity(1536, ge=1)
+    train: int = identity(2304, ge=1)
     """Prompts for the online iterations."""
     preference: int = identity(1536, ge=1)
     """Prompts for the reward model's preference data."""

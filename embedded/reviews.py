@@ -16,15 +16,14 @@ from itertools import product
 Messages = Sequence[Mapping[str, str]]
 """A conversation: `role` and `content` of each turn."""
 
-VERBS = ("assess", "describe", "judge", "rank", "rate", "review")
+VERBS = ("assess", "critique", "describe", "evaluate", "judge", "rank", "rate", "review")
 SETTINGS = (
-    "autumn", "beach", "city", "country", "evening", "family", "harbour", "island",
-    "local", "morning", "mountain", "river", "school", "summer", "village", "winter",
+    "autumn", "beach", "city", "coastal", "country", "evening", "family", "harbour", "island", "local",
+    "morning", "mountain", "northern", "river", "school", "seaside", "summer", "valley", "village", "winter",
 )  # fmt: skip
 NOUNS = (
-    "bakery", "book", "boat", "cinema", "coffee", "dinner", "festival", "film",
-    "game", "garden", "hotel", "house", "library", "market", "museum", "music",
-    "park", "party", "phone", "shop", "song", "story", "teacher", "train",
+    "bakery", "book", "cinema", "coffee", "festival", "film", "garden", "hotel",
+    "library", "market", "museum", "music", "park", "shop", "story", "train",
 )  # fmt: skip
 COUNTS = {"one word": 1, "two words": 2, "three words": 3}
 
