@@ -64,21 +64,6 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(config: GenerationConfig, settings: EngineSettings) -> Engine:
-    """Load the policy into the engine that `config` names."""
-    if config.engine == "transformers":
-        from generation.transformers_engine import TransformersEngine
-
-        return TransformersEngine(config, settings)
-    if config.servers:
-        from generation.vllm_server import VllmServer
-
-        return VllmServer(config, settings)
-    from generation.vllm_engine import VllmEngine
-
-    return VllmEngine(config, settings)
-
-
 def set_threads() -> str:
     """Give every engine all cores, unless the user has said how many; return the number. Call it before torch loads.
 

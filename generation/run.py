@@ -11,7 +11,7 @@ from contracts.ledger import merge
 from contracts.stage import Context, Outcome
 from contracts.workers import share_shards
 from generation.config import GenerationConfig
-from generation.engine import EngineSettings, devices_per_replica, open_engine, resolve_dtype, set_threads
+from generation.engine import Engine, EngineSettings, devices_per_replica, resolve_dtype, set_threads
 from generation.prompts import ChatTokenizer, check_policy, select_prompts
 from generation.rollouts import Shard, cut, default_shard_size, sample_shard, shard_facts, summary
 
@@ -92,3 +92,18 @@ def _settings(
         on_gpu=on_gpu,
         log=context.publication.state / f"server-{context.rank}.log",
     )
+
+
+def open_engine(config: GenerationConfig, settings: EngineSettings) -> Engine:
+    """Load the policy into the engine that `config` names."""
+    if config.engine == "transformers":
+        from generation.transformers_engine import TransformersEngine
+
+        return TransformersEngine(config, settings)
+    if config.servers:
+        from generation.vllm_server import VllmServer
+
+        return VllmServer(config, settings)
+    from generation.vllm_engine import VllmEngine
+
+    return VllmEngine(config, settings)

@@ -2,17 +2,14 @@
 
 import json
 import time
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from contracts.artifacts import Artifact
+from pipelines.executors import Running
 from pipelines.graph import Graph, Node
-
-if TYPE_CHECKING:
-    from pipelines.driver import Running
 
 
 class Display:
@@ -56,7 +53,7 @@ class Display:
         """A stage has failed."""
         self._line(f"FAILED {node.name}")
 
-    def refresh(self, running: "dict[str, Running]") -> None:
+    def refresh(self, running: dict[str, Running]) -> None:
         """Redraw the live table."""
         if self._live is None:
             return
@@ -72,7 +69,7 @@ class Display:
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def progress_of(stage: "Running") -> str:
+def progress_of(stage: Running) -> str:
     """How far a running stage says it is."""
     path = stage.attempt / "progress.json"
     if not path.exists():

@@ -5,7 +5,6 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -18,7 +17,7 @@ from pipelines.config import RunConfig
 from pipelines.decisions import decide, make_room
 from pipelines.display import Display
 from pipelines.environments import launch_command, probe_versions
-from pipelines.executors import Job, make_executor
+from pipelines.executors import Running, make_executor
 from pipelines.graph import Graph, Node
 from pipelines.placement import gpu_count
 from pipelines.preflight import check_space
@@ -36,15 +35,6 @@ class StageFailedError(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-@dataclass
-class Running:
-    """A stage that an executor works on."""
-
-    node: Node
-    attempt: Path
-    job: Job
 
 
 class Driver:

@@ -1,11 +1,13 @@
 """Executors: where a supervisor runs. All go through submitit but `inline`, which is a thread of the driver."""
 
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import submitit
 
+from pipelines.graph import Node
 from pipelines.supervisor import supervise
 
 FOREVER_MINUTES = 60 * 24 * 365
@@ -17,6 +19,15 @@ class Job(Protocol):
     def ended(self) -> bool:
         """Whether it runs no more, however it ended."""
         ...
+
+
+@dataclass
+class Running:
+    """A stage that an executor works on."""
+
+    node: Node
+    attempt: Path
+    job: Job
 
 
 class Executor(Protocol):

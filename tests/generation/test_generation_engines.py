@@ -16,7 +16,8 @@ from generation_runs import generate, processes_naming, publish_prompts, start
 
 from contracts.records import Sampling
 from generation.config import GenerationConfig
-from generation.engine import Answer, EngineSettings, Request, open_engine
+from generation.engine import Answer, EngineSettings, Request
+from generation.run import open_engine
 from generation.vllm_engine import CPU_STEP
 
 PROMPT = (1, 4, 9, 5)
