@@ -54,4 +54,5 @@ def _same(first: str, second: str) -> bool:
 
 
 def _forms(word: str) -> set[str]:
-    return {word, f"{word}s", f"{word}es", f"{word}'s", *([f"{word[:-1]}ies"] if word.endswith("y") else [])}
+    word = word.removesuffix("'s")
+    return {word, f"{word}s", f"{word}es", *([f"{word[:-1]}ies"] if word.endswith("y") else [])}

@@ -113,8 +113,8 @@ def write_review(review: Review, *, found: bool) -> str:
 def gold_score(*, messages: Messages, response: str, finish_reason: str, answer: str | None) -> float:
     """How good a review is, from 0 to 1.
 
-    0 for an answer that is truncated or breaks the grammar. Otherwise 0.1, plus 0.2 if it is about the thing asked
-    for, plus 0.2 if it has as many adjectives as asked for, plus up to 0.5 for being positive: a positive adjective
+    0 for an answer that is truncated or breaks the grammar. Otherwise 0.1, plus 0.1 if it is about the thing asked
+    for, plus 0.1 if it has as many adjectives as asked for, plus up to 0.7 for being positive: a positive adjective
     counts 1, a neutral one a half, a negative one nothing, and their mean is taken.
     """
     request = read_request(messages[-1]["content"])
