@@ -1,5 +1,6 @@
 """The scorer kind `rule`: a Python function of the user's own. Needs no torch."""
 
+import traceback
 from numbers import Real
 
 import msgspec
@@ -33,8 +34,12 @@ class Rule:
                 finish_reason=completion.finish_reason,
                 answer=rollout.answer,
             )
-        except Exception as error:
-            raise UserError(f"function {self.path!r} failed on {sample}: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"function {self.path!r} failed on {sample}: {type(error).__name__}: {error} "
+                f"({place.filename}, line {place.lineno})."
+            ) from error
         if value is None:
             return "unscored"
         if not isinstance(value, Real):
@@ -42,4 +47,7 @@ class Rule:
                 f"function {self.path!r} returned {value!r} for {sample}; return a number, or None where it cannot "
                 "judge."
             )
-        return sample.scored(float(value))
+        try:
+            return sample.scored(float(value))
+        except OverflowError as error:
+            raise UserError(f"function {self.path!r} returned a number too large for a float for {sample}.") from error

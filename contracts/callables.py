@@ -1,5 +1,6 @@
 """Functions of the user's own, named in a config by import path."""
 
+import ast
 import functools
 import importlib
 import importlib.util
@@ -26,10 +27,10 @@ def load_callable(path: str) -> Callable[..., Any]:
         )
     try:
         module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except Exception as error:
         raise UserError(
-            f"function {path!r}: {error}. Check the spelling, and that its package is installed in the environment "
-            "of the stage; or give a file: path/to/file.py:function."
+            f"function {path!r} cannot be imported: {type(error).__name__}: {error}. Check the spelling, and that what "
+            "it imports is installed in the environment of the stage; or give a file: path/to/file.py:function."
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -51,12 +52,12 @@ def _load_file(path: Path) -> Any:
 
 
 def source_file(path: str) -> Path:
-    """The source file of `package.module:function` or `file.py:function`, found without running it.
+    """The source file of `package.module:function` or `file.py:function`, found and checked without running it.
 
     Its content enters the stage key, so that an edit of the function is seen.
 
     Raises:
-        UserError: there is no such module or file.
+        UserError: there is no such module or file, it is no Python, or nothing in it has the function's name.
     """
     module_name = path.rpartition(":")[0]
     if module_name.endswith(".py"):
@@ -69,4 +70,24 @@ def source_file(path: str) -> Path:
         file = Path(spec.origin) if spec and spec.origin else Path(module_name or path)
     if not file.is_file():
         raise UserError(f"function {path!r}: no module or file {module_name or path!r} was found. Check the spelling.")
+    _require_name(file, path)
     return file
+
+
+def _require_name(file: Path, path: str) -> None:
+    """Raise UserError unless the source can be read and defines, or imports, the function's name at its top level."""
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"function {path!r}: {file} is not valid Python: {error}.") from error
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    wanted = path.rpartition(":")[2]
+    if wanted not in names and "*" not in names:
+        raise UserError(f"function {path!r}: {file} has no function {wanted!r}. Check the spelling.")

@@ -52,7 +52,9 @@ def role_of(field: FieldInfo) -> Role | None:
 class Section(BaseModel):
     """Base of every configuration model. A subclass with an unclassified field cannot be defined."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -102,16 +104,37 @@ class StageConfig(Section):
         return {}
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that occurs twice is an error: otherwise the second silently replaces the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} occurs twice", problem_mark=key_node.start_mark
+                )
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping, or a UserError that names file and line."""
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), _UniqueKeys)
+        json.dumps(data, default=str)
     except FileNotFoundError as error:
         raise UserError(f"config file {path} does not exist.") from error
     except IsADirectoryError as error:
         raise UserError(f"config file {path} is a directory; name the YAML file in it.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config file {path} is not UTF-8 text: {error.reason}.") from error
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise UserError(f"config file {path} is not UTF-8 text: {error.reason}.") from error
+        raise UserError(
+            f"config file {path} contains itself (an alias inside its own anchor). Write it out."
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

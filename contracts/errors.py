@@ -2,6 +2,8 @@
 
 import errno
 
+UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+
 
 class UserError(Exception):
     """A mistake that the user can mend: one message naming the thing, the value and the mend; exit code 2.
@@ -13,13 +15,17 @@ class UserError(Exception):
 
 
 def as_user_error(error: Exception) -> UserError | None:
-    """The same as a mistake of the user's, if it is one that the operating system found: a full disk."""
+    """The same as a mistake of the user's, if it is one: a full disk, or a path that cannot be used."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
+    if not isinstance(error, OSError):
+        return None
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"the disk is full{where} ({error.strerror}). Free some space; the same command continues, and what has "
+            f"the disk is full{where}: {error.strerror}. Free some space; the same command continues, and what has "
             "been published is kept."
         )
+    if error.errno in UNUSABLE_PATH and error.filename:
+        return UserError(f"{error.filename}: {error.strerror}. Choose another path, or change its permissions.")
     return None

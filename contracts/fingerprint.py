@@ -40,6 +40,8 @@ def weight_files(model: Path) -> list[Path]:
     Raises:
         UserError: the directory is missing, is no model, or holds its weights in another format only.
     """
+    if model.is_file():
+        raise UserError(f"model {model} is a file. Give the directory written by save_pretrained.")
     if not model.is_dir():
         raise UserError(
             f"model directory {model} does not exist. Give a directory written by save_pretrained, or hf:ORG/NAME."
@@ -52,7 +54,23 @@ def weight_files(model: Path) -> list[Path]:
             f"{model} has no *.safetensors weights; other formats can run code on loading and are not read. "
             "Convert it: load the model in transformers and call save_pretrained(...)."
         )
+    for file in files:
+        _require_whole(file)
     return files
+
+
+def _require_whole(file: Path) -> None:
+    """Raise UserError unless a safetensors file has a header, and the bytes that the header speaks of."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length)) if 2 <= length < size else {}
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            ends = []
+    if not ends or 8 + length + max(ends) != size:
+        raise UserError(f"{file} is cut off or damaged: it is no whole safetensors file. Download or save it again.")
 
 
 def weights_fingerprint(model: Path) -> str:

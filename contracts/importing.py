@@ -114,13 +114,13 @@ def _find_column(row: dict[str, Any], place: str) -> str:
 
 
 def _messages(value: Any, place: str) -> tuple[Message, ...]:
-    if isinstance(value, str):
-        return (Message("user", value),) if value.strip() else ()
+    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
     try:
-        return msgspec.convert(
-            [{"role": turn["role"], "content": turn["content"]} for turn in value], tuple[Message, ...]
-        )
-    except (msgspec.ValidationError, TypeError, KeyError) as error:
+        plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+        messages = msgspec.convert(plain, tuple[Message, ...])
+        "".join(message.content for message in messages).encode()  # half of a surrogate pair is no text
+        return messages
+    except (msgspec.ValidationError, TypeError, KeyError, UnicodeEncodeError) as error:
         raise UserError(
             f"{place}: expected a text or a list of {{role, content}} messages ({type(error).__name__}: {error})."
         ) from error

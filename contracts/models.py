@@ -9,6 +9,8 @@ import msgspec
 from contracts.errors import UserError
 from contracts.fingerprint import weight_files
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+
 
 class ModelInfo(msgspec.Struct, frozen=True):
     """Facts of a model directory's configuration files."""
@@ -49,7 +51,12 @@ class ModelInfo(msgspec.Struct, frozen=True):
             )
 
     def require_chat_template(self) -> None:
-        """Raise UserError unless the tokenizer has a chat template."""
+        """Raise UserError unless there is a tokenizer with a chat template."""
+        if not any((self.path / name).is_file() for name in VOCABULARIES):
+            raise UserError(
+                f"{self.path} has no tokenizer ({', '.join(VOCABULARIES)}). Save the tokenizer into it with "
+                "save_pretrained."
+            )
         if not self.has_chat_template:
             raise UserError(
                 f"the tokenizer of {self.path} has no chat template, so a conversation cannot be turned into tokens. "

@@ -189,7 +189,9 @@ def _load(name: str) -> Callable[..., Any]:
 
 def _parse(commands: dict[str, Command], package: str, argv: list[str]) -> tuple[Command, StageConfig]:
     parser = argparse.ArgumentParser(
-        prog=f"python -m {package}", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_describe(commands)
+        prog=f"python -m {package}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_describe(commands, argv[0] if argv else None),
     )
     only = next(iter(commands)) if len(commands) == 1 else None
     if only is not None and argv[:1] == [only]:  # `python -m contracts prompts ...` and `python -m generation ...`
@@ -205,9 +207,11 @@ def _parse(commands: dict[str, Command], package: str, argv: list[str]) -> tuple
     return command, validate(command.config, data, source)
 
 
-def _describe(commands: dict[str, Command]) -> str:
+def _describe(commands: dict[str, Command], chosen: str | None) -> str:
     lines = []
     for name, command in commands.items():
+        if chosen in commands and name != chosen:
+            continue
         lines.append(f"{name}: {(command.config.__doc__ or '').strip().splitlines()[0]}")
         for key, field in command.config.model_fields.items():
             default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"

@@ -8,6 +8,9 @@ from pydantic import model_validator
 from contracts.config import StageConfig, identity, input_path
 from embedded.reviews import all_prompts
 
+WORLD_FILES = ("demonstrations.jsonl", "heldout.jsonl", "model", "preference.jsonl", "train.jsonl")
+"""What the stage `world` publishes."""
+
 
 class WorldConfig(StageConfig):
     """Make the embedded world: an untrained tiny model, demonstrations and three disjoint sets of prompts."""

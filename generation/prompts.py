@@ -41,7 +41,7 @@ def select_prompts(config: GenerationConfig) -> list[Prompt]:
     if count > len(prompts):
         raise UserError(
             f"count={count} is more than the {len(prompts)} prompts of {config.prompts}, and no prompt is used twice "
-            "in one stage. Lower count, or raise k for more answers per prompt."
+            "in one stage. Lower count (in a run: prompts.per_iteration), or raise k for more answers per prompt."
         )
     return [prompts[(config.start + offset) % len(prompts)] for offset in range(count)]
 

@@ -137,6 +137,12 @@ class RunConfig(Section):
     def _check(self) -> Self:
         if "reward" not in self.scorers:
             raise ValueError(f"scorers must hold `reward`, which labels the pairs; found {sorted(self.scorers)}.")
+        taken = sorted({"generation", "reference"} & self.scorers.keys())
+        if taken or not all(name.isidentifier() for name in self.scorers):
+            raise ValueError(
+                f"scorers are named {sorted(self.scorers)}; a name must be letters, digits and _, and not generation "
+                "or reference, which are other stages."
+            )
         if self.reward_model and self.reward_model.label not in self.scorers:
             raise ValueError(
                 f"reward_model.label is {self.reward_model.label!r}, but scorers holds only {sorted(self.scorers)}."

@@ -1,6 +1,7 @@
 """For each stage: reuse what is published, or run, and why, in words."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def make_room(node: Node, decision: Decision, run: Path) -> Path | None:
+def make_room(node: Node, decision: Decision, run: Path) -> Decision:
     """Before a stage runs: move what was published under another key aside, never delete it.
 
-    Returns the place of an artifact that was set aside earlier under the wanted key, after moving it back; then there
-    is nothing to run.
+    Returns the decision, which becomes *reuse* where an artifact that was set aside under the wanted key is back.
     """
     if (node.output / MANIFEST).is_file():
         old = Artifact.open(node.output).manifest.key
@@ -76,7 +76,13 @@ def make_room(node: Node, decision: Decision, run: Path) -> Path | None:
         os.rename(node.output, aside)
     kept = run / SUPERSEDED / node.name / decision.key[:16]
     if not kept.exists():
-        return None
+        return decision
     node.output.parent.mkdir(parents=True, exist_ok=True)
     os.rename(kept, node.output)
-    return node.output
+    return Decision(True, f"taken back from {SUPERSEDED}/", decision.key)
+
+
+def drop_partials(node: Node) -> None:
+    """After a stage is published: delete what interrupted attempts under other keys have left beside it."""
+    for path in node.output.parent.glob(f".{node.output.name}.partial-*"):
+        shutil.rmtree(path)

@@ -19,7 +19,6 @@ class Display:
         self.console = console
         self.total = len(graph.nodes)
         self.done = 0
-        self.reused_count = 0
         self._started: dict[str, float] = {}
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
@@ -40,7 +39,6 @@ class Display:
     def reused(self, node: Node, reason: str) -> None:
         """A stage is reused."""
         self.done += 1
-        self.reused_count += 1
         self._line(f"reuse  {node.name}  ({reason})")
 
     def published(self, node: Node, artifact: Artifact) -> None:

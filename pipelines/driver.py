@@ -14,7 +14,7 @@ import yaml
 from contracts.artifacts import MANIFEST, Artifact, write_atomically
 from contracts.errors import UserError
 from pipelines.config import RunConfig
-from pipelines.decisions import decide, make_room
+from pipelines.decisions import decide, drop_partials, make_room
 from pipelines.display import Display
 from pipelines.environments import launch_command, probe_versions
 from pipelines.executors import Running, make_executor
@@ -23,7 +23,7 @@ from pipelines.placement import gpu_count
 from pipelines.preflight import check_space
 from pipelines.report import write_metrics
 from pipelines.rundir import RunDirectory
-from pipelines.supervisor import Request, end_orphans, failure_of, process_identity
+from pipelines.supervisor import Request, end_orphans, ending_of, failure_of, process_identity
 
 POLL_SECONDS = 0.1
 END_SECONDS = 20.0
@@ -87,7 +87,9 @@ class Driver:
         """Decide about one stage and act on it."""
         environment = getattr(self.config.environments, node.environment)
         decision = decide(node, probe_versions(environment, node.environment))
-        if decision.reuse or make_room(node, decision, self.run.path):
+        if not decision.reuse:
+            decision = make_room(node, decision, self.run.path)
+        if decision.reuse:
             self.published.add(node.name)
             self.display.reused(node, decision.reason)
             self.publish_metrics(node)
@@ -130,6 +132,7 @@ class Driver:
                 self.fail(running)
             self.ran += 1
             self.published.add(running.node.name)
+            drop_partials(running.node)
             artifact = Artifact.open(running.node.output)
             self.run.record("published", stage=running.node.name, key=artifact.manifest.key)
             self.display.published(running.node, artifact)
@@ -147,11 +150,13 @@ class Driver:
         self.display.failed(running.node)
         check_space(self.run.path)
         failure = failure_of(running.attempt)
-        resume = f"Then continue with: {shlex.join(['pipeline', *sys.argv[1:]])}"
+        program = ["python", "-m", "pipelines"] if sys.argv[0].endswith("__main__.py") else [sys.argv[0]]
+        resume = f"Then continue with: {shlex.join([*program, *sys.argv[1:]])}"
         if failure is not None and failure["kind"] == "user":
             raise UserError(f"stage {name}: {failure['text']}\n  log: {log}\n  {resume}")
         reason = failure["text"] if failure else tail(log)
-        raise StageFailedError(f"stage {name} failed.\n{reason.rstrip()}\n  log: {log}\n  {resume}", 1)
+        how = ending_of(running.attempt)
+        raise StageFailedError(f"stage {name} {how}\n{reason.rstrip()}\n  log: {log}\n  {resume}", 1)
 
     def end_running(self) -> None:
         """End the stages that still run: after a failure or an interrupt. What they published in part is kept."""

@@ -1,5 +1,6 @@
 """Executors: where a supervisor runs. All go through submitit but `inline`, which is a thread of the driver."""
 
+import signal
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,12 @@ class LocalExecutor:
         """Start the attempt in a process of its own."""
         executor = submitit.AutoExecutor(folder=attempt / "submitit", cluster="local")
         executor.update_parameters(name=name, timeout_min=FOREVER_MINUTES, stderr_to_stdout=True)
-        return _SubmititJob(executor.submit(supervise, str(attempt)))
+        # Ctrl-C reaches the whole terminal; the driver alone answers it, and ends its stages in order.
+        answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return _SubmititJob(executor.submit(supervise, str(attempt)))
+        finally:
+            signal.signal(signal.SIGINT, answer)
 
 
 class _SubmititJob:

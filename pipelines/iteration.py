@@ -5,9 +5,10 @@ from typing import Any
 
 from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
 from contracts.config import Section
+from contracts.errors import UserError
 from contracts.prompts import PromptsConfig
 from contracts.seeds import derive_seed
-from embedded.config import WorldConfig
+from embedded.config import WORLD_FILES, WorldConfig
 from generation.config import GenerationConfig
 from pipelines.config import RunConfig
 from pipelines.graph import Graph
@@ -183,6 +184,8 @@ class Recipe:
         user's."""
         text = str(reference)
         if text.startswith("world:"):
+            if text.removeprefix("world:") not in WORLD_FILES:
+                raise UserError(f"{text} does not exist; the embedded world has {', '.join(WORLD_FILES)}.")
             return self.graph.directory / "setup/world" / text.removeprefix("world:")
         return Path(text) if text.startswith("hf:") else Path(text).absolute()
 

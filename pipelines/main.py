@@ -92,7 +92,9 @@ def run_command(options: argparse.Namespace) -> int:
         raise UserError(f"--iters is {iterations}; it must not be negative.")
     console = make_console()
     if options.dry_run:
-        print_plan(console, build_graph(config, iterations), config)
+        plan = build_graph(config, iterations)
+        check_inputs(plan)
+        print_plan(console, plan, config)
         return 0
     config = fetch_models(config)
     graph = build_graph(config, iterations)

@@ -24,7 +24,7 @@ def check_inputs(graph: Graph) -> None:
                 raise UserError(
                     f"stage {node.name}: input {path} does not exist. Give a path that does, or hf:ORG/NAME."
                 )
-        node.config.source_files()  # a function that does not exist is found here
+        node.config.source_files()  # finds functions that do not exist
         check_model(node, graph)
 
 

@@ -56,6 +56,9 @@ def print_table(console: Console, graph: Graph) -> None:
     console.print(table)
     judge = judge_of(first)
     policy, best = max(rows, key=lambda item: float(item[1][judge]))
+    unknown = {metrics["kl_reason"] for _, metrics in rows if metrics.get("kl_reason")}
+    for reason in sorted(unknown):
+        console.print(f"KL is not estimated: {reason}", soft_wrap=True, highlight=False)
     console.print(
         f"Best checkpoint (by {judge}, iteration {best['iteration']}): {_relative(policy)}",
         soft_wrap=True,
@@ -74,6 +77,8 @@ def print_comparison(console: Console, runs: list[Path], metric: str | None) -> 
         if not (run / "metrics.jsonl").is_file():
             raise UserError(f"{run} has no metrics.jsonl: it is not a run, or has evaluated nothing yet.")
         rows[run] = list(read_jsonl(run / "metrics.jsonl", dict))
+        if not rows[run]:
+            raise UserError(f"{run / 'metrics.jsonl'} is empty. Continue the run with `pipeline run`.")
     first = rows[runs[0]][0]
     metric = metric or judge_of(first)
     table = Table(title=f"{metric}, by iteration")
@@ -81,9 +86,9 @@ def print_comparison(console: Console, runs: list[Path], metric: str | None) -> 
     for iteration in range(max(map(len, rows.values()))):
         table.add_column(str(iteration), justify="right")
     for run, lines in rows.items():
-        missing = next((line for line in lines if metric not in line), None)
-        if missing is not None:
-            known = ", ".join(name for name, value in missing.items() if isinstance(value, float))
+        wrong = next((line for line in lines if not isinstance(line.get(metric, ""), int | float | None)), None)
+        if wrong is not None:
+            known = ", ".join(name for name, value in wrong.items() if isinstance(value, float))
             raise UserError(f"{run} has no metric {metric!r}. Known: {known}.")
         table.add_row(run.name, *(_number(line[metric]) for line in lines))
     console.print(table)

@@ -13,7 +13,6 @@ import yaml
 
 from contracts.artifacts import write_atomically
 from contracts.errors import UserError
-from contracts.jsonl import read_jsonl
 from pipelines.config import RunConfig
 
 
@@ -38,7 +37,7 @@ class RunDirectory:
             UserError: it belongs to another config file, is no run's directory, or another driver is alive.
         """
         marker = self.path / "run.json"
-        if self.path.exists() and not marker.exists() and any(self.path.iterdir()):
+        if self.path.exists() and not marker.exists() and not self._is_run() and any(self.path.iterdir()):
             raise UserError(
                 f"{self.path} exists and was not made by a run of Ratchet. Choose another name=... or directory=..."
             )
@@ -47,7 +46,7 @@ class RunDirectory:
         self._mend_events()
         origin = os.path.relpath(source, self.path)
         if marker.exists():
-            owner = json.loads(marker.read_text())["config"]
+            owner = self._marker()["config"]
             if owner != origin:
                 raise UserError(
                     f"{self.path} is the run of {(self.path / owner).resolve()}, not of {source}. "
@@ -59,17 +58,22 @@ class RunDirectory:
         text = yaml.safe_dump(resolved, sort_keys=False)
         write_atomically(self.path / "config.resolved.yaml", text.encode())
 
+    def _is_run(self) -> bool:
+        """Whether a run's driver has been here, even where run.json was lost."""
+        return (self.path / "lock").is_file() and (self.path / "config.resolved.yaml").is_file()
+
     def _take_lock(self) -> None:
         self._lock = (self.path / "lock").open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            raise UserError(
-                f"the run {self.path} is being driven right now by {holder}. Wait for it, or stop that process; "
-                "`pipeline status` shows how far it is."
-            ) from error
+        deadline = time.monotonic() + 1.0  # `pipeline status` holds the lock for an instant to see whether it is free
+        while not _lock(self._lock, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                self._lock.seek(0)
+                holder = self._lock.read().strip() or "unknown"
+                raise UserError(
+                    f"the run {self.path} is being driven right now by {holder}. Wait for it, or stop that process; "
+                    "`pipeline status` shows how far it is."
+                )
+            time.sleep(0.05)
         self._lock.seek(0)
         self._lock.truncate()
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
@@ -84,29 +88,28 @@ class RunDirectory:
 
     def holder(self) -> str | None:
         """Who drives the run at this moment, if anybody."""
-        with (self.path / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                return file.read().strip()
-        return None
+        with (self.path / "lock").open() as file:
+            return None if _lock(file, fcntl.LOCK_SH) else file.read().strip()
 
     @property
     def iterations(self) -> int:
         """Iterations that the last command asked for."""
-        return int(json.loads((self.path / "run.json").read_text())["iterations"])
+        return int(self._marker()["iterations"])
+
+    def _marker(self) -> dict[str, Any]:
+        path = self.path / "run.json"
+        try:
+            return dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged: {error}. Delete it; the next `pipeline run` writes it again."
+            ) from error
 
     def record(self, event: str, **facts: Any) -> None:
         """Append to events.jsonl."""
         line = msgspec.json.encode({"time": round(time.time(), 3), "event": event, **facts}) + b"\n"
         with (self.path / "events.jsonl").open("ab") as file:
             file.write(line)
-
-    def events(self) -> list[dict[str, Any]]:
-        """All events so far; a line torn by a crash is left out."""
-        path = self.path / "events.jsonl"
-        return list(read_jsonl(path, dict, tolerate_torn_tail=True)) if path.exists() else []
 
     def new_attempt(self, stage: str) -> Path:
         """A fresh directory for the logs of one attempt at a stage."""
@@ -120,3 +123,12 @@ class RunDirectory:
         """The attempts at a stage, the latest last."""
         found = (self.path / "logs" / stage).glob("attempt-*")
         return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _lock(file: IO[str], kind: int) -> bool:
+    """Take a lock, or say at once that somebody else holds it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

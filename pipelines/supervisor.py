@@ -15,6 +15,7 @@ Files of an attempt (logs/<stage>/attempt-<n>/):
 
 import json
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -100,6 +101,18 @@ def failure_of(attempt: Path) -> dict[str, Any] | None:
     return min(records, key=lambda record: float(record["time"]), default=None)
 
 
+def ending_of(attempt: Path) -> str:
+    """How an attempt that did not publish ended, in words."""
+    if not (attempt / "exit.json").exists():
+        return "ended without a word: its supervisor was killed."
+    code = int(json.loads((attempt / "exit.json").read_bytes())["code"])
+    if code == -signal.SIGKILL:
+        return "was killed by SIGKILL: by the system, if its memory ran out (dmesg says so), or by somebody."
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}."
+    return f"failed with exit code {code}."
+
+
 def end_orphans(run: Path) -> list[int]:
     """Kill the processes that a killed driver of this run has left on this machine. Call it under the run's lock."""
     mark = f"{RUN}={run}".encode()
@@ -122,6 +135,6 @@ def end_orphans(run: Path) -> list[int]:
 
 def _kill(pid: int) -> None:
     try:
-        os.kill(pid, 9)
+        os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return

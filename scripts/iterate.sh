@@ -6,6 +6,10 @@
 # PROMPTS is a JSONL or Parquet file, a dataset directory, or hf:ORG/NAME; OUTPUT/policy is the next policy. Run again
 # after an interruption: what is published is reused.
 set -euo pipefail
+if [ $# -lt 4 ]; then
+  sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
 prompts=$1 policy=$2 reward_model=$3 out=$4
 shift 4
 here=$(cd "$(dirname "$0")" && pwd)

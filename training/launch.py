@@ -58,6 +58,11 @@ def launcher_settings(config: TrainingConfig) -> dict[str, Any]:
         UserError: the file contradicts the config.
     """
     settings = read_yaml(config.accelerate_config) if config.accelerate_config else dict(PLAIN)
+    if "distributed_type" not in settings:
+        raise UserError(
+            f"{config.accelerate_config} is no file for `accelerate launch`: it has no distributed_type. Use one like "
+            "configs/accelerate/zero2.yaml."
+        )
     declared = settings.get("num_processes", config.processes)
     if declared != config.processes:
         raise UserError(
@@ -112,6 +117,9 @@ def main() -> int:
         launch_command(launch_command_parser().parse_args([*arguments, "--config", str(folder / "stage.json")]))
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
+        for rank, failure in error.failures.items():
+            if failure.exitcode < 0:
+                print(f"process {rank} of the training was killed by signal {-failure.exitcode}", file=sys.stderr)
         return UserError.exit_code if UserError.exit_code in codes else 1
     return 0
 

@@ -39,6 +39,12 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("prompts.train.source=nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("executor.kind=cloud", "'executor.kind' is 'cloud'"),
         ("seed=-1", "'seed' is -1"),
+        ("training.beta=.inf", "'training.beta' is inf"),
+        ("generation.temperatures=[.nan]", "'generation.temperatures.0' is nan"),
+        ("scorers.gold.function=embedded.reviews:nothere", "has no function 'nothere'"),
+        ("scorers.generation={kind: rule}", "not generation or reference"),
+        ("policy=world:nothere", "the embedded world has demonstrations.jsonl"),
+        ("policy=rules.py", "rules.py does not exist"),
         ("=1", "cannot read the override"),
         ("generation.k", "cannot read the override"),
         ("name.first=x", "cannot set 'name.first'"),
@@ -55,7 +61,34 @@ def test_missing_and_broken_config_files(tmp_path: Path, capsys: pytest.CaptureF
     assert "does not exist" in fails(capsys, "run", str(tmp_path / "nothing.yaml"))
     (tmp_path / "broken.yaml").write_text("name: [x\n")
     assert "broken.yaml, line 2: not valid YAML" in fails(capsys, "run", str(tmp_path / "broken.yaml"))
+    (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    assert "twice.yaml, line 2: not valid YAML: the key 'seed' occurs twice" in fails(
+        capsys, "run", str(tmp_path / "twice.yaml")
+    )
+    (tmp_path / "loop.yaml").write_text("a: &a [*a]\n")
+    assert "contains itself" in fails(capsys, "run", str(tmp_path / "loop.yaml"))
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    assert "not UTF-8" in fails(capsys, "run", str(tmp_path / "latin.yaml"))
+    assert "is a directory" in fails(capsys, "run", str(tmp_path))
+    assert "Not a directory" in fails(capsys, "run", str(tmp_path / "twice.yaml" / "x"))
     assert "is not the directory of a run" in fails(capsys, "status", str(tmp_path))
+    assert "has no metrics.jsonl" in fails(capsys, "compare", str(tmp_path))
+
+
+def test_a_file_where_the_runs_should_go(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Not a directory" in fails(capsys, "run", str(smallest), f"directory={smallest}")
+
+
+def test_damaged_weights_and_missing_tokenizer(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = smallest.parent / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}')
+    (model / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    arguments = ["run", str(smallest), f"policy={model}", "sft=null", "world={}"]
+    assert "is cut off or damaged" in fails(capsys, *arguments)
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
+    assert "has no tokenizer" in fails(capsys, *arguments)
 
 
 def test_a_directory_of_something_else_is_refused(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
