@@ -120,6 +120,17 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def describe(model: type[BaseModel]) -> str:
+    """A configuration's first line and its keys with their meaning and default, for --help."""
+    lines = [(model.__doc__ or "").strip().splitlines()[0]]
+    for key, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = "" if isinstance(default, BaseModel) or default == {} else f" (default {default})"
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"  {key:<22} {meaning}{' (required)' if field.is_required() else shown}")
+    return "\n".join(lines)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping, or a UserError that names file and line."""
     try:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from contracts.artifacts import Artifact, Publication, input_digest, is_published, write_atomically
-from contracts.config import Role, StageConfig, apply_overrides, read_yaml, validate
+from contracts.config import Role, StageConfig, apply_overrides, describe, read_yaml, validate
 from contracts.errors import UserError, as_user_error
 from contracts.fingerprint import digest
 from contracts.processes import die_with_parent
@@ -208,15 +208,9 @@ def _parse(commands: dict[str, Command], package: str, argv: list[str]) -> tuple
 
 
 def _describe(commands: dict[str, Command], chosen: str | None) -> str:
-    lines = []
-    for name, command in commands.items():
-        if chosen in commands and name != chosen:
-            continue
-        lines.append(f"{name}: {(command.config.__doc__ or '').strip().splitlines()[0]}")
-        for key, field in command.config.model_fields.items():
-            default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-            lines.append(f"  {key:<22} {' '.join((field.description or '').split())} ({default})")
-    return "\n".join(lines)
+    """The keys of the chosen stage, or of all."""
+    shown = {chosen: commands[chosen]} if chosen in commands else commands
+    return "\n".join(f"{name}: {describe(command.config)}" for name, command in shown.items())
 
 
 def _require_space(output: Path) -> None:

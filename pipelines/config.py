@@ -108,11 +108,15 @@ class RunConfig(Section):
     policy: str = identity()
     """The policy to start from: a directory, hf:ORG/NAME[@REVISION], or world:model."""
     prompts: PromptsSection = identity()
+    """Training and held-out prompts (`train`, `heldout`), and how many an iteration takes (`per_iteration`)."""
     generation: GenerationSection = identity({})
+    """How answers are sampled: the keys of `python -m generation --help`."""
     scorers: dict[str, ScorerSection] = identity()
     """Scorers by name. `reward` labels the pairs; `gold`, where there is one, only judges; others are reported."""
     pairs: PairsSection = identity({})
+    """How pairs are chosen: the keys of `python -m annotation pairs --help`."""
     training: DpoSection = identity({})
+    """How the policy is trained: the keys of `python -m training dpo --help`."""
     reference: Literal["initial", "previous", "ema"] = identity("initial")
     """What the training is regularised towards: the initial policy, the one that sampled this iteration, or an
     exponential moving average of all policies so far."""
@@ -131,7 +135,9 @@ class RunConfig(Section):
     reward_model: RewardModelSection | None = identity(None)
     """Train the model of the scorer `reward` first."""
     environments: EnvironmentsSection = runtime(EnvironmentsSection())
+    """What `generation`, `annotation` and `training` run in, where it is not their locked environment."""
     executor: ExecutorSection = runtime(ExecutorSection())
+    """Where stages run (`kind`: local or inline), and how many at once (`parallel`)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,6 +1,5 @@
 """What the user sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
 
-import json
 import time
 
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.table import Table
 from contracts.artifacts import Artifact
 from pipelines.executors import Running
 from pipelines.graph import Graph, Node
+from pipelines.supervisor import progress_of
 
 
 class Display:
@@ -60,17 +60,8 @@ class Display:
             table.add_column(title)
         for name, stage in running.items():
             seconds = time.monotonic() - self._started[name]
-            table.add_row(name, f"{seconds:.0f}", progress_of(stage))
+            table.add_row(name, f"{seconds:.0f}", progress_of(stage.attempt) or "starting")
         self._live.update(table, refresh=True)
 
     def _line(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-
-def progress_of(stage: Running) -> str:
-    """How far a running stage says it is."""
-    path = stage.attempt / "progress.json"
-    if not path.exists():
-        return "starting"
-    record = json.loads(path.read_bytes())
-    return f"{record['done']}/{record['total']} {record['unit']}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from contracts.artifacts import MANIFEST
+from contracts.config import describe
 from contracts.errors import UserError, as_user_error
 from pipelines.config import RunConfig, load_run_config
 from pipelines.decisions import decide
@@ -63,7 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pipeline", description="Iterative online RLHF.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run a configuration, or continue it")
+    run = commands.add_parser(
+        "run",
+        help="run a configuration, or continue it",
+        epilog=describe(RunConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     run.add_argument("config", type=Path, help="the run's YAML file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like training.beta=0.2")
     run.add_argument("--iters", type=int, default=None, help="iterations to have in the end")

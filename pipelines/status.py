@@ -1,16 +1,13 @@
 """`pipeline status RUN`: how far a run is, from what is on the disk."""
 
-import json
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
 
-from contracts.artifacts import MANIFEST, Artifact
-from pipelines.graph import Graph, Node
+from contracts.artifacts import MANIFEST, Artifact, Manifest
+from pipelines.graph import Graph, Node, input_paths
 from pipelines.report import print_table
 from pipelines.rundir import RunDirectory
-from pipelines.supervisor import failure_of
+from pipelines.supervisor import failure_of, progress_of
 
 
 def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
@@ -19,16 +16,17 @@ def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
     console.print(f"{run.path}: {'driven by ' + holder if holder else 'nobody drives it'}", soft_wrap=True)
     table = Table("stage", "state", "rows", "seconds", "detail")
     for node in graph.nodes.values():
-        table.add_row(node.name, *state_of(run, node, driven=holder is not None))
+        table.add_row(node.name, *state_of(run, node, graph, driven=holder is not None))
     console.print(table)
     print_table(console, graph)
 
 
-def state_of(run: RunDirectory, node: Node, *, driven: bool) -> tuple[str, str, str, str]:
+def state_of(run: RunDirectory, node: Node, graph: Graph, *, driven: bool) -> tuple[str, str, str, str]:
     """State, rows, seconds and detail of a stage."""
     if (node.output / MANIFEST).is_file():
         manifest = Artifact.open(node.output).manifest
-        return "published", str(manifest.rows), f"{manifest.seconds.get('total', 0):.1f}", str(manifest.ledger)
+        state = "published" if reads_what_is_there(node, graph, manifest) else "outdated"
+        return state, str(manifest.rows), f"{manifest.seconds.get('total', 0):.1f}", str(manifest.ledger)
     attempts = run.attempts(node.name)
     if not attempts:
         return "waiting", "", "", ""
@@ -37,13 +35,13 @@ def state_of(run: RunDirectory, node: Node, *, driven: bool) -> tuple[str, str, 
     if failure is not None:
         return "failed", "", "", f"{failure['text'].strip().splitlines()[-1]} (log: {last / 'stage.log'})"
     if (last / "exit.json").exists() or not driven:
-        return "interrupted", "", "", _progress(last)
-    return "running", "", "", _progress(last)
+        return "interrupted", "", "", progress_of(last) or ""
+    return "running", "", "", progress_of(last) or ""
 
 
-def _progress(attempt: Path) -> str:
-    path = attempt / "progress.json"
-    if not path.exists():
-        return ""
-    record = json.loads(path.read_bytes())
-    return f"{record['done']}/{record['total']} {record['unit']}"
+def reads_what_is_there(node: Node, graph: Graph, manifest: Manifest) -> bool:
+    """Whether a published stage was made from what the stages before it have published now."""
+    known = {digest for value in manifest.inputs.values() for digest in (value if isinstance(value, list) else [value])}
+    outputs = {graph.nodes[name].output for name in node.needs}
+    read = outputs.intersection(input_paths(node.config))  # not the single files of the embedded world
+    return all((path / MANIFEST).is_file() and Artifact.open(path).manifest.digest in known for path in read)

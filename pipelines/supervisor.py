@@ -101,6 +101,15 @@ def failure_of(attempt: Path) -> dict[str, Any] | None:
     return min(records, key=lambda record: float(record["time"]), default=None)
 
 
+def progress_of(attempt: Path) -> str | None:
+    """How far an attempt says it is: "3/8 shards"; None where it has not said anything yet."""
+    path = attempt / "progress.json"
+    if not path.exists():
+        return None
+    record = json.loads(path.read_bytes())
+    return f"{record['done']}/{record['total']} {record['unit']}"
+
+
 def ending_of(attempt: Path) -> str:
     """How an attempt that did not publish ended, in words."""
     if not (attempt / "exit.json").exists():
