@@ -18,7 +18,7 @@ from pipelines.environments import env_main, probe_versions
 from pipelines.graph import Graph
 from pipelines.hub import fetch_models
 from pipelines.iteration import build_graph
-from pipelines.preflight import check_inputs, check_space
+from pipelines.preflight import check_environments, check_inputs, check_space
 from pipelines.report import print_comparison, print_table
 from pipelines.rundir import RunDirectory
 from pipelines.status import print_status
@@ -105,6 +105,7 @@ def run_command(options: argparse.Namespace) -> int:
     config = fetch_models(config)
     graph = build_graph(config, iterations)
     check_inputs(graph)
+    check_environments(graph, config.environments)
     run = RunDirectory(config.run_directory)
     run.claim(config, options.config, iterations)
     check_space(run.path)

@@ -8,6 +8,8 @@ from contracts.errors import UserError
 from contracts.models import ModelInfo
 from contracts.stage import MINIMUM_FREE
 from generation.config import GenerationConfig
+from pipelines.config import EnvironmentsSection
+from pipelines.environments import probe_versions
 from pipelines.graph import Graph, Node
 from training.config import TrainingConfig
 
@@ -26,6 +28,12 @@ def check_inputs(graph: Graph) -> None:
                 )
         node.config.source_files()  # finds functions that do not exist
         check_model(node, graph)
+
+
+def check_environments(graph: Graph, environments: EnvironmentsSection) -> None:
+    """Raise UserError when an environment that a stage needs is not there or cannot run it."""
+    for name in sorted({node.environment for node in graph.nodes.values()}):
+        probe_versions(getattr(environments, name), name)
 
 
 def check_model(node: Node, graph: Graph) -> None:

@@ -1,5 +1,8 @@
 """A user's mistakes in a run's config: one clear message, exit code 2, nothing left behind."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +111,19 @@ def test_a_policy_that_is_no_model(smallest: Path, capsys: pytest.CaptureFixture
 def test_the_recipes_are_valid(root: Path, name: str) -> None:
     config = load_run_config(root / "configs" / f"{name}.yaml", [])
     assert config.name == name
+
+
+def test_environments_are_there_before_anything_is_written(smallest: Path) -> None:
+    def message(*overrides: str) -> str:
+        command = [sys.executable, "-m", "pipelines", "run", str(smallest), *overrides]
+        environment = {**os.environ, "RATCHET_HOME": str(smallest.parent / "home")}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert result.returncode == 2
+        return result.stderr
+
+    assert "pipeline env sync" in message()
+    assert "nowhere/python" in message("environments.annotation.python=nowhere/python")
+    assert not (smallest.parent / "runs").exists()
 
 
 def test_the_resolved_config_is_the_same_run(smallest: Path) -> None:
