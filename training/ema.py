@@ -6,6 +6,7 @@ from transformers.utils import logging
 
 from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
+from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.stage import Context, Outcome
 from training.checkpoint import save_checkpoint
@@ -37,4 +38,7 @@ def run(config: EmaConfig, context: Context) -> Outcome:
         save_checkpoint(
             context.publication, mean, model, start=config.model, shapes=shapes, dtype=dtype, changes={}, unit="models"
         )
+        ledger = Ledger("models")
+        ledger.keep(2)
+        context.publication.write_rows("average.jsonl", [{"decay": config.decay}], ledger)
     return Outcome("models", {"decay": config.decay}, weights_fingerprint(context.publication.directory))

@@ -130,6 +130,18 @@ def test_status_lists_every_stage(finished: Path) -> None:
     assert result.stdout.count("published") >= 25
 
 
+def test_status_marks_what_was_made_from_what_is_gone(finished: Path) -> None:
+    pairs, aside = finished / "iteration-001" / "pairs", finished / "iteration-001" / "pairs-aside"
+    pairs.rename(aside)
+    try:
+        lines = pipeline("status", str(finished)).stdout.splitlines()
+    finally:
+        aside.rename(pairs)
+    states = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in lines if line.count("│") > 3}
+    assert states["iteration-001/reference"] == states["iteration-001/training"] == "outdated"
+    assert states["iteration-001/generation"] == "published"
+
+
 def kill_stage(run: Path, chance: random.Random) -> None:
     """SIGKILL one process of the run, chosen at random among all of them but the driver."""
     mark = f"{RUN}={run}".encode()
