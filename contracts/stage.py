@@ -138,8 +138,8 @@ def main(commands: dict[str, Command], package: str, argv: list[str] | None = No
     sys.exit(code)
 
 
-def run_stage(command: Command, config: StageConfig) -> Artifact:
-    """Publish what `config` describes, or reuse what is published already."""
+def run_stage(command: Command, config: StageConfig) -> Artifact | None:
+    """Publish what `config` describes, or reuse what is published already; None in a process that only helps."""
     start = time.perf_counter()
     parts = key_parts(config, installed_versions())
     key = stage_key(parts)
@@ -153,7 +153,8 @@ def run_stage(command: Command, config: StageConfig) -> Artifact:
         return Artifact.open(config.output, command.schema)
     context = Context(publication, rank, world_size)
     if rank == 0:
-        _require_space(config.output)
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        require_space(config.output.parent, "output")
         publication.begin()
         if publication.complete:
             return publication.finish()
@@ -166,7 +167,7 @@ def run_stage(command: Command, config: StageConfig) -> Artifact:
             publication.abandon()
         raise
     if rank != 0:
-        return Artifact(config.output, None)  # type: ignore[arg-type]
+        return None
     context.seconds["total"] = time.perf_counter() - start
     artifact = publication.publish(
         key_parts=parts,
@@ -174,7 +175,7 @@ def run_stage(command: Command, config: StageConfig) -> Artifact:
         input_paths=json.loads(json.dumps(_flat(config.select(Role.INPUT)), default=str)),
         unit=outcome.unit,
         weights=outcome.weights,
-        versions=installed_versions(),
+        versions=parts["versions"],
         seconds=context.seconds,
         facts=outcome.facts,
     )
@@ -213,13 +214,13 @@ def _describe(commands: dict[str, Command], chosen: str | None) -> str:
     return "\n".join(f"{name}: {describe(command.config)}" for name, command in shown.items())
 
 
-def _require_space(output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output.parent).free
+def require_space(directory: Path, key: str) -> None:
+    """Raise UserError when the disk of an existing directory is full; `key` is the config key that names another."""
+    free = shutil.disk_usage(directory).free
     if free < MINIMUM_FREE:
         raise UserError(
-            f"only {free >> 20} MiB are free on the disk of {output.parent}; at least {MINIMUM_FREE >> 20} MiB are "
-            "needed. Free some space, or set another output."
+            f"only {free >> 20} MiB are free on the disk of {directory}; at least {MINIMUM_FREE >> 20} MiB are needed. "
+            f"Free some space, or set {key}=PATH on another disk."
         )
 
 

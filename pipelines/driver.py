@@ -13,6 +13,7 @@ import yaml
 
 from contracts.artifacts import MANIFEST, Artifact, write_atomically
 from contracts.errors import UserError
+from contracts.stage import require_space
 from pipelines.config import RunConfig
 from pipelines.decisions import decide, drop_partials, make_room
 from pipelines.display import Display
@@ -20,7 +21,6 @@ from pipelines.environments import launch_command, probe_versions
 from pipelines.executors import Running, make_executor
 from pipelines.graph import Graph, Node
 from pipelines.placement import gpu_count
-from pipelines.preflight import check_space
 from pipelines.report import write_metrics
 from pipelines.rundir import RunDirectory
 from pipelines.supervisor import Request, end_orphans, ending_of, failure_of, process_identity
@@ -148,7 +148,7 @@ class Driver:
         name, log = running.node.name, running.attempt / "stage.log"
         self.run.record("failed", stage=name, attempt=running.attempt.name)
         self.display.failed(running.node)
-        check_space(self.run.path)
+        require_space(self.run.path, "directory")
         failure = failure_of(running.attempt)
         program = ["python", "-m", "pipelines"] if sys.argv[0].endswith("__main__.py") else [sys.argv[0]]
         resume = f"Then continue with: {shlex.join([*program, *sys.argv[1:]])}"

@@ -10,6 +10,7 @@ from rich.console import Console
 from contracts.artifacts import MANIFEST
 from contracts.config import describe
 from contracts.errors import UserError, as_user_error
+from contracts.stage import require_space
 from pipelines.config import RunConfig, load_run_config
 from pipelines.decisions import decide
 from pipelines.display import Display
@@ -18,7 +19,7 @@ from pipelines.environments import env_main, probe_versions
 from pipelines.graph import Graph
 from pipelines.hub import fetch_models
 from pipelines.iteration import build_graph
-from pipelines.preflight import check_environments, check_inputs, check_space
+from pipelines.preflight import check_environments, check_inputs
 from pipelines.report import print_comparison, print_table
 from pipelines.rundir import RunDirectory
 from pipelines.status import print_status
@@ -108,7 +109,7 @@ def run_command(options: argparse.Namespace) -> int:
     check_environments(graph, config.environments)
     run = RunDirectory(config.run_directory)
     run.claim(config, options.config, iterations)
-    check_space(run.path)
+    require_space(run.path, "directory")
     with Display(console, graph) as display:
         ran = Driver(run, graph, config, display).drive()
     if ran == 0:

@@ -1,12 +1,8 @@
 """What can be found wrong before the first stage starts."""
 
-import shutil
-from pathlib import Path
-
 from annotation.config import ScoreConfig
 from contracts.errors import UserError
 from contracts.models import ModelInfo
-from contracts.stage import MINIMUM_FREE
 from generation.config import GenerationConfig
 from pipelines.config import EnvironmentsSection
 from pipelines.environments import probe_versions
@@ -53,13 +49,3 @@ def check_model(node: Node, graph: Graph) -> None:
         model = ModelInfo.read(config.model)
         model.require_causal()
         model.require_length(config.max_length or 1, "max_length")
-
-
-def check_space(directory: Path) -> None:
-    """Raise UserError when the disk of the run is full."""
-    free = shutil.disk_usage(directory).free
-    if free < MINIMUM_FREE:
-        raise UserError(
-            f"only {free >> 20} MiB are free on the disk of {directory}; at least {MINIMUM_FREE >> 20} MiB are needed. "
-            "Free some space, or set directory=PATH on another disk."
-        )
