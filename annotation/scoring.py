@@ -10,9 +10,8 @@ import msgspec
 from annotation.config import ScoreConfig
 from annotation.joining import require_made_from
 from annotation.samples import Sample, Scorer
-from contracts.artifacts import Artifact
+from contracts.artifacts import Artifact, model_fingerprint
 from contracts.errors import UserError
-from contracts.fingerprint import weights_fingerprint
 from contracts.jsonl import read_jsonl
 from contracts.ledger import Ledger, merge
 from contracts.models import ModelInfo
@@ -44,7 +43,8 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
 
         return make
 
-    largest_first = sorted(rollouts.shards, key=lambda shard: (-shard.stat().st_size, shard.name))
+    sizes = {file.path: file.bytes for file in rollouts.manifest.files}
+    largest_first = sorted(rollouts.shards, key=lambda shard: (-sizes[shard.name], shard.name))
     shards = [shard.name for shard in largest_first]
     share_shards(context, shards, open_worker, replicas=config.replicas, devices=_devices(config))
     return _outcome(config, context) if context.rank == 0 else Outcome("samples")
@@ -149,4 +149,4 @@ def _outcome(config: ScoreConfig, context: Context) -> Outcome:
     total = math.fsum(receipt.facts["score_sum"] for receipt in receipts)
     facts["score_mean"] = total / ledger.kept if ledger.kept else None
     facts.pop("score_sum", None)
-    return Outcome("samples", facts, weights_fingerprint(config.model) if config.model else None)
+    return Outcome("samples", facts, model_fingerprint(config.model) if config.model else None)

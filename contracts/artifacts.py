@@ -9,27 +9,34 @@ What a crash can leave, and what the next attempt does with it:
   a `*.tmp` file, or a shard without its receipt   deletes it
   hidden directory with a manifest                 finishes the rename
   the target                                       nothing left to do
+
+Of what is published, `pipeline gc` may compress rows (FILE.gz instead of FILE) and delete files, which
+`released.json` then lists; the manifest stays, so that what was made is still known and never made again needlessly.
 """
 
 import fcntl
+import gzip
+import hashlib
 import os
 import platform
 import shutil
 import socket
 import time
+import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
 import msgspec
 
 from contracts.errors import UserError
 from contracts.fingerprint import digest, file_sha256, weights_fingerprint
-from contracts.jsonl import read_jsonl, write_jsonl
+from contracts.jsonl import COMPRESSED, open_stored, read_jsonl, write_jsonl
 from contracts.ledger import Ledger, merge
 from contracts.records import Schema
 
 MANIFEST = "manifest.json"
+RELEASED = "released.json"
 R = TypeVar("R")
 
 
@@ -77,6 +84,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     facts: dict[str, Any]
     """The stage's own results, for example its metrics."""
     created: str
+    checksum: str = ""
+    """SHA-256 of this file's bytes with this field empty."""
+
+
+class Released(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Files of an artifact that were deleted on purpose."""
+
+    files: tuple[str, ...]
+    reason: str
+    time: str
 
 
 class Artifact:
@@ -97,8 +114,8 @@ class Artifact:
             why = "is not published (it has no manifest.json)" if path.exists() else "does not exist"
             raise UserError(f"{path} {why}. Run the stage that makes it first.")
         try:
-            manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
-        except msgspec.DecodeError as error:
+            manifest = read_manifest((path / MANIFEST).read_bytes())
+        except ValueError as error:
             raise UserError(f"{path / MANIFEST} is damaged: {error}. Delete {path} and run its stage again.") from error
         if schemas and manifest.schema not in schemas:
             wanted = " or ".join(f"{schema.name} v{schema.version}" for schema in schemas)
@@ -108,7 +125,7 @@ class Artifact:
 
     @property
     def shards(self) -> list[Path]:
-        """The JSONL files that hold rows, in order."""
+        """The JSONL files that hold rows, in order; `read_jsonl` reads them also where they are compressed."""
         return [self.path / file.path for file in self.manifest.files if file.path.startswith("shard-")]
 
     def rows(self, kind: type[R]) -> Iterator[R]:
@@ -118,18 +135,78 @@ class Artifact:
 
     def damage(self) -> list[str]:
         """Every way in which the directory differs from its manifest; empty when it is whole."""
-        found: list[str] = []
-        for file in self.manifest.files:
-            path = self.path / file.path
-            if not path.is_file():
-                found.append(f"{path}: missing")
-            elif path.stat().st_size != file.bytes:
-                found.append(f"{path}: {path.stat().st_size} bytes instead of {file.bytes}")
-            elif file_sha256(path) != file.sha256:
-                found.append(f"{path}: sha256 differs from the manifest")
+        released = self.released
+        found = [
+            problem for file in self.manifest.files if file.path not in released and (problem := self.damage_of(file))
+        ]
         if content_digest(self.manifest.schema, self.manifest.files) != self.manifest.digest:
             found.append(f"{self.path / MANIFEST}: the digest does not fit the files listed")
         return found
+
+    def damage_of(self, file: File) -> str | None:
+        """How one file differs from the manifest, or None."""
+        path = self.path / file.path
+        try:
+            with open_stored(path) as content:
+                sha256 = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]
+        except FileNotFoundError:
+            return f"{path}: missing"
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            return f"{path}{COMPRESSED}: damaged: {error}"
+        if sha256 != file.sha256:
+            name = path if path.exists() else f"{path}{COMPRESSED}"
+            return f"{name}: its content differs from the manifest (sha256 {sha256[:12]}, was {file.sha256[:12]})"
+        return None
+
+    @property
+    def released(self) -> frozenset[str]:
+        """Names of the files that were deleted on purpose."""
+        path = self.path / RELEASED
+        if not path.is_file():
+            return frozenset()
+        try:
+            return frozenset(msgspec.json.decode(path.read_bytes(), type=Released).files)
+        except msgspec.DecodeError as error:
+            raise UserError(f"{path} is damaged: {error}. Delete {self.path} and run its stage again.") from error
+
+
+def read_manifest(content: bytes) -> Manifest:
+    """The manifest in a manifest.json.
+
+    Raises:
+        ValueError: it is not one, a byte of it was changed, or it names a file outside of its directory.
+    """
+    manifest = msgspec.json.decode(content, type=Manifest)
+    blank = content.replace(b'"checksum": "%s"' % manifest.checksum.encode(), b'"checksum": ""')
+    if hashlib.sha256(blank).hexdigest() != manifest.checksum:
+        raise ValueError("its content does not fit its own checksum")
+    for file in manifest.files:
+        if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts:
+            raise ValueError(f"it names the file {file.path!r}, which is not inside its directory")
+    return manifest
+
+
+def _write_manifest(manifest: Manifest) -> bytes:
+    def text(manifest: Manifest) -> bytes:
+        return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+    checksum = hashlib.sha256(text(manifest)).hexdigest()
+    return text(msgspec.structs.replace(manifest, checksum=checksum))
+
+
+def artifact_of(path: Path) -> Artifact | None:
+    """The artifact that is at `path` or holds it, if any."""
+    for directory in [path, *path.parents]:
+        if (directory / MANIFEST).is_file():
+            return Artifact.open(directory)
+    return None
+
+
+def model_fingerprint(model: Path) -> str:
+    """`weights_fingerprint`; of a published checkpoint, whose files are checked against it elsewhere, as recorded."""
+    if (model / MANIFEST).is_file() and (recorded := Artifact.open(model).manifest.weights):
+        return recorded
+    return weights_fingerprint(model)
 
 
 def content_digest(schema: Schema, files: tuple[File, ...]) -> str:
@@ -156,6 +233,18 @@ def input_digest(source: Path | str) -> str:
         return weights_fingerprint(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return digest({file.relative_to(path).as_posix(): file_sha256(file) for file in files})
+
+
+def input_damage(source: Path) -> list[str]:
+    """How a stage's input differs from the manifest that lists it, deleted files included; nothing where none does."""
+    artifact = artifact_of(source)
+    if artifact is None:
+        return []
+    wanted = [file for file in artifact.manifest.files if (artifact.path / file.path).is_relative_to(source)]
+    released = artifact.released
+    if gone := [file.path for file in wanted if file.path in released]:
+        return [f"{artifact.path}: {', '.join(gone)} was deleted by `pipeline gc`"]
+    return [problem for file in wanted if (problem := artifact.damage_of(file))]
 
 
 def is_published(target: Path, key: str) -> bool:
@@ -194,17 +283,25 @@ class Publication:
         Raises:
             UserError: another live process is publishing the same thing.
         """
+        while not self._take_lock():
+            pass
+        if not self.complete:
+            self._clear_leftovers()
+
+    def _take_lock(self) -> bool:
+        """Lock a file in the hidden directory, which dies with its holder; False if the directory went meanwhile."""
+        path = self.directory / ".lock"
         self.directory.mkdir(parents=True, exist_ok=True)
-        # The lock is on a file beside the directory's content and dies with its holder.
-        self._lock = (self.directory / ".lock").open("w")
         try:
+            self._lock = path.open("a")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            return path.exists() and os.path.samestat(os.fstat(self._lock.fileno()), path.stat())
+        except FileNotFoundError:
+            return False
+        except BlockingIOError as error:
             raise UserError(
                 f"another process is making {self.target} right now. Wait for it, or choose another output."
             ) from error
-        if not self.complete:
-            self._clear_leftovers()
 
     def _clear_leftovers(self) -> None:
         """Delete scratch files, and files without a receipt or that differ from it."""
@@ -303,25 +400,35 @@ class Publication:
             facts=facts,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
-        text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-        write_atomically(self.directory / MANIFEST, text + b"\n")
+        write_atomically(self.directory / MANIFEST, _write_manifest(manifest))
         return self.finish()
 
     def finish(self) -> Artifact:
         """From the manifest on: drop receipts and state, rename. Also what a crash in between is continued with."""
         for path in [*self.directory.glob(".receipt-*.json"), *self.directory.rglob("*.tmp")]:
-            path.unlink()
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.directory / "state", ignore_errors=True)
         (self.directory / ".lock").unlink(missing_ok=True)
-        _fsync(self.directory)
-        os.rename(self.directory, self.target)
+        try:
+            _fsync(self.directory)
+            os.rename(self.directory, self.target)
+        except OSError:
+            # Without its lock file, another process may have finished it in this instant: then all is well.
+            if not is_published(self.target, self.key):
+                raise
+            self.discard()
+        (self.target / ".lock").unlink(missing_ok=True)
         _fsync(self.target.parent)
         return Artifact.open(self.target, self.schema)
+
+    def discard(self) -> None:
+        """Delete the hidden directory."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def abandon(self) -> None:
         """After a user's mistake: leave nothing behind, unless finished shards are worth keeping."""
         if not self.receipts():
-            shutil.rmtree(self.directory)
+            self.discard()
 
     @property
     def complete(self) -> bool:

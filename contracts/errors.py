@@ -5,6 +5,32 @@ import errno
 UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
 
+TRANSIENT_CODES = (
+    errno.EAGAIN,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTUNREACH,
+    errno.EIO,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EPIPE,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
+TRANSIENT_NAMES = (
+    "AcceleratorError",
+    "ConnectError",
+    "ConnectTimeout",
+    "DistBackendError",
+    "DistNetworkError",
+    "DistStoreError",
+    "ReadTimeout",
+    "URLError",
+)
+"""Error types of torch and of HTTP libraries, which are not imported here: a lost device, peer or connection."""
+
+
 class UserError(Exception):
     """A mistake that the user can mend: one message naming the thing, the value and the mend; exit code 2.
 
@@ -29,3 +55,12 @@ def as_user_error(error: Exception) -> UserError | None:
     if error.errno in UNUSABLE_PATH and error.filename:
         return UserError(f"{error.filename}: {error.strerror}. Choose another path, or change its permissions.")
     return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same thing may well succeed in a minute: a lost connection, device, peer or file server."""
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    if isinstance(error, OSError) and error.errno in TRANSIENT_CODES:
+        return True
+    return any(kind.__name__ in TRANSIENT_NAMES for kind in type(error).__mro__)

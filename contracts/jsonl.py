@@ -1,15 +1,18 @@
 """JSONL: one record a line, typed, streamed, strict."""
 
+import gzip
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
 from contracts.errors import UserError
 
 R = TypeVar("R")
+COMPRESSED = ".gz"
+"""What is appended to the name of a file that is kept compressed."""
 
 _encoder = msgspec.json.Encoder()
 
@@ -31,8 +34,16 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> int:
     return rows
 
 
+def open_stored(path: Path) -> BinaryIO:
+    """A file's content, whether it is kept as PATH or compressed as PATH.gz."""
+    compressed = path.with_name(path.name + COMPRESSED)
+    if compressed.is_file() and not path.exists():
+        return gzip.open(compressed)  # type: ignore[return-value]
+    return path.open("rb")
+
+
 def read_jsonl(path: Path, kind: type[R], *, tolerate_torn_tail: bool = False) -> Iterator[R]:
-    """Read records of type `kind` one by one.
+    """Read records of type `kind` one by one; where there is only PATH.gz, that is read.
 
     `tolerate_torn_tail`: a last line without a newline, as a killed writer leaves it, ends the file quietly; use it
     only on append-only logs, never on published files, where it is damage like any other.
@@ -41,7 +52,7 @@ def read_jsonl(path: Path, kind: type[R], *, tolerate_torn_tail: bool = False) -
         UserError: a line that is not a valid record; names the file, the line and what is wrong with it.
     """
     decoder = msgspec.json.Decoder(kind)
-    with path.open("rb") as file:
+    with open_stored(path) as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n") and tolerate_torn_tail:
                 return

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 
 _PR_SET_PDEATHSIG = 1
 
@@ -22,16 +23,36 @@ def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> 
             os._exit(1)
 
 
-def end_group(process: "subprocess.Popen[bytes]", grace: float = 10.0) -> None:
-    """End a process that leads its own group, and all of that group: SIGTERM, `grace` seconds, SIGKILL."""
-    for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            if process.poll() is not None and not _group_exists(process.pid):
-                return
-            time.sleep(0.05)
+def end_groups(processes: "Sequence[subprocess.Popen[bytes]]", grace: float) -> None:
+    """End processes that lead their own groups, and all of those groups.
+
+    First the leaders alone are asked (SIGTERM), who may take `grace` seconds to finish what they have in hand with the
+    help of their children; then what is left of the groups is asked; at last it is killed.
+    """
+    start = time.monotonic()
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    _wait_until(lambda: all(process.poll() is not None for process in processes), grace)
+    patience = max(5.0, grace - (time.monotonic() - start))  # a leader such as `conda run` ends without its child
+    for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        if _wait_until(lambda: all(_is_gone(process) for process in processes), seconds):
+            return
+
+
+def _is_gone(process: "subprocess.Popen[bytes]") -> bool:
+    return process.poll() is not None and not _group_exists(process.pid)
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _group_exists(group: int) -> bool:

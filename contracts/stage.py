@@ -7,12 +7,14 @@ The same command line serves a person, a bash script and the driver:
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,16 +23,16 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from contracts.artifacts import Artifact, Publication, input_digest, is_published, write_atomically
+from contracts import stopping
+from contracts.artifacts import Artifact, Publication, input_damage, input_digest, is_published
+from contracts.attempt import FailureKind, report_failure, report_progress
 from contracts.config import Role, StageConfig, apply_overrides, describe, read_yaml, validate
-from contracts.errors import UserError, as_user_error
+from contracts.errors import UserError, as_user_error, is_transient
 from contracts.fingerprint import digest
 from contracts.processes import die_with_parent
 from contracts.records import Schema
 from contracts.versions import installed_versions
 
-ATTEMPT = "RATCHET_ATTEMPT"
-"""Environment variable: the directory in which a supervised stage leaves its progress and its failures."""
 MINIMUM_FREE = 64 << 20
 
 
@@ -65,7 +67,6 @@ class Context:
         self.rank = rank
         self.world_size = world_size
         self.seconds: dict[str, float] = {}
-        self._shown = 0.0
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -78,12 +79,8 @@ class Context:
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """Tell whoever watches how far the stage is; cheap enough for every step."""
-        now = time.monotonic()
-        if self.rank == 0 and (now - self._shown > 0.5 or done == total):
-            self._shown = now
-            if attempt := os.environ.get(ATTEMPT):
-                text = json.dumps({"done": done, "total": total, "unit": unit}).encode()
-                write_atomically(Path(attempt) / "progress.json", text)
+        if self.rank == 0:
+            report_progress(done, total, unit)
 
 
 def key_parts(config: StageConfig, versions: dict[str, str]) -> dict[str, Any]:
@@ -120,19 +117,25 @@ def _digests(value: Any) -> Any:
 def main(commands: dict[str, Command], package: str, argv: list[str] | None = None) -> NoReturn:
     """Run one stage from the command line and exit: 0 published or reused, 2 the user's mistake, 1 anything else."""
     die_with_parent()
-    signal.signal(signal.SIGTERM, _stop)
+    stopping.listen()
+    faulthandler.register(signal.SIGQUIT, all_threads=True)  # a supervisor asks a stalled stage where it stands
+    kind: FailureKind
+    code = 0
     try:
         command, config = _parse(commands, package, sys.argv[1:] if argv is None else argv)
         run_stage(command, config)
-    except Exception as error:
-        mistake = as_user_error(error)
-        code = UserError.exit_code if mistake else 1
-        text = str(mistake) if mistake else traceback.format_exc()
-        print(f"error: {mistake}" if mistake else text, file=sys.stderr)
+    except (Exception, stopping.Stopped) as error:
+        if isinstance(error, stopping.Stopped):
+            code, kind, text = int(str(error)), "stopped", stopping.MESSAGE
+            print(text, file=sys.stderr)
+        elif mistake := as_user_error(error):
+            code, kind, text = UserError.exit_code, "user", str(mistake)
+            print(f"error: {text}", file=sys.stderr)
+        else:
+            code, kind, text = 1, "transient" if is_transient(error) else "error", traceback.format_exc()
+            print(text, file=sys.stderr)
         with contextlib.suppress(OSError):  # on a full disk the message above has to do
-            _leave_failure("user" if mistake else "error", text)
-    else:
-        code = 0
+            report_failure(kind, text)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
@@ -145,9 +148,7 @@ def run_stage(command: Command, config: StageConfig) -> Artifact | None:
     key = stage_key(parts)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if is_published(config.output, key):
-        if rank == 0:
-            print(f"reuse {config.output}: already published under key {key[:12]}")
-        return Artifact.open(config.output, command.schema)
+        return _reuse(command, config, key, rank)
     publication = Publication(config.output, command.schema, config.stage, key)
     if command.launch is not None and not publication.complete and _load(command.launch)(config):
         return Artifact.open(config.output, command.schema)
@@ -156,18 +157,25 @@ def run_stage(command: Command, config: StageConfig) -> Artifact | None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         require_space(config.output.parent, "output")
         publication.begin()
+        if is_published(config.output, key):  # by another process, before this one had the lock
+            publication.discard()
+            return _reuse(command, config, key, rank)
         if publication.complete:
             return publication.finish()
-    with context.timed("import"):
-        run = _load(command.run)
+        check = InputCheck(config)
     try:
+        with context.timed("import"):
+            run = _load(command.run)
         outcome: Outcome = run(config, context)
-    except UserError:
-        if rank == 0:
+        if rank != 0:
+            return None
+        check.require_whole()
+    except Exception as error:
+        if rank == 0 and not isinstance(error, UserError):
+            check.require_whole()  # a damaged input is the better explanation
+        if rank == 0 and isinstance(error, UserError):
             publication.abandon()
         raise
-    if rank != 0:
-        return None
     context.seconds["total"] = time.perf_counter() - start
     artifact = publication.publish(
         key_parts=parts,
@@ -181,6 +189,56 @@ def run_stage(command: Command, config: StageConfig) -> Artifact | None:
     )
     print(f"published {config.output}: {artifact.manifest.ledger}")
     return artifact
+
+
+def _reuse(command: Command, config: StageConfig, key: str, rank: int) -> Artifact:
+    if rank == 0:
+        print(f"reuse {config.output}: already published under key {key[:12]}")
+    return Artifact.open(config.output, command.schema)
+
+
+class InputCheck:
+    """Compares the published inputs of a stage with their manifests while the stage works, in a thread.
+
+    So a changed byte cannot pass from stage to stage, and nobody waits for it: hashing is faster than loading.
+    """
+
+    def __init__(self, config: StageConfig) -> None:
+        self._problems: list[str] = []
+        self._error: Exception | None = None
+        self._paths = [Path(path) for path in _leaves(config.select(Role.INPUT))]
+        self._thread = threading.Thread(target=self._run, name="input check", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for path in self._paths:
+                self._problems += input_damage(path)
+        except Exception as error:
+            self._error = error
+
+    def require_whole(self) -> None:
+        """Wait for the check.
+
+        Raises:
+            UserError: an input is damaged, or what this stage needs of it was deleted by `pipeline gc`.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        if self._problems:
+            raise UserError(
+                f"an input is damaged: {'; '.join(self._problems[:3])}. Delete the directory that holds it and run "
+                "the same command again, which makes it anew; `pipeline verify RUN` checks everything."
+            )
+
+
+def _leaves(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in _leaves(item)]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [] if value is None else [str(value)]
 
 
 def _load(name: str) -> Callable[..., Any]:
@@ -222,14 +280,3 @@ def require_space(directory: Path, key: str) -> None:
             f"only {free >> 20} MiB are free on the disk of {directory}; at least {MINIMUM_FREE >> 20} MiB are needed. "
             f"Free some space, or set {key}=PATH on another disk."
         )
-
-
-def _leave_failure(kind: str, text: str) -> None:
-    """Write the failure where the supervisor finds the first one of several processes."""
-    if attempt := os.environ.get(ATTEMPT):
-        record = {"kind": kind, "text": text, "rank": os.environ.get("RANK", "0"), "time": time.time()}
-        write_atomically(Path(attempt) / f"failure-{os.getpid()}.json", json.dumps(record).encode())
-
-
-def _stop(number: int, frame: Any) -> None:
-    raise SystemExit(128 + number)

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from contracts import stopping
 from contracts.artifacts import Publication
 from contracts.errors import UserError
-from contracts.processes import end_group
+from contracts.processes import end_groups
 from contracts.stage import Context
 
 WORKER = "RATCHET_WORKER"
@@ -73,7 +74,8 @@ def _work(context: Context, shards: list[str], open_worker: Callable[[], Callabl
             with _claim(context.publication, name) as mine:
                 if mine and name in _missing(context.publication, [name]) and not _published(context.publication):
                     make = make or open_worker()
-                    make(name)
+                    with stopping.deferred():
+                        make(name)
         except FileNotFoundError:
             if context.rank != 0 and context.publication.target.exists():
                 return  # rank 0 found everything finished and has published
@@ -113,9 +115,7 @@ def _run_replicas(count: int, devices: int) -> None:
                 break
             time.sleep(0.1)
     finally:
-        for process in processes:
-            if process.poll() is None:
-                end_group(process)
+        end_groups(processes, stopping.grace_seconds() + 5)
     codes = [process.returncode for process in processes]
     if UserError.exit_code in codes:
         raise UserError("a worker stopped; its message is above.")

@@ -4,8 +4,8 @@ import contextlib
 import time
 from collections.abc import Callable
 
+from contracts.artifacts import model_fingerprint
 from contracts.errors import UserError
-from contracts.fingerprint import weights_fingerprint
 from contracts.jsonl import write_jsonl
 from contracts.ledger import merge
 from contracts.stage import Context, Outcome
@@ -26,7 +26,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
     threads = set_threads()
     with context.timed("load"):
         tokenizer = ChatTokenizer(config.policy)
-        fingerprint = weights_fingerprint(config.policy)
+        fingerprint = model_fingerprint(config.policy)
         tokenized = [(prompt, tokenizer.prompt_ids(prompt)) for prompt in prompts]
     shards = cut(tokenized, config.shard_size or default_shard_size(config), longest_allowed)
     settings = _settings(config, context, tokenizer, shards, longest_allowed)

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
-from contracts.processes import end_group
+from contracts.processes import end_groups
 from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, Request
 from generation.vllm_engine import engine_arguments, set_environment
@@ -134,7 +134,7 @@ class VllmServer:
 
     def close(self) -> None:
         """End the server and all of its processes."""
-        end_group(self._process)
+        end_groups([self._process], grace=10.0)
 
 
 def _answers(choices: list[dict[str, Any]], request: Request) -> list[Answer]:

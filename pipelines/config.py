@@ -10,6 +10,7 @@ from annotation.config import PairsConfig, ScoreConfig
 from contracts.config import Section, StageConfig, apply_overrides, identity, read_yaml, runtime, validate
 from contracts.errors import UserError
 from contracts.prompts import PromptsConfig
+from contracts.stopping import DEFAULT_GRACE
 from embedded.config import WorldConfig
 from generation.config import GenerationConfig
 from pipelines.environments import EnvironmentConfig
@@ -92,6 +93,17 @@ class ExecutorSection(Section):
     parallel: int | None = runtime(None, ge=1)
     """Stages without mutual dependency that may run at once; by default 1 with GPUs, else one per two cores, at
     least 2."""
+    retries: int = runtime(3, ge=0)
+    """How often a stage is tried again after an accident (a killed process, a lost connection, a stall). A preempted
+    stage is started again without limit, a mistake of the user's or a defect ends the run at once."""
+    backoff_seconds: float = runtime(10.0, ge=0)
+    """Pause before the first new try; it doubles with each further one, up to ten minutes, and varies by half."""
+    stall_seconds: float = runtime(3600.0, gt=0)
+    """A stage that says nothing for so long is ended, and tried again."""
+    grace_seconds: float = runtime(DEFAULT_GRACE, ge=0)
+    """How long a stage that has to stop may go on with the shard or step in hand."""
+    check_space: bool = runtime(True)
+    """Start a stage only where the disk has room for what it is estimated to write."""
 
 
 class RunConfig(Section):

@@ -51,6 +51,15 @@ class Display:
         """A stage has failed."""
         self._line(f"FAILED {node.name}")
 
+    def retried(self, node: Node, how: str, seconds: float) -> None:
+        """A stage is going to be tried again."""
+        self._line(f"retry  {node.name}  ({how.rstrip('.')}; once more in {seconds:.0f} s)")
+
+    def ending(self, running: dict[str, Running], grace: float) -> None:
+        """The stages that still run are asked to stop."""
+        names = ", ".join(running)
+        self._line(f"ending {names}  (up to {grace:g} s for what is in hand; interrupt again to end at once)")
+
     def refresh(self, running: dict[str, Running]) -> None:
         """Redraw the live table."""
         if self._live is None:

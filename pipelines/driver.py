@@ -1,32 +1,38 @@
 """The driver: runs a graph's stages as soon as their inputs are published, each at most once."""
 
 import os
+import random
 import shlex
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import msgspec
 import yaml
 
+from contracts import stopping
 from contracts.artifacts import MANIFEST, Artifact, write_atomically
+from contracts.attempt import FailureKind
 from contracts.errors import UserError
 from contracts.stage import require_space
 from pipelines.config import RunConfig
 from pipelines.decisions import decide, drop_partials, make_room
 from pipelines.display import Display
 from pipelines.environments import launch_command, probe_versions
-from pipelines.executors import Running, make_executor
+from pipelines.executors import Running, clear_job_folders, make_executor
 from pipelines.graph import Graph, Node
 from pipelines.placement import gpu_count
 from pipelines.report import write_metrics
 from pipelines.rundir import RunDirectory
-from pipelines.supervisor import Request, end_orphans, ending_of, failure_of, process_identity
+from pipelines.supervisor import Ending, Request, end_orphans, ending_of, process_identity
 
 POLL_SECONDS = 0.1
 END_SECONDS = 20.0
+LONGEST_PAUSE = 600.0
 
 
 class StageFailedError(Exception):
@@ -50,6 +56,7 @@ class Driver:
         self.parallel = config.executor.parallel or default_parallel()
         self.published: set[str] = set()
         self.running: dict[str, Running] = {}
+        self.retries = Retries(config.executor.retries, config.executor.backoff_seconds)
         self.ran = 0
 
     def drive(self) -> int:
@@ -61,7 +68,9 @@ class Driver:
         """
         for pid in end_orphans(self.run.path):
             self.run.record("orphan ended", pid=pid)
-        signal.signal(signal.SIGTERM, _interrupt)
+        clear_job_folders(self.run.path)
+        for number in (*stopping.SIGNALS, signal.SIGHUP):
+            signal.signal(number, _interrupt)
         try:
             while len(self.published) < len(self.graph.nodes):
                 self.start_ready()
@@ -81,7 +90,8 @@ class Driver:
                 continue
             if len(self.running) >= self.parallel:
                 return
-            self.reuse_or_start(node)
+            if not self.retries.waits(node.name):
+                self.reuse_or_start(node)
 
     def reuse_or_start(self, node: Node) -> None:
         """Decide about one stage and act on it."""
@@ -94,9 +104,11 @@ class Driver:
             self.display.reused(node, decision.reason)
             self.publish_metrics(node)
             return
+        require_space(self.run.path, "directory")
         attempt = self.run.new_attempt(node.name)
         self.write_request(node, attempt)
-        self.running[node.name] = Running(node, attempt, self.executor.submit(node.name, attempt))
+        job = self.executor.submit(node.name, attempt, self.run.path)
+        self.running[node.name] = Running(node, attempt, job, decision.key)
         self.run.record("started", stage=node.name, reason=decision.reason, key=decision.key, attempt=attempt.name)
         self.display.started(node, decision.reason)
 
@@ -119,21 +131,26 @@ class Driver:
             directory=os.getcwd(),
             run=str(self.run.path),
             driver=process_identity(os.getpid()),
+            grace_seconds=self.config.executor.grace_seconds,
+            stall_seconds=self.config.executor.stall_seconds,
         )
         write_atomically(attempt / "request.json", msgspec.json.encode(request))
 
     def collect_ended(self) -> None:
-        """Take note of stages that have ended; the first failure stops the run."""
+        """Take note of stages that have ended: published, to be tried again, or failed, which stops the run."""
         for running in list(self.running.values()):
             if not running.job.ended():
                 continue
             del self.running[running.node.name]
+            running.job.clear(running.attempt)
             if not (running.node.output / MANIFEST).is_file():
-                self.fail(running)
+                self.retry_or_fail(running)
+                continue
+            artifact = Artifact.open(running.node.output)
+            self.require_key(running, artifact)
             self.ran += 1
             self.published.add(running.node.name)
             drop_partials(running.node)
-            artifact = Artifact.open(running.node.output)
             self.run.record("published", stage=running.node.name, key=artifact.manifest.key)
             self.display.published(running.node, artifact)
             self.publish_metrics(running.node)
@@ -143,30 +160,86 @@ class Driver:
         if node.config.stage == "evaluation":
             write_metrics(self.run.path, self.graph)
 
-    def fail(self, running: Running) -> None:
+    def require_key(self, running: Running, artifact: Artifact) -> None:
+        """Raise StageFailedError when a stage published something else than it was asked for."""
+        if artifact.manifest.key != running.key:
+            raise StageFailedError(
+                f"stage {running.node.name} published under the key {artifact.manifest.key[:12]}, but the driver asked "
+                f"for {running.key[:12]}: its code, its environment or an input changed while it ran. The same command "
+                "decides anew.",
+                1,
+            )
+
+    def retry_or_fail(self, running: Running) -> None:
+        """After an attempt that published nothing: plan the next one, or stop the run."""
+        ending = ending_of(running.attempt)
+        name = running.node.name
+        pause = self.retries.pause_after(name, ending.kind)
+        self.run.record("failed", stage=name, attempt=running.attempt.name, kind=ending.kind, retry_in=pause)
+        if pause is None:
+            self.fail(running, ending)
+        else:
+            self.display.retried(running.node, ending.how, pause)
+
+    def fail(self, running: Running, ending: Ending) -> NoReturn:
         """Stop the run with what the stage left as its reason."""
         name, log = running.node.name, running.attempt / "stage.log"
-        self.run.record("failed", stage=name, attempt=running.attempt.name)
         self.display.failed(running.node)
         require_space(self.run.path, "directory")
-        failure = failure_of(running.attempt)
         program = ["python", "-m", "pipelines"] if sys.argv[0].endswith("__main__.py") else [sys.argv[0]]
         resume = f"Then continue with: {shlex.join([*program, *sys.argv[1:]])}"
-        if failure is not None and failure["kind"] == "user":
-            raise UserError(f"stage {name}: {failure['text']}\n  log: {log}\n  {resume}")
-        reason = failure["text"] if failure else tail(log)
-        how = ending_of(running.attempt)
-        raise StageFailedError(f"stage {name} {how}\n{reason.rstrip()}\n  log: {log}\n  {resume}", 1)
+        if ending.kind == "user":
+            raise UserError(f"stage {name}: {ending.reason}\n  log: {log}\n  {resume}")
+        reason = ending.reason or tail(log)
+        raise StageFailedError(f"stage {name} {ending.how}\n{reason.rstrip()}\n  log: {log}\n  {resume}", 1)
 
     def end_running(self) -> None:
         """End the stages that still run: after a failure or an interrupt. What they published in part is kept."""
-        for running in self.running.values():
-            (running.attempt / "cancel").touch()
-        deadline = time.monotonic() + END_SECONDS
-        while any(not running.job.ended() for running in self.running.values()) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-        if self.running:
+        if not self.running:
+            return
+        grace = self.config.executor.grace_seconds
+        self.display.ending(self.running, grace)
+        try:
+            for running in self.running.values():
+                (running.attempt / "cancel").touch()
+            deadline = time.monotonic() + grace + END_SECONDS
+            while any(not running.job.ended() for running in self.running.values()) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+        finally:  # also when interrupted once more
             end_orphans(self.run.path)
+            clear_job_folders(self.run.path)
+
+
+class Retries:
+    """Which stages may be tried again, and when."""
+
+    def __init__(self, limit: int, backoff: float) -> None:
+        self.limit = limit
+        self.backoff = backoff
+        self._accidents: Counter[str] = Counter()
+        self._preemptions: Counter[str] = Counter()
+        self._until: dict[str, float] = {}
+
+    def waits(self, stage: str) -> bool:
+        """Whether it is too early for the next try."""
+        return time.monotonic() < self._until.get(stage, 0.0)
+
+    def pause_after(self, stage: str, kind: FailureKind) -> float | None:
+        """Seconds until the next try, or None where there is to be none.
+
+        The pause doubles with every try and is drawn from 50 % to 150 % of that, so that what failed together does not
+        come back together.
+        """
+        if kind == "stopped":
+            counted = self._preemptions
+        elif kind == "transient" and self._accidents[stage] < self.limit:
+            counted = self._accidents
+        else:
+            return None
+        counted[stage] += 1
+        pause: float = min(self.backoff * 2 ** min(counted[stage] - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
+        self._until[stage] = time.monotonic() + pause
+        return round(pause, 1)
 
 
 def default_parallel() -> int:

@@ -20,7 +20,8 @@ from typing import Any
 
 from contracts.config import read_yaml
 from contracts.errors import UserError
-from contracts.processes import die_with_parent, end_group
+from contracts.processes import die_with_parent, end_groups
+from contracts.stopping import grace_seconds
 from training.config import TrainingConfig
 
 PLAIN = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": 1, "machine_rank": 0}
@@ -45,7 +46,7 @@ def launch(config: TrainingConfig) -> bool:
         try:
             code = process.wait()
         finally:
-            end_group(process)
+            end_groups([process], grace_seconds() + 5)
     if code:
         raise SystemExit(code)
     return True

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pipelines.supervisor import Request, ending_of, failure_of, process_identity, supervise
+from pipelines.supervisor import Ending, Request, ending_of, failure_of, process_identity, supervise
 
 SLEEPERS = "sleep 600 & sleep 600 & echo started; wait"
 """A shell with two children of its own, as a launcher with its ranks."""
@@ -47,13 +47,13 @@ def test_output_variables_and_exit_code(tmp_path: Path, monkeypatch: pytest.Monk
     attempt = attempt_of(tmp_path, 'echo "$COLOUR ${HIDDEN:-gone}"; exit 3')
     assert supervise(str(attempt)) == 3
     assert (attempt / "stage.log").read_text() == "red gone\n"
-    assert ending_of(attempt) == "failed with exit code 3."
+    assert ending_of(attempt) == Ending("error", "failed with exit code 3.", None)
 
 
 def test_a_killed_stage_is_told_as_killed(tmp_path: Path) -> None:
     attempt = attempt_of(tmp_path, "kill -9 $$")
     supervise(str(attempt))
-    assert "was killed by SIGKILL" in ending_of(attempt)
+    assert "was killed by SIGKILL" in ending_of(attempt).how
 
 
 def test_a_cancelled_stage_takes_its_children_along(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_cancelled_stage_takes_its_children_along(tmp_path: Path) -> None:
     thread.join(timeout=20)
     assert not thread.is_alive()
     assert children_of(tmp_path) == []
-    assert "SIGTERM" in ending_of(attempt)
+    assert "SIGTERM" in ending_of(attempt).how
 
 
 def test_a_stage_ends_when_its_driver_is_gone(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_stage_ends_when_its_driver_is_gone(tmp_path: Path) -> None:
 
 
 def test_a_killed_supervisor_is_told_too(tmp_path: Path) -> None:
-    assert "its supervisor was killed" in ending_of(tmp_path)
+    assert "its supervisor was killed" in ending_of(tmp_path).how
 
 
 def test_the_first_failure_is_the_one_that_is_told(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""What a supervised stage tells of itself, in its attempt's directory: that it lives, how far it is, why it failed.
+
+A stage that is run by hand has no such directory and tells nothing.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+from contracts.artifacts import write_atomically
+
+ATTEMPT = "RATCHET_ATTEMPT"
+"""Environment variable: the directory of the attempt."""
+HEARTBEAT = "heartbeat"
+PROGRESS = "progress.json"
+FAILURES = "failure-*.json"
+BEAT_SECONDS = 1.0
+
+FailureKind = Literal["user", "transient", "stopped", "error"]
+"""Whose fault it is: the user's, the machine's or the network's, nobody's (it was asked to stop), or a defect."""
+
+_last = {HEARTBEAT: 0.0, PROGRESS: 0.0}
+
+
+def beat() -> None:
+    """Say that work goes on; cheap enough for every batch. A stage that is silent too long counts as stalled."""
+    attempt = os.environ.get(ATTEMPT)
+    if attempt and time.monotonic() - _last[HEARTBEAT] > BEAT_SECONDS:
+        _last[HEARTBEAT] = time.monotonic()
+        Path(attempt, HEARTBEAT).touch()
+
+
+def report_progress(done: int, total: int, unit: str) -> None:
+    """Say how far the work is; cheap enough for every step."""
+    beat()
+    attempt = os.environ.get(ATTEMPT)
+    if attempt and (done == total or time.monotonic() - _last[PROGRESS] > BEAT_SECONDS / 2):
+        _last[PROGRESS] = time.monotonic()
+        text = json.dumps({"done": done, "total": total, "unit": unit})
+        write_atomically(Path(attempt, PROGRESS), text.encode())
+
+
+def report_failure(kind: FailureKind, text: str) -> None:
+    """Leave the reason of this process's end; of several processes' reasons the first is the one that is told."""
+    if attempt := os.environ.get(ATTEMPT):
+        record = {"kind": kind, "text": text, "rank": os.environ.get("RANK", "0"), "time": time.time()}
+        write_atomically(Path(attempt, f"failure-{os.getpid()}.json"), json.dumps(record).encode())

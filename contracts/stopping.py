@@ -1,0 +1,74 @@
+"""A stage that is asked to stop: it saves what it has in hand, if it can do so in its grace period, and leaves.
+
+SIGTERM comes from a person, a driver or a scheduler; SIGUSR1 and SIGUSR2 are what schedulers send some time before they
+take a machine away. Nothing is lost whichever way it ends: a finished shard stays, and so does the last saved step.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+GRACE = "RATCHET_GRACE_SECONDS"
+"""Environment variable: how long a stage that was asked to stop may go on with what it has in hand."""
+DEFAULT_GRACE = 20.0
+MESSAGE = "was asked to stop, and did; what it had finished is kept, and the same command continues"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stopped(SystemExit):
+    """The end of a stage that was asked to stop; its code is 128 + the signal's number, as in a shell."""
+
+
+_requested: signal.Signals | None = None
+_deferred = 0
+
+
+def grace_seconds() -> float:
+    """The grace period of this process."""
+    return float(os.environ.get(GRACE, DEFAULT_GRACE))
+
+
+def listen() -> None:
+    """From now on, answer the signals that ask for a stop."""
+    for number in SIGNALS:
+        signal.signal(number, _answer)
+
+
+def requested() -> bool:
+    """Whether a stop was asked for; to be looked at inside `deferred`."""
+    return _requested is not None
+
+
+def leave() -> NoReturn:
+    """End the stage: everything worth keeping is on the disk."""
+    raise Stopped(128 + int(_requested or signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """A request that comes inside waits for the block's end, but no longer than the grace period."""
+    global _deferred
+    _deferred += 1
+    try:
+        yield
+    finally:
+        _deferred -= 1
+    if requested() and not _deferred:
+        leave()
+
+
+def _answer(number: int, frame: FrameType | None) -> None:
+    global _requested
+    _requested = _requested or signal.Signals(number)
+    if not _deferred:
+        leave()
+    if signal.getitimer(signal.ITIMER_REAL)[0] == 0:
+        signal.signal(signal.SIGALRM, _give_up)
+        signal.setitimer(signal.ITIMER_REAL, max(grace_seconds(), 0.001))
+
+
+def _give_up(number: int, frame: FrameType | None) -> None:
+    leave()
