@@ -48,6 +48,12 @@ else:
     DpoSection = _section(DpoConfig, "model", "pairs", "reference")
 
 
+CHANGEABLE = frozenset(
+    "accumulate ema_decay evaluation generation pairs prompts reference scorers seed start training".split()
+)
+"""Keys of a run whose value may change from one iteration to the next."""
+
+
 class PromptsSection(Section):
     """Where the prompts come from. No stage trains on the held-out ones."""
 
@@ -146,6 +152,9 @@ class RunConfig(Section):
     """Fine-tune `policy` on demonstrations first; the result is the initial policy."""
     reward_model: RewardModelSection | None = identity(None)
     """Train the model of the scorer `reward` first."""
+    changes: dict[int, dict[str, Any]] = identity({})
+    """Values that hold from an iteration on: {3: {training: {beta: 0.05}}}. What another section has taken from
+    `generation` stays as it was there."""
     environments: EnvironmentsSection = runtime(EnvironmentsSection())
     """What `generation`, `annotation` and `training` run in, where it is not their locked environment."""
     executor: ExecutorSection = runtime(ExecutorSection())
@@ -177,6 +186,25 @@ class RunConfig(Section):
         """Where everything of this run is."""
         return self.directory / self.name
 
+    def settings(self) -> dict[str, Any]:
+        """What the user has set, as plain data."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def at(self, iteration: int) -> Self:
+        """The configuration that holds in an iteration, by `changes`.
+
+        Raises:
+            UserError: a change is none that can be made between iterations, or its value is wrong.
+        """
+        data = self.model_dump(exclude_unset=True, exclude={"changes"})
+        due = [start for start in sorted(self.changes) if start <= iteration]
+        for start in due:
+            require_changeable(self.changes[start], start)
+            data = merge(data, self.changes[start])
+        if not due:
+            return self
+        return validate(type(self), data, f"with changes.{due[-1]}")
+
     def with_inherited(self) -> Self:
         """The same, with the sampling keys that other sections take from `generation` filled in."""
         changes: dict[str, Any] = {"evaluation": _inherit(self.generation, self.evaluation)}
@@ -189,6 +217,28 @@ class RunConfig(Section):
 def _inherit(base: Section, section: Section) -> Section:
     """`base` with the keys that the user set in `section`."""
     return base.model_copy(update={name: getattr(section, name) for name in section.model_fields_set})
+
+
+def require_changeable(change: dict[str, Any], iteration: int) -> None:
+    """Raise UserError unless these keys may change from `iteration` on."""
+    fixed = {name for name in change if name not in CHANGEABLE}
+    prompts = change.get("prompts", {})
+    fixed |= {f"prompts.{name}" for name in prompts if name != "per_iteration"} if isinstance(prompts, dict) else set()
+    if iteration < 1 or fixed:
+        named = f"{min(fixed)} cannot change" if fixed else "nothing can change before iteration 1"
+        raise UserError(
+            f"changes.{iteration}: {named} within a run. What can: {', '.join(sorted(CHANGEABLE))}, of prompts only "
+            "prompts.per_iteration, from iteration 1 on. For anything else start a new run with another name."
+        )
+
+
+def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `change`, section by section."""
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -206,6 +256,8 @@ def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
         UserError: anything is wrong with it; lists every mistake.
     """
     config = validate(RunConfig, apply_overrides(read_yaml(path), overrides), str(path)).with_inherited()
+    for iteration in config.changes:
+        config.at(iteration)
     if not os.access(_existing_parent(config.directory), os.W_OK):
         raise UserError(f"directory {config.directory} cannot be written to. Set directory=PATH.")
     return config

@@ -24,7 +24,9 @@ class Recipe:
     """Adds a run's stages to a graph; every method returns the paths of what its stages will publish."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
+        self.run = config
+        self.config = config  # what holds in the iteration that is being added
+        self.taken = 0  # training prompts that earlier iterations have taken
         self.graph = Graph(config.run_directory.absolute())
         self.pairs: list[Path] = []
         self.references: dict[tuple[Path, Path], Path] = {}
@@ -35,6 +37,7 @@ class Recipe:
         policy = self.average = self.initial
         self.evaluate(0, policy)
         for iteration in range(1, iterations + 1):
+            self.config = self.run.at(iteration)
             policy = self.improve(iteration, policy)
             self.evaluate(iteration, policy)
         return self.graph
@@ -43,7 +46,8 @@ class Recipe:
         """One iteration: sample, score, pair, train. Returns the next policy."""
         config, here = self.config, f"iteration-{iteration:03d}"
         count = config.prompts.per_iteration
-        window = {"start": (iteration - 1) * count, "count": count} if count else {}
+        window = {"start": self.taken, "count": count} if count else {}
+        self.taken += count or 0
 
         rollouts = self.sample(f"{here}/generation", policy, self.train_prompts, iteration, config.generation, window)
         rewards = self.score(f"{here}/reward", "reward", rollouts)

@@ -1,6 +1,7 @@
 """The `pipeline` command."""
 
 import argparse
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +17,8 @@ from pipelines.decisions import decide
 from pipelines.display import Display
 from pipelines.driver import Driver, StageFailedError
 from pipelines.environments import env_main, probe_versions
+from pipelines.force import report_forced, resolve, set_aside
+from pipelines.fork import fork
 from pipelines.graph import Graph
 from pipelines.hub import fetch_models
 from pipelines.iteration import build_graph
@@ -75,7 +78,21 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like training.beta=0.2")
     run.add_argument("--iters", type=int, default=None, help="iterations to have in the end")
     run.add_argument("--dry-run", action="store_true", help="say what would be reused or run, and why; start nothing")
+    run.add_argument(
+        "--force",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="make it again: a name, or a pattern with *",
+    )
     run.set_defaults(command=run_command)
+
+    child = commands.add_parser("fork", help="a new run that shares the iterations before I with another one")
+    child.add_argument("run", type=Path, help="the run's directory")
+    child.add_argument("--from-iteration", type=int, required=True, metavar="I", help="the first that may differ")
+    child.add_argument("--name", help="the new run's name; by default RUN-from-I")
+    child.add_argument("overrides", nargs="*", metavar="key=value", help="values from iteration I on")
+    child.set_defaults(command=fork_command)
 
     status = commands.add_parser("status", help="how far a run is")
     status.add_argument("run", type=Path, help="the run's directory, for example runs/quickstart")
@@ -101,17 +118,21 @@ def run_command(options: argparse.Namespace) -> int:
     if options.dry_run:
         plan = build_graph(config, iterations)
         check_inputs(plan)
-        print_plan(console, plan, config)
+        print_plan(console, plan, config, resolve(plan, options.force))
         return 0
     config = fetch_models(config)
     graph = build_graph(config, iterations)
     check_inputs(graph)
     check_environments(graph, config.environments)
     run = RunDirectory(config.run_directory)
+    forced = resolve(graph, options.force)
     run.claim(config, options.config, iterations)
+    set_aside(run.path, graph, forced)
     require_space(run.path, "directory")
     with Display(console, graph) as display:
         ran = Driver(run, graph, config, display).drive()
+    for line in report_forced(run.path, graph):
+        console.print(line, soft_wrap=True, highlight=False)
     if ran == 0:
         console.print(
             f"{config.run_directory} is finished: all {len(graph.nodes)} stages are published; nothing to do."
@@ -126,12 +147,14 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(width=200)
 
 
-def print_plan(console: Console, graph: Graph, config: RunConfig) -> None:
+def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[str]) -> None:
     """For every stage *reuse* or *run*, and why."""
     certain: set[str] = set()
     for node in graph.nodes.values():
         unknown = [name for name in node.needs if name not in certain]
-        if unknown:
+        if node.name in forced:
+            verb, reason = "run", "forced"
+        elif unknown:
             verb, reason = "run", f"after {', '.join(unknown)}"
             if (node.output / MANIFEST).is_file():
                 reason += "; reused if these come out the same"
@@ -144,6 +167,19 @@ def print_plan(console: Console, graph: Graph, config: RunConfig) -> None:
         console.print(f"{verb:<6} {node.name}  ({reason})", soft_wrap=True, markup=False, highlight=False)
 
 
+def fork_command(options: argparse.Namespace) -> int:
+    """`pipeline fork RUN --from-iteration I [key=value ...]`."""
+    source = RunDirectory.existing(options.run)
+    target, count = fork(source, options.from_iteration, options.overrides, options.name)
+    shown = os.path.relpath(target)
+    make_console().print(
+        f"{shown}: {count} artifacts are shared with {options.run}. Go on with: pipeline run {shown}/config.yaml",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0
+
+
 def compare_command(options: argparse.Namespace) -> int:
     """`pipeline compare RUN ...`."""
     print_comparison(make_console(), options.runs, options.metric)
@@ -153,6 +189,5 @@ def compare_command(options: argparse.Namespace) -> int:
 def status_command(options: argparse.Namespace) -> int:
     """`pipeline status RUN`."""
     run = RunDirectory.existing(options.run)
-    config = load_run_config(run.path / "config.resolved.yaml", [])
-    print_status(make_console(), run, build_graph(config, run.iterations))
+    print_status(make_console(), run, build_graph(run.config, run.iterations))
     return 0

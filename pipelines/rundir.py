@@ -12,6 +12,7 @@ import msgspec
 import yaml
 
 from contracts.artifacts import write_atomically
+from contracts.config import validate
 from contracts.errors import UserError
 from pipelines.config import RunConfig
 
@@ -52,7 +53,7 @@ class RunDirectory:
                     f"{self.path} is the run of {(self.path / owner).resolve()}, not of {source}. "
                     "Choose another name=... for this run."
                 )
-        record = {"config": origin, "iterations": iterations}
+        record = {"config": origin, "iterations": iterations, "settings": config.settings()}
         write_atomically(marker, json.dumps(record).encode())
         resolved = {**config.model_dump(mode="json"), "directory": str(self.path.parent)}
         text = yaml.safe_dump(resolved, sort_keys=False)
@@ -92,6 +93,12 @@ class RunDirectory:
             return None if _lock(file, fcntl.LOCK_SH) else file.read().strip()
 
     @property
+    def config(self) -> RunConfig:
+        """The configuration of the last command."""
+        place = {"name": self.path.name, "directory": str(self.path.parent)}
+        return validate(RunConfig, {**self._marker()["settings"], **place}, str(self.path / "run.json"))
+
+    @property
     def iterations(self) -> int:
         """Iterations that the last command asked for."""
         return int(self._marker()["iterations"])
@@ -99,8 +106,11 @@ class RunDirectory:
     def _marker(self) -> dict[str, Any]:
         path = self.path / "run.json"
         try:
-            return dict(json.loads(path.read_text()))
-        except ValueError as error:
+            marker = dict(json.loads(path.read_text()))
+            if missing := {"config", "iterations", "settings"} - marker.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            return marker
+        except (ValueError, TypeError) as error:
             raise UserError(
                 f"{path} is damaged: {error}. Delete it; the next `pipeline run` writes it again."
             ) from error

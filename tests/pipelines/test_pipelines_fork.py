@@ -1,0 +1,167 @@
+"""Values that change between iterations, forks, and forced stages: what is planned, taken over and made again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from contracts.artifacts import MANIFEST, Artifact, Publication
+from contracts.errors import UserError
+from contracts.fingerprint import digest
+from contracts.ledger import Ledger
+from contracts.records import CHECKPOINT
+from pipelines.config import load_run_config
+from pipelines.force import RECORD, report_forced, resolve, set_aside
+from pipelines.fork import CONFIG, fork
+from pipelines.graph import Graph, Node
+from pipelines.iteration import build_graph
+from pipelines.rundir import RunDirectory
+
+
+def publish(node: Node, content: str = "") -> None:
+    """Something small in place of what the stage would publish."""
+    publication = Publication(node.output, CHECKPOINT, node.config.stage, digest(node.name))
+    publication.begin()
+    publication.scratch("file").write_text(f"{node.name} {content}")
+    publication.commit("file", Ledger("rows"))
+    publication.publish(
+        key_parts={}, inputs={}, input_paths={}, unit="rows", weights=None, versions={}, seconds={}, facts={}
+    )
+
+
+def settings_of(graph: Graph, name: str) -> dict[str, object]:
+    return graph.nodes[name].config.model_dump()
+
+
+@pytest.fixture
+def run(smallest: Path) -> RunDirectory:
+    """A run of two iterations whose stages have all published something."""
+    config = load_run_config(smallest, [])
+    run = RunDirectory(config.run_directory)
+    run.claim(config, smallest, 2)
+    for node in build_graph(config, 2).nodes.values():
+        publish(node)
+    return run
+
+
+def test_changes_hold_from_their_iteration_on(smallest: Path) -> None:
+    overrides = ["changes.2.training.beta=0.3", "changes.3.generation.k=8", "changes.3.prompts.per_iteration=5"]
+    graph = build_graph(load_run_config(smallest, overrides), 4)
+    beta = [settings_of(graph, f"iteration-00{i}/training")["beta"] for i in (1, 2, 3, 4)]
+    assert beta == [0.1, 0.3, 0.3, 0.3]
+    assert [settings_of(graph, f"iteration-00{i}/generation")["k"] for i in (1, 2, 3, 4)] == [4, 4, 8, 8]
+    windows = [settings_of(graph, f"iteration-00{i}/generation") for i in (1, 2, 3, 4)]
+    assert [(w["start"], w["count"]) for w in windows] == [(0, 12), (12, 12), (24, 5), (29, 5)]
+    unchanged = build_graph(load_run_config(smallest, []), 1)
+    assert unchanged.nodes["iteration-001/training"].config == graph.nodes["iteration-001/training"].config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("changes.2.policy=elsewhere", "policy cannot change"),
+        ("changes.2.prompts.train.limit=3", "prompts.train cannot change"),
+        ("changes.0.training.beta=0.3", "from iteration 1 on"),
+        ("changes.2.training.bta=0.3", "Did you mean 'training.beta'"),
+        ("changes.2.training.beta=-1", "greater than 0"),
+        ("changes.two.training.beta=0.3", "changes"),
+    ],
+)
+def test_changes_that_cannot_be(smallest: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_run_config(smallest, [override])
+
+
+def test_a_fork_shares_its_past_and_takes_back_what_comes_out_the_same(run: RunDirectory) -> None:
+    target, count = fork(run, 2, ["training.beta=0.3", "executor.parallel=1"], None)
+    assert target == run.path.parent / "smallest-from-2"
+    whole = len(build_graph(run.config, 2).nodes)
+    assert count == whole
+    first = target / "iteration-001/training/file"
+    assert first.samefile(run.path / "iteration-001/training/file")
+    assert not (target / "iteration-002").exists()
+    kept = list((target / "superseded/iteration-002/generation").iterdir())
+    assert [path.name for path in kept] == [Artifact.open(run.path / "iteration-002/generation").manifest.key[:16]]
+
+    config = load_run_config(target / CONFIG, [])
+    assert config.run_directory == target
+    assert config.executor.parallel == 1
+    graph = build_graph(config, 2)
+    assert settings_of(graph, "iteration-001/training")["beta"] == 0.1
+    assert settings_of(graph, "iteration-002/training")["beta"] == 0.3
+    again = RunDirectory.existing(target)
+    again.claim(config, target / CONFIG, 2)
+    assert again.config.changes == {2: {"training": {"beta": 0.3}}}
+
+
+def test_a_fork_without_changes_makes_everything_from_there_on_again(run: RunDirectory) -> None:
+    target, count = fork(run, 2, [], "again")
+    assert target.name == "again"
+    assert count == sum(not name.startswith("iteration-002/") for name in build_graph(run.config, 2).nodes)
+    assert not (target / "superseded").exists()
+
+
+def test_a_fork_of_a_fork_keeps_the_earlier_changes(run: RunDirectory) -> None:
+    first, _ = fork(run, 1, ["training.beta=0.3", "generation.k=8"], "first")
+    second, _ = fork(RunDirectory.existing(first), 2, ["training.beta=0.5"], "second")
+    third, _ = fork(RunDirectory.existing(second), 1, ["training.beta=0.7"], "third")
+    graphs = [build_graph(load_run_config(path / CONFIG, []), 2) for path in (second, third)]
+    beta = [[settings_of(graph, f"iteration-00{i}/training")["beta"] for i in (1, 2)] for graph in graphs]
+    assert beta == [[0.3, 0.5], [0.7, 0.7]]
+    assert settings_of(graphs[1], "iteration-002/generation")["k"] == 8
+
+
+@pytest.mark.parametrize(
+    ("first", "overrides", "name", "message"),
+    [
+        (0, [], None, "give 1 to 3"),
+        (4, [], None, "give 1 to 3"),
+        (2, ["policy=elsewhere"], None, "'policy' cannot change"),
+        (2, ["training.bta=1"], None, "Did you mean"),
+        (2, [], "smallest", "exists already"),
+        (2, [], "../elsewhere", "plain name"),
+        (2, [], "a b", "name"),
+    ],
+)
+def test_forks_that_cannot_be_leave_nothing_behind(
+    run: RunDirectory, first: int, overrides: list[str], name: str | None, message: str
+) -> None:
+    before = sorted(run.path.parent.iterdir())
+    with pytest.raises(UserError, match=message):
+        fork(run, first, overrides, name)
+    assert sorted(run.path.parent.iterdir()) == before
+
+
+def test_forced_stages_are_moved_aside_once_and_compared(run: RunDirectory) -> None:
+    graph = build_graph(run.config, 2)
+    stages = resolve(graph, ["iteration-002/training", "setup/sft"])
+    set_aside(run.path, graph, stages)
+    assert not any((graph.nodes[name].output / MANIFEST).exists() for name in stages)
+    publish(graph.nodes["setup/sft"])
+    set_aside(run.path, graph, stages)  # the same command after a kill: setup/sft was made again already
+    assert (graph.nodes["setup/sft"].output / MANIFEST).exists()
+    publish(graph.nodes["iteration-002/training"], "otherwise")
+    lines = report_forced(run.path, graph)
+    assert lines[1] == "forced setup/sft: the same content"
+    assert lines[0].startswith("forced iteration-002/training: other content")
+    assert not (run.path / RECORD).exists()
+    set_aside(run.path, graph, ["setup/sft"])
+    assert len(list((run.path / "superseded/setup/sft").iterdir())) == 2
+
+
+def test_a_command_killed_before_the_move_moves_when_it_is_given_again(run: RunDirectory) -> None:
+    graph = build_graph(run.config, 2)
+    output = graph.nodes["setup/sft"].output
+    inode = (output / MANIFEST).stat().st_ino
+    record = {"setup/sft": {"digest": Artifact.open(output).manifest.digest, "inode": inode}}
+    (run.path / RECORD).write_text(json.dumps(record))
+    set_aside(run.path, graph, ["setup/sft"])
+    assert not graph.nodes["setup/sft"].output.exists()
+
+
+def test_which_stages_a_name_means(run: RunDirectory) -> None:
+    graph = build_graph(run.config, 2)
+    assert resolve(graph, ["iteration-*/training"]) == ["iteration-001/training", "iteration-002/training"]
+    assert all(name.startswith("iteration-002/heldout/") for name in resolve(graph, ["iteration-002/heldout/"]))
+    with pytest.raises(UserError, match="Did you mean iteration-002/training"):
+        resolve(graph, ["iteration-002/trainin"])
