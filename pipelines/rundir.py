@@ -47,7 +47,7 @@ class RunDirectory:
         self._mend_events()
         origin = os.path.relpath(source, self.path)
         if marker.exists():
-            owner = self._marker()["config"]
+            owner = self._marked("config")
             if owner != origin:
                 raise UserError(
                     f"{self.path} is the run of {(self.path / owner).resolve()}, not of {source}. "
@@ -96,23 +96,21 @@ class RunDirectory:
     def config(self) -> RunConfig:
         """The configuration of the last command."""
         place = {"name": self.path.name, "directory": str(self.path.parent)}
-        return validate(RunConfig, {**self._marker()["settings"], **place}, str(self.path / "run.json"))
+        return validate(RunConfig, {**self._marked("settings"), **place}, str(self.path / "run.json"))
 
     @property
     def iterations(self) -> int:
         """Iterations that the last command asked for."""
-        return int(self._marker()["iterations"])
+        return int(self._marked("iterations"))
 
-    def _marker(self) -> dict[str, Any]:
+    def _marked(self, name: str) -> Any:
+        """One entry of run.json."""
         path = self.path / "run.json"
         try:
-            marker = dict(json.loads(path.read_text()))
-            if missing := {"config", "iterations", "settings"} - marker.keys():
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            return marker
-        except (ValueError, TypeError) as error:
+            return json.loads(path.read_text())[name]
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"{path} is damaged: {error}. Delete it; the next `pipeline run` writes it again."
+                f"{path} is damaged ({name}: {error}). Delete it; the next `pipeline run` writes it again."
             ) from error
 
     def record(self, event: str, **facts: Any) -> None:
