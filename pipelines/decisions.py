@@ -23,24 +23,28 @@ class Decision:
     key: str
 
 
-def decide(node: Node, versions: dict[str, str]) -> Decision:
-    """Decide about a stage whose inputs are all published.
+def decide(node: Node, versions: dict[str, str], run: Path) -> Decision:
+    """Decide about a stage of the run in the directory `run` whose inputs are all published.
 
     Raises:
         UserError: an input does not exist.
     """
     parts = key_parts(node.config, versions)
     key = stage_key(parts)
-    if not (node.output / MANIFEST).is_file():
-        if node.output.exists():
-            raise UserError(f"{node.output} exists but is not published. It is not Ratchet's: move it away.")
-        if partial_directory(node.output, key).exists():
-            return Decision(False, "continues where it was interrupted", key)
-        return Decision(False, "not made yet", key)
-    manifest = Artifact.open(node.output).manifest
-    if manifest.key == key:
+    published = (node.output / MANIFEST).is_file()
+    if published and Artifact.open(node.output).manifest.key == key:
         return Decision(True, "published under the same key", key)
-    return Decision(False, "; ".join(differences(manifest.key_parts, parts)), key)
+    if node.output.exists() and not published:
+        raise UserError(f"{node.output} exists but is not published. It is not Ratchet's: move it away.")
+    if _kept(run, node, key).exists():
+        return Decision(True, f"taken back from {SUPERSEDED}/", key)
+    if partial_directory(node.output, key).exists():
+        return Decision(False, "continues where it was interrupted", key)
+    earlier = node.output if published else _last_kept(run, node)
+    if earlier is None:
+        return Decision(False, "not made yet", key)
+    changed = differences(Artifact.open(earlier).manifest.key_parts, parts)
+    return Decision(False, "; ".join(changed) or "made again", key)
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
@@ -64,22 +68,30 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def make_room(node: Node, decision: Decision, run: Path) -> Decision:
-    """Before a stage runs: move what was published under another key aside, never delete it.
-
-    Returns the decision, which becomes *reuse* where an artifact that was set aside under the wanted key is back.
-    """
+def make_room(node: Node, decision: Decision, run: Path) -> None:
+    """Act on a decision: move what was published under another key aside, never delete it; take back what fits."""
     if (node.output / MANIFEST).is_file():
         old = Artifact.open(node.output).manifest.key
-        aside = run / SUPERSEDED / node.name / old[:16]
+        if old == decision.key:
+            return
+        aside = _kept(run, node, old)
         aside.parent.mkdir(parents=True, exist_ok=True)
         os.rename(node.output, aside)
-    kept = run / SUPERSEDED / node.name / decision.key[:16]
-    if not kept.exists():
-        return decision
-    node.output.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(kept, node.output)
-    return Decision(True, f"taken back from {SUPERSEDED}/", decision.key)
+    kept = _kept(run, node, decision.key)
+    if kept.exists():
+        node.output.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(kept, node.output)
+
+
+def _kept(run: Path, node: Node, key: str) -> Path:
+    """Where what a stage had published under a key is kept."""
+    return run / SUPERSEDED / node.name / key[:16]
+
+
+def _last_kept(run: Path, node: Node) -> Path | None:
+    """What the stage had published last, of what is kept."""
+    kept = [path.parent for path in (run / SUPERSEDED / node.name).glob(f"*/{MANIFEST}")]
+    return max(kept, key=lambda path: path.stat().st_ctime_ns, default=None)
 
 
 def drop_partials(node: Node) -> None:

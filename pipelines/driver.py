@@ -96,9 +96,8 @@ class Driver:
     def reuse_or_start(self, node: Node) -> None:
         """Decide about one stage and act on it."""
         environment = getattr(self.config.environments, node.environment)
-        decision = decide(node, probe_versions(environment, node.environment))
-        if not decision.reuse:
-            decision = make_room(node, decision, self.run.path)
+        decision = decide(node, probe_versions(environment, node.environment), self.run.path)
+        make_room(node, decision, self.run.path)
         if decision.reuse:
             self.published.add(node.name)
             self.display.reused(node, decision.reason)

@@ -40,7 +40,7 @@ def fork(source: RunDirectory, first: int, overrides: list[str], name: str | Non
     target = source.path.parent / (name or _free_name(source.path, first))
     if os.path.lexists(target):
         raise UserError(f"{target} exists already. Choose another --name.")
-    settings = _settings(source.config, first, overrides, target)
+    settings = _settings(source.config, last, first, overrides, target)
     work = target.parent / f".{target.name}.fork-{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -48,7 +48,7 @@ def fork(source: RunDirectory, first: int, overrides: list[str], name: str | Non
         write_atomically(work / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
         config = load_run_config(work / CONFIG, [])  # every mistake in the values, before anything is taken over
         count = _take_over(source, build_graph(source.config, last), work, first, bool(overrides))
-        record = {"config": CONFIG, "iterations": max(last, config.iterations), "settings": config.settings()}
+        record = {"config": CONFIG, "iterations": config.iterations, "settings": config.settings()}
         write_atomically(work / "run.json", json.dumps(record).encode())
         os.rename(work, target)
     finally:
@@ -65,7 +65,7 @@ def _free_name(source: Path, first: int) -> str:
     return found
 
 
-def _settings(config: RunConfig, first: int, overrides: list[str], target: Path) -> dict[str, Any]:
+def _settings(config: RunConfig, iterations: int, first: int, overrides: list[str], target: Path) -> dict[str, Any]:
     """The new run's settings: those of the old one, with the new values from iteration `first` on."""
     change = apply_overrides({}, overrides)
     whole = {key: change.pop(key) for key in list(change) if key in OF_THE_RUN}
@@ -73,7 +73,8 @@ def _settings(config: RunConfig, first: int, overrides: list[str], target: Path)
         known = ", ".join(sorted(CHANGEABLE | OF_THE_RUN))
         raise UserError(f"{min(unknown)!r} cannot change in a fork. What can: {known}. Else start a new run.")
     require_changeable(change, first)
-    settings = merge(config.settings(), whole)
+    settings = {**config.settings(), "iterations": iterations}
+    settings = merge(settings, whole)
     changes = {start: _without(later, change) if start >= first else later for start, later in config.changes.items()}
     if change:
         changes[first] = merge(changes.get(first, {}), change)

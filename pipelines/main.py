@@ -160,7 +160,7 @@ def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[s
                 reason += "; reused if these come out the same"
         else:
             environment = getattr(config.environments, node.environment)
-            decision = decide(node, probe_versions(environment, node.environment))
+            decision = decide(node, probe_versions(environment, node.environment), graph.directory)
             verb, reason = ("reuse" if decision.reuse else "run"), decision.reason
             if decision.reuse:
                 certain.add(node.name)
