@@ -38,6 +38,9 @@ class ScoreConfig(StageConfig):
     """Tokens per forward pass, padding included; batches are made of inputs of similar length."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the completions is dropped."""
+    fail_on_error: float = identity(0.0, ge=0, lt=1)
+    """Share of the completions whose judgement may fail (an exception of the function, a score that is no finite
+    number); they are dropped and counted. 0: the first one stops the stage."""
     replicas: int = runtime(1, ge=1)
     """Processes that share the shards; one device each."""
 

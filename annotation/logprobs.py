@@ -10,6 +10,8 @@ from annotation.batching import batches
 from annotation.config import ScoreConfig
 from annotation.loading import compute_facts, load_model, pad_right, require_vocabulary
 from annotation.samples import Sample
+from contracts.attempt import beat
+from contracts.faults import Fault
 from contracts.records import Score
 
 LOGITS_AT_ONCE = 1 << 26
@@ -26,12 +28,13 @@ class LogprobModel:
         self.model = load_model(config, AutoModelForCausalLM)
         self.facts = compute_facts(self.model)
 
-    def __call__(self, samples: list[Sample]) -> list[Score | str]:
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """One score per sample; "too_long" where prompt and response exceed the limit."""
         lengths = [len(sample.rollout.prompt_ids) + len(sample.completion.response_ids) for sample in samples]
-        results: list[Score | str] = ["too_long"] * len(samples)
+        results: list[Score | str | Fault] = ["too_long"] * len(samples)
         fitting = [index for index, length in enumerate(lengths) if self.longest is None or length <= self.longest]
         for batch in batches([lengths[index] for index in fitting], self.budget):
+            beat()
             chosen = [samples[fitting[position]] for position in batch]
             for position, logprobs in zip(batch, self._forward(chosen), strict=True):
                 index = fitting[position]

@@ -8,7 +8,9 @@ from annotation.chat import ChatTokenizer
 from annotation.config import ScoreConfig
 from annotation.loading import compute_facts, load_model, pad_right
 from annotation.samples import Sample
+from contracts.attempt import beat
 from contracts.errors import UserError
+from contracts.faults import Fault
 from contracts.records import Message, Score
 
 
@@ -23,14 +25,23 @@ class RewardModel:
         self.model = load_model(config, AutoModelForSequenceClassification)
         self.facts = compute_facts(self.model)
 
-    def __call__(self, samples: list[Sample]) -> list[Score | str]:
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """One score per sample; "too_long" where the conversation exceeds the limit."""
-        sequences = [self._token_ids(sample) for sample in samples]
-        results: list[Score | str] = ["too_long"] * len(samples)
-        fitting = [index for index, ids in enumerate(sequences) if self.longest is None or len(ids) <= self.longest]
-        for batch in batches([len(sequences[index]) for index in fitting], self.budget):
-            indices = [fitting[position] for position in batch]
-            rewards = self._forward([sequences[index] for index in indices])
+        results: list[Score | str | Fault] = ["too_long"] * len(samples)
+        fitting: dict[int, list[int]] = {}
+        for index, sample in enumerate(samples):
+            try:
+                ids = self._token_ids(sample)
+            except UserError as error:
+                results[index] = Fault(error)
+                continue
+            if self.longest is None or len(ids) <= self.longest:
+                fitting[index] = ids
+        order = list(fitting)
+        for batch in batches([len(ids) for ids in fitting.values()], self.budget):
+            beat()
+            indices = [order[position] for position in batch]
+            rewards = self._forward([fitting[index] for index in indices])
             for index, reward in zip(indices, rewards, strict=True):
                 results[index] = samples[index].scored(reward)
         return results

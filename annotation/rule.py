@@ -9,6 +9,7 @@ from annotation.config import ScoreConfig
 from annotation.samples import Sample
 from contracts.callables import load_callable
 from contracts.errors import UserError
+from contracts.faults import Fault
 from contracts.records import Score
 
 
@@ -21,9 +22,15 @@ class Rule:
         self.function = load_callable(config.function)
         self.facts: dict[str, str] = {}
 
-    def __call__(self, samples: list[Sample]) -> list[Score | str]:
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """One score per sample; "unscored" where the function returns None."""
-        return [self._judge(sample) for sample in samples]
+        return [self._judge_or_fault(sample) for sample in samples]
+
+    def _judge_or_fault(self, sample: Sample) -> Score | str | Fault:
+        try:
+            return self._judge(sample)
+        except UserError as error:
+            return Fault(error)
 
     def _judge(self, sample: Sample) -> Score | str:
         rollout, completion = sample

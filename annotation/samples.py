@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
+from contracts.faults import Fault
 from contracts.records import Completion, Rollout, Score
 
 
@@ -26,6 +27,6 @@ class Scorer(Protocol):
     facts: dict[str, str]
     """What the manifest says of how it computes: dtype and device."""
 
-    def __call__(self, samples: list[Sample]) -> list[Score | str]:
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """Judge the samples of one shard, in their order; a string is the reason for which a sample is dropped."""
         ...

@@ -12,6 +12,7 @@ from annotation.joining import require_made_from
 from annotation.samples import Sample, Scorer
 from contracts.artifacts import Artifact, model_fingerprint
 from contracts.errors import UserError
+from contracts.faults import FAILED, Fault, Faults
 from contracts.jsonl import read_jsonl
 from contracts.ledger import Ledger, merge
 from contracts.models import ModelInfo
@@ -35,9 +36,10 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
         def make(name: str) -> None:
             start = time.perf_counter()
             samples = _read_samples(rollouts, name, wanted)
-            scores, ledger = _judge(config, scorer, samples)
+            scores, ledger, faults = _judge(config, scorer, samples)
             seconds["compute"] = time.perf_counter() - start
-            facts = {**scorer.facts, "score_sum": math.fsum(score.score for score in scores)}
+            total = math.fsum(score.score for score in scores)
+            facts = {**scorer.facts, "score_sum": total, **faults.facts()}
             context.publication.write_rows(name, scores, ledger, seconds=dict(seconds), facts=facts)
             seconds["load"] = 0.0
 
@@ -119,33 +121,42 @@ def _read_samples(rollouts: Artifact, shard: str, wanted: set[tuple[str, int]] |
     ]
 
 
-def _judge(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -> tuple[list[Score], Ledger]:
+def _judge(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -> tuple[list[Score], Ledger, Faults]:
     """Scores of the samples that could be judged, and the count of the others by reason."""
     ledger = Ledger("samples")
+    faults = Faults(config.fail_on_error)
     scores: list[Score] = []
     for sample, score in zip(samples, scorer(samples), strict=True):
-        if isinstance(score, str):
-            ledger.drop(score)
-            continue
-        if not math.isfinite(score.score):
-            raise UserError(
+        if isinstance(score, Score) and not math.isfinite(score.score):
+            error = UserError(
                 f"scorer {config.name!r} ({config.function or config.model}) gave {score.score} for {sample}. A score "
                 "must be a finite number: mend the function or the model, or try dtype=float32."
             )
+            score = Fault(error)
+        if isinstance(score, Fault):
+            faults.add(score)
+            score = FAILED
+        if isinstance(score, str):
+            ledger.drop(score)
+            continue
         if config.missing_eos_penalty and sample.completion.finish_reason == "length":
             score = msgspec.structs.replace(score, score=score.score - config.missing_eos_penalty)
         ledger.keep()
         scores.append(score)
-    return scores, ledger
+    return scores, ledger, faults
 
 
 def _outcome(config: ScoreConfig, context: Context) -> Outcome:
     receipts = context.publication.receipts().values()
     ledger = merge((receipt.ledger for receipt in receipts), "samples")
-    ledger.stop_above(config.max_dropped, f"scorer {config.name!r}")
+    faults = Faults(config.fail_on_error)
     facts: dict[str, Any] = {"scorer": config.name, "kind": config.kind}
     for receipt in receipts:
         facts |= receipt.facts
+        faults.messages += receipt.facts.get("failures", [])
+    faults.require_few(ledger)
+    facts |= faults.facts()
+    ledger.stop_above(config.max_dropped, f"scorer {config.name!r}")
     total = math.fsum(receipt.facts["score_sum"] for receipt in receipts)
     facts["score_mean"] = total / ledger.kept if ledger.kept else None
     facts.pop("score_sum", None)

@@ -56,6 +56,9 @@ class GenerationConfig(StageConfig):
     """Devices that one replica of the policy is spread over."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the prompts is dropped."""
+    fail_on_error: float = identity(0.0, ge=0, lt=1)
+    """Share of the prompts for which the engine may fail (an error or an inconsistent answer); they are dropped and
+    counted. 0: the first one stops the stage."""
     replicas: int = runtime(1, ge=1)
     """Data-parallel copies of the engine; they share the shards dynamically. On a CPU each has OMP_NUM_THREADS threads:
     set it to the cores divided by the replicas."""

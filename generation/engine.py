@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from contracts.errors import UserError
+from contracts.faults import Fault
 from contracts.records import FinishReason, Sampling
 from generation.config import GenerationConfig
 
@@ -51,8 +52,8 @@ class EngineSettings(msgspec.Struct, frozen=True):
 class Engine(Protocol):
     """A loaded policy."""
 
-    def generate(self, requests: Sequence[Request], batch: str) -> list[list[Answer]]:
-        """Answer all requests, in their order, as one batch.
+    def generate(self, requests: Sequence[Request], batch: str) -> Sequence[list[Answer] | Fault]:
+        """Answer all requests, in their order, as one batch; a fault stands for a request that could not be answered.
 
         What other batches this engine has seen before makes no difference. `batch` is a name that no other batch of
         this engine has.

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from contracts.faults import FAILED, Fault, Faults
 from contracts.ledger import Ledger
 from contracts.records import Completion, Prompt, Rollout, Sampling
 from contracts.seeds import derive_seed
@@ -63,8 +64,8 @@ def requests_of(prompt: Prompt, ids: tuple[int, ...], config: GenerationConfig) 
 
 def sample_shard(
     shard: Shard, engine: Engine, tokenizer: ChatTokenizer, config: GenerationConfig, policy: str
-) -> list[Rollout]:
-    """Sample one shard; the rows are in the order of the prompts.
+) -> tuple[list[Rollout], Ledger, Faults]:
+    """Sample one shard; the rows are in the order of the prompts, without those that failed.
 
     Args:
         policy: fingerprint of the weights in `engine`.
@@ -75,12 +76,17 @@ def sample_shard(
     answers = engine.generate(requests, shard.name)
     if len(answers) != len(requests):
         raise RuntimeError(f"{shard.name}: {len(requests)} requests, but {len(answers)} results")
+    faults = Faults(config.fail_on_error)
     rollouts: list[Rollout | None] = [None] * len(shard.prompts)
     groups = len(config.temperatures)
     for position, index in enumerate(order):
         mine = slice(position * groups, (position + 1) * groups)
         prompt, ids = shard.prompts[index]
-        completions = _completions(requests[mine], answers[mine], tokenizer)
+        try:
+            completions = _completions(requests[mine], answers[mine], tokenizer)
+        except RuntimeError as error:
+            faults.add(Fault(error))
+            continue
         rollouts[index] = Rollout(
             prompt_id=prompt.prompt_id,
             messages=prompt.messages,
@@ -92,14 +98,21 @@ def sample_shard(
             answer=prompt.answer,
             tags=prompt.tags,
         )
-    return [rollout for rollout in rollouts if rollout is not None]
+    made = [rollout for rollout in rollouts if rollout is not None]
+    ledger = Ledger("prompts", dropped=dict(shard.ledger.dropped))
+    ledger.rows_in = sum(ledger.dropped.values())
+    ledger.keep(len(made))
+    ledger.drop(FAILED, len(rollouts) - len(made))
+    return made, ledger, faults
 
 
 def _completions(
-    requests: Sequence[Request], answers: Sequence[Sequence[Answer]], tokenizer: ChatTokenizer
+    requests: Sequence[Request], answers: Sequence[Sequence[Answer] | Fault], tokenizer: ChatTokenizer
 ) -> tuple[Completion, ...]:
     completions: list[Completion] = []
     for request, group in zip(requests, answers, strict=True):
+        if isinstance(group, Fault):
+            raise group.error
         if len(group) != request.n:
             raise RuntimeError(f"{request.n} answers were asked for, but the engine gave {len(group)}")
         for answer in group:
@@ -152,7 +165,7 @@ def shard_facts(rollouts: Sequence[Rollout]) -> dict[str, int]:
 
 def summary(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The stage's facts from those of its shards: counts, mean response length (tokens) and stop rate."""
-    totals = {name: sum(facts[name] for facts in shards) for name in shards[0]}
+    totals = {name: sum(facts[name] for facts in shards) for name in shards[0] if name != "failures"}
     return {
         **totals,
         "response_length": totals["response_tokens"] / totals["completions"],

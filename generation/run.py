@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from contracts.artifacts import model_fingerprint
 from contracts.errors import UserError
+from contracts.faults import Faults
 from contracts.jsonl import write_jsonl
 from contracts.ledger import merge
 from contracts.stage import Context, Outcome
@@ -43,12 +44,12 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
             def make(name: str) -> None:
                 shard = by_name[name]
                 start = time.perf_counter()
-                rows = sample_shard(shard, engine, tokenizer, config, fingerprint)
+                rows, ledger, faults = sample_shard(shard, engine, tokenizer, config, fingerprint)
                 sampled = time.perf_counter()
                 write_jsonl(context.publication.scratch(name), rows)
                 seconds = {**load, "compute": sampled - start, "save": time.perf_counter() - sampled}
-                facts = shard_facts(rows)
-                context.publication.commit(name, shard.ledger, rows=len(rows), seconds=seconds, facts=facts)
+                facts = {**shard_facts(rows), **faults.facts()}
+                context.publication.commit(name, ledger, rows=len(rows), seconds=seconds, facts=facts)
                 load.clear()
 
             return make
@@ -62,9 +63,13 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
             devices=config.tensor_parallel if settings.on_gpu else 0,
         )
 
-    made = [receipt.facts for _, receipt in sorted(context.publication.receipts().items())]
+    receipts = [receipt for _, receipt in sorted(context.publication.receipts().items())]
+    made = [receipt.facts for receipt in receipts]
+    faults = Faults(config.fail_on_error)
+    faults.messages = [message for facts in made for message in facts.get("failures", [])]
+    faults.require_few(merge((receipt.ledger for receipt in receipts), "prompts"))
     settled = {"dtype": settings.dtype, "engine": config.engine, "threads": threads}
-    facts = {**summary(made), **settled, "bos_token_id": tokenizer.bos_id}
+    facts = {**summary(made), **faults.facts(), **settled, "bos_token_id": tokenizer.bos_id}
     return Outcome("prompts", facts=facts, weights=fingerprint)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from contracts.attempt import beat
 from contracts.records import Sampling
 from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, Request
@@ -61,6 +62,7 @@ class TransformersEngine:
         stopped = [False] * len(chunk)
         alive = torch.arange(len(chunk), device=self._device)
         for step in range(max(requests[index].sampling.max_tokens for index, _ in chunk)):
+            beat()
             token_B, logprob_B = sampler(logits_BV, alive, step)
             ends_B = torch.isin(token_B, self._stop_ids)
             for row, token, logprob, ends in zip(

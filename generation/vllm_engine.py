@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from contracts.attempt import beat
 from contracts.records import FinishReason
 from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, Request
@@ -29,6 +30,7 @@ class VllmEngine:
             from vllm import LLM, SamplingParams
 
             self._llm: Any = LLM(**engine_arguments(config, settings))
+        self._beat_with_every_step()
         self._sampling_params: Any = SamplingParams
         self._stop_ids = list(settings.stop_ids)
 
@@ -45,6 +47,17 @@ class VllmEngine:
             [_answer(completion, request) for completion in output.outputs]
             for output, request in zip(outputs, requests, strict=True)
         ]
+
+    def _beat_with_every_step(self) -> None:
+        """A batch can take an hour; its steps show that it goes on."""
+        engine = self._llm.llm_engine
+        step = engine.step
+
+        def beating_step() -> Any:
+            beat()
+            return step()
+
+        engine.step = beating_step
 
     def _params(self, request: Request) -> Any:
         return self._sampling_params(

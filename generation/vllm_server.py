@@ -12,6 +12,8 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
+from contracts.attempt import beat
+from contracts.faults import Fault
 from contracts.processes import end_groups
 from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, Request
@@ -80,11 +82,13 @@ class VllmServer:
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False
 
-    def generate(self, requests: Sequence[Request], batch: str) -> list[list[Answer]]:
+    def generate(self, requests: Sequence[Request], batch: str) -> Sequence[list[Answer] | Fault]:
         """Answer all requests, sent at once; the server batches them as they arrive."""
         return asyncio.run(self._generate([self._body(request, batch) for request in requests], requests))
 
-    async def _generate(self, bodies: list[dict[str, Any]], requests: Sequence[Request]) -> list[list[Answer]]:
+    async def _generate(
+        self, bodies: list[dict[str, Any]], requests: Sequence[Request]
+    ) -> Sequence[list[Answer] | Fault]:
         import aiohttp
 
         session = aiohttp.ClientSession(
@@ -95,18 +99,21 @@ class VllmServer:
         )
         async with session:
 
-            async def ask(body: dict[str, Any]) -> list[dict[str, Any]]:
+            async def ask(body: dict[str, Any], request: Request) -> list[Answer] | Fault:
                 async with session.post("/v1/completions", json=body) as response:
                     if response.status != 200:
                         problem = f"answered {response.status}: {await response.text()}"
-                        raise RuntimeError(f"the vLLM server {problem}. From its log:\n{self._last_words()}")
-                    return list((await response.json())["choices"])
+                        return Fault(RuntimeError(f"the vLLM server {problem}. From its log:\n{self._last_words()}"))
+                    found = _answers((await response.json())["choices"], request)
+                    beat()
+                    return found
 
             try:
-                found = await asyncio.gather(*(ask(body) for body in bodies))
+                return await asyncio.gather(*map(ask, bodies, requests))
             except aiohttp.ClientError as error:
-                raise RuntimeError(f"the vLLM server is gone ({error}). From its log:\n{self._last_words()}") from error
-        return [_answers(choices, request) for choices, request in zip(found, requests, strict=True)]
+                raise ConnectionError(
+                    f"the vLLM server is gone ({error}). From its log:\n{self._last_words()}"
+                ) from error
 
     def _body(self, request: Request, batch: str) -> dict[str, Any]:
         """A request to /v1/completions with every parameter, so that no default of the server's is used."""

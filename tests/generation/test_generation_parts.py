@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contracts.errors import UserError
+from contracts.faults import Fault
 from contracts.ledger import merge
 from contracts.prompts import prompt_id
 from contracts.records import Message, Prompt, Sampling
@@ -102,7 +105,7 @@ def test_the_longest_prompts_are_submitted_first_and_rows_keep_their_order(polic
     prompts = [(prompt, (1,) * length) for prompt, length in zip(numbered(5), (3, 9, 4, 9, 1), strict=True)]
     (shard,) = cut(prompts, 5, None)
     engine = Recorder()
-    rollouts = sample_shard(shard, engine, ChatTokenizer(policy), config(k=4, temperatures=[1.0, 0.5]), "weights")
+    rollouts, _, _ = sample_shard(shard, engine, ChatTokenizer(policy), config(k=4, temperatures=[1.0, 0.5]), "weights")
     assert [len(request.prompt_ids) for request in engine.asked] == [9, 9, 9, 9, 4, 4, 3, 3, 1, 1]
     assert [request.sampling.temperature for request in engine.asked] == [1.0, 0.5] * 5
     assert [row.prompt_id for row in rollouts] == [prompt.prompt_id for prompt, _ in prompts]
@@ -137,3 +140,32 @@ def test_consistent_answers_pass() -> None:
 def test_inconsistent_answers_are_an_error(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
         check_answer(msgspec.structs.replace(GOOD, **changes), 3, [2])
+
+
+class Unreliable(Recorder):
+    """An engine that fails for the prompts of one length."""
+
+    def generate(self, requests: Sequence[Request], batch: str) -> Sequence[list[Answer] | Fault]:
+        answers = super().generate(requests, batch)
+        return [
+            Fault(RuntimeError(f"no answer for {len(request.prompt_ids)} tokens"))
+            if len(request.prompt_ids) == 9
+            else answer
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+
+
+def test_prompts_that_the_engine_fails_on_are_dropped_and_counted_up_to_a_share(policy: Path) -> None:
+    prompts = [(prompt, (1,) * length) for prompt, length in zip(numbered(5), (3, 9, 4, 20, 1), strict=True)]
+    (shard,) = cut(prompts, 5, 10)
+    tolerant = config(k=2, fail_on_error=0.2)
+    rollouts, ledger, faults = sample_shard(shard, Unreliable(), ChatTokenizer(policy), tolerant, "weights")
+    assert [row.prompt_id for row in rollouts] == [prompts[index][0].prompt_id for index in (0, 2, 4)]
+    assert str(ledger) == "5 prompts in = 3 kept + 1 failed + 1 too_long"
+    assert faults.messages == ["RuntimeError: no answer for 9 tokens"]
+    faults.require_few(ledger)
+    faults.limit = 0.1
+    with pytest.raises(UserError, match=r"1 of 5 prompts failed.*no answer for 9 tokens"):
+        faults.require_few(ledger)
+    with pytest.raises(RuntimeError, match="no answer for 9 tokens"):
+        sample_shard(shard, Unreliable(), ChatTokenizer(policy), config(k=2), "weights")

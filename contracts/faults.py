@@ -1,0 +1,47 @@
+"""Samples that could not be computed: tolerated up to the share `fail_on_error`, and counted in every case."""
+
+from dataclasses import dataclass
+
+from contracts.errors import UserError
+from contracts.ledger import Ledger
+
+FAILED = "failed"
+"""Reason in the drop ledger."""
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why one sample has no result, in place of that result."""
+
+    error: Exception
+
+
+class Faults:
+    """The faults of a stage, or of one of its shards."""
+
+    def __init__(self, limit: float) -> None:
+        """`limit`: share of the samples that may fail; 0: the first fault ends the stage with its own error."""
+        self.limit = limit
+        self.messages: list[str] = []
+        """The first few, for the manifest."""
+
+    def add(self, fault: Fault) -> None:
+        """Take note of a fault, or raise its error where none is tolerated."""
+        if self.limit == 0:
+            raise fault.error
+        if len(self.messages) < SHOWN:
+            self.messages.append(f"{type(fault.error).__name__}: {fault.error}")
+
+    def facts(self) -> dict[str, list[str]]:
+        """For the manifest: the first few messages, where there are any."""
+        return {"failures": self.messages[:SHOWN]} if self.messages else {}
+
+    def require_few(self, ledger: Ledger) -> None:
+        """Raise UserError when a larger share than the limit has failed."""
+        failed = ledger.dropped.get(FAILED, 0)
+        if failed > self.limit * ledger.rows_in:
+            raise UserError(
+                f"{failed} of {ledger.rows_in} {ledger.unit} failed, more than fail_on_error={self.limit:g} allows. "
+                f"The first: {'; '.join(self.messages[:2])}"
+            )
