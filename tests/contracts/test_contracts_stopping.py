@@ -1,0 +1,113 @@
+"""A stage that is asked to stop saves what it has in hand if it can, and leaves with the signal's code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from contracts.artifacts import Artifact
+from contracts.records import PROMPTS
+
+STAGE = '''
+import sys, time
+from pathlib import Path
+from typing import ClassVar
+from contracts.config import StageConfig, identity, runtime
+from contracts.ledger import Ledger
+from contracts.records import PROMPTS, Message, Prompt
+from contracts.stage import Command, Outcome, main
+from contracts.workers import share_shards
+
+
+class SlowConfig(StageConfig):
+    """Three shards, each of which takes a while."""
+
+    stage: ClassVar[str] = "slow"
+    code_version: ClassVar[int] = 1
+    seconds: float = runtime(0.0)
+    """How long a shard takes."""
+
+
+def run(config, context):
+    def open_worker():
+        def make(name):
+            print("in hand", name, flush=True)
+            time.sleep(config.seconds)
+            ledger = Ledger("prompts")
+            ledger.keep()
+            context.publication.write_rows(name, [Prompt(name, (Message("user", name),))], ledger)
+        return make
+
+    share_shards(context, [f"shard-{number}.jsonl" for number in range(3)], open_worker)
+    return Outcome("prompts")
+
+
+if __name__ == "__main__":
+    main({"slow": Command(SlowConfig, PROMPTS, "slow:run")}, "slow")
+'''
+
+
+def start(folder: Path, seconds: float, grace: float) -> "subprocess.Popen[str]":
+    (folder / "slow.py").write_text(STAGE)
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{folder}",
+        "RATCHET_GRACE_SECONDS": str(grace),
+        "RATCHET_ATTEMPT": str(folder),
+    }
+    command = [sys.executable, "-m", "slow", f"output={folder / 'out'}", f"seconds={seconds}"]
+    return subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True)
+
+
+def stop_in_hand(process: "subprocess.Popen[str]", number: signal.Signals) -> float:
+    """Signal the stage while it makes its first shard; returns the seconds until it was gone."""
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("in hand"))
+    process.send_signal(number)
+    begin = time.monotonic()
+    process.communicate(timeout=30)
+    return time.monotonic() - begin
+
+
+def shards(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob(".out.partial-*/shard-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_the_shard_in_hand_is_finished_within_the_grace_period(tmp_path: Path, number: signal.Signals) -> None:
+    with start(tmp_path, seconds=1.0, grace=20) as process:
+        assert stop_in_hand(process, number) < 10
+    assert process.returncode == 128 + number
+    assert shards(tmp_path) == ["shard-0.jsonl"]
+    (failure,) = (json.loads(path.read_bytes()) for path in tmp_path.glob("failure-*.json"))
+    assert failure["kind"] == "stopped"
+
+    with start(tmp_path, seconds=0, grace=20) as process:
+        out, _ = process.communicate(timeout=30)
+    assert "in hand shard-0.jsonl" not in out, "what was finished is not made again"
+    assert process.returncode == 0
+    assert Artifact.open(tmp_path / "out", PROMPTS).manifest.rows == 3
+
+
+def test_what_takes_longer_than_the_grace_period_is_left(tmp_path: Path) -> None:
+    with start(tmp_path, seconds=60, grace=0.5) as process:
+        assert stop_in_hand(process, signal.SIGTERM) < 10
+    assert process.returncode == 128 + signal.SIGTERM
+    assert shards(tmp_path) == []
+    assert len(list(tmp_path.glob(".out.partial-*"))) == 1
+
+
+def test_a_stop_before_any_work_leaves_at_once(tmp_path: Path) -> None:
+    code = "from contracts import stopping; import time; stopping.listen(); print('ready', flush=True); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=10) == 128 + signal.SIGUSR1

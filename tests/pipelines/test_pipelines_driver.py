@@ -1,0 +1,150 @@
+"""The driver when stages do not do what they should: tried again, given up, or stopped at once, and told how."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from contracts.artifacts import MANIFEST, Artifact
+from contracts.errors import UserError
+from contracts.prompts import PromptsConfig
+from pipelines.config import load_run_config
+from pipelines.display import Display
+from pipelines.driver import Driver, Retries, StageFailedError
+from pipelines.graph import Graph
+from pipelines.rundir import RunDirectory
+
+INTERPRETER = """#!/usr/bin/env bash
+# An interpreter that misbehaves in its first {times} attempts at a stage.
+case "$1" in -c) exec {python} "$@" ;; esac
+echo attempt >> {count}
+if [ "$(wc -l < {count})" -le {times} ]; then
+  {misbehave}
+fi
+exec {python} "$@"
+"""
+
+
+class Scene:
+    """A run with a single stage, in an interpreter that misbehaves."""
+
+    def __init__(self, folder: Path, config: Path, misbehave: str, times: int, **executor: Any) -> None:
+        python = folder / "python"
+        self.count = folder / "attempts"
+        text = INTERPRETER.format(times=times, count=self.count, misbehave=misbehave, python=sys.executable)
+        python.write_text(text)
+        python.chmod(0o755)
+        source = folder / "prompts.jsonl"
+        source.write_text("".join(json.dumps({"prompt": f"question {number}"}) + "\n" for number in range(3)))
+        settings = {"backoff_seconds": 0.05, "grace_seconds": 1, **executor}
+        overrides = [f"executor.{key}={value}" for key, value in settings.items()]
+        self.config = load_run_config(config, [*overrides, f"environments.annotation.python={python}"])
+        self.run = RunDirectory(self.config.run_directory)
+        self.run.claim(self.config, config, 0)
+        self.graph = Graph(self.run.path)
+        self.output = self.graph.add("prompts/all", PromptsConfig, "contracts prompts", {"source": source})
+        self.said = io.StringIO()
+
+    def drive(self) -> None:
+        console = Console(file=self.said, width=200)
+        Driver(self.run, self.graph, self.config, Display(console, self.graph)).drive()
+
+    @property
+    def attempts(self) -> int:
+        return len(self.count.read_text().splitlines())
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run.path / "events.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_stage_is_tried_again(tmp_path: Path, smallest: Path) -> None:
+    scene = Scene(tmp_path, smallest, "kill -9 $$", times=2)
+    scene.drive()
+    assert Artifact.open(scene.output).manifest.rows == 3
+    assert scene.attempts == 3
+    assert scene.said.getvalue().count("retry  prompts/all  (was killed by SIGKILL") == 2
+    assert [event["kind"] for event in scene.events if event["event"] == "failed"] == ["transient"] * 2
+
+
+def test_accidents_are_given_up_after_the_retries_and_the_same_command_goes_on(tmp_path: Path, smallest: Path) -> None:
+    scene = Scene(tmp_path, smallest, "kill -9 $$", times=2, retries=1)
+    with pytest.raises(StageFailedError, match="killed by SIGKILL") as failure:
+        scene.drive()
+    assert "Then continue with: " in str(failure.value)
+    assert str(scene.run.path / "logs/prompts/all/attempt-2/stage.log") in str(failure.value)
+    scene.drive()
+    assert (scene.output / MANIFEST).is_file()
+
+
+def test_a_preempted_stage_is_started_again_without_limit(tmp_path: Path, smallest: Path) -> None:
+    scene = Scene(tmp_path, smallest, "kill -USR1 $$", times=5, retries=0, backoff_seconds=0)
+    scene.drive()
+    assert scene.attempts == 6
+
+
+def test_a_defect_ends_the_run_at_once_with_its_last_words(tmp_path: Path, smallest: Path) -> None:
+    scene = Scene(tmp_path, smallest, "echo 'what happened'; exit 3", times=1)
+    with pytest.raises(StageFailedError, match=r"(?s)failed with exit code 3.*what happened"):
+        scene.drive()
+    assert scene.attempts == 1
+
+
+def test_a_mistake_of_the_users_ends_the_run_at_once(tmp_path: Path, smallest: Path) -> None:
+    scene = Scene(tmp_path, smallest, "true", times=0)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": 3}\n')
+    with pytest.raises(UserError, match="stage prompts/all: "):
+        scene.drive()
+    assert scene.attempts == 1
+
+
+def test_a_silent_stage_shows_where_it_stands_is_ended_and_tried_again(tmp_path: Path, smallest: Path) -> None:
+    hang = (
+        f"exec {sys.executable} -c 'import faulthandler, signal, time; "
+        "faulthandler.register(signal.SIGQUIT); time.sleep(600)'"
+    )
+    scene = Scene(tmp_path, smallest, hang, times=1, stall_seconds=1.5)
+    scene.drive()
+    assert "said nothing for 1.5 s" in scene.said.getvalue()
+    log = (scene.run.path / "logs/prompts/all/attempt-1/stage.log").read_text()
+    assert 'File "<string>", line 1' in log
+    assert (scene.output / MANIFEST).is_file()
+
+
+def test_no_pickle_stays_in_the_run_directory(tmp_path: Path, smallest: Path) -> None:
+    scene = Scene(tmp_path, smallest, "kill -9 $$", times=1)
+    scene.drive()
+    names = [path.name for path in scene.run.path.rglob("*") if path.is_file()]
+    assert names
+    assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".bin"))]
+
+
+def test_another_result_than_was_asked_for_is_not_taken(tmp_path: Path, smallest: Path) -> None:
+    """As when the code or an input changes between the driver's decision and the stage's start."""
+    source = tmp_path / "prompts.jsonl"
+    change = f'echo \'{{"prompt": "one more"}}\' >> {source}'
+    scene = Scene(tmp_path, smallest, change, times=1)
+    with pytest.raises(StageFailedError, match="changed while it ran"):
+        scene.drive()
+    scene.drive()
+    assert Artifact.open(scene.output).manifest.rows == 4
+
+
+def test_pauses_double_vary_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    retries = Retries(limit=3, backoff=10.0)
+    pauses = [retries.pause_after("a", "transient") for _ in range(4)]
+    assert pauses[3] is None
+    for number, pause in enumerate(pauses[:3]):
+        assert pause is not None
+        assert 0.5 * 10 * 2**number <= pause <= 1.5 * 10 * 2**number
+    assert retries.waits("a")
+    assert not retries.waits("b")
+    assert retries.pause_after("a", "error") is None
+    assert retries.pause_after("a", "user") is None
+    longest = [retries.pause_after("a", "stopped") for _ in range(30)][-1]
+    assert longest is not None
+    assert longest <= 900
