@@ -1,10 +1,11 @@
 """The configuration of a run: one YAML file, sections named like the stages."""
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
-from pydantic import create_model, model_validator
+from pydantic import create_model, field_validator, model_validator
 
 from annotation.config import PairsConfig, ScoreConfig
 from contracts.config import Section, StageConfig, apply_overrides, identity, read_yaml, runtime, validate
@@ -112,6 +113,22 @@ class ExecutorSection(Section):
     """Start a stage only where the disk has room for what it is estimated to write."""
 
 
+class RetentionSection(Section):
+    """What stays on the disk while the run goes on; docs/concepts.md says what is never deleted."""
+
+    keep: str = runtime("all")
+    """Whose weights stay: all; best, of the checkpoints so far; or "last N". What is still needed stays in any case."""
+    compress: bool = runtime(False)
+    """Keep the rollouts and scores of finished iterations compressed."""
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _check_keep(cls, value: Any) -> Any:
+        if not isinstance(value, str) or not re.fullmatch("all|best|last [1-9][0-9]*", value):
+            raise ValueError('it must be all, best, or "last N" with a number from 1 on, for example "last 3".')
+        return value
+
+
 class RunConfig(Section):
     """One run of iterative online RLHF."""
 
@@ -159,6 +176,8 @@ class RunConfig(Section):
     """What `generation`, `annotation` and `training` run in, where it is not their locked environment."""
     executor: ExecutorSection = runtime(ExecutorSection())
     """Where stages run (`kind`: local or inline), and how many at once (`parallel`)."""
+    retention: RetentionSection = runtime(RetentionSection())
+    """Whose weights stay on the disk (`keep`: all, best or "last N"), and whether rows are compressed (`compress`)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -54,13 +54,12 @@ def print_table(console: Console, graph: Graph) -> None:
     for _, metrics in rows:
         table.add_row(str(metrics["iteration"]), *(_number(metrics.get(name)) for name in columns))
     console.print(table)
-    judge = judge_of(first)
-    policy, best = max(rows, key=lambda item: float(item[1][judge]))
+    policy, best = best_of(rows)
     unknown = {metrics["kl_reason"] for _, metrics in rows if metrics.get("kl_reason")}
     for reason in sorted(unknown):
         console.print(f"KL is not estimated: {reason}", soft_wrap=True, highlight=False)
     console.print(
-        f"Best checkpoint (by {judge}, iteration {best['iteration']}): {_relative(policy)}",
+        f"Best checkpoint (by {judge_of(first)}, iteration {best['iteration']}): {_relative(policy)}",
         soft_wrap=True,
         highlight=False,
     )
@@ -97,6 +96,12 @@ def print_comparison(console: Console, runs: list[Path], metric: str | None) -> 
 def judge_of(metrics: dict[str, Any]) -> str:
     """The metric that decides which checkpoint is best: the gold reward where there is one."""
     return "gold_reward_mean" if metrics.get("gold_reward_mean") is not None else "reward_mean"
+
+
+def best_of(rows: list[tuple[Path, dict[str, Any]]]) -> tuple[Path, dict[str, Any]]:
+    """The best of `evaluations`."""
+    judge = judge_of(rows[0][1])
+    return max(rows, key=lambda item: float(item[1][judge]))
 
 
 def is_further_scorer(name: str) -> bool:

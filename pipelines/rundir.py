@@ -16,6 +16,8 @@ from contracts.config import validate
 from contracts.errors import UserError
 from pipelines.config import RunConfig
 
+PINNED = "pinned"
+
 
 class RunDirectory:
     """Everything of a run is below `path`; nothing of another run is."""
@@ -43,8 +45,7 @@ class RunDirectory:
                 f"{self.path} exists and was not made by a run of Ratchet. Choose another name=... or directory=..."
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        self._mend_events()
+        self.lock()
         origin = os.path.relpath(source, self.path)
         if marker.exists():
             owner = self._marked("config")
@@ -63,7 +64,12 @@ class RunDirectory:
         """Whether a run's driver has been here, even where run.json was lost."""
         return (self.path / "lock").is_file() and (self.path / "config.resolved.yaml").is_file()
 
-    def _take_lock(self) -> None:
+    def lock(self) -> None:
+        """Become the only one who changes the run until this process ends.
+
+        Raises:
+            UserError: somebody else is.
+        """
         self._lock = (self.path / "lock").open("a+")
         deadline = time.monotonic() + 1.0  # `pipeline status` holds the lock for an instant to see whether it is free
         while not _lock(self._lock, fcntl.LOCK_EX):
@@ -79,6 +85,7 @@ class RunDirectory:
         self._lock.truncate()
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
         self._lock.flush()
+        self._mend_events()
 
     def _mend_events(self) -> None:
         """Cut off the line that a killed driver was writing, so that the next one starts on a line of its own."""
@@ -91,6 +98,19 @@ class RunDirectory:
         """Who drives the run at this moment, if anybody."""
         with (self.path / "lock").open() as file:
             return None if _lock(file, fcntl.LOCK_SH) else file.read().strip()
+
+    @property
+    def pinned(self) -> bool:
+        """Whether nothing of it is to be deleted or compressed."""
+        return (self.path / PINNED).exists()
+
+    def pin(self) -> None:
+        """Keep everything from now on."""
+        write_atomically(self.path / PINNED, time.strftime("%F %T\n").encode())
+
+    def unpin(self) -> None:
+        """Let retention work again."""
+        (self.path / PINNED).unlink(missing_ok=True)
 
     @property
     def config(self) -> RunConfig:
