@@ -350,7 +350,7 @@ class Publication:
         ledger.check()
         scratch = self.scratch(name)
         _share(scratch)
-        _fsync(scratch)
+        fsync(scratch)
         file = File(name, file_sha256(scratch), scratch.stat().st_size, rows)
         os.replace(scratch, self.directory / name)
         receipt = Receipt(file, ledger, seconds or {}, facts or {})
@@ -410,7 +410,7 @@ class Publication:
         shutil.rmtree(self.directory / "state", ignore_errors=True)
         (self.directory / ".lock").unlink(missing_ok=True)
         try:
-            _fsync(self.directory)
+            fsync(self.directory)
             os.rename(self.directory, self.target)
         except OSError:
             # Without its lock file, another process may have finished it in this instant: then all is well.
@@ -418,7 +418,7 @@ class Publication:
                 raise
             self.discard()
         (self.target / ".lock").unlink(missing_ok=True)
-        _fsync(self.target.parent)
+        fsync(self.target.parent)
         return Artifact.open(self.target, self.schema)
 
     def discard(self) -> None:
@@ -449,7 +449,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(scratch, path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def hardware() -> dict[str, Any]:
@@ -470,7 +470,8 @@ def _share(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
