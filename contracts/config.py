@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from contracts.errors import UserError
+from contracts.secrets import refuse_secrets
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -193,6 +194,7 @@ def _number(text: str) -> str | float:
 
 def validate(model: type[M], data: dict[str, Any], source: str) -> M:
     """Build `model` from `data`, or raise one UserError that lists every mistake with its place and its mend."""
+    refuse_secrets(data, source)
     try:
         return model.model_validate(_numbers(data))
     except ValidationError as error:

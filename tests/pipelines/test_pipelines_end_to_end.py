@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from pipelines.supervisor import RUN, end_orphans
 
 pytestmark = pytest.mark.timeout(900)
 COMMAND = [sys.executable, "-m", "pipelines"]
+SECRET = "hf_" + "QqSecretQq" * 4
+command_lines: set[str] = set()
 
 
 def pipeline(*arguments: str, **options: object) -> "subprocess.CompletedProcess[str]":
@@ -39,10 +42,35 @@ def digests(run: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def finished(shared_smallest: Path) -> Path:
     """The directory of a run of two iterations that nothing interrupted."""
-    result = pipeline("run", str(shared_smallest), "--iters", "2")
+    done = threading.Event()
+    watcher = threading.Thread(target=watch_process_list, args=(done,))
+    watcher.start()
+    environment = {**os.environ, "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET}
+    result = pipeline("run", str(shared_smallest), "--iters", "2", env=environment)
+    done.set()
+    watcher.join()
     assert result.returncode == 0, result.stderr
     assert "Best checkpoint" in result.stdout
     return shared_smallest.parent / "runs" / "smallest"
+
+
+def watch_process_list(done: threading.Event) -> None:
+    """Collect all command lines that show up on this machine."""
+    while not done.wait(0.05):
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command_lines.add((folder / "cmdline").read_text(errors="replace"))
+
+
+def test_secrets_of_the_environment_are_in_no_file_and_no_process_list(finished: Path) -> None:
+    assert any("iteration-002" in line for line in command_lines)
+    assert not [line for line in command_lines if SECRET in line]
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_no_pickle_is_in_the_run_directory(finished: Path) -> None:
+    assert not [path for path in finished.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
 
 
 def test_metrics_have_one_row_per_policy(finished: Path) -> None:
