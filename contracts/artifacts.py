@@ -30,13 +30,13 @@ from typing import IO, Any, TypeVar
 import msgspec
 
 from contracts.errors import UserError
+from contracts.fingerprint import RELEASED as RELEASED
 from contracts.fingerprint import digest, file_sha256, weights_fingerprint
 from contracts.jsonl import COMPRESSED, open_stored, read_jsonl, write_jsonl
 from contracts.ledger import Ledger, merge
 from contracts.records import Schema
 
 MANIFEST = "manifest.json"
-RELEASED = "released.json"
 R = TypeVar("R")
 
 
@@ -285,7 +285,7 @@ class Publication:
         """
         while not self._take_lock():
             pass
-        if not self.complete:
+        if not self.complete or self._damaged():
             self._clear_leftovers()
 
     def _take_lock(self) -> bool:
@@ -302,6 +302,10 @@ class Publication:
             raise UserError(
                 f"another process is making {self.target} right now. Wait for it, or choose another output."
             ) from error
+
+    def _damaged(self) -> bool:
+        """Whether a file differs from the manifest that is there already, as a power cut may leave it."""
+        return bool(Artifact(self.directory, read_manifest((self.directory / MANIFEST).read_bytes())).damage())
 
     def _clear_leftovers(self) -> None:
         """Delete scratch files, and files without a receipt or that differ from it."""
@@ -322,10 +326,13 @@ class Publication:
         return path
 
     def receipts(self) -> dict[str, Receipt]:
-        """Receipts of the finished files by name; a file that is damaged does not count as finished."""
+        """Receipts of the finished files by name; a file does not count as finished if it or its receipt is torn."""
         found: dict[str, Receipt] = {}
         for path in sorted(self.directory.glob(".receipt-*.json")):
-            receipt = msgspec.json.decode(path.read_bytes(), type=Receipt)
+            try:
+                receipt = msgspec.json.decode(path.read_bytes(), type=Receipt)
+            except msgspec.DecodeError:
+                continue
             file = self.directory / receipt.file.path
             if file.is_file() and file.stat().st_size == receipt.file.bytes:
                 found[receipt.file.path] = receipt
@@ -433,7 +440,11 @@ class Publication:
     @property
     def complete(self) -> bool:
         """Whether a killed attempt had written the manifest already, so that only the rename is missing."""
-        return (self.directory / MANIFEST).is_file()
+        path = self.directory / MANIFEST
+        try:
+            return path.is_file() and bool(read_manifest(path.read_bytes()))
+        except (FileNotFoundError, ValueError):  # renamed meanwhile, or torn
+            return False
 
 
 def partial_directory(target: Path, key: str) -> Path:
@@ -444,11 +455,15 @@ def partial_directory(target: Path, key: str) -> Path:
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a small file so that a reader sees the old or the new content, also after a power cut."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with scratch.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 

@@ -19,6 +19,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+RELEASED = "released.json"
+"""Lists the files of a published directory that `pipeline gc` has deleted."""
 MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
@@ -38,7 +40,7 @@ def weight_files(model: Path) -> list[Path]:
     """The safetensors files of a model directory, sorted.
 
     Raises:
-        UserError: the directory is missing, is no model, or holds its weights in another format only.
+        UserError: the directory is missing, is no model, has lost its weights, or holds them in another format only.
     """
     if model.is_file():
         raise UserError(f"model {model} is a file. Give the directory written by save_pretrained.")
@@ -48,6 +50,11 @@ def weight_files(model: Path) -> list[Path]:
         )
     if not (model / "config.json").is_file():
         raise UserError(f"{model} is not a model: it has no config.json. Give a directory written by save_pretrained.")
+    if (model / RELEASED).is_file():
+        raise UserError(
+            f"the weights of {model} were deleted by `pipeline gc`. Pin the run that it belongs to and have them made "
+            "again there with --force STAGE; or give another model."
+        )
     files = sorted(model.glob("*.safetensors"))
     if not files:
         raise UserError(

@@ -60,6 +60,10 @@ class Display:
         names = ", ".join(running)
         self._line(f"ending {names}  (up to {grace:g} s for what is in hand; interrupt again to end at once)")
 
+    def note(self, line: str) -> None:
+        """Something that is no stage's doing."""
+        self._line(line)
+
     def refresh(self, running: dict[str, Running]) -> None:
         """Redraw the live table."""
         if self._live is None:

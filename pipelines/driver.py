@@ -15,18 +15,19 @@ import msgspec
 import yaml
 
 from contracts import stopping
-from contracts.artifacts import MANIFEST, Artifact, write_atomically
+from contracts.artifacts import MANIFEST, RELEASED, Artifact, write_atomically
 from contracts.attempt import FailureKind
 from contracts.errors import UserError
 from contracts.stage import require_space
 from pipelines.config import RunConfig
-from pipelines.decisions import decide, drop_partials, make_room
+from pipelines.decisions import Decision, decide, drop_partials, make_room
 from pipelines.display import Display
 from pipelines.environments import launch_command, probe_versions
 from pipelines.executors import Running, clear_job_folders, make_executor
 from pipelines.graph import Graph, Node
 from pipelines.placement import gpu_count
 from pipelines.report import write_metrics
+from pipelines.retention import CHECKPOINT, Retention, drop_aside, released_inputs, restore, set_aside, why_again
 from pipelines.rundir import RunDirectory
 from pipelines.supervisor import Ending, Request, end_orphans, ending_of, process_identity
 
@@ -57,6 +58,8 @@ class Driver:
         self.published: set[str] = set()
         self.running: dict[str, Running] = {}
         self.retries = Retries(config.executor.retries, config.executor.backoff_seconds)
+        self.retention = Retention(run, graph, config.retention, display.note)
+        self.again: dict[str, str] = {}  # released stages that are to be made again, and why
         self.ran = 0
 
     def drive(self) -> int:
@@ -69,16 +72,22 @@ class Driver:
         for pid in end_orphans(self.run.path):
             self.run.record("orphan ended", pid=pid)
         clear_job_folders(self.run.path)
+        restore(self.run.path)
         for number in (*stopping.SIGNALS, signal.SIGHUP):
             signal.signal(number, _interrupt)
-        try:
-            while len(self.published) < len(self.graph.nodes):
-                self.start_ready()
-                self.collect_ended()
-                self.display.refresh(self.running)
+        with self.retention:
+            try:
+                while len(self.published) < len(self.graph.nodes):
+                    self.start_ready()
+                    self.collect_ended()
+                    self.retention.poll()
+                    self.display.refresh(self.running)
+                    time.sleep(POLL_SECONDS)
+            finally:
+                self.end_running()
+            self.retention.apply(self.published)
+            while self.retention.poll():
                 time.sleep(POLL_SECONDS)
-        finally:
-            self.end_running()
         return self.ran
 
     def start_ready(self) -> None:
@@ -97,12 +106,18 @@ class Driver:
         """Decide about one stage and act on it."""
         environment = getattr(self.config.environments, node.environment)
         decision = decide(node, probe_versions(environment, node.environment), self.run.path)
+        if decision.reuse and node.name in self.again and (node.output / RELEASED).is_file():
+            decision = Decision(False, self.again[node.name], decision.key)
+        if not decision.reuse and self.make_inputs_again(node):
+            return
         make_room(node, decision, self.run.path)
         if decision.reuse:
             self.published.add(node.name)
             self.display.reused(node, decision.reason)
             self.publish_metrics(node)
             return
+        if (node.output / RELEASED).is_file():
+            set_aside(node.output)
         require_space(self.run.path, "directory")
         attempt = self.run.new_attempt(node.name)
         self.write_request(node, attempt)
@@ -110,6 +125,20 @@ class Driver:
         self.running[node.name] = Running(node, attempt, job, decision.key)
         self.run.record("started", stage=node.name, reason=decision.reason, key=decision.key, attempt=attempt.name)
         self.display.started(node, decision.reason)
+
+    def make_inputs_again(self, node: Node) -> bool:
+        """Have the stages run again whose deleted weights `node` needs; whether there are any to wait for."""
+        released = released_inputs(node, self.graph)
+        for name in released:
+            self.again[name] = why_again(node.name)
+            self.undo(name)
+        return bool(released)
+
+    def undo(self, name: str) -> None:
+        """Have a stage decided about once more that was published already."""
+        if name in self.published:
+            self.published.remove(name)
+            self.display.done -= 1
 
     def write_request(self, node: Node, attempt: Path) -> None:
         """Write the stage's config and command line into the attempt's directory."""
@@ -148,11 +177,26 @@ class Driver:
             artifact = Artifact.open(running.node.output)
             self.require_key(running, artifact)
             self.ran += 1
-            self.published.add(running.node.name)
+            if self.published.issuperset(running.node.needs):  # no input is about to change after all
+                self.published.add(running.node.name)
             drop_partials(running.node)
             self.run.record("published", stage=running.node.name, key=artifact.manifest.key)
             self.display.published(running.node, artifact)
             self.publish_metrics(running.node)
+            self.finish_again(running.node)
+            if CHECKPOINT.fullmatch(running.node.name) or running.node.config.stage == "evaluation":
+                self.retention.apply(self.published)
+
+    def finish_again(self, node: Node) -> None:
+        """After a released stage has been made again: where it came out differently, so may what was made from it."""
+        if self.again.pop(node.name, None) is None or drop_aside(node.output, self.run.path):
+            return
+        self.display.note(f"differs {node.name}  (from what it was before its weights were deleted)")
+        outdated = {node.name}
+        for later in self.graph.nodes.values():
+            if outdated.intersection(later.needs):
+                outdated.add(later.name)
+                self.undo(later.name)
 
     def publish_metrics(self, node: Node) -> None:
         """After an evaluation: write metrics.jsonl anew from the evaluations published so far."""

@@ -9,21 +9,23 @@ from pathlib import Path
 from rich.console import Console
 
 from contracts.artifacts import MANIFEST
-from contracts.config import describe
+from contracts.config import describe, validate
 from contracts.errors import UserError, as_user_error
 from contracts.stage import require_space
-from pipelines.config import RunConfig, load_run_config
+from pipelines.config import RetentionSection, RunConfig, load_run_config
 from pipelines.decisions import decide
 from pipelines.display import Display
 from pipelines.driver import Driver, StageFailedError
 from pipelines.environments import env_main, probe_versions
 from pipelines.force import report_forced, resolve, set_aside
 from pipelines.fork import fork
+from pipelines.gc import collect
 from pipelines.graph import Graph
 from pipelines.hub import fetch_models
 from pipelines.iteration import build_graph
 from pipelines.preflight import check_environments, check_inputs
 from pipelines.report import print_comparison, print_table
+from pipelines.retention import made_again
 from pipelines.rundir import RunDirectory
 from pipelines.status import print_status
 
@@ -103,6 +105,19 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("--metric", help="a name from metrics.jsonl; by default the gold reward, or the reward")
     compare.set_defaults(command=compare_command)
 
+    gc = commands.add_parser("gc", help="delete and compress what a run does not need, and say why the rest stays")
+    gc.add_argument("run", type=Path, help="the run's directory")
+    gc.add_argument("--keep", metavar="POLICY", help='whose weights stay: all, best or "last N"; else as the run says')
+    gc.add_argument("--compress", action="store_true", help="keep the rows of finished iterations compressed")
+    gc.add_argument("--superseded", action="store_true", help="delete what other keys had published")
+    gc.add_argument("--dry-run", action="store_true", help="say what would be done; change nothing")
+    gc.set_defaults(command=gc_command)
+
+    pin = commands.add_parser("pin", help="keep everything of a run, whatever gc or its retention say")
+    pin.add_argument("run", type=Path, help="the run's directory")
+    pin.add_argument("--off", action="store_true", help="no longer")
+    pin.set_defaults(command=pin_command)
+
     # Mounted by `main` before this parser is asked; here for --help.
     commands.add_parser("env", help="build and list the stages' environments")
     return parser
@@ -150,21 +165,29 @@ def make_console() -> Console:
 def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[str]) -> None:
     """For every stage *reuse* or *run*, and why."""
     certain: set[str] = set()
+    runs: list[str] = []
+    verdicts: dict[str, tuple[str, str]] = {}
     for node in graph.nodes.values():
         unknown = [name for name in node.needs if name not in certain]
+        sure = True
         if node.name in forced:
             verb, reason = "run", "forced"
         elif unknown:
             verb, reason = "run", f"after {', '.join(unknown)}"
             if (node.output / MANIFEST).is_file():
-                reason += "; reused if these come out the same"
+                sure, reason = False, f"{reason}; reused if these come out the same"
         else:
             environment = getattr(config.environments, node.environment)
             decision = decide(node, probe_versions(environment, node.environment), graph.directory)
             verb, reason = ("reuse" if decision.reuse else "run"), decision.reason
             if decision.reuse:
                 certain.add(node.name)
-        console.print(f"{verb:<6} {node.name}  ({reason})", soft_wrap=True, markup=False, highlight=False)
+        if verb == "run" and sure:
+            runs.append(node.name)
+        verdicts[node.name] = verb, reason
+    verdicts |= {name: ("run", reason) for name, reason in made_again(graph, runs).items()}
+    for name, (verb, reason) in verdicts.items():
+        console.print(f"{verb:<6} {name}  ({reason})", soft_wrap=True, markup=False, highlight=False)
 
 
 def fork_command(options: argparse.Namespace) -> int:
@@ -177,6 +200,29 @@ def fork_command(options: argparse.Namespace) -> int:
         soft_wrap=True,
         highlight=False,
     )
+    return 0
+
+
+def gc_command(options: argparse.Namespace) -> int:
+    """`pipeline gc RUN`."""
+    run = RunDirectory.existing(options.run)
+    retention = run.config.retention
+    keep = retention.keep if options.keep is None else options.keep
+    compress = options.compress or retention.compress
+    section = validate(RetentionSection, {"keep": keep, "compress": compress}, "pipeline gc")
+    collect(make_console(), run, section, superseded=options.superseded, dry_run=options.dry_run)
+    return 0
+
+
+def pin_command(options: argparse.Namespace) -> int:
+    """`pipeline pin RUN`."""
+    run = RunDirectory.existing(options.run)
+    if options.off:
+        run.unpin()
+    else:
+        run.pin()
+    state = "no longer pinned" if options.off else "pinned: nothing of it is deleted or compressed"
+    make_console().print(f"{options.run} is {state}.", soft_wrap=True, highlight=False)
     return 0
 
 

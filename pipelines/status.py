@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from contracts.artifacts import MANIFEST, Artifact, Manifest
+from contracts.artifacts import MANIFEST, RELEASED, Artifact, Manifest
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.report import print_table
 from pipelines.rundir import RunDirectory
@@ -13,7 +13,8 @@ from pipelines.supervisor import failure_of, progress_of
 def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
     """Every stage with its state, then the metrics so far."""
     holder = run.holder()
-    console.print(f"{run.path}: {'driven by ' + holder if holder else 'nobody drives it'}", soft_wrap=True)
+    pinned = ", pinned" if run.pinned else ""
+    console.print(f"{run.path}: {'driven by ' + holder if holder else 'nobody drives it'}{pinned}", soft_wrap=True)
     table = Table("stage", "state", "rows", "seconds", "detail")
     for node in graph.nodes.values():
         table.add_row(node.name, *state_of(run, node, graph, driven=holder is not None))
@@ -25,7 +26,9 @@ def state_of(run: RunDirectory, node: Node, graph: Graph, *, driven: bool) -> tu
     """State, rows, seconds and detail of a stage."""
     if (node.output / MANIFEST).is_file():
         manifest = Artifact.open(node.output).manifest
-        state = "published" if reads_what_is_there(node, graph, manifest) else "outdated"
+        state = "outdated"
+        if reads_what_is_there(node, graph, manifest):
+            state = "released" if (node.output / RELEASED).is_file() else "published"
         return state, str(manifest.rows), f"{manifest.seconds.get('total', 0):.1f}", str(manifest.ledger)
     attempts = run.attempts(node.name)
     if not attempts:
