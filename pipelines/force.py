@@ -6,10 +6,10 @@ command has finished.
 
 import difflib
 import fnmatch
-import json
 import os
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from contracts.artifacts import MANIFEST, Artifact, write_atomically
 from contracts.errors import UserError
@@ -17,6 +17,14 @@ from pipelines.decisions import SUPERSEDED
 from pipelines.graph import Graph
 
 RECORD = "forced.json"
+
+
+class Forced(msgspec.Struct, frozen=True):
+    """What a stage had published before it was forced."""
+
+    digest: str
+    inode: int
+    """Of its manifest. What was moved aside still exists, so that nothing made later can have the same."""
 
 
 def resolve(graph: Graph, wanted: list[str]) -> list[str]:
@@ -47,7 +55,7 @@ def set_aside(run: Path, graph: Graph, stages: list[str]) -> None:
         manifest = Artifact.open(output).manifest
         if record.setdefault(name, _identity(output)) != _identity(output):
             continue  # made again already, by this command before it was interrupted
-        write_atomically(run / RECORD, json.dumps(record).encode())
+        write_atomically(run / RECORD, msgspec.json.encode(record))
         folder = run / SUPERSEDED / name
         folder.mkdir(parents=True, exist_ok=True)
         number = sum(1 for _ in folder.glob(f"{manifest.key[:16]}-forced-*"))
@@ -61,20 +69,19 @@ def report_forced(run: Path, graph: Graph) -> list[str]:
         if name not in graph.nodes or not (graph.nodes[name].output / MANIFEST).is_file():
             continue
         new = Artifact.open(graph.nodes[name].output).manifest.digest
-        same = "the same content" if new == old["digest"] else f"other content: {old['digest'][:12]} → {new[:12]}"
+        same = "the same content" if new == old.digest else f"other content: {old.digest[:12]} → {new[:12]}"
         lines.append(f"forced {name}: {same}")
     (run / RECORD).unlink(missing_ok=True)
     return lines
 
 
-def _identity(output: Path) -> dict[str, Any]:
-    # What was moved aside still exists, so that nothing made later can have its inode.
-    return {"digest": Artifact.open(output).manifest.digest, "inode": (output / MANIFEST).stat().st_ino}
+def _identity(output: Path) -> Forced:
+    return Forced(Artifact.open(output).manifest.digest, (output / MANIFEST).stat().st_ino)
 
 
-def _read(run: Path) -> dict[str, Any]:
+def _read(run: Path) -> dict[str, Forced]:
     path = run / RECORD
     try:
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Forced]) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}. Delete it.") from error

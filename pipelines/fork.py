@@ -35,7 +35,7 @@ def fork(source: RunDirectory, first: int, overrides: list[str], name: str | Non
     last = source.iterations
     if not 1 <= first <= last + 1:
         raise UserError(f"--from-iteration is {first}; {source.path.name} has {last} iterations: give 1 to {last + 1}.")
-    if name is not None and Path(name).name != name:
+    if name is not None and (not name or Path(name).name != name):
         raise UserError(f"--name is {name!r}; give a plain name: the fork lies beside {source.path}.")
     target = source.path.parent / (name or _free_name(source.path, first))
     if os.path.lexists(target):

@@ -29,6 +29,8 @@ from pipelines.retention import made_again
 from pipelines.rundir import RunDirectory
 from pipelines.status import print_status
 
+MOST_ITERATIONS = 10_000
+
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done; 2: a mistake of the user's, in one message; 1: anything else; 130: interrupted."""
@@ -127,8 +129,8 @@ def run_command(options: argparse.Namespace) -> int:
     """`pipeline run CONFIG --iters N [key=value ...]`."""
     config = load_run_config(options.config, options.overrides)
     iterations = config.iterations if options.iters is None else options.iters
-    if iterations < 0:
-        raise UserError(f"--iters is {iterations}; it must not be negative.")
+    if not 0 <= iterations <= MOST_ITERATIONS:
+        raise UserError(f"--iters is {iterations}; it must be from 0 to {MOST_ITERATIONS}.")
     console = make_console()
     if options.dry_run:
         plan = build_graph(config, iterations)

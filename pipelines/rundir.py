@@ -40,7 +40,7 @@ class RunDirectory:
             UserError: it belongs to another config file, is no run's directory, or another driver is alive.
         """
         marker = self.path / "run.json"
-        if self.path.exists() and not marker.exists() and not self._is_run() and any(self.path.iterdir()):
+        if self.path.exists() and not marker.exists() and not self._is_run():
             raise UserError(
                 f"{self.path} exists and was not made by a run of Ratchet. Choose another name=... or directory=..."
             )
@@ -61,8 +61,10 @@ class RunDirectory:
         write_atomically(self.path / "config.resolved.yaml", text.encode())
 
     def _is_run(self) -> bool:
-        """Whether a run's driver has been here, even where run.json was lost."""
-        return (self.path / "lock").is_file() and (self.path / "config.resolved.yaml").is_file()
+        """Whether a run's driver has been here, even where run.json was lost or not written yet, or nobody has."""
+        names = {path.name for path in self.path.iterdir()}
+        begun = all(name == "lock" or name.startswith("run.json.") for name in names)
+        return begun or names >= {"lock", "config.resolved.yaml"}
 
     def lock(self) -> None:
         """Become the only one who changes the run until this process ends.
@@ -87,6 +89,11 @@ class RunDirectory:
         self._lock.flush()
         self._mend_events()
 
+    def clear_scratch(self) -> None:
+        """Delete what killed processes were writing; to be called while none is at work."""
+        for path in [*self.path.glob("*.tmp"), *(self.path / "logs").rglob("*.tmp")]:
+            path.unlink(missing_ok=True)
+
     def _mend_events(self) -> None:
         """Cut off the line that a killed driver was writing, so that the next one starts on a line of its own."""
         path = self.path / "events.jsonl"
@@ -96,6 +103,8 @@ class RunDirectory:
 
     def holder(self) -> str | None:
         """Who drives the run at this moment, if anybody."""
+        if not (self.path / "lock").exists():
+            return None
         with (self.path / "lock").open() as file:
             return None if _lock(file, fcntl.LOCK_SH) else file.read().strip()
 

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from contracts.artifacts import MANIFEST, RELEASED, Artifact, Manifest
+from contracts.errors import UserError
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.report import print_table
 from pipelines.rundir import RunDirectory
@@ -25,9 +26,13 @@ def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
 def state_of(run: RunDirectory, node: Node, graph: Graph, *, driven: bool) -> tuple[str, str, str, str]:
     """State, rows, seconds and detail of a stage."""
     if (node.output / MANIFEST).is_file():
-        manifest = Artifact.open(node.output).manifest
+        try:
+            manifest = Artifact.open(node.output).manifest
+            current = reads_what_is_there(node, graph, manifest)
+        except UserError as error:
+            return "damaged", "", "", str(error)
         state = "outdated"
-        if reads_what_is_there(node, graph, manifest):
+        if current:
             state = "released" if (node.output / RELEASED).is_file() else "published"
         return state, str(manifest.rows), f"{manifest.seconds.get('total', 0):.1f}", str(manifest.ledger)
     attempts = run.attempts(node.name)
@@ -35,8 +40,9 @@ def state_of(run: RunDirectory, node: Node, graph: Graph, *, driven: bool) -> tu
         return "waiting", "", "", ""
     last = attempts[-1]
     failure = failure_of(last)
-    if failure is not None:
-        return "failed", "", "", f"{failure['text'].strip().splitlines()[-1]} (log: {last / 'stage.log'})"
+    if failure is not None and failure["kind"] != "stopped":
+        state = "retrying" if driven and failure["kind"] == "transient" else "failed"
+        return state, "", "", f"{failure['text'].strip().splitlines()[-1]} (log: {last / 'stage.log'})"
     if (last / "exit.json").exists() or not driven:
         return "interrupted", "", "", progress_of(last) or ""
     return "running", "", "", progress_of(last) or ""
