@@ -1,6 +1,8 @@
 """The two ways to fail: by the user's mistake, and otherwise."""
 
 import errno
+import os
+import re
 
 UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -44,23 +46,30 @@ def as_user_error(error: Exception) -> UserError | None:
     """The same as a mistake of the user's, if it is one: a full disk, or a path that cannot be used."""
     if isinstance(error, UserError):
         return error
-    if not isinstance(error, OSError):
-        return None
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    code, path = system_code(error), getattr(error, "filename", None)
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({path})" if path else ""
         return UserError(
-            f"the disk is full{where}: {error.strerror}. Free some space; the same command continues, and what has "
+            f"the disk is full{where}: {os.strerror(code)}. Free some space; the same command continues, and what has "
             "been published is kept."
         )
-    if error.errno in UNUSABLE_PATH and error.filename:
-        return UserError(f"{error.filename}: {error.strerror}. Choose another path, or change its permissions.")
+    if code in UNUSABLE_PATH and path:
+        return UserError(f"{path}: {os.strerror(code)}. Choose another path, or change its permissions.")
     return None
+
+
+def system_code(error: BaseException) -> int | None:
+    """The operating system's code of an error; libraries written in Rust (safetensors, tokenizers) only write it."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same thing may well succeed in a minute: a lost connection, device, peer or file server."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    if isinstance(error, OSError) and error.errno in TRANSIENT_CODES:
+    if system_code(error) in TRANSIENT_CODES:
         return True
     return any(kind.__name__ in TRANSIENT_NAMES for kind in type(error).__mro__)

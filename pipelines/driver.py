@@ -72,6 +72,7 @@ class Driver:
         for pid in end_orphans(self.run.path):
             self.run.record("orphan ended", pid=pid)
         clear_job_folders(self.run.path)
+        self.run.clear_scratch()
         restore(self.run.path)
         for number in (*stopping.SIGNALS, signal.SIGHUP):
             signal.signal(number, _interrupt)
@@ -85,6 +86,7 @@ class Driver:
                     time.sleep(POLL_SECONDS)
             finally:
                 self.end_running()
+                self.run.clear_scratch()
             self.retention.apply(self.published)
             while self.retention.poll():
                 time.sleep(POLL_SECONDS)
