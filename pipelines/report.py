@@ -10,7 +10,7 @@ from rich.table import Table
 from contracts.artifacts import MANIFEST, Artifact, write_atomically
 from contracts.errors import UserError
 from contracts.jsonl import read_jsonl
-from pipelines.graph import Graph
+from pipelines.graph import Graph, Node
 
 COLUMNS = {
     "reward_mean": "reward",
@@ -29,9 +29,14 @@ def evaluations(graph: Graph) -> list[tuple[Path, dict[str, Any]]]:
     for node in graph.nodes.values():
         if node.config.stage == "evaluation" and (node.output / MANIFEST).is_file():
             metrics = Artifact.open(node.output).manifest.facts["metrics"]
-            rollouts = graph.nodes[node.needs[0]]
-            found.append((Path(rollouts.config.model_dump()["policy"]), metrics))
+            found.append((policy_of(node, graph), metrics))
     return sorted(found, key=lambda item: int(item[1]["iteration"]))
+
+
+def policy_of(evaluation: Node, graph: Graph) -> Path:
+    """The policy that an evaluation judges."""
+    rollouts = graph.nodes[evaluation.needs[0]]
+    return Path(rollouts.config.model_dump()["policy"])
 
 
 def write_metrics(run: Path, graph: Graph) -> None:
@@ -87,8 +92,8 @@ def print_comparison(console: Console, runs: list[Path], metric: str | None) -> 
     for run, lines in rows.items():
         wrong = next((line for line in lines if not isinstance(line.get(metric, ""), int | float | None)), None)
         if wrong is not None:
-            known = ", ".join(name for name, value in wrong.items() if isinstance(value, float))
-            raise UserError(f"{run} has no metric {metric!r}. Known: {known}.")
+            known = ", ".join(name for name, value in wrong.items() if isinstance(value, float)) or "none"
+            raise UserError(f"{run / 'metrics.jsonl'} has no metric {metric!r}. Known: {known}.")
         table.add_row(run.name, *(_number(line[metric]) for line in lines))
     console.print(table)
 

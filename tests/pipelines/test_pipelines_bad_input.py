@@ -1,0 +1,178 @@
+"""Whatever a user gets wrong: one clear message, exit code 2, no traceback, and nothing lost."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from contracts.artifacts import Publication
+from contracts.fingerprint import digest
+from contracts.ledger import Ledger
+from contracts.records import CHECKPOINT
+from pipelines.config import load_run_config
+from pipelines.iteration import build_graph
+from pipelines.main import main
+from pipelines.rundir import RunDirectory
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "cut off": lambda content: content[: len(content) // 2],
+    "no JSON": lambda content: b"{",
+    "a list": lambda content: b"[1]",
+    "null": lambda content: b"null",
+    "not UTF-8": lambda content: b"\xff\xfe" + content,
+    "other keys": lambda content: b'{"config": 3, "nothing": {}}',
+}
+
+
+@pytest.fixture
+def run(smallest: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of one iteration whose stages have all published something; the working directory is beside it."""
+    monkeypatch.chdir(smallest.parent)
+    config = load_run_config(smallest, [])
+    run = RunDirectory(config.run_directory)
+    run.claim(config, smallest, 1)
+    for node in build_graph(config, 1).nodes.values():
+        publication = Publication(node.output, CHECKPOINT, node.config.stage, digest(node.name))
+        publication.begin()
+        publication.scratch("file").write_text(node.name)
+        publication.commit("file", Ledger("rows"))
+        facts = {"metrics": {"iteration": int(node.name[10:13]), "reward_mean": 0.5}} if "eval" in node.name else {}
+        publication.publish(
+            key_parts={}, inputs={}, input_paths={}, unit="rows", weights=None, versions={}, seconds={}, facts=facts
+        )
+    (run.path / "metrics.jsonl").write_text('{"iteration": 0, "reward_mean": 0.5}\n')
+    assert run._lock is not None
+    run._lock.close()
+    return run.path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder; the lock's text names the last driver and does not count."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command, which must be refused properly, and return its message."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as end:  # argparse
+        code = int(str(end.code))
+    message = capsys.readouterr().err
+    assert code == 2, message
+    assert "Traceback" not in message
+    assert "error: " in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run nothere.yaml", "nothere.yaml does not exist"),
+        ("run .", "is a directory"),
+        ("run smallest.yaml --iters -1", "--iters is -1"),
+        ("run smallest.yaml --iters two", "invalid int value"),
+        ("run smallest.yaml --iters 100000000", "from 0 to 10000"),
+        ("run smallest.yaml --itres 2", "unrecognized arguments"),
+        ("run smallest.yaml training.beta", "write key=value"),
+        ("run smallest.yaml training.betta=1", "Did you mean 'training.beta'"),
+        ("run smallest.yaml training=3", "'training' is 3"),
+        ("run smallest.yaml training=null", "'training' is None"),
+        ("run smallest.yaml training.beta=[1", "not valid YAML"),
+        ("run smallest.yaml training.beta.gamma=1", "training.beta"),
+        ("run smallest.yaml generation.k=1", "generation.k is 1"),
+        ("run smallest.yaml generation.temperatures=[]", "temperatures"),
+        ("run smallest.yaml scorers.reward.kind=oracle", "reward_model"),
+        ("run smallest.yaml scorers.gold.function=rules.py:nope", "has no function 'nope'"),
+        ("run smallest.yaml scorers.gold.function=rules.py", "write|no function"),
+        ("run smallest.yaml reward_model.label=silver", "silver"),
+        ("run smallest.yaml reference=next", "reference"),
+        ("run smallest.yaml changes=[1,2]", "'changes'"),
+        ("run smallest.yaml changes.1=5", "'changes.1' is 5"),
+        ("run smallest.yaml changes.one.training.beta=1", "changes.one"),
+        ("run smallest.yaml changes.0.training.beta=1", "from iteration 1 on"),
+        ("run smallest.yaml changes.1.world.seed=1", "world cannot change"),
+        ("run smallest.yaml changes.1.training.bta=1", "Did you mean"),
+        ("run smallest.yaml executor.retries=-1", "executor.retries"),
+        ("run smallest.yaml executor.stall_seconds=0", "executor.stall_seconds"),
+        ("run smallest.yaml executor.kind=slurmm", "executor.kind"),
+        ("run smallest.yaml name=../x", "name"),
+        ("run smallest.yaml directory=rules.py", "rules.py"),
+        ("run smallest.yaml policy=nothere", "nothere does not exist"),
+        ("run smallest.yaml policy=world:nothere", "world:nothere does not exist"),
+        ("run smallest.yaml environments.training.python=/no/python", "not an executable"),
+        ("run smallest.yaml --force nothere", "no such stage"),
+        ("run smallest.yaml --force iteration-001/trainin", "Did you mean iteration-001/training"),
+        ("run smallest.yaml --force ../..", "no such stage"),
+        ("run other.yaml", "is the run of"),
+        ("status nothere", "not the directory of a run"),
+        ("status rules.py", "not the directory of a run"),
+        ("status runs/smallest/iteration-001", "not the directory of a run"),
+        ("compare runs/smallest nothere", "nothere has no metrics.jsonl"),
+        ("fork nothere --from-iteration 1", "not the directory of a run"),
+        ("fork runs/smallest", "--from-iteration"),
+        ("fork runs/smallest --from-iteration one", "invalid int value"),
+        ("fork runs/smallest --from-iteration 3", "give 1 to 2"),
+        ("fork runs/smallest --from-iteration 1 policy=x", "'policy' cannot change"),
+        ("fork runs/smallest --from-iteration 1 training.beta=x", "training.beta"),
+        ("fork runs/smallest --from-iteration 1 --name smallest", "exists already"),
+        ("fork runs/smallest --from-iteration 1 --name ../x", "plain name"),
+        ("rn smallest.yaml", "invalid choice"),
+        ("", "required"),
+    ],
+)
+def test_a_mistake_on_the_command_line(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    here = run.parents[1]
+    (here / "other.yaml").write_text((here / "smallest.yaml").read_text())
+    before = contents(run.parent)
+    said = refused(capsys, *arguments.split())
+    assert any(part in said for part in message.split("|")), said
+    assert contents(run.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "required but not set"),
+        (b"- a\n", "found a list"),
+        (b"a:\n\tb: 1\n", "line 2"),
+        (b"name: x\nname: y\n", "occurs twice"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"a: &a [*a]\n", "contains itself"),
+        (b"a: !!python/object/apply:os.system [true]\n", "not valid YAML"),
+        (b"name: [1, 2\n", "not valid YAML"),
+    ],
+)
+def test_a_config_file_that_is_none(run: Path, capsys: pytest.CaptureFixture[str], text: bytes, message: str) -> None:
+    Path("bad.yaml").write_bytes(text)
+    assert message in refused(capsys, "run", "bad.yaml")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("run.json", "status runs/smallest"),
+        ("run.json", "fork runs/smallest --from-iteration 1"),
+        ("setup/world/manifest.json", "run smallest.yaml --iters 1"),
+        ("setup/world/manifest.json", "run smallest.yaml --iters 1 --dry-run"),
+        ("iteration-001/evaluation/manifest.json", "status runs/smallest"),
+        ("forced.json", "run smallest.yaml --iters 1 --force setup/sft"),
+        ("metrics.jsonl", "compare runs/smallest"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(
+    run: Path, capsys: pytest.CaptureFixture[str], file: str, command: str, damage: str
+) -> None:
+    path = run / file
+    content = path.read_bytes() if path.exists() else json.dumps({"stage": {"digest": "x", "inode": 1}}).encode()
+    path.write_bytes(DAMAGE[damage](content))
+    before = contents(run.parent)
+    said = refused(capsys, *command.split())
+    assert os.path.basename(file) in said
+    assert contents(run.parent) == before
