@@ -23,11 +23,13 @@ from pipelines.gc import collect
 from pipelines.graph import Graph
 from pipelines.hub import fetch_models
 from pipelines.iteration import build_graph
+from pipelines.lineage import print_trace
 from pipelines.preflight import check_environments, check_inputs
 from pipelines.report import print_comparison, print_table
 from pipelines.retention import made_again
 from pipelines.rundir import RunDirectory
 from pipelines.status import print_status
+from pipelines.verify import print_verification
 
 MOST_ITERATIONS = 10_000
 
@@ -119,6 +121,16 @@ def make_parser() -> argparse.ArgumentParser:
     pin.add_argument("run", type=Path, help="the run's directory")
     pin.add_argument("--off", action="store_true", help="no longer")
     pin.set_defaults(command=pin_command)
+
+    trace = commands.add_parser("trace", help="where a checkpoint, a pair or a prompt comes from")
+    trace.add_argument("what", metavar="CHECKPOINT|PAIR_ID|PROMPT_ID", help="a path in a run, an id, or a digest")
+    trace.add_argument("--run", type=Path, help="the run to look in; by default all below ./runs")
+    trace.add_argument("--json", action="store_true", help="print one JSON object")
+    trace.set_defaults(command=trace_command)
+
+    check = commands.add_parser("verify", help="whether everything published is whole and fits together")
+    check.add_argument("run", type=Path, help="the run's directory, or that of one artifact")
+    check.set_defaults(command=verify_command)
 
     # Mounted by `main` before this parser is asked; here for --help.
     commands.add_parser("env", help="build and list the stages' environments")
@@ -231,6 +243,18 @@ def pin_command(options: argparse.Namespace) -> int:
 def compare_command(options: argparse.Namespace) -> int:
     """`pipeline compare RUN ...`."""
     print_comparison(make_console(), options.runs, options.metric)
+    return 0
+
+
+def trace_command(options: argparse.Namespace) -> int:
+    """`pipeline trace WHAT`."""
+    print_trace(make_console(), options.what, options.run, as_json=options.json)
+    return 0
+
+
+def verify_command(options: argparse.Namespace) -> int:
+    """`pipeline verify RUN`."""
+    print_verification(make_console(), options.run)
     return 0
 
 

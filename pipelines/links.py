@@ -1,0 +1,255 @@
+"""What was made from what: the artifacts of a run, and for each link in a manifest where its content is now.
+
+A manifest records the digest of every input and the path that it had. The digest decides. The path helps to find the
+content, also in a run that was moved, copied or forked since, and where the driver has set it aside in superseded/.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from contracts.artifacts import MANIFEST, Artifact, Manifest, input_digest
+from contracts.errors import UserError
+from contracts.fingerprint import MODEL_FILES, digest
+from pipelines.decisions import SUPERSEDED
+
+RUN = "run.json"
+MADE_AGAIN = ".released"
+
+
+@dataclass(frozen=True)
+class Link:
+    """One input of an artifact, as its manifest records it."""
+
+    name: str
+    """The input's name; of a list with several, NAME[0], NAME[1] and so on."""
+    digest: str
+    path: str
+    """Where it was: absolute, or as the user gave it, or hf:ORG/NAME."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the content of a link is now."""
+
+    state: Literal["same", "replaced", "changed", "gone"]
+    """same: where it was; replaced: found by its digest in another place of the run; changed: only other content is
+    there; gone: nothing is."""
+    link: Link
+    place: Path
+    """The directory or file that holds it; for `gone`, where it was looked for."""
+    artifact: Artifact | None = None
+    """The artifact that it is or belongs to, if any."""
+    part: str = ""
+    """The file or folder within the artifact, if it is not all of it."""
+    now: str | None = None
+    """The digest of what is in its former place, where that is not the recorded one."""
+    inside: bool = True
+    """Whether its former place belongs to the run."""
+
+
+def links_of(manifest: Manifest) -> list[Link]:
+    """The inputs of an artifact, lists written out."""
+    links = []
+    for name, value in manifest.inputs.items():
+        digests, paths = _listed(value), _listed(manifest.input_paths.get(name))
+        for number, (item, path) in enumerate(zip(digests, paths, strict=True)):
+            links.append(Link(f"{name}[{number}]" if len(digests) > 1 else name, item, str(path)))
+    return links
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def fingerprint_of(files: dict[str, str]) -> str:
+    """`weights_fingerprint` of a model directory from the SHA-256 of its files by name."""
+    counted = {name for name in files if "/" not in name and (name.endswith(".safetensors") or name in MODEL_FILES)}
+    return digest({name: files[name] for name in counted})
+
+
+def part_digest(manifest: Manifest, part: str) -> str | None:
+    """`input_digest` of an artifact, or of a file or folder in it, from its manifest; None: it holds no such part."""
+    if not part:
+        return manifest.digest
+    files = {file.path: file.sha256 for file in manifest.files}
+    if part in files:
+        return files[part]
+    inside = {name.removeprefix(f"{part}/"): sha256 for name, sha256 in files.items() if name.startswith(f"{part}/")}
+    if not inside:
+        return None
+    return fingerprint_of(inside) if "config.json" in inside else digest(inside)
+
+
+def model_of(found: Found) -> str | None:
+    """The fingerprint by which rows name the model that a link led to; None where that cannot be known any more."""
+    if found.state in ("changed", "gone"):
+        return None
+    if found.artifact is None or found.part:
+        return found.link.digest
+    manifest = found.artifact.manifest
+    return manifest.weights or fingerprint_of({file.path: file.sha256 for file in manifest.files})
+
+
+def run_of(path: Path) -> Path | None:
+    """The run's directory that holds `path`, if any."""
+    return next((parent for parent in [path, *path.parents] if (parent / RUN).is_file()), None)
+
+
+class Index:
+    """The artifacts below a directory by their names (paths below it), those in superseded/ included."""
+
+    def __init__(self, path: Path) -> None:
+        """Read all manifests below `path`, which is a run's directory or holds artifacts that were made by hand."""
+        self.path = path
+        self.artifacts: dict[str, Artifact] = {}
+        self.damaged: dict[str, UserError] = {}
+        """Names of the directories whose manifest cannot be read."""
+        for directory in _published(path):
+            name = directory.relative_to(path).as_posix()
+            try:
+                self.artifacts[name] = Artifact.open(directory)
+            except UserError as error:
+                self.damaged[name] = error
+        self._names = {original_name(name) for name in self.artifacts} | self.artifacts.keys() | self.damaged.keys()
+        self._by_digest: dict[str, Artifact] = {}
+        for artifact in self.by_currency():
+            self._by_digest.setdefault(artifact.manifest.digest, artifact)
+        self._set_aside: dict[str, list[Artifact]] = {}
+        for name, artifact in self.artifacts.items():
+            if is_superseded(name):
+                self._set_aside.setdefault(original_name(name), []).append(artifact)
+        self._outside: dict[str, str] = {}
+        self._roots = self._former_roots()
+
+    def by_currency(self) -> list[Artifact]:
+        """All artifacts, those in superseded/ last."""
+        return [self.artifacts[name] for name in sorted(self.artifacts, key=lambda name: (is_superseded(name), name))]
+
+    def name_of(self, artifact: Artifact) -> str:
+        """What to call an artifact: its place in the run, else its path."""
+        if artifact.path == self.path or not artifact.path.is_relative_to(self.path):
+            return str(artifact.path)
+        return artifact.path.relative_to(self.path).as_posix()
+
+    def find(self, link: Link) -> Found:
+        """Where the content of a link is now.
+
+        Raises:
+            UserError: what lies at a place outside of the run cannot be read.
+        """
+        now = None
+        inner = self.inner(link.path)
+        if inner is not None:
+            name, part = inner
+            here = self.artifacts.get(name)
+            now = part_digest(here.manifest, part) if here else None
+            for artifact in self._versions(name):
+                if part_digest(artifact.manifest, part) == link.digest:
+                    there = artifact is here
+                    state: Literal["same", "replaced"] = "same" if there else "replaced"
+                    return Found(state, link, artifact.path / part, artifact, part, None if there else now)
+        if link.digest in self._by_digest:
+            artifact = self._by_digest[link.digest]
+            return Found("replaced", link, artifact.path, artifact, now=now)
+        if inner is not None and now is not None:
+            return Found("changed", link, self.path / inner[0] / inner[1], self.artifacts[inner[0]], inner[1], now)
+        return self._find_outside(link, inner)
+
+    def input_of(self, artifact: Artifact, name: str) -> Found | None:
+        """Where the content of an artifact's input is; None where that cannot be known, or there is no such input."""
+        for link in links_of(artifact.manifest):
+            if link.name == name and not self.is_damaged(link):
+                with contextlib.suppress(UserError):
+                    found = self.find(link)
+                    return found if found.state in ("same", "replaced") else None
+        return None
+
+    def _find_outside(self, link: Link, inner: tuple[str, str] | None) -> Found:
+        """A link to what no stage of the run has made: a user's file, a model from elsewhere, another run."""
+        places = [link.path] if inner is None else [str(self.path / inner[0] / inner[1]), link.path]
+        changed = None
+        for place in places:
+            if place.startswith("hf:") or Path(place).exists():
+                if place not in self._outside:
+                    self._outside[place] = input_digest(place)
+                now = self._outside[place]
+                artifact = Artifact.open(Path(place)) if (Path(place) / MANIFEST).is_file() else None
+                if now == link.digest:
+                    return Found("same", link, Path(place), artifact, inside=False)
+                changed = changed or Found("changed", link, Path(place), artifact, now=now, inside=False)
+        if changed:
+            return changed
+        return Found("gone", link, Path(places[0]), inside=inner is not None)
+
+    def is_damaged(self, link: Link) -> bool:
+        """Whether a link leads to a place of the run whose manifest cannot be read."""
+        inner = self.inner(link.path)
+        return inner is not None and inner[0] in self.damaged
+
+    def _versions(self, name: str) -> list[Artifact]:
+        """What a stage has published: now, and under other keys."""
+        return [*([self.artifacts[name]] if name in self.artifacts else []), *self._set_aside.get(name, [])]
+
+    def inner(self, recorded: str) -> tuple[str, str] | None:
+        """Name of the artifact, and the part of it, that a recorded path meant; None: it did not lie in the run."""
+        path = Path(recorded)
+        for root in self._roots:
+            if path.is_relative_to(root):
+                rest = path.relative_to(root)
+                return self._split(rest) or (rest.as_posix(), "")
+        return None
+
+    def _split(self, path: Path) -> tuple[str, str] | None:
+        """A path below the run as an artifact's name and a part of it."""
+        for candidate in [path, *path.parents]:
+            if candidate.as_posix() in self._names:
+                part = path.relative_to(candidate).as_posix()
+                return candidate.as_posix(), "" if part == "." else part
+        return None
+
+    def _former_roots(self) -> list[Path]:
+        """The directories that this run has been, the present one first.
+
+        A run that was moved or forked has links below its former directory. That is told from those whose content is
+        found at the same place below the present one.
+        """
+        roots = {self.path.absolute(): None}
+        for artifact in self.artifacts.values():
+            for link in links_of(artifact.manifest):
+                path = Path(link.path)
+                for cut in range(path.is_absolute(), len(path.parts)):
+                    root = Path(*path.parts[:cut])
+                    split = None if root in roots else self._split(path.relative_to(root))
+                    if split and self._held_at(*split, link.digest):
+                        roots[root] = None
+        return list(roots)
+
+    def _held_at(self, name: str, part: str, wanted: str) -> bool:
+        return any(part_digest(version.manifest, part) == wanted for version in self._versions(name))
+
+
+def is_superseded(name: str) -> bool:
+    """Whether an artifact's name says that it was set aside."""
+    return original_name(name) != name
+
+
+def original_name(name: str) -> str:
+    """The stage of an artifact: superseded/STAGE/KEY and, while STAGE is made again, .STAGE.released are of STAGE."""
+    path = Path(name)
+    if path.name.startswith(".") and path.name.endswith(MADE_AGAIN):
+        return path.with_name(path.name[1:].removesuffix(MADE_AGAIN)).as_posix()
+    return path.relative_to(SUPERSEDED).parent.as_posix() if path.parts[:1] == (SUPERSEDED,) else name
+
+
+def _published(path: Path) -> Iterator[Path]:
+    """Directories with a manifest, outside of logs and of what is being made; nothing is published inside another."""
+    for folder, subfolders, files in os.walk(path):
+        if MANIFEST in files:
+            subfolders.clear()
+            yield Path(folder)
+        visible = [name for name in subfolders if not name.startswith(".") or name.endswith(MADE_AGAIN)]
+        subfolders[:] = sorted(name for name in visible if name != "logs")

@@ -1,0 +1,335 @@
+"""`pipeline verify`: whether all that a run has published is what its manifests say, and fits together."""
+
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from contracts.artifacts import MANIFEST, RELEASED, Artifact, File, content_digest, input_damage
+from contracts.errors import UserError
+from contracts.fingerprint import MODEL_FILES
+from contracts.jsonl import COMPRESSED, open_stored
+from contracts.records import CHECKPOINT, PAIRS, ROLLOUTS, SCORES
+from contracts.stage import stage_key
+from pipelines.crosscheck import disagreements, wrong_metrics
+from pipelines.links import RUN, Index, fingerprint_of, is_superseded, links_of, model_of, run_of
+from pipelines.rundir import RunDirectory
+
+CHUNK = 1 << 20
+HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
+"""How every file begins that `pipeline gc` compresses: no name, no time."""
+TRAILER = 8
+"""Bytes of checksum and size at its end."""
+SHOWN = 5
+"""Contradictions between rows that are listed for one artifact of rollouts; the others are counted."""
+
+
+@dataclass
+class Findings:
+    """What was looked at, and what was found; every line begins with the file or directory that it is about."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What nobody reads, and nobody will clear away."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be checked, or is good to know."""
+    artifacts: int = 0
+    files: int = 0
+    bytes: int = 0
+    rows: int = 0
+    released: int = 0
+
+    def __str__(self) -> str:
+        """`36 artifacts, 106 files, 2.8 MB, 997 rows checked: no problem`."""
+
+        def counted(count: int, thing: str) -> str:
+            return f"{count} {thing}{'s' * (count != 1)}"
+
+        what = f"{counted(self.artifacts, 'artifact')}, {counted(self.files, 'file')}, {self.bytes / 1e6:.1f} MB"
+        released = f"; {counted(self.released, 'file')} deleted by `pipeline gc`" if self.released else ""
+        found = counted(len(self.problems), "problem") if self.problems else "no problem"
+        return f"{what}, {counted(self.rows, 'row')} checked{released}: {found}"
+
+
+def print_verification(console: Console, path: Path) -> None:
+    """Verify a run or an artifact and print what was found, problems first.
+
+    Raises:
+        UserError: there are problems.
+    """
+    findings = verify(path, console)
+    warnings = [f"warning: {text}" for text in findings.warnings]
+    for line in [*findings.problems, *warnings, *(f"note: {text}" for text in findings.notes), f"{path}: {findings}"]:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    if findings.problems:
+        raise UserError(
+            f"{path} is not whole. Delete the directory that holds a damaged or missing file and give the run's "
+            "command again: it makes that anew, and reuses whatever does not depend on it."
+        )
+
+
+def verify(path: Path, console: Console | None = None) -> Findings:
+    """Check everything that is published in a run, or one artifact.
+
+    Raises:
+        UserError: the path is neither.
+    """
+    single = (path / MANIFEST).is_file()
+    if not single:
+        RunDirectory.existing(path)
+    run = path if not single else run_of(path) or run_of(path.absolute())
+    return _Verification(Index(run or path), path if single else None).run(console)
+
+
+class _Verification:
+    """One verification: of one artifact of an index, or of all."""
+
+    def __init__(self, index: Index, only: Path | None) -> None:
+        chosen = {
+            name: index.path / name
+            for name in [*index.artifacts, *index.damaged]
+            if only is None or (index.path / name).absolute() == only.absolute()
+        }
+        self.index = index
+        self.whole_run = only is None
+        self.driven = is_driven(index.path)
+        self.targets = [index.artifacts[name] for name in chosen if name in index.artifacts]
+        self.findings = Findings(artifacts=len(chosen))
+        self.findings.problems += [str(error) for name, error in index.damaged.items() if name in chosen]
+        self.released: dict[Path, frozenset[str]] = {}
+        self.broken: set[Path] = set()
+        """Artifacts with damaged files: their rows are not compared with others."""
+
+    def run(self, console: Console | None) -> Findings:
+        """All checks, those that read rows last."""
+        problems = self.findings.problems
+        for artifact in self.targets:
+            problems += self.check_manifest(artifact)
+        self.check_files(console)
+        self.check_links()
+        self.check_rows()
+        if self.whole_run and not self.driven:
+            problems += wrong_metrics(self.index, [artifact for artifact in self.targets if self.is_readable(artifact)])
+            self.findings.warnings += leftovers(self.index.path)
+        return self.findings
+
+    def check_manifest(self, artifact: Artifact) -> Iterator[str]:
+        """Whether what a manifest says twice is the same, and what it counts adds up."""
+        manifest, where = artifact.manifest, artifact.path / MANIFEST
+        if content_digest(manifest.schema, manifest.files) != manifest.digest:
+            yield f"{where}: the digest does not fit the files listed"
+        if stage_key(manifest.key_parts) != manifest.key:
+            yield f"{where}: the key is not that of the parts listed"
+        if manifest.key_parts.get("inputs") != manifest.inputs:
+            yield f"{where}: the inputs are not those that the key was made of"
+        if manifest.rows != (rows := sum(file.rows for file in manifest.files)):
+            yield f"{where}: it says {manifest.rows} rows, but {rows} for its files together"
+        try:
+            manifest.ledger.check()
+        except AssertionError as error:
+            yield f"{where}: the ledger does not add up: {error}"
+        if manifest.schema == CHECKPOINT and manifest.weights not in (None, fingerprint_of(sha256_of(artifact))):
+            yield f"{where}: the fingerprint of the weights is not that of the files listed"
+        for name in sorted(self.released_of(artifact) - sha256_of(artifact).keys()):
+            yield f"{artifact.path / RELEASED}: it names {name}, which the manifest does not list"
+
+    def check_files(self, console: Console | None) -> None:
+        """Hash the files side by side, count their rows, and look for files that no manifest lists."""
+        findings, jobs = self.findings, list[tuple[Artifact, File]]()
+        for artifact in self.targets:
+            released = self.released_of(artifact)
+            findings.released += len(released)
+            jobs += [(artifact, file) for file in artifact.manifest.files if file.path not in released]
+            for name in strays(artifact):
+                if artifact.manifest.schema == CHECKPOINT and (name.endswith(".safetensors") or name in MODEL_FILES):
+                    findings.problems.append(
+                        f"{artifact.path / name}: no manifest lists it, but models are read with it"
+                    )
+                elif not self.driven:
+                    findings.warnings.append(f"{artifact.path / name}: no manifest lists it")
+        shown = console is not None and console.is_terminal
+        with (
+            ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool,
+            Progress(console=console, transient=True, disable=not shown) as progress,
+        ):
+            task = progress.add_task("reading files", total=sum(file.bytes for _, file in jobs))
+            for (artifact, file), (rows, problem) in zip(jobs, pool.map(lambda job: examine(*job), jobs), strict=True):
+                findings.files += 1
+                findings.bytes += file.bytes
+                findings.rows += rows
+                progress.advance(task, file.bytes)
+                if problem and (artifact.path / MANIFEST).exists():  # else the driver has moved it meanwhile
+                    findings.problems.append(problem)
+                    self.broken.add(artifact.path)
+
+    def check_links(self) -> None:
+        """Whether every input that a manifest names is there, with the content that was read."""
+        problems: dict[str, list[str]] = {}
+        notes: dict[str, list[str]] = {}
+        outside: set[Path] = set()
+        for artifact in self.targets:
+            reader = self.index.name_of(artifact)
+            for link in links_of(artifact.manifest):
+                if self.index.is_damaged(link):
+                    continue
+                try:
+                    found = self.index.find(link)
+                except UserError as error:
+                    problems.setdefault(f"{link.path}: {error}", []).append(f"{link.name} of {reader}")
+                    continue
+                text = ""
+                if found.state == "changed":
+                    text = f"{found.place}: it has changed (its digest is {found.now:.12}, was {link.digest:.12})"
+                elif found.state == "gone":
+                    text = f"{found.place}: it is missing (its digest was {link.digest:.12})"
+                elif found.state == "replaced" and not is_superseded(reader):
+                    text = f"{found.place}: it is what was read, and no more what the run has at {link.path}"
+                if text:
+                    serious = found.state == "changed" or (found.state == "gone" and found.inside)
+                    (problems if serious else notes).setdefault(text, []).append(f"{link.name} of {reader}")
+                if not found.inside and found.state == "same" and found.artifact:
+                    outside.add(found.place)
+        self.findings.problems += [f"{text}; input {named(readers)}" for text, readers in problems.items()]
+        self.findings.notes += [f"{text}; input {named(readers)}" for text, readers in notes.items()]
+        for place in sorted(outside):
+            self.findings.problems += input_damage(place)
+
+    def check_rows(self) -> None:
+        """Compare scores and pairs with their rollouts, and these with the policy that sampled them."""
+        groups: dict[Path, tuple[Artifact, list[Artifact]]] = {}
+        for artifact in self.targets:
+            if artifact.manifest.schema in (ROLLOUTS, SCORES, PAIRS) and self.is_readable(artifact):
+                read = self.index.input_of(artifact, "rollouts")
+                rollouts = artifact if artifact.manifest.schema == ROLLOUTS else read.artifact if read else None
+                if rollouts is not None and self.is_readable(rollouts):
+                    groups.setdefault(rollouts.path, (rollouts, []))[1].append(artifact)
+        for rollouts, made in groups.values():
+            scores = [artifact for artifact in made if artifact.manifest.schema == SCORES]
+            pairs = [artifact for artifact in made if artifact.manifest.schema == PAIRS]
+            policy = self.index.input_of(rollouts, "policy")
+            wrong = disagreements(rollouts, model_of(policy) if policy else None, scores, pairs)
+            try:
+                self.findings.problems += islice(wrong, SHOWN)
+                if more := sum(1 for _ in wrong):
+                    self.findings.problems.append(f"{rollouts.path}: {more} more contradictions like these")
+            except UserError as error:
+                self.findings.problems.append(str(error))
+            except OSError as error:
+                if not self.driven:
+                    self.findings.problems.append(f"{error.filename or rollouts.path}: {error.strerror}")
+
+    def is_readable(self, artifact: Artifact) -> bool:
+        """Whether all files of an artifact are there and undamaged."""
+        gone = self.released_of(artifact)
+        return artifact.path not in self.broken and not any(file.path in gone for file in artifact.manifest.files)
+
+    def released_of(self, artifact: Artifact) -> frozenset[str]:
+        """Names of the files that were deleted on purpose; a list of them that cannot be read is a problem."""
+        if artifact.path not in self.released:
+            self.released[artifact.path] = frozenset()
+            try:
+                self.released[artifact.path] = artifact.released
+            except UserError as error:
+                self.findings.problems.append(str(error))
+        return self.released[artifact.path]
+
+
+def is_driven(run: Path) -> bool:
+    """Whether somebody drives a run at this moment."""
+    return (run / RUN).exists() and (run / "lock").exists() and RunDirectory(run).holder() is not None
+
+
+def sha256_of(artifact: Artifact) -> dict[str, str]:
+    """The SHA-256 of each file of an artifact, by name."""
+    return {file.path: file.sha256 for file in artifact.manifest.files}
+
+
+def examine(artifact: Artifact, file: File) -> tuple[int, str | None]:
+    """The rows of one published file, and how it differs from the manifest."""
+    path = artifact.path / file.path
+    try:
+        if problem := artifact.damage_of(file):
+            return 0, problem
+        if not path.exists() and (problem := slack_of(path.with_name(path.name + COMPRESSED))):
+            return 0, problem
+        rows = count_rows(path) if path.suffix == ".jsonl" else 0
+    except OSError as error:
+        return 0, f"{error.filename or path}: it cannot be read: {error.strerror}"
+    return rows, None if rows == file.rows else f"{path}: it has {rows} rows, but the manifest says {file.rows}"
+
+
+def slack_of(path: Path) -> str | None:
+    """What is wrong in the bits of a compressed file that its content does not depend on.
+
+    The header is always the same, and what is left of the last byte before the checksum is zero.
+    """
+    with path.open("rb") as file:
+        header = file.read(len(HEADER))
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+        left = path.stat().st_size - len(HEADER) - TRAILER - 1
+        while left > 0:
+            chunk = file.read(min(CHUNK, left))
+            left -= len(chunk)
+            while chunk:
+                inflate.decompress(chunk, CHUNK)
+                chunk = inflate.unconsumed_tail
+        last = file.read(1)[0]
+    if header != HEADER or inflate.eof or _without_a_bit(inflate, last):
+        return f"{path}: it holds the right content, but is not as `pipeline gc` has written it"
+    return None
+
+
+def _without_a_bit(inflate: Any, last: int) -> bool:
+    """Whether the last byte of compressed data has a bit set that does not count."""
+
+    def rest(byte: int) -> bytes | None:
+        copy = inflate.copy()
+        try:
+            content: bytes = copy.decompress(bytes([byte]))
+        except zlib.error:
+            return None
+        return content if copy.eof else None
+
+    return any(last >> bit & 1 and rest(last ^ 1 << bit) == rest(last) for bit in range(8))
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a JSONL file."""
+    with open_stored(path) as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+def strays(artifact: Artifact) -> list[str]:
+    """Files in an artifact's directory that are not the artifact's."""
+    known = {MANIFEST, RELEASED}
+    for file in artifact.manifest.files:
+        stored = (artifact.path / file.path).exists()
+        known.add(file.path if stored else file.path + COMPRESSED)
+    found = (path.relative_to(artifact.path).as_posix() for path in artifact.path.rglob("*") if not path.is_dir())
+    return sorted(set(found) - known)
+
+
+def leftovers(run: Path) -> list[str]:
+    """What interrupted commands have left and nobody reads; not what the next attempt at a stage continues with."""
+    found = [f"{path}: it was never finished" for path in sorted(run.glob("*.tmp"))]
+    for folder, subfolders, _ in os.walk(run):
+        for name in sorted(name for name in subfolders if name.startswith(".")):
+            stage = re.match(r"\.(.+)\.(partial-\w+|released)$", name)
+            if name.startswith(".trash-") or (stage and (Path(folder, stage[1]) / MANIFEST).exists()):
+                found.append(f"{Path(folder, name)}: an interrupted command left it; `pipeline gc` deletes it")
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and Path(folder, name) != run / "logs"]
+    return found
+
+
+def named(readers: list[str]) -> str:
+    """`model of a, model of b and 3 more`."""
+    more = f" and {len(readers) - 3} more" if len(readers) > 3 else ""
+    return ", ".join(readers[:3]) + more

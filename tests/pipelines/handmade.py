@@ -1,0 +1,287 @@
+"""A finished run, shaped like a real one, whose artifacts are made by hand in a moment: two iterations, no model."""
+
+import gzip
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import yaml
+
+from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
+from contracts.artifacts import Artifact, Publication, input_digest, model_fingerprint
+from contracts.config import Role, StageConfig
+from contracts.fingerprint import digest, weights_fingerprint
+from contracts.ledger import Ledger
+from contracts.prompts import PromptsConfig, prompt_id
+from contracts.records import (
+    CHECKPOINT,
+    EVALUATION,
+    PAIRS,
+    PROMPTS,
+    ROLLOUTS,
+    SCORES,
+    Completion,
+    Message,
+    Pair,
+    Prompt,
+    Rollout,
+    Sampling,
+    Schema,
+    Score,
+)
+from contracts.stage import _flat, key_parts, stage_key
+from generation.config import GenerationConfig
+from training.config import DpoConfig
+
+VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0", "pyarrow": "26.0.1"}
+SHARD = 2
+"""Prompts per shard."""
+
+Mutation = Callable[[str, list[Any]], list[Any]]
+"""Given the name of a stage and the rows that it would publish, those that it does."""
+
+
+class HandmadeRun:
+    """`build` makes the whole of it; the paths of what it reads from outside lie beside it."""
+
+    def __init__(self, folder: Path, mutate: Mutation = lambda name, rows: rows) -> None:
+        self.path = folder / "runs" / "handmade"
+        self.source = folder / "prompts.jsonl"
+        self.model = folder / "model"
+        self.judge = folder / "judge"
+        self.rules = folder / "rules.py"
+        self.mutate = mutate
+
+    def build(self) -> "HandmadeRun":
+        """Publish everything, from the prompts to the last evaluation."""
+        with mock.patch.object(os, "fsync"):  # no power cut is expected
+            self._build()
+        return self
+
+    def _build(self) -> None:
+        self.path.mkdir(parents=True)
+        texts = [f"What is {number} and [bold]{number}[/bold]?" for number in range(5)]
+        self.source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+        write_model(self.model, "initial")
+        write_model(self.judge, "judge")
+        self.rules.write_text("def long(*, response, **_):\n    return len(response)\n")
+        self.prompts("prompts/heldout", texts[3:])
+        self.prompts("prompts/train", texts[:3])
+        policy = self.model
+        self.evaluate(0, policy)
+        for iteration in (1, 2):
+            policy = self.improve(iteration, policy)
+            self.evaluate(iteration, policy)
+        settings = {"policy": str(self.model)}
+        record = {"config": "../../handmade.yaml", "iterations": 2, "settings": settings}
+        (self.path / "run.json").write_text(json.dumps(record))
+        (self.path / "config.resolved.yaml").write_text(yaml.safe_dump(settings))
+        (self.path / "lock").touch()
+        self.write_metrics()
+
+    def improve(self, iteration: int, policy: Path) -> Path:
+        """One iteration; returns the next policy."""
+        here = f"iteration-{iteration:03d}"
+        rollouts = self.rollouts(f"{here}/generation", policy, "prompts/train", iteration)
+        rewards = self.scores(f"{here}/reward", rollouts, "reward")
+        pairs = self.pairs(f"{here}/pairs", rollouts, rewards)
+        reference = self.scores(f"{here}/reference", rollouts, "reference", pairs)
+        return self.checkpoint(f"{here}/training", policy, pairs, reference)
+
+    def evaluate(self, iteration: int, policy: Path) -> None:
+        """Judge a policy."""
+        here = f"iteration-{iteration:03d}"
+        rollouts = self.rollouts(f"{here}/heldout/generation", policy, "prompts/heldout", iteration)
+        scores = {name: self.scores(f"{here}/heldout/{name}", rollouts, name) for name in ("reward", "gold")}
+        config = EvaluationConfig(
+            output=self.path / here / "evaluation", rollouts=rollouts, scores=scores, iteration=iteration
+        )
+        mean = sum(row.score for row in Artifact.open(scores["reward"]).rows(Score)) / 6
+        metrics = {"iteration": iteration, "reward_mean": mean, "kl": None}
+        content = {"evaluation.json": json.dumps(metrics, indent=1).encode()}
+        publish(config, EVALUATION, {}, content, facts={"metrics": metrics})
+
+    def prompts(self, name: str, texts: list[str]) -> Path:
+        """Publish prompts."""
+        rows = [Prompt(prompt_id([Message("user", text)]), (Message("user", text),)) for text in texts]
+        return publish(
+            PromptsConfig(output=self.path / name, source=self.source, limit=len(rows)), PROMPTS, {0: rows}, {}
+        )
+
+    def rollouts(self, name: str, policy: Path, prompts: str, iteration: int) -> Path:
+        """Publish three random answers to every prompt."""
+        config = GenerationConfig(
+            output=self.path / name, policy=policy, prompts=self.path / prompts, iteration=iteration, k=3, seed=7
+        )
+        chance = random.Random(name)
+        weights = model_fingerprint(policy)
+        rows = []
+        for prompt in Artifact.open(self.path / prompts).rows(Prompt):
+            completions = tuple(answer(chance, sample) for sample in range(3))
+            ids = (1, *prompt.messages[0].content.encode())
+            rows.append(
+                Rollout(prompt.prompt_id, prompt.messages, ids, completions, weights, iteration, "processed", None)
+            )
+        rows = self.mutate(name, rows)
+        shards = {number: rows[start : start + SHARD] for number, start in enumerate(range(0, len(rows), SHARD))}
+        return publish(config, ROLLOUTS, shards, {}, weights=weights)
+
+    def scores(self, name: str, rollouts: Path, scorer: str, pairs: Path | None = None) -> Path:
+        """Publish random scores of rollouts, or only of the samples that occur in pairs."""
+        kinds: dict[str, dict[str, Any]] = {
+            "reward": {"kind": "reward_model", "model": self.judge},
+            "gold": {"kind": "rule", "function": f"{self.rules}:long"},
+            "reference": {"kind": "logprobs", "model": self.model},
+        }
+        config = ScoreConfig(output=self.path / name, rollouts=rollouts, name=scorer, pairs=pairs, **kinds[scorer])
+        chance = random.Random(name)
+        wanted = None
+        if pairs:
+            chosen = list(Artifact.open(pairs).rows(Pair))
+            wanted = {(row.prompt_id, sample) for row in chosen for sample in (row.chosen_sample, row.rejected_sample)}
+        rows = [
+            Score(rollout.prompt_id, completion.sample, chance.random())
+            for rollout in Artifact.open(rollouts).rows(Rollout)
+            for completion in rollout.completions
+            if wanted is None or (rollout.prompt_id, completion.sample) in wanted
+        ]
+        shards: dict[int, list[Any]] = {}
+        places = place_of(Artifact.open(rollouts))
+        for row in self.mutate(name, rows):
+            shards.setdefault(places.get(row.prompt_id, 0), []).append(row)
+        return publish(config, SCORES, shards, {}, facts={"scorer": scorer})
+
+    def pairs(self, name: str, rollouts: Path, scores: Path, margin: float = 0.0) -> Path:
+        """Publish the best against the worst answer of every prompt."""
+        config = PairsConfig(output=self.path / name, rollouts=rollouts, scores=scores, margin=margin)
+        by_sample = {(row.prompt_id, row.sample): row.score for row in Artifact.open(scores).rows(Score)}
+        rows = []
+        for rollout in Artifact.open(rollouts).rows(Rollout):
+            rated = sorted(rollout.completions, key=lambda c: by_sample.get((rollout.prompt_id, c.sample), 0.0))
+            rows.append(pair_of(rollout, rated[-1], rated[0], by_sample))
+        manifest = Artifact.open(rollouts).manifest
+        content = {"train.parquet": random.Random(name).randbytes(50)}
+        return publish(config, PAIRS, {0: self.mutate(name, rows)}, content, weights=manifest.weights)
+
+    def checkpoint(self, name: str, model: Path, pairs: Path, reference: Path) -> Path:
+        """Publish a model directory."""
+        inputs: dict[str, Any] = {"model": model, "pairs": [pairs], "reference": [reference]}
+        config = DpoConfig(output=self.path / name, **inputs, seed=11, beta=0.2)
+        scratch = self.path / ".model"
+        write_model(scratch, name)
+        content = {file.name: file.read_bytes() for file in scratch.iterdir()}
+        weights = weights_fingerprint(scratch)
+        for file in scratch.iterdir():
+            file.unlink()
+        scratch.rmdir()
+        (weights,) = self.mutate(f"{name} weights", [weights])
+        return publish(config, CHECKPOINT, {}, content, weights=weights, log=[{"step": 1, "loss": 0.69}])
+
+    def write_metrics(self) -> None:
+        """Write metrics.jsonl as the driver does."""
+        lines = []
+        for iteration in (0, 1, 2):
+            here = self.path / f"iteration-{iteration:03d}"
+            policy = here / "training" if iteration else self.model
+            metrics = Artifact.open(here / "evaluation").manifest.facts["metrics"]
+            lines.append(json.dumps({**metrics, "policy": str(policy)}) + "\n")
+        (self.path / "metrics.jsonl").write_text("".join(lines))
+
+
+def answer(chance: random.Random, sample: int) -> Completion:
+    """A random answer."""
+    ids = tuple(chance.randrange(3, 250) for _ in range(chance.randrange(2, 6)))
+    logprobs = tuple(-chance.random() for _ in ids)
+    return Completion(sample, ids, f"answer {ids}", "length", logprobs, 100 + sample, Sampling(0.9, 1, 0, 8))
+
+
+def pair_of(rollout: Rollout, better: Completion, worse: Completion, scores: dict[tuple[str, int], float]) -> Pair:
+    """The pair of two answers."""
+    high, low = (scores.get((rollout.prompt_id, completion.sample), 0.0) for completion in (better, worse))
+    return Pair(
+        pair_id=digest([rollout.prompt_id, rollout.iteration, better.sample, worse.sample])[:16],
+        prompt_id=rollout.prompt_id,
+        prompt=rollout.messages[-1].content,
+        prompt_ids=rollout.prompt_ids,
+        chosen_ids=better.response_ids,
+        rejected_ids=worse.response_ids,
+        chosen=better.text,
+        rejected=worse.text,
+        chosen_sample=better.sample,
+        rejected_sample=worse.sample,
+        chosen_finish_reason=better.finish_reason,
+        rejected_finish_reason=worse.finish_reason,
+        chosen_score=high,
+        rejected_score=low,
+        margin=high - low,
+        strategy="max_min",
+        iteration=rollout.iteration,
+    )
+
+
+def place_of(rollouts: Artifact) -> dict[str, int]:
+    """The number of the shard that holds each prompt."""
+    rows = [row.prompt_id for row in rollouts.rows(Rollout)]
+    return {name: number // SHARD for number, name in enumerate(rows)}
+
+
+def publish(
+    config: StageConfig,
+    schema: Schema,
+    shards: dict[int, list[Any]],
+    files: dict[str, bytes],
+    *,
+    log: list[Any] | None = None,
+    weights: str | None = None,
+    facts: dict[str, Any] | None = None,
+) -> Path:
+    """Publish rows and files under the key that the stage would have; returns the directory."""
+    parts = key_parts(config, VERSIONS)
+    publication = Publication(config.output, schema, config.stage, stage_key(parts))
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    publication.begin()
+    for number, rows in shards.items():
+        ledger = Ledger("rows")
+        ledger.keep(len(rows))
+        ledger.drop("too_long", number)
+        publication.write_rows(f"shard-{number:05d}.jsonl", rows, ledger)
+    for name, content in files.items():
+        publication.scratch(name).write_bytes(content)
+        publication.commit(name, Ledger("rows"))
+    if log is not None:
+        publication.write_rows("training-log.jsonl", log, Ledger("rows"))
+    publication.publish(
+        key_parts=parts,
+        inputs=parts["inputs"],
+        input_paths=json.loads(json.dumps(_flat(config.select(Role.INPUT)), default=str)),
+        unit="rows",
+        weights=weights,
+        versions=VERSIONS,
+        seconds={"total": 1.0},
+        facts=facts or {},
+    )
+    assert input_digest(config.output) == Artifact.open(config.output).manifest.digest
+    return config.output
+
+
+def write_model(folder: Path, name: str) -> None:
+    """A model directory whose weights nobody could load, in the right format."""
+    folder.mkdir(exist_ok=True)
+    data = random.Random(name).randbytes(64)
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    (folder / "config.json").write_text(json.dumps({"architectures": ["None"], "name": name}))
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def compress(shard: Path) -> Path:
+    """Keep a file compressed, as `pipeline gc` does."""
+    packed = shard.with_name(shard.name + ".gz")
+    with packed.open("wb") as file, gzip.GzipFile("", "wb", 6, file, mtime=0) as writer:
+        writer.write(shard.read_bytes())
+    shard.unlink()
+    return packed
