@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from contracts.callables import source_file
+from contracts.callables import source_files
 from contracts.config import StageConfig, identity, input_path, runtime
 
 
@@ -55,8 +55,8 @@ class ScoreConfig(StageConfig):
         return self
 
     def source_files(self) -> dict[str, Path]:
-        """The file of the rule's function."""
-        return {"function": source_file(self.function)} if self.function else {}
+        """The file of the rule's function, and the user's own modules that it imports."""
+        return source_files(self.function) if self.function else {}
 
 
 class PairsConfig(StageConfig):

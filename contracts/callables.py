@@ -5,12 +5,14 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from contracts.errors import UserError
 from contracts.fingerprint import digest
+
+OWN_PACKAGES = ("annotation", "contracts", "embedded", "generation", "pipelines", "training")
 
 
 @functools.cache
@@ -67,6 +69,9 @@ def source_file(path: str) -> Path:
             spec = importlib.util.find_spec(module_name) if module_name else None
         except ModuleNotFoundError:
             spec = None
+        here = Path.cwd().joinpath(*module_name.split(".")).with_suffix(".py")
+        if spec is None and here.is_file():  # `python -m` finds it in the stage, an installed command does not
+            spec = importlib.util.spec_from_file_location(module_name, here)
         file = Path(spec.origin) if spec and spec.origin else Path(module_name or path)
     if not file.is_file():
         raise UserError(f"function {path!r}: no module or file {module_name or path!r} was found. Check the spelling.")
@@ -74,12 +79,56 @@ def source_file(path: str) -> Path:
     return file
 
 
-def _require_name(file: Path, path: str) -> None:
-    """Raise UserError unless the source can be read and defines, or imports, the function's name at its top level."""
+def source_files(path: str) -> dict[str, Path]:
+    """The source of `package.module:function` or `file.py:function`, and of the user's modules that it imports.
+
+    These are the ones in the working directory, which driver and stage have in common. Libraries are known by their
+    versions, and Ratchet's own packages by the stages' code versions.
+
+    Raises:
+        UserError: as `source_file`.
+    """
+    found = {"function": source_file(path)}
+    todo = list(found.values())
+    while todo:
+        file = todo.pop()
+        for name, imported in _own_imports(file, _parse(file, path)):
+            if imported not in found.values():
+                found[name] = imported
+                todo.append(imported)
+    return found
+
+
+def _own_imports(file: Path, tree: ast.Module) -> Iterator[tuple[str, Path]]:
+    """Name and file of each module of the user's own that a source imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names, start = [alias.name for alias in node.names], Path.cwd()
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names = [module, *(f"{module}.{alias.name}".lstrip(".") for alias in node.names)]
+            start = file.parents[node.level - 1] if node.level else Path.cwd()
+        else:
+            continue
+        for name in names:
+            if not name or name.partition(".")[0] in OWN_PACKAGES:
+                continue
+            module_path = start.joinpath(*name.split("."))
+            for candidate in (module_path.with_suffix(".py"), module_path / "__init__.py"):
+                if candidate.is_file():
+                    yield name, candidate
+
+
+def _parse(file: Path, path: str) -> ast.Module:
     try:
-        tree = ast.parse(file.read_bytes(), str(file))
+        return ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError) as error:
         raise UserError(f"function {path!r}: {file} is not valid Python: {error}.") from error
+
+
+def _require_name(file: Path, path: str) -> None:
+    """Raise UserError unless the source can be read and defines, or imports, the function's name at its top level."""
+    tree = _parse(file, path)
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -1,0 +1,51 @@
+"""Functions of the user's own: found without running them, and known by all of the user's code that they use."""
+
+from pathlib import Path
+
+import pytest
+
+from contracts.callables import source_file, source_files
+from contracts.errors import UserError
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a rule that imports a module, which imports a package, which imports its sibling."""
+    files = {
+        "rules.py": "import words\n\ndef judge(**kw):\n    from scales.fine import grade\n    return 1\n",
+        "words.py": "from contracts.errors import UserError\nimport rules\n",
+        "scales/__init__.py": "",
+        "scales/fine.py": "from . import coarse\nfrom .units import UNIT\ndef grade(): ...\n",
+        "scales/coarse.py": "",
+        "scales/units.py": "UNIT = 1\n",
+        "unrelated.py": "",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", ["rules.py:judge", "rules:judge"])
+def test_all_of_the_users_own_modules_count(project: Path, path: str) -> None:
+    found = {file.resolve().relative_to(project.resolve()).as_posix() for file in source_files(path).values()}
+    assert found == {"rules.py", "words.py", "scales/fine.py", "scales/coarse.py", "scales/units.py"} | (
+        {"scales/__init__.py"} if "scales/__init__.py" in found else set()
+    )
+
+
+def test_the_projects_own_rules_are_a_single_file(project: Path) -> None:
+    assert list(source_files("embedded.reviews:gold_score")) == ["function"]
+
+
+def test_what_cannot_be_read_is_a_mistake_of_the_users(project: Path) -> None:
+    (project / "words.py").write_text("def (")
+    with pytest.raises(UserError, match=r"words.py is not valid Python"):
+        source_files("rules.py:judge")
+    with pytest.raises(UserError, match="has no function 'nothing'"):
+        source_file("rules:nothing")
+    with pytest.raises(UserError, match="no module or file"):
+        source_file("nowhere:judge")
