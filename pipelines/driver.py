@@ -50,7 +50,8 @@ class Driver:
     def __init__(self, run: RunDirectory, graph: Graph, config: RunConfig, display: Display) -> None:
         self.run = run
         self.graph = graph
-        self.order = graph.by_urgency()
+        # Weights can go once their policy is judged: then one iteration is finished after another.
+        self.order = graph.by_urgency() if config.retention.keep == "all" else list(graph.nodes.values())
         self.config = config
         self.display = display
         self.executor = make_executor(config.executor.kind)

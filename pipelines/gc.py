@@ -83,17 +83,17 @@ def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> l
     graph = whole_graph(run)
     published = settled(graph)
     steps = [Step("delete", path, reason, own_bytes(_files_in(path))) for path, reason in leftovers(run.path)]
-    for path in sorted(manifest.parent for manifest in (run.path / SUPERSEDED).rglob(MANIFEST)):
-        size = own_bytes(_files_in(path))
-        steps.append(
-            Step("delete", path, "replaced by what is published now", size)
-            if superseded
-            else Step("keep", path, "--superseded deletes it", size)
-        )
+    old = sorted(manifest.parent for manifest in (run.path / SUPERSEDED).rglob(MANIFEST))
+    if superseded:
+        steps += [Step("delete", path, "published under another key", own_bytes(_files_in(path))) for path in old]
+    elif old:
+        size = own_bytes(_files_in(run.path / SUPERSEDED))
+        steps.append(Step("keep", run.path / SUPERSEDED, f"{len(old)} artifacts; --superseded deletes them", size))
     for name, kept in why_kept(run.path, graph, published, section.keep).items():
         output = graph.nodes[name].output
         size = weight_bytes(Artifact.open(output))
-        steps.append(Step("keep" if kept else "release", output, kept or f"keep={section.keep}", size))
+        why = kept or f"its weights; nothing needs them, keep={section.keep}"
+        steps.append(Step("keep" if kept else "release", output, why, size))
     for node, kept in compressible(graph, published) if section.compress else ():
         size = own_bytes(path for path, _ in plain_shards(Artifact.open(node.output)))
         steps.append(Step("keep" if kept else "compress", node.output, kept or "its rows", size))

@@ -6,7 +6,7 @@ from it stays reused. Where a stage has to run that needs the weights, the drive
 Whatever is done here can be killed at any instant, and then
   a released.json whose files are still there         the next time deletes them
   FILE beside FILE.gz                                 the next time checks FILE.gz and deletes FILE
-  a scratch file                                      is deleted by the next time, or by `pipeline gc`
+  a scratch file, or a directory .trash-*             is deleted the next time, or by `pipeline gc`
   .NAME.released (what NAME had published before)     the next driver gives it its name back, if nobody else has it
 """
 
@@ -44,7 +44,7 @@ from contracts.jsonl import COMPRESSED
 from pipelines.config import RetentionSection
 from pipelines.decisions import SUPERSEDED
 from pipelines.graph import Graph, Node
-from pipelines.report import best_of, evaluations
+from pipelines.report import best_of, evaluations, policy_of
 from pipelines.rundir import RunDirectory
 
 CHECKPOINT = re.compile(r"iteration-(\d+)/(training|ema)")
@@ -74,6 +74,11 @@ def why_kept(run: Path, graph: Graph, published: Collection[str], keep: str) -> 
     policies, averages = ([name for name in numbers if name.endswith(kind)] for kind in ("/training", "/ema"))
     latest = policies[-int(keep.removeprefix("last ")) :] if keep.startswith("last ") else []
     readers = still_read(graph, published)
+    unjudged = [
+        graph.owner(policy_of(node, graph))
+        for node in graph.nodes.values()
+        if node.config.stage == "evaluation" and node.name not in published
+    ]
     rows = evaluations(graph)
     best = graph.owner(best_of(rows)[0]) if rows else None
     reasons: dict[str, str | None] = {}
@@ -91,6 +96,8 @@ def why_kept(run: Path, graph: Graph, published: Collection[str], keep: str) -> 
             reasons[name] = "the last policy, from which more iterations start"
         elif name in averages[-1:]:
             reasons[name] = "the last average"
+        elif name in unjudged:
+            reasons[name] = "not judged yet"
         elif name == best:
             reasons[name] = "the best so far"
         elif number in [numbers[policy] for policy in latest]:
@@ -334,7 +341,9 @@ def drop_aside(output: Path, run: Path) -> bool:
 
 
 def restore(run: Path) -> None:
-    """After a kill: put back what a released stage had published, unless it has been made again."""
+    """After a kill: put back what a released stage had published, unless it has been made again, and end deletions."""
+    for trash in run.glob(f"{TRASH}*"):
+        shutil.rmtree(trash)
     for aside, output in asides(run):
         if (output / MANIFEST).is_file():
             discard(aside, run)
@@ -386,7 +395,7 @@ class Retention:
         try:
             for name, kept in why_kept(self.run.path, self.graph, published, self.section.keep).items():
                 if kept is None:
-                    reason = f"keep={self.section.keep}"
+                    reason = f"its weights; nothing needs them, keep={self.section.keep}"
                     freed = release(Artifact.open(self.graph.nodes[name].output), reason)
                     self._done("release", name, freed, reason)
             for node, kept in compressible(self.graph, published) if self.section.compress else ():
