@@ -49,6 +49,7 @@ class HandmadeRun:
     """`build` makes the whole of it; the paths of what it reads from outside lie beside it."""
 
     def __init__(self, folder: Path, mutate: Mutation = lambda name, rows: rows) -> None:
+        self.salt = ""  # other weights for another salt
         self.path = folder / "runs" / "handmade"
         self.source = folder / "prompts.jsonl"
         self.model = folder / "model"
@@ -66,8 +67,9 @@ class HandmadeRun:
         self.path.mkdir(parents=True)
         texts = [f"What is {number} and [bold]{number}[/bold]?" for number in range(5)]
         self.source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-        write_model(self.model, "initial")
-        write_model(self.judge, "judge")
+        for model in (self.model, self.judge):
+            if not model.exists():
+                write_model(model, model.name)
         self.rules.write_text("def long(*, response, **_):\n    return len(response)\n")
         self.prompts("prompts/heldout", texts[3:])
         self.prompts("prompts/train", texts[:3])
@@ -172,7 +174,7 @@ class HandmadeRun:
         inputs: dict[str, Any] = {"model": model, "pairs": [pairs], "reference": [reference]}
         config = DpoConfig(output=self.path / name, **inputs, seed=11, beta=0.2)
         scratch = self.path / ".model"
-        write_model(scratch, name)
+        write_model(scratch, name + self.salt)
         content = {file.name: file.read_bytes() for file in scratch.iterdir()}
         weights = weights_fingerprint(scratch)
         for file in scratch.iterdir():

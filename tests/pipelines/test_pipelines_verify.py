@@ -73,7 +73,7 @@ def test_every_flipped_bit_is_found_and_its_file_named(finished: HandmadeRun) ->
     published = [path.parent for path in finished.path.rglob(MANIFEST)]
     files = sorted(file for folder in published for file in folder.rglob("*") if file.name != "released.json")
     assert {file.suffix for file in files} == {".json", ".jsonl", ".gz", ".safetensors", ".parquet"}
-    places = [(file, chance.randrange(file.stat().st_size)) for file in [*files, *chance.choices(files, k=200)]]
+    places = [(file, chance.randrange(file.stat().st_size)) for file in [*files, *chance.choices(files, k=120)]]
     for file, position in places:
         content = file.read_bytes()
         flipped = bytearray(content)
@@ -347,6 +347,18 @@ def test_what_is_gone_from_outside_is_only_noted(run: HandmadeRun) -> None:
     assert [note.partition(":")[0] for note in findings.notes] == [str(run.judge), str(run.source)]
     assert "model of iteration-000/heldout/reward, " in findings.notes[0]
     assert " and 2 more" in findings.notes[0]
+
+
+def test_what_another_run_has_published_is_checked_where_it_was_read(run: HandmadeRun, tmp_path: Path) -> None:
+    other = HandmadeRun(tmp_path / "other")
+    other.salt = "other"
+    other.model = run.path / "iteration-002/training"
+    other.build()
+    assert verify(other.path).problems == []
+    damaged = other.model / "config.json"
+    damaged.write_bytes(damaged.read_bytes() + b" ")
+    problems = verify(other.path).problems
+    assert [str(damaged) in problem for problem in problems] == [True]
 
 
 def test_leftovers_are_warnings_unless_somebody_drives_the_run(run: HandmadeRun) -> None:
