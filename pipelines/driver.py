@@ -218,6 +218,7 @@ class Driver:
 
     def retry_or_fail(self, running: Running) -> None:
         """After an attempt that published nothing: plan the next one, or stop the run."""
+        require_space(self.run.path, "directory")
         ending = ending_of(running.attempt)
         name = running.node.name
         pause = self.retries.pause_after(name, ending.kind)
@@ -231,7 +232,6 @@ class Driver:
         """Stop the run with what the stage left as its reason."""
         name, log = running.node.name, running.attempt / "stage.log"
         self.display.failed(running.node)
-        require_space(self.run.path, "directory")
         program = ["python", "-m", "pipelines"] if sys.argv[0].endswith("__main__.py") else [sys.argv[0]]
         resume = f"Then continue with: {shlex.join([*program, *sys.argv[1:]])}"
         if ending.kind == "user":
