@@ -3,7 +3,7 @@
 from contracts.records import CHECKPOINT
 from contracts.stage import Command, main
 from training.config import DpoConfig, EmaConfig, RewardConfig, SftConfig
-from training.launch import leaves_without_teardown
+from training.launch import die_with_launcher, leaves_without_teardown
 
 LAUNCH = "training.launch:launch"
 COMMANDS = {
@@ -14,5 +14,6 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
+    die_with_launcher()
     with leaves_without_teardown():
         main(COMMANDS, "training")

@@ -1,18 +1,21 @@
 """The published checkpoint: one way to write it under every parallel layout, validated before it is handed on."""
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from contracts.artifacts import Publication
+from contracts.attempt import beat
 from contracts.fingerprint import TOKENIZER_FILES
 from contracts.ledger import Ledger
 from training.models import Shapes
@@ -51,8 +54,9 @@ def save_checkpoint(
     _require_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes)
     tensors = _separate(revert_weight_conversion(model, state), dtype)
     for name, group in _shards(tensors, shard_bytes):
+        beat()
         scratch = publication.scratch(name)
-        save_file(group, scratch, {"format": "pt"})
+        _save(group, scratch)
         _validate(scratch, group)
         publication.commit(name, Ledger(unit))
     names = dict(_index(tensors, shard_bytes))
@@ -106,6 +110,15 @@ def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> Iterator[tuple[str,
     for name, file in _index(tensors, shard_bytes):
         groups.setdefault(file, {})[name] = tensors[name]
     yield from groups.items()
+
+
+def _save(group: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(group, path, {"format": "pt"})
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):  # such as a full disk, in safetensors' own words
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
 
 
 def _validate(path: Path, expected: dict[str, Tensor]) -> None:

@@ -53,8 +53,8 @@ class TrainingConfig(StageConfig):
     """Processes on this machine, one device each, started by `accelerate launch`."""
     accelerate_config: Path | None = runtime(None)
     """File for `accelerate launch`, for example configs/accelerate/zero3.yaml; None: plain data parallel."""
-    checkpoint_every: int | None = runtime(None, ge=1)
-    """Save the state of the training every so many optimizer steps, to continue from after a kill."""
+    checkpoint_seconds: float = runtime(300.0, ge=0)
+    """Save the state of the training at least this often, to go on from after a kill; 0: after every step."""
 
 
 class SftConfig(TrainingConfig):

@@ -59,11 +59,6 @@ def start(config: TrainingConfig, dtype: torch.dtype) -> Accelerator:
             "to the number started; on CPUs use distributed_type MULTI_GPU with use_cpu: true, never MULTI_CPU."
         )
     if zero_stage(accelerator):
-        if config.checkpoint_every is not None:
-            raise UserError(
-                "checkpoint_every is not available under DeepSpeed, whose checkpoints are pickles. Leave it out: a "
-                "killed stage then starts again from its beginning."
-            )
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = 1  # only used for DeepSpeed's throughput log
         settings["gradient_accumulation_steps"] = 1  # the loop decides where a step ends

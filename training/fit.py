@@ -16,9 +16,12 @@ from training.config import TrainingConfig
 from training.data import Row
 from training.distributed import gather, pick_dtype, start, zero_stage
 from training.logprobs import TokenLogprobs, require_same_logits
-from training.loop import Line, Loss, evaluate, train
+from training.loop import Loss, train
 from training.models import set_modes, set_trainable, tensor_shapes
-from training.state import TrainingState
+from training.state import Line, TrainingState
+
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+"""What each optimizer keeps for every weight, under torch's names."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,14 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
                 require_same_logits(prepared, module, task.rows[0].sequences[0], accelerator.device)
     state = TrainingState(
         context.publication.directory / "state" / "training.safetensors",
+        accelerator,
         module,
         optimizer,
-        every=config.checkpoint_every,
-        writes=accelerator.is_main_process,
+        moments=MOMENTS[config.optimizer],
+        seconds=config.checkpoint_seconds,
     )
     with context.timed("compute"):
-        log = train(config, context, accelerator, prepared, optimizer, task.rows, task.loss, state)
-        if task.held_out:
-            figures = evaluate(config, accelerator, prepared, task.held_out, task.loss)
-            log[-1].update({f"held_out_{name}": value for name, value in figures.items()})
+        log = train(config, context, accelerator, prepared, optimizer, task.rows, task.held_out, task.loss, state)
     with context.timed("save"):
         gathered = gather(accelerator, prepared, module)
         accelerator.wait_for_everyone()

@@ -4,28 +4,34 @@
       python -m training.launch …       `accelerate launch` with its exit codes mended, starts
         python -m training dpo …        one process per rank
 
-A rank's exit code reaches the parent: 2 stays the user's mistake.
+A rank's exit code reaches the parent: 2 stays the user's mistake, 143 a stop by SIGTERM. A request to stop goes the
+other way, to all ranks; and each process dies with the one above it.
 """
 
 import contextlib
 import json
 import logging
+import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from contracts import stopping
+from contracts.attempt import report_failure
 from contracts.config import read_yaml
 from contracts.errors import UserError
 from contracts.processes import die_with_parent, end_groups
-from contracts.stopping import grace_seconds
 from training.config import TrainingConfig
 
 PLAIN = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": 1, "machine_rank": 0}
 """Plain data parallelism. On CPUs as well, with use_cpu: under MULTI_CPU accelerate starts one process only."""
+LAUNCHER = "RATCHET_LAUNCHER"
+"""Environment variable of a rank: the process id of its launcher."""
 
 
 def launch(config: TrainingConfig) -> bool:
@@ -34,21 +40,24 @@ def launch(config: TrainingConfig) -> bool:
     Raises:
         SystemExit: the processes failed; the message and the exit code are theirs.
     """
-    if "RANK" in os.environ or (config.processes == 1 and config.accelerate_config is None):
+    if "RANK" in os.environ:
         return False
     settings = launcher_settings(config)
+    if config.processes == 1 and settings["distributed_type"] != "DEEPSPEED":
+        return False
     with tempfile.TemporaryDirectory(prefix="ratchet-launch-") as directory:
         folder = Path(directory)
         (folder / "stage.json").write_text(config.model_dump_json())
         (folder / "accelerate.json").write_text(json.dumps(settings))
-        command = [sys.executable, "-m", "training.launch", config.stage, directory]
+        command = [sys.executable, "-m", "training.launch", str(os.getpid()), config.stage, directory]
         process = subprocess.Popen(command, start_new_session=True)
         try:
             code = process.wait()
         finally:
-            end_groups([process], grace_seconds() + 5)
+            with stopping.deferred():  # asked a second time, it goes on waiting for the ranks
+                end_groups([process], stopping.grace_seconds() + 5)
     if code:
-        raise SystemExit(code)
+        raise SystemExit(code if code > 0 else 128 - code)
     return True
 
 
@@ -71,6 +80,12 @@ def launcher_settings(config: TrainingConfig) -> dict[str, Any]:
             f"processes={declared}, or take the line out of the file."
         )
     return {**settings, "num_processes": config.processes}
+
+
+def die_with_launcher() -> None:
+    """In a rank that `launch` has started: end when the launcher ends, also if it has ended already."""
+    if launcher := os.environ.get(LAUNCHER):
+        die_with_parent(int(launcher))
 
 
 @contextlib.contextmanager
@@ -96,33 +111,61 @@ def leaves_without_teardown() -> Iterator[None]:
 
 def main() -> int:
     """The middle process: `accelerate launch`."""
-    die_with_parent()
+    parent, stage, directory = sys.argv[1:]
+    die_with_parent(int(parent))
+    stopping.listen()
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    stage, directory = sys.argv[1:]
     folder = Path(directory)
     settings = json.loads((folder / "accelerate.json").read_text())
     if not torch.cuda.is_available():
         settings["use_cpu"] = True
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if settings.get("distributed_type") == "MULTI_GPU" and settings["num_processes"] == 1:
-        settings["distributed_type"] = "NO"
-    (folder / "accelerate.json").write_text(json.dumps(settings))
+        (folder / "accelerate.json").write_text(json.dumps(settings))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings["num_processes"])))
+    os.environ[LAUNCHER] = str(os.getpid())
     # The ranks have reported their own failures; the launcher's table of exit codes adds nothing.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    arguments = ["--config_file", str(folder / "accelerate.json"), "--main_process_port", "0", "-m", "training", stage]
+    words = ["--config_file", str(folder / "accelerate.json"), "--main_process_port", "0", "-m", "training", stage]
+    arguments = launch_command_parser().parse_args([*words, "--config", str(folder / "stage.json")])
+    # torch's handlers would let go of the ranks when a second signal comes, as it does where all processes get one.
+    arguments.signals_to_handle = "SIGINT"
+    arguments.shutdown_timeout = math.ceil(stopping.grace_seconds()) + 2
+
+    def pass_on(number: int, frame: Any) -> NoReturn:
+        """Have torch's launcher send the signal to all ranks and wait for them; that happens once."""
+        for each in stopping.SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise SignalException(f"asked to stop by signal {number}", signal.Signals(number))
+
+    for number in stopping.SIGNALS:
+        signal.signal(number, pass_on)
     try:
-        launch_command(launch_command_parser().parse_args([*arguments, "--config", str(folder / "stage.json")]))
+        launch_command(arguments)
+    except SignalException as error:
+        return 128 + int(error.sigval)
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        for rank, failure in error.failures.items():
-            if failure.exitcode < 0:
-                print(f"process {rank} of the training was killed by signal {-failure.exitcode}", file=sys.stderr)
-        return UserError.exit_code if UserError.exit_code in codes else 1
+        return _code_of(error.failures)
     return 0
+
+
+def _code_of(failures: dict[int, Any]) -> int:
+    """The exit code of a training some of whose ranks have failed, from torch's records of them."""
+    first = min(failure.timestamp for failure in failures.values())
+    for rank, failure in failures.items():
+        # Those that followed the first were ended by the launcher itself.
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM and failure.timestamp <= first + 1:
+            text = f"process {rank} of the training was killed by signal {-failure.exitcode}"
+            print(text, file=sys.stderr)
+            report_failure("transient", text)
+    codes = {code if code > 0 else 128 - code for code in (failure.exitcode for failure in failures.values())}
+    if UserError.exit_code in codes:
+        return UserError.exit_code
+    # A rank that heard of the stop from another one leaves as if by SIGTERM, which has the highest number.
+    return min(codes) if codes <= {128 + number for number in stopping.SIGNALS} else 1
 
 
 if __name__ == "__main__":

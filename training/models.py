@@ -1,11 +1,14 @@
 """Loading the model that is trained."""
 
 import contextlib
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from contracts.errors import UserError
@@ -104,8 +107,22 @@ def set_modes(model: Any, gradient_checkpointing: bool) -> None:
     if gradient_checkpointing:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable()
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                # transformers recomputes only layers in training mode; set on the layer alone, not on what is in it.
+                # transformers recomputes only layers in training mode, in which some have a dropout of their own.
                 module.training = True
+                module._gradient_checkpointing_func = functools.partial(_recomputed, module)
+
+
+def _recomputed(layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+    """`forward` of a layer in evaluation mode, with its activations computed again in the backward pass."""
+
+    def evaluated(*inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(evaluated, *inputs, use_reentrant=False)

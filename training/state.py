@@ -1,62 +1,204 @@
-"""Continuing a killed training inside its stage: parameters, moments and the log, in one file written atomically.
+"""Going on with a training that was stopped or killed: weights, moments and log in one file, under every launch.
 
-What a crash can leave is the last file or the one before it, whole. Nothing in the loop is random, so a continued
-training equals an uninterrupted one bit for bit. safetensors and JSON only: no pickle is ever read.
+The file holds whole fp32 tensors by parameter name, so that a training may go on with another number of processes or
+another ZeRO stage. It is replaced by one rename: a crash leaves the last file or the one before it. Nothing in the loop
+is random, so with the same layout a continued training equals an uninterrupted one, bit for bit wherever the arithmetic
+repeats itself. safetensors and JSON only: no pickle is ever read.
 """
 
+import errno
+import itertools
 import json
+import math
 import os
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from contracts.attempt import beat
+from contracts.errors import UserError
+from training import zero
+from training.distributed import add_up, zero_stage
+from training.models import Shapes
+
+WEIGHTS = "weights"
+LOG = "log"
+"""Name of the log, as JSON, which may become longer than a safetensors header."""
+CHECKSUM = "crc32"
+"""Name of the file's last four bytes: the checksum of all that precedes them."""
+CHUNK = 16 << 20
+
+Line = dict[str, float | int]
 
 
 class TrainingState:
-    """The saved state of one training; every process reads it, rank 0 writes it."""
+    """The saved state of one training. Every process calls its methods at the same steps; rank 0 writes."""
 
-    def __init__(self, path: Path, model: torch.nn.Module, optimizer: Any, *, every: int | None, writes: bool) -> None:
-        """`path` lies in the stage's hidden directory, which only this very configuration uses."""
+    def __init__(
+        self,
+        path: Path,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: Any,
+        *,
+        moments: tuple[str, ...],
+        seconds: float,
+    ) -> None:
+        """Take what `accelerator` has prepared.
+
+        Args:
+            path: lies in the stage's hidden directory, which only this very configuration uses.
+            moments: names of what the optimizer keeps for every weight.
+            seconds: how old the saved state may become.
+        """
         self.path = path
-        self.every = every
-        self.writes = writes
-        self.optimizer = optimizer
         self.resumed_steps = 0
-        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self._accelerator = accelerator
+        self._zero = zero_stage(accelerator) > 0
+        self._optimizer = optimizer
+        self._parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self._kinds = (WEIGHTS, *moments)
+        self._seconds = seconds
+        self._saved = time.monotonic()
 
-    def save(self, log: list[dict[str, float | int]]) -> None:
-        """Replace the saved state, if one is due after `len(log)` steps."""
-        if not self.writes or self.every is None or len(log) % self.every:
-            return
-        tensors = {}
-        for name, parameter in self.parameters.items():
-            tensors[f"parameter/{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value
-        self.path.parent.mkdir(exist_ok=True)
-        scratch = self.path.with_name(self.path.name + ".tmp")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, scratch, {"log": json.dumps(log)})
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, self.path)
+    @property
+    def due(self) -> bool:
+        """Whether the time to save has come, by the clock of rank 0; False in the other processes."""
+        return self._accelerator.is_main_process and time.monotonic() - self._saved >= self._seconds
 
-    def resume(self) -> list[dict[str, float | int]]:
-        """Restore the saved state, if there is one, and return the log of the steps that it holds."""
-        if not self.path.is_file():
-            return []
+    def save(self, log: list[Line]) -> None:
+        """Replace the saved state by the present one, after the steps of `log`.
+
+        Raises:
+            OSError: there is no room for it; the one before stays.
+        """
+        if self._accelerator.is_main_process:
+            _write(self.path, self._shapes(), self._tensors(), json.dumps(log).encode())
+        elif self._zero:
+            for _ in self._tensors():  # whose parts rank 0 needs
+                beat()
+        self._saved = time.monotonic()
+
+    def read(self) -> list[Line]:
+        """The log of the steps that the saved state holds; empty where there is none, or none that is whole.
+
+        Raises:
+            UserError: it is the state of another model.
+        """
+        log: list[Line] = []
+        if self.path.is_file():
+            if _is_whole(self.path):
+                log = self._read_log()
+            elif self._accelerator.is_main_process:
+                print(f"{self.path} is damaged; the training starts from its beginning.", file=sys.stderr)
+        agreed = add_up(self._accelerator, {"readers": float(bool(log))})
+        return log if agreed["readers"] == self._accelerator.num_processes else []
+
+    def restore(self, log: list[Line]) -> None:
+        """Put the saved state, which `read` found with this log, into the model and the optimizer.
+
+        DeepSpeed must have taken a step before, because it makes the optimizer's moments then.
+        """
         with safe_open(self.path, "pt") as file, torch.no_grad():
-            for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                kind, _, name = key.partition("/")
-                parameter = self.parameters[name]
-                value = file.get_tensor(key)
-                if kind == "parameter":
-                    parameter.copy_(value)
+            for name, parameter in self._parameters.items():
+                beat()
+                # Copies, so that nothing keeps the file's blocks on the disk when it has been replaced.
+                tensors = {kind: file.get_tensor(f"{kind}/{name}").clone() for kind in self._kinds}
+                weights = tensors.pop(WEIGHTS)
+                if self._zero:
+                    zero.set_weights(parameter, weights)
+                    for moment, value in tensors.items():
+                        zero.set_moment(parameter, moment, value)
                 else:
-                    # AdamW keeps its step counter on the CPU and its moments beside the parameter.
-                    place = value.device if value.ndim == 0 else parameter.device
-                    self.optimizer.state[parameter][kind] = value.to(place)
-            log: list[dict[str, float | int]] = json.loads(file.metadata()["log"])
+                    parameter.copy_(weights)
+                    for moment, value in tensors.items():
+                        self._optimizer.state[parameter][moment] = value.to(parameter.device)
+                        self._optimizer.state[parameter]["step"] = torch.tensor(float(len(log)))
+        if self._zero:
+            zero.set_steps(self._optimizer, len(log))
         self.resumed_steps = len(log)
+
+    def _read_log(self) -> list[Line]:
+        with safe_open(self.path, "pt") as file:
+            names = set(file.keys()) - {LOG, CHECKSUM}
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            log: list[Line] = json.loads(file.get_tensor(LOG).numpy().tobytes())
+        expected = self._shapes()
+        if found != expected:
+            wrong = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+            raise UserError(
+                f"{self.path} is the saved state of another model: its {wrong} has shape {found.get(wrong)} instead of "
+                f"{expected.get(wrong)}. Remove it, and the training starts from its beginning."
+            )
         return log
+
+    def _shapes(self) -> Shapes:
+        shapes = {name: zero.whole_shape(parameter) for name, parameter in self._parameters.items()}
+        return {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in self._kinds}
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """The whole tensors, in the order of `_shapes`."""
+        for parameter in self._parameters.values():
+            yield zero.get_weights(parameter) if self._zero else parameter
+            for moment in self._kinds[1:]:
+                if self._zero:
+                    yield zero.get_moment(parameter, moment)
+                else:  # a parameter that no loss has reached yet has no moments
+                    yield self._optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
+
+
+def _write(path: Path, shapes: Shapes, tensors: Iterable[Tensor], log: bytes) -> None:
+    """Write fp32 tensors of these shapes as a safetensors file, with one of them at a time in this process's memory."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, shape in {**shapes, LOG: (len(log),), CHECKSUM: (4,)}.items():
+        dtype, width = ("F32", 4) if name in shapes else ("U8", 1)
+        start, end = end, end + width * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    size = len(header).to_bytes(8, "little")
+    path.parent.mkdir(exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.unlink(missing_ok=True)
+    if shutil.disk_usage(path.parent).free < len(header) + end:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    try:
+        with scratch.open("wb") as file:
+            checksum = 0
+            for data in itertools.chain([size, header], map(_numbers, tensors), [log]):
+                checksum = zlib.crc32(data, checksum)
+                file.write(data)
+                beat()
+            file.write(checksum.to_bytes(4, "little"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+    os.replace(scratch, path)
+
+
+def _numbers(tensor: Tensor) -> Any:
+    """What a file can write of a tensor."""
+    return tensor.detach().to("cpu", torch.float32).contiguous().flatten().numpy()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file ends with the checksum of all that precedes it."""
+    left, checksum = path.stat().st_size - 4, 0
+    with path.open("rb") as file:
+        while left > 0 and (data := file.read(min(left, CHUNK))):
+            checksum = zlib.crc32(data, checksum)
+            left -= len(data)
+            beat()
+        return left == 0 and file.read() == checksum.to_bytes(4, "little")

@@ -186,3 +186,17 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def training_log(output: Path) -> list[dict[str, Any]]:
     """The lines of a checkpoint's training log."""
     return [json.loads(line) for line in (output / "training-log.jsonl").read_text().splitlines()]
+
+
+def dpo_settings(models: dict[str, Path], pairs: dict[str, Path], output: Path, **changes: Any) -> dict[str, Any]:
+    """A short DPO training: 12 steps of 4 pairs."""
+    return {
+        "model": models["tied"],
+        "pairs": [pairs["pairs"]],
+        "reference": [pairs["reference"]],
+        "output": output,
+        "global_batch": 4,
+        "epochs": 2,
+        "learning_rate": 1e-3,
+        **changes,
+    }

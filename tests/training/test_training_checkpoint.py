@@ -1,18 +1,12 @@
-"""What is published: whole, validated, readable by others, the same bytes every time, also after a kill."""
+"""What is published: whole, validated, readable by others, the same bytes every time."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, run_here, training_log
+from conftest import dpo_settings, run_here, training_log
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,19 +15,6 @@ from contracts.fingerprint import weights_fingerprint
 from contracts.records import CHECKPOINT
 from training.checkpoint import save_checkpoint
 from training.models import tensor_shapes
-
-
-def dpo_settings(models: dict[str, Path], pairs: dict[str, Path], output: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model": models["tied"],
-        "pairs": [pairs["pairs"]],
-        "reference": [pairs["reference"]],
-        "output": output,
-        "global_batch": 4,
-        "epochs": 2,
-        "learning_rate": 1e-3,
-        **changes,
-    }
 
 
 @pytest.mark.parametrize("which", ["tied", "gqa"])
@@ -121,36 +102,3 @@ def test_a_damaged_state_is_never_published(damage: str, models: dict[str, Path]
     with pytest.raises(RuntimeError, match=name):
         save(tmp_path / "out", model, models["tied"], state)
     assert not list((tmp_path / "out").parent.glob("**/model.safetensors"))
-
-
-def test_sigkill_then_the_same_command_gives_the_same_bytes(
-    models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
-) -> None:
-    settings = dpo_settings(models, pairs, tmp_path / "out", checkpoint_every=4, epochs=15, nll_coefficient=0.1)
-    whole = run_here("dpo", **{**settings, "output": tmp_path / "whole", "checkpoint_every": None})
-    (tmp_path / "stage.json").write_text(json.dumps(settings, default=str))
-    command = [sys.executable, "-m", "training", "dpo", "--config", str(tmp_path / "stage.json")]
-    environment = {**os.environ, "RATCHET_ATTEMPT": str(tmp_path)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment)
-    deadline = time.monotonic() + 120
-    while not (states := list(tmp_path.glob(".out.partial-*/state/training.safetensors"))):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out").exists()
-    saved = tmp_path / "saved.safetensors"
-    shutil.copy(states[0], saved)
-    resumed = run_here("dpo", **settings)
-    assert resumed.manifest.files == whole.manifest.files
-    assert 0 < saved_steps(saved) < resumed.manifest.facts["steps"]
-    assert resumed.manifest.facts["resumed_steps"] == saved_steps(saved), "starting again would give the same bytes"
-    assert not (tmp_path / "out" / "state").exists()
-
-
-def saved_steps(state: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(state, "pt") as file:
-        return len(json.loads(file.metadata()["log"]))

@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import ROOT, run_cli, training_log
 from safetensors.torch import load_file
+from transformers import OPTConfig, OPTForCausalLM
 
 from contracts.artifacts import Artifact
+from training.models import set_modes
 
 ZERO2, ZERO3 = (ROOT / "configs" / "accelerate" / f"zero{stage}.yaml" for stage in (2, 3))
 LAYOUTS: dict[str, tuple[list[str], tuple[int, int]]] = {
@@ -77,6 +79,26 @@ def test_layout_changes_nothing(
 
 def weights(directory: Path) -> dict[str, Any]:
     return dict(load_file(directory / "model.safetensors"))
+
+
+def test_recomputation_switches_no_dropout_on() -> None:
+    """OPT's layers have a dropout that follows their own mode, which recomputation needs to be that of training."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=32, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, dropout=0.5, attention_dropout=0.5,
+    )  # fmt: skip
+    model = OPTForCausalLM(config)
+    ids = torch.arange(12)[None]
+    gradients = []
+    for recomputed in (False, True):
+        set_modes(model, recomputed)
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: value.grad.clone() for name, value in model.named_parameters()})
+    assert all(layer.training for layer in model.model.decoder.layers), "otherwise nothing is recomputed"
+    for name, value in gradients[0].items():
+        assert torch.equal(value, gradients[1][name]), name
 
 
 def test_a_declared_zero_stage_that_does_not_run_is_an_error(
