@@ -73,7 +73,14 @@ class Ancestry:
             found = index.find(link)
         except UserError as error:
             return {**entry, "state": "damaged", "error": str(error)}, None
-        entry |= {"state": found.state, "place": str(found.place), "part": found.part, "now": found.now}
+        entry |= {
+            "state": found.state,
+            "place": str(found.place),
+            "part": found.part,
+            "now": found.now,
+            "again": found.again,
+        }
+        entry["former"] = "/".join(part for part in index.inner(link.path) or (link.path,) if part)
         if found.artifact is None or found.state not in ("same", "replaced"):
             return entry, None
         there = index if found.inside else around(found.artifact.path)

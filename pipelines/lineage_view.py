@@ -22,7 +22,7 @@ def show(console: Console, found: Data) -> None:
     for number, item in enumerate(kinds[found["kind"]](found)):
         if number and isinstance(item, Tree):
             console.print()
-        console.print(item, soft_wrap=isinstance(item, Text))
+        console.print(item, soft_wrap=isinstance(item, Text) or not console.is_terminal)
     for file in found.get("unread", []):
         console.print(Text(f"not read: {file}"), soft_wrap=True)
 
@@ -124,9 +124,10 @@ def link_text(entry: Data) -> str:
     if entry["state"] == "gone":
         return f"{place}  is not there any more; its digest was {was}"
     if entry["state"] == "replaced":
-        now = f"now has the digest {entry['now'][:12]}" if entry["now"] else "is not there now"
-        return f"{place}  (found by its digest {was}; {_short(entry['path'])} {now})"
-    return place if name and not entry["part"] else f"{place}  digest {was}"
+        now = f"has the digest {entry['now'][:12]} now" if entry["now"] else "is not published now"
+        return f"{place}  (found by its digest {was}; {entry['former']} {now})"
+    again = f"  ({entry['former']} was made again since, with the same content)" if entry.get("again") else ""
+    return f"{place}{again}" if name and not entry["part"] else f"{place}  digest {was}{again}"
 
 
 def _pair(found: Data) -> Iterator[Tree | Text]:

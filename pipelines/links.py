@@ -29,6 +29,8 @@ class Link:
     digest: str
     path: str
     """Where it was: absolute, or as the user gave it, or hf:ORG/NAME."""
+    read: str
+    """When what was made from it was published."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Found:
     """Where the content of a link is now."""
 
     state: Literal["same", "replaced", "changed", "gone"]
-    """same: where it was; replaced: found by its digest in another place of the run; changed: only other content is
-    there; gone: nothing is."""
+    """same: in its former place; replaced: found by its digest in another place of the run; changed: only other
+    content is there; gone: nothing is."""
     link: Link
     place: Path
     """The directory or file that holds it; for `gone`, where it was looked for."""
@@ -49,6 +51,8 @@ class Found:
     """The digest of what is in its former place, where that is not the recorded one."""
     inside: bool = True
     """Whether its former place belongs to the run."""
+    again: bool = False
+    """Whether the same content was made again in its former place, so that `artifact` is the one that was read."""
 
 
 def links_of(manifest: Manifest) -> list[Link]:
@@ -57,7 +61,7 @@ def links_of(manifest: Manifest) -> list[Link]:
     for name, value in manifest.inputs.items():
         digests, paths = _listed(value), _listed(manifest.input_paths.get(name))
         for number, (item, path) in enumerate(zip(digests, paths, strict=True)):
-            links.append(Link(f"{name}[{number}]" if len(digests) > 1 else name, item, str(path)))
+            links.append(Link(f"{name}[{number}]" if len(digests) > 1 else name, item, str(path), manifest.created))
     return links
 
 
@@ -147,11 +151,12 @@ class Index:
             name, part = inner
             here = self.artifacts.get(name)
             now = part_digest(here.manifest, part) if here else None
-            for artifact in self._versions(name):
-                if part_digest(artifact.manifest, part) == link.digest:
-                    there = artifact is here
-                    state: Literal["same", "replaced"] = "same" if there else "replaced"
-                    return Found(state, link, artifact.path / part, artifact, part, None if there else now)
+            matching = [item for item in self._versions(name) if part_digest(item.manifest, part) == link.digest]
+            if matching:
+                artifact = _version_read(matching, link)
+                if now == link.digest:
+                    return Found("same", link, artifact.path / part, artifact, part, again=artifact is not here)
+                return Found("replaced", link, artifact.path / part, artifact, part, now)
         if link.digest in self._by_digest:
             artifact = self._by_digest[link.digest]
             return Found("replaced", link, artifact.path, artifact, now=now)
@@ -230,6 +235,12 @@ class Index:
 
     def _held_at(self, name: str, part: str, wanted: str) -> bool:
         return any(part_digest(version.manifest, part) == wanted for version in self._versions(name))
+
+
+def _version_read(versions: list[Artifact], link: Link) -> Artifact:
+    """Of several artifacts with the content of a link the one that was read, which is not younger than its reader."""
+    earlier = [version for version in versions if version.manifest.created <= link.read]
+    return max(earlier or versions, key=lambda version: version.manifest.created)
 
 
 def is_superseded(name: str) -> bool:

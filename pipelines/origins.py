@@ -24,7 +24,7 @@ from contracts.records import (
     Score,
 )
 from pipelines.ancestry import ancestry
-from pipelines.links import Index, is_superseded, links_of
+from pipelines.links import Index, Link, is_superseded, links_of
 
 R = TypeVar("R")
 Unread = list[str]
@@ -111,10 +111,18 @@ def pair_origin(index: Index, row: Row, unread: Unread) -> dict[str, Any]:
         "used_by": [
             index.name_of(artifact)
             for artifact in of_schema(index, CHECKPOINT)
-            if any(link.digest == row.artifact.manifest.digest for link in links_of(artifact.manifest))
+            if any(reads(index, link, row.artifact) for link in links_of(artifact.manifest))
         ],
         "lineage": ancestry(index, policy.artifact) if policy and policy.artifact else None,
     }
+
+
+def reads(index: Index, link: Link, artifact: Artifact) -> bool:
+    """Whether a link leads to an artifact, and not to another one with the same content."""
+    if link.digest != artifact.manifest.digest:
+        return False
+    found = index.find(link).artifact
+    return found is not None and found.path == artifact.path
 
 
 def prompt_origin(index: Index, sampled: Row | None, pair: Pair, unread: Unread) -> dict[str, Any]:

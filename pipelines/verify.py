@@ -149,12 +149,11 @@ class _Verification:
             findings.released += len(released)
             jobs += [(artifact, file) for file in artifact.manifest.files if file.path not in released]
             for name in strays(artifact):
+                stray = f"{artifact.path / name}: no manifest lists it"
                 if artifact.manifest.schema == CHECKPOINT and (name.endswith(".safetensors") or name in MODEL_FILES):
-                    findings.problems.append(
-                        f"{artifact.path / name}: no manifest lists it, but models are read with it"
-                    )
+                    findings.problems.append(f"{stray}, and whoever loads the checkpoint may take it")
                 elif not self.driven:
-                    findings.warnings.append(f"{artifact.path / name}: no manifest lists it")
+                    findings.warnings.append(stray)
         shown = console is not None and console.is_terminal
         with (
             ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool,

@@ -6,14 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from handmade import HandmadeRun, compress
 
-from contracts.artifacts import MANIFEST, Artifact
+from contracts.artifacts import MANIFEST, Artifact, _write_manifest
 from contracts.errors import UserError
 from contracts.records import Pair, Rollout, Score
 from pipelines.lineage import trace
 from pipelines.main import main
+from pipelines.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,30 @@ def test_content_that_was_replaced_is_followed_into_superseded(
     assert f"found by its digest {read.digest[:12]}" in output(capsys, "iteration-001/training", "--run", run.path)
     used = {item["pairs"]: item["used_by"] for item in trace(pair.pair_id, run.path)["found"]}
     assert used == {"iteration-001/pairs": [], aside: ["iteration-001/training"]}
+
+
+def test_of_the_same_content_made_twice_the_one_that_was_read_is_followed(
+    run: HandmadeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another margin that changes no pair: the training stays, but the pairs it has read are not those there now."""
+    pairs = run.path / "iteration-001/pairs"
+    read = Artifact.open(pairs).manifest
+    aside = f"superseded/iteration-001/pairs/{read.key[:16]}"
+    (run.path / aside).parent.mkdir(parents=True)
+    pairs.rename(run.path / aside)
+    run.pairs("iteration-001/pairs", run.path / "iteration-001/generation", run.path / "iteration-001/reward", 1e-9)
+    made = Artifact.open(pairs).manifest
+    assert (made.digest, made.key != read.key) == (read.digest, True)
+    later = msgspec.structs.replace(made, created="2999-01-01T00:00:00Z", checksum="")
+    (pairs / MANIFEST).write_bytes(_write_manifest(later))
+    link = entry(trace("iteration-001/training", run.path), "iteration-001/training", "pairs")
+    assert (link["state"], link["artifact"], link["again"]) == ("same", aside, True)
+    assert "made again since, with the same content" in output(capsys, "iteration-001/training", "--run", run.path)
+    pair_id = first_pair(run, "iteration-001/pairs").pair_id
+    used = {item["pairs"]: item["used_by"] for item in trace(pair_id, run.path)["found"]}
+    assert used == {"iteration-001/pairs": [], aside: ["iteration-001/training"]}
+    findings = verify(run.path)
+    assert (findings.problems, findings.notes) == ([], [])
 
 
 def test_links_that_are_broken_are_told(run: HandmadeRun, capsys: pytest.CaptureFixture[str]) -> None:
