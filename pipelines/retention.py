@@ -397,7 +397,8 @@ class Retention:
                 if kept is None:
                     reason = f"its weights; nothing needs them, keep={self.section.keep}"
                     freed = release(Artifact.open(self.graph.nodes[name].output), reason)
-                    self._done("release", name, freed, reason)
+                    self.run.record("release", stage=name, bytes=freed, reason=reason)
+                    self.tell(f"release {name}  ({reason}; {megabytes(freed)} are free)")
             for node, kept in compressible(self.graph, published) if self.section.compress else ():
                 if kept is None and node.name not in self._tried:
                     self._tried.add(node.name)
@@ -407,20 +408,16 @@ class Retention:
             self._failed("retention", error)
 
     def poll(self) -> bool:
-        """Tell what the thread has done; whether it has more to do."""
+        """Note what the thread has done; whether it has more to do."""
         for name, job in list(self._compressing.items()):
             if job.done():
                 del self._compressing[name]
                 error = job.exception()
                 if error is None:
-                    self._done("compress", name, job.result(), "its rows")
+                    self.run.record("compress", stage=name, bytes=job.result())
                 else:
                     self._failed(f"compressing {name}", error)
         return bool(self._compressing)
-
-    def _done(self, verb: str, name: str, freed: int, reason: str) -> None:
-        self.run.record(verb, stage=name, bytes=freed, reason=reason)
-        self.tell(f"{verb} {name}  ({reason}; {megabytes(freed)} are free)")
 
     def _failed(self, what: str, error: BaseException) -> None:
         self.run.record("retention failed", what=what, error=f"{type(error).__name__}: {error}")
