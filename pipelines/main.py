@@ -15,6 +15,7 @@ from contracts.stage import require_space
 from pipelines.config import RetentionSection, RunConfig, load_run_config
 from pipelines.decisions import decide
 from pipelines.display import Display
+from pipelines.doctor import add_doctor
 from pipelines.driver import Driver, StageFailedError
 from pipelines.environments import env_main, probe_versions
 from pipelines.force import report_forced, resolve, set_aside
@@ -131,6 +132,8 @@ def make_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", help="whether everything published is whole and fits together")
     check.add_argument("run", type=Path, help="the run's directory, or that of one artifact")
     check.set_defaults(command=verify_command)
+
+    add_doctor(commands)
 
     # Mounted by `main` before this parser is asked; here for --help.
     commands.add_parser("env", help="build and list the stages' environments")

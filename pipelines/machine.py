@@ -1,0 +1,256 @@
+"""What this machine has, and whether its disks, network and limits are what runs need."""
+
+import contextlib
+import fcntl
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+Level = Literal["ok", "warning", "error"]
+
+NETWORK_TYPES = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "glusterfs", "afs", "9p", "fuse.")
+"""How the types of network file systems begin in /proc/mounts; fuse. is most often one (sshfs, s3fs, gcsfuse)."""
+LOCAL_LOCKS = ("nolock", "localflock", "local_lock=all", "local_lock=flock")
+"""Mount options under which a lock holds on one machine only."""
+CLOCK_SKEW = 2.0
+SHARED_MEMORY = 512 << 20
+OPEN_FILES = 1024
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """What a check has found."""
+
+    check: str
+    level: Level
+    found: str
+    mend: str | None = None
+    """What to do about a warning or an error; None where `found` says it already."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device as its driver sees it; sizes in bytes."""
+
+    name: str
+    total: int
+    free: int
+
+
+def gpus() -> list[Gpu]:
+    """The visible GPUs by nvidia-smi; empty where it does not say."""
+    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free,name", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    wanted = None if visible is None else tuple(name.strip() for name in visible.split(",") if name.strip())
+    found: list[Gpu] = []
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        for line in result.stdout.splitlines():
+            index, uuid, total, free, name = (value.strip() for value in line.split(",", 4))
+            if wanted is None or index in wanted or (wanted and uuid.startswith(wanted)):
+                found.append(Gpu(name, int(total) << 20, int(free) << 20))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+    return found
+
+
+def host_memory() -> int:
+    """Bytes of memory that processes can still have: what is free, within the limit of this control group."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) << 10
+    return min([available, *_memory_limits()])
+
+
+def _memory_limits() -> Iterator[int]:
+    """Limits of this process's control groups (versions 1 and 2)."""
+    try:
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, group in groups:
+        if controllers in ("", "memory"):
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            for folder in (Path(group), *Path(group).parents):  # in a container its own group is the root
+                with contextlib.suppress(OSError, ValueError):
+                    yield int(Path(f"/sys/fs/cgroup/{controllers}/{folder}/{name}").read_text())
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def mount_of(path: Path, mounts: str) -> tuple[str, list[str]]:
+    """Type and options of the file system that holds a path, by the text of /proc/mounts."""
+    found, length = ("unknown", [""]), -1
+    for line in mounts.splitlines():
+        _, place, kind, options, *_ = line.split()
+        place = place.encode().decode("unicode_escape")  # a space is \040
+        if path.is_relative_to(place) and len(place) >= length:  # of several at one place the last counts
+            found, length = (kind, options.split(",")), len(place)
+    return found
+
+
+def check_file_system(name: str, place: Path) -> Iterator[Finding]:
+    """Whether what Ratchet publishes by is true of the disk of `place`: renames, flushes, locks.
+
+    Works in a directory of its own there, which is always removed.
+    """
+    check = "file system"
+    directory = existing(place)
+    kind, options = "unknown", [""]
+    with contextlib.suppress(OSError):
+        kind, options = mount_of(directory.resolve(), Path("/proc/mounts").read_text())
+    network = kind.startswith(NETWORK_TYPES)
+    other = f"Put {name} on a local disk, or on a file system that can do it."
+    failed = False
+    with tempfile.TemporaryDirectory(prefix=".ratchet-doctor-", dir=directory) as scratch:
+        for what, probe, level in PROBES:
+            try:
+                trouble = probe(Path(scratch))
+            except OSError as error:
+                trouble = error.strerror or str(error)
+            if trouble:
+                failed = True
+                mend = CONSEQUENCES.get(what) if level == "warning" else other
+                yield Finding(check, level, f"{name} ({directory}, {kind}): {what}: {trouble}", mend)
+    if locks := [option for option in options if option in LOCAL_LOCKS]:
+        yield Finding(
+            check,
+            "warning",
+            f"{name} ({directory}, {kind}) is mounted with {locks[0]}: a lock holds on this machine only",
+            "Never drive one run from two machines at once, or mount it without this option.",
+        )
+    elif not failed:
+        text = f"{name} ({directory}) is {kind}{', a network file system' if network else ''}"
+        yield Finding(check, "ok", f"{text}: renames, flushes and locks work")
+
+
+def _directory_rename(scratch: Path) -> str:
+    (scratch / "a").mkdir()
+    (scratch / "a" / "file").write_text("content")
+    os.rename(scratch / "a", scratch / "b")
+    return "" if (scratch / "b" / "file").read_text() == "content" else "its files are gone"
+
+
+def _file_replacement(scratch: Path) -> str:
+    old, new = scratch / "old", scratch / "new"
+    old.write_text("old")
+    new.write_text("new")
+    with old.open() as reader:
+        os.replace(new, old)
+        if old.read_text() != "new" or new.exists():
+            return "the old file is still there"
+        return "" if reader.read() == "old" else "it changes under who reads it"
+
+
+def _flush(scratch: Path) -> str:
+    (scratch / "flushed").write_text("content")
+    for path in (scratch / "flushed", scratch):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return ""
+
+
+def _lock(scratch: Path) -> str:
+    program = (
+        "import fcntl, sys\n"
+        "try: fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "except BlockingIOError: sys.exit(7)"
+    )
+    with (scratch / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        command = [sys.executable, "-I", "-S", "-c", program, str(scratch / "lock")]
+        code = subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
+    return "" if code == 7 else "another process does not see it"
+
+
+def _hard_link(scratch: Path) -> str:
+    (scratch / "first").write_text("content")
+    os.link(scratch / "first", scratch / "second")
+    return ""
+
+
+def _case(scratch: Path) -> str:
+    (scratch / "Case").touch()
+    return "Case and case are one file" if (scratch / "case").exists() else ""
+
+
+def _clock(scratch: Path) -> str:
+    before = time.time()
+    (scratch / "stamp").touch()
+    skew = (scratch / "stamp").stat().st_mtime - before
+    return f"it is {skew:+.1f} s off this machine's" if abs(skew) > CLOCK_SKEW else ""
+
+
+PROBES: tuple[tuple[str, Callable[[Path], str], Level], ...] = (
+    ("renaming a directory", _directory_rename, "error"),
+    ("replacing a file", _file_replacement, "error"),
+    ("flushing", _flush, "error"),
+    ("locking", _lock, "error"),
+    ("hard links", _hard_link, "warning"),
+    ("case of letters", _case, "warning"),
+    ("clock", _clock, "warning"),
+)
+"""What is tried, by what (text: what is wrong), and how bad it is if it fails."""
+CONSEQUENCES = {
+    "hard links": "Nothing has to be done: `pipeline fork` copies files instead, which takes more space.",
+    "case of letters": "Do not name runs, stages or scorers alike but for the case of their letters.",
+    "clock": "Synchronise the clocks of this machine and of the file server (NTP).",
+}
+
+
+def check_loopback(needed: str | None) -> Finding:
+    """Whether processes can talk to each other on this machine; `needed`: what for, if it is needed."""
+    try:
+        with socket.socket() as server, socket.socket() as client:
+            server.bind(("127.0.0.1", 0))
+            server.listen(1)
+            client.settimeout(5)
+            client.connect(server.getsockname())
+    except OSError as error:
+        found = f"no process can listen on 127.0.0.1 and be reached there: {error.strerror or error}"
+        use = f"{needed} needs it" if needed else "no stage of this run needs it"
+        mend = "Bring the loopback interface up (`ip link set lo up`), or leave the sandbox that forbids it."
+        return Finding("network", "error" if needed else "warning", f"{found}; {use}", mend)
+    return Finding("network", "ok", "processes can listen on 127.0.0.1 and be reached there")
+
+
+def check_limits(processes: int) -> Iterator[Finding]:
+    """Shared memory, where a stage has several processes, and open files."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    unlimited = files == resource.RLIM_INFINITY
+    if files < OPEN_FILES and not unlimited:
+        found = f"a process may open only {files} files"
+        yield Finding("limits", "warning", found, f"Run `ulimit -n {4 * OPEN_FILES}` before `pipeline run`.")
+    else:
+        yield Finding("limits", "ok", f"a process may open {'any number of' if unlimited else files} files")
+    if processes > 1:
+        free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+        found = f"{free >> 20} MiB of shared memory (/dev/shm) for stages of up to {processes} processes"
+        if free < SHARED_MEMORY:
+            mend = f"Have {SHARED_MEMORY >> 20} MiB or more; of a container with --shm-size=8g or --ipc=host."
+            yield Finding("limits", "warning", found, mend)
+        else:
+            yield Finding("limits", "ok", found)

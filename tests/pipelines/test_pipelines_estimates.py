@@ -1,0 +1,271 @@
+"""Estimates of disk and memory: against a run that was made, against what is known of models, and by themselves."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from contracts.artifacts import MANIFEST
+from contracts.stage import MINIMUM_FREE
+from generation.engine import EngineSettings
+from generation.vllm_engine import cpu_kv_cache_bytes
+from pipelines import estimates
+from pipelines.config import load_run_config
+from pipelines.estimates import Memory, disk_bytes, memory, published_bytes
+from pipelines.graph import Graph
+from pipelines.iteration import build_graph
+from pipelines.sizes import measure, read_size, size_of
+from training.config import TrainingConfig
+
+GIB = 1 << 30
+SMOLLM2: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+    "tie_word_embeddings": True, "max_position_embeddings": 8192,
+}  # fmt: skip
+LLAMA_8B = {
+    **SMOLLM2, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(shared_smallest: Path) -> Graph:
+    """The graph of a run of one iteration, all of which is published."""
+    command = [sys.executable, "-m", "pipelines", "run", str(shared_smallest), "--iters", "1"]
+    subprocess.run(command, check=True, timeout=500, capture_output=True)
+    return build_graph(load_run_config(shared_smallest, []), 1)
+
+
+@pytest.fixture
+def run_with(smallest: Path, tmp_path: Path) -> Callable[..., Graph]:
+    """Graphs of the smallest run with a policy of some configuration, and overrides."""
+
+    def make(model: dict[str, Any], *overrides: str) -> Graph:
+        folder = tmp_path / "policy"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(model))
+        return build_graph(load_run_config(smallest, [f"policy={folder}", "sft=null", *overrides]), 1)
+
+    return make
+
+
+def training_memory(graph: Graph, *, on_gpu: bool = True) -> Memory:
+    found = memory(graph.nodes["iteration-001/training"], graph, on_gpu=on_gpu)
+    assert found is not None
+    return found
+
+
+# Against what a run really wrote.
+
+
+def test_no_stage_publishes_more_than_was_estimated(finished: Graph) -> None:
+    for node in finished.nodes.values():
+        real = sum(path.stat().st_size for path in node.output.rglob("*") if path.is_file())
+        estimate = published_bytes(node, finished)
+        assert estimate is not None
+        assert real <= estimate <= disk_bytes(node, finished), node.name
+        if isinstance(node.config, TrainingConfig):
+            assert disk_bytes(node, finished) < 20 * real, node.name
+
+
+def test_counts_by_formula_are_those_of_the_weights(finished: Graph, tmp_path: Path) -> None:
+    model = finished.directory / "setup/world/model"
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    by_weights, by_formula = read_size(model), read_size(tmp_path)
+    assert by_weights is not None
+    assert by_formula is not None
+    assert by_weights.parameters == by_formula.parameters
+    assert by_weights.stored == by_formula.stored
+    for made in ("setup/sft", "iteration-001/training", "setup/reward-model/training"):
+        expected, found = size_of(finished.directory / made, finished), read_size(finished.directory / made)
+        assert expected is not None
+        assert found is not None
+        assert found.stored <= expected.stored <= 1.1 * found.stored  # the world's vocabulary is rounded up
+
+
+# Against what is known.
+
+
+def test_known_parameter_counts(tmp_path: Path) -> None:
+    for config, count in ((SMOLLM2, 134_515_008), (LLAMA_8B, 8_030_261_248)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        size = read_size(tmp_path)
+        assert size is not None
+        assert size.parameters == count
+
+
+def test_constants_are_those_of_the_stages(root: Path) -> None:
+    for file, name, mine in (
+        ("training/logprobs.py", "CHUNK", estimates.HEAD_CHUNK),
+        ("annotation/logprobs.py", "LOGITS_AT_ONCE", estimates.LOGITS_AT_ONCE),
+    ):
+        statements = ast.parse((root / file).read_text()).body
+        (value,) = [
+            statement.value
+            for statement in statements
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name
+        ]
+        assert eval(compile(ast.Expression(value), file, "eval")) == mine
+
+
+def test_the_cache_on_a_cpu_is_that_of_the_engine(run_with: Callable[..., Graph]) -> None:
+    graph = run_with(SMOLLM2, "generation.engine=vllm", "generation.max_prompt_tokens=100", "generation.dtype=bfloat16")
+    node = graph.nodes["iteration-001/generation"]
+    found = memory(node, graph, on_gpu=False)
+    assert found is not None
+    settings = EngineSettings((2,), 112, "bfloat16", False, Path("log"))
+    assert found.parts["KV cache"] == cpu_kv_cache_bytes(node.config, settings)
+
+
+# By themselves.
+
+
+def test_states_of_plain_training(run_with: Callable[..., Graph]) -> None:
+    count = 134_515_008
+    plain = training_memory(run_with(SMOLLM2, "training.dtype=float32"))
+    assert (plain.parts["weights"], plain.parts["gradients"], plain.parts["optimizer"]) == (
+        4 * count,
+        4 * count,
+        8 * count,
+    )
+    assert training_memory(run_with(SMOLLM2, "training.dtype=bfloat16")).parts["weights"] == 6 * count
+    assert "optimizer" not in {
+        name for name, part in training_memory(run_with(SMOLLM2, "training.optimizer=sgd")).parts.items() if part
+    }
+
+
+@pytest.mark.parametrize("processes", [2, 8])
+def test_zero_divides_the_states(run_with: Callable[..., Graph], root: Path, tmp_path: Path, processes: int) -> None:
+    def states(stage: int) -> dict[str, int]:
+        settings = yaml.safe_load((root / "configs/accelerate/zero3.yaml").read_text())
+        settings["deepspeed_config"]["zero_stage"] = stage
+        (tmp_path / "zero.yaml").write_text(yaml.safe_dump(settings))
+        launch = (f"training.processes={processes}", f"training.accelerate_config={tmp_path / 'zero.yaml'}")
+        return training_memory(run_with(LLAMA_8B, "training.dtype=bfloat16", *launch)).parts
+
+    count = 8_030_261_248
+    one, two, three = states(1), states(2), states(3)
+    assert one["optimizer"] == two["optimizer"] == three["optimizer"] == 16 * count // processes
+    assert one["weights"] == two["weights"] == 2 * count
+    assert 2 * count // processes < three["weights"] < two["weights"]
+    assert two["gradients"] < one["gradients"]
+
+
+def test_what_is_offloaded_is_not_on_the_device(run_with: Callable[..., Graph], tmp_path: Path) -> None:
+    deepspeed = {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"}
+    (tmp_path / "zero.yaml").write_text(
+        yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": deepspeed})
+    )
+    graph = run_with(LLAMA_8B, f"training.accelerate_config={tmp_path / 'zero.yaml'}")
+    on_gpu, on_cpu = training_memory(graph), training_memory(graph, on_gpu=False)
+    assert on_gpu.parts["weights"] == on_gpu.parts["optimizer"] == 0
+    assert on_cpu.parts["weights"] > 0
+    assert on_cpu.parts["optimizer"] > 0
+
+
+def test_activations_follow_the_batch(run_with: Callable[..., Graph]) -> None:
+    def activations(*overrides: str) -> int:
+        rows = ("training.global_batch=100000", "generation.max_new_tokens=512")
+        return training_memory(run_with(SMOLLM2, *rows, *overrides)).parts["activations"]
+
+    assert activations("training.micro_batch_tokens=8192") * 2 == activations("training.micro_batch_tokens=16384")
+    assert activations("training.gradient_checkpointing=true") < activations() / 5
+    assert training_memory(run_with(SMOLLM2, "training.global_batch=1")).parts["activations"] < activations() / 10
+
+
+def test_a_reward_model_has_no_logits(run_with: Callable[..., Graph]) -> None:
+    graph = run_with(SMOLLM2)
+    found = memory(graph.nodes["setup/reward-model/training"], graph, on_gpu=True)
+    assert found is not None
+    assert "logits" not in found.parts
+
+
+def test_generation_is_spread_by_tensor_parallelism(run_with: Callable[..., Graph]) -> None:
+    def parts(count: int) -> dict[str, int]:
+        graph = run_with(LLAMA_8B, "generation.engine=vllm", f"generation.tensor_parallel={count}")
+        found = memory(graph.nodes["iteration-001/generation"], graph, on_gpu=True)
+        assert found is not None
+        assert found.share == 0.9
+        return found.parts
+
+    assert parts(1)["weights"] == 2 * 8_030_261_248 == 4 * parts(4)["weights"]
+    assert parts(1)["KV cache"] == 4 * parts(4)["KV cache"]
+
+
+def test_frozen_parameters_have_no_state(finished: Graph, shared_smallest: Path) -> None:
+    # The names of parameters are in the weights: a policy from outside, with weights.
+    policy = f"policy={finished.directory / 'setup/world/model'}"
+    arguments = [policy, "sft=null", "name=frozen"]
+    free = build_graph(load_run_config(shared_smallest, arguments), 1)
+    frozen = build_graph(load_run_config(shared_smallest, [*arguments, "training.frozen=[embed_tokens]"]), 1)
+    size = read_size(finished.directory / "setup/world/model")
+    assert size is not None
+    embedding = size.vocabulary * size.hidden  # tied to the LM head, which is frozen with it
+    assert training_memory(free).parts["gradients"] - training_memory(frozen).parts["gradients"] == 4 * embedding
+    node = "iteration-001/training"
+    assert disk_bytes(free.nodes[node], free) - disk_bytes(frozen.nodes[node], frozen) == 24 * embedding
+
+
+def test_what_cannot_be_known_is_little_and_no_error(smallest: Path, tmp_path: Path) -> None:
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text(json.dumps(SMOLLM2))
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"hidden_size": "wide"}')
+    for policy in ("hf:nobody/nothing", "nowhere", tmp_path / "torn", tmp_path / "odd"):
+        overrides = [
+            f"policy={policy}",
+            "sft=null",
+            "prompts.train.source=hf:nobody/data",
+            "prompts.per_iteration=null",
+        ]
+        graph = build_graph(load_run_config(smallest, overrides), 1)
+        for node in graph.nodes.values():
+            assert disk_bytes(node, graph) > 0
+            memory(node, graph, on_gpu=False)
+        for name in ("prompts/train", "iteration-001/generation", "iteration-001/reward", "iteration-001/training"):
+            assert disk_bytes(graph.nodes[name], graph) == MINIMUM_FREE
+        assert memory(graph.nodes["iteration-001/training"], graph, on_gpu=False) is None
+
+
+def test_the_number_of_prompts_is_enough_to_estimate_their_answers(smallest: Path) -> None:
+    config = load_run_config(smallest, ["prompts.train.source=hf:nobody/data", "prompts.per_iteration=20000"])
+    graph = build_graph(config, 1)
+    tokens = 20000 * 4 * 12
+    assert disk_bytes(graph.nodes["iteration-001/generation"], graph) > 40 * tokens
+
+
+def test_rows_of_files(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "x" * 90}) + "\n"
+    (tmp_path / "small.jsonl").write_text(line * 10)
+    (tmp_path / "large.jsonl").write_text(line * 50_000)
+    small, large = measure(tmp_path / "small.jsonl"), measure(tmp_path / "large.jsonl")
+    assert small is not None
+    assert large is not None
+    assert (small.count, small.bytes, small.longest) == (10, 10 * len(line), len(line))
+    assert large.bytes == 50_000 * len(line)
+    assert 50_000 <= large.count <= 50_050
+    both = measure(tmp_path)
+    assert both is not None
+    assert both.count == small.count + large.count
+    (tmp_path / "data.parquet").write_bytes(b"x" * 1000)
+    parquet = measure(tmp_path / "data.parquet")
+    assert parquet is not None
+    assert parquet.bytes > 1000
+    assert measure(tmp_path / "nowhere") is None
+
+
+def test_a_published_prompt_set_of_the_hub_is_known(smallest: Path) -> None:
+    graph = build_graph(load_run_config(smallest, ["prompts.train.source=hf:nobody/data"]), 1)
+    output = graph.nodes["prompts/train"].output
+    output.mkdir(parents=True)
+    (output / MANIFEST).write_text("{}")
+    (output / "shard-00000.jsonl").write_text('{"messages": []}\n' * 1000)
+    assert disk_bytes(graph.nodes["prompts/train"], graph) != MINIMUM_FREE
