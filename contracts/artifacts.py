@@ -94,6 +94,11 @@ class Released(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: tuple[str, ...]
     reason: str
     time: str
+    checksum: str = ""
+    """SHA-256 of this file's bytes with this field empty."""
+
+
+D = TypeVar("D", Manifest, Released)
 
 
 class Artifact:
@@ -165,8 +170,8 @@ class Artifact:
         if not path.is_file():
             return frozenset()
         try:
-            return frozenset(msgspec.json.decode(path.read_bytes(), type=Released).files)
-        except msgspec.DecodeError as error:
+            return frozenset(_checked(path.read_bytes(), Released).files)
+        except ValueError as error:
             raise UserError(f"{path} is damaged: {error}. Delete {self.path} and run its stage again.") from error
 
 
@@ -176,22 +181,30 @@ def read_manifest(content: bytes) -> Manifest:
     Raises:
         ValueError: it is not one, a byte of it was changed, or it names a file outside of its directory.
     """
-    manifest = msgspec.json.decode(content, type=Manifest)
-    blank = content.replace(b'"checksum": "%s"' % manifest.checksum.encode(), b'"checksum": ""')
-    if hashlib.sha256(blank).hexdigest() != manifest.checksum:
-        raise ValueError("its content does not fit its own checksum")
+    manifest = _checked(content, Manifest)
     for file in manifest.files:
         if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts:
             raise ValueError(f"it names the file {file.path!r}, which is not inside its directory")
     return manifest
 
 
-def _write_manifest(manifest: Manifest) -> bytes:
-    def text(manifest: Manifest) -> bytes:
-        return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+def _checked(content: bytes, kind: type[D]) -> D:
+    """The record in a file that has its own checksum; ValueError if it is none or a byte of it was changed."""
+    record = msgspec.json.decode(content, type=kind)
+    blank = content.replace(b'"checksum": "%s"' % record.checksum.encode(), b'"checksum": ""')
+    if hashlib.sha256(blank).hexdigest() != record.checksum:
+        raise ValueError("its content does not fit its own checksum")
+    return record
 
-    checksum = hashlib.sha256(text(manifest)).hexdigest()
-    return text(msgspec.structs.replace(manifest, checksum=checksum))
+
+def with_checksum(record: Manifest | Released) -> bytes:
+    """The bytes of a file that has its own checksum."""
+
+    def text(checksum: str) -> bytes:
+        found = msgspec.structs.replace(record, checksum=checksum)
+        return msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n"
+
+    return text(hashlib.sha256(text("")).hexdigest())
 
 
 def artifact_of(path: Path) -> Artifact | None:
@@ -407,7 +420,7 @@ class Publication:
             facts=facts,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
-        write_atomically(self.directory / MANIFEST, _write_manifest(manifest))
+        write_atomically(self.directory / MANIFEST, with_checksum(manifest))
         return self.finish()
 
     def finish(self) -> Artifact:

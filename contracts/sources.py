@@ -7,6 +7,7 @@ from typing import Any
 
 from contracts.artifacts import MANIFEST, Artifact
 from contracts.errors import UserError
+from contracts.jsonl import open_stored
 
 Row = tuple[str, dict[str, Any]]
 """Where the row stands, for messages ("file.jsonl, line 3"), and its columns."""
@@ -47,7 +48,7 @@ def _file(path: Path) -> Iterator[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
+    with open_stored(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

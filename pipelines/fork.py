@@ -119,5 +119,7 @@ def _link(source: Path, target: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(path, copy)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} went away while it was taken over. Give the same command again.") from error
         except OSError:
             shutil.copyfile(path, copy)

@@ -25,8 +25,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from contracts.artifacts import (
     MANIFEST,
     RELEASED,
@@ -36,6 +34,7 @@ from contracts.artifacts import (
     artifact_of,
     fsync,
     read_manifest,
+    with_checksum,
     write_atomically,
 )
 from contracts.config import read_yaml
@@ -226,7 +225,7 @@ def release(artifact: Artifact, reason: str) -> int:
     if not artifact.released:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record = Released(tuple(_weight_names(artifact)), reason, now)
-        write_atomically(artifact.path / RELEASED, msgspec.json.encode(record))
+        write_atomically(artifact.path / RELEASED, with_checksum(record))
     freed = weight_bytes(artifact)
     for path in _weights(artifact):
         path.unlink()

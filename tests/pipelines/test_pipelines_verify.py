@@ -1,7 +1,6 @@
 """`pipeline verify` finds whatever is wrong with what a run has published, names the file, and cries no wolf."""
 
 import fcntl
-import json
 import random
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import msgspec
 import pytest
 from handmade import HandmadeRun, compress
 
-from contracts.artifacts import MANIFEST, Artifact, Manifest, _write_manifest, partial_directory
+from contracts.artifacts import MANIFEST, Artifact, Manifest, Released, partial_directory, with_checksum
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from pipelines.main import main
@@ -36,8 +35,8 @@ def run(tmp_path: Path) -> HandmadeRun:
 
 def release(artifact: Path, names: list[str]) -> None:
     """Delete files as `pipeline gc` does."""
-    record = {"files": names, "reason": "not among the best", "time": "2026-01-01T00:00:00Z"}
-    (artifact / "released.json").write_text(json.dumps(record))
+    record = Released(tuple(names), "not among the best", "2026-01-01T00:00:00Z")
+    (artifact / "released.json").write_bytes(with_checksum(record))
     for name in names:
         (artifact / name).unlink(missing_ok=True)
 
@@ -46,7 +45,7 @@ def forge(artifact: Path, **changes: Any) -> None:
     """Write a manifest that is whole in itself, but wrong."""
     manifest = msgspec.json.decode((artifact / MANIFEST).read_bytes(), type=Manifest)
     changed = msgspec.structs.replace(manifest, checksum="", **changes)
-    (artifact / MANIFEST).write_bytes(_write_manifest(changed))
+    (artifact / MANIFEST).write_bytes(with_checksum(changed))
 
 
 def test_a_finished_run_is_whole(run: HandmadeRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +70,7 @@ def test_what_gc_has_deleted_or_compressed_is_no_problem(finished: HandmadeRun) 
 def test_every_flipped_bit_is_found_and_its_file_named(finished: HandmadeRun) -> None:
     chance = random.Random(20)
     published = [path.parent for path in finished.path.rglob(MANIFEST)]
-    files = sorted(file for folder in published for file in folder.rglob("*") if file.name != "released.json")
+    files = sorted(file for folder in published for file in folder.rglob("*"))
     assert {file.suffix for file in files} == {".json", ".jsonl", ".gz", ".safetensors", ".parquet"}
     places = [(file, chance.randrange(file.stat().st_size)) for file in [*files, *chance.choices(files, k=120)]]
     for file, position in places:
