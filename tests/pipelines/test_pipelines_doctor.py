@@ -363,13 +363,13 @@ def refuse(*_: object) -> None:
 def test_types_of_file_systems() -> None:
     mounts = (
         "/dev/sda1 / ext4 rw 0 0\n"
-        "server:/home /home nfs4 rw,vers=4.2,local_lock=none 0 0\n"
-        "ost@tcp:/scratch /home/big\\040data lustre rw,localflock 0 0\n"
+        "server:/export /data nfs4 rw,vers=4.2,local_lock=none 0 0\n"
+        "ost@tcp:/scratch /data/big\\040data lustre rw,localflock 0 0\n"
     )
     assert mount_of(Path("/srv/x"), mounts) == ("ext4", ["rw"])
-    assert mount_of(Path("/home/me/runs"), mounts)[0] == "nfs4"
-    assert mount_of(Path("/homework"), mounts)[0] == "ext4"
-    assert mount_of(Path("/home/big data/runs"), mounts) == ("lustre", ["rw", "localflock"])
+    assert mount_of(Path("/data/me/runs"), mounts)[0] == "nfs4"
+    assert mount_of(Path("/database"), mounts)[0] == "ext4"
+    assert mount_of(Path("/data/big data/runs"), mounts) == ("lustre", ["rw", "localflock"])
 
 
 def test_locks_of_one_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
