@@ -14,6 +14,7 @@ Of what is published, `pipeline gc` may compress rows (FILE.gz instead of FILE) 
 `released.json` then lists; the manifest stays, so that what was made is still known and never made again needlessly.
 """
 
+import contextlib
 import fcntl
 import gzip
 import hashlib
@@ -298,18 +299,21 @@ class Publication:
         """
         while not self._take_lock():
             pass
-        if not self.complete or self._damaged():
-            self._clear_leftovers()
+        with contextlib.suppress(FileNotFoundError):  # another process, which held the lock before, has just published
+            if not self.complete or self._damaged():
+                self._clear_leftovers()
 
     def _take_lock(self) -> bool:
         """Lock a file in the hidden directory, which dies with its holder; False if the directory went meanwhile."""
         path = self.directory / ".lock"
-        self.directory.mkdir(parents=True, exist_ok=True)
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = path.open("a")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return path.exists() and os.path.samestat(os.fstat(self._lock.fileno()), path.stat())
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
+            if self.directory.is_file():
+                raise
             return False
         except BlockingIOError as error:
             raise UserError(
@@ -318,7 +322,9 @@ class Publication:
 
     def _damaged(self) -> bool:
         """Whether a file differs from the manifest that is there already, as a power cut may leave it."""
-        return bool(Artifact(self.directory, read_manifest((self.directory / MANIFEST).read_bytes())).damage())
+        path = self.directory / MANIFEST
+        found = Artifact(self.directory, read_manifest(path.read_bytes())).damage()
+        return bool(found) and path.exists()  # it was not renamed meanwhile
 
     def _clear_leftovers(self) -> None:
         """Delete scratch files, and files without a receipt or that differ from it."""
@@ -425,11 +431,11 @@ class Publication:
 
     def finish(self) -> Artifact:
         """From the manifest on: drop receipts and state, rename. Also what a crash in between is continued with."""
-        for path in [*self.directory.glob(".receipt-*.json"), *self.directory.rglob("*.tmp")]:
-            path.unlink(missing_ok=True)
-        shutil.rmtree(self.directory / "state", ignore_errors=True)
-        (self.directory / ".lock").unlink(missing_ok=True)
         try:
+            for path in [*self.directory.glob(".receipt-*.json"), *self.directory.rglob("*.tmp")]:
+                path.unlink(missing_ok=True)
+            shutil.rmtree(self.directory / "state", ignore_errors=True)
+            (self.directory / ".lock").unlink(missing_ok=True)
             fsync(self.directory)
             os.rename(self.directory, self.target)
         except OSError:
@@ -444,6 +450,13 @@ class Publication:
     def discard(self) -> None:
         """Delete the hidden directory."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Where the target is published: delete what a killed process has left beside it, unless one works there."""
+        with contextlib.suppress(UserError):
+            if self.directory.exists():
+                self.begin()
+                self.discard()
 
     def abandon(self) -> None:
         """After a user's mistake: leave nothing behind, unless finished shards are worth keeping."""

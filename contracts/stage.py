@@ -147,9 +147,11 @@ def run_stage(command: Command, config: StageConfig) -> Artifact | None:
     parts = key_parts(config, installed_versions())
     key = stage_key(parts)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if is_published(config.output, key):
-        return _reuse(command, config, key, rank)
     publication = Publication(config.output, command.schema, config.stage, key)
+    if is_published(config.output, key):
+        if rank == 0:
+            publication.clear()
+        return _reuse(command, config, key, rank)
     if command.launch is not None and not publication.complete and _load(command.launch)(config):
         return Artifact.open(config.output, command.schema)
     context = Context(publication, rank, world_size)
@@ -157,10 +159,11 @@ def run_stage(command: Command, config: StageConfig) -> Artifact | None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         require_space(config.output.parent, "output")
         publication.begin()
+        complete = publication.complete  # asked first: who has it no more by then has published it
         if is_published(config.output, key):  # by another process, before this one had the lock
             publication.discard()
             return _reuse(command, config, key, rank)
-        if publication.complete:
+        if complete:
             return publication.finish()
         check = InputCheck(config)
     try:
