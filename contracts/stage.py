@@ -275,14 +275,11 @@ def _describe(commands: dict[str, Command], chosen: str | None) -> str:
     return "\n".join(f"{name}: {describe(command.config)}" for name, command in shown.items())
 
 
-def require_space(directory: Path, key: str, needed: int = 0) -> None:
-    """Raise UserError unless the disk of an existing directory has room for `needed` bytes, and a little more.
-
-    `key` is the config key that names another directory.
-    """
-    free, wanted = shutil.disk_usage(directory).free, max(needed, MINIMUM_FREE)
-    if free < wanted:
+def require_space(directory: Path, key: str) -> None:
+    """Raise UserError when the disk of an existing directory is full; `key` is the config key that names another."""
+    free = shutil.disk_usage(directory).free
+    if free < MINIMUM_FREE:
         raise UserError(
-            f"only {free >> 20} MiB are free on the disk of {directory}; at least {wanted >> 20} MiB are needed. "
+            f"only {free >> 20} MiB are free on the disk of {directory}; at least {MINIMUM_FREE >> 20} MiB are needed. "
             f"Free some space, or set {key}=PATH on another disk."
         )

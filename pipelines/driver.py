@@ -3,6 +3,7 @@
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from pipelines.config import RunConfig
 from pipelines.decisions import Decision, decide, drop_partials, make_room
 from pipelines.display import Display
 from pipelines.environments import launch_command, probe_versions
+from pipelines.estimates import disk_bytes
 from pipelines.executors import Running, clear_job_folders, make_executor
 from pipelines.graph import Graph, Node
 from pipelines.placement import gpu_count
@@ -121,7 +123,7 @@ class Driver:
             return
         if (node.output / RELEASED).is_file():
             set_aside(node.output)
-        require_space(self.run.path, "directory")
+        self.require_room(node)
         attempt = self.run.new_attempt(node.name)
         self.write_request(node, attempt)
         job = self.executor.submit(node.name, attempt, self.run.path)
@@ -142,6 +144,17 @@ class Driver:
         if name in self.published:
             self.published.remove(name)
             self.display.done -= 1
+
+    def require_room(self, node: Node) -> None:
+        """Raise UserError when the disk has no room for what a stage is estimated to write."""
+        require_space(self.run.path, "directory")
+        needed, free = disk_bytes(node, self.graph), shutil.disk_usage(self.run.path).free
+        if self.config.executor.check_space and free < needed:
+            raise UserError(
+                f"stage {node.name} may need {needed >> 20} MiB on the disk of {self.run.path}, which has {free >> 20} "
+                "MiB free. Free some space (`pipeline gc` says what can go), set directory=PATH on another disk, or "
+                "executor.check_space=false to start all the same."
+            )
 
     def write_request(self, node: Node, attempt: Path) -> None:
         """Write the stage's config and command line into the attempt's directory."""

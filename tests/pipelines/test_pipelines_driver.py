@@ -148,3 +148,16 @@ def test_pauses_double_vary_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     longest = [retries.pause_after("a", "stopped") for _ in range(30)][-1]
     assert longest is not None
     assert longest <= 900
+
+
+def test_a_stage_starts_only_where_its_estimate_fits(
+    tmp_path: Path, smallest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, smallest, "true", times=0)
+    monkeypatch.setattr("pipelines.driver.disk_bytes", lambda node, graph: 1 << 60)
+    with pytest.raises(UserError, match=r"stage prompts/all may need .*executor.check_space=false"):
+        scene.drive()
+    assert not scene.count.exists()
+    monkeypatch.undo()
+    scene.drive()
+    assert (scene.output / MANIFEST).is_file()
