@@ -24,13 +24,13 @@ from pipelines.gc import collect
 from pipelines.graph import Graph
 from pipelines.hub import fetch_models
 from pipelines.iteration import build_graph
-from pipelines.lineage import print_trace
+from pipelines.lineage.trace import print_trace
+from pipelines.lineage.verify import print_verification
 from pipelines.preflight import check_environments, check_inputs
 from pipelines.report import print_comparison, print_table
 from pipelines.retention import made_again
 from pipelines.rundir import RunDirectory
 from pipelines.status import print_status
-from pipelines.verify import print_verification
 
 MOST_ITERATIONS = 10_000
 

@@ -10,12 +10,12 @@ import msgspec
 import pytest
 from handmade import HandmadeRun, compress
 
-from contracts.artifacts import MANIFEST, Artifact, _write_manifest
+from contracts.artifacts import MANIFEST, Artifact, with_checksum
 from contracts.errors import UserError
 from contracts.records import Pair, Rollout, Score
-from pipelines.lineage import trace
+from pipelines.lineage.trace import trace
+from pipelines.lineage.verify import verify
 from pipelines.main import main
-from pipelines.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_of_the_same_content_made_twice_the_one_that_was_read_is_followed(
     made = Artifact.open(pairs).manifest
     assert (made.digest, made.key != read.key) == (read.digest, True)
     later = msgspec.structs.replace(made, created="2999-01-01T00:00:00Z", checksum="")
-    (pairs / MANIFEST).write_bytes(_write_manifest(later))
+    (pairs / MANIFEST).write_bytes(with_checksum(later))
     link = entry(trace("iteration-001/training", run.path), "iteration-001/training", "pairs")
     assert (link["state"], link["artifact"], link["again"]) == ("same", aside, True)
     assert "made again since, with the same content" in output(capsys, "iteration-001/training", "--run", run.path)

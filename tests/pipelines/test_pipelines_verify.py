@@ -14,8 +14,8 @@ from handmade import HandmadeRun, compress
 from contracts.artifacts import MANIFEST, Artifact, Manifest, Released, partial_directory, with_checksum
 from contracts.errors import UserError
 from contracts.ledger import Ledger
+from pipelines.lineage.verify import Findings, verify
 from pipelines.main import main
-from pipelines.verify import Findings, verify
 
 
 @pytest.fixture(scope="module")

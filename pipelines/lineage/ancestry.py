@@ -20,7 +20,7 @@ from contracts.fingerprint import file_sha256
 from contracts.prompts import PromptsConfig
 from embedded.config import Smollm2Config, WorldConfig
 from generation.config import GenerationConfig
-from pipelines.links import Index, Link, links_of, run_of
+from pipelines.lineage.links import Index, Link, links_of, run_of
 from training.config import DpoConfig, EmaConfig, RewardConfig, SftConfig
 
 CONFIGS: dict[str, type[StageConfig]] = {

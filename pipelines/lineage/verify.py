@@ -19,8 +19,8 @@ from contracts.fingerprint import MODEL_FILES
 from contracts.jsonl import COMPRESSED, open_stored
 from contracts.records import CHECKPOINT, PAIRS, ROLLOUTS, SCORES
 from contracts.stage import stage_key
-from pipelines.crosscheck import disagreements, wrong_metrics
-from pipelines.links import RUN, Index, fingerprint_of, is_superseded, links_of, model_of, run_of
+from pipelines.lineage.crosscheck import disagreements, wrong_metrics
+from pipelines.lineage.links import RUN, Index, fingerprint_of, is_superseded, links_of, model_of, run_of
 from pipelines.rundir import RunDirectory
 
 CHUNK = 1 << 20

@@ -12,7 +12,7 @@ from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.jsonl import read_jsonl
 from contracts.records import EVALUATION, Pair, Rollout, Score
-from pipelines.links import Index, is_superseded, links_of
+from pipelines.lineage.links import Index, is_superseded, links_of
 
 EVALUATED = "evaluation.json"
 METRICS = "metrics.jsonl"

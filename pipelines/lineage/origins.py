@@ -23,8 +23,8 @@ from contracts.records import (
     Schema,
     Score,
 )
-from pipelines.ancestry import ancestry
-from pipelines.links import Index, Link, is_superseded, links_of
+from pipelines.lineage.ancestry import ancestry
+from pipelines.lineage.links import Index, Link, is_superseded, links_of
 
 R = TypeVar("R")
 Unread = list[str]

@@ -11,10 +11,10 @@ from rich.console import Console
 from contracts.artifacts import Artifact, artifact_of
 from contracts.errors import UserError
 from contracts.records import CHECKPOINT
-from pipelines.ancestry import ancestry, around
-from pipelines.lineage_view import show
-from pipelines.links import RUN, Index, Link, links_of, run_of
-from pipelines.origins import Unread, pair_origins, prompt_origins
+from pipelines.lineage.ancestry import ancestry, around
+from pipelines.lineage.links import RUN, Index, Link, links_of, run_of
+from pipelines.lineage.origins import Unread, pair_origins, prompt_origins
+from pipelines.lineage.view import show
 from pipelines.rundir import RunDirectory
 
 PREFIX = re.compile(r"[0-9a-f]{8,64}")
