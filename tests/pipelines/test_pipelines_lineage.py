@@ -322,7 +322,7 @@ def test_a_run_is_not_traced_but_what_it_has_published(finished: HandmadeRun) ->
 
 
 def test_a_digest_that_is_not_unique_is_a_mistake(finished: HandmadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.lineage.PREFIX", re.compile("[0-9a-f]+"))
+    monkeypatch.setattr("pipelines.lineage.trace.PREFIX", re.compile("[0-9a-f]+"))
     digests = [Artifact.open(path.parent).manifest.digest for path in finished.path.rglob(MANIFEST)]
     shared = next(text[0] for text in digests if sum(other[0] == text[0] for other in digests) > 1)
     with pytest.raises(UserError, match="Give more digits"):
