@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, dpo_settings, make_model, run_cli, run_here, training_log
+from conftest import ROOT, dpo_settings, make_model, run_here, training_log
 from safetensors.torch import load_file, save_file
 
 import training.loop
@@ -127,14 +127,7 @@ def test_after_kills_and_requests_to_stop_it_ends_with_the_same_bytes(
         micro_batch_tokens=96, **LAYOUTS[layout],
     )  # fmt: skip
 
-    def train_to_the_end(settings: dict[str, Any]) -> None:
-        if layout == "one":
-            run_here("dpo", **settings)
-        else:
-            process = start(settings)
-            assert process.end() == 0, (process.attempt / "log").read_text()
-
-    train_to_the_end(settings | {"output": tmp_path / "whole"})
+    whole = start(settings, output=tmp_path / "whole")
     steps = 1
 
     killed = start(settings, checkpoint_seconds=0)
@@ -162,7 +155,8 @@ def test_after_kills_and_requests_to_stop_it_ends_with_the_same_bytes(
         assert {failure["kind"] for failure in stopped.failures()} == {"stopped"}
         assert "Traceback" not in (stopped.attempt / "log").read_text()
 
-    train_to_the_end(settings)
+    for process in (whole, start(settings)):
+        assert process.end() == 0, (process.attempt / "log").read_text()
     end, expected = Artifact.open(tmp_path / "out"), Artifact.open(tmp_path / "whole")
     assert end.manifest.files == expected.manifest.files
     assert end.manifest.facts["zero_stage"] == {"zero2": 2, "zero3": 3}.get(layout, 0)
@@ -299,11 +293,11 @@ def test_a_stop_while_the_final_model_is_measured_loses_no_step(
     assert artifact.manifest.files == whole.manifest.files
 
 
-def test_one_process_with_a_file_for_several_is_not_launched(
-    models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
+def test_one_process_with_a_file_for_several_runs_here(
+    models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`accelerate launch` would start it without RANK, and it would start itself again."""
     (tmp_path / "plain.yaml").write_text("distributed_type: MULTI_GPU\nnum_machines: 1\n")
+    monkeypatch.delattr(subprocess, "Popen")
     settings = dpo_settings(models, pairs, tmp_path / "out", max_steps=1, accelerate_config=tmp_path / "plain.yaml")
-    (tmp_path / "stage.json").write_text(json.dumps(settings, default=str))
-    run_cli("dpo", "--config", tmp_path / "stage.json")
-    assert Artifact.open(tmp_path / "out").manifest.facts["processes"] == 1
+    assert run_here("dpo", **settings).manifest.facts["processes"] == 1
