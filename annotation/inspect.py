@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from annotation.chat import ChatTokenizer
+from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.models import ModelInfo
 from contracts.records import Message
@@ -67,7 +67,7 @@ def inspect(model: Path, *, system: bool = False) -> list[Finding]:
     findings += [Finding("ok", rendered), bos(chat, messages, prompt)]
     if info.labels is None:
         findings.append(prompt_is_a_prefix(prompt, whole))
-        findings.append(turn_end(chat, messages, stop_ids(model, chat.tokenizer)))
+        findings.append(turn_end(chat, messages))
         findings.append(padding(chat.tokenizer))
     return findings
 
@@ -164,19 +164,9 @@ def prompt_is_a_prefix(prompt: list[int], whole: list[int]) -> Finding:
     )
 
 
-def stop_ids(model: Path, tokenizer: Any) -> list[int]:
-    """The tokens that end generation: the tokenizer's EOS, and those of generation_config.json (or config.json)."""
-    stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    for name in ("generation_config.json", "config.json"):
-        found = json.loads((model / name).read_text()).get("eos_token_id") if (model / name).is_file() else None
-        if found is not None:
-            return [*stops, *(found if isinstance(found, list) else [found])]
-    return stops
-
-
-def turn_end(chat: ChatTokenizer, messages: list[Message], stops: list[int]) -> Finding:
+def turn_end(chat: ChatTokenizer, messages: list[Message]) -> Finding:
     """Whether generation stops at what the template ends an assistant's turn with."""
-    tokenizer = chat.tokenizer
+    tokenizer, stops = chat.tokenizer, chat.stop_ids
     if not stops:
         return Finding(
             "error",

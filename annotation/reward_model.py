@@ -4,11 +4,11 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from annotation.batching import batches
-from annotation.chat import ChatTokenizer
 from annotation.config import ScoreConfig
 from annotation.loading import compute_facts, load_model, pad_right
 from annotation.samples import Sample
 from contracts.attempt import beat
+from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.records import Message, Score

@@ -103,7 +103,7 @@ def run_import(config: RlhflowImportConfig, context: Context) -> Outcome:
     rows = read_rows(config.source)
     if not (config.tokenizer / "tokenizer_config.json").is_file():
         raise UserError(f"{config.tokenizer} holds no tokenizer (tokenizer_config.json). Name a model's directory.")
-    from annotation.chat import ChatTokenizer
+    from contracts.chat import ChatTokenizer
 
     chat = ChatTokenizer(config.tokenizer)
     if chat.tokenizer.chat_template is None or chat.tokenizer.eos_token_id is None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import msgspec
 
+from contracts.chat import ChatTokenizer
 from contracts.faults import FAILED, Fault, Faults
 from contracts.ledger import Ledger
 from contracts.records import Completion, Prompt, Rollout, Sampling
 from contracts.seeds import derive_seed
 from generation.config import GenerationConfig
 from generation.engine import Answer, Engine, Request
-from generation.prompts import ChatTokenizer
 
 
 class Shard(msgspec.Struct, frozen=True):

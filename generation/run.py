@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 from contracts.artifacts import model_fingerprint
+from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Faults
 from contracts.jsonl import write_jsonl
@@ -13,7 +14,7 @@ from contracts.stage import Context, Outcome
 from contracts.workers import share_shards
 from generation.config import GenerationConfig
 from generation.engine import Engine, EngineSettings, devices_per_replica, resolve_dtype, set_threads
-from generation.prompts import ChatTokenizer, check_policy, select_prompts
+from generation.prompts import check_policy, prompt_ids, select_prompts
 from generation.rollouts import Shard, cut, default_shard_size, sample_shard, shard_facts, summary
 
 
@@ -27,8 +28,9 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
     threads = set_threads()
     with context.timed("load"):
         tokenizer = ChatTokenizer(config.policy)
+        tokenizer.require_stop()
         fingerprint = model_fingerprint(config.policy)
-        tokenized = [(prompt, tokenizer.prompt_ids(prompt)) for prompt in prompts]
+        tokenized = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in prompts]
     shards = cut(tokenized, config.shard_size or default_shard_size(config), longest_allowed)
     settings = _settings(config, context, tokenizer, shards, longest_allowed)
 
@@ -69,7 +71,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
     faults.messages = [message for facts in made for message in facts.get("failures", [])]
     faults.require_few(merge((receipt.ledger for receipt in receipts), "prompts"))
     settled = {"dtype": settings.dtype, "engine": config.engine, "threads": threads}
-    facts = {**summary(made), **faults.facts(), **settled, "bos_token_id": tokenizer.bos_id}
+    facts = {**summary(made), **faults.facts(), **settled, "bos_token_id": tokenizer.begin_id}
     return Outcome("prompts", facts=facts, weights=fingerprint)
 
 

@@ -1,15 +1,15 @@
 """Supervised fine-tuning: imitate the last answer of each demonstration."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from contracts.artifacts import MANIFEST, Artifact
+from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.jsonl import read_jsonl
 from contracts.ledger import Ledger
@@ -38,12 +38,12 @@ def run(config: SftConfig, context: Context) -> Outcome:
     info.require_chat_template()
     limit = length_limit(config, info)
     model_config = read_config(config.model)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    stops = stop_tokens(config.model, tokenizer)
+    chat = ChatTokenizer(config.model)
+    chat.require_stop()
     ledger = Ledger("demonstrations")
     conversations = read_demonstrations(config.demonstrations)
     rows = usable(
-        tokenized(conversations, tokenizer, stops, ledger),
+        tokenized(conversations, chat, ledger),
         ledger,
         limit=limit,
         vocabulary=vocabulary_size(model_config),
@@ -58,7 +58,7 @@ def run(config: SftConfig, context: Context) -> Outcome:
         wrap=TokenLogprobs,
         auto=AutoModelForCausalLM,
         model_config=model_config,
-        facts={"stop_tokens": stops},
+        facts={"stop_tokens": chat.stop_ids},
     )
     return fit(config, context, task)
 
@@ -79,7 +79,7 @@ def read_demonstrations(path: Path) -> Iterator[Conversation]:
         yield from read_jsonl(file, Conversation)
 
 
-def tokenized(conversations: Iterator[Conversation], tokenizer: Any, stops: list[int], ledger: Ledger) -> Iterator[Row]:
+def tokenized(conversations: Iterator[Conversation], chat: ChatTokenizer, ledger: Ledger) -> Iterator[Row]:
     """Demonstrations as token ids: the chat template applied once, the loss on the last answer only.
 
     A response ends with the token that ends generation. What the template writes behind it is cut off, and where the
@@ -89,55 +89,25 @@ def tokenized(conversations: Iterator[Conversation], tokenizer: Any, stops: list
     Raises:
         UserError: the template's text before the answer is not the prompt that generation will use.
     """
+    stops = chat.stop_ids
     for number, conversation in enumerate(conversations, 1):
-        messages = [msgspec.to_builtins(message) for message in conversation.messages]
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        messages = conversation.messages
+        if len(messages) < 2 or messages[-1].role != "assistant":
             ledger.drop("no_answer")
             continue
         row_id = conversation.prompt_id or f"row {number}"
-        prompt = _template(tokenizer, messages[:-1], row_id, add_generation_prompt=True)
-        full = _template(tokenizer, messages, row_id)
+        prompt = chat.conversation(messages[:-1], for_answer=True, what=f"demonstration {row_id}")
+        full = chat.conversation(messages, what=f"demonstration {row_id}")
         if full[: len(prompt)] != prompt:
             raise UserError(
-                f"demonstration {row_id}: the chat template of {tokenizer.name_or_path} does not begin the whole "
+                f"demonstration {row_id}: the chat template of {chat.path} does not begin the whole "
                 "conversation with the prompt that it makes for generation, so the two cannot be told apart. Use a "
                 "template whose add_generation_prompt writes what precedes an assistant's answer."
             )
         response = full[len(prompt) :]
-        if not set(stops).isdisjoint(tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]):
+        if not set(stops).isdisjoint(chat.tokenizer(messages[-1].content, add_special_tokens=False)["input_ids"]):
             ledger.drop("stop_inside")
             continue
         end = next((index for index, token in enumerate(response) if token in stops), None)
         response = [*response, stops[0]] if end is None else response[: end + 1]
         yield Row(row_id, (Sequence((*prompt, *response), len(prompt)),))
-
-
-def stop_tokens(model: Path, tokenizer: Any) -> list[int]:
-    """The tokens that end generation, the tokenizer's EOS first, then those of generation_config.json.
-
-    Raises:
-        UserError: there is none.
-    """
-    stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    for name in ("generation_config.json", "config.json"):
-        found = json.loads((model / name).read_text()).get("eos_token_id") if (model / name).is_file() else None
-        if found is not None:
-            stops += found if isinstance(found, list) else [found]
-            break
-    if not stops:
-        raise UserError(f"{model} names no EOS token, so no answer could ever end. Set eos_token in its tokenizer.")
-    return list(dict.fromkeys(stops))
-
-
-def _template(tokenizer: Any, messages: list[dict[str, str]], row_id: str, **options: bool) -> list[int]:
-    try:
-        ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
-    except Exception as error:
-        # Templates refuse conversations in their own words (jinja's raise_exception), for example a system turn.
-        raise UserError(f"demonstration {row_id}: the chat template refuses it: {error}.") from error
-    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
-        raise UserError(
-            f"demonstration {row_id}: it begins with two BOS tokens. Take the BOS out of the chat template, or out of "
-            "the tokenizer's post-processor."
-        )
-    return ids

@@ -94,7 +94,7 @@ def test_a_template_that_refuses_the_system_message_of_the_prompts(model: Path) 
     finding = bad(model, system=True)
     assert finding.level == "error"
     assert "no role system" in finding.found
-    assert "Use prompts with the roles that it knows" in finding.found
+    assert "Use conversations with the roles that it knows" in finding.found
 
 
 def test_two_bos_in_the_template(model: Path) -> None:

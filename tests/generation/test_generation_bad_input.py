@@ -71,7 +71,7 @@ def test_too_many_prompts_too_long(policy: Path, prompts: Path, tmp_path: Path) 
 def test_template_that_begins_twice(changed_policy: Callable[..., Path], prompts: Path, tmp_path: Path) -> None:
     twice = changed_policy(chat_template="{{ bos_token }}{{ bos_token }} <user> {{ messages[0].content }}")
     message = refuse(tmp_path / "out", policy=twice, prompts=prompts, max_new_tokens=8)
-    assert "begins a prompt with two BOS tokens ('<bos>')" in message
+    assert "with two BOS tokens ('<bos>')" in message
 
 
 def test_template_that_refuses_a_prompt(policy: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_model_without_an_end_token(changed_policy: Callable[..., Path], prompts
         generation_config={"eos_token_id": None}, config={"eos_token_id": None}, tokenizer_config={"eos_token": None}
     )
     message = refuse(tmp_path / "out", policy=endless, prompts=prompts, max_new_tokens=8)
-    assert "names no end-of-sequence token" in message
+    assert "names no EOS token" in message
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.ledger import merge
@@ -18,7 +19,7 @@ from contracts.prompts import prompt_id
 from contracts.records import Message, Prompt, Sampling
 from generation.config import GenerationConfig
 from generation.engine import Answer, Request
-from generation.prompts import ChatTokenizer, select_prompts
+from generation.prompts import select_prompts
 from generation.rollouts import check_answer, cut, default_shard_size, requests_of, sample_shard
 
 

@@ -9,24 +9,25 @@ import msgspec
 import pytest
 import torch
 from conftest import EOS, IDS, ROOT, TEMPLATE, make_pairs, make_reference, publish, run_cli, run_here, training_log
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.records import PAIRS, SCORES, Message, Pair
 from training.logprobs import collate
 from training.reward import held_out_prompts
-from training.sft import Conversation, stop_tokens, tokenized
+from training.sft import Conversation, tokenized
 
 QUESTION = Message("user", "review the film")
 
 
 def rows_of(models: dict[str, Path], conversation: list[Message], template: str = TEMPLATE) -> tuple[Any, Ledger]:
-    tokenizer = AutoTokenizer.from_pretrained(models["tied"])
-    tokenizer.chat_template = template
+    chat = ChatTokenizer(models["tied"])
+    chat.tokenizer.chat_template = template
     ledger = Ledger("demonstrations")
     conversations = iter([Conversation(tuple(conversation))])
-    return list(tokenized(conversations, tokenizer, stop_tokens(models["tied"], tokenizer), ledger)), ledger
+    return list(tokenized(conversations, chat, ledger)), ledger
 
 
 def words(text: str) -> tuple[int, ...]:
