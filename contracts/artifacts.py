@@ -459,8 +459,8 @@ class Publication:
                 self.discard()
 
     def abandon(self) -> None:
-        """After a user's mistake: leave nothing behind, unless finished shards are worth keeping."""
-        if not self.receipts():
+        """After a user's mistake: leave nothing behind, unless finished shards or a saved state are worth keeping."""
+        if not self.receipts() and not any((self.directory / "state").glob("*.safetensors")):
             self.discard()
 
     @property
