@@ -15,7 +15,7 @@ from contracts.stage import require_space
 from pipelines.config import RetentionSection, RunConfig, load_run_config
 from pipelines.decisions import decide
 from pipelines.display import Display
-from pipelines.doctor import add_doctor
+from pipelines.doctor.command import add_doctor
 from pipelines.driver import Driver, StageFailedError
 from pipelines.environments import env_main, probe_versions
 from pipelines.force import report_forced, resolve, set_aside

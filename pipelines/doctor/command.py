@@ -20,7 +20,8 @@ from rich.text import Text
 from contracts import stopping
 from contracts.errors import UserError, as_user_error
 from contracts.secrets import TOKEN
-from pipelines.checks import (
+from pipelines.config import RunConfig, load_run_config
+from pipelines.doctor.checks import (
     Plan,
     check_configuration,
     check_devices,
@@ -34,11 +35,10 @@ from pipelines.checks import (
     needs_loopback,
     plural,
 )
-from pipelines.config import RunConfig, load_run_config
+from pipelines.doctor.machine import Finding, check_file_system, check_limits, check_loopback
 from pipelines.hub import MODEL_PATTERNS
 from pipelines.iteration import build_graph
 from pipelines.locked import home
-from pipelines.machine import Finding, check_file_system, check_limits, check_loopback
 
 
 def add_doctor(commands: Any) -> None:

@@ -20,12 +20,12 @@ from contracts.errors import UserError, as_user_error
 from contracts.prompts import PromptsConfig
 from generation.config import GenerationConfig
 from pipelines.config import RunConfig
+from pipelines.doctor.machine import Finding, Level, cores, existing, gpus, host_memory
 from pipelines.driver import default_parallel
 from pipelines.environments import EnvironmentConfig, launch_command, probe_versions
 from pipelines.estimates import Memory, memory, published_bytes, scratch_bytes, zero_settings
 from pipelines.graph import Graph, Node
 from pipelines.locked import Locked, resolve_variant
-from pipelines.machine import Finding, Level, cores, existing, gpus, host_memory
 from pipelines.placement import gpu_count
 from pipelines.preflight import input_mistakes, model_mistakes
 from pipelines.sizes import size_of
