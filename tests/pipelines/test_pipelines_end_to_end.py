@@ -1,71 +1,33 @@
 """A whole run of real stages in their real environments: what it publishes, and that nothing is made twice or lost."""
 
-import contextlib
 import json
 import os
-import random
-import shutil
 import signal
 import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
+from pipelines_smallest import COMMAND, SECRET, FinishedRun, pipeline
 
 from contracts.artifacts import MANIFEST, Artifact
 from contracts.records import PAIRS, PROMPTS, ROLLOUTS, Pair, Prompt, Rollout
 from pipelines.config import load_run_config
 from pipelines.iteration import build_graph
-from pipelines.supervisor import RUN, end_orphans
 
 pytestmark = pytest.mark.timeout(900)
-COMMAND = [sys.executable, "-m", "pipelines"]
-SECRET = "hf_" + "QqSecretQq" * 4
-command_lines: set[str] = set()
-
-
-def pipeline(*arguments: str, **options: object) -> "subprocess.CompletedProcess[str]":
-    """Run the command to its end."""
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=800, check=False, **options)  # type: ignore[call-overload, no-any-return]
-
-
-def digests(run: Path) -> dict[str, str]:
-    """Content digest of every artifact of a run, by place."""
-    return {
-        path.parent.relative_to(run).as_posix(): Artifact.open(path.parent).manifest.digest
-        for path in sorted(run.rglob(MANIFEST))
-    }
 
 
 @pytest.fixture(scope="module")
-def finished(shared_smallest: Path) -> Path:
+def finished(finished_run: FinishedRun) -> Path:
     """The directory of a run of two iterations that nothing interrupted."""
-    done = threading.Event()
-    watcher = threading.Thread(target=watch_process_list, args=(done,))
-    watcher.start()
-    environment = {**os.environ, "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET}
-    result = pipeline("run", str(shared_smallest), "--iters", "2", env=environment)
-    done.set()
-    watcher.join()
-    assert result.returncode == 0, result.stderr
-    assert "Best checkpoint" in result.stdout
-    return shared_smallest.parent / "runs" / "smallest"
+    assert "Best checkpoint" in finished_run.output
+    return finished_run.path
 
 
-def watch_process_list(done: threading.Event) -> None:
-    """Collect all command lines that show up on this machine."""
-    while not done.wait(0.05):
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                command_lines.add((folder / "cmdline").read_text(errors="replace"))
-
-
-def test_secrets_of_the_environment_are_in_no_file_and_no_process_list(finished: Path) -> None:
-    assert any("iteration-002" in line for line in command_lines)
-    assert not [line for line in command_lines if SECRET in line]
-    files = [path for path in finished.rglob("*") if path.is_file()]
+def test_secrets_of_the_environment_are_in_no_file_and_no_process_list(finished_run: FinishedRun) -> None:
+    assert any("iteration-002" in line for line in finished_run.command_lines)
+    assert not [line for line in finished_run.command_lines if SECRET in line]
+    files = [path for path in finished_run.path.rglob("*") if path.is_file()]
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
@@ -168,46 +130,6 @@ def test_status_marks_what_was_made_from_what_is_gone(finished: Path) -> None:
     states = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in lines if line.count("│") > 3}
     assert states["iteration-001/reference"] == states["iteration-001/training"] == "outdated"
     assert states["iteration-001/generation"] == "published"
-
-
-def kill_stage(run: Path, chance: random.Random) -> None:
-    """SIGKILL one process of the run, chosen at random among all of them but the driver."""
-    mark = f"{RUN}={run}".encode()
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    if found:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(chance.choice(sorted(found)), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("victim", ["driver", "stage"])
-def test_killed_again_and_again_it_ends_with_the_same_bytes(finished: Path, shared_smallest: Path, victim: str) -> None:
-    chance = random.Random(victim)
-    home = shared_smallest.parent / f"killed-{victim}"
-    arguments = ["run", str(shared_smallest), "--iters", "2", f"directory={home}"]
-    for _ in range(5):
-        with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, text=True) as driver:
-            assert driver.stdout is not None
-            # Wait for a stage to start, so that every kill finds something to interrupt.
-            for line in driver.stdout:
-                if line.startswith("run ") and "setup" not in line:
-                    break
-            time.sleep(chance.uniform(0, 6))
-            if victim == "driver":
-                driver.kill()
-            else:
-                kill_stage(home / "smallest", chance)
-            driver.communicate(timeout=600)
-    result = pipeline(*arguments)
-    assert result.returncode == 0, result.stderr
-    assert digests(home / "smallest") == digests(finished)
-    assert end_orphans(home / "smallest") == []
-    strays = [path for path in home.rglob("*") if path.name.endswith(".tmp") or ".partial-" in path.name]
-    assert strays == []
-    shutil.rmtree(home)
 
 
 def test_a_second_driver_is_refused(finished: Path, shared_smallest: Path) -> None:

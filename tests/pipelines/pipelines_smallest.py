@@ -1,0 +1,105 @@
+"""A run that is as small as a run can be, with every kind of stage in it, and several steps in each training."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COMMAND = [sys.executable, "-m", "pipelines"]
+SECRET = "hf_" + "QqSecretQq" * 4
+SAVING = {"checkpoint_seconds": 0}
+"""Every optimizer step is saved."""
+SMALLEST: dict[str, Any] = {
+    "name": "smallest",
+    "seed": 0,
+    "world": {"demonstrations": 64, "train": 24, "preference": 24, "heldout": 10},
+    "policy": "world:model",
+    "sft": {"demonstrations": "world:demonstrations.jsonl", "global_batch": 8, "learning_rate": 1e-3, **SAVING},
+    "prompts": {
+        "train": {"source": "world:train.jsonl"},
+        "heldout": {"source": "world:heldout.jsonl"},
+        "per_iteration": 12,
+    },
+    "reward_model": {
+        "prompts": {"source": "world:preference.jsonl"},
+        "label": "gold",
+        "training": {"global_batch": 4, "learning_rate": 5e-4, **SAVING},
+    },
+    "scorers": {
+        "reward": {"kind": "reward_model"},
+        "well_formed": {"kind": "rule", "function": "embedded.reviews:well_formed"},
+    },
+    "generation": {"k": 4, "max_new_tokens": 12, "shard_size": 5, "engine": "transformers"},
+    "training": {"global_batch": 2, "learning_rate": 1e-4, **SAVING},
+}
+
+
+RULES = '''
+"""A scorer of the user's own, which finds something to prefer in the babble of a barely trained model."""
+
+
+def variety(*, messages, response, finish_reason, answer):
+    return len(set(response.split())) + len(response) / 100
+'''
+
+
+def write_smallest(folder: Path) -> Path:
+    """Write the smallest run's config file, with its scorer beside it and its runs below it, and return its path."""
+    (folder / "rules.py").write_text(RULES)
+    path = folder / "smallest.yaml"
+    config = {**SMALLEST, "directory": str(folder / "runs")}
+    config["scorers"] = {**SMALLEST["scorers"], "gold": {"kind": "rule", "function": f"{folder / 'rules.py'}:variety"}}
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def pipeline(*arguments: str, **options: object) -> "subprocess.CompletedProcess[str]":
+    """Run the command to its end."""
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=800, check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+@dataclass
+class FinishedRun:
+    """A run of two iterations that nothing interrupted, with secrets in its environment."""
+
+    config: Path
+    output: str
+    """What the command printed."""
+    command_lines: set[str] = field(default_factory=set)
+    """All that were seen on this machine meanwhile."""
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return self.config.parent / "runs" / "smallest"
+
+
+def finish_smallest(config: Path) -> FinishedRun:
+    """Run the smallest run to its end."""
+    run = FinishedRun(config, "")
+    done = threading.Event()
+    watcher = threading.Thread(target=watch_process_list, args=(run.command_lines, done))
+    watcher.start()
+    try:
+        environment = {**os.environ, "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET}
+        result = pipeline("run", str(config), "--iters", "2", env=environment)
+    finally:
+        done.set()
+        watcher.join()
+    assert result.returncode == 0, result.stderr
+    run.output = result.stdout
+    return run
+
+
+def watch_process_list(command_lines: set[str], done: threading.Event) -> None:
+    """Collect all command lines that show up on this machine."""
+    while not done.wait(0.05):
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command_lines.add((folder / "cmdline").read_text(errors="replace"))
