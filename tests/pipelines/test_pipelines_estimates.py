@@ -2,14 +2,13 @@
 
 import ast
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pipelines_smallest import FinishedRun
 
 from contracts.artifacts import MANIFEST
 from contracts.stage import MINIMUM_FREE
@@ -36,11 +35,9 @@ LLAMA_8B = {
 
 
 @pytest.fixture(scope="module")
-def finished(shared_smallest: Path) -> Graph:
+def finished(finished_run: FinishedRun) -> Graph:
     """The graph of a run of one iteration, all of which is published."""
-    command = [sys.executable, "-m", "pipelines", "run", str(shared_smallest), "--iters", "1"]
-    subprocess.run(command, check=True, timeout=500, capture_output=True)
-    return build_graph(load_run_config(shared_smallest, []), 1)
+    return build_graph(load_run_config(finished_run.config, []), 1)
 
 
 @pytest.fixture

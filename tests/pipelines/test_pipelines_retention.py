@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pipelines_smallest import FinishedRun
 from rich.console import Console
 
 import pipelines.driver
@@ -672,13 +673,13 @@ def pipeline(*arguments: str) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_a_real_run_with_retention_ends_like_one_without(smallest: Path) -> None:
+def test_a_real_run_with_retention_ends_like_one_without(finished_run: FinishedRun) -> None:
+    smallest = finished_run.config
     whole, run = (smallest.parent / name / "smallest" for name in ("whole", "kept"))
+    for copy in (whole, run):
+        shutil.copytree(finished_run.path, copy)
     pipeline("run", str(smallest), "--iters", "3", f"directory={whole.parent}")
     reference = digests(whole)
-    # The same command for two iterations would have left this.
-    shutil.copytree(whole, run)
-    shutil.rmtree(run / "iteration-003")
     command = ["run", str(smallest), f"directory={run.parent}", "retention.keep=last 1", "retention.compress=true"]
     pipeline(*command, "--iters", "2")
     pipeline("gc", str(run))
