@@ -113,7 +113,8 @@ class Faults:
             kill(fault["victim"])
         else:
             assert path is not None
-            damage(path, fault)
+            if action == "torn" or path.suffix == ".tmp":  # a full disk cuts what is being written, and nothing else
+                damage(path, fault)
             if action == "torn":
                 kill("self")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
