@@ -627,8 +627,11 @@ def print_table(met: list[Fault], total: Tally, rounds: int, seconds: float) -> 
             cells = [str(counts[who, point, action]) if action in actions.split() else "-" for action in ACTIONS]
             print(f"{who + ': ' + words:<44}" + "".join(f"{cell:>9}" for cell in cells))
     print(f"{'all':<44}" + "".join(f"{sum(fault.action == action for fault in met):>9}" for action in ACTIONS))
-    reached = sum(counts[combination] > 0 for combination in COMBINATIONS)
+    missing = [" ".join(combination) for combination in COMBINATIONS if not counts[combination]]
+    reached = len(COMBINATIONS) - len(missing)
     print(f"\n{len(met)} kills in {rounds} rounds and {seconds:.0f} s; {reached} of {len(COMBINATIONS)} combinations")
+    if missing:
+        print(f"not among them: {', '.join(missing)}")
     for entry in fields(total):
         if entry.name != "problems":
             value = getattr(total, entry.name)

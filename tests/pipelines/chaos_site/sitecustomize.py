@@ -121,10 +121,12 @@ class Faults:
 
 
 def kill(victim: str) -> None:
-    """SIGKILL for this process, its whole group, or its parent, which takes this process with it."""
+    """SIGKILL for this process, its whole group, or its supervisor, which takes this process with it."""
     if victim == "group":
         os.killpg(0, signal.SIGKILL)
-    os.kill(os.getppid() if victim == "supervisor" else os.getpid(), signal.SIGKILL)
+    parent = os.getppid()
+    supervised = b"submitit.core._submit" in Path(f"/proc/{parent}/cmdline").read_bytes()  # or an orphan by now
+    os.kill(parent if victim == "supervisor" and supervised else os.getpid(), signal.SIGKILL)
 
 
 def damage(path: Path, fault: Fault) -> None:
