@@ -409,10 +409,11 @@ class Round:
             yield f"exit code 2, but not a word of the full disk:\n{text[-3000:]}"
 
     def not_tried_again(self, code: int, met: list[Fault]) -> Iterator[str]:
-        """Stages that were killed and that the driver has not tried again by itself."""
+        """Stages that were killed, met no full disk, and that the driver has not tried again by itself."""
         failed = {(event["stage"], event["attempt"]): event for event in self.events("failed")}
+        full = {(fault.stage, fault.attempt) for fault in met if fault.action == FULL}
         for fault in met:
-            if fault.action == FULL or not fault.stage or not fault.attempt:
+            if not fault.stage or not fault.attempt or (fault.stage, fault.attempt) in full:
                 continue
             event = failed.get((fault.stage, fault.attempt))
             if event is None and code == 0 and fault.point not in ("published", "compute", "step", "exit", "stage"):
