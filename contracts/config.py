@@ -7,6 +7,7 @@ runtime   where and how fast: devices, batch shapes that do not change results, 
 
 import difflib
 import json
+import reprlib
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
@@ -134,6 +135,8 @@ def describe(model: type[BaseModel]) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping, or a UserError that names file and line."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"config file {path} is no regular file; name a YAML file.")
     try:
         data = yaml.load(path.read_text(), _UniqueKeys)
         json.dumps(data, default=str)
@@ -145,7 +148,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if isinstance(error, UnicodeDecodeError):
             raise UserError(f"config file {path} is not UTF-8 text: {error.reason}.") from error
         raise UserError(
-            f"config file {path} contains itself (an alias inside its own anchor). Write it out."
+            f"config file {path} is nested too deeply, or contains itself (an alias in its own anchor). Write it out."
         ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -224,7 +227,7 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{place!r} is required but not set."
     message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if problem["type"] == "value_error" and not place else f"{place!r} is {problem['input']!r}: "
+    shown = "" if problem["type"] == "value_error" and not place else f"{place!r} is {reprlib.repr(problem['input'])}: "
     return f"{shown}{message}" + ("" if message.endswith(".") else ".")
 
 

@@ -60,7 +60,7 @@ def read_jsonl(path: Path, kind: type[R], *, tolerate_torn_tail: bool = False) -
                 continue
             try:
                 yield decoder.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{path}, line {number}: {error}. Each line must be one JSON object"
                     + (f" with the fields of {kind.__name__}." if kind is not dict else ".")

@@ -55,7 +55,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             place = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{place}: not valid JSON ({error}). Each line must be one JSON object.") from error
             if not isinstance(row, dict):
                 raise UserError(f"{place}: a {type(row).__name__}, but each line must be one JSON object.")

@@ -83,13 +83,18 @@ class Context:
             report_progress(done, total, unit)
 
 
-def key_parts(config: StageConfig, versions: dict[str, str]) -> dict[str, Any]:
-    """Everything the stage key depends on, kept in the manifest to explain later why two keys differ."""
+def key_parts(
+    config: StageConfig, versions: dict[str, str], where: Callable[[Path], Path] = lambda path: path
+) -> dict[str, Any]:
+    """Everything the stage key depends on, kept in the manifest to explain later why two keys differ.
+
+    `where`: the place at which an input lies now, if that is another than the config's.
+    """
     return {
         "stage": config.stage,
         "code": config.code_version,
         "config": json.loads(json.dumps(config.select(Role.IDENTITY), default=str)),
-        "inputs": {name: _digests(value) for name, value in _flat(config.select(Role.INPUT)).items()},
+        "inputs": {name: _digests(value, where) for name, value in _flat(config.select(Role.INPUT)).items()},
         "sources": {name: input_digest(path) for name, path in config.source_files().items()},
         "versions": versions,
     }
@@ -110,8 +115,10 @@ def _flat(inputs: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _digests(value: Any) -> Any:
-    return [input_digest(item) for item in value] if isinstance(value, list) else input_digest(value)
+def _digests(value: Any, where: Callable[[Path], Path]) -> Any:
+    if isinstance(value, list):
+        return [_digests(item, where) for item in value]
+    return input_digest(value if str(value).startswith("hf:") else where(Path(value)))
 
 
 def main(commands: dict[str, Command], package: str, argv: list[str] | None = None) -> NoReturn:

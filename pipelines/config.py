@@ -132,7 +132,7 @@ class RetentionSection(Section):
 class RunConfig(Section):
     """One run of iterative online RLHF."""
 
-    name: str = runtime(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = runtime(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """Name of the run and of its directory."""
     directory: Path = runtime(Path("runs"))
     """Directory that holds the runs."""
@@ -277,7 +277,10 @@ def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
     config = validate(RunConfig, apply_overrides(read_yaml(path), overrides), str(path)).with_inherited()
     for iteration in config.changes:
         config.at(iteration)
-    if not os.access(_existing_parent(config.directory), os.W_OK):
+    parent = _existing_parent(config.directory)
+    if not parent.is_dir():
+        raise UserError(f"directory {config.directory} cannot be made: {parent} is no directory. Set directory=PATH.")
+    if not os.access(parent, os.W_OK):
         raise UserError(f"directory {config.directory} cannot be written to. Set directory=PATH.")
     return config
 

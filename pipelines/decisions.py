@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +24,24 @@ class Decision:
     key: str
 
 
-def decide(node: Node, versions: dict[str, str], run: Path) -> Decision:
+def decide(
+    node: Node, versions: dict[str, str], run: Path, where: Callable[[Path], Path] = lambda path: path
+) -> Decision:
     """Decide about a stage of the run in the directory `run` whose inputs are all published.
+
+    `where`: the place at which an input lies now; for a dry run, which takes nothing back from superseded/.
 
     Raises:
         UserError: an input does not exist.
     """
-    parts = key_parts(node.config, versions)
+    parts = key_parts(node.config, versions, where)
     key = stage_key(parts)
     published = (node.output / MANIFEST).is_file()
     if published and Artifact.open(node.output).manifest.key == key:
         return Decision(True, "published under the same key", key)
     if node.output.exists() and not published:
         raise UserError(f"{node.output} exists but is not published. It is not Ratchet's: move it away.")
-    if _kept(run, node, key).exists():
+    if kept(run, node, key).exists():
         return Decision(True, f"taken back from {SUPERSEDED}/", key)
     if partial_directory(node.output, key).exists():
         return Decision(False, "continues where it was interrupted", key)
@@ -74,24 +79,24 @@ def make_room(node: Node, decision: Decision, run: Path) -> None:
         old = Artifact.open(node.output).manifest.key
         if old == decision.key:
             return
-        aside = _kept(run, node, old)
+        aside = kept(run, node, old)
         aside.parent.mkdir(parents=True, exist_ok=True)
         os.rename(node.output, aside)
-    kept = _kept(run, node, decision.key)
-    if kept.exists():
+    back = kept(run, node, decision.key)
+    if back.exists():
         node.output.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(kept, node.output)
+        os.rename(back, node.output)
 
 
-def _kept(run: Path, node: Node, key: str) -> Path:
+def kept(run: Path, node: Node, key: str) -> Path:
     """Where what a stage had published under a key is kept."""
     return run / SUPERSEDED / node.name / key[:16]
 
 
 def _last_kept(run: Path, node: Node) -> Path | None:
     """What the stage had published last, of what is kept."""
-    kept = [path.parent for path in (run / SUPERSEDED / node.name).glob(f"*/{MANIFEST}")]
-    return max(kept, key=lambda path: path.stat().st_ctime_ns, default=None)
+    versions = [path.parent for path in (run / SUPERSEDED / node.name).glob(f"*/{MANIFEST}")]
+    return max(versions, key=lambda path: path.stat().st_ctime_ns, default=None)
 
 
 def drop_partials(node: Node) -> None:

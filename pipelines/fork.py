@@ -48,7 +48,8 @@ def fork(source: RunDirectory, first: int, overrides: list[str], name: str | Non
         write_atomically(work / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
         config = load_run_config(work / CONFIG, [])  # every mistake in the values, before anything is taken over
         count = _take_over(source, build_graph(source.config, last), work, first, bool(overrides))
-        record = {"config": CONFIG, "iterations": config.iterations, "settings": config.settings()}
+        record: dict[str, Any] = {"config": CONFIG, "source": str((target / CONFIG).absolute())}
+        record |= {"iterations": config.iterations, "settings": config.settings()}
         write_atomically(work / "run.json", json.dumps(record).encode())
         os.rename(work, target)
     finally:

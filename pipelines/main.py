@@ -13,7 +13,7 @@ from contracts.config import describe, validate
 from contracts.errors import UserError, as_user_error
 from contracts.stage import require_space
 from pipelines.config import RetentionSection, RunConfig, load_run_config
-from pipelines.decisions import decide
+from pipelines.decisions import decide, kept
 from pipelines.display import Display
 from pipelines.doctor.command import add_doctor
 from pipelines.driver import Driver, StageFailedError
@@ -184,6 +184,14 @@ def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[s
     certain: set[str] = set()
     runs: list[str] = []
     verdicts: dict[str, tuple[str, str]] = {}
+    moved: dict[Path, Path] = {}  # outputs that would be taken back, and where they are now
+
+    def where(path: Path) -> Path:
+        for output, place in moved.items():
+            if path.is_relative_to(output):
+                return place / path.relative_to(output)
+        return path
+
     for node in graph.nodes.values():
         unknown = [name for name in node.needs if name not in certain]
         sure = True
@@ -195,10 +203,12 @@ def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[s
                 sure, reason = False, f"{reason}; reused if these come out the same"
         else:
             environment = getattr(config.environments, node.environment)
-            decision = decide(node, probe_versions(environment, node.environment), graph.directory)
+            decision = decide(node, probe_versions(environment, node.environment), graph.directory, where)
             verb, reason = ("reuse" if decision.reuse else "run"), decision.reason
             if decision.reuse:
                 certain.add(node.name)
+            if (place := kept(graph.directory, node, decision.key)).exists():
+                moved[node.output] = place
         if verb == "run" and sure:
             runs.append(node.name)
         verdicts[node.name] = verb, reason

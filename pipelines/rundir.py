@@ -29,9 +29,17 @@ class RunDirectory:
     @classmethod
     def existing(cls, path: Path) -> "RunDirectory":
         """An existing run's directory, or a UserError."""
+        cls(path).require_files()
         if not (path / "run.json").is_file():
             raise UserError(f"{path} is not the directory of a run (it has no run.json). Give the path runs/NAME.")
         return cls(path)
+
+    def require_files(self) -> None:
+        """Raise UserError where something else lies in the place of one of the run's own files."""
+        for name in ("run.json", "config.resolved.yaml", "lock", "events.jsonl", "metrics.jsonl", PINNED):
+            path = self.path / name
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise UserError(f"{path} is no regular file, as a run's own {name} is. Move it away.")
 
     def claim(self, config: RunConfig, source: Path, iterations: int) -> None:
         """Create the directory, or take it over, and become the run's only driver until this process ends.
@@ -40,21 +48,26 @@ class RunDirectory:
             UserError: it belongs to another config file, is no run's directory, or another driver is alive.
         """
         marker = self.path / "run.json"
+        self.require_files()
         if self.path.exists() and not marker.exists() and not self._is_run():
             raise UserError(
                 f"{self.path} exists and was not made by a run of Ratchet. Choose another name=... or directory=..."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # below /proc, for example
+            raise UserError(f"{self.path} cannot be made: {error.strerror}. Set directory=PATH.") from error
         self.lock()
         origin = os.path.relpath(source, self.path)
         if marker.exists():
             owner = self._marked("config")
-            if owner != origin:
+            if owner != origin and self._marked("source") != str(source.absolute()):
                 raise UserError(
                     f"{self.path} is the run of {(self.path / owner).resolve()}, not of {source}. "
                     "Choose another name=... for this run."
                 )
-        record = {"config": origin, "iterations": iterations, "settings": config.settings()}
+        record: dict[str, Any] = {"config": origin, "source": str(source.absolute())}
+        record |= {"iterations": iterations, "settings": config.settings()}
         write_atomically(marker, json.dumps(record).encode())
         resolved = {**config.model_dump(mode="json"), "directory": str(self.path.parent)}
         text = yaml.safe_dump(resolved, sort_keys=False)

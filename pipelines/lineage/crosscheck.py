@@ -122,6 +122,8 @@ def wrong_metrics(index: Index, artifacts: list[Artifact]) -> Iterator[str]:
         evaluation = evaluations.get(line.get("iteration"))
         if evaluation is not None:
             yield from _differences(index, path, line, evaluation)
+        else:
+            yield f"{path}: it has iteration {line.get('iteration')}, but no whole evaluation of it is there"
 
 
 def _differences(index: Index, path: Path, line: dict[str, Any], evaluation: Artifact) -> Iterator[str]:

@@ -175,7 +175,8 @@ class Index:
 
     def _find_outside(self, link: Link, inner: tuple[str, str] | None) -> Found:
         """A link to what no stage of the run has made: a user's file, a model from elsewhere, another run."""
-        places = [link.path] if inner is None else [str(self.path / inner[0] / inner[1]), link.path]
+        # What lay in the run has to be in the run, not in a former directory of it that is still there.
+        places = [link.path] if inner is None else [str(self.path / inner[0] / inner[1])]
         changed = None
         for place in places:
             if place.startswith("hf:") or Path(place).exists():

@@ -118,6 +118,7 @@ class _Verification:
         self.check_rows()
         if self.whole_run and not self.driven:
             problems += wrong_metrics(self.index, [artifact for artifact in self.targets if self.is_readable(artifact)])
+            problems += [f"{path}: files without a manifest.json" for path in unpublished(self.index.path)]
             self.findings.warnings += leftovers(self.index.path)
         return self.findings
 
@@ -314,6 +315,19 @@ def strays(artifact: Artifact) -> list[str]:
         known.add(file.path if stored else file.path + COMPRESSED)
     found = (path.relative_to(artifact.path).as_posix() for path in artifact.path.rglob("*") if not path.is_dir())
     return sorted(set(found) - known)
+
+
+def unpublished(run: Path) -> Iterator[Path]:
+    """Directories of a run with files of which no manifest knows, as when the manifest was lost."""
+    for folder, subfolders, files in os.walk(run):
+        here = Path(folder)
+        if (here / MANIFEST).is_file():
+            subfolders.clear()
+            continue
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and here / name != run / "logs"]
+        if here != run and (files or MANIFEST in subfolders):
+            yield here
+            subfolders.clear()
 
 
 def leftovers(run: Path) -> list[str]:

@@ -100,7 +100,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("run smallest.yaml executor.stall_seconds=0", "executor.stall_seconds"),
         ("run smallest.yaml executor.kind=slurmm", "executor.kind"),
         ("run smallest.yaml name=../x", "name"),
-        ("run smallest.yaml directory=rules.py", "rules.py"),
+        ("run smallest.yaml directory=rules.py --dry-run", "rules.py is no directory"),
+        ("run smallest.yaml directory=/proc/nothing", "cannot be made"),
+        (f"run smallest.yaml name={'a' * 300} --dry-run", "name"),
         ("run smallest.yaml policy=nothere", "nothere does not exist"),
         ("run smallest.yaml policy=world:nothere", "world:nothere does not exist"),
         ("run smallest.yaml environments.training.python=/no/python", "not an executable"),
@@ -176,3 +178,22 @@ def test_a_damaged_file_of_a_run_is_named(
     said = refused(capsys, *command.split())
     assert os.path.basename(file) in said
     assert contents(run.parent) == before
+
+
+@pytest.mark.parametrize("kind", ["directory", "dangling link", "pipe"])
+@pytest.mark.parametrize(
+    "name", ["run.json", "lock", "events.jsonl", "metrics.jsonl", "config.resolved.yaml", "pinned"]
+)
+def test_something_else_in_the_place_of_a_runs_file(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    path = run / name
+    path.unlink(missing_ok=True)
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/nonexistent/file")
+    for command in ("run smallest.yaml --iters 1", "status runs/smallest", "gc runs/smallest", "verify runs/smallest"):
+        assert f"{name} is no regular file" in refused(capsys, *command.split())

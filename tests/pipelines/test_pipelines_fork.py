@@ -1,6 +1,8 @@
 """Values that change between iterations, forks, and forced stages: what is planned, taken over and made again."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ from contracts.fingerprint import digest
 from contracts.ledger import Ledger
 from contracts.records import CHECKPOINT
 from pipelines.config import load_run_config
+from pipelines.decisions import Decision
 from pipelines.force import RECORD, report_forced, resolve, set_aside
 from pipelines.fork import CONFIG, fork
-from pipelines.graph import Graph, Node
+from pipelines.graph import Graph, Node, input_paths
 from pipelines.iteration import build_graph
+from pipelines.main import main
 from pipelines.rundir import RunDirectory
 
 
@@ -165,3 +169,36 @@ def test_which_stages_a_name_means(run: RunDirectory) -> None:
     assert all(name.startswith("iteration-002/heldout/") for name in resolve(graph, ["iteration-002/heldout/"]))
     with pytest.raises(UserError, match="Did you mean iteration-002/training"):
         resolve(graph, ["iteration-002/trainin"])
+
+
+def test_a_dry_run_of_a_fork_sees_what_it_would_take_back(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what comes after it: the inputs of the next stages are found where they are kept."""
+    target, _ = fork(run, 1, ["training.beta=0.3"], "dry")
+    graph = build_graph(load_run_config(target / CONFIG, []), 1)
+    monkeypatch.setattr("pipelines.main.probe_versions", lambda *_: {})
+    seen: dict[str, Path] = {}
+
+    def decide(node: Node, versions: object, directory: Path, where: Callable[[Path], Path]) -> Decision:
+        seen.update({f"{node.name} reads {path.relative_to(target)}": where(path) for path in input_paths(node.config)})
+        key = Artifact.open(run.path / node.name).manifest.key
+        return Decision(True, "as before", key)
+
+    monkeypatch.setattr("pipelines.main.decide", decide)
+    assert main(["run", str(target / CONFIG), "--iters", "1", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("reuse") == len(graph.nodes)
+    place = seen["iteration-001/reward reads iteration-001/generation"]
+    assert place.is_relative_to(target / "superseded/iteration-001/generation")
+    assert (place / MANIFEST).is_file()
+
+
+def test_a_copied_run_goes_on_elsewhere(run: RunDirectory, smallest: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "far" / "away" / "smallest"
+    shutil.copytree(run.path, copy)
+    config = load_run_config(smallest, [f"directory={copy.parent}"])
+    other = tmp_path / "other.yaml"
+    other.write_text(smallest.read_text())
+    with pytest.raises(UserError, match="is the run of"):
+        RunDirectory(copy).claim(config, other, 2)
+    RunDirectory(copy).claim(config, smallest, 2)

@@ -1,6 +1,7 @@
 """`pipeline verify` finds whatever is wrong with what a run has published, names the file, and cries no wolf."""
 
 import fcntl
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -114,7 +115,39 @@ def test_damage_is_told_in_one_message_and_stops_nothing(run: HandmadeRun, capsy
 
 Tampering = Callable[[HandmadeRun], Any]
 
+
+def delete(path: Path) -> None:
+    """A file or a directory."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def replace_by_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 TAMPERINGS: dict[str, tuple[Tampering, str]] = {
+    "missing evaluation": (
+        lambda run: delete(run.path / "iteration-002/evaluation"),
+        "metrics.jsonl: it has iteration 2, but no whole evaluation",
+    ),
+    "missing manifest": (
+        lambda run: delete(run.path / "iteration-002/training" / MANIFEST),
+        "iteration-002/training: files without a manifest.json",
+    ),
+    "manifest that is a directory": (
+        lambda run: replace_by_directory(run.path / "iteration-002/training" / MANIFEST),
+        "iteration-002/training: files without a manifest.json",
+    ),
+    "a pipe in place of a file": (
+        lambda run: replace_by_pipe(run.path / "iteration-001/generation/shard-00000.jsonl"),
+        "shard-00000.jsonl: it is no regular file",
+    ),
     "missing file": (
         lambda run: (run.path / "iteration-001/pairs/train.parquet").unlink(),
         "iteration-001/pairs/train.parquet: missing",
@@ -401,3 +434,11 @@ def test_a_place_that_is_no_run_is_a_mistake(tmp_path: Path, capsys: pytest.Capt
             verify(path)
     assert main(["verify", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_copy_is_judged_by_what_is_in_it(run: HandmadeRun, tmp_path: Path) -> None:
+    copy = tmp_path / "copies" / "of" / run.path.name
+    shutil.copytree(run.path, copy)
+    assert verify(copy).problems == []
+    shutil.rmtree(copy / "iteration-001/training")
+    assert any("iteration-001/training" in problem for problem in verify(copy).problems)
