@@ -249,7 +249,10 @@ def input_digest(source: Path | str) -> str:
     if (path / "config.json").is_file():
         return weights_fingerprint(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    return digest({file.relative_to(path).as_posix(): file_sha256(file) for file in files})
+    try:
+        return digest({file.relative_to(path).as_posix(): file_sha256(file) for file in files})
+    except FileNotFoundError as error:
+        raise UserError(f"input {path} changed while it was read: {error.filename} went away. Try again.") from error
 
 
 def input_damage(source: Path) -> list[str]:

@@ -244,7 +244,12 @@ def compress(artifact: Artifact, stop: threading.Event | None = None) -> int:
     for path, file in plain_shards(artifact):
         target = path.with_name(path.name + COMPRESSED)
         if _unpacked_sha256(target) != file.sha256:
-            if not _pack(path, target, file.sha256, stop):
+            try:
+                packed = _pack(path, target, file.sha256, stop)
+            except OSError:  # a full disk gets its room back
+                _clear_scratch(artifact.path, f"*{COMPRESSED}")
+                raise
+            if not packed:
                 break
             freed -= target.stat().st_size
         freed += own_bytes([path])
