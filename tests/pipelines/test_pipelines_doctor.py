@@ -255,7 +255,7 @@ def test_a_system_message_that_the_template_refuses(smallest: Path, world: Path)
     path = model / "chat_template.jinja"
     path.write_text(refusal + path.read_text())
     found = doctor(smallest, f"policy={model}", "sft=null", "prompts.train.system=Be brief")
-    mended(found, "error", "no system role", "Use prompts with the roles")
+    mended(found, "error", "no system role", "Use conversations with the roles")
 
 
 def test_models_of_the_hub(smallest: Path, world: Path) -> None:
