@@ -1,0 +1,102 @@
+"""What the training loop asks of the processes that it runs on.
+
+Every process of a training makes the same calls in the same order, and all of them return in all processes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.packing import Packed
+
+Outputs = dict[str, Tensor]
+"""What a trained module returns for a `Packed` batch, for example logprobs [N]."""
+Figures = dict[str, Tensor]
+Share = Callable[[Outputs, int], Figures]
+"""`share(outputs, number)`: this micro-batch's share in each figure of the step, `loss` among them."""
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Engine(ABC):
+    """A model, its optimizer, and the processes that they are spread over.
+
+    A batch is divided over `replicas` groups of processes; the processes of one group (tensor, pipeline and sequence
+    parallel) compute the same micro-batches together.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    replicas: int
+    """Number of different shares that a batch is divided into (data parallel)."""
+    replica: int
+    """Which of them this process computes."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """The layout that really runs, for the manifest."""
+
+    @abstractmethod
+    def prepare(self, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+        """Spread `module` over the processes; `make_optimizer` gets the parameters that this process updates."""
+
+    @abstractmethod
+    def forward(self, batch: Packed) -> Outputs:
+        """The module's outputs, without gradients. Under pipeline parallelism they are those of the last stage, everywhere."""
+
+    @abstractmethod
+    def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
+        """Add the gradients of this replica's micro-batches to those that wait for `step`; exchange them in the end.
+
+        Returns the sum of the shares over `batches` (without gradients, fp64). Each replica's `loss` is part of one sum
+        over all replicas: gradients are added up over replicas, not averaged.
+        """
+
+    @abstractmethod
+    def evaluate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
+        """The sum of the shares over `batches`, without gradients."""
+
+    @abstractmethod
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients so that their global norm is at most `max_norm`; returns the norm before."""
+
+    @abstractmethod
+    def step(self, rate: float) -> None:
+        """One optimizer step with this learning rate; gradients are zero afterwards."""
+
+    @abstractmethod
+    def add_up(self, figures: dict[str, Any]) -> dict[str, float]:
+        """The sum of each figure over the replicas, in every process."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait for all processes."""
+
+    @abstractmethod
+    def whole_weights(self) -> dict[str, Tensor]:
+        """All weights of the module under their names, whole; in other processes than the main one perhaps empty."""
+
+    # To save and restore the state of a training: whole fp32 tensors of each trained parameter.
+
+    @abstractmethod
+    def trained_shapes(self) -> Shapes:
+        """Name and whole shape of every trained parameter, the same in all processes."""
+
+    @abstractmethod
+    def read(self, name: str, kinds: tuple[str, ...]) -> list[Tensor]:
+        """Master weights and moments (`kinds[1:]`, by torch's names; zeros before the first step) of a parameter.
+
+        The main process gets whole tensors; what the others get is unspecified.
+        """
+
+    @abstractmethod
+    def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
+        """Replace master weights and moments of a parameter by whole tensors, after `steps` steps."""
