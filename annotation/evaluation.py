@@ -8,9 +8,9 @@ import msgspec
 
 from annotation.config import EvaluationConfig
 from annotation.estimates import Estimate, clustered, win_share
-from annotation.joining import ScoresBySample, join
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
+from contracts.joining import ScoresBySample, join
 from contracts.ledger import Ledger
 from contracts.records import ROLLOUTS, SCORES, Completion, Rollout, Score
 from contracts.stage import Context, Outcome

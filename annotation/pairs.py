@@ -7,11 +7,11 @@ from typing import Any
 
 from annotation.choice import Candidate, choose
 from annotation.config import PairsConfig
-from annotation.joining import ScoresBySample, join
 from annotation.parquet import PairsParquet
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.fingerprint import digest
+from contracts.joining import ScoresBySample, join
 from contracts.jsonl import encode
 from contracts.ledger import Ledger
 from contracts.records import ROLLOUTS, SCORES, Completion, Pair, Rollout

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from annotation.config import RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig
-from annotation.joining import join
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
+from contracts.joining import join
 from contracts.jsonl import read_jsonl, write_jsonl
 from contracts.ledger import Ledger, merge
 from contracts.prompts import prompt_id

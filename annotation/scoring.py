@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 
 from annotation.config import ScoreConfig
-from annotation.joining import require_made_from
 from annotation.samples import Sample, Scorer
 from contracts.artifacts import Artifact, model_fingerprint
 from contracts.errors import UserError
 from contracts.faults import FAILED, Fault, Faults
+from contracts.joining import require_made_from
 from contracts.jsonl import read_jsonl
 from contracts.ledger import Ledger, merge
 from contracts.models import ModelInfo

@@ -25,6 +25,7 @@ SCORES = Schema("scores", 1)
 PAIRS = Schema("pairs", 1)
 DEMONSTRATIONS = Schema("demonstrations", 1)
 CHECKPOINT = Schema("checkpoint", 1)
+EXPERIENCE = Schema("experience", 1)
 EVALUATION = Schema("evaluation", 1)
 WORLD = Schema("world", 1)
 
@@ -102,9 +103,13 @@ class Score(Record, frozen=True):
     prompt_id: str
     sample: int
     score: float
-    """A reward, or the summed log-probability of the response (nats)."""
+    """A reward, the summed log-probability of the response (nats), or a critic's value of the prompt: of the state
+    before the first response token."""
     token_logprobs: tuple[float, ...] | None = None
-    """For the scorer kind `logprobs`: one value per response token (nats)."""
+    """For the scorer kind `logprobs`: one number per response token (nats)."""
+    token_values: tuple[float, ...] | None = None
+    """For the scorer kind `values`: for each response token, the critic's value of the state in which it was chosen, so
+    of the prompt and the response tokens before it."""
 
 
 class Pair(Record, frozen=True):
@@ -129,6 +134,36 @@ class Pair(Record, frozen=True):
     margin: float
     """`chosen_score - rejected_score`, never negative."""
     strategy: str
+    iteration: int
+
+
+class ExperienceSample(Record, frozen=True):
+    """One answer, and how much better than expected each of its tokens was. Every tuple has one number per token."""
+
+    sample: int
+    """Index among the completions of the prompt, as in the rollouts."""
+    response_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    reward: float
+    behaviour: tuple[float, ...]
+    """Log-probabilities of the policy that sampled, as its engine reported them (nats)."""
+    advantages: tuple[float, ...]
+    reference: tuple[float, ...] | None = None
+    """Log-probabilities under the reference policy (nats), where the algorithm needs them."""
+    values: tuple[float, ...] | None = None
+    """The critic's, before it is trained on this: of the state in which each token was chosen."""
+    returns: tuple[float, ...] | None = None
+    """What the critic is to learn instead of `values`."""
+
+
+class Experience(Record, frozen=True):
+    """The answers to one prompt that are trained on; prompts of which none is left have no row."""
+
+    prompt_id: str
+    prompt_ids: tuple[int, ...]
+    samples: tuple[ExperienceSample, ...]
+    policy: str
+    """Fingerprint of the weights that sampled."""
     iteration: int
 
 

@@ -60,7 +60,7 @@ def _orphan(scores: Artifact, prompt_id: str, sample: int, rollouts: Artifact) -
 
 def _by_prompt(scores: Artifact, shard: str) -> dict[str, ScoresBySample]:
     column: dict[str, ScoresBySample] = {}
-    if not (scores.path / shard).is_file():
+    if shard not in {path.name for path in scores.shards}:
         raise UserError(f"{scores.path} has no {shard}, unlike its rollouts. Make the scores again.")
     for score in read_jsonl(scores.path / shard, Score):
         by_sample = column.setdefault(score.prompt_id, {})
