@@ -69,12 +69,18 @@ class Pairs:
     """1, or 0 for a pair that only fills up; [P]."""
     total: int
     """Pairs of the optimizer step."""
+    chosen_tokens: int
+    """Response tokens of all chosen answers of the optimizer step."""
     statistics: dict[str, float] = field(default_factory=dict)
     """What the algorithm's `statistics` found in the whole step."""
 
     def mean(self, values: Tensor) -> Tensor:
         """The share of this micro-batch in the step's mean of one value per pair, [P] -> []."""
         return (self.weights * values).sum() / self.total
+
+    def chosen_nll(self) -> Tensor:
+        """The share of this micro-batch in the mean of -log pi over all chosen response tokens of the step, []."""
+        return -(self.weights * self.chosen.logp).sum() / max(self.chosen_tokens, 1)
 
     def rewards(self, chosen: Tensor, rejected: Tensor) -> Figures:
         """The figures that people compare preference losses by, from the implicit rewards of both answers, [P] each."""
