@@ -27,22 +27,32 @@ def load_callable(path: str) -> Callable[..., Any]:
         raise UserError(
             f"cannot read the function {path!r}: write package.module:function or path/to/file.py:function."
         )
-    try:
-        module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"function {path!r} cannot be imported: {type(error).__name__}: {error}. Check the spelling, and that what "
-            "it imports is installed in the environment of the stage; or give a file: path/to/file.py:function."
-        ) from error
-    function = getattr(module, name, None)
+    function = getattr(load_module(module_name, f"function {path!r}"), name, None)
     if not callable(function):
         raise UserError(f"function {path!r}: {module_name} has no function {name!r}.")
     return function  # type: ignore[no-any-return]
 
 
-def _load_file(path: Path) -> Any:
+def load_module(name: str, what: str) -> Any:
+    """Import `package.module` or `path/to/file.py`; `what` stands for it in the message.
+
+    Raises:
+        UserError: it does not exist, or fails when it is imported.
+    """
+    try:
+        return _load_file(Path(name), what) if name.endswith(".py") else importlib.import_module(name)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{what} cannot be imported: {type(error).__name__}: {error}. Check the spelling, and that what it imports "
+            "is installed in the environment of the stage; or give a file by its path."
+        ) from error
+
+
+def _load_file(path: Path, what: str) -> Any:
     if not path.is_file():
-        raise UserError(f"function file {path} does not exist.")
+        raise UserError(f"{what}: the file {path} does not exist.")
     name = f"_ratchet_user_{digest(str(path.resolve()))[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
