@@ -21,10 +21,11 @@ class ScoreConfig(StageConfig):
     """Published pairs: score only the completions that occur in them."""
     name: str = identity("reward", min_length=1)
     """Name of the scorer, the column that its scores are known by."""
-    kind: Literal["reward_model", "rule", "logprobs"] = identity()
-    """reward_model: a Bradley-Terry model; rule: a Python function; logprobs: a language model's log-probabilities."""
+    kind: Literal["reward_model", "rule", "logprobs", "values"] = identity()
+    """reward_model: a Bradley-Terry model; rule: a Python function; logprobs: a language model's log-probabilities;
+    values: a critic's value of the state before each response token."""
     model: Path | None = input_path(None)
-    """Directory of the model, for the kinds reward_model and logprobs."""
+    """Directory of the model, for all kinds but rule."""
     function: str | None = identity(None)
     """For the kind rule: package.module:function or file.py:function, called once per completion with the keywords
     messages, response, finish_reason and answer; returns a number, or None where it cannot judge."""
@@ -50,8 +51,8 @@ class ScoreConfig(StageConfig):
             raise ValueError("kind=rule needs function=package.module:function, and no model.")
         if self.kind != "rule" and (self.model is None or self.function is not None):
             raise ValueError(f"kind={self.kind} needs model=DIRECTORY, and no function.")
-        if self.kind == "logprobs" and self.missing_eos_penalty is not None:
-            raise ValueError("missing_eos_penalty is for rewards; log-probabilities (kind=logprobs) have no penalty.")
+        if self.kind in ("logprobs", "values") and self.missing_eos_penalty is not None:
+            raise ValueError(f"missing_eos_penalty is for rewards; what kind={self.kind} gives has no penalty.")
         return self
 
     def source_files(self) -> dict[str, Path]:

@@ -12,9 +12,9 @@ class Sample(NamedTuple):
     rollout: Rollout
     completion: Completion
 
-    def scored(self, score: float, token_logprobs: tuple[float, ...] | None = None) -> Score:
-        """The record of this sample's score."""
-        return Score(self.rollout.prompt_id, self.completion.sample, score, token_logprobs)
+    def scored(self, score: float, **tokens: tuple[float, ...]) -> Score:
+        """The record of this sample's score; `tokens`: token_logprobs or token_values, if known."""
+        return Score(self.rollout.prompt_id, self.completion.sample, score, **tokens)
 
     def __str__(self) -> str:
         """`prompt 0123456789abcdef, sample 2`, for error messages."""

@@ -26,6 +26,7 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
     rollouts = Artifact.open(config.rollouts, ROLLOUTS)
     wanted = _samples_in_pairs(config, rollouts)
     open_scorer = _opener(config)
+    vocabulary = _shared_vocabulary(config, rollouts)
 
     def open_worker() -> Callable[[str], None]:
         start = time.perf_counter()
@@ -49,7 +50,7 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
     largest_first = sorted(rollouts.shards, key=lambda shard: (-sizes[shard.name], shard.name))
     shards = [shard.name for shard in largest_first]
     share_shards(context, shards, open_worker, replicas=config.replicas, devices=_devices(config))
-    return _outcome(config, context) if context.rank == 0 else Outcome("samples")
+    return _outcome(config, context, vocabulary) if context.rank == 0 else Outcome("samples")
 
 
 def _samples_in_pairs(config: ScoreConfig, rollouts: Artifact) -> set[tuple[str, int]] | None:
@@ -75,11 +76,12 @@ def _opener(config: ScoreConfig) -> Callable[[], Scorer]:
         return lambda: Rule(config)
     assert config.model is not None
     info = ModelInfo.read(config.model)
-    if config.kind == "reward_model":
-        info.require_one_label()
-        info.require_chat_template()
-    else:
+    if config.kind == "logprobs":
         info.require_causal()
+    else:
+        info.require_one_label()
+    if config.kind == "reward_model":
+        info.require_chat_template()
     if config.max_length is not None:
         info.require_length(config.max_length, "max_length")
     longest = config.max_length or info.context_length
@@ -91,6 +93,14 @@ def _opener(config: ScoreConfig) -> Callable[[], Scorer]:
             return RewardModel(config, longest)
 
         return open_reward_model
+    if config.kind == "values":
+
+        def open_values() -> Scorer:
+            from annotation.values import ValueModel
+
+            return ValueModel(config, longest)
+
+        return open_values
 
     def open_logprobs() -> Scorer:
         from annotation.logprobs import LogprobModel
@@ -98,6 +108,41 @@ def _opener(config: ScoreConfig) -> Callable[[], Scorer]:
         return LogprobModel(config, longest)
 
     return open_logprobs
+
+
+def _shared_vocabulary(config: ScoreConfig, rollouts: Artifact) -> dict[str, str]:
+    """For scorers that read the stored ids: the fact that their model means the same by them as the policy.
+
+    Raises:
+        UserError: it does not; or, for values, it cannot be known.
+    """
+    if config.kind not in ("logprobs", "values"):
+        return {}
+    assert config.model is not None
+    policy = rollouts.manifest.facts.get("vocabulary")
+    known = policy is not None and ModelInfo.read(config.model).has_tokenizer
+    if not known and config.kind == "logprobs":
+        return {}
+    if policy is None:
+        raise UserError(
+            f"{rollouts.path} does not say by which vocabulary its token ids are to be read (its manifest has no fact "
+            "`vocabulary`), so nobody can tell whether the critic reads them as they are meant. Generate the rollouts "
+            "again."
+        )
+    if not known:
+        raise UserError(
+            f"critic {config.model} has no tokenizer, so nobody can tell whether it reads the rollouts' token ids as "
+            "they are meant. Save the tokenizer of the model that it was made from into it, with save_pretrained."
+        )
+    from contracts.chat import ChatTokenizer
+
+    found = ChatTokenizer(config.model).vocabulary
+    if found != policy:
+        raise UserError(
+            f"{config.model} has another vocabulary ({found[:12]}) than the policy that sampled {rollouts.path} "
+            f"({policy[:12]}): the same token ids mean other text to it. Take a model of the policy's."
+        )
+    return {"vocabulary": found}
 
 
 def _devices(config: ScoreConfig) -> int:
@@ -146,11 +191,11 @@ def _judge(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -> tuple[
     return scores, ledger, faults
 
 
-def _outcome(config: ScoreConfig, context: Context) -> Outcome:
+def _outcome(config: ScoreConfig, context: Context, known: dict[str, Any]) -> Outcome:
     receipts = context.publication.receipts().values()
     ledger = merge((receipt.ledger for receipt in receipts), "samples")
     faults = Faults(config.fail_on_error)
-    facts: dict[str, Any] = {"scorer": config.name, "kind": config.kind}
+    facts: dict[str, Any] = {"scorer": config.name, "kind": config.kind, **known}
     for receipt in receipts:
         facts |= receipt.facts
         faults.messages += receipt.facts.get("failures", [])

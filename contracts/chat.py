@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from contracts.errors import UserError
+from contracts.fingerprint import digest
 from contracts.records import Message
 
 
@@ -55,6 +56,11 @@ class ChatTokenizer:
                 "post-processor, or of the text."
             )
         return ids
+
+    @property
+    def vocabulary(self) -> str:
+        """Digest of what each token id stands for; two models with the same one can read each other's ids."""
+        return digest(self.tokenizer.get_vocab())
 
     @property
     def begin_id(self) -> int | None:

@@ -50,9 +50,14 @@ class ModelInfo(msgspec.Struct, frozen=True):
                 f"{self.path} is a {self.architecture}; a policy must be a causal language model (…ForCausalLM)."
             )
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the directory holds a tokenizer's vocabulary."""
+        return any((self.path / name).is_file() for name in VOCABULARIES)
+
     def require_chat_template(self) -> None:
         """Raise UserError unless there is a tokenizer with a chat template."""
-        if not any((self.path / name).is_file() for name in VOCABULARIES):
+        if not self.has_tokenizer:
             raise UserError(
                 f"{self.path} has no tokenizer ({', '.join(VOCABULARIES)}). Save the tokenizer into it with "
                 "save_pretrained."

@@ -71,7 +71,8 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
     faults.messages = [message for facts in made for message in facts.get("failures", [])]
     faults.require_few(merge((receipt.ledger for receipt in receipts), "prompts"))
     settled = {"dtype": settings.dtype, "engine": config.engine, "threads": threads}
-    facts = {**summary(made), **faults.facts(), **settled, "bos_token_id": tokenizer.begin_id}
+    ids = {"bos_token_id": tokenizer.begin_id, "vocabulary": tokenizer.vocabulary}
+    facts = {**summary(made), **faults.facts(), **settled, **ids}
     return Outcome("prompts", facts=facts, weights=fingerprint)
 
 

@@ -87,10 +87,12 @@ def make_rollouts(prompts: int, k: int, *, seed: int = 0, **known: Any) -> list[
     return [make_rollout(number, [text() for _ in range(k)], seed=seed, **known) for number in range(prompts)]
 
 
-def publish_rollouts(target: Path, rollouts: list[Rollout], shard: int = 4) -> Artifact:
+def publish_rollouts(
+    target: Path, rollouts: list[Rollout], shard: int = 4, facts: dict[str, Any] | None = None
+) -> Artifact:
     """Publish rollouts, `shard` prompts per shard."""
     shards = [rollouts[i : i + shard] for i in range(0, len(rollouts), shard)]
-    return publish(target, ROLLOUTS, shards, facts={"bos_token_id": IDS["<s>"]})
+    return publish(target, ROLLOUTS, shards, facts={"bos_token_id": IDS["<s>"], **(facts or {})})
 
 
 def publish_scores(

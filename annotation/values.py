@@ -1,0 +1,38 @@
+"""The scorer kind `values`: what a critic expects of each state that the policy chose a token in.
+
+A critic is a sequence classifier with one label, as reward models are, and its linear head `score` reads every position
+instead of the last one. The value of response token t is score(h), h being the last hidden state at position t - 1 of
+prompt and response together: the state in which the token was chosen, which the token itself is no part of. So the
+first value belongs to the prompt alone. It is the sample's score.
+"""
+
+from transformers import AutoModelForSequenceClassification
+
+from annotation.config import ScoreConfig
+from annotation.samples import Sample
+from annotation.tokens import Batch, TokenScorer
+from contracts.errors import UserError
+from contracts.records import Score
+
+
+class ValueModel(TokenScorer):
+    """One value per response token; a sample's score is the first one, the value of its prompt."""
+
+    def __init__(self, config: ScoreConfig, longest: int | None) -> None:
+        super().__init__(config, longest, AutoModelForSequenceClassification)
+        if not hasattr(self.model, "score"):
+            raise UserError(
+                f"critic {self.path}: {type(self.model).__name__} has no linear layer `score` as its head. Choose a "
+                "model of another architecture, such as Llama or Qwen."
+            )
+        self.model.score.float()
+
+    def judge(self, sample: Sample, numbers: list[float]) -> Score | str:
+        """The value of the prompt, with those of all tokens; "empty" where there are none."""
+        return sample.scored(numbers[0], token_values=tuple(numbers)) if numbers else "empty"
+
+    def numbers(self, batch: Batch) -> list[float]:
+        """Value of the state before each response token."""
+        _, _, hidden_NH = self.run_backbone(batch)
+        values: list[float] = self.model.score(hidden_NH.float())[:, 0].tolist()
+        return values
