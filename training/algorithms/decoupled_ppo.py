@@ -1,0 +1,41 @@
+"""PPO for stale samples, decoupled (Hilton et al. 2021, arXiv 2110.00641; AReaL, arXiv 2505.24298, eq. 5).
+
+The policy is kept near the proximal policy (the trainer's own at the start of this training), whatever policy sampled:
+
+    -pi_proximal / pi_behaviour  min(ratio A, clip(ratio, 1 - clip, 1 + clip) A),    ratio = pi / pi_proximal
+
+averaged over tokens; the first factor has no gradient, and tokens where it is above `behaviour_cap` are left out, as in
+AReaL's code. Advantages, entropy and value loss are those of `ppo`.
+"""
+
+from training.algorithm import Figures, Samples
+from training.algorithms import parts
+from training.algorithms.ppo import advantages as advantages
+
+READS = "samples"
+NEEDS = ("reference", "values")
+
+
+def loss(
+    batch: Samples,
+    *,
+    clip: float = 0.2,
+    behaviour_cap: float = 5.0,
+    entropy_coefficient: float = 0.0,
+    value_coefficient: float = 0.1,
+    value_clip: float = 0.2,
+) -> Figures:
+    """clip: how far a ratio counts; behaviour_cap: greatest weight of a token that is learned from."""
+    parts.require(behaviour_cap > 0, "behaviour_cap", behaviour_cap, "above 0")
+    ratios = parts.ratio(batch.logprobs, batch.proximal)
+    losses, clipped = parts.clipped_surrogate(ratios, batch.advantages, clip, clip)
+    weights = parts.ratio(batch.proximal, batch.behaviour).detach()
+    used = (weights <= behaviour_cap).to(weights.dtype)
+    policy_loss = batch.token_mean(losses * weights * used)
+    figures = parts.actor_critic(batch, policy_loss, entropy_coefficient, value_coefficient, value_clip)
+    return {
+        **figures,
+        **parts.policy_figures(batch, batch.token_mean(ratios), batch.token_mean(clipped)),
+        "behaviour_weight": batch.token_mean(weights * used),
+        "left_out": batch.token_mean(1 - used),
+    }

@@ -1,0 +1,168 @@
+"""What several algorithms are made of. Shapes: S responses, N tokens, those of one response after the other."""
+
+import torch
+from torch import Tensor
+
+from contracts.errors import UserError
+from training.algorithm import Experience, Figures, Samples
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios of probabilities are cut here before the exponential, which is infinite in fp32 from 89 on."""
+
+
+def require(condition: bool, setting: str, value: float, rule: str) -> None:
+    """Refuse the value of a setting for which a formula has none.
+
+    Raises:
+        UserError: the condition does not hold.
+    """
+    if not condition:
+        raise UserError(f"the algorithm's setting {setting!r} is {value!r}, but must be {rule}.")
+
+
+def penalised_rewards(experience: Experience) -> Tensor:
+    """Reward of each token, [N]: -kl_coefficient (log pi - log pi_ref), and at the last token the response's reward.
+
+    Ziegler et al. 2019, arXiv 1909.08593, eq. 2, as InstructGPT spreads it over the tokens (arXiv 2203.02155). pi is
+    the policy that sampled. A truncated response gets its reward at its last token like any other.
+    """
+    assert experience.reference is not None, 'the algorithm\'s NEEDS lack "reference"'
+    rewards = -experience.kl_coefficient * (experience.behaviour - experience.reference)
+    return rewards.index_add(0, experience.lengths.cumsum(0) - 1, experience.rewards)
+
+
+def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438, eq. 16), [N].
+
+    A_t = delta_t + gamma lam A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t; after the last token V and A are 0.
+
+    Args:
+        rewards: of each token, [N].
+        values: of the state in which each token was chosen, [N].
+        lengths: tokens of each response, at least 1, [S].
+    """
+    response = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    position = torch.arange(len(rewards), device=lengths.device) - (lengths.cumsum(0) - lengths)[response]
+    padded = rewards.new_zeros(2, int(lengths.max()) + 1, len(lengths))
+    padded[:, position, response] = torch.stack([rewards, values])
+    reward, value = padded
+    deltas = reward[:-1] + gamma * value[1:] - value[:-1]  # 0 in the padding
+    advantages = torch.empty_like(deltas)
+    following = torch.zeros_like(deltas[0])
+    for step in reversed(range(len(deltas))):
+        following = deltas[step] + gamma * lam * following
+        advantages[step] = following
+    return advantages[position, response]
+
+
+def discounted_sums(rewards: Tensor, lengths: Tensor, gamma: float) -> Tensor:
+    """Sum over the tokens from this one on of gamma^distance times their reward, [N]."""
+    return gae(rewards, torch.zeros_like(rewards), lengths, gamma, 1.0)
+
+
+def whiten(values: Tensor) -> Tensor:
+    """To mean 0 and variance 1 over all elements, as TRL's PPO did (unbiased variance + 1e-8); 0 if all are equal."""
+    centred = values - values.mean()
+    return centred * torch.rsqrt(centred.square().sum() / max(len(values) - 1, 1) + 1e-8)
+
+
+def group_sums(values: Tensor, groups: Tensor) -> Tensor:
+    """For each response the sum over its group, [S]; `groups` numbers them from 0 on."""
+    return values.new_zeros(int(groups.max()) + 1).index_add(0, groups, values)[groups]
+
+
+def group_sizes(groups: Tensor) -> Tensor:
+    """For each response the size of its group, [S], integers."""
+    return group_sums(torch.ones_like(groups), groups)
+
+
+def over_group_mean(values: Tensor, groups: Tensor) -> Tensor:
+    """Each value less its group's mean, [S]."""
+    return values - group_sums(values, groups) / group_sizes(groups)
+
+
+def over_other_mean(values: Tensor, groups: Tensor) -> Tensor:
+    """Each value less the mean of the others of its group ("leave one out"), [S]; 0 for one that is alone."""
+    sizes = group_sizes(groups)
+    return over_group_mean(values, groups) * sizes / (sizes - 1).clamp(min=1)
+
+
+def group_std(values: Tensor, groups: Tensor) -> Tensor:
+    """For each response the standard deviation of its group (unbiased), [S]; 0 for one that is alone."""
+    squares = over_group_mean(values, groups).square()
+    return (group_sums(squares, groups) / (group_sizes(groups) - 1).clamp(min=1)).sqrt()
+
+
+def ratio(logprobs: Tensor, old: Tensor) -> Tensor:
+    """pi / pi_old from log-probabilities, of their shape; between e^-20 and e^20, with gradient 0 outside."""
+    return (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def clipped_surrogate(ratios: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """The loss of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7) and where clipping decides it.
+
+    -min(ratio A, clip(ratio, 1 - low, 1 + high) A), of the shape of `ratios`, and as 0 or 1 whether the second is less.
+    """
+    free, clipped = -ratios * advantages, -ratios.clamp(1 - low, 1 + high) * advantages
+    return torch.maximum(free, clipped), (clipped > free).to(ratios.dtype)
+
+
+def importance_weight(proximal: Tensor, behaviour: Tensor, cap: float) -> Tensor | float:
+    """min(pi_proximal / pi_behaviour, cap) without gradient, of their shape; 1 where `cap` is 0.
+
+    It corrects for an engine whose probabilities differ from the trainer's: truncated importance sampling (Ionides
+    2008; Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+    """
+    require(cap >= 0, "importance_cap", cap, "0 (off) or above")
+    return ratio(proximal, behaviour).clamp(max=cap).detach() if cap else 1.0
+
+
+def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Estimate of KL(pi || pi_ref) per token from one sample of pi, never below 0: "k3", http://joschu.net/blog/kl-approx.html.
+
+    pi_ref / pi - log(pi_ref / pi) - 1, of the shape of `logprobs`.
+    """
+    log_ratio = (reference - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """Squared error of a critic that may move by at most `clip` from its old values, [N].
+
+    max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2) / 2, as in OpenAI's baselines and TRL's PPO.
+    """
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return torch.maximum((values - returns).square(), (near - returns).square()) / 2
+
+
+def policy_figures(batch: Samples, ratio: Tensor, clip_fraction: Tensor | None = None) -> Figures:
+    """What people watch a policy's training by; `ratio` and `clip_fraction` are shares in their means, []."""
+    return {
+        **({} if clip_fraction is None else {"clip_fraction": clip_fraction}),
+        "ratio": ratio.detach(),
+        "approx_kl": batch.token_mean(kl_k3(batch.proximal, batch.logprobs.detach())),
+        "entropy": batch.token_mean(batch.entropy.detach()),
+    }
+
+
+def actor_critic(
+    batch: Samples,
+    policy_loss: Tensor,
+    entropy_coefficient: float,
+    value_coefficient: float = 0.0,
+    value_clip: float = 0.0,
+) -> Figures:
+    """A policy's loss less the entropy bonus, and plus the value loss if policy and critic share a backbone.
+
+    (arXiv 1707.06347, eq. 9.)
+    """
+    figures = {"loss": policy_loss, "policy_loss": policy_loss.detach()}
+    if entropy_coefficient:
+        figures["loss"] = figures["loss"] - entropy_coefficient * batch.token_mean(batch.entropy)
+    if batch.values is not None:
+        assert batch.old_values is not None
+        assert batch.returns is not None
+        losses = clipped_value_loss(batch.values, batch.old_values, batch.returns, value_clip)
+        figures["value_loss"] = batch.token_mean(losses.detach())
+        figures["loss"] = figures["loss"] + value_coefficient * batch.token_mean(losses)
+    return figures

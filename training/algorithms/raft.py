@@ -1,0 +1,31 @@
+"""Reward ranked fine-tuning (RAFT; Dong et al. 2023, arXiv 2304.06767): supervised training on the best of K.
+
+Of each prompt's responses the one with the greatest reward is kept (of equals the first), and the loss is
+
+    -log pi(y_t)    averaged over the tokens of the kept responses.
+"""
+
+import torch
+
+from training.algorithm import Advantages, Experience, Figures, Samples
+from training.algorithms import parts
+
+READS = "samples"
+NEEDS = ()
+
+
+def advantages(experience: Experience) -> Advantages:
+    """1 at every token; of each prompt's responses the best is kept."""
+    rewards, prompts = experience.rewards, experience.prompts
+    count, numbers = int(prompts.max()) + 1, torch.arange(len(rewards))
+    best = rewards.new_full((count,), -torch.inf).scatter_reduce(0, prompts, rewards, "amax")[prompts]
+    candidates = torch.where(rewards == best, numbers, len(rewards))
+    first = candidates.new_full((count,), len(rewards)).scatter_reduce(0, prompts, candidates, "amin")[prompts]
+    return Advantages(torch.ones_like(experience.behaviour), keep=numbers == first)
+
+
+def loss(batch: Samples) -> Figures:
+    """Negative log-likelihood per token."""
+    ratios = parts.ratio(batch.logprobs, batch.proximal)
+    figures = parts.policy_figures(batch, batch.token_mean(ratios))
+    return {"loss": batch.token_mean(-batch.logprobs), **figures}

@@ -1,0 +1,36 @@
+"""REINFORCE leave-one-out (RLOO; Ahmadian et al. 2024, arXiv 2402.14740, eq. 5 and 7): no critic.
+
+A whole response is one action. Its reward R - kl_coefficient sum_t (log pi - log pi_ref) is compared with the mean of
+the others of its group (0 for a response that is alone), and, with the ratio pi(y|x) / pi_proximal(y|x) of whole responses,
+
+    -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)
+
+is averaged over responses. Clipping is TRL's; in the first step of a training, where the ratio is 1, the gradient is
+that of REINFORCE.
+"""
+
+from training.algorithm import Advantages, Experience, Figures, Samples
+from training.algorithms import parts
+
+READS = "samples"
+NEEDS = ("reference",)
+
+
+def advantages(experience: Experience) -> Advantages:
+    """The penalised reward less the mean of the other responses', at every token."""
+    response = experience.response_of_token
+    returns = experience.rewards.new_zeros(len(experience.lengths))
+    returns = returns.index_add(0, response, parts.penalised_rewards(experience))
+    return Advantages(parts.over_other_mean(returns, experience.prompts)[response])
+
+
+def loss(batch: Samples, *, clip: float = 0.2, importance_cap: float = 0.0) -> Figures:
+    """clip: how far the ratio of a response counts; importance_cap: corrects for the generation engine, by response."""
+    ratios = parts.ratio(batch.sum_by_response(batch.logprobs), batch.sum_by_response(batch.proximal))
+    # One advantage per response: that of its last token.
+    losses, clipped = parts.clipped_surrogate(ratios, batch.advantages[batch.lengths.cumsum(0) - 1], clip, clip)
+    weights = parts.importance_weight(
+        batch.sum_by_response(batch.proximal), batch.sum_by_response(batch.behaviour), importance_cap
+    )
+    figures = parts.policy_figures(batch, batch.mean(ratios), batch.mean(clipped))
+    return {"loss": batch.mean(losses * weights), **figures}

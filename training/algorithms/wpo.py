@@ -1,0 +1,37 @@
+"""Weighted preference optimisation (WPO; Zhou et al. 2024, arXiv 2406.11827, eq. 2): DPO as if on-policy.
+
+Each pair weighs w(y_w) w(y_l), where w(y) says how likely the policy is to write y, "sampled alignment":
+
+    log w(y) = 1/|y| sum_t (log pi(y_t) - log sum_v pi(v)^2)
+    -w(y_w) w(y_l) log sigmoid(beta d),    d = log-ratio of the chosen minus log-ratio of the rejected answer
+
+The weights have no gradient and are at most `cap`, 1 in the authors' code; TRL's have no limit: `cap: 0`.
+"""
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from training.algorithm import Answers, Figures, Pairs
+from training.algorithms.parts import LOG_RATIO_LIMIT, require
+
+READS = "pairs"
+NEEDS = ("reference", "collision")
+
+
+def loss(batch: Pairs, *, beta: float = 0.1, cap: float = 1.0) -> Figures:
+    """beta: strength of the pull towards the reference; cap: greatest weight of a pair, 0 for no limit."""
+    require(cap >= 0, "cap", cap, "0 (no limit) or above")
+    chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
+    weights = (log_weight(batch.chosen) + log_weight(batch.rejected)).clamp(max=LOG_RATIO_LIMIT).exp()
+    weights = weights.clamp(max=cap) if cap else weights
+    return {
+        "loss": batch.mean(-weights * logsigmoid(chosen - rejected)),
+        "weight": batch.mean(weights),
+        **batch.rewards(chosen, rejected),
+    }
+
+
+def log_weight(answers: Answers) -> Tensor:
+    """log w(y) without gradient, [P]; 0 for an empty answer."""
+    assert answers.log_collision is not None, 'the algorithm\'s NEEDS lack "collision"'
+    return (answers.logp.detach() - answers.log_collision) / answers.length.clamp(min=1)
