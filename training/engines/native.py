@@ -1,0 +1,613 @@
+"""Data, tensor and pipeline parallelism, and fully sharded data parallelism, by torch's own parts.
+
+The processes form a mesh [pp, dp, tp]. Each loads the whole model and keeps its part of it:
+
+    pp  a stage keeps some layers; the first also the embedding, the last the final norm and the head.
+        `torch.distributed.pipelining` runs the stages by 1F1B.
+    tp  queries, keys, values, gate and up projections are divided by rows, output and down projections by columns
+        (DTensor); embedding, norms and head are whole in every process.
+    dp  every process has the same part (zero 0), or a slice of each of its tensors (fsdp2: `fully_shard`).
+
+The head of a model that is tied to the embedding exists twice under pipeline parallelism: the first and the last stage
+add up both gradients, so that the copies stay equal.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from contracts.attempt import beat
+from contracts.errors import UserError
+from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Shapes, Share
+from training.packing import Packed
+from training.parallel import ParallelConfig
+
+COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+"""Projections whose outputs are divided over tensor parallel processes: Shard(0) of weight and bias."""
+ROWS = ("self_attn.o_proj", "mlp.down_proj")
+"""Projections whose inputs are divided: Shard(1) of the weight; the bias is whole."""
+OF_ONE_HEAD = ("self_attn.q_norm", "self_attn.k_norm")
+"""Whole in every process, but used by each on its own heads: their gradients are added up."""
+
+
+@dataclass
+class _Part:
+    """A parameter of the whole module, and what this process has of it."""
+
+    names: list[str]
+    """All of them, the first being the one that it is known by: a tied head has the embedding's."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    trained: bool
+    stages: list[int]
+    """Pipeline stages that have it; the first of them is the one that counts."""
+    layer_name: str = ""
+    """Name inside of its layer; empty outside of the layers."""
+    local: nn.Parameter | None = None
+    """None where this process's stage does not have it."""
+
+    @property
+    def tensor_dim(self) -> int | None:
+        """The dimension that tensor parallelism divides; None: none."""
+        if self.layer_name.startswith(COLUMNS):
+            return 0
+        return 1 if self.layer_name.startswith(ROWS) and self.layer_name.endswith("weight") else None
+
+
+class _Passed(nn.Module):
+    """Stands for a layer of another stage."""
+
+    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+        return hidden
+
+
+class _Received(nn.Module):
+    """Stands for the embedding in stages behind the first: what the stage before has sent."""
+
+    hidden: Tensor
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.hidden
+
+
+class _Stage(nn.Module):
+    """What one stage computes of the micro-batches in `batches`: hidden states, and the last one `finish`."""
+
+    def __init__(self, module: Any, received: _Received | None, last: bool, autocast: torch.dtype | None) -> None:
+        super().__init__()
+        self.module = module
+        self.received = received
+        self.last = last
+        self.autocast = autocast
+        self.batches: Sequence[Packed] = ()
+        self.width = 0
+        """Tokens that travel between stages: of the largest micro-batch, so that all have one shape."""
+        self.finish: Callable[[Outputs, int], Tensor] = lambda outputs, number: torch.zeros(())
+
+    def forward(self, *hidden: Tensor, number: Tensor | int) -> Tensor:
+        """The hidden states of micro-batch `number`, [width, hidden size], in the first stage from its token ids.
+
+        In the last stage what `finish` returns, a scalar.
+        """
+        beat()
+        batch = self.batches[int(number) % len(self.batches)]
+        tokens = batch.input_ids.numel()
+        if self.received is not None:
+            self.received.hidden = hidden[0][:tokens].view(*batch.input_ids.shape, -1)
+        with self._casting(batch.input_ids.device):
+            found = self.module.hidden(batch)
+            if self.last:
+                return self.finish(self.module.read(found, batch), int(number))
+        return nn.functional.pad(found, (0, 0, 0, self.width - tokens))
+
+    def _casting(self, device: torch.device) -> Any:
+        return torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+
+
+class NativeEngine(Engine):
+    """A model over dp x tp x pp processes."""
+
+    def __init__(self, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+        """Join the other processes.
+
+        Args:
+            parallel: the layout; `check_layout` has let it pass for the model.
+            dtype: what to compute with; weights, gradients and the optimizer's moments are fp32.
+
+        Raises:
+            UserError: another number of processes was started.
+        """
+        on_gpu = torch.cuda.is_available()
+        backend = "nccl" if on_gpu else "gloo"
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        if not dist.is_initialized():
+            alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            dist.init_process_group(backend, timeout=COLLECTIVE_DEADLINE, **alone)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if self.world_size != parallel.processes:
+            raise UserError(
+                f"{self.world_size} process(es) were started, but dp {parallel.dp} x tp {parallel.tp} x pp "
+                f"{parallel.pp} are {parallel.processes}. Start the stage without a launcher of your own."
+            )
+        names = ("pp", "dp", "tp")
+        self._mesh = init_device_mesh(self.device.type, (parallel.pp, parallel.dp, parallel.tp), mesh_dim_names=names)
+        self._stage_number, self.replica, self._slice_number = (self._mesh.get_local_rank(name) for name in names)
+        self._groups = {name: self._mesh.get_group(name) for name in names}
+        self._parallel = parallel
+        self._dtype = dtype
+        self._sharded = parallel.zero == "fsdp2"
+        self.replicas = parallel.dp
+        self._last = self._stage_number == parallel.pp - 1
+        # All processes make all groups, each uses its own.
+        ends = [
+            (d, t, self._rank_of(0, d, t), self._rank_of(-1, d, t))
+            for d in range(parallel.dp)
+            for t in range(parallel.tp)
+        ]
+        self._ends: Any = None
+        if parallel.pp > 1:
+            for d, t, first, last in ends:
+                group = dist.new_group([first, last], timeout=COLLECTIVE_DEADLINE)
+                if (d, t) == (self.replica, self._slice_number):
+                    self._ends = group
+        self._schedules: dict[bool, tuple[tuple[int, int], Any]] = {}
+        self._width = 0
+        self._exchanged = True
+
+    def _rank_of(self, stage: int, replica: int, part: int) -> int:
+        return int(self._mesh.mesh[stage, replica, part])
+
+    # Spreading the model
+
+    def prepare(self, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+        """Keep this process's part of `module`, which has `model` (transformers), `hidden` and `read`."""
+        whole: Any = module
+        backbone = whole.model.base_model
+        self._layers = list(map(int, torch.linspace(0, len(backbone.layers), self._parallel.pp + 1).round()))
+        self._names = [name for name, value in module.state_dict().items() if isinstance(value, Tensor)]
+        self._parts = self._list_parts(module, backbone)
+        known = {name for part in self._parts.values() for name in part.names}
+        self._buffers = {name: value for name, value in module.state_dict().items() if name not in known}
+        self._hidden_size = int(whole.model.config.get_text_config().hidden_size)
+        received = self._cut(module, backbone)
+        module.to(self.device)
+        mine = backbone.layers[self._layers[self._stage_number] : self._layers[self._stage_number + 1]]
+        if self._parallel.tp > 1:
+            plan = {name: ColwiseParallel() for name in COLUMNS} | {name: RowwiseParallel() for name in ROWS}
+            for layer in mine:
+                parallelize_module(layer, self._mesh["tp"], plan)
+        casts = self._dtype != torch.float32
+        self._stage = _Stage(module, received, self._last, self._dtype if casts and not self._sharded else None)
+        if self._sharded:
+            self._shard(mine, casts)
+        for part in self._parts.values():
+            if self._stage_number in part.stages:
+                part.local = self._find(part)
+        self._require_layout()
+        self._optimizer = make_optimizer([part.local for part in self._trained() if part.local is not None])
+
+    def _list_parts(self, module: nn.Module, backbone: Any) -> dict[str, _Part]:
+        prefix = next(name for name, each in module.named_modules() if each is backbone)
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        parts = {}
+        for parameter, found in names.items():
+            stages = sorted({self._stage_of(name.removeprefix(f"{prefix}.")) for name in found})
+            part = _Part(found, tuple(parameter.shape), parameter.requires_grad, stages)
+            if found[0].startswith(f"{prefix}.layers."):
+                part.layer_name = found[0].removeprefix(f"{prefix}.layers.").split(".", 1)[1]
+            parts[found[0]] = part
+        return parts
+
+    def _stage_of(self, name: str) -> int:
+        """The stage of a parameter, by its name inside of the backbone."""
+        if name.startswith("embed_tokens."):
+            return 0
+        if not name.startswith("layers."):
+            return self._parallel.pp - 1
+        layer = int(name.split(".")[1])
+        return next(stage for stage, end in enumerate(self._layers[1:]) if layer < end)
+
+    def _cut(self, module: nn.Module, backbone: Any) -> _Received | None:
+        """Take out of the module what other stages have; transformers' forward goes through the rest."""
+        if self._parallel.pp == 1:
+            return None
+        start, end = self._layers[self._stage_number : self._stage_number + 2]
+        received = None
+        for number in range(len(backbone.layers)):
+            if not start <= number < end:
+                backbone.layers[number] = _Passed()
+        if self._stage_number > 0:
+            backbone.embed_tokens = received = _Received()
+        if not self._last:
+            backbone.norm = nn.Identity()
+            inside = set(backbone.modules())
+            for each in module.modules():
+                if each not in inside:
+                    each._parameters.update(dict.fromkeys(each._parameters))
+        return received
+
+    def _shard(self, layers: Any, casts: bool) -> None:
+        """Under pipeline parallelism torch keeps weights whole from a step's first micro-batch to its last."""
+        precision = MixedPrecisionPolicy(
+            param_dtype=self._dtype if casts else None,
+            reduce_dtype=torch.float32 if casts else None,
+            cast_forward_inputs=False,
+        )
+        mesh = self._mesh["dp"]
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=self._parallel.pp == 1)
+        fully_shard(self._stage, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+        for each in self._stage.modules():
+            if isinstance(each, FSDPModule):  # gradients are added up, not averaged
+                each.set_gradient_divide_factor(1.0)
+                each.set_force_sum_reduction_for_comms(True)
+
+    def _find(self, part: _Part) -> nn.Parameter:
+        for name in part.names:
+            owner, _, attribute = name.rpartition(".")
+            with contextlib.suppress(AttributeError):
+                found = getattr(self._stage.module.get_submodule(owner), attribute)
+                if found is not None:
+                    return found  # type: ignore[no-any-return]
+        raise RuntimeError(f"the parallel layout is wrong: {part.names[0]} is missing in process {self.rank}")
+
+    def _require_layout(self) -> None:
+        """Ask the parameters themselves: a library that falls back does so silently."""
+        own = {id(part.local) for part in self._parts.values() if part.local is not None}
+        strays = [name for name, value in self._stage.module.named_parameters() if id(value) not in own]
+        if strays:
+            raise RuntimeError(f"the parallel layout is wrong: {strays[0]} is in stage {self._stage_number}")
+        for name, part in self._parts.items():
+            if part.local is None:
+                continue
+            expected = tuple(self._slice(part, torch.empty(part.shape, device="meta")).shape)
+            found = tuple(_local(part.local).shape)
+            divided = {(dim, number) for dim, number in _divisions(part.local)}
+            wanted = {("dp", 0)} if self._sharded else set()
+            if self._parallel.tp > 1 and part.tensor_dim is not None:
+                wanted.add(("tp", part.tensor_dim))
+            if found != expected or divided != wanted:
+                raise RuntimeError(
+                    f"the parallel layout is wrong: process {self.rank} has {found} of {name}, divided by {divided}, "
+                    f"instead of {expected}, divided by {wanted}"
+                )
+
+    def facts(self) -> dict[str, Any]:
+        """The layout, and how much of the model the largest process holds."""
+        parameters = sum(_local(part.local).numel() for part in self._parts.values() if part.local is not None)
+        most = torch.tensor(parameters, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return {
+            "engine": "torch",
+            "processes": self.world_size,
+            "dp": self.replicas,
+            "tp": self._parallel.tp,
+            "pp": self._parallel.pp,
+            "zero": self._parallel.zero,
+            "layers_by_stage": [end - start for start, end in zip(self._layers, self._layers[1:], strict=False)],
+            "parameters_per_process": int(most),
+            "device": self.device.type,
+        }
+
+    # Computing
+
+    def forward(self, batch: Packed) -> Outputs:
+        """The outputs of one micro-batch, which the last stage sends to the others."""
+        found: list[Outputs] = []
+
+        def keep(outputs: Outputs, number: int) -> Tensor:
+            found.append(outputs)
+            return torch.zeros((), device=self.device)
+
+        self._pass([batch], keep)
+        outputs = found[0] if self._last else {}
+        if self._parallel.pp == 1:
+            return outputs
+        shapes = self._tell({name: (tuple(value.shape), value.dtype) for name, value in outputs.items()})
+        for name, (shape, dtype) in shapes.items():
+            value = outputs[name].contiguous() if self._last else torch.empty(shape, dtype=dtype, device=self.device)
+            dist.broadcast(value, group=self._groups["pp"], group_src=self._parallel.pp - 1)
+            outputs[name] = value
+        return outputs
+
+    def evaluate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
+        """Every process must have equally many batches, as for `accumulate`."""
+        figures: dict[str, Tensor] = {}
+
+        def measure(outputs: Outputs, number: int) -> Tensor:
+            return _add(figures, share(outputs, number))
+
+        self._pass(batches, measure)
+        return self._agree(figures)
+
+    @torch.no_grad()
+    def _pass(self, batches: Sequence[Packed], finish: Callable[[Outputs, int], Tensor]) -> None:
+        """Compute micro-batches without gradients."""
+        self._stage.batches, self._stage.finish = batches, finish
+        if self._parallel.pp == 1:
+            for number in range(len(batches)):
+                self._stage(number=number)
+        else:
+            self._run(len(batches), trains=False)
+        self._reshard()  # what a pass without a backward leaves whole
+
+    def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
+        """fsdp2 exchanges gradients with every micro-batch (under pp the last); otherwise `clip` does it."""
+        figures: dict[str, Tensor] = {}
+
+        def finish(outputs: Outputs, number: int) -> Tensor:
+            shares = share(outputs, number % len(batches))
+            if number >= len(batches):  # fills the pipeline
+                return shares["loss"] * 0
+            _add(figures, shares)
+            return shares["loss"]
+
+        self._stage.batches, self._stage.finish = batches, finish
+        self._exchanged = False
+        if self._parallel.pp == 1:
+            for number in range(len(batches)):
+                self._stage(number=number).backward()
+        else:
+            waiting = {part.local: part.local.grad for part in self._trained() if part.local is not None}
+            for parameter in waiting:  # a new schedule of torch's wipes gradients out
+                parameter.grad = None
+            self._run(max(len(batches), self._parallel.pp), trains=True)
+            for parameter, gradient in waiting.items():
+                if gradient is not None:
+                    parameter.grad += gradient
+        return self._agree(figures)
+
+    def _run(self, count: int, *, trains: bool) -> None:
+        """Have all stages compute `count` micro-batches, by a schedule that knows their number and shape."""
+        width = max(batch.input_ids.numel() for batch in self._stage.batches)
+        self._width = max(self._width, width)
+        self._stage.width = self._width
+        if trains not in self._schedules or self._schedules[trains][0] != (count, self._width):
+            self._schedules[trains] = ((count, self._width), self._schedule(count, trains))
+        schedule = self._schedules[trains][1]
+        numbers = torch.arange(count)
+        target = {"target": numbers} if self._last and trains else {}
+        try:
+            schedule.step(number=numbers, return_outputs=False, **target)
+        except RuntimeError as error:
+            if isinstance(error.__cause__, UserError):  # torch has wrapped what `finish` raised
+                raise error.__cause__ from None
+            raise
+
+    def _schedule(self, count: int, trains: bool) -> Any:
+        dtype = self._dtype if self._sharded else torch.float32
+        hidden = torch.empty(self._width, self._hidden_size, dtype=dtype, device="meta", requires_grad=trains)
+        stage = PipelineStage(
+            self._stage,
+            self._stage_number,
+            self._parallel.pp,
+            self.device,
+            input_args=() if self._stage_number == 0 else hidden,
+            output_args=torch.empty((), device="meta", requires_grad=trains) if self._last else hidden,
+            group=self._groups["pp"],
+        )
+        if not trains:
+            return ScheduleGPipe(stage, count)
+        return Schedule1F1B(stage, count, loss_fn=lambda output, target: output, scale_grads=False)
+
+    def _reshard(self) -> None:
+        if self._sharded:
+            for each in self._stage.modules():
+                if isinstance(each, FSDPModule):
+                    each.reshard()
+
+    def _agree(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The last stage's figures, in all stages."""
+        if self._parallel.pp == 1:
+            return figures
+        numbers = self._tell({name: float(value) for name, value in figures.items()})
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+
+    def _tell(self, value: Any) -> Any:
+        """What the last stage says, in all stages."""
+        box = [value]
+        dist.broadcast_object_list(box, group=self._groups["pp"], group_src=self._parallel.pp - 1, device=self.device)
+        return box[0]
+
+    # Updating
+
+    def _trained(self) -> Iterator[_Part]:
+        yield from (part for part in self._parts.values() if part.trained)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Add up what the gradients of other processes have to give, once per step."""
+        if self._exchanged:
+            return
+        for part in self._trained():
+            if part.local is None:
+                continue
+            if part.local.grad is None:
+                part.local.grad = torch.zeros_like(part.local)
+            gradient = _local(part.local.grad)
+            if not self._sharded and self.replicas > 1:
+                dist.all_reduce(gradient, group=self._groups["dp"])
+            if self._parallel.tp > 1 and part.layer_name.startswith(OF_ONE_HEAD):
+                dist.all_reduce(gradient, group=self._groups["tp"])
+            if len(part.stages) > 1:
+                dist.all_reduce(gradient, group=self._ends)
+        self._exchanged = True
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> float:
+        """Every element of the whole model counts once."""
+        self._exchange()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        gradients = []
+        for part in self._trained():
+            if part.local is None:
+                continue
+            gradient = _local(part.local.grad)
+            gradients.append(gradient)
+            if self._counts(part) and gradient.numel():
+                total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+        dist.all_reduce(total)
+        norm = float(total.sqrt())
+        if norm > max_norm:
+            for gradient in gradients:
+                gradient.mul_(max_norm / (norm + 1e-6))
+        return norm
+
+    def _counts(self, part: _Part) -> bool:
+        """Whether this process is the one that counts what it has of a parameter."""
+        divided = {dim for dim, _ in _divisions(part.local)}
+        return (
+            self._stage_number == part.stages[0]
+            and ("dp" in divided or self.replica == 0)
+            and ("tp" in divided or self._slice_number == 0)
+        )
+
+    def set_rate(self, rate: float) -> None:
+        """Set it in every parameter group."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    def step(self) -> None:
+        """One optimizer step."""
+        self._exchange()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def add_up(self, figures: dict[str, Any]) -> dict[str, float]:
+        """All processes must give the same names in the same order."""
+        values = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in figures.values()])
+        return dict(zip(figures, self.sum(values).tolist(), strict=True))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all processes, and divided by those of a replica: everyone has the same, and no process's is lost."""
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return (total * self.replicas / self.world_size).to(values.dtype).cpu()
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        dist.barrier()
+
+    # Whole tensors
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """All weights on the CPU of the main process; nothing elsewhere."""
+        weights: dict[str, Tensor] = dict(self._buffers) if self.is_main else {}
+        for part in self._parts.values():
+            beat()
+            found = self._gather(part, part.local)
+            if found is not None:
+                weights.update(dict.fromkeys(part.names, found.cpu()))
+        return {name: weights[name] for name in self._names} if self.is_main else {}
+
+    def trained_shapes(self) -> Shapes:
+        """By the first of a parameter's names."""
+        return {name: part.shape for name, part in self._parts.items() if part.trained}
+
+    def read(self, name: str, kinds: tuple[str, ...]) -> list[Tensor]:
+        """Whole tensors in the main process, empty ones elsewhere."""
+        part = self._parts[name]
+        tensors: list[Tensor] = []
+        for number, kind in enumerate(kinds):
+            mine: Tensor | None = part.local
+            if mine is not None and number:
+                mine = self._optimizer.state[part.local].get(kind, torch.zeros_like(mine))
+            found = self._gather(part, mine)
+            tensors.append(torch.empty(0) if found is None else found)
+        return tensors
+
+    @torch.no_grad()
+    def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
+        """Every process takes its slice of the whole tensors; the first of them is the weights."""
+        part = self._parts[name]
+        if part.local is None:
+            return
+        for number, (kind, tensor) in enumerate(tensors.items()):
+            if number == 0:
+                _local(part.local).copy_(self._slice(part, tensor))
+                continue
+            state = self._optimizer.state[part.local]
+            state[kind] = torch.zeros_like(part.local)
+            _local(state[kind]).copy_(self._slice(part, tensor))
+            state["step"] = torch.tensor(float(steps))
+
+    @torch.no_grad()
+    def _gather(self, part: _Part, mine: Tensor | None) -> Tensor | None:
+        """The whole tensor in the main process, None elsewhere; `mine` is what this process has of it."""
+        stage = part.stages[0]
+        found = None
+        if self._stage_number == stage:
+            found = self._join(part, mine)
+        if stage:
+            sender = self._rank_of(stage, 0, 0)
+            if self.rank == sender:
+                dist.send(found, 0)
+            if self.is_main:
+                found = torch.empty(part.shape, device=self.device)
+                dist.recv(found, sender)
+        return found if self.is_main else None
+
+    def _join(self, part: _Part, mine: Tensor | None) -> Tensor:
+        """The opposite of `_slice`, by the processes of one stage."""
+        found = _local(mine).detach().contiguous()
+        parts = self._parallel.tp if part.tensor_dim is not None else 1
+        if self._sharded:
+            length = part.shape[0] // (parts if part.tensor_dim == 0 else 1)
+            longest = -(-length // self.replicas)  # as `chunk` has it: all are that long but the last ones
+            found = torch.cat([found, found.new_zeros(longest - len(found), *found.shape[1:])])
+            found = torch.cat(_all_gather(found, self.replicas, self._groups["dp"]))[:length]
+        if parts > 1:
+            found = torch.cat(_all_gather(found, parts, self._groups["tp"]), part.tensor_dim)
+        return found
+
+    def _slice(self, part: _Part, whole: Tensor) -> Tensor:
+        """What this process has of a whole tensor: divided for tp first, then for fsdp2 by the first dimension."""
+        if part.tensor_dim is not None:
+            whole = whole.chunk(self._parallel.tp, part.tensor_dim)[self._slice_number]
+        if self._sharded:
+            pieces = whole.chunk(self.replicas)
+            whole = pieces[self.replica] if self.replica < len(pieces) else whole[:0]
+        return whole
+
+
+def _local(tensor: Any) -> Tensor:
+    """This process's part of a DTensor; another tensor itself. Shares its memory."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
+
+
+def _all_gather(tensor: Tensor, count: int, group: Any) -> list[Tensor]:
+    """The tensors of all processes of a group, which have the same shape."""
+    found = [torch.empty_like(tensor) for _ in range(count)]
+    dist.all_gather(found, tensor.contiguous(), group=group)
+    return found
+
+
+def _divisions(tensor: Any) -> Iterator[tuple[str, int]]:
+    """Along which dimensions of the mesh a tensor is divided, and along which of its own."""
+    if isinstance(tensor, DTensor):
+        names = tensor.device_mesh.mesh_dim_names
+        for name, placement in zip(names or (), tensor.placements, strict=True):
+            if isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard":
+                yield name, placement.dim  # type: ignore[attr-defined]
+
+
+def _add(figures: dict[str, Tensor], shares: dict[str, Tensor]) -> Tensor:
+    """Add shares to the sums in `figures`; returns the loss among them."""
+    for name, share in shares.items():
+        figures[name] = figures.get(name, 0.0) + share.detach().double()
+    return shares["loss"]
