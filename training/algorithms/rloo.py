@@ -1,7 +1,7 @@
 """REINFORCE leave-one-out (RLOO; Ahmadian et al. 2024, arXiv 2402.14740, eq. 5 and 7): no critic.
 
 A whole response is one action. Its reward R - kl_coefficient sum_t (log pi - log pi_ref) is compared with the mean of
-the others of its group (0 for a response that is alone), and, with the ratio pi(y|x) / pi_proximal(y|x) of whole responses,
+the others of its group (0 for a response that is alone). With ratio = pi(y|x) / pi_proximal(y|x),
 
     -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)
 

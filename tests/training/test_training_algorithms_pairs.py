@@ -1,0 +1,437 @@
+"""The losses on preference pairs: values and gradients against TRL's own code and against plain formulas."""
+
+import importlib
+from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from contracts.errors import UserError
+from training.algorithm import Answers, Figures, Pairs
+from training.catalogue import BUILT_IN, describe
+
+PAIRS = [name for name in BUILT_IN if describe(name).reads == "pairs"]
+EDGES = ["random 0", "random 1", "random 2", "empty", "one token", "equal", "chosen", "rejected"]
+WIDTH = 6
+
+
+class Data:
+    """Pairs as padded tokens: chosen rows first, then rejected ones, [2P, WIDTH]."""
+
+    def __init__(self, edge: str, dtype: torch.dtype = torch.float32) -> None:
+        seed = int(edge.split()[1]) if edge.startswith("random") else 7
+        random = torch.Generator().manual_seed(seed)
+        pairs = 1 if edge == "one token" else 5
+        self.pairs = pairs
+        self.lengths = torch.randint(1, WIDTH + 1, (2 * pairs,), generator=random)
+        if edge == "empty":
+            self.lengths[:2], self.lengths[pairs + 1 : pairs + 3] = 0, 0  # both empty; one of each
+        if edge == "one token":
+            self.lengths[:] = 1
+        self.mask = torch.arange(WIDTH) < self.lengths[:, None]
+        shape = (2 * pairs, WIDTH)
+        self.tokens = -torch.rand(shape, generator=random, dtype=torch.float64) * 3 - 0.05
+        self.reference = self.tokens + torch.randn(shape, generator=random, dtype=torch.float64)
+        self.collision = -torch.rand(shape, generator=random, dtype=torch.float64) * 2
+        if edge == "equal":
+            for values in (self.lengths, self.mask, self.tokens, self.reference, self.collision):
+                values[pairs:] = values[:pairs]
+        if edge in ("chosen", "rejected"):  # a margin of 1e4 nats
+            rows = slice(0, pairs) if edge == "chosen" else slice(pairs, None)
+            self.reference[rows, 0] = self.tokens[rows, 0] - 1e4
+        self.scores = torch.randn(2 * pairs, generator=random, dtype=torch.float64)
+        self.scores[pairs:] = self.scores[:pairs] - self.scores[pairs:].abs() * (edge != "equal")
+        for name in ("tokens", "reference", "collision", "scores"):
+            setattr(self, name, getattr(self, name).to(dtype))
+
+    def answers(self, logp: Tensor, rows: Any) -> Answers:
+        """Answers of some rows."""
+        return Answers(
+            logp=logp[rows],
+            length=self.lengths[rows].to(logp.dtype),
+            score=self.scores[rows],
+            reference_logp=(self.reference * self.mask).sum(1)[rows],
+            log_collision=(self.collision * self.mask).sum(1)[rows],
+        )
+
+    def batch(self, logp: Tensor, chosen: list[int], fill: int = 0, **more: Any) -> Pairs:
+        """Some of the pairs as a micro-batch of a step of all of them; the last `fill` of them only fill up."""
+        weights = torch.ones(len(chosen), dtype=logp.dtype)
+        weights[len(chosen) - fill :] = 0
+        return Pairs(
+            self.answers(logp, torch.tensor(chosen)),
+            self.answers(logp, torch.tensor(chosen) + self.pairs),
+            weights,
+            total=self.pairs,
+            chosen_tokens=int(self.lengths[: self.pairs].sum()),
+            **more,
+        )
+
+    def ours(
+        self, name: str, tokens: Tensor, parts: list[tuple[list[int], int]] | None = None, **settings: Any
+    ) -> tuple[Figures, Tensor]:
+        """The figures of a step in some micro-batches (rows and how many of them only fill up), and d loss / d logp."""
+        module = importlib.import_module(f"training.algorithms.{name}")
+        description = describe(name)
+        values = description.defaults | settings
+        logp = (tokens * self.mask).sum(1).detach().requires_grad_()
+        parts = parts or [(list(range(self.pairs)), 0)]
+        statistics: dict[str, float] = defaultdict(float)
+        if "statistics" in description.functions:
+            for rows, fill in parts:
+                shares = module.statistics(self.batch(logp, rows, fill), **description.arguments("statistics", values))
+                for key, value in shares.items():
+                    statistics[key] += float(value)
+        figures: Figures = {}
+        for rows, fill in parts:
+            batch = self.batch(logp, rows, fill, statistics=dict(statistics))
+            for key, value in module.loss(batch, **description.arguments("loss", values)).items():
+                figures[key] = figures.get(key, torch.zeros((), dtype=logp.dtype)) + value
+        figures["loss"].backward()
+        return figures, logp.grad
+
+
+def trl_stub(**attributes: Any) -> SimpleNamespace:
+    """What TRL's loss methods ask of their trainer."""
+
+    def same(value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return value
+
+    accelerator = SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same, reduce=same)
+    metrics: Any = defaultdict(lambda: defaultdict(list))
+    return SimpleNamespace(
+        accelerator=accelerator,
+        _metrics=metrics,
+        model=SimpleNamespace(training=True),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        _total_train_tokens=0,
+        _tp_size=1,
+        **attributes,
+    )
+
+
+def trl_dpo(data: Data, kind: str, beta: float, label_smoothing: float = 0.0, weighted: bool = False) -> Any:
+    """Loss of TRL's DPOTrainer and its gradient with respect to the answers' log-probabilities."""
+    from trl import DPOTrainer
+
+    tokens = data.tokens.clone().requires_grad_()
+    zeros = torch.zeros_like(data.tokens)
+
+    def model(**_: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            log_probs=tokens * data.mask,
+            log_sum_sq_probs=data.collision * data.mask,
+            entropy=zeros,
+            mean_logits=zeros,
+            is_top1=zeros.bool(),
+        )
+
+    trainer = trl_stub(
+        ld_alpha=None,
+        f_divergence_type="reverse_kl",
+        loss_types=[kind],
+        loss_weights=[1.0],
+        beta=beta,
+        label_smoothing=label_smoothing,
+        use_weighting=weighted,
+    )
+    prompt = torch.zeros(2 * data.pairs, 1, dtype=torch.long)  # one prompt token, whose own log-probability counts not
+    mask = torch.cat([prompt, data.mask.long()], 1)
+    chosen, rejected = (data.reference * data.mask).sum(1).chunk(2)
+    inputs = {
+        "input_ids": torch.zeros_like(mask),
+        "attention_mask": torch.cat([prompt + 1, data.mask.long()], 1),
+        "completion_mask": mask,
+        "ref_chosen_logps": chosen,
+        "ref_rejected_logps": rejected,
+    }
+    loss = DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
+    loss.backward()
+    return loss, tokens.grad
+
+
+def same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(torch.as_tensor(found)).all()
+
+
+def by_token(data: Data, gradient: Tensor) -> Tensor:
+    return gradient[:, None] * data.mask
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize(
+    ("name", "kind", "smoothing", "settings"),
+    [
+        ("dpo", "sigmoid", 0.0, {}),
+        ("hinge", "hinge", 0.0, {}),
+        ("ipo", "ipo", 0.0, {}),
+        ("robust", "robust", 0.2, {"label_smoothing": 0.2}),
+        ("exo", "exo_pair", 0.01, {"label_smoothing": 0.01}),
+        ("nca", "nca_pair", 0.0, {}),
+        ("bco", "bco_pair", 0.0, {"reward_shift": False}),
+        ("sppo", "sppo_hard", 0.0, {}),
+        ("apo_zero", "apo_zero", 0.0, {}),
+        ("apo_down", "apo_down", 0.0, {}),
+        ("dpo_norm", "sigmoid_norm", 0.0, {}),
+        ("wpo", "sigmoid", 0.0, {"cap": 0.0}),
+    ],
+)
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_equals_the_dpo_trainer_of_trl(
+    name: str, kind: str, smoothing: float, settings: dict[str, Any], beta: float, edge: str
+) -> None:
+    data = Data(edge)
+    loss, gradient = trl_dpo(data, kind, beta, smoothing, weighted=name == "wpo")
+    figures, mine = data.ours(name, data.tokens, beta=beta, **settings)
+    same(figures["loss"], loss)
+    same(by_token(data, mine), gradient)
+
+
+def trl_without_reference(data: Data, method: str, **attributes: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, gradient by logits, logits and answers of TRL's CPOTrainer or ORPOTrainer; they take real logits."""
+    from trl.experimental import cpo, orpo
+
+    kind = cpo.CPOTrainer if method == "cpo" else orpo.ORPOTrainer
+    random = torch.Generator().manual_seed(len(method))
+    shape = (2 * data.pairs, WIDTH + 1)
+    ids = torch.randint(0, 9, shape, generator=random)
+    logits = torch.randn(*shape, 9, generator=random, requires_grad=True)
+    mask = torch.cat([torch.ones(2 * data.pairs, 1), data.mask], 1).long()  # a prompt of one token
+    labels = ids.masked_fill(torch.cat([torch.zeros(2 * data.pairs, 1), data.mask], 1) == 0, -100)
+    batch = {}
+    for side, rows in (("chosen", slice(0, data.pairs)), ("rejected", slice(data.pairs, None))):
+        batch |= {f"{side}_input_ids": ids[rows], f"{side}_attention_mask": mask[rows], f"{side}_labels": labels[rows]}
+    trainer = trl_stub(is_encoder_decoder=False, pad_token_id=0, padding_value=0, **attributes)
+    for own in ("concatenated_inputs", "get_batch_logps"):
+        setattr(trainer, own, getattr(kind, own))
+    for own in ("concatenated_forward", "cpo_loss", "odds_ratio_loss"):
+        if hasattr(kind, own):
+            setattr(trainer, own, getattr(kind, own).__get__(trainer))
+    loss, _ = kind.get_batch_loss_metrics(trainer, lambda *_, **__: SimpleNamespace(logits=logits), batch)
+    loss.backward()
+    return loss.detach(), logits.grad, logits, ids
+
+
+@pytest.mark.parametrize("edge", [edge for edge in EDGES if edge not in ("empty", "chosen", "rejected")])
+@pytest.mark.parametrize(
+    ("name", "settings", "attributes"),
+    [
+        ("simpo", {"gamma": 0.6}, {"loss_type": "simpo", "simpo_gamma": 0.6, "cpo_alpha": 0.0, "label_smoothing": 0.0}),
+        ("cpo", {"alpha": 0.5}, {"loss_type": "sigmoid", "cpo_alpha": 0.5, "label_smoothing": 0.0}),
+        ("cpo", {"label_smoothing": 0.1}, {"loss_type": "sigmoid", "cpo_alpha": 1.0, "label_smoothing": 0.1}),
+        ("orpo", {}, {}),
+    ],
+)
+def test_equals_the_cpo_and_orpo_trainers_of_trl(
+    name: str, settings: dict[str, Any], attributes: dict[str, Any], edge: str
+) -> None:
+    data = Data(edge)
+    method = "orpo" if name == "orpo" else "cpo"
+    loss, gradient, logits, ids = trl_without_reference(data, method, beta=0.3, alpha=0.0, **attributes)
+    logprobs = logits.detach().requires_grad_()
+    tokens = logprobs[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    scale = {"lam" if name == "orpo" else "beta": 0.3}
+    figures, mine = data.ours(name, tokens, **scale, **settings)
+    same(figures["loss"], loss)
+    (tokens * by_token(data, mine)).sum().backward()
+    same(logprobs.grad, gradient)
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_kto_equals_trl(edge: str) -> None:
+    """With the mean log-ratio of the step's own answers in the place of those that TRL mismatches."""
+    from trl import KTOTrainer
+
+    data = Data(edge)
+    tokens = data.tokens.clone().requires_grad_()
+    rows, zeros = 2 * data.pairs, torch.zeros_like(data.tokens)
+    logp, reference = (tokens.detach() * data.mask).sum(1), (data.reference * data.mask).sum(1)
+
+    def model(**_: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            log_probs=tokens * data.mask, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), logits=zeros
+        )
+
+    trainer = trl_stub(
+        loss_type="kto",
+        calculate_KL=True,
+        beta=0.3,
+        desirable_weight=1.2,
+        undesirable_weight=0.9,
+        _compute_kl_logps=lambda *_: logp,
+    )
+    mask = torch.cat([torch.zeros(rows, 1), data.mask], 1).long()
+    inputs = {
+        "input_ids": torch.zeros_like(mask),
+        "attention_mask": torch.ones_like(mask),
+        "completion_mask": mask,
+        "label": torch.arange(rows) < data.pairs,
+        "ref_logps": reference,
+        "ref_KL_logps": reference,
+    }
+    loss = KTOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
+    loss.backward()
+    figures, mine = data.ours("kto", data.tokens, beta=0.3, lambda_d=1.2, lambda_u=0.9)
+    same(figures["loss"], loss)
+    same(by_token(data, mine), tokens.grad)
+
+
+# Formulas of the papers in numpy. w, l: log-probabilities; everything else is a constant of the batch.
+
+
+def log_sigmoid(x: Any) -> Any:
+    return -np.logaddexp(0.0, -x)
+
+
+Formula = Callable[[Any, Any, Any], Any]
+
+
+def smoothed_dpo(c: Any, w: Any, l: Any) -> Any:  # noqa: E741
+    d = (w - c.rw) - (l - c.rl)
+    return np.mean(-0.8 * log_sigmoid(0.4 * d) - 0.2 * log_sigmoid(-0.4 * d))
+
+
+def rpo(c: Any, w: Any, l: Any) -> Any:  # noqa: E741
+    return np.mean(-log_sigmoid(0.4 * (w - c.rw - l + c.rl)) - 0.7 * w / np.maximum(c.nw, 1))
+
+
+def simpo(c: Any, w: Any, l: Any) -> Any:  # noqa: E741
+    return np.mean(-log_sigmoid(2 / np.maximum(c.nw, 1) * w - 2 / np.maximum(c.nl, 1) * l - 0.9))
+
+
+def cpo(c: Any, w: Any, l: Any) -> Any:  # noqa: E741
+    return np.mean(-log_sigmoid(0.4 * (w - l))) - 0.7 * w.sum() / c.nw.sum()
+
+
+def orpo(c: Any, w: Any, l: Any) -> Any:  # noqa: E741
+    p, q = (np.minimum(x / np.maximum(n, 1), -1e-6) for x, n in ((w, c.nw), (l, c.nl)))  # their logarithms
+    odds, other = p - np.log1p(-np.exp(p)), q - np.log1p(-np.exp(q))
+    return -w.sum() / c.nw.sum() - 0.3 * np.mean(log_sigmoid(odds - other))
+
+
+def odpo(c: Any, w: Any, l: Any) -> Any:  # noqa: E741
+    offset = 0.6 * np.log(np.maximum(c.sw - c.sl, 1e-6))
+    return np.mean(-log_sigmoid(0.4 * (w - c.rw - l + c.rl) - offset))
+
+
+def odpo_identity(c: Any, w: Any, l: Any) -> Any:  # noqa: E741
+    return np.mean(-log_sigmoid(0.4 * (w - c.rw - l + c.rl) - 0.6 * (c.sw - c.sl)))
+
+
+def bco(c: Any, w: Any, l: Any) -> Any:  # noqa: E741
+    delta = 0.4 * np.mean(np.concatenate([c.w0 - c.rw, c.l0 - c.rl]))
+    return np.mean(-log_sigmoid(0.4 * (w - c.rw) - delta) - log_sigmoid(delta - 0.4 * (l - c.rl)))
+
+
+def wpo(c: Any, w: Any, l: Any) -> Any:  # noqa: E741
+    weight = np.exp((c.w0 - c.cw) / np.maximum(c.nw, 1)) * np.exp((c.l0 - c.cl) / np.maximum(c.nl, 1))
+    return np.mean(-np.minimum(weight, 1) * log_sigmoid(0.4 * (w - c.rw - l + c.rl)))
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize(
+    ("name", "formula", "settings"),
+    [
+        ("dpo", smoothed_dpo, {"beta": 0.4, "label_smoothing": 0.2}),
+        ("rpo", rpo, {"beta": 0.4, "alpha": 0.7}),
+        ("simpo", simpo, {"beta": 2.0, "gamma": 0.9}),
+        ("cpo", cpo, {"beta": 0.4, "alpha": 0.7}),
+        ("orpo", orpo, {"lam": 0.3}),
+        ("odpo", odpo, {"beta": 0.4, "alpha": 0.6}),
+        ("odpo", odpo_identity, {"beta": 0.4, "alpha": 0.6, "f": "identity"}),
+        ("bco", bco, {"beta": 0.4}),
+        ("wpo", wpo, {"beta": 0.4}),
+    ],
+)
+def test_equals_the_formula_of_the_paper(name: str, formula: Formula, settings: dict[str, Any], edge: str) -> None:
+    data = Data(edge, torch.float64)
+    if edge in ("chosen", "rejected") and not describe(name).needs:  # a margin without a reference: an unlikely answer
+        rows = slice(data.pairs, None) if edge == "chosen" else slice(0, data.pairs)
+        data.tokens[rows, 0] -= 1e4
+    figures, gradient = data.ours(name, data.tokens, **settings)
+    w, l = (data.tokens * data.mask).sum(1).numpy().reshape(2, -1)  # noqa: E741
+    rw, rl = (data.reference * data.mask).sum(1).numpy().reshape(2, -1)
+    cw, cl = (data.collision * data.mask).sum(1).numpy().reshape(2, -1)
+    nw, nl = data.lengths.double().numpy().reshape(2, -1)
+    sw, sl = data.scores.numpy().reshape(2, -1)
+    constants = SimpleNamespace(w0=w, l0=l, rw=rw, rl=rl, cw=cw, cl=cl, nw=nw, nl=nl, sw=sw, sl=sl)
+    same(figures["loss"].detach(), formula(constants, w, l))
+    slopes = []
+    for place in range(2 * data.pairs):
+        if data.lengths[place] == 0:  # of an empty answer nothing can be learned
+            slopes.append(0.0)
+            continue
+        step = np.zeros((2, data.pairs))
+        step.flat[place] = 1e-5
+        high, low = (formula(constants, w + s * step[0], l + s * step[1]) for s in (1, -1))
+        slopes.append((high - low) / 2e-5)
+    same(by_token(data, gradient)[:, 0], torch.tensor(slopes, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_loss_and_gradient_is_finite_in_single_precision(name: str, edge: str) -> None:
+    data = Data(edge)
+    figures, gradient = data.ours(name, data.tokens)
+    assert all(torch.isfinite(value).all() for value in figures.values()), figures
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_all_answers_empty(name: str) -> None:
+    data = Data("random 0")
+    data.lengths[:], data.mask[:] = 0, False
+    figures, gradient = data.ours(name, data.tokens)
+    assert all(torch.isfinite(value).all() for value in figures.values()), figures
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    "parts", [[[0, 1, 2, 3, 4]], [[4], [1], [0], [3], [2]], [[3, 0], [1, 2, 4]], [[0], [1, 2, 3, 4]]]
+)
+@pytest.mark.parametrize("name", PAIRS)
+def test_shares_add_up_and_fillers_add_nothing(name: str, parts: list[list[int]]) -> None:
+    data = Data("random 1", torch.float64)
+    expected, gradient = data.ours(name, data.tokens)
+    found, mine = data.ours(name, data.tokens, [(part, 0) for part in parts])
+    filled, again = data.ours(name, data.tokens, [([*part, 2, 2], 2) for part in parts])
+    assert found.keys() == expected.keys() == filled.keys()
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key])
+        torch.testing.assert_close(filled[key], expected[key])
+    torch.testing.assert_close(mine, gradient)
+    torch.testing.assert_close(again, gradient)
+
+
+def test_figures_are_those_of_the_implicit_rewards() -> None:
+    data = Data("random 2")
+    figures, _ = data.ours("dpo", data.tokens, beta=0.5)
+    ratios = ((data.tokens - data.reference) * data.mask).sum(1) * 0.5
+    chosen, rejected = ratios.chunk(2)
+    same(figures["chosen_reward"], chosen.mean())
+    same(figures["rejected_reward"], rejected.mean())
+    same(figures["margin"], (chosen - rejected).mean())
+    same(figures["accuracy"], (chosen > rejected).float().mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ipo", {"beta": 0.0}),
+        ("sppo", {"beta": -1.0}),
+        ("robust", {"label_smoothing": 0.5}),
+        ("exo", {"label_smoothing": 0.0}),
+        ("wpo", {"cap": -1.0}),
+    ],
+)
+def test_a_setting_outside_of_the_formula_is_refused(name: str, settings: dict[str, Any]) -> None:
+    data = Data("random 0")
+    with pytest.raises(UserError, match=f"{next(iter(settings))}.* must be "):
+        data.ours(name, data.tokens, **settings)
