@@ -27,6 +27,12 @@ class Ledger(msgspec.Struct):
             self.rows_in += count
             self.dropped[reason] = self.dropped.get(reason, 0) + count
 
+    def leave_out(self, reason: str, count: int) -> None:
+        """Count units as dropped that were counted as kept before."""
+        self.rows_in -= count
+        self.kept -= count
+        self.drop(reason, count)
+
     @property
     def dropped_share(self) -> float:
         """Dropped units over all units, 0 for an empty ledger."""
