@@ -15,7 +15,8 @@ from contracts.stopping import DEFAULT_GRACE
 from embedded.config import WorldConfig
 from generation.config import GenerationConfig
 from pipelines.environments import EnvironmentConfig
-from training.config import DpoConfig, RewardConfig, SftConfig
+from training.catalogue import check_settings, describe
+from training.config import PolicyConfig, RewardConfig, SftConfig
 
 
 def _section(stage: type[StageConfig], *owned: str) -> Any:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:  # made at run time below, which a type checker cannot follow
     PairsSection: TypeAlias = Any
     SftSection: TypeAlias = Any
     RewardSection: TypeAlias = Any
-    DpoSection: TypeAlias = Any
+    PolicySection: TypeAlias = Any
 else:
     WorldSection = _section(WorldConfig)
     PromptSourceSection = _section(PromptsConfig, "exclude")
@@ -46,7 +47,7 @@ else:
     PairsSection = _section(PairsConfig, "rollouts", "scores")
     SftSection = _section(SftConfig, "model")
     RewardSection = _section(RewardConfig, "model", "pairs")
-    DpoSection = _section(DpoConfig, "model", "pairs", "reference")
+    PolicySection = _section(PolicyConfig, "model", "pairs", "reference", "experience")
 
 
 CHANGEABLE = frozenset(
@@ -150,8 +151,8 @@ class RunConfig(Section):
     """Scorers by name. `reward` labels the pairs; `gold`, where there is one, only judges; others are reported."""
     pairs: PairsSection = identity({})
     """How pairs are chosen: the keys of `python -m annotation pairs --help`."""
-    training: DpoSection = identity({})
-    """How the policy is trained: the keys of `python -m training dpo --help`."""
+    training: PolicySection = identity({})
+    """How the policy is trained: the keys of `python -m training policy --help`."""
     reference: Literal["initial", "previous", "ema"] = identity("initial")
     """What the training is regularised towards: the initial policy, the one that sampled this iteration, or an
     exponential moving average of all policies so far."""
@@ -170,8 +171,8 @@ class RunConfig(Section):
     reward_model: RewardModelSection | None = identity(None)
     """Train the model of the scorer `reward` first."""
     changes: dict[int, dict[str, Any]] = identity({})
-    """Values that hold from an iteration on: {3: {training: {beta: 0.05}}}. What another section has taken from
-    `generation` stays as it was there."""
+    """Values that hold from an iteration on: {3: {training: {settings: {beta: 0.05}}}}. What another section
+    has taken from `generation` stays as it was there."""
     environments: EnvironmentsSection = runtime(EnvironmentsSection())
     """What `generation`, `annotation` and `training` run in, where it is not their locked environment."""
     executor: ExecutorSection = runtime(ExecutorSection())
@@ -195,6 +196,7 @@ class RunConfig(Section):
             )
         if self.generation.k < 2:
             raise ValueError(f"generation.k is {self.generation.k}; pairs need at least 2 answers per prompt.")
+        check_settings(describe(self.training.algorithm), self.training.settings)
         uses_world = any(str(value).startswith("world:") for value in _leaves(self.model_dump()))
         if uses_world and self.world is None:
             raise ValueError("a path starts with world:, but there is no section `world`. Add one (`world: {}`).")

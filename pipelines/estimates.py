@@ -17,7 +17,7 @@ from generation.config import GenerationConfig
 from pipelines.graph import Graph, Node
 from pipelines.placement import gpu_count
 from pipelines.sizes import WORLD_ROW, Answers, Size, answers_of, pairs_of, rows_of, size_of
-from training.config import DpoConfig, EmaConfig, RewardConfig, SftConfig, TrainingConfig
+from training.config import EmaConfig, PolicyConfig, RewardConfig, SftConfig, TrainingConfig
 
 PROCESS = 640 << 20
 """Python, torch and its kernels in one process."""
@@ -137,7 +137,7 @@ def _steps(config: TrainingConfig, graph: Graph) -> int | None:
         if found is None:
             return None
         rows = found.count
-    elif isinstance(config, DpoConfig | RewardConfig):
+    elif isinstance(config, PolicyConfig | RewardConfig):
         for path in config.pairs:
             pairs = pairs_of(path, graph)
             if pairs is None:
@@ -279,7 +279,7 @@ def _longest_row(config: TrainingConfig, graph: Graph) -> int | None:
     if isinstance(config, SftConfig):
         rows = rows_of(config.demonstrations, graph)
         found = [rows.longest_tokens] if rows else []
-    elif isinstance(config, DpoConfig | RewardConfig):
+    elif isinstance(config, PolicyConfig | RewardConfig):
         found = [pairs[1].longest for path in config.pairs if (pairs := pairs_of(path, graph))]
     if not found:
         return config.max_length

@@ -12,7 +12,7 @@ from embedded.config import WORLD_FILES, WorldConfig
 from generation.config import GenerationConfig
 from pipelines.config import RunConfig
 from pipelines.graph import Graph
-from training.config import DpoConfig, EmaConfig, RewardConfig, SftConfig
+from training.config import EmaConfig, PolicyConfig, RewardConfig, SftConfig
 
 
 def build_graph(config: RunConfig, iterations: int) -> Graph:
@@ -60,8 +60,8 @@ class Recipe:
         start = policy if config.start == "previous" else self.initial
         trained = self.graph.add(
             f"{here}/training",
-            DpoConfig,
-            "training dpo",
+            PolicyConfig,
+            "training policy",
             keys(config.training),
             model=start,
             pairs=self.pairs,

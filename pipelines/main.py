@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("config", type=Path, help="the run's YAML file")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like training.beta=0.2")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like generation.k=8")
     run.add_argument("--iters", type=int, default=None, help="iterations to have in the end")
     run.add_argument("--dry-run", action="store_true", help="say what would be reused or run, and why; start nothing")
     run.add_argument(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train a model: supervised fine-tuning, a reward model, or direct preference optimisation.
+# Train a model: supervised fine-tuning, a reward model, or the policy by any algorithm.
 #
-#   bash scripts/train.sh dpo model=models/sft pairs=[out/pairs] reference=[out/reference] output=out/policy
+#   bash scripts/train.sh policy algorithm=dpo model=models/sft pairs=[out/pairs] reference=[out/reference] output=out/policy
 #   bash scripts/train.sh sft --config sft.yaml processes=2 accelerate_config=configs/accelerate/zero3.yaml
 #   bash scripts/train.sh --help
 #

@@ -1,15 +1,17 @@
-"""`python -m training {sft,reward,dpo,ema}`."""
+"""`python -m training {sft,reward,experience,policy,critic,ema}`."""
 
-from contracts.records import CHECKPOINT
+from contracts.records import CHECKPOINT, EXPERIENCE
 from contracts.stage import Command, main
-from training.config import DpoConfig, EmaConfig, RewardConfig, SftConfig
+from training.config import CriticConfig, EmaConfig, ExperienceConfig, PolicyConfig, RewardConfig, SftConfig
 from training.launch import die_with_launcher, leaves_without_teardown
 
 LAUNCH = "training.launch:launch"
 COMMANDS = {
     "sft": Command(SftConfig, CHECKPOINT, "training.sft:run", LAUNCH),
     "reward": Command(RewardConfig, CHECKPOINT, "training.reward:run", LAUNCH),
-    "dpo": Command(DpoConfig, CHECKPOINT, "training.dpo:run", LAUNCH),
+    "experience": Command(ExperienceConfig, EXPERIENCE, "training.experience:run"),
+    "policy": Command(PolicyConfig, CHECKPOINT, "training.policy:run", LAUNCH),
+    "critic": Command(CriticConfig, CHECKPOINT, "training.critic:run", LAUNCH),
     "ema": Command(EmaConfig, CHECKPOINT, "training.ema:run"),
 }
 

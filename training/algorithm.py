@@ -18,11 +18,11 @@ One that learns from scored samples (`training/experience.py` calls `advantages`
 The keyword arguments are the algorithm's settings. READS, NEEDS and the settings are read without running the file, so
 they must be written out as above.
 
-A loss returns figures, `loss` among them; each is this micro-batch's share of a mean over the whole optimizer step, which
-`batch.mean` and `batch.token_mean` compute. So the shares of all micro-batches and processes add up to the step's figure,
-however the step was divided. What needs the whole step first (a batch mean inside of a nonlinearity) comes from a
-function `statistics(batch, **settings)` of the same form, which runs over the step without gradients; the loss finds its
-figures, added up, in `batch.statistics`.
+A loss returns figures, `loss` among them; each is this micro-batch's share of a mean over the whole optimizer step,
+which `batch.mean` and `batch.token_mean` compute. So the shares of all micro-batches and processes add up to the step's
+figure, however the step was divided. What needs the whole step first (a batch mean inside of a nonlinearity) comes from
+a function `statistics(batch, **settings)` of the same form, which runs over the step without gradients; the loss finds
+its figures, added up, in `batch.statistics`.
 """
 
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class Answers:
     reference_logp: Tensor | None = None
     """Summed log-probability under the reference policy, if the algorithm needs it."""
     log_collision: Tensor | None = None
-    """Sum over the response tokens of log sum_v p(v)^2 under the policy, without gradient, if the algorithm needs it."""
+    """Sum over the response tokens of log sum_v p(v)^2 under the policy, without gradient, if it is needed."""
 
     @property
     def log_ratio(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which rows meet in which optimizer step, on which process, in which forward pass. Pure, and without torch.
+"""Which rows meet in which optimizer step, on which process, in which forward pass. Pure.
 
 The optimizer steps depend on the data and on (seed, epoch) alone. How a step is divided over processes and
 micro-batches depends on the number of processes and the token budget, and must not change its result: every row
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from contracts.seeds import derive_seed
 from training.data import Row
+from training.packing import Packing, tokens_of
 
 
 @dataclass(frozen=True)
@@ -44,33 +45,35 @@ def global_batches(
             yield tuple(order[start : start + global_batch])
 
 
-def divide(batch: tuple[int, ...], rows: list[Row], *, processes: int, budget: int) -> list[list[MicroBatch]]:
+def divide(
+    batch: tuple[int, ...], rows: list[Row], *, processes: int, budget: int, packing: Packing
+) -> list[list[MicroBatch]]:
     """The micro-batches of every process, equally many for each.
 
-    Rows are dealt by descending length, so that processes get equal work and micro-batches little padding. A
-    micro-batch holds at most `budget` tokens, padding included; a row that is larger than that stands alone. Where a
-    process has fewer micro-batches than another, it gets fillers of the batch's shortest row with weight 0.
+    Rows are dealt by descending size, so that processes get equal work and attention little padding. A micro-batch
+    holds at most `budget` tokens (padding included, where it is padded); a row that is larger than that stands alone.
+    Where a process has fewer micro-batches than another, it gets fillers of the batch's smallest row with weight 0.
     """
-    order = sorted(batch, key=lambda index: (-rows[index].longest, index))
-    shares = [_pack(order[process::processes], rows, budget) for process in range(processes)]
+    order = sorted(batch, key=lambda index: (-tokens_of(rows[index], packing), index))
+    shares = [list(_fill(order[process::processes], rows, budget, packing)) for process in range(processes)]
     most = max(len(share) for share in shares)
     filler = MicroBatch((order[-1],), 0.0)
     return [share + [filler] * (most - len(share)) for share in shares]
 
 
-def _pack(order: list[int], rows: list[Row], budget: int) -> list[MicroBatch]:
-    """Rows of descending length, as many to a micro-batch as fit."""
-    packed: list[MicroBatch] = []
+def _fill(order: list[int], rows: list[Row], budget: int, packing: Packing) -> Iterator[MicroBatch]:
+    """Rows in their order, as many to a micro-batch as fit."""
     current: list[int] = []
-    sequences = width = 0
+    tokens = sequences = width = 0
     for index in order:
         row = rows[index]
+        tokens += tokens_of(row, packing)
+        sequences += len(row.responses)
         width = max(width, row.longest)
-        if current and (sequences + len(row.sequences)) * width > budget:
-            packed.append(MicroBatch(tuple(current)))
-            current, sequences, width = [], 0, row.longest
+        if current and (sequences * width if packing == "padded" else tokens) > budget:
+            yield MicroBatch(tuple(current))
+            current = []
+            tokens, sequences, width = tokens_of(row, packing), len(row.responses), row.longest
         current.append(index)
-        sequences += len(row.sequences)
     if current:
-        packed.append(MicroBatch(tuple(current)))
-    return packed
+        yield MicroBatch(tuple(current))

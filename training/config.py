@@ -1,11 +1,12 @@
 """Configurations of the training stages."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from contracts.config import StageConfig, identity, input_path, runtime
+from training.catalogue import BUILT_IN, check_settings, describe
 
 
 class TrainingConfig(StageConfig):
@@ -47,6 +48,9 @@ class TrainingConfig(StageConfig):
     """Stop when a larger share of the rows is dropped."""
     micro_batch_tokens: int = runtime(16384, ge=1)
     """Tokens per forward and backward pass of one process, padding included."""
+    packing: Literal["auto", "shared", "flat", "padded"] = runtime("auto")
+    """shared: batches without padding, in which the prompt of several responses is computed once; flat: without
+    sharing; padded: for models that can compute neither; auto: the first of these that the model can."""
     gradient_checkpointing: bool = runtime(False)
     """Recompute activations in the backward pass: less memory, more time."""
     processes: int = runtime(1, ge=1)
@@ -61,7 +65,7 @@ class SftConfig(TrainingConfig):
     """Supervised fine-tuning: imitate the answers of demonstrations."""
 
     stage: ClassVar[str] = "sft"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     demonstrations: Path = input_path()
     """JSONL file of conversations (`messages`) that end with the assistant's answer."""
@@ -71,7 +75,7 @@ class RewardConfig(TrainingConfig):
     """Train a Bradley-Terry reward model on pairs (loss: -log sigmoid(r_chosen - r_rejected))."""
 
     stage: ClassVar[str] = "reward"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     pairs: list[Path] = input_path(min_length=1)
     """Published pairs."""
@@ -79,32 +83,68 @@ class RewardConfig(TrainingConfig):
     """Share of the prompts whose pairs are held out to measure the accuracy."""
 
 
-class DpoConfig(TrainingConfig):
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
+class PolicyConfig(TrainingConfig):
+    """Train the policy by a named algorithm, on preference pairs or on scored samples."""
 
-    stage: ClassVar[str] = "dpo"
+    stage: ClassVar[str] = "policy"
     code_version: ClassVar[int] = 1
 
-    pairs: list[Path] = input_path(min_length=1)
-    """Published pairs, of this iteration and of as many earlier ones as wanted."""
-    reference: list[Path] = input_path(min_length=1)
-    """Published reference log-probabilities (scores of the kind logprobs), one for each of `pairs`."""
-    beta: float = identity(0.1, gt=0)
-    """Strength of the pull towards the reference."""
-    loss: Literal["sigmoid", "hinge", "ipo"] = identity("sigmoid")
-    """sigmoid: DPO; hinge: SLiC (arXiv 2305.10425); ipo: IPO (arXiv 2310.12036)."""
-    label_smoothing: float = identity(0.0, ge=0, lt=0.5)
-    """Probability that a label is flipped (conservative DPO), for the sigmoid loss."""
+    algorithm: str = identity("dpo")
+    """A name (dpo, ipo, simpo, kto, ppo, grpo, rloo, ...; docs/algorithms.md has all), your own file (mine.py), or
+    package.module."""
+    settings: dict[str, Any] = identity({})
+    """The algorithm's own settings, for example {beta: 0.1}."""
+    pairs: list[Path] = input_path([])
+    """Published pairs, of this iteration and of as many earlier ones as wanted, for algorithms that read pairs."""
+    reference: list[Path] = input_path([])
+    """Published reference log-probabilities (scores of the kind logprobs), one for each of `pairs`, for algorithms that
+    need them."""
+    experience: Path | None = input_path(None)
+    """Published experience, for algorithms that read samples."""
     nll_coefficient: float = identity(0.0, ge=0)
-    """Weight of the chosen answers' mean token NLL that is added to the loss (RPO, arXiv 2404.19733)."""
+    """Weight of the chosen answers' mean token NLL that is added to the loss of an algorithm that reads pairs."""
+    max_drift: float = runtime(0.1, gt=0)
+    """Stop when the log-probabilities of the engine that sampled differ from the trainer's by more than this (nats a
+    token, mean of the absolute differences)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(self.pairs) != len(self.reference):
-            raise ValueError(
-                f"{len(self.pairs)} pairs but {len(self.reference)} reference: give one reference for each of pairs."
-            )
+        description = describe(self.algorithm)
+        # With every default, because that is what is computed.
+        object.__setattr__(self, "settings", check_settings(description, self.settings))
+        if description.reads == "pairs":
+            expected = len(self.pairs) if "reference" in description.needs else 0
+            if not self.pairs or self.experience is not None:
+                raise ValueError(f"algorithm={self.algorithm} reads pairs: set pairs=[PATH, ...], and no experience.")
+            if len(self.reference) != expected:
+                raise ValueError(
+                    f"algorithm={self.algorithm} with {len(self.pairs)} pairs needs {expected} reference, found "
+                    f"{len(self.reference)}."
+                )
+        else:
+            if self.pairs or self.reference or self.experience is None:
+                raise ValueError(
+                    f"algorithm={self.algorithm} reads samples: set experience=PATH, and neither pairs nor reference."
+                )
+            if self.nll_coefficient:
+                raise ValueError(f"nll_coefficient is for pairs; algorithm={self.algorithm} reads samples.")
         return self
+
+    def source_files(self) -> dict[str, Path]:
+        """The user's own algorithm and what it imports; built-in ones belong to `code_version`."""
+        return {} if self.algorithm in BUILT_IN else describe(self.algorithm).sources
+
+
+class CriticConfig(TrainingConfig):
+    """Train the critic of PPO on the returns of an experience (clipped value loss)."""
+
+    stage: ClassVar[str] = "critic"
+    code_version: ClassVar[int] = 1
+
+    experience: Path = input_path()
+    """Published experience of an algorithm that needs values."""
+    clip: float = identity(0.2, gt=0)
+    """The new value is at most this far from the old one, for the clipped term (arXiv 1707.06347, as in baselines)."""
 
 
 class EmaConfig(StageConfig):
@@ -119,3 +159,72 @@ class EmaConfig(StageConfig):
     """Directory of the model that enters it."""
     decay: float = identity(0.9, ge=0, lt=1)
     """Share of the old average that is kept."""
+
+
+class ExperienceConfig(StageConfig):
+    """Turn scored samples into what an algorithm trains on: rewards per token, advantages, returns."""
+
+    stage: ClassVar[str] = "experience"
+    code_version: ClassVar[int] = 1
+
+    algorithm: str = identity()
+    """As for the policy's training: a name (ppo, grpo, rloo, ...), your own file (mine.py), or package.module."""
+    settings: dict[str, Any] = identity({})
+    """The algorithm's own settings, the same as for the policy's training."""
+    rollouts: Path = input_path()
+    """Published rollouts, sampled from the policy's own distribution (temperature 1, no top_p or top_k), with its
+    log-probabilities."""
+    rewards: Path = input_path()
+    """Published scores of those rollouts."""
+    reference: Path | None = input_path(None)
+    """Log-probabilities of those rollouts under the reference policy (scores of the kind logprobs), if needed."""
+    values: Path | None = input_path(None)
+    """The critic's values of those rollouts (scores of the kind values), if needed."""
+    greedy: Path | None = input_path(None)
+    """Scores of `greedy_rollouts` by the scorer of `rewards`, if needed."""
+    greedy_rollouts: Path | None = input_path(None)
+    """Published answers of the same policy to the same prompts at temperature 0, if needed."""
+    previous: Path | None = input_path(None)
+    """The experience of the iteration before, from which an adaptive coefficient goes on."""
+    kl_coefficient: float = identity(0.05, ge=0)
+    """Weight of the penalty on the KL divergence from the reference, for algorithms that put it into the reward; with
+    kl_target its first value."""
+    kl_target: float | None = identity(None, gt=0)
+    """KL divergence (nats per response) that the coefficient is adapted to (arXiv 1909.08593, section 2.2); by default
+    it is fixed."""
+    kl_horizon: float = identity(10000.0, gt=0)
+    """Responses until an adaptive coefficient follows in full; with more per iteration it follows at once."""
+    max_dropped: float = identity(0.1, ge=0, le=1)
+    """Stop when a larger share of the samples is dropped; those that the algorithm itself leaves out do not count."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        description = describe(self.algorithm)
+        # With every default, because that is what is computed.
+        object.__setattr__(self, "settings", check_settings(description, self.settings))
+        if description.reads != "samples":
+            raise ValueError(f"algorithm={self.algorithm} reads pairs, not samples, and needs no experience.")
+        for name, need in (
+            ("reference", "reference"), ("values", "values"), ("greedy", "greedy"), ("greedy_rollouts", "greedy")
+        ):  # fmt: skip
+            given = getattr(self, name) is not None
+            if need in description.needs and not given:
+                raise ValueError(f"algorithm={self.algorithm} needs {need}: set {name}=PATH.")
+            if given and need not in description.needs:
+                raise ValueError(f"algorithm={self.algorithm} needs no {need}: leave {name} out.")
+        if "reference" not in description.needs and (
+            self.kl_target is not None or (self.kl_coefficient and "kl_coefficient" in self.model_fields_set)
+        ):
+            raise ValueError(
+                f"algorithm={self.algorithm} needs no reference, so there is no KL divergence from it: leave "
+                "kl_coefficient and kl_target out."
+            )
+        if self.kl_target is None and self.previous is not None:
+            raise ValueError("previous is for an adaptive coefficient: set kl_target, or leave previous out.")
+        if self.kl_target is not None and self.kl_coefficient == 0:
+            raise ValueError("kl_target adapts kl_coefficient by factors, so it must not begin at 0.")
+        return self
+
+    def source_files(self) -> dict[str, Path]:
+        """The user's own algorithm and what it imports; built-in ones belong to `code_version`."""
+        return {} if self.algorithm in BUILT_IN else describe(self.algorithm).sources

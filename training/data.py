@@ -1,8 +1,12 @@
 """What a trainer sees of its rows: token ids with the place where the response begins. No text, no padding."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
@@ -11,42 +15,65 @@ from contracts.models import ModelInfo
 from contracts.records import PAIRS, Pair
 from training.config import TrainingConfig
 
+Ids: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float32]
+
 
 @dataclass(frozen=True)
-class Sequence:
-    """A prompt and a response, in token ids. Where the response ends is its length, never a token's value."""
+class Response:
+    """An answer in token ids. Where it ends is its length, never a token's value."""
 
-    ids: tuple[int, ...]
-    start: int
-    """Position of the first response token; at least 1, because position 0 is predicted by nothing."""
-
-    @property
-    def response_length(self) -> int:
-        """Number of response tokens."""
-        return len(self.ids) - self.start
+    ids: Ids
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """What the loss needs beside the tokens, for example a reference log-probability."""
+    tokens: dict[str, Floats] = field(default_factory=dict)
+    """The same for every token, for example advantages; each as long as `ids`."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One unit of a global batch, never split over processes: a demonstration, or both answers of a pair."""
+    """One unit of a global batch, never split over processes: a demonstration, a pair, or a prompt with its samples."""
 
     row_id: str
-    sequences: tuple[Sequence, ...]
-    constants: tuple[float, ...] = ()
-    """Numbers that the loss needs beside the tokens, for example reference log-probabilities."""
+    prompt: Ids
+    """At least one token, because a response's first token is predicted by the one before it."""
+    responses: tuple[Response, ...]
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(len(sequence.ids) for sequence in self.sequences)
+        return len(self.prompt) + max(len(response.ids) for response in self.responses)
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens of all responses."""
+        return sum(len(response.ids) for response in self.responses)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences, the prompt counted with each."""
+        return self.response_tokens + len(self.prompt) * len(self.responses)
 
 
-def pair_sequences(pair: Pair) -> tuple[Sequence, Sequence]:
-    """The chosen and the rejected answer behind the prompt; truncated answers get no EOS here or anywhere else."""
-    start = len(pair.prompt_ids)
-    return (
-        Sequence(pair.prompt_ids + pair.chosen_ids, start),
-        Sequence(pair.prompt_ids + pair.rejected_ids, start),
+def token_ids(ids: Iterable[int]) -> Ids:
+    """Token ids as rows hold them."""
+    return np.fromiter(ids, dtype=np.int64)
+
+
+def float_values(values: Iterable[float]) -> Floats:
+    """Numbers of a response's tokens as rows hold them."""
+    return np.fromiter(values, dtype=np.float32)
+
+
+def pair_row(pair: Pair, chosen: Mapping[str, float] | None = None, rejected: Mapping[str, float] | None = None) -> Row:
+    """The chosen and the rejected answer to a prompt; truncated answers get no EOS here or anywhere else."""
+    return Row(
+        pair.pair_id,
+        token_ids(pair.prompt_ids),
+        (
+            Response(token_ids(pair.chosen_ids), {"score": pair.chosen_score, **(chosen or {})}),
+            Response(token_ids(pair.rejected_ids), {"score": pair.rejected_score, **(rejected or {})}),
+        ),
     )
 
 
@@ -82,7 +109,7 @@ def usable(
     """
     kept: list[Row] = []
     for row in rows:
-        if any(sequence.start < 1 or sequence.response_length < 1 for sequence in row.sequences):
+        if not len(row.prompt) or not all(len(response.ids) for response in row.responses):
             ledger.drop("empty")
         elif limit is not None and row.longest > limit:
             ledger.drop("too_long")
@@ -97,7 +124,7 @@ def usable(
 
 
 def _check_tokens(row: Row, vocabulary: int) -> None:
-    largest = max(max(sequence.ids) for sequence in row.sequences)
+    largest = max(int(ids.max()) for ids in (row.prompt, *(response.ids for response in row.responses)))
     if largest >= vocabulary:
         raise UserError(
             f"row {row.row_id} holds the token id {largest}, but the model's vocabulary has {vocabulary} entries. "

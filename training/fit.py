@@ -8,16 +8,19 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.stage import Context, Outcome
+from training.attention import is_packable, use_packed_attention
 from training.checkpoint import save_checkpoint
 from training.config import TrainingConfig
-from training.data import Row
-from training.distributed import gather, pick_dtype, start, zero_stage
-from training.logprobs import TokenLogprobs, require_same_logits
-from training.loop import Loss, train
-from training.models import set_modes, set_trainable, tensor_shapes
+from training.engines import start
+from training.engines.base import Engine
+from training.loop import Learning, train
+from training.models import pick_dtype, set_modes, set_trainable, tensor_shapes
+from training.modules import TokenLogprobs, Trained, require_plain_head
+from training.packing import Packing
 from training.state import Line, TrainingState
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
@@ -28,57 +31,55 @@ MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 class Task:
     """What distinguishes one algorithm from another."""
 
-    rows: list[Row]
     ledger: Ledger
-    loss: Loss
+    learning: Learning
     load: Callable[[torch.dtype], Any]
     """Loads the transformers model."""
-    wrap: Callable[[Any], nn.Module]
-    """Makes it the module that `loss` calls; its attribute `model` is what was loaded."""
+    wrap: Callable[[Any], Trained]
+    """Gives it the head that the loss needs."""
     auto: Any
     """The transformers auto class of the published model."""
     model_config: Any
     """transformers configuration of the published model."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Entries of the start model's config.json that change."""
-    held_out: list[Row] = field(default_factory=list)
-    """Rows to measure the final model by."""
     facts: dict[str, Any] = field(default_factory=dict)
+    before: Callable[[Engine, Packing], dict[str, Any]] | None = None
+    """Called with the engine that holds the start model, for what has to be computed with it; returns facts."""
 
 
 def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
     """Load, train, validate, publish."""
     logging.disable_progress_bar()
     dtype = pick_dtype(config)
+    rows = task.learning.rows
     with context.timed("load"):
         shapes = tensor_shapes(task.auto, task.model_config)
-        accelerator = start(config, dtype)
-        # Without DeepSpeed, which keeps fp32 master weights itself, the weights are fp32 and bf16 is autocast:
-        # at the learning rates of preference learning an update is smaller than a bf16 weight's last bit.
-        model = task.load(dtype if zero_stage(accelerator) else torch.float32)
+        engine = start(config, dtype)
+        # Where the engine keeps no fp32 master weights itself, the weights are fp32 and bf16 is autocast: at the
+        # learning rates of preference learning an update is smaller than a bf16 weight's last bit.
+        model = task.load(dtype if engine.master_copies else torch.float32)
+        packing, attention = set_packing(config, model, max(row.longest for row in rows))
         set_trainable(model, config.frozen)
         set_modes(model, config.gradient_checkpointing)
         module = task.wrap(model)
-        optimizer: Any = _optimizer(config, module)
-        prepared, optimizer = accelerator.prepare(module, optimizer)
-        set_modes(model, config.gradient_checkpointing)
         if isinstance(module, TokenLogprobs):
-            with accelerator.autocast():
-                require_same_logits(prepared, module, task.rows[0].sequences[0], accelerator.device)
+            require_plain_head(model)
+        engine.prepare(module, lambda parameters: make_optimizer(config, parameters))
+        set_modes(model, config.gradient_checkpointing)
     state = TrainingState(
         context.publication.directory / "state" / "training.safetensors",
-        accelerator,
-        module,
-        optimizer,
+        engine,
         moments=MOMENTS[config.optimizer],
         seconds=config.checkpoint_seconds,
     )
     with context.timed("compute"):
-        log = train(config, context, accelerator, prepared, optimizer, task.rows, task.held_out, task.loss, state)
+        found = task.before(engine, packing) if task.before else {}
+        log = train(config, context, engine, task.learning, packing, state)
     with context.timed("save"):
-        gathered = gather(accelerator, prepared, module)
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
+        gathered = engine.whole_weights()
+        engine.barrier()
+        if not engine.is_main:
             return Outcome(task.ledger.unit)
         weights = {
             name.removeprefix("model."): tensor for name, tensor in gathered.items() if name.startswith("model.")
@@ -96,27 +97,43 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         context.publication.write_rows("training-log.jsonl", log, task.ledger)
     facts = {
         **task.facts,
+        **found,
         "steps": len(log),
         "resumed_steps": state.resumed_steps,
         "final": _final(log),
-        "tokens": sum(len(sequence.ids) for row in task.rows for sequence in row.sequences),
+        "tokens": sum(row.tokens for row in rows),
         "dtype": str(dtype).removeprefix("torch."),
         "master_dtype": "float32",
-        "attention": model.config._attn_implementation,
-        "distributed": accelerator.distributed_type.value,
-        "zero_stage": zero_stage(accelerator),
-        "processes": accelerator.num_processes,
-        "device": accelerator.device.type,
+        "attention": attention,
+        "packing": packing,
+        **engine.facts(),
+        "device": engine.device.type,
     }
     return Outcome(task.ledger.unit, facts, weights_fingerprint(context.publication.directory))
+
+
+def set_packing(config: TrainingConfig, model: Any, longest: int) -> tuple[Packing, str]:
+    """Have `model` compute flat batches where it can; returns how batches are packed and what computes attention.
+
+    Raises:
+        UserError: the config asks for flat batches, which this model cannot compute.
+    """
+    if config.packing != "padded" and is_packable(model.config, longest):
+        return "shared" if config.packing == "auto" else config.packing, use_packed_attention(model)
+    if config.packing in ("shared", "flat"):
+        raise UserError(
+            f"packing={config.packing}: {type(model).__name__} is not known to compute flat batches of up to {longest} "
+            "tokens right (its attention is its own, or has a shorter window). Use packing=auto or packing=padded."
+        )
+    return "padded", str(model.config._attn_implementation)
 
 
 def _final(log: list[Line]) -> Line:
     return {name: value for name, value in log[-1].items() if name != "step"}
 
 
-def _optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of a training."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate)
     betas = (config.adam_beta1, config.adam_beta2)

@@ -1,8 +1,8 @@
 """Several processes for one training: this command, started again under `accelerate launch`.
 
-    python -m training dpo …            the parent: no torch, starts
+    python -m training policy …            the parent: no torch, starts
       python -m training.launch …       `accelerate launch` with its exit codes mended, starts
-        python -m training dpo …        one process per rank
+        python -m training policy …        one process per rank
 
 A rank's exit code reaches the parent: 2 stays the user's mistake, 143 a stop by SIGTERM. A request to stop goes the
 other way, to all ranks; and each process dies with the one above it.
@@ -80,6 +80,17 @@ def launcher_settings(config: TrainingConfig) -> dict[str, Any]:
             f"processes={declared}, or take the line out of the file."
         )
     return {**settings, "num_processes": config.processes}
+
+
+def declared_zero_stage(file: Path | None) -> int | None:
+    """The ZeRO stage of a file for `accelerate launch`, 0 without DeepSpeed; None where it does not say."""
+    if file is None:
+        return None
+    settings = read_yaml(file)
+    if settings.get("distributed_type") != "DEEPSPEED":
+        return 0
+    stage = (settings.get("deepspeed_config") or {}).get("zero_stage")
+    return None if stage is None else int(stage)
 
 
 def die_with_launcher() -> None:

@@ -1,117 +1,27 @@
-"""Log-probabilities of response tokens, and scores of whole answers, without the memory of full logits.
+"""Log-probabilities of response tokens without the memory of full logits.
 
-The hidden states that predict a response token are picked before the LM head, and the head works in chunks that are
-computed again in the backward pass: at no time do logits of more than `CHUNK` positions exist.
-
-Sequences are padded on the right and no attention mask is passed: in a causal model nothing before a padded position
-can see it, and no padded position is ever picked.
+The hidden states that predict a response token are picked before the LM head, and the head works in chunks: at no time
+do logits of more than `CHUNK` positions exist.
 """
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from contracts.errors import UserError
-from training.data import Sequence
-
 CHUNK = 2048
 """Positions whose logits (fp32, [CHUNK, vocabulary]) exist at the same time."""
 
 
-class Batch(NamedTuple):
-    """Padded sequences and what is picked from them; S sequences of at most T tokens, N response tokens in all."""
+class TokenFigures(NamedTuple):
+    """What the head says of N given tokens; each of shape [N], fp32, in nats."""
 
-    input_ids: Tensor
-    """[S, T]"""
-    positions: Tensor
-    """[N], into the flattened [S * T]: the position that predicts each response token."""
-    targets: Tensor
-    """[N], the response tokens."""
-    lengths: tuple[int, ...]
-    """Response tokens of each sequence; they add up to N."""
-    last: Tensor
-    """[S], into the flattened [S * T]: the last real token of each sequence."""
-
-
-def collate(sequences: Iterable[Sequence], device: torch.device | str = "cpu") -> Batch:
-    """Pad to the longest sequence; the value of the padding is never used."""
-    sequences = list(sequences)
-    width = max(len(sequence.ids) for sequence in sequences)
-    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    positions: list[Tensor] = []
-    targets: list[Tensor] = []
-    for index, sequence in enumerate(sequences):
-        ids = torch.tensor(sequence.ids)
-        input_ids[index, : len(ids)] = ids
-        positions.append(torch.arange(sequence.start - 1, len(ids) - 1) + index * width)
-        targets.append(ids[sequence.start :])
-    last = torch.tensor([index * width + len(sequence.ids) - 1 for index, sequence in enumerate(sequences)])
-    return Batch(
-        input_ids.to(device),
-        torch.cat(positions).to(device),
-        torch.cat(targets).to(device),
-        tuple(sequence.response_length for sequence in sequences),
-        last.to(device),
-    )
-
-
-def sum_by_sequence(values: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """[N] -> [S]: the sum over each sequence's response tokens."""
-    return torch.stack([part.sum() for part in values.split(lengths)])
-
-
-class TokenLogprobs(nn.Module):
-    """A causal language model as trainers need it: token ids in, log-probabilities of the response tokens out."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.head = LogprobHead(model.get_output_embeddings())
-
-    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-        """Fields of a `Batch` -> [N] natural log-probabilities in fp32, sequence by sequence."""
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.head(hidden.flatten(0, 1)[positions], targets)  # type: ignore[no-any-return]
-
-
-class SequenceScore(nn.Module):
-    """A sequence classifier with one label: token ids in, one score per sequence out, read at its last real token.
-
-    transformers' own forward looks for the last token that is not the padding token, which misses the end of an
-    answer where padding and EOS are the same token.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, last: Tensor) -> Tensor:
-        """Fields of a `Batch` -> [S] scores in fp32."""
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.model.score(hidden.flatten(0, 1)[last]).float().squeeze(-1)  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def require_same_logits(prepared: Any, module: TokenLogprobs, sequence: Sequence, device: torch.device) -> None:
-    """Check once that the model's logits are its LM head applied to its last hidden state.
-
-    Some models scale or cap their logits; `TokenLogprobs` would be wrong for these without anybody noticing.
-
-    Raises:
-        UserError: this model does.
-    """
-    batch = collate([sequence], device)
-    found = prepared(batch.input_ids, batch.positions, batch.targets)
-    logits = module.model(input_ids=batch.input_ids, use_cache=False).logits[0, batch.positions]
-    expected = logits.float().log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1)
-    difference = float((found - expected).abs().mean())
-    if difference > (1e-3 if logits.dtype == torch.float32 else 0.1):
-        raise UserError(
-            f"{type(module.model).__name__} does more to its logits than to apply its LM head (log-probabilities "
-            f"differ by {difference:.2g}), for example soft-capping; such models are not supported. Choose another."
-        )
+    logprobs: Tensor
+    """log p(token)"""
+    entropy: Tensor | None
+    """- sum_v p(v) log p(v)"""
+    log_collision: Tensor | None
+    """log sum_v p(v)^2, without gradient"""
 
 
 class LogprobHead(nn.Module):
@@ -120,50 +30,104 @@ class LogprobHead(nn.Module):
     It is a module that owns these parameters, because ZeRO-3 gathers a parameter when its module is called.
     """
 
-    def __init__(self, head: Any) -> None:
+    def __init__(self, head: Any, *, entropy: bool = False, collision: bool = False) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = getattr(head, "bias", None)
+        self.entropy = entropy
+        self.collision = collision
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """hidden [N, hidden size], targets [N] -> [N] in fp32."""
+    def forward(self, hidden: Tensor, targets: Tensor) -> TokenFigures:
+        """hidden [N, hidden size], targets [N]."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        return _Logprobs.apply(hidden.to(dtype), self.weight, self.bias, targets)  # type: ignore[no-any-return, no-untyped-call]
+        found: tuple[Tensor, ...] = _Head.apply(  # type: ignore[no-untyped-call]
+            hidden.to(dtype), self.weight, self.bias, targets, self.entropy, self.collision
+        )
+        return TokenFigures(found[0], found[1] if self.entropy else None, found[2] if self.collision else None)
 
 
-class _Logprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight^T + bias)[targets], chunk by chunk, forwards and backwards.
+class _Head(torch.autograd.Function):
+    """The figures of softmax(hidden @ weight^T + bias), chunk by chunk, forwards and backwards.
 
-    d logprob / d logits = onehot(target) - softmax. The weight itself is saved, not a view of it, so that ZeRO-3 can
-    release and gather it in between.
+    With p the softmax, z the logits and H the entropy:
+
+        d log p(t) / d z = onehot(t) - p          d H / d z = -p (log p + H)
+
+    What fits into one chunk keeps its p for the backward pass; else p is computed again. The weight itself is saved,
+    not a view of it, so that ZeRO-3 can release and gather it in between.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        parts = [
-            _logits(chunk, weight, bias).log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
-            for chunk, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-        ]
-        return torch.cat(parts)
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        entropy: bool,
+        collision: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        columns: list[tuple[Tensor, ...]] = []
+        p = None
+        for chunk, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+            logits = _logits(chunk, weight, bias)
+            p = logits.softmax(-1)
+            # log sum exp z = max z - log max p: as exact as any, and far cheaper than another pass of exponentials.
+            normaliser = logits.amax(-1) - p.amax(-1).log()
+            columns.append(
+                (
+                    logits.gather(-1, ids[:, None]).squeeze(-1) - normaliser,
+                    normaliser - (p * logits).sum(-1) if entropy else normaliser[:0],
+                    p.square().sum(-1).log() if collision else normaliser[:0],
+                )
+            )
+        logprobs, entropies, collisions = map(torch.cat, zip(*columns, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, targets, entropies)
+        ctx.p = p if len(columns) == 1 and any(ctx.needs_input_grad) else None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(collisions)
+        return logprobs, entropies, collisions
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, entropies = ctx.saved_tensors
+        of_logprobs, of_entropy, _ = gradients
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
+        grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if wants_bias else None
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
-            grad_logits = -_logits(hidden[chunk], weight, bias).softmax(-1)
-            grad_logits.scatter_add_(-1, targets[chunk, None], torch.ones_like(grad_logits[:, :1]))
-            grad_logits *= gradients[0][chunk, None]
-            grad_bias += grad_logits.sum(0)
+            kept, ctx.p = ctx.p, None  # it becomes the gradient, in place
+            p = _logits(hidden[chunk], weight, bias).softmax(-1) if kept is None else kept
+            scale = torch.zeros_like(p[:, 0]) if of_logprobs is None else -of_logprobs[chunk]
+            if of_entropy is not None:
+                # p log p is 0 where p is.
+                surprise = p.clamp(min=torch.finfo(p.dtype).tiny).log() + entropies[chunk, None]
+                grad_logits = p.mul_(scale[:, None] - of_entropy[chunk, None] * surprise)
+            else:
+                grad_logits = p.mul_(scale[:, None])
+            if of_logprobs is not None:
+                grad_logits.scatter_add_(-1, targets[chunk, None], of_logprobs[chunk, None])
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[chunk] = grad_logits @ weight.to(hidden.dtype)
-            grad_weight += (grad_logits.T @ hidden[chunk]).float()
-        return grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight.to(hidden.dtype), out=grad_hidden[chunk])
+            if grad_weight is not None:
+                if hidden.dtype == torch.float32:
+                    grad_weight.addmm_(grad_logits.T, hidden[chunk])
+                else:
+                    grad_weight += (grad_logits.T @ hidden[chunk]).float()
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

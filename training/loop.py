@@ -1,22 +1,21 @@
-"""The training loop: one for every algorithm, number of processes and ZeRO stage."""
+"""The training loop: one for every algorithm and every parallel layout."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from functools import partial
+from typing import NoReturn
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from contracts import stopping
-from contracts.attempt import beat
 from contracts.errors import UserError
 from contracts.stage import Context
-from training.batching import count_steps, divide, global_batches
+from training.batching import MicroBatch, count_steps, divide, global_batches
 from training.config import TrainingConfig
 from training.data import Row
-from training.distributed import add_up, zero_stage
+from training.engines.base import Engine, Figures, Outputs
+from training.packing import Packed, Packing, pack
 from training.schedule import learning_rate
 from training.state import Line, TrainingState
 
@@ -26,37 +25,84 @@ class Totals:
     """What a step's sums are divided by; known from the step's rows, so that nobody has to ask the other processes."""
 
     rows: int
+    responses: int
     tokens: int
-    """Response tokens of each row's first sequence: of the demonstration, or of the chosen answer."""
+    """Response tokens of all rows."""
+    first_tokens: int
+    """Response tokens of each row's first response: of the demonstration, or of the chosen answer."""
 
     @classmethod
     def of(cls, rows: list[Row]) -> "Totals":
         """The totals of one global batch."""
-        return cls(len(rows), sum(row.sequences[0].response_length for row in rows))
+        return cls(
+            len(rows),
+            sum(len(row.responses) for row in rows),
+            sum(row.response_tokens for row in rows),
+            sum(len(row.responses[0].ids) for row in rows),
+        )
 
 
-Loss = Callable[[Any, list[Row], Tensor, Totals], dict[str, Tensor]]
-"""`loss(model, rows, weights, totals)`: the share that some rows of a global batch have in each of its figures, `loss`
-among them. Every figure is a weighted sum over rows divided by one of `totals`, so that adding the shares of all
-micro-batches and processes gives the figure of the step, however the step was divided."""
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch, as a loss sees it: rows of one optimizer step, in the order in which the model computes them."""
+
+    rows: list[Row]
+    batch: Packed
+    weight: float
+    """1, or 0 where the rows only fill up."""
+    totals: Totals
+    """Of the whole step."""
+    statistics: dict[str, float]
+    """Figures of the whole step that were computed before its loss."""
+
+    def numbers(self, name: str) -> Tensor:
+        """A number of every response, [S]."""
+        values = [response.numbers[name] for row in self.rows for response in row.responses]
+        return torch.tensor(values, device=self.batch.lengths.device)
+
+    def tokens(self, name: str) -> Tensor:
+        """A number of every response token, [N]."""
+        values = [torch.from_numpy(response.tokens[name]) for row in self.rows for response in row.responses]
+        return torch.cat(values).to(self.batch.lengths.device)
+
+    def weights(self, count: int) -> Tensor:
+        """The weight of each of `count` rows or responses."""
+        return torch.full((count,), self.weight, device=self.batch.lengths.device)
+
+    def sum_by_response(self, values: Tensor) -> Tensor:
+        """[N] -> [S]: the sum over each response's tokens."""
+        lengths = self.batch.lengths
+        owners = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        return values.new_zeros(len(lengths)).index_add(0, owners, values)
+
+
+Loss = Callable[[Outputs, Part], Figures]
+"""The share that a micro-batch has in each figure of its step, `loss` among them. Every figure is a weighted sum over
+rows divided by one of the step's totals, so that adding the shares of all micro-batches and processes gives the figure
+of the step, however the step was divided."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a training learns from."""
+
+    rows: list[Row]
+    loss: Loss
+    statistics: Loss | None = None
+    """Computed over the whole step, without gradients, before its loss."""
+    held_out: list[Row] | None = None
+    """Rows to measure the final model by."""
 
 
 def train(
-    config: TrainingConfig,
-    context: Context,
-    accelerator: Accelerator,
-    model: Any,
-    optimizer: Any,
-    rows: list[Row],
-    held_out: list[Row],
-    loss: Loss,
-    state: TrainingState,
+    config: TrainingConfig, context: Context, engine: Engine, learning: Learning, packing: Packing, state: TrainingState
 ) -> list[Line]:
-    """Train `model` (prepared by `accelerator`) in place and return one line of figures per optimizer step.
+    """Train the engine's model in place and return one line of figures per optimizer step.
 
-    The last line has the figures of the final model over `held_out` as well, if there are such rows. A training that is
-    asked to stop saves its state after the step in hand, and leaves.
+    The last line has the figures of the final model over the held-out rows as well, if there are any. A training that
+    is asked to stop saves its state after the step in hand, and leaves.
     """
+    rows = learning.rows
     total = count_steps(len(rows), config.global_batch, config.epochs, config.max_steps)
     batches = global_batches(
         len(rows),
@@ -65,11 +111,11 @@ def train(
         seed=config.seed,
         max_steps=config.max_steps,
     )
+    split = partial(parts, engine=engine, budget=config.micro_batch_tokens, packing=packing)
     log = state.read()
     if log:
-        if zero_stage(accelerator):
-            # DeepSpeed makes the optimizer's moments in its first step. What this one computes is replaced.
-            _add_gradients(config, accelerator, model, rows, (0,), 0, loss)
+        if engine.needs_a_step_before_write:
+            _add_gradients(engine, learning, split(rows, (0,)), 0)
         state.restore(log)
     with stopping.deferred():
         for step, batch in enumerate(batches):
@@ -78,97 +124,76 @@ def train(
             rate = learning_rate(
                 step, total, peak=config.learning_rate, shape=config.schedule, warmup_ratio=config.warmup_ratio
             )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            figures = _add_gradients(config, accelerator, model, rows, batch, step, loss)
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            # DeepSpeed has clipped and stepped in `backward`: there this stops before anything is saved.
+            engine.set_rate(rate)
+            figures = _add_gradients(engine, learning, split(rows, batch), step)
+            norm = engine.clip(config.max_grad_norm)
+            # DeepSpeed has stepped by now: there this stops before anything is saved.
             _require_finite(norm, step, [rows[index].row_id for index in batch])
-            optimizer.step()
-            optimizer.zero_grad()
+            engine.step()
             # Whether to save and whether to leave has to be the same for all processes: it travels with the figures.
-            sums = add_up(accelerator, {**figures, "due": float(state.due), "stop": float(stopping.requested())})
+            sums = engine.add_up({**figures, "due": float(state.due), "stop": float(stopping.requested())})
             due, stop = sums.pop("due") > 0, sums.pop("stop") > 0
-            log.append({"step": step + 1, **sums, "learning_rate": rate, "grad_norm": float(norm)})
+            log.append({"step": step + 1, **sums, "learning_rate": rate, "grad_norm": norm})
             context.progress(step + 1, total, "steps")
             if stop:
-                _leave(accelerator, state, log)
+                _leave(engine, state, log)
             if due and step + 1 < total:  # behind the last step follows the checkpoint
                 state.save(log)
-        if held_out:
-            figures = _evaluate(config, accelerator, model, held_out, loss)
-            sums = add_up(accelerator, {**figures, "stop": float(stopping.requested())})
+        if learning.held_out:
+            found = evaluate(engine, split(learning.held_out), learning.loss)
+            sums = engine.add_up({**found, "stop": float(stopping.requested())})
             if sums.pop("stop") > 0:
-                _leave(accelerator, state, log)
+                _leave(engine, state, log)
             log[-1].update({f"held_out_{name}": value for name, value in sums.items()})
     return log
 
 
-def _leave(accelerator: Accelerator, state: TrainingState, log: list[Line]) -> NoReturn:
+def parts(
+    rows: list[Row], batch: tuple[int, ...] | None = None, *, engine: Engine, budget: int, packing: Packing
+) -> list[Part]:
+    """This replica's micro-batches of one optimizer step, or of all rows."""
+    batch = tuple(range(len(rows))) if batch is None else batch
+    totals = Totals.of([rows[index] for index in batch])
+    divided = divide(batch, rows, processes=engine.replicas, budget=budget, packing=packing)
+    return [_part(micro, rows, totals, engine, packing) for micro in divided[engine.replica]]
+
+
+def _part(micro: MicroBatch, rows: list[Row], totals: Totals, engine: Engine, packing: Packing) -> Part:
+    chosen = [rows[index] for index in micro.rows]
+    return Part(chosen, pack(chosen, packing, engine.device), micro.weight, totals, {})
+
+
+def evaluate(engine: Engine, made: list[Part], loss: Loss) -> Figures:
+    """This replica's share of the figures of `loss`, without gradients."""
+    return engine.evaluate([part.batch for part in made], lambda outputs, number: loss(outputs, made[number]))
+
+
+def _add_gradients(engine: Engine, learning: Learning, made: list[Part], step: int) -> Figures:
+    """Compute the gradients of a step; return this replica's share of its figures."""
+    if learning.statistics is not None:
+        found = engine.add_up(evaluate(engine, made, learning.statistics))
+        for part in made:
+            part.statistics.update(found)
+
+    def share(outputs: Outputs, number: int) -> Figures:
+        figures = learning.loss(outputs, made[number])
+        _require_finite(float(figures["loss"].detach()), step, [row.row_id for row in made[number].rows])
+        return figures
+
+    return engine.accumulate([part.batch for part in made], share)
+
+
+def _leave(engine: Engine, state: TrainingState, log: list[Line]) -> NoReturn:
     """Save and end. All processes end together, because a launcher ends the others as soon as one is gone."""
     state.save(log)
-    accelerator.wait_for_everyone()
+    engine.barrier()
     stopping.leave()
 
 
-def _add_gradients(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    model: Any,
-    rows: list[Row],
-    batch: tuple[int, ...],
-    step: int,
-    loss: Loss,
-) -> dict[str, Any]:
-    """Compute the gradients of a step, which DeepSpeed then takes; return this process's share of its figures."""
-    figures: dict[str, Any] = {}
-    for shares in _shares(config, accelerator, model, rows, batch, loss):
-        _require_finite(shares["loss"], step, shares.pop("ids"))
-        # DDP and ZeRO average the gradients of the processes; the loss is a sum.
-        accelerator.backward(shares["loss"] * accelerator.num_processes)
-        for name, share in shares.items():
-            figures[name] = figures.get(name, 0.0) + share.detach().double()
-    return figures
-
-
-@torch.no_grad()
-def _evaluate(
-    config: TrainingConfig, accelerator: Accelerator, model: Any, rows: list[Row], loss: Loss
-) -> dict[str, Any]:
-    """This process's share of the figures of `loss` over all of `rows`."""
-    figures: dict[str, Any] = {}
-    for shares in _shares(config, accelerator, model, rows, tuple(range(len(rows))), loss):
-        del shares["ids"]
-        for name, share in shares.items():
-            figures[name] = figures.get(name, 0.0) + share.double()
-    return figures
-
-
-def _shares(
-    config: TrainingConfig, accelerator: Accelerator, model: Any, rows: list[Row], batch: tuple[int, ...], loss: Loss
-) -> Iterator[dict[str, Any]]:
-    """The shares of this process's micro-batches one by one; gradients are exchanged with the last."""
-    totals = Totals.of([rows[index] for index in batch])
-    divided = divide(batch, rows, processes=accelerator.num_processes, budget=config.micro_batch_tokens)
-    micro_batches = divided[accelerator.process_index]
-    for number, micro in enumerate(micro_batches):
-        chosen = [rows[index] for index in micro.rows]
-        weights = torch.full((len(chosen),), micro.weight, device=accelerator.device)
-        beat()
-        with _exchange(accelerator, model, last=number == len(micro_batches) - 1):
-            yield {**loss(model, chosen, weights, totals), "ids": [row.row_id for row in chosen]}
-
-
-def _exchange(accelerator: Accelerator, model: Any, last: bool) -> Any:
-    """Exchange gradients, clip and step with the last micro-batch only: for DDP (no_sync) and for DeepSpeed."""
-    accelerator.sync_gradients = last
-    return contextlib.nullcontext() if last or zero_stage(accelerator) else accelerator.no_sync(model)
-
-
-def _require_finite(value: Any, step: int, ids: list[str]) -> None:
-    if not bool(torch.isfinite(torch.as_tensor(value))):
+def _require_finite(value: float, step: int, ids: list[str]) -> None:
+    if not torch.isfinite(torch.tensor(value)):
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         raise UserError(
-            f"step {step + 1}: the loss or its gradient is {float(value)} for the rows {shown}. Look at these rows, or "
+            f"step {step + 1}: the loss or its gradient is {value} for the rows {shown}. Look at these rows, or "
             "lower learning_rate; nothing of this training is published."
         )

@@ -14,8 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from contracts.errors import UserError
 from contracts.models import ModelInfo
 from contracts.seeds import derive_seed
+from training.config import TrainingConfig
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def pick_dtype(config: TrainingConfig) -> torch.dtype:
+    """The number format that `auto` stands for on this machine."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
 def read_config(model: Path) -> Any:
@@ -62,7 +70,7 @@ def load_reward(model: Path, dtype: torch.dtype, seed: int) -> Any:
         raise UserError(f"{type(loaded).__name__} has no linear layer `score` as its head; choose another model.")
     if ModelInfo.read(model).labels is None:
         weight = loaded.score.weight
-        with _gathered(weight), torch.no_grad():
+        with gathered([weight], modifier=0), torch.no_grad():
             generator = torch.Generator().manual_seed(derive_seed("reward head", seed))
             fresh = torch.randn(weight.shape, generator=generator) / (weight.shape[-1] + 1) ** 0.5
             weight.copy_(fresh.to(weight))
@@ -76,13 +84,13 @@ def _load(auto: Any, model: Path, dtype: torch.dtype, **options: Any) -> Any:
         raise UserError(f"transformers cannot load {model}: {error}. Check that its files are complete.") from error
 
 
-def _gathered(weight: nn.Parameter) -> Any:
-    """Under ZeRO-3, the whole parameter, with rank 0's changes broadcast; otherwise nothing to do."""
-    if not hasattr(weight, "ds_id"):
+def gathered(parameters: list[nn.Parameter], *, modifier: int | None = None) -> Any:
+    """Under ZeRO-3, whole parameters, with the changes of rank `modifier` broadcast; otherwise nothing to do."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier)
 
 
 def set_trainable(model: nn.Module, frozen: list[str]) -> None:

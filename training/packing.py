@@ -1,11 +1,156 @@
-"""Packed batches."""
+"""Micro-batches as the model sees them: flat tokens without padding, the prompt of several responses computed once.
 
-from typing import NamedTuple
+Three layouts give the same numbers:
 
+    shared   [prompt | response | response | prompt | response ...]   one row of tokens; a prompt occurs once
+    flat     [prompt | response | prompt | response | ...]            the same without sharing
+    padded   one sequence per line, padded on the right               for models whose attention is not ours
+
+In the first two a token attends to the tokens of its own sequence before it and to nothing else: for attention alone,
+`training/attention.py` takes the sequences apart again, by the `Plan` that is made here.
+"""
+
+from collections.abc import Sequence as Many
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
 from torch import Tensor
+
+from training.data import Ids, Row
+
+Packing = Literal["shared", "flat", "padded"]
+PADDING_SHARE = 1.25
+"""Attention works on padded groups of sequences; a group is at most this much larger than its tokens."""
+
+
+class Group(NamedTuple):
+    """Sequences of similar length that go through attention together."""
+
+    index: Tensor
+    """[S, W]: where each token of each whole sequence lies in the flat batch; behind a sequence's end any place."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence; their largest is W."""
+
+
+class Plan(NamedTuple):
+    """How attention takes a flat batch of T tokens apart into whole sequences, and puts it together again."""
+
+    groups: tuple[Group, ...]
+    order: Tensor
+    """[T]: for each flat token its place in the groups, flattened and one after the other."""
 
 
 class Packed(NamedTuple):
-    """A micro-batch as the model sees it."""
+    """A micro-batch of S sequences with N response tokens in all, as the model sees it."""
 
     input_ids: Tensor
+    """[1, T], or [S, W] where padded."""
+    position_ids: Tensor
+    """Of the same shape: each token's position in its sequence."""
+    plan: Plan | None
+    """None where padded."""
+    positions: Tensor
+    """[N], into the flattened `input_ids`: the token that predicts each response token."""
+    targets: Tensor
+    """[N]: the response tokens, one sequence after the other."""
+    lengths: Tensor
+    """[S]: response tokens of each sequence; they add up to N."""
+    last: Tensor
+    """[S], into the flattened `input_ids`: the last token of each sequence."""
+
+
+def tokens_of(row: Row, packing: Packing) -> int:
+    """Tokens that a row takes in a flat batch; in a padded one, its sequences and their width say it."""
+    return row.response_tokens + len(row.prompt) if packing == "shared" else row.tokens
+
+
+def pack(rows: Many[Row], packing: Packing, device: torch.device | str = "cpu") -> Packed:
+    """The micro-batch of some rows; its sequences are the rows' responses, row by row."""
+    return _pad(rows, device) if packing == "padded" else _flatten(rows, packing == "shared", device)
+
+
+def _flatten(rows: Many[Row], shared: bool, device: torch.device | str) -> Packed:
+    ids: list[Ids] = []
+    places: list[Ids] = []
+    wholes: list[Ids] = []  # of each sequence, where its tokens lie
+    starts: list[int] = []
+    size = 0
+    for row in rows:
+        width = len(row.prompt)
+        for number, response in enumerate(row.responses):
+            if number == 0 or not shared:
+                prompt = np.arange(size, size + width)
+                ids.append(row.prompt)
+                places.append(np.arange(width))
+                size += width
+            own = np.arange(size, size + len(response.ids))
+            ids.append(response.ids)
+            places.append(np.arange(width, width + len(response.ids)))
+            size += len(response.ids)
+            wholes.append(np.concatenate([prompt, own]))
+            starts.append(width)
+    positions = np.concatenate([whole[start - 1 : -1] for whole, start in zip(wholes, starts, strict=True)])
+    return Packed(
+        _tensor(np.concatenate(ids), device)[None],
+        _tensor(np.concatenate(places), device)[None],
+        _plan(wholes, size, device),
+        _tensor(positions, device),
+        *_responses(rows, device),
+        _tensor(np.array([whole[-1] for whole in wholes]), device),
+    )
+
+
+def _plan(wholes: list[Ids], size: int, device: torch.device | str) -> Plan:
+    """Groups of sequences by descending length."""
+    groups: list[Group] = []
+    order = np.zeros(size, dtype=np.int64)
+    places = 0
+    left = sorted(wholes, key=len, reverse=True)
+    while left:
+        width, tokens, count = len(left[0]), 0, 0
+        for whole in left:
+            if width * (count + 1) > PADDING_SHARE * (tokens + len(whole)):
+                break
+            tokens, count = tokens + len(whole), count + 1
+        index = np.zeros((count, width), dtype=np.int64)
+        for line, whole in enumerate(left[:count]):
+            index[line, : len(whole)] = whole
+            # A shared prompt has several places, which hold the same; the last one written will do.
+            order[whole] = places + line * width + np.arange(len(whole))
+        groups.append(Group(_tensor(index, device), tuple(map(len, left[:count]))))
+        places += count * width
+        left = left[count:]
+    return Plan(tuple(groups), _tensor(order, device))
+
+
+def _pad(rows: Many[Row], device: torch.device | str) -> Packed:
+    sequences = [np.concatenate([row.prompt, response.ids]) for row in rows for response in row.responses]
+    starts = [len(row.prompt) for row in rows for _ in row.responses]
+    width = max(map(len, sequences))
+    input_ids = np.zeros((len(sequences), width), dtype=np.int64)
+    for line, sequence in enumerate(sequences):
+        input_ids[line, : len(sequence)] = sequence
+    positions = [
+        np.arange(start - 1, len(sequence) - 1) + line * width
+        for line, (sequence, start) in enumerate(zip(sequences, starts, strict=True))
+    ]
+    last = np.array([line * width + len(sequence) - 1 for line, sequence in enumerate(sequences)])
+    return Packed(
+        _tensor(input_ids, device),
+        _tensor(np.broadcast_to(np.arange(width), input_ids.shape), device),
+        None,
+        _tensor(np.concatenate(positions), device),
+        *_responses(rows, device),
+        _tensor(last, device),
+    )
+
+
+def _responses(rows: Many[Row], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Targets and lengths."""
+    responses = [response.ids for row in rows for response in row.responses]
+    return _tensor(np.concatenate(responses), device), _tensor(np.array([len(ids) for ids in responses]), device)
+
+
+def _tensor(array: Ids, device: torch.device | str) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)

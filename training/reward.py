@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from contracts.errors import UserError
@@ -10,13 +11,13 @@ from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.seeds import derive_seed
 from contracts.stage import Context, Outcome
-from training.config import RewardConfig
-from training.data import Row, length_limit, pair_sequences, read_pairs, usable
+from training.config import RewardConfig, TrainingConfig
+from training.data import length_limit, pair_row, read_pairs, usable
+from training.engines.base import Figures, Outputs
 from training.fit import Task, fit
-from training.logprobs import SequenceScore, collate
-from training.loop import Totals
-from training.losses import bradley_terry
+from training.loop import Learning, Part
 from training.models import load_reward, read_config, vocabulary_size
+from training.modules import SequenceScores
 
 
 def run(config: RewardConfig, context: Context) -> Outcome:
@@ -33,7 +34,7 @@ def run(config: RewardConfig, context: Context) -> Outcome:
     prompts = {pair.pair_id: pair.prompt_id for pair in pairs}
     ledger = Ledger("pairs")
     rows = usable(
-        (Row(pair.pair_id, pair_sequences(pair)) for pair in pairs),
+        map(pair_row, pairs),
         ledger,
         limit=limit,
         vocabulary=vocabulary_size(model_config),
@@ -45,31 +46,22 @@ def run(config: RewardConfig, context: Context) -> Outcome:
     measured = [row for row in rows if prompts[row.row_id] in held_out]
     if not training:
         raise UserError(f"eval_fraction={config.eval_fraction} holds out all {len(rows)} pairs; lower it.")
-    architecture = AutoModelForSequenceClassification._model_mapping[type(model_config)].__name__
     task = Task(
-        rows=training,
         ledger=ledger,
-        loss=reward_loss,
+        learning=Learning(training, reward_loss, held_out=measured),
         load=lambda dtype: load_reward(config.model, dtype, config.seed),
-        wrap=SequenceScore,
+        wrap=SequenceScores,
         auto=AutoModelForSequenceClassification,
         model_config=model_config,
-        changes={
-            "architectures": [architecture],
-            "id2label": {"0": "LABEL_0"},
-            "label2id": {"LABEL_0": 0},
-            "pad_token_id": padding_token(config, model_config),
-        },
-        held_out=measured,
+        changes=classifier_changes(config, model_config),
         facts={"training_pairs": len(training), "held_out_pairs": len(measured)},
     )
     return fit(config, context, task)
 
 
-def reward_loss(model: Any, rows: list[Row], weights: Tensor, totals: Totals) -> dict[str, Tensor]:
+def reward_loss(outputs: Outputs, part: Part) -> Figures:
     """-log sigmoid(r_chosen - r_rejected), both scores read at the answer's last token."""
-    batch = collate((sequence for row in rows for sequence in row.sequences), weights.device)
-    chosen, rejected = model(batch.input_ids, batch.last).view(-1, 2).unbind(1)
+    chosen, rejected = outputs["scores"].view(-1, 2).unbind(1)
     figures = {
         "loss": bradley_terry(chosen, rejected),
         "accuracy": (chosen > rejected).float(),
@@ -77,7 +69,12 @@ def reward_loss(model: Any, rows: list[Row], weights: Tensor, totals: Totals) ->
         "rejected_score": rejected.detach(),
         "margin": (chosen - rejected).detach(),
     }
-    return {name: (weights * value).sum() / totals.rows for name, value in figures.items()}
+    return {name: part.weight * value.sum() / part.totals.rows for name, value in figures.items()}
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log sigmoid(r_w - r_l) per pair, [pairs] (Bradley & Terry 1952; Ouyang et al. 2022, arXiv 2203.02155, eq. 1)."""
+    return -logsigmoid(chosen - rejected)
 
 
 def held_out_prompts(prompts: set[str], fraction: float, seed: int) -> set[str]:
@@ -86,7 +83,17 @@ def held_out_prompts(prompts: set[str], fraction: float, seed: int) -> set[str]:
     return set(order[: round(fraction * len(order))])
 
 
-def padding_token(config: RewardConfig, model_config: Any) -> int:
+def classifier_changes(config: TrainingConfig, model_config: Any) -> dict[str, Any]:
+    """What differs in the config.json of a sequence classifier with one label from that of the model it began as."""
+    return {
+        "architectures": [AutoModelForSequenceClassification._model_mapping[type(model_config)].__name__],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": padding_token(config, model_config),
+    }
+
+
+def padding_token(config: TrainingConfig, model_config: Any) -> int:
     """The id that engines pad with; transformers refuses to score a batch by a model without one."""
     if model_config.pad_token_id is not None:
         return int(model_config.pad_token_id)

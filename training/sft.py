@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from contracts.artifacts import MANIFEST, Artifact
@@ -17,11 +15,12 @@ from contracts.models import ModelInfo
 from contracts.records import DEMONSTRATIONS, Message
 from contracts.stage import Context, Outcome
 from training.config import SftConfig
-from training.data import Row, Sequence, length_limit, usable
+from training.data import Response, Row, length_limit, token_ids, usable
+from training.engines.base import Figures, Outputs
 from training.fit import Task, fit
-from training.logprobs import TokenLogprobs, collate, sum_by_sequence
-from training.loop import Totals
+from training.loop import Learning, Part
 from training.models import load_causal, read_config, vocabulary_size
+from training.modules import TokenLogprobs
 
 
 class Conversation(msgspec.Struct):
@@ -51,9 +50,8 @@ def run(config: SftConfig, context: Context) -> Outcome:
         what=str(config.demonstrations),
     )
     task = Task(
-        rows=rows,
         ledger=ledger,
-        loss=sft_loss,
+        learning=Learning(rows, sft_loss),
         load=lambda dtype: load_causal(config.model, dtype),
         wrap=TokenLogprobs,
         auto=AutoModelForCausalLM,
@@ -63,11 +61,9 @@ def run(config: SftConfig, context: Context) -> Outcome:
     return fit(config, context, task)
 
 
-def sft_loss(model: Any, rows: list[Row], weights: Tensor, totals: Totals) -> dict[str, Tensor]:
+def sft_loss(outputs: Outputs, part: Part) -> Figures:
     """Negative log-likelihood per response token of the global batch."""
-    batch = collate((row.sequences[0] for row in rows), weights.device)
-    logprobs = model(batch.input_ids, batch.positions, batch.targets)
-    return {"loss": -(weights * sum_by_sequence(logprobs, batch.lengths)).sum() / totals.tokens}
+    return {"loss": -part.weight * outputs["logprobs"].sum() / part.totals.tokens}
 
 
 def read_demonstrations(path: Path) -> Iterator[Conversation]:
@@ -110,4 +106,4 @@ def tokenized(conversations: Iterator[Conversation], chat: ChatTokenizer, ledger
             continue
         end = next((index for index, token in enumerate(response) if token in stops), None)
         response = [*response, stops[0]] if end is None else response[: end + 1]
-        yield Row(row_id, (Sequence((*prompt, *response), len(prompt)),))
+        yield Row(row_id, token_ids(prompt), (Response(token_ids(response)),))

@@ -20,15 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from contracts.attempt import beat
 from contracts.errors import UserError
-from training import zero
-from training.distributed import add_up, zero_stage
-from training.models import Shapes
+from training.engines.base import Engine, Shapes
 
 WEIGHTS = "weights"
 LOG = "log"
@@ -43,17 +40,8 @@ Line = dict[str, float | int]
 class TrainingState:
     """The saved state of one training. Every process calls its methods at the same steps; rank 0 writes."""
 
-    def __init__(
-        self,
-        path: Path,
-        accelerator: Accelerator,
-        module: nn.Module,
-        optimizer: Any,
-        *,
-        moments: tuple[str, ...],
-        seconds: float,
-    ) -> None:
-        """Take what `accelerator` has prepared.
+    def __init__(self, path: Path, engine: Engine, *, moments: tuple[str, ...], seconds: float) -> None:
+        """Take what `engine` has prepared.
 
         Args:
             path: lies in the stage's hidden directory, which only this very configuration uses.
@@ -62,10 +50,8 @@ class TrainingState:
         """
         self.path = path
         self.resumed_steps = 0
-        self._accelerator = accelerator
-        self._zero = zero_stage(accelerator) > 0
-        self._optimizer = optimizer
-        self._parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self._engine = engine
+        self._names = list(engine.trained_shapes())
         self._kinds = (WEIGHTS, *moments)
         self._seconds = seconds
         self._saved = time.monotonic()
@@ -73,7 +59,7 @@ class TrainingState:
     @property
     def due(self) -> bool:
         """Whether the time to save has come, by the clock of rank 0; False in the other processes."""
-        return self._accelerator.is_main_process and time.monotonic() - self._saved >= self._seconds
+        return self._engine.is_main and time.monotonic() - self._saved >= self._seconds
 
     def save(self, log: list[Line]) -> None:
         """Replace the saved state by the present one, after the steps of `log`.
@@ -81,10 +67,10 @@ class TrainingState:
         Raises:
             OSError: there is no room for it; the one before stays.
         """
-        if self._accelerator.is_main_process:
+        if self._engine.is_main:
             _write(self.path, self._shapes(), self._tensors(), json.dumps(log).encode())
-        elif self._zero:
-            for _ in self._tensors():  # whose parts rank 0 needs
+        else:
+            for _ in self._tensors():  # the main process may need this one's parts
                 beat()
         self._saved = time.monotonic()
 
@@ -98,33 +84,19 @@ class TrainingState:
         if self.path.is_file():
             if _is_whole(self.path):
                 log = self._read_log()
-            elif self._accelerator.is_main_process:
+            elif self._engine.is_main:
                 print(f"{self.path} is damaged; the training starts from its beginning.", file=sys.stderr)
-        agreed = add_up(self._accelerator, {"readers": float(bool(log))})
-        return log if agreed["readers"] == self._accelerator.num_processes else []
+        agreed = self._engine.add_up({"readers": float(bool(log))})
+        return log if agreed["readers"] == self._engine.replicas else []
 
     def restore(self, log: list[Line]) -> None:
-        """Put the saved state, which `read` found with this log, into the model and the optimizer.
-
-        DeepSpeed must have taken a step before, because it makes the optimizer's moments then.
-        """
-        with safe_open(self.path, "pt") as file, torch.no_grad():
-            for name, parameter in self._parameters.items():
+        """Put the saved state, which `read` found with this log, into the model and the optimizer."""
+        with safe_open(self.path, "pt") as file:
+            for name in self._names:
                 beat()
                 # Copies, so that nothing keeps the file's blocks on the disk when it has been replaced.
                 tensors = {kind: file.get_tensor(f"{kind}/{name}").clone() for kind in self._kinds}
-                weights = tensors.pop(WEIGHTS)
-                if self._zero:
-                    zero.set_weights(parameter, weights)
-                    for moment, value in tensors.items():
-                        zero.set_moment(parameter, moment, value)
-                else:
-                    parameter.copy_(weights)
-                    for moment, value in tensors.items():
-                        self._optimizer.state[parameter][moment] = value.to(parameter.device)
-                        self._optimizer.state[parameter]["step"] = torch.tensor(float(len(log)))
-        if self._zero:
-            zero.set_steps(self._optimizer, len(log))
+                self._engine.write(name, tensors, len(log))
         self.resumed_steps = len(log)
 
     def _read_log(self) -> list[Line]:
@@ -142,18 +114,13 @@ class TrainingState:
         return log
 
     def _shapes(self) -> Shapes:
-        shapes = {name: zero.whole_shape(parameter) for name, parameter in self._parameters.items()}
+        shapes = self._engine.trained_shapes()
         return {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in self._kinds}
 
     def _tensors(self) -> Iterator[Tensor]:
         """The whole tensors, in the order of `_shapes`."""
-        for parameter in self._parameters.values():
-            yield zero.get_weights(parameter) if self._zero else parameter
-            for moment in self._kinds[1:]:
-                if self._zero:
-                    yield zero.get_moment(parameter, moment)
-                else:  # a parameter that no loss has reached yet has no moments
-                    yield self._optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
+        for name in self._names:
+            yield from self._engine.read(name, self._kinds)
 
 
 def _write(path: Path, shapes: Shapes, tensors: Iterable[Tensor], log: bytes) -> None:

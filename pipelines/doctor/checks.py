@@ -29,7 +29,7 @@ from pipelines.locked import Locked, resolve_variant
 from pipelines.placement import gpu_count
 from pipelines.preflight import input_mistakes, model_mistakes
 from pipelines.sizes import size_of
-from training.config import DpoConfig, EmaConfig, RewardConfig, TrainingConfig
+from training.config import EmaConfig, PolicyConfig, RewardConfig, TrainingConfig
 
 NAMED_TOKEN = re.compile(r"(key|token|secret|password)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}(?![0-9a-f])", re.IGNORECASE)
 """A token of 40 hexadecimal digits behind its name, also inside a line of bash."""
@@ -284,7 +284,7 @@ def _context(plan: Plan) -> Iterator[Finding]:
             mend = f"Lower them to {policy.context} tokens together."
             findings[keys] = Finding("models", "error", f"{keys}: more than {limit}", mend)
     yield from findings.values()
-    trained = [node.config for node in graph.nodes.values() if isinstance(node.config, DpoConfig | RewardConfig)]
+    trained = [node.config for node in graph.nodes.values() if isinstance(node.config, PolicyConfig | RewardConfig)]
     for shortest in sorted(
         {config.max_length for config in trained if config.max_length and config.max_length < longest}
     ):

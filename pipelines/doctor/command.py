@@ -45,7 +45,7 @@ def add_doctor(commands: Any) -> None:
     """Add the command to the parser of `pipeline`."""
     doctor = commands.add_parser("doctor", help="what would go wrong in a run, before it starts")
     doctor.add_argument("config", type=Path, help="the run's YAML file")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like training.beta=0.2")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like generation.k=8")
     doctor.add_argument("--iters", type=int, default=None, help="iterations to have in the end")
     doctor.add_argument("--json", action="store_true", help="print the findings as a JSON list")
     doctor.set_defaults(command=doctor_command)

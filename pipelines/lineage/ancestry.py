@@ -21,13 +21,13 @@ from contracts.prompts import PromptsConfig
 from embedded.config import Smollm2Config, WorldConfig
 from generation.config import GenerationConfig
 from pipelines.lineage.links import Index, Link, links_of, run_of
-from training.config import DpoConfig, EmaConfig, RewardConfig, SftConfig
+from training.config import EmaConfig, PolicyConfig, RewardConfig, SftConfig
 
 CONFIGS: dict[str, type[StageConfig]] = {
     config.stage: config
     for config in (
         *(PromptsConfig, GenerationConfig, ScoreConfig, PairsConfig, EvaluationConfig),
-        *(SftConfig, RewardConfig, DpoConfig, EmaConfig, WorldConfig, Smollm2Config),
+        *(SftConfig, RewardConfig, PolicyConfig, EmaConfig, WorldConfig, Smollm2Config),
         *(RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig),
     )
 }

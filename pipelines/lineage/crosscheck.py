@@ -1,4 +1,4 @@
-"""Rows against rows: whether scores and pairs speak of the samples that were made, and these of the weights that were.
+"""Rows against rows: whether scores, pairs and experience speak of the samples that were made, and these of the weights.
 
 Everything that was made from one artifact of rollouts is read beside it, one shard of rollouts in memory at a time.
 """
@@ -6,34 +6,39 @@ Everything that was made from one artifact of rollouts is read beside it, one sh
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.jsonl import read_jsonl
-from contracts.records import EVALUATION, Pair, Rollout, Score
+from contracts.records import EVALUATION, Experience, Pair, Rollout, Score
 from pipelines.lineage.links import Index, is_superseded, links_of
 
+R = TypeVar("R", Pair, Experience)
 EVALUATED = "evaluation.json"
 METRICS = "metrics.jsonl"
 MEND = "Delete it: the next `pipeline run` writes it again."
 
 
 def disagreements(
-    rollouts: Artifact, policy: str | None, scores: list[Artifact], pairs: list[Artifact]
+    rollouts: Artifact,
+    policy: str | None,
+    scores: list[Artifact],
+    pairs: list[Artifact],
+    experience: list[Artifact],
 ) -> Iterator[str]:
     """Every way in which rows contradict each other, with the file that is wrong.
 
     Args:
         policy: fingerprint of the weights that sampled; None: unknown.
         scores: made from these rollouts, with one shard for each of theirs.
-        pairs: made from these rollouts, in their order.
+        pairs, experience: made from these rollouts, in their order.
 
     Raises:
         UserError: a line is no valid record, or a file is missing.
     """
     seen: set[str] = set()
-    unread = [_Pairs(artifact) for artifact in pairs]
+    unread = [*map(_Pairs, pairs), *map(_Experience, experience)]
     for shard in rollouts.shards:
         rows: dict[str, Rollout] = {}
         for rollout in read_jsonl(shard, Rollout):
@@ -59,7 +64,9 @@ def disagreements(
 
 def _scores_of(shard: Path, rows: dict[str, Rollout]) -> Iterator[str]:
     samples = {
-        (rollout.prompt_id, completion.sample) for rollout in rows.values() for completion in rollout.completions
+        (rollout.prompt_id, completion.sample): len(completion.response_ids)
+        for rollout in rows.values()
+        for completion in rollout.completions
     }
     seen: set[tuple[str, int]] = set()
     for score in read_jsonl(shard, Score):
@@ -68,38 +75,92 @@ def _scores_of(shard: Path, rows: dict[str, Rollout]) -> Iterator[str]:
             yield f"{shard}: prompt {score.prompt_id}, sample {score.sample} is scored twice"
         elif key not in samples:
             yield f"{shard}: prompt {score.prompt_id}, sample {score.sample} is scored, but was not sampled"
+        for numbers in (score.token_logprobs, score.token_values):
+            if numbers is not None and len(numbers) != samples.get(key, len(numbers)):
+                place = f"{shard}: prompt {score.prompt_id}, sample {score.sample}"
+                yield f"{place} has {len(numbers)} numbers for {samples[key]} tokens"
         seen.add(key)
 
 
-class _Pairs:
-    """The pairs of one artifact, read as far as the rollouts have been."""
+class _Derived(Generic[R]):
+    """The rows of one artifact that was made from rollouts, read as far as these have been."""
+
+    kind: type[R]
 
     def __init__(self, artifact: Artifact) -> None:
         self.path = artifact.shards[0] if artifact.shards else artifact.path
-        self._rows = artifact.rows(Pair)
+        self._rows = artifact.rows(self.kind)
         self._next = next(self._rows, None)
 
     def compare(self, rollouts: dict[str, Rollout]) -> Iterator[str]:
-        """Compare the pairs of these rollouts with them."""
+        """Compare the rows of these rollouts with them."""
         while self._next is not None and self._next.prompt_id in rollouts:
-            yield from self._differences(self._next, rollouts[self._next.prompt_id])
+            yield from self.differences(self._next, rollouts[self._next.prompt_id])
             self._next = next(self._rows, None)
-
-    def _differences(self, pair: Pair, rollout: Rollout) -> Iterator[str]:
-        where = f"{self.path}: pair {pair.pair_id}"
-        if pair.prompt_ids != rollout.prompt_ids:
-            yield f"{where} has other prompt_ids than the rollout of prompt {pair.prompt_id}"
-        answers = {completion.sample: completion.response_ids for completion in rollout.completions}
-        sides = {"chosen": (pair.chosen_sample, pair.chosen_ids), "rejected": (pair.rejected_sample, pair.rejected_ids)}
-        for side, (sample, ids) in sides.items():
-            if answers.get(sample) != ids:
-                yield f"{where} has other {side}_ids than sample {sample} of prompt {pair.prompt_id}"
 
     def rest(self, rollouts: Artifact) -> Iterator[str]:
         """What is left after the last rollout."""
         if self._next is not None:
-            where = f"{self.path}: pair {self._next.pair_id}"
-            yield f"{where} is of prompt {self._next.prompt_id}, which {rollouts.path} does not hold at that place"
+            yield (
+                f"{self.path}: {self.name(self._next)} is of prompt {self._next.prompt_id}, which {rollouts.path} does "
+                "not hold at that place"
+            )
+
+    def name(self, row: R) -> str:
+        """What to call a row."""
+        raise NotImplementedError
+
+    def differences(self, row: R, rollout: Rollout) -> Iterator[str]:
+        """How a row differs from what was sampled."""
+        raise NotImplementedError
+
+
+class _Pairs(_Derived[Pair]):
+    kind = Pair
+
+    def name(self, row: Pair) -> str:
+        """By its id."""
+        return f"pair {row.pair_id}"
+
+    def differences(self, row: Pair, rollout: Rollout) -> Iterator[str]:
+        """In the ids of prompt and answers."""
+        where = f"{self.path}: pair {row.pair_id}"
+        if row.prompt_ids != rollout.prompt_ids:
+            yield f"{where} has other prompt_ids than the rollout of prompt {row.prompt_id}"
+        answers = {completion.sample: completion.response_ids for completion in rollout.completions}
+        sides = {"chosen": (row.chosen_sample, row.chosen_ids), "rejected": (row.rejected_sample, row.rejected_ids)}
+        for side, (sample, ids) in sides.items():
+            if answers.get(sample) != ids:
+                yield f"{where} has other {side}_ids than sample {sample} of prompt {row.prompt_id}"
+
+
+class _Experience(_Derived[Experience]):
+    kind = Experience
+
+    def name(self, row: Experience) -> str:
+        """By its place, as it has no id of its own."""
+        return "a row"
+
+    def differences(self, row: Experience, rollout: Rollout) -> Iterator[str]:
+        """In the policy, the ids of prompt and answers, and the numbers of their tokens."""
+        where = f"{self.path}: prompt {row.prompt_id}"
+        if row.prompt_ids != rollout.prompt_ids:
+            yield f"{where} has other prompt_ids than its rollout"
+        if row.policy != rollout.policy:
+            yield f"{where} names the policy {row.policy[:12]}, but its rollout {rollout.policy[:12]}"
+        answers = {completion.sample: completion for completion in rollout.completions}
+        for sample in row.samples:
+            answer = answers.get(sample.sample)
+            if answer is None or answer.response_ids != sample.response_ids:
+                yield f"{where}, sample {sample.sample} has other response_ids than its rollout"
+                continue
+            if answer.logprobs != sample.behaviour:
+                yield f"{where}, sample {sample.sample} has another `behaviour` than its rollout has logprobs"
+            for name in ("advantages", "reference", "values", "returns"):
+                numbers = getattr(sample, name)
+                if numbers is not None and len(numbers) != len(sample.response_ids):
+                    tokens = f"{len(numbers)} {name} for {len(sample.response_ids)} tokens"
+                    yield f"{where}, sample {sample.sample} has {tokens}"
 
 
 def wrong_metrics(index: Index, artifacts: list[Artifact]) -> Iterator[str]:

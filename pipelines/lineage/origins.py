@@ -12,11 +12,13 @@ from contracts.artifacts import Artifact
 from contracts.jsonl import open_stored
 from contracts.records import (
     CHECKPOINT,
+    EXPERIENCE,
     PAIRS,
     PROMPTS,
     ROLLOUTS,
     SCORES,
     Completion,
+    Experience,
     Pair,
     Prompt,
     Rollout,
@@ -108,11 +110,7 @@ def pair_origin(index: Index, row: Row, unread: Unread) -> dict[str, Any]:
             "weights": sampled.record.policy if sampled else row.artifact.manifest.weights,
             "checkpoint": str(policy.place) if policy else None,
         },
-        "used_by": [
-            index.name_of(artifact)
-            for artifact in of_schema(index, CHECKPOINT)
-            if any(reads(index, link, row.artifact) for link in links_of(artifact.manifest))
-        ],
+        "used_by": used_by(index, row.artifact),
         "lineage": ancestry(index, policy.artifact) if policy and policy.artifact else None,
     }
 
@@ -197,7 +195,7 @@ def scorer_of(index: Index, pairs: Artifact) -> str | None:
 
 
 def prompt_origins(indexes: list[Index], prompt_id: str, unread: Unread) -> dict[str, Any] | None:
-    """A prompt in all runs that have it: where it is from, and all rollouts and pairs of it."""
+    """A prompt in all runs that have it: where it is from, and all rollouts, pairs and experience of it."""
     found = []
     for index in indexes:
         known = [
@@ -216,8 +214,10 @@ def prompt_origins(indexes: list[Index], prompt_id: str, unread: Unread) -> dict
             }
             for row in rows_of(index, PAIRS, Pair, prompt_id, unread)
         ]
-        if known or rollouts or pairs:
-            found.append({"run": str(index.path), "prompts": known, "rollouts": rollouts, "pairs": pairs})
+        experience = [experience_of(index, row) for row in rows_of(index, EXPERIENCE, Experience, prompt_id, unread)]
+        if known or rollouts or pairs or experience:
+            parts = {"prompts": known, "rollouts": rollouts, "pairs": pairs, "experience": experience}
+            found.append({"run": str(index.path), **parts})
     return {"kind": "prompt", "prompt_id": prompt_id, "found": found} if found else None
 
 
@@ -241,6 +241,35 @@ def rollout_origin(index: Index, row: Row, unread: Unread) -> dict[str, Any]:
             for completion in row.record.completions
         ],
     }
+
+
+def experience_of(index: Index, row: Row) -> dict[str, Any]:
+    """What was learned from the answers to a prompt, in means over their tokens; and by which checkpoints."""
+    return {
+        "experience": index.name_of(row.artifact),
+        "iteration": row.record.iteration,
+        "used_by": used_by(index, row.artifact),
+        "answers": [
+            {
+                "sample": sample.sample,
+                "tokens": len(sample.response_ids),
+                "reward": sample.reward,
+                "advantage": math.fsum(sample.advantages) / len(sample.advantages),
+                "kl": None if sample.reference is None else math.fsum(sample.behaviour) - math.fsum(sample.reference),
+                "value": None if sample.values is None else sample.values[0],
+            }
+            for sample in row.record.samples
+        ],
+    }
+
+
+def used_by(index: Index, artifact: Artifact) -> list[str]:
+    """The checkpoints that were trained on an artifact."""
+    return [
+        index.name_of(checkpoint)
+        for checkpoint in of_schema(index, CHECKPOINT)
+        if any(reads(index, link, artifact) for link in links_of(checkpoint.manifest))
+    ]
 
 
 def of_schema(index: Index, schema: Schema) -> list[Artifact]:

@@ -17,13 +17,15 @@ from contracts.artifacts import MANIFEST, RELEASED, Artifact, File, content_dige
 from contracts.errors import UserError
 from contracts.fingerprint import MODEL_FILES
 from contracts.jsonl import COMPRESSED, open_stored
-from contracts.records import CHECKPOINT, PAIRS, ROLLOUTS, SCORES
+from contracts.records import CHECKPOINT, EXPERIENCE, PAIRS, ROLLOUTS, SCORES
 from contracts.stage import stage_key
 from pipelines.lineage.crosscheck import disagreements, wrong_metrics
 from pipelines.lineage.links import RUN, Index, fingerprint_of, is_superseded, links_of, model_of, run_of
 from pipelines.rundir import RunDirectory
 
 CHUNK = 1 << 20
+DERIVED = (SCORES, PAIRS, EXPERIENCE)
+"""What is made from rollouts, row for row."""
 HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
 """How every file begins that `pipeline gc` compresses: no name, no time."""
 TRAILER = 8
@@ -203,19 +205,18 @@ class _Verification:
             self.findings.problems += input_damage(place)
 
     def check_rows(self) -> None:
-        """Compare scores and pairs with their rollouts, and these with the policy that sampled them."""
+        """Compare scores, pairs and experience with their rollouts, and these with the policy that sampled them."""
         groups: dict[Path, tuple[Artifact, list[Artifact]]] = {}
         for artifact in self.targets:
-            if artifact.manifest.schema in (ROLLOUTS, SCORES, PAIRS) and self.is_readable(artifact):
+            if artifact.manifest.schema in (ROLLOUTS, *DERIVED) and self.is_readable(artifact):
                 read = self.index.input_of(artifact, "rollouts")
                 rollouts = artifact if artifact.manifest.schema == ROLLOUTS else read.artifact if read else None
                 if rollouts is not None and self.is_readable(rollouts):
                     groups.setdefault(rollouts.path, (rollouts, []))[1].append(artifact)
         for rollouts, made in groups.values():
-            scores = [artifact for artifact in made if artifact.manifest.schema == SCORES]
-            pairs = [artifact for artifact in made if artifact.manifest.schema == PAIRS]
+            derived = ([artifact for artifact in made if artifact.manifest.schema == schema] for schema in DERIVED)
             policy = self.index.input_of(rollouts, "policy")
-            wrong = disagreements(rollouts, model_of(policy) if policy else None, scores, pairs)
+            wrong = disagreements(rollouts, model_of(policy) if policy else None, *derived)
             try:
                 self.findings.problems += islice(wrong, SHOWN)
                 if more := sum(1 for _ in wrong):

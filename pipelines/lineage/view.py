@@ -171,6 +171,11 @@ def _prompt(found: Data) -> Iterator[Tree | Text]:
         for pair in known["pairs"]:
             chosen = f"sample {pair['chosen_sample']} over {pair['rejected_sample']}, margin {pair['margin']:.6g}"
             tree.add(Text(f"pair {pair['pair_id']}  in {pair['pairs']}  {chosen}"))
+        for experience in known["experience"]:
+            readers = ", ".join(experience["used_by"]) or "no checkpoint of this run"
+            branch = tree.add(Text(f"{experience['experience']}  trained on by {readers}"))
+            for answer in experience["answers"]:
+                branch.add(Text(values_of(answer)))
         yield tree
 
 

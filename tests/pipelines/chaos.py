@@ -47,7 +47,7 @@ SETTINGS = {"backoff_seconds": 0.1, "retries": 1000, "grace_seconds": 5}
 PER_ROUND = 64
 PER_STAGE = {True: 2, False: 3}
 """How often a stage is hit per round: one that loads torch, and one that does not."""
-TRAINING = ("sft", "reward", "dpo")
+TRAINING = ("sft", "reward", "policy", "critic")
 
 KILL, TERM, FULL, TORN = ACTIONS = ("SIGKILL", "SIGTERM", "ENOSPC", "torn")
 POINTS: dict[str, dict[str, tuple[str, str]]] = {

@@ -35,7 +35,7 @@ from contracts.records import (
 )
 from contracts.stage import _flat, key_parts, stage_key
 from generation.config import GenerationConfig
-from training.config import DpoConfig
+from training.config import PolicyConfig
 
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0", "pyarrow": "26.0.1"}
 SHARD = 2
@@ -172,7 +172,7 @@ class HandmadeRun:
     def checkpoint(self, name: str, model: Path, pairs: Path, reference: Path) -> Path:
         """Publish a model directory."""
         inputs: dict[str, Any] = {"model": model, "pairs": [pairs], "reference": [reference]}
-        config = DpoConfig(output=self.path / name, **inputs, seed=11, beta=0.2)
+        config = PolicyConfig(output=self.path / name, **inputs, seed=11, settings={"beta": 0.2})
         scratch = self.path / ".model"
         write_model(scratch, name + self.salt)
         content = {file.name: file.read_bytes() for file in scratch.iterdir()}

@@ -25,10 +25,11 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("training.bta=0.2", "unknown key 'training.bta'. Did you mean 'training.beta'?"),
-        ("trainig.beta=0.2", "unknown key 'trainig'. Did you mean 'training'?"),
-        ("training.beta=much", "'training.beta' is 'much'"),
-        ("training.beta=-1", "'training.beta' is -1"),
+        ("training.settings.bta=0.2", "algorithm 'dpo' has no setting 'bta'. Did you mean 'beta'?"),
+        ("trainig.settings.beta=0.2", "unknown key 'trainig'. Did you mean 'training'?"),
+        ("training.settings.beta=much", "the setting 'beta' is 'much'"),
+        ("training.learning_rate=-1", "'training.learning_rate' is -1"),
+        ("training.algorithm=dop", "there is no algorithm 'dop'. Did you mean 'dpo'?"),
         ("generation.k=1", "generation.k is 1; pairs need at least 2"),
         ("generation.temperatures=[1.0, 0.7, 0.5]", "k=4 cannot be divided equally"),
         ("scorers={gold: {kind: rule}}", "scorers must hold `reward`"),
@@ -42,7 +43,8 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("prompts.train.source=nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("executor.kind=cloud", "'executor.kind' is 'cloud'"),
         ("seed=-1", "'seed' is -1"),
-        ("training.beta=.inf", "'training.beta' is inf"),
+        ("training.settings.beta=.inf", "the setting 'beta' is inf"),
+        ("training.weight_decay=.inf", "'training.weight_decay' is inf"),
         ("generation.temperatures=[.nan]", "'generation.temperatures.0' is nan"),
         ("scorers.gold.function=embedded.reviews:nothere", "has no function 'nothere'"),
         ("scorers.generation={kind: rule}", "not generation or reference"),
@@ -127,7 +129,7 @@ def test_environments_are_there_before_anything_is_written(smallest: Path) -> No
 
 
 def test_the_resolved_config_is_the_same_run(smallest: Path) -> None:
-    config = load_run_config(smallest, ["training.beta=0.3", "evaluation.k=2"])
+    config = load_run_config(smallest, ["training.settings.beta=0.3", "evaluation.k=2"])
     assert (config.evaluation.k, config.evaluation.max_new_tokens) == (2, 12)
     resolved = smallest.parent / "resolved.yaml"
     resolved.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

@@ -87,7 +87,7 @@ def test_a_run_that_can_start(smallest: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_wrong_configuration_is_reported_as_by_run(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["training.bta=0.2"], ["--iters", "-1"], ["policy=hf:no/such/name"]):
+    for arguments in (["training.settings.bta=0.2"], ["--iters", "-1"], ["policy=hf:no/such/name"]):
         assert main(["doctor", str(smallest), *arguments]) == 2
         output = capsys.readouterr()
         assert output.out == ""

@@ -105,7 +105,9 @@ def test_the_same_command_again_does_nothing_and_says_so(finished: Path, shared_
 
 
 def test_a_dry_run_says_what_would_run_and_why(finished: Path, shared_smallest: Path) -> None:
-    lines = pipeline("run", str(shared_smallest), "training.beta=0.2", "--iters", "2", "--dry-run").stdout.splitlines()
+    lines = pipeline(
+        "run", str(shared_smallest), "training.settings.beta=0.2", "--iters", "2", "--dry-run"
+    ).stdout.splitlines()
     plan = {line.split()[1]: line for line in lines}
     assert plan["iteration-001/reference"].startswith("reuse")
     assert plan["iteration-001/training"].startswith("run")

@@ -49,9 +49,13 @@ def run(smallest: Path) -> RunDirectory:
 
 
 def test_changes_hold_from_their_iteration_on(smallest: Path) -> None:
-    overrides = ["changes.2.training.beta=0.3", "changes.3.generation.k=8", "changes.3.prompts.per_iteration=5"]
+    overrides = [
+        "changes.2.training.settings.beta=0.3",
+        "changes.3.generation.k=8",
+        "changes.3.prompts.per_iteration=5",
+    ]
     graph = build_graph(load_run_config(smallest, overrides), 4)
-    beta = [settings_of(graph, f"iteration-00{i}/training")["beta"] for i in (1, 2, 3, 4)]
+    beta = [settings_of(graph, f"iteration-00{i}/training")["settings"]["beta"] for i in (1, 2, 3, 4)]
     assert beta == [0.1, 0.3, 0.3, 0.3]
     assert [settings_of(graph, f"iteration-00{i}/generation")["k"] for i in (1, 2, 3, 4)] == [4, 4, 8, 8]
     windows = [settings_of(graph, f"iteration-00{i}/generation") for i in (1, 2, 3, 4)]
@@ -65,10 +69,10 @@ def test_changes_hold_from_their_iteration_on(smallest: Path) -> None:
     [
         ("changes.2.policy=elsewhere", "policy cannot change"),
         ("changes.2.prompts.train.limit=3", "prompts.train cannot change"),
-        ("changes.0.training.beta=0.3", "from iteration 1 on"),
-        ("changes.2.training.bta=0.3", "Did you mean 'training.beta'"),
-        ("changes.2.training.beta=-1", "greater than 0"),
-        ("changes.two.training.beta=0.3", "changes"),
+        ("changes.0.training.settings.beta=0.3", "from iteration 1 on"),
+        ("changes.2.training.settings.bta=0.3", "Did you mean 'beta'"),
+        ("changes.2.training.learning_rate=-1", "greater than 0"),
+        ("changes.two.training.settings.beta=0.3", "changes"),
     ],
 )
 def test_changes_that_cannot_be(smallest: Path, override: str, message: str) -> None:
@@ -77,7 +81,7 @@ def test_changes_that_cannot_be(smallest: Path, override: str, message: str) -> 
 
 
 def test_a_fork_shares_its_past_and_takes_back_what_comes_out_the_same(run: RunDirectory) -> None:
-    target, count = fork(run, 2, ["training.beta=0.3", "executor.parallel=1"], None)
+    target, count = fork(run, 2, ["training.settings.beta=0.3", "executor.parallel=1"], None)
     assert target == run.path.parent / "smallest-from-2"
     whole = len(build_graph(run.config, 2).nodes)
     assert count == whole
@@ -91,11 +95,11 @@ def test_a_fork_shares_its_past_and_takes_back_what_comes_out_the_same(run: RunD
     assert config.run_directory == target
     assert config.executor.parallel == 1
     graph = build_graph(config, 2)
-    assert settings_of(graph, "iteration-001/training")["beta"] == 0.1
-    assert settings_of(graph, "iteration-002/training")["beta"] == 0.3
+    assert settings_of(graph, "iteration-001/training")["settings"]["beta"] == 0.1
+    assert settings_of(graph, "iteration-002/training")["settings"]["beta"] == 0.3
     again = RunDirectory.existing(target)
     again.claim(config, target / CONFIG, 2)
-    assert again.config.changes == {2: {"training": {"beta": 0.3}}}
+    assert again.config.changes == {2: {"training": {"settings": {"beta": 0.3}}}}
 
 
 def test_a_fork_without_changes_makes_everything_from_there_on_again(run: RunDirectory) -> None:
@@ -106,11 +110,11 @@ def test_a_fork_without_changes_makes_everything_from_there_on_again(run: RunDir
 
 
 def test_a_fork_of_a_fork_keeps_the_earlier_changes(run: RunDirectory) -> None:
-    first, _ = fork(run, 1, ["training.beta=0.3", "generation.k=8"], "first")
-    second, _ = fork(RunDirectory.existing(first), 2, ["training.beta=0.5"], "second")
-    third, _ = fork(RunDirectory.existing(second), 1, ["training.beta=0.7"], "third")
+    first, _ = fork(run, 1, ["training.settings.beta=0.3", "generation.k=8"], "first")
+    second, _ = fork(RunDirectory.existing(first), 2, ["training.settings.beta=0.5"], "second")
+    third, _ = fork(RunDirectory.existing(second), 1, ["training.settings.beta=0.7"], "third")
     graphs = [build_graph(load_run_config(path / CONFIG, []), 2) for path in (second, third)]
-    beta = [[settings_of(graph, f"iteration-00{i}/training")["beta"] for i in (1, 2)] for graph in graphs]
+    beta = [[settings_of(graph, f"iteration-00{i}/training")["settings"]["beta"] for i in (1, 2)] for graph in graphs]
     assert beta == [[0.3, 0.5], [0.7, 0.7]]
     assert settings_of(graphs[1], "iteration-002/generation")["k"] == 8
 
@@ -121,7 +125,7 @@ def test_a_fork_of_a_fork_keeps_the_earlier_changes(run: RunDirectory) -> None:
         (0, [], None, "give 1 to 3"),
         (4, [], None, "give 1 to 3"),
         (2, ["policy=elsewhere"], None, "'policy' cannot change"),
-        (2, ["training.bta=1"], None, "Did you mean"),
+        (2, ["training.settings.bta=1"], None, "Did you mean"),
         (2, [], "smallest", "exists already"),
         (2, [], "../elsewhere", "plain name"),
         (2, [], "a b", "name"),
@@ -175,7 +179,7 @@ def test_a_dry_run_of_a_fork_sees_what_it_would_take_back(
     run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also what comes after it: the inputs of the next stages are found where they are kept."""
-    target, _ = fork(run, 1, ["training.beta=0.3"], "dry")
+    target, _ = fork(run, 1, ["training.settings.beta=0.3"], "dry")
     graph = build_graph(load_run_config(target / CONFIG, []), 1)
     monkeypatch.setattr("pipelines.main.probe_versions", lambda *_: {})
     seen: dict[str, Path] = {}

@@ -313,7 +313,7 @@ def test_what_another_run_has_read_stays(smallest: Path) -> None:
 def test_a_fork_needs_nothing_of_where_it_comes_from(smallest: Path) -> None:
     run = Run(smallest)
     run.drive(4)
-    target, _ = fork(RunDirectory.existing(run.path), 3, ["training.beta=0.3"], "child")
+    target, _ = fork(RunDirectory.existing(run.path), 3, ["training.settings.beta=0.3"], "child")
     assert kept(run, "last 1")["iteration-001/training"] is None
     lines = run.collect("last 1", pack=True)
     assert any(line.startswith("release  iteration-001/training  0.0 MB") for line in lines)
@@ -345,7 +345,7 @@ def test_a_pinned_run_is_left_alone(smallest: Path, capsys: pytest.CaptureFixtur
 def test_gc_says_what_it_would_do_and_then_does_it(smallest: Path) -> None:
     run = Run(smallest)
     run.drive(3)
-    run.drive(3, "training.beta=0.3")
+    run.drive(3, "training.settings.beta=0.3")
     reference = run.digests()
     alive = run.graph.nodes["iteration-001/training"].output
     abandoned = partial_directory(alive, "0" * 64)
@@ -384,13 +384,13 @@ def test_gc_says_what_it_would_do_and_then_does_it(smallest: Path) -> None:
     assert run.digests() == {name: value for name, value in reference.items() if "superseded" not in name}
     again = run.collect("last 1", pack=True, superseded=True)
     assert {line.split()[0] for line in again} == {"keep", "0.0"}
-    assert run.drive(3, "training.beta=0.3") == []
+    assert run.drive(3, "training.settings.beta=0.3") == []
 
 
 def test_without_asking_gc_keeps_what_it_could_delete_and_says_so(smallest: Path) -> None:
     run = Run(smallest)
     run.drive(2)
-    run.drive(2, "training.beta=0.3")
+    run.drive(2, "training.settings.beta=0.3")
     before = contents(run.path)
     lines = run.collect("all")
     assert {line.split()[0] for line in lines[:-1]} == {"keep"}
@@ -611,7 +611,7 @@ def test_deleting_and_compressing_killed_at_every_step_lose_nothing(smallest: Pa
 def test_gc_killed_at_any_step_loses_nothing_and_ends_the_same(smallest: Path) -> None:
     run = Run(smallest)
     run.drive(2)
-    run.drive(2, "training.beta=0.3")  # something for superseded/
+    run.drive(2, "training.settings.beta=0.3")  # something for superseded/
     partial = run.path / "iteration-001/.pairs.partial-0"
     partial.mkdir()
     (partial / "file").write_text("something")

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.batching import count_steps, divide, global_batches
-from training.data import Row, Sequence
+from training.data import Response, Row, token_ids
+from training.packing import Packing, tokens_of
 from training.schedule import learning_rate
 
 
 def row(index: int, lengths: list[int]) -> Row:
-    return Row(f"row-{index}", tuple(Sequence((1,) * length, 1) for length in lengths))
+    return Row(f"row-{index}", token_ids([1]), tuple(Response(token_ids([1] * (length - 1))) for length in lengths))
 
 
 rows_strategy = st.lists(st.lists(st.integers(2, 40), min_size=2, max_size=2), min_size=1, max_size=30).map(
@@ -45,10 +46,15 @@ def test_order_depends_on_seed_and_epoch() -> None:
     assert len({*first, *second}) == 4
 
 
-@given(rows=rows_strategy, processes=st.integers(1, 5), budget=st.integers(1, 400))
-def test_division_keeps_every_row_once(rows: list[Row], processes: int, budget: int) -> None:
+@given(
+    rows=rows_strategy,
+    processes=st.integers(1, 5),
+    budget=st.integers(1, 400),
+    packing=st.sampled_from(["shared", "flat", "padded"]),
+)
+def test_division_keeps_every_row_once(rows: list[Row], processes: int, budget: int, packing: Packing) -> None:
     batch = tuple(range(len(rows)))
-    shares = divide(batch, rows, processes=processes, budget=budget)
+    shares = divide(batch, rows, processes=processes, budget=budget, packing=packing)
     assert len(shares) == processes
     assert len({len(share) for share in shares}) == 1, "collectives need equally many micro-batches"
     micro_batches = [micro for share in shares for micro in share]
@@ -56,13 +62,16 @@ def test_division_keeps_every_row_once(rows: list[Row], processes: int, budget: 
     assert counted == Counter(batch)
     assert all(micro.weight in (0.0, 1.0) for micro in micro_batches)
     for micro in micro_batches:
-        size = sum(len(rows[i].sequences) for i in micro.rows) * max(rows[i].longest for i in micro.rows)
+        if packing == "padded":
+            size = sum(len(rows[i].responses) for i in micro.rows) * max(rows[i].longest for i in micro.rows)
+        else:
+            size = sum(tokens_of(rows[i], packing) for i in micro.rows)
         assert size <= budget or len(micro.rows) == 1
 
 
 def test_work_is_shared_equally() -> None:
     rows = [row(index, [length, length]) for index, length in enumerate(range(2, 42))]
-    shares = divide(tuple(range(40)), rows, processes=2, budget=200)
+    shares = divide(tuple(range(40)), rows, processes=2, budget=200, packing="flat")
     loads = [sum(rows[i].longest for micro in share if micro.weight for i in micro.rows) for share in shares]
     assert abs(loads[0] - loads[1]) <= 20
     fillers = [micro for share in shares for micro in share if not micro.weight]

@@ -19,7 +19,7 @@ from training.models import tensor_shapes
 
 @pytest.mark.parametrize("which", ["tied", "gqa"])
 def test_checkpoint_is_complete(which: str, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path) -> None:
-    artifact = run_here("dpo", **dpo_settings(models, pairs, tmp_path / "out", model=models[which]))
+    artifact = run_here("policy", **dpo_settings(models, pairs, tmp_path / "out", model=models[which]))
     start, out = models[which], artifact.path
     assert artifact.damage() == []
     assert artifact.manifest.weights == weights_fingerprint(out)
@@ -47,7 +47,7 @@ def test_checkpoint_is_complete(which: str, models: dict[str, Path], pairs: dict
 
 def test_same_run_same_bytes(models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path) -> None:
     first, second, other = (
-        run_here("dpo", **dpo_settings(models, pairs, tmp_path / name, seed=seed))
+        run_here("policy", **dpo_settings(models, pairs, tmp_path / name, seed=seed))
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert first.manifest.files == second.manifest.files
@@ -56,7 +56,7 @@ def test_same_run_same_bytes(models: dict[str, Path], pairs: dict[str, Path], tm
 
 def test_bfloat16_and_frozen(models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path) -> None:
     settings = dpo_settings(models, pairs, tmp_path / "out", dtype="bfloat16", frozen=["embed_tokens"])
-    out = run_here("dpo", **settings).path
+    out = run_here("policy", **settings).path
     stored, start = load_file(out / "model.safetensors"), load_file(models["tied"] / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.bfloat16}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -15,6 +15,7 @@ from training.models import set_modes
 ZERO2, ZERO3 = (ROOT / "configs" / "accelerate" / f"zero{stage}.yaml" for stage in (2, 3))
 LAYOUTS: dict[str, tuple[list[str], tuple[int, int]]] = {
     "small-micro-batches": (["micro_batch_tokens=48"], (1, 0)),
+    "padded": (["packing=padded", "micro_batch_tokens=48"], (1, 0)),
     "recomputed": (["gradient_checkpointing=true"], (1, 0)),
     "ddp": (["processes=2", "micro_batch_tokens=48"], (2, 0)),
     "zero2": (["processes=2", "micro_batch_tokens=48", f"accelerate_config={ZERO2}"], (2, 2)),
@@ -30,7 +31,12 @@ def command(stage: str, models: dict[str, Path], pairs: dict[str, Path], demonst
         "reward": [f"pairs=[{pairs['pairs']}]", "eval_fraction=0.2"],
         "sft": [f"demonstrations={demonstrations}"],
     }[stage]
-    return [stage, f"model={models['gqa' if stage == 'sft' else 'tied']}", *data, *shared]
+    return [
+        "policy" if stage == "dpo" else stage,
+        f"model={models['gqa' if stage == 'sft' else 'tied']}",
+        *data,
+        *shared,
+    ]
 
 
 @pytest.fixture(scope="module")

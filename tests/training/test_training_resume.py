@@ -50,7 +50,7 @@ class Started:
         self.attempt = folder
         folder.mkdir()
         (folder / "stage.json").write_text(json.dumps(settings, default=str))
-        command = [sys.executable, "-m", "training", "dpo", "--config", str(folder / "stage.json")]
+        command = [sys.executable, "-m", "training", "policy", "--config", str(folder / "stage.json")]
         environment = {**os.environ, "RATCHET_ATTEMPT": str(folder)}
         with (folder / "log").open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
@@ -168,9 +168,9 @@ def test_after_kills_and_requests_to_stop_it_ends_with_the_same_bytes(
 
     if layout == "zero3":  # go on in another layout: here, without DeepSpeed, in one process
         one = settings | {"processes": 1, "accelerate_config": None}
-        other = run_here("dpo", **one | {"output": tmp_path / "other"})
+        other = run_here("policy", **one | {"output": tmp_path / "other"})
         (tmp_path / "moved").rename(hidden(other, tmp_path / "elsewhere"))
-        moved = run_here("dpo", **one | {"output": tmp_path / "elsewhere"})
+        moved = run_here("policy", **one | {"output": tmp_path / "elsewhere"})
         assert moved.manifest.facts["resumed_steps"] > 0
         for line, again in zip(training_log(other.path), training_log(moved.path), strict=True):
             assert again == pytest.approx(line, abs=1e-4)
@@ -193,7 +193,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, **settings: Any) -> P
     with monkeypatch.context() as patch:
         patch.setattr(training.loop, "learning_rate", rate)
         with pytest.raises(InterruptedError):
-            run_here("dpo", **settings, checkpoint_seconds=0)
+            run_here("policy", **settings, checkpoint_seconds=0)
     return saved_state(settings["output"])
 
 
@@ -224,10 +224,10 @@ def test_a_damaged_state_is_reported_and_not_used(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = dpo_settings(models, pairs, tmp_path / "out", max_steps=4)
-    whole = run_here("dpo", **settings | {"output": tmp_path / "whole"})
+    whole = run_here("policy", **settings | {"output": tmp_path / "whole"})
     state = interrupt(monkeypatch, 2, **settings)
     state.write_bytes(damage(state.read_bytes()))
-    again = run_here("dpo", **settings)
+    again = run_here("policy", **settings)
     assert capsys.readouterr().err.count(f"{state} is damaged; the training starts from its beginning.\n") == 1
     assert again.manifest.facts["resumed_steps"] == 0
     assert again.manifest.files == whole.manifest.files
@@ -239,7 +239,7 @@ def test_resumed_steps(
     settings = dpo_settings(models, pairs, tmp_path / "out")
     state = interrupt(monkeypatch, 3, **settings)
     assert state == interrupt(monkeypatch, 7, **settings)
-    artifact = run_here("dpo", **settings)
+    artifact = run_here("policy", **settings)
     assert (artifact.manifest.facts["resumed_steps"], artifact.manifest.facts["steps"]) == (7, 12)
     assert [line["step"] for line in training_log(artifact.path)] == list(range(1, 13))
 
@@ -252,7 +252,7 @@ def test_the_state_of_another_model_is_an_error(
     state = interrupt(monkeypatch, 1, **settings)
     shutil.copy(foreign, state)
     with pytest.raises(UserError, match=r"of another model: its .*lm_head.* has shape \(.* instead of None"):
-        run_here("dpo", **settings)
+        run_here("policy", **settings)
 
 
 def test_a_full_disk_leaves_the_state_before(
@@ -268,9 +268,9 @@ def test_a_full_disk_leaves_the_state_before(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", usage)
         with pytest.raises(OSError, match=f"Errno {errno.ENOSPC}.*training.safetensors"):
-            run_here("dpo", **settings, checkpoint_seconds=0)
+            run_here("policy", **settings, checkpoint_seconds=0)
     assert saved_state(tmp_path / "out").read_bytes() == before
-    assert run_here("dpo", **settings).manifest.facts["resumed_steps"] == 2
+    assert run_here("policy", **settings).manifest.facts["resumed_steps"] == 2
 
 
 def test_a_stop_while_the_final_model_is_measured_loses_no_step(
@@ -280,11 +280,11 @@ def test_a_stop_while_the_final_model_is_measured_loses_no_step(
         monkeypatch.setattr(stopping, "_requested", signal.SIGUSR2)
         return evaluate(*arguments)
 
-    evaluate = training.loop._evaluate
+    evaluate = training.loop.evaluate
     settings = {"model": models["tied"], "pairs": [pairs["pairs"]], "eval_fraction": 0.2, "global_batch": 6}
     whole = run_here("reward", **settings, output=tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(training.loop, "_evaluate", stop)
+        patch.setattr(training.loop, "evaluate", stop)
         with pytest.raises(stopping.Stopped, match=str(128 + signal.SIGUSR2)):
             run_here("reward", **settings, output=tmp_path / "out")
     monkeypatch.setattr(stopping, "_requested", None)
@@ -300,4 +300,4 @@ def test_one_process_with_a_file_for_several_runs_here(
     (tmp_path / "plain.yaml").write_text("distributed_type: MULTI_GPU\nnum_machines: 1\n")
     monkeypatch.delattr(subprocess, "Popen")
     settings = dpo_settings(models, pairs, tmp_path / "out", max_steps=1, accelerate_config=tmp_path / "plain.yaml")
-    assert run_here("dpo", **settings).manifest.facts["processes"] == 1
+    assert run_here("policy", **settings).manifest.facts["processes"] == 1

@@ -15,7 +15,6 @@ from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.records import PAIRS, SCORES, Message, Pair
-from training.logprobs import collate
 from training.reward import held_out_prompts
 from training.sft import Conversation, tokenized
 
@@ -45,17 +44,17 @@ def words(text: str) -> tuple[int, ...]:
 )
 def test_sft_learns_to_stop_where_the_engine_stops(template: str, models: dict[str, Path]) -> None:
     (row,), _ = rows_of(models, [QUESTION, Message("assistant", "the film was great")], template)
-    (sequence,) = row.sequences
-    assert sequence.ids[: sequence.start] == words("<s> <|user|> review the film <|assistant|>")
-    assert sequence.ids[sequence.start :] == (*words("the film was great"), EOS)
+    (response,) = row.responses
+    assert tuple(row.prompt) == words("<s> <|user|> review the film <|assistant|>")
+    assert tuple(response.ids) == (*words("the film was great"), EOS)
 
 
 def test_sft_trains_the_last_answer_only(models: dict[str, Path]) -> None:
     turns = [QUESTION, Message("assistant", "bad ."), QUESTION, Message("assistant", "good .")]
     (row,), _ = rows_of(models, turns)
-    (sequence,) = row.sequences
-    assert sequence.ids[sequence.start :] == (*words("good ."), EOS)
-    assert EOS in sequence.ids[: sequence.start]
+    (response,) = row.responses
+    assert tuple(response.ids) == (*words("good ."), EOS)
+    assert EOS in row.prompt
 
 
 @pytest.mark.parametrize(
@@ -147,7 +146,7 @@ def test_a_non_finite_loss_stops_before_the_step(models: dict[str, Path], tmp_pa
     publish(tmp_path / "reference", SCORES, make_reference(pairs))
     settings = {"pairs": [tmp_path / "pairs"], "reference": [tmp_path / "reference"], "output": tmp_path / "out"}
     with pytest.raises(UserError, match=r"step 2: .* nan for the rows pair-000\d, pair-000\d"):
-        run_here("dpo", model=models["tied"], **settings, epochs=3, optimizer="sgd", learning_rate=1e30)
+        run_here("policy", model=models["tied"], **settings, epochs=3, optimizer="sgd", learning_rate=1e30)
     assert not (tmp_path / "out").exists()
 
 
@@ -156,20 +155,11 @@ def test_long_rows_are_dropped_and_counted(models: dict[str, Path], pairs: dict[
     limit = sorted(lengths)[-3] - 1
     settings = {"model": models["tied"], "pairs": [pairs["pairs"]], "reference": [pairs["reference"]]}
     long = sum(length > limit for length in lengths)
-    artifact = run_here("dpo", **settings, output=tmp_path / "out", max_length=limit, max_dropped=0.5)
+    artifact = run_here("policy", **settings, output=tmp_path / "out", max_length=limit, max_dropped=0.5)
     assert artifact.manifest.ledger.dropped == {"too_long": long}
     assert artifact.manifest.ledger.kept == 22 - long
     with pytest.raises(UserError, match="max_dropped"):
-        run_here("dpo", **settings, output=tmp_path / "none", max_length=limit, max_dropped=0.01)
-
-
-def test_collate_masks_by_length_not_by_token() -> None:
-    from training.data import Sequence
-
-    batch = collate([Sequence((1, 5, EOS, EOS), 2), Sequence((1, 5, 6), 1)])
-    assert batch.targets.tolist() == [EOS, EOS, 5, 6]
-    assert batch.positions.tolist() == [1, 2, 4, 5]
-    assert batch.last.tolist() == [3, 6]
+        run_here("policy", **settings, output=tmp_path / "none", max_length=limit, max_dropped=0.01)
 
 
 @pytest.fixture(scope="session")
@@ -211,7 +201,7 @@ def test_references_that_do_not_fit(
 ) -> None:
     settings = {name: [foreign[change[name]]] if name in change else [pairs[name]] for name in ("pairs", "reference")}
     with pytest.raises(UserError, match=message):
-        run_here("dpo", model=models["tied"], **settings, output=tmp_path / "out")
+        run_here("policy", model=models["tied"], **settings, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +213,7 @@ def test_references_that_do_not_fit(
         ("max_length=2", "no usable row"),
         ("frozen=[nothing]", "no parameter's name contains 'nothing'"),
         ("reference=[]", "reference"),
-        ("bta=0.2", "Did you mean 'beta'"),
+        ("settings.bta=0.2", "Did you mean 'beta'"),
         ("processes=2 max_length=2", "no usable row"),
         ("accelerate_config=configs/accelerate/missing.yaml", "does not exist"),
     ],
@@ -231,7 +221,7 @@ def test_references_that_do_not_fit(
 def test_mistakes_end_with_one_message_and_exit_code_2(
     change: str, message: str, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
 ) -> None:
-    arguments = ["dpo", f"model={models['tied']}", f"pairs=[{pairs['pairs']}]", f"reference=[{pairs['reference']}]"]
+    arguments = ["policy", f"model={models['tied']}", f"pairs=[{pairs['pairs']}]", f"reference=[{pairs['reference']}]"]
     result = run_cli(*arguments, f"output={tmp_path / 'out'}", *change.split(), check=False)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
@@ -242,7 +232,7 @@ def test_mistakes_end_with_one_message_and_exit_code_2(
 def test_a_failing_rank_leaves_its_failure_for_the_supervisor(
     models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
 ) -> None:
-    arguments = ["dpo", f"model={models['tied']}", f"pairs=[{pairs['pairs']}]", f"reference=[{pairs['reference']}]"]
+    arguments = ["policy", f"model={models['tied']}", f"pairs=[{pairs['pairs']}]", f"reference=[{pairs['reference']}]"]
     result = run_cli(
         *arguments, f"output={tmp_path / 'out'}", "processes=2", "frozen=[nothing]",
         check=False, RATCHET_ATTEMPT=str(tmp_path),
@@ -258,7 +248,7 @@ def test_the_script_runs_the_stage(models: dict[str, Path], tmp_path: Path) -> N
     import sys
 
     result = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "train.sh"), "dpo", "output=x"],
+        ["bash", str(ROOT / "scripts" / "train.sh"), "policy", "output=x"],
         env={**os.environ, "PYTHON": sys.executable}, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert result.returncode == 2

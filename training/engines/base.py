@@ -5,6 +5,7 @@ Every process of a training makes the same calls in the same order, and all of t
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from training.packing import Packed
 
+COLLECTIVE_DEADLINE = timedelta(minutes=30)
+"""How long a process waits for the others in one collective before it gives up."""
 Outputs = dict[str, Tensor]
 """What a trained module returns for a `Packed` batch, for example logprobs [N]."""
 Figures = dict[str, Tensor]
@@ -50,7 +53,7 @@ class Engine(ABC):
 
     @abstractmethod
     def forward(self, batch: Packed) -> Outputs:
-        """The module's outputs, without gradients. Under pipeline parallelism they are those of the last stage, everywhere."""
+        """The module's outputs, without gradients; under pipeline parallelism those of the last stage, everywhere."""
 
     @abstractmethod
     def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
@@ -69,12 +72,20 @@ class Engine(ABC):
         """Scale the gradients so that their global norm is at most `max_norm`; returns the norm before."""
 
     @abstractmethod
-    def step(self, rate: float) -> None:
-        """One optimizer step with this learning rate; gradients are zero afterwards."""
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the next step; called before its `accumulate`."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """One optimizer step; gradients are zero afterwards."""
 
     @abstractmethod
     def add_up(self, figures: dict[str, Any]) -> dict[str, float]:
         """The sum of each figure over the replicas, in every process."""
+
+    @abstractmethod
+    def sum(self, values: Tensor) -> Tensor:
+        """The element-wise sum of a tensor over the replicas, on the CPU, in every process."""
 
     @abstractmethod
     def barrier(self) -> None:
@@ -85,6 +96,11 @@ class Engine(ABC):
         """All weights of the module under their names, whole; in other processes than the main one perhaps empty."""
 
     # To save and restore the state of a training: whole fp32 tensors of each trained parameter.
+
+    needs_a_step_before_write: bool = False
+    """Whether `write` works only after an optimizer step, whose result it replaces."""
+    master_copies: bool = False
+    """Whether the engine keeps fp32 master weights itself, so that the model is loaded in the training's dtype."""
 
     @abstractmethod
     def trained_shapes(self) -> Shapes:

@@ -13,6 +13,7 @@ add up both gradients, so that the copies stay equal.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -151,24 +152,23 @@ class NativeEngine(Engine):
         self._sharded = parallel.zero == "fsdp2"
         self.replicas = parallel.dp
         self._last = self._stage_number == parallel.pp - 1
-        # All processes make all groups, each uses its own.
-        ends = [
-            (d, t, self._rank_of(0, d, t), self._rank_of(-1, d, t))
-            for d in range(parallel.dp)
-            for t in range(parallel.tp)
-        ]
-        self._ends: Any = None
-        if parallel.pp > 1:
-            for d, t, first, last in ends:
-                group = dist.new_group([first, last], timeout=COLLECTIVE_DEADLINE)
-                if (d, t) == (self.replica, self._slice_number):
-                    self._ends = group
+        self._ends = self._make_ends()
         self._schedules: dict[bool, tuple[tuple[int, int], Any]] = {}
         self._width = 0
         self._exchanged = True
 
     def _rank_of(self, stage: int, replica: int, part: int) -> int:
         return int(self._mesh.mesh[stage, replica, part])
+
+    def _make_ends(self) -> Any:
+        """The group of this process's counterparts in the first and the last stage; all processes make all groups."""
+        found = None
+        for replica, part in itertools.product(range(self.replicas), range(self._parallel.tp)):
+            ends = sorted({self._rank_of(0, replica, part), self._rank_of(-1, replica, part)})
+            group = dist.new_group(ends, timeout=COLLECTIVE_DEADLINE) if self._parallel.pp > 1 else None
+            if (replica, part) == (self.replica, self._slice_number):
+                found = group
+        return found
 
     # Spreading the model
 
@@ -197,6 +197,10 @@ class NativeEngine(Engine):
             if self._stage_number in part.stages:
                 part.local = self._find(part)
         self._require_layout()
+        size = sum(_local(part.local).numel() for part in self._parts.values() if part.local is not None)
+        most = torch.tensor(size, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        self._most = int(most)
         self._optimizer = make_optimizer([part.local for part in self._trained() if part.local is not None])
 
     def _list_parts(self, module: nn.Module, backbone: Any) -> dict[str, _Part]:
@@ -289,9 +293,6 @@ class NativeEngine(Engine):
 
     def facts(self) -> dict[str, Any]:
         """The layout, and how much of the model the largest process holds."""
-        parameters = sum(_local(part.local).numel() for part in self._parts.values() if part.local is not None)
-        most = torch.tensor(parameters, device=self.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
         return {
             "engine": "torch",
             "processes": self.world_size,
@@ -300,7 +301,7 @@ class NativeEngine(Engine):
             "pp": self._parallel.pp,
             "zero": self._parallel.zero,
             "layers_by_stage": [end - start for start, end in zip(self._layers, self._layers[1:], strict=False)],
-            "parameters_per_process": int(most),
+            "parameters_per_process": self._most,
             "device": self.device.type,
         }
 

@@ -1,0 +1,88 @@
+"""The critic of PPO: a sequence classifier that is read at every token, trained on the returns of an experience."""
+
+from collections.abc import Iterator
+
+from transformers import AutoModelForSequenceClassification
+
+from contracts.artifacts import Artifact
+from contracts.errors import UserError
+from contracts.ledger import Ledger
+from contracts.models import ModelInfo
+from contracts.records import EXPERIENCE, Experience
+from contracts.stage import Context, Outcome
+from training.algorithms.parts import clipped_value_loss
+from training.config import CriticConfig
+from training.data import Response, Row, float_values, length_limit, token_ids, usable
+from training.engines.base import Figures, Outputs
+from training.fit import Task, fit
+from training.loop import Learning, Loss, Part
+from training.models import load_reward, read_config, vocabulary_size
+from training.modules import TokenValues
+from training.reward import classifier_changes
+
+
+def run(config: CriticConfig, context: Context) -> Outcome:
+    """The stage `critic`."""
+    info = ModelInfo.read(config.model)
+    if info.labels is None:
+        info.require_causal()
+    else:
+        info.require_one_label()
+    model_config = read_config(config.model)
+    model_config.num_labels = 1
+    ledger = Ledger("prompts")
+    rows = usable(
+        value_rows(config),
+        ledger,
+        limit=length_limit(config, info),
+        vocabulary=vocabulary_size(model_config),
+        max_dropped=config.max_dropped,
+        what=str(config.experience),
+    )
+    task = Task(
+        ledger=ledger,
+        learning=Learning(rows, critic_loss(config)),
+        load=lambda dtype: load_reward(config.model, dtype, config.seed),
+        wrap=TokenValues,
+        auto=AutoModelForSequenceClassification,
+        model_config=model_config,
+        changes=classifier_changes(config, model_config),
+    )
+    return fit(config, context, task)
+
+
+def critic_loss(config: CriticConfig) -> Loss:
+    """The clipped value loss, averaged over the response tokens of the global batch."""
+
+    def loss(outputs: Outputs, part: Part) -> Figures:
+        values, old, returns = outputs["values"], part.tokens("values"), part.tokens("returns")
+        error = (values.detach() - returns).square()
+        total = part.totals.tokens
+        return {
+            "loss": part.weight * clipped_value_loss(values, old, returns, config.clip).sum() / total,
+            "value": part.weight * values.detach().sum() / total,
+            "return": part.weight * returns.sum() / total,
+            "squared_error": part.weight * error.sum() / total,
+            "clipped": part.weight * ((values.detach() - old).abs() > config.clip).float().sum() / total,
+        }
+
+    return loss
+
+
+def value_rows(config: CriticConfig) -> Iterator[Row]:
+    """Prompts with their samples, the critic's values before and what it is to learn.
+
+    Raises:
+        UserError: the experience has no values or returns.
+    """
+    for row in Artifact.open(config.experience, EXPERIENCE).rows(Experience):
+        responses = []
+        for sample in row.samples:
+            if sample.values is None or sample.returns is None:
+                raise UserError(
+                    f"{config.experience} has no values or returns for a critic: its algorithm needs none. Use one "
+                    "that does, for example ppo."
+                )
+            tokens = {"values": float_values(sample.values), "returns": float_values(sample.returns)}
+            responses.append(Response(token_ids(sample.response_ids), {}, tokens))
+        yield Row(row.prompt_id, token_ids(row.prompt_ids), tuple(responses))

@@ -1,0 +1,43 @@
+"""How far the trainer's log-probabilities are from those of the engine that sampled."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.data import Row
+from training.engines.base import Engine
+from training.loop import parts
+from training.packing import Packing
+
+RATIO = (0.9, 1.1)
+"""Importance ratios outside of this are counted."""
+
+
+def measure_drift(rows: list[Row], engine: Engine, packing: Packing, budget: int) -> dict[str, Any]:
+    """Give every response its log-probabilities under the engine's model, `proximal`; compare them with `behaviour`.
+
+    Returns:
+        mean: of |log p_trainer - log p_engine| over the tokens (nats); p95: its 95th percentile; outside: the share of
+        tokens whose ratio p_trainer / p_engine is outside of `RATIO`; tokens: their number.
+    """
+    responses = [response for row in rows for response in row.responses]
+    starts = np.cumsum([0, *(len(response.ids) for response in responses)])
+    first = {id(response): start for response, start in zip(responses, starts[:-1], strict=True)}
+    found = torch.zeros(int(starts[-1]))
+    for part in parts(rows, engine=engine, budget=budget, packing=packing):
+        logprobs = engine.forward(part.batch)["logprobs"].float().cpu() * part.weight
+        owners = [response for row in part.rows for response in row.responses]
+        for response, values in zip(owners, logprobs.split(part.batch.lengths.tolist()), strict=True):
+            found[first[id(response)] :][: len(values)] += values
+    whole = engine.sum(found).numpy()
+    for response, values in zip(responses, np.split(whole, starts[1:-1]), strict=True):
+        response.tokens["proximal"] = values
+    difference = whole - np.concatenate([response.tokens["behaviour"] for response in responses])
+    ratio = np.exp(difference)
+    return {
+        "mean": float(np.abs(difference).mean()),
+        "p95": float(np.quantile(np.abs(difference), 0.95)),
+        "outside": float(((ratio < RATIO[0]) | (ratio > RATIO[1])).mean()),
+        "tokens": int(starts[-1]),
+    }

@@ -1,0 +1,210 @@
+"""One process, plain data parallelism, or DeepSpeed's ZeRO, by accelerate."""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from contracts.attempt import beat
+from contracts.errors import UserError
+from training.config import TrainingConfig
+from training.engines import zero
+from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Shapes, Share
+from training.launch import declared_zero_stage
+from training.packing import Packed
+
+
+class AcceleratedEngine(Engine):
+    """Every process has the whole model, or under ZeRO its part, and computes micro-batches of its own."""
+
+    def __init__(self, config: TrainingConfig, dtype: torch.dtype) -> None:
+        """Join the other processes, in the parallel layout that was asked for and no other.
+
+        accelerate falls back without a word: to one process (distributed_type MULTI_CPU, or --cpu --num_processes N),
+        and from DeepSpeed to plain data parallelism (`Accelerator(cpu=True)`). The results are right in either case, so
+        only asking it afterwards shows what really runs.
+
+        Raises:
+            UserError: the number of processes or the ZeRO stage is another than the config declares.
+        """
+        self.accelerator = _start(config, dtype)
+        self.zero = _zero_stage(self.accelerator)
+        self.device = self.accelerator.device
+        self.rank = self.accelerator.process_index
+        self.world_size = self.replicas = self.accelerator.num_processes
+        self.replica = self.rank
+        self.master_copies = self.zero > 0
+        self.needs_a_step_before_write = self.zero > 0
+
+    def facts(self) -> dict[str, Any]:
+        """What accelerate says that it runs."""
+        return {
+            "distributed": self.accelerator.distributed_type.value,
+            "zero_stage": self.zero,
+            "processes": self.world_size,
+        }
+
+    def prepare(self, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+        """Have accelerate wrap both."""
+        self.module = module
+        self.parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self.prepared: Any
+        self.optimizer: Any
+        self.prepared, self.optimizer = self.accelerator.prepare(module, make_optimizer([*self.parameters.values()]))
+
+    @torch.no_grad()
+    def forward(self, batch: Packed) -> Outputs:
+        """The outputs of the wrapped module."""
+        outputs: Outputs = self.prepared(batch)
+        return outputs
+
+    def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
+        """Backward passes one by one; gradients are exchanged with the last."""
+        figures: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            beat()
+            with self._exchange(last=number == len(batches) - 1):
+                shares = share(self.prepared(batch), number)
+                # DDP and ZeRO average the gradients of the processes; the loss is a sum.
+                self.accelerator.backward(shares["loss"] * self.replicas)
+            _add(figures, shares)
+        return figures
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
+        """Forward passes only."""
+        figures: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            beat()
+            _add(figures, share(self.prepared(batch), number))
+        return figures
+
+    def clip(self, max_norm: float) -> float:
+        """The norm; DeepSpeed has clipped and stepped in `backward`."""
+        return float(self.accelerator.clip_grad_norm_(self.prepared.parameters(), max_norm))
+
+    def set_rate(self, rate: float) -> None:
+        """Set it in every parameter group."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def step(self) -> None:
+        """Under DeepSpeed, `accumulate` has done the step already."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def add_up(self, figures: dict[str, Any]) -> dict[str, float]:
+        """All processes must give the same names in the same order."""
+        values = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in figures.values()])
+        return dict(zip(figures, self.sum(values).tolist(), strict=True))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """By one all-reduce."""
+        total: Tensor = self.accelerator.reduce(values.to(self.device), "sum")
+        return total.cpu()
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.accelerator.wait_for_everyone()
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Under ZeRO-3 with every process's help, for rank 0 alone.
+
+        Only under DeepSpeed by accelerate's own function, which imports DeepSpeed (2 s) wherever it is installed.
+        """
+        weights: dict[str, Tensor] = (
+            self.accelerator.get_state_dict(self.prepared) if self.zero else self.module.state_dict()
+        )
+        return weights
+
+    def trained_shapes(self) -> Shapes:
+        """By the module's parameter names."""
+        return {name: zero.whole_shape(parameter) for name, parameter in self.parameters.items()}
+
+    def read(self, name: str, kinds: tuple[str, ...]) -> list[Tensor]:
+        """Whole tensors; under ZeRO put together by all processes."""
+        parameter = self.parameters[name]
+        if self.zero:
+            return [zero.get_weights(parameter), *(zero.get_moment(parameter, kind) for kind in kinds[1:])]
+        # A parameter that no loss has reached yet has no moments.
+        state = self.optimizer.state[parameter]
+        return [parameter, *(state.get(kind, torch.zeros_like(parameter)) for kind in kinds[1:])]
+
+    def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
+        """DeepSpeed must have taken a step before, because it makes the optimizer's moments then."""
+        parameter = self.parameters[name]
+        weights, *moments = tensors.items()
+        if self.zero:
+            zero.set_weights(parameter, weights[1])
+            for moment, value in moments:
+                zero.set_moment(parameter, moment, value)
+            zero.set_steps(self.optimizer, steps)
+            return
+        with torch.no_grad():
+            parameter.copy_(weights[1])
+        for moment, value in moments:
+            self.optimizer.state[parameter][moment] = value.to(parameter.device)
+            self.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+
+    def _exchange(self, last: bool) -> Any:
+        """Exchange gradients, clip and step with the last micro-batch only: for DDP (no_sync) and for DeepSpeed."""
+        self.accelerator.sync_gradients = last
+        return contextlib.nullcontext() if last or self.zero else self.accelerator.no_sync(self.prepared)
+
+
+def _add(figures: dict[str, Tensor], shares: dict[str, Tensor]) -> None:
+    for name, share in shares.items():
+        figures[name] = figures.get(name, 0.0) + share.detach().double()
+
+
+def _start(config: TrainingConfig, dtype: torch.dtype) -> Accelerator:
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if deepspeed:
+        _require_no_compiler()
+    on_cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        # With cpu=True accelerate ignores DeepSpeed; without it and without a backend named, it counts one process.
+        cpu=on_cpu and not deepspeed,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend="gloo" if on_cpu and deepspeed else None, timeout=COLLECTIVE_DEADLINE)
+        ],
+    )
+    declared = declared_zero_stage(config.accelerate_config)
+    found = _zero_stage(accelerator)
+    if declared is not None and declared != found:
+        raise UserError(
+            f"{config.accelerate_config} declares ZeRO stage {declared}, but {found} is running (0: no DeepSpeed). "
+            "Start the stage without `accelerate launch` of your own, or give it this file."
+        )
+    if accelerator.num_processes != config.processes:
+        raise UserError(
+            f"{accelerator.num_processes} process(es) were started, but processes={config.processes}. Set processes "
+            "to the number started; on CPUs use distributed_type MULTI_GPU with use_cpu: true, never MULTI_CPU."
+        )
+    if found:
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = 1  # only used for DeepSpeed's throughput log
+        settings["gradient_accumulation_steps"] = 1  # the loop decides where a step ends
+        settings["gradient_clipping"] = config.max_grad_norm
+        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    return accelerator
+
+
+def _zero_stage(accelerator: Accelerator) -> int:
+    """ZeRO stage; 0 without DeepSpeed."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return 0
+    return int(accelerator.state.deepspeed_plugin.zero_stage)
+
+
+def _require_no_compiler() -> None:
+    """DeepSpeed would compile a shared-memory collective for CPUs (minutes, g++); gloo gives the same bits."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

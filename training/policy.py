@@ -1,0 +1,212 @@
+"""Training the policy, by any algorithm: on preference pairs, or on scored samples of its own."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from contracts.artifacts import Artifact, model_fingerprint
+from contracts.errors import UserError
+from contracts.ledger import Ledger
+from contracts.models import ModelInfo
+from contracts.records import EXPERIENCE, SCORES, Experience, ExperienceSample, Score
+from contracts.stage import Context, Outcome
+from training.algorithm import Answers, Pairs, Samples
+from training.catalogue import Description, describe, load
+from training.config import PolicyConfig
+from training.data import Response, Row, float_values, length_limit, pair_row, read_pairs, token_ids, usable
+from training.drift import measure_drift
+from training.engines.base import Engine, Figures, Outputs
+from training.fit import Task, fit
+from training.loop import Learning, Loss, Part
+from training.models import load_causal, read_config, vocabulary_size
+from training.modules import TokenLogprobs
+from training.packing import Packing
+
+Reference = dict[tuple[str, int], Score]
+
+
+def run(config: PolicyConfig, context: Context) -> Outcome:
+    """The stage `policy`."""
+    info = ModelInfo.read(config.model)
+    info.require_causal()
+    description = describe(config.algorithm)
+    from_pairs = description.reads == "pairs"
+    model_config = read_config(config.model)
+    ledger = Ledger("pairs" if from_pairs else "prompts")
+    rows = usable(
+        pair_rows(config, description) if from_pairs else sample_rows(config),
+        ledger,
+        limit=length_limit(config, info),
+        vocabulary=vocabulary_size(model_config),
+        max_dropped=config.max_dropped,
+        what=ledger.unit,
+    )
+    loss, statistics = losses(config, description)
+    needs = description.needs
+    task = Task(
+        ledger=ledger,
+        learning=Learning(rows, loss, statistics),
+        load=lambda dtype: load_causal(config.model, dtype),
+        wrap=lambda model: TokenLogprobs(model, entropy=not from_pairs, collision="collision" in needs),
+        auto=AutoModelForCausalLM,
+        model_config=model_config,
+        facts={"algorithm": config.algorithm, "settings": config.settings},
+        before=None if from_pairs else lambda engine, packing: _compare(config, rows, engine, packing),
+    )
+    return fit(config, context, task)
+
+
+def losses(config: PolicyConfig, description: Description) -> tuple[Loss, Loss | None]:
+    """The loss of the algorithm, and its statistics where it has such."""
+    module, settings = load(config.algorithm), config.settings
+    view = _pairs if description.reads == "pairs" else _samples
+
+    def loss(outputs: Outputs, part: Part) -> Figures:
+        batch = view(outputs, part, description.needs)
+        figures: Figures = module.loss(batch, **description.arguments("loss", settings))
+        if isinstance(batch, Pairs):
+            nll = batch.chosen_nll()
+            figures = {
+                "nll": nll.detach(),
+                "chosen_logp": batch.mean(batch.chosen.logp.detach()),
+                "rejected_logp": batch.mean(batch.rejected.logp.detach()),
+                **figures,
+                "loss": figures["loss"] + config.nll_coefficient * nll,
+            }
+        return figures
+
+    def statistics(outputs: Outputs, part: Part) -> Figures:
+        found: Figures = module.statistics(
+            view(outputs, part, description.needs), **description.arguments("statistics", settings)
+        )
+        return found
+
+    return loss, statistics if "statistics" in description.functions else None
+
+
+def _pairs(outputs: Outputs, part: Part, needs: tuple[str, ...]) -> Pairs:
+    """A micro-batch as an algorithm sees it that learns from pairs."""
+    logp = part.sum_by_response(outputs["logprobs"])
+    collision = part.sum_by_response(outputs["log_collision"]) if "collision" in needs else None
+    columns = {
+        "logp": logp,
+        "length": part.batch.lengths.to(logp.dtype),
+        "score": part.numbers("score").to(logp.dtype),
+        "reference_logp": part.numbers("reference").to(logp.dtype) if "reference" in needs else None,
+        "log_collision": collision,
+    }
+    sides = [{name: None if column is None else column[side::2] for name, column in columns.items()} for side in (0, 1)]
+    return Pairs(
+        chosen=Answers(**sides[0]),  # type: ignore[arg-type]
+        rejected=Answers(**sides[1]),  # type: ignore[arg-type]
+        weights=part.weights(len(part.rows)),
+        total=part.totals.rows,
+        chosen_tokens=part.totals.first_tokens,
+        statistics=part.statistics,
+    )
+
+
+def _samples(outputs: Outputs, part: Part, needs: tuple[str, ...]) -> Samples:
+    """A micro-batch as an algorithm sees it that learns from samples."""
+    tokens = {name: part.tokens(name) for name in part.rows[0].responses[0].tokens}
+    return Samples(
+        logprobs=outputs["logprobs"],
+        entropy=outputs["entropy"],
+        proximal=tokens["proximal"],
+        behaviour=tokens["behaviour"],
+        advantages=tokens["advantages"],
+        lengths=part.batch.lengths,
+        weights=part.weights(len(part.batch.lengths)),
+        total=part.totals.responses,
+        total_tokens=part.totals.tokens,
+        reference=tokens["reference"] if "reference" in needs else None,
+        values=outputs.get("values"),
+        old_values=tokens.get("values"),
+        returns=tokens.get("returns"),
+        statistics=part.statistics,
+    )
+
+
+def _compare(config: PolicyConfig, rows: list[Row], engine: Engine, packing: Packing) -> dict[str, Any]:
+    """Compute `proximal` for all rows, and compare it with what the engine reported when it sampled."""
+    policies = {policy for policy, _ in _experience(config)}
+    fresh = policies == {model_fingerprint(config.model)}
+    drift = measure_drift(rows, engine, packing, config.micro_batch_tokens)
+    if fresh and drift["mean"] > config.max_drift:
+        raise UserError(
+            f"the log-probabilities of the engine that sampled differ from the trainer's by {drift['mean']:.3g} nats a "
+            f"token (ratios outside [0.9, 1.1]: {drift['outside']:.1%}), more than max_drift={config.max_drift:g}. The "
+            "two do not compute the same model: check dtypes, the chat template and the engine's version, or raise it."
+        )
+    return {"drift": {**drift, "fresh": fresh}}
+
+
+def sample_rows(config: PolicyConfig) -> Iterator[Row]:
+    """Prompts with their samples, from published experience."""
+    for _, prompt in _experience(config):
+        yield Row(prompt.prompt_id, token_ids(prompt.prompt_ids), tuple(map(_response, prompt.samples)))
+
+
+def _experience(config: PolicyConfig) -> Iterator[tuple[str, Experience]]:
+    assert config.experience is not None
+    for row in Artifact.open(config.experience, EXPERIENCE).rows(Experience):
+        yield row.policy, row
+
+
+def _response(sample: ExperienceSample) -> Response:
+    columns = {name: getattr(sample, name) for name in ("behaviour", "advantages", "reference", "values", "returns")}
+    tokens = {name: float_values(column) for name, column in columns.items() if column is not None}
+    return Response(token_ids(sample.response_ids), {"reward": sample.reward}, tokens)
+
+
+def pair_rows(config: PolicyConfig, description: Description) -> Iterator[Row]:
+    """Published pairs, with summed reference log-probabilities where the algorithm needs them."""
+    if "reference" not in description.needs:
+        yield from (pair_row(pair) for path in config.pairs for pair in read_pairs(path))
+        return
+    for paths in zip(config.pairs, config.reference, strict=True):
+        yield from referenced_pairs(*paths)
+
+
+def referenced_pairs(pairs: Path, reference: Path) -> Iterator[Row]:
+    """Published pairs with the summed reference log-probabilities of both answers as constants.
+
+    Raises:
+        UserError: an answer has no reference value, two of them, or one of another length.
+    """
+    known = _read_reference(reference)
+    for pair in read_pairs(pairs):
+        sums = []
+        for sample, ids in ((pair.chosen_sample, pair.chosen_ids), (pair.rejected_sample, pair.rejected_ids)):
+            score = known.get((pair.prompt_id, sample))
+            where = f"prompt {pair.prompt_id}, sample {sample}"
+            if score is None:
+                raise UserError(
+                    f"{reference} has no log-probabilities of {where}, which {pairs} needs. Score the rollouts that "
+                    "these pairs were made from with kind=logprobs."
+                )
+            found = len(score.token_logprobs or ())
+            if found != len(ids):
+                raise UserError(
+                    f"{reference} has {found} token log-probabilities of {where}, but its response in {pairs} has "
+                    f"{len(ids)} tokens: it is of other rollouts. Give the reference of these pairs."
+                )
+            sums.append({"reference": math.fsum(score.token_logprobs or ())})
+        yield pair_row(pair, *sums)
+
+
+def _read_reference(path: Path) -> Reference:
+    known: Reference = {}
+    for score in Artifact.open(path, SCORES).rows(Score):
+        if score.token_logprobs is None:
+            raise UserError(
+                f"{path} holds no token log-probabilities: it was made by another kind of scorer. Give scores of "
+                "kind=logprobs as the reference."
+            )
+        if (score.prompt_id, score.sample) in known:
+            raise UserError(f"{path} holds prompt {score.prompt_id}, sample {score.sample} twice. Make it again.")
+        known[score.prompt_id, score.sample] = score
+    return known
