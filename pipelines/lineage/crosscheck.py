@@ -1,4 +1,4 @@
-"""Rows against rows: whether scores, pairs and experience speak of the samples that were made, and these of the weights.
+"""Rows against rows: whether scores, pairs and experience speak of the samples that were made, and these of the policy.
 
 Everything that was made from one artifact of rollouts is read beside it, one shard of rollouts in memory at a time.
 """
@@ -38,7 +38,7 @@ def disagreements(
         UserError: a line is no valid record, or a file is missing.
     """
     seen: set[str] = set()
-    unread = [*map(_Pairs, pairs), *map(_Experience, experience)]
+    unread: list[_Pairs | _Experience] = [*map(_Pairs, pairs), *map(_Experience, experience)]
     for shard in rollouts.shards:
         rows: dict[str, Rollout] = {}
         for rollout in read_jsonl(shard, Rollout):
@@ -89,8 +89,8 @@ class _Derived(Generic[R]):
 
     def __init__(self, artifact: Artifact) -> None:
         self.path = artifact.shards[0] if artifact.shards else artifact.path
-        self._rows = artifact.rows(self.kind)
-        self._next = next(self._rows, None)
+        self._rows: Iterator[R] = artifact.rows(self.kind)
+        self._next: R | None = next(self._rows, None)
 
     def compare(self, rollouts: dict[str, Rollout]) -> Iterator[str]:
         """Compare the rows of these rollouts with them."""
