@@ -1,0 +1,190 @@
+"""Algorithms are read without running them, and every mistake in one is a message that names it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from contracts.errors import UserError
+from training.catalogue import BUILT_IN, FOLDER, Setting, check_settings, describe, load
+
+ROOT = Path(__file__).parents[2]
+GOOD = """\
+READS = "pairs"
+NEEDS = ("reference",)
+
+def loss(batch, *, beta: float = 0.1, kind: Literal["a", "b"] = "a", steps: int = 3, limit: float | None = None):
+    return {}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def write(text: str, name: str = "mine.py") -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(dedent(text))
+    return name
+
+
+def test_the_built_in_algorithms() -> None:
+    assert set(BUILT_IN) == {file.stem for file in FOLDER.glob("*.py")} - {"__init__", "parts"}
+    for name in BUILT_IN:
+        description = describe(name)
+        module = load(name)
+        assert (description.reads, description.needs) == (module.READS, module.NEEDS)
+        assert description.sources == {"algorithm": FOLDER / f"{name}.py"}
+        for function, settings in description.functions.items():
+            defaults = {setting: description.defaults[setting] for setting in settings}
+            assert defaults == (getattr(module, function).__kwdefaults__ or {})
+        assert {name for name in ("loss", "advantages", "statistics") if hasattr(module, name)} == set(
+            description.functions
+        )
+
+
+def test_what_is_read_of_one() -> None:
+    description = describe("ppo")
+    assert (description.reads, description.needs) == ("samples", ("reference", "values"))
+    assert description.settings["gamma"] == Setting(1.0, ("float",))
+    assert description.settings["whiten"] == Setting(True, ("bool",))
+    assert description.functions["advantages"] == ("gamma", "lam", "whiten")
+    settings = check_settings(description, {"gamma": 0.9})
+    assert description.arguments("advantages", settings) == {"gamma": 0.9, "lam": 0.95, "whiten": True}
+
+
+def test_it_runs_without_torch_and_without_the_algorithm() -> None:
+    write("import torch\nraise RuntimeError\n" + GOOD)
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from training.catalogue import BUILT_IN, describe\n"
+        "print(*[describe(name).algorithm for name in (*BUILT_IN, 'mine.py')])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert result.stdout.split() == [*BUILT_IN, "mine.py"], result.stderr
+
+
+@pytest.mark.parametrize("name", ["mine.py", "sub/dir/mine.py", "sub.mine"])
+def test_the_users_own_file(name: str) -> None:
+    write("CONSTANT = 3\n", "tools.py")
+    file = write("from typing import Literal\nimport tools\n" + GOOD, name if "/" in name else "sub/mine.py")
+    name = file if name == "mine.py" else name
+    description = describe(name)
+    assert description.defaults == {"beta": 0.1, "kind": "a", "steps": 3, "limit": None}
+    assert {key: path.resolve() for key, path in description.sources.items()} == {
+        "algorithm": Path(file).resolve(),
+        "tools": Path("tools.py").resolve(),
+    }
+    assert load(name).loss(None) == {}
+
+
+def test_functions_that_are_imported() -> None:
+    write("def advantages(experience, *, gamma: float = 0.5): ...\n", "own.py")
+    text = 'READS = "samples"\nNEEDS: tuple = ()\ndef loss(batch, *, clip: float = 0.1): ...\n'
+    for line, gamma in (("from training.algorithms.ppo import advantages", 1.0), ("from own import advantages", 0.5)):
+        description = describe(write(f"{line}\n{text}"))
+        assert description.defaults["gamma"] == gamma
+    assert describe(write(f"from .own import advantages\n{text}")).defaults["gamma"] == 0.5
+    assert describe(write(f"from own import advantages as a\ndef advantages(e): ...\n{text}")).functions == {
+        "loss": ("clip",),
+        "advantages": (),
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bta": 1}, r"'mine.py' has no setting 'bta'. Did you mean 'beta'\? Its settings: beta, kind, limit, steps"),
+        ({"beta": "much"}, r"'beta' is 'much', but must be a finite number \(its default is 0.1\)"),
+        ({"beta": True}, "'beta' is True, but must be a finite number"),
+        ({"beta": None}, "'beta' is None, but must be a finite number"),
+        ({"beta": float("nan")}, "'beta' is nan"),
+        ({"limit": float("inf")}, "'limit' is inf, but must be a finite number or null"),
+        ({"steps": 2.5}, "'steps' is 2.5, but must be a whole number"),
+        ({"kind": "c"}, "'kind' is 'c', but must be 'a' or 'b'"),
+        ({"kind": ["a"]}, r"'kind' is \['a'\]"),
+    ],
+)
+def test_wrong_settings(given: dict[str, object], message: str) -> None:
+    description = describe(write(GOOD))
+    with pytest.raises(UserError, match=message):
+        check_settings(description, given)
+
+
+def test_right_settings() -> None:
+    found = check_settings(describe(write(GOOD)), {"beta": 1, "kind": "b", "limit": 2})
+    assert found == {"beta": 1.0, "kind": "b", "steps": 3, "limit": 2.0}
+    assert type(found["beta"]) is float
+    odd = describe(write('READS = "pairs"\nNEEDS = ()\ndef loss(b, *, n=1, x: "Mine" = None, flag=False): ...\n'))
+    assert check_settings(odd, {"n": 0.5, "x": "text", "flag": True}) == {"n": 0.5, "x": "text", "flag": True}
+    with pytest.raises(UserError, match="'flag' is 1, but must be true or false"):
+        check_settings(odd, {"flag": 1})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ("dop", r"there is no algorithm 'dop'. Did you mean '\w*dpo\w*'\? Built in: apo_down, .*path/to/mine.py"),
+        ("parts", "there is no algorithm 'parts'"),
+        ("own", "no algorithm 'own'. Did you mean your file 'own.py'"),
+        ("gone.py", "algorithm 'gone.py': there is no such file"),
+        ("sub/dir", "there is no algorithm 'sub/dir'"),
+        ("no.such.module", "no module or file 'no.such.module' was found"),
+    ],
+)
+def test_an_unknown_algorithm(algorithm: str, message: str) -> None:
+    write(GOOD, "own.py")
+    with pytest.raises(UserError, match=message):
+        describe(algorithm)
+
+
+HEAD = 'READS = "pairs"\nNEEDS = ()\n'
+LOSS = "def loss(batch): ...\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def loss(batch:\n", r"mine.py'.* is not valid Python: .*line 1"),
+        (LOSS, 'READS is missing; write READS = "pairs" or READS = "samples"'),
+        (f'READS = "rows"\nNEEDS = ()\n{LOSS}', "READS is 'rows'; write READS = \"pairs\""),
+        (f'READS = "pa" + kind\nNEEDS = ()\n{LOSS}', r"READS is read without running the file; .* not 'pa' \+ kind"),
+        (f'READS = "pairs"\n{LOSS}', r'NEEDS is missing; write NEEDS = \("reference",\), or NEEDS = \(\)'),
+        (f'READS = "pairs"\nNEEDS = ("reference")\n{LOSS}', r'NEEDS is \'reference\'; .*NEEDS = \("reference",\)'),
+        (f'READS = "pairs"\nNEEDS = 3\n{LOSS}', "NEEDS is 3; write a tuple"),
+        (f'READS = "pairs"\nNEEDS = ("values",)\n{LOSS}', "NEEDS has 'values', but .* reads pairs .* reference, coll"),
+        (f'READS = "samples"\nNEEDS = ("collision",)\n{LOSS}', "NEEDS has 'collision'"),
+        (HEAD, "no function 'loss'"),
+        (f'READS = "samples"\nNEEDS = ()\n{LOSS}', "no function 'advantages', which an algorithm that reads samples"),
+        (f"{HEAD}{LOSS}def advantages(e): ...\n", 'only an algorithm with READS = "samples"'),
+        (f"{HEAD}loss = make()\n", "'loss' is read without running the file; define it by 'def loss'"),
+        (f"{HEAD}class loss: ...\n", "'loss' is read without running the file"),
+        (f"{HEAD}from training.algorithms.ppo import gone as loss\n", "imports no function 'gone'"),
+        (f"{HEAD}from elsewhere import loss\n", r"'from elsewhere import loss' is followed .* does not exist"),
+        (f"{HEAD}def loss(batch, beta=0.1): ...\n", r"must take one argument.*found \(batch, beta=0.1\)"),
+        (f"{HEAD}def loss(): ...\n", "must take one argument"),
+        (f"{HEAD}def loss(batch, **settings): ...\n", "must take one argument"),
+        (f"{HEAD}def loss(batch, *, beta): ...\n", "the setting 'beta' has no default"),
+        (f"{HEAD}def loss(batch, *, beta=B): ...\n", "default of the setting 'beta' is read without .* not B"),
+        (f"{HEAD}def loss(batch, *, beta=[1]): ...\n", r"default of the setting 'beta' .* not \[1\]"),
+        (f'{HEAD}def loss(batch, *, beta: float = "x"): ...\n', "default of the setting 'beta' is 'x', not a finite"),
+        (
+            f"{HEAD}def loss(batch, *, beta: float = 0.1): ...\ndef statistics(batch, *, beta: float = 0.2): ...\n",
+            "the setting 'beta' has one default or type in the function 'statistics' and another",
+        ),
+    ],
+)
+def test_a_mistake_in_the_users_file(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        describe(write(text))
+
+
+def test_a_file_that_fails_when_it_is_loaded() -> None:
+    with pytest.raises(UserError, match=r"algorithm 'mine.py' cannot be imported: ModuleNotFoundError.*no_such"):
+        load(write("import no_such\n" + GOOD))
