@@ -47,11 +47,6 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
-        if self.sp > 1:
-            raise ValueError(
-                f"sp: {self.sp}: no library does sequence parallelism right for packed batches (accelerate's Ulysses "
-                "gives wrong gradient norms and knows SFT alone). Set sp to 1; tp divides most of the activations."
-            )
         if self.deepspeed_stage and (self.tp > 1 or self.pp > 1):
             raise ValueError(
                 f"zero: {self.zero} with tp: {self.tp} and pp: {self.pp}: DeepSpeed's ZeRO is combined with data "

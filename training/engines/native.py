@@ -1,12 +1,13 @@
-"""Data, tensor and pipeline parallelism, and fully sharded data parallelism, by torch's own parts.
+"""Data, tensor, pipeline and sequence parallelism, and fully sharded data parallelism, by torch's own parts.
 
-The processes form a mesh [pp, dp, tp]. Each loads the whole model and keeps its part of it:
+The processes form a mesh [pp, dp · sp, tp]. Each loads the whole model and keeps its part of it:
 
     pp  a stage keeps some layers; the first also the embedding, the last the final norm and the head.
         `torch.distributed.pipelining` runs the stages by 1F1B.
     tp  queries, keys, values, gate and up projections are divided by rows, output and down projections by columns
         (DTensor); embedding, norms and head are whole in every process.
-    dp  every process has the same part (zero 0), or a slice of each of its tensors (fsdp2: `fully_shard`).
+    sp  the processes of a group divide each micro-batch's tokens between them; see `sequence.py`.
+    dp  the processes of dp and sp have the same weights (zero 0), or a slice of each (fsdp2: `fully_shard`).
 
 The head of a model that is tied to the embedding exists twice under pipeline parallelism: the first and the last stage
 add up both gradients, so that the copies stay equal.
@@ -31,6 +32,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from contracts.attempt import beat
 from contracts.errors import UserError
 from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Shapes, Share
+from training.engines.sequence import NAME as SPREAD
+from training.engines.sequence import Sequences
 from training.packing import Packed
 from training.parallel import ParallelConfig
 
@@ -85,11 +88,19 @@ class _Received(nn.Module):
 class _Stage(nn.Module):
     """What one stage computes of the micro-batches in `batches`: hidden states, and the last one `finish`."""
 
-    def __init__(self, module: Any, received: _Received | None, last: bool, autocast: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        module: Any,
+        received: _Received | None,
+        last: bool,
+        sequences: Sequences | None,
+        autocast: torch.dtype | None,
+    ) -> None:
         super().__init__()
         self.module = module
         self.received = received
         self.last = last
+        self.sequences = sequences
         self.autocast = autocast
         self.batches: Sequence[Packed] = ()
         self.width = 0
@@ -103,14 +114,20 @@ class _Stage(nn.Module):
         """
         beat()
         batch = self.batches[int(number) % len(self.batches)]
-        tokens = batch.input_ids.numel()
+        part = batch if self.sequences is None else self.sequences.part(batch)
+        tokens = part.input_ids.numel()
         if self.received is not None:
-            self.received.hidden = hidden[0][:tokens].view(*batch.input_ids.shape, -1)
+            self.received.hidden = hidden[0][:tokens].view(*part.input_ids.shape, -1)
         with self._casting(batch.input_ids.device):
-            found = self.module.hidden(batch)
+            found = self.module.hidden(part)
             if self.last:
-                return self.finish(self.module.read(found, batch), int(number))
+                whole = found if self.sequences is None else self.sequences.join(found, batch)
+                return self.finish(self.module.read(whole, batch), int(number))
         return nn.functional.pad(found, (0, 0, 0, self.width - tokens))
+
+    def tokens(self, batch: Packed) -> int:
+        """Tokens of a micro-batch that this process computes."""
+        return batch.input_ids.numel() if self.sequences is None else self.sequences.tokens(batch)
 
     def _casting(self, device: torch.device) -> Any:
         return torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()
@@ -143,32 +160,38 @@ class NativeEngine(Engine):
                 f"{self.world_size} process(es) were started, but dp {parallel.dp} x tp {parallel.tp} x pp "
                 f"{parallel.pp} are {parallel.processes}. Start the stage without a launcher of your own."
             )
-        names = ("pp", "dp", "tp")
-        self._mesh = init_device_mesh(self.device.type, (parallel.pp, parallel.dp, parallel.tp), mesh_dim_names=names)
-        self._stage_number, self.replica, self._slice_number = (self._mesh.get_local_rank(name) for name in names)
+        names = ("pp", "data", "tp")
+        shape = (parallel.pp, parallel.dp * parallel.sp, parallel.tp)
+        self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        self._stage_number, self._data_number, self._slice_number = (self._mesh.get_local_rank(name) for name in names)
+        self.replica = self._data_number // parallel.sp
         self._groups = {name: self._mesh.get_group(name) for name in names}
         self._parallel = parallel
         self._dtype = dtype
         self._sharded = parallel.zero == "fsdp2"
         self.replicas = parallel.dp
         self._last = self._stage_number == parallel.pp - 1
-        self._ends = self._make_ends()
+        firsts_and_lasts = [
+            [self._rank_of(0, data, part), self._rank_of(-1, data, part)]
+            for data, part in itertools.product(range(shape[1]), range(parallel.tp))
+        ]
+        self._ends = self._group(firsts_and_lasts) if parallel.pp > 1 else None
+        sharing = [
+            [self._rank_of(stage, replica * parallel.sp + number, part) for number in range(parallel.sp)]
+            for stage, replica, part in itertools.product(range(parallel.pp), range(parallel.dp), range(parallel.tp))
+        ]
+        self._sequences = Sequences(self._group(sharing)) if parallel.sp > 1 else None
         self._schedules: dict[bool, tuple[tuple[int, int], Any]] = {}
         self._width = 0
         self._exchanged = True
 
-    def _rank_of(self, stage: int, replica: int, part: int) -> int:
-        return int(self._mesh.mesh[stage, replica, part])
+    def _rank_of(self, stage: int, data: int, part: int) -> int:
+        return int(self._mesh.mesh[stage, data, part])
 
-    def _make_ends(self) -> Any:
-        """The group of this process's counterparts in the first and the last stage; all processes make all groups."""
-        found = None
-        for replica, part in itertools.product(range(self.replicas), range(self._parallel.tp)):
-            ends = sorted({self._rank_of(0, replica, part), self._rank_of(-1, replica, part)})
-            group = dist.new_group(ends, timeout=COLLECTIVE_DEADLINE) if self._parallel.pp > 1 else None
-            if (replica, part) == (self.replica, self._slice_number):
-                found = group
-        return found
+    def _group(self, members: list[list[int]]) -> Any:
+        """The group among these that this process is in, if any; all processes make all of them."""
+        groups = [dist.new_group(ranks, timeout=COLLECTIVE_DEADLINE) for ranks in members]
+        return next((group for group, ranks in zip(groups, members, strict=True) if self.rank in ranks), None)
 
     # Spreading the model
 
@@ -190,7 +213,11 @@ class NativeEngine(Engine):
             for layer in mine:
                 parallelize_module(layer, self._mesh["tp"], plan)
         casts = self._dtype != torch.float32
-        self._stage = _Stage(module, received, self._last, self._dtype if casts and not self._sharded else None)
+        autocast = self._dtype if casts and not self._sharded else None
+        self._stage = _Stage(module, received, self._last, self._sequences, autocast)
+        if self._sequences is not None:
+            whole.model.config.get_text_config()._attn_implementation = SPREAD
+            whole.model.config._attn_implementation = SPREAD
         if self._sharded:
             self._shard(mine, casts)
         for part in self._parts.values():
@@ -252,7 +279,7 @@ class NativeEngine(Engine):
             reduce_dtype=torch.float32 if casts else None,
             cast_forward_inputs=False,
         )
-        mesh = self._mesh["dp"]
+        mesh = self._mesh["data"]
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=self._parallel.pp == 1)
         fully_shard(self._stage, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
@@ -282,7 +309,7 @@ class NativeEngine(Engine):
             expected = tuple(self._slice(part, torch.empty(part.shape, device="meta")).shape)
             found = tuple(_local(part.local).shape)
             divided = {(dim, number) for dim, number in _divisions(part.local)}
-            wanted = {("dp", 0)} if self._sharded else set()
+            wanted = {("data", 0)} if self._sharded else set()
             if self._parallel.tp > 1 and part.tensor_dim is not None:
                 wanted.add(("tp", part.tensor_dim))
             if found != expected or divided != wanted:
@@ -299,6 +326,7 @@ class NativeEngine(Engine):
             "dp": self.replicas,
             "tp": self._parallel.tp,
             "pp": self._parallel.pp,
+            "sp": self._parallel.sp,
             "zero": self._parallel.zero,
             "layers_by_stage": [end - start for start, end in zip(self._layers, self._layers[1:], strict=False)],
             "parameters_per_process": self._most,
@@ -356,7 +384,7 @@ class NativeEngine(Engine):
             if number >= len(batches):  # fills the pipeline
                 return shares["loss"] * 0
             _add(figures, shares)
-            return shares["loss"]
+            return shares["loss"] / self._parallel.sp
 
         self._stage.batches, self._stage.finish = batches, finish
         self._exchanged = False
@@ -375,7 +403,7 @@ class NativeEngine(Engine):
 
     def _run(self, count: int, *, trains: bool) -> None:
         """Have all stages compute `count` micro-batches, by a schedule that knows their number and shape."""
-        width = max(batch.input_ids.numel() for batch in self._stage.batches)
+        width = max(map(self._stage.tokens, self._stage.batches))
         self._width = max(self._width, width)
         self._stage.width = self._width
         if trains not in self._schedules or self._schedules[trains][0] != (count, self._width):
@@ -441,8 +469,8 @@ class NativeEngine(Engine):
             if part.local.grad is None:
                 part.local.grad = torch.zeros_like(part.local)
             gradient = _local(part.local.grad)
-            if not self._sharded and self.replicas > 1:
-                dist.all_reduce(gradient, group=self._groups["dp"])
+            if not self._sharded and self._mesh["data"].size() > 1:
+                dist.all_reduce(gradient, group=self._groups["data"])
             if self._parallel.tp > 1 and part.layer_name.startswith(OF_ONE_HEAD):
                 dist.all_reduce(gradient, group=self._groups["tp"])
             if len(part.stages) > 1:
@@ -474,7 +502,7 @@ class NativeEngine(Engine):
         divided = {dim for dim, _ in _divisions(part.local)}
         return (
             self._stage_number == part.stages[0]
-            and ("dp" in divided or self.replica == 0)
+            and ("data" in divided or self._data_number == 0)
             and ("tp" in divided or self._slice_number == 0)
         )
 
@@ -569,9 +597,10 @@ class NativeEngine(Engine):
         parts = self._parallel.tp if part.tensor_dim is not None else 1
         if self._sharded:
             length = part.shape[0] // (parts if part.tensor_dim == 0 else 1)
-            longest = -(-length // self.replicas)  # as `chunk` has it: all are that long but the last ones
+            count = self._mesh["data"].size()
+            longest = -(-length // count)  # as `chunk` has it: all are that long but the last ones
             found = torch.cat([found, found.new_zeros(longest - len(found), *found.shape[1:])])
-            found = torch.cat(_all_gather(found, self.replicas, self._groups["dp"]))[:length]
+            found = torch.cat(_all_gather(found, count, self._groups["data"]))[:length]
         if parts > 1:
             found = torch.cat(_all_gather(found, parts, self._groups["tp"]), part.tensor_dim)
         return found
@@ -581,8 +610,8 @@ class NativeEngine(Engine):
         if part.tensor_dim is not None:
             whole = whole.chunk(self._parallel.tp, part.tensor_dim)[self._slice_number]
         if self._sharded:
-            pieces = whole.chunk(self.replicas)
-            whole = pieces[self.replica] if self.replica < len(pieces) else whole[:0]
+            pieces = whole.chunk(self._mesh["data"].size())
+            whole = pieces[self._data_number] if self._data_number < len(pieces) else whole[:0]
         return whole
 
 

@@ -1,0 +1,112 @@
+"""Sequence parallelism for flat batches: every process has some of a micro-batch's tokens, attention some of the heads.
+
+Around attention the processes of a group exchange tokens against heads (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv
+2309.14509): each then has all tokens of its heads, and takes the sequences apart as `training/attention.py` does. All
+else in a layer works token by token. Before the head the hidden states of all tokens come together again.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from training.attention import attend
+from training.packing import Packed, Plan
+
+NAME = "packed_sequence_parallel"
+
+
+class Sequences:
+    """The processes that share micro-batches; `attend_spread` asks `current`."""
+
+    current: "Sequences"
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        Sequences.current = self
+
+    def tokens(self, batch: Packed) -> int:
+        """Tokens of a micro-batch in each process, the last one's padded."""
+        return -(-int(batch.input_ids.numel()) // int(self.size))
+
+    def part(self, batch: Packed) -> Packed:
+        """The same micro-batch with this process's tokens only; its plan is of the whole."""
+        count = self.tokens(batch)
+        missing = count * self.size - batch.input_ids.numel()
+        mine = slice(self.rank * count, (self.rank + 1) * count)
+        ids, places = (nn.functional.pad(tensor, (0, missing)) for tensor in (batch.input_ids, batch.position_ids))
+        return batch._replace(input_ids=ids[:, mine], position_ids=places[:, mine])
+
+    def join(self, hidden: Tensor, batch: Packed) -> Tensor:
+        """The hidden states of all tokens, [T, hidden size], from those of every process."""
+        whole: Tensor = _Join.apply(hidden, self)  # type: ignore[no-untyped-call]
+        return whole[: batch.input_ids.numel()]
+
+
+def _exchange(parts: Tensor, group: Any) -> Tensor:
+    found = parts.new_empty(parts.shape)  # contiguous
+    dist.all_to_all_single(found, parts.contiguous(), group=group)
+    return found
+
+
+class _Exchange(torch.autograd.Function):
+    """[size, ...]: part i goes to process i, and comes from there. Twice is none, so it is its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _exchange(parts, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _exchange(gradient, ctx.group), None
+
+
+class _Join(torch.autograd.Function):
+    """All processes' rows. Each computes the same loss from them, divided by their number: so it knows its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sequences: Sequences) -> Tensor:
+        ctx.sequences = sequences
+        whole = rows.new_empty(sequences.size * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(whole, rows.contiguous(), group=sequences.group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        sequences = ctx.sequences
+        return gradient.chunk(sequences.size)[sequences.rank] * sequences.size, None
+
+
+def attend_spread(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    plan: Plan,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """As `attend`, for tensors of this process's C tokens, [1, heads, C, head size]."""
+    sequences = Sequences.current
+    size, count = sequences.size, query.shape[2]
+    spread = []
+    for tensor in (query, key, value):
+        parts = tensor[0].unflatten(0, (size, -1))  # [size, heads / size, C, head size]
+        exchanged = _Exchange.apply(parts, sequences.group)  # type: ignore[no-untyped-call]
+        spread.append(exchanged.transpose(0, 1).flatten(1, 2)[None])
+    query, key, value = spread
+    found, _ = attend(
+        module, query, key, value, attention_mask, plan=plan, **options
+    )  # [1, T, heads / size, head size]
+    whole = nn.functional.pad(found[0], (0, 0, 0, 0, 0, size * count - found.shape[1]))
+    back = _Exchange.apply(whole.unflatten(0, (size, count)), sequences.group)  # type: ignore[no-untyped-call]
+    return back.transpose(0, 1).flatten(1, 2)[None], None
+
+
+AttentionInterface.register(NAME, attend_spread)
