@@ -136,7 +136,8 @@ class Samples:
         """Index of the response that each token belongs to, [N]."""
         import torch
 
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
+        numbers = torch.arange(len(self.lengths), device=self.lengths.device)
+        return torch.repeat_interleave(numbers, self.lengths, output_size=len(self.logprobs))  # without it a GPU waits
 
     def mean(self, values: Tensor) -> Tensor:
         """The share of this micro-batch in the step's mean of one value per response, [S] -> []."""
