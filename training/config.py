@@ -147,6 +147,16 @@ class CriticConfig(TrainingConfig):
     """The new value is at most this far from the old one, for the clipped term (arXiv 1707.06347, as in baselines)."""
 
 
+class ValueHeadConfig(StageConfig):
+    """Make a critic that knows nothing yet: a model's weights with a head that says 0 everywhere."""
+
+    stage: ClassVar[str] = "value-head"
+    code_version: ClassVar[int] = 1
+
+    model: Path = input_path()
+    """Directory of the causal language model that the critic starts from."""
+
+
 class EmaConfig(StageConfig):
     """Move an average of weights towards a model: average ← decay · average + (1 - decay) · model."""
 
@@ -170,7 +180,7 @@ class ExperienceConfig(StageConfig):
     algorithm: str = identity()
     """As for the policy's training: a name (ppo, grpo, rloo, ...), your own file (mine.py), or package.module."""
     settings: dict[str, Any] = identity({})
-    """The algorithm's own settings, the same as for the policy's training."""
+    """The algorithm's own settings, the same as for the policy's training; those of its loss alone change nothing."""
     rollouts: Path = input_path()
     """Published rollouts, sampled from the policy's own distribution (temperature 1, no top_p or top_k), with its
     log-probabilities."""
@@ -200,10 +210,11 @@ class ExperienceConfig(StageConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         description = describe(self.algorithm)
-        # With every default, because that is what is computed.
-        object.__setattr__(self, "settings", check_settings(description, self.settings))
+        settings = check_settings(description, self.settings)
         if description.reads != "samples":
             raise ValueError(f"algorithm={self.algorithm} reads pairs, not samples, and needs no experience.")
+        # With every default, and without those of the loss, because that is what is computed.
+        object.__setattr__(self, "settings", description.arguments("advantages", settings))
         for name, need in (
             ("reference", "reference"), ("values", "values"), ("greedy", "greedy"), ("greedy_rollouts", "greedy")
         ):  # fmt: skip

@@ -46,7 +46,7 @@ def run(config: CriticConfig, context: Context) -> Outcome:
         wrap=TokenValues,
         auto=AutoModelForSequenceClassification,
         model_config=model_config,
-        changes=classifier_changes(config, model_config),
+        changes=classifier_changes(config.model, model_config),
     )
     return fit(config, context, task)
 

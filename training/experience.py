@@ -32,7 +32,6 @@ LARGEST_ERROR = 0.2
 def run(config: ExperienceConfig, context: Context) -> Outcome:
     """Join, prove that all numbers are of the same tokens, call the algorithm's `advantages`, publish."""
     description = catalogue.describe(config.algorithm)
-    settings = catalogue.check_settings(description, config.settings)
     coefficient = 0.0
     if "reference" in description.needs:
         coefficient = config.kl_coefficient if config.previous is None else adapted(config, config.previous)
@@ -42,7 +41,7 @@ def run(config: ExperienceConfig, context: Context) -> Outcome:
         columns, ledger = collect(config, rollouts)
     with context.timed("compute"):
         experience = columns.experience(coefficient)
-        found = advantages_of(experience, **description.arguments("advantages", settings))
+        found = advantages_of(experience, **config.settings)
         require_sound(found, experience, description)
         if not experience.penalised and (config.kl_target or "kl_coefficient" in config.model_fields_set):
             raise UserError(

@@ -1,5 +1,6 @@
 """A Bradley-Terry reward model, trained on the token ids of pairs."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.seeds import derive_seed
 from contracts.stage import Context, Outcome
-from training.config import RewardConfig, TrainingConfig
+from training.config import RewardConfig
 from training.data import length_limit, pair_row, read_pairs, usable
 from training.engines.base import Figures, Outputs
 from training.fit import Task, fit
@@ -53,7 +54,7 @@ def run(config: RewardConfig, context: Context) -> Outcome:
         wrap=SequenceScores,
         auto=AutoModelForSequenceClassification,
         model_config=model_config,
-        changes=classifier_changes(config, model_config),
+        changes=classifier_changes(config.model, model_config),
         facts={"training_pairs": len(training), "held_out_pairs": len(measured)},
     )
     return fit(config, context, task)
@@ -83,25 +84,25 @@ def held_out_prompts(prompts: set[str], fraction: float, seed: int) -> set[str]:
     return set(order[: round(fraction * len(order))])
 
 
-def classifier_changes(config: TrainingConfig, model_config: Any) -> dict[str, Any]:
+def classifier_changes(model: Path, model_config: Any) -> dict[str, Any]:
     """What differs in the config.json of a sequence classifier with one label from that of the model it began as."""
     return {
         "architectures": [AutoModelForSequenceClassification._model_mapping[type(model_config)].__name__],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
-        "pad_token_id": padding_token(config, model_config),
+        "pad_token_id": padding_token(model, model_config),
     }
 
 
-def padding_token(config: TrainingConfig, model_config: Any) -> int:
+def padding_token(model: Path, model_config: Any) -> int:
     """The id that engines pad with; transformers refuses to score a batch by a model without one."""
     if model_config.pad_token_id is not None:
         return int(model_config.pad_token_id)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if found is None:
         raise UserError(
-            f"the tokenizer of {config.model} has neither a padding nor an EOS token, so nobody could score a batch by "
+            f"the tokenizer of {model} has neither a padding nor an EOS token, so nobody could score a batch by "
             "the reward model. Set pad_token in its tokenizer_config.json."
         )
     return int(found)

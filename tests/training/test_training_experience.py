@@ -470,3 +470,30 @@ def test_the_command_gives_the_same_bytes_again_and_reuses_them(world: World) ->
     assert "published" in run_cli(*command).stdout
     assert "reuse" in run_cli(*command).stdout
     assert Artifact.open(world.folder / "there", EXPERIENCE).manifest.digest == here.manifest.digest
+
+
+def test_settings_of_the_loss_alone_change_no_experience(world: World) -> None:
+    made = world.run("ppo", settings={"gamma": 0.9})
+    again = world.run("ppo", settings={"gamma": 0.9, "clip": 0.1})
+    assert again.manifest.created == made.manifest.created
+    with pytest.raises(UserError, match="was published by another run"):
+        world.run("ppo", settings={"gamma": 0.8})
+
+
+@pytest.mark.parametrize("which", ["tied", "gqa"])
+def test_a_critic_that_knows_nothing_says_0_and_is_the_model_otherwise(
+    models: dict[str, Path], tmp_path: Path, which: str
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    made = run_here("value-head", model=models[which], output=tmp_path / "critic")
+    critic = AutoModelForSequenceClassification.from_pretrained(made.path).eval()
+    policy = AutoModelForCausalLM.from_pretrained(models[which]).eval()
+    ids = torch.tensor([[1, 7, 9, EOS]])
+    with torch.no_grad():
+        assert critic(ids).logits.tolist() == [[0.0]]
+        assert torch.equal(critic.model(ids).last_hidden_state, policy.model(ids).last_hidden_state)
+    assert made.manifest.weights is not None
+    with pytest.raises(UserError, match="must be a causal language model"):
+        run_here("value-head", model=made.path, output=tmp_path / "again")

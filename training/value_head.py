@@ -1,0 +1,45 @@
+"""A critic that knows nothing yet: where there is no reward model to start from, the policy with a head of zeros."""
+
+import torch
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging
+
+from contracts.fingerprint import weights_fingerprint
+from contracts.ledger import Ledger
+from contracts.models import ModelInfo
+from contracts.stage import Context, Outcome
+from training.checkpoint import save_checkpoint
+from training.config import ValueHeadConfig
+from training.models import load_reward, read_config, tensor_shapes
+from training.reward import classifier_changes
+
+
+@torch.no_grad()
+def run(config: ValueHeadConfig, context: Context) -> Outcome:
+    """Publish the model as a sequence classifier whose one label is 0 for every input, stored like the model.
+
+    A random head would give the first advantages a noise as large as the rewards themselves.
+
+    Raises:
+        UserError: the model is no causal language model, or its architecture has no linear head as a classifier.
+    """
+    logging.disable_progress_bar()
+    ModelInfo.read(config.model).require_causal()
+    model_config = read_config(config.model)
+    model_config.num_labels = 1
+    shapes = tensor_shapes(AutoModelForSequenceClassification, model_config)
+    dtype = getattr(model_config, "dtype", None) or torch.float32
+    with context.timed("load"):
+        critic = load_reward(config.model, dtype, seed=0)
+        critic.score.weight.zero_()
+    with context.timed("save"):
+        changes = classifier_changes(config.model, model_config)
+        state = critic.state_dict()
+        save_checkpoint(
+            context.publication, state, critic, start=config.model, shapes=shapes, dtype=dtype, changes=changes,
+            unit="models",
+        )  # fmt: skip
+        ledger = Ledger("models")
+        ledger.keep()
+        context.publication.write_rows("value-head.jsonl", [{"value": 0.0}], ledger)
+    return Outcome("models", {}, weights_fingerprint(context.publication.directory))
