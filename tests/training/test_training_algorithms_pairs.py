@@ -117,7 +117,7 @@ def trl_stub(**attributes: Any) -> SimpleNamespace:
 
 
 def trl_dpo(data: Data, kind: str, beta: float, label_smoothing: float = 0.0, weighted: bool = False) -> Any:
-    """Loss of TRL's DPOTrainer and its gradient with respect to the answers' log-probabilities."""
+    """Loss of TRL's DPOTrainer, its gradient with respect to the tokens' log-probabilities, and what TRL logs."""
     from trl import DPOTrainer
 
     tokens = data.tokens.clone().requires_grad_()
@@ -153,12 +153,19 @@ def trl_dpo(data: Data, kind: str, beta: float, label_smoothing: float = 0.0, we
     }
     loss = DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
     loss.backward()
-    return loss, tokens.grad
+    return loss, tokens.grad, trainer._metrics["train"]
 
 
 def same(found: Any, expected: Any) -> None:
     torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), atol=1e-5, rtol=1e-5)
     assert torch.isfinite(torch.as_tensor(found)).all()
+
+
+def same_rewards(figures: Figures, logged: Any) -> None:
+    names = {"chosen": "chosen_reward", "rejected": "rejected_reward", "margins": "margin", "accuracies": "accuracy"}
+    for theirs, mine in names.items():
+        value = logged[f"rewards/{theirs}"]
+        same(figures[mine].double(), torch.as_tensor(value[0] if isinstance(value, list) else value).double())
 
 
 def by_token(data: Data, gradient: Tensor) -> Tensor:
@@ -188,14 +195,16 @@ def test_equals_the_dpo_trainer_of_trl(
     name: str, kind: str, smoothing: float, settings: dict[str, Any], beta: float, edge: str
 ) -> None:
     data = Data(edge)
-    loss, gradient = trl_dpo(data, kind, beta, smoothing, weighted=name == "wpo")
+    loss, gradient, logged = trl_dpo(data, kind, beta, smoothing, weighted=name == "wpo")
     figures, mine = data.ours(name, data.tokens, beta=beta, **settings)
     same(figures["loss"], loss)
     same(by_token(data, mine), gradient)
+    if name != "dpo_norm":  # TRL logs its rewards without the normalisation
+        same_rewards(figures, logged)
 
 
-def trl_without_reference(data: Data, method: str, **attributes: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, gradient by logits, logits and answers of TRL's CPOTrainer or ORPOTrainer; they take real logits."""
+def trl_without_reference(data: Data, method: str, **attributes: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Loss, logits with their gradient, answers, and what is logged by TRL's CPOTrainer or ORPOTrainer."""
     from trl.experimental import cpo, orpo
 
     kind = cpo.CPOTrainer if method == "cpo" else orpo.ORPOTrainer
@@ -214,9 +223,9 @@ def trl_without_reference(data: Data, method: str, **attributes: Any) -> tuple[T
     for own in ("concatenated_forward", "cpo_loss", "odds_ratio_loss"):
         if hasattr(kind, own):
             setattr(trainer, own, getattr(kind, own).__get__(trainer))
-    loss, _ = kind.get_batch_loss_metrics(trainer, lambda *_, **__: SimpleNamespace(logits=logits), batch)
+    loss, logged = kind.get_batch_loss_metrics(trainer, lambda *_, **__: SimpleNamespace(logits=logits), batch)
     loss.backward()
-    return loss.detach(), logits.grad, logits, ids
+    return loss.detach(), logits, ids, logged
 
 
 @pytest.mark.parametrize("edge", [edge for edge in EDGES if edge not in ("empty", "chosen", "rejected")])
@@ -234,14 +243,15 @@ def test_equals_the_cpo_and_orpo_trainers_of_trl(
 ) -> None:
     data = Data(edge)
     method = "orpo" if name == "orpo" else "cpo"
-    loss, gradient, logits, ids = trl_without_reference(data, method, beta=0.3, alpha=0.0, **attributes)
+    loss, logits, ids, logged = trl_without_reference(data, method, beta=0.3, alpha=0.0, **attributes)
     logprobs = logits.detach().requires_grad_()
     tokens = logprobs[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     scale = {"lam" if name == "orpo" else "beta": 0.3}
     figures, mine = data.ours(name, tokens, **scale, **settings)
     same(figures["loss"], loss)
     (tokens * by_token(data, mine)).sum().backward()
-    same(logprobs.grad, gradient)
+    same(logprobs.grad, logits.grad)
+    same_rewards(figures, logged)
 
 
 @pytest.mark.parametrize("edge", EDGES)
@@ -281,6 +291,10 @@ def test_kto_equals_trl(edge: str) -> None:
     figures, mine = data.ours("kto", data.tokens, beta=0.3, lambda_d=1.2, lambda_u=0.9)
     same(figures["loss"], loss)
     same(by_token(data, mine), tokens.grad)
+    logged = trainer._metrics["train"]
+    same(figures["z"], torch.tensor(logged["kl"][0]))
+    same(figures["chosen_reward"], torch.tensor(logged["rewards/chosen"][0]))
+    same(figures["rejected_reward"], torch.tensor(logged["rewards/rejected"][0]))
 
 
 # Formulas of the papers in numpy. w, l: log-probabilities; everything else is a constant of the batch.
@@ -410,15 +424,22 @@ def test_shares_add_up_and_fillers_add_nothing(name: str, parts: list[list[int]]
     torch.testing.assert_close(again, gradient)
 
 
-def test_figures_are_those_of_the_implicit_rewards() -> None:
+def test_other_figures() -> None:
     data = Data("random 2")
-    figures, _ = data.ours("dpo", data.tokens, beta=0.5)
-    ratios = ((data.tokens - data.reference) * data.mask).sum(1) * 0.5
+    figures, _ = data.ours("dpo_norm", data.tokens, beta=0.5)
+    ratios = ((data.tokens - data.reference) * data.mask).sum(1) * 0.5 / data.lengths
     chosen, rejected = ratios.chunk(2)
     same(figures["chosen_reward"], chosen.mean())
     same(figures["rejected_reward"], rejected.mean())
-    same(figures["margin"], (chosen - rejected).mean())
-    same(figures["accuracy"], (chosen > rejected).float().mean())
+    mean = (data.tokens * data.mask).sum(1) / data.lengths
+    same(data.ours("rpo", data.tokens)[0]["nll"], -mean[: data.pairs].mean())
+    total = (data.tokens * data.mask).sum(1)[: data.pairs].sum() / data.lengths[: data.pairs].sum()
+    for name in ("cpo", "orpo"):
+        same(data.ours(name, data.tokens)[0]["nll"], -total)
+    gap = data.scores[: data.pairs] - data.scores[data.pairs :]
+    same(data.ours("odpo", data.tokens, alpha=0.5)[0]["offset"], 0.5 * gap.log().mean())
+    weights = ((data.tokens - data.collision) * data.mask).sum(1) / data.lengths
+    same(data.ours("wpo", data.tokens)[0]["weight"], sum(weights.chunk(2)).exp().clamp(max=1).mean())
 
 
 @pytest.mark.parametrize(
