@@ -16,8 +16,17 @@ from embedded.config import WorldConfig
 from generation.config import GenerationConfig
 from pipelines.graph import Graph, Node
 from pipelines.placement import gpu_count
-from pipelines.sizes import WORLD_ROW, Answers, Size, answers_of, pairs_of, rows_of, size_of
-from training.config import EmaConfig, PolicyConfig, RewardConfig, SftConfig, TrainingConfig
+from pipelines.sizes import WORLD_ROW, Answers, Size, answers_of, experience_of, pairs_of, rows_of, size_of
+from training.config import (
+    CriticConfig,
+    EmaConfig,
+    ExperienceConfig,
+    PolicyConfig,
+    RewardConfig,
+    SftConfig,
+    TrainingConfig,
+    ValueHeadConfig,
+)
 
 PROCESS = 640 << 20
 """Python, torch and its kernels in one process."""
@@ -25,6 +34,8 @@ HEAD_CHUNK = 2048
 """Positions whose logits exist at once in training (training/logprobs.py)."""
 LOGITS_AT_ONCE = 1 << 26
 """Logits that exist at once in scoring by log-probabilities (annotation/logprobs.py)."""
+COLUMNS = 12
+"""Numbers for each response token that an experience stage holds at once, those of GAE among them."""
 BUCKET = 500_000_000
 """Numbers in DeepSpeed's buffer for the gradients under way (reduce_bucket_size)."""
 
@@ -57,16 +68,18 @@ def published_bytes(node: Node, graph: Graph) -> int | None:
     prompts       the source's bytes, and 160 a row
     generation    prompts · (8 · text + 512) + prompts · K · (max_new_tokens · 40 + 256): a token is an id (7), a
                   log-probability (24) and text (9); a prompt's ids take 7 for each byte of its text at most
-    score         answers · 256, and for log-probabilities max_new_tokens · 24 an answer
+    score         answers · 256, and for log-probabilities and values max_new_tokens · 24 an answer
+    experience    prompts · (8 · text + 512) + answers · (256 + max_new_tokens · (7 + 24 · c)), with c numbers a token
     pairs         2 · pairs · (8 · prompt + 2 · max_new_tokens · 16 + 640): as JSONL and as Parquet
     training      stored · a, the tokenizer, and 512 for each optimizer step's line in the log
     ema           stored · 4 and the tokenizer
+    value-head    stored · a and the tokenizer, a being 4 at most
     """
     config = node.config
     if isinstance(config, TrainingConfig):
         size, log = size_of(node.output, graph), LINE * (_steps(config, graph) or 0)
         return None if size is None else size.checkpoint_bytes(number_bytes(config)) + log + STAGE
-    if isinstance(config, EmaConfig):
+    if isinstance(config, EmaConfig | ValueHeadConfig):
         size = size_of(node.output, graph)
         return None if size is None else size.checkpoint_bytes(4) + STAGE
     if isinstance(config, WorldConfig):
@@ -82,7 +95,7 @@ def published_bytes(node: Node, graph: Graph) -> int | None:
 
 
 def _published_rows(config: Any, node: Node, graph: Graph) -> int | None:
-    """`published_bytes` of generation, scores and pairs."""
+    """`published_bytes` of generation, scores, pairs and experience."""
     rollouts = node.output if isinstance(config, GenerationConfig) else config.rollouts
     answers = answers_of(rollouts, graph)
     if answers is None:
@@ -93,13 +106,16 @@ def _published_rows(config: Any, node: Node, graph: Graph) -> int | None:
         assert found is not None
         text = (1 + ID) * prompts.bytes // max(1, prompts.count)
         return 2 * found[0] * (text + 2 * tokens * (ID + TEXT) + PAIR) + STAGE
+    prompt_bytes = (1 + ID) * prompts.bytes + prompts.count * ROLLOUT
+    if isinstance(config, ExperienceConfig):
+        numbers = 2 + (config.reference is not None) + 2 * (config.values is not None)
+        return prompt_bytes + answers.count * (SAMPLE + tokens * (ID + numbers * LOGPROB)) + STAGE
     files = shards_of(rollouts, graph) * FILE
     if isinstance(config, ScoreConfig):
         count = answers.count
         if config.pairs is not None and (found := pairs_of(config.pairs, graph)):
             count = min(count, 2 * found[0])
-        return count * (SAMPLE + (tokens * LOGPROB if config.kind == "logprobs" else 0)) + files + STAGE
-    prompt_bytes = (1 + ID) * prompts.bytes + prompts.count * ROLLOUT
+        return count * (SAMPLE + (tokens * LOGPROB if config.kind in ("logprobs", "values") else 0)) + files + STAGE
     answer_bytes = answers.count * (tokens * (ID + LOGPROB + TEXT) + SAMPLE)
     return prompt_bytes + answer_bytes + files + STAGE
 
@@ -137,6 +153,11 @@ def _steps(config: TrainingConfig, graph: Graph) -> int | None:
         if found is None:
             return None
         rows = found.count
+    elif (experience := _experience(config)) is not None:
+        answers = experience_of(experience, graph)
+        if answers is None:
+            return None
+        rows = answers.prompts.count
     elif isinstance(config, PolicyConfig | RewardConfig):
         for path in config.pairs:
             pairs = pairs_of(path, graph)
@@ -144,6 +165,11 @@ def _steps(config: TrainingConfig, graph: Graph) -> int | None:
                 return None
             rows += pairs[0]
     return config.epochs * -(-rows // config.global_batch)
+
+
+def _experience(config: TrainingConfig) -> Path | None:
+    """The experience that a training reads, if it does."""
+    return config.experience if isinstance(config, PolicyConfig | CriticConfig) else None
 
 
 def number_bytes(config: TrainingConfig, on_gpu: bool | None = None) -> int:
@@ -179,10 +205,17 @@ def memory(node: Node, graph: Graph, *, on_gpu: bool) -> Memory | None:
     config = node.config
     if isinstance(config, TrainingConfig):
         size = size_of(config.model, graph)
-        if size is not None and isinstance(config, RewardConfig):
+        if size is not None and isinstance(config, RewardConfig | CriticConfig):
             size = size.as_classifier()
-        longest = _longest_row(config, graph)
-        return None if size is None else training_memory(config, size, longest, on_gpu=on_gpu)
+        longest, sequences = _longest_row(config, graph), _sequences(config, graph)
+        return None if size is None else training_memory(config, size, longest, sequences, on_gpu=on_gpu)
+    if isinstance(config, ExperienceConfig):
+        answers = answers_of(config.rollouts, graph)
+        tokens = answers.count * answers.longest_answer if answers else 0
+        return Memory({"numbers per token": COLUMNS * 8 * tokens, "process": PROCESS}, 1) if answers else None
+    if isinstance(config, ValueHeadConfig):
+        size = size_of(config.model, graph)
+        return None if size is None else Memory({"weights": 2 * 4 * size.stored, "process": PROCESS}, 1)
     if isinstance(config, EmaConfig):
         size = size_of(config.model, graph)
         return None if size is None else Memory({"weights": 3 * 4 * size.stored, "process": PROCESS}, 1)
@@ -196,8 +229,10 @@ def memory(node: Node, graph: Graph, *, on_gpu: bool) -> Memory | None:
     return None
 
 
-def training_memory(config: TrainingConfig, size: Size, longest: int | None, *, on_gpu: bool) -> Memory:
+def training_memory(config: TrainingConfig, size: Size, longest: int | None, sequences: int, *, on_gpu: bool) -> Memory:
     """Memory of a training process among n = `processes`; `longest` is the longest sequence in tokens, if known.
+
+    `sequences` is how many a row has, which are never divided.
 
     Without DeepSpeed every process holds fp32 weights (4 P), their gradients (4 T), AdamW's moments (8 T; SGD has
     none), for several processes DDP's buckets (4 T), and under bf16 autocast bf16 copies of the weights (2 P).
@@ -217,7 +252,7 @@ def training_memory(config: TrainingConfig, size: Size, longest: int | None, *, 
     one row.
 
     Logits exist for at most 2048 positions at once, as three fp32 tensors in the backward pass, beside the head's fp32
-    gradient and its copies (training/logprobs.py). A reward model has none.
+    gradient and its copies (training/logprobs.py). Reward models and critics have none.
     """
     number = number_bytes(config, on_gpu)
     total, trained = size.parameters, size.trained(config.frozen)
@@ -240,7 +275,6 @@ def training_memory(config: TrainingConfig, size: Size, longest: int | None, *, 
         parts["weights"] = 0 if "param" in offloaded and on_gpu else weights
         parts["gradients"] = gradients + number * min(trained, BUCKET)
         parts["optimizer"] = 0 if "optimizer" in offloaded and on_gpu else optimizer
-    sequences = 1 if isinstance(config, SftConfig) else 2
     tokens = config.micro_batch_tokens
     if longest is not None:
         share = sequences * -(-config.global_batch // processes) * longest
@@ -252,7 +286,7 @@ def training_memory(config: TrainingConfig, size: Size, longest: int | None, *, 
     else:
         kept, holes = (size.layers + 0.25) * layer, 1.5
     parts["activations"] = int(tokens * (kept + 12 * size.hidden) * (1 if on_gpu else holes))
-    if not isinstance(config, RewardConfig):
+    if not isinstance(config, RewardConfig | CriticConfig):
         head = size.vocabulary * size.hidden * (8 + number)
         parts["logits"] = 12 * min(HEAD_CHUNK, tokens) * size.vocabulary + head
     return Memory({**parts, "process": PROCESS}, processes)
@@ -279,11 +313,23 @@ def _longest_row(config: TrainingConfig, graph: Graph) -> int | None:
     if isinstance(config, SftConfig):
         rows = rows_of(config.demonstrations, graph)
         found = [rows.longest_tokens] if rows else []
+    elif (experience := _experience(config)) is not None:
+        answers = experience_of(experience, graph)
+        found = [answers.longest] if answers else []
     elif isinstance(config, PolicyConfig | RewardConfig):
         found = [pairs[1].longest for path in config.pairs if (pairs := pairs_of(path, graph))]
     if not found:
         return config.max_length
     return min(max(found), config.max_length or max(found))
+
+
+def _sequences(config: TrainingConfig, graph: Graph) -> int:
+    """Sequences of a row: a demonstration, the two answers of a pair, or the K of a prompt."""
+    if isinstance(config, SftConfig):
+        return 1
+    experience = _experience(config)
+    answers = experience_of(experience, graph) if experience else None
+    return answers.k if answers else 2
 
 
 def generation_memory(config: GenerationConfig, size: Size, answers: Answers | None, *, on_gpu: bool) -> Memory:

@@ -11,7 +11,7 @@ from generation.config import GenerationConfig
 from pipelines.config import EnvironmentsSection
 from pipelines.environments import probe_versions
 from pipelines.graph import Graph, Node
-from training.config import TrainingConfig
+from training.config import CriticConfig, RewardConfig, TrainingConfig, ValueHeadConfig
 
 
 def check_inputs(graph: Graph) -> None:
@@ -77,13 +77,17 @@ def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
         yield functools.partial(model.require_length, tokens, "prompt and answer together")
     if isinstance(config, ScoreConfig) and config.model in outside:
         model = ModelInfo.read(config.model)
-        if config.kind == "reward_model":
+        if config.kind in ("reward_model", "values"):
             yield model.require_one_label
+        if config.kind == "reward_model":
             yield model.require_chat_template
     if isinstance(config, TrainingConfig) and config.model in outside:
         model = ModelInfo.read(config.model)
-        yield model.require_causal
+        starts_as_classifier = isinstance(config, RewardConfig | CriticConfig) and model.labels is not None
+        yield model.require_one_label if starts_as_classifier else model.require_causal
         yield functools.partial(model.require_length, config.max_length or 1, "max_length")
+    if isinstance(config, ValueHeadConfig) and config.model in outside:
+        yield ModelInfo.read(config.model).require_causal
 
 
 def _raise(error: UserError) -> None:

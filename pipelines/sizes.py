@@ -18,7 +18,14 @@ from embedded.config import WorldConfig
 from embedded.reviews import vocabulary
 from generation.config import GenerationConfig
 from pipelines.graph import Graph
-from training.config import EmaConfig, RewardConfig, TrainingConfig
+from training.config import (
+    CriticConfig,
+    EmaConfig,
+    ExperienceConfig,
+    RewardConfig,
+    TrainingConfig,
+    ValueHeadConfig,
+)
 
 TEMPLATE_TOKENS = 64
 """Tokens that a chat template adds to a prompt, generously."""
@@ -55,6 +62,8 @@ class Size:
     """Bytes of configuration and tokenizer."""
     tensors: dict[str, int] = field(default_factory=dict)
     """Numbers in each tensor by name; empty where there are no weights to look at."""
+    classifier: bool = False
+    """Whether it gives one score per sequence instead of having an LM head."""
 
     def trained(self, frozen: list[str]) -> int:
         """T: the parameters whose names contain none of `frozen`; all where the names are not known."""
@@ -72,9 +81,11 @@ class Size:
 
     def as_classifier(self) -> "Size":
         """The same with one score per sequence instead of an LM head."""
+        if self.classifier:
+            return self
         head = 0 if self.tied else self.vocabulary * self.hidden
         parameters = self.parameters - head + self.hidden
-        return replace(self, parameters=parameters, stored=parameters)
+        return replace(self, parameters=parameters, stored=parameters, classifier=True)
 
 
 def read_size(model: Path) -> Size | None:
@@ -108,7 +119,7 @@ def read_size(model: Path) -> Size | None:
     total = sum(tensors.values())
     classifier = any(name.startswith("score.") for name in tensors)
     stored = total - head + (size.vocabulary * size.hidden if size.tied and not classifier else 0)
-    return replace(size, parameters=total - head, stored=stored, tensors=tensors)
+    return replace(size, parameters=total - head, stored=stored, tensors=tensors, classifier=classifier)
 
 
 def _from_config(config: dict[str, Any]) -> Size:
@@ -184,9 +195,10 @@ def size_of(model: Path, graph: Graph) -> Size | None:
                 "max_position_embeddings": 128,
             }
         )
-    if isinstance(config, TrainingConfig | EmaConfig):
+    if isinstance(config, TrainingConfig | EmaConfig | ValueHeadConfig):
         start = size_of(config.model, graph)
-        return start.as_classifier() if start and isinstance(config, RewardConfig) else start
+        classifier = isinstance(config, RewardConfig | CriticConfig | ValueHeadConfig)
+        return start.as_classifier() if start and classifier else start
     return None
 
 
@@ -302,6 +314,13 @@ def answers_of(path: Path, graph: Graph) -> Answers | None:
         longest = min(longest, config.max_prompt_tokens)
     share = prompts.bytes * count // max(1, prompts.count)
     return Answers(Rows(count, share, prompts.longest), config.k, longest, config.max_new_tokens)
+
+
+def experience_of(path: Path, graph: Graph) -> Answers | None:
+    """The answers that an experience stage makes its rows of: one row per prompt."""
+    owner = graph.owner(path)
+    config = graph.nodes[owner].config if owner else None
+    return answers_of(config.rollouts, graph) if isinstance(config, ExperienceConfig) else None
 
 
 def pairs_of(path: Path, graph: Graph) -> tuple[int, Answers] | None:

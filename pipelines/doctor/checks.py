@@ -29,7 +29,15 @@ from pipelines.locked import Locked, resolve_variant
 from pipelines.placement import gpu_count
 from pipelines.preflight import input_mistakes, model_mistakes
 from pipelines.sizes import size_of
-from training.config import EmaConfig, PolicyConfig, RewardConfig, TrainingConfig
+from training.config import (
+    CriticConfig,
+    EmaConfig,
+    ExperienceConfig,
+    PolicyConfig,
+    RewardConfig,
+    TrainingConfig,
+    ValueHeadConfig,
+)
 
 NAMED_TOKEN = re.compile(r"(key|token|secret|password)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}(?![0-9a-f])", re.IGNORECASE)
 """A token of 40 hexadecimal digits behind its name, also inside a line of bash."""
@@ -230,6 +238,8 @@ def _memory_mend(node: Node) -> str:
         return "Raise generation.tensor_parallel, lower generation.max_num_seqs, or free memory."
     if isinstance(node.config, ScoreConfig):
         return "Lower the scorer's batch_tokens or replicas, or take a smaller model."
+    if isinstance(node.config, ExperienceConfig):
+        return "Lower prompts.per_iteration, generation.k or generation.max_new_tokens, or free memory."
     return "Free memory, or take a smaller model."
 
 
@@ -284,12 +294,13 @@ def _context(plan: Plan) -> Iterator[Finding]:
             mend = f"Lower them to {policy.context} tokens together."
             findings[keys] = Finding("models", "error", f"{keys}: more than {limit}", mend)
     yield from findings.values()
-    trained = [node.config for node in graph.nodes.values() if isinstance(node.config, PolicyConfig | RewardConfig)]
+    data = PolicyConfig | RewardConfig | CriticConfig
+    trained = [node.config for node in graph.nodes.values() if isinstance(node.config, data)]
     for shortest in sorted(
         {config.max_length for config in trained if config.max_length and config.max_length < longest}
     ):
         found = f"max_length={shortest} of a training is less than the {longest} tokens that prompt and answer may have"
-        mend = "Raise max_length, or lower generation.max_new_tokens: longer pairs are dropped and counted."
+        mend = "Raise max_length, or lower generation.max_new_tokens: longer rows are dropped and counted."
         yield Finding("models", "warning", found, mend)
 
 
@@ -423,7 +434,7 @@ def model_paths(node: Node) -> list[Path]:
         return [config.model] if config.model else []
     if isinstance(config, EmaConfig):
         return [config.average, config.model]
-    return [config.model] if isinstance(config, TrainingConfig) else []
+    return [config.model] if isinstance(config, TrainingConfig | ValueHeadConfig) else []
 
 
 def grouped(needs: dict[str, Memory]) -> Iterator[tuple[list[str], Memory]]:

@@ -1,5 +1,6 @@
 """All that an artifact was made from, told from the manifests along its links."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from annotation.config import (
     ScoreConfig,
 )
 from contracts.artifacts import Artifact
-from contracts.callables import source_file
+from contracts.callables import source_files
 from contracts.config import StageConfig
 from contracts.errors import UserError
 from contracts.fingerprint import file_sha256
@@ -21,13 +22,23 @@ from contracts.prompts import PromptsConfig
 from embedded.config import Smollm2Config, WorldConfig
 from generation.config import GenerationConfig
 from pipelines.lineage.links import Index, Link, links_of, run_of
-from training.config import EmaConfig, PolicyConfig, RewardConfig, SftConfig
+from training.catalogue import describe
+from training.config import (
+    CriticConfig,
+    EmaConfig,
+    ExperienceConfig,
+    PolicyConfig,
+    RewardConfig,
+    SftConfig,
+    ValueHeadConfig,
+)
 
 CONFIGS: dict[str, type[StageConfig]] = {
     config.stage: config
     for config in (
         *(PromptsConfig, GenerationConfig, ScoreConfig, PairsConfig, EvaluationConfig),
         *(SftConfig, RewardConfig, PolicyConfig, EmaConfig, WorldConfig, Smollm2Config),
+        *(ValueHeadConfig, ExperienceConfig, CriticConfig),
         *(RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig),
     )
 }
@@ -125,14 +136,19 @@ def _settings(stage: str, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _sources(config: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
-    """The user's own functions, and whether their files are still what was run."""
+    """The user's own functions, algorithms and what they import, and whether these files are still what was run."""
+    files: dict[str, Path] = {}
+    with contextlib.suppress(UserError):
+        if config.get("function"):
+            files = source_files(config["function"])
+        elif digests and config.get("algorithm"):
+            files = describe(config["algorithm"]).sources
     found = {}
     for name, digest in digests.items():
-        try:
-            state = "same" if file_sha256(source_file(str(config[name]))) == digest else "changed"
-        except UserError:
-            state = "gone"
-        found[name] = {"function": config.get(name), "digest": digest, "state": state}
+        state = "gone"
+        if name in files:
+            state = "same" if file_sha256(files[name]) == digest else "changed"
+        found[name] = {"function": config.get(name, name), "digest": digest, "state": state}
     return found
 
 
