@@ -78,7 +78,7 @@ def _opener(config: ScoreConfig) -> Callable[[], Scorer]:
     info = ModelInfo.read(config.model)
     if config.kind == "logprobs":
         info.require_causal()
-    else:
+    elif config.kind == "reward_model" or not info.has_value_head:
         info.require_one_label()
     if config.kind == "reward_model":
         info.require_chat_template()

@@ -3,15 +3,18 @@
 A critic is a sequence classifier with one label, as reward models are, and its linear head `score` reads every position
 instead of the last one. The value of response token t is score(h), h being the last hidden state at position t - 1 of
 prompt and response together: the state in which the token was chosen, which the token itself is no part of. So the
-first value belongs to the prompt alone. It is the sample's score.
+first value belongs to the prompt alone. It is the sample's score. A policy that is its own critic has such a head
+beside its weights.
 """
 
-from transformers import AutoModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from annotation.config import ScoreConfig
 from annotation.samples import Sample
 from annotation.tokens import Batch, TokenScorer
 from contracts.errors import UserError
+from contracts.models import VALUE_HEAD
 from contracts.records import Score
 
 
@@ -19,13 +22,18 @@ class ValueModel(TokenScorer):
     """One value per response token; a sample's score is the first one, the value of its prompt."""
 
     def __init__(self, config: ScoreConfig, longest: int | None) -> None:
-        super().__init__(config, longest, AutoModelForSequenceClassification)
+        assert config.model is not None
+        own = config.model / VALUE_HEAD
+        super().__init__(config, longest, AutoModelForCausalLM if own.is_file() else AutoModelForSequenceClassification)
+        if own.is_file():
+            self.head = load_file(own)["weight"].to(self.model.device)
+            return
         if not hasattr(self.model, "score"):
             raise UserError(
                 f"critic {self.path}: {type(self.model).__name__} has no linear layer `score` as its head. Choose a "
                 "model of another architecture, such as Llama or Qwen."
             )
-        self.model.score.float()
+        self.head = self.model.score.weight.float()
 
     def judge(self, sample: Sample, numbers: list[float]) -> Score | str:
         """The value of the prompt, with those of all tokens; "empty" where there are none."""
@@ -34,5 +42,5 @@ class ValueModel(TokenScorer):
     def numbers(self, batch: Batch) -> list[float]:
         """Value of the state before each response token."""
         _, _, hidden_NH = self.run_backbone(batch)
-        values: list[float] = self.model.score(hidden_NH.float())[:, 0].tolist()
+        values: list[float] = (hidden_NH.float() @ self.head.T)[:, 0].tolist()
         return values

@@ -9,6 +9,8 @@ import msgspec
 from contracts.errors import UserError
 from contracts.fingerprint import weight_files
 
+VALUE_HEAD = "value_head/model.safetensors"
+"""File of a policy that is its own critic: one tensor `weight` [1, hidden size]; engines do not see it there."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -76,6 +78,11 @@ class ModelInfo(msgspec.Struct, frozen=True):
                 f"reward model {self.path} is a {self.architecture} with {found}; a Bradley-Terry reward model is a "
                 "…ForSequenceClassification with exactly one (num_labels=1)."
             )
+
+    @property
+    def has_value_head(self) -> bool:
+        """Whether this is a policy that is its own critic."""
+        return (self.path / VALUE_HEAD).is_file()
 
     def require_length(self, tokens: int, what: str) -> None:
         """Raise UserError when `tokens` do not fit the model's context."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
-from contracts.config import read_yaml
 from contracts.prompts import PromptsConfig
 from contracts.stage import MINIMUM_FREE
 from embedded.config import WorldConfig
@@ -230,26 +229,29 @@ def memory(node: Node, graph: Graph, *, on_gpu: bool) -> Memory | None:
 
 
 def training_memory(config: TrainingConfig, size: Size, longest: int | None, sequences: int, *, on_gpu: bool) -> Memory:
-    """Memory of a training process among n = `processes`; `longest` is the longest sequence in tokens, if known.
+    """Memory of a training process; `longest` is the longest sequence in tokens, if known.
 
-    `sequences` is how many a row has, which are never divided.
+    `sequences` is how many a row has, which are never divided. P and T are what the process's stage has of the model:
+    all of it, or with pp and tp its layers' part and, in the first or the last stage, one matrix of the vocabulary.
 
-    Without DeepSpeed every process holds fp32 weights (4 P), their gradients (4 T), AdamW's moments (8 T; SGD has
-    none), for several processes DDP's buckets (4 T), and under bf16 autocast bf16 copies of the weights (2 P).
+    Without sharding every process holds fp32 weights (4 P), their gradients (4 T), AdamW's moments (8 T; SGD has
+    none), for plain data parallelism DDP's buckets (4 T), and under bf16 autocast bf16 copies of the weights (2 P).
 
-    With DeepSpeed (a = 2 or 4 bytes): weights a·P, gradients a·T and, in fp32 for the processes' shares of the
-    optimizer step, master weights, moments and gradients (4 + 8 + 4) T / n. ZeRO-2 divides the gradients by n as well,
-    ZeRO-3 the weights too, but holds two layers and the embedding whole while it works on them. Gradients under way:
-    a · min(T, 5e8). `offload_optimizer_device` takes the optimizer's part off a GPU, `offload_param_device` the
-    weights'.
+    fsdp2 divides these by n = dp · sp. It computes with two layers and the vocabulary's matrices whole, in a = 2 or 4
+    bytes; with pp it holds the whole stage so during a step, and fp32 gradients of all of it.
 
-    Activations of a layer, for each token: 26 h + 4 a·i + 2 a·(q + k) bytes (residual stream and norms in fp32; what
-    the projections read; queries, keys and values). All layers keep them until the backward pass, or with
+    With DeepSpeed: weights a·P, gradients a·T and, in fp32 for the processes' shares of the optimizer step, master
+    weights, moments and gradients (4 + 8 + 4) T / n. ZeRO-2 divides the gradients by n as well, ZeRO-3 the weights too,
+    but holds two layers and the embedding whole while it works on them. Gradients under way: a · min(T, 5e8). What is
+    offloaded is not on a GPU.
+
+    Activations of a layer, for each token: 26 h + (4 a·i + 2 a·(q + k)) / tp bytes (residual stream and norms in fp32;
+    what the projections read; queries, keys and values). All layers keep them until the backward pass, or with
     gradient_checkpointing only their inputs (4 h) while one layer is computed again; the backward pass holds a quarter
     of a layer besides, embedding and last norm 12 h. All of this as measured on Llama, and on a CPU half as much again
     (with checkpointing 1.4 times as much again) for the holes that malloc leaves between them. N is what one
-    micro-batch may hold: micro_batch_tokens, but no more than the process's part of a global batch, and no less than
-    one row.
+    micro-batch may hold: micro_batch_tokens, but no more than the replica's part of a global batch, and no less than
+    one row; sp divides it. With pp the first stage has pp micro-batches in flight, in a pp-th of the layers.
 
     Logits exist for at most 2048 positions at once, as three fp32 tensors in the backward pass, beside the head's fp32
     gradient and its copies (training/logprobs.py). Reward models and critics have none.
@@ -257,30 +259,42 @@ def training_memory(config: TrainingConfig, size: Size, longest: int | None, seq
     number = number_bytes(config, on_gpu)
     total, trained = size.parameters, size.trained(config.frozen)
     moments = 2 if config.optimizer == "adamw" else 0
-    stage, offloaded = zero_settings(config.accelerate_config)
-    processes = config.processes
+    parallel = config.parallel
+    words = size.vocabulary * size.hidden
+    both = 1 if size.tied or isinstance(config, RewardConfig | CriticConfig) else 2
+    ends = both if parallel.pp == 1 else 1
+    if parallel.pp > 1 or parallel.tp > 1:
+        whole = (total - both * words) // (parallel.pp * parallel.tp) + ends * words
+        total, trained = whole, trained * whole // total
+    sharing = parallel.dp * parallel.sp
+    widest = 2 * (size.parameters // max(1, size.layers) // parallel.tp) + words
     parts: dict[str, int] = {}
-    if stage == 0:
+    if parallel.zero == "fsdp2":
+        computing = total if parallel.pp > 1 else min(total, widest + (ends - 1) * words)
+        parts["weights"] = 4 * total // sharing + number * computing
+        parts["gradients"] = 4 * trained // sharing + 4 * min(trained, computing)
+        parts["optimizer"] = 4 * moments * trained // sharing
+    elif parallel.zero == 0:
         parts["weights"] = total * (4 if number == 4 else 6)
-        parts["gradients"] = trained * (4 if processes == 1 else 8)
+        parts["gradients"] = trained * (8 if sharing > 1 and not parallel.is_native else 4)
         parts["optimizer"] = trained * 4 * moments
     else:
         weights, gradients = total * number, trained * number
-        optimizer = trained * 4 * (2 + moments) // processes
-        if stage >= 2:
-            gradients //= processes
-        if stage == 3:
-            widest = 2 * (size.parameters // max(1, size.layers)) + size.vocabulary * size.hidden
-            weights = weights // processes + min(weights, number * widest)
-        parts["weights"] = 0 if "param" in offloaded and on_gpu else weights
+        if parallel.zero >= 2:
+            gradients //= sharing
+        if parallel.zero == 3:
+            weights = weights // sharing + min(weights, number * widest)
+        parts["weights"] = 0 if "param" in parallel.offload and on_gpu else weights
         parts["gradients"] = gradients + number * min(trained, BUCKET)
-        parts["optimizer"] = 0 if "optimizer" in offloaded and on_gpu else optimizer
+        optimizer = trained * 4 * (2 + moments) // sharing
+        parts["optimizer"] = 0 if "optimizer" in parallel.offload and on_gpu else optimizer
     tokens = config.micro_batch_tokens
     if longest is not None:
-        share = sequences * -(-config.global_batch // processes) * longest
+        share = sequences * -(-config.global_batch // parallel.dp) * longest
         tokens = min(share, max(tokens, sequences * longest))
+    tokens = -(-tokens // parallel.sp)
     wide = size.query_width + size.key_width
-    layer = 26 * size.hidden + 4 * number * size.intermediate + 2 * number * wide
+    layer = 26 * size.hidden + (4 * number * size.intermediate + 2 * number * wide) // parallel.tp
     if config.gradient_checkpointing:
         kept, holes = size.layers * 4 * size.hidden + 1.25 * layer, 2.4
     else:
@@ -289,22 +303,7 @@ def training_memory(config: TrainingConfig, size: Size, longest: int | None, seq
     if not isinstance(config, RewardConfig | CriticConfig):
         head = size.vocabulary * size.hidden * (8 + number)
         parts["logits"] = 12 * min(HEAD_CHUNK, tokens) * size.vocabulary + head
-    return Memory({**parts, "process": PROCESS}, processes)
-
-
-def zero_settings(file: Path | None) -> tuple[int, set[str]]:
-    """The ZeRO stage of a file for `accelerate launch`, and what it offloads (param, optimizer); 0: no DeepSpeed.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    settings = read_yaml(file) if file is not None else {}
-    if settings.get("distributed_type") != "DEEPSPEED":
-        return 0, set()
-    deepspeed = settings.get("deepspeed_config") or {}
-    names = ("param", "optimizer")
-    offloaded = {name for name in names if deepspeed.get(f"offload_{name}_device") in ("cpu", "nvme")}
-    return int(deepspeed.get("zero_stage", 2)), offloaded
+    return Memory({**parts, "process": PROCESS}, parallel.processes)
 
 
 def _longest_row(config: TrainingConfig, graph: Graph) -> int | None:

@@ -31,12 +31,21 @@ def _listed_gpus() -> int:
 
 def place(config: StageConfig, gpus: int) -> StageConfig:
     """The same stage spread over `gpus` devices, as far as the user has not said how many processes it has."""
+    if isinstance(config, TrainingConfig):
+        return _place_training(config, gpus)
     fields: dict[str, int] = {}
     if isinstance(config, GenerationConfig) and not config.servers:
         fields = {"replicas": gpus // config.tensor_parallel}
     elif isinstance(config, ScoreConfig) and config.kind != "rule":
         fields = {"replicas": gpus}
-    elif isinstance(config, TrainingConfig):
-        fields = {"processes": gpus}
     update = {name: count for name, count in fields.items() if count > 1 and name not in config.model_fields_set}
     return config.model_copy(update=update)
+
+
+def _place_training(config: TrainingConfig, gpus: int) -> TrainingConfig:
+    """Data parallelism over what tp, pp and sp leave."""
+    parallel = config.parallel
+    dp = gpus // (parallel.tp * parallel.pp * parallel.sp)
+    if dp <= 1 or "dp" in parallel.model_fields_set:
+        return config
+    return config.model_copy(update={"parallel": parallel.model_copy(update={"dp": dp})})

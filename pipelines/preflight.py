@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from annotation.config import ScoreConfig
 from contracts.errors import UserError
@@ -11,7 +12,8 @@ from generation.config import GenerationConfig
 from pipelines.config import EnvironmentsSection
 from pipelines.environments import probe_versions
 from pipelines.graph import Graph, Node
-from training.config import CriticConfig, RewardConfig, TrainingConfig, ValueHeadConfig
+from training.config import CriticConfig, EmaConfig, RewardConfig, TrainingConfig, ValueHeadConfig
+from training.parallel import check_layout
 
 
 def check_inputs(graph: Graph) -> None:
@@ -77,7 +79,7 @@ def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
         yield functools.partial(model.require_length, tokens, "prompt and answer together")
     if isinstance(config, ScoreConfig) and config.model in outside:
         model = ModelInfo.read(config.model)
-        if config.kind in ("reward_model", "values"):
+        if config.kind == "reward_model" or (config.kind == "values" and not model.has_value_head):
             yield model.require_one_label
         if config.kind == "reward_model":
             yield model.require_chat_template
@@ -86,8 +88,22 @@ def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
         starts_as_classifier = isinstance(config, RewardConfig | CriticConfig) and model.labels is not None
         yield model.require_one_label if starts_as_classifier else model.require_causal
         yield functools.partial(model.require_length, config.max_length or 1, "max_length")
+    if isinstance(config, TrainingConfig):
+        start = origin_of(config.model, graph)
+        if (start / "config.json").is_file():
+            yield functools.partial(check_layout, config.parallel, start)
     if isinstance(config, ValueHeadConfig) and config.model in outside:
         yield ModelInfo.read(config.model).require_causal
+
+
+def origin_of(model: Path, graph: Graph) -> Path:
+    """The model that a model is trained from, through all stages of the run: it has the same layers."""
+    while (owner := graph.owner(model)) is not None:
+        config = graph.nodes[owner].config
+        if not isinstance(config, TrainingConfig | EmaConfig | ValueHeadConfig):
+            return model
+        model = config.model
+    return model
 
 
 def _raise(error: UserError) -> None:

@@ -18,6 +18,7 @@ from contracts.artifacts import Publication
 from contracts.attempt import beat
 from contracts.fingerprint import TOKENIZER_FILES
 from contracts.ledger import Ledger
+from contracts.models import VALUE_HEAD
 from training.models import Shapes
 
 SHARD_BYTES = 5 << 30
@@ -34,6 +35,7 @@ def save_checkpoint(
     dtype: torch.dtype,
     changes: dict[str, Any],
     unit: str,
+    value_head: Tensor | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write and commit weights, configuration and tokenizer.
@@ -47,13 +49,17 @@ def save_checkpoint(
         dtype: number format to store.
         changes: entries of `config.json` that training changed.
         unit: of the publication's ledger.
+        value_head: of a policy that is its own critic, [1, hidden size].
 
     Raises:
         RuntimeError: a tensor is missing, empty, of another shape, or not finite.
     """
     _require_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes)
     tensors = _separate(revert_weight_conversion(model, state), dtype)
-    for name, group in _shards(tensors, shard_bytes):
+    files = dict(_shards(tensors, shard_bytes))
+    if value_head is not None:
+        files[VALUE_HEAD] = _separate({"weight": value_head}, torch.float32)
+    for name, group in files.items():
         beat()
         scratch = publication.scratch(name)
         _save(group, scratch)

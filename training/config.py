@@ -5,8 +5,20 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from contracts.config import StageConfig, identity, input_path, runtime
+from contracts.config import Section, StageConfig, identity, input_path, runtime
 from training.catalogue import BUILT_IN, check_settings, describe
+from training.parallel import ParallelConfig
+
+
+class LoraSection(Section):
+    """Train low-rank adapters instead of the weights (LoRA, arXiv 2106.09685); the checkpoint has them merged."""
+
+    rank: int = identity(16, ge=1)
+    """Rank of the adapters."""
+    alpha: float = identity(32.0, gt=0)
+    """They are scaled by alpha / rank."""
+    targets: list[str] = identity(["all-linear"], min_length=1)
+    """Names of the linear layers that get one, for example q_proj; all-linear: all but the LM head."""
 
 
 class TrainingConfig(StageConfig):
@@ -44,6 +56,8 @@ class TrainingConfig(StageConfig):
     """Longer sequences are dropped and counted, never cut; by default the model's context."""
     frozen: list[str] = identity([])
     """Parameters whose name contains one of these are not trained, for example embed_tokens."""
+    lora: LoraSection | None = identity(None)
+    """Train adapters instead: {rank: 16, alpha: 32}. The weights themselves stay in `dtype`, without fp32 copies."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the rows is dropped."""
     micro_batch_tokens: int = runtime(16384, ge=1)
@@ -53,12 +67,20 @@ class TrainingConfig(StageConfig):
     sharing; padded: for models that can compute neither; auto: the first of these that the model can."""
     gradient_checkpointing: bool = runtime(False)
     """Recompute activations in the backward pass: less memory, more time."""
-    processes: int = runtime(1, ge=1)
-    """Processes on this machine, one device each, started by `accelerate launch`."""
-    accelerate_config: Path | None = runtime(None)
-    """File for `accelerate launch`, for example configs/accelerate/zero3.yaml; None: plain data parallel."""
+    parallel: ParallelConfig = runtime(ParallelConfig())
+    """Processes on this machine and how the model is spread over them, for example {dp: 4, zero: 3}."""
     checkpoint_seconds: float = runtime(300.0, ge=0)
     """Save the state of the training at least this often, to go on from after a kill; 0: after every step."""
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> Self:
+        if self.lora is not None and self.frozen:
+            raise ValueError("frozen is for training the weights themselves; with lora only adapters are trained.")
+        if self.lora is not None and self.parallel.is_divided:
+            raise ValueError(
+                f"lora with parallel {self.parallel}: adapters are not divided. Set tp, pp, sp to 1 (dp and zero may stay)."
+            )
+        return self
 
 
 class SftConfig(TrainingConfig):
@@ -103,6 +125,9 @@ class PolicyConfig(TrainingConfig):
     """Published experience, for algorithms that read samples."""
     nll_coefficient: float = identity(0.0, ge=0)
     """Weight of the chosen answers' mean token NLL that is added to the loss of an algorithm that reads pairs."""
+    value_head: bool = identity(False)
+    """Train a value head on the policy's own last hidden states, so that it is its own critic (a shared backbone), for
+    algorithms that need values."""
     max_drift: float = runtime(0.1, gt=0)
     """Stop when the log-probabilities of the engine that sampled differ from the trainer's by more than this (nats a
     token, mean of the absolute differences)."""
@@ -116,6 +141,8 @@ class PolicyConfig(TrainingConfig):
             expected = len(self.pairs) if "reference" in description.needs else 0
             if not self.pairs or self.experience is not None:
                 raise ValueError(f"algorithm={self.algorithm} reads pairs: set pairs=[PATH, ...], and no experience.")
+            if self.value_head:
+                raise ValueError(f"value_head: algorithm={self.algorithm} reads pairs, which have no values.")
             if len(self.reference) != expected:
                 raise ValueError(
                     f"algorithm={self.algorithm} with {len(self.pairs)} pairs needs {expected} reference, found "
@@ -126,6 +153,8 @@ class PolicyConfig(TrainingConfig):
                 raise ValueError(
                     f"algorithm={self.algorithm} reads samples: set experience=PATH, and neither pairs nor reference."
                 )
+            if self.value_head and "values" not in description.needs:
+                raise ValueError(f"value_head: algorithm={self.algorithm} needs no values.")
             if self.nll_coefficient:
                 raise ValueError(f"nll_coefficient is for pairs; algorithm={self.algorithm} reads samples.")
         return self

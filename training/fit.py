@@ -1,5 +1,6 @@
 """From rows to a published checkpoint: what all training stages do the same way."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from training.config import TrainingConfig
 from training.engines import start
 from training.engines.base import Engine
 from training.loop import Learning, train
+from training.lora import add_adapters, merge_adapters
 from training.models import pick_dtype, set_modes, set_trainable, tensor_shapes
 from training.modules import TokenLogprobs, Trained, require_plain_head
 from training.packing import Packing
@@ -57,10 +59,14 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         shapes = tensor_shapes(task.auto, task.model_config)
         engine = start(config, dtype)
         # Where the engine keeps no fp32 master weights itself, the weights are fp32 and bf16 is autocast: at the
-        # learning rates of preference learning an update is smaller than a bf16 weight's last bit.
-        model = task.load(dtype if engine.master_copies else torch.float32)
+        # learning rates of preference learning an update is smaller than a bf16 weight's last bit. With adapters,
+        # which are fp32 themselves, the weights do not change at all.
+        model = task.load(dtype if engine.master_copies or config.lora else torch.float32)
         packing, attention = set_packing(config, model, max(row.longest for row in rows))
-        set_trainable(model, config.frozen)
+        if config.lora is not None:
+            add_adapters(model, config.lora, config.seed)
+        else:
+            set_trainable(model, config.frozen)
         set_modes(model, config.gradient_checkpointing)
         module = task.wrap(model)
         if isinstance(module, TokenLogprobs):
@@ -84,6 +90,8 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         weights = {
             name.removeprefix("model."): tensor for name, tensor in gathered.items() if name.startswith("model.")
         }
+        if config.lora is not None:
+            weights = merge_adapters(weights, config.lora)
         save_checkpoint(
             context.publication,
             weights,
@@ -93,6 +101,7 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
             dtype=dtype,
             changes=task.changes,
             unit=task.ledger.unit,
+            value_head=gathered.get("value_head.weight"),
         )
         context.publication.write_rows("training-log.jsonl", log, task.ledger)
     facts = {
@@ -104,6 +113,7 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         "tokens": sum(row.tokens for row in rows),
         "dtype": str(dtype).removeprefix("torch."),
         "master_dtype": "float32",
+        "trained_parameters": sum(math.prod(shape) for shape in engine.trained_shapes().values()),
         "attention": attention,
         "packing": packing,
         **engine.facts(),

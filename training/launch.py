@@ -23,10 +23,10 @@ from typing import Any, NoReturn
 
 from contracts import stopping
 from contracts.attempt import report_failure
-from contracts.config import read_yaml
 from contracts.errors import UserError
 from contracts.processes import die_with_parent, end_groups
 from training.config import TrainingConfig
+from training.parallel import ParallelConfig, check_layout
 
 PLAIN = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": 1, "machine_rank": 0}
 """Plain data parallelism. On CPUs as well, with use_cpu: under MULTI_CPU accelerate starts one process only."""
@@ -35,20 +35,21 @@ LAUNCHER = "RATCHET_LAUNCHER"
 
 
 def launch(config: TrainingConfig) -> bool:
-    """Run the stage in `config.processes` processes and return True; False where this process is to run it itself.
+    """Run the stage in the processes of its layout and return True; False where this process is to run it itself.
 
     Raises:
+        UserError: the model cannot be divided as declared.
         SystemExit: the processes failed; the message and the exit code are theirs.
     """
     if "RANK" in os.environ:
         return False
-    settings = launcher_settings(config)
-    if config.processes == 1 and settings["distributed_type"] != "DEEPSPEED":
+    check_layout(config.parallel, config.model)
+    if config.parallel.processes == 1 and not config.parallel.deepspeed_stage:
         return False
     with tempfile.TemporaryDirectory(prefix="ratchet-launch-") as directory:
         folder = Path(directory)
         (folder / "stage.json").write_text(config.model_dump_json())
-        (folder / "accelerate.json").write_text(json.dumps(settings))
+        (folder / "accelerate.json").write_text(json.dumps(launcher_settings(config.parallel)))
         command = [sys.executable, "-m", "training.launch", str(os.getpid()), config.stage, directory]
         process = subprocess.Popen(command, start_new_session=True)
         try:
@@ -61,36 +62,24 @@ def launch(config: TrainingConfig) -> bool:
     return True
 
 
-def launcher_settings(config: TrainingConfig) -> dict[str, Any]:
-    """The settings for `accelerate launch`: the config's file, or plain data parallelism, for `config.processes`.
-
-    Raises:
-        UserError: the file contradicts the config.
-    """
-    settings = read_yaml(config.accelerate_config) if config.accelerate_config else dict(PLAIN)
-    if "distributed_type" not in settings:
-        raise UserError(
-            f"{config.accelerate_config} is no file for `accelerate launch`: it has no distributed_type. Use one like "
-            "configs/accelerate/zero2.yaml."
-        )
-    declared = settings.get("num_processes", config.processes)
-    if declared != config.processes:
-        raise UserError(
-            f"{config.accelerate_config} has num_processes: {declared}, but processes={config.processes}. Set "
-            f"processes={declared}, or take the line out of the file."
-        )
-    return {**settings, "num_processes": config.processes}
-
-
-def declared_zero_stage(file: Path | None) -> int | None:
-    """The ZeRO stage of a file for `accelerate launch`, 0 without DeepSpeed; None where it does not say."""
-    if file is None:
-        return None
-    settings = read_yaml(file)
-    if settings.get("distributed_type") != "DEEPSPEED":
-        return 0
-    stage = (settings.get("deepspeed_config") or {}).get("zero_stage")
-    return None if stage is None else int(stage)
+def launcher_settings(parallel: ParallelConfig) -> dict[str, Any]:
+    """The settings for `accelerate launch`, which starts the processes of every layout."""
+    settings = {**PLAIN, "num_processes": parallel.processes}
+    if not parallel.deepspeed_stage:
+        return settings
+    whole = parallel.deepspeed_stage == 3
+    return settings | {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {
+            "zero_stage": parallel.deepspeed_stage,
+            "zero3_init_flag": whole,
+            "zero3_save_16bit_model": whole,  # the published checkpoint is gathered from all processes
+            "offload_optimizer_device": "cpu" if "optimizer" in parallel.offload else "none",
+            "offload_param_device": "cpu" if "param" in parallel.offload else "none",
+            "gradient_accumulation_steps": 1,  # training decides by itself where a step ends
+            "deepspeed_multinode_launcher": "standard",
+        },
+    }
 
 
 def die_with_launcher() -> None:

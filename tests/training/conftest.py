@@ -1,12 +1,15 @@
 """A tiny world for the training stages: a word-level tokenizer, random Llamas, pairs with reference log-probs."""
 
+import contextlib
 import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -53,6 +56,25 @@ def run_here(stage: str, **settings: Any) -> Artifact:
     AcceleratorState._reset_state(reset_partial_state=True)
     command = COMMANDS[stage]
     return run_stage(command, validate(command.config, settings, "test"))
+
+
+@contextlib.contextmanager
+def breaking_off(after: int | None) -> Iterator[None]:
+    """Interrupt the training inside after so many steps, if that is a number."""
+    import training.loop
+
+    def rate(step: int, total: int, **options: Any) -> float:
+        if step == after:
+            raise InterruptedError
+        return learning_rate(step, total, **options)
+
+    learning_rate = training.loop.learning_rate
+    with mock.patch.object(training.loop, "learning_rate", rate):
+        if after is None:
+            yield
+        else:
+            with pytest.raises(InterruptedError):
+                yield
 
 
 def publish(target: Path, schema: Schema, rows: list[Any]) -> Artifact:
@@ -114,33 +136,34 @@ def make_reference(pairs: list[Pair], *, seed: int = 1) -> list[Score]:
     return scores
 
 
-def make_model(target: Path, *, tied: bool = True, seed: int = 0) -> Path:
-    """A random Llama with its tokenizer: two layers, hidden size 64; untied comes with grouped-query attention."""
+def make_model(target: Path, *, kind: str = "llama", tied: bool = True, seed: int = 0, **changes: Any) -> Path:
+    """A random model with its tokenizer: two layers, hidden size 64; untied comes with grouped-query attention."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(IDS),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2 if tied else 1,
-        head_dim=32,
-        max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-        bos_token_id=IDS["<s>"],
-        eos_token_id=EOS,
-        pad_token_id=EOS,  # as many models have it: padding must never hide an EOS
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-        attention_dropout=0.5,  # training must switch it off
-    )
-    LlamaForCausalLM(config).save_pretrained(target)
+    settings: dict[str, Any] = {
+        "vocab_size": len(IDS),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2 if tied else 1,
+        "head_dim": 32,
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        "bos_token_id": IDS["<s>"],
+        "eos_token_id": EOS,
+        "pad_token_id": EOS,  # as many models have it: padding must never hide an EOS
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.1,
+        "attention_dropout": 0.5,  # training must switch it off
+    }
+    config = AutoConfig.for_model(kind, **{**settings, **changes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(target)
     backend = Tokenizer(WordLevel(IDS, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()
     backend.add_special_tokens(SPECIAL)
@@ -200,3 +223,44 @@ def dpo_settings(models: dict[str, Path], pairs: dict[str, Path], output: Path, 
         "learning_rate": 1e-3,
         **changes,
     }
+
+
+def five_steps(stage: str, model: Path, pairs: dict[str, Path], demonstrations: Path) -> dict[str, Any]:
+    """Five steps of SGD; the last batch of the epoch is incomplete (22 = 3 x 6 + 4, 20 = 3 x 6 + 2)."""
+    data = {
+        "policy": {"pairs": [pairs["pairs"]], "reference": [pairs["reference"]], "nll_coefficient": 0.3},
+        "reward": {"pairs": [pairs["pairs"]], "eval_fraction": 0.2},
+        "sft": {"demonstrations": demonstrations},
+    }[stage]
+    return {
+        "model": model,
+        "global_batch": 6,
+        "epochs": 2,
+        "max_steps": 5,
+        "optimizer": "sgd",
+        "learning_rate": 0.05,
+        "schedule": "constant",
+        **data,
+    }
+
+
+def assert_same_training(expected: Path, found: Path) -> None:
+    """The same losses, gradient norms and weights, up to rounding, in five steps that change the model."""
+    import torch
+    from safetensors.torch import load_file
+
+    lines, others = training_log(expected), training_log(found)
+    assert [line.keys() for line in others] == [line.keys() for line in lines]
+    assert len(lines) == 5
+    for line, other in zip(lines, others, strict=True):
+        assert other == pytest.approx(line, rel=1e-4, abs=1e-6)
+    start = Artifact.open(expected).manifest.input_paths["model"]
+    before = load_file(Path(start) / "model.safetensors")
+    after, other = (load_file(path / "model.safetensors") for path in (expected, found))
+    assert after.keys() == other.keys()
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in after.keys() & before.keys()}
+    assert max(moved.values()) > 1e-3
+    for name, value in after.items():
+        torch.testing.assert_close(
+            other[name], value, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, dpo_settings, make_model, run_here, training_log
+from conftest import ROOT, breaking_off, dpo_settings, make_model, run_here, training_log
 from safetensors.torch import load_file, save_file
 
 import training.loop
@@ -22,12 +22,11 @@ from contracts import stopping
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 
-ZERO2, ZERO3 = (ROOT / "configs" / "accelerate" / f"zero{stage}.yaml" for stage in (2, 3))
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
-    "ddp": {"processes": 2},
-    "zero2": {"processes": 2, "accelerate_config": ZERO2},
-    "zero3": {"processes": 2, "accelerate_config": ZERO3},
+    "ddp": {"dp": 2},
+    "zero2": {"dp": 2, "zero": 2},
+    "zero3": {"dp": 2, "zero": 3},
 }
 DEADLINE = 120.0
 
@@ -121,10 +120,10 @@ def is_saved(output: Path) -> bool:
 def test_after_kills_and_requests_to_stop_it_ends_with_the_same_bytes(
     layout: str, model: Path, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path, start: Any
 ) -> None:
-    epochs = 3 if "accelerate_config" in LAYOUTS[layout] else 8
+    epochs = 3 if "zero" in LAYOUTS[layout] else 8
     settings = dpo_settings(
         models, pairs, tmp_path / "out", model=model, epochs=epochs, nll_coefficient=0.1, weight_decay=0.1,
-        micro_batch_tokens=96, **LAYOUTS[layout],
+        micro_batch_tokens=96, parallel=LAYOUTS[layout],
     )  # fmt: skip
 
     whole = start(settings, output=tmp_path / "whole")
@@ -159,7 +158,7 @@ def test_after_kills_and_requests_to_stop_it_ends_with_the_same_bytes(
         assert process.end() == 0, (process.attempt / "log").read_text()
     end, expected = Artifact.open(tmp_path / "out"), Artifact.open(tmp_path / "whole")
     assert end.manifest.files == expected.manifest.files
-    assert end.manifest.facts["zero_stage"] == {"zero2": 2, "zero3": 3}.get(layout, 0)
+    assert end.manifest.facts["parallel"]["zero"] == LAYOUTS[layout].get("zero", 0)
     assert end.manifest.facts["resumed_steps"] >= steps
     assert end.manifest.facts["resumed_steps"] < end.manifest.facts["steps"]
     assert not (tmp_path / "out" / "state").exists()
@@ -167,7 +166,7 @@ def test_after_kills_and_requests_to_stop_it_ends_with_the_same_bytes(
     assert bool(torch.signbit(unused).all())
 
     if layout == "zero3":  # go on in another layout: here, without DeepSpeed, in one process
-        one = settings | {"processes": 1, "accelerate_config": None}
+        one = settings | {"parallel": {}}
         other = run_here("policy", **one | {"output": tmp_path / "other"})
         (tmp_path / "moved").rename(hidden(other, tmp_path / "elsewhere"))
         moved = run_here("policy", **one | {"output": tmp_path / "elsewhere"})
@@ -181,19 +180,10 @@ def hidden(artifact: Artifact, output: Path) -> Path:
     return output.parent / f".{output.name}.partial-{artifact.manifest.key[:16]}"
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, **settings: Any) -> Path:
+def interrupt(after: int, **settings: Any) -> Path:
     """Train in this process, save after every step, and break off after some; return the saved state."""
-
-    def rate(step: int, total: int, **options: Any) -> float:
-        if step == after:
-            raise InterruptedError
-        return learning_rate(step, total, **options)
-
-    learning_rate = training.loop.learning_rate
-    with monkeypatch.context() as patch:
-        patch.setattr(training.loop, "learning_rate", rate)
-        with pytest.raises(InterruptedError):
-            run_here("policy", **settings, checkpoint_seconds=0)
+    with breaking_off(after):
+        run_here("policy", **settings, checkpoint_seconds=0)
     return saved_state(settings["output"])
 
 
@@ -220,12 +210,11 @@ def test_a_damaged_state_is_reported_and_not_used(
     models: dict[str, Path],
     pairs: dict[str, Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = dpo_settings(models, pairs, tmp_path / "out", max_steps=4)
     whole = run_here("policy", **settings | {"output": tmp_path / "whole"})
-    state = interrupt(monkeypatch, 2, **settings)
+    state = interrupt(2, **settings)
     state.write_bytes(damage(state.read_bytes()))
     again = run_here("policy", **settings)
     assert capsys.readouterr().err.count(f"{state} is damaged; the training starts from its beginning.\n") == 1
@@ -233,23 +222,21 @@ def test_a_damaged_state_is_reported_and_not_used(
     assert again.manifest.files == whole.manifest.files
 
 
-def test_resumed_steps(
-    models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_steps(models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path) -> None:
     settings = dpo_settings(models, pairs, tmp_path / "out")
-    state = interrupt(monkeypatch, 3, **settings)
-    assert state == interrupt(monkeypatch, 7, **settings)
+    state = interrupt(3, **settings)
+    assert state == interrupt(7, **settings)
     artifact = run_here("policy", **settings)
     assert (artifact.manifest.facts["resumed_steps"], artifact.manifest.facts["steps"]) == (7, 12)
     assert [line["step"] for line in training_log(artifact.path)] == list(range(1, 13))
 
 
 def test_the_state_of_another_model_is_an_error(
-    models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
 ) -> None:
-    foreign = interrupt(monkeypatch, 1, **dpo_settings(models, pairs, tmp_path / "gqa", model=models["gqa"]))
+    foreign = interrupt(1, **dpo_settings(models, pairs, tmp_path / "gqa", model=models["gqa"]))
     settings = dpo_settings(models, pairs, tmp_path / "out")
-    state = interrupt(monkeypatch, 1, **settings)
+    state = interrupt(1, **settings)
     shutil.copy(foreign, state)
     with pytest.raises(UserError, match=r"of another model: its .*lm_head.* has shape \(.* instead of None"):
         run_here("policy", **settings)
@@ -259,7 +246,7 @@ def test_a_full_disk_leaves_the_state_before(
     models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = dpo_settings(models, pairs, tmp_path / "out")
-    before = interrupt(monkeypatch, 2, **settings).read_bytes()
+    before = interrupt(2, **settings).read_bytes()
 
     def usage(path: Path) -> Any:
         return disk_usage(path)._replace(free=1 << 30 if path == tmp_path else len(before) // 2)
@@ -291,13 +278,3 @@ def test_a_stop_while_the_final_model_is_measured_loses_no_step(
     artifact = run_here("reward", **settings, output=tmp_path / "out")
     assert artifact.manifest.facts["resumed_steps"] == artifact.manifest.facts["steps"]
     assert artifact.manifest.files == whole.manifest.files
-
-
-def test_one_process_with_a_file_for_several_runs_here(
-    models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`accelerate launch` would start it without RANK, and it would start itself again."""
-    (tmp_path / "plain.yaml").write_text("distributed_type: MULTI_GPU\nnum_machines: 1\n")
-    monkeypatch.delattr(subprocess, "Popen")
-    settings = dpo_settings(models, pairs, tmp_path / "out", max_steps=1, accelerate_config=tmp_path / "plain.yaml")
-    assert run_here("policy", **settings).manifest.facts["processes"] == 1

@@ -214,8 +214,8 @@ def test_references_that_do_not_fit(
         ("frozen=[nothing]", "no parameter's name contains 'nothing'"),
         ("reference=[]", "reference"),
         ("settings.bta=0.2", "Did you mean 'beta'"),
-        ("processes=2 max_length=2", "no usable row"),
-        ("accelerate_config=configs/accelerate/missing.yaml", "does not exist"),
+        ("parallel.dp=2 max_length=2", "no usable row"),
+        ("parallel.tp=4", "does not divide num_attention_heads (2)"),
     ],
 )  # fmt: skip
 def test_mistakes_end_with_one_message_and_exit_code_2(
@@ -234,7 +234,7 @@ def test_a_failing_rank_leaves_its_failure_for_the_supervisor(
 ) -> None:
     arguments = ["policy", f"model={models['tied']}", f"pairs=[{pairs['pairs']}]", f"reference=[{pairs['reference']}]"]
     result = run_cli(
-        *arguments, f"output={tmp_path / 'out'}", "processes=2", "frozen=[nothing]",
+        *arguments, f"output={tmp_path / 'out'}", "parallel.dp=2", "frozen=[nothing]",
         check=False, RATCHET_ATTEMPT=str(tmp_path),
     )  # fmt: skip
     assert result.returncode == 2

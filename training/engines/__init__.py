@@ -8,6 +8,10 @@ from training.engines.base import Engine
 
 def start(config: TrainingConfig, dtype: torch.dtype) -> Engine:
     """Join the other processes, in the parallel layout that was asked for and no other."""
+    if config.parallel.is_native:
+        from training.engines.native import NativeEngine
+
+        return NativeEngine(config.parallel, dtype)
     from training.engines.accelerated import AcceleratedEngine
 
     return AcceleratedEngine(config, dtype)

@@ -15,7 +15,6 @@ from contracts.errors import UserError
 from training.config import TrainingConfig
 from training.engines import zero
 from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Shapes, Share
-from training.launch import declared_zero_stage
 from training.packing import Packed
 
 
@@ -43,10 +42,10 @@ class AcceleratedEngine(Engine):
 
     def facts(self) -> dict[str, Any]:
         """What accelerate says that it runs."""
+        layout = {"dp": self.replicas, "zero": self.zero, "offload": _offloaded(self.accelerator)}
         return {
-            "distributed": self.accelerator.distributed_type.value,
-            "zero_stage": self.zero,
             "processes": self.world_size,
+            "parallel": {"by": f"accelerate: {self.accelerator.distributed_type.value}", **layout},
         }
 
     def prepare(self, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
@@ -175,17 +174,16 @@ def _start(config: TrainingConfig, dtype: torch.dtype) -> Accelerator:
             InitProcessGroupKwargs(backend="gloo" if on_cpu and deepspeed else None, timeout=COLLECTIVE_DEADLINE)
         ],
     )
-    declared = declared_zero_stage(config.accelerate_config)
-    found = _zero_stage(accelerator)
-    if declared is not None and declared != found:
+    found, offloaded = _zero_stage(accelerator), _offloaded(accelerator)
+    if found != config.parallel.deepspeed_stage or set(offloaded) != set(config.parallel.offload):
         raise UserError(
-            f"{config.accelerate_config} declares ZeRO stage {declared}, but {found} is running (0: no DeepSpeed). "
-            "Start the stage without `accelerate launch` of your own, or give it this file."
+            f"parallel ({config.parallel}) is declared, but ZeRO stage {found} is running (0: no DeepSpeed) with "
+            f"offload={offloaded}. Start the stage without a launcher of your own."
         )
-    if accelerator.num_processes != config.processes:
+    if accelerator.num_processes != config.parallel.processes:
         raise UserError(
-            f"{accelerator.num_processes} process(es) were started, but processes={config.processes}. Set processes "
-            "to the number started; on CPUs use distributed_type MULTI_GPU with use_cpu: true, never MULTI_CPU."
+            f"{accelerator.num_processes} process(es) were started, but parallel ({config.parallel}) declares "
+            f"{config.parallel.processes}. Start the stage without a launcher of your own."
         )
     if found:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -193,6 +191,8 @@ def _start(config: TrainingConfig, dtype: torch.dtype) -> Accelerator:
         settings["gradient_accumulation_steps"] = 1  # the loop decides where a step ends
         settings["gradient_clipping"] = config.max_grad_norm
         settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        # DeepSpeed's own optimizer for the CPU knows Adam alone, and is compiled in minutes.
+        settings["zero_force_ds_cpu_optimizer"] = config.optimizer == "adamw" and not on_cpu
     return accelerator
 
 
@@ -201,6 +201,15 @@ def _zero_stage(accelerator: Accelerator) -> int:
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return 0
     return int(accelerator.state.deepspeed_plugin.zero_stage)
+
+
+def _offloaded(accelerator: Accelerator) -> list[str]:
+    """What DeepSpeed keeps in the machine's memory."""
+    if not _zero_stage(accelerator):
+        return []
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    names = ("optimizer", "param")
+    return [name for name in names if (settings.get(f"offload_{name}") or {}).get("device", "none") != "none"]
 
 
 def _require_no_compiler() -> None:

@@ -157,8 +157,8 @@ class NativeEngine(Engine):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if self.world_size != parallel.processes:
             raise UserError(
-                f"{self.world_size} process(es) were started, but dp {parallel.dp} x tp {parallel.tp} x pp "
-                f"{parallel.pp} are {parallel.processes}. Start the stage without a launcher of your own."
+                f"{self.world_size} process(es) were started, but parallel ({parallel}) declares {parallel.processes}. "
+                "Start the stage without a launcher of your own."
             )
         names = ("pp", "data", "tp")
         shape = (parallel.pp, parallel.dp * parallel.sp, parallel.tp)
@@ -321,16 +321,13 @@ class NativeEngine(Engine):
     def facts(self) -> dict[str, Any]:
         """The layout, and how much of the model the largest process holds."""
         return {
-            "engine": "torch",
             "processes": self.world_size,
-            "dp": self.replicas,
-            "tp": self._parallel.tp,
-            "pp": self._parallel.pp,
-            "sp": self._parallel.sp,
-            "zero": self._parallel.zero,
-            "layers_by_stage": [end - start for start, end in zip(self._layers, self._layers[1:], strict=False)],
-            "parameters_per_process": self._most,
-            "device": self.device.type,
+            "parallel": {
+                "by": "torch",
+                **self._parallel.model_dump(),
+                "layers_by_stage": [end - start for start, end in itertools.pairwise(self._layers)],
+                "parameters_per_process": self._most,
+            },
         }
 
     # Computing

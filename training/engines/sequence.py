@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from contracts.errors import UserError
 from training.attention import attend
 from training.packing import Packed, Plan
 
@@ -34,7 +35,16 @@ class Sequences:
         return -(-int(batch.input_ids.numel()) // int(self.size))
 
     def part(self, batch: Packed) -> Packed:
-        """The same micro-batch with this process's tokens only; its plan is of the whole."""
+        """The same micro-batch with this process's tokens only; its plan is of the whole.
+
+        Raises:
+            UserError: the batch is padded, because the model cannot compute flat ones.
+        """
+        if batch.plan is None:
+            raise UserError(
+                "parallel.sp divides flat batches, and this training's are padded: its packing says so, or the model's "
+                "attention has a window shorter than the longest sequence. Set parallel.sp to 1."
+            )
         count = self.tokens(batch)
         missing = count * self.size - batch.input_ids.numel()
         mine = slice(self.rank * count, (self.rank + 1) * count)
@@ -72,9 +82,9 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sequences: Sequences) -> Tensor:
         ctx.sequences = sequences
-        whole = rows.new_empty(sequences.size * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(whole, rows.contiguous(), group=sequences.group)
-        return whole
+        whole = rows.new_empty(sequences.size, *rows.shape)
+        dist.all_gather(list(whole), rows.contiguous(), group=sequences.group)
+        return whole.flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -1,0 +1,35 @@
+"""One of several processes that run trainings one after another, because starting takes most of the time.
+
+    torchrun --nproc_per_node 2 ranks.py FILE
+
+FILE: a JSON list of trainings, each with `stage`, `settings`, and perhaps `break_off`, the steps that it is to take.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from conftest import breaking_off
+
+from contracts.config import validate
+from contracts.stage import run_stage
+from training.__main__ import COMMANDS
+from training.launch import leaves_without_teardown
+
+
+def main() -> None:
+    for training in json.loads(Path(sys.argv[1]).read_text()):
+        command = COMMANDS[training["stage"]]
+        with breaking_off(training.get("break_off")):
+            run_stage(command, validate(command.config, training["settings"], "test"))
+
+
+if __name__ == "__main__":
+    with leaves_without_teardown():
+        try:
+            main()
+        except BaseException:
+            traceback.print_exc()
+            raise
+        sys.exit(0)

@@ -1,0 +1,245 @@
+"""One process = any layout of several: losses, gradient norms and weights of five steps of SGD, and a resumption."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import (
+    ROOT,
+    assert_same_training,
+    breaking_off,
+    dpo_settings,
+    five_steps,
+    make_model,
+    run_cli,
+    run_here,
+    training_log,
+)
+
+from contracts.artifacts import Artifact
+from contracts.errors import UserError
+from training.launch import launcher_settings
+from training.parallel import ParallelConfig, check_layout
+
+SMALL = {"micro_batch_tokens": 48}
+"""Several micro-batches in each process, fewer for the last step."""
+LAUNCHED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ddp": ("policy", "tied", {"dp": 2}),
+    "zero1": ("policy", "tied", {"dp": 2, "zero": 1}),
+    "zero2": ("policy", "tied", {"dp": 2, "zero": 2}),
+    "zero3": ("sft", "untied", {"dp": 2, "zero": 3}),
+    "zero3-offloaded": ("policy", "untied", {"dp": 2, "zero": 3, "offload": ["optimizer", "param"]}),
+    "pp-dp-tp": ("policy", "tied", {"pp": 2, "dp": 2, "tp": 2, "zero": "fsdp2"}),
+}
+"""Each by the command line, in processes of its own."""
+TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "fsdp2": ("policy", "untied", {"dp": 2, "zero": "fsdp2"}),
+    "fsdp2-recomputed": ("policy", "tied", {"dp": 2, "zero": "fsdp2"}),
+    "tp": ("policy", "biased", {"tp": 2}),
+    "tp-reward": ("reward", "tied", {"tp": 2}),
+    "pp": ("policy", "tied", {"pp": 2}),
+    "pp-sft": ("sft", "untied", {"pp": 2}),
+    "pp-reward-recomputed": ("reward", "biased", {"pp": 2}),
+    "sp": ("policy", "untied", {"sp": 2}),
+    "sp-frozen": ("sft", "tied", {"sp": 2, "zero": "fsdp2"}),
+}
+"""All in the same two processes."""
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models of four layers with grouped queries; `biased` is a Qwen2."""
+    folder = tmp_path_factory.mktemp("deep")
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    return {
+        "tied": make_model(folder / "tied", **shape),
+        "untied": make_model(folder / "untied", tied=False, seed=1, **shape),
+        "biased": make_model(folder / "biased", kind="qwen2", seed=2, **shape),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture
+def expected(
+    request: pytest.FixtureRequest,
+    folder: Path,
+    deep: dict[str, Path],
+    pairs: dict[str, Path],
+    demonstrations: Path,
+) -> Path:
+    """The same training as that of the test's layout, in one process."""
+    stage, model, _ = {**LAUNCHED, **TOGETHER}[request.node.callspec.params["layout"]]
+    output = folder / f"one-{stage}-{model}"
+    name = request.node.callspec.params["layout"]
+    settings = five_steps(stage, deep[model], pairs, demonstrations) | changes_of(name)
+    if "frozen" in settings:
+        output = output.with_name(f"{output.name}-frozen")
+    if not output.exists():
+        run_here(stage, **settings, output=output)
+    return output
+
+
+def changes_of(layout: str) -> dict[str, Any]:
+    """Settings of a layout's training beside its parallel ones."""
+    changes: dict[str, Any] = {}
+    if layout.endswith("recomputed"):
+        changes["gradient_checkpointing"] = True
+    if layout.endswith("frozen"):
+        changes["frozen"] = ["embed_tokens", "layers.1.mlp"]
+    return changes
+
+
+def run_ranks(folder: Path, processes: int, trainings: list[dict[str, Any]]) -> None:
+    """Run trainings one after another in as many processes."""
+    (folder / "trainings.json").write_text(json.dumps(trainings, default=str))
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    script = [str(Path(__file__).with_name("ranks.py")), str(folder / "trainings.json")]
+    environment = {**os.environ, "PYTHONPATH": ":".join([str(ROOT), *sys.path])}  # where pytest is
+    result = subprocess.run(
+        [sys.executable, *torchrun, *script],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path, deep: dict[str, Path], pairs: dict[str, Path], demonstrations: Path) -> Path:
+    """The trainings of TOGETHER, and some that go on in another layout."""
+    trainings: list[dict[str, Any]] = []
+    for name, (stage, model, parallel) in TOGETHER.items():
+        settings = five_steps(stage, deep[model], pairs, demonstrations) | SMALL | changes_of(name)
+        trainings.append({"stage": stage, "settings": {**settings, "parallel": parallel, "output": folder / name}})
+    with breaking_off(2):
+        run_here("policy", **moving_settings(deep, pairs, folder / "one-fsdp2"), checkpoint_seconds=0)
+    for name, parallel, after in (
+        ("one-fsdp2", {"dp": 2, "zero": "fsdp2"}, None),
+        ("pp-tp", {"pp": 2}, 2),
+        ("pp-tp", {"tp": 2}, None),
+        ("sp-one", {"sp": 2, "zero": "fsdp2"}, 2),
+    ):
+        settings = moving_settings(deep, pairs, folder / name) | {"parallel": parallel, "checkpoint_seconds": 0}
+        trainings.append({"stage": "policy", "settings": settings, "break_off": after})
+    run_ranks(folder, 2, trainings)
+    return folder
+
+
+def moving_settings(deep: dict[str, Path], pairs: dict[str, Path], output: Path) -> dict[str, Any]:
+    """A training with moments, of a model with tied embeddings, to be continued elsewhere."""
+    return dpo_settings(deep, pairs, output, max_steps=4, global_batch=6, weight_decay=0.1, **SMALL)
+
+
+def require_layout(output: Path, parallel: dict[str, Any]) -> None:
+    """Libraries fall back without a word, and the losses agree all the same: the manifest says what really ran."""
+    facts = Artifact.open(output).manifest.facts
+    declared = ParallelConfig(**parallel)
+    assert facts["processes"] == declared.processes
+    assert facts["parallel"].items() >= parallel.items()
+    assert facts["parallel"]["by"].startswith("torch" if declared.is_native else "accelerate")
+
+
+@pytest.mark.parametrize("layout", LAUNCHED)
+def test_processes_of_the_command_line(
+    layout: str, expected: Path, folder: Path, deep: dict[str, Path], pairs: dict[str, Path], demonstrations: Path
+) -> None:
+    stage, model, parallel = LAUNCHED[layout]
+    settings = five_steps(stage, deep[model], pairs, demonstrations) | SMALL
+    settings |= {"parallel": parallel, "output": folder / layout}
+    (folder / f"{layout}.json").write_text(json.dumps(settings, default=str))
+    run_cli(stage, "--config", folder / f"{layout}.json")
+    require_layout(folder / layout, parallel)
+    assert_same_training(expected, folder / layout)
+
+
+@pytest.mark.parametrize("layout", TOGETHER)
+def test_layouts_of_two_processes(layout: str, expected: Path, together: Path) -> None:
+    require_layout(together / layout, TOGETHER[layout][2])
+    assert_same_training(expected, together / layout)
+
+
+def test_a_training_goes_on_in_another_layout(
+    together: Path, deep: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
+) -> None:
+    run_here("policy", **moving_settings(deep, pairs, tmp_path / "whole"))
+    run_here("policy", **moving_settings(deep, pairs, together / "sp-one"))
+    expected = training_log(tmp_path / "whole")
+    for name in ("one-fsdp2", "pp-tp", "sp-one"):
+        assert Artifact.open(together / name).manifest.facts["resumed_steps"] == 2
+        for line, other in zip(expected, training_log(together / name), strict=True):
+            assert other == pytest.approx(line, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"zero": 3, "tp": 2}, "combined with data parallelism only"),
+        ({"offload": ["optimizer"]}, "only DeepSpeed offloads"),
+        ({"zero": "fsdp2", "offload": ["param"]}, "only DeepSpeed offloads"),
+        ({"zero": 2, "offload": ["param"]}, "only ZeRO-3 offloads weights"),
+        ({"dp": 0}, "greater than or equal to 1"),
+        ({"zero": 4}, "zero"),
+    ],
+)
+def test_combinations_that_are_refused(parallel: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**parallel)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"tp": 4}, r"parallel.tp · sp is 4, which does not divide num_key_value_heads \(2\)"),
+        ({"tp": 2, "sp": 2}, r"is 4, which does not divide num_key_value_heads"),
+        ({"tp": 3}, r"does not divide num_attention_heads \(4\)"),
+        ({"pp": 5}, "has 4 layers. Set it to at most 4"),
+    ],
+)
+def test_a_model_that_cannot_be_divided(parallel: dict[str, Any], message: str, deep: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=message):
+        check_layout(ParallelConfig(**parallel), deep["untied"])
+
+
+def test_an_architecture_that_is_not_known(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", kind="gpt_neox")
+    check_layout(ParallelConfig(dp=2, zero="fsdp2"), model)
+    with pytest.raises(
+        UserError, match="is a GPTNeoXForCausalLM; tensor, pipeline and sequence parallelism know Llama"
+    ):
+        check_layout(ParallelConfig(pp=2), model)
+
+
+def test_settings_for_the_launcher() -> None:
+    assert launcher_settings(ParallelConfig(dp=2, tp=2, pp=2, zero="fsdp2"))["num_processes"] == 8
+    settings = launcher_settings(ParallelConfig(dp=2, zero=3, offload=["optimizer"]))
+    assert settings["distributed_type"] == "DEEPSPEED"
+    assert settings["deepspeed_config"]["offload_optimizer_device"] == "cpu"
+    assert settings["deepspeed_config"]["offload_param_device"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ("{dp: 1, zero: 2}", "but ZeRO stage 0 is running"),
+        ("{dp: 2}", "1 process(es) were started, but parallel (dp=2) declares 2"),
+        ("{pp: 2}", "1 process(es) were started, but parallel (pp=2) declares 2"),
+    ],
+)
+def test_a_layout_that_does_not_run_is_an_error(
+    parallel: str, message: str, deep: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
+) -> None:
+    """A rank that another launcher has started must not train as if nothing were amiss."""
+    result = run_cli(
+        "policy", f"model={deep['tied']}", f"pairs=[{pairs['pairs']}]", f"reference=[{pairs['reference']}]",
+        f"output={tmp_path / 'out'}", f"parallel={parallel}",
+        check=False, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
