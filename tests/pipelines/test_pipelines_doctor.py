@@ -102,14 +102,12 @@ def test_all_mistakes_are_told_at_once(smallest: Path) -> None:
         "policy=models/nowhere",
         "prompts.train.source=nowhere.jsonl",
         "scorers.gold.function=embedded.reviews:nothere",
-        "training.accelerate_config=nowhere.yaml",
         "generation.max_new_tokens=200",
     )
     for text in (
         "models/nowhere does not exist. Give a path",
         "nowhere.jsonl does not exist. Give a path",
         "has no function 'nothere'",
-        "nowhere.yaml does not exist",
     ):
         assert one(found, text)["level"] == "error"
     assert {finding["check"] for finding in found} >= {"disk", "environments", "file system", "limits", "network"}
@@ -171,7 +169,7 @@ def test_more_threads_than_cores(smallest: Path) -> None:
 
 def test_models_that_do_not_fit_the_memory(smallest: Path) -> None:
     found = doctor(smallest, "world.hidden_size=32768", "world.layers=80")
-    mended(found, "error", "iteration-001/training, iteration-002/training and 1 more: about", "zero3.yaml")
+    mended(found, "error", "iteration-001/training, iteration-002/training and 1 more: about", "parallel.zero=3")
     assert "its weights and their state alone do not fit" in one(found, "iteration-002/training and 1 more: ")["found"]
     mended(found, "error", "stages will write about", "directory=PATH")
 
@@ -315,7 +313,7 @@ def test_no_loopback(smallest: Path) -> None:
 @needs_namespaces
 def test_little_shared_memory(smallest: Path) -> None:
     shell = 'mount -t tmpfs -o size=64m tmpfs /dev/shm; exec "$@"'
-    found = doctor(smallest, "training.processes=2", shell=shell)
+    found = doctor(smallest, "training.parallel.dp=2", shell=shell)
     mended(found, "warning", "64 MiB of shared memory (/dev/shm) for stages of up to 2 processes", "--shm-size")
     assert "/dev/shm" not in json.dumps(doctor(smallest, shell=shell))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pipelines_smallest import FinishedRun
 
 from contracts.artifacts import MANIFEST
@@ -139,13 +138,10 @@ def test_states_of_plain_training(run_with: Callable[..., Graph]) -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 8])
-def test_zero_divides_the_states(run_with: Callable[..., Graph], root: Path, tmp_path: Path, processes: int) -> None:
-    def states(stage: int) -> dict[str, int]:
-        settings = yaml.safe_load((root / "configs/accelerate/zero3.yaml").read_text())
-        settings["deepspeed_config"]["zero_stage"] = stage
-        (tmp_path / "zero.yaml").write_text(yaml.safe_dump(settings))
-        launch = (f"training.processes={processes}", f"training.accelerate_config={tmp_path / 'zero.yaml'}")
-        return training_memory(run_with(LLAMA_8B, "training.dtype=bfloat16", *launch)).parts
+def test_zero_divides_the_states(run_with: Callable[..., Graph], processes: int) -> None:
+    def states(zero: int | str) -> dict[str, int]:
+        parallel = f"training.parallel={{dp: {processes}, zero: {zero}}}"
+        return training_memory(run_with(LLAMA_8B, "training.dtype=bfloat16", parallel)).parts
 
     count = 8_030_261_248
     one, two, three = states(1), states(2), states(3)
@@ -153,14 +149,25 @@ def test_zero_divides_the_states(run_with: Callable[..., Graph], root: Path, tmp
     assert one["weights"] == two["weights"] == 2 * count
     assert 2 * count // processes < three["weights"] < two["weights"]
     assert two["gradients"] < one["gradients"]
+    fsdp2 = states("fsdp2")
+    assert fsdp2["optimizer"] == 8 * count // processes
+    assert 4 * count // processes < fsdp2["weights"] < 4 * count // processes + two["weights"]
 
 
-def test_what_is_offloaded_is_not_on_the_device(run_with: Callable[..., Graph], tmp_path: Path) -> None:
-    deepspeed = {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"}
-    (tmp_path / "zero.yaml").write_text(
-        yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": deepspeed})
-    )
-    graph = run_with(LLAMA_8B, f"training.accelerate_config={tmp_path / 'zero.yaml'}")
+def test_tensor_and_pipeline_parallelism_divide_the_layers(run_with: Callable[..., Graph]) -> None:
+    def parts(parallel: str) -> dict[str, int]:
+        return training_memory(run_with(LLAMA_8B, "training.dtype=float32", f"training.parallel={parallel}")).parts
+
+    count, words = 8_030_261_248, 128256 * 4096
+    assert parts("{tp: 4}")["weights"] == 4 * ((count - 2 * words) // 4 + 2 * words)
+    assert parts("{tp: 4, pp: 2}")["optimizer"] == 8 * ((count - 2 * words) // 8 + words)
+    assert parts("{tp: 2, pp: 2, dp: 2, zero: fsdp2}")["optimizer"] == 4 * ((count - 2 * words) // 4 + words)
+    assert parts("{tp: 4}")["activations"] < parts("{}")["activations"]
+    assert parts("{sp: 2}")["activations"] * 2 == parts("{}")["activations"]
+
+
+def test_what_is_offloaded_is_not_on_the_device(run_with: Callable[..., Graph]) -> None:
+    graph = run_with(LLAMA_8B, "training.parallel={zero: 3, offload: [optimizer, param]}")
     on_gpu, on_cpu = training_memory(graph), training_memory(graph, on_gpu=False)
     assert on_gpu.parts["weights"] == on_gpu.parts["optimizer"] == 0
     assert on_cpu.parts["weights"] > 0
