@@ -1,0 +1,80 @@
+"""Our training core, started as the training stages start it, on a model that was made instead of loaded."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from accelerate import Accelerator
+
+from benchmarks.side import Side
+from training.config import CriticConfig, PolicyConfig, TrainingConfig
+from training.engines import start
+from training.engines.accelerated import AcceleratedEngine
+from training.engines.base import Engine
+from training.fit import make_optimizer, set_packing
+from training.loop import Learning, train
+from training.models import pick_dtype, set_modes, set_trainable
+from training.modules import Trained
+from training.packing import Packing
+from training.state import Line
+
+NOWHERE = Path("unused")
+"""Where a configuration names files: the model and the data are in memory."""
+
+
+def policy_config(settings: dict[str, Any], algorithm: str, algorithm_settings: dict[str, Any]) -> PolicyConfig:
+    """The configuration of the stage `policy` for the settings of a benchmark."""
+    pairs = algorithm == "dpo"
+    data = {"pairs": [NOWHERE], "reference": [NOWHERE]} if pairs else {"experience": NOWHERE}
+    return PolicyConfig(algorithm=algorithm, settings=algorithm_settings, **data, **_common(settings))
+
+
+def critic_config(settings: dict[str, Any]) -> CriticConfig:
+    """The configuration of the stage `critic` for the settings of a benchmark."""
+    return CriticConfig(experience=NOWHERE, **_common(settings))
+
+
+def _common(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "output": NOWHERE,
+        "model": NOWHERE,
+        "epochs": settings.get("ppo_epochs", 1),
+        "global_batch": settings["rows"],
+        "learning_rate": settings["learning_rate"],
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+        "optimizer": settings["optimizer"],
+        "weight_decay": settings["weight_decay"],
+        "micro_batch_tokens": settings["micro_batch_tokens"],
+    }
+
+
+class Core:
+    """A model with its optimizer, ready for as many trainings as are wanted."""
+
+    def __init__(self, config: TrainingConfig, model: Any, wrap: Callable[[Any], Trained], longest: int) -> None:
+        """`longest`: tokens of the longest sequence that will be trained on."""
+        self.config = config
+        self.engine: Engine = start(config, pick_dtype(config))
+        self.packing: Packing
+        self.packing, self.attention = set_packing(config, model, longest)
+        set_trainable(model, config.frozen)
+        set_modes(model, config.gradient_checkpointing)
+        self.engine.prepare(wrap(model), lambda parameters: make_optimizer(config, parameters))
+
+    def train(self, learning: Learning) -> list[Line]:
+        """The loop of all training stages, which neither finds nor saves a state of an earlier attempt."""
+        state: Any = SimpleNamespace(read=list, due=False)
+        context: Any = SimpleNamespace(progress=lambda *_: None)
+        return train(self.config, context, self.engine, learning, self.packing, state)
+
+
+def watch(side: Side) -> None:
+    """Report the parts of every step of this process."""
+    for name, owner, method in (
+        ("forward", Trained, "forward"),
+        ("backward", Accelerator, "backward"),
+        ("optimizer", AcceleratedEngine, "step"),
+    ):
+        setattr(owner, method, side.timed(name, getattr(owner, method)))

@@ -1,0 +1,45 @@
+"""Our DPO on given pairs, one optimizer step per unit of work."""
+
+import sys
+from pathlib import Path
+
+from benchmarks import workload
+from benchmarks.side import Side
+
+
+def main(path: str) -> None:
+    """Train until nobody wants more; `path` is a file of `workload.write`."""
+    side = Side()
+    import torch
+
+    from benchmarks.core import Core, policy_config, watch
+    from training.catalogue import describe
+    from training.data import Response, Row, token_ids
+    from training.loop import Learning
+    from training.modules import TokenLogprobs
+    from training.policy import losses
+
+    settings, shape, batches = workload.read(Path(path), workload.Pair)
+    torch.set_num_threads(settings["threads"])
+
+    def row(number: int, pair: workload.Pair) -> Row:
+        answers = zip((pair.chosen, pair.rejected), pair.reference, strict=True)
+        responses = tuple(Response(token_ids(ids), {"score": 0.0, "reference": value}) for ids, value in answers)
+        return Row(str(number), token_ids(pair.prompt), responses)
+
+    made = [[row(number, pair) for number, pair in enumerate(batch)] for batch in batches]
+    settings["rows"] = len(batches[0])
+    config = policy_config(settings, "dpo", {"beta": settings["beta"]})
+    core = Core(
+        config, shape.causal(settings["seed"]), TokenLogprobs, max(row.longest for rows in made for row in rows)
+    )
+    loss, _ = losses(config, describe("dpo"))
+    watch(side)
+    side.ready(packing=core.packing, attention=core.attention, micro_batch_tokens=config.micro_batch_tokens)
+    for batch, rows in zip(batches, made, strict=True):
+        (line,) = core.train(Learning(rows, loss))
+        side.done(useful_tokens=sum(pair.useful_tokens for pair in batch), loss=line["loss"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,128 @@
+"""Our PPO on given rollouts, one batch of rollouts per unit of work.
+
+What counts is what our stages compute after sampling and rewards: the reference's log-probabilities, the critic's
+values, the experience, the policy's own log-probabilities before its training, and the epochs of both trainings. (TRL
+needs no pass for the policy's log-probabilities: it keeps the logits that it sampled with.)
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks import workload
+from benchmarks.side import Side
+
+
+def main(path: str) -> None:
+    """Train until nobody wants more; `path` is a file of `workload.write`."""
+    side = Side()
+    import numpy as np
+    import torch
+
+    from annotation.logprobs import LogprobModel
+    from annotation.values import ValueModel
+    from benchmarks.core import Core, critic_config, policy_config, watch
+    from training.algorithm import Experience
+    from training.algorithms import ppo
+    from training.catalogue import describe
+    from training.critic import critic_loss
+    from training.data import Response, Row, token_ids
+    from training.drift import measure_drift
+    from training.loop import Learning
+    from training.modules import TokenLogprobs, TokenValues
+    from training.policy import losses
+
+    settings, shape, batches = workload.read(Path(path), workload.Rollout)
+    torch.set_num_threads(settings["threads"])
+    settings["rows"] = len(batches[0])
+    of_policy, of_critic = policy_config(settings, "ppo", {}), critic_config(settings)
+    longest = max(row.useful_tokens for batch in batches for row in batch)
+    policy_model, critic_model = shape.causal(settings["seed"]), shape.classifier(settings["seed"] + 1)
+    policy_loss, _ = losses(of_policy, describe("ppo"))
+    value_loss = critic_loss(of_critic)
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = LogprobModel(*_saved(policy_model, Path(scratch, "policy"), "logprobs", settings))
+        values = ValueModel(*_saved(critic_model, Path(scratch, "critic"), "values", settings))
+    policy = Core(of_policy, policy_model, lambda model: TokenLogprobs(model, entropy=True), longest)
+    critic = Core(of_critic, critic_model, TokenValues, longest)
+    logprobs_of, values_of = side.timed("reference", reference), side.timed("values", values)
+    proximal_of = side.timed("proximal", measure_drift)
+    train_policy = side.timed("policy", policy.train)
+    train_critic = side.timed("critic", critic.train)
+    watch(side)
+    budget = of_policy.micro_batch_tokens
+    side.ready(packing=policy.packing, attention=policy.attention, micro_batch_tokens=budget)
+    for batch in batches:
+        responses = [Response(token_ids(row.response)) for row in batch]
+        rows = [
+            Row(str(number), token_ids(row.prompt), (response,))
+            for number, (row, response) in enumerate(zip(batch, responses, strict=True))
+        ]
+        for response in responses:
+            response.tokens["behaviour"] = np.zeros(len(response.ids), np.float32)
+        # What the engine reported when it sampled.
+        side.exclude(measure_drift)(rows, policy.engine, policy.packing, budget)
+        for response in responses:
+            response.tokens["behaviour"] = response.tokens["proximal"]
+
+        samples = [_sample(row) for row in batch]
+        proximal_of(rows, policy.engine, policy.packing, budget)
+        experience = Experience(
+            rewards=torch.randn(len(batch), dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+            prompts=torch.arange(len(batch)),
+            lengths=torch.tensor([len(response.ids) for response in responses]),
+            behaviour=_flat(response.tokens["behaviour"] for response in responses),
+            kl_coefficient=0.05,
+            reference=_flat(logprobs_of(samples)),
+            values=_flat(values_of(samples)),
+        )
+        found = ppo.advantages(experience)
+        columns = {"advantages": found.advantages, "returns": found.returns}
+        columns |= {"reference": experience.reference, "values": experience.values}
+        for name, column in columns.items():
+            assert column is not None
+            parts = column.float().split(experience.lengths.tolist())
+            for response, part in zip(responses, parts, strict=True):
+                response.tokens[name] = part.numpy()
+        first, *_ = train_policy(Learning(rows, policy_loss))
+        first_of_critic, *_ = train_critic(Learning(rows, value_loss))
+        side.done(
+            useful_tokens=sum(row.useful_tokens for row in batch),
+            policy_loss=first["policy_loss"],
+            value_loss=first_of_critic["loss"],
+            entropy=-float(experience.behaviour.sum()) / len(batch),
+        )
+
+
+def _saved(model: Any, path: Path, kind: str, settings: dict[str, Any]) -> tuple[Any, None]:
+    """A model's files, and a scorer's configuration that names them.
+
+    The scorer keeps the critic of the beginning, where an iteration would load the newest: the work is the same.
+    """
+    from annotation.config import ScoreConfig
+
+    model.save_pretrained(path)
+    tokens = settings["micro_batch_tokens"]
+    return ScoreConfig(output=path, rollouts=path, kind=kind, model=path, batch_tokens=tokens), None  # type: ignore[arg-type]
+
+
+def _sample(row: workload.Rollout) -> Any:
+    """What a scorer reads of a sample; its score is the numbers of its tokens."""
+    return SimpleNamespace(
+        rollout=SimpleNamespace(prompt_ids=row.prompt),
+        completion=SimpleNamespace(response_ids=row.response),
+        scored=lambda _, **tokens: next(iter(tokens.values())),
+    )
+
+
+def _flat(columns: Any) -> Any:
+    """One number per token of all responses, in fp64."""
+    import torch
+
+    return torch.cat([torch.as_tensor(column, dtype=torch.float64) for column in columns])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,128 @@
+"""The model and the data that every side of a benchmark gets: made from a seed, so that nothing is downloaded."""
+
+import json
+import math
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama; the default is SmolLM2-135M's, layers included."""
+
+    layers: int = 30
+    hidden: int = 576
+    intermediate: int = 1536
+    heads: int = 9
+    kv_heads: int = 3
+    vocabulary: int = 49152
+
+    def config(self, **more: Any) -> Any:
+        """transformers' configuration; the token 0 is the padding."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.hidden // self.heads,
+            max_position_embeddings=8192,
+            rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+            tie_word_embeddings=True,
+            attention_dropout=0.0,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            attn_implementation="sdpa",
+            **more,
+        )
+
+    def causal(self, seed: int) -> Any:
+        """A causal language model with random fp32 weights, the same for the same seed."""
+        import torch
+        from transformers import LlamaForCausalLM
+
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(self.config())
+
+    def classifier(self, seed: int) -> Any:
+        """A sequence classifier with one label: a critic or a reward model."""
+        import torch
+        from transformers import LlamaForSequenceClassification
+
+        torch.manual_seed(seed)
+        return LlamaForSequenceClassification(self.config(num_labels=1))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference pair as token ids, with the summed reference log-probabilities of both answers."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    reference: tuple[float, float]
+
+    @property
+    def useful_tokens(self) -> int:
+        """Tokens of both sequences that the loss is about; padding is not counted, however it is computed."""
+        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A sampled answer as token ids."""
+
+    prompt: list[int]
+    response: list[int]
+
+    @property
+    def useful_tokens(self) -> int:
+        """Tokens of the sequence."""
+        return len(self.prompt) + len(self.response)
+
+
+def pairs(shape: Shape, *, count: int, prompt: int, answer: int, spread: float, seed: int) -> list[Pair]:
+    """Pairs whose prompts and answers have about `prompt` and `answer` tokens (medians of log-normal lengths).
+
+    The reference values are those of a model that knows nothing, plus noise: a loss near log 2 but not equal to it.
+    """
+    generator = random.Random(f"pairs-{seed}")
+    made = []
+    for _ in range(count):
+        question, chosen, rejected = (_tokens(generator, shape, median, spread) for median in (prompt, answer, answer))
+        first, second = (generator.gauss(-len(ids) * math.log(shape.vocabulary), 2.0) for ids in (chosen, rejected))
+        made.append(Pair(question, chosen, rejected, (first, second)))
+    return made
+
+
+def rollouts(shape: Shape, *, count: int, prompt: int, answer: int, spread: float, seed: int) -> list[Rollout]:
+    """Sampled answers with lengths as in `pairs`; each ends with EOS."""
+    generator = random.Random(f"rollouts-{seed}")
+    return [
+        Rollout(_tokens(generator, shape, prompt, spread), [*_tokens(generator, shape, answer, spread)[:-1], 2])
+        for _ in range(count)
+    ]
+
+
+def _tokens(generator: random.Random, shape: Shape, median: int, spread: float) -> list[int]:
+    """Random tokens, none of them special; at most three times the median, as limits on lengths do it."""
+    length = round(generator.lognormvariate(math.log(median), spread))
+    return [generator.randrange(3, shape.vocabulary) for _ in range(min(max(length, 4), 3 * median))]
+
+
+def write(path: Path, settings: dict[str, Any], shape: Shape, batches: list[list[Any]]) -> None:
+    """Write the input of a side: settings, shape, and the rows of each optimizer step."""
+    rows = [[asdict(row) for row in batch] for batch in batches]
+    path.write_text(json.dumps({"settings": settings, "shape": asdict(shape), "batches": rows}))
+
+
+def read(path: Path, kind: type[Any]) -> tuple[dict[str, Any], Shape, list[list[Any]]]:
+    """What `write` wrote, with rows of the type `kind`."""
+    found = json.loads(path.read_text())
+    return found["settings"], Shape(**found["shape"]), [[kind(**row) for row in rows] for rows in found["batches"]]
