@@ -78,7 +78,7 @@ class TrainingConfig(StageConfig):
             raise ValueError("frozen is for training the weights themselves; with lora only adapters are trained.")
         if self.lora is not None and self.parallel.is_divided:
             raise ValueError(
-                f"lora with parallel {self.parallel}: adapters are not divided. Set tp, pp, sp to 1 (dp and zero may stay)."
+                f"lora with parallel {self.parallel}: adapters are not divided. Set tp, pp and sp to 1."
             )
         return self
 

@@ -53,6 +53,7 @@ class _Part:
     """All of them, the first being the one that it is known by: a tied head has the embedding's."""
     shape: tuple[int, ...]
     """Of the whole tensor."""
+    dtype: torch.dtype
     trained: bool
     stages: list[int]
     """Pipeline stages that have it; the first of them is the one that counts."""
@@ -238,7 +239,7 @@ class NativeEngine(Engine):
         parts = {}
         for parameter, found in names.items():
             stages = sorted({self._stage_of(name.removeprefix(f"{prefix}.")) for name in found})
-            part = _Part(found, tuple(parameter.shape), parameter.requires_grad, stages)
+            part = _Part(found, tuple(parameter.shape), parameter.dtype, parameter.requires_grad, stages)
             if found[0].startswith(f"{prefix}.layers."):
                 part.layer_name = found[0].removeprefix(f"{prefix}.layers.").split(".", 1)[1]
             parts[found[0]] = part
@@ -584,7 +585,7 @@ class NativeEngine(Engine):
             if self.rank == sender:
                 dist.send(found, 0)
             if self.is_main:
-                found = torch.empty(part.shape, device=self.device)
+                found = torch.empty(part.shape, dtype=part.dtype, device=self.device)
                 dist.recv(found, sender)
         return found if self.is_main else None
 
