@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from contracts.seeds import derive_seed
-from training.data import Row
 from training.packing import Packing, tokens_of
+from training.rows import Row
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from contracts.records import EXPERIENCE, Experience
 from contracts.stage import Context, Outcome
 from training.algorithms.parts import clipped_value_loss
 from training.config import CriticConfig
-from training.data import Response, Row, float_values, length_limit, token_ids, usable
+from training.data import length_limit, usable
 from training.engines.base import Figures, Outputs
 from training.fit import Task, fit
 from training.loop import Learning, Loss, Part
 from training.models import load_reward, read_config, vocabulary_size
 from training.modules import TokenValues
 from training.reward import classifier_changes
+from training.rows import Response, Row, float_values, token_ids
 
 
 def run(config: CriticConfig, context: Context) -> Outcome:

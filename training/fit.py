@@ -20,7 +20,8 @@ from training.engines import start
 from training.engines.base import Engine
 from training.loop import Learning, train
 from training.lora import add_adapters, merge_adapters
-from training.models import pick_dtype, set_modes, set_trainable, tensor_shapes
+from training.models import pick_dtype, set_trainable, tensor_shapes
+from training.modes import set_modes
 from training.modules import TokenLogprobs, Trained, require_plain_head
 from training.packing import Packing
 from training.state import Line, TrainingState

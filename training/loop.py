@@ -13,9 +13,9 @@ from contracts.errors import UserError
 from contracts.stage import Context
 from training.batching import MicroBatch, count_steps, divide, global_batches
 from training.config import TrainingConfig
-from training.data import Row
 from training.engines.base import Engine, Figures, Outputs
 from training.packing import Packed, Packing, pack
+from training.rows import Row
 from training.schedule import learning_rate
 from training.state import Line, TrainingState
 

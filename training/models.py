@@ -1,21 +1,18 @@
 """Loading the model that is trained."""
 
-import contextlib
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from contracts.errors import UserError
 from contracts.models import VALUE_HEAD, ModelInfo
 from contracts.seeds import derive_seed
 from training.config import TrainingConfig
+from training.modes import gathered
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -92,15 +89,6 @@ def _load(auto: Any, model: Path, dtype: torch.dtype, **options: Any) -> Any:
         raise UserError(f"transformers cannot load {model}: {error}. Check that its files are complete.") from error
 
 
-def gathered(parameters: list[nn.Parameter], *, modifier: int | None = None) -> Any:
-    """Under ZeRO-3, whole parameters, with the changes of rank `modifier` broadcast; otherwise nothing to do."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier)
-
-
 def set_trainable(model: nn.Module, frozen: list[str]) -> None:
     """Freeze every parameter whose name contains one of `frozen`.
 
@@ -115,30 +103,3 @@ def set_trainable(model: nn.Module, frozen: list[str]) -> None:
         parameter.requires_grad_(not any(part in name for part in frozen))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"frozen={frozen} freezes every parameter; leave some to train.")
-
-
-def set_modes(model: Any, gradient_checkpointing: bool) -> None:
-    """Evaluation mode, so that there is no dropout whatever the model calls it; recomputation where it is wanted."""
-    model.eval()
-    if gradient_checkpointing:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        model.gradient_checkpointing_enable()
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                # transformers recomputes only layers in training mode, in which some have a dropout of their own.
-                module.training = True
-                module._gradient_checkpointing_func = functools.partial(_recomputed, module)
-
-
-def _recomputed(layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
-    """`forward` of a layer in evaluation mode, with its activations computed again in the backward pass."""
-
-    def evaluated(*inputs: Any) -> Any:
-        layer.training = False
-        try:
-            return forward(*inputs)
-        finally:
-            layer.training = True
-
-    return checkpoint(evaluated, *inputs, use_reentrant=False)

@@ -8,7 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from contracts.errors import UserError
 from training.logprobs import LogprobHead
-from training.models import gathered
+from training.modes import gathered
 from training.packing import Packed
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.data import Ids, Row
+from training.rows import Ids, Row
 
 Packing = Literal["shared", "flat", "padded"]
 PADDING_SHARE = 1.25

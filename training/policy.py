@@ -16,7 +16,7 @@ from contracts.stage import Context, Outcome
 from training.algorithm import Answers, Pairs, Samples
 from training.catalogue import Description, describe, load
 from training.config import PolicyConfig
-from training.data import Response, Row, float_values, length_limit, pair_row, read_pairs, token_ids, usable
+from training.data import length_limit, pair_row, read_pairs, usable
 from training.drift import measure_drift
 from training.engines.base import Engine, Figures, Outputs
 from training.fit import Task, fit
@@ -24,6 +24,7 @@ from training.loop import Learning, Loss, Part
 from training.models import load_causal, load_value_head, read_config, vocabulary_size
 from training.modules import TokenLogprobs
 from training.packing import Packing
+from training.rows import Response, Row, float_values, token_ids
 
 Reference = dict[tuple[str, int], Score]
 

@@ -15,12 +15,13 @@ from contracts.models import ModelInfo
 from contracts.records import DEMONSTRATIONS, Message
 from contracts.stage import Context, Outcome
 from training.config import SftConfig
-from training.data import Response, Row, length_limit, token_ids, usable
+from training.data import length_limit, usable
 from training.engines.base import Figures, Outputs
 from training.fit import Task, fit
 from training.loop import Learning, Part
 from training.models import load_causal, read_config, vocabulary_size
 from training.modules import TokenLogprobs
+from training.rows import Response, Row, token_ids
 
 
 class Conversation(msgspec.Struct):

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.batching import count_steps, divide, global_batches
-from training.data import Response, Row, token_ids
 from training.packing import Packing, tokens_of
+from training.rows import Response, Row, token_ids
 from training.schedule import learning_rate
 
 

@@ -16,13 +16,14 @@ from training import packing as packing_module
 from training.attention import PACKABLE, is_packable, use_packed_attention
 from training.catalogue import describe
 from training.config import PolicyConfig
-from training.data import Response, Row, pair_row, token_ids
+from training.data import pair_row
 from training.logprobs import LogprobHead
 from training.loop import Part, Totals
 from training.modules import SequenceScores, TokenLogprobs, TokenValues, require_plain_head
 from training.packing import pack
 from training.policy import losses
 from training.reward import bradley_terry
+from training.rows import Response, Row, token_ids
 
 LAYOUTS = ("padded", "flat", "shared")
 

@@ -1,0 +1,45 @@
+"""The states that a model is put into for training: evaluation mode, recomputation, whole parameters under ZeRO-3."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def gathered(parameters: list[nn.Parameter], *, modifier: int | None = None) -> Any:
+    """Under ZeRO-3, whole parameters, with the changes of rank `modifier` broadcast; otherwise nothing to do."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier)
+
+
+def set_modes(model: Any, gradient_checkpointing: bool) -> None:
+    """Evaluation mode, so that there is no dropout whatever the model calls it; recomputation where it is wanted."""
+    model.eval()
+    if gradient_checkpointing:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        model.gradient_checkpointing_enable()
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                # transformers recomputes only layers in training mode, in which some have a dropout of their own.
+                module.training = True
+                module._gradient_checkpointing_func = functools.partial(_recomputed, module)
+
+
+def _recomputed(layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+    """`forward` of a layer in evaluation mode, with its activations computed again in the backward pass."""
+
+    def evaluated(*inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(evaluated, *inputs, use_reentrant=False)

@@ -1,0 +1,57 @@
+"""What a trainer sees of its data: token ids with the place where the response begins. No text, no padding."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Response:
+    """An answer in token ids. Where it ends is its length, never a token's value."""
+
+    ids: Ids
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """What the loss needs beside the tokens, for example a reference log-probability."""
+    tokens: dict[str, Floats] = field(default_factory=dict)
+    """The same for every token, for example advantages; each as long as `ids`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One unit of a global batch, never split over processes: a demonstration, a pair, or a prompt with its samples."""
+
+    row_id: str
+    prompt: Ids
+    """At least one token, because a response's first token is predicted by the one before it."""
+    responses: tuple[Response, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return len(self.prompt) + max(len(response.ids) for response in self.responses)
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens of all responses."""
+        return sum(len(response.ids) for response in self.responses)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences, the prompt counted with each."""
+        return self.response_tokens + len(self.prompt) * len(self.responses)
+
+
+def token_ids(ids: Iterable[int]) -> Ids:
+    """Token ids as rows hold them."""
+    return np.fromiter(ids, dtype=np.int64)
+
+
+def float_values(values: Iterable[float]) -> Floats:
+    """Numbers of a response's tokens as rows hold them."""
+    return np.fromiter(values, dtype=np.float32)
