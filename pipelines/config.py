@@ -15,8 +15,8 @@ from contracts.stopping import DEFAULT_GRACE
 from embedded.config import WorldConfig
 from generation.config import GenerationConfig
 from pipelines.environments import EnvironmentConfig
-from training.catalogue import check_settings, describe
-from training.config import PolicyConfig, RewardConfig, SftConfig
+from training.catalogue import Description, check_settings, describe
+from training.config import CriticConfig, ExperienceConfig, PolicyConfig, RewardConfig, SftConfig
 
 
 def _section(stage: type[StageConfig], *owned: str) -> Any:
@@ -39,6 +39,8 @@ if TYPE_CHECKING:  # made at run time below, which a type checker cannot follow
     SftSection: TypeAlias = Any
     RewardSection: TypeAlias = Any
     PolicySection: TypeAlias = Any
+    ExperienceSection: TypeAlias = Any
+    CriticFields: TypeAlias = Any
 else:
     WorldSection = _section(WorldConfig)
     PromptSourceSection = _section(PromptsConfig, "exclude")
@@ -48,10 +50,16 @@ else:
     SftSection = _section(SftConfig, "model")
     RewardSection = _section(RewardConfig, "model", "pairs")
     PolicySection = _section(PolicyConfig, "model", "pairs", "reference", "experience")
+    ExperienceSection = _section(
+        ExperienceConfig, "algorithm", "settings", "rollouts", "rewards", "reference", "values", "greedy",
+        "greedy_rollouts", "previous",
+    )  # fmt: skip
+    CriticFields = _section(CriticConfig, "model", "experience")
 
 
 CHANGEABLE = frozenset(
-    "accumulate ema_decay evaluation generation pairs prompts reference scorers seed start training".split()
+    "accumulate critic ema_decay evaluation experience generation pairs prompts reference scorers seed start "
+    "training".split()
 )
 """Keys of a run whose value may change from one iteration to the next."""
 
@@ -80,6 +88,15 @@ class RewardModelSection(Section):
     """How the pairs are chosen."""
     training: RewardSection = identity({})
     """How the reward model is trained."""
+
+
+class CriticSection(CriticFields):
+    """Train a critic beside the policy, for algorithms that need values."""
+
+    start: str | None = identity(None)
+    """What the first critic is: reward_model (the model of the scorer `reward`), policy (the initial policy with a head
+    that says 0), or a directory or hf:ORG/NAME of a classifier with one label and the policy's tokenizer. By default
+    the reward model if there is one, else the policy."""
 
 
 class EnvironmentsSection(Section):
@@ -153,6 +170,12 @@ class RunConfig(Section):
     """How pairs are chosen: the keys of `python -m annotation pairs --help`."""
     training: PolicySection = identity({})
     """How the policy is trained: the keys of `python -m training policy --help`."""
+    experience: ExperienceSection = identity({})
+    """The KL penalty in the reward, for algorithms that train on samples (`kl_coefficient`, `kl_target`,
+    `kl_horizon`): the keys of `python -m training experience --help`."""
+    critic: CriticSection | None = identity(None)
+    """How the critic is trained, for algorithms that need values, and from what (`start`): the keys of `python -m
+    training critic --help`."""
     reference: Literal["initial", "previous", "ema"] = identity("initial")
     """What the training is regularised towards: the initial policy, the one that sampled this iteration, or an
     exponential moving average of all policies so far."""
@@ -194,13 +217,58 @@ class RunConfig(Section):
             raise ValueError(
                 f"reward_model.label is {self.reward_model.label!r}, but scorers holds only {sorted(self.scorers)}."
             )
-        if self.generation.k < 2:
+        description = self.description
+        check_settings(description, self.training.settings)
+        if description.reads == "samples":
+            self._check_samples(description)
+        elif self.generation.k < 2:
             raise ValueError(f"generation.k is {self.generation.k}; pairs need at least 2 answers per prompt.")
         check_settings(describe(self.training.algorithm), self.training.settings)
         uses_world = any(str(value).startswith("world:") for value in _leaves(self.model_dump()))
         if uses_world and self.world is None:
             raise ValueError("a path starts with world:, but there is no section `world`. Add one (`world: {}`).")
         return self
+
+    def _check_samples(self, description: Description) -> None:
+        """What an algorithm that trains on samples asks of the other sections."""
+        name, sampling = self.training.algorithm, self.generation
+        if (sampling.temperatures, sampling.top_p, sampling.top_k) != ([1.0], 1.0, 0):
+            raise ValueError(
+                f"generation samples at temperatures={sampling.temperatures}, top_p={sampling.top_p:g}, "
+                f"top_k={sampling.top_k}; training.algorithm={name} trains what it sampled from, which "
+                "must be the policy's own: leave these at [1.0], 1 and 0."
+            )
+        if description.compares_answers and sampling.k < 2:
+            raise ValueError(
+                f"generation.k is {sampling.k}; training.algorithm={name} compares the answers to a prompt with each "
+                "other, so it needs at least 2."
+            )
+        if self.accumulate:
+            raise ValueError(
+                f"accumulate=true, but training.algorithm={name} trains on samples of the present policy; those of "
+                "earlier ones are of no use to it. Only pairs accumulate."
+            )
+        if self.training.value_head and (self.critic or self.start == "initial"):
+            raise ValueError(
+                "training.value_head makes the policy its own critic, which goes on from iteration to iteration: leave "
+                "the section `critic` out, and start at previous."
+            )
+        start = self.critic.start if self.critic else None
+        if "values" in description.needs and start == "reward_model" and not self.has_reward_model:
+            raise ValueError(
+                f"critic.start is reward_model, but the scorer `reward` is of the kind {self.scorers['reward'].kind}. "
+                "Set critic.start=policy, or a directory."
+            )
+
+    @property
+    def description(self) -> Description:
+        """What the algorithm's source says about it."""
+        return describe(self.training.algorithm)
+
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether the rewards are a model's, which a critic can start from."""
+        return self.reward_model is not None or self.scorers["reward"].kind == "reward_model"
 
     @property
     def run_directory(self) -> Path:
@@ -240,11 +308,29 @@ def _inherit(base: Section, section: Section) -> Section:
     return base.model_copy(update={name: getattr(section, name) for name in section.model_fields_set})
 
 
+def refuse_unused(configs: list[RunConfig]) -> None:
+    """Raise UserError where a section is set that no iteration reads."""
+    descriptions = [config.description for config in configs]
+    algorithms = ", ".join(dict.fromkeys(description.algorithm for description in descriptions))
+    for name, default, used, by in (
+        ("pairs", PairsSection(), any(it.reads == "pairs" for it in descriptions), "train on pairs"),
+        ("experience", ExperienceSection(), any(it.reads == "samples" for it in descriptions), "train on samples"),
+        ("critic", None, any("values" in it.needs for it in descriptions), "need a critic"),
+    ):
+        if not used and any(getattr(config, name) != default for config in configs):
+            raise UserError(
+                f"the section `{name}` is for algorithms that {by}, but training.algorithm is {algorithms}. Take it "
+                "out, or choose another algorithm."
+            )
+
+
 def require_changeable(change: dict[str, Any], iteration: int) -> None:
     """Raise UserError unless these keys may change from `iteration` on."""
     fixed = {name for name in change if name not in CHANGEABLE}
     prompts = change.get("prompts", {})
     fixed |= {f"prompts.{name}" for name in prompts if name != "per_iteration"} if isinstance(prompts, dict) else set()
+    critic = change.get("critic")
+    fixed |= {"critic.start"} if isinstance(critic, dict) and "start" in critic else set()
     if iteration < 1 or fixed:
         named = f"{min(fixed)} cannot change" if fixed else "nothing can change before iteration 1"
         raise UserError(
@@ -277,8 +363,7 @@ def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
         UserError: anything is wrong with it; lists every mistake.
     """
     config = validate(RunConfig, apply_overrides(read_yaml(path), overrides), str(path)).with_inherited()
-    for iteration in config.changes:
-        config.at(iteration)
+    refuse_unused([config, *(config.at(iteration) for iteration in config.changes)])
     parent = _existing_parent(config.directory)
     if not parent.is_dir():
         raise UserError(f"directory {config.directory} cannot be made: {parent} is no directory. Set directory=PATH.")

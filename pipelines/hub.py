@@ -18,7 +18,10 @@ def fetch_models(config: RunConfig) -> RunConfig:
         name: scorer.model_copy(update={"model": Path(fetch(str(scorer.model)))}) if scorer.model else scorer
         for name, scorer in config.scorers.items()
     }
-    return config.model_copy(update={"policy": policy, "scorers": scorers})
+    critic = config.critic
+    if critic is not None and critic.start:
+        critic = critic.model_copy(update={"start": fetch(critic.start)})
+    return config.model_copy(update={"policy": policy, "scorers": scorers, "critic": critic})
 
 
 def fetch(reference: str) -> str:

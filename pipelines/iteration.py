@@ -12,7 +12,15 @@ from embedded.config import WORLD_FILES, WorldConfig
 from generation.config import GenerationConfig
 from pipelines.config import RunConfig
 from pipelines.graph import Graph
-from training.config import EmaConfig, PolicyConfig, RewardConfig, SftConfig
+from training.config import (
+    CriticConfig,
+    EmaConfig,
+    ExperienceConfig,
+    PolicyConfig,
+    RewardConfig,
+    SftConfig,
+    ValueHeadConfig,
+)
 
 
 def build_graph(config: RunConfig, iterations: int) -> Graph:
@@ -30,6 +38,9 @@ class Recipe:
         self.graph = Graph(config.run_directory.absolute())
         self.pairs: list[Path] = []
         self.references: dict[tuple[Path, Path], Path] = {}
+        self.experience: Path | None = None
+        self.critic: Path | None = None
+        self.has_value_head = False  # whether the policy was trained as its own critic
 
     def build(self, iterations: int) -> Graph:
         """Set up, then improve the policy `iterations` times; judge the initial policy and every later one."""
@@ -43,7 +54,7 @@ class Recipe:
         return self.graph
 
     def improve(self, iteration: int, policy: Path) -> Path:
-        """One iteration: sample, score, pair, train. Returns the next policy."""
+        """One iteration: sample, score, make of it what the algorithm reads, train. Returns the next policy."""
         config, here = self.config, f"iteration-{iteration:03d}"
         count = config.prompts.per_iteration
         window = {"start": self.taken, "count": count} if count else {}
@@ -51,27 +62,104 @@ class Recipe:
 
         rollouts = self.sample(f"{here}/generation", policy, self.train_prompts, iteration, config.generation, window)
         rewards = self.score(f"{here}/reward", "reward", rollouts)
-        pairs = self.choose(f"{here}/pairs", rollouts, rewards, config.pairs, iteration)
         anchor = {"initial": self.initial, "previous": policy, "ema": self.average}[config.reference]
-        reference = self.log_probabilities(f"{here}/reference", rollouts, anchor, pairs)
-
-        self.references[pairs, anchor] = reference
-        self.pairs = [*self.pairs, pairs] if config.accumulate else [pairs]
-        start = policy if config.start == "previous" else self.initial
+        if config.description.reads == "pairs":
+            data = self.pair_data(iteration, rollouts, rewards, anchor)
+        else:
+            data = self.sample_data(iteration, rollouts, rewards, anchor, policy, window)
         trained = self.graph.add(
             f"{here}/training",
             PolicyConfig,
             "training policy",
             keys(config.training),
-            model=start,
-            pairs=self.pairs,
-            reference=[self.reference_of(made, anchor, here) for made in self.pairs],
+            model=policy if config.start == "previous" else self.initial,
             seed=derive_seed(config.seed, iteration, "training"),
+            **data,
         )
+        self.has_value_head = config.training.value_head
         if config.reference == "ema":
             mean = {"average": self.average, "model": trained, "decay": config.ema_decay}
             self.average = self.graph.add(f"{here}/ema", EmaConfig, "training ema", mean)
         return trained
+
+    def pair_data(self, iteration: int, rollouts: Path, rewards: Path, anchor: Path) -> dict[str, Any]:
+        """Preference pairs, with their reference if the algorithm needs one: what the policy is trained on."""
+        config, here = self.config, f"iteration-{iteration:03d}"
+        pairs = self.choose(f"{here}/pairs", rollouts, rewards, config.pairs, iteration)
+        self.pairs = [*self.pairs, pairs] if config.accumulate else [pairs]
+        if "reference" not in config.description.needs:
+            return {"pairs": self.pairs}
+        self.references[pairs, anchor] = self.log_probabilities(f"{here}/reference", rollouts, anchor, pairs)
+        return {"pairs": self.pairs, "reference": [self.reference_of(made, anchor, here) for made in self.pairs]}
+
+    def sample_data(
+        self, iteration: int, rollouts: Path, rewards: Path, anchor: Path, policy: Path, window: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Experience, made of all that the algorithm needs; beside the policy, the critic is trained on it here."""
+        config, here = self.config, f"iteration-{iteration:03d}"
+        needs = config.description.needs
+        inputs: dict[str, Path] = {"rollouts": rollouts, "rewards": rewards}
+        if "reference" in needs:
+            inputs["reference"] = self.log_probabilities(f"{here}/reference", rollouts, anchor)
+        if "greedy" in needs:
+            section = config.generation.model_copy(update={"k": 1, "temperatures": [0.0]})
+            name = f"{here}/greedy/generation"
+            inputs["greedy_rollouts"] = self.sample(name, policy, self.train_prompts, iteration, section, window)
+            inputs["greedy"] = self.score(f"{here}/greedy/reward", "reward", inputs["greedy_rollouts"])
+        if "values" in needs:
+            critic = self.critic_of(policy)
+            fields = {"kind": "values", "name": "values", "model": critic, "rollouts": rollouts}
+            inputs["values"] = self.graph.add(f"{here}/values", ScoreConfig, "annotation score", fields)
+        if config.experience.kl_target is not None and self.experience and not self.restarts(iteration):
+            inputs["previous"] = self.experience
+        experience = self.graph.add(
+            f"{here}/experience",
+            ExperienceConfig,
+            "training experience",
+            keys(config.experience),
+            algorithm=config.training.algorithm,
+            settings=config.training.settings,
+            **inputs,
+        )
+        self.experience = experience
+        if "values" in needs and not config.training.value_head:
+            self.critic = self.graph.add(
+                f"{here}/critic",
+                CriticConfig,
+                "training critic",
+                without(keys(config.critic), "start") if config.critic else {},
+                model=critic,
+                experience=experience,
+                seed=derive_seed(config.seed, iteration, "critic"),
+            )
+        return {"experience": experience}
+
+    def critic_of(self, policy: Path) -> Path:
+        """What says the values of a policy's answers: the last critic or, in a policy of its own, the head of that."""
+        if self.config.training.value_head:
+            return policy if self.has_value_head else self.untrained_critic()
+        return self.critic or self.first_critic()
+
+    def untrained_critic(self) -> Path:
+        """The initial policy with a head that says 0."""
+        name = "setup/critic"
+        if name in self.graph.nodes:
+            return self.graph.nodes[name].output
+        return self.graph.add(name, ValueHeadConfig, "training value-head", model=self.initial)
+
+    def first_critic(self) -> Path:
+        """What the critic is before any training."""
+        start = self.config.critic.start if self.config.critic else None
+        start = start or ("reward_model" if self.config.has_reward_model else "policy")
+        if start == "policy":
+            return self.untrained_critic()
+        if start == "reward_model":
+            return self.reward_model or self.locate(self.config.scorers["reward"].model)
+        return self.locate(start)
+
+    def restarts(self, iteration: int) -> bool:
+        """Whether `changes` set a coefficient in this iteration, from which an adaptive one begins anew."""
+        return "kl_coefficient" in (self.run.changes.get(iteration, {}).get("experience") or {})
 
     def evaluate(self, iteration: int, policy: Path) -> Path:
         """Judge a policy on the held-out prompts."""
@@ -192,6 +280,11 @@ class Recipe:
                 raise UserError(f"{text} does not exist; the embedded world has {', '.join(WORLD_FILES)}.")
             return self.graph.directory / "setup/world" / text.removeprefix("world:")
         return Path(text) if text.startswith("hf:") else Path(text).absolute()
+
+
+def without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """The fields but one."""
+    return {key: value for key, value in fields.items() if key != name}
 
 
 def keys(section: Section) -> dict[str, Any]:

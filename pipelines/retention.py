@@ -46,9 +46,9 @@ from pipelines.graph import Graph, Node
 from pipelines.report import best_of, evaluations, policy_of
 from pipelines.rundir import RunDirectory
 
-CHECKPOINT = re.compile(r"iteration-(\d+)/(training|ema)")
+CHECKPOINT = re.compile(r"iteration-(\d+)/(training|ema|critic)")
 """The only stages whose weights are ever deleted."""
-ROWS = ("generation", "score")
+ROWS = ("generation", "score", "experience")
 """The stages whose rows are compressed."""
 TRASH = ".trash-"
 ASIDE = ".released"
@@ -70,7 +70,9 @@ def why_kept(run: Path, graph: Graph, published: Collection[str], keep: str) -> 
     `published` are the names of the stages that will not run again as things stand.
     """
     numbers = {name: int(match[1]) for name in sorted(published) if (match := CHECKPOINT.fullmatch(name))}
-    policies, averages = ([name for name in numbers if name.endswith(kind)] for kind in ("/training", "/ema"))
+    policies, averages, critics = (
+        [name for name in numbers if name.endswith(kind)] for kind in ("/training", "/ema", "/critic")
+    )
     latest = policies[-int(keep.removeprefix("last ")) :] if keep.startswith("last ") else []
     readers = still_read(graph, published)
     unjudged = [
@@ -95,6 +97,8 @@ def why_kept(run: Path, graph: Graph, published: Collection[str], keep: str) -> 
             reasons[name] = "the last policy, from which more iterations start"
         elif name in averages[-1:]:
             reasons[name] = "the last average"
+        elif name in critics[-1:]:
+            reasons[name] = "the last critic, with which more iterations go on"
         elif name in unjudged:
             reasons[name] = "not judged yet"
         elif name == best:
@@ -111,7 +115,7 @@ def why_kept(run: Path, graph: Graph, published: Collection[str], keep: str) -> 
 
 
 def compressible(graph: Graph, published: Collection[str]) -> Iterator[tuple[Node, str | None]]:
-    """The rollouts and scores of iterations that are not compressed: with why they stay so, or None."""
+    """The rollouts, scores and experience of iterations that are not compressed: with why they stay so, or None."""
     readers = still_read(graph, published)
     for name, node in graph.nodes.items():
         iteration = name.partition("/")[0]

@@ -49,6 +49,8 @@ class Description:
     """The settings that each of `loss`, `statistics` and `advantages` takes, for those that exist."""
     sources: dict[str, Path]
     """The files that define it: its own, and the user's own modules that it imports."""
+    compares_answers: bool = False
+    """Whether its `advantages` looks at which responses answer the same prompt, of which there must then be several."""
 
     @property
     def defaults(self) -> dict[str, Value]:
@@ -102,7 +104,9 @@ def describe(algorithm: str) -> Description:
                     f"{source.what}: the setting {setting!r} has one default or type in the function {name!r} "
                     "and another one before; give it the same in both."
                 )
-    return Description(algorithm, reads, tuple(needs), settings, functions, _sources(source))
+    body = [] if found["advantages"] is None else ast.walk(found["advantages"])
+    compares = any(isinstance(node, ast.Attribute) and node.attr == "prompts" for node in body)
+    return Description(algorithm, reads, tuple(needs), settings, functions, _sources(source), compares)
 
 
 def check_settings(description: Description, given: Mapping[str, Any]) -> dict[str, Value]:

@@ -225,9 +225,9 @@ class ExperienceConfig(StageConfig):
     """Published answers of the same policy to the same prompts at temperature 0, if needed."""
     previous: Path | None = input_path(None)
     """The experience of the iteration before, from which an adaptive coefficient goes on."""
-    kl_coefficient: float = identity(0.05, ge=0)
-    """Weight of the penalty on the KL divergence from the reference, for algorithms that put it into the reward; with
-    kl_target its first value."""
+    kl_coefficient: float | None = identity(None, ge=0)
+    """Weight of the penalty on the KL divergence from the reference, for algorithms that put it into the reward, with
+    kl_target its first value; 0.05 by default."""
     kl_target: float | None = identity(None, gt=0)
     """KL divergence (nats per response) that the coefficient is adapted to (arXiv 1909.08593, section 2.2); by default
     it is fixed."""
@@ -252,9 +252,7 @@ class ExperienceConfig(StageConfig):
                 raise ValueError(f"algorithm={self.algorithm} needs {need}: set {name}=PATH.")
             if given and need not in description.needs:
                 raise ValueError(f"algorithm={self.algorithm} needs no {need}: leave {name} out.")
-        if "reference" not in description.needs and (
-            self.kl_target is not None or (self.kl_coefficient and "kl_coefficient" in self.model_fields_set)
-        ):
+        if "reference" not in description.needs and (self.kl_target is not None or self.kl_coefficient is not None):
             raise ValueError(
                 f"algorithm={self.algorithm} needs no reference, so there is no KL divergence from it: leave "
                 "kl_coefficient and kl_target out."

@@ -25,6 +25,8 @@ from training.config import ExperienceConfig
 
 SHARD = "shard-00000.jsonl"
 IMPORTED = "imported"
+KL_COEFFICIENT = 0.05
+"""By default; that of TRL's PPO."""
 LARGEST_ERROR = 0.2
 """The relative distance of the KL divergence from its target that an adaptive coefficient answers to at most."""
 
@@ -34,7 +36,7 @@ def run(config: ExperienceConfig, context: Context) -> Outcome:
     description = catalogue.describe(config.algorithm)
     coefficient = 0.0
     if "reference" in description.needs:
-        coefficient = config.kl_coefficient if config.previous is None else adapted(config, config.previous)
+        coefficient = first_coefficient(config) if config.previous is None else adapted(config, config.previous)
     with context.timed("load"):
         advantages_of = catalogue.load(config.algorithm).advantages
         rollouts = Artifact.open(config.rollouts, ROLLOUTS)
@@ -43,7 +45,7 @@ def run(config: ExperienceConfig, context: Context) -> Outcome:
         experience = columns.experience(coefficient)
         found = advantages_of(experience, **config.settings)
         require_sound(found, experience, description)
-        if not experience.penalised and (config.kl_target or "kl_coefficient" in config.model_fields_set):
+        if not experience.penalised and (config.kl_target is not None or config.kl_coefficient is not None):
             raise UserError(
                 f"algorithm {config.algorithm!r} puts no KL penalty into the reward, so kl_coefficient and kl_target "
                 "would change nothing: leave them out. Its own settings may have a weight for the divergence."
@@ -61,6 +63,11 @@ def run(config: ExperienceConfig, context: Context) -> Outcome:
         count = write_jsonl(context.publication.scratch(SHARD), rows)
         context.publication.commit(SHARD, ledger, rows=count)
     return Outcome("samples", facts, rollouts.manifest.weights)
+
+
+def first_coefficient(config: ExperienceConfig) -> float:
+    """The coefficient where there is none to go on from."""
+    return KL_COEFFICIENT if config.kl_coefficient is None else config.kl_coefficient
 
 
 def adapted(config: ExperienceConfig, previous: Path) -> float:

@@ -129,10 +129,21 @@ def _settings(stage: str, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The seed, and the values that are not the stage's defaults; all where the stage is not known."""
     fields = CONFIGS[stage].model_fields if stage in CONFIGS else {}
     for name, value in config.items():
+        if name == "settings":  # of an algorithm
+            yield from _unlike_default(config.get("algorithm", ""), value)
+            continue
         field = fields.get(name)
         default = None if field is None else field.get_default(call_default_factory=True)
         if name == "seed" or field is None or field.is_required() or default != value:
             yield name, value
+
+
+def _unlike_default(algorithm: str, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings that are not the algorithm's defaults; all where it is not there any more."""
+    defaults: dict[str, Any] = {}
+    with contextlib.suppress(UserError):
+        defaults = describe(algorithm).defaults
+    yield from (item for item in settings.items() if item not in defaults.items())
 
 
 def _sources(config: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:

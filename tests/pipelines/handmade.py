@@ -20,11 +20,14 @@ from contracts.prompts import PromptsConfig, prompt_id
 from contracts.records import (
     CHECKPOINT,
     EVALUATION,
+    EXPERIENCE,
     PAIRS,
     PROMPTS,
     ROLLOUTS,
     SCORES,
     Completion,
+    Experience,
+    ExperienceSample,
     Message,
     Pair,
     Prompt,
@@ -35,7 +38,7 @@ from contracts.records import (
 )
 from contracts.stage import _flat, key_parts, stage_key
 from generation.config import GenerationConfig
-from training.config import PolicyConfig
+from training.config import CriticConfig, ExperienceConfig, PolicyConfig
 
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0", "pyarrow": "26.0.1"}
 SHARD = 2
@@ -48,7 +51,8 @@ Mutation = Callable[[str, list[Any]], list[Any]]
 class HandmadeRun:
     """`build` makes the whole of it; the paths of what it reads from outside lie beside it."""
 
-    def __init__(self, folder: Path, mutate: Mutation = lambda name, rows: rows) -> None:
+    def __init__(self, folder: Path, mutate: Mutation = lambda name, rows: rows, *, on_samples: bool = False) -> None:
+        self.on_samples = on_samples  # trained by PPO instead of by DPO
         self.salt = ""  # other weights for another salt
         self.path = folder / "runs" / "handmade"
         self.source = folder / "prompts.jsonl"
@@ -90,9 +94,19 @@ class HandmadeRun:
         here = f"iteration-{iteration:03d}"
         rollouts = self.rollouts(f"{here}/generation", policy, "prompts/train", iteration)
         rewards = self.scores(f"{here}/reward", rollouts, "reward")
+        if self.on_samples:
+            critic = self.judge if iteration == 1 else self.path / f"iteration-{iteration - 1:03d}/critic"
+            reference = self.scores(f"{here}/reference", rollouts, "reference")
+            values = self.scores(f"{here}/values", rollouts, "values", critic=critic)
+            inputs = {"rewards": rewards, "reference": reference, "values": values}
+            experience = self.experience(f"{here}/experience", rollouts, inputs)
+            self.checkpoint(f"{here}/critic", CriticConfig, model=critic, experience=experience)
+            ppo: dict[str, Any] = {"algorithm": "ppo", "settings": {"clip": 0.1}}
+            return self.checkpoint(f"{here}/training", PolicyConfig, model=policy, experience=experience, **ppo)
         pairs = self.pairs(f"{here}/pairs", rollouts, rewards)
         reference = self.scores(f"{here}/reference", rollouts, "reference", pairs)
-        return self.checkpoint(f"{here}/training", policy, pairs, reference)
+        data = {"pairs": [pairs], "reference": [reference], "settings": {"beta": 0.2}}
+        return self.checkpoint(f"{here}/training", PolicyConfig, model=policy, **data)
 
     def evaluate(self, iteration: int, policy: Path) -> None:
         """Judge a policy."""
@@ -132,13 +146,17 @@ class HandmadeRun:
         shards = {number: rows[start : start + SHARD] for number, start in enumerate(range(0, len(rows), SHARD))}
         return publish(config, ROLLOUTS, shards, {}, weights=weights)
 
-    def scores(self, name: str, rollouts: Path, scorer: str, pairs: Path | None = None) -> Path:
+    def scores(
+        self, name: str, rollouts: Path, scorer: str, pairs: Path | None = None, critic: Path | None = None
+    ) -> Path:
         """Publish random scores of rollouts, or only of the samples that occur in pairs."""
         kinds: dict[str, dict[str, Any]] = {
             "reward": {"kind": "reward_model", "model": self.judge},
             "gold": {"kind": "rule", "function": f"{self.rules}:long"},
             "reference": {"kind": "logprobs", "model": self.model},
+            "values": {"kind": "values", "model": critic},
         }
+        column = {"reference": "token_logprobs", "values": "token_values"}.get(scorer)
         config = ScoreConfig(output=self.path / name, rollouts=rollouts, name=scorer, pairs=pairs, **kinds[scorer])
         chance = random.Random(name)
         wanted = None
@@ -146,7 +164,7 @@ class HandmadeRun:
             chosen = list(Artifact.open(pairs).rows(Pair))
             wanted = {(row.prompt_id, sample) for row in chosen for sample in (row.chosen_sample, row.rejected_sample)}
         rows = [
-            Score(rollout.prompt_id, completion.sample, chance.random())
+            Score(rollout.prompt_id, completion.sample, chance.random(), **numbers_of(completion, column, chance))
             for rollout in Artifact.open(rollouts).rows(Rollout)
             for completion in rollout.completions
             if wanted is None or (rollout.prompt_id, completion.sample) in wanted
@@ -169,10 +187,37 @@ class HandmadeRun:
         content = {"train.parquet": random.Random(name).randbytes(50)}
         return publish(config, PAIRS, {0: self.mutate(name, rows)}, content, weights=manifest.weights)
 
-    def checkpoint(self, name: str, model: Path, pairs: Path, reference: Path) -> Path:
+    def experience(self, name: str, rollouts: Path, scores: dict[str, Path]) -> Path:
+        """Publish the samples as they are, with advantages by chance."""
+        config = ExperienceConfig(output=self.path / name, algorithm="ppo", rollouts=rollouts, **scores)
+        found = {
+            kind: {(row.prompt_id, row.sample): row for row in Artifact.open(path).rows(Score)}
+            for kind, path in scores.items()
+        }
+        chance = random.Random(name)
+        rows = []
+        for rollout in Artifact.open(rollouts).rows(Rollout):
+            samples = []
+            for completion in rollout.completions:
+                ids, key = completion.response_ids, (rollout.prompt_id, completion.sample)
+                advantages, returns = (tuple(chance.random() for _ in ids) for _ in range(2))
+                reference, values = found["reference"].get(key), found["values"].get(key)
+                samples.append(
+                    ExperienceSample(
+                        completion.sample, ids, completion.finish_reason, found["rewards"][key].score,
+                        completion.logprobs, advantages, reference.token_logprobs if reference else None,
+                        values.token_values if values else None, returns,
+                    )
+                )  # fmt: skip
+            rows.append(
+                Experience(rollout.prompt_id, rollout.prompt_ids, tuple(samples), rollout.policy, rollout.iteration)
+            )
+        weights = Artifact.open(rollouts).manifest.weights
+        return publish(config, EXPERIENCE, {0: self.mutate(name, rows)}, {}, weights=weights)
+
+    def checkpoint(self, name: str, kind: type[CriticConfig | PolicyConfig], **fields: Any) -> Path:
         """Publish a model directory."""
-        inputs: dict[str, Any] = {"model": model, "pairs": [pairs], "reference": [reference]}
-        config = PolicyConfig(output=self.path / name, **inputs, seed=11, settings={"beta": 0.2})
+        config = kind(output=self.path / name, seed=11, **fields)
         scratch = self.path / ".model"
         write_model(scratch, name + self.salt)
         content = {file.name: file.read_bytes() for file in scratch.iterdir()}
@@ -199,6 +244,11 @@ def answer(chance: random.Random, sample: int) -> Completion:
     ids = tuple(chance.randrange(3, 250) for _ in range(chance.randrange(2, 6)))
     logprobs = tuple(-chance.random() for _ in ids)
     return Completion(sample, ids, f"answer {ids}", "length", logprobs, 100 + sample, Sampling(0.9, 1, 0, 8))
+
+
+def numbers_of(completion: Completion, column: str | None, chance: random.Random) -> dict[str, tuple[float, ...]]:
+    """A random number for each token of an answer, under the name of its column, if any."""
+    return {column: tuple(-chance.random() for _ in completion.response_ids)} if column else {}
 
 
 def pair_of(rollout: Rollout, better: Completion, worse: Completion, scores: dict[tuple[str, int], float]) -> Pair:

@@ -62,6 +62,47 @@ def test_a_mistake_is_named_and_nothing_is_started(
     assert not (smallest.parent / "runs").exists()
 
 
+RULE = ["reward_model=null", "scorers.reward={kind: rule, function: embedded.reviews:well_formed}"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "overrides", "complaint"),
+    [
+        ("rloo", ["generation.k=1"], "generation.k is 1; training.algorithm=rloo compares the answers to a prompt"),
+        ("raft", ["generation.k=1"], "it needs at least 2"),
+        ("ppo", ["generation.temperatures=[0.7]"], "at temperatures=[0.7], top_p=1, top_k=0; training.algorithm=ppo"),
+        ("ppo", ["generation.temperatures=[1.0,1.0]"], "leave these at [1.0], 1 and 0"),
+        ("raft", ["generation.top_p=0.9"], "top_p=0.9"),
+        ("grpo", ["generation.top_k=5"], "top_k=5"),
+        ("ppo", ["accumulate=true"], "Only pairs accumulate"),
+        ("ppo", ["pairs.strategy=all"], "the section `pairs` is for algorithms that train on pairs"),
+        ("grpo", ["critic.epochs=2"], "the section `critic` is for algorithms that need a critic,"),
+        ("dpo", ["experience.kl_target=6"], "the section `experience` is for algorithms that train on samples"),
+        ("raft", ["experience.kl_coefficient=0.1"], "algorithm=raft needs no reference"),
+        ("ppo", ["training.value_head=true", "critic.epochs=2"], "makes the policy its own critic"),
+        ("ppo", ["training.value_head=true", "start=initial"], "makes the policy its own critic"),
+        ("grpo", ["training.value_head=true"], "value_head: algorithm=grpo needs no values"),
+        ("ppo", ["critic.begin=policy"], "unknown key 'critic.begin'"),
+        ("ppo", ["critic.start=nowhere"], "nowhere does not exist"),
+        ("ppo", ["critic.start=reward_model", *RULE], "but the scorer `reward` is of the kind rule"),
+        ("ppo", ["changes={2: {critic: {start: policy}}}"], "critic.start cannot change within a run"),
+        ("ppo", ["experience={kl_target: 6, kl_coefficient: 0}"], "must not begin at 0"),
+        ("ppo", ["training.settings.lamda=0.9"], "has no setting 'lamda'. Did you mean 'lam'?"),
+    ],
+)
+def test_what_an_algorithm_cannot_do_is_told_before_anything_is_started(
+    smallest: Path, capsys: pytest.CaptureFixture[str], algorithm: str, overrides: list[str], complaint: str
+) -> None:
+    assert complaint in fails(capsys, "run", str(smallest), f"training.algorithm={algorithm}", *overrides)
+    assert not (smallest.parent / "runs").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "remax", "reinforce_pp"])
+def test_one_answer_is_enough_for_who_does_not_compare_them(smallest: Path, algorithm: str) -> None:
+    overrides = [f"training.algorithm={algorithm}", "generation.k=1", "evaluation.k=2"]
+    assert len(build_graph(load_run_config(smallest, overrides), 1).nodes) > 10
+
+
 def test_missing_and_broken_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not exist" in fails(capsys, "run", str(tmp_path / "nothing.yaml"))
     (tmp_path / "broken.yaml").write_text("name: [x\n")
@@ -128,8 +169,16 @@ def test_environments_are_there_before_anything_is_written(smallest: Path) -> No
     assert not (smallest.parent / "runs").exists()
 
 
-def test_the_resolved_config_is_the_same_run(smallest: Path) -> None:
-    config = load_run_config(smallest, ["training.settings.beta=0.3", "evaluation.k=2"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.settings.beta=0.3"],
+        ["training.algorithm=ppo", "critic.epochs=2", "experience.kl_target=6"],
+        ["training.algorithm=grpo"],
+    ],
+)
+def test_the_resolved_config_is_the_same_run(smallest: Path, overrides: list[str]) -> None:
+    config = load_run_config(smallest, [*overrides, "evaluation.k=2"])
     assert (config.evaluation.k, config.evaluation.max_new_tokens) == (2, 12)
     resolved = smallest.parent / "resolved.yaml"
     resolved.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from contracts.errors import UserError
 from pipelines.config import load_run_config
 from pipelines.decisions import differences
 from pipelines.graph import Graph
@@ -43,8 +44,117 @@ def test_accumulated_pairs_get_their_reference_once_per_reference_model(smallest
     ]
 
 
-def test_no_stage_trains_on_held_out_prompts(smallest: Path) -> None:
-    graph = graph_of(smallest, 2)
+SAMPLED: dict[str, tuple[str, ...]] = {
+    "ppo": ("reference", "values"), "decoupled_ppo": ("reference", "values"), "grpo": ("reference",),
+    "rloo": ("reference",), "reinforce_pp": ("reference",), "remax": ("reference", "greedy"), "raft": (),
+    "dr_grpo": (),
+}  # fmt: skip
+"""What the algorithms need that train on samples."""
+
+
+@pytest.mark.parametrize("algorithm", SAMPLED)
+def test_an_iteration_on_samples(smallest: Path, algorithm: str) -> None:
+    """generation -> reward, and what the algorithm needs -> experience -> training, and the critic beside it."""
+    graph = graph_of(smallest, 2, f"training.algorithm={algorithm}", "training.settings={}")
+    names = [name for name in graph.nodes if name.startswith("iteration-002/") and "/heldout/" not in name]
+    needs = SAMPLED[algorithm]
+    before = {"iteration-002/generation", "iteration-002/reward"}
+    before |= {f"iteration-002/{need}" for need in needs if need != "greedy"}
+    greedy = {f"iteration-002/greedy/{name}" for name in ("generation", "reward")} if "greedy" in needs else set()
+    after = {f"iteration-002/{name}" for name in ("experience", "training", "evaluation")}
+    critic = {"iteration-002/critic"} if "values" in needs else set()
+    assert set(names) == before | greedy | after | critic
+    assert set(graph.nodes["iteration-002/experience"].needs) == before | greedy
+    assert set(graph.nodes["iteration-002/training"].needs) == {"iteration-001/training", "iteration-002/experience"}
+    experience = graph.nodes["iteration-002/experience"].config.model_dump()
+    assert experience["algorithm"] == algorithm
+    for name in ("reference", "values", "greedy"):
+        assert (experience[name] is not None) == (name in needs)
+    for name in greedy & graph.nodes.keys():
+        config = graph.nodes[name].config.model_dump()
+        if config.get("policy"):
+            sampled = graph.nodes["iteration-002/generation"].config.model_dump()
+            assert (config["k"], config["temperatures"]) == (1, [0.0])
+            for key in ("policy", "prompts", "start", "count", "max_new_tokens"):
+                assert config[key] == sampled[key]
+
+
+def test_the_critic_of_one_iteration_values_the_next(smallest: Path) -> None:
+    graph = graph_of(smallest, 3, "training.algorithm=ppo", "training.settings={}", "critic.learning_rate=1e-5")
+    assert set(graph.nodes["iteration-001/values"].needs) == {"setup/reward-model/training", "iteration-001/generation"}
+    assert set(graph.nodes["iteration-003/values"].needs) == {"iteration-002/critic", "iteration-003/generation"}
+    critic = graph.nodes["iteration-003/critic"]
+    assert set(critic.needs) == {"iteration-002/critic", "iteration-003/experience"}
+    assert critic.config.model_dump()["learning_rate"] == 1e-5
+    assert "iteration-003/critic" not in graph.nodes["iteration-003/training"].needs
+    seeds = {graph.nodes[f"iteration-003/{name}"].config.model_dump()["seed"] for name in ("critic", "training")}
+    assert len(seeds) == 2
+
+
+def test_where_the_first_critic_comes_from(smallest: Path, tmp_path: Path) -> None:
+    ppo = ["training.algorithm=ppo", "training.settings={}"]
+    graph = graph_of(smallest, 2, *ppo, "critic.start=policy")
+    assert graph.nodes["setup/critic"].needs == ("setup/sft",)
+    assert set(graph.nodes["iteration-001/values"].needs) == {"setup/critic", "iteration-001/generation"}
+    graph = graph_of(smallest, 1, *ppo, f"critic.start={tmp_path}")
+    assert graph.nodes["iteration-001/critic"].config.model_dump()["model"] == tmp_path
+    rule = ["reward_model=null", "scorers.reward={kind: rule, function: embedded.reviews:well_formed}"]
+    assert "setup/critic" in graph_of(smallest, 1, *ppo, *rule).nodes
+    model = ["reward_model=null", f"scorers.reward={{kind: reward_model, model: {tmp_path}}}"]
+    assert graph_of(smallest, 1, *ppo, *model).nodes["iteration-001/values"].config.model_dump()["model"] == tmp_path
+
+
+def test_a_policy_that_is_its_own_critic(smallest: Path) -> None:
+    ppo = ["training.algorithm=ppo", "training.settings={}"]
+    graph = graph_of(smallest, 3, *ppo, "training.value_head=true")
+    assert not [name for name in graph.nodes if name.endswith("/critic") and name != "setup/critic"]
+    assert set(graph.nodes["iteration-001/values"].needs) == {"setup/critic", "iteration-001/generation"}
+    assert set(graph.nodes["iteration-003/values"].needs) == {"iteration-002/training", "iteration-003/generation"}
+    later = graph_of(smallest, 3, *ppo, "changes={2: {training: {value_head: true}}}")
+    assert "iteration-001/critic" in later.nodes
+    assert "setup/critic" in later.nodes["iteration-002/values"].needs
+    assert "iteration-002/training" in later.nodes["iteration-003/values"].needs
+
+
+def test_an_adaptive_coefficient_goes_on_from_the_last_iteration(smallest: Path) -> None:
+    ppo = ["training.algorithm=ppo", "training.settings={}"]
+
+    def previous(*overrides: str) -> list[str | None]:
+        graph = graph_of(smallest, 3, *ppo, *overrides)
+        dumps = [graph.nodes[f"iteration-{number:03d}/experience"].config.model_dump() for number in (1, 2, 3)]
+        return [dump["previous"] and dump["previous"].parent.name for dump in dumps]
+
+    assert previous() == [None, None, None]
+    assert previous("experience.kl_target=6") == [None, "iteration-001", "iteration-002"]
+    changed = "changes={3: {experience: {kl_coefficient: 0.2}}}"
+    assert previous("experience.kl_target=6", changed) == [None, "iteration-001", None]
+
+
+def test_settings_of_the_loss_change_no_experience(smallest: Path) -> None:
+    ppo = ["training.algorithm=ppo", "training.settings.beta=null"]
+    plain = graph_of(smallest, 1, "training.algorithm=ppo", "training.settings={gamma: 0.9}")
+    clipped = graph_of(smallest, 1, "training.algorithm=ppo", "training.settings={gamma: 0.9, clip: 0.1}")
+    name = "iteration-001/experience"
+    assert plain.nodes[name].config == clipped.nodes[name].config
+    assert plain.nodes["iteration-001/training"].config != clipped.nodes["iteration-001/training"].config
+    with pytest.raises(UserError, match="no setting 'beta'"):
+        graph_of(smallest, 1, *ppo)
+
+
+def test_the_algorithm_can_change_within_a_run(smallest: Path) -> None:
+    change = "changes={2: {training: {algorithm: ppo}}}"
+    graph = graph_of(smallest, 3, "pairs.strategy=max_min", "training.settings={}", "critic.epochs=2", change)
+    assert "iteration-001/pairs" in graph.nodes
+    assert "iteration-001/critic" not in graph.nodes
+    assert "setup/reward-model/training" in graph.nodes["iteration-002/values"].needs
+    assert "iteration-002/critic" in graph.nodes["iteration-003/values"].needs
+    simple = graph_of(smallest, 1, "training.algorithm=simpo", "training.settings={}")
+    assert "iteration-001/reference" not in simple.nodes
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "ppo", "remax"])
+def test_no_stage_trains_on_held_out_prompts(smallest: Path, algorithm: str) -> None:
+    graph = graph_of(smallest, 2, f"training.algorithm={algorithm}", "training.settings={}")
     for node in graph.nodes.values():
         if node.package == "training":
             ancestors, todo = set(), [node.name]
@@ -66,8 +176,9 @@ def test_training_goes_before_evaluation(smallest: Path) -> None:
     assert order[-1] == "iteration-002/evaluation"
 
 
-def test_more_iterations_leave_the_earlier_stages_as_they_are(smallest: Path) -> None:
-    short, long = graph_of(smallest, 1), graph_of(smallest, 3)
+@pytest.mark.parametrize("algorithm", ["dpo", "ppo"])
+def test_more_iterations_leave_the_earlier_stages_as_they_are(smallest: Path, algorithm: str) -> None:
+    short, long = (graph_of(smallest, number, f"training.algorithm={algorithm}") for number in (1, 3))
     assert all(long.nodes[name].config == node.config for name, node in short.nodes.items())
 
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from handmade import HandmadeRun, compress
+from handmade import HandmadeRun, compress, publish
 
 from contracts.artifacts import MANIFEST, Artifact, with_checksum
 from contracts.errors import UserError
-from contracts.records import Pair, Rollout, Score
+from contracts.records import EXPERIENCE, Experience, Pair, Rollout, Score
 from pipelines.lineage.trace import trace
 from pipelines.lineage.verify import verify
 from pipelines.main import main
+from training.config import ExperienceConfig
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,62 @@ def test_a_prompt_is_told_with_all_its_answers_and_pairs(
     text = output(capsys, pair.prompt_id, "--run", finished.path)
     assert f"pair {pair.pair_id}  in iteration-002/pairs" in text
     assert text.count("scores: ") == 6
+
+
+def test_a_policy_trained_on_samples_goes_back_to_its_critics_and_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = HandmadeRun(tmp_path, on_samples=True).build()
+    found = trace("iteration-002/training", run.path)
+    stages = ("training", "experience", "generation", "reward", "reference", "values")
+    made = {f"iteration-00{number}/{stage}" for number in (1, 2) for stage in stages}
+    assert set(found["artifacts"]) == {*made, "iteration-001/critic", "prompts/train"}
+    assert entry(found, "iteration-002/values", "model")["artifact"] == "iteration-001/critic"
+    text = output(capsys, "iteration-002/training", "--run", run.path)
+    assert "settings: seed 11, algorithm ppo, clip 0.1" in text
+    prompt = next(iter(Artifact.open(run.path / "iteration-002/experience").rows(Experience)))
+    (told,) = trace(prompt.prompt_id, run.path)["found"]
+    second = told["experience"][1]
+    assert second["experience"] == "iteration-002/experience"
+    assert second["used_by"] == ["iteration-002/critic", "iteration-002/training"]
+    sample = prompt.samples[1]
+    assert sample.reference is not None
+    assert second["answers"][1] == {
+        "sample": 1,
+        "tokens": len(sample.response_ids),
+        "reward": sample.reward,
+        "advantage": pytest.approx(sum(sample.advantages) / len(sample.advantages)),
+        "kl": pytest.approx(sum(sample.behaviour) - sum(sample.reference)),
+        "value": sample.values[0] if sample.values else None,
+    }
+    assert second["answers"][1]["value"] is not None
+    text = output(capsys, prompt.prompt_id, "--run", run.path)
+    assert "iteration-002/experience  trained on by iteration-002/critic, iteration-002/training" in text
+    assert f"sample 1, tokens {len(sample.response_ids)}, reward {sample.reward:.6g}, advantage" in text
+
+
+def test_the_source_of_an_algorithm_of_the_users_own_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine.py"
+    (tmp_path / "helper.py").write_text("HALF = 0.5\n")
+    mine.write_text(
+        "import helper\n\nREADS = 'samples'\nNEEDS = ()\n\n\ndef advantages(experience):\n    ...\n\n\n"
+        "def loss(batch):\n    ...\n"
+    )
+    run = HandmadeRun(tmp_path, on_samples=True).build()
+    rollouts, rewards = (run.path / "iteration-001" / name for name in ("generation", "reward"))
+    config = ExperienceConfig(output=run.path / "mine", algorithm="mine.py", rollouts=rollouts, rewards=rewards)
+    publish(config, EXPERIENCE, {0: []}, {})
+
+    def states() -> dict[str, str]:
+        sources = trace("mine", run.path)["artifacts"]["mine"]["sources"]
+        return {name: source["state"] for name, source in sources.items()}
+
+    assert states() == {"algorithm": "same", "helper": "same"}
+    (tmp_path / "helper.py").write_text("HALF = 0.4\n")
+    assert states() == {"algorithm": "same", "helper": "changed"}
+    mine.unlink()
+    assert states() == {"algorithm": "gone", "helper": "gone"}
 
 
 def test_content_that_was_replaced_is_followed_into_superseded(

@@ -29,7 +29,7 @@ from contracts.errors import UserError
 from contracts.fingerprint import digest
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
-from contracts.records import CHECKPOINT, EVALUATION, PAIRS, PROMPTS, ROLLOUTS, SCORES, WORLD
+from contracts.records import CHECKPOINT, EVALUATION, EXPERIENCE, PAIRS, PROMPTS, ROLLOUTS, SCORES, WORLD
 from contracts.stage import key_parts, stage_key
 from embedded.config import WORLD_FILES
 from pipelines.config import load_run_config
@@ -50,6 +50,7 @@ KINDS = {
     "generation": ROLLOUTS,
     "score": SCORES,
     "pairs": PAIRS,
+    "experience": EXPERIENCE,
     "evaluation": EVALUATION,
 }
 REWARDS = [0.1, 0.5, 0.9, 0.3, 0.4, 0.2, 0.6]
@@ -252,6 +253,52 @@ def test_the_latest_average_stays(smallest: Path) -> None:
     assert reasons["iteration-001/ema"] is reasons["iteration-002/ema"] is None
     assert reasons["iteration-003/ema"] == "the last average"
     assert kept(run, "last 2")["iteration-002/ema"] == "keep=last 2"
+
+
+PPO = ("training.algorithm=ppo", "training.settings={}", "critic.start=policy")
+
+
+def test_the_latest_critic_stays_and_those_before_go(smallest: Path) -> None:
+    run = Run(smallest, *PPO)
+    run.drive(3)
+    reasons = kept(run, "best")
+    assert reasons["iteration-001/critic"] is reasons["iteration-002/critic"] is None
+    assert reasons["iteration-003/critic"] == "the last critic, with which more iterations go on"
+    assert "setup/critic" not in reasons
+    assert kept(run, "last 2")["iteration-002/critic"] == "keep=last 2"
+    shutil.rmtree(run.path / "iteration-002/values")
+    assert kept(run, "best")["iteration-001/critic"] == "iteration-002/values still needs it"
+
+
+def test_a_run_on_samples_with_retention_ends_like_one_without(smallest: Path) -> None:
+    whole = Run(smallest, f"directory={smallest.parent / 'whole'}", *PPO)
+    whole.drive(4)
+    run = Run(smallest, "retention.keep=last 1", "retention.compress=true", *PPO)
+    run.drive(2)
+    assert run.released() == ["iteration-001/critic", "iteration-001/training"]
+    run.drive(4)
+    critics = [f"iteration-00{number}/critic" for number in (1, 2, 3)]
+    assert run.released() == sorted([*critics, "iteration-001/training", "iteration-003/training"])
+    assert run.digests() == whole.digests()
+    assert list(run.path.glob("iteration-*/**/shard-*.jsonl")) == []
+    assert run.drive(4) == []
+    shutil.rmtree(run.path / "iteration-004/values")
+    started = run.drive(4)
+    assert started == [*critics, "iteration-004/values"]  # each critic starts from the one before
+    assert run.digests() == whole.digests()
+
+
+def test_a_fork_of_a_run_on_samples_goes_on_with_its_critic(smallest: Path) -> None:
+    run = Run(smallest, "experience.kl_target=6", *PPO)
+    run.drive(3)
+    target, _ = fork(RunDirectory.existing(run.path), 3, ["experience.kl_coefficient=0.2"], None)
+    forked = Run(target / CONFIG)
+    started = forked.drive(3)
+    assert "iteration-003/values" not in started
+    assert {"iteration-003/experience", "iteration-003/critic", "iteration-003/training"} <= set(started)
+    assert not any(name.startswith(("iteration-002", "iteration-001", "setup")) for name in started)
+    config = forked.graph.nodes["iteration-003/experience"].config.model_dump()
+    assert (config["previous"], config["kl_coefficient"]) == (None, 0.2)
 
 
 def test_what_is_still_needed_stays(smallest: Path) -> None:

@@ -61,6 +61,14 @@ def test_a_finished_run_is_whole(run: HandmadeRun, capsys: pytest.CaptureFixture
     ]
 
 
+def test_a_finished_run_on_samples_is_whole(tmp_path: Path) -> None:
+    run = HandmadeRun(tmp_path, on_samples=True).build()
+    compress(run.path / "iteration-001/experience/shard-00000.jsonl")
+    findings = verify(run.path)
+    assert (findings.problems, findings.warnings, findings.notes) == ([], [], [])
+    assert verify(run.path / "iteration-002/experience").rows == 3
+
+
 def test_what_gc_has_deleted_or_compressed_is_no_problem(finished: HandmadeRun) -> None:
     findings = verify(finished.path)
     assert (findings.problems, findings.warnings, findings.notes) == ([], [], [])
@@ -282,9 +290,70 @@ MUTATIONS: dict[str, tuple[str, Callable[[list[Any]], list[Any]], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+def of_sample(rows: list[Any], **fields: Any) -> list[Any]:
+    """The rows, with other values in the last sample of the last one."""
+    *samples, last = rows[-1].samples
+    return renamed(rows, samples=(*samples, msgspec.structs.replace(last, **fields)))
+
+
+SAMPLE_MUTATIONS: dict[str, tuple[str, Callable[[list[Any]], list[Any]], str]] = {
+    "values that are too many": (
+        "iteration-001/values",
+        lambda rows: renamed(rows, token_values=(0.0,) * 9),
+        "iteration-001/values/shard-00001.jsonl: prompt {}, sample 2 has 9 numbers for",
+    ),
+    "a log-probability too few": (
+        "iteration-002/reference",
+        lambda rows: renamed(rows, token_logprobs=(0.0,)),
+        "iteration-002/reference/shard-00001.jsonl: prompt {}, sample 2 has 1 numbers for",
+    ),
+    "experience of other tokens": (
+        "iteration-002/experience",
+        lambda rows: of_sample(rows, response_ids=(1, 2)),
+        "iteration-002/experience/shard-00000.jsonl: prompt {}, sample 2 has other response_ids",
+    ),
+    "experience of another sample": (
+        "iteration-002/experience",
+        lambda rows: of_sample(rows, sample=7),
+        "iteration-002/experience/shard-00000.jsonl: prompt {}, sample 7 has other response_ids",
+    ),
+    "experience of another policy": (
+        "iteration-002/experience",
+        lambda rows: renamed(rows, policy="f" * 64),
+        "iteration-002/experience/shard-00000.jsonl: prompt {} names the policy ffffffffffff",
+    ),
+    "experience of another prompt": (
+        "iteration-002/experience",
+        lambda rows: renamed(rows, prompt_id="f" * 16),
+        "iteration-002/experience/shard-00000.jsonl: a row is of prompt {}, which",
+    ),
+    "experience of other prompt ids": (
+        "iteration-001/experience",
+        lambda rows: renamed(rows, prompt_ids=(1, 2)),
+        "iteration-001/experience/shard-00000.jsonl: prompt {} has other prompt_ids than its rollout",
+    ),
+    "other log-probabilities": (
+        "iteration-001/experience",
+        lambda rows: of_sample(rows, behaviour=(-0.5,) * len(rows[-1].samples[-1].behaviour)),
+        "iteration-001/experience/shard-00000.jsonl: prompt {}, sample 2 has another `behaviour`",
+    ),
+    "an advantage too many": (
+        "iteration-001/experience",
+        lambda rows: of_sample(rows, advantages=(0.0,) * 9),
+        "iteration-001/experience/shard-00000.jsonl: prompt {}, sample 2 has 9 advantages for",
+    ),
+}
+
+
+SPREADING = {
+    "a prompt twice", "a pair of another prompt", "values that are too many", "a log-probability too few",
+}  # fmt: skip
+"""What is wrong in more than one file."""
+
+
+@pytest.mark.parametrize("name", [*MUTATIONS, *SAMPLE_MUTATIONS])
 def test_rows_that_contradict_each_other_are_named(tmp_path: Path, name: str) -> None:
-    place, change, expected = MUTATIONS[name]
+    place, change, expected = (MUTATIONS | SAMPLE_MUTATIONS)[name]
     published: list[Any] = []
 
     def mutate(stage: str, rows: list[Any]) -> list[Any]:
@@ -293,12 +362,12 @@ def test_rows_that_contradict_each_other_are_named(tmp_path: Path, name: str) ->
         published[:] = change(rows)
         return published
 
-    run = HandmadeRun(tmp_path, mutate).build()
+    run = HandmadeRun(tmp_path, mutate, on_samples=name in SAMPLE_MUTATIONS).build()
     row = published[-1]
     about = getattr(row, "pair_id", None) or getattr(row, "prompt_id", "")
     findings = verify(run.path)
     assert [problem for problem in findings.problems if expected.format(about) in problem], findings.problems
-    assert len(findings.problems) == 1 or name in ("a prompt twice", "a pair of another prompt")
+    assert len(findings.problems) == 1 or name in SPREADING
     directory = run.path / place.split()[0]
     assert any(expected.format(about) in problem for problem in verify(directory).problems)
 
