@@ -39,6 +39,7 @@ LAUNCHED: dict[str, tuple[str, str, dict[str, Any]]] = {
 TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fsdp2": ("policy", "untied", {"dp": 2, "zero": "fsdp2"}),
     "fsdp2-recomputed": ("policy", "tied", {"dp": 2, "zero": "fsdp2"}),
+    "fsdp2-lora": ("policy", "tied", {"dp": 2, "zero": "fsdp2"}),
     "tp": ("policy", "biased", {"tp": 2}),
     "tp-reward": ("reward", "tied", {"tp": 2}),
     "pp": ("policy", "tied", {"pp": 2}),
@@ -76,12 +77,11 @@ def expected(
     demonstrations: Path,
 ) -> Path:
     """The same training as that of the test's layout, in one process."""
-    stage, model, _ = {**LAUNCHED, **TOGETHER}[request.node.callspec.params["layout"]]
-    output = folder / f"one-{stage}-{model}"
-    name = request.node.callspec.params["layout"]
-    settings = five_steps(stage, deep[model], pairs, demonstrations) | changes_of(name)
-    if "frozen" in settings:
-        output = output.with_name(f"{output.name}-frozen")
+    layout = request.node.callspec.params["layout"]
+    stage, model, _ = {**LAUNCHED, **TOGETHER}[layout]
+    changes = changes_of(layout)
+    settings = five_steps(stage, deep[model], pairs, demonstrations) | changes
+    output = folder / "-".join(["one", stage, model, *changes])
     if not output.exists():
         run_here(stage, **settings, output=output)
     return output
@@ -92,6 +92,8 @@ def changes_of(layout: str) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     if layout.endswith("recomputed"):
         changes["gradient_checkpointing"] = True
+    if layout.endswith("lora"):
+        changes |= {"lora": {"rank": 4}, "learning_rate": 0.5}
     if layout.endswith("frozen"):
         changes["frozen"] = ["embed_tokens", "layers.1.mlp"]
     return changes
@@ -124,6 +126,9 @@ def together(folder: Path, deep: dict[str, Path], pairs: dict[str, Path], demons
         ("pp-tp", {"pp": 2}, 2),
         ("pp-tp", {"tp": 2}, None),
         ("sp-one", {"sp": 2, "zero": "fsdp2"}, 2),
+        ("pp-whole", {"pp": 2}, None),
+        ("pp-again", {"pp": 2}, 3),
+        ("pp-again", {"pp": 2}, None),
     ):
         settings = moving_settings(deep, pairs, folder / name) | {"parallel": parallel, "checkpoint_seconds": 0}
         trainings.append({"stage": "policy", "settings": settings, "break_off": after})
@@ -174,6 +179,9 @@ def test_a_training_goes_on_in_another_layout(
         assert Artifact.open(together / name).manifest.facts["resumed_steps"] == 2
         for line, other in zip(expected, training_log(together / name), strict=True):
             assert other == pytest.approx(line, rel=1e-4, abs=1e-5)
+    whole, again = (Artifact.open(together / name).manifest for name in ("pp-whole", "pp-again"))
+    assert again.facts["resumed_steps"] == 3
+    assert again.files == whole.files
 
 
 @pytest.mark.parametrize(

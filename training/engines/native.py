@@ -41,6 +41,8 @@ COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate
 """Projections whose outputs are divided over tensor parallel processes: Shard(0) of weight and bias."""
 ROWS = ("self_attn.o_proj", "mlp.down_proj")
 """Projections whose inputs are divided: Shard(1) of the weight; the bias is whole."""
+WAVE = 4
+"""Micro-batches, for each stage, that go through the pipeline at once without gradients: all have buffers."""
 OF_ONE_HEAD = ("self_attn.q_norm", "self_attn.k_norm")
 """Whole in every process, but used by each on its own heads: their gradients are added up."""
 
@@ -365,12 +367,14 @@ class NativeEngine(Engine):
     @torch.no_grad()
     def _pass(self, batches: Sequence[Packed], finish: Callable[[Outputs, int], Tensor]) -> None:
         """Compute micro-batches without gradients."""
-        self._stage.batches, self._stage.finish = batches, finish
-        if self._parallel.pp == 1:
-            for number in range(len(batches)):
-                self._stage(number=number)
-        else:
-            self._run(len(batches), trains=False)
+        several = 1 if self._parallel.pp == 1 else WAVE * self._parallel.pp
+        for start in range(0, len(batches), several):
+            self._stage.batches = batches[start : start + several]
+            self._stage.finish = lambda outputs, number, start=start: finish(outputs, start + number)
+            if self._parallel.pp == 1:
+                self._stage(number=0)
+            else:
+                self._run(len(self._stage.batches), trains=False)
         self._reshard()  # what a pass without a backward leaves whole
 
     def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
