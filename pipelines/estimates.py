@@ -33,7 +33,7 @@ HEAD_CHUNK = 2048
 """Positions whose logits exist at once in training (training/logprobs.py)."""
 LOGITS_AT_ONCE = 1 << 26
 """Logits that exist at once in scoring by log-probabilities (annotation/logprobs.py)."""
-COLUMNS = 12
+COLUMNS = 20
 """Numbers for each response token that an experience stage holds at once, those of GAE among them."""
 BUCKET = 500_000_000
 """Numbers in DeepSpeed's buffer for the gradients under way (reduce_bucket_size)."""

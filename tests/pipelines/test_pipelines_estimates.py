@@ -166,6 +166,41 @@ def test_tensor_and_pipeline_parallelism_divide_the_layers(run_with: Callable[..
     assert parts("{sp: 2}")["activations"] * 2 == parts("{}")["activations"]
 
 
+def test_training_on_samples(run_with: Callable[..., Graph]) -> None:
+    """Every stage has an estimate; numbers per token are what counts, and a critic has no logits."""
+    ppo = ("training.algorithm=ppo", "training.settings={}", "critic.start=policy")
+
+    def graph(*overrides: str) -> Graph:
+        return run_with(LLAMA_8B, *ppo, *overrides)
+
+    plain, longer = graph(), graph("generation.max_new_tokens=24")
+    here = {name: node for name, node in plain.nodes.items() if name.startswith(("iteration-001/", "setup/critic"))}
+    for name, node in here.items():
+        assert published_bytes(node, plain), name
+        assert memory(node, plain, on_gpu=True) or name.endswith(("evaluation", "gold", "well_formed")), name
+    answers = 12 * 4
+    for name, per_token in (("values", 24), ("reference", 24), ("experience", 7 + 5 * 24)):
+        name = f"iteration-001/{name}"
+        more, less = (published_bytes(found.nodes[name], found) for found in (longer, plain))
+        assert more is not None
+        assert less is not None
+        assert more - less == answers * 12 * per_token
+    critic = memory(plain.nodes["iteration-001/critic"], plain, on_gpu=True)
+    policy = memory(plain.nodes["iteration-001/training"], plain, on_gpu=True)
+    assert critic is not None
+    assert policy is not None
+    assert "logits" not in critic.parts
+    assert policy.parts["weights"] - critic.parts["weights"] == 6 * (128256 * 4096 - 4096)
+    size = size_of(plain.nodes["iteration-001/critic"].output, plain)
+    assert size is not None
+    assert size == size_of(plain.nodes["setup/critic"].output, plain)
+    assert published_bytes(plain.nodes["setup/critic"], plain) >= 4 * size.stored  # type: ignore[operator]
+    four, eight = (memory(g.nodes["iteration-001/training"], g, on_gpu=True) for g in (plain, graph("generation.k=8")))
+    assert four is not None
+    assert eight is not None
+    assert eight.parts["activations"] > four.parts["activations"]  # the K answers of a prompt stay together
+
+
 def test_what_is_offloaded_is_not_on_the_device(run_with: Callable[..., Graph]) -> None:
     graph = run_with(LLAMA_8B, "training.parallel={zero: 3, offload: [optimizer, param]}")
     on_gpu, on_cpu = training_memory(graph), training_memory(graph, on_gpu=False)
