@@ -73,13 +73,19 @@ class TrainingConfig(StageConfig):
     """Save the state of the training at least this often, to go on from after a kill; 0: after every step."""
 
     @model_validator(mode="after")
+    def _check_packing(self) -> Self:
+        if self.packing == "padded" and self.parallel.sp > 1:
+            raise ValueError(
+                f"packing=padded with parallel.sp={self.parallel.sp}: sp divides flat batches. Set sp to 1."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_lora(self) -> Self:
         if self.lora is not None and self.frozen:
             raise ValueError("frozen is for training the weights themselves; with lora only adapters are trained.")
-        if self.lora is not None and self.parallel.is_divided:
-            raise ValueError(
-                f"lora with parallel {self.parallel}: adapters are not divided. Set tp, pp and sp to 1."
-            )
+        if self.lora is not None and self.parallel.tp > 1:
+            raise ValueError(f"lora with parallel.tp={self.parallel.tp}: adapters are not divided. Set tp to 1.")
         return self
 
 

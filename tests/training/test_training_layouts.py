@@ -43,9 +43,11 @@ TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tp": ("policy", "biased", {"tp": 2}),
     "tp-reward": ("reward", "tied", {"tp": 2}),
     "pp": ("policy", "tied", {"pp": 2}),
+    "pp-lora": ("policy", "biased", {"pp": 2}),
     "pp-sft": ("sft", "untied", {"pp": 2}),
     "pp-reward-recomputed": ("reward", "biased", {"pp": 2}),
     "sp": ("policy", "untied", {"sp": 2}),
+    "sp-lora": ("policy", "tied", {"sp": 2}),
     "sp-frozen": ("sft", "tied", {"sp": 2, "zero": "fsdp2"}),
 }
 """All in the same two processes."""

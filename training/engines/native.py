@@ -97,6 +97,7 @@ class _Stage(nn.Module):
         received: _Received | None,
         last: bool,
         sequences: Sequences | None,
+        dtype: torch.dtype,
         autocast: torch.dtype | None,
     ) -> None:
         super().__init__()
@@ -104,8 +105,12 @@ class _Stage(nn.Module):
         self.received = received
         self.last = last
         self.sequences = sequences
+        self.dtype = dtype
+        """Of the hidden states that travel between stages."""
         self.autocast = autocast
         self.batches: Sequence[Packed] = ()
+        self.start = 0
+        """Number of the first of them."""
         self.width = 0
         """Tokens that travel between stages: of the largest micro-batch, so that all have one shape."""
         self.finish: Callable[[Outputs, int], Tensor] = lambda outputs, number: torch.zeros(())
@@ -125,8 +130,8 @@ class _Stage(nn.Module):
             found = self.module.hidden(part)
             if self.last:
                 whole = found if self.sequences is None else self.sequences.join(found, batch)
-                return self.finish(self.module.read(whole, batch), int(number))
-        return nn.functional.pad(found, (0, 0, 0, self.width - tokens))
+                return self.finish(self.module.read(whole, batch), self.start + int(number))
+        return nn.functional.pad(found.to(self.dtype), (0, 0, 0, self.width - tokens))
 
     def tokens(self, batch: Packed) -> int:
         """Tokens of a micro-batch that this process computes."""
@@ -208,6 +213,7 @@ class NativeEngine(Engine):
         known = {name for part in self._parts.values() for name in part.names}
         self._buffers = {name: value for name, value in module.state_dict().items() if name not in known}
         self._hidden_size = int(whole.model.config.get_text_config().hidden_size)
+        hidden_dtype = self._dtype if self._sharded else backbone.embed_tokens.weight.dtype
         received = self._cut(module, backbone)
         module.to(self.device)
         mine = backbone.layers[self._layers[self._stage_number] : self._layers[self._stage_number + 1]]
@@ -217,7 +223,7 @@ class NativeEngine(Engine):
                 parallelize_module(layer, self._mesh["tp"], plan)
         casts = self._dtype != torch.float32
         autocast = self._dtype if casts and not self._sharded else None
-        self._stage = _Stage(module, received, self._last, self._sequences, autocast)
+        self._stage = _Stage(module, received, self._last, self._sequences, hidden_dtype, autocast)
         if self._sequences is not None:
             whole.model.config.get_text_config()._attn_implementation = SPREAD
             whole.model.config._attn_implementation = SPREAD
@@ -370,7 +376,7 @@ class NativeEngine(Engine):
         several = 1 if self._parallel.pp == 1 else WAVE * self._parallel.pp
         for start in range(0, len(batches), several):
             self._stage.batches = batches[start : start + several]
-            self._stage.finish = lambda outputs, number, start=start: finish(outputs, start + number)
+            self._stage.start, self._stage.finish = start, finish
             if self._parallel.pp == 1:
                 self._stage(number=0)
             else:
@@ -388,7 +394,7 @@ class NativeEngine(Engine):
             _add(figures, shares)
             return shares["loss"] / self._parallel.sp
 
-        self._stage.batches, self._stage.finish = batches, finish
+        self._stage.batches, self._stage.start, self._stage.finish = batches, 0, finish
         self._exchanged = False
         if self._parallel.pp == 1:
             for number in range(len(batches)):
@@ -421,8 +427,8 @@ class NativeEngine(Engine):
             raise
 
     def _schedule(self, count: int, trains: bool) -> Any:
-        dtype = self._dtype if self._sharded else torch.float32
-        hidden = torch.empty(self._width, self._hidden_size, dtype=dtype, device="meta", requires_grad=trains)
+        shape = (self._width, self._hidden_size)
+        hidden = torch.empty(shape, dtype=self._stage.dtype, device="meta", requires_grad=trains)
         stage = PipelineStage(
             self._stage,
             self._stage_number,
