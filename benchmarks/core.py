@@ -14,7 +14,8 @@ from training.engines.accelerated import AcceleratedEngine
 from training.engines.base import Engine
 from training.fit import make_optimizer, set_packing
 from training.loop import Learning, train
-from training.models import pick_dtype, set_modes, set_trainable
+from training.models import pick_dtype, set_trainable
+from training.modes import set_modes
 from training.modules import Trained
 from training.packing import Packing
 from training.state import Line

@@ -14,10 +14,10 @@ def main(path: str) -> None:
 
     from benchmarks.core import Core, policy_config, watch
     from training.catalogue import describe
-    from training.data import Response, Row, token_ids
     from training.loop import Learning
     from training.modules import TokenLogprobs
     from training.policy import losses
+    from training.rows import Response, Row, token_ids
 
     settings, shape, batches = workload.read(Path(path), workload.Pair)
     torch.set_num_threads(settings["threads"])

@@ -28,11 +28,11 @@ def main(path: str) -> None:
     from training.algorithms import ppo
     from training.catalogue import describe
     from training.critic import critic_loss
-    from training.data import Response, Row, token_ids
     from training.drift import measure_drift
     from training.loop import Learning
     from training.modules import TokenLogprobs, TokenValues
     from training.policy import losses
+    from training.rows import Response, Row, token_ids
 
     settings, shape, batches = workload.read(Path(path), workload.Rollout)
     torch.set_num_threads(settings["threads"])

@@ -69,11 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prompt = options.short_prompt if "short" in name else answer
             count = options.rollouts if ppo else options.pairs
             make: Callable[..., list[Any]] = workload.rollouts if ppo else workload.pairs
-            batches = [
-                # The first batch warms up, and is a small one.
-                make(shape, count=count, prompt=part(prompt), answer=part(answer), spread=options.spread, seed=number)
-                for number, part in enumerate([_quarter, *[int] * options.repetitions])
-            ]
+            batches = []
+            for number in range(1 + options.repetitions):
+                small = 1 if number else 4  # the first batch warms up
+                lengths = {"prompt": max(prompt // small, 4), "answer": max(answer // small, 4)}
+                batches.append(make(shape, count=count, **lengths, spread=options.spread, seed=number))
             path = Path(scratch, f"{name}.json")
             workload.write(path, settings, shape, batches)
             try:
@@ -229,10 +229,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unknown comparison {', '.join(sorted(unknown))}; known: {', '.join(names)}")
     options.python = options.python or find_python()
     return options
-
-
-def _quarter(length: int) -> int:
-    return max(length // 4, 4)
 
 
 if __name__ == "__main__":

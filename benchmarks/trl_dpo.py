@@ -41,6 +41,7 @@ def main(path: str) -> None:
             side.done(
                 useful_tokens=sum(row.useful_tokens for row in batches[done % len(batches)]),
                 loss=sum(losses) / len(losses),
+                peak_device_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
             )
 
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
@@ -86,8 +87,10 @@ def main(path: str) -> None:
                 for row in rows
             ]
         )
+        with torch.device(settings["device"]):
+            model = shape.causal(settings["seed"])
         trainer = Trainer(
-            model=shape.causal(settings["seed"]),
+            model=model,
             args=arguments,
             train_dataset=dataset,
             processing_class=tokenizer,

@@ -19,6 +19,18 @@ class Shape:
     kv_heads: int = 3
     vocabulary: int = 49152
 
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer's matrices."""
+        keys = self.kv_heads * self.hidden // self.heads
+        return 2 * self.hidden * (self.hidden + keys) + 3 * self.hidden * self.intermediate
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole model; the LM head is the embedding."""
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.layers * self.layer_weights + self.vocabulary * self.hidden + norms
+
     def config(self, **more: Any) -> Any:
         """transformers' configuration; the token 0 is the padding."""
         from transformers import LlamaConfig
