@@ -243,6 +243,9 @@ def test_a_policy_that_is_right_and_lengths_that_are_not(smallest: Path, world: 
     assert len(bad(found)) == 1
     found = doctor(smallest, *arguments, "generation.max_new_tokens=100")
     mended(found, "error", "prompt and answer together is 160 tokens, but the context", "Lower it")
+    # Also of models that a stage of the run makes from it: the second iteration's.
+    found = doctor(smallest, *arguments, "training.parallel.tp=3")
+    mended(found, "error", "parallel.tp · sp is 3, which does not divide num_attention_heads (2)", "to a divisor")
     found = doctor(smallest, "generation.max_prompt_tokens=60", "generation.max_new_tokens=100")
     mended(found, "error", "more than the policy's context of 128 tokens", "Lower them")
 
