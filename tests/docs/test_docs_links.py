@@ -11,7 +11,15 @@ from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
 from contracts.config import StageConfig
 from contracts.prompts import PromptsConfig
 from generation.config import GenerationConfig
-from training.config import EmaConfig, PolicyConfig, RewardConfig, SftConfig
+from training.config import (
+    CriticConfig,
+    EmaConfig,
+    ExperienceConfig,
+    PolicyConfig,
+    RewardConfig,
+    SftConfig,
+    ValueHeadConfig,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,7 +27,7 @@ STAGES: dict[str, list[type[StageConfig]]] = {
     "contracts": [PromptsConfig],
     "generation": [GenerationConfig],
     "annotation": [ScoreConfig, PairsConfig, EvaluationConfig],
-    "training": [SftConfig, RewardConfig, PolicyConfig, EmaConfig],
+    "training": [SftConfig, RewardConfig, ExperienceConfig, PolicyConfig, CriticConfig, EmaConfig, ValueHeadConfig],
 }
 
 
