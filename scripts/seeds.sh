@@ -1,15 +1,50 @@
 #!/usr/bin/env bash
-# The quickstart on several seeds, and the gold reward and the well-formed answers of each by iteration.
+# The embedded task on several seeds: gold reward and well-formed answers by iteration, of one or several algorithms.
 #
-#   bash scripts/seeds.sh [NUMBER OF SEEDS]      5 by default; seed 0 is runs/quickstart-seed-0
+#   bash scripts/seeds.sh [NUMBER OF SEEDS [ALGORITHM ...]]     5 seeds of dpo by default; also ppo, grpo, raft
+#
+# The runs are runs/ALGORITHM-seed-N. Those of one seed share world, fine-tuning and reward model: all but dpo, which is
+# configs/quickstart.yaml, are forks of it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 .venv/bin/pipeline env sync
-runs=()
-for seed in $(seq 0 $((${1:-5} - 1))); do
-  .venv/bin/pipeline run configs/quickstart.yaml --iters 3 seed="$seed" name="quickstart-seed-$seed"
-  runs+=("runs/quickstart-seed-$seed")
+seeds=${1:-5}
+algorithms=("${@:2}")
+[ ${#algorithms[@]} -gt 0 ] || algorithms=(dpo)
+
+samples=(training.nll_coefficient=0 training.global_batch=64)
+declare -A changes=(
+  [ppo]="generation.k=2 evaluation.k=4 training.epochs=4 training.learning_rate=4e-4
+    experience.kl_target=2 critic.epochs=4 critic.global_batch=64 critic.learning_rate=1e-3"
+  [grpo]="training.learning_rate=8e-4"
+  [raft]="training.learning_rate=4e-4"
+)
+for algorithm in "${algorithms[@]}"; do
+  if [ "$algorithm" != dpo ] && [ -z "${changes[$algorithm]:-}" ]; then
+    echo "error: $algorithm is none of dpo ${!changes[*]}" >&2
+    exit 2
+  fi
 done
-.venv/bin/pipeline compare "${runs[@]}"
-.venv/bin/pipeline compare "${runs[@]}" --metric well_formed_mean
+
+for seed in $(seq 0 $((seeds - 1))); do
+  .venv/bin/pipeline run configs/quickstart.yaml --iters 3 seed="$seed" name="dpo-seed-$seed"
+  for algorithm in "${algorithms[@]}"; do
+    [ "$algorithm" != dpo ] || continue
+    name=$algorithm-seed-$seed
+    if [ ! -d "runs/$name" ]; then
+      # shellcheck disable=SC2086  # several words
+      .venv/bin/pipeline fork "runs/dpo-seed-$seed" --from-iteration 1 --name "$name" \
+        training.algorithm="$algorithm" "${samples[@]}" ${changes[$algorithm]}
+    fi
+    .venv/bin/pipeline run "runs/$name/config.yaml" --iters 3
+  done
+done
+
+for algorithm in "${algorithms[@]}"; do
+  runs=()
+  for seed in $(seq 0 $((seeds - 1))); do runs+=("runs/$algorithm-seed-$seed"); done
+  .venv/bin/pipeline compare "${runs[@]}"
+  .venv/bin/pipeline compare "${runs[@]}" --metric well_formed_mean
+  .venv/bin/pipeline compare "${runs[@]}" --metric kl
+done

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from contracts.errors import UserError
@@ -72,7 +73,7 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         module = task.wrap(model)
         if isinstance(module, TokenLogprobs):
             require_plain_head(model)
-        engine.prepare(module, lambda parameters: make_optimizer(config, parameters))
+        engine.prepare(module, lambda parameters: make_optimizer(config, parameters, fused=not engine.master_copies))
         set_modes(model, config.gradient_checkpointing)
     state = TrainingState(
         context.publication.directory / "state" / "training.safetensors",
@@ -143,11 +144,14 @@ def _final(log: list[Line]) -> Line:
     return {name: value for name, value in log[-1].items() if name != "step"}
 
 
-def make_optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of a training."""
+def make_optimizer(
+    config: TrainingConfig, parameters: list[nn.Parameter], *, fused: bool = True
+) -> torch.optim.Optimizer:
+    """The optimizer of a training; `fused`: in one pass over a weight, which parts of weights cannot."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate)
+    fused = fused and not any(isinstance(parameter, DTensor) for parameter in parameters)
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay, fused=False
+        parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay, fused=fused
     )

@@ -148,7 +148,7 @@ class AcceleratedEngine(Engine):
             parameter.copy_(weights[1])
         for moment, value in moments:
             self.optimizer.state[parameter][moment] = value.to(parameter.device)
-            self.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+            self.optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
 
     def _exchange(self, last: bool) -> Any:
         """Exchange gradients, clip and step with the last micro-batch only: for DDP (no_sync) and for DeepSpeed."""

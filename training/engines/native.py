@@ -581,7 +581,7 @@ class NativeEngine(Engine):
             state = self._optimizer.state[part.local]
             state[kind] = torch.zeros_like(part.local)
             _local(state[kind]).copy_(self._slice(part, tensor))
-            state["step"] = torch.tensor(float(steps))
+            state["step"] = torch.tensor(float(steps), device=self.device)
 
     @torch.no_grad()
     def _gather(self, part: _Part, mine: Tensor | None) -> Tensor | None:
