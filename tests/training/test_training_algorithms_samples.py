@@ -504,6 +504,11 @@ def test_value_loss_by_hand() -> None:
     same(values.grad, [-0.9, 0.0, 1.9])
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_whitening_equal_values(count: int) -> None:
+    same(parts.whiten(torch.full((count,), 0.5, dtype=torch.float64)), [0.0] * count)
+
+
 def test_a_negative_cap_is_refused() -> None:
     with pytest.raises(UserError, match=r"importance_cap.*-1.*0 \(off\) or above"):
         Data("random 0").ours("ppo", importance_cap=-1.0)
