@@ -31,7 +31,7 @@ def test_another_loss_is_no_comparison():
     assert training.require_same("dpo", line, dict(line)) == 0
     with pytest.raises(RuntimeError, match="do not do the same work"):
         training.require_same("dpo", line, {"useful_tokens": 10, "loss": 0.71})
-    with pytest.raises(RuntimeError, match="10 and 11 tokens"):
+    with pytest.raises(RuntimeError, match="10 and 11 useful tokens"):
         training.require_same("dpo", line, {"useful_tokens": 11, "loss": 0.7})
 
 
