@@ -41,7 +41,7 @@ TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fsdp2-recomputed": ("policy", "tied", {"dp": 2, "zero": "fsdp2"}),
     "fsdp2-lora": ("policy", "tied", {"dp": 2, "zero": "fsdp2"}),
     "tp": ("policy", "biased", {"tp": 2}),
-    "tp-reward": ("reward", "tied", {"tp": 2}),
+    "tp-reward": ("reward", "normed", {"tp": 2}),
     "pp": ("policy", "tied", {"pp": 2}),
     "pp-lora": ("policy", "biased", {"pp": 2}),
     "pp-sft": ("sft", "untied", {"pp": 2}),
@@ -55,13 +55,14 @@ TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models of four layers with grouped queries; `biased` is a Qwen2."""
+    """Models of four layers with grouped queries; `biased` is a Qwen2, `normed` a Qwen3 (norms of queries and keys)."""
     folder = tmp_path_factory.mktemp("deep")
     shape = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     return {
         "tied": make_model(folder / "tied", **shape),
         "untied": make_model(folder / "untied", tied=False, seed=1, **shape),
         "biased": make_model(folder / "biased", kind="qwen2", seed=2, **shape),
+        "normed": make_model(folder / "normed", kind="qwen3", seed=3, **shape),
     }
 
 
