@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 
@@ -100,32 +101,35 @@ class Rollout:
 
 
 def pairs(shape: Shape, *, count: int, prompt: int, answer: int, spread: float, seed: int) -> list[Pair]:
-    """Pairs whose prompts and answers have about `prompt` and `answer` tokens (medians of log-normal lengths).
+    """Pairs whose prompts and answers have medians of `prompt` and `answer` tokens, with log-normal lengths.
 
     The reference values are those of a model that knows nothing, plus noise: a loss near log 2 but not equal to it.
     """
     generator = random.Random(f"pairs-{seed}")
-    made = []
-    for _ in range(count):
-        question, chosen, rejected = (_tokens(generator, shape, median, spread) for median in (prompt, answer, answer))
-        first, second = (generator.gauss(-len(ids) * math.log(shape.vocabulary), 2.0) for ids in (chosen, rejected))
-        made.append(Pair(question, chosen, rejected, (first, second)))
-    return made
+    prompts = _texts(generator, shape, count, prompt, spread)
+    answers = _texts(generator, shape, 2 * count, answer, spread)
+    values = [generator.gauss(-len(ids) * math.log(shape.vocabulary), 2.0) for ids in answers]
+    return [
+        Pair(ids, answers[2 * number], answers[2 * number + 1], (values[2 * number], values[2 * number + 1]))
+        for number, ids in enumerate(prompts)
+    ]
 
 
 def rollouts(shape: Shape, *, count: int, prompt: int, answer: int, spread: float, seed: int) -> list[Rollout]:
     """Sampled answers with lengths as in `pairs`; each ends with EOS."""
     generator = random.Random(f"rollouts-{seed}")
-    return [
-        Rollout(_tokens(generator, shape, prompt, spread), [*_tokens(generator, shape, answer, spread)[:-1], 2])
-        for _ in range(count)
-    ]
+    prompts = _texts(generator, shape, count, prompt, spread)
+    answers = _texts(generator, shape, count, answer, spread)
+    return [Rollout(ids, [*response[:-1], 2]) for ids, response in zip(prompts, answers, strict=True)]
 
 
-def _tokens(generator: random.Random, shape: Shape, median: int, spread: float) -> list[int]:
-    """Random tokens, none of them special; at most three times the median, as limits on lengths do it."""
-    length = round(generator.lognormvariate(math.log(median), spread))
-    return [generator.randrange(3, shape.vocabulary) for _ in range(min(max(length, 4), 3 * median))]
+def _texts(generator: random.Random, shape: Shape, count: int, median: int, spread: float) -> list[list[int]]:
+    """Texts of random tokens, none of them special. Their lengths are evenly spaced quantiles of the distribution in a
+    random order, so that every batch holds short and long texts, and as many tokens as any other."""
+    quantiles = [NormalDist().inv_cdf((number + 0.5) / count) for number in range(count)]
+    lengths = [max(round(median * math.exp(spread * quantile)), 2) for quantile in quantiles]
+    generator.shuffle(lengths)
+    return [[generator.randrange(3, shape.vocabulary) for _ in range(length)] for length in lengths]
 
 
 def write(path: Path, settings: dict[str, Any], shape: Shape, batches: list[list[Any]]) -> None:
