@@ -101,6 +101,7 @@ def _records(config: PairsConfig, rollout: Rollout, pairs: list[tuple[Candidate,
             margin=better.score - worse.score,
             strategy=config.strategy,
             iteration=rollout.iteration,
+            messages=rollout.messages,
         )
 
 

@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         "margin": pa.float64(),
         "strategy": pa.string(),
         "iteration": pa.int32(),
+        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
     }
 )
 

@@ -135,6 +135,8 @@ class Pair(Record, frozen=True):
     """`chosen_score - rejected_score`, never negative."""
     strategy: str
     iteration: int
+    messages: tuple[Message, ...] = ()
+    """The conversation that was answered; empty in pairs that were made before it was kept."""
 
 
 class ExperienceSample(Record, frozen=True):

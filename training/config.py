@@ -100,11 +100,14 @@ class SftConfig(TrainingConfig):
 
 
 class RewardConfig(TrainingConfig):
-    """Train a Bradley-Terry reward model on pairs (loss: -log sigmoid(r_chosen - r_rejected))."""
+    """Train a reward model on pairs (loss: -log sigmoid(r_chosen - r_rejected))."""
 
     stage: ClassVar[str] = "reward"
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
 
+    kind: Literal["bradley_terry", "pairwise"] = identity("bradley_terry")
+    """bradley_terry: a sequence classifier that scores one answer; pairwise: a causal language model that reads two and
+    says which is better."""
     pairs: list[Path] = input_path(min_length=1)
     """Published pairs."""
     eval_fraction: float = identity(0.1, ge=0, lt=1)

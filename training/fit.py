@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
+from contracts import stopping
 from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
 from contracts.ledger import Ledger
@@ -19,7 +20,7 @@ from training.checkpoint import save_checkpoint
 from training.config import TrainingConfig
 from training.engines import start
 from training.engines.base import Engine
-from training.loop import Learning, train
+from training.loop import HeldOut, Learning, Report, measure, train
 from training.lora import add_adapters, merge_adapters
 from training.models import pick_dtype, set_trainable, tensor_shapes
 from training.modes import set_modes
@@ -48,6 +49,7 @@ class Task:
     changes: dict[str, Any] = field(default_factory=dict)
     """Entries of the start model's config.json that change."""
     facts: dict[str, Any] = field(default_factory=dict)
+    held_out: HeldOut | None = None
     before: Callable[[Engine, Packing], dict[str, Any]] | None = None
     """Called with the engine that holds the start model, for what has to be computed with it; returns facts."""
 
@@ -81,9 +83,13 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         moments=MOMENTS[config.optimizer],
         seconds=config.checkpoint_seconds,
     )
+    report = Report({}, {})
     with context.timed("compute"):
         found = task.before(engine, packing) if task.before else {}
-        log = train(config, context, engine, task.learning, packing, state)
+        with stopping.deferred():  # a stop between the two loses no step
+            log = train(config, context, engine, task.learning, packing, state)
+            if task.held_out is not None:
+                report = measure(config, engine, task.held_out, packing, state, log)
     with context.timed("save"):
         gathered = engine.whole_weights()
         engine.barrier()
@@ -106,6 +112,8 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
             value_head=gathered.get("value_head.weight"),
         )
         context.publication.write_rows("training-log.jsonl", log, task.ledger)
+        for name, lines in report.files.items():
+            context.publication.write_rows(name, lines, Ledger(task.ledger.unit))
     facts = {
         **task.facts,
         **found,

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from contracts import stopping
@@ -90,8 +92,26 @@ class Learning:
     loss: Loss
     statistics: Loss | None = None
     """Computed over the whole step, without gradients, before its loss."""
-    held_out: list[Row] | None = None
-    """Rows to measure the final model by."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is told of the final model."""
+
+    figures: dict[str, float]
+    files: dict[str, list[Any]]
+    """Rows to publish beside the checkpoint, by the file's name."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the final model is measured by."""
+
+    rows: list[Row]
+    scores: Callable[[Outputs, Part], Tensor]
+    """Two numbers for each of a micro-batch's rows, [rows, 2]."""
+    report: Callable[[NDArray[np.float32]], Report]
+    """What follows from those of all rows, in their order."""
 
 
 def train(
@@ -99,8 +119,7 @@ def train(
 ) -> list[Line]:
     """Train the engine's model in place and return one line of figures per optimizer step.
 
-    The last line has the figures of the final model over the held-out rows as well, if there are any. A training that
-    is asked to stop saves its state after the step in hand, and leaves.
+    A training that is asked to stop saves its state after the step in hand, and leaves.
     """
     rows = learning.rows
     total = count_steps(len(rows), config.global_batch, config.epochs, config.max_steps)
@@ -139,13 +158,33 @@ def train(
                 _leave(engine, state, log)
             if due and step + 1 < total:  # behind the last step follows the checkpoint
                 state.save(log)
-        if learning.held_out:
-            found = evaluate(engine, split(learning.held_out), learning.loss)
-            sums = engine.add_up({**found, "stop": float(stopping.requested())})
-            if sums.pop("stop") > 0:
-                _leave(engine, state, log)
-            log[-1].update({f"held_out_{name}": value for name, value in sums.items()})
     return log
+
+
+def measure(
+    config: TrainingConfig, engine: Engine, held_out: HeldOut, packing: Packing, state: TrainingState, log: list[Line]
+) -> Report:
+    """Measure the trained model; its figures are added to the last line of `log`. A stop is answered as by `train`."""
+    rows = held_out.rows
+    places = {id(row): place for place, row in enumerate(rows)}
+    found = torch.zeros(len(rows), 2)
+    with stopping.deferred(), torch.no_grad():
+        for part in parts(rows, engine=engine, budget=config.micro_batch_tokens, packing=packing):
+            scores = held_out.scores(engine.forward(part.batch), part).float().cpu()
+            if part.weight:
+                found[[places[id(row)] for row in part.rows]] = scores
+        if engine.add_up({"stop": float(stopping.requested())})["stop"] > 0:
+            _leave(engine, state, log)
+    whole = engine.sum(found)
+    if not whole.isfinite().all():
+        bad = [row.row_id for row, values in zip(rows, whole, strict=True) if not values.isfinite().all()]
+        raise UserError(
+            f"the trained model's scores of the held-out rows {', '.join(bad[:8])} are not finite. Look at these rows, "
+            "or lower learning_rate; nothing of this training is published."
+        )
+    report = held_out.report(whole.numpy())
+    log[-1].update({f"held_out_{name}": value for name, value in report.figures.items()})
+    return report
 
 
 def parts(

@@ -1,68 +1,138 @@
-"""A Bradley-Terry reward model, trained on the token ids of pairs."""
+"""Reward models, trained on pairs: a Bradley-Terry model, or a language model that compares two answers."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
+from contracts.pairwise import PairwiseChat
+from contracts.records import Pair
 from contracts.seeds import derive_seed
 from contracts.stage import Context, Outcome
+from training.calibration import judgements
 from training.config import RewardConfig
 from training.data import length_limit, pair_row, read_pairs, usable
 from training.engines.base import Figures, Outputs
 from training.fit import Task, fit
-from training.loop import Learning, Part
-from training.models import load_reward, read_config, vocabulary_size
-from training.modules import SequenceScores
+from training.loop import HeldOut, Learning, Part
+from training.models import load_causal, load_reward, read_config, vocabulary_size
+from training.modules import SequenceScores, TokenLogprobs
+from training.rows import Response, Row, token_ids
+
+MakeRows = Callable[[Pair, bool], tuple[Row, ...]]
+"""The rows of a pair, of one that is trained on or of one that is held out (the second argument)."""
 
 
 def run(config: RewardConfig, context: Context) -> Outcome:
     """The stage `reward`."""
     info = ModelInfo.read(config.model)
-    if info.labels is None:
+    pairwise = config.kind == "pairwise"
+    if info.labels is None or pairwise:
         info.require_causal()
     else:
         info.require_one_label()
     limit = length_limit(config, info)
     model_config = read_config(config.model)
-    model_config.num_labels = 1
+    make: MakeRows
+    if pairwise:
+        info.require_chat_template()
+        make = partial(question_rows, chat=PairwiseChat(config.model), seed=config.seed)
+        model = {"load": partial(load_causal, config.model), "wrap": TokenLogprobs, "auto": AutoModelForCausalLM}
+    else:
+        model_config.num_labels = 1
+        make = answer_rows
+        model = {
+            "load": lambda dtype: load_reward(config.model, dtype, config.seed),
+            "wrap": SequenceScores,
+            "auto": AutoModelForSequenceClassification,
+            "changes": classifier_changes(config.model, model_config),
+        }
     pairs = [pair for path in config.pairs for pair in read_pairs(path)]
-    prompts = {pair.pair_id: pair.prompt_id for pair in pairs}
+    held_out = held_out_prompts({pair.prompt_id for pair in pairs}, config.eval_fraction, config.seed)
+    training: dict[int, tuple[Row, ...]] = {}
+    measured: dict[int, tuple[Row, ...]] = {}
+
+    def longest() -> Iterator[Row]:
+        for pair in pairs:
+            is_held_out = pair.prompt_id in held_out
+            rows = make(pair, is_held_out)
+            row = max(rows, key=lambda row: row.longest)
+            (measured if is_held_out else training)[id(row)] = rows
+            yield row
+
     ledger = Ledger("pairs")
-    rows = usable(
-        map(pair_row, pairs),
+    kept = usable(
+        longest(),
         ledger,
         limit=limit,
         vocabulary=vocabulary_size(model_config),
         max_dropped=config.max_dropped,
         what="pairs",
     )
-    held_out = held_out_prompts(set(prompts.values()), config.eval_fraction, config.seed)
-    training = [row for row in rows if prompts[row.row_id] not in held_out]
-    measured = [row for row in rows if prompts[row.row_id] in held_out]
-    if not training:
-        raise UserError(f"eval_fraction={config.eval_fraction} holds out all {len(rows)} pairs; lower it.")
+    rows, judged = ([row for keep in kept for row in some.get(id(keep), ())] for some in (training, measured))
+    if not rows:
+        raise UserError(f"eval_fraction={config.eval_fraction} holds out all {len(kept)} pairs; lower it.")
     task = Task(
         ledger=ledger,
-        learning=Learning(training, reward_loss, held_out=measured),
-        load=lambda dtype: load_reward(config.model, dtype, config.seed),
-        wrap=SequenceScores,
-        auto=AutoModelForSequenceClassification,
+        learning=Learning(rows, reward_loss),
+        held_out=HeldOut(judged, both_scores, partial(judgements, orders=2 if pairwise else 1)) if judged else None,
         model_config=model_config,
-        changes=classifier_changes(config.model, model_config),
-        facts={"training_pairs": len(training), "held_out_pairs": len(measured)},
+        facts={"kind": config.kind, "training_pairs": len(rows), "held_out_pairs": len(kept) - len(rows)},
+        **model,
     )
     return fit(config, context, task)
 
 
+def answer_rows(pair: Pair, held_out: bool) -> tuple[Row, ...]:
+    """For a Bradley-Terry model: both answers, each to be read at its last token."""
+    return (pair_row(pair),)
+
+
+def question_rows(pair: Pair, held_out: bool, *, chat: PairwiseChat, seed: int) -> tuple[Row, ...]:
+    """For a pairwise model: the question, to be answered by the label of the chosen answer and not by the other's.
+
+    Which answer comes first is decided by the seed and the pair's id. A pair that is held out is asked in both orders,
+    first with the chosen answer in front.
+
+    Raises:
+        UserError: the pair does not say what the answers are answers to.
+    """
+    if not pair.messages:
+        raise UserError(
+            f"pair {pair.pair_id} does not hold the conversation that was answered, which kind=pairwise needs: it was "
+            "made by an earlier version. Make the pairs again."
+        )
+    in_front = derive_seed("first answer", seed, pair.pair_id) % 2 == 0
+    return tuple(_question_row(pair, chat, order) for order in ((True, False) if held_out else (in_front,)))
+
+
+def _question_row(pair: Pair, chat: PairwiseChat, chosen_first: bool) -> Row:
+    first, second = (pair.chosen, pair.rejected) if chosen_first else (pair.rejected, pair.chosen)
+    right, wrong = chat.label_ids if chosen_first else reversed(chat.label_ids)
+    prompt = chat.token_ids(pair.messages, first, second, f"pair {pair.pair_id}")
+    return Row(pair.pair_id, token_ids(prompt), (Response(token_ids([right])), Response(token_ids([wrong]))))
+
+
+def both_scores(outputs: Outputs, part: Part) -> Tensor:
+    """The score of the better and of the worse answer of each row, [rows, 2]; of a pairwise model the log-probability
+    of the label that names it."""
+    return (outputs["scores"] if "scores" in outputs else outputs["logprobs"]).view(-1, 2)
+
+
 def reward_loss(outputs: Outputs, part: Part) -> Figures:
-    """-log sigmoid(r_chosen - r_rejected), both scores read at the answer's last token."""
-    chosen, rejected = outputs["scores"].view(-1, 2).unbind(1)
+    """-log sigmoid(r_chosen - r_rejected).
+
+    For a pairwise model that is -log p(right label | one of the two labels), because a label's score is its
+    log-probability.
+    """
+    chosen, rejected = both_scores(outputs, part).unbind(1)
     figures = {
         "loss": bradley_terry(chosen, rejected),
         "accuracy": (chosen > rejected).float(),

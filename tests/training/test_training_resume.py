@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, breaking_off, dpo_settings, make_model, run_here, training_log
 from safetensors.torch import load_file, save_file
 
+import training.fit
 import training.loop
 from contracts import stopping
 from contracts.artifacts import Artifact
@@ -263,15 +264,15 @@ def test_a_full_disk_leaves_the_state_before(
 def test_a_stop_while_the_final_model_is_measured_loses_no_step(
     models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*arguments: Any) -> dict[str, Any]:
+    def stop(*arguments: Any) -> Any:
         monkeypatch.setattr(stopping, "_requested", signal.SIGUSR2)
-        return evaluate(*arguments)
+        return measure(*arguments)
 
-    evaluate = training.loop.evaluate
+    measure = training.fit.measure
     settings = {"model": models["tied"], "pairs": [pairs["pairs"]], "eval_fraction": 0.2, "global_batch": 6}
     whole = run_here("reward", **settings, output=tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(training.loop, "evaluate", stop)
+        patch.setattr(training.fit, "measure", stop)
         with pytest.raises(stopping.Stopped, match=str(128 + signal.SIGUSR2)):
             run_here("reward", **settings, output=tmp_path / "out")
     monkeypatch.setattr(stopping, "_requested", None)

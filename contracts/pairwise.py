@@ -1,0 +1,62 @@
+"""How a pairwise preference model is asked which of two answers is better.
+
+The whole conversation and both answers become the text of one user message, the model's own chat template is applied
+to that message once, and the next token, one of two labels, is the judgement. The text is that of RLHFlow's pairwise
+preference models (Dong et al. 2024, arXiv 2405.07863, section 2.2), so that theirs can be asked as well.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from contracts.chat import ChatTokenizer
+from contracts.errors import UserError
+from contracts.records import Message
+
+LABELS = ("A", "B")
+"""What the model says: the first answer is better, or the second."""
+
+
+def question(messages: Sequence[Message], first: str, second: str) -> str:
+    """The text of the user message: the turns of the conversation, then both answers."""
+    turns = "".join(f"\n<turn> {message.role}\n {message.content}" for message in messages)
+    return f"[CONTEXT] \n{turns}\n [RESPONSE A] {first} [RESPONSE B] {second} \n"
+
+
+class PairwiseChat:
+    """The tokenizer of a pairwise preference model."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.chat = ChatTokenizer(path)
+
+    def token_ids(self, messages: Sequence[Message], first: str, second: str, what: str) -> list[int]:
+        """Token ids of the question, which `what` names, up to where the label follows.
+
+        Raises:
+            UserError: the chat template refuses a user message, or begins with two BOS tokens.
+        """
+        return self.chat.conversation([Message("user", question(messages, first, second))], for_answer=True, what=what)
+
+    @functools.cached_property
+    def label_ids(self) -> tuple[int, int]:
+        """The token of each label, in the form (" A" or "A") that is one token directly behind the generation prompt.
+
+        Raises:
+            UserError: in neither form are both labels single tokens, each one's own.
+        """
+        tokenizer = self.chat.tokenizer
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
+        )
+        before: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        for space in ("", " "):
+            found = [tokenizer(prompt + space + label, add_special_tokens=False)["input_ids"] for label in LABELS]
+            first, second = (ids[len(before) :] for ids in found)
+            single = len(first) == len(second) == 1 and all(ids[: len(before)] == before for ids in found)
+            if single and first != second and tokenizer.unk_token_id not in (*first, *second):
+                return first[0], second[0]
+        raise UserError(
+            f"the tokenizer of {self.path} has no single token for each of the labels {' and '.join(LABELS)} behind "
+            "its generation prompt, so it cannot be a pairwise preference model. Take a model whose tokenizer has them."
+        )

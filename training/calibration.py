@@ -1,0 +1,77 @@
+"""How good a reward model is on pairs that it has not seen: accuracy, and whether its probabilities can be trusted."""
+
+from itertools import pairwise
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from training.loop import Report
+
+BINS = 10
+"""Of equal width, from confidence 0.5 to 1."""
+FILE = "calibration.jsonl"
+
+
+class Bin(msgspec.Struct):
+    """Held-out pairs of similar confidence: a point of the reliability diagram."""
+
+    low: float
+    high: float
+    """Confidence at its edges."""
+    count: int
+    confidence: float | None
+    """Mean of the model's probability for the answer that it prefers; None where there is no pair."""
+    accuracy: float | None
+    """Share of the pairs in which that is the better answer; a tie is half right."""
+
+
+def judgements(scores: NDArray[np.float32], *, orders: int) -> Report:
+    """What is told of held-out pairs.
+
+    Args:
+        scores: of the better and of the worse answer, [pairs * orders, 2].
+        orders: 1, or 2 where a pair is asked with the better answer in front and then with the worse one in front; the
+            probability that the better one wins is then the mean of both.
+
+    Returns:
+        Figures (loss, accuracy, chosen_score, rejected_score and margin as in training; ties: share of the pairs
+        without a preference, which are not accurate; ece: the expected calibration error of Guo et al. 2017, arXiv
+        1706.04599, eq. 3, in which p = sigmoid(margin) and the confidence is max(p, 1 - p)) and its bins. With two
+        orders also the accuracy in each, and consistency: the share of pairs in which both name the same answer.
+    """
+    chosen, rejected = scores.astype(np.float64).T
+    margins = (chosen - rejected).reshape(-1, orders)
+    p = (0.5 * (1 + np.tanh(margins / 2))).mean(1)
+    bins = calibrate(p)
+    figures = {
+        "loss": np.logaddexp(0, -margins).mean(),
+        "accuracy": (p > 0.5).mean(),
+        "chosen_score": chosen.mean(),
+        "rejected_score": rejected.mean(),
+        "margin": margins.mean(),
+        "ties": (p == 0.5).mean(),
+        "ece": sum(bin.count * abs((bin.accuracy or 0) - (bin.confidence or 0)) for bin in bins) / len(p),
+    }
+    if orders == 2:
+        first, second = margins.T
+        figures |= {
+            "accuracy_better_first": (first > 0).mean(),
+            "accuracy_better_second": (second > 0).mean(),
+            "consistency": (first * second > 0).mean(),
+        }
+    return Report({name: float(value) for name, value in figures.items()}, {FILE: bins})
+
+
+def calibrate(p: NDArray[np.float64]) -> list[Bin]:
+    """Bins of the probabilities that the better answers win."""
+    confidence = np.maximum(p, 1 - p)
+    right = np.where(p == 0.5, 0.5, p > 0.5)
+    place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    bins = []
+    for number, (low, high) in enumerate(pairwise(round(0.5 + edge / (2 * BINS), 3) for edge in range(BINS + 1))):
+        inside = place == number
+        count = int(inside.sum())
+        means = [float(values[inside].mean()) if count else None for values in (confidence, right)]
+        bins.append(Bin(low, high, count, *means))
+    return bins
