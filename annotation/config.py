@@ -21,14 +21,21 @@ class ScoreConfig(StageConfig):
     """Published pairs: score only the completions that occur in them."""
     name: str = identity("reward", min_length=1)
     """Name of the scorer, the column that its scores are known by."""
-    kind: Literal["reward_model", "rule", "logprobs", "values"] = identity()
-    """reward_model: a Bradley-Terry model; rule: a Python function; logprobs: a language model's log-probabilities;
+    kind: Literal["reward_model", "pairwise", "rule", "logprobs", "values"] = identity()
+    """reward_model: a Bradley-Terry model; pairwise: a pairwise preference model, by whose word each answer has its
+    mean probability to be better than others; rule: a Python function; logprobs: a language model's log-probabilities;
     values: a critic's value of the state before each response token."""
     model: Path | None = input_path(None)
     """Directory of the model, for all kinds but rule."""
     function: str | None = identity(None)
     """For the kind rule: package.module:function or file.py:function, called once per completion with the keywords
     messages, response, finish_reason and answer; returns a number, or None where it cannot judge."""
+    opponents: int | None = identity(None, ge=1)
+    """For the kind pairwise: answers that each is compared with; all others to the same prompt by default, which takes
+    K (K - 1) forward passes."""
+    against: Path | None = input_path(None)
+    """For the kind pairwise: published rollouts whose answers to the same prompt each answer is compared with, instead
+    of with each other."""
     dtype: Literal["auto", "float32", "bfloat16"] = identity("auto")
     """Number format of the model; auto: bfloat16 on a GPU, float32 on a CPU."""
     max_length: int | None = identity(None, ge=1)
@@ -51,8 +58,14 @@ class ScoreConfig(StageConfig):
             raise ValueError("kind=rule needs function=package.module:function, and no model.")
         if self.kind != "rule" and (self.model is None or self.function is not None):
             raise ValueError(f"kind={self.kind} needs model=DIRECTORY, and no function.")
-        if self.kind in ("logprobs", "values") and self.missing_eos_penalty is not None:
+        if self.kind not in ("reward_model", "rule") and self.missing_eos_penalty is not None:
             raise ValueError(f"missing_eos_penalty is for rewards; what kind={self.kind} gives has no penalty.")
+        if self.kind != "pairwise" and (self.opponents is not None or self.against is not None):
+            raise ValueError(f"opponents and against are for kind=pairwise; kind={self.kind} judges answers singly.")
+        if self.kind == "pairwise" and self.pairs is not None:
+            raise ValueError(
+                "kind=pairwise compares all answers to a prompt, not only those in pairs: leave pairs out."
+            )
         return self
 
     def source_files(self) -> dict[str, Path]:
@@ -64,7 +77,7 @@ class PairsConfig(StageConfig):
     """Choose preference pairs among the scored completions of each prompt."""
 
     stage: ClassVar[str] = "pairs"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     rollouts: Path = input_path()
     """Published rollouts, with at least two completions per prompt."""

@@ -72,10 +72,24 @@ def _named(name: str, estimate: Estimate) -> dict[str, float | None]:
 
 
 def _win_rate(config: EvaluationConfig, rewards: Artifact, rows: list[Row]) -> dict[str, Any]:
-    """Mean over the prompts of the share of cross pairs that this policy's answers win against the baseline's."""
+    """Mean over the prompts of the share of cross pairs that this policy's answers win against the baseline's.
+
+    Scores of the kind pairwise are probabilities to win already: the win rate is their mean, if the answers that they
+    were compared with are the baseline's.
+    """
     if config.baseline is None:
         return {"win_rate": 0.5, "win_rate_ci95": 0.0, "win_rate_prompts": len(rows)}
     baseline = Artifact.open(config.baseline, SCORES)
+    if rewards.manifest.facts.get("kind") == "pairwise":
+        if rewards.manifest.facts.get("against") != baseline.manifest.inputs.get("rollouts"):
+            raise UserError(
+                f"{rewards.path} are scores of kind=pairwise, which say how often an answer beats those that it was "
+                f"compared with, and these are not the answers that the baseline {baseline.path} scored. Score with "
+                "against=ROLLOUTS of the initial policy."
+            )
+        found_prompts = [values for _, found in rows if (values := _values(found["reward"]))]
+        estimate = clustered(found_prompts)
+        return {"win_rate": estimate.mean, "win_rate_ci95": estimate.ci95, "win_rate_prompts": len(found_prompts)}
     _require_same_scorer(rewards, baseline)
     theirs: dict[str, list[float]] = {}
     for score in baseline.rows(Score):

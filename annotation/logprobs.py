@@ -1,13 +1,12 @@
 """The scorer kind `logprobs`: log-probabilities of the stored tokens under a causal language model."""
 
 import math
-from typing import Any
 
 from transformers import AutoModelForCausalLM
 
 from annotation.config import ScoreConfig
 from annotation.samples import Sample
-from annotation.tokens import Batch, TokenScorer
+from annotation.tokens import Batch, TokenScorer, head_logits
 from contracts.records import Score
 
 LOGITS_AT_ONCE = 1 << 26
@@ -31,19 +30,6 @@ class LogprobModel(TokenScorer):
         chunk = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         flat: list[float] = []
         for hidden_CH, labels_C in zip(hidden_NH.split(chunk), labels_N.split(chunk), strict=True):
-            logprobs_CV = self._head(backbone, outputs, hidden_CH).float().log_softmax(-1)
+            logprobs_CV = head_logits(self.model, backbone, outputs, hidden_CH).float().log_softmax(-1)
             flat.extend(logprobs_CV.gather(-1, labels_C[:, None])[:, 0].tolist())
         return flat
-
-    def _head(self, backbone: Any, outputs: Any, hidden_CH: Any) -> Any:
-        """Logits `[C, V]` of chosen positions.
-
-        Some architectures scale or cap what their output matrix gives (Cohere, Granite, Gemma), so the model's own
-        forward computes them, with a backbone that answers with these positions instead of running again.
-        """
-        outputs.last_hidden_state = hidden_CH[None]
-        backbone.forward = lambda *args, **kwargs: outputs
-        try:
-            return self.model(inputs_embeds=hidden_CH[None]).logits[0]
-        finally:
-            del backbone.forward

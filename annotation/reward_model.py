@@ -24,6 +24,7 @@ class RewardModel:
         self.chat = ChatTokenizer(config.model)
         self.model = load_model(config, AutoModelForSequenceClassification)
         self.facts = compute_facts(self.model)
+        self.counts: dict[str, int] = {}
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """One score per sample; "too_long" where the conversation exceeds the limit."""

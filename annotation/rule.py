@@ -21,6 +21,7 @@ class Rule:
         self.path = config.function
         self.function = load_callable(config.function)
         self.facts: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """One score per sample; "unscored" where the function returns None."""

@@ -26,6 +26,8 @@ class Scorer(Protocol):
 
     facts: dict[str, str]
     """What the manifest says of how it computes: dtype and device."""
+    counts: dict[str, int]
+    """What is counted beside the samples themselves, of the shard that was judged last."""
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """Judge the samples of one shard, in their order; a string is the reason for which a sample is dropped."""

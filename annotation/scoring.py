@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
     rollouts = Artifact.open(config.rollouts, ROLLOUTS)
     wanted = _samples_in_pairs(config, rollouts)
     open_scorer = _opener(config)
-    vocabulary = _shared_vocabulary(config, rollouts)
+    known = {**_shared_vocabulary(config, rollouts), **_opponents(config, rollouts)}
 
     def open_worker() -> Callable[[str], None]:
         start = time.perf_counter()
@@ -40,7 +41,7 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
             scores, ledger, faults = _judge(config, scorer, samples)
             seconds["compute"] = time.perf_counter() - start
             total = math.fsum(score.score for score in scores)
-            facts = {**scorer.facts, "score_sum": total, **faults.facts()}
+            facts = {**scorer.facts, "counts": scorer.counts, "score_sum": total, **faults.facts()}
             context.publication.write_rows(name, scores, ledger, seconds=dict(seconds), facts=facts)
             seconds["load"] = 0.0
 
@@ -50,7 +51,7 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
     largest_first = sorted(rollouts.shards, key=lambda shard: (-sizes[shard.name], shard.name))
     shards = [shard.name for shard in largest_first]
     share_shards(context, shards, open_worker, replicas=config.replicas, devices=_devices(config))
-    return _outcome(config, context, vocabulary) if context.rank == 0 else Outcome("samples")
+    return _outcome(config, context, known) if context.rank == 0 else Outcome("samples")
 
 
 def _samples_in_pairs(config: ScoreConfig, rollouts: Artifact) -> set[tuple[str, int]] | None:
@@ -76,11 +77,11 @@ def _opener(config: ScoreConfig) -> Callable[[], Scorer]:
         return lambda: Rule(config)
     assert config.model is not None
     info = ModelInfo.read(config.model)
-    if config.kind == "logprobs":
+    if config.kind in ("logprobs", "pairwise"):
         info.require_causal()
     elif config.kind == "reward_model" or not info.has_value_head:
         info.require_one_label()
-    if config.kind == "reward_model":
+    if config.kind in ("reward_model", "pairwise"):
         info.require_chat_template()
     if config.max_length is not None:
         info.require_length(config.max_length, "max_length")
@@ -93,6 +94,14 @@ def _opener(config: ScoreConfig) -> Callable[[], Scorer]:
             return RewardModel(config, longest)
 
         return open_reward_model
+    if config.kind == "pairwise":
+
+        def open_pairwise() -> Scorer:
+            from annotation.pairwise import PairwiseModel
+
+            return PairwiseModel(config, longest)
+
+        return open_pairwise
     if config.kind == "values":
 
         def open_values() -> Scorer:
@@ -143,6 +152,24 @@ def _shared_vocabulary(config: ScoreConfig, rollouts: Artifact) -> dict[str, str
             f"({policy[:12]}): the same token ids mean other text to it. Take a model of the policy's."
         )
     return {"vocabulary": found}
+
+
+def _opponents(config: ScoreConfig, rollouts: Artifact) -> dict[str, str]:
+    """For the kind pairwise: the fact whose answers the samples are compared with, where these are not their own.
+
+    Raises:
+        UserError: there is nothing to compare them with.
+    """
+    if config.kind != "pairwise":
+        return {}
+    if config.against is not None:
+        return {"against": Artifact.open(config.against, ROLLOUTS).manifest.digest}
+    if all(len(rollout.completions) < 2 for rollout in rollouts.rows(Rollout)):
+        raise UserError(
+            f"kind=pairwise compares the answers to a prompt with each other, but {rollouts.path} holds at most one "
+            "per prompt. Generate with k=2 or more, or set against=ROLLOUTS to compare with another policy's answers."
+        )
+    return {}
 
 
 def _devices(config: ScoreConfig) -> int:
@@ -205,4 +232,11 @@ def _outcome(config: ScoreConfig, context: Context, known: dict[str, Any]) -> Ou
     total = math.fsum(receipt.facts["score_sum"] for receipt in receipts)
     facts["score_mean"] = total / ledger.kept if ledger.kept else None
     facts.pop("score_sum", None)
+    counts: Counter[str] = Counter()
+    for receipt in receipts:
+        counts.update(receipt.facts.get("counts", {}))
+    facts.pop("counts", None)
+    facts |= counts
+    if config.kind == "pairwise":
+        facts["consistency"] = counts["consistent"] / counts["comparisons"] if counts["comparisons"] else None
     return Outcome("samples", facts, model_fingerprint(config.model) if config.model else None)

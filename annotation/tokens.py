@@ -35,6 +35,26 @@ class Batch:
         return [[next(tokens) for _ in range(size)] for size in self.sizes]
 
 
+def run_backbone(model: Any, input_ids: Any, mask: Any) -> tuple[Any, Any]:
+    """The model without its head, and what it puts out for a batch [B, T]."""
+    backbone = getattr(model, model.base_model_prefix)
+    return backbone, backbone(input_ids=input_ids, attention_mask=mask, use_cache=False)
+
+
+def head_logits(model: Any, backbone: Any, outputs: Any, hidden_CH: Any) -> Any:
+    """Logits `[C, V]` of chosen positions, by their last hidden states.
+
+    Some architectures scale or cap what their output matrix gives (Cohere, Granite, Gemma), so the model's own
+    forward computes them, with a backbone that answers with these positions instead of running again.
+    """
+    outputs.last_hidden_state = hidden_CH[None]
+    backbone.forward = lambda *args, **kwargs: outputs
+    try:
+        return model(inputs_embeds=hidden_CH[None]).logits[0]
+    finally:
+        del backbone.forward
+
+
 class TokenScorer:
     """Judges the stored ids, prompt and response as they are, without a chat template."""
 
@@ -44,6 +64,7 @@ class TokenScorer:
         self.longest = longest
         self.model = load_model(config, auto_class)
         self.facts = compute_facts(self.model)
+        self.counts: dict[str, int] = {}
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """One score per sample; "too_long" where prompt and response exceed the limit."""
@@ -82,8 +103,7 @@ class TokenScorer:
 
     def run_backbone(self, batch: Batch) -> tuple[Any, Any, Any]:
         """The model without its head, what it puts out, and its last hidden state before each token [N, H]."""
-        backbone = getattr(self.model, self.model.base_model_prefix)
-        outputs = backbone(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False)
+        backbone, outputs = run_backbone(self.model, batch.input_ids, batch.mask)
         return backbone, outputs, outputs.last_hidden_state[batch.rows, batch.targets - 1]
 
     def numbers(self, batch: Batch) -> list[float]:
