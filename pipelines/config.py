@@ -45,7 +45,7 @@ else:
     WorldSection = _section(WorldConfig)
     PromptSourceSection = _section(PromptsConfig, "exclude")
     GenerationSection = _section(GenerationConfig, "policy", "prompts", "start", "count")
-    ScorerSection = _section(ScoreConfig, "rollouts", "pairs", "name")
+    ScorerSection = _section(ScoreConfig, "rollouts", "pairs", "name", "against")
     PairsSection = _section(PairsConfig, "rollouts", "scores")
     SftSection = _section(SftConfig, "model")
     RewardSection = _section(RewardConfig, "model", "pairs")
@@ -217,6 +217,18 @@ class RunConfig(Section):
             raise ValueError(
                 f"reward_model.label is {self.reward_model.label!r}, but scorers holds only {sorted(self.scorers)}."
             )
+        needed = {"bradley_terry": "reward_model", "pairwise": "pairwise"}
+        if self.reward_model and self.scorers["reward"].kind != needed[self.reward_model.training.kind]:
+            kind = self.reward_model.training.kind
+            raise ValueError(
+                f"reward_model.training.kind is {kind}, but scorers.reward.kind is {self.scorers['reward'].kind}, "
+                f"which reads other models. Set scorers.reward.kind={needed[kind]}."
+            )
+        if self.scorers["reward"].kind == "pairwise" and self.generation.k < 2:
+            raise ValueError(
+                f"generation.k is {self.generation.k}; scorers.reward.kind=pairwise compares the answers to a prompt "
+                "with each other, so it needs at least 2."
+            )
         description = self.description
         check_settings(description, self.training.settings)
         if description.reads == "samples":
@@ -268,7 +280,7 @@ class RunConfig(Section):
     @property
     def has_reward_model(self) -> bool:
         """Whether the rewards are a model's, which a critic can start from."""
-        return self.reward_model is not None or self.scorers["reward"].kind == "reward_model"
+        return bool(self.scorers["reward"].kind == "reward_model")
 
     @property
     def run_directory(self) -> Path:

@@ -15,7 +15,17 @@ from embedded.config import WorldConfig
 from generation.config import GenerationConfig
 from pipelines.graph import Graph, Node
 from pipelines.placement import gpu_count
-from pipelines.sizes import WORLD_ROW, Answers, Size, answers_of, experience_of, pairs_of, rows_of, size_of
+from pipelines.sizes import (
+    TEMPLATE_TOKENS,
+    WORLD_ROW,
+    Answers,
+    Size,
+    answers_of,
+    experience_of,
+    pairs_of,
+    rows_of,
+    size_of,
+)
 from training.config import (
     CriticConfig,
     EmaConfig,
@@ -69,7 +79,7 @@ def published_bytes(node: Node, graph: Graph) -> int | None:
                   log-probability (24) and text (9); a prompt's ids take 7 for each byte of its text at most
     score         answers · 256, and for log-probabilities and values max_new_tokens · 24 an answer
     experience    prompts · (8 · text + 512) + answers · (256 + max_new_tokens · (7 + 24 · c)), with c numbers a token
-    pairs         2 · pairs · (8 · prompt + 2 · max_new_tokens · 16 + 640): as JSONL and as Parquet
+    pairs         2 · pairs · (9 · prompt + 2 · max_new_tokens · 16 + 640): as JSONL and as Parquet
     training      stored · a, the tokenizer, and 512 for each optimizer step's line in the log
     ema           stored · 4 and the tokenizer
     value-head    stored · a and the tokenizer, a being 4 at most
@@ -103,7 +113,7 @@ def _published_rows(config: Any, node: Node, graph: Graph) -> int | None:
     if isinstance(config, PairsConfig):
         found = pairs_of(node.output, graph)
         assert found is not None
-        text = (1 + ID) * prompts.bytes // max(1, prompts.count)
+        text = (2 + ID) * prompts.bytes // max(1, prompts.count)
         return 2 * found[0] * (text + 2 * tokens * (ID + TEXT) + PAIR) + STAGE
     prompt_bytes = (1 + ID) * prompts.bytes + prompts.count * ROLLOUT
     if isinstance(config, ExperienceConfig):
@@ -368,16 +378,29 @@ def generation_memory(config: GenerationConfig, size: Size, answers: Answers | N
     return Memory(parts, max(config.replicas, config.servers), share)
 
 
+def question_tokens(answers: Answers) -> int:
+    """Tokens of the longest question which of two answers is better."""
+    return answers.longest + answers.longest_answer + TEMPLATE_TOKENS
+
+
 def scoring_memory(config: ScoreConfig, size: Size, answers: Answers | None, *, on_gpu: bool) -> Memory:
     """Memory of one replica: weights a·P, and one layer's work on N = batch_tokens tokens without gradients.
 
-    That is N · (16 h + a · (2 (q + k) + 3 i)); log-probabilities take up to 2^26 logits in three copies besides.
+    That is N · (16 h + a · (2 (q + k) + 3 i)); log-probabilities take up to 2^26 logits in three copies besides, and
+    the kind pairwise those of the last token of each question, which has 64 tokens at least.
     """
     number = {"float32": 4, "bfloat16": 2}.get(config.dtype, 2 if on_gpu else 4)
-    tokens = config.batch_tokens if answers is None else min(config.batch_tokens, answers.count * answers.longest)
+    tokens = config.batch_tokens
+    if answers is not None and config.kind == "pairwise":
+        questions = answers.count * (config.opponents or max(1, answers.k - 1))
+        tokens = min(tokens, questions * question_tokens(answers))
+    elif answers is not None:
+        tokens = min(tokens, answers.count * answers.longest)
     wide = size.query_width + size.key_width
     layer = 16 * size.hidden + number * (2 * wide + 3 * size.intermediate)
     parts = {"weights": size.parameters * number, "activations": tokens * layer}
     if config.kind == "logprobs":
         parts["logits"] = min(LOGITS_AT_ONCE, tokens * size.vocabulary) * (8 + number)
+    if config.kind == "pairwise":
+        parts["logits"] = -(-tokens // TEMPLATE_TOKENS) * size.vocabulary * (4 + number)
     return Memory({**parts, "process": PROCESS}, config.replicas)

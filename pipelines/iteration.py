@@ -105,7 +105,7 @@ class Recipe:
             section = config.generation.model_copy(update={"k": 1, "temperatures": [0.0]})
             name = f"{here}/greedy/generation"
             inputs["greedy_rollouts"] = self.sample(name, policy, self.train_prompts, iteration, section, window)
-            inputs["greedy"] = self.score(f"{here}/greedy/reward", "reward", inputs["greedy_rollouts"])
+            inputs["greedy"] = self.score(f"{here}/greedy/reward", "reward", inputs["greedy_rollouts"], rollouts)
         if "values" in needs:
             critic = self.critic_of(policy)
             fields = {"kind": "values", "name": "values", "model": critic, "rollouts": rollouts}
@@ -166,7 +166,12 @@ class Recipe:
         here = f"iteration-{iteration:03d}"
         heldout = self.heldout_prompts
         rollouts = self.sample(f"{here}/heldout/generation", policy, heldout, iteration, self.config.evaluation)
-        scores = {name: self.score(f"{here}/heldout/{name}", name, rollouts) for name in self.config.scorers}
+        if iteration == 0:
+            self.first_answers = rollouts
+        scores = {
+            name: self.score(f"{here}/heldout/{name}", name, rollouts, self.first_answers)
+            for name in self.config.scorers
+        }
         against: dict[str, Any] = {}
         if iteration == 0:
             self.baseline = scores["reward"]
@@ -242,13 +247,15 @@ class Recipe:
             seed=derive_seed(self.config.seed, name),
         )
 
-    def score(self, name: str, scorer: str, rollouts: Path) -> Path:
-        """Judge rollouts with one of the configured scorers."""
+    def score(self, name: str, scorer: str, rollouts: Path, against: Path | None = None) -> Path:
+        """Judge rollouts with one of the configured scorers; a pairwise one compares them with those in `against`."""
         fields = keys(self.config.scorers[scorer])
         if scorer == "reward" and self.reward_model is not None:
             fields["model"] = self.reward_model
         elif fields.get("model") is not None:
             fields["model"] = self.locate(fields["model"])
+        if fields["kind"] == "pairwise" and against is not None:
+            fields["against"] = against
         return self.graph.add(name, ScoreConfig, "annotation score", fields, rollouts=rollouts, name=scorer)
 
     def log_probabilities(self, name: str, rollouts: Path, model: Path, pairs: Path | None = None) -> Path:

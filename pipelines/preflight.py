@@ -12,7 +12,8 @@ from generation.config import GenerationConfig
 from pipelines.config import EnvironmentsSection
 from pipelines.environments import probe_versions
 from pipelines.graph import Graph, Node
-from training.config import CriticConfig, EmaConfig, RewardConfig, TrainingConfig, ValueHeadConfig
+from pipelines.sizes import has_score_head
+from training.config import EmaConfig, RewardConfig, TrainingConfig, ValueHeadConfig
 from training.parallel import check_layout
 
 
@@ -81,12 +82,16 @@ def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
         model = ModelInfo.read(config.model)
         if config.kind == "reward_model" or (config.kind == "values" and not model.has_value_head):
             yield model.require_one_label
-        if config.kind == "reward_model":
+        if config.kind == "pairwise":
+            yield model.require_causal
+        if config.kind in ("reward_model", "pairwise"):
             yield model.require_chat_template
     if isinstance(config, TrainingConfig) and config.model in outside:
         model = ModelInfo.read(config.model)
-        starts_as_classifier = isinstance(config, RewardConfig | CriticConfig) and model.labels is not None
+        starts_as_classifier = has_score_head(config) and model.labels is not None
         yield model.require_one_label if starts_as_classifier else model.require_causal
+        if isinstance(config, RewardConfig) and config.kind == "pairwise":
+            yield model.require_chat_template
         yield functools.partial(model.require_length, config.max_length or 1, "max_length")
     if isinstance(config, TrainingConfig):
         start = origin_of(config.model, graph)

@@ -197,9 +197,15 @@ def size_of(model: Path, graph: Graph) -> Size | None:
         )
     if isinstance(config, TrainingConfig | EmaConfig | ValueHeadConfig):
         start = size_of(config.model, graph)
-        classifier = isinstance(config, RewardConfig | CriticConfig | ValueHeadConfig)
-        return start.as_classifier() if start and classifier else start
+        return start.as_classifier() if start and has_score_head(config) else start
     return None
+
+
+def has_score_head(config: Any) -> bool:
+    """Whether what a stage trains ends in one number instead of in the vocabulary."""
+    if isinstance(config, RewardConfig):
+        return config.kind == "bradley_terry"
+    return isinstance(config, CriticConfig | ValueHeadConfig)
 
 
 @dataclass(frozen=True)
