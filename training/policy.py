@@ -37,8 +37,9 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
     from_pairs = description.reads == "pairs"
     model_config = read_config(config.model)
     ledger = Ledger("pairs" if from_pairs else "prompts")
+    samplers: set[str] = set()
     rows = usable(
-        pair_rows(config, description) if from_pairs else sample_rows(config),
+        pair_rows(config, description) if from_pairs else sample_rows(config.experience, samplers),
         ledger,
         limit=length_limit(config, info),
         vocabulary=vocabulary_size(model_config),
@@ -60,7 +61,7 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
         auto=AutoModelForCausalLM,
         model_config=model_config,
         facts={"algorithm": config.algorithm, "settings": config.settings},
-        before=None if from_pairs else lambda engine, packing: _compare(config, rows, engine, packing),
+        before=None if from_pairs else lambda engine, packing: _compare(config, rows, samplers, engine, packing),
     )
     return fit(config, context, task)
 
@@ -136,10 +137,11 @@ def _samples(outputs: Outputs, part: Part, needs: tuple[str, ...]) -> Samples:
     )
 
 
-def _compare(config: PolicyConfig, rows: list[Row], engine: Engine, packing: Packing) -> dict[str, Any]:
+def _compare(
+    config: PolicyConfig, rows: list[Row], samplers: set[str], engine: Engine, packing: Packing
+) -> dict[str, Any]:
     """Compute `proximal` for all rows, and compare it with what the engine reported when it sampled."""
-    policies = {policy for policy, _ in _experience(config)}
-    fresh = policies == {model_fingerprint(config.model)}
+    fresh = samplers == {model_fingerprint(config.model)}
     drift = measure_drift(rows, engine, packing, config.micro_batch_tokens)
     if fresh and drift["mean"] > config.max_drift:
         raise UserError(
@@ -150,16 +152,12 @@ def _compare(config: PolicyConfig, rows: list[Row], engine: Engine, packing: Pac
     return {"drift": {**drift, "fresh": fresh}}
 
 
-def sample_rows(config: PolicyConfig) -> Iterator[Row]:
-    """Prompts with their samples, from published experience."""
-    for _, prompt in _experience(config):
+def sample_rows(experience: Path | None, samplers: set[str]) -> Iterator[Row]:
+    """Prompts with their samples, from published experience; `samplers` gets the policies that they are of."""
+    assert experience is not None
+    for prompt in Artifact.open(experience, EXPERIENCE).rows(Experience):
+        samplers.add(prompt.policy)
         yield Row(prompt.prompt_id, token_ids(prompt.prompt_ids), tuple(map(_response, prompt.samples)))
-
-
-def _experience(config: PolicyConfig) -> Iterator[tuple[str, Experience]]:
-    assert config.experience is not None
-    for row in Artifact.open(config.experience, EXPERIENCE).rows(Experience):
-        yield row.policy, row
 
 
 def _response(sample: ExperienceSample) -> Response:
