@@ -22,6 +22,7 @@ from pipelines.sizes import (
     Size,
     answers_of,
     experience_of,
+    has_score_head,
     pairs_of,
     rows_of,
     size_of,
@@ -214,7 +215,7 @@ def memory(node: Node, graph: Graph, *, on_gpu: bool) -> Memory | None:
     config = node.config
     if isinstance(config, TrainingConfig):
         size = size_of(config.model, graph)
-        if size is not None and isinstance(config, RewardConfig | CriticConfig):
+        if size is not None and has_score_head(config):
             size = size.as_classifier()
         longest, sequences = _longest_row(config, graph), _sequences(config, graph)
         return None if size is None else training_memory(config, size, longest, sequences, on_gpu=on_gpu)
@@ -264,14 +265,14 @@ def training_memory(config: TrainingConfig, size: Size, longest: int | None, seq
     one row; sp divides it. With pp the first stage has pp micro-batches in flight, in a pp-th of the layers.
 
     Logits exist for at most 2048 positions at once, as three fp32 tensors in the backward pass, beside the head's fp32
-    gradient and its copies (training/logprobs.py). Reward models and critics have none.
+    gradient and its copies (training/logprobs.py). Bradley-Terry reward models and critics have none.
     """
     number = number_bytes(config, on_gpu)
     total, trained = size.parameters, size.trained(config.frozen)
     moments = 2 if config.optimizer == "adamw" else 0
     parallel = config.parallel
     words = size.vocabulary * size.hidden
-    both = 1 if size.tied or isinstance(config, RewardConfig | CriticConfig) else 2
+    both = 1 if size.tied or has_score_head(config) else 2
     ends = both if parallel.pp == 1 else 1
     if parallel.pp > 1 or parallel.tp > 1:
         whole = (total - both * words) // (parallel.pp * parallel.tp) + ends * words
@@ -310,7 +311,7 @@ def training_memory(config: TrainingConfig, size: Size, longest: int | None, seq
     else:
         kept, holes = (size.layers + 0.25) * layer, 1.5
     parts["activations"] = int(tokens * (kept + 12 * size.hidden) * (1 if on_gpu else holes))
-    if not isinstance(config, RewardConfig | CriticConfig):
+    if not has_score_head(config):
         head = size.vocabulary * size.hidden * (8 + number)
         parts["logits"] = 12 * min(HEAD_CHUNK, tokens) * size.vocabulary + head
     return Memory({**parts, "process": PROCESS}, parallel.processes)
@@ -327,6 +328,8 @@ def _longest_row(config: TrainingConfig, graph: Graph) -> int | None:
         found = [answers.longest] if answers else []
     elif isinstance(config, PolicyConfig | RewardConfig):
         found = [pairs[1].longest for path in config.pairs if (pairs := pairs_of(path, graph))]
+        if isinstance(config, RewardConfig) and config.kind == "pairwise":
+            found = [question_tokens(pairs[1]) for path in config.pairs if (pairs := pairs_of(path, graph))]
     if not found:
         return config.max_length
     return min(max(found), config.max_length or max(found))

@@ -72,7 +72,7 @@ def test_a_pairwise_model_is_estimated_as_a_language_model_that_reads_two_answer
     made, start = compared.nodes[name].output, compared.nodes["setup/sft"].output
     assert size_of(made, compared) == size_of(start, compared)
     assert size_of(plain.nodes[name].output, plain) != size_of(start, plain)
-    for stage, grows in (("iteration-001/reward", True), ("iteration-001/reference", False)):
+    for stage, grows in ((name, True), ("iteration-001/reward", True), ("iteration-001/reference", False)):
         one, other = (memory(graph.nodes[stage], graph, on_gpu=True) for graph in (plain, compared))
         assert one is not None
         assert other is not None
