@@ -27,9 +27,21 @@ its figures, added up, in `batch.statistics`.
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 Figures = dict[str, Tensor]
+
+
+def owners(lengths: Tensor, tokens: int) -> Tensor:
+    """Index of the response that each of `tokens` tokens belongs to, [N]; the responses are `lengths` long, [S]."""
+    numbers = torch.arange(len(lengths), device=lengths.device)
+    return torch.repeat_interleave(numbers, lengths, output_size=tokens)  # without its size a GPU waits
+
+
+def sum_by_response(values: Tensor, lengths: Tensor) -> Tensor:
+    """The sum over each response's tokens, [N] -> [S]."""
+    return values.new_zeros(len(lengths)).index_add(0, owners(lengths, len(values)), values)
 
 
 @dataclass(frozen=True)
@@ -128,16 +140,12 @@ class Samples:
 
     def sum_by_response(self, values: Tensor) -> Tensor:
         """[N] -> [S]"""
-        sums = values.new_zeros(len(self.lengths))
-        return sums.index_add(0, self.response_of_token, values)
+        return sum_by_response(values, self.lengths)
 
     @property
     def response_of_token(self) -> Tensor:
         """Index of the response that each token belongs to, [N]."""
-        import torch
-
-        numbers = torch.arange(len(self.lengths), device=self.lengths.device)
-        return torch.repeat_interleave(numbers, self.lengths, output_size=len(self.logprobs))  # without it a GPU waits
+        return owners(self.lengths, len(self.logprobs))
 
     def mean(self, values: Tensor) -> Tensor:
         """The share of this micro-batch in the step's mean of one value per response, [S] -> []."""
@@ -172,9 +180,7 @@ class Experience:
     @property
     def response_of_token(self) -> Tensor:
         """Index of the response that each token belongs to, [N]."""
-        import torch
-
-        return torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
+        return owners(self.lengths, len(self.behaviour))
 
 
 @dataclass(frozen=True)

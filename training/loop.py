@@ -13,6 +13,7 @@ from torch import Tensor
 from contracts import stopping
 from contracts.errors import UserError
 from contracts.stage import Context
+from training.algorithm import sum_by_response
 from training.batching import MicroBatch, count_steps, divide, global_batches
 from training.config import TrainingConfig
 from training.engines.base import Engine, Figures, Outputs
@@ -73,9 +74,7 @@ class Part:
 
     def sum_by_response(self, values: Tensor) -> Tensor:
         """[N] -> [S]: the sum over each response's tokens."""
-        lengths = self.batch.lengths
-        owners = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        return values.new_zeros(len(lengths)).index_add(0, owners, values)
+        return sum_by_response(values, self.batch.lengths)
 
 
 Loss = Callable[[Outputs, Part], Figures]

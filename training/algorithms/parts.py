@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from contracts.errors import UserError
-from training.algorithm import Experience, Figures, Samples
+from training.algorithm import Experience, Figures, Samples, owners
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios of probabilities are cut here before the exponential, which is infinite in fp32 from 89 on."""
@@ -41,7 +41,7 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: flo
         values: of the state in which each token was chosen, [N].
         lengths: tokens of each response, at least 1, [S].
     """
-    response = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    response = owners(lengths, len(rewards))
     position = torch.arange(len(rewards), device=lengths.device) - (lengths.cumsum(0) - lengths)[response]
     padded = rewards.new_zeros(2, int(lengths.max()) + 1, len(lengths))
     padded[:, position, response] = torch.stack([rewards, values])
