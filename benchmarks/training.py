@@ -185,7 +185,7 @@ def get_ppo() -> Path:
             wheels = list(Path(scratch).glob("*.whl"))
             if process.returncode or not wheels:
                 raise RuntimeError(f"pip cannot download trl=={PPO_VERSION}: {process.stderr.strip()[-500:]}")
-            part = cache.with_suffix(".part")
+            part = cache.with_name(f"{cache.name}.{os.getpid()}")
             with zipfile.ZipFile(wheels[0]) as wheel:
                 wheel.extractall(part)
             part.rename(cache)
