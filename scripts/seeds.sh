@@ -16,7 +16,7 @@ algorithms=("${@:2}")
 samples=(training.nll_coefficient=0 training.global_batch=64)
 declare -A changes=(
   [ppo]="generation.k=2 evaluation.k=4 training.epochs=4 training.learning_rate=4e-4
-    experience.kl_target=2 critic.epochs=4 critic.global_batch=64 critic.learning_rate=1e-3"
+    experience.kl_target=2 critic.epochs=4 critic.global_batch=64 critic.learning_rate=1e-3 critic.clip=5"
   [grpo]="training.learning_rate=8e-4"
   [raft]="training.learning_rate=4e-4"
 )

@@ -181,8 +181,11 @@ class CriticConfig(TrainingConfig):
 
     experience: Path = input_path()
     """Published experience of an algorithm that needs values."""
+    learning_rate: float = identity(9e-6, gt=0)
+    """Peak learning rate; a critic's is several times a policy's (OpenRLHF's default)."""
     clip: float = identity(0.2, gt=0)
-    """The new value is at most this far from the old one, for the clipped term (arXiv 1707.06347, as in baselines)."""
+    """The new value is at most this far from the old one, for the clipped term (arXiv 1707.06347, as in baselines). It
+    is in units of the reward: raise it where rewards are spread widely."""
 
 
 class ValueHeadConfig(StageConfig):
