@@ -147,6 +147,15 @@ class RetentionSection(Section):
         return value
 
 
+class HardwareSection(Section):
+    """What a configuration is written for."""
+
+    gpus: int = runtime(ge=1)
+    """GPUs of one machine."""
+    gib: float = runtime(gt=0)
+    """Memory of each, in GiB."""
+
+
 class RunConfig(Section):
     """One run of iterative online RLHF."""
 
@@ -196,6 +205,8 @@ class RunConfig(Section):
     changes: dict[int, dict[str, Any]] = identity({})
     """Values that hold from an iteration on: {3: {training: {settings: {beta: 0.05}}}}. What another section
     has taken from `generation` stays as it was there."""
+    hardware: HardwareSection | None = runtime(None)
+    """GPUs that this is written for ({gpus: 8, gib: 80}); --dry-run estimates memory for them where there are none."""
     environments: EnvironmentsSection = runtime(EnvironmentsSection())
     """What `generation`, `annotation` and `training` run in, where it is not their locked environment."""
     executor: ExecutorSection = runtime(ExecutorSection())

@@ -1,6 +1,8 @@
 """Models named by a Hub id: downloaded once, then a directory like any other."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -13,15 +15,49 @@ MODEL_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt",
 
 def fetch_models(config: RunConfig) -> RunConfig:
     """The same configuration with every hf: model replaced by its local directory."""
-    policy = fetch(config.policy)
+    return _with_models(config, fetch)
+
+
+def _with_models(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
+    """The same configuration with every model where `place` says."""
     scorers = {
-        name: scorer.model_copy(update={"model": Path(fetch(str(scorer.model)))}) if scorer.model else scorer
+        name: scorer.model_copy(update={"model": Path(place(str(scorer.model)))}) if scorer.model else scorer
         for name, scorer in config.scorers.items()
     }
+    changes: dict[str, Any] = {"policy": place(config.policy), "scorers": scorers}
     critic = config.critic
-    if critic is not None and critic.start:
-        critic = critic.model_copy(update={"start": fetch(critic.start)})
-    return config.model_copy(update={"policy": policy, "scorers": scorers, "critic": critic})
+    if critic is not None and critic.start:  # else it stays a key that the user has not set
+        changes["critic"] = critic.model_copy(update={"start": place(critic.start)})
+    return config.model_copy(update=changes)
+
+
+def with_cached_models(config: RunConfig) -> RunConfig:
+    """The same configuration with every hf: model that is in the local cache replaced by its directory there.
+
+    Raises:
+        UserError: nothing on the Hub can have one of the names.
+    """
+    return _with_models(config, cached)
+
+
+def cached(reference: str) -> str:
+    """The directory of hf:ORG/NAME[@REVISION] where it is in the local cache; else, and for others, what it was.
+
+    Raises:
+        UserError: nothing on the Hub can have that name.
+    """
+    if not reference.startswith("hf:"):
+        return reference
+    name, _, revision = reference.removeprefix("hf:").partition("@")
+    try:
+        directory = snapshot_download(
+            name, revision=revision or None, allow_patterns=MODEL_PATTERNS, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        return reference
+    except HFValidationError as error:
+        raise UserError(f"{reference} is no name of a model on the Hub: {error}") from error
+    return directory if list(Path(directory).glob("*.safetensors")) else reference
 
 
 def fetch(reference: str) -> str:

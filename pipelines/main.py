@@ -22,10 +22,11 @@ from pipelines.force import report_forced, resolve, set_aside
 from pipelines.fork import fork
 from pipelines.gc import collect
 from pipelines.graph import Graph
-from pipelines.hub import fetch_models
+from pipelines.hub import fetch_models, with_cached_models
 from pipelines.iteration import build_graph
 from pipelines.lineage.trace import print_trace
 from pipelines.lineage.verify import print_verification
+from pipelines.memory import print_memory
 from pipelines.preflight import check_environments, check_inputs
 from pipelines.report import print_comparison, print_table
 from pipelines.retention import made_again
@@ -84,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("config", type=Path, help="the run's YAML file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like generation.k=8")
     run.add_argument("--iters", type=int, default=None, help="iterations to have in the end")
-    run.add_argument("--dry-run", action="store_true", help="say what would be reused or run, and why; start nothing")
+    run.add_argument("--dry-run", action="store_true", help="say what would run, and why, and the memory it takes")
     run.add_argument(
         "--force",
         action="append",
@@ -148,9 +149,10 @@ def run_command(options: argparse.Namespace) -> int:
         raise UserError(f"--iters is {iterations}; it must be from 0 to {MOST_ITERATIONS}.")
     console = make_console()
     if options.dry_run:
-        plan = build_graph(config, iterations)
+        plan = build_graph(with_cached_models(config), iterations)
         check_inputs(plan)
         print_plan(console, plan, config, resolve(plan, options.force))
+        print_memory(console, plan, config)
         return 0
     config = fetch_models(config)
     graph = build_graph(config, iterations)

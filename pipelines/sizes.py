@@ -10,6 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from annotation.config import PairsConfig
 from contracts.artifacts import MANIFEST
 from contracts.fingerprint import MODEL_FILES
@@ -62,6 +65,8 @@ class Size:
     """Bytes of configuration and tokenizer."""
     tensors: dict[str, int] = field(default_factory=dict)
     """Numbers in each tensor by name; empty where there are no weights to look at."""
+    model_type: str = "llama"
+    """The architecture, as config.json names it."""
     classifier: bool = False
     """Whether it gives one score per sequence instead of having an LM head."""
 
@@ -93,9 +98,11 @@ def read_size(model: Path) -> Size | None:
 
     Without weights the counts are those of a Llama: each layer has 2 h·q + 2 h·k (attention, of query width q and
     key width k), 3 h·i (feed-forward, times the experts) and 2 h (norms), and embedding, final norm and LM head are
-    2 V·h + h, or V·h + h where the head is tied.
+    2 V·h + h, or V·h + h where the head is tied. Of a model on the Hub (hf:ORG/NAME) the config.json in the local cache
+    will do.
     """
-    config = _read_json(model / "config.json")
+    file = config_file(model)
+    config = _read_json(file) if file else None
     if config is None:
         return None
     text = {**config, **(config.get("text_config") or {})}
@@ -112,7 +119,8 @@ def read_size(model: Path) -> Size | None:
             return None
         tensors |= header
     if not tensors:
-        return size
+        is_classifier = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
+        return size.as_classifier() if is_classifier else size
     if "tie_word_embeddings" not in text:  # the default is another for each architecture
         size = replace(size, tied=not any(map(_is_head, tensors)))
     head = sum(count for name, count in tensors.items() if _is_head(name)) if size.tied else 0
@@ -120,6 +128,18 @@ def read_size(model: Path) -> Size | None:
     classifier = any(name.startswith("score.") for name in tensors)
     stored = total - head + (size.vocabulary * size.hidden if size.tied and not classifier else 0)
     return replace(size, parameters=total - head, stored=stored, tensors=tensors, classifier=classifier)
+
+
+def config_file(model: Path) -> Path | None:
+    """The config.json of a model directory, or of hf:ORG/NAME[@REVISION] in the local cache; None if not there."""
+    if not str(model).startswith("hf:"):
+        return model / "config.json"
+    name, _, revision = str(model).removeprefix("hf:").partition("@")
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _from_config(config: dict[str, Any]) -> Size:
@@ -149,6 +169,7 @@ def _from_config(config: dict[str, Any]) -> Size:
         vocabulary=words,
         tied=tied,
         context=first("max_position_embeddings", "n_positions"),
+        model_type=str(config.get("model_type", "")),
     )
 
 
@@ -185,6 +206,7 @@ def size_of(model: Path, graph: Graph) -> Size | None:
     if isinstance(config, WorldConfig):
         return _from_config(
             {
+                "model_type": "llama",
                 "hidden_size": config.hidden_size,
                 "intermediate_size": 3 * config.hidden_size,
                 "num_hidden_layers": config.layers,
@@ -307,17 +329,18 @@ def answers_of(path: Path, graph: Graph) -> Answers | None:
     if not isinstance(config, GenerationConfig):
         return None
     prompts = rows_of(config.prompts, graph)
-    if prompts is None and config.count is not None:
+    size = size_of(config.policy, graph)
+    limits = [config.max_prompt_tokens] if config.max_prompt_tokens is not None else []
+    if size is not None and size.context is not None:
+        limits.append(max(1, size.context - config.max_new_tokens))
+    if prompts is not None:
+        limits.append(prompts.longest_tokens)
+    elif config.count is not None:
         prompts = Rows(config.count, config.count * UNSEEN, UNSEEN)
     if prompts is None:
         return None
     count = min(config.count or prompts.count, prompts.count)
-    longest = prompts.longest_tokens
-    size = size_of(config.policy, graph)
-    if size is not None and size.context is not None:
-        longest = min(longest, max(1, size.context - config.max_new_tokens))
-    if config.max_prompt_tokens is not None:
-        longest = min(longest, config.max_prompt_tokens)
+    longest = min(limits, default=prompts.longest_tokens)
     share = prompts.bytes * count // max(1, prompts.count)
     return Answers(Rows(count, share, prompts.longest), config.k, longest, config.max_new_tokens)
 

@@ -23,21 +23,14 @@ from pipelines.config import RunConfig
 from pipelines.doctor.machine import Finding, Level, cores, existing, gpus, host_memory
 from pipelines.driver import default_parallel
 from pipelines.environments import EnvironmentConfig, launch_command, probe_versions
-from pipelines.estimates import Memory, memory, published_bytes, scratch_bytes
+from pipelines.estimates import Memory, published_bytes, scratch_bytes
 from pipelines.graph import Graph, Node
 from pipelines.locked import Locked, resolve_variant
+from pipelines.memory import estimated, grouped, model_paths, short, size
 from pipelines.placement import gpu_count
 from pipelines.preflight import input_mistakes, model_mistakes
 from pipelines.sizes import size_of
-from training.config import (
-    CriticConfig,
-    EmaConfig,
-    ExperienceConfig,
-    PolicyConfig,
-    RewardConfig,
-    TrainingConfig,
-    ValueHeadConfig,
-)
+from training.config import CriticConfig, ExperienceConfig, PolicyConfig, RewardConfig, TrainingConfig
 
 NAMED_TOKEN = re.compile(r"(key|token|secret|password)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}(?![0-9a-f])", re.IGNORECASE)
 """A token of 40 hexadecimal digits behind its name, also inside a line of bash."""
@@ -192,19 +185,12 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
         yield Finding("memory", "warning", "nvidia-smi does not say how much memory the GPUs have", mend)
         return
     free = min(gpu.free for gpu in listed) if on_gpu else host_memory()
-    needs: dict[str, Memory] = {}
-    unknown: list[str] = []
-    for node in plan.graph.nodes.values():
-        need = memory(node, plan.graph, on_gpu=on_gpu)
-        if need is not None:
-            needs[node.name] = need
-        elif model_paths(node):
-            unknown.append(node.name)
+    needs, unknown = estimated(plan.graph, on_gpu=on_gpu, count=gpu_count())
     for names, need in grouped(needs):
         total = min(gpu.total for gpu in listed) if on_gpu else free
         yield _memory_line(names, plan.graph.nodes[names[0]], need, min(free, int(need.share * total)), on_gpu)
     if unknown:
-        yield Finding("memory", "ok", f"not known of {short(unknown)}: its model cannot be measured yet")
+        yield Finding("memory", "ok", f"not known of {short(list(unknown))}: its model cannot be measured yet")
     if not on_gpu and plan.parallel > 1:
         totals = {name: need.total * need.processes for name, need in needs.items()}
         together = at_once(totals, plan.graph, plan.parallel)
@@ -410,27 +396,6 @@ def uses_deepspeed(node: Node) -> bool:
     return isinstance(node.config, TrainingConfig) and node.config.parallel.deepspeed_stage > 0
 
 
-def model_paths(node: Node) -> list[Path]:
-    """The models that a stage reads."""
-    config = node.config
-    if isinstance(config, GenerationConfig):
-        return [config.policy]
-    if isinstance(config, ScoreConfig):
-        return [config.model] if config.model else []
-    if isinstance(config, EmaConfig):
-        return [config.average, config.model]
-    return [config.model] if isinstance(config, TrainingConfig | ValueHeadConfig) else []
-
-
-def grouped(needs: dict[str, Memory]) -> Iterator[tuple[list[str], Memory]]:
-    """Stages that need the same, together: those of all iterations."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, need in needs.items():
-        groups.setdefault((name.rpartition("/")[2], str(need)), []).append(name)
-    for names in groups.values():
-        yield names, needs[names[0]]
-
-
 def at_once(needs: dict[str, int], graph: Graph, places: int) -> list[str]:
     """Up to `places` stages that may run at the same time and together need much: none of them waits for another.
 
@@ -446,19 +411,6 @@ def at_once(needs: dict[str, int], graph: Graph, places: int) -> list[str]:
     return chosen
 
 
-def short(names: list[str]) -> str:
-    """The first of some names, and how many there are besides."""
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
 def plural(count: int, what: str) -> str:
     """A number of things."""
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def size(count: int) -> str:
-    """A number of bytes for people."""
-    for unit, power in (("GiB", 30), ("MiB", 20)):
-        if count >= 1 << power:
-            return f"{count / (1 << power):.1f} {unit}"
-    return f"{count / 1024:.0f} KiB"

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from rich.console import Console
 from rich.text import Text
 
 from contracts import stopping
 from contracts.errors import UserError, as_user_error
 from contracts.secrets import TOKEN
-from pipelines.config import RunConfig, load_run_config
+from pipelines.config import load_run_config
 from pipelines.doctor.checks import (
     Plan,
     check_configuration,
@@ -36,7 +34,7 @@ from pipelines.doctor.checks import (
     plural,
 )
 from pipelines.doctor.machine import Finding, check_file_system, check_limits, check_loopback
-from pipelines.hub import MODEL_PATTERNS
+from pipelines.hub import with_cached_models
 from pipelines.iteration import build_graph
 from pipelines.locked import home
 
@@ -76,35 +74,6 @@ def make_plan(source: Path, overrides: list[str], iterations: int | None) -> Pla
         return Plan(source, config, build_graph(config, wanted), wanted)
     except UserError as error:
         raise UserError(TOKEN.sub("(hidden)", str(error))) from None
-
-
-def with_cached_models(config: RunConfig) -> RunConfig:
-    """The same configuration with every hf: model that is in the local cache replaced by its directory there."""
-    scorers = {
-        name: scorer.model_copy(update={"model": Path(cached(str(scorer.model)))}) if scorer.model else scorer
-        for name, scorer in config.scorers.items()
-    }
-    return config.model_copy(update={"policy": cached(config.policy), "scorers": scorers})
-
-
-def cached(reference: str) -> str:
-    """The directory of hf:ORG/NAME[@REVISION] where it is in the local cache; else, and for others, what it was.
-
-    Raises:
-        UserError: nothing on the Hub can have that name.
-    """
-    if not reference.startswith("hf:"):
-        return reference
-    name, _, revision = reference.removeprefix("hf:").partition("@")
-    try:
-        directory = snapshot_download(
-            name, revision=revision or None, allow_patterns=MODEL_PATTERNS, local_files_only=True
-        )
-    except LocalEntryNotFoundError:
-        return reference
-    except HFValidationError as error:
-        raise UserError(f"{reference} is no name of a model on the Hub: {error}") from error
-    return directory if list(Path(directory).glob("*.safetensors")) else reference
 
 
 def examine(plan: Plan) -> list[Finding]:

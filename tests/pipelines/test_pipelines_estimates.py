@@ -101,6 +101,8 @@ def test_constants_are_those_of_the_stages(root: Path) -> None:
     for file, name, mine in (
         ("training/logprobs.py", "CHUNK", estimates.HEAD_CHUNK),
         ("annotation/logprobs.py", "LOGITS_AT_ONCE", estimates.LOGITS_AT_ONCE),
+        ("training/packing.py", "PADDING_SHARE", estimates.PADDING_SHARE),
+        ("training/attention.py", "PACKABLE", estimates.PACKABLE),
     ):
         statements = ast.parse((root / file).read_text()).body
         (value,) = [
@@ -217,6 +219,45 @@ def test_activations_follow_the_batch(run_with: Callable[..., Graph]) -> None:
     assert activations("training.micro_batch_tokens=8192") * 2 == activations("training.micro_batch_tokens=16384")
     assert activations("training.gradient_checkpointing=true") < activations() / 5
     assert training_memory(run_with(SMOLLM2, "training.global_batch=1")).parts["activations"] < activations() / 10
+
+
+def test_adapters_are_all_that_has_a_state(run_with: Callable[..., Graph]) -> None:
+    def parts(*overrides: str) -> dict[str, int]:
+        return training_memory(run_with(LLAMA_8B, "training.dtype=bfloat16", *overrides)).parts
+
+    lora = parts("training.lora={rank: 16}")
+    adapters = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))  # 41.9 million, as peft counts
+    assert adapters == 41_943_040
+    assert lora["optimizer"] == 2 * lora["gradients"] == 8 * adapters
+    assert lora["weights"] == 2 * 8_030_261_248 + 6 * adapters
+    assert parts("training.lora={rank: 16, targets: [q_proj]}")["optimizer"] == 8 * 32 * 16 * 2 * 4096
+    assert parts("training.lora={rank: 16, targets: [other]}") == lora
+    assert lora["activations"] < parts()["activations"]
+    # The hand-off of merged weights takes more than these few activations did.
+    assert lora["step"] + lora["activations"] + lora["logits"] == 2 * (8_030_261_248 - 2 * 128256 * 4096)
+    divided = parts("training.lora={rank: 16}", "training.parallel={dp: 8, zero: fsdp2}")
+    assert divided["optimizer"] == adapters
+    graph = run_with(LLAMA_8B, "training.lora={rank: 16}")
+    assert estimates.scratch_bytes(graph.nodes["iteration-001/training"], graph) == 24 * adapters
+
+
+def test_a_shared_prompt_counts_once(run_with: Callable[..., Graph]) -> None:
+    def activations(*overrides: str) -> int:
+        long = ("generation.max_new_tokens=64", "generation.max_prompt_tokens=1000", "training.global_batch=1")
+        source = "prompts.train.source=hf:nobody/data"  # of which the longest prompts have to be expected
+        return training_memory(run_with(SMOLLM2, *long, source, *overrides)).parts["activations"]
+
+    shared, flat, padded = (activations(f"training.packing={name}") for name in ("shared", "flat", "padded"))
+    assert shared == activations()
+    tokens = (1000 + 2 * 64, 2 * 1064)
+    assert shared < flat < shared * tokens[1] / tokens[0]  # attention is not shared
+    assert padded < flat  # it has no groups that are padded a second time
+    assert activations("training.micro_batch_tokens=1") == shared  # a row is never divided
+    other = training_memory(run_with({**SMOLLM2, "model_type": "unheard-of"}, "training.global_batch=1"))
+    assert (
+        other.parts["activations"]
+        == training_memory(run_with(SMOLLM2, "training.global_batch=1", "training.packing=padded")).parts["activations"]
+    )
 
 
 def test_a_reward_model_has_no_logits(run_with: Callable[..., Graph]) -> None:
