@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,23 @@ def test_the_prompts_and_the_reward_of_the_reviews(tmp_path: Path) -> None:
     assert [len(prompt.split()) for prompt in prompts] == [imdb.WORDS, imdb.WORDS]
     assert prompts[0].startswith("word0 word1 ")
     assert [imdb.reward_of(logit) for logit in (-5.0, 0.1, 3.0)] == [-20.0, 1.0, 20.0]
+
+
+def test_the_documented_estimates_are_those_of_the_command(cache: Path) -> None:
+    text = (ROOT / "docs/recipes.md").read_text()
+    for line in table():
+        assert line in text
+
+
+STAGES = ("generation", "reward", "reference", "values", "training", "critic")
+
+
+def table() -> Iterator[str]:
+    """Lines of the table of estimates."""
+    for recipe in RECIPES:
+        config = load_run_config(recipe, [])
+        graph = build_graph(config, 1)
+        needs, _ = estimated(graph, on_gpu=True, count=device_of(config).gpus)
+        totals = [needs.get(f"iteration-001/{stage}") for stage in STAGES]
+        cells = [f"{need.total / (1 << 30):.1f}" if need else "" for need in totals]
+        yield f"| {recipe.stem} | {' | '.join(cells)} |"
