@@ -89,7 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "unit": "useful tokens per CPU-second, ours / TRL",
         "comparisons": found,
         "problems": problems,
-        "settings": {**vars(options), **settings, "shape": vars(shape), "allocator": ALLOCATOR},
+        "settings": {
+            **{name: value for name, value in vars(options).items() if name != "python"},
+            **settings,
+            "shape": vars(shape),
+            "allocator": ALLOCATOR,
+        },
     }
     print(json.dumps(report))
     return 1 if problems else 0
@@ -220,7 +225,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--ppo-answer", type=int, default=48, help="tokens of PPO's answers, and of its prompts")
     add("--ppo-epochs", type=int, default=1)
     add("--spread", type=float, default=0.5, help="standard deviation of the logarithm of lengths")
-    add("--micro-batch-tokens", type=int, default=1024, help="ours")
+    add("--micro-batch-tokens", type=int, default=2048, help="ours")
     add("--trl-pairs", type=int, default=1, help="pairs per micro-batch of TRL's DPO")
     add("--trl-rollouts", type=int, default=2, help="rollouts per micro-batch of TRL's PPO")
     add("--python", default=None, help="interpreter of the training environment")
