@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from benchmarks.side import Side
+from training.attention import attention_on
 from training.config import CriticConfig, PolicyConfig, TrainingConfig
 from training.engines import start
 from training.engines.accelerated import AcceleratedEngine
@@ -17,7 +18,6 @@ from training.loop import Learning, train
 from training.models import pick_dtype, set_trainable
 from training.modes import set_modes
 from training.modules import Trained
-from training.packing import Packing
 from training.state import Line
 
 NOWHERE = Path("unused")
@@ -57,9 +57,10 @@ class Core:
     def __init__(self, config: TrainingConfig, model: Any, wrap: Callable[[Any], Trained], longest: int) -> None:
         """`longest`: tokens of the longest sequence that will be trained on."""
         self.config = config
-        self.engine: Engine = start(config, pick_dtype(config))
-        self.packing: Packing
-        self.packing, self.attention = set_packing(config, model, longest)
+        dtype = pick_dtype(config)
+        self.engine: Engine = start(config, dtype)
+        self.attention = attention_on(self.engine.device, dtype)
+        self.packing = set_packing(config, model, longest)
         set_trainable(model, config.frozen)
         set_modes(model, config.gradient_checkpointing)
         self.engine.prepare(wrap(model), lambda parameters: make_optimizer(config, parameters))

@@ -30,7 +30,7 @@ from benchmarks.side import Child
 from training.algorithm import Answers, Pairs, Samples
 from training.algorithms import dpo, ppo
 from training.algorithms.parts import clipped_value_loss
-from training.attention import use_packed_attention
+from training.attention import attention_on, use_packed_attention
 from training.modules import TokenLogprobs, TokenValues
 from training.packing import Packed, Packing, pack
 from training.rows import Response, Row, token_ids
@@ -297,7 +297,7 @@ class Trainer:
         self.plan = plan
         self.device = device
         self.module = make(plan.shape, wrap, device, "shared")
-        self.attention = use_packed_attention(self.module.model)
+        self.attention = attention_on(device, torch.bfloat16)
         self.scores_tokens = isinstance(self.module, TokenLogprobs)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-6, fused=device.type == "cuda")
 

@@ -1,5 +1,6 @@
 """Attention of flat batches, as a function that transformers' models call in place of their own."""
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -25,11 +26,20 @@ def is_packable(config: Any, longest: int) -> bool:
     return text.model_type in PACKABLE and (window is None or longest <= window)
 
 
-def use_packed_attention(model: Any) -> str:
-    """Have a transformers model compute its attention by the `Plan` of each batch; says what computes it."""
+def use_packed_attention(model: Any) -> None:
+    """Have a transformers model compute its attention by the `Plan` of each batch."""
     model.config.get_text_config()._attn_implementation = NAME
     model.config._attn_implementation = NAME
-    return "flash_attn" if _has_flash(next(model.parameters()).device) else "sdpa"
+
+
+def attention_on(device: torch.device, dtype: torch.dtype) -> str:
+    """What computes the attention of flat batches: `flash_attn` on a GPU where it is installed, else `sdpa`."""
+    return "flash_attn" if device.type == "cuda" and dtype != torch.float32 and _flash_is_installed() else "sdpa"
+
+
+@functools.cache
+def _flash_is_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def attend(
@@ -52,34 +62,33 @@ def attend(
     Returns:
         [1, T, heads, head size], as transformers expects it, and no weights.
     """
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, head size]
-    flash = _has_flash(query.device) and query.dtype != torch.float32
-    compute = _flash if flash else _sdpa
+    device = query.device.type
+    # Under autocast, rotary embeddings leave queries and keys in fp32.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))  # [T, heads, head size]
+    compute = _flash if attention_on(query.device, dtype) == "flash_attn" else _sdpa
     parts = []
-    for index, lengths in plan.groups:
+    for index in plan.groups:
         shape = (*index.shape, -1, query.shape[-1])
         q, k, v = (tensor.index_select(0, index.flatten()).view(shape) for tensor in (query, key, value))
-        parts.append(compute(q, k, v, lengths, scaling).flatten(0, 1))
+        parts.append(compute(q, k, v, scaling).flatten(0, 1))
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     return whole.index_select(0, plan.order)[None], None
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scaling: float | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
     """[S, W, heads, head size] each; what is padded behind a sequence's end comes after all that sees it."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     grouped = k.shape[1] != q.shape[1]
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped).transpose(1, 2)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scaling: float | None) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
+    """The same by flash-attn."""
     from flash_attn import flash_attn_func  # type: ignore[import-not-found]
 
     found: Tensor = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True)
     return found
-
-
-def _has_flash(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
 
 
 AttentionInterface.register(NAME, attend)

@@ -15,7 +15,7 @@ from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.stage import Context, Outcome
-from training.attention import is_packable, use_packed_attention
+from training.attention import attention_on, is_packable, use_packed_attention
 from training.checkpoint import save_checkpoint
 from training.config import TrainingConfig
 from training.engines import start
@@ -66,7 +66,8 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         # learning rates of preference learning an update is smaller than a bf16 weight's last bit. With adapters,
         # which are fp32 themselves, the weights do not change at all.
         model = task.load(dtype if engine.master_copies or config.lora else torch.float32)
-        packing, attention = set_packing(config, model, max(row.longest for row in rows))
+        own = model.config._attn_implementation
+        packing = set_packing(config, model, max(row.longest for row in rows))
         if config.lora is not None:
             add_adapters(model, config.lora, config.seed)
         else:
@@ -124,7 +125,7 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         "dtype": str(dtype).removeprefix("torch."),
         "master_dtype": "float32",
         "trained_parameters": sum(math.prod(shape) for shape in engine.trained_shapes().values()),
-        "attention": attention,
+        "attention": str(own) if packing == "padded" else attention_on(engine.device, dtype),
         "packing": packing,
         **engine.facts(),
         "device": engine.device.type,
@@ -132,20 +133,21 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
     return Outcome(task.ledger.unit, facts, weights_fingerprint(context.publication.directory))
 
 
-def set_packing(config: TrainingConfig, model: Any, longest: int) -> tuple[Packing, str]:
-    """Have `model` compute flat batches where it can; returns how batches are packed and what computes attention.
+def set_packing(config: TrainingConfig, model: Any, longest: int) -> Packing:
+    """Have `model` compute flat batches where it can; returns how batches are packed.
 
     Raises:
         UserError: the config asks for flat batches, which this model cannot compute.
     """
     if config.packing != "padded" and is_packable(model.config, longest):
-        return "shared" if config.packing == "auto" else config.packing, use_packed_attention(model)
+        use_packed_attention(model)
+        return "shared" if config.packing == "auto" else config.packing
     if config.packing in ("shared", "flat"):
         raise UserError(
             f"packing={config.packing}: {type(model).__name__} is not known to compute flat batches of up to {longest} "
             "tokens right (its attention is its own, or has a shorter window). Use packing=auto or packing=padded."
         )
-    return "padded", str(model.config._attn_implementation)
+    return "padded"
 
 
 def _final(log: list[Line]) -> Line:

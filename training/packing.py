@@ -24,19 +24,12 @@ PADDING_SHARE = 1.25
 """Attention works on padded groups of sequences; a group is at most this much larger than its tokens."""
 
 
-class Group(NamedTuple):
-    """Sequences of similar length that go through attention together."""
-
-    index: Tensor
-    """[S, W]: where each token of each whole sequence lies in the flat batch; behind a sequence's end any place."""
-    lengths: tuple[int, ...]
-    """Tokens of each sequence; their largest is W."""
-
-
 class Plan(NamedTuple):
     """How attention takes a flat batch of T tokens apart into whole sequences, and puts it together again."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[Tensor, ...]
+    """Sequences of similar length go through attention together: [S, W] is where each token of each of S whole
+    sequences lies in the flat batch; behind a sequence's end any place."""
     order: Tensor
     """[T]: for each flat token its place in the groups, flattened and one after the other."""
 
@@ -103,7 +96,7 @@ def _flatten(rows: Many[Row], shared: bool, device: torch.device | str) -> Packe
 
 def _plan(wholes: list[Ids], size: int, device: torch.device | str) -> Plan:
     """Groups of sequences by descending length."""
-    groups: list[Group] = []
+    groups: list[Tensor] = []
     order = np.zeros(size, dtype=np.int64)
     places = 0
     left = sorted(wholes, key=len, reverse=True)
@@ -118,7 +111,7 @@ def _plan(wholes: list[Ids], size: int, device: torch.device | str) -> Plan:
             index[line, : len(whole)] = whole
             # A shared prompt has several places, which hold the same; the last one written will do.
             order[whole] = places + line * width + np.arange(len(whole))
-        groups.append(Group(_tensor(index, device), tuple(map(len, left[:count]))))
+        groups.append(_tensor(index, device))
         places += count * width
         left = left[count:]
     return Plan(tuple(groups), _tensor(order, device))
