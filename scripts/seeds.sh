@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The embedded task on several seeds: gold reward and well-formed answers by iteration, of one or several algorithms.
 #
-#   bash scripts/seeds.sh [NUMBER OF SEEDS [ALGORITHM ...]]     5 seeds of dpo by default; also ppo, grpo, raft
+#   bash scripts/seeds.sh [NUMBER OF SEEDS [ITERATIONS [ALGORITHM ...]]]     by default 5 3 dpo; also ppo, grpo, raft
 #
 # The runs are runs/ALGORITHM-seed-N. Those of one seed share world, fine-tuning and reward model: all but dpo, which is
 # configs/quickstart.yaml, are forks of it.
@@ -10,7 +10,8 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 .venv/bin/pipeline env sync
 seeds=${1:-5}
-algorithms=("${@:2}")
+iterations=${2:-3}
+algorithms=("${@:3}")
 [ ${#algorithms[@]} -gt 0 ] || algorithms=(dpo)
 
 samples=(training.nll_coefficient=0 training.global_batch=64)
@@ -28,7 +29,7 @@ for algorithm in "${algorithms[@]}"; do
 done
 
 for seed in $(seq 0 $((seeds - 1))); do
-  .venv/bin/pipeline run configs/quickstart.yaml --iters 3 seed="$seed" name="dpo-seed-$seed"
+  .venv/bin/pipeline run configs/quickstart.yaml --iters "$iterations" seed="$seed" name="dpo-seed-$seed"
   for algorithm in "${algorithms[@]}"; do
     [ "$algorithm" != dpo ] || continue
     name=$algorithm-seed-$seed
@@ -37,7 +38,7 @@ for seed in $(seq 0 $((seeds - 1))); do
       .venv/bin/pipeline fork "runs/dpo-seed-$seed" --from-iteration 1 --name "$name" \
         training.algorithm="$algorithm" "${samples[@]}" ${changes[$algorithm]}
     fi
-    .venv/bin/pipeline run "runs/$name/config.yaml" --iters 3
+    .venv/bin/pipeline run "runs/$name/config.yaml" --iters "$iterations"
   done
 done
 
