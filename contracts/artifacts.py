@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import gzip
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -214,9 +215,18 @@ def with_checksum(record: Manifest | Released) -> bytes:
 def artifact_of(path: Path) -> Artifact | None:
     """The artifact that is at `path` or holds it, if any."""
     for directory in [path, *path.parents]:
-        if (directory / MANIFEST).is_file():
+        if (directory / MANIFEST).is_file() and (directory == path or _is_manifest(directory / MANIFEST)):
             return Artifact.open(directory)
     return None
+
+
+def _is_manifest(file: Path) -> bool:
+    """Whether a manifest.json is an artifact's, or may have been before it was damaged: others use the name too."""
+    try:
+        data = json.loads(file.read_bytes())
+    except ValueError:
+        return True
+    return isinstance(data, dict) and len({"schema", "key", "files"} & data.keys()) > 1  # one may be damaged
 
 
 def model_fingerprint(model: Path) -> str:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts.artifacts import Artifact, Publication, input_digest, is_published, partial_directory
+from contracts.artifacts import Artifact, Publication, artifact_of, input_digest, is_published, partial_directory
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.records import PROMPTS, SCORES, Message, Prompt
@@ -151,6 +151,20 @@ def test_opening_names_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "out" / "manifest.json").write_bytes(b'{"schema"')
     with pytest.raises(UserError, match="is damaged"):
         Artifact.open(tmp_path / "out")
+
+
+def test_a_manifest_of_another_program_above_an_input_is_no_artifact(tmp_path: Path) -> None:
+    data = tmp_path / "site" / "data"
+    data.mkdir(parents=True)
+    (tmp_path / "site" / "manifest.json").write_text('{"name": "my web app", "key": "x"}')
+    assert artifact_of(data) is None
+    artifact = make(tmp_path / "out")
+    shard = artifact.shards[0]
+    assert getattr(artifact_of(shard), "path", None) == artifact.path
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema"', '"scheme"', 1))
+    with pytest.raises(UserError, match="damaged"):
+        artifact_of(shard)
 
 
 @settings(max_examples=25, deadline=None)
