@@ -57,6 +57,7 @@ else:
     CriticFields = _section(CriticConfig, "model", "experience")
 
 
+DEFAULT_ALGORITHM = PolicyConfig.model_fields["algorithm"].default
 CHANGEABLE = frozenset(
     "accumulate critic ema_decay evaluation experience generation pairs prompts reference scorers seed start "
     "training".split()
@@ -363,8 +364,10 @@ def require_changeable(change: dict[str, Any], iteration: int) -> None:
 
 
 def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `change`, section by section."""
+    """`base` with the values of `change`, section by section; another algorithm comes without the settings before."""
     merged = dict(base)
+    if "algorithm" in change and change["algorithm"] != base.get("algorithm", DEFAULT_ALGORITHM):
+        merged.pop("settings", None)
     for key, value in change.items():
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
@@ -385,7 +388,7 @@ def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
     Raises:
         UserError: anything is wrong with it; lists every mistake.
     """
-    config = validate(RunConfig, apply_overrides(read_yaml(path), overrides), str(path)).with_inherited()
+    config = validate(RunConfig, _overridden(read_yaml(path), overrides), str(path)).with_inherited()
     refuse_unused([config, *(config.at(iteration) for iteration in config.changes)])
     parent = _existing_parent(config.directory)
     if not parent.is_dir():
@@ -393,6 +396,15 @@ def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
     if not os.access(parent, os.W_OK):
         raise UserError(f"directory {config.directory} cannot be written to. Set directory=PATH.")
     return config
+
+
+def _overridden(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A file's data with the overrides; another algorithm does not take over the settings that the file has."""
+    training = data.get("training")
+    wanted = apply_overrides({}, [text for text in overrides if text.startswith("training.algorithm=")])
+    if isinstance(training, dict) and wanted:
+        data = {**data, "training": merge(training, wanted["training"])}
+    return apply_overrides(data, overrides)
 
 
 def _existing_parent(path: Path) -> Path:

@@ -20,4 +20,4 @@ bash "$here/annotate.sh" score kind=reward_model model="$reward_model" rollouts=
 bash "$here/annotate.sh" pairs rollouts="$out/rollouts" scores="$out/reward" output="$out/pairs"
 bash "$here/annotate.sh" score kind=logprobs name=reference model="$policy" rollouts="$out/rollouts" \
   pairs="$out/pairs" output="$out/reference"
-bash "$here/train.sh" dpo model="$policy" pairs="[$out/pairs]" reference="[$out/reference]" output="$out/policy"
+bash "$here/train.sh" policy algorithm=dpo model="$policy" pairs="[$out/pairs]" reference="[$out/reference]" output="$out/policy"

@@ -51,6 +51,8 @@ class Description:
     """The files that define it: its own, and the user's own modules that it imports."""
     compares_answers: bool = False
     """Whether its `advantages` looks at which responses answer the same prompt, of which there must then be several."""
+    penalises_divergence: bool = True
+    """Whether its `advantages` has a KL penalty in the reward; of the user's own, only a run can tell."""
 
     @property
     def defaults(self) -> dict[str, Value]:
@@ -105,8 +107,17 @@ def describe(algorithm: str) -> Description:
                     "and another one before; give it the same in both."
                 )
     body = [] if found["advantages"] is None else ast.walk(found["advantages"])
-    compares = any(isinstance(node, ast.Attribute) and node.attr == "prompts" for node in body)
-    return Description(algorithm, reads, tuple(needs), settings, functions, _sources(source), compares)
+    names = {node.attr for node in body if isinstance(node, ast.Attribute)}
+    return Description(
+        algorithm,
+        reads,
+        tuple(needs),
+        settings,
+        functions,
+        _sources(source),
+        compares_answers="prompts" in names,
+        penalises_divergence="penalised_rewards" in names or algorithm not in BUILT_IN,
+    )
 
 
 def check_settings(description: Description, given: Mapping[str, Any]) -> dict[str, Value]:
@@ -303,6 +314,9 @@ def _checked(description: Description, name: str, value: Any) -> Value:
             f"algorithm {description.algorithm!r}: the setting {name!r} is {value!r}, but must be {_expected(setting)} "
             f"(its default is {setting.default!r})."
         )
+    if description.algorithm in BUILT_IN and isinstance(value, int | float) and value < 0:
+        what = f"algorithm {description.algorithm!r}: the setting {name!r}"
+        raise UserError(f"{what} is {value!r}, but must not be negative.")
     return float(value) if type(value) is int and "int" not in setting.kinds and "float" in setting.kinds else value
 
 

@@ -152,6 +152,8 @@ class PolicyConfig(TrainingConfig):
                 raise ValueError(f"algorithm={self.algorithm} reads pairs: set pairs=[PATH, ...], and no experience.")
             if self.value_head:
                 raise ValueError(f"value_head: algorithm={self.algorithm} reads pairs, which have no values.")
+            if self.max_drift != type(self).model_fields["max_drift"].default:
+                raise ValueError(f"max_drift is for samples; algorithm={self.algorithm} reads pairs. Leave it out.")
             if len(self.reference) != expected:
                 raise ValueError(
                     f"algorithm={self.algorithm} with {len(self.pairs)} pairs needs {expected} reference, found "
@@ -165,7 +167,9 @@ class PolicyConfig(TrainingConfig):
             if self.value_head and "values" not in description.needs:
                 raise ValueError(f"value_head: algorithm={self.algorithm} needs no values.")
             if self.nll_coefficient:
-                raise ValueError(f"nll_coefficient is for pairs; algorithm={self.algorithm} reads samples.")
+                raise ValueError(
+                    f"nll_coefficient is for pairs; algorithm={self.algorithm} reads samples. Set nll_coefficient=0."
+                )
         return self
 
     def source_files(self) -> dict[str, Path]:
@@ -268,6 +272,11 @@ class ExperienceConfig(StageConfig):
             raise ValueError(
                 f"algorithm={self.algorithm} needs no reference, so there is no KL divergence from it: leave "
                 "kl_coefficient and kl_target out."
+            )
+        if not description.penalises_divergence and (self.kl_target is not None or self.kl_coefficient):
+            raise ValueError(
+                f"algorithm={self.algorithm} puts no KL penalty into the reward, so kl_coefficient and kl_target would "
+                "change nothing: leave them out. Its own settings may have a weight for the divergence."
             )
         if self.kl_target is None and self.previous is not None:
             raise ValueError("previous is for an adaptive coefficient: set kl_target, or leave previous out.")

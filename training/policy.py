@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from contracts.artifacts import Artifact, model_fingerprint
@@ -27,6 +29,8 @@ from training.packing import Packing
 from training.rows import Response, Row, float_values, token_ids
 
 Reference = dict[tuple[str, int], Score]
+RESERVED = {"step", "learning_rate", "grad_norm", "due", "stop"}
+"""Names that a line of the training log has beside an algorithm's figures."""
 
 
 def run(config: PolicyConfig, context: Context) -> Outcome:
@@ -39,7 +43,7 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
     ledger = Ledger("pairs" if from_pairs else "prompts")
     samplers: set[str] = set()
     rows = usable(
-        pair_rows(config, description) if from_pairs else sample_rows(config.experience, samplers),
+        pair_rows(config, description) if from_pairs else sample_rows(config, samplers),
         ledger,
         limit=length_limit(config, info),
         vocabulary=vocabulary_size(model_config),
@@ -73,7 +77,8 @@ def losses(config: PolicyConfig, description: Description) -> tuple[Loss, Loss |
 
     def loss(outputs: Outputs, part: Part) -> Figures:
         batch = view(outputs, part, description.needs)
-        figures: Figures = module.loss(batch, **description.arguments("loss", settings))
+        found = module.loss(batch, **description.arguments("loss", settings))
+        figures = _require_figures(found, f"algorithm {config.algorithm!r}: loss", {"loss"})
         if isinstance(batch, Pairs):
             nll = batch.chosen_nll()
             figures = {
@@ -86,12 +91,28 @@ def losses(config: PolicyConfig, description: Description) -> tuple[Loss, Loss |
         return figures
 
     def statistics(outputs: Outputs, part: Part) -> Figures:
-        found: Figures = module.statistics(
+        found = module.statistics(
             view(outputs, part, description.needs), **description.arguments("statistics", settings)
         )
-        return found
+        return _require_figures(found, f"algorithm {config.algorithm!r}: statistics", set())
 
     return loss, statistics if "statistics" in description.functions else None
+
+
+def _require_figures(found: Any, what: str, names: set[str]) -> Figures:
+    """Raise UserError unless an algorithm has returned scalars by name, and a loss that can be learned from."""
+    if not isinstance(found, dict) or not names <= found.keys():
+        shown = sorted(found) if isinstance(found, dict) else type(found).__name__
+        raise UserError(f"{what} must return a dict of figures{', `loss` among them' if names else ''}; found {shown}.")
+    for name, value in found.items():
+        if not isinstance(value, Tensor) or value.shape != ():
+            shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"{what} returned {name!r} as {shape}, not as a tensor of shape () like batch.mean's.")
+    if taken := RESERVED & found.keys():
+        raise UserError(f"{what} returned a figure named {min(taken)!r}, which the log has for itself. Rename it.")
+    if names and torch.is_grad_enabled() and not found["loss"].requires_grad:
+        raise UserError(f"{what} returned a loss without gradient, from which nothing is learned. Do not detach it.")
+    return found
 
 
 def _pairs(outputs: Outputs, part: Part, needs: tuple[str, ...]) -> Pairs:
@@ -152,10 +173,21 @@ def _compare(
     return {"drift": {**drift, "fresh": fresh}}
 
 
-def sample_rows(experience: Path | None, samplers: set[str]) -> Iterator[Row]:
-    """Prompts with their samples, from published experience; `samplers` gets the policies that they are of."""
-    assert experience is not None
-    for prompt in Artifact.open(experience, EXPERIENCE).rows(Experience):
+def sample_rows(config: PolicyConfig, samplers: set[str]) -> Iterator[Row]:
+    """Prompts with their samples, from published experience; `samplers` gets the policies that they are of.
+
+    Raises:
+        UserError: the experience is another algorithm's.
+    """
+    assert config.experience is not None
+    artifact = Artifact.open(config.experience, EXPERIENCE)
+    maker = artifact.manifest.key_parts.get("config", {}).get("algorithm", config.algorithm)
+    if maker != config.algorithm:
+        raise UserError(
+            f"{config.experience} holds the advantages of algorithm={maker}, which are not those of "
+            f"algorithm={config.algorithm}. Make an experience with algorithm={config.algorithm}."
+        )
+    for prompt in artifact.rows(Experience):
         samplers.add(prompt.policy)
         yield Row(prompt.prompt_id, token_ids(prompt.prompt_ids), tuple(map(_response, prompt.samples)))
 

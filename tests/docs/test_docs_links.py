@@ -11,6 +11,7 @@ from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
 from contracts.config import StageConfig
 from contracts.prompts import PromptsConfig
 from generation.config import GenerationConfig
+from training.__main__ import COMMANDS
 from training.config import (
     CriticConfig,
     EmaConfig,
@@ -48,6 +49,14 @@ def test_keys_in_commands_exist(page: Path) -> None:
         known = {name for config in STAGES[package] for name in config.model_fields}
         used = re.findall(r"\b([a-z_]+)=", arguments)
         assert set(used) <= known, f"{page.name}: python -m {package}{arguments}"
+
+
+def test_scripts_name_stages_that_exist() -> None:
+    text = "\n".join(path.read_text() for path in [*PAGES, *sorted((ROOT / "scripts").glob("*.sh"))])
+    named = set(re.findall(r'train\.sh"? ([a-z][a-z-]*)', text)) | set(
+        re.findall(r"python -m training ([a-z][a-z-]*)", text)
+    )
+    assert {"policy", "sft"} <= named <= set(COMMANDS)
 
 
 def test_error_texts_are_ones_that_the_code_has() -> None:

@@ -29,6 +29,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("trainig.settings.beta=0.2", "unknown key 'trainig'. Did you mean 'training'?"),
         ("training.settings.beta=much", "the setting 'beta' is 'much'"),
         ("training.learning_rate=-1", "'training.learning_rate' is -1"),
+        ("training.settings.beta=-1", "the setting 'beta' is -1, but must not be negative"),
         ("training.algorithm=dop", "there is no algorithm 'dop'. Did you mean 'dpo'?"),
         ("generation.k=1", "generation.k is 1; pairs need at least 2"),
         ("generation.temperatures=[1.0, 0.7, 0.5]", "k=4 cannot be divided equally"),
@@ -185,3 +186,16 @@ def test_the_resolved_config_is_the_same_run(smallest: Path, overrides: list[str
     again = load_run_config(resolved, [])
     assert again == config
     assert build_graph(again, 2).nodes == build_graph(config, 2).nodes
+
+
+def test_another_algorithm_comes_without_the_settings_of_the_one_before(smallest: Path) -> None:
+    data = yaml.safe_load(smallest.read_text())
+    data["training"]["settings"] = {"beta": 0.3, "label_smoothing": 0.1}
+    smallest.write_text(yaml.safe_dump(data))
+    assert load_run_config(smallest, []).training.settings == {"beta": 0.3, "label_smoothing": 0.1}
+    assert load_run_config(smallest, ["training.algorithm=dpo"]).training.settings["beta"] == 0.3
+    other = load_run_config(smallest, ["training.algorithm=ipo", "training.settings.beta=0.5"])
+    assert other.training.settings == {"beta": 0.5}
+    later = load_run_config(smallest, ["changes.2.training.algorithm=simpo"])
+    assert later.at(1).training.settings["beta"] == 0.3
+    assert later.at(2).training.settings == {}

@@ -43,6 +43,8 @@ TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tp": ("policy", "biased", {"tp": 2}),
     "tp-reward": ("reward", "normed", {"tp": 2}),
     "pp": ("policy", "tied", {"pp": 2}),
+    "pp-kto": ("policy", "untied", {"pp": 2}),
+    "fsdp2-kto": ("policy", "untied", {"dp": 2, "zero": "fsdp2"}),
     "pp-lora": ("policy", "biased", {"pp": 2}),
     "pp-sft": ("sft", "untied", {"pp": 2}),
     "pp-reward-recomputed": ("reward", "biased", {"pp": 2}),
@@ -93,6 +95,8 @@ def expected(
 def changes_of(layout: str) -> dict[str, Any]:
     """Settings of a layout's training beside its parallel ones."""
     changes: dict[str, Any] = {}
+    if layout.endswith("kto"):  # which asks for statistics of the whole step
+        changes["algorithm"] = "kto"
     if layout.endswith("recomputed"):
         changes["gradient_checkpointing"] = True
     if layout.endswith("lora"):

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,10 +13,12 @@ from conftest import EOS, IDS, SPECIAL, publish, run_cli, run_here, training_log
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from contracts.artifacts import model_fingerprint
+from contracts.artifacts import Artifact, model_fingerprint
 from contracts.errors import UserError
 from contracts.models import VALUE_HEAD
 from contracts.records import EXPERIENCE, Experience, ExperienceSample
+from training.config import PolicyConfig
+from training.policy import sample_rows
 
 
 @torch.no_grad()
@@ -148,6 +151,40 @@ def test_a_policy_that_is_its_own_critic(models: dict[str, Path], experience: Pa
     with torch.no_grad():
         hidden = network.model(torch.tensor([[1, 7, 8]])).last_hidden_state[0]
     assert bool((hidden @ head.T).isfinite().all())
+
+
+def test_the_experience_of_another_algorithm_is_refused(
+    models: dict[str, Path], experience: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its advantages would be taken for this one's."""
+    artifact = Artifact.open(experience)
+    made = msgspec.structs.replace(artifact.manifest, key_parts={"config": {"algorithm": "rloo"}})
+    with monkeypatch.context() as patch:
+        patch.setattr(Artifact, "open", lambda *_: Artifact(experience, made))
+        with pytest.raises(UserError, match=r"advantages of algorithm=rloo, which are not those of algorithm=ppo"):
+            list(sample_rows(PolicyConfig(**settings_for(models, experience, tmp_path / "out")), set()))
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("{'kl': batch.token_mean(batch.logprobs)}", r"`loss` among them; found \['kl'\]"),
+        ("batch.token_mean(batch.logprobs)", "found Tensor"),
+        ("{'loss': batch.logprobs}", r"returned 'loss' as a tensor of shape \(\d+,\)"),
+        ("{'loss': batch.token_mean(batch.logprobs), 'x': 3.0}", "returned 'x' as float"),
+        ("{'loss': batch.token_mean(batch.logprobs.detach())}", "a loss without gradient"),
+        ("{'loss': batch.token_mean(batch.logprobs), 'step': batch.mean(batch.weights)}", "a figure named 'step'"),
+    ],
+)
+def test_what_a_loss_returns_is_checked(
+    result: str, message: str, models: dict[str, Path], experience: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"READS = 'samples'\nNEEDS = ()\n\ndef advantages(experience): ...\n\ndef loss(batch):\n    return {result}\n"
+    )
+    with pytest.raises(UserError, match=message):
+        run_here("policy", **settings_for(models, experience, tmp_path / "out", algorithm=str(file)))
 
 
 @pytest.mark.parametrize(
