@@ -455,8 +455,13 @@ def test_mistaken_configurations(world: World, algorithm: str, changes: dict[str
 
 
 def test_a_penalty_that_an_algorithm_does_not_have_is_refused(world: World) -> None:
-    with pytest.raises(UserError, match="algorithm 'grpo' puts no KL penalty into the reward"):
-        world.run("grpo", kl_coefficient=0.1)
+    with pytest.raises(UserError, match="algorithm=grpo puts no KL penalty into the reward"):
+        validate(ExperienceConfig, world.settings("grpo", "out", kl_coefficient=0.1), "test")
+    own = world.folder / "own.py"
+    constants = 'READS = "samples"\nNEEDS = ("reference",)\n'
+    own.write_text(f"from training.algorithms.grpo import advantages, loss\n{constants}")
+    with pytest.raises(UserError, match="own.py' puts no KL penalty into the reward"):  # which only a run can tell
+        world.run(str(own), kl_coefficient=0.1, reference=world.folder / "reference")
     made = world.run("grpo")
     assert made.manifest.facts["kl_coefficient"] is None
     with pytest.raises(UserError, match="has no KL divergence and coefficient to go on from"):
