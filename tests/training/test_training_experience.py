@@ -460,7 +460,7 @@ def test_a_penalty_that_an_algorithm_does_not_have_is_refused(world: World) -> N
     own = world.folder / "own.py"
     constants = 'READS = "samples"\nNEEDS = ("reference",)\n'
     own.write_text(f"from training.algorithms.grpo import advantages, loss\n{constants}")
-    with pytest.raises(UserError, match="own.py' puts no KL penalty into the reward"):  # which only a run can tell
+    with pytest.raises(UserError, match=r"own\.py' puts no KL penalty into the reward"):  # which only a run can tell
         world.run(str(own), kl_coefficient=0.1, reference=world.folder / "reference")
     made = world.run("grpo")
     assert made.manifest.facts["kl_coefficient"] is None
