@@ -333,17 +333,18 @@ def _inherit(base: Section, section: Section) -> Section:
 
 
 def refuse_unused(configs: list[RunConfig]) -> None:
-    """Raise UserError where a section is set that no iteration reads."""
+    """Raise UserError where something is set that no iteration reads."""
     descriptions = [config.description for config in configs]
     algorithms = ", ".join(dict.fromkeys(description.algorithm for description in descriptions))
     for name, default, used, by in (
         ("pairs", PairsSection(), any(it.reads == "pairs" for it in descriptions), "train on pairs"),
         ("experience", ExperienceSection(), any(it.reads == "samples" for it in descriptions), "train on samples"),
         ("critic", None, any("values" in it.needs for it in descriptions), "need a critic"),
+        ("reference", "initial", any("reference" in it.needs for it in descriptions), "need a reference policy"),
     ):
         if not used and any(getattr(config, name) != default for config in configs):
             raise UserError(
-                f"the section `{name}` is for algorithms that {by}, but training.algorithm is {algorithms}. Take it "
+                f"`{name}` is for algorithms that {by}, but training.algorithm is {algorithms}. Take it "
                 "out, or choose another algorithm."
             )
 
