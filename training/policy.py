@@ -15,12 +15,12 @@ from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.records import EXPERIENCE, SCORES, Experience, ExperienceSample, Score
 from contracts.stage import Context, Outcome
-from training.algorithm import Answers, Pairs, Samples
+from training.algorithm import Answers, Figures, Pairs, Samples
 from training.catalogue import Description, describe, load
 from training.config import PolicyConfig
 from training.data import length_limit, pair_row, read_pairs, usable
 from training.drift import measure_drift
-from training.engines.base import Engine, Figures, Outputs
+from training.engines.base import Engine, Outputs
 from training.fit import Task, fit
 from training.loop import Learning, Loss, Part
 from training.models import load_causal, load_value_head, read_config, vocabulary_size

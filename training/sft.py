@@ -14,9 +14,10 @@ from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.records import DEMONSTRATIONS, Message
 from contracts.stage import Context, Outcome
+from training.algorithm import Figures
 from training.config import SftConfig
 from training.data import length_limit, usable
-from training.engines.base import Figures, Outputs
+from training.engines.base import Outputs
 from training.fit import Task, fit
 from training.loop import Learning, Part
 from training.models import load_causal, read_config, vocabulary_size

@@ -14,7 +14,8 @@ from contracts.attempt import beat
 from contracts.errors import UserError
 from training.config import TrainingConfig
 from training.engines import zero
-from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Shapes, Share
+from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Share, add_shares
+from training.models import Shapes
 from training.packing import Packed
 
 
@@ -53,7 +54,6 @@ class AcceleratedEngine(Engine):
         self.module = module
         self.parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
         self.prepared: Any
-        self.optimizer: Any
         self.prepared, self.optimizer = self.accelerator.prepare(module, make_optimizer([*self.parameters.values()]))
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class AcceleratedEngine(Engine):
                 shares = share(self.prepared(batch), number)
                 # DDP and ZeRO average the gradients of the processes; the loss is a sum.
                 self.accelerator.backward(shares["loss"] * self.replicas)
-            _add(figures, shares)
+            add_shares(figures, shares)
         return figures
 
     @torch.no_grad()
@@ -80,27 +80,17 @@ class AcceleratedEngine(Engine):
         figures: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             beat()
-            _add(figures, share(self.prepared(batch), number))
+            add_shares(figures, share(self.prepared(batch), number))
         return figures
 
     def clip(self, max_norm: float) -> float:
         """The norm; DeepSpeed has clipped and stepped in `backward`."""
         return float(self.accelerator.clip_grad_norm_(self.prepared.parameters(), max_norm))
 
-    def set_rate(self, rate: float) -> None:
-        """Set it in every parameter group."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
     def step(self) -> None:
         """Under DeepSpeed, `accumulate` has done the step already."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def add_up(self, figures: dict[str, Any]) -> dict[str, float]:
-        """All processes must give the same names in the same order."""
-        values = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in figures.values()])
-        return dict(zip(figures, self.sum(values).tolist(), strict=True))
 
     def sum(self, values: Tensor) -> Tensor:
         """By one all-reduce."""
@@ -154,11 +144,6 @@ class AcceleratedEngine(Engine):
         """Exchange gradients, clip and step with the last micro-batch only: for DDP (no_sync) and for DeepSpeed."""
         self.accelerator.sync_gradients = last
         return contextlib.nullcontext() if last or self.zero else self.accelerator.no_sync(self.prepared)
-
-
-def _add(figures: dict[str, Tensor], shares: dict[str, Tensor]) -> None:
-    for name, share in shares.items():
-        figures[name] = figures.get(name, 0.0) + share.detach().double()
 
 
 def _start(config: TrainingConfig, dtype: torch.dtype) -> Accelerator:

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.algorithm import Figures
+from training.models import Shapes
 from training.packing import Packed
 
 COLLECTIVE_DEADLINE = timedelta(minutes=30)
 """How long a process waits for the others in one collective before it gives up."""
 Outputs = dict[str, Tensor]
 """What a trained module returns for a `Packed` batch, for example logprobs [N]."""
-Figures = dict[str, Tensor]
 Share = Callable[[Outputs, int], Figures]
 """`share(outputs, number)`: this micro-batch's share in each figure of the step, `loss` among them."""
-Shapes = dict[str, tuple[int, ...]]
 
 
 class Engine(ABC):
@@ -37,6 +37,8 @@ class Engine(ABC):
     """Number of different shares that a batch is divided into (data parallel)."""
     replica: int
     """Which of them this process computes."""
+    optimizer: Any
+    """What `prepare` has made: torch's, or accelerate's around it."""
 
     @property
     def is_main(self) -> bool:
@@ -71,17 +73,19 @@ class Engine(ABC):
     def clip(self, max_norm: float) -> float:
         """Scale the gradients so that their global norm is at most `max_norm`; returns the norm before."""
 
-    @abstractmethod
     def set_rate(self, rate: float) -> None:
         """The learning rate of the next step; called before its `accumulate`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     @abstractmethod
     def step(self) -> None:
         """One optimizer step; gradients are zero afterwards."""
 
-    @abstractmethod
     def add_up(self, figures: dict[str, Any]) -> dict[str, float]:
-        """The sum of each figure over the replicas, in every process."""
+        """The sum of each figure over the replicas, in every process; all must give the same names in one order."""
+        values = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in figures.values()])
+        return dict(zip(figures, self.sum(values).tolist(), strict=True))
 
     @abstractmethod
     def sum(self, values: Tensor) -> Tensor:
@@ -116,3 +120,9 @@ class Engine(ABC):
     @abstractmethod
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
         """Replace master weights and moments of a parameter by whole tensors, after `steps` steps."""
+
+
+def add_shares(figures: dict[str, Tensor], shares: Figures) -> None:
+    """Add a micro-batch's shares to the sums in `figures` (fp64, without gradients)."""
+    for name, share in shares.items():
+        figures[name] = figures.get(name, 0.0) + share.detach().double()

@@ -31,9 +31,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from contracts.attempt import beat
 from contracts.errors import UserError
-from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Shapes, Share
+from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Share, add_shares
 from training.engines.sequence import NAME as SPREAD
 from training.engines.sequence import Sequences
+from training.models import Shapes
 from training.packing import Packed
 from training.parallel import ParallelConfig
 
@@ -237,7 +238,7 @@ class NativeEngine(Engine):
         most = torch.tensor(size, device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         self._most = int(most)
-        self._optimizer = make_optimizer([part.local for part in self._trained() if part.local is not None])
+        self.optimizer = make_optimizer([part.local for part in self._trained() if part.local is not None])
 
     def _list_parts(self, module: nn.Module, backbone: Any) -> dict[str, _Part]:
         prefix = next(name for name, each in module.named_modules() if each is backbone)
@@ -365,7 +366,7 @@ class NativeEngine(Engine):
         figures: dict[str, Tensor] = {}
 
         def measure(outputs: Outputs, number: int) -> Tensor:
-            _add(figures, share(outputs, number))
+            add_shares(figures, share(outputs, number))
             return torch.zeros((), device=self.device)
 
         self._pass(batches, measure)
@@ -392,7 +393,7 @@ class NativeEngine(Engine):
             shares = share(outputs, number % len(batches))
             if number >= len(batches):  # fills the pipeline
                 return shares["loss"] * 0
-            _add(figures, shares)
+            add_shares(figures, shares)
             return shares["loss"] / self._parallel.sp
 
         self._stage.batches, self._stage.start, self._stage.finish = batches, 0, finish
@@ -515,21 +516,11 @@ class NativeEngine(Engine):
             and ("tp" in divided or self._slice_number == 0)
         )
 
-    def set_rate(self, rate: float) -> None:
-        """Set it in every parameter group."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-
     def step(self) -> None:
         """One optimizer step."""
         self._exchange()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-    def add_up(self, figures: dict[str, Any]) -> dict[str, float]:
-        """All processes must give the same names in the same order."""
-        values = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in figures.values()])
-        return dict(zip(figures, self.sum(values).tolist(), strict=True))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def sum(self, values: Tensor) -> Tensor:
         """Over all processes, and divided by those of a replica: everyone has the same, and no process's is lost."""
@@ -564,7 +555,7 @@ class NativeEngine(Engine):
         for number, kind in enumerate(kinds):
             mine: Tensor | None = part.local
             if mine is not None and number:
-                mine = self._optimizer.state[part.local].get(kind, torch.zeros_like(mine))
+                mine = self.optimizer.state[part.local].get(kind, torch.zeros_like(mine))
             found = self._gather(part, mine)
             tensors.append(torch.empty(0) if found is None else found)
         return tensors
@@ -579,7 +570,7 @@ class NativeEngine(Engine):
             if number == 0:
                 _local(part.local).copy_(self._slice(part, tensor))
                 continue
-            state = self._optimizer.state[part.local]
+            state = self.optimizer.state[part.local]
             state[kind] = torch.zeros_like(part.local)
             _local(state[kind]).copy_(self._slice(part, tensor))
             state["step"] = torch.tensor(float(steps), device=self.device)
@@ -643,9 +634,3 @@ def _divisions(tensor: Any) -> Iterator[tuple[str, int]]:
         for name, placement in zip(names or (), tensor.placements, strict=True):
             if isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard":
                 yield name, placement.dim  # type: ignore[attr-defined]
-
-
-def _add(figures: dict[str, Tensor], shares: dict[str, Tensor]) -> None:
-    """Add shares to the sums in `figures`."""
-    for name, share in shares.items():
-        figures[name] = figures.get(name, 0.0) + share.detach().double()
