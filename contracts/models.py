@@ -70,6 +70,13 @@ class ModelInfo(msgspec.Struct, frozen=True):
                 "Use an instruction-tuned model, or put a chat_template.jinja into the directory."
             )
 
+    def require_classifier_start(self) -> None:
+        """Raise UserError unless a classifier with one label can be trained from this: it is one, or a causal model."""
+        if self.labels is None:
+            self.require_causal()
+        else:
+            self.require_one_label()
+
     def require_one_label(self) -> None:
         """Raise UserError unless this is a reward model with a single output."""
         if self.labels != 1:

@@ -88,8 +88,7 @@ def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
             yield model.require_chat_template
     if isinstance(config, TrainingConfig) and config.model in outside:
         model = ModelInfo.read(config.model)
-        starts_as_classifier = has_score_head(config) and model.labels is not None
-        yield model.require_one_label if starts_as_classifier else model.require_causal
+        yield model.require_classifier_start if has_score_head(config) else model.require_causal
         if isinstance(config, RewardConfig) and config.kind == "pairwise":
             yield model.require_chat_template
         yield functools.partial(model.require_length, config.max_length or 1, "max_length")

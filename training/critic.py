@@ -10,25 +10,22 @@ from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.records import EXPERIENCE, Experience
 from contracts.stage import Context, Outcome
+from training.algorithm import Figures
 from training.algorithms.parts import clipped_value_loss
 from training.config import CriticConfig
 from training.data import length_limit, usable
-from training.engines.base import Figures, Outputs
+from training.engines.base import Outputs
 from training.fit import Task, fit
 from training.loop import Learning, Loss, Part
-from training.models import load_reward, read_config, vocabulary_size
+from training.models import classifier_changes, load_reward, read_config, vocabulary_size
 from training.modules import TokenValues
-from training.reward import classifier_changes
 from training.rows import Response, Row, float_values, token_ids
 
 
 def run(config: CriticConfig, context: Context) -> Outcome:
     """The stage `critic`."""
     info = ModelInfo.read(config.model)
-    if info.labels is None:
-        info.require_causal()
-    else:
-        info.require_one_label()
+    info.require_classifier_start()
     model_config = read_config(config.model)
     model_config.num_labels = 1
     ledger = Ledger("prompts")

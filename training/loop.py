@@ -13,10 +13,10 @@ from torch import Tensor
 from contracts import stopping
 from contracts.errors import UserError
 from contracts.stage import Context
-from training.algorithm import sum_by_response
+from training.algorithm import Figures, sum_by_response
 from training.batching import MicroBatch, count_steps, divide, global_batches
 from training.config import TrainingConfig
-from training.engines.base import Engine, Figures, Outputs
+from training.engines.base import Engine, Outputs
 from training.packing import Packed, Packing, pack
 from training.rows import Row
 from training.schedule import learning_rate
@@ -118,7 +118,7 @@ def train(
 ) -> list[Line]:
     """Train the engine's model in place and return one line of figures per optimizer step.
 
-    A training that is asked to stop saves its state after the step in hand, and leaves.
+    A training that is asked to stop saves its state after the step in hand, and leaves; the caller defers the request.
     """
     rows = learning.rows
     total = count_steps(len(rows), config.global_batch, config.epochs, config.max_steps)
@@ -135,28 +135,27 @@ def train(
         if engine.needs_a_step_before_write:
             _add_gradients(engine, learning, split(rows, (0,)), 0)
         state.restore(log)
-    with stopping.deferred():
-        for step, batch in enumerate(batches):
-            if step < len(log):
-                continue
-            rate = learning_rate(
-                step, total, peak=config.learning_rate, shape=config.schedule, warmup_ratio=config.warmup_ratio
-            )
-            engine.set_rate(rate)
-            figures = _add_gradients(engine, learning, split(rows, batch), step)
-            norm = engine.clip(config.max_grad_norm)
-            # DeepSpeed has stepped by now: there this stops before anything is saved.
-            _require_finite(norm, step, [rows[index].row_id for index in batch])
-            engine.step()
-            # Whether to save and whether to leave has to be the same for all processes: it travels with the figures.
-            sums = engine.add_up({**figures, "due": float(state.due), "stop": float(stopping.requested())})
-            due, stop = sums.pop("due") > 0, sums.pop("stop") > 0
-            log.append({"step": step + 1, **sums, "learning_rate": rate, "grad_norm": norm})
-            context.progress(step + 1, total, "steps")
-            if stop:
-                _leave(engine, state, log)
-            if due and step + 1 < total:  # behind the last step follows the checkpoint
-                state.save(log)
+    for step, batch in enumerate(batches):
+        if step < len(log):
+            continue
+        rate = learning_rate(
+            step, total, peak=config.learning_rate, shape=config.schedule, warmup_ratio=config.warmup_ratio
+        )
+        engine.set_rate(rate)
+        figures = _add_gradients(engine, learning, split(rows, batch), step)
+        norm = engine.clip(config.max_grad_norm)
+        # DeepSpeed has stepped by now: there this stops before anything is saved.
+        _require_finite(norm, step, [rows[index].row_id for index in batch])
+        engine.step()
+        # Whether to save and whether to leave has to be the same for all processes: it travels with the figures.
+        sums = engine.add_up({**figures, "due": float(state.due), "stop": float(stopping.requested())})
+        due, stop = sums.pop("due") > 0, sums.pop("stop") > 0
+        log.append({"step": step + 1, **sums, "learning_rate": rate, "grad_norm": norm})
+        context.progress(step + 1, total, "steps")
+        if stop:
+            _leave(engine, state, log)
+        if due and step + 1 < total:  # behind the last step follows the checkpoint
+            state.save(log)
     return log
 
 
@@ -167,13 +166,12 @@ def measure(
     rows = held_out.rows
     places = {id(row): place for place, row in enumerate(rows)}
     found = torch.zeros(len(rows), 2)
-    with stopping.deferred(), torch.no_grad():
-        for part in parts(rows, engine=engine, budget=config.micro_batch_tokens, packing=packing):
-            scores = held_out.scores(engine.forward(part.batch), part).float().cpu()
-            if part.weight:
-                found[[places[id(row)] for row in part.rows]] = scores
-        if engine.add_up({"stop": float(stopping.requested())})["stop"] > 0:
-            _leave(engine, state, log)
+    for part in parts(rows, engine=engine, budget=config.micro_batch_tokens, packing=packing):
+        scores = held_out.scores(engine.forward(part.batch), part).float().cpu()
+        if part.weight:
+            found[[places[id(row)] for row in part.rows]] = scores
+    if engine.add_up({"stop": float(stopping.requested())})["stop"] > 0:
+        _leave(engine, state, log)
     whole = engine.sum(found)
     if not whole.isfinite().all():
         bad = [row.row_id for row, values in zip(rows, whole, strict=True) if not values.isfinite().all()]

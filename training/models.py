@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from contracts.errors import UserError
 from contracts.models import VALUE_HEAD, ModelInfo
@@ -87,6 +87,30 @@ def _load(auto: Any, model: Path, dtype: torch.dtype, **options: Any) -> Any:
         return auto.from_pretrained(model, dtype=dtype, use_safetensors=True, **options)
     except (ValueError, OSError) as error:
         raise UserError(f"transformers cannot load {model}: {error}. Check that its files are complete.") from error
+
+
+def classifier_changes(model: Path, model_config: Any) -> dict[str, Any]:
+    """What differs in the config.json of a sequence classifier with one label from that of the model it began as."""
+    return {
+        "architectures": [AutoModelForSequenceClassification._model_mapping[type(model_config)].__name__],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": padding_token(model, model_config),
+    }
+
+
+def padding_token(model: Path, model_config: Any) -> int:
+    """The id that engines pad with; transformers refuses to score a batch by a model without one."""
+    if model_config.pad_token_id is not None:
+        return int(model_config.pad_token_id)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if found is None:
+        raise UserError(
+            f"the tokenizer of {model} has neither a padding nor an EOS token, so nobody could score a batch by "
+            "the reward model. Set pad_token in its tokenizer_config.json."
+        )
+    return int(found)
 
 
 def set_trainable(model: nn.Module, frozen: list[str]) -> None:

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from contracts.errors import UserError
 from contracts.ledger import Ledger
@@ -16,13 +14,14 @@ from contracts.pairwise import PairwiseChat
 from contracts.records import Pair
 from contracts.seeds import derive_seed
 from contracts.stage import Context, Outcome
+from training.algorithm import Figures
 from training.calibration import judgements
 from training.config import RewardConfig
 from training.data import length_limit, pair_row, read_pairs, usable
-from training.engines.base import Figures, Outputs
+from training.engines.base import Outputs
 from training.fit import Task, fit
 from training.loop import HeldOut, Learning, Part
-from training.models import load_causal, load_reward, read_config, vocabulary_size
+from training.models import classifier_changes, load_causal, load_reward, read_config, vocabulary_size
 from training.modules import SequenceScores, TokenLogprobs
 from training.rows import Response, Row, token_ids
 
@@ -34,10 +33,10 @@ def run(config: RewardConfig, context: Context) -> Outcome:
     """The stage `reward`."""
     info = ModelInfo.read(config.model)
     pairwise = config.kind == "pairwise"
-    if info.labels is None or pairwise:
+    if pairwise:
         info.require_causal()
     else:
-        info.require_one_label()
+        info.require_classifier_start()
     limit = length_limit(config, info)
     model_config = read_config(config.model)
     make: MakeRows
@@ -152,27 +151,3 @@ def held_out_prompts(prompts: set[str], fraction: float, seed: int) -> set[str]:
     """The share `fraction` of the prompts, decided by the seed and each prompt's id."""
     order = sorted(prompts, key=lambda prompt: (derive_seed("held out", seed, prompt), prompt))
     return set(order[: round(fraction * len(order))])
-
-
-def classifier_changes(model: Path, model_config: Any) -> dict[str, Any]:
-    """What differs in the config.json of a sequence classifier with one label from that of the model it began as."""
-    return {
-        "architectures": [AutoModelForSequenceClassification._model_mapping[type(model_config)].__name__],
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-        "pad_token_id": padding_token(model, model_config),
-    }
-
-
-def padding_token(model: Path, model_config: Any) -> int:
-    """The id that engines pad with; transformers refuses to score a batch by a model without one."""
-    if model_config.pad_token_id is not None:
-        return int(model_config.pad_token_id)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if found is None:
-        raise UserError(
-            f"the tokenizer of {model} has neither a padding nor an EOS token, so nobody could score a batch by "
-            "the reward model. Set pad_token in its tokenizer_config.json."
-        )
-    return int(found)

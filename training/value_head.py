@@ -10,8 +10,7 @@ from contracts.models import ModelInfo
 from contracts.stage import Context, Outcome
 from training.checkpoint import save_checkpoint
 from training.config import ValueHeadConfig
-from training.models import load_reward, read_config, tensor_shapes
-from training.reward import classifier_changes
+from training.models import classifier_changes, load_reward, read_config, tensor_shapes
 
 
 @torch.no_grad()
