@@ -1,5 +1,6 @@
 """The score stage: every completion, one scorer, one shard of scores for each shard of rollouts."""
 
+import importlib
 import math
 import time
 from collections import Counter
@@ -20,6 +21,14 @@ from contracts.models import ModelInfo
 from contracts.records import PAIRS, ROLLOUTS, Pair, Rollout, Score
 from contracts.stage import Context, Outcome
 from contracts.workers import is_worker, share_shards
+
+SCORERS = {
+    "reward_model": "annotation.reward_model:RewardModel",
+    "pairwise": "annotation.pairwise:PairwiseModel",
+    "logprobs": "annotation.logprobs:LogprobModel",
+    "values": "annotation.values:ValueModel",
+}
+"""What opens each kind that has a model; imported late, because a rule must start without torch."""
 
 
 def run(config: ScoreConfig, context: Context) -> Outcome:
@@ -67,10 +76,7 @@ def _samples_in_pairs(config: ScoreConfig, rollouts: Artifact) -> set[tuple[str,
 
 
 def _opener(config: ScoreConfig) -> Callable[[], Scorer]:
-    """Check all that can be checked without loading a model, and return what opens the scorer.
-
-    The kinds are imported late: a rule must start without torch.
-    """
+    """Check all that can be checked without loading a model, and return what opens the scorer."""
     if config.kind == "rule":
         from annotation.rule import Rule
 
@@ -86,37 +92,8 @@ def _opener(config: ScoreConfig) -> Callable[[], Scorer]:
     if config.max_length is not None:
         info.require_length(config.max_length, "max_length")
     longest = config.max_length or info.context_length
-    if config.kind == "reward_model":
-
-        def open_reward_model() -> Scorer:
-            from annotation.reward_model import RewardModel
-
-            return RewardModel(config, longest)
-
-        return open_reward_model
-    if config.kind == "pairwise":
-
-        def open_pairwise() -> Scorer:
-            from annotation.pairwise import PairwiseModel
-
-            return PairwiseModel(config, longest)
-
-        return open_pairwise
-    if config.kind == "values":
-
-        def open_values() -> Scorer:
-            from annotation.values import ValueModel
-
-            return ValueModel(config, longest)
-
-        return open_values
-
-    def open_logprobs() -> Scorer:
-        from annotation.logprobs import LogprobModel
-
-        return LogprobModel(config, longest)
-
-    return open_logprobs
+    module, _, name = SCORERS[config.kind].partition(":")
+    return lambda: getattr(importlib.import_module(module), name)(config, longest)  # type: ignore[no-any-return]
 
 
 def _shared_vocabulary(config: ScoreConfig, rollouts: Artifact) -> dict[str, str]:

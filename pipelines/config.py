@@ -247,7 +247,6 @@ class RunConfig(Section):
             self._check_samples(description)
         elif self.generation.k < 2:
             raise ValueError(f"generation.k is {self.generation.k}; pairs need at least 2 answers per prompt.")
-        check_settings(describe(self.training.algorithm), self.training.settings)
         uses_world = any(str(value).startswith("world:") for value in _leaves(self.model_dump()))
         if uses_world and self.world is None:
             raise ValueError("a path starts with world:, but there is no section `world`. Add one (`world: {}`).")

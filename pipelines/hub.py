@@ -40,6 +40,12 @@ def with_cached_models(config: RunConfig) -> RunConfig:
     return _with_models(config, cached)
 
 
+def name_and_revision(reference: str | Path) -> tuple[str, str | None]:
+    """What hf:ORG/NAME[@REVISION] names."""
+    name, _, revision = str(reference).removeprefix("hf:").partition("@")
+    return name, revision or None
+
+
 def cached(reference: str) -> str:
     """The directory of hf:ORG/NAME[@REVISION] where it is in the local cache; else, and for others, what it was.
 
@@ -48,11 +54,9 @@ def cached(reference: str) -> str:
     """
     if not reference.startswith("hf:"):
         return reference
-    name, _, revision = reference.removeprefix("hf:").partition("@")
+    name, revision = name_and_revision(reference)
     try:
-        directory = snapshot_download(
-            name, revision=revision or None, allow_patterns=MODEL_PATTERNS, local_files_only=True
-        )
+        directory = snapshot_download(name, revision=revision, allow_patterns=MODEL_PATTERNS, local_files_only=True)
     except LocalEntryNotFoundError:
         return reference
     except HFValidationError as error:
@@ -68,9 +72,9 @@ def fetch(reference: str) -> str:
     """
     if not reference.startswith("hf:"):
         return reference
-    name, _, revision = reference.removeprefix("hf:").partition("@")
+    name, revision = name_and_revision(reference)
     try:
-        return snapshot_download(name, revision=revision or None, allow_patterns=MODEL_PATTERNS)
+        return snapshot_download(name, revision=revision, allow_patterns=MODEL_PATTERNS)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model {reference} could not be downloaded: {str(error).splitlines()[0]} "

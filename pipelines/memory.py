@@ -12,6 +12,7 @@ from pipelines.config import RunConfig
 from pipelines.doctor.machine import gpus, host_memory
 from pipelines.estimates import Memory, memory
 from pipelines.graph import Graph, Node
+from pipelines.hub import name_and_revision
 from pipelines.placement import gpu_count, place
 from pipelines.preflight import origin_of
 from pipelines.sizes import size_of
@@ -85,7 +86,7 @@ def _by_models(unknown: dict[str, list[Path]]) -> Iterator[tuple[list[Path], lis
 def _why_unknown(model: Path) -> str:
     if not str(model).startswith("hf:"):
         return f"the shape of {model} cannot be read from its config.json"
-    name, _, revision = str(model).removeprefix("hf:").partition("@")
+    name, revision = name_and_revision(model)
     at = f" --revision {revision}" if revision else ""
     return f"{model} is not in the local cache; `hf download {name} config.json{at}` is enough for an estimate"
 

@@ -21,6 +21,7 @@ from embedded.config import WorldConfig
 from embedded.reviews import vocabulary
 from generation.config import GenerationConfig
 from pipelines.graph import Graph
+from pipelines.hub import name_and_revision
 from training.config import (
     CriticConfig,
     EmaConfig,
@@ -134,9 +135,9 @@ def config_file(model: Path) -> Path | None:
     """The config.json of a model directory, or of hf:ORG/NAME[@REVISION] in the local cache; None if not there."""
     if not str(model).startswith("hf:"):
         return model / "config.json"
-    name, _, revision = str(model).removeprefix("hf:").partition("@")
+    name, revision = name_and_revision(model)
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision or None)
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
