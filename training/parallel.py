@@ -30,6 +30,8 @@ class ParallelConfig(Section):
     """What the dp processes share out: 1: optimizer, 2: gradients too, 3: weights too (DeepSpeed); fsdp2: all three."""
     offload: list[Literal["optimizer", "param"]] = runtime([])
     """What DeepSpeed keeps in the machine's memory instead of the GPU's."""
+    nodes: int = runtime(1, ge=1)
+    """Machines that the processes are spread over, equally many on each; the command is started once on every one."""
 
     @property
     def processes(self) -> int:
@@ -57,6 +59,11 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
+        if self.processes % self.nodes:
+            raise ValueError(
+                f"nodes={self.nodes} does not divide the {self.processes} processes (dp · tp · pp · sp). Every node "
+                "runs equally many: set nodes to a divisor, or dp to a multiple."
+            )
         if self.deepspeed_stage and self.is_divided:
             raise ValueError(
                 f"zero={self.zero} with tp={self.tp}, pp={self.pp}, sp={self.sp}: DeepSpeed's ZeRO is combined with "
