@@ -1,5 +1,6 @@
 """The configuration of a run: one YAML file, sections named like the stages."""
 
+import fnmatch
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,18 @@ from contracts.stopping import DEFAULT_GRACE
 from embedded.config import WorldConfig
 from generation.config import GenerationConfig
 from pipelines.environments import EnvironmentConfig
+from pipelines.slurm.config import (
+    ARRAYS,
+    KINDS,
+    LIGHT_TOO,
+    ONLY_IN,
+    ExecutorKind,
+    SlurmSection,
+    StageKind,
+    StageSection,
+    kind_of,
+    replica_gpus,
+)
 from training.catalogue import Description, check_settings, describe
 from training.config import CriticConfig, ExperienceConfig, PolicyConfig, RewardConfig, SftConfig
 
@@ -112,13 +125,21 @@ class EnvironmentsSection(Section):
 
 
 class ExecutorSection(Section):
-    """Where stages run."""
+    """Where stages run. A word is short for its `kind`: `executor: slurm`."""
 
-    kind: Literal["local", "inline"] = runtime("local")
-    """local: each stage is a submitit job on this machine; inline: run by the driver itself, for debugging."""
+    kind: ExecutorKind = runtime("local")
+    """local: each stage is a submitit job on this machine; slurm: it is a job of a Slurm cluster, or an array of jobs;
+    inline: run by the driver itself, for debugging."""
+    slurm: SlurmSection = runtime(SlurmSection())
+    """What all stages ask of Slurm: {partition: gpu, account: rlhf, gpus: 8}. Light stages take from here only
+    `partition`, `account`, `qos`, `setup`, `directives` and `requeue`."""
+    stages: dict[str, StageSection] = runtime({})
+    """The same for some stages, and `kind` where they run elsewhere: {training: {nodes: 2, gpus: 8}, light: local,
+    "iteration-*/heldout/*": {partition: cpu}}. A key is generation, scoring, training or light, or the name of a stage
+    or a pattern with *. Of several entries for a stage the later one holds, key by key."""
     parallel: int | None = runtime(None, ge=1)
     """Stages without mutual dependency that may run at once; by default 1 with GPUs, else one per two cores, at
-    least 2."""
+    least 2; on Slurm all that are ready."""
     retries: int = runtime(3, ge=0)
     """How often a stage is tried again after an accident (a killed process, a lost connection, a stall). A preempted
     stage is started again without limit, a mistake of the user's or a defect ends the run at once."""
@@ -130,6 +151,62 @@ class ExecutorSection(Section):
     """How long a stage that has to stop may go on with the shard or step in hand."""
     check_space: bool = runtime(True)
     """Start a stage only where the disk has room for what it is estimated to write."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_word(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, entry in self.stages.items():
+            for key, kinds in ONLY_IN.items():
+                if name in KINDS and name not in kinds and getattr(entry, key) is not None:
+                    raise ValueError(
+                        f"stages.{name}.{key} is {getattr(entry, key)}, but only {' and '.join(kinds)} stages can have "
+                        f"`{key}`. Take it out."
+                    )
+        return self
+
+    @property
+    def uses_slurm(self) -> bool:
+        """Whether any stage may run on Slurm."""
+        return self.kind == "slurm" or any(entry.kind == "slurm" for entry in self.stages.values())
+
+    @property
+    def asks_gpus(self) -> bool:
+        """Whether any stage asks Slurm for GPUs."""
+        return self.uses_slurm and any(section.gpus for section in (self.slurm, *self.stages.values()))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether all heavy stages run on Slurm."""
+        kinds = {entry.kind for name, entry in self.stages.items() if name != "light" and entry.kind}
+        return self.kind == "slurm" and kinds <= {"slurm"}
+
+    def entry(self, stage: str, config: StageConfig) -> StageSection:
+        """All that is set for a stage, with where it runs (`kind`), and without what its kind cannot have."""
+        kind = kind_of(config)
+        if kind == "light":
+            return self._merged(kind, stage, self._common_of_light())
+        common = self.slurm.model_dump(exclude_unset=True)
+        if kind in ARRAYS and common.get("gpus"):
+            common["gpus"] = replica_gpus(config)
+        return self._merged(kind, stage, common)
+
+    def finishing_entry(self) -> StageSection:
+        """The same for the small jobs that Ratchet adds to a stage: as for light stages; patterns do not name them."""
+        return self._merged("light", None, self._common_of_light())
+
+    def _common_of_light(self) -> dict[str, Any]:
+        return self.slurm.model_dump(exclude_unset=True, include=set(LIGHT_TOO))
+
+    def _merged(self, kind: StageKind, stage: str | None, settings: dict[str, Any]) -> StageSection:
+        for pattern, entry in self.stages.items():
+            if pattern == kind or (stage is not None and fnmatch.fnmatchcase(stage, pattern)):
+                settings = entry.over(settings)
+        settings = {name: value for name, value in settings.items() if kind in ONLY_IN.get(name, KINDS)}
+        return StageSection.merged({**settings, "kind": settings.get("kind") or self.kind})
 
 
 class RetentionSection(Section):
@@ -211,7 +288,7 @@ class RunConfig(Section):
     environments: EnvironmentsSection = runtime(EnvironmentsSection())
     """What `generation`, `annotation` and `training` run in, where it is not their locked environment."""
     executor: ExecutorSection = runtime(ExecutorSection())
-    """Where stages run (`kind`: local or inline), and how many at once (`parallel`)."""
+    """Where stages run (`kind`: local, slurm or inline), and how many at once (`parallel`)."""
     retention: RetentionSection = runtime(RetentionSection())
     """Whose weights stay on the disk (`keep`: all, best or "last N"), and whether rows are compressed (`compress`)."""
 
@@ -318,11 +395,14 @@ class RunConfig(Section):
         return validate(type(self), data, f"with changes.{due[-1]}")
 
     def with_inherited(self) -> Self:
-        """The same, with the sampling keys that other sections take from `generation` filled in."""
+        """The same, with what sections take from others filled in: the sampling keys of `generation`, `hardware`."""
         changes: dict[str, Any] = {"evaluation": _inherit(self.generation, self.evaluation)}
         if self.reward_model is not None:
             generation = _inherit(self.generation, self.reward_model.generation)
             changes["reward_model"] = self.reward_model.model_copy(update={"generation": generation})
+        if self.executor.uses_slurm and self.hardware is not None and self.executor.slurm.gpus is None:
+            slurm = self.executor.slurm.model_copy(update={"gpus": self.hardware.gpus})
+            changes["executor"] = self.executor.model_copy(update={"slurm": slurm})
         return self.model_copy(update=changes)
 
 
@@ -399,7 +479,13 @@ def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
 
 
 def _overridden(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A file's data with the overrides; another algorithm does not take over the settings that the file has."""
+    """A file's data with the overrides; another algorithm does not take over the settings that the file has.
+
+    `executor=KIND` leaves the rest of the file's section as it is.
+    """
+    overrides = [re.sub("^executor=(?=[a-z]+$)", "executor.kind=", text) for text in overrides]
+    if isinstance(data.get("executor"), str):
+        data = {**data, "executor": {"kind": data["executor"]}}
     training = data.get("training")
     wanted = apply_overrides({}, [text for text in overrides if text.startswith("training.algorithm=")])
     if isinstance(training, dict) and wanted:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from contracts.config import Role, StageConfig, validate
-from pipelines.placement import gpu_count, place
+from pipelines.config import ExecutorSection
+from pipelines.placement import place_stage
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Node:
 class Graph:
     """Stages in the order in which they were added; an output is known by its path before it exists."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, executor: ExecutorSection | None = None) -> None:
         self.directory = directory
+        self.executor = executor or ExecutorSection()
         self.nodes: dict[str, Node] = {}
 
     def add(
@@ -54,11 +56,11 @@ class Graph:
             section: keys from the run's config; `fields`, which the driver knows, come on top.
 
         Raises:
-            UserError: the stage's config refuses the values.
+            UserError: the stage's config refuses the values, or it cannot be spread over the devices it asks for.
         """
         output = self.directory / name
         config: StageConfig = validate(kind, {**(section or {}), **fields, "output": output}, f"stage {name}")
-        config = place(config, gpu_count())
+        config = place_stage(name, config, self.executor)
         package, _, subcommand = command.partition(" ")
         environment = ENVIRONMENTS[package]
         needs = tuple(dict.fromkeys(owner for path in input_paths(config) if (owner := self.owner(path))))

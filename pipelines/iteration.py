@@ -35,7 +35,7 @@ class Recipe:
         self.run = config
         self.config = config  # what holds in the iteration that is being added
         self.taken = 0  # training prompts that earlier iterations have taken
-        self.graph = Graph(config.run_directory.absolute())
+        self.graph = Graph(config.run_directory.absolute(), config.executor)
         self.pairs: list[Path] = []
         self.references: dict[tuple[Path, Path], Path] = {}
         self.experience: Path | None = None
