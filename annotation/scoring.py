@@ -20,7 +20,7 @@ from contracts.ledger import Ledger, merge
 from contracts.models import ModelInfo
 from contracts.records import PAIRS, ROLLOUTS, Pair, Rollout, Score
 from contracts.stage import Context, Outcome
-from contracts.workers import is_worker, share_shards
+from contracts.workers import share_shards
 
 SCORERS = {
     "reward_model": "annotation.reward_model:RewardModel",
@@ -59,8 +59,8 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
     sizes = {file.path: file.bytes for file in rollouts.manifest.files}
     largest_first = sorted(rollouts.shards, key=lambda shard: (-sizes[shard.name], shard.name))
     shards = [shard.name for shard in largest_first]
-    share_shards(context, shards, open_worker, replicas=config.replicas, devices=_devices(config))
-    return _outcome(config, context, known) if context.rank == 0 else Outcome("samples")
+    share_shards(context, shards, open_worker, replicas=config.replicas, devices=_devices(config, context))
+    return _outcome(config, context, known) if context.publishes else Outcome("samples")
 
 
 def _samples_in_pairs(config: ScoreConfig, rollouts: Artifact) -> set[tuple[str, int]] | None:
@@ -149,9 +149,9 @@ def _opponents(config: ScoreConfig, rollouts: Artifact) -> dict[str, str]:
     return {}
 
 
-def _devices(config: ScoreConfig) -> int:
+def _devices(config: ScoreConfig, context: Context) -> int:
     """Accelerators per replica."""
-    if config.kind == "rule" or config.replicas == 1 or is_worker():
+    if config.kind == "rule" or config.replicas == 1 or context.role is not None:
         return 0
     from annotation.loading import accelerators
 

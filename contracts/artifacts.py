@@ -15,6 +15,7 @@ Of what is published, `pipeline gc` may compress rows (FILE.gz instead of FILE) 
 """
 
 import contextlib
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -25,13 +26,13 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
 import msgspec
 
-from contracts.errors import UserError
+from contracts.errors import TransientError, UserError
 from contracts.fingerprint import RELEASED as RELEASED
 from contracts.fingerprint import digest, file_sha256, weights_fingerprint
 from contracts.jsonl import COMPRESSED, open_stored, read_jsonl, write_jsonl
@@ -39,6 +40,9 @@ from contracts.ledger import Ledger, merge
 from contracts.records import Schema
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+POLL_SECONDS = 0.1
 R = TypeVar("R")
 
 
@@ -307,34 +311,77 @@ class Publication:
         self.directory = partial_directory(target, key)
         self._lock: IO[str] | None = None
 
-    def begin(self) -> None:
-        """Create or take over the hidden directory and clear what a crash left in it.
+    def begin(self, patience: float = 0.0) -> None:
+        """Create the hidden directory or take it over, for this process alone, and clear what a crash left in it.
+
+        Args:
+            patience: seconds to wait for another process that works there. On a shared file system the lock of a
+                machine that died lives on until its lease ends.
 
         Raises:
-            UserError: another live process is publishing the same thing.
+            UserError: another process is making the same thing, and there is no patience.
+            TransientError: it still is when the patience has run out.
         """
-        while not self._take_lock():
-            pass
+        self._lock_when_free(lambda: self._take_lock(fcntl.LOCK_EX), patience)
         with contextlib.suppress(FileNotFoundError):  # another process, which held the lock before, has just published
             if not self.complete or self._damaged():
-                self._clear_leftovers()
+                self._clear_leftovers(self._intact)
 
-    def _take_lock(self) -> bool:
-        """Lock a file in the hidden directory, which dies with its holder; False if the directory went meanwhile."""
-        path = self.directory / ".lock"
+    def join(self, patience: float) -> None:
+        """Create the hidden directory or go to work in it beside others that make shards and publish nothing.
+
+        Whoever finds no other at work clears what a crash left. Contents are compared when somebody publishes: here
+        others wait.
+
+        Raises:
+            TransientError: the directory is one process's alone until the patience has run out, in seconds.
+        """
+        self._lock_when_free(self._take_shared_lock, patience)
+
+    def _lock_when_free(self, take: Callable[[], bool], patience: float) -> None:
+        start, told = time.monotonic(), False
+        while True:
+            try:
+                if take():
+                    return
+            except BlockingIOError as error:
+                waited = time.monotonic() - start
+                if not patience:
+                    raise UserError(
+                        f"another process is making {self.target} right now. Wait for it, or choose another output."
+                    ) from error
+                if waited > patience:
+                    raise TransientError(
+                        f"another process has been making {self.target} for the {patience:g} s that this one waited "
+                        f"for the lock {self.directory / LOCK}. If its machine died, the file server lets go soon."
+                    ) from error
+                if waited > 1 and not told:
+                    print(f"waiting up to {patience:g} s for another process that is making {self.target}", flush=True)
+                    told = True
+                time.sleep(POLL_SECONDS)
+
+    def _take_shared_lock(self) -> bool:
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            if self._take_lock(fcntl.LOCK_EX) and not self.complete:
+                self._clear_leftovers()
+        return self._take_lock(fcntl.LOCK_SH)
+
+    def _take_lock(self, kind: int) -> bool:
+        """Lock a file in the hidden directory, which dies with its holder; False if the directory went meanwhile.
+
+        Raises:
+            BlockingIOError: another process holds it.
+        """
+        path = self.directory / LOCK
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = path.open("a")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = path.open("a+")  # NFS gives a shared lock to readers only, an exclusive one to writers
+            take_lock(self._lock, kind)
             return path.exists() and os.path.samestat(os.fstat(self._lock.fileno()), path.stat())
         except (FileNotFoundError, FileExistsError):
             if self.directory.is_file():
                 raise
             return False
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is making {self.target} right now. Wait for it, or choose another output."
-            ) from error
 
     def _damaged(self) -> bool:
         """Whether a file differs from the manifest that is there already, as a power cut may leave it."""
@@ -342,12 +389,13 @@ class Publication:
         found = Artifact(self.directory, read_manifest(path.read_bytes())).damage()
         return bool(found) and path.exists()  # it was not renamed meanwhile
 
-    def _clear_leftovers(self) -> None:
-        """Delete scratch files, and files without a receipt or that differ from it."""
-        known = {name for name, receipt in self.receipts().items() if self._intact(receipt)}
-        for path in sorted(self.directory.rglob("*")):
+    def _clear_leftovers(self, intact: Callable[[Receipt], bool] = lambda receipt: True) -> None:
+        """Delete scratch files, files without a receipt or that are not `intact`, and receipts without such a file."""
+        known = {name for name, receipt in self.receipts().items() if intact(receipt)}
+        known |= {_receipt_name(name) for name in known}
+        for path in sorted(self.directory.rglob("*")):  # a receipt before its file
             name = path.relative_to(self.directory).as_posix()
-            if path.is_file() and name not in known and not name.startswith((".", "state/")):
+            if path.is_file() and name not in known and name != LOCK and not name.startswith("state/"):
                 path.unlink()
 
     def _intact(self, receipt: Receipt) -> bool:
@@ -362,20 +410,32 @@ class Publication:
 
     def receipts(self) -> dict[str, Receipt]:
         """Receipts of the finished files by name; a file does not count as finished if it or its receipt is torn."""
-        found: dict[str, Receipt] = {}
-        for path in sorted(self.directory.glob(".receipt-*.json")):
-            try:
-                receipt = msgspec.json.decode(path.read_bytes(), type=Receipt)
-            except msgspec.DecodeError:
-                continue
-            file = self.directory / receipt.file.path
-            if file.is_file() and file.stat().st_size == receipt.file.bytes:
-                found[receipt.file.path] = receipt
-        return found
+        found = (self._read_receipt(path) for path in sorted(self.directory.glob(_receipt_name("*"))))
+        return {receipt.file.path: receipt for receipt in found if receipt is not None}
+
+    def receipt(self, name: str) -> Receipt | None:
+        """The receipt of one file, if that is finished."""
+        return self._read_receipt(self.directory / _receipt_name(name))
+
+    def _read_receipt(self, path: Path) -> Receipt | None:
+        try:
+            receipt = msgspec.json.decode(path.read_bytes(), type=Receipt)
+            size = (self.directory / receipt.file.path).stat().st_size
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+        return receipt if size == receipt.file.bytes else None
+
+    def finished(self, names: Iterable[str]) -> set[str]:
+        """Those of `names` that have a receipt, by one look at the directory: for many files, and often."""
+        try:
+            there = set(os.listdir(self.directory))
+        except FileNotFoundError:  # published meanwhile
+            return set()
+        return {name for name in names if _receipt_name(name) in there}
 
     def scratch(self, name: str) -> Path:
         """Where to write the file `name` before `commit` gives it its name."""
-        path = self.directory / f"{name}.{os.getpid()}.tmp"
+        path = self.directory / f"{name}.{process_name()}.tmp"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -396,7 +456,7 @@ class Publication:
         file = File(name, file_sha256(scratch), scratch.stat().st_size, rows)
         os.replace(scratch, self.directory / name)
         receipt = Receipt(file, ledger, seconds or {}, facts or {})
-        write_atomically(self.directory / f".receipt-{name.replace('/', '--')}.json", msgspec.json.encode(receipt))
+        write_atomically(self.directory / _receipt_name(name), msgspec.json.encode(receipt))
 
     def write_rows(self, name: str, rows: list[Any], ledger: Ledger, **known: Any) -> None:
         """Write and commit one JSONL file."""
@@ -448,10 +508,10 @@ class Publication:
     def finish(self) -> Artifact:
         """From the manifest on: drop receipts and state, rename. Also what a crash in between is continued with."""
         try:
-            for path in [*self.directory.glob(".receipt-*.json"), *self.directory.rglob("*.tmp")]:
+            for path in [*self.directory.glob(_receipt_name("*")), *self.directory.rglob("*.tmp")]:
                 path.unlink(missing_ok=True)
             shutil.rmtree(self.directory / "state", ignore_errors=True)
-            (self.directory / ".lock").unlink(missing_ok=True)
+            (self.directory / LOCK).unlink(missing_ok=True)
             fsync(self.directory)
             os.rename(self.directory, self.target)
         except OSError:
@@ -459,7 +519,7 @@ class Publication:
             if not is_published(self.target, self.key):
                 raise
             self.discard()
-        (self.target / ".lock").unlink(missing_ok=True)
+        (self.target / LOCK).unlink(missing_ok=True)
         fsync(self.target.parent)
         return Artifact.open(self.target, self.schema)
 
@@ -494,9 +554,37 @@ def partial_directory(target: Path, key: str) -> Path:
     return target.parent / f".{target.name}.partial-{key[:16]}"
 
 
+def _receipt_name(name: str) -> str:
+    return f".receipt-{name.replace('/', '--')}.json"
+
+
+def take_lock(file: IO[str], kind: int) -> None:
+    """Lock an open file (fcntl.LOCK_EX or LOCK_SH) without waiting; the lock dies with its holder.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        UserError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            raise UserError(
+                f"the file system of {Path(file.name).parent} has no file locks ({os.strerror(error.errno)}), by which "
+                "processes keep out of each other's way. Mount it with locks that hold on all machines (NFS 4, Lustre "
+                "with -o flock, BeeGFS with tuneUseGlobalFileLocks=true), or choose a path on another file system."
+            ) from error
+        raise
+
+
+def process_name(pid: int | None = None) -> str:
+    """What tells a process, by default this one, from all others on all machines that share a file system."""
+    return f"{socket.gethostname()}-{pid or os.getpid()}"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a small file so that a reader sees the old or the new content, also after a power cut."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    scratch = path.with_name(f"{path.name}.{process_name()}.tmp")
     try:
         with scratch.open("wb") as file:
             file.write(content)

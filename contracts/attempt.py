@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from contracts.artifacts import write_atomically
+from contracts.artifacts import process_name, write_atomically
 
 ATTEMPT = "RATCHET_ATTEMPT"
 """Environment variable: the directory of the attempt."""
@@ -20,6 +20,12 @@ BEAT_SECONDS = 1.0
 
 FailureKind = Literal["user", "transient", "stopped", "error"]
 """Whose fault it is: the user's, the machine's or the network's, nobody's (it was asked to stop), or a defect."""
+
+
+def supervised() -> bool:
+    """Whether somebody watches this stage and will start it again after an accident."""
+    return bool(os.environ.get(ATTEMPT))
+
 
 _last = {HEARTBEAT: 0.0, PROGRESS: 0.0}
 
@@ -46,4 +52,4 @@ def report_failure(kind: FailureKind, text: str) -> None:
     """Leave the reason of this process's end; of several processes' reasons the first is the one that is told."""
     if attempt := os.environ.get(ATTEMPT):
         record = {"kind": kind, "text": text, "rank": os.environ.get("RANK", "0"), "time": time.time()}
-        write_atomically(Path(attempt, f"failure-{os.getpid()}.json"), json.dumps(record).encode())
+        write_atomically(Path(attempt, f"failure-{process_name()}.json"), json.dumps(record).encode())

@@ -52,6 +52,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class TransientError(Exception):
+    """An accident that the same command may well not meet in a minute, told in one message; exit code 1."""
+
+
 def as_user_error(error: Exception) -> UserError | None:
     """The same as a mistake of the user's, if it is one: a full disk, or a path that cannot be used."""
     if isinstance(error, UserError):
@@ -78,7 +82,7 @@ def system_code(error: BaseException) -> int | None:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same thing may well succeed in a minute: a lost connection, device, peer or file server."""
-    if isinstance(error, ConnectionError | TimeoutError):
+    if isinstance(error, TransientError | ConnectionError | TimeoutError):
         return True
     if system_code(error) in TRANSIENT_CODES:
         return True

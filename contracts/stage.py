@@ -19,21 +19,30 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import msgspec
 
 from contracts import stopping
 from contracts.artifacts import Artifact, Publication, input_damage, input_digest, is_published
-from contracts.attempt import FailureKind, report_failure, report_progress
+from contracts.attempt import FailureKind, report_failure, report_progress, supervised
 from contracts.config import Role, StageConfig, apply_overrides, describe, read_yaml, validate
-from contracts.errors import UserError, as_user_error, is_transient
+from contracts.errors import TransientError, UserError, as_user_error, is_transient
 from contracts.fingerprint import digest
 from contracts.processes import die_with_parent
 from contracts.records import Schema
 from contracts.versions import installed_versions
 
 MINIMUM_FREE = 16 << 20
+LOCK_SECONDS = 120.0
+"""How long a supervised stage waits for another process that works on the same output: longer than the lease of a
+dead machine's lock (90 s with NFS)."""
+
+WORKER_ROLE = "RATCHET_ROLE"
+"""Environment variable: what this process is to do of a stage that works in shards; unset: everything."""
+WorkerRole = Literal["replica", "task", "publisher"]
+"""replica: makes shards for the process that started it. task: makes shards beside others on any machines, with nobody
+above them. publisher: publishes what tasks have made, and makes nothing."""
 
 
 class Outcome(msgspec.Struct):
@@ -57,16 +66,25 @@ class Command(msgspec.Struct, frozen=True):
     launch: str | None = None
     """`launch(config) -> bool`, asked before anything is written: whether it has run this stage to its end in
     processes of its own (True), or leaves it to this one."""
+    helps: str | None = None
+    """`helps(config) -> bool`: whether this process has nothing to do but `launch`, because the same command publishes
+    on another machine."""
 
 
 class Context:
     """What a running stage is given beside its config."""
 
-    def __init__(self, publication: Publication, rank: int, world_size: int) -> None:
+    def __init__(self, publication: Publication, rank: int, world_size: int, role: WorkerRole | None = None) -> None:
         self.publication = publication
         self.rank = rank
         self.world_size = world_size
+        self.role = role
         self.seconds: dict[str, float] = {}
+
+    @property
+    def publishes(self) -> bool:
+        """Whether this process is the one that publishes; `run` needs no outcome in the others."""
+        return self.rank == 0 and self.role in (None, "publisher")
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -79,7 +97,7 @@ class Context:
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """Tell whoever watches how far the stage is; cheap enough for every step."""
-        if self.rank == 0:
+        if self.rank == 0 or self.role is not None:
             report_progress(done, total, unit)
 
 
@@ -138,6 +156,9 @@ def main(commands: dict[str, Command], package: str, argv: list[str] | None = No
         elif mistake := as_user_error(error):
             code, kind, text = UserError.exit_code, "user", str(mistake)
             print(f"error: {text}", file=sys.stderr)
+        elif isinstance(error, TransientError):
+            code, kind, text = 1, "transient", str(error)
+            print(f"error: {text}", file=sys.stderr)
         else:
             code, kind, text = 1, "transient" if is_transient(error) else "error", traceback.format_exc()
             print(text, file=sys.stderr)
@@ -155,35 +176,46 @@ def run_stage(command: Command, config: StageConfig) -> Artifact | None:
     key = stage_key(parts)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     publication = Publication(config.output, command.schema, config.stage, key)
+    context = Context(publication, rank, world_size, _worker_role())
+    if command.helps is not None and _load(command.helps)(config):
+        assert command.launch is not None
+        if not is_published(config.output, key) and not publication.complete:
+            _load(command.launch)(config)
+        return None
     if is_published(config.output, key):
-        if rank == 0:
+        if context.publishes:
             publication.clear()
-        return _reuse(command, config, key, rank)
+        return _reuse(command, config, key, context)
     if command.launch is not None and not publication.complete and _load(command.launch)(config):
         return Artifact.open(config.output, command.schema)
-    context = Context(publication, rank, world_size)
-    if rank == 0:
+    check = None
+    if context.publishes or context.role == "task":
         config.output.parent.mkdir(parents=True, exist_ok=True)
         require_space(config.output.parent, "output")
-        publication.begin()
+        if context.publishes:
+            publication.begin(LOCK_SECONDS if supervised() else 0)
+        else:
+            publication.join(LOCK_SECONDS)
         complete = publication.complete  # asked first: who has it no more by then has published it
         if is_published(config.output, key):  # by another process, before this one had the lock
-            publication.discard()
-            return _reuse(command, config, key, rank)
+            publication.clear()
+            return _reuse(command, config, key, context)
         if complete:
-            return publication.finish()
-        check = InputCheck(config)
+            return publication.finish() if context.publishes else None
+        check = InputCheck(config) if context.publishes else None
     try:
         with context.timed("import"):
             run = _load(command.run)
         outcome: Outcome = run(config, context)
-        if rank != 0:
+        if check is None:
             return None
         check.require_whole()
     except Exception as error:
-        if rank == 0 and not isinstance(error, UserError):
+        if context.role == "task" and not isinstance(error, UserError):
+            check = InputCheck(config)
+        if check is not None and not isinstance(error, UserError):
             check.require_whole()  # a damaged input is the better explanation
-        if rank == 0 and isinstance(error, UserError):
+        if context.publishes and isinstance(error, UserError):
             publication.abandon()
         raise
     context.seconds["total"] = time.perf_counter() - start
@@ -201,8 +233,15 @@ def run_stage(command: Command, config: StageConfig) -> Artifact | None:
     return artifact
 
 
-def _reuse(command: Command, config: StageConfig, key: str, rank: int) -> Artifact:
-    if rank == 0:
+def _worker_role() -> WorkerRole | None:
+    role = os.environ.get(WORKER_ROLE) or None
+    if role not in (None, *get_args(WorkerRole)):
+        raise UserError(f"{WORKER_ROLE}={role} is none of {', '.join(get_args(WorkerRole))}. Correct or unset it.")
+    return role  # type: ignore[return-value]
+
+
+def _reuse(command: Command, config: StageConfig, key: str, context: Context) -> Artifact:
+    if context.publishes or context.role == "task":
         print(f"reuse {config.output}: already published under key {key[:12]}")
     return Artifact.open(config.output, command.schema)
 

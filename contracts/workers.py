@@ -2,10 +2,15 @@
 
 A process takes the first shard that is neither finished nor claimed. A claim is a file lock, so it ends with its
 holder; a killed worker costs the shard in its hand.
+
+The processes are one machine's, started by `share_shards` itself or by a launcher, and the first one publishes. Or
+they are tasks on any machines that share the file system: each may start, end and be killed at any instant, and when
+all have ended, a publisher publishes. RATCHET_ROLE says which of these a process is (contracts/stage.py).
 """
 
 import contextlib
 import fcntl
+import math
 import os
 import subprocess
 import sys
@@ -14,12 +19,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from contracts import stopping
-from contracts.artifacts import Publication
-from contracts.errors import UserError
+from contracts.artifacts import Publication, process_name, take_lock
+from contracts.errors import TransientError, UserError
 from contracts.processes import end_groups
-from contracts.stage import Context
+from contracts.stage import WORKER_ROLE, Context
 
-WORKER = "RATCHET_WORKER"
+LOOK_SECONDS = 0.5
+"""How often a worker looks at what others have finished."""
+NAMED = 3
+"""How many missing shards an error names."""
 
 
 def share_shards(
@@ -32,34 +40,45 @@ def share_shards(
 ) -> None:
     """Make all `shards`, in this process or in several, and return when each has its receipt.
 
+    A process that does not publish returns when there is no shard left for it.
+
     Args:
         shards: file names, the largest first where that is known.
         open_worker: loads what a worker needs (an engine, a model) and returns the function that makes and commits
             one shard. Not called where nothing is missing.
         replicas: processes to start. Under a launcher that set RANK and WORLD_SIZE (accelerate, torchrun), its
-            processes are the workers and none is started here.
+            processes are the workers and none is started here; nor by a process with a role.
         devices: accelerators per replica; 0 leaves the visible devices as they are.
+
+    Raises:
+        TransientError: in a publisher: a shard is missing.
     """
-    if context.world_size > 1:
+    if context.world_size > 1 and context.role is None:
         _meet(context)
     missing = _missing(context.publication, shards)
-    spawn = replicas > 1 and context.world_size == 1 and len(missing) > 1
-    if missing and spawn:
+    context.progress(len(shards) - len(missing), len(shards), "shards")
+    if context.role == "publisher":
+        _require_none(missing, len(shards))
+        return
+    if len(missing) > 1 and replicas > 1 and context.world_size == 1 and context.role is None:
         _run_replicas(min(replicas, len(missing)), devices)
     elif missing:
         _work(context, shards, open_worker)
-    if context.rank == 0:
+    if context.publishes:
         _wait_for_all(context, shards)
 
 
-def is_worker() -> bool:
-    """Whether this process was started by `share_shards` of another one."""
-    return WORKER in os.environ
-
-
 def _missing(publication: Publication, shards: list[str]) -> list[str]:
-    finished = publication.receipts()
-    return [name for name in shards if name not in finished]
+    return [name for name in shards if publication.receipt(name) is None]
+
+
+def _require_none(missing: list[str], count: int) -> None:
+    if missing:
+        names = ", ".join([*missing[:NAMED], *(["..."] if len(missing) > NAMED else [])])
+        raise TransientError(
+            f"{len(missing)} of {count} shards are missing: {names}; the tasks that had them ended. Tasks that are "
+            "started again make only these."
+        )
 
 
 def _published(publication: Publication) -> bool:
@@ -68,28 +87,41 @@ def _published(publication: Publication) -> bool:
 
 
 def _work(context: Context, shards: list[str], open_worker: Callable[[], Callable[[str], None]]) -> None:
+    """Make shards as long as one is left that is neither finished nor claimed."""
+    publication = context.publication
     make: Callable[[str], None] | None = None
-    for name in shards:
-        try:
-            with _claim(context.publication, name) as mine:
-                if mine and name in _missing(context.publication, [name]) and not _published(context.publication):
-                    make = make or open_worker()
-                    with stopping.deferred():
-                        make(name)
-        except FileNotFoundError:
-            if context.rank != 0 and context.publication.target.exists():
-                return  # rank 0 found everything finished and has published
-            raise
-        done = len(shards) - len(_missing(context.publication, shards))
-        context.progress(done, len(shards), "shards")
+    found_work = True
+    while found_work:  # again after the last one: another process may have died meanwhile
+        found_work = False
+        looked = -math.inf
+        for name in shards:
+            if time.monotonic() - looked > LOOK_SECONDS:
+                finished = publication.finished(shards)
+                looked = time.monotonic()
+                context.progress(len(finished), len(shards), "shards")
+            if name in finished:
+                continue
+            try:
+                with _claim(publication, name) as mine:
+                    # Only now: a file server's client may remember for a while that a file was not there.
+                    if mine and publication.receipt(name) is None and not _published(publication):
+                        make = make or open_worker()
+                        with stopping.deferred():
+                            make(name)
+                        found_work = True
+            except FileNotFoundError:
+                if not context.publishes and publication.target.exists():
+                    return  # rank 0 found everything finished and has published
+                raise
+    context.progress(len(publication.finished(shards)), len(shards), "shards")
 
 
 @contextlib.contextmanager
 def _claim(publication: Publication, name: str) -> Iterator[bool]:
     with (publication.state / f"claim-{name}").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            take_lock(file, fcntl.LOCK_EX)
+        except BlockingIOError:
             yield False
             return
         yield True
@@ -102,7 +134,7 @@ def _run_replicas(count: int, devices: int) -> None:
     processes = []
     for index in range(count):
         environment: dict[str, Any] = dict(os.environ)
-        environment.update({WORKER: str(index), "RANK": str(index + 1), "WORLD_SIZE": str(count + 1)})
+        environment.update({WORKER_ROLE: "replica", "RANK": str(index + 1), "WORLD_SIZE": str(count + 1)})
         environment["LOCAL_RANK"] = "0" if devices else str(index)
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[index * devices : (index + 1) * devices])
@@ -125,10 +157,8 @@ def _run_replicas(count: int, devices: int) -> None:
 
 def _meet(context: Context) -> None:
     """Under a launcher: wait until rank 0 has cleared what a crash left, before writing anything."""
-    if is_worker():  # the starting process cleared already
-        return
     publication = context.publication
-    mark = f"begun-{os.getppid()}"
+    mark = f"begun-{process_name(os.getppid())}"
     if context.rank == 0:
         (publication.state / mark).touch()
     else:  # rank 0 may not have made the directory yet, or have finished and renamed it already
@@ -138,10 +168,11 @@ def _meet(context: Context) -> None:
 
 def _wait_for_all(context: Context, shards: list[str]) -> None:
     """Rank 0 waits for the others' last shards, as long as some other process still works on them."""
-    while missing := _missing(context.publication, shards):
+    missing = shards
+    while missing := _missing(context.publication, missing):
         for name in missing:
             with _claim(context.publication, name) as free:
-                if free and name in _missing(context.publication, [name]):
+                if free and context.publication.receipt(name) is None:
                     raise RuntimeError(f"shard {name} was not made: its worker ended without finishing it")
         time.sleep(0.1)
 

@@ -33,6 +33,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
         tokenized = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in prompts]
     shards = cut(tokenized, config.shard_size or default_shard_size(config), longest_allowed)
     settings = _settings(config, context, tokenizer, shards, longest_allowed)
+    settled = {"dtype": settings.dtype, "engine": config.engine, "threads": threads}
 
     # Sampling: the shards are shared among the replicas.
     with contextlib.ExitStack() as stack:
@@ -50,7 +51,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
                 sampled = time.perf_counter()
                 write_jsonl(context.publication.scratch(name), rows)
                 seconds = {**load, "compute": sampled - start, "save": time.perf_counter() - sampled}
-                facts = {**shard_facts(rows), **faults.facts()}
+                facts = {**shard_facts(rows), **faults.facts(), "settled": settled}
                 context.publication.commit(name, ledger, rows=len(rows), seconds=seconds, facts=facts)
                 load.clear()
 
@@ -64,13 +65,15 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
             replicas=config.servers or config.replicas,
             devices=config.tensor_parallel if settings.on_gpu else 0,
         )
+    if not context.publishes:
+        return Outcome("prompts")
 
     receipts = [receipt for _, receipt in sorted(context.publication.receipts().items())]
-    made = [receipt.facts for receipt in receipts]
+    settled |= receipts[0].facts.get("settled", {})  # of the process that sampled, which may have been elsewhere
+    made = [{name: fact for name, fact in receipt.facts.items() if name != "settled"} for receipt in receipts]
     faults = Faults(config.fail_on_error)
     faults.messages = [message for facts in made for message in facts.get("failures", [])]
     faults.require_few(merge((receipt.ledger for receipt in receipts), "prompts"))
-    settled = {"dtype": settings.dtype, "engine": config.engine, "threads": threads}
     ids = {"bos_token_id": tokenizer.begin_id, "vocabulary": tokenizer.vocabulary}
     facts = {**summary(made), **faults.facts(), **settled, **ids}
     return Outcome("prompts", facts=facts, weights=fingerprint)
@@ -92,7 +95,9 @@ def _settings(
             "Raise max_prompt_tokens, lower max_new_tokens, or use a model with a longer context."
         )
     ledger.stop_above(config.max_dropped, f"prompts of {config.prompts} with more than {longest_allowed} tokens")
-    on_gpu = devices_per_replica(config) > 0
+    # A replica or a task is given the devices of one engine; a publisher loads none, and may run where there is no GPU.
+    alone = config if context.role is None else config.model_copy(update={"replicas": 1, "servers": 0})
+    on_gpu = context.role != "publisher" and devices_per_replica(alone) > 0
     return EngineSettings(
         stop_ids=tokenizer.stop_ids,
         max_length=max(lengths) + config.max_new_tokens,

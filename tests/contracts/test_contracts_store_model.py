@@ -21,12 +21,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from contracts import stage, stopping
 from contracts.artifacts import Artifact, partial_directory
 from contracts.config import StageConfig, identity
-from contracts.errors import UserError
+from contracts.errors import TransientError, UserError
 from contracts.ledger import Ledger
 from contracts.records import PROMPTS, Message, Prompt
 from contracts.stage import Command, Context, Outcome, key_parts, run_stage, stage_key
+from contracts.workers import share_shards
 
 SECONDS = 30.0
 """No step of a writer takes longer."""
@@ -44,6 +46,7 @@ class WordsConfig(StageConfig):
 
 
 COMMAND = Command(WordsConfig, PROMPTS, f"{__name__}:make_words")
+SHARED = Command(WordsConfig, PROMPTS, f"{__name__}:share_words")
 
 
 def make_words(config: WordsConfig, context: Context) -> Outcome:
@@ -51,15 +54,24 @@ def make_words(config: WordsConfig, context: Context) -> Outcome:
     finished = context.publication.receipts()
     (context.publication.state / "note").touch()
     for number in range(SHARDS):
-        name = f"shard-{number:05d}.jsonl"
-        if name in finished:
-            continue
-        ledger = Ledger("prompts")
-        ledger.keep(2)
-        rows = [Prompt(f"{number}{i}", (Message("user", config.word * 50),)) for i in range(2)]
-        context.publication.write_rows(name, rows, ledger)
-        tell(f"made {config.word} {name}")
+        if f"shard-{number:05d}.jsonl" not in finished:
+            _make(config, context, number)
     return Outcome("prompts")
+
+
+def share_words(config: WordsConfig, context: Context) -> Outcome:
+    """The same, in shards that several processes share."""
+    numbers = {f"shard-{number:05d}.jsonl": number for number in range(SHARDS)}
+    share_shards(context, list(numbers), lambda: lambda name: _make(config, context, numbers[name]))
+    return Outcome("prompts")
+
+
+def _make(config: WordsConfig, context: Context, number: int) -> None:
+    ledger = Ledger("prompts")
+    ledger.keep(2)
+    rows = [Prompt(f"{number}{i}", (Message("user", config.word * 50),)) for i in range(2)]
+    context.publication.write_rows(f"shard-{number:05d}.jsonl", rows, ledger)
+    tell(f"made {config.word} shard-{number:05d}.jsonl")
 
 
 def key_of(word: str) -> str:
@@ -73,10 +85,11 @@ tell: Any = print
 class Writer:
     """A process that runs the stage, one system call at a time."""
 
-    def __init__(self, target: Path, word: str) -> None:
+    def __init__(self, target: Path, word: str, role: str | None = None) -> None:
         self.word = word
+        self.role = role
         self.ended: str | None = None
-        """published, or the error; None while it runs."""
+        """published (a task: done), stopped, or the error; None while it runs."""
         self.made: list[str] = []
         orders, self._orders = os.pipe()
         self._answers, answers = os.pipe()
@@ -87,7 +100,7 @@ class Writer:
             try:
                 os.close(self._orders)
                 os.close(self._answers)
-                _write(target, word, orders, answers)
+                _write(target, word, role, orders, answers)
                 code = 0
             finally:
                 os._exit(code)
@@ -122,6 +135,12 @@ class Writer:
         if self.alive:
             self._leave("killed")
 
+    def stop(self) -> None:
+        """SIGTERM, before its next system call."""
+        if self.alive:
+            os.kill(self.pid, signal.SIGTERM)
+            self.step()
+
     def _leave(self, how: str) -> None:
         self.ended = how
         os.kill(self.pid, signal.SIGKILL)
@@ -148,7 +167,7 @@ class Writer:
         return line.decode()
 
 
-def _write(target: Path, word: str, orders: int, answers: int) -> None:
+def _write(target: Path, word: str, role: str | None, orders: int, answers: int) -> None:
     """The writer's process: run the stage, and ask before every system call on its files."""
     global tell
 
@@ -177,15 +196,25 @@ def _write(target: Path, word: str, orders: int, answers: int) -> None:
     tell = say
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     os.stat = asking(os.stat)  # which no audit event tells of
+    stage.LOCK_SECONDS = 0  # nobody waits: who would have to is refused
+    if role is not None:
+        stopping.listen()
+        os.environ.update({stage.WORKER_ROLE: role, stopping.GRACE: "600"})
+    if role == "task":
+        os.environ.update({"RANK": "1", "WORLD_SIZE": "2"})
     sys.addaudithook(audit)
     try:
-        run_stage(COMMAND, WordsConfig(word=word, output=target))
+        run_stage(COMMAND if role is None else SHARED, WordsConfig(word=word, output=target))
+    except stopping.Stopped:
+        say("stopped")
+    except TransientError as error:
+        say(f"transient: {error}")
     except UserError as error:
         say(f"refused: {error}")
     except BaseException:
         say(traceback.format_exc())
     else:
-        say("published")
+        say("done" if role == "task" else "published")
     os.read(orders, 1)  # to be killed
 
 

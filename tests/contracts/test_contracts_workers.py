@@ -1,0 +1,287 @@
+"""Shards that several processes share: tasks on any machines, and the publisher that comes after them."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from contracts import artifacts
+from contracts.artifacts import Artifact, Publication
+from contracts.errors import TransientError, UserError
+from contracts.records import PROMPTS
+
+STAGE = '''
+import os, time
+from pathlib import Path
+from typing import ClassVar
+from contracts.config import StageConfig, identity, runtime
+from contracts.ledger import Ledger
+from contracts.records import PROMPTS, Message, Prompt
+from contracts.stage import Command, Outcome, main
+from contracts.workers import share_shards
+
+
+class SharedConfig(StageConfig):
+    """Shards that name themselves; each that is begun or made is noted in a file beside the output."""
+
+    stage: ClassVar[str] = "shared"
+    code_version: ClassVar[int] = 1
+    shards: int = identity(4)
+    """How many."""
+    word: str = identity("new")
+    """Part of every row."""
+    seconds: float = runtime(0.0)
+    """How long a shard takes."""
+
+
+def run(config, context):
+    log = config.output.with_name("log")
+
+    def note(*words):
+        with log.open("a") as file:
+            file.write(" ".join([os.environ.get("RANK", "0"), *words]) + "\\n")
+
+    def open_worker():
+        note("engine")
+
+        def make(name):
+            note("begins", name)
+            time.sleep(config.seconds)
+            ledger = Ledger("prompts")
+            ledger.keep()
+            context.publication.write_rows(name, [Prompt(name, (Message("user", config.word),))], ledger)
+            note("made", name)
+
+        return make
+
+    share_shards(context, [f"shard-{number:05d}.jsonl" for number in range(config.shards)], open_worker)
+    return Outcome("prompts", weights=config.word) if context.publishes else Outcome("prompts")
+
+
+if __name__ == "__main__":
+    main({"shared": Command(SharedConfig, PROMPTS, "shared:run")}, "shared")
+'''
+
+
+class World:
+    """Starts the stage in its roles, all with the same output."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "shared.py").write_text(STAGE)
+        self.folder = folder
+        self.output = folder / "out"
+        self.log = folder / "log"
+
+    def start(self, role: str | None, rank: int = 0, **settings: object) -> "subprocess.Popen[str]":
+        """One process; of a task, `rank` is its number from 1 on."""
+        attempt = settings.pop("attempt", None)
+        environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{self.folder}"}
+        if role is not None:
+            environment["RATCHET_ROLE"] = role
+        if role == "task":
+            environment.update({"RANK": str(rank), "WORLD_SIZE": "100"})
+        if attempt is not None:
+            environment["RATCHET_ATTEMPT"] = str(attempt)
+        settings.setdefault("output", self.output)
+        command = [sys.executable, "-m", "shared", *(f"{name}={value}" for name, value in settings.items())]
+        return subprocess.Popen(
+            command, env=environment, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def run(self, role: str | None, rank: int = 0, code: int = 0, **settings: object) -> str:
+        """The output of one process, which must end with this code."""
+        process = self.start(role, rank, **settings)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == code, out
+        return out
+
+    def noted(self, word: str) -> list[str]:
+        """What the stage has noted so far: begins, made (a shard's name), engine (a rank)."""
+        lines = [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        return [line[-1] if line[1:] != ["engine"] else line[0] for line in lines if line[1] == word]
+
+    def wait_for(self, word: str, count: int = 1) -> None:
+        """Until the stage has noted something so often."""
+        deadline = time.monotonic() + 30
+        while len(self.noted(word)) < count:
+            assert time.monotonic() < deadline, self.log.read_text() if self.log.exists() else "nothing noted"
+            time.sleep(0.01)
+
+    @property
+    def hidden(self) -> Path:
+        (found,) = self.folder.glob(".out.partial-*")
+        return found
+
+    def alone(self, **settings: object) -> Artifact:
+        """What one process makes of the same config."""
+        output = self.folder / "alone" / "out"
+        self.run(None, output=output, **settings)
+        return Artifact.open(output, PROMPTS)
+
+    def published(self) -> Artifact:
+        """What is published, and nothing beside it."""
+        assert not list(self.folder.glob(".out*"))
+        artifact = Artifact.open(self.output, PROMPTS)
+        assert artifact.damage() == []
+        assert set(os.listdir(self.output)) == {"manifest.json", *(file.path for file in artifact.manifest.files)}
+        return artifact
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_sixteen_tasks_at_once_and_then_a_publisher(world: World) -> None:
+    tasks = [world.start("task", rank, shards=40, seconds=0.05) for rank in range(1, 17)]
+    for task in tasks:
+        out, _ = task.communicate(timeout=120)
+        assert task.returncode == 0, out
+    assert not world.output.exists(), "a task never publishes"
+    assert sorted(world.noted("made")) == [f"shard-{number:05d}.jsonl" for number in range(40)]
+    assert len(set(world.noted("engine"))) > 1
+    engines = len(world.noted("engine"))
+
+    world.run("publisher", shards=40)
+    assert len(world.noted("engine")) == engines, "a publisher loads nothing"
+    one, found = world.alone(shards=40).manifest, world.published().manifest
+    assert (found.digest, found.key, found.facts, found.weights) == (one.digest, one.key, one.facts, one.weights)
+    assert found.ledger == one.ledger
+
+
+def test_a_publisher_names_the_shards_that_are_missing(world: World) -> None:
+    task = world.start("task", 1, shards=6, seconds=0.3)
+    world.wait_for("made", 2)
+    task.kill()
+    task.wait()
+    finished = len(list(world.hidden.glob(".receipt-*.json")))
+    attempt = world.folder / "attempt"
+    attempt.mkdir()
+    out = world.run("publisher", code=1, shards=6, attempt=attempt)
+    (failure,) = (json.loads(path.read_bytes()) for path in attempt.glob("failure-*.json"))
+    assert failure["kind"] == "transient"
+    assert f"{6 - finished} of 6 shards are missing: shard-{finished:05d}.jsonl" in failure["text"]
+    assert failure["text"] in out
+    assert "Traceback" not in out
+    assert not world.output.exists()
+
+    engines = len(world.noted("engine"))
+    world.run("task", 1, shards=6)
+    world.run("task", 2, shards=6)
+    assert len(world.noted("engine")) == engines + 1, "with nothing to make, no engine is loaded"
+    world.run("publisher", shards=6)
+    assert world.published().manifest.digest == world.alone(shards=6).manifest.digest
+    made = Counter(world.noted("made"))
+    assert max(made.values()) == 1
+
+
+def test_a_publisher_waits_for_a_task_that_still_works(world: World) -> None:
+    task = world.start("task", 1, shards=2, seconds=1.5)
+    world.wait_for("begins")
+    assert "another process is making" in world.run("publisher", code=2, shards=2)  # by hand: told at once
+    attempt = world.folder / "attempt"
+    attempt.mkdir()
+    out = world.run("publisher", shards=2, attempt=attempt)
+    assert out.count("waiting up to 120 s") == 1
+    assert task.wait(timeout=10) == 0
+    assert world.published().manifest.rows == 2
+
+
+def test_patience_runs_out(tmp_path: Path) -> None:
+    holder = Publication(tmp_path / "out", PROMPTS, "prompts", "k" * 64)
+    holder.begin()
+    for enter in (Publication.begin, Publication.join):
+        with pytest.raises(TransientError, match=r"for the 0.2 s that this one waited for the lock .*\.lock"):
+            enter(Publication(tmp_path / "out", PROMPTS, "prompts", "k" * 64), 0.2)
+
+
+def test_a_lone_task_clears_what_a_crash_left_and_another_one_leaves_it_alone(world: World) -> None:
+    world.run("task", 1, shards=4)
+    for name in ("shard-00001.jsonl", ".receipt-shard-00002.jsonl.json"):
+        (world.hidden / name).write_bytes((world.hidden / name).read_bytes()[:-5])  # torn
+    (world.hidden / ".receipt-shard-00003.jsonl.json").unlink()
+    strays = [world.hidden / "shard-00003.jsonl.elsewhere-1.tmp", world.hidden / ".receipt-x.json.elsewhere-1.tmp"]
+    for stray in strays:
+        stray.touch()
+    first = world.start("task", 1, shards=4, seconds=1.5)
+    world.wait_for("begins", 5)
+    assert not any(stray.exists() for stray in strays)
+    assert [path.name for path in world.hidden.glob("shard-*")] == ["shard-00000.jsonl"]
+
+    strays[0].touch()  # as if of a third task
+    world.run("task", 2, shards=4)
+    assert strays[0].exists()
+    assert first.wait(timeout=20) == 0
+    assert max(Counter(world.noted("begins")[4:]).values()) == 1
+    world.run("publisher", shards=4)
+    assert world.published().manifest.digest == world.alone(shards=4).manifest.digest
+
+
+def test_a_task_after_the_publication(world: World) -> None:
+    one = world.alone(shards=2)
+    world.run(None, shards=2)
+    engines = len(world.noted("engine"))
+    assert "reuse" in world.run("task", 1, shards=2)
+    assert len(world.noted("engine")) == engines
+    assert "reuse" in world.run("publisher", shards=2)
+    assert world.published().manifest.digest == one.manifest.digest
+    assert "was published by another run" in world.run("task", 1, code=2, shards=2, word="other")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_stopped_task_finishes_the_shard_in_hand(world: World, number: signal.Signals) -> None:
+    attempt = world.folder / "attempt"
+    attempt.mkdir()
+    task = world.start("task", 1, shards=3, seconds=0.7, attempt=attempt)
+    world.wait_for("begins")
+    task.send_signal(number)
+    assert task.wait(timeout=10) == 128 + number
+    assert world.noted("made") == ["shard-00000.jsonl"]
+    (failure,) = (json.loads(path.read_bytes()) for path in attempt.glob("failure-*.json"))
+    assert (failure["kind"], failure["rank"]) == ("stopped", "1")
+
+
+def test_every_task_tells_how_far_the_stage_is(world: World) -> None:
+    attempts = [world.folder / f"task-{rank}" for rank in (1, 2)]
+    for attempt in attempts:
+        attempt.mkdir()
+    tasks = [world.start("task", rank, shards=6, seconds=0.2, attempt=attempts[rank - 1]) for rank in (1, 2)]
+    assert [task.wait(timeout=30) for task in tasks] == [0, 0]
+    told = [json.loads((attempt / "progress.json").read_bytes()) for attempt in attempts]
+    assert {"done": 6, "total": 6, "unit": "shards"} in told
+    assert all(record["done"] >= 5 for record in told), "the shards of the other task count as well"
+
+
+def test_an_unknown_role_is_refused(world: World) -> None:
+    assert "RATCHET_ROLE=worker is none of replica, task, publisher" in world.run("worker", code=2)
+    assert not list(world.folder.glob(".out*"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, kind: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for enter in (Publication.begin, Publication.join):
+        with pytest.raises(UserError, match=f"the file system of {tmp_path}.*has no file locks.*-o flock"):
+            enter(Publication(tmp_path / "out", PROMPTS, "prompts", "k" * 64), 1.0)
+
+
+def test_scratch_files_of_processes_with_one_number_on_two_machines_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publication = Publication(tmp_path / "out", PROMPTS, "prompts", "k" * 64)
+    names = set()
+    for host in ("node1", "node2"):
+        monkeypatch.setattr(artifacts.socket, "gethostname", lambda host=host: host)
+        names.add(publication.scratch("shard-00000.jsonl").name)
+    assert names == {f"shard-00000.jsonl.{host}-{os.getpid()}.tmp" for host in ("node1", "node2")}
