@@ -38,7 +38,7 @@ LOCK_SECONDS = 120.0
 """How long a supervised stage waits for another process that works on the same output: longer than the lease of a
 dead machine's lock (90 s with NFS)."""
 
-WORKER_ROLE = "RATCHET_ROLE"
+ROLE = "RATCHET_ROLE"
 """Environment variable: what this process is to do of a stage that works in shards; unset: everything."""
 WorkerRole = Literal["replica", "task", "publisher"]
 """replica: makes shards for the process that started it. task: makes shards beside others on any machines, with nobody
@@ -234,9 +234,9 @@ def run_stage(command: Command, config: StageConfig) -> Artifact | None:
 
 
 def _worker_role() -> WorkerRole | None:
-    role = os.environ.get(WORKER_ROLE) or None
+    role = os.environ.get(ROLE) or None
     if role not in (None, *get_args(WorkerRole)):
-        raise UserError(f"{WORKER_ROLE}={role} is none of {', '.join(get_args(WorkerRole))}. Correct or unset it.")
+        raise UserError(f"{ROLE}={role} is none of {', '.join(get_args(WorkerRole))}. Correct or unset it.")
     return role  # type: ignore[return-value]
 
 

@@ -22,7 +22,8 @@ from contracts import stopping
 from contracts.artifacts import Publication, process_name, take_lock
 from contracts.errors import TransientError, UserError
 from contracts.processes import end_groups
-from contracts.stage import WORKER_ROLE, Context
+from contracts.stage import ROLE as ROLE
+from contracts.stage import Context
 
 LOOK_SECONDS = 0.5
 """How often a worker looks at what others have finished."""
@@ -134,7 +135,7 @@ def _run_replicas(count: int, devices: int) -> None:
     processes = []
     for index in range(count):
         environment: dict[str, Any] = dict(os.environ)
-        environment.update({WORKER_ROLE: "replica", "RANK": str(index + 1), "WORLD_SIZE": str(count + 1)})
+        environment.update({ROLE: "replica", "RANK": str(index + 1), "WORLD_SIZE": str(count + 1)})
         environment["LOCAL_RANK"] = "0" if devices else str(index)
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[index * devices : (index + 1) * devices])

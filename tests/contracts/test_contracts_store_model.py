@@ -199,7 +199,7 @@ def _write(target: Path, word: str, role: str | None, orders: int, answers: int)
     stage.LOCK_SECONDS = 0  # nobody waits: who would have to is refused
     if role is not None:
         stopping.listen()
-        os.environ.update({stage.WORKER_ROLE: role, stopping.GRACE: "600"})
+        os.environ.update({stage.ROLE: role, stopping.GRACE: "600"})
     if role == "task":
         os.environ.update({"RANK": "1", "WORLD_SIZE": "2"})
     sys.addaudithook(audit)
