@@ -13,14 +13,14 @@ from training.config import (
 )
 from training.launch import die_with_launcher, leaves_without_teardown
 
-LAUNCH = "training.launch:launch"
+LAUNCH, HELPS = "training.launch:launch", "training.launch:helps"
 COMMANDS = {
-    "sft": Command(SftConfig, CHECKPOINT, "training.sft:run", LAUNCH),
-    "reward": Command(RewardConfig, CHECKPOINT, "training.reward:run", LAUNCH),
+    "sft": Command(SftConfig, CHECKPOINT, "training.sft:run", LAUNCH, HELPS),
+    "reward": Command(RewardConfig, CHECKPOINT, "training.reward:run", LAUNCH, HELPS),
     "value-head": Command(ValueHeadConfig, CHECKPOINT, "training.value_head:run"),
     "experience": Command(ExperienceConfig, EXPERIENCE, "training.experience:run"),
-    "policy": Command(PolicyConfig, CHECKPOINT, "training.policy:run", LAUNCH),
-    "critic": Command(CriticConfig, CHECKPOINT, "training.critic:run", LAUNCH),
+    "policy": Command(PolicyConfig, CHECKPOINT, "training.policy:run", LAUNCH, HELPS),
+    "critic": Command(CriticConfig, CHECKPOINT, "training.critic:run", LAUNCH, HELPS),
     "ema": Command(EmaConfig, CHECKPOINT, "training.ema:run"),
 }
 

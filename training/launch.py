@@ -6,6 +6,9 @@
 
 A rank's exit code reaches the parent: 2 stays the user's mistake, 143 a stop by SIGTERM. A request to stop goes the
 other way, to all ranks; and each process dies with the one above it.
+
+On several nodes all of this is on each of them, and the processes in the middle talk to each other (training/nodes.py):
+a stop or a failure of one node is one of all, and all end with the same exit code. Rank 0, on node 0, publishes.
 """
 
 import contextlib
@@ -17,19 +20,23 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from contracts import stopping
 from contracts.attempt import report_failure
 from contracts.errors import UserError
 from contracts.processes import die_with_parent, end_groups
 from training.config import TrainingConfig
+from training.nodes import Nodes, Place
 from training.parallel import ParallelConfig, check_layout
 
 PLAIN = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": 1, "machine_rank": 0}
 """Plain data parallelism. On CPUs as well, with use_cpu: under MULTI_CPU accelerate starts one process only."""
+MEETING_SECONDS = 60
+"""How long torch's launchers may take to find each other once all nodes are there."""
 LAUNCHER = "RATCHET_LAUNCHER"
 """Environment variable of a rank: the process id of its launcher."""
 
@@ -37,8 +44,10 @@ LAUNCHER = "RATCHET_LAUNCHER"
 def launch(config: TrainingConfig) -> bool:
     """Run the stage in the processes of its layout and return True; False where this process is to run it itself.
 
+    With several nodes, the processes of this node.
+
     Raises:
-        UserError: the model cannot be divided as declared.
+        UserError: the model cannot be divided as declared, or it is not known which of several nodes this one is.
         SystemExit: the processes failed; the message and the exit code are theirs.
     """
     if "RANK" in os.environ:
@@ -60,6 +69,15 @@ def launch(config: TrainingConfig) -> bool:
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
     return True
+
+
+def helps(config: TrainingConfig) -> bool:
+    """Whether this is one of several nodes and not node 0, which publishes.
+
+    Raises:
+        UserError: it is not known which of them it is.
+    """
+    return "RANK" not in os.environ and config.parallel.nodes > 1 and Place.read(config.parallel).node > 0
 
 
 def launcher_settings(parallel: ParallelConfig) -> dict[str, Any]:
@@ -114,46 +132,94 @@ def main() -> int:
     parent, stage, directory = sys.argv[1:]
     die_with_parent(int(parent))
     stopping.listen()
+    import psutil  # type: ignore[import-untyped]
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     folder = Path(directory)
+    config = json.loads((folder / "stage.json").read_text())
+    parallel = ParallelConfig(**config["parallel"])
     settings = json.loads((folder / "accelerate.json").read_text())
     if not torch.cuda.is_available():
         settings["use_cpu"] = True
         os.environ["DS_ACCELERATOR"] = "cpu"
         (folder / "accelerate.json").write_text(json.dumps(settings))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings["num_processes"])))
+    here = parallel.processes // parallel.nodes
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
     os.environ[LAUNCHER] = str(os.getpid())
     # The ranks have reported their own failures; the launcher's table of exit codes adds nothing.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    words = ["--config_file", str(folder / "accelerate.json"), "--main_process_port", "0", "-m", "training", stage]
-    arguments = launch_command_parser().parse_args([*words, "--config", str(folder / "stage.json")])
+
+    ended: set[int] = set()
+
+    def end_ranks() -> None:
+        """Ask the ranks of this node to end, each once: torch's launcher then takes note of how they do."""
+        for process in psutil.Process().children():
+            if process.pid not in ended:
+                ended.add(process.pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+
+    nodes: Nodes | None = None
+    words = ["--config_file", str(folder / "accelerate.json")]
+    if parallel.nodes == 1:
+        words += ["--main_process_port", "0"]
+    else:
+        nodes = Nodes(
+            Place.read(parallel), parallel.nodes, f"{stage} {config['output']}, parallel {parallel}", end_ranks
+        )
+        # Waiting for the others at the end, torch's launcher would hear no signal, and only for five minutes.
+        LocalElasticAgent._exit_barrier = lambda agent: None  # type: ignore[method-assign]
+        try:
+            port = nodes.join()
+        except (UserError, TimeoutError) as error:
+            is_mistake = isinstance(error, UserError)
+            print(f"error: {error}", file=sys.stderr)
+            report_failure("user" if is_mistake else "transient", str(error))
+            return UserError.exit_code if is_mistake else 1
+        words += ["--num_machines", str(parallel.nodes), "--machine_rank", str(nodes.place.node), "--same_network"]
+        words += ["--main_process_ip", nodes.place.address, "--main_process_port", str(port)]
+        words += ["--rdzv_conf", f"timeout={MEETING_SECONDS}"]
+    words += ["-m", "training", stage, "--config", str(folder / "stage.json")]
+    arguments = launch_command_parser().parse_args(words)
     # torch's handlers would let go of the ranks when a second signal comes, as it does where all processes get one.
     arguments.signals_to_handle = "SIGINT"
     arguments.shutdown_timeout = math.ceil(stopping.grace_seconds()) + 2
 
-    def pass_on(number: int, frame: Any) -> NoReturn:
+    def pass_on(number: int, frame: Any) -> None:
         """Have torch's launcher send the signal to all ranks and wait for them; that happens once."""
         for each in stopping.SIGNALS:
             signal.signal(each, signal.SIG_IGN)
+        if nodes is not None:
+            nodes.ask_to_stop(number)
+            if nodes.finishing:
+                return
         raise SignalException(f"asked to stop by signal {number}", signal.Signals(number))
 
     for number in stopping.SIGNALS:
         signal.signal(number, pass_on)
+    codes = {0}
     try:
         launch_command(arguments)
     except SignalException as error:
-        return 128 + int(error.sigval)
+        codes = {128 + int(error.sigval)}
     except ChildFailedError as error:
-        return _code_of(error.failures)
-    return 0
+        codes = _codes_of(error.failures)
+    except Exception:
+        if nodes is None:
+            raise
+        traceback.print_exc()
+        codes = {1}
+    if nodes is None:
+        return exit_code(codes)
+    return exit_code(nodes.finish(codes), nodes.stop)
 
 
-def _code_of(failures: dict[int, Any]) -> int:
-    """The exit code of a training some of whose ranks have failed, from torch's records of them."""
+def _codes_of(failures: dict[int, Any]) -> set[int]:
+    """The exit codes of the ranks that have failed, from torch's records of them."""
     first = min(failure.timestamp for failure in failures.values())
     for rank, failure in failures.items():
         # Those that followed the first were ended by the launcher itself.
@@ -161,11 +227,18 @@ def _code_of(failures: dict[int, Any]) -> int:
             text = f"process {rank} of the training was killed by signal {-failure.exitcode}"
             print(text, file=sys.stderr)
             report_failure("transient", text)
-    codes = {code if code > 0 else 128 - code for code in (failure.exitcode for failure in failures.values())}
-    if UserError.exit_code in codes:
-        return UserError.exit_code
+    return {code if code > 0 else 128 - code for code in (failure.exitcode for failure in failures.values())}
+
+
+def exit_code(codes: set[int], stop: int = 0) -> int:
+    """The exit code of a training whose processes ended with `codes`, after having been asked to `stop` or not."""
+    bad = codes - {0}
+    if not bad or UserError.exit_code in bad:
+        return UserError.exit_code if bad else 0
+    if stop:
+        return 128 + stop
     # A rank that heard of the stop from another one leaves as if by SIGTERM, which has the highest number.
-    return min(codes) if codes <= {128 + number for number in stopping.SIGNALS} else 1
+    return min(bad) if bad <= {128 + number for number in stopping.SIGNALS} else 1
 
 
 if __name__ == "__main__":

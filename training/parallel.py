@@ -64,6 +64,13 @@ class ParallelConfig(Section):
                 f"nodes={self.nodes} does not divide the {self.processes} processes (dp · tp · pp · sp). Every node "
                 "runs equally many: set nodes to a divisor, or dp to a multiple."
             )
+        here = self.processes // self.nodes
+        if here % (self.tp * self.sp):
+            raise ValueError(
+                f"nodes={self.nodes} leaves {here} of {self.processes} processes on each node, which tp · sp = "
+                f"{self.tp * self.sp} does not divide: tensor and sequence parallelism talk in every layer and "
+                "stay within a node. Set tp and sp lower and dp or pp higher, or nodes to fewer."
+            )
         if self.deepspeed_stage and self.is_divided:
             raise ValueError(
                 f"zero={self.zero} with tp={self.tp}, pp={self.pp}, sp={self.sp}: DeepSpeed's ZeRO is combined with "

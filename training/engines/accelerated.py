@@ -14,7 +14,7 @@ from contracts.attempt import beat
 from contracts.errors import UserError
 from training.config import TrainingConfig
 from training.engines import zero
-from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Share, add_shares
+from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Share, add_shares, nodes
 from training.models import Shapes
 from training.packing import Packed
 
@@ -43,7 +43,7 @@ class AcceleratedEngine(Engine):
 
     def facts(self) -> dict[str, Any]:
         """What accelerate says that it runs."""
-        layout = {"dp": self.replicas, "zero": self.zero, "offload": _offloaded(self.accelerator)}
+        layout = {"dp": self.replicas, "zero": self.zero, "offload": _offloaded(self.accelerator), "nodes": nodes()}
         return {
             "processes": self.world_size,
             "parallel": {"by": f"accelerate: {self.accelerator.distributed_type.value}", **layout},

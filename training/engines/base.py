@@ -3,6 +3,7 @@
 Every process of a training makes the same calls in the same order, and all of them return in all processes.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -120,6 +121,11 @@ class Engine(ABC):
     @abstractmethod
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
         """Replace master weights and moments of a parameter by whole tensors, after `steps` steps."""
+
+
+def nodes() -> int:
+    """The machines that the processes were started on, as torch's launcher counts them."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
 def add_shares(figures: dict[str, Tensor], shares: Figures) -> None:

@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from contracts.attempt import beat
 from contracts.errors import UserError
-from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Share, add_shares
+from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Share, add_shares, nodes
 from training.engines.sequence import NAME as SPREAD
 from training.engines.sequence import Sequences
 from training.models import Shapes
@@ -335,6 +335,7 @@ class NativeEngine(Engine):
             "parallel": {
                 "by": "torch",
                 **self._parallel.model_dump(),
+                "nodes": nodes(),
                 "layers_by_stage": [end - start for start, end in itertools.pairwise(self._layers)],
                 "parameters_per_process": self._most,
             },
