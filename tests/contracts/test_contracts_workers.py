@@ -4,19 +4,29 @@ import errno
 import fcntl
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import test_contracts_store_model
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from test_contracts_store_model import SHARED, WordsConfig, Writer, seen_at, strays, whole_digests
 
-from contracts import artifacts
+from contracts import artifacts, stopping
 from contracts.artifacts import Artifact, Publication
 from contracts.errors import TransientError, UserError
 from contracts.records import PROMPTS
+from contracts.stage import run_stage
 
 STAGE = '''
 import os, time
@@ -285,3 +295,132 @@ def test_scratch_files_of_processes_with_one_number_on_two_machines_differ(
         monkeypatch.setattr(artifacts.socket, "gethostname", lambda host=host: host)
         names.add(publication.scratch("shard-00000.jsonl").name)
     assert names == {f"shard-00000.jsonl.{host}-{os.getpid()}.tmp" for host in ("node1", "node2")}
+
+
+class Tasks(RuleBasedStateMachine):
+    """Up to four tasks and publishers that go on one system call at a time, and are stopped and killed at any."""
+
+    workers = Bundle("workers")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp(prefix="ratchet-tasks-"))
+        self.target = self.root / "out"
+        self.started: list[Writer] = []
+
+    def living(self) -> list[Writer]:
+        return [worker for worker in self.started if worker.alive]
+
+    @rule(target=workers, role=st.sampled_from(["task", "task", "task", "publisher"]))
+    def start(self, role: str) -> Writer:
+        if len(self.living()) == 4:
+            self.living()[0].kill()
+        self.started.append(Writer(self.target, "new", role))
+        return self.started[-1]
+
+    @rule(worker=workers, calls=st.one_of(st.integers(1, 12), st.integers(30, 60)))
+    def go_on(self, worker: Writer, calls: int) -> None:
+        worker.go_on(calls)
+
+    @rule(worker=workers)
+    def run_to_the_end(self, worker: Writer) -> None:
+        worker.go_on(1000)
+
+    @rule(worker=consumes(workers))
+    def kill(self, worker: Writer) -> None:
+        worker.kill()
+
+    @rule(worker=consumes(workers))
+    def stop(self, worker: Writer) -> None:
+        worker.stop()
+
+    @invariant()
+    def nobody_fails(self) -> None:
+        """A task works or finds the directory taken; a publisher publishes, or says what is missing."""
+        allowed = {"task": ("done",), "publisher": ("published", "transient: ")}
+        for worker in self.started:
+            told = ("killed", "stopped", "refused: another process is making", *allowed[worker.role or ""])
+            assert worker.alive or (worker.ended or "").startswith(told), worker.ended
+
+    @invariant()
+    def no_finished_shard_is_made_again(self) -> None:
+        assert max(Counter(line for worker in self.started for line in worker.made).values(), default=1) == 1
+
+    def teardown(self) -> None:
+        try:
+            for worker in self.living():
+                worker.kill()
+            for role, ended in (("task", "done"), ("publisher", "published")):
+                self.started.append(Writer(self.target, "new", role))
+                assert self.started[-1].run() == ended
+            self.no_finished_shard_is_made_again()
+            assert seen_at(self.target, whole_digests()) == "new"
+            assert strays(self.target, "new") == []
+        finally:
+            for worker in self.started:
+                worker.kill()
+            shutil.rmtree(self.root)
+
+
+Tasks.TestCase.settings = settings(
+    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+test_any_interleaving_of_tasks_and_publishers = Tasks.TestCase
+
+
+def test_tasks_at_full_speed_are_killed_and_stopped_at_any_instant(tmp_path: Path) -> None:
+    """Four tasks at a time, each started again when it ends, until the shards are there; then a publisher."""
+    chance = random.Random(5)
+    expected = whole_digests()["new"]
+    endings: Counter[str] = Counter()
+    for number in range(30):
+        target = tmp_path / str(number) / "out"
+        made = target.with_name("made")
+        target.parent.mkdir()
+        for wave in range(3):
+            living = {}
+            for _ in range(4):
+                living[fork_task(target, made)] = "ended"
+                time.sleep(chance.choice([0.0, 0.002]))
+            for pid in living:
+                if wave < 2 and chance.random() < 0.7:
+                    time.sleep(chance.uniform(0, 0.01))
+                    how = chance.choice(["SIGKILL", "SIGTERM", "SIGUSR2"])
+                    os.kill(pid, signal.Signals[how])
+                    living[pid] = how
+            for pid, how in living.items():
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                endings[f"{how} {code}"] += 1
+                assert code in (0, {"ended": 0, "SIGKILL": -9, "SIGTERM": 143, "SIGUSR2": 140}[how])
+        publisher = Writer(target, "new", "publisher")
+        assert publisher.run() == "published"
+        assert Artifact.open(target, PROMPTS).manifest.digest == expected
+        assert strays(target, "new") == []
+        assert max(Counter(made.read_text().split()).values()) == 1
+    assert len(endings) > 4, "the signals came too late"
+
+
+def fork_task(target: Path, made: Path) -> int:
+    """A process with the role of a task, at full speed; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        os.environ.update({"RATCHET_ROLE": "task", "RANK": "1", "WORLD_SIZE": "5"})
+
+        def note(line: str) -> None:
+            with made.open("a") as file:
+                file.write(line.split()[-1] + "\n")
+
+        test_contracts_store_model.tell = note
+        stopping.listen()
+        run_stage(SHARED, WordsConfig(word="new", output=target))
+        code = 0
+    except stopping.Stopped as stop:
+        code = int(str(stop))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
