@@ -12,7 +12,7 @@ from contracts.artifacts import MANIFEST
 from contracts.config import describe, validate
 from contracts.errors import UserError, as_user_error
 from contracts.stage import require_space
-from pipelines.config import RetentionSection, RunConfig, load_run_config
+from pipelines.config import ExecutorSection, RetentionSection, RunConfig, load_run_config
 from pipelines.decisions import decide, kept
 from pipelines.display import Display
 from pipelines.doctor.command import add_doctor
@@ -31,6 +31,9 @@ from pipelines.preflight import check_environments, check_inputs
 from pipelines.report import print_comparison, print_table
 from pipelines.retention import made_again
 from pipelines.rundir import RunDirectory
+from pipelines.slurm.checks import check_patterns, check_slurm, settle_variant
+from pipelines.slurm.config import SlurmSection
+from pipelines.slurm.scripts import write_dry_run
 from pipelines.status import print_status
 
 MOST_ITERATIONS = 10_000
@@ -79,7 +82,13 @@ def make_parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a configuration, or continue it",
-        epilog=describe(RunConfig),
+        epilog="\n\n".join(
+            [
+                describe(RunConfig),
+                f"executor: {describe(ExecutorSection)}",
+                f"executor.slurm, and each entry of executor.stages: {describe(SlurmSection)}",
+            ]
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("config", type=Path, help="the run's YAML file")
@@ -147,15 +156,22 @@ def run_command(options: argparse.Namespace) -> int:
     iterations = config.iterations if options.iters is None else options.iters
     if not 0 <= iterations <= MOST_ITERATIONS:
         raise UserError(f"--iters is {iterations}; it must be from 0 to {MOST_ITERATIONS}.")
+    settle_variant(config.executor)
     console = make_console()
     if options.dry_run:
-        plan = build_graph(with_cached_models(config), iterations)
+        config = with_cached_models(config)
+        plan = build_graph(config, iterations)
+        check_patterns(plan, config.executor)
         check_inputs(plan)
-        print_plan(console, plan, config, resolve(plan, options.force))
+        verdicts = print_plan(console, plan, config, resolve(plan, options.force))
         print_memory(console, plan, config)
+        if config.executor.uses_slurm:
+            write_dry_run(console, plan, config, verdicts, detached=getattr(options, "detach", False))
         return 0
     config = fetch_models(config)
     graph = build_graph(config, iterations)
+    check_patterns(graph, config.executor)
+    check_slurm(config.executor, graph)
     check_inputs(graph)
     check_environments(graph, config.environments)
     run = RunDirectory(config.run_directory)
@@ -181,8 +197,8 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(width=200)
 
 
-def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[str]) -> None:
-    """For every stage *reuse* or *run*, and why."""
+def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, tuple[str, str]]:
+    """For every stage *reuse* or *run*, and why; returns them."""
     certain: set[str] = set()
     runs: list[str] = []
     verdicts: dict[str, tuple[str, str]] = {}
@@ -217,6 +233,7 @@ def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[s
     verdicts |= {name: ("run", reason) for name, reason in made_again(graph, runs).items()}
     for name, (verb, reason) in verdicts.items():
         console.print(f"{verb:<6} {name}  ({reason})", soft_wrap=True, markup=False, highlight=False)
+    return verdicts
 
 
 def fork_command(options: argparse.Namespace) -> int:

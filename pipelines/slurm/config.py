@@ -87,6 +87,8 @@ class SlurmSection(Section):
     @field_validator("time", mode="before")
     @classmethod
     def _check_time(cls, value: Any) -> Any:
+        if isinstance(value, float) and value.is_integer():  # "90" on the command line
+            value = str(int(value))
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 60:
             return str(value)
         if isinstance(value, int):  # 2:00:00 is 7200 in YAML 1.1
@@ -98,12 +100,12 @@ class SlurmSection(Section):
             raise ValueError('it must be a time limit of Slurm: "HH:MM:SS", "D-HH:MM:SS" or minutes, more than 0')
         return value
 
-    @field_validator("memory")
+    @field_validator("memory", mode="before")
     @classmethod
-    def _check_memory(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch("0|[1-9][0-9]*[KMGTkmgt]", value):
+    def _check_memory(cls, value: Any) -> Any:
+        if value is not None and not re.fullmatch("0|[1-9][0-9]*[KMGTkmgt]", str(value)):
             raise ValueError('it must be a number with its unit, for example "64G" or "512M", or "0" for all')
-        return value
+        return None if value is None else str(value)
 
     @field_validator("directives", mode="before")
     @classmethod

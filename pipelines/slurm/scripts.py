@@ -1,0 +1,199 @@
+"""The batch scripts of a run's jobs: submitit's, as they are submitted, and as a dry run writes them.
+
+A dry run leaves in <run directory>.dry-run/:
+    resolved.yaml  the configuration with every default
+    graph.json     the stages, what each asks for, and the sums
+    sbatch/        the scripts of every stage that would run: NNN-STAGE.sbatch, and NNN-STAGE.finish.sbatch for the
+                   small job after it
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from submitit.slurm.slurm import SlurmExecutor
+
+from contracts.errors import UserError
+from pipelines.config import RunConfig
+from pipelines.executors import job_folder
+from pipelines.graph import Graph, Node
+from pipelines.slurm.config import HEAVY, KINDS
+from pipelines.slurm.resources import (
+    Resources,
+    device_hours,
+    finishing,
+    mark_of,
+    resources_of,
+    submitit_parameters,
+)
+
+DRY_RUN = ".dry-run"
+FILES = frozenset({"resolved.yaml", "graph.json", "sbatch"})
+
+
+class BatchExecutor(SlurmExecutor):
+    """submitit's executor for Slurm, which can be made on a machine without Slurm as well, to see its scripts."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Where Slurm is missing, check_slurm says so."""
+        return 2
+
+
+def make_executor(folder: Path, parameters: Mapping[str, Any]) -> BatchExecutor:
+    """An executor with these `submitit_parameters`, that describes its jobs in `folder`."""
+    executor = BatchExecutor(folder)
+    executor.update_parameters(**parameters)
+    return executor
+
+
+def script(executor: BatchExecutor, tasks: int) -> str:
+    """The text that sbatch is given for a job, or for an array of several tasks."""
+    if tasks > 1:
+        executor.parameters["map_count"] = tasks
+    return executor._make_submission_file_text(executor._submitit_command_str, uid="")
+
+
+def job_name(run: Path, stage: str, *, finishing: bool = False) -> str:
+    """What a job is called in the queue."""
+    return f"{run.name}/{stage}" + (" (finish)" if finishing else "")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a stage's jobs ask for."""
+
+    work: Resources
+    finish: Resources | None
+    """The small job after an array, and in a chain without a driver after every heavy stage."""
+
+    @property
+    def parts(self) -> list[Resources]:
+        """Each kind of job."""
+        return [self.work, *([self.finish] if self.finish else [])]
+
+    @property
+    def jobs(self) -> int:
+        """How many jobs these are, every task of an array being one."""
+        return sum(part.tasks for part in self.parts) if self.work.executor == "slurm" else 0
+
+    def hours(self, *, gpu: bool) -> float:
+        """GPU-hours, or the CPU-hours of the jobs that have no GPUs."""
+        return sum(device_hours(part) for part in self.parts if bool(part.gpus) == gpu)
+
+
+def asked(node: Node, graph: Graph, config: RunConfig, *, detached: bool) -> Asked:
+    """What the jobs of a stage would ask for."""
+    work = resources_of(node, config.executor, graph)
+    ends = work.is_array or (detached and work.executor == "slurm" and work.kind in HEAVY)
+    return Asked(work, finishing(config.executor) if ends else None)
+
+
+def write_dry_run(
+    console: Console, graph: Graph, config: RunConfig, verdicts: Mapping[str, tuple[str, str]], *, detached: bool
+) -> None:
+    """Write what would be submitted, and print what it asks for.
+
+    Args:
+        verdicts: "run" or "reuse" for every stage, and why.
+        detached: whether all jobs would be submitted at once.
+
+    Raises:
+        UserError: something else is in the place of the directory.
+    """
+    folder = _fresh(graph.directory)
+    wanted = {node.name: asked(node, graph, config, detached=detached) for node in graph.nodes.values()}
+    runs = {name for name, (verb, _) in verdicts.items() if verb == "run"}
+    for number, node in enumerate(graph.nodes.values(), start=1):
+        if node.name in runs and wanted[node.name].work.executor == "slurm":
+            _write_scripts(folder / "sbatch", number, node, graph, config, wanted, runs if detached else set())
+    (folder / "resolved.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    stages = [_as_data(node, wanted[node.name], *verdicts[node.name]) for node in graph.nodes.values()]
+    sums = {key: sum(stage[key] for stage in stages if stage["name"] in runs) for key in ("jobs", *HOURS)}
+    content = {"run": str(graph.directory), "detached": detached, "stages": stages, "total": sums}
+    (folder / "graph.json").write_text(json.dumps(content, indent=1) + "\n")
+    _print(console, [stage for stage in stages if stage["name"] in runs])
+    console.print(f"written: {folder}/sbatch, resolved.yaml, graph.json", soft_wrap=True, highlight=False)
+
+
+HOURS = ("gpu_hours", "cpu_hours")
+
+
+def _fresh(run: Path) -> Path:
+    """An empty directory beside a run's, in the place of that of an earlier dry run."""
+    folder = run.with_name(run.name + DRY_RUN)
+    if (
+        folder.is_symlink()
+        or (folder.exists() and not folder.is_dir())
+        or (folder.is_dir() and not {path.name for path in folder.iterdir()} <= FILES)
+    ):
+        raise UserError(f"{folder} is not what a dry run has left, but it would write there. Move it away.")
+    if folder.exists():
+        shutil.rmtree(folder)
+    (folder / "sbatch").mkdir(parents=True)
+    return folder
+
+
+def _write_scripts(
+    folder: Path,
+    number: int,
+    node: Node,
+    graph: Graph,
+    config: RunConfig,
+    wanted: Mapping[str, Asked],
+    waited_for: set[str],
+) -> None:
+    run, name = graph.directory, f"{number:03d}-{node.name.replace('/', '-')}"
+    before = [need for need in node.needs if need in waited_for and wanted[need].work.executor == "slurm"]
+    success = [f"afterok:{':'.join(f'<job of {need}>' for need in before)}"] if before else []
+    mine = wanted[node.name]
+    for part, suffix, dependency in (
+        (mine.work, "", success),
+        (mine.finish, ".finish", [f"afterany:<work of {node.name}>", *success]),
+    ):
+        if part is None:
+            continue
+        parameters = submitit_parameters(
+            part,
+            name=job_name(run, node.name, finishing=part is mine.finish),
+            comment=mark_of(run),
+            grace_seconds=config.executor.grace_seconds,
+            dependency=",".join(dependency) or None,
+            kill_on_invalid_dependency=bool(dependency),
+        )
+        executor = make_executor(job_folder(run) / "slurm" / f"{name}{suffix}", parameters)
+        (folder / f"{name}{suffix}.sbatch").write_text(script(executor, part.tasks))
+
+
+def _as_data(node: Node, wanted: Asked, verb: str, reason: str) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "name": node.name,
+        "needs": list(node.needs),
+        "kind": wanted.work.kind,
+        "executor": wanted.work.executor,
+        "verdict": verb,
+        "reason": reason,
+        "jobs": wanted.jobs,
+        "resources": asdict(wanted.work) if wanted.work.executor == "slurm" else None,
+        "finish": asdict(wanted.finish) if wanted.finish else None,
+    }
+    return data | {key: round(wanted.hours(gpu=key == "gpu_hours"), 3) for key in HOURS}
+
+
+def _print(console: Console, stages: list[dict[str, Any]]) -> None:
+    """A line for every kind of stage, and the sums."""
+    table = Table(title="Asked of Slurm, by the time limits, if nothing runs twice", title_justify="left")
+    for title in ("kind", "stages", "jobs", "GPU-hours", "CPU-hours without GPUs"):
+        table.add_column(title, justify="left" if title == "kind" else "right")
+    for kind in (*KINDS, "total"):
+        of_kind = [stage for stage in stages if stage["executor"] == "slurm" and kind in (stage["kind"], "total")]
+        if of_kind:
+            sums = [f"{sum(stage[key] for stage in of_kind):,.1f}" for key in HOURS]
+            table.add_row(kind, str(len(of_kind)), str(sum(stage["jobs"] for stage in of_kind)), *sums)
+    console.print(table)
