@@ -166,7 +166,8 @@ def run_command(options: argparse.Namespace) -> int:
         verdicts = print_plan(console, plan, config, resolve(plan, options.force))
         print_memory(console, plan, config)
         if config.executor.uses_slurm:
-            write_dry_run(console, plan, config, verdicts, detached=getattr(options, "detach", False))
+            runs = {name: reason for name, (verb, reason) in verdicts.items() if verb == "run"}
+            write_dry_run(console, plan, config, runs, detached=getattr(options, "detach", False))
         return 0
     config = fetch_models(config)
     graph = build_graph(config, iterations)

@@ -96,12 +96,12 @@ def asked(node: Node, graph: Graph, config: RunConfig, *, detached: bool) -> Ask
 
 
 def write_dry_run(
-    console: Console, graph: Graph, config: RunConfig, verdicts: Mapping[str, tuple[str, str]], *, detached: bool
+    console: Console, graph: Graph, config: RunConfig, runs: Mapping[str, str], *, detached: bool
 ) -> None:
     """Write what would be submitted, and print what it asks for.
 
     Args:
-        verdicts: "run" or "reuse" for every stage, and why.
+        runs: the stages that would run, and why.
         detached: whether all jobs would be submitted at once.
 
     Raises:
@@ -109,12 +109,11 @@ def write_dry_run(
     """
     folder = _fresh(graph.directory)
     wanted = {node.name: asked(node, graph, config, detached=detached) for node in graph.nodes.values()}
-    runs = {name for name, (verb, _) in verdicts.items() if verb == "run"}
     for number, node in enumerate(graph.nodes.values(), start=1):
         if node.name in runs and wanted[node.name].work.executor == "slurm":
-            _write_scripts(folder / "sbatch", number, node, graph, config, wanted, runs if detached else set())
+            _write_scripts(folder / "sbatch", number, node, graph, config, wanted, set(runs) if detached else set())
     (folder / "resolved.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    stages = [_as_data(node, wanted[node.name], *verdicts[node.name]) for node in graph.nodes.values()]
+    stages = [_as_data(node, wanted[node.name], runs.get(node.name)) for node in graph.nodes.values()]
     sums = {key: sum(stage[key] for stage in stages if stage["name"] in runs) for key in ("jobs", *HOURS)}
     content = {"run": str(graph.directory), "detached": detached, "stages": stages, "total": sums}
     (folder / "graph.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -171,13 +170,13 @@ def _write_scripts(
         (folder / f"{name}{suffix}.sbatch").write_text(script(executor, part.tasks))
 
 
-def _as_data(node: Node, wanted: Asked, verb: str, reason: str) -> dict[str, Any]:
+def _as_data(node: Node, wanted: Asked, reason: str | None) -> dict[str, Any]:
     data: dict[str, Any] = {
         "name": node.name,
         "needs": list(node.needs),
         "kind": wanted.work.kind,
         "executor": wanted.work.executor,
-        "verdict": verb,
+        "verdict": "reuse" if reason is None else "run",
         "reason": reason,
         "jobs": wanted.jobs,
         "resources": asdict(wanted.work) if wanted.work.executor == "slurm" else None,
