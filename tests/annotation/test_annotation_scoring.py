@@ -227,6 +227,27 @@ def test_processes_of_a_launcher_share_the_shards(tmp_path, rule):
     assert not list(tmp_path.glob(".three*"))
 
 
+@pytest.mark.parametrize("kind", ["rule", "logprobs"])
+def test_tasks_and_a_publisher_give_what_one_process_does(tmp_path, rule, models, kind):
+    rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(24, 4), shard=2)
+    known = {"function": rule} if kind == "rule" else {"model": models["causal"]}
+    config = {"kind": kind, "max_dropped": 1, "replicas": 2, **known}
+    one = score(tmp_path / "one", rollouts, **{**config, "replicas": 1}).manifest
+    command = ["score", f"rollouts={rollouts.path}", *(f"{name}={value}" for name, value in config.items())]
+    shared = tmp_path / "shared"
+    assert (
+        "12 of 12 shards are missing"
+        in run_cli(*command, f"output={shared}", check=False, RATCHET_ROLE="publisher").stderr
+    )
+    for rank in ("1", "2"):
+        run_cli(*command, f"output={shared}", RATCHET_ROLE="task", RANK=rank, WORLD_SIZE="3")
+    assert not shared.exists()
+    run_cli(*command, f"output={shared}", RATCHET_ROLE="publisher")
+    made = Artifact.open(shared, SCORES).manifest
+    assert (made.digest, made.key, made.weights, made.facts) == (one.digest, one.key, one.weights, one.facts)
+    assert not list(tmp_path.glob(".shared*"))
+
+
 def test_a_killed_scorer_continues_with_the_shards_that_it_finished(tmp_path):
     rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(24, 2), shard=2)
     slow = tmp_path / "slow.py"

@@ -29,11 +29,15 @@ def publish_prompts(path: Path, texts: Sequence[str], *, system: str | None = No
     return path
 
 
-def start(output: Path, **config: Any) -> "subprocess.Popen[str]":
-    """Start `python -m generation`."""
+def start(output: Path, variables: dict[str, str] | None = None, /, **config: Any) -> "subprocess.Popen[str]":
+    """Start `python -m generation`, with some environment variables if wanted."""
     overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in {**config, "output": output}.items()]
     return subprocess.Popen(
-        [sys.executable, "-m", "generation", *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "generation", *overrides],
+        env={**os.environ, **(variables or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

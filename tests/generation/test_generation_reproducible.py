@@ -71,3 +71,26 @@ def test_server_answers_as_the_engine_in_process(
         same += one.completions[0].response_ids == two.completions[0].response_ids
     assert same > 23  # of 26: a last bit can decide between two tokens
     assert processes_naming(policy) == []
+
+
+def test_tasks_and_a_publisher_publish_what_one_process_does(
+    engine: str, raw: Artifact, policy: Path, prompts: Path, tmp_path: Path
+) -> None:
+    config = raw_config(engine, policy, prompts)
+    output = tmp_path / "out"
+    tasks = [
+        start(output, {"RATCHET_ROLE": "task", "RANK": str(rank), "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}, **config)
+        for rank in (1, 2)
+    ]
+    for task in tasks:
+        out, err = task.communicate(timeout=300)
+        assert task.returncode == 0, out + err
+    assert not output.exists()
+
+    publisher = start(output, {"RATCHET_ROLE": "publisher", "OMP_NUM_THREADS": "7"}, **config)
+    out, err = publisher.communicate(timeout=120)
+    assert publisher.returncode == 0, out + err
+    made = Artifact.open(output).manifest
+    assert (made.digest, made.key, made.weights) == (raw.manifest.digest, raw.manifest.key, raw.manifest.weights)
+    assert made.facts == {**raw.manifest.facts, "threads": "1"}, "the publisher's own threads are of no interest"
+    assert made.ledger == raw.manifest.ledger
