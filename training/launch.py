@@ -27,7 +27,7 @@ from typing import Any
 
 from contracts import stopping
 from contracts.attempt import report_failure
-from contracts.errors import UserError
+from contracts.errors import TransientError, UserError
 from contracts.processes import die_with_parent, end_groups
 from training.config import TrainingConfig
 from training.nodes import Nodes, Place
@@ -175,7 +175,7 @@ def main() -> int:
         LocalElasticAgent._exit_barrier = lambda agent: None  # type: ignore[method-assign]
         try:
             port = nodes.join()
-        except (UserError, TimeoutError) as error:
+        except (UserError, TransientError) as error:
             is_mistake = isinstance(error, UserError)
             print(f"error: {error}", file=sys.stderr)
             report_failure("user" if is_mistake else "transient", str(error))

@@ -20,7 +20,7 @@ import msgspec
 
 from contracts import stopping
 from contracts.attempt import beat, report_failure
-from contracts.errors import UserError
+from contracts.errors import TransientError, UserError
 from training.parallel import ParallelConfig
 
 ARRIVAL_SECONDS = 180.0
@@ -202,7 +202,7 @@ class Nodes:
 
         Raises:
             UserError: this node does not belong to the others, or the port is taken.
-            TimeoutError: not all came.
+            TransientError: not all came.
             Stopped: one of the nodes was asked to stop.
         """
         try:
@@ -222,7 +222,7 @@ class Nodes:
             while len(self._lines) < self.count - 1:
                 if time.monotonic() > deadline:
                     missing = sorted(set(range(1, self.count)) - {line.node for line in self._lines})
-                    raise TimeoutError(
+                    raise TransientError(
                         f"node {', '.join(map(str, missing))} of the {self.count} nodes of this training did not come "
                         f"to {self.place} (node 0, {host}) within {ARRIVAL_SECONDS:g} s"
                     )
@@ -258,9 +258,11 @@ class Nodes:
 
     @property
     def _family(self) -> socket.AddressFamily:
-        """Of the address of node 0: IPv4 or IPv6."""
+        """Of the address of node 0: IPv4, or IPv6 if it has no other."""
         with suppress(OSError):
-            return socket.getaddrinfo(self.place.address, self.place.port, type=socket.SOCK_STREAM)[0][0]
+            found = socket.getaddrinfo(self.place.address, self.place.port, type=socket.SOCK_STREAM)
+            if all(each[0] == socket.AF_INET6 for each in found):
+                return socket.AF_INET6
         return socket.AF_INET
 
     def _admit(self, line: _Line) -> None:
@@ -304,7 +306,7 @@ class Nodes:
             line.close()
             why = ": it answers, but not all nodes came"
             time.sleep(0.2)
-        raise TimeoutError(
+        raise TransientError(
             f"node {self.place.node} ({socket.gethostname()}) waited {ARRIVAL_SECONDS:g} s for the node 0 of this "
             f"training at {self.place}{why}"
         )
@@ -325,30 +327,33 @@ class Nodes:
         self.finishing = True
         self._news.put(End(self.place.node, sorted(codes)))
         limit: float | None = None
-        while len(self.ends) < self.count and (limit is None or time.monotonic() < limit):
+        while len(self.ends) < self.count and self._thread.is_alive() and (limit is None or time.monotonic() < limit):
             if limit is None and (self.stop or not all(end.is_good for end in list(self.ends.values()))):
                 limit = time.monotonic() + stopping.grace_seconds() + END_SECONDS
             beat()  # what the others still do is their own to watch
             time.sleep(0.05)
         self._closing_since = time.monotonic()
         self._thread.join(CLOSING_SECONDS + 1)
-        self._tell_the_cause()
+        self._tell_of_others()
         return {
             code for node in range(self.count) for code in (self.ends[node].codes if node in self.ends else [1]) or [1]
         }
 
-    def _tell_the_cause(self) -> None:
-        """Say which other node has failed first, if that is why this one has ended."""
-        first = next((end for end in self.ends.values() if not end.is_good), None)
-        if first is None or first.node == self.place.node or self.stop:
-            return
-        name = f"node {first.node} ({self.hosts[first.node]}) of the training"
-        if first.codes:
-            print(f"error: {name} failed first; its own output says why", file=sys.stderr)
-            return
-        text = f"{name} is lost: it was killed, or cannot be reached any more"
-        print(f"error: {text}", file=sys.stderr)
-        report_failure("transient", text)
+    def _tell_of_others(self) -> None:
+        """Say which other nodes have failed: one that is lost does not say it itself."""
+        came_first = True
+        for end in self.ends.values():
+            came_first = came_first and end.node != self.place.node
+            if end.node == self.place.node or end.is_good or self.stop:
+                continue
+            name = f"node {end.node} ({self.hosts[end.node]}) of the training"
+            if end.codes:
+                text = f"{name} ended with exit code {', '.join(map(str, end.codes))}; its output says why"
+            else:
+                text = f"{name} is lost: it was killed, or cannot be reached any more"
+            print(f"error: {text}", file=sys.stderr)
+            if came_first and not end.codes:
+                report_failure("transient", text)
 
     def _converse(self) -> None:
         """The thread: tell, listen, and act on what is heard."""

@@ -6,7 +6,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -75,6 +76,74 @@ def breaking_off(after: int | None) -> Iterator[None]:
         else:
             with pytest.raises(InterruptedError):
                 yield
+
+
+DEADLINE = 120.0
+
+
+class Started:
+    """A training in processes of its own, all of which are gone when the test is over."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], **variables: str) -> None:
+        self.output = Path(settings["output"])
+        self.attempt = folder
+        folder.mkdir()
+        (folder / "stage.json").write_text(json.dumps(settings, default=str))
+        command = [sys.executable, "-m", "training", "policy", "--config", str(folder / "stage.json")]
+        environment = {**os.environ, "RATCHET_ATTEMPT": str(folder), **variables}
+        with (folder / "log").open("w") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that it says it has done."""
+        path = self.attempt / "progress.json"
+        return int(json.loads(path.read_text())["done"]) if path.exists() else 0
+
+    def wait_for(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while not condition():
+            assert self.process.poll() is None, (self.attempt / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def end(self) -> int:
+        """Wait for its end, see that it leaves no process behind, and return its exit code."""
+        code = self.process.wait(DEADLINE)
+        deadline = time.monotonic() + 5
+        while left := self.processes():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.01)
+        return code
+
+    def processes(self, *variables: str) -> list[int]:
+        """Its living processes, or those of them that have some environment variables (NAME=VALUE)."""
+        wanted = {text.encode() for text in (f"RATCHET_ATTEMPT={self.attempt}", *variables)}
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                    found.append(int(folder.name))
+            except OSError:  # it has ended meanwhile
+                continue
+        return found
+
+    def failures(self) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in self.attempt.glob("failure-*.json")]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    started: list[Started] = []
+
+    def begin(settings: dict[str, Any], variables: dict[str, str] | None = None, **changes: Any) -> Started:
+        started.append(Started(tmp_path / f"attempt-{len(started)}", {**settings, **changes}, **(variables or {})))
+        return started[-1]
+
+    yield begin
+    for training_process in started:
+        training_process.process.kill()
+        training_process.end()
 
 
 def publish(target: Path, schema: Schema, rows: list[Any]) -> Artifact:

@@ -1,20 +1,17 @@
 """A training that was killed or asked to stop goes on where it was, under every launch, to the same bytes."""
 
 import errno
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, breaking_off, dpo_settings, make_model, run_here, training_log
+from conftest import breaking_off, dpo_settings, make_model, run_here, training_log
 from safetensors.torch import load_file, save_file
 
 import training.fit
@@ -29,7 +26,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero2": {"dp": 2, "zero": 2},
     "zero3": {"dp": 2, "zero": 3},
 }
-DEADLINE = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -40,71 +36,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors["model.embed_tokens.weight"][0] = -0.0
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
-
-
-class Started:
-    """A training in processes of its own, all of which are gone when the test is over."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.output = Path(settings["output"])
-        self.attempt = folder
-        folder.mkdir()
-        (folder / "stage.json").write_text(json.dumps(settings, default=str))
-        command = [sys.executable, "-m", "training", "policy", "--config", str(folder / "stage.json")]
-        environment = {**os.environ, "RATCHET_ATTEMPT": str(folder)}
-        with (folder / "log").open("w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps that it says it has done."""
-        path = self.attempt / "progress.json"
-        return int(json.loads(path.read_text())["done"]) if path.exists() else 0
-
-    def wait_for(self, condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + DEADLINE
-        while not condition():
-            assert self.process.poll() is None, (self.attempt / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-
-    def end(self) -> int:
-        """Wait for its end, see that it leaves no process behind, and return its exit code."""
-        code = self.process.wait(DEADLINE)
-        deadline = time.monotonic() + 5
-        while left := self.processes():
-            assert time.monotonic() < deadline, left
-            time.sleep(0.01)
-        return code
-
-    def processes(self, *variables: str) -> list[int]:
-        """Its living processes, or those of them that have some environment variables (NAME=VALUE)."""
-        wanted = {text.encode() for text in (f"RATCHET_ATTEMPT={self.attempt}", *variables)}
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
-                    found.append(int(folder.name))
-            except OSError:  # it has ended meanwhile
-                continue
-        return found
-
-    def failures(self) -> list[dict[str, Any]]:
-        return [json.loads(path.read_text()) for path in self.attempt.glob("failure-*.json")]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    started: list[Started] = []
-
-    def begin(settings: dict[str, Any], **changes: Any) -> Started:
-        started.append(Started(tmp_path / f"attempt-{len(started)}", {**settings, **changes}))
-        return started[-1]
-
-    yield begin
-    for training_process in started:
-        training_process.process.kill()
-        training_process.end()
 
 
 def saved_state(output: Path) -> Path:
