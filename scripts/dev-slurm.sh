@@ -84,37 +84,42 @@ read_settings() { # sets NODES, GPUS, CPUS, PORT: those of the cluster that is t
   [ $((PORT + 10 + NODES)) -le 65535 ] || refuse "DEV_SLURM_PORT=$PORT leaves no ports for $NODES nodes."
 }
 
-missing_programs() {
-  local program
+missing_programs() { # prints them in one line
+  local program missing=()
   for program in "${programs[@]}"; do
-    type -P "$program" > /dev/null || echo "$program"
+    type -P "$program" > /dev/null || missing+=("$program")
   done
+  echo "${missing[*]}"
 }
 
 install_packages() {
   local missing remedy log
-  missing=$(missing_programs | xargs)
-  remedy="Install ${packages[*]}: scripts/dev-slurm.sh does it as root on Debian or Ubuntu with a package index."
-  [ "$UID" = 0 ] || refuse "a development cluster needs root${missing:+, and has no $missing. $remedy}"
+  missing=$(missing_programs)
+  remedy="Install ${packages[*]}; as root on Debian or Ubuntu, with a package index, dev-slurm.sh does it itself."
+  [ "$UID" = 0 ] || refuse "a development cluster needs root${missing:+, and there is no $missing. $remedy}"
   [ -n "$missing" ] || return 0
   type -P apt-get > /dev/null || refuse "there is no $missing, and no apt-get. $remedy"
   say "installing ${packages[*]}"
   log=$(mktemp)
-  export DEBIAN_FRONTEND=noninteractive
-  if ! { apt-get update && install_with_apt; } > "$log" 2>&1; then
+  if ! install_with_apt > "$log" 2>&1; then
     tail -n 5 "$log" >&2
     rm "$log"
     refuse "there is no $missing, and apt-get could not install it. $remedy"
   fi
   rm "$log"
-  missing=$(missing_programs | xargs)
+  missing=$(missing_programs)
   [ -z "$missing" ] || refuse "there is no $missing, although ${packages[*]} are installed."
 }
 
 install_with_apt() {
+  local database
+  exec 9< "$(type -P apt-get)"
+  flock 9 # another `up` may be installing the same
+  apt-get update || return 1
   # Older releases have the database's programs only in the package that also starts it as a service.
-  apt-cache show mariadb-server-core || packages=("${packages[@]/mariadb-server-core/mariadb-server}")
-  apt-get install -y --no-install-recommends "${packages[@]}"
+  database=$(apt-cache show mariadb-server-core > /dev/null && echo mariadb-server-core || echo mariadb-server)
+  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+    "${packages[@]/mariadb-server-core/$database}"
 }
 
 lock_state() { # one command at a time; the lock is the directory itself, so that nothing stays behind
@@ -339,15 +344,16 @@ up() {
   local name port
   local -A missing=() started=()
   check_state_directory
+  read_settings
   install_packages
   lock_state
-  read_settings
+  read_settings # another `up` may have made it meanwhile
   for name in $(daemons); do
     if ! pid_of "$name" > /dev/null; then
       missing[$name]=yes
       port=$(port_of "$name")
       if [ -n "$port" ] && listens "$port"; then
-        refuse "port $port of $name is in use: choose another DEV_SLURM_PORT, such as $((PORT + 1000))."
+        fail "$name" "port $port, for $name, is in use: choose another DEV_SLURM_PORT, such as $((PORT + 1000))"
       fi
     fi
   done
@@ -389,13 +395,14 @@ our_processes() { # prints the ids of all processes of the cluster
 }
 
 down() { # down [--keep]
-  local name pids
+  local name pids end=$((SECONDS + 30))
   check_state_directory
   if [ ! -e "$state" ]; then
     say "there is no cluster in $state"
     return
   fi
   [ "$UID" = 0 ] || refuse "only root can end the cluster in $state."
+  [ "${DEV_SLURM_CLUSTER:-}" != "$state" ] || refuse "a job of the cluster in $state cannot end it."
   lock_state
   read_settings
   if [ "${1:-}" = --keep ]; then
@@ -404,7 +411,9 @@ down() { # down [--keep]
       end_daemon "$name"
     done
   fi
-  while pids=$(our_processes | sort -u) && [ -n "$pids" ]; do
+  while pids=$(our_processes | sort -u | xargs) && [ -n "$pids" ]; do
+    [ $SECONDS -lt $end ] || fail down "cannot kill these processes of the cluster: $pids"
+    # shellcheck disable=SC2086 # one word for each
     kill -KILL $pids 2> /dev/null || true
     sleep 0.05
   done
@@ -443,9 +452,13 @@ status() {
     fi
   done
   echo
-  timeout 20 sinfo -N -l && echo && timeout 20 squeue || usable=no
-  timeout 20 sacctmgr -n list cluster > /dev/null || usable=no
-  [ "$usable" = yes ] && [ "$(usable_nodes)" -gt 0 ] || usable=no
+  # Without these, the commands would go on asking for a minute.
+  if pid_of munged > /dev/null && pid_of slurmctld > /dev/null; then
+    timeout 20 sinfo -N -l && echo && timeout 20 squeue && [ "$(usable_nodes)" -gt 0 ] || usable=no
+  fi
+  if [ "$usable" = yes ]; then
+    timeout 20 sacctmgr -n list cluster > /dev/null || usable=no
+  fi
   echo
   if [ "$usable" = no ]; then
     echo "The cluster in $state is not usable: \`$0 up\` mends it, \`$0 down\` ends it."
@@ -458,7 +471,7 @@ status() {
 for variable in "${!SLURM_@}" "${!SBATCH_@}" "${!SACCT_@}" "${!SQUEUE_@}" "${!SINFO_@}"; do
   unset "$variable"
 done
-export SLURM_CONF=$state/etc/slurm.conf
+export PATH=$PATH:/usr/sbin:/sbin SLURM_CONF=$state/etc/slurm.conf
 umask 022
 case "$*" in
   up) up ;;

@@ -1,0 +1,171 @@
+"""A Slurm cluster for tests: virtual nodes on this machine, started and ended by scripts/dev-slurm.sh."""
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "dev-slurm.sh"
+FIRST_NODE_PORT = 11
+SECONDS_UNTIL_SAVED = 6
+"""slurmctld writes its state at most this long after a change."""
+FIELDS = ["JobID", "State", "ExitCode", "NodeList", "Submit", "Start", "End", "JobName", "Partition"]
+
+
+class ClusterRefused(Exception):  # noqa: N818 - what the message says is how to get a cluster, not what broke
+    """No cluster can run on this machine; the message says what is missing and how to get it."""
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60, what: str = "") -> None:
+    """Wait until the condition holds; AssertionError after a deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} seconds: {what or condition}"
+        time.sleep(0.1)
+
+
+def free_base_port(nodes: int) -> int:
+    """Return the base port of a cluster all of whose ports are free."""
+    for base in random.Random().sample(range(20000, 32000, 100), 50):
+        if all(is_free(base + offset) for offset in [0, 1, *range(FIRST_NODE_PORT, FIRST_NODE_PORT + nodes)]):
+            return base
+    raise AssertionError("no free ports between 20000 and 32000")
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        with contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return True
+        return False
+
+
+class Cluster:
+    """A cluster in a directory of its own. It ends with the process that made it, however that ends."""
+
+    def __init__(self, state: Path, nodes: int = 4) -> None:
+        """Start a cluster of `nodes` nodes (node1 and so on, 8 CPUs and 8 pretend GPUs each) in an absent directory."""
+        self.state = state
+        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
+        self.environment = {"SLURM_CONF": str(state / "etc" / "slurm.conf")}
+        """What a process has to have in its environment to use the cluster."""
+        self.options = {
+            "DEV_SLURM_STATE": str(state),
+            "DEV_SLURM_NODES": str(nodes),
+            "DEV_SLURM_PORT": str(free_base_port(nodes)),
+        }
+        # Its standard input ends with this process, also when this one is killed.
+        self.ending = subprocess.Popen(
+            ["bash", "-c", 'read -r; exec bash "$0" down', str(SCRIPT)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **self.options},
+            start_new_session=True,
+        )
+        try:
+            self.up()
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Take it down; a second time does nothing."""
+        assert self.ending.stdin is not None
+        self.ending.stdin.close()
+        assert self.ending.wait(timeout=60) == 0, f"{SCRIPT} down failed in {self.state}"
+
+    def script(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run dev-slurm.sh for this cluster."""
+        environment = {**os.environ, **self.options}
+        return subprocess.run(
+            ["bash", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=500, check=False, env=environment
+        )
+
+    def up(self) -> str:
+        """Start, or mend, and return what a shell has to evaluate."""
+        result = self.script("up")
+        if result.returncode == 2:
+            raise ClusterRefused(result.stderr.strip())
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def run(self, *command: str) -> str:
+        """Run a command with this cluster as Slurm's, and return what it prints."""
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **self.environment}
+        )
+        assert result.returncode == 0, f"{command}: {result.stderr}"
+        return result.stdout.strip()
+
+    def submit(self, script: str, *options: str) -> str:
+        """Submit a bash script without output files, and return its id. Options override the defaults."""
+        defaults = ["--parsable", "--output=/dev/null"]
+        return self.run("sbatch", *defaults, *options, f"--wrap={script}")
+
+    def jobs(self) -> set[str]:
+        """Ids of all jobs and array tasks (5_0) that wait, run or are just ending."""
+        return set(self.run("squeue", "--noheader", "--array", "--format=%i").split())
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """Return all that the controller says of a job: JobState, Restarts, NodeList, Reason and so on."""
+        line = self.run("scontrol", "--oneliner", "show", "job", job_id)
+        return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+    def accounting(self, job_ids: Iterable[str]) -> dict[str, dict[str, str]]:
+        """By id (of an array: 5_0), the last record of each job: FIELDS, and State as one word.
+
+        It lags by about a second: a job just submitted may be missing. The tasks of an array that wait share a record
+        (5_[4-15]).
+        """
+        chosen = f"--jobs={','.join(job_ids)}"
+        table = self.run("sacct", "-X", "-n", "-P", chosen, f"--format={','.join(FIELDS)}")
+        records = [dict(zip(FIELDS, line.split("|"), strict=True)) for line in table.splitlines()]
+        for record in records:
+            record["State"] = record["State"].split()[0]  # CANCELLED by 0
+        return {record["JobID"]: record for record in records}
+
+    def wait_for_state(self, job_id: str, state: str, seconds: float = 60) -> None:
+        """Wait until the controller says that a job is in this state (RUNNING, COMPLETED, ...)."""
+        wait_for(lambda: self.job(job_id)["JobState"] == state, seconds, f"job {job_id} is {state}")
+
+    def node_state(self, node: str) -> str:
+        """Return idle, mixed, allocated, down and so on; with a star where the node does not answer."""
+        return self.run("sinfo", "--noheader", "--partition=gpu", f"--nodes={node}", "--format=%T")
+
+    def set_down(self, node: str) -> None:
+        """End all that runs on a node, as if it had failed: jobs that may be requeued start elsewhere."""
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def set_up(self, node: str) -> None:
+        """Take a node that is down back, and wait until it accepts jobs."""
+        self.run("scontrol", "update", f"nodename={node}", "state=resume")
+        wait_for(lambda: self.node_state(node) in ("idle", "mixed", "allocated"), 30, f"{node} is back")
+
+    def process(self, daemon: str) -> int:
+        """Return the process id of munged, mariadbd, slurmdbd, slurmctld or a node."""
+        return int((self.state / "pids" / daemon).read_text())
+
+    def kill(self, daemon: str) -> None:
+        """Kill a daemon with SIGKILL; `up` mends that."""
+        os.kill(self.process(daemon), signal.SIGKILL)
+
+    def restart_controller(self) -> None:
+        """Kill slurmctld with SIGKILL, and start it again; jobs that run go on meanwhile.
+
+        A controller that is killed forgets what it has not yet written, even jobs it has accepted. This waits until it
+        has written all that was submitted before the call.
+        """
+        called = time.time()
+        written = self.state / "jobs" / "job_state"
+        # Where nothing has changed, it writes nothing.
+        while time.time() < called + SECONDS_UNTIL_SAVED and not (
+            written.exists() and written.stat().st_mtime > called
+        ):
+            time.sleep(0.1)
+        self.kill("slurmctld")
+        self.up()
