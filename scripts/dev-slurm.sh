@@ -134,9 +134,10 @@ lock_state() { # one command at a time; the lock is the directory itself, so tha
 
 write_configuration() {
   local i
+  # First: a directory with settings is known as a cluster's.
+  printf '%s\n' "NODES=$NODES" "GPUS=$GPUS" "CPUS=$CPUS" "PORT=$PORT" > "$state/settings"
   mkdir -p "$state"/{bin,etc,gpu,jobs,log,pids,run/mark}
   chmod 755 "$state" "$state"/*/
-  printf '%s\n' "NODES=$NODES" "GPUS=$GPUS" "CPUS=$CPUS" "PORT=$PORT" > "$state/settings"
   ln -sfn "$(type -P slurmdbd)" "$state/bin/slurmdbd"
   for ((i = 0; i < GPUS; i++)); do
     ln -sfn /dev/null "$state/gpu/$i"
@@ -250,6 +251,7 @@ launch() { # launch NAME COMMAND ...
     exec env -i "PATH=$PATH" LANG=C.UTF-8 "$mark" "SLURM_CONF=$SLURM_CONF" "MYSQL_UNIX_PORT=$state/run/mysql.socket" \
       setsid "$@"
   ) < /dev/null >> "$state/log/$name.out" 2>&1 &
+  started[$name]=$!
 }
 
 wait_for() { # wait_for NAME COMMAND ...: until the command succeeds; fails when the daemon ends or takes too long
@@ -306,6 +308,8 @@ host_line() { echo "127.0.0.1 $(seq -f 'node%g' -s ' ' "$NODES") # $mark"; }
 without_host_line() { grep -vF "# $mark" /etc/hosts || true; }
 
 name_nodes() {
+  exec 8< /etc/hosts
+  flock 8
   { without_host_line; host_line; } > "$state/etc/hosts"
   # In a container without the right to make namespaces, the machine's own file has to name them.
   if unshare --mount --uts --propagation private mount --bind "$state/etc/hosts" /etc/hosts 2> /dev/null; then
@@ -313,15 +317,19 @@ name_nodes() {
   else
     namespaces=no
     say "no right to make namespaces: adding the nodes to /etc/hosts, until \`down\`"
-    flock /etc/hosts cp "$state/etc/hosts" /etc/hosts
+    cp "$state/etc/hosts" /etc/hosts
   fi
+  exec 8<&-
 }
 
 forget_nodes() {
+  exec 8< /etc/hosts
+  flock 8
   if grep -qF "# $mark" /etc/hosts; then
     without_host_line > "$state/hosts"
-    flock /etc/hosts cp "$state/hosts" /etc/hosts
+    cp "$state/hosts" /etc/hosts
   fi
+  exec 8<&-
 }
 
 # -- commands
@@ -353,6 +361,7 @@ up() {
       missing[$name]=yes
       port=$(port_of "$name")
       if [ -n "$port" ] && listens "$port"; then
+        rmdir --ignore-fail-on-non-empty "$state"
         fail "$name" "port $port, for $name, is in use: choose another DEV_SLURM_PORT, such as $((PORT + 1000))"
       fi
     fi
@@ -421,7 +430,9 @@ down() { # down [--keep]
   if [ "${1:-}" = --keep ]; then
     say "ended; \`up\` goes on with the queue and the accounting in $state"
   else
-    rm -rf "$state"
+    # Last: without its settings, a directory is not known as a cluster's.
+    find "$state" -mindepth 1 -maxdepth 1 ! -name settings -exec rm -rf {} +
+    rm -r "$state"
     say "ended and deleted $state"
   fi
 }
