@@ -3,47 +3,38 @@
 import os
 import random
 import shlex
-import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from pathlib import Path
+from dataclasses import replace
 from types import FrameType
 from typing import NoReturn
 
-import msgspec
-import yaml
-
 from contracts import stopping
-from contracts.artifacts import MANIFEST, RELEASED, Artifact, write_atomically
+from contracts.artifacts import MANIFEST, RELEASED
 from contracts.attempt import FailureKind
 from contracts.errors import UserError
 from contracts.stage import require_space
+from pipelines.attempts import StageFailedError, require_room, settle, tail, write_decision
 from pipelines.config import RunConfig
-from pipelines.decisions import Decision, decide, drop_partials, make_room
+from pipelines.decisions import Decision, decide, make_room
 from pipelines.display import Display
-from pipelines.environments import launch_command, probe_versions
-from pipelines.estimates import disk_bytes
-from pipelines.executors import Running, clear_job_folders, make_executor
+from pipelines.environments import probe_versions
+from pipelines.executors import Executor, Running, clear_job_folders, make_executor
 from pipelines.graph import Graph, Node
 from pipelines.placement import gpu_count
 from pipelines.report import write_metrics
 from pipelines.retention import CHECKPOINT, Retention, drop_aside, released_inputs, restore, set_aside, why_again
-from pipelines.rundir import RunDirectory
-from pipelines.supervisor import Ending, Request, end_orphans, ending_of, process_identity
+from pipelines.rundir import CANCEL, RunDirectory
+from pipelines.slurm.events import in_words
+from pipelines.slurm.executor import end_strays
+from pipelines.slurm.resources import resources_of
+from pipelines.supervisor import Ending, end_orphans, ending_of, log_of
 
 POLL_SECONDS = 0.1
 END_SECONDS = 20.0
 LONGEST_PAUSE = 600.0
-
-
-class StageFailedError(Exception):
-    """A stage ended without publishing."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 class Driver:
@@ -56,7 +47,7 @@ class Driver:
         self.order = graph.by_urgency() if config.retention.keep == "all" else list(graph.nodes.values())
         self.config = config
         self.display = display
-        self.executor = make_executor(config.executor.kind)
+        self.executors: dict[str, Executor] = {}
         self.parallel = config.executor.parallel or default_parallel()
         self.published: set[str] = set()
         self.running: dict[str, Running] = {}
@@ -75,6 +66,7 @@ class Driver:
         for pid in end_orphans(self.run.path):
             self.run.record("orphan ended", pid=pid)
         clear_job_folders(self.run.path)
+        end_strays(self.run, self.graph, self.config.executor)
         self.run.clear_scratch()
         restore(self.run.path)
         for number in (*stopping.SIGNALS, signal.SIGHUP):
@@ -82,6 +74,8 @@ class Driver:
         with self.retention:
             try:
                 while len(self.published) < len(self.graph.nodes):
+                    if (self.run.path / CANCEL).exists():  # by `pipeline cancel`, on any machine
+                        raise KeyboardInterrupt
                     self.start_ready()
                     self.collect_ended()
                     self.retention.poll()
@@ -102,10 +96,23 @@ class Driver:
                 continue
             if not self.published.issuperset(node.needs):
                 continue
-            if len(self.running) >= self.parallel:
-                return
-            if not self.retries.waits(node.name):
+            if not self.retries.waits(node.name) and self.has_room(node):
                 self.reuse_or_start(node)
+
+    def has_room(self, node: Node) -> bool:
+        """Whether one more stage may run where this one does. A cluster decides for itself, unless the user does."""
+        executor = self.config.executor
+        there = resources_of(node, executor).executor
+        if there == "slurm" and executor.parallel is None:
+            return True
+        return sum(running.executor == there for running in self.running.values()) < self.parallel
+
+    def executor_of(self, node: Node) -> Executor:
+        """Where a stage runs."""
+        kind = resources_of(node, self.config.executor).executor
+        if kind not in self.executors:
+            self.executors[kind] = make_executor(kind, self.config, self.graph, self.parallel)
+        return self.executors[kind]
 
     def reuse_or_start(self, node: Node) -> None:
         """Decide about one stage and act on it."""
@@ -119,16 +126,23 @@ class Driver:
         if decision.reuse:
             self.published.add(node.name)
             self.display.reused(node, decision.reason)
-            self.publish_metrics(node)
+            if node.config.stage == "evaluation":
+                write_metrics(self.run.path, self.graph)
             return
         if (node.output / RELEASED).is_file():
             set_aside(node.output)
-        self.require_room(node)
-        attempt = self.run.new_attempt(node.name)
-        self.write_request(node, attempt)
-        job = self.executor.submit(node.name, attempt, self.run.path)
-        self.running[node.name] = Running(node, attempt, job, decision.key)
-        self.run.record("started", stage=node.name, reason=decision.reason, key=decision.key, attempt=attempt.name)
+        require_room(node, self.graph, self.config)
+        executor = self.executor_of(node)
+        job = executor.adopt(node, decision.key, self.run)
+        if job is None:
+            attempt = self.run.new_attempt(node.name)
+            write_decision(attempt, decision)
+            job = executor.submit(node, attempt, self.run.path)
+            self.run.record("started", stage=node.name, reason=decision.reason, key=decision.key, attempt=attempt.name)
+        else:
+            decision = replace(decision, reason="goes on since an earlier command")
+        attempt = self.run.attempts(node.name)[-1]
+        self.running[node.name] = Running(node, attempt, job, decision.key, executor.kind)
         self.display.started(node, decision.reason)
 
     def make_inputs_again(self, node: Node) -> bool:
@@ -145,60 +159,23 @@ class Driver:
             self.published.remove(name)
             self.display.done -= 1
 
-    def require_room(self, node: Node) -> None:
-        """Raise UserError when the disk has no room for what a stage is estimated to write."""
-        require_space(self.run.path, "directory")
-        needed, free = disk_bytes(node, self.graph), shutil.disk_usage(self.run.path).free
-        if self.config.executor.check_space and free < needed:
-            raise UserError(
-                f"stage {node.name} may need {needed >> 20} MiB on the disk of {self.run.path}, which has {free >> 20} "
-                "MiB free. Free some space (`pipeline gc` says what can go), set directory=PATH on another disk, or "
-                "executor.check_space=false to start all the same."
-            )
-
-    def write_request(self, node: Node, attempt: Path) -> None:
-        """Write the stage's config and command line into the attempt's directory."""
-        config = attempt / "stage.yaml"
-        write_atomically(config, yaml.safe_dump(node.config.model_dump(mode="json"), sort_keys=False).encode())
-        environment = getattr(self.config.environments, node.environment)
-        argv, variables = launch_command(environment, node.environment, [*node.argv, "--config", str(config)])
-        threads = max(1, (os.cpu_count() or 1) // self.parallel)
-        variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))
-        # submitit's local executor hides the GPUs unless it is told their number.
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible is not None:
-            variables["CUDA_VISIBLE_DEVICES"] = visible
-        request = Request(
-            argv=argv,
-            environment=variables,
-            unset=[] if visible is not None else ["CUDA_VISIBLE_DEVICES"],
-            directory=os.getcwd(),
-            run=str(self.run.path),
-            driver=process_identity(os.getpid()),
-            grace_seconds=self.config.executor.grace_seconds,
-            stall_seconds=self.config.executor.stall_seconds,
-        )
-        write_atomically(attempt / "request.json", msgspec.json.encode(request))
-
     def collect_ended(self) -> None:
         """Take note of stages that have ended: published, to be tried again, or failed, which stops the run."""
         for running in list(self.running.values()):
             if not running.job.ended():
                 continue
             del self.running[running.node.name]
-            running.job.clear(running.attempt)
+            for event in running.job.clear(running.attempt):
+                self.run.record("slurm", stage=running.node.name, **event)
+                self.display.note(f"slurm  {running.node.name}  ({in_words(event)})")
             if not (running.node.output / MANIFEST).is_file():
                 self.retry_or_fail(running)
                 continue
-            artifact = Artifact.open(running.node.output)
-            self.require_key(running, artifact)
+            artifact = settle(self.run, self.graph, running.node, running.key)
             self.ran += 1
             if self.published.issuperset(running.node.needs):  # no input is about to change after all
                 self.published.add(running.node.name)
-            drop_partials(running.node)
-            self.run.record("published", stage=running.node.name, key=artifact.manifest.key)
             self.display.published(running.node, artifact)
-            self.publish_metrics(running.node)
             self.finish_again(running.node)
             if CHECKPOINT.fullmatch(running.node.name) or running.node.config.stage == "evaluation":
                 self.retention.apply(self.published)
@@ -214,21 +191,6 @@ class Driver:
                 outdated.add(later.name)
                 self.undo(later.name)
 
-    def publish_metrics(self, node: Node) -> None:
-        """After an evaluation: write metrics.jsonl anew from the evaluations published so far."""
-        if node.config.stage == "evaluation":
-            write_metrics(self.run.path, self.graph)
-
-    def require_key(self, running: Running, artifact: Artifact) -> None:
-        """Raise StageFailedError when a stage published something else than it was asked for."""
-        if artifact.manifest.key != running.key:
-            raise StageFailedError(
-                f"stage {running.node.name} published under the key {artifact.manifest.key[:12]}, but the driver asked "
-                f"for {running.key[:12]}: its code, its environment or an input changed while it ran. The same command "
-                "decides anew.",
-                1,
-            )
-
     def retry_or_fail(self, running: Running) -> None:
         """After an attempt that published nothing: plan the next one, or stop the run."""
         require_space(self.run.path, "directory")
@@ -243,7 +205,7 @@ class Driver:
 
     def fail(self, running: Running, ending: Ending) -> NoReturn:
         """Stop the run with what the stage left as its reason."""
-        name, log = running.node.name, running.attempt / "stage.log"
+        name, log = running.node.name, log_of(running.attempt)
         self.display.failed(running.node)
         program = ["python", "-m", "pipelines"] if sys.argv[0].endswith("__main__.py") else [sys.argv[0]]
         resume = f"Then continue with: {shlex.join([*program, *sys.argv[1:]])}"
@@ -260,7 +222,7 @@ class Driver:
         self.display.ending(self.running, grace)
         try:
             for running in self.running.values():
-                (running.attempt / "cancel").touch()
+                running.job.cancel(running.attempt)
             deadline = time.monotonic() + grace + END_SECONDS
             while any(not running.job.ended() for running in self.running.values()) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
@@ -306,13 +268,6 @@ def default_parallel() -> int:
     if gpu_count():
         return 1
     return max(2, (os.cpu_count() or 2) // 2)
-
-
-def tail(log: Path, lines: int = 30) -> str:
-    """The last lines of a log."""
-    if not log.exists():
-        return "(it left no log: its process did not start)"
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

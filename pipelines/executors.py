@@ -4,6 +4,7 @@ submitit passes jobs on as pickles, which run code when they are read. They lie 
 directory, which people copy and share, and are gone when the job has ended.
 """
 
+import os
 import shutil
 import signal
 import threading
@@ -14,8 +15,11 @@ from typing import Protocol
 import submitit
 
 from contracts.fingerprint import digest
-from pipelines.graph import Node
+from pipelines.attempts import write_request
+from pipelines.config import RunConfig
+from pipelines.graph import Graph, Node
 from pipelines.locked import home
+from pipelines.rundir import RunDirectory
 from pipelines.supervisor import supervise
 
 FOREVER_MINUTES = 60 * 24 * 365
@@ -28,8 +32,16 @@ class Job(Protocol):
         """Whether it runs no more, however it ended."""
         ...
 
-    def clear(self, attempt: Path) -> None:
-        """After the end: delete what the executor needed, its last words excepted, which go to the attempt's logs."""
+    def clear(self, attempt: Path) -> list[dict[str, str]]:
+        """After the end: delete what the executor needed, its last words excepted, which go to the attempt's logs.
+
+        Returns:
+            What happened to it on the way that the run's report is to tell.
+        """
+        ...
+
+    def cancel(self, attempt: Path) -> None:
+        """Ask it to end soon."""
         ...
 
 
@@ -42,26 +54,45 @@ class Running:
     job: Job
     key: str
     """What it is to publish."""
+    executor: str
+    """The kind of the executor."""
 
 
 class Executor(Protocol):
     """Submits supervisors."""
 
-    def submit(self, name: str, attempt: Path, run: Path) -> Job:
-        """Start `supervise(attempt)`, for a stage of the run in the directory `run`."""
+    kind: str
+
+    def submit(self, node: Node, attempt: Path, run: Path) -> Job:
+        """Write the request into the attempt's directory and start `supervise(attempt)`, here or elsewhere."""
+        ...
+
+    def adopt(self, node: Node, key: str, run: RunDirectory) -> Job | None:
+        """The stage's latest attempt, if it was begun under this key by an earlier command and still goes on."""
         ...
 
 
 class LocalExecutor:
     """submitit's local executor: each stage is a job of its own on this machine."""
 
-    def submit(self, name: str, attempt: Path, run: Path) -> Job:
+    kind = "local"
+
+    def __init__(self, config: RunConfig, parallel: int) -> None:
+        self._config = config
+        self._threads = max(1, (os.cpu_count() or 1) // parallel)
+
+    def adopt(self, node: Node, key: str, run: RunDirectory) -> Job | None:
+        """None: what runs here ends with its driver."""
+        return None
+
+    def submit(self, node: Node, attempt: Path, run: Path) -> Job:
         """Start the attempt in a process of its own."""
-        folder = job_folder(run) / digest(str(attempt))[:16]
+        write_request(node, attempt, run, self._config, self._threads, here=True)
+        folder = job_folder(run) / "local" / digest(str(attempt))[:16]
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, mode=0o700)
         executor = submitit.AutoExecutor(folder=folder, cluster="local")
-        executor.update_parameters(name=name, timeout_min=FOREVER_MINUTES, stderr_to_stdout=True)
+        executor.update_parameters(name=node.name, timeout_min=FOREVER_MINUTES, stderr_to_stdout=True)
         # Ctrl-C reaches the whole terminal; the driver alone answers it, and ends its stages in order.
         answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -78,19 +109,26 @@ class _SubmititJob:
     def ended(self) -> bool:
         return self._job.done()
 
-    def clear(self, attempt: Path) -> None:
+    def clear(self, attempt: Path) -> list[dict[str, str]]:
         if not (attempt / "exit.json").exists():
             for log in self._folder.glob("*_log.out"):
                 shutil.copyfile(log, attempt / "supervisor.log")
         shutil.rmtree(self._folder, ignore_errors=True)
+        return []
+
+    def cancel(self, attempt: Path) -> None:
+        (attempt / "cancel").touch()
 
 
-class InlineExecutor:
+class InlineExecutor(LocalExecutor):
     """Runs supervisors in threads of the driver, for debugging: one process less between you and the stage."""
 
-    def submit(self, name: str, attempt: Path, run: Path) -> Job:
+    kind = "inline"
+
+    def submit(self, node: Node, attempt: Path, run: Path) -> Job:
         """Start the attempt in a thread."""
-        thread = threading.Thread(target=supervise, args=(str(attempt),), name=name, daemon=True)
+        write_request(node, attempt, run, self._config, self._threads, here=True)
+        thread = threading.Thread(target=supervise, args=(str(attempt),), name=node.name, daemon=True)
         thread.start()
         return _ThreadJob(thread)
 
@@ -102,8 +140,11 @@ class _ThreadJob:
     def ended(self) -> bool:
         return not self._thread.is_alive()
 
-    def clear(self, attempt: Path) -> None:
-        pass
+    def clear(self, attempt: Path) -> list[dict[str, str]]:
+        return []
+
+    def cancel(self, attempt: Path) -> None:
+        (attempt / "cancel").touch()
 
 
 def job_folder(run: Path) -> Path:
@@ -112,10 +153,14 @@ def job_folder(run: Path) -> Path:
 
 
 def clear_job_folders(run: Path) -> None:
-    """Delete what a killed driver of this run has left."""
-    shutil.rmtree(job_folder(run), ignore_errors=True)
+    """Delete what a killed driver of this run has left of jobs on this machine."""
+    shutil.rmtree(job_folder(run) / "local", ignore_errors=True)
 
 
-def make_executor(kind: str) -> Executor:
-    """The executor named in the config."""
-    return InlineExecutor() if kind == "inline" else LocalExecutor()
+def make_executor(kind: str, config: RunConfig, graph: Graph, parallel: int) -> Executor:
+    """The executor of that kind for a run that may have `parallel` stages at once on this machine."""
+    if kind == "slurm":
+        from pipelines.slurm.executor import AttachedExecutor
+
+        return AttachedExecutor(config, graph)
+    return InlineExecutor(config, parallel) if kind == "inline" else LocalExecutor(config, parallel)

@@ -8,16 +8,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from contracts.artifacts import MANIFEST
 from contracts.config import describe, validate
 from contracts.errors import UserError, as_user_error
 from contracts.stage import require_space
+from pipelines.attempts import StageFailedError
 from pipelines.config import ExecutorSection, RetentionSection, RunConfig, load_run_config
-from pipelines.decisions import decide, kept
 from pipelines.display import Display
 from pipelines.doctor.command import add_doctor
-from pipelines.driver import Driver, StageFailedError
-from pipelines.environments import env_main, probe_versions
+from pipelines.driver import Driver
+from pipelines.environments import env_main
 from pipelines.force import report_forced, resolve, set_aside
 from pipelines.fork import fork
 from pipelines.gc import collect
@@ -27,14 +26,16 @@ from pipelines.iteration import build_graph
 from pipelines.lineage.trace import print_trace
 from pipelines.lineage.verify import print_verification
 from pipelines.memory import print_memory
+from pipelines.plan import Verdict, verdicts
 from pipelines.preflight import check_environments, check_inputs
 from pipelines.report import print_comparison, print_table
-from pipelines.retention import made_again
 from pipelines.rundir import RunDirectory
+from pipelines.slurm.chain import detach, require_no_chain
 from pipelines.slurm.checks import check_patterns, check_slurm, settle_variant
 from pipelines.slurm.config import SlurmSection
 from pipelines.slurm.scripts import write_dry_run
-from pipelines.status import print_status
+from pipelines.status import print_status, save_report
+from pipelines.watch import attach, cancel, print_logs
 
 MOST_ITERATIONS = 10_000
 
@@ -102,6 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="STAGE",
         help="make it again: a name, or a pattern with *",
     )
+    run.add_argument("--detach", action="store_true", help="submit all stages to Slurm at once and return")
     run.set_defaults(command=run_command)
 
     child = commands.add_parser("fork", help="a new run that shares the iterations before I with another one")
@@ -114,6 +116,20 @@ def make_parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="how far a run is")
     status.add_argument("run", type=Path, help="the run's directory, for example runs/quickstart")
     status.set_defaults(command=status_command)
+
+    attached = commands.add_parser("attach", help="watch a run that goes on by itself, from any node")
+    attached.add_argument("run", type=Path, help="the run's directory")
+    attached.set_defaults(command=attach_command)
+
+    logs = commands.add_parser("logs", help="the last lines of the logs of a stage, or of those that run or failed")
+    logs.add_argument("run", type=Path, help="the run's directory")
+    logs.add_argument("stage", nargs="?", help="a stage's name, for example iteration-001/training")
+    logs.add_argument("--lines", type=int, default=30, help="how many of each log")
+    logs.set_defaults(command=logs_command)
+
+    end = commands.add_parser("cancel", help="end what works on a run, on whatever machine; what is finished stays")
+    end.add_argument("run", type=Path, help="the run's directory")
+    end.set_defaults(command=cancel_command)
 
     compare = commands.add_parser("compare", help="one metric of several runs, by iteration")
     compare.add_argument("runs", nargs="+", type=Path, help="the runs' directories")
@@ -163,11 +179,11 @@ def run_command(options: argparse.Namespace) -> int:
         plan = build_graph(config, iterations)
         check_patterns(plan, config.executor)
         check_inputs(plan)
-        verdicts = print_plan(console, plan, config, resolve(plan, options.force))
+        planned = print_plan(console, plan, config, resolve(plan, options.force))
         print_memory(console, plan, config)
         if config.executor.uses_slurm:
-            runs = {name: reason for name, (verb, reason) in verdicts.items() if verb == "run"}
-            write_dry_run(console, plan, config, runs, detached=getattr(options, "detach", False))
+            runs = {name: verdict.reason for name, verdict in planned.items() if not verdict.reuse}
+            write_dry_run(console, plan, config, runs, detached=options.detach)
         return 0
     config = fetch_models(config)
     graph = build_graph(config, iterations)
@@ -177,13 +193,18 @@ def run_command(options: argparse.Namespace) -> int:
     check_environments(graph, config.environments)
     run = RunDirectory(config.run_directory)
     forced = resolve(graph, options.force)
+    require_no_chain(run, config, detach=options.detach)
     run.claim(config, options.config, iterations)
     set_aside(run.path, graph, forced)
     require_space(run.path, "directory")
+    if options.detach:
+        detach(console, run, graph, config)
+        return 0
     with Display(console, graph) as display:
         ran = Driver(run, graph, config, display).drive()
     for line in report_forced(run.path, graph):
         console.print(line, soft_wrap=True, highlight=False)
+    save_report(run, graph)
     if ran == 0:
         console.print(
             f"{config.run_directory} is finished: all {len(graph.nodes)} stages are published; nothing to do."
@@ -198,43 +219,13 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(width=200)
 
 
-def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, tuple[str, str]]:
+def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Verdict]:
     """For every stage *reuse* or *run*, and why; returns them."""
-    certain: set[str] = set()
-    runs: list[str] = []
-    verdicts: dict[str, tuple[str, str]] = {}
-    moved: dict[Path, Path] = {}  # outputs that would be taken back, and where they are now
-
-    def where(path: Path) -> Path:
-        for output, place in moved.items():
-            if path.is_relative_to(output):
-                return place / path.relative_to(output)
-        return path
-
-    for node in graph.nodes.values():
-        unknown = [name for name in node.needs if name not in certain]
-        sure = True
-        if node.name in forced:
-            verb, reason = "run", "forced"
-        elif unknown:
-            verb, reason = "run", f"after {', '.join(unknown)}"
-            if (node.output / MANIFEST).is_file():
-                sure, reason = False, f"{reason}; reused if these come out the same"
-        else:
-            environment = getattr(config.environments, node.environment)
-            decision = decide(node, probe_versions(environment, node.environment), graph.directory, where)
-            verb, reason = ("reuse" if decision.reuse else "run"), decision.reason
-            if decision.reuse:
-                certain.add(node.name)
-            if (place := kept(graph.directory, node, decision.key)).exists():
-                moved[node.output] = place
-        if verb == "run" and sure:
-            runs.append(node.name)
-        verdicts[node.name] = verb, reason
-    verdicts |= {name: ("run", reason) for name, reason in made_again(graph, runs).items()}
-    for name, (verb, reason) in verdicts.items():
-        console.print(f"{verb:<6} {name}  ({reason})", soft_wrap=True, markup=False, highlight=False)
-    return verdicts
+    plan = verdicts(graph, config, forced)
+    for name, verdict in plan.items():
+        verb = "reuse" if verdict.reuse else "run"
+        console.print(f"{verb:<6} {name}  ({verdict.reason})", soft_wrap=True, markup=False, highlight=False)
+    return plan
 
 
 def fork_command(options: argparse.Namespace) -> int:
@@ -288,6 +279,27 @@ def trace_command(options: argparse.Namespace) -> int:
 def verify_command(options: argparse.Namespace) -> int:
     """`pipeline verify RUN`."""
     print_verification(make_console(), options.run)
+    return 0
+
+
+def attach_command(options: argparse.Namespace) -> int:
+    """`pipeline attach RUN`."""
+    run = RunDirectory.existing(options.run)
+    attach(make_console(), run, build_graph(run.config, run.iterations))
+    return 0
+
+
+def logs_command(options: argparse.Namespace) -> int:
+    """`pipeline logs RUN [STAGE]`."""
+    run = RunDirectory.existing(options.run)
+    print_logs(make_console(), run, build_graph(run.config, run.iterations), options.stage, options.lines)
+    return 0
+
+
+def cancel_command(options: argparse.Namespace) -> int:
+    """`pipeline cancel RUN`."""
+    run = RunDirectory.existing(options.run)
+    cancel(make_console(), run, build_graph(run.config, run.iterations))
     return 0
 
 

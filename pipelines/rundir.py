@@ -17,6 +17,8 @@ from contracts.errors import UserError
 from pipelines.config import RunConfig
 
 PINNED = "pinned"
+CANCEL = "cancel"
+"""File in a run's directory by which its driver, on whatever machine, is asked to end."""
 
 
 class RunDirectory:
@@ -100,6 +102,7 @@ class RunDirectory:
         self._lock.truncate()
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
         self._lock.flush()
+        (self.path / CANCEL).unlink(missing_ok=True)
         self._mend_events()
 
     def clear_scratch(self) -> None:
@@ -108,7 +111,7 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
     def _mend_events(self) -> None:
-        """Cut off the line that a killed driver was writing, so that the next one starts on a line of its own."""
+        """Cut off the line that a killed process was writing, so that the next one starts on a line of its own."""
         path = self.path / "events.jsonl"
         if path.exists():
             content = path.read_bytes()
@@ -158,8 +161,17 @@ class RunDirectory:
     def record(self, event: str, **facts: Any) -> None:
         """Append to events.jsonl."""
         line = msgspec.json.encode({"time": round(time.time(), 3), "event": event, **facts}) + b"\n"
-        with (self.path / "events.jsonl").open("ab") as file:
+        with (self.path / "events.jsonl").open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # jobs on other machines write too
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                self._mend_events()  # one was killed while it did
             file.write(line)
+            file.flush()
+
+    def events(self) -> list[dict[str, Any]]:
+        """What was recorded, in order."""
+        path = self.path / "events.jsonl"
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
     def new_attempt(self, stage: str) -> Path:
         """A fresh directory for the logs of one attempt at a stage."""

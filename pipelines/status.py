@@ -1,29 +1,95 @@
-"""`pipeline status RUN`: how far a run is, from what is on the disk."""
+"""`pipeline status RUN`: how far a run is, from what is on the disk and, for jobs on a cluster, in its queue."""
+
+import io
+import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from contracts.artifacts import MANIFEST, RELEASED, Artifact, Manifest
+from contracts.artifacts import MANIFEST, RELEASED, Artifact, Manifest, write_atomically
 from contracts.errors import UserError
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.report import print_table
 from pipelines.rundir import RunDirectory
-from pipelines.supervisor import failure_of, progress_of
+from pipelines.slurm.events import in_words
+from pipelines.slurm.jobs import last_jobs
+from pipelines.slurm.scheduler import Queued, queue
+from pipelines.supervisor import failure_of, log_of, progress_of
+
+WAITS = ("Dependency", "BeginTime", "DependencyNeverSatisfied")
+"""Reasons of Slurm's for a job that waits for others, not for room."""
 
 
 def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
-    """Every stage with its state, then the metrics so far."""
-    holder = run.holder()
+    """Every stage with its state, what happened to jobs on the cluster, then the metrics so far."""
+    holder, jobs = run.holder(), queued_jobs(run, graph)
     pinned = ", pinned" if run.pinned else ""
-    console.print(f"{run.path}: {'driven by ' + holder if holder else 'nobody drives it'}{pinned}", soft_wrap=True)
+    driver = f"driven by {holder}" if holder else "nobody drives it"
+    if jobs and not holder:
+        driver = f"under way as {len({job.base for job in jobs})} Slurm jobs"
+    console.print(f"{run.path}: {driver}{pinned}", soft_wrap=True, highlight=False)
     table = Table("stage", "state", "rows", "seconds", "detail")
+    lost: set[str] = set()
     for node in graph.nodes.values():
-        table.add_row(node.name, *state_of(run, node, graph, driven=holder is not None))
+        state = state_of(run, node, graph, driven=holder is not None, queued=jobs)
+        if (
+            state[0] in ("waiting", "interrupted")
+            and (cause := lost.intersection(node.needs))
+            and not jobs_for(run, node, jobs)
+        ):
+            state = ("waiting", "", "", f"for {', '.join(sorted(cause))}, which did not succeed")
+        if state[0] == "failed" or "did not succeed" in state[3]:
+            lost.add(node.name)
+        table.add_row(node.name, *(escape(text) for text in state))
     console.print(table)
+    for line in event_lines(run):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     print_table(console, graph)
 
 
-def state_of(run: RunDirectory, node: Node, graph: Graph, *, driven: bool) -> tuple[str, str, str, str]:
+def save_report(run: RunDirectory, graph: Graph) -> None:
+    """Keep what `pipeline status` prints as report.txt in the run's directory."""
+    console = Console(file=io.StringIO(), width=200)
+    print_status(console, run, graph)
+    write_atomically(run.path / "report.txt", console.file.getvalue().encode())  # type: ignore[attr-defined]
+
+
+def event_lines(run: RunDirectory) -> list[str]:
+    """What happened on the way that a reader of the results should know: accidents, retries, requeues."""
+    lines = []
+    for event in run.events():
+        match event["event"]:
+            case "slurm":
+                text = in_words(event)
+            case "requeue":
+                text = f"job {event['job']} on {event['host']}: saved what it had and was requeued ({event['reason']})"
+            case "failed":
+                text = f"{event['attempt']} ended without publishing ({event['kind']}); " + (
+                    "not tried again" if event["retry_in"] is None else f"tried again after {event['retry_in']:.0f} s"
+                )
+            case _:
+                continue
+        lines.append(f"{time.strftime('%F %T', time.localtime(event['time']))}  {event['stage']}: {text}")
+    return lines
+
+
+def queued_jobs(run: RunDirectory, graph: Graph) -> list[Queued]:
+    """The run's jobs that have not ended on the cluster; none where it never had any."""
+    if not any(last_jobs(run, name) for name in graph.nodes):
+        return []
+    return queue(run.path)
+
+
+def jobs_for(run: RunDirectory, node: Node, queued: list[Queued]) -> list[Queued]:
+    """Those of a stage's latest attempt."""
+    jobs = last_jobs(run, node.name)
+    return [job for job in queued if jobs is not None and job.base in jobs.ids]
+
+
+def state_of(
+    run: RunDirectory, node: Node, graph: Graph, *, driven: bool, queued: list[Queued]
+) -> tuple[str, str, str, str]:
     """State, rows, seconds and detail of a stage."""
     if (node.output / MANIFEST).is_file():
         try:
@@ -39,13 +105,26 @@ def state_of(run: RunDirectory, node: Node, graph: Graph, *, driven: bool) -> tu
     if not attempts:
         return "waiting", "", "", ""
     last = attempts[-1]
+    jobs = jobs_for(run, node, queued)
+    if jobs:
+        return _state_on_cluster(jobs, progress_of(last) or "")
     failure = failure_of(last)
     if failure is not None and failure["kind"] != "stopped":
         state = "retrying" if driven and failure["kind"] == "transient" else "failed"
-        return state, "", "", f"{failure['text'].strip().splitlines()[-1]} (log: {last / 'stage.log'})"
+        return state, "", "", f"{failure['text'].strip().splitlines()[-1]} (log: {log_of(last)})"
     if (last / "exit.json").exists() or not driven:
         return "interrupted", "", "", progress_of(last) or ""
     return "running", "", "", progress_of(last) or ""
+
+
+def _state_on_cluster(jobs: list[Queued], progress: str) -> tuple[str, str, str, str]:
+    running = [job for job in jobs if job.state != "PENDING"]
+    if running:
+        where = ", ".join(f"{job.id} on {job.nodes or 'no node yet'}" for job in running[:4])
+        return "running", "", "", f"{progress}{'; ' if progress else ''}job {where}{', ...' if running[4:] else ''}"
+    reasons = {job.reason for job in jobs}
+    detail = f"job {', '.join(dict.fromkeys(job.base for job in jobs))}: {', '.join(sorted(reasons))}"
+    return ("waiting" if reasons <= set(WAITS) else "queued"), "", "", f"{progress}{'; ' if progress else ''}{detail}"
 
 
 def reads_what_is_there(node: Node, graph: Graph, manifest: Manifest) -> bool:

@@ -6,12 +6,13 @@ two share a machine.
 Files of an attempt (logs/<stage>/attempt-<n>/):
     request.json   what to run                     written by the driver
     stage.yaml     the stage's config              written by the driver
+    cancel         asks for the end                written by the driver
     stage.log      its output
     progress.json  how far it is                   written by the stage
     heartbeat      touched while it works          written by the stage
     failure-*.json why a process of it failed      written by the stage
-    cancel         asks for the end                written by the driver
     exit.json      exit code and time              written last
+On a cluster several supervisors work on an attempt. The last five are then in a folder of each: task-<i>, publisher.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,9 @@ from contracts.stopping import DEFAULT_GRACE, GRACE, SIGNALS
 RUN = "RATCHET_RUN"
 """Environment variable of every process of a run: the run's directory. Orphans are found by it."""
 POLL_SECONDS = 0.1
+FAR_POLL_SECONDS = 0.5
+"""Between two looks at files that a file server has to be asked about."""
+PUBLISHER = "publisher"
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -46,22 +51,43 @@ class Request(msgspec.Struct, frozen=True):
     """Variables to remove from the inherited ones."""
     directory: str
     run: str
+    """The run's directory, whose driver ends what an earlier one has left on this machine; empty where jobs outlive it."""
     driver: tuple[int, str] | None
     """Process id and start time of the driver; the stage ends when it is gone. None: outlives the driver."""
     grace_seconds: float = DEFAULT_GRACE
     """How long the stage may go on with what it has in hand when it is asked to stop."""
     stall_seconds: float | None = None
     """A stage that says nothing for so long is ended."""
+    first_on_path: str = ""
+    """A folder to put before the supervisor's own PATH."""
 
 
-def supervise(attempt: str) -> int:
-    """Run the command of `attempt/request.json` to its end and return its exit code."""
-    folder = Path(attempt)
-    request = msgspec.json.decode((folder / "request.json").read_bytes(), type=Request)
+def supervise(
+    attempt: str,
+    part: str = "",
+    variables: Mapping[str, str] | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> int:
+    """Run the command of `attempt/request.json` to its end and return its exit code.
+
+    Args:
+        part: the folder of this supervisor's own files in the attempt; by default the attempt itself.
+        variables: further environment variables of the command.
+        asked_to_stop: whether the command is to be ended so that it can go on later. Then nothing is said of its end.
+    """
+    request = msgspec.json.decode(Path(attempt, "request.json").read_bytes(), type=Request)
+    folder = Path(attempt, part)
+    folder.mkdir(exist_ok=True)
+    for path in [folder / "exit.json", *folder.glob(FAILURES)]:  # of what was interrupted here
+        path.unlink(missing_ok=True)
     environment = {key: value for key, value in os.environ.items() if key not in request.unset}
     environment.update(request.environment)
-    environment[ATTEMPT] = attempt
-    environment[RUN] = request.run
+    environment.update(variables or {})
+    if request.first_on_path:
+        environment["PATH"] = f"{request.first_on_path}{os.pathsep}{environment.get('PATH', os.defpath)}"
+    environment[ATTEMPT] = str(folder)
+    if request.run:
+        environment[RUN] = request.run
     environment[GRACE] = str(request.grace_seconds)
     start = time.time()
     stalled = False
@@ -78,20 +104,21 @@ def supervise(attempt: str) -> int:
         )
         try:
             while process.poll() is None:
-                if (folder / "cancel").exists() or not driver_lives(request.driver):
+                if asked_to_stop() or not driver_lives(request.driver) or Path(attempt, "cancel").exists():
                     break
                 stalled = request.stall_seconds is not None and watch.silent_seconds() > request.stall_seconds
                 if stalled:
-                    show_tracebacks(attempt)
+                    show_tracebacks(str(folder))
                     break
-                time.sleep(POLL_SECONDS)
+                time.sleep(POLL_SECONDS if request.driver else FAR_POLL_SECONDS)
         finally:
             end_groups([process], 0.0 if stalled else request.grace_seconds + 10)
-            end_marked(f"{ATTEMPT}={attempt}")
-    record = {"code": process.returncode, "started": start, "ended": time.time()}
-    if stalled:
-        record["stalled"] = request.stall_seconds
-    write_atomically(folder / "exit.json", json.dumps(record).encode())
+            end_marked(f"{ATTEMPT}={folder}")
+    if not asked_to_stop():
+        record = {"code": process.returncode, "started": start, "ended": time.time()}
+        if stalled:
+            record["stalled"] = request.stall_seconds
+        write_atomically(folder / "exit.json", json.dumps(record).encode())
     return process.returncode
 
 
@@ -147,6 +174,10 @@ def _start_time(pid: int) -> str:
     return "gone" if fields[0] == "Z" else fields[19]
 
 
+SEVERITY: dict[FailureKind, int] = {"user": 0, "transient": 1, "error": 2, "stopped": 3}
+"""Which of several failures explains the others: the lowest."""
+
+
 @dataclass(frozen=True)
 class Ending:
     """How an attempt that published nothing ended."""
@@ -160,16 +191,35 @@ class Ending:
 
 def ending_of(attempt: Path) -> Ending:
     """How an attempt that published nothing ended, and whose fault it was."""
+    endings = [_ending_of_part(part) for part in parts_of(attempt)]
+    bad = [ending for ending in endings if ending is not None]
+    if not bad:
+        return Ending("transient", "ended without a word: its supervisor was killed.", None)
     failure = failure_of(attempt)
-    if not (attempt / "exit.json").exists():
+    if failure is None:
+        return min(bad, key=lambda ending: SEVERITY[ending.kind])
+    how = next((ending.how for ending in bad if ending.reason == failure["text"]), bad[0].how)
+    return Ending(failure["kind"], how, failure["text"])
+
+
+def parts_of(attempt: Path) -> list[Path]:
+    """The folders in which the supervisors of an attempt keep their files; tasks first."""
+    found = [path for path in attempt.iterdir() if path.is_dir()] if attempt.is_dir() else []
+    return sorted(found, key=lambda path: (path.name == PUBLISHER, len(path.name), path.name)) or [attempt]
+
+
+def _ending_of_part(part: Path) -> Ending | None:
+    """How one supervisor's command ended; None if well."""
+    failure = _first_failure([part])
+    if not (part / "exit.json").exists():
         kind: FailureKind = "transient"
         how = "ended without a word: its supervisor was killed."
     else:
-        record = json.loads((attempt / "exit.json").read_bytes())
+        record = json.loads((part / "exit.json").read_bytes())
+        if record["code"] == 0:
+            return None
         how, kind = _how(int(record["code"]), record.get("stalled"))
-    if failure is None:
-        return Ending(kind, how, None)
-    return Ending(failure["kind"], how, failure["text"])
+    return Ending(kind, how, None) if failure is None else Ending(failure["kind"], how, failure["text"])
 
 
 def _how(code: int, stalled: float | None) -> tuple[str, FailureKind]:
@@ -195,18 +245,33 @@ def failure_of(attempt: Path) -> dict[str, Any] | None:
     A mistake of the user's, or an accident of the machine, is the cause where there is one: what the other processes
     say follows from it. Among several of a kind the first counts.
     """
-    records = [json.loads(path.read_bytes()) for path in attempt.glob(FAILURES)]
-    order = {"user": 0, "transient": 1, "error": 2, "stopped": 3}
-    return min(records, key=lambda record: (order[record["kind"]], float(record["time"])), default=None)
+    tasks = [part for part in parts_of(attempt) if part.name != PUBLISHER]
+    found, later = _first_failure(tasks), _first_failure([attempt / PUBLISHER])
+    if found is None or (found["kind"] == "stopped" and later is not None and later["kind"] != "transient"):
+        return later  # transient: what the tasks have not made is missing
+    return found
+
+
+def _first_failure(parts: list[Path]) -> dict[str, Any] | None:
+    records = [json.loads(path.read_bytes()) for part in parts for path in part.glob(FAILURES)]
+    return min(records, key=lambda record: (SEVERITY[record["kind"]], float(record["time"])), default=None)
+
+
+def log_of(attempt: Path) -> Path:
+    """The log to read first: of the part that failed, else of the last one that has any."""
+    parts = parts_of(attempt)
+    failed = [part for part in parts if _ending_of_part(part) is not None and any(part.glob(FAILURES))]
+    logged = [part for part in reversed(parts) if (part / "stage.log").exists()]
+    return [*failed, *logged, attempt][0] / "stage.log"
 
 
 def progress_of(attempt: Path) -> str | None:
     """How far an attempt says it is: "3/8 shards"; None where it has not said anything yet."""
-    path = attempt / PROGRESS
-    if not path.exists():
+    records = [json.loads((part / PROGRESS).read_bytes()) for part in parts_of(attempt) if (part / PROGRESS).exists()]
+    if not records:
         return None
-    record = json.loads(path.read_bytes())
-    return f"{record['done']}/{record['total']} {record['unit']}"
+    furthest = max(records, key=lambda record: int(record["done"]))
+    return f"{furthest['done']}/{furthest['total']} {furthest['unit']}"
 
 
 def end_orphans(run: Path) -> list[int]:

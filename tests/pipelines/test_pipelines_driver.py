@@ -12,9 +12,10 @@ from rich.console import Console
 from contracts.artifacts import MANIFEST, Artifact
 from contracts.errors import UserError
 from contracts.prompts import PromptsConfig
+from pipelines.attempts import StageFailedError
 from pipelines.config import load_run_config
 from pipelines.display import Display
-from pipelines.driver import Driver, Retries, StageFailedError
+from pipelines.driver import Driver, Retries
 from pipelines.graph import Graph
 from pipelines.rundir import RunDirectory
 
@@ -154,7 +155,7 @@ def test_a_stage_starts_only_where_its_estimate_fits(
     tmp_path: Path, smallest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = Scene(tmp_path, smallest, "true", times=0)
-    monkeypatch.setattr("pipelines.driver.disk_bytes", lambda node, graph: 1 << 60)
+    monkeypatch.setattr("pipelines.attempts.disk_bytes", lambda node, graph: 1 << 60)
     with pytest.raises(UserError, match=r"stage prompts/all may need .*executor.check_space=false"):
         scene.drive()
     assert not scene.count.exists()

@@ -1,0 +1,117 @@
+"""The beginning and the end of an attempt at a stage, whoever drives it."""
+
+import os
+import shutil
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from contracts.artifacts import Artifact, write_atomically
+from contracts.errors import UserError
+from contracts.stage import require_space
+from pipelines.config import RunConfig
+from pipelines.decisions import Decision, drop_partials
+from pipelines.environments import launch_command
+from pipelines.estimates import disk_bytes
+from pipelines.graph import Graph, Node
+from pipelines.report import write_metrics
+from pipelines.rundir import RunDirectory
+from pipelines.supervisor import Request, process_identity
+
+DECISION = "decision.json"
+
+
+class StageFailedError(Exception):
+    """A stage ended without publishing."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def write_request(node: Node, attempt: Path, run: Path, config: RunConfig, threads: int, *, here: bool) -> None:
+    """Write a stage's config and command line into the attempt's directory.
+
+    Args:
+        threads: cores for each of the stage's processes.
+        here: it runs on this machine and ends with this process.
+    """
+    path = attempt / "stage.yaml"
+    write_atomically(path, yaml.safe_dump(node.config.model_dump(mode="json"), sort_keys=False).encode())
+    environment = getattr(config.environments, node.environment)
+    argv, variables = launch_command(environment, node.environment, [*node.argv, "--config", str(path)])
+    variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))
+    first_on_path, unset = "", []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not here:  # the node has a PATH and devices of its own
+        unset = ["SUBMITIT_EXECUTOR", "SUBMITIT_FOLDER"]
+        if "PATH" in variables and "PATH" not in environment.variables:
+            first_on_path = variables.pop("PATH").partition(os.pathsep)[0]
+    elif visible is not None:  # submitit's local executor hides the GPUs unless it is told their number
+        variables["CUDA_VISIBLE_DEVICES"] = visible
+    else:
+        unset = ["CUDA_VISIBLE_DEVICES"]
+    request = Request(
+        argv=argv,
+        environment=variables,
+        unset=unset,
+        directory=os.getcwd(),
+        run=str(run) if here else "",
+        driver=process_identity(os.getpid()) if here else None,
+        grace_seconds=config.executor.grace_seconds,
+        stall_seconds=config.executor.stall_seconds,
+        first_on_path=first_on_path,
+    )
+    write_atomically(attempt / "request.json", msgspec.json.encode(request))
+
+
+def require_room(node: Node, graph: Graph, config: RunConfig) -> None:
+    """Raise UserError when the disk has no room for what a stage is estimated to write."""
+    run = graph.directory
+    require_space(run, "directory")
+    needed, free = disk_bytes(node, graph), shutil.disk_usage(run).free
+    if config.executor.check_space and free < needed:
+        raise UserError(
+            f"stage {node.name} may need {needed >> 20} MiB on the disk of {run}, which has {free >> 20} MiB free. "
+            "Free some space (`pipeline gc` says what can go), set directory=PATH on another disk, or "
+            "executor.check_space=false to start all the same."
+        )
+
+
+def write_decision(attempt: Path, decision: Decision) -> None:
+    """Note what was decided before the attempt began."""
+    write_atomically(attempt / DECISION, msgspec.json.encode(decision))
+
+
+def decision_of(attempt: Path) -> Decision | None:
+    """What was decided for an attempt; None where nothing was yet."""
+    path = attempt / DECISION
+    return msgspec.json.decode(path.read_bytes(), type=Decision) if path.exists() else None
+
+
+def settle(run: RunDirectory, graph: Graph, node: Node, key: str) -> Artifact:
+    """Take note of what a stage has published.
+
+    Raises:
+        StageFailedError: it is something else than was asked for.
+    """
+    artifact = Artifact.open(node.output)
+    if artifact.manifest.key != key:
+        raise StageFailedError(
+            f"stage {node.name} published under the key {artifact.manifest.key[:12]}, but the driver asked for "
+            f"{key[:12]}: its code, its environment or an input changed while it ran. The same command decides anew.",
+            1,
+        )
+    drop_partials(node)
+    run.record("published", stage=node.name, key=artifact.manifest.key)
+    if node.config.stage == "evaluation":
+        write_metrics(run.path, graph)
+    return artifact
+
+
+def tail(log: Path, lines: int = 30) -> str:
+    """The last lines of a log."""
+    if not log.exists():
+        return "(it left no log: its process did not start)"
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,299 @@
+"""A run without a driver: all of its stages' jobs are submitted at once, each waiting for those that it needs.
+
+No process stays behind. Before a stage works, its first job decides, as a driver would, whether it can be reused
+(`prepare`). After it, its last job takes note of what it has published, or has it tried again (`conclude`): it submits
+the next attempt, and makes those who wait for this one wait for that. Where nothing can be tried again it fails, and
+Slurm cancels whatever waits for it. All of this is done under one file lock, and from what is on the disk.
+"""
+
+import contextlib
+import fcntl
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from contracts.artifacts import MANIFEST, RELEASED
+from contracts.errors import UserError
+from pipelines.attempts import decision_of, require_room, settle, tail, write_decision
+from pipelines.config import RunConfig
+from pipelines.decisions import Decision, decide, make_room
+from pipelines.driver import Retries
+from pipelines.environments import probe_versions
+from pipelines.graph import Graph, Node
+from pipelines.iteration import build_graph
+from pipelines.plan import Verdict, verdicts
+from pipelines.report import write_metrics
+from pipelines.retention import CHECKPOINT, Retention, drop_aside, restore, set_aside
+from pipelines.rundir import RunDirectory
+from pipelines.slurm import scheduler
+from pipelines.slurm.events import events_of, in_words
+from pipelines.slurm.executor import request_for
+from pipelines.slurm.jobs import RECORD, Jobs, Task, clear_folders, jobs_of, keep_last_words, last_jobs, submit
+from pipelines.slurm.resources import resources_of
+from pipelines.status import save_report
+from pipelines.supervisor import end_orphans, ending_of, log_of
+
+TRY_AGAIN = 75
+"""Exit code of a finishing job whose stage is tried again by another one (EX_TEMPFAIL)."""
+
+
+def require_no_chain(run: RunDirectory, config: RunConfig, *, detach: bool) -> None:
+    """Check that no chain of jobs works on a run; one with the same settings may, if that is what is asked for again.
+
+    Raises:
+        UserError: one does.
+    """
+    attempts = [path.parent for path in (run.path / "logs").rglob(RECORD)]
+    chained = {id for path in attempts if (jobs := jobs_of(path)) and jobs.chained for id in jobs.ids}
+    ids = sorted({job.base for job in scheduler.queue(run.path)} & chained, key=int) if chained else []
+    if not ids or (detach and run.config.settings() == config.settings()):
+        return
+    shown = f"{', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''}"
+    other = " with other settings" if detach else ""
+    raise UserError(
+        f"the run {run.path} goes on without a driver{other}, as the Slurm jobs {shown}. `pipeline attach {run.path}` "
+        f"watches them; `pipeline cancel {run.path}` ends them, and what is finished stays."
+    )
+
+
+def detach(console: Console, run: RunDirectory, graph: Graph, config: RunConfig) -> None:
+    """Submit all that is to be done, and say how to follow it."""
+    if not scheduler.queue(run.path):
+        end_orphans(run.path)
+        restore(run.path)
+        run.clear_scratch()
+    plan = verdicts(graph, config, [])
+    to_run = [name for name, verdict in plan.items() if not verdict.reuse]
+    new = submit_chain(run, graph, config, plan)
+    for name, jobs in new.items():
+        console.print(f"submit {name}  (job {', '.join(jobs.ids)}; {plan[name].reason})", soft_wrap=True, markup=False,
+                      highlight=False)  # fmt: skip
+    if not to_run:
+        console.print(f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
+        save_report(run, graph)
+        return
+    count = sum(len(jobs.ids) for jobs in new.values())
+    under_way = len(to_run) - len(new)
+    also = f"; {under_way} are under way already" if under_way else ""
+    console.print(
+        f"{len(new)} of {len(graph.nodes)} stages submitted as {count} jobs{also}. Nothing of it runs here. "
+        f"Follow it with `pipeline status {run.path}`, `attach`, `logs` or `cancel`.",
+        soft_wrap=True,
+        highlight=False,
+    )  # fmt: skip
+
+
+def submit_chain(run: RunDirectory, graph: Graph, config: RunConfig, plan: dict[str, Verdict]) -> dict[str, Jobs]:
+    """Submit every stage that is to run and has no jobs yet; returns the new jobs by stage, in order.
+
+    Raises:
+        UserError: a stage is to run elsewhere than on Slurm.
+    """
+    for node in graph.nodes.values():
+        where = resources_of(node, config.executor).executor
+        if where != "slurm" and not plan[node.name].reuse:
+            raise UserError(
+                f"stage {node.name} runs on the executor {where}, which needs a process that stays: with --detach all "
+                f"stages run on Slurm. Set executor.stages so that it does too, or leave --detach out."
+            )
+    with chain_lock(run):
+        live = {job.base for job in scheduler.queue(run.path)}
+        new: dict[str, Jobs] = {}
+        for node in graph.nodes.values():
+            if plan[node.name].reuse:
+                if (node.output / MANIFEST).is_file() is False:  # it lies in superseded/
+                    take_back(run, node, config)
+                continue
+            known = last_jobs(run, node.name)
+            if known is not None and known.last in live:
+                continue
+            attempt = run.new_attempt(node.name)
+            request_for(node, attempt, run.path, config)
+            if plan[node.name].again:
+                (attempt / AGAIN).touch()
+            new[node.name] = submit(
+                node, attempt, graph, config.executor, chained=True, after=predecessors(run, node, live)
+            )
+            live |= set(new[node.name].ids)
+            run.record("submitted", stage=node.name, attempt=attempt.name, jobs=new[node.name].ids)
+    return new
+
+
+AGAIN = "again"
+"""Mark of an attempt that makes weights again that were deleted."""
+
+
+def take_back(run: RunDirectory, node: Node, config: RunConfig) -> None:
+    """Give a stage back what it had published under the same key before."""
+    versions = probe_versions(getattr(config.environments, node.environment), node.environment)
+    make_room(node, decide(node, versions, run.path), run.path)
+
+
+def predecessors(run: RunDirectory, node: Node, live: set[str]) -> tuple[str, ...]:
+    """The jobs that a stage has to wait for: the last ones of the stages that it needs, if they are under way."""
+    found = [jobs.last for name in node.needs if (jobs := last_jobs(run, name)) is not None]
+    return tuple(dict.fromkeys(id for id in found if id in live))
+
+
+def chain_lock(run: RunDirectory) -> contextlib.AbstractContextManager[None]:
+    """Be the only one on any node who submits jobs of the run or changes what they wait for."""
+    return locked(run.path / "chain.lock")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock, waiting for it."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# On the nodes.
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job of a chain stands."""
+
+    run: RunDirectory
+    config: RunConfig
+    graph: Graph
+    node: Node
+    attempt: Path
+
+    @classmethod
+    def of(cls, task: Task) -> "Place":
+        """Read everything anew from the disk."""
+        run = RunDirectory(Path(task.run))
+        config = run.config
+        graph = build_graph(config, run.iterations)
+        return cls(run, config, graph, graph.nodes[task.stage], Path(task.attempt))
+
+
+def prepare(task: Task) -> Decision:
+    """Decide about a stage whose inputs are published, once for all tasks of its array and all their starts."""
+    attempt = Path(task.attempt)
+    with locked(attempt / "prepare.lock"):
+        decision = decision_of(attempt)
+        if decision is None:
+            decision = _prepare(Place.of(task))
+            write_decision(attempt, decision)
+    return decision
+
+
+def _prepare(place: Place) -> Decision:
+    node, run = place.node, place.run
+    missing = [name for name in node.needs if not (place.graph.nodes[name].output / MANIFEST).is_file()]
+    if missing:
+        raise UserError(f"stage {node.name} was started, but {', '.join(missing)} is not published.")
+    versions = probe_versions(getattr(place.config.environments, node.environment), node.environment)
+    decision = decide(node, versions, run.path)
+    if (place.attempt / AGAIN).exists() and (node.output / RELEASED).is_file():
+        decision = Decision(False, "its weights were deleted by gc and are needed", decision.key)
+        set_aside(node.output)
+    make_room(node, decision, run.path)
+    if decision.reuse:
+        run.record("reused", stage=node.name, reason=decision.reason, key=decision.key)
+        return decision
+    require_room(node, place.graph, place.config)
+    run.record("started", stage=node.name, reason=decision.reason, key=decision.key, attempt=place.attempt.name)
+    return decision
+
+
+def conclude(task: Task) -> int:
+    """After a stage's jobs: take note of what it has published, or have it tried again, or fail.
+
+    Returns:
+        The exit code, by which Slurm lets those go on that wait for it, or cancels them.
+    """
+    place = Place.of(task)
+    run, node, attempt = place.run, place.node, place.attempt
+    jobs = jobs_of(attempt)
+    while jobs is None:  # it started before the command that submitted it had noted its id
+        with chain_lock(run):
+            jobs = jobs_of(attempt)
+    for event in events_of(attempt, jobs.ids):
+        run.record("slurm", stage=node.name, **event)
+        print(in_words(event))
+    keep_last_words(attempt, run.path)
+    decision = decision_of(attempt)
+    with chain_lock(run):
+        if decision is None or not (node.output / MANIFEST).is_file():
+            code = _again(place)
+        else:
+            code = _published(place, decision)
+        clear_folders(run.path, {job.base for job in scheduler.queue(run.path)})
+    if code == 0 and (CHECKPOINT.fullmatch(node.name) or node.config.stage == "evaluation"):
+        _retain(place)
+    if code not in (0, TRY_AGAIN) or all((other.output / MANIFEST).is_file() for other in place.graph.nodes.values()):
+        save_report(run, place.graph)
+    return code
+
+
+def _published(place: Place, decision: Decision) -> int:
+    if not decision.reuse:
+        settle(place.run, place.graph, place.node, decision.key)
+        if (place.attempt / AGAIN).exists() and not drop_aside(place.node.output, place.run.path):
+            print(f"{place.node.name} differs from what it was before its weights were deleted")
+    elif place.node.config.stage == "evaluation":
+        write_metrics(place.run.path, place.graph)
+    return 0
+
+
+def _retain(place: Place) -> None:
+    """Delete and compress what is not needed any more, one job of the run at a time."""
+    published = {name for name, node in place.graph.nodes.items() if (node.output / MANIFEST).is_file()}
+    with (
+        locked(place.run.path / "retention.lock"),
+        Retention(place.run, place.graph, place.config.retention, print) as retention,
+    ):
+        retention.apply(published)
+        while retention.poll():
+            time.sleep(1)
+
+
+def _again(place: Place) -> int:
+    """Try the stage again in another job, if that can help, with the dependents waiting for it; else fail."""
+    run, node, config = place.run, place.node, place.config
+    ending = ending_of(place.attempt)
+    retries = Retries(config.executor.retries, config.executor.backoff_seconds)
+    pause = None
+    for earlier in chain_attempts(run, node.name):
+        pause = retries.pause_after(node.name, ending_of(earlier).kind)
+    run.record("failed", stage=node.name, attempt=place.attempt.name, kind=ending.kind, retry_in=pause)
+    if pause is None:
+        text = ending.reason or f"{ending.how}\n{tail(log_of(place.attempt))}"
+        print(f"error: stage {node.name}: {text}\n  log: {log_of(place.attempt)}", file=sys.stderr)
+        return UserError.exit_code if ending.kind == "user" else 1
+    print(f"stage {node.name} {ending.how} Once more in {pause:.0f} s.")
+    attempt = run.new_attempt(node.name)
+    (attempt / CONTINUES).touch()
+    request_for(node, attempt, run.path, config)
+    jobs = submit(node, attempt, place.graph, config.executor, chained=True, pause=pause)
+    run.record("submitted", stage=node.name, attempt=attempt.name, jobs=jobs.ids)
+    queue = scheduler.queue(run.path)
+    live, pending = {job.base for job in queue}, {job.base for job in queue if job.state == "PENDING"}
+    for later in place.graph.nodes.values():
+        waiting = last_jobs(run, later.name)
+        if node.name not in later.needs or waiting is None or waiting.work not in pending:
+            continue
+        success = f"afterok:{':'.join(predecessors(run, later, live))}"
+        scheduler.set_dependency(waiting.work, success)
+        if waiting.finish is not None:
+            scheduler.set_dependency(waiting.finish, f"afterany:{waiting.work},{success}")
+    return TRY_AGAIN
+
+
+def chain_attempts(run: RunDirectory, stage: str) -> list[Path]:
+    """The attempts at a stage since a command was given last."""
+    attempts = run.attempts(stage)
+    first = max((number for number, path in enumerate(attempts) if not (path / CONTINUES).exists()), default=0)
+    return attempts[first:]
+
+
+CONTINUES = "continues"
+"""Mark of an attempt that a finishing job has submitted."""

@@ -1,0 +1,135 @@
+"""Slurm under a driver that watches: it submits a stage's jobs and sees when they have ended.
+
+They outlive the driver. The next command takes up those that still go on.
+"""
+
+import time
+from pathlib import Path
+
+from pipelines.attempts import decision_of, write_request
+from pipelines.config import ExecutorSection, RunConfig
+from pipelines.executors import Job
+from pipelines.graph import Graph, Node
+from pipelines.rundir import RunDirectory
+from pipelines.slurm import scheduler
+from pipelines.slurm.events import events_of
+from pipelines.slurm.jobs import Jobs, clear_folders, jobs_of, keep_last_words, last_jobs, submit
+from pipelines.slurm.resources import resources_of
+from pipelines.supervisor import PUBLISHER
+
+SHORTEST, LONGEST = 1.0, 20.0
+
+
+class AttachedExecutor:
+    """Submits the jobs of single stages."""
+
+    kind = "slurm"
+
+    def __init__(self, config: RunConfig, graph: Graph) -> None:
+        self._config = config
+        self._graph = graph
+        self._queue = Queue(graph.directory)
+        self._queue.end_unknown()
+
+    def submit(self, node: Node, attempt: Path, run: Path) -> Job:
+        """Submit what works on the attempt."""
+        request_for(node, attempt, run, self._config)
+        jobs = submit(node, attempt, self._graph, self._config.executor)
+        self._queue.expect(jobs)
+        return AttachedJob(jobs, attempt, self._queue)
+
+    def adopt(self, node: Node, key: str, run: RunDirectory) -> Job | None:
+        """The latest attempt's jobs, if they have not ended. Those that make something else are cancelled."""
+        attempts = run.attempts(node.name)
+        jobs = jobs_of(attempts[-1]) if attempts else None
+        if jobs is None or not self._queue.live.intersection(jobs.ids):
+            return None
+        decision = decision_of(attempts[-1])
+        if decision is None or decision.key != key:
+            scheduler.cancel(jobs.ids)
+            return None
+        return AttachedJob(jobs, attempts[-1], self._queue)
+
+
+def request_for(node: Node, attempt: Path, run: Path, config: RunConfig) -> None:
+    """Write the request of an attempt that runs on the cluster."""
+    resources = resources_of(node, config.executor)
+    threads = max(1, resources.cpus // resources.processes)
+    write_request(node, attempt, run, config, threads, here=False)
+
+
+def end_strays(run: RunDirectory, graph: Graph, executor: ExecutorSection) -> None:
+    """Before a driver starts: see to the jobs that earlier commands have left on the cluster.
+
+    Those of stages that do not run there any more are cancelled; the others are taken up when their turn comes.
+    """
+    known = {name: jobs for name in graph.nodes if (jobs := last_jobs(run, name)) is not None}
+    if not known:
+        return
+    live = {job.base for job in scheduler.queue(run.path)}
+    going_on = {name: jobs for name, jobs in known.items() if live.intersection(jobs.ids)}
+    scheduler.cancel(
+        [
+            id
+            for name, jobs in going_on.items()
+            if resources_of(graph.nodes[name], executor).executor != "slurm"
+            for id in jobs.ids
+        ]
+    )
+
+
+class Queue:
+    """The run's jobs that have not ended: asked for often at first, and less often the longer nothing changes."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._changed = self._asked = time.monotonic()
+        self.live = {job.base for job in scheduler.queue(run)}
+
+    def expect(self, jobs: Jobs) -> None:
+        """Jobs that were submitted just now."""
+        self.live = self.live | set(jobs.ids)
+        self._changed = self._asked = time.monotonic()
+
+    def poll(self) -> None:
+        """Ask again if it is time to."""
+        now = time.monotonic()
+        if now - self._asked < min(LONGEST, max(SHORTEST, (now - self._changed) / 10)):
+            return
+        live = {job.base for job in scheduler.queue(self._run)}
+        self._asked = time.monotonic()
+        if live != self.live:
+            self._changed = self._asked
+            self.live = live
+            clear_folders(self._run, live)
+
+    def end_unknown(self) -> None:
+        """Cancel what a driver submitted that was killed before it had noted the ids."""
+        known = {id for path in (self._run / "logs").rglob("attempt-*") if (jobs := jobs_of(path)) for id in jobs.ids}
+        unknown = sorted(self.live - known)
+        scheduler.cancel(unknown)
+        self.live = self.live - set(unknown)
+        clear_folders(self._run, self.live)
+
+
+class AttachedJob:
+    """The jobs of one attempt."""
+
+    def __init__(self, jobs: Jobs, attempt: Path, queue: Queue) -> None:
+        self._jobs = jobs
+        self._queue = queue
+        self._said = attempt / (PUBLISHER if jobs.finish else "task-0") / "exit.json"
+
+    def ended(self) -> bool:
+        """By its last supervisor's word, or because Slurm has it no longer."""
+        self._queue.poll()
+        return self._said.exists() or self._jobs.last not in self._queue.live
+
+    def clear(self, attempt: Path) -> list[dict[str, str]]:
+        """Keep what the jobs have printed where there is no other log."""
+        keep_last_words(attempt, self._queue._run)
+        return events_of(attempt, self._jobs.ids)
+
+    def cancel(self, attempt: Path) -> None:
+        """End the jobs, wherever they are."""
+        scheduler.cancel(self._jobs.ids)

@@ -1,0 +1,197 @@
+"""Slurm's own commands: what is queued, what has become of a job, and acting on jobs.
+
+A controller that does not answer (it is being restarted, or busy) is asked again for a while: nothing is decided
+without an answer.
+"""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from submitit.core.utils import FailedJobError
+
+from contracts.errors import UserError
+from pipelines.slurm.resources import mark_of
+
+PATIENCE = 600.0
+"""Seconds for which a controller that does not answer is asked again."""
+PAUSE = 5.0
+SILENT = (
+    "unable to contact slurm controller",
+    "socket timed out",
+    "connection refused",
+    "connection timed out",
+    "zero bytes were transmitted",
+    "slurmdbd",
+    "resource temporarily unavailable",
+)
+"""What the commands say when the controller or the accounting does not answer."""
+
+
+LIVE = {"PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "RESIZING"}
+"""States of jobs that have not ended."""
+
+
+class SchedulerError(UserError):
+    """A command of Slurm's failed: it says why, and most often it is a limit or a name that the cluster refuses."""
+
+
+class Queued(msgspec.Struct, frozen=True):
+    """A job, or a task of an array, that has not ended."""
+
+    id: str
+    """As Slurm writes it: 12, 12_3, or 12_[4-7] for tasks that have not started."""
+    base: str
+    """Id of the job or of the whole array."""
+    state: str
+    reason: str
+    name: str
+    nodes: str
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One start of a job or of a task of an array, as accounting knows it; one that was requeued has several."""
+
+    id: str
+    state: str
+    """COMPLETED, FAILED, CANCELLED by 1000, NODE_FAIL, PREEMPTED, REQUEUED, TIMEOUT, OUT_OF_MEMORY, ..."""
+    code: str
+    """Exit code and signal, for example 1:0."""
+    nodes: str
+    start: str
+    end: str
+    name: str
+
+    @property
+    def base(self) -> str:
+        """Id of the job or of the whole array."""
+        return self.id.partition("_")[0]
+
+    @property
+    def word(self) -> str:
+        """The state without who caused it."""
+        return self.state.split()[0]
+
+
+def queue(run: Path) -> list[Queued]:
+    """The jobs of a run that have not ended."""
+    wanted = mark_of(run)
+    lines = call("squeue", "--me", "--noheader", "--format=%k|%i|%F|%T|%r|%N|%j").splitlines()
+    rows = [line.split("|", 6) for line in lines]
+    return [
+        Queued(id, base, state, reason, name, nodes)
+        for comment, id, base, state, reason, nodes, name in rows
+        if comment == wanted
+    ]
+
+
+def history(ids: list[str]) -> list[Record]:
+    """What accounting knows of jobs, each of their starts, in order of time. It lags behind by a second or so."""
+    if not ids:
+        return []
+    fields = "JobID,State,ExitCode,NodeList,Start,End,JobName"
+    text = call("sacct", "--duplicates", "--allocations", "--parsable2", "--noheader", f"--format={fields}", "--jobs",
+                ",".join(ids), "--starttime=now-365days")  # fmt: skip
+    found = [Record(*line.split("|", 6)) for line in text.splitlines()]
+    return sorted(found, key=lambda record: (record.start in ("None", "Unknown"), record.start))
+
+
+def settled_history(ids: list[str], seconds: float = 10.0) -> list[Record]:
+    """`history` of jobs that have ended, as soon as accounting knows that they have, or after some time without.
+
+    The job that asks has not ended; what is known of its earlier starts counts.
+    """
+    own = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
+    deadline = time.monotonic() + seconds
+    while True:
+        found = history(ids)
+        others = {record.base: record.word for record in found if record.base != own}
+        if not {id for id in ids if id != own} - others.keys() and not LIVE.intersection(others.values()):
+            return [record for record in found if record.word not in LIVE]
+        if time.monotonic() > deadline:
+            return found
+        time.sleep(0.3)
+
+
+def details(job: str) -> dict[str, str]:
+    """What the controller knows of a job that has not ended, by `scontrol show job`'s names."""
+    text = call("scontrol", "--oneliner", "show", "job", job)
+    return dict(item.partition("=")[::2] for item in text.split() if "=" in item)
+
+
+def cancel(ids: list[str]) -> None:
+    """End jobs, running or not; those that have ended already are left alone."""
+    if ids:
+        call("scancel", "--quiet", *ids)
+
+
+def requeue(job: str) -> None:
+    """Put a running job, or a task of an array, back into the queue under the same id."""
+    call("scontrol", "requeue", job)
+
+
+def set_dependency(job: str, dependency: str) -> None:
+    """Have a job that has not started wait for others than before."""
+    call("scontrol", "update", f"JobId={job}", f"Dependency={dependency}")
+
+
+def seconds_left(known: dict[str, str]) -> float | None:
+    """Until the time limit of a job with these `details`."""
+    try:
+        return (datetime.fromisoformat(known["EndTime"]) - datetime.now()).total_seconds()
+    except (KeyError, ValueError):  # "Unknown"
+        return None
+
+
+def call(*command: str) -> str:
+    """What one of Slurm's commands prints.
+
+    Raises:
+        UserError: the command is not there.
+        SchedulerError: it failed, or nobody answered for ten minutes.
+    """
+
+    def ask() -> str:
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=_plain())
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{command[0]} is not on PATH: this machine does not belong to a Slurm cluster. Start from a login "
+                "node, or set executor.kind=local."
+            ) from error
+        return result.stdout
+
+    return patiently(f"`{' '.join(command)}`", ask)
+
+
+def patiently(what: str, act: Callable[[], str]) -> str:
+    """Run one of Slurm's commands, again and again as long as nobody answers.
+
+    Raises:
+        SchedulerError: it failed, or nobody answered for ten minutes.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return act()
+        except subprocess.TimeoutExpired as error:
+            message = f"no answer within {error.timeout:.0f} s"
+        except subprocess.CalledProcessError as error:
+            message = (error.stderr.strip() or error.stdout.strip()).replace("\n", "; ")
+        except FailedJobError as error:
+            message = str(error).strip().replace("\n", "; ")
+        silent = "no answer" in message or any(text in message.lower() for text in SILENT)
+        if not silent or time.monotonic() > deadline:
+            raise SchedulerError(f"{what} failed: {message}")
+        time.sleep(PAUSE)
+
+
+def _plain() -> dict[str, Any]:
+    """This process's environment without what changes the output of Slurm's commands."""
+    formats = ("SQUEUE_", "SACCT_", "SCONTROL_", "SCANCEL_", "SLURM_TIME_FORMAT")
+    return {name: value for name, value in os.environ.items() if not name.startswith(formats)}
