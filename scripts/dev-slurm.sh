@@ -448,7 +448,6 @@ end_daemon() { # end_daemon NAME: lets it save what it knows
 
 status() {
   local name pid usable=yes
-  check_state_directory
   if [ ! -f "$state/settings" ]; then
     echo "There is no cluster in $state."
     return 1
