@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from contracts import stopping
@@ -90,6 +91,7 @@ def _published(publication: Publication) -> bool:
 def _work(context: Context, shards: list[str], open_worker: Callable[[], Callable[[str], None]]) -> None:
     """Make shards as long as one is left that is neither finished nor claimed."""
     publication = context.publication
+    claims = publication.state
     make: Callable[[str], None] | None = None
     found_work = True
     while found_work:  # again after the last one: another process may have died meanwhile
@@ -103,7 +105,7 @@ def _work(context: Context, shards: list[str], open_worker: Callable[[], Callabl
             if name in finished:
                 continue
             try:
-                with _claim(publication, name) as mine:
+                with _claim(claims, name) as mine:
                     # Only now: a file server's client may remember for a while that a file was not there.
                     if mine and publication.receipt(name) is None and not _published(publication):
                         make = make or open_worker()
@@ -111,15 +113,15 @@ def _work(context: Context, shards: list[str], open_worker: Callable[[], Callabl
                             make(name)
                         found_work = True
             except FileNotFoundError:
-                if not context.publishes and publication.target.exists():
-                    return  # rank 0 found everything finished and has published
+                if not context.publishes and _published(publication):
+                    return  # rank 0 found everything finished
                 raise
     context.progress(len(publication.finished(shards)), len(shards), "shards")
 
 
 @contextlib.contextmanager
-def _claim(publication: Publication, name: str) -> Iterator[bool]:
-    with (publication.state / f"claim-{name}").open("w") as file:
+def _claim(claims: Path, name: str) -> Iterator[bool]:
+    with (claims / f"claim-{name}").open("w") as file:
         try:
             take_lock(file, fcntl.LOCK_EX)
         except BlockingIOError:
@@ -172,7 +174,7 @@ def _wait_for_all(context: Context, shards: list[str]) -> None:
     missing = shards
     while missing := _missing(context.publication, missing):
         for name in missing:
-            with _claim(context.publication, name) as free:
+            with _claim(context.publication.state, name) as free:
                 if free and context.publication.receipt(name) is None:
                     raise RuntimeError(f"shard {name} was not made: its worker ended without finishing it")
         time.sleep(0.1)

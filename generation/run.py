@@ -103,7 +103,7 @@ def _settings(
         max_length=max(lengths) + config.max_new_tokens,
         dtype=resolve_dtype(config.dtype, on_gpu),
         on_gpu=on_gpu,
-        log=context.publication.state / f"server-{context.rank}.log",
+        log=context.publication.directory / "state" / f"server-{context.rank}.log",
     )
 
 

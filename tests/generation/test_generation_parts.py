@@ -11,16 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contracts.artifacts import Publication
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.ledger import merge
 from contracts.prompts import prompt_id
-from contracts.records import Message, Prompt, Sampling
+from contracts.records import ROLLOUTS, Message, Prompt, Sampling
+from contracts.stage import Context
 from generation.config import GenerationConfig
 from generation.engine import Answer, Request
 from generation.prompts import select_prompts
 from generation.rollouts import check_answer, cut, default_shard_size, requests_of, sample_shard
+from generation.run import _settings
 
 
 def config(**values: Any) -> GenerationConfig:
@@ -64,6 +67,30 @@ def test_shard_size_depends_on_the_samples_in_flight_alone() -> None:
     assert default_shard_size(config(k=4, max_num_seqs=256)) == 512
     assert default_shard_size(config(k=4, max_num_seqs=256, replicas=8)) == 512
     assert default_shard_size(config(k=64, temperatures=[1.0], max_num_seqs=4)) == 1
+
+
+def test_a_process_with_a_role_counts_the_devices_of_its_own_engine(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One GPU each is what two replicas are given, and what each of them sees; a publisher needs none."""
+    torch = pytest.importorskip("torch")
+    tokenizer = ChatTokenizer(policy)
+    one = Prompt("0" * 16, (Message("user", "w1"),))
+    shards = list(cut([(one, (1, 2))], 1, None))
+
+    def on_gpu(visible: int, role: Any, **values: int) -> bool:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+        context = Context(Publication(tmp_path / "out", ROLLOUTS, "generation", "k" * 64), 1, 3, role)
+        return _settings(config(**values), context, tokenizer, shards, None).on_gpu
+
+    assert on_gpu(1, "replica", replicas=2)
+    assert on_gpu(1, "task", replicas=2)
+    assert on_gpu(2, None, replicas=2)
+    assert not on_gpu(0, "publisher", tensor_parallel=4)
+    with pytest.raises(UserError, match="this machine shows 1 GPUs"):
+        on_gpu(1, None, replicas=2)
+    with pytest.raises(UserError, match="this machine shows 1 GPUs"):
+        on_gpu(1, "task", tensor_parallel=2)
 
 
 def test_every_sample_has_a_seed_of_its_own() -> None:
