@@ -19,6 +19,13 @@ CONTAINER_RUNTIMES = ("apptainer", "singularity", "docker", "podman")
 PASSED_ON = (
     "RATCHET_ATTEMPT",
     "RATCHET_RUN",
+    "RATCHET_ROLE",
+    "RATCHET_GRACE_SECONDS",
+    "RANK",
+    "WORLD_SIZE",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
     "HF_HOME",

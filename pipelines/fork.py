@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from contracts.artifacts import MANIFEST, Artifact, write_atomically
+from contracts.artifacts import MANIFEST, Artifact, process_name, write_atomically
 from contracts.config import apply_overrides
 from contracts.errors import UserError
 from pipelines.config import CHANGEABLE, RunConfig, load_run_config, merge, require_changeable
@@ -41,7 +41,7 @@ def fork(source: RunDirectory, first: int, overrides: list[str], name: str | Non
     if os.path.lexists(target):
         raise UserError(f"{target} exists already. Choose another --name.")
     settings = _settings(source.config, last, first, overrides, target)
-    work = target.parent / f".{target.name}.fork-{os.getpid()}"
+    work = target.parent / f".{target.name}.fork-{process_name()}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:

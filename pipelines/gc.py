@@ -31,7 +31,7 @@ from pipelines.retention import (
 from pipelines.rundir import RunDirectory
 from pipelines.status import reads_what_is_there
 
-SCRATCH = re.compile(rf"({re.escape(RELEASED)}|.*{re.escape(COMPRESSED)})\.\d+\.tmp")
+SCRATCH = re.compile(rf"({re.escape(RELEASED)}|.*{re.escape(COMPRESSED)})\.[^/]+\.tmp")
 
 
 @dataclass(frozen=True)

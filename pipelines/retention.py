@@ -33,6 +33,7 @@ from contracts.artifacts import (
     Released,
     artifact_of,
     fsync,
+    process_name,
     read_manifest,
     with_checksum,
     write_atomically,
@@ -264,7 +265,7 @@ def compress(artifact: Artifact, stop: threading.Event | None = None) -> int:
 
 def _pack(path: Path, target: Path, sha256: str, stop: threading.Event | None) -> bool:
     """Write FILE.gz, read it back and give it its name; False when `stop` was set meanwhile."""
-    scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    scratch = target.with_name(f"{target.name}.{process_name()}.tmp")
     with path.open("rb") as source, scratch.open("wb") as packed:
         # Without a name and a time in it, the same rows are the same bytes.
         with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=6, mtime=0) as writer:

@@ -13,8 +13,8 @@ from pipelines.graph import Graph, Node, input_paths
 from pipelines.report import print_table
 from pipelines.rundir import RunDirectory
 from pipelines.slurm.events import in_words
-from pipelines.slurm.jobs import last_jobs
-from pipelines.slurm.scheduler import Queued, queue
+from pipelines.slurm.jobs import last_jobs, unfinished_jobs
+from pipelines.slurm.scheduler import PATIENCE, Queued, queue
 from pipelines.supervisor import failure_of, log_of, progress_of
 
 WAITS = ("Dependency", "BeginTime", "DependencyNeverSatisfied")
@@ -23,7 +23,12 @@ WAITS = ("Dependency", "BeginTime", "DependencyNeverSatisfied")
 
 def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
     """Every stage with its state, what happened to jobs on the cluster, then the metrics so far."""
-    holder, jobs = run.holder(), queued_jobs(run, graph)
+    holder = run.holder()
+    try:
+        jobs = queued_jobs(run, graph, patience=10)
+    except UserError as error:
+        jobs = []
+        console.print(f"What is queued on the cluster is not known: {error}", soft_wrap=True, highlight=False)
     pinned = ", pinned" if run.pinned else ""
     driver = f"driven by {holder}" if holder else "nobody drives it"
     if jobs and not holder:
@@ -74,11 +79,9 @@ def event_lines(run: RunDirectory) -> list[str]:
     return lines
 
 
-def queued_jobs(run: RunDirectory, graph: Graph) -> list[Queued]:
-    """The run's jobs that have not ended on the cluster; none where it never had any."""
-    if not any(last_jobs(run, name) for name in graph.nodes):
-        return []
-    return queue(run.path)
+def queued_jobs(run: RunDirectory, graph: Graph, patience: float = PATIENCE) -> list[Queued]:
+    """The run's jobs that have not ended on the cluster, which is not asked where there can be none."""
+    return queue(run.path, patience) if unfinished_jobs(run, graph) else []
 
 
 def jobs_for(run: RunDirectory, node: Node, queued: list[Queued]) -> list[Queued]:

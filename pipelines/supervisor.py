@@ -51,7 +51,7 @@ class Request(msgspec.Struct, frozen=True):
     """Variables to remove from the inherited ones."""
     directory: str
     run: str
-    """The run's directory, whose driver ends what an earlier one has left on this machine; empty where jobs outlive it."""
+    """The run's directory, whose driver ends what an earlier one has left on this machine; empty on a cluster."""
     driver: tuple[int, str] | None
     """Process id and start time of the driver; the stage ends when it is gone. None: outlives the driver."""
     grace_seconds: float = DEFAULT_GRACE

@@ -32,7 +32,17 @@ from pipelines.rundir import RunDirectory
 from pipelines.slurm import scheduler
 from pipelines.slurm.events import events_of, in_words
 from pipelines.slurm.executor import request_for
-from pipelines.slurm.jobs import RECORD, Jobs, Task, clear_folders, jobs_of, keep_last_words, last_jobs, submit
+from pipelines.slurm.jobs import (
+    Jobs,
+    Task,
+    clear_folders,
+    end_unknown,
+    jobs_of,
+    keep_last_words,
+    last_jobs,
+    submit,
+    unfinished_jobs,
+)
 from pipelines.slurm.resources import resources_of
 from pipelines.status import save_report
 from pipelines.supervisor import end_orphans, ending_of, log_of
@@ -41,14 +51,13 @@ TRY_AGAIN = 75
 """Exit code of a finishing job whose stage is tried again by another one (EX_TEMPFAIL)."""
 
 
-def require_no_chain(run: RunDirectory, config: RunConfig, *, detach: bool) -> None:
+def require_no_chain(run: RunDirectory, graph: Graph, config: RunConfig, *, detach: bool) -> None:
     """Check that no chain of jobs works on a run; one with the same settings may, if that is what is asked for again.
 
     Raises:
         UserError: one does.
     """
-    attempts = [path.parent for path in (run.path / "logs").rglob(RECORD)]
-    chained = {id for path in attempts if (jobs := jobs_of(path)) and jobs.chained for id in jobs.ids}
+    chained = {id for jobs in unfinished_jobs(run, graph).values() if jobs.chained for id in jobs.ids}
     ids = sorted({job.base for job in scheduler.queue(run.path)} & chained, key=int) if chained else []
     if not ids or (detach and run.config.settings() == config.settings()):
         return
@@ -101,11 +110,12 @@ def submit_chain(run: RunDirectory, graph: Graph, config: RunConfig, plan: dict[
                 f"stages run on Slurm. Set executor.stages so that it does too, or leave --detach out."
             )
     with chain_lock(run):
+        end_unknown(run.path)
         live = {job.base for job in scheduler.queue(run.path)}
         new: dict[str, Jobs] = {}
         for node in graph.nodes.values():
             if plan[node.name].reuse:
-                if (node.output / MANIFEST).is_file() is False:  # it lies in superseded/
+                if not (node.output / MANIFEST).is_file():  # it lies in superseded/
                     take_back(run, node, config)
                 continue
             known = last_jobs(run, node.name)
@@ -216,7 +226,7 @@ def conclude(task: Task) -> int:
     while jobs is None:  # it started before the command that submitted it had noted its id
         with chain_lock(run):
             jobs = jobs_of(attempt)
-    for event in events_of(attempt, jobs.ids):
+    for event in events_of(attempt, jobs.tasks, published=(node.output / MANIFEST).is_file()):
         run.record("slurm", stage=node.name, **event)
         print(in_words(event))
     keep_last_words(attempt, run.path)
@@ -270,11 +280,13 @@ def _again(place: Place) -> int:
         print(f"error: stage {node.name}: {text}\n  log: {log_of(place.attempt)}", file=sys.stderr)
         return UserError.exit_code if ending.kind == "user" else 1
     print(f"stage {node.name} {ending.how} Once more in {pause:.0f} s.")
-    attempt = run.new_attempt(node.name)
-    (attempt / CONTINUES).touch()
-    request_for(node, attempt, run.path, config)
-    jobs = submit(node, attempt, place.graph, config.executor, chained=True, pause=pause)
-    run.record("submitted", stage=node.name, attempt=attempt.name, jobs=jobs.ids)
+    latest = run.attempts(node.name)[-1]
+    if latest == place.attempt or jobs_of(latest) is None:  # else this job was killed just after, and started again
+        attempt = run.new_attempt(node.name)
+        (attempt / CONTINUES).touch()
+        request_for(node, attempt, run.path, config)
+        jobs = submit(node, attempt, place.graph, config.executor, chained=True, pause=pause)
+        run.record("submitted", stage=node.name, attempt=attempt.name, jobs=jobs.ids)
     queue = scheduler.queue(run.path)
     live, pending = {job.base for job in queue}, {job.base for job in queue if job.state == "PENDING"}
     for later in place.graph.nodes.values():

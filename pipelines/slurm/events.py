@@ -20,9 +20,15 @@ WORDS = {
 """States that a report tells, in words; not that a job ended well."""
 
 
-def events_of(attempt: Path, ids: list[str]) -> list[dict[str, str]]:
-    """What happened to the jobs of an attempt that has ended; kept in accounting.json beside its logs."""
-    records = scheduler.settled_history(ids)
+def events_of(attempt: Path, tasks: dict[str, int], *, published: bool) -> list[dict[str, str]]:
+    """What happened to the jobs of an attempt that has ended; kept in accounting.json beside its logs.
+
+    Args:
+        tasks: how many tasks a job has, by its id.
+        published: the attempt was successful. Then nobody waits for accounting, which is a second late: what happened
+            on the way is longer ago.
+    """
+    records = scheduler.settled_history(tasks, 0.0 if published else 10.0)
     rows = [{name: getattr(record, name) for name in record.__struct_fields__} for record in records]
     write_atomically(attempt / "accounting.json", json.dumps(rows, indent=1).encode())
     return [

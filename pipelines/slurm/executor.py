@@ -6,6 +6,7 @@ They outlive the driver. The next command takes up those that still go on.
 import time
 from pathlib import Path
 
+from contracts.artifacts import MANIFEST
 from pipelines.attempts import decision_of, write_request
 from pipelines.config import ExecutorSection, RunConfig
 from pipelines.executors import Job
@@ -13,7 +14,7 @@ from pipelines.graph import Graph, Node
 from pipelines.rundir import RunDirectory
 from pipelines.slurm import scheduler
 from pipelines.slurm.events import events_of
-from pipelines.slurm.jobs import Jobs, clear_folders, jobs_of, keep_last_words, last_jobs, submit
+from pipelines.slurm.jobs import Jobs, clear_folders, end_unknown, jobs_of, keep_last_words, submit, unfinished_jobs
 from pipelines.slurm.resources import resources_of
 from pipelines.supervisor import PUBLISHER
 
@@ -29,14 +30,14 @@ class AttachedExecutor:
         self._config = config
         self._graph = graph
         self._queue = Queue(graph.directory)
-        self._queue.end_unknown()
+        self._queue.live -= set(end_unknown(graph.directory))
 
     def submit(self, node: Node, attempt: Path, run: Path) -> Job:
         """Submit what works on the attempt."""
         request_for(node, attempt, run, self._config)
         jobs = submit(node, attempt, self._graph, self._config.executor)
         self._queue.expect(jobs)
-        return AttachedJob(jobs, attempt, self._queue)
+        return AttachedJob(node, jobs, attempt, self._queue)
 
     def adopt(self, node: Node, key: str, run: RunDirectory) -> Job | None:
         """The latest attempt's jobs, if they have not ended. Those that make something else are cancelled."""
@@ -48,7 +49,7 @@ class AttachedExecutor:
         if decision is None or decision.key != key:
             scheduler.cancel(jobs.ids)
             return None
-        return AttachedJob(jobs, attempts[-1], self._queue)
+        return AttachedJob(node, jobs, attempts[-1], self._queue)
 
 
 def request_for(node: Node, attempt: Path, run: Path, config: RunConfig) -> None:
@@ -63,19 +64,14 @@ def end_strays(run: RunDirectory, graph: Graph, executor: ExecutorSection) -> No
 
     Those of stages that do not run there any more are cancelled; the others are taken up when their turn comes.
     """
-    known = {name: jobs for name in graph.nodes if (jobs := last_jobs(run, name)) is not None}
-    if not known:
-        return
-    live = {job.base for job in scheduler.queue(run.path)}
-    going_on = {name: jobs for name, jobs in known.items() if live.intersection(jobs.ids)}
-    scheduler.cancel(
-        [
-            id
-            for name, jobs in going_on.items()
-            if resources_of(graph.nodes[name], executor).executor != "slurm"
-            for id in jobs.ids
-        ]
-    )
+    strays = [
+        id
+        for name, jobs in unfinished_jobs(run, graph).items()
+        if resources_of(graph.nodes[name], executor).executor != "slurm"
+        for id in jobs.ids
+    ]
+    if strays:
+        scheduler.cancel(sorted(set(strays) & {job.base for job in scheduler.queue(run.path)}))
 
 
 class Queue:
@@ -103,19 +99,12 @@ class Queue:
             self.live = live
             clear_folders(self._run, live)
 
-    def end_unknown(self) -> None:
-        """Cancel what a driver submitted that was killed before it had noted the ids."""
-        known = {id for path in (self._run / "logs").rglob("attempt-*") if (jobs := jobs_of(path)) for id in jobs.ids}
-        unknown = sorted(self.live - known)
-        scheduler.cancel(unknown)
-        self.live = self.live - set(unknown)
-        clear_folders(self._run, self.live)
-
 
 class AttachedJob:
     """The jobs of one attempt."""
 
-    def __init__(self, jobs: Jobs, attempt: Path, queue: Queue) -> None:
+    def __init__(self, node: Node, jobs: Jobs, attempt: Path, queue: Queue) -> None:
+        self._output = node.output
         self._jobs = jobs
         self._queue = queue
         self._said = attempt / (PUBLISHER if jobs.finish else "task-0") / "exit.json"
@@ -128,7 +117,7 @@ class AttachedJob:
     def clear(self, attempt: Path) -> list[dict[str, str]]:
         """Keep what the jobs have printed where there is no other log."""
         keep_last_words(attempt, self._queue._run)
-        return events_of(attempt, self._jobs.ids)
+        return events_of(attempt, self._jobs.tasks, published=(self._output / MANIFEST).is_file())
 
     def cancel(self, attempt: Path) -> None:
         """End the jobs, wherever they are."""

@@ -28,7 +28,7 @@ from typing import Literal
 import msgspec
 import submitit
 
-from contracts.artifacts import write_atomically
+from contracts.artifacts import MANIFEST, write_atomically
 from contracts.attempt import ATTEMPT, PROGRESS, report_failure
 from contracts.errors import UserError, as_user_error
 from contracts.fingerprint import digest
@@ -53,7 +53,11 @@ class Jobs(msgspec.Struct, frozen=True):
     """What was submitted for an attempt, as jobs.json in its folder says."""
 
     work: str
+    """W's id."""
     finish: str | None
+    """F's id, where there is one."""
+    array: int
+    """How many tasks W has."""
     chained: bool
     """Whether they conclude by themselves; otherwise a driver does."""
     submitted: float
@@ -62,6 +66,11 @@ class Jobs(msgspec.Struct, frozen=True):
     def ids(self) -> list[str]:
         """All of them, in the order in which they run."""
         return [self.work, *([self.finish] if self.finish else [])]
+
+    @property
+    def tasks(self) -> dict[str, int]:
+        """How many tasks each of them has, by id."""
+        return {id: self.array if id == self.work else 1 for id in self.ids}
 
     @property
     def last(self) -> str:
@@ -79,6 +88,26 @@ def last_jobs(run: RunDirectory, stage: str) -> Jobs | None:
     """The jobs of the latest attempt at a stage."""
     attempts = run.attempts(stage)
     return jobs_of(attempts[-1]) if attempts else None
+
+
+def unfinished_jobs(run: RunDirectory, graph: Graph) -> dict[str, Jobs]:
+    """The latest jobs of those stages that have published nothing; they may have ended."""
+    missing = [name for name, node in graph.nodes.items() if not (node.output / MANIFEST).is_file()]
+    return {name: jobs for name in missing if (jobs := last_jobs(run, name)) is not None}
+
+
+def end_unknown(run: Path) -> list[str]:
+    """Cancel what was submitted for a run by a command that was killed before it had noted the ids; returns those.
+
+    Nobody else may be submitting for it meanwhile.
+    """
+    attempts = [path.parent for path in (run / "logs").rglob(RECORD)]
+    known = {id for attempt in attempts if (jobs := jobs_of(attempt)) for id in jobs.ids}
+    live = {job.base for job in scheduler.queue(run)}
+    unknown = sorted(live - known)
+    scheduler.cancel(unknown)
+    clear_folders(run, live & known)
+    return unknown
 
 
 @dataclass(frozen=True)
@@ -126,7 +155,7 @@ def submit(
         if duties:
             last = replace(task, duties=duties, array=0, nodes=1)
             finish = make(last, finishing(executor), dependency=[f"afterany:{work}", *success], pause=None)
-    jobs = Jobs(work, finish, chained, time.time())
+    jobs = Jobs(work, finish, max(1, array), chained, time.time())
     write_atomically(attempt / RECORD, msgspec.json.encode(jobs))
     return jobs
 
@@ -213,10 +242,8 @@ def _guarded(duty: Duty, task: Task) -> int:
     """Run one duty; what goes wrong outside of the stage's own process is noted as its failure."""
     part = Path(task.attempt, PUBLISHER if duty != "work" else f"task-{_index(task)}")
     try:
-        if duty == "work":
-            return _work(task, part.name)
-        if duty == "publish":
-            return _publish(task)
+        if duty != "conclude":
+            return _run_command(task, part.name)
         from pipelines.slurm.chain import conclude
 
         return conclude(task)
@@ -232,7 +259,7 @@ def _guarded(duty: Duty, task: Task) -> int:
         return 1
 
 
-def _work(task: Task, part: str) -> int:
+def _run_command(task: Task, part: str) -> int:
     """Run the stage's command, or this process's share of it; ask for a requeue where it has to stop before its end."""
     stop = StopRequest()
     if task.chained:
@@ -240,7 +267,7 @@ def _work(task: Task, part: str) -> int:
 
         if prepare(task).reuse:
             return 0
-    code = supervise(task.attempt, part, _variables(task), stop)
+    code = supervise(task.attempt, part, {ROLE: "publisher"} if part == PUBLISHER else _variables(task), stop)
     if not stop() and code not in {128 + number for number in SIGNALS}:
         return code
     job = submitit.JobEnvironment()
@@ -300,16 +327,6 @@ def require_progress(part: Path, stage: str, limit: str) -> None:
             "that of its entry in executor.stages; for a training also lower checkpoint_seconds."
         )
     write_atomically(mark, now)
-
-
-def _publish(task: Task) -> int:
-    """Publish what the tasks of the array have made."""
-    if task.chained:
-        from pipelines.slurm.chain import prepare
-
-        if prepare(task).reuse:
-            return 0
-    return supervise(task.attempt, PUBLISHER, {ROLE: "publisher"})
 
 
 def _index(task: Task) -> int:

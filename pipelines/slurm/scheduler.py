@@ -7,6 +7,7 @@ without an answer.
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -78,10 +79,10 @@ class Record(msgspec.Struct, frozen=True):
         return self.state.split()[0]
 
 
-def queue(run: Path) -> list[Queued]:
+def queue(run: Path, patience: float = PATIENCE) -> list[Queued]:
     """The jobs of a run that have not ended."""
     wanted = mark_of(run)
-    lines = call("squeue", "--me", "--noheader", "--format=%k|%i|%F|%T|%r|%N|%j").splitlines()
+    lines = call("squeue", "--me", "--noheader", "--format=%k|%i|%F|%T|%r|%N|%j", patience=patience).splitlines()
     rows = [line.split("|", 6) for line in lines]
     return [
         Queued(id, base, state, reason, name, nodes)
@@ -101,20 +102,22 @@ def history(ids: list[str]) -> list[Record]:
     return sorted(found, key=lambda record: (record.start in ("None", "Unknown"), record.start))
 
 
-def settled_history(ids: list[str], seconds: float = 10.0) -> list[Record]:
+def settled_history(tasks: dict[str, int], seconds: float = 10.0) -> list[Record]:
     """`history` of jobs that have ended, as soon as accounting knows that they have, or after some time without.
 
-    The job that asks has not ended; what is known of its earlier starts counts.
+    Args:
+        tasks: how many tasks a job has, by its id; 1 for what is no array. The job that asks has not ended: what is
+            known of its earlier starts counts.
     """
     own = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
     deadline = time.monotonic() + seconds
     while True:
-        found = history(ids)
-        others = {record.base: record.word for record in found if record.base != own}
-        if not {id for id in ids if id != own} - others.keys() and not LIVE.intersection(others.values()):
-            return [record for record in found if record.word not in LIVE]
-        if time.monotonic() > deadline:
-            return found
+        found = [record for record in history(list(tasks)) if record.base in tasks]
+        ended = [record for record in found if record.word not in LIVE]
+        last = {record.id: record.word for record in found}  # the latest start of each task
+        known = Counter(id.partition("_")[0] for id, word in last.items() if word not in LIVE)
+        if all(id == own or known[id] >= count for id, count in tasks.items()) or time.monotonic() > deadline:
+            return ended
         time.sleep(0.3)
 
 
@@ -148,12 +151,12 @@ def seconds_left(known: dict[str, str]) -> float | None:
         return None
 
 
-def call(*command: str) -> str:
+def call(*command: str, patience: float = PATIENCE) -> str:
     """What one of Slurm's commands prints.
 
     Raises:
         UserError: the command is not there.
-        SchedulerError: it failed, or nobody answered for ten minutes.
+        SchedulerError: it failed, or nobody answered for `patience` seconds.
     """
 
     def ask() -> str:
@@ -166,16 +169,16 @@ def call(*command: str) -> str:
             ) from error
         return result.stdout
 
-    return patiently(f"`{' '.join(command)}`", ask)
+    return patiently(f"`{' '.join(command)}`", ask, patience)
 
 
-def patiently(what: str, act: Callable[[], str]) -> str:
+def patiently(what: str, act: Callable[[], str], patience: float = PATIENCE) -> str:
     """Run one of Slurm's commands, again and again as long as nobody answers.
 
     Raises:
-        SchedulerError: it failed, or nobody answered for ten minutes.
+        SchedulerError: it failed, or nobody answered for `patience` seconds.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         try:
             return act()
@@ -188,7 +191,7 @@ def patiently(what: str, act: Callable[[], str]) -> str:
         silent = "no answer" in message or any(text in message.lower() for text in SILENT)
         if not silent or time.monotonic() > deadline:
             raise SchedulerError(f"{what} failed: {message}")
-        time.sleep(PAUSE)
+        time.sleep(min(PAUSE, max(0.1, patience / 10)))
 
 
 def _plain() -> dict[str, Any]:
