@@ -113,7 +113,7 @@ def test_a_stop_of_one_node_or_of_every_process_stops_all_and_the_same_command_g
             nodes[1].process.send_signal(number)
         end_all(nodes, 128 + number, stopping.DEFAULT_GRACE + 10)
         assert [kinds(node) for node in nodes] == [{"stopped"}] * 2
-        assert "Traceback" not in logs(nodes)
+        assert "Traceback" not in logs(nodes), logs(nodes)
     end_all([whole, *start_nodes(start, settings, parallel=SMALL)], 0)
     end, expected = (Artifact.open(tmp_path / name).manifest for name in ("out", "whole"))
     assert end.facts["resumed_steps"] >= steps
