@@ -197,7 +197,9 @@ class Driver:
         ending = ending_of(running.attempt)
         name = running.node.name
         pause = self.retries.pause_after(name, ending.kind)
-        self.run.record("failed", stage=name, attempt=running.attempt.name, kind=ending.kind, retry_in=pause)
+        self.run.record(
+            "failed", stage=name, attempt=running.attempt.name, kind=ending.kind, how=ending.how, retry_in=pause
+        )
         if pause is None:
             self.fail(running, ending)
         else:

@@ -36,18 +36,21 @@ def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
     console.print(f"{run.path}: {driver}{pinned}", soft_wrap=True, highlight=False)
     table = Table("stage", "state", "rows", "seconds", "detail")
     lost: set[str] = set()
+    failures: list[str] = []
     for node in graph.nodes.values():
         state = state_of(run, node, graph, driven=holder is not None, queued=jobs)
-        if (
-            state[0] in ("waiting", "interrupted")
-            and (cause := lost.intersection(node.needs))
-            and not jobs_for(run, node, jobs)
-        ):
-            state = ("waiting", "", "", f"for {', '.join(sorted(cause))}, which did not succeed")
-        if state[0] == "failed" or "did not succeed" in state[3]:
+        cause = [name for name in node.needs if name in lost]
+        if cause and state[0] in ("waiting", "interrupted") and not jobs_for(run, node, jobs):
+            state = ("blocked", "", "", f"by {', '.join(cause)}")
+        if state[0] in ("failed", "blocked"):
             lost.add(node.name)
+        if state[0] == "failed":
+            failures.append(f"FAILED {node.name}: {state[3]}")
+            state = (*state[:3], "why: below")
         table.add_row(node.name, *(escape(text) for text in state))
     console.print(table)
+    for line in failures:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     for line in event_lines(run):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     print_table(console, graph)
@@ -70,9 +73,9 @@ def event_lines(run: RunDirectory) -> list[str]:
             case "requeue":
                 text = f"job {event['job']} on {event['host']}: saved what it had and was requeued ({event['reason']})"
             case "failed":
-                text = f"{event['attempt']} ended without publishing ({event['kind']}); " + (
-                    "not tried again" if event["retry_in"] is None else f"tried again after {event['retry_in']:.0f} s"
-                )
+                again = event["retry_in"]
+                then = "not tried again" if again is None else f"tried again after {again:.0f} s"
+                text = f"{event['attempt']} {event['how']} {then[0].upper()}{then[1:]}."
             case _:
                 continue
         lines.append(f"{time.strftime('%F %T', time.localtime(event['time']))}  {event['stage']}: {text}")

@@ -274,7 +274,7 @@ def _again(place: Place) -> int:
     pause = None
     for earlier in chain_attempts(run, node.name):
         pause = retries.pause_after(node.name, ending_of(earlier).kind)
-    run.record("failed", stage=node.name, attempt=place.attempt.name, kind=ending.kind, retry_in=pause)
+    run.record("failed", stage=node.name, attempt=place.attempt.name, kind=ending.kind, how=ending.how, retry_in=pause)
     if pause is None:
         text = ending.reason or f"{ending.how}\n{tail(log_of(place.attempt))}"
         print(f"error: stage {node.name}: {text}\n  log: {log_of(place.attempt)}", file=sys.stderr)

@@ -211,10 +211,10 @@ def test_after_a_failure_nothing_waits_for_ever_and_the_same_command_goes_on(tmp
     run.detach(iterations=1)
 
     status = run.wait()
-    assert re.search(r"setup/reward-model/labels +│ failed .*no such dictionary", status), status
-    assert re.search(r"setup/reward-model/pairs +│ waiting .*for setup/reward-model/labels, which did not", status), status
-    assert re.search(r"iteration-001/training +│ waiting .*for .*, which did not", status), status
-    assert "setup/reward-model/labels: attempt-1 ended without publishing (user); not tried again" in status
+    assert re.search(r"FAILED setup/reward-model/labels: .*no such dictionary.* \(log: .*stage.log\)", status), status
+    assert re.search(r"setup/reward-model/pairs +│ blocked .*by setup/reward-model/labels", status), status
+    assert re.search(r"iteration-001/training +│ blocked .*by iteration-001/pairs", status), status
+    assert "setup/reward-model/labels: attempt-1 failed with exit code 2. Not tried again." in status
     attached = run.pipeline("attach", str(run.path))
     assert attached.returncode == 1
     assert "setup/reward-model/labels" in attached.stderr and "no such dictionary" in attached.stderr
