@@ -1,0 +1,73 @@
+"""Where the time of a process goes that shares shards with others; benchmarks/slurm.py has it loaded into stages."""
+
+import atexit
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FOLDER = "BENCHMARK_SHARDS"
+"""Environment variable: where every process leaves a file when it ends."""
+PARTS = ("loop", "open", "make", "write")
+"""loop: from the first look for a shard to the last. In it, open: loads the model; make: makes and commits shards; and
+in that, write: writes and commits their rows."""
+
+
+def watch() -> None:
+    """Have this process measure its work on shards. Each part is in seconds, of the clock and of CPU."""
+    from contracts import workers
+    from contracts.artifacts import Publication
+
+    spent: dict[str, list[float]] = {part: [0.0, 0.0] for part in PARTS}
+    shards: list[str] = []
+
+    @contextmanager
+    def timed(part: str) -> Iterator[None]:
+        clock, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            spent[part][0] += time.perf_counter() - clock
+            spent[part][1] += time.process_time() - cpu
+
+    def measured(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            with timed(part):
+                return function(*arguments, **options)
+
+        return call
+
+    work = workers._work
+
+    def new_work(context: Any, names: list[str], open_worker: Callable[[], Callable[[str], None]]) -> None:
+        def new_open() -> Callable[[str], None]:
+            with timed("open"):
+                make = open_worker()
+
+            def new_make(name: str) -> None:
+                with timed("make"):
+                    make(name)
+                shards.append(name)
+
+            return new_make
+
+        with timed("loop"):
+            work(context, names, new_open)
+
+    workers._work = new_work
+    Publication.write_rows = measured("write", Publication.write_rows)  # type: ignore[method-assign]
+
+    def leave() -> None:
+        text = json.dumps({"shards": shards, "cpu": time.process_time(), "ended": time.time(), **spent})
+        Path(os.environ[FOLDER], f"{socket.gethostname()}-{os.getpid()}.json").write_text(text)
+
+    atexit.register(leave)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """What the processes have left."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
