@@ -451,11 +451,9 @@ def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in first.items():
         values = [row[name] for row in rows]
-        if all(other == value for other in values):
-            found[name] = value
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             found[name] = medians(values)
-        elif isinstance(value, (int, float)):
+        elif isinstance(value, float):
             found[name] = round(statistics.median(values), 4)
         else:
             found[name] = value
