@@ -17,7 +17,7 @@ from pipelines.estimates import disk_bytes
 from pipelines.graph import Graph, Node
 from pipelines.report import write_metrics
 from pipelines.rundir import RunDirectory
-from pipelines.supervisor import Request, process_identity
+from pipelines.supervisor import Request, log_of, process_identity
 
 DECISION = "decision.json"
 
@@ -108,6 +108,12 @@ def settle(run: RunDirectory, graph: Graph, node: Node, key: str) -> Artifact:
     if node.config.stage == "evaluation":
         write_metrics(run.path, graph)
     return artifact
+
+
+def last_words(attempt: Path) -> str:
+    """The end of what an attempt's stage has printed; where it has not even started, of what its jobs have."""
+    log = log_of(attempt)
+    return "\n".join(tail(path) for path in [log, *sorted(attempt.glob("*_log.out"))][: 1 if log.exists() else None])
 
 
 def tail(log: Path, lines: int = 30) -> str:

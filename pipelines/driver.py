@@ -16,7 +16,7 @@ from contracts.artifacts import MANIFEST, RELEASED
 from contracts.attempt import FailureKind
 from contracts.errors import UserError
 from contracts.stage import require_space
-from pipelines.attempts import StageFailedError, require_room, settle, tail, write_decision
+from pipelines.attempts import StageFailedError, last_words, require_room, settle, write_decision
 from pipelines.config import RunConfig
 from pipelines.decisions import Decision, decide, make_room
 from pipelines.display import Display
@@ -213,7 +213,7 @@ class Driver:
         resume = f"Then continue with: {shlex.join([*program, *sys.argv[1:]])}"
         if ending.kind == "user":
             raise UserError(f"stage {name}: {ending.reason}\n  log: {log}\n  {resume}")
-        reason = ending.reason or tail(log)
+        reason = ending.reason or last_words(running.attempt)
         raise StageFailedError(f"stage {name} {ending.how}\n{reason.rstrip()}\n  log: {log}\n  {resume}", 1)
 
     def end_running(self) -> None:

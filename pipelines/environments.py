@@ -12,7 +12,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from contracts.config import Section, runtime
-from contracts.errors import UserError
+from contracts.errors import TransientError, UserError
 from pipelines.locked import NAMES, InstallError, Locked, code_path, home, interpreter, resolve_variant, sync
 
 CONTAINER_RUNTIMES = ("apptainer", "singularity", "docker", "podman")
@@ -175,6 +175,8 @@ def _probe(environment_json: str, name: str) -> dict[str, str]:
     result = subprocess.run(
         command, env=os.environ | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
+    if result.returncode < 0:
+        raise TransientError(f"looking at environments.{name} was ended by signal {-result.returncode}")
     if result.returncode != 0:
         lines = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-5:]
         raise UserError(

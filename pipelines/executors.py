@@ -149,7 +149,7 @@ class _ThreadJob:
 
 def job_folder(run: Path) -> Path:
     """Where the jobs of a run are described while they last."""
-    return home() / "jobs" / digest(str(run))[:16]
+    return home() / "jobs" / digest(str(run.resolve()))[:16]
 
 
 def clear_job_folders(run: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 from rich.console import Console
 
 from contracts.artifacts import MANIFEST, RELEASED, Artifact
+from contracts.errors import UserError
 from contracts.jsonl import COMPRESSED
 from pipelines.config import RetentionSection
 from pipelines.decisions import SUPERSEDED
@@ -29,7 +30,7 @@ from pipelines.retention import (
     why_kept,
 )
 from pipelines.rundir import RunDirectory
-from pipelines.status import reads_what_is_there
+from pipelines.status import queued_jobs, reads_what_is_there
 
 SCRATCH = re.compile(rf"({re.escape(RELEASED)}|.*{re.escape(COMPRESSED)})\.[^/]+\.tmp")
 
@@ -52,6 +53,11 @@ def collect(console: Console, run: RunDirectory, section: RetentionSection, *, s
         UserError: the run is being driven, or what has to be known cannot be read.
     """
     run.lock()
+    if jobs := queued_jobs(run, build_graph(run.config, run.iterations)):
+        raise UserError(
+            f"{len(jobs)} Slurm jobs of {run.path} have not ended, and need what would be deleted. Wait for them "
+            f"(`pipeline attach {run.path}`), or end them with `pipeline cancel {run.path}`."
+        )
     if run.pinned:
         _tell(console, f"{run.path} is pinned: nothing of it is deleted or compressed. `pipeline pin --off` ends that.")
         return

@@ -148,9 +148,10 @@ def interpreter(name: str, variant: str = "auto") -> Path:
     """
     locked = Locked(known(name), resolve_variant(variant))
     if not locked.complete:
+        asked = "" if locked.variant == ("gpu" if gpu_count() else "cpu") else f" --variant {locked.variant}"
         raise UserError(
             f"the {locked.variant} environment of {name} is not built (it would be {locked.directory}). Build it: "
-            f"pipeline env sync {name}. Or name your own: environments.{name}.python=/path/to/python."
+            f"pipeline env sync {name}{asked}. Or name your own: environments.{name}.python=/path/to/python."
         )
     return locked.python
 

@@ -193,7 +193,7 @@ def run_command(options: argparse.Namespace) -> int:
     check_environments(graph, config.environments)
     run = RunDirectory(config.run_directory)
     forced = resolve(graph, options.force)
-    require_no_chain(run, graph, config, detach=options.detach)
+    require_no_chain(run, graph, config, same=options.detach and not forced)
     run.claim(config, options.config, iterations)
     set_aside(run.path, graph, forced)
     require_space(run.path, "directory")

@@ -1,17 +1,19 @@
 """The directory of a run: whose it is, who drives it, and where things are in it."""
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 import yaml
 
-from contracts.artifacts import write_atomically
+from contracts.artifacts import take_lock, write_atomically
 from contracts.config import validate
 from contracts.errors import UserError
 from pipelines.config import RunConfig
@@ -105,6 +107,10 @@ class RunDirectory:
         (self.path / CANCEL).unlink(missing_ok=True)
         self._mend_events()
 
+    def submitting(self) -> contextlib.AbstractContextManager[None]:
+        """Be the only one, on any machine, who submits jobs of the run, or changes what they wait for, or ends them."""
+        return locked(self.path / "chain.lock")
+
     def clear_scratch(self) -> None:
         """Delete what killed processes were writing; to be called while none is at work."""
         for path in [*self.path.glob("*.tmp"), *(self.path / "logs").rglob("*.tmp")]:
@@ -162,7 +168,8 @@ class RunDirectory:
         """Append to events.jsonl."""
         line = msgspec.json.encode({"time": round(time.time(), 3), "event": event, **facts}) + b"\n"
         with (self.path / "events.jsonl").open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # jobs on other machines write too
+            while not _lock(file, fcntl.LOCK_EX):  # jobs on other machines write too
+                time.sleep(0.01)
             if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
                 self._mend_events()  # one was killed while it did
             file.write(line)
@@ -187,10 +194,19 @@ class RunDirectory:
         return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def _lock(file: IO[str], kind: int) -> bool:
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock, waiting for it."""
+    with path.open("a+") as file:
+        while not _lock(file, fcntl.LOCK_EX):
+            time.sleep(0.05)
+        yield
+
+
+def _lock(file: IO[Any], kind: int) -> bool:
     """Take a lock, or say at once that somebody else holds it."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        take_lock(file, kind)
     except BlockingIOError:
         return False
     return True

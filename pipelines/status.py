@@ -11,18 +11,18 @@ from contracts.artifacts import MANIFEST, RELEASED, Artifact, Manifest, write_at
 from contracts.errors import UserError
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.report import print_table
-from pipelines.rundir import RunDirectory
+from pipelines.rundir import CANCEL, RunDirectory
 from pipelines.slurm.events import in_words
-from pipelines.slurm.jobs import last_jobs, unfinished_jobs
+from pipelines.slurm.jobs import jobs_of, last_jobs, unfinished_jobs
 from pipelines.slurm.scheduler import PATIENCE, Queued, queue
-from pipelines.supervisor import failure_of, log_of, progress_of
+from pipelines.supervisor import failure_of, log_of, parts_of, progress_of
 
 WAITS = ("Dependency", "BeginTime", "DependencyNeverSatisfied")
 """Reasons of Slurm's for a job that waits for others, not for room."""
 
 
 def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
-    """Every stage with its state, what happened to jobs on the cluster, then the metrics so far."""
+    """Who works on a run, and what there is to report of it."""
     holder = run.holder()
     try:
         jobs = queued_jobs(run, graph, patience=10)
@@ -34,15 +34,20 @@ def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
     if jobs and not holder:
         driver = f"under way as {len({job.base for job in jobs})} Slurm jobs"
     console.print(f"{run.path}: {driver}{pinned}", soft_wrap=True, highlight=False)
+    print_report(console, run, graph, jobs, driven=holder is not None)
+
+
+def print_report(console: Console, run: RunDirectory, graph: Graph, jobs: list[Queued], *, driven: bool) -> None:
+    """Every stage with its state, why some have failed, what happened on the way, then the metrics so far."""
     table = Table("stage", "state", "rows", "seconds", "detail")
     lost: set[str] = set()
     failures: list[str] = []
     for node in graph.nodes.values():
-        state = state_of(run, node, graph, driven=holder is not None, queued=jobs)
+        state = state_of(run, node, graph, driven=driven, queued=jobs)
         cause = [name for name in node.needs if name in lost]
         if cause and state[0] in ("waiting", "interrupted") and not jobs_for(run, node, jobs):
             state = ("blocked", "", "", f"by {', '.join(cause)}")
-        if state[0] in ("failed", "blocked"):
+        if state[0] in ("failed", "blocked") or (state[0] == "interrupted" and jobs):
             lost.add(node.name)
         if state[0] == "failed":
             failures.append(f"FAILED {node.name}: {state[3]}")
@@ -57,9 +62,9 @@ def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
 
 
 def save_report(run: RunDirectory, graph: Graph) -> None:
-    """Keep what `pipeline status` prints as report.txt in the run's directory."""
+    """Keep it as report.txt in the run's directory."""
     console = Console(file=io.StringIO(), width=200)
-    print_status(console, run, graph)
+    print_report(console, run, graph, queued_jobs(run, graph), driven=False)
     write_atomically(run.path / "report.txt", console.file.getvalue().encode())  # type: ignore[attr-defined]
 
 
@@ -115,9 +120,13 @@ def state_of(
     if jobs:
         return _state_on_cluster(jobs, progress_of(last) or "")
     failure = failure_of(last)
-    if failure is not None and failure["kind"] != "stopped":
+    cancelled = (run.path / CANCEL).exists() and failure is not None and failure["kind"] == "transient"
+    if failure is not None and failure["kind"] != "stopped" and not cancelled:
         state = "retrying" if driven and failure["kind"] == "transient" else "failed"
         return state, "", "", f"{failure['text'].strip().splitlines()[-1]} (log: {log_of(last)})"
+    if (ended := jobs_of(last)) is not None and parts_of(last) == [last]:
+        text = f"Slurm job {', '.join(ended.ids)} ended before the stage began; `sacct -D -j {ended.work}` says how"
+        return "interrupted", "", "", text
     if (last / "exit.json").exists() or not driven:
         return "interrupted", "", "", progress_of(last) or ""
     return "running", "", "", progress_of(last) or ""

@@ -9,11 +9,13 @@ from rich.console import Console
 from contracts.artifacts import MANIFEST
 from contracts.errors import UserError
 from pipelines.attempts import StageFailedError, tail
+from pipelines.display import plural
 from pipelines.graph import Graph
 from pipelines.report import print_table
 from pipelines.rundir import CANCEL, RunDirectory
 from pipelines.slurm import scheduler
-from pipelines.status import jobs_for, queued_jobs, state_of
+from pipelines.slurm.jobs import job_logs
+from pipelines.status import queued_jobs, state_of
 from pipelines.supervisor import failure_of, log_of, parts_of
 
 SECONDS = 5.0
@@ -69,15 +71,21 @@ def print_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | N
         parts = parts_of(attempts[-1])
         if stage is None and failure_of(attempts[-1]) is not None:
             parts = [log_of(attempts[-1]).parent]
-        for log in [path for part in parts for path in (part / "stage.log", *sorted(part.glob("*_log.out")))]:
+        logs = [part / "stage.log" for part in parts]
+        if not any(log.exists() for log in logs):
+            logs = job_logs(attempts[-1], run.path)
+        for log in logs:
             if log.exists() and log.stat().st_size:
                 shown += 1
                 console.print(f"==> {log} <==", soft_wrap=True, markup=False, highlight=False)
                 console.print(tail(log, lines), soft_wrap=True, markup=False, highlight=False)
     if not shown:
-        what = f"stage {stage} has" if stage else "no stage runs or has failed; those that are published have"
-        hint = "no log yet" if stage else "their logs below logs/. Name one: `pipeline logs RUN STAGE`"
-        raise UserError(f"{what} {hint}.")
+        if stage is not None:
+            raise UserError(f"stage {stage} has no log: it was not started yet.")
+        raise UserError(
+            "no stage that runs or has failed has a log. Name a stage to see that of one that is published: "
+            f"`pipeline logs {run.path} STAGE`."
+        )
 
 
 def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
@@ -86,15 +94,15 @@ def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
     if not jobs and holder is None:
         console.print(f"nobody works on {run.path}; nothing to cancel.", soft_wrap=True, highlight=False)
         return
-    if holder is not None:
+    with run.submitting():  # a finishing job submits no further ones from now on
         (run.path / CANCEL).touch()
+        ids = sorted({job.base for job in scheduler.queue(run.path)}, key=int) if jobs else []
+        scheduler.cancel(ids)
+    if holder is not None:
         console.print(f"asked {holder} to end.", soft_wrap=True, highlight=False)
-    ids = list(dict.fromkeys(job.base for job in jobs))
-    scheduler.cancel(ids)
-    stages = [node.name for node in graph.nodes.values() if jobs_for(run, node, jobs)]
     if ids:
         run.record("cancelled", jobs=ids, by=os.environ.get("USER", str(os.getuid())))
-        console.print(f"cancelled {len(ids)} Slurm jobs of {len(stages)} stages: {', '.join(ids)}.", soft_wrap=True)
+        console.print(f"cancelled {plural(len(ids), 'Slurm job')}: {', '.join(ids)}.", soft_wrap=True, highlight=False)
     console.print(f"`pipeline run` with the same config continues {_shown(run.path)}.", soft_wrap=True, highlight=False)
 
 

@@ -20,6 +20,7 @@ from contracts.errors import UserError, as_user_error
 from contracts.prompts import PromptsConfig
 from generation.config import GenerationConfig
 from pipelines.config import RunConfig
+from pipelines.display import plural
 from pipelines.doctor.machine import Finding, Level, cores, existing, gpus, host_memory
 from pipelines.driver import default_parallel
 from pipelines.environments import EnvironmentConfig, launch_command, probe_versions
@@ -30,6 +31,7 @@ from pipelines.memory import estimated, grouped, model_paths, short, size
 from pipelines.placement import gpu_count
 from pipelines.preflight import input_mistakes, model_mistakes
 from pipelines.sizes import size_of
+from pipelines.slurm.checks import check_patterns, check_slurm
 from training.config import CriticConfig, ExperienceConfig, PolicyConfig, RewardConfig, TrainingConfig
 
 NAMED_TOKEN = re.compile(r"(key|token|secret|password)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}(?![0-9a-f])", re.IGNORECASE)
@@ -113,6 +115,16 @@ def _environment(plan: Plan, name: str) -> Finding:
         return Finding(check, "error", f"{name}, {where}, lacks {', '.join(missing)}", mend)
     shown = ", ".join(f"{library} {version}" for library, version in versions.items())
     return Finding(check, "ok", f"{name}, {where}: {shown}")
+
+
+def check_cluster(plan: Plan) -> Iterator[Finding]:
+    """Whether this machine belongs to a Slurm cluster that can run what the stages ask for."""
+    if plan.config.executor.uses_slurm:
+        check_patterns(plan.graph, plan.config.executor)
+        check_slurm(plan.config.executor, plan.graph)
+        yield Finding("cluster", "ok", "Slurm answers, keeps accounts, and has the partitions that are asked for")
+        if plan.config.executor.is_remote:
+            yield Finding("cluster", "ok", "this machine's devices and memory are not looked at: stages use the nodes'")
 
 
 def check_devices(plan: Plan) -> Iterator[Finding]:
@@ -409,8 +421,3 @@ def at_once(needs: dict[str, int], graph: Graph, places: int) -> list[str]:
         if len(chosen) < places and not any(name in before[one] or one in before[name] for one in chosen):
             chosen.append(name)
     return chosen
-
-
-def plural(count: int, what: str) -> str:
-    """A number of things."""
-    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -19,8 +19,10 @@ from contracts import stopping
 from contracts.errors import UserError, as_user_error
 from contracts.secrets import TOKEN
 from pipelines.config import load_run_config
+from pipelines.display import plural
 from pipelines.doctor.checks import (
     Plan,
+    check_cluster,
     check_configuration,
     check_devices,
     check_disk,
@@ -31,12 +33,12 @@ from pipelines.doctor.checks import (
     check_tokens,
     most_processes,
     needs_loopback,
-    plural,
 )
 from pipelines.doctor.machine import Finding, check_file_system, check_limits, check_loopback
 from pipelines.hub import with_cached_models
 from pipelines.iteration import build_graph
 from pipelines.locked import home
+from pipelines.slurm.checks import settle_variant
 
 
 def add_doctor(commands: Any) -> None:
@@ -68,6 +70,7 @@ def make_plan(source: Path, overrides: list[str], iterations: int | None) -> Pla
     """
     try:
         config = with_cached_models(load_run_config(source, overrides))
+        settle_variant(config.executor)
         wanted = config.iterations if iterations is None else iterations
         if wanted < 0:
             raise UserError(f"--iters is {wanted}; it must not be negative.")
@@ -78,12 +81,16 @@ def make_plan(source: Path, overrides: list[str], iterations: int | None) -> Pla
 
 def examine(plan: Plan) -> list[Finding]:
     """The findings of all checks, in their order; the slow ones run side by side."""
-    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
-        ("configuration", lambda: check_configuration(plan)),
-        ("environments", lambda: check_environments(plan)),
+    here: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("devices", lambda: check_devices(plan)),
         ("processors", lambda: check_processors(plan)),
         ("memory", lambda: check_memory(plan)),
+    ]
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("configuration", lambda: check_configuration(plan)),
+        ("environments", lambda: check_environments(plan)),
+        ("cluster", lambda: check_cluster(plan)),
+        *([] if plan.config.executor.is_remote else here),
         ("models", lambda: check_models(plan)),
         ("disk", lambda: check_disk(plan)),
         ("file system", lambda: check_file_system("the run's directory", plan.config.run_directory)),

@@ -6,11 +6,8 @@ the next attempt, and makes those who wait for this one wait for that. Where not
 Slurm cancels whatever waits for it. All of this is done under one file lock, and from what is on the disk.
 """
 
-import contextlib
-import fcntl
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +15,10 @@ from rich.console import Console
 
 from contracts.artifacts import MANIFEST, RELEASED
 from contracts.errors import UserError
-from pipelines.attempts import decision_of, require_room, settle, tail, write_decision
+from pipelines.attempts import decision_of, last_words, require_room, settle, write_decision
 from pipelines.config import RunConfig
 from pipelines.decisions import Decision, decide, make_room
+from pipelines.display import plural
 from pipelines.driver import Retries
 from pipelines.environments import probe_versions
 from pipelines.graph import Graph, Node
@@ -28,7 +26,7 @@ from pipelines.iteration import build_graph
 from pipelines.plan import Verdict, verdicts
 from pipelines.report import write_metrics
 from pipelines.retention import CHECKPOINT, Retention, drop_aside, restore, set_aside
-from pipelines.rundir import RunDirectory
+from pipelines.rundir import CANCEL, RunDirectory, locked
 from pipelines.slurm import scheduler
 from pipelines.slurm.events import events_of, in_words
 from pipelines.slurm.executor import request_for
@@ -44,6 +42,7 @@ from pipelines.slurm.jobs import (
     unfinished_jobs,
 )
 from pipelines.slurm.resources import resources_of
+from pipelines.slurm.scheduler import SchedulerError
 from pipelines.status import save_report
 from pipelines.supervisor import end_orphans, ending_of, log_of
 
@@ -51,18 +50,21 @@ TRY_AGAIN = 75
 """Exit code of a finishing job whose stage is tried again by another one (EX_TEMPFAIL)."""
 
 
-def require_no_chain(run: RunDirectory, graph: Graph, config: RunConfig, *, detach: bool) -> None:
-    """Check that no chain of jobs works on a run; one with the same settings may, if that is what is asked for again.
+def require_no_chain(run: RunDirectory, graph: Graph, config: RunConfig, *, same: bool) -> None:
+    """Check that no chain of jobs works on a run.
+
+    Args:
+        same: one with the same settings may, because that is what is asked for again.
 
     Raises:
         UserError: one does.
     """
     chained = {id for jobs in unfinished_jobs(run, graph).values() if jobs.chained for id in jobs.ids}
     ids = sorted({job.base for job in scheduler.queue(run.path)} & chained, key=int) if chained else []
-    if not ids or (detach and run.config.settings() == config.settings()):
+    if not ids or (same and run.config.settings() == config.settings()):
         return
     shown = f"{', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''}"
-    other = " with other settings" if detach else ""
+    other = " with other settings" if same else ""
     raise UserError(
         f"the run {run.path} goes on without a driver{other}, as the Slurm jobs {shown}. `pipeline attach {run.path}` "
         f"watches them; `pipeline cancel {run.path}` ends them, and what is finished stays."
@@ -85,11 +87,11 @@ def detach(console: Console, run: RunDirectory, graph: Graph, config: RunConfig)
         console.print(f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
         save_report(run, graph)
         return
-    count = sum(len(jobs.ids) for jobs in new.values())
-    under_way = len(to_run) - len(new)
-    also = f"; {under_way} are under way already" if under_way else ""
+    count = plural(sum(len(jobs.ids) for jobs in new.values()), "job")
+    under_way = plural(len(to_run) - len(new), "stage")
+    also = f"; {under_way} under way already" if len(to_run) > len(new) else ""
     console.print(
-        f"{len(new)} of {len(graph.nodes)} stages submitted as {count} jobs{also}. Nothing of it runs here. "
+        f"{len(new)} of {len(graph.nodes)} stages submitted as {count}{also}. Nothing of it runs here. "
         f"Follow it with `pipeline status {run.path}`, `attach`, `logs` or `cancel`.",
         soft_wrap=True,
         highlight=False,
@@ -109,7 +111,7 @@ def submit_chain(run: RunDirectory, graph: Graph, config: RunConfig, plan: dict[
                 f"stage {node.name} runs on the executor {where}, which needs a process that stays: with --detach all "
                 f"stages run on Slurm. Set executor.stages so that it does too, or leave --detach out."
             )
-    with chain_lock(run):
+    with run.submitting():
         end_unknown(run.path)
         live = {job.base for job in scheduler.queue(run.path)}
         new: dict[str, Jobs] = {}
@@ -125,9 +127,16 @@ def submit_chain(run: RunDirectory, graph: Graph, config: RunConfig, plan: dict[
             request_for(node, attempt, run.path, config)
             if plan[node.name].again:
                 (attempt / AGAIN).touch()
-            new[node.name] = submit(
-                node, attempt, graph, config.executor, chained=True, after=predecessors(run, node, live)
-            )
+            try:
+                new[node.name] = submit(
+                    node, attempt, graph, config.executor, chained=True, after=predecessors(run, node, live)
+                )
+            except SchedulerError as error:
+                scheduler.cancel([id for jobs in new.values() for id in jobs.ids])
+                end_unknown(run.path)
+                raise SchedulerError(
+                    f"{error}. What this command had submitted before was cancelled; mend it and give it again."
+                ) from error
             live |= set(new[node.name].ids)
             run.record("submitted", stage=node.name, attempt=attempt.name, jobs=new[node.name].ids)
     return new
@@ -147,19 +156,6 @@ def predecessors(run: RunDirectory, node: Node, live: set[str]) -> tuple[str, ..
     """The jobs that a stage has to wait for: the last ones of the stages that it needs, if they are under way."""
     found = [jobs.last for name in node.needs if (jobs := last_jobs(run, name)) is not None]
     return tuple(dict.fromkeys(id for id in found if id in live))
-
-
-def chain_lock(run: RunDirectory) -> contextlib.AbstractContextManager[None]:
-    """Be the only one on any node who submits jobs of the run or changes what they wait for."""
-    return locked(run.path / "chain.lock")
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock, waiting for it."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # On the nodes.
@@ -224,14 +220,14 @@ def conclude(task: Task) -> int:
     run, node, attempt = place.run, place.node, place.attempt
     jobs = jobs_of(attempt)
     while jobs is None:  # it started before the command that submitted it had noted its id
-        with chain_lock(run):
+        with run.submitting():
             jobs = jobs_of(attempt)
     for event in events_of(attempt, jobs.tasks, published=(node.output / MANIFEST).is_file()):
         run.record("slurm", stage=node.name, **event)
         print(in_words(event))
     keep_last_words(attempt, run.path)
     decision = decision_of(attempt)
-    with chain_lock(run):
+    with run.submitting():
         if decision is None or not (node.output / MANIFEST).is_file():
             code = _again(place)
         else:
@@ -269,6 +265,9 @@ def _retain(place: Place) -> None:
 def _again(place: Place) -> int:
     """Try the stage again in another job, if that can help, with the dependents waiting for it; else fail."""
     run, node, config = place.run, place.node, place.config
+    if (run.path / CANCEL).exists():
+        print(f"stage {node.name}: the run was cancelled", file=sys.stderr)
+        return 1
     ending = ending_of(place.attempt)
     retries = Retries(config.executor.retries, config.executor.backoff_seconds)
     pause = None
@@ -276,7 +275,7 @@ def _again(place: Place) -> int:
         pause = retries.pause_after(node.name, ending_of(earlier).kind)
     run.record("failed", stage=node.name, attempt=place.attempt.name, kind=ending.kind, how=ending.how, retry_in=pause)
     if pause is None:
-        text = ending.reason or f"{ending.how}\n{tail(log_of(place.attempt))}"
+        text = ending.reason or f"{ending.how}\n{last_words(place.attempt)}"
         print(f"error: stage {node.name}: {text}\n  log: {log_of(place.attempt)}", file=sys.stderr)
         return UserError.exit_code if ending.kind == "user" else 1
     print(f"stage {node.name} {ending.how} Once more in {pause:.0f} s.")

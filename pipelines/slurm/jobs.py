@@ -30,7 +30,7 @@ import submitit
 
 from contracts.artifacts import MANIFEST, write_atomically
 from contracts.attempt import ATTEMPT, PROGRESS, report_failure
-from contracts.errors import UserError, as_user_error
+from contracts.errors import UserError, as_user_error, is_transient
 from contracts.fingerprint import digest
 from contracts.stage import ROLE
 from contracts.stopping import SIGNALS
@@ -56,11 +56,12 @@ class Jobs(msgspec.Struct, frozen=True):
     """W's id."""
     finish: str | None
     """F's id, where there is one."""
-    array: int
-    """How many tasks W has."""
     chained: bool
     """Whether they conclude by themselves; otherwise a driver does."""
     submitted: float
+    """When, in seconds since 1970."""
+    array: int = 1
+    """How many tasks W has."""
 
     @property
     def ids(self) -> list[str]:
@@ -155,7 +156,7 @@ def submit(
         if duties:
             last = replace(task, duties=duties, array=0, nodes=1)
             finish = make(last, finishing(executor), dependency=[f"afterany:{work}", *success], pause=None)
-    jobs = Jobs(work, finish, max(1, array), chained, time.time())
+    jobs = Jobs(work, finish, chained, time.time(), max(1, array))
     write_atomically(attempt / RECORD, msgspec.json.encode(jobs))
     return jobs
 
@@ -172,7 +173,7 @@ def _submit(
 ) -> str:
     """Hand one job to Slurm; returns its id."""
     step = "work" if "work" in task.duties else "finish"
-    folder = slurm_folder(run) / f"{digest(task.attempt)[:16]}-{step}"
+    folder = slurm_folder(run) / f"{name_of(Path(task.attempt))}-{step}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
     parameters = submitit_parameters(
@@ -204,6 +205,11 @@ def _outside_of_jobs() -> Iterator[None]:
         yield
 
 
+def name_of(attempt: Path) -> str:
+    """A short name of an attempt, however its path is written."""
+    return digest(str(attempt.resolve()))[:16]
+
+
 def slurm_folder(run: Path) -> Path:
     """Where submitit describes the Slurm jobs of a run; all nodes have to see it."""
     return job_folder(run) / "slurm"
@@ -218,10 +224,17 @@ def clear_folders(run: Path, live: set[str]) -> None:
 
 
 def keep_last_words(attempt: Path, run: Path) -> None:
-    """Copy what the jobs of an attempt have printed to its logs, where their supervisors left nothing."""
-    for step in ("work", "finish"):
-        for log in (slurm_folder(run) / f"{digest(str(attempt))[:16]}-{step}").glob("*_log.out"):
-            shutil.copyfile(log, attempt / f"{step}-{log.name}")
+    """Copy what the jobs of an attempt have printed themselves to its logs."""
+    for log in job_logs(attempt, run):
+        if log.parent != attempt:
+            shutil.copyfile(log, attempt / log.name)
+
+
+def job_logs(attempt: Path, run: Path) -> list[Path]:
+    """What the jobs of an attempt have printed themselves, before and after the stage's own output."""
+    folders = [slurm_folder(run) / f"{name_of(attempt)}-{step}" for step in ("work", "finish")]
+    found = {path.name: path for folder in (attempt, *folders) for path in sorted(folder.glob("*_log.out"))}
+    return list(found.values())
 
 
 # On the nodes.
@@ -254,7 +267,7 @@ def _guarded(duty: Duty, task: Task) -> int:
             report_failure("user", str(mistake))
             print(f"error: {mistake}", file=sys.stderr)
             return UserError.exit_code
-        report_failure("error", traceback.format_exc())
+        report_failure("transient" if is_transient(error) else "error", traceback.format_exc())
         traceback.print_exc()
         return 1
 
@@ -280,6 +293,7 @@ def _run_command(task: Task, part: str) -> int:
     if reason == "time limit":
         require_progress(Path(task.attempt, part), task.stage, known.get("TimeLimit", ""))
     RunDirectory(Path(task.run)).record("requeue", stage=task.stage, job=job.job_id, reason=reason, host=job.hostname)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, and Slurm would have to kill this process
     try:
         scheduler.requeue(job.job_id)
     except scheduler.SchedulerError as error:  # this cluster has it turned off

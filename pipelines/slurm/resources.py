@@ -168,7 +168,7 @@ def submitit_parameters(
 
 def mark_of(run: Path) -> str:
     """What every job of a run carries as its comment, by which it is known on the cluster."""
-    return f"ratchet-{digest(str(run))[:16]}"
+    return f"ratchet-{digest(str(run.resolve()))[:16]}"
 
 
 def device_hours(resources: Resources) -> float:
