@@ -78,6 +78,7 @@ class Driver:
                         raise KeyboardInterrupt
                     self.start_ready()
                     self.collect_ended()
+                    self.tell_news()
                     self.retention.poll()
                     self.display.refresh(self.running)
                     time.sleep(POLL_SECONDS)
@@ -179,6 +180,12 @@ class Driver:
             self.finish_again(running.node)
             if CHECKPOINT.fullmatch(running.node.name) or running.node.config.stage == "evaluation":
                 self.retention.apply(self.published)
+
+    def tell_news(self) -> None:
+        """Say where a stage that was started waits for something."""
+        for name, running in self.running.items():
+            if text := running.job.news():
+                self.display.note(f"waits  {name}  ({text})")
 
     def finish_again(self, node: Node) -> None:
         """After a released stage has been made again: where it came out differently, so may what was made from it."""

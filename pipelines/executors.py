@@ -32,6 +32,10 @@ class Job(Protocol):
         """Whether it runs no more, however it ended."""
         ...
 
+    def news(self) -> str | None:
+        """Why it does not run yet, where that is not only for a while; told whenever it changes."""
+        ...
+
     def clear(self, attempt: Path) -> list[dict[str, str]]:
         """After the end: delete what the executor needed, its last words excepted, which go to the attempt's logs.
 
@@ -109,6 +113,9 @@ class _SubmititJob:
     def ended(self) -> bool:
         return self._job.done()
 
+    def news(self) -> str | None:
+        return None
+
     def clear(self, attempt: Path) -> list[dict[str, str]]:
         if not (attempt / "exit.json").exists():
             for log in self._folder.glob("*_log.out"):
@@ -139,6 +146,9 @@ class _ThreadJob:
 
     def ended(self) -> bool:
         return not self._thread.is_alive()
+
+    def news(self) -> str | None:
+        return None
 
     def clear(self, attempt: Path) -> list[dict[str, str]]:
         return []

@@ -19,6 +19,9 @@ from pipelines.slurm.resources import resources_of
 from pipelines.supervisor import PUBLISHER
 
 SHORTEST, LONGEST = 1.0, 20.0
+"""Seconds between two questions to Slurm's controller."""
+ORDINARY = frozenset("None Resources Priority Dependency BeginTime JobArrayTaskLimit Cleaning Prolog".split())
+"""Reasons of a pending job that go away by themselves."""
 
 
 class AttachedExecutor:
@@ -78,9 +81,10 @@ class Queue:
     """The run's jobs that have not ended: asked for often at first, and less often the longer nothing changes."""
 
     def __init__(self, run: Path) -> None:
-        self._run = run
+        self.run = run
         self._changed = self._asked = time.monotonic()
         self.live = {job.base for job in scheduler.queue(run)}
+        self.reasons: dict[str, str] = {}
 
     def expect(self, jobs: Jobs) -> None:
         """Jobs that were submitted just now."""
@@ -92,12 +96,14 @@ class Queue:
         now = time.monotonic()
         if now - self._asked < min(LONGEST, max(SHORTEST, (now - self._changed) / 10)):
             return
-        live = {job.base for job in scheduler.queue(self._run)}
+        jobs = scheduler.queue(self.run)
+        live = {job.base for job in jobs}
+        self.reasons = {job.base: job.reason for job in jobs if job.state == "PENDING"}
         self._asked = time.monotonic()
         if live != self.live:
             self._changed = self._asked
             self.live = live
-            clear_folders(self._run, live)
+            clear_folders(self.run, live)
 
 
 class AttachedJob:
@@ -107,6 +113,7 @@ class AttachedJob:
         self._output = node.output
         self._jobs = jobs
         self._queue = queue
+        self._told = ""
         self._said = attempt / (PUBLISHER if jobs.finish else "task-0") / "exit.json"
 
     def ended(self) -> bool:
@@ -114,9 +121,18 @@ class AttachedJob:
         self._queue.poll()
         return self._said.exists() or self._jobs.last not in self._queue.live
 
+    def news(self) -> str | None:
+        """That Slurm does not start a job, for a reason that may last."""
+        for id in self._jobs.ids:
+            reason = self._queue.reasons.get(id, "None")
+            if reason != self._told and reason not in ORDINARY:
+                self._told = reason
+                return f"job {id} waits: {reason}"
+        return None
+
     def clear(self, attempt: Path) -> list[dict[str, str]]:
         """Keep what the jobs have printed where there is no other log."""
-        keep_last_words(attempt, self._queue._run)
+        keep_last_words(attempt, self._queue.run)
         return events_of(attempt, self._jobs.tasks, published=(self._output / MANIFEST).is_file())
 
     def cancel(self, attempt: Path) -> None:

@@ -4,22 +4,20 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from pipelines_cluster import Cluster, wait_for
-from pipelines_smallest import COMMAND, SMALLEST, FinishedRun, pipeline, write_smallest
+from pipelines_smallest import COMMAND, FinishedRun, pipeline, write_smallest
 
 from contracts.artifacts import MANIFEST, Artifact
 from pipelines.rundir import RunDirectory
-from pipelines.slurm.jobs import jobs_of, last_jobs
+from pipelines.slurm.jobs import last_jobs
 
 FEW = {"generation": {"tasks": 2}, "scoring": {"tasks": 2}}
 """Two tasks for each array: every task loads a model, and here they share a machine."""
@@ -46,7 +44,7 @@ class SlurmRun:
     def start(self, *arguments: str) -> "subprocess.Popen[bytes]":
         """Start `pipeline run`, without waiting for its end."""
         log = self.config.with_suffix(".log").open("ab")
-        command = [*COMMAND, "run", str(self.config), "--iters", "2", *arguments]
+        command = [*COMMAND, "run", str(self.config), *arguments]
         return subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
 
     def detach(self, iterations: int = 2) -> None:
@@ -87,7 +85,7 @@ class SlurmRun:
 
     @contextlib.contextmanager
     def frozen(self, stage: str) -> Iterator[list[int]]:
-        """Stop a stage's processes as soon as they have done some of their work, so that what is done to it is in time."""
+        """Stop a stage's processes after they have done some of their work, so that what is done to it is in time."""
         wait_for(lambda: self.saved(stage), 400, f"{stage} has saved a step")
         pids = self.processes(stage)
         for pid in pids:
@@ -148,15 +146,17 @@ def test_a_driver_on_a_cluster_makes_what_one_on_a_laptop_makes(
     """Its driver is killed twice meanwhile; the next one takes up the jobs that go on."""
     run = SlurmRun(tmp_path, cluster)
     for stage in ("setup/reward-model/generation", "iteration-001/reward"):
-        driver = run.start()
+        driver = run.start("--iters", "1")
         tasks = {id for id, _ in run.wait_for_tasks(stage)}
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         assert tasks & cluster.jobs()
-    result = run.pipeline("run", str(run.config), "--iters", "2")
+    result = run.pipeline("run", str(run.config), "--iters", "1")
     assert result.returncode == 0, result.stderr
     assert "goes on since an earlier command" in run.config.with_suffix(".log").read_text() + result.stdout
-    assert run.digests() == digests(finished_run.path)
+    assert run.digests() == {
+        stage: digest for stage, digest in digests(finished_run.path).items() if "iteration-002" not in stage
+    }
     assert all(attempt.name == "attempt-1" for attempt in (run.path / "logs").rglob("attempt-*")), "nothing twice"
     assert run.is_over()
 
@@ -222,7 +222,8 @@ def test_after_a_failure_nothing_waits_for_ever_and_the_same_command_goes_on(tmp
     assert "setup/reward-model/labels: attempt-1 failed with exit code 2. Not tried again." in status
     attached = run.pipeline("attach", str(run.path))
     assert attached.returncode == 1
-    assert "setup/reward-model/labels" in attached.stderr and "no such dictionary" in attached.stderr
+    assert "setup/reward-model/labels" in attached.stderr
+    assert "no such dictionary" in attached.stderr
     assert "Traceback" not in attached.stderr
     logs = run.pipeline("logs", str(run.path))
     assert "no such dictionary" in logs.stdout, logs.stderr
@@ -231,14 +232,18 @@ def test_after_a_failure_nothing_waits_for_ever_and_the_same_command_goes_on(tmp
     (tmp_path / "rules.py").write_text(rules)
     run.detach(iterations=1)
     submitted = {event["stage"] for event in run.events("submitted") if event["attempt"] == "attempt-2"}
-    assert "setup/reward-model/labels" in submitted and "iteration-001/training" in submitted
+    assert "setup/reward-model/labels" in submitted
+    assert "iteration-001/training" in submitted
     assert not submitted & before.keys()
     result = run.pipeline("run", str(run.config), "--iters", "1", "--detach")
-    assert "0 of 25 stages submitted as 0 jobs" in result.stdout and "under way already" in result.stdout
+    assert "0 of 25 stages submitted as 0 jobs" in result.stdout
+    assert "under way already" in result.stdout
     result = run.pipeline("run", str(run.config), "--iters", "1")
-    assert result.returncode == 2 and "pipeline attach" in result.stderr
+    assert result.returncode == 2
+    assert "pipeline attach" in result.stderr
     result = run.pipeline("run", str(run.config), "--iters", "1", "--detach", "training.learning_rate=2e-4")
-    assert result.returncode == 2 and "with other settings" in result.stderr
+    assert result.returncode == 2
+    assert "with other settings" in result.stderr
 
     result = run.pipeline("cancel", str(run.path))
     assert result.returncode == 0, result.stderr
@@ -250,14 +255,22 @@ def test_two_nodes_with_two_processes_each_give_the_losses_of_one(
     tmp_path: Path, cluster: Cluster, finished_run: FinishedRun
 ) -> None:
     """Only the training runs on the cluster, the other stages on this machine."""
-    stages = {"training": {"nodes": 2}, "iteration-001/training": {"kind": "slurm"}}
-    training = {**SMALLEST["training"], "parallel": {"dp": 4}}
-    run = SlurmRun(tmp_path, cluster, stages=stages, training=training)
-    result = run.pipeline("run", str(run.config), "--iters", "1", "executor.kind=local")
+    result = pipeline("fork", str(finished_run.path), "--from-iteration", "1", "--name", "nodes")
     assert result.returncode == 0, result.stderr
-    record = cluster.accounting([last_jobs(run.run, "iteration-001/training").work])
-    assert all(row["NodeList"] == "node[1-2]" for row in record.values()), record
-    here, there = (read_losses(path / "iteration-001/training") for path in (finished_run.path, run.path))
+    forked = finished_run.path.with_name("nodes")
+    config = yaml.safe_load((forked / "config.yaml").read_text())
+    config["executor"] = {"stages": {"iteration-001/training": {"kind": "slurm", "nodes": 2}}}
+    config["training"]["parallel"] = {"dp": 4}
+    (forked / "config.yaml").write_text(yaml.safe_dump(config))
+    environment = {**os.environ, **cluster.environment}
+    result = pipeline(
+        "run", str(forked / "config.yaml"), "--iters", "1", "--force", "iteration-001/training", env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    jobs = last_jobs(RunDirectory(forked), "iteration-001/training")
+    assert jobs is not None
+    assert {row["NodeList"] for row in cluster.accounting([jobs.work]).values()} == {"node[1-2]"}
+    here, there = (read_losses(path / "iteration-001/training") for path in (finished_run.path, forked))
     assert len(here) == len(there) > 3
     for one, four in zip(here, there, strict=True):
         assert one == pytest.approx(four, abs=1e-4)
