@@ -582,19 +582,21 @@ def process_name(pid: int | None = None) -> str:
     return f"{socket.gethostname()}-{pid or os.getpid()}"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a small file so that a reader sees the old or the new content, also after a power cut."""
+def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace a small file so that a reader sees the old or the new content; if `durable`, also after a power cut."""
     scratch = path.with_name(f"{path.name}.{process_name()}.tmp")
     try:
         with scratch.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
-    fsync(path.parent)
+    if durable:
+        fsync(path.parent)
 
 
 def hardware() -> dict[str, Any]:

@@ -13,6 +13,8 @@ from contracts.artifacts import process_name, write_atomically
 
 ATTEMPT = "RATCHET_ATTEMPT"
 """Environment variable: the directory of the attempt."""
+ROLE = "RATCHET_ROLE"
+"""Environment variable: what this process is to do of a stage that works in shards; unset: everything."""
 HEARTBEAT = "heartbeat"
 PROGRESS = "progress.json"
 FAILURES = "failure-*.json"
@@ -45,7 +47,7 @@ def report_progress(done: int, total: int, unit: str) -> None:
     if attempt and (done == total or time.monotonic() - _last[PROGRESS] > BEAT_SECONDS / 2):
         _last[PROGRESS] = time.monotonic()
         text = json.dumps({"done": done, "total": total, "unit": unit})
-        write_atomically(Path(attempt, PROGRESS), text.encode())
+        write_atomically(Path(attempt, PROGRESS), text.encode(), durable=False)
 
 
 def report_failure(kind: FailureKind, text: str) -> None:

@@ -8,6 +8,7 @@ The same command line serves a person, a bash script and the driver:
 import argparse
 import contextlib
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -25,7 +26,7 @@ import msgspec
 
 from contracts import stopping
 from contracts.artifacts import Artifact, Publication, input_damage, input_digest, is_published
-from contracts.attempt import FailureKind, report_failure, report_progress, supervised
+from contracts.attempt import ROLE, FailureKind, report_failure, report_progress, supervised
 from contracts.config import Role, StageConfig, apply_overrides, describe, read_yaml, validate
 from contracts.errors import TransientError, UserError, as_user_error, is_transient
 from contracts.fingerprint import digest
@@ -38,8 +39,6 @@ LOCK_SECONDS = 120.0
 """How long a supervised stage waits for another process that works on the same output: longer than the lease of a
 dead machine's lock (90 s with NFS)."""
 
-ROLE = "RATCHET_ROLE"
-"""Environment variable: what this process is to do of a stage that works in shards; unset: everything."""
 WorkerRole = Literal["replica", "task", "publisher"]
 """replica: makes shards for the process that started it. task: makes shards beside others on any machines, with nobody
 above them. publisher: publishes what tasks have made, and makes nothing."""
@@ -166,6 +165,7 @@ def main(commands: dict[str, Command], package: str, argv: list[str] | None = No
             report_failure(kind, text)
     sys.stdout.flush()
     sys.stderr.flush()
+    gc.freeze()  # else Python's end takes most of a second to go through all of torch's objects once more
     sys.exit(code)
 
 

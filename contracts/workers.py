@@ -21,9 +21,9 @@ from typing import Any
 
 from contracts import stopping
 from contracts.artifacts import Publication, process_name, take_lock
+from contracts.attempt import ROLE
 from contracts.errors import TransientError, UserError
 from contracts.processes import end_groups
-from contracts.stage import ROLE as ROLE
 from contracts.stage import Context
 
 LOOK_SECONDS = 0.5

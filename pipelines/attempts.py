@@ -17,9 +17,7 @@ from pipelines.estimates import disk_bytes
 from pipelines.graph import Graph, Node
 from pipelines.report import write_metrics
 from pipelines.rundir import RunDirectory
-from pipelines.supervisor import Request, log_of, process_identity
-
-DECISION = "decision.json"
+from pipelines.supervisor import DECISION, Request, log_of, process_identity
 
 
 class StageFailedError(Exception):

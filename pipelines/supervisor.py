@@ -6,6 +6,7 @@ two share a machine.
 Files of an attempt (logs/<stage>/attempt-<n>/):
     request.json   what to run                     written by the driver
     stage.yaml     the stage's config              written by the driver
+    decision.json  what was decided before it      written by the driver, or by a chain's first task
     cancel         asks for the end                written by the driver
     stage.log      its output
     progress.json  how far it is                   written by the stage
@@ -39,6 +40,7 @@ POLL_SECONDS = 0.1
 FAR_POLL_SECONDS = 0.5
 """Between two looks at files that a file server has to be asked about."""
 PUBLISHER = "publisher"
+DECISION = "decision.json"
 
 
 class Request(msgspec.Struct, frozen=True):

@@ -32,7 +32,6 @@ from pipelines.slurm.events import events_of, in_words
 from pipelines.slurm.executor import request_for
 from pipelines.slurm.jobs import (
     Jobs,
-    Task,
     clear_folders,
     end_unknown,
     jobs_of,
@@ -41,6 +40,7 @@ from pipelines.slurm.jobs import (
     submit,
     unfinished_jobs,
 )
+from pipelines.slurm.node import Task
 from pipelines.slurm.resources import resources_of
 from pipelines.slurm.scheduler import SchedulerError
 from pipelines.status import save_report

@@ -3,10 +3,8 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from contracts.fingerprint import digest
 from pipelines.config import ExecutorSection
 from pipelines.estimates import memory
 from pipelines.graph import Graph, Node
@@ -164,11 +162,6 @@ def submitit_parameters(
         kind = f"{resources.gpu_type}:" if resources.gpu_type else ""
         parameters["gpus_per_node"] = f"{kind}{resources.gpus}"
     return parameters
-
-
-def mark_of(run: Path) -> str:
-    """What every job of a run carries as its comment, by which it is known on the cluster."""
-    return f"ratchet-{digest(str(run.resolve()))[:16]}"
 
 
 def device_hours(resources: Resources) -> float:

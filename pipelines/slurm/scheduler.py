@@ -17,7 +17,7 @@ import msgspec
 from submitit.core.utils import FailedJobError
 
 from contracts.errors import UserError
-from pipelines.slurm.resources import mark_of
+from contracts.fingerprint import digest
 
 PATIENCE = 600.0
 """Seconds for which a controller that does not answer is asked again."""
@@ -77,6 +77,11 @@ class Record(msgspec.Struct, frozen=True):
     def word(self) -> str:
         """The state without who caused it."""
         return self.state.split()[0]
+
+
+def mark_of(run: Path) -> str:
+    """What every job of a run carries as its comment, by which it is known on the cluster."""
+    return f"ratchet-{digest(str(run.resolve()))[:16]}"
 
 
 def queue(run: Path, patience: float = PATIENCE) -> list[Queued]:

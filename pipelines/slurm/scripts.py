@@ -28,10 +28,10 @@ from pipelines.slurm.resources import (
     Resources,
     device_hours,
     finishing,
-    mark_of,
     resources_of,
     submitit_parameters,
 )
+from pipelines.slurm.scheduler import mark_of
 
 DRY_RUN = ".dry-run"
 FILES = frozenset({"resolved.yaml", "graph.json", "sbatch"})

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from contracts import stage, stopping
+from contracts import attempt, stage, stopping
 from contracts.artifacts import Artifact, partial_directory
 from contracts.config import StageConfig, identity
 from contracts.errors import TransientError, UserError
@@ -199,7 +199,7 @@ def _write(target: Path, word: str, role: str | None, orders: int, answers: int)
     stage.LOCK_SECONDS = 0  # nobody waits: who would have to is refused
     if role is not None:
         stopping.listen()
-        os.environ.update({stage.ROLE: role, stopping.GRACE: "600"})
+        os.environ.update({attempt.ROLE: role, stopping.GRACE: "600"})
     if role == "task":
         os.environ.update({"RANK": "1", "WORLD_SIZE": "2"})
     sys.addaudithook(audit)

@@ -85,17 +85,19 @@ class SlurmRun:
 
     @contextlib.contextmanager
     def frozen(self, stage: str) -> Iterator[list[int]]:
-        """Stop a stage's processes after they have done some of their work, so that what is done to it is in time."""
-        wait_for(lambda: self.saved(stage), 400, f"{stage} has saved a step")
+        """Stop a training's processes after they have saved a step, so that what is done to it is in time."""
+        wait_for(lambda: self.processes(stage), 400, f"{stage} runs")
         pids = self.processes(stage)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+        deadline = time.monotonic() + 200
+        while not self.saved(stage):  # let it go on for a moment at a time: it is quick
+            assert time.monotonic() < deadline, f"{stage} has saved nothing"
+            signal_all(pids, signal.SIGCONT)
+            time.sleep(0.03)
+            signal_all(pids, signal.SIGSTOP)
         try:
             yield pids
         finally:
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
+            signal_all(pids, signal.SIGCONT)
 
     def saved(self, stage: str) -> bool:
         """Whether a training that is under way has saved what it could go on from."""
@@ -116,6 +118,13 @@ class SlurmRun:
         result = self.pipeline("status", str(self.path))
         assert result.returncode == 0, result.stderr
         return result.stdout
+
+
+def signal_all(pids: list[int], number: signal.Signals) -> None:
+    """Send a signal to processes, some of which may have ended."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 pytestmark = pytest.mark.timeout(1800)
@@ -245,9 +254,11 @@ def test_after_a_failure_nothing_waits_for_ever_and_the_same_command_goes_on(tmp
     assert result.returncode == 2
     assert "with other settings" in result.stderr
 
+    before = len(run.events("submitted"))
     result = run.pipeline("cancel", str(run.path))
     assert result.returncode == 0, result.stderr
     wait_for(run.is_over, 60, "all jobs end")
+    assert len(run.events("submitted")) == before, "what was cancelled is not tried again"
     assert run.pipeline("cancel", str(run.path)).stdout.startswith("nobody works on")
 
 
