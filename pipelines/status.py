@@ -2,6 +2,7 @@
 
 import io
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +14,7 @@ from pipelines.graph import Graph, Node, input_paths
 from pipelines.report import print_table
 from pipelines.rundir import CANCEL, RunDirectory
 from pipelines.slurm.events import in_words
-from pipelines.slurm.jobs import jobs_of, last_jobs, unfinished_jobs
+from pipelines.slurm.jobs import job_logs, jobs_of, last_jobs, unfinished_jobs
 from pipelines.slurm.scheduler import PATIENCE, Queued, queue
 from pipelines.supervisor import failure_of, log_of, parts_of, progress_of
 
@@ -126,10 +127,19 @@ def state_of(
         return state, "", "", f"{failure['text'].strip().splitlines()[-1]} (log: {log_of(last)})"
     if (ended := jobs_of(last)) is not None and parts_of(last) == [last]:
         text = f"Slurm job {', '.join(ended.ids)} ended before the stage began; `sacct -D -j {ended.work}` says how"
-        return "interrupted", "", "", text
+        said = _complaint(job_logs(last, run.path))
+        return ("failed", "", "", f"{text}. {said}") if said else ("interrupted", "", "", text)
     if (last / "exit.json").exists() or not driven:
         return "interrupted", "", "", progress_of(last) or ""
     return "running", "", "", progress_of(last) or ""
+
+
+def _complaint(logs: list[Path]) -> str | None:
+    """What jobs have said of their failure themselves: the first line with an error, else the last one; with the log."""
+    for log in logs:
+        if lines := [line for line in log.read_text(errors="replace").splitlines() if line.strip()]:
+            return f"{next((line for line in lines if 'error' in line.lower()), lines[-1])} (log: {log})"
+    return None
 
 
 def _state_on_cluster(jobs: list[Queued], progress: str) -> tuple[str, str, str, str]:
