@@ -135,7 +135,7 @@ def state_of(
 
 
 def _complaint(logs: list[Path]) -> str | None:
-    """What jobs have said of their failure themselves: the first line with an error, else the last one; with the log."""
+    """What jobs have said of their failure themselves: the first line with an error, or the last; with the log."""
     for log in logs:
         if lines := [line for line in log.read_text(errors="replace").splitlines() if line.strip()]:
             return f"{next((line for line in lines if 'error' in line.lower()), lines[-1])} (log: {log})"
