@@ -48,6 +48,10 @@ from pipelines.supervisor import end_orphans, ending_of, log_of
 
 TRY_AGAIN = 75
 """Exit code of a finishing job whose stage is tried again by another one (EX_TEMPFAIL)."""
+AGAIN = "again"
+"""Mark of an attempt that makes weights again that were deleted."""
+CONTINUES = "continues"
+"""Mark of an attempt that a finishing job has submitted."""
 
 
 def require_no_chain(run: RunDirectory, graph: Graph, config: RunConfig, *, same: bool) -> None:
@@ -81,8 +85,8 @@ def detach(console: Console, run: RunDirectory, graph: Graph, config: RunConfig)
     to_run = [name for name, verdict in plan.items() if not verdict.reuse]
     new = submit_chain(run, graph, config, plan)
     for name, jobs in new.items():
-        console.print(f"submit {name}  (job {', '.join(jobs.ids)}; {plan[name].reason})", soft_wrap=True, markup=False,
-                      highlight=False)  # fmt: skip
+        line = f"submit {name}  (job {', '.join(jobs.ids)}; {plan[name].reason})"
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     if not to_run:
         console.print(f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
         save_report(run, graph)
@@ -95,7 +99,7 @@ def detach(console: Console, run: RunDirectory, graph: Graph, config: RunConfig)
         f"Follow it with `pipeline status {run.path}`, `attach`, `logs` or `cancel`.",
         soft_wrap=True,
         highlight=False,
-    )  # fmt: skip
+    )
 
 
 def submit_chain(run: RunDirectory, graph: Graph, config: RunConfig, plan: dict[str, Verdict]) -> dict[str, Jobs]:
@@ -122,7 +126,9 @@ def submit_chain(run: RunDirectory, graph: Graph, config: RunConfig, plan: dict[
                 continue
             known = last_jobs(run, node.name)
             if known is not None and known.last in live:
-                continue
+                if not new.keys() & set(node.needs):
+                    continue
+                scheduler.cancel(known.ids)  # it waits for what has failed; Slurm has only not ended it yet
             attempt = run.new_attempt(node.name)
             request_for(node, attempt, run.path, config)
             if plan[node.name].again:
@@ -140,10 +146,6 @@ def submit_chain(run: RunDirectory, graph: Graph, config: RunConfig, plan: dict[
             live |= set(new[node.name].ids)
             run.record("submitted", stage=node.name, attempt=attempt.name, jobs=new[node.name].ids)
     return new
-
-
-AGAIN = "again"
-"""Mark of an attempt that makes weights again that were deleted."""
 
 
 def take_back(run: RunDirectory, node: Node, config: RunConfig) -> None:
@@ -218,10 +220,11 @@ def conclude(task: Task) -> int:
     """
     place = Place.of(task)
     run, node, attempt = place.run, place.node, place.attempt
-    jobs = jobs_of(attempt)
-    while jobs is None:  # it started before the command that submitted it had noted its id
-        with run.submitting():
-            jobs = jobs_of(attempt)
+    with run.submitting():  # who submitted this job notes its id meanwhile
+        jobs = jobs_of(attempt)
+    if jobs is None:
+        print(f"{run.path}: the command that submitted this job was killed. Give it again.", file=sys.stderr)
+        return 1
     for event in events_of(attempt, jobs.tasks, published=(node.output / MANIFEST).is_file()):
         run.record("slurm", stage=node.name, **event)
         print(in_words(event))
@@ -304,7 +307,3 @@ def chain_attempts(run: RunDirectory, stage: str) -> list[Path]:
     attempts = run.attempts(stage)
     first = max((number for number, path in enumerate(attempts) if not (path / CONTINUES).exists()), default=0)
     return attempts[first:]
-
-
-CONTINUES = "continues"
-"""Mark of an attempt that a finishing job has submitted."""
