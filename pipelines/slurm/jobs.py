@@ -118,18 +118,16 @@ def submit(
     """
     run, resources = graph.directory, resources_of(node, executor, graph)
     array = resources.tasks if resources.is_array else 0
-    task = Task(str(run), node.name, str(attempt), ("work",), array, resources.nodes, chained, executor.grace_seconds)
-    make = functools.partial(_submit, executor=executor, run=run, chained=chained)
+    make = functools.partial(_submit, executor=executor, run=run)
     success = [f"afterok:{':'.join(after)}"] if after else []
-    if chained and resources.kind == "light":
-        task = replace(task, duties=("work", "conclude"))
-        work, finish = make(task, resources, dependency=success, pause=pause), None
-    else:
-        work, finish = make(task, resources, dependency=success, pause=pause), None
-        duties: tuple[Duty, ...] = (*(("publish",) if array else ()), *(("conclude",) if chained else ()))
-        if duties:
-            last = replace(task, duties=duties, array=0, nodes=1)
-            finish = make(last, finishing(executor), dependency=[f"afterany:{work}", *success], pause=None)
+    here: tuple[Duty, ...] = ("work", "conclude") if chained and resources.kind == "light" else ("work",)
+    task = Task(str(run), node.name, str(attempt), here, array, resources.nodes, chained, executor.grace_seconds)
+    work = make(task, resources, dependency=success, pause=pause)
+    later: tuple[Duty, ...] = (*(("publish",) if array else ()), *(("conclude",) if chained else ()))
+    finish = None
+    if later and "conclude" not in here:
+        task = replace(task, duties=later, array=0, nodes=1)
+        finish = make(task, finishing(executor), dependency=[f"afterany:{work}", *success], pause=None)
     jobs = Jobs(work, finish, chained, time.time(), max(1, array))
     write_atomically(attempt / RECORD, msgspec.json.encode(jobs))
     return jobs
@@ -141,7 +139,6 @@ def _submit(
     *,
     executor: ExecutorSection,
     run: Path,
-    chained: bool,
     dependency: list[str],
     pause: float | None,
 ) -> str:
