@@ -150,7 +150,7 @@ def submitit_parameters(
         "account": resources.account,
         "qos": resources.qos,
         "setup": list(resources.setup) or None,
-        "signal_delay_s": math.ceil(grace_seconds) + MARGIN_SECONDS,
+        "signal_delay_s": min(math.ceil(grace_seconds) + MARGIN_SECONDS, resources.minutes * 30),  # or half of its time
         "dependency": dependency,
         "array_parallelism": resources.tasks,
         "stderr_to_stdout": True,
