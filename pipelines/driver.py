@@ -21,14 +21,14 @@ from pipelines.config import RunConfig
 from pipelines.decisions import Decision, decide, make_room
 from pipelines.display import Display
 from pipelines.environments import probe_versions
-from pipelines.executors import Executor, Running, clear_job_folders, make_executor
+from pipelines.executors import Executor, InlineExecutor, LocalExecutor, Running, clear_job_folders
 from pipelines.graph import Graph, Node
 from pipelines.placement import gpu_count
 from pipelines.report import write_metrics
 from pipelines.retention import CHECKPOINT, Retention, drop_aside, released_inputs, restore, set_aside, why_again
 from pipelines.rundir import CANCEL, RunDirectory
 from pipelines.slurm.events import in_words
-from pipelines.slurm.executor import end_strays
+from pipelines.slurm.executor import AttachedExecutor, end_strays
 from pipelines.slurm.resources import resources_of
 from pipelines.supervisor import Ending, end_orphans, ending_of, log_of
 
@@ -112,7 +112,11 @@ class Driver:
         """Where a stage runs."""
         kind = resources_of(node, self.config.executor).executor
         if kind not in self.executors:
-            self.executors[kind] = make_executor(kind, self.config, self.graph, self.parallel)
+            if kind == "slurm":
+                self.executors[kind] = AttachedExecutor(self.config, self.graph)
+            else:
+                local = InlineExecutor if kind == "inline" else LocalExecutor
+                self.executors[kind] = local(self.config, self.parallel)
         return self.executors[kind]
 
     def reuse_or_start(self, node: Node) -> None:

@@ -17,7 +17,7 @@ import submitit
 from contracts.fingerprint import digest
 from pipelines.attempts import write_request
 from pipelines.config import RunConfig
-from pipelines.graph import Graph, Node
+from pipelines.graph import Node
 from pipelines.locked import home
 from pipelines.rundir import RunDirectory
 from pipelines.supervisor import supervise
@@ -165,12 +165,3 @@ def job_folder(run: Path) -> Path:
 def clear_job_folders(run: Path) -> None:
     """Delete what a killed driver of this run has left of jobs on this machine."""
     shutil.rmtree(job_folder(run) / "local", ignore_errors=True)
-
-
-def make_executor(kind: str, config: RunConfig, graph: Graph, parallel: int) -> Executor:
-    """The executor of that kind for a run that may have `parallel` stages at once on this machine."""
-    if kind == "slurm":
-        from pipelines.slurm.executor import AttachedExecutor
-
-        return AttachedExecutor(config, graph)
-    return InlineExecutor(config, parallel) if kind == "inline" else LocalExecutor(config, parallel)
