@@ -92,7 +92,7 @@ def queue(run: Path, patience: float = PATIENCE) -> list[Queued]:
     return [
         Queued(id, base, state, reason, name, nodes)
         for comment, id, base, state, reason, nodes, name in rows
-        if comment == wanted
+        if wanted in comment  # to which a cluster may add
     ]
 
 
