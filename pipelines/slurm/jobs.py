@@ -11,6 +11,7 @@ or by itself, starts again from that pickle: everything else is on the disk.
 
 import contextlib
 import functools
+import io
 import os
 import shutil
 import time
@@ -159,7 +160,7 @@ def _submit(
     slurm = make_executor(folder, parameters)
 
     def hand_over() -> str:
-        with _outside_of_jobs():
+        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # sbatch's message is in the error, too
             if task.array > 1:
                 return str(slurm.map_array(perform, [task] * task.array)[0].job_id)
             return str(slurm.submit(perform, task).job_id)
