@@ -27,8 +27,10 @@ from pipelines.placement import gpu_count
 from pipelines.report import write_metrics
 from pipelines.retention import CHECKPOINT, Retention, drop_aside, released_inputs, restore, set_aside, why_again
 from pipelines.rundir import CANCEL, RunDirectory
-from pipelines.slurm.events import in_words
+from pipelines.slurm import scheduler
+from pipelines.slurm.events import in_words, record_missed
 from pipelines.slurm.executor import AttachedExecutor, end_strays
+from pipelines.slurm.jobs import unfinished_jobs
 from pipelines.slurm.resources import resources_of
 from pipelines.supervisor import Ending, end_orphans, ending_of, log_of
 
@@ -67,6 +69,8 @@ class Driver:
             self.run.record("orphan ended", pid=pid)
         clear_job_folders(self.run.path)
         end_strays(self.run, self.graph, self.config.executor)
+        if unfinished_jobs(self.run, self.graph):
+            record_missed(self.run, self.graph, {job.base for job in scheduler.queue(self.run.path)})
         self.run.clear_scratch()
         restore(self.run.path)
         for number in (*stopping.SIGNALS, signal.SIGHUP):
@@ -84,6 +88,7 @@ class Driver:
                     time.sleep(POLL_SECONDS)
             finally:
                 self.end_running()
+                clear_job_folders(self.run.path)
                 self.run.clear_scratch()
             self.retention.apply(self.published)
             while self.retention.poll():
@@ -241,7 +246,6 @@ class Driver:
                 time.sleep(POLL_SECONDS)
         finally:  # also when interrupted once more
             end_orphans(self.run.path)
-            clear_job_folders(self.run.path)
 
 
 class Retries:

@@ -30,7 +30,7 @@ from pipelines.plan import Verdict, verdicts
 from pipelines.preflight import check_environments, check_inputs
 from pipelines.report import print_comparison, print_table
 from pipelines.rundir import RunDirectory
-from pipelines.slurm.chain import detach, require_no_chain
+from pipelines.slurm.chain import detach, require_detachable, require_no_chain
 from pipelines.slurm.checks import check_patterns, check_slurm, settle_variant
 from pipelines.slurm.config import SlurmSection
 from pipelines.slurm.scripts import write_dry_run
@@ -181,6 +181,8 @@ def run_command(options: argparse.Namespace) -> int:
         check_inputs(plan)
         planned = print_plan(console, plan, config, resolve(plan, options.force))
         print_memory(console, plan, config)
+        if options.detach:
+            require_detachable(plan, config, planned)
         if config.executor.uses_slurm:
             runs = {name: verdict.reason for name, verdict in planned.items() if not verdict.reuse}
             write_dry_run(console, plan, config, runs, detached=options.detach)

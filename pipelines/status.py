@@ -1,8 +1,11 @@
 """`pipeline status RUN`: how far a run is, from what is on the disk and, for jobs on a cluster, in its queue."""
 
+import contextlib
 import io
 import time
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,11 +16,17 @@ from contracts.errors import UserError
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.report import print_table
 from pipelines.rundir import CANCEL, RunDirectory
-from pipelines.slurm.events import in_words
+from pipelines.slurm.events import in_words, missed
 from pipelines.slurm.jobs import job_logs, jobs_of, last_jobs, unfinished_jobs
 from pipelines.slurm.scheduler import PATIENCE, Queued, queue
 from pipelines.supervisor import failure_of, log_of, parts_of, progress_of
 
+State = tuple[str, str, str, str]
+"""State, rows, seconds and detail of a stage."""
+HOPELESS = frozenset(
+    "PartitionConfig PartitionNodeLimit PartitionTimeLimit BadConstraints InvalidAccount InvalidQOS".split()
+)
+"""Reasons of Slurm's for a job that can never start."""
 WAITS = ("Dependency", "BeginTime", "DependencyNeverSatisfied")
 """Reasons of Slurm's for a job that waits for others, not for room."""
 
@@ -41,25 +50,33 @@ def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
 def print_report(console: Console, run: RunDirectory, graph: Graph, jobs: list[Queued], *, driven: bool) -> None:
     """Every stage with its state, why some have failed, what happened on the way, then the metrics so far."""
     table = Table("stage", "state", "rows", "seconds", "detail")
-    lost: set[str] = set()
     failures: list[str] = []
+    for name, state in states(run, graph, jobs, driven=driven).items():
+        if state[0] == "failed":
+            failures.append(f"FAILED {name}: {state[3]}")
+            state = (*state[:3], "why: below")
+        table.add_row(name, *(escape(text) for text in state))
+    console.print(table)
+    for line in [*failures, *event_lines(run.events() + missed(run, graph, {job.base for job in jobs}))]:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    print_table(console, graph)
+
+
+def states(run: RunDirectory, graph: Graph, jobs: list[Queued], *, driven: bool) -> dict[str, State]:
+    """The state of each stage; one that waits for another that is not under way and not done is blocked."""
+    found: dict[str, State] = {}
+    lost: set[str] = set()
+    waits_for_jobs = not driven and not (run.path / CANCEL).exists()
     for node in graph.nodes.values():
         state = state_of(run, node, graph, driven=driven, queued=jobs)
         cause = [name for name in node.needs if name in lost]
         if cause and state[0] in ("waiting", "interrupted") and not jobs_for(run, node, jobs):
             state = ("blocked", "", "", f"by {', '.join(cause)}")
-        if state[0] in ("failed", "blocked") or (state[0] == "interrupted" and jobs):
+        stopped = state[0] == "interrupted" and waits_for_jobs and last_jobs(run, node.name) is not None
+        if stopped or state[0] in ("failed", "blocked"):
             lost.add(node.name)
-        if state[0] == "failed":
-            failures.append(f"FAILED {node.name}: {state[3]}")
-            state = (*state[:3], "why: below")
-        table.add_row(node.name, *(escape(text) for text in state))
-    console.print(table)
-    for line in failures:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    for line in event_lines(run):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    print_table(console, graph)
+        found[node.name] = state
+    return found
 
 
 def save_report(run: RunDirectory, graph: Graph) -> None:
@@ -69,23 +86,34 @@ def save_report(run: RunDirectory, graph: Graph) -> None:
     write_atomically(run.path / "report.txt", console.file.getvalue().encode())  # type: ignore[attr-defined]
 
 
-def event_lines(run: RunDirectory) -> list[str]:
-    """What happened on the way that a reader of the results should know: accidents, retries, requeues."""
-    lines = []
-    for event in run.events():
+def event_lines(events: list[dict[str, Any]]) -> list[str]:
+    """What happened on the way that a reader of the results should know: accidents, retries, requeues; in order."""
+    explained = {event["job"] for event in events if event["event"] == "requeue"}
+    by_command = {id for event in events if event["event"] == "cancelled" for id in event["jobs"]}
+    lines: dict[str, None] = {}
+    for event in events:
+        when, stage = event.get("time"), event.get("stage")
         match event["event"]:
             case "slurm":
+                if event["job"].partition("_")[0] in by_command and event["state"].startswith("CANCELLED"):
+                    continue
+                if event["state"] == "REQUEUED" and event["job"] in explained:
+                    continue
                 text = in_words(event)
+                with contextlib.suppress(ValueError):  # one that has no end
+                    when = datetime.fromisoformat(event["end"]).timestamp()
             case "requeue":
                 text = f"job {event['job']} on {event['host']}: saved what it had and was requeued ({event['reason']})"
             case "failed":
                 again = event["retry_in"]
                 then = "not tried again" if again is None else f"tried again after {again:.0f} s"
                 text = f"{event['attempt']} {event['how']} {then[0].upper()}{then[1:]}."
+            case "cancelled":
+                stage, text = "the run", f"cancelled by {event['by']} with `pipeline cancel`"
             case _:
                 continue
-        lines.append(f"{time.strftime('%F %T', time.localtime(event['time']))}  {event['stage']}: {text}")
-    return lines
+        lines[f"{time.strftime('%F %T', time.localtime(when))}  {stage}: {text}"] = None
+    return sorted(lines)
 
 
 def queued_jobs(run: RunDirectory, graph: Graph, patience: float = PATIENCE) -> list[Queued]:
@@ -99,9 +127,7 @@ def jobs_for(run: RunDirectory, node: Node, queued: list[Queued]) -> list[Queued
     return [job for job in queued if jobs is not None and job.base in jobs.ids]
 
 
-def state_of(
-    run: RunDirectory, node: Node, graph: Graph, *, driven: bool, queued: list[Queued]
-) -> tuple[str, str, str, str]:
+def state_of(run: RunDirectory, node: Node, graph: Graph, *, driven: bool, queued: list[Queued]) -> State:
     """State, rows, seconds and detail of a stage."""
     if (node.output / MANIFEST).is_file():
         try:
@@ -126,6 +152,8 @@ def state_of(
         state = "retrying" if driven and failure["kind"] == "transient" else "failed"
         return state, "", "", f"{failure['text'].strip().splitlines()[-1]} (log: {log_of(last)})"
     if (ended := jobs_of(last)) is not None and parts_of(last) == [last]:
+        if driven or queued or (run.path / CANCEL).exists():
+            return "waiting", "", "", ""
         text = f"Slurm job {', '.join(ended.ids)} ended before the stage began; `sacct -D -j {ended.work}` says how"
         said = _complaint(job_logs(last, run.path))
         return ("failed", "", "", f"{text}. {said}") if said else ("interrupted", "", "", text)
@@ -142,13 +170,15 @@ def _complaint(logs: list[Path]) -> str | None:
     return None
 
 
-def _state_on_cluster(jobs: list[Queued], progress: str) -> tuple[str, str, str, str]:
+def _state_on_cluster(jobs: list[Queued], progress: str) -> State:
     running = [job for job in jobs if job.state != "PENDING"]
     if running:
         where = ", ".join(f"{job.id} on {job.nodes or 'no node yet'}" for job in running[:4])
         return "running", "", "", f"{progress}{'; ' if progress else ''}job {where}{', ...' if running[4:] else ''}"
     reasons = {job.reason for job in jobs}
     detail = f"job {', '.join(dict.fromkeys(job.base for job in jobs))}: {', '.join(sorted(reasons))}"
+    if reasons & HOPELESS:
+        detail += "; it will not start as it is: cancel, and ask for less"
     return ("waiting" if reasons <= set(WAITS) else "queued"), "", "", f"{progress}{'; ' if progress else ''}{detail}"
 
 

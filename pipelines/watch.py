@@ -15,10 +15,12 @@ from pipelines.report import print_table
 from pipelines.rundir import CANCEL, RunDirectory
 from pipelines.slurm import scheduler
 from pipelines.slurm.jobs import job_logs
-from pipelines.status import queued_jobs, state_of
+from pipelines.status import queued_jobs, states
 from pipelines.supervisor import failure_of, log_of, parts_of
 
 SECONDS = 5.0
+SHOWN = ("running", "failed", "retrying", "interrupted")
+"""States of the stages whose logs are shown where none is named."""
 
 
 def attach(console: Console, run: RunDirectory, graph: Graph) -> None:
@@ -30,11 +32,10 @@ def attach(console: Console, run: RunDirectory, graph: Graph) -> None:
     told: dict[str, tuple[str, ...]] = {}
     while True:
         jobs, holder = queued_jobs(run, graph), run.holder()
-        for node in graph.nodes.values():
-            state = state_of(run, node, graph, driven=holder is not None, queued=jobs)
-            if told.get(node.name, ("waiting",))[0] != state[0]:
-                console.print(f"{state[0]:<12} {node.name}  {state[3]}", soft_wrap=True, markup=False, highlight=False)
-            told[node.name] = state
+        for name, state in states(run, graph, jobs, driven=holder is not None).items():
+            if told.get(name, ("waiting",))[0] != state[0]:
+                console.print(f"{state[0]:<12} {name}  {state[3]}", soft_wrap=True, markup=False, highlight=False)
+            told[name] = state
         if not jobs and holder is None:
             break
         time.sleep(SECONDS)
@@ -59,33 +60,22 @@ def print_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | N
     if stage is not None and stage not in graph.nodes:
         raise UserError(f"the run {run.path} has no stage {stage!r}. `pipeline status {run.path}` lists them.")
     jobs, holder = queued_jobs(run, graph), run.holder()
-    shown = 0
-    for node in graph.nodes.values():
-        attempts = run.attempts(node.name)
-        if not attempts or (stage is not None and node.name != stage):
-            continue
-        if stage is None:
-            state = state_of(run, node, graph, driven=holder is not None, queued=jobs)[0]
-            if state not in ("running", "failed", "retrying", "interrupted"):
-                continue
-        parts = parts_of(attempts[-1])
-        if stage is None and failure_of(attempts[-1]) is not None:
+    now = states(run, graph, jobs, driven=holder is not None)
+    chosen = [stage] if stage else [name for name, state in now.items() if state[0] in SHOWN]
+    logs: list[Path] = []
+    for name in chosen:
+        attempts = run.attempts(name)
+        parts = parts_of(attempts[-1]) if attempts else []
+        if stage is None and attempts and failure_of(attempts[-1]) is not None:
             parts = [log_of(attempts[-1]).parent]
-        logs = [part / "stage.log" for part in parts]
-        if not any(log.exists() for log in logs):
-            logs = job_logs(attempts[-1], run.path)
-        for log in logs:
-            if log.exists() and log.stat().st_size:
-                shown += 1
-                console.print(f"==> {log} <==", soft_wrap=True, markup=False, highlight=False)
-                console.print(tail(log, lines), soft_wrap=True, markup=False, highlight=False)
-    if not shown:
-        if stage is not None:
-            raise UserError(f"stage {stage} has no log: it was not started yet.")
-        raise UserError(
-            "no stage that runs or has failed has a log. Name a stage to see that of one that is published: "
-            f"`pipeline logs {run.path} STAGE`."
-        )
+        own = [part / "stage.log" for part in parts if (part / "stage.log").exists()]
+        logs += own or (job_logs(attempts[-1], run.path) if attempts else [])
+    if not logs:
+        what = f"stage {stage} has no log: it was not started yet" if stage else "no stage runs, has failed or stopped"
+        raise UserError(f"{what}. `pipeline logs {run.path} STAGE` shows the log of any stage that was started.")
+    for log in logs:
+        console.print(f"==> {log} <==", soft_wrap=True, markup=False, highlight=False)
+        console.print(tail(log, lines) or "(nothing yet)", soft_wrap=True, markup=False, highlight=False)
 
 
 def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:

@@ -28,7 +28,7 @@ from pipelines.report import write_metrics
 from pipelines.retention import CHECKPOINT, Retention, drop_aside, restore, set_aside
 from pipelines.rundir import CANCEL, RunDirectory, locked
 from pipelines.slurm import scheduler
-from pipelines.slurm.events import events_of, in_words
+from pipelines.slurm.events import events_of, in_words, record_missed
 from pipelines.slurm.executor import request_for
 from pipelines.slurm.jobs import (
     Jobs,
@@ -67,11 +67,10 @@ def require_no_chain(run: RunDirectory, graph: Graph, config: RunConfig, *, same
     ids = sorted({job.base for job in scheduler.queue(run.path)} & chained, key=int) if chained else []
     if not ids or (same and run.config.settings() == config.settings()):
         return
-    shown = f"{', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''}"
     other = " with other settings" if same else ""
     raise UserError(
-        f"the run {run.path} goes on without a driver{other}, as the Slurm jobs {shown}. `pipeline attach {run.path}` "
-        f"watches them; `pipeline cancel {run.path}` ends them, and what is finished stays."
+        f"the run {run.path} goes on without a driver{other}, as {plural(len(ids), 'Slurm job')} from {ids[0]} on. "
+        f"`pipeline attach {run.path}` watches them; `pipeline cancel {run.path}` ends them, and what is done stays."
     )
 
 
@@ -102,22 +101,28 @@ def detach(console: Console, run: RunDirectory, graph: Graph, config: RunConfig)
     )
 
 
+def require_detachable(graph: Graph, config: RunConfig, plan: dict[str, Verdict]) -> None:
+    """Raise UserError where a stage that is to run does so elsewhere than on Slurm."""
+    for node in graph.nodes.values():
+        where = resources_of(node, config.executor).executor
+        if where != "slurm" and not plan[node.name].reuse:
+            raise UserError(
+                f"stage {node.name} runs on the executor {where}, which needs a process that stays: with --detach all "
+                "stages run on Slurm. Set executor.stages so that it does too, or leave --detach out."
+            )
+
+
 def submit_chain(run: RunDirectory, graph: Graph, config: RunConfig, plan: dict[str, Verdict]) -> dict[str, Jobs]:
     """Submit every stage that is to run and has no jobs yet; returns the new jobs by stage, in order.
 
     Raises:
         UserError: a stage is to run elsewhere than on Slurm.
     """
-    for node in graph.nodes.values():
-        where = resources_of(node, config.executor).executor
-        if where != "slurm" and not plan[node.name].reuse:
-            raise UserError(
-                f"stage {node.name} runs on the executor {where}, which needs a process that stays: with --detach all "
-                f"stages run on Slurm. Set executor.stages so that it does too, or leave --detach out."
-            )
+    require_detachable(graph, config, plan)
     with run.submitting():
         end_unknown(run.path)
         live = {job.base for job in scheduler.queue(run.path)}
+        record_missed(run, graph, live)
         new: dict[str, Jobs] = {}
         for node in graph.nodes.values():
             if plan[node.name].reuse:

@@ -2,9 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from contracts.artifacts import write_atomically
+from pipelines.graph import Graph
+from pipelines.rundir import RunDirectory
 from pipelines.slurm import scheduler
+from pipelines.slurm.jobs import Jobs, unfinished_jobs
+
+ACCOUNTING = "accounting.json"
 
 WORDS = {
     "NODE_FAIL": "its node failed",
@@ -30,11 +36,43 @@ def events_of(attempt: Path, tasks: dict[str, int], *, published: bool) -> list[
     """
     records = scheduler.settled_history(tasks, 0.0 if published else 10.0)
     rows = [{name: getattr(record, name) for name in record.__struct_fields__} for record in records]
-    write_atomically(attempt / "accounting.json", json.dumps(rows, indent=1).encode())
+    write_atomically(attempt / ACCOUNTING, json.dumps(rows, indent=1).encode())
+    return _events(records)
+
+
+def _events(records: list[scheduler.Record]) -> list[dict[str, str]]:
     return [
         {"job": record.id, "state": record.state, "nodes": record.nodes, "code": record.code, "end": record.end}
         for record in records
-        if record.word in WORDS
+        if record.word in WORDS and record.state != "CANCELLED"  # by Slurm itself, since what it waited for failed
+    ]
+
+
+def unaccounted(run: RunDirectory, graph: Graph, live: set[str]) -> dict[str, tuple[Path, Jobs]]:
+    """The stages whose latest jobs have ended without anybody having looked what had happened to them."""
+    found = {}
+    for name, jobs in unfinished_jobs(run, graph).items():
+        attempt = run.attempts(name)[-1]
+        if not live.intersection(jobs.ids) and not (attempt / ACCOUNTING).exists():
+            found[name] = (attempt, jobs)
+    return found
+
+
+def record_missed(run: RunDirectory, graph: Graph, live: set[str]) -> None:
+    """Before a run goes on: take note of what happened to jobs that ended without a driver or a finishing job."""
+    for name, (attempt, jobs) in unaccounted(run, graph, live).items():
+        for event in events_of(attempt, jobs.tasks, published=False):
+            run.record("slurm", stage=name, **event)
+
+
+def missed(run: RunDirectory, graph: Graph, live: set[str]) -> list[dict[str, Any]]:
+    """The same, without taking note of it."""
+    found = {id: name for name, (_, jobs) in unaccounted(run, graph, live).items() for id in jobs.ids}
+    records = scheduler.history(list(found))
+    return [
+        {"event": "slurm", "stage": found[event["job"].partition("_")[0]], **event}
+        for event in _events(records)
+        if event["job"].partition("_")[0] in found
     ]
 
 
@@ -43,4 +81,5 @@ def in_words(event: dict[str, str]) -> str:
     what = WORDS[event["state"].split()[0]]
     by = event["state"].partition(" ")[2]
     code = f", exit code {event['code'].partition(':')[0]}" if what == "failed" else ""
-    return f"job {event['job']} on {event['nodes']}: {what}{f' {by}' if by else ''}{code}"
+    where = "before it started" if event["nodes"] == "None assigned" else f"on {event['nodes']}"
+    return f"job {event['job']} {where}: {what}{f' {by}' if by else ''}{code}"

@@ -135,7 +135,10 @@ def _fresh(run: Path) -> Path:
         raise UserError(f"{folder} is not what a dry run has left, but it would write there. Move it away.")
     if folder.exists():
         shutil.rmtree(folder)
-    (folder / "sbatch").mkdir(parents=True)
+    try:
+        (folder / "sbatch").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}. Set directory=PATH.") from error
     return folder
 
 

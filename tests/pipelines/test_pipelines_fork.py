@@ -181,7 +181,7 @@ def test_a_dry_run_of_a_fork_sees_what_it_would_take_back(
     """Also what comes after it: the inputs of the next stages are found where they are kept."""
     target, _ = fork(run, 1, ["training.settings.beta=0.3"], "dry")
     graph = build_graph(load_run_config(target / CONFIG, []), 1)
-    monkeypatch.setattr("pipelines.main.probe_versions", lambda *_: {})
+    monkeypatch.setattr("pipelines.plan.probe_versions", lambda *_: {})
     seen: dict[str, Path] = {}
 
     def decide(node: Node, versions: object, directory: Path, where: Callable[[Path], Path]) -> Decision:
@@ -189,7 +189,7 @@ def test_a_dry_run_of_a_fork_sees_what_it_would_take_back(
         key = Artifact.open(run.path / node.name).manifest.key
         return Decision(True, "as before", key)
 
-    monkeypatch.setattr("pipelines.main.decide", decide)
+    monkeypatch.setattr("pipelines.plan.decide", decide)
     assert main(["run", str(target / CONFIG), "--iters", "1", "--dry-run"]) == 0
     assert capsys.readouterr().out.count("reuse") == len(graph.nodes)
     place = seen["iteration-001/reward reads iteration-001/generation"]

@@ -23,7 +23,7 @@ from pipelines_smallest import FinishedRun
 from rich.console import Console
 
 import pipelines.driver
-import pipelines.main
+import pipelines.plan
 from contracts.artifacts import MANIFEST, RELEASED, Artifact, Publication, input_damage, partial_directory
 from contracts.errors import UserError
 from contracts.fingerprint import digest
@@ -66,16 +66,27 @@ class Stages:
         self.salt = ""
         self.after: Callable[[], None] = lambda: None
 
-    def submit(self, name: str, attempt: Path, run: Path) -> "Stages":
-        self.started.append(name)
-        make(self.graph.nodes[name], self.salt)
+    kind = "local"
+
+    def adopt(self, node: Node, key: str, run: RunDirectory) -> None:
+        pass
+
+    def submit(self, node: Node, attempt: Path, run: Path) -> "Stages":
+        self.started.append(node.name)
+        make(node, self.salt)
         self.after()
         return self
 
     def ended(self) -> bool:
         return True
 
-    def clear(self, attempt: Path) -> None:
+    def news(self) -> None:
+        pass
+
+    def clear(self, attempt: Path) -> list[dict[str, str]]:
+        return []
+
+    def cancel(self, attempt: Path) -> None:
         pass
 
 
@@ -129,7 +140,7 @@ def small_stages(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
         yield
         return
     monkeypatch.setattr(pipelines.driver, "probe_versions", lambda *_: {})
-    monkeypatch.setattr(pipelines.main, "probe_versions", lambda *_: {})
+    monkeypatch.setattr(pipelines.plan, "probe_versions", lambda *_: {})
     monkeypatch.setattr(pipelines.driver, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(os, "fsync", lambda _: None)
@@ -153,7 +164,7 @@ class Run:
         run.claim(config, self.config, iterations)
         console = Console(file=io.StringIO(), width=200)
         driver = Driver(run, graph, config, Display(console, graph))
-        driver.executor = stages = Stages(graph)  # type: ignore[assignment]
+        driver.executors["local"] = stages = Stages(graph)
         prepare(stages)
         try:
             driver.drive()

@@ -292,3 +292,20 @@ def read_losses(training: Path) -> list[float]:
     """The loss of every step."""
     lines = [json.loads(line) for line in (training / "training-log.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_cancelled_finishing_job_is_named(tmp_path: Path, cluster: Cluster) -> None:
+    """Nobody is left to conclude then: status asks accounting, and the next command takes note of it."""
+    run = SlurmRun(tmp_path, cluster)
+    run.detach(iterations=0)
+    jobs = last_jobs(run.run, "iteration-000/heldout/generation")
+    assert jobs is not None
+    cluster.run("scancel", jobs.last)
+    status = run.wait()
+    line = rf"iteration-000/heldout/generation: job {jobs.last} before it started: cancelled by"
+    assert re.search(line, status), status
+    assert re.search(r"iteration-000/evaluation +│ blocked", status), status
+    assert len(re.findall(": cancelled", status)) == 1, "what Slurm cancelled because of that is not told one by one"
+    run.detach(iterations=0)
+    assert re.search(line, run.wait())
+    assert "iteration-000/evaluation" in run.digests()

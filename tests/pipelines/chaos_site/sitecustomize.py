@@ -177,8 +177,8 @@ def artifacts(faults: Faults, module: ModuleType) -> None:
     begin, commit, finish = publication.begin, publication.commit, publication.finish
 
     @functools.wraps(begin)
-    def new_begin(self: Any) -> None:
-        begin(self)
+    def new_begin(self: Any, *arguments: Any) -> None:
+        begin(self, *arguments)
         faults.point("begin", self.directory / ".scratch")
         faults.later("compute")
 
