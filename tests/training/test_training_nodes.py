@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -228,10 +228,20 @@ class Talk:
         self.port = free_port()
         self.signals: list[int] = []
         self.ended: list[int] = []
+        self.nodes: list[Nodes] = []
         monkeypatch.setattr(training.nodes.os, "kill", lambda pid, number: self.signals.append(number))
 
     def node(self, number: int, training: str = "this one") -> Nodes:
-        return Nodes(Place(number, "127.0.0.1", self.port), self.count, training, lambda: self.ended.append(number))
+        place = Place(number, "127.0.0.1", self.port)
+        self.nodes.append(Nodes(place, self.count, training, lambda: self.ended.append(number)))
+        return self.nodes[-1]
+
+    def close(self) -> None:
+        """End the threads: one that hears of a failure would end this process after a while."""
+        for node in self.nodes:
+            node.finishing = True
+            node._closing_since = time.monotonic()
+        wait_until(lambda: not any(node._thread.is_alive() for node in self.nodes), training.nodes.CLOSING_SECONDS + 10)
 
     def join(self, *nodes: Nodes) -> list[Any]:
         """The port, or the error, that each gets."""
@@ -265,9 +275,17 @@ class Talk:
 
 
 @pytest.fixture
-def talk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Talk]:
+def talk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Talk]]:
     monkeypatch.setattr(training.nodes, "ARRIVAL_SECONDS", 5.0)
-    return lambda count: Talk(count, monkeypatch)
+    talks: list[Talk] = []
+
+    def begin(count: int) -> Talk:
+        talks.append(Talk(count, monkeypatch))
+        return talks[-1]
+
+    yield begin
+    for each in talks:
+        each.close()
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
