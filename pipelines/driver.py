@@ -70,7 +70,7 @@ class Driver:
         clear_job_folders(self.run.path)
         end_strays(self.run, self.graph, self.config.executor)
         if unfinished_jobs(self.run, self.graph):
-            record_missed(self.run, self.graph, {job.base for job in scheduler.queue(self.run.path)})
+            record_missed(self.run, self.graph, scheduler.live_ids(self.run.path))
         self.run.clear_scratch()
         restore(self.run.path)
         for number in (*stopping.SIGNALS, signal.SIGHUP):

@@ -284,29 +284,31 @@ def verify_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def opened(path: Path) -> tuple[RunDirectory, Graph]:
+    """An existing run, and the stages that its last command asked for."""
+    run = RunDirectory.existing(path)
+    return run, build_graph(run.config, run.iterations)
+
+
 def attach_command(options: argparse.Namespace) -> int:
     """`pipeline attach RUN`."""
-    run = RunDirectory.existing(options.run)
-    attach(make_console(), run, build_graph(run.config, run.iterations))
+    attach(make_console(), *opened(options.run))
     return 0
 
 
 def logs_command(options: argparse.Namespace) -> int:
     """`pipeline logs RUN [STAGE]`."""
-    run = RunDirectory.existing(options.run)
-    print_logs(make_console(), run, build_graph(run.config, run.iterations), options.stage, options.lines)
+    print_logs(make_console(), *opened(options.run), options.stage, options.lines)
     return 0
 
 
 def cancel_command(options: argparse.Namespace) -> int:
     """`pipeline cancel RUN`."""
-    run = RunDirectory.existing(options.run)
-    cancel(make_console(), run, build_graph(run.config, run.iterations))
+    cancel(make_console(), *opened(options.run))
     return 0
 
 
 def status_command(options: argparse.Namespace) -> int:
     """`pipeline status RUN`."""
-    run = RunDirectory.existing(options.run)
-    print_status(make_console(), run, build_graph(run.config, run.iterations))
+    print_status(make_console(), *opened(options.run))
     return 0

@@ -64,7 +64,7 @@ def print_table(console: Console, graph: Graph) -> None:
     for reason in sorted(unknown):
         console.print(f"KL is not estimated: {reason}", soft_wrap=True, highlight=False)
     console.print(
-        f"Best checkpoint (by {judge_of(first)}, iteration {best['iteration']}): {_relative(policy)}",
+        f"Best checkpoint (by {judge_of(first)}, iteration {best['iteration']}): {relative(policy)}",
         soft_wrap=True,
         highlight=False,
     )
@@ -118,5 +118,6 @@ def _number(value: Any) -> str:
     return "-" if value is None else f"{float(value):.3f}"
 
 
-def _relative(path: Path) -> Path:
+def relative(path: Path) -> Path:
+    """A path as one would type it from here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -11,7 +11,7 @@ from contracts.errors import UserError
 from pipelines.attempts import StageFailedError, tail
 from pipelines.display import plural
 from pipelines.graph import Graph
-from pipelines.report import print_table
+from pipelines.report import print_table, relative
 from pipelines.rundir import CANCEL, RunDirectory
 from pipelines.slurm import scheduler
 from pipelines.slurm.jobs import job_logs
@@ -86,15 +86,13 @@ def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
         return
     with run.submitting():  # a finishing job submits no further ones from now on
         (run.path / CANCEL).touch()
-        ids = sorted({job.base for job in scheduler.queue(run.path)}, key=int) if jobs else []
+        ids = sorted(scheduler.live_ids(run.path), key=int) if jobs else []
         scheduler.cancel(ids)
     if holder is not None:
         console.print(f"asked {holder} to end.", soft_wrap=True, highlight=False)
     if ids:
         run.record("cancelled", jobs=ids, by=os.environ.get("USER", str(os.getuid())))
         console.print(f"cancelled {plural(len(ids), 'Slurm job')}: {', '.join(ids)}.", soft_wrap=True, highlight=False)
-    console.print(f"`pipeline run` with the same config continues {_shown(run.path)}.", soft_wrap=True, highlight=False)
-
-
-def _shown(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    console.print(
+        f"`pipeline run` with the same config continues {relative(run.path)}.", soft_wrap=True, highlight=False
+    )

@@ -133,6 +133,8 @@ class _Line:
         self.node = 0
         self.host = ""
         self.open = True
+        self.unread: list[Message] = []
+        """What came together with a message after which somebody else reads on."""
         self._rest = b""
 
     def send(self, message: Message) -> None:
@@ -143,6 +145,9 @@ class _Line:
 
     def receive(self, seconds: float = 0.0) -> list[Message]:
         """What has come, or comes in a while; `open` is False afterwards if nothing more will."""
+        if self.unread:
+            messages, self.unread = self.unread, []
+            return messages
         self.socket.settimeout(seconds)
         try:
             data = self.socket.recv(1 << 16)
@@ -266,7 +271,7 @@ class Nodes:
         return socket.AF_INET
 
     def _admit(self, line: _Line) -> None:
-        hello = next(iter(line.receive(CLOSING_SECONDS)), None)
+        hello, *line.unread = line.receive(CLOSING_SECONDS) or [Beat()]
         if not isinstance(hello, Hello):
             line.close()
             return
@@ -297,12 +302,12 @@ class Nodes:
             self._lines = [line]
             line.send(Hello(self.place.node, self._training, socket.gethostname()))
             while line.open and time.monotonic() < deadline:
-                for message in line.receive(0.5):
-                    _stop_with([message])
-                    if isinstance(message, Refusal):
-                        raise UserError(message.reason)
-                    if isinstance(message, Welcome):
-                        return message
+                message, *line.unread = line.receive(0.5) or [Beat()]
+                _stop_with([message])
+                if isinstance(message, Refusal):
+                    raise UserError(message.reason)
+                if isinstance(message, Welcome):
+                    return message
             line.close()
             why = ": it answers, but not all nodes came"
             time.sleep(0.2)
@@ -376,7 +381,7 @@ class Nodes:
                 for line in self._lines:
                     line.send(Beat())
             readable, _, _ = select.select([line.socket for line in self._lines], [], [], 0.05)
-            for line in [line for line in self._lines if line.socket in readable]:
+            for line in [line for line in self._lines if line.unread or line.socket in readable]:
                 for message in line.receive():
                     if isinstance(message, Stop | End):
                         self._learn(message, line)

@@ -15,6 +15,7 @@ from pipelines.lineage.ancestry import ancestry, around
 from pipelines.lineage.links import RUN, Index, Link, links_of, run_of
 from pipelines.lineage.origins import Unread, pair_origins, prompt_origins
 from pipelines.lineage.view import show
+from pipelines.report import relative
 from pipelines.rundir import RunDirectory
 
 PREFIX = re.compile(r"[0-9a-f]{8,64}")
@@ -72,7 +73,7 @@ def runs_here() -> list[Path]:
 
 def shorter(path: Path) -> str:
     """A path as one would type it here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return str(relative(path))
 
 
 def _by_digest(indexes: list[Index], prefix: str) -> dict[str, Any] | None:

@@ -64,7 +64,7 @@ def require_no_chain(run: RunDirectory, graph: Graph, config: RunConfig, *, same
         UserError: one does.
     """
     chained = {id for jobs in unfinished_jobs(run, graph).values() if jobs.chained for id in jobs.ids}
-    ids = sorted({job.base for job in scheduler.queue(run.path)} & chained, key=int) if chained else []
+    ids = sorted(scheduler.live_ids(run.path) & chained, key=int) if chained else []
     if not ids or (same and run.config.settings() == config.settings()):
         return
     other = " with other settings" if same else ""
@@ -121,7 +121,7 @@ def submit_chain(run: RunDirectory, graph: Graph, config: RunConfig, plan: dict[
     require_detachable(graph, config, plan)
     with run.submitting():
         end_unknown(run.path)
-        live = {job.base for job in scheduler.queue(run.path)}
+        live = scheduler.live_ids(run.path)
         record_missed(run, graph, live)
         new: dict[str, Jobs] = {}
         for node in graph.nodes.values():
@@ -240,7 +240,7 @@ def conclude(task: Task) -> int:
             code = _again(place)
         else:
             code = _published(place, decision)
-        clear_folders(run.path, {job.base for job in scheduler.queue(run.path)})
+        clear_folders(run.path, scheduler.live_ids(run.path))
     if code == 0 and (CHECKPOINT.fullmatch(node.name) or node.config.stage == "evaluation"):
         _retain(place)
     if code not in (0, TRY_AGAIN) or all((other.output / MANIFEST).is_file() for other in place.graph.nodes.values()):

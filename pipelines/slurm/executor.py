@@ -74,7 +74,7 @@ def end_strays(run: RunDirectory, graph: Graph, executor: ExecutorSection) -> No
         for id in jobs.ids
     ]
     if strays:
-        scheduler.cancel(sorted(set(strays) & {job.base for job in scheduler.queue(run.path)}))
+        scheduler.cancel(sorted(set(strays) & scheduler.live_ids(run.path)))
 
 
 class Queue:
@@ -83,7 +83,7 @@ class Queue:
     def __init__(self, run: Path) -> None:
         self.run = run
         self._changed = self._asked = time.monotonic()
-        self.live = {job.base for job in scheduler.queue(run)}
+        self.live = scheduler.live_ids(run)
         self.reasons: dict[str, str] = {}
 
     def expect(self, jobs: Jobs) -> None:

@@ -93,7 +93,7 @@ def end_unknown(run: Path) -> list[str]:
     """
     attempts = [path.parent for path in (run / "logs").rglob(RECORD)]
     known = {id for attempt in attempts if (jobs := jobs_of(attempt)) for id in jobs.ids}
-    live = {job.base for job in scheduler.queue(run)}
+    live = scheduler.live_ids(run)
     unknown = sorted(live - known)
     scheduler.cancel(unknown)
     clear_folders(run, live & known)

@@ -32,8 +32,6 @@ SILENT = (
     "resource temporarily unavailable",
 )
 """What the commands say when the controller or the accounting does not answer."""
-
-
 LIVE = {"PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "RESIZING"}
 """States of jobs that have not ended."""
 
@@ -94,6 +92,11 @@ def queue(run: Path, patience: float = PATIENCE) -> list[Queued]:
         for comment, id, base, state, reason, nodes, name in rows
         if wanted in comment  # to which a cluster may add
     ]
+
+
+def live_ids(run: Path) -> set[str]:
+    """Their ids; of an array's tasks that of the array."""
+    return {job.base for job in queue(run)}
 
 
 def history(ids: list[str]) -> list[Record]:

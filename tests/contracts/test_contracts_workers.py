@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ from contracts import artifacts, stopping
 from contracts.artifacts import Artifact, Publication
 from contracts.errors import TransientError, UserError
 from contracts.records import PROMPTS
-from contracts.stage import run_stage
+from contracts.stage import Context, run_stage
+from contracts.workers import share_shards
 
 STAGE = '''
 import os, time
@@ -268,6 +270,20 @@ def test_every_task_tells_how_far_the_stage_is(world: World) -> None:
     told = [json.loads((attempt / "progress.json").read_bytes()) for attempt in attempts]
     assert {"done": 6, "total": 6, "unit": "shards"} in told
     assert all(record["done"] >= 5 for record in told), "the shards of the other task count as well"
+
+
+def test_a_process_that_comes_when_the_launchers_first_one_has_published(tmp_path: Path) -> None:
+    """Nothing is left for it, and it leaves nothing."""
+    publication = Publication(tmp_path / "out", PROMPTS, "shared", "0" * 64)
+    publication.begin()
+    (publication.state / f"begun-{artifacts.process_name(os.getppid())}").touch()
+    os.rename(publication.directory, publication.target)
+
+    def never() -> Callable[[str], None]:
+        raise AssertionError("it began to work")
+
+    share_shards(Context(publication, 1, 2), ["shard-00000.jsonl"], never)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_unknown_role_is_refused(world: World) -> None:

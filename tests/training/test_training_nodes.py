@@ -433,6 +433,48 @@ def test_a_stop_while_the_others_are_awaited_stops_them(
     assert [str(error) for error in found] == [str(128 + signal.SIGUSR2)] * 2
 
 
+def test_messages_that_come_together_are_all_read(talk: Callable[[int], Talk]) -> None:
+    """A stop in the same packet as the greeting, or as the answer to it."""
+    hello = b'{"type":"Hello","node":1,"training":"this one","host":"one"}\n'
+    welcome = b'{"type":"Welcome","hosts":["zero","one"],"port":1}\n'
+    stop = b'{"type":"Stop","number":12}\n'
+    three, found = talk(3), []
+
+    def await_both() -> None:
+        with pytest.raises(stopping.Stopped) as stopped:
+            three.node(0).join()
+        found.append(str(stopped.value))
+
+    def greet() -> None:
+        wait_until(connected)
+
+    def connected() -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", three.port), timeout=1) as line:
+                line.sendall(hello + stop)
+                return True
+        except OSError:
+            return False
+
+    three.together(await_both, greet)
+    assert found == [str(128 + 12)]
+
+    two = talk(2)
+    node = two.node(1)
+    with socket.create_server(("127.0.0.1", two.port)) as server:
+
+        def answer() -> None:
+            line, _ = server.accept()
+            line.recv(1 << 16)
+            line.sendall(welcome + stop)
+            wait_until(lambda: two.signals == [12])
+            line.close()
+
+        two.together(node.join, answer)
+    assert node.stop == 12
+    node.finish({128 + 12})
+
+
 def test_a_node_that_never_comes(models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path) -> None:
     """The process in the middle gives up, and its exit code is the command's."""
     settings = dpo_settings(models, pairs, tmp_path / "out", parallel=SMALL)
