@@ -3,13 +3,18 @@
 A stage that is run by hand has no such directory and tells nothing.
 """
 
+import contextlib
 import json
 import os
+import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Literal
 
+from contracts import stopping
 from contracts.artifacts import process_name, write_atomically
+from contracts.errors import TransientError, UserError, as_user_error, is_transient
 
 ATTEMPT = "RATCHET_ATTEMPT"
 """Environment variable: the directory of the attempt."""
@@ -55,3 +60,27 @@ def report_failure(kind: FailureKind, text: str) -> None:
     if attempt := os.environ.get(ATTEMPT):
         record = {"kind": kind, "text": text, "rank": os.environ.get("RANK", "0"), "time": time.time()}
         write_atomically(Path(attempt, f"failure-{process_name()}.json"), json.dumps(record).encode())
+
+
+def fail(error: Exception | stopping.Stopped) -> int:
+    """Say on stderr and in the attempt's directory why this process ends, and return its exit code.
+
+    A traceback is shown where the error does not explain itself: it is a defect, or an accident nobody foresaw.
+    """
+    kind: FailureKind
+    if isinstance(error, stopping.Stopped):
+        code, kind, text = int(str(error)), "stopped", stopping.MESSAGE
+        shown = text
+    elif mistake := as_user_error(error):
+        code, kind, text = UserError.exit_code, "user", str(mistake)
+        shown = f"error: {text}"
+    elif isinstance(error, TransientError):
+        code, kind, text = 1, "transient", str(error)
+        shown = f"error: {text}"
+    else:
+        code, kind = 1, "transient" if is_transient(error) else "error"
+        shown = text = "".join(traceback.format_exception(error))
+    print(shown, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # on a full disk the message above has to do
+        report_failure(kind, text)
+    return code

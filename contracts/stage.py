@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
@@ -26,13 +25,13 @@ import msgspec
 
 from contracts import stopping
 from contracts.artifacts import Artifact, Publication, input_damage, input_digest, is_published
-from contracts.attempt import ROLE, FailureKind, report_failure, report_progress, supervised
+from contracts.attempt import ROLE, fail, report_progress, supervised
 from contracts.config import Role, StageConfig, apply_overrides, describe, read_yaml, validate
-from contracts.errors import TransientError, UserError, as_user_error, is_transient
+from contracts.errors import UserError
 from contracts.fingerprint import digest
 from contracts.processes import die_with_parent
 from contracts.records import Schema
-from contracts.versions import installed_versions
+from contracts.versions import installed_versions, source_version
 
 MINIMUM_FREE = 16 << 20
 LOCK_SECONDS = 120.0
@@ -143,26 +142,12 @@ def main(commands: dict[str, Command], package: str, argv: list[str] | None = No
     die_with_parent()
     stopping.listen()
     faulthandler.register(signal.SIGQUIT, all_threads=True)  # a supervisor asks a stalled stage where it stands
-    kind: FailureKind
     code = 0
     try:
         command, config = _parse(commands, package, sys.argv[1:] if argv is None else argv)
         run_stage(command, config)
     except (Exception, stopping.Stopped) as error:
-        if isinstance(error, stopping.Stopped):
-            code, kind, text = int(str(error)), "stopped", stopping.MESSAGE
-            print(text, file=sys.stderr)
-        elif mistake := as_user_error(error):
-            code, kind, text = UserError.exit_code, "user", str(mistake)
-            print(f"error: {text}", file=sys.stderr)
-        elif isinstance(error, TransientError):
-            code, kind, text = 1, "transient", str(error)
-            print(f"error: {text}", file=sys.stderr)
-        else:
-            code, kind, text = 1, "transient" if is_transient(error) else "error", traceback.format_exc()
-            print(text, file=sys.stderr)
-        with contextlib.suppress(OSError):  # on a full disk the message above has to do
-            report_failure(kind, text)
+        code = fail(error)
     sys.stdout.flush()
     sys.stderr.flush()
     gc.freeze()  # else Python's end takes most of a second to go through all of torch's objects once more
@@ -173,6 +158,7 @@ def run_stage(command: Command, config: StageConfig) -> Artifact | None:
     """Publish what `config` describes, or reuse what is published already; None in a process that only helps."""
     start = time.perf_counter()
     parts = key_parts(config, installed_versions())
+    source = source_version(command.run.partition(".")[0])  # before it is loaded
     key = stage_key(parts)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     publication = Publication(config.output, command.schema, config.stage, key)
@@ -225,7 +211,7 @@ def run_stage(command: Command, config: StageConfig) -> Artifact | None:
         input_paths=json.loads(json.dumps(_flat(config.select(Role.INPUT)), default=str)),
         unit=outcome.unit,
         weights=outcome.weights,
-        versions=parts["versions"],
+        versions={"ratchet": source, **parts["versions"]},
         seconds=context.seconds,
         facts=outcome.facts,
     )

@@ -10,6 +10,7 @@ import yaml
 from contracts.artifacts import Artifact, write_atomically
 from contracts.errors import UserError
 from contracts.stage import require_space
+from contracts.versions import source_version
 from pipelines.config import RunConfig
 from pipelines.decisions import Decision, drop_partials
 from pipelines.environments import launch_command
@@ -17,7 +18,7 @@ from pipelines.estimates import disk_bytes
 from pipelines.graph import Graph, Node
 from pipelines.report import write_metrics
 from pipelines.rundir import RunDirectory
-from pipelines.supervisor import DECISION, Request, log_of, process_identity
+from pipelines.supervisor import DECISION, REQUEST, Request, log_of, process_identity
 
 
 class StageFailedError(Exception):
@@ -60,8 +61,9 @@ def write_request(node: Node, attempt: Path, run: Path, config: RunConfig, threa
         grace_seconds=config.executor.grace_seconds,
         stall_seconds=config.executor.stall_seconds,
         first_on_path=first_on_path,
+        source=source_version(node.package),
     )
-    write_atomically(attempt / "request.json", msgspec.json.encode(request))
+    write_atomically(attempt / REQUEST, msgspec.json.encode(request))
 
 
 def require_room(node: Node, graph: Graph, config: RunConfig) -> None:
@@ -88,8 +90,8 @@ def decision_of(attempt: Path) -> Decision | None:
     return msgspec.json.decode(path.read_bytes(), type=Decision) if path.exists() else None
 
 
-def settle(run: RunDirectory, graph: Graph, node: Node, key: str) -> Artifact:
-    """Take note of what a stage has published.
+def settle(run: RunDirectory, graph: Graph, node: Node, key: str, attempt: Path) -> Artifact:
+    """Take note of what an attempt at a stage has published.
 
     Raises:
         StageFailedError: it is something else than was asked for.
@@ -102,6 +104,10 @@ def settle(run: RunDirectory, graph: Graph, node: Node, key: str) -> Artifact:
             1,
         )
     drop_partials(node)
+    asked = msgspec.json.decode((attempt / REQUEST).read_bytes(), type=Request).source
+    ran = artifact.manifest.versions.get("ratchet", "")
+    if ran != asked:
+        run.record("source changed", stage=node.name, asked=asked, ran=ran)
     run.record("published", stage=node.name, key=artifact.manifest.key)
     if node.config.stage == "evaluation":
         write_metrics(run.path, graph)

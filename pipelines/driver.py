@@ -27,10 +27,8 @@ from pipelines.placement import gpu_count
 from pipelines.report import write_metrics
 from pipelines.retention import CHECKPOINT, Retention, drop_aside, released_inputs, restore, set_aside, why_again
 from pipelines.rundir import CANCEL, RunDirectory
-from pipelines.slurm import scheduler
-from pipelines.slurm.events import in_words, record_missed
-from pipelines.slurm.executor import AttachedExecutor, end_strays
-from pipelines.slurm.jobs import unfinished_jobs
+from pipelines.slurm.events import in_words
+from pipelines.slurm.executor import AttachedExecutor, look_back
 from pipelines.slurm.resources import resources_of
 from pipelines.supervisor import Ending, end_orphans, ending_of, log_of
 
@@ -68,9 +66,7 @@ class Driver:
         for pid in end_orphans(self.run.path):
             self.run.record("orphan ended", pid=pid)
         clear_job_folders(self.run.path)
-        end_strays(self.run, self.graph, self.config.executor)
-        if unfinished_jobs(self.run, self.graph):
-            record_missed(self.run, self.graph, scheduler.live_ids(self.run.path))
+        look_back(self.run, self.graph, self.config.executor)
         self.run.clear_scratch()
         restore(self.run.path)
         for number in (*stopping.SIGNALS, signal.SIGHUP):
@@ -181,7 +177,7 @@ class Driver:
             if not (running.node.output / MANIFEST).is_file():
                 self.retry_or_fail(running)
                 continue
-            artifact = settle(self.run, self.graph, running.node, running.key)
+            artifact = settle(self.run, self.graph, running.node, running.key, running.attempt)
             self.ran += 1
             if self.published.issuperset(running.node.needs):  # no input is about to change after all
                 self.published.add(running.node.name)

@@ -108,6 +108,8 @@ def event_lines(events: list[dict[str, Any]]) -> list[str]:
                 again = event["retry_in"]
                 then = "not tried again" if again is None else f"tried again after {again:.0f} s"
                 text = f"{event['attempt']} {event['how']} {then[0].upper()}{then[1:]}."
+            case "source changed":
+                text = f"made by Ratchet's source {event['ran']}, which was {event['asked']} when it was asked for"
             case "cancelled":
                 stage, text = "the run", f"cancelled by {event['by']} with `pipeline cancel`"
             case _:

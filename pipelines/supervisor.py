@@ -40,6 +40,7 @@ POLL_SECONDS = 0.1
 FAR_POLL_SECONDS = 0.5
 """Between two looks at files that a file server has to be asked about."""
 PUBLISHER = "publisher"
+REQUEST = "request.json"
 DECISION = "decision.json"
 
 
@@ -62,6 +63,8 @@ class Request(msgspec.Struct, frozen=True):
     """A stage that says nothing for so long is ended."""
     first_on_path: str = ""
     """A folder to put before the supervisor's own PATH."""
+    source: str = ""
+    """Version of the stage's source when it was asked for; a job may start much later."""
 
 
 def supervise(
@@ -77,7 +80,7 @@ def supervise(
         variables: further environment variables of the command.
         asked_to_stop: whether the command is to be ended so that it can go on later. Then nothing is said of its end.
     """
-    request = msgspec.json.decode(Path(attempt, "request.json").read_bytes(), type=Request)
+    request = msgspec.json.decode(Path(attempt, REQUEST).read_bytes(), type=Request)
     folder = Path(attempt, part)
     folder.mkdir(exist_ok=True)
     for path in [folder / "exit.json", *folder.glob(FAILURES)]:  # of what was interrupted here

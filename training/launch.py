@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from contracts import stopping
-from contracts.attempt import report_failure
+from contracts.attempt import fail, report_failure
 from contracts.errors import TransientError, UserError
 from contracts.processes import die_with_parent, end_groups
 from training.config import TrainingConfig
@@ -176,10 +176,7 @@ def main() -> int:
         try:
             port = nodes.join()
         except (UserError, TransientError) as error:
-            is_mistake = isinstance(error, UserError)
-            print(f"error: {error}", file=sys.stderr)
-            report_failure("user" if is_mistake else "transient", str(error))
-            return UserError.exit_code if is_mistake else 1
+            return fail(error)
         words += ["--num_machines", str(parallel.nodes), "--machine_rank", str(nodes.place.node), "--same_network"]
         words += ["--main_process_ip", nodes.place.address, "--main_process_port", str(port)]
         words += ["--rdzv_conf", f"timeout={MEETING_SECONDS}"]

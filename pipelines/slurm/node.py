@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,8 +18,8 @@ from typing import Literal
 import submitit
 
 from contracts.artifacts import write_atomically
-from contracts.attempt import ATTEMPT, PROGRESS, ROLE, report_failure
-from contracts.errors import UserError, as_user_error, is_transient
+from contracts.attempt import ATTEMPT, PROGRESS, ROLE, fail
+from contracts.errors import UserError
 from contracts.stopping import SIGNALS
 from pipelines.slurm import scheduler
 from pipelines.supervisor import DECISION, PUBLISHER, supervise
@@ -72,13 +71,7 @@ def _guarded(duty: Duty, task: Task) -> int:
     except Exception as error:
         part.mkdir(parents=True, exist_ok=True)
         os.environ[ATTEMPT] = str(part)
-        if mistake := as_user_error(error):
-            report_failure("user", str(mistake))
-            print(f"error: {mistake}", file=sys.stderr)
-            return UserError.exit_code
-        report_failure("transient" if is_transient(error) else "error", traceback.format_exc())
-        traceback.print_exc()
-        return 1
+        return fail(error)
 
 
 def _run_command(task: Task, part: str) -> int:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contracts import versions
 from contracts.artifacts import Artifact, Publication, artifact_of, input_digest, is_published, partial_directory
 from contracts.errors import UserError
 from contracts.ledger import Ledger
@@ -184,3 +185,18 @@ def test_counts_that_do_not_add_up_are_a_defect(tmp_path: Path) -> None:
     publication.begin()
     with pytest.raises(AssertionError, match="5 in, but 1 kept or dropped"):
         publication.write_rows("shard-00000.jsonl", [prompt(0)], Ledger("prompts", rows_in=5, kept=1))
+
+
+def test_the_source_version_is_of_the_contracts_and_of_the_stages_package(tmp_path, monkeypatch):
+    for name in ("contracts", "one", "two"):
+        (tmp_path / name / "part").mkdir(parents=True)
+        (tmp_path / name / "part" / "code.py").write_text(f"name = {name!r}\n")
+    monkeypatch.setattr(versions, "__file__", str(tmp_path / "contracts" / "versions.py"))
+    before = versions.source_version("one")
+    (tmp_path / "two" / "part" / "code.py").write_text("name = 2\n")
+    assert versions.source_version("one") == before
+    found = {before}
+    for name in ("contracts", "one"):
+        (tmp_path / name / "part" / "code.py").write_text("name = 2\n")
+        found.add(versions.source_version("one"))
+    assert len(found) == 3

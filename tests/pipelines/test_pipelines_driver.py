@@ -12,12 +12,15 @@ from rich.console import Console
 from contracts.artifacts import MANIFEST, Artifact
 from contracts.errors import UserError
 from contracts.prompts import PromptsConfig
+from contracts.versions import source_version
+from pipelines import attempts
 from pipelines.attempts import StageFailedError
 from pipelines.config import load_run_config
 from pipelines.display import Display
 from pipelines.driver import Driver, Retries
 from pipelines.graph import Graph
 from pipelines.rundir import RunDirectory
+from pipelines.status import event_lines
 
 INTERPRETER = """#!/usr/bin/env bash
 # An interpreter that misbehaves in its first {times} attempts at a stage.
@@ -133,6 +136,23 @@ def test_another_result_than_was_asked_for_is_not_taken(tmp_path: Path, smallest
         scene.drive()
     scene.drive()
     assert Artifact.open(scene.output).manifest.rows == 4
+
+
+def test_a_stage_that_other_source_code_has_made_is_named(
+    tmp_path: Path, smallest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the checkout is edited between a job's submission and its start."""
+    scene = Scene(tmp_path, smallest, "true", times=0)
+    scene.drive()
+    version = Artifact.open(scene.output).manifest.versions["ratchet"]
+    assert version == source_version("contracts")
+    assert not event_lines(scene.events)
+
+    scene.output.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(attempts, "source_version", lambda package: f"{package} of yesterday")
+    scene.drive()
+    (line,) = event_lines(scene.events)
+    assert f"prompts/all: made by Ratchet's source {version}, which was contracts of yesterday when" in line
 
 
 def test_pauses_double_vary_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
