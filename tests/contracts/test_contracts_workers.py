@@ -389,10 +389,12 @@ def test_tasks_at_full_speed_are_killed_and_stopped_at_any_instant(tmp_path: Pat
     chance = random.Random(5)
     expected = whole_digests()["new"]
     endings: Counter[str] = Counter()
+    noted = 0
     for number in range(30):
         target = tmp_path / str(number) / "out"
         made = target.with_name("made")
         target.parent.mkdir()
+        made.touch()
         for wave in range(3):
             living = {}
             for _ in range(4):
@@ -412,7 +414,10 @@ def test_tasks_at_full_speed_are_killed_and_stopped_at_any_instant(tmp_path: Pat
         assert publisher.run() == "published"
         assert Artifact.open(target, PROMPTS).manifest.digest == expected
         assert strays(target, "new") == []
-        assert max(Counter(made.read_text().split()).values()) == 1
+        names = made.read_text().split()  # without one whose task was killed before it could note it
+        assert len(names) == len(set(names))
+        noted += len(names)
+    assert noted > 15
     assert len(endings) > 4, "the signals came too late"
 
 
