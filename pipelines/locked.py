@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ PACKAGES = ("annotation", "contracts", "embedded", "generation", "pipelines", "t
 VARIANT = "RATCHET_VARIANT"
 HOME = "RATCHET_HOME"
 MARK = "ratchet-complete"
+POLL_SECONDS = 0.2
 IMPORTS = {
     "generation": "import torch; from vllm import LLM",
     "annotation": "import torch, transformers",
@@ -171,14 +173,20 @@ def sync(names: list[str], variant: str = "auto", say: Callable[[str], None] = p
             say(f"{locked.name}: up to date ({locked.variant}, {locked.directory})")
     if missing:
         pip = pip_settings()
+        stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(len(missing)) as pool:
-            jobs = [pool.submit(_build, locked, pip, say) for locked in missing]
+            jobs = [pool.submit(_build, locked, pip, say, stop) for locked in missing]
+            try:
+                concurrent.futures.wait(jobs)
+            except BaseException:  # an interrupt reaches the command that runs, or none, between two of them
+                stop.set()
+                raise
         for job in jobs:
             job.result()
     return wanted
 
 
-def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None]) -> None:
+def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None], stop: threading.Event) -> None:
     with _lock(locked, say) as held:
         if locked.complete:
             say(f"{locked.name}: built meanwhile ({locked.variant}, {locked.directory})")
@@ -192,7 +200,7 @@ def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None]) -> N
         # Beside the environments, so that files are linked, not copied: torch is unpacked once for all of them.
         environ.setdefault("UV_CACHE_DIR", str(home() / "uv"))
         environ |= uv_variables(pip, environ, locked.variant)
-        run = functools.partial(_run, environ=environ, locked=locked, held=held)
+        run = functools.partial(_run, environ=environ, locked=locked, held=held, stop=stop)
         uv = _find_uv()
         run([uv, "venv", "--python", sys.executable, "--no-project", str(locked.directory)])
         # Compiled now: the first stages would wait for it, and nothing writes into an environment later.
@@ -237,21 +245,26 @@ def _torch_advice(locked: Locked) -> str:
     )
 
 
-def _run(command: list[str], environ: dict[str, str], locked: Locked, held: int) -> None:
-    result = subprocess.run(
+def _run(command: list[str], environ: dict[str, str], locked: Locked, held: int, stop: threading.Event) -> None:
+    process = subprocess.Popen(
         command,
         env=environ,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        check=False,
         # The lock goes to the child as well: if only this process is killed, nobody builds beside the child.
         pass_fds=[held],
     )
-    if result.returncode != 0:
-        lines = result.stdout.decode(errors="replace").strip().splitlines()[-20:]
+    output: bytes | None = None
+    while output is None:
+        if stop.is_set():
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            output, _ = process.communicate(timeout=POLL_SECONDS)
+    if process.returncode != 0:
+        lines = output.decode(errors="replace").strip().splitlines()[-20:]
         tail = "\n".join(f"  {line}" for line in lines)
         raise InstallError(
-            f"the {locked.variant} environment of {locked.name} was not built: exit code {result.returncode} of\n"
+            f"the {locked.variant} environment of {locked.name} was not built: exit code {process.returncode} of\n"
             f"  {shlex.join(command)}\n{tail}"
         )

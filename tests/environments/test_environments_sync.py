@@ -146,10 +146,12 @@ def test_unknown_variant(checkout: Checkout) -> None:
     assert "'tpu'" in result.stderr
 
 
-def test_an_interrupt_leaves_nothing_running(checkout: Checkout) -> None:
+@pytest.mark.parametrize("everybody", [True, False])
+def test_an_interrupt_leaves_nothing_running(checkout: Checkout, everybody: bool) -> None:
+    """Also where it reaches the command alone, because it comes between two of its steps."""
     process = checkout.start("sync", "training", SLOW_TORCH="60")
     wait_for(lambda: list(checkout.home.glob("environments/training-*/lib/*/site-packages/trl")))
-    os.killpg(process.pid, signal.SIGINT)
+    (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 130
     again = checkout.env("sync", "training")
