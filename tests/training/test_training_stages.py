@@ -239,8 +239,10 @@ def test_a_failing_rank_leaves_its_failure_for_the_supervisor(
     )  # fmt: skip
     assert result.returncode == 2
     failures = [json.loads(path.read_text()) for path in tmp_path.glob("failure-*.json")]
-    assert {failure["kind"] for failure in failures} == {"user"}
-    assert "contains 'nothing'" in failures[0]["text"]
+    first, *others = sorted(failures, key=lambda failure: float(failure["time"]))
+    assert first["kind"] == "user"
+    assert "contains 'nothing'" in first["text"]
+    assert {failure["kind"] for failure in others} <= {"user", "stopped"}  # the launcher may be faster than the rank
 
 
 def test_the_script_runs_the_stage(models: dict[str, Path], tmp_path: Path) -> None:
