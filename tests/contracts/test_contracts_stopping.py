@@ -71,7 +71,7 @@ def stop_in_hand(process: "subprocess.Popen[str]", number: signal.Signals) -> fl
     next(line for line in process.stdout if line.startswith("in hand"))
     process.send_signal(number)
     begin = time.monotonic()
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     return time.monotonic() - begin
 
 
@@ -89,7 +89,7 @@ def test_the_shard_in_hand_is_finished_within_the_grace_period(tmp_path: Path, n
     assert failure["kind"] == "stopped"
 
     with start(tmp_path, seconds=0, grace=20) as process:
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=60)
     assert "in hand shard-0.jsonl" not in out, "what was finished is not made again"
     assert process.returncode == 0
     assert Artifact.open(tmp_path / "out", PROMPTS).manifest.rows == 3
@@ -110,4 +110,4 @@ def test_a_stop_before_any_work_leaves_at_once(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=10) == 128 + signal.SIGUSR1
+        assert process.wait(timeout=60) == 128 + signal.SIGUSR1

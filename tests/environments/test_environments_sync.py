@@ -152,7 +152,7 @@ def test_an_interrupt_leaves_nothing_running(checkout: Checkout, everybody: bool
     process = checkout.start("sync", "training", SLOW_TORCH="60")
     wait_for(lambda: list(checkout.home.glob("environments/training-*/lib/*/site-packages/trl")))
     (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=40)
     assert process.returncode == 130
     again = checkout.env("sync", "training")
     assert "training: ready" in again.stdout
