@@ -34,21 +34,28 @@ WAITS = ("Dependency", "BeginTime", "DependencyNeverSatisfied")
 def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
     """Who works on a run, and what there is to report of it."""
     holder = run.holder()
+    jobs: list[Queued] | None = None
     try:
         jobs = queued_jobs(run, graph, patience=10)
     except UserError as error:
-        jobs = []
         console.print(f"What is queued on the cluster is not known: {error}", soft_wrap=True, highlight=False)
     pinned = ", pinned" if run.pinned else ""
-    driver = f"driven by {holder}" if holder else "nobody drives it"
-    if jobs and not holder:
-        driver = f"under way as {len({job.base for job in jobs})} Slurm jobs"
+    if holder:
+        driver = f"driven by {holder}"
+    elif jobs is None:
+        driver = "no driver, and perhaps Slurm jobs"
+    else:
+        driver = f"under way as {len({job.base for job in jobs})} Slurm jobs" if jobs else "nobody drives it"
     console.print(f"{run.path}: {driver}{pinned}", soft_wrap=True, highlight=False)
     print_report(console, run, graph, jobs, driven=holder is not None)
 
 
-def print_report(console: Console, run: RunDirectory, graph: Graph, jobs: list[Queued], *, driven: bool) -> None:
-    """Every stage with its state, why some have failed, what happened on the way, then the metrics so far."""
+def print_report(console: Console, run: RunDirectory, graph: Graph, jobs: list[Queued] | None, *, driven: bool) -> None:
+    """Every stage with its state, why some have failed, what happened on the way, then the metrics so far.
+
+    Args:
+        jobs: those that have not ended; None if nobody knows.
+    """
     table = Table("stage", "state", "rows", "seconds", "detail")
     failures: list[str] = []
     for name, state in states(run, graph, jobs, driven=driven).items():
@@ -57,12 +64,13 @@ def print_report(console: Console, run: RunDirectory, graph: Graph, jobs: list[Q
             state = (*state[:3], "why: below")
         table.add_row(name, *(escape(text) for text in state))
     console.print(table)
-    for line in [*failures, *event_lines(run.events() + missed(run, graph, {job.base for job in jobs}))]:
+    unheard = [] if jobs is None else missed(run, graph, {job.base for job in jobs})
+    for line in [*failures, *event_lines(run.events() + unheard)]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     print_table(console, graph)
 
 
-def states(run: RunDirectory, graph: Graph, jobs: list[Queued], *, driven: bool) -> dict[str, State]:
+def states(run: RunDirectory, graph: Graph, jobs: list[Queued] | None, *, driven: bool) -> dict[str, State]:
     """The state of each stage; one that waits for another that is not under way and not done is blocked."""
     found: dict[str, State] = {}
     lost: set[str] = set()
@@ -123,13 +131,13 @@ def queued_jobs(run: RunDirectory, graph: Graph, patience: float = PATIENCE) -> 
     return queue(run.path, patience) if unfinished_jobs(run, graph) else []
 
 
-def jobs_for(run: RunDirectory, node: Node, queued: list[Queued]) -> list[Queued]:
+def jobs_for(run: RunDirectory, node: Node, queued: list[Queued] | None) -> list[Queued]:
     """Those of a stage's latest attempt."""
     jobs = last_jobs(run, node.name)
-    return [job for job in queued if jobs is not None and job.base in jobs.ids]
+    return [job for job in queued or [] if jobs is not None and job.base in jobs.ids]
 
 
-def state_of(run: RunDirectory, node: Node, graph: Graph, *, driven: bool, queued: list[Queued]) -> State:
+def state_of(run: RunDirectory, node: Node, graph: Graph, *, driven: bool, queued: list[Queued] | None) -> State:
     """State, rows, seconds and detail of a stage."""
     if (node.output / MANIFEST).is_file():
         try:
@@ -145,6 +153,8 @@ def state_of(run: RunDirectory, node: Node, graph: Graph, *, driven: bool, queue
     if not attempts:
         return "waiting", "", "", ""
     last = attempts[-1]
+    if queued is None and (submitted := jobs_of(last)) is not None:
+        return "unknown", "", "", "; ".join(filter(None, [progress_of(last), f"job {', '.join(submitted.ids)}"]))
     jobs = jobs_for(run, node, queued)
     if jobs:
         return _state_on_cluster(jobs, progress_of(last) or "")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pipelines.display import Display
 from pipelines.driver import Driver, Retries
 from pipelines.graph import Graph
 from pipelines.rundir import RunDirectory
-from pipelines.status import event_lines
+from pipelines.status import event_lines, print_status
 
 INTERPRETER = """#!/usr/bin/env bash
 # An interpreter that misbehaves in its first {times} attempts at a stage.
@@ -153,6 +154,20 @@ def test_a_stage_that_other_source_code_has_made_is_named(
     scene.drive()
     (line,) = event_lines(scene.events)
     assert f"prompts/all: made by Ratchet's source {version}, which was contracts of yesterday when" in line
+
+
+def test_without_the_cluster_nothing_is_claimed_of_its_jobs(
+    tmp_path: Path, smallest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, smallest, "true", times=0)
+    attempt = scene.run.new_attempt("prompts/all")
+    jobs = {"work": "7", "finish": "8", "chained": True, "submitted": 0.0}
+    (attempt / "jobs.json").write_text(json.dumps(jobs))
+    monkeypatch.setenv("PATH", "/nowhere")
+    said = io.StringIO()
+    print_status(Console(file=said, width=200), scene.run, scene.graph)
+    assert "What is queued on the cluster is not known: squeue is not on PATH" in said.getvalue()
+    assert re.search("prompts/all .*unknown .*job 7, 8", said.getvalue())
 
 
 def test_pauses_double_vary_and_end(monkeypatch: pytest.MonkeyPatch) -> None:

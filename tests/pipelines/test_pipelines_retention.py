@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from pipelines_smallest import FinishedRun
@@ -43,6 +44,7 @@ from pipelines.main import main
 from pipelines.retention import compress, release, why_kept
 from pipelines.rundir import RunDirectory
 from pipelines.status import print_status
+from pipelines.supervisor import REQUEST, Request
 
 KINDS = {
     "world": WORLD,
@@ -73,6 +75,7 @@ class Stages:
 
     def submit(self, node: Node, attempt: Path, run: Path) -> "Stages":
         self.started.append(node.name)
+        (attempt / REQUEST).write_bytes(msgspec.json.encode(Request([], {}, [], "", "", None)))
         make(node, self.salt)
         self.after()
         return self
