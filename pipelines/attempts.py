@@ -1,13 +1,17 @@
 """The beginning and the end of an attempt at a stage, whoever drives it."""
 
 import os
+import random
 import shutil
+import time
+from collections import Counter
 from pathlib import Path
 
 import msgspec
 import yaml
 
 from contracts.artifacts import Artifact, write_atomically
+from contracts.attempt import FailureKind
 from contracts.errors import UserError
 from contracts.stage import require_space
 from contracts.versions import source_version
@@ -20,6 +24,8 @@ from pipelines.report import write_metrics
 from pipelines.rundir import RunDirectory
 from pipelines.supervisor import DECISION, REQUEST, Request, log_of, process_identity
 
+LONGEST_PAUSE = 600.0
+
 
 class StageFailedError(Exception):
     """A stage ended without publishing."""
@@ -27,6 +33,38 @@ class StageFailedError(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Retries:
+    """Which stages may be tried again, and when."""
+
+    def __init__(self, limit: int, backoff: float) -> None:
+        self.limit = limit
+        self.backoff = backoff
+        self._accidents: Counter[str] = Counter()
+        self._preemptions: Counter[str] = Counter()
+        self._until: dict[str, float] = {}
+
+    def waits(self, stage: str) -> bool:
+        """Whether it is too early for the next try."""
+        return time.monotonic() < self._until.get(stage, 0.0)
+
+    def pause_after(self, stage: str, kind: FailureKind) -> float | None:
+        """Seconds until the next try, or None where there is to be none.
+
+        The pause doubles with every try and is drawn from 50 % to 150 % of that, so that what failed together does not
+        come back together.
+        """
+        if kind == "stopped":
+            counted = self._preemptions
+        elif kind == "transient" and self._accidents[stage] < self.limit:
+            counted = self._accidents
+        else:
+            return None
+        counted[stage] += 1
+        pause: float = min(self.backoff * 2 ** min(counted[stage] - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
+        self._until[stage] = time.monotonic() + pause
+        return round(pause, 1)
 
 
 def write_request(node: Node, attempt: Path, run: Path, config: RunConfig, threads: int, *, here: bool) -> None:

@@ -1,29 +1,26 @@
 """The driver: runs a graph's stages as soon as their inputs are published, each at most once."""
 
 import os
-import random
 import shlex
 import signal
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from types import FrameType
 from typing import NoReturn
 
 from contracts import stopping
 from contracts.artifacts import MANIFEST, RELEASED
-from contracts.attempt import FailureKind
 from contracts.errors import UserError
 from contracts.stage import require_space
-from pipelines.attempts import StageFailedError, last_words, require_room, settle, write_decision
+from pipelines.attempts import Retries, StageFailedError, last_words, require_room, settle, write_decision
 from pipelines.config import RunConfig
 from pipelines.decisions import Decision, decide, make_room
 from pipelines.display import Display
 from pipelines.environments import probe_versions
 from pipelines.executors import Executor, InlineExecutor, LocalExecutor, Running, clear_job_folders
 from pipelines.graph import Graph, Node
-from pipelines.placement import gpu_count
+from pipelines.machine import gpu_count
 from pipelines.report import write_metrics
 from pipelines.retention import CHECKPOINT, Retention, drop_aside, released_inputs, restore, set_aside, why_again
 from pipelines.rundir import CANCEL, RunDirectory
@@ -34,7 +31,6 @@ from pipelines.supervisor import Ending, end_orphans, ending_of, log_of
 
 POLL_SECONDS = 0.1
 END_SECONDS = 20.0
-LONGEST_PAUSE = 600.0
 
 
 class Driver:
@@ -242,38 +238,6 @@ class Driver:
                 time.sleep(POLL_SECONDS)
         finally:  # also when interrupted once more
             end_orphans(self.run.path)
-
-
-class Retries:
-    """Which stages may be tried again, and when."""
-
-    def __init__(self, limit: int, backoff: float) -> None:
-        self.limit = limit
-        self.backoff = backoff
-        self._accidents: Counter[str] = Counter()
-        self._preemptions: Counter[str] = Counter()
-        self._until: dict[str, float] = {}
-
-    def waits(self, stage: str) -> bool:
-        """Whether it is too early for the next try."""
-        return time.monotonic() < self._until.get(stage, 0.0)
-
-    def pause_after(self, stage: str, kind: FailureKind) -> float | None:
-        """Seconds until the next try, or None where there is to be none.
-
-        The pause doubles with every try and is drawn from 50 % to 150 % of that, so that what failed together does not
-        come back together.
-        """
-        if kind == "stopped":
-            counted = self._preemptions
-        elif kind == "transient" and self._accidents[stage] < self.limit:
-            counted = self._accidents
-        else:
-            return None
-        counted[stage] += 1
-        pause: float = min(self.backoff * 2 ** min(counted[stage] - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
-        self._until[stage] = time.monotonic() + pause
-        return round(pause, 1)
 
 
 def default_parallel() -> int:

@@ -14,7 +14,7 @@ from contracts.stage import MINIMUM_FREE
 from embedded.config import WorldConfig
 from generation.config import GenerationConfig
 from pipelines.graph import Graph, Node
-from pipelines.placement import gpu_count
+from pipelines.machine import gpu_count
 from pipelines.sizes import (
     TEMPLATE_TOKENS,
     WORLD_ROW,

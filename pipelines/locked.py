@@ -24,8 +24,8 @@ from typing import Literal
 
 import contracts
 from contracts.errors import UserError
+from pipelines.machine import gpu_count
 from pipelines.package_index import pip_settings, uv_options, uv_variables
-from pipelines.placement import gpu_count
 
 NAMES = ("generation", "annotation", "training")
 PACKAGES = ("annotation", "contracts", "embedded", "generation", "pipelines", "training")

@@ -9,11 +9,11 @@ from rich.console import Console
 from annotation.config import ScoreConfig
 from generation.config import GenerationConfig
 from pipelines.config import RunConfig
-from pipelines.doctor.machine import gpus, host_memory
 from pipelines.estimates import Memory, memory
 from pipelines.graph import Graph, Node
 from pipelines.hub import name_and_revision
-from pipelines.placement import gpu_count, place
+from pipelines.machine import gpu_count, gpus, host_memory
+from pipelines.placement import place
 from pipelines.preflight import origin_of
 from pipelines.sizes import size_of
 from training.config import EmaConfig, TrainingConfig, ValueHeadConfig

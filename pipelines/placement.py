@@ -1,41 +1,18 @@
 """Placement: which devices a stage uses: all of this machine's, one stage after another, or what it asks of Slurm."""
 
-import functools
 import os
-import subprocess
-from typing import TYPE_CHECKING
 
 from annotation.config import ScoreConfig
 from contracts.config import StageConfig
 from contracts.errors import UserError
 from generation.config import GenerationConfig
+from pipelines.config import ExecutorSection
+from pipelines.machine import gpu_count
 from pipelines.slurm.config import StageSection, kind_of, replica_gpus
 from training.config import TrainingConfig
 
-if TYPE_CHECKING:  # the run's config asks this module for the GPUs
-    from pipelines.config import ExecutorSection
 
-
-def gpu_count() -> int:
-    """GPUs that a process started from here would see; 0 without any, and where RATCHET_VARIANT=cpu ignores them."""
-    if os.environ.get("RATCHET_VARIANT") == "cpu":
-        return 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name not in ("", "-1")])
-    return _listed_gpus()
-
-
-@functools.cache
-def _listed_gpus() -> int:
-    try:
-        result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
-    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in result.stdout.splitlines()) if result.returncode == 0 else 0
-
-
-def place_stage(name: str, config: StageConfig, executor: "ExecutorSection") -> StageConfig:
+def place_stage(name: str, config: StageConfig, executor: ExecutorSection) -> StageConfig:
     """The same stage spread over the devices of the place where it runs.
 
     Raises:

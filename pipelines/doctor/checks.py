@@ -21,14 +21,14 @@ from contracts.prompts import PromptsConfig
 from generation.config import GenerationConfig
 from pipelines.config import RunConfig
 from pipelines.display import plural
-from pipelines.doctor.machine import Finding, Level, cores, existing, gpus, host_memory
+from pipelines.doctor.machine import Finding, Level, existing
 from pipelines.driver import default_parallel
 from pipelines.environments import EnvironmentConfig, launch_command, probe_versions
 from pipelines.estimates import Memory, published_bytes, scratch_bytes
 from pipelines.graph import Graph, Node
 from pipelines.locked import Locked, resolve_variant
+from pipelines.machine import cores, gpu_count, gpus, host_memory
 from pipelines.memory import estimated, grouped, model_paths, short, size
-from pipelines.placement import gpu_count
 from pipelines.preflight import input_mistakes, model_mistakes
 from pipelines.sizes import size_of
 from pipelines.slurm.checks import check_patterns, check_slurm

@@ -1,4 +1,4 @@
-"""What this machine has, and whether its disks, network and limits are what runs need."""
+"""Whether this machine's disks, network and limits are what runs need."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -36,58 +35,6 @@ class Finding(msgspec.Struct, frozen=True):
     found: str
     mend: str | None = None
     """What to do about a warning or an error; None where `found` says it already."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A device as its driver sees it; sizes in bytes."""
-
-    name: str
-    total: int
-    free: int
-
-
-def gpus() -> list[Gpu]:
-    """The visible GPUs by nvidia-smi; empty where it does not say."""
-    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free,name", "--format=csv,noheader,nounits"]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    wanted = None if visible is None else tuple(name.strip() for name in visible.split(",") if name.strip())
-    found: list[Gpu] = []
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        for line in result.stdout.splitlines():
-            index, uuid, total, free, name = (value.strip() for value in line.split(",", 4))
-            if wanted is None or index in wanted or (wanted and uuid.startswith(wanted)):
-                found.append(Gpu(name, int(total) << 20, int(free) << 20))
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return []
-    return found
-
-
-def host_memory() -> int:
-    """Bytes of memory that processes can still have: what is free, within the limit of this control group."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(lines["MemAvailable"].split()[0]) << 10
-    return min([available, *_memory_limits()])
-
-
-def _memory_limits() -> Iterator[int]:
-    """Limits of this process's control groups (versions 1 and 2)."""
-    try:
-        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        return
-    for _, controllers, group in groups:
-        if controllers in ("", "memory"):
-            name = "memory.limit_in_bytes" if controllers else "memory.max"
-            for folder in (Path(group), *Path(group).parents):  # in a container its own group is the root
-                with contextlib.suppress(OSError, ValueError):
-                    yield int(Path(f"/sys/fs/cgroup/{controllers}/{folder}/{name}").read_text())
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def existing(path: Path) -> Path:

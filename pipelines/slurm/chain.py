@@ -15,11 +15,10 @@ from rich.console import Console
 
 from contracts.artifacts import MANIFEST, RELEASED
 from contracts.errors import UserError
-from pipelines.attempts import decision_of, last_words, require_room, settle, write_decision
+from pipelines.attempts import Retries, decision_of, last_words, require_room, settle, write_decision
 from pipelines.config import RunConfig
 from pipelines.decisions import Decision, decide, make_room
 from pipelines.display import plural
-from pipelines.driver import Retries
 from pipelines.environments import probe_versions
 from pipelines.graph import Graph, Node
 from pipelines.iteration import build_graph

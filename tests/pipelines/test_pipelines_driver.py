@@ -15,10 +15,10 @@ from contracts.errors import UserError
 from contracts.prompts import PromptsConfig
 from contracts.versions import source_version
 from pipelines import attempts
-from pipelines.attempts import StageFailedError
+from pipelines.attempts import Retries, StageFailedError
 from pipelines.config import load_run_config
 from pipelines.display import Display
-from pipelines.driver import Driver, Retries
+from pipelines.driver import Driver
 from pipelines.graph import Graph
 from pipelines.rundir import RunDirectory
 from pipelines.status import event_lines, print_status

@@ -13,8 +13,8 @@ from contracts.errors import UserError
 from pipelines.config import RunConfig, load_run_config
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
+from pipelines.machine import gpu_count
 from pipelines.main import main
-from pipelines.placement import gpu_count
 from pipelines.slurm.checks import check_patterns, check_slurm, settle_variant
 from pipelines.slurm.config import minutes_of
 from pipelines.slurm.resources import Resources, device_hours, finishing, resources_of, submitit_parameters
