@@ -175,9 +175,10 @@ def sync(names: list[str], variant: str = "auto", say: Callable[[str], None] = p
         pip = pip_settings()
         stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(len(missing)) as pool:
-            jobs = [pool.submit(_build, locked, pip, say, stop) for locked in missing]
             try:
-                concurrent.futures.wait(jobs)
+                jobs = [pool.submit(_build, locked, pip, say, stop) for locked in missing]
+                while concurrent.futures.wait(jobs, POLL_SECONDS).not_done:
+                    pass  # a signal that comes just before an endless wait would be looked at only after it
             except BaseException:  # an interrupt reaches the command that runs, or none, between two of them
                 stop.set()
                 raise
