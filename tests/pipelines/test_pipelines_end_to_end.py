@@ -134,8 +134,8 @@ def test_status_marks_what_was_made_from_what_is_gone(finished: Path) -> None:
     assert states["iteration-001/generation"] == "published"
 
 
-def test_a_second_driver_is_refused(finished: Path, shared_smallest: Path) -> None:
-    arguments = ["run", str(shared_smallest), "--iters", "3"]
+def test_a_second_driver_is_refused(shared_smallest: Path, tmp_path: Path) -> None:
+    arguments = ["run", str(shared_smallest), f"directory={tmp_path}"]
     with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         next(line for line in first.stdout if line.startswith("run "))
