@@ -91,7 +91,9 @@ def _published(publication: Publication) -> bool:
 def _work(context: Context, shards: list[str], open_worker: Callable[[], Callable[[str], None]]) -> None:
     """Make shards as long as one is left that is neither finished nor claimed."""
     publication = context.publication
-    claims = publication.state if context.publishes or context.role else publication.directory / "state"  # see _meet
+    claims = publication.directory / "state"
+    if context.publishes or context.role is not None:  # else rank 0 makes it, and may have renamed it
+        claims = publication.state
     make: Callable[[str], None] | None = None
     found_work = True
     while found_work:  # again after the last one: another process may have died meanwhile

@@ -59,7 +59,7 @@ def trace(what: str, run: Path | None = None) -> dict[str, Any]:
     for search in searches:
         if found := search():
             return {"what": what, **found, "unread": list(dict.fromkeys(unread))}
-    places = ", ".join(shorter(path) for path in runs) or "no run: there is none below ./runs"
+    places = ", ".join(str(relative(path)) for path in runs) or "no run: there is none below ./runs"
     hint = " A run is traced by what it has published." if (Path(what) / RUN).exists() else ""
     gone = f" These could not be read: {', '.join(dict.fromkeys(unread))}." if unread else ""
     raise UserError(f"nothing is known of {what!r}; searched {places}.{gone}{hint} {FORMS}")
@@ -69,11 +69,6 @@ def runs_here() -> list[Path]:
     """The runs below ./runs, and the one that the working directory is in."""
     here = run_of(Path.cwd())
     return [*([here] if here else []), *(path.parent for path in sorted(Path("runs").absolute().glob(f"*/{RUN}")))]
-
-
-def shorter(path: Path) -> str:
-    """A path as one would type it here."""
-    return str(relative(path))
 
 
 def _by_digest(indexes: list[Index], prefix: str) -> dict[str, Any] | None:
@@ -88,7 +83,7 @@ def _by_digest(indexes: list[Index], prefix: str) -> dict[str, Any] | None:
                 found.append((index, artifact))
             for link in links_of(manifest):
                 if link.digest.startswith(prefix):
-                    place = f"{link.name} of {shorter(index.path)}/{index.name_of(artifact)}"
+                    place = f"{link.name} of {relative(index.path)}/{index.name_of(artifact)}"
                     outside.setdefault(link.digest, []).append((link, place))
     digests = {artifact.manifest.digest for _, artifact in found} or set(outside)
     if len(digests) > 1:
@@ -96,7 +91,7 @@ def _by_digest(indexes: list[Index], prefix: str) -> dict[str, Any] | None:
         raise UserError(f"{prefix!r} is the beginning of several digests: {', '.join(names)}. Give more digits.")
     if found:
         index, artifact = found[0]
-        also = [shorter(other.path) for _, other in found[1:]]
+        also = [str(relative(other.path)) for _, other in found[1:]]
         return {"kind": "artifact", **ancestry(index, artifact), "also": also}
     for digest, places in outside.items():
         return {

@@ -34,7 +34,10 @@ def events_of(attempt: Path, tasks: dict[str, int], *, published: bool) -> list[
         published: the attempt was successful. Then nobody waits for accounting, which is a second late: what happened
             on the way is longer ago.
     """
-    records = scheduler.settled_history(tasks, 0.0 if published else 10.0)
+    return _note(attempt, scheduler.settled_history(tasks, 0.0 if published else 10.0))
+
+
+def _note(attempt: Path, records: list[scheduler.Record]) -> list[dict[str, str]]:
     rows = [{name: getattr(record, name) for name in record.__struct_fields__} for record in records]
     write_atomically(attempt / ACCOUNTING, json.dumps(rows, indent=1).encode())
     return _events(records)
@@ -60,19 +63,21 @@ def unaccounted(run: RunDirectory, graph: Graph, live: set[str]) -> dict[str, tu
 
 def record_missed(run: RunDirectory, graph: Graph, live: set[str]) -> None:
     """Before a run goes on: take note of what happened to jobs that ended without a driver or a finishing job."""
-    for name, (attempt, jobs) in unaccounted(run, graph, live).items():
-        for event in events_of(attempt, jobs.tasks, published=False):
+    found = unaccounted(run, graph, live)
+    records = scheduler.settled_history({id: count for _, jobs in found.values() for id, count in jobs.tasks.items()})
+    for name, (attempt, jobs) in found.items():
+        for event in _note(attempt, [record for record in records if record.base in jobs.ids]):
             run.record("slurm", stage=name, **event)
 
 
 def missed(run: RunDirectory, graph: Graph, live: set[str]) -> list[dict[str, Any]]:
     """The same, without taking note of it."""
-    found = {id: name for name, (_, jobs) in unaccounted(run, graph, live).items() for id in jobs.ids}
-    records = scheduler.history(list(found))
+    found = unaccounted(run, graph, live)
+    records = scheduler.history([id for _, jobs in found.values() for id in jobs.ids])
     return [
-        {"event": "slurm", "stage": found[event["job"].partition("_")[0]], **event}
-        for event in _events(records)
-        if event["job"].partition("_")[0] in found
+        {"event": "slurm", "stage": name, **event}
+        for name, (_, jobs) in found.items()
+        for event in _events([record for record in records if record.base in jobs.ids])
     ]
 
 

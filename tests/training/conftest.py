@@ -110,7 +110,7 @@ class Started:
     def end(self) -> int:
         """Wait for its end, see that it leaves no process behind, and return its exit code."""
         code = self.process.wait(DEADLINE)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 5
         while left := self.processes():
             assert time.monotonic() < deadline, left
             time.sleep(0.01)

@@ -53,11 +53,11 @@ def start_nodes(start: Callable[..., Started], settings: dict[str, Any], **chang
     return [start(settings, variables=each, **changes) for each in variables]
 
 
-def end_all(nodes: list[Started], code: int) -> None:
+def end_all(nodes: list[Started], code: int, seconds: float = 120.0) -> None:
     """Both end with this exit code, in time."""
     begin = time.monotonic()
     assert [node.end() for node in nodes] == [code] * len(nodes), logs(nodes)
-    assert time.monotonic() - begin < 120, logs(nodes)
+    assert time.monotonic() - begin < seconds, logs(nodes)
 
 
 def logs(nodes: list[Started]) -> str:
@@ -111,7 +111,7 @@ def test_a_stop_of_one_node_or_of_every_process_stops_all_and_the_same_command_g
                 os.kill(pid, number)
         else:
             nodes[1].process.send_signal(number)
-        end_all(nodes, 128 + number)
+        end_all(nodes, 128 + number, stopping.DEFAULT_GRACE + 10)
         assert [kinds(node) for node in nodes] == [{"stopped"}] * 2
         assert "Traceback" not in logs(nodes), logs(nodes)
     end_all([whole, *start_nodes(start, settings, parallel=SMALL)], 0)
@@ -127,7 +127,7 @@ def test_a_killed_process_or_node_ends_all_nodes(
     nodes = start_nodes(start, settings)
     nodes[0].wait_for(lambda: nodes[0].steps)
     os.kill(nodes[1].processes("RANK=1")[0], signal.SIGKILL)
-    end_all(nodes, 1)
+    end_all(nodes, 1, 40)
     assert {"transient"} <= kinds(nodes[1])
     assert re.search(r"node 1 .* ended with exit code .*137", (nodes[0].attempt / "log").read_text())
 
@@ -135,7 +135,7 @@ def test_a_killed_process_or_node_ends_all_nodes(
     nodes[0].wait_for(lambda: nodes[0].steps)
     nodes[0].process.kill()
     assert nodes[0].end() == -signal.SIGKILL
-    end_all(nodes[1:], 1)
+    end_all(nodes[1:], 1, 40)
     assert any("node 0" in failure["text"] and "is lost" in failure["text"] for failure in nodes[1].failures())
     assert not (tmp_path / "out").exists()
 
@@ -235,6 +235,16 @@ class Talk:
         place = Place(number, "127.0.0.1", self.port)
         self.nodes.append(Nodes(place, self.count, training, lambda: self.ended.append(number)))
         return self.nodes[-1]
+
+    def knock(self, data: bytes, stay: float = 0.0) -> bool:
+        """Connect to node 0, say this, and leave after some seconds; whether it listens already."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as line:
+                line.sendall(data)
+                time.sleep(stay)
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """End the threads: one that hears of a failure would end this process after a while."""
@@ -362,18 +372,10 @@ def test_strangers_and_the_wrong_nodes_are_refused(talk: Callable[[int], Talk]) 
     first, right, other = two.node(0), two.node(1), two.node(1, "another one")
 
     def disturb() -> None:
-        wait_until(lambda: knock(b"GET / HTTP/1.1\r\n\r\n"))
-        knock(b"")
+        wait_until(lambda: two.knock(b"GET / HTTP/1.1\r\n\r\n"))
+        two.knock(b"")
         assert "of another training (another one)" in str(two.join(other))
         assert isinstance(two.join(right)[0], int)
-
-    def knock(data: bytes) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", two.port), timeout=1) as line:
-                line.sendall(data)
-        except OSError:
-            return False
-        return True
 
     two.together(first.join, disturb)
     three = talk(3)
@@ -388,20 +390,12 @@ def test_strangers_and_the_wrong_nodes_are_refused(talk: Callable[[int], Talk]) 
 def test_a_node_that_left_while_the_others_wait_may_come_again(talk: Callable[[int], Talk]) -> None:
     three = talk(3)
     nodes = [three.node(number) for number in range(3)]
+    hello = b'{"type":"Hello","node":1,"training":"this one","host":"old"}\n'
 
     def come() -> None:
-        wait_until(lambda: hello(three.port))
+        wait_until(lambda: three.knock(hello, stay=0.3))
         time.sleep(0.5)
         three.join(nodes[1], nodes[2])
-
-    def hello(port: int) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=1) as line:
-                line.sendall(b'{"type":"Hello","node":1,"training":"this one","host":"old"}\n')
-                time.sleep(0.3)
-        except OSError:
-            return False
-        return True
 
     three.together(nodes[0].join, come)
     assert "old" not in nodes[2].hosts
@@ -445,18 +439,7 @@ def test_messages_that_come_together_are_all_read(talk: Callable[[int], Talk]) -
             three.node(0).join()
         found.append(str(stopped.value))
 
-    def greet() -> None:
-        wait_until(connected)
-
-    def connected() -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", three.port), timeout=1) as line:
-                line.sendall(hello + stop)
-                return True
-        except OSError:
-            return False
-
-    three.together(await_both, greet)
+    three.together(await_both, lambda: wait_until(lambda: three.knock(hello + stop)))
     assert found == [str(128 + 12)]
 
     two = talk(2)

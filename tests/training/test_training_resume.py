@@ -82,7 +82,7 @@ def test_after_kills_and_requests_to_stop_it_ends_with_the_same_bytes(
         stopped.process.send_signal(number)
         asked = time.monotonic()
         assert stopped.end() == 128 + number
-        assert time.monotonic() - asked < stopping.DEFAULT_GRACE + 60
+        assert time.monotonic() - asked < stopping.DEFAULT_GRACE + 10
         assert {failure["kind"] for failure in stopped.failures()} == {"stopped"}
         assert "Traceback" not in (stopped.attempt / "log").read_text()
 
