@@ -24,8 +24,9 @@
 set -euo pipefail
 
 defaults=(NODES=4 GPUS=8 CPUS=8 PORT=16800)
-packages=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core)
-programs=(slurmctld slurmd slurmdbd sbatch scontrol sacct sacctmgr munged munge mariadbd mariadb-install-db)
+packages=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core mariadb-client-core)
+programs=(slurmctld slurmd slurmdbd sbatch scontrol sacct sacctmgr munged munge mariadbd mariadb-install-db
+  my_print_defaults)
 state=${DEV_SLURM_STATE:-${TMPDIR:-/tmp}/dev-slurm-$UID}
 # All that runs in the cluster has this variable: it says what is ours to end.
 mark=DEV_SLURM_CLUSTER=$state
@@ -112,14 +113,13 @@ install_packages() {
 }
 
 install_with_apt() {
-  local database
+  local wanted=("${packages[@]}")
   exec 9< "$(type -P apt-get)"
   flock 9 # another `up` may be installing the same
   apt-get update || return 1
   # Older releases have the database's programs only in the package that also starts it as a service.
-  database=$(apt-cache show mariadb-server-core > /dev/null && echo mariadb-server-core || echo mariadb-server)
-  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-    "${packages[@]/mariadb-server-core/$database}"
+  apt-cache show mariadb-server-core > /dev/null || wanted=("${packages[@]/%mariadb-*-core/mariadb-server}")
+  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${wanted[@]}"
 }
 
 lock_state() { # one command at a time; the lock is the directory itself, so that nothing stays behind

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,19 @@ class SlurmRun:
         rows = [line.split("|") for line in lines]
         return [(id, node) for base, id, found, node in rows if base == jobs.work and found == state]
 
+    def wait_for(self, condition: Callable[[], object], seconds: float, what: str) -> None:
+        """Wait until the condition holds; an AssertionError, here and where no job is left, shows the run's status."""
+        try:
+            wait_for(lambda: condition() or self.is_over(), seconds, what)
+            assert condition(), f"no job is left: {what}"
+        except AssertionError as error:
+            jobs = self.cluster.run("squeue", "--array", "--format=%i %E %T %r %j %N")
+            nodes = self.cluster.run("scontrol", "--oneliner", "show", "nodes")
+            raise AssertionError(f"{error}\n{self.status()}\n{jobs}\n{nodes}") from None
+
     def wait_for_tasks(self, stage: str, seconds: float = 300) -> list[tuple[str, str]]:
         """The same, as soon as there are any."""
-        wait_for(lambda: self.tasks(stage), seconds, f"{stage} runs")
+        self.wait_for(lambda: self.tasks(stage), seconds, f"{stage} runs")
         return self.tasks(stage)
 
     def processes(self, stage: str) -> list[int]:
@@ -87,7 +97,7 @@ class SlurmRun:
     @contextlib.contextmanager
     def frozen(self, stage: str) -> Iterator[list[int]]:
         """Stop a training's processes after they have saved a step, so that what is done to it is in time."""
-        wait_for(lambda: self.processes(stage), 400, f"{stage} runs")
+        self.wait_for(lambda: self.processes(stage), 400, f"{stage} runs")
         pids = self.processes(stage)
         deadline = time.monotonic() + 200
         while not self.saved(stage):  # let it go on for a moment at a time: it is quick
@@ -115,7 +125,11 @@ class SlurmRun:
 
     def wait(self, seconds: float = 600) -> str:
         """Wait until no job is left, and return what the run's status says then."""
-        wait_for(self.is_over, seconds, "all jobs end")
+        self.wait_for(self.is_over, seconds, "all jobs end")
+        return self.status()
+
+    def status(self) -> str:
+        """What `pipeline status` says of the run."""
         result = self.pipeline("status", str(self.path))
         assert result.returncode == 0, result.stderr
         return result.stdout
