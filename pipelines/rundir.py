@@ -188,6 +188,10 @@ class RunDirectory:
         attempt.mkdir(parents=True)
         return attempt
 
+    def stage_of(self, attempt: Path) -> str:
+        """The stage that an attempt is one at."""
+        return attempt.parent.relative_to(self.path / "logs").as_posix()
+
     def attempts(self, stage: str) -> list[Path]:
         """The attempts at a stage, the latest last."""
         found = (self.path / "logs" / stage).glob("attempt-*")

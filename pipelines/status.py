@@ -16,13 +16,15 @@ from contracts.errors import UserError
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.report import print_table
 from pipelines.rundir import CANCEL, RunDirectory
-from pipelines.slurm.events import in_words, missed
+from pipelines.slurm.events import ACCOUNTING_PATIENCE, in_words, missed
 from pipelines.slurm.jobs import job_logs, jobs_of, last_jobs, unfinished_jobs
 from pipelines.slurm.scheduler import PATIENCE, Queued, queue
 from pipelines.supervisor import failure_of, log_of, parts_of, progress_of
 
 State = tuple[str, str, str, str]
 """State, rows, seconds and detail of a stage."""
+GLANCE_SECONDS = 10.0
+"""For how long `status` asks a cluster again that does not answer."""
 HOPELESS = frozenset(
     "PartitionConfig PartitionNodeLimit PartitionTimeLimit BadConstraints InvalidAccount InvalidQOS".split()
 )
@@ -36,7 +38,7 @@ def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
     holder = run.holder()
     jobs: list[Queued] | None = None
     try:
-        jobs = queued_jobs(run, graph, patience=10)
+        jobs = queued_jobs(run, graph, GLANCE_SECONDS)
     except UserError as error:
         console.print(f"What is queued on the cluster is not known: {error}", soft_wrap=True, highlight=False)
     pinned = ", pinned" if run.pinned else ""
@@ -47,14 +49,17 @@ def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
     else:
         driver = f"under way as {len({job.base for job in jobs})} Slurm jobs" if jobs else "nobody drives it"
     console.print(f"{run.path}: {driver}{pinned}", soft_wrap=True, highlight=False)
-    print_report(console, run, graph, jobs, driven=holder is not None)
+    print_report(console, run, graph, jobs, driven=holder is not None, patience=GLANCE_SECONDS)
 
 
-def print_report(console: Console, run: RunDirectory, graph: Graph, jobs: list[Queued] | None, *, driven: bool) -> None:
+def print_report(
+    console: Console, run: RunDirectory, graph: Graph, jobs: list[Queued] | None, *, driven: bool, patience: float
+) -> None:
     """Every stage with its state, why some have failed, what happened on the way, then the metrics so far.
 
     Args:
         jobs: those that have not ended; None if nobody knows.
+        patience: seconds for which an accounting that does not answer is asked again.
     """
     table = Table("stage", "state", "rows", "seconds", "detail")
     failures: list[str] = []
@@ -64,7 +69,11 @@ def print_report(console: Console, run: RunDirectory, graph: Graph, jobs: list[Q
             state = (*state[:3], "why: below")
         table.add_row(name, *(escape(text) for text in state))
     console.print(table)
-    unheard = [] if jobs is None else missed(run, graph, {job.base for job in jobs})
+    unheard: list[dict[str, Any]] = []
+    try:
+        unheard = [] if jobs is None else missed(run, {job.base for job in jobs}, patience)
+    except UserError as error:
+        failures.append(f"What happened to some of the jobs on the way is not known: {error}")
     for line in [*failures, *event_lines(run.events() + unheard)]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     print_table(console, graph)
@@ -90,7 +99,7 @@ def states(run: RunDirectory, graph: Graph, jobs: list[Queued] | None, *, driven
 def save_report(run: RunDirectory, graph: Graph) -> None:
     """Keep it as report.txt in the run's directory."""
     console = Console(file=io.StringIO(), width=200)
-    print_report(console, run, graph, queued_jobs(run, graph), driven=False)
+    print_report(console, run, graph, queued_jobs(run, graph), driven=False, patience=ACCOUNTING_PATIENCE)
     write_atomically(run.path / "report.txt", console.file.getvalue().encode())  # type: ignore[attr-defined]
 
 
@@ -112,6 +121,9 @@ def event_lines(events: list[dict[str, Any]]) -> list[str]:
                     when = datetime.fromisoformat(event["end"]).timestamp()
             case "requeue":
                 text = f"job {event['job']} on {event['host']}: saved what it had and was requeued ({event['reason']})"
+            case "restart":
+                text = f"job {event['job']} on {event['host']}: its process ended with exit code {event['code']}"
+                text += ", and was started again"
             case "failed":
                 again = event["retry_in"]
                 then = "not tried again" if again is None else f"tried again after {again:.0f} s"

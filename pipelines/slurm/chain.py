@@ -39,14 +39,12 @@ from pipelines.slurm.jobs import (
     submit,
     unfinished_jobs,
 )
-from pipelines.slurm.node import Task
+from pipelines.slurm.node import FAILED, TRY_AGAIN, Task
 from pipelines.slurm.resources import resources_of
 from pipelines.slurm.scheduler import SchedulerError
 from pipelines.status import save_report
 from pipelines.supervisor import end_orphans, ending_of, log_of
 
-TRY_AGAIN = 75
-"""Exit code of a finishing job whose stage is tried again by another one (EX_TEMPFAIL)."""
 AGAIN = "again"
 """Mark of an attempt that makes weights again that were deleted."""
 CONTINUES = "continues"
@@ -120,7 +118,7 @@ def submit_chain(run: RunDirectory, graph: Graph, config: RunConfig, plan: dict[
     require_detachable(graph, config, plan)
     with run.submitting():
         live = end_unknown(run.path)
-        record_missed(run, graph, live)
+        record_missed(run, live)
         new: dict[str, Jobs] = {}
         for node in graph.nodes.values():
             if plan[node.name].reuse:
@@ -219,7 +217,7 @@ def conclude(task: Task) -> int:
     """After a stage's jobs: take note of what it has published, or have it tried again, or fail.
 
     Returns:
-        The exit code, by which Slurm lets those go on that wait for it, or cancels them.
+        The exit code (pipelines/slurm/node.py), by which Slurm lets those go on that wait for it, or cancels them.
     """
     place = Place.of(task)
     run, node, attempt = place.run, place.node, place.attempt
@@ -227,7 +225,7 @@ def conclude(task: Task) -> int:
         jobs = jobs_of(attempt)
     if jobs is None:
         print(f"{run.path}: the command that submitted this job was killed. Give it again.", file=sys.stderr)
-        return 1
+        return FAILED
     for event in events_of(attempt, jobs.tasks, published=(node.output / MANIFEST).is_file()):
         run.record("slurm", stage=node.name, **event)
         print(in_words(event))
@@ -273,7 +271,7 @@ def _again(place: Place) -> int:
     run, node, config = place.run, place.node, place.config
     if (run.path / CANCEL).exists():
         print(f"stage {node.name}: the run was cancelled", file=sys.stderr)
-        return 1
+        return FAILED
     ending = ending_of(place.attempt)
     retries = Retries(config.executor.retries, config.executor.backoff_seconds)
     pause = None
@@ -283,7 +281,7 @@ def _again(place: Place) -> int:
     if pause is None:
         text = ending.reason or f"{ending.how}\n{last_words(place.attempt)}"
         print(f"error: stage {node.name}: {text}\n  log: {log_of(place.attempt)}", file=sys.stderr)
-        return UserError.exit_code if ending.kind == "user" else 1
+        return UserError.exit_code if ending.kind == "user" else FAILED
     print(f"stage {node.name} {ending.how} Once more in {pause:.0f} s.")
     latest = run.attempts(node.name)[-1]
     if latest == place.attempt or jobs_of(latest) is None:  # else this job was killed just after, and started again

@@ -1,16 +1,21 @@
 """What happened to jobs on the cluster, as accounting tells it afterwards."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from contracts.artifacts import write_atomically
-from pipelines.graph import Graph
 from pipelines.rundir import RunDirectory
 from pipelines.slurm import scheduler
-from pipelines.slurm.jobs import Jobs, unfinished_jobs
+from pipelines.slurm.jobs import RECORD, Jobs, jobs_of
+from pipelines.slurm.scheduler import SchedulerError
 
 ACCOUNTING = "accounting.json"
+SETTLING_SECONDS = 10.0
+"""How long accounting may take to learn of the end of a job that failed."""
+ACCOUNTING_PATIENCE = 60.0
+"""Seconds for which an accounting that does not answer is asked again: what it says decides nothing."""
 
 WORDS = {
     "NODE_FAIL": "its node failed",
@@ -29,12 +34,20 @@ WORDS = {
 def events_of(attempt: Path, tasks: dict[str, int], *, published: bool) -> list[dict[str, str]]:
     """What happened to the jobs of an attempt that has ended; kept in accounting.json beside its logs.
 
+    A run does not wait for an accounting that does not answer: without this file, later commands ask it again.
+
     Args:
         tasks: how many tasks a job has, by its id.
         published: the attempt was successful. Then nobody waits for accounting, which is a second late: what happened
             on the way is longer ago.
     """
-    return _note(attempt, scheduler.settled_history(tasks, 0.0 if published else 10.0))
+    seconds, patience = (0.0, 0.0) if published else (SETTLING_SECONDS, ACCOUNTING_PATIENCE)
+    try:
+        records = scheduler.settled_history(tasks, seconds, patience)
+    except SchedulerError as error:
+        print(f"what happened to the jobs {', '.join(tasks)} is not known yet: {error}", file=sys.stderr)
+        return []
+    return _note(attempt, records)
 
 
 def _note(attempt: Path, records: list[scheduler.Record]) -> list[dict[str, str]]:
@@ -51,32 +64,33 @@ def _events(records: list[scheduler.Record]) -> list[dict[str, str]]:
     ]
 
 
-def unaccounted(run: RunDirectory, graph: Graph, live: set[str]) -> dict[str, tuple[Path, Jobs]]:
-    """The stages whose latest jobs have ended without anybody having looked what had happened to them."""
-    found = {}
-    for name, jobs in unfinished_jobs(run, graph).items():
-        attempt = run.attempts(name)[-1]
-        if not live.intersection(jobs.ids) and not (attempt / ACCOUNTING).exists():
-            found[name] = (attempt, jobs)
-    return found
+def unaccounted(run: RunDirectory, live: set[str]) -> dict[Path, Jobs]:
+    """The attempts whose jobs have ended without anybody having learned what had happened to them."""
+    attempts = [path.parent for path in sorted((run.path / "logs").rglob(RECORD))]
+    missing = {path: jobs for path in attempts if not (path / ACCOUNTING).exists() and (jobs := jobs_of(path))}
+    return {path: jobs for path, jobs in missing.items() if not live.intersection(jobs.ids)}
 
 
-def record_missed(run: RunDirectory, graph: Graph, live: set[str]) -> None:
+def record_missed(run: RunDirectory, live: set[str]) -> None:
     """Before a run goes on: take note of what happened to jobs that ended without a driver or a finishing job."""
-    found = unaccounted(run, graph, live)
-    records = scheduler.settled_history({id: count for _, jobs in found.values() for id, count in jobs.tasks.items()})
-    for name, (attempt, jobs) in found.items():
+    found = unaccounted(run, live)
+    records = scheduler.settled_history({id: count for jobs in found.values() for id, count in jobs.tasks.items()})
+    for attempt, jobs in found.items():
         for event in _note(attempt, [record for record in records if record.base in jobs.ids]):
-            run.record("slurm", stage=name, **event)
+            run.record("slurm", stage=run.stage_of(attempt), **event)
 
 
-def missed(run: RunDirectory, graph: Graph, live: set[str]) -> list[dict[str, Any]]:
-    """The same, without taking note of it."""
-    found = unaccounted(run, graph, live)
-    records = scheduler.history([id for _, jobs in found.values() for id in jobs.ids])
+def missed(run: RunDirectory, live: set[str], patience: float = ACCOUNTING_PATIENCE) -> list[dict[str, Any]]:
+    """The same, without taking note of it.
+
+    Raises:
+        UserError: accounting has not answered for `patience` seconds, or there is none here.
+    """
+    found = unaccounted(run, live)
+    records = scheduler.history([id for jobs in found.values() for id in jobs.ids], patience)
     return [
-        {"event": "slurm", "stage": name, **event}
-        for name, (_, jobs) in found.items()
+        {"event": "slurm", "stage": run.stage_of(attempt), **event}
+        for attempt, jobs in found.items()
         for event in _events([record for record in records if record.base in jobs.ids])
     ]
 

@@ -71,7 +71,7 @@ def look_back(run: RunDirectory, graph: Graph, executor: ExecutorSection) -> Non
     if not unfinished:
         return
     live = scheduler.live_ids(run.path)
-    record_missed(run, graph, live)
+    record_missed(run, live)
     strays = {
         id
         for name, jobs in unfinished.items()

@@ -30,7 +30,7 @@ from pipelines.executors import job_folder
 from pipelines.graph import Graph, Node
 from pipelines.rundir import RunDirectory
 from pipelines.slurm import scheduler
-from pipelines.slurm.node import Duty, Task, perform
+from pipelines.slurm.node import Duty, Task, perform, start_again
 from pipelines.slurm.resources import Resources, finishing, resources_of, submitit_parameters
 from pipelines.slurm.scheduler import mark_of
 from pipelines.slurm.scripts import job_name, make_executor
@@ -158,6 +158,7 @@ def _submit(
         kill_on_invalid_dependency=bool(dependency),
         begin=pause,
         comment=mark_of(run),
+        teardown=start_again(executor.retries, executor.backoff_seconds) if "conclude" in task.duties else (),
     )
     slurm = make_executor(folder, parameters)
 

@@ -4,6 +4,7 @@ Every task of every array starts with this, so it imports as little as it can.
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from contracts.attempt import ATTEMPT, PROGRESS, ROLE, fail
 from contracts.errors import UserError
 from contracts.stopping import SIGNALS
 from pipelines.slurm import scheduler
+from pipelines.slurm.start import NOTICES
 from pipelines.supervisor import DECISION, PUBLISHER, supervise
 
 MEET_SECONDS = 300.0
@@ -29,6 +31,14 @@ MEET_SECONDS = 300.0
 NOTICE_SECONDS = 150.0
 """Slurm's notice comes at most so long before the end of the grace period: a margin, and the grid of its clock."""
 Duty = Literal["work", "publish", "conclude"]
+FAILED = 70
+"""Exit code of a job whose stage has failed for good (EX_SOFTWARE)."""
+TRY_AGAIN = 75
+"""Exit code of a job whose stage is tried again by another one (EX_TEMPFAIL)."""
+CONCLUDED = (0, UserError.exit_code, FAILED, TRY_AGAIN)
+"""Exit codes of a job that has concluded its stage. Any other is an accident of the job's own."""
+ENDED = "RATCHET_ENDED"
+"""Environment variable: the exit codes of those processes of this job that ended before they had concluded."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class Task:
 
 def perform(task: Task) -> None:
     """What a job runs on each of its nodes."""
+    _record_restart(task)
     code = 0
     for duty in task.duties:
         code = _guarded(duty, task)
@@ -57,6 +68,37 @@ def perform(task: Task) -> None:
             break
     if code:
         sys.exit(code)
+
+
+def start_again(retries: int, pause: float) -> list[str]:
+    """Lines of bash after the process of a job that concludes a stage of a chain.
+
+    Nobody else looks after that stage, and where its job fails, Slurm cancels all that wait for it. So where the
+    process ends without having concluded (killed, not launched, no answer of the scheduler's), the job starts it again.
+
+    Args:
+        retries: how often.
+        pause: seconds before each.
+    """
+    return [
+        "code=$?",
+        f"case $code in {' | '.join(map(str, CONCLUDED))}) exit $code ;; esac",
+        f'export {ENDED}="${{{ENDED}:-}} $code"',
+        f"codes=(${ENDED})",
+        f"if [ ${{#codes[@]}} -gt {retries} ]; then exit $code; fi",
+        f"sleep {math.ceil(pause)}",
+        'exec bash "$0"',
+    ]
+
+
+def _record_restart(task: Task) -> None:
+    ended = os.environ.pop(ENDED, "").split()
+    if not ended:
+        return
+    from pipelines.rundir import RunDirectory
+
+    job = submitit.JobEnvironment()
+    RunDirectory(Path(task.run)).record("restart", stage=task.stage, job=job.job_id, host=job.hostname, code=ended[-1])
 
 
 def _guarded(duty: Duty, task: Task) -> int:
@@ -71,7 +113,8 @@ def _guarded(duty: Duty, task: Task) -> int:
     except Exception as error:
         part.mkdir(parents=True, exist_ok=True)
         os.environ[ATTEMPT] = str(part)
-        return fail(error)
+        code = fail(error)
+        return 1 if duty == "conclude" else code  # 1: not concluded
 
 
 def _run_command(task: Task, part: str) -> int:
@@ -79,7 +122,10 @@ def _run_command(task: Task, part: str) -> int:
     stop = StopRequest()
     if task.chained and _is_reused(task):
         return 0
-    code = supervise(task.attempt, part, {ROLE: "publisher"} if part == PUBLISHER else _variables(task), stop)
+    if stop():  # before its beginning
+        code = 128 + signal.SIGUSR2
+    else:
+        code = supervise(task.attempt, part, {ROLE: "publisher"} if part == PUBLISHER else _variables(task), stop)
     if not stop() and code not in {128 + number for number in SIGNALS}:
         return code
     job = submitit.JobEnvironment()
@@ -115,15 +161,13 @@ def _is_reused(task: Task) -> bool:
 
 
 class StopRequest:
-    """Whether Slurm has sent the signal that precedes the time limit or a preemption.
-
-    submitit's own handler would write the job's pickle anew first, and a kill in that instant would lose the job.
-    """
+    """Whether Slurm has sent the signal that precedes the time limit or a preemption, since the job's beginning."""
 
     def __init__(self) -> None:
         self._asked = False
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
+        for number in NOTICES:
             signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICES)  # pipelines/slurm/start.py has held them back
 
     def __call__(self) -> bool:
         return self._asked
@@ -156,6 +200,7 @@ def require_progress(part: Path, stage: str, limit: str) -> None:
             f"stage {stage} got no further between two ends of its time limit ({limit}). Raise executor.slurm.time, or "
             "that of its entry in executor.stages; for a training also lower checkpoint_seconds."
         )
+    part.mkdir(exist_ok=True)  # it may have been stopped before its beginning
     write_atomically(mark, now)
 
 

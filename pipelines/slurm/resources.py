@@ -1,7 +1,7 @@
 """What a stage asks of Slurm, with every default filled in, and as submitit's parameters."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +121,7 @@ def submitit_parameters(
     dependency: str | None = None,
     kill_on_invalid_dependency: bool = False,
     begin: float | None = None,
+    teardown: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The parameters of submitit's SlurmExecutor for a job, or for each task of an array.
 
@@ -131,6 +132,7 @@ def submitit_parameters(
         dependency: as sbatch takes it, for example afterok:17:18.
         kill_on_invalid_dependency: have Slurm cancel the job when the dependency can no longer be fulfilled.
         begin: seconds from now before which it does not start.
+        teardown: lines of bash after the job's process has ended.
     """
     further: dict[str, Any] = {"requeue" if resources.requeue else "no-requeue": True}
     if kill_on_invalid_dependency:
@@ -150,6 +152,7 @@ def submitit_parameters(
         "account": resources.account,
         "qos": resources.qos,
         "setup": list(resources.setup) or None,
+        "teardown": list(teardown) or None,
         "signal_delay_s": min(math.ceil(grace_seconds) + MARGIN_SECONDS, resources.minutes * 30),  # or half of its time
         "dependency": dependency,
         "array_parallelism": resources.tasks,

@@ -99,28 +99,29 @@ def live_ids(run: Path) -> set[str]:
     return {job.base for job in queue(run)}
 
 
-def history(ids: list[str]) -> list[Record]:
+def history(ids: list[str], patience: float = PATIENCE) -> list[Record]:
     """What accounting knows of jobs, each of their starts, in order of time. It lags behind by a second or so."""
     if not ids:
         return []
     fields = "JobID,State,ExitCode,NodeList,Start,End,JobName"
     text = call("sacct", "--duplicates", "--allocations", "--parsable2", "--noheader", f"--format={fields}", "--jobs",
-                ",".join(ids), "--starttime=now-365days")  # fmt: skip
+                ",".join(ids), "--starttime=now-365days", patience=patience)  # fmt: skip
     found = [Record(*line.split("|", 6)) for line in text.splitlines()]
     return sorted(found, key=lambda record: (record.start in ("None", "Unknown"), record.start))
 
 
-def settled_history(tasks: dict[str, int], seconds: float = 10.0) -> list[Record]:
+def settled_history(tasks: dict[str, int], seconds: float = 10.0, patience: float = PATIENCE) -> list[Record]:
     """`history` of jobs that have ended, as soon as accounting knows that they have, or after some time without.
 
     Args:
         tasks: how many tasks a job has, by its id; 1 for what is no array. The job that asks has not ended: what is
             known of its earlier starts counts.
+        patience: for how long an accounting that does not answer is asked again.
     """
     own = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
     deadline = time.monotonic() + seconds
     while True:
-        found = [record for record in history(list(tasks)) if record.base in tasks]
+        found = [record for record in history(list(tasks), patience) if record.base in tasks]
         ended = [record for record in found if record.word not in LIVE]
         last = {record.id: record.word for record in found}  # the latest start of each task
         known = Counter(id.partition("_")[0] for id, word in last.items() if word not in LIVE)

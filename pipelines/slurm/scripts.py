@@ -8,6 +8,7 @@ A dry run leaves in <run directory>.dry-run/:
 """
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from pipelines.config import RunConfig
 from pipelines.executors import job_folder
 from pipelines.graph import Graph, Node
 from pipelines.slurm.config import HEAVY, KINDS
+from pipelines.slurm.node import start_again
 from pipelines.slurm.resources import (
     Resources,
     device_hours,
@@ -44,6 +46,10 @@ class BatchExecutor(SlurmExecutor):
     def affinity(cls) -> int:
         """Where Slurm is missing, check_slurm says so."""
         return 2
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return f"{self.python} -u -m pipelines.slurm.start {shlex.quote(str(self.folder))}"
 
 
 def make_executor(folder: Path, parameters: Mapping[str, Any]) -> BatchExecutor:
@@ -151,10 +157,16 @@ def _write_scripts(
     wanted: Mapping[str, Asked],
     waited_for: set[str],
 ) -> None:
+    """Write a stage's scripts.
+
+    Args:
+        waited_for: the stages that are submitted at once with it; none with a driver.
+    """
     run, name = graph.directory, f"{number:03d}-{node.name.replace('/', '-')}"
     before = [need for need in node.needs if need in waited_for and wanted[need].work.executor == "slurm"]
     success = [f"afterok:{':'.join(f'<job of {need}>' for need in before)}"] if before else []
     mine = wanted[node.name]
+    again = start_again(config.executor.retries, config.executor.backoff_seconds) if waited_for else []
     for part, suffix, dependency in (
         (mine.work, "", success),
         (mine.finish, ".finish", [f"afterany:<work of {node.name}>", *success]),
@@ -168,6 +180,7 @@ def _write_scripts(
             grace_seconds=config.executor.grace_seconds,
             dependency=",".join(dependency) or None,
             kill_on_invalid_dependency=bool(dependency),
+            teardown=again if part is (mine.finish or mine.work) else (),
         )
         executor = make_executor(job_folder(run) / "slurm" / f"{name}{suffix}", parameters)
         (folder / f"{name}{suffix}.sbatch").write_text(script(executor, part.tasks))

@@ -308,6 +308,49 @@ def read_losses(training: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+SLOW = """
+import os, pathlib, time
+pathlib.Path({folder!r}, f"start-{{os.getpid()}}").touch()
+time.sleep(3)
+raise ImportError("none here")
+"""
+"""In the place of numpy, which submitit loads first if it can."""
+
+
+def test_a_chain_outlives_a_killed_job_an_early_notice_and_accounting(tmp_path: Path, cluster: Cluster) -> None:
+    """The job of a light stage, which nobody looks after, is killed while its Python still starts; so is what it starts
+    in its place told to stop. While accounting is away, the stages go on; when it is back, it tells what happened."""
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "numpy.py").write_text(SLOW.format(folder=str(slow)))
+    run = SlurmRun(tmp_path, cluster, stages={"setup/world": {"setup": [f"export PYTHONPATH={slow}"]}})
+    run.detach(iterations=0)
+    run.wait_for(lambda: any(slow.glob("start-*")), 60, "Python starts")
+    (start,) = slow.glob("start-*")
+    os.kill(int(start.name.partition("-")[2]), signal.SIGKILL)
+    run.wait_for(lambda: any(path != start for path in slow.glob("start-*")), 60, "it starts again")
+    ((world, _),) = run.tasks("setup/world")
+    cluster.run("scancel", "--signal=USR2", world)
+    run.wait_for(lambda: run.events("requeue"), 60, "the job asks for a requeue")
+
+    task, _ = run.wait_for_tasks("iteration-000/heldout/generation")[0]
+    cluster.kill("slurmdbd")
+    try:
+        cluster.run("scancel", task)
+        run.wait_for(lambda: "iteration-000/heldout/gold" in run.digests(), 200, "what reads that stage is published")
+        assert "What happened to some of the jobs on the way is not known: `sacct" in run.status()
+    finally:
+        cluster.up()
+    line = rf"iteration-000/heldout/generation: job {task} on node\d: cancelled by"
+    wait_for(lambda: re.search(line, run.status()), 60, "the controller has told accounting of the cancelled task")
+    status = run.status()
+    assert re.search(rf"setup/world: job {world} .* exit code 137, and was started again", status), status
+    assert re.search(rf"setup/world: job {world} .* requeued \(signal, \d+ s before the time limit\)", status), status
+    assert not run.events("failed")
+    assert run.pipeline("cancel", str(run.path)).returncode == 0
+    wait_for(run.is_over, 60, "all jobs end")
+
+
 def test_a_cancelled_finishing_job_is_named(tmp_path: Path, cluster: Cluster) -> None:
     """Nobody is left to conclude then: status asks accounting, and the next command takes note of it."""
     run = SlurmRun(tmp_path, cluster)

@@ -1,0 +1,16 @@
+"""The first that a job's Python runs: it holds back Slurm's notices until the job can answer them.
+
+One that comes while Python still loads libraries would end the process. submitit's own answer to it, before ours is
+there, would write the job's pickle anew, and a kill in that instant would lose the job.
+"""
+
+import signal
+
+NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
+"""What Slurm is asked to send before a time limit or a preemption."""
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+    from submitit.core.submission import submitit_main
+
+    submitit_main()
