@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pipelines.machine import gpu_count
 from pipelines.main import main
 from pipelines.slurm.checks import check_patterns, check_slurm, settle_variant
 from pipelines.slurm.config import minutes_of
+from pipelines.slurm.node import FAILED, TRY_AGAIN, start_again
 from pipelines.slurm.resources import Resources, device_hours, finishing, resources_of, submitit_parameters
 from pipelines.slurm.scripts import make_executor, script, write_dry_run
 
@@ -429,6 +431,21 @@ def test_a_chain_of_jobs_shows_what_each_waits_for(smallest: Path) -> None:
     assert dependency("*-iteration-001-training.finish.sbatch") == f"afterany:<work of {TRAINING}>,{wanted}"
     assert not list(folder.glob("*-iteration-001-pairs.finish.sbatch"))
     assert "kill-on-invalid-dep=yes" in next(folder.glob("*-iteration-001-training.sbatch")).read_text()
+    start = "\n".join(start_again(config.executor.retries, config.executor.backoff_seconds))
+    concluding = {path.name.partition("-")[2] for path in folder.iterdir() if path.read_text().endswith(start)}
+    assert {"setup-world.sbatch", "iteration-001-pairs.sbatch", "iteration-001-training.finish.sbatch"} <= concluding
+    assert not concluding & {"iteration-001-training.sbatch", "iteration-001-generation.sbatch"}
+
+
+@pytest.mark.parametrize(("code", "starts"), [(0, 1), (2, 1), (FAILED, 1), (TRY_AGAIN, 1), (1, 4), (137, 4)])
+def test_a_concluding_job_starts_its_process_again_unless_that_has_concluded(
+    tmp_path: Path, code: int, starts: int
+) -> None:
+    path = tmp_path / "job"
+    lines = ["set -u", f"echo \"${{RATCHET_ENDED:-}}\" >> '{tmp_path}/starts'", f"(exit {code})", "", "# teardown"]
+    path.write_text("\n".join([*lines, *start_again(3, 0)]))
+    assert subprocess.run(["bash", path], check=False).returncode == code
+    assert (tmp_path / "starts").read_text().split("\n")[:-1] == [f" {code}" * number for number in range(starts)]
 
 
 def make_programs(folder: Path, **answers: str) -> None:
