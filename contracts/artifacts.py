@@ -577,6 +577,18 @@ def take_lock(file: IO[str], kind: int) -> None:
         raise
 
 
+def appears(path: Path) -> bool:
+    """Whether a file is there that another machine may have written just now.
+
+    A file server's client may remember for up to a minute that it was not, unless it lists the folders.
+    """
+    if not path.exists():
+        for folder in (path.parent.parent, path.parent):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.listdir(folder)
+    return path.exists()
+
+
 def process_name(pid: int | None = None) -> str:
     """What tells a process, by default this one, from all others on all machines that share a file system."""
     return f"{socket.gethostname()}-{pid or os.getpid()}"

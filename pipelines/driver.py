@@ -10,7 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 from contracts import stopping
-from contracts.artifacts import MANIFEST, RELEASED
+from contracts.artifacts import MANIFEST, RELEASED, appears
 from contracts.errors import UserError
 from contracts.stage import require_space
 from pipelines.attempts import Retries, StageFailedError, last_words, require_room, settle, write_decision
@@ -170,7 +170,7 @@ class Driver:
             for event in running.job.clear(running.attempt):
                 self.run.record("slurm", stage=running.node.name, **event)
                 self.display.note(f"slurm  {running.node.name}  ({in_words(event)})")
-            if not (running.node.output / MANIFEST).is_file():
+            if not appears(running.node.output / MANIFEST):
                 self.retry_or_fail(running)
                 continue
             artifact = settle(self.run, self.graph, running.node, running.key, running.attempt)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from contracts.artifacts import MANIFEST, RELEASED
+from contracts.artifacts import MANIFEST, RELEASED, appears
 from contracts.errors import UserError
 from pipelines.attempts import Retries, decision_of, last_words, require_room, settle, write_decision
 from pipelines.config import RunConfig
@@ -196,7 +196,7 @@ def prepare(task: Task) -> Decision:
 
 def _prepare(place: Place) -> Decision:
     node, run = place.node, place.run
-    missing = [name for name in node.needs if not (place.graph.nodes[name].output / MANIFEST).is_file()]
+    missing = [name for name in node.needs if not appears(place.graph.nodes[name].output / MANIFEST)]
     if missing:
         raise UserError(f"stage {node.name} was started, but {', '.join(missing)} is not published.")
     versions = probe_versions(getattr(place.config.environments, node.environment), node.environment)
@@ -226,16 +226,14 @@ def conclude(task: Task) -> int:
     if jobs is None:
         print(f"{run.path}: the command that submitted this job was killed. Give it again.", file=sys.stderr)
         return FAILED
-    for event in events_of(attempt, jobs.tasks, published=(node.output / MANIFEST).is_file()):
+    published = appears(node.output / MANIFEST)
+    for event in events_of(attempt, jobs.tasks, published=published):
         run.record("slurm", stage=node.name, **event)
         print(in_words(event))
     keep_last_words(attempt, run.path)
     decision = decision_of(attempt)
     with run.submitting():
-        if decision is None or not (node.output / MANIFEST).is_file():
-            code = _again(place)
-        else:
-            code = _published(place, decision)
+        code = _again(place) if decision is None or not published else _published(place, decision)
         clear_folders(run.path, scheduler.live_ids(run.path))
     if code == 0 and (CHECKPOINT.fullmatch(node.name) or node.config.stage == "evaluation"):
         _retain(place)

@@ -6,7 +6,7 @@ They outlive the driver. The next command takes up those that still go on.
 import time
 from pathlib import Path
 
-from contracts.artifacts import MANIFEST
+from contracts.artifacts import MANIFEST, appears
 from pipelines.attempts import decision_of, write_request
 from pipelines.config import ExecutorSection, RunConfig
 from pipelines.executors import Job
@@ -137,7 +137,7 @@ class AttachedJob:
     def clear(self, attempt: Path) -> list[dict[str, str]]:
         """Keep what the jobs have printed where there is no other log."""
         keep_last_words(attempt, self._queue.run)
-        return events_of(attempt, self._jobs.tasks, published=(self._output / MANIFEST).is_file())
+        return events_of(attempt, self._jobs.tasks, published=appears(self._output / MANIFEST))
 
     def cancel(self, attempt: Path) -> None:
         """End the jobs, wherever they are."""

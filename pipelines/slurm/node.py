@@ -18,7 +18,7 @@ from typing import Literal
 
 import submitit
 
-from contracts.artifacts import write_atomically
+from contracts.artifacts import appears, write_atomically
 from contracts.attempt import ATTEMPT, PROGRESS, ROLE, fail
 from contracts.errors import UserError
 from contracts.stopping import SIGNALS
@@ -230,11 +230,10 @@ def _meeting_point(task: Task, index: int) -> str:
             port = probe.getsockname()[1]
         write_atomically(path, f"{submitit.JobEnvironment().hostnames[0]}:{port}".encode())
     deadline = time.monotonic() + MEET_SECONDS
-    while not path.exists():
+    while not appears(path):
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"the first node of the job did not start within {MEET_SECONDS:.0f} s ({path} is missing)"
             )
-        os.scandir(path.parent).close()  # has a network file system look again
         time.sleep(0.2)
     return path.read_text()
