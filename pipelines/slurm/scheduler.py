@@ -27,11 +27,18 @@ SILENT = (
     "socket timed out",
     "connection refused",
     "connection timed out",
+    "connection reset",
+    "connection failure",
+    "message receive failure",
+    "message send failure",
     "zero bytes were transmitted",
     "slurmdbd",
+    "problem talking to the database",
     "resource temporarily unavailable",
+    "munge",
+    "authentication",
 )
-"""What the commands say when the controller or the accounting does not answer."""
+"""What the commands say when the controller, the accounting or munge does not answer, or a clock has been set."""
 LIVE = {"PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "RESIZING"}
 """States of jobs that have not ended."""
 
