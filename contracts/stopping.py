@@ -37,6 +37,13 @@ def listen() -> None:
         signal.signal(number, _answer)
 
 
+def ignore() -> None:
+    """From now on, answer no request: the process is leaving already, and has to say why."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in SIGNALS:  # not SIG_IGN: of a signal that has just come, Python would print a traceback
+        signal.signal(number, lambda number, frame: None)
+
+
 def requested() -> bool:
     """Whether a stop was asked for; to be looked at inside `deferred`."""
     return _requested is not None

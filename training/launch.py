@@ -188,8 +188,7 @@ def main() -> int:
 
     def pass_on(number: int, frame: Any) -> None:
         """Have torch's launcher send the signal to all ranks and wait for them; that happens once."""
-        for each in stopping.SIGNALS:  # not SIG_IGN: of a signal that has just come, Python would print a traceback
-            signal.signal(each, lambda number, frame: None)
+        stopping.ignore()
         if nodes is not None:
             nodes.ask_to_stop(number)
             if nodes.finishing:

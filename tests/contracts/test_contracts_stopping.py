@@ -52,8 +52,8 @@ if __name__ == "__main__":
 '''
 
 
-def start(folder: Path, seconds: float, grace: float) -> "subprocess.Popen[str]":
-    (folder / "slow.py").write_text(STAGE)
+def start(folder: Path, seconds: float, grace: float, code: str = STAGE) -> "subprocess.Popen[str]":
+    (folder / "slow.py").write_text(code)
     root = Path(__file__).parents[2]
     environment = {
         **os.environ,
@@ -101,6 +101,33 @@ def test_what_takes_longer_than_the_grace_period_is_left(tmp_path: Path) -> None
     assert process.returncode == 128 + signal.SIGTERM
     assert shards(tmp_path) == []
     assert len(list(tmp_path.glob(".out.partial-*"))) == 1
+
+
+SLOW_REPORT = """
+from contracts import attempt
+report = attempt.report_failure
+
+def report_slowly(kind, text):
+    print("in hand: the report", flush=True)
+    time.sleep(2)
+    report(kind, text)
+
+attempt.report_failure = report_slowly
+"""
+
+
+def test_a_second_request_does_not_keep_a_stage_from_saying_why_it_leaves(tmp_path: Path) -> None:
+    with start(
+        tmp_path, seconds=60, grace=0.5, code=STAGE.replace("\n\n\nclass", SLOW_REPORT + "\n\nclass")
+    ) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if line.startswith("in hand shard"))
+        process.send_signal(signal.SIGUSR1)
+        next(line for line in process.stdout if "the report" in line)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGUSR1
+    (failure,) = (json.loads(path.read_bytes()) for path in tmp_path.glob("failure-*.json"))
+    assert failure["kind"] == "stopped"
 
 
 def test_a_stop_before_any_work_leaves_at_once(tmp_path: Path) -> None:
