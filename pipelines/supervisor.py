@@ -218,7 +218,9 @@ def _ending_of_part(part: Path) -> Ending | None:
     failure = _first_failure([part])
     if not (part / "exit.json").exists():
         kind: FailureKind = "transient"
-        how = "ended without a word: its supervisor was killed."
+        how = "failed before its command had ended."
+        if failure is None:
+            how = "ended without a word: its supervisor was killed."
     else:
         record = json.loads((part / "exit.json").read_bytes())
         if record["code"] == 0:

@@ -20,7 +20,7 @@ import submitit
 
 from contracts.artifacts import appears, write_atomically
 from contracts.attempt import ATTEMPT, PROGRESS, ROLE, fail
-from contracts.errors import UserError
+from contracts.errors import TransientError, UserError
 from contracts.stopping import SIGNALS
 from pipelines.slurm import scheduler
 from pipelines.slurm.start import NOTICES
@@ -120,12 +120,15 @@ def _guarded(duty: Duty, task: Task) -> int:
 def _run_command(task: Task, part: str) -> int:
     """Run the stage's command, or this process's share of it; ask for a requeue where it has to stop before its end."""
     stop = StopRequest()
-    if task.chained and _is_reused(task):
-        return 0
-    if stop():  # before its beginning
-        code = 128 + signal.SIGUSR2
-    else:
-        code = supervise(task.attempt, part, {ROLE: "publisher"} if part == PUBLISHER else _variables(task), stop)
+    code = 128 + signal.SIGUSR2  # of a stage that has to stop before its beginning
+    try:
+        if not stop() and task.chained and _is_reused(task):
+            return 0
+        if not stop():
+            code = supervise(task.attempt, part, {ROLE: "publisher"} if part == PUBLISHER else _variables(task), stop)
+    except TransientError:  # also where the signal has ended what was asked something
+        if not stop() and _preemption(scheduler.details(submitit.JobEnvironment().job_id)) is None:
+            raise
     if not stop() and code not in {128 + number for number in SIGNALS}:
         return code
     job = submitit.JobEnvironment()

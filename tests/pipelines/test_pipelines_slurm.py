@@ -318,8 +318,9 @@ raise ImportError("none here")
 
 
 def test_a_chain_outlives_a_killed_job_an_early_notice_and_accounting(tmp_path: Path, cluster: Cluster) -> None:
-    """The job of a light stage, which nobody looks after, is killed while its Python still starts; so is what it starts
-    in its place told to stop. While accounting is away, the stages go on; when it is back, it tells what happened."""
+    """The job of a light stage, which nobody looks after, is killed while its Python still starts; what it starts in
+    its place is told to stop then, and once more while it asks for the versions of the environment. While accounting
+    is away, the stages go on; when it is back, it tells what happened."""
     slow = tmp_path / "slow"
     slow.mkdir()
     (slow / "numpy.py").write_text(SLOW.format(folder=str(slow)))
@@ -332,6 +333,9 @@ def test_a_chain_outlives_a_killed_job_an_early_notice_and_accounting(tmp_path: 
     ((world, _),) = run.tasks("setup/world")
     cluster.run("scancel", "--signal=USR2", world)
     run.wait_for(lambda: run.events("requeue"), 60, "the job asks for a requeue")
+    run.wait_for((run.run.attempts("setup/world")[0] / "prepare.lock").exists, 60, "it looks at the environment")
+    cluster.run("scancel", "--signal=USR2", world)
+    run.wait_for(lambda: len(run.events("requeue")) == 2, 60, "the job asks for another requeue")
 
     task, _ = run.wait_for_tasks("iteration-000/heldout/generation")[0]
     cluster.kill("slurmdbd")
