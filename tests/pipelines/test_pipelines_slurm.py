@@ -37,6 +37,7 @@ class SlurmRun:
         self.path = folder / "runs" / "smallest"
         self.run = RunDirectory(self.path)
         self.environment = {**os.environ, **cluster.environment}
+        self.detached = False
 
     def pipeline(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run the command to its end, on the cluster."""
@@ -52,6 +53,7 @@ class SlurmRun:
         """Submit everything; the shell that did is gone afterwards."""
         result = self.pipeline("run", str(self.config), "--iters", str(iterations), "--detach")
         assert result.returncode == 0, result.stderr
+        self.detached = True
 
     def digests(self) -> dict[str, str]:
         """The digest of everything that is published, by stage."""
@@ -67,9 +69,9 @@ class SlurmRun:
         return [(id, node) for base, id, found, node in rows if base == jobs.work and found == state]
 
     def wait_for(self, condition: Callable[[], object], seconds: float, what: str) -> None:
-        """Wait until the condition holds; an AssertionError, here and where no job is left, shows the run's status."""
+        """Wait until the condition holds; AssertionError with the run's status if not, or if a chain has ended."""
         try:
-            wait_for(lambda: condition() or self.is_over(), seconds, what)
+            wait_for(lambda: condition() or (self.detached and self.is_over()), seconds, what)
             assert condition(), f"no job is left: {what}"
         except AssertionError as error:
             jobs = self.cluster.run("squeue", "--array", "--format=%i %E %T %r %j %N")
