@@ -67,6 +67,7 @@ def fail(error: Exception | stopping.Stopped) -> int:
 
     A traceback is shown where the error does not explain itself: it is a defect, or an accident nobody foresaw.
     """
+    stopping.ignore()  # a rank is asked to stop by others, by its launcher, and by a scheduler
     kind: FailureKind
     if isinstance(error, stopping.Stopped):
         code, kind, text = int(str(error)), "stopped", stopping.MESSAGE

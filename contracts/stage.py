@@ -147,7 +147,6 @@ def main(commands: dict[str, Command], package: str, argv: list[str] | None = No
         command, config = _parse(commands, package, sys.argv[1:] if argv is None else argv)
         run_stage(command, config)
     except (Exception, stopping.Stopped) as error:
-        stopping.ignore()  # each rank is asked to stop by others, by its launcher, and by a scheduler
         code = fail(error)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -218,9 +218,8 @@ def _ending_of_part(part: Path) -> Ending | None:
     failure = _first_failure([part])
     if not (part / "exit.json").exists():
         kind: FailureKind = "transient"
-        how = "failed before its command had ended."
-        if failure is None:
-            how = "ended without a word: its supervisor was killed."
+        killed = "ended without a word: its supervisor was killed."
+        how = killed if failure is None else "failed before its command had ended."
     else:
         record = json.loads((part / "exit.json").read_bytes())
         if record["code"] == 0:

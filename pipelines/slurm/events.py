@@ -12,8 +12,6 @@ from pipelines.slurm.jobs import RECORD, Jobs, jobs_of
 from pipelines.slurm.scheduler import SchedulerError
 
 ACCOUNTING = "accounting.json"
-SETTLING_SECONDS = 10.0
-"""How long accounting may take to learn of the end of a job that failed."""
 ACCOUNTING_PATIENCE = 60.0
 """Seconds for which an accounting that does not answer is asked again: what it says decides nothing."""
 
@@ -41,7 +39,7 @@ def events_of(attempt: Path, tasks: dict[str, int], *, published: bool) -> list[
         published: the attempt was successful. Then nobody waits for accounting, which is a second late: what happened
             on the way is longer ago.
     """
-    seconds, patience = (0.0, 0.0) if published else (SETTLING_SECONDS, ACCOUNTING_PATIENCE)
+    seconds, patience = (0.0, 0.0) if published else (scheduler.SETTLING_SECONDS, ACCOUNTING_PATIENCE)
     try:
         records = scheduler.settled_history(tasks, seconds, patience)
     except SchedulerError as error:
@@ -80,7 +78,7 @@ def record_missed(run: RunDirectory, live: set[str]) -> None:
             run.record("slurm", stage=run.stage_of(attempt), **event)
 
 
-def missed(run: RunDirectory, live: set[str], patience: float = ACCOUNTING_PATIENCE) -> list[dict[str, Any]]:
+def missed(run: RunDirectory, live: set[str], patience: float) -> list[dict[str, Any]]:
     """The same, without taking note of it.
 
     Raises:

@@ -22,6 +22,8 @@ from contracts.fingerprint import digest
 PATIENCE = 600.0
 """Seconds for which a controller that does not answer is asked again."""
 PAUSE = 5.0
+SETTLING_SECONDS = 10.0
+"""How long accounting may take to learn of the end of a job."""
 SILENT = (
     "unable to contact slurm controller",
     "socket timed out",
@@ -106,7 +108,7 @@ def live_ids(run: Path) -> set[str]:
     return {job.base for job in queue(run)}
 
 
-def history(ids: list[str], patience: float = PATIENCE) -> list[Record]:
+def history(ids: list[str], patience: float) -> list[Record]:
     """What accounting knows of jobs, each of their starts, in order of time. It lags behind by a second or so."""
     if not ids:
         return []
@@ -117,7 +119,9 @@ def history(ids: list[str], patience: float = PATIENCE) -> list[Record]:
     return sorted(found, key=lambda record: (record.start in ("None", "Unknown"), record.start))
 
 
-def settled_history(tasks: dict[str, int], seconds: float = 10.0, patience: float = PATIENCE) -> list[Record]:
+def settled_history(
+    tasks: dict[str, int], seconds: float = SETTLING_SECONDS, patience: float = PATIENCE
+) -> list[Record]:
     """`history` of jobs that have ended, as soon as accounting knows that they have, or after some time without.
 
     Args:
