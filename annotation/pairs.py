@@ -102,6 +102,7 @@ def _records(config: PairsConfig, rollout: Rollout, pairs: list[tuple[Candidate,
             strategy=config.strategy,
             iteration=rollout.iteration,
             messages=rollout.messages,
+            tools=rollout.tools,
         )
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from contracts.config import StageConfig, identity, input_path
 from contracts.fingerprint import digest
-from contracts.records import Message
+from contracts.records import JsonObjects, Message
 
 Column = Literal["prompt", "messages", "context_messages", "question"]
 
@@ -44,6 +44,7 @@ class PromptsConfig(StageConfig):
     """Stop when a larger share of the rows is dropped."""
 
 
-def prompt_id(messages: Sequence[Message]) -> str:
-    """The identity of a prompt: 16 hex digits of the hash of its conversation."""
-    return digest([msgspec.to_builtins(message) for message in messages])[:16]
+def prompt_id(messages: Sequence[Message], tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET) -> str:
+    """The identity of a prompt: 16 hex digits of the hash of its conversation, with its tools where it has some."""
+    turns = [msgspec.to_builtins(message) for message in messages]
+    return digest(turns if tools is msgspec.UNSET else {"messages": turns, "tools": tools})[:16]

@@ -4,7 +4,7 @@ Each record is one JSON object on one line. Unknown fields are an error, so that
 never half understood.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -30,8 +30,11 @@ EVALUATION = Schema("evaluation", 1)
 WORLD = Schema("world", 1)
 
 
+JsonObjects = tuple[dict[str, Any], ...]
+
+
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=False):
-    """Base of every record."""
+    """Base of every record. A field that may be `UNSET` is left out of the file where it is."""
 
 
 class Message(Record, frozen=True):
@@ -39,6 +42,16 @@ class Message(Record, frozen=True):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+    """May be empty where an assistant's turn has `tool_calls`."""
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    """What an assistant thought before it answered."""
+    tool_calls: JsonObjects | msgspec.UnsetType = msgspec.UNSET
+    """What an assistant calls: `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with `id` where
+    the calls have one."""
+    tool_call_id: str | msgspec.UnsetType = msgspec.UNSET
+    """The call that a tool's turn answers."""
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    """Who speaks: a tool, or one of several users."""
 
 
 class Prompt(Record, frozen=True):
@@ -50,6 +63,8 @@ class Prompt(Record, frozen=True):
     answer: str | None = None
     """A known answer, for rule scorers."""
     tags: tuple[str, ...] = ()
+    tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET
+    """What the assistant may call: `{"type": "function", "function": {"name": ..., "parameters": JSON Schema}}`."""
 
 
 class Sampling(Record, frozen=True):
@@ -95,6 +110,8 @@ class Rollout(Record, frozen=True):
     """"processed": of the distribution sampled from (after temperature, top-k, top-p); "raw": of the model's own."""
     answer: str | None = None
     tags: tuple[str, ...] = ()
+    tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET
+    """As in the prompt."""
 
 
 class Score(Record, frozen=True):
@@ -137,6 +154,8 @@ class Pair(Record, frozen=True):
     iteration: int
     messages: tuple[Message, ...] = ()
     """The conversation that was answered; empty in pairs that were made before it was kept."""
+    tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET
+    """As in the prompt."""
 
 
 class ExperienceSample(Record, frozen=True):
@@ -174,3 +193,5 @@ class Demonstration(Record, frozen=True):
 
     prompt_id: str
     messages: tuple[Message, ...]
+    tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET
+    """What the assistant may call: `{"type": "function", "function": {"name": ..., "parameters": JSON Schema}}`."""

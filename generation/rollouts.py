@@ -97,6 +97,7 @@ def sample_shard(
             logprob_mode=config.logprob_mode,
             answer=prompt.answer,
             tags=prompt.tags,
+            tools=prompt.tools,
         )
     made = [rollout for rollout in rollouts if rollout is not None]
     ledger = Ledger("prompts", dropped=dict(shard.ledger.dropped))
