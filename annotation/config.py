@@ -30,6 +30,9 @@ class ScoreConfig(StageConfig):
     function: str | None = identity(None)
     """For the kind rule: package.module:function or file.py:function, called once per completion with the keywords
     messages, response, finish_reason and answer; returns a number, or None where it cannot judge."""
+    inputs: list[Path] | None = input_path(None, min_length=1)
+    """For the kind rule: files, models or other directories that the function reads beside its own modules. When their
+    content changes, the scores are made anew. A function with a keyword `inputs` is given these paths."""
     opponents: int | None = identity(None, ge=1)
     """For the kind pairwise: answers that each is compared with; all others to the same prompt by default, which takes
     K (K - 1) forward passes."""
@@ -58,6 +61,8 @@ class ScoreConfig(StageConfig):
             raise ValueError("kind=rule needs function=package.module:function, and no model.")
         if self.kind != "rule" and (self.model is None or self.function is not None):
             raise ValueError(f"kind={self.kind} needs model=DIRECTORY, and no function.")
+        if self.kind != "rule" and self.inputs is not None:
+            raise ValueError(f"inputs are what the function of kind=rule reads; kind={self.kind} has no function.")
         if self.kind not in ("reward_model", "rule") and self.missing_eos_penalty is not None:
             raise ValueError(f"missing_eos_penalty is for rewards; what kind={self.kind} gives has no penalty.")
         if self.kind != "pairwise" and (self.opponents is not None or self.against is not None):

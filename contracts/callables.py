@@ -36,9 +36,13 @@ def load_callable(path: str) -> Callable[..., Any]:
 def load_module(name: str, what: str) -> Any:
     """Import `package.module` or `path/to/file.py`; `what` stands for it in the message.
 
+    It can import the modules in the working directory and those beside the file. Installed libraries come first, so
+    that a file cannot take the place of one of theirs.
+
     Raises:
         UserError: it does not exist, or fails when it is imported.
     """
+    sys.path += [str(folder) for folder in _folders(name) if str(folder) not in sys.path]
     try:
         return _load_file(Path(name), what) if name.endswith(".py") else importlib.import_module(name)
     except UserError:
@@ -92,41 +96,63 @@ def source_file(path: str) -> Path:
 def source_files(path: str) -> dict[str, Path]:
     """The source of `package.module:function` or `file.py:function`, and of the user's modules that it imports.
 
-    These are the ones in the working directory, which driver and stage have in common. Libraries are known by their
-    versions, and Ratchet's own packages by the stages' code versions.
+    These are the ones in the working directory, which driver and stage have in common, and beside the file. Libraries
+    are known by their versions, and Ratchet's own packages by the stages' code versions.
 
     Raises:
         UserError: as `source_file`.
     """
     found = {"function": source_file(path)}
     todo = list(found.values())
+    folders = _folders(path.rpartition(":")[0])
+    known = {file.resolve() for file in todo}
     while todo:
         file = todo.pop()
-        for name, imported in _own_imports(file, _parse(file, path)):
-            if imported not in found.values():
+        for name, imported in _own_imports(file, _parse(file, path), folders):
+            if imported.resolve() not in known:
+                known.add(imported.resolve())
                 found[name] = imported
                 todo.append(imported)
     return found
 
 
-def _own_imports(file: Path, tree: ast.Module) -> Iterator[tuple[str, Path]]:
+def _folders(module: str) -> list[Path]:
+    """Where the user's own modules are looked for: in the working directory, and beside a file that is named."""
+    beside = [Path(module).absolute().parent] if module.endswith(".py") else []
+    return list(dict.fromkeys([Path.cwd(), *beside]))
+
+
+def _own_imports(file: Path, tree: ast.Module, folders: list[Path]) -> Iterator[tuple[str, Path]]:
     """Name and file of each module of the user's own that a source imports, anywhere in it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names, start = [alias.name for alias in node.names], Path.cwd()
+            names, starts = [alias.name for alias in node.names], folders
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             names = [module, *(f"{module}.{alias.name}".lstrip(".") for alias in node.names)]
-            start = file.parents[node.level - 1] if node.level else Path.cwd()
+            starts = [file.absolute().parents[node.level - 1]] if node.level else folders
         else:
             continue
-        for name in names:
-            if not name or name.partition(".")[0] in OWN_PACKAGES:
-                continue
-            module_path = start.joinpath(*name.split("."))
-            for candidate in (module_path.with_suffix(".py"), module_path / "__init__.py"):
-                if candidate.is_file():
+        for name in dict.fromkeys(part for name in names for part in _with_parents(name)):
+            if name.partition(".")[0] not in OWN_PACKAGES:
+                yield from _first_module(name, starts)
+
+
+def _with_parents(name: str) -> list[str]:
+    """`a.b.c` with the packages that are imported on the way to it: a, a.b, a.b.c."""
+    parts = name.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts)) if name]
+
+
+def _first_module(name: str, folders: list[Path]) -> Iterator[tuple[str, Path]]:
+    """The file of a module in the first folder that has it; a package's empty `__init__.py` says nothing."""
+    for folder in folders:
+        place = folder.joinpath(*name.split("."))
+        for candidate in (place / "__init__.py", place.with_suffix(".py")):
+            if candidate.is_file():
+                if candidate.name != "__init__.py" or candidate.stat().st_size:
                     yield name, candidate
+                return
 
 
 def _parse(file: Path, path: str) -> ast.Module:

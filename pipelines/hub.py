@@ -20,10 +20,14 @@ def fetch_models(config: RunConfig) -> RunConfig:
 
 def _with_models(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
     """The same configuration with every model where `place` says."""
-    scorers = {
-        name: scorer.model_copy(update={"model": Path(place(str(scorer.model)))}) if scorer.model else scorer
-        for name, scorer in config.scorers.items()
-    }
+    scorers = {}
+    for name, scorer in config.scorers.items():
+        update: dict[str, Any] = {}
+        if scorer.model:
+            update["model"] = Path(place(str(scorer.model)))
+        if scorer.inputs:
+            update["inputs"] = [Path(place(str(path))) for path in scorer.inputs]
+        scorers[name] = scorer.model_copy(update=update)
     changes: dict[str, Any] = {"policy": place(config.policy), "scorers": scorers}
     critic = config.critic
     if critic is not None and critic.start:  # else it stays a key that the user has not set

@@ -254,6 +254,8 @@ class Recipe:
             fields["model"] = self.reward_model
         elif fields.get("model") is not None:
             fields["model"] = self.locate(fields["model"])
+        if fields.get("inputs") is not None:
+            fields["inputs"] = [self.locate(path) for path in fields["inputs"]]
         if fields["kind"] == "pairwise" and against is not None:
             fields["against"] = against
         return self.graph.add(name, ScoreConfig, "annotation score", fields, rollouts=rollouts, name=scorer)

@@ -1,10 +1,11 @@
 """Functions of the user's own: found without running them, and known by all of the user's code that they use."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from contracts.callables import source_file, source_files
+from contracts.callables import load_callable, source_file, source_files
 from contracts.errors import UserError
 
 
@@ -35,6 +36,33 @@ def test_all_of_the_users_own_modules_count(project: Path, path: str) -> None:
     assert found == {"rules.py", "words.py", "scales/fine.py", "scales/coarse.py", "scales/units.py"} | (
         {"scales/__init__.py"} if "scales/__init__.py" in found else set()
     )
+
+
+def test_modules_beside_a_file_elsewhere_are_imported_and_count(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those in the working directory come first, as they do when they are imported; libraries before both."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for name, text in {
+        "my_rules.py": "import my_helper\nfrom my_package.part import two\ndef judge(): return my_helper.one + two\n",
+        "my_helper.py": "import json\nimport words\none = 1\n",
+        "my_package/__init__.py": "base = 2\n",
+        "my_package/part.py": "from my_package import base\ntwo = base\n",
+        "json.py": "raise AssertionError",
+        "rules.py": "",
+    }.items():
+        (elsewhere / name).parent.mkdir(exist_ok=True)
+        (elsewhere / name).write_text(text)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.syspath_prepend(project)
+    path = f"{elsewhere}/my_rules.py:judge"
+    assert load_callable(path)() == 3
+    found = {name: file.resolve() for name, file in source_files(path).items()}
+    assert found["my_helper"] == elsewhere / "my_helper.py"
+    assert found["my_package"] == elsewhere / "my_package/__init__.py"
+    assert found["my_package.part"] == elsewhere / "my_package/part.py"
+    assert found["words"] == project / "words.py"
+    assert found["rules"] == project / "rules.py"
 
 
 def test_the_projects_own_rules_are_a_single_file(project: Path) -> None:
