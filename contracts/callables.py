@@ -126,14 +126,14 @@ def _own_imports(file: Path, tree: ast.Module, folders: list[Path]) -> Iterator[
     """Name and file of each module of the user's own that a source imports, anywhere in it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names, starts = [alias.name for alias in node.names], folders
+            imports, starts = [alias.name for alias in node.names], folders
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            names = [module, *(f"{module}.{alias.name}".lstrip(".") for alias in node.names)]
+            imports = [module, *(f"{module}.{alias.name}".lstrip(".") for alias in node.names)]
             starts = [file.absolute().parents[node.level - 1]] if node.level else folders
         else:
             continue
-        for name in dict.fromkeys(part for name in names for part in _with_parents(name)):
+        for name in dict.fromkeys(part for imported in imports for part in _with_parents(imported)):
             if name.partition(".")[0] not in OWN_PACKAGES:
                 yield from _first_module(name, starts)
 
