@@ -1,6 +1,7 @@
 """How annotation loads models and tokenizers: one device policy, one dtype policy."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def accelerators() -> int:
     return int(torch.cuda.device_count())
 
 
-def load_model(config: ScoreConfig, auto_class: Any) -> Any:
+def load_model(config: ScoreConfig, load: Callable[[Path, torch.dtype], Any]) -> Any:
     """The model in eval mode on this process's device.
 
     dtype auto is bfloat16 on a GPU and float32 on a CPU. Under a launcher, LOCAL_RANK picks the device. The number of
@@ -30,18 +31,8 @@ def load_model(config: ScoreConfig, auto_class: Any) -> Any:
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if accelerators() else torch.device("cpu")
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if accelerators() else "float32")
-    model, info = auto_class.from_pretrained(
-        config.model,
-        dtype=getattr(torch, name),
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{config.model} lacks the weights {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}, which would "
-            "be random numbers. Save the whole model with save_pretrained."
-        )
+    assert config.model is not None
+    model = load(config.model, getattr(torch, name))
     return model.to(device).eval()
 
 

@@ -2,12 +2,11 @@
 
 import math
 
-from transformers import AutoModelForCausalLM
-
 from annotation.config import ScoreConfig
 from annotation.samples import Sample
 from annotation.tokens import Batch, TokenScorer, head_logits
 from contracts.records import Score
+from modeling.loading import load_causal
 
 LOGITS_AT_ONCE = 1 << 26
 """Logits (positions times vocabulary) in memory at a time: 256 MiB in float32."""
@@ -17,7 +16,7 @@ class LogprobModel(TokenScorer):
     """Natural log-probabilities at temperature 1 of each response token; a sample's score is their sum."""
 
     def __init__(self, config: ScoreConfig, longest: int | None) -> None:
-        super().__init__(config, longest, AutoModelForCausalLM)
+        super().__init__(config, longest, load_causal)
 
     def judge(self, sample: Sample, numbers: list[float]) -> Score:
         """The sum."""

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
 
 from annotation.batching import batches
 from annotation.config import ScoreConfig
@@ -24,6 +23,7 @@ from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.pairwise import PairwiseChat
 from contracts.records import ROLLOUTS, Rollout, Score
+from modeling.loading import load_causal
 
 Contest = tuple[str, str, str]
 """A prompt's id and two different answers to it, in alphabetical order: whoever asks, it is computed once."""
@@ -42,7 +42,7 @@ class PairwiseModel:
         self.against = None if config.against is None else _answers(config.against)
         self.chat = PairwiseChat(config.model)
         self.labels = list(self.chat.label_ids)
-        self.model = load_model(config, AutoModelForCausalLM)
+        self.model = load_model(config, load_causal)
         self.facts = compute_facts(self.model)
         self.counts: dict[str, int] = {}
 

@@ -1,7 +1,6 @@
 """The scorer kind `reward_model`: a Bradley-Terry model, read at the last token of the conversation."""
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from annotation.batching import batches
 from annotation.config import ScoreConfig
@@ -12,6 +11,7 @@ from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.records import Message, Score
+from modeling.loading import load_classifier
 
 
 class RewardModel:
@@ -22,7 +22,7 @@ class RewardModel:
         self.budget = config.batch_tokens
         self.longest = longest
         self.chat = ChatTokenizer(config.model)
-        self.model = load_model(config, AutoModelForSequenceClassification)
+        self.model = load_model(config, load_classifier)
         self.facts = compute_facts(self.model)
         self.counts: dict[str, int] = {}
 

@@ -1,6 +1,8 @@
 """What scorers of the stored token ids share: batches, and the positions whose outputs speak of response tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,11 +60,11 @@ def head_logits(model: Any, backbone: Any, outputs: Any, hidden_CH: Any) -> Any:
 class TokenScorer:
     """Judges the stored ids, prompt and response as they are, without a chat template."""
 
-    def __init__(self, config: ScoreConfig, longest: int | None, auto_class: Any) -> None:
+    def __init__(self, config: ScoreConfig, longest: int | None, load: Callable[[Path, torch.dtype], Any]) -> None:
         self.path = config.model
         self.budget = config.batch_tokens
         self.longest = longest
-        self.model = load_model(config, auto_class)
+        self.model = load_model(config, load)
         self.facts = compute_facts(self.model)
         self.counts: dict[str, int] = {}
 

@@ -8,7 +8,6 @@ beside its weights.
 """
 
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from annotation.config import ScoreConfig
 from annotation.samples import Sample
@@ -16,6 +15,7 @@ from annotation.tokens import Batch, TokenScorer
 from contracts.errors import UserError
 from contracts.models import VALUE_HEAD
 from contracts.records import Score
+from modeling.loading import load_causal, load_classifier
 
 
 class ValueModel(TokenScorer):
@@ -24,7 +24,7 @@ class ValueModel(TokenScorer):
     def __init__(self, config: ScoreConfig, longest: int | None) -> None:
         assert config.model is not None
         own = config.model / VALUE_HEAD
-        super().__init__(config, longest, AutoModelForCausalLM if own.is_file() else AutoModelForSequenceClassification)
+        super().__init__(config, longest, load_causal if own.is_file() else load_classifier)
         if own.is_file():
             self.head = load_file(own)["weight"].to(self.model.device)
             return

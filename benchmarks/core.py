@@ -8,7 +8,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from benchmarks.side import Side
-from training.attention import attention_on
+from modeling.attention import attention_on
+from modeling.modes import set_modes
+from modeling.modules import Trained
 from training.config import CriticConfig, PolicyConfig, TrainingConfig
 from training.engines import start
 from training.engines.accelerated import AcceleratedEngine
@@ -16,8 +18,6 @@ from training.engines.base import Engine
 from training.fit import make_optimizer, set_packing
 from training.loop import Learning, train
 from training.models import pick_dtype, set_trainable
-from training.modes import set_modes
-from training.modules import Trained
 from training.state import Line
 
 NOWHERE = Path("unused")

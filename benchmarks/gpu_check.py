@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from benchmarks import workload
 from benchmarks.side import Child
+from modeling.attention import attention_on, use_packed_attention
+from modeling.modules import TokenLogprobs, TokenValues
+from modeling.packing import Packed, Packing, pack
+from modeling.rows import Response, Row, token_ids
 from training.algorithm import Answers, Pairs, Samples
 from training.algorithms import dpo, ppo
 from training.algorithms.parts import clipped_value_loss
-from training.attention import attention_on, use_packed_attention
-from training.modules import TokenLogprobs, TokenValues
-from training.packing import Packed, Packing, pack
-from training.rows import Response, Row, token_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

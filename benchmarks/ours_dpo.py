@@ -13,11 +13,11 @@ def main(path: str) -> None:
     import torch
 
     from benchmarks.core import Core, policy_config, watch
+    from modeling.modules import TokenLogprobs
+    from modeling.rows import Response, Row, token_ids
     from training.catalogue import describe
     from training.loop import Learning
-    from training.modules import TokenLogprobs
     from training.policy import losses
-    from training.rows import Response, Row, token_ids
 
     settings, shape, batches = workload.read(Path(path), workload.Pair)
     torch.set_num_threads(settings["threads"])

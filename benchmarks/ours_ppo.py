@@ -24,15 +24,15 @@ def main(path: str) -> None:
     from annotation.logprobs import LogprobModel
     from annotation.values import ValueModel
     from benchmarks.core import Core, critic_config, policy_config, watch
+    from modeling.modules import TokenLogprobs, TokenValues
+    from modeling.rows import Response, Row, token_ids
     from training.algorithm import Experience
     from training.algorithms import ppo
     from training.catalogue import describe
     from training.critic import critic_loss
     from training.drift import measure_drift
     from training.loop import Learning
-    from training.modules import TokenLogprobs, TokenValues
     from training.policy import losses
-    from training.rows import Response, Row, token_ids
 
     settings, shape, batches = workload.read(Path(path), workload.Rollout)
     torch.set_num_threads(settings["threads"])

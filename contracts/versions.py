@@ -36,11 +36,11 @@ def installed_versions() -> dict[str, str]:
 
 
 def source_version(package: str) -> str:
-    """A short digest of Ratchet's own source that makes a stage: of contracts/ and of the stage's package.
+    """A short digest of Ratchet's own source that makes a stage: of contracts/, modeling/ and the stage's package.
 
     It is told, so that what ran can be found again, and is no part of a stage key: there `code_version` says whether
     an edit changes results.
     """
     root = Path(__file__).parents[1]
-    files = [path for name in ("contracts", package) for path in (root / name).rglob("*.py")]
+    files = [path for name in ("contracts", "modeling", package) for path in (root / name).rglob("*.py")]
     return digest({path.relative_to(root).as_posix(): file_sha256(path) for path in files})[:16]

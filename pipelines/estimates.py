@@ -41,16 +41,16 @@ from training.config import (
 PROCESS = 640 << 20
 """Python, torch and its kernels in one process."""
 HEAD_CHUNK = 2048
-"""Positions whose logits exist at once in training (training/logprobs.py)."""
+"""Positions whose logits exist at once in training (modeling/logprobs.py)."""
 LOGITS_AT_ONCE = 1 << 26
 """Logits that exist at once in scoring by log-probabilities (annotation/logprobs.py)."""
 PADDING_SHARE = 1.25
-"""Padding of the groups of sequences that attention takes flat batches apart into (training/packing.py)."""
+"""Padding of the groups of sequences that attention takes flat batches apart into (modeling/packing.py)."""
 PACKABLE = frozenset(
     "cohere ernie4_5 glm4 granite helium hunyuan_v1_dense llama mistral olmo olmo2 phi3 qwen2 qwen3 "
     "seed_oss smollm3".split()
 )
-"""Model types that compute flat batches (training/attention.py); others pad."""
+"""Model types that compute flat batches (modeling/attention.py); others pad."""
 COLUMNS = 20
 """Numbers for each response token that an experience stage holds at once, those of GAE among them."""
 BUCKET = 500_000_000
@@ -299,7 +299,7 @@ def training_memory(config: TrainingConfig, size: Size, row: LongestRow | None, 
     micro-batches in flight, in a pp-th of the layers.
 
     Logits exist for at most 2048 positions at once, as three fp32 tensors in the backward pass, beside the head's fp32
-    gradient (not with LoRA) and its copies (training/logprobs.py). Bradley-Terry reward models and critics have none.
+    gradient (not with LoRA) and its copies (modeling/logprobs.py). Bradley-Terry reward models and critics have none.
 
     When activations and logits are gone, AdamW's step on a GPU takes 4 T / n for its denominators, and the hand-off of
     merged adapters another a·P: where that is more than they were, the rest is `step`.

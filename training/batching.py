@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from contracts.seeds import derive_seed
-from training.packing import Packing, tokens_of
-from training.rows import Row
+from modeling.packing import Packing, tokens_of
+from modeling.rows import Row
 
 
 @dataclass(frozen=True)

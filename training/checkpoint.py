@@ -19,7 +19,7 @@ from contracts.attempt import beat
 from contracts.fingerprint import TOKENIZER_FILES
 from contracts.ledger import Ledger
 from contracts.models import VALUE_HEAD
-from training.models import Shapes
+from modeling.loading import Shapes
 
 SHARD_BYTES = 5 << 30
 """Largest weights file."""

@@ -10,6 +10,9 @@ from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.records import EXPERIENCE, Experience
 from contracts.stage import Context, Outcome
+from modeling.loading import load_reward, read_config, vocabulary_size
+from modeling.modules import TokenValues
+from modeling.rows import Response, Row, float_values, token_ids
 from training.algorithm import Figures
 from training.algorithms.parts import clipped_value_loss
 from training.config import CriticConfig
@@ -17,9 +20,7 @@ from training.data import length_limit, usable
 from training.engines.base import Outputs
 from training.fit import Task, fit
 from training.loop import Learning, Loss, Part
-from training.models import classifier_changes, load_reward, read_config, vocabulary_size
-from training.modules import TokenValues
-from training.rows import Response, Row, float_values, token_ids
+from training.models import classifier_changes
 
 
 def run(config: CriticConfig, context: Context) -> Outcome:

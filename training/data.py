@@ -8,8 +8,8 @@ from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.records import PAIRS, Pair
+from modeling.rows import Response, Row, token_ids
 from training.config import TrainingConfig
-from training.rows import Response, Row, token_ids
 
 
 def pair_row(pair: Pair, chosen: Mapping[str, float] | None = None, rejected: Mapping[str, float] | None = None) -> Row:

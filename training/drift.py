@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from modeling.packing import Packing
+from modeling.rows import Row
 from training.engines.base import Engine
 from training.loop import parts
-from training.packing import Packing
-from training.rows import Row
 
 RATIO = (0.9, 1.1)
 """Importance ratios outside of this are counted."""

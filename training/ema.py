@@ -9,9 +9,9 @@ from contracts.fingerprint import weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.stage import Context, Outcome
+from modeling.loading import load_causal, read_config, tensor_shapes
 from training.checkpoint import save_checkpoint
 from training.config import EmaConfig
-from training.models import load_causal, read_config, tensor_shapes
 
 
 @torch.no_grad()

@@ -15,17 +15,18 @@ from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.stage import Context, Outcome
-from training.attention import attention_on, is_packable, use_packed_attention
+from modeling.attention import attention_on, is_packable, use_packed_attention
+from modeling.loading import tensor_shapes
+from modeling.modes import set_modes
+from modeling.modules import TokenLogprobs, Trained, require_plain_head
+from modeling.packing import Packing
 from training.checkpoint import save_checkpoint
 from training.config import TrainingConfig
 from training.engines import start
 from training.engines.base import Engine
 from training.loop import HeldOut, Learning, Report, measure, train
 from training.lora import add_adapters, merge_adapters
-from training.models import pick_dtype, set_trainable, tensor_shapes
-from training.modes import set_modes
-from training.modules import TokenLogprobs, Trained, require_plain_head
-from training.packing import Packing
+from training.models import pick_dtype, set_trainable
 from training.state import Line, TrainingState
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}

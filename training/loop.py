@@ -13,12 +13,12 @@ from torch import Tensor
 from contracts import stopping
 from contracts.errors import UserError
 from contracts.stage import Context
+from modeling.packing import Packed, Packing, pack
+from modeling.rows import Row
 from training.algorithm import Figures, sum_by_response
 from training.batching import MicroBatch, count_steps, divide, global_batches
 from training.config import TrainingConfig
 from training.engines.base import Engine, Outputs
-from training.packing import Packed, Packing, pack
-from training.rows import Row
 from training.schedule import learning_rate
 from training.state import Line, TrainingState
 

@@ -15,6 +15,10 @@ from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.records import EXPERIENCE, SCORES, Experience, ExperienceSample, Score
 from contracts.stage import Context, Outcome
+from modeling.loading import load_causal, load_value_head, read_config, vocabulary_size
+from modeling.modules import TokenLogprobs
+from modeling.packing import Packing
+from modeling.rows import Response, Row, float_values, token_ids
 from training.algorithm import Answers, Figures, Pairs, Samples
 from training.catalogue import Description, describe, load
 from training.config import PolicyConfig
@@ -23,10 +27,6 @@ from training.drift import measure_drift
 from training.engines.base import Engine, Outputs
 from training.fit import Task, fit
 from training.loop import Learning, Loss, Part
-from training.models import load_causal, load_value_head, read_config, vocabulary_size
-from training.modules import TokenLogprobs
-from training.packing import Packing
-from training.rows import Response, Row, float_values, token_ids
 
 Reference = dict[tuple[str, int], Score]
 RESERVED = {"step", "learning_rate", "grad_norm", "due", "stop"}

@@ -14,6 +14,9 @@ from contracts.pairwise import PairwiseChat
 from contracts.records import Pair
 from contracts.seeds import derive_seed
 from contracts.stage import Context, Outcome
+from modeling.loading import load_causal, load_reward, read_config, vocabulary_size
+from modeling.modules import SequenceScores, TokenLogprobs
+from modeling.rows import Response, Row, token_ids
 from training.algorithm import Figures
 from training.calibration import judgements
 from training.config import RewardConfig
@@ -21,9 +24,7 @@ from training.data import length_limit, pair_row, read_pairs, usable
 from training.engines.base import Outputs
 from training.fit import Task, fit
 from training.loop import HeldOut, Learning, Part
-from training.models import classifier_changes, load_causal, load_reward, read_config, vocabulary_size
-from training.modules import SequenceScores, TokenLogprobs
-from training.rows import Response, Row, token_ids
+from training.models import classifier_changes
 
 MakeRows = Callable[[Pair, bool], tuple[Row, ...]]
 """The rows of a pair, of one that is trained on or of one that is held out (the second argument)."""

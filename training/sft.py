@@ -14,15 +14,15 @@ from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.records import DEMONSTRATIONS, Message
 from contracts.stage import Context, Outcome
+from modeling.loading import load_causal, read_config, vocabulary_size
+from modeling.modules import TokenLogprobs
+from modeling.rows import Response, Row, token_ids
 from training.algorithm import Figures
 from training.config import SftConfig
 from training.data import length_limit, usable
 from training.engines.base import Outputs
 from training.fit import Task, fit
 from training.loop import Learning, Part
-from training.models import load_causal, read_config, vocabulary_size
-from training.modules import TokenLogprobs
-from training.rows import Response, Row, token_ids
 
 
 class Conversation(msgspec.Struct):

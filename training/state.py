@@ -25,8 +25,8 @@ from torch import Tensor
 
 from contracts.attempt import beat
 from contracts.errors import UserError
+from modeling.loading import Shapes
 from training.engines.base import Engine
-from training.models import Shapes
 
 WEIGHTS = "weights"
 LOG = "log"

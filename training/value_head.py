@@ -8,9 +8,10 @@ from contracts.fingerprint import weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.stage import Context, Outcome
+from modeling.loading import load_reward, read_config, tensor_shapes
 from training.checkpoint import save_checkpoint
 from training.config import ValueHeadConfig
-from training.models import classifier_changes, load_reward, read_config, tensor_shapes
+from training.models import classifier_changes
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from benchmarks import gpu_check, workload
-from training.rows import Response, Row
+from modeling.rows import Response, Row
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """

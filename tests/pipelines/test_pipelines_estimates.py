@@ -99,10 +99,10 @@ def test_known_parameter_counts(tmp_path: Path) -> None:
 
 def test_constants_are_those_of_the_stages(root: Path) -> None:
     for file, name, mine in (
-        ("training/logprobs.py", "CHUNK", estimates.HEAD_CHUNK),
+        ("modeling/logprobs.py", "CHUNK", estimates.HEAD_CHUNK),
         ("annotation/logprobs.py", "LOGITS_AT_ONCE", estimates.LOGITS_AT_ONCE),
-        ("training/packing.py", "PADDING_SHARE", estimates.PADDING_SHARE),
-        ("training/attention.py", "PACKABLE", estimates.PACKABLE),
+        ("modeling/packing.py", "PADDING_SHARE", estimates.PADDING_SHARE),
+        ("modeling/attention.py", "PACKABLE", estimates.PACKABLE),
     ):
         statements = ast.parse((root / file).read_text()).body
         (value,) = [
@@ -247,7 +247,7 @@ def test_a_shared_prompt_counts_once(run_with: Callable[..., Graph]) -> None:
         source = "prompts.train.source=hf:nobody/data"  # of which the longest prompts have to be expected
         return training_memory(run_with(SMOLLM2, *long, source, *overrides)).parts["activations"]
 
-    shared, flat, padded = (activations(f"training.packing={name}") for name in ("shared", "flat", "padded"))
+    shared, flat, padded = (activations(f"modeling.packing={name}") for name in ("shared", "flat", "padded"))
     assert shared == activations()
     tokens = (1000 + 2 * 64, 2 * 1064)
     assert shared < flat < shared * tokens[1] / tokens[0]  # attention is not shared
@@ -256,7 +256,7 @@ def test_a_shared_prompt_counts_once(run_with: Callable[..., Graph]) -> None:
     other = training_memory(run_with({**SMOLLM2, "model_type": "unheard-of"}, "training.global_batch=1"))
     assert (
         other.parts["activations"]
-        == training_memory(run_with(SMOLLM2, "training.global_batch=1", "training.packing=padded")).parts["activations"]
+        == training_memory(run_with(SMOLLM2, "training.global_batch=1", "modeling.packing=padded")).parts["activations"]
     )
 
 

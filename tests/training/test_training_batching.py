@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modeling.packing import Packing, tokens_of
+from modeling.rows import Response, Row, token_ids
 from training.batching import count_steps, divide, global_batches
-from training.packing import Packing, tokens_of
-from training.rows import Response, Row, token_ids
 from training.schedule import learning_rate
 
 

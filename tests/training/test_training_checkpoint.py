@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from contracts.artifacts import Publication
 from contracts.fingerprint import weights_fingerprint
 from contracts.records import CHECKPOINT
+from modeling.loading import tensor_shapes
 from training.checkpoint import save_checkpoint
-from training.models import tensor_shapes
 
 
 @pytest.mark.parametrize("which", ["tied", "gqa"])

@@ -8,7 +8,7 @@ import torch
 from conftest import assert_same_training, five_steps, run_here
 from transformers import OPTConfig, OPTForCausalLM
 
-from training.modes import set_modes
+from modeling.modes import set_modes
 
 
 @pytest.fixture(scope="module")

@@ -11,19 +11,19 @@ from conftest import EOS, make_pairs, make_reference
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from contracts.errors import UserError
-from training import logprobs as logprobs_module
-from training import packing as packing_module
-from training.attention import PACKABLE, is_packable, use_packed_attention
+from modeling import logprobs as logprobs_module
+from modeling import packing as packing_module
+from modeling.attention import PACKABLE, is_packable, use_packed_attention
+from modeling.logprobs import LogprobHead
+from modeling.modules import SequenceScores, TokenLogprobs, TokenValues, require_plain_head
+from modeling.packing import pack
+from modeling.rows import Response, Row, token_ids
 from training.catalogue import describe
 from training.config import PolicyConfig
 from training.data import pair_row
-from training.logprobs import LogprobHead
 from training.loop import Part, Totals
-from training.modules import SequenceScores, TokenLogprobs, TokenValues, require_plain_head
-from training.packing import pack
 from training.policy import losses
 from training.reward import bradley_terry
-from training.rows import Response, Row, token_ids
 
 LAYOUTS = ("padded", "flat", "shared")
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from contracts.attempt import beat
 from contracts.errors import UserError
+from modeling.loading import Shapes
+from modeling.packing import Packed
 from training.config import TrainingConfig
 from training.engines import zero
 from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Share, add_shares, nodes
-from training.models import Shapes
-from training.packing import Packed
 
 
 class AcceleratedEngine(Engine):

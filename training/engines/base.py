@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modeling.loading import Shapes
+from modeling.packing import Packed
 from training.algorithm import Figures
-from training.models import Shapes
-from training.packing import Packed
 
 COLLECTIVE_DEADLINE = timedelta(minutes=30)
 """How long a process waits for the others in one collective before it gives up."""

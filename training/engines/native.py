@@ -31,11 +31,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from contracts.attempt import beat
 from contracts.errors import UserError
+from modeling.loading import Shapes
+from modeling.packing import Packed
 from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Share, add_shares, nodes
 from training.engines.sequence import NAME as SPREAD
 from training.engines.sequence import Sequences
-from training.models import Shapes
-from training.packing import Packed
 from training.parallel import ParallelConfig
 
 COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")

@@ -1,7 +1,7 @@
 """Sequence parallelism for flat batches: every process has some of a micro-batch's tokens, attention some of the heads.
 
 Around attention the processes of a group exchange tokens against heads (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv
-2309.14509): each then has all tokens of its heads, and takes the sequences apart as `training/attention.py` does. All
+2309.14509): each then has all tokens of its heads, and takes the sequences apart as `modeling/attention.py` does. All
 else in a layer works token by token. Before the head the hidden states of all tokens come together again.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from contracts.errors import UserError
-from training.attention import attend
-from training.packing import Packed, Plan
+from modeling.attention import attend
+from modeling.packing import Packed, Plan
 
 NAME = "packed_sequence_parallel"
 

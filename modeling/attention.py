@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from training.packing import Plan
+from modeling.packing import Plan
 
 NAME = "packed"
 PACKABLE = frozenset(

@@ -7,7 +7,7 @@ Three layouts give the same numbers:
     padded   one sequence per line, padded on the right               for models whose attention is not ours
 
 In the first two a token attends to the tokens of its own sequence before it and to nothing else: for attention alone,
-`training/attention.py` takes the sequences apart again, by the `Plan` that is made here.
+`modeling/attention.py` takes the sequences apart again, by the `Plan` that is made here.
 """
 
 from collections.abc import Sequence as Many
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.rows import Ids, Row
+from modeling.rows import Ids, Row
 
 Packing = Literal["shared", "flat", "padded"]
 PADDING_SHARE = 1.25

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from contracts.errors import UserError
-from training.logprobs import LogprobHead
-from training.modes import gathered
-from training.packing import Packed
+from modeling.logprobs import LogprobHead
+from modeling.modes import gathered
+from modeling.packing import Packed
 
 
 class Trained(nn.Module):
