@@ -30,9 +30,14 @@ class Role(StrEnum):
     RUNTIME = "runtime"
 
 
-def identity(default: Any = ..., **constraints: Any) -> Any:
-    """A field that changes what is computed."""
-    return Field(default, json_schema_extra={"role": Role.IDENTITY}, validate_default=True, **constraints)
+def identity(default: Any = ..., *, later: bool = False, **constraints: Any) -> Any:
+    """A field that changes what is computed.
+
+    `later`: it came after keys were published, and is left out of them where it has its default, which computes what
+    was computed before.
+    """
+    extra = {"role": Role.IDENTITY, "later": later}
+    return Field(default, json_schema_extra=extra, validate_default=True, **constraints)
 
 
 def input_path(default: Any = ..., **constraints: Any) -> Any:
@@ -49,6 +54,11 @@ def role_of(field: FieldInfo) -> Role | None:
     """The declared role, or None where a field was left unclassified."""
     extra = field.json_schema_extra
     return Role(str(extra["role"])) if isinstance(extra, dict) and "role" in extra else None
+
+
+def _is_later(field: FieldInfo) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and extra.get("later") is True
 
 
 class Section(BaseModel):
@@ -74,7 +84,7 @@ class Section(BaseModel):
             if isinstance(value, Section):
                 if nested := value.select(role):
                     chosen[name] = nested
-            elif role_of(field) is role:
+            elif role_of(field) is role and not (_is_later(field) and value == field.default):
                 chosen[name] = _plain(value, role)
         return chosen
 
