@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import time
@@ -252,7 +253,9 @@ def input_digest(source: Path | str) -> str:
         UserError: there is nothing at that path.
     """
     if str(source).startswith("hf:"):
-        return digest(str(source))
+        place = re.split("[:@]", str(source).removeprefix("hf:"))[0]
+        local = place.startswith(("/", ".")) and Path(place).is_dir()  # as `datasets` reads it from there
+        return digest([str(source), input_digest(place)] if local else str(source))
     path = Path(source)
     if (path / MANIFEST).is_file():
         return Artifact.open(path).manifest.digest

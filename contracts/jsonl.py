@@ -1,7 +1,9 @@
 """JSONL: one record a line, typed, streamed, strict."""
 
+import contextlib
 import gzip
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -42,6 +44,14 @@ def open_stored(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}{COMPRESSED} is cut off or damaged: {error}. Delete it and make it again.") from error
+
+
 def read_jsonl(path: Path, kind: type[R], *, tolerate_torn_tail: bool = False) -> Iterator[R]:
     """Read records of type `kind` one by one; where there is only PATH.gz, that is read.
 
@@ -52,7 +62,7 @@ def read_jsonl(path: Path, kind: type[R], *, tolerate_torn_tail: bool = False) -
         UserError: a line that is not a valid record; names the file, the line and what is wrong with it.
     """
     decoder = msgspec.json.Decoder(kind)
-    with open_stored(path) as file:
+    with open_stored(path) as file, _damage_told(path):
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n") and tolerate_torn_tail:
                 return

@@ -5,30 +5,37 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import msgspec
+from pydantic import model_validator
 
 from contracts.config import StageConfig, identity, input_path
 from contracts.fingerprint import digest
+from contracts.layouts import Slot
 from contracts.records import JsonObjects, Message
 
-Column = Literal["prompt", "messages", "context_messages", "question"]
+SHORT: dict[str, Slot] = {"column": "prompt", "answer_column": "answer", "id_column": "id"}
+"""Keys that name one column each, and which."""
 
 
 class PromptsConfig(StageConfig):
-    """Import prompts from a Hub dataset, a save_to_disk directory, JSONL or Parquet."""
+    """Import prompts from a Hub dataset, a save_to_disk directory, JSONL, JSON, CSV or Parquet."""
 
     stage: ClassVar[str] = "prompts"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     source: Path = input_path()
-    """hf:ORG/NAME[@REVISION], or a path: a save_to_disk directory, a .jsonl or .parquet file or a directory of them."""
+    """hf:ORG/NAME[:CONFIG][@REVISION], or a path: a save_to_disk directory, a .jsonl, .json, .csv, .tsv or .parquet
+    file (all but the last also as .gz, .bz2, .xz or .zst), or a directory of them."""
     split: str = identity("train")
-    """Split of a dataset that has several."""
-    column: Column | None = identity(None)
-    """Column that holds the prompt; found by itself when only one of these exists."""
-    answer_column: str = identity("answer")
-    """Column of known answers, for rule scorers; ignored where it does not exist."""
-    id_column: str = identity("prompt_id")
-    """Column of identities to keep; where it does not exist, the identity is the hash of the conversation."""
+    """Split of a dataset that has several; files of a directory say theirs in their names."""
+    column: str | None = identity(None)
+    """Column that holds the prompt; found by itself where it has one of the usual names (docs/stages.md)."""
+    answer_column: str | None = identity(None)
+    """Column of known answers, for rule scorers; found by itself like the prompt's."""
+    id_column: str | None = identity(None)
+    """Column of identities to keep, by default prompt_id; without one, the identity is the hash of the conversation."""
+    columns: dict[Slot, str | None] = identity({}, later=True)
+    """Columns of any of prompt, system, input, choices, answer, id, tags and tools, by name; `a.b` is the key b in the
+    column a, and null reads none. For example {prompt: text, system: persona}."""
     system: str | None = identity(None)
     """System message to put before every conversation that has none."""
     limit: int | None = identity(None, ge=1)
@@ -42,6 +49,18 @@ class PromptsConfig(StageConfig):
     count."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the rows is dropped."""
+
+    @model_validator(mode="after")
+    def _named_once(self) -> "PromptsConfig":
+        for key, slot in SHORT.items():
+            if getattr(self, key) is not None and slot in self.columns:
+                raise ValueError(f"{key} and columns.{slot} name the same column; set one of them")
+        return self
+
+    def named_columns(self) -> dict[Slot, str | None]:
+        """The columns that are named, by what they hold."""
+        named: dict[Slot, str | None] = {slot: name for key, slot in SHORT.items() if (name := getattr(self, key))}
+        return {**named, **self.columns}
 
 
 def prompt_id(messages: Sequence[Message], tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET) -> str:

@@ -1,4 +1,4 @@
-"""Rows from what people have: a Hub dataset, a save_to_disk directory, JSONL, Parquet, a published artifact."""
+"""Rows from what people have: a Hub dataset, a save_to_disk directory, files and directories of files, an artifact."""
 
 import json
 from collections.abc import Iterator
@@ -7,100 +7,121 @@ from typing import Any
 
 from contracts.artifacts import MANIFEST, Artifact
 from contracts.errors import UserError
-from contracts.jsonl import open_stored
+from contracts.formats import AGAIN, DAMAGED, Row, first_line, read_file
+from contracts.splits import choose_files, require_split_of_file
 
-Row = tuple[str, dict[str, Any]]
-"""Where the row stands, for messages ("file.jsonl, line 3"), and its columns."""
+HUB = "hf:"
+INFO, STATE, SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 
 
 def read_rows(source: str, split: str) -> Iterator[Row]:
-    """All rows of a source, in its order.
+    """All rows of one split of a source, in its order.
 
     Raises:
-        UserError: there is nothing to read, or a file is damaged; names the file and the line.
+        UserError: there is nothing to read, no such split, or a file is damaged; names the file and the row.
     """
-    if source.startswith("hf:"):
-        yield from _hub(source.removeprefix("hf:"), split)
+    if source.startswith(HUB):
+        yield from _hub(source, split)
         return
     path = Path(source)
     if path.is_file():
-        yield from _file(path)
+        require_split_of_file(path, split)
+        yield from read_file(path)
     elif (path / MANIFEST).is_file():
+        if split != "train":
+            raise UserError(f"{path} is published by Ratchet and has no splits. Remove split={split}.")
         for shard in Artifact.open(path).shards:
-            yield from _json_lines(shard)
-    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            yield from read_file(shard)
+    elif any((path / name).is_file() for name in (INFO, STATE, SPLITS)):
         yield from _saved_dataset(path, split)
     elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in READERS)
-        if not files:
-            raise UserError(f"prompts source {path} holds no file that ends with {', '.join(READERS)}.")
-        for file in files:
-            yield from _file(file)
+        if saved := sorted(file.parent.name for file in path.glob(f"*/{STATE}")):
+            raise UserError(
+                f"{path} holds the saved datasets {', '.join(saved)}, but no {SPLITS}. Name one: "
+                f"source={path / saved[0]}"
+            )
+        for file in choose_files(path, split):
+            yield from read_file(file)
     else:
-        raise UserError(f"prompts source {path} does not exist. Give a file, a directory, or hf:ORG/NAME.")
+        raise UserError(f"source {path} does not exist. Give a file, a directory, or hf:ORG/NAME.")
 
 
-def _file(path: Path) -> Iterator[Row]:
-    reader = READERS.get(path.suffix)
-    if reader is None:
-        raise UserError(f"prompts source {path} ends with {path.suffix!r}; expected one of {', '.join(READERS)}.")
-    yield from reader(path)
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    with open_stored(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{place}: not valid JSON ({error}). Each line must be one JSON object.") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{place}: a {type(row).__name__}, but each line must be one JSON object.")
-            yield place, row
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file: {error}.") from error
-    number = 0
-    for batch in file.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", row
-
-
-READERS = {".jsonl": _json_lines, ".json": _json_lines, ".parquet": _parquet}
+def hub_parts(source: str) -> tuple[str, str | None, str | None]:
+    """Name, configuration and revision of `hf:NAME[:CONFIG][@REVISION]`; the name may be a directory's."""
+    rest, _, revision = source.removeprefix(HUB).partition("@")
+    name, _, config = rest.partition(":")
+    return name, config or None, revision or None
 
 
 def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
+    """Rows of what `datasets` has written by save_to_disk."""
+    if (path / SPLITS).is_file():
+        splits = _read_json(path / SPLITS).get("splits")
+        if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
+            raise UserError(f"{path / SPLITS} {DAMAGED}: it has no list of splits. {AGAIN}")
+        if split not in splits:
+            raise UserError(f"{path} has no split {split!r}, only {', '.join(splits)}. Set split.")
+        path = path / split
+    elif (own := _read_json(path / STATE).get("_split")) != split and split != "train":
+        raise UserError(f"{path} has no splits{f', it is {own}' if own else ''}. Remove split={split}.")
+    _read_json(path / INFO)
+    files = _read_json(path / STATE).get("_data_files")
+    if not isinstance(files, list) or not all(isinstance(file, dict) and "filename" in file for file in files):
+        raise UserError(f"{path / STATE} {DAMAGED}: it has no list of data files. {AGAIN}")
+    for file in files:
+        _require_whole(path / str(file["filename"]))
     import datasets
 
-    loaded = datasets.load_from_disk(str(path))
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise UserError(f"{path} has no split {split!r}, only {', '.join(loaded)}. Set split.")
-        loaded = loaded[split]
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        # The files are whole, so it is what dataset_info.json and state.json say of them.
+        raise UserError(
+            f"{path / INFO} or {STATE} does not fit the data: {type(error).__name__}: {first_line(error)}. {AGAIN}"
+        ) from error
     for number, row in enumerate(loaded, 1):
         yield f"{path}, row {number}", row
 
 
-def _hub(name: str, split: str) -> Iterator[Row]:
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing, so {path.parent} is no whole save_to_disk directory. {AGAIN}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} {DAMAGED}: not valid JSON ({error}). {AGAIN}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} {DAMAGED}: a {type(found).__name__}, but it must be a JSON object. {AGAIN}")
+    return found
+
+
+def _require_whole(path: Path) -> None:
+    """Raise UserError unless an Arrow file is there with all its rows."""
+    import pyarrow
+
+    if not path.is_file():
+        raise UserError(f"{path} is missing, but {path.parent / STATE} lists it. {AGAIN}")
+    try:
+        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+            for batch in stream:
+                batch.validate()
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path} {DAMAGED}: {first_line(error)}. {AGAIN}") from error
+
+
+def _hub(source: str, split: str) -> Iterator[Row]:
     import datasets
 
-    dataset, _, revision = name.partition("@")
+    name, config, revision = hub_parts(source)
     try:
-        loaded = datasets.load_dataset(dataset, split=split, revision=revision or None)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
-        raise UserError(
-            f"dataset hf:{name} (split {split!r}) could not be loaded: {str(error).splitlines()[0]} "
-            "Check the name, the split and the network; HF_TOKEN for gated datasets."
-        ) from error
+        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
+    except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
+        message = " ".join(str(error).splitlines()[:2]).rstrip(".")
+        fix = "Check the name, the split and the network; HF_TOKEN for gated datasets."
+        if "onfig" in message:  # "Config name is missing. ... available configs: [...]", "BuilderConfig 'x' not found"
+            fix = f"Name one of its configurations: source={HUB}{name}:CONFIG."
+        raise UserError(f"dataset {source} (split {split!r}) could not be loaded: {message}. {fix}") from error
     for number, row in enumerate(loaded, 1):
-        yield f"hf:{name}, row {number}", row
+        yield f"{source}, row {number}", row

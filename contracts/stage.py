@@ -50,6 +50,8 @@ class Outcome(msgspec.Struct):
     """What the ledger counts: prompts, samples, pairs."""
     facts: dict[str, Any] = {}
     weights: str | None = None
+    note: str = ""
+    """What the stage's last line says behind the counts."""
 
 
 class Command(msgspec.Struct, frozen=True):
@@ -215,7 +217,7 @@ def run_stage(command: Command, config: StageConfig) -> Artifact | None:
         seconds=context.seconds,
         facts=outcome.facts,
     )
-    print(f"published {config.output}: {artifact.manifest.ledger}")
+    print("; ".join(filter(None, (f"published {config.output}: {artifact.manifest.ledger}", outcome.note))))
     return artifact
 
 

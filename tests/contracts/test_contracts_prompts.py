@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from contracts.importing import read_prompt
+from contracts.importing import PromptReader
 from contracts.prompts import PromptsConfig, prompt_id
 from contracts.records import PROMPTS, Message, Prompt
 
@@ -219,7 +219,7 @@ turns = st.builds(
 def test_any_row_is_a_prompt_or_empty_or_refused_with_its_place(row: dict[str, Any]) -> None:
     config = PromptsConfig(source=Path("x"), output=Path("y"))
     try:
-        prompt, _ = read_prompt(row, "data, line 7", config)
+        prompt = PromptReader(config).read(row, "data, line 7").prompt
     except UserError as refusal:
         message = str(refusal)
         prompt = None

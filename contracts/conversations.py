@@ -1,0 +1,183 @@
+"""Conversations as people have them, read as messages: OpenAI's turns and ShareGPT's, Anthropic's transcripts, text in
+parts, tools and their calls. What cannot be read is refused with its place; nothing is left out without being counted.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from msgspec import UNSET, UnsetType
+
+from contracts.errors import UserError
+from contracts.records import JsonObjects, Message
+
+ROLES = {
+    "system": ("developer",),
+    "user": ("human", "prompter"),
+    "assistant": ("gpt", "chatgpt", "bot", "bing", "bard", "model"),
+    "tool": ("function", "function_response", "observation"),
+}
+"""The roles of messages, each with the names that it has elsewhere (`developer` is OpenAI's new name of the system)."""
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Names of what an assistant thought, which is kept as `reasoning_content`."""
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+_ROLES = {name: role for role, others in ROLES.items() for name in (role, *others)}
+_READ = {"role", "from", "content", "value", *THOUGHTS, "tool_calls", "function_call", "tool_call_id", "name"}
+_TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
+
+
+def read_messages(value: Any, place: str, column: str, unread: set[str]) -> tuple[Message, ...]:
+    """The messages in one column: a text, which the user says, or a list of turns.
+
+    Args:
+        value: what stands there.
+        place: where that is, for messages.
+        column: the column's name.
+        unread: gets the names of what the turns hold beside what is read ("messages.weight").
+
+    Raises:
+        UserError: it is no conversation, or holds what is no text; names the place.
+    """
+    where = f"{place}, column {column!r}"
+    if isinstance(value, str):
+        return read_transcript(value) or (Message("user", value),)
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{where}: expected a text or a list of {{role, content}} messages, found {_short(value)}.")
+    messages = []
+    for number, turn in enumerate(value, 1):
+        plain = isinstance(turn, dict) and len(turn) == 2
+        role, content = (turn.get("role"), turn.get("content")) if plain else (None, None)
+        if role in ROLES and isinstance(content, str):
+            messages.append(Message(role, content))
+        else:
+            messages.append(_message(turn, f"{where}, turn {number}", column, unread))
+    return tuple(messages)
+
+
+def read_transcript(text: str) -> tuple[Message, ...]:
+    """The turns of a text in the form of Anthropic's HH-RLHF ("\\n\\nHuman: ...\\n\\nAssistant: ..."), else none.
+
+    An assistant's last turn without words, which only says who is next, is no turn.
+    """
+    if not text.startswith("\n\nHuman:") or "\n\nAssistant:" not in text:
+        return ()
+    _, *pieces = _TRANSCRIPT.split(text)
+    turns = [
+        Message("user" if speaker == "Human" else "assistant", words.strip())
+        for speaker, words in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+    return tuple(turns[:-1] if turns[-1] == Message("assistant", "") else turns)
+
+
+def read_tools(value: Any, place: str) -> JsonObjects | UnsetType:
+    """The tools that an assistant may call, from a list of descriptions or its JSON text.
+
+    A key without a value (null) is left out: tables fill up with them what another row has.
+
+    Raises:
+        UserError: it is no list of objects with names; names the place.
+    """
+    return tuple(_functions(value, place, "tool")) or UNSET
+
+
+def read_calls(value: Any, place: str) -> JsonObjects | UnsetType:
+    """The calls of an assistant's turn; arguments that are a JSON text become what it says.
+
+    Raises:
+        UserError: it is no list of objects with names, or arguments are no JSON object; names the place.
+    """
+    calls = list(_functions(value, place, "tool call"))
+    for number, call in enumerate(calls):
+        given = call["function"].get("arguments")
+        arguments = _parsed(given, f"{place}, the arguments of {call['function']['name']}") if given else {}
+        if not isinstance(arguments, dict):
+            raise UserError(f"{place}: the arguments of a tool call must be a JSON object, found {_short(given)}.")
+        calls[number] = {**call, "function": {**call["function"], "arguments": arguments}}
+    return tuple(calls) or UNSET
+
+
+def _message(turn: Any, place: str, column: str, unread: set[str]) -> Message:
+    if not isinstance(turn, dict):
+        raise UserError(f"{place}: expected a {{role, content}} message, found {_short(turn)}.")
+    called = turn.get("role") or turn.get("from")
+    calls = turn.get("tool_calls") or (turn.get("function_call") and [turn["function_call"]])
+    content = turn.get("content")
+    if content is None:
+        content = turn.get("value")
+    if called == "function_call":  # ShareGPT's, with the call as the turn's text
+        called, calls, content = "assistant", [_parsed(content, place)], None
+    role = _ROLES.get(called) if isinstance(called, str) else None
+    if role is None:
+        raise UserError(f"{place}: the role {called!r} is none of {', '.join(_ROLES)}.")
+    if content is None and not (calls and role == "assistant"):
+        raise UserError(f"{place}: the message has no content; only an assistant's with tool_calls may have none.")
+    thoughts = next((turn[name] for name in THOUGHTS if turn.get(name)), UNSET)
+    further = {"reasoning_content": thoughts, **{name: turn.get(name) or UNSET for name in ("tool_call_id", "name")}}
+    if wrong := [name for name, text in further.items() if not isinstance(text, str | UnsetType)]:
+        raise UserError(f"{place}: {wrong[0]} must be a text, found {_short(further[wrong[0]])}.")
+    unread.update(f"{column}.{name}" for name, held in turn.items() if name not in _READ and held is not None)
+    return Message(
+        role,  # type: ignore[arg-type]
+        "" if content is None else _text(content, place),
+        tool_calls=read_calls(calls, place) if calls else UNSET,
+        **further,
+    )
+
+
+def _text(content: Any, place: str) -> str:
+    """The text of a content, which may be in parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UserError(f"{place}: content must be a text, found {_short(content)}.")
+    return "".join(_part(part, place) for part in content)
+
+
+def _part(part: Any, place: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else None
+    raise UserError(
+        f"{place}: a part of the content is no text ({f'its type is {kind!r}' if kind else _short(part)}); only text "
+        "can be read. Remove the rows with such parts."
+    )
+
+
+def _functions(value: Any, place: str, what: str) -> Iterator[dict[str, Any]]:
+    """Descriptions or calls in OpenAI's form, {type: function, function: {name, ...}}, also where only the inner object
+    is given."""
+    value = _parsed(value, f"{place}, {what}s")
+    for item in value if isinstance(value, list | tuple) else [value]:
+        item = _parsed(item, f"{place}, {what}s")
+        if isinstance(item, dict) and isinstance(item.get("function"), dict):
+            outer, inner = item, item["function"]
+        else:
+            outer, inner = {"type": "function"}, item
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise UserError(f"{place}: a {what} must be an object with the name of a function, found {_short(item)}.")
+        yield _without_nulls({**outer, "function": inner})
+
+
+def _parsed(value: Any, place: str) -> Any:
+    """What a JSON text says; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: expected JSON, found {_short(value)} ({error}).") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

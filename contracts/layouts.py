@@ -1,0 +1,209 @@
+"""Which columns of people's data sets hold what, by name, and how a row of them is read.
+
+A column is found by its name or named in the config, also inside another one ("reward_model.ground_truth"). What is not
+read is counted by column.
+"""
+
+import difflib
+from collections import Counter
+from typing import Any, Literal
+
+from contracts.conversations import read_messages
+from contracts.errors import UserError
+from contracts.records import Message
+
+Slot = Literal["prompt", "system", "input", "choices", "answer", "id", "tags", "tools"]
+
+CONVERSATIONS = ("messages", "context_messages", "conversations", "conversation")
+"""Columns that hold a conversation; beside them, a column of TEXTS repeats a part of it."""
+TEXTS = ("prompt", "question", "instruction", "problem", "query")
+NAMES: dict[Slot, tuple[str, ...]] = {
+    "prompt": (*CONVERSATIONS, *TEXTS, "chosen"),
+    "system": ("system", "system_prompt", "system_message"),
+    "input": ("input", "context", "passage", "article"),
+    "choices": ("choices", "options"),
+    "answer": ("answer", "answerKey", "reward_model.ground_truth", "expected_answer", "ground_truth", "answers"),
+    "id": ("prompt_id",),
+    "tags": ("tags",),
+    "tools": ("tools", "functions"),
+}
+"""The columns that are found by themselves, the first with a value. A prompt in one of TEXTS but `prompt` has `input`,
+one in any of them `choices`; `chosen` (with `rejected`) is a conversation of which the last answer is taken away."""
+
+Columns = dict[Slot, str | None]
+
+
+class Row:
+    """One row of a data set: which of its columns were read."""
+
+    def __init__(self, layout: "Layout", values: dict[str, Any], place: str) -> None:
+        self.layout = layout
+        self.values = values
+        self.place = place
+        self.unread: set[str] = set()
+        self._read: set[str] = set()
+
+    def find(self, slot: Slot) -> tuple[str, Any]:
+        """The column of a slot and its value: ("", None) where there is none. It counts as read."""
+        named = self.layout.named
+        candidates = (named[slot],) if slot in named else self.layout.candidates(slot, self.values)
+        for name in candidates:
+            if name is not None and (value := look_up(self.values, name)) is not None:
+                return self.read(name), value
+        return "", None
+
+    def read(self, name: str) -> str:
+        """Note that a column was read."""
+        self._read.add(name)
+        return name
+
+    def forget(self, name: str) -> None:
+        """Take back that a column was read: it holds something else than what was looked for."""
+        self._read.discard(name)
+
+    def prompt(self) -> tuple[str, tuple[Message, ...]]:
+        """The column of the prompt, and its conversation.
+
+        Raises:
+            UserError: there is none, there are several, or what is there is no conversation.
+        """
+        name = self.layout.named.get("prompt") or self._find_prompt()
+        value = look_up(self.values, name)
+        if value is None and not has(self.values, name):
+            raise UserError(
+                f"{self.place}: no column {name!r}; found {', '.join(self.values)}."
+                f"{nearest(name, self.values)} Set column."
+            )
+        self.read(name)
+        messages = read_messages(value, self.place, name, self.unread)
+        if name == "chosen" and self.values.get("rejected") is not None:
+            other = read_messages(self.values[self.read("rejected")], self.place, "rejected", self.unread)
+            if without_answer(messages) != without_answer(other):
+                raise UserError(
+                    f"{self.place}: chosen and rejected answer different prompts, and there is no column of the prompt."
+                )
+        texts = [text for text in TEXTS if isinstance(self.values.get(text), str)] if name in CONVERSATIONS else []
+        if texts:
+            said = {message.content.strip() for message in messages}
+            self._read.update(text for text in texts if self.values[text].strip() in said)
+        return name, messages
+
+    def _find_prompt(self) -> str:
+        found = [name for name in NAMES["prompt"] if self.values.get(name) is not None]
+        if "chosen" in found and (len(found) > 1 or isinstance(self.values["chosen"], str)):
+            # Beside a prompt it is the answer; alone, a text without turns does not say what was asked.
+            messages = read_messages(self.values["chosen"], self.place, "chosen", set()) if len(found) == 1 else ()
+            if len(messages) < 2:
+                found.remove("chosen")
+        if len(found) == 1:
+            return found[0]
+        if found and found[0] in CONVERSATIONS and isinstance(self.values[found[0]], list):
+            # Chat data sets carry the text of the prompt beside the conversation that it begins.
+            others = [name for name in found[1:] if not isinstance(self.values[name], str)]
+            if not others and (found[1:] == ["prompt"] or self._contains(found[0], found[1:])):
+                return found[0]
+        if found:
+            raise UserError(f"{self.place}: several columns could be the prompt: {', '.join(found)}. Set column.")
+        raise UserError(
+            f"{self.place}: no column {', '.join(NAMES['prompt'])}; found {', '.join(self.values) or 'none'}. Set "
+            "column to the one that holds the prompt."
+        )
+
+    def _contains(self, conversation: str, texts: list[str]) -> bool:
+        messages = read_messages(self.values[conversation], self.place, conversation, set())
+        said = {message.content.strip() for message in messages}
+        return all(self.values[name].strip() in said for name in texts)
+
+    def close(self) -> set[str]:
+        """The names of the columns with a value that were not read."""
+        tops = {name.partition(".")[0] for name in self._read if name not in self.values}
+        for name, value in self.values.items():
+            if value is None or name in self._read:
+                continue
+            if name in tops and isinstance(value, dict):
+                inner = {f"{name}.{key}" for key, held in value.items() if held is not None}
+                self.unread |= inner - self._read
+            else:
+                self.unread.add(name)
+        return self.unread
+
+
+class Layout:
+    """The columns of one data set: those named in the config, those found, and the count of those not read."""
+
+    def __init__(self, named: Columns) -> None:
+        self.named = named
+        self.rows = 0
+        self.unread: Counter[str] = Counter()
+        self._missing = {slot: name for slot, name in named.items() if name is not None}
+        self._seen: dict[str, None] = {}
+        self._candidates: dict[tuple[Slot, tuple[str, ...]], tuple[str, ...]] = {}
+
+    def row(self, values: dict[str, Any], place: str) -> Row:
+        """A row of the data set, to be read."""
+        self.rows += 1
+        if self._missing:
+            self._note(values)
+        return Row(self, values, place)
+
+    def done(self, row: Row) -> None:
+        """Count what was not read of a row."""
+        self.unread.update(row.close())
+
+    def candidates(self, slot: Slot, values: dict[str, Any]) -> tuple[str, ...]:
+        """The names that a slot can have among these columns, in their order."""
+        key = (slot, tuple(values))
+        if key not in self._candidates:
+            if len(self._candidates) > 1000:  # rows of ever other columns
+                self._candidates.clear()
+            self._candidates[key] = tuple(name for name in NAMES[slot] if name.partition(".")[0] in values)
+        return self._candidates[key]
+
+    def require_named(self, source: str) -> None:
+        """Raise UserError when a column was named in the config, and no row has a value there."""
+        for slot, name in self._missing.items():
+            if self.rows:
+                raise UserError(
+                    f"{source}: none of its {self.rows} rows has a value in the column {name!r}, which is named as the "
+                    f"{slot}; found {', '.join(self._seen)}.{nearest(name, self._seen)}"
+                )
+
+    def _note(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            self._seen.setdefault(name)
+            if isinstance(value, dict):
+                self._seen.update(dict.fromkeys(f"{name}.{key}" for key in value))
+        for slot, name in list(self._missing.items()):
+            if look_up(values, name) is not None:
+                del self._missing[slot]
+
+
+def look_up(values: dict[str, Any], name: str) -> Any:
+    """The value of a column, or of a key inside one ("reward_model.ground_truth"); None where there is none."""
+    if name in values or "." not in name:
+        return values.get(name)
+    value: Any = values
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def has(values: dict[str, Any], name: str) -> bool:
+    """Whether there is such a column, with a value or without."""
+    parent, _, key = name.rpartition(".")
+    above = look_up(values, parent) if parent else None
+    return name in values or (isinstance(above, dict) and key in above)
+
+
+def nearest(name: str, known: Any) -> str:
+    """A hint at a column of nearly the same name, or nothing."""
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def without_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A conversation without the assistant's turns at its end."""
+    kept = len(messages)
+    while kept and messages[kept - 1].role == "assistant":
+        kept -= 1
+    return messages[:kept]
