@@ -36,7 +36,7 @@ def identity(default: Any = ..., *, later: bool = False, **constraints: Any) -> 
     `later`: it came after keys were published, and is left out of them where it has its default, which computes what
     was computed before.
     """
-    extra = {"role": Role.IDENTITY, "later": later}
+    extra: dict[str, Any] = {"role": Role.IDENTITY, "later": later}
     return Field(default, json_schema_extra=extra, validate_default=True, **constraints)
 
 
