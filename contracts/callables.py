@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,22 @@ def source_files(path: str) -> dict[str, Path]:
     known = {file.resolve() for file in todo}
     while todo:
         file = todo.pop()
-        for name, imported in _own_imports(file, _parse(file, path), folders):
+        for name, imported in _own_imports(file, _outline_of(file, path), folders):
             if imported.resolve() not in known:
                 known.add(imported.resolve())
                 found[name] = imported
                 todo.append(imported)
     return found
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """What of a source file matters here."""
+
+    names: frozenset[str]
+    """All that it defines or imports, anywhere in it."""
+    imports: tuple[tuple[int, tuple[str, ...]], ...]
+    """For each import how many folders up it starts (0: in the working directory), and the modules that it may name."""
 
 
 def _folders(module: str) -> list[Path]:
@@ -122,17 +133,10 @@ def _folders(module: str) -> list[Path]:
     return list(dict.fromkeys([Path.cwd(), *beside]))
 
 
-def _own_imports(file: Path, tree: ast.Module, folders: list[Path]) -> Iterator[tuple[str, Path]]:
+def _own_imports(file: Path, outline: _Outline, folders: list[Path]) -> Iterator[tuple[str, Path]]:
     """Name and file of each module of the user's own that a source imports, anywhere in it."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imports, starts = [alias.name for alias in node.names], folders
-        elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            imports = [module, *(f"{module}.{alias.name}".lstrip(".") for alias in node.names)]
-            starts = [file.absolute().parents[node.level - 1]] if node.level else folders
-        else:
-            continue
+    for level, imports in outline.imports:
+        starts = [file.absolute().parents[level - 1]] if level else folders
         for name in dict.fromkeys(part for imported in imports for part in _with_parents(imported)):
             if name.partition(".")[0] not in OWN_PACKAGES:
                 yield from _first_module(name, starts)
@@ -155,24 +159,42 @@ def _first_module(name: str, folders: list[Path]) -> Iterator[tuple[str, Path]]:
                 return
 
 
-def _parse(file: Path, path: str) -> ast.Module:
+def _outline_of(file: Path, path: str) -> _Outline:
+    """The outline of a file, which is read again when it has changed.
+
+    Raises:
+        UserError: it is not Python.
+    """
+    status = file.stat()
     try:
-        return ast.parse(file.read_bytes(), str(file))
+        return _outline(file, (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
     except (SyntaxError, ValueError) as error:
         raise UserError(f"function {path!r}: {file} is not valid Python: {error}.") from error
 
 
-def _require_name(file: Path, path: str) -> None:
-    """Raise UserError unless the source can be read and defines, or imports, the function's name at its top level."""
-    tree = _parse(file, path)
+@functools.lru_cache(maxsize=1024)
+def _outline(file: Path, version: tuple[int, ...]) -> _Outline:
     names: set[str] = set()
-    for node in ast.walk(tree):
+    imports: list[tuple[int, tuple[str, ...]]] = []
+    for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names |= {alias.asname or alias.name for alias in node.names}
+            if isinstance(node, ast.Import):
+                imports.append((0, tuple(alias.name for alias in node.names)))
+            else:
+                module = node.module or ""
+                found = (module, *(f"{module}.{alias.name}".lstrip(".") for alias in node.names))
+                imports.append((node.level, found))
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
+    return _Outline(frozenset(names), tuple(imports))
+
+
+def _require_name(file: Path, path: str) -> None:
+    """Raise UserError unless the source can be read and defines, or imports, the function's name at its top level."""
+    names = _outline_of(file, path).names
     wanted = path.rpartition(":")[2]
     if wanted not in names and "*" not in names:
         raise UserError(f"function {path!r}: {file} has no function {wanted!r}. Check the spelling.")

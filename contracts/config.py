@@ -68,25 +68,35 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    roles: ClassVar[dict[str, Role | None]] = {}
+    """What each field means."""
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a class that has an unclassified field."""
         super().__pydantic_init_subclass__(**kwargs)
-        for name, field in cls.model_fields.items():
-            if role_of(field) is None:
+        roles = {name: role_of(field) for name, field in cls.model_fields.items()}
+        for name, role in roles.items():
+            if role is None:
                 raise TypeError(f"{cls.__name__}.{name} must be declared with identity(), input_path() or runtime()")
+        cls.roles = roles
 
     def select(self, role: Role) -> dict[str, Any]:
         """The fields of one role as plain data; sections that are identity fields are searched as well."""
         chosen: dict[str, Any] = {}
-        for name, field in type(self).model_fields.items():
+        for name, declared in self.roles.items():
             value = getattr(self, name)
             if isinstance(value, Section):
                 if nested := value.select(role):
                     chosen[name] = nested
-            elif role_of(field) is role and not (_is_later(field) and value == field.default):
+            elif declared is role and not self._is_left_out(name, value):
                 chosen[name] = _plain(value, role)
         return chosen
+
+    def _is_left_out(self, name: str, value: Any) -> bool:
+        """Whether a field came later and has its default."""
+        field = type(self).model_fields[name]
+        return _is_later(field) and bool(value == field.default)
 
 
 def _plain(value: Any, role: Role) -> Any:

@@ -51,6 +51,7 @@ class Driver:
         self.retention = Retention(run, graph, config.retention, display.note)
         self.again: dict[str, str] = {}  # released stages that are to be made again, and why
         self.ran = 0
+        self.judged = False  # whether an evaluation was reused since the metrics were written
 
     def drive(self) -> int:
         """Publish every stage of the graph; returns how many had to be run.
@@ -96,6 +97,9 @@ class Driver:
                 continue
             if not self.retries.waits(node.name) and self.has_room(node):
                 self.reuse_or_start(node)
+        if self.judged:
+            write_metrics(self.run.path, self.graph)
+            self.judged = False
 
     def has_room(self, node: Node) -> bool:
         """Whether one more stage may run where this one does. A cluster decides for itself, unless the user does."""
@@ -128,8 +132,7 @@ class Driver:
         if decision.reuse:
             self.published.add(node.name)
             self.display.reused(node, decision.reason)
-            if node.config.stage == "evaluation":
-                write_metrics(self.run.path, self.graph)
+            self.judged = self.judged or node.config.stage == "evaluation"
             return
         if (node.output / RELEASED).is_file():
             set_aside(node.output)

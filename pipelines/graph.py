@@ -1,12 +1,15 @@
 """The graph of a run: stages, and which of them need which others' outputs."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from contracts.config import Role, StageConfig, validate
 from pipelines.config import ExecutorSection
 from pipelines.placement import place_stage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Node:
     subcommand: str | None
     environment: str
     config: StageConfig
+    inputs: tuple[Path, ...] = field(compare=False)
+    """All that it reads."""
     needs: tuple[str, ...] = field(compare=False)
     """Names of the nodes whose outputs it reads."""
 
@@ -30,7 +35,7 @@ class Node:
 
     def external_inputs(self, graph: "Graph") -> list[Path]:
         """The inputs that no stage of the graph makes."""
-        return [path for path in input_paths(self.config) if graph.owner(path) is None]
+        return [path for path in self.inputs if graph.owner(path) is None]
 
     @property
     def argv(self) -> list[str]:
@@ -45,6 +50,8 @@ class Graph:
         self.directory = directory
         self.executor = executor or ExecutorSection()
         self.nodes: dict[str, Node] = {}
+        self._owners: dict[Path, str] = {}
+        self._known: dict[Hashable, Any] = {}
 
     def add(
         self, name: str, kind: type[StageConfig], command: str, section: dict[str, Any] | None = None, /, **fields: Any
@@ -63,20 +70,32 @@ class Graph:
         config = place_stage(name, config, self.executor)
         package, _, subcommand = command.partition(" ")
         environment = ENVIRONMENTS[package]
-        needs = tuple(dict.fromkeys(owner for path in input_paths(config) if (owner := self.owner(path))))
-        assert name not in self.nodes, f"two stages are named {name}"
-        self.nodes[name] = Node(name, package, subcommand or None, environment, config, needs)
+        if name in self.nodes:
+            raise ValueError(f"two stages are named {name}")
+        inputs = tuple(input_paths(config))
+        needs = tuple(dict.fromkeys(owner for path in inputs if (owner := self.owner(path))))
+        self.nodes[name] = Node(name, package, subcommand or None, environment, config, inputs, needs)
+        self._owners[output] = name
         return output
 
     def owner(self, path: Path) -> str | None:
         """The node that makes `path`, which may be a file inside its output."""
+        if (known := self._owners.get(path)) is not None:
+            return known
         if not path.is_relative_to(self.directory):
             return None
         inside = path.relative_to(self.directory)
         for candidate in [inside, *inside.parents]:
-            if candidate.as_posix() in self.nodes:
-                return candidate.as_posix()
+            if (name := candidate.as_posix()) in self.nodes:
+                self._owners[path] = name
+                return name
         return None
+
+    def known(self, what: Hashable, find: Callable[[], T | None]) -> T | None:
+        """What `find` says, which is asked once; again only while it says that nothing is known yet."""
+        if (found := self._known.get(what)) is None:
+            found = self._known[what] = find()
+        return found  # type: ignore[no-any-return]
 
     def by_urgency(self) -> list[Node]:
         """The stages, those first that the longest chain of others waits for: training before evaluation."""

@@ -12,6 +12,7 @@ from embedded.config import WORLD_FILES, WorldConfig
 from generation.config import GenerationConfig
 from pipelines.config import RunConfig
 from pipelines.graph import Graph
+from pipelines.progress import tracked
 from training.config import (
     CriticConfig,
     EmaConfig,
@@ -21,6 +22,28 @@ from training.config import (
     SftConfig,
     ValueHeadConfig,
 )
+
+MOST_ITERATIONS = 10_000
+"""More are surely a typing error: an iteration takes minutes."""
+MOST_ACCUMULATED = 1_000
+"""The same where each iteration reads the pairs of all before it."""
+
+
+def require_iterations(config: RunConfig, asked: int | None) -> int:
+    """How many iterations a command wants: `--iters`, or what the config says.
+
+    Raises:
+        UserError: the number is negative, or beyond all that a run can have.
+    """
+    wanted, name = (config.iterations, "iterations") if asked is None else (asked, "--iters")
+    if not 0 <= wanted <= MOST_ITERATIONS:
+        raise UserError(f"{name} is {wanted}; it must be from 0 to {MOST_ITERATIONS}.")
+    if config.accumulate and wanted > MOST_ACCUMULATED:
+        raise UserError(
+            f"{name} is {wanted} with accumulate=true, by which every iteration reads the pairs of all before it; with "
+            f"that it must be from 0 to {MOST_ACCUMULATED}. Lower it, or set accumulate=false."
+        )
+    return wanted
 
 
 def build_graph(config: RunConfig, iterations: int) -> Graph:
@@ -47,8 +70,9 @@ class Recipe:
         self.prepare()
         policy = self.average = self.initial
         self.evaluate(0, policy)
-        for iteration in range(1, iterations + 1):
-            self.config = self.run.at(iteration)
+        for iteration in tracked(range(1, iterations + 1), "planning the iterations"):
+            if iteration in self.run.changes:
+                self.config = self.run.at(iteration)
             policy = self.improve(iteration, policy)
             self.evaluate(iteration, policy)
         return self.graph

@@ -22,7 +22,7 @@ from pipelines.fork import fork
 from pipelines.gc import collect
 from pipelines.graph import Graph
 from pipelines.hub import fetch_models, with_cached_models
-from pipelines.iteration import build_graph
+from pipelines.iteration import build_graph, require_iterations
 from pipelines.lineage.trace import print_trace
 from pipelines.lineage.verify import print_verification
 from pipelines.memory import print_memory
@@ -37,7 +37,7 @@ from pipelines.slurm.scripts import write_dry_run
 from pipelines.status import print_status, save_report
 from pipelines.watch import attach, cancel, print_logs
 
-MOST_ITERATIONS = 10_000
+LINES_AT_ONCE = 1000
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -169,9 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run_command(options: argparse.Namespace) -> int:
     """`pipeline run CONFIG --iters N [key=value ...]`."""
     config = load_run_config(options.config, options.overrides)
-    iterations = config.iterations if options.iters is None else options.iters
-    if not 0 <= iterations <= MOST_ITERATIONS:
-        raise UserError(f"--iters is {iterations}; it must be from 0 to {MOST_ITERATIONS}.")
+    iterations = require_iterations(config, options.iters)
     settle_variant(config.executor)
     console = make_console()
     if options.dry_run:
@@ -224,9 +222,10 @@ def make_console() -> Console:
 def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Verdict]:
     """For every stage *reuse* or *run*, and why; returns them."""
     plan = verdicts(graph, config, forced)
-    for name, verdict in plan.items():
-        verb = "reuse" if verdict.reuse else "run"
-        console.print(f"{verb:<6} {name}  ({verdict.reason})", soft_wrap=True, markup=False, highlight=False)
+    lines = [f"{'reuse' if verdict.reuse else 'run':<6} {name}  ({verdict.reason})" for name, verdict in plan.items()]
+    for start in range(0, len(lines), LINES_AT_ONCE):
+        text = "\n".join(lines[start : start + LINES_AT_ONCE])
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
     return plan
 
 

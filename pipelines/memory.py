@@ -15,6 +15,7 @@ from pipelines.hub import name_and_revision
 from pipelines.machine import gpu_count, gpus, host_memory
 from pipelines.placement import place
 from pipelines.preflight import origin_of
+from pipelines.progress import tracked
 from pipelines.sizes import size_of
 from training.config import EmaConfig, TrainingConfig, ValueHeadConfig
 
@@ -23,7 +24,7 @@ def estimated(graph: Graph, *, on_gpu: bool, count: int) -> tuple[dict[str, Memo
     """The memory that each stage takes with `count` GPUs, and for those where that is not known the models why."""
     needs: dict[str, Memory] = {}
     unknown: dict[str, list[Path]] = {}
-    for node in graph.nodes.values():
+    for node in tracked(graph.nodes.values(), "estimating memory"):
         placed = replace(node, config=place(node.config, count))
         need = memory(placed, graph, on_gpu=on_gpu)
         if need is not None:

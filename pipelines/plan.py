@@ -8,6 +8,7 @@ from pipelines.config import RunConfig
 from pipelines.decisions import decide, kept
 from pipelines.environments import probe_versions
 from pipelines.graph import Graph
+from pipelines.progress import tracked
 from pipelines.retention import made_again
 
 
@@ -26,15 +27,14 @@ def verdicts(graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Ve
     certain: set[str] = set()
     runs: list[str] = []
     found: dict[str, Verdict] = {}
-    moved: dict[Path, Path] = {}  # outputs that would be taken back, and where they are now
+    moved: dict[str, Path] = {}  # stages that would be taken back, and where they are now
 
     def where(path: Path) -> Path:
-        for output, place in moved.items():
-            if path.is_relative_to(output):
-                return place / path.relative_to(output)
-        return path
+        owner = graph.owner(path) if moved else None
+        place = moved.get(owner) if owner else None
+        return place / path.relative_to(graph.nodes[owner].output) if owner and place else path
 
-    for node in graph.nodes.values():
+    for node in tracked(graph.nodes.values(), "deciding about the stages"):
         unknown = [name for name in node.needs if name not in certain]
         sure = True
         if node.name in forced:
@@ -51,7 +51,7 @@ def verdicts(graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Ve
             if decision.reuse:
                 certain.add(node.name)
             if (place := kept(graph.directory, node, decision.key)).exists():
-                moved[node.output] = place
+                moved[node.name] = place
         if not verdict.reuse and sure:
             runs.append(node.name)
         found[node.name] = verdict

@@ -12,8 +12,9 @@ from generation.config import GenerationConfig
 from pipelines.config import EnvironmentsSection
 from pipelines.environments import probe_versions
 from pipelines.graph import Graph, Node
-from pipelines.sizes import has_score_head
-from training.config import EmaConfig, RewardConfig, TrainingConfig, ValueHeadConfig
+from pipelines.progress import tracked
+from pipelines.sizes import has_score_head, start_of
+from training.config import RewardConfig, TrainingConfig, ValueHeadConfig
 from training.parallel import check_layout
 
 
@@ -35,12 +36,14 @@ def check_environments(graph: Graph, environments: EnvironmentsSection) -> None:
 
 def input_mistakes(graph: Graph) -> Iterator[UserError]:
     """Every input from outside of the run, and every function of the user's, that does not exist; each once."""
-    missing = set()
+    seen = set()
     functions = set()
-    for node in graph.nodes.values():
+    for node in tracked(graph.nodes.values(), "checking what the stages read"):
         for path in node.external_inputs(graph):
-            if not str(path).startswith("hf:") and not path.exists() and path not in missing:
-                missing.add(path)
+            if path in seen:
+                continue
+            seen.add(path)
+            if not str(path).startswith("hf:") and not path.exists():
                 yield UserError(
                     f"stage {node.name}: input {path} does not exist. Give a path that does, or hf:ORG/NAME."
                 )
@@ -55,7 +58,7 @@ def input_mistakes(graph: Graph) -> Iterator[UserError]:
 def model_mistakes(graph: Graph) -> Iterator[UserError]:
     """Every way in which a model from outside of the run is not what its use needs; each once."""
     known = set()
-    for node in graph.nodes.values():
+    for node in tracked(graph.nodes.values(), "checking the models"):
         try:
             requirements = list(_requirements(node, graph))
         except UserError as error:
@@ -102,12 +105,7 @@ def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
 
 def origin_of(model: Path, graph: Graph) -> Path:
     """The model that a model is trained from, through all stages of the run: it has the same layers."""
-    while (owner := graph.owner(model)) is not None:
-        config = graph.nodes[owner].config
-        if not isinstance(config, TrainingConfig | EmaConfig | ValueHeadConfig):
-            return model
-        model = config.model
-    return model
+    return start_of(model, graph)[0]
 
 
 def _raise(error: UserError) -> None:

@@ -200,28 +200,54 @@ def _header(file: Path) -> dict[str, int] | None:
 
 def size_of(model: Path, graph: Graph) -> Size | None:
     """The measures of a model: what a stage of the graph makes has those of the model that it starts from."""
-    owner = graph.owner(model)
+    start, becomes_classifier = start_of(model, graph)
+    size = graph.known(("size", start), lambda: _size_of_start(start, graph))
+    return size.as_classifier() if size and becomes_classifier else size
+
+
+def start_of(model: Path, graph: Graph) -> tuple[Path, bool]:
+    """The model that a model is made from through all stages of the run, with the same layers.
+
+    And whether one of these stages gives it a score head.
+    """
+    chain: list[tuple[Path, bool]] = []
+    while (found := graph.known(("start", model), lambda: None)) is None:
+        owner = graph.owner(model)
+        config = graph.nodes[owner].config if owner else None
+        if not isinstance(config, TrainingConfig | EmaConfig | ValueHeadConfig):
+            found = (model, False)
+            break
+        chain.append((model, has_score_head(config)))
+        model = config.model
+    start, classifier = found
+    for made, gives_head in reversed(chain):
+        classifier = classifier or gives_head
+        result = (start, classifier)
+        graph.known(("start", made), lambda result=result: result)  # type: ignore[misc]
+    return start, classifier
+
+
+def _size_of_start(start: Path, graph: Graph) -> Size | None:
+    """The measures of a model that is no training's: one from outside of the run, or the embedded world's."""
+    owner = graph.owner(start)
     if owner is None:
-        return read_size(model)
+        return read_size(start)
     config = graph.nodes[owner].config
-    if isinstance(config, WorldConfig):
-        return _from_config(
-            {
-                "model_type": "llama",
-                "hidden_size": config.hidden_size,
-                "intermediate_size": 3 * config.hidden_size,
-                "num_hidden_layers": config.layers,
-                "num_attention_heads": config.hidden_size // 32,
-                "head_dim": 32,
-                "vocab_size": len(vocabulary()) + 16,  # with its special tokens, rounded up
-                "tie_word_embeddings": True,
-                "max_position_embeddings": 128,
-            }
-        )
-    if isinstance(config, TrainingConfig | EmaConfig | ValueHeadConfig):
-        start = size_of(config.model, graph)
-        return start.as_classifier() if start and has_score_head(config) else start
-    return None
+    if not isinstance(config, WorldConfig):
+        return None
+    return _from_config(
+        {
+            "model_type": "llama",
+            "hidden_size": config.hidden_size,
+            "intermediate_size": 3 * config.hidden_size,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.hidden_size // 32,
+            "head_dim": 32,
+            "vocab_size": len(vocabulary()) + 16,  # with its special tokens, rounded up
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 128,
+        }
+    )
 
 
 def has_score_head(config: Any) -> bool:
@@ -307,6 +333,10 @@ def _measure_file(file: Path, sample: int = 1 << 20) -> Rows:
 
 def rows_of(path: Path, graph: Graph) -> Rows | None:
     """Rows of prompts or demonstrations, before they are made; None where only the Hub knows."""
+    return graph.known(("rows", path), lambda: _rows_of(path, graph))
+
+
+def _rows_of(path: Path, graph: Graph) -> Rows | None:
     owner = graph.owner(path)
     config = graph.nodes[owner].config if owner else None
     if isinstance(config, WorldConfig):

@@ -5,6 +5,7 @@ Only `load` imports an algorithm, which needs torch; the rest runs in the driver
 
 import ast
 import difflib
+import functools
 import importlib
 import math
 from collections.abc import Iterator, Mapping
@@ -169,14 +170,22 @@ def _sources(source: "_Source") -> dict[str, Path]:
     return {"algorithm": source.file} | {name: file for name, file in others.items() if name != "function"}
 
 
+@functools.lru_cache(maxsize=256)
+def _parsed(file: Path, version: tuple[int, ...]) -> ast.Module:
+    """A file as it is at a version of its content."""
+    return ast.parse(file.read_bytes(), str(file))
+
+
 class _Source:
     """The top level of one source file."""
 
     def __init__(self, algorithm: str, file: Path):
         self.algorithm, self.file = algorithm, file
         self.what = f"algorithm {algorithm!r} ({file})"
+        status = file.stat()
+        version = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
         try:
-            self.body = ast.parse(file.read_bytes(), str(file)).body
+            self.body = _parsed(file, version).body
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{self.what} is not valid Python: {error}.") from error
 

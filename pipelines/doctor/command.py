@@ -36,7 +36,7 @@ from pipelines.doctor.checks import (
 )
 from pipelines.doctor.machine import Finding, check_file_system, check_limits, check_loopback
 from pipelines.hub import with_cached_models
-from pipelines.iteration import build_graph
+from pipelines.iteration import build_graph, require_iterations
 from pipelines.locked import home
 from pipelines.slurm.checks import settle_variant
 
@@ -71,9 +71,7 @@ def make_plan(source: Path, overrides: list[str], iterations: int | None) -> Pla
     try:
         config = with_cached_models(load_run_config(source, overrides))
         settle_variant(config.executor)
-        wanted = config.iterations if iterations is None else iterations
-        if wanted < 0:
-            raise UserError(f"--iters is {wanted}; it must not be negative.")
+        wanted = require_iterations(config, iterations)
         return Plan(source, config, build_graph(config, wanted), wanted)
     except UserError as error:
         raise UserError(TOKEN.sub("(hidden)", str(error))) from None
