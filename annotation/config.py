@@ -52,8 +52,11 @@ class ScoreConfig(StageConfig):
     fail_on_error: float = identity(0.0, ge=0, lt=1)
     """Share of the completions whose judgement may fail (an exception of the function, a score that is no finite
     number); they are dropped and counted. 0: the first one stops the stage."""
+    seconds_per_sample: float | None = runtime(None, gt=0)
+    """For the kind rule: how long the function may take for one completion. One that takes longer is ended, with all
+    that it has started, and counts as failed. By default executor.stall_seconds of a run."""
     replicas: int = runtime(1, ge=1)
-    """Processes that share the shards; one device each."""
+    """Processes that share the shards, one device each; for the kind rule, processes that share the completions."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -61,8 +64,10 @@ class ScoreConfig(StageConfig):
             raise ValueError("kind=rule needs function=package.module:function, and no model.")
         if self.kind != "rule" and (self.model is None or self.function is not None):
             raise ValueError(f"kind={self.kind} needs model=DIRECTORY, and no function.")
-        if self.kind != "rule" and self.inputs is not None:
-            raise ValueError(f"inputs are what the function of kind=rule reads; kind={self.kind} has no function.")
+        if self.kind != "rule" and (self.inputs is not None or self.seconds_per_sample is not None):
+            raise ValueError(
+                f"inputs and seconds_per_sample are for the function of kind=rule; kind={self.kind} has no function."
+            )
         if self.kind not in ("reward_model", "rule") and self.missing_eos_penalty is not None:
             raise ValueError(f"missing_eos_penalty is for rewards; what kind={self.kind} gives has no penalty.")
         if self.kind != "pairwise" and (self.opponents is not None or self.against is not None):

@@ -1,61 +1,72 @@
 """The scorer kind `rule`: a Python function of the user's own. Needs no torch."""
 
-import traceback
-from numbers import Real
-
-import msgspec
+import functools
+from collections.abc import Callable
+from pathlib import Path
 
 from annotation.config import ScoreConfig
+from annotation.journal import Journal
+from annotation.judges import Judgement, Judges, stall_seconds
 from annotation.samples import Sample
-from contracts.callables import load_callable
 from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.records import Score
 
 
 class Rule:
-    """Calls the configured function once per completion."""
+    """Has the configured function called once per completion, in processes of its own."""
 
-    def __init__(self, config: ScoreConfig) -> None:
+    def __init__(self, config: ScoreConfig, state: Path, count: Callable[[], int]) -> None:
+        """`state`: a folder that outlives a kill (`Publication.state`); `count`: the stage's number of samples."""
         assert config.function is not None
-        self.path = config.function
-        self.function = load_callable(config.function)
+        limit = stall_seconds() if config.seconds_per_sample is None else config.seconds_per_sample
+        self.judges = Judges(config.function, config.inputs, config.replicas, limit)
+        self.state = state
+        self.journal: Journal | None = None
+        self.limit = config.fail_on_error
+        self.count = functools.cache(count)
+        self.failed = 0
         self.facts: dict[str, str] = {}
         self.counts: dict[str, int] = {}
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """One score per sample; "unscored" where the function returns None."""
-        return [self._judge_or_fault(sample) for sample in samples]
+        if self.journal is not None:  # of a shard that is finished
+            self.journal.forget()
+        self.journal = journal = Journal(self.state, samples)
+        results: dict[int, Judgement] = dict(journal.known())
+        left = [index for index in range(len(samples)) if index not in results]
 
-    def _judge_or_fault(self, sample: Sample) -> Score | str | Fault:
-        try:
-            return self._judge(sample)
-        except UserError as error:
-            return Fault(error)
+        def note(found: dict[int, Judgement]) -> None:
+            kept = {left[place]: value for place, value in found.items() if not isinstance(value, Fault)}
+            journal.add(kept)
+            results.update(kept)
+            for place, value in found.items():
+                if isinstance(value, Fault):
+                    results[left[place]] = value
+                    self._bear(value)
 
-    def _judge(self, sample: Sample) -> Score | str:
-        rollout, completion = sample
         try:
-            value = self.function(
-                messages=[msgspec.to_builtins(message) for message in rollout.messages],
-                response=completion.text,
-                finish_reason=completion.finish_reason,
-                answer=rollout.answer,
-            )
-        except (Exception, SystemExit) as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
+            self.judges.judge([samples[index] for index in left], note)
+        except UserError:
+            journal.forget_cheap()
+            raise
+        return [_result(sample, results[index]) for index, sample in enumerate(samples)]
+
+    def _bear(self, fault: Fault) -> None:
+        """Take note of a failure, or end the stage: each may cost `seconds_per_sample`, so not only at the end."""
+        if self.limit == 0:
+            raise fault.error
+        self.failed += 1
+        total = self.count()
+        if self.failed > self.limit * total:
             raise UserError(
-                f"function {self.path!r} failed on {sample}: {type(error).__name__}: {error} "
-                f"({place.filename}, line {place.lineno})."
-            ) from error
-        if value is None:
-            return "unscored"
-        if not isinstance(value, Real):
-            raise UserError(
-                f"function {self.path!r} returned {value!r} for {sample}; return a number, or None where it cannot "
-                "judge."
+                f"{self.failed} of {total} samples failed so far, more than fail_on_error={self.limit:g} allows. "
+                f"The last: {fault.error}"
             )
-        try:
-            return sample.scored(float(value))
-        except OverflowError as error:
-            raise UserError(f"function {self.path!r} returned a number too large for a float for {sample}.") from error
+
+
+def _result(sample: Sample, judgement: Judgement) -> Score | str | Fault:
+    if judgement is None:
+        return "unscored"
+    return judgement if isinstance(judgement, Fault) else sample.scored(judgement)

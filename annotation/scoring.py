@@ -35,7 +35,7 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
     """Score the rollouts shard by shard; shards are shared among replicas and survive a kill."""
     rollouts = Artifact.open(config.rollouts, ROLLOUTS)
     wanted = _samples_in_pairs(config, rollouts)
-    open_scorer = _opener(config)
+    open_scorer = _opener(config, context, lambda: _count(rollouts, wanted))
     known = {**_shared_vocabulary(config, rollouts), **_opponents(config, rollouts)}
 
     def open_worker() -> Callable[[str], None]:
@@ -59,7 +59,8 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
     sizes = {file.path: file.bytes for file in rollouts.manifest.files}
     largest_first = sorted(rollouts.shards, key=lambda shard: (-sizes[shard.name], shard.name))
     shards = [shard.name for shard in largest_first]
-    share_shards(context, shards, open_worker, replicas=config.replicas, devices=_devices(config, context))
+    replicas = 1 if config.kind == "rule" else config.replicas  # its function runs in processes of its own
+    share_shards(context, shards, open_worker, replicas=replicas, devices=_devices(config, context))
     return _outcome(config, context, known) if context.publishes else Outcome("samples")
 
 
@@ -75,12 +76,12 @@ def _samples_in_pairs(config: ScoreConfig, rollouts: Artifact) -> set[tuple[str,
     return keys
 
 
-def _opener(config: ScoreConfig) -> Callable[[], Scorer]:
+def _opener(config: ScoreConfig, context: Context, count: Callable[[], int]) -> Callable[[], Scorer]:
     """Check all that can be checked without loading a model, and return what opens the scorer."""
     if config.kind == "rule":
         from annotation.rule import Rule
 
-        return lambda: Rule(config)
+        return lambda: Rule(config, context.publication.state, count)
     assert config.model is not None
     info = ModelInfo.read(config.model)
     if config.kind in ("logprobs", "pairwise"):
@@ -170,6 +171,13 @@ def _read_samples(rollouts: Artifact, shard: str, wanted: set[tuple[str, int]] |
     ]
 
 
+def _count(rollouts: Artifact, wanted: set[tuple[str, int]] | None) -> int:
+    """How many samples the stage judges."""
+    if wanted is not None:
+        return len(wanted)
+    return sum(len(rollout.completions) for rollout in rollouts.rows(Rollout))
+
+
 def _judge(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -> tuple[list[Score], Ledger, Faults]:
     """Scores of the samples that could be judged, and the count of the others by reason."""
     ledger = Ledger("samples")
@@ -205,7 +213,7 @@ def _outcome(config: ScoreConfig, context: Context, known: dict[str, Any]) -> Ou
         faults.messages += receipt.facts.get("failures", [])
     faults.require_few(ledger)
     facts |= faults.facts()
-    ledger.stop_above(config.max_dropped, f"scorer {config.name!r}")
+    ledger.stop_above(config.max_dropped, f"scorer {config.name!r}", besides=FAILED)
     total = math.fsum(receipt.facts["score_sum"] for receipt in receipts)
     facts["score_mean"] = total / ledger.kept if ledger.kept else None
     facts.pop("score_sum", None)

@@ -44,6 +44,8 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 POLL_SECONDS = 0.1
+WORTH_KEEPING = ("*.safetensors", "judged-*.jsonl")
+"""What in the folder `state` is kept after a user's mistake, because much was paid for it."""
 R = TypeVar("R")
 
 
@@ -539,7 +541,8 @@ class Publication:
 
     def abandon(self) -> None:
         """After a user's mistake: leave nothing behind, unless finished shards or a saved state are worth keeping."""
-        if not self.receipts() and not any((self.directory / "state").glob("*.safetensors")):
+        worth = (path for pattern in WORTH_KEEPING for path in (self.directory / "state").glob(pattern))
+        if not self.receipts() and not any(worth):
             self.discard()
 
     @property

@@ -48,7 +48,7 @@ def load_module(name: str, what: str) -> Any:
         return _load_file(Path(name), what) if name.endswith(".py") else importlib.import_module(name)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{what} cannot be imported: {type(error).__name__}: {error}. Check the spelling, and that what it imports "
             "is installed in the environment of the stage; or give a file by its path."

@@ -43,9 +43,9 @@ class Ledger(msgspec.Struct):
         total = self.kept + sum(self.dropped.values())
         assert self.rows_in == total, f"{self.unit}: {self.rows_in} in, but {total} kept or dropped"
 
-    def stop_above(self, limit: float, what: str) -> None:
-        """Raise UserError when more than the share `limit` was dropped."""
-        if self.dropped_share > limit:
+    def stop_above(self, limit: float, what: str, besides: str | None = None) -> None:
+        """Raise UserError when more than the share `limit` was dropped, `besides` the reason that has its own limit."""
+        if self.rows_in and sum(self.dropped.values()) - self.dropped.get(besides or "", 0) > limit * self.rows_in:
             raise UserError(
                 f"{what}: {self} is more than max_dropped={limit:g} allows. "
                 "Mend the inputs or raise max_dropped if this loss is intended."

@@ -30,7 +30,7 @@ from typing import Any
 import msgspec
 
 from contracts.artifacts import write_atomically
-from contracts.attempt import ATTEMPT, FAILURES, HEARTBEAT, PROGRESS, FailureKind
+from contracts.attempt import ATTEMPT, FAILURES, HEARTBEAT, PROGRESS, STALL, FailureKind
 from contracts.processes import end_groups
 from contracts.stopping import DEFAULT_GRACE, GRACE, SIGNALS
 
@@ -94,6 +94,7 @@ def supervise(
     if request.run:
         environment[RUN] = request.run
     environment[GRACE] = str(request.grace_seconds)
+    environment[STALL] = "" if request.stall_seconds is None else str(request.stall_seconds)
     start = time.time()
     stalled = False
     watch = Watch(folder)

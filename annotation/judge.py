@@ -1,0 +1,185 @@
+"""The process in which a function of the user's own judges: it may end, crash or hang there, and the stage goes on.
+
+It reads lines of JSON from a socket: first which function, then samples, many at a time. It answers with a line a
+sample, each at once, so that the stage knows which sample is in hand whatever happens next.
+"""
+
+import contextlib
+import faulthandler
+import inspect
+import math
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from numbers import Real
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from contracts.callables import load_callable
+from contracts.errors import UserError
+from contracts.processes import die_with_parent
+from contracts.stopping import SIGNALS
+
+GIVEN = ("messages", "response", "finish_reason", "answer")
+"""The keywords that every function takes."""
+IF_NAMED = ("tags", "tools", "inputs")
+"""Keywords that a function is given where it names them."""
+HAND_BACK_SECONDS = 0.25
+"""Samples that were handed over and not begun within this time are given back, for other processes to judge."""
+
+
+class Task(msgspec.Struct):
+    """The first line: which function to load."""
+
+    path: str
+    inputs: list[str] | None
+    parent: int
+
+
+class Failed(msgspec.Struct, array_like=True):
+    """Why there is no judgement of a sample: `before` and `after` its name."""
+
+    before: str
+    after: str
+
+
+Request = tuple[list[dict[str, Any]], str, str, str | None, list[str], list[dict[str, Any]] | None]
+"""A sample: messages, response, finish_reason, answer, tags, tools."""
+Answer = float | None | bool | Failed
+"""A judgement, None where the function cannot judge; True: the samples that are left are given back."""
+
+
+def main(descriptor: int) -> NoReturn:
+    """Judge what comes over the socket until it is closed."""
+    me = os.getpid()
+    os.set_inheritable(descriptor, False)
+    connection = socket.socket(fileno=descriptor)
+    lines = connection.makefile("rb")
+    task = msgspec.json.decode(lines.readline(), type=Task)
+    die_with_parent(task.parent)
+    _settle()
+    encoder = msgspec.json.Encoder()
+
+    def say(answer: Answer) -> None:
+        connection.sendall(encoder.encode(answer) + b"\n")
+
+    try:
+        function, extra = _load(task)
+    except BaseException as error:
+        say(Failed(_import_failure(task.path, error), ""))
+        sys.exit(0)
+    say(None)
+    inputs = [Path(path) for path in task.inputs or ()]
+    decoder = msgspec.json.Decoder(list[Request])
+    for line in lines:
+        began = time.monotonic()
+        for messages, response, finish_reason, answer, tags, tools in decoder.decode(line):
+            if time.monotonic() - began > HAND_BACK_SECONDS:
+                say(True)
+                break
+            given: dict[str, Any] = {}
+            if extra:
+                known = {"tags": tags, "tools": tools, "inputs": inputs}
+                given = {name: value for name, value in known.items() if name in extra}
+            result = _judge(function, messages, response, finish_reason, answer, given)
+            if os.getpid() != me:  # a copy that the function has made, and that has come back from it
+                os._exit(1)
+            say(result)
+    sys.exit(0)
+
+
+def _settle() -> None:
+    """Signals and output as a function can expect them of a process of its own.
+
+    A scheduler's notice goes to all processes of a job. The stage has to answer it, and may finish what is in hand.
+    """
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+    os.register_at_fork(after_in_child=_restore_signals)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _restore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _load(task: Task) -> tuple[Callable[..., Any], frozenset[str]]:
+    """The function, and which of `IF_NAMED` it is given.
+
+    Raises:
+        UserError: it cannot be imported, or not be called as it will be.
+    """
+    function = load_callable(task.path)
+    what = f"function {task.path!r}"
+    if any(check(function) for check in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)):
+        raise UserError(f"{what} is async; write a plain def, with asyncio.run(...) inside where it has to wait.")
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # some that are written in C have none
+        return function, frozenset()
+    extra = {name for name in IF_NAMED if name in signature.parameters}
+    if task.inputs is None and "inputs" in extra:
+        if signature.parameters["inputs"].default is inspect.Parameter.empty:
+            raise UserError(f"{what} takes inputs, but its scorer names none. Set inputs=[PATH, ...] to what it reads.")
+        extra.remove("inputs")
+    try:
+        signature.bind(**dict.fromkeys([*GIVEN, *extra]))
+    except TypeError as error:
+        name = task.path.rpartition(":")[2]
+        raise UserError(
+            f"{what} takes {signature}, but is called with the keywords {', '.join(GIVEN)}: {error}. Write "
+            f"def {name}(*, {', '.join(GIVEN)}), or def {name}(*, response, **others)."
+        ) from error
+    return function, frozenset(extra)
+
+
+def _import_failure(path: str, error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return (
+        f"function {path!r} cannot be imported: its module raised {type(error).__name__}: {_text(error)}"
+        f"{_place(error)} Take out what ends the process when the file is imported."
+    )
+
+
+def _judge(
+    function: Callable[..., Any], messages: Any, response: str, finish_reason: str, answer: Any, extra: dict[str, Any]
+) -> Answer:
+    try:
+        value = function(messages=messages, response=response, finish_reason=finish_reason, answer=answer, **extra)
+        if value is None:
+            return None
+        if isinstance(value, Real):
+            score = float(value)
+            return score if math.isfinite(score) else Failed(f"gave {score} for", ". A score must be a finite number.")
+        if inspect.isawaitable(value):
+            with contextlib.suppress(Exception):
+                value.close()  # type: ignore[attr-defined]
+            return Failed("returned an awaitable for", "; write a plain def, with asyncio.run(...) inside.")
+        return Failed(f"returned {value!r} for", "; return a number, or None where it cannot judge.")
+    except OverflowError as error:
+        return Failed("gave a number too large for a float for", f": {error}.")
+    except BaseException as error:
+        return Failed("failed on", f": {type(error).__name__}: {_text(error)}{_place(error)}")
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:
+        return "(its message cannot be shown)"
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of the traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})." if frames else "."

@@ -1,0 +1,349 @@
+"""Rules run in processes of their own: what a function may do there, how its end is told, and what survives a kill."""
+
+import collections
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from annotation_world import ROOT, make_rollout, make_rollouts, publish_rollouts, run_cli
+
+from annotation.__main__ import COMMANDS
+from annotation.config import ScoreConfig
+from annotation.judges import stall_seconds
+from contracts.artifacts import Artifact
+from contracts.attempt import STALL
+from contracts.errors import UserError
+from contracts.records import Message, Score
+from contracts.stage import run_stage
+
+HEAD = """
+import asyncio, ctypes, os, pathlib, signal, subprocess, sys, threading, time
+def note(text):
+    with open(__file__ + ".log", "a") as file:
+        file.write(text + "\\n")
+note("imported %d" % os.getpid())
+"""
+
+
+def write(tmp_path: Path, text: str, head: str = HEAD) -> str:
+    """A rule of the name `judge`."""
+    path = tmp_path / "my_rule.py"
+    path.write_text(head + text)
+    return f"{path}:judge"
+
+
+def noted(tmp_path: Path) -> list[str]:
+    log = tmp_path / "my_rule.py.log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def score(tmp_path: Path, rollouts: Artifact, function: str, output: str = "scores", **keys: Any) -> Artifact:
+    config = ScoreConfig(
+        output=tmp_path / output, rollouts=rollouts.path, kind="rule", function=function, **keys
+    )  # fmt: skip
+    found = run_stage(COMMANDS["score"], config)
+    assert found is not None
+    return found
+
+
+def values(scores: Artifact) -> dict[tuple[str, int], float]:
+    return {(row.prompt_id, row.sample): row.score for row in scores.rows(Score)}
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Artifact:
+    """One shard: three prompts with two answers, of which the second one of the second prompt is `bad .`."""
+    texts = [["good .", "great ."], ["awful .", "bad ."], ["blue .", "long ."]]
+    rollouts = [make_rollout(number, pair) for number, pair in enumerate(texts)]
+    return publish_rollouts(tmp_path / "rollouts", rollouts, shard=8)
+
+
+ENDS = {
+    "os._exit(3)": "ended its process on .*, sample 1: it left with exit code 3, as by os._exit",
+    "sys.exit(4)": "failed on .*, sample 1: SystemExit: 4",
+    "raise KeyboardInterrupt": "failed on .*, sample 1: KeyboardInterrupt: ",
+    "ctypes.string_at(0)": "ended its process on .*, sample 1: it crashed by SIGSEGV",
+    "os.kill(os.getpid(), signal.SIGKILL)": "ended its process on .*, sample 1: it was killed by SIGKILL: .*memory",
+    "os.closerange(3, 512); time.sleep(60)": "ended its process on .*, sample 1: it closed the connection",
+    "return asyncio.sleep(0)": "returned an awaitable for .*, sample 1",
+    "return 10 ** 400": "gave a number too large for a float for .*, sample 1",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_function_that_ends_its_process_is_named_with_the_sample_or_counts_as_failed(
+    tmp_path: Path, answers: Artifact, end: str
+) -> None:
+    function = write(
+        tmp_path,
+        f"""
+def judge(messages, response, finish_reason, answer):
+    if response == "bad .":
+        {end}
+    return len(response)
+""",
+    )
+    with pytest.raises(UserError, match=re.escape(f"function {function!r} ") + ENDS[end]):
+        score(tmp_path, answers, function)
+    assert sorted(path.name for path in tmp_path.iterdir() if "score" in path.name) == []
+    found = score(tmp_path, answers, function, fail_on_error=0.2)
+    assert found.manifest.ledger.dropped == {"failed": 1}
+    assert sorted(values(found).values()) == [6.0, 6.0, 6.0, 7.0, 7.0]
+    (message,) = found.manifest.facts["failures"]
+    assert re.search(ENDS[end], message)
+
+
+HANGS = {
+    "in C code that holds all": "ctypes.PyDLL(None).sleep(1000)",
+    "swallowing what comes": """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)
+        while True:
+            try:
+                time.sleep(1000)
+            except BaseException:
+                pass""",
+    "with children": """
+        child = subprocess.Popen(["sleep", "1000"])
+        note("child %d" % child.pid)
+        child.wait()""",
+}
+
+
+@pytest.mark.parametrize("how", HANGS)
+def test_a_function_that_hangs_is_ended_with_its_children_and_fails_on_one_sample(
+    tmp_path: Path, answers: Artifact, how: str
+) -> None:
+    function = write(
+        tmp_path,
+        f"""
+def judge(messages, response, finish_reason, answer):
+    if response == "bad .":
+        {HANGS[how].strip()}
+    return len(response)
+""",
+    )
+    found = score(tmp_path, answers, function, fail_on_error=0.2, seconds_per_sample=1)
+    assert found.manifest.ledger.dropped == {"failed": 1}
+    (message,) = found.manifest.facts["failures"]
+    assert f"function {function!r} has not judged prompt" in message
+    assert ", sample 1 after 1 s, and was ended" in message
+    assert "seconds_per_sample" in message
+    assert "fail_on_error" in message
+    for line in noted(tmp_path):
+        if line.startswith("child"):
+            state = Path(f"/proc/{line.split()[1]}/stat")
+            assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert any(line.startswith("child") for line in noted(tmp_path)) == (how == "with children")
+
+
+def test_a_stall_limit_of_a_run_holds_for_a_judgement_that_has_none(
+    tmp_path: Path, answers: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is the function that is named, at once, not a stage that stalled and is tried again."""
+    monkeypatch.setenv(STALL, "1")
+    assert stall_seconds() == 1
+    function = write(tmp_path, "def judge(response, **others):\n    time.sleep(1000 * (response == 'bad .'))")
+    with pytest.raises(UserError, match=r"has not judged .*, sample 1 after 1 s"):
+        score(tmp_path, answers, function)
+    with pytest.raises(UserError, match=r"was not imported after 1 s \(executor.stall_seconds\)"):
+        score(tmp_path, answers, write(tmp_path, "time.sleep(1000)\ndef judge(**others): ..."))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sys.exit(5)\ndef judge(**all): ...", r"cannot be imported: SystemExit: 5"),
+        ("os._exit(6)\ndef judge(**all): ...", r"ended the process that imports it: it left with exit code 6"),
+        ("raise KeyboardInterrupt\ndef judge(**all): ...", r"cannot be imported: its module raised KeyboardInterrupt"),
+        ("import nowhere_to_be_found\ndef judge(**all): ...", r"cannot be imported: ModuleNotFoundError: .*nowhere_to"),
+        ("async def judge(**all): ...", r"is async; write a plain def"),
+        ("def judge(prompt, response): ...", r"takes \(prompt, response\), but is called with the keywords messages, "),
+        ("def judge(*, inputs, **all): ...", r"takes inputs, but its scorer names none. Set inputs="),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_or_called_is_refused(
+    tmp_path: Path, answers: Artifact, text: str, message: str
+) -> None:
+    function = write(tmp_path, text)
+    with pytest.raises(UserError, match=f"function {re.escape(repr(function))}:? {message}"):
+        score(tmp_path, answers, function, fail_on_error=0.9)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_what_a_function_can_rely_on(tmp_path: Path) -> None:
+    """Globals that last, a main thread of its own (signal.alarm), child processes, a log, tags, tools and inputs."""
+    known = {"messages": (Message("user", "hello"),), "tags": ("math", "hard"), "tools": ({"name": "f"},)}
+    rollout = msgspec.structs.replace(make_rollouts(1, 3)[0], **known)
+    rollouts = publish_rollouts(tmp_path / "rollouts", [rollout])
+    (tmp_path / "words.json").write_text("[3]")
+    function = write(
+        tmp_path,
+        """
+import json, multiprocessing
+seen = []
+def square(x):
+    return x * x
+def judge(*, messages, response, finish_reason, answer, tags, tools, inputs):
+    assert messages == [{"role": "user", "content": "hello"}], messages
+    assert tags == ["math", "hard"] and tools == [{"name": "f"}]
+    assert threading.current_thread() is threading.main_thread()
+    def late(*_): raise TimeoutError
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        time.sleep(10)
+    except TimeoutError:
+        pass
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        squares = pool.map(square, json.loads(inputs[0].read_text()))
+    print("printed by the rule")
+    sys.stderr.write("and to stderr\\n")
+    if os.fork() == 0:
+        return 77.0  # a copy that comes back judges nothing
+    seen.append(response)
+    return squares[0] + len(seen) / 10
+""",
+    )
+    config = ["rollouts=" + str(rollouts.path), "kind=rule", f"function={function}", f"inputs=[{tmp_path}/words.json]"]
+    told = run_cli("score", *config, f"output={tmp_path}/scores")
+    assert told.stdout.count("printed by the rule") == 3
+    assert told.stderr.count("and to stderr") == 3
+    assert sorted(values(Artifact.open(tmp_path / "scores")).values()) == [9.1, 9.2, 9.3]
+
+
+def test_what_is_read_beside_the_function_is_in_the_key(tmp_path: Path, answers: Artifact) -> None:
+    (tmp_path / "my_helper.py").write_text("def weigh(text, table): return table[text[0]]\n")
+    words = tmp_path / "words.json"
+    words.write_text('{"g": 1, "a": 2, "b": 3, "l": 4}')
+    function = write(
+        tmp_path,
+        """
+import json, my_helper
+def judge(response, inputs, **others):
+    return my_helper.weigh(response, json.loads(inputs[0].read_text()))
+""",
+    )
+    first = score(tmp_path, answers, function, inputs=[words])
+    assert sorted(values(first).values()) == [1.0, 1.0, 2.0, 3.0, 3.0, 4.0]
+    assert score(tmp_path, answers, function, inputs=[words]).manifest.created == first.manifest.created
+    words.write_text('{"g": 5, "a": 2, "b": 3, "l": 4}')
+    with pytest.raises(UserError, match="was published by another run"):
+        score(tmp_path, answers, function, inputs=[words])
+    second = score(tmp_path, answers, function, "second", inputs=[words])
+    assert sorted(values(second).values()) == [2.0, 3.0, 3.0, 4.0, 5.0, 5.0]
+    (tmp_path / "my_helper.py").write_text("def weigh(text, table): return 0\n")
+    third = score(tmp_path, answers, function, "third", inputs=[words])
+    assert set(values(third).values()) == {0.0}
+    with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
+        score(tmp_path, answers, function, "fourth", inputs=[tmp_path / "nowhere.json"])
+
+
+def test_samples_of_one_shard_are_spread_over_processes_and_the_bytes_are_the_same(tmp_path: Path) -> None:
+    rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(6, 4), shard=99)
+    slow = """
+def judge(response, **others):
+    time.sleep(0.1 * (len(response) % 3))
+    note("judged %d" % os.getpid())
+    return None if "awful" in response else len(response)
+"""
+    one = score(tmp_path, rollouts, write(tmp_path, slow), "one", max_dropped=1)
+    (tmp_path / "my_rule.py.log").unlink()
+    four = score(tmp_path, rollouts, write(tmp_path, slow), "four", max_dropped=1, replicas=4)
+    assert four.manifest.digest == one.manifest.digest
+    judged = collections.Counter(line for line in noted(tmp_path) if line.startswith("judged"))
+    assert judged.total() == 24
+    assert len(judged) == 4
+
+
+def test_a_judgement_is_not_paid_for_twice(tmp_path: Path) -> None:
+    """The stage is killed, a line of what it had written down is torn, it fails by the user's mistake, and goes on."""
+    rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(5, 4), shard=99)
+    judge = """
+def judge(messages, response, **others):
+    note("judged %s %s" % (len(messages[0]["content"]), response))
+    time.sleep(0.1)
+    if os.path.exists(__file__ + ".broken"):
+        raise ConnectionError("the judge is down")
+    return len(response) / 3
+"""
+    function = write(tmp_path, judge)
+    whole = score(tmp_path, rollouts, function, "whole")
+    log = tmp_path / "my_rule.py.log"
+    log.unlink()
+    command = [sys.executable, "-m", "annotation", "score", f"rollouts={rollouts.path}", "kind=rule"]
+    command += [f"function={function}", f"output={tmp_path}/scores"]
+
+    def judged() -> list[str]:
+        return [line for line in noted(tmp_path) if line.startswith("judged")]
+
+    def started() -> "subprocess.Popen[str]":
+        return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+
+    def wait_for(count: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(judged()) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    first = started()
+    wait_for(6)
+    first.kill()
+    first.communicate()
+    time.sleep(0.3)
+    in_hand = len(judged())  # its process has ended with it
+    time.sleep(0.3)
+    assert len(judged()) == in_hand
+    (journal,) = tmp_path.glob(".scores.partial-*/state/judged-*.jsonl")
+    kept = journal.read_bytes()
+    assert in_hand - 1 <= kept.count(b"\n") <= in_hand
+    journal.write_bytes(kept[:-3])  # torn
+
+    second = started()
+    wait_for(in_hand + 8)
+    (tmp_path / "my_rule.py.broken").touch()
+    _, told = second.communicate(timeout=60)
+    assert second.returncode == 2, told
+    assert "ConnectionError: the judge is down" in told
+    (tmp_path / "my_rule.py.broken").unlink()
+
+    stopped = started()
+    wait_for(len(judged()) + 2)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(timeout=60) == 128 + signal.SIGTERM
+
+    last = started()
+    _, told = last.communicate(timeout=60)
+    assert last.returncode == 0, told
+    assert Artifact.open(tmp_path / "scores").manifest.digest == whole.manifest.digest
+    repeated = len(judged()) - len(set(judged()))
+    assert repeated <= 3, "the one in hand at the kill, the torn one, and the one that failed"
+    assert not list(tmp_path.glob(".scores*"))
+
+
+def test_every_judgement_is_a_heartbeat(tmp_path: Path, answers: Artifact) -> None:
+    """Also one that takes longer than a stage may be silent, within its own limit."""
+    attempt = tmp_path / "attempt"
+    attempt.mkdir()
+    function = write(tmp_path, "def judge(**others):\n    time.sleep(1.6)\n    return 1")
+    environment = {**os.environ, "RATCHET_ATTEMPT": str(attempt), STALL: "1"}
+    command = [sys.executable, "-m", "annotation", "score", f"rollouts={answers.path}", "kind=rule", "replicas=6"]
+    command += [f"function={function}", f"output={tmp_path}/scores", "seconds_per_sample=30"]
+    stage = subprocess.Popen(command, cwd=ROOT, env=environment)
+    beats = set()
+    while stage.poll() is None:
+        with_beat = attempt / "heartbeat"
+        if with_beat.exists():
+            beats.add(with_beat.stat().st_mtime_ns)
+        time.sleep(0.05)
+    assert stage.returncode == 0
+    times = sorted(beats)
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) < 2e9
