@@ -6,8 +6,9 @@ from pathlib import Path
 
 from annotation.config import ScoreConfig
 from annotation.journal import Journal
-from annotation.judges import Judgement, Judges, stall_seconds
+from annotation.judges import Judgement, Judges, LateError, stall_seconds
 from annotation.samples import Sample
+from contracts.attempt import report_within
 from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.records import Score
@@ -19,8 +20,9 @@ class Rule:
     def __init__(self, config: ScoreConfig, state: Path, count: Callable[[], int]) -> None:
         """`state`: a folder that outlives a kill (`Publication.state`); `count`: the stage's number of samples."""
         assert config.function is not None
-        limit = stall_seconds() if config.seconds_per_sample is None else config.seconds_per_sample
-        self.judges = Judges(config.function, config.inputs, config.replicas, limit)
+        stall = stall_seconds()
+        limit = stall if config.seconds_per_sample is None else config.seconds_per_sample
+        self.judges = Judges(config.function, config.inputs, count=config.replicas, limit=limit, load_limit=stall)
         self.state = state
         self.journal: Journal | None = None
         self.limit = config.fail_on_error
@@ -41,6 +43,7 @@ class Rule:
             kept = {left[place]: value for place, value in found.items() if not isinstance(value, Fault)}
             journal.add(kept)
             results.update(kept)
+            report_within(len(results), len(samples), "samples")
             for place, value in found.items():
                 if isinstance(value, Fault):
                     results[left[place]] = value
@@ -64,6 +67,22 @@ class Rule:
                 f"{self.failed} of {total} samples failed so far, more than fail_on_error={self.limit:g} allows. "
                 f"The last: {fault.error}"
             )
+
+
+def check_rule(config: ScoreConfig, seconds: float) -> str | None:
+    """Import a rule's function as the stage will, in a process that is ended after `seconds`.
+
+    Returns a warning where it was not imported by then; it may have much to load.
+
+    Raises:
+        UserError: it cannot be imported, or not be called as it will be.
+    """
+    assert config.function is not None
+    try:
+        Judges(config.function, config.inputs, load_limit=seconds)
+    except LateError as error:
+        return str(error)
+    return None
 
 
 def _result(sample: Sample, judgement: Judgement) -> Score | str | Fault:

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from contracts import stopping
 from contracts.artifacts import process_name, write_atomically
@@ -37,6 +37,7 @@ def supervised() -> bool:
 
 
 _last = {HEARTBEAT: 0.0, PROGRESS: 0.0}
+_progress: dict[str, Any] = {}
 
 
 def beat() -> None:
@@ -49,12 +50,24 @@ def beat() -> None:
 
 def report_progress(done: int, total: int, unit: str) -> None:
     """Say how far the work is; cheap enough for every step."""
+    _progress.clear()
+    _progress.update({"done": done, "total": total, "unit": unit})
+    _tell(at_once=done == total)
+
+
+def report_within(done: int, total: int, unit: str) -> None:
+    """Say how far the unit in hand is of which `report_progress` has spoken, where that much of it outlives a kill."""
+    if _progress:  # else another process of this stage tells
+        _progress["within"] = {"done": done, "total": total, "unit": unit}
+        _tell()
+
+
+def _tell(*, at_once: bool = False) -> None:
     beat()
     attempt = os.environ.get(ATTEMPT)
-    if attempt and (done == total or time.monotonic() - _last[PROGRESS] > BEAT_SECONDS / 2):
+    if attempt and (at_once or time.monotonic() - _last[PROGRESS] > BEAT_SECONDS / 2):
         _last[PROGRESS] = time.monotonic()
-        text = json.dumps({"done": done, "total": total, "unit": unit})
-        write_atomically(Path(attempt, PROGRESS), text.encode(), durable=False)
+        write_atomically(Path(attempt, PROGRESS), json.dumps(_progress).encode(), durable=False)
 
 
 def report_failure(kind: FailureKind, text: str) -> None:

@@ -273,12 +273,14 @@ def log_of(attempt: Path) -> Path:
 
 
 def progress_of(attempt: Path) -> str | None:
-    """How far an attempt says it is: "3/8 shards"; None where it has not said anything yet."""
+    """How far an attempt says it is: "3/8 shards" or "3/8 shards, 17/64 samples of the next"; None: nothing yet."""
     records = [json.loads((part / PROGRESS).read_bytes()) for part in parts_of(attempt) if (part / PROGRESS).exists()]
     if not records:
         return None
     furthest = max(records, key=lambda record: int(record["done"]))
-    return f"{furthest['done']}/{furthest['total']} {furthest['unit']}"
+    within = furthest.get("within")
+    more = f", {within['done']}/{within['total']} {within['unit']} of the next" if within else ""
+    return f"{furthest['done']}/{furthest['total']} {furthest['unit']}{more}"
 
 
 def end_orphans(run: Path) -> list[int]:

@@ -18,11 +18,13 @@ from annotation_world import ROOT, make_rollout, make_rollouts, publish_rollouts
 from annotation.__main__ import COMMANDS
 from annotation.config import ScoreConfig
 from annotation.judges import stall_seconds
+from annotation.rule import check_rule
 from contracts.artifacts import Artifact
 from contracts.attempt import STALL
 from contracts.errors import UserError
 from contracts.records import Message, Score
 from contracts.stage import run_stage
+from pipelines.supervisor import progress_of
 
 HEAD = """
 import asyncio, ctypes, os, pathlib, signal, subprocess, sys, threading, time
@@ -154,7 +156,7 @@ def test_a_stall_limit_of_a_run_holds_for_a_judgement_that_has_none(
     function = write(tmp_path, "def judge(response, **others):\n    time.sleep(1000 * (response == 'bad .'))")
     with pytest.raises(UserError, match=r"has not judged .*, sample 1 after 1 s"):
         score(tmp_path, answers, function)
-    with pytest.raises(UserError, match=r"was not imported after 1 s \(executor.stall_seconds\)"):
+    with pytest.raises(UserError, match=r"was not imported after 1 s; .*executor\.stall_seconds"):
         score(tmp_path, answers, write(tmp_path, "time.sleep(1000)\ndef judge(**others): ..."))
 
 
@@ -174,9 +176,20 @@ def test_a_function_that_cannot_be_loaded_or_called_is_refused(
     tmp_path: Path, answers: Artifact, text: str, message: str
 ) -> None:
     function = write(tmp_path, text)
-    with pytest.raises(UserError, match=f"function {re.escape(repr(function))}:? {message}"):
-        score(tmp_path, answers, function, fail_on_error=0.9)
+    config = ScoreConfig(
+        output=tmp_path / "scores", rollouts=answers.path, kind="rule", function=function, fail_on_error=0.9
+    )
+    for look in (lambda: check_rule(config, 60), lambda: run_stage(COMMANDS["score"], config)):
+        with pytest.raises(UserError, match=f"function {re.escape(repr(function))}:? {message}"):
+            look()
     assert not (tmp_path / "scores").exists()
+
+
+def test_a_function_that_takes_long_to_import_is_told_and_not_refused(tmp_path: Path, answers: Artifact) -> None:
+    keys = {"output": tmp_path / "scores", "rollouts": answers.path, "kind": "rule"}
+    slow = write(tmp_path, "time.sleep(1000)\ndef judge(**others): ...")
+    assert "was not imported after 0.5 s" in (check_rule(ScoreConfig(**keys, function=slow), 0.5) or "")
+    assert check_rule(ScoreConfig(**keys, function=write(tmp_path, "def judge(**others): ...")), 60) is None
 
 
 def test_what_a_function_can_rely_on(tmp_path: Path) -> None:
@@ -338,12 +351,16 @@ def test_every_judgement_is_a_heartbeat(tmp_path: Path, answers: Artifact) -> No
     command = [sys.executable, "-m", "annotation", "score", f"rollouts={answers.path}", "kind=rule", "replicas=6"]
     command += [f"function={function}", f"output={tmp_path}/scores", "seconds_per_sample=30"]
     stage = subprocess.Popen(command, cwd=ROOT, env=environment)
-    beats = set()
+    beats, told = set(), set()
     while stage.poll() is None:
+        if (attempt / "progress.json").exists():
+            told.add(progress_of(attempt))
         with_beat = attempt / "heartbeat"
         if with_beat.exists():
             beats.add(with_beat.stat().st_mtime_ns)
         time.sleep(0.05)
     assert stage.returncode == 0
+    assert {"0/1 shards", "1/1 shards"} <= told | {progress_of(attempt)}
+    assert any(re.fullmatch(r"0/1 shards, [1-6]/6 samples of the next", str(text)) for text in told), told
     times = sorted(beats)
     assert max(later - earlier for earlier, later in itertools.pairwise(times)) < 2e9
