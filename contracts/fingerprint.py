@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from contracts.errors import UserError
+from contracts.weights import stored_tensors
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -19,6 +20,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+ADAPTER = "adapter_config.json"
+"""Marks a directory written by PEFT."""
 RELEASED = "released.json"
 """Lists the files of a published directory that `pipeline gc` has deleted."""
 MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
@@ -40,13 +43,20 @@ def weight_files(model: Path) -> list[Path]:
     """The safetensors files of a model directory, sorted.
 
     Raises:
-        UserError: the directory is missing, is no model, has lost its weights, or holds them in another format only.
+        UserError: the directory is missing, is no model, has lost its weights or some of them, or holds them in another
+            format only.
     """
     if model.is_file():
         raise UserError(f"model {model} is a file. Give the directory written by save_pretrained.")
     if not model.is_dir():
         raise UserError(
             f"model directory {model} does not exist. Give a directory written by save_pretrained, or hf:ORG/NAME."
+        )
+    if (model / ADAPTER).is_file():
+        base = _base_of(model / ADAPTER)
+        raise UserError(
+            f"{model} holds an adapter (PEFT) of {base or 'another model'}, not a model. Merge the two into one: "
+            f"`python -m training merge model={base or 'BASE'} adapter={model} output=DIRECTORY`, and give DIRECTORY."
         )
     if not (model / "config.json").is_file():
         raise UserError(f"{model} is not a model: it has no config.json. Give a directory written by save_pretrained.")
@@ -61,23 +71,17 @@ def weight_files(model: Path) -> list[Path]:
             f"{model} has no *.safetensors weights; other formats can run code on loading and are not read. "
             "Convert it: load the model in transformers and call save_pretrained(...)."
         )
-    for file in files:
-        _require_whole(file)
+    stored_tensors(model)
     return files
 
 
-def _require_whole(file: Path) -> None:
-    """Raise UserError unless a safetensors file has a header, and the bytes that the header speaks of."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(length)) if 2 <= length < size else {}
-            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError):
-            ends = []
-    if not ends or 8 + length + max(ends) != size:
-        raise UserError(f"{file} is cut off or damaged: it is no whole safetensors file. Download or save it again.")
+def _base_of(adapter: Path) -> str | None:
+    """The model that an adapter says it belongs to."""
+    try:
+        found = json.loads(adapter.read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) and found else None
 
 
 def weights_fingerprint(model: Path) -> str:

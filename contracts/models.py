@@ -23,13 +23,18 @@ class ModelInfo(msgspec.Struct, frozen=True):
     labels: int | None
     """Outputs of a sequence classifier; None for other models."""
     has_chat_template: bool
+    encoder_decoder: bool = False
+    quantised: str | None = None
+    """How the weights are quantised; None: not."""
+    vocabulary_size: int | None = None
+    """Token ids that the embedding knows."""
 
     @classmethod
     def read(cls, path: Path) -> "ModelInfo":
         """Read a model directory.
 
         Raises:
-            UserError: it does not exist, is no model, or has no safetensors weights.
+            UserError: it does not exist, is no model, has no safetensors weights or not all of them, or quantised ones.
         """
         weight_files(path)
         config = _read_json(path / "config.json")
@@ -43,13 +48,40 @@ class ModelInfo(msgspec.Struct, frozen=True):
         )
         text_config = config.get("text_config", config)
         context = text_config.get("max_position_embeddings", text_config.get("n_positions"))
-        return cls(path, architecture, context, labels, template)
+        quantisation = config.get("quantization_config", text_config.get("quantization_config"))
+        method = str(quantisation.get("quant_method", "unknown")) if isinstance(quantisation, dict) else None
+        found = cls(
+            path,
+            architecture,
+            context,
+            labels,
+            template,
+            _is_encoder_decoder(config),
+            method,
+            text_config.get("vocab_size"),
+        )
+        found.require_plain_weights()
+        return found
 
     def require_causal(self) -> None:
         """Raise UserError unless this is a causal language model."""
+        if self.encoder_decoder:
+            raise UserError(
+                f"{self.path} is an encoder-decoder ({self.architecture}); a policy must be a causal language model "
+                "(…ForCausalLM), which reads prompt and answer as one sequence. Choose another model."
+            )
         if not self.architecture.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
             raise UserError(
                 f"{self.path} is a {self.architecture}; a policy must be a causal language model (…ForCausalLM)."
+            )
+
+    def require_plain_weights(self) -> None:
+        """Raise UserError where the weights are quantised: nothing here computes with such, or trains them."""
+        if self.quantised is not None:
+            raise UserError(
+                f"{self.path} is a quantised checkpoint (quantization_config: {self.quantised}), whose weights cannot "
+                "be trained or read by every stage. Give the model that it was made from, in bfloat16 or float32; or "
+                "load it in transformers, call model.dequantize() where the method has that, and save_pretrained."
             )
 
     @property
@@ -91,6 +123,16 @@ class ModelInfo(msgspec.Struct, frozen=True):
         """Whether this is a policy that is its own critic."""
         return (self.path / VALUE_HEAD).is_file()
 
+    def require_ids(self, largest: int, what: str) -> None:
+        """Raise UserError where a token id lies outside of the model's embedding."""
+        if self.vocabulary_size is not None and largest >= self.vocabulary_size:
+            raise UserError(
+                f"{what} holds the token id {largest}, but the embedding of {self.path} has only "
+                f"{self.vocabulary_size} rows (vocab_size in config.json): its tokenizer is of another model, or got "
+                "tokens that the weights do not have. Save both of one model, or call resize_token_embeddings and "
+                "train the new rows."
+            )
+
     def require_length(self, tokens: int, what: str) -> None:
         """Raise UserError when `tokens` do not fit the model's context."""
         if self.context_length is not None and tokens > self.context_length:
@@ -98,6 +140,11 @@ class ModelInfo(msgspec.Struct, frozen=True):
                 f"{what} is {tokens} tokens, but the context of {self.path} is {self.context_length} "
                 "(max_position_embeddings). Lower it to at most that."
             )
+
+
+def _is_encoder_decoder(config: dict[str, Any]) -> bool:
+    """transformers' own word, which some configurations leave to their class."""
+    return bool(config.get("is_encoder_decoder", "decoder_layers" in config or "num_decoder_layers" in config))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

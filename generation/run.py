@@ -10,6 +10,7 @@ from contracts.errors import UserError
 from contracts.faults import Faults
 from contracts.jsonl import write_jsonl
 from contracts.ledger import merge
+from contracts.models import ModelInfo
 from contracts.stage import Context, Outcome
 from contracts.workers import share_shards
 from generation.config import GenerationConfig
@@ -31,6 +32,8 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
         tokenizer.require_stop()
         fingerprint = model_fingerprint(config.policy)
         tokenized = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in prompts]
+        largest = max(max(ids, default=0) for _, ids in tokenized)
+        ModelInfo.read(config.policy).require_ids(max(largest, *tokenizer.stop_ids), "a prompt (or a stop token)")
     shards = cut(tokenized, config.shard_size or default_shard_size(config), longest_allowed)
     settings = _settings(config, context, tokenizer, shards, longest_allowed)
     settled = {"dtype": settings.dtype, "engine": config.engine, "threads": threads}
@@ -108,11 +111,15 @@ def _settings(
 
 
 def open_engine(config: GenerationConfig, settings: EngineSettings) -> Engine:
-    """Load the policy into the engine that `config` names."""
+    """Load the policy into the engine that `config` names, once its weights are known to be whole."""
+    from modeling.loading import check_weights
+
     if config.engine == "transformers":
         from generation.transformers_engine import TransformersEngine
 
         return TransformersEngine(config, settings)
+    # vLLM samples from whatever lies in the memory of a weight that the checkpoint lacks, and says nothing.
+    check_weights(config.policy, "causal")
     if config.servers:
         from generation.vllm_server import VllmServer
 

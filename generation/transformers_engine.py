@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from contracts.attempt import beat
 from contracts.records import Sampling
 from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, Request
+from modeling.loading import load_causal
 
 
 class TransformersEngine:
@@ -23,9 +24,7 @@ class TransformersEngine:
     def __init__(self, config: GenerationConfig, settings: EngineSettings) -> None:
         self._device = "cuda" if settings.on_gpu else "cpu"
         placement: Any = "auto" if config.tensor_parallel > 1 else None
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.policy, dtype=getattr(torch, settings.dtype), device_map=placement
-        )
+        model = load_causal(config.policy, getattr(torch, settings.dtype), device_map=placement)
         self._model = (model if placement else model.to(self._device)).eval()
         self._stop_ids = torch.tensor(settings.stop_ids, device=self._device)
         self._processed = config.logprob_mode == "processed"

@@ -1,29 +1,52 @@
 """Loading models: one way for whoever needs their weights, and nothing drawn at random that should have been read."""
 
+import copy
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.integrations import accelerate as accelerate_integration
 
 from contracts.errors import UserError
 from contracts.models import VALUE_HEAD, ModelInfo
 from contracts.seeds import derive_seed
+from contracts.weights import stored_tensors
+from modeling.finite import require_finite
 from modeling.modes import gathered
 
 Shapes = dict[str, tuple[int, ...]]
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""torch's names for safetensors' formats."""
+NEW_HEAD = "score.weight"
+"""What a reward model or a critic that is made from a causal language model has not yet."""
+LEFTOVER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
+"""Buffers that older versions of transformers saved, and that every model computes for itself."""
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.(weight|bias)$")
+"""A causal language model's head, which a classifier has no use for."""
 
 
 def read_config(model: Path) -> Any:
     """The transformers configuration of a model directory.
 
     Raises:
-        UserError: transformers cannot read it.
+        UserError: transformers cannot read it, or only by code of the model's own.
     """
     try:
-        return AutoConfig.from_pretrained(model)
-    except (ValueError, KeyError, OSError) as error:
+        return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{model} needs Python code of its own to be loaded (auto_map in its config.json), which is never run. "
+                "Choose a model whose architecture transformers has itself."
+            ) from error
         raise UserError(
             f"transformers cannot read the configuration of {model}: {error}. Check its config.json."
         ) from error
@@ -39,9 +62,57 @@ def tensor_shapes(auto: Any, config: Any) -> Shapes:
 
     Call it before an `Accelerator` exists: under ZeRO-3 every later construction partitions its parameters.
     """
-    with torch.device("meta"):
-        model = auto.from_config(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in _empty(auto, config).state_dict().items()}
+
+
+def _empty(auto: Any, config: Any) -> Any:
+    try:
+        with torch.device("meta"):
+            return auto.from_config(copy.deepcopy(config))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"transformers cannot make the model that config.json describes ({config.model_type}): {error}. Check it, "
+            "or choose a model of another architecture."
+        ) from error
+
+
+def check_weights(model: Path, kind: Literal["causal", "classifier"]) -> None:
+    """Check that a model directory holds exactly the weights of what it is to be loaded as, all of them numbers.
+
+    A causal language model may become a classifier with one label; only its head is missing then. Without allocating
+    the model. Call it before an `Accelerator` exists.
+
+    Raises:
+        UserError: it does not; the message names the tensors.
+    """
+    info = ModelInfo.read(model)
+    config = read_config(model)
+    if kind == "causal":
+        info.require_causal()
+        _compare(AutoModelForCausalLM, model, config, new_head=False)
+    else:
+        config.num_labels = 1
+        _compare(AutoModelForSequenceClassification, model, config, new_head=info.labels is None)
+    require_finite(model)
+
+
+def _compare(auto: Any, model: Path, config: Any, *, new_head: bool) -> None:
+    """Compare the headers of a checkpoint with what its architecture wants, by transformers' own loader.
+
+    The loader is given tensors without memory, so that it renames, joins and ties them as it would the real ones, and
+    reports what is missing, left over, or of another shape.
+    """
+    kind = type(_empty(auto, config))
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, torch.uint8), device="meta")
+        for name, tensor in stored_tensors(model).items()
+    }
+    # transformers asks for accelerate wherever a device is named, but needs it only to spread a model over several.
+    with mock.patch.object(accelerate_integration, "is_accelerate_available", return_value=True):
+        _, report = _from_pretrained(
+            kind, model, None, config=config, state_dict=tensors, device_map="meta", dtype=torch.float32
+        )
+    _require_complete(report, model, kind.__name__, new_head)
 
 
 def load_value_head(model: Path, hidden_size: int) -> torch.Tensor:
@@ -51,9 +122,9 @@ def load_value_head(model: Path, hidden_size: int) -> torch.Tensor:
     return load_file(model / VALUE_HEAD)["weight"]
 
 
-def load_causal(model: Path, dtype: torch.dtype) -> Any:
-    """A causal language model with its weights."""
-    return _load(AutoModelForCausalLM, model, dtype)
+def load_causal(model: Path, dtype: torch.dtype, **options: Any) -> Any:
+    """A causal language model with its weights; `options` are for transformers' loader."""
+    return _load(AutoModelForCausalLM, model, dtype, **options)
 
 
 def load_classifier(model: Path, dtype: torch.dtype) -> Any:
@@ -83,18 +154,57 @@ def _load(auto: Any, model: Path, dtype: torch.dtype, *, new_head: bool = False,
     """A model whose every tensor was read from the checkpoint; with `new_head` all but a classifier's head.
 
     Raises:
-        UserError: transformers cannot load it, or it lacks weights that would be drawn at random.
+        UserError: transformers cannot load it, it lacks weights that would be drawn at random, holds some that nothing
+            reads, or some that are no numbers.
     """
+    ModelInfo.read(model)
+    require_finite(model)
+    loaded, report = _from_pretrained(
+        auto, model, model, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
+    )
+    _require_complete(report, model, type(loaded).__name__, new_head)
+    return loaded
+
+
+def _from_pretrained(kind: Any, model: Path, source: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """transformers' loader with its report, in our words where it fails."""
     try:
-        loaded, report = auto.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-        )
-    except (ValueError, OSError) as error:
+        loaded, report = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        if source is not None and not isinstance(error, RuntimeError):
+            read_config(source)  # which may have the better words
         raise UserError(f"transformers cannot load {model}: {error}. Check that its files are complete.") from error
-    missing = sorted(name for name in report["missing_keys"] if not (new_head and name == "score.weight"))
+    return loaded, report
+
+
+def _require_complete(report: Mapping[str, Any], model: Path, kind: str, new_head: bool) -> None:
+    """Raise UserError unless exactly the tensors of the architecture were read, each in its own shape."""
+    missing = sorted(name for name in report["missing_keys"] if not (new_head and name == NEW_HEAD))
     if missing:
         raise UserError(
-            f"{model} lacks the weights {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}, which would "
-            "be random numbers. Save the whole model with save_pretrained."
+            f"{model} lacks {_named(missing)}, which {kind} needs and which would be random numbers. Download or save "
+            "the whole model again."
         )
-    return loaded
+    wrong = sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"])
+    wrong = [entry for entry in wrong if not (new_head and entry[0] == NEW_HEAD)]
+    if wrong:
+        name, found, wanted = wrong[0]
+        raise UserError(
+            f"{model} holds {_named([name for name, _, _ in wrong])} in another shape than config.json describes: "
+            f"{name} is {list(found)}, {kind} needs {list(wanted)}. config.json and weights are of different models: "
+            "download or save both again."
+        )
+    harmless = [LEFTOVER, HEAD] if kind.endswith("ForSequenceClassification") else [LEFTOVER]
+    unread = sorted(name for name in report["unexpected_keys"] if not any(each.search(name) for each in harmless))
+    if unread:
+        raise UserError(
+            f"{model} holds {_named(unread)}, which {kind} has no place for, so that the model would be another than "
+            "the one that was saved. Check architectures and the number of layers in config.json, or save the model "
+            "again by the class that it is to be loaded as."
+        )
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from contracts import stopping
@@ -16,7 +17,7 @@ from contracts.fingerprint import weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.stage import Context, Outcome
 from modeling.attention import attention_on, is_packable, use_packed_attention
-from modeling.loading import tensor_shapes
+from modeling.loading import check_weights, tensor_shapes
 from modeling.modes import set_modes
 from modeling.modules import TokenLogprobs, Trained, require_plain_head
 from modeling.packing import Packing
@@ -62,6 +63,8 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
     rows = task.learning.rows
     with context.timed("load"):
         shapes = tensor_shapes(task.auto, task.model_config)
+        if config.parallel.zero == 3:  # under which transformers' loader does not say what it left unread
+            check_weights(config.model, "causal" if task.auto is AutoModelForCausalLM else "classifier")
         engine = start(config, dtype)
         # Where the engine keeps no fp32 master weights itself, the weights are fp32 and bf16 is autocast: at the
         # learning rates of preference learning an update is smaller than a bf16 weight's last bit. With adapters,

@@ -321,7 +321,7 @@ def test_models_that_would_give_nonsense_are_refused(tmp_path, rollouts, models,
     weights = load_file(headless / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks the weights score\.weight"):
+    with pytest.raises(UserError, match=r"lacks score\.weight, which LlamaForSequenceClassification needs"):
         score(tmp_path / "scores", rollouts, kind="reward_model", model=headless)
 
     doubled = shutil.copytree(models["reward"], tmp_path / "doubled")

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from generation_runs import publish_prompts, refuse
 
+from contracts.config import validate
 from contracts.errors import UserError
+from contracts.records import ROLLOUTS
+from contracts.stage import Command, run_stage
 from generation.config import GenerationConfig
 from generation.engine import devices_per_replica
 
@@ -108,6 +111,39 @@ def test_more_devices_than_there_are() -> None:
     config = GenerationConfig(policy=Path("a"), prompts=Path("b"), output=Path("c"), tensor_parallel=4096)
     with pytest.raises(UserError, match="tensor_parallel is 4096, but this machine shows"):
         devices_per_replica(config)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("missing", "lacks model.norm.weight, which LlamaForCausalLM needs"),
+        ("nan", "NaN or infinite: model.norm.weight"),
+        ("shape", "in another shape than config.json describes"),
+        ("small", r"has only 5 rows \(vocab_size in config.json\)"),
+    ],
+)
+def test_damaged_weights(
+    damage: str, words: str, engine: str, changed_policy: Callable[..., Path], prompts: Path, tmp_path: Path
+) -> None:
+    """vLLM itself would sample from what lies in the memory of a weight that is missing, and say nothing."""
+    from safetensors.torch import load_file, save_file
+
+    policy = changed_policy(config={"shape": {"intermediate_size": 96}, "small": {"vocab_size": 5}}.get(damage, {}))
+    tensors = load_file(policy / "model.safetensors")
+    if damage == "missing":
+        del tensors["model.norm.weight"]
+    elif damage == "nan":
+        tensors["model.norm.weight"][3] = float("nan")
+    elif damage == "small":  # as when tokens were added to the tokenizer alone
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[key] = tensors[key][:5].clone()
+    save_file(tensors, policy / "model.safetensors", {"format": "pt"})
+    settings = {"policy": policy, "prompts": prompts, "output": tmp_path / "out", "max_new_tokens": 8}
+    command = Command(GenerationConfig, ROLLOUTS, "generation.run:run")
+    with pytest.raises(UserError, match=words):
+        run_stage(command, validate(GenerationConfig, {**settings, "engine": engine}, "test"))
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_checks_come_before_torch() -> None:

@@ -1,0 +1,111 @@
+"""What the safetensors files of a model directory hold, by their headers alone. No torch, no numpy, no weights read."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from contracts.errors import UserError
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""Says which tensor is in which file, where a model has several."""
+AGAIN = "Download or save it again."
+BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
+"""Of one number of each format; of the others, 1."""
+
+
+class StoredTensor(msgspec.Struct, frozen=True):
+    """A tensor of a safetensors file."""
+
+    name: str
+    dtype: str
+    """In safetensors' words: F32, BF16, ..."""
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    """Where its bytes begin in the file."""
+    end: int
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: it has no header, or not the bytes that the header speaks of.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        content = stream.read(length) if 2 <= length < size else b""
+    base, found = 8 + length, {}
+    try:
+        header = json.loads(content)
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                start, end = tensor["data_offsets"]
+                shape = tuple(map(int, tensor["shape"]))
+                found[name] = StoredTensor(name, tensor["dtype"], shape, file, base + start, base + end)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        found = {}
+    if not found or max(tensor.end for tensor in found.values()) != size:
+        raise UserError(f"{file} is cut off or damaged: it is no whole safetensors file. {AGAIN}")
+    for tensor in found.values():
+        wanted = math.prod(tensor.shape) * BYTES.get(tensor.dtype, 1)
+        if tensor.end - tensor.start != wanted and not tensor.dtype.startswith(("F4", "F6")):  # parts of a byte
+            raise UserError(
+                f"{file} is damaged: {tensor.name} of shape {list(tensor.shape)} ({tensor.dtype}) takes {wanted} "
+                f"bytes, but has {tensor.end - tensor.start}. {AGAIN}"
+            )
+    return found
+
+
+def stored_tensors(model: Path) -> dict[str, StoredTensor]:
+    """The tensors that a loader reads from a model directory: of model.safetensors, or of the files that the index
+    names.
+
+    Raises:
+        UserError: a file is missing or damaged, or the index is, or it names a tensor that its file does not hold.
+    """
+    if (model / WHOLE).is_file():
+        return read_header(model / WHOLE)
+    if not (model / INDEX).is_file():
+        found = ", ".join(file.name for file in sorted(model.glob("*.safetensors"))[:3])
+        raise UserError(
+            f"{model} has neither {WHOLE} nor {INDEX}, which says what is in {found}: no library would find its "
+            "weights. Download or save the whole model again."
+        )
+    names = _read_index(model / INDEX)
+    files = sorted(set(names.values()))
+    if missing := [file for file in files if not (model / file).is_file()]:
+        raise UserError(
+            f"{model} lacks {len(missing)} of its {len(files)} weight files: {', '.join(missing[:3])}"
+            f"{' …' if len(missing) > 3 else ''}. Download or copy them again."
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in read_header(model / file).items():
+            if name in tensors:
+                raise UserError(
+                    f"{model} holds {name} twice, in {tensors[name].file.name} and in {file}, and nobody knows which "
+                    "is meant. Download or save the model again."
+                )
+            tensors[name] = tensor
+    for name, file in names.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise UserError(f"{model / INDEX} says that {name} is in {file}, which does not hold it. {AGAIN}")
+    return tensors
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    try:
+        data: Any = json.loads(file.read_text())
+        names = data["weight_map"]
+        whole = bool(names) and all(isinstance(name, str) and "/" not in name for name in names.values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{file} is no index of safetensors files (a JSON object with a weight_map). {AGAIN}")
+    return dict(names)
