@@ -4,5 +4,7 @@ from contracts.records import ROLLOUTS
 from contracts.stage import Command, main
 from generation.config import GenerationConfig
 
+COMMANDS = {"generation": Command(GenerationConfig, ROLLOUTS, "generation.run:run")}
+
 if __name__ == "__main__":
-    main({"generation": Command(GenerationConfig, ROLLOUTS, "generation.run:run")}, "generation")
+    main(COMMANDS, "generation")

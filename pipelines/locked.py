@@ -28,7 +28,7 @@ from pipelines.machine import gpu_count
 from pipelines.package_index import pip_settings, uv_options, uv_variables
 
 NAMES = ("generation", "annotation", "training")
-PACKAGES = ("annotation", "contracts", "embedded", "generation", "pipelines", "training")
+PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "training")
 VARIANT = "RATCHET_VARIANT"
 HOME = "RATCHET_HOME"
 MARK = "ratchet-complete"

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from contracts.config import describe, validate
 from contracts.errors import UserError, as_user_error
+from contracts.preflight import refuse
 from contracts.stage import require_space
 from pipelines.attempts import StageFailedError
 from pipelines.config import ExecutorSection, RetentionSection, RunConfig, load_run_config
@@ -22,6 +23,7 @@ from pipelines.fork import fork
 from pipelines.gc import collect
 from pipelines.graph import Graph
 from pipelines.hub import fetch_models, with_cached_models
+from pipelines.inspection import preflight
 from pipelines.iteration import build_graph, require_iterations
 from pipelines.lineage.trace import print_trace
 from pipelines.lineage.verify import print_verification
@@ -177,6 +179,7 @@ def run_command(options: argparse.Namespace) -> int:
         plan = build_graph(config, iterations)
         check_patterns(plan, config.executor)
         check_inputs(plan)
+        refuse(preflight(plan, config.environments))
         planned = print_plan(console, plan, config, resolve(plan, options.force))
         print_memory(console, plan, config)
         if options.detach:
@@ -191,6 +194,7 @@ def run_command(options: argparse.Namespace) -> int:
     check_slurm(config.executor, graph)
     check_inputs(graph)
     check_environments(graph, config.environments)
+    refuse(preflight(graph, config.environments))
     run = RunDirectory(config.run_directory)
     forced = resolve(graph, options.force)
     require_no_chain(run, graph, config, same=options.detach and not forced)

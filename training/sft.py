@@ -1,18 +1,14 @@
 """Supervised fine-tuning: imitate the last answer of each demonstration."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
-import msgspec
 from transformers import AutoModelForCausalLM
 
-from contracts.artifacts import MANIFEST, Artifact
 from contracts.chat import ChatTokenizer
+from contracts.demonstrations import DemonstrationRow, read_demonstrations
 from contracts.errors import UserError
-from contracts.jsonl import read_jsonl
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
-from contracts.records import DEMONSTRATIONS, Message
 from contracts.stage import Context, Outcome
 from modeling.loading import load_causal, read_config, vocabulary_size
 from modeling.modules import TokenLogprobs
@@ -23,13 +19,6 @@ from training.data import length_limit, usable
 from training.engines.base import Outputs
 from training.fit import Task, fit
 from training.loop import Learning, Part
-
-
-class Conversation(msgspec.Struct):
-    """A line of the user's file; columns beside these are ignored."""
-
-    messages: tuple[Message, ...]
-    prompt_id: str | None = None
 
 
 def run(config: SftConfig, context: Context) -> Outcome:
@@ -68,16 +57,7 @@ def sft_loss(outputs: Outputs, part: Part) -> Figures:
     return {"loss": -part.weight * outputs["logprobs"].sum() / part.totals.tokens}
 
 
-def read_demonstrations(path: Path) -> Iterator[Conversation]:
-    """Conversations of a JSONL file, or of published demonstrations."""
-    files = Artifact.open(path, DEMONSTRATIONS).shards if (path / MANIFEST).is_file() else [path]
-    if path.is_dir() and not (path / MANIFEST).is_file():
-        raise UserError(f"demonstrations {path} is a directory without a manifest.json; give the JSONL file in it.")
-    for file in files:
-        yield from read_jsonl(file, Conversation)
-
-
-def tokenized(conversations: Iterator[Conversation], chat: ChatTokenizer, ledger: Ledger) -> Iterator[Row]:
+def tokenized(conversations: Iterator[DemonstrationRow], chat: ChatTokenizer, ledger: Ledger) -> Iterator[Row]:
     """Demonstrations as token ids: the chat template applied once, the loss on the last answer only.
 
     A response ends with the token that ends generation. What the template writes behind it is cut off, and where the

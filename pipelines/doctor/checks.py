@@ -17,7 +17,6 @@ from huggingface_hub import constants
 from annotation.config import ScoreConfig
 from contracts.artifacts import MANIFEST
 from contracts.errors import UserError, as_user_error
-from contracts.prompts import PromptsConfig
 from generation.config import GenerationConfig
 from pipelines.config import RunConfig
 from pipelines.display import plural
@@ -26,6 +25,7 @@ from pipelines.driver import default_parallel
 from pipelines.environments import EnvironmentConfig, launch_command, probe_versions
 from pipelines.estimates import Memory, published_bytes, scratch_bytes
 from pipelines.graph import Graph, Node
+from pipelines.inspection import preflight
 from pipelines.locked import Locked, resolve_variant
 from pipelines.machine import cores, gpu_count, gpus, host_memory
 from pipelines.memory import estimated, grouped, model_paths, short, size
@@ -111,8 +111,8 @@ def _environment(plan: Plan, name: str) -> Finding:
         missing.append("deepspeed")
     where = f"your own ({own})" if own else f"locked, {variant} ({Locked(name, variant).directory})"
     if missing:
-        mend = f"Install what configs/environments/{name}-{variant}.in lists, or use the locked environment."
-        return Finding(check, "error", f"{name}, {where}, lacks {', '.join(missing)}", mend)
+        fix = f"Install what configs/environments/{name}-{variant}.in lists, or use the locked environment."
+        return Finding(check, "error", f"{name}, {where}, lacks {', '.join(missing)}", fix)
     shown = ", ".join(f"{library} {version}" for library, version in versions.items())
     return Finding(check, "ok", f"{name}, {where}: {shown}")
 
@@ -161,14 +161,14 @@ def _torch_devices(plan: Plan, count: int, name: str) -> Finding:
         return Finding("devices", "error", str(error))
     found = f"torch {version} (CUDA {cuda or 'none'}) of {name} sees {plural(seen, 'GPU')}, the driver {count}"
     if seen != count:
-        mend = (
+        fix = (
             "Have a torch for this machine's driver in the environment, hand the devices into its container, or set "
             "RATCHET_VARIANT=cpu to run on the CPU."
         )
-        return Finding("devices", "error", found, mend)
+        return Finding("devices", "error", found, fix)
     if count == 0:
-        mend = "That is right on a login node; else check the driver with nvidia-smi, or set RATCHET_VARIANT=cpu."
-        return Finding("devices", "warning", f"the gpu variant is asked for, but {found}", mend)
+        fix = "That is right on a login node; else check the driver with nvidia-smi, or set RATCHET_VARIANT=cpu."
+        return Finding("devices", "warning", f"the gpu variant is asked for, but {found}", fix)
     return Finding("devices", "ok", found)
 
 
@@ -180,8 +180,8 @@ def check_processors(plan: Plan) -> Iterator[Finding]:
     stages = f"{plural(plan.parallel, 'stage')} at once of {plural(threads, 'thread')} each ({how})"
     found = f"{plural(available, 'core')} for {stages}"
     if threads * plan.parallel > max(available, plan.parallel):
-        mend = f"Set OMP_NUM_THREADS={max(1, available // plan.parallel)}, or lower executor.parallel."
-        yield Finding("processors", "warning", f"{found}: more threads than cores, which slows all of them down", mend)
+        fix = f"Set OMP_NUM_THREADS={max(1, available // plan.parallel)}, or lower executor.parallel."
+        yield Finding("processors", "warning", f"{found}: more threads than cores, which slows all of them down", fix)
     else:
         yield Finding("processors", "ok", found)
     if gpu_count() and plan.parallel > 1:
@@ -193,8 +193,8 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
     """The memory that stages are estimated to take, against what is there."""
     on_gpu, listed = gpu_count() > 0, gpus()
     if on_gpu and not listed:
-        mend = "Compare the GPUs' memory with the models' sizes yourself."
-        yield Finding("memory", "warning", "nvidia-smi does not say how much memory the GPUs have", mend)
+        fix = "Compare the GPUs' memory with the models' sizes yourself."
+        yield Finding("memory", "warning", "nvidia-smi does not say how much memory the GPUs have", fix)
         return
     free = min(gpu.free for gpu in listed) if on_gpu else host_memory()
     needs, unknown = estimated(plan.graph, on_gpu=on_gpu, count=gpu_count())
@@ -219,13 +219,13 @@ def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: 
     of = f" in each of {need.processes} processes" if need.processes > 1 else ""
     found = f"{short(names)}: about {size(need.total * processes)} of {size(free)} ({parts}{of})"
     if need.states * processes > free:
-        return Finding("memory", "error", f"{found}: its weights and their state alone do not fit", _memory_mend(node))
+        return Finding("memory", "error", f"{found}: its weights and their state alone do not fit", _memory_fix(node))
     if need.total * processes > free:
-        return Finding("memory", "warning", f"{found}: may not fit", _memory_mend(node))
+        return Finding("memory", "warning", f"{found}: may not fit", _memory_fix(node))
     return Finding("memory", "ok", found)
 
 
-def _memory_mend(node: Node) -> str:
+def _memory_fix(node: Node) -> str:
     if isinstance(node.config, TrainingConfig):
         return (
             "Lower micro_batch_tokens, set gradient_checkpointing=true, or spread the training over more devices with "
@@ -246,21 +246,15 @@ def check_models(plan: Plan) -> Iterator[Finding]:
     mistakes = [str(mistake) for mistake in model_mistakes(graph)]
     yield from (Finding("models", "error", mistake) for mistake in mistakes)
     used = {path for node in graph.nodes.values() for path in model_paths(node)}
-    here = sorted(path for path in used if graph.owner(path) is None and (path / "config.json").is_file())
-    system = any(isinstance(node.config, PromptsConfig) and node.config.system for node in graph.nodes.values())
-    if here:
-        arguments = ["-m", "annotation.inspect", *(["--system"] if system else []), *map(str, here)]
-        inspected = ask(plan.environment("annotation"), "annotation", arguments)
-        for path in here:
-            for finding in inspected[str(path)]:
-                if finding["found"] not in mistakes:
-                    yield Finding("models", finding["level"], f"{path}: {finding['found']}", finding["mend"])
+    for finding in preflight(graph, plan.config.environments):
+        if finding.found not in mistakes:
+            yield Finding("models", finding.level, finding.found, finding.fix)
     yield from _context(plan)
     for path in sorted(path for path in used if is_remote(path)):
         if constants.HF_HUB_OFFLINE:
-            mend = "Unset HF_HUB_OFFLINE, or give a local directory."
+            fix = "Unset HF_HUB_OFFLINE, or give a local directory."
             yield Finding(
-                "models", "error", f"{path} is not in the local cache, and HF_HUB_OFFLINE forbids the Hub", mend
+                "models", "error", f"{path} is not in the local cache, and HF_HUB_OFFLINE forbids the Hub", fix
             )
         else:
             found = f"{path} is not in the local cache: `pipeline run` downloads it, and it is not looked at here"
@@ -288,8 +282,8 @@ def _context(plan: Plan) -> Iterator[Finding]:
         if max(prompt, 1) + answer <= policy.context:
             findings[keys] = Finding("models", "ok", f"{keys}: within {limit}")
         elif graph.owner(config.policy) is not None:  # of models from outside `model_mistakes` has said it
-            mend = f"Lower them to {policy.context} tokens together."
-            findings[keys] = Finding("models", "error", f"{keys}: more than {limit}", mend)
+            fix = f"Lower them to {policy.context} tokens together."
+            findings[keys] = Finding("models", "error", f"{keys}: more than {limit}", fix)
     yield from findings.values()
     data = PolicyConfig | RewardConfig | CriticConfig
     trained = [node.config for node in graph.nodes.values() if isinstance(node.config, data)]
@@ -297,8 +291,8 @@ def _context(plan: Plan) -> Iterator[Finding]:
         {config.max_length for config in trained if config.max_length and config.max_length < longest}
     ):
         found = f"max_length={shortest} of a training is less than the {longest} tokens that prompt and answer may have"
-        mend = "Raise max_length, or lower generation.max_new_tokens: longer rows are dropped and counted."
-        yield Finding("models", "warning", found, mend)
+        fix = "Raise max_length, or lower generation.max_new_tokens: longer rows are dropped and counted."
+        yield Finding("models", "warning", found, fix)
 
 
 def check_disk(plan: Plan) -> Iterator[Finding]:
@@ -313,9 +307,9 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
     found = f"{plural(len(left), 'stage')} will write about {size(need)} to {place}, which has {size(free)} free"
     if len(known) < len(left):
         found += f" (not known of {short([name for name in published if name not in known])})"
-    mend = "Free some space, set directory=PATH on another disk, or run fewer iterations first."
+    fix = "Free some space, set directory=PATH on another disk, or run fewer iterations first."
     level: Level = "error" if need > free else "warning" if need > CAREFUL * free else "ok"
-    yield Finding("disk", level, found, None if level == "ok" else mend)
+    yield Finding("disk", level, found, None if level == "ok" else fix)
     files = len(left) * FILES_PER_STAGE
     if status.f_files and status.f_favail < files:
         found = f"{status.f_favail} inodes are free in {place}; the run may need {files}"
@@ -328,14 +322,14 @@ def check_tokens(plan: Plan) -> Iterator[Finding]:
     """Access tokens: none in the configuration; the Hub's in the environment, where the configuration needs the Hub."""
     places = list(find_tokens(plan.config.model_dump(mode="json", exclude_unset=True)))
     for place in places:
-        mend = "Take it out, and set it in the environment from which you start (export NAME=...): stages inherit it."
-        yield Finding("tokens", "error", f"the value of {place!r} looks like an access token", mend)
+        fix = "Take it out, and set it in the environment from which you start (export NAME=...): stages inherit it."
+        yield Finding("tokens", "error", f"the value of {place!r} looks like an access token", fix)
     inputs = {path for node in plan.graph.nodes.values() for path in node.external_inputs(plan.graph)}
     remote = sorted(str(path) for path in inputs if is_remote(path))
     if remote and huggingface_hub.get_token() is None:
         found = f"no token of the Hugging Face Hub was found, and the run needs {short(remote)}"
-        mend = "For public models and data that is fine; for gated or private ones set HF_TOKEN, or `hf auth login`."
-        yield Finding("tokens", "warning", found, mend)
+        fix = "For public models and data that is fine; for gated or private ones set HF_TOKEN, or `hf auth login`."
+        yield Finding("tokens", "warning", found, fix)
     elif remote:
         yield Finding("tokens", "ok", f"there is a token of the Hugging Face Hub, for {short(remote)}")
     elif not places:
@@ -398,7 +392,7 @@ def ask(environment: EnvironmentConfig, name: str, argv: list[str]) -> Any:
         last = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-1]
         raise UserError(
             f"the environment {name} could not be asked (exit code {result.returncode}): {last}. Build it "
-            f"(pipeline env sync {name}), or mend environments.{name}."
+            f"(pipeline env sync {name}), or fix environments.{name}."
         )
     return json.loads(result.stdout.strip().splitlines()[-1])
 

@@ -1,6 +1,6 @@
 """`pipeline doctor CONFIG [key=value ...]`: what would stop a run after hours, found in seconds before it starts.
 
-Every check looks at one thing and says what it found, and how to mend what is wrong. All of them run, whatever the
+Every check looks at one thing and says what it found, and how to fix what is wrong. All of them run, whatever the
 others find. Nothing is written but into directories that are removed again, and nothing is downloaded.
 """
 
@@ -117,14 +117,14 @@ def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding
 
 
 def print_findings(console: Console, findings: list[Finding]) -> None:
-    """One line for each finding, one below it for its mend, and a last one for all of them."""
+    """One line for each finding, one below it for its fix, and a last one for all of them."""
     colours = {"ok": "green", "warning": "yellow", "error": "bold red"}
     for finding in findings:
         line = Text(f"{finding.level:<8} ", style=colours[finding.level])
         line.append(f"{finding.check}: {finding.found}", style="default")
         console.print(line, soft_wrap=True, highlight=False)
-        if finding.mend:
-            console.print(f"{'':<8} → {finding.mend}", soft_wrap=True, markup=False, highlight=False)
+        if finding.fix:
+            console.print(f"{'':<8} → {finding.fix}", soft_wrap=True, markup=False, highlight=False)
     errors, warnings = (sum(finding.level == level for finding in findings) for level in ("error", "warning"))
-    verdict = "Mend the errors before `pipeline run`." if errors else "Nothing that would stop the run was found."
+    verdict = "Fix the errors before `pipeline run`." if errors else "Nothing that would stop the run was found."
     console.print(f"{plural(errors, 'error')}, {plural(warnings, 'warning')}. {verdict}", highlight=False)

@@ -33,7 +33,7 @@ class Finding(msgspec.Struct, frozen=True):
     check: str
     level: Level
     found: str
-    mend: str | None = None
+    fix: str | None = None
     """What to do about a warning or an error; None where `found` says it already."""
 
 
@@ -77,8 +77,8 @@ def check_file_system(name: str, place: Path) -> Iterator[Finding]:
                 trouble = error.strerror or str(error)
             if trouble:
                 failed = True
-                mend = CONSEQUENCES.get(what) if level == "warning" else other
-                yield Finding(check, level, f"{name} ({directory}, {kind}): {what}: {trouble}", mend)
+                fix = CONSEQUENCES.get(what) if level == "warning" else other
+                yield Finding(check, level, f"{name} ({directory}, {kind}): {what}: {trouble}", fix)
     if locks := [option for option in options if option in LOCAL_LOCKS]:
         yield Finding(
             check,
@@ -179,8 +179,8 @@ def check_loopback(needed: str | None) -> Finding:
     except OSError as error:
         found = f"no process can listen on 127.0.0.1 and be reached there: {error.strerror or error}"
         use = f"{needed} needs it" if needed else "no stage of this run needs it"
-        mend = "Bring the loopback interface up (`ip link set lo up`), or leave the sandbox that forbids it."
-        return Finding("network", "error" if needed else "warning", f"{found}; {use}", mend)
+        fix = "Bring the loopback interface up (`ip link set lo up`), or leave the sandbox that forbids it."
+        return Finding("network", "error" if needed else "warning", f"{found}; {use}", fix)
     return Finding("network", "ok", "processes can listen on 127.0.0.1 and be reached there")
 
 
@@ -197,7 +197,7 @@ def check_limits(processes: int) -> Iterator[Finding]:
         free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
         found = f"{free >> 20} MiB of shared memory (/dev/shm) for stages of up to {processes} processes"
         if free < SHARED_MEMORY:
-            mend = f"Have {SHARED_MEMORY >> 20} MiB or more; of a container with --shm-size=8g or --ipc=host."
-            yield Finding("limits", "warning", found, mend)
+            fix = f"Have {SHARED_MEMORY >> 20} MiB or more; of a container with --shm-size=8g or --ipc=host."
+            yield Finding("limits", "warning", found, fix)
         else:
             yield Finding("limits", "ok", found)

@@ -1,16 +1,14 @@
-"""What `python -m annotation.inspect` says of tokenizers that are right, and of each fault that they can have."""
+"""What `modeling.inspect` says of tokenizers that are right, and of each fault that they can have."""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from annotation_world import IDS, ROOT, TEMPLATE
+from annotation_world import IDS, TEMPLATE
 
-from annotation.inspect import Finding, inspect
+from modeling.inspect import Finding, inspect
 
 
 @pytest.fixture
@@ -57,16 +55,6 @@ def test_a_reward_model_needs_no_stop_tokens(models: dict[str, Path]) -> None:
     found = texts(models["reward"])
     assert "renders a conversation" in found
     assert "turn ends" not in found
-
-
-def test_one_json_object_for_all_models(models: dict[str, Path]) -> None:
-    paths = [str(models["causal"]), str(models["reward"]), "nowhere"]
-    command = [sys.executable, "-m", "annotation.inspect", *paths]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    found = json.loads(result.stdout)
-    assert list(found) == paths
-    assert found["nowhere"][0]["level"] == "error"
-    assert "nowhere does not exist" in found["nowhere"][0]["found"]
 
 
 def test_no_template(model: Path) -> None:
@@ -123,8 +111,8 @@ def test_bos_of_both_template_and_tokenizer(model: Path) -> None:
     finding = bad(model)
     assert finding.level == "warning"
     assert "its tokenizer adds another" in finding.found
-    assert finding.mend is not None
-    assert "add_special_tokens=False" in finding.mend
+    assert finding.fix is not None
+    assert "add_special_tokens=False" in finding.fix
 
 
 def test_bos_of_the_tokenizer_alone(model: Path) -> None:
@@ -133,8 +121,8 @@ def test_bos_of_the_tokenizer_alone(model: Path) -> None:
     finding = bad(model)
     assert finding.level == "warning"
     assert "writes none" in finding.found
-    assert finding.mend is not None
-    assert "{{ bos_token }}" in finding.mend
+    assert finding.fix is not None
+    assert "{{ bos_token }}" in finding.fix
 
 
 def test_no_bos_at_all(model: Path) -> None:
@@ -147,7 +135,7 @@ def test_a_turn_that_ends_where_generation_does_not(model: Path) -> None:
     finding = bad(model)
     assert finding.level == "error"
     assert "ends an assistant's turn with '<unk>'" in finding.found
-    assert finding.mend == f'Add {IDS["<unk>"]} to the list "eos_token_id" in generation_config.json.'
+    assert finding.fix == f'Add {IDS["<unk>"]} to the list "eos_token_id" in generation_config.json.'
     edit(model / "generation_config.json", eos_token_id=[IDS["</s>"], IDS["<unk>"]])
     assert "turn ends with '<unk>', a stop token" in texts(model)
 
@@ -180,8 +168,8 @@ def test_an_eos_that_the_model_does_not_know(model: Path) -> None:
     (finding,) = [finding for finding in inspect(model) if "rows" in finding.found or "knows only" in finding.found]
     assert finding.level == "error"
     assert "its EOS '<|never seen|>' would be an error" in finding.found
-    assert finding.mend is not None
-    assert "resize_token_embeddings" in finding.mend
+    assert finding.fix is not None
+    assert "resize_token_embeddings" in finding.fix
 
 
 def test_padding_that_is_eos_is_said_to_be_fine(model: Path) -> None:
@@ -204,8 +192,8 @@ def test_code_of_its_own_is_never_run(model: Path, tmp_path: Path) -> None:
     finding = bad(model)
     assert finding.level == "error"
     assert "trust_remote_code is off" in finding.found
-    assert finding.mend is not None
-    assert "never run" in finding.mend
+    assert finding.fix is not None
+    assert "never run" in finding.fix
     edit(model / "config.json", auto_map=None)
     assert "does not know its model_type 'its_own'" in bad(model).found
     edit(model / "config.json", model_type="llama", auto_map={"AutoConfig": "its_own.Config"})
@@ -226,5 +214,5 @@ def test_a_tokenizer_that_cannot_be_loaded(model: Path) -> None:
     (model / "tokenizer.json").write_text("{}")
     finding = bad(model)
     assert finding.level == "error"
-    assert finding.mend is not None
-    assert "save_pretrained" in finding.mend
+    assert finding.fix is not None
+    assert "save_pretrained" in finding.fix

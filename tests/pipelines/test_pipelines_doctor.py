@@ -48,7 +48,7 @@ def mended(found: Found, level: str, text: str, mend: str) -> None:
     """Check that one finding says `text` at `level`, and how to mend it."""
     finding = one(found, text)
     assert finding["level"] == level
-    assert mend in (finding["mend"] or finding["found"])
+    assert mend in (finding["fix"] or finding["found"])
 
 
 def bad(found: Found) -> list[str]:
@@ -325,14 +325,14 @@ def test_few_open_files(smallest: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(resource, "getrlimit", lambda _: (512, 4096))
     (finding,) = machine.check_limits(1)
     assert finding.level == "warning"
-    assert finding.mend is not None
-    assert "ulimit -n" in finding.mend
+    assert finding.fix is not None
+    assert "ulimit -n" in finding.fix
 
 
 def test_a_file_system_with_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def trouble() -> dict[str, str]:
         found = check_file_system("the run's directory", tmp_path / "not" / "there")
-        return {finding.level: f"{finding.found} {finding.mend}" for finding in found}
+        return {finding.level: f"{finding.found} {finding.fix}" for finding in found}
 
     assert list(trouble()) == ["ok"]
     with monkeypatch.context() as patch:
@@ -378,8 +378,8 @@ def test_locks_of_one_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (finding,) = check_file_system("RATCHET_HOME", tmp_path)
     assert finding.level == "warning"
     assert "lustre) is mounted with localflock" in finding.found
-    assert finding.mend is not None
-    assert "two machines at once" in finding.mend
+    assert finding.fix is not None
+    assert "two machines at once" in finding.fix
     monkeypatch.setattr(machine, "mount_of", lambda *_: ("nfs4", ["rw"]))
     (finding,) = check_file_system("RATCHET_HOME", tmp_path)
     assert finding.level == "ok"

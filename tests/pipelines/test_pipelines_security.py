@@ -18,7 +18,7 @@ from pipelines.config import load_run_config
 from pipelines.environments import EnvironmentConfig
 
 ROOT = Path(contracts.__file__).parents[1]
-PACKAGES = ("annotation", "contracts", "embedded", "generation", "pipelines", "training")
+PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "training")
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 SECRET = "hf_" + "QqSecretQq" * 4
 

@@ -12,11 +12,12 @@ from conftest import EOS, IDS, ROOT, TEMPLATE, make_pairs, make_reference, publi
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from contracts.chat import ChatTokenizer
+from contracts.demonstrations import DemonstrationRow
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.records import PAIRS, SCORES, Message, Pair
 from training.reward import held_out_prompts
-from training.sft import Conversation, tokenized
+from training.sft import tokenized
 
 QUESTION = Message("user", "review the film")
 
@@ -25,7 +26,7 @@ def rows_of(models: dict[str, Path], conversation: list[Message], template: str 
     chat = ChatTokenizer(models["tied"])
     chat.tokenizer.chat_template = template
     ledger = Ledger("demonstrations")
-    conversations = iter([Conversation(tuple(conversation))])
+    conversations = iter([DemonstrationRow(tuple(conversation))])
     return list(tokenized(conversations, chat, ledger)), ledger
 
 

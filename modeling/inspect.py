@@ -1,21 +1,19 @@
-"""`python -m annotation.inspect MODEL ...`: what is right and wrong with models' tokenizers, as one JSON object.
+"""What is right and wrong with a model's tokenizer and chat template, found in the environment that will use them.
 
-For every model directory a list of findings, each with a level (ok, warning, error), what was found, and how to mend
-it. No weights are loaded, and no code of a model's own is run.
+No weights are loaded, and no code of a model's own is run.
 """
 
-import argparse
-import contextlib
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.models import ModelInfo
+from contracts.preflight import Finding, Stage
 from contracts.records import Message
 
 SYSTEM = Message("system", "Be brief.")
@@ -23,14 +21,55 @@ QUESTION = Message("user", "What is the capital of France?")
 ANSWER = Message("assistant", "It is Paris.")
 
 
-class Finding(msgspec.Struct, frozen=True):
-    """One thing that was looked at."""
+PROBES = (
+    "Hello, world!  Two spaces,\ta tab,\n\nand an empty line.\n",
+    " a leading space",
+    "naïve café — “quotes” … 3.14159 1,000,000 2026-01-31",
+    "def f(x):\n    return x ** 2  # code\n",
+    "你好世界。 こんにちは 안녕하세요 مرحبا שלום Привет नमस्ते",
+    "🙂👩‍👩‍👧‍👦 e\u0301 ﬁ ½ \u200b\u00a0",
+)
+"""What every environment tokenizes and decodes, to be compared."""
 
-    level: str
-    """ok, warning or error."""
-    found: str
-    mend: str | None = None
-    """What to do about it; None where `found` says it, or nothing has to be done."""
+
+def examine_model(stage: Stage, model: Path, renders: Literal["prompts", "answers", "nothing"]) -> Iterator[Finding]:
+    """What is found of a model's tokenizer and chat template.
+
+    Args:
+        renders: the user's prompts, as a policy does; the same with an answer, as a reward model does; or nothing, as
+            a model that is given token ids.
+    """
+    for finding in inspect(model):
+        yield Finding(finding.level, f"{model}: {finding.found}", finding.fix)
+        if finding.level == "error":
+            return
+    chat = ChatTokenizer(model)
+    if renders != "nothing":
+        yield from rendered(stage, chat, answers=renders == "answers")
+    stage.probes[str(model)] = [probe(chat, text) for text in PROBES]
+
+
+def rendered(stage: Stage, chat: ChatTokenizer, *, answers: bool) -> Iterator[Finding]:
+    """Whether the chat template renders the user's own conversations; of those it refuses the first is told."""
+    conversations = stage.prompts()
+    refused: list[str] = []
+    for conversation in conversations:
+        messages = [*conversation.messages, ANSWER] if answers else list(conversation.messages)
+        try:
+            chat.conversation(messages, for_answer=not answers, what=conversation.place)
+        except UserError as error:
+            refused.append(str(error))
+    if refused:
+        more = f" ({len(refused)} of {len(conversations)} conversations that were tried)" if len(refused) > 1 else ""
+        yield Finding("error", f"{refused[0]}{more}")
+    elif conversations:
+        yield Finding("ok", f"{chat.path}: its chat template renders your prompts ({len(conversations)} were tried)")
+
+
+def probe(chat: ChatTokenizer, text: str) -> dict[str, Any]:
+    """What this environment makes of a text: its ids, and the text that these are decoded to."""
+    ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return {"text": text, "ids": ids, "decoded": chat.tokenizer.decode(ids)}
 
 
 def inspect(model: Path, *, system: bool = False) -> list[Finding]:
@@ -61,8 +100,8 @@ def inspect(model: Path, *, system: bool = False) -> list[Finding]:
     except UserError as error:
         return [*findings, Finding("error", str(error))]
     except Exception as error:  # templates are programs
-        mend = "Mend chat_template.jinja, or take that of the model's authors."
-        return [*findings, Finding("error", f"its chat template fails: {_first_line(error)}", mend)]
+        fix = "Fix chat_template.jinja, or take that of the model's authors."
+        return [*findings, Finding("error", f"its chat template fails: {_first_line(error)}", fix)]
     rendered = f"its chat template renders a conversation of {len(messages)} turns in {len(whole)} tokens"
     findings += [Finding("ok", rendered), bos(chat, messages, prompt)]
     if info.labels is None:
@@ -81,11 +120,11 @@ def own_code(model: Path) -> Finding:
     if kind in CONFIG_MAPPING_NAMES:
         ignored = "; the code that comes with it (auto_map) is not used" if "auto_map" in config else ""
         return Finding("ok", f"transformers knows its architecture ({kind}){ignored}")
-    mend = "Use a model of an architecture that transformers knows, or an environment with a transformers that does."
+    fix = "Use a model of an architecture that transformers knows, or an environment with a transformers that does."
     if "auto_map" in config:
         found = f"it needs its own code (auto_map in config.json, model_type {kind!r}): trust_remote_code is off"
-        return Finding("error", found, mend + " Code that comes with a model is never run.")
-    return Finding("error", f"the installed transformers does not know its model_type {kind!r}", mend)
+        return Finding("error", found, fix + " Code that comes with a model is never run.")
+    return Finding("error", f"the installed transformers does not know its model_type {kind!r}", fix)
 
 
 def embedding_rows(model: Path) -> int | None:
@@ -216,19 +255,3 @@ def _no_template(info: ModelInfo) -> Finding:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print the findings of every model by its path."""
-    parser = argparse.ArgumentParser(prog="python -m annotation.inspect", description=__doc__)
-    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="a model's directory")
-    parser.add_argument("--system", action="store_true", help="their prompts begin with a system message")
-    options = parser.parse_args(arguments)
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is not part of the answer
-        found = {str(model): inspect(model, system=options.system) for model in options.models}
-    print(msgspec.json.encode(found).decode())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Preflight: what a stage would refuse hours later, found in its own environment before anything runs.
+
+The driver knows all stages of a run, but neither torch nor a tokenizer. So it sends the stages' configs to each
+environment that they run in, on standard input of `python -m PACKAGE.preflight`, and reads a `Report` from the last
+line of its output. Paths that stages of the run have still to make are replaced: a model by the one that it is trained
+from, anything else by a name that does not exist (`Stage.made`).
+
+A package's checks look at one stage at a time and yield findings. An error stops `pipeline run` before the first stage;
+`pipeline doctor` shows all of them.
+"""
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+from contracts.config import StageConfig
+from contracts.errors import UserError, as_user_error
+from contracts.records import JsonObjects, Message
+from contracts.stage import Command
+
+Level = Literal["ok", "warning", "error"]
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was looked at."""
+
+    level: Level
+    found: str
+    """What it is about, and what was found: one sentence or two."""
+    fix: str | None = None
+    """What to do about a warning or an error; None where `found` says it, or nothing has to be done."""
+
+
+class Conversation(msgspec.Struct, frozen=True):
+    """A conversation of the user's own, of the kinds that the run will render: see `contracts.sampling`."""
+
+    place: str
+    """Where it stands, for messages: "prompts.jsonl, line 3"."""
+    use: Literal["prompts", "demonstrations"]
+    """Demonstrations end with the answer to imitate; prompts end where the policy has to answer."""
+    messages: tuple[Message, ...]
+    tools: JsonObjects | None = None
+
+
+class StageRequest(msgspec.Struct, frozen=True):
+    """One stage, or several that are alike, as the driver sends it."""
+
+    name: str
+    """Name of the (first) stage in the run, for messages."""
+    command: str
+    """Key of the package's table of commands: "policy", "score", "generation"."""
+    config: dict[str, Any]
+    made: tuple[str, ...]
+    """Input fields whose path a stage of the run will make."""
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What one environment is asked."""
+
+    stages: tuple[StageRequest, ...]
+    conversations: tuple[Conversation, ...] = ()
+
+
+class Report(msgspec.Struct):
+    """What it answers."""
+
+    findings: list[Finding] = []
+    probes: dict[str, Any] = {}
+    """By a model's path, what this environment makes of fixed texts and of the conversations. The driver compares what
+    the environments say."""
+
+
+@dataclass
+class Stage:
+    """One stage, as a check sees it."""
+
+    name: str
+    config: Any
+    """The stage's own config, validated. Its `output` means nothing."""
+    made: frozenset[str]
+    """Input fields whose path a stage of the run will make: of such a model only what it is trained from is known."""
+    conversations: tuple[Conversation, ...]
+    probes: dict[str, Any] = field(default_factory=dict)
+    """The report's, to add to."""
+
+    def prompts(self) -> list[Conversation]:
+        """The conversations that the policy has to answer."""
+        return [conversation for conversation in self.conversations if conversation.use == "prompts"]
+
+    def demonstrations(self) -> list[Conversation]:
+        """The conversations whose last message is to be imitated."""
+        return [conversation for conversation in self.conversations if conversation.use == "demonstrations"]
+
+
+Check = Callable[[Stage], Iterator[Finding]]
+
+
+def findings_of(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """What a check yields; what stops it is a finding as well, so that the other checks are heard."""
+    found: list[Finding] = []
+    try:
+        found.extend(check())
+    except Exception as error:
+        mistake = as_user_error(error)
+        if mistake is None:
+            traceback.print_exc()
+            text = f"{name}: the check failed itself: {type(error).__name__}: {error}. Its traceback is above."
+            found.append(Finding("error", text))
+        else:
+            found.append(Finding("error", str(mistake)))
+    return found
+
+
+def examine(request: Request, commands: dict[str, Command], check: Check) -> Report:
+    """Check all stages of a request; equal findings are told once."""
+    report = Report()
+    found: dict[Finding, None] = {}
+    for asked in request.stages:
+        kind: type[StageConfig] = commands[asked.command].config
+        config = kind.model_validate(asked.config)
+        stage = Stage(asked.name, config, frozenset(asked.made), request.conversations, report.probes)
+        found |= dict.fromkeys(findings_of(f"stage {asked.name}", lambda stage=stage: check(stage)))  # type: ignore[misc]
+    report.findings = list(found)
+    return report
+
+
+def serve(commands: dict[str, Command], check: Check) -> None:
+    """Answer the request on standard input; what libraries print is no part of the answer."""
+    with contextlib.redirect_stdout(sys.stderr):
+        request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+        report = examine(request, commands, check)
+    print(json.dumps(msgspec.to_builtins(report)))
+
+
+def refuse(findings: list[Finding]) -> None:
+    """Raise UserError where there are errors, with all of them."""
+    wrong = [finding for finding in findings if finding.level == "error"]
+    errors = [f"{finding.found} {finding.fix or ''}".rstrip() for finding in wrong]
+    if len(errors) == 1:
+        raise UserError(errors[0])
+    if errors:
+        raise UserError("\n  ".join([f"{len(errors)} things would stop this run:", *errors]))

@@ -1,0 +1,120 @@
+"""`python -m contracts.sampling`: conversations of the user's own data, a few of every kind that occurs.
+
+Preflight renders them with every model that will read the data. All rows of a source are read, up to `ROWS`, so that a
+role, a tool or a turn that one row in a thousand has is met before the run and not in it.
+"""
+
+import contextlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from contracts.demonstrations import read_demonstrations
+from contracts.importing import PromptReader
+from contracts.preflight import Conversation, Finding, StageRequest, findings_of
+from contracts.prompts import PromptsConfig
+from contracts.records import JsonObjects, Message
+from contracts.sources import read_rows
+
+ROWS = 200_000
+"""Rows of a source that are looked at."""
+EACH = 2
+"""Conversations that are kept of each kind: the first ones. Beside them the longest of all is kept."""
+KINDS = 24
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What is asked: stages that read data of the user's (`prompts`, `sft`)."""
+
+    stages: tuple[StageRequest, ...]
+
+
+class Sample(msgspec.Struct):
+    """What is answered."""
+
+    findings: list[Finding] = msgspec.field(default_factory=list)
+    """What is wrong with the data."""
+    conversations: list[Conversation] = msgspec.field(default_factory=list)
+
+
+def sample(request: Request) -> Sample:
+    """A few conversations of each source, and what is wrong with it."""
+    answer = Sample()
+    sources: dict[str, Iterator[Conversation]] = {}
+    for stage in request.stages:
+        key = json.dumps([stage.command, stage.config], sort_keys=True)
+        sources.setdefault(key, _prompts(stage) if stage.command == "prompts" else _demonstrations(stage))
+    for conversations in sources.values():
+
+        def check(conversations: Iterator[Conversation] = conversations) -> Iterator[Finding]:
+            answer.conversations += of_each_kind(conversations)
+            yield from ()
+
+        answer.findings += findings_of("the user's data", check)
+    return answer
+
+
+def of_each_kind(conversations: Iterator[Conversation]) -> list[Conversation]:
+    """The first `EACH` of every kind of conversation, and the longest of all."""
+    kinds: dict[Any, list[Conversation]] = {}
+    longest: tuple[int, Conversation | None] = (-1, None)
+    for conversation in conversations:
+        kind = _kind(conversation)
+        kept = kinds.setdefault(kind, []) if kind in kinds or len(kinds) < KINDS else None
+        if kept is not None and len(kept) < EACH:
+            kept.append(conversation)
+            continue
+        length = sum(len(message.content) for message in conversation.messages)
+        if length > longest[0]:
+            longest = (length, conversation)
+    chosen = [conversation for kept in kinds.values() for conversation in kept]
+    return chosen if longest[1] is None else [*chosen, longest[1]]
+
+
+def _kind(conversation: Conversation) -> Any:
+    """What a chat template may treat differently: the roles in their order, runs of turns cut short, and what turns
+    have beside text."""
+    turns = tuple((message.role, not message.content.strip(), _extras(message)) for message in conversation.messages)
+    return turns[:1], frozenset(itertools.pairwise(turns)), turns[-1:], conversation.tools is not None
+
+
+def _extras(message: Message) -> tuple[str, ...]:
+    values = msgspec.structs.asdict(message)
+    return tuple(
+        name for name, value in values.items() if name not in ("role", "content") and value is not msgspec.UNSET
+    )
+
+
+def _prompts(stage: StageRequest) -> Iterator[Conversation]:
+    config = PromptsConfig.model_validate(stage.config)
+    reader = PromptReader(config)
+    for place, row in itertools.islice(read_rows(str(config.source), config.split), ROWS):
+        if (prompt := reader.read(row, place).prompt) is not None:
+            yield Conversation(place, "prompts", prompt.messages, _known(prompt.tools))
+    reader.layout.require_named(str(config.source))
+
+
+def _demonstrations(stage: StageRequest) -> Iterator[Conversation]:
+    path = Path(stage.config["demonstrations"])
+    for number, row in enumerate(itertools.islice(read_demonstrations(path), ROWS), 1):
+        yield Conversation(f"{path}, row {number}", "demonstrations", row.messages, _known(row.tools))
+
+
+def _known(tools: JsonObjects | msgspec.UnsetType) -> JsonObjects | None:
+    return None if tools is msgspec.UNSET else tools
+
+
+def main() -> None:
+    """Answer the request on standard input."""
+    with contextlib.redirect_stdout(sys.stderr):
+        answer = sample(msgspec.json.decode(sys.stdin.buffer.read(), type=Request))
+    print(msgspec.json.encode(answer).decode())
+
+
+if __name__ == "__main__":
+    main()

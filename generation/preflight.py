@@ -1,0 +1,24 @@
+"""`python -m generation.preflight`: what the generation stage would refuse, before it starts.
+
+See contracts/preflight.py.
+"""
+
+from collections.abc import Iterator
+
+from contracts.preflight import Finding, Stage, serve
+from generation.__main__ import COMMANDS
+from generation.config import GenerationConfig
+from generation.prompts import check_policy
+from modeling.inspect import examine_model
+
+
+def check(stage: Stage) -> Iterator[Finding]:
+    """The policy, as an engine will read it, and the prompts, as its chat template renders them."""
+    config: GenerationConfig = stage.config
+    if (config.policy / "config.json").is_file():
+        check_policy(config)
+        yield from examine_model(stage, config.policy, "prompts")
+
+
+if __name__ == "__main__":
+    serve(COMMANDS, check)
