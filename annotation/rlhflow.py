@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from annotation.config import RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
+from contracts.fields import half_a_character, tools_of
+from contracts.formats import read_file
 from contracts.joining import join
-from contracts.jsonl import read_jsonl, write_jsonl
+from contracts.jsonl import encode, read_jsonl, write_jsonl
+from contracts.layouts import Layout
 from contracts.ledger import Ledger, merge
 from contracts.prompts import prompt_id
-from contracts.records import ROLLOUTS, SCORES, Completion, Message, Rollout, Schema, Score
+from contracts.records import ROLLOUTS, SCORES, Completion, JsonObjects, Message, Rollout, Schema, Score
 from contracts.stage import Context, Outcome
 
 RLHFLOW = Schema("rlhflow", 1)
@@ -28,52 +32,59 @@ IMPORTED = "imported"
 
 
 class Row(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One prompt with its answers; other keys of the file are of no use here and are passed over."""
+    """One prompt with its answers."""
 
-    prompt: tuple[Message, ...] | str
+    prompt: tuple[Message, ...]
     responses: tuple[str, ...]
     rewards: tuple[float | None, ...] | None = None
-
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """The prompt as a conversation."""
-        return (Message("user", self.prompt),) if isinstance(self.prompt, str) else self.prompt
+    tools: JsonObjects | UnsetType = UNSET
+    """Not RLHFlow's own, and only there where the prompt has tools."""
 
 
-class Instances(msgspec.Struct, frozen=True):
-    """RLHFlow's (LMFlow's) JSON file."""
-
-    instances: tuple[Row, ...]
+Answers = tuple[tuple[str, ...], tuple[float | None, ...] | None]
 
 
-def read_rows(source: Path) -> list[Row]:
-    """All rows of a file in either format, told apart by content: RLHFlow names its JSONL files .json as well.
+class Source:
+    """The rows of a file of RLHFlow's, and which of their keys were not read."""
 
-    Raises:
-        UserError: the file is missing or empty, or a row is not in the format.
-    """
-    if not source.is_file():
-        raise UserError(f"source {source} is not a file. Give the .json or .jsonl file that RLHFlow wrote.")
-    try:
-        whole = msgspec.json.decode(source.read_bytes())
-    except msgspec.DecodeError:
-        whole = None
-    if isinstance(whole, dict) and "instances" in whole:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.layout = Layout({"prompt": "prompt"})
+
+    def rows(self) -> Iterator[tuple[str, Row]]:
+        """All rows with their places, of either format: JSON Lines, or the JSON file with `instances`.
+
+        Raises:
+            UserError: the file is missing, empty or damaged, or a row is not in the format; names the place.
+        """
+        if not self.path.is_file():
+            raise UserError(f"source {self.path} is not a file. Give the .json or .jsonl file that RLHFlow wrote.")
+        for place, values in read_file(self.path):
+            yield place, self._read(values, place)
+        if not self.layout.rows:
+            raise UserError(f"{self.path} holds no rows.")
+
+    def _read(self, values: dict[str, Any], place: str) -> Row:
+        row = self.layout.row(values, place)
+        _, messages = row.prompt()
+        given = (values.get(row.read("responses")), values.get(row.read("rewards")))
         try:
-            rows = list(msgspec.convert(whole, Instances).instances)
+            responses, rewards = msgspec.convert(given, Answers)
+            found = Row(messages, responses, rewards, tools_of(row))
+            encode(found)
         except msgspec.ValidationError as error:
-            raise UserError(f"{source}: {error}. Each instance needs `prompt` and `responses`.") from error
-    else:
-        rows = list(read_jsonl(source, Row))
-    if not rows:
-        raise UserError(f"{source} holds no rows.")
-    for number, row in enumerate(rows, 1):
-        if row.rewards is not None and len(row.rewards) != len(row.responses):
             raise UserError(
-                f"{source}, row {number}: {len(row.rewards)} rewards for {len(row.responses)} responses. "
-                "Give one reward for each response."
+                f"{place}: {error}. Each row needs `prompt` and `responses`, a list of texts, and may have `rewards`, "
+                "a list of numbers."
+            ) from error
+        except UnicodeEncodeError as error:
+            raise half_a_character(place, error) from error
+        if rewards is not None and len(rewards) != len(responses):
+            raise UserError(
+                f"{place}: {len(rewards)} rewards for {len(responses)} responses. Give one reward for each response."
             )
-    return rows
+        self.layout.done(row)
+        return found
 
 
 def run_export(config: RlhflowExportConfig, context: Context) -> Outcome:
@@ -91,7 +102,7 @@ def run_export(config: RlhflowExportConfig, context: Context) -> Outcome:
             if kept:
                 texts = tuple(sample.text for sample in kept)
                 values = None if rewards is None else tuple(rewards[sample.sample].score for sample in kept)
-                yield Row(rollout.messages, texts, values)
+                yield Row(rollout.messages, texts, values, rollout.tools)
 
     count = write_jsonl(context.publication.scratch(FILE), rows())
     context.publication.commit(FILE, ledger, rows=count)
@@ -100,7 +111,8 @@ def run_export(config: RlhflowExportConfig, context: Context) -> Outcome:
 
 def run_import(config: RlhflowImportConfig, context: Context) -> Outcome:
     """Publish the file's answers as rollouts."""
-    rows = read_rows(config.source)
+    source = Source(config.source)
+    rows = [row for _, row in source.rows()]
     if not (config.tokenizer / "tokenizer_config.json").is_file():
         raise UserError(f"{config.tokenizer} holds no tokenizer (tokenizer_config.json). Name a model's directory.")
     from contracts.chat import ChatTokenizer
@@ -116,7 +128,7 @@ def run_import(config: RlhflowImportConfig, context: Context) -> Outcome:
         ledger = Ledger("samples")
         rollouts = []
         for row in rows[start : start + config.shard_size]:
-            key = prompt_id(row.messages)
+            key = prompt_id(row.prompt, row.tools)
             if key in seen:
                 ledger.drop("duplicate_prompt", len(row.responses))
                 continue
@@ -127,7 +139,7 @@ def run_import(config: RlhflowImportConfig, context: Context) -> Outcome:
         context.publication.write_rows(name, rollouts, ledger)
     total = merge((receipt.ledger for receipt in context.publication.receipts().values()), "samples")
     total.stop_above(config.max_dropped, f"import of {config.source}")
-    return Outcome("samples")
+    return Outcome("samples", {"not_read": source.layout.not_read}, note=source.layout.note)
 
 
 def _rollout(config: RlhflowImportConfig, chat: Any, key: str, row: Row) -> Rollout:
@@ -145,12 +157,13 @@ def _rollout(config: RlhflowImportConfig, chat: Any, key: str, row: Row) -> Roll
     )
     return Rollout(
         prompt_id=key,
-        messages=row.messages,
-        prompt_ids=tuple(chat.conversation(row.messages, for_answer=True)),
+        messages=row.prompt,
+        prompt_ids=tuple(chat.conversation(row.prompt, for_answer=True)),
         completions=completions,
         policy=IMPORTED,
         iteration=config.iteration,
         logprob_mode="raw",
+        tools=row.tools,
     )
 
 
@@ -158,10 +171,10 @@ def run_scores(config: RlhflowScoresConfig, context: Context) -> Outcome:
     """Publish the file's rewards, one shard for each shard of rollouts."""
     rollouts = Artifact.open(config.rollouts, ROLLOUTS)
     rows: dict[str, Row] = {}
-    for number, row in enumerate(read_rows(config.source), 1):
+    for place, row in Source(config.source).rows():
         if row.rewards is None:
-            raise UserError(f"{config.source}, row {number} has no rewards. Score the rollouts by `annotation score`.")
-        rows.setdefault(prompt_id(row.messages), row)
+            raise UserError(f"{place}: the row has no rewards. Score the rollouts by `annotation score`.")
+        rows.setdefault(prompt_id(row.prompt, row.tools), row)
     for shard in rollouts.shards:
         ledger = Ledger("samples")
         scores = [score for rollout in read_jsonl(shard, Rollout) for score in _scores(config, rows, rollout, ledger)]

@@ -1,28 +1,71 @@
-"""Demonstrations: conversations whose last message is the answer to imitate, from a file or a published stage."""
+"""Demonstrations from the rows that people have: conversations that end with the answer to imitate."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from contracts.artifacts import MANIFEST, Artifact
-from contracts.errors import UserError
-from contracts.jsonl import read_jsonl
+from contracts.conversations import read_messages
+from contracts.fields import answer_of, half_a_character, tools_of, with_input, with_system
+from contracts.jsonl import encode
+from contracts.layouts import TEXTS, Layout, Row
 from contracts.records import DEMONSTRATIONS, JsonObjects, Message
+from contracts.sources import read_rows
 
 
 class DemonstrationRow(msgspec.Struct):
-    """A line of the user's file; columns beside these are ignored."""
+    """One demonstration, as it was found: it may end with something else than an answer."""
 
     messages: tuple[Message, ...]
     prompt_id: str | None = None
-    tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET
+    tools: JsonObjects | UnsetType = UNSET
 
 
-def read_demonstrations(path: Path) -> Iterator[DemonstrationRow]:
-    """Demonstrations of a JSONL file, or of published demonstrations."""
-    files = Artifact.open(path, DEMONSTRATIONS).shards if (path / MANIFEST).is_file() else [path]
-    if path.is_dir() and not (path / MANIFEST).is_file():
-        raise UserError(f"demonstrations {path} is a directory without a manifest.json; give the JSONL file in it.")
-    for file in files:
-        yield from read_jsonl(file, DemonstrationRow)
+class Demonstrations:
+    """The demonstrations of one source, and which of its columns were not read."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        self.layout = Layout({})
+
+    def __iter__(self) -> Iterator[DemonstrationRow]:
+        """All of them, in the order of the source.
+
+        Raises:
+            UserError: the source cannot be read, or a row is no conversation; names the place.
+        """
+        if (self.source / MANIFEST).is_file():
+            Artifact.open(self.source, DEMONSTRATIONS)
+        for place, values in read_rows(str(self.source), "train"):
+            yield self.read(values, place)
+
+    def read(self, values: dict[str, Any], place: str) -> DemonstrationRow:
+        """The conversation of one row, with the answer from a column of its own where there is one."""
+        row = self.layout.row(values, place)
+        column, messages = row.prompt()
+        choices: dict[str, str] = {}
+        if column in TEXTS and messages:
+            messages, choices = with_input(row, column, messages)
+        messages = with_system(row, messages)
+        if messages and messages[-1].role != "assistant":
+            messages = (*messages, *_response(row, column, choices))
+        _, identity = row.find("id")
+        found = DemonstrationRow(messages, None if identity is None else str(identity), tools_of(row))
+        self.layout.done(row)
+        try:
+            encode(found)
+        except UnicodeEncodeError as error:
+            raise half_a_character(place, error) from error
+        return found
+
+
+def _response(row: Row, column: str, choices: dict[str, str]) -> tuple[Message, ...]:
+    """The answer in a column of its own, to a question also the known one; nothing where there is none."""
+    name, value = row.find("response")
+    if name and not isinstance(value, str):
+        return read_messages(value, row.place, name, row.unread)
+    text = value if name else answer_of(row, choices) if column in TEXTS else None
+    return () if text is None else (Message("assistant", text),)

@@ -170,6 +170,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _rows(path: Path, document: Any) -> Iterator[Row]:
     """The rows of a whole JSON document."""
+    where = ""
     if isinstance(document, dict):
         tables = [name for name, value in document.items() if _is_table(value)]
         if len(tables) > 1 and set(tables) <= SPLITS:
@@ -178,11 +179,12 @@ def _rows(path: Path, document: Any) -> Iterator[Row]:
                 "own."
             )
         wrappers = [name for name in WRAPPERS if name in tables]
+        where = f" of {wrappers[0]!r}" if wrappers else ""
         document = document[wrappers[0]] if wrappers else [document]
     if not isinstance(document, list):
         raise UserError(f"{path}: a {type(document).__name__}, but rows must be JSON objects.")
     for number, row in enumerate(document, 1):
-        yield _checked(row, f"{path}, row {number}" if len(document) > 1 else f"{path}, line 1")
+        yield _checked(row, f"{path}, row {number}{where}" if where or len(document) > 1 else f"{path}, line 1")
 
 
 def _is_table(value: Any) -> bool:

@@ -6,6 +6,7 @@ read is counted by column.
 
 import difflib
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from contracts.conversations import read_messages
@@ -13,11 +14,13 @@ from contracts.errors import UserError
 from contracts.records import Message
 
 Slot = Literal["prompt", "system", "input", "choices", "answer", "id", "tags", "tools"]
+Field = Slot | Literal["response"]
+"""What a column can hold; only demonstrations read the response."""
 
 CONVERSATIONS = ("messages", "context_messages", "conversations", "conversation")
 """Columns that hold a conversation; beside them, a column of TEXTS repeats a part of it."""
 TEXTS = ("prompt", "question", "instruction", "problem", "query")
-NAMES: dict[Slot, tuple[str, ...]] = {
+NAMES: dict[Field, tuple[str, ...]] = {
     "prompt": (*CONVERSATIONS, *TEXTS, "chosen"),
     "system": ("system", "system_prompt", "system_message"),
     "input": ("input", "context", "passage", "article"),
@@ -26,11 +29,13 @@ NAMES: dict[Slot, tuple[str, ...]] = {
     "id": ("prompt_id",),
     "tags": ("tags",),
     "tools": ("tools", "functions"),
+    "response": ("output", "response", "completion"),
 }
 """The columns that are found by themselves, the first with a value. A prompt in one of TEXTS but `prompt` has `input`,
 one in any of them `choices`; `chosen` (with `rejected`) is a conversation of which the last answer is taken away."""
 
-Columns = dict[Slot, str | None]
+Columns = Mapping[Field, str | None]
+SHOWN = 8
 
 
 class Row:
@@ -43,7 +48,7 @@ class Row:
         self.unread: set[str] = set()
         self._read: set[str] = set()
 
-    def find(self, slot: Slot) -> tuple[str, Any]:
+    def find(self, slot: Field) -> tuple[str, Any]:
         """The column of a slot and its value: ("", None) where there is none. It counts as read."""
         named = self.layout.named
         candidates = (named[slot],) if slot in named else self.layout.candidates(slot, self.values)
@@ -137,7 +142,7 @@ class Layout:
         self.unread: Counter[str] = Counter()
         self._missing = {slot: name for slot, name in named.items() if name is not None}
         self._seen: dict[str, None] = {}
-        self._candidates: dict[tuple[Slot, tuple[str, ...]], tuple[str, ...]] = {}
+        self._candidates: dict[tuple[Field, tuple[str, ...]], tuple[str, ...]] = {}
 
     def row(self, values: dict[str, Any], place: str) -> Row:
         """A row of the data set, to be read."""
@@ -150,7 +155,20 @@ class Layout:
         """Count what was not read of a row."""
         self.unread.update(row.close())
 
-    def candidates(self, slot: Slot, values: dict[str, Any]) -> tuple[str, ...]:
+    @property
+    def not_read(self) -> dict[str, int]:
+        """The columns that were not read, with the number of rows that have a value there."""
+        return dict(sorted(self.unread.items(), key=lambda item: (-item[1], item[0])))
+
+    @property
+    def note(self) -> str:
+        """The same in words, for a stage's last line."""
+        columns = self.not_read
+        shown = [f"{name} ({rows})" for name, rows in list(columns.items())[:SHOWN]]
+        more = f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
+        return f"not read: {', '.join(shown)}{more}" if shown else ""
+
+    def candidates(self, slot: Field, values: dict[str, Any]) -> tuple[str, ...]:
         """The names that a slot can have among these columns, in their order."""
         key = (slot, tuple(values))
         if key not in self._candidates:

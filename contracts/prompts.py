@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from contracts.config import StageConfig, identity, input_path
 from contracts.fingerprint import digest
-from contracts.layouts import Slot
+from contracts.layouts import Columns, Slot
 from contracts.records import JsonObjects, Message
 
 SHORT: dict[str, Slot] = {"column": "prompt", "answer_column": "answer", "id_column": "id"}
@@ -57,10 +57,10 @@ class PromptsConfig(StageConfig):
                 raise ValueError(f"{key} and columns.{slot} name the same column; set one of them")
         return self
 
-    def named_columns(self) -> dict[Slot, str | None]:
+    def named_columns(self) -> Columns:
         """The columns that are named, by what they hold."""
-        named: dict[Slot, str | None] = {slot: name for key, slot in SHORT.items() if (name := getattr(self, key))}
-        return {**named, **self.columns}
+        short = [(slot, name) for key, slot in SHORT.items() if (name := getattr(self, key))]
+        return {slot: name for slot, name in [*short, *self.columns.items()]}
 
 
 def prompt_id(messages: Sequence[Message], tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from contracts.demonstrations import read_demonstrations
+from contracts.demonstrations import Demonstrations
 from contracts.importing import PromptReader
 from contracts.preflight import Conversation, Finding, StageRequest, findings_of
 from contracts.prompts import PromptsConfig
@@ -96,12 +96,13 @@ def _prompts(stage: StageRequest) -> Iterator[Conversation]:
     for place, row in itertools.islice(read_rows(str(config.source), config.split), ROWS):
         if (prompt := reader.read(row, place).prompt) is not None:
             yield Conversation(place, "prompts", prompt.messages, _known(prompt.tools))
-    reader.layout.require_named(str(config.source))
+    if reader.layout.rows < ROWS:
+        reader.layout.require_named(str(config.source))
 
 
 def _demonstrations(stage: StageRequest) -> Iterator[Conversation]:
     path = Path(stage.config["demonstrations"])
-    for number, row in enumerate(itertools.islice(read_demonstrations(path), ROWS), 1):
+    for number, row in enumerate(itertools.islice(Demonstrations(path), ROWS), 1):
         yield Conversation(f"{path}, row {number}", "demonstrations", row.messages, _known(row.tools))
 
 

@@ -93,10 +93,11 @@ class SftConfig(TrainingConfig):
     """Supervised fine-tuning: imitate the answers of demonstrations."""
 
     stage: ClassVar[str] = "sft"
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
 
     demonstrations: Path = input_path()
-    """JSONL file of conversations (`messages`) that end with the assistant's answer."""
+    """Conversations that end with the assistant's answer, or prompts with their answers in columns of their own: a
+    file, a directory or a data set as the prompts stage reads them (docs/stages.md), of several splits `train`."""
 
 
 class RewardConfig(TrainingConfig):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from transformers import AutoModelForCausalLM
 
 from contracts.chat import ChatTokenizer
-from contracts.demonstrations import DemonstrationRow, read_demonstrations
+from contracts.demonstrations import DemonstrationRow, Demonstrations
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
@@ -31,9 +31,9 @@ def run(config: SftConfig, context: Context) -> Outcome:
     chat = ChatTokenizer(config.model)
     chat.require_stop()
     ledger = Ledger("demonstrations")
-    conversations = read_demonstrations(config.demonstrations)
+    demonstrations = Demonstrations(config.demonstrations)
     rows = usable(
-        tokenized(conversations, chat, ledger),
+        tokenized(iter(demonstrations), chat, ledger),
         ledger,
         limit=limit,
         vocabulary=vocabulary_size(model_config),
@@ -47,9 +47,11 @@ def run(config: SftConfig, context: Context) -> Outcome:
         wrap=TokenLogprobs,
         auto=AutoModelForCausalLM,
         model_config=model_config,
-        facts={"stop_tokens": chat.stop_ids},
+        facts={"stop_tokens": chat.stop_ids, "not_read": demonstrations.layout.not_read},
     )
-    return fit(config, context, task)
+    outcome = fit(config, context, task)
+    outcome.note = demonstrations.layout.note
+    return outcome
 
 
 def sft_loss(outputs: Outputs, part: Part) -> Figures:

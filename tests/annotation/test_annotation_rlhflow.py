@@ -89,7 +89,7 @@ def test_unscored_samples_and_repeated_prompts_are_counted(tmp_path, rollouts, m
         ('{"prompt": "a", "responses": ["b"]}\n{"prompt": "c"}\n', "line 2: .*responses"),
         ('{"prompt": "a", "responses": ["b"]\n', "line 1: "),
         ('{"type": "text_only", "instances": [{"prompt": 3}]}', "instances"),
-        ('{"prompt": "a", "responses": ["b"], "rewards": [1, 2]}\n', "row 1: 2 rewards for 1 responses"),
+        ('{"prompt": "a", "responses": ["b"], "rewards": [1, 2]}\n', "line 1: 2 rewards for 1 responses"),
         ("", "holds no rows"),
     ],
 )
@@ -106,5 +106,5 @@ def test_rewards_of_another_file_are_refused(tmp_path, rollouts):
     with pytest.raises(UserError, match="does not hold the answers of prompt"):
         imported_scores(tmp_path / "scores", source, rollouts)
     source.write_text('{"prompt": "a", "responses": ["b"]}\n')
-    with pytest.raises(UserError, match="row 1 has no rewards"):
+    with pytest.raises(UserError, match="line 1: the row has no rewards"):
         imported_scores(tmp_path / "scores", source, rollouts)

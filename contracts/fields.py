@@ -1,0 +1,131 @@
+"""What the columns of a row say beside its prompt: system message, text, choices, tools, answer and tags."""
+
+import json
+import math
+import re
+from string import ascii_uppercase
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from contracts.conversations import read_tools
+from contracts.errors import UserError
+from contracts.layouts import Row
+from contracts.records import JsonObjects, Message
+
+
+def half_a_character(place: str, error: UnicodeEncodeError) -> UserError:
+    """The user's mistake where a text holds half of a surrogate pair."""
+    around = error.object[max(0, error.start - 20) : error.end + 20]
+    return UserError(
+        f"{place}: {around!r} holds half of a surrogate pair, which is no text: it was cut in the middle of a "
+        "character. Remove it, or the row."
+    )
+
+
+def with_system(row: Row, messages: tuple[Message, ...], default: str | None = None) -> tuple[Message, ...]:
+    """The conversation with the row's system message, or else with `default`, where it has none of its own.
+
+    Raises:
+        UserError: it has another one of its own, or the row's is no text; names the place.
+    """
+    name, text = row.find("system")
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"{row.place}: the column {name!r} must be a text, which becomes the system message, found {text!r}. "
+            "Set columns={system: null} if it is something else."
+        )
+    own = messages[0].content if messages and messages[0].role == "system" else None
+    if text and own is not None and text.strip() != own.strip():
+        raise UserError(
+            f"{row.place}: the conversation has a system message, and the column {name!r} another one. Set "
+            "columns={system: null} to keep the conversation's."
+        )
+    text = text or default
+    return messages if own is not None or text is None else (Message("system", text), *messages)
+
+
+def tools_of(row: Row) -> JsonObjects | UnsetType:
+    """The tools that the assistant may call; UserError where they are no list of descriptions."""
+    name, described = row.find("tools")
+    return read_tools(described, f"{row.place}, column {name!r}") if described else UNSET
+
+
+def with_input(row: Row, column: str, messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], dict[str, str]]:
+    """A question with the text that it is about and with its choices, and those by their letters."""
+    question = messages[-1]
+    named = row.layout.named
+    name, text = row.find("input") if column != "prompt" or "input" in named else ("", None)
+    if text is not None and not isinstance(text, str):
+        if "input" in named:
+            raise UserError(f"{row.place}: {name} must be a text, which follows the prompt's, found {text!r}.")
+        row.forget(name)
+        text = None
+    parts = [question.content]
+    if text and text.strip() and text.strip() not in question.content:
+        parts.append(text)
+    choices = _choices(row)
+    if not all(re.search(rf"{re.escape(key)}[.):]\s*{re.escape(text)}", parts[0]) for key, text in choices.items()):
+        parts.append("\n".join(f"{key}. {choice}" for key, choice in choices.items()))
+    if len(parts) == 1:
+        return messages, choices
+    return (*messages[:-1], msgspec.structs.replace(question, content="\n\n".join(parts))), choices
+
+
+def _choices(row: Row) -> dict[str, str]:
+    """The choices of a question by their letters: of a list, an object, or ARC's {text: [...], label: [...]}."""
+    name, found = row.find("choices")
+    if isinstance(found, dict) and isinstance(found.get("text"), list) and isinstance(found.get("label"), list):
+        pairs = list(zip(map(str, found["label"]), found["text"], strict=False))
+    elif isinstance(found, dict):
+        pairs = [(str(letter), text) for letter, text in found.items() if text is not None]
+    elif isinstance(found, list) and len(found) <= len(ascii_uppercase):
+        pairs = list(zip(ascii_uppercase, found, strict=False))
+    else:
+        pairs = [("", found)] if found is not None else []
+    texts = {letter: text if isinstance(text, str) else json.dumps(text, default=str) for letter, text in pairs}
+    if "" in texts or len(texts) != len(pairs):
+        raise UserError(
+            f"{row.place}: the choices in the column {name!r} must be a list of texts, found {found!r}. Set "
+            "columns={choices: null} if they are something else."
+        )
+    return texts
+
+
+def answer_of(row: Row, choices: dict[str, str]) -> str | None:
+    """The known answer as a text: what is no text as JSON, the index of a choice as its letter."""
+    name, value = row.find("answer")
+    if value is None or isinstance(value, str):
+        return value
+    if choices and isinstance(value, int) and not isinstance(value, bool):
+        if not 0 <= value < len(choices):
+            raise UserError(
+                f"{row.place}: {name} is {value}, but the {len(choices)} choices are counted from 0. Correct it."
+            )
+        return list(choices)[value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{row.place}: {name} is {value}, which is no answer. Leave it empty (null), or correct it.")
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{row.place}: {name} cannot be kept as JSON: {error}. Make it a text.") from error
+
+
+def _plain(value: Any) -> str:
+    """Dates and decimal numbers of a table as text."""
+    if isinstance(value, bytes):
+        raise TypeError("it holds bytes")
+    return str(value)
+
+
+def tags_of(row: Row) -> tuple[str, ...]:
+    """The row's tags; a text is one."""
+    name, tags = row.find("tags")
+    tags = [tags] if isinstance(tags, str) else tags or []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise UserError(
+            f"{row.place}: {name} must be a list of strings, found {tags!r}. Set columns={{tags: null}} to leave it "
+            "out."
+        )
+    return tuple(tags)
