@@ -60,7 +60,7 @@ class PromptsConfig(StageConfig):
     def named_columns(self) -> Columns:
         """The columns that are named, by what they hold."""
         short = [(slot, name) for key, slot in SHORT.items() if (name := getattr(self, key))]
-        return {slot: name for slot, name in [*short, *self.columns.items()]}
+        return dict([*short, *self.columns.items()])
 
 
 def prompt_id(messages: Sequence[Message], tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET) -> str:
