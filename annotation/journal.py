@@ -26,10 +26,8 @@ class Journal:
     """What is known of one shard's samples, and a file to which more is added."""
 
     def __init__(self, state: Path, samples: Sequence[Sample]) -> None:
-        content = hashlib.sha256()
-        for rollout, completion in samples:
-            content.update(msgspec.json.encode((rollout.prompt_id, completion.sample, completion.text)))
-        self._state, self._name = state, f"judged-{content.hexdigest()[:16]}"
+        content = [(rollout.prompt_id, completion.sample, completion.text) for rollout, completion in samples]
+        self._state, self._name = state, f"judged-{hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:16]}"
         self._path = state / f"{self._name}-{process_name()}.jsonl"
         self._began = self._added = time.monotonic()
 

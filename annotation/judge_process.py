@@ -20,7 +20,7 @@ from contracts.errors import TransientError
 
 BUNCH_SECONDS = 0.1
 """About how long the samples should take that are handed over together."""
-LARGEST_BUNCH = 1024
+LARGEST_BUNCH = 4096
 LOOK_SECONDS = 0.2
 """How often a process that says nothing is looked at."""
 LEAVE_SECONDS = 5.0
@@ -109,7 +109,7 @@ class Judge:
         if given_back:
             self._bunch = max(1, done)
         elif time.monotonic() - self._began < BUNCH_SECONDS / 2:
-            self._bunch = min(2 * self._handed, LARGEST_BUNCH)
+            self._bunch = min(4 * self._handed, LARGEST_BUNCH)
 
     @property
     def busy(self) -> bool:
