@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 
@@ -156,6 +157,14 @@ class Judge:
         if code < 0:
             return f"it crashed by {signal.Signals(-code).name}; the log shows where"
         return f"it left with exit code {code}, as by os._exit"
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    """Where this process prints to by now; None: where it began to."""
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None
 
 
 def _request(sample: Sample) -> list[object]:

@@ -3,11 +3,17 @@
 See contracts/preflight.py.
 """
 
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 from annotation.__main__ import COMMANDS
 from annotation.config import ScoreConfig
+from annotation.rule import check_function
 from contracts.preflight import Finding, Stage, serve
+
+IMPORT_SECONDS = 60.0
+"""How long a rule's function may take to be imported until it is no longer waited for."""
 
 
 def check(stage: Stage) -> Iterator[Finding]:
@@ -17,12 +23,21 @@ def check(stage: Stage) -> Iterator[Finding]:
 
 
 def check_scorer(stage: Stage, config: ScoreConfig) -> Iterator[Finding]:
-    """A model, as its kind reads it, and the prompts, as its chat template renders them with an answer."""
+    """A function, imported; or a model, as its kind reads it, and the prompts, as its template renders them."""
+    if config.function is not None:
+        inputs = None if config.inputs is None else tuple(config.inputs)
+        yield from _findings_of_function(config.function, inputs)
     if config.model is None or not (config.model / "config.json").is_file():
         return
     from modeling.inspect import examine_model  # transformers is not loaded for rules alone
 
     yield from examine_model(stage, config.model, "answers" if config.kind == "reward_model" else "nothing")
+
+
+@functools.cache
+def _findings_of_function(function: str, inputs: tuple[Path, ...] | None) -> tuple[Finding, ...]:
+    late = check_function(function, inputs, IMPORT_SECONDS)
+    return () if late is None else (Finding("warning", late),)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The scorer kind `rule`: a Python function of the user's own. Needs no torch."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from annotation.config import ScoreConfig
@@ -69,7 +69,7 @@ class Rule:
             )
 
 
-def check_rule(config: ScoreConfig, seconds: float) -> str | None:
+def check_function(path: str, inputs: Sequence[Path] | None, seconds: float) -> str | None:
     """Import a rule's function as the stage will, in a process that is ended after `seconds`.
 
     Returns a warning where it was not imported by then; it may have much to load.
@@ -77,9 +77,8 @@ def check_rule(config: ScoreConfig, seconds: float) -> str | None:
     Raises:
         UserError: it cannot be imported, or not be called as it will be.
     """
-    assert config.function is not None
     try:
-        Judges(config.function, config.inputs, load_limit=seconds)
+        Judges(path, inputs, load_limit=seconds)
     except LateError as error:
         return str(error)
     return None

@@ -5,6 +5,7 @@ again.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import subprocess
@@ -46,7 +47,9 @@ def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
     findings = list(sampled.findings)
     asked = {name: stages for name in usable if (stages := requests_of(graph, name))}
     with concurrent.futures.ThreadPoolExecutor(len(PACKAGES)) as pool:
-        answers = pool.map(lambda name: _ask(environments, name, asked[name], conversations), asked)
+        answers = pool.map(
+            lambda name: _ask(environments, name, asked[name], conversations, _sources(graph, name)), asked
+        )
         reports = dict(zip(asked, answers, strict=True))
     for report in reports.values():
         findings += report.findings
@@ -178,9 +181,11 @@ def _ask(
     name: str,
     stages: tuple[StageRequest, ...],
     conversations: tuple[Conversation, ...],
+    sources: list[Path],
 ) -> Report:
     request = Request(stages, conversations)
-    answer = _answer(environments, name, f"{name}.preflight", msgspec.json.encode(request), _files(stages))
+    files = [*_files(stages), *sources]
+    answer = _answer(environments, name, f"{name}.preflight", msgspec.json.encode(request), files)
     return msgspec.json.decode(answer, type=Report)
 
 
@@ -193,10 +198,20 @@ def _files(stages: Iterable[StageRequest]) -> list[Path]:
             for item in value.values() if isinstance(value, dict) else value:
                 collect(item)
         elif isinstance(value, str) and value.startswith("/"):
-            found.add(Path(value.partition(":")[0]))  # of file.py:function the file
+            found.add(Path(value))
 
     for stage in stages:
         collect(stage.config)
+    return sorted(found)
+
+
+def _sources(graph: Graph, package: str) -> list[Path]:
+    """The files of the user's own code that the stages of a package run."""
+    found: set[Path] = set()
+    for node in graph.nodes.values():
+        if node.package == package:
+            with contextlib.suppress(UserError):  # which `input_mistakes` tells
+                found |= {path.absolute() for path in node.config.source_files().values()}
     return sorted(found)
 
 

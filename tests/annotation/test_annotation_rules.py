@@ -18,7 +18,7 @@ from annotation_world import ROOT, make_rollout, make_rollouts, publish_rollouts
 from annotation.__main__ import COMMANDS
 from annotation.config import ScoreConfig
 from annotation.judges import stall_seconds
-from annotation.rule import check_rule
+from annotation.rule import check_function
 from contracts.artifacts import Artifact
 from contracts.attempt import STALL
 from contracts.errors import UserError
@@ -179,17 +179,16 @@ def test_a_function_that_cannot_be_loaded_or_called_is_refused(
     config = ScoreConfig(
         output=tmp_path / "scores", rollouts=answers.path, kind="rule", function=function, fail_on_error=0.9
     )
-    for look in (lambda: check_rule(config, 60), lambda: run_stage(COMMANDS["score"], config)):
+    for look in (lambda: check_function(function, None, 60), lambda: run_stage(COMMANDS["score"], config)):
         with pytest.raises(UserError, match=f"function {re.escape(repr(function))}:? {message}"):
             look()
     assert not (tmp_path / "scores").exists()
 
 
-def test_a_function_that_takes_long_to_import_is_told_and_not_refused(tmp_path: Path, answers: Artifact) -> None:
-    keys = {"output": tmp_path / "scores", "rollouts": answers.path, "kind": "rule"}
+def test_a_function_that_takes_long_to_import_is_told_and_not_refused(tmp_path: Path) -> None:
     slow = write(tmp_path, "time.sleep(1000)\ndef judge(**others): ...")
-    assert "was not imported after 0.5 s" in (check_rule(ScoreConfig(**keys, function=slow), 0.5) or "")
-    assert check_rule(ScoreConfig(**keys, function=write(tmp_path, "def judge(**others): ...")), 60) is None
+    assert "was not imported after 0.5 s" in (check_function(slow, None, 0.5) or "")
+    assert check_function(write(tmp_path, "def judge(**others): ..."), None, 60) is None
 
 
 def test_what_a_function_can_rely_on(tmp_path: Path) -> None:

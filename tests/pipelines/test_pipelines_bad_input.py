@@ -197,3 +197,23 @@ def test_something_else_in_the_place_of_a_runs_file(
         path.symlink_to("/nonexistent/file")
     for command in ("run smallest.yaml --iters 1", "status runs/smallest", "gc runs/smallest", "verify runs/smallest"):
         assert f"{name} is no regular file" in refused(capsys, *command.split())
+
+
+def test_a_rule_that_cannot_be_used_is_told_before_anything_runs(
+    smallest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also when only a module of the user's own that it imports has changed since it was found right."""
+    monkeypatch.chdir(smallest.parent)
+    rules, helper = smallest.parent / "rules.py", smallest.parent / "weights_of_mine.py"
+    rules.write_text("import weights_of_mine\n" + rules.read_text())
+    helper.write_text("")
+    main(["doctor", "smallest.yaml"])
+    assert "weights_of_mine" not in capsys.readouterr().out
+    helper.write_text("raise SystemExit(7)\n")
+    assert f"{rules}:variety' cannot be imported: SystemExit: 7" in refused(capsys, "run", "smallest.yaml")
+    helper.write_text("")
+    rules.write_text("def variety(prompt, response): ...\n")
+    assert "takes (prompt, response), but is called with" in refused(capsys, "run", "smallest.yaml")
+    assert main(["doctor", "smallest.yaml"]) == 2
+    assert "takes (prompt, response), but is called with" in capsys.readouterr().out
+    assert not (smallest.parent / "runs/smallest/setup").exists()
