@@ -12,10 +12,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from contracts import yaml_text
 from contracts.errors import UserError
 from contracts.secrets import refuse_secrets
 
@@ -126,22 +126,6 @@ class StageConfig(Section):
         return {}
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that occurs twice is an error: otherwise the second silently replaces the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} occurs twice", problem_mark=key_node.start_mark
-                )
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def describe(model: type[BaseModel]) -> str:
     """A configuration's first line and its keys with their meaning and default, for --help."""
     lines = [(model.__doc__ or "").strip().splitlines()[0]]
@@ -158,22 +142,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"config file {path} is no regular file; name a YAML file.")
     try:
-        data = yaml.load(path.read_text(), _UniqueKeys)
-        json.dumps(data, default=str)
+        if (size := path.stat().st_size) > yaml_text.MOST_BYTES:
+            raise UserError(f"config file {path} has {size} bytes, which no configuration has. Name a YAML file.")
+        data = yaml_text.load(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"config file {path} does not exist.") from error
     except IsADirectoryError as error:
         raise UserError(f"config file {path} is a directory; name the YAML file in it.") from error
-    except (RecursionError, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise UserError(f"config file {path} is not UTF-8 text: {error.reason}.") from error
-        raise UserError(
-            f"config file {path} is nested too deeply, or contains itself (an alias in its own anchor). Write it out."
-        ) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {path} is not UTF-8 text: {error.reason}. Save it as UTF-8.") from error
+    except yaml_text.YamlError as error:
+        where = f", line {error.line}" if error.line else ""
+        raise UserError(f"{path}{where}: not valid YAML: {error}.") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -186,14 +166,12 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
     data = json.loads(json.dumps(data, default=str))
     for item in overrides:
         key, separator, text = item.partition("=")
-        if not separator or not key:
+        if not separator or not all(key.split(".")):
             raise UserError(f"cannot read the override {item!r}: write key=value, for example training.beta=0.2.")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"the value of {key!r} is not valid YAML: {text!r}.") from error
-        if isinstance(value, str):
-            value = _number(value)
+            value = yaml_text.load(text)
+        except yaml_text.YamlError as error:
+            raise UserError(f"the value of {key!r} is not valid YAML: {reprlib.repr(text)}: {error}.") from error
         target = data
         *parents, last = key.split(".")
         for parent in parents:
@@ -207,33 +185,14 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
     return data
 
 
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads 5e-7 as text; users mean the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def validate(model: type[M], data: dict[str, Any], source: str) -> M:
     """Build `model` from `data`, or raise one UserError that lists every mistake with its place and its mend."""
     refuse_secrets(data, source)
     try:
-        return model.model_validate(_numbers(data))
+        return model.model_validate(data)
     except ValidationError as error:
         problems = [_explain(model, problem) for problem in error.errors()]
         raise UserError(f"{source}: " + "\n  ".join(dict.fromkeys(problems))) from error
-
-
-def _numbers(value: Any) -> Any:
-    """Floats that YAML 1.1 leaves as text ("5e-7"), anywhere in a configuration."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and "e" in value.lower() and value[:1] in "+-.0123456789":
-        return _number(value)
-    return value
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:

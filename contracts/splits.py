@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import yaml
-
+from contracts import yaml_text
 from contracts.errors import UserError
 from contracts.formats import is_readable, suffixes
 
@@ -119,8 +118,8 @@ def _configurations(readme: Path) -> list[str]:
         return []
     _, *header = re.split(r"^---\s*$", readme.read_text(errors="replace"), maxsplit=2, flags=re.MULTILINE)
     try:
-        listed = (yaml.safe_load(header[0]) or {}).get("configs") if len(header) > 1 else None
-    except (yaml.YAMLError, AttributeError):  # a README says what it likes
+        listed = (yaml_text.load(header[0]) or {}).get("configs") if len(header) > 1 else None
+    except (yaml_text.YamlError, AttributeError):  # a README says what it likes
         return []
     return [str(entry["config_name"]) for entry in listed or [] if isinstance(entry, dict) and "config_name" in entry]
 

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import msgspec
-import yaml
 
+from contracts import yaml_text
 from contracts.artifacts import Artifact, write_atomically
 from contracts.attempt import FailureKind
 from contracts.errors import UserError
@@ -75,7 +75,7 @@ def write_request(node: Node, attempt: Path, run: Path, config: RunConfig, threa
         here: it runs on this machine and ends with this process.
     """
     path = attempt / "stage.yaml"
-    write_atomically(path, yaml.safe_dump(node.config.model_dump(mode="json"), sort_keys=False).encode())
+    write_atomically(path, yaml_text.dump(node.config.model_dump(mode="json")).encode())
     environment = getattr(config.environments, node.environment)
     argv, variables = launch_command(environment, node.environment, [*node.argv, "--config", str(path)])
     variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))

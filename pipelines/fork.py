@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from contracts import yaml_text
 from contracts.artifacts import MANIFEST, Artifact, process_name, write_atomically
 from contracts.config import apply_overrides
 from contracts.errors import UserError
@@ -45,7 +44,7 @@ def fork(source: RunDirectory, first: int, overrides: list[str], name: str | Non
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        write_atomically(work / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+        write_atomically(work / CONFIG, yaml_text.dump(settings).encode())
         config = load_run_config(work / CONFIG, [])  # every mistake in the values, before anything is taken over
         count = _take_over(source, build_graph(source.config, last), work, first, bool(overrides))
         record: dict[str, Any] = {"config": CONFIG, "source": str((target / CONFIG).absolute())}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import msgspec
-import yaml
 
+from contracts import yaml_text
 from contracts.artifacts import take_lock, write_atomically
 from contracts.config import validate
 from contracts.errors import UserError
@@ -74,7 +74,7 @@ class RunDirectory:
         record |= {"iterations": iterations, "settings": config.settings()}
         write_atomically(marker, json.dumps(record).encode())
         resolved = {**config.model_dump(mode="json"), "directory": str(self.path.parent)}
-        text = yaml.safe_dump(resolved, sort_keys=False)
+        text = yaml_text.dump(resolved)
         write_atomically(self.path / "config.resolved.yaml", text.encode())
 
     def _is_run(self) -> bool:

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 from submitit.slurm.slurm import SlurmExecutor
 
+from contracts import yaml_text
 from contracts.errors import UserError
 from pipelines.config import RunConfig
 from pipelines.executors import job_folder
@@ -118,7 +118,7 @@ def write_dry_run(
     for number, node in enumerate(graph.nodes.values(), start=1):
         if node.name in runs and wanted[node.name].work.executor == "slurm":
             _write_scripts(folder / "sbatch", number, node, graph, config, wanted, set(runs) if detached else set())
-    (folder / "resolved.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    (folder / "resolved.yaml").write_text(yaml_text.dump(config.model_dump(mode="json")))
     stages = [_as_data(node, wanted[node.name], runs.get(node.name)) for node in graph.nodes.values()]
     sums = {key: sum(stage[key] for stage in stages if stage["name"] in runs) for key in ("jobs", *HOURS)}
     content = {"run": str(graph.directory), "detached": detached, "stages": stages, "total": sums}

@@ -1,0 +1,119 @@
+"""What Ratchet reads of YAML, and what it refuses; in files and in overrides alike."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from contracts import yaml_text
+from contracts.config import apply_overrides, read_yaml
+from contracts.errors import UserError
+
+BOMB = "".join(f"a{level}: &a{level} [{', '.join(9 * [f'*a{level - 1}' if level else 'x'])}]\n" for level in range(40))
+MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{level}: &a{level} {{<<: [{', '.join(9 * [f'*a{level - 1}'])}]}}\n" for level in range(1, 40)
+)
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("no", "no"), ("on", "on"), ("Yes", "Yes"), ("true", True), ("FALSE", False), ("~", None),
+        ("1e-5", 1e-5), ("5E7", 5e7), ("-.5", -0.5), ("1.", 1.0), ("1_000", 1000), ("0x1F", 31), ("+7", 7),
+        ("010", "010"), ("12:30", "12:30"), ("1:30:00", "1:30:00"), ("2026-01-01", "2026-01-01"), ("=", "="),
+        (".inf", float("inf")), ("!!str 5", "5"), ("[1, x]", [1, "x"]), ("{3: x}", {3: "x"}), ("", None), ("''", ""),
+        ("{<<: {a: 1}, b: 2}", {"a": 1, "b": 2}),
+    ],
+)  # fmt: skip
+def test_a_word_is_what_it_looks_like(word: str, value: object) -> None:
+    found = yaml_text.load(f"key: {word}")["key"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["no", "1e-5", "12:30", "2026-01-01", "010", "1e5", "null", "0x1", ".inf", "<<", "a: b", "", "é", "1.5", "#", "\t",
+     1e-5, 4e-4, 1e22, -0.0, 10**300, True, None, 3, [], {}],
+)  # fmt: skip
+def test_what_is_written_is_read_as_it_was(value: object) -> None:
+    assert repr(yaml_text.load(yaml_text.dump({"key": value, "list": [value]}))) == repr(
+        {"key": value, "list": [value]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (BOMB, "more than 200000 values once its aliases"),
+        (MERGE_BOMB, "more than 200000 values once its aliases"),
+        ("a: &a [*a]", "contains itself"),
+        ("a: &a {b: {c: *a}}", "contains itself"),
+        ("a: " + "[" * 5000, "more than 64 lists and sections in each other"),
+        ("a: " + "{a: " * 5000, "more than 64 lists and sections in each other"),
+        ("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 500)), "64 lists and sections"),
+        ("a: *b", "undefined alias 'b'"),
+        ("a: 1\nb: 2\na: 3", "line 3: not valid YAML: the key 'a' occurs twice"),
+        ("3: x\n'3': y", "the key '3' occurs twice"),
+        ("~: 1", "a key must be text, not ~"),
+        ("true: 1", "a key must be text, not true"),
+        ("? [a]\n: 1", "a key must be text, not a list or a section"),
+        ("a: " + "9" * 5000, "a number of 5000 digits"),
+        ("a: 1e999", "the number 1e999 is too large"),
+        ("a: !!int x", "'x' is no number"),
+        ("a: !!python/object/apply:os.system [true]", "the tag !!python/object/apply:os.system is not read here"),
+        ("a: !!set {x}", "the tag !!set is not read here"),
+        ("a:\n\tb: 1", "line 2: not valid YAML: a tab. Indent with spaces"),
+        ("a: 1\n---\nb: 2", "a second document begins"),
+        ("a: 1\nb\x00: 2", "line 2: not valid YAML: the character U+0000"),
+        ("[1, 2]", "expected `key: value` lines, found a list"),
+    ],
+)
+def test_what_is_refused_is_named_at_once(tmp_path: Path, text: str, complaint: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    start = time.process_time()
+    with pytest.raises(UserError) as error:
+        read_yaml(file)
+    assert complaint in str(error.value)
+    assert str(error.value).startswith(str(file))
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("name: café".encode("latin-1"), "is not UTF-8 text"),
+        ("name: x".encode("utf-16"), "is not UTF-8 text"),
+        (b"\x7fELF\x02\x01\x01\x00", "the character U+007F"),
+        (b"# \n" * (6 << 20), "which no configuration has"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes, complaint: str) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=complaint.replace("+", r"\+")):
+        read_yaml(tmp_path / "config.yaml")
+
+
+def test_a_mark_of_the_encoding_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\xef\xbb\xbfname: x\n")
+    assert read_yaml(tmp_path / "config.yaml") == {"name": "x"}
+
+
+@pytest.mark.parametrize(
+    ("item", "complaint"),
+    [
+        ("a=&a [*a]", "contains itself"),
+        ("a=&a {b: *a}", "contains itself"),
+        ("a=" + "[" * 100_000, "more than 64 lists"),
+        ("a={b: 1, b: 2}", "the key 'b' occurs twice"),
+        ("a=!!python/name:os.system", "the tag !!python/name:os.system"),
+        ("a..b=1", "cannot read the override"),
+        (".a=1", "cannot read the override"),
+    ],
+)
+def test_an_override_is_read_the_same_way(item: str, complaint: str) -> None:
+    with pytest.raises(UserError) as error:
+        apply_overrides({}, [item])
+    assert complaint in str(error.value)
+    assert len(str(error.value)) < 300
+    assert apply_overrides({}, ["a=1e-5", "b=no", "c=12:30"]) == {"a": 1e-5, "b": "no", "c": "12:30"}
