@@ -76,7 +76,7 @@ class Judges:
                 for judge in self.running:
                     if todo and not judge.busy:
                         judge.hand_over(samples, todo)
-                if todo and len(self.running) < self.count:
+                for _ in range(min(len(todo), self.count - len(self.running))):
                     self._start()
             self._look(samples, todo, note)
         if todo:

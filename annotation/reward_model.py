@@ -31,6 +31,7 @@ class RewardModel:
         results: list[Score | str | Fault] = ["too_long"] * len(samples)
         fitting: dict[int, list[int]] = {}
         for index, sample in enumerate(samples):
+            beat()
             try:
                 ids = self._token_ids(sample)
             except UserError as error:

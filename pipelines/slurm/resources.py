@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from annotation.config import ScoreConfig
 from pipelines.config import ExecutorSection
 from pipelines.estimates import memory
 from pipelines.graph import Graph, Node
@@ -70,6 +71,8 @@ def resources_of(node: Node, executor: ExecutorSection, graph: Graph | None = No
     if isinstance(node.config, TrainingConfig):
         nodes = node.config.parallel.nodes
         processes = node.config.parallel.processes // nodes
+    elif isinstance(node.config, ScoreConfig) and kind == "light":  # a rule, whose replicas are processes of one job
+        processes = node.config.replicas
     gpus = entry.gpus or 0
     return _filled(
         entry,

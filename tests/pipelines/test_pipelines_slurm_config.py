@@ -178,6 +178,10 @@ def test_what_each_kind_asks_for(
         assert (found.tasks, found.nodes, found.gpus, found.cpus, found.minutes, found.memory) == expected, stage
 
 
+def test_a_rule_asks_for_a_core_for_each_of_its_processes(smallest: Path) -> None:
+    assert asked(smallest, "iteration-001/heldout/gold", "scorers.gold.replicas=3").cpus == 3
+
+
 def test_a_light_stage_with_a_large_model_asks_for_its_memory(smallest: Path, tmp_path: Path) -> None:
     """As estimated, and a quarter more: three fp32 copies of a billion numbers for the mean of policies."""
     model = tmp_path / "large"
