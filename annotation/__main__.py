@@ -1,5 +1,15 @@
 """`python -m annotation {score,pairs,evaluate,rlhflow-export,rlhflow-import,rlhflow-scores}`."""
 
+import os
+import sys
+
+# Ours before anything in the working directory that is called the same.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from contracts import surroundings
+
+if __name__ == "__main__":
+    surroundings.settle()
+
 from annotation.config import (
     EvaluationConfig,
     PairsConfig,

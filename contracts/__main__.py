@@ -1,5 +1,15 @@
 """python -m contracts prompts: import prompts from where they are."""
 
+import os
+import sys
+
+# Ours before anything in the working directory that is called the same.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from contracts import surroundings
+
+if __name__ == "__main__":
+    surroundings.settle()
+
 from contracts.prompts import PromptsConfig
 from contracts.records import PROMPTS
 from contracts.stage import Command, main

@@ -45,7 +45,8 @@ def beat() -> None:
     attempt = os.environ.get(ATTEMPT)
     if attempt and time.monotonic() - _last[HEARTBEAT] > BEAT_SECONDS:
         _last[HEARTBEAT] = time.monotonic()
-        Path(attempt, HEARTBEAT).touch()
+        with contextlib.suppress(OSError):  # on a full disk, or where somebody has deleted the logs, work goes on
+            Path(attempt, HEARTBEAT).touch()
 
 
 def report_progress(done: int, total: int, unit: str) -> None:
@@ -67,36 +68,42 @@ def _tell(*, at_once: bool = False) -> None:
     attempt = os.environ.get(ATTEMPT)
     if attempt and (at_once or time.monotonic() - _last[PROGRESS] > BEAT_SECONDS / 2):
         _last[PROGRESS] = time.monotonic()
-        write_atomically(Path(attempt, PROGRESS), json.dumps(_progress).encode(), durable=False)
+        with contextlib.suppress(OSError):
+            write_atomically(Path(attempt, PROGRESS), json.dumps(_progress).encode(), durable=False)
 
 
-def report_failure(kind: FailureKind, text: str) -> None:
-    """Leave the reason of this process's end; of several processes' reasons the first is the one that is told."""
-    if attempt := os.environ.get(ATTEMPT):
+def report_failure(kind: FailureKind, text: str, folder: Path | None = None) -> None:
+    """Leave the reason of this process's end; of several processes' reasons the first is the one that is told.
+
+    `folder`: where, if not in the attempt's directory that the environment names.
+    """
+    if attempt := folder or os.environ.get(ATTEMPT):
         record = {"kind": kind, "text": text, "rank": os.environ.get("RANK", "0"), "time": time.time()}
         write_atomically(Path(attempt, f"failure-{process_name()}.json"), json.dumps(record).encode())
 
 
-def fail(error: Exception | stopping.Stopped) -> int:
+def fail(error: BaseException) -> int:
     """Say on stderr and in the attempt's directory why this process ends, and return its exit code.
 
     A traceback is shown where the error does not explain itself: it is a defect, or an accident nobody foresaw.
     """
     stopping.ignore()  # a rank is asked to stop by others, by its launcher, and by a scheduler
-    kind: FailureKind
-    if isinstance(error, stopping.Stopped):
-        code, kind, text = int(str(error)), "stopped", stopping.MESSAGE
-        shown = text
-    elif mistake := as_user_error(error):
-        code, kind, text = UserError.exit_code, "user", str(mistake)
-        shown = f"error: {text}"
-    elif isinstance(error, TransientError):
-        code, kind, text = 1, "transient", str(error)
-        shown = f"error: {text}"
-    else:
-        code, kind = 1, "transient" if is_transient(error) else "error"
-        shown = text = "".join(traceback.format_exception(error))
-    print(shown, file=sys.stderr, flush=True)
+    code, kind, text = reason(error)
+    with contextlib.suppress(OSError):  # where nobody reads it, or the log may not grow
+        shown = text if kind == "stopped" or text.startswith("Traceback") else f"error: {text}"
+        print(shown, file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # on a full disk the message above has to do
         report_failure(kind, text)
     return code
+
+
+def reason(error: BaseException) -> tuple[int, FailureKind, str]:
+    """Exit code of a process that ends by an error, whose fault it is, and what to say of it."""
+    if isinstance(error, stopping.Stopped):
+        return int(str(error)), "stopped", stopping.MESSAGE
+    if isinstance(error, Exception) and (mistake := as_user_error(error)):
+        return UserError.exit_code, "user", str(mistake)
+    if isinstance(error, TransientError):
+        return 1, "transient", str(error)
+    text = "".join(traceback.format_exception(error))
+    return 1, "transient" if isinstance(error, Exception) and is_transient(error) else "error", text

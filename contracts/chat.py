@@ -78,7 +78,7 @@ class ChatTokenizer:
         found = [] if end is None else [int(end)]
         for name in ("generation_config.json", "config.json"):
             path = self.path / name
-            ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+            ids = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
             if ids is not None:
                 found += ids if isinstance(ids, list) else [ids]
                 break

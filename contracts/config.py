@@ -128,7 +128,7 @@ class StageConfig(Section):
 
 def describe(model: type[BaseModel]) -> str:
     """A configuration's first line and its keys with their meaning and default, for --help."""
-    lines = [(model.__doc__ or "").strip().splitlines()[0]]
+    lines = [(model.__doc__ or model.__name__).strip().splitlines()[0]]  # `python -OO` drops docstrings
     for key, field in model.model_fields.items():
         default = field.get_default(call_default_factory=True)
         shown = "" if isinstance(default, BaseModel) or default == {} else f" (default {default})"

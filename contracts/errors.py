@@ -4,6 +4,8 @@ import errno
 import os
 import re
 
+from contracts.limits import limit_behind
+
 UNUSABLE_PATH = (
     errno.EACCES,
     errno.EEXIST,
@@ -60,6 +62,8 @@ def as_user_error(error: Exception) -> UserError | None:
     """The same as a mistake of the user's, if it is one: a full disk, or a path that cannot be used."""
     if isinstance(error, UserError):
         return error
+    if limit := limit_behind(error):
+        return UserError(limit)
     code, path = system_code(error), getattr(error, "filename", None)
     if code in (errno.ENOSPC, errno.EDQUOT):
         where = f" ({path})" if path else ""

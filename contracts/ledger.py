@@ -41,7 +41,8 @@ class Ledger(msgspec.Struct):
     def check(self) -> None:
         """Raise AssertionError unless the counts add up: a defect of the stage, not of the data."""
         total = self.kept + sum(self.dropped.values())
-        assert self.rows_in == total, f"{self.unit}: {self.rows_in} in, but {total} kept or dropped"
+        if self.rows_in != total:
+            raise AssertionError(f"{self.unit}: {self.rows_in} in, but {total} kept or dropped")
 
     def stop_above(self, limit: float, what: str, besides: str | None = None) -> None:
         """Raise UserError when more than the share `limit` was dropped, `besides` the reason that has its own limit."""

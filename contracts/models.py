@@ -149,7 +149,7 @@ def _is_encoder_decoder(config: dict[str, Any]) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}. Download or save the model again.") from error
     if not isinstance(data, dict):

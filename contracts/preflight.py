@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from contracts import surroundings
 from contracts.config import StageConfig
 from contracts.errors import UserError, as_user_error
 from contracts.records import JsonObjects, Message
@@ -132,6 +133,7 @@ def examine(request: Request, commands: dict[str, Command], check: Check) -> Rep
 
 def serve(commands: dict[str, Command], check: Check) -> None:
     """Answer the request on standard input; what libraries print is no part of the answer."""
+    surroundings.settle()
     with contextlib.redirect_stdout(sys.stderr):
         request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
         report = examine(request, commands, check)

@@ -23,7 +23,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 import msgspec
 
-from contracts import stopping
+from contracts import stopping, surroundings
 from contracts.artifacts import Artifact, Publication, input_damage, input_digest, is_published
 from contracts.attempt import ROLE, fail, report_progress, supervised
 from contracts.config import Role, StageConfig, apply_overrides, describe, read_yaml, validate
@@ -148,12 +148,15 @@ def main(commands: dict[str, Command], package: str, argv: list[str] | None = No
     try:
         command, config = _parse(commands, package, sys.argv[1:] if argv is None else argv)
         run_stage(command, config)
-    except (Exception, stopping.Stopped) as error:
-        code = fail(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    except (Exception, KeyboardInterrupt, stopping.Stopped) as error:
+        gone = isinstance(error, BrokenPipeError) and surroundings.output_is_gone()
+        code = surroundings.PIPE_GONE if gone else fail(stopping.explained(error))
+    except SystemExit as end:  # argparse's, and of a launcher whose processes have said why they failed
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(bool(end.code))
     gc.freeze()  # else Python's end takes most of a second to go through all of torch's objects once more
-    sys.exit(code)
+    surroundings.finish(code)
 
 
 def run_stage(command: Command, config: StageConfig) -> Artifact | None:

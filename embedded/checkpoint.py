@@ -56,7 +56,8 @@ def commit_model(
         chat_template: in Jinja.
     """
     (dtype,) = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
-    assert "lm_head.weight" in state
+    if "lm_head.weight" not in state:
+        raise AssertionError("a checkpoint without its LM head")
     # safetensors stores no aliases, so that tied tensors are copied.
     weights = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
     ids = {f"{name}_id": tokenizer.token_to_id(token) for name, token in special.items() if name != "unk_token"}

@@ -1,5 +1,15 @@
 """`python -m generation`: sample K answers per prompt with the current policy."""
 
+import os
+import sys
+
+# Ours before anything in the working directory that is called the same.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from contracts import surroundings
+
+if __name__ == "__main__":
+    surroundings.settle()
+
 from contracts.records import ROLLOUTS
 from contracts.stage import Command, main
 from generation.config import GenerationConfig

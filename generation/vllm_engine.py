@@ -133,7 +133,7 @@ def cpu_kv_cache_bytes(config: GenerationConfig, settings: EngineSettings) -> in
 
     With room for all of them, no sequence is evicted and computed again.
     """
-    model: dict[str, Any] = json.loads((config.policy / "config.json").read_text())
+    model: dict[str, Any] = json.loads((config.policy / "config.json").read_bytes())
     model = model.get("text_config", model)
     heads = model["num_attention_heads"]
     head_dim = model.get("head_dim") or model["hidden_size"] // heads

@@ -115,7 +115,7 @@ def own_code(model: Path) -> Finding:
     """Whether transformers knows the architecture, or would need code that comes with the model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_bytes())
     kind = config.get("model_type")
     if kind in CONFIG_MAPPING_NAMES:
         ignored = "; the code that comes with it (auto_map) is not used" if "auto_map" in config else ""
@@ -136,7 +136,7 @@ def embedding_rows(model: Path) -> int | None:
             for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
                 if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")):
                     return int(tensors.get_slice(name).get_shape()[0])
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_bytes())
     rows = {**config, **(config.get("text_config") or {})}.get("vocab_size")
     return None if rows is None else int(rows)
 

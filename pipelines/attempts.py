@@ -1,5 +1,6 @@
 """The beginning and the end of an attempt at a stage, whoever drives it."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ import msgspec
 from contracts import yaml_text
 from contracts.artifacts import Artifact, write_atomically
 from contracts.attempt import FailureKind
-from contracts.errors import UserError
+from contracts.errors import TransientError, UserError
 from contracts.stage import require_space
 from contracts.versions import source_version
 from pipelines.config import RunConfig
@@ -22,7 +23,7 @@ from pipelines.estimates import disk_bytes
 from pipelines.graph import Graph, Node
 from pipelines.report import write_metrics
 from pipelines.rundir import RunDirectory
-from pipelines.supervisor import DECISION, REQUEST, Request, log_of, process_identity
+from pipelines.supervisor import DECISION, REQUEST, Request, log_of, process_identity, request_of
 
 LONGEST_PAUSE = 600.0
 
@@ -124,8 +125,10 @@ def write_decision(attempt: Path, decision: Decision) -> None:
 
 def decision_of(attempt: Path) -> Decision | None:
     """What was decided for an attempt; None where nothing was yet."""
-    path = attempt / DECISION
-    return msgspec.json.decode(path.read_bytes(), type=Decision) if path.exists() else None
+    try:
+        return msgspec.json.decode((attempt / DECISION).read_bytes(), type=Decision)
+    except (OSError, ValueError):  # none yet, or it was damaged: the same is decided once more
+        return None
 
 
 def settle(run: RunDirectory, graph: Graph, node: Node, key: str, attempt: Path) -> Artifact:
@@ -142,10 +145,10 @@ def settle(run: RunDirectory, graph: Graph, node: Node, key: str, attempt: Path)
             1,
         )
     drop_partials(node)
-    asked = msgspec.json.decode((attempt / REQUEST).read_bytes(), type=Request).source
-    ran = artifact.manifest.versions.get("ratchet", "")
-    if ran != asked:
-        run.record("source changed", stage=node.name, asked=asked, ran=ran)
+    with contextlib.suppress(TransientError):  # the logs were deleted meanwhile, and nobody knows what was asked for
+        asked, ran = request_of(attempt).source, artifact.manifest.versions.get("ratchet", "")
+        if ran != asked:
+            run.record("source changed", stage=node.name, asked=asked, ran=ran)
     run.record("published", stage=node.name, key=artifact.manifest.key)
     if node.config.stage == "evaluation":
         write_metrics(run.path, graph)
@@ -155,11 +158,11 @@ def settle(run: RunDirectory, graph: Graph, node: Node, key: str, attempt: Path)
 def last_words(attempt: Path) -> str:
     """The end of what an attempt's stage has printed; where it has not even started, of what its jobs have."""
     log = log_of(attempt)
-    return "\n".join(tail(path) for path in [log, *sorted(attempt.glob("*_log.out"))][: 1 if log.exists() else None])
+    return "\n".join(tail(path) for path in [log, *sorted(attempt.glob("*_log.out"))][: 1 if log.is_file() else None])
 
 
 def tail(log: Path, lines: int = 30) -> str:
     """The last lines of a log."""
-    if not log.exists():
+    if not log.is_file():
         return "(it left no log: its process did not start)"
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

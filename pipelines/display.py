@@ -12,6 +12,14 @@ from pipelines.graph import Graph, Node
 from pipelines.supervisor import progress_of
 
 
+class Screen(Console):
+    """Standard output. That nobody reads it any more is said like any other failure, and `main` answers it."""
+
+    def on_broken_pipe(self) -> None:
+        """Instead of an exit with another code than `main` gives."""
+        raise BrokenPipeError
+
+
 class Display:
     """Tells what happens to each stage, and how far the running ones are."""
 

@@ -66,7 +66,7 @@ class Driver:
         look_back(self.run, self.graph, self.config.executor)
         self.run.clear_scratch()
         restore(self.run.path)
-        for number in (*stopping.SIGNALS, signal.SIGHUP):
+        for number in stopping.heeded((*stopping.SIGNALS, signal.SIGHUP)):
             signal.signal(number, _interrupt)
         with self.retention:
             try:
@@ -146,7 +146,7 @@ class Driver:
             self.run.record("started", stage=node.name, reason=decision.reason, key=decision.key, attempt=attempt.name)
         else:
             decision = replace(decision, reason="goes on since an earlier command")
-        attempt = self.run.attempts(node.name)[-1]
+            attempt = self.run.attempts(node.name)[-1]
         self.running[node.name] = Running(node, attempt, job, decision.key, executor.kind)
         self.display.started(node, decision.reason)
 

@@ -4,16 +4,29 @@ import argparse
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import model_validator
 
 from contracts.config import Section, runtime
 from contracts.errors import TransientError, UserError
-from pipelines.locked import NAMES, InstallError, Locked, code_path, home, interpreter, resolve_variant, sync
+from contracts.surroundings import USER_PATH, is_launchers, python_variables, without_foreign
+from pipelines.locked import (
+    NAMES,
+    InstallError,
+    Locked,
+    code_path,
+    home,
+    interpreter,
+    resolve_variant,
+    source_root,
+    sync,
+)
 
 CONTAINER_RUNTIMES = ("apptainer", "singularity", "docker", "podman")
 PASSED_ON = (
@@ -21,6 +34,7 @@ PASSED_ON = (
     "RATCHET_RUN",
     "RATCHET_ROLE",
     "RATCHET_GRACE_SECONDS",
+    USER_PATH,
     "RANK",
     "WORLD_SIZE",
     "NODE_RANK",
@@ -52,10 +66,17 @@ class EnvironmentConfig(Section):
     prologue: str = runtime("")
     """Lines of bash to run before the stage, for example `module load cuda`."""
     variables: dict[str, str] = runtime({})
-    """Environment variables to set for the stage."""
+    """Environment variables to set for the stage. PYTHONPATH: folders with modules of yours, after the libraries."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name, value in self.variables.items():
+            if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} is no name of a variable: only letters, digits and _, and no digit first.")
+            if "\0" in value:
+                raise ValueError(f"the value of {name} holds a zero byte, which no variable can.")
+            if is_launchers(name):
+                raise ValueError(f"{name} tells a process its place among others, which Ratchet does. Remove it.")
         if self.conda and self.container:
             raise ValueError("conda and container exclude each other: name one of them.")
         if not self.container and (self.container_runtime or self.container_args):
@@ -87,6 +108,7 @@ def launch_command(environment: EnvironmentConfig, name: str, argv: list[str]) -
         python = interpreter(name)
         # Programs of the environment that its libraries call, such as ninja.
         variables.setdefault("PATH", f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
+        variables.setdefault("VIRTUAL_ENV", str(python.parent.parent))  # not the one that the driver was started in
         command = [str(python)]
     if environment.container or environment.conda:
         command.append(environment.python or "python")
@@ -107,14 +129,24 @@ def _variables(environment: EnvironmentConfig) -> dict[str, str]:
     if resolve_variant() == "cpu":
         defaults["DS_ACCELERATOR"] = "cpu"
     variables = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    theirs = dict(environment.variables)
+    users = [os.getcwd()]  # the driver's own settings are in the first of these, once it has settled
+    for paths in (os.environ.get(USER_PATH, ""), os.environ.get("PYTHONPATH", ""), theirs.pop("PYTHONPATH", "")):
+        users += [os.path.abspath(path) for path in paths.split(os.pathsep) if path]
     code = str(code_path())
-    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", code)]
-    variables["PYTHONPATH"] = os.pathsep.join([code, *others])
-    return variables | environment.variables
+    users = [path for path in dict.fromkeys(users) if path not in (code, str(source_root()))]
+    return variables | python_variables(code, users) | theirs
+
+
+def stage_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """What a process in one of the environments is given: what of this one's fits, and these variables."""
+    return {**without_foreign(os.environ), **variables}
 
 
 def _own_python(environment: EnvironmentConfig, name: str) -> str:
     python = os.path.expanduser(environment.python or "")
+    if os.sep in python:  # a link stays one: it is what makes a virtual environment
+        python = os.path.abspath(python)
     if not environment.prologue and shutil.which(python) is None:
         raise UserError(
             f"environments.{name}.python is {python!r}, which is not an executable file. Give the path of a Python "
@@ -173,7 +205,13 @@ def _probe(environment_json: str, name: str) -> dict[str, str]:
     )
     command, variables = launch_command(environment, name, ["-c", program])
     result = subprocess.run(
-        command, env=os.environ | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        command,
+        env=stage_environment(variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
     if result.returncode < 0:
         raise TransientError(f"looking at environments.{name} was ended by signal {-result.returncode}")

@@ -20,7 +20,7 @@ from pipelines.config import RunConfig
 from pipelines.graph import Node
 from pipelines.locked import home
 from pipelines.rundir import RunDirectory
-from pipelines.supervisor import supervise
+from pipelines.supervisor import supervise_here
 
 FOREVER_MINUTES = 60 * 24 * 365
 
@@ -100,7 +100,7 @@ class LocalExecutor:
         # Ctrl-C reaches the whole terminal; the driver alone answers it, and ends its stages in order.
         answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            return _SubmititJob(executor.submit(supervise, str(attempt)), folder)
+            return _SubmititJob(executor.submit(supervise_here, str(attempt)), folder)
         finally:
             signal.signal(signal.SIGINT, answer)
 
@@ -119,12 +119,13 @@ class _SubmititJob:
     def clear(self, attempt: Path) -> list[dict[str, str]]:
         if not (attempt / "exit.json").exists():
             for log in self._folder.glob("*_log.out"):
+                attempt.mkdir(parents=True, exist_ok=True)  # somebody may have deleted the logs meanwhile
                 shutil.copyfile(log, attempt / "supervisor.log")
         shutil.rmtree(self._folder, ignore_errors=True)
         return []
 
     def cancel(self, attempt: Path) -> None:
-        (attempt / "cancel").touch()
+        ask_to_end(attempt)
 
 
 class InlineExecutor(LocalExecutor):
@@ -135,7 +136,7 @@ class InlineExecutor(LocalExecutor):
     def submit(self, node: Node, attempt: Path, run: Path) -> Job:
         """Start the attempt in a thread."""
         write_request(node, attempt, run, self._config, self._threads, here=True)
-        thread = threading.Thread(target=supervise, args=(str(attempt),), name=node.name, daemon=True)
+        thread = threading.Thread(target=supervise_here, args=(str(attempt),), name=node.name, daemon=True)
         thread.start()
         return _ThreadJob(thread)
 
@@ -154,7 +155,13 @@ class _ThreadJob:
         return []
 
     def cancel(self, attempt: Path) -> None:
-        (attempt / "cancel").touch()
+        ask_to_end(attempt)
+
+
+def ask_to_end(attempt: Path) -> None:
+    """Ask the supervisor of an attempt to end it, also where somebody has deleted the logs meanwhile."""
+    attempt.mkdir(parents=True, exist_ok=True)
+    (attempt / "cancel").touch()
 
 
 def job_folder(run: Path) -> Path:

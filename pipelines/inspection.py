@@ -7,7 +7,6 @@ again.
 import concurrent.futures
 import contextlib
 import json
-import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from contracts.sampling import Request as SamplingRequest
 from contracts.sampling import Sample
 from contracts.versions import source_version
 from pipelines.config import EnvironmentsSection
-from pipelines.environments import EnvironmentConfig, launch_command, probe_versions
+from pipelines.environments import EnvironmentConfig, launch_command, probe_versions, stage_environment
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.locked import home
 from pipelines.preflight import origin_of
@@ -241,7 +240,7 @@ def _answer(environments: EnvironmentsSection, name: str, module: str, request: 
     if memory.is_file():
         return memory.read_bytes()
     command, variables = launch_command(environment, name, ["-m", module])
-    result = subprocess.run(command, env=os.environ | variables, input=request, capture_output=True, check=False)
+    result = subprocess.run(command, env=stage_environment(variables), input=request, capture_output=True, check=False)
     if result.returncode < 0:
         raise TransientError(f"preflight in environments.{name} was ended by signal {-result.returncode}")
     if result.returncode != 0:

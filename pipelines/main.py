@@ -12,9 +12,10 @@ from contracts.config import describe, validate
 from contracts.errors import UserError, as_user_error
 from contracts.preflight import refuse
 from contracts.stage import require_space
+from contracts.surroundings import INTERRUPTED, PIPE_GONE, output_is_gone
 from pipelines.attempts import StageFailedError
 from pipelines.config import ExecutorSection, RetentionSection, RunConfig, load_run_config
-from pipelines.display import Display
+from pipelines.display import Display, Screen
 from pipelines.doctor.command import add_doctor
 from pipelines.driver import Driver
 from pipelines.environments import env_main
@@ -55,7 +56,12 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command continues.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except BrokenPipeError:
+        if output_is_gone():
+            return PIPE_GONE
+        traceback.print_exc()
+        return 1
     except Exception as error:
         mistake = as_user_error(error)
         if mistake is None:
@@ -219,8 +225,8 @@ def run_command(options: argparse.Namespace) -> int:
 
 def make_console() -> Console:
     """Standard output; wide enough for the tables where it is not a terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    console = Screen()
+    return console if console.is_terminal else Screen(width=200)
 
 
 def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Verdict]:

@@ -19,6 +19,8 @@ from contracts.errors import UserError
 from pipelines.config import RunConfig
 
 PINNED = "pinned"
+FOREIGN = "foreign line"
+"""The event that stands for a line of events.jsonl that nobody can read: left by a crash, or by somebody else."""
 CANCEL = "cancel"
 """File in a run's directory by which its driver, on whatever machine, is asked to end."""
 
@@ -89,7 +91,7 @@ class RunDirectory:
         Raises:
             UserError: somebody else is.
         """
-        self._lock = (self.path / "lock").open("a+")
+        self._lock = (self.path / "lock").open("a+", encoding="utf-8", errors="replace")
         deadline = time.monotonic() + 1.0  # `pipeline status` holds the lock for an instant to see whether it is free
         while not _lock(self._lock, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
@@ -105,7 +107,7 @@ class RunDirectory:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
         self._lock.flush()
         (self.path / CANCEL).unlink(missing_ok=True)
-        self._mend_events()
+        self._drop_torn_event()
 
     def submitting(self) -> contextlib.AbstractContextManager[None]:
         """Be the only one, on any machine, who submits jobs of the run, or changes what they wait for, or ends them."""
@@ -116,7 +118,7 @@ class RunDirectory:
         for path in [*self.path.glob("*.tmp"), *(self.path / "logs").rglob("*.tmp")]:
             path.unlink(missing_ok=True)
 
-    def _mend_events(self) -> None:
+    def _drop_torn_event(self) -> None:
         """Cut off the line that a killed process was writing, so that the next one starts on a line of its own."""
         path = self.path / "events.jsonl"
         if path.exists():
@@ -127,7 +129,7 @@ class RunDirectory:
         """Who drives the run at this moment, if anybody."""
         if not (self.path / "lock").exists():
             return None
-        with (self.path / "lock").open() as file:
+        with (self.path / "lock").open(encoding="utf-8", errors="replace") as file:
             return None if _lock(file, fcntl.LOCK_SH) else file.read().strip()
 
     @property
@@ -158,7 +160,7 @@ class RunDirectory:
         """One entry of run.json."""
         path = self.path / "run.json"
         try:
-            return json.loads(path.read_text())[name]
+            return json.loads(path.read_text(encoding="utf-8"))[name]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path} is damaged ({name}: {error}). Delete it; the next `pipeline run` writes it again."
@@ -171,20 +173,20 @@ class RunDirectory:
             while not _lock(file, fcntl.LOCK_EX):  # jobs on other machines write too
                 time.sleep(0.01)
             if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                self._mend_events()  # one was killed while it did
+                self._drop_torn_event()  # one was killed while it did
             file.write(line)
             file.flush()
 
     def events(self) -> list[dict[str, Any]]:
-        """What was recorded, in order."""
+        """What was recorded, in order; of a line that is none of Ratchet's, that it is there ("foreign line")."""
         path = self.path / "events.jsonl"
-        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [_event(line) for line in lines if line.strip()]
 
     def new_attempt(self, stage: str) -> Path:
         """A fresh directory for the logs of one attempt at a stage."""
         folder = self.path / "logs" / stage
-        number = 1 + sum(1 for _ in folder.glob("attempt-*")) if folder.exists() else 1
-        attempt = folder / f"attempt-{number}"
+        attempt = folder / f"attempt-{max(map(_number, self._attempts(stage)), default=0) + 1}"
         attempt.mkdir(parents=True)
         return attempt
 
@@ -194,8 +196,23 @@ class RunDirectory:
 
     def attempts(self, stage: str) -> list[Path]:
         """The attempts at a stage, the latest last."""
-        found = (self.path / "logs" / stage).glob("attempt-*")
-        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        return sorted((path for path in self._attempts(stage) if path.is_dir()), key=_number)
+
+    def _attempts(self, stage: str) -> list[Path]:
+        """Whatever has the name of an attempt; people may have put other things beside them."""
+        return [path for path in (self.path / "logs" / stage).glob("attempt-*") if path.name[8:].isdecimal()]
+
+
+def _number(attempt: Path) -> int:
+    return int(attempt.name.rpartition("-")[2])
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else {"event": FOREIGN}
 
 
 @contextlib.contextmanager

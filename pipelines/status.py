@@ -13,6 +13,7 @@ from rich.table import Table
 
 from contracts.artifacts import MANIFEST, RELEASED, Artifact, Manifest, write_atomically
 from contracts.errors import UserError
+from pipelines.display import plural
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.report import print_table
 from pipelines.rundir import CANCEL, RunDirectory
@@ -105,37 +106,63 @@ def save_report(run: RunDirectory, graph: Graph) -> None:
 
 def event_lines(events: list[dict[str, Any]]) -> list[str]:
     """What happened on the way that a reader of the results should know: accidents, retries, requeues; in order."""
-    explained = {event["job"] for event in events if event["event"] == "requeue"}
-    by_command = {id for event in events if event["event"] == "cancelled" for id in event["jobs"]}
+    explained = {str(event.get("job")) for event in events if event["event"] == "requeue"}
+    cancelled = [event.get("jobs") for event in events if event["event"] == "cancelled"]
+    by_command = {str(id) for ids in cancelled if isinstance(ids, list) for id in ids}
     lines: dict[str, None] = {}
+    unread = 0
     for event in events:
-        when, stage = event.get("time"), event.get("stage")
-        match event["event"]:
-            case "slurm":
-                if event["job"].partition("_")[0] in by_command and event["state"].startswith("CANCELLED"):
-                    continue
-                if event["state"] == "REQUEUED" and event["job"] in explained:
-                    continue
-                text = in_words(event)
-                with contextlib.suppress(ValueError):  # one that has no end
-                    when = datetime.fromisoformat(event["end"]).timestamp()
-            case "requeue":
-                text = f"job {event['job']} on {event['host']}: saved what it had and was requeued ({event['reason']})"
-            case "restart":
-                text = f"job {event['job']} on {event['host']}: its process ended with exit code {event['code']}"
-                text += ", and was started again"
-            case "failed":
-                again = event["retry_in"]
-                then = "not tried again" if again is None else f"tried again after {again:.0f} s"
-                text = f"{event['attempt']} {event['how']} {then[0].upper()}{then[1:]}."
-            case "source changed":
-                text = f"made by Ratchet's source {event['ran']}, which was {event['asked']} when it was asked for"
-            case "cancelled":
-                stage, text = "the run", f"cancelled by {event['by']} with `pipeline cancel`"
-            case _:
-                continue
-        lines[f"{time.strftime('%F %T', time.localtime(when))}  {stage}: {text}"] = None
-    return sorted(lines)
+        try:
+            line = _event_line(event, explained, by_command)
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+        ):  # of another version of Ratchet, or somebody's own
+            line, unread = None, unread + 1
+        if line is not None:
+            lines[line] = None
+    left_out = f"{plural(unread, 'line')} of events.jsonl cannot be read and left out here; nothing depends on that."
+    return sorted(lines) + ([left_out] if unread else [])
+
+
+def _event_line(event: dict[str, Any], explained: set[str], by_command: set[str]) -> str | None:
+    """One event in words; None for one that is of no interest afterwards.
+
+    Args:
+        explained: the jobs whose requeue is told by the job itself.
+        by_command: the jobs that were cancelled by `pipeline cancel`.
+    """
+    when, stage = event.get("time"), event.get("stage")
+    match event["event"]:
+        case "slurm":
+            if event["job"].partition("_")[0] in by_command and event["state"].startswith("CANCELLED"):
+                return None
+            if event["state"] == "REQUEUED" and event["job"] in explained:
+                return None
+            text = in_words(event)
+            with contextlib.suppress(ValueError):  # one that has no end
+                when = datetime.fromisoformat(event["end"]).timestamp()
+        case "requeue":
+            text = f"job {event['job']} on {event['host']}: saved what it had and was requeued ({event['reason']})"
+        case "restart":
+            text = f"job {event['job']} on {event['host']}: its process ended with exit code {event['code']}"
+            text += ", and was started again"
+        case "failed":
+            again = event["retry_in"]
+            then = "not tried again" if again is None else f"tried again after {again:.0f} s"
+            text = f"{event['attempt']} {event['how']} {then[0].upper()}{then[1:]}."
+        case "source changed":
+            text = f"made by Ratchet's source {event['ran']}, which was {event['asked']} when it was asked for"
+        case "cancelled":
+            stage, text = "the run", f"cancelled by {event['by']} with `pipeline cancel`"
+        case "foreign line":
+            raise ValueError("foreign line")
+        case _:
+            return None
+    return f"{time.strftime('%F %T', time.localtime(when))}  {stage}: {text}"
 
 
 def queued_jobs(run: RunDirectory, graph: Graph, patience: float = PATIENCE) -> list[Queued]:

@@ -19,20 +19,24 @@ On a cluster several supervisors work on an attempt. The last five are then in a
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeGuard
 
 import msgspec
 
 from contracts.artifacts import write_atomically
-from contracts.attempt import ATTEMPT, FAILURES, HEARTBEAT, PROGRESS, STALL, FailureKind
+from contracts.attempt import ATTEMPT, FAILURES, HEARTBEAT, PROGRESS, STALL, FailureKind, reason, report_failure
+from contracts.errors import TransientError, UserError
+from contracts.limits import limit_behind_signal
 from contracts.processes import end_groups
-from contracts.stopping import DEFAULT_GRACE, GRACE, SIGNALS
+from contracts.stopping import DEFAULT_GRACE, GRACE, SIGNALS, TERMINAL
+from contracts.surroundings import without_foreign
 
 RUN = "RATCHET_RUN"
 """Environment variable of every process of a run: the run's directory. Orphans are found by it."""
@@ -40,6 +44,8 @@ POLL_SECONDS = 0.1
 FAR_POLL_SECONDS = 0.5
 """Between two looks at files that a file server has to be asked about."""
 PUBLISHER = "publisher"
+COUNTED = {"done": int, "total": int, "unit": str}
+PART = re.compile(rf"task-\d+|{PUBLISHER}")
 REQUEST = "request.json"
 DECISION = "decision.json"
 
@@ -80,12 +86,12 @@ def supervise(
         variables: further environment variables of the command.
         asked_to_stop: whether the command is to be ended so that it can go on later. Then nothing is said of its end.
     """
-    request = msgspec.json.decode(Path(attempt, REQUEST).read_bytes(), type=Request)
+    request = request_of(Path(attempt))
     folder = Path(attempt, part)
     folder.mkdir(exist_ok=True)
     for path in [folder / "exit.json", *folder.glob(FAILURES)]:  # of what was interrupted here
         path.unlink(missing_ok=True)
-    environment = {key: value for key, value in os.environ.items() if key not in request.unset}
+    environment = {key: value for key, value in without_foreign(os.environ).items() if key not in request.unset}
     environment.update(request.environment)
     environment.update(variables or {})
     if request.first_on_path:
@@ -95,19 +101,11 @@ def supervise(
         environment[RUN] = request.run
     environment[GRACE] = str(request.grace_seconds)
     environment[STALL] = "" if request.stall_seconds is None else str(request.stall_seconds)
-    start = time.time()
+    start, begun = time.time(), time.monotonic()
     stalled = False
     watch = Watch(folder)
     with (folder / "stage.log").open("ab") as log:
-        process = subprocess.Popen(
-            request.argv,
-            env=environment,
-            cwd=request.directory,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = _start(request, environment, log)
         try:
             while process.poll() is None:
                 if asked_to_stop() or not driver_lives(request.driver) or Path(attempt, "cancel").exists():
@@ -120,12 +118,63 @@ def supervise(
         finally:
             end_groups([process], 0.0 if stalled else request.grace_seconds + 10)
             end_marked(f"{ATTEMPT}={folder}")
+    code = process.returncode
+    if (code < 0 or code > 128) and (limit := limit_behind_signal(-code if code < 0 else code - 128)):
+        report_failure("user", limit, folder)
     if not asked_to_stop():
-        record = {"code": process.returncode, "started": start, "ended": time.time()}
+        record = {"code": process.returncode, "started": start, "ended": start + time.monotonic() - begun}
         if stalled:
             record["stalled"] = request.stall_seconds
+        folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted the logs meanwhile
         write_atomically(folder / "exit.json", json.dumps(record).encode())
     return process.returncode
+
+
+def supervise_here(attempt: str) -> int:
+    """`supervise`, with what goes wrong outside of the stage's own process noted as the attempt's failure."""
+    try:
+        return supervise(attempt)
+    except Exception as error:
+        code, kind, text = reason(error)
+        Path(attempt).mkdir(parents=True, exist_ok=True)
+        report_failure(kind, text, Path(attempt))
+        return code
+
+
+def request_of(attempt: Path) -> Request:
+    """What was asked for in an attempt.
+
+    Raises:
+        TransientError: nobody can read it any more; another attempt gets a request of its own.
+    """
+    try:
+        return msgspec.json.decode((attempt / REQUEST).read_bytes(), type=Request)
+    except (OSError, ValueError) as error:
+        raise TransientError(f"{attempt / REQUEST} was deleted or damaged: {error}") from error
+
+
+def _start(request: Request, environment: Mapping[str, str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
+    """Start the stage's command.
+
+    Raises:
+        UserError: its program or its working directory does not exist any more.
+    """
+    if not Path(request.directory).is_dir():
+        raise UserError(
+            f"the working directory {request.directory} does not exist any more. Run the command in one that stays."
+        )
+    try:
+        return subprocess.Popen(
+            request.argv,
+            env=environment,
+            cwd=request.directory,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{request.argv[0]} cannot be started: {error.strerror}. Does it still exist?") from error
 
 
 class Watch:
@@ -138,10 +187,17 @@ class Watch:
 
     def silent_seconds(self) -> float:
         """Time since the last change, by this machine's clock alone: a file server may have another."""
-        seen = [path.stat().st_mtime for path in self._files if path.exists()]
+        seen = [modified for path in self._files if (modified := _modified(path)) is not None]
         if seen != self._seen:
             self._seen, self._since = seen, time.monotonic()
         return time.monotonic() - self._since
+
+
+def _modified(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def show_tracebacks(attempt: str) -> None:
@@ -210,7 +266,7 @@ def ending_of(attempt: Path) -> Ending:
 
 def parts_of(attempt: Path) -> list[Path]:
     """The folders in which the supervisors of an attempt keep their files; tasks first."""
-    found = [path for path in attempt.iterdir() if path.is_dir()] if attempt.is_dir() else []
+    found = [path for path in attempt.iterdir() if PART.fullmatch(path.name)] if attempt.is_dir() else []
     return sorted(found, key=lambda path: (path.name == PUBLISHER, len(path.name), path.name)) or [attempt]
 
 
@@ -222,10 +278,13 @@ def _ending_of_part(part: Path) -> Ending | None:
         killed = "ended without a word: its supervisor was killed."
         how = killed if failure is None else "failed before its command had ended."
     else:
-        record = json.loads((part / "exit.json").read_bytes())
-        if record["code"] == 0:
+        record = _read(part / "exit.json", {"code": int})
+        if record is None:
+            how, kind = "ended, but its exit.json cannot be read.", "transient"
+        elif record["code"] == 0:
             return None
-        how, kind = _how(int(record["code"]), record.get("stalled"))
+        else:
+            how, kind = _how(record["code"], record.get("stalled"))
     return Ending(kind, how, None) if failure is None else Ending(failure["kind"], how, failure["text"])
 
 
@@ -240,7 +299,7 @@ def _how(code: int, stalled: float | None) -> tuple[str, FailureKind]:
             "was killed by SIGKILL: by the system, if its memory ran out (dmesg says so), or by somebody.",
             "transient",
         )
-    stops = {sign * number + offset for number in SIGNALS for sign, offset in ((-1, 0), (1, 128))}
+    stops = {sign * number + offset for number in (*SIGNALS, *TERMINAL) for sign, offset in ((-1, 0), (1, 128))}
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}.", "stopped" if code in stops else "transient"
     return f"failed with exit code {code}.", "stopped" if code in stops else "error"
@@ -260,26 +319,44 @@ def failure_of(attempt: Path) -> dict[str, Any] | None:
 
 
 def _first_failure(parts: list[Path]) -> dict[str, Any] | None:
-    records = [json.loads(path.read_bytes()) for part in parts for path in part.glob(FAILURES)]
-    return min(records, key=lambda record: (SEVERITY[record["kind"]], float(record["time"])), default=None)
+    found = [
+        _read(path, {"kind": str, "text": str, "time": (int, float)}) for part in parts for path in part.glob(FAILURES)
+    ]
+    records = [record for record in found if record is not None and record["kind"] in SEVERITY]
+    return min(records, key=lambda record: (SEVERITY[record["kind"]], record["time"]), default=None)
+
+
+def _read(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any] | None:
+    """A small file that a stage or its supervisor has left; None where it was torn, or is somebody else's."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if _is_record(record, fields) else None
+
+
+def _is_record(value: Any, fields: Mapping[str, type | tuple[type, ...]]) -> TypeGuard[dict[str, Any]]:
+    """Whether something that was read is an object with these fields, of these types."""
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in fields.items())
 
 
 def log_of(attempt: Path) -> Path:
     """The log to read first: of the part that failed, else of the last one that has any."""
     parts = parts_of(attempt)
     failed = [part for part in parts if _ending_of_part(part) is not None and any(part.glob(FAILURES))]
-    logged = [part for part in reversed(parts) if (part / "stage.log").exists()]
+    logged = [part for part in reversed(parts) if (part / "stage.log").is_file()]
     return [*failed, *logged, attempt][0] / "stage.log"
 
 
 def progress_of(attempt: Path) -> str | None:
     """How far an attempt says it is: "3/8 shards" or "3/8 shards, 17/64 samples of the next"; None: nothing yet."""
-    records = [json.loads((part / PROGRESS).read_bytes()) for part in parts_of(attempt) if (part / PROGRESS).exists()]
+    found = [_read(part / PROGRESS, COUNTED) for part in parts_of(attempt)]
+    records = [record for record in found if record is not None]
     if not records:
         return None
-    furthest = max(records, key=lambda record: int(record["done"]))
+    furthest = max(records, key=lambda record: record["done"])
     within = furthest.get("within")
-    more = f", {within['done']}/{within['total']} {within['unit']} of the next" if within else ""
+    more = f", {within['done']}/{within['total']} {within['unit']} of the next" if _is_record(within, COUNTED) else ""
     return f"{furthest['done']}/{furthest['total']} {furthest['unit']}{more}"
 
 

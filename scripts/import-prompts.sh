@@ -7,6 +7,5 @@
 #
 # Runs in the locked environment; PYTHON names another interpreter.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "${PYTHON:-$("$root/.venv/bin/pipeline" env python annotation)}" -m contracts "$@"
+source "$(dirname "$0")/stage.sh"
+run_stage annotation contracts "$@"

@@ -1,5 +1,15 @@
 """`python -m training {sft,reward,value-head,experience,policy,critic,ema}`."""
 
+import os
+import sys
+
+# Ours before anything in the working directory that is called the same.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from contracts import surroundings
+
+if __name__ == "__main__":
+    surroundings.settle()
+
 from contracts.records import CHECKPOINT, EXPERIENCE
 from contracts.stage import Command, main
 from training.config import (

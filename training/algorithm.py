@@ -30,7 +30,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from contracts.errors import UserError
+
 Figures = dict[str, Tensor]
+
+
+def lacking(need: str) -> UserError:
+    """What to raise where an algorithm's file uses what it has not asked for."""
+    return UserError(f'the algorithm uses what its NEEDS do not ask for. Add "{need}" to NEEDS in its file.')
 
 
 def owners(lengths: Tensor, tokens: int) -> Tensor:
@@ -62,7 +69,8 @@ class Answers:
     @property
     def log_ratio(self) -> Tensor:
         """log pi(y|x) - log pi_ref(y|x)."""
-        assert self.reference_logp is not None, 'the algorithm\'s NEEDS lack "reference"'
+        if self.reference_logp is None:
+            raise lacking("reference")
         return self.logp - self.reference_logp
 
     @property

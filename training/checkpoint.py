@@ -146,7 +146,7 @@ def _config(start: Path, config: Any, dtype: torch.dtype, changes: dict[str, Any
     transformers 4 looks for `torch_dtype` and for the rotary embedding's settings in `rope_theta` and `rope_scaling`;
     without them it silently assumes float32 and 10000.
     """
-    data: dict[str, Any] = json.loads((start / "config.json").read_text())
+    data: dict[str, Any] = json.loads((start / "config.json").read_bytes())
     name = str(dtype).removeprefix("torch.")
     data.update(changes, dtype=name, torch_dtype=name)
     rope = getattr(config, "rope_parameters", None)
@@ -159,7 +159,7 @@ def _config(start: Path, config: Any, dtype: torch.dtype, changes: dict[str, Any
 
 def _copy(publication: Publication, source: Path, unit: str) -> None:
     if source.name == "tokenizer_config.json":
-        data = json.loads(source.read_text())
+        data = json.loads(source.read_bytes())
         if data.get("tokenizer_class") == "TokenizersBackend":  # a name that only transformers 5 knows
             _write_json(publication, source.name, {**data, "tokenizer_class": "PreTrainedTokenizerFast"}, unit)
             return
@@ -168,5 +168,7 @@ def _copy(publication: Publication, source: Path, unit: str) -> None:
 
 
 def _write_json(publication: Publication, name: str, data: dict[str, Any], unit: str) -> None:
-    publication.scratch(name).write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    publication.scratch(name).write_text(
+        json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     publication.commit(name, Ledger(unit))

@@ -57,8 +57,8 @@ def launch(config: TrainingConfig) -> bool:
         return False
     with tempfile.TemporaryDirectory(prefix="ratchet-launch-") as directory:
         folder = Path(directory)
-        (folder / "stage.json").write_text(config.model_dump_json())
-        (folder / "accelerate.json").write_text(json.dumps(launcher_settings(config.parallel)))
+        (folder / "stage.json").write_text(config.model_dump_json(), encoding="utf-8")
+        (folder / "accelerate.json").write_text(json.dumps(launcher_settings(config.parallel)), encoding="utf-8")
         command = [sys.executable, "-m", "training.launch", str(os.getpid()), config.stage, directory]
         process = subprocess.Popen(command, start_new_session=True)
         try:
@@ -140,13 +140,13 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     folder = Path(directory)
-    config = json.loads((folder / "stage.json").read_text())
+    config = json.loads((folder / "stage.json").read_bytes())
     parallel = ParallelConfig(**config["parallel"])
-    settings = json.loads((folder / "accelerate.json").read_text())
+    settings = json.loads((folder / "accelerate.json").read_bytes())
     if not torch.cuda.is_available():
         settings["use_cpu"] = True
         os.environ["DS_ACCELERATOR"] = "cpu"
-        (folder / "accelerate.json").write_text(json.dumps(settings))
+        (folder / "accelerate.json").write_text(json.dumps(settings), encoding="utf-8")
     here = parallel.processes // parallel.nodes
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
     os.environ[LAUNCHER] = str(os.getpid())

@@ -99,7 +99,7 @@ def check_layout(parallel: ParallelConfig, model: Path) -> None:
             f"{model} is a {architecture}; tensor, pipeline and sequence parallelism know {', '.join(LLAMA_LIKE)} "
             "models. Set parallel.tp, parallel.pp and parallel.sp to 1, and parallel.zero to 3 or fsdp2 to shard it."
         )
-    config: dict[str, Any] = json.loads((model / "config.json").read_text())
+    config: dict[str, Any] = json.loads((model / "config.json").read_bytes())
     layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
     if parallel.pp > layers:
         raise UserError(f"parallel.pp is {parallel.pp}, but {model} has {layers} layers. Set it to at most {layers}.")

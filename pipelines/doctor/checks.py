@@ -22,7 +22,7 @@ from pipelines.config import RunConfig
 from pipelines.display import plural
 from pipelines.doctor.machine import Finding, Level, existing
 from pipelines.driver import default_parallel
-from pipelines.environments import EnvironmentConfig, launch_command, probe_versions
+from pipelines.environments import EnvironmentConfig, launch_command, probe_versions, stage_environment
 from pipelines.estimates import Memory, published_bytes, scratch_bytes
 from pipelines.graph import Graph, Node
 from pipelines.inspection import preflight
@@ -386,7 +386,7 @@ def ask(environment: EnvironmentConfig, name: str, argv: list[str]) -> Any:
     """
     command, variables = launch_command(environment, name, argv)
     result = subprocess.run(
-        command, env=os.environ | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        command, env=stage_environment(variables), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     if result.returncode != 0:
         last = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-1]

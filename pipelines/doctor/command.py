@@ -19,7 +19,7 @@ from contracts import stopping
 from contracts.errors import UserError, as_user_error
 from contracts.secrets import TOKEN
 from pipelines.config import load_run_config
-from pipelines.display import plural
+from pipelines.display import Screen, plural
 from pipelines.doctor.checks import (
     Plan,
     check_cluster,
@@ -58,7 +58,7 @@ def doctor_command(options: argparse.Namespace) -> int:
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(findings), indent=1).decode())
     else:
-        print_findings(Console(), findings)
+        print_findings(Screen(), findings)
     return UserError.exit_code if any(finding.level == "error" for finding in findings) else 0
 
 

@@ -70,8 +70,10 @@ class Jobs(msgspec.Struct, frozen=True):
 
 def jobs_of(attempt: Path) -> Jobs | None:
     """The jobs of an attempt, if any were submitted."""
-    path = attempt / RECORD
-    return msgspec.json.decode(path.read_bytes(), type=Jobs) if path.exists() else None
+    try:
+        return msgspec.json.decode((attempt / RECORD).read_bytes(), type=Jobs)
+    except (OSError, ValueError):  # none, or damaged: jobs that nobody knows are cancelled, and submitted once more
+        return None
 
 
 def last_jobs(run: RunDirectory, stage: str) -> Jobs | None:

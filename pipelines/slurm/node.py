@@ -3,6 +3,7 @@
 Every task of every array starts with this, so it imports as little as it can.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -155,9 +156,8 @@ def _run_command(task: Task, part: str) -> int:
 
 def _is_reused(task: Task) -> bool:
     """Whether the stage has nothing to do, which the first of its tasks decides for all."""
-    path = Path(task.attempt, DECISION)
-    if path.exists():
-        return bool(json.loads(path.read_bytes())["reuse"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: the same once more
+        return bool(json.loads(Path(task.attempt, DECISION).read_bytes())["reuse"])
     from pipelines.slurm.chain import prepare
 
     return prepare(task).reuse

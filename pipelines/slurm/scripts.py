@@ -118,11 +118,11 @@ def write_dry_run(
     for number, node in enumerate(graph.nodes.values(), start=1):
         if node.name in runs and wanted[node.name].work.executor == "slurm":
             _write_scripts(folder / "sbatch", number, node, graph, config, wanted, set(runs) if detached else set())
-    (folder / "resolved.yaml").write_text(yaml_text.dump(config.model_dump(mode="json")))
+    (folder / "resolved.yaml").write_text(yaml_text.dump(config.model_dump(mode="json")), encoding="utf-8")
     stages = [_as_data(node, wanted[node.name], runs.get(node.name)) for node in graph.nodes.values()]
     sums = {key: sum(stage[key] for stage in stages if stage["name"] in runs) for key in ("jobs", *HOURS)}
     content = {"run": str(graph.directory), "detached": detached, "stages": stages, "total": sums}
-    (folder / "graph.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "graph.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _print(console, [stage for stage in stages if stage["name"] in runs])
     console.print(f"written: {folder}/sbatch, resolved.yaml, graph.json", soft_wrap=True, highlight=False)
 
@@ -183,7 +183,7 @@ def _write_scripts(
             teardown=again if part is (mine.finish or mine.work) else (),
         )
         executor = make_executor(job_folder(run) / "slurm" / f"{name}{suffix}", parameters)
-        (folder / f"{name}{suffix}.sbatch").write_text(script(executor, part.tasks))
+        (folder / f"{name}{suffix}.sbatch").write_text(script(executor, part.tasks), encoding="utf-8")
 
 
 def _as_data(node: Node, wanted: Asked, reason: str | None) -> dict[str, Any]:

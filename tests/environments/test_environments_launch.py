@@ -92,7 +92,8 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         environment(python=sys.executable, variables={"TOKENIZERS_PARALLELISM": "true"}), "training", []
     )
     assert variables["TOKENIZERS_PARALLELISM"] == "true"
-    assert variables["PYTHONPATH"] == f"{code_path()}{os.pathsep}/mine"
+    assert variables["PYTHONPATH"] == str(code_path())
+    assert variables["RATCHET_PYTHONPATH"] == f"{Path.cwd()}{os.pathsep}/mine" if Path.cwd() != code_path() else "/mine"
     assert "DS_ACCELERATOR" not in variables
 
 

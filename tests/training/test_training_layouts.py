@@ -254,6 +254,7 @@ def test_a_layout_that_does_not_run_is_an_error(
         "policy", f"model={deep['tied']}", f"pairs=[{pairs['pairs']}]", f"reference=[{pairs['reference']}]",
         f"output={tmp_path / 'out'}", f"parallel={parallel}",
         check=False, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
+        TORCHELASTIC_RUN_ID="theirs",
     )  # fmt: skip
     assert result.returncode == 2
     assert message in result.stderr

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from contracts.errors import UserError
-from training.algorithm import Experience, Figures, Samples, owners
+from training.algorithm import Experience, Figures, Samples, lacking, owners
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios of probabilities are cut here before the exponential, which is infinite in fp32 from 89 on."""
@@ -26,7 +26,8 @@ def penalised_rewards(experience: Experience) -> Tensor:
     Ziegler et al. 2019, arXiv 1909.08593, eq. 2, as InstructGPT spreads it over the tokens (arXiv 2203.02155). pi is
     the policy that sampled. A truncated response gets its reward at its last token like any other.
     """
-    assert experience.reference is not None, 'the algorithm\'s NEEDS lack "reference"'
+    if experience.reference is None:
+        raise lacking("reference")
     rewards = -experience.kl_coefficient * (experience.behaviour - experience.reference)
     return rewards.index_add(0, experience.lengths.cumsum(0) - 1, experience.rewards)
 

@@ -1,0 +1,245 @@
+"""Makes a process independent of where and how it was started; the first thing that every entry point does.
+
+Ours and the libraries' modules come before files of the same name in the working directory or on PYTHONPATH, which
+stay importable behind them. Variables that tell a process its place among others count where a launcher has set them,
+not where a notebook or a cluster's prologue has left them behind. Output that a terminal cannot show is replaced.
+
+Imports only what Python itself has loaded already, or what lies beside this file.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+from contracts.limits import explain_and_leave, raise_open_files
+
+USER_PATH = "RATCHET_PYTHONPATH"
+"""Environment variable: the user's own folders with modules, which come after the libraries."""
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+"""The directory that holds Ratchet's packages."""
+PYTHON_KEPT = (
+    "PYTHONDONTWRITEBYTECODE",
+    "PYTHONFAULTHANDLER",
+    "PYTHONHASHSEED",
+    "PYTHONMALLOC",
+    "PYTHONNOUSERSITE",
+    "PYTHONPYCACHEPREFIX",
+    "PYTHONUNBUFFERED",
+)
+"""Python's variables that change nothing of what a stage imports, computes or says of its end."""
+LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "ROLE_WORLD_SIZE",
+    "TORCHELASTIC_",
+    "OMPI_",
+    "PMI_",
+    "PMIX_",
+    "MV2_",
+    "MPI_LOCALRANKID",
+    "MPI_LOCALNRANKS",
+)
+"""Variables, and beginnings of variables, in which a launcher tells each process which of several it is."""
+FOREIGN = (
+    *LAUNCHED,
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "ACCELERATE_",
+    "FSDP_",
+    "DEEPSPEED_",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NODEID",
+    "SLURM_NTASKS",
+    "SLURM_NTASKS_PER_NODE",
+    "SLURM_NPROCS",
+    "SLURM_STEPID",
+    "SLURM_STEP_",
+    "SLURM_TASK_PID",
+    "SLURM_TASKS_PER_NODE",
+    "SLURM_GTIDS",
+    "SLURM_MPI_TYPE",
+    "SLURM_LAUNCH_NODE_IPADDR",
+    "SLURM_SRUN_COMM_",
+    "SLURM_PMI_",
+    "SLURM_PMIX_",
+)
+"""Further ones by which launchers steer what they start; the driver's stages get none but those that it sets itself."""
+EVIDENCE = (
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+"""Rank and number of processes as srun and mpirun say them."""
+INTERRUPTED = 128 + signal.SIGINT
+PIPE_GONE = 128 + signal.SIGPIPE
+NO_DIRECTORY = "the working directory does not exist any more. Change to one that does, for example with `cd`."
+
+
+def settle(*, stage: bool = True) -> None:
+    """Do all of that for this process, and for those that it will start.
+
+    Args:
+        stage: a launcher may have started this process as one of several; the driver is always alone.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)  # until whoever runs the command has an answer of its own
+    sys.excepthook = _say_why
+    raise_open_files()
+    show_anything()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        _refuse(NO_DIRECTORY)
+    _settle_paths()
+    if stage and "RATCHET_ROLE" not in os.environ:
+        _settle_launcher()
+
+
+def show_anything() -> None:
+    """Have output that the terminal's encoding cannot express replaced, not refused."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a variable belongs to a launcher, or changes how Python works: not for a stage of the driver's."""
+    if name.startswith("PYTHON"):
+        return name not in PYTHON_KEPT
+    return _is_one_of(name, FOREIGN)
+
+
+def is_launchers(name: str) -> bool:
+    """Whether a launcher tells a process by this variable which of several it is, or where the first of them is."""
+    return _is_one_of(name, LAUNCHED) or name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def without_foreign(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that a stage of the driver's inherits: without those of other launchers and of Python's own.
+
+    A folder for temporary files that cannot be used is left out as well: libraries that read the variable themselves
+    would fail where others fall back to /tmp.
+    """
+    kept = {name: value for name, value in environment.items() if not is_foreign(name)}
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        if name in kept and not os.access(kept[name], os.W_OK | os.X_OK):
+            del kept[name]
+    return kept
+
+
+def _settle_paths() -> None:
+    """Put the user's folders behind the libraries, here and in every Python process to come."""
+    named = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    users = [path for path in os.environ.get(USER_PATH, "").split(os.pathsep) if path]
+    users += [path for path in named if not _same(path, ROOT)]
+    if not sys.flags.safe_path:
+        users.append(os.getcwd())
+    users = [path for path in dict.fromkeys(map(os.path.abspath, users)) if not _same(path, ROOT)]
+    ours = [path for path in sys.path if path and os.path.abspath(path) not in users]
+    sys.path[:] = [ROOT, *(path for path in dict.fromkeys(ours) if not _same(path, ROOT)), *users]
+    for name in [name for name in os.environ if name.startswith("PYTHON") and is_foreign(name)]:
+        del os.environ[name]
+    os.environ |= python_variables(ROOT, users)
+
+
+def python_variables(code: str, users: list[str]) -> dict[str, str]:
+    """The variables by which a Python process finds Ratchet's code first and the user's modules last."""
+    return {
+        "PYTHONPATH": code,
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUTF8": "1",
+        USER_PATH: os.pathsep.join(users),
+    }
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _settle_launcher() -> None:
+    """Keep what a launcher has said, drop what nobody has, and refuse what would be waited for in vain."""
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if (rank is None and size is None) or not _has_launcher():
+        if size not in (None, "", "1") or rank not in (None, "", "0"):
+            found = ", ".join(f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ)
+            _refuse(
+                f"{found} in the environment would make this one of several processes, but no launcher has started it "
+                "(torchrun, accelerate launch, deepspeed, or srun or mpirun with the same numbers). Run "
+                "`unset RANK WORLD_SIZE LOCAL_RANK` first, or start it with the launcher."
+            )
+        for name in [name for name in os.environ if _is_one_of(name, LAUNCHED)]:
+            del os.environ[name]
+        return
+    if not (rank and size and rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        _refuse(f"RANK={rank}, WORLD_SIZE={size}: RANK must be from 0 to WORLD_SIZE - 1. Unset both, or correct them.")
+
+
+def _is_one_of(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a variable is listed, or begins with a listed beginning, which ends with an underscore."""
+    return name in patterns or name.startswith(tuple(item for item in patterns if item.endswith("_")))
+
+
+def _has_launcher() -> bool:
+    """Whether somebody who starts several processes has set RANK and WORLD_SIZE."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ:  # torchrun and accelerate; deepspeed
+        return True
+    told = (os.environ.get("RANK"), os.environ.get("WORLD_SIZE"))
+    return any((os.environ.get(rank), os.environ.get(size)) == told for rank, size in EVIDENCE)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Interrupted while the libraries are loaded: nothing has begun, and there is nothing to explain."""
+    os._exit(INTERRUPTED)
+
+
+def _say_why(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of what goes wrong before, or beside, whoever answers the errors of a command."""
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(INTERRUPTED)
+    explain_and_leave(error)
+    sys.__excepthook__(kind, error, trace)
+
+
+def _refuse(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)
+
+
+def output_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as after `| head -1`."""
+    import select
+
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def finish(code: int) -> NoReturn:
+    """Exit without a word of Python's; with 141, as a shell says of SIGPIPE, where nobody reads the output any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            code = code or PIPE_GONE
+        except (OSError, ValueError):
+            code = code or 1
+    sys.exit(code)

@@ -1,0 +1,12 @@
+# Sourced by the scripts of the stages: how `python -m STAGE` finds Ratchet's code first and modules of yours last,
+# whatever lies in the working directory or on PYTHONPATH, and what makes it fast. What you have set yourself stays.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export RATCHET_PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}${RATCHET_PYTHONPATH:+:$RATCHET_PYTHONPATH}
+export PYTHONPATH=$root PYTHONSAFEPATH=1 PYTHONUTF8=1
+unset PYTHONHOME PYTHONOPTIMIZE
+
+run_stage() { # run_stage ENVIRONMENT PACKAGE ARGUMENTS ...
+  local environment=$1 package=$2
+  shift 2
+  exec "${PYTHON:-$("$root/.venv/bin/pipeline" env python "$environment")}" -m "$package" "$@"
+}
