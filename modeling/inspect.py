@@ -40,7 +40,8 @@ def examine_model(stage: Stage, model: Path, renders: Literal["prompts", "answer
             a model that is given token ids.
     """
     for finding in inspect(model):
-        yield Finding(finding.level, f"{model}: {finding.found}", finding.fix)
+        named = str(model) in finding.found
+        yield Finding(finding.level, finding.found if named else f"{model}: {finding.found}", finding.fix)
         if finding.level == "error":
             return
     chat = ChatTokenizer(model)

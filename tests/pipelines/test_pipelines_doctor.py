@@ -255,7 +255,14 @@ def test_a_system_message_that_the_template_refuses(smallest: Path, world: Path)
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     path = model / "chat_template.jinja"
     path.write_text(refusal + path.read_text())
-    found = doctor(smallest, f"policy={model}", "sft=null", "prompts.train.system=Be brief")
+    found = doctor(
+        smallest,
+        f"policy={model}",
+        "sft=null",
+        "prompts.train.system=Be brief",
+        "reward_model=null",
+        "scorers.reward={kind: rule, function: embedded.reviews:well_formed}",
+    )
     mended(found, "error", "no system role", "Use conversations with the roles")
 
 
