@@ -6,6 +6,7 @@ runtime   where and how fast: devices, batch shapes that do not change results, 
 """
 
 import difflib
+import itertools
 import json
 import reprlib
 from enum import StrEnum
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from contracts import yaml_text
+from contracts import other_names, yaml_text
 from contracts.errors import UserError
 from contracts.secrets import refuse_secrets
 
@@ -200,6 +201,8 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         *parents, last = problem["loc"]
         known = sorted(_fields_at(model, parents))
+        if hints := _elsewhere(model, list(map(str, parents)), str(last), problem["input"]):
+            return f"unknown key {place!r}. {' '.join(hints)}"
         nearest = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
         hint = f" Did you mean {'.'.join([*map(str, parents), nearest[0]])!r}?" if nearest else ""
         return f"unknown key {place!r}.{hint} Known keys: {', '.join(known)}."
@@ -208,6 +211,30 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if problem["type"] == "value_error" and not place else f"{place!r} is {reprlib.repr(problem['input'])}: "
     return f"{shown}{message}" + ("" if message.endswith(".") else ".")
+
+
+def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any) -> list[str]:
+    """What keys of other tools are called here; nothing where a key is none of theirs."""
+    here = _fields_at(model, list(parents))
+    if difflib.get_close_matches(last, here, n=1, cutoff=0.85):
+        return []
+    hints: dict[str, None] = {}
+    for name in itertools.islice(other_names.flat(last, value), 20):
+        if (entry := other_names.find(name)) is None:
+            continue
+        said = "" if name == last else f"{name!r}: "
+        if entry.ours:
+            # The section of the run's config that a key is in, or another section that has the key too.
+            path = entry.ours.split(".")
+            for start in range(len(path)):
+                if path[start] in here and path[start] != last:
+                    path = [*parents, *path[start:]]
+                    break
+            said += f"Ratchet has {'.'.join(path)!r} for it."
+        else:
+            said += "Ratchet has no such key."
+        hints[f"{said} {entry.note}".strip()] = None
+    return list(hints)[:5]
 
 
 def _fields_at(model: type[BaseModel], location: list[Any]) -> set[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from contracts import other_names
 from contracts.callables import load_module, source_file, source_files
 from contracts.errors import UserError
 
@@ -132,7 +133,7 @@ def check_settings(description: Description, given: Mapping[str, Any]) -> dict[s
         if name not in known:
             settings = f"Its settings: {', '.join(sorted(known))}." if known else "It has no settings."
             raise UserError(
-                f"algorithm {description.algorithm!r} has no setting {name!r}.{_nearest(str(name), known)} {settings}"
+                f"algorithm {description.algorithm!r} has no setting {name!r}.{_elsewhere(str(name), known)} {settings}"
             )
     return description.defaults | {name: _checked(description, name, value) for name, value in given.items()}
 
@@ -327,6 +328,17 @@ def _checked(description: Description, name: str, value: Any) -> Value:
         what = f"algorithm {description.algorithm!r}: the setting {name!r}"
         raise UserError(f"{what} is {value!r}, but must not be negative.")
     return float(value) if type(value) is int and "int" not in setting.kinds and "float" in setting.kinds else value
+
+
+def _elsewhere(name: str, known: Any) -> str:
+    """What other tools' name of a setting is called here, or the setting that is spelled most like it."""
+    if (nearest := _nearest(name, known)) or (entry := other_names.find(name)) is None:
+        return nearest
+    if not entry.ours:
+        return f" Ratchet has no such key. {entry.note}"
+    ours = entry.ours.removeprefix("training.settings.")
+    where = f" Ratchet has {ours!r} for it" + (", which this algorithm does not have." if ours != entry.ours else ".")
+    return f" Did you mean {ours!r}?" if ours in known else f"{where} {entry.note}".rstrip()
 
 
 def _nearest(name: str, known: Any) -> str:

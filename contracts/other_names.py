@@ -1,0 +1,211 @@
+"""What the keys of TRL, transformers, PEFT, accelerate, OpenRLHF and verl are called here: one table.
+
+An unknown key's error looks here before it guesses by spelling; docs/coming-from-trl.md shows the table, which
+`python -m contracts.other_names` prints.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Other:
+    """One thing that several tools name differently."""
+
+    trl: str
+    """Names in TRL, transformers' TrainingArguments, PEFT or accelerate, with blanks between them."""
+    others: str
+    """In OpenRLHF and verl; of nested ones the last parts that tell them apart."""
+    ours: str
+    """Keys of a run's configuration, with blanks between them; empty where there is none."""
+    note: str
+    """What to do, or what is different: sentences."""
+
+    @property
+    def names(self) -> list[str]:
+        """All names of the other tools."""
+        return f"{self.trl} {self.others}".split()
+
+
+TABLE = (
+    # The algorithm.
+    Other("beta", "kl_loss_coef", "training.settings.beta", "Settings of the algorithm are in training.settings."),
+    Other("loss_type advantage_estimator", "adv_estimator policy_loss_type", "training.algorithm",
+          "Each loss is an algorithm of its own: dpo, ipo, hinge, simpo, kto, grpo, dr_grpo, ppo; docs/algorithms.md."),
+    Other("label_smoothing", "", "training.settings.label_smoothing", "For dpo, cpo, exo and robust."),
+    Other("epsilon cliprange clip_range", "eps_clip clip_ratio clip_ratio_low eps_clip_low",
+          "training.settings.clip", ""),
+    Other("epsilon_high", "eps_clip_high clip_ratio_high", "training.settings.clip_high", "For grpo and dr_grpo."),
+    Other("cliprange_value", "value_clip cliprange_value critic.cliprange_value", "critic.clip",
+          "With training.value_head: training.settings.value_clip."),
+    Other("vf_coef", "", "training.settings.value_coefficient", "For a policy with training.value_head."),
+    Other("gamma", "algorithm.gamma", "training.settings.gamma", ""),
+    Other("lam", "lambd algorithm.lam", "training.settings.lam", ""),
+    Other("entropy_coef", "entropy_coeff entropy_loss_coef", "training.settings.entropy_coefficient", ""),
+    Other("whiten_rewards whiten_advantages scale_rewards", "normalize_reward norm_adv_by_std_in_grpo",
+          "training.settings.whiten", "For ppo; grpo divides by the standard deviation, dr_grpo does not."),
+    Other("rpo_alpha sft_weight", "nll_loss_coef", "training.nll_coefficient", ""),
+    Other("kl_coef init_kl_coef", "kl_ctrl.kl_coef", "experience.kl_coefficient", "Of the penalty in the reward."),
+    Other("target_kl target", "kl_target kl_ctrl.target_kl", "experience.kl_target", ""),
+    Other("horizon", "kl_horizon kl_ctrl.horizon", "experience.kl_horizon", ""),
+    Other("ref_model ref_model_path reference_model model_init_kwargs sync_ref_model", "ref_pretrain ref.model.path",
+          "reference", "initial, previous or ema: the reference is a policy of the run."),
+    Other("precompute_ref_log_probs precompute_ref_batch_size reference_free", "", "",
+          "Reference log-probabilities are always computed once, by a stage of their own; algorithms without a "
+          "reference (simpo, orpo, cpo) have none."),
+    Other("ref_model_mixup_alpha", "ema_beta", "ema_decay", "With reference=ema."),
+    Other("ld_alpha use_weighting f_divergence_type discopop_tau simpo_gamma cpo_alpha", "", "training.algorithm",
+          "Each is an algorithm or one of its settings: docs/algorithms.md."),
+    Other("steps_per_generation num_iterations num_ppo_epochs ppo_epochs num_mini_batches", "max_epochs ppo_epochs",
+          "training.epochs", "Passes over what an iteration has sampled."),
+    # The optimizer and its schedule.
+    Other("num_train_epochs", "", "training.epochs", "Passes over one iteration's data; iterations is how often."),
+    Other("total_episodes num_outer_iterations", "num_episodes total_epochs total_training_steps", "iterations",
+          "And prompts.per_iteration prompts in each."),
+    Other("per_device_train_batch_size", "micro_train_batch_size ppo_micro_batch_size_per_gpu ppo_micro_batch_size",
+          "training.micro_batch_tokens", "Counted in tokens, and changes no result; what a step learns from is "
+          "training.global_batch."),
+    Other("gradient_accumulation_steps", "", "training.global_batch",
+          "The rows of a step; accumulation is derived from it: per_device_train_batch_size * "
+          "gradient_accumulation_steps * processes."),
+    Other("train_batch_size global_batch_size", "train_batch_size ppo_mini_batch_size", "training.global_batch", ""),
+    Other("lr", "actor_learning_rate actor.optim.lr optim.lr", "training.learning_rate", ""),
+    Other("critic_lr", "critic_learning_rate critic.optim.lr", "critic.learning_rate", ""),
+    Other("lr_scheduler_type lr_scheduler_kwargs", "lr_scheduler warmup_style", "training.schedule",
+          "cosine, linear or constant."),
+    Other("warmup_steps", "lr_warmup_ratio lr_warmup_steps lr_warmup_steps_ratio", "training.warmup_ratio",
+          "A share of the steps."),
+    Other("optim", "", "training.optimizer", "adamw or sgd; there is none of 8 bits."),
+    Other("adam_epsilon", "", "", "It is 1e-8. Leave it out."),
+    Other("gradient_clipping", "max_norm grad_clip", "training.max_grad_norm", ""),
+    Other("gradient_checkpointing_kwargs", "enable_gradient_checkpointing", "training.gradient_checkpointing", ""),
+    Other("max_seq_length max_seq_len", "max_len max_token_len_per_gpu", "training.max_length",
+          "Longer sequences are dropped and counted, never cut."),
+    Other("packing_strategy padding_free", "packing_samples use_remove_padding", "training.packing",
+          "auto packs wherever the model can."),
+    Other("dropout lora_dropout disable_dropout", "", "", "There is no dropout anywhere. Leave it out."),
+    Other("freeze_layers modules_to_freeze", "freezing_actor_steps", "training.frozen", ""),
+    Other("data_seed full_determinism", "", "seed", "Every seed of a run comes from it, and a CPU repeats every byte."),
+    # Number formats, memory, processes.
+    Other("bf16 fp16 tf32 torch_dtype mixed_precision model_dtype", "param_dtype", "training.dtype",
+          "auto, float32 or bfloat16; generation.dtype and each scorer's dtype are theirs."),
+    Other("load_in_4bit load_in_8bit quantization_config bnb_4bit_quant_type bnb_4bit_compute_dtype use_bnb",
+          "", "", "There is no quantised training. Adapters (training.lora={rank: 16}) take little memory; "
+          "training.parallel.zero and training.parallel.offload divide it."),
+    Other("deepspeed deepspeed_config zero_stage fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap "
+          "accelerate_config distributed_type", "zero_stage fsdp_config.fsdp_size strategy", "training.parallel.zero",
+          "1, 2, 3 or fsdp2. training.parallel=FILE reads what an accelerate or DeepSpeed file says of it."),
+    Other("offload_optimizer_device offload_param_device", "adam_offload param_offload optimizer_offload",
+          "training.parallel.offload", "[optimizer], [optimizer, param]."),
+    Other("num_processes nproc_per_node", "n_gpus_per_node actor_num_gpus_per_node", "training.parallel.dp", ""),
+    Other("num_machines nnodes", "trainer.nnodes actor_num_nodes", "training.parallel.nodes",
+          "On Slurm: executor.stages.training.nodes."),
+    Other("context_parallel_size sequence_parallel_size cp_size", "ring_attn_size ulysses_sequence_parallel_size",
+          "training.parallel.sp", ""),
+    Other("attn_implementation use_flash_attention_2", "flash_attn", "training.packing",
+          "The attention is chosen from what is installed and what the model computes; packing says how batches lie."),
+    Other("use_liger_kernel use_liger_loss torch_compile", "use_liger", "",
+          "The head is computed in pieces anyway, so logits take no memory. Leave it out."),
+    Other("trust_remote_code", "", "", "Code of a model is never run. Use an architecture that transformers has."),
+    # Adapters.
+    Other("use_peft peft_config", "", "training.lora", "{rank: 16, alpha: 32}."),
+    Other("r lora_r lora_rank", "", "training.lora.rank", ""),
+    Other("lora_alpha", "", "training.lora.alpha", ""),
+    Other("target_modules lora_target_modules", "", "training.lora.targets", ""),
+    Other("task_type lora_task_type bias modules_to_save lora_modules_to_save use_rslora use_dora", "", "",
+          "Adapters are plain LoRA, merged when they are published. Leave it out."),
+    Other("adapter_name_or_path adapter_path peft_model_id", "lora_path", "policy",
+          "The model that the adapter is merged into."),
+    # Sampling.
+    Other("num_generations num_return_sequences", "n_samples_per_prompt rollout.n", "generation.k",
+          "Answers to each prompt."),
+    Other("temperature", "", "generation.temperatures", "A list: [0.7], or one for each share of the answers."),
+    Other("max_completion_length max_new_tokens response_length max_tokens",
+          "generate_max_len max_response_length", "generation.max_new_tokens", ""),
+    Other("max_prompt_length", "prompt_max_len", "generation.max_prompt_tokens", "Longer prompts are dropped."),
+    Other("use_vllm vllm_mode", "rollout.name", "generation.engine", "vllm (the default) or transformers."),
+    Other("vllm_gpu_memory_utilization gpu_memory_utilization", "rollout.gpu_memory_utilization",
+          "generation.memory_utilization", ""),
+    Other("vllm_tensor_parallel_size", "tensor_model_parallel_size", "generation.tensor_parallel", ""),
+    Other("vllm_server_host vllm_server_port vllm_server_base_url", "vllm_num_engines", "generation.replicas",
+          "The engines are started by the stage, one for each replica."),
+    Other("min_p repetition_penalty generation_kwargs guided_decoding_regex vllm_structured_outputs_regex stop_token",
+          "", "generation.top_p", "What can be set of sampling: temperatures, top_p, top_k, max_new_tokens."),
+    Other("mask_truncated_completions overlong_filter", "overlong_buffer", "scorers.reward.missing_eos_penalty",
+          "A penalty on answers that are cut off."),
+    Other("missing_eos_penalty", "", "scorers.reward.missing_eos_penalty", ""),
+    # Models and data.
+    Other("model_name_or_path model sft_model_path base_model", "pretrain actor_rollout_ref.model.path model.path",
+          "policy", "A directory, or hf:ORG/NAME."),
+    Other("reward_model_path reward_model_name_or_path reward_funcs reward_model_name",
+          "reward_pretrain remote_rm_url custom_reward_function.path reward_model.model.path", "scorers.reward",
+          "{kind: reward_model, model: DIRECTORY}, or {kind: rule, function: my_rules.py:score}."),
+    Other("reward_weights", "", "scorers.reward", "One function can weigh several: {kind: rule, function: ...}."),
+    Other("value_model_path", "critic_pretrain critic.model.path", "critic.start", ""),
+    Other("dataset_name dataset dataset_path dataset_config dataset_train_split", "prompt_data train_files input_key",
+          "prompts.train", "{source: hf:ORG/NAME, split: train, column: prompt}."),
+    Other("dataset_test_split eval_dataset", "eval_dataset val_files", "prompts.heldout", "{source: ...}."),
+    Other("dataset_text_field", "label_key", "prompts.train.columns", ""),
+    Other("rollout_batch_size generation_batch_size", "rollout_batch_size", "prompts.per_iteration",
+          "Prompts, not answers: generation.k answers to each."),
+    Other("max_samples max_train_samples", "", "prompts.train.limit", ""),
+    Other("system_prompt", "", "prompts.train.system", ""),
+    Other("chat_template_path chat_template", "apply_chat_template input_template", "policy",
+          "The template is the model's: put a chat_template.jinja into its directory."),
+    Other("dataset_num_proc dataloader_num_workers remove_unused_columns", "", "", "Not needed. Leave it out."),
+    # What happens on the way.
+    Other("output_dir run_name", "save_path ckpt_path default_local_dir experiment_name", "name",
+          "A run lies in directory/name."),
+    Other("eval_steps eval_strategy evaluation_strategy do_eval eval_on_start per_device_eval_batch_size",
+          "test_freq eval_temperature", "evaluation",
+          "Every policy is judged on prompts.heldout; this section says how its answers are sampled."),
+    Other("save_steps save_strategy", "save_freq", "training.checkpoint_seconds",
+          "Every iteration publishes its policy; within a training the state is kept so often."),
+    Other("save_total_limit save_only_model", "max_ckpt_num", "retention.keep", 'all, best, or "last 3".'),
+    Other("resume_from_checkpoint overwrite_output_dir", "load_checkpoint resume_mode", "",
+          "The same command again continues. Leave it out; `pipeline run --force STAGE` makes a stage again."),
+    Other("logging_steps logging_strategy logging_dir logging_first_step", "", "",
+          "Every step is in the stage's training-log.jsonl. Leave it out."),
+    Other("report_to log_with wandb_project wandb_entity tracker_project_name", "use_wandb trainer.logger project_name",
+          "",
+          "No tracker is fed: metrics.jsonl of the run, `pipeline status` and `pipeline compare` have the metrics. "
+          "Leave it out."),
+    Other("push_to_hub hub_model_id hub_token hub_strategy hub_private_repo", "", "",
+          "Nothing is uploaded. Every policy is a directory that `hf upload ORG/NAME DIRECTORY` takes."),
+    Other("ddp_timeout", "nccl_timeout", "executor.stall_seconds", ""),
+)  # fmt: skip
+
+
+def flat(name: str, value: Any) -> Iterator[str]:
+    """The dotted names of all values below a key."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from flat(f"{name}.{key}", item)
+    else:
+        yield name
+
+
+def find(name: str) -> Other | None:
+    """The entry of a key, of which the longest end counts that the table has."""
+    parts = name.lower().lstrip("-").replace("-", "_").split(".")
+    for start in range(len(parts)):
+        if (found := _BY_NAME.get(".".join(parts[start:]))) is not None:
+            return found
+    return None
+
+
+_BY_NAME = {name: entry for entry in reversed(TABLE) for name in entry.names}
+
+
+def markdown() -> str:
+    """The table as docs/coming-from-trl.md shows it."""
+    lines = ["| TRL, transformers, PEFT, accelerate | OpenRLHF, verl | here | |", "|---|---|---|---|"]
+    for entry in TABLE:
+        cells = [", ".join(f"`{name}`" for name in names.split()) for names in (entry.trl, entry.others, entry.ours)]
+        lines.append(f"| {' | '.join([*cells, entry.note])} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
