@@ -7,6 +7,7 @@ sample, each at once, so that the stage knows which sample is in hand whatever h
 import contextlib
 import faulthandler
 import inspect
+import io
 import math
 import os
 import signal
@@ -104,7 +105,9 @@ def _settle() -> None:
     os.register_at_fork(after_in_child=_restore_signals)
     faulthandler.enable()
     faulthandler.register(signal.SIGQUIT, all_threads=True)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it prints is for the log, and no reason to fail
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 def _restore_signals() -> None:

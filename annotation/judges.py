@@ -73,14 +73,21 @@ class Judges:
         todo = deque(range(len(samples)))
         while any(judge.pending for judge in self.running) or (todo and not stopping.requested()):
             if todo and not stopping.requested():
-                for judge in self.running:
-                    if todo and not judge.busy:
-                        judge.hand_over(samples, todo)
-                for _ in range(min(len(todo), self.count - len(self.running))):
-                    self._start()
+                self._hand_over(samples, todo)
             self._look(samples, todo, note)
         if todo:
             stopping.leave()
+
+    def _hand_over(self, samples: Sequence[Sample], todo: deque[int]) -> None:
+        """Give every idle process samples, and start those that are missing."""
+        for judge in [judge for judge in self.running if not judge.busy]:
+            if judge.has_ended():  # with nothing in hand, so no sample is to blame
+                judge.kill()
+                self.running.remove(judge)
+            elif todo:
+                judge.hand_over(samples, todo)
+        for _ in range(min(len(todo), self.count - len(self.running))):
+            self._start()
 
     def _start(self) -> None:
         self.running.append(Judge(self.path, self.inputs))

@@ -18,11 +18,12 @@ from annotation_world import ROOT, make_rollout, make_rollouts, publish_rollouts
 from annotation.__main__ import COMMANDS
 from annotation.config import ScoreConfig
 from annotation.judges import stall_seconds
-from annotation.rule import check_function
+from annotation.rule import Rule, check_function
+from annotation.samples import Sample
 from contracts.artifacts import Artifact
 from contracts.attempt import STALL
 from contracts.errors import UserError
-from contracts.records import Message, Score
+from contracts.records import Message, Rollout, Score
 from contracts.stage import run_stage
 from pipelines.supervisor import progress_of
 
@@ -257,6 +258,29 @@ def judge(response, inputs, **others):
     assert set(values(third).values()) == {0.0}
     with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
         score(tmp_path, answers, function, "fourth", inputs=[tmp_path / "nowhere.json"])
+
+
+def test_a_process_that_ends_between_two_shards_takes_no_sample_with_it(tmp_path: Path) -> None:
+    rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(4, 2), shard=2)
+    function = write(
+        tmp_path,
+        """
+judged = []
+def judge(response, **others):
+    judged.append(response)
+    if len(judged) == 4:  # the last one of a shard
+        threading.Timer(0.05, os._exit, [1]).start()
+    return len(response)
+""",
+    )
+    config = ScoreConfig(output=tmp_path / "scores", rollouts=rollouts.path, kind="rule", function=function)
+    rule = Rule(config, tmp_path, lambda: 8)
+    samples = [Sample(rollout, completion) for rollout in rollouts.rows(Rollout) for completion in rollout.completions]
+    found = rule(samples[:4])
+    time.sleep(0.5)
+    found += rule(samples[4:])
+    assert [getattr(score, "score", None) for score in found] == [len(sample.completion.text) for sample in samples]
+    assert len({line for line in noted(tmp_path) if line.startswith("imported")}) == 2
 
 
 def test_samples_of_one_shard_are_spread_over_processes_and_the_bytes_are_the_same(tmp_path: Path) -> None:
