@@ -7,12 +7,12 @@ from typing import Any
 
 from annotation.choice import Candidate, choose
 from annotation.config import PairsConfig
-from annotation.parquet import PairsParquet
+from annotation.parquet import PairsParquet, further_of
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.fingerprint import digest
 from contracts.joining import ScoresBySample, join
-from contracts.jsonl import encode
+from contracts.jsonl import encode, read_jsonl
 from contracts.ledger import Ledger
 from contracts.records import ROLLOUTS, SCORES, Completion, Pair, Rollout
 from contracts.stage import Context, Outcome
@@ -30,14 +30,15 @@ def run(config: PairsConfig, context: Context) -> Outcome:
     ledger = Ledger("pairs")
     summary = Summary()
     bos = rollouts.manifest.facts.get("bos_token_id")
-    with publication.scratch(SHARD).open("wb") as jsonl, PairsParquet(publication.scratch(DATASET)) as dataset:
+    further: set[str] = set()
+    with publication.scratch(SHARD).open("wb") as jsonl:
         for rollout, found in join(rollouts, {"scores": scores}):
             candidates = _candidates(config, rollout, found["scores"], bos)
             choice = choose(candidates, config.strategy, config.margin, config.seed, rollout.prompt_id)
             pairs = list(_records(config, rollout, choice.pairs))
             for pair in pairs:
                 jsonl.write(encode(pair))
-            dataset.add(pairs)
+            further |= further_of(rollout)
             ledger.keep(len(pairs))
             for reason, count in choice.dropped.items():
                 ledger.drop(reason, count)
@@ -50,6 +51,8 @@ def run(config: PairsConfig, context: Context) -> Outcome:
             "margin, or use a scorer that tells the answers apart."
         )
     ledger.stop_above(config.max_dropped, "pairs")
+    with PairsParquet(publication.scratch(DATASET), further) as dataset:
+        dataset.add(read_jsonl(publication.scratch(SHARD), Pair))
     publication.commit(SHARD, ledger, rows=ledger.kept)
     publication.commit(DATASET, Ledger("pairs"))
     return Outcome("pairs", summary.facts(), rollouts.manifest.weights)

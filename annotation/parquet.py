@@ -1,5 +1,11 @@
-"""Pairs as a Hugging Face dataset: one Parquet file with the same rows and columns as the JSONL."""
+"""Pairs as a Hugging Face dataset: one Parquet file with the same rows and columns as the JSONL.
 
+A table has the same columns in every row, and objects the same keys. So what only some conversations have (tools, and
+what turns hold beside role and content) has columns only where it occurs, and objects are their JSON text.
+"""
+
+import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -8,49 +14,63 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from contracts.records import Pair
+from contracts.records import Message, Pair, Rollout
 
 ROWS_PER_GROUP = 10_000
 _IDS = pa.list_(pa.int32())
-SCHEMA = pa.schema(
-    {
-        "pair_id": pa.string(),
-        "prompt_id": pa.string(),
-        "prompt": pa.string(),
-        "prompt_ids": _IDS,
-        "chosen_ids": _IDS,
-        "rejected_ids": _IDS,
-        "chosen": pa.string(),
-        "rejected": pa.string(),
-        "chosen_sample": pa.int32(),
-        "rejected_sample": pa.int32(),
-        "chosen_finish_reason": pa.string(),
-        "rejected_finish_reason": pa.string(),
-        "chosen_score": pa.float64(),
-        "rejected_score": pa.float64(),
-        "margin": pa.float64(),
-        "strategy": pa.string(),
-        "iteration": pa.int32(),
-        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
-    }
-)
+_COLUMNS = {
+    "pair_id": pa.string(),
+    "prompt_id": pa.string(),
+    "prompt": pa.string(),
+    "prompt_ids": _IDS,
+    "chosen_ids": _IDS,
+    "rejected_ids": _IDS,
+    "chosen": pa.string(),
+    "rejected": pa.string(),
+    "chosen_sample": pa.int32(),
+    "rejected_sample": pa.int32(),
+    "chosen_finish_reason": pa.string(),
+    "rejected_finish_reason": pa.string(),
+    "chosen_score": pa.float64(),
+    "rejected_score": pa.float64(),
+    "margin": pa.float64(),
+    "strategy": pa.string(),
+    "iteration": pa.int32(),
+}
+FURTHER = tuple(field.name for field in msgspec.structs.fields(Message) if not field.required)
+TOOLS = "tools"
+
+
+def schema_of(further: Collection[str]) -> pa.Schema:
+    """The columns of pairs in which `further` occurs: fields of messages, or the tools."""
+    turn = {name: pa.string() for name in ("role", "content", *(name for name in FURTHER if name in further))}
+    tools = {TOOLS: pa.string()} if TOOLS in further else {}
+    return pa.schema({**_COLUMNS, "messages": pa.list_(pa.struct(turn)), **tools})
+
+
+def further_of(rollout: Rollout) -> set[str]:
+    """What a conversation has beside the roles and texts of its turns."""
+    found = {name for turn in rollout.messages for name in FURTHER if getattr(turn, name) is not msgspec.UNSET}
+    return found | ({TOOLS} if rollout.tools is not msgspec.UNSET else set())
 
 
 class PairsParquet:
     """Writes pairs in row groups of a fixed size, so that the same pairs give the same bytes."""
 
-    def __init__(self, path: Path) -> None:
-        self._writer: Any = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+    def __init__(self, path: Path, further: Collection[str] = ()) -> None:
+        self._schema = schema_of(further)
+        self._writer: Any = pq.ParquetWriter(path, self._schema, compression="zstd")
         self._rows: list[dict[str, Any]] = []
 
-    def add(self, pairs: list[Pair]) -> None:
+    def add(self, pairs: Iterable[Pair]) -> None:
         """Append pairs."""
-        self._rows += [msgspec.to_builtins(pair) for pair in pairs]
-        while len(self._rows) >= ROWS_PER_GROUP:
-            self._flush(ROWS_PER_GROUP)
+        for pair in pairs:
+            self._rows.append(_plain(msgspec.to_builtins(pair)))
+            if len(self._rows) == ROWS_PER_GROUP:
+                self._flush(ROWS_PER_GROUP)
 
     def _flush(self, count: int) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._rows[:count], schema=SCHEMA))
+        self._writer.write_table(pa.Table.from_pylist(self._rows[:count], schema=self._schema))
         del self._rows[:count]
 
     def __enter__(self) -> "PairsParquet":
@@ -64,3 +84,11 @@ class PairsParquet:
         if kind is None and self._rows:
             self._flush(len(self._rows))
         self._writer.close()
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose lists of objects are their JSON text."""
+    for holder, name in ((row, TOOLS), *((turn, "tool_calls") for turn in row["messages"])):
+        if name in holder:
+            holder[name] = json.dumps(holder[name], ensure_ascii=False)
+    return row

@@ -1,16 +1,18 @@
 """The pairs stage, from published rollouts and scores to published pairs."""
 
+import json
 import statistics
 
 import msgspec
 import pytest
 from annotation_world import make_rollout, make_rollouts, publish_rollouts, publish_scores
+from pyarrow import parquet
 
 from annotation.__main__ import COMMANDS
 from annotation.config import PairsConfig
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from contracts.records import PAIRS, Pair, Rollout
+from contracts.records import PAIRS, Message, Pair, Rollout
 from contracts.stage import run_stage
 
 
@@ -79,7 +81,28 @@ def test_the_dataset_holds_the_same_rows_as_the_jsonl(tmp_path, rollouts):
     assert [{**row} for row in loaded] == [
         {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()} for row in expected
     ]
-    assert list(pandas.read_parquet(path).columns) == list(Pair.__struct_fields__)
+    assert list(pandas.read_parquet(path).columns) == [name for name in Pair.__struct_fields__ if name != "tools"]
+
+
+def test_tools_and_calls_reach_the_pairs_and_the_dataset(tmp_path):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    tools = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
+    turns = (
+        Message("user", "review"),
+        Message("assistant", "", tool_calls=(call,)),
+        Message("tool", "3", name="weather"),
+    )
+    plain, calling = make_rollout(0, ["good .", "great ."]), make_rollout(1, ["bad .", "good ."])
+    calling = msgspec.structs.replace(calling, messages=turns, tools=tools)
+    rollouts = publish_rollouts(tmp_path / "rollouts", [plain, calling])
+    scores = publish_scores(tmp_path / "scores", rollouts, lambda _, completion: completion.sample)
+    pairs = make(tmp_path / "pairs", rollouts, scores)
+    first, second = pairs.rows(Pair)
+    assert (first.tools, second.tools, second.messages) == (msgspec.UNSET, tools, turns)
+    one, two = parquet.read_table(tmp_path / "pairs/train.parquet").to_pylist()
+    assert (one["tools"], json.loads(two["tools"])) == (None, list(tools))
+    assert json.loads(two["messages"][1]["tool_calls"]) == [call]
+    assert [turn["name"] for turn in two["messages"]] == [None, None, "weather"]
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path, rollouts):

@@ -4,9 +4,12 @@ The prompts stage belongs to contracts, but reads these in the annotation enviro
 """
 
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -14,7 +17,9 @@ import pytest
 from pyarrow import parquet
 
 from contracts.artifacts import Artifact
-from contracts.records import PROMPTS, Prompt
+from contracts.errors import UserError
+from contracts.records import PROMPTS, Message, Prompt
+from contracts.sources import read_rows
 
 QUESTIONS = ["why?", "how?", "when?"]
 
@@ -54,6 +59,120 @@ def test_datasets_saved_to_disk(tmp_path: Path) -> None:
     result = run(tmp_path / "splits", tmp_path / "out4", "split=dev")
     assert result.returncode == 2
     assert "no split 'dev', only train, test" in result.stderr
+
+
+def saved(folder: Path) -> Path:
+    datasets.Dataset.from_dict({"question": QUESTIONS * 400}).save_to_disk(str(folder))
+    return folder
+
+
+def cut(path: Path, keep: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+
+
+DATA = "data-00000-of-00001.arrow"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no data": (lambda folder: (folder / DATA).unlink(), f"{DATA} is missing"),
+    "data cut off": (lambda folder: cut(folder / DATA, 0.8), f"{DATA} is cut off or damaged"),
+    "no data left": (lambda folder: cut(folder / DATA, 0), f"{DATA} is cut off or damaged"),
+    "no info": (lambda folder: (folder / "dataset_info.json").unlink(), "dataset_info.json is missing"),
+    "info cut off": (lambda folder: cut(folder / "dataset_info.json", 0.5), "dataset_info.json is cut off"),
+    "info of a list": (lambda folder: (folder / "dataset_info.json").write_text("[]"), "dataset_info.json is cut off"),
+    "other features": (
+        lambda folder: (folder / "dataset_info.json").write_text('{"features": {"question": {"_type": "Nope"}}}'),
+        "dataset_info.json or state.json does not fit the data",
+    ),
+    "no state": (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
+    "state cut off": (lambda folder: cut(folder / "state.json", 0.5), "state.json is cut off"),
+    "empty state": (lambda folder: (folder / "state.json").write_text("{}"), "no list of data files"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_save_to_disk_directory_names_the_file(tmp_path: Path, damage: str) -> None:
+    do, expected = DAMAGE[damage]
+    do(saved(tmp_path / "saved"))
+    with pytest.raises(UserError, match=f"{expected}.*Download or write it again"):
+        list(read_rows(str(tmp_path / "saved"), "train"))
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "expected"),
+    [
+        (0.0, 0.5, "not a Parquet file, or cut off"),
+        (0.55, 0.75, "is cut off or damaged behind row 8192"),
+        (0.995, 0.999, "a.parquet"),
+    ],
+)
+def test_damaged_parquet_names_the_file_and_where(tmp_path: Path, begin: float, end: float, expected: str) -> None:
+    texts = [f"{number} {random.Random(number).random()}" for number in range(20_000)]
+    parquet.write_table(pyarrow.table({"question": texts}), tmp_path / "a.parquet", row_group_size=8192)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    first, last = int(len(content) * begin), int(len(content) * end)
+    content[first:last] = bytes(last - first) if begin else b""
+    (tmp_path / "a.parquet").write_bytes(bytes(content))
+    with pytest.raises(UserError, match=expected):
+        list(read_rows(str(tmp_path / "a.parquet"), "train"))
+
+
+def test_parquet_with_what_is_no_text(tmp_path: Path) -> None:
+    column = pyarrow.array([b"a", b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"question": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, behind row 0: a text is not UTF-8"):
+        list(read_rows(str(tmp_path / "a.parquet"), "train"))
+
+
+def test_compressed_by_zstandard(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
+        file.write(b'{"question": "why?"}\n' * 1000)
+    assert len(list(read_rows(str(path), "train"))) == 1000
+    cut(path, 0.5)
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst is cut off or damaged"):
+        list(read_rows(str(path), "train"))
+
+
+def test_tool_calls_of_a_table_lose_the_keys_of_other_rows(tmp_path: Path) -> None:
+    """A table gives every object the keys of all others, with null for a value."""
+
+    def row(name: str, **arguments: str) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        turns = [{"role": "user", "content": name}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return {"messages": [*turns, {"role": "tool", "content": "3"}]}
+
+    table = pyarrow.Table.from_pylist([row("weather", city="Oslo"), row("time", zone="CET")])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    result = run(tmp_path / "a.parquet", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    first, second = Artifact.open(tmp_path / "out", PROMPTS).rows(Prompt)
+    called = [prompt.messages[1].tool_calls[0]["function"]["arguments"] for prompt in (first, second)]  # type: ignore[index]
+    assert called == [{"city": "Oslo"}, {"zone": "CET"}]
+    assert first.messages[0] == Message("user", "weather")
+
+
+def test_a_configuration_of_a_data_set(tmp_path: Path) -> None:
+    for config in ("main", "socratic"):
+        (tmp_path / "hub" / config).mkdir(parents=True)
+        for split in ("train", "test"):
+            table = pyarrow.table({"question": [f"{config} {split}?"]})
+            parquet.write_table(table, tmp_path / "hub" / config / f"{split}-00000-of-00001.parquet")
+    header = "\n".join(
+        f"- config_name: {config}\n  data_files:\n  - split: test\n    path: {config}/test-*"
+        for config in ("main", "socratic")
+    )
+    (tmp_path / "hub/README.md").write_text(f"---\nconfigs:\n{header}\n---\n")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    result = run(f"hf:{tmp_path}/hub", tmp_path / "out", "split=test", **offline)
+    assert result.returncode == 2
+    assert "'main', 'socratic'" in result.stderr
+    assert f"source=hf:{tmp_path}/hub:CONFIG" in result.stderr
+    result = run(f"hf:{tmp_path}/hub:socratic", tmp_path / "out", "split=test", **offline)
+    assert result.returncode == 0, result.stderr
+    assert [prompt.messages[-1].content for prompt in Artifact.open(tmp_path / "out").rows(Prompt)] == [
+        "socratic test?"
+    ]
+    assert questions(tmp_path / "hub/main", tmp_path / "other", "split=test") == ["main test?"]
 
 
 @pytest.mark.parametrize(

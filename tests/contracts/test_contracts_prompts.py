@@ -78,7 +78,13 @@ def test_a_chat_dataset_loses_its_final_answer_and_says_so(tmp_path: Path) -> No
         ["be kind", "a", "b", "c"],
         ["be kind", "a"],
     ]
-    assert artifact.manifest.facts["assistant_turns_removed"] == 1
+    assert artifact.manifest.facts == {"assistant_turns_removed": 1, "not_read": {"messages.weight": 2}}
+
+
+def test_what_is_not_taken_in_is_said_last(tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", [{"prompt": "a", "output": "b", "score": 1}, {"prompt": "b", "output": None}])
+    last = run(f"source={source}", f"output={tmp_path / 'out'}").stdout.splitlines()[-1]
+    assert last.endswith("2 rows in = 2 kept; not read: output (1), score (1)")
 
 
 def test_answers_tags_identities_and_the_system_message(tmp_path: Path) -> None:
@@ -173,6 +179,13 @@ def test_the_same_command_again_reuses(tmp_path: Path) -> None:
         ([], [], ["no usable prompt"]),
         (['{"prompt": "a"}'], ["colunm=prompt"], ["colunm", "'column'"]),
         (['{"prompt": "a"}'], ["limit=0"], ["limit"]),
+        (['{"prompt": "a", "solution": 1}'], ["answer_column=solutoin"], ["'solutoin'", "answer", "mean 'solution'"]),
+        (['{"prompt": "a", "rm": {"gold": 1}}'], ["columns={answer: rm.glod}"], ["'rm.glod'", "mean 'rm.gold'"]),
+        (['{"prompt": "a", "answer": null}'], ["answer_column=answer"], ["none of its 1 rows has a value"]),
+        (['{"prompt": "a"}'], ["column=prompt", "columns={prompt: text}"], ["column and columns.prompt"]),
+        (['{"prompt": "a"}'], ["columns={promt: text}"], ["columns.promt"]),
+        (['{"prompt": "a"}'], ["split=test"], ["data.jsonl is one file", "Remove split"]),
+        (['{"prompt": "a", "answer": "\\ud83d"}'], [], ["line 1", "surrogate", "Remove"]),
     ],
 )
 def test_bad_input_is_refused_with_its_place(
