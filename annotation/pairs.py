@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from annotation.choice import Candidate, choose
 from annotation.config import PairsConfig
 from annotation.parquet import PairsParquet, further_of
@@ -106,6 +108,7 @@ def _records(config: PairsConfig, rollout: Rollout, pairs: list[tuple[Candidate,
             iteration=rollout.iteration,
             messages=rollout.messages,
             tools=rollout.tools,
+            tags=rollout.tags or msgspec.UNSET,
         )
 
 

@@ -127,6 +127,8 @@ class Score(Record, frozen=True):
     token_values: tuple[float, ...] | None = None
     """For the scorer kind `values`: for each response token, the critic's value of the state in which it was chosen, so
     of the prompt and the response tokens before it."""
+    token_rewards: tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
+    """For scorers that judge token by token: one reward per response token, for algorithms that learn from these."""
 
 
 class Pair(Record, frozen=True):
@@ -156,6 +158,8 @@ class Pair(Record, frozen=True):
     """The conversation that was answered; empty in pairs that were made before it was kept."""
     tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET
     """As in the prompt."""
+    tags: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Of the prompt, where it has some."""
 
 
 class ExperienceSample(Record, frozen=True):
@@ -186,6 +190,8 @@ class Experience(Record, frozen=True):
     policy: str
     """Fingerprint of the weights that sampled."""
     iteration: int
+    tags: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Of the prompt, where it has some."""
 
 
 class Demonstration(Record, frozen=True):

@@ -32,6 +32,11 @@ def use_packed_attention(model: Any) -> None:
     model.config._attn_implementation = NAME
 
 
+def is_packed(model: Any) -> bool:
+    """Whether a model's attention is that of flat batches."""
+    return bool(model.config._attn_implementation == NAME)
+
+
 def attention_on(device: torch.device, dtype: torch.dtype) -> str:
     """What computes the attention of flat batches: `flash_attn` on a GPU where it is installed, else `sdpa`."""
     return "flash_attn" if device.type == "cuda" and dtype != torch.float32 and _flash_is_installed() else "sdpa"

@@ -37,12 +37,18 @@ class LogprobHead(nn.Module):
         self.entropy = entropy
         self.collision = collision
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden size] -> [N, vocabulary], fp32: all of them at once, with gradient by autograd."""
+        return _logits(hidden.to(self._dtype(hidden)), self.weight, self.bias)
+
+    def _dtype(self, hidden: Tensor) -> torch.dtype:
+        device = hidden.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+
     def forward(self, hidden: Tensor, targets: Tensor) -> TokenFigures:
         """hidden [N, hidden size], targets [N]."""
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         found: tuple[Tensor, ...] = _Head.apply(  # type: ignore[no-untyped-call]
-            hidden.to(dtype), self.weight, self.bias, targets, self.entropy, self.collision
+            hidden.to(self._dtype(hidden)), self.weight, self.bias, targets, self.entropy, self.collision
         )
         return TokenFigures(found[0], found[1] if self.entropy else None, found[2] if self.collision else None)
 

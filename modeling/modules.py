@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from contracts.errors import UserError
+from modeling.divergence import divergences
 from modeling.logprobs import LogprobHead
 from modeling.modes import gathered
 from modeling.packing import Packed
@@ -41,13 +42,21 @@ class TokenLogprobs(Trained):
     """A causal language model: `logprobs` [N] of the response tokens, and `entropy` and `log_collision` if wanted.
 
     With a value head (weights [1, hidden size]) it is its own critic: `values` [N] of the states in which the response
-    tokens were chosen.
+    tokens were chosen. With a reference model, which is no part of the module and never learns, it gives `divergences`.
     """
 
     def __init__(
-        self, model: Any, *, entropy: bool = False, collision: bool = False, value_head: Tensor | None = None
+        self,
+        model: Any,
+        *,
+        entropy: bool = False,
+        collision: bool = False,
+        value_head: Tensor | None = None,
+        reference: Any = None,
     ) -> None:
         super().__init__(model)
+        # In a list, so that it is neither trained nor saved, nor spread over processes.
+        self._references = [] if reference is None else [TokenLogprobs(reference.requires_grad_(False).eval())]
         self.head = LogprobHead(model.get_output_embeddings(), entropy=entropy, collision=collision)
         self.value_head = None
         if value_head is not None:
@@ -61,7 +70,17 @@ class TokenLogprobs(Trained):
         outputs = {name: value for name, value in found._asdict().items() if value is not None}
         if self.value_head is not None:
             outputs["values"] = self.value_head(states.to(self.value_head.weight.dtype)).float().squeeze(-1)
+        for reference in self._references:
+            with torch.no_grad():
+                others = reference.hidden(batch)[batch.positions]
+            outputs |= divergences(self.head, states, reference.head, others, batch.targets)
         return outputs
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """The reference goes where the policy goes."""
+        for reference in self._references:
+            reference._apply(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 class SequenceScores(Trained):

@@ -30,6 +30,8 @@ class Row:
     prompt: Ids
     """At least one token, because a response's first token is predicted by the one before it."""
     responses: tuple[Response, ...]
+    tags: tuple[str, ...] = ()
+    """Of the prompt."""
 
     @property
     def longest(self) -> int:

@@ -29,7 +29,7 @@ from pipelines.slurm.config import (
     replica_gpus,
 )
 from training.catalogue import Description, check_settings, describe
-from training.config import CriticConfig, ExperienceConfig, PolicyConfig, RewardConfig, SftConfig
+from training.config import CriticConfig, ExperienceConfig, PolicyConfig, RewardConfig, SftConfig, require_whole_model
 
 
 def _section(stage: type[StageConfig], *owned: str) -> Any:
@@ -62,9 +62,9 @@ else:
     PairsSection = _section(PairsConfig, "rollouts", "scores")
     SftSection = _section(SftConfig, "model")
     RewardSection = _section(RewardConfig, "model", "pairs")
-    PolicySection = _section(PolicyConfig, "model", "pairs", "reference", "experience")
+    PolicySection = _section(PolicyConfig, "model", "pairs", "reference", "reference_model", "experience")
     ExperienceSection = _section(
-        ExperienceConfig, "algorithm", "settings", "rollouts", "rewards", "reference", "values", "greedy",
+        ExperienceConfig, "algorithm", "settings", "inputs", "rollouts", "rewards", "reference", "values", "greedy",
         "greedy_rollouts", "previous",
     )  # fmt: skip
     CriticFields = _section(CriticConfig, "model", "experience")
@@ -320,6 +320,7 @@ class RunConfig(Section):
             )
         description = self.description
         check_settings(description, self.training.settings)
+        require_whole_model(self.training.algorithm, "reference_model" in description.needs, self.training.parallel)
         if description.reads == "samples":
             self._check_samples(description)
         elif self.generation.k < 2:
@@ -419,7 +420,7 @@ def refuse_unused(configs: list[RunConfig]) -> None:
         ("pairs", PairsSection(), any(it.reads == "pairs" for it in descriptions), "train on pairs"),
         ("experience", ExperienceSection(), any(it.reads == "samples" for it in descriptions), "train on samples"),
         ("critic", None, any("values" in it.needs for it in descriptions), "need a critic"),
-        ("reference", "initial", any("reference" in it.needs for it in descriptions), "need a reference policy"),
+        ("reference", "initial", any(it.needs_reference for it in descriptions), "need a reference policy"),
     ):
         if not used and any(getattr(config, name) != default for config in configs):
             raise UserError(

@@ -42,6 +42,8 @@ PROCESS = 640 << 20
 """Python, torch and its kernels in one process."""
 HEAD_CHUNK = 2048
 """Positions whose logits exist at once in training (modeling/logprobs.py)."""
+REFERENCE_CHUNK = 512
+"""Those of a reference model beside the policy (modeling/divergence.py)."""
 LOGITS_AT_ONCE = 1 << 26
 """Logits that exist at once in scoring by log-probabilities (annotation/logprobs.py)."""
 PADDING_SHARE = 1.25
@@ -300,6 +302,8 @@ def training_memory(config: TrainingConfig, size: Size, row: LongestRow | None, 
 
     Logits exist for at most 2048 positions at once, as three fp32 tensors in the backward pass, beside the head's fp32
     gradient (not with LoRA) and its copies (modeling/logprobs.py). Bradley-Terry reward models and critics have none.
+    A reference model beside the policy adds its weights, in the policy's format, and six fp32 tensors of the logits of
+    512 positions (modeling/divergence.py).
 
     When activations and logits are gone, AdamW's step on a GPU takes 4 T / n for its denominators, and the hand-off of
     merged adapters another a·P: where that is more than they were, the rest is `step`.
@@ -357,6 +361,8 @@ def training_memory(config: TrainingConfig, size: Size, row: LongestRow | None, 
     if not is_classifier:
         head = 0 if config.lora else words * (8 + number)
         parts["logits"] = 12 * min(HEAD_CHUNK, tokens) * size.vocabulary + head
+    if isinstance(config, PolicyConfig) and config.reference_model is not None:
+        parts["reference"] = base * size.parameters + 4 * REFERENCE_CHUNK * size.vocabulary * 6
     over = parts["activations"] + parts.get("logits", 0)
     parts["step"] = max(0, stepped - over, merged - over)
     return Memory({**parts, "process": PROCESS}, parallel.processes)

@@ -29,6 +29,9 @@ def _with_models(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
             update["inputs"] = [Path(place(str(path))) for path in scorer.inputs]
         scorers[name] = scorer.model_copy(update=update)
     changes: dict[str, Any] = {"policy": place(config.policy), "scorers": scorers}
+    if inputs := config.training.inputs:
+        placed = [Path(place(str(path))) for path in inputs]
+        changes["training"] = config.training.model_copy(update={"inputs": placed})
     critic = config.critic
     if critic is not None and critic.start:  # else it stays a key that the user has not set
         changes["critic"] = critic.model_copy(update={"start": place(critic.start)})

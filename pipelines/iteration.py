@@ -91,11 +91,13 @@ class Recipe:
             data = self.pair_data(iteration, rollouts, rewards, anchor)
         else:
             data = self.sample_data(iteration, rollouts, rewards, anchor, policy, window)
+        if "reference_model" in config.description.needs:
+            data["reference_model"] = anchor
         trained = self.graph.add(
             f"{here}/training",
             PolicyConfig,
             "training policy",
-            keys(config.training),
+            keys(config.training) | self.inputs(),
             model=policy if config.start == "previous" else self.initial,
             seed=derive_seed(config.seed, iteration, "training"),
             **data,
@@ -105,6 +107,11 @@ class Recipe:
             mean = {"average": self.average, "model": trained, "decay": config.ema_decay}
             self.average = self.graph.add(f"{here}/ema", EmaConfig, "training ema", mean)
         return trained
+
+    def inputs(self) -> dict[str, Any]:
+        """What the user's own algorithm reads beside its modules, wherever a stage runs it."""
+        paths = self.config.training.inputs
+        return {"inputs": [self.locate(path) for path in paths]} if paths else {}
 
     def pair_data(self, iteration: int, rollouts: Path, rewards: Path, anchor: Path) -> dict[str, Any]:
         """Preference pairs, with their reference if the algorithm needs one: what the policy is trained on."""
@@ -140,7 +147,7 @@ class Recipe:
             f"{here}/experience",
             ExperienceConfig,
             "training experience",
-            keys(config.experience),
+            keys(config.experience) | self.inputs(),
             algorithm=config.training.algorithm,
             settings=config.training.settings,
             **inputs,

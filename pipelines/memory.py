@@ -17,7 +17,7 @@ from pipelines.placement import place
 from pipelines.preflight import origin_of
 from pipelines.progress import tracked
 from pipelines.sizes import size_of
-from training.config import EmaConfig, TrainingConfig, ValueHeadConfig
+from training.config import EmaConfig, PolicyConfig, TrainingConfig, ValueHeadConfig
 
 
 def estimated(graph: Graph, *, on_gpu: bool, count: int) -> tuple[dict[str, Memory], dict[str, list[Path]]]:
@@ -110,6 +110,8 @@ def model_paths(node: Node) -> list[Path]:
         return [config.model] if config.model else []
     if isinstance(config, EmaConfig):
         return [config.average, config.model]
+    if isinstance(config, PolicyConfig) and config.reference_model is not None:
+        return [config.model, config.reference_model]
     return [config.model] if isinstance(config, TrainingConfig | ValueHeadConfig) else []
 
 

@@ -8,8 +8,10 @@ import difflib
 import functools
 import importlib
 import math
+import operator
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,13 @@ Value = bool | int | float | str | None
 
 FOLDER = Path(__file__).parent / "algorithms"
 BUILT_IN = tuple(sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in ("__init__", "parts")))
-NEEDS_OF = {"pairs": ("reference", "collision"), "samples": ("reference", "values", "greedy")}
-FUNCTIONS_OF = {"pairs": ("loss", "statistics"), "samples": ("loss", "statistics", "advantages")}
+NEEDS_OF = {
+    "pairs": ("reference", "reference_model", "tokens", "entropy", "collision"),
+    "samples": ("reference", "reference_model", "values", "greedy", "token_rewards"),
+}
+FUNCTIONS = ("loss", "statistics", "update", "advantages")
+COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+LIMIT = re.compile(r"\s*(>=|<=|>|<)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*")
 KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "None": type(None)}
 
 
@@ -35,6 +42,15 @@ class Setting:
     """Which of bool, int, float, str and None a value may be; empty where the source does not say so simply."""
     choices: tuple[Value, ...] = ()
     """The values of a `Literal`."""
+    limits: str = ""
+    """What a number must be, as LIMITS has it: `> 0, <= 1`; empty: anything finite."""
+
+    def within_limits(self, value: Value) -> bool:
+        """Whether a value of the right kind makes sense; what is no number always does."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return True
+        limits = self.limits.split(",") if self.limits else []
+        return all(COMPARISONS[sign](value, number) for sign, number in map(_limit, limits))
 
 
 @dataclass(frozen=True)
@@ -48,13 +64,20 @@ class Description:
     needs: tuple[str, ...]
     settings: dict[str, Setting]
     functions: dict[str, tuple[str, ...]]
-    """The settings that each of `loss`, `statistics` and `advantages` takes, for those that exist."""
+    """The settings that each of `loss`, `statistics`, `update` and `advantages` takes, for those that exist."""
     sources: dict[str, Path]
     """The files that define it: its own, and the user's own modules that it imports."""
+    state: dict[str, float]
+    """What `update` keeps from one optimizer step to the next, with its first values."""
     compares_answers: bool = False
-    """Whether its `advantages` looks at which responses answer the same prompt, of which there must then be several."""
+    """Whether it looks at which responses answer the same prompt, of which there must then be several."""
     penalises_divergence: bool = True
     """Whether its `advantages` has a KL penalty in the reward; of the user's own, only a run can tell."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares the policy with a reference."""
+        return "reference" in self.needs or "reference_model" in self.needs
 
     @property
     def defaults(self) -> dict[str, Value]:
@@ -74,7 +97,7 @@ def describe(algorithm: str) -> Description:
     """
     source = _Source(algorithm, _file(algorithm))
     reads = source.constant("READS")
-    if reads not in FUNCTIONS_OF:
+    if reads not in NEEDS_OF:
         raise UserError(f'{source.what}: READS is {reads!r}; write READS = "pairs" or READS = "samples".')
     needs = source.constant("NEEDS")
     if isinstance(needs, str):
@@ -87,7 +110,7 @@ def describe(algorithm: str) -> Description:
                 f"{source.what}: NEEDS has {need!r}, but an algorithm that reads {reads} can only need "
                 f"{', '.join(NEEDS_OF[reads])}."
             )
-    found = {name: source.function(name) for name in ("loss", "statistics", "advantages")}
+    found = {name: source.function(name) for name in FUNCTIONS}
     for name, required in (("loss", True), ("advantages", reads == "samples")):
         if required and found[name] is None:
             raise UserError(
@@ -97,19 +120,37 @@ def describe(algorithm: str) -> Description:
         raise UserError(f"{source.what}: only an algorithm with READS = \"samples\" has a function 'advantages'.")
     settings: dict[str, Setting] = {}
     functions: dict[str, tuple[str, ...]] = {}
-    for name, node in found.items():
-        if node is None:
+    limits: dict[str, str] = {}
+    for name, function in found.items():
+        if function is None:
             continue
-        own = dict(_settings(f"{source.what}: function {name!r}", node))
+        own = dict(_settings(f"{source.what}: function {name!r}", function.node))
         functions[name] = tuple(own)
+        limits |= function.source.limits()
         for setting, value in own.items():
             if repr(settings.setdefault(setting, value)) != repr(value):
                 raise UserError(
                     f"{source.what}: the setting {setting!r} has one default or type in the function {name!r} "
                     "and another one before; give it the same in both."
                 )
-    body = [] if found["advantages"] is None else ast.walk(found["advantages"])
-    names = {node.attr for node in body if isinstance(node, ast.Attribute)}
+    for setting in source.limits():
+        if setting not in settings:
+            raise UserError(
+                f"{source.what}: LIMITS has {setting!r}, which is no setting.{_nearest(setting, settings)} Name a "
+                "keyword argument of its functions."
+            )
+    for setting, text in (limits | source.limits()).items():
+        if setting in settings:
+            settings[setting] = replace(settings[setting], limits=text)
+            if not settings[setting].within_limits(settings[setting].default):
+                raise UserError(
+                    f"{source.what}: the default of the setting {setting!r} is {settings[setting].default!r}, but "
+                    f"LIMITS says {text!r}. Change one of them."
+                )
+    state = source.state()
+    if state and found["update"] is None:
+        raise UserError(f"{source.what}: STATE is kept by a function 'update', which there is not.")
+    names = _attributes(found["advantages"])
     return Description(
         algorithm,
         reads,
@@ -117,7 +158,8 @@ def describe(algorithm: str) -> Description:
         settings,
         functions,
         _sources(source),
-        compares_answers="prompts" in names,
+        state,
+        compares_answers="prompts" in names | _attributes(found["loss"]),
         penalises_divergence="penalised_rewards" in names or algorithm not in BUILT_IN,
     )
 
@@ -126,7 +168,7 @@ def check_settings(description: Description, given: Mapping[str, Any]) -> dict[s
     """All settings of an algorithm: the given ones, and the defaults of the others.
 
     Raises:
-        UserError: there is no such setting, or a value has the wrong type or is not finite.
+        UserError: there is no such setting, or a value has the wrong type, is not finite or outside of its limits.
     """
     known = description.settings
     for name in given:
@@ -177,6 +219,19 @@ def _parsed(file: Path, version: tuple[int, ...]) -> ast.Module:
     return ast.parse(file.read_bytes(), str(file))
 
 
+@dataclass(frozen=True)
+class _Function:
+    node: ast.FunctionDef
+    source: "_Source"
+    """Where it is defined."""
+
+
+def _attributes(function: _Function | None) -> set[str]:
+    """The names of all attributes that a function looks at."""
+    nodes = [] if function is None else ast.walk(function.node)
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
 class _Source:
     """The top level of one source file."""
 
@@ -190,7 +245,7 @@ class _Source:
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{self.what} is not valid Python: {error}.") from error
 
-    def constant(self, name: str) -> Any:
+    def constant(self, name: str, default: Any = ...) -> Any:
         """The value of a constant that is written out."""
         for node in reversed(self.body):
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -202,14 +257,36 @@ class _Source:
                         f"{self.what}: {name} is read without running the file; write its value out, not "
                         f"{ast.unparse(node.value)}."
                     ) from error
+        if default is not ...:
+            return default
         example = '"pairs" or READS = "samples"' if name == "READS" else '("reference",), or NEEDS = ()'
         raise UserError(f"{self.what}: {name} is missing; write {name} = {example} at the top level.")
 
-    def function(self, name: str) -> ast.FunctionDef | None:
+    def limits(self) -> dict[str, str]:
+        """LIMITS."""
+        found = self.constant("LIMITS", {})
+        example = 'LIMITS = {"beta": "> 0", "gamma": ">= 0, <= 1"}'
+        if not isinstance(found, dict):
+            raise UserError(f"{self.what}: LIMITS is {found!r}; write {example}.")
+        for setting, text in found.items():
+            if not isinstance(text, str) or not all(map(LIMIT.fullmatch, text.split(","))):
+                raise UserError(f"{self.what}: LIMITS says {text!r} of {setting!r}; write comparisons: {example}.")
+        return found
+
+    def state(self) -> dict[str, float]:
+        """STATE."""
+        found = self.constant("STATE", {})
+        if not isinstance(found, dict) or any(
+            type(value) not in (int, float) or not math.isfinite(value) for value in found.values()
+        ):
+            raise UserError(f'{self.what}: STATE is {found!r}; write numbers by name: STATE = {{"mean": 0.0}}.')
+        return {str(name): float(value) for name, value in found.items()}
+
+    def function(self, name: str) -> _Function | None:
         """A function that the file defines, or imports by `from module import name`."""
         for node in reversed(self.body):
             if isinstance(node, ast.FunctionDef) and node.name == name:
-                return node
+                return _Function(node, self)
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     if (alias.asname or alias.name) == name:
@@ -324,9 +401,11 @@ def _checked(description: Description, name: str, value: Any) -> Value:
             f"algorithm {description.algorithm!r}: the setting {name!r} is {value!r}, but must be {_expected(setting)} "
             f"(its default is {setting.default!r})."
         )
-    if description.algorithm in BUILT_IN and isinstance(value, int | float) and value < 0:
-        what = f"algorithm {description.algorithm!r}: the setting {name!r}"
-        raise UserError(f"{what} is {value!r}, but must not be negative.")
+    if not setting.within_limits(value):
+        raise UserError(
+            f"algorithm {description.algorithm!r}: the setting {name!r} is {value!r}, but must be {setting.limits} "
+            f"(its default is {setting.default!r})."
+        )
     return float(value) if type(value) is int and "int" not in setting.kinds and "float" in setting.kinds else value
 
 
@@ -339,6 +418,13 @@ def _elsewhere(name: str, known: Any) -> str:
     ours = entry.ours.removeprefix("training.settings.")
     where = f" Ratchet has {ours!r} for it" + (", which this algorithm does not have." if ours != entry.ours else ".")
     return f" Did you mean {ours!r}?" if ours in known else f"{where} {entry.note}".rstrip()
+
+
+def _limit(text: str) -> tuple[str, float]:
+    """Sign and number of a comparison such as `> 0`."""
+    found = LIMIT.fullmatch(text)
+    assert found is not None
+    return found[1], float(found[2])
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -135,6 +135,12 @@ class PolicyConfig(TrainingConfig):
     """Published experience, for algorithms that read samples."""
     nll_coefficient: float = identity(0.0, ge=0)
     """Weight of the chosen answers' mean token NLL that is added to the loss of an algorithm that reads pairs."""
+    reference_model: Path | None = input_path(None)
+    """Directory of the reference policy, which is held beside the policy, for algorithms that compare their whole
+    distributions."""
+    inputs: list[Path] | None = input_path(None, min_length=1)
+    """For an algorithm of your own: files or directories that it reads beside its own modules. When their content
+    changes, the training is made anew."""
     value_head: bool = identity(False)
     """Train a value head on the policy's own last hidden states, so that it is its own critic (a shared backbone), for
     algorithms that need values."""
@@ -147,6 +153,8 @@ class PolicyConfig(TrainingConfig):
         description = describe(self.algorithm)
         # With every default, because that is what is computed.
         object.__setattr__(self, "settings", check_settings(description, self.settings))
+        _check_inputs(self.algorithm, self.inputs)
+        self._check_reference_model("reference_model" in description.needs)
         if description.reads == "pairs":
             expected = len(self.pairs) if "reference" in description.needs else 0
             if not self.pairs or self.experience is not None:
@@ -173,9 +181,33 @@ class PolicyConfig(TrainingConfig):
                 )
         return self
 
+    def _check_reference_model(self, needed: bool) -> None:
+        if needed != (self.reference_model is not None):
+            fix = "set reference_model=DIRECTORY" if needed else "leave reference_model out"
+            raise ValueError(f"algorithm={self.algorithm} needs {'a' if needed else 'no'} reference model: {fix}.")
+        require_whole_model(self.algorithm, needed, self.parallel)
+
     def source_files(self) -> dict[str, Path]:
         """The user's own algorithm and what it imports; built-in ones belong to `code_version`."""
         return {} if self.algorithm in BUILT_IN else describe(self.algorithm).sources
+
+
+def require_whole_model(algorithm: str, needed: bool, parallel: ParallelConfig) -> None:
+    """Refuse a layout under which no process holds the whole policy, where a reference model is needed beside it.
+
+    Raises:
+        ValueError: it is such a layout.
+    """
+    if needed and (parallel.is_native or parallel.zero == 3):
+        raise ValueError(
+            f"algorithm={algorithm} needs a reference model beside the policy, which every process holds whole; "
+            f"parallel ({parallel}) divides the policy. Set zero to at most 2, and tp, pp and sp to 1."
+        )
+
+
+def _check_inputs(algorithm: str, inputs: list[Path] | None) -> None:
+    if inputs is not None and algorithm in BUILT_IN:
+        raise ValueError(f"inputs are what an algorithm of your own reads; algorithm={algorithm} reads no files.")
 
 
 class CriticConfig(TrainingConfig):
@@ -250,6 +282,8 @@ class ExperienceConfig(StageConfig):
     it is fixed."""
     kl_horizon: float = identity(10000.0, gt=0)
     """Responses until an adaptive coefficient follows in full; with more per iteration it follows at once."""
+    inputs: list[Path] | None = input_path(None, min_length=1)
+    """As for the policy's training: what an algorithm of your own reads beside its own modules."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the samples is dropped; those that the algorithm itself leaves out do not count."""
 
@@ -261,6 +295,7 @@ class ExperienceConfig(StageConfig):
             raise ValueError(f"algorithm={self.algorithm} reads pairs, not samples, and needs no experience.")
         # With every default, and without those of the loss, because that is what is computed.
         object.__setattr__(self, "settings", description.arguments("advantages", settings))
+        _check_inputs(self.algorithm, self.inputs)
         for name, need in (
             ("reference", "reference"), ("values", "values"), ("greedy", "greedy"), ("greedy_rollouts", "greedy")
         ):  # fmt: skip

@@ -7,20 +7,31 @@ from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
-from contracts.records import PAIRS, Pair
-from modeling.rows import Response, Row, token_ids
+from contracts.records import PAIRS, FinishReason, Pair
+from modeling.rows import Floats, Response, Row, token_ids
 from training.config import TrainingConfig
 
+Known = tuple[Mapping[str, float], dict[str, Floats]]
+"""What else is known of an answer: numbers, and columns with one number per token."""
 
-def pair_row(pair: Pair, chosen: Mapping[str, float] | None = None, rejected: Mapping[str, float] | None = None) -> Row:
+
+def pair_row(pair: Pair, chosen: Known = ({}, {}), rejected: Known = ({}, {})) -> Row:
     """The chosen and the rejected answer to a prompt; truncated answers get no EOS here or anywhere else."""
+
+    def response(ids: tuple[int, ...], score: float, finish_reason: FinishReason, known: Known) -> Response:
+        numbers, tokens = known
+        return Response(
+            token_ids(ids), {"score": score, "truncated": float(finish_reason == "length"), **numbers}, tokens
+        )
+
     return Row(
         pair.pair_id,
         token_ids(pair.prompt_ids),
         (
-            Response(token_ids(pair.chosen_ids), {"score": pair.chosen_score, **(chosen or {})}),
-            Response(token_ids(pair.rejected_ids), {"score": pair.rejected_score, **(rejected or {})}),
+            response(pair.chosen_ids, pair.chosen_score, pair.chosen_finish_reason, chosen),
+            response(pair.rejected_ids, pair.rejected_score, pair.rejected_finish_reason, rejected),
         ),
+        pair.tags or (),
     )
 
 

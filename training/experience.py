@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def run(config: ExperienceConfig, context: Context) -> Outcome:
     with context.timed("load"):
         advantages_of = catalogue.load(config.algorithm).advantages
         rollouts = Artifact.open(config.rollouts, ROLLOUTS)
-        columns, ledger = collect(config, rollouts)
+        columns, ledger = collect(config, rollouts, description)
     with context.timed("compute"):
         experience = columns.experience(coefficient)
         found = advantages_of(experience, **config.settings)
@@ -51,7 +52,7 @@ def run(config: ExperienceConfig, context: Context) -> Outcome:
                 "would change nothing: leave them out. Its own settings may have a weight for the divergence."
             )
         kept = torch.ones(len(columns.keys), dtype=torch.bool) if found.keep is None else found.keep
-        facts = summary(experience, found, kept, columns.truncated)
+        facts = summary(experience, found, kept, sum(columns.truncated))
     ledger.leave_out("not_kept", int((~kept).sum()))
     if not ledger.kept:
         raise UserError(
@@ -101,10 +102,13 @@ class Columns:
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
     rewards: "array[float]" = field(default_factory=lambda: array("d"))
     tokens: "dict[str, array[float]]" = field(default_factory=dict)
-    """behaviour, and those of reference and values that the algorithm needs: one number per response token."""
+    """behaviour, and those of reference, values and token_rewards that the algorithm needs: one number per response
+    token."""
     greedy: "array[float] | None" = None
-    truncated: int = 0
-    """How many were cut off by the token limit."""
+    truncated: list[bool] = field(default_factory=list)
+    """Which were cut off by the token limit."""
+    tags: list[tuple[str, ...]] = field(default_factory=list)
+    """Of the prompt of each."""
 
     def experience(self, kl_coefficient: float) -> "WatchedExperience":
         """The same as tensors, which share the arrays' memory."""
@@ -115,6 +119,8 @@ class Columns:
             lengths=torch.frombuffer(self.lengths, dtype=torch.int64),
             kl_coefficient=kl_coefficient,
             greedy=None if self.greedy is None else _tensor(self.greedy),
+            truncated=torch.tensor(self.truncated),
+            tags=self.tags,
             **tokens,
         )
 
@@ -135,14 +141,15 @@ def _tensor(column: "array[float]") -> Tensor:
     return torch.frombuffer(column, dtype=torch.float64)
 
 
-def collect(config: ExperienceConfig, rollouts: Artifact) -> tuple[Columns, Ledger]:
+def collect(config: ExperienceConfig, rollouts: Artifact, description: catalogue.Description) -> tuple[Columns, Ledger]:
     """Read and join everything; what cannot be used is counted.
 
     Raises:
         UserError: what is given does not speak of the same tokens, or too few samples can be used.
     """
     sources = Sources(config, rollouts)
-    columns = Columns(tokens={name: array("d") for name in ("behaviour", *sources.per_token)})
+    rewarded = ["token_rewards"] if "token_rewards" in description.needs else []
+    columns = Columns(tokens={name: array("d") for name in ("behaviour", *sources.per_token, *rewarded)})
     columns.greedy = None if sources.greedy is None else array("d")
     ledger = Ledger("samples")
     for rollout, found in join(rollouts, sources.scores):
@@ -157,9 +164,12 @@ def collect(config: ExperienceConfig, rollouts: Artifact) -> tuple[Columns, Ledg
             columns.keys.append((rollout.prompt_id, completion.sample))
             columns.lengths.append(len(completion.response_ids))
             columns.rewards.append(sources.reward(found["rewards"][completion.sample]))
-            columns.truncated += completion.finish_reason == "length"
+            columns.truncated.append(completion.finish_reason == "length")
+            columns.tags.append(rollout.tags)
             for name, numbers in sources.tokens(rollout, completion, found):
                 columns.tokens[name].extend(numbers)
+            if rewarded:
+                columns.tokens["token_rewards"].extend(sources.token_rewards(rollout, completion, found))
             if columns.greedy is not None:
                 columns.greedy.append(sources.greedy_reward(rollout))
     if not ledger.kept:
@@ -216,6 +226,20 @@ class Sources:
                 raise UserError(f"{name}={path} has no number per token. Give scores of the kind {kind}.")
             _require_one_each(numbers, completion, f"{name}={path}: {where}")
             yield name, numbers
+
+    def token_rewards(
+        self, rollout: Rollout, completion: Completion, found: dict[str, ScoresBySample]
+    ) -> tuple[float, ...]:
+        """The reward of each of a sample's tokens."""
+        numbers = found["rewards"][completion.sample].token_rewards
+        path, where = self.scores["rewards"].path, f"prompt {rollout.prompt_id}, sample {completion.sample}"
+        if not numbers:
+            raise UserError(
+                f"rewards={path}: {where} has no reward per token, which the algorithm needs. Use a scorer that gives "
+                "them: a rule that returns a list of numbers, one for each of response_ids."
+            )
+        _require_one_each(numbers, completion, f"rewards={path}: {where}")
+        return numbers
 
     def greedy_reward(self, rollout: Rollout) -> float:
         """The reward of the greedy answer to a rollout's prompt."""
@@ -373,7 +397,14 @@ def records(
                     )
                 )
         if samples:
-            yield Experience(rollout.prompt_id, rollout.prompt_ids, tuple(samples), rollout.policy, rollout.iteration)
+            yield Experience(
+                rollout.prompt_id,
+                rollout.prompt_ids,
+                tuple(samples),
+                rollout.policy,
+                rollout.iteration,
+                rollout.tags or msgspec.UNSET,
+            )
 
 
 def summary(experience: WatchedExperience, found: algorithm.Advantages, kept: Tensor, truncated: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The training loop: one for every algorithm and every parallel layout."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from contracts import stopping
 from contracts.errors import UserError
+from contracts.seeds import derive_seed
 from contracts.stage import Context
 from modeling.packing import Packed, Packing, pack
 from modeling.rows import Row
-from training.algorithm import Figures, sum_by_response
+from training.algorithm import Figures, Statistics, Step, sum_by_response
 from training.batching import MicroBatch, count_steps, divide, global_batches
 from training.config import TrainingConfig
 from training.engines.base import Engine, Outputs
@@ -55,8 +57,18 @@ class Part:
     """1, or 0 where the rows only fill up."""
     totals: Totals
     """Of the whole step."""
-    statistics: dict[str, float]
-    """Figures of the whole step that were computed before its loss."""
+    statistics: Statistics
+    """Numbers of the whole step that were computed before its loss."""
+    places: tuple[int, ...] = ()
+    """Place of each row in the step."""
+    starts: tuple[int, ...] = ()
+    """Place of each row's first response among those of the step."""
+    step: int = 0
+    """Number of the optimizer step, from 0 on."""
+    steps: int = 1
+    """Optimizer steps of the training."""
+    seed: int = 0
+    """What random numbers of this step come from."""
 
     def numbers(self, name: str) -> Tensor:
         """A number of every response, [S]."""
@@ -67,6 +79,14 @@ class Part:
         """A number of every response token, [N]."""
         values = [torch.from_numpy(response.tokens[name]) for row in self.rows for response in row.responses]
         return torch.cat(values).to(self.batch.lengths.device)
+
+    def response_seeds(self) -> list[int]:
+        """For each response what its random numbers come from: the step and the row alone decide."""
+        return [
+            derive_seed("response", self.seed, row.row_id, number)
+            for row in self.rows
+            for number in range(len(row.responses))
+        ]
 
     def weights(self, count: int) -> Tensor:
         """The weight of each of `count` rows or responses."""
@@ -90,7 +110,11 @@ class Learning:
     rows: list[Row]
     loss: Loss
     statistics: Loss | None = None
-    """Computed over the whole step, without gradients, before its loss."""
+    """Computed over the whole step, without gradients, before its loss. Vectors may be among its figures."""
+    update: Callable[[Step], Statistics] | None = None
+    """What is decided once per step, from the statistics, before the loss."""
+    state: dict[str, float] = field(default_factory=dict)
+    """What `update` keeps from step to step, with its first values; the log has it, and so has the saved state."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +154,18 @@ def train(
         max_steps=config.max_steps,
     )
     split = partial(parts, engine=engine, budget=config.micro_batch_tokens, packing=packing)
+
+    def add_gradients(batch: tuple[int, ...], step: int) -> tuple[Figures, Statistics]:
+        """Those of a step, which begins with what the one before has left."""
+        seed = derive_seed("algorithm", config.seed, step)
+        made = [replace(part, step=step, steps=total, seed=seed) for part in split(rows, batch)]
+        before = {name: log[step - 1][name] for name in learning.state} if step else learning.state
+        return _add_gradients(engine, learning, made, Step(step, total, {}, before, _generator(seed)))
+
     log = state.read()
     if log:
         if engine.needs_a_step_before_write:
-            _add_gradients(engine, learning, split(rows, (0,)), 0)
+            add_gradients((0,), 0)
         state.restore(log)
     for step, batch in enumerate(batches):
         if step < len(log):
@@ -142,7 +174,7 @@ def train(
             step, total, peak=config.learning_rate, shape=config.schedule, warmup_ratio=config.warmup_ratio
         )
         engine.set_rate(rate)
-        figures = _add_gradients(engine, learning, split(rows, batch), step)
+        figures, decided = add_gradients(batch, step)
         norm = engine.clip(config.max_grad_norm)
         # DeepSpeed has stepped by now: there this stops before anything is saved.
         _require_finite(norm, step, [rows[index].row_id for index in batch])
@@ -150,7 +182,10 @@ def train(
         # Whether to save and whether to leave has to be the same for all processes: it travels with the figures.
         sums = engine.add_up({**figures, "due": float(state.due), "stop": float(stopping.requested())})
         due, stop = sums.pop("due") > 0, sums.pop("stop") > 0
-        log.append({"step": step + 1, **sums, "learning_rate": rate, "grad_norm": norm})
+        if taken := decided.keys() & sums.keys():
+            raise UserError(f"the algorithm's loss and its update both return a figure {min(taken)!r}. Rename one.")
+        kept = {name: value for name, value in decided.items() if isinstance(value, float)}
+        log.append({"step": step + 1, **sums, **kept, "learning_rate": rate, "grad_norm": norm})
         context.progress(step + 1, total, "steps")
         if stop:
             _leave(engine, state, log)
@@ -190,13 +225,24 @@ def parts(
     """This replica's micro-batches of one optimizer step, or of all rows."""
     batch = tuple(range(len(rows))) if batch is None else batch
     totals = Totals.of([rows[index] for index in batch])
+    counts = [len(rows[index].responses) for index in batch]
+    starts = [0, *accumulate(counts)]
+    places = {index: (place, starts[place]) for place, index in enumerate(batch)}
     divided = divide(batch, rows, processes=engine.replicas, budget=budget, packing=packing)
-    return [_part(micro, rows, totals, engine, packing) for micro in divided[engine.replica]]
+    return [_part(micro, rows, totals, places, engine, packing) for micro in divided[engine.replica]]
 
 
-def _part(micro: MicroBatch, rows: list[Row], totals: Totals, engine: Engine, packing: Packing) -> Part:
+def _part(
+    micro: MicroBatch,
+    rows: list[Row],
+    totals: Totals,
+    places: dict[int, tuple[int, int]],
+    engine: Engine,
+    packing: Packing,
+) -> Part:
     chosen = [rows[index] for index in micro.rows]
-    return Part(chosen, pack(chosen, packing, engine.device), micro.weight, totals, {})
+    own, starts = zip(*(places[index] for index in micro.rows), strict=True)
+    return Part(chosen, pack(chosen, packing, engine.device), micro.weight, totals, {}, own, starts)
 
 
 def evaluate(engine: Engine, made: list[Part], loss: Loss) -> Figures:
@@ -204,19 +250,26 @@ def evaluate(engine: Engine, made: list[Part], loss: Loss) -> Figures:
     return engine.evaluate([part.batch for part in made], lambda outputs, number: loss(outputs, made[number]))
 
 
-def _add_gradients(engine: Engine, learning: Learning, made: list[Part], step: int) -> Figures:
-    """Compute the gradients of a step; return this replica's share of its figures."""
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _add_gradients(engine: Engine, learning: Learning, made: list[Part], step: Step) -> tuple[Figures, Statistics]:
+    """Compute the gradients of a step; return this replica's share of its figures, and what was decided before."""
+    decided: Statistics = {}
     if learning.statistics is not None:
-        found = engine.add_up(evaluate(engine, made, learning.statistics))
-        for part in made:
-            part.statistics.update(found)
+        step.statistics.update(engine.add_up(evaluate(engine, made, learning.statistics)))
+    if learning.update is not None:
+        decided = learning.update(step)
+    for part in made:
+        part.statistics.update({**step.statistics, **decided})
 
     def share(outputs: Outputs, number: int) -> Figures:
         figures = learning.loss(outputs, made[number])
-        _require_finite(float(figures["loss"].detach()), step, [row.row_id for row in made[number].rows])
+        _require_finite(float(figures["loss"].detach()), step.step, [row.row_id for row in made[number].rows])
         return figures
 
-    return engine.accumulate([part.batch for part in made], share)
+    return engine.accumulate([part.batch for part in made], share), decided
 
 
 def _leave(engine: Engine, state: TrainingState, log: list[Line]) -> NoReturn:

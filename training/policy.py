@@ -1,7 +1,7 @@
 """Training the policy, by any algorithm: on preference pairs, or on scored samples of its own."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,20 @@ from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.records import EXPERIENCE, SCORES, Experience, ExperienceSample, Score
 from contracts.stage import Context, Outcome
+from modeling.attention import is_packable, is_packed, use_packed_attention
 from modeling.loading import load_causal, load_value_head, read_config, vocabulary_size
 from modeling.modules import TokenLogprobs
 from modeling.packing import Packing
 from modeling.rows import Response, Row, float_values, token_ids
-from training.algorithm import Answers, Figures, Pairs, Samples
+from training import views
+from training.algorithm import Figures, Pairs, Statistics, Step
 from training.catalogue import Description, describe, load
 from training.config import PolicyConfig
 from training.data import length_limit, pair_row, read_pairs, usable
 from training.drift import measure_drift
 from training.engines.base import Engine, Outputs
 from training.fit import Task, fit
-from training.loop import Learning, Loss, Part
+from training.loop import Learning, Part
 
 Reference = dict[tuple[str, int], Score]
 RESERVED = {"step", "learning_rate", "grad_norm", "due", "stop"}
@@ -50,17 +52,17 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
         max_dropped=config.max_dropped,
         what=ledger.unit,
     )
-    loss, statistics = losses(config, description)
     needs = description.needs
     task = Task(
         ledger=ledger,
-        learning=Learning(rows, loss, statistics),
+        learning=learning(config, description, rows),
         load=lambda dtype: load_causal(config.model, dtype),
         wrap=lambda model: TokenLogprobs(
             model,
-            entropy=not from_pairs,
+            entropy=not from_pairs or "entropy" in needs,
             collision="collision" in needs,
             value_head=load_value_head(config.model, model.config.hidden_size) if config.value_head else None,
+            reference=load_reference(config, model, max(row.longest for row in rows)),
         ),
         auto=AutoModelForCausalLM,
         model_config=model_config,
@@ -70,10 +72,35 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
     return fit(config, context, task)
 
 
-def losses(config: PolicyConfig, description: Description) -> tuple[Loss, Loss | None]:
-    """The loss of the algorithm, and its statistics where it has such."""
+def load_reference(config: PolicyConfig, policy: Any, longest: int) -> Any:
+    """The reference model beside the policy, in its number format and with its attention; None where none is needed.
+
+    Raises:
+        UserError: it has another vocabulary than the policy, or cannot compute the policy's batches.
+    """
+    if config.reference_model is None:
+        return None
+    reference = load_causal(config.reference_model, policy.get_input_embeddings().weight.dtype)
+    known, own = (vocabulary_size(model.config) for model in (reference, policy))
+    if known != own:
+        raise UserError(
+            f"reference_model={config.reference_model} knows {known} token ids and the policy {own}, so their "
+            "distributions cannot be compared. Give a model of the policy's family."
+        )
+    if is_packed(policy):
+        if not is_packable(reference.config, longest):
+            raise UserError(
+                f"reference_model={config.reference_model}: {type(reference).__name__} is not known to compute flat "
+                "batches. Set packing=padded."
+            )
+        use_packed_attention(reference)
+    return reference
+
+
+def learning(config: PolicyConfig, description: Description, rows: list[Row]) -> Learning:
+    """What the algorithm's functions make of the rows."""
     module, settings = load(config.algorithm), config.settings
-    view = _pairs if description.reads == "pairs" else _samples
+    view = views.pairs if description.reads == "pairs" else views.samples
 
     def loss(outputs: Outputs, part: Part) -> Figures:
         batch = view(outputs, part, description.needs)
@@ -94,18 +121,61 @@ def losses(config: PolicyConfig, description: Description) -> tuple[Loss, Loss |
         found = module.statistics(
             view(outputs, part, description.needs), **description.arguments("statistics", settings)
         )
-        return _require_figures(found, f"algorithm {config.algorithm!r}: statistics", set())
+        return _require_figures(found, f"algorithm {config.algorithm!r}: statistics", set(), _whole(part, description))
 
-    return loss, statistics if "statistics" in description.functions else None
+    def update(step: Step) -> Statistics:
+        found = module.update(step, **description.arguments("update", settings))
+        return _require_decided(found, f"algorithm {config.algorithm!r}: update", description.state)
+
+    functions = description.functions
+    return Learning(
+        rows,
+        loss,
+        statistics if "statistics" in functions else None,
+        update if "update" in functions else None,
+        description.state,
+    )
 
 
-def _require_figures(found: Any, what: str, names: set[str]) -> Figures:
-    """Raise UserError unless an algorithm has returned scalars by name, and a loss that can be learned from."""
+def _whole(part: Part, description: Description) -> int:
+    """The length of a vector with one number for each pair or response of the step."""
+    return part.totals.rows if description.reads == "pairs" else part.totals.responses
+
+
+def _require_decided(found: Any, what: str, state: Mapping[str, float]) -> Statistics:
+    """Raise UserError unless `update` has returned finite numbers, or vectors, and all names of STATE among them."""
+    if not isinstance(found, dict):
+        raise UserError(f"{what} must return a dict of numbers and vectors; found {type(found).__name__}.")
+    decided: Statistics = {}
+    for name, value in found.items():
+        if isinstance(value, Tensor) and value.ndim:
+            decided[name] = value
+            continue
+        try:
+            decided[name] = float(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{what} returned {name!r} as {type(value).__name__}; return numbers or tensors."
+            ) from error
+        if not math.isfinite(decided[name]):
+            raise UserError(f"{what} returned {name!r} as {decided[name]}, from which nothing can be computed.")
+    if missing := [name for name in state if not isinstance(decided.get(name), float)]:
+        raise UserError(f"{what} did not return the number {missing[0]!r}, which STATE says that it keeps.")
+    if taken := RESERVED & decided.keys():
+        raise UserError(f"{what} returned a number named {min(taken)!r}, which the log has for itself. Rename it.")
+    return decided
+
+
+def _require_figures(found: Any, what: str, names: set[str], whole: int | None = None) -> Figures:
+    """Raise UserError unless an algorithm has returned scalars by name, and a loss that can be learned from.
+
+    With `whole` vectors of that length will do as well.
+    """
     if not isinstance(found, dict) or not names <= found.keys():
         shown = sorted(found) if isinstance(found, dict) else type(found).__name__
         raise UserError(f"{what} must return a dict of figures{', `loss` among them' if names else ''}; found {shown}.")
     for name, value in found.items():
-        if not isinstance(value, Tensor) or value.shape != ():
+        if not isinstance(value, Tensor) or value.shape not in {(), (whole,)}:
             shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UserError(f"{what} returned {name!r} as {shape}, not as a tensor of shape () like batch.mean's.")
     if taken := RESERVED & found.keys():
@@ -113,49 +183,6 @@ def _require_figures(found: Any, what: str, names: set[str]) -> Figures:
     if names and torch.is_grad_enabled() and not found["loss"].requires_grad:
         raise UserError(f"{what} returned a loss without gradient, from which nothing is learned. Do not detach it.")
     return found
-
-
-def _pairs(outputs: Outputs, part: Part, needs: tuple[str, ...]) -> Pairs:
-    """A micro-batch as an algorithm sees it that learns from pairs."""
-    logp = part.sum_by_response(outputs["logprobs"])
-    collision = part.sum_by_response(outputs["log_collision"]) if "collision" in needs else None
-    columns = {
-        "logp": logp,
-        "length": part.batch.lengths.to(logp.dtype),
-        "score": part.numbers("score").to(logp.dtype),
-        "reference_logp": part.numbers("reference").to(logp.dtype) if "reference" in needs else None,
-        "log_collision": collision,
-    }
-    sides = [{name: None if column is None else column[side::2] for name, column in columns.items()} for side in (0, 1)]
-    return Pairs(
-        chosen=Answers(**sides[0]),  # type: ignore[arg-type]
-        rejected=Answers(**sides[1]),  # type: ignore[arg-type]
-        weights=part.weights(len(part.rows)),
-        total=part.totals.rows,
-        chosen_tokens=part.totals.first_tokens,
-        statistics=part.statistics,
-    )
-
-
-def _samples(outputs: Outputs, part: Part, needs: tuple[str, ...]) -> Samples:
-    """A micro-batch as an algorithm sees it that learns from samples."""
-    tokens = {name: part.tokens(name) for name in part.rows[0].responses[0].tokens}
-    return Samples(
-        logprobs=outputs["logprobs"],
-        entropy=outputs["entropy"],
-        proximal=tokens["proximal"],
-        behaviour=tokens["behaviour"],
-        advantages=tokens["advantages"],
-        lengths=part.batch.lengths,
-        weights=part.weights(len(part.batch.lengths)),
-        total=part.totals.responses,
-        total_tokens=part.totals.tokens,
-        reference=tokens["reference"] if "reference" in needs else None,
-        values=outputs.get("values"),
-        old_values=tokens.get("values"),
-        returns=tokens.get("returns"),
-        statistics=part.statistics,
-    )
 
 
 def _compare(
@@ -189,33 +216,35 @@ def sample_rows(config: PolicyConfig, samplers: set[str]) -> Iterator[Row]:
         )
     for prompt in artifact.rows(Experience):
         samplers.add(prompt.policy)
-        yield Row(prompt.prompt_id, token_ids(prompt.prompt_ids), tuple(map(_response, prompt.samples)))
+        tags = prompt.tags or ()
+        yield Row(prompt.prompt_id, token_ids(prompt.prompt_ids), tuple(map(_response, prompt.samples)), tags)
 
 
 def _response(sample: ExperienceSample) -> Response:
     columns = {name: getattr(sample, name) for name in ("behaviour", "advantages", "reference", "values", "returns")}
     tokens = {name: float_values(column) for name, column in columns.items() if column is not None}
-    return Response(token_ids(sample.response_ids), {"reward": sample.reward}, tokens)
+    numbers = {"reward": sample.reward, "truncated": float(sample.finish_reason == "length")}
+    return Response(token_ids(sample.response_ids), numbers, tokens)
 
 
 def pair_rows(config: PolicyConfig, description: Description) -> Iterator[Row]:
-    """Published pairs, with summed reference log-probabilities where the algorithm needs them."""
+    """Published pairs, with reference log-probabilities where the algorithm needs them: their sums, or all of them."""
     if "reference" not in description.needs:
         yield from (pair_row(pair) for path in config.pairs for pair in read_pairs(path))
         return
     for paths in zip(config.pairs, config.reference, strict=True):
-        yield from referenced_pairs(*paths)
+        yield from referenced_pairs(*paths, tokens="tokens" in description.needs)
 
 
-def referenced_pairs(pairs: Path, reference: Path) -> Iterator[Row]:
-    """Published pairs with the summed reference log-probabilities of both answers as constants.
+def referenced_pairs(pairs: Path, reference: Path, *, tokens: bool) -> Iterator[Row]:
+    """Published pairs with the summed reference log-probabilities of both answers; with `tokens` those of each, too.
 
     Raises:
         UserError: an answer has no reference value, two of them, or one of another length.
     """
     known = _read_reference(reference)
     for pair in read_pairs(pairs):
-        sums = []
+        sums, columns = [], []
         for sample, ids in ((pair.chosen_sample, pair.chosen_ids), (pair.rejected_sample, pair.rejected_ids)):
             score = known.get((pair.prompt_id, sample))
             where = f"prompt {pair.prompt_id}, sample {sample}"
@@ -231,7 +260,8 @@ def referenced_pairs(pairs: Path, reference: Path) -> Iterator[Row]:
                     f"{len(ids)} tokens: it is of other rollouts. Give the reference of these pairs."
                 )
             sums.append({"reference": math.fsum(score.token_logprobs or ())})
-        yield pair_row(pair, *sums)
+            columns.append({"reference": float_values(score.token_logprobs or ())} if tokens else {})
+        yield pair_row(pair, *zip(sums, columns, strict=True))
 
 
 def _read_reference(path: Path) -> Reference:

@@ -29,7 +29,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("trainig.settings.beta=0.2", "unknown key 'trainig'. Did you mean 'training'?"),
         ("training.settings.beta=much", "the setting 'beta' is 'much'"),
         ("training.learning_rate=-1", "'training.learning_rate' is -1"),
-        ("training.settings.beta=-1", "the setting 'beta' is -1, but must not be negative"),
+        ("training.settings.beta=-1", "the setting 'beta' is -1, but must be > 0"),
         ("training.algorithm=dop", "there is no algorithm 'dop'. Did you mean 'dpo'?"),
         ("generation.k=1", "generation.k is 1; pairs need at least 2"),
         ("generation.temperatures=[1.0, 0.7, 0.5]", "k=4 cannot be divided equally"),

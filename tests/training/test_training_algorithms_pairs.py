@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contracts.errors import UserError
-from training.algorithm import Answers, Figures, Pairs
+from training.algorithm import Answers, Figures, Pairs, Step
 from training.catalogue import BUILT_IN, describe
 
 PAIRS = [name for name in BUILT_IN if describe(name).reads == "pairs"]
@@ -28,6 +27,7 @@ class Data:
         random = torch.Generator().manual_seed(seed)
         pairs = 1 if edge == "one token" else 5
         self.pairs = pairs
+        self.state: dict[str, float] = {}
         self.lengths = torch.randint(1, WIDTH + 1, (2 * pairs,), generator=random)
         if edge == "empty":
             self.lengths[:2], self.lengths[pairs + 1 : pairs + 3] = 0, 0  # both empty; one of each
@@ -49,7 +49,7 @@ class Data:
         for name in ("tokens", "reference", "collision", "scores"):
             setattr(self, name, getattr(self, name).to(dtype))
 
-    def answers(self, logp: Tensor, rows: Any) -> Answers:
+    def answers(self, tokens: Tensor, logp: Tensor, rows: Tensor) -> Answers:
         """Answers of some rows."""
         return Answers(
             logp=logp[rows],
@@ -57,43 +57,59 @@ class Data:
             score=self.scores[rows],
             reference_logp=(self.reference * self.mask).sum(1)[rows],
             log_collision=(self.collision * self.mask).sum(1)[rows],
+            truncated=torch.zeros(len(rows), dtype=torch.bool),
+            logprobs=tokens[rows][self.mask[rows]],
+            reference=self.reference[rows][self.mask[rows]],
+            seeds=rows.tolist(),
         )
 
-    def batch(self, logp: Tensor, chosen: list[int], fill: int = 0, **more: Any) -> Pairs:
+    def batch(self, tokens: Tensor, logp: Tensor, chosen: list[int], fill: int = 0, **more: Any) -> Pairs:
         """Some of the pairs as a micro-batch of a step of all of them; the last `fill` of them only fill up."""
         weights = torch.ones(len(chosen), dtype=logp.dtype)
         weights[len(chosen) - fill :] = 0
         return Pairs(
-            self.answers(logp, torch.tensor(chosen)),
-            self.answers(logp, torch.tensor(chosen) + self.pairs),
+            self.answers(tokens, logp, torch.tensor(chosen)),
+            self.answers(tokens, logp, torch.tensor(chosen) + self.pairs),
             weights,
             total=self.pairs,
             chosen_tokens=int(self.lengths[: self.pairs].sum()),
+            places=torch.tensor(chosen),
             **more,
         )
 
     def ours(
         self, name: str, tokens: Tensor, parts: list[tuple[list[int], int]] | None = None, **settings: Any
     ) -> tuple[Figures, Tensor]:
-        """The figures of a step in some micro-batches (rows and how many of them only fill up), and d loss / d logp."""
+        """The figures of a step in some micro-batches (rows and how many of them only fill up), and d loss / d logp.
+
+        For algorithms that look at tokens, d loss / d tokens.
+        """
         module = importlib.import_module(f"training.algorithms.{name}")
         description = describe(name)
         values = description.defaults | settings
-        logp = (tokens * self.mask).sum(1).detach().requires_grad_()
+        tokens = tokens.detach().clone().requires_grad_()
+        logp = (tokens * self.mask).sum(1)
+        logp.retain_grad()
         parts = parts or [(list(range(self.pairs)), 0)]
-        statistics: dict[str, float] = defaultdict(float)
+        statistics: dict[str, Any] = defaultdict(float)
         if "statistics" in description.functions:
             for rows, fill in parts:
-                shares = module.statistics(self.batch(logp, rows, fill), **description.arguments("statistics", values))
+                shares = module.statistics(
+                    self.batch(tokens, logp, rows, fill), **description.arguments("statistics", values)
+                )
                 for key, value in shares.items():
-                    statistics[key] += float(value)
+                    statistics[key] += value.detach().double() if value.ndim else float(value)
+        if "update" in description.functions:
+            step = Step(0, 3, dict(statistics), self.state or description.state, torch.Generator().manual_seed(3))
+            statistics |= module.update(step, **description.arguments("update", values))
         figures: Figures = {}
         for rows, fill in parts:
-            batch = self.batch(logp, rows, fill, statistics=dict(statistics))
+            batch = self.batch(tokens, logp, rows, fill, statistics=dict(statistics))
             for key, value in module.loss(batch, **description.arguments("loss", values)).items():
                 figures[key] = figures.get(key, torch.zeros((), dtype=logp.dtype)) + value
         figures["loss"].backward()
-        return figures, logp.grad
+        self.statistics = statistics
+        return figures, tokens.grad if "tokens" in description.needs else logp.grad
 
 
 def trl_stub(**attributes: Any) -> SimpleNamespace:
@@ -442,17 +458,118 @@ def test_other_figures() -> None:
     same(data.ours("wpo", data.tokens)[0]["weight"], sum(weights.chunk(2)).exp().clamp(max=1).mean())
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("ipo", {"beta": 0.0}),
-        ("sppo", {"beta": -1.0}),
-        ("robust", {"label_smoothing": 0.5}),
-        ("exo", {"label_smoothing": 0.0}),
-        ("wpo", {"cap": -1.0}),
-    ],
-)
-def test_a_setting_outside_of_the_formula_is_refused(name: str, settings: dict[str, Any]) -> None:
-    data = Data("random 0")
-    with pytest.raises(UserError, match=f"{next(iter(settings))}.* must be "):
-        data.ours(name, data.tokens, **settings)
+def decoupled(data: Data, tokens: Any, alpha: float) -> Any:
+    """LD-DPO's sum of an answer's tokens as a loop, [2P]."""
+    found = []
+    for row in range(2 * data.pairs):
+        own, other = int(data.lengths[row]), int(data.lengths[(row + data.pairs) % (2 * data.pairs)])
+        found.append(sum((1.0 if place < other else alpha) * tokens[row, place] for place in range(own)))
+    return found
+
+
+def check_gradient(data: Data, found: Tensor, formula: Callable[[Any], Any]) -> None:
+    """The gradient with respect to every token, against central differences of a formula of all tokens."""
+    base, slopes = data.tokens.numpy(), torch.zeros_like(found)
+    for place in np.ndindex(base.shape):
+        step = np.zeros_like(base)
+        step[place] = 1e-5
+        if data.mask[place]:
+            slopes[place] = float(formula(base + step) - formula(base - step)) / 2e-5
+    same(found, slopes)
+
+
+@pytest.mark.parametrize("edge", [edge for edge in EDGES if edge not in ("chosen", "rejected")])
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_ld_dpo_equals_its_formula(alpha: float, edge: str) -> None:
+    data = Data(edge, torch.float64)
+
+    def formula(tokens: Any) -> Any:
+        ratios = decoupled(data, tokens - data.reference.numpy(), alpha)
+        w, l = np.array(ratios).reshape(2, -1)  # noqa: E741
+        return np.mean(-log_sigmoid(0.4 * (w - l)))
+
+    figures, gradient = data.ours("ld_dpo", data.tokens, beta=0.4, alpha=alpha)
+    same(figures["loss"].detach(), formula(data.tokens.numpy()))
+    check_gradient(data, gradient, formula)
+    if alpha == 1.0:
+        expected, by_answer = data.ours("dpo", data.tokens, beta=0.4)
+        same(figures["loss"].detach(), expected["loss"].detach())
+        same(gradient, by_token(data, by_answer))
+
+
+@pytest.mark.parametrize("edge", [edge for edge in EDGES if edge not in ("chosen", "rejected")])
+def test_sampo_counts_as_many_tokens_of_both_answers(edge: str) -> None:
+    data = Data(edge, torch.float64)
+    figures, gradient = data.ours("sampo", data.tokens, beta=0.4)
+    used = gradient != 0
+    counts = used.sum(1).view(2, -1)
+    shorter = data.lengths.view(2, -1).amin(0)
+    assert counts.tolist() == [shorter.tolist()] * 2
+    ratios = ((data.tokens - data.reference) * used).sum(1).numpy()
+    w, l = ratios.reshape(2, -1)  # noqa: E741
+    same(figures["loss"].detach(), np.mean(-log_sigmoid(0.4 * (w - l))))
+
+
+def test_sampo_draws_every_token_equally_often() -> None:
+    random = torch.Generator().manual_seed(0)
+    counts = torch.zeros(6)
+    for _ in range(600):
+        seeds = torch.randint(0, 1 << 40, (2,), generator=random).tolist()
+        tokens = torch.zeros(6, requires_grad=True)
+        long = Answers(
+            tokens.sum()[None],
+            torch.tensor([6.0]),
+            torch.zeros(1),
+            logprobs=tokens,
+            reference=torch.zeros(6),
+            seeds=seeds[:1],
+        )
+        short = Answers(
+            torch.zeros(1),
+            torch.tensor([2.0]),
+            torch.zeros(1),
+            logprobs=torch.zeros(2),
+            reference=torch.zeros(2),
+            seeds=seeds[1:],
+        )
+        importlib.import_module("training.algorithms.sampo").sampled(long, short).sum().backward()
+        assert float(tokens.grad.sum()) == 2  # type: ignore[union-attr]
+        counts += tokens.grad  # type: ignore[arg-type]
+    assert ((counts / 600 - 1 / 3).abs() < 0.06).all(), counts
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("filtering", [0.0, 0.4])
+def test_beta_dpo_equals_its_formula(filtering: float, edge: str) -> None:
+    data = Data(edge, torch.float64)
+    data.state = {"gap_mean": 0.7, "gap_std": 1.3}
+    w, l = (data.tokens * data.mask).sum(1).numpy().reshape(2, -1)  # noqa: E741
+    rw, rl = (data.reference * data.mask).sum(1).numpy().reshape(2, -1)
+    gaps = w - rw - l + rl
+    settings = {"beta": 0.4, "alpha": 0.6, "filtering": filtering, "momentum": 0.8}
+    figures, gradient = data.ours("beta_dpo", data.tokens, **settings)
+    found, used = data.statistics, data.statistics["used"].bool().numpy()
+    spread = np.std(gaps, ddof=1) if len(gaps) > 1 else 0.0
+    assert found["gap_mean"] == pytest.approx(0.8 * 0.7 + 0.2 * gaps.mean())
+    assert found["gap_std"] == pytest.approx(0.8 * 1.3 + 0.2 * spread)
+    assert used.sum() == max(1, int(len(gaps) * (1 - filtering))) == found["pairs_used"]
+    beta = max(0.4 * (1 + 0.6 * (gaps[used].mean() - found["gap_mean"])), 1e-3)
+    assert found["beta"] == pytest.approx(beta)
+    same(figures["loss"].detach(), np.mean(-log_sigmoid(beta * gaps[used])))
+    slopes = np.where(used, -beta * np.exp(log_sigmoid(-beta * gaps)), 0.0) / used.sum()
+    expected = np.concatenate([slopes, -slopes]) * (data.lengths > 0).numpy()
+    same(gradient * (data.lengths > 0), expected)
+
+
+def test_beta_dpo_leaves_out_by_the_gaussian_of_the_moving_averages() -> None:
+    module = importlib.import_module("training.algorithms.beta_dpo")
+    gaps, log_weights = torch.tensor([0.0, 1.0, 2.0, 8.0], dtype=torch.float64), torch.tensor([0.0, -0.5, -2.0, -32.0])
+    counts = torch.zeros(4)
+    for seed in range(2000):
+        drawn = module.gumbel_top(log_weights.double(), 1, torch.Generator().manual_seed(seed))
+        counts[drawn] += 1
+    expected = log_weights.softmax(0)
+    assert ((counts / 2000 - expected).abs() < 0.03).all()
+    step = Step(5, 9, {"gaps": gaps}, {"gap_mean": 0.0, "gap_std": 1.0}, torch.Generator().manual_seed(0))
+    found = module.update(step, filtering=0.25, momentum=0.99)
+    assert found["used"].tolist() == [1.0, 1.0, 1.0, 0.0]

@@ -39,18 +39,49 @@ def test_the_built_in_algorithms() -> None:
         module = load(name)
         assert (description.reads, description.needs) == (module.READS, module.NEEDS)
         assert description.sources == {"algorithm": FOLDER / f"{name}.py"}
+        assert description.state == getattr(module, "STATE", {})
         for function, settings in description.functions.items():
             defaults = {setting: description.defaults[setting] for setting in settings}
             assert defaults == (getattr(module, function).__kwdefaults__ or {})
-        assert {name for name in ("loss", "advantages", "statistics") if hasattr(module, name)} == set(
+        assert {name for name in ("loss", "advantages", "statistics", "update") if hasattr(module, name)} == set(
             description.functions
         )
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_numeric_setting_of_a_built_in_algorithm_has_limits(name: str) -> None:
+    description = describe(name)
+    for setting, found in description.settings.items():
+        if {"int", "float"} & set(found.kinds):
+            assert found.limits, setting
+            with pytest.raises(UserError, match=f"'{setting}' is -1, but must be"):
+                check_settings(description, {setting: -1})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("dpo", {"beta": 0}, r"algorithm 'dpo': the setting 'beta' is 0, but must be > 0 \(its default is 0.1\)"),
+        ("dpo", {"label_smoothing": 0.5}, "'label_smoothing' is 0.5, but must be >= 0, < 0.5"),
+        ("ipo", {"beta": 0.0}, "'beta' is 0.0, but must be > 0"),
+        ("exo", {"label_smoothing": 0.0}, "must be > 0, < 0.5"),
+        ("ppo", {"gamma": 1.01}, "'gamma' is 1.01, but must be >= 0, <= 1"),
+        ("ppo", {"clip": -0.2}, "must be > 0, <= 1"),
+        ("decoupled_ppo", {"gamma": 2}, "'gamma' is 2, but must be >= 0, <= 1"),  # that of the advantages it imports
+        ("dr_grpo", {"max_tokens": 0}, "'max_tokens' is 0, but must be >= 1"),
+        ("grpo", {"clip_high": 0}, "'clip_high' is 0, but must be > 0"),
+        ("wpo", {"cap": -1.0}, "'cap' is -1.0, but must be >= 0"),
+    ],
+)
+def test_settings_that_make_no_sense(name: str, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_settings(describe(name), settings)
 
 
 def test_what_is_read_of_one() -> None:
     description = describe("ppo")
     assert (description.reads, description.needs) == ("samples", ("reference", "values"))
-    assert description.settings["gamma"] == Setting(1.0, ("float",))
+    assert description.settings["gamma"] == Setting(1.0, ("float",), limits=">= 0, <= 1")
     assert description.settings["whiten"] == Setting(True, ("bool",))
     assert description.functions["advantages"] == ("gamma", "lam", "whiten")
     settings = check_settings(description, {"gamma": 0.9})
@@ -158,7 +189,10 @@ LOSS = "def loss(batch): ...\n"
         (f'READS = "pairs"\n{LOSS}', r'NEEDS is missing; write NEEDS = \("reference",\), or NEEDS = \(\)'),
         (f'READS = "pairs"\nNEEDS = ("reference")\n{LOSS}', r'NEEDS is \'reference\'; .*NEEDS = \("reference",\)'),
         (f'READS = "pairs"\nNEEDS = 3\n{LOSS}', "NEEDS is 3; write a tuple"),
-        (f'READS = "pairs"\nNEEDS = ("values",)\n{LOSS}', "NEEDS has 'values', but .* reads pairs .* reference, coll"),
+        (
+            f'READS = "pairs"\nNEEDS = ("values",)\n{LOSS}',
+            "NEEDS has 'values', but .* reads pairs .* reference, .*coll",
+        ),
         (f'READS = "samples"\nNEEDS = ("collision",)\n{LOSS}', "NEEDS has 'collision'"),
         (HEAD, "no function 'loss'"),
         (f'READS = "samples"\nNEEDS = ()\n{LOSS}', "no function 'advantages', which an algorithm that reads samples"),
@@ -174,6 +208,22 @@ LOSS = "def loss(batch): ...\n"
         (f"{HEAD}def loss(batch, *, beta=B): ...\n", "default of the setting 'beta' is read without .* not B"),
         (f"{HEAD}def loss(batch, *, beta=[1]): ...\n", r"default of the setting 'beta' .* not \[1\]"),
         (f'{HEAD}def loss(batch, *, beta: float = "x"): ...\n', "default of the setting 'beta' is 'x', not a finite"),
+        (
+            f'{HEAD}LIMITS = {{"bta": "> 0"}}\ndef loss(b, *, beta=1): ...\n',
+            "has 'bta', which is no setting. Did .* 'beta'",
+        ),
+        (
+            f'{HEAD}LIMITS = {{"beta": "above 0"}}\ndef loss(b, *, beta=1): ...\n',
+            "LIMITS says 'above 0' of 'beta'; write",
+        ),
+        (f'{HEAD}LIMITS = {{"beta": 0}}\ndef loss(b, *, beta=1): ...\n', "LIMITS says 0 of 'beta'; write comparisons"),
+        (
+            f'{HEAD}LIMITS = {{"beta": "< 1"}}\ndef loss(b, *, beta=1): ...\n',
+            "default .* 'beta' is 1, but LIMITS says '< 1'",
+        ),
+        (f'{HEAD}LIMITS = "beta > 0"\n{LOSS}', "LIMITS is 'beta > 0'; write LIMITS = "),
+        (f"{HEAD}STATE = {{'mean': None}}\n{LOSS}", "STATE is {'mean': None}; write numbers by name"),
+        (f"{HEAD}STATE = {{'mean': 0}}\n{LOSS}", "STATE is kept by a function 'update', which there is not"),
         (
             f"{HEAD}def loss(batch, *, beta: float = 0.1): ...\ndef statistics(batch, *, beta: float = 0.2): ...\n",
             "the setting 'beta' has one default or type in the function 'statistics' and another",

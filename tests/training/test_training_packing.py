@@ -22,7 +22,7 @@ from training.catalogue import describe
 from training.config import PolicyConfig
 from training.data import pair_row
 from training.loop import Part, Totals
-from training.policy import losses
+from training.policy import learning
 from training.reward import bradley_terry
 
 LAYOUTS = ("padded", "flat", "shared")
@@ -212,8 +212,8 @@ def referenced_rows(count: int) -> list[Row]:
     return [
         pair_row(
             pair,
-            {"reference": known[pair.prompt_id, pair.chosen_sample]},
-            {"reference": known[pair.prompt_id, pair.rejected_sample]},
+            ({"reference": known[pair.prompt_id, pair.chosen_sample]}, {}),
+            ({"reference": known[pair.prompt_id, pair.rejected_sample]}, {}),
         )
         for pair in pairs
     ]
@@ -237,7 +237,7 @@ def test_a_step_equals_trl(
     )  # fmt: skip
     ours = prepared(AutoModelForCausalLM.from_pretrained(models[which]), "shared")
     part = Part(rows, pack(rows, "shared"), 1.0, Totals.of(rows), {})
-    shares = losses(config, describe(algorithm))[0](TokenLogprobs(ours)(part.batch), part)
+    shares = learning(config, describe(algorithm), rows).loss(TokenLogprobs(ours)(part.batch), part)
     shares["loss"].backward()
 
     theirs = AutoModelForCausalLM.from_pretrained(models[which])

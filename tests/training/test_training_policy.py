@@ -93,7 +93,9 @@ def test_a_drift_beyond_the_limit_stops(models: dict[str, Path], tmp_path: Path)
     assert facts["drift"]["fresh"] is False
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "raft", "decoupled_ppo"])
+@pytest.mark.parametrize(
+    "algorithm", ["ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "raft", "decoupled_ppo", "cispo"]
+)
 def test_packing_and_micro_batches_change_nothing(
     algorithm: str, models: dict[str, Path], experience: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from training.algorithm import Figures, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
+LIMITS = {"beta": "> 0"}
 
 
 def statistics(batch: Pairs, *, beta: float = 0.1) -> Figures:

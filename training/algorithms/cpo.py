@@ -13,6 +13,7 @@ from training.algorithm import Figures, Pairs
 
 READS = "pairs"
 NEEDS = ()
+LIMITS = {"beta": "> 0", "label_smoothing": ">= 0, < 0.5", "alpha": ">= 0"}
 
 
 def loss(batch: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, alpha: float = 1.0) -> Figures:

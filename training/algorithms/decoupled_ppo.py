@@ -14,6 +14,13 @@ from training.algorithms.ppo import advantages as advantages
 
 READS = "samples"
 NEEDS = ("reference", "values")
+LIMITS = {
+    "clip": "> 0, <= 1",
+    "behaviour_cap": "> 0",
+    "entropy_coefficient": ">= 0",
+    "value_coefficient": ">= 0",
+    "value_clip": "> 0",
+}
 
 
 def loss(
@@ -26,7 +33,6 @@ def loss(
     value_clip: float = 0.2,
 ) -> Figures:
     """clip: how far a ratio counts; behaviour_cap: greatest weight of a token that is learned from."""
-    parts.require(behaviour_cap > 0, "behaviour_cap", behaviour_cap, "above 0")
     ratios = parts.ratio(batch.logprobs, batch.proximal)
     losses, clipped = parts.clipped_surrogate(ratios, batch.advantages, clip, clip)
     weights = parts.ratio(batch.proximal, batch.behaviour).detach()

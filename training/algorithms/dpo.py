@@ -12,6 +12,7 @@ from training.algorithm import Figures, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
+LIMITS = {"beta": "> 0", "label_smoothing": ">= 0, < 0.5"}
 
 
 def loss(batch: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Figures:

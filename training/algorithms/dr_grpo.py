@@ -14,6 +14,7 @@ from training.algorithms import parts
 
 READS = "samples"
 NEEDS = ()
+LIMITS = {"max_tokens": ">= 1", "clip": "> 0, <= 1", "clip_high": "> 0", "importance_cap": ">= 0"}
 
 
 def advantages(experience: Experience) -> Advantages:
@@ -30,7 +31,6 @@ def loss(
     importance_cap: float = 0.0,
 ) -> Figures:
     """max_tokens: by habit the longest response allowed; clip, clip_high: how far a ratio counts, down and up."""
-    parts.require(max_tokens > 0, "max_tokens", max_tokens, "above 0")
     ratios = parts.ratio(batch.logprobs, batch.proximal)
     losses, clipped = parts.clipped_surrogate(ratios, batch.advantages, clip, clip if clip_high is None else clip_high)
     losses = losses * parts.importance_weight(batch.proximal, batch.behaviour, importance_cap)

@@ -11,15 +11,14 @@ import math
 from torch.nn.functional import logsigmoid
 
 from training.algorithm import Figures, Pairs
-from training.algorithms.parts import require
 
 READS = "pairs"
 NEEDS = ("reference",)
+LIMITS = {"beta": "> 0", "label_smoothing": "> 0, < 0.5"}
 
 
 def loss(batch: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.001) -> Figures:
     """beta: strength of the pull towards the reference; label_smoothing: e, which the divergence needs above 0."""
-    require(0 < label_smoothing < 1, "label_smoothing", label_smoothing, "above 0 and below 1")
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     log_q, log_other = logsigmoid(chosen - rejected), logsigmoid(rejected - chosen)
     losses = log_q.exp() * (log_q - math.log1p(-label_smoothing)) + log_other.exp() * (

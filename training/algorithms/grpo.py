@@ -16,6 +16,13 @@ from training.algorithms import parts
 
 READS = "samples"
 NEEDS = ("reference",)
+LIMITS = {
+    "beta": ">= 0",
+    "clip": "> 0, <= 1",
+    "clip_high": "> 0",
+    "entropy_coefficient": ">= 0",
+    "importance_cap": ">= 0",
+}
 
 
 def advantages(experience: Experience) -> Advantages:

@@ -6,15 +6,14 @@ With h = log-ratio divided by the answer's length, as its authors recommend for 
 """
 
 from training.algorithm import Figures, Pairs
-from training.algorithms.parts import require
 
 READS = "pairs"
 NEEDS = ("reference",)
+LIMITS = {"beta": "> 0"}
 
 
 def loss(batch: Pairs, *, beta: float = 0.1) -> Figures:
     """beta: the margin that is asked for is 1 / (2 beta) nats per token."""
-    require(beta > 0, "beta", beta, "above 0")
     chosen = batch.chosen.log_ratio / batch.chosen.length.clamp(min=1)
     rejected = batch.rejected.log_ratio / batch.rejected.length.clamp(min=1)
     losses = (chosen - rejected - 1 / (2 * beta)) ** 2

@@ -15,6 +15,7 @@ from training.algorithm import Figures, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
+LIMITS = {"beta": "> 0", "lambda_d": "> 0", "lambda_u": "> 0"}
 
 
 def statistics(batch: Pairs) -> Figures:

@@ -15,6 +15,7 @@ from training.algorithm import Figures, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
+LIMITS = {"beta": "> 0", "alpha": ">= 0"}
 
 
 def loss(batch: Pairs, *, beta: float = 0.1, alpha: float = 1.0, f: Literal["log", "identity"] = "log") -> Figures:

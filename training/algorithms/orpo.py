@@ -15,6 +15,7 @@ from training.algorithm import Figures, Pairs
 
 READS = "pairs"
 NEEDS = ()
+LIMITS = {"lam": "> 0"}
 
 
 def loss(batch: Pairs, *, lam: float = 0.1) -> Figures:

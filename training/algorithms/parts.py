@@ -3,21 +3,10 @@
 import torch
 from torch import Tensor
 
-from contracts.errors import UserError
 from training.algorithm import Experience, Figures, Samples, lacking, owners
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios of probabilities are cut here before the exponential, which is infinite in fp32 from 89 on."""
-
-
-def require(condition: bool, setting: str, value: float, rule: str) -> None:
-    """Refuse the value of a setting for which a formula has none.
-
-    Raises:
-        UserError: the condition does not hold.
-    """
-    if not condition:
-        raise UserError(f"the algorithm's setting {setting!r} is {value!r}, but must be {rule}.")
 
 
 def penalised_rewards(experience: Experience) -> Tensor:
@@ -114,7 +103,6 @@ def importance_weight(proximal: Tensor, behaviour: Tensor, cap: float) -> Tensor
     It corrects for an engine whose probabilities differ from the trainer's: truncated importance sampling (Ionides
     2008; Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
     """
-    require(cap >= 0, "importance_cap", cap, "0 (off) or above")
     return ratio(proximal, behaviour).clamp(max=cap).detach() if cap else 1.0
 
 

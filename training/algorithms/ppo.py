@@ -16,6 +16,15 @@ from training.algorithms import parts
 
 READS = "samples"
 NEEDS = ("reference", "values")
+LIMITS = {
+    "gamma": ">= 0, <= 1",
+    "lam": ">= 0, <= 1",
+    "clip": "> 0, <= 1",
+    "entropy_coefficient": ">= 0",
+    "value_coefficient": ">= 0",
+    "value_clip": "> 0",
+    "importance_cap": ">= 0",
+}
 
 
 def advantages(experience: Experience, *, gamma: float = 1.0, lam: float = 0.95, whiten: bool = True) -> Advantages:

@@ -13,6 +13,7 @@ from training.algorithms import parts
 
 READS = "samples"
 NEEDS = ("reference",)
+LIMITS = {"gamma": ">= 0, <= 1", "clip": "> 0, <= 1", "entropy_coefficient": ">= 0", "importance_cap": ">= 0"}
 
 
 def advantages(experience: Experience, *, gamma: float = 1.0) -> Advantages:

@@ -12,6 +12,7 @@ from training.algorithms import parts
 
 READS = "samples"
 NEEDS = ("reference", "greedy")
+LIMITS = {"importance_cap": ">= 0"}
 
 
 def advantages(experience: Experience) -> Advantages:

@@ -8,15 +8,14 @@ With d = log-ratio of the chosen minus log-ratio of the rejected answer, and lab
 from torch.nn.functional import logsigmoid
 
 from training.algorithm import Figures, Pairs
-from training.algorithms.parts import require
 
 READS = "pairs"
 NEEDS = ("reference",)
+LIMITS = {"beta": "> 0", "label_smoothing": ">= 0, < 0.5"}
 
 
 def loss(batch: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Figures:
     """beta: strength of the pull towards the reference; label_smoothing: probability that a label is flipped (e)."""
-    require(0 <= label_smoothing < 0.5, "label_smoothing", label_smoothing, "at least 0 and below 0.5")
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     logits = chosen - rejected
     losses = -(1 - label_smoothing) * logsigmoid(logits) + label_smoothing * logsigmoid(-logits)

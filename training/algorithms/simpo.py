@@ -11,6 +11,7 @@ from training.algorithm import Figures, Pairs
 
 READS = "pairs"
 NEEDS = ()
+LIMITS = {"beta": "> 0", "gamma": ">= 0"}
 
 
 def loss(batch: Pairs, *, beta: float = 2.0, gamma: float = 1.0) -> Figures:

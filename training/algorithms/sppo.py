@@ -6,15 +6,14 @@ The chosen answer wins with probability 1, the rejected with 0. With the log-rat
 """
 
 from training.algorithm import Figures, Pairs
-from training.algorithms.parts import require
 
 READS = "pairs"
 NEEDS = ("reference",)
+LIMITS = {"beta": "> 0"}
 
 
 def loss(batch: Pairs, *, beta: float = 0.1) -> Figures:
     """beta: each log-ratio is pulled to 1 / (2 beta) nats, up or down."""
-    require(beta > 0, "beta", beta, "above 0")
     chosen, rejected = batch.chosen.log_ratio, batch.rejected.log_ratio
     losses = (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
     return {"loss": batch.mean(losses), **batch.rewards(beta * chosen, beta * rejected)}

@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from training.algorithm import Answers, Figures, Pairs
-from training.algorithms.parts import LOG_RATIO_LIMIT, require
+from training.algorithms.parts import LOG_RATIO_LIMIT
 
 READS = "pairs"
 NEEDS = ("reference", "collision")
+LIMITS = {"beta": "> 0", "cap": ">= 0"}
 
 
 def loss(batch: Pairs, *, beta: float = 0.1, cap: float = 1.0) -> Figures:
     """beta: strength of the pull towards the reference; cap: greatest weight of a pair, 0 for no limit."""
-    require(cap >= 0, "cap", cap, "0 (no limit) or above")
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     weights = (log_weight(batch.chosen) + log_weight(batch.rejected)).clamp(max=LOG_RATIO_LIMIT).exp()
     weights = weights.clamp(max=cap) if cap else weights

@@ -83,10 +83,20 @@ class Engine(ABC):
     def step(self) -> None:
         """One optimizer step; gradients are zero afterwards."""
 
-    def add_up(self, figures: dict[str, Any]) -> dict[str, float]:
-        """The sum of each figure over the replicas, in every process; all must give the same names in one order."""
-        values = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in figures.values()])
-        return dict(zip(figures, self.sum(values).tolist(), strict=True))
+    def add_up(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """The sum of each figure over the replicas, in every process: a float, or of a vector a vector on the CPU.
+
+        All must give the same names in one order.
+        """
+        if not figures:
+            return {}
+        values = [torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in figures.values()]
+        whole = self.sum(torch.cat([value.flatten() for value in values]))
+        sums = whole.split([value.numel() for value in values])
+        return {
+            name: found if value.ndim else found.item()
+            for name, value, found in zip(figures, values, sums, strict=True)
+        }
 
     @abstractmethod
     def sum(self, values: Tensor) -> Tensor:

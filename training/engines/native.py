@@ -455,7 +455,7 @@ class NativeEngine(Engine):
         """The last stage's figures, in all stages."""
         if self._parallel.pp == 1:
             return figures
-        numbers = self._tell({name: float(value) for name, value in figures.items()})
+        numbers = self._tell({name: value.tolist() for name, value in figures.items()})
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
 
     def _tell(self, value: Any) -> Any:
