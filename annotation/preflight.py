@@ -10,6 +10,7 @@ from pathlib import Path
 from annotation.__main__ import COMMANDS
 from annotation.config import ScoreConfig
 from annotation.rule import check_function
+from contracts.models import ModelInfo
 from contracts.preflight import Finding, Stage, serve
 
 IMPORT_SECONDS = 60.0
@@ -29,9 +30,16 @@ def check_scorer(stage: Stage, config: ScoreConfig) -> Iterator[Finding]:
         yield from _findings_of_function(config.function, inputs)
     if config.model is None or not (config.model / "config.json").is_file():
         return
-    from modeling.inspect import examine_model  # transformers is not loaded for rules alone
+    from modeling.inspect import examine_model  # torch and transformers are not loaded for rules alone
+    from modeling.loading import check_weights
 
     yield from examine_model(stage, config.model, "answers" if config.kind == "reward_model" else "nothing")
+    classifies = config.kind == "reward_model" or (
+        config.kind == "values" and not ModelInfo.read(config.model).has_value_head
+    )
+    if classifies and "model" not in stage.made:
+        ModelInfo.read(config.model).require_one_label()
+    check_weights(config.model, "classifier" if classifies else "causal")
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from generation.__main__ import COMMANDS
 from generation.config import GenerationConfig
 from generation.prompts import check_policy
 from modeling.inspect import examine_model
+from modeling.loading import check_weights
 
 
 def check(stage: Stage) -> Iterator[Finding]:
@@ -18,6 +19,7 @@ def check(stage: Stage) -> Iterator[Finding]:
     if (config.policy / "config.json").is_file():
         check_policy(config)
         yield from examine_model(stage, config.policy, "prompts")
+        check_weights(config.policy, "causal")
 
 
 if __name__ == "__main__":

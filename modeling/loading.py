@@ -62,10 +62,15 @@ def tensor_shapes(auto: Any, config: Any) -> Shapes:
 
     Call it before an `Accelerator` exists: under ZeRO-3 every later construction partitions its parameters.
     """
-    return {name: tuple(tensor.shape) for name, tensor in _empty(auto, config).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in empty_model(auto, config).state_dict().items()}
 
 
-def _empty(auto: Any, config: Any) -> Any:
+def empty_model(auto: Any, config: Any) -> Any:
+    """The model that a configuration describes, with tensors that have shapes but no memory.
+
+    Raises:
+        UserError: transformers cannot make it.
+    """
     try:
         with torch.device("meta"):
             return auto.from_config(copy.deepcopy(config))
@@ -102,7 +107,7 @@ def _compare(auto: Any, model: Path, config: Any, *, new_head: bool) -> None:
     The loader is given tensors without memory, so that it renames, joins and ties them as it would the real ones, and
     reports what is missing, left over, or of another shape.
     """
-    kind = type(_empty(auto, config))
+    kind = type(empty_model(auto, config))
     tensors = {
         name: torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, torch.uint8), device="meta")
         for name, tensor in stored_tensors(model).items()

@@ -4,26 +4,58 @@ See contracts/preflight.py.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
+from contracts.demonstrations import DemonstrationRow
+from contracts.errors import UserError
+from contracts.ledger import Ledger
+from contracts.models import ModelInfo
 from contracts.preflight import Finding, Stage, serve
 from training.__main__ import COMMANDS
-from training.config import SftConfig, TrainingConfig
+from training.config import CriticConfig, RewardConfig, SftConfig, TrainingConfig, ValueHeadConfig
 
 
 def check(stage: Stage) -> Iterator[Finding]:
-    """The model that is trained, and the data where it is the user's."""
+    """The model that a stage starts from, what is trained of it, and demonstrations, where these are the user's."""
     config = stage.config
-    if not isinstance(config, TrainingConfig) or not (config.model / "config.json").is_file():
+    if not isinstance(config, TrainingConfig | ValueHeadConfig) or not (config.model / "config.json").is_file():
         return
+    from modeling.loading import check_weights  # torch is not loaded where there is nothing to look at
+
+    classifies = isinstance(config, CriticConfig | ValueHeadConfig) or (
+        isinstance(config, RewardConfig) and config.kind == "bradley_terry"
+    )
+    check_weights(config.model, "classifier" if classifies else "causal")
+    yield Finding("ok", f"{config.model}: it holds the weights of its architecture, all of them finite")
+    if isinstance(config, TrainingConfig):
+        check_trained(config, classifies=classifies)
     if isinstance(config, SftConfig):
         yield from check_demonstrations(stage, config)
+
+
+def check_trained(config: TrainingConfig, *, classifies: bool) -> None:
+    """Raise UserError where the config freezes, adapts or pads what the model does not have."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from modeling.loading import empty_model, read_config
+    from training.lora import add_adapters
+    from training.models import classifier_changes, set_trainable
+
+    model_config = read_config(config.model)
+    model: Any = empty_model(AutoModelForSequenceClassification if classifies else AutoModelForCausalLM, model_config)
+    if classifies and not hasattr(model, "score"):
+        raise UserError(f"{type(model).__name__} has no linear layer `score` as its head; choose another model.")
+    if classifies and ModelInfo.read(config.model).has_tokenizer:
+        classifier_changes(config.model, model_config)
+    if config.lora is None:
+        set_trainable(model, config.frozen)
+    else:
+        add_adapters(model, config.lora, config.seed)
 
 
 def check_demonstrations(stage: Stage, config: SftConfig) -> Iterator[Finding]:
     """The demonstrations, as the chat template of the model renders them."""
     from contracts.chat import ChatTokenizer
-    from contracts.demonstrations import DemonstrationRow
-    from contracts.ledger import Ledger
     from training.sft import tokenized
 
     ledger = Ledger("demonstrations")
