@@ -51,7 +51,8 @@ class Judge:
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
-                stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=_descriptor(sys.stdout), pass_fds=[theirs.fileno()],
+                start_new_session=True,
             )  # fmt: skip
         self.connection = ours
         self._send(Task(path, None if inputs is None else [str(path) for path in inputs], os.getpid()))

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import os
 import re
 import signal
@@ -190,6 +191,17 @@ def test_a_function_that_takes_long_to_import_is_told_and_not_refused(tmp_path: 
     slow = write(tmp_path, "time.sleep(1000)\ndef judge(**others): ...")
     assert "was not imported after 0.5 s" in (check_function(slow, None, 0.5) or "")
     assert check_function(write(tmp_path, "def judge(**others): ..."), None, 60) is None
+
+
+def test_what_a_function_prints_does_not_mix_with_the_answer_of_preflight(tmp_path: Path) -> None:
+    """Not even without a newline, or when its process ends."""
+    text = "sys.stdout.write('one')\nimport atexit\natexit.register(lambda: os.write(1, b'two'))\ndef judge(**all): ..."
+    config = {"rollouts": "made-by/generation", "kind": "rule", "function": write(tmp_path, text), "output": "any"}
+    request = {"stages": [{"name": "reward", "command": "score", "config": config, "made": ["rollouts"]}]}
+    command = [sys.executable, "-m", "annotation.preflight"]
+    told = subprocess.run(command, cwd=ROOT, input=json.dumps(request), capture_output=True, text=True, check=True)
+    assert json.loads(told.stdout) == {"findings": [], "probes": {}}
+    assert {"one", "two"} <= {told.stderr[:3], told.stderr[3:6]}
 
 
 def test_what_a_function_can_rely_on(tmp_path: Path) -> None:
