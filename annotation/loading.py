@@ -10,6 +10,7 @@ import transformers
 
 from annotation.config import ScoreConfig
 from contracts.errors import UserError
+from contracts.precision import resolve_dtype
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -30,7 +31,7 @@ def load_model(config: ScoreConfig, load: Callable[[Path, torch.dtype], Any]) ->
         UserError: the checkpoint lacks weights that the model needs, which would be drawn at random.
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if accelerators() else torch.device("cpu")
-    name = config.dtype if config.dtype != "auto" else ("bfloat16" if accelerators() else "float32")
+    name = resolve_dtype(config.dtype, on_gpu=accelerators() > 0)
     assert config.model is not None
     model = load(config.model, getattr(torch, name))
     return model.to(device).eval()

@@ -17,10 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from contracts import stopping
-from contracts.artifacts import Publication, process_name, take_lock
+from contracts.artifacts import Publication, process_name, take_lock, write_atomically
 from contracts.attempt import ROLE
 from contracts.errors import TransientError, UserError
 from contracts.processes import end_groups
@@ -68,6 +68,29 @@ def share_shards(
         _work(context, shards, open_worker)
     if context.publishes:
         _wait_for_all(context, shards)
+
+
+def agree(context: Context, name: str, value: str) -> str:
+    """One value for all processes that make shards of a stage, on whatever machines: that of the first.
+
+    It holds until the stage has published, so that one that is interrupted and goes on elsewhere stays what it was.
+    """
+    folder = context.publication.directory / "state"
+    path = folder / f"agreed-{name}"
+    with path.with_suffix(".lock").open("w") as file:
+        while not _locks(file):
+            time.sleep(0.05)
+        if not path.exists():
+            write_atomically(path, value.encode())
+        return path.read_text(encoding="utf-8")
+
+
+def _locks(file: IO[str]) -> bool:
+    try:
+        take_lock(file, fcntl.LOCK_EX)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _missing(publication: Publication, shards: list[str]) -> list[str]:

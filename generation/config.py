@@ -43,7 +43,8 @@ class GenerationConfig(StageConfig):
     seed: int = identity(0, ge=0)
     """Seed of the run; each sample's own seed is derived from it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = identity("auto")
-    """Number format of the engine; auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Number format of the engine; auto: bfloat16 on a GPU, and on a CPU that does not emulate it where the policy's
+    weights are in half precision; else float32."""
     logprob_mode: Literal["processed", "raw"] = identity("processed")
     """Which behaviour log-probabilities to keep: of the sampled distribution, or of the model's own at T=1."""
     engine: Literal["vllm", "transformers"] = identity("vllm")

@@ -6,7 +6,7 @@ Which engine runs is one config key; the records are the same.
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -94,10 +94,3 @@ def devices_per_replica(config: GenerationConfig) -> int:
             "Lower one of them, or check CUDA_VISIBLE_DEVICES."
         )
     return config.tensor_parallel
-
-
-def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16", "float16"], on_gpu: bool) -> str:
-    """`auto` in words: bfloat16 on a GPU, float32 on a CPU."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if on_gpu else "float32"

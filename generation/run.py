@@ -4,6 +4,8 @@ import contextlib
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from contracts.artifacts import model_fingerprint
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
@@ -11,10 +13,11 @@ from contracts.faults import Faults
 from contracts.jsonl import write_jsonl
 from contracts.ledger import merge
 from contracts.models import ModelInfo
+from contracts.precision import resolve_dtype
 from contracts.stage import Context, Outcome
-from contracts.workers import share_shards
+from contracts.workers import agree, share_shards
 from generation.config import GenerationConfig
-from generation.engine import Engine, EngineSettings, devices_per_replica, resolve_dtype, set_threads
+from generation.engine import Engine, EngineSettings, devices_per_replica, set_threads
 from generation.prompts import check_policy, prompt_ids, select_prompts
 from generation.rollouts import Shard, cut, default_shard_size, sample_shard, shard_facts, summary
 
@@ -43,7 +46,9 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
 
         def open_worker() -> Callable[[str], None]:
             start = time.perf_counter()
-            engine = open_engine(config, settings)
+            if config.dtype == "auto":  # processors differ, and what is published is of one kind
+                settled["dtype"] = agree(context, "dtype", settings.dtype)
+            engine = open_engine(config, msgspec.structs.replace(settings, dtype=settled["dtype"]))
             stack.callback(engine.close)
             load = {"load": time.perf_counter() - start}  # counted with the worker's first shard
 
@@ -104,7 +109,7 @@ def _settings(
     return EngineSettings(
         stop_ids=tokenizer.stop_ids,
         max_length=max(lengths) + config.max_new_tokens,
-        dtype=resolve_dtype(config.dtype, on_gpu),
+        dtype=resolve_dtype(config.dtype, on_gpu=on_gpu, sampled=config.policy),
         on_gpu=on_gpu,
         log=context.publication.directory / "state" / f"server-{context.rank}.log",
     )

@@ -8,14 +8,14 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from contracts.errors import UserError
+from contracts.precision import resolve_dtype
 from training.config import TrainingConfig
 
 
 def pick_dtype(config: TrainingConfig) -> torch.dtype:
     """The number format that `auto` stands for on this machine."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    name = resolve_dtype(config.dtype, on_gpu=torch.cuda.is_available())
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def classifier_changes(model: Path, model_config: Any) -> dict[str, Any]:

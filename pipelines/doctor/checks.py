@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from annotation.config import ScoreConfig
 from contracts.artifacts import MANIFEST
 from contracts.errors import UserError, as_user_error
+from contracts.precision import computes_bfloat16
 from generation.config import GenerationConfig
 from pipelines.config import RunConfig
 from pipelines.display import plural
@@ -184,6 +185,11 @@ def check_processors(plan: Plan) -> Iterator[Finding]:
         yield Finding("processors", "warning", f"{found}: more threads than cores, which slows all of them down", fix)
     else:
         yield Finding("processors", "ok", found)
+    slow = [name for name, node in plan.graph.nodes.items() if getattr(node.config, "dtype", "") == "bfloat16"]
+    if slow and not gpu_count() and not computes_bfloat16():
+        others = f" and {len(slow) - 1} more" if slow[1:] else ""
+        found = f"dtype of {slow[0]}{others} is bfloat16, which this processor only emulates, several times slower"
+        yield Finding("processors", "warning", found, "Leave dtype out: auto asks the processor; or set float32.")
     if gpu_count() and plan.parallel > 1:
         found = f"executor.parallel is {plan.parallel}, but every stage uses all GPUs: they would share their memory"
         yield Finding("processors", "warning", found, "Set executor.parallel=1, or give the stages less memory each.")
