@@ -15,8 +15,10 @@ from huggingface_hub.errors import HFValidationError
 
 from annotation.config import PairsConfig
 from contracts.artifacts import MANIFEST
+from contracts.errors import UserError
 from contracts.fingerprint import MODEL_FILES
 from contracts.prompts import PromptsConfig
+from contracts.splits import choose_files
 from embedded.config import WorldConfig
 from embedded.reviews import vocabulary
 from generation.config import GenerationConfig
@@ -39,6 +41,8 @@ WORLD_ROW = 200
 """Bytes of a row of the embedded world's data."""
 UNSEEN = 2048
 """Bytes of a prompt that nobody has seen yet."""
+LINES = (".jsonl", ".json", ".csv", ".tsv")
+"""Files with a row a line; a `.json` may also be one list of many."""
 COMPRESSED = (4, 200)
 """A Parquet or Arrow file stands for so many times its size as JSONL, in rows of so many bytes."""
 
@@ -294,14 +298,18 @@ class Answers:
         return self.longest_prompt + self.longest_answer
 
 
-def measure(source: Path) -> Rows | None:
-    """Rows in a file, a directory of files or a published artifact, of a large JSONL file by its first MiB."""
+def measure(source: Path, split: str = "train") -> Rows | None:
+    """Rows in a file, a directory's files of one split or a published artifact, of a large file by its first MiB."""
     if source.is_file():
         files = [source]
     elif (source / MANIFEST).is_file():
         files = sorted(source.glob("shard-*.jsonl"))
     elif source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix in (".jsonl", ".parquet", ".arrow"))
+        files = sorted(source.rglob("*.arrow"))
+        try:
+            files = files or choose_files(source, split)
+        except UserError:  # which the stage tells
+            return None
     else:
         return None
     try:
@@ -317,11 +325,12 @@ def measure(source: Path) -> Rows | None:
 
 def _measure_file(file: Path, sample: int = 1 << 20) -> Rows:
     size = file.stat().st_size
-    if file.suffix not in (".jsonl", ".json"):
-        times, row = COMPRESSED
-        return Rows(-(-times * size // row), times * size, times * size)
     with file.open("rb") as stream:
         lines = stream.read(sample).splitlines(keepends=True)
+    document = file.suffix == ".json" and lines and not lines[0].strip().endswith(b"}")
+    if document or file.suffix not in LINES:
+        times, row = (1, COMPRESSED[1]) if document else COMPRESSED
+        return Rows(-(-times * size // row), times * size, times * size)
     if size > sample and len(lines) > 1:
         lines.pop()  # cut off
     if not lines:
@@ -343,7 +352,12 @@ def _rows_of(path: Path, graph: Graph) -> Rows | None:
         count = getattr(config, path.stem, 0)
         return Rows(count, count * WORLD_ROW, WORLD_ROW)
     if isinstance(config, PromptsConfig):
-        source = rows_of(config.source, graph) or measure(path)
+        where, split = config.source, config.split
+        if graph.owner(where):
+            source = rows_of(where, graph)
+        else:
+            source = graph.known(("rows", where, split), lambda: measure(where, split))
+        source = source or measure(path)
         if source is None:
             return None
         count = min(source.count, config.limit or source.count)

@@ -342,6 +342,17 @@ def test_rows_of_files(tmp_path: Path) -> None:
     assert measure(tmp_path / "nowhere") is None
 
 
+def test_rows_of_a_split_and_of_one_document(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("prompt\n" + "why?\n" * 99)
+    (tmp_path / "test.json").write_text(json.dumps([{"prompt": "x" * 90}] * 100))
+    train, test = measure(tmp_path), measure(tmp_path, "test")
+    assert train is not None
+    assert test is not None
+    assert (train.count, test.bytes) == (100, (tmp_path / "test.json").stat().st_size)
+    assert 20 < test.count < 500
+    assert measure(tmp_path, "validation") is None
+
+
 def test_a_published_prompt_set_of_the_hub_is_known(smallest: Path) -> None:
     graph = build_graph(load_run_config(smallest, ["prompts.train.source=hf:nobody/data"]), 1)
     output = graph.nodes["prompts/train"].output
