@@ -1,6 +1,7 @@
 """Fixtures of the driver's tests."""
 
 import os
+import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 from pipelines_cluster import Cluster, ClusterRefused
 from pipelines_smallest import FinishedRun, finish_smallest, write_smallest
+
+from pipelines.locked import interpreter
 
 
 @pytest.fixture
@@ -44,3 +47,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(message)
     yield cluster
     cluster.end()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """The embedded world's model, made by its stage."""
+    output = tmp_path_factory.mktemp("world") / "world"
+    sizes = ("demonstrations=1", "train=1", "preference=1", "heldout=1")
+    command = [str(interpreter("training", "cpu")), "-m", "embedded", "world", *sizes, f"output={output}"]
+    subprocess.run(command, check=True, timeout=120, capture_output=True, cwd=root)
+    return output / "model"

@@ -190,16 +190,6 @@ def test_stages_at_once_do_not_wait_for_each_other(smallest: Path) -> None:
 # Models.
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """The embedded world's model, made by its stage."""
-    output = tmp_path_factory.mktemp("world") / "world"
-    sizes = ("demonstrations=1", "train=1", "preference=1", "heldout=1")
-    command = [str(interpreter("training", "cpu")), "-m", "embedded", "world", *sizes, f"output={output}"]
-    subprocess.run(command, check=True, timeout=120, capture_output=True, cwd=root)
-    return output / "model"
-
-
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
