@@ -319,3 +319,21 @@ def test_a_stage_that_cannot_start(argv: list[str], directory: str, message: str
     ending = ending_of(place)
     assert ending.kind == "user"
     assert message in str(ending.reason)
+
+
+def test_an_interrupt_while_a_run_is_watched(begun: RunDirectory) -> None:
+    """`attach` leaves the run alone and goes quietly, wherever the interrupt finds it."""
+    begun.lock()  # somebody drives the run
+    process = subprocess.Popen(
+        [*COMMAND, "attach", str(begun.path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert "iteration-001/generation" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "interrupted; the same command continues.\n"
