@@ -12,13 +12,15 @@ from pathlib import Path
 
 import msgspec
 
+from annotation.judge import TokenRewards
 from annotation.samples import Sample
 from contracts.artifacts import process_name
 
 WORTH_SECONDS = 0.5
 """Judgements that took less in all are not worth keeping when the stage ends by the user's mistake."""
 
-Entry = tuple[int, float | None]
+Known = float | TokenRewards | None
+Entry = tuple[int, Known]
 """The sample's index in its shard, and its score; None: the function cannot judge."""
 
 
@@ -31,9 +33,9 @@ class Journal:
         self._path = state / f"{self._name}-{process_name()}.jsonl"
         self._began = self._added = time.monotonic()
 
-    def known(self) -> dict[int, float | None]:
+    def known(self) -> dict[int, Known]:
         """Judgements by index that this or an earlier process has left."""
-        found: dict[int, float | None] = {}
+        found: dict[int, Known] = {}
         decoder = msgspec.json.Decoder(Entry)
         for path in sorted(self._state.glob(f"{self._name}-*.jsonl")):
             for line in path.read_bytes().splitlines(keepends=True):
@@ -43,7 +45,7 @@ class Journal:
                     continue
         return found
 
-    def add(self, judgements: Mapping[int, float | None]) -> None:
+    def add(self, judgements: Mapping[int, Known]) -> None:
         """Write judgements down: they survive this process from here on."""
         if judgements:
             with self._path.open("ab") as file:

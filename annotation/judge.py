@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +29,7 @@ from contracts.stopping import SIGNALS
 
 GIVEN = ("messages", "response", "finish_reason", "answer")
 """The keywords that every function takes."""
-IF_NAMED = ("tags", "tools", "inputs")
+IF_NAMED = ("tags", "tools", "inputs", "response_ids")
 """Keywords that a function is given where it names them."""
 HAND_BACK_SECONDS = 0.25
 """Samples that were handed over and not begun within this time are given back, for other processes to judge."""
@@ -43,16 +43,22 @@ class Task(msgspec.Struct):
     parent: int
 
 
-class Failed(msgspec.Struct, array_like=True):
+class Failed(msgspec.Struct, array_like=True, tag=True):
     """Why there is no judgement of a sample: `before` and `after` its name."""
 
     before: str
     after: str
 
 
-Request = tuple[list[dict[str, Any]], str, str, str | None, list[str], list[dict[str, Any]] | None]
-"""A sample: messages, response, finish_reason, answer, tags, tools."""
-Answer = float | None | bool | Failed
+class TokenRewards(msgspec.Struct, array_like=True, tag=True):
+    """A judgement of each response token."""
+
+    rewards: list[float]
+
+
+Request = tuple[list[dict[str, Any]], str, str, str | None, list[str], list[dict[str, Any]] | None, list[int]]
+"""A sample: messages, response, finish_reason, answer, tags, tools, response_ids."""
+Answer = float | TokenRewards | None | bool | Failed
 """A judgement, None where the function cannot judge; True: the samples that are left are given back."""
 
 
@@ -80,13 +86,13 @@ def main(descriptor: int) -> NoReturn:
     decoder = msgspec.json.Decoder(list[Request])
     for line in lines:
         began = time.monotonic()
-        for messages, response, finish_reason, answer, tags, tools in decoder.decode(line):
+        for messages, response, finish_reason, answer, tags, tools, response_ids in decoder.decode(line):
             if time.monotonic() - began > HAND_BACK_SECONDS:
                 say(True)
                 break
             given: dict[str, Any] = {}
             if extra:
-                known = {"tags": tags, "tools": tools, "inputs": inputs}
+                known = {"tags": tags, "tools": tools, "inputs": inputs, "response_ids": response_ids}
                 given = {name: value for name, value in known.items() if name in extra}
             result = _judge(function, messages, response, finish_reason, answer, given)
             if os.getpid() != me:  # a copy that the function has made, and that has come back from it
@@ -164,6 +170,8 @@ def _judge(
         if isinstance(value, Real):
             score = float(value)
             return score if math.isfinite(score) else Failed(f"gave {score} for", ". A score must be a finite number.")
+        if isinstance(value, list | tuple) and "response_ids" in extra:
+            return _token_rewards(value, len(extra["response_ids"]))
         if inspect.isawaitable(value):
             with contextlib.suppress(Exception):
                 value.close()  # type: ignore[attr-defined]
@@ -173,6 +181,14 @@ def _judge(
         return Failed("gave a number too large for a float for", f": {error}.")
     except BaseException as error:
         return Failed("failed on", f": {type(error).__name__}: {_text(error)}{_place(error)}")
+
+
+def _token_rewards(values: Sequence[Any], tokens: int) -> Answer:
+    if len(values) != tokens:
+        return Failed(f"returned {len(values)} numbers for", f", which has {tokens} response_ids; return one for each.")
+    if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
+        return Failed("returned a list for", " that holds something else than finite numbers.")
+    return TokenRewards([float(value) for value in values])
 
 
 def _text(error: BaseException) -> str:

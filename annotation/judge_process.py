@@ -171,4 +171,5 @@ def _descriptor(stream: TextIO) -> int | None:
 def _request(sample: Sample) -> list[object]:
     rollout, completion = sample
     tools = None if rollout.tools is msgspec.UNSET else rollout.tools
-    return [rollout.messages, completion.text, completion.finish_reason, rollout.answer, rollout.tags, tools]
+    ids = completion.response_ids
+    return [rollout.messages, completion.text, completion.finish_reason, rollout.answer, rollout.tags, tools, ids]

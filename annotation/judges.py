@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from annotation.judge import Answer, Failed
+from annotation.judge import Answer, Failed, TokenRewards
 from annotation.judge_process import LOOK_SECONDS, Judge
 from annotation.samples import Sample
 from contracts import stopping
@@ -24,7 +24,7 @@ from contracts.faults import Fault
 NAP_SECONDS = 0.002
 """How long answers are let come together where a process has many samples in hand."""
 
-Judgement = float | None | Fault
+Judgement = float | TokenRewards | None | Fault
 """A score, None where the function cannot judge, or why there is none."""
 Note = Callable[[dict[int, Judgement]], None]
 """Is told judgements by the index of their samples, as soon as they are there."""

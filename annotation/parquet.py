@@ -38,20 +38,21 @@ _COLUMNS = {
     "iteration": pa.int32(),
 }
 FURTHER = tuple(field.name for field in msgspec.structs.fields(Message) if not field.required)
-TOOLS = "tools"
+TOOLS, TAGS = "tools", "tags"
 
 
 def schema_of(further: Collection[str]) -> pa.Schema:
-    """The columns of pairs in which `further` occurs: fields of messages, or the tools."""
+    """The columns of pairs in which `further` occurs: fields of messages, the tools, or the tags."""
     turn = {name: pa.string() for name in ("role", "content", *(name for name in FURTHER if name in further))}
     tools = {TOOLS: pa.string()} if TOOLS in further else {}
-    return pa.schema({**_COLUMNS, "messages": pa.list_(pa.struct(turn)), **tools})
+    tags = {TAGS: pa.list_(pa.string())} if TAGS in further else {}
+    return pa.schema({**_COLUMNS, "messages": pa.list_(pa.struct(turn)), **tools, **tags})
 
 
 def further_of(rollout: Rollout) -> set[str]:
     """What a conversation has beside the roles and texts of its turns."""
     found = {name for turn in rollout.messages for name in FURTHER if getattr(turn, name) is not msgspec.UNSET}
-    return found | ({TOOLS} if rollout.tools is not msgspec.UNSET else set())
+    return found | ({TOOLS} if rollout.tools is not msgspec.UNSET else set()) | ({TAGS} if rollout.tags else set())
 
 
 class PairsParquet:

@@ -1,11 +1,13 @@
 """The scorer kind `rule`: a Python function of the user's own. Needs no torch."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from annotation.config import ScoreConfig
 from annotation.journal import Journal
+from annotation.judge import TokenRewards
 from annotation.judges import Judgement, Judges, LateError, stall_seconds
 from annotation.samples import Sample
 from contracts.attempt import report_within
@@ -87,4 +89,6 @@ def check_function(path: str, inputs: Sequence[Path] | None, seconds: float) -> 
 def _result(sample: Sample, judgement: Judgement) -> Score | str | Fault:
     if judgement is None:
         return "unscored"
+    if isinstance(judgement, TokenRewards):
+        return sample.scored(math.fsum(judgement.rewards), token_rewards=tuple(judgement.rewards))
     return judgement if isinstance(judgement, Fault) else sample.scored(judgement)

@@ -178,6 +178,14 @@ def _count(rollouts: Artifact, wanted: set[tuple[str, int]] | None) -> int:
     return sum(len(rollout.completions) for rollout in rollouts.rows(Rollout))
 
 
+def _penalised(score: Score, penalty: float) -> Score:
+    """A score less the penalty of an answer without an end, which its last token pays where tokens have rewards."""
+    changes: dict[str, Any] = {"score": score.score - penalty}
+    if score.token_rewards:
+        changes["token_rewards"] = (*score.token_rewards[:-1], score.token_rewards[-1] - penalty)
+    return msgspec.structs.replace(score, **changes)
+
+
 def _judge(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -> tuple[list[Score], Ledger, Faults]:
     """Scores of the samples that could be judged, and the count of the others by reason."""
     ledger = Ledger("samples")
@@ -197,7 +205,7 @@ def _judge(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -> tuple[
             ledger.drop(score)
             continue
         if config.missing_eos_penalty and sample.completion.finish_reason == "length":
-            score = msgspec.structs.replace(score, score=score.score - config.missing_eos_penalty)
+            score = _penalised(score, config.missing_eos_penalty)
         ledger.keep()
         scores.append(score)
     return scores, ledger, faults

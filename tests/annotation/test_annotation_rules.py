@@ -399,3 +399,29 @@ def test_every_judgement_is_a_heartbeat(tmp_path: Path, answers: Artifact) -> No
     assert any(re.fullmatch(r"0/1 shards, [1-6]/6 samples of the next", str(text)) for text in told), told
     times = sorted(beats)
     assert max(later - earlier for earlier, later in itertools.pairwise(times)) < 2e9
+
+
+def test_a_function_may_reward_every_token(tmp_path: Path, answers: Artifact) -> None:
+    function = write(tmp_path, "def judge(response_ids, **others):\n    return [0.5 * token for token in response_ids]")
+    scores = score(tmp_path, answers, function, missing_eos_penalty=1.0)
+    rows = [(row.prompt_id, each) for row in answers.rows(Rollout) for each in row.completions]
+    for found, (prompt, completion) in zip(scores.rows(Score), rows, strict=True):
+        expected = [0.5 * token for token in completion.response_ids]
+        expected[-1] -= completion.finish_reason == "length"
+        assert (found.prompt_id, found.sample) == (prompt, completion.sample)
+        assert found.token_rewards == tuple(expected)
+        assert found.score == pytest.approx(sum(expected))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ("[1.0]", r"returned 1 numbers for prompt .*, which has \d+ response_ids; return one for each"),
+        ("['a'] * len(response_ids)", "returned a list for prompt .* that holds something else than finite numbers"),
+        ("[float('nan')] * len(response_ids)", "holds something else than finite numbers"),
+    ],
+)
+def test_rewards_of_tokens_that_are_none(made: str, message: str, tmp_path: Path, answers: Artifact) -> None:
+    function = write(tmp_path, f"def judge(response_ids, **others):\n    return {made}")
+    with pytest.raises(UserError, match=message):
+        score(tmp_path, answers, function)
