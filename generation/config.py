@@ -9,6 +9,7 @@ from contracts.config import StageConfig, identity, input_path, runtime
 
 MINIMUM_TEMPERATURE = 0.01
 """vLLM silently raises what lies between 0 and this."""
+MAXIMUM_TEMPERATURE = 10.0
 
 
 class GenerationConfig(StageConfig):
@@ -83,6 +84,11 @@ class GenerationConfig(StageConfig):
             )
         if any(temperature != 0 and temperature < MINIMUM_TEMPERATURE for temperature in self.temperatures):
             raise ValueError(f"temperatures {self.temperatures} must be 0 (greedy) or at least {MINIMUM_TEMPERATURE}.")
+        if max(self.temperatures) > MAXIMUM_TEMPERATURE:
+            raise ValueError(
+                f"temperatures {self.temperatures}: above {MAXIMUM_TEMPERATURE:g} all tokens are about as likely, and "
+                "answers are noise. Most use 0.6 to 1.2."
+            )
         if 0 in self.temperatures and self.k > len(self.temperatures):
             raise ValueError(
                 f"temperature 0 is greedy, so its {self.k // len(self.temperatures)} answers would all be the same. "

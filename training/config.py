@@ -40,7 +40,7 @@ class TrainingConfig(StageConfig):
     """Share of the steps in which the learning rate rises from zero."""
     optimizer: Literal["adamw", "sgd"] = identity("adamw")
     """sgd (no momentum) is for comparisons between parallel layouts."""
-    weight_decay: float = identity(0.0, ge=0)
+    weight_decay: float = identity(0.0, ge=0, le=1)
     """AdamW's decoupled weight decay."""
     adam_beta1: float = identity(0.9, ge=0, lt=1)
     """AdamW's first moment decay."""
@@ -52,7 +52,7 @@ class TrainingConfig(StageConfig):
     """Decides the order of the data and every initial value."""
     dtype: Literal["auto", "float32", "bfloat16"] = identity("auto")
     """Number format of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
-    max_length: int | None = identity(None, ge=1)
+    max_length: int | None = identity(None, ge=2)
     """Longer sequences are dropped and counted, never cut; by default the model's context."""
     frozen: list[str] = identity([])
     """Parameters whose name contains one of these are not trained, for example embed_tokens."""
@@ -71,6 +71,15 @@ class TrainingConfig(StageConfig):
     """Processes on this machine and how the model is spread over them, for example {dp: 4, zero: 3}."""
     checkpoint_seconds: float = runtime(300.0, ge=0)
     """Save the state of the training at least this often, to go on from after a kill; 0: after every step."""
+
+    @model_validator(mode="after")
+    def _check_rate(self) -> Self:
+        if self.optimizer == "adamw" and self.learning_rate > 1:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate:g}: AdamW moves every weight by about as much in a step, so no "
+                "model survives more than 1. Preference learning takes 1e-7 to 1e-5, the other trainings up to 1e-3."
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_packing(self) -> Self:

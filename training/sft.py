@@ -64,7 +64,8 @@ def tokenized(conversations: Iterator[DemonstrationRow], chat: ChatTokenizer, le
 
     A response ends with the token that ends generation. What the template writes behind it is cut off, and where the
     template writes none it is appended, so that the model learns to stop exactly where the engine stops. A stop token
-    inside an answer would end it there: such rows are dropped (stop_inside), and those without an answer (no_answer).
+    inside an answer would end it there: such rows are dropped (stop_inside), and those without an answer (no_answer)
+    or with one of nothing but white space (empty_answer), from which a model would learn to say nothing.
 
     Raises:
         UserError: the template's text before the answer is not the prompt that generation will use.
@@ -74,6 +75,9 @@ def tokenized(conversations: Iterator[DemonstrationRow], chat: ChatTokenizer, le
         messages = conversation.messages
         if len(messages) < 2 or messages[-1].role != "assistant":
             ledger.drop("no_answer")
+            continue
+        if not messages[-1].content.strip() and not messages[-1].tool_calls:
+            ledger.drop("empty_answer")
             continue
         row_id = conversation.prompt_id or f"row {number}"
         prompt = chat.conversation(messages[:-1], for_answer=True, what=f"demonstration {row_id}")

@@ -63,6 +63,8 @@ def test_sft_trains_the_last_answer_only(models: dict[str, Path]) -> None:
     [
         ([QUESTION], "no_answer"),
         ([QUESTION, QUESTION], "no_answer"),
+        ([QUESTION, Message("assistant", "")], "empty_answer"),
+        ([QUESTION, Message("assistant", " \n")], "empty_answer"),
         ([QUESTION, Message("assistant", "great </s> bad")], "stop_inside"),
     ],
 )
