@@ -32,6 +32,24 @@ def test_the_reference_is_what_the_config_says(smallest: Path, reference: str, a
     assert anchor in graph.nodes["iteration-002/reference"].needs
 
 
+@pytest.mark.parametrize(("reference", "anchor"), [("initial", "setup/sft"), ("previous", "iteration-001/training")])
+def test_a_reference_model_beside_the_policy_needs_no_stage(
+    smallest: Path, tmp_path: Path, reference: str, anchor: str
+) -> None:
+    (tmp_path / "words.json").write_text("[]")
+    mine = tmp_path / "mine.py"
+    mine.write_text('READS = "pairs"\nNEEDS = ("reference_model",)\ndef loss(batch): ...\n')
+    overrides = [f"training.algorithm={mine}", "training.settings={}", f"training.inputs=[{tmp_path}/words.json]"]
+    graph = graph_of(smallest, 2, *overrides, f"reference={reference}")
+    assert "iteration-002/reference" not in graph.nodes
+    training = graph.nodes["iteration-002/training"]
+    assert training.config.model_dump()["reference_model"] == graph.nodes[anchor].output
+    assert training.config.model_dump()["inputs"] == [tmp_path / "words.json"]
+    assert anchor in training.needs
+    with pytest.raises(UserError, match=r"parallel \(dp=2 zero=3\) divides the policy"):
+        graph_of(smallest, 2, *overrides, "training.parallel={dp: 2, zero: 3}")
+
+
 def test_accumulated_pairs_get_their_reference_once_per_reference_model(smallest: Path) -> None:
     fixed = graph_of(smallest, 3, "accumulate=true")
     assert len(fixed.nodes["iteration-003/training"].config.model_dump()["pairs"]) == 3
@@ -47,7 +65,7 @@ def test_accumulated_pairs_get_their_reference_once_per_reference_model(smallest
 SAMPLED: dict[str, tuple[str, ...]] = {
     "ppo": ("reference", "values"), "decoupled_ppo": ("reference", "values"), "grpo": ("reference",),
     "rloo": ("reference",), "reinforce_pp": ("reference",), "remax": ("reference", "greedy"), "raft": (),
-    "dr_grpo": (),
+    "dr_grpo": (), "cispo": (),
 }  # fmt: skip
 """What the algorithms need that train on samples."""
 
