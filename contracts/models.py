@@ -11,6 +11,8 @@ from contracts.fingerprint import weight_files
 
 VALUE_HEAD = "value_head/model.safetensors"
 """File of a policy that is its own critic: one tensor `weight` [1, hidden size]; engines do not see it there."""
+MASTER = "master"
+"""Folder of a checkpoint in bfloat16 with what is missing to the fp32 that training ended with, for the next one."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 

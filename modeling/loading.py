@@ -17,6 +17,7 @@ from contracts.models import VALUE_HEAD, ModelInfo
 from contracts.seeds import derive_seed
 from contracts.weights import stored_tensors
 from modeling.finite import require_finite
+from modeling.master import Start
 from modeling.modes import gathered
 
 Shapes = dict[str, tuple[int, ...]]
@@ -127,9 +128,16 @@ def load_value_head(model: Path, hidden_size: int) -> torch.Tensor:
     return load_file(model / VALUE_HEAD)["weight"]
 
 
-def load_causal(model: Path, dtype: torch.dtype, **options: Any) -> Any:
-    """A causal language model with its weights; `options` are for transformers' loader."""
-    return _load(AutoModelForCausalLM, model, dtype, **options)
+def load_causal(model: Path, dtype: torch.dtype, *, master: bool = False, **options: Any) -> Any:
+    """A causal language model with its weights.
+
+    Args:
+        model: its directory.
+        dtype: number format of the weights.
+        master: in float32, begin with what the last training ended with, not with what engines see of it.
+        options: for transformers' loader.
+    """
+    return _load(AutoModelForCausalLM, model, dtype, master=master, **options)
 
 
 def load_classifier(model: Path, dtype: torch.dtype) -> Any:
@@ -137,13 +145,13 @@ def load_classifier(model: Path, dtype: torch.dtype) -> Any:
     return _load(AutoModelForSequenceClassification, model, dtype)
 
 
-def load_reward(model: Path, dtype: torch.dtype, seed: int) -> Any:
-    """A sequence classifier with one label; on a causal model, with a new head drawn by `seed`.
+def load_reward(model: Path, dtype: torch.dtype, seed: int, *, master: bool = False) -> Any:
+    """A sequence classifier with one label; on a causal model, with a new head drawn by `seed`. `master`: as above.
 
     The head is normal with standard deviation 1 / sqrt(hidden size + 1) (Stiennon et al. 2020, arXiv 2009.01325).
     """
     has_head = ModelInfo.read(model).labels is not None
-    loaded = _load(AutoModelForSequenceClassification, model, dtype, new_head=not has_head, num_labels=1)
+    loaded = _load(AutoModelForSequenceClassification, model, dtype, new_head=not has_head, master=master, num_labels=1)
     if not hasattr(loaded, "score"):
         raise UserError(f"{type(loaded).__name__} has no linear layer `score` as its head; choose another model.")
     if not has_head:
@@ -155,7 +163,9 @@ def load_reward(model: Path, dtype: torch.dtype, seed: int) -> Any:
     return loaded
 
 
-def _load(auto: Any, model: Path, dtype: torch.dtype, *, new_head: bool = False, **options: Any) -> Any:
+def _load(
+    auto: Any, model: Path, dtype: torch.dtype, *, new_head: bool = False, master: bool = False, **options: Any
+) -> Any:
     """A model whose every tensor was read from the checkpoint; with `new_head` all but a classifier's head.
 
     Raises:
@@ -164,9 +174,25 @@ def _load(auto: Any, model: Path, dtype: torch.dtype, *, new_head: bool = False,
     """
     ModelInfo.read(model)
     require_finite(model)
-    loaded, report = _from_pretrained(
-        auto, model, model, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
-    )
+    start = Start(model) if master and dtype == torch.float32 else None
+    if start is not None and start.has_rests:
+        config = read_config(model)
+        for name, value in options.items():
+            setattr(config, name, value)
+        loaded, report = _from_pretrained(
+            type(empty_model(auto, config)), model, None, config=config, state_dict=dict(start.items()), dtype=dtype
+        )
+    else:
+        loaded, report = _from_pretrained(
+            auto,
+            model,
+            model,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
+        )
     _require_complete(report, model, type(loaded).__name__, new_head)
     return loaded
 

@@ -90,21 +90,22 @@ def published_bytes(node: Node, graph: Graph) -> int | None:
     score         answers · 256, and for log-probabilities and values max_new_tokens · 24 an answer
     experience    prompts · (8 · text + 512) + answers · (256 + max_new_tokens · (7 + 24 · c)), with c numbers a token
     pairs         2 · pairs · (9 · prompt + 2 · max_new_tokens · 16 + 640): as JSONL and as Parquet
-    training      stored · a, the tokenizer, and 512 for each optimizer step's line in the log
-    ema           stored · 4 and the tokenizer
-    value-head    stored · a and the tokenizer, a being 4 at most
+    training      P · 4 (in bf16 2, and 2 for what is missing to fp32), the tokenizer, and 512 for each step's log line
+    ema           P · 4 and the tokenizer
+    value-head    P · 4 and the tokenizer
     """
     config = node.config
     if isinstance(config, TrainingConfig):
         size, log = size_of(node.output, graph), LINE * (_steps(config, graph) or 0)
-        return None if size is None else size.checkpoint_bytes(number_bytes(config)) + log + STAGE
+        return None if size is None else size.checkpoint_bytes(4) + log + STAGE
     if isinstance(config, EmaConfig | ValueHeadConfig):
         size = size_of(node.output, graph)
         return None if size is None else size.checkpoint_bytes(4) + STAGE
     if isinstance(config, WorldConfig):
         size = size_of(node.output / "model", graph)
         rows = config.demonstrations + config.train + config.preference + config.heldout
-        return None if size is None else size.checkpoint_bytes(4) + rows * WORLD_ROW + STAGE
+        head = 0 if size is None else size.vocabulary * size.hidden  # its tied head is written twice
+        return None if size is None else size.checkpoint_bytes(4) + 4 * head + rows * WORLD_ROW + STAGE
     if isinstance(config, PromptsConfig):
         prompts = rows_of(node.output, graph)
         return None if prompts is None else prompts.bytes + STAGE
@@ -233,10 +234,10 @@ def memory(node: Node, graph: Graph, *, on_gpu: bool) -> Memory | None:
         return Memory({"numbers per token": COLUMNS * 8 * tokens, "process": PROCESS}, 1) if answers else None
     if isinstance(config, ValueHeadConfig):
         size = size_of(config.model, graph)
-        return None if size is None else Memory({"weights": 2 * 4 * size.stored, "process": PROCESS}, 1)
+        return None if size is None else Memory({"weights": 2 * 4 * size.parameters, "process": PROCESS}, 1)
     if isinstance(config, EmaConfig):
         size = size_of(config.model, graph)
-        return None if size is None else Memory({"weights": 3 * 4 * size.stored, "process": PROCESS}, 1)
+        return None if size is None else Memory({"weights": 3 * 4 * size.parameters, "process": PROCESS}, 1)
     if isinstance(config, GenerationConfig):
         size = size_of(config.policy, graph)
         answers = answers_of(node.output, graph)

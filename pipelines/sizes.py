@@ -53,8 +53,6 @@ class Size:
 
     parameters: int
     """P: a tied LM head, which is the embedding, counts once."""
-    stored: int
-    """Numbers in a checkpoint that Ratchet publishes: there a tied LM head is written twice."""
     hidden: int
     layers: int
     intermediate: int
@@ -87,15 +85,14 @@ class Size:
 
     def checkpoint_bytes(self, number: int) -> int:
         """Bytes of a published checkpoint with numbers of so many bytes: weights, their index, tokenizer."""
-        return number * self.stored + 128 * len(self.tensors) + self.other_files
+        return number * self.parameters + 128 * len(self.tensors) + self.other_files
 
     def as_classifier(self) -> "Size":
         """The same with one score per sequence instead of an LM head."""
         if self.classifier:
             return self
         head = 0 if self.tied else self.vocabulary * self.hidden
-        parameters = self.parameters - head + self.hidden
-        return replace(self, parameters=parameters, stored=parameters, classifier=True)
+        return replace(self, parameters=self.parameters - head + self.hidden, classifier=True)
 
 
 def read_size(model: Path) -> Size | None:
@@ -131,8 +128,7 @@ def read_size(model: Path) -> Size | None:
     head = sum(count for name, count in tensors.items() if _is_head(name)) if size.tied else 0
     total = sum(tensors.values())
     classifier = any(name.startswith("score.") for name in tensors)
-    stored = total - head + (size.vocabulary * size.hidden if size.tied and not classifier else 0)
-    return replace(size, parameters=total - head, stored=stored, tensors=tensors, classifier=classifier)
+    return replace(size, parameters=total - head, tensors=tensors, classifier=classifier)
 
 
 def config_file(model: Path) -> Path | None:
@@ -165,7 +161,6 @@ def _from_config(config: dict[str, Any]) -> Size:
     body = layers * layer + words * hidden + hidden
     return Size(
         parameters=body + (0 if tied else words * hidden),
-        stored=body + words * hidden,
         hidden=hidden,
         layers=layers,
         intermediate=expert_width * active,

@@ -18,8 +18,9 @@ from contracts.artifacts import Publication
 from contracts.attempt import beat
 from contracts.fingerprint import TOKENIZER_FILES
 from contracts.ledger import Ledger
-from contracts.models import VALUE_HEAD
+from contracts.models import MASTER, VALUE_HEAD
 from modeling.loading import Shapes
+from modeling.master import BELONGS_TO, Start, belonging, has_rest, split
 
 SHARD_BYTES = 5 << 30
 """Largest weights file."""
@@ -37,12 +38,13 @@ def save_checkpoint(
     unit: str,
     value_head: Tensor | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write and commit weights, configuration and tokenizer.
+) -> dict[str, Any]:
+    """Write and commit weights, configuration and tokenizer. Tied weights are stored once.
+
+    In bfloat16, what is missing to fp32 is stored beside the weights, for the next training (`modeling/master.py`).
 
     Args:
-        state: gathered weights by the names of `shapes`; tied ones under both names, because an engine that reloads
-            weights keeps its old LM head where a checkpoint has none.
+        state: gathered weights by the names of `shapes`, tied ones under both names; in fp32 where they were trained.
         model: the transformers model they belong to.
         start: directory of the model that training began with; its tokenizer files are copied byte for byte.
         shapes: what the architecture consists of.
@@ -51,29 +53,42 @@ def save_checkpoint(
         unit: of the publication's ledger.
         value_head: of a policy that is its own critic, [1, hidden size].
 
+    Returns:
+        Facts for the manifest: in bfloat16, how much of what training has changed is left of it (`update_kept`).
+
     Raises:
-        RuntimeError: a tensor is missing, empty, of another shape, or not finite.
+        RuntimeError: a tensor is missing, empty, of another shape, or not finite, or tied weights differ.
     """
     _require_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes)
-    tensors = _separate(revert_weight_conversion(model, state), dtype)
+    once = _stored_once(state, model)
+    whole = revert_weight_conversion(model, dict(once))
+    facts: dict[str, Any] = {}
+    rests: dict[str, Tensor] = {}
+    if dtype == torch.bfloat16:
+        tensors, rests = _halves(whole)
+        facts = {"update_kept": _update_kept(start, whole, tensors)}
+    else:
+        tensors = _separate(whole, dtype)
     files = dict(_shards(tensors, shard_bytes))
     if value_head is not None:
         files[VALUE_HEAD] = _separate({"weight": value_head}, torch.float32)
     for name, group in files.items():
-        beat()
-        scratch = publication.scratch(name)
-        _save(group, scratch)
-        _validate(scratch, group)
-        publication.commit(name, Ledger(unit))
+        _commit(publication, name, group, unit)
+    if rests:
+        hashes = {name: _sha256(publication, name) for name in files if name != VALUE_HEAD}
+        for name, group in _shards(rests, shard_bytes):
+            _commit(publication, f"{MASTER}/{name}", group, unit, **{BELONGS_TO: belonging(hashes)})
     names = dict(_index(tensors, shard_bytes))
     if len(set(names.values())) > 1:
         size = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": names}
         _write_json(publication, "model.safetensors.index.json", index, unit)
-    _write_json(publication, "config.json", _config(start, model.config, dtype, changes), unit)
+    tied = {"tie_word_embeddings": True} if len(once) < len(state) else {}
+    _write_json(publication, "config.json", _config(start, model.config, dtype, {**tied, **changes}), unit)
     for name in ("generation_config.json", *TOKENIZER_FILES):
         if (start / name).is_file():
             _copy(publication, start / name, unit)
+    return facts
 
 
 def _require_shapes(found: Shapes, expected: Shapes) -> None:
@@ -85,6 +100,68 @@ def _require_shapes(found: Shapes, expected: Shapes) -> None:
         f"the checkpoint is wrong in {len(wrong)} tensors, first {name}: shape {found.get(name)} instead of "
         f"{expected.get(name)}"
     )
+
+
+def _stored_once(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The state without the second names of tied weights, as transformers and vLLM write and read it."""
+    kept = dict(state)
+    for second, first in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if second in state and first in state:
+            if not torch.equal(state[second], state[first].to(state[second].dtype)):
+                raise RuntimeError(f"{second} and {first} are one tensor, but training has moved them apart")
+            del kept[second]
+    return kept
+
+
+def _halves(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state on the CPU in bfloat16, and what is missing to fp32 where it is more."""
+    upper, rests = {}, {}
+    for name, tensor in _separate(state, torch.float32).items():
+        upper[name] = tensor
+        if not bool(torch.isfinite(tensor).all()):
+            raise RuntimeError(f"tensor {name} of the checkpoint is empty or not finite")
+        if tensor.is_floating_point():
+            upper[name], rest = split(tensor)
+            if has_rest(rest):
+                rests[name] = rest
+    return upper, rests
+
+
+def _update_kept(start: Path, whole: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, float]:
+    """How much of what training has changed is in the stored numbers, by those that both checkpoints have.
+
+    norm: u · v / u · u, for the update u of the fp32 weights and the change v of what engines read: 1 where nothing is
+    lost. weights: among those that training has moved, the share whose stored number is another.
+    """
+    before = Start(start)
+    square = product = 0.0
+    moved = changed = 0
+    for name, tensor in stored.items():
+        known = before.tensors.get(name)
+        if known is None or known.shape != tuple(tensor.shape) or not tensor.is_floating_point():
+            continue
+        old = before.read(name)
+        update = whole[name].detach().to("cpu", torch.float32) - old
+        change = tensor.float() - split(old)[0].float()
+        square += float(update.double().square().sum())
+        product += float((update.double() * change.double()).sum())
+        moved += int((update != 0).sum())
+        changed += int(((update != 0) & (change != 0)).sum())
+    return {"norm": product / square if square else 1.0, "weights": changed / moved if moved else 1.0}
+
+
+def _sha256(publication: Publication, name: str) -> str:
+    receipt = publication.receipt(name)
+    assert receipt is not None
+    return receipt.file.sha256
+
+
+def _commit(publication: Publication, name: str, group: dict[str, Tensor], unit: str, **metadata: str) -> None:
+    beat()
+    scratch = publication.scratch(name)
+    _save(group, scratch, {"format": "pt", **metadata})
+    _validate(scratch, group)
+    publication.commit(name, Ledger(unit))
 
 
 def _separate(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -118,9 +195,9 @@ def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> Iterator[tuple[str,
     yield from groups.items()
 
 
-def _save(group: dict[str, Tensor], path: Path) -> None:
+def _save(group: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     try:
-        save_file(group, path, {"format": "pt"})
+        save_file(group, path, metadata)
     except SafetensorError as error:
         if found := re.search(r"os error (\d+)", str(error)):  # such as a full disk, in safetensors' own words
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error

@@ -113,7 +113,7 @@ class RewardConfig(TrainingConfig):
     """Train a reward model on pairs (loss: -log sigmoid(r_chosen - r_rejected))."""
 
     stage: ClassVar[str] = "reward"
-    code_version: ClassVar[int] = 3
+    code_version: ClassVar[int] = 4
 
     kind: Literal["bradley_terry", "pairwise"] = identity("bradley_terry")
     """bradley_terry: a sequence classifier that scores one answer; pairwise: a causal language model that reads two and
@@ -128,7 +128,7 @@ class PolicyConfig(TrainingConfig):
     """Train the policy by a named algorithm, on preference pairs or on scored samples."""
 
     stage: ClassVar[str] = "policy"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     algorithm: str = identity("dpo")
     """A name (dpo, ipo, simpo, kto, ppo, grpo, rloo, ...; docs/algorithms.md has all), your own file (mine.py), or
@@ -223,7 +223,7 @@ class CriticConfig(TrainingConfig):
     """Train the critic of PPO on the returns of an experience (clipped value loss)."""
 
     stage: ClassVar[str] = "critic"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     experience: Path = input_path()
     """Published experience of an algorithm that needs values."""
@@ -248,7 +248,7 @@ class EmaConfig(StageConfig):
     """Move an average of weights towards a model: average ← decay · average + (1 - decay) · model."""
 
     stage: ClassVar[str] = "ema"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     average: Path = input_path()
     """Directory of the average so far."""

@@ -41,7 +41,7 @@ def run(config: CriticConfig, context: Context) -> Outcome:
     task = Task(
         ledger=ledger,
         learning=Learning(rows, critic_loss(config)),
-        load=lambda dtype: load_reward(config.model, dtype, config.seed),
+        load=lambda dtype: load_reward(config.model, dtype, config.seed, master=True),
         wrap=TokenValues,
         auto=AutoModelForSequenceClassification,
         model_config=model_config,

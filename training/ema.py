@@ -27,7 +27,7 @@ def run(config: EmaConfig, context: Context) -> Outcome:
     model_config = read_config(config.model)
     shapes = tensor_shapes(AutoModelForCausalLM, model_config)
     with context.timed("load"):
-        average, model = (load_causal(path, torch.float32) for path in (config.average, config.model))
+        average, model = (load_causal(path, torch.float32, master=True) for path in (config.average, config.model))
     target, state = average.state_dict(), model.state_dict()
     if {name: tensor.shape for name, tensor in target.items()} != {name: t.shape for name, t in state.items()}:
         raise UserError(f"{config.average} and {config.model} are of different architectures and have no average.")

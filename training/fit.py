@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -17,7 +18,8 @@ from contracts.fingerprint import weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.stage import Context, Outcome
 from modeling.attention import attention_on, is_packable, use_packed_attention
-from modeling.loading import check_weights, tensor_shapes
+from modeling.loading import check_weights, load_causal, load_classifier, load_value_head, tensor_shapes
+from modeling.master import Start, split
 from modeling.modes import set_modes
 from modeling.modules import TokenLogprobs, Trained, require_plain_head
 from modeling.packing import Packing
@@ -28,6 +30,7 @@ from training.engines.base import Engine
 from training.loop import HeldOut, Learning, Report, measure, train
 from training.lora import add_adapters, merge_adapters
 from training.models import pick_dtype, set_trainable
+from training.readback import probes, require_same, say
 from training.state import Line, TrainingState
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
@@ -55,6 +58,14 @@ class Task:
     before: Callable[[Engine, Packing], dict[str, Any]] | None = None
     """Called with the engine that holds the start model, for what has to be computed with it; returns facts."""
 
+    def read_back(self, directory: Path) -> Trained:
+        """The published checkpoint as the module that was trained, on the CPU in fp32."""
+        load = load_causal if self.auto is AutoModelForCausalLM else load_classifier
+        module = self.wrap(load(directory, torch.float32))
+        if isinstance(module, TokenLogprobs) and module.value_head is not None:
+            module.value_head.weight.data.copy_(load_value_head(directory, module.value_head.in_features))
+        return module
+
 
 def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
     """Load, train, validate, publish."""
@@ -69,11 +80,13 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         # Where the engine keeps no fp32 master weights itself, the weights are fp32 and bf16 is autocast: at the
         # learning rates of preference learning an update is smaller than a bf16 weight's last bit. With adapters,
         # which are fp32 themselves, the weights do not change at all.
+        begin = Start(config.model)
         model = task.load(dtype if engine.master_copies or config.lora else torch.float32)
         own = model.config._attn_implementation
         packing = set_packing(config, model, max(row.longest for row in rows))
+        transposed: frozenset[str] = frozenset()
         if config.lora is not None:
-            add_adapters(model, config.lora, config.seed)
+            transposed = add_adapters(model, config.lora, config.seed)
         else:
             set_trainable(model, config.frozen)
         set_modes(model, config.gradient_checkpointing)
@@ -82,6 +95,7 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
             require_plain_head(model)
         engine.prepare(module, lambda parameters: make_optimizer(config, parameters, fused=not engine.master_copies))
         set_modes(model, config.gradient_checkpointing)
+        precision = _begin_exactly(begin, engine, dtype)
     state = TrainingState(
         context.publication.directory / "state" / "training.safetensors",
         engine,
@@ -96,16 +110,20 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
             if task.held_out is not None:
                 report = measure(config, engine, task.held_out, packing, state, log)
     with context.timed("save"):
-        gathered = engine.whole_weights()
+        rehearsed = probes(rows)
+        said = say(engine, rehearsed, packing)
+        gathered = _gather(engine, dtype)
         engine.barrier()
         if not engine.is_main:
             return Outcome(task.ledger.unit)
         weights = {
             name.removeprefix("model."): tensor for name, tensor in gathered.items() if name.startswith("model.")
         }
+        if begin.has_rests:
+            weights = {name: _exact(begin, name, tensor) for name, tensor in weights.items()}
         if config.lora is not None:
-            weights = merge_adapters(weights, config.lora)
-        save_checkpoint(
+            weights = merge_adapters(weights, config.lora, transposed)
+        kept = save_checkpoint(
             context.publication,
             weights,
             model,
@@ -116,12 +134,17 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
             unit=task.ledger.unit,
             value_head=gathered.get("value_head.weight"),
         )
+        directory = context.publication.directory
+        same = require_same(directory, said, rehearsed, packing, dtype, task.read_back)
         context.publication.write_rows("training-log.jsonl", log, task.ledger)
         for name, lines in report.files.items():
             context.publication.write_rows(name, lines, Ledger(task.ledger.unit))
     facts = {
         **task.facts,
         **found,
+        **kept,
+        "read_back": same,
+        "start_precision": precision,
         "steps": len(log),
         "resumed_steps": state.resumed_steps,
         "final": _final(log),
@@ -135,6 +158,40 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         "device": engine.device.type,
     }
     return Outcome(task.ledger.unit, facts, weights_fingerprint(context.publication.directory))
+
+
+def _begin_exactly(begin: Start, engine: Engine, dtype: torch.dtype) -> str:
+    """Where an engine has its own master weights, which it made from bfloat16 ones, give it those that the last
+    training ended with; returns the precision that this training starts from."""
+    if not begin.has_rests or not engine.master_copies or dtype == torch.float32:
+        return begin.precision
+    names = {name: name.removeprefix("model.") for name in engine.trained_shapes()}
+    known = {name: stored for name, stored in names.items() if stored in begin.tensors}
+    if any(name.startswith("model.") and name not in known for name in names):
+        return "bfloat16"  # an architecture whose tensors have other names in memory than in files
+    for name, stored in known.items():
+        engine.set_weights(name, begin.read(stored))
+    return "float32"
+
+
+def _exact(begin: Start, name: str, tensor: Tensor) -> Tensor:
+    """A weight that did not change, in bfloat16 because nothing trained it: with what was missing to fp32 before."""
+    stored = name.replace(".base_layer.", ".")
+    if tensor.dtype != torch.bfloat16 or stored not in begin.tensors or begin.tensors[stored].shape != tensor.shape:
+        return tensor
+    exact = begin.read(stored)
+    return exact if torch.equal(split(exact)[0], tensor.cpu()) else tensor
+
+
+def _gather(engine: Engine, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All weights in the main process; those that the engine has trained in fp32, where it keeps such itself."""
+    gathered = engine.whole_weights()
+    if engine.master_copies and dtype != torch.float32:
+        for name in engine.trained_shapes():
+            (weights,) = engine.read(name, ("weights",))
+            if engine.is_main:
+                gathered[name] = weights.detach().to("cpu", torch.float32)
+    return gathered
 
 
 def set_packing(config: TrainingConfig, model: Any, longest: int) -> Packing:

@@ -17,11 +17,14 @@ HEAD = "score."
 """Beginning of the names of a classifier's own parameters, which are new and trained whole."""
 
 
-def add_adapters(model: Any, section: LoraSection, seed: int) -> None:
+def add_adapters(model: Any, section: LoraSection, seed: int) -> frozenset[str]:
     """Put adapters into a transformers model; they (fp32) and a classifier's head are all that is trained.
 
+    Returns the names of the adapted layers whose weights are [in, out] instead of [out, in], as GPT-2's Conv1D has
+    them; the weights alone do not say it where they are square.
+
     Raises:
-        UserError: the targets name no layer that can be adapted.
+        UserError: the targets name no layer that can be adapted, or one whose adapter would not count.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -41,10 +44,27 @@ def add_adapters(model: Any, section: LoraSection, seed: int) -> None:
         parameter.requires_grad_(".lora_" in name or name.startswith(HEAD))
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if hasattr(head, "base_layer") and not hasattr(model, HEAD.rstrip(".")):
+        raise UserError(f"lora.targets={section.targets} names the LM head, which is not adapted. Leave it out.")
+    if hasattr(embedding, "base_layer") and head is not None and model.config.get_text_config().tie_word_embeddings:
+        raise UserError(
+            f"lora.targets={section.targets} names the embedding, which is also the LM head of this model "
+            "(tie_word_embeddings), and an adapter would change one of the two only. Leave it out."
+        )
+    return frozenset(name for name, layer in model.named_modules() if getattr(layer, "fan_in_fan_out", False))
 
 
-def merge_adapters(weights: dict[str, Tensor], section: LoraSection) -> dict[str, Tensor]:
-    """Weights with the names of the model without adapters, which are added to what they adapt."""
+def merge_adapters(
+    weights: dict[str, Tensor], section: LoraSection, transposed: frozenset[str] = frozenset()
+) -> dict[str, Tensor]:
+    """Weights with the names of the model without adapters, which are added to what they adapt, in fp32.
+
+    Args:
+        weights: by the names of the model with adapters.
+        section: what `add_adapters` was given.
+        transposed: what it returned.
+    """
     merged: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if ".lora_" in name:
@@ -52,7 +72,14 @@ def merge_adapters(weights: dict[str, Tensor], section: LoraSection) -> dict[str
         plain = name.replace(".base_layer.", ".")
         if plain != name and name.endswith(".weight"):
             layer = name.removesuffix(".base_layer.weight")
-            down, up = (weights[f"{layer}.lora_{side}.{ADAPTER}.weight"].float() for side in "AB")
-            tensor = (tensor.float() + section.alpha / section.rank * (up @ down)).to(tensor.dtype)
+            if f"{layer}.lora_embedding_A.{ADAPTER}" in weights:  # [rank, tokens] and [size, rank]
+                names = [f"{layer}.lora_embedding_{side}.{ADAPTER}" for side in "AB"]
+                turned = True
+            else:
+                names = [f"{layer}.lora_{side}.{ADAPTER}.weight" for side in "AB"]
+                turned = layer in transposed
+            down, up = (weights[each].float() for each in names)
+            delta = up @ down
+            tensor = tensor.float() + section.alpha / section.rank * (delta.T if turned else delta).to(tensor.device)
         merged[plain] = tensor
     return merged

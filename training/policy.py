@@ -56,7 +56,7 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
     task = Task(
         ledger=ledger,
         learning=learning(config, description, rows),
-        load=lambda dtype: load_causal(config.model, dtype),
+        load=lambda dtype: load_causal(config.model, dtype, master=True),
         wrap=lambda model: TokenLogprobs(
             model,
             entropy=not from_pairs or "entropy" in needs,

@@ -12,12 +12,14 @@ from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.preflight import Finding, Stage, serve
 from training.__main__ import COMMANDS
-from training.config import CriticConfig, RewardConfig, SftConfig, TrainingConfig, ValueHeadConfig
+from training.config import CriticConfig, EmaConfig, RewardConfig, SftConfig, TrainingConfig, ValueHeadConfig
 
 
 def check(stage: Stage) -> Iterator[Finding]:
     """The model that a stage starts from, what is trained of it, and demonstrations, where these are the user's."""
     config = stage.config
+    if isinstance(config, EmaConfig):
+        yield from check_average(config)
     if not isinstance(config, TrainingConfig | ValueHeadConfig) or not (config.model / "config.json").is_file():
         return
     from modeling.loading import check_weights  # torch is not loaded where there is nothing to look at
@@ -31,6 +33,16 @@ def check(stage: Stage) -> Iterator[Finding]:
         check_trained(config, classifies=classifies)
     if isinstance(config, SftConfig):
         yield from check_demonstrations(stage, config)
+
+
+def check_average(config: EmaConfig) -> Iterator[Finding]:
+    """The two models that are averaged."""
+    from modeling.loading import check_weights
+
+    for model in (config.average, config.model):
+        if (model / "config.json").is_file():
+            check_weights(model, "causal")
+            yield Finding("ok", f"{model}: it holds the weights of its architecture, all of them finite")
 
 
 def check_trained(config: TrainingConfig, *, classifies: bool) -> None:

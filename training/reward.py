@@ -44,12 +44,16 @@ def run(config: RewardConfig, context: Context) -> Outcome:
     if pairwise:
         info.require_chat_template()
         make = partial(question_rows, chat=PairwiseChat(config.model), seed=config.seed)
-        model = {"load": partial(load_causal, config.model), "wrap": TokenLogprobs, "auto": AutoModelForCausalLM}
+        model = {
+            "load": partial(load_causal, config.model, master=True),
+            "wrap": TokenLogprobs,
+            "auto": AutoModelForCausalLM,
+        }
     else:
         model_config.num_labels = 1
         make = answer_rows
         model = {
-            "load": lambda dtype: load_reward(config.model, dtype, config.seed),
+            "load": lambda dtype: load_reward(config.model, dtype, config.seed, master=True),
             "wrap": SequenceScores,
             "auto": AutoModelForSequenceClassification,
             "changes": classifier_changes(config.model, model_config),

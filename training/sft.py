@@ -43,7 +43,7 @@ def run(config: SftConfig, context: Context) -> Outcome:
     task = Task(
         ledger=ledger,
         learning=Learning(rows, sft_loss),
-        load=lambda dtype: load_causal(config.model, dtype),
+        load=lambda dtype: load_causal(config.model, dtype, master=True),
         wrap=TokenLogprobs,
         auto=AutoModelForCausalLM,
         model_config=model_config,

@@ -30,7 +30,7 @@ def run(config: ValueHeadConfig, context: Context) -> Outcome:
     shapes = tensor_shapes(AutoModelForSequenceClassification, model_config)
     dtype = getattr(model_config, "dtype", None) or torch.float32
     with context.timed("load"):
-        critic = load_reward(config.model, dtype, seed=0)
+        critic = load_reward(config.model, torch.float32, seed=0, master=True)
         critic.score.weight.zero_()
     with context.timed("save"):
         changes = classifier_changes(config.model, model_config)

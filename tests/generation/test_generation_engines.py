@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from generation_runs import generate, processes_naming, publish_prompts, start
+from generation_runs import generate, processes_naming, publish_prompts, rows, start
+from safetensors.torch import load_file
 
 from contracts.records import Sampling
 from generation.config import GenerationConfig
@@ -91,17 +93,36 @@ def test_killed_stage_takes_its_server_along(
     _wait_for(lambda: processes_naming(policy) == [], 20)
 
 
-def test_server_that_dies_while_starting_shows_its_log(
-    changed_policy: Callable[..., Path], prompts: Path, tmp_path: Path
-) -> None:
+def test_server_that_dies_while_starting_shows_its_log(policy: Path, prompts: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm", exc_type=ImportError)
-    policy = changed_policy(config={"architectures": ["UnheardOfForCausalLM"], "model_type": "unheard_of"})
-    stage = start(tmp_path / "out", policy=policy, prompts=prompts, max_new_tokens=8, servers=1)
+    environment = {"VLLM_LOGGING_LEVEL": "UNHEARD_OF"}
+    stage = start(tmp_path / "out", environment, policy=policy, prompts=prompts, max_new_tokens=8, servers=1)
     _, err = stage.communicate(timeout=120)
     assert stage.returncode == 1
     assert "the vLLM server ended while it was starting. From its log:" in err
-    assert "unheard_of" in err
+    assert "UNHEARD_OF" in err
     assert processes_naming(tmp_path) == []
+
+
+def test_tied_weights_are_stored_once(engine: str, policy: Path, prompts: Path, tmp_path: Path) -> None:
+    """Both engines tie the LM head to the embedding where a checkpoint has none, as training publishes it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tied = shutil.copytree(policy, tmp_path / "tied")
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(policy, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tied)
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    settings = {"engine": engine, "logprob_mode": "raw", "k": 1, "count": 4, "max_new_tokens": 4}
+    made = generate(tmp_path / "out", policy=tied, prompts=prompts, **settings)
+    for row in rows(made):
+        answer = row.completions[0]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([[*row.prompt_ids, *answer.response_ids]])).logits[0].log_softmax(-1)
+        found = [float(logprobs[len(row.prompt_ids) - 1 + i, token]) for i, token in enumerate(answer.response_ids)]
+        assert found == pytest.approx(answer.logprobs, abs=1e-4)
 
 
 def test_vllm_takes_more_prompt_tokens_than_fit_one_step(policy: Path, tmp_path: Path) -> None:

@@ -26,12 +26,11 @@ def test_checkpoint_is_complete(which: str, models: dict[str, Path], pairs: dict
     assert str(artifact.manifest.ledger) == "22 pairs in = 22 kept"
     stored = load_file(out / "model.safetensors")
     loaded = AutoModelForCausalLM.from_pretrained(out)
-    assert {name: tuple(value.shape) for name, value in loaded.state_dict().items()} == {
-        name: tuple(value.shape) for name, value in stored.items()
-    }
-    assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]) == (which == "tied")
+    assert ("lm_head.weight" in stored) == (which != "tied")  # tied weights are stored once
+    whole = {"lm_head.weight": stored["model.embed_tokens.weight"], **stored}
+    assert loaded.state_dict().keys() == whole.keys()
     for name, value in loaded.state_dict().items():
-        assert torch.equal(value, stored[name]), name
+        assert torch.equal(value, whole[name]), name
     config = json.loads((out / "config.json").read_text())
     assert (config["torch_dtype"], config["dtype"], config["rope_theta"]) == ("float32", "float32", 5000.0)
     assert loaded.config.rope_parameters["rope_theta"] == 5000.0
@@ -59,8 +58,7 @@ def test_bfloat16_and_frozen(models: dict[str, Path], pairs: dict[str, Path], tm
     out = run_here("policy", **settings).path
     stored, start = load_file(out / "model.safetensors"), load_file(models["tied"] / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.bfloat16}
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert torch.equal(stored[name], start["model.embed_tokens.weight"].bfloat16())
+    assert torch.equal(stored["model.embed_tokens.weight"], start["model.embed_tokens.weight"].bfloat16())
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(stored[name], start[name].bfloat16())
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"

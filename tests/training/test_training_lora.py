@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import dpo_settings, run_cli, run_here, training_log
+from conftest import dpo_settings, make_model, make_pairs, run_cli, run_here, training_log
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from contracts.errors import UserError
+from training.reward import held_out_prompts
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8}
 
@@ -75,3 +77,48 @@ def test_what_cannot_be_adapted(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run_here("policy", **dpo_settings(models, pairs, tmp_path / "out", **settings))
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], ["attn.c_proj"], ["wte", "c_fc"]])
+def test_the_checkpoint_is_the_trained_model_whatever_layers_are_adapted(
+    targets: list[str], pairs: dict[str, Path], tmp_path: Path
+) -> None:
+    """GPT-2's layers have weights [in, out], of which attn.c_proj is square; an embedding is read by rows."""
+    model = make_model(tmp_path / "model", kind="gpt2", tied=False, head_dim=None)
+    settings = {"model": model, "pairs": [pairs["pairs"]], "global_batch": 6, "epochs": 3, "learning_rate": 1e-1}
+    lora = {"rank": 4, "alpha": 64, "targets": targets}
+    made = run_here("reward", **settings, lora=lora, output=tmp_path / "out", eval_fraction=0.3)
+    assert made.manifest.facts["read_back"]["differences"]["scores"] < 1e-4
+    scored = AutoModelForSequenceClassification.from_pretrained(made.path).eval()
+    scored.config.pad_token_id = -1
+    rows = make_pairs(22)
+    held_out = held_out_prompts({pair.prompt_id for pair in rows}, 0.3, 0)
+    margins = [
+        float(scored(torch.tensor([[*pair.prompt_ids, *pair.chosen_ids]])).logits[0, 0])
+        - float(scored(torch.tensor([[*pair.prompt_ids, *pair.rejected_ids]])).logits[0, 0])
+        for pair in rows
+        if pair.prompt_id in held_out
+    ]
+    assert sum(margins) / len(margins) == pytest.approx(training_log(made.path)[-1]["held_out_margin"], abs=1e-4)
+
+
+def test_a_checkpoint_that_is_another_model_is_not_published(
+    models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unmerged(weights: dict[str, torch.Tensor], *_: Any) -> dict[str, torch.Tensor]:
+        return {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
+
+    monkeypatch.setattr("training.fit.merge_adapters", unmerged)
+    settings = dpo_settings(models, pairs, tmp_path / "out", learning_rate=1e-1)
+    with pytest.raises(RuntimeError, match="read back, gives other logprobs than the model that was trained"):
+        run_here("policy", **settings, lora=LORA)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("which", "target"), [("gqa", "lm_head"), ("tied", "embed_tokens")])
+def test_adapters_that_would_not_count_are_refused(
+    which: str, target: str, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = dpo_settings(models, pairs, tmp_path / "out", model=models[which])
+    with pytest.raises(UserError, match=r"names the (LM head|embedding)"):
+        run_here("policy", **settings, lora={**LORA, "targets": [target]})

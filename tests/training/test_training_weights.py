@@ -1,6 +1,7 @@
 """Weights that are not those of the model which config.json describes: found by reading, refused by every stage."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
+from contracts.preflight import Request, StageRequest, examine
 from modeling.loading import check_weights, load_causal, load_classifier, load_reward
+from training.__main__ import COMMANDS
+from training.preflight import check
 
 PROJECTION = "model.layers.1.mlp.down_proj.weight"
 Change = Callable[[Path], None]
@@ -164,6 +168,28 @@ def test_stages_refuse_and_leave_nothing(
     with pytest.raises(UserError, match=f"NaN or infinite: {PROJECTION}"):
         run_here(stage, **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "it holds the weights of its architecture, all of them finite"),
+        ({"model": "broken"}, f"NaN or infinite: {PROJECTION}"),
+        ({"lora": {"targets": ["nothing"]}}, "cannot be adapted"),
+        ({"lora": {"targets": ["embed_tokens"]}}, "names the embedding, which is also the LM head"),
+        ({"frozen": ["nothing"]}, "no parameter's name contains 'nothing'"),
+    ],
+)
+def test_preflight_says_the_same(
+    changes: dict[str, Any], words: str, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(models["tied"], tmp_path / "model")
+    if changes.get("model"):
+        broken(float("nan"))(model)
+    settings = dpo_settings(models, pairs, tmp_path / "out", **{**changes, "model": model})
+    asked = StageRequest("training", "policy", json.loads(json.dumps(settings, default=str)), ())
+    found = examine(Request((asked,)), COMMANDS, check).findings
+    assert re.search(words, "\n".join(finding.found for finding in found))
 
 
 def test_files_beside_the_weights_are_no_adapter(models: dict[str, Path], tmp_path: Path) -> None:

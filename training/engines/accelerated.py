@@ -124,6 +124,15 @@ class AcceleratedEngine(Engine):
         state = self.optimizer.state[parameter]
         return [parameter, *(state.get(kind, torch.zeros_like(parameter)) for kind in kinds[1:])]
 
+    def set_weights(self, name: str, weights: Tensor) -> None:
+        """Of DeepSpeed's, where it has such, or of the module itself."""
+        parameter = self.parameters[name]
+        if self.zero:
+            zero.set_weights(parameter, weights)
+            return
+        with torch.no_grad():
+            parameter.copy_(weights)
+
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
         """DeepSpeed must have taken a step before, because it makes the optimizer's moments then."""
         parameter = self.parameters[name]
@@ -134,8 +143,7 @@ class AcceleratedEngine(Engine):
                 zero.set_moment(parameter, moment, value)
             zero.set_steps(self.optimizer, steps)
             return
-        with torch.no_grad():
-            parameter.copy_(weights[1])
+        self.set_weights(name, weights[1])
         for moment, value in moments:
             self.optimizer.state[parameter][moment] = value.to(parameter.device)
             self.optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)

@@ -129,6 +129,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def set_weights(self, name: str, weights: Tensor) -> None:
+        """Replace the master weights of a trained parameter by a whole fp32 tensor, before the first step."""
+
+    @abstractmethod
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
         """Replace master weights and moments of a parameter by whole tensors, after `steps` steps."""
 

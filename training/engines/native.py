@@ -562,15 +562,21 @@ class NativeEngine(Engine):
         return tensors
 
     @torch.no_grad()
+    def set_weights(self, name: str, weights: Tensor) -> None:
+        """Every process takes its slice."""
+        part = self._parts[name]
+        if part.local is not None:
+            _local(part.local).copy_(self._slice(part, weights))
+
+    @torch.no_grad()
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
         """Every process takes its slice of the whole tensors; the first of them is the weights."""
         part = self._parts[name]
         if part.local is None:
             return
-        for number, (kind, tensor) in enumerate(tensors.items()):
-            if number == 0:
-                _local(part.local).copy_(self._slice(part, tensor))
-                continue
+        (_, weights), *moments = tensors.items()
+        self.set_weights(name, weights)
+        for kind, tensor in moments:
             state = self.optimizer.state[part.local]
             state[kind] = torch.zeros_like(part.local)
             _local(state[kind]).copy_(self._slice(part, tensor))

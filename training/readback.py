@@ -1,0 +1,95 @@
+"""What is published is what was trained: read back from the disk, it says the same of some rows.
+
+The loss of a training is of the module in memory. What may go wrong behind it (gathering, merging, renaming, tying,
+writing) shows in nothing but the checkpoint itself.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+
+from contracts.attempt import beat
+from modeling.attention import use_packed_attention
+from modeling.modules import Trained
+from modeling.packing import Packing, pack
+from modeling.rows import Response, Row
+from training.engines.base import Engine, Outputs
+
+ROWS = 3
+TOKENS = 32
+"""Of a prompt and of a response, so that even a large model reads them in seconds on a CPU."""
+NAMES = ("logprobs", "scores", "values")
+EXACT = 1e-3
+"""How far fp32 outputs may differ, relative to the largest: other kernels, other orders of sums."""
+NOISE = 3.0
+"""How many times its own rounding noise a model in bfloat16 may differ; the noise is measured."""
+
+
+def probes(rows: list[Row]) -> list[Row]:
+    """Some rows, cut short."""
+    return [
+        Row(
+            row.row_id,
+            row.prompt[-TOKENS:],
+            tuple(Response(response.ids[:TOKENS]) for response in row.responses[:2]),
+        )
+        for row in rows[:ROWS]
+    ]
+
+
+def say(engine: Engine, rows: list[Row], packing: Packing) -> Outputs:
+    """What the trained module says of them; every process calls it."""
+    return {
+        name: value.detach().float().cpu()
+        for name, value in engine.forward(pack(rows, packing, engine.device)).items()
+        if name in NAMES
+    }
+
+
+@torch.no_grad()
+def require_same(
+    directory: Path,
+    expected: Outputs,
+    rows: list[Row],
+    packing: Packing,
+    dtype: torch.dtype,
+    read: Callable[[Path], Trained],
+) -> dict[str, Any]:
+    """Read the checkpoint in `directory` by `read`, in fp32 on the CPU, and compare; returns facts for the manifest.
+
+    Raises:
+        RuntimeError: it says something else than the trained module, whose outputs are `expected`.
+    """
+    if is_deepspeed_zero3_enabled():
+        unset_hf_deepspeed_config()  # transformers would spread the model over processes that are gone
+    module = read(directory)
+    module.eval()
+    if packing != "padded":
+        use_packed_attention(module.model)
+    batch = pack(rows, packing)
+    beat()
+    exact = module(batch)
+    rounded = exact
+    if dtype != torch.float32:
+        beat()
+        with torch.autocast("cpu", dtype):
+            rounded = module(batch)
+    differences = {}
+    for name, value in expected.items():
+        difference = (rounded[name].float() - value).abs()
+        scale = max(1.0, float(value.abs().max()))
+        if dtype == torch.float32:
+            found, allowed = float(difference.max()), EXACT * scale
+        else:
+            noise = float((rounded[name].float() - exact[name].float()).abs().mean())
+            found, allowed = float(difference.mean()), NOISE * noise + 1e-2 * scale
+        if not found <= allowed:
+            raise RuntimeError(
+                f"the checkpoint, read back, gives other {name} than the model that was trained: they differ by "
+                f"{found:.3g}, where rounding explains {allowed:.3g}. Nothing is published."
+            )
+        differences[name] = found
+    return {"differences": differences, "rows": len(rows), "tokens": int(batch.input_ids.numel())}
