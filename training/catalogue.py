@@ -8,9 +8,7 @@ import difflib
 import functools
 import importlib
 import math
-import operator
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,7 @@ from typing import Any
 from contracts import other_names
 from contracts.callables import load_module, source_file, source_files
 from contracts.errors import UserError
-
-Value = bool | int | float | str | None
+from training.settings import LIMIT, Setting, Value, settings_of
 
 FOLDER = Path(__file__).parent / "algorithms"
 BUILT_IN = tuple(sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in ("__init__", "parts")))
@@ -28,29 +25,6 @@ NEEDS_OF = {
     "samples": ("reference", "reference_model", "values", "greedy", "token_rewards"),
 }
 FUNCTIONS = ("loss", "statistics", "update", "advantages")
-COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
-LIMIT = re.compile(r"\s*(>=|<=|>|<)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*")
-KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "None": type(None)}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One keyword argument of an algorithm's functions."""
-
-    default: Value
-    kinds: tuple[str, ...] = ()
-    """Which of bool, int, float, str and None a value may be; empty where the source does not say so simply."""
-    choices: tuple[Value, ...] = ()
-    """The values of a `Literal`."""
-    limits: str = ""
-    """What a number must be, as LIMITS has it: `> 0, <= 1`; empty: anything finite."""
-
-    def within_limits(self, value: Value) -> bool:
-        """Whether a value of the right kind makes sense; what is no number always does."""
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return True
-        limits = self.limits.split(",") if self.limits else []
-        return all(COMPARISONS[sign](value, number) for sign, number in map(_limit, limits))
 
 
 @dataclass(frozen=True)
@@ -124,7 +98,7 @@ def describe(algorithm: str) -> Description:
     for name, function in found.items():
         if function is None:
             continue
-        own = dict(_settings(f"{source.what}: function {name!r}", function.node))
+        own = dict(settings_of(f"{source.what}: function {name!r}", function.node))
         functions[name] = tuple(own)
         limits |= function.source.limits()
         for setting, value in own.items():
@@ -322,83 +296,11 @@ def _names(*targets: ast.expr | None) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def _settings(what: str, node: ast.FunctionDef) -> Iterator[tuple[str, Setting]]:
-    arguments = node.args
-    if len(arguments.posonlyargs + arguments.args) != 1 or arguments.vararg or arguments.kwarg:
-        raise UserError(
-            f"{what} must take one argument and then settings by keyword: "
-            f"def {node.name}(batch, *, beta: float = 0.1); found ({ast.unparse(arguments)})."
-        )
-    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        if default is None:
-            raise UserError(f"{what}: the setting {argument.arg!r} has no default; give it one.")
-        try:
-            value = ast.literal_eval(default)
-        except (TypeError, ValueError):
-            value = ...
-        if not isinstance(value, bool | int | float | str | None):
-            raise UserError(
-                f"{what}: the default of the setting {argument.arg!r} is read without running the file; write a "
-                f"number, a text, True, False or None, not {ast.unparse(default)}."
-            )
-        kinds, choices = _annotation(argument.annotation, value)
-        setting = Setting(value, kinds, choices)
-        if not _fits(setting, value):
-            raise UserError(
-                f"{what}: the default of the setting {argument.arg!r} is {value!r}, not {_expected(setting)}."
-            )
-        yield argument.arg, setting
-
-
-def _annotation(node: ast.expr | None, default: Value) -> tuple[tuple[str, ...], tuple[Value, ...]]:
-    """Kinds and choices of a setting; nothing where the annotation is none of the simple ones."""
-    if node is None:
-        # A default of 1 does not say that 0.5 is wrong.
-        kind = "float" if type(default) is int else type(default).__name__
-        return ((), ()) if default is None else ((kind,), ())
-    kinds: list[str] = []
-    choices: list[Value] = []
-    todo = [node]
-    while todo:
-        part = todo.pop(0)
-        if isinstance(part, ast.BinOp) and isinstance(part.op, ast.BitOr):
-            todo = [part.left, part.right, *todo]
-        elif isinstance(part, ast.Subscript) and ast.unparse(part.value) in ("Literal", "typing.Literal"):
-            values = part.slice.elts if isinstance(part.slice, ast.Tuple) else [part.slice]
-            choices += [value.value for value in values if isinstance(value, ast.Constant)]  # type: ignore[misc]
-        elif ast.unparse(part) in KINDS:
-            kinds.append(ast.unparse(part))
-        else:
-            return (), ()
-    return tuple(kinds), tuple(choices)
-
-
-def _fits(setting: Setting, value: Any) -> bool:
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    if not setting.kinds and not setting.choices:
-        return isinstance(value, bool | int | float | str | None)
-    kinds = {KINDS[kind] for kind in setting.kinds}
-    return type(value) in kinds or (type(value) is int and float in kinds) or repr(value) in map(repr, setting.choices)
-
-
-def _expected(setting: Setting) -> str:
-    words = {
-        "bool": "true or false",
-        "int": "a whole number",
-        "float": "a finite number",
-        "str": "a text",
-        "None": "null",
-    }
-    kinds = [words[kind] for kind in setting.kinds] + [repr(choice) for choice in setting.choices]
-    return " or ".join(kinds or ["a finite number, a text, true, false or null"])
-
-
 def _checked(description: Description, name: str, value: Any) -> Value:
     setting = description.settings[name]
-    if not _fits(setting, value):
+    if not setting.fits(value):
         raise UserError(
-            f"algorithm {description.algorithm!r}: the setting {name!r} is {value!r}, but must be {_expected(setting)} "
+            f"algorithm {description.algorithm!r}: the setting {name!r} is {value!r}, but must be {setting.expected} "
             f"(its default is {setting.default!r})."
         )
     if not setting.within_limits(value):
@@ -418,13 +320,6 @@ def _elsewhere(name: str, known: Any) -> str:
     ours = entry.ours.removeprefix("training.settings.")
     where = f" Ratchet has {ours!r} for it" + (", which this algorithm does not have." if ours != entry.ours else ".")
     return f" Did you mean {ours!r}?" if ours in known else f"{where} {entry.note}".rstrip()
-
-
-def _limit(text: str) -> tuple[str, float]:
-    """Sign and number of a comparison such as `> 0`."""
-    found = LIMIT.fullmatch(text)
-    assert found is not None
-    return found[1], float(found[2])
 
 
 def _nearest(name: str, known: Any) -> str:

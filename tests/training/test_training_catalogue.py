@@ -136,6 +136,7 @@ def test_functions_that_are_imported() -> None:
         ({"beta": True}, "'beta' is True, but must be a finite number"),
         ({"beta": None}, "'beta' is None, but must be a finite number"),
         ({"beta": float("nan")}, "'beta' is nan"),
+        ({"beta": 10**400}, "'beta' is 10+, but must be a finite number"),
         ({"limit": float("inf")}, "'limit' is inf, but must be a finite number or null"),
         ({"steps": 2.5}, "'steps' is 2.5, but must be a whole number"),
         ({"kind": "c"}, "'kind' is 'c', but must be 'a' or 'b'"),
@@ -217,6 +218,10 @@ LOSS = "def loss(batch): ...\n"
             "LIMITS says 'above 0' of 'beta'; write",
         ),
         (f'{HEAD}LIMITS = {{"beta": 0}}\ndef loss(b, *, beta=1): ...\n', "LIMITS says 0 of 'beta'; write comparisons"),
+        (
+            f'{HEAD}LIMITS = {{"beta": "> 1.2.3"}}\ndef loss(b, *, beta=1): ...\n',
+            "LIMITS says '> 1.2.3' of 'beta'; write",
+        ),
         (
             f'{HEAD}LIMITS = {{"beta": "< 1"}}\ndef loss(b, *, beta=1): ...\n',
             "default .* 'beta' is 1, but LIMITS says '< 1'",
