@@ -34,8 +34,8 @@ from typing import IO, Any, TypeVar
 import msgspec
 
 from contracts.errors import TransientError, UserError
+from contracts.fingerprint import ADAPTER, digest, file_sha256, weights_fingerprint
 from contracts.fingerprint import RELEASED as RELEASED
-from contracts.fingerprint import digest, file_sha256, weights_fingerprint
 from contracts.jsonl import COMPRESSED, open_stored, read_jsonl, write_jsonl
 from contracts.ledger import Ledger, merge
 from contracts.records import Schema
@@ -265,7 +265,7 @@ def input_digest(source: Path | str) -> str:
         return file_sha256(path)
     if not path.is_dir():
         raise UserError(f"input {path} does not exist. Give a file, a published directory, a model, or hf:ORG/NAME.")
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() and not (path / ADAPTER).is_file():
         return weights_fingerprint(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     try:

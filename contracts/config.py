@@ -233,7 +233,8 @@ def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any
             said += f"Ratchet has {'.'.join(path)!r} for it."
         else:
             said += "Ratchet has no such key."
-        hints[f"{said} {entry.note}".strip()] = None
+        note = entry.note.replace("FILE", value) if isinstance(value, str) else entry.note
+        hints[f"{said} {note}".strip()] = None
     return list(hints)[:5]
 
 

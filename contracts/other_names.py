@@ -116,7 +116,7 @@ TABLE = (
     Other("task_type lora_task_type bias modules_to_save lora_modules_to_save use_rslora use_dora", "", "",
           "Adapters are plain LoRA, merged when they are published. Leave it out."),
     Other("adapter_name_or_path adapter_path peft_model_id", "lora_path", "policy",
-          "The model that the adapter is merged into."),
+          "Merge it first: `python -m training merge model=BASE adapter=DIRECTORY output=MERGED`."),
     # Sampling.
     Other("num_generations num_return_sequences", "n_samples_per_prompt rollout.n", "generation.k",
           "Answers to each prompt."),

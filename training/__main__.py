@@ -1,4 +1,4 @@
-"""`python -m training {sft,reward,value-head,experience,policy,critic,ema}`."""
+"""`python -m training {sft,reward,value-head,experience,policy,critic,merge,ema}`."""
 
 import os
 import sys
@@ -16,6 +16,7 @@ from training.config import (
     CriticConfig,
     EmaConfig,
     ExperienceConfig,
+    MergeConfig,
     PolicyConfig,
     RewardConfig,
     SftConfig,
@@ -31,6 +32,7 @@ COMMANDS = {
     "experience": Command(ExperienceConfig, EXPERIENCE, "training.experience:run"),
     "policy": Command(PolicyConfig, CHECKPOINT, "training.policy:run", LAUNCH, HELPS),
     "critic": Command(CriticConfig, CHECKPOINT, "training.critic:run", LAUNCH, HELPS),
+    "merge": Command(MergeConfig, CHECKPOINT, "training.merge:run"),
     "ema": Command(EmaConfig, CHECKPOINT, "training.ema:run"),
 }
 

@@ -37,6 +37,7 @@ def save_checkpoint(
     changes: dict[str, Any],
     unit: str,
     value_head: Tensor | None = None,
+    tokenizer: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Write and commit weights, configuration and tokenizer. Tied weights are stored once.
@@ -51,6 +52,7 @@ def save_checkpoint(
         dtype: number format to store.
         changes: entries of `config.json` that training changed.
         unit: of the publication's ledger.
+        tokenizer: directory whose tokenizer files are copied instead of those of `start`.
         value_head: of a policy that is its own critic, [1, hidden size].
 
     Returns:
@@ -86,8 +88,9 @@ def save_checkpoint(
     tied = {"tie_word_embeddings": True} if len(once) < len(state) else {}
     _write_json(publication, "config.json", _config(start, model.config, dtype, {**tied, **changes}), unit)
     for name in ("generation_config.json", *TOKENIZER_FILES):
-        if (start / name).is_file():
-            _copy(publication, start / name, unit)
+        source = (tokenizer if tokenizer and name in TOKENIZER_FILES else start) / name
+        if source.is_file():
+            _copy(publication, source, unit)
     return facts
 
 

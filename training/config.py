@@ -244,6 +244,18 @@ class ValueHeadConfig(StageConfig):
     """Directory of the causal language model that the critic starts from."""
 
 
+class MergeConfig(StageConfig):
+    """Merge an adapter that PEFT has written into its model, which can then be a policy or a reward model."""
+
+    stage: ClassVar[str] = "merge"
+    code_version: ClassVar[int] = 1
+
+    model: Path = input_path()
+    """Directory of the model that the adapter was trained on."""
+    adapter: Path = input_path()
+    """Directory with adapter_config.json and adapter_model.safetensors."""
+
+
 class EmaConfig(StageConfig):
     """Move an average of weights towards a model: average ← decay · average + (1 - decay) · model."""
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from contracts import stopping
 from contracts.attempt import fail, report_failure
+from contracts.config import read_yaml
 from contracts.errors import TransientError, UserError
 from contracts.processes import die_with_parent, end_groups
 from training.config import TrainingConfig
@@ -52,6 +53,7 @@ def launch(config: TrainingConfig) -> bool:
     """
     if "RANK" in os.environ:
         return False
+    refuse_lone_process()
     check_layout(config.parallel, config.model)
     if config.parallel.processes == 1 and not config.parallel.deepspeed_stage:
         return False
@@ -69,6 +71,47 @@ def launch(config: TrainingConfig) -> bool:
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
     return True
+
+
+def refuse_lone_process() -> None:
+    """Refuse to be the only process that an `accelerate launch` for several has started, which it does on CPUs.
+
+    Raises:
+        UserError: it was asked for more.
+    """
+    wanted = asked_of_accelerate(_words_of(os.getppid()))
+    if wanted > 1:
+        raise UserError(
+            f"`accelerate launch` was asked for {wanted} processes, but has started one (as on CPUs, with --cpu or "
+            "MULTI_CPU). Ratchet starts its processes itself: run the same without it, with "
+            f"parallel={{dp: {wanted}}}."
+        )
+
+
+def _words_of(process: int) -> list[str]:
+    """The command line of a process; nothing where the system does not say."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def asked_of_accelerate(words: list[str]) -> int:
+    """How many processes a command line asks `accelerate launch` for; 0 where it is none."""
+    programs = ("accelerate", "accelerate-launch", "accelerate.commands.launch")
+    if not any(Path(word).name in programs for word in words[:4]):
+        return 0
+    said: dict[str, str] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.lstrip("-").replace("-", "_", 1).partition("=")
+        if word.startswith("--"):
+            said.setdefault(name, value if equals else following)
+    if (count := said.get("num_processes", "")).isdecimal():
+        return int(count)
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    file = Path(said.get("config_file", home / "accelerate/default_config.yaml"))
+    found = read_yaml(file).get("num_processes") if file.is_file() and file.suffix != ".json" else None
+    return found if isinstance(found, int) else 0
 
 
 def helps(config: TrainingConfig) -> bool:

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from contracts.config import Section, runtime
 from contracts.errors import UserError
 from contracts.models import ModelInfo
+from training.foreign import read_layout
 
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 """Architectures whose layers tensor and pipeline parallelism know, by the beginnings of their classes' names."""
@@ -16,7 +17,7 @@ HEADS = ("ForCausalLM", "ForSequenceClassification")
 
 
 class ParallelConfig(Section):
-    """Processes of a model: dp · tp · pp · sp of them, one device each."""
+    """Processes of a model, one device each: dp · tp · pp · sp. Or the path of accelerate's or DeepSpeed's file."""
 
     dp: int = runtime(1, ge=1)
     """Data parallel: a batch is divided into this many parts."""
@@ -56,6 +57,15 @@ class ParallelConfig(Section):
     def __str__(self) -> str:
         """What is not the default, for messages."""
         return " ".join(f"{name}={value}" for name, value in self.model_dump(exclude_defaults=True).items()) or "dp=1"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_file(cls, value: Any) -> Any:
+        """A path stands for what an accelerate or DeepSpeed file says of the layout."""
+        try:
+            return read_layout(Path(value)) if isinstance(value, str | Path) else value
+        except UserError as error:
+            raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":

@@ -27,6 +27,7 @@ from training.config import (
     CriticConfig,
     EmaConfig,
     ExperienceConfig,
+    MergeConfig,
     PolicyConfig,
     RewardConfig,
     SftConfig,
@@ -37,7 +38,7 @@ CONFIGS: dict[str, type[StageConfig]] = {
     config.stage: config
     for config in (
         *(PromptsConfig, GenerationConfig, ScoreConfig, PairsConfig, EvaluationConfig),
-        *(SftConfig, RewardConfig, PolicyConfig, EmaConfig, WorldConfig, Smollm2Config),
+        *(SftConfig, RewardConfig, PolicyConfig, EmaConfig, MergeConfig, WorldConfig, Smollm2Config),
         *(ValueHeadConfig, ExperienceConfig, CriticConfig),
         *(RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig),
     )

@@ -89,13 +89,8 @@ class SlurmSection(Section):
     def _check_time(cls, value: Any) -> Any:
         if isinstance(value, float) and value.is_integer():  # "90" on the command line
             value = str(int(value))
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 60:
-            return str(value)
-        if isinstance(value, int):  # 2:00:00 is 7200 in YAML 1.1
-            raise ValueError(
-                'write it in quotes, "2:00:00" for two hours or "90" for minutes, or with a zero before it, 02:00:00; '
-                "YAML reads 2:00:00 as the number 7200"
-            )
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
         if isinstance(value, str) and not minutes_of(value):
             raise ValueError('it must be a time limit of Slurm: "HH:MM:SS", "D-HH:MM:SS" or minutes, more than 0')
         return value

@@ -16,6 +16,7 @@ from training.config import (
     CriticConfig,
     EmaConfig,
     ExperienceConfig,
+    MergeConfig,
     PolicyConfig,
     RewardConfig,
     SftConfig,
@@ -28,7 +29,16 @@ STAGES: dict[str, list[type[StageConfig]]] = {
     "contracts": [PromptsConfig],
     "generation": [GenerationConfig],
     "annotation": [ScoreConfig, PairsConfig, EvaluationConfig],
-    "training": [SftConfig, RewardConfig, ExperienceConfig, PolicyConfig, CriticConfig, EmaConfig, ValueHeadConfig],
+    "training": [
+        SftConfig,
+        RewardConfig,
+        ExperienceConfig,
+        PolicyConfig,
+        CriticConfig,
+        EmaConfig,
+        MergeConfig,
+        ValueHeadConfig,
+    ],
 }
 
 

@@ -1,0 +1,170 @@
+"""An adapter that PEFT has written, merged into its model: a checkpoint like any other."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging
+
+from contracts.errors import UserError
+from contracts.fingerprint import ADAPTER, weights_fingerprint
+from contracts.ledger import Ledger
+from contracts.models import ModelInfo
+from contracts.stage import Context, Outcome
+from modeling.loading import load_causal, load_classifier, load_reward, read_config, tensor_shapes
+from training.checkpoint import save_checkpoint
+from training.config import MergeConfig
+from training.models import classifier_changes
+
+WEIGHTS = "adapter_model.safetensors"
+VOCABULARY = ("embed_tokens", "wte", "embed_in", "lm_head", "embed_out")
+"""Modules whose rows are the words of the vocabulary."""
+TOLERANCE = 1e-3
+"""Nats by which log-probabilities may differ in float32 after the merge."""
+
+
+@torch.no_grad()
+def run(config: MergeConfig, context: Context) -> Outcome:
+    """Publish the model with the adapter merged into it in float32, stored like the model.
+
+    With the adapter's own tokenizer where it has one. Log-probabilities of some tokens are compared before and after
+    the merge, and once more after the checkpoint was read back.
+
+    Raises:
+        UserError: one of the two is damaged, they do not belong together, or the adapter cannot be merged.
+    """
+    logging.disable_progress_bar()
+    settings, tensors = read_adapter(config.adapter)
+    info = ModelInfo.read(config.model)
+    is_classifier = settings.get("task_type") == "SEQ_CLS" or info.labels is not None
+    model_config = read_config(config.model)
+    dtype = getattr(model_config, "dtype", None) or torch.float32
+    changes: dict[str, Any] = {}
+    with context.timed("load"):
+        if not is_classifier:
+            model = load_causal(config.model, torch.float32)
+        elif info.labels is not None:
+            model = load_classifier(config.model, torch.float32)
+        elif not any("score" in name for name in tensors):
+            raise UserError(f"{config.adapter} is a classifier's adapter without its head `score`. Save it again.")
+        else:
+            model = load_reward(config.model, torch.float32, seed=0)
+            model_config.num_labels = 1
+            changes |= classifier_changes(config.model, model_config)
+        for key, value in _fit_vocabulary(model, tensors).items():
+            changes[key] = value
+            setattr(model_config, key, value)
+        adapted = _attach(model, config, set(tensors))
+    with context.timed("compute"):
+        ids = torch.randint(model_config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+        wanted = _log_probabilities(adapted, ids)
+        merged = adapted.merge_and_unload(safe_merge=True).eval()
+        _require_same(wanted, _log_probabilities(merged, ids), config, "merging changed them")
+        merged.to(dtype).to(torch.float32)  # as they will be read
+        wanted = _log_probabilities(merged, ids)
+    with context.timed("save"):
+        auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+        has_tokenizer = (config.adapter / "tokenizer_config.json").is_file()
+        save_checkpoint(
+            context.publication, merged.state_dict(), merged, start=config.model,
+            shapes=tensor_shapes(auto, model_config), dtype=dtype, changes=changes, unit="models",
+            tokenizer=config.adapter if has_tokenizer else None,
+        )  # fmt: skip
+        del merged, adapted, model
+        directory = context.publication.directory
+        read = (load_classifier if is_classifier else load_causal)(directory, torch.float32).eval()
+        _require_same(wanted, _log_probabilities(read, ids), config, "the checkpoint, read back, has others")
+        ledger = Ledger("models")
+        ledger.keep()
+        row = {"rank": settings.get("r"), "alpha": settings.get("lora_alpha"), "tensors": len(tensors)}
+        context.publication.write_rows("merge.jsonl", [row], ledger)
+    return Outcome("models", {"adapter": str(settings["peft_type"])}, weights_fingerprint(directory))
+
+
+def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """An adapter's settings, and the names of its tensors with their shapes.
+
+    Raises:
+        UserError: it is none that PEFT has written, or is damaged.
+    """
+    if not (adapter / ADAPTER).is_file():
+        raise UserError(f"{adapter} is no adapter: it has no {ADAPTER}. Give the directory that PEFT has written.")
+    try:
+        settings = json.loads((adapter / ADAPTER).read_bytes())
+        kind = settings["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{adapter / ADAPTER} is damaged: {error}. Save the adapter again.") from error
+    if not (adapter / WEIGHTS).is_file():
+        raise UserError(
+            f"{adapter} has no {WEIGHTS}; other formats can run code on loading and are not read. Load it with peft, "
+            "and save it again."
+        )
+    try:
+        with safe_open(adapter / WEIGHTS, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            broken = [name for name in shapes if not file.get_tensor(name).isfinite().all()]
+    except Exception as error:  # safetensors has one type for all
+        raise UserError(f"{adapter / WEIGHTS} is cut off or damaged: {error}. Save the adapter again.") from error
+    if broken:
+        raise UserError(f"{adapter / WEIGHTS}: {broken[0]} has values that are no numbers (NaN or infinite).")
+    if not shapes or str(kind) not in ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA"):
+        raise UserError(f"{adapter} is an adapter of the kind {kind}, which is no change of weights to be merged.")
+    return settings, shapes
+
+
+def _fit_vocabulary(model: Any, tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Give a model as many words as the adapter saved, and apart what it changes of tied matrices."""
+    touched = [name for name in tensors if any(f".{part}." in name for part in VOCABULARY)]
+    changes: dict[str, Any] = {}
+    words = {tensors[name][0] for name in touched if name.endswith(".weight") and "lora_" not in name}
+    if len(words) == 1 and words != {model.get_input_embeddings().weight.shape[0]}:
+        changes["vocab_size"] = words.pop()
+        model.resize_token_embeddings(changes["vocab_size"], mean_resizing=False)
+    head = model.get_output_embeddings()
+    if touched and head is not None and head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = changes["tie_word_embeddings"] = False
+    return changes
+
+
+def _attach(model: Any, config: MergeConfig, names: set[str]) -> Any:
+    """The model with its adapter, every tensor of which has found its place."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = PeftModel.from_pretrained(model, str(config.adapter), torch_device="cpu").eval()
+            placed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        first = str(error).strip().splitlines()
+        raise UserError(
+            f"the adapter {config.adapter} cannot be put on {config.model}: {' '.join(first[:2])}. Give the model that "
+            "it was trained on."
+        ) from error
+    words = {name for name in names if any(f".{part}." in name for part in VOCABULARY) and "lora_" not in name}
+    if lost := sorted(placed - names) or sorted(names - placed - words):
+        raise UserError(
+            f"the adapter {config.adapter} does not belong to {config.model}: {lost[0]} and {len(lost) - 1} other "
+            "tensors have no counterpart. Give the model that it was trained on."
+        )
+    return adapted
+
+
+def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
+    """Of all words after each of `ids`; of a classifier its scores."""
+    logits: Tensor = model(input_ids=ids[:1]).logits if model.config.pad_token_id is None else model(ids).logits
+    return logits if logits.dim() == 2 else logits.log_softmax(-1)
+
+
+def _require_same(wanted: Tensor, found: Tensor, config: MergeConfig, what: str) -> None:
+    worst = float((wanted - found).abs().max())
+    if not worst <= TOLERANCE:
+        raise RuntimeError(
+            f"{config.model} with {config.adapter}: log-probabilities differ by {worst:.3g}, because {what}"
+        )
