@@ -122,7 +122,7 @@ def _of_deepspeed(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _offloads(device: Any, more: list[str]) -> bool:
     if device == "nvme":
         more.append("nothing for a device nvme, which Ratchet does not offload to")
-    return device == "cpu"
+    return bool(device == "cpu")
 
 
 def _number(section: dict[str, Any], name: str, default: int) -> int:

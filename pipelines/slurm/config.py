@@ -87,8 +87,6 @@ class SlurmSection(Section):
     @field_validator("time", mode="before")
     @classmethod
     def _check_time(cls, value: Any) -> Any:
-        if isinstance(value, float) and value.is_integer():  # "90" on the command line
-            value = str(int(value))
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if isinstance(value, str) and not minutes_of(value):
