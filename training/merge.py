@@ -16,7 +16,7 @@ from contracts.fingerprint import ADAPTER, weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.stage import Context, Outcome
-from modeling.loading import load_causal, load_classifier, load_reward, read_config, tensor_shapes
+from modeling.loading import load_causal, load_reward, read_config, tensor_shapes
 from training.checkpoint import save_checkpoint
 from training.config import MergeConfig
 from training.models import classifier_changes
@@ -30,7 +30,7 @@ TOLERANCE = 1e-3
 
 @torch.no_grad()
 def run(config: MergeConfig, context: Context) -> Outcome:
-    """Publish the model with the adapter merged into it in float32, stored like the model.
+    """Publish the model with the adapter merged into it in float32, stored in bfloat16 where the model is.
 
     With the adapter's own tokenizer where it has one. Log-probabilities of some tokens are compared before and after
     the merge, and once more after the checkpoint was read back.
@@ -43,19 +43,15 @@ def run(config: MergeConfig, context: Context) -> Outcome:
     info = ModelInfo.read(config.model)
     is_classifier = settings.get("task_type") == "SEQ_CLS" or info.labels is not None
     model_config = read_config(config.model)
-    dtype = getattr(model_config, "dtype", None) or torch.float32
+    dtype = torch.bfloat16 if getattr(model_config, "dtype", None) is torch.bfloat16 else torch.float32
     changes: dict[str, Any] = {}
     with context.timed("load"):
-        if not is_classifier:
-            model = load_causal(config.model, torch.float32)
-        elif info.labels is not None:
-            model = load_classifier(config.model, torch.float32)
-        elif not any("score" in name for name in tensors):
-            raise UserError(f"{config.adapter} is a classifier's adapter without its head `score`. Save it again.")
-        else:
-            model = load_reward(config.model, torch.float32, seed=0)
+        if is_classifier and info.labels is None:
+            if not any("score" in name for name in tensors):
+                raise UserError(f"{config.adapter} is a classifier's adapter without its head `score`. Save it again.")
             model_config.num_labels = 1
             changes |= classifier_changes(config.model, model_config)
+        model = _load(config.model, is_classifier)
         for key, value in _fit_vocabulary(model, tensors).items():
             changes[key] = value
             setattr(model_config, key, value)
@@ -65,25 +61,23 @@ def run(config: MergeConfig, context: Context) -> Outcome:
         wanted = _log_probabilities(adapted, ids)
         merged = adapted.merge_and_unload(safe_merge=True).eval()
         _require_same(wanted, _log_probabilities(merged, ids), config, "merging changed them")
-        merged.to(dtype).to(torch.float32)  # as they will be read
-        wanted = _log_probabilities(merged, ids)
     with context.timed("save"):
         auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
         has_tokenizer = (config.adapter / "tokenizer_config.json").is_file()
-        save_checkpoint(
+        facts = save_checkpoint(
             context.publication, merged.state_dict(), merged, start=config.model,
             shapes=tensor_shapes(auto, model_config), dtype=dtype, changes=changes, unit="models",
             tokenizer=config.adapter if has_tokenizer else None,
         )  # fmt: skip
         del merged, adapted, model
         directory = context.publication.directory
-        read = (load_classifier if is_classifier else load_causal)(directory, torch.float32).eval()
+        read = _load(directory, is_classifier)
         _require_same(wanted, _log_probabilities(read, ids), config, "the checkpoint, read back, has others")
         ledger = Ledger("models")
         ledger.keep()
         row = {"rank": settings.get("r"), "alpha": settings.get("lora_alpha"), "tensors": len(tensors)}
         context.publication.write_rows("merge.jsonl", [row], ledger)
-    return Outcome("models", {"adapter": str(settings["peft_type"])}, weights_fingerprint(directory))
+    return Outcome("models", {"adapter": str(settings["peft_type"]), **facts}, weights_fingerprint(directory))
 
 
 def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
@@ -117,6 +111,13 @@ def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ..
     return settings, shapes
 
 
+def _load(model: Path, is_classifier: bool) -> Any:
+    """A model in float32, with what bfloat16 has left out where that was handed on."""
+    if is_classifier:
+        return load_reward(model, torch.float32, 0, master=True).eval()
+    return load_causal(model, torch.float32, master=True).eval()
+
+
 def _fit_vocabulary(model: Any, tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Give a model as many words as the adapter saved, and apart what it changes of tied matrices."""
     touched = [name for name in tensors if any(f".{part}." in name for part in VOCABULARY)]
@@ -129,6 +130,7 @@ def _fit_vocabulary(model: Any, tensors: dict[str, tuple[int, ...]]) -> dict[str
     if touched and head is not None and head.weight is model.get_input_embeddings().weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = changes["tie_word_embeddings"] = False
+        model.all_tied_weights_keys = {}
     return changes
 
 
