@@ -502,3 +502,48 @@ def test_a_critic_that_knows_nothing_says_0_and_is_the_model_otherwise(
     assert made.manifest.weights is not None
     with pytest.raises(UserError, match="must be a causal language model"):
         run_here("value-head", model=made.path, output=tmp_path / "again")
+
+
+TOKEN_REWARDS = """\
+from training.algorithm import Advantages
+READS = "samples"
+NEEDS = ("token_rewards",)
+def advantages(experience):
+    marked = experience.tagged("math").double() + 2 * experience.truncated.double()
+    return Advantages(experience.token_rewards + 100 * marked[experience.response_of_token])
+def loss(batch): ...
+"""
+
+
+def test_rewards_of_tokens_tags_and_truncation_reach_an_algorithm(world: World) -> None:
+    algorithm = world.folder.parent / "mine.py"
+    algorithm.write_text(TOKEN_REWARDS)
+
+    def change(name: str, rows: list[Any]) -> list[Any]:
+        if name == "rollouts":
+            return [
+                msgspec.structs.replace(row, tags=("math",) if number % 2 else ()) for number, row in enumerate(rows)
+            ]
+        if name == "rewards":
+            return [msgspec.structs.replace(row, token_rewards=made[row.prompt_id, row.sample]) for row in rows]
+        return rows
+
+    chance = random.Random(3)
+    completions = {(row.prompt_id, each.sample): each for row in world.rows for each in row.completions}
+    made = {key: tuple(chance.uniform(-1, 1) for _ in each.response_ids) for key, each in completions.items()}
+    world.build(change)
+    found = world.run(str(algorithm))
+    tags = {row.prompt_id: row.tags for row in found.rows(Experience)}
+    assert set(tags.values()) == {("math",), msgspec.UNSET}
+    for key, sample in samples_of(found).items():
+        marked = (tags[key[0]] == ("math",)) + 2 * (completions[key].finish_reason == "length")
+        assert sample.advantages == pytest.approx([reward + 100 * marked for reward in made[key]])
+
+    world.build(lambda name, rows: rows)
+    with pytest.raises(UserError, match="has no reward per token, which the algorithm needs"):
+        world.run(str(algorithm), "without")
+    first = next(iter(made))
+    made[first] = (*made[first], 0.5)
+    world.build(change)
+    with pytest.raises(UserError, match=r"has \d+ numbers for \d+ response tokens; there must be one for each"):
+        world.run(str(algorithm), "odd")

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
-from conftest import breaking_off, dpo_settings, run_here, training_log
+from conftest import breaking_off, dpo_settings, make_pairs, make_reference, publish, run_here, training_log
 
 from contracts.errors import UserError
 from contracts.fingerprint import file_sha256
+from contracts.records import PAIRS, SCORES
 
 ALGORITHM = """\
 READS = "pairs"
@@ -18,7 +20,7 @@ def statistics(batch):
 
 def update(step, *, wrong: str = ""):
     rows = step.statistics["rows"]
-    assert step.statistics["count"] == 1.0 and step.step < step.steps == 12
+    assert abs(step.statistics["count"] - 1) < 1e-6 and step.step < step.steps == 12
     if wrong == "state":
         return {"draw": 1.0}
     if wrong == "nan":
@@ -34,7 +36,7 @@ def loss(batch):
     noise = batch.chosen.sum(batch.chosen.random().float() * batch.chosen.logprobs)
     entropy = batch.rejected.sum(batch.rejected.entropy) + batch.chosen.sum(batch.chosen.reference)
     return {"loss": batch.mean(-noise - 0.01 * entropy), "noise": batch.mean(noise.detach()),
-            "truncated": batch.mean(batch.chosen.truncated.float())}
+            "truncated": batch.mean(batch.chosen.truncated.float()), "math": batch.mean(batch.tagged("math").float())}
 """
 
 
@@ -63,6 +65,24 @@ def test_a_stop_and_another_layout_change_nothing(
     run_here("policy", **small, micro_batch_tokens=24, packing="padded")
     for line, other in zip(training_log(tmp_path / "whole"), training_log(tmp_path / "small"), strict=True):
         assert other == pytest.approx(line, rel=1e-3, abs=1e-5)
+
+
+def test_tags_and_truncation_of_pairs_reach_an_algorithm(
+    algorithm: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [
+        msgspec.structs.replace(pair, tags=("math", "hard") if number % 3 else msgspec.UNSET)
+        for number, pair in enumerate(make_pairs(22))
+    ]
+    publish(tmp_path / "pairs", PAIRS, rows)
+    publish(tmp_path / "reference", SCORES, make_reference(rows))
+    paths = {name: tmp_path / name for name in ("pairs", "reference")}
+    output = tmp_path / "out"
+    settings = {"algorithm": algorithm, "global_batch": 22, "epochs": 12, "micro_batch_tokens": 100}
+    run_here("policy", **dpo_settings(models, paths, output, **settings))
+    line = training_log(output)[0]
+    assert line["math"] == pytest.approx(sum(number % 3 > 0 for number in range(22)) / 22)
+    assert line["truncated"] == pytest.approx(sum(row.chosen_finish_reason == "length" for row in rows) / 22)
 
 
 @pytest.mark.parametrize(
