@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 import yaml
 
+from contracts.config import Section
 from pipelines.config import load_run_config
 from pipelines.iteration import build_graph
 from pipelines.main import main
@@ -210,3 +213,22 @@ def test_another_algorithm_comes_without_the_settings_of_the_one_before(smallest
     later = load_run_config(smallest, ["changes.2.training.algorithm=simpo"])
     assert later.at(1).training.settings["beta"] == 0.3
     assert later.at(2).training.settings == {}
+
+
+def numeric_fields(model: type[Section]) -> Iterator[str]:
+    """Fields of stages' and runs' configurations that hold a number, and that say nothing of which ones."""
+    for name, field in model.model_fields.items():
+        is_plain = get_origin(field.annotation) not in (list, dict)
+        kinds = {field.annotation, *get_args(field.annotation)} if is_plain else set()
+        if kinds & {int, float} and not any(hasattr(rule, key) for rule in field.metadata for key in ("ge", "gt")):
+            yield f"{model.__name__}.{name}"
+
+
+def test_every_number_in_a_configuration_has_limits() -> None:
+    todo, found = [Section], set()
+    while todo:
+        model = todo.pop()
+        todo += model.__subclasses__()
+        if model.__module__.partition(".")[0] in ("annotation", "embedded", "generation", "pipelines", "training"):
+            found |= set(numeric_fields(model))
+    assert {name.partition(".")[2] for name in found} <= {"shuffle_seed"}  # of which any will do
