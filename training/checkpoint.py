@@ -118,13 +118,14 @@ def _stored_once(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 def _halves(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The state on the CPU in bfloat16, and what is missing to fp32 where it is more."""
-    upper, rests = {}, {}
-    for name, tensor in _separate(state, torch.float32).items():
-        upper[name] = tensor
-        if not bool(torch.isfinite(tensor).all()):
+    upper: dict[str, Tensor] = {}
+    rests: dict[str, Tensor] = {}
+    for name, tensor in sorted(state.items()):
+        upper[name] = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        if not bool(torch.isfinite(upper[name]).all()):
             raise RuntimeError(f"tensor {name} of the checkpoint is empty or not finite")
         if tensor.is_floating_point():
-            upper[name], rest = split(tensor)
+            upper[name], rest = split(upper[name])
             if has_rest(rest):
                 rests[name] = rest
     return upper, rests

@@ -134,6 +134,7 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
             unit=task.ledger.unit,
             value_head=gathered.get("value_head.weight"),
         )
+        del gathered, weights  # before another model comes into the memory
         directory = context.publication.directory
         same = require_same(directory, said, rehearsed, packing, dtype, task.read_back)
         context.publication.write_rows("training-log.jsonl", log, task.ledger)
