@@ -14,6 +14,7 @@ from annotation.samples import Sample
 from contracts.attempt import beat
 from contracts.faults import Fault
 from contracts.records import Score
+from modeling.heads import backbone_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Batch:
 
 def run_backbone(model: Any, input_ids: Any, mask: Any) -> tuple[Any, Any]:
     """The model without its head, and what it puts out for a batch [B, T]."""
-    backbone = getattr(model, model.base_model_prefix)
+    backbone = backbone_of(model)
     return backbone, backbone(input_ids=input_ids, attention_mask=mask, use_cache=False)
 
 

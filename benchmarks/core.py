@@ -60,7 +60,7 @@ class Core:
         dtype = pick_dtype(config)
         self.engine: Engine = start(config, dtype)
         self.attention = attention_on(self.engine.device, dtype)
-        self.packing = set_packing(config, model, longest)
+        self.packing = set_packing(config, model)
         set_trainable(model, config.frozen)
         set_modes(model, config.gradient_checkpointing)
         self.engine.prepare(wrap(model), lambda parameters: make_optimizer(config, parameters))

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from contracts.architectures import Support, require_supported, support_of, text_settings
 from contracts.errors import UserError
 from contracts.fingerprint import weight_files
 
@@ -13,6 +14,7 @@ VALUE_HEAD = "value_head/model.safetensors"
 """File of a policy that is its own critic: one tensor `weight` [1, hidden size]; engines do not see it there."""
 MASTER = "master"
 """Folder of a checkpoint in bfloat16 with what is missing to the fp32 that training ended with, for the next one."""
+CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -25,7 +27,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     labels: int | None
     """Outputs of a sequence classifier; None for other models."""
     has_chat_template: bool
-    encoder_decoder: bool = False
+    settings: dict[str, Any]
+    """The config.json."""
     quantised: str | None = None
     """How the weights are quantised; None: not."""
     vocabulary_size: int | None = None
@@ -48,30 +51,17 @@ class ModelInfo(msgspec.Struct, frozen=True):
         template = (path / "chat_template.jinja").is_file() or (
             tokenizer_config.is_file() and bool(_read_json(tokenizer_config).get("chat_template"))
         )
-        text_config = config.get("text_config", config)
-        context = text_config.get("max_position_embeddings", text_config.get("n_positions"))
-        quantisation = config.get("quantization_config", text_config.get("quantization_config"))
+        text = text_settings(config)
+        context = next((text[name] for name in CONTEXT_LENGTHS if text.get(name)), None)
+        quantisation = config.get("quantization_config", text.get("quantization_config"))
         method = str(quantisation.get("quant_method", "unknown")) if isinstance(quantisation, dict) else None
-        found = cls(
-            path,
-            architecture,
-            context,
-            labels,
-            template,
-            _is_encoder_decoder(config),
-            method,
-            text_config.get("vocab_size"),
-        )
+        found = cls(path, architecture, context, labels, template, config, method, text.get("vocab_size"))
         found.require_plain_weights()
         return found
 
     def require_causal(self) -> None:
-        """Raise UserError unless this is a causal language model."""
-        if self.encoder_decoder:
-            raise UserError(
-                f"{self.path} is an encoder-decoder ({self.architecture}); a policy must be a causal language model "
-                "(…ForCausalLM), which reads prompt and answer as one sequence. Choose another model."
-            )
+        """Raise UserError unless this is a causal language model that every stage can compute."""
+        require_supported(self.settings, str(self.path))
         if not self.architecture.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
             raise UserError(
                 f"{self.path} is a {self.architecture}; a policy must be a causal language model (…ForCausalLM)."
@@ -84,6 +74,19 @@ class ModelInfo(msgspec.Struct, frozen=True):
                 f"{self.path} is a quantised checkpoint (quantization_config: {self.quantised}), whose weights cannot "
                 "be trained or read by every stage. Give the model that it was made from, in bfloat16 or float32; or "
                 "load it in transformers, call model.dequantize() where the method has that, and save_pretrained."
+            )
+
+    @property
+    def support(self) -> Support:
+        """How a causal language model is computed, and its batches packed."""
+        return support_of(self.settings)
+
+    def require_engine(self, engine: str) -> None:
+        """Raise UserError when an engine cannot sample from this causal language model."""
+        if engine == "transformers" and self.support == "recurrent":
+            raise UserError(
+                f"engine=transformers cannot sample from {self.path} ({self.architecture}): its layers carry a state "
+                "from token to token, which padding changes. Set engine=vllm."
             )
 
     @property
@@ -142,11 +145,6 @@ class ModelInfo(msgspec.Struct, frozen=True):
                 f"{what} is {tokens} tokens, but the context of {self.path} is {self.context_length} "
                 "(max_position_embeddings). Lower it to at most that."
             )
-
-
-def _is_encoder_decoder(config: dict[str, Any]) -> bool:
-    """transformers' own word, which some configurations leave to their class."""
-    return bool(config.get("is_encoder_decoder", "decoder_layers" in config or "num_decoder_layers" in config))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ def check_policy(config: GenerationConfig) -> int | None:
     """
     info = ModelInfo.read(config.policy)
     info.require_causal()
+    info.require_engine(config.engine)
     info.require_chat_template()
     if config.max_prompt_tokens is not None:
         total = config.max_prompt_tokens + config.max_new_tokens

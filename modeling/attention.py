@@ -2,7 +2,7 @@
 
 import functools
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,6 @@ from transformers import AttentionInterface
 from modeling.packing import Plan
 
 NAME = "packed"
-PACKABLE = frozenset(
-    "cohere ernie4_5 glm4 granite helium hunyuan_v1_dense llama mistral olmo olmo2 phi3 qwen2 qwen3 "
-    "seed_oss smollm3".split()
-)
-"""Model types whose flat batches a test compares with padded ones."""
-
-
-def is_packable(config: Any, longest: int) -> bool:
-    """Whether a model computes flat batches right: a known architecture whose attention window covers `longest`."""
-    text = config.get_text_config()
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    return text.model_type in PACKABLE and (window is None or longest <= window)
 
 
 def use_packed_attention(model: Any) -> None:
@@ -38,13 +26,36 @@ def is_packed(model: Any) -> bool:
 
 
 def attention_on(device: torch.device, dtype: torch.dtype) -> str:
-    """What computes the attention of flat batches: `flash_attn` on a GPU where it is installed, else `sdpa`."""
-    return "flash_attn" if device.type == "cuda" and dtype != torch.float32 and _flash_is_installed() else "sdpa"
+    """What computes the attention of flat batches.
+
+    On a GPU in half precision kernels of variable length, which need no padded groups: `flash_attn` where it is
+    installed, else torch's own, `varlen`; otherwise `sdpa`, group by group. What a kernel cannot do (sinks, and torch's
+    soft-capping) is computed group by group everywhere.
+    """
+    if device.type != "cuda" or dtype == torch.float32:
+        return "sdpa"
+    if _is_installed("flash_attn"):
+        return "flash_attn"
+    fits = torch.cuda.get_device_capability(device) >= (8, 0)
+    return "varlen" if fits and _is_installed("torch.nn.attention.varlen") else "sdpa"
 
 
 @functools.cache
-def _flash_is_installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+class Shape(NamedTuple):
+    """How a layer attends, beside causally."""
+
+    scaling: float | None
+    """Of the scores; None: 1 / sqrt(head size)."""
+    window: int | None
+    """A token sees so many tokens, itself among them; None: all before it."""
+    softcap: float | None
+    """Scores s become softcap * tanh(s / softcap), as in Gemma 2."""
+    sinks: Tensor | None
+    """[heads]: the score of a place that takes attention and gives nothing, as in gpt-oss."""
 
 
 def attend(
@@ -56,6 +67,9 @@ def attend(
     *,
     plan: Plan,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside of every sequence of a flat batch.
@@ -63,6 +77,7 @@ def attend(
     Args:
         query: [1, heads, T, head size]; key and value with as many heads or fewer (grouped queries).
         plan: which tokens are a sequence.
+        scaling, sliding_window, softcap, s_aux: see `Shape`, under the names that transformers has for them.
 
     Returns:
         [1, T, heads, head size], as transformers expects it, and no weights.
@@ -71,29 +86,92 @@ def attend(
     # Under autocast, rotary embeddings leave queries and keys in fp32.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))  # [T, heads, head size]
-    compute = _flash if attention_on(query.device, dtype) == "flash_attn" else _sdpa
+    # A window that no sequence is longer than is none.
+    window = sliding_window if sliding_window is not None and sliding_window < plan.longest else None
+    shape = Shape(scaling, window, softcap, s_aux)
+    kernel = attention_on(query.device, dtype)
+    if kernel != "sdpa" and _fits(kernel, shape, query, value):
+        compute = _flash if kernel == "flash_attn" else _varlen
+        q, k, v = (tensor.index_select(0, plan.whole) for tensor in (query, key, value))
+        return compute(q, k, v, shape, plan).index_select(0, plan.whole_order)[None], None
+    group = _sdpa if softcap is None and s_aux is None else _explicit
     parts = []
     for index in plan.groups:
-        shape = (*index.shape, -1, query.shape[-1])
-        q, k, v = (tensor.index_select(0, index.flatten()).view(shape) for tensor in (query, key, value))
-        parts.append(compute(q, k, v, scaling).flatten(0, 1))
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return whole.index_select(0, plan.order)[None], None
+        q, k, v = (
+            tensor.index_select(0, index.flatten()).view(*index.shape, *tensor.shape[1:])
+            for tensor in (query, key, value)
+        )
+        parts.append(group(q, k, v, shape).flatten(0, 1))
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined.index_select(0, plan.order)[None], None
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
+def _fits(kernel: str, shape: Shape, query: Tensor, value: Tensor) -> bool:
+    """Whether a kernel of variable length can compute it."""
+    if shape.sinks is not None or query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+        return False
+    return kernel == "flash_attn" or shape.softcap is None
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: Plan) -> Tensor:
+    """[L, heads, head size] each: whole sequences one after the other, by flash-attn."""
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    found: Tensor = flash_attn_varlen_func(
+        q, k, v, plan.bounds, plan.bounds, plan.longest, plan.longest,
+        softmax_scale=shape.scaling, causal=True, window_size=_kernel_window(shape), softcap=shape.softcap or 0.0,
+    )  # fmt: skip
+    return found
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: Plan) -> Tensor:
+    """The same by torch's own kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    found: Tensor = varlen_attn(  # type: ignore[assignment]
+        q, k, v, plan.bounds, plan.bounds, plan.longest, plan.longest,
+        scale=shape.scaling, window_size=_kernel_window(shape), enable_gqa=k.shape[1] != q.shape[1],
+    )  # fmt: skip
+    return found
+
+
+def _kernel_window(shape: Shape) -> tuple[int, int]:
+    """Tokens that are seen to the left and to the right of a token, as kernels count them; -1: all."""
+    return (-1 if shape.window is None else shape.window - 1, 0)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
     """[S, W, heads, head size] each; what is padded behind a sequence's end comes after all that sees it."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     grouped = k.shape[1] != q.shape[1]
-    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped).transpose(1, 2)
+    mask = None if shape.window is None or shape.window >= q.shape[2] else _visible(q.shape[2], shape.window, q.device)
+    found = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=shape.scaling, enable_gqa=grouped
+    )
+    return found.transpose(1, 2)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
-    """The same by flash-attn."""
-    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+def _explicit(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
+    """The same with all scores in memory, for what no kernel of torch's computes."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (tensor.repeat_interleave(groups, dim=2) for tensor in (k, v))
+    scaling = q.shape[-1] ** -0.5 if shape.scaling is None else shape.scaling
+    scores = torch.einsum("sihd,sjhd->shij", q, k) * scaling
+    if shape.softcap is not None:
+        scores = shape.softcap * (scores / shape.softcap).tanh()
+    scores = scores.masked_fill(~_visible(q.shape[1], shape.window, q.device), torch.finfo(scores.dtype).min)
+    if shape.sinks is not None:
+        sinks = shape.sinks.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[1]]
+    return torch.einsum("shij,sjhd->sihd", weights, v)
 
-    found: Tensor = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True)
-    return found
+
+def _visible(width: int, window: int | None, device: torch.device) -> Tensor:
+    """[width, width]: whether token i sees token j."""
+    places = torch.arange(width, device=device)
+    distance = places[:, None] - places
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 AttentionInterface.register(NAME, attend)

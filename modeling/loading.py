@@ -12,13 +12,16 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.integrations import accelerate as accelerate_integration
 
+from contracts.architectures import support_of
 from contracts.errors import UserError
 from contracts.models import VALUE_HEAD, ModelInfo
 from contracts.seeds import derive_seed
 from contracts.weights import stored_tensors
 from modeling.finite import require_finite
 from modeling.master import Start
-from modeling.modes import gathered
+from modeling.modes import gathered, is_partitioned
+from modeling.probe import check_architecture, require_independence
+from modeling.rope import hold_rope
 
 Shapes = dict[str, tuple[int, ...]]
 DTYPES = {
@@ -89,13 +92,14 @@ def check_weights(model: Path, kind: Literal["causal", "classifier"]) -> None:
     the model. Call it before an `Accelerator` exists.
 
     Raises:
-        UserError: it does not; the message names the tensors.
+        UserError: it does not; the message names the tensors. Or it is of an architecture that is computed wrong.
     """
     info = ModelInfo.read(model)
     config = read_config(model)
     if kind == "causal":
         info.require_causal()
         _compare(AutoModelForCausalLM, model, config, new_head=False)
+        check_architecture(model, config)
     else:
         config.num_labels = 1
         _compare(AutoModelForSequenceClassification, model, config, new_head=info.labels is None)
@@ -137,7 +141,7 @@ def load_causal(model: Path, dtype: torch.dtype, *, master: bool = False, **opti
         master: in float32, begin with what the last training ended with, not with what engines see of it.
         options: for transformers' loader.
     """
-    return _load(AutoModelForCausalLM, model, dtype, master=master, **options)
+    return _measured(_load(AutoModelForCausalLM, model, dtype, master=master, **options), model)
 
 
 def load_classifier(model: Path, dtype: torch.dtype) -> Any:
@@ -160,7 +164,7 @@ def load_reward(model: Path, dtype: torch.dtype, seed: int, *, master: bool = Fa
             generator = torch.Generator().manual_seed(derive_seed("reward head", seed))
             fresh = torch.randn(weight.shape, generator=generator) / (weight.shape[-1] + 1) ** 0.5
             weight.copy_(fresh.to(weight))
-    return loaded
+    return _measured(loaded, model)
 
 
 def _load(
@@ -194,6 +198,7 @@ def _load(
             **options,
         )
     _require_complete(report, model, type(loaded).__name__, new_head)
+    make_independent(loaded)
     return loaded
 
 
@@ -239,3 +244,18 @@ def _require_complete(report: Mapping[str, Any], model: Path, kind: str, new_hea
 
 def _named(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+
+
+def make_independent(model: Any) -> None:
+    """Have a loaded model compute every sequence as it would alone, and nothing for a loss of its own; in place."""
+    hold_rope(model)
+    text = model.config.get_text_config()
+    if hasattr(text, "output_router_logits"):
+        text.output_router_logits = False  # or experts' auxiliary loss is computed with the logits
+
+
+def _measured(loaded: Any, model: Path) -> Any:
+    """The same, having been measured where nothing is known of its architecture."""
+    if support_of(loaded.config.to_dict()) == "measured" and not any(map(is_partitioned, loaded.parameters())):
+        require_independence(loaded.eval(), str(model))
+    return loaded

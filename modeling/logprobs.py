@@ -24,22 +24,35 @@ class TokenFigures(NamedTuple):
     """log sum_v p(v)^2, without gradient"""
 
 
+class HeadShape(NamedTuple):
+    """What a model does to the output z of its LM head, to make logits of it: `cap * tanh(scale * z / cap)`."""
+
+    scale: float = 1.0
+    """As in Cohere and Granite."""
+    cap: float | None = None
+    """None: `scale * z`; soft-capping as in Gemma 2 (arXiv 2408.00118)."""
+
+
+PLAIN = HeadShape()
+
+
 class LogprobHead(nn.Module):
     """An LM head that returns log-probabilities of given tokens instead of logits. Shares the head's own weights.
 
     It is a module that owns these parameters, because ZeRO-3 gathers a parameter when its module is called.
     """
 
-    def __init__(self, head: Any, *, entropy: bool = False, collision: bool = False) -> None:
+    def __init__(self, head: Any, shape: HeadShape = PLAIN, *, entropy: bool = False, collision: bool = False) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = getattr(head, "bias", None)
+        self.shape = shape
         self.entropy = entropy
         self.collision = collision
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden size] -> [N, vocabulary], fp32: all of them at once, with gradient by autograd."""
-        return _logits(hidden.to(self._dtype(hidden)), self.weight, self.bias)
+        return _logits(hidden.to(self._dtype(hidden)), self.weight, self.bias, self.shape)
 
     def _dtype(self, hidden: Tensor) -> torch.dtype:
         device = hidden.device.type
@@ -48,20 +61,22 @@ class LogprobHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor) -> TokenFigures:
         """hidden [N, hidden size], targets [N]."""
         found: tuple[Tensor, ...] = _Head.apply(  # type: ignore[no-untyped-call]
-            hidden.to(self._dtype(hidden)), self.weight, self.bias, targets, self.entropy, self.collision
+            hidden.to(self._dtype(hidden)), self.weight, self.bias, targets, self.shape, self.entropy, self.collision
         )
         return TokenFigures(found[0], found[1] if self.entropy else None, found[2] if self.collision else None)
 
 
 class _Head(torch.autograd.Function):
-    """The figures of softmax(hidden @ weight^T + bias), chunk by chunk, forwards and backwards.
+    """The figures of softmax(f(hidden @ weight^T + bias)), chunk by chunk, forwards and backwards; f is `HeadShape`.
 
     With p the softmax, z the logits and H the entropy:
 
         d log p(t) / d z = onehot(t) - p          d H / d z = -p (log p + H)
 
-    What fits into one chunk keeps its p for the backward pass; else p is computed again. The weight itself is saved,
-    not a view of it, so that ZeRO-3 can release and gather it in between.
+    and through f, with z = f(y): d z / d y = scale (1 - (z / cap)^2).
+
+    What fits into one chunk keeps its p for the backward pass, unless z is needed too; else p is computed again. The
+    weight itself is saved, not a view of it, so that ZeRO-3 can release and gather it in between.
     """
 
     @staticmethod
@@ -71,13 +86,14 @@ class _Head(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        shape: HeadShape,
         entropy: bool,
         collision: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         columns: list[tuple[Tensor, ...]] = []
         p = None
         for chunk, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-            logits = _logits(chunk, weight, bias)
+            logits = _logits(chunk, weight, bias, shape)
             p = logits.softmax(-1)
             # log sum exp z = max z - log max p: as exact as any, and far cheaper than another pass of exponentials.
             normaliser = logits.amax(-1) - p.amax(-1).log()
@@ -90,7 +106,8 @@ class _Head(torch.autograd.Function):
             )
         logprobs, entropies, collisions = map(torch.cat, zip(*columns, strict=True))
         ctx.save_for_backward(hidden, weight, bias, targets, entropies)
-        ctx.p = p if len(columns) == 1 and any(ctx.needs_input_grad) else None
+        ctx.shape = shape
+        ctx.p = p if len(columns) == 1 and shape.cap is None and any(ctx.needs_input_grad) else None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(collisions)
         return logprobs, entropies, collisions
@@ -106,7 +123,8 @@ class _Head(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             kept, ctx.p = ctx.p, None  # it becomes the gradient, in place
-            p = _logits(hidden[chunk], weight, bias).softmax(-1) if kept is None else kept
+            logits = _logits(hidden[chunk], weight, bias, ctx.shape) if kept is None else None
+            p = kept if logits is None else logits.softmax(-1)
             scale = torch.zeros_like(p[:, 0]) if of_logprobs is None else -of_logprobs[chunk]
             if of_entropy is not None:
                 # p log p is 0 where p is.
@@ -116,6 +134,10 @@ class _Head(torch.autograd.Function):
                 grad_logits = p.mul_(scale[:, None])
             if of_logprobs is not None:
                 grad_logits.scatter_add_(-1, targets[chunk, None], of_logprobs[chunk, None])
+            if ctx.shape.cap is not None and logits is not None:
+                grad_logits.mul_(1 - (logits / ctx.shape.cap).square())
+            if ctx.shape.scale != 1:
+                grad_logits.mul_(ctx.shape.scale)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(hidden.dtype)
@@ -133,9 +155,16 @@ class _Head(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-    return logits.float()
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: HeadShape) -> Tensor:
+    linear = nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    return shaped(linear.float(), shape)
+
+
+def shaped(linear: Tensor, shape: HeadShape) -> Tensor:
+    """Logits, made of what the LM head's matrix gives."""
+    logits = linear if shape.scale == 1 else shape.scale * linear
+    return logits if shape.cap is None else shape.cap * (logits / shape.cap).tanh()

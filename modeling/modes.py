@@ -9,9 +9,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has divided it among the processes."""
+    return hasattr(parameter, "ds_id")
+
+
 def gathered(parameters: list[nn.Parameter], *, modifier: int | None = None) -> Any:
     """Under ZeRO-3, whole parameters, with the changes of rank `modifier` broadcast; otherwise nothing to do."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+    if not any(map(is_partitioned, parameters)):
         return contextlib.nullcontext()
     import deepspeed
 

@@ -4,12 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from contracts.errors import UserError
 from modeling.divergence import divergences
+from modeling.heads import backbone_of, head_shape
 from modeling.logprobs import LogprobHead
-from modeling.modes import gathered
 from modeling.packing import Packed
 
 
@@ -28,7 +26,7 @@ class Trained(nn.Module):
         """The last hidden state of every token, [tokens, hidden size]. No attention mask: in a causal model nothing
         before a padded position sees it, and no padded position is ever read."""
         plan = {} if batch.plan is None else {"plan": batch.plan}
-        outputs = self.model.base_model(
+        outputs = backbone_of(self.model)(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **plan
         )
         return outputs.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
@@ -57,7 +55,8 @@ class TokenLogprobs(Trained):
         super().__init__(model)
         # In a list, so that it is neither trained nor saved, nor spread over processes.
         self._references = [] if reference is None else [TokenLogprobs(reference.requires_grad_(False).eval())]
-        self.head = LogprobHead(model.get_output_embeddings(), entropy=entropy, collision=collision)
+        shape = head_shape(model)
+        self.head = LogprobHead(model.get_output_embeddings(), shape, entropy=entropy, collision=collision)
         self.value_head = None
         if value_head is not None:
             self.value_head = nn.Linear(value_head.shape[-1], 1, bias=False)
@@ -101,31 +100,3 @@ class TokenValues(Trained):
     def read(self, hidden: Tensor, batch: Packed) -> dict[str, Tensor]:
         """One value per response token, fp32."""
         return {"values": self.model.score(hidden[batch.positions]).float().squeeze(-1)}
-
-
-@torch.no_grad()
-def require_plain_head(model: Any) -> None:
-    """Check that a causal model's logits are its LM head applied to its last hidden state, and nothing more.
-
-    Some models scale or cap their logits; `TokenLogprobs` would be wrong for these without anybody noticing. The
-    model's own forward is asked, with a backbone that answers with given hidden states.
-
-    Raises:
-        UserError: this model does more.
-    """
-    head, backbone = model.get_output_embeddings(), model.base_model
-    with gathered([*head.parameters()]):
-        size = head.weight.shape[-1]
-        generator = torch.Generator().manual_seed(0)
-        hidden = 8 * torch.randn(1, 4, size, generator=generator).to(head.weight)
-        backbone.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
-        try:
-            found = model(inputs_embeds=hidden, use_cache=False).logits.float()
-        finally:
-            del backbone.forward
-        expected = nn.functional.linear(hidden, head.weight, getattr(head, "bias", None)).float()
-    if float((found - expected).abs().max()) > 1e-2 * float(expected.abs().max()):
-        raise UserError(
-            f"{type(model).__name__} does more to its logits than to apply its LM head, for example soft-capping or "
-            "scaling; such models are not supported. Choose another."
-        )

@@ -32,6 +32,15 @@ class Plan(NamedTuple):
     sequences lies in the flat batch; behind a sequence's end any place."""
     order: Tensor
     """[T]: for each flat token its place in the groups, flattened and one after the other."""
+    whole: Tensor
+    """[L]: the same sequences without padding, for kernels of variable length: where each token of the first sequence
+    lies in the flat batch, then of the second, ..."""
+    bounds: Tensor
+    """[S + 1], int32: where each sequence begins and ends in `whole`."""
+    whole_order: Tensor
+    """[T]: for each flat token its place in `whole`."""
+    longest: int
+    """Tokens of the longest sequence."""
 
 
 class Packed(NamedTuple):
@@ -114,7 +123,18 @@ def _plan(wholes: list[Ids], size: int, device: torch.device | str) -> Plan:
         groups.append(_tensor(index, device))
         places += count * width
         left = left[count:]
-    return Plan(tuple(groups), _tensor(order, device))
+    whole = np.concatenate(wholes)
+    whole_order = np.zeros(size, dtype=np.int64)
+    whole_order[whole] = np.arange(len(whole))
+    bounds = np.cumsum([0, *map(len, wholes)])
+    return Plan(
+        tuple(groups),
+        _tensor(order, device),
+        _tensor(whole, device),
+        _tensor(bounds, device).int(),
+        _tensor(whole_order, device),
+        max(map(len, wholes)),
+    )
 
 
 def _pad(rows: Many[Row], device: torch.device | str) -> Packed:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
+from contracts.architectures import FLAT
 from contracts.prompts import PromptsConfig
 from contracts.stage import MINIMUM_FREE
 from embedded.config import WorldConfig
@@ -48,11 +49,6 @@ LOGITS_AT_ONCE = 1 << 26
 """Logits that exist at once in scoring by log-probabilities (annotation/logprobs.py)."""
 PADDING_SHARE = 1.25
 """Padding of the groups of sequences that attention takes flat batches apart into (modeling/packing.py)."""
-PACKABLE = frozenset(
-    "cohere ernie4_5 glm4 granite helium hunyuan_v1_dense llama mistral olmo olmo2 phi3 qwen2 qwen3 "
-    "seed_oss smollm3".split()
-)
-"""Model types that compute flat batches (modeling/attention.py); others pad."""
 COLUMNS = 20
 """Numbers for each response token that an experience stage holds at once, those of GAE among them."""
 BUCKET = 500_000_000
@@ -392,7 +388,7 @@ def _adapter_numbers(config: TrainingConfig, size: Size) -> int:
 
 def _micro_batch(config: TrainingConfig, size: Size, row: LongestRow | None) -> tuple[int, float]:
     """Tokens of the largest micro-batch in a process, and for each how many attention works on."""
-    packs = config.packing != "padded" and (config.packing != "auto" or size.model_type in PACKABLE)
+    packs = config.packing != "padded" and (config.packing != "auto" or size.model_type in FLAT)
     shares = packs and config.packing != "flat"
     tokens, apart = config.micro_batch_tokens, PADDING_SHARE if packs else 1.0
     if row is not None:

@@ -79,13 +79,14 @@ def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
         model = ModelInfo.read(config.policy)
         tokens = (config.max_prompt_tokens or 1) + config.max_new_tokens
         yield model.require_causal
+        yield functools.partial(model.require_engine, config.engine)
         yield model.require_chat_template
         yield functools.partial(model.require_length, tokens, "prompt and answer together")
     if isinstance(config, ScoreConfig) and config.model in outside:
         model = ModelInfo.read(config.model)
         if config.kind == "reward_model" or (config.kind == "values" and not model.has_value_head):
             yield model.require_one_label
-        if config.kind == "pairwise":
+        if config.kind in ("logprobs", "pairwise"):
             yield model.require_causal
         if config.kind in ("reward_model", "pairwise"):
             yield model.require_chat_template

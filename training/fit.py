@@ -13,20 +13,20 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from contracts import stopping
-from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.stage import Context, Outcome
-from modeling.attention import attention_on, is_packable, use_packed_attention
+from modeling.attention import attention_on, use_packed_attention
 from modeling.loading import check_weights, load_causal, load_classifier, load_value_head, tensor_shapes
 from modeling.master import Start, split
 from modeling.modes import set_modes
-from modeling.modules import TokenLogprobs, Trained, require_plain_head
+from modeling.modules import Trained
 from modeling.packing import Packing
 from training.checkpoint import save_checkpoint
 from training.config import TrainingConfig
 from training.engines import start
 from training.engines.base import Engine
+from training.layout import packing_of
 from training.loop import HeldOut, Learning, Report, measure, train
 from training.lora import add_adapters, merge_adapters
 from training.models import pick_dtype, set_trainable
@@ -83,7 +83,7 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         begin = Start(config.model)
         model = task.load(dtype if engine.master_copies or config.lora else torch.float32)
         own = model.config._attn_implementation
-        packing = set_packing(config, model, max(row.longest for row in rows))
+        packing = set_packing(config, model)
         transposed: frozenset[str] = frozenset()
         if config.lora is not None:
             transposed = add_adapters(model, config.lora, config.seed)
@@ -91,8 +91,6 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
             set_trainable(model, config.frozen)
         set_modes(model, config.gradient_checkpointing)
         module = task.wrap(model)
-        if isinstance(module, TokenLogprobs):
-            require_plain_head(model)
         engine.prepare(module, lambda parameters: make_optimizer(config, parameters, fused=not engine.master_copies))
         set_modes(model, config.gradient_checkpointing)
         precision = _begin_exactly(begin, engine, dtype)
@@ -195,21 +193,16 @@ def _gather(engine: Engine, dtype: torch.dtype) -> dict[str, Tensor]:
     return gathered
 
 
-def set_packing(config: TrainingConfig, model: Any, longest: int) -> Packing:
+def set_packing(config: TrainingConfig, model: Any) -> Packing:
     """Have `model` compute flat batches where it can; returns how batches are packed.
 
     Raises:
         UserError: the config asks for flat batches, which this model cannot compute.
     """
-    if config.packing != "padded" and is_packable(model.config, longest):
+    packing = packing_of(config, model.config.to_dict())
+    if packing != "padded":
         use_packed_attention(model)
-        return "shared" if config.packing == "auto" else config.packing
-    if config.packing in ("shared", "flat"):
-        raise UserError(
-            f"packing={config.packing}: {type(model).__name__} is not known to compute flat batches of up to {longest} "
-            "tokens right (its attention is its own, or has a shorter window). Use packing=auto or packing=padded."
-        )
-    return "padded"
+    return packing
 
 
 def _final(log: list[Line]) -> Line:

@@ -42,8 +42,8 @@ def padding_token(model: Path, model_config: Any) -> int:
     return int(found)
 
 
-def set_trainable(model: nn.Module, frozen: list[str]) -> None:
-    """Freeze every parameter whose name contains one of `frozen`.
+def set_trainable(model: Any, frozen: list[str]) -> None:
+    """Freeze every parameter whose name contains one of `frozen`, and what is neither language model nor head.
 
     Raises:
         UserError: one of them names no parameter, or nothing is left to train.
@@ -54,5 +54,16 @@ def set_trainable(model: nn.Module, frozen: list[str]) -> None:
             raise UserError(f"frozen: no parameter's name contains {part!r}. Names look like {names[0]}, {names[-1]}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
+    for parameter in other_inputs(model):
+        parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"frozen={frozen} freezes every parameter; leave some to train.")
+
+
+def other_inputs(model: Any) -> list[nn.Parameter]:
+    """Parameters that no text passes through, such as those of a vision tower; none in a plain language model."""
+    if model.config.get_text_config() is model.config:
+        return []
+    parts = [model.get_decoder(), model.get_output_embeddings(), getattr(model, "score", None)]
+    language = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in language]

@@ -101,7 +101,6 @@ def test_constants_are_those_of_the_stages(root: Path) -> None:
         ("modeling/logprobs.py", "CHUNK", estimates.HEAD_CHUNK),
         ("annotation/logprobs.py", "LOGITS_AT_ONCE", estimates.LOGITS_AT_ONCE),
         ("modeling/packing.py", "PADDING_SHARE", estimates.PADDING_SHARE),
-        ("modeling/attention.py", "PACKABLE", estimates.PACKABLE),
     ):
         statements = ast.parse((root / file).read_text()).body
         (value,) = [

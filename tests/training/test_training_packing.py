@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import EOS, make_pairs, make_reference
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from tiny_models import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from contracts.errors import UserError
 from modeling import logprobs as logprobs_module
 from modeling import packing as packing_module
-from modeling.attention import PACKABLE, is_packable, use_packed_attention
-from modeling.logprobs import LogprobHead
-from modeling.modules import SequenceScores, TokenLogprobs, TokenValues, require_plain_head
+from modeling.attention import use_packed_attention
+from modeling.heads import head_shape
+from modeling.logprobs import PLAIN, HeadShape, LogprobHead
+from modeling.modules import SequenceScores, TokenLogprobs, TokenValues
 from modeling.packing import pack
 from modeling.rows import Response, Row, token_ids
 from training.catalogue import describe
@@ -50,37 +52,6 @@ def prepared(model: Any, packing: str) -> Any:
     if packing != "padded":
         use_packed_attention(model)
     return model
-
-
-def tiny(model_type: str, tied: bool) -> Any:
-    config = AutoConfig.for_model(
-        model_type, vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=tied,
-        initializer_range=0.15, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config)
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("model_type", sorted(PACKABLE))
-def test_packed_equals_padded_and_shared(model_type: str, tied: bool) -> None:
-    """Outputs and gradients, for every architecture that flat batches are used with; grouped queries in all of them."""
-    model, rows = tiny(model_type, tied), random_rows()
-    found: dict[str, tuple[Any, dict[str, torch.Tensor]]] = {}
-    for packing in LAYOUTS:
-        module = TokenLogprobs(prepared(model, packing), entropy=True, collision=True)
-        outputs = module(pack(rows, packing))  # type: ignore[arg-type]
-        weights = torch.linspace(-1, 1, len(outputs["logprobs"]))
-        (outputs["logprobs"] * weights + outputs["entropy"] * weights.flip(0)).sum().backward()
-        found[packing] = outputs, gradients(module.model)
-    for packing in ("flat", "shared"):
-        for name, value in found["padded"][0].items():
-            torch.testing.assert_close(found[packing][0][name], value, atol=1e-5, rtol=0)
-        for name, value in found["padded"][1].items():
-            torch.testing.assert_close(found[packing][1][name], value, atol=1e-5, rtol=1e-4)
-    sizes = [pack(rows, packing).input_ids.numel() for packing in LAYOUTS]  # type: ignore[arg-type]
-    assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize("module", [SequenceScores, TokenValues])
@@ -123,23 +94,14 @@ def test_a_packed_batch_by_hand() -> None:
         assert batch.lengths.tolist() == [2, 1]
 
 
-def test_what_cannot_be_packed() -> None:
-    window = LlamaConfig(vocab_size=8)
-    assert is_packable(window, 1 << 20)
-    window.sliding_window = 16
-    assert is_packable(window, 16)
-    assert not is_packable(window, 17)
-    assert not is_packable(AutoConfig.for_model("opt"), 8)
-
-
-def test_a_head_that_does_more_than_apply_its_weights_is_refused() -> None:
-    require_plain_head(tiny("llama", tied=False))
-    config = AutoConfig.for_model(
-        "gemma2", vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, final_logit_softcapping=5.0, initializer_range=0.5,
-    )  # fmt: skip
-    with pytest.raises(UserError, match="soft-capping"):
-        require_plain_head(AutoModelForCausalLM.from_config(config))
+def test_a_head_that_does_more_than_is_known_is_refused() -> None:
+    for model_type, shape in (("llama", PLAIN), ("gemma2", HeadShape(1.0, 3.0)), ("cohere", HeadShape(0.5))):
+        assert head_shape(tiny_model(tiny_config(model_type))) == shape
+    model = tiny_model(tiny_config("llama"))
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: plain(hidden).sinh()
+    with pytest.raises(UserError, match="not known here"):
+        head_shape(model)
 
 
 @pytest.mark.parametrize("which", ["tied", "gqa"])
@@ -167,7 +129,10 @@ def test_logprobs_equal_those_of_full_logits(which: str, packing: Any, models: d
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("entropy", [False, True])
-def test_head_gradients(bias: bool, chunk: int, entropy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [PLAIN, HeadShape(0.5), HeadShape(2.0, 1.5)], ids=["plain", "scaled", "capped"])
+def test_head_gradients(
+    shape: HeadShape, bias: bool, chunk: int, entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logprobs_module, "CHUNK", chunk)
     torch.manual_seed(0)
     linear = torch.nn.Linear(5, 11, bias=bias)
@@ -178,10 +143,11 @@ def test_head_gradients(bias: bool, chunk: int, entropy: bool, monkeypatch: pyte
         linear.zero_grad()
         hidden = torch.linspace(-1, 1, 35).view(7, 5).requires_grad_()
         if mine:
-            found = LogprobHead(linear, entropy=True, collision=True)(hidden, targets)
+            found = LogprobHead(linear, shape, entropy=True, collision=True)(hidden, targets)
             values, entropies, collisions = found
         else:
-            logp = linear(hidden).log_softmax(-1)
+            logits = shape.scale * linear(hidden)
+            logp = (logits if shape.cap is None else shape.cap * (logits / shape.cap).tanh()).log_softmax(-1)
             values = logp.gather(-1, targets[:, None]).squeeze(-1)
             entropies, collisions = -(logp.exp() * logp).sum(-1), (2 * logp).logsumexp(-1)
         assert entropies is not None

@@ -1,0 +1,99 @@
+"""What a causal model does to its last hidden states to make logits of them, read from its config and measured."""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from contracts.errors import UserError
+from modeling.logprobs import HeadShape, shaped
+from modeling.modes import gathered
+
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+"""Config entries that logits are multiplied with, or divided by: architectures use one name for both."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap")
+MAGNITUDES = (2.0, 200.0)
+"""Largest logits that the model is asked about: soft-capping shows in large ones, all else in small ones."""
+
+
+class _States(BaseModelOutputWithPast):
+    """A backbone's answer that holds hidden states, and None for whatever else an architecture asks for."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def backbone_of(model: Any) -> Any:
+    """The part of a transformers model whose last hidden states its head reads."""
+    found = model.base_model
+    if found is model:  # its class names another part than it has (Llama 4)
+        found = model.model
+    inner = getattr(found, "decoder", None)  # OPT's head calls this, past the module around it
+    return inner if isinstance(inner, nn.Module) and not model.config.is_encoder_decoder else found
+
+
+@torch.no_grad()
+def head_shape(model: Any) -> HeadShape:
+    """What a causal model does to the output of its LM head.
+
+    Candidates come from its config; the model's own forward, with a backbone that answers with given hidden states,
+    decides among them.
+
+    Raises:
+        UserError: it does something else, with which log-probabilities would be wrong without anybody noticing.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), torch.Tensor):
+        raise _unknown(model)
+    with gathered([*head.parameters()]):
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(1, 4, head.weight.shape[-1], generator=generator).to(head.weight)
+        unit = states / _linear(head, states).abs().max().clamp(min=torch.finfo(torch.float32).tiny).to(states)
+        asked = [magnitude * unit for magnitude in MAGNITUDES]
+        plain = [_linear(head, hidden) for hidden in asked]
+        found = [_own_logits(model, hidden) for hidden in asked]
+    for shape in _candidates(model.config.get_text_config()):
+        expected = [shaped(linear, shape) for linear in plain]
+        if all(
+            float((one - other).abs().max()) <= 1e-2 * float(other.abs().max())
+            for one, other in zip(found, expected, strict=True)
+        ):
+            return shape
+    raise _unknown(model)
+
+
+def _linear(head: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(hidden, head.weight, getattr(head, "bias", None)).float()
+
+
+def _own_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    backbone = backbone_of(model)
+    backbone.forward = lambda *args, **kwargs: _States(last_hidden_state=hidden)
+    try:
+        logits: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).logits.float()
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _unknown(model) from error
+    finally:
+        del backbone.forward
+    return logits
+
+
+def _candidates(config: Any) -> list[HeadShape]:
+    scales = [1.0]
+    for name in SCALES:
+        if value := getattr(config, name, None):
+            scales += [float(value), 1 / float(value)]
+    if base := getattr(config, "dim_model_base", None):  # MiniCPM: muP's width multiplier
+        scales.append(base / config.hidden_size)
+    caps = [float(value) for name in CAPS if (value := getattr(config, name, None))]
+    return [HeadShape(scale, cap) for cap, scale in itertools.product([*caps, None], scales)]
+
+
+def _unknown(model: Any) -> UserError:
+    return UserError(
+        f"{type(model).__name__} makes its logits in a way that is not known here: they are not its LM head applied to "
+        "its last hidden states, scaled or soft-capped as its config says. Choose another model."
+    )
