@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from contracts.architectures import context_switch
 from contracts.attempt import beat
 from contracts.records import FinishReason
 from generation.config import GenerationConfig
@@ -102,10 +103,13 @@ def set_environment(settings: EngineSettings) -> None:
 
 def engine_arguments(config: GenerationConfig, settings: EngineSettings) -> dict[str, Any]:
     """vLLM's engine arguments, for `LLM(...)` and for the server's command line."""
+    # It takes longrope's long factors only where it is prepared for sequences that need them.
+    model: dict[str, Any] = json.loads((config.policy / "config.json").read_text())
+    longest = max(settings.max_length, (context_switch(model) or 0) + 1)
     arguments: dict[str, Any] = {
         "model": str(config.policy),
         "dtype": settings.dtype,
-        "max_model_len": settings.max_length,
+        "max_model_len": longest,
         "max_num_seqs": config.max_num_seqs,
         "tensor_parallel_size": config.tensor_parallel,
         "logprobs_mode": f"{config.logprob_mode}_logprobs",
@@ -124,7 +128,7 @@ def engine_arguments(config: GenerationConfig, settings: EngineSettings) -> dict
         # A prompt in two pieces needs a rewind of its random generator, which generators on a CPU refuse
         # ("CPU Generator does not use offset").
         arguments["enable_chunked_prefill"] = False
-        arguments["max_num_batched_tokens"] = max(CPU_STEP, settings.max_length, config.max_num_seqs)
+        arguments["max_num_batched_tokens"] = max(CPU_STEP, longest, config.max_num_seqs)
     return arguments
 
 
