@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from contracts.architectures import support_of
 from contracts.artifacts import Artifact, model_fingerprint
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.records import EXPERIENCE, SCORES, Experience, ExperienceSample, Score
 from contracts.stage import Context, Outcome
-from modeling.attention import is_packable, is_packed, use_packed_attention
+from modeling.attention import is_packed, use_packed_attention
 from modeling.loading import load_causal, load_value_head, read_config, vocabulary_size
 from modeling.modules import TokenLogprobs
 from modeling.packing import Packing
@@ -62,7 +63,7 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
             entropy=not from_pairs or "entropy" in needs,
             collision="collision" in needs,
             value_head=load_value_head(config.model, model.config.hidden_size) if config.value_head else None,
-            reference=load_reference(config, model, max(row.longest for row in rows)),
+            reference=load_reference(config, model),
         ),
         auto=AutoModelForCausalLM,
         model_config=model_config,
@@ -72,7 +73,7 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
     return fit(config, context, task)
 
 
-def load_reference(config: PolicyConfig, policy: Any, longest: int) -> Any:
+def load_reference(config: PolicyConfig, policy: Any) -> Any:
     """The reference model beside the policy, in its number format and with its attention; None where none is needed.
 
     Raises:
@@ -88,7 +89,7 @@ def load_reference(config: PolicyConfig, policy: Any, longest: int) -> Any:
             "distributions cannot be compared. Give a model of the policy's family."
         )
     if is_packed(policy):
-        if not is_packable(reference.config, longest):
+        if support_of(reference.config.to_dict()) != "flat":
             raise UserError(
                 f"reference_model={config.reference_model}: {type(reference).__name__} is not known to compute flat "
                 "batches. Set packing=padded."
