@@ -20,7 +20,7 @@ from modeling.attention import attention_on, use_packed_attention
 from modeling.loading import check_weights, load_causal, load_classifier, load_value_head, tensor_shapes
 from modeling.master import Start, split
 from modeling.modes import set_modes
-from modeling.modules import Trained
+from modeling.modules import TokenLogprobs, Trained
 from modeling.packing import Packing
 from training.checkpoint import save_checkpoint
 from training.config import TrainingConfig
