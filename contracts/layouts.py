@@ -47,13 +47,12 @@ class Row:
         self.place = place
         self.unread: set[str] = set()
         self._read: set[str] = set()
+        self._candidates = layout.candidates(values)
 
     def find(self, slot: Field) -> tuple[str, Any]:
         """The column of a slot and its value: ("", None) where there is none. It counts as read."""
-        named = self.layout.named
-        candidates = (named[slot],) if slot in named else self.layout.candidates(slot, self.values)
-        for name in candidates:
-            if name is not None and (value := look_up(self.values, name)) is not None:
+        for name in self._candidates[slot]:
+            if (value := look_up(self.values, name)) is not None:
                 return self.read(name), value
         return "", None
 
@@ -94,7 +93,7 @@ class Row:
         return name, messages
 
     def _find_prompt(self) -> str:
-        found = [name for name in NAMES["prompt"] if self.values.get(name) is not None]
+        found = [name for name in self._candidates["prompt"] if self.values[name] is not None]
         if "chosen" in found and (len(found) > 1 or isinstance(self.values["chosen"], str)):
             # Beside a prompt it is the answer; alone, a text without turns does not say what was asked.
             messages = read_messages(self.values["chosen"], self.place, "chosen", set()) if len(found) == 1 else ()
@@ -142,7 +141,7 @@ class Layout:
         self.unread: Counter[str] = Counter()
         self._missing = {slot: name for slot, name in named.items() if name is not None}
         self._seen: dict[str, None] = {}
-        self._candidates: dict[tuple[Field, tuple[str, ...]], tuple[str, ...]] = {}
+        self._candidates: dict[tuple[str, ...], dict[Field, tuple[str, ...]]] = {}
 
     def row(self, values: dict[str, Any], place: str) -> Row:
         """A row of the data set, to be read."""
@@ -168,14 +167,20 @@ class Layout:
         more = f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
         return f"not read: {', '.join(shown)}{more}" if shown else ""
 
-    def candidates(self, slot: Field, values: dict[str, Any]) -> tuple[str, ...]:
-        """The names that a slot can have among these columns, in their order."""
-        key = (slot, tuple(values))
-        if key not in self._candidates:
+    def candidates(self, values: dict[str, Any]) -> dict[Field, tuple[str, ...]]:
+        """For each slot the columns to look at in a row of these columns, in their order."""
+        columns = tuple(values)
+        if columns not in self._candidates:
             if len(self._candidates) > 1000:  # rows of ever other columns
                 self._candidates.clear()
-            self._candidates[key] = tuple(name for name in NAMES[slot] if name.partition(".")[0] in values)
-        return self._candidates[key]
+            self._candidates[columns] = {slot: self._names(slot, values) for slot in NAMES}
+        return self._candidates[columns]
+
+    def _names(self, slot: Field, values: dict[str, Any]) -> tuple[str, ...]:
+        if slot not in self.named:
+            return tuple(name for name in NAMES[slot] if name in values or name.partition(".")[0] in values)
+        name = self.named[slot]
+        return () if name is None else (name,)
 
     def require_named(self, source: str) -> None:
         """Raise UserError when a column was named in the config, and no row has a value there."""

@@ -245,7 +245,7 @@ def test_a_shared_prompt_counts_once(run_with: Callable[..., Graph]) -> None:
         source = "prompts.train.source=hf:nobody/data"  # of which the longest prompts have to be expected
         return training_memory(run_with(SMOLLM2, *long, source, *overrides)).parts["activations"]
 
-    shared, flat, padded = (activations(f"modeling.packing={name}") for name in ("shared", "flat", "padded"))
+    shared, flat, padded = (activations(f"training.packing={name}") for name in ("shared", "flat", "padded"))
     assert shared == activations()
     tokens = (1000 + 2 * 64, 2 * 1064)
     assert shared < flat < shared * tokens[1] / tokens[0]  # attention is not shared
@@ -254,7 +254,7 @@ def test_a_shared_prompt_counts_once(run_with: Callable[..., Graph]) -> None:
     other = training_memory(run_with({**SMOLLM2, "model_type": "unheard-of"}, "training.global_batch=1"))
     assert (
         other.parts["activations"]
-        == training_memory(run_with(SMOLLM2, "training.global_batch=1", "modeling.packing=padded")).parts["activations"]
+        == training_memory(run_with(SMOLLM2, "training.global_batch=1", "training.packing=padded")).parts["activations"]
     )
 
 
