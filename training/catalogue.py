@@ -69,6 +69,16 @@ def describe(algorithm: str) -> Description:
     Raises:
         UserError: there is no such algorithm, or its source does not say what `training/algorithm.py` asks for.
     """
+    return _described_once(algorithm) if algorithm in BUILT_IN else _described(algorithm)
+
+
+@functools.cache
+def _described_once(algorithm: str) -> Description:
+    """A long run asks for each stage, and an algorithm of ours does not change meanwhile."""
+    return _described(algorithm)
+
+
+def _described(algorithm: str) -> Description:
     source = _Source(algorithm, _file(algorithm))
     reads = source.constant("READS")
     if reads not in NEEDS_OF:
