@@ -23,6 +23,7 @@ from pipelines.locked import (
     code_path,
     home,
     interpreter,
+    require_home,
     resolve_variant,
     source_root,
     sync,
@@ -47,6 +48,15 @@ PASSED_ON = (
     "HF_ENDPOINT",
 )
 """Variables that docker and podman hand on where they are set."""
+
+
+KEEP_FREED = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+"""Has glibc keep the memory of large temporaries, which it would give back and have zeroed again for every batch. For
+scoring, whose temporaries are alike; training's are not, and would leave holes that make its peak higher."""
 
 
 class EnvironmentConfig(Section):
@@ -97,7 +107,7 @@ def launch_command(environment: EnvironmentConfig, name: str, argv: list[str]) -
     Raises:
         UserError: the environment, or a program that it needs, does not exist.
     """
-    variables = _variables(environment)
+    variables = _variables(environment, name)
     if environment.container:
         command = _container(environment, variables)
     elif environment.conda:
@@ -118,7 +128,7 @@ def launch_command(environment: EnvironmentConfig, name: str, argv: list[str]) -
     return command, variables
 
 
-def _variables(environment: EnvironmentConfig) -> dict[str, str]:
+def _variables(environment: EnvironmentConfig, name: str) -> dict[str, str]:
     """The variables of a stage: defaults that the user's own settings override, the code, the config's."""
     defaults = {
         "TOKENIZERS_PARALLELISM": "false",
@@ -128,6 +138,8 @@ def _variables(environment: EnvironmentConfig) -> dict[str, str]:
     }
     if resolve_variant() == "cpu":
         defaults["DS_ACCELERATOR"] = "cpu"
+        if name == "annotation" and not any(variable.startswith(("MALLOC_", "GLIBC_")) for variable in os.environ):
+            defaults |= KEEP_FREED
     variables = {name: os.environ.get(name, value) for name, value in defaults.items()}
     theirs = dict(environment.variables)
     users = [os.getcwd()]  # the driver's own settings are in the first of these, once it has settled
@@ -248,6 +260,7 @@ def env_main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     try:
         if options.command == "sync":
+            require_home()
             sync(options.names or list(NAMES), options.variant, _say)
         elif options.command == "python":
             print(interpreter(options.name, options.variant))

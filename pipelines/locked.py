@@ -93,7 +93,21 @@ class Locked:
 
 def home() -> Path:
     """Where environments and downloads are kept: RATCHET_HOME, or ~/.cache/ratchet."""
-    return Path(os.environ.get(HOME) or "~/.cache/ratchet").expanduser().absolute()
+    try:
+        return Path(os.environ.get(HOME) or "~/.cache/ratchet").expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"this user has no home directory ({error}). Set {HOME}=PATH.") from error
+
+
+def require_home() -> None:
+    """Raise UserError where nothing can be written to it, as jobs and environments have to be."""
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        writable, why = os.access(home(), os.W_OK | os.X_OK), "no permission"
+    except OSError as error:
+        writable, why = False, error.strerror or str(error)
+    if not writable:
+        raise UserError(f"{home()} cannot be written to ({why}), but jobs are described there. Set {HOME}=PATH.")
 
 
 def source_root() -> Path:

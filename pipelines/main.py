@@ -28,6 +28,7 @@ from pipelines.inspection import preflight
 from pipelines.iteration import build_graph, require_iterations
 from pipelines.lineage.trace import print_trace
 from pipelines.lineage.verify import print_verification
+from pipelines.locked import require_home
 from pipelines.memory import print_memory
 from pipelines.plan import Verdict, verdicts
 from pipelines.preflight import check_environments, check_inputs
@@ -194,6 +195,7 @@ def run_command(options: argparse.Namespace) -> int:
             runs = {name: verdict.reason for name, verdict in planned.items() if not verdict.reuse}
             write_dry_run(console, plan, config, runs, detached=options.detach)
         return 0
+    require_home()
     config = fetch_models(config)
     graph = build_graph(config, iterations)
     check_patterns(graph, config.executor)

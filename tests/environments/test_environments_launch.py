@@ -97,6 +97,20 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "DS_ACCELERATOR" not in variables
 
 
+def test_glibc_keeps_freed_memory_of_scoring_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the user has settings of their own, nor for training, whose peaks would be higher."""
+    monkeypatch.setenv("RATCHET_VARIANT", "cpu")
+
+    def settings(name: str) -> list[str]:
+        _, variables = launch_command(environment(python=sys.executable), name, [])
+        return [variable for variable in variables if variable.startswith("MALLOC_")]
+
+    assert settings("annotation") == ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"]
+    assert settings("training") == []
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert settings("annotation") == []
+
+
 def test_a_secret_of_the_shell_is_not_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver writes the variables to the disk."""
     monkeypatch.setenv("HF_TOKEN", "secret")

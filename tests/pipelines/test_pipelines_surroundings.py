@@ -159,6 +159,21 @@ def test_environments_that_cannot_be(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["run", "smallest.yaml"], ["env", "sync"]])
+@pytest.mark.parametrize("home", ["/proc/nowhere", "/dev/null/below"])
+def test_a_home_that_cannot_be_written_to(
+    arguments: list[str], home: str, smallest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(smallest.parent)
+    monkeypatch.delenv("RATCHET_HOME", raising=False)
+    monkeypatch.setenv("HOME", home)
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert f"error: {home}/.cache/ratchet cannot be written to" in message
+    assert "RATCHET_HOME=PATH" in message
+    assert not (smallest.parent / "runs").exists()
+
+
 def test_a_relative_interpreter_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
