@@ -22,6 +22,8 @@ TOKENIZER_FILES = (
 )
 ADAPTER = "adapter_config.json"
 """Marks a directory written by PEFT."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What engines read of models with other inputs beside text; handed on by training, and no part of the fingerprint."""
 RELEASED = "released.json"
 """Lists the files of a published directory that `pipeline gc` has deleted."""
 MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)

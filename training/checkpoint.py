@@ -16,7 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from contracts.artifacts import Publication
 from contracts.attempt import beat
-from contracts.fingerprint import TOKENIZER_FILES
+from contracts.fingerprint import PROCESSOR_FILES, TOKENIZER_FILES
 from contracts.ledger import Ledger
 from contracts.models import MASTER, VALUE_HEAD
 from modeling.loading import Shapes
@@ -87,7 +87,7 @@ def save_checkpoint(
         _write_json(publication, "model.safetensors.index.json", index, unit)
     tied = {"tie_word_embeddings": True} if len(once) < len(state) else {}
     _write_json(publication, "config.json", _config(start, model.config, dtype, {**tied, **changes}), unit)
-    for name in ("generation_config.json", *TOKENIZER_FILES):
+    for name in ("generation_config.json", *PROCESSOR_FILES, *TOKENIZER_FILES):
         source = (tokenizer if tokenizer and name in TOKENIZER_FILES else start) / name
         if source.is_file():
             _copy(publication, source, unit)

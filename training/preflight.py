@@ -13,6 +13,7 @@ from contracts.models import ModelInfo
 from contracts.preflight import Finding, Stage, serve
 from training.__main__ import COMMANDS
 from training.config import CriticConfig, EmaConfig, RewardConfig, SftConfig, TrainingConfig, ValueHeadConfig
+from training.layout import packing_of
 
 
 def check(stage: Stage) -> Iterator[Finding]:
@@ -30,6 +31,8 @@ def check(stage: Stage) -> Iterator[Finding]:
     check_weights(config.model, "classifier" if classifies else "causal")
     yield Finding("ok", f"{config.model}: it holds the weights of its architecture, all of them finite")
     if isinstance(config, TrainingConfig):
+        settings = ModelInfo.read(config.model).settings
+        yield Finding("ok", f"{config.model}: batches of {config.stage} are packed as {packing_of(config, settings)}")
         check_trained(config, classifies=classifies)
     if isinstance(config, SftConfig):
         yield from check_demonstrations(stage, config)

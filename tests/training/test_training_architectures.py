@@ -8,7 +8,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_model, run_here
+from safetensors.torch import load_file
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from annotation.loading import pad_right
 from annotation.tokens import head_logits, run_backbone
 from contracts.architectures import CONDITIONAL, FLAT, PADDED, RECURRENT, REFUSED, require_supported, support_of
 from contracts.errors import UserError
+from contracts.fingerprint import PROCESSOR_FILES
 from contracts.models import ModelInfo
 from contracts.records import Sampling
 from generation import transformers_engine
@@ -200,6 +202,25 @@ def test_experts_are_trained_without_the_auxiliary_loss() -> None:
     """A model whose config asks for router logits computes the same."""
     config = tiny_config("qwen3_moe", output_router_logits=True)
     assert_all_agree(tiny_model(config), support_of(config.to_dict()))
+
+
+def test_a_vision_tower_is_published_unchanged_with_its_processor(tmp_path: Path, demonstrations: Path) -> None:
+    model = make_model(tmp_path / "model")  # for its tokenizer
+    whole = tiny_model(tiny_config("gemma3"))
+    whole.save_pretrained(model)
+    for name in PROCESSOR_FILES:
+        (model / name).write_text('{"processor_class": "Gemma3Processor"}')
+    output = tmp_path / "out"
+    settings = {"model": model, "demonstrations": demonstrations, "global_batch": 4, "learning_rate": 1e-2}
+    facts = run_here("sft", output=output, **settings).manifest.facts
+    assert facts["packing"] == "shared"
+    before, after = (load_file(path / "model.safetensors") for path in (model, output))
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert after.keys() == before.keys()
+    assert any("language_model" in name for name in moved)
+    assert not any("vision" in name or "projector" in name for name in moved)
+    for name in PROCESSOR_FILES:
+        assert (output / name).read_bytes() == (model / name).read_bytes()
 
 
 def test_layers_that_flat_batches_are_wrong_with() -> None:
