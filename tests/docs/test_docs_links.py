@@ -72,7 +72,7 @@ def test_scripts_name_stages_that_exist() -> None:
 def test_error_texts_are_ones_that_the_code_has() -> None:
     table = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
     assert len(table) > 10
-    packages = ("annotation", "contracts", "generation", "pipelines", "training")
+    packages = ("annotation", "contracts", "generation", "modeling", "pipelines", "training")
     sources = "\n".join(path.read_text() for package in packages for path in (ROOT / package).rglob("*.py"))
     joined = re.sub(r'"\s*\n\s*(?:\+ )?f?"', "", sources)  # strings that the code breaks over lines
     for text in table:
