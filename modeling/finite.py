@@ -48,6 +48,17 @@ def require_finite(model: Path) -> None:
     _CHECKED.add(identity)
 
 
+def holds_the_same(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two stored tensors have the same format, shape and bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    left, right = (np.memmap(each.file, np.uint8, "r", each.start, (each.end - each.start,)) for each in (one, other))
+    return all(
+        np.array_equal(left[start : start + CHUNK], right[start : start + CHUNK])
+        for start in range(0, len(left), CHUNK)
+    )
+
+
 def is_finite(tensor: StoredTensor) -> bool:
     """Whether a stored tensor holds no NaN and no infinity; formats that have neither, or no exponent, hold none."""
     limit = INFINITY.get(tensor.dtype)

@@ -17,7 +17,7 @@ from contracts.errors import UserError
 from contracts.models import VALUE_HEAD, ModelInfo
 from contracts.seeds import derive_seed
 from contracts.weights import stored_tensors
-from modeling.finite import require_finite
+from modeling.finite import holds_the_same, require_finite
 from modeling.master import Start
 from modeling.modes import gathered, is_partitioned
 from modeling.probe import check_architecture, require_independence
@@ -112,7 +112,9 @@ def _compare(auto: Any, model: Path, config: Any, *, new_head: bool) -> None:
     The loader is given tensors without memory, so that it renames, joins and ties them as it would the real ones, and
     reports what is missing, left over, or of another shape.
     """
-    kind = type(empty_model(auto, config))
+    empty = empty_model(auto, config)
+    kind = type(empty)
+    _require_one_head(model, getattr(empty, "all_tied_weights_keys", None) or {})
     tensors = {
         name: torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, torch.uint8), device="meta")
         for name, tensor in stored_tensors(model).items()
@@ -123,6 +125,19 @@ def _compare(auto: Any, model: Path, config: Any, *, new_head: bool) -> None:
             kind, model, None, config=config, state_dict=tensors, device_map="meta", dtype=torch.float32
         )
     _require_complete(report, model, kind.__name__, new_head)
+
+
+def _require_one_head(model: Path, tied: Mapping[str, str]) -> None:
+    """Raise UserError where weights that are one tensor by config.json are two in the files: vLLM would take one of
+    them, and transformers both."""
+    stored = stored_tensors(model)
+    for second, first in tied.items():
+        one, other = stored.get(first), stored.get(second)
+        if one is not None and other is not None and not holds_the_same(one, other):
+            raise UserError(
+                f"{model} holds {first} and {second}, which are one tensor by config.json (tie_word_embeddings), but "
+                "differ: an engine would use another one than training. Set tie_word_embeddings to false in it."
+            )
 
 
 def load_value_head(model: Path, hidden_size: int) -> torch.Tensor:

@@ -68,7 +68,7 @@ def save_checkpoint(
     rests: dict[str, Tensor] = {}
     if dtype == torch.bfloat16:
         tensors, rests = _halves(whole)
-        facts = {"update_kept": _update_kept(start, whole, tensors)}
+        facts = _update_kept(start, whole, tensors)
     else:
         tensors = _separate(whole, dtype)
     files = dict(_shards(tensors, shard_bytes))
@@ -131,8 +131,8 @@ def _halves(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
     return upper, rests
 
 
-def _update_kept(start: Path, whole: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, float]:
-    """How much of what training has changed is in the stored numbers, by those that both checkpoints have.
+def _update_kept(start: Path, whole: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, Any]:
+    """How much of what training has changed is in the stored numbers, by the tensors that both checkpoints have.
 
     norm: u · v / u · u, for the update u of the fp32 weights and the change v of what engines read: 1 where nothing is
     lost. weights: among those that training has moved, the share whose stored number is another.
@@ -151,7 +151,9 @@ def _update_kept(start: Path, whole: dict[str, Tensor], stored: dict[str, Tensor
         product += float((update.double() * change.double()).sum())
         moved += int((update != 0).sum())
         changed += int(((update != 0) & (change != 0)).sum())
-    return {"norm": product / square if square else 1.0, "weights": changed / moved if moved else 1.0}
+    if not moved:
+        return {}
+    return {"update_kept": {"norm": product / square, "weights": changed / moved}}
 
 
 def _sha256(publication: Publication, name: str) -> str:

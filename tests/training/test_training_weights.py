@@ -145,6 +145,17 @@ def test_whole_models_pass(kind: str, tied: bool, tmp_path: Path) -> None:
             load()
 
 
+def test_a_tied_head_that_is_another_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """vLLM would sample with the embedding as its head, transformers train the head that the file holds."""
+    model = shutil.copytree(models["gqa"], tmp_path / "model")
+    check_weights(model, "causal")
+    config(tie_word_embeddings=True)(model)
+    with pytest.raises(UserError, match=r"holds model.embed_tokens.weight and lm_head.weight, which are one tensor"):
+        check_weights(model, "causal")
+    tensors(lambda found: found.update({"lm_head.weight": found["model.embed_tokens.weight"].clone()}))(model)
+    check_weights(model, "causal")
+
+
 def test_an_encoder_decoder_is_no_policy(tmp_path: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
