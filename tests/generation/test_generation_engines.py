@@ -21,6 +21,7 @@ from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, Request
 from generation.run import open_engine
 from generation.vllm_engine import CPU_STEP
+from generation.vllm_server import VllmServer
 
 PROMPT = (1, 4, 9, 5)
 
@@ -93,17 +94,13 @@ def test_killed_stage_takes_its_server_along(
     _wait_for(lambda: processes_naming(policy) == [], 20)
 
 
-def test_server_that_dies_while_starting_shows_its_log(
-    changed_policy: Callable[..., Path], prompts: Path, tmp_path: Path
-) -> None:
+def test_server_that_dies_while_starting_shows_its_log(changed_policy: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("vllm", exc_type=ImportError)
-    policy = changed_policy()  # a path of its own, to find the processes by
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "unheard of"}
-    stage = start(tmp_path / "out", environment, policy=policy, prompts=prompts, max_new_tokens=8, servers=1)
-    _, err = stage.communicate(timeout=300)
-    assert stage.returncode == 1
-    assert "the vLLM server ended while it was starting. From its log:" in err
-    assert "unheard of" in err
+    policy = changed_policy(config={"architectures": ["UnheardOfForCausalLM"], "model_type": "unheard_of"})
+    config = GenerationConfig(policy=policy, prompts=policy, output=policy, servers=1)
+    settings = EngineSettings(stop_ids=(2,), max_length=64, dtype="float32", on_gpu=False, log=tmp_path / "log")
+    with pytest.raises(RuntimeError, match=r"(?s)ended while it was starting.*unheard_of"):
+        VllmServer(config, settings)
     assert processes_naming(tmp_path) == []
 
 
