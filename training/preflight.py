@@ -24,12 +24,14 @@ def check(stage: Stage) -> Iterator[Finding]:
     if not isinstance(config, TrainingConfig | ValueHeadConfig) or not (config.model / "config.json").is_file():
         return
     from modeling.loading import check_weights  # torch is not loaded where there is nothing to look at
+    from modeling.master import Start
 
     classifies = isinstance(config, CriticConfig | ValueHeadConfig) or (
         isinstance(config, RewardConfig) and config.kind == "bradley_terry"
     )
     check_weights(config.model, "classifier" if classifies else "causal")
     yield Finding("ok", f"{config.model}: it holds the weights of its architecture, all of them finite")
+    Start(config.model)  # its two halves belong together
     if isinstance(config, TrainingConfig):
         settings = ModelInfo.read(config.model).settings
         yield Finding("ok", f"{config.model}: batches of {config.stage} are packed as {packing_of(config, settings)}")
@@ -41,10 +43,12 @@ def check(stage: Stage) -> Iterator[Finding]:
 def check_average(config: EmaConfig) -> Iterator[Finding]:
     """The two models that are averaged."""
     from modeling.loading import check_weights
+    from modeling.master import Start
 
     for model in (config.average, config.model):
         if (model / "config.json").is_file():
             check_weights(model, "causal")
+            Start(model)
             yield Finding("ok", f"{model}: it holds the weights of its architecture, all of them finite")
 
 

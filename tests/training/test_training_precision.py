@@ -15,8 +15,11 @@ from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
 from contracts.models import MASTER
+from contracts.preflight import Request, StageRequest, examine
 from modeling.loading import load_causal
 from modeling.master import Start, has_rest, join, split
+from training.__main__ import COMMANDS
+from training.preflight import check
 
 
 def test_two_halves_are_the_whole() -> None:
@@ -87,8 +90,12 @@ def test_what_is_missing_to_fp32_belongs_to_its_weights(
     mixed = shutil.copytree(one, tmp_path / "mixed", ignore=shutil.ignore_patterns("manifest.json"))
     Start(mixed)
     shutil.copy(two / MASTER / "model.safetensors", mixed / MASTER)
+    settings = small_steps(models, pairs, tmp_path / "out", model=mixed)
     with pytest.raises(UserError, match="files of two checkpoints are mixed"):
-        run_here("policy", **small_steps(models, pairs, tmp_path / "out", model=mixed))
+        run_here("policy", **settings)
+    asked = StageRequest("training", "policy", json.loads(json.dumps(settings, default=str)), ())
+    (found,) = [each for each in examine(Request((asked,)), COMMANDS, check).findings if each.level == "error"]
+    assert "files of two checkpoints are mixed" in found.found
 
 
 def test_averages_and_new_critics_keep_the_precision(
