@@ -267,6 +267,8 @@ def make_independent(model: Any) -> None:
     text = model.config.get_text_config()
     if hasattr(text, "output_router_logits"):
         text.output_router_logits = False  # or experts' auxiliary loss is computed with the logits
+    if getattr(text, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # sdpa leaves the cap away in transformers 5.19
 
 
 def _measured(loaded: Any, model: Path) -> Any:
