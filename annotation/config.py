@@ -7,9 +7,10 @@ from pydantic import model_validator
 
 from contracts.callables import source_files
 from contracts.config import StageConfig, identity, input_path, runtime
+from contracts.template import ChatFields
 
 
-class ScoreConfig(StageConfig):
+class ScoreConfig(StageConfig, ChatFields):
     """Judge every completion with one scorer."""
 
     stage: ClassVar[str] = "score"
@@ -62,6 +63,10 @@ class ScoreConfig(StageConfig):
     def _check(self) -> Self:
         if self.kind == "rule" and (self.function is None or self.model is not None):
             raise ValueError("kind=rule needs function=package.module:function, and no model.")
+        if self.kind not in ("reward_model", "pairwise") and (self.chat_template_kwargs or self.date):
+            raise ValueError(
+                f"chat_template_kwargs and date are for models with a chat template; kind={self.kind} uses none."
+            )
         if self.kind != "rule" and (self.model is None or self.function is not None):
             raise ValueError(f"kind={self.kind} needs model=DIRECTORY, and no function.")
         if self.kind != "rule" and (self.inputs is not None or self.seconds_per_sample is not None):
@@ -146,11 +151,11 @@ class RlhflowExportConfig(StageConfig):
     """Published scores of those rollouts, written as `rewards`; samples without a score are left out and counted."""
 
 
-class RlhflowImportConfig(StageConfig):
+class RlhflowImportConfig(StageConfig, ChatFields):
     """Read answers from a file of RLHFlow as rollouts."""
 
     stage: ClassVar[str] = "rlhflow-import"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     source: Path = input_path()
     """JSONL with one {"prompt", "responses"} a line, or JSON {"type": "text_only", "instances": [...]}. A prompt is a

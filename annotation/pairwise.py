@@ -40,7 +40,7 @@ class PairwiseModel:
         self.longest = longest
         self.opponents = config.opponents
         self.against = None if config.against is None else _answers(config.against)
-        self.chat = PairwiseChat(config.model)
+        self.chat = PairwiseChat(config.model, config.chat_template_kwargs, config.date)
         self.labels = list(self.chat.label_ids)
         self.model = load_model(config, load_causal)
         self.facts = compute_facts(self.model)

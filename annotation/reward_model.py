@@ -21,13 +21,14 @@ class RewardModel:
         assert config.model is not None
         self.budget = config.batch_tokens
         self.longest = longest
-        self.chat = ChatTokenizer(config.model)
+        self.chat = ChatTokenizer(config.model, config.chat_template_kwargs, config.date)
         self.model = load_model(config, load_classifier)
         self.facts = compute_facts(self.model)
         self.counts: dict[str, int] = {}
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """One score per sample; "too_long" where the conversation exceeds the limit."""
+        self.chat.counts.clear()
         results: list[Score | str | Fault] = ["too_long"] * len(samples)
         fitting: dict[int, list[int]] = {}
         for index, sample in enumerate(samples):
@@ -46,12 +47,13 @@ class RewardModel:
             rewards = self._forward([fitting[index] for index in indices])
             for index, reward in zip(indices, rewards, strict=True):
                 results[index] = samples[index].scored(reward)
+        self.counts = dict(self.chat.counts)
         return results
 
     def _token_ids(self, sample: Sample) -> list[int]:
         answer = Message("assistant", sample.completion.text)
         try:
-            return self.chat.conversation([*sample.rollout.messages, answer])
+            return self.chat.conversation([*sample.rollout.messages, answer], tools=sample.rollout.tools)
         except UserError as error:
             raise UserError(f"{sample}: {error}") from error
 

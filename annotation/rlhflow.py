@@ -1,8 +1,8 @@
 """Exchange with RLHFlow: `{"prompt": [messages], "responses": [texts], "rewards": [numbers]}`.
 
-Its files hold text only. An import tokenizes each prompt by the chat template once and each response once, and ends
-every response with EOS and finish_reason "stop": the files do not say which answers were truncated. What else they do
-not say is recorded as unknown: log-probabilities, sampling parameters, seeds, the policy.
+Its files hold text only. An import tokenizes each prompt and each response once, ends every response as the chat
+template ends an answer, and gives it finish_reason "stop": the files do not say which answers were truncated. What else
+they do not say is recorded as unknown: log-probabilities, sampling parameters, seeds, the policy.
 """
 
 import math
@@ -113,16 +113,10 @@ def run_import(config: RlhflowImportConfig, context: Context) -> Outcome:
     """Publish the file's answers as rollouts."""
     source = Source(config.source)
     rows = [row for _, row in source.rows()]
-    if not (config.tokenizer / "tokenizer_config.json").is_file():
-        raise UserError(f"{config.tokenizer} holds no tokenizer (tokenizer_config.json). Name a model's directory.")
     from contracts.chat import ChatTokenizer
 
-    chat = ChatTokenizer(config.tokenizer)
-    if chat.tokenizer.chat_template is None or chat.tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {config.tokenizer} needs a chat template for the prompts and an EOS token to end the "
-            "answers with. Use that of an instruction-tuned model."
-        )
+    chat = ChatTokenizer(config.tokenizer, config.chat_template_kwargs, config.date)
+    chat.require_stop()
     seen: set[str] = set()
     for start in range(0, len(rows), config.shard_size):
         ledger = Ledger("samples")
@@ -133,8 +127,9 @@ def run_import(config: RlhflowImportConfig, context: Context) -> Outcome:
                 ledger.drop("duplicate_prompt", len(row.responses))
                 continue
             seen.add(key)
-            ledger.keep(len(row.responses))
-            rollouts.append(_rollout(config, chat, key, row))
+            rollout = _rollout(config, chat, key, row, ledger)
+            if rollout is not None:
+                rollouts.append(rollout)
         name = f"shard-{start // config.shard_size:05d}.jsonl"
         context.publication.write_rows(name, rollouts, ledger)
     total = merge((receipt.ledger for receipt in context.publication.receipts().values()), "samples")
@@ -142,24 +137,26 @@ def run_import(config: RlhflowImportConfig, context: Context) -> Outcome:
     return Outcome("samples", {"not_read": source.layout.not_read}, note=source.layout.note)
 
 
-def _rollout(config: RlhflowImportConfig, chat: Any, key: str, row: Row) -> Rollout:
-    completions = tuple(
-        Completion(
-            sample=sample,
-            response_ids=(*chat.tokenizer(text, add_special_tokens=False).input_ids, chat.tokenizer.eos_token_id),
-            text=text,
-            finish_reason="stop",
-            logprobs=(),
-            seed=None,
-            sampling=None,
-        )
-        for sample, text in enumerate(row.responses)
-    )
+def _rollout(config: RlhflowImportConfig, chat: Any, key: str, row: Row, ledger: Ledger) -> Rollout | None:
+    """A row as token ids, its answers ended as the template ends them; None where no answer can be."""
+    prompt: list[int] = []
+    completions = []
+    for sample, text in enumerate(row.responses):
+        answered = chat.answered([*row.prompt, Message("assistant", text)], tools=row.tools, what=f"prompt {key}")
+        if isinstance(answered, str):
+            ledger.drop(answered)
+            continue
+        ledger.keep()
+        prompt = answered.prompt
+        ids = tuple(answered.response)
+        completions.append(Completion(sample, ids, text, "stop", logprobs=(), seed=None, sampling=None))
+    if not completions:
+        return None
     return Rollout(
         prompt_id=key,
         messages=row.prompt,
-        prompt_ids=tuple(chat.conversation(row.prompt, for_answer=True)),
-        completions=completions,
+        prompt_ids=tuple(prompt),
+        completions=tuple(completions),
         policy=IMPORTED,
         iteration=config.iteration,
         logprob_mode="raw",
@@ -186,13 +183,15 @@ def run_scores(config: RlhflowScoresConfig, context: Context) -> Outcome:
 
 def _scores(config: RlhflowScoresConfig, rows: dict[str, Row], rollout: Rollout, ledger: Ledger) -> Iterator[Score]:
     row = rows.get(rollout.prompt_id)
-    texts = tuple(completion.text for completion in rollout.completions)
-    if row is None or row.responses != texts:
+    texts = {completion.sample: completion.text for completion in rollout.completions}
+    if row is None or any(row.responses[sample : sample + 1] != (text,) for sample, text in texts.items()):
         raise UserError(
             f"{config.source} does not hold the answers of prompt {rollout.prompt_id} in {config.rollouts}. "
             "Give the file that these rollouts were imported from."
         )
-    for completion, reward in zip(rollout.completions, row.rewards or (), strict=True):
+    rewards = row.rewards or ()
+    for completion in rollout.completions:
+        reward = rewards[completion.sample]
         if reward is None or not math.isfinite(reward):
             ledger.drop("unscored")
         else:

@@ -4,63 +4,173 @@ Imported late by those who need it: transformers is loaded with the first tokeni
 """
 
 import functools
-import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from contracts.errors import UserError
 from contracts.fingerprint import digest
-from contracts.records import Message
+from contracts.records import JsonObjects, Message
+from contracts.template import ChatTemplate, TemplateRefusedError, as_template_sees, read_json, template_texts
+from contracts.tokenizer import load_tokenizer
+from contracts.turns import THINK_END, lost, lost_call, lost_tool, mark, missing_marks, occurs, shows_python, with_marks
+
+Tools = JsonObjects | msgspec.UnsetType
+THINK = "<think>"
+WAYS: tuple[dict[str, bool], ...] = ({}, {"parts": True}, {"arguments_as_text": True})
+"""How turns can be handed to a template (`as_template_sees`), in the order in which this is tried."""
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+"""Private characters around what is to be read as text, between the template and the tokenizer."""
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """A conversation that ends with an answer, as token ids."""
+
+    prompt: list[int]
+    """As generation makes them, up to where the answer begins."""
+    response: list[int]
+    """The answer, with the token that ends it."""
 
 
 class ChatTokenizer:
-    """The tokenizer of a model directory that has a chat template."""
+    """The tokenizer of a model directory, and its chat template if it has one."""
 
-    def __init__(self, path: Path) -> None:
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
+    def __init__(self, path: Path, variables: dict[str, Any] | None = None, date: str | None = None) -> None:
+        """Load it.
 
-        logging.set_verbosity_error()  # it warns of conversations beyond the context, which are counted by the stages
-        logging.disable_progress_bar()
+        Args:
+            variables: `chat_template_kwargs` of a config.
+            date: the day that the template is told to be today.
+
+        Raises:
+            UserError: the directory holds no tokenizer that all environments read alike.
+        """
         self.path = path
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self.tokenizer: Any = load_tokenizer(path)
+        self.tokenizer.chat_template = template_texts(path).get("default")
+        self.variables = variables
+        self.date = date
+        self.counts: Counter[str] = Counter()
+        """What was done to conversations that somebody should know of."""
+        self._ways: dict[Any, dict[str, bool]] = {}
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template, or a UserError where there is none."""
+        return ChatTemplate(self.path, self.variables, self.date)
 
     def conversation(
-        self, messages: Sequence[Message], *, for_answer: bool = False, what: str = "a conversation"
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Tools = msgspec.UNSET,
+        for_answer: bool = False,
+        what: str = "a conversation",
     ) -> list[int]:
         """Token ids of a conversation; `for_answer` ends them where the assistant's answer begins.
 
-        Raises:
-            UserError: the template refuses the conversation, which `what` names, or begins it with two BOS tokens.
-        """
-        from jinja2 import TemplateError
+        The text of special tokens inside a turn is read as text, and counted (`counts`).
 
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        Raises:
+            UserError: the template refuses the conversation, which `what` names, leaves some of it out, or begins it
+                with two BOS tokens; or a turn is a whole conversation that was rendered already.
+        """
+        safe = self._safe(messages)
+        return self._ids(self.render(safe, tools=tools, for_answer=for_answer, what=what), what)
+
+    def answered(
+        self, messages: Sequence[Message], *, tools: Tools = msgspec.UNSET, what: str = "a conversation"
+    ) -> Answered | str:
+        """Token ids of the conversation before its last turn, which is an assistant's, and of that turn as an answer.
+
+        The prompt is what generation makes, and the answer what the template writes behind it, up to the token that
+        ends it. Where the template writes other things there (models that think), or where the first characters of the
+        answer would merge with the last of the prompt, the answer is tokenized apart.
+
+        Returns:
+            The ids, or why there are none: "stop_inside" (the answer holds a token that ends answers), "no_thinking"
+            (the prompt has begun to think for the model, the answer has no thoughts), "left_out" (the template leaves
+            out the thoughts or tool calls of the answer).
+
+        Raises:
+            UserError: as in `conversation`.
+        """
+        *before, last = messages
+        control = set(self._encode(last.content)) & self._control_ids
+        if not control.isdisjoint(self.stop_ids):
+            return "stop_inside"
+        if control:
+            self.counts["answers_with_special_tokens"] += 1
+        before = self._safe(before)
+        prompt_text = self.render(before, tools=tools, for_answer=True, what=what)
+        prompt = self._ids(prompt_text, what)
         try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                turns, tokenize=True, return_dict=False, add_generation_prompt=for_answer
-            )
-        except TemplateError as error:
-            # Templates refuse in their own words (jinja's raise_exception), for example a system turn.
-            roles = ", ".join(message.role for message in messages)
+            full_text = self.render([*before, last], tools=tools, what=what)
+        except UserError:  # Mistral's, for example, leaves the system's turn out where the user's is not the last
+            full_text = ""
+        tail = full_text.removeprefix(prompt_text) if full_text.startswith(prompt_text) else ""
+        if tail and self._holds(last, tail) and not _thinks_twice(last.content, tail):
+            full = self._ids(full_text, what)
+            response = full[len(prompt) :] if full[: len(prompt)] == prompt else self._behind(tail)
+        else:
+            text = _apart(prompt_text, last)
+            if text in ("no_thinking", "left_out"):
+                return text
+            response = self._behind(self._lead + text)
+        stops = self.stop_ids
+        end = next((index for index, token in enumerate(response) if token in stops), None)
+        return Answered(prompt, [*response, self.end_id] if end is None else response[: end + 1])
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Tools = msgspec.UNSET,
+        for_answer: bool = False,
+        what: str = "a conversation",
+    ) -> str:
+        """The text of a conversation, checked to hold all that went into it.
+
+        Raises:
+            UserError: as in `conversation`.
+        """
+        self._refuse_rendered(messages, what)
+        way = self._way(messages, tools, for_answer, what)
+        text = self._rendered(messages, tools, for_answer, what, **way)
+        place = lost(messages, text)
+        if place is not None:
+            turn = messages[place]
+            start = " ".join(turn.content.split())[:60]
             raise UserError(
-                f"the chat template of {self.path} refuses {what} of the turns {roles}: {error}. Use conversations "
-                "with the roles that it knows, or another model."
-            ) from error
-        begin = self.tokenizer.bos_token_id
-        if begin is not None and begin not in self.stop_ids and ids[:2] == [begin, begin]:
-            raise UserError(
-                f"the chat template of {self.path} begins {what} with two BOS tokens ({self.tokenizer.bos_token!r}), "
-                "which costs quality without an error. Take one out: of its chat_template, of the tokenizer's "
-                "post-processor, or of the text."
+                f"the chat template of {self.path} leaves out the text of turn {place + 1} ({turn.role}: {start!r}) of "
+                f"{what}, or changes it. Use conversations that it knows how to write, or another template."
             )
-        return ids
+        call = lost_call(messages, text)
+        tool = None if tools is msgspec.UNSET else lost_tool(tools, text)
+        if call is not None or tool is not None:
+            part = f"tool calls ({call!r})" if call is not None else f"tools ({tool!r})"
+            raise UserError(
+                f"the chat template of {self.path} leaves out the {part} of {what}: it has no branch for them. Use a "
+                "model whose template knows tools, or data without them."
+            )
+        return text
 
     @property
     def vocabulary(self) -> str:
         """Digest of what each token id stands for; two models with the same one can read each other's ids."""
         return digest(self.tokenizer.get_vocab())
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that makes ids of conversations and text of ids: of tokenizer.json with its normalizer,
+        pre-tokenizer and decoder, of the templates, the special tokens and the stop ids."""
+        backend = msgspec.json.decode(self.tokenizer.backend_tokenizer.to_str())
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        return digest([backend, special, template_texts(self.path), list(self.stop_ids)])
 
     @property
     def begin_id(self) -> int | None:
@@ -77,12 +187,18 @@ class ChatTokenizer:
         end = self.tokenizer.eos_token_id
         found = [] if end is None else [int(end)]
         for name in ("generation_config.json", "config.json"):
-            path = self.path / name
-            ids = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+            ids = read_json(self.path / name).get("eos_token_id")
             if ids is not None:
                 found += ids if isinstance(ids, list) else [ids]
                 break
         return tuple(dict.fromkeys(found))
+
+    @functools.cached_property
+    def end_id(self) -> int:
+        """The token that ends an answer, the template's way: the first stop token that it writes behind one, else the
+        first of all."""
+        behind = self._behind(self._sample.rpartition(mark(1))[2])
+        return next((token for token in behind if token in self.stop_ids), self.stop_ids[0])
 
     def require_stop(self) -> None:
         """Raise UserError unless there is a token that ends an answer."""
@@ -98,3 +214,207 @@ class ChatTokenizer:
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    # Rendering.
+
+    def _rendered(self, messages: Sequence[Message], tools: Tools, for_answer: bool, what: str, **way: bool) -> str:
+        try:
+            return self.template.render(
+                as_template_sees(messages, **way),
+                tools=None if tools is msgspec.UNSET else tools,
+                for_answer=for_answer,
+            )
+        except TemplateRefusedError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise TemplateRefusedError(
+                f"the chat template of {self.path} refuses {what} of the turns {roles}: {error}. Use conversations "
+                "with the roles that it knows, or another model."
+            ) from error
+
+    def _way(self, messages: Sequence[Message], tools: Tools, for_answer: bool, what: str) -> dict[str, bool]:
+        """How such turns have to be handed to the template, so that it writes all of them.
+
+        Tried once for each sequence of roles, with words that no template has in the place of the texts.
+
+        Raises:
+            UserError: it leaves some turn out either way.
+        """
+        shape = tuple((message.role, not message.content.strip(), bool(message.tool_calls)) for message in messages)
+        known = (shape, tools is msgspec.UNSET, for_answer)
+        if known not in self._ways:
+            self._ways[known] = self._first_way(with_marks(messages), tools, for_answer, what)
+        return self._ways[known]
+
+    def _first_way(self, turns: Sequence[Message], tools: Tools, for_answer: bool, what: str) -> dict[str, bool]:
+        ways = WAYS if any(turn.tool_calls for turn in turns) else WAYS[:2]
+        problem: UserError | None = None
+        for way in ways:
+            try:
+                text = self._rendered(turns, tools, for_answer, what, **way)
+            except TemplateRefusedError as error:
+                problem = problem or error
+                continue
+            missing = missing_marks(turns, text)
+            if not missing and not (way.get("parts") and shows_python(text)):
+                return way
+            roles = " and ".join(dict.fromkeys(turns[place].role for place in missing))
+            problem = problem or UserError(
+                f"the chat template of {self.path} leaves out the {roles} turn of {what}: its text is not in what the "
+                f"template renders. Use conversations without {roles} turns there (of prompts: no `system`), or a "
+                "template that writes them."
+            )
+        assert problem is not None
+        raise problem
+
+    def _refuse_rendered(self, messages: Sequence[Message], what: str) -> None:
+        """Raise UserError where a user's turn is a conversation that this template has rendered already."""
+        openings, ends = self._surroundings
+        if not openings or not ends:
+            return
+        for message in messages:
+            text = _without(message.content, OPEN, CLOSE).strip()
+            if message.role == "user" and text.endswith(ends):
+                bare = text.removeprefix(self.tokenizer.bos_token or "")
+                if bare.lstrip().startswith(openings):
+                    raise UserError(
+                        f"the user's turn of {what} is a whole conversation that the chat template of {self.path} has "
+                        f"rendered already ({bare[:40]!r}...); it would be rendered twice. Give the turns themselves, "
+                        'as `messages`: [{"role": "user", "content": ...}].'
+                    )
+
+    @functools.cached_property
+    def _surroundings(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The first words of rendered conversations, and what follows the text of a user's turn at their end."""
+        openings: set[str] = set()
+        ends: set[str] = set()
+        begin = self.tokenizer.bos_token or ""
+        for messages in ([Message("user", "?")], [Message("system", "!"), Message("user", "?")]):
+            turns = with_marks(messages)
+            for for_answer in (True, False):
+                try:
+                    way = self._first_way(turns, msgspec.UNSET, for_answer, "a conversation")
+                    text = self._rendered(turns, msgspec.UNSET, for_answer, "a conversation", **way)
+                except UserError:  # it knows no system turn
+                    continue
+                openings.update(text.partition(mark(0))[0].strip().removeprefix(begin).split()[:1])
+                ends.add(text.rpartition(mark(len(turns) - 1))[2].strip())
+        return tuple(openings), tuple(ends - {""})
+
+    @functools.cached_property
+    def _sample(self) -> str:
+        """A question with its answer, both of them marks."""
+        return self.render(with_marks([Message("user", "?"), Message("assistant", "!")]))
+
+    @functools.cached_property
+    def _lead(self) -> str:
+        """The white space that the template writes before an answer."""
+        before = self._sample.rpartition(mark(1))[0]
+        prompt = self.render(with_marks([Message("user", "?")]), for_answer=True)
+        lead = before.removeprefix(prompt)
+        return lead if before.startswith(prompt) and not lead.strip() else ""
+
+    def _holds(self, answer: Message, text: str) -> bool:
+        """Whether a text holds all of an answer: its content, thoughts and calls."""
+        thoughts = "" if answer.reasoning_content is msgspec.UNSET else answer.reasoning_content
+        return occurs(answer.content, text) and occurs(thoughts, text) and lost_call([answer], text) is None
+
+    # Token ids.
+
+    def _ids(self, text: str, what: str) -> list[int]:
+        ids = self._encode(text)
+        begin = self.tokenizer.bos_token_id
+        if begin is not None and begin not in self.stop_ids and ids[:2] == [begin, begin]:
+            raise UserError(
+                f"the chat template of {self.path} begins {what} with two BOS tokens ({self.tokenizer.bos_token!r}), "
+                "which costs quality without an error. Take one out: of its chat_template, of the tokenizer's "
+                "post-processor, or of the text."
+            )
+        return ids
+
+    def _encode(self, text: str, *, as_text: bool = False) -> list[int]:
+        """Token ids of a text; `as_text`: of special tokens in it, those of their characters."""
+        if OPEN in text:
+            first, *others = re.split(f"{OPEN}(.*?){CLOSE}", text, flags=re.DOTALL)
+            ids = self._encode(_without(first, OPEN, CLOSE))
+            for number, piece in enumerate(others):
+                ids += self._behind(_without(piece, OPEN, CLOSE), as_text=number % 2 == 0)
+            return ids
+        backend = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = as_text
+        try:
+            ids = list(backend.encode(text, add_special_tokens=False).ids)
+        finally:
+            backend.encode_special_tokens = False
+        if as_text and not self._control_ids.isdisjoint(ids):
+            raise UserError(
+                f"the tokenizer of {self.path} reads {text!r} as a special token wherever it occurs, so a conversation "
+                "that quotes it cannot be written. Take it out of the data."
+            )
+        return ids
+
+    def _behind(self, text: str, *, as_text: bool = False) -> list[int]:
+        """Token ids of a text that follows another: without what some tokenizers put before the first word."""
+        if not text:
+            return []
+        newline, both = self._encode("\n"), self._encode("\n" + text, as_text=as_text)
+        return (
+            both[len(newline) :] if newline and both[: len(newline)] == newline else self._encode(text, as_text=as_text)
+        )
+
+    def _safe(self, messages: Sequence[Message]) -> list[Message]:
+        """The same turns, with special tokens in their text marked as text."""
+        found = [bool(self._control_text.search(message.content)) for message in messages]
+        if not any(found):
+            return list(messages)
+        self.counts["special_tokens_as_text"] += 1
+        return [
+            msgspec.structs.replace(
+                message, content=self._control_text.sub(f"{OPEN}\\g<0>{CLOSE}", _without(message.content, OPEN, CLOSE))
+            )
+            if quotes
+            else message
+            for message, quotes in zip(messages, found, strict=True)
+        ]
+
+    @functools.cached_property
+    def _control(self) -> dict[int, str]:
+        """Tokens that steer a model: the special ones, and those that end an answer."""
+        decoder = self.tokenizer.added_tokens_decoder
+        return {key: token.content for key, token in decoder.items() if token.special or key in self.stop_ids}
+
+    @functools.cached_property
+    def _control_ids(self) -> set[int]:
+        return set(self._control)
+
+    @functools.cached_property
+    def _control_text(self) -> re.Pattern[str]:
+        texts = sorted((text for text in self._control.values() if text.strip()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
+def _apart(prompt: str, answer: Message) -> str:
+    """What an answer adds to a prompt that may have begun to think for the model (`<think>` at its end), where the
+    template does not say it; or why that cannot be told."""
+    thoughts = "" if answer.reasoning_content is msgspec.UNSET else answer.reasoning_content
+    begun = prompt.rstrip()
+    if not begun.endswith(THINK):
+        return "left_out" if thoughts or answer.tool_calls else answer.content
+    if not thoughts and THINK_END not in answer.content:
+        return "no_thinking"
+    if answer.tool_calls:
+        return "left_out"
+    if thoughts:
+        return f"{thoughts}\n{THINK_END}\n\n{answer.content}"
+    text = answer.content.lstrip()
+    return text.removeprefix(THINK).removeprefix(prompt[len(begun) :]) if text.startswith(THINK) else answer.content
+
+
+def _thinks_twice(answer: str, tail: str) -> bool:
+    """Whether a template has written thoughts of its own before an answer that has its thoughts in its text."""
+    return THINK_END in answer and tail.count(THINK_END) > answer.count(THINK_END)
+
+
+def _without(text: str, *characters: str) -> str:
+    for character in characters:
+        text = text.replace(character, "")
+    return text

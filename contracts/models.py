@@ -9,13 +9,13 @@ import msgspec
 from contracts.architectures import Support, require_supported, support_of, text_settings
 from contracts.errors import UserError
 from contracts.fingerprint import weight_files
+from contracts.tokenizer import OTHER_VOCABULARIES, require_tokenizer
 
 VALUE_HEAD = "value_head/model.safetensors"
 """File of a policy that is its own critic: one tensor `weight` [1, hidden size]; engines do not see it there."""
 MASTER = "master"
 """Folder of a checkpoint in bfloat16 with what is missing to the fp32 that training ended with, for the next one."""
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -92,15 +92,11 @@ class ModelInfo(msgspec.Struct, frozen=True):
     @property
     def has_tokenizer(self) -> bool:
         """Whether the directory holds a tokenizer's vocabulary."""
-        return any((self.path / name).is_file() for name in VOCABULARIES)
+        return any((self.path / name).is_file() for name in ("tokenizer.json", *OTHER_VOCABULARIES))
 
     def require_chat_template(self) -> None:
         """Raise UserError unless there is a tokenizer with a chat template."""
-        if not self.has_tokenizer:
-            raise UserError(
-                f"{self.path} has no tokenizer ({', '.join(VOCABULARIES)}). Save the tokenizer into it with "
-                "save_pretrained."
-            )
+        require_tokenizer(self.path)
         if not self.has_chat_template:
             raise UserError(
                 f"the tokenizer of {self.path} has no chat template, so a conversation cannot be turned into tokens. "

@@ -8,6 +8,7 @@ preference models (Dong et al. 2024, arXiv 2405.07863, section 2.2), so that the
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
@@ -26,9 +27,10 @@ def question(messages: Sequence[Message], first: str, second: str) -> str:
 class PairwiseChat:
     """The tokenizer of a pairwise preference model."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, variables: dict[str, Any] | None = None, date: str | None = None) -> None:
+        """Load it; the arguments are those of `ChatTokenizer`."""
         self.path = path
-        self.chat = ChatTokenizer(path)
+        self.chat = ChatTokenizer(path, variables, date)
 
     def token_ids(self, messages: Sequence[Message], first: str, second: str, what: str) -> list[int]:
         """Token ids of the question, which `what` names, up to where the label follows.
@@ -46,9 +48,7 @@ class PairwiseChat:
             UserError: in neither form are both labels single tokens, each one's own.
         """
         tokenizer = self.chat.tokenizer
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
-        )
+        prompt = self.chat.render([Message("user", "?")], for_answer=True)
         before: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         for space in ("", " "):
             found = [tokenizer(prompt + space + label, add_special_tokens=False)["input_ids"] for label in LABELS]

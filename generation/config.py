@@ -6,13 +6,14 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from contracts.config import StageConfig, identity, input_path, runtime
+from contracts.template import ChatFields
 
 MINIMUM_TEMPERATURE = 0.01
 """vLLM silently raises what lies between 0 and this."""
 MAXIMUM_TEMPERATURE = 10.0
 
 
-class GenerationConfig(StageConfig):
+class GenerationConfig(StageConfig, ChatFields):
     """Sample K answers per prompt with the current policy."""
 
     stage: ClassVar[str] = "generation"

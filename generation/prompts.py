@@ -46,4 +46,5 @@ def select_prompts(config: GenerationConfig) -> list[Prompt]:
 
 def prompt_ids(tokenizer: ChatTokenizer, prompt: Prompt) -> tuple[int, ...]:
     """The conversation as the policy was trained to see it, up to where its answer begins."""
-    return tuple(tokenizer.conversation(prompt.messages, for_answer=True, what=f"prompt {prompt.prompt_id}"))
+    what = f"prompt {prompt.prompt_id}"
+    return tuple(tokenizer.conversation(prompt.messages, tools=prompt.tools, for_answer=True, what=what))

@@ -31,7 +31,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
     # The chat template, once; token ids from here on.
     threads = set_threads()
     with context.timed("load"):
-        tokenizer = ChatTokenizer(config.policy)
+        tokenizer = ChatTokenizer(config.policy, config.chat_template_kwargs, config.date)
         tokenizer.require_stop()
         fingerprint = model_fingerprint(config.policy)
         tokenized = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in prompts]
@@ -82,8 +82,12 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
     faults = Faults(config.fail_on_error)
     faults.messages = [message for facts in made for message in facts.get("failures", [])]
     faults.require_few(merge((receipt.ledger for receipt in receipts), "prompts"))
-    ids = {"bos_token_id": tokenizer.begin_id, "vocabulary": tokenizer.vocabulary}
-    facts = {**summary(made), **faults.facts(), **settled, **ids}
+    ids = {
+        "bos_token_id": tokenizer.begin_id,
+        "vocabulary": tokenizer.vocabulary,
+        "tokenizer": tokenizer.fingerprint,
+    }
+    facts = {**summary(made), **faults.facts(), **settled, **ids, **tokenizer.counts}
     return Outcome("prompts", facts=facts, weights=fingerprint)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
+from msgspec import UNSET
 
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
@@ -19,6 +19,8 @@ from contracts.records import Message
 SYSTEM = Message("system", "Be brief.")
 QUESTION = Message("user", "What is the capital of France?")
 ANSWER = Message("assistant", "It is Paris.")
+TODAY = "2000-01-01"
+"""What templates are told that write the date."""
 
 
 PROBES = (
@@ -39,15 +41,16 @@ def examine_model(stage: Stage, model: Path, renders: Literal["prompts", "answer
         renders: the user's prompts, as a policy does; the same with an answer, as a reward model does; or nothing, as
             a model that is given token ids.
     """
-    for finding in inspect(model):
+    variables, date = getattr(stage.config, "chat_template_kwargs", None), getattr(stage.config, "date", None)
+    for finding in inspect(model, variables=variables):
         named = str(model) in finding.found
         yield Finding(finding.level, finding.found if named else f"{model}: {finding.found}", finding.fix)
         if finding.level == "error":
             return
-    chat = ChatTokenizer(model)
+    chat = ChatTokenizer(model, variables, date)
     if renders != "nothing":
         yield from rendered(stage, chat, answers=renders == "answers")
-    stage.probes[str(model)] = [probe(chat, text) for text in PROBES]
+    stage.probes[str(model)] = probes(chat, stage)
 
 
 def rendered(stage: Stage, chat: ChatTokenizer, *, answers: bool) -> Iterator[Finding]:
@@ -57,7 +60,8 @@ def rendered(stage: Stage, chat: ChatTokenizer, *, answers: bool) -> Iterator[Fi
     for conversation in conversations:
         messages = [*conversation.messages, ANSWER] if answers else list(conversation.messages)
         try:
-            chat.conversation(messages, for_answer=not answers, what=conversation.place)
+            tools = UNSET if conversation.tools is None else conversation.tools
+            chat.conversation(messages, tools=tools, for_answer=not answers, what=conversation.place)
         except UserError as error:
             refused.append(str(error))
     if refused:
@@ -67,20 +71,35 @@ def rendered(stage: Stage, chat: ChatTokenizer, *, answers: bool) -> Iterator[Fi
         yield Finding("ok", f"{chat.path}: its chat template renders your prompts ({len(conversations)} were tried)")
 
 
+def probes(chat: ChatTokenizer, stage: Stage) -> list[dict[str, Any]]:
+    """What this environment makes of fixed texts, of the user's own, of what a template writes, and of the tokens that
+    end an answer: the same list in every environment, to be compared."""
+    texts = [*PROBES, *(turn.content for one in stage.conversations for turn in one.messages)]
+    if chat.tokenizer.chat_template:
+        texts.append(ChatTokenizer(chat.path, date=TODAY).render([QUESTION], for_answer=True))
+    ends = {"text": "the end of an answer", "ids": list(chat.stop_ids), "decoded": chat.tokenizer.decode(chat.stop_ids)}
+    return [*(probe(chat, text) for text in texts), ends]
+
+
 def probe(chat: ChatTokenizer, text: str) -> dict[str, Any]:
     """What this environment makes of a text: its ids, and the text that these are decoded to."""
     ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     return {"text": text, "ids": ids, "decoded": chat.tokenizer.decode(ids)}
 
 
-def inspect(model: Path, *, system: bool = False) -> list[Finding]:
-    """Everything that is found of one model directory; `system`: its prompts begin with a system message."""
+def inspect(model: Path, *, system: bool = False, variables: dict[str, Any] | None = None) -> list[Finding]:
+    """Everything that is found of one model directory.
+
+    Args:
+        system: its prompts begin with a system message.
+        variables: `chat_template_kwargs` of the stage that reads it.
+    """
     try:
         info = ModelInfo.read(model)
         code = own_code(model)
         if code.level == "error":
             return [code]
-        chat = ChatTokenizer(model)
+        chat = ChatTokenizer(model, variables, TODAY)
     except UserError as error:
         return [Finding("error", str(error))]
     except Exception as error:  # a tokenizer can fail in any way that its files suggest
@@ -105,10 +124,16 @@ def inspect(model: Path, *, system: bool = False) -> list[Finding]:
         return [*findings, Finding("error", f"its chat template fails: {_first_line(error)}", fix)]
     rendered = f"its chat template renders a conversation of {len(messages)} turns in {len(whole)} tokens"
     findings += [Finding("ok", rendered), bos(chat, messages, prompt)]
+    if chat.template.reads_clock():
+        findings.append(
+            Finding("ok", "its chat template writes the date: the day on which the run was made, or `date`")
+        )
     if info.labels is None:
-        findings.append(prompt_is_a_prefix(prompt, whole))
+        findings.append(answers(chat))
         findings.append(turn_end(chat, messages))
         findings.append(padding(chat.tokenizer))
+    else:
+        findings.append(thoughts(chat))
     return findings
 
 
@@ -166,8 +191,7 @@ def bos(chat: ChatTokenizer, messages: list[Message], prompt: list[int]) -> Find
     begin = tokenizer.bos_token_id
     if begin is None:
         return Finding("ok", "its tokenizer has no BOS token")
-    turns = [msgspec.to_builtins(message) for message in messages[:-1]]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    text = chat.render(messages[:-1], for_answer=True)
     here, again = _leading(prompt, begin), _leading(tokenizer(text)["input_ids"], begin)
     name = repr(tokenizer.bos_token)
     if here == 1 and again == 2:
@@ -192,16 +216,26 @@ def _leading(ids: list[int], token: int) -> int:
     return next((place for place, found in enumerate(ids) if found != token), len(ids))
 
 
-def prompt_is_a_prefix(prompt: list[int], whole: list[int]) -> Finding:
-    """Whether a conversation with its answer begins with the prompt that asked for it."""
-    if whole[: len(prompt)] == prompt:
-        return Finding("ok", "a conversation begins with the prompt that asked for its answer")
-    return Finding(
-        "warning",
-        "its chat template does not begin a conversation with the prompt that it makes for generation, so that "
-        "supervised fine-tuning refuses it",
-        "Use a template whose add_generation_prompt writes exactly what precedes an assistant's answer.",
-    )
+def answers(chat: ChatTokenizer) -> Finding:
+    """Whether supervised fine-tuning can put a plain answer behind the prompts that generation makes."""
+    if chat.stop_ids and chat.answered([QUESTION, ANSWER]) == "no_thinking":
+        return Finding(
+            "warning",
+            "its prompts begin to think for the model (<think>), so that supervised fine-tuning drops demonstrations "
+            "without thoughts (no_thinking)",
+            "Give demonstrations with their thoughts, or set chat_template_kwargs so that prompts do not think (often "
+            "enable_thinking: false).",
+        )
+    return Finding("ok", "answers are tokenized as generation goes on from their prompts")
+
+
+def thoughts(chat: ChatTokenizer) -> Finding:
+    """Whether a judge is shown what an answer thought."""
+    text = chat.render([QUESTION, Message("assistant", f"<think>\n{SYSTEM.content}\n</think>\n\n{ANSWER.content}")])
+    if SYSTEM.content in text:
+        return Finding("ok", "it is shown whole answers, with thoughts (<think>) if they have some")
+    found = "its chat template leaves out the thoughts (<think>...</think>) of answers: it judges what follows them"
+    return Finding("warning", found, "Take another reward model if thoughts are to be judged.")
 
 
 def turn_end(chat: ChatTokenizer, messages: list[Message]) -> Finding:
@@ -214,7 +248,7 @@ def turn_end(chat: ChatTokenizer, messages: list[Message]) -> Finding:
             'Set eos_token in tokenizer_config.json, or "eos_token_id" in generation_config.json.',
         )
     known = ", ".join(f"{tokenizer.convert_ids_to_tokens(stop)!r} ({stop})" for stop in dict.fromkeys(stops))
-    text = tokenizer.apply_chat_template([msgspec.to_builtins(message) for message in messages], tokenize=False)
+    text = chat.render(messages)
     before, _, behind = text.rpartition(ANSWER.content)
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if before else []
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)

@@ -1,5 +1,6 @@
 """The recipe of a run, as a graph of stages. `improve` is the loop's body: one iteration."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ from contracts.config import Section
 from contracts.errors import UserError
 from contracts.prompts import PromptsConfig
 from contracts.seeds import derive_seed
+from contracts.template import reads_clock
 from embedded.config import WORLD_FILES, WorldConfig
 from generation.config import GenerationConfig
 from pipelines.config import RunConfig
 from pipelines.graph import Graph
 from pipelines.progress import tracked
+from pipelines.sizes import start_of
 from training.config import (
     CriticConfig,
     EmaConfig,
@@ -231,6 +234,7 @@ class Recipe:
         if config.sft is not None:
             section = keys(config.sft)
             section["demonstrations"] = self.locate(section["demonstrations"])
+            section |= self.rendering(self.initial, config.chat_template_kwargs)
             seed = derive_seed(config.seed, 0, "sft")
             self.initial = self.graph.add(
                 "setup/sft", SftConfig, "training sft", section, model=self.initial, seed=seed
@@ -245,11 +249,14 @@ class Recipe:
         rollouts = self.sample("setup/reward-model/generation", self.initial, prompts, 0, section.generation)
         labels = self.score("setup/reward-model/labels", section.label, rollouts)
         pairs = self.choose("setup/reward-model/pairs", rollouts, labels, section.pairs, 0)
+        rendering: dict[str, Any] = {}
+        if section.training.kind == "pairwise":
+            rendering = self.rendering(self.initial, self.config.scorers["reward"].chat_template_kwargs)
         return self.graph.add(
             "setup/reward-model/training",
             RewardConfig,
             "training reward",
-            keys(section.training),
+            keys(section.training) | rendering,
             model=self.initial,
             pairs=[pairs],
             seed=derive_seed(self.config.seed, 0, "reward"),
@@ -271,7 +278,7 @@ class Recipe:
             name,
             GenerationConfig,
             "generation",
-            {**keys(section), **(window or {})},
+            {**keys(section), **(window or {}), **self.rendering(policy, self.config.chat_template_kwargs)},
             policy=policy,
             prompts=prompts,
             iteration=iteration,
@@ -287,6 +294,8 @@ class Recipe:
             fields["model"] = self.locate(fields["model"])
         if fields.get("inputs") is not None:
             fields["inputs"] = [self.locate(path) for path in fields["inputs"]]
+        if fields["kind"] in ("reward_model", "pairwise"):
+            fields |= self.rendering(fields["model"], fields.get("chat_template_kwargs", {}))
         if fields["kind"] == "pairwise" and against is not None:
             fields["against"] = against
         return self.graph.add(name, ScoreConfig, "annotation score", fields, rollouts=rollouts, name=scorer)
@@ -311,6 +320,14 @@ class Recipe:
             self.references[pairs, anchor] = self.log_probabilities(name, origin / "generation", anchor, pairs)
         return self.references[pairs, anchor]
 
+    def rendering(self, model: Path, variables: dict[str, Any]) -> dict[str, Any]:
+        """What a stage is told that renders conversations for a model: the variables of its chat template, and the
+        run's date if the template writes it."""
+        start, _ = start_of(model, self.graph)
+        find = partial(_writes_date, start, variables)
+        fields = {"chat_template_kwargs": variables} if variables else {}
+        return {**fields, "date": self.run.date} if self.graph.known(("date", start, repr(variables)), find) else fields
+
     def locate(self, reference: str | Path) -> Path:
         """A path in the config as a real one: world:NAME is a file of the embedded world, relative paths are the
         user's."""
@@ -320,6 +337,11 @@ class Recipe:
                 raise UserError(f"{text} does not exist; the embedded world has {', '.join(WORLD_FILES)}.")
             return self.graph.directory / "setup/world" / text.removeprefix("world:")
         return Path(text) if text.startswith("hf:") else Path(text).absolute()
+
+
+def _writes_date(model: Path, variables: dict[str, Any]) -> bool | None:
+    """Whether a model's template writes the date; None where the model is not there yet."""
+    return reads_clock(model, variables) if model.is_dir() else None
 
 
 def without(fields: dict[str, Any], name: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from pipelines.memory import print_memory
 from pipelines.plan import Verdict, verdicts
 from pipelines.preflight import check_environments, check_inputs
 from pipelines.report import print_comparison, print_table
-from pipelines.rundir import RunDirectory
+from pipelines.rundir import RunDirectory, dated
 from pipelines.slurm.chain import detach, require_detachable, require_no_chain
 from pipelines.slurm.checks import check_patterns, check_slurm, settle_variant
 from pipelines.slurm.config import SlurmSection
@@ -177,7 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run_command(options: argparse.Namespace) -> int:
     """`pipeline run CONFIG --iters N [key=value ...]`."""
-    config = load_run_config(options.config, options.overrides)
+    config = dated(load_run_config(options.config, options.overrides))
     iterations = require_iterations(config, options.iters)
     settle_variant(config.executor)
     console = make_console()

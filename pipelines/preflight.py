@@ -4,10 +4,14 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from annotation.config import ScoreConfig
+from contracts.config import StageConfig
 from contracts.errors import UserError
 from contracts.models import ModelInfo
+from contracts.template import ChatFields, ChatTemplate
+from contracts.tokenizer import require_tokenizer
 from generation.config import GenerationConfig
 from pipelines.config import EnvironmentsSection
 from pipelines.environments import probe_versions
@@ -75,6 +79,7 @@ def model_mistakes(graph: Graph) -> Iterator[UserError]:
 def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
     """What the model that a stage reads has to fulfil, if it exists and comes from outside of the run."""
     config, outside = node.config, [path for path in node.external_inputs(graph) if path.exists()]
+    yield from _chat_requirements(config, outside)
     if isinstance(config, GenerationConfig) and config.policy in outside:
         model = ModelInfo.read(config.policy)
         tokens = (config.max_prompt_tokens or 1) + config.max_new_tokens
@@ -102,6 +107,22 @@ def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
             yield functools.partial(check_layout, config.parallel, start)
     if isinstance(config, ValueHeadConfig) and config.model in outside:
         yield ModelInfo.read(config.model).require_causal
+
+
+def _chat_requirements(config: StageConfig, outside: list[Path]) -> Iterator[Callable[[], None]]:
+    """That the model for which a stage renders conversations reads the variables that it is given, and that a model
+    which reads the policy's token ids has a tokenizer that is the same everywhere, if it has one."""
+    model = getattr(config, "policy", None) or getattr(config, "model", None)
+    if model is None or model not in outside:
+        return
+    if isinstance(config, ChatFields) and config.chat_template_kwargs:
+        yield functools.partial(_require_variables, model, config.chat_template_kwargs)
+    if ModelInfo.read(model).has_tokenizer:
+        yield functools.partial(require_tokenizer, model)
+
+
+def _require_variables(model: Path, variables: dict[str, Any]) -> None:
+    ChatTemplate(model, variables)
 
 
 def origin_of(model: Path, graph: Graph) -> Path:

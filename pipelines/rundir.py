@@ -1,6 +1,7 @@
 """The directory of a run: whose it is, who drives it, and where things are in it."""
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ import msgspec
 
 from contracts import yaml_text
 from contracts.artifacts import take_lock, write_atomically
-from contracts.config import validate
+from contracts.config import read_yaml, validate
 from contracts.errors import UserError
 from pipelines.config import RunConfig
 
@@ -213,6 +214,18 @@ def _event(line: bytes) -> dict[str, Any]:
     except ValueError:
         event = None
     return event if isinstance(event, dict) and isinstance(event.get("event"), str) else {"event": FOREIGN}
+
+
+def dated(config: RunConfig) -> RunConfig:
+    """The same configuration with its date: the user's, else the one that the run was made with, else today's."""
+    if config.date is not None:
+        return config
+    date = None
+    if (config.run_directory / "run.json").is_file():
+        date = RunDirectory(config.run_directory)._marked("settings").get("date")
+    elif (config.run_directory / "config.resolved.yaml").is_file():  # where run.json was lost
+        date = read_yaml(config.run_directory / "config.resolved.yaml").get("date")
+    return config.model_copy(update={"date": date or datetime.date.today().isoformat()})
 
 
 @contextlib.contextmanager

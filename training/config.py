@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from contracts.config import Section, StageConfig, identity, input_path, runtime
+from contracts.template import ChatFields
 from training.catalogue import BUILT_IN, check_settings, describe
 from training.parallel import ParallelConfig
 
@@ -98,7 +99,7 @@ class TrainingConfig(StageConfig):
         return self
 
 
-class SftConfig(TrainingConfig):
+class SftConfig(TrainingConfig, ChatFields):
     """Supervised fine-tuning: imitate the answers of demonstrations."""
 
     stage: ClassVar[str] = "sft"
@@ -109,7 +110,7 @@ class SftConfig(TrainingConfig):
     file, a directory or a data set as the prompts stage reads them (docs/stages.md), of several splits `train`."""
 
 
-class RewardConfig(TrainingConfig):
+class RewardConfig(TrainingConfig, ChatFields):
     """Train a reward model on pairs (loss: -log sigmoid(r_chosen - r_rejected))."""
 
     stage: ClassVar[str] = "reward"

@@ -6,6 +6,8 @@ See contracts/preflight.py.
 from collections.abc import Iterator
 from typing import Any
 
+from msgspec import UNSET
+
 from contracts.demonstrations import DemonstrationRow
 from contracts.errors import UserError
 from contracts.ledger import Ledger
@@ -78,9 +80,18 @@ def check_demonstrations(stage: Stage, config: SftConfig) -> Iterator[Finding]:
     from training.sft import tokenized
 
     ledger = Ledger("demonstrations")
-    rows = (DemonstrationRow(one.messages) for one in stage.demonstrations())
-    count = sum(1 for _ in tokenized(rows, ChatTokenizer(config.model), ledger))
-    if count:
+    rows = (
+        DemonstrationRow(one.messages, tools=UNSET if one.tools is None else one.tools)
+        for one in stage.demonstrations()
+    )
+    chat = ChatTokenizer(config.model, config.chat_template_kwargs, config.date)
+    count = sum(1 for _ in tokenized(rows, chat, ledger))
+    if ledger.dropped:
+        tried = count + sum(ledger.dropped.values())
+        found = f"{config.model}: of {tried} of your demonstrations {tried - count} would be dropped: {ledger.dropped}"
+        fix = "docs/stages.md (sft) says what the reasons mean, and what to do."
+        yield Finding("warning" if count else "error", found, fix)
+    elif count:
         yield Finding("ok", f"{config.model}: its chat template renders your demonstrations ({count} were tried)")
 
 

@@ -43,7 +43,8 @@ def run(config: RewardConfig, context: Context) -> Outcome:
     make: MakeRows
     if pairwise:
         info.require_chat_template()
-        make = partial(question_rows, chat=PairwiseChat(config.model), seed=config.seed)
+        chat = PairwiseChat(config.model, config.chat_template_kwargs, config.date)
+        make = partial(question_rows, chat=chat, seed=config.seed)
         model = {
             "load": partial(load_causal, config.model, master=True),
             "wrap": TokenLogprobs,

@@ -6,7 +6,6 @@ from transformers import AutoModelForCausalLM
 
 from contracts.chat import ChatTokenizer
 from contracts.demonstrations import DemonstrationRow, Demonstrations
-from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.stage import Context, Outcome
@@ -28,7 +27,7 @@ def run(config: SftConfig, context: Context) -> Outcome:
     info.require_chat_template()
     limit = length_limit(config, info)
     model_config = read_config(config.model)
-    chat = ChatTokenizer(config.model)
+    chat = ChatTokenizer(config.model, config.chat_template_kwargs, config.date)
     chat.require_stop()
     ledger = Ledger("demonstrations")
     demonstrations = Demonstrations(config.demonstrations)
@@ -47,7 +46,7 @@ def run(config: SftConfig, context: Context) -> Outcome:
         wrap=TokenLogprobs,
         auto=AutoModelForCausalLM,
         model_config=model_config,
-        facts={"stop_tokens": chat.stop_ids, "not_read": demonstrations.layout.not_read},
+        facts={"stop_tokens": chat.stop_ids, "not_read": demonstrations.layout.not_read, **chat.counts},
     )
     outcome = fit(config, context, task)
     outcome.note = demonstrations.layout.note
@@ -63,14 +62,12 @@ def tokenized(conversations: Iterator[DemonstrationRow], chat: ChatTokenizer, le
     """Demonstrations as token ids: the chat template applied once, the loss on the last answer only.
 
     A response ends with the token that ends generation. What the template writes behind it is cut off, and where the
-    template writes none it is appended, so that the model learns to stop exactly where the engine stops. A stop token
-    inside an answer would end it there: such rows are dropped (stop_inside), and those without an answer (no_answer)
-    or with one of nothing but white space (empty_answer), from which a model would learn to say nothing.
+    template writes none it is appended, so that the model learns to stop exactly where the engine stops. Rows without
+    an answer (no_answer, empty_answer), and those that `ChatTokenizer.answered` gives a reason for, are dropped.
 
     Raises:
-        UserError: the template's text before the answer is not the prompt that generation will use.
+        UserError: the template refuses a conversation, or leaves some of it out.
     """
-    stops = chat.stop_ids
     for number, conversation in enumerate(conversations, 1):
         messages = conversation.messages
         if len(messages) < 2 or messages[-1].role != "assistant":
@@ -80,18 +77,8 @@ def tokenized(conversations: Iterator[DemonstrationRow], chat: ChatTokenizer, le
             ledger.drop("empty_answer")
             continue
         row_id = conversation.prompt_id or f"row {number}"
-        prompt = chat.conversation(messages[:-1], for_answer=True, what=f"demonstration {row_id}")
-        full = chat.conversation(messages, what=f"demonstration {row_id}")
-        if full[: len(prompt)] != prompt:
-            raise UserError(
-                f"demonstration {row_id}: the chat template of {chat.path} does not begin the whole "
-                "conversation with the prompt that it makes for generation, so the two cannot be told apart. Use a "
-                "template whose add_generation_prompt writes what precedes an assistant's answer."
-            )
-        response = full[len(prompt) :]
-        if not set(stops).isdisjoint(chat.tokenizer(messages[-1].content, add_special_tokens=False)["input_ids"]):
-            ledger.drop("stop_inside")
+        answered = chat.answered(messages, tools=conversation.tools, what=f"demonstration {row_id}")
+        if isinstance(answered, str):
+            ledger.drop(answered)
             continue
-        end = next((index for index, token in enumerate(response) if token in stops), None)
-        response = [*response, stops[0]] if end is None else response[: end + 1]
-        yield Row(row_id, token_ids(prompt), (Response(token_ids(response)),))
+        yield Row(row_id, token_ids(answered.prompt), (Response(token_ids(answered.response)),))

@@ -38,6 +38,7 @@ from pipelines.doctor.machine import Finding, check_file_system, check_limits, c
 from pipelines.hub import with_cached_models
 from pipelines.iteration import build_graph, require_iterations
 from pipelines.locked import home
+from pipelines.rundir import dated
 from pipelines.slurm.checks import settle_variant
 
 
@@ -69,7 +70,7 @@ def make_plan(source: Path, overrides: list[str], iterations: int | None) -> Pla
         UserError: it is wrong; the message repeats no access token.
     """
     try:
-        config = with_cached_models(load_run_config(source, overrides))
+        config = with_cached_models(dated(load_run_config(source, overrides)))
         settle_variant(config.executor)
         wanted = require_iterations(config, iterations)
         return Plan(source, config, build_graph(config, wanted), wanted)

@@ -46,7 +46,7 @@ def test_a_model_that_is_right(models: dict[str, Path]) -> None:
     assert f"has {len(IDS)} tokens for {len(IDS)} rows" in found
     assert "renders a conversation of 2 turns" in found
     assert "begin with one BOS ('<s>')" in found
-    assert "begins with the prompt that asked" in found
+    assert "as generation goes on from their prompts" in found
     assert "turn ends with '</s>', EOS" in found
     assert "padding is '<pad>'" in found
 
@@ -179,11 +179,11 @@ def test_padding_that_is_eos_is_said_to_be_fine(model: Path) -> None:
     assert "no padding token, which is fine" in texts(model)
 
 
-def test_a_prompt_that_does_not_begin_its_conversation(model: Path) -> None:
-    set_template(model, TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><|user|>{% endif %}"))
+def test_prompts_that_begin_to_think(model: Path) -> None:
+    set_template(model, TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|> <think> {% endif %}"))
     finding = bad(model)
     assert finding.level == "warning"
-    assert "supervised fine-tuning refuses it" in finding.found
+    assert "drops demonstrations without thoughts" in finding.found
 
 
 def test_code_of_its_own_is_never_run(model: Path, tmp_path: Path) -> None:
@@ -214,5 +214,7 @@ def test_a_tokenizer_that_cannot_be_loaded(model: Path) -> None:
     (model / "tokenizer.json").write_text("{}")
     finding = bad(model)
     assert finding.level == "error"
-    assert finding.fix is not None
-    assert "save_pretrained" in finding.fix
+    assert "tokenizer.json cannot be read as a tokenizer" in finding.found
+    (model / "tokenizer.json").rename(model / "tokenizer.model")
+    assert "tokenizer.model alone" in bad(model).found
+    assert "save_pretrained" in bad(model).found

@@ -16,6 +16,7 @@ from contracts.demonstrations import DemonstrationRow
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.records import PAIRS, SCORES, Message, Pair
+from contracts.template import ChatTemplate
 from training.reward import held_out_prompts
 from training.sft import tokenized
 
@@ -24,7 +25,7 @@ QUESTION = Message("user", "review the film")
 
 def rows_of(models: dict[str, Path], conversation: list[Message], template: str = TEMPLATE) -> tuple[Any, Ledger]:
     chat = ChatTokenizer(models["tied"])
-    chat.tokenizer.chat_template = template
+    chat.template = ChatTemplate(models["tied"], text=template)
     ledger = Ledger("demonstrations")
     conversations = iter([DemonstrationRow(tuple(conversation))])
     return list(tokenized(conversations, chat, ledger)), ledger
@@ -73,10 +74,11 @@ def test_sft_counts_what_it_drops(conversation: list[Message], reason: str, mode
     assert (rows, ledger.dropped) == ([], {reason: 1})
 
 
-def test_sft_refuses_a_template_that_is_no_prefix(models: dict[str, Path]) -> None:
+def test_sft_puts_answers_behind_the_prompts_that_generation_makes(models: dict[str, Path]) -> None:
     template = TEMPLATE.replace("%} <|assistant|>{% endif %}", "%} <|user|> <|assistant|>{% endif %}")
-    with pytest.raises(UserError, match="does not begin the whole"):
-        rows_of(models, [QUESTION, Message("assistant", "great")], template)
+    (row,), _ = rows_of(models, [QUESTION, Message("assistant", "great")], template)
+    assert tuple(row.prompt) == words("<s> <|user|> review the film <|user|> <|assistant|>")
+    assert tuple(row.responses[0].ids) == (IDS["great"], EOS)
 
 
 def test_sft_learns(models: dict[str, Path], demonstrations: Path, tmp_path: Path) -> None:
