@@ -75,6 +75,9 @@ class Report(msgspec.Struct):
     probes: dict[str, Any] = {}
     """By a model's path, what this environment makes of fixed texts and of the conversations. The driver compares what
     the environments say."""
+    vocabularies: dict[str, str] = {}
+    """By a model's path, the digest of what each token id stands for. The driver compares models that read each
+    other's ids."""
 
 
 @dataclass
@@ -87,8 +90,8 @@ class Stage:
     made: frozenset[str]
     """Input fields whose path a stage of the run will make: of such a model only what it is trained from is known."""
     conversations: tuple[Conversation, ...]
-    probes: dict[str, Any] = field(default_factory=dict)
-    """The report's, to add to."""
+    report: Report = field(default_factory=Report)
+    """Whose `probes` and `vocabularies` a check adds to; its findings it yields."""
 
     def prompts(self) -> list[Conversation]:
         """The conversations that the policy has to answer."""
@@ -125,7 +128,7 @@ def examine(request: Request, commands: dict[str, Command], check: Check) -> Rep
     for asked in request.stages:
         kind: type[StageConfig] = commands[asked.command].config
         config = kind.model_validate(asked.config)
-        stage = Stage(asked.name, config, frozenset(asked.made), request.conversations, report.probes)
+        stage = Stage(asked.name, config, frozenset(asked.made), request.conversations, report)
         found |= dict.fromkeys(findings_of(f"stage {asked.name}", lambda stage=stage: check(stage)))  # type: ignore[misc]
     report.findings = list(found)
     return report

@@ -50,7 +50,13 @@ def examine_model(stage: Stage, model: Path, renders: Literal["prompts", "answer
     chat = ChatTokenizer(model, variables, date)
     if renders != "nothing":
         yield from rendered(stage, chat, answers=renders == "answers")
-    stage.probes[str(model)] = probes(chat, stage)
+    note(stage, chat)
+
+
+def note(stage: Stage, chat: ChatTokenizer) -> None:
+    """Tell the driver what this environment makes of a model's tokenizer, to be compared."""
+    stage.report.probes[str(chat.path)] = probes(chat, stage)
+    stage.report.vocabularies[str(chat.path)] = chat.vocabulary
 
 
 def rendered(stage: Stage, chat: ChatTokenizer, *, answers: bool) -> Iterator[Finding]:

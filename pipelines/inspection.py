@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from annotation.config import ScoreConfig
 from contracts.artifacts import write_atomically
 from contracts.config import Role
 from contracts.errors import TransientError, UserError
@@ -24,6 +25,7 @@ from contracts.records import Message
 from contracts.sampling import Request as SamplingRequest
 from contracts.sampling import Sample
 from contracts.versions import source_version
+from generation.config import GenerationConfig
 from pipelines.config import EnvironmentsSection
 from pipelines.environments import EnvironmentConfig, launch_command, probe_versions, stage_environment
 from pipelines.graph import Graph, Node, input_paths
@@ -53,6 +55,8 @@ def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
     for report in reports.values():
         findings += report.findings
     findings += differing_probes({name: report.probes for name, report in reports.items()})
+    known = {model: found for report in reports.values() for model, found in report.vocabularies.items()}
+    findings += differing_vocabularies(graph, known)
     return list(dict.fromkeys(findings))
 
 
@@ -79,6 +83,31 @@ def differing_probes(probes: dict[str, dict[str, Any]]) -> list[Finding]:
                     )
                 )
     return findings
+
+
+def differing_vocabularies(graph: Graph, known: dict[str, str]) -> list[Finding]:
+    """Models that would be given token ids of another vocabulary than theirs: references and critics.
+
+    Args:
+        known: by a model's path, the digest of what each token id stands for.
+    """
+    told: dict[tuple[Path, Path], Finding] = {}
+    for node in graph.nodes.values():
+        config = node.config
+        if not isinstance(config, ScoreConfig) or config.kind not in ("logprobs", "values") or config.model is None:
+            continue
+        sampled = graph.owner(config.rollouts)
+        if sampled is None or not isinstance(generation := graph.nodes[sampled].config, GenerationConfig):
+            continue
+        model, policy = origin_of(config.model, graph), origin_of(generation.policy, graph)
+        found, wanted = known.get(str(model)), known.get(str(policy))
+        if found is not None and wanted is not None and found != wanted:
+            text = (
+                f"{model} (stage {node.name}) has another vocabulary ({found[:12]}) than the policy {policy} "
+                f"({wanted[:12]}), whose answers it would read: the same token ids mean other text to it."
+            )
+            told.setdefault((model, policy), Finding("error", text, "Take a model that has the policy's tokenizer."))
+    return list(told.values())
 
 
 def _shown(probe: dict[str, Any]) -> str:

@@ -38,6 +38,11 @@ def check(stage: Stage) -> Iterator[Finding]:
         settings = ModelInfo.read(config.model).settings
         yield Finding("ok", f"{config.model}: batches of {config.stage} are packed as {packing_of(config, settings)}")
         check_trained(config, classifies=classifies)
+    if ModelInfo.read(config.model).has_tokenizer:
+        from contracts.chat import ChatTokenizer
+        from modeling.inspect import note
+
+        note(stage, ChatTokenizer(config.model))
     if isinstance(config, SftConfig):
         yield from check_demonstrations(stage, config)
 

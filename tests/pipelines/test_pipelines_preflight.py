@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import load_run_config
-from pipelines.inspection import differing_probes, request_of, requests_of
+from pipelines.inspection import differing_probes, differing_vocabularies, request_of, requests_of
 from pipelines.iteration import build_graph
 from pipelines.main import main
 
@@ -62,3 +62,13 @@ def test_stages_that_are_alike_are_asked_about_once(smallest: Path, world: Path)
     request = request_of(many.nodes["iteration-009/training"], many)
     assert request.config["model"] == str(world)
     assert request.made == ("model",)
+
+
+def test_a_critic_that_reads_other_tokens(smallest: Path, world: Path) -> None:
+    critic = smallest.parent / "critic"
+    overrides = [f"policy={world}", "sft=null", "training.algorithm=ppo", f"critic={{start: {critic}}}"]
+    graph = build_graph(load_run_config(smallest, overrides), 2)
+    assert differing_vocabularies(graph, {str(world): "a" * 64, str(critic): "a" * 64}) == []
+    (finding,) = differing_vocabularies(graph, {str(world): "a" * 64, str(critic): "b" * 64})
+    assert finding.level == "error"
+    assert f"{critic} (stage iteration-001/values) has another vocabulary" in finding.found

@@ -77,7 +77,7 @@ def test_demonstrations_are_rendered(models: dict[str, Path], tmp_path: Path) ->
     settings = {"model": model, "demonstrations": tmp_path / "demonstrations.jsonl", "output": tmp_path / "out"}
     good = Conversation("demonstrations.jsonl, row 1", "demonstrations", (QUESTION, ANSWER))
     asked = Conversation("prompts.jsonl, row 1", "prompts", (Message("system", "be brief"), QUESTION))
-    assert [finding.level for finding in findings("sft", (), (good, asked), **settings)] == ["ok", "ok"]
+    assert [finding.level for finding in findings("sft", (), (good, asked), **settings)] == ["ok", "ok", "ok"]
     bad = Conversation(
         "demonstrations.jsonl, row 2", "demonstrations", (Message("system", "be brief"), QUESTION, ANSWER)
     )

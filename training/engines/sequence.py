@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from contracts.errors import UserError
 from modeling.attention import attend
 from modeling.packing import Packed, Plan
 
@@ -35,16 +34,8 @@ class Sequences:
         return -(-int(batch.input_ids.numel()) // int(self.size))
 
     def part(self, batch: Packed) -> Packed:
-        """The same micro-batch with this process's tokens only; its plan is of the whole.
-
-        Raises:
-            UserError: the batch is padded, because the model cannot compute flat ones.
-        """
-        if batch.plan is None:
-            raise UserError(
-                "parallel.sp divides flat batches, and this training's are padded: its packing says so, or the model's "
-                "attention has a window shorter than the longest sequence. Set parallel.sp to 1."
-            )
+        """The same micro-batch with this process's tokens only; its plan is of the whole. It is a flat one: the
+        config refuses parallel.sp with packing=padded, and `check_layout` other models than those that compute such."""
         count = self.tokens(batch)
         missing = count * self.size - batch.input_ids.numel()
         mine = slice(self.rank * count, (self.rank + 1) * count)
