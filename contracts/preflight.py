@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -26,6 +26,7 @@ from contracts.records import JsonObjects, Message
 from contracts.stage import Command
 
 Level = Literal["ok", "warning", "error"]
+F = TypeVar("F")
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -105,20 +106,28 @@ class Stage:
 Check = Callable[[Stage], Iterator[Finding]]
 
 
-def findings_of(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """What a check yields; what stops it is a finding as well, so that the other checks are heard."""
-    found: list[Finding] = []
+def heard(check: Callable[[], Iterator[F]]) -> tuple[list[F], str | None]:
+    """What a check yields, and what stopped it, if anything did, so that the other checks are heard."""
+    found: list[F] = []
     try:
         found.extend(check())
     except Exception as error:
         mistake = as_user_error(error)
-        if mistake is None:
-            traceback.print_exc()
-            text = f"{name}: the check failed itself: {type(error).__name__}: {error}. Its traceback is above."
-            found.append(Finding("error", text))
-        else:
-            found.append(Finding("error", str(mistake)))
-    return found
+        if mistake is not None:
+            return found, str(mistake)
+        traceback.print_exc()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return (
+            found,
+            f"this check failed itself: {type(error).__name__}: {error} ({place.filename}, line {place.lineno}).",
+        )
+    return found, None
+
+
+def findings_of(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """What a check yields, what stops it included."""
+    found, stopped = heard(check)
+    return found if stopped is None else [*found, Finding("error", stopped)]
 
 
 def examine(request: Request, commands: dict[str, Command], check: Check) -> Report:
@@ -129,7 +138,7 @@ def examine(request: Request, commands: dict[str, Command], check: Check) -> Rep
         kind: type[StageConfig] = commands[asked.command].config
         config = kind.model_validate(asked.config)
         stage = Stage(asked.name, config, frozenset(asked.made), request.conversations, report)
-        found |= dict.fromkeys(findings_of(f"stage {asked.name}", lambda stage=stage: check(stage)))  # type: ignore[misc]
+        found |= dict.fromkeys(findings_of(lambda stage=stage: check(stage)))  # type: ignore[misc]
     report.findings = list(found)
     return report
 

@@ -55,7 +55,7 @@ def sample(request: Request) -> Sample:
             answer.conversations += of_each_kind(conversations)
             yield from ()
 
-        answer.findings += findings_of("the user's data", check)
+        answer.findings += findings_of(check)
     return answer
 
 

@@ -6,7 +6,6 @@ others find. Nothing is written but into directories that are removed again, and
 
 import argparse
 import concurrent.futures
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from contracts import stopping
-from contracts.errors import UserError, as_user_error
+from contracts.errors import UserError
+from contracts.preflight import heard
 from contracts.secrets import TOKEN
 from pipelines.config import load_run_config
 from pipelines.display import Screen, plural
@@ -104,17 +104,9 @@ def examine(plan: Plan) -> list[Finding]:
 
 
 def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """What a check finds; what stops it is a finding as well, so that the other checks are heard."""
-    findings: list[Finding] = []
-    try:
-        findings.extend(check())
-    except Exception as error:
-        mistake = as_user_error(error)
-        if mistake is None:
-            traceback.print_exc()
-            mistake = UserError(f"this check failed itself: {type(error).__name__}: {error}. Its traceback is above.")
-        findings.append(Finding(name, "error", str(mistake)))
-    return findings
+    """What a check finds; what stops it is a finding as well."""
+    findings, stopped = heard(check)
+    return findings if stopped is None else [*findings, Finding(name, "error", stopped)]
 
 
 def print_findings(console: Console, findings: list[Finding]) -> None:
