@@ -52,6 +52,7 @@ class PairwiseModel:
         Reasons for which a sample is dropped: "too_long" where no comparison fits the limit (where some do, its score
         is their mean), "no_opponent" where its prompt has no other answer. A comparison that fails, fails for both.
         """
+        self.chat.chat.counts.clear()
         rivals = list(self._rivals(samples))
         wanted: dict[Contest, Rollout] = {}
         for sample, others in zip(samples, rivals, strict=True):
@@ -108,6 +109,7 @@ class PairwiseModel:
             "comparisons": len(fitting),
             "consistent": int((forwards * backwards < 0).sum()),
             "too_long_comparisons": sum(result == "too_long" for result in results.values()),
+            **self.chat.chat.counts,
         }
         return results
 
@@ -116,7 +118,10 @@ class PairwiseModel:
         _, first, second = contest
         what = f"two answers to prompt {rollout.prompt_id}"
         orders = ((first, second), (second, first))
-        return [np.array(self.chat.token_ids(rollout.messages, *order, what=what), np.int32) for order in orders]
+        return [
+            np.array(self.chat.token_ids(rollout.messages, *order, what=what, tools=rollout.tools), np.int32)
+            for order in orders
+        ]
 
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> list[float]:

@@ -6,6 +6,7 @@ See contracts/preflight.py.
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from annotation.__main__ import COMMANDS
 from annotation.config import ScoreConfig
@@ -13,6 +14,11 @@ from annotation.rule import check_function
 from contracts.models import ModelInfo
 from contracts.preflight import Finding, Stage, serve
 
+if TYPE_CHECKING:
+    from modeling.inspect import Renders
+
+RENDERS: "dict[str, Renders]" = {"reward_model": "answers", "pairwise": "comparisons"}
+"""What a kind of scorer renders by its model's chat template."""
 IMPORT_SECONDS = 60.0
 """How long a rule's function may take to be imported until it is no longer waited for."""
 
@@ -33,7 +39,7 @@ def check_scorer(stage: Stage, config: ScoreConfig) -> Iterator[Finding]:
     from modeling.inspect import examine_model  # torch and transformers are not loaded for rules alone
     from modeling.loading import check_weights
 
-    yield from examine_model(stage, config.model, "answers" if config.kind == "reward_model" else "nothing")
+    yield from examine_model(stage, config.model, RENDERS.get(config.kind, "nothing"))
     classifies = config.kind == "reward_model" or (
         config.kind == "values" and not ModelInfo.read(config.model).has_value_head
     )

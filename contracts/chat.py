@@ -17,7 +17,18 @@ from contracts.fingerprint import digest
 from contracts.records import JsonObjects, Message
 from contracts.template import ChatTemplate, TemplateRefusedError, as_template_sees, read_json, template_texts
 from contracts.tokenizer import load_tokenizer
-from contracts.turns import THINK_END, lost, lost_call, lost_tool, mark, missing_marks, occurs, shows_python, with_marks
+from contracts.turns import (
+    THINK_END,
+    lost,
+    lost_call,
+    lost_tool,
+    mark,
+    missing_marks,
+    occurs,
+    shows_python,
+    texts_in,
+    with_marks,
+)
 
 Tools = JsonObjects | msgspec.UnsetType
 THINK = "<think>"
@@ -79,7 +90,7 @@ class ChatTokenizer:
             UserError: the template refuses the conversation, which `what` names, leaves some of it out, or begins it
                 with two BOS tokens; or a turn is a whole conversation that was rendered already.
         """
-        safe = self._safe(messages)
+        safe, tools = self._safe(messages, tools)
         return self._ids(self.render(safe, tools=tools, for_answer=for_answer, what=what), what)
 
     def answered(
@@ -100,12 +111,13 @@ class ChatTokenizer:
             UserError: as in `conversation`.
         """
         *before, last = messages
-        control = set(self._encode(last.content)) & self._control_ids
+        said = [last.content, *texts_in([getattr(last, name) for name in ("reasoning_content", "tool_calls")])]
+        control = {token for text in said for token in self._encode(text)} & self._control_ids
         if not control.isdisjoint(self.stop_ids):
             return "stop_inside"
         if control:
             self.counts["answers_with_special_tokens"] += 1
-        before = self._safe(before)
+        before, tools = self._safe(before, tools)
         prompt_text = self.render(before, tools=tools, for_answer=True, what=what)
         prompt = self._ids(prompt_text, what)
         try:
@@ -361,20 +373,23 @@ class ChatTokenizer:
             both[len(newline) :] if newline and both[: len(newline)] == newline else self._encode(text, as_text=as_text)
         )
 
-    def _safe(self, messages: Sequence[Message]) -> list[Message]:
-        """The same turns, with special tokens in their text marked as text."""
-        found = [bool(self._control_text.search(message.content)) for message in messages]
-        if not any(found):
-            return list(messages)
+    def _safe(self, messages: Sequence[Message], tools: Tools) -> tuple[list[Message], Tools]:
+        """The same turns and tools, with special tokens in their texts marked as text."""
+        given: Any = [msgspec.structs.asdict(message) for message in messages]
+        if not any(map(self._control_text.search, texts_in([given, tools]))):
+            return list(messages), tools
         self.counts["special_tokens_as_text"] += 1
-        return [
-            msgspec.structs.replace(
-                message, content=self._control_text.sub(f"{OPEN}\\g<0>{CLOSE}", _without(message.content, OPEN, CLOSE))
-            )
-            if quotes
-            else message
-            for message, quotes in zip(messages, found, strict=True)
-        ]
+        return [Message(**self._marked(turn)) for turn in given], self._marked(tools)
+
+    def _marked(self, value: Any) -> Any:
+        """A value with the special tokens in all of its texts marked as text."""
+        if isinstance(value, str):
+            return self._control_text.sub(f"{OPEN}\\g<0>{CLOSE}", _without(value, OPEN, CLOSE))
+        if isinstance(value, dict):
+            return {key: self._marked(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(self._marked, value))
+        return value
 
     @functools.cached_property
     def _control(self) -> dict[int, str]:

@@ -6,11 +6,14 @@ preference models (Dong et al. 2024, arXiv 2405.07863, section 2.2), so that the
 """
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from contracts.chat import ChatTokenizer
+import msgspec
+
+from contracts.chat import ChatTokenizer, Tools
 from contracts.errors import UserError
 from contracts.records import Message
 
@@ -18,10 +21,14 @@ LABELS = ("A", "B")
 """What the model says: the first answer is better, or the second."""
 
 
-def question(messages: Sequence[Message], first: str, second: str) -> str:
-    """The text of the user message: the turns of the conversation, then both answers."""
-    turns = "".join(f"\n<turn> {message.role}\n {message.content}" for message in messages)
-    return f"[CONTEXT] \n{turns}\n [RESPONSE A] {first} [RESPONSE B] {second} \n"
+def question(messages: Sequence[Message], first: str, second: str, tools: Tools = msgspec.UNSET) -> str:
+    """The text of the user message: the turns of the conversation, then both answers.
+
+    Tools come first, as a turn of their own, and tool calls behind the text of theirs, both of them as JSON.
+    """
+    given = "" if tools is msgspec.UNSET or not tools else f"\n<turn> tools\n {_json(tools)}"
+    turns = "".join(f"\n<turn> {message.role}\n {_text(message)}" for message in messages)
+    return f"[CONTEXT] \n{given}{turns}\n [RESPONSE A] {first} [RESPONSE B] {second} \n"
 
 
 class PairwiseChat:
@@ -32,13 +39,16 @@ class PairwiseChat:
         self.path = path
         self.chat = ChatTokenizer(path, variables, date)
 
-    def token_ids(self, messages: Sequence[Message], first: str, second: str, what: str) -> list[int]:
+    def token_ids(
+        self, messages: Sequence[Message], first: str, second: str, what: str, tools: Tools = msgspec.UNSET
+    ) -> list[int]:
         """Token ids of the question, which `what` names, up to where the label follows.
 
         Raises:
             UserError: the chat template refuses a user message, or begins with two BOS tokens.
         """
-        return self.chat.conversation([Message("user", question(messages, first, second))], for_answer=True, what=what)
+        text = question(messages, first, second, tools)
+        return self.chat.conversation([Message("user", text)], for_answer=True, what=what)
 
     @functools.cached_property
     def label_ids(self) -> tuple[int, int]:
@@ -60,3 +70,13 @@ class PairwiseChat:
             f"the tokenizer of {self.path} has no single token for each of the labels {' and '.join(LABELS)} behind "
             "its generation prompt, so it cannot be a pairwise preference model. Take a model whose tokenizer has them."
         )
+
+
+def _text(message: Message) -> str:
+    if message.tool_calls is msgspec.UNSET or not message.tool_calls:
+        return message.content
+    return "\n ".join(part for part in (message.content, _json(message.tool_calls)) if part)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

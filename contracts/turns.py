@@ -54,7 +54,7 @@ def lost_call(messages: Sequence[Message], rendered: str) -> str | None:
         if message.tool_calls is msgspec.UNSET:
             continue
         for call in message.tool_calls:
-            for text in _texts(call.get("function", call)):
+            for text in texts_in(call.get("function", call)):
                 if not occurs(text, rendered, thinks=False):
                     return text
     return None
@@ -69,17 +69,18 @@ def lost_tool(tools: JsonObjects, rendered: str) -> str | None:
     return None
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in a tool call: its name, and those in its arguments, which may be JSON in a text."""
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in a tool call, or in what has tool calls in it: names, and what is in the arguments, which may be
+    JSON in a text."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key == "arguments" and isinstance(item, str):
                 with contextlib.suppress(ValueError):
                     item = json.loads(item)
-            yield from _texts(item)
-    elif isinstance(value, list):
+            yield from texts_in(item)
+    elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts(item)
+            yield from texts_in(item)
     elif isinstance(value, str):
         yield value
 

@@ -17,7 +17,7 @@ class GenerationConfig(StageConfig, ChatFields):
     """Sample K answers per prompt with the current policy."""
 
     stage: ClassVar[str] = "generation"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     policy: Path = input_path()
     """Directory of the causal language model that samples."""

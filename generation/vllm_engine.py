@@ -30,7 +30,8 @@ class VllmEngine:
             warnings.simplefilter("ignore")  # vLLM's own use of deprecated functions
             from vllm import LLM, SamplingParams
 
-            self._llm: Any = LLM(**engine_arguments(config, settings))
+            # Ids in, ids out: how vLLM would read the tokenizer does not matter. Its server needs one.
+            self._llm: Any = LLM(**engine_arguments(config, settings), skip_tokenizer_init=True)
         self._beat_with_every_step()
         self._sampling_params: Any = SamplingParams
         self._stop_ids = list(settings.stop_ids)

@@ -13,12 +13,14 @@ from msgspec import UNSET
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.models import ModelInfo
+from contracts.pairwise import PairwiseChat
 from contracts.preflight import Finding, Stage
 from contracts.records import Message
 
 SYSTEM = Message("system", "Be brief.")
 QUESTION = Message("user", "What is the capital of France?")
 ANSWER = Message("assistant", "It is Paris.")
+OTHER = Message("assistant", "I do not know.")
 TODAY = "2000-01-01"
 """What templates are told that write the date."""
 
@@ -34,12 +36,15 @@ PROBES = (
 """What every environment tokenizes and decodes, to be compared."""
 
 
-def examine_model(stage: Stage, model: Path, renders: Literal["prompts", "answers", "nothing"]) -> Iterator[Finding]:
+Renders = Literal["prompts", "answers", "comparisons", "nothing"]
+
+
+def examine_model(stage: Stage, model: Path, renders: Renders) -> Iterator[Finding]:
     """What is found of a model's tokenizer and chat template.
 
     Args:
-        renders: the user's prompts, as a policy does; the same with an answer, as a reward model does; or nothing, as
-            a model that is given token ids.
+        renders: the user's prompts, as a policy does; the same with an answer, as a reward model does; with two, as a
+            pairwise one does; or nothing, as a model that is given token ids.
     """
     variables, date = getattr(stage.config, "chat_template_kwargs", None), getattr(stage.config, "date", None)
     for finding in inspect(model, variables=variables):
@@ -49,7 +54,7 @@ def examine_model(stage: Stage, model: Path, renders: Literal["prompts", "answer
             return
     chat = ChatTokenizer(model, variables, date)
     if renders != "nothing":
-        yield from rendered(stage, chat, answers=renders == "answers")
+        yield from rendered(stage, chat, renders)
     note(stage, chat)
 
 
@@ -59,15 +64,22 @@ def note(stage: Stage, chat: ChatTokenizer) -> None:
     stage.report.vocabularies[str(chat.path)] = chat.vocabulary
 
 
-def rendered(stage: Stage, chat: ChatTokenizer, *, answers: bool) -> Iterator[Finding]:
+def rendered(stage: Stage, chat: ChatTokenizer, renders: Renders) -> Iterator[Finding]:
     """Whether the chat template renders the user's own conversations; of those it refuses the first is told."""
+    answers = renders == "answers"
+    judge = PairwiseChat(chat.path, chat.variables, chat.date) if renders == "comparisons" else None
+    if judge is not None:
+        _ = judge.label_ids  # there are tokens for its labels
     conversations = stage.prompts()
     refused: list[str] = []
     for conversation in conversations:
         messages = [*conversation.messages, ANSWER] if answers else list(conversation.messages)
         try:
             tools = UNSET if conversation.tools is None else conversation.tools
-            chat.conversation(messages, tools=tools, for_answer=not answers, what=conversation.place)
+            if judge is not None:
+                judge.token_ids(messages, ANSWER.content, OTHER.content, conversation.place, tools)
+            else:
+                chat.conversation(messages, tools=tools, for_answer=not answers, what=conversation.place)
         except UserError as error:
             refused.append(str(error))
     if refused:

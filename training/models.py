@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from contracts.errors import UserError
 from contracts.precision import resolve_dtype
+from contracts.tokenizer import load_tokenizer
 from training.config import TrainingConfig
 
 
@@ -32,7 +33,7 @@ def padding_token(model: Path, model_config: Any) -> int:
     """The id that engines pad with; transformers refuses to score a batch by a model without one."""
     if model_config.pad_token_id is not None:
         return int(model_config.pad_token_id)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if found is None:
         raise UserError(

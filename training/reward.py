@@ -121,7 +121,7 @@ def question_rows(pair: Pair, held_out: bool, *, chat: PairwiseChat, seed: int) 
 def _question_row(pair: Pair, chat: PairwiseChat, chosen_first: bool) -> Row:
     first, second = (pair.chosen, pair.rejected) if chosen_first else (pair.rejected, pair.chosen)
     right, wrong = chat.label_ids if chosen_first else reversed(chat.label_ids)
-    prompt = chat.token_ids(pair.messages, first, second, f"pair {pair.pair_id}")
+    prompt = chat.token_ids(pair.messages, first, second, f"pair {pair.pair_id}", pair.tools)
     return Row(pair.pair_id, token_ids(prompt), (Response(token_ids([right])), Response(token_ids([wrong]))))
 
 

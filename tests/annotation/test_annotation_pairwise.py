@@ -16,7 +16,6 @@ from annotation_world import (
     save_model,
     tiny_config,
 )
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from annotation.__main__ import COMMANDS
@@ -157,16 +156,15 @@ def test_a_prompt_with_one_answer_has_no_opponent(tmp_path, judges, models):
 
 
 def test_a_comparison_that_fails_fails_for_both(tmp_path, judges):
-    """A word whose embedding is no number, in one answer: neither it nor what it is compared with has a score."""
+    """An answer that the chat template refuses: neither it nor what it is compared with has a score."""
     broken = tmp_path / "broken"
     shutil.copytree(judges["llama"], broken)
-    weights = load_file(broken / "model.safetensors")
-    weights["model.embed_tokens.weight"][IDS["blue"]] = float("nan")
-    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    refusal = "{% if ' blue ' in messages[0].content %}{{ raise_exception('no blue') }}{% endif %}"
+    (broken / "chat_template.jinja").write_text(refusal + TEMPLATE)
     rows = [make_rollout(number, [f"the {word} ." for word in ("great", "good")]) for number in range(9)]
     rows.append(make_rollout(9, ["the blue .", "the good ."]))
     rollouts = publish_rollouts(tmp_path / "rollouts", rows)
-    with pytest.raises(UserError, match="must be a finite number"):
+    with pytest.raises(UserError, match="no blue"):
         compare(tmp_path / "scores", rollouts, broken)
     artifact = compare(tmp_path / "scores", rollouts, broken, fail_on_error=0.2)
     assert artifact.manifest.ledger.dropped == {"failed": 2}

@@ -1,25 +1,28 @@
 """Values that change between iterations, forks, and forced stages: what is planned, taken over and made again."""
 
+import datetime
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from handmade import write_model
 
 from contracts.artifacts import MANIFEST, Artifact, Publication
 from contracts.errors import UserError
 from contracts.fingerprint import digest
 from contracts.ledger import Ledger
 from contracts.records import CHECKPOINT
-from pipelines.config import load_run_config
+from contracts.template import ChatFields
+from pipelines.config import RunConfig, load_run_config
 from pipelines.decisions import Decision
 from pipelines.force import RECORD, report_forced, resolve, set_aside
 from pipelines.fork import CONFIG, fork
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.iteration import build_graph
 from pipelines.main import main
-from pipelines.rundir import RunDirectory
+from pipelines.rundir import RunDirectory, dated
 
 
 def publish(node: Node, content: str = "") -> None:
@@ -206,3 +209,63 @@ def test_a_copied_run_goes_on_elsewhere(run: RunDirectory, smallest: Path, tmp_p
     with pytest.raises(UserError, match="is the run of"):
         RunDirectory(copy).claim(config, other, 2)
     RunDirectory(copy).claim(config, smallest, 2)
+
+
+def test_a_run_has_one_date_whenever_it_is_resumed_or_forked(
+    smallest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a chat template writes today's date, that of the day on which the run was made; else it is in no key."""
+
+    def on(day: str, path: Path, *overrides: str) -> RunConfig:
+        class Day(datetime.date):
+            @classmethod
+            def today(cls) -> "Day":
+                return cls.fromisoformat(day)
+
+        monkeypatch.setattr(datetime, "date", Day)
+        return dated(load_run_config(path, [*given, *overrides]))
+
+    dating, plain = tmp_path / "dating", tmp_path / "plain"
+    for model, template in ((dating, "{{ strftime_now('%d %b %Y') }}"), (plain, "{{ messages[0].content }}")):
+        write_model(model, model.name)
+        (model / "chat_template.jinja").write_text(template)
+    judge = f"scorers.reward={{kind: reward_model, model: {dating}}}"
+    given = ["sft=null", "reward_model=null", judge, f"policy={dating}"]
+
+    def dates(config: RunConfig) -> dict[str, set[str | None]]:
+        found: dict[str, set[str | None]] = {}
+        for node in build_graph(config, 2).nodes.values():
+            if isinstance(node.config, ChatFields) and getattr(node.config, "kind", None) != "rule":
+                found.setdefault(node.config.stage, set()).add(node.config.date)
+        return found
+
+    config = on("2025-07-31", smallest)
+    both = {"generation": {"2025-07-31"}, "score": {"2025-07-31", None}}  # None: log-probabilities render nothing
+    assert dates(config) == both
+    RunDirectory(config.run_directory).claim(config, smallest, 2)
+    again = on("2025-08-01", smallest)
+    assert dates(again) == both
+    other = on("2025-08-01", smallest, "name=other")
+    assert dates(other)["generation"] == {"2025-08-01"}
+    assert dates(on("2025-08-01", smallest, "name=other", "date=2024-12-24"))["generation"] == {"2024-12-24"}
+    fixed = on("2025-08-01", smallest, "name=other", f"policy={plain}")
+    assert dates(fixed) == {"generation": {None}, "score": {"2025-08-01", None}}
+
+    target, _ = fork(RunDirectory.existing(config.run_directory), 2, ["training.settings.beta=0.3"], "forked")
+    given = []
+    assert dates(on("2025-09-01", target / CONFIG)) == both
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused_before_anything_starts(
+    smallest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    write_model(model, "model")
+    (model / "chat_template.jinja").write_text("{{ enable_thinking }}{{ messages[0].content }}")
+    command = ["run", str(smallest), "--iters", "1", "sft=null", "reward_model=null", f"policy={model}"]
+    command += ["scorers.reward={kind: rule, function: embedded.reviews:well_formed}"]
+    assert main([*command, "chat_template_kwargs.enable_thinkin=false"]) == 2
+    message = capsys.readouterr().err
+    assert "chat_template_kwargs.enable_thinkin is set" in message
+    assert "It reads enable_thinking." in message
+    assert not (smallest.parent / "runs").exists()
