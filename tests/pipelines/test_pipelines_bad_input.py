@@ -14,7 +14,7 @@ from contracts.records import CHECKPOINT
 from pipelines.config import load_run_config
 from pipelines.iteration import build_graph
 from pipelines.main import main
-from pipelines.rundir import RunDirectory
+from pipelines.rundir import RunDirectory, dated
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
@@ -31,7 +31,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 def run(smallest: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of one iteration whose stages have all published something; the working directory is beside it."""
     monkeypatch.chdir(smallest.parent)
-    config = load_run_config(smallest, [])
+    config = dated(load_run_config(smallest, []))
     run = RunDirectory(config.run_directory)
     run.claim(config, smallest, 1)
     for node in build_graph(config, 1).nodes.values():
