@@ -201,7 +201,12 @@ class ChatTokenizer:
         for name in ("generation_config.json", "config.json"):
             ids = read_json(self.path / name).get("eos_token_id")
             if ids is not None:
-                found += ids if isinstance(ids, list) else [ids]
+                ids = ids if isinstance(ids, list) else [ids]
+                if not all(isinstance(token, int) and token >= 0 for token in ids):
+                    raise UserError(
+                        f"eos_token_id in {self.path / name} is {ids}: give the ids of the tokens that end answers."
+                    )
+                found += ids
                 break
         return tuple(dict.fromkeys(found))
 

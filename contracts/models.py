@@ -43,15 +43,22 @@ class ModelInfo(msgspec.Struct, frozen=True):
         """
         weight_files(path)
         config = _read_json(path / "config.json")
-        architecture = (config.get("architectures") or ["unknown"])[0]
+        architecture = _architecture(path, config)
         labels = None
         if architecture.endswith("ForSequenceClassification"):
-            labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+            names = config.get("id2label")
+            labels = len(names) if isinstance(names, dict) else config.get("num_labels", 2)
         tokenizer_config = path / "tokenizer_config.json"
         template = (path / "chat_template.jinja").is_file() or (
             tokenizer_config.is_file() and bool(_read_json(tokenizer_config).get("chat_template"))
         )
         text = text_settings(config)
+        for name in (*CONTEXT_LENGTHS, "vocab_size"):
+            if not isinstance(text.get(name), int | None):
+                raise UserError(
+                    f"{name} in {path / 'config.json'} is {text[name]!r}, which is no whole number. Take the "
+                    "config.json of the model's authors."
+                )
         context = next((text[name] for name in CONTEXT_LENGTHS if text.get(name)), None)
         quantisation = config.get("quantization_config", text.get("quantization_config"))
         method = str(quantisation.get("quant_method", "unknown")) if isinstance(quantisation, dict) else None
@@ -141,6 +148,17 @@ class ModelInfo(msgspec.Struct, frozen=True):
                 f"{what} is {tokens} tokens, but the context of {self.path} is {self.context_length} "
                 "(max_position_embeddings). Lower it to at most that."
             )
+
+
+def _architecture(path: Path, config: dict[str, Any]) -> str:
+    """The class that the weights were saved of."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise UserError(
+            f"{path / 'config.json'} does not say which class its weights are of: its `architectures` is {names!r}. "
+            'Take the config.json of the model\'s authors, or set it, as in "architectures": ["LlamaForCausalLM"].'
+        )
+    return names[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

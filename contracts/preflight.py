@@ -21,7 +21,7 @@ import msgspec
 
 from contracts import surroundings
 from contracts.config import StageConfig
-from contracts.errors import UserError, as_user_error
+from contracts.errors import TransientError, UserError, as_user_error
 from contracts.records import JsonObjects, Message
 from contracts.stage import Command
 
@@ -112,7 +112,7 @@ def heard(check: Callable[[], Iterator[F]]) -> tuple[list[F], str | None]:
     try:
         found.extend(check())
     except Exception as error:
-        mistake = as_user_error(error)
+        mistake = as_user_error(error) or (error if isinstance(error, TransientError) else None)
         if mistake is not None:
             return found, str(mistake)
         traceback.print_exc()

@@ -198,7 +198,13 @@ def template_texts(path: Path) -> dict[str, str]:
     if isinstance(found, str):
         texts["default"] = found
     elif isinstance(found, list):
-        texts.update({item["name"]: item["template"] for item in found})
+        try:
+            texts.update({item["name"]: item["template"] for item in found})
+        except (TypeError, KeyError) as error:
+            raise UserError(
+                f"chat_template in {path / 'tokenizer_config.json'} is a list, but not of objects with `name` and "
+                "`template`. Take that of the model's authors."
+            ) from error
     files = {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
     if (path / "chat_template.jinja").is_file():
         files["default"] = path / "chat_template.jinja"

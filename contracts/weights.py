@@ -13,6 +13,8 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 """Says which tensor is in which file, where a model has several."""
 AGAIN = "Download or save it again."
+LFS = b"version https://git-lfs"
+"""How a file begins that stands for one which Git LFS has not fetched."""
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 """Of one number of each format; of the others, 1."""
 
@@ -38,18 +40,25 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        start = stream.read(len(LFS))
+        stream.seek(8)
+        length = int.from_bytes(start[:8], "little")
         content = stream.read(length) if 2 <= length < size else b""
     base, found = 8 + length, {}
     try:
         header = json.loads(content)
         for name, tensor in header.items():
             if name != "__metadata__":
-                start, end = tensor["data_offsets"]
+                first, last = tensor["data_offsets"]
                 shape = tuple(map(int, tensor["shape"]))
-                found[name] = StoredTensor(name, tensor["dtype"], shape, file, base + start, base + end)
+                found[name] = StoredTensor(name, tensor["dtype"], shape, file, base + first, base + last)
     except (ValueError, TypeError, KeyError, AttributeError):
         found = {}
+    if not found and start == LFS:
+        raise UserError(
+            f"{file} is a pointer of Git LFS, not the weights (a clone without git-lfs). Run `git lfs pull` there, "
+            "or download it again."
+        )
     if not found or max(tensor.end for tensor in found.values()) != size:
         raise UserError(f"{file} is cut off or damaged: it is no whole safetensors file. {AGAIN}")
     for tensor in found.values():

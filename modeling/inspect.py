@@ -259,13 +259,17 @@ def thoughts(chat: ChatTokenizer) -> Finding:
 def turn_end(chat: ChatTokenizer, messages: list[Message]) -> Finding:
     """Whether generation stops at what the template ends an assistant's turn with."""
     tokenizer, stops = chat.tokenizer, chat.stop_ids
-    if not stops:
+    named = {stop: tokenizer.convert_ids_to_tokens(stop) for stop in stops}
+    if all(name is None for name in named.values()):
+        of = f"no EOS token that its tokenizer has (eos_token_id is {', '.join(map(str, stops))})"
         return Finding(
             "error",
-            "it names no EOS token, so that no answer would ever end",
+            f"it names {of if stops else 'no EOS token'}, so that no answer would ever end",
             'Set eos_token in tokenizer_config.json, or "eos_token_id" in generation_config.json.',
         )
-    known = ", ".join(f"{tokenizer.convert_ids_to_tokens(stop)!r} ({stop})" for stop in dict.fromkeys(stops))
+    known = ", ".join(
+        f"{stop}, which no token has" if name is None else f"{name!r} ({stop})" for stop, name in named.items()
+    )
     text = chat.render(messages)
     before, _, behind = text.rpartition(ANSWER.content)
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if before else []

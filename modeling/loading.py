@@ -45,14 +45,14 @@ def read_config(model: Path) -> Any:
     """
     try:
         return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    except Exception as error:  # a config of others can make it fail in any way
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{model} needs Python code of its own to be loaded (auto_map in its config.json), which is never run. "
                 "Choose a model whose architecture transformers has itself."
             ) from error
         raise UserError(
-            f"transformers cannot read the configuration of {model}: {error}. Check its config.json."
+            f"transformers cannot read the configuration of {model}: {_in_one_line(error)}. Check its config.json."
         ) from error
 
 
@@ -78,11 +78,17 @@ def empty_model(auto: Any, config: Any) -> Any:
     try:
         with torch.device("meta"):
             return auto.from_config(copy.deepcopy(config))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # as above
         raise UserError(
-            f"transformers cannot make the model that config.json describes ({config.model_type}): {error}. Check it, "
-            "or choose a model of another architecture."
+            f"transformers cannot make the model that config.json describes ({config.model_type}): "
+            f"{_in_one_line(error)}. Check it, or choose a model of another architecture."
         ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    """What a library says of a config, without the paragraphs of advice that may follow."""
+    first = str(error).strip().partition("\n\n")[0]
+    return " ".join(first.split()).rstrip(".") or type(error).__name__
 
 
 def check_weights(model: Path, kind: Literal["causal", "classifier"]) -> None:
@@ -219,13 +225,13 @@ def _load(
 
 def _from_pretrained(kind: Any, model: Path, source: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:
     """transformers' loader with its report, in our words where it fails."""
+    if source is not None:
+        read_config(source)  # which says what is wrong with it
     try:
         loaded, report = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        if source is not None and not isinstance(error, RuntimeError):
-            read_config(source)  # which may have the better words
         raise UserError(f"transformers cannot load {model}: {error}. Check that its files are complete.") from error
     return loaded, report
 

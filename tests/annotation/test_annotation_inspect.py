@@ -1,6 +1,7 @@
 """What `modeling.inspect` says of tokenizers that are right, and of each fault that they can have."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,24 @@ def test_a_tokenizer_that_cannot_be_loaded(model: Path) -> None:
     (model / "tokenizer.json").rename(model / "tokenizer.model")
     assert "tokenizer.model alone" in bad(model).found
     assert "save_pretrained" in bad(model).found
+
+
+@pytest.mark.parametrize("value", ["</s>", -1, [1.5]])
+def test_a_stop_token_that_is_no_number(model: Path, value: Any) -> None:
+    edit(model / "generation_config.json", eos_token_id=value)
+    assert re.search("eos_token_id in .* is .*: give the ids of the tokens", bad(model).found)
+
+
+def test_a_stop_token_that_nothing_has(model: Path) -> None:
+    edit(model / "tokenizer_config.json", eos_token=None)
+    edit(model / "generation_config.json", eos_token_id=128009)
+    assert (bad(model).level, "eos_token_id is 128009), so that no answer would ever end" in bad(model).found) == (
+        "error",
+        True,
+    )
+
+
+def test_a_list_of_templates_without_any(model: Path) -> None:
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    edit(model / "tokenizer_config.json", chat_template=[{"name": "default"}])
+    assert "not of objects with `name` and `template`" in bad(model).found

@@ -21,7 +21,7 @@ from training.__main__ import COMMANDS
 from training.preflight import check
 
 PROJECTION = "model.layers.1.mlp.down_proj.weight"
-Change = Callable[[Path], None]
+Change = Callable[[Path], Any]
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
@@ -105,6 +105,16 @@ DAMAGES: dict[str, tuple[Change, str]] = {
         config(model_type="own", auto_map={"AutoConfig": "own.Own"}), "needs Python code of its own",
     ),
     "an unknown architecture": (config(model_type="never_heard_of"), "cannot read the configuration"),
+    "a size that is no number": (config(hidden_size="64"), "configuration of .*'hidden_size' expected int"),
+    "no heads": (config(num_attention_heads=0), "cannot (read|make) the "),
+    "a context that is no number": (
+        config(max_position_embeddings="512"), "max_position_embeddings in .* is '512', which is no whole number",
+    ),
+    "no class": (config(architectures=None), "does not say which class its weights are of: .* is None"),
+    "a pointer of Git LFS": (
+        lambda model: (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 0\n"),
+        "is a pointer of Git LFS, not the weights: .*git lfs pull",
+    ),
 }  # fmt: skip
 
 
