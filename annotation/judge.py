@@ -176,7 +176,7 @@ def _judge(
             with contextlib.suppress(Exception):
                 value.close()  # type: ignore[attr-defined]
             return Failed("returned an awaitable for", "; write a plain def, with asyncio.run(...) inside.")
-        return Failed(f"returned {value!r} for", "; return a number, or None where it cannot judge.")
+        return Failed(f"returned {value!a} for", "; return a number, or None where it cannot judge.")
     except OverflowError as error:
         return Failed("gave a number too large for a float for", f": {error}.")
     except BaseException as error:
@@ -193,7 +193,7 @@ def _token_rewards(values: Sequence[Any], tokens: int) -> Answer:
 
 def _text(error: BaseException) -> str:
     try:
-        return str(error)
+        return str(error).encode(errors="backslashreplace").decode()  # with halves of characters JSON cannot say it
     except BaseException:
         return "(its message cannot be shown)"
 

@@ -25,14 +25,15 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 _ROLES = {name: role for role, others in ROLES.items() for name in (role, *others)}
 _READ = {"role", "from", "content", "value", *THOUGHTS, "tool_calls", "function_call", "tool_call_id", "name"}
+_WRITTEN = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 
 
 def read_messages(value: Any, place: str, column: str, unread: set[str]) -> tuple[Message, ...]:
-    """The messages in one column: a text, which the user says, or a list of turns.
+    """The messages in one column: a text, which the user says, or a list of turns, also as JSON text.
 
     Args:
-        value: what stands there.
+        value: what stands there; the JSON text of a list counts as the list.
         place: where that is, for messages.
         column: the column's name.
         unread: gets the names of what the turns hold beside what is read ("messages.weight").
@@ -42,7 +43,10 @@ def read_messages(value: Any, place: str, column: str, unread: set[str]) -> tupl
     """
     where = f"{place}, column {column!r}"
     if isinstance(value, str):
-        return read_transcript(value) or (Message("user", value),)
+        turns = _written_turns(value, where)
+        if turns is None:
+            return read_transcript(value) or (Message("user", value),)
+        value = turns
     if not isinstance(value, list | tuple):
         raise UserError(f"{where}: expected a text or a list of {{role, content}} messages, found {_short(value)}.")
     messages = []
@@ -124,6 +128,24 @@ def _message(turn: Any, place: str, column: str, unread: set[str]) -> Message:
         tool_calls=read_calls(calls, place) if calls else UNSET,
         **further,
     )
+
+
+def _written_turns(text: str, place: str) -> list[Any] | None:
+    """The turns in a text that is the JSON of a conversation, as tables hold it; None: it is another text.
+
+    Raises:
+        UserError: it is Python's text of one, as pandas writes it into CSV.
+    """
+    if not (_WRITTEN.match(text) and text.rstrip().endswith("]")):
+        return None
+    try:
+        turns = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{place}: a conversation written as a text that is no JSON, found {_short(text)} ({error}). Write the "
+            "column with json.dumps, or the data as JSON Lines or Parquet."
+        ) from error
+    return turns if isinstance(turns, list) else None
 
 
 def _text(content: Any, place: str) -> str:

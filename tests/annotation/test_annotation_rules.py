@@ -74,6 +74,7 @@ ENDS = {
     "os._exit(3)": "ended its process on .*, sample 1: it left with exit code 3, as by os._exit",
     "sys.exit(4)": "failed on .*, sample 1: SystemExit: 4",
     "raise KeyboardInterrupt": "failed on .*, sample 1: KeyboardInterrupt: ",
+    "raise ValueError(chr(0xdc00))": r"failed on .*, sample 1: ValueError: \\udc00 \(",
     "ctypes.string_at(0)": "ended its process on .*, sample 1: it crashed by SIGSEGV",
     "os.kill(os.getpid(), signal.SIGKILL)": "ended its process on .*, sample 1: it was killed by SIGKILL: .*memory",
     "os.closerange(3, 512); time.sleep(60)": "ended its process on .*, sample 1: it closed the connection",

@@ -149,6 +149,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, str | None, str]] = {
     "boolean answer": ({"question": "a", "answer": True}, "user: a", "true", ""),
     "float answer": ({"question": "a", "answer": 5.0}, "user: a", "5.0", ""),
     "integer answer": ({"question": "a", "answer": 10**30}, "user: a", str(10**30), ""),
+    "turns as JSON text": ({"messages": json.dumps([user("a"), assistant("b")])}, "user: a", None, ""),
+    "a list that is no turns": ({"prompt": '[{"name": "x"}]'}, 'user: [{"name": "x"}]', None, ""),
     "one tag": ({"prompt": "a", "tags": "chat"}, "user: a", None, ""),
 }
 
@@ -256,6 +258,7 @@ def test_any_column_can_be_named() -> None:
         ({"messages": [user("a"), {**assistant(""), "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}, "arguments"),
         ({"messages": [user("a")], "tools": "no JSON"}, "'tools'.*JSON"),
         ({"messages": [{"role": "user", "content": None}]}, "turn 1.*no content"),
+        ({"messages": str([user("a")])}, "'messages'.*no JSON.*json.dumps"),
         ({"messages": [{"role": "system", "content": "s"}, user("a")], "system": "t"}, "system: null"),
         ({"prompt": "a", "system": {"x": 1}}, "'system'.*system: null"),
         ({"question": "a", "answer": float("nan")}, "answer is nan"),
