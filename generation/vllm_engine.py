@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from contracts.architectures import context_switch
@@ -30,8 +31,10 @@ class VllmEngine:
             warnings.simplefilter("ignore")  # vLLM's own use of deprecated functions
             from vllm import LLM, SamplingParams
 
-            # Ids in, ids out: how vLLM would read the tokenizer does not matter. Its server needs one.
-            self._llm: Any = LLM(**engine_arguments(config, settings), skip_tokenizer_init=True)
+            # Ids in, ids out: how vLLM would read the tokenizer does not matter. Its server needs one, and so do the
+            # processors of models that see or hear.
+            without = not has_other_inputs(config.policy)
+            self._llm: Any = LLM(**engine_arguments(config, settings), skip_tokenizer_init=without)
         self._beat_with_every_step()
         self._sampling_params: Any = SamplingParams
         self._stop_ids = list(settings.stop_ids)
@@ -87,6 +90,12 @@ def _answer(completion: Any, request: Request) -> Answer:
     reason: FinishReason = completion.finish_reason
     # vLLM runs n > 1 as n requests of their own, with the seeds seed, seed + 1, … (vllm/v1/engine/parallel_sampling.py)
     return Answer(ids, tuple(completion.logprobs.logprobs), reason, request.seed + completion.index)
+
+
+def has_other_inputs(model: Path) -> bool:
+    """Whether a model may take more than text: its config.json holds configurations of parts."""
+    settings = json.loads((model / "config.json").read_text())
+    return any(name.endswith("_config") and isinstance(value, dict) for name, value in settings.items())
 
 
 def set_environment(settings: EngineSettings) -> None:
