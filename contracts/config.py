@@ -233,7 +233,8 @@ def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any
             said += f"Ratchet has {'.'.join(path)!r} for it."
         else:
             said += "Ratchet has no such key."
-        note = entry.note.replace("FILE", value) if isinstance(value, str) else entry.note
+        names_file = isinstance(value, str) and value.endswith((".json", ".yaml", ".yml"))
+        note = entry.note.replace("FILE", value) if names_file else entry.note
         hints[f"{said} {note}".strip()] = None
     return list(hints)[:5]
 

@@ -49,7 +49,7 @@ class Ledger(msgspec.Struct):
         if self.rows_in and sum(self.dropped.values()) - self.dropped.get(besides or "", 0) > limit * self.rows_in:
             raise UserError(
                 f"{what}: {self} is more than max_dropped={limit:g} allows. "
-                "Mend the inputs or raise max_dropped if this loss is intended."
+                "Fix the inputs or raise max_dropped if this loss is intended."
             )
 
     def __str__(self) -> str:
