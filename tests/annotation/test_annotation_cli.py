@@ -45,16 +45,17 @@ def test_models_that_are_none(tmp_path, rollouts, models):
     assert "must be a causal language model" in refused(tmp_path, *logprobs, f"model={models['reward']}")
 
 
-def test_a_model_whose_weights_are_no_numbers(tmp_path, rollouts, models):
+def test_a_model_whose_weights_or_scores_are_no_numbers(tmp_path, rollouts, models):
     import torch
     from safetensors.torch import load_file, save_file
 
     damaged = shutil.copytree(models["reward"], tmp_path / "damaged")
     weights = load_file(damaged / "model.safetensors")
-    weights["score.weight"] = torch.full_like(weights["score.weight"], torch.nan)
-    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
-    message = refused(tmp_path, "score", f"rollouts={rollouts.path}", "kind=reward_model", f"model={damaged}")
-    assert "gave nan for prompt" in message
+    for value, words in ((torch.nan, "NaN or infinite: score.weight"), (3e38, "for prompt")):
+        weights["score.weight"] = torch.full_like(weights["score.weight"], value)
+        save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+        message = refused(tmp_path, "score", f"rollouts={rollouts.path}", "kind=reward_model", f"model={damaged}")
+        assert words in message
     assert any(rollout.prompt_id in message for rollout in rollouts.rows(Rollout))
 
 

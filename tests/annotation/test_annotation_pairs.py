@@ -81,7 +81,9 @@ def test_the_dataset_holds_the_same_rows_as_the_jsonl(tmp_path, rollouts):
     assert [{**row} for row in loaded] == [
         {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()} for row in expected
     ]
-    assert list(pandas.read_parquet(path).columns) == [name for name in Pair.__struct_fields__ if name != "tools"]
+    assert list(pandas.read_parquet(path).columns) == [
+        name for name in Pair.__struct_fields__ if name not in ("tags", "tools")
+    ]
 
 
 def test_tools_and_calls_reach_the_pairs_and_the_dataset(tmp_path):
