@@ -24,6 +24,11 @@ class DemonstrationRow(msgspec.Struct):
     tools: JsonObjects | UnsetType = UNSET
 
 
+def read_demonstrations(source: Path) -> "Demonstrations":
+    """The demonstrations of a file, a directory, a dataset or a published stage."""
+    return Demonstrations(source)
+
+
 class Demonstrations:
     """The demonstrations of one source, and which of its columns were not read."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from contracts.demonstrations import Demonstrations
+from contracts.demonstrations import read_demonstrations
 from contracts.importing import PromptReader
 from contracts.preflight import Conversation, Finding, StageRequest, findings_of
 from contracts.prompts import PromptsConfig
@@ -102,7 +102,7 @@ def _prompts(stage: StageRequest) -> Iterator[Conversation]:
 
 def _demonstrations(stage: StageRequest) -> Iterator[Conversation]:
     path = Path(stage.config["demonstrations"])
-    for number, row in enumerate(itertools.islice(Demonstrations(path), ROWS), 1):
+    for number, row in enumerate(itertools.islice(read_demonstrations(path), ROWS), 1):
         yield Conversation(f"{path}, row {number}", "demonstrations", row.messages, _known(row.tools))
 
 

@@ -1,11 +1,11 @@
 """Supervised fine-tuning: imitate the last answer of each demonstration."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from transformers import AutoModelForCausalLM
 
 from contracts.chat import ChatTokenizer
-from contracts.demonstrations import DemonstrationRow, Demonstrations
+from contracts.demonstrations import DemonstrationRow, read_demonstrations
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.stage import Context, Outcome
@@ -30,9 +30,9 @@ def run(config: SftConfig, context: Context) -> Outcome:
     chat = ChatTokenizer(config.model, config.chat_template_kwargs, config.date)
     chat.require_stop()
     ledger = Ledger("demonstrations")
-    demonstrations = Demonstrations(config.demonstrations)
+    demonstrations = read_demonstrations(config.demonstrations)
     rows = usable(
-        tokenized(iter(demonstrations), chat, ledger),
+        tokenized(demonstrations, chat, ledger),
         ledger,
         limit=limit,
         vocabulary=vocabulary_size(model_config),
@@ -58,7 +58,7 @@ def sft_loss(outputs: Outputs, part: Part) -> Figures:
     return {"loss": -part.weight * outputs["logprobs"].sum() / part.totals.tokens}
 
 
-def tokenized(conversations: Iterator[DemonstrationRow], chat: ChatTokenizer, ledger: Ledger) -> Iterator[Row]:
+def tokenized(conversations: Iterable[DemonstrationRow], chat: ChatTokenizer, ledger: Ledger) -> Iterator[Row]:
     """Demonstrations as token ids: the chat template applied once, the loss on the last answer only.
 
     A response ends with the token that ends generation. What the template writes behind it is cut off, and where the
