@@ -8,9 +8,9 @@ cd "$(dirname "$0")/.."
 
 declare -A environment=(
   [contracts]=driver [pipelines]=driver [environments]=driver [docs]=driver
-  [embedded]=training [modeling]=training [training]=training [benchmarks]=training [annotation]=annotation [generation]=generation
+  [embedded]=training [training]=training [benchmarks]=training [annotation]=annotation [generation]=generation
 )
-order=(contracts environments docs annotation modeling training embedded generation benchmarks pipelines)
+order=(contracts environments docs annotation training embedded generation benchmarks pipelines)
 
 paths=()
 while [ $# -gt 0 ] && [[ $1 == tests/* ]]; do
