@@ -23,7 +23,6 @@ from pipelines.locked import (
     code_path,
     home,
     interpreter,
-    require_home,
     resolve_variant,
     source_root,
     sync,
@@ -260,7 +259,6 @@ def env_main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     try:
         if options.command == "sync":
-            require_home()
             sync(options.names or list(NAMES), options.variant, _say)
         elif options.command == "python":
             print(interpreter(options.name, options.variant))

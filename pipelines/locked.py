@@ -186,6 +186,7 @@ def sync(names: list[str], variant: str = "auto", say: Callable[[str], None] = p
         if locked not in missing:
             say(f"{locked.name}: up to date ({locked.variant}, {locked.directory})")
     if missing:
+        require_home()
         pip = pip_settings()
         stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(len(missing)) as pool:

@@ -423,8 +423,10 @@ def test_tasks_at_full_speed_are_killed_and_stopped_at_any_instant(tmp_path: Pat
 
 def fork_task(target: Path, made: Path) -> int:
     """A process with the role of a task, at full speed; its process id."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)  # until it listens
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
         return pid
     code = 1
     try:
@@ -437,6 +439,7 @@ def fork_task(target: Path, made: Path) -> int:
 
         test_contracts_store_model.tell = note
         stopping.listen()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
         run_stage(SHARED, WordsConfig(word="new", output=target))
         code = 0
     except stopping.Stopped as stop:

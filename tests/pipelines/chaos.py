@@ -209,10 +209,9 @@ class Setup:
         run = ["run", str(self.config), "--iters", str(self.iterations), f"directory={home}", *settings]
         return [sys.executable, "-m", "pipelines", *run]
 
-    def environment(self, *more: Path) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """Variables of a run from the frozen code."""
-        code = os.pathsep.join(map(str, [self.code, *more]))
-        return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": code}
+        return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.code)}
 
     def stages(self) -> dict[str, Stage]:
         """The stages of the run."""
@@ -231,7 +230,7 @@ def freeze(folder: Path) -> Path:
     for name in (*PACKAGES, "configs"):
         shutil.copytree(source_root() / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(source_root() / "pyproject.toml", code)
-    shutil.copytree(Path(__file__).parent / "chaos_site", code / "chaos_site")
+    shutil.copy(Path(__file__).parent / "chaos_site" / "sitecustomize.py", code)  # stages get no other folder at start
     return code
 
 
@@ -319,7 +318,7 @@ class Round:
             driver = subprocess.Popen(
                 self.setup.command(self.home),
                 cwd=self.setup.code,
-                env={**self.setup.environment(self.setup.code / "chaos_site"), CHAOS: str(self.plan)},
+                env={**self.setup.environment(), CHAOS: str(self.plan)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""Faults on purpose: tests/pipelines/chaos.py puts this on the PYTHONPATH of a run's processes; nothing else does.
+"""Faults on purpose: tests/pipelines/chaos.py puts this beside the frozen code that a run is started from.
 
 Each fault is a file in the directory that RATCHET_CHAOS names: who is to meet it, at which point of the work, and what
 happens there. The first process that gets there takes the file by a rename, so that each fault happens once.
