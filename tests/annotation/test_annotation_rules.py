@@ -24,6 +24,7 @@ from annotation.samples import Sample
 from contracts.artifacts import Artifact
 from contracts.attempt import STALL
 from contracts.errors import UserError
+from contracts.preflight import Report
 from contracts.records import Message, Rollout, Score
 from contracts.stage import run_stage
 from pipelines.supervisor import progress_of
@@ -201,7 +202,7 @@ def test_what_a_function_prints_does_not_mix_with_the_answer_of_preflight(tmp_pa
     request = {"stages": [{"name": "reward", "command": "score", "config": config, "made": ["rollouts"]}]}
     command = [sys.executable, "-m", "annotation.preflight"]
     told = subprocess.run(command, cwd=ROOT, input=json.dumps(request), capture_output=True, text=True, check=True)
-    assert json.loads(told.stdout) == {"findings": [], "probes": {}}
+    assert json.loads(told.stdout) == msgspec.to_builtins(Report())
     assert {"one", "two"} <= {told.stderr[:3], told.stderr[3:6]}
 
 
