@@ -113,7 +113,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "no class": (config(architectures=None), "does not say which class its weights are of: .* is None"),
     "a pointer of Git LFS": (
         lambda model: (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 0\n"),
-        "is a pointer of Git LFS, not the weights: .*git lfs pull",
+        "is a pointer of Git LFS, not the weights .*git lfs pull",
     ),
 }  # fmt: skip
 
