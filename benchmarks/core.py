@@ -54,8 +54,7 @@ def _common(settings: dict[str, Any]) -> dict[str, Any]:
 class Core:
     """A model with its optimizer, ready for as many trainings as are wanted."""
 
-    def __init__(self, config: TrainingConfig, model: Any, wrap: Callable[[Any], Trained], longest: int) -> None:
-        """`longest`: tokens of the longest sequence that will be trained on."""
+    def __init__(self, config: TrainingConfig, model: Any, wrap: Callable[[Any], Trained]) -> None:
         self.config = config
         dtype = pick_dtype(config)
         self.engine: Engine = start(config, dtype)

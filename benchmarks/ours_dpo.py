@@ -1,6 +1,7 @@
 """Our DPO on given pairs, one optimizer step per unit of work."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import workload
@@ -16,28 +17,27 @@ def main(path: str) -> None:
     from modeling.modules import TokenLogprobs
     from modeling.rows import Response, Row, token_ids
     from training.catalogue import describe
-    from training.loop import Learning
-    from training.policy import losses
+    from training.policy import learning
 
     settings, shape, batches = workload.read(Path(path), workload.Pair)
     torch.set_num_threads(settings["threads"])
 
     def row(number: int, pair: workload.Pair) -> Row:
         answers = zip((pair.chosen, pair.rejected), pair.reference, strict=True)
-        responses = tuple(Response(token_ids(ids), {"score": 0.0, "reference": value}) for ids, value in answers)
+        responses = tuple(
+            Response(token_ids(ids), {"score": 0.0, "reference": value, "truncated": 0.0}) for ids, value in answers
+        )
         return Row(str(number), token_ids(pair.prompt), responses)
 
     made = [[row(number, pair) for number, pair in enumerate(batch)] for batch in batches]
     settings["rows"] = len(batches[0])
     config = policy_config(settings, "dpo", {"beta": settings["beta"]})
-    core = Core(
-        config, shape.causal(settings["seed"]), TokenLogprobs, max(row.longest for rows in made for row in rows)
-    )
-    loss, _ = losses(config, describe("dpo"))
+    core = Core(config, shape.causal(settings["seed"]), TokenLogprobs)
+    dpo = learning(config, describe("dpo"), [])
     watch(side)
     side.ready(packing=core.packing, attention=core.attention, micro_batch_tokens=config.micro_batch_tokens)
     for batch, rows in zip(batches, made, strict=True):
-        (line,) = core.train(Learning(rows, loss))
+        (line,) = core.train(replace(dpo, rows=rows))
         side.done(useful_tokens=sum(pair.useful_tokens for pair in batch), loss=line["loss"])
 
 

@@ -7,6 +7,7 @@ needs no pass for the policy's log-probabilities: it keeps the logits that it sa
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,21 +33,20 @@ def main(path: str) -> None:
     from training.critic import critic_loss
     from training.drift import measure_drift
     from training.loop import Learning
-    from training.policy import losses
+    from training.policy import learning
 
     settings, shape, batches = workload.read(Path(path), workload.Rollout)
     torch.set_num_threads(settings["threads"])
     settings["rows"] = len(batches[0])
     of_policy, of_critic = policy_config(settings, "ppo", {}), critic_config(settings)
-    longest = max(row.useful_tokens for batch in batches for row in batch)
     policy_model, critic_model = shape.causal(settings["seed"]), shape.classifier(settings["seed"] + 1)
-    policy_loss, _ = losses(of_policy, describe("ppo"))
+    of_ppo = learning(of_policy, describe("ppo"), [])
     value_loss = critic_loss(of_critic)
     with tempfile.TemporaryDirectory() as scratch:
         reference = LogprobModel(*_saved(policy_model, Path(scratch, "policy"), "logprobs", settings))
         values = ValueModel(*_saved(critic_model, Path(scratch, "critic"), "values", settings))
-    policy = Core(of_policy, policy_model, lambda model: TokenLogprobs(model, entropy=True), longest)
-    critic = Core(of_critic, critic_model, TokenValues, longest)
+    policy = Core(of_policy, policy_model, lambda model: TokenLogprobs(model, entropy=True))
+    critic = Core(of_critic, critic_model, TokenValues)
     logprobs_of, values_of = side.timed("reference", reference), side.timed("values", values)
     proximal_of = side.timed("proximal", measure_drift)
     train_policy = side.timed("policy", policy.train)
@@ -55,7 +55,7 @@ def main(path: str) -> None:
     budget = of_policy.micro_batch_tokens
     side.ready(packing=policy.packing, attention=policy.attention, micro_batch_tokens=budget)
     for batch in batches:
-        responses = [Response(token_ids(row.response)) for row in batch]
+        responses = [Response(token_ids(row.response), {"reward": 0.0, "truncated": 0.0}) for row in batch]
         rows = [
             Row(str(number), token_ids(row.prompt), (response,))
             for number, (row, response) in enumerate(zip(batch, responses, strict=True))
@@ -86,7 +86,7 @@ def main(path: str) -> None:
             parts = column.float().split(experience.lengths.tolist())
             for response, part in zip(responses, parts, strict=True):
                 response.tokens[name] = part.numpy()
-        first, *_ = train_policy(Learning(rows, policy_loss))
+        first, *_ = train_policy(replace(of_ppo, rows=rows))
         first_of_critic, *_ = train_critic(Learning(rows, value_loss))
         side.done(
             useful_tokens=sum(row.useful_tokens for row in batch),
