@@ -94,8 +94,3 @@ def weights_fingerprint(model: Path) -> str:
     """
     files = [*weight_files(model), *(model / name for name in MODEL_FILES if (model / name).is_file())]
     return digest({file.name: file_sha256(file) for file in files})
-
-
-def tokenizer_fingerprint(model: Path) -> str:
-    """Digest of the tokenizer files of a model directory."""
-    return digest({name: file_sha256(model / name) for name in TOKENIZER_FILES if (model / name).is_file()})
