@@ -11,10 +11,10 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import msgspec
-from pydantic import field_validator
+from pydantic import AfterValidator
 
 from contracts.config import Section, identity
 from contracts.errors import UserError
@@ -24,26 +24,6 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 OURS = frozenset({"messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception", *NAMED_TOKENS})
 """Variables of a template that are not the user's to set."""
 DATE = r"^\d{4}-\d{2}-\d{2}$"
-
-
-class ChatFields(Section):
-    """What a stage that renders conversations is told beside them."""
-
-    chat_template_kwargs: dict[str, Any] = identity({}, later=True)
-    """Variables for the model's chat template, for example {enable_thinking: false} or {date_string: 26 Jul 2024};
-    each must be one that the template reads. Tools come with the data."""
-    date: str | None = identity(None, later=True, pattern=DATE)
-    """The day (2025-07-31) that a chat template writes which asks for today's; required for such a template."""
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _check_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return checked_variables(value)
-
-    @field_validator("date")
-    @classmethod
-    def _check_date(cls, value: str | None) -> str | None:
-        return checked_date(value)
 
 
 def checked_variables(value: dict[str, Any]) -> dict[str, Any]:
@@ -61,6 +41,22 @@ def checked_date(value: str | None) -> str | None:
         except ValueError as error:
             raise ValueError(f"{error}. Give a day like 2025-07-31.") from error
     return value
+
+
+Variables = Annotated[dict[str, Any], AfterValidator(checked_variables)]
+"""A config's `chat_template_kwargs`."""
+Day = Annotated[str | None, AfterValidator(checked_date)]
+"""A config's `date`; its field has the pattern `DATE`."""
+
+
+class ChatFields(Section):
+    """What a stage that renders conversations is told beside them."""
+
+    chat_template_kwargs: Variables = identity({}, later=True)
+    """Variables for the model's chat template, for example {enable_thinking: false} or {date_string: 26 Jul 2024};
+    each must be one that the template reads. Tools come with the data."""
+    date: Day = identity(None, later=True, pattern=DATE)
+    """The day (2025-07-31) that a chat template writes which asks for today's; required for such a template."""
 
 
 class ChatTemplate:

@@ -13,7 +13,7 @@ from contracts.config import Section, StageConfig, apply_overrides, identity, re
 from contracts.errors import UserError
 from contracts.prompts import PromptsConfig
 from contracts.stopping import DEFAULT_GRACE
-from contracts.template import DATE, ChatFields, checked_date, checked_variables
+from contracts.template import DATE, ChatFields, Day, Variables
 from embedded.config import WorldConfig
 from generation.config import GenerationConfig
 from pipelines.environments import EnvironmentConfig
@@ -248,10 +248,10 @@ class RunConfig(Section):
     """Every seed of the run is derived from this one."""
     policy: str = identity()
     """The policy to start from: a directory, hf:ORG/NAME[@REVISION], or world:model."""
-    chat_template_kwargs: dict[str, Any] = identity({})
+    chat_template_kwargs: Variables = identity({})
     """Variables for the policy's chat template, for example {enable_thinking: false}, wherever it is rendered. Those
     of a scorer are its own: scorers.NAME.chat_template_kwargs."""
-    date: str | None = identity(None, pattern=DATE)
+    date: Day = identity(None, pattern=DATE)
     """The day (2025-07-31) that chat templates write which ask for today's; by default that on which the run's
     directory was made."""
     prompts: PromptsSection = identity()
@@ -298,16 +298,6 @@ class RunConfig(Section):
     """Where stages run (`kind`: local, slurm or inline), and how many at once (`parallel`)."""
     retention: RetentionSection = runtime(RetentionSection())
     """Whose weights stay on the disk (`keep`: all, best or "last N"), and whether rows are compressed (`compress`)."""
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _check_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return checked_variables(value)
-
-    @field_validator("date")
-    @classmethod
-    def _check_date(cls, value: str | None) -> str | None:
-        return checked_date(value)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
