@@ -53,7 +53,7 @@ def read_messages(value: Any, place: str, column: str, unread: set[str]) -> tupl
     for number, turn in enumerate(value, 1):
         plain = isinstance(turn, dict) and len(turn) == 2
         role, content = (turn.get("role"), turn.get("content")) if plain else (None, None)
-        if role in ROLES and isinstance(content, str):
+        if isinstance(role, str) and role in ROLES and isinstance(content, str):
             messages.append(Message(role, content))
         else:
             messages.append(_message(turn, f"{where}, turn {number}", column, unread))

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from contracts.artifacts import Artifact
@@ -229,6 +229,7 @@ turns = st.builds(
         json_values | st.lists(turns, max_size=4),
     )
 )
+@example(row={"prompt": [{"role": [], "content": None}]})
 def test_any_row_is_a_prompt_or_empty_or_refused_with_its_place(row: dict[str, Any]) -> None:
     config = PromptsConfig(source=Path("x"), output=Path("y"))
     try:
