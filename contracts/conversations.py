@@ -51,9 +51,9 @@ def read_messages(value: Any, place: str, column: str, unread: set[str]) -> tupl
         raise UserError(f"{where}: expected a text or a list of {{role, content}} messages, found {_short(value)}.")
     messages = []
     for number, turn in enumerate(value, 1):
-        plain = isinstance(turn, dict) and len(turn) == 2
+        plain = isinstance(turn, dict) and len(turn) == 2 and isinstance(turn.get("role"), str)
         role, content = (turn.get("role"), turn.get("content")) if plain else (None, None)
-        if isinstance(role, str) and role in ROLES and isinstance(content, str):
+        if role in ROLES and isinstance(content, str):
             messages.append(Message(role, content))
         else:
             messages.append(_message(turn, f"{where}, turn {number}", column, unread))
