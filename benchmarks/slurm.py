@@ -121,7 +121,7 @@ def make_models(scratch: Path) -> tuple[Path, Path]:
 
 def stage(command: list[str]) -> None:
     """Run `python ...` in the environment that the first word names."""
-    from pipelines.environments import EnvironmentConfig, launch_command
+    from pipelines.environments.launch import EnvironmentConfig, launch_command
 
     argv, variables = launch_command(EnvironmentConfig(), command[0], command[1:])
     quietly(argv, {**os.environ, **variables})
@@ -183,8 +183,8 @@ class Bench:
         from contracts.records import ROLLOUTS as SCHEMA
         from contracts.records import Completion, Prompt, Rollout, Sampling
         from contracts.stage import key_parts, stage_key
-        from pipelines.environments import probe_versions
-        from pipelines.rundir import RunDirectory
+        from pipelines.environments.launch import probe_versions
+        from pipelines.run.directory import RunDirectory
 
         config, graph = load(self.config)
         RunDirectory(config.run_directory).claim(config, self.config, 0)  # until this returns
@@ -305,7 +305,7 @@ def require_same(digests: dict[int, str], row: dict[str, Any]) -> None:
 
 def load(config: Path, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
     """A run's configuration, and its graph up to the stage that is measured."""
-    from pipelines.config import load_run_config
+    from pipelines.config.run import load_run_config
     from pipelines.iteration import build_graph
 
     loaded = load_run_config(config, list(overrides))
@@ -319,10 +319,10 @@ def drive(path: Path, overrides: list[str], *, detached: bool) -> dict[str, Any]
     """In a process of its own: what `pipeline run` does with the run."""
     from rich.console import Console
 
-    from pipelines.display import Display
-    from pipelines.driver import Driver
-    from pipelines.rundir import RunDirectory
-    from pipelines.slurm.chain import detach
+    from pipelines.execution.driver import Driver
+    from pipelines.execution.slurm.chain import detach
+    from pipelines.insight.display import Display
+    from pipelines.run.directory import RunDirectory
 
     begin = time.time()
     config, graph = load(path, overrides)
@@ -402,8 +402,8 @@ def daemon_seconds() -> float:
 
 def one_job_per_shard(folder: Path, count: int, tasks: int) -> dict[str, Any]:
     """The peer: submitit's map_array with jobs that do nothing, as many at once as the array has tasks."""
-    from pipelines.slurm.resources import Resources, submitit_parameters
-    from pipelines.slurm.scripts import make_executor
+    from pipelines.execution.slurm.resources import Resources, submitit_parameters
+    from pipelines.execution.slurm.scripts import make_executor
 
     asked = Resources("scoring", "slurm", tasks=tasks, minutes=30)
     parameters = submitit_parameters(asked, name="peer", comment="peer", grace_seconds=20)

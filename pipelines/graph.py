@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from contracts.config import Role, StageConfig, validate
-from pipelines.config import ExecutorSection
-from pipelines.placement import place_stage
+from pipelines.config.executor import ExecutorSection
+from pipelines.planning.placement import place_stage
 
 T = TypeVar("T")
 

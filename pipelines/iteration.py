@@ -12,10 +12,10 @@ from contracts.seeds import derive_seed
 from contracts.template import reads_clock
 from embedded.config import WORLD_FILES, WorldConfig
 from generation.config import GenerationConfig
-from pipelines.config import RunConfig
+from pipelines.config.run import RunConfig
 from pipelines.graph import Graph
+from pipelines.planning.sizes import start_of
 from pipelines.progress import tracked
-from pipelines.sizes import start_of
 from training.config import (
     CriticConfig,
     EmaConfig,

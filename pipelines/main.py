@@ -13,33 +13,33 @@ from contracts.errors import UserError, as_user_error
 from contracts.preflight import refuse
 from contracts.stage import require_space
 from contracts.surroundings import INTERRUPTED, PIPE_GONE, output_is_gone
-from pipelines.attempts import StageFailedError
-from pipelines.config import ExecutorSection, RetentionSection, RunConfig, load_run_config
-from pipelines.display import Display, Screen
+from pipelines.config.executor import ExecutorSection, SlurmSection
+from pipelines.config.run import RetentionSection, RunConfig, load_run_config
 from pipelines.doctor.command import add_doctor
-from pipelines.driver import Driver
-from pipelines.environments import env_main
-from pipelines.force import report_forced, resolve, set_aside
-from pipelines.fork import fork
-from pipelines.gc import collect
+from pipelines.environments.launch import env_main
+from pipelines.environments.locked import require_home
+from pipelines.execution.attempts import StageFailedError
+from pipelines.execution.driver import Driver
+from pipelines.execution.slurm.chain import detach, require_detachable, require_no_chain
+from pipelines.execution.slurm.checks import check_patterns, check_slurm, settle_variant
+from pipelines.execution.slurm.scripts import write_dry_run
 from pipelines.graph import Graph
-from pipelines.hub import fetch_models, with_cached_models
-from pipelines.inspection import preflight
+from pipelines.insight.display import Display, Screen
+from pipelines.insight.status import print_status, save_report
+from pipelines.insight.tables import print_comparison, print_table
+from pipelines.insight.watch import attach, cancel, print_logs
 from pipelines.iteration import build_graph, require_iterations
 from pipelines.lineage.trace import print_trace
 from pipelines.lineage.verify import print_verification
-from pipelines.locked import require_home
-from pipelines.memory import print_memory
-from pipelines.plan import Verdict, verdicts
-from pipelines.preflight import check_environments, check_inputs
-from pipelines.report import print_comparison, print_table
-from pipelines.rundir import RunDirectory, dated
-from pipelines.slurm.chain import detach, require_detachable, require_no_chain
-from pipelines.slurm.checks import check_patterns, check_slurm, settle_variant
-from pipelines.slurm.config import SlurmSection
-from pipelines.slurm.scripts import write_dry_run
-from pipelines.status import print_status, save_report
-from pipelines.watch import attach, cancel, print_logs
+from pipelines.planning.hub import fetch_models, with_cached_models
+from pipelines.planning.inspection import preflight
+from pipelines.planning.memory import print_memory
+from pipelines.planning.preflight import check_environments, check_inputs
+from pipelines.run.directory import RunDirectory, dated
+from pipelines.run.force import report_forced, resolve, set_aside
+from pipelines.run.fork import fork
+from pipelines.run.gc import collect
+from pipelines.run.verdicts import Verdict, verdicts
 
 LINES_AT_ONCE = 1000
 

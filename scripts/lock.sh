@@ -37,7 +37,7 @@ compile annotation-gpu.txt "$gpu" $locks/annotation-gpu.in --constraint $locks/t
 
 eval "$(.venv/bin/python -c '
 import os, shlex
-from pipelines.package_index import pip_settings, uv_variables
+from pipelines.environments.package_index import pip_settings, uv_variables
 for name, value in uv_variables(pip_settings(), os.environ, "cpu").items():
     print(f"export {name}={shlex.quote(value)}")')"
 compile generation-cpu.txt "CPU variant." $locks/generation-cpu.in --override "$temporary/cpu-overrides.txt"

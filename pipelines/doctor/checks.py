@@ -19,20 +19,20 @@ from contracts.artifacts import MANIFEST
 from contracts.errors import UserError, as_user_error
 from contracts.precision import computes_bfloat16
 from generation.config import GenerationConfig
-from pipelines.config import RunConfig
-from pipelines.display import plural
+from pipelines.config.run import RunConfig
 from pipelines.doctor.machine import Finding, Level, existing
-from pipelines.driver import default_parallel
-from pipelines.environments import EnvironmentConfig, launch_command, probe_versions, stage_environment
-from pipelines.estimates import Memory, published_bytes, scratch_bytes
+from pipelines.environments.launch import EnvironmentConfig, launch_command, probe_versions, stage_environment
+from pipelines.environments.locked import Locked, resolve_variant
+from pipelines.execution.driver import default_parallel
+from pipelines.execution.slurm.checks import check_patterns, check_slurm
 from pipelines.graph import Graph, Node
-from pipelines.inspection import preflight
-from pipelines.locked import Locked, resolve_variant
 from pipelines.machine import cores, gpu_count, gpus, host_memory
-from pipelines.memory import estimated, grouped, model_paths, short, size
-from pipelines.preflight import input_mistakes, model_mistakes
-from pipelines.sizes import size_of
-from pipelines.slurm.checks import check_patterns, check_slurm
+from pipelines.planning.estimates import Memory, published_bytes, scratch_bytes
+from pipelines.planning.inspection import preflight
+from pipelines.planning.memory import estimated, grouped, model_paths, short, size
+from pipelines.planning.preflight import input_mistakes, model_mistakes
+from pipelines.planning.sizes import size_of
+from pipelines.text import plural
 from training.config import CriticConfig, ExperienceConfig, PolicyConfig, RewardConfig, TrainingConfig
 
 NAMED_TOKEN = re.compile(r"(key|token|secret|password)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}(?![0-9a-f])", re.IGNORECASE)

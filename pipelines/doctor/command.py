@@ -18,8 +18,7 @@ from contracts import stopping
 from contracts.errors import UserError
 from contracts.preflight import heard
 from contracts.secrets import TOKEN
-from pipelines.config import load_run_config
-from pipelines.display import Screen, plural
+from pipelines.config.run import load_run_config
 from pipelines.doctor.checks import (
     Plan,
     check_cluster,
@@ -35,11 +34,13 @@ from pipelines.doctor.checks import (
     needs_loopback,
 )
 from pipelines.doctor.machine import Finding, check_file_system, check_limits, check_loopback
-from pipelines.hub import with_cached_models
+from pipelines.environments.locked import home
+from pipelines.execution.slurm.checks import settle_variant
+from pipelines.insight.display import Screen
 from pipelines.iteration import build_graph, require_iterations
-from pipelines.locked import home
-from pipelines.rundir import dated
-from pipelines.slurm.checks import settle_variant
+from pipelines.planning.hub import with_cached_models
+from pipelines.run.directory import dated
+from pipelines.text import plural
 
 
 def add_doctor(commands: Any) -> None:

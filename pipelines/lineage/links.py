@@ -14,7 +14,7 @@ from typing import Any, Literal
 from contracts.artifacts import MANIFEST, Artifact, Manifest, input_digest
 from contracts.errors import UserError
 from contracts.fingerprint import MODEL_FILES, digest
-from pipelines.decisions import SUPERSEDED
+from pipelines.run.decisions import SUPERSEDED
 
 RUN = "run.json"
 MADE_AGAIN = ".released"

@@ -15,8 +15,8 @@ from pipelines.lineage.ancestry import ancestry, around
 from pipelines.lineage.links import RUN, Index, Link, links_of, run_of
 from pipelines.lineage.origins import Unread, pair_origins, prompt_origins
 from pipelines.lineage.view import show
-from pipelines.report import relative
-from pipelines.rundir import RunDirectory
+from pipelines.run.directory import RunDirectory
+from pipelines.text import relative
 
 PREFIX = re.compile(r"[0-9a-f]{8,64}")
 FORMS = (

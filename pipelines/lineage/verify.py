@@ -21,7 +21,7 @@ from contracts.records import CHECKPOINT, EXPERIENCE, PAIRS, ROLLOUTS, SCORES
 from contracts.stage import stage_key
 from pipelines.lineage.crosscheck import disagreements, wrong_metrics
 from pipelines.lineage.links import RUN, Index, fingerprint_of, is_superseded, links_of, model_of, run_of
-from pipelines.rundir import RunDirectory
+from pipelines.run.directory import RunDirectory
 
 CHUNK = 1 << 20
 DERIVED = (SCORES, PAIRS, EXPERIENCE)

@@ -7,7 +7,7 @@ import pytest
 from contracts import other_names
 from contracts.config import _fields_at, validate
 from contracts.errors import UserError
-from pipelines.config import RunConfig
+from pipelines.config.run import RunConfig
 from training.catalogue import BUILT_IN, describe
 from training.config import PolicyConfig
 

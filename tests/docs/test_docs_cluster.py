@@ -7,11 +7,20 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.config import ExecutorSection, load_run_config, merge
+from pipelines.config.executor import (
+    ARRAYS,
+    KINDS,
+    ONLY_IN,
+    ExecutorSection,
+    SlurmSection,
+    StageKind,
+    kind_of,
+    minutes_of,
+)
+from pipelines.config.run import load_run_config, merge
+from pipelines.execution.slurm.resources import Resources, finishing, resources_of
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
-from pipelines.slurm.config import ARRAYS, KINDS, ONLY_IN, SlurmSection, StageKind, kind_of, minutes_of
-from pipelines.slurm.resources import Resources, finishing, resources_of
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/cluster.md").read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.locked import PACKAGES
+from pipelines.environments.locked import PACKAGES
 
 FORBIDDEN = ("torch", "vllm", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "trl", "numpy")
 

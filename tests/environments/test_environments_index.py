@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.package_index import INDEX_VARIABLES, parse_settings, uv_options, uv_variables
+from pipelines.environments.package_index import INDEX_VARIABLES, parse_settings, uv_options, uv_variables
 
 LISTING = """\
 :env:.find-links='/wheels one'

@@ -11,8 +11,8 @@ import pytest
 
 from contracts.config import validate
 from contracts.errors import UserError
-from pipelines.environments import EnvironmentConfig, launch_command, probe_versions
-from pipelines.locked import code_path
+from pipelines.environments.launch import EnvironmentConfig, launch_command, probe_versions
+from pipelines.environments.locked import code_path
 
 RECORDER = f"""#!{sys.executable}
 import json, os, sys

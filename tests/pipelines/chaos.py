@@ -32,11 +32,11 @@ from pipelines_smallest import write_smallest
 from contracts.artifacts import MANIFEST, Artifact
 from contracts.fingerprint import file_sha256
 from contracts.jsonl import read_jsonl
-from pipelines.config import load_run_config
-from pipelines.executors import job_folder
+from pipelines.config.run import load_run_config
+from pipelines.environments.locked import PACKAGES, source_root
+from pipelines.execution.executors import job_folder
+from pipelines.execution.supervisor import RUN, marked
 from pipelines.iteration import build_graph
-from pipelines.locked import PACKAGES, source_root
-from pipelines.supervisor import RUN, marked
 
 CHAOS = "RATCHET_CHAOS"
 """Environment variable of every process of a round: the directory of its faults."""

@@ -10,7 +10,7 @@ import pytest
 from pipelines_cluster import Cluster, ClusterRefused
 from pipelines_smallest import FinishedRun, finish_smallest, write_smallest
 
-from pipelines.locked import interpreter
+from pipelines.environments.locked import interpreter
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from contracts.artifacts import Publication
 from contracts.fingerprint import digest
 from contracts.ledger import Ledger
 from contracts.records import CHECKPOINT
-from pipelines.config import load_run_config
+from pipelines.config.run import load_run_config
 from pipelines.iteration import build_graph
 from pipelines.main import main
-from pipelines.rundir import RunDirectory, dated
+from pipelines.run.directory import RunDirectory, dated
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",

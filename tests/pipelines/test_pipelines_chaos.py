@@ -16,7 +16,7 @@ from chaos import FULL, KILL, TERM, TORN, Fault, Round, Setup, freeze
 from pipelines_smallest import COMMAND, FinishedRun
 
 from contracts.artifacts import Artifact
-from pipelines.locked import interpreter
+from pipelines.environments.locked import interpreter
 
 pytestmark = pytest.mark.timeout(900)
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from contracts.config import Section
-from pipelines.config import load_run_config
+from pipelines.config.run import load_run_config
 from pipelines.iteration import build_graph
 from pipelines.main import main
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from pipelines.config import load_run_config
+from pipelines.config.run import load_run_config
 from pipelines.doctor import machine
 from pipelines.doctor.checks import at_once
 from pipelines.doctor.machine import check_file_system, mount_of
+from pipelines.environments.locked import interpreter
 from pipelines.iteration import build_graph
-from pipelines.locked import interpreter
 from pipelines.main import main
 
 Found = list[dict[str, Any]]

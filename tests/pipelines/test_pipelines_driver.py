@@ -14,14 +14,14 @@ from contracts.artifacts import MANIFEST, Artifact
 from contracts.errors import UserError
 from contracts.prompts import PromptsConfig
 from contracts.versions import source_version
-from pipelines import attempts
-from pipelines.attempts import Retries, StageFailedError
-from pipelines.config import load_run_config
-from pipelines.display import Display
-from pipelines.driver import Driver
+from pipelines.config.run import load_run_config
+from pipelines.execution import attempts
+from pipelines.execution.attempts import Retries, StageFailedError
+from pipelines.execution.driver import Driver
 from pipelines.graph import Graph
-from pipelines.rundir import RunDirectory
-from pipelines.status import event_lines, print_status
+from pipelines.insight.display import Display
+from pipelines.insight.status import event_lines, print_status
+from pipelines.run.directory import RunDirectory
 
 INTERPRETER = """#!/usr/bin/env bash
 # An interpreter that misbehaves in its first {times} attempts at a stage.
@@ -190,7 +190,7 @@ def test_a_stage_starts_only_where_its_estimate_fits(
     tmp_path: Path, smallest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = Scene(tmp_path, smallest, "true", times=0)
-    monkeypatch.setattr("pipelines.attempts.disk_bytes", lambda node, graph: 1 << 60)
+    monkeypatch.setattr("pipelines.execution.attempts.disk_bytes", lambda node, graph: 1 << 60)
     with pytest.raises(UserError, match=r"stage prompts/all may need .*executor.check_space=false"):
         scene.drive()
     assert not scene.count.exists()

@@ -11,7 +11,7 @@ from pipelines_smallest import COMMAND, SECRET, FinishedRun, pipeline
 
 from contracts.artifacts import MANIFEST, Artifact
 from contracts.records import PAIRS, PROMPTS, ROLLOUTS, Pair, Prompt, Rollout
-from pipelines.config import load_run_config
+from pipelines.config.run import load_run_config
 from pipelines.iteration import build_graph
 
 pytestmark = pytest.mark.timeout(900)

@@ -13,12 +13,12 @@ from contracts.artifacts import MANIFEST
 from contracts.stage import MINIMUM_FREE
 from generation.engine import EngineSettings
 from generation.vllm_engine import cpu_kv_cache_bytes
-from pipelines import estimates
-from pipelines.config import load_run_config
-from pipelines.estimates import Memory, disk_bytes, memory, published_bytes
+from pipelines.config.run import load_run_config
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
-from pipelines.sizes import measure, read_size, size_of
+from pipelines.planning import estimates
+from pipelines.planning.estimates import Memory, disk_bytes, memory, published_bytes
+from pipelines.planning.sizes import measure, read_size, size_of
 from training.config import TrainingConfig
 
 GIB = 1 << 30

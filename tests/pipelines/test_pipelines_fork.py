@@ -15,14 +15,14 @@ from contracts.fingerprint import digest
 from contracts.ledger import Ledger
 from contracts.records import CHECKPOINT
 from contracts.template import ChatFields
-from pipelines.config import RunConfig, load_run_config
-from pipelines.decisions import Decision
-from pipelines.force import RECORD, report_forced, resolve, set_aside
-from pipelines.fork import CONFIG, fork
+from pipelines.config.run import RunConfig, load_run_config
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.iteration import build_graph
 from pipelines.main import main
-from pipelines.rundir import RunDirectory, dated
+from pipelines.run.decisions import Decision
+from pipelines.run.directory import RunDirectory, dated
+from pipelines.run.force import RECORD, report_forced, resolve, set_aside
+from pipelines.run.fork import CONFIG, fork
 
 
 def publish(node: Node, content: str = "") -> None:
@@ -184,7 +184,7 @@ def test_a_dry_run_of_a_fork_sees_what_it_would_take_back(
     """Also what comes after it: the inputs of the next stages are found where they are kept."""
     target, _ = fork(run, 1, ["training.settings.beta=0.3"], "dry")
     graph = build_graph(load_run_config(target / CONFIG, []), 1)
-    monkeypatch.setattr("pipelines.plan.probe_versions", lambda *_: {})
+    monkeypatch.setattr("pipelines.run.verdicts.probe_versions", lambda *_: {})
     seen: dict[str, Path] = {}
 
     def decide(node: Node, versions: object, directory: Path, where: Callable[[Path], Path]) -> Decision:
@@ -192,7 +192,7 @@ def test_a_dry_run_of_a_fork_sees_what_it_would_take_back(
         key = Artifact.open(run.path / node.name).manifest.key
         return Decision(True, "as before", key)
 
-    monkeypatch.setattr("pipelines.plan.decide", decide)
+    monkeypatch.setattr("pipelines.run.verdicts.decide", decide)
     assert main(["run", str(target / CONFIG), "--iters", "1", "--dry-run"]) == 0
     assert capsys.readouterr().out.count("reuse") == len(graph.nodes)
     place = seen["iteration-001/reward reads iteration-001/generation"]

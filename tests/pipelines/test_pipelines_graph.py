@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from contracts.errors import UserError
-from pipelines.config import load_run_config
-from pipelines.decisions import differences
+from pipelines.config.run import load_run_config
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
+from pipelines.run.decisions import differences
 
 
 def graph_of(config: Path, iterations: int, *overrides: str) -> Graph:

@@ -6,11 +6,11 @@ import pytest
 
 from annotation.config import ScoreConfig
 from contracts.errors import UserError
-from pipelines.config import load_run_config
-from pipelines.estimates import memory
+from pipelines.config.run import load_run_config
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
-from pipelines.sizes import size_of
+from pipelines.planning.estimates import memory
+from pipelines.planning.sizes import size_of
 from training.config import RewardConfig
 
 PAIRWISE = ("scorers.reward.kind=pairwise", "reward_model.training.kind=pairwise")

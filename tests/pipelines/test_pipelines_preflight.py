@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import load_run_config
-from pipelines.inspection import differing_probes, differing_vocabularies, request_of, requests_of
+from pipelines.config.run import load_run_config
 from pipelines.iteration import build_graph
 from pipelines.main import main
+from pipelines.planning.inspection import differing_probes, differing_vocabularies, request_of, requests_of
 
 SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "review the film:"}]}
 PLAIN = {"messages": [{"role": "user", "content": "review the book:"}]}

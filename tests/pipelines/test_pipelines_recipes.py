@@ -14,10 +14,10 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from pipelines.config import load_run_config
+from pipelines.config.run import load_run_config
 from pipelines.iteration import build_graph
-from pipelines.memory import device_of, estimated
-from pipelines.sizes import read_size
+from pipelines.planning.memory import device_of, estimated
+from pipelines.planning.sizes import read_size
 from training.config import TrainingConfig
 
 ROOT = Path(__file__).parents[2]

@@ -23,8 +23,8 @@ import yaml
 from pipelines_smallest import FinishedRun
 from rich.console import Console
 
-import pipelines.driver
-import pipelines.plan
+import pipelines.execution.driver
+import pipelines.run.verdicts
 from contracts.artifacts import MANIFEST, RELEASED, Artifact, Publication, input_damage, partial_directory
 from contracts.errors import UserError
 from contracts.fingerprint import digest
@@ -33,18 +33,18 @@ from contracts.models import ModelInfo
 from contracts.records import CHECKPOINT, EVALUATION, EXPERIENCE, PAIRS, PROMPTS, ROLLOUTS, SCORES, WORLD
 from contracts.stage import key_parts, stage_key
 from embedded.config import WORLD_FILES
-from pipelines.config import load_run_config
-from pipelines.display import Display
-from pipelines.driver import Driver
-from pipelines.fork import CONFIG, fork
-from pipelines.gc import collect, settled
+from pipelines.config.run import load_run_config
+from pipelines.execution.driver import Driver
+from pipelines.execution.supervisor import REQUEST, Request
 from pipelines.graph import Graph, Node, input_paths
+from pipelines.insight.display import Display
+from pipelines.insight.status import print_status
 from pipelines.iteration import build_graph
 from pipelines.main import main
-from pipelines.retention import compress, release, why_kept
-from pipelines.rundir import RunDirectory
-from pipelines.status import print_status
-from pipelines.supervisor import REQUEST, Request
+from pipelines.run.directory import RunDirectory
+from pipelines.run.fork import CONFIG, fork
+from pipelines.run.gc import collect, settled
+from pipelines.run.retention import compress, release, why_kept
 
 KINDS = {
     "world": WORLD,
@@ -142,9 +142,9 @@ def small_stages(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
     if "real" in request.node.name:
         yield
         return
-    monkeypatch.setattr(pipelines.driver, "probe_versions", lambda *_: {})
-    monkeypatch.setattr(pipelines.plan, "probe_versions", lambda *_: {})
-    monkeypatch.setattr(pipelines.driver, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(pipelines.execution.driver, "probe_versions", lambda *_: {})
+    monkeypatch.setattr(pipelines.run.verdicts, "probe_versions", lambda *_: {})
+    monkeypatch.setattr(pipelines.execution.driver, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     yield
@@ -488,7 +488,7 @@ def test_a_failure_of_retention_is_told_and_ends_no_run(smallest: Path, monkeypa
         raise PermissionError(13, "Permission denied", str(path))
 
     run = Run(smallest)
-    monkeypatch.setattr("pipelines.retention.write_atomically", lambda path, _: fail(path))
+    monkeypatch.setattr("pipelines.run.retention.write_atomically", lambda path, _: fail(path))
     run.drive(3, "retention.keep=last 1")
     assert run.lines.count("warning: retention failed, and the run goes on: PermissionError") == 1
     assert run.released() == []

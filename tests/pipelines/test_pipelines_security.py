@@ -14,8 +14,8 @@ from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.prompts import PromptsConfig
 from contracts.records import PROMPTS
-from pipelines.config import load_run_config
-from pipelines.environments import EnvironmentConfig
+from pipelines.config.run import load_run_config
+from pipelines.environments.launch import EnvironmentConfig
 
 ROOT = Path(contracts.__file__).parents[1]
 PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "training")

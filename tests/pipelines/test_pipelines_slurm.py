@@ -17,8 +17,8 @@ from pipelines_cluster import Cluster, wait_for
 from pipelines_smallest import COMMAND, FinishedRun, pipeline, write_smallest
 
 from contracts.artifacts import MANIFEST, Artifact
-from pipelines.rundir import RunDirectory
-from pipelines.slurm.jobs import last_jobs
+from pipelines.execution.slurm.jobs import last_jobs
+from pipelines.run.directory import RunDirectory
 
 FEW = {"generation": {"tasks": 2}, "scoring": {"tasks": 2}}
 """Two tasks for each array: every task loads a model, and here they share a machine."""

@@ -11,16 +11,16 @@ from rich.console import Console
 
 from contracts.config import Role
 from contracts.errors import UserError
-from pipelines.config import RunConfig, load_run_config
+from pipelines.config.executor import minutes_of
+from pipelines.config.run import RunConfig, load_run_config
+from pipelines.execution.slurm.checks import check_patterns, check_slurm, settle_variant
+from pipelines.execution.slurm.node import FAILED, TRY_AGAIN, start_again
+from pipelines.execution.slurm.resources import Resources, device_hours, finishing, resources_of, submitit_parameters
+from pipelines.execution.slurm.scripts import make_executor, script, write_dry_run
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.machine import gpu_count
 from pipelines.main import main
-from pipelines.slurm.checks import check_patterns, check_slurm, settle_variant
-from pipelines.slurm.config import minutes_of
-from pipelines.slurm.node import FAILED, TRY_AGAIN, start_again
-from pipelines.slurm.resources import Resources, device_hours, finishing, resources_of, submitit_parameters
-from pipelines.slurm.scripts import make_executor, script, write_dry_run
 
 TRAINING = "iteration-001/training"
 GENERATION = "iteration-001/generation"

@@ -13,12 +13,12 @@ import pytest
 from pipelines_smallest import COMMAND
 
 from contracts.surroundings import without_foreign
-from pipelines.config import load_run_config
-from pipelines.environments import EnvironmentConfig, launch_command, stage_environment
+from pipelines.config.run import load_run_config
+from pipelines.environments.launch import EnvironmentConfig, launch_command, stage_environment
+from pipelines.execution.supervisor import ending_of, progress_of, supervise_here
+from pipelines.insight.status import event_lines
 from pipelines.main import main
-from pipelines.rundir import RunDirectory
-from pipelines.status import event_lines
-from pipelines.supervisor import ending_of, progress_of, supervise_here
+from pipelines.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 IMPOSTORS = ("torch", "yaml", "msgspec", "pydantic", "queue", "random", "rich")

@@ -13,8 +13,8 @@ from conftest import IDS, ROOT, SPECIAL, make_model, make_pairs, make_reference,
 
 from contracts.config import validate
 from contracts.records import PAIRS, SCORES
-from pipelines.estimates import PROCESS, LongestRow, training_memory
-from pipelines.sizes import read_size
+from pipelines.planning.estimates import PROCESS, LongestRow, training_memory
+from pipelines.planning.sizes import read_size
 from training.config import PolicyConfig
 
 WIDE: dict[str, Any] = {

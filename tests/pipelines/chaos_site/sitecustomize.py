@@ -243,7 +243,7 @@ def state(faults: Faults, module: ModuleType) -> None:
 
 
 def rundir(faults: Faults, module: ModuleType) -> None:
-    """pipelines.rundir"""
+    """pipelines.run.directory"""
     record = module.RunDirectory.record
 
     @functools.wraps(record)
@@ -264,7 +264,7 @@ def rundir(faults: Faults, module: ModuleType) -> None:
 
 
 def executors(faults: Faults, module: ModuleType) -> None:
-    """pipelines.executors"""
+    """pipelines.execution.executors"""
     submit = module.LocalExecutor.submit
 
     @functools.wraps(submit)
@@ -281,8 +281,8 @@ PATCHES = {
     "contracts.jsonl": jsonl,
     "contracts.stage": stage,
     "training.state": state,
-    "pipelines.rundir": rundir,
-    "pipelines.executors": executors,
+    "pipelines.run.directory": rundir,
+    "pipelines.execution.executors": executors,
 }
 
 

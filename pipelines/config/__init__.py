@@ -1,0 +1,1 @@
+"""Configurations, as the user writes them."""

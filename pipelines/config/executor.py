@@ -1,0 +1,266 @@
+"""Where the stages of a run are executed, and what they ask of a cluster."""
+
+import fnmatch
+import math
+import re
+from typing import Any, Literal, Self, TypeAlias
+
+from pydantic import field_validator, model_validator
+
+from annotation.config import ScoreConfig
+from contracts.config import Section, StageConfig, runtime
+from contracts.stopping import DEFAULT_GRACE
+from generation.config import GenerationConfig
+from training.config import TrainingConfig
+
+StageKind: TypeAlias = Literal["generation", "scoring", "training", "light"]
+ExecutorKind: TypeAlias = Literal["local", "slurm", "inline"]
+
+ARRAYS: tuple[StageKind, ...] = ("generation", "scoring")
+"""Kinds of stages that run as a job array, whose tasks share the shards."""
+HEAVY: tuple[StageKind, ...] = (*ARRAYS, "training")
+"""Kinds that load a model and take most of the time."""
+KINDS: tuple[StageKind, ...] = (*HEAVY, "light")
+ONLY_IN: dict[str, tuple[StageKind, ...]] = {"nodes": ("training",), "tasks": ARRAYS}
+"""Keys that only some kinds have."""
+
+OWN_DIRECTIVES = {
+    "partition": "partition", "account": "account", "qos": "qos", "time": "time", "nodes": "nodes",
+    "gpus": "gpus", "gpus-per-node": "gpus", "gpus-per-task": "gpus", "gpus-per-socket": "gpus",
+    "cpus-per-task": "cpus", "cpus-per-gpu": "cpus", "mem": "memory", "mem-per-cpu": "memory", "mem-per-gpu": "memory",
+    "array": "tasks", "ntasks": "tasks", "ntasks-per-node": "tasks", "requeue": "requeue", "no-requeue": "requeue",
+}  # fmt: skip
+"""Options of sbatch that have a key of their own."""
+OUR_DIRECTIVES = frozenset(
+    "begin chdir cluster clusters comment dependency error export export-file hold input job-name "
+    "kill-on-invalid-dep ntasks-per-core ntasks-per-gpu ntasks-per-socket open-mode output parsable quiet signal "
+    "test-only wait wrap".split()
+)
+"""Options of sbatch that Ratchet sets itself, or that would keep it from following its jobs."""
+
+
+class SlurmSection(Section):
+    """What jobs ask of Slurm; a key that is not set has the default of the stage's kind.
+
+    The kinds: generation; scoring (with a model); training (policy, sft, reward model, critic); light (all others). A
+    generation or a scoring is a job array, a training is one job over one or several nodes.
+    """
+
+    partition: str | None = runtime(None, min_length=1)
+    """Partition, or several with commas; the cluster's default partition if not set."""
+    account: str | None = runtime(None, min_length=1)
+    """Account that pays; the user's default account if not set."""
+    qos: str | None = runtime(None, min_length=1)
+    """Quality of service; the cluster's default if not set."""
+    time: str | None = runtime(None)
+    """Time limit of a job, as Slurm reads it: "2:00:00", "1-12:00:00", or "90" for minutes. By default 4 hours for
+    generation and scoring, 24 for training, 30 minutes for light stages. A stage that reaches its limit saves what it
+    has and goes on in another job."""
+    nodes: int | None = runtime(None, ge=1)
+    """Nodes of a training; 1 by default. No other stage runs on several."""
+    gpus: int | None = runtime(None, ge=0)
+    """GPUs: for a training of every node, for generation and scoring of every task of the array. For all stages: those
+    of a training's node (by default as many as `hardware` says, else none), and where there are any, a task has what
+    one replica of its model takes: tensor_parallel, or 1. Light stages have none unless their own entry says so."""
+    gpu_type: str | None = runtime(None, pattern="^[A-Za-z0-9_.-]+$")
+    """Which GPUs, on clusters that call them by type, for example h100; any if not set."""
+    cpus: int | None = runtime(None, ge=1)
+    """CPU cores of a task or, in a training, of every node. By default 8 per GPU; without GPUs 1 for each of the
+    stage's processes there. Without GPUs their number changes the last bits of results, as threads sum in other
+    orders."""
+    memory: str | None = runtime(None)
+    """Memory of a task or node: "64G", "512M", "0" for all of the node's. By default 4G for light stages, or what is
+    estimated for those that load a model, and what the cluster gives for all others."""
+    tasks: int | None = runtime(None, ge=1)
+    """Tasks of the job array of a generation or a scoring, which share its shards; 4 by default."""
+    setup: list[str] = runtime([])
+    """Lines of bash at the beginning of every job, before Python starts, for example [module load cuda]."""
+    directives: dict[str, str | int | float | bool | None] = runtime({})
+    """Further options of sbatch by their long names: {constraint: ib, exclusive: true, mail-type: END}; true is an
+    option without a value, false takes out one of a less special entry."""
+    requeue: bool = runtime(True)
+    """Let Slurm start a job again after a preemption or a node's failure. Without it Ratchet submits a new one."""
+
+    @property
+    def minutes(self) -> int | None:
+        """The time limit in minutes, rounded up as Slurm does."""
+        return None if self.time is None else minutes_of(self.time)
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _check_time(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if isinstance(value, str) and not minutes_of(value):
+            raise ValueError('it must be a time limit of Slurm: "HH:MM:SS", "D-HH:MM:SS" or minutes, more than 0')
+        return value
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _check_memory(cls, value: Any) -> Any:
+        if value is not None and not re.fullmatch("0|[1-9][0-9]*[KMGTkmgt]", str(value)):
+            raise ValueError('it must be a number with its unit, for example "64G" or "512M", or "0" for all')
+        return None if value is None else str(value)
+
+    @field_validator("directives", mode="before")
+    @classmethod
+    def _check_directives(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        directives = {str(name).removeprefix("--").replace("_", "-"): option for name, option in value.items()}
+        for name, option in directives.items():
+            if not re.fullmatch("[a-z][a-z0-9-]+", name):
+                raise ValueError(f"{name!r} is no long name of an option of sbatch, like constraint")
+            if name in OWN_DIRECTIVES:
+                raise ValueError(f"{name} has a key of its own beside `directives`: set `{OWN_DIRECTIVES[name]}`")
+            if name in ("gres", "tres-per-task") and re.search(r"\bgpu\b", str(option)):
+                raise ValueError(f"{name}={option} asks for GPUs, which have keys of their own: `gpus` and `gpu_type`")
+            if name in OUR_DIRECTIVES:
+                raise ValueError(f"{name} is set by Ratchet itself; take it out")
+        return directives
+
+
+class StageSection(SlurmSection):
+    """The same for some stages, and where they run."""
+
+    kind: ExecutorKind | None = runtime(None)
+    """local, slurm or inline, where these stages run elsewhere than the others."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_word(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    def over(self, base: dict[str, Any]) -> dict[str, Any]:
+        """Settings with those of this entry in their places, `directives` one by one."""
+        settings = self.model_dump(exclude_unset=True)
+        if "directives" in settings and "directives" in base:
+            settings["directives"] = {**base["directives"], **settings["directives"]}
+        return {**base, **settings}
+
+    @classmethod
+    def merged(cls, settings: dict[str, Any]) -> Self:
+        """An entry of merged settings, without the directives that were taken out."""
+        directives = settings.get("directives", {})
+        kept = {name: value for name, value in directives.items() if value is not None and value is not False}
+        return cls(**{**settings, "directives": kept})
+
+
+LIGHT_TOO = frozenset("partition account qos setup directives requeue".split())
+"""Keys for all stages that hold for light ones as well: who pays and where, but not how much."""
+
+
+def kind_of(config: StageConfig) -> StageKind:
+    """What a stage is to the executor."""
+    if isinstance(config, GenerationConfig):
+        return "generation"
+    if isinstance(config, ScoreConfig) and config.kind != "rule":
+        return "scoring"
+    return "training" if isinstance(config, TrainingConfig) else "light"
+
+
+def replica_gpus(config: StageConfig) -> int:
+    """GPUs that one task of an array takes, where there are any."""
+    if isinstance(config, GenerationConfig):
+        return config.tensor_parallel * max(1, config.servers)
+    return 1
+
+
+def minutes_of(text: str) -> int | None:
+    """A time limit in minutes, rounded up; None if Slurm would read it otherwise or not at all."""
+    days, dash, clock = text.strip().rpartition("-")
+    words = clock.split(":")
+    if len(words) > 3 or not all(word.isascii() and word.isdecimal() for word in [*words, *([days] if dash else [])]):
+        return None
+    numbers = [int(word) for word in words]
+    if dash:  # days-hours[:minutes[:seconds]]
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+        hours += 24 * int(days)
+    else:  # minutes, minutes:seconds or hours:minutes:seconds
+        hours, minutes, seconds = ([0, *numbers, 0] if len(numbers) < 3 else numbers)[:3]
+    return 60 * hours + minutes + math.ceil(seconds / 60)
+
+
+class ExecutorSection(Section):
+    """Where stages run. A word is short for its `kind`: `executor: slurm`."""
+
+    kind: ExecutorKind = runtime("local")
+    """local: each stage is a submitit job on this machine; slurm: it is a job of a Slurm cluster, or an array of jobs;
+    inline: run by the driver itself, for debugging."""
+    slurm: SlurmSection = runtime(SlurmSection())
+    """What all stages ask of Slurm: {partition: gpu, account: rlhf, gpus: 8}. Light stages take from here only
+    `partition`, `account`, `qos`, `setup`, `directives` and `requeue`."""
+    stages: dict[str, StageSection] = runtime({})
+    """The same for some stages, and `kind` where they run elsewhere: {training: {nodes: 2, gpus: 8}, light: local,
+    "iteration-*/heldout/*": {partition: cpu}}. A key is generation, scoring, training or light, or the name of a stage
+    or a pattern with *. Of several entries for a stage the later one holds, key by key."""
+    parallel: int | None = runtime(None, ge=1)
+    """Stages without mutual dependency that may run at once; by default 1 with GPUs, else one per two cores, at
+    least 2; on Slurm all that are ready."""
+    retries: int = runtime(3, ge=0)
+    """How often a stage is tried again after an accident (a killed process, a lost connection, a stall). A preempted
+    stage is started again without limit, a mistake of the user's or a defect ends the run at once."""
+    backoff_seconds: float = runtime(10.0, ge=0)
+    """Pause before the first new try; it doubles with each further one, up to ten minutes, and varies by half."""
+    stall_seconds: float = runtime(3600.0, gt=0)
+    """A stage that says nothing for so long is ended, and tried again."""
+    grace_seconds: float = runtime(DEFAULT_GRACE, ge=0)
+    """How long a stage that has to stop may go on with the shard or step in hand."""
+    check_space: bool = runtime(True)
+    """Start a stage only where the disk has room for what it is estimated to write."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_word(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, entry in self.stages.items():
+            for key, kinds in ONLY_IN.items():
+                if name in KINDS and name not in kinds and getattr(entry, key) is not None:
+                    raise ValueError(
+                        f"stages.{name}.{key} is {getattr(entry, key)}, but only {' and '.join(kinds)} stages can have "
+                        f"`{key}`. Take it out."
+                    )
+        return self
+
+    @property
+    def uses_slurm(self) -> bool:
+        """Whether any stage may run on Slurm."""
+        return self.kind == "slurm" or any(entry.kind == "slurm" for entry in self.stages.values())
+
+    @property
+    def asks_gpus(self) -> bool:
+        """Whether any stage asks Slurm for GPUs."""
+        return self.uses_slurm and any(section.gpus for section in (self.slurm, *self.stages.values()))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether all heavy stages run on Slurm."""
+        kinds = {entry.kind for name, entry in self.stages.items() if name != "light" and entry.kind}
+        return self.kind == "slurm" and kinds <= {"slurm"}
+
+    def entry(self, stage: str, config: StageConfig) -> StageSection:
+        """All that is set for a stage, with where it runs (`kind`), and without what its kind cannot have."""
+        kind = kind_of(config)
+        if kind == "light":
+            return self._merged(kind, stage, self._common_of_light())
+        common = self.slurm.model_dump(exclude_unset=True)
+        if kind in ARRAYS and common.get("gpus"):
+            common["gpus"] = replica_gpus(config)
+        return self._merged(kind, stage, common)
+
+    def finishing_entry(self) -> StageSection:
+        """The same for the small jobs that Ratchet adds to a stage: as for light stages; patterns do not name them."""
+        return self._merged("light", None, self._common_of_light())
+
+    def _common_of_light(self) -> dict[str, Any]:
+        return self.slurm.model_dump(exclude_unset=True, include=set(LIGHT_TOO))
+
+    def _merged(self, kind: StageKind, stage: str | None, settings: dict[str, Any]) -> StageSection:
+        for pattern, entry in self.stages.items():
+            if pattern == kind or (stage is not None and fnmatch.fnmatchcase(stage, pattern)):
+                settings = entry.over(settings)
+        settings = {name: value for name, value in settings.items() if kind in ONLY_IN.get(name, KINDS)}
+        return StageSection.merged({**settings, "kind": settings.get("kind") or self.kind})

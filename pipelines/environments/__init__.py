@@ -1,0 +1,1 @@
+"""What stages run in: locked environments, or the user's own."""

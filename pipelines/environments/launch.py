@@ -1,0 +1,285 @@
+"""What a stage runs in: its locked environment, or an interpreter, conda environment or container of the user's."""
+
+import argparse
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from contracts.config import Section, runtime
+from contracts.errors import TransientError, UserError
+from contracts.surroundings import USER_PATH, is_launchers, python_variables, without_foreign
+from pipelines.environments.locked import (
+    NAMES,
+    InstallError,
+    Locked,
+    code_path,
+    home,
+    interpreter,
+    resolve_variant,
+    source_root,
+    sync,
+)
+
+CONTAINER_RUNTIMES = ("apptainer", "singularity", "docker", "podman")
+PASSED_ON = (
+    "RATCHET_ATTEMPT",
+    "RATCHET_RUN",
+    "RATCHET_ROLE",
+    "RATCHET_GRACE_SECONDS",
+    USER_PATH,
+    "RANK",
+    "WORLD_SIZE",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HOME",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+)
+"""Variables that docker and podman hand on where they are set."""
+
+
+KEEP_FREED = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+"""Has glibc keep the memory of large temporaries, which it would give back and have zeroed again for every batch. For
+scoring, whose temporaries are alike; training's are not, and would leave holes that make its peak higher."""
+
+
+class EnvironmentConfig(Section):
+    """What a kind of stage runs in; empty: its locked environment."""
+
+    python: str | None = runtime(None, min_length=1)
+    """Path of an interpreter of your own, or its name on PATH, which the prologue may set; in a container or conda
+    environment the name of its interpreter."""
+    conda: str | None = runtime(None, min_length=1)
+    """Name or prefix (a path) of a conda environment."""
+    container: str | None = runtime(None, min_length=1)
+    """Container image: a .sif file or docker://IMAGE for apptainer, an image name for docker or podman."""
+    container_runtime: Literal["apptainer", "singularity", "docker", "podman"] | None = runtime(None)
+    """Program that runs the container; by default the first of these that is on PATH."""
+    container_args: list[str] = runtime([])
+    """Further options for the container's program, for example [--bind, /data] or [-v, "/data:/data"]."""
+    prologue: str = runtime("")
+    """Lines of bash to run before the stage, for example `module load cuda`."""
+    variables: dict[str, str] = runtime({})
+    """Environment variables to set for the stage. PYTHONPATH: folders with modules of yours, after the libraries."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, value in self.variables.items():
+            if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} is no name of a variable: only letters, digits and _, and no digit first.")
+            if "\0" in value:
+                raise ValueError(f"the value of {name} holds a zero byte, which no variable can.")
+            if is_launchers(name):
+                raise ValueError(f"{name} tells a process its place among others, which Ratchet does. Remove it.")
+        if self.conda and self.container:
+            raise ValueError("conda and container exclude each other: name one of them.")
+        if not self.container and (self.container_runtime or self.container_args):
+            raise ValueError("container_runtime and container_args need container=IMAGE.")
+        return self
+
+
+def launch_command(environment: EnvironmentConfig, name: str, argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """How to run `python ARGV` in an environment.
+
+    Args:
+        name: generation, annotation or training: the locked environment where `environment` names no other.
+        argv: arguments after `python`.
+
+    Returns:
+        The command, and the variables to set for it on top of those of this process.
+
+    Raises:
+        UserError: the environment, or a program that it needs, does not exist.
+    """
+    variables = _variables(environment, name)
+    if environment.container:
+        command = _container(environment, variables)
+    elif environment.conda:
+        command = _conda(environment.conda)
+    elif environment.python:
+        command = [_own_python(environment, name)]
+    else:
+        python = interpreter(name)
+        # Programs of the environment that its libraries call, such as ninja.
+        variables.setdefault("PATH", f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
+        variables.setdefault("VIRTUAL_ENV", str(python.parent.parent))  # not the one that the driver was started in
+        command = [str(python)]
+    if environment.container or environment.conda:
+        command.append(environment.python or "python")
+    command += argv
+    if environment.prologue:
+        command = ["bash", "-c", f'set -e\n{environment.prologue}\nexec "$@"', "bash", *command]
+    return command, variables
+
+
+def _variables(environment: EnvironmentConfig, name: str) -> dict[str, str]:
+    """The variables of a stage: defaults that the user's own settings override, the code, the config's."""
+    defaults = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if resolve_variant() == "cpu":
+        defaults["DS_ACCELERATOR"] = "cpu"
+        if name == "annotation" and not any(variable.startswith(("MALLOC_", "GLIBC_")) for variable in os.environ):
+            defaults |= KEEP_FREED
+    variables = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    theirs = dict(environment.variables)
+    users = [os.getcwd()]  # the driver's own settings are in the first of these, once it has settled
+    for paths in (os.environ.get(USER_PATH, ""), os.environ.get("PYTHONPATH", ""), theirs.pop("PYTHONPATH", "")):
+        users += [os.path.abspath(path) for path in paths.split(os.pathsep) if path]
+    code = str(code_path())
+    users = [path for path in dict.fromkeys(users) if path not in (code, str(source_root()))]
+    return variables | python_variables(code, users) | theirs
+
+
+def stage_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """What a process in one of the environments is given: what of this one's fits, and these variables."""
+    return {**without_foreign(os.environ), **variables}
+
+
+def _own_python(environment: EnvironmentConfig, name: str) -> str:
+    python = os.path.expanduser(environment.python or "")
+    if os.sep in python:  # a link stays one: it is what makes a virtual environment
+        python = os.path.abspath(python)
+    if not environment.prologue and shutil.which(python) is None:
+        raise UserError(
+            f"environments.{name}.python is {python!r}, which is not an executable file. Give the path of a Python "
+            "interpreter, or remove the key to use the locked environment."
+        )
+    return python
+
+
+def _conda(conda: str) -> list[str]:
+    program = os.environ.get("CONDA_EXE") or shutil.which("conda")
+    if program is None:
+        raise UserError(f"conda environment {conda!r}: no program conda on PATH, and CONDA_EXE is not set.")
+    return [program, "run", "--no-capture-output", "-p" if "/" in conda else "-n", conda]
+
+
+def _container(environment: EnvironmentConfig, variables: dict[str, str]) -> list[str]:
+    image = environment.container or ""
+    candidates = [environment.container_runtime] if environment.container_runtime else list(CONTAINER_RUNTIMES)
+    program = next((name for name in candidates if shutil.which(name)), None)
+    if program is None:
+        raise UserError(f"container {image!r}: found none of {', '.join(candidates)} on PATH. Install one.")
+    here, code, gpu = os.getcwd(), str(code_path()), resolve_variant() == "gpu"
+    if program in ("apptainer", "singularity"):  # they hand on all variables
+        command = [program, "exec", *(["--nv"] if gpu else []), "--bind", here, "--bind", code, "--pwd", here]
+        return [*command, *environment.container_args, image]
+    command = [program, "run", "--rm", "--init", "--ipc=host", "--network=host", *_gpu_options(program, gpu)]
+    # As this user, so that what is published belongs to them (podman maps the user by itself).
+    command += ["--user", f"{os.getuid()}:{os.getgid()}"] if program == "docker" else ["--userns=keep-id"]
+    command += ["-v", f"{here}:{here}", "-v", f"{code}:{code}", "-w", here]
+    for name in [*variables, *PASSED_ON]:  # by name: the values come from the program's own environment
+        command += ["-e", name]
+    return [*command, *environment.container_args, image]
+
+
+def _gpu_options(program: str, gpu: bool) -> list[str]:
+    if not gpu:
+        return []
+    return ["--gpus", "all"] if program == "docker" else ["--device", "nvidia.com/gpu=all"]
+
+
+def probe_versions(environment: EnvironmentConfig, name: str) -> dict[str, str]:
+    """Versions of the libraries in an environment, as they enter the stage keys; asked once per process.
+
+    Raises:
+        UserError: the environment cannot run Ratchet's code.
+    """
+    return dict(_probe(environment.model_dump_json(), name))
+
+
+@functools.cache
+def _probe(environment_json: str, name: str) -> dict[str, str]:
+    environment = EnvironmentConfig.model_validate_json(environment_json)
+    program = (
+        f"import json, {name}.config, contracts.stage, contracts.versions; "
+        "print(json.dumps(contracts.versions.installed_versions()))"
+    )
+    command, variables = launch_command(environment, name, ["-c", program])
+    result = subprocess.run(
+        command,
+        env=stage_environment(variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    if result.returncode < 0:
+        raise TransientError(f"looking at environments.{name} was ended by signal {-result.returncode}")
+    if result.returncode != 0:
+        lines = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-5:]
+        raise UserError(
+            f"environments.{name} cannot run Ratchet (exit code {result.returncode}):\n    "
+            + "\n    ".join(lines)
+            + "\n  It needs Python >= 3.11, msgspec, packaging, pydantic and pyyaml beside the stage's own libraries; "
+            f"see configs/environments/{name}-{resolve_variant()}.in."
+        )
+    found: dict[str, str] = json.loads(result.stdout.strip().splitlines()[-1])
+    return found
+
+
+def env_main(argv: list[str]) -> int:
+    """`pipeline env sync|list|python`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="pipeline env", description="The stages' locked environments.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    texts = {
+        "sync": "build the environments that are missing",
+        "list": "show the environments and where they are",
+        "python": "print the path of an environment's interpreter",
+    }
+    for command, text in texts.items():
+        child = commands.add_parser(command, help=text, description=text)
+        if command == "sync":
+            child.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all by default")
+        if command == "python":
+            child.add_argument("name", metavar="NAME", help=", ".join(NAMES))
+        child.add_argument(
+            "--variant", default="auto", choices=["auto", "cpu", "gpu"], help="auto: gpu if there is one"
+        )
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "sync":
+            sync(options.names or list(NAMES), options.variant, _say)
+        elif options.command == "python":
+            print(interpreter(options.name, options.variant))
+        else:
+            _list(options.variant)
+    except InstallError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _list(variant: str) -> None:
+    current = [Locked(name, resolve_variant(variant)) for name in NAMES]
+    for locked in current:
+        state = "ready" if locked.complete else "not built"
+        print(f"{locked.name:<12} {locked.variant:<4} {state:<10} {locked.directory}")
+    used = {locked.directory for locked in current}
+    for directory in sorted((home() / "environments").glob("[!.]*")):
+        if directory.is_dir() and directory not in used:
+            print(f"{'(other)':<12} {'':<4} {'':<10} {directory}")

@@ -1,0 +1,286 @@
+"""The stages' locked environments: where they are, whether they are complete, and how they are built.
+
+An environment is known by the content of its lock and by the Python version, so every checkout with the same lock
+uses the same one, and a changed lock makes a new one. It holds no Ratchet: the code comes from the checkout in use,
+by PYTHONPATH. A mark, written last, says that it is complete; what a kill leaves is built again.
+"""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import contracts
+from contracts.errors import UserError
+from pipelines.environments.package_index import pip_settings, uv_options, uv_variables
+from pipelines.machine import gpu_count
+
+NAMES = ("generation", "annotation", "training")
+PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "training")
+VARIANT = "RATCHET_VARIANT"
+HOME = "RATCHET_HOME"
+MARK = "ratchet-complete"
+POLL_SECONDS = 0.2
+IMPORTS = {
+    "generation": "import torch; from vllm import LLM",
+    "annotation": "import torch, transformers",
+    "training": "import torch, transformers, trl",
+}
+"""What a CPU environment must be able to import. GPU environments may be built where there is no GPU."""
+Variant = Literal["cpu", "gpu"]
+
+
+class InstallError(Exception):
+    """An installation failed: the command, and the last lines of its output."""
+
+
+@dataclass(frozen=True)
+class Locked:
+    """One locked environment of this checkout."""
+
+    name: str
+    variant: Variant
+
+    @property
+    def lock(self) -> Path:
+        """The file of its versions.
+
+        Raises:
+            UserError: it does not exist.
+        """
+        path = source_root() / "configs" / "environments" / f"{self.name}-{self.variant}.txt"
+        if not path.is_file():
+            raise UserError(
+                f"the lock {path} does not exist. Run Ratchet from a checkout of its repository, or name an "
+                f"interpreter of your own: environments.{self.name}.python=/path/to/python."
+            )
+        return path
+
+    @property
+    def requirements(self) -> list[str]:
+        """The lines `name==version` of the lock."""
+        return [line for line in self.lock.read_text().split() if "==" in line]
+
+    @property
+    def directory(self) -> Path:
+        """Where it is, or will be built."""
+        digest = hashlib.sha256("\n".join(self.requirements).encode()).hexdigest()
+        python = f"py{sys.version_info.major}{sys.version_info.minor}"
+        return home() / "environments" / f"{self.name}-{self.variant}-{python}-{digest[:12]}"
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.directory / "bin" / "python"
+
+    @property
+    def complete(self) -> bool:
+        """Whether it can be used; a Python that was removed from under it counts as incomplete."""
+        return (self.directory / MARK).is_file() and self.python.exists()
+
+
+def home() -> Path:
+    """Where environments and downloads are kept: RATCHET_HOME, or ~/.cache/ratchet."""
+    try:
+        return Path(os.environ.get(HOME) or "~/.cache/ratchet").expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"this user has no home directory ({error}). Set {HOME}=PATH.") from error
+
+
+def require_home() -> None:
+    """Raise UserError where nothing can be written to it, as jobs and environments have to be."""
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        writable, why = os.access(home(), os.W_OK | os.X_OK), "no permission"
+    except OSError as error:
+        writable, why = False, error.strerror or str(error)
+    if not writable:
+        raise UserError(f"{home()} cannot be written to ({why}), but jobs are described there. Set {HOME}=PATH.")
+
+
+def source_root() -> Path:
+    """The directory that holds Ratchet's packages."""
+    return Path(contracts.__file__).resolve().parent.parent
+
+
+def code_path() -> Path:
+    """A directory that holds Ratchet's packages and no others, for PYTHONPATH."""
+    root = source_root()
+    if (root / "pyproject.toml").is_file():
+        return root
+    # Installed among the driver's libraries, which no stage may see.
+    links = home() / "code" / hashlib.sha256(str(root).encode()).hexdigest()[:12]
+    links.mkdir(parents=True, exist_ok=True)
+    for package in PACKAGES:
+        with contextlib.suppress(FileExistsError):
+            (links / package).symlink_to(root / package)
+    return links
+
+
+def resolve_variant(variant: str = "auto") -> Variant:
+    """cpu or gpu: as asked, else as RATCHET_VARIANT says, else by whether GPUs are visible.
+
+    Raises:
+        UserError: it is something else.
+    """
+    asked = variant if variant != "auto" else os.environ.get(VARIANT) or "auto"
+    if asked == "auto":
+        asked = "gpu" if gpu_count() else "cpu"
+    if asked == "cpu":
+        return "cpu"
+    if asked == "gpu":
+        return "gpu"
+    raise UserError(f"variant {asked!r} does not exist. Set --variant or {VARIANT} to cpu, gpu or auto.")
+
+
+def known(name: str) -> str:
+    """`name`, if it is that of an environment.
+
+    Raises:
+        UserError: it is not.
+    """
+    if name not in NAMES:
+        raise UserError(f"environment {name!r} does not exist. Known: {', '.join(NAMES)}.")
+    return name
+
+
+def interpreter(name: str, variant: str = "auto") -> Path:
+    """The interpreter of a locked environment that is complete.
+
+    Raises:
+        UserError: it has not been built.
+    """
+    locked = Locked(known(name), resolve_variant(variant))
+    if not locked.complete:
+        asked = "" if locked.variant == ("gpu" if gpu_count() else "cpu") else f" --variant {locked.variant}"
+        raise UserError(
+            f"the {locked.variant} environment of {name} is not built (it would be {locked.directory}). Build it: "
+            f"pipeline env sync {name}{asked}. Or name your own: environments.{name}.python=/path/to/python."
+        )
+    return locked.python
+
+
+def sync(names: list[str], variant: str = "auto", say: Callable[[str], None] = print) -> list[Locked]:
+    """Build the environments that are missing, at once, and return them all.
+
+    Raises:
+        UserError: there is no environment of that name, or no such variant.
+        InstallError: an installation failed.
+    """
+    chosen = resolve_variant(variant)
+    wanted = [Locked(known(name), chosen) for name in dict.fromkeys(names)]
+    missing = [locked for locked in wanted if not locked.complete]
+    for locked in wanted:
+        if locked not in missing:
+            say(f"{locked.name}: up to date ({locked.variant}, {locked.directory})")
+    if missing:
+        require_home()
+        pip = pip_settings()
+        stop = threading.Event()
+        with concurrent.futures.ThreadPoolExecutor(len(missing)) as pool:
+            try:
+                jobs = [pool.submit(_build, locked, pip, say, stop) for locked in missing]
+                while concurrent.futures.wait(jobs, POLL_SECONDS).not_done:
+                    pass  # a signal that comes just before an endless wait would be looked at only after it
+            except BaseException:  # an interrupt reaches the command that runs, or none, between two of them
+                stop.set()
+                raise
+        for job in jobs:
+            job.result()
+    return wanted
+
+
+def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None], stop: threading.Event) -> None:
+    with _lock(locked, say) as held:
+        if locked.complete:
+            say(f"{locked.name}: built meanwhile ({locked.variant}, {locked.directory})")
+            return
+        start = time.monotonic()
+        if locked.directory.exists():
+            shutil.rmtree(locked.directory)
+        requirements = locked.requirements
+        say(f"{locked.name}: installing {len(requirements)} packages ({locked.variant}) into {locked.directory}")
+        environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        # Beside the environments, so that files are linked, not copied: torch is unpacked once for all of them.
+        environ.setdefault("UV_CACHE_DIR", str(home() / "uv"))
+        environ |= uv_variables(pip, environ, locked.variant)
+        run = functools.partial(_run, environ=environ, locked=locked, held=held, stop=stop)
+        uv = _find_uv()
+        run([uv, "venv", "--python", sys.executable, "--no-project", str(locked.directory)])
+        # Compiled now: the first stages would wait for it, and nothing writes into an environment later.
+        install = [uv, "pip", "install", "--python", str(locked.python), "--no-deps", "--compile-bytecode"]
+        run([*install, *uv_options(pip), "-r", str(locked.lock)])
+        try:
+            run([str(locked.python), "-c", IMPORTS[locked.name] if locked.variant == "cpu" else "import torch"])
+        except InstallError as error:
+            raise InstallError(f"{error}{_torch_advice(locked)}") from error
+        (locked.directory / MARK).write_text("\n".join(requirements) + "\n")
+        say(f"{locked.name}: ready in {time.monotonic() - start:.0f} s")
+
+
+@contextlib.contextmanager
+def _lock(locked: Locked, say: Callable[[str], None]) -> Iterator[int]:
+    """One builder at a time; the others wait. Ends with the last process that holds the file descriptor."""
+    path = locked.directory.with_name(f".{locked.directory.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"{locked.name}: another process is building {locked.directory}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def _find_uv() -> str:
+    beside = Path(sys.executable).with_name("uv")
+    uv = str(beside) if beside.exists() else shutil.which("uv")
+    if uv is None:
+        raise UserError("uv, which builds the environments, is not installed. Install it: pip install uv.")
+    return uv
+
+
+def _torch_advice(locked: Locked) -> str:
+    if locked.variant == "gpu" or any(locked.directory.glob("lib/*/site-packages/torch-*+cpu.dist-info")):
+        return ""
+    return (
+        "\nThe package index gave a torch that is not a CPU build. Add PyTorch's index of CPU builds (the page 'Get "
+        "started' on pytorch.org names it) to pip's extra-index-url, or set UV_TORCH_BACKEND=cpu; then run this again."
+    )
+
+
+def _run(command: list[str], environ: dict[str, str], locked: Locked, held: int, stop: threading.Event) -> None:
+    process = subprocess.Popen(
+        command,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # The lock goes to the child as well: if only this process is killed, nobody builds beside the child.
+        pass_fds=[held],
+    )
+    output: bytes | None = None
+    while output is None:
+        if stop.is_set():
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            output, _ = process.communicate(timeout=POLL_SECONDS)
+    if process.returncode != 0:
+        lines = output.decode(errors="replace").strip().splitlines()[-20:]
+        tail = "\n".join(f"  {line}" for line in lines)
+        raise InstallError(
+            f"the {locked.variant} environment of {locked.name} was not built: exit code {process.returncode} of\n"
+            f"  {shlex.join(command)}\n{tail}"
+        )

@@ -1,0 +1,1 @@
+"""Runs stages: the driver, supervisors, and the executors that put them somewhere."""

@@ -1,0 +1,168 @@
+"""The beginning and the end of an attempt at a stage, whoever drives it."""
+
+import contextlib
+import os
+import random
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+
+from contracts import yaml_text
+from contracts.artifacts import Artifact, write_atomically
+from contracts.attempt import FailureKind
+from contracts.errors import TransientError, UserError
+from contracts.stage import require_space
+from contracts.versions import source_version
+from pipelines.config.run import RunConfig
+from pipelines.environments.launch import launch_command
+from pipelines.execution.supervisor import DECISION, REQUEST, Request, log_of, process_identity, request_of
+from pipelines.graph import Graph, Node
+from pipelines.planning.estimates import disk_bytes
+from pipelines.run.decisions import Decision, drop_partials
+from pipelines.run.directory import RunDirectory
+from pipelines.run.metrics import write_metrics
+
+LONGEST_PAUSE = 600.0
+
+
+class StageFailedError(Exception):
+    """A stage ended without publishing."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Retries:
+    """Which stages may be tried again, and when."""
+
+    def __init__(self, limit: int, backoff: float) -> None:
+        self.limit = limit
+        self.backoff = backoff
+        self._accidents: Counter[str] = Counter()
+        self._preemptions: Counter[str] = Counter()
+        self._until: dict[str, float] = {}
+
+    def waits(self, stage: str) -> bool:
+        """Whether it is too early for the next try."""
+        return time.monotonic() < self._until.get(stage, 0.0)
+
+    def pause_after(self, stage: str, kind: FailureKind) -> float | None:
+        """Seconds until the next try, or None where there is to be none.
+
+        The pause doubles with every try and is drawn from 50 % to 150 % of that, so that what failed together does not
+        come back together.
+        """
+        if kind == "stopped":
+            counted = self._preemptions
+        elif kind == "transient" and self._accidents[stage] < self.limit:
+            counted = self._accidents
+        else:
+            return None
+        counted[stage] += 1
+        pause: float = min(self.backoff * 2 ** min(counted[stage] - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
+        self._until[stage] = time.monotonic() + pause
+        return round(pause, 1)
+
+
+def write_request(node: Node, attempt: Path, run: Path, config: RunConfig, threads: int, *, here: bool) -> None:
+    """Write a stage's config and command line into the attempt's directory.
+
+    Args:
+        threads: cores for each of the stage's processes.
+        here: it runs on this machine and ends with this process.
+    """
+    path = attempt / "stage.yaml"
+    write_atomically(path, yaml_text.dump(node.config.model_dump(mode="json")).encode())
+    environment = getattr(config.environments, node.environment)
+    argv, variables = launch_command(environment, node.environment, [*node.argv, "--config", str(path)])
+    variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))
+    first_on_path, unset = "", []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not here:  # the node has a PATH and devices of its own
+        unset = ["SUBMITIT_EXECUTOR", "SUBMITIT_FOLDER"]
+        if "PATH" in variables and "PATH" not in environment.variables:
+            first_on_path = variables.pop("PATH").partition(os.pathsep)[0]
+    elif visible is not None:  # submitit's local executor hides the GPUs unless it is told their number
+        variables["CUDA_VISIBLE_DEVICES"] = visible
+    else:
+        unset = ["CUDA_VISIBLE_DEVICES"]
+    request = Request(
+        argv=argv,
+        environment=variables,
+        unset=unset,
+        directory=os.getcwd(),
+        run=str(run) if here else "",
+        driver=process_identity(os.getpid()) if here else None,
+        grace_seconds=config.executor.grace_seconds,
+        stall_seconds=config.executor.stall_seconds,
+        first_on_path=first_on_path,
+        source=source_version(node.package),
+    )
+    write_atomically(attempt / REQUEST, msgspec.json.encode(request))
+
+
+def require_room(node: Node, graph: Graph, config: RunConfig) -> None:
+    """Raise UserError when the disk has no room for what a stage is estimated to write."""
+    run = graph.directory
+    require_space(run, "directory")
+    needed, free = disk_bytes(node, graph), shutil.disk_usage(run).free
+    if config.executor.check_space and free < needed:
+        raise UserError(
+            f"stage {node.name} may need {needed >> 20} MiB on the disk of {run}, which has {free >> 20} MiB free. "
+            "Free some space (`pipeline gc` says what can go), set directory=PATH on another disk, or "
+            "executor.check_space=false to start all the same."
+        )
+
+
+def write_decision(attempt: Path, decision: Decision) -> None:
+    """Note what was decided before the attempt began."""
+    write_atomically(attempt / DECISION, msgspec.json.encode(decision))
+
+
+def decision_of(attempt: Path) -> Decision | None:
+    """What was decided for an attempt; None where nothing was yet."""
+    try:
+        return msgspec.json.decode((attempt / DECISION).read_bytes(), type=Decision)
+    except (OSError, ValueError):  # none yet, or it was damaged: the same is decided once more
+        return None
+
+
+def settle(run: RunDirectory, graph: Graph, node: Node, key: str, attempt: Path) -> Artifact:
+    """Take note of what an attempt at a stage has published.
+
+    Raises:
+        StageFailedError: it is something else than was asked for.
+    """
+    artifact = Artifact.open(node.output)
+    if artifact.manifest.key != key:
+        raise StageFailedError(
+            f"stage {node.name} published under the key {artifact.manifest.key[:12]}, but the driver asked for "
+            f"{key[:12]}: its code, its environment or an input changed while it ran. The same command decides anew.",
+            1,
+        )
+    drop_partials(node)
+    with contextlib.suppress(TransientError):  # the logs were deleted meanwhile, and nobody knows what was asked for
+        asked, ran = request_of(attempt).source, artifact.manifest.versions.get("ratchet", "")
+        if ran != asked:
+            run.record("source changed", stage=node.name, asked=asked, ran=ran)
+    run.record("published", stage=node.name, key=artifact.manifest.key)
+    if node.config.stage == "evaluation":
+        write_metrics(run.path, graph)
+    return artifact
+
+
+def last_words(attempt: Path) -> str:
+    """The end of what an attempt's stage has printed; where it has not even started, of what its jobs have."""
+    log = log_of(attempt)
+    return "\n".join(tail(path) for path in [log, *sorted(attempt.glob("*_log.out"))][: 1 if log.is_file() else None])
+
+
+def tail(log: Path, lines: int = 30) -> str:
+    """The last lines of a log."""
+    if not log.is_file():
+        return "(it left no log: its process did not start)"
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

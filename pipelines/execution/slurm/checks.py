@@ -1,0 +1,124 @@
+"""What can be found wrong with the use of Slurm before anything is submitted."""
+
+import difflib
+import fnmatch
+import os
+import shutil
+import subprocess
+
+from contracts.errors import UserError
+from pipelines.config.executor import KINDS, ONLY_IN, ExecutorSection, kind_of, minutes_of
+from pipelines.environments.locked import VARIANT
+from pipelines.execution.slurm.resources import Resources, finishing, resources_of
+from pipelines.graph import Graph
+
+PROGRAMS = ("sbatch", "squeue", "sacct", "sinfo", "scancel", "scontrol", "srun")
+LOCAL = "or set executor=local to run on this machine"
+ANSWER_SECONDS = 120
+
+
+def check_patterns(graph: Graph, executor: ExecutorSection) -> None:
+    """Raise UserError where an entry of executor.stages is for no stage of the run, or for none that has its keys."""
+    for pattern, entry in executor.stages.items():
+        if pattern in KINDS:
+            continue
+        named = [node for node in graph.nodes.values() if fnmatch.fnmatchcase(node.name, pattern)]
+        if not named:
+            nearest = difflib.get_close_matches(pattern, [*KINDS, *graph.nodes], n=3, cutoff=0.4)
+            hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+            raise UserError(
+                f"executor.stages has an entry for {pattern!r}, but the run has no such stage.{hint} A key is "
+                f"{', '.join(KINDS)}, the name of a stage, or a pattern with *; `--dry-run` lists the stages."
+            )
+        for key, kinds in ONLY_IN.items():
+            if getattr(entry, key) is not None and not any(kind_of(node.config) in kinds for node in named):
+                raise UserError(
+                    f"executor.stages[{pattern!r}].{key} is {getattr(entry, key)}, but only {' and '.join(kinds)} "
+                    f"stages can have `{key}`, and {named[0].name} is none. Take it out."
+                )
+
+
+def settle_variant(executor: ExecutorSection) -> None:
+    """Decide between the cpu and the gpu environments by what is asked of Slurm, not by the GPUs of this machine.
+
+    Sets RATCHET_VARIANT, which the jobs inherit, where the user has not, and as far as all heavy stages run on Slurm.
+    """
+    if not executor.uses_slurm or os.environ.get(VARIANT, "auto") not in ("", "auto"):
+        return
+    if executor.asks_gpus:
+        os.environ[VARIANT] = "gpu"
+    elif executor.is_remote:
+        os.environ[VARIANT] = "cpu"
+
+
+def check_slurm(executor: ExecutorSection, graph: Graph) -> None:
+    """Check that this machine belongs to a Slurm cluster that can run what the stages ask for.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    asked = {node.name: resources_of(node, executor) for node in graph.nodes.values()}
+    asked = {name: resources for name, resources in asked.items() if resources.executor == "slurm"}
+    if not asked:
+        return
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if missing:
+        raise UserError(
+            f"executor is slurm, but {', '.join(missing)} is not on PATH. Start from a node of the cluster, load its "
+            f"module, {LOCAL}."
+        )
+    _ask("sacct", "--noheader", "--starttime=now-1minute", mend="Ratchet needs Slurm's accounting (slurmdbd): ask "
+         f"those who run the cluster, {LOCAL}.")  # fmt: skip
+    partitions = _partitions()
+    for name, resources in {**asked, "the finishing jobs": finishing(executor)}.items():
+        _check_partition(name, resources, partitions)
+
+
+def _check_partition(stage: str, resources: Resources, partitions: dict[str, int | None]) -> None:
+    """Raise UserError where a stage's partition does not exist, or allows less time than the stage asks for."""
+    names = resources.partition.split(",") if resources.partition else [""]
+    for name in names:
+        if name not in partitions:
+            known = ", ".join(filter(None, partitions))
+            found = f"the partition {name!r} does not exist" if name else "the cluster has no default partition"
+            raise UserError(f"{stage}: {found}. Set executor.slurm.partition to one of {known}.")
+    limits = [partitions[name] for name in names]
+    longest = max((limit for limit in limits if limit is not None), default=0)
+    # A quality of service can allow more than the partition does.
+    if None not in limits and resources.minutes > longest and resources.qos is None:
+        shown = f"the partition {resources.partition}" if resources.partition else "the default partition"
+        raise UserError(
+            f"{stage}: asks for {resources.minutes} minutes, but {shown} allows {longest} at most. Set `time` to less, "
+            f"for example executor.stages.{resources.kind}.time={clock(longest)}: a stage that reaches its limit goes "
+            "on in another job. Or name another partition."
+        )
+
+
+def _partitions() -> dict[str, int | None]:
+    """Every partition's longest time in minutes, None where it is not limited; the default one also as \"\"."""
+    found: dict[str, int | None] = {}
+    mend = f"Ask those who run the cluster, {LOCAL}."
+    for line in _ask("sinfo", "--all", "--noheader", "--format=%P|%l", mend=mend).splitlines():
+        name, _, limit = line.partition("|")
+        found[name.rstrip("*")] = minutes_of(limit)
+        if name.endswith("*"):
+            found[""] = minutes_of(limit)
+    return found
+
+
+def _ask(*command: str, mend: str) -> str:
+    """What a command of Slurm's prints, or a UserError with what it says and how to mend it."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"`{' '.join(command)}` said nothing for {ANSWER_SECONDS} s. {mend}") from error
+    if result.returncode != 0:
+        said = "; ".join((result.stderr.strip() or result.stdout.strip() or "it said nothing").splitlines()[-3:])
+        raise UserError(f"`{' '.join(command)}` failed with exit code {result.returncode}: {said}. {mend}")
+    return result.stdout
+
+
+def clock(minutes: int) -> str:
+    """A time limit as Slurm and YAML read it."""
+    days, rest = divmod(minutes, 24 * 60)
+    return (f"{days}-" if days else "") + f"{rest // 60:02d}:{rest % 60:02d}:00"

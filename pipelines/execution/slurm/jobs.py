@@ -1,0 +1,213 @@
+"""The jobs of one attempt at a stage, and how they are submitted. What they do on their nodes: node.py.
+
+    W   works: one supervisor per task of an array, or per node
+    F   finishes, after W has ended in whatever way: publishes what an array's tasks have made; in a chain without a
+        driver it also concludes (chain.py), and so do the stages that are too small for a job W of their own
+
+submitit passes a job on as a pickle in a private folder outside of the run directory. A job that is requeued, by Slurm
+or by itself, starts again from that pickle: everything else is on the disk.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import submitit
+
+from contracts.artifacts import MANIFEST, write_atomically
+from contracts.attempt import ATTEMPT, ROLE
+from contracts.fingerprint import digest
+from pipelines.config.executor import ExecutorSection
+from pipelines.execution.executors import job_folder
+from pipelines.execution.slurm import scheduler
+from pipelines.execution.slurm.node import Duty, Task, perform, start_again
+from pipelines.execution.slurm.resources import Resources, finishing, resources_of, submitit_parameters
+from pipelines.execution.slurm.scheduler import mark_of
+from pipelines.execution.slurm.scripts import job_name, make_executor
+from pipelines.graph import Graph, Node
+from pipelines.run.directory import RunDirectory
+
+RECORD = "jobs.json"
+
+
+class Jobs(msgspec.Struct, frozen=True):
+    """What was submitted for an attempt, as jobs.json in its folder says."""
+
+    work: str
+    """W's id."""
+    finish: str | None
+    """F's id, where there is one."""
+    chained: bool
+    """Whether they conclude by themselves; otherwise a driver does."""
+    submitted: float
+    """When, in seconds since 1970."""
+    array: int = 1
+    """How many tasks W has."""
+
+    @property
+    def ids(self) -> list[str]:
+        """All of them, in the order in which they run."""
+        return [self.work, *([self.finish] if self.finish else [])]
+
+    @property
+    def tasks(self) -> dict[str, int]:
+        """How many tasks each of them has, by id."""
+        return {id: self.array if id == self.work else 1 for id in self.ids}
+
+    @property
+    def last(self) -> str:
+        """The one after which the attempt is over; what later stages wait for in a chain."""
+        return self.ids[-1]
+
+
+def jobs_of(attempt: Path) -> Jobs | None:
+    """The jobs of an attempt, if any were submitted."""
+    try:
+        return msgspec.json.decode((attempt / RECORD).read_bytes(), type=Jobs)
+    except (OSError, ValueError):  # none, or damaged: jobs that nobody knows are cancelled, and submitted once more
+        return None
+
+
+def last_jobs(run: RunDirectory, stage: str) -> Jobs | None:
+    """The jobs of the latest attempt at a stage."""
+    attempts = run.attempts(stage)
+    return jobs_of(attempts[-1]) if attempts else None
+
+
+def unfinished_jobs(run: RunDirectory, graph: Graph) -> dict[str, Jobs]:
+    """The latest jobs of those stages that have published nothing; they may have ended."""
+    missing = [name for name, node in graph.nodes.items() if not (node.output / MANIFEST).is_file()]
+    return {name: jobs for name in missing if (jobs := last_jobs(run, name)) is not None}
+
+
+def end_unknown(run: Path) -> set[str]:
+    """Cancel what was submitted for a run by a command that was killed before it had noted the ids.
+
+    Nobody else may be submitting for it meanwhile.
+
+    Returns:
+        The ids of the run's other jobs that have not ended.
+    """
+    attempts = [path.parent for path in (run / "logs").rglob(RECORD)]
+    known = {id for attempt in attempts if (jobs := jobs_of(attempt)) for id in jobs.ids}
+    live = scheduler.live_ids(run)
+    scheduler.cancel(sorted(live - known))
+    clear_folders(run, live & known)
+    return live & known
+
+
+def submit(
+    node: Node,
+    attempt: Path,
+    graph: Graph,
+    executor: ExecutorSection,
+    *,
+    chained: bool = False,
+    after: tuple[str, ...] = (),
+    pause: float | None = None,
+) -> Jobs:
+    """Submit the jobs of an attempt whose request is written, and note their ids in its folder.
+
+    Args:
+        chained: they conclude by themselves.
+        after: jobs that have to succeed before.
+        pause: seconds to wait before the start.
+    """
+    run, resources = graph.directory, resources_of(node, executor, graph)
+    array = resources.tasks if resources.is_array else 0
+    make = functools.partial(_submit, executor=executor, run=run)
+    success = [f"afterok:{':'.join(after)}"] if after else []
+    here: tuple[Duty, ...] = ("work", "conclude") if chained and resources.kind == "light" else ("work",)
+    task = Task(str(run), node.name, str(attempt), here, array, resources.nodes, chained, executor.grace_seconds)
+    work = make(task, resources, dependency=success, pause=pause)
+    later: tuple[Duty, ...] = (*(("publish",) if array else ()), *(("conclude",) if chained else ()))
+    finish = None
+    if later and "conclude" not in here:
+        task = replace(task, duties=later, array=0, nodes=1)
+        finish = make(task, finishing(executor), dependency=[f"afterany:{work}", *success], pause=None)
+    jobs = Jobs(work, finish, chained, time.time(), max(1, array))
+    write_atomically(attempt / RECORD, msgspec.json.encode(jobs))
+    return jobs
+
+
+def _submit(
+    task: Task,
+    resources: Resources,
+    *,
+    executor: ExecutorSection,
+    run: Path,
+    dependency: list[str],
+    pause: float | None,
+) -> str:
+    """Hand one job to Slurm; returns its id."""
+    step = "work" if "work" in task.duties else "finish"
+    folder = slurm_folder(run) / f"{name_of(Path(task.attempt))}-{step}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, mode=0o700)
+    parameters = submitit_parameters(
+        resources,
+        name=job_name(run, task.stage, finishing=step == "finish"),
+        grace_seconds=executor.grace_seconds,
+        dependency=",".join(dependency) or None,
+        kill_on_invalid_dependency=bool(dependency),
+        begin=pause,
+        comment=mark_of(run),
+        teardown=start_again(executor.retries, executor.backoff_seconds) if "conclude" in task.duties else (),
+    )
+    slurm = make_executor(folder, parameters)
+
+    def hand_over() -> str:
+        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # sbatch's message is in the error, too
+            if task.array > 1:
+                return str(slurm.map_array(perform, [task] * task.array)[0].job_id)
+            return str(slurm.submit(perform, task).job_id)
+
+    return scheduler.patiently(f"submitting stage {task.stage}", hand_over).partition("_")[0]
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Submit as from a login node, also where a job submits another one: without what tells it of itself."""
+    kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with submitit.helpers.clean_env((ROLE, ATTEMPT)):
+        os.environ.update(kept)
+        yield
+
+
+def name_of(attempt: Path) -> str:
+    """A short name of an attempt, however its path is written."""
+    return digest(str(attempt.resolve()))[:16]
+
+
+def slurm_folder(run: Path) -> Path:
+    """Where submitit describes the Slurm jobs of a run; all nodes have to see it."""
+    return job_folder(run) / "slurm"
+
+
+def clear_folders(run: Path, live: set[str]) -> None:
+    """Delete what jobs needed that have ended, whichever command submitted them."""
+    for folder in slurm_folder(run).glob("*"):
+        ids = {path.name.partition("_")[0] for path in folder.glob("*_submission.sh")}
+        if ids and not ids & live:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def keep_last_words(attempt: Path, run: Path) -> None:
+    """Copy what the jobs of an attempt have printed themselves to its logs."""
+    for log in job_logs(attempt, run):
+        if log.parent != attempt:
+            shutil.copyfile(log, attempt / log.name)
+
+
+def job_logs(attempt: Path, run: Path) -> list[Path]:
+    """What the jobs of an attempt have printed themselves, before and after the stage's own output."""
+    folders = [slurm_folder(run) / f"{name_of(attempt)}-{step}" for step in ("work", "finish")]
+    found = {path.name: path for folder in (attempt, *folders) for path in sorted(folder.glob("*_log.out"))}
+    return list(found.values())

@@ -1,0 +1,242 @@
+"""What a job does on its nodes.
+
+Every task of every array starts with this, so it imports as little as it can.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import submitit
+
+from contracts.artifacts import appears, write_atomically
+from contracts.attempt import ATTEMPT, PROGRESS, ROLE, fail
+from contracts.errors import TransientError, UserError
+from contracts.stopping import SIGNALS
+from pipelines.execution.slurm import scheduler
+from pipelines.execution.slurm.start import NOTICES
+from pipelines.execution.supervisor import DECISION, PUBLISHER, supervise
+
+MEET_SECONDS = 300.0
+"""How long the nodes of a job wait for the first of them."""
+NOTICE_SECONDS = 150.0
+"""Slurm's notice comes at most so long before the end of the grace period: a margin, and the grid of its clock."""
+Duty = Literal["work", "publish", "conclude"]
+FAILED = 70
+"""Exit code of a job whose stage has failed for good (EX_SOFTWARE)."""
+TRY_AGAIN = 75
+"""Exit code of a job whose stage is tried again by another one (EX_TEMPFAIL)."""
+CONCLUDED = (0, UserError.exit_code, FAILED, TRY_AGAIN)
+"""Exit codes of a job that has concluded its stage. Any other is an accident of the job's own."""
+ENDED = "RATCHET_ENDED"
+"""Environment variable: the exit codes of those processes of this job that ended before they had concluded."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a job does."""
+
+    run: str
+    stage: str
+    attempt: str
+    duties: tuple[Duty, ...]
+    array: int = 0
+    """Tasks of the array that it is one of; 0: none."""
+    nodes: int = 1
+    chained: bool = False
+    """Whether it decides and concludes by itself, without a driver."""
+    grace: float = 0.0
+    """Seconds that the stage may take to stop; Slurm's notice comes that long, and some more, before the time limit."""
+
+
+def perform(task: Task) -> None:
+    """What a job runs on each of its nodes."""
+    _record_restart(task)
+    code = 0
+    for duty in task.duties:
+        code = _guarded(duty, task)
+        if code and duty == "work" and "conclude" not in task.duties:
+            break
+    if code:
+        sys.exit(code)
+
+
+def start_again(retries: int, pause: float) -> list[str]:
+    """Lines of bash after the process of a job that concludes a stage of a chain.
+
+    Nobody else looks after that stage, and where its job fails, Slurm cancels all that wait for it. So where the
+    process ends without having concluded (killed, not launched, no answer of the scheduler's), the job starts it again.
+
+    Args:
+        retries: how often.
+        pause: seconds before each.
+    """
+    return [
+        "code=$?",
+        f"case $code in {' | '.join(map(str, CONCLUDED))}) exit $code ;; esac",
+        f'export {ENDED}="${{{ENDED}:-}} $code"',
+        f"codes=(${ENDED})",
+        f"if [ ${{#codes[@]}} -gt {retries} ]; then exit $code; fi",
+        f"sleep {math.ceil(pause)}",
+        'exec bash "$0"',
+    ]
+
+
+def _record_restart(task: Task) -> None:
+    ended = os.environ.pop(ENDED, "").split()
+    if not ended:
+        return
+    from pipelines.run.directory import RunDirectory
+
+    job = submitit.JobEnvironment()
+    RunDirectory(Path(task.run)).record("restart", stage=task.stage, job=job.job_id, host=job.hostname, code=ended[-1])
+
+
+def _guarded(duty: Duty, task: Task) -> int:
+    """Run one duty; what goes wrong outside of the stage's own process is noted as its failure."""
+    part = Path(task.attempt, PUBLISHER if duty != "work" else f"task-{_index(task)}")
+    try:
+        if duty != "conclude":
+            return _run_command(task, part.name)
+        from pipelines.execution.slurm.chain import conclude
+
+        return conclude(task)
+    except Exception as error:
+        part.mkdir(parents=True, exist_ok=True)
+        os.environ[ATTEMPT] = str(part)
+        code = fail(error)
+        return 1 if duty == "conclude" else code  # 1: not concluded
+
+
+def _run_command(task: Task, part: str) -> int:
+    """Run the stage's command, or this process's share of it; ask for a requeue where it has to stop before its end."""
+    stop = StopRequest()
+    code = 128 + signal.SIGUSR2  # of a stage that has to stop before its beginning
+    try:
+        if not stop() and task.chained and _is_reused(task):
+            return 0
+        if not stop():
+            code = supervise(task.attempt, part, {ROLE: "publisher"} if part == PUBLISHER else _variables(task), stop)
+    except TransientError:  # also where the signal has ended what was asked something
+        if not stop() and _preemption(scheduler.details(submitit.JobEnvironment().job_id)) is None:
+            raise
+    if not stop() and code not in {128 + number for number in SIGNALS}:
+        return code
+    job = submitit.JobEnvironment()
+    known = scheduler.details(job.job_id)
+    reason = _why_stopped(known, task.grace) if stop() else _preemption(known)
+    if reason is None:
+        return code  # by scancel
+    if job.global_rank > 0:
+        return 0  # the first node asks for the requeue, and must not be ended by this one before
+    if reason == "time limit":
+        require_progress(Path(task.attempt, part), task.stage, known.get("TimeLimit", ""))
+    from pipelines.run.directory import RunDirectory
+
+    RunDirectory(Path(task.run)).record("requeue", stage=task.stage, job=job.job_id, reason=reason, host=job.hostname)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, and Slurm would have to kill this process
+    try:
+        scheduler.requeue(job.job_id)
+    except scheduler.SchedulerError as error:  # this cluster has it turned off
+        print(f"not requeued, so that another job has to be submitted: {error}", file=sys.stderr)
+        return code
+    while True:
+        time.sleep(1)  # until Slurm ends this process
+
+
+def _is_reused(task: Task) -> bool:
+    """Whether the stage has nothing to do, which the first of its tasks decides for all."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: the same once more
+        return bool(json.loads(Path(task.attempt, DECISION).read_bytes())["reuse"])
+    from pipelines.execution.slurm.chain import prepare
+
+    return prepare(task).reuse
+
+
+class StopRequest:
+    """Whether Slurm has sent the signal that precedes the time limit or a preemption, since the job's beginning."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in NOTICES:
+            signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICES)  # pipelines/execution/slurm/start.py has held them back
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+
+def _preemption(known: dict[str, str]) -> str | None:
+    """That Slurm takes the nodes of a job with these details for another one, if it does."""
+    return None if known.get("PreemptTime", "None") in ("None", "Unknown", "N/A") else "preempted"
+
+
+def _why_stopped(known: dict[str, str], grace: float) -> str:
+    """Why Slurm has sent its notice to a job with these details."""
+    left = scheduler.seconds_left(known)
+    if preemption := _preemption(known):
+        return preemption
+    if left is not None and left < grace + NOTICE_SECONDS:
+        return "time limit"
+    return "signal" if left is None else f"signal, {left:.0f} s before the time limit"
+
+
+def require_progress(part: Path, stage: str, limit: str) -> None:
+    """Raise UserError where a stage has reached its time limit twice without getting further in between."""
+    mark, progress = part / "limit.json", part / PROGRESS
+    now = progress.read_bytes() if progress.exists() else b""
+    if mark.exists() and mark.read_bytes() == now:
+        raise UserError(
+            f"stage {stage} got no further between two ends of its time limit ({limit}). Raise executor.slurm.time, or "
+            "that of its entry in executor.stages; for a training also lower checkpoint_seconds."
+        )
+    part.mkdir(exist_ok=True)  # it may have been stopped before its beginning
+    write_atomically(mark, now)
+
+
+def _index(task: Task) -> int:
+    """The number of this task of an array, or of this node of a job."""
+    return int(os.environ.get("SLURM_ARRAY_TASK_ID" if task.array > 1 else "SLURM_PROCID", "0"))
+
+
+def _variables(task: Task) -> dict[str, str]:
+    """What tells the stage's command which of several it is."""
+    index = _index(task)
+    if task.array:
+        return {ROLE: "task", "RANK": str(index + 1), "WORLD_SIZE": str(task.array + 1)}
+    if task.nodes == 1:
+        return {}
+    host, _, port = _meeting_point(task, index).rpartition(":")
+    return {"NODE_RANK": str(index), "MASTER_ADDR": host, "MASTER_PORT": port}
+
+
+def _meeting_point(task: Task, index: int) -> str:
+    """host:port of the first node, which chooses a free port and leaves it in a file for the others."""
+    start = re.sub(r"\W", "-", f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}")
+    path = Path(task.attempt, f"meeting-{start}")
+    if index == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        write_atomically(path, f"{submitit.JobEnvironment().hostnames[0]}:{port}".encode())
+    deadline = time.monotonic() + MEET_SECONDS
+    while not appears(path):
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"the first node of the job did not start within {MEET_SECONDS:.0f} s ({path} is missing)"
+            )
+        time.sleep(0.2)
+    return path.read_text()

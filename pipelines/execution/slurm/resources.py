@@ -1,0 +1,175 @@
+"""What a stage asks of Slurm, with every default filled in, and as submitit's parameters."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from annotation.config import ScoreConfig
+from pipelines.config.executor import ARRAYS, ExecutorKind, ExecutorSection, StageKind, StageSection, kind_of
+from pipelines.graph import Graph, Node
+from pipelines.planning.estimates import memory
+from training.config import TrainingConfig
+
+TASKS = 4
+MINUTES: dict[StageKind, int] = {"generation": 240, "scoring": 240, "training": 1440, "light": 30}
+CPUS_PER_GPU = 8
+LIGHT_GIB = 4
+ROOM = 1.25
+"""Memory that is asked for, over what is estimated."""
+MARGIN_SECONDS = 60
+"""Slurm enforces time limits on a grid of up to so many seconds."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the job of a stage asks of Slurm; for a stage that runs elsewhere `kind` and `executor` alone mean
+    something."""
+
+    kind: StageKind
+    executor: ExecutorKind
+    tasks: int = 1
+    """Tasks of its job array; 1 for stages that are no array."""
+    nodes: int = 1
+    """Nodes of one job."""
+    gpus: int = 0
+    """On each node of the job, or of the array's task."""
+    gpu_type: str | None = None
+    cpus: int = 1
+    """CPU cores on each of them."""
+    processes: int = 1
+    """Processes of the stage on each of them: each has cpus // processes cores."""
+    minutes: int = 0
+    """Time limit."""
+    memory: str | None = None
+    """On each node: "64G"; None: what the cluster gives."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    setup: tuple[str, ...] = ()
+    directives: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    requeue: bool = True
+
+    @property
+    def is_array(self) -> bool:
+        """Whether it is a job array, with a finishing job after it."""
+        return self.executor == "slurm" and self.kind in ARRAYS
+
+
+def resources_of(node: Node, executor: ExecutorSection, graph: Graph | None = None) -> Resources:
+    """What a stage asks for.
+
+    Args:
+        graph: for the memory of light stages that load a model, which is estimated.
+    """
+    entry, kind = executor.entry(node.name, node.config), kind_of(node.config)
+    assert entry.kind is not None
+    if entry.kind != "slurm":
+        return Resources(kind, entry.kind)
+    nodes = processes = 1
+    if isinstance(node.config, TrainingConfig):
+        nodes = node.config.parallel.nodes
+        processes = node.config.parallel.processes // nodes
+    elif isinstance(node.config, ScoreConfig) and kind == "light":  # a rule, whose replicas are processes of one job
+        processes = node.config.replicas
+    gpus = entry.gpus or 0
+    return _filled(
+        entry,
+        kind,
+        tasks=(entry.tasks or TASKS) if kind in ARRAYS else 1,
+        nodes=nodes,
+        gpus=gpus,
+        cpus=entry.cpus or (CPUS_PER_GPU * gpus if gpus else processes),
+        processes=processes,
+        memory=entry.memory or (_light_memory(node, graph) if kind == "light" else None),
+    )
+
+
+def finishing(executor: ExecutorSection) -> Resources:
+    """What the small job asks for that ends a heavy stage: the same as a light stage, on Slurm in any case."""
+    entry = executor.finishing_entry().model_copy(update={"kind": "slurm"})
+    return _filled(entry, "light", cpus=entry.cpus or 1, gpus=0, memory=entry.memory or f"{LIGHT_GIB}G")
+
+
+def _filled(entry: StageSection, kind: StageKind, **counts: Any) -> Resources:
+    return Resources(
+        kind=kind,
+        executor="slurm",
+        gpu_type=entry.gpu_type,
+        minutes=entry.minutes or MINUTES[kind],
+        partition=entry.partition,
+        account=entry.account,
+        qos=entry.qos,
+        setup=tuple(entry.setup),
+        directives=entry.directives,
+        requeue=entry.requeue,
+        **counts,
+    )
+
+
+def _light_memory(node: Node, graph: Graph | None) -> str:
+    """Memory of a light stage: enough for the model or the numbers that it loads, where their size is known."""
+    need = memory(node, graph, on_gpu=False) if graph is not None else None
+    estimated = math.ceil(ROOM * need.total / (1 << 30)) if need is not None else 0
+    return f"{max(LIGHT_GIB, estimated)}G"
+
+
+def submitit_parameters(
+    resources: Resources,
+    *,
+    name: str,
+    comment: str,
+    grace_seconds: float,
+    dependency: str | None = None,
+    kill_on_invalid_dependency: bool = False,
+    begin: float | None = None,
+    teardown: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The parameters of submitit's SlurmExecutor for a job, or for each task of an array.
+
+    Args:
+        name: the job's name.
+        comment: what its run is known by on the cluster.
+        grace_seconds: how long before the end the job is told; some more, because Slurm is not so exact.
+        dependency: as sbatch takes it, for example afterok:17:18.
+        kill_on_invalid_dependency: have Slurm cancel the job when the dependency can no longer be fulfilled.
+        begin: seconds from now before which it does not start.
+        teardown: lines of bash after the job's process has ended.
+    """
+    further: dict[str, Any] = {"requeue" if resources.requeue else "no-requeue": True}
+    if kill_on_invalid_dependency:
+        further["kill-on-invalid-dep"] = "yes"
+    if begin is not None and begin > 0:
+        further["begin"] = f"now+{math.ceil(begin)}"
+    parameters: dict[str, Any] = {
+        "job_name": name,
+        "comment": comment,
+        "wckey": None,  # submitit's own is refused where such keys are checked
+        "time": resources.minutes,
+        "nodes": resources.nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": resources.cpus,
+        "mem": resources.memory,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "setup": list(resources.setup) or None,
+        "teardown": list(teardown) or None,
+        "signal_delay_s": min(math.ceil(grace_seconds) + MARGIN_SECONDS, resources.minutes * 30),  # or half of its time
+        "dependency": dependency,
+        "array_parallelism": resources.tasks,
+        "stderr_to_stdout": True,
+        # Since 22.05 srun does not take the number of cores from sbatch.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus}"],
+        "additional_parameters": {**further, **resources.directives},
+    }
+    if resources.gpus:
+        kind = f"{resources.gpu_type}:" if resources.gpu_type else ""
+        parameters["gpus_per_node"] = f"{kind}{resources.gpus}"
+    return parameters
+
+
+def device_hours(resources: Resources) -> float:
+    """GPU-hours that a stage asks for, without GPUs CPU-hours: at most, since it is by the time limits."""
+    each = resources.gpus or resources.cpus
+    return resources.tasks * resources.nodes * each * resources.minutes / 60

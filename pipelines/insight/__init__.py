@@ -1,0 +1,1 @@
+"""What a run has to tell: readers that change nothing."""

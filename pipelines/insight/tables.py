@@ -1,0 +1,70 @@
+"""Tables of the iterations' metrics."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from contracts.errors import UserError
+from contracts.jsonl import read_jsonl
+from pipelines.graph import Graph
+from pipelines.run.metrics import COLUMNS, best_of, evaluations, is_further_scorer, judge_of
+from pipelines.text import relative
+
+
+def print_table(console: Console, graph: Graph) -> None:
+    """The table of iterations, and the path of the best checkpoint."""
+    rows = evaluations(graph)
+    if not rows:
+        return
+    first = rows[0][1]
+    columns = {name: title for name, title in COLUMNS.items() if first.get(name) is not None or name == "win_rate"}
+    columns |= {name: name.removesuffix("_mean").replace("_", " ") for name in first if is_further_scorer(name)}
+    table = Table(title="Held-out prompts, by iteration (0: the initial policy)")
+    for title in ["iteration", *columns.values()]:
+        table.add_column(title, justify="right")
+    for _, metrics in rows:
+        table.add_row(str(metrics["iteration"]), *(_number(metrics.get(name)) for name in columns))
+    console.print(table)
+    policy, best = best_of(rows)
+    unknown = {metrics["kl_reason"] for _, metrics in rows if metrics.get("kl_reason")}
+    for reason in sorted(unknown):
+        console.print(f"KL is not estimated: {reason}", soft_wrap=True, highlight=False)
+    console.print(
+        f"Best checkpoint (by {judge_of(first)}, iteration {best['iteration']}): {relative(policy)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def print_comparison(console: Console, runs: list[Path], metric: str | None) -> None:
+    """One metric of several runs by iteration.
+
+    Raises:
+        UserError: a run has no metrics yet, or not this one.
+    """
+    rows: dict[Path, list[dict[str, Any]]] = {}
+    for run in runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise UserError(f"{run} has no metrics.jsonl: it is not a run, or has evaluated nothing yet.")
+        rows[run] = list(read_jsonl(run / "metrics.jsonl", dict))
+        if not rows[run]:
+            raise UserError(f"{run / 'metrics.jsonl'} is empty. Continue the run with `pipeline run`.")
+    first = rows[runs[0]][0]
+    metric = metric or judge_of(first)
+    table = Table(title=f"{metric}, by iteration")
+    table.add_column("run")
+    for iteration in range(max(map(len, rows.values()))):
+        table.add_column(str(iteration), justify="right")
+    for run, lines in rows.items():
+        wrong = next((line for line in lines if not isinstance(line.get(metric, ""), int | float | None)), None)
+        if wrong is not None:
+            known = ", ".join(name for name, value in wrong.items() if isinstance(value, float)) or "none"
+            raise UserError(f"{run / 'metrics.jsonl'} has no metric {metric!r}. Known: {known}.")
+        table.add_row(run.name, *(_number(line[metric]) for line in lines))
+    console.print(table)
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{float(value):.3f}"

@@ -1,0 +1,98 @@
+"""`pipeline attach|logs|cancel RUN`: a run from any node, by what is on the disk and in the cluster's queue."""
+
+import os
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from contracts.artifacts import MANIFEST
+from contracts.errors import UserError
+from pipelines.execution.attempts import StageFailedError, tail
+from pipelines.execution.slurm import scheduler
+from pipelines.execution.slurm.jobs import job_logs
+from pipelines.execution.supervisor import failure_of, log_of, parts_of
+from pipelines.graph import Graph
+from pipelines.insight.status import queued_jobs, states
+from pipelines.insight.tables import print_table
+from pipelines.run.directory import CANCEL, RunDirectory
+from pipelines.text import plural, relative
+
+SECONDS = 5.0
+SHOWN = ("running", "failed", "retrying", "interrupted")
+"""States of the stages whose logs are shown where none is named."""
+
+
+def attach(console: Console, run: RunDirectory, graph: Graph) -> None:
+    """Tell what the stages do until the run is over; interrupted, it leaves them alone.
+
+    Raises:
+        StageFailedError: it ended without having published everything.
+    """
+    told: dict[str, tuple[str, ...]] = {}
+    while True:
+        jobs, holder = queued_jobs(run, graph), run.holder()
+        for name, state in states(run, graph, jobs, driven=holder is not None).items():
+            if told.get(name, ("waiting",))[0] != state[0]:
+                console.print(f"{state[0]:<12} {name}  {state[3]}", soft_wrap=True, markup=False, highlight=False)
+            told[name] = state
+        if not jobs and holder is None:
+            break
+        time.sleep(SECONDS)
+    missing = [name for name, node in graph.nodes.items() if not (node.output / MANIFEST).is_file()]
+    print_table(console, graph)
+    if missing:
+        failed = [name for name in missing if told[name][0] == "failed"]
+        reason = "; ".join(f"{name}: {told[name][3]}" for name in failed) or "nobody works on it any more"
+        raise StageFailedError(
+            f"{run.path} is not finished: {len(missing)} of {len(graph.nodes)} stages are not published. {reason}\n  "
+            "`pipeline status` shows all of them; `pipeline run` continues.",
+            1,
+        )
+
+
+def print_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | None, lines: int) -> None:
+    """The last lines of a stage's logs; by default of those stages that run or have failed.
+
+    Raises:
+        UserError: there is no such stage, or it has no log yet.
+    """
+    if stage is not None and stage not in graph.nodes:
+        raise UserError(f"the run {run.path} has no stage {stage!r}. `pipeline status {run.path}` lists them.")
+    jobs, holder = queued_jobs(run, graph), run.holder()
+    now = states(run, graph, jobs, driven=holder is not None)
+    chosen = [stage] if stage else [name for name, state in now.items() if state[0] in SHOWN]
+    logs: list[Path] = []
+    for name in chosen:
+        attempts = run.attempts(name)
+        parts = parts_of(attempts[-1]) if attempts else []
+        if stage is None and attempts and failure_of(attempts[-1]) is not None:
+            parts = [log_of(attempts[-1]).parent]
+        own = [part / "stage.log" for part in parts if (part / "stage.log").exists()]
+        logs += own or (job_logs(attempts[-1], run.path) if attempts else [])
+    if not logs:
+        what = f"stage {stage} has no log: it was not started yet" if stage else "no stage runs, has failed or stopped"
+        raise UserError(f"{what}. `pipeline logs {run.path} STAGE` shows the log of any stage that was started.")
+    for log in logs:
+        console.print(f"==> {log} <==", soft_wrap=True, markup=False, highlight=False)
+        console.print(tail(log, lines) or "(nothing yet)", soft_wrap=True, markup=False, highlight=False)
+
+
+def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
+    """End what works on a run: its jobs, and its driver wherever that is. What is finished stays."""
+    jobs, holder = queued_jobs(run, graph), run.holder()
+    if not jobs and holder is None:
+        console.print(f"nobody works on {run.path}; nothing to cancel.", soft_wrap=True, highlight=False)
+        return
+    with run.submitting():  # a finishing job submits no further ones from now on
+        (run.path / CANCEL).touch()
+        ids = sorted(scheduler.live_ids(run.path), key=int) if jobs else []
+        scheduler.cancel(ids)
+    if holder is not None:
+        console.print(f"asked {holder} to end.", soft_wrap=True, highlight=False)
+    if ids:
+        run.record("cancelled", jobs=ids, by=os.environ.get("USER", str(os.getuid())))
+        console.print(f"cancelled {plural(len(ids), 'Slurm job')}: {', '.join(ids)}.", soft_wrap=True, highlight=False)
+    console.print(
+        f"`pipeline run` with the same config continues {relative(run.path)}.", soft_wrap=True, highlight=False
+    )

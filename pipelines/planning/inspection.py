@@ -1,0 +1,284 @@
+"""Preflight, the driver's half: every environment is asked what its stages would refuse, before the first one starts.
+
+What was found right is remembered by the state of the files that were looked at, so that the same command costs nothing
+again.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from annotation.config import ScoreConfig
+from contracts.artifacts import write_atomically
+from contracts.config import Role
+from contracts.errors import TransientError, UserError
+from contracts.fingerprint import digest
+from contracts.preflight import Conversation, Finding, Report, Request, StageRequest
+from contracts.prompts import PromptsConfig
+from contracts.records import Message
+from contracts.sampling import Request as SamplingRequest
+from contracts.sampling import Sample
+from contracts.versions import source_version
+from generation.config import GenerationConfig
+from pipelines.config.run import EnvironmentsSection
+from pipelines.environments.launch import EnvironmentConfig, launch_command, probe_versions, stage_environment
+from pipelines.environments.locked import home
+from pipelines.graph import Graph, Node, input_paths
+from pipelines.planning.preflight import origin_of
+
+PACKAGES = ("generation", "annotation", "training")
+"""Those that have a preflight. Each is the name of its environment as well."""
+READERS = {"prompts": "source", "sft": "demonstrations"}
+"""Stages that read data of the user's, by the field that names it."""
+OF_THE_PLACE = ("output", "seed", "iteration", "start", "count")
+"""Fields that make no difference to a check: stages that differ in nothing else are looked at once."""
+
+
+def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
+    """What every environment finds in the stages that it will run, each finding once."""
+    usable = [name for name in PACKAGES if _is_usable(environments, name)]
+    sampled = _sample(graph, environments) if "annotation" in usable else Sample()
+    conversations = (*sampled.conversations, *with_system_message(graph))
+    findings = list(sampled.findings)
+    asked = {name: stages for name in usable if (stages := requests_of(graph, name))}
+    with concurrent.futures.ThreadPoolExecutor(len(PACKAGES)) as pool:
+        answers = pool.map(
+            lambda name: _ask(environments, name, asked[name], conversations, _sources(graph, name)), asked
+        )
+        reports = dict(zip(asked, answers, strict=True))
+    for report in reports.values():
+        findings += report.findings
+    findings += differing_probes({name: report.probes for name, report in reports.items()})
+    known = {model: found for report in reports.values() for model, found in report.vocabularies.items()}
+    findings += differing_vocabularies(graph, known)
+    return list(dict.fromkeys(findings))
+
+
+def differing_probes(probes: dict[str, dict[str, Any]]) -> list[Finding]:
+    """Models that two environments read differently: what one has tokenized the other would not understand.
+
+    Args:
+        probes: by environment and model, what it makes of the same texts.
+    """
+    findings = []
+    for model in dict.fromkeys(model for made in probes.values() for model in made):
+        seen = [(name, made[model]) for name, made in probes.items() if model in made]
+        first, expected = seen[0]
+        for name, found in seen[1:]:
+            if found != expected:
+                ours, theirs = next((a, b) for a, b in zip(expected, found, strict=True) if a != b)
+                findings.append(
+                    Finding(
+                        "error",
+                        f"{model}: the environments {first} and {name} read its tokenizer differently: of "
+                        f"{ours['text']!r} the first makes {_shown(ours)}, the second {_shown(theirs)}.",
+                        "Use the locked environments (pipeline env sync), or environments with one version of "
+                        "transformers and tokenizers.",
+                    )
+                )
+    return findings
+
+
+def differing_vocabularies(graph: Graph, known: dict[str, str]) -> list[Finding]:
+    """Models that would be given token ids of another vocabulary than theirs: references and critics.
+
+    Args:
+        known: by a model's path, the digest of what each token id stands for.
+    """
+    told: dict[tuple[Path, Path], Finding] = {}
+    for node in graph.nodes.values():
+        config = node.config
+        if not isinstance(config, ScoreConfig) or config.kind not in ("logprobs", "values") or config.model is None:
+            continue
+        sampled = graph.owner(config.rollouts)
+        if sampled is None or not isinstance(generation := graph.nodes[sampled].config, GenerationConfig):
+            continue
+        model, policy = origin_of(config.model, graph), origin_of(generation.policy, graph)
+        found, wanted = known.get(str(model)), known.get(str(policy))
+        if found is not None and wanted is not None and found != wanted:
+            text = (
+                f"{model} (stage {node.name}) has another vocabulary ({found[:12]}) than the policy {policy} "
+                f"({wanted[:12]}), whose answers it would read: the same token ids mean other text to it."
+            )
+            told.setdefault((model, policy), Finding("error", text, "Take a model that has the policy's tokenizer."))
+    return list(told.values())
+
+
+def _shown(probe: dict[str, Any]) -> str:
+    ids = ", ".join(map(str, probe["ids"][:12])) + (" ..." if len(probe["ids"]) > 12 else "")
+    return f"the ids {ids}, which it decodes to {probe['decoded']!r}"
+
+
+def requests_of(graph: Graph, package: str) -> tuple[StageRequest, ...]:
+    """The stages of a package that read a model, data or a function from outside of the run; those alike once."""
+    found: dict[str, StageRequest] = {}
+    for node in graph.nodes.values():
+        if node.package == package and reads_from_outside(node, graph):
+            request = request_of(node, graph)
+            found.setdefault(digest([request.command, request.config, sorted(request.made)]), request)
+    return tuple(found.values())
+
+
+def reads_from_outside(node: Node, graph: Graph) -> bool:
+    """Whether there is anything that can be looked at before the run has made it."""
+    try:
+        if node.config.source_files():
+            return True
+    except UserError:  # which `input_mistakes` tells
+        return False
+    return any(
+        origin_of(path, graph).exists() and graph.owner(origin_of(path, graph)) is None
+        for path in input_paths(node.config)
+    )
+
+
+def request_of(node: Node, graph: Graph) -> StageRequest:
+    """A stage's config as its environment is sent it."""
+    config = node.config.model_dump(mode="json")
+    made = []
+    for field, value in node.config.select(Role.INPUT).items():
+        if isinstance(value, str) and graph.owner(Path(value)) is not None:
+            made.append(field)
+            config[field] = _known(Path(value), graph)
+        elif isinstance(value, list | dict):
+            config[field] = _replaced(config[field], graph)
+    for field in OF_THE_PLACE:
+        config.pop(field, None)
+    command = node.subcommand or node.package
+    return StageRequest(node.name, command, {**config, "output": "preflight"}, tuple(made))
+
+
+def _replaced(value: Any, graph: Graph) -> Any:
+    if isinstance(value, dict):
+        return {key: _replaced(item, graph) for key, item in value.items()}
+    if isinstance(value, list):
+        return list(dict.fromkeys(_replaced(item, graph) for item in value))
+    return _known(Path(value), graph)
+
+
+def _known(path: Path, graph: Graph) -> str:
+    """The path, the model that it will be trained from, or the kind of stage that makes it."""
+    origin = origin_of(path, graph)
+    owner = graph.owner(origin)
+    return str(origin) if owner is None else f"made-by/{graph.nodes[owner].config.stage}"
+
+
+def _is_usable(environments: EnvironmentsSection, name: str) -> bool:
+    """Whether an environment can be asked; what is wrong with one that cannot, `check_environments` tells."""
+    try:
+        probe_versions(getattr(environments, name), name)
+    except (UserError, OSError):
+        return False
+    return True
+
+
+def with_system_message(graph: Graph) -> Iterator[Conversation]:
+    """A conversation for each system message that the run's config puts before its prompts."""
+    for node in graph.nodes.values():
+        if isinstance(node.config, PromptsConfig) and node.config.system is not None:
+            messages = (Message("system", node.config.system), Message("user", "What is the capital of France?"))
+            yield Conversation(f"{node.name} with its system message", "prompts", messages)
+
+
+def _sample(graph: Graph, environments: EnvironmentsSection) -> Sample:
+    """Conversations of the user's own data, where it is on this machine."""
+    requests: dict[str, StageRequest] = {}
+    for node in graph.nodes.values():
+        field = READERS.get(node.config.stage)
+        path = None if field is None else getattr(node.config, field)
+        if path is not None and graph.owner(path) is None and path.exists():
+            stage = request_of(node, graph)
+            requests.setdefault(digest([stage.command, stage.config]), stage)
+    if not requests:
+        return Sample()
+    request = SamplingRequest(tuple(requests.values()))
+    answer = _answer(
+        environments, "annotation", "contracts.sampling", msgspec.json.encode(request), _files(request.stages)
+    )
+    return msgspec.json.decode(answer, type=Sample)
+
+
+def _ask(
+    environments: EnvironmentsSection,
+    name: str,
+    stages: tuple[StageRequest, ...],
+    conversations: tuple[Conversation, ...],
+    sources: list[Path],
+) -> Report:
+    request = Request(stages, conversations)
+    files = [*_files(stages), *sources]
+    answer = _answer(environments, name, f"{name}.preflight", msgspec.json.encode(request), files)
+    return msgspec.json.decode(answer, type=Report)
+
+
+def _files(stages: Iterable[StageRequest]) -> list[Path]:
+    """Every path from outside that stages name."""
+    found: set[Path] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                collect(item)
+        elif isinstance(value, str) and value.startswith("/"):
+            found.add(Path(value))
+
+    for stage in stages:
+        collect(stage.config)
+    return sorted(found)
+
+
+def _sources(graph: Graph, package: str) -> list[Path]:
+    """The files of the user's own code that the stages of a package run."""
+    found: set[Path] = set()
+    for node in graph.nodes.values():
+        if node.package == package:
+            with contextlib.suppress(UserError):  # which `input_mistakes` tells
+                found |= {path.absolute() for path in node.config.source_files().values()}
+    return sorted(found)
+
+
+def _state(path: Path) -> Any:
+    """What tells that a file, or one below a directory, was changed: names, sizes, times."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(str(file), file.stat()) for file in files if file.is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
+
+
+def _answer(environments: EnvironmentsSection, name: str, module: str, request: bytes, files: list[Path]) -> bytes:
+    """The JSON that `python -m MODULE` answers, from memory where nothing has changed since.
+
+    Raises:
+        UserError: the environment cannot run it.
+    """
+    environment: EnvironmentConfig = getattr(environments, name)
+    versions = probe_versions(environment, name)
+    known = [
+        module,
+        request.decode(),
+        versions,
+        source_version(module.partition(".")[0]),
+        [_state(file) for file in files],
+    ]
+    memory = home() / "preflight" / f"{digest(known)}.json"
+    if memory.is_file():
+        return memory.read_bytes()
+    command, variables = launch_command(environment, name, ["-m", module])
+    result = subprocess.run(command, env=stage_environment(variables), input=request, capture_output=True, check=False)
+    if result.returncode < 0:
+        raise TransientError(f"preflight in environments.{name} was ended by signal {-result.returncode}")
+    if result.returncode != 0:
+        lines = (result.stderr.decode(errors="replace").strip() or "no output").splitlines()[-5:]
+        raise UserError(
+            f"environments.{name} cannot run preflight (exit code {result.returncode}):\n    " + "\n    ".join(lines)
+        )
+    answer = result.stdout.strip().splitlines()[-1]
+    if not any(finding["level"] == "error" for finding in json.loads(answer)["findings"]):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, answer, durable=False)
+    return answer

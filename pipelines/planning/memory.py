@@ -1,0 +1,128 @@
+"""The memory of a run's stages: what they are estimated to take, and what a dry run says of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from annotation.config import ScoreConfig
+from generation.config import GenerationConfig
+from pipelines.config.run import RunConfig
+from pipelines.graph import Graph, Node
+from pipelines.machine import gpu_count, gpus, host_memory
+from pipelines.planning.estimates import Memory, memory
+from pipelines.planning.hub import name_and_revision
+from pipelines.planning.placement import place
+from pipelines.planning.preflight import origin_of
+from pipelines.planning.sizes import size_of
+from pipelines.progress import tracked
+from training.config import EmaConfig, PolicyConfig, TrainingConfig, ValueHeadConfig
+
+
+def estimated(graph: Graph, *, on_gpu: bool, count: int) -> tuple[dict[str, Memory], dict[str, list[Path]]]:
+    """The memory that each stage takes with `count` GPUs, and for those where that is not known the models why."""
+    needs: dict[str, Memory] = {}
+    unknown: dict[str, list[Path]] = {}
+    for node in tracked(graph.nodes.values(), "estimating memory"):
+        placed = replace(node, config=place(node.config, count))
+        need = memory(placed, graph, on_gpu=on_gpu)
+        if need is not None:
+            needs[node.name] = need
+        elif models := model_paths(node):
+            unknown[node.name] = [origin_of(model, graph) for model in models if size_of(model, graph) is None]
+    return needs, unknown
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run's memory is compared with."""
+
+    name: str
+    bytes: int
+    gpus: int
+    """0: the machine itself."""
+
+
+def device_of(config: RunConfig) -> Device:
+    """The smallest GPU of this machine; where it has none, what the configuration is written for, or the machine."""
+    listed = gpus() if gpu_count() else []
+    if listed:
+        smallest = min(gpu.total for gpu in listed)
+        return Device(f"{len(listed)} GPU of {size(smallest)} of this machine", smallest, len(listed))
+    if config.hardware is not None:
+        room = int(config.hardware.gib * (1 << 30))
+        return Device(f"{config.hardware.gpus} GPU of {size(room)}, as `hardware` says", room, config.hardware.gpus)
+    room = host_memory()
+    return Device(f"the CPU of this machine, which has {size(room)} free", room, 0)
+
+
+def print_memory(console: Console, graph: Graph, config: RunConfig) -> None:
+    """For every stage with a model its peak on a device, what it is made of, the largest first, and whether it fits."""
+    device = device_of(config)
+    needs, unknown = estimated(graph, on_gpu=device.gpus > 0, count=device.gpus)
+    lines = [f"memory, estimated for {device.name}:"]
+    for names, need in grouped(needs):
+        processes = 1 if device.gpus else need.processes
+        room = int(need.share * device.bytes)
+        verdict = "fits" if need.total * processes <= room else "no room"
+        parts = sorted(((part, name) for name, part in need.parts.items() if part), reverse=True)
+        made = ", ".join(f"{name} {size(part)}" for part, name in parts)
+        each = f" in each of {need.processes} processes" if need.processes > 1 else ""
+        lines.append(f"{verdict:<8} {short(names)}: {size(need.total)} of {size(room)}{each} ({made})")
+    for models, names in _by_models(unknown):
+        lines.append(f"unknown  {short(names)}: {'; '.join(map(_why_unknown, models))}")
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _by_models(unknown: dict[str, list[Path]]) -> Iterator[tuple[list[Path], list[str]]]:
+    """Stages of which nothing is known for the same models, together."""
+    groups: dict[tuple[Path, ...], list[str]] = {}
+    for name, models in unknown.items():
+        groups.setdefault(tuple(models), []).append(name)
+    yield from ((list(models), names) for models, names in groups.items())
+
+
+def _why_unknown(model: Path) -> str:
+    if not str(model).startswith("hf:"):
+        return f"the shape of {model} cannot be read from its config.json"
+    name, revision = name_and_revision(model)
+    at = f" --revision {revision}" if revision else ""
+    return f"{model} is not in the local cache; `hf download {name} config.json{at}` is enough for an estimate"
+
+
+def grouped(needs: dict[str, Memory]) -> Iterator[tuple[list[str], Memory]]:
+    """Stages that need the same, together: those of all iterations."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, need in needs.items():
+        groups.setdefault((name.rpartition("/")[2], str(need)), []).append(name)
+    for names in groups.values():
+        yield names, needs[names[0]]
+
+
+def model_paths(node: Node) -> list[Path]:
+    """The models that a stage reads."""
+    config = node.config
+    if isinstance(config, GenerationConfig):
+        return [config.policy]
+    if isinstance(config, ScoreConfig):
+        return [config.model] if config.model else []
+    if isinstance(config, EmaConfig):
+        return [config.average, config.model]
+    if isinstance(config, PolicyConfig) and config.reference_model is not None:
+        return [config.model, config.reference_model]
+    return [config.model] if isinstance(config, TrainingConfig | ValueHeadConfig) else []
+
+
+def short(names: list[str]) -> str:
+    """The first of some names, and how many there are besides."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def size(count: int) -> str:
+    """A number of bytes for people."""
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.1f} {unit}"
+    return f"{count / 1024:.0f} KiB"

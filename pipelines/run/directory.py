@@ -1,0 +1,246 @@
+"""The directory of a run: whose it is, who drives it, and where things are in it."""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from contracts import yaml_text
+from contracts.artifacts import take_lock, write_atomically
+from contracts.config import read_yaml, validate
+from contracts.errors import UserError
+from pipelines.config.run import RunConfig
+
+PINNED = "pinned"
+FOREIGN = "foreign line"
+"""The event that stands for a line of events.jsonl that nobody can read: left by a crash, or by somebody else."""
+CANCEL = "cancel"
+"""File in a run's directory by which its driver, on whatever machine, is asked to end."""
+
+
+class RunDirectory:
+    """Everything of a run is below `path`; nothing of another run is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def existing(cls, path: Path) -> "RunDirectory":
+        """An existing run's directory, or a UserError."""
+        cls(path).require_files()
+        if not (path / "run.json").is_file():
+            raise UserError(f"{path} is not the directory of a run (it has no run.json). Give the path runs/NAME.")
+        return cls(path)
+
+    def require_files(self) -> None:
+        """Raise UserError where something else lies in the place of one of the run's own files."""
+        for name in ("run.json", "config.resolved.yaml", "lock", "events.jsonl", "metrics.jsonl", PINNED):
+            path = self.path / name
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise UserError(f"{path} is no regular file, as a run's own {name} is. Move it away.")
+
+    def claim(self, config: RunConfig, source: Path, iterations: int) -> None:
+        """Create the directory, or take it over, and become the run's only driver until this process ends.
+
+        Raises:
+            UserError: it belongs to another config file, is no run's directory, or another driver is alive.
+        """
+        marker = self.path / "run.json"
+        self.require_files()
+        if self.path.exists() and not marker.exists() and not self._is_run():
+            raise UserError(
+                f"{self.path} exists and was not made by a run of Ratchet. Choose another name=... or directory=..."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # below /proc, for example
+            raise UserError(f"{self.path} cannot be made: {error.strerror}. Set directory=PATH.") from error
+        self.lock()
+        origin = os.path.relpath(source, self.path)
+        if marker.exists():
+            owner = self._marked("config")
+            if owner != origin and self._marked("source") != str(source.absolute()):
+                raise UserError(
+                    f"{self.path} is the run of {(self.path / owner).resolve()}, not of {source}. "
+                    "Choose another name=... for this run."
+                )
+        record: dict[str, Any] = {"config": origin, "source": str(source.absolute())}
+        record |= {"iterations": iterations, "settings": config.settings()}
+        write_atomically(marker, json.dumps(record).encode())
+        resolved = {**config.model_dump(mode="json"), "directory": str(self.path.parent)}
+        text = yaml_text.dump(resolved)
+        write_atomically(self.path / "config.resolved.yaml", text.encode())
+
+    def _is_run(self) -> bool:
+        """Whether a run's driver has been here, even where run.json was lost or not written yet, or nobody has."""
+        names = {path.name for path in self.path.iterdir()}
+        begun = all(name == "lock" or name.startswith("run.json.") for name in names)
+        return begun or names >= {"lock", "config.resolved.yaml"}
+
+    def lock(self) -> None:
+        """Become the only one who changes the run until this process ends.
+
+        Raises:
+            UserError: somebody else is.
+        """
+        self._lock = (self.path / "lock").open("a+", encoding="utf-8", errors="replace")
+        deadline = time.monotonic() + 1.0  # `pipeline status` holds the lock for an instant to see whether it is free
+        while not _lock(self._lock, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                self._lock.seek(0)
+                holder = self._lock.read().strip() or "unknown"
+                raise UserError(
+                    f"the run {self.path} is being driven right now by {holder}. Wait for it, or stop that process; "
+                    "`pipeline status` shows how far it is."
+                )
+            time.sleep(0.05)
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
+        self._lock.flush()
+        (self.path / CANCEL).unlink(missing_ok=True)
+        self._drop_torn_event()
+
+    def submitting(self) -> contextlib.AbstractContextManager[None]:
+        """Be the only one, on any machine, who submits jobs of the run, or changes what they wait for, or ends them."""
+        return locked(self.path / "chain.lock")
+
+    def clear_scratch(self) -> None:
+        """Delete what killed processes were writing; to be called while none is at work."""
+        for path in [*self.path.glob("*.tmp"), *(self.path / "logs").rglob("*.tmp")]:
+            path.unlink(missing_ok=True)
+
+    def _drop_torn_event(self) -> None:
+        """Cut off the line that a killed process was writing, so that the next one starts on a line of its own."""
+        path = self.path / "events.jsonl"
+        if path.exists():
+            content = path.read_bytes()
+            os.truncate(path, content.rfind(b"\n") + 1)
+
+    def holder(self) -> str | None:
+        """Who drives the run at this moment, if anybody."""
+        if not (self.path / "lock").exists():
+            return None
+        with (self.path / "lock").open(encoding="utf-8", errors="replace") as file:
+            return None if _lock(file, fcntl.LOCK_SH) else file.read().strip()
+
+    @property
+    def pinned(self) -> bool:
+        """Whether nothing of it is to be deleted or compressed."""
+        return (self.path / PINNED).exists()
+
+    def pin(self) -> None:
+        """Keep everything from now on."""
+        write_atomically(self.path / PINNED, time.strftime("%F %T\n").encode())
+
+    def unpin(self) -> None:
+        """Let retention work again."""
+        (self.path / PINNED).unlink(missing_ok=True)
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration of the last command."""
+        place = {"name": self.path.name, "directory": str(self.path.parent)}
+        return validate(RunConfig, {**self._marked("settings"), **place}, str(self.path / "run.json"))
+
+    @property
+    def iterations(self) -> int:
+        """Iterations that the last command asked for."""
+        return int(self._marked("iterations"))
+
+    def _marked(self, name: str) -> Any:
+        """One entry of run.json."""
+        path = self.path / "run.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))[name]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path} is damaged ({name}: {error}). Delete it; the next `pipeline run` writes it again."
+            ) from error
+
+    def record(self, event: str, **facts: Any) -> None:
+        """Append to events.jsonl."""
+        line = msgspec.json.encode({"time": round(time.time(), 3), "event": event, **facts}) + b"\n"
+        with (self.path / "events.jsonl").open("a+b") as file:
+            while not _lock(file, fcntl.LOCK_EX):  # jobs on other machines write too
+                time.sleep(0.01)
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                self._drop_torn_event()  # one was killed while it did
+            file.write(line)
+            file.flush()
+
+    def events(self) -> list[dict[str, Any]]:
+        """What was recorded, in order; of a line that is none of Ratchet's, that it is there ("foreign line")."""
+        path = self.path / "events.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [_event(line) for line in lines if line.strip()]
+
+    def new_attempt(self, stage: str) -> Path:
+        """A fresh directory for the logs of one attempt at a stage."""
+        folder = self.path / "logs" / stage
+        attempt = folder / f"attempt-{max(map(_number, self._attempts(stage)), default=0) + 1}"
+        attempt.mkdir(parents=True)
+        return attempt
+
+    def stage_of(self, attempt: Path) -> str:
+        """The stage that an attempt is one at."""
+        return attempt.parent.relative_to(self.path / "logs").as_posix()
+
+    def attempts(self, stage: str) -> list[Path]:
+        """The attempts at a stage, the latest last."""
+        return sorted((path for path in self._attempts(stage) if path.is_dir()), key=_number)
+
+    def _attempts(self, stage: str) -> list[Path]:
+        """Whatever has the name of an attempt; people may have put other things beside them."""
+        return [path for path in (self.path / "logs" / stage).glob("attempt-*") if path.name[8:].isdecimal()]
+
+
+def _number(attempt: Path) -> int:
+    return int(attempt.name.rpartition("-")[2])
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else {"event": FOREIGN}
+
+
+def dated(config: RunConfig) -> RunConfig:
+    """The same configuration with its date: the user's, else the one that the run was made with, else today's."""
+    if config.date is not None:
+        return config
+    date = None
+    if (config.run_directory / "run.json").is_file():
+        date = RunDirectory(config.run_directory)._marked("settings").get("date")
+    elif (config.run_directory / "config.resolved.yaml").is_file():  # where run.json was lost
+        date = read_yaml(config.run_directory / "config.resolved.yaml").get("date")
+    return config.model_copy(update={"date": date or datetime.date.today().isoformat()})
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock, waiting for it."""
+    with path.open("a+") as file:
+        while not _lock(file, fcntl.LOCK_EX):
+            time.sleep(0.05)
+        yield
+
+
+def _lock(file: IO[Any], kind: int) -> bool:
+    """Take a lock, or say at once that somebody else holds it."""
+    try:
+        take_lock(file, kind)
+    except BlockingIOError:
+        return False
+    return True

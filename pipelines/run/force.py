@@ -1,0 +1,87 @@
+"""`--force STAGE`: make again what is published already. What was there moves to superseded/, as with any change.
+
+A command that is killed and given again does not force twice: forced.json says what it has moved already, until a
+command has finished.
+"""
+
+import difflib
+import fnmatch
+import os
+from pathlib import Path
+
+import msgspec
+
+from contracts.artifacts import MANIFEST, Artifact, write_atomically
+from contracts.errors import UserError
+from pipelines.graph import Graph
+from pipelines.run.decisions import SUPERSEDED
+
+RECORD = "forced.json"
+
+
+class Forced(msgspec.Struct, frozen=True):
+    """What a stage had published before it was forced."""
+
+    digest: str
+    inode: int
+    """Of its manifest. What was moved aside still exists, so that nothing made later can have the same."""
+
+
+def resolve(graph: Graph, wanted: list[str]) -> list[str]:
+    """Names of stages from names, directories of several stages, or patterns with *.
+
+    Raises:
+        UserError: one of them means no stage of the run.
+    """
+    found: dict[str, None] = {}
+    for text in wanted:
+        name = text.rstrip("/")
+        matches = [stage for stage in graph.nodes if stage.startswith(f"{name}/") or fnmatch.fnmatchcase(stage, name)]
+        if not matches:
+            nearest = difflib.get_close_matches(name, graph.nodes, n=3, cutoff=0.4)
+            hint = f" Did you mean {', '.join(nearest)}?" if nearest else ""
+            raise UserError(f"--force {text}: the run has no such stage.{hint} `pipeline status` lists them.")
+        found |= dict.fromkeys(matches)
+    return list(found)
+
+
+def set_aside(run: Path, graph: Graph, stages: list[str]) -> None:
+    """Move what these stages have published to superseded/, each once until `report_forced` has been reached."""
+    record = _read(run)
+    for name in stages:
+        output = graph.nodes[name].output
+        if not (output / MANIFEST).is_file():
+            continue
+        manifest = Artifact.open(output).manifest
+        if record.setdefault(name, _identity(output)) != _identity(output):
+            continue  # made again already, by this command before it was interrupted
+        write_atomically(run / RECORD, msgspec.json.encode(record))
+        folder = run / SUPERSEDED / name
+        folder.mkdir(parents=True, exist_ok=True)
+        number = sum(1 for _ in folder.glob(f"{manifest.key[:16]}-forced-*"))
+        os.rename(output, folder / f"{manifest.key[:16]}-forced-{number + 1}")
+
+
+def report_forced(run: Path, graph: Graph) -> list[str]:
+    """After the run: for each forced stage whether its content came out the same; and forget about them."""
+    lines = []
+    for name, old in _read(run).items():
+        if name not in graph.nodes or not (graph.nodes[name].output / MANIFEST).is_file():
+            continue
+        new = Artifact.open(graph.nodes[name].output).manifest.digest
+        same = "the same content" if new == old.digest else f"other content: {old.digest[:12]} → {new[:12]}"
+        lines.append(f"forced {name}: {same}")
+    (run / RECORD).unlink(missing_ok=True)
+    return lines
+
+
+def _identity(output: Path) -> Forced:
+    return Forced(Artifact.open(output).manifest.digest, (output / MANIFEST).stat().st_ino)
+
+
+def _read(run: Path) -> dict[str, Forced]:
+    path = run / RECORD
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Forced]) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}. Delete it.") from error

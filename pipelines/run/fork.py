@@ -1,0 +1,125 @@
+"""`pipeline fork RUN --from-iteration I`: a new run that shares its past with another one, on the disk as well."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from contracts import yaml_text
+from contracts.artifacts import MANIFEST, Artifact, process_name, write_atomically
+from contracts.config import apply_overrides
+from contracts.errors import UserError
+from pipelines.config.run import CHANGEABLE, RunConfig, load_run_config, merge, require_changeable
+from pipelines.graph import Graph
+from pipelines.iteration import build_graph
+from pipelines.run.decisions import SUPERSEDED
+from pipelines.run.directory import RunDirectory
+
+CONFIG = "config.yaml"
+OF_THE_RUN = frozenset({"environments", "executor", "iterations", "retention"})
+"""Keys that a fork may set which hold for the whole run, and change no result."""
+
+
+def fork(source: RunDirectory, first: int, overrides: list[str], name: str | None) -> tuple[Path, int]:
+    """Create the new run beside the old one; returns its directory and how many artifacts it has taken over.
+
+    Iterations before `first` are taken over as they are. Where values change, what comes out the same from there on
+    (the same key) is taken over as well; where none does, everything from there on is made again.
+
+    Raises:
+        UserError: the iteration or a key is none that a fork can start from, or the name is taken.
+    """
+    last = source.iterations
+    if not 1 <= first <= last + 1:
+        raise UserError(f"--from-iteration is {first}; {source.path.name} has {last} iterations: give 1 to {last + 1}.")
+    if name is not None and (not name or Path(name).name != name):
+        raise UserError(f"--name is {name!r}; give a plain name: the fork lies beside {source.path}.")
+    target = source.path.parent / (name or _free_name(source.path, first))
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists already. Choose another --name.")
+    settings = _settings(source.config, last, first, overrides, target)
+    work = target.parent / f".{target.name}.fork-{process_name()}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        write_atomically(work / CONFIG, yaml_text.dump(settings).encode())
+        config = load_run_config(work / CONFIG, [])  # every mistake in the values, before anything is taken over
+        count = _take_over(source, build_graph(source.config, last), work, first, bool(overrides))
+        record: dict[str, Any] = {"config": CONFIG, "source": str((target / CONFIG).absolute())}
+        record |= {"iterations": config.iterations, "settings": config.settings()}
+        write_atomically(work / "run.json", json.dumps(record).encode())
+        os.rename(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target, count
+
+
+def _free_name(source: Path, first: int) -> str:
+    taken = {path.name for path in source.parent.iterdir()}
+    name = f"{source.name}-from-{first}"
+    number = 1
+    while (found := name if number == 1 else f"{name}-{number}") in taken:
+        number += 1
+    return found
+
+
+def _settings(config: RunConfig, iterations: int, first: int, overrides: list[str], target: Path) -> dict[str, Any]:
+    """The new run's settings: those of the old one, with the new values from iteration `first` on."""
+    change = apply_overrides({}, overrides)
+    whole = {key: change.pop(key) for key in list(change) if key in OF_THE_RUN}
+    if unknown := set(change) - CHANGEABLE:
+        known = ", ".join(sorted(CHANGEABLE | OF_THE_RUN))
+        raise UserError(f"{min(unknown)!r} cannot change in a fork. What can: {known}. Else start a new run.")
+    require_changeable(change, first)
+    settings = {**config.settings(), "iterations": iterations}
+    settings = merge(settings, whole)
+    changes = {start: _without(later, change) if start >= first else later for start, later in config.changes.items()}
+    if change:
+        changes[first] = merge(changes.get(first, {}), change)
+    settings["changes"] = {start: later for start, later in sorted(changes.items()) if later}
+    return {**settings, "name": target.name, "directory": str(target.parent)}
+
+
+def _without(data: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`data` without the values that `change` sets."""
+    kept: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in change:
+            kept[key] = value
+        elif isinstance(value, dict) and isinstance(change[key], dict) and (rest := _without(value, change[key])):
+            kept[key] = rest
+    return kept
+
+
+def _take_over(source: RunDirectory, graph: Graph, work: Path, first: int, later_too: bool) -> int:
+    """Link what the old run has published; of later iterations to where it is found under its key."""
+    count = 0
+    for name, node in graph.nodes.items():
+        if not (node.output / MANIFEST).is_file():
+            continue
+        match = re.match(r"iteration-(\d+)/", name)
+        if match is None or int(match[1]) < first:
+            _link(node.output, work / name)
+        elif later_too:
+            _link(node.output, work / SUPERSEDED / name / Artifact.open(node.output).manifest.key[:16])
+        else:
+            continue
+        count += 1
+    return count
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same files in another place: linked where the file system can, else copied. Published files never change."""
+    for path in sorted(source.rglob("*")):
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, copy)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} went away while it was taken over. Give the same command again.") from error
+        except OSError:
+            shutil.copyfile(path, copy)

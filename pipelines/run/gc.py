@@ -1,0 +1,166 @@
+"""`pipeline gc RUN`: delete and compress what is not needed, and say why the rest stays."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from contracts.artifacts import MANIFEST, RELEASED, Artifact
+from contracts.errors import UserError
+from contracts.jsonl import COMPRESSED
+from pipelines.config.run import RetentionSection
+from pipelines.graph import Graph
+from pipelines.insight.status import queued_jobs, reads_what_is_there
+from pipelines.iteration import build_graph
+from pipelines.run.decisions import SUPERSEDED
+from pipelines.run.directory import RunDirectory
+from pipelines.run.retention import (
+    TRASH,
+    asides,
+    compress,
+    compressible,
+    discard,
+    megabytes,
+    own_bytes,
+    plain_shards,
+    release,
+    weight_bytes,
+    why_kept,
+)
+
+SCRATCH = re.compile(rf"({re.escape(RELEASED)}|.*{re.escape(COMPRESSED)})\.[^/]+\.tmp")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something of a run that is deleted, compressed or kept, and why."""
+
+    verb: Literal["delete", "release", "compress", "keep"]
+    path: Path
+    reason: str
+    bytes: int
+    """What the disk gets back if it is deleted."""
+
+
+def collect(console: Console, run: RunDirectory, section: RetentionSection, *, superseded: bool, dry_run: bool) -> None:
+    """Do what `plan` says, and tell it.
+
+    Raises:
+        UserError: the run is being driven, or what has to be known cannot be read.
+    """
+    run.lock()
+    if jobs := queued_jobs(run, build_graph(run.config, run.iterations)):
+        raise UserError(
+            f"{len(jobs)} Slurm jobs of {run.path} have not ended, and need what would be deleted. Wait for them "
+            f"(`pipeline attach {run.path}`), or end them with `pipeline cancel {run.path}`."
+        )
+    if run.pinned:
+        _tell(console, f"{run.path} is pinned: nothing of it is deleted or compressed. `pipeline pin --off` ends that.")
+        return
+    freed = packed = 0
+    for step in plan(run, section, superseded=superseded):
+        size = step.bytes
+        name = step.path.relative_to(run.path).as_posix()
+        if step.verb != "keep" and not dry_run:
+            size = perform(step, run)
+            run.record("gc", verb=step.verb, path=name, bytes=size, reason=step.reason)
+        if step.verb == "compress" and dry_run:
+            packed += size
+        elif step.verb != "keep":
+            freed += size
+        _tell(console, f"{step.verb:<8} {name}  {megabytes(size)}  ({step.reason})")
+    if dry_run:
+        more = f", and what compression saves of {megabytes(packed)}" if packed else ""
+        _tell(console, f"{megabytes(freed)} would be free{more}. Nothing was changed.")
+    else:
+        _tell(console, f"{megabytes(freed)} are free.")
+
+
+def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> list[Step]:
+    """Everything that there is to say about a run; it changes nothing.
+
+    Raises:
+        UserError: a manifest, or what another run reads, cannot be read.
+    """
+    graph = whole_graph(run)
+    published = settled(graph)
+    steps = [Step("delete", path, reason, own_bytes(_files_in(path))) for path, reason in leftovers(run.path)]
+    old = sorted(manifest.parent for manifest in (run.path / SUPERSEDED).rglob(MANIFEST))
+    if superseded:
+        steps += [Step("delete", path, "published under another key", own_bytes(_files_in(path))) for path in old]
+    elif old:
+        size = own_bytes(_files_in(run.path / SUPERSEDED))
+        steps.append(Step("keep", run.path / SUPERSEDED, f"{len(old)} artifacts; --superseded deletes them", size))
+    for name, kept in why_kept(run.path, graph, published, section.keep).items():
+        output = graph.nodes[name].output
+        size = weight_bytes(Artifact.open(output))
+        why = kept or f"its weights; nothing needs them, keep={section.keep}"
+        steps.append(Step("keep" if kept else "release", output, why, size))
+    for node, kept in compressible(graph, published) if section.compress else ():
+        size = own_bytes(path for path, _ in plain_shards(Artifact.open(node.output)))
+        steps.append(Step("keep" if kept else "compress", node.output, kept or "its rows", size))
+    return steps
+
+
+def perform(step: Step, run: RunDirectory) -> int:
+    """Do one step; returns the bytes that are free now."""
+    if step.verb == "release":
+        return release(Artifact.open(step.path), step.reason)
+    if step.verb == "compress":
+        return compress(Artifact.open(step.path))
+    if step.path.is_file():
+        step.path.unlink()
+    elif step.path.name.startswith(TRASH):
+        shutil.rmtree(step.path)
+    else:
+        discard(step.path, run.path)
+    return step.bytes
+
+
+def whole_graph(run: RunDirectory) -> Graph:
+    """The graph of a run for as many iterations as it is to have, or has had."""
+    folders = [path.parent.parent.name for path in run.path.glob(f"iteration-*/training/{MANIFEST}")]
+    return build_graph(run.config, max([run.iterations, *(int(name.partition("-")[2]) for name in folders)]))
+
+
+def settled(graph: Graph) -> set[str]:
+    """The stages that are published, and were made from what the stages before them have published now."""
+    found: set[str] = set()
+    for node in graph.nodes.values():
+        if not found.issuperset(node.needs) or not (node.output / MANIFEST).is_file():
+            continue
+        if reads_what_is_there(node, graph, Artifact.open(node.output).manifest):
+            found.add(node.name)
+    return found
+
+
+def leftovers(run: Path) -> Iterator[tuple[Path, str]]:
+    """What nobody will read or continue any more, and why."""
+    for path in sorted(run.glob(f"{TRASH}*")):
+        yield path, "left by a command that was killed"
+    for path in sorted(run.rglob("*.tmp")):
+        if SCRATCH.fullmatch(path.name) and (path.parent / MANIFEST).is_file():
+            yield path, "left by a command that was killed"
+    for aside, output in asides(run):
+        if (output / MANIFEST).is_file():
+            yield aside, "made again since"
+    for path in sorted(run.rglob(".*.partial-*")):
+        name, _, key = path.name[1:].rpartition(".partial-")
+        target = path.with_name(name)
+        if not (target / MANIFEST).is_file():
+            continue
+        # A released stage is made again under the key that it has.
+        if Artifact.open(target).manifest.key[:16] != key or not (target / RELEASED).is_file():
+            yield path, "begun under another key than what is published"
+
+
+def _files_in(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
+def _tell(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,57 @@
+"""Metrics of the iterations, derived from the published evaluations and from nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from contracts.artifacts import MANIFEST, Artifact, write_atomically
+from pipelines.graph import Graph, Node
+
+COLUMNS = {
+    "reward_mean": "reward",
+    "reward_ci95": "± 95 %",
+    "gold_reward_mean": "gold reward",
+    "win_rate": "win rate",
+    "kl": "KL",
+    "response_length": "length",
+    "stop_rate": "stop rate",
+}
+"""Names that a metric of an evaluation has, with their titles in tables."""
+
+
+def evaluations(graph: Graph) -> list[tuple[Path, dict[str, Any]]]:
+    """Each published evaluation of the graph, by iteration: the policy's directory and its metrics."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for node in graph.nodes.values():
+        if node.config.stage == "evaluation" and (node.output / MANIFEST).is_file():
+            metrics = Artifact.open(node.output).manifest.facts["metrics"]
+            found.append((policy_of(node, graph), metrics))
+    return sorted(found, key=lambda item: int(item[1]["iteration"]))
+
+
+def policy_of(evaluation: Node, graph: Graph) -> Path:
+    """The policy that an evaluation judges."""
+    rollouts = graph.nodes[evaluation.needs[0]]
+    return Path(rollouts.config.model_dump()["policy"])
+
+
+def write_metrics(run: Path, graph: Graph) -> None:
+    """Write metrics.jsonl: one object per iteration, 0 being the initial policy."""
+    lines = [json.dumps({**metrics, "policy": str(policy)}) for policy, metrics in evaluations(graph)]
+    write_atomically(run / "metrics.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def judge_of(metrics: dict[str, Any]) -> str:
+    """The metric that decides which checkpoint is best: the gold reward where there is one."""
+    return "gold_reward_mean" if metrics.get("gold_reward_mean") is not None else "reward_mean"
+
+
+def best_of(rows: list[tuple[Path, dict[str, Any]]]) -> tuple[Path, dict[str, Any]]:
+    """The best of `evaluations`."""
+    judge = judge_of(rows[0][1])
+    return max(rows, key=lambda item: float(item[1][judge]))
+
+
+def is_further_scorer(name: str) -> bool:
+    """Whether a metric is the mean of a scorer beside `reward` and `gold`."""
+    return name.endswith("_mean") and name not in COLUMNS

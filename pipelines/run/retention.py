@@ -1,0 +1,443 @@
+"""What of a run stays on the disk: whose weights are deleted, which rows are compressed, and why the others are kept.
+
+A checkpoint that is *released* loses its weights and keeps everything else, its manifest first of all: what was made
+from it stays reused. Where a stage has to run that needs the weights, the driver has them made again before.
+
+Whatever is done here can be killed at any instant, and then
+  a released.json whose files are still there         the next time deletes them
+  FILE beside FILE.gz                                 the next time checks FILE.gz and deletes FILE
+  a scratch file, or a directory .trash-*             is deleted the next time, or by `pipeline gc`
+  .NAME.released (what NAME had published before)     the next driver gives it its name back, if nobody else has it
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from contracts.artifacts import (
+    MANIFEST,
+    RELEASED,
+    Artifact,
+    File,
+    Released,
+    artifact_of,
+    fsync,
+    process_name,
+    read_manifest,
+    with_checksum,
+    write_atomically,
+)
+from contracts.config import read_yaml
+from contracts.errors import UserError
+from contracts.jsonl import COMPRESSED
+from pipelines.config.run import RetentionSection
+from pipelines.graph import Graph, Node
+from pipelines.run.decisions import SUPERSEDED
+from pipelines.run.directory import RunDirectory
+from pipelines.run.metrics import best_of, evaluations, policy_of
+
+CHECKPOINT = re.compile(r"iteration-(\d+)/(training|ema|critic)")
+"""The only stages whose weights are ever deleted."""
+ROWS = ("generation", "score", "experience")
+"""The stages whose rows are compressed."""
+TRASH = ".trash-"
+ASIDE = ".released"
+CHUNK = 1 << 20
+
+
+# What may go.
+
+
+def still_read(graph: Graph, published: Collection[str]) -> dict[str, str]:
+    """The stages whose output a stage that is still to run reads, with the first such stage."""
+    waiting = [node for node in graph.nodes.values() if node.name not in published]
+    return {needed: node.name for node in reversed(waiting) for needed in node.needs}
+
+
+def why_kept(run: Path, graph: Graph, published: Collection[str], keep: str) -> dict[str, str | None]:
+    """For each checkpoint of an iteration that has its weights: why they stay, or None where they can go.
+
+    `published` are the names of the stages that will not run again as things stand.
+    """
+    numbers = {name: int(match[1]) for name in sorted(published) if (match := CHECKPOINT.fullmatch(name))}
+    policies, averages, critics = (
+        [name for name in numbers if name.endswith(kind)] for kind in ("/training", "/ema", "/critic")
+    )
+    latest = policies[-int(keep.removeprefix("last ")) :] if keep.startswith("last ") else []
+    readers = still_read(graph, published)
+    unjudged = [
+        graph.owner(policy_of(node, graph))
+        for node in graph.nodes.values()
+        if node.config.stage == "evaluation" and node.name not in published
+    ]
+    rows = evaluations(graph)
+    best = graph.owner(best_of(rows)[0]) if rows else None
+    reasons: dict[str, str | None] = {}
+    for name, number in numbers.items():
+        artifact = Artifact.open(graph.nodes[name].output)
+        if not _weights(artifact):
+            continue
+        if artifact.released:  # a kill came between the decision and the deletion
+            reasons[name] = None
+        elif keep == "all":
+            reasons[name] = "keep=all"
+        elif name in readers:
+            reasons[name] = f"{readers[name]} still needs it"
+        elif name in policies[-1:]:
+            reasons[name] = "the last policy, from which more iterations start"
+        elif name in averages[-1:]:
+            reasons[name] = "the last average"
+        elif name in critics[-1:]:
+            reasons[name] = "the last critic, with which more iterations go on"
+        elif name in unjudged:
+            reasons[name] = "not judged yet"
+        elif name == best:
+            reasons[name] = "the best so far"
+        elif number in [numbers[policy] for policy in latest]:
+            reasons[name] = f"keep={keep}"
+        else:
+            reasons[name] = None
+    if None in reasons.values():
+        for path, other in read_by_others(run).items():
+            read = [name for name, kept in reasons.items() if kept is None and path.is_relative_to(name)]
+            reasons |= dict.fromkeys(read, f"the run {other} reads it")
+    return reasons
+
+
+def compressible(graph: Graph, published: Collection[str]) -> Iterator[tuple[Node, str | None]]:
+    """The rollouts, scores and experience of iterations that are not compressed: with why they stay so, or None."""
+    readers = still_read(graph, published)
+    for name, node in graph.nodes.items():
+        iteration = name.partition("/")[0]
+        if not iteration.startswith("iteration-") or node.config.stage not in ROWS or name not in published:
+            continue
+        files = [path for path, _ in plain_shards(Artifact.open(node.output))]
+        if not files:
+            continue
+        training = f"{iteration}/training"
+        if name in readers:
+            yield node, f"{readers[name]} still reads it"
+        elif training in graph.nodes and training not in published:
+            yield node, f"{training} is not made yet"
+        elif any(path.stat().st_nlink > 1 for path in files):
+            yield node, "another run shares it, and would not share the compressed files"
+        else:
+            yield node, None
+
+
+def read_by_others(run: Path) -> dict[Path, str]:
+    """What of a run, by path inside of it, the other runs beside it name as an input, with the run that does.
+
+    What another run has a copy of its own of (a fork, of what it has taken over) does not count.
+
+    Raises:
+        UserError: what another run reads cannot be found out.
+    """
+    here = run.resolve()
+    found: dict[Path, str] = {}
+    for marker in sorted(run.parent.glob("[!.]*/run.json")):
+        other = marker.parent
+        if other.resolve() == here:
+            continue
+        for text in _names_in(other):
+            bases = [Path("/")] if text.startswith("/") else [*run.parents, Path.cwd()]
+            for path in {(base / text).resolve() for base in bases}:
+                if path.is_relative_to(here) and not _has_own(other, path.relative_to(here)):
+                    found[path.relative_to(here)] = other.name
+    return found
+
+
+def _has_own(run: Path, inside: Path) -> bool:
+    artifact = artifact_of(run / inside)
+    return artifact is not None and artifact.path.is_relative_to(run)
+
+
+def _names_in(run: Path) -> set[str]:
+    """Whatever could be a path in a run's settings and among the inputs of what it has published."""
+    sources: list[Any] = []
+    if (run / "config.resolved.yaml").is_file():
+        sources.append(read_yaml(run / "config.resolved.yaml"))
+    for folder, inner, files in os.walk(run):
+        inner[:] = [name for name in inner if name not in ("logs", SUPERSEDED) and not name.startswith(".")]
+        for name in {"run.json", MANIFEST}.intersection(files):
+            path = Path(folder, name)
+            try:
+                content = path.read_bytes()
+                sources.append(json.loads(content) if name == "run.json" else read_manifest(content).input_paths)
+            except FileNotFoundError:
+                continue  # that run is being driven, and has just moved it
+            except ValueError as error:
+                raise UserError(
+                    f"{path} is damaged, so that nobody knows what its run reads of {run.parent}: {error}. Delete it "
+                    "and continue that run, which makes it anew."
+                ) from error
+    return {text for text in _texts(sources) if "/" in text and not {"\n", "\0"} & set(text)}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def _weights(artifact: Artifact) -> list[Path]:
+    """The files with weights that are there."""
+    return [path for path in (artifact.path / name for name in _weight_names(artifact)) if path.exists()]
+
+
+def _weight_names(artifact: Artifact) -> list[str]:
+    return [file.path for file in artifact.manifest.files if file.path.endswith(".safetensors")]
+
+
+def plain_shards(artifact: Artifact) -> list[tuple[Path, File]]:
+    """The shards that are there uncompressed."""
+    shards = [(artifact.path / file.path, file) for file in artifact.manifest.files if file.path.startswith("shard-")]
+    return [(path, file) for path, file in shards if path.exists()]
+
+
+def weight_bytes(artifact: Artifact) -> int:
+    """Bytes that the disk gets back when the weights of a checkpoint are deleted."""
+    return own_bytes(_weights(artifact))
+
+
+def own_bytes(files: Iterable[Path]) -> int:
+    """Bytes that the disk gets back when files are deleted: none for those that have a name elsewhere too."""
+    found = [path.lstat() for path in files]
+    return sum(status.st_size for status in found if status.st_nlink == 1)
+
+
+# Doing it.
+
+
+def release(artifact: Artifact, reason: str) -> int:
+    """Delete a checkpoint's weights, having written down that it is on purpose; returns the bytes that are free now."""
+    _clear_scratch(artifact.path, RELEASED)
+    if not artifact.released:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        record = Released(tuple(_weight_names(artifact)), reason, now)
+        write_atomically(artifact.path / RELEASED, with_checksum(record))
+    freed = weight_bytes(artifact)
+    for path in _weights(artifact):
+        path.unlink()
+    fsync(artifact.path)
+    return freed
+
+
+def compress(artifact: Artifact, stop: threading.Event | None = None) -> int:
+    """Keep an artifact's rows as FILE.gz; returns the bytes that are free now. Ends early when `stop` is set.
+
+    Raises:
+        UserError: a file is not what the manifest says; it stays as it is.
+    """
+    freed = 0
+    _clear_scratch(artifact.path, f"*{COMPRESSED}")
+    for path, file in plain_shards(artifact):
+        target = path.with_name(path.name + COMPRESSED)
+        if _unpacked_sha256(target) != file.sha256:
+            try:
+                packed = _pack(path, target, file.sha256, stop)
+            except OSError:  # a full disk gets its room back
+                _clear_scratch(artifact.path, f"*{COMPRESSED}")
+                raise
+            if not packed:
+                break
+            freed -= target.stat().st_size
+        freed += own_bytes([path])
+        path.unlink()
+        fsync(artifact.path)
+    return freed
+
+
+def _pack(path: Path, target: Path, sha256: str, stop: threading.Event | None) -> bool:
+    """Write FILE.gz, read it back and give it its name; False when `stop` was set meanwhile."""
+    scratch = target.with_name(f"{target.name}.{process_name()}.tmp")
+    with path.open("rb") as source, scratch.open("wb") as packed:
+        # Without a name and a time in it, the same rows are the same bytes.
+        with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=6, mtime=0) as writer:
+            while chunk := source.read(CHUNK):
+                if stop is not None and stop.is_set():
+                    scratch.unlink()
+                    return False
+                writer.write(chunk)
+        packed.flush()
+        os.fsync(packed.fileno())
+    if _unpacked_sha256(scratch) != sha256:
+        scratch.unlink()
+        raise UserError(
+            f"{path}: its content differs from the manifest, so that it was not compressed. Delete {path.parent} and "
+            "run the same command again, which makes it anew."
+        )
+    os.replace(scratch, target)
+    fsync(target.parent)
+    return True
+
+
+def _unpacked_sha256(path: Path) -> str | None:
+    """SHA-256 of what a compressed file holds; None where it is damaged or missing."""
+    try:
+        with gzip.open(path) as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]
+    except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error):
+        return None
+
+
+def _clear_scratch(directory: Path, pattern: str) -> None:
+    for path in directory.glob(f"{pattern}.*.tmp"):
+        path.unlink()
+
+
+def discard(directory: Path, run: Path) -> None:
+    """Delete a directory of a run: first out of sight, so that nobody ever sees half of it."""
+    trash = Path(tempfile.mkdtemp(prefix=TRASH, dir=run))
+    os.rename(directory, trash / "discarded")
+    shutil.rmtree(trash)
+
+
+# Making released weights again.
+
+
+def released_inputs(node: Node, graph: Graph) -> list[str]:
+    """The stages whose weights were deleted and which a stage needs."""
+    return [name for name in node.needs if (graph.nodes[name].output / RELEASED).is_file()]
+
+
+def why_again(reader: str) -> str:
+    """The reason for making a released stage again."""
+    return f"its weights were deleted by gc and {reader} needs them"
+
+
+def made_again(graph: Graph, runs: Collection[str]) -> dict[str, str]:
+    """The stages that have to be made again, with the reason, when the stages `runs` are run."""
+    found: dict[str, str] = {}
+    todo = list(runs)
+    while todo:
+        reader = todo.pop()
+        for name in released_inputs(graph.nodes[reader], graph):
+            if name not in found and name not in runs:
+                found[name] = why_again(reader)
+                todo.append(name)
+    return found
+
+
+def set_aside(output: Path) -> None:
+    """Before a released stage is made again: hide what it had published."""
+    os.rename(output, _aside(output))
+
+
+def drop_aside(output: Path, run: Path) -> bool:
+    """After a released stage has been made again: forget what it had published; whether it came out the same."""
+    aside = _aside(output)
+    if not aside.exists():
+        return True
+    same = Artifact.open(aside).manifest.digest == Artifact.open(output).manifest.digest
+    discard(aside, run)
+    return same
+
+
+def restore(run: Path) -> None:
+    """After a kill: put back what a released stage had published, unless it has been made again, and end deletions."""
+    for trash in run.glob(f"{TRASH}*"):
+        shutil.rmtree(trash)
+    for aside, output in asides(run):
+        if (output / MANIFEST).is_file():
+            discard(aside, run)
+        else:
+            os.rename(aside, output)
+
+
+def asides(run: Path) -> list[tuple[Path, Path]]:
+    """What is set aside, with the place that it was in."""
+    found = sorted(run.glob(f"iteration-*/.*{ASIDE}"))
+    return [(path, path.with_name(path.name[1:].removesuffix(ASIDE))) for path in found]
+
+
+def _aside(output: Path) -> Path:
+    return output.with_name(f".{output.name}{ASIDE}")
+
+
+# While a driver works.
+
+
+class Retention:
+    """Does what a run's section `retention` says while its driver works; what goes wrong in it is told, and no more."""
+
+    def __init__(self, run: RunDirectory, graph: Graph, section: RetentionSection, tell: Callable[[str], None]) -> None:
+        self.run = run
+        self.graph = graph
+        self.section = section
+        self.tell = tell
+        self._told: set[str] = set()
+        self._stop = threading.Event()
+        self._worker = ThreadPoolExecutor(1, "compression")
+        self._compressing: dict[str, Future[int]] = {}
+        self._tried: set[str] = set()
+
+    def __enter__(self) -> "Retention":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._worker.shutdown(cancel_futures=True)
+
+    def apply(self, published: Collection[str]) -> None:
+        """Delete the weights that can go now, and begin to compress, in a thread, the rows that can be."""
+        if self.section.keep == "all" and not self.section.compress:
+            return
+        if self.run.pinned:
+            self._once(f"keep   {self.run.path.name} is pinned; nothing of it is deleted or compressed")
+            return
+        try:
+            for name, kept in why_kept(self.run.path, self.graph, published, self.section.keep).items():
+                if kept is None:
+                    reason = f"its weights; nothing needs them, keep={self.section.keep}"
+                    freed = release(Artifact.open(self.graph.nodes[name].output), reason)
+                    self.run.record("release", stage=name, bytes=freed, reason=reason)
+                    self.tell(f"release {name}  ({reason}; {megabytes(freed)} are free)")
+            for node, kept in compressible(self.graph, published) if self.section.compress else ():
+                if kept is None and node.name not in self._tried:
+                    self._tried.add(node.name)
+                    job = self._worker.submit(compress, Artifact.open(node.output), self._stop)
+                    self._compressing[node.name] = job
+        except Exception as error:
+            self._failed("retention", error)
+
+    def poll(self) -> bool:
+        """Note what the thread has done; whether it has more to do."""
+        for name, job in list(self._compressing.items()):
+            if job.done():
+                del self._compressing[name]
+                error = job.exception()
+                if error is None:
+                    self.run.record("compress", stage=name, bytes=job.result())
+                else:
+                    self._failed(f"compressing {name}", error)
+        return bool(self._compressing)
+
+    def _failed(self, what: str, error: BaseException) -> None:
+        self.run.record("retention failed", what=what, error=f"{type(error).__name__}: {error}")
+        self._once(f"warning: {what} failed, and the run goes on: {type(error).__name__}: {error}")
+
+    def _once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            self.tell(line)
+
+
+def megabytes(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e6:.1f} MB"

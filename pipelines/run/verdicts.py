@@ -1,0 +1,58 @@
+"""What a command would do to each stage, as far as that is known before anything runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from contracts.artifacts import MANIFEST
+from pipelines.config.run import RunConfig
+from pipelines.environments.launch import probe_versions
+from pipelines.graph import Graph
+from pipelines.progress import tracked
+from pipelines.run.decisions import decide, kept
+from pipelines.run.retention import made_again
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What happens to a stage, and the reason to tell."""
+
+    reuse: bool
+    reason: str
+    again: bool = False
+    """Its weights were deleted, and are needed."""
+
+
+def verdicts(graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Verdict]:
+    """For every stage *reuse* or *run*, and why. What comes after a stage that runs may turn out to be reused."""
+    certain: set[str] = set()
+    runs: list[str] = []
+    found: dict[str, Verdict] = {}
+    moved: dict[str, Path] = {}  # stages that would be taken back, and where they are now
+
+    def where(path: Path) -> Path:
+        owner = graph.owner(path) if moved else None
+        place = moved.get(owner) if owner else None
+        return place / path.relative_to(graph.nodes[owner].output) if owner and place else path
+
+    for node in tracked(graph.nodes.values(), "deciding about the stages"):
+        unknown = [name for name in node.needs if name not in certain]
+        sure = True
+        if node.name in forced:
+            verdict = Verdict(False, "forced")
+        elif unknown:
+            reason = f"after {', '.join(unknown)}"
+            if (node.output / MANIFEST).is_file():
+                sure, reason = False, f"{reason}; reused if these come out the same"
+            verdict = Verdict(False, reason)
+        else:
+            environment = getattr(config.environments, node.environment)
+            decision = decide(node, probe_versions(environment, node.environment), graph.directory, where)
+            verdict = Verdict(decision.reuse, decision.reason)
+            if decision.reuse:
+                certain.add(node.name)
+            if (place := kept(graph.directory, node, decision.key)).exists():
+                moved[node.name] = place
+        if not verdict.reuse and sure:
+            runs.append(node.name)
+        found[node.name] = verdict
+    return found | {name: Verdict(False, reason, again=True) for name, reason in made_again(graph, runs).items()}
