@@ -14,7 +14,7 @@ import msgspec
 
 from annotation.judge import TokenRewards
 from annotation.samples import Sample
-from contracts.artifacts import process_name
+from contracts.files import process_name
 
 WORTH_SECONDS = 0.5
 """Judgements that took less in all are not worth keeping when the stage ends by the user's mistake."""

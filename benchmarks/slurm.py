@@ -178,8 +178,9 @@ class Bench:
 
     def _publish_inputs(self) -> None:
         """Publish prompts and rollouts under the keys that the run's own stages would give them."""
-        from contracts.artifacts import Artifact, Publication, model_fingerprint
+        from contracts.artifacts import Artifact, model_fingerprint
         from contracts.ledger import Ledger
+        from contracts.publication import Publication
         from contracts.records import ROLLOUTS as SCHEMA
         from contracts.records import Completion, Prompt, Rollout, Sampling
         from contracts.stage import key_parts, stage_key

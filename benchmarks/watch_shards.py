@@ -20,7 +20,7 @@ in that, write: writes and commits their rows."""
 def watch() -> None:
     """Have this process measure its work on shards. Each part is in seconds, of the clock and of CPU."""
     from contracts import workers
-    from contracts.artifacts import Publication
+    from contracts.publication import Publication
 
     spent: dict[str, list[float]] = {part: [0.0, 0.0] for part in PARTS}
     shards: list[str] = []

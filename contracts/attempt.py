@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from contracts import stopping
-from contracts.artifacts import process_name, write_atomically
 from contracts.errors import TransientError, UserError, as_user_error, is_transient
+from contracts.files import process_name, write_atomically
 
 ATTEMPT = "RATCHET_ATTEMPT"
 """Environment variable: the directory of the attempt."""

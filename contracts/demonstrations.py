@@ -7,11 +7,12 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from contracts.artifacts import MANIFEST, Artifact
+from contracts.artifacts import Artifact
 from contracts.conversations import read_messages
 from contracts.fields import answer_of, half_a_character, tools_of, with_input, with_system
 from contracts.jsonl import encode
 from contracts.layouts import TEXTS, Layout, Row
+from contracts.manifest import MANIFEST
 from contracts.records import DEMONSTRATIONS, JsonObjects, Message
 from contracts.sources import read_rows
 

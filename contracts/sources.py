@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from contracts.artifacts import MANIFEST, Artifact
+from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.formats import AGAIN, DAMAGED, Row, first_line, read_file
+from contracts.manifest import MANIFEST
 from contracts.splits import choose_files, require_split_of_file
 
 HUB = "hf:"

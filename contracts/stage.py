@@ -24,12 +24,13 @@ from typing import Any, Literal, NoReturn, get_args
 import msgspec
 
 from contracts import stopping, surroundings
-from contracts.artifacts import Artifact, Publication, input_damage, input_digest, is_published
+from contracts.artifacts import Artifact, input_damage, input_digest, is_published
 from contracts.attempt import ROLE, fail, report_progress, supervised
 from contracts.config import Role, StageConfig, apply_overrides, describe, read_yaml, validate
 from contracts.errors import UserError
 from contracts.fingerprint import digest
 from contracts.processes import die_with_parent
+from contracts.publication import Publication
 from contracts.records import Schema
 from contracts.versions import installed_versions, source_version
 

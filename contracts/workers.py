@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from contracts import stopping
-from contracts.artifacts import Publication, process_name, take_lock, write_atomically
 from contracts.attempt import ROLE
 from contracts.errors import TransientError, UserError
+from contracts.files import process_name, take_lock, write_atomically
 from contracts.processes import end_groups
+from contracts.publication import Publication
 from contracts.stage import Context
 
 LOOK_SECONDS = 0.5

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import LlamaConfig
 
-from contracts.artifacts import Publication
 from contracts.ledger import Ledger
+from contracts.publication import Publication
 
 LLAMA_KEYS = (
     "bos_token_id",

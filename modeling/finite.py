@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from contracts.artifacts import MANIFEST, Artifact
+from contracts.artifacts import Artifact
 from contracts.attempt import beat
 from contracts.errors import UserError
+from contracts.manifest import MANIFEST
 from contracts.weights import StoredTensor, stored_tensors
 
 INFINITY = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "BF16": 0x7F80, "F16": 0x7C00}

@@ -16,10 +16,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from contracts.artifacts import MANIFEST, Artifact
+from contracts.artifacts import Artifact
 from contracts.attempt import beat
 from contracts.errors import UserError
 from contracts.fingerprint import digest, file_sha256
+from contracts.manifest import MANIFEST
 from contracts.models import MASTER
 from contracts.weights import StoredTensor, stored_tensors
 

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from contracts.artifacts import Publication
 from contracts.attempt import beat
 from contracts.fingerprint import PROCESSOR_FILES, TOKENIZER_FILES
 from contracts.ledger import Ledger
 from contracts.models import MASTER, VALUE_HEAD
+from contracts.publication import Publication
 from modeling.loading import Shapes
 from modeling.master import BELONGS_TO, Start, belonging, has_rest, split
 

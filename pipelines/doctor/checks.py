@@ -15,8 +15,8 @@ import huggingface_hub
 from huggingface_hub import constants
 
 from annotation.config import ScoreConfig
-from contracts.artifacts import MANIFEST
 from contracts.errors import UserError, as_user_error
+from contracts.manifest import MANIFEST
 from contracts.precision import computes_bfloat16
 from generation.config import GenerationConfig
 from pipelines.config.run import RunConfig

@@ -11,9 +11,10 @@ from pathlib import Path
 import msgspec
 
 from contracts import yaml_text
-from contracts.artifacts import Artifact, write_atomically
+from contracts.artifacts import Artifact
 from contracts.attempt import FailureKind
 from contracts.errors import TransientError, UserError
+from contracts.files import write_atomically
 from contracts.stage import require_space
 from contracts.versions import source_version
 from pipelines.config.run import RunConfig

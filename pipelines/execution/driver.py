@@ -10,8 +10,10 @@ from types import FrameType
 from typing import NoReturn
 
 from contracts import stopping
-from contracts.artifacts import MANIFEST, RELEASED, appears
 from contracts.errors import UserError
+from contracts.files import appears
+from contracts.fingerprint import RELEASED
+from contracts.manifest import MANIFEST
 from contracts.stage import require_space
 from pipelines.config.run import RunConfig
 from pipelines.environments.launch import probe_versions

@@ -30,9 +30,9 @@ from typing import IO, Any, TypeGuard
 
 import msgspec
 
-from contracts.artifacts import write_atomically
 from contracts.attempt import ATTEMPT, FAILURES, HEARTBEAT, PROGRESS, STALL, FailureKind, reason, report_failure
 from contracts.errors import TransientError, UserError
+from contracts.files import write_atomically
 from contracts.limits import limit_behind_signal
 from contracts.processes import end_groups
 from contracts.stopping import DEFAULT_GRACE, GRACE, SIGNALS, TERMINAL

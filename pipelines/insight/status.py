@@ -11,8 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from contracts.artifacts import MANIFEST, RELEASED, Artifact, Manifest, write_atomically
+from contracts.artifacts import Artifact
 from contracts.errors import UserError
+from contracts.files import write_atomically
+from contracts.fingerprint import RELEASED
+from contracts.manifest import MANIFEST, Manifest
 from pipelines.execution.slurm.events import ACCOUNTING_PATIENCE, in_words, missed
 from pipelines.execution.slurm.jobs import job_logs, jobs_of, last_jobs, unfinished_jobs
 from pipelines.execution.slurm.scheduler import PATIENCE, Queued, queue

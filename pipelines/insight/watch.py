@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from contracts.artifacts import MANIFEST
 from contracts.errors import UserError
+from contracts.manifest import MANIFEST
 from pipelines.execution.attempts import StageFailedError, tail
 from pipelines.execution.slurm import scheduler
 from pipelines.execution.slurm.jobs import job_logs

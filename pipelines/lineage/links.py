@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from contracts.artifacts import MANIFEST, Artifact, Manifest, input_digest
+from contracts.artifacts import Artifact, input_digest
 from contracts.errors import UserError
 from contracts.fingerprint import MODEL_FILES, digest
+from contracts.manifest import MANIFEST, Manifest
 from pipelines.run.decisions import SUPERSEDED
 
 RUN = "run.json"

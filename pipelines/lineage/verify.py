@@ -13,10 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from contracts.artifacts import MANIFEST, RELEASED, Artifact, File, content_digest, input_damage
+from contracts.artifacts import Artifact, input_damage
 from contracts.errors import UserError
-from contracts.fingerprint import MODEL_FILES
+from contracts.fingerprint import MODEL_FILES, RELEASED
 from contracts.jsonl import COMPRESSED, open_stored
+from contracts.manifest import MANIFEST, File, content_digest
 from contracts.records import CHECKPOINT, EXPERIENCE, PAIRS, ROLLOUTS, SCORES
 from contracts.stage import stage_key
 from pipelines.lineage.crosscheck import disagreements, wrong_metrics

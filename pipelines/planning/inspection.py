@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 
 from annotation.config import ScoreConfig
-from contracts.artifacts import write_atomically
 from contracts.config import Role
 from contracts.errors import TransientError, UserError
+from contracts.files import write_atomically
 from contracts.fingerprint import digest
 from contracts.preflight import Conversation, Finding, Report, Request, StageRequest
 from contracts.prompts import PromptsConfig

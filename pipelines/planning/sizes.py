@@ -14,9 +14,9 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from annotation.config import PairsConfig
-from contracts.artifacts import MANIFEST
 from contracts.errors import UserError
 from contracts.fingerprint import MODEL_FILES
+from contracts.manifest import MANIFEST
 from contracts.prompts import PromptsConfig
 from contracts.splits import choose_files
 from embedded.config import WorldConfig

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contracts.artifacts import MANIFEST, Artifact, partial_directory
+from contracts.artifacts import Artifact
 from contracts.errors import UserError
+from contracts.manifest import MANIFEST
+from contracts.publication import partial_directory
 from contracts.stage import key_parts, stage_key
 from pipelines.graph import Node
 

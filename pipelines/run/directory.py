@@ -14,9 +14,9 @@ from typing import IO, Any
 import msgspec
 
 from contracts import yaml_text
-from contracts.artifacts import take_lock, write_atomically
 from contracts.config import read_yaml, validate
 from contracts.errors import UserError
+from contracts.files import take_lock, write_atomically
 from pipelines.config.run import RunConfig
 
 PINNED = "pinned"

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import msgspec
 
-from contracts.artifacts import MANIFEST, Artifact, write_atomically
+from contracts.artifacts import Artifact
 from contracts.errors import UserError
+from contracts.files import write_atomically
+from contracts.manifest import MANIFEST
 from pipelines.graph import Graph
 from pipelines.run.decisions import SUPERSEDED
 

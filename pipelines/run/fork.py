@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from contracts import yaml_text
-from contracts.artifacts import MANIFEST, Artifact, process_name, write_atomically
+from contracts.artifacts import Artifact
 from contracts.config import apply_overrides
 from contracts.errors import UserError
+from contracts.files import process_name, write_atomically
+from contracts.manifest import MANIFEST
 from pipelines.config.run import CHANGEABLE, RunConfig, load_run_config, merge, require_changeable
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph

@@ -9,9 +9,11 @@ from typing import Literal
 
 from rich.console import Console
 
-from contracts.artifacts import MANIFEST, RELEASED, Artifact
+from contracts.artifacts import Artifact
 from contracts.errors import UserError
+from contracts.fingerprint import RELEASED
 from contracts.jsonl import COMPRESSED
+from contracts.manifest import MANIFEST
 from pipelines.config.run import RetentionSection
 from pipelines.graph import Graph
 from pipelines.insight.status import queued_jobs, reads_what_is_there

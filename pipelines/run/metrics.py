@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from contracts.artifacts import MANIFEST, Artifact, write_atomically
+from contracts.artifacts import Artifact
+from contracts.files import write_atomically
+from contracts.manifest import MANIFEST
 from pipelines.graph import Graph, Node
 
 COLUMNS = {

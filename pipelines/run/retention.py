@@ -25,22 +25,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from contracts.artifacts import (
-    MANIFEST,
-    RELEASED,
-    Artifact,
-    File,
-    Released,
-    artifact_of,
-    fsync,
-    process_name,
-    read_manifest,
-    with_checksum,
-    write_atomically,
-)
+from contracts.artifacts import Artifact, artifact_of
 from contracts.config import read_yaml
 from contracts.errors import UserError
+from contracts.files import fsync, process_name, write_atomically
+from contracts.fingerprint import RELEASED
 from contracts.jsonl import COMPRESSED
+from contracts.manifest import MANIFEST, File, Released, read_manifest, with_checksum
 from pipelines.config.run import RetentionSection
 from pipelines.graph import Graph, Node
 from pipelines.run.decisions import SUPERSEDED

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from contracts.artifacts import MANIFEST
+from contracts.manifest import MANIFEST
 from pipelines.config.run import RunConfig
 from pipelines.environments.launch import probe_versions
 from pipelines.graph import Graph

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from contracts.artifacts import Artifact, Publication
+from contracts.artifacts import Artifact
 from contracts.jsonl import read_jsonl
 from contracts.ledger import Ledger
 from contracts.prompts import prompt_id
+from contracts.publication import Publication
 from contracts.records import ROLLOUTS, SCORES, Completion, Message, Rollout, Sampling, Schema, Score
 
 ROOT = Path(__file__).parents[2]

@@ -89,7 +89,7 @@ import time
 from benchmarks.watch_shards import watch
 watch()
 from contracts import workers
-from contracts.artifacts import Publication
+from contracts.publication import Publication
 from contracts.ledger import Ledger
 from contracts.records import SCORES
 from contracts.stage import Context

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts import versions
-from contracts.artifacts import Artifact, Publication, artifact_of, input_digest, is_published, partial_directory
+from contracts.artifacts import Artifact, artifact_of, input_digest, is_published
 from contracts.errors import UserError
 from contracts.ledger import Ledger
+from contracts.publication import Publication, partial_directory
 from contracts.records import PROMPTS, SCORES, Message, Prompt
 
 KEY = "k" * 64
@@ -118,7 +119,7 @@ def test_killed_between_manifest_and_rename_only_the_rename_is_left(tmp_path: Pa
 def test_two_writers_of_one_target_exclude_each_other(tmp_path: Path) -> None:
     target = tmp_path / "out"
     code = (
-        "import sys, time; from pathlib import Path; from contracts.artifacts import Publication; "
+        "import sys, time; from pathlib import Path; from contracts.publication import Publication; "
         "from contracts.records import PROMPTS; "
         f"p = Publication(Path(sys.argv[1]), PROMPTS, 'prompts', {KEY!r}); p.begin(); print('held', flush=True); "
         "time.sleep(60)"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from contracts import precision
-from contracts.artifacts import Publication
 from contracts.precision import resolve_dtype
+from contracts.publication import Publication
 from contracts.records import ROLLOUTS
 from contracts.stage import Context
 from contracts.workers import agree

@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from contracts import attempt, stage, stopping
-from contracts.artifacts import Artifact, partial_directory
+from contracts.artifacts import Artifact
 from contracts.config import StageConfig, identity
 from contracts.errors import TransientError, UserError
 from contracts.ledger import Ledger
+from contracts.publication import partial_directory
 from contracts.records import PROMPTS, Message, Prompt
 from contracts.stage import Command, Context, Outcome, key_parts, run_stage, stage_key
 from contracts.workers import share_shards

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from test_contracts_store_model import SHARED, WordsConfig, Writer, seen_at, strays, whole_digests
 
-from contracts import artifacts, stopping
-from contracts.artifacts import Artifact, Publication
+from contracts import files, stopping
+from contracts.artifacts import Artifact
 from contracts.errors import TransientError, UserError
+from contracts.publication import Publication
 from contracts.records import PROMPTS
 from contracts.stage import Context, run_stage
 from contracts.workers import share_shards
@@ -276,7 +277,7 @@ def test_a_process_that_comes_when_the_launchers_first_one_has_published(tmp_pat
     """Nothing is left for it, and it leaves nothing."""
     publication = Publication(tmp_path / "out", PROMPTS, "shared", "0" * 64)
     publication.begin()
-    (publication.state / f"begun-{artifacts.process_name(os.getppid())}").touch()
+    (publication.state / f"begun-{files.process_name(os.getppid())}").touch()
     os.rename(publication.directory, publication.target)
 
     def never() -> Callable[[str], None]:
@@ -308,7 +309,7 @@ def test_scratch_files_of_processes_with_one_number_on_two_machines_differ(
     publication = Publication(tmp_path / "out", PROMPTS, "prompts", "k" * 64)
     names = set()
     for host in ("node1", "node2"):
-        monkeypatch.setattr(artifacts.socket, "gethostname", lambda host=host: host)
+        monkeypatch.setattr(files.socket, "gethostname", lambda host=host: host)
         names.add(publication.scratch("shard-00000.jsonl").name)
     assert names == {f"shard-00000.jsonl.{host}-{os.getpid()}.tmp" for host in ("node1", "node2")}
 

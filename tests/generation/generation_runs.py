@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from contracts.artifacts import Artifact, Publication
+from contracts.artifacts import Artifact
 from contracts.ledger import Ledger
 from contracts.prompts import prompt_id
+from contracts.publication import Publication
 from contracts.records import PROMPTS, ROLLOUTS, Message, Prompt, Rollout
 
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contracts.artifacts import Publication
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.ledger import merge
 from contracts.prompts import prompt_id
+from contracts.publication import Publication
 from contracts.records import ROLLOUTS, Message, Prompt, Sampling
 from contracts.stage import Context
 from generation.config import GenerationConfig

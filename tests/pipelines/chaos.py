@@ -29,9 +29,10 @@ from typing import Any
 
 from pipelines_smallest import write_smallest
 
-from contracts.artifacts import MANIFEST, Artifact
+from contracts.artifacts import Artifact
 from contracts.fingerprint import file_sha256
 from contracts.jsonl import read_jsonl
+from contracts.manifest import MANIFEST
 from pipelines.config.run import load_run_config
 from pipelines.environments.locked import PACKAGES, source_root
 from pipelines.execution.executors import job_folder

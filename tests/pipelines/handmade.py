@@ -12,11 +12,12 @@ from unittest import mock
 import yaml
 
 from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
-from contracts.artifacts import Artifact, Publication, input_digest, model_fingerprint
+from contracts.artifacts import Artifact, input_digest, model_fingerprint
 from contracts.config import Role, StageConfig
 from contracts.fingerprint import digest, weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.prompts import PromptsConfig, prompt_id
+from contracts.publication import Publication
 from contracts.records import (
     CHECKPOINT,
     EVALUATION,

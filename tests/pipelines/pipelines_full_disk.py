@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from contracts.artifacts import MANIFEST, Artifact
+from contracts.artifacts import Artifact
+from contracts.manifest import MANIFEST
 
 SIZE = "100m"
 """More than a stage wants to see free at its start."""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from contracts.artifacts import Publication
 from contracts.fingerprint import digest
 from contracts.ledger import Ledger
+from contracts.publication import Publication
 from contracts.records import CHECKPOINT
 from pipelines.config.run import load_run_config
 from pipelines.iteration import build_graph

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from contracts.artifacts import MANIFEST, Artifact
+from contracts.artifacts import Artifact
 from contracts.errors import UserError
+from contracts.manifest import MANIFEST
 from contracts.prompts import PromptsConfig
 from contracts.versions import source_version
 from pipelines.config.run import load_run_config

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pipelines_smallest import FinishedRun
 
-from contracts.artifacts import MANIFEST
+from contracts.manifest import MANIFEST
 from contracts.stage import MINIMUM_FREE
 from generation.engine import EngineSettings
 from generation.vllm_engine import cpu_kv_cache_bytes

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from handmade import write_model
 
-from contracts.artifacts import MANIFEST, Artifact, Publication
+from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.fingerprint import digest
 from contracts.ledger import Ledger
+from contracts.manifest import MANIFEST
+from contracts.publication import Publication
 from contracts.records import CHECKPOINT
 from contracts.template import ChatFields
 from pipelines.config.run import RunConfig, load_run_config

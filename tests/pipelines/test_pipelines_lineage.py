@@ -10,8 +10,9 @@ import msgspec
 import pytest
 from handmade import HandmadeRun, compress, publish
 
-from contracts.artifacts import MANIFEST, Artifact, with_checksum
+from contracts.artifacts import Artifact
 from contracts.errors import UserError
+from contracts.manifest import MANIFEST, with_checksum
 from contracts.records import EXPERIENCE, Experience, Pair, Rollout, Score
 from pipelines.lineage.trace import trace
 from pipelines.lineage.verify import verify

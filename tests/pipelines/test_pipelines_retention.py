@@ -25,11 +25,13 @@ from rich.console import Console
 
 import pipelines.execution.driver
 import pipelines.run.verdicts
-from contracts.artifacts import MANIFEST, RELEASED, Artifact, Publication, input_damage, partial_directory
+from contracts.artifacts import Artifact, input_damage
 from contracts.errors import UserError
-from contracts.fingerprint import digest
+from contracts.fingerprint import RELEASED, digest
 from contracts.ledger import Ledger
+from contracts.manifest import MANIFEST
 from contracts.models import ModelInfo
+from contracts.publication import Publication, partial_directory
 from contracts.records import CHECKPOINT, EVALUATION, EXPERIENCE, PAIRS, PROMPTS, ROLLOUTS, SCORES, WORLD
 from contracts.stage import key_parts, stage_key
 from embedded.config import WORLD_FILES

@@ -8,11 +8,13 @@ import msgspec
 import pytest
 
 import contracts
-from contracts.artifacts import MANIFEST, Artifact, Publication
+from contracts.artifacts import Artifact
 from contracts.config import validate
 from contracts.errors import UserError
 from contracts.ledger import Ledger
+from contracts.manifest import MANIFEST
 from contracts.prompts import PromptsConfig
+from contracts.publication import Publication
 from contracts.records import PROMPTS
 from pipelines.config.run import load_run_config
 from pipelines.environments.launch import EnvironmentConfig

@@ -16,7 +16,8 @@ import yaml
 from pipelines_cluster import Cluster, wait_for
 from pipelines_smallest import COMMAND, FinishedRun, pipeline, write_smallest
 
-from contracts.artifacts import MANIFEST, Artifact
+from contracts.artifacts import Artifact
+from contracts.manifest import MANIFEST
 from pipelines.execution.slurm.jobs import last_jobs
 from pipelines.run.directory import RunDirectory
 

@@ -12,9 +12,11 @@ import msgspec
 import pytest
 from handmade import HandmadeRun, compress
 
-from contracts.artifacts import MANIFEST, Artifact, Manifest, Released, partial_directory, with_checksum
+from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.ledger import Ledger
+from contracts.manifest import MANIFEST, Manifest, Released, with_checksum
+from contracts.publication import partial_directory
 from pipelines.lineage.verify import Findings, verify
 from pipelines.main import main
 

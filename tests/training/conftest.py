@@ -14,9 +14,10 @@ from unittest import mock
 
 import pytest
 
-from contracts.artifacts import Artifact, Publication
+from contracts.artifacts import Artifact
 from contracts.config import validate
 from contracts.ledger import Ledger
+from contracts.publication import Publication
 from contracts.records import PAIRS, SCORES, Pair, Schema, Score
 from contracts.stage import run_stage
 from training.__main__ import COMMANDS

@@ -10,8 +10,8 @@ from conftest import dpo_settings, run_here, training_log
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from contracts.artifacts import Publication
 from contracts.fingerprint import weights_fingerprint
+from contracts.publication import Publication
 from contracts.records import CHECKPOINT
 from modeling.loading import tensor_shapes
 from training.checkpoint import save_checkpoint

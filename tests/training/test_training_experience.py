@@ -11,10 +11,11 @@ import msgspec
 import pytest
 from conftest import EOS, IDS, SPECIAL, run_cli, run_here
 
-from contracts.artifacts import Artifact, Publication
+from contracts.artifacts import Artifact
 from contracts.config import validate
 from contracts.errors import UserError
 from contracts.ledger import Ledger
+from contracts.publication import Publication
 from contracts.records import (
     EXPERIENCE,
     ROLLOUTS,

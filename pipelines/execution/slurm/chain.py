@@ -13,8 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from contracts.artifacts import MANIFEST, RELEASED, appears
 from contracts.errors import UserError
+from contracts.files import appears
+from contracts.fingerprint import RELEASED
+from contracts.manifest import MANIFEST
 from pipelines.config.run import RunConfig
 from pipelines.environments.launch import probe_versions
 from pipelines.execution.attempts import Retries, decision_of, last_words, require_room, settle, write_decision

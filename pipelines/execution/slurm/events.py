@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from contracts.artifacts import write_atomically
+from contracts.files import write_atomically
 from pipelines.execution.slurm import scheduler
 from pipelines.execution.slurm.jobs import RECORD, Jobs, jobs_of
 from pipelines.execution.slurm.scheduler import SchedulerError

@@ -6,7 +6,8 @@ They outlive the driver. The next command takes up those that still go on.
 import time
 from pathlib import Path
 
-from contracts.artifacts import MANIFEST, appears
+from contracts.files import appears
+from contracts.manifest import MANIFEST
 from pipelines.config.executor import ExecutorSection
 from pipelines.config.run import RunConfig
 from pipelines.execution.attempts import decision_of, write_request

@@ -21,9 +21,10 @@ from pathlib import Path
 import msgspec
 import submitit
 
-from contracts.artifacts import MANIFEST, write_atomically
 from contracts.attempt import ATTEMPT, ROLE
+from contracts.files import write_atomically
 from contracts.fingerprint import digest
+from contracts.manifest import MANIFEST
 from pipelines.config.executor import ExecutorSection
 from pipelines.execution.executors import job_folder
 from pipelines.execution.slurm import scheduler

@@ -19,9 +19,9 @@ from typing import Literal
 
 import submitit
 
-from contracts.artifacts import appears, write_atomically
 from contracts.attempt import ATTEMPT, PROGRESS, ROLE, fail
 from contracts.errors import TransientError, UserError
+from contracts.files import appears, write_atomically
 from contracts.stopping import SIGNALS
 from pipelines.execution.slurm import scheduler
 from pipelines.execution.slurm.start import NOTICES

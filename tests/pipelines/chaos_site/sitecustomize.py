@@ -171,10 +171,10 @@ def audit(faults: Faults, event: str, arguments: tuple[Any, ...]) -> None:
         faults.later("spawned", name.rpartition("/logs/")[2].rpartition("/attempt-")[0])
 
 
-def artifacts(faults: Faults, module: ModuleType) -> None:
-    """contracts.artifacts"""
-    publication = module.Publication
-    begin, commit, finish = publication.begin, publication.commit, publication.finish
+def publication(faults: Faults, module: ModuleType) -> None:
+    """contracts.publication"""
+    cls = module.Publication
+    begin, commit, finish = cls.begin, cls.commit, cls.finish
 
     @functools.wraps(begin)
     def new_begin(self: Any, *arguments: Any) -> None:
@@ -196,7 +196,7 @@ def artifacts(faults: Faults, module: ModuleType) -> None:
         faults.point("published")
         return artifact
 
-    publication.begin, publication.commit, publication.finish = new_begin, new_commit, new_finish
+    cls.begin, cls.commit, cls.finish = new_begin, new_commit, new_finish
 
 
 def jsonl(faults: Faults, module: ModuleType) -> None:
@@ -277,7 +277,7 @@ def executors(faults: Faults, module: ModuleType) -> None:
 
 
 PATCHES = {
-    "contracts.artifacts": artifacts,
+    "contracts.publication": publication,
     "contracts.jsonl": jsonl,
     "contracts.stage": stage,
     "training.state": state,

@@ -1,0 +1,102 @@
+"""What is written down of a published directory: its manifest, and which of its files were deleted on purpose."""
+
+import hashlib
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+import msgspec
+
+from contracts.fingerprint import digest
+from contracts.ledger import Ledger
+from contracts.records import Schema
+
+MANIFEST = "manifest.json"
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One published file; `rows` is 0 for files that are not JSONL."""
+
+    path: str
+    sha256: str
+    bytes: int
+    rows: int = 0
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The description of an artifact, and the proof that it is complete."""
+
+    schema: Schema
+    stage: str
+    key: str
+    """The stage key: same key, same content."""
+    key_parts: dict[str, Any]
+    """What the key was made of, to say in words why another key differs."""
+    digest: str
+    """Of schema and files alone: what downstream keys use."""
+    inputs: dict[str, Any]
+    """Digest (or digests) of each input."""
+    input_paths: dict[str, Any]
+    rows: int
+    ledger: Ledger
+    files: tuple[File, ...]
+    weights: str | None
+    """Fingerprint of the weights in a checkpoint, or of those that made the rows."""
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    seconds: dict[str, float]
+    """Where the time went: start, load, compute, save."""
+    facts: dict[str, Any]
+    """The stage's own results, for example its metrics."""
+    created: str
+    checksum: str = ""
+    """SHA-256 of this file's bytes with this field empty."""
+
+
+class Released(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Files of an artifact that were deleted on purpose."""
+
+    files: tuple[str, ...]
+    reason: str
+    time: str
+    checksum: str = ""
+    """SHA-256 of this file's bytes with this field empty."""
+
+
+D = TypeVar("D", Manifest, Released)
+
+
+def read_manifest(content: bytes) -> Manifest:
+    """The manifest in a manifest.json.
+
+    Raises:
+        ValueError: it is not one, a byte of it was changed, or it names a file outside of its directory.
+    """
+    manifest = checked(content, Manifest)
+    for file in manifest.files:
+        if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts:
+            raise ValueError(f"it names the file {file.path!r}, which is not inside its directory")
+    return manifest
+
+
+def checked(content: bytes, kind: type[D]) -> D:
+    """The record in a file that has its own checksum; ValueError if it is none or a byte of it was changed."""
+    record = msgspec.json.decode(content, type=kind)
+    blank = content.replace(b'"checksum": "%s"' % record.checksum.encode(), b'"checksum": ""')
+    if hashlib.sha256(blank).hexdigest() != record.checksum:
+        raise ValueError("its content does not fit its own checksum")
+    return record
+
+
+def with_checksum(record: Manifest | Released) -> bytes:
+    """The bytes of a file that has its own checksum."""
+
+    def text(checksum: str) -> bytes:
+        found = msgspec.structs.replace(record, checksum=checksum)
+        return msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n"
+
+    return text(hashlib.sha256(text("")).hexdigest())
+
+
+def content_digest(schema: Schema, files: tuple[File, ...]) -> str:
+    """Digest of an artifact's content: its schema and its files, nothing of when, where or how fast."""
+    return digest({"schema": [schema.name, schema.version], "files": sorted((f.path, f.sha256) for f in files)})

@@ -1,0 +1,325 @@
+"""Writing an artifact: shards with receipts, then a manifest, then one rename.
+
+A stage writes into a hidden directory beside its target, shard by shard. Each finished shard gets a receipt, so
+that a killed stage loses the shard in hand and nothing else. `publish` checks the counts, writes `manifest.json`
+last, flushes everything to the disk and renames.
+
+What a crash can leave, and what the next attempt does with it:
+  hidden directory, shards with receipts           keeps them, makes the rest
+  a `*.tmp` file, or a shard without its receipt   deletes it
+  hidden directory with a manifest                 finishes the rename
+  the target                                       nothing left to do
+"""
+
+import contextlib
+import fcntl
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from contracts.artifacts import Artifact, is_published
+from contracts.errors import TransientError, UserError
+from contracts.files import fsync, process_name, take_lock, write_atomically
+from contracts.fingerprint import file_sha256
+from contracts.jsonl import write_jsonl
+from contracts.ledger import Ledger, merge
+from contracts.manifest import MANIFEST, File, Manifest, content_digest, read_manifest, with_checksum
+from contracts.records import Schema
+
+LOCK = ".lock"
+POLL_SECONDS = 0.1
+WORTH_KEEPING = ("*.safetensors", "judged-*.jsonl")
+"""What in the folder `state` is kept after a user's mistake, because much was paid for it."""
+
+
+class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is known of one finished shard."""
+
+    file: File
+    ledger: Ledger
+    seconds: dict[str, float] = {}
+    facts: dict[str, Any] = {}
+
+
+class Publication:
+    """The one way to publish: shards with receipts, then a manifest, then a rename."""
+
+    def __init__(self, target: Path, schema: Schema, stage: str, key: str) -> None:
+        self.target = target
+        self.schema = schema
+        self.stage = stage
+        self.key = key
+        self.directory = partial_directory(target, key)
+        self._lock: IO[str] | None = None
+
+    def begin(self, patience: float = 0.0) -> None:
+        """Create the hidden directory or take it over, for this process alone, and clear what a crash left in it.
+
+        Args:
+            patience: seconds to wait for another process that works there. On a shared file system the lock of a
+                machine that died lives on until its lease ends.
+
+        Raises:
+            UserError: another process is making the same thing, and there is no patience.
+            TransientError: it still is when the patience has run out.
+        """
+        self._lock_when_free(lambda: self._take_lock(fcntl.LOCK_EX), patience)
+        with contextlib.suppress(FileNotFoundError):  # another process, which held the lock before, has just published
+            if not self.complete or self._damaged():
+                self._clear_leftovers(self._intact)
+
+    def join(self, patience: float) -> None:
+        """Create the hidden directory or go to work in it beside others that make shards and publish nothing.
+
+        Whoever finds no other at work clears what a crash left. Contents are compared when somebody publishes: here
+        others wait.
+
+        Raises:
+            TransientError: the directory is one process's alone until the patience has run out, in seconds.
+        """
+        self._lock_when_free(self._take_shared_lock, patience)
+
+    def _lock_when_free(self, take: Callable[[], bool], patience: float) -> None:
+        start, told = time.monotonic(), False
+        while True:
+            try:
+                if take():
+                    return
+            except BlockingIOError as error:
+                waited = time.monotonic() - start
+                if not patience:
+                    raise UserError(
+                        f"another process is making {self.target} right now. Wait for it, or choose another output."
+                    ) from error
+                if waited > patience:
+                    raise TransientError(
+                        f"another process has been making {self.target} for the {patience:g} s that this one waited "
+                        f"for the lock {self.directory / LOCK}. If its machine died, the file server lets go soon."
+                    ) from error
+                if waited > 1 and not told:
+                    print(f"waiting up to {patience:g} s for another process that is making {self.target}", flush=True)
+                    told = True
+                time.sleep(POLL_SECONDS)
+
+    def _take_shared_lock(self) -> bool:
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            if self._take_lock(fcntl.LOCK_EX) and not self.complete:
+                self._clear_leftovers()
+        return self._take_lock(fcntl.LOCK_SH)
+
+    def _take_lock(self, kind: int) -> bool:
+        """Lock a file in the hidden directory, which dies with its holder; False if the directory went meanwhile.
+
+        Raises:
+            BlockingIOError: another process holds it.
+        """
+        path = self.directory / LOCK
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = path.open("a+")  # NFS gives a shared lock to readers only, an exclusive one to writers
+            take_lock(self._lock, kind)
+            return path.exists() and os.path.samestat(os.fstat(self._lock.fileno()), path.stat())
+        except (FileNotFoundError, FileExistsError):
+            if self.directory.is_file():
+                raise
+            return False
+
+    def _damaged(self) -> bool:
+        """Whether a file differs from the manifest that is there already, as a power cut may leave it."""
+        path = self.directory / MANIFEST
+        found = Artifact(self.directory, read_manifest(path.read_bytes())).damage()
+        return bool(found) and path.exists()  # it was not renamed meanwhile
+
+    def _clear_leftovers(self, intact: Callable[[Receipt], bool] = lambda receipt: True) -> None:
+        """Delete scratch files, files without a receipt or that are not `intact`, and receipts without such a file."""
+        known = {name for name, receipt in self.receipts().items() if intact(receipt)}
+        known |= {_receipt_name(name) for name in known}
+        for path in sorted(self.directory.rglob("*")):  # a receipt before its file
+            name = path.relative_to(self.directory).as_posix()
+            if path.is_file() and name not in known and name != LOCK and not name.startswith("state/"):
+                path.unlink()
+
+    def _intact(self, receipt: Receipt) -> bool:
+        return file_sha256(self.directory / receipt.file.path) == receipt.file.sha256
+
+    @property
+    def state(self) -> Path:
+        """A folder for what helps to continue after a kill; never published."""
+        path = self.directory / "state"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def receipts(self) -> dict[str, Receipt]:
+        """Receipts of the finished files by name; a file does not count as finished if it or its receipt is torn."""
+        found = (self._read_receipt(path) for path in sorted(self.directory.glob(_receipt_name("*"))))
+        return {receipt.file.path: receipt for receipt in found if receipt is not None}
+
+    def receipt(self, name: str) -> Receipt | None:
+        """The receipt of one file, if that is finished."""
+        return self._read_receipt(self.directory / _receipt_name(name))
+
+    def _read_receipt(self, path: Path) -> Receipt | None:
+        try:
+            receipt = msgspec.json.decode(path.read_bytes(), type=Receipt)
+            size = (self.directory / receipt.file.path).stat().st_size
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+        return receipt if size == receipt.file.bytes else None
+
+    def finished(self, names: Iterable[str]) -> set[str]:
+        """Those of `names` that have a receipt, by one look at the directory: for many files, and often."""
+        try:
+            there = set(os.listdir(self.directory))
+        except FileNotFoundError:  # published meanwhile
+            return set()
+        return {name for name in names if _receipt_name(name) in there}
+
+    def scratch(self, name: str) -> Path:
+        """Where to write the file `name` before `commit` gives it its name."""
+        path = self.directory / f"{name}.{process_name()}.tmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def commit(
+        self,
+        name: str,
+        ledger: Ledger,
+        *,
+        rows: int = 0,
+        seconds: dict[str, float] | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """Make the scratch file `name` one of the artifact's files, with its counts."""
+        ledger.check()
+        scratch = self.scratch(name)
+        _share(scratch)
+        fsync(scratch)
+        file = File(name, file_sha256(scratch), scratch.stat().st_size, rows)
+        os.replace(scratch, self.directory / name)
+        receipt = Receipt(file, ledger, seconds or {}, facts or {})
+        write_atomically(self.directory / _receipt_name(name), msgspec.json.encode(receipt))
+
+    def write_rows(self, name: str, rows: list[Any], ledger: Ledger, **known: Any) -> None:
+        """Write and commit one JSONL file."""
+        write_jsonl(self.scratch(name), rows)
+        self.commit(name, ledger, rows=len(rows), **known)
+
+    def publish(
+        self,
+        *,
+        key_parts: dict[str, Any],
+        inputs: dict[str, Any],
+        input_paths: dict[str, Any],
+        unit: str,
+        weights: str | None,
+        versions: dict[str, str],
+        seconds: dict[str, float],
+        facts: dict[str, Any],
+    ) -> Artifact:
+        """Write the manifest and rename the hidden directory to the target."""
+        receipts = [receipt for _, receipt in sorted(self.receipts().items())]
+        files = tuple(receipt.file for receipt in receipts)
+        ledger = merge((receipt.ledger for receipt in receipts), unit)
+        ledger.check()
+        total = dict(seconds)
+        for receipt in receipts:
+            for name, value in receipt.seconds.items():
+                total[name] = total.get(name, 0.0) + value
+        manifest = Manifest(
+            schema=self.schema,
+            stage=self.stage,
+            key=self.key,
+            key_parts=key_parts,
+            digest=content_digest(self.schema, files),
+            inputs=inputs,
+            input_paths=input_paths,
+            rows=sum(file.rows for file in files),
+            ledger=ledger,
+            files=files,
+            weights=weights,
+            versions=versions,
+            hardware=hardware(),
+            seconds={name: round(value, 3) for name, value in total.items()},
+            facts=facts,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+        write_atomically(self.directory / MANIFEST, with_checksum(manifest))
+        return self.finish()
+
+    def finish(self) -> Artifact:
+        """From the manifest on: drop receipts and state, rename. Also what a crash in between is continued with."""
+        try:
+            for path in [*self.directory.glob(_receipt_name("*")), *self.directory.rglob("*.tmp")]:
+                path.unlink(missing_ok=True)
+            shutil.rmtree(self.directory / "state", ignore_errors=True)
+            (self.directory / LOCK).unlink(missing_ok=True)
+            fsync(self.directory)
+            os.rename(self.directory, self.target)
+        except OSError:
+            # Without its lock file, another process may have finished it in this instant: then all is well.
+            if not is_published(self.target, self.key):
+                raise
+            self.discard()
+        (self.target / LOCK).unlink(missing_ok=True)
+        fsync(self.target.parent)
+        return Artifact.open(self.target, self.schema)
+
+    def discard(self) -> None:
+        """Delete the hidden directory."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Where the target is published: delete what a killed process has left beside it, unless one works there."""
+        with contextlib.suppress(UserError):
+            if self.directory.exists():
+                self.begin()
+                self.discard()
+
+    def abandon(self) -> None:
+        """After a user's mistake: leave nothing behind, unless finished shards or a saved state are worth keeping."""
+        worth = (path for pattern in WORTH_KEEPING for path in (self.directory / "state").glob(pattern))
+        if not self.receipts() and not any(worth):
+            self.discard()
+
+    @property
+    def complete(self) -> bool:
+        """Whether a killed attempt had written the manifest already, so that only the rename is missing."""
+        path = self.directory / MANIFEST
+        try:
+            return path.is_file() and bool(read_manifest(path.read_bytes()))
+        except (FileNotFoundError, ValueError):  # renamed meanwhile, or torn
+            return False
+
+
+def partial_directory(target: Path, key: str) -> Path:
+    """The hidden directory in which `target` is being made; one per key, so that keys never mix."""
+    return target.parent / f".{target.name}.partial-{key[:16]}"
+
+
+def _receipt_name(name: str) -> str:
+    return f".receipt-{name.replace('/', '--')}.json"
+
+
+def hardware() -> dict[str, Any]:
+    """Where it ran."""
+    return {
+        "host": socket.gethostname(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def _share(path: Path) -> None:
+    """Give a file the ordinary permissions: safetensors writes files that only their owner may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
