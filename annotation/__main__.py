@@ -10,26 +10,8 @@ from contracts import surroundings
 if __name__ == "__main__":
     surroundings.settle()
 
-from annotation.config import (
-    EvaluationConfig,
-    PairsConfig,
-    RlhflowExportConfig,
-    RlhflowImportConfig,
-    RlhflowScoresConfig,
-    ScoreConfig,
-)
-from annotation.rlhflow import RLHFLOW
-from contracts.records import EVALUATION, PAIRS, ROLLOUTS, SCORES
-from contracts.stage import Command, main
-
-COMMANDS = {
-    "score": Command(ScoreConfig, SCORES, "annotation.scoring:run"),
-    "pairs": Command(PairsConfig, PAIRS, "annotation.pairs:run"),
-    "evaluate": Command(EvaluationConfig, EVALUATION, "annotation.evaluation:run"),
-    "rlhflow-export": Command(RlhflowExportConfig, RLHFLOW, "annotation.rlhflow:run_export"),
-    "rlhflow-import": Command(RlhflowImportConfig, ROLLOUTS, "annotation.rlhflow:run_import"),
-    "rlhflow-scores": Command(RlhflowScoresConfig, SCORES, "annotation.rlhflow:run_scores"),
-}
+from contracts.declaration import stages_of
+from contracts.stage import main
 
 if __name__ == "__main__":
-    main(COMMANDS, "annotation")
+    main(stages_of("annotation"), "annotation")

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from annotation.__main__ import COMMANDS
 from annotation.config import ScoreConfig
 from annotation.rule import check_function
+from contracts.declaration import stages_of
 from contracts.models import ModelInfo
-from contracts.preflight import Finding, Stage, serve
+from contracts.preflight import Finding, Inspected, serve
 
 if TYPE_CHECKING:
     from modeling.inspect import Renders
@@ -23,13 +23,13 @@ IMPORT_SECONDS = 60.0
 """How long a rule's function may take to be imported until it is no longer waited for."""
 
 
-def check(stage: Stage) -> Iterator[Finding]:
+def check(stage: Inspected) -> Iterator[Finding]:
     """The model or the function of a scorer."""
     if isinstance(stage.config, ScoreConfig):
         yield from check_scorer(stage, stage.config)
 
 
-def check_scorer(stage: Stage, config: ScoreConfig) -> Iterator[Finding]:
+def check_scorer(stage: Inspected, config: ScoreConfig) -> Iterator[Finding]:
     """A function, imported; or a model, as its kind reads it, and the prompts, as its template renders them."""
     if config.function is not None:
         inputs = None if config.inputs is None else tuple(config.inputs)
@@ -55,4 +55,4 @@ def _findings_of_function(function: str, inputs: tuple[Path, ...] | None) -> tup
 
 
 if __name__ == "__main__":
-    serve(COMMANDS, check)
+    serve(stages_of("annotation"), check)

@@ -10,9 +10,8 @@ from contracts import surroundings
 if __name__ == "__main__":
     surroundings.settle()
 
-from contracts.prompts import PromptsConfig
-from contracts.records import PROMPTS
-from contracts.stage import Command, main
+from contracts.declaration import stages_of
+from contracts.stage import main
 
 if __name__ == "__main__":
-    main({"prompts": Command(PromptsConfig, PROMPTS, "contracts.importing:run")}, "contracts")
+    main(stages_of("contracts"), "contracts")

@@ -3,7 +3,7 @@
 The driver knows all stages of a run, but neither torch nor a tokenizer. So it sends the stages' configs to each
 environment that they run in, on standard input of `python -m PACKAGE.preflight`, and reads a `Report` from the last
 line of its output. Paths that stages of the run have still to make are replaced: a model by the one that it is trained
-from, anything else by a name that does not exist (`Stage.made`).
+from, anything else by a name that does not exist (`Inspected.made`).
 
 A package's checks look at one stage at a time and yield findings. An error stops `pipeline run` before the first stage;
 `pipeline doctor` shows all of them.
@@ -21,9 +21,9 @@ import msgspec
 
 from contracts import surroundings
 from contracts.config import StageConfig
+from contracts.declaration import Stage
 from contracts.errors import TransientError, UserError, as_user_error
 from contracts.records import JsonObjects, Message
-from contracts.stage import Command
 
 Level = Literal["ok", "warning", "error"]
 F = TypeVar("F")
@@ -82,7 +82,7 @@ class Report(msgspec.Struct):
 
 
 @dataclass
-class Stage:
+class Inspected:
     """One stage, as a check sees it."""
 
     name: str
@@ -103,7 +103,7 @@ class Stage:
         return [conversation for conversation in self.conversations if conversation.use == "demonstrations"]
 
 
-Check = Callable[[Stage], Iterator[Finding]]
+Check = Callable[[Inspected], Iterator[Finding]]
 
 
 def heard(check: Callable[[], Iterator[F]]) -> tuple[list[F], str | None]:
@@ -130,25 +130,25 @@ def findings_of(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
     return found if stopped is None else [*found, Finding("error", stopped)]
 
 
-def examine(request: Request, commands: dict[str, Command], check: Check) -> Report:
+def examine(request: Request, stages: dict[str, Stage[Any]], check: Check) -> Report:
     """Check all stages of a request; equal findings are told once."""
     report = Report()
     found: dict[Finding, None] = {}
     for asked in request.stages:
-        kind: type[StageConfig] = commands[asked.command].config
+        kind: type[StageConfig] = stages[asked.command].config
         config = kind.model_validate(asked.config)
-        stage = Stage(asked.name, config, frozenset(asked.made), request.conversations, report)
+        stage = Inspected(asked.name, config, frozenset(asked.made), request.conversations, report)
         found |= dict.fromkeys(findings_of(lambda stage=stage: check(stage)))  # type: ignore[misc]
     report.findings = list(found)
     return report
 
 
-def serve(commands: dict[str, Command], check: Check) -> None:
+def serve(stages: dict[str, Stage[Any]], check: Check) -> None:
     """Answer the request on standard input; what libraries print is no part of the answer."""
     surroundings.settle()
     with contextlib.redirect_stdout(sys.stderr):
         request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
-        report = examine(request, commands, check)
+        report = examine(request, stages, check)
     print(json.dumps(msgspec.to_builtins(report)))
 
 

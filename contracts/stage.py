@@ -27,11 +27,11 @@ from contracts import stopping, surroundings
 from contracts.artifacts import Artifact, input_damage, input_digest, is_published
 from contracts.attempt import ROLE, fail, report_progress, supervised
 from contracts.config import Role, StageConfig, apply_overrides, describe, read_yaml, validate
+from contracts.declaration import Stage
 from contracts.errors import UserError
 from contracts.fingerprint import digest
 from contracts.processes import die_with_parent
 from contracts.publication import Publication
-from contracts.records import Schema
 from contracts.versions import installed_versions, source_version
 
 MINIMUM_FREE = 16 << 20
@@ -53,23 +53,6 @@ class Outcome(msgspec.Struct):
     weights: str | None = None
     note: str = ""
     """What the stage's last line says behind the counts."""
-
-
-class Command(msgspec.Struct, frozen=True):
-    """One stage: its config type, what it publishes, and where its `run(config, context) -> Outcome` is.
-
-    `run` is named, not imported, so that a config is validated before torch or vLLM are loaded.
-    """
-
-    config: type[StageConfig]
-    schema: Schema
-    run: str
-    launch: str | None = None
-    """`launch(config) -> bool`, asked before anything is written: whether it has run this stage to its end in
-    processes of its own (True), or leaves it to this one."""
-    helps: str | None = None
-    """`helps(config) -> bool`: whether this process has nothing to do but `launch`, because the same command publishes
-    on another machine."""
 
 
 class Context:
@@ -140,15 +123,15 @@ def _digests(value: Any, where: Callable[[Path], Path]) -> Any:
     return input_digest(value if str(value).startswith("hf:") else where(Path(value)))
 
 
-def main(commands: dict[str, Command], package: str, argv: list[str] | None = None) -> NoReturn:
+def main(stages: dict[str, Stage[Any]], package: str, argv: list[str] | None = None) -> NoReturn:
     """Run one stage from the command line and exit: 0 published or reused, 2 the user's mistake, 1 anything else."""
     die_with_parent()
     stopping.listen()
     faulthandler.register(signal.SIGQUIT, all_threads=True)  # a supervisor asks a stalled stage where it stands
     code = 0
     try:
-        command, config = _parse(commands, package, sys.argv[1:] if argv is None else argv)
-        run_stage(command, config)
+        stage, config = _parse(stages, package, sys.argv[1:] if argv is None else argv)
+        run_stage(stage, config)
     except (Exception, KeyboardInterrupt, stopping.Stopped) as error:
         gone = isinstance(error, BrokenPipeError) and surroundings.output_is_gone()
         code = surroundings.PIPE_GONE if gone else fail(stopping.explained(error))
@@ -160,26 +143,26 @@ def main(commands: dict[str, Command], package: str, argv: list[str] | None = No
     surroundings.finish(code)
 
 
-def run_stage(command: Command, config: StageConfig) -> Artifact | None:
+def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
     """Publish what `config` describes, or reuse what is published already; None in a process that only helps."""
     start = time.perf_counter()
     parts = key_parts(config, installed_versions())
-    source = source_version(command.run.partition(".")[0])  # before it is loaded
+    source = source_version(stage.run.partition(".")[0])  # before it is loaded
     key = stage_key(parts)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    publication = Publication(config.output, command.schema, config.stage, key)
+    publication = Publication(config.output, stage.schema, config.stage, key)
     context = Context(publication, rank, world_size, _worker_role())
-    if command.helps is not None and _load(command.helps)(config):
-        assert command.launch is not None
+    if stage.helps is not None and _load(stage.helps)(config):
+        assert stage.launch is not None
         if not is_published(config.output, key) and not publication.complete:
-            _load(command.launch)(config)
+            _load(stage.launch)(config)
         return None
     if is_published(config.output, key):
         if context.publishes:
             publication.clear()
-        return _reuse(command, config, key, context)
-    if command.launch is not None and not publication.complete and _load(command.launch)(config):
-        return Artifact.open(config.output, command.schema)
+        return _reuse(stage, config, key, context)
+    if stage.launch is not None and not publication.complete and _load(stage.launch)(config):
+        return Artifact.open(config.output, stage.schema)
     check = None
     if context.publishes or context.role == "task":
         config.output.parent.mkdir(parents=True, exist_ok=True)
@@ -191,13 +174,13 @@ def run_stage(command: Command, config: StageConfig) -> Artifact | None:
         complete = publication.complete  # asked first: who has it no more by then has published it
         if is_published(config.output, key):  # by another process, before this one had the lock
             publication.clear()
-            return _reuse(command, config, key, context)
+            return _reuse(stage, config, key, context)
         if complete:
             return publication.finish() if context.publishes else None
         check = InputCheck(config) if context.publishes else None
     try:
         with context.timed("import"):
-            run = _load(command.run)
+            run = _load(stage.run)
         outcome: Outcome = run(config, context)
         if check is None:
             return None
@@ -232,10 +215,10 @@ def _worker_role() -> WorkerRole | None:
     return role  # type: ignore[return-value]
 
 
-def _reuse(command: Command, config: StageConfig, key: str, context: Context) -> Artifact:
+def _reuse(stage: Stage[Any], config: StageConfig, key: str, context: Context) -> Artifact:
     if context.publishes or context.role == "task":
         print(f"reuse {config.output}: already published under key {key[:12]}")
-    return Artifact.open(config.output, command.schema)
+    return Artifact.open(config.output, stage.schema)
 
 
 class InputCheck:
@@ -287,30 +270,30 @@ def _load(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
-def _parse(commands: dict[str, Command], package: str, argv: list[str]) -> tuple[Command, StageConfig]:
+def _parse(stages: dict[str, Stage[Any]], package: str, argv: list[str]) -> tuple[Stage[Any], StageConfig]:
     parser = argparse.ArgumentParser(
         prog=f"python -m {package}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_describe(commands, argv[0] if argv else None),
+        epilog=_describe(stages, argv[0] if argv else None),
     )
-    only = next(iter(commands)) if len(commands) == 1 else None
+    only = next(iter(stages)) if len(stages) == 1 else None
     if only is not None and argv[:1] == [only]:  # `python -m contracts prompts ...` and `python -m generation ...`
         argv = argv[1:]
     if only is None:
-        parser.add_argument("stage", choices=sorted(commands))
+        parser.add_argument("stage", choices=sorted(stages))
     parser.add_argument("--config", type=Path, help="YAML file with the stage's keys")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys set or changed on the command line")
     options = parser.parse_intermixed_args(argv)
-    command = commands[only or options.stage]
+    stage = stages[only or options.stage]
     data = apply_overrides(read_yaml(options.config) if options.config else {}, options.overrides)
     source = str(options.config) if options.config else f"python -m {package}"
-    return command, validate(command.config, data, source)
+    return stage, validate(stage.config, data, source)
 
 
-def _describe(commands: dict[str, Command], chosen: str | None) -> str:
+def _describe(stages: dict[str, Stage[Any]], chosen: str | None) -> str:
     """The keys of the chosen stage, or of all."""
-    shown = {chosen: commands[chosen]} if chosen in commands else commands
-    return "\n".join(f"{name}: {describe(command.config)}" for name, command in shown.items())
+    shown = {chosen: stages[chosen]} if chosen in stages else stages
+    return "\n".join(f"{name}: {describe(stage.config)}" for name, stage in shown.items())
 
 
 def require_space(directory: Path, key: str) -> None:

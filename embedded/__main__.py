@@ -10,16 +10,8 @@ from contracts import surroundings
 if __name__ == "__main__":
     surroundings.settle()
 
-
-from contracts.records import CHECKPOINT, WORLD
-from contracts.stage import Command, main
-from embedded.config import Smollm2Config, WorldConfig
+from contracts.declaration import stages_of
+from contracts.stage import main
 
 if __name__ == "__main__":
-    main(
-        {
-            "world": Command(WorldConfig, WORLD, "embedded.world:run"),
-            "smollm2": Command(Smollm2Config, CHECKPOINT, "embedded.smollm2:run"),
-        },
-        "embedded",
-    )
+    main(stages_of("embedded"), "embedded")

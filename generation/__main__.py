@@ -10,11 +10,8 @@ from contracts import surroundings
 if __name__ == "__main__":
     surroundings.settle()
 
-from contracts.records import ROLLOUTS
-from contracts.stage import Command, main
-from generation.config import GenerationConfig
-
-COMMANDS = {"generation": Command(GenerationConfig, ROLLOUTS, "generation.run:run")}
+from contracts.declaration import stages_of
+from contracts.stage import main
 
 if __name__ == "__main__":
-    main(COMMANDS, "generation")
+    main(stages_of("generation"), "generation")

@@ -5,15 +5,15 @@ See contracts/preflight.py.
 
 from collections.abc import Iterator
 
-from contracts.preflight import Finding, Stage, serve
-from generation.__main__ import COMMANDS
+from contracts.declaration import stages_of
+from contracts.preflight import Finding, Inspected, serve
 from generation.config import GenerationConfig
 from generation.prompts import check_policy
 from modeling.inspect import examine_model
 from modeling.loading import check_weights
 
 
-def check(stage: Stage) -> Iterator[Finding]:
+def check(stage: Inspected) -> Iterator[Finding]:
     """The policy, as an engine will read it, and the prompts, as its chat template renders them."""
     config: GenerationConfig = stage.config
     if (config.policy / "config.json").is_file():
@@ -23,4 +23,4 @@ def check(stage: Stage) -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    serve(COMMANDS, check)
+    serve(stages_of("generation"), check)

@@ -14,7 +14,7 @@ from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.models import ModelInfo
 from contracts.pairwise import PairwiseChat
-from contracts.preflight import Finding, Stage
+from contracts.preflight import Finding, Inspected
 from contracts.records import Message
 
 SYSTEM = Message("system", "Be brief.")
@@ -39,7 +39,7 @@ PROBES = (
 Renders = Literal["prompts", "answers", "comparisons", "nothing"]
 
 
-def examine_model(stage: Stage, model: Path, renders: Renders) -> Iterator[Finding]:
+def examine_model(stage: Inspected, model: Path, renders: Renders) -> Iterator[Finding]:
     """What is found of a model's tokenizer and chat template.
 
     Args:
@@ -58,13 +58,13 @@ def examine_model(stage: Stage, model: Path, renders: Renders) -> Iterator[Findi
     note(stage, chat)
 
 
-def note(stage: Stage, chat: ChatTokenizer) -> None:
+def note(stage: Inspected, chat: ChatTokenizer) -> None:
     """Tell the driver what this environment makes of a model's tokenizer, to be compared."""
     stage.report.probes[str(chat.path)] = probes(chat, stage)
     stage.report.vocabularies[str(chat.path)] = chat.vocabulary
 
 
-def rendered(stage: Stage, chat: ChatTokenizer, renders: Renders) -> Iterator[Finding]:
+def rendered(stage: Inspected, chat: ChatTokenizer, renders: Renders) -> Iterator[Finding]:
     """Whether the chat template renders the user's own conversations; of those it refuses the first is told."""
     answers = renders == "answers"
     judge = PairwiseChat(chat.path, chat.variables, chat.date) if renders == "comparisons" else None
@@ -89,7 +89,7 @@ def rendered(stage: Stage, chat: ChatTokenizer, renders: Renders) -> Iterator[Fi
         yield Finding("ok", f"{chat.path}: its chat template renders your prompts ({len(conversations)} were tried)")
 
 
-def probes(chat: ChatTokenizer, stage: Stage) -> list[dict[str, Any]]:
+def probes(chat: ChatTokenizer, stage: Inspected) -> list[dict[str, Any]]:
     """What this environment makes of fixed texts, of the user's own, of what a template writes, and of the tokens that
     end an answer: the same list in every environment, to be compared."""
     texts = [*PROBES, *(turn.content for one in stage.conversations for turn in one.messages)]

@@ -1,11 +1,12 @@
 """The graph of a run: stages, and which of them need which others' outputs."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from contracts.config import Role, StageConfig, validate
+from contracts.declaration import Stage
 from pipelines.config.executor import ExecutorSection
 from pipelines.planning.placement import place_stage
 
@@ -18,15 +19,27 @@ class Node:
 
     name: str
     """Path of its output below the run directory, for example iteration-001/training."""
-    package: str
-    """Package that is run: python -m PACKAGE [SUBCOMMAND]."""
-    subcommand: str | None
-    environment: str
+    stage: Stage[Any]
+    """What kind of stage it is."""
     config: StageConfig
     inputs: tuple[Path, ...] = field(compare=False)
     """All that it reads."""
     needs: tuple[str, ...] = field(compare=False)
     """Names of the nodes whose outputs it reads."""
+    iteration: int | None
+    """The iteration that it belongs to; None for what is made once, before the first one."""
+    role: str
+    """What it is for there: "training", "reward", "heldout/reward". Several may be of one stage."""
+
+    @property
+    def package(self) -> str:
+        """The package that is run: python -m PACKAGE COMMAND."""
+        return self.stage.package
+
+    @property
+    def environment(self) -> str:
+        """The environment that it runs in."""
+        return self.stage.environment
 
     @property
     def output(self) -> Path:
@@ -40,7 +53,11 @@ class Node:
     @property
     def argv(self) -> list[str]:
         """Arguments after `python`, without the config file."""
-        return ["-m", self.package, *([self.subcommand] if self.subcommand else [])]
+        return ["-m", self.package, *([self.stage.command] if self.stage.command != self.package else [])]
+
+    def path(self, field: str) -> Path:
+        """The path in one of its config's fields."""
+        return Path(getattr(self.config, field))
 
 
 class Graph:
@@ -51,30 +68,37 @@ class Graph:
         self.executor = executor or ExecutorSection()
         self.nodes: dict[str, Node] = {}
         self._owners: dict[Path, str] = {}
+        self._origins: dict[Path, tuple[Path, bool]] = {}
         self._known: dict[Hashable, Any] = {}
 
     def add(
-        self, name: str, kind: type[StageConfig], command: str, section: dict[str, Any] | None = None, /, **fields: Any
+        self,
+        stage: Stage[Any],
+        role: str,
+        fields: Mapping[str, Any],
+        *,
+        iteration: int | None = None,
     ) -> Path:
         """Add a stage and return the path of its output, to be given to the stages that read it.
 
         Args:
-            command: "PACKAGE" or "PACKAGE SUBCOMMAND".
-            section: keys from the run's config; `fields`, which the driver knows, come on top.
+            stage: its declaration.
+            role: what it is for, and so its place in the iteration's directory; in the run's, where it has none.
+            fields: of its config, without `output`.
+            iteration: the one that it belongs to, if any.
 
         Raises:
             UserError: the stage's config refuses the values, or it cannot be spread over the devices it asks for.
         """
+        name = name_of(iteration, role)
         output = self.directory / name
-        config: StageConfig = validate(kind, {**(section or {}), **fields, "output": output}, f"stage {name}")
+        config: StageConfig = validate(stage.config, {**fields, "output": output}, f"stage {name}")
         config = place_stage(name, config, self.executor)
-        package, _, subcommand = command.partition(" ")
-        environment = ENVIRONMENTS[package]
         if name in self.nodes:
             raise ValueError(f"two stages are named {name}")
         inputs = tuple(input_paths(config))
         needs = tuple(dict.fromkeys(owner for path in inputs if (owner := self.owner(path))))
-        self.nodes[name] = Node(name, package, subcommand or None, environment, config, inputs, needs)
+        self.nodes[name] = Node(name, stage, config, inputs, needs, iteration, role)
         self._owners[output] = name
         return output
 
@@ -91,6 +115,29 @@ class Graph:
                 return name
         return None
 
+    def maker(self, path: Path) -> Node | None:
+        """The same as a node."""
+        name = self.owner(path)
+        return self.nodes[name] if name else None
+
+    def origin(self, model: Path) -> tuple[Path, bool]:
+        """The model that a model is made from through all stages of the run, with the same layers.
+
+        And whether one of these stages gives it a score head.
+        """
+        chain: list[tuple[Path, bool]] = []
+        while (found := self._origins.get(model)) is None:
+            node = self.maker(model)
+            start = node.stage.origin(node.config) if node else None
+            if node is None or start is None:
+                found = (model, False)
+                break
+            chain.append((model, node.stage.has_score_head(node.config)))
+            model = start
+        for made, gives_head in reversed(chain):
+            found = self._origins[made] = (found[0], found[1] or gives_head)
+        return found
+
     def known(self, what: Hashable, find: Callable[[], T | None]) -> T | None:
         """What `find` says, which is asked once; again only while it says that nothing is known yet."""
         if (found := self._known.get(what)) is None:
@@ -106,13 +153,14 @@ class Graph:
         return sorted(self.nodes.values(), key=lambda node: -chain[node.name])
 
 
-ENVIRONMENTS = {
-    "contracts": "annotation",
-    "annotation": "annotation",
-    "generation": "generation",
-    "training": "training",
-    "embedded": "training",
-}
+def folder_of(iteration: int) -> str:
+    """The directory of an iteration in a run."""
+    return f"iteration-{iteration:03d}"
+
+
+def name_of(iteration: int | None, role: str) -> str:
+    """The name of a node."""
+    return role if iteration is None else f"{folder_of(iteration)}/{role}"
 
 
 def input_paths(config: StageConfig) -> list[Path]:

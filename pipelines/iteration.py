@@ -4,27 +4,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
+from annotation.stages.evaluation import EVALUATE
+from annotation.stages.pairs import CHOOSE_PAIRS
+from annotation.stages.score import SCORE
 from contracts.config import Section
 from contracts.errors import UserError
-from contracts.prompts import PromptsConfig
 from contracts.seeds import derive_seed
+from contracts.stages.prompts import IMPORT_PROMPTS
 from contracts.template import reads_clock
-from embedded.config import WORLD_FILES, WorldConfig
-from generation.config import GenerationConfig
+from embedded.config import WORLD_FILES
+from embedded.stages.world import MAKE_WORLD
+from generation.stages.generation import GENERATION
 from pipelines.config.run import RunConfig
-from pipelines.graph import Graph
-from pipelines.planning.sizes import start_of
+from pipelines.graph import Graph, folder_of, name_of
 from pipelines.progress import tracked
-from training.config import (
-    CriticConfig,
-    EmaConfig,
-    ExperienceConfig,
-    PolicyConfig,
-    RewardConfig,
-    SftConfig,
-    ValueHeadConfig,
-)
+from training.stages.critic import CRITIC
+from training.stages.ema import EMA
+from training.stages.experience import MAKE_EXPERIENCE
+from training.stages.policy import POLICY
+from training.stages.reward import REWARD
+from training.stages.sft import SFT
+from training.stages.value_head import VALUE_HEAD
 
 MOST_ITERATIONS = 10_000
 """More are surely a typing error: an iteration takes minutes."""
@@ -82,13 +82,13 @@ class Recipe:
 
     def improve(self, iteration: int, policy: Path) -> Path:
         """One iteration: sample, score, make of it what the algorithm reads, train. Returns the next policy."""
-        config, here = self.config, f"iteration-{iteration:03d}"
+        config = self.config
         count = config.prompts.per_iteration
         window = {"start": self.taken, "count": count} if count else {}
         self.taken += count or 0
 
-        rollouts = self.sample(f"{here}/generation", policy, self.train_prompts, iteration, config.generation, window)
-        rewards = self.score(f"{here}/reward", "reward", rollouts)
+        rollouts = self.sample("generation", policy, self.train_prompts, iteration, config.generation, window)
+        rewards = self.score("reward", "reward", rollouts, iteration)
         anchor = {"initial": self.initial, "previous": policy, "ema": self.average}[config.reference]
         if config.description.reads == "pairs":
             data = self.pair_data(iteration, rollouts, rewards, anchor)
@@ -96,19 +96,14 @@ class Recipe:
             data = self.sample_data(iteration, rollouts, rewards, anchor, policy, window)
         if "reference_model" in config.description.needs:
             data["reference_model"] = anchor
-        trained = self.graph.add(
-            f"{here}/training",
-            PolicyConfig,
-            "training policy",
-            keys(config.training) | self.inputs(),
-            model=policy if config.start == "previous" else self.initial,
-            seed=derive_seed(config.seed, iteration, "training"),
-            **data,
-        )
+        data["model"] = policy if config.start == "previous" else self.initial
+        data["seed"] = derive_seed(config.seed, iteration, "training")
+        fields = keys(config.training) | self.inputs() | data
+        trained = self.graph.add(POLICY, "training", fields, iteration=iteration)
         self.has_value_head = config.training.value_head
         if config.reference == "ema":
             mean = {"average": self.average, "model": trained, "decay": config.ema_decay}
-            self.average = self.graph.add(f"{here}/ema", EmaConfig, "training ema", mean)
+            self.average = self.graph.add(EMA, "ema", mean, iteration=iteration)
         return trained
 
     def inputs(self) -> dict[str, Any]:
@@ -118,54 +113,44 @@ class Recipe:
 
     def pair_data(self, iteration: int, rollouts: Path, rewards: Path, anchor: Path) -> dict[str, Any]:
         """Preference pairs, with their reference if the algorithm needs one: what the policy is trained on."""
-        config, here = self.config, f"iteration-{iteration:03d}"
-        pairs = self.choose(f"{here}/pairs", rollouts, rewards, config.pairs, iteration)
+        config = self.config
+        pairs = self.choose("pairs", rollouts, rewards, config.pairs, iteration)
         self.pairs = [*self.pairs, pairs] if config.accumulate else [pairs]
         if "reference" not in config.description.needs:
             return {"pairs": self.pairs}
-        self.references[pairs, anchor] = self.log_probabilities(f"{here}/reference", rollouts, anchor, pairs)
-        return {"pairs": self.pairs, "reference": [self.reference_of(made, anchor, here) for made in self.pairs]}
+        self.references[pairs, anchor] = self.reference("reference", rollouts, anchor, iteration, pairs)
+        return {"pairs": self.pairs, "reference": [self.reference_of(made, anchor, iteration) for made in self.pairs]}
 
     def sample_data(
         self, iteration: int, rollouts: Path, rewards: Path, anchor: Path, policy: Path, window: dict[str, Any]
     ) -> dict[str, Any]:
         """Experience, made of all that the algorithm needs; beside the policy, the critic is trained on it here."""
-        config, here = self.config, f"iteration-{iteration:03d}"
+        config = self.config
         needs = config.description.needs
         inputs: dict[str, Path] = {"rollouts": rollouts, "rewards": rewards}
         if "reference" in needs:
-            inputs["reference"] = self.log_probabilities(f"{here}/reference", rollouts, anchor)
+            inputs["reference"] = self.reference("reference", rollouts, anchor, iteration)
         if "greedy" in needs:
             section = config.generation.model_copy(update={"k": 1, "temperatures": [0.0]})
-            name = f"{here}/greedy/generation"
-            inputs["greedy_rollouts"] = self.sample(name, policy, self.train_prompts, iteration, section, window)
-            inputs["greedy"] = self.score(f"{here}/greedy/reward", "reward", inputs["greedy_rollouts"], rollouts)
+            role = "greedy/generation"
+            inputs["greedy_rollouts"] = self.sample(role, policy, self.train_prompts, iteration, section, window)
+            inputs["greedy"] = self.score(
+                "greedy/reward", "reward", inputs["greedy_rollouts"], iteration, against=rollouts
+            )
         if "values" in needs:
             critic = self.critic_of(policy)
             fields = {"kind": "values", "name": "values", "model": critic, "rollouts": rollouts}
-            inputs["values"] = self.graph.add(f"{here}/values", ScoreConfig, "annotation score", fields)
+            inputs["values"] = self.graph.add(SCORE, "values", fields, iteration=iteration)
         if config.experience.kl_target is not None and self.experience and not self.restarts(iteration):
             inputs["previous"] = self.experience
-        experience = self.graph.add(
-            f"{here}/experience",
-            ExperienceConfig,
-            "training experience",
-            keys(config.experience) | self.inputs(),
-            algorithm=config.training.algorithm,
-            settings=config.training.settings,
-            **inputs,
-        )
+        algorithm = {"algorithm": config.training.algorithm, "settings": config.training.settings}
+        fields = keys(config.experience) | self.inputs() | algorithm | inputs
+        experience = self.graph.add(MAKE_EXPERIENCE, "experience", fields, iteration=iteration)
         self.experience = experience
         if "values" in needs and not config.training.value_head:
-            self.critic = self.graph.add(
-                f"{here}/critic",
-                CriticConfig,
-                "training critic",
-                without(keys(config.critic), "start") if config.critic else {},
-                model=critic,
-                experience=experience,
-                seed=derive_seed(config.seed, iteration, "critic"),
-            )
+            fields = without(keys(config.critic), "start") if config.critic else {}
+            fields |= {"model": critic, "experience": experience, "seed": derive_seed(config.seed, iteration, "critic")}
+            self.critic = self.graph.add(CRITIC, "critic", fields, iteration=iteration)
         return {"experience": experience}
 
     def critic_of(self, policy: Path) -> Path:
@@ -179,7 +164,7 @@ class Recipe:
         name = "setup/critic"
         if name in self.graph.nodes:
             return self.graph.nodes[name].output
-        return self.graph.add(name, ValueHeadConfig, "training value-head", model=self.initial)
+        return self.graph.add(VALUE_HEAD, name, {"model": self.initial})
 
     def first_critic(self) -> Path:
         """What the critic is before any training."""
@@ -197,37 +182,28 @@ class Recipe:
 
     def evaluate(self, iteration: int, policy: Path) -> Path:
         """Judge a policy on the held-out prompts."""
-        here = f"iteration-{iteration:03d}"
         heldout = self.heldout_prompts
-        rollouts = self.sample(f"{here}/heldout/generation", policy, heldout, iteration, self.config.evaluation)
+        rollouts = self.sample("heldout/generation", policy, heldout, iteration, self.config.evaluation)
         if iteration == 0:
             self.first_answers = rollouts
         scores = {
-            name: self.score(f"{here}/heldout/{name}", name, rollouts, self.first_answers)
+            name: self.score(f"heldout/{name}", name, rollouts, iteration, against=self.first_answers)
             for name in self.config.scorers
         }
-        against: dict[str, Any] = {}
+        fields: dict[str, Any] = {"rollouts": rollouts, "scores": scores, "iteration": iteration}
         if iteration == 0:
             self.baseline = scores["reward"]
         else:
-            against["baseline"] = self.baseline
-            against["reference"] = self.log_probabilities(f"{here}/heldout/reference", rollouts, self.initial)
-        return self.graph.add(
-            f"{here}/evaluation",
-            EvaluationConfig,
-            "annotation evaluate",
-            rollouts=rollouts,
-            scores=scores,
-            iteration=iteration,
-            **against,
-        )
+            fields["baseline"] = self.baseline
+            fields["reference"] = self.reference("heldout/reference", rollouts, self.initial, iteration)
+        return self.graph.add(EVALUATE, "evaluation", fields, iteration=iteration)
 
     def prepare(self) -> None:
         """What stands before the first iteration: prompts, and the initial policy and reward model if they are made
         here."""
         config = self.config
         if config.world is not None:
-            self.graph.add("setup/world", WorldConfig, "embedded world", keys(config.world), seed=config.seed)
+            self.graph.add(MAKE_WORLD, "setup/world", keys(config.world) | {"seed": config.seed})
         self.heldout_prompts = self.import_prompts("prompts/heldout", config.prompts.heldout)
         self.train_prompts = self.import_prompts("prompts/train", config.prompts.train, [self.heldout_prompts])
         self.initial = self.locate(config.policy)
@@ -235,10 +211,8 @@ class Recipe:
             section = keys(config.sft)
             section["demonstrations"] = self.locate(section["demonstrations"])
             section |= self.rendering(self.initial, config.chat_template_kwargs)
-            seed = derive_seed(config.seed, 0, "sft")
-            self.initial = self.graph.add(
-                "setup/sft", SftConfig, "training sft", section, model=self.initial, seed=seed
-            )
+            section |= {"model": self.initial, "seed": derive_seed(config.seed, 0, "sft")}
+            self.initial = self.graph.add(SFT, "setup/sft", section)
         self.reward_model = self.train_reward_model() if config.reward_model is not None else None
 
     def train_reward_model(self) -> Path:
@@ -246,48 +220,43 @@ class Recipe:
         section = self.config.reward_model
         assert section is not None
         prompts = self.import_prompts("setup/reward-model/prompts", section.prompts, [self.heldout_prompts])
-        rollouts = self.sample("setup/reward-model/generation", self.initial, prompts, 0, section.generation)
+        rollouts = self.sample("setup/reward-model/generation", self.initial, prompts, None, section.generation)
         labels = self.score("setup/reward-model/labels", section.label, rollouts)
-        pairs = self.choose("setup/reward-model/pairs", rollouts, labels, section.pairs, 0)
-        rendering: dict[str, Any] = {}
+        pairs = self.choose("setup/reward-model/pairs", rollouts, labels, section.pairs)
+        fields = keys(section.training)
         if section.training.kind == "pairwise":
-            rendering = self.rendering(self.initial, self.config.scorers["reward"].chat_template_kwargs)
-        return self.graph.add(
-            "setup/reward-model/training",
-            RewardConfig,
-            "training reward",
-            keys(section.training) | rendering,
-            model=self.initial,
-            pairs=[pairs],
-            seed=derive_seed(self.config.seed, 0, "reward"),
-        )
+            fields |= self.rendering(self.initial, self.config.scorers["reward"].chat_template_kwargs)
+        fields |= {"model": self.initial, "pairs": [pairs], "seed": derive_seed(self.config.seed, 0, "reward")}
+        return self.graph.add(REWARD, "setup/reward-model/training", fields)
 
     # The stages.
 
-    def import_prompts(self, name: str, section: Any, exclude: list[Path] | None = None) -> Path:
+    def import_prompts(self, role: str, section: Any, exclude: list[Path] | None = None) -> Path:
         """Import prompts from where they are."""
         fields = keys(section)
-        fields["source"] = self.locate(fields["source"])
-        return self.graph.add(name, PromptsConfig, "contracts prompts", fields, exclude=exclude or [])
+        fields |= {"source": self.locate(fields["source"]), "exclude": exclude or []}
+        return self.graph.add(IMPORT_PROMPTS, role, fields)
 
     def sample(
-        self, name: str, policy: Path, prompts: Path, iteration: int, section: Any, window: dict[str, Any] | None = None
+        self,
+        role: str,
+        policy: Path,
+        prompts: Path,
+        iteration: int | None,
+        section: Any,
+        window: dict[str, Any] | None = None,
     ) -> Path:
         """Sample answers to prompts."""
-        return self.graph.add(
-            name,
-            GenerationConfig,
-            "generation",
-            {**keys(section), **(window or {}), **self.rendering(policy, self.config.chat_template_kwargs)},
-            policy=policy,
-            prompts=prompts,
-            iteration=iteration,
-            seed=derive_seed(self.config.seed, name),
-        )
+        fields = {**keys(section), **(window or {}), **self.rendering(policy, self.config.chat_template_kwargs)}
+        fields |= {"policy": policy, "prompts": prompts, "iteration": iteration or 0}
+        fields["seed"] = derive_seed(self.config.seed, name_of(iteration, role))
+        return self.graph.add(GENERATION, role, fields, iteration=iteration)
 
-    def score(self, name: str, scorer: str, rollouts: Path, against: Path | None = None) -> Path:
+    def score(
+        self, role: str, scorer: str, rollouts: Path, iteration: int | None = None, against: Path | None = None
+    ) -> Path:
         """Judge rollouts with one of the configured scorers; a pairwise one compares them with those in `against`."""
-        fields = keys(self.config.scorers[scorer])
+        fields = keys(self.config.scorers[scorer]) | {"rollouts": rollouts, "name": scorer}
         if scorer == "reward" and self.reward_model is not None:
             fields["model"] = self.reward_model
         elif fields.get("model") is not None:
@@ -298,32 +267,33 @@ class Recipe:
             fields |= self.rendering(fields["model"], fields.get("chat_template_kwargs", {}))
         if fields["kind"] == "pairwise" and against is not None:
             fields["against"] = against
-        return self.graph.add(name, ScoreConfig, "annotation score", fields, rollouts=rollouts, name=scorer)
+        return self.graph.add(SCORE, role, fields, iteration=iteration)
 
-    def log_probabilities(self, name: str, rollouts: Path, model: Path, pairs: Path | None = None) -> Path:
-        """Log-probabilities of rollouts under a model; only of the completions in `pairs`, if given."""
+    def reference(self, role: str, rollouts: Path, model: Path, iteration: int, pairs: Path | None = None) -> Path:
+        """Log-probabilities of rollouts under a reference; only of the completions in `pairs`, if given."""
         fields = {"kind": "logprobs", "name": "reference", "model": model, "rollouts": rollouts, "pairs": pairs}
-        return self.graph.add(name, ScoreConfig, "annotation score", fields)
+        return self.graph.add(SCORE, role, fields, iteration=iteration)
 
-    def choose(self, name: str, rollouts: Path, scores: Path, section: Any, iteration: int) -> Path:
+    def choose(self, role: str, rollouts: Path, scores: Path, section: Any, iteration: int | None = None) -> Path:
         """Choose preference pairs."""
-        seed = derive_seed(self.config.seed, iteration, "pairs")
-        return self.graph.add(
-            name, PairsConfig, "annotation pairs", keys(section), rollouts=rollouts, scores=scores, seed=seed
-        )
+        seed = derive_seed(self.config.seed, iteration or 0, "pairs")
+        fields = keys(section) | {"rollouts": rollouts, "scores": scores, "seed": seed}
+        return self.graph.add(CHOOSE_PAIRS, role, fields, iteration=iteration)
 
-    def reference_of(self, pairs: Path, anchor: Path, here: str) -> Path:
+    def reference_of(self, pairs: Path, anchor: Path, iteration: int) -> Path:
         """Reference log-probabilities of pairs, made anew only where the reference has changed since."""
         if (pairs, anchor) not in self.references:
-            origin = pairs.parent
-            name = f"{here}/reference-of-{origin.name}"
-            self.references[pairs, anchor] = self.log_probabilities(name, origin / "generation", anchor, pairs)
+            chosen = self.graph.maker(pairs)
+            assert chosen is not None
+            assert chosen.iteration is not None
+            role, rollouts = f"reference-of-{folder_of(chosen.iteration)}", chosen.path("rollouts")
+            self.references[pairs, anchor] = self.reference(role, rollouts, anchor, iteration, pairs)
         return self.references[pairs, anchor]
 
     def rendering(self, model: Path, variables: dict[str, Any]) -> dict[str, Any]:
         """What a stage is told that renders conversations for a model: the variables of its chat template, and the
         run's date if the template writes it."""
-        start, _ = start_of(model, self.graph)
+        start, _ = self.graph.origin(model)
         find = partial(_writes_date, start, variables)
         fields = {"chat_template_kwargs": variables} if variables else {}
         return {**fields, "date": self.run.date} if self.graph.known(("date", start, repr(variables)), find) else fields

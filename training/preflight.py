@@ -8,17 +8,17 @@ from typing import Any
 
 from msgspec import UNSET
 
+from contracts.declaration import stages_of
 from contracts.demonstrations import DemonstrationRow
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
-from contracts.preflight import Finding, Stage, serve
-from training.__main__ import COMMANDS
+from contracts.preflight import Finding, Inspected, serve
 from training.config import CriticConfig, EmaConfig, RewardConfig, SftConfig, TrainingConfig, ValueHeadConfig
 from training.layout import packing_of
 
 
-def check(stage: Stage) -> Iterator[Finding]:
+def check(stage: Inspected) -> Iterator[Finding]:
     """The model that a stage starts from, what is trained of it, and demonstrations, where these are the user's."""
     config = stage.config
     if isinstance(config, EmaConfig):
@@ -79,7 +79,7 @@ def check_trained(config: TrainingConfig, *, classifies: bool) -> None:
         add_adapters(model, config.lora, config.seed)
 
 
-def check_demonstrations(stage: Stage, config: SftConfig) -> Iterator[Finding]:
+def check_demonstrations(stage: Inspected, config: SftConfig) -> Iterator[Finding]:
     """The demonstrations, as the chat template of the model renders them."""
     from contracts.chat import ChatTokenizer
     from training.sft import tokenized
@@ -101,4 +101,4 @@ def check_demonstrations(stage: Stage, config: SftConfig) -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    serve(COMMANDS, check)
+    serve(stages_of("training"), check)

@@ -151,7 +151,7 @@ def settle(run: RunDirectory, graph: Graph, node: Node, key: str, attempt: Path)
         if ran != asked:
             run.record("source changed", stage=node.name, asked=asked, ran=ran)
     run.record("published", stage=node.name, key=artifact.manifest.key)
-    if node.config.stage == "evaluation":
+    if node.stage.name == "evaluation":
         write_metrics(run.path, graph)
     return artifact
 

@@ -29,7 +29,15 @@ from pipelines.machine import gpu_count
 from pipelines.run.decisions import Decision, decide, make_room
 from pipelines.run.directory import CANCEL, RunDirectory
 from pipelines.run.metrics import write_metrics
-from pipelines.run.retention import CHECKPOINT, Retention, drop_aside, released_inputs, restore, set_aside, why_again
+from pipelines.run.retention import (
+    Retention,
+    drop_aside,
+    may_be_released,
+    released_inputs,
+    restore,
+    set_aside,
+    why_again,
+)
 
 POLL_SECONDS = 0.1
 END_SECONDS = 20.0
@@ -134,7 +142,7 @@ class Driver:
         if decision.reuse:
             self.published.add(node.name)
             self.display.reused(node, decision.reason)
-            self.judged = self.judged or node.config.stage == "evaluation"
+            self.judged = self.judged or node.stage.name == "evaluation"
             return
         if (node.output / RELEASED).is_file():
             set_aside(node.output)
@@ -184,7 +192,7 @@ class Driver:
                 self.published.add(running.node.name)
             self.display.published(running.node, artifact)
             self.finish_again(running.node)
-            if CHECKPOINT.fullmatch(running.node.name) or running.node.config.stage == "evaluation":
+            if may_be_released(running.node) or running.node.stage.name == "evaluation":
                 self.retention.apply(self.published)
 
     def tell_news(self) -> None:

@@ -5,44 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from annotation.config import (
-    EvaluationConfig,
-    PairsConfig,
-    RlhflowExportConfig,
-    RlhflowImportConfig,
-    RlhflowScoresConfig,
-    ScoreConfig,
-)
 from contracts.artifacts import Artifact
 from contracts.callables import source_files
-from contracts.config import StageConfig
+from contracts.declaration import all_stages
 from contracts.errors import UserError
 from contracts.fingerprint import file_sha256
-from contracts.prompts import PromptsConfig
-from embedded.config import Smollm2Config, WorldConfig
-from generation.config import GenerationConfig
 from pipelines.lineage.links import Index, Link, links_of, run_of
 from training.catalogue import describe
-from training.config import (
-    CriticConfig,
-    EmaConfig,
-    ExperienceConfig,
-    MergeConfig,
-    PolicyConfig,
-    RewardConfig,
-    SftConfig,
-    ValueHeadConfig,
-)
-
-CONFIGS: dict[str, type[StageConfig]] = {
-    config.stage: config
-    for config in (
-        *(PromptsConfig, GenerationConfig, ScoreConfig, PairsConfig, EvaluationConfig),
-        *(SftConfig, RewardConfig, PolicyConfig, EmaConfig, MergeConfig, WorldConfig, Smollm2Config),
-        *(ValueHeadConfig, ExperienceConfig, CriticConfig),
-        *(RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig),
-    )
-}
 
 
 def ancestry(index: Index, artifact: Artifact) -> dict[str, Any]:
@@ -126,7 +95,8 @@ def description(artifact: Artifact) -> dict[str, Any]:
 
 def _settings(stage: str, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The seed, and the values that are not the stage's defaults; all where the stage is not known."""
-    fields = CONFIGS[stage].model_fields if stage in CONFIGS else {}
+    declared = all_stages().get(stage)
+    fields = declared.config.model_fields if declared else {}
     for name, value in config.items():
         if name == "settings":  # of an algorithm
             yield from _unlike_default(config.get("algorithm", ""), value)

@@ -23,7 +23,6 @@ from pipelines.planning.sizes import (
     Size,
     answers_of,
     experience_of,
-    has_score_head,
     pairs_of,
     rows_of,
     size_of,
@@ -221,7 +220,7 @@ def memory(node: Node, graph: Graph, *, on_gpu: bool) -> Memory | None:
     config = node.config
     if isinstance(config, TrainingConfig):
         size = size_of(config.model, graph)
-        if size is not None and has_score_head(config):
+        if size is not None and node.stage.has_score_head(config):
             size = size.as_classifier()
         return None if size is None else training_memory(config, size, _longest_row(config, graph), on_gpu=on_gpu)
     if isinstance(config, ExperienceConfig):
@@ -306,7 +305,7 @@ def training_memory(config: TrainingConfig, size: Size, row: LongestRow | None, 
     merged adapters another a·P: where that is more than they were, the rest is `step`.
     """
     number = number_bytes(config, on_gpu)
-    parallel, is_classifier = config.parallel, has_score_head(config)
+    parallel, is_classifier = config.parallel, _has_score_head(config)
     total, trained, adapters = size.parameters, trained_numbers(config, size), _adapter_numbers(config, size)
     moments = 2 if config.optimizer == "adamw" else 0
     words = size.vocabulary * size.hidden
@@ -365,11 +364,15 @@ def training_memory(config: TrainingConfig, size: Size, row: LongestRow | None, 
     return Memory({**parts, "process": PROCESS}, parallel.processes)
 
 
+def _has_score_head(config: TrainingConfig) -> bool:
+    return isinstance(config, CriticConfig) or (isinstance(config, RewardConfig) and config.kind == "bradley_terry")
+
+
 def trained_numbers(config: TrainingConfig, size: Size) -> int:
     """T: numbers that a training changes."""
     if config.lora is None:
         return size.trained(config.frozen)
-    return _adapter_numbers(config, size) + (size.hidden if has_score_head(config) else 0)
+    return _adapter_numbers(config, size) + (size.hidden if _has_score_head(config) else 0)
 
 
 def _adapter_numbers(config: TrainingConfig, size: Size) -> int:

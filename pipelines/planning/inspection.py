@@ -150,7 +150,7 @@ def request_of(node: Node, graph: Graph) -> StageRequest:
             config[field] = _replaced(config[field], graph)
     for field in OF_THE_PLACE:
         config.pop(field, None)
-    command = node.subcommand or node.package
+    command = node.stage.command
     return StageRequest(node.name, command, {**config, "output": "preflight"}, tuple(made))
 
 
@@ -166,7 +166,7 @@ def _known(path: Path, graph: Graph) -> str:
     """The path, the model that it will be trained from, or the kind of stage that makes it."""
     origin = origin_of(path, graph)
     owner = graph.owner(origin)
-    return str(origin) if owner is None else f"made-by/{graph.nodes[owner].config.stage}"
+    return str(origin) if owner is None else f"made-by/{graph.nodes[owner].stage.name}"
 
 
 def _is_usable(environments: EnvironmentsSection, name: str) -> bool:
@@ -190,7 +190,7 @@ def _sample(graph: Graph, environments: EnvironmentsSection) -> Sample:
     """Conversations of the user's own data, where it is on this machine."""
     requests: dict[str, StageRequest] = {}
     for node in graph.nodes.values():
-        field = READERS.get(node.config.stage)
+        field = READERS.get(node.stage.name)
         path = None if field is None else getattr(node.config, field)
         if path is not None and graph.owner(path) is None and path.exists():
             stage = request_of(node, graph)

@@ -16,7 +16,6 @@ from generation.config import GenerationConfig
 from pipelines.config.run import EnvironmentsSection
 from pipelines.environments.launch import probe_versions
 from pipelines.graph import Graph, Node
-from pipelines.planning.sizes import has_score_head, start_of
 from pipelines.progress import tracked
 from training.config import RewardConfig, TrainingConfig, ValueHeadConfig
 from training.parallel import check_layout
@@ -97,7 +96,7 @@ def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
             yield model.require_chat_template
     if isinstance(config, TrainingConfig) and config.model in outside:
         model = ModelInfo.read(config.model)
-        yield model.require_classifier_start if has_score_head(config) else model.require_causal
+        yield model.require_classifier_start if node.stage.has_score_head(config) else model.require_causal
         if isinstance(config, RewardConfig) and config.kind == "pairwise":
             yield model.require_chat_template
         yield functools.partial(model.require_length, config.max_length or 1, "max_length")
@@ -127,7 +126,7 @@ def _require_variables(model: Path, variables: dict[str, Any]) -> None:
 
 def origin_of(model: Path, graph: Graph) -> Path:
     """The model that a model is trained from, through all stages of the run: it has the same layers."""
-    return start_of(model, graph)[0]
+    return graph.origin(model)[0]
 
 
 def _raise(error: UserError) -> None:

@@ -25,12 +25,7 @@ from generation.config import GenerationConfig
 from pipelines.graph import Graph
 from pipelines.planning.hub import name_and_revision
 from training.config import (
-    CriticConfig,
-    EmaConfig,
     ExperienceConfig,
-    RewardConfig,
-    TrainingConfig,
-    ValueHeadConfig,
 )
 
 TEMPLATE_TOKENS = 64
@@ -199,31 +194,9 @@ def _header(file: Path) -> dict[str, int] | None:
 
 def size_of(model: Path, graph: Graph) -> Size | None:
     """The measures of a model: what a stage of the graph makes has those of the model that it starts from."""
-    start, becomes_classifier = start_of(model, graph)
+    start, becomes_classifier = graph.origin(model)
     size = graph.known(("size", start), lambda: _size_of_start(start, graph))
     return size.as_classifier() if size and becomes_classifier else size
-
-
-def start_of(model: Path, graph: Graph) -> tuple[Path, bool]:
-    """The model that a model is made from through all stages of the run, with the same layers.
-
-    And whether one of these stages gives it a score head.
-    """
-    chain: list[tuple[Path, bool]] = []
-    while (found := graph.known(("start", model), lambda: None)) is None:
-        owner = graph.owner(model)
-        config = graph.nodes[owner].config if owner else None
-        if not isinstance(config, TrainingConfig | EmaConfig | ValueHeadConfig):
-            found = (model, False)
-            break
-        chain.append((model, has_score_head(config)))
-        model = config.model
-    start, classifier = found
-    for made, gives_head in reversed(chain):
-        classifier = classifier or gives_head
-        result = (start, classifier)
-        graph.known(("start", made), lambda result=result: result)  # type: ignore[misc]
-    return start, classifier
 
 
 def _size_of_start(start: Path, graph: Graph) -> Size | None:
@@ -247,13 +220,6 @@ def _size_of_start(start: Path, graph: Graph) -> Size | None:
             "max_position_embeddings": 128,
         }
     )
-
-
-def has_score_head(config: Any) -> bool:
-    """Whether what a stage trains ends in one number instead of in the vocabulary."""
-    if isinstance(config, RewardConfig):
-        return config.kind == "bradley_terry"
-    return isinstance(config, CriticConfig | ValueHeadConfig)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,8 +100,7 @@ def _take_over(source: RunDirectory, graph: Graph, work: Path, first: int, later
     for name, node in graph.nodes.items():
         if not (node.output / MANIFEST).is_file():
             continue
-        match = re.match(r"iteration-(\d+)/", name)
-        if match is None or int(match[1]) < first:
+        if node.iteration is None or node.iteration < first:
             _link(node.output, work / name)
         elif later_too:
             _link(node.output, work / SUPERSEDED / name / Artifact.open(node.output).manifest.key[:16])

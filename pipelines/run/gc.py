@@ -15,7 +15,7 @@ from contracts.fingerprint import RELEASED
 from contracts.jsonl import COMPRESSED
 from contracts.manifest import MANIFEST
 from pipelines.config.run import RetentionSection
-from pipelines.graph import Graph
+from pipelines.graph import Graph, folder_of
 from pipelines.insight.status import queued_jobs, reads_what_is_there
 from pipelines.iteration import build_graph
 from pipelines.run.decisions import SUPERSEDED
@@ -125,8 +125,10 @@ def perform(step: Step, run: RunDirectory) -> int:
 
 def whole_graph(run: RunDirectory) -> Graph:
     """The graph of a run for as many iterations as it is to have, or has had."""
-    folders = [path.parent.parent.name for path in run.path.glob(f"iteration-*/training/{MANIFEST}")]
-    return build_graph(run.config, max([run.iterations, *(int(name.partition("-")[2]) for name in folders)]))
+    count = run.iterations
+    while (run.path / folder_of(count + 1)).is_dir():
+        count += 1
+    return build_graph(run.config, count)
 
 
 def settled(graph: Graph) -> set[str]:

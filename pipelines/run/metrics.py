@@ -25,7 +25,7 @@ def evaluations(graph: Graph) -> list[tuple[Path, dict[str, Any]]]:
     """Each published evaluation of the graph, by iteration: the policy's directory and its metrics."""
     found: list[tuple[Path, dict[str, Any]]] = []
     for node in graph.nodes.values():
-        if node.config.stage == "evaluation" and (node.output / MANIFEST).is_file():
+        if node.stage.name == "evaluation" and (node.output / MANIFEST).is_file():
             metrics = Artifact.open(node.output).manifest.facts["metrics"]
             found.append((policy_of(node, graph), metrics))
     return sorted(found, key=lambda item: int(item[1]["iteration"]))
@@ -33,8 +33,9 @@ def evaluations(graph: Graph) -> list[tuple[Path, dict[str, Any]]]:
 
 def policy_of(evaluation: Node, graph: Graph) -> Path:
     """The policy that an evaluation judges."""
-    rollouts = graph.nodes[evaluation.needs[0]]
-    return Path(rollouts.config.model_dump()["policy"])
+    sampled = graph.maker(evaluation.path("rollouts"))
+    assert sampled is not None
+    return sampled.path("policy")
 
 
 def write_metrics(run: Path, graph: Graph) -> None:

@@ -14,7 +14,6 @@ import gzip
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -38,8 +37,8 @@ from pipelines.run.decisions import SUPERSEDED
 from pipelines.run.directory import RunDirectory
 from pipelines.run.metrics import best_of, evaluations, policy_of
 
-CHECKPOINT = re.compile(r"iteration-(\d+)/(training|ema|critic)")
-"""The only stages whose weights are ever deleted."""
+TRAINED = ("training", "ema", "critic")
+"""The only roles in an iteration whose weights are ever deleted."""
 ROWS = ("generation", "score", "experience")
 """The stages whose rows are compressed."""
 TRASH = ".trash-"
@@ -56,27 +55,31 @@ def still_read(graph: Graph, published: Collection[str]) -> dict[str, str]:
     return {needed: node.name for node in reversed(waiting) for needed in node.needs}
 
 
+def may_be_released(node: Node) -> bool:
+    """Whether it is a checkpoint of an iteration, whose weights may be deleted some day."""
+    return node.iteration is not None and node.role in TRAINED
+
+
 def why_kept(run: Path, graph: Graph, published: Collection[str], keep: str) -> dict[str, str | None]:
     """For each checkpoint of an iteration that has its weights: why they stay, or None where they can go.
 
     `published` are the names of the stages that will not run again as things stand.
     """
-    numbers = {name: int(match[1]) for name in sorted(published) if (match := CHECKPOINT.fullmatch(name))}
-    policies, averages, critics = (
-        [name for name in numbers if name.endswith(kind)] for kind in ("/training", "/ema", "/critic")
-    )
+    trained = [node for node in graph.nodes.values() if node.name in published and may_be_released(node)]
+    policies, averages, critics = ([node.name for node in trained if node.role == role] for role in TRAINED)
     latest = policies[-int(keep.removeprefix("last ")) :] if keep.startswith("last ") else []
+    lasting = {graph.nodes[name].iteration for name in latest}
     readers = still_read(graph, published)
     unjudged = [
         graph.owner(policy_of(node, graph))
         for node in graph.nodes.values()
-        if node.config.stage == "evaluation" and node.name not in published
+        if node.stage.name == "evaluation" and node.name not in published
     ]
     rows = evaluations(graph)
     best = graph.owner(best_of(rows)[0]) if rows else None
     reasons: dict[str, str | None] = {}
-    for name, number in numbers.items():
-        artifact = Artifact.open(graph.nodes[name].output)
+    for node in trained:
+        name, artifact = node.name, Artifact.open(node.output)
         if not _weights(artifact):
             continue
         if artifact.released:  # a kill came between the decision and the deletion
@@ -95,7 +98,7 @@ def why_kept(run: Path, graph: Graph, published: Collection[str], keep: str) -> 
             reasons[name] = "not judged yet"
         elif name == best:
             reasons[name] = "the best so far"
-        elif number in [numbers[policy] for policy in latest]:
+        elif node.iteration in lasting:
             reasons[name] = f"keep={keep}"
         else:
             reasons[name] = None
@@ -109,17 +112,17 @@ def why_kept(run: Path, graph: Graph, published: Collection[str], keep: str) -> 
 def compressible(graph: Graph, published: Collection[str]) -> Iterator[tuple[Node, str | None]]:
     """The rollouts, scores and experience of iterations that are not compressed: with why they stay so, or None."""
     readers = still_read(graph, published)
+    trainings = {node.iteration: name for name, node in graph.nodes.items() if node.role == "training"}
     for name, node in graph.nodes.items():
-        iteration = name.partition("/")[0]
-        if not iteration.startswith("iteration-") or node.config.stage not in ROWS or name not in published:
+        if node.iteration is None or node.stage.name not in ROWS or name not in published:
             continue
         files = [path for path, _ in plain_shards(Artifact.open(node.output))]
         if not files:
             continue
-        training = f"{iteration}/training"
+        training = trainings.get(node.iteration)
         if name in readers:
             yield node, f"{readers[name]} still reads it"
-        elif training in graph.nodes and training not in published:
+        elif training is not None and training not in published:
             yield node, f"{training} is not made yet"
         elif any(path.stat().st_nlink > 1 for path in files):
             yield node, "another run shares it, and would not share the compressed files"

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
-from contracts.preflight import Conversation, Stage
+from contracts.preflight import Conversation, Inspected
 from contracts.records import Message
 from contracts.tokenizer import load_tokenizer
 from modeling.inspect import PROBES
@@ -195,7 +195,7 @@ def test_a_pairwise_judge_is_asked_about_the_users_own_conversations_before_anyt
 
     def found(template: str, *messages: Message, tools: Any = None) -> list[tuple[str, str]]:
         chat = chat_of(tmp_path, template)
-        stage = Stage("score", None, frozenset(), (Conversation("line 3", "prompts", messages, tools),))
+        stage = Inspected("score", None, frozenset(), (Conversation("line 3", "prompts", messages, tools),))
         return [(one.level, one.found) for one in findings_of(lambda: rendered(stage, chat, "comparisons"))]
 
     ((level, _),) = found(NO_SYSTEM, SYSTEM, USER, CALLING, TOLD, tools=(TOOL,))  # all of it in one user's turn

@@ -6,15 +6,15 @@ import math
 import pytest
 from annotation_world import make_rollouts, publish_rollouts, publish_scores
 
-from annotation.__main__ import COMMANDS
 from annotation.config import EvaluationConfig
+from annotation.stages.evaluation import EVALUATE
 from contracts.errors import UserError
 from contracts.records import Rollout
 from contracts.stage import run_stage
 
 
 def evaluate(output, rollouts, **keys):
-    artifact = run_stage(COMMANDS["evaluate"], EvaluationConfig(output=output, rollouts=rollouts.path, **keys))
+    artifact = run_stage(EVALUATE, EvaluationConfig(output=output, rollouts=rollouts.path, **keys))
     metrics = json.loads((output / "evaluation.json").read_text())
     assert metrics == artifact.manifest.facts["metrics"]
     return metrics, artifact

@@ -8,8 +8,8 @@ import pytest
 from annotation_world import make_rollout, make_rollouts, publish_rollouts, publish_scores
 from pyarrow import parquet
 
-from annotation.__main__ import COMMANDS
 from annotation.config import PairsConfig
+from annotation.stages.pairs import CHOOSE_PAIRS
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.records import PAIRS, Message, Pair, Rollout
@@ -18,7 +18,7 @@ from contracts.stage import run_stage
 
 def make(output, rollouts, scores, **keys):
     config = PairsConfig(output=output, rollouts=rollouts.path, scores=scores.path, **keys)
-    return run_stage(COMMANDS["pairs"], config)
+    return run_stage(CHOOSE_PAIRS, config)
 
 
 def by_length(rollout, completion):

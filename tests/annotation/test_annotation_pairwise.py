@@ -18,8 +18,10 @@ from annotation_world import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from annotation.__main__ import COMMANDS
 from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
+from annotation.stages.evaluation import EVALUATE
+from annotation.stages.pairs import CHOOSE_PAIRS
+from annotation.stages.score import SCORE
 from contracts.errors import UserError
 from contracts.records import Pair, Rollout, Score
 from contracts.stage import run_stage
@@ -28,9 +30,7 @@ EXTRA = ["A", "B", "[CONTEXT]", "[RESPONSE", "A]", "B]", "<turn>", "user"]
 
 
 def compare(output, rollouts, model, **keys):
-    return run_stage(
-        COMMANDS["score"], ScoreConfig(output=output, rollouts=rollouts.path, kind="pairwise", model=model, **keys)
-    )
+    return run_stage(SCORE, ScoreConfig(output=output, rollouts=rollouts.path, kind="pairwise", model=model, **keys))
 
 
 def scores_of(artifact):
@@ -172,9 +172,7 @@ def test_a_comparison_that_fails_fails_for_both(tmp_path, judges):
 
 def test_pairs_are_chosen_by_these_scores_and_keep_the_conversation(tmp_path, judges, rollouts):
     scores = compare(tmp_path / "scores", rollouts, judges["llama"])
-    pairs = run_stage(
-        COMMANDS["pairs"], PairsConfig(output=tmp_path / "pairs", rollouts=rollouts.path, scores=scores.path)
-    )
+    pairs = run_stage(CHOOSE_PAIRS, PairsConfig(output=tmp_path / "pairs", rollouts=rollouts.path, scores=scores.path))
     found, messages = scores_of(scores), {row.prompt_id: row.messages for row in rollouts.rows(Rollout)}
     rows = list(pairs.rows(Pair))
     assert len(rows) >= 8
@@ -194,7 +192,7 @@ def heldout(tmp_path):
 
 def evaluate(output, rollouts, reward, baseline):
     config = EvaluationConfig(output=output, rollouts=rollouts.path, scores={"reward": reward}, baseline=baseline)
-    return run_stage(COMMANDS["evaluate"], config).manifest.facts["metrics"]
+    return run_stage(EVALUATE, config).manifest.facts["metrics"]
 
 
 def test_the_win_rate_is_the_mean_chance_against_the_first_policy(tmp_path, judges, heldout):

@@ -5,8 +5,8 @@ import json
 import pytest
 from annotation_world import EOS, IDS, publish_scores, run_cli
 
-from annotation.__main__ import COMMANDS
 from annotation.config import RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig
+from annotation.stages.rlhflow import RLHFLOW_EXPORT, RLHFLOW_IMPORT, RLHFLOW_SCORES
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.prompts import prompt_id
@@ -15,18 +15,18 @@ from contracts.stage import run_stage
 
 
 def export(output, **keys):
-    run_stage(COMMANDS["rlhflow-export"], RlhflowExportConfig(output=output, **keys))
+    run_stage(RLHFLOW_EXPORT, RlhflowExportConfig(output=output, **keys))
     return [json.loads(line) for line in (output / "rlhflow.jsonl").read_text().splitlines()]
 
 
 def imported(output, source, models, **keys):
     config = RlhflowImportConfig(output=output, source=source, tokenizer=models["causal"], **keys)
-    return run_stage(COMMANDS["rlhflow-import"], config)
+    return run_stage(RLHFLOW_IMPORT, config)
 
 
 def imported_scores(output, source, rollouts, **keys):
     config = RlhflowScoresConfig(output=output, source=source, rollouts=rollouts.path, **keys)
-    return run_stage(COMMANDS["rlhflow-scores"], config)
+    return run_stage(RLHFLOW_SCORES, config)
 
 
 def test_a_round_trip_keeps_prompts_answers_and_rewards(tmp_path, rollouts, models):

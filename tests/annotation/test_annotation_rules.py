@@ -16,11 +16,11 @@ import msgspec
 import pytest
 from annotation_world import ROOT, make_rollout, make_rollouts, publish_rollouts, run_cli
 
-from annotation.__main__ import COMMANDS
 from annotation.config import ScoreConfig
 from annotation.judges import stall_seconds
 from annotation.rule import Rule, check_function
 from annotation.samples import Sample
+from annotation.stages.score import SCORE
 from contracts.artifacts import Artifact
 from contracts.attempt import STALL
 from contracts.errors import UserError
@@ -54,7 +54,7 @@ def score(tmp_path: Path, rollouts: Artifact, function: str, output: str = "scor
     config = ScoreConfig(
         output=tmp_path / output, rollouts=rollouts.path, kind="rule", function=function, **keys
     )  # fmt: skip
-    found = run_stage(COMMANDS["score"], config)
+    found = run_stage(SCORE, config)
     assert found is not None
     return found
 
@@ -183,7 +183,7 @@ def test_a_function_that_cannot_be_loaded_or_called_is_refused(
     config = ScoreConfig(
         output=tmp_path / "scores", rollouts=answers.path, kind="rule", function=function, fail_on_error=0.9
     )
-    for look in (lambda: check_function(function, None, 60), lambda: run_stage(COMMANDS["score"], config)):
+    for look in (lambda: check_function(function, None, 60), lambda: run_stage(SCORE, config)):
         with pytest.raises(UserError, match=f"function {re.escape(repr(function))}:? {message}"):
             look()
     assert not (tmp_path / "scores").exists()

@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from annotation.__main__ import COMMANDS
 from annotation.config import ScoreConfig
+from annotation.stages.score import SCORE
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.records import SCORES, Message, Pair, Rollout, Score
@@ -42,7 +42,7 @@ def contains_bad(messages, response, finish_reason, answer):
 
 
 def score(output, rollouts, **keys):
-    return run_stage(COMMANDS["score"], ScoreConfig(output=output, rollouts=rollouts.path, **keys))
+    return run_stage(SCORE, ScoreConfig(output=output, rollouts=rollouts.path, **keys))
 
 
 def by_key(artifact):

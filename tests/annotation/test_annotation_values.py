@@ -9,8 +9,8 @@ import torch
 from annotation_world import EOS, IDS, make_rollout, make_rollouts, publish, publish_rollouts, save_model, tiny_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from annotation.__main__ import COMMANDS
 from annotation.config import ScoreConfig
+from annotation.stages.score import SCORE
 from contracts.artifacts import Artifact
 from contracts.chat import ChatTokenizer
 from contracts.config import validate
@@ -21,7 +21,7 @@ from contracts.stage import run_stage
 
 def value(output, rollouts, model, **keys):
     config = ScoreConfig(output=output, rollouts=rollouts.path, kind="values", name="values", model=model, **keys)
-    return run_stage(COMMANDS["score"], config)
+    return run_stage(SCORE, config)
 
 
 def sample(target, rows, model) -> Artifact:
@@ -129,7 +129,7 @@ def test_a_critic_of_another_vocabulary_is_refused(tmp_path, models, tokenizer):
     shutil.copy(exchanged / "tokenizer.json", swapped / "tokenizer.json")
     config = ScoreConfig(output=tmp_path / "scores", rollouts=rollouts.path, kind="logprobs", model=swapped)
     with pytest.raises(UserError, match="has another vocabulary"):  # nor is it a reference
-        run_stage(COMMANDS["score"], config)
+        run_stage(SCORE, config)
 
     bare = shutil.copytree(models["reward"], tmp_path / "bare")
     (bare / "tokenizer.json").unlink()

@@ -24,11 +24,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from contracts import attempt, stage, stopping
 from contracts.artifacts import Artifact
 from contracts.config import StageConfig, identity
+from contracts.declaration import Stage
 from contracts.errors import TransientError, UserError
 from contracts.ledger import Ledger
 from contracts.publication import partial_directory
 from contracts.records import PROMPTS, Message, Prompt
-from contracts.stage import Command, Context, Outcome, key_parts, run_stage, stage_key
+from contracts.stage import Context, Outcome, key_parts, run_stage, stage_key
 from contracts.workers import share_shards
 
 SECONDS = 30.0
@@ -46,8 +47,8 @@ class WordsConfig(StageConfig):
     """What the prompts consist of."""
 
 
-COMMAND = Command(WordsConfig, PROMPTS, f"{__name__}:make_words")
-SHARED = Command(WordsConfig, PROMPTS, f"{__name__}:share_words")
+COMMAND = Stage(WordsConfig, PROMPTS, f"{__name__}:make_words")
+SHARED = Stage(WordsConfig, PROMPTS, f"{__name__}:share_words")
 
 
 def make_words(config: WordsConfig, context: Context) -> Outcome:

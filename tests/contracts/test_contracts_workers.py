@@ -38,7 +38,8 @@ from typing import ClassVar
 from contracts.config import StageConfig, identity, runtime
 from contracts.ledger import Ledger
 from contracts.records import PROMPTS, Message, Prompt
-from contracts.stage import Command, Outcome, main
+from contracts.declaration import Stage
+from contracts.stage import Outcome, main
 from contracts.workers import share_shards
 
 
@@ -80,7 +81,7 @@ def run(config, context):
 
 
 if __name__ == "__main__":
-    main({"shared": Command(SharedConfig, PROMPTS, "shared:run")}, "shared")
+    main({"shared": Stage(SharedConfig, PROMPTS, "shared:run")}, "shared")
 '''
 
 

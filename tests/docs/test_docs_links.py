@@ -9,9 +9,9 @@ import yaml
 
 from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
 from contracts.config import StageConfig
+from contracts.declaration import stages_of
 from contracts.prompts import PromptsConfig
 from generation.config import GenerationConfig
-from training.__main__ import COMMANDS
 from training.config import (
     CriticConfig,
     EmaConfig,
@@ -66,7 +66,7 @@ def test_scripts_name_stages_that_exist() -> None:
     named = set(re.findall(r'train\.sh"? ([a-z][a-z-]*)', text)) | set(
         re.findall(r"python -m training ([a-z][a-z-]*)", text)
     )
-    assert {"policy", "sft"} <= named <= set(COMMANDS)
+    assert {"policy", "sft"} <= named <= set(stages_of("training"))
 
 
 def test_error_texts_are_ones_that_the_code_has() -> None:

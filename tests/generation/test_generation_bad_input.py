@@ -10,9 +10,10 @@ import pytest
 from generation_runs import publish_prompts, refuse
 
 from contracts.config import validate
+from contracts.declaration import Stage
 from contracts.errors import UserError
 from contracts.records import ROLLOUTS
-from contracts.stage import Command, run_stage
+from contracts.stage import run_stage
 from generation.config import GenerationConfig
 from generation.engine import devices_per_replica
 
@@ -140,7 +141,7 @@ def test_damaged_weights(
             tensors[key] = tensors[key][:5].clone()
     save_file(tensors, policy / "model.safetensors", {"format": "pt"})
     settings = {"policy": policy, "prompts": prompts, "output": tmp_path / "out", "max_new_tokens": 8}
-    command = Command(GenerationConfig, ROLLOUTS, "generation.run:run")
+    command = Stage(GenerationConfig, ROLLOUTS, "generation.run:run")
     with pytest.raises(UserError, match=words):
         run_stage(command, validate(GenerationConfig, {**settings, "engine": engine}, "test"))
     assert not list(tmp_path.glob("*out*"))

@@ -13,7 +13,7 @@ from rich.console import Console
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.manifest import MANIFEST
-from contracts.prompts import PromptsConfig
+from contracts.stages.prompts import IMPORT_PROMPTS
 from contracts.versions import source_version
 from pipelines.config.run import load_run_config
 from pipelines.execution import attempts
@@ -52,7 +52,7 @@ class Scene:
         self.run = RunDirectory(self.config.run_directory)
         self.run.claim(self.config, config, 0)
         self.graph = Graph(self.run.path)
-        self.output = self.graph.add("prompts/all", PromptsConfig, "contracts prompts", {"source": source})
+        self.output = self.graph.add(IMPORT_PROMPTS, "prompts/all", {"source": source})
         self.said = io.StringIO()
 
     def drive(self) -> None:

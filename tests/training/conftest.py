@@ -16,11 +16,11 @@ import pytest
 
 from contracts.artifacts import Artifact
 from contracts.config import validate
+from contracts.declaration import stages_of
 from contracts.ledger import Ledger
 from contracts.publication import Publication
 from contracts.records import PAIRS, SCORES, Pair, Schema, Score
 from contracts.stage import run_stage
-from training.__main__ import COMMANDS
 
 # Before any test module imports torch, which reads it once: two threads on shared cores stall each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -56,7 +56,7 @@ def run_here(stage: str, **settings: Any) -> Artifact:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    command = COMMANDS[stage]
+    command = stages_of("training")[stage]
     return run_stage(command, validate(command.config, settings, "test"))
 
 

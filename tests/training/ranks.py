@@ -13,14 +13,14 @@ from pathlib import Path
 from conftest import breaking_off
 
 from contracts.config import validate
+from contracts.declaration import stages_of
 from contracts.stage import run_stage
-from training.__main__ import COMMANDS
 from training.launch import leaves_without_teardown
 
 
 def main() -> None:
     for training in json.loads(Path(sys.argv[1]).read_text()):
-        command = COMMANDS[training["stage"]]
+        command = stages_of("training")[training["stage"]]
         with breaking_off(training.get("break_off")):
             run_stage(command, validate(command.config, training["settings"], "test"))
 

@@ -8,8 +8,8 @@ import pytest
 from byte_level import CHATML, GEMMA, GEMMA_TOKENS, write_tokenizer
 from conftest import run_here
 
-from annotation.__main__ import COMMANDS as ANNOTATION
 from annotation.config import RlhflowImportConfig
+from annotation.stages.rlhflow import RLHFLOW_IMPORT
 from contracts.chat import Answered, ChatTokenizer
 from contracts.records import Message, Rollout
 from contracts.stage import run_stage
@@ -104,7 +104,7 @@ def test_an_answer_ends_the_same_way_wherever_it_comes_from(
         tmp_path / "rlhflow.jsonl", {"prompt": [{"role": "user", "content": "Name a bird."}], "responses": texts}
     )
     config = RlhflowImportConfig(output=tmp_path / "rollouts", source=source, tokenizer=model)
-    (rollout,) = run_stage(ANNOTATION["rlhflow-import"], config).rows(Rollout)
+    (rollout,) = run_stage(RLHFLOW_IMPORT, config).rows(Rollout)
     assert list(rollout.prompt_ids) == trained[0].prompt == trained[1].prompt
     assert [list(completion.response_ids) for completion in rollout.completions] == [row.response for row in trained]
 

@@ -13,11 +13,11 @@ from conftest import dpo_settings, make_model, run_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from contracts.declaration import stages_of
 from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
 from contracts.preflight import Request, StageRequest, examine
 from modeling.loading import check_weights, load_causal, load_classifier, load_reward
-from training.__main__ import COMMANDS
 from training.preflight import check
 
 PROJECTION = "model.layers.1.mlp.down_proj.weight"
@@ -209,7 +209,7 @@ def test_preflight_says_the_same(
         broken(float("nan"))(model)
     settings = dpo_settings(models, pairs, tmp_path / "out", **{**changes, "model": model})
     asked = StageRequest("training", "policy", json.loads(json.dumps(settings, default=str)), ())
-    found = examine(Request((asked,)), COMMANDS, check).findings
+    found = examine(Request((asked,)), stages_of("training"), check).findings
     assert re.search(words, "\n".join(finding.found for finding in found))
 
 

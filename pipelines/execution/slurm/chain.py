@@ -43,7 +43,7 @@ from pipelines.iteration import build_graph
 from pipelines.run.decisions import Decision, decide, make_room
 from pipelines.run.directory import CANCEL, RunDirectory, locked
 from pipelines.run.metrics import write_metrics
-from pipelines.run.retention import CHECKPOINT, Retention, drop_aside, restore, set_aside
+from pipelines.run.retention import Retention, drop_aside, may_be_released, restore, set_aside
 from pipelines.run.verdicts import Verdict, verdicts
 from pipelines.text import plural
 
@@ -237,7 +237,7 @@ def conclude(task: Task) -> int:
     with run.submitting():
         code = _again(place) if decision is None or not published else _published(place, decision)
         clear_folders(run.path, scheduler.live_ids(run.path))
-    if code == 0 and (CHECKPOINT.fullmatch(node.name) or node.config.stage == "evaluation"):
+    if code == 0 and (may_be_released(node) or node.stage.name == "evaluation"):
         _retain(place)
     if code not in (0, TRY_AGAIN) or all((other.output / MANIFEST).is_file() for other in place.graph.nodes.values()):
         save_report(run, place.graph)
@@ -249,7 +249,7 @@ def _published(place: Place, decision: Decision) -> int:
         settle(place.run, place.graph, place.node, decision.key, place.attempt)
         if (place.attempt / AGAIN).exists() and not drop_aside(place.node.output, place.run.path):
             print(f"{place.node.name} differs from what it was before its weights were deleted")
-    elif place.node.config.stage == "evaluation":
+    elif place.node.stage.name == "evaluation":
         write_metrics(place.run.path, place.graph)
     return 0
 

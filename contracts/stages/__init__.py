@@ -1,0 +1,1 @@
+"""The stages of this package, each declared once: see contracts/declaration.py."""

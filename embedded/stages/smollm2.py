@@ -1,0 +1,7 @@
+"""SmolLM2-135M-Instruct as a model directory."""
+
+from contracts.declaration import Stage
+from contracts.records import CHECKPOINT
+from embedded.config import Smollm2Config
+
+MAKE_SMOLLM2 = Stage(Smollm2Config, CHECKPOINT, "embedded.smollm2:run", environment="training")
