@@ -6,22 +6,13 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from contracts.callables import source_files
-from contracts.config import StageConfig, identity, input_path, runtime
-from contracts.template import ChatFields
+from contracts.config import Section, StageConfig, identity, input_path, runtime
+from contracts.template import ChatFields, TemplateSettings
 
 
-class ScoreConfig(StageConfig, ChatFields):
-    """Judge every completion with one scorer."""
+class ScorerSettings(TemplateSettings):
+    """What the user sets of one scorer."""
 
-    stage: ClassVar[str] = "score"
-    code_version: ClassVar[int] = 1
-
-    rollouts: Path = input_path()
-    """Published rollouts."""
-    pairs: Path | None = input_path(None)
-    """Published pairs: score only the completions that occur in them."""
-    name: str = identity("reward", min_length=1)
-    """Name of the scorer, the column that its scores are known by."""
     kind: Literal["reward_model", "pairwise", "rule", "logprobs", "values"] = identity()
     """reward_model: a Bradley-Terry model; pairwise: a pairwise preference model, by whose word each answer has its
     mean probability to be better than others; rule: a Python function; logprobs: a language model's log-probabilities;
@@ -37,9 +28,6 @@ class ScoreConfig(StageConfig, ChatFields):
     opponents: int | None = identity(None, ge=1)
     """For the kind pairwise: answers that each is compared with; all others to the same prompt by default, which takes
     K (K - 1) forward passes."""
-    against: Path | None = input_path(None)
-    """For the kind pairwise: published rollouts whose answers to the same prompt each answer is compared with, instead
-    of with each other."""
     dtype: Literal["auto", "float32", "bfloat16"] = identity("auto")
     """Number format of the model; auto: bfloat16 on a GPU, float32 on a CPU."""
     max_length: int | None = identity(None, ge=1)
@@ -58,6 +46,23 @@ class ScoreConfig(StageConfig, ChatFields):
     that it has started, and counts as failed. By default executor.stall_seconds of a run."""
     replicas: int = runtime(1, ge=1)
     """Processes that share the shards, one device each; for the kind rule, processes that share the completions."""
+
+
+class ScoreConfig(ScorerSettings, ChatFields, StageConfig):
+    """Judge every completion with one scorer."""
+
+    stage: ClassVar[str] = "score"
+    code_version: ClassVar[int] = 1
+
+    rollouts: Path = input_path()
+    """Published rollouts."""
+    pairs: Path | None = input_path(None)
+    """Published pairs: score only the completions that occur in them."""
+    name: str = identity("reward", min_length=1)
+    """Name of the scorer, the column that its scores are known by."""
+    against: Path | None = input_path(None)
+    """For the kind pairwise: published rollouts whose answers to the same prompt each answer is compared with, instead
+    of with each other."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -88,7 +93,21 @@ class ScoreConfig(StageConfig, ChatFields):
         return source_files(self.function) if self.function else {}
 
 
-class PairsConfig(StageConfig):
+class PairsSettings(Section):
+    """What the user sets of how pairs are chosen."""
+
+    strategy: Literal["max_min", "max_random", "max_max", "all"] = identity("max_min")
+    """max_min: best against worst; max_random: best against a random other (seeded); max_max: best against second
+    best; all: every pair of completions."""
+    length_penalty: float = identity(0.0, ge=0)
+    """Subtracted from the score per response token, before anything is chosen."""
+    margin: float = identity(0.0, ge=0)
+    """Pairs whose scores differ by less are dropped and counted; ties always are."""
+    max_dropped: float = identity(0.95, ge=0, le=1)
+    """Stop when a larger share of the pairs is dropped."""
+
+
+class PairsConfig(PairsSettings, StageConfig):
     """Choose preference pairs among the scored completions of each prompt."""
 
     stage: ClassVar[str] = "pairs"
@@ -98,17 +117,8 @@ class PairsConfig(StageConfig):
     """Published rollouts, with at least two completions per prompt."""
     scores: Path = input_path()
     """Published scores of those rollouts; the score that selects is the score that labels."""
-    strategy: Literal["max_min", "max_random", "max_max", "all"] = identity("max_min")
-    """max_min: best against worst; max_random: best against a random other (seeded); max_max: best against second
-    best; all: every pair of completions."""
-    length_penalty: float = identity(0.0, ge=0)
-    """Subtracted from the score per response token, before anything is chosen."""
-    margin: float = identity(0.0, ge=0)
-    """Pairs whose scores differ by less are dropped and counted; ties always are."""
     seed: int = identity(0, ge=0)
     """Seed of the strategy max_random."""
-    max_dropped: float = identity(0.95, ge=0, le=1)
-    """Stop when a larger share of the pairs is dropped."""
 
 
 class EvaluationConfig(StageConfig):

@@ -194,7 +194,7 @@ class Bench:
         stage([node.environment, *node.argv, *(f"{name}={value}" for name, value in keys.items())])
         prompts = Artifact.open(node.output)
         node = graph.nodes[ROLLOUTS]
-        parts = key_parts(node.config, probe_versions(getattr(config.environments, node.environment), node.environment))
+        parts = key_parts(node.config, probe_versions(config.environments.of(node.environment), node.environment))
         publication = Publication(node.output, SCHEMA, node.config.stage, stage_key(parts))
         node.output.parent.mkdir(parents=True, exist_ok=True)
         ledger, weights = Ledger("samples"), model_fingerprint(Path(config.policy))
@@ -306,7 +306,7 @@ def require_same(digests: dict[int, str], row: dict[str, Any]) -> None:
 
 def load(config: Path, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
     """A run's configuration, and its graph up to the stage that is measured."""
-    from pipelines.config.run import load_run_config
+    from pipelines.config.load import load_run_config
     from pipelines.iteration import build_graph
 
     loaded = load_run_config(config, list(overrides))

@@ -128,9 +128,9 @@ class StageConfig(Section):
 
 
 def describe(model: type[BaseModel]) -> str:
-    """A configuration's first line and its keys with their meaning and default, for --help."""
+    """A configuration's first line and its keys with their meaning and default, required ones first, for --help."""
     lines = [(model.__doc__ or model.__name__).strip().splitlines()[0]]  # `python -OO` drops docstrings
-    for key, field in model.model_fields.items():
+    for key, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
         default = field.get_default(call_default_factory=True)
         shown = "" if isinstance(default, BaseModel) or default == {} else f" (default {default})"
         meaning = " ".join((field.description or "").split())
@@ -209,7 +209,9 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{place!r} is required but not set."
     message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if problem["type"] == "value_error" and not place else f"{place!r} is {reprlib.repr(problem['input'])}: "
+    shown = f"{place!r} is {reprlib.repr(problem['input'])}: "
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # a section's own check names its keys
+        shown = f"{place}: " if place else ""
     return f"{shown}{message}" + ("" if message.endswith(".") else ".")
 
 

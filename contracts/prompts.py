@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import msgspec
 from pydantic import model_validator
 
-from contracts.config import StageConfig, identity, input_path
+from contracts.config import Section, StageConfig, identity, input_path
 from contracts.fingerprint import digest
 from contracts.layouts import Columns, Slot
 from contracts.records import JsonObjects, Message
@@ -16,11 +16,8 @@ SHORT: dict[str, Slot] = {"column": "prompt", "answer_column": "answer", "id_col
 """Keys that name one column each, and which."""
 
 
-class PromptsConfig(StageConfig):
-    """Import prompts from a Hub dataset, a save_to_disk directory, JSONL, JSON, CSV or Parquet."""
-
-    stage: ClassVar[str] = "prompts"
-    code_version: ClassVar[int] = 2
+class PromptsSettings(Section):
+    """What the user sets of an import of prompts: where they are, and which of them to take."""
 
     source: Path = input_path()
     """hf:ORG/NAME[:CONFIG][@REVISION], or a path: a save_to_disk directory, a .jsonl, .json, .csv, .tsv or .parquet
@@ -44,14 +41,11 @@ class PromptsConfig(StageConfig):
     """Shuffle by this seed (random.Random, seeded by derive_seed) before the limit; None keeps the source's order."""
     duplicates: Literal["error", "drop"] = identity("error")
     """What to do with a prompt that occurs again."""
-    exclude: list[Path] = input_path([])
-    """Published prompts (held-out sets) that must not occur: they are dropped as held_out, which max_dropped does not
-    count."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the rows is dropped."""
 
     @model_validator(mode="after")
-    def _named_once(self) -> "PromptsConfig":
+    def _named_once(self) -> Self:
         for key, slot in SHORT.items():
             if getattr(self, key) is not None and slot in self.columns:
                 raise ValueError(f"{key} and columns.{slot} name the same column; set one of them")
@@ -61,6 +55,17 @@ class PromptsConfig(StageConfig):
         """The columns that are named, by what they hold."""
         short = [(slot, name) for key, slot in SHORT.items() if (name := getattr(self, key))]
         return dict([*short, *self.columns.items()])
+
+
+class PromptsConfig(PromptsSettings, StageConfig):
+    """Import prompts from a Hub dataset, a save_to_disk directory, JSONL, JSON, CSV or Parquet."""
+
+    stage: ClassVar[str] = "prompts"
+    code_version: ClassVar[int] = 2
+
+    exclude: list[Path] = input_path([])
+    """Published prompts (held-out sets) that must not occur: they are dropped as held_out, which max_dropped does not
+    count."""
 
 
 def prompt_id(messages: Sequence[Message], tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET) -> str:

@@ -49,12 +49,17 @@ Day = Annotated[str | None, AfterValidator(checked_date)]
 """A config's `date`; its field has the pattern `DATE`."""
 
 
-class ChatFields(Section):
-    """What a stage that renders conversations is told beside them."""
+class TemplateSettings(Section):
+    """What the user sets of how a model's conversations are rendered."""
 
     chat_template_kwargs: Variables = identity({}, later=True)
     """Variables for the model's chat template, for example {enable_thinking: false} or {date_string: 26 Jul 2024};
     each must be one that the template reads. Tools come with the data."""
+
+
+class ChatFields(TemplateSettings):
+    """What a stage that renders conversations is told beside them."""
+
     date: Day = identity(None, later=True, pattern=DATE)
     """The day (2025-07-31) that a chat template writes which asks for today's; required for such a template."""
 

@@ -5,21 +5,16 @@ from typing import ClassVar, Self
 
 from pydantic import model_validator
 
-from contracts.config import StageConfig, identity, input_path
+from contracts.config import Section, StageConfig, identity, input_path
 from embedded.reviews import all_prompts
 
 WORLD_FILES = ("demonstrations.jsonl", "heldout.jsonl", "model", "preference.jsonl", "train.jsonl")
 """What the stage `world` publishes."""
 
 
-class WorldConfig(StageConfig):
-    """Make the embedded world: an untrained tiny model, demonstrations and three disjoint sets of prompts."""
+class WorldSettings(Section):
+    """What the user sets of the embedded world: how large its sets of prompts and its model are."""
 
-    stage: ClassVar[str] = "world"
-    code_version: ClassVar[int] = 1
-
-    seed: int = identity(0, ge=0)
-    """Decides the initial weights, the demonstrations, and which prompt falls into which set."""
     demonstrations: int = identity(3072, ge=1)
     """Conversations to imitate, of mixed quality."""
     train: int = identity(2304, ge=1)
@@ -42,6 +37,16 @@ class WorldConfig(StageConfig):
                 f"{available}. Lower one of them."
             )
         return self
+
+
+class WorldConfig(WorldSettings, StageConfig):
+    """Make the embedded world: an untrained tiny model, demonstrations and three disjoint sets of prompts."""
+
+    stage: ClassVar[str] = "world"
+    code_version: ClassVar[int] = 1
+
+    seed: int = identity(0, ge=0)
+    """Decides the initial weights, the demonstrations, and which prompt falls into which set."""
 
 
 class Smollm2Config(StageConfig):

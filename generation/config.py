@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from contracts.config import StageConfig, identity, input_path, runtime
+from contracts.config import Section, StageConfig, identity, input_path, runtime
 from contracts.template import ChatFields
 
 MINIMUM_TEMPERATURE = 0.01
@@ -13,22 +13,9 @@ MINIMUM_TEMPERATURE = 0.01
 MAXIMUM_TEMPERATURE = 10.0
 
 
-class GenerationConfig(StageConfig, ChatFields):
-    """Sample K answers per prompt with the current policy."""
+class GenerationSettings(Section):
+    """What the user sets of how answers are sampled."""
 
-    stage: ClassVar[str] = "generation"
-    code_version: ClassVar[int] = 2
-
-    policy: Path = input_path()
-    """Directory of the causal language model that samples."""
-    prompts: Path = input_path()
-    """Published prompts."""
-    start: int = identity(0, ge=0)
-    """Index of the first prompt to use; indices wrap around at the end of the prompt set."""
-    count: int | None = identity(None, ge=1)
-    """Number of prompts to use; all by default."""
-    iteration: int = identity(0, ge=0)
-    """Iteration that the rollouts belong to; recorded and part of every seed."""
     k: int = identity(4, ge=1, le=65536)
     """Answers per prompt."""
     temperatures: list[float] = identity([1.0], min_length=1)
@@ -42,8 +29,6 @@ class GenerationConfig(StageConfig, ChatFields):
     """Longest answer in tokens; longer ones are truncated and keep finish_reason "length"."""
     max_prompt_tokens: int | None = identity(None, ge=1)
     """Longer prompts are dropped and counted; by default what the model's context leaves beside max_new_tokens."""
-    seed: int = identity(0, ge=0)
-    """Seed of the run; each sample's own seed is derived from it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = identity("auto")
     """Number format of the engine; auto: bfloat16 on a GPU, and on a CPU that does not emulate it where the policy's
     weights are in half precision; else float32."""
@@ -75,6 +60,26 @@ class GenerationConfig(StageConfig, ChatFields):
     kv_cache_mib: int | None = runtime(None, ge=1)
     """Size of the KV cache; on a GPU by default what memory_utilization leaves, on a CPU enough for max_num_seqs
     sequences (at most 4 GiB). Less makes the engine evict sequences and compute them again."""
+
+
+class GenerationConfig(GenerationSettings, ChatFields, StageConfig):
+    """Sample K answers per prompt with the current policy."""
+
+    stage: ClassVar[str] = "generation"
+    code_version: ClassVar[int] = 2
+
+    policy: Path = input_path()
+    """Directory of the causal language model that samples."""
+    prompts: Path = input_path()
+    """Published prompts."""
+    start: int = identity(0, ge=0)
+    """Index of the first prompt to use; indices wrap around at the end of the prompt set."""
+    count: int | None = identity(None, ge=1)
+    """Number of prompts to use; all by default."""
+    iteration: int = identity(0, ge=0)
+    """Iteration that the rollouts belong to; recorded and part of every seed."""
+    seed: int = identity(0, ge=0)
+    """Seed of the run; each sample's own seed is derived from it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

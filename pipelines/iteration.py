@@ -4,16 +4,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from annotation.config import PairsSettings
 from annotation.stages.evaluation import EVALUATE
 from annotation.stages.pairs import CHOOSE_PAIRS
 from annotation.stages.score import SCORE
 from contracts.config import Section
 from contracts.errors import UserError
+from contracts.prompts import PromptsSettings
 from contracts.seeds import derive_seed
 from contracts.stages.prompts import IMPORT_PROMPTS
 from contracts.template import reads_clock
 from embedded.config import WORLD_FILES
 from embedded.stages.world import MAKE_WORLD
+from generation.config import GenerationSettings
 from generation.stages.generation import GENERATION
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, folder_of, name_of
@@ -173,7 +176,9 @@ class Recipe:
         if start == "policy":
             return self.untrained_critic()
         if start == "reward_model":
-            return self.reward_model or self.locate(self.config.scorers["reward"].model)
+            model = self.reward_model or self.config.scorers["reward"].model
+            assert model is not None  # else the scorer's own stage, which came before, was refused
+            return self.locate(model)
         return self.locate(start)
 
     def restarts(self, iteration: int) -> bool:
@@ -231,7 +236,7 @@ class Recipe:
 
     # The stages.
 
-    def import_prompts(self, role: str, section: Any, exclude: list[Path] | None = None) -> Path:
+    def import_prompts(self, role: str, section: PromptsSettings, exclude: list[Path] | None = None) -> Path:
         """Import prompts from where they are."""
         fields = keys(section)
         fields |= {"source": self.locate(fields["source"]), "exclude": exclude or []}
@@ -243,7 +248,7 @@ class Recipe:
         policy: Path,
         prompts: Path,
         iteration: int | None,
-        section: Any,
+        section: GenerationSettings,
         window: dict[str, Any] | None = None,
     ) -> Path:
         """Sample answers to prompts."""
@@ -274,7 +279,9 @@ class Recipe:
         fields = {"kind": "logprobs", "name": "reference", "model": model, "rollouts": rollouts, "pairs": pairs}
         return self.graph.add(SCORE, role, fields, iteration=iteration)
 
-    def choose(self, role: str, rollouts: Path, scores: Path, section: Any, iteration: int | None = None) -> Path:
+    def choose(
+        self, role: str, rollouts: Path, scores: Path, section: PairsSettings, iteration: int | None = None
+    ) -> Path:
         """Choose preference pairs."""
         seed = derive_seed(self.config.seed, iteration or 0, "pairs")
         fields = keys(section) | {"rollouts": rollouts, "scores": scores, "seed": seed}

@@ -14,7 +14,9 @@ from contracts.preflight import refuse
 from contracts.stage import require_space
 from contracts.surroundings import INTERRUPTED, PIPE_GONE, output_is_gone
 from pipelines.config.executor import ExecutorSection, SlurmSection
-from pipelines.config.run import RetentionSection, RunConfig, load_run_config
+from pipelines.config.load import load_run_config
+from pipelines.config.run import RunConfig
+from pipelines.config.sections import RetentionSection
 from pipelines.doctor.command import add_doctor
 from pipelines.environments.launch import env_main
 from pipelines.environments.locked import require_home

@@ -22,11 +22,9 @@ class LoraSection(Section):
     """Names of the linear layers that get one, for example q_proj; all-linear: all but the LM head."""
 
 
-class TrainingConfig(StageConfig):
-    """What every algorithm shares: optimizer, schedule, batching, launch."""
+class TrainingSettings(Section):
+    """What the user sets of any training: optimizer, schedule, batching, launch."""
 
-    model: Path = input_path()
-    """Directory of the model to start from."""
     epochs: int = identity(1, ge=1)
     """Passes over the data."""
     max_steps: int | None = identity(None, ge=1)
@@ -49,8 +47,6 @@ class TrainingConfig(StageConfig):
     """AdamW's second moment decay."""
     max_grad_norm: float = identity(1.0, gt=0)
     """Gradients are clipped to this global norm."""
-    seed: int = identity(0, ge=0)
-    """Decides the order of the data and every initial value."""
     dtype: Literal["auto", "float32", "bfloat16"] = identity("auto")
     """Number format of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
     max_length: int | None = identity(None, ge=2)
@@ -99,55 +95,60 @@ class TrainingConfig(StageConfig):
         return self
 
 
-class SftConfig(TrainingConfig, ChatFields):
-    """Supervised fine-tuning: imitate the answers of demonstrations."""
+class TrainingConfig(TrainingSettings, StageConfig):
+    """What every algorithm shares: optimizer, schedule, batching, launch."""
 
-    stage: ClassVar[str] = "sft"
-    code_version: ClassVar[int] = 3
+    model: Path = input_path()
+    """Directory of the model to start from."""
+    seed: int = identity(0, ge=0)
+    """Decides the order of the data and every initial value."""
+
+
+class SftSettings(TrainingSettings):
+    """What the user sets of a supervised fine-tuning."""
 
     demonstrations: Path = input_path()
     """Conversations that end with the assistant's answer, or prompts with their answers in columns of their own: a
     file, a directory or a data set as the prompts stage reads them (docs/stages.md), of several splits `train`."""
 
 
-class RewardConfig(TrainingConfig, ChatFields):
+class SftConfig(SftSettings, TrainingConfig, ChatFields):
+    """Supervised fine-tuning: imitate the answers of demonstrations."""
+
+    stage: ClassVar[str] = "sft"
+    code_version: ClassVar[int] = 3
+
+
+class RewardSettings(TrainingSettings):
+    """What the user sets of the training of a reward model."""
+
+    kind: Literal["bradley_terry", "pairwise"] = identity("bradley_terry")
+    """bradley_terry: a sequence classifier that scores one answer; pairwise: a causal language model that reads two and
+    says which is better."""
+    eval_fraction: float = identity(0.1, ge=0, lt=1)
+    """Share of the prompts whose pairs are held out to measure the accuracy."""
+
+
+class RewardConfig(RewardSettings, TrainingConfig, ChatFields):
     """Train a reward model on pairs (loss: -log sigmoid(r_chosen - r_rejected))."""
 
     stage: ClassVar[str] = "reward"
     code_version: ClassVar[int] = 4
 
-    kind: Literal["bradley_terry", "pairwise"] = identity("bradley_terry")
-    """bradley_terry: a sequence classifier that scores one answer; pairwise: a causal language model that reads two and
-    says which is better."""
     pairs: list[Path] = input_path(min_length=1)
     """Published pairs."""
-    eval_fraction: float = identity(0.1, ge=0, lt=1)
-    """Share of the prompts whose pairs are held out to measure the accuracy."""
 
 
-class PolicyConfig(TrainingConfig):
-    """Train the policy by a named algorithm, on preference pairs or on scored samples."""
-
-    stage: ClassVar[str] = "policy"
-    code_version: ClassVar[int] = 2
+class PolicySettings(TrainingSettings):
+    """What the user sets of the training of the policy."""
 
     algorithm: str = identity("dpo")
     """A name (dpo, ipo, simpo, kto, ppo, grpo, rloo, ...; docs/algorithms.md has all), your own file (mine.py), or
     package.module."""
     settings: dict[str, Any] = identity({})
     """The algorithm's own settings, for example {beta: 0.1}."""
-    pairs: list[Path] = input_path([])
-    """Published pairs, of this iteration and of as many earlier ones as wanted, for algorithms that read pairs."""
-    reference: list[Path] = input_path([])
-    """Published reference log-probabilities (scores of the kind logprobs), one for each of `pairs`, for algorithms that
-    need them."""
-    experience: Path | None = input_path(None)
-    """Published experience, for algorithms that read samples."""
     nll_coefficient: float = identity(0.0, ge=0)
     """Weight of the chosen answers' mean token NLL that is added to the loss of an algorithm that reads pairs."""
-    reference_model: Path | None = input_path(None)
-    """Directory of the reference policy, which is held beside the policy, for algorithms that compare their whole
-    distributions."""
     inputs: list[Path] | None = input_path(None, min_length=1)
     """For an algorithm of your own: files or directories that it reads beside its own modules. When their content
     changes, the training is made anew."""
@@ -157,6 +158,24 @@ class PolicyConfig(TrainingConfig):
     max_drift: float = runtime(0.1, gt=0)
     """Stop when the log-probabilities of the engine that sampled differ from the trainer's by more than this (nats a
     token, mean of the absolute differences)."""
+
+
+class PolicyConfig(PolicySettings, TrainingConfig):
+    """Train the policy by a named algorithm, on preference pairs or on scored samples."""
+
+    stage: ClassVar[str] = "policy"
+    code_version: ClassVar[int] = 2
+
+    pairs: list[Path] = input_path([])
+    """Published pairs, of this iteration and of as many earlier ones as wanted, for algorithms that read pairs."""
+    reference: list[Path] = input_path([])
+    """Published reference log-probabilities (scores of the kind logprobs), one for each of `pairs`, for algorithms that
+    need them."""
+    experience: Path | None = input_path(None)
+    """Published experience, for algorithms that read samples."""
+    reference_model: Path | None = input_path(None)
+    """Directory of the reference policy, which is held beside the policy, for algorithms that compare their whole
+    distributions."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -220,7 +239,17 @@ def _check_inputs(algorithm: str, inputs: list[Path] | None) -> None:
         raise ValueError(f"inputs are what an algorithm of your own reads; algorithm={algorithm} reads no files.")
 
 
-class CriticConfig(TrainingConfig):
+class CriticSettings(TrainingSettings):
+    """What the user sets of the training of a critic."""
+
+    learning_rate: float = identity(9e-6, gt=0)
+    """Peak learning rate; a critic's is several times a policy's (OpenRLHF's default)."""
+    clip: float = identity(0.2, gt=0)
+    """The new value is at most this far from the old one, for the clipped term (arXiv 1707.06347, as in baselines). It
+    is in units of the reward: raise it where rewards are spread widely."""
+
+
+class CriticConfig(CriticSettings, TrainingConfig):
     """Train the critic of PPO on the returns of an experience (clipped value loss)."""
 
     stage: ClassVar[str] = "critic"
@@ -228,11 +257,6 @@ class CriticConfig(TrainingConfig):
 
     experience: Path = input_path()
     """Published experience of an algorithm that needs values."""
-    learning_rate: float = identity(9e-6, gt=0)
-    """Peak learning rate; a critic's is several times a policy's (OpenRLHF's default)."""
-    clip: float = identity(0.2, gt=0)
-    """The new value is at most this far from the old one, for the clipped term (arXiv 1707.06347, as in baselines). It
-    is in units of the reward: raise it where rewards are spread widely."""
 
 
 class ValueHeadConfig(StageConfig):
@@ -271,7 +295,22 @@ class EmaConfig(StageConfig):
     """Share of the old average that is kept."""
 
 
-class ExperienceConfig(StageConfig):
+class ExperienceSettings(Section):
+    """What the user sets of how rewards become advantages: the KL penalty."""
+
+    kl_coefficient: float | None = identity(None, ge=0)
+    """Weight of the penalty on the KL divergence from the reference, for algorithms that put it into the reward, with
+    kl_target its first value; 0.05 by default."""
+    kl_target: float | None = identity(None, gt=0)
+    """KL divergence (nats per response) that the coefficient is adapted to (arXiv 1909.08593, section 2.2); by default
+    it is fixed."""
+    kl_horizon: float = identity(10000.0, gt=0)
+    """Responses until an adaptive coefficient follows in full; with more per iteration it follows at once."""
+    max_dropped: float = identity(0.1, ge=0, le=1)
+    """Stop when a larger share of the samples is dropped; those that the algorithm itself leaves out do not count."""
+
+
+class ExperienceConfig(ExperienceSettings, StageConfig):
     """Turn scored samples into what an algorithm trains on: rewards per token, advantages, returns."""
 
     stage: ClassVar[str] = "experience"
@@ -296,18 +335,8 @@ class ExperienceConfig(StageConfig):
     """Published answers of the same policy to the same prompts at temperature 0, if needed."""
     previous: Path | None = input_path(None)
     """The experience of the iteration before, from which an adaptive coefficient goes on."""
-    kl_coefficient: float | None = identity(None, ge=0)
-    """Weight of the penalty on the KL divergence from the reference, for algorithms that put it into the reward, with
-    kl_target its first value; 0.05 by default."""
-    kl_target: float | None = identity(None, gt=0)
-    """KL divergence (nats per response) that the coefficient is adapted to (arXiv 1909.08593, section 2.2); by default
-    it is fixed."""
-    kl_horizon: float = identity(10000.0, gt=0)
-    """Responses until an adaptive coefficient follows in full; with more per iteration it follows at once."""
     inputs: list[Path] | None = input_path(None, min_length=1)
     """As for the policy's training: what an algorithm of your own reads beside its own modules."""
-    max_dropped: float = identity(0.1, ge=0, le=1)
-    """Stop when a larger share of the samples is dropped; those that the algorithm itself leaves out do not count."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

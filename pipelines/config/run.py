@@ -1,140 +1,27 @@
 """The configuration of a run: one YAML file, sections named like the stages."""
 
-import os
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
-from pydantic import create_model, field_validator, model_validator
+from pydantic import model_validator
 
-from annotation.config import PairsConfig, ScoreConfig
-from contracts.config import Section, StageConfig, apply_overrides, identity, read_yaml, runtime, validate
-from contracts.errors import UserError
-from contracts.prompts import PromptsConfig
-from contracts.template import DATE, ChatFields, Day, Variables
-from embedded.config import WorldConfig
-from generation.config import GenerationConfig
+from annotation.config import PairsSettings, ScorerSettings
+from contracts.config import Section, identity, runtime, validate
+from contracts.template import DATE, Day, Variables
+from embedded.config import WorldSettings
+from generation.config import GenerationSettings
+from pipelines.config.changes import merge, require_changeable
 from pipelines.config.executor import ExecutorSection
-from pipelines.environments.launch import EnvironmentConfig
-from training.catalogue import Description, check_settings, describe
-from training.config import CriticConfig, ExperienceConfig, PolicyConfig, RewardConfig, SftConfig, require_whole_model
-
-
-def _section(stage: type[StageConfig], *owned: str) -> Any:
-    """A stage's config without the fields that the driver fills in: `output`, inputs, the iteration, the seed."""
-    fields: dict[str, Any] = {
-        name: (field.annotation, field)
-        for name, field in stage.model_fields.items()
-        if name not in {"output", "seed", "iteration", *owned}
-    }
-    name = stage.__name__.removesuffix("Config") + "Section"
-    return create_model(name, __base__=Section, __doc__=stage.__doc__, **fields)
-
-
-if TYPE_CHECKING:  # made at run time below, which a type checker cannot follow
-    WorldSection: TypeAlias = Any
-    PromptSourceSection: TypeAlias = Any
-    GenerationSection: TypeAlias = Any
-    ScorerSection: TypeAlias = Any
-    PairsSection: TypeAlias = Any
-    SftSection: TypeAlias = Any
-    RewardSection: TypeAlias = Any
-    PolicySection: TypeAlias = Any
-    ExperienceSection: TypeAlias = Any
-    CriticFields: TypeAlias = Any
-else:
-    WorldSection = _section(WorldConfig)
-    PromptSourceSection = _section(PromptsConfig, "exclude")
-    GenerationSection = _section(GenerationConfig, "policy", "prompts", "start", "count", *ChatFields.model_fields)
-    ScorerSection = _section(ScoreConfig, "rollouts", "pairs", "name", "against", "date")
-    PairsSection = _section(PairsConfig, "rollouts", "scores")
-    SftSection = _section(SftConfig, "model", *ChatFields.model_fields)
-    RewardSection = _section(RewardConfig, "model", "pairs", *ChatFields.model_fields)
-    PolicySection = _section(PolicyConfig, "model", "pairs", "reference", "reference_model", "experience")
-    ExperienceSection = _section(
-        ExperienceConfig, "algorithm", "settings", "inputs", "rollouts", "rewards", "reference", "values", "greedy",
-        "greedy_rollouts", "previous",
-    )  # fmt: skip
-    CriticFields = _section(CriticConfig, "model", "experience")
-
-
-DEFAULT_ALGORITHM = PolicyConfig.model_fields["algorithm"].default
-CHANGEABLE = frozenset(
-    "accumulate critic ema_decay evaluation experience generation pairs prompts reference scorers seed start "
-    "training".split()
+from pipelines.config.sections import (
+    CriticSection,
+    EnvironmentsSection,
+    HardwareSection,
+    PromptsSection,
+    RetentionSection,
+    RewardModelSection,
 )
-"""Keys of a run whose value may change from one iteration to the next."""
-
-
-class PromptsSection(Section):
-    """Where the prompts come from. No stage trains on the held-out ones."""
-
-    train: PromptSourceSection = identity()
-    """Prompts to learn from."""
-    heldout: PromptSourceSection = identity()
-    """Prompts to judge by."""
-    per_iteration: int | None = identity(None, ge=1)
-    """Prompts per iteration, taken in turn from the training prompts; all of them by default."""
-
-
-class RewardModelSection(Section):
-    """Train the reward model first, on answers of the initial policy that another scorer labels."""
-
-    prompts: PromptSourceSection = identity()
-    """Prompts whose answers are compared."""
-    label: str = identity("gold")
-    """Scorer that says which answer is better."""
-    generation: GenerationSection = identity({})
-    """How the answers are sampled; keys that are not set are those of the section `generation`."""
-    pairs: PairsSection = identity({})
-    """How the pairs are chosen."""
-    training: RewardSection = identity({})
-    """How the reward model is trained."""
-
-
-class CriticSection(CriticFields):
-    """Train a critic beside the policy, for algorithms that need values."""
-
-    start: str | None = identity(None)
-    """What the first critic is: reward_model (the model of the scorer `reward`), policy (the initial policy with a head
-    that says 0), or a directory or hf:ORG/NAME of a classifier with one label and the policy's tokenizer. By default
-    the reward model if there is one, else the policy."""
-
-
-class EnvironmentsSection(Section):
-    """What each kind of stage runs in; by default the locked environment of `pipeline env sync`."""
-
-    generation: EnvironmentConfig = runtime(EnvironmentConfig())
-    """For `python -m generation`."""
-    annotation: EnvironmentConfig = runtime(EnvironmentConfig())
-    """For `python -m annotation` and `python -m contracts`."""
-    training: EnvironmentConfig = runtime(EnvironmentConfig())
-    """For `python -m training` and `python -m embedded`."""
-
-
-class RetentionSection(Section):
-    """What stays on the disk while the run goes on; docs/concepts.md says what is never deleted."""
-
-    keep: str = runtime("all")
-    """Whose weights stay: all; best, of the checkpoints so far; or "last N". What is still needed stays in any case."""
-    compress: bool = runtime(False)
-    """Keep the rollouts and scores of finished iterations compressed."""
-
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _check_keep(cls, value: Any) -> Any:
-        if not isinstance(value, str) or not re.fullmatch("all|best|last [1-9][0-9]*", value):
-            raise ValueError('it must be all, best, or "last N" with a number from 1 on, for example "last 3".')
-        return value
-
-
-class HardwareSection(Section):
-    """What a configuration is written for."""
-
-    gpus: int = runtime(ge=1)
-    """GPUs of one machine."""
-    gib: float = runtime(gt=0)
-    """Memory of each, in GiB."""
+from training.catalogue import Description, check_settings, describe
+from training.config import ExperienceSettings, PolicySettings, SftSettings, require_whole_model
 
 
 class RunConfig(Section):
@@ -158,15 +45,15 @@ class RunConfig(Section):
     directory was made."""
     prompts: PromptsSection = identity()
     """Training and held-out prompts (`train`, `heldout`), and how many an iteration takes (`per_iteration`)."""
-    generation: GenerationSection = identity({})
+    generation: GenerationSettings = identity({})
     """How answers are sampled: the keys of `python -m generation --help`."""
-    scorers: dict[str, ScorerSection] = identity()
+    scorers: dict[str, ScorerSettings] = identity()
     """Scorers by name. `reward` labels the pairs; `gold`, where there is one, only judges; others are reported."""
-    pairs: PairsSection = identity({})
+    pairs: PairsSettings = identity({})
     """How pairs are chosen: the keys of `python -m annotation pairs --help`."""
-    training: PolicySection = identity({})
+    training: PolicySettings = identity({})
     """How the policy is trained: the keys of `python -m training policy --help`."""
-    experience: ExperienceSection = identity({})
+    experience: ExperienceSettings = identity({})
     """The KL penalty in the reward, for algorithms that train on samples (`kl_coefficient`, `kl_target`,
     `kl_horizon`): the keys of `python -m training experience --help`."""
     critic: CriticSection | None = identity(None)
@@ -181,11 +68,11 @@ class RunConfig(Section):
     """Where the training of an iteration starts: at the last policy (warm start), or at the initial one."""
     accumulate: bool = identity(False)
     """Train on the pairs of all iterations so far, not only of this one."""
-    evaluation: GenerationSection = identity({})
+    evaluation: GenerationSettings = identity({})
     """How held-out answers are sampled; keys that are not set are those of the section `generation`."""
-    world: WorldSection | None = identity(None)
+    world: WorldSettings | None = identity(None)
     """Make the embedded world (data and an untrained model) first; refer to its files as world:NAME."""
-    sft: SftSection | None = identity(None)
+    sft: SftSettings | None = identity(None)
     """Fine-tune `policy` on demonstrations first; the result is the initial policy."""
     reward_model: RewardModelSection | None = identity(None)
     """Train the model of the scorer `reward` first."""
@@ -278,7 +165,7 @@ class RunConfig(Section):
     @property
     def has_reward_model(self) -> bool:
         """Whether the rewards are a model's, which a critic can start from."""
-        return bool(self.scorers["reward"].kind == "reward_model")
+        return self.scorers["reward"].kind == "reward_model"
 
     @property
     def run_directory(self) -> Path:
@@ -304,65 +191,6 @@ class RunConfig(Section):
             return self
         return validate(type(self), data, f"with changes.{due[-1]}")
 
-    def with_inherited(self) -> Self:
-        """The same, with what sections take from others filled in: the sampling keys of `generation`, `hardware`."""
-        changes: dict[str, Any] = {"evaluation": _inherit(self.generation, self.evaluation)}
-        if self.reward_model is not None:
-            generation = _inherit(self.generation, self.reward_model.generation)
-            changes["reward_model"] = self.reward_model.model_copy(update={"generation": generation})
-        if self.executor.uses_slurm and self.hardware is not None and self.executor.slurm.gpus is None:
-            slurm = self.executor.slurm.model_copy(update={"gpus": self.hardware.gpus})
-            changes["executor"] = self.executor.model_copy(update={"slurm": slurm})
-        return self.model_copy(update=changes)
-
-
-def _inherit(base: Section, section: Section) -> Section:
-    """`base` with the keys that the user set in `section`."""
-    return base.model_copy(update={name: getattr(section, name) for name in section.model_fields_set})
-
-
-def refuse_unused(configs: list[RunConfig]) -> None:
-    """Raise UserError where something is set that no iteration reads."""
-    descriptions = [config.description for config in configs]
-    algorithms = ", ".join(dict.fromkeys(description.algorithm for description in descriptions))
-    for name, default, used, by in (
-        ("pairs", PairsSection(), any(it.reads == "pairs" for it in descriptions), "train on pairs"),
-        ("experience", ExperienceSection(), any(it.reads == "samples" for it in descriptions), "train on samples"),
-        ("critic", None, any("values" in it.needs for it in descriptions), "need a critic"),
-        ("reference", "initial", any(it.needs_reference for it in descriptions), "need a reference policy"),
-    ):
-        if not used and any(getattr(config, name) != default for config in configs):
-            raise UserError(
-                f"`{name}` is for algorithms that {by}, but training.algorithm is {algorithms}. Take it "
-                "out, or choose another algorithm."
-            )
-
-
-def require_changeable(change: dict[str, Any], iteration: int) -> None:
-    """Raise UserError unless these keys may change from `iteration` on."""
-    fixed = {name for name in change if name not in CHANGEABLE}
-    prompts = change.get("prompts", {})
-    fixed |= {f"prompts.{name}" for name in prompts if name != "per_iteration"} if isinstance(prompts, dict) else set()
-    critic = change.get("critic")
-    fixed |= {"critic.start"} if isinstance(critic, dict) and "start" in critic else set()
-    if iteration < 1 or fixed:
-        named = f"{min(fixed)} cannot change" if fixed else "nothing can change before iteration 1"
-        raise UserError(
-            f"changes.{iteration}: {named} within a run. What can: {', '.join(sorted(CHANGEABLE))}, of prompts only "
-            "prompts.per_iteration, from iteration 1 on. For anything else start a new run with another name."
-        )
-
-
-def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `change`, section by section; another algorithm comes without the settings before."""
-    merged = dict(base)
-    if "algorithm" in change and change["algorithm"] != base.get("algorithm", DEFAULT_ALGORITHM):
-        merged.pop("settings", None)
-    for key, value in change.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
 
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, dict):
@@ -370,41 +198,3 @@ def _leaves(value: Any) -> list[Any]:
     if isinstance(value, list):
         return [leaf for item in value for leaf in _leaves(item)]
     return [value]
-
-
-def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
-    """Read, override and validate a run's configuration.
-
-    Raises:
-        UserError: anything is wrong with it; lists every mistake.
-    """
-    config = validate(RunConfig, _overridden(read_yaml(path), overrides), str(path)).with_inherited()
-    refuse_unused([config, *(config.at(iteration) for iteration in config.changes)])
-    parent = _existing_parent(config.directory)
-    if not parent.is_dir():
-        raise UserError(f"directory {config.directory} cannot be made: {parent} is no directory. Set directory=PATH.")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"directory {config.directory} cannot be written to. Set directory=PATH.")
-    return config
-
-
-def _overridden(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A file's data with the overrides; another algorithm does not take over the settings that the file has.
-
-    `executor=KIND` leaves the rest of the file's section as it is.
-    """
-    overrides = [re.sub("^executor=(?=[a-z]+$)", "executor.kind=", text) for text in overrides]
-    if isinstance(data.get("executor"), str):
-        data = {**data, "executor": {"kind": data["executor"]}}
-    training = data.get("training")
-    wanted = apply_overrides({}, [text for text in overrides if text.startswith("training.algorithm=")])
-    if isinstance(training, dict) and wanted:
-        data = {**data, "training": merge(training, wanted["training"])}
-    return apply_overrides(data, overrides)
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

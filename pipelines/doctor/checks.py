@@ -71,8 +71,7 @@ class Plan:
 
     def environment(self, name: str) -> EnvironmentConfig:
         """What the config says of an environment."""
-        found: EnvironmentConfig = getattr(self.config.environments, name)
-        return found
+        return self.config.environments.of(name)
 
 
 def check_configuration(plan: Plan) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from contracts import stopping
 from contracts.errors import UserError
 from contracts.preflight import heard
 from contracts.secrets import TOKEN
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.doctor.checks import (
     Plan,
     check_cluster,

@@ -78,7 +78,7 @@ def write_request(node: Node, attempt: Path, run: Path, config: RunConfig, threa
     """
     path = attempt / "stage.yaml"
     write_atomically(path, yaml_text.dump(node.config.model_dump(mode="json")).encode())
-    environment = getattr(config.environments, node.environment)
+    environment = config.environments.of(node.environment)
     argv, variables = launch_command(environment, node.environment, [*node.argv, "--config", str(path)])
     variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))
     first_on_path, unset = "", []

@@ -132,7 +132,7 @@ class Driver:
 
     def reuse_or_start(self, node: Node) -> None:
         """Decide about one stage and act on it."""
-        environment = getattr(self.config.environments, node.environment)
+        environment = self.config.environments.of(node.environment)
         decision = decide(node, probe_versions(environment, node.environment), self.run.path)
         if decision.reuse and node.name in self.again and (node.output / RELEASED).is_file():
             decision = Decision(False, self.again[node.name], decision.key)

@@ -26,8 +26,8 @@ from contracts.sampling import Request as SamplingRequest
 from contracts.sampling import Sample
 from contracts.versions import source_version
 from generation.config import GenerationConfig
-from pipelines.config.run import EnvironmentsSection
-from pipelines.environments.launch import EnvironmentConfig, launch_command, probe_versions, stage_environment
+from pipelines.config.sections import EnvironmentsSection
+from pipelines.environments.launch import launch_command, probe_versions, stage_environment
 from pipelines.environments.locked import home
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.planning.preflight import origin_of
@@ -172,7 +172,7 @@ def _known(path: Path, graph: Graph) -> str:
 def _is_usable(environments: EnvironmentsSection, name: str) -> bool:
     """Whether an environment can be asked; what is wrong with one that cannot, `check_environments` tells."""
     try:
-        probe_versions(getattr(environments, name), name)
+        probe_versions(environments.of(name), name)
     except (UserError, OSError):
         return False
     return True
@@ -256,7 +256,7 @@ def _answer(environments: EnvironmentsSection, name: str, module: str, request: 
     Raises:
         UserError: the environment cannot run it.
     """
-    environment: EnvironmentConfig = getattr(environments, name)
+    environment = environments.of(name)
     versions = probe_versions(environment, name)
     known = [
         module,

@@ -13,7 +13,7 @@ from contracts.models import ModelInfo
 from contracts.template import ChatFields, ChatTemplate
 from contracts.tokenizer import require_tokenizer
 from generation.config import GenerationConfig
-from pipelines.config.run import EnvironmentsSection
+from pipelines.config.sections import EnvironmentsSection
 from pipelines.environments.launch import probe_versions
 from pipelines.graph import Graph, Node
 from pipelines.progress import tracked
@@ -34,7 +34,7 @@ def check_inputs(graph: Graph) -> None:
 def check_environments(graph: Graph, environments: EnvironmentsSection) -> None:
     """Raise UserError when an environment that a stage needs is not there or cannot run it."""
     for name in sorted({node.environment for node in graph.nodes.values()}):
-        probe_versions(getattr(environments, name), name)
+        probe_versions(environments.of(name), name)
 
 
 def input_mistakes(graph: Graph) -> Iterator[UserError]:

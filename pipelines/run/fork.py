@@ -12,7 +12,9 @@ from contracts.config import apply_overrides
 from contracts.errors import UserError
 from contracts.files import process_name, write_atomically
 from contracts.manifest import MANIFEST
-from pipelines.config.run import CHANGEABLE, RunConfig, load_run_config, merge, require_changeable
+from pipelines.config.changes import CHANGEABLE, merge, require_changeable
+from pipelines.config.load import load_run_config
+from pipelines.config.run import RunConfig
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.run.decisions import SUPERSEDED

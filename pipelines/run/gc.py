@@ -14,7 +14,7 @@ from contracts.errors import UserError
 from contracts.fingerprint import RELEASED
 from contracts.jsonl import COMPRESSED
 from contracts.manifest import MANIFEST
-from pipelines.config.run import RetentionSection
+from pipelines.config.sections import RetentionSection
 from pipelines.graph import Graph, folder_of
 from pipelines.insight.status import queued_jobs, reads_what_is_there
 from pipelines.iteration import build_graph

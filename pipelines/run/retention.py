@@ -31,7 +31,7 @@ from contracts.files import fsync, process_name, write_atomically
 from contracts.fingerprint import RELEASED
 from contracts.jsonl import COMPRESSED
 from contracts.manifest import MANIFEST, File, Released, read_manifest, with_checksum
-from pipelines.config.run import RetentionSection
+from pipelines.config.sections import RetentionSection
 from pipelines.graph import Graph, Node
 from pipelines.run.decisions import SUPERSEDED
 from pipelines.run.directory import RunDirectory

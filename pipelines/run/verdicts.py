@@ -45,7 +45,7 @@ def verdicts(graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Ve
                 sure, reason = False, f"{reason}; reused if these come out the same"
             verdict = Verdict(False, reason)
         else:
-            environment = getattr(config.environments, node.environment)
+            environment = config.environments.of(node.environment)
             decision = decide(node, probe_versions(environment, node.environment), graph.directory, where)
             verdict = Verdict(decision.reuse, decision.reason)
             if decision.reuse:

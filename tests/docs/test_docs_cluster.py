@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipelines.config.changes import merge
 from pipelines.config.executor import (
     ARRAYS,
     KINDS,
@@ -17,7 +18,7 @@ from pipelines.config.executor import (
     kind_of,
     minutes_of,
 )
-from pipelines.config.run import load_run_config, merge
+from pipelines.config.load import load_run_config
 from pipelines.execution.slurm.resources import Resources, finishing, resources_of
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph

@@ -33,7 +33,7 @@ from contracts.artifacts import Artifact
 from contracts.fingerprint import file_sha256
 from contracts.jsonl import read_jsonl
 from contracts.manifest import MANIFEST
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.environments.locked import PACKAGES, source_root
 from pipelines.execution.executors import job_folder
 from pipelines.execution.supervisor import RUN, marked

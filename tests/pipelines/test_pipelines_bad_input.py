@@ -11,7 +11,7 @@ from contracts.fingerprint import digest
 from contracts.ledger import Ledger
 from contracts.publication import Publication
 from contracts.records import CHECKPOINT
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.iteration import build_graph
 from pipelines.main import main
 from pipelines.run.directory import RunDirectory, dated

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from contracts.config import Section
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.iteration import build_graph
 from pipelines.main import main
 
@@ -34,7 +34,11 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("training.learning_rate=-1", "'training.learning_rate' is -1"),
         ("training.learning_rate=0", "'training.learning_rate' is 0"),
         ("training.learning_rate=.nan", "'training.learning_rate' is nan"),
-        ("training.learning_rate=5", "learning_rate is 5: AdamW moves every weight by about as much in a step"),
+        ("training.learning_rate=5", "smallest.yaml: training: learning_rate is 5: AdamW moves every weight by about"),
+        ("environments.training={conda: x, container: y}", "environments.training: conda and container exclude"),
+        ("reward_model.training.optimiser=sgd", "Did you mean 'reward_model.training.optimizer'?"),
+        ("training.model=m", "unknown key 'training.model'"),
+        ("scorers.reward.rollouts=r", "unknown key 'scorers.reward.rollouts'"),
         ("training.weight_decay=10", "'training.weight_decay' is 10"),
         ("training.epochs=0", "'training.epochs' is 0"),
         ("generation.temperatures=[100]", "temperatures [100.0]: above 10 all tokens are about as likely"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.doctor import machine
 from pipelines.doctor.checks import at_once
 from pipelines.doctor.machine import check_file_system, mount_of

@@ -15,7 +15,7 @@ from contracts.errors import UserError
 from contracts.manifest import MANIFEST
 from contracts.stages.prompts import IMPORT_PROMPTS
 from contracts.versions import source_version
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.execution import attempts
 from pipelines.execution.attempts import Retries, StageFailedError
 from pipelines.execution.driver import Driver

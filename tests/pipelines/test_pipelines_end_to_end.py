@@ -12,7 +12,7 @@ from pipelines_smallest import COMMAND, SECRET, FinishedRun, pipeline
 from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST
 from contracts.records import PAIRS, PROMPTS, ROLLOUTS, Pair, Prompt, Rollout
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.iteration import build_graph
 
 pytestmark = pytest.mark.timeout(900)

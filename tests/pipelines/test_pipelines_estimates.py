@@ -13,7 +13,7 @@ from contracts.manifest import MANIFEST
 from contracts.stage import MINIMUM_FREE
 from generation.engine import EngineSettings
 from generation.vllm_engine import cpu_kv_cache_bytes
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.planning import estimates

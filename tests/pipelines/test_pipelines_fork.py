@@ -17,7 +17,8 @@ from contracts.manifest import MANIFEST
 from contracts.publication import Publication
 from contracts.records import CHECKPOINT
 from contracts.template import ChatFields
-from pipelines.config.run import RunConfig, load_run_config
+from pipelines.config.load import load_run_config
+from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.iteration import build_graph
 from pipelines.main import main

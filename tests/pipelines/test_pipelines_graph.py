@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from contracts.errors import UserError
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.run.decisions import differences

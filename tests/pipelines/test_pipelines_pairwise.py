@@ -6,7 +6,7 @@ import pytest
 
 from annotation.config import ScoreConfig
 from contracts.errors import UserError
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.planning.estimates import memory

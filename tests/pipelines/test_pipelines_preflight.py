@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.iteration import build_graph
 from pipelines.main import main
 from pipelines.planning.inspection import differing_probes, differing_vocabularies, request_of, requests_of

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.iteration import build_graph
 from pipelines.planning.memory import device_of, estimated
 from pipelines.planning.sizes import read_size

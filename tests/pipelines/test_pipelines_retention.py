@@ -35,7 +35,7 @@ from contracts.publication import Publication, partial_directory
 from contracts.records import CHECKPOINT, EVALUATION, EXPERIENCE, PAIRS, PROMPTS, ROLLOUTS, SCORES, WORLD
 from contracts.stage import key_parts, stage_key
 from embedded.config import WORLD_FILES
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.execution.driver import Driver
 from pipelines.execution.supervisor import REQUEST, Request
 from pipelines.graph import Graph, Node, input_paths

@@ -16,7 +16,7 @@ from contracts.manifest import MANIFEST
 from contracts.prompts import PromptsConfig
 from contracts.publication import Publication
 from contracts.records import PROMPTS
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.environments.launch import EnvironmentConfig
 
 ROOT = Path(contracts.__file__).parents[1]

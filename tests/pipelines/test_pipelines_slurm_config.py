@@ -12,7 +12,8 @@ from rich.console import Console
 from contracts.config import Role
 from contracts.errors import UserError
 from pipelines.config.executor import minutes_of
-from pipelines.config.run import RunConfig, load_run_config
+from pipelines.config.load import load_run_config
+from pipelines.config.run import RunConfig
 from pipelines.execution.slurm.checks import check_patterns, check_slurm, settle_variant
 from pipelines.execution.slurm.node import FAILED, TRY_AGAIN, start_again
 from pipelines.execution.slurm.resources import Resources, device_hours, finishing, resources_of, submitit_parameters

@@ -13,7 +13,7 @@ import pytest
 from pipelines_smallest import COMMAND
 
 from contracts.surroundings import without_foreign
-from pipelines.config.run import load_run_config
+from pipelines.config.load import load_run_config
 from pipelines.environments.launch import EnvironmentConfig, launch_command, stage_environment
 from pipelines.execution.supervisor import ending_of, progress_of, supervise_here
 from pipelines.insight.status import event_lines

@@ -153,7 +153,7 @@ def submit_chain(run: RunDirectory, graph: Graph, config: RunConfig, plan: dict[
 
 def take_back(run: RunDirectory, node: Node, config: RunConfig) -> None:
     """Give a stage back what it had published under the same key before."""
-    versions = probe_versions(getattr(config.environments, node.environment), node.environment)
+    versions = probe_versions(config.environments.of(node.environment), node.environment)
     make_room(node, decide(node, versions, run.path), run.path)
 
 
@@ -201,7 +201,7 @@ def _prepare(place: Place) -> Decision:
     missing = [name for name in node.needs if not appears(place.graph.nodes[name].output / MANIFEST)]
     if missing:
         raise UserError(f"stage {node.name} was started, but {', '.join(missing)} is not published.")
-    versions = probe_versions(getattr(place.config.environments, node.environment), node.environment)
+    versions = probe_versions(place.config.environments.of(node.environment), node.environment)
     decision = decide(node, versions, run.path)
     if (place.attempt / AGAIN).exists() and (node.output / RELEASED).is_file():
         decision = Decision(False, "its weights were deleted by gc and are needed", decision.key)

@@ -1,0 +1,89 @@
+"""A run's configuration as a file and a command line give it."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from annotation.config import PairsSettings
+from contracts.config import apply_overrides, read_yaml, validate
+from contracts.errors import UserError
+from generation.config import GenerationSettings
+from pipelines.config.changes import merge
+from pipelines.config.run import RunConfig
+from training.config import ExperienceSettings
+
+
+def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
+    """Read, override and validate a run's configuration.
+
+    Raises:
+        UserError: anything is wrong with it; lists every mistake.
+    """
+    config = _with_inherited(validate(RunConfig, _overridden(read_yaml(path), overrides), str(path)))
+    _refuse_unused([config, *(config.at(iteration) for iteration in config.changes)])
+    _require_writable(config.directory)
+    return config
+
+
+def _overridden(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A file's data with the overrides; another algorithm does not take over the settings that the file has.
+
+    `executor=KIND` leaves the rest of the file's section as it is.
+    """
+    overrides = [re.sub("^executor=(?=[a-z]+$)", "executor.kind=", text) for text in overrides]
+    if isinstance(data.get("executor"), str):
+        data = {**data, "executor": {"kind": data["executor"]}}
+    training = data.get("training")
+    wanted = apply_overrides({}, [text for text in overrides if text.startswith("training.algorithm=")])
+    if isinstance(training, dict) and wanted:
+        data = {**data, "training": merge(training, wanted["training"])}
+    return apply_overrides(data, overrides)
+
+
+def _with_inherited(config: RunConfig) -> RunConfig:
+    """The same, with what sections take from others filled in: the sampling keys of `generation`, `hardware`."""
+    changes: dict[str, Any] = {"evaluation": _inherit(config.generation, config.evaluation)}
+    if config.reward_model is not None:
+        generation = _inherit(config.generation, config.reward_model.generation)
+        changes["reward_model"] = config.reward_model.model_copy(update={"generation": generation})
+    if config.executor.uses_slurm and config.hardware is not None and config.executor.slurm.gpus is None:
+        slurm = config.executor.slurm.model_copy(update={"gpus": config.hardware.gpus})
+        changes["executor"] = config.executor.model_copy(update={"slurm": slurm})
+    return config.model_copy(update=changes)
+
+
+def _inherit(base: GenerationSettings, section: GenerationSettings) -> GenerationSettings:
+    """`base` with the keys that the user set in `section`."""
+    return base.model_copy(update={name: getattr(section, name) for name in section.model_fields_set})
+
+
+def _refuse_unused(configs: list[RunConfig]) -> None:
+    """Raise UserError where something is set that no iteration reads."""
+    found = [config.description for config in configs]
+    algorithms = ", ".join(dict.fromkeys(description.algorithm for description in found))
+    for name, is_set, is_read, by in (
+        ("pairs", [it.pairs != PairsSettings() for it in configs], [it.reads == "pairs" for it in found],
+         "train on pairs"),
+        ("experience", [it.experience != ExperienceSettings() for it in configs],
+         [it.reads == "samples" for it in found], "train on samples"),
+        ("critic", [it.critic is not None for it in configs], ["values" in it.needs for it in found], "need a critic"),
+        ("reference", [it.reference != "initial" for it in configs], [it.needs_reference for it in found],
+         "need a reference policy"),
+    ):  # fmt: skip
+        if any(is_set) and not any(is_read):
+            raise UserError(
+                f"`{name}` is for algorithms that {by}, but training.algorithm is {algorithms}. Take it "
+                "out, or choose another algorithm."
+            )
+
+
+def _require_writable(directory: Path) -> None:
+    """Raise UserError where a run's directory cannot be made in `directory`."""
+    parent = directory.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"directory {directory} cannot be made: {parent} is no directory. Set directory=PATH.")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"directory {directory} cannot be written to. Set directory=PATH.")
