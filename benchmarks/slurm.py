@@ -321,20 +321,23 @@ def drive(path: Path, overrides: list[str], *, detached: bool) -> dict[str, Any]
     from rich.console import Console
 
     from pipelines.execution.driver import Driver
-    from pipelines.execution.slurm.chain import detach
+    from pipelines.execution.executors.base import Executors, Site
     from pipelines.insight.display import Display
+    from pipelines.job import ENTRY
     from pipelines.run.directory import RunDirectory
+    from pipelines.run.verdicts import verdicts
 
     begin = time.time()
     config, graph = load(path, overrides)
     run = RunDirectory(config.run_directory)
     run.claim(config, path, 0)
     console = Console(file=sys.stderr)
+    site = Site(run, graph, config, ENTRY)
     if detached:
-        detach(console, run, graph, config)
+        Executors(site).named("slurm").detach(console, verdicts(graph, config, []))
     else:
-        with Display(console, graph) as display:
-            Driver(run, graph, config, display).drive()
+        with Display(console, run, len(graph.nodes)) as display:
+            Driver(site, [display]).drive()
     own, commands = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {"begin": begin, "cpu": own.ru_utime + own.ru_stime, "commands_cpu": commands.ru_utime + commands.ru_stime}
 
@@ -403,8 +406,8 @@ def daemon_seconds() -> float:
 
 def one_job_per_shard(folder: Path, count: int, tasks: int) -> dict[str, Any]:
     """The peer: submitit's map_array with jobs that do nothing, as many at once as the array has tasks."""
-    from pipelines.execution.slurm.resources import Resources, submitit_parameters
-    from pipelines.execution.slurm.scripts import make_executor
+    from pipelines.execution.executors.slurm.resources import Resources, submitit_parameters
+    from pipelines.execution.executors.slurm.scripts import make_executor
 
     asked = Resources("scoring", "slurm", tasks=tasks, minutes=30)
     parameters = submitit_parameters(asked, name="peer", comment="peer", grace_seconds=20)

@@ -78,3 +78,10 @@ def _memory_limits() -> Iterator[int]:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_parallel() -> int:
+    """Stages at once: one where GPUs are, since a stage uses all of them; else two, or one per two cores."""
+    if gpu_count():
+        return 1
+    return max(2, (os.cpu_count() or 2) // 2)

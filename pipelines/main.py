@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -22,17 +23,18 @@ from pipelines.environments.launch import env_main
 from pipelines.environments.locked import require_home
 from pipelines.execution.attempts import StageFailedError
 from pipelines.execution.driver import Driver
-from pipelines.execution.slurm.chain import detach, require_detachable, require_no_chain
-from pipelines.execution.slurm.checks import check_patterns, check_slurm, settle_variant
-from pipelines.execution.slurm.scripts import write_dry_run
+from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph
 from pipelines.insight.display import Display, Screen
-from pipelines.insight.status import print_status, save_report
+from pipelines.insight.listeners import listeners_of
+from pipelines.insight.status import jobs_elsewhere, print_status
 from pipelines.insight.tables import print_comparison, print_table
 from pipelines.insight.watch import attach, cancel, print_logs
 from pipelines.iteration import build_graph, require_iterations
+from pipelines.job import ENTRY
 from pipelines.lineage.trace import print_trace
 from pipelines.lineage.verify import print_verification
+from pipelines.planning.entries import check_patterns, settle_variant
 from pipelines.planning.hub import fetch_models, with_cached_models
 from pipelines.planning.inspection import preflight
 from pipelines.planning.memory import print_memory
@@ -184,46 +186,55 @@ def run_command(options: argparse.Namespace) -> int:
     settle_variant(config.executor)
     console = make_console()
     if options.dry_run:
-        config = with_cached_models(config)
-        plan = build_graph(config, iterations)
-        check_patterns(plan, config.executor)
-        check_inputs(plan)
-        refuse(preflight(plan, config.environments))
-        planned = print_plan(console, plan, config, resolve(plan, options.force))
-        print_memory(console, plan, config)
-        if options.detach:
-            require_detachable(plan, config, planned)
-        if config.executor.uses_slurm:
-            runs = {name: verdict.reason for name, verdict in planned.items() if not verdict.reuse}
-            write_dry_run(console, plan, config, runs, detached=options.detach)
-        return 0
+        return dry_run(console, with_cached_models(config), iterations, options)
     require_home()
     config = fetch_models(config)
     graph = build_graph(config, iterations)
+    run = RunDirectory(config.run_directory)
+    site = Site(run, graph, config, ENTRY)
+    executors = Executors(site)
     check_patterns(graph, config.executor)
-    check_slurm(config.executor, graph)
+    for executor in executors.used():
+        executor.check()
     check_inputs(graph)
     check_environments(graph, config.environments)
     refuse(preflight(graph, config.environments))
-    run = RunDirectory(config.run_directory)
     forced = resolve(graph, options.force)
-    require_no_chain(run, graph, config, same=options.detach and not forced)
+    for executor in executors.lasting():
+        executor.require_no_detached_run(same_settings=options.detach and not forced)
     run.claim(config, options.config, iterations)
     set_aside(run.path, graph, forced)
     require_space(run.path, "directory")
     if options.detach:
-        detach(console, run, graph, config)
+        plan = verdicts(graph, config, [])
+        executors.require_detachable(plan)
+        executors.named(config.executor.kind).detach(console, plan)
         return 0
-    with Display(console, graph) as display:
-        ran = Driver(run, graph, config, display).drive()
+    with Display(console, run, len(graph.nodes)) as display:
+        ran = Driver(site, [display, *listeners_of(run, graph)]).drive()
     for line in report_forced(run.path, graph):
         console.print(line, soft_wrap=True, highlight=False)
-    save_report(run, graph)
     if ran == 0:
         console.print(
             f"{config.run_directory} is finished: all {len(graph.nodes)} stages are published; nothing to do."
         )
     print_table(console, graph)
+    return 0
+
+
+def dry_run(console: Console, config: RunConfig, iterations: int, options: argparse.Namespace) -> int:
+    """`pipeline run --dry-run`: what would run, and why, and what it takes."""
+    graph = build_graph(config, iterations)
+    check_patterns(graph, config.executor)
+    check_inputs(graph)
+    refuse(preflight(graph, config.environments))
+    plan = print_plan(console, graph, config, resolve(graph, options.force))
+    print_memory(console, graph, config)
+    executors = Executors(Site(RunDirectory(config.run_directory), graph, config, ENTRY))
+    if options.detach:
+        executors.require_detachable(plan)
+    for executor in executors.used():
+        executor.write_dry_run(console, plan, detached=options.detach)
     return 0
 
 
@@ -263,7 +274,9 @@ def gc_command(options: argparse.Namespace) -> int:
     keep = retention.keep if options.keep is None else options.keep
     compress = options.compress or retention.compress
     section = validate(RetentionSection, {"keep": keep, "compress": compress}, "pipeline gc")
-    collect(make_console(), run, section, superseded=options.superseded, dry_run=options.dry_run)
+    graph = build_graph(run.config, run.iterations)
+    busy = partial(jobs_elsewhere, run, graph)
+    collect(make_console(), run, section, busy, superseded=options.superseded, dry_run=options.dry_run)
     return 0
 
 

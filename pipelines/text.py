@@ -11,3 +11,8 @@ def plural(count: int, what: str) -> str:
 def relative(path: Path) -> Path:
     """A path as one would type it from here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def megabytes(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e6:.1f} MB"

@@ -23,15 +23,17 @@ from pipelines.config.run import RunConfig
 from pipelines.doctor.machine import Finding, Level, existing
 from pipelines.environments.launch import EnvironmentConfig, launch_command, probe_versions, stage_environment
 from pipelines.environments.locked import Locked, resolve_variant
-from pipelines.execution.driver import default_parallel
-from pipelines.execution.slurm.checks import check_patterns, check_slurm
+from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph, Node
-from pipelines.machine import cores, gpu_count, gpus, host_memory
+from pipelines.job import ENTRY
+from pipelines.machine import cores, default_parallel, gpu_count, gpus, host_memory
+from pipelines.planning.entries import check_patterns
 from pipelines.planning.estimates import Memory, published_bytes, scratch_bytes
 from pipelines.planning.inspection import preflight
 from pipelines.planning.memory import estimated, grouped, model_paths, short, size
 from pipelines.planning.preflight import input_mistakes, model_mistakes
 from pipelines.planning.sizes import size_of
+from pipelines.run.directory import RunDirectory
 from pipelines.text import plural
 from training.config import CriticConfig, ExperienceConfig, PolicyConfig, RewardConfig, TrainingConfig
 
@@ -121,7 +123,9 @@ def check_cluster(plan: Plan) -> Iterator[Finding]:
     """Whether this machine belongs to a Slurm cluster that can run what the stages ask for."""
     if plan.config.executor.uses_slurm:
         check_patterns(plan.graph, plan.config.executor)
-        check_slurm(plan.config.executor, plan.graph)
+        run = RunDirectory(plan.graph.directory)
+        for executor in Executors(Site(run, plan.graph, plan.config, ENTRY)).used():
+            executor.check()
         yield Finding("cluster", "ok", "Slurm answers, keeps accounts, and has the partitions that are asked for")
         if plan.config.executor.is_remote:
             yield Finding("cluster", "ok", "this machine's devices and memory are not looked at: stages use the nodes'")

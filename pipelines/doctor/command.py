@@ -35,9 +35,9 @@ from pipelines.doctor.checks import (
 )
 from pipelines.doctor.machine import Finding, check_file_system, check_limits, check_loopback
 from pipelines.environments.locked import home
-from pipelines.execution.slurm.checks import settle_variant
 from pipelines.insight.display import Screen
 from pipelines.iteration import build_graph, require_iterations
+from pipelines.planning.entries import settle_variant
 from pipelines.planning.hub import with_cached_models
 from pipelines.run.directory import dated
 from pipelines.text import plural

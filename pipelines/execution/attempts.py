@@ -1,6 +1,5 @@
 """The beginning and the end of an attempt at a stage, whoever drives it."""
 
-import contextlib
 import os
 import random
 import shutil
@@ -11,20 +10,17 @@ from pathlib import Path
 import msgspec
 
 from contracts import yaml_text
-from contracts.artifacts import Artifact
 from contracts.attempt import FailureKind
-from contracts.errors import TransientError, UserError
+from contracts.errors import UserError
 from contracts.files import write_atomically
 from contracts.stage import require_space
 from contracts.versions import source_version
 from pipelines.config.run import RunConfig
 from pipelines.environments.launch import launch_command
-from pipelines.execution.supervisor import DECISION, REQUEST, Request, log_of, process_identity, request_of
+from pipelines.execution.supervisor import DECISION, REQUEST, Request, process_identity
 from pipelines.graph import Graph, Node
 from pipelines.planning.estimates import disk_bytes
-from pipelines.run.decisions import Decision, drop_partials
-from pipelines.run.directory import RunDirectory
-from pipelines.run.metrics import write_metrics
+from pipelines.run.decisions import Decision
 
 LONGEST_PAUSE = 600.0
 
@@ -106,7 +102,7 @@ def write_request(node: Node, attempt: Path, run: Path, config: RunConfig, threa
     write_atomically(attempt / REQUEST, msgspec.json.encode(request))
 
 
-def require_room(node: Node, graph: Graph, config: RunConfig) -> None:
+def require_disk_space(node: Node, graph: Graph, config: RunConfig) -> None:
     """Raise UserError when the disk has no room for what a stage is estimated to write."""
     run = graph.directory
     require_space(run, "directory")
@@ -130,40 +126,3 @@ def decision_of(attempt: Path) -> Decision | None:
         return msgspec.json.decode((attempt / DECISION).read_bytes(), type=Decision)
     except (OSError, ValueError):  # none yet, or it was damaged: the same is decided once more
         return None
-
-
-def settle(run: RunDirectory, graph: Graph, node: Node, key: str, attempt: Path) -> Artifact:
-    """Take note of what an attempt at a stage has published.
-
-    Raises:
-        StageFailedError: it is something else than was asked for.
-    """
-    artifact = Artifact.open(node.output)
-    if artifact.manifest.key != key:
-        raise StageFailedError(
-            f"stage {node.name} published under the key {artifact.manifest.key[:12]}, but the driver asked for "
-            f"{key[:12]}: its code, its environment or an input changed while it ran. The same command decides anew.",
-            1,
-        )
-    drop_partials(node)
-    with contextlib.suppress(TransientError):  # the logs were deleted meanwhile, and nobody knows what was asked for
-        asked, ran = request_of(attempt).source, artifact.manifest.versions.get("ratchet", "")
-        if ran != asked:
-            run.record("source changed", stage=node.name, asked=asked, ran=ran)
-    run.record("published", stage=node.name, key=artifact.manifest.key)
-    if node.stage.name == "evaluation":
-        write_metrics(run.path, graph)
-    return artifact
-
-
-def last_words(attempt: Path) -> str:
-    """The end of what an attempt's stage has printed; where it has not even started, of what its jobs have."""
-    log = log_of(attempt)
-    return "\n".join(tail(path) for path in [log, *sorted(attempt.glob("*_log.out"))][: 1 if log.is_file() else None])
-
-
-def tail(log: Path, lines: int = 30) -> str:
-    """The last lines of a log."""
-    if not log.is_file():
-        return "(it left no log: its process did not start)"
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

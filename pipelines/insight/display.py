@@ -6,10 +6,18 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from contracts.artifacts import Artifact
-from pipelines.execution.executors import Running
-from pipelines.execution.supervisor import progress_of
-from pipelines.graph import Graph, Node
+from pipelines.execution.endings import progress_of
+from pipelines.insight.wording import live_line
+from pipelines.run.directory import RunDirectory
+from pipelines.run.events import (
+    Event,
+    StageEvent,
+    StageFailed,
+    StageInvalidated,
+    StagePublished,
+    StageReused,
+    StageStarted,
+)
 
 
 class Screen(Console):
@@ -21,13 +29,14 @@ class Screen(Console):
 
 
 class Display:
-    """Tells what happens to each stage, and how far the running ones are."""
+    """Tells what happens to each stage, and how far the running ones are: a reader of the run's events."""
 
-    def __init__(self, console: Console, graph: Graph) -> None:
+    def __init__(self, console: Console, run: RunDirectory, total: int) -> None:
         self.console = console
-        self.total = len(graph.nodes)
-        self.done = 0
-        self._started: dict[str, float] = {}
+        self._run = run
+        self._total = total
+        self._done: set[str] = set()
+        self._running: dict[str, StageStarted] = {}
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> "Display":
@@ -39,50 +48,36 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def started(self, node: Node, reason: str) -> None:
-        """A stage starts."""
-        self._started[node.name] = time.monotonic()
-        self._line(f"run    {node.name}  ({reason})")
+    def __call__(self, events: list[Event]) -> None:
+        """Tell these events, and renew the table."""
+        for event in events:
+            self._note(event)
+            line = live_line(event)
+            if line is not None and isinstance(event, StagePublished):
+                line += f"  [{len(self._done)}/{self._total}]"
+            if line is not None:
+                self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        if self._live:
+            self._live.update(self._table(), refresh=True)
 
-    def reused(self, node: Node, reason: str) -> None:
-        """A stage is reused."""
-        self.done += 1
-        self._line(f"reuse  {node.name}  ({reason})")
-
-    def published(self, node: Node, artifact: Artifact) -> None:
-        """A stage has published."""
-        self.done += 1
-        seconds = time.monotonic() - self._started[node.name]
-        self._line(f"done   {node.name}  {seconds:.1f} s, {artifact.manifest.ledger}  [{self.done}/{self.total}]")
-
-    def failed(self, node: Node) -> None:
-        """A stage has failed."""
-        self._line(f"FAILED {node.name}")
-
-    def retried(self, node: Node, how: str, seconds: float) -> None:
-        """A stage is going to be tried again."""
-        self._line(f"retry  {node.name}  ({how.rstrip('.')}; once more in {seconds:.0f} s)")
-
-    def ending(self, running: dict[str, Running], grace: float) -> None:
-        """The stages that still run are asked to stop."""
-        names = ", ".join(running)
-        self._line(f"ending {names}  (up to {grace:g} s for what is in hand; interrupt again to end at once)")
-
-    def note(self, line: str) -> None:
-        """Something that is no stage's doing."""
-        self._line(line)
-
-    def refresh(self, running: dict[str, Running]) -> None:
-        """Redraw the live table."""
-        if self._live is None:
+    def _note(self, event: Event) -> None:
+        """Keep account of what is done and what runs."""
+        if not isinstance(event, StageEvent):
             return
-        table = Table(box=None, pad_edge=False)
-        for title in (f"{self.done} of {self.total} stages", "seconds", "progress"):
-            table.add_column(title)
-        for name, stage in running.items():
-            seconds = time.monotonic() - self._started[name]
-            table.add_row(name, f"{seconds:.0f}", progress_of(stage.attempt) or "starting")
-        self._live.update(table, refresh=True)
+        if isinstance(event, StageStarted):
+            self._running[event.stage] = event
+        elif isinstance(event, StagePublished | StageReused | StageFailed):
+            self._running.pop(event.stage, None)
+        if isinstance(event, StagePublished | StageReused):
+            self._done.add(event.stage)
+        elif isinstance(event, StageInvalidated):
+            self._done.discard(event.stage)
 
-    def _line(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for title in (f"{len(self._done)} of {self._total} stages", "seconds", "progress"):
+            table.add_column(title)
+        for name, started in self._running.items():
+            progress = progress_of(self._run.path / "logs" / name / started.attempt)
+            table.add_row(name, f"{max(0.0, time.time() - started.time):.0f}", progress or "starting")
+        return table

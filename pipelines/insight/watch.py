@@ -1,4 +1,4 @@
-"""`pipeline attach|logs|cancel RUN`: a run from any node, by what is on the disk and in the cluster's queue."""
+"""`pipeline attach|logs|cancel RUN`: a run from any node, by what is on the disk and what its executors say."""
 
 import os
 import time
@@ -8,14 +8,15 @@ from rich.console import Console
 
 from contracts.errors import UserError
 from contracts.manifest import MANIFEST
-from pipelines.execution.attempts import StageFailedError, tail
-from pipelines.execution.slurm import scheduler
-from pipelines.execution.slurm.jobs import job_logs
-from pipelines.execution.supervisor import failure_of, log_of, parts_of
+from pipelines.execution.attempts import StageFailedError
+from pipelines.execution.endings import failure_of, log_of, parts_of, tail
+from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph
-from pipelines.insight.status import queued_jobs, states
+from pipelines.insight.status import Glance, states
 from pipelines.insight.tables import print_table
+from pipelines.job import ENTRY
 from pipelines.run.directory import CANCEL, RunDirectory
+from pipelines.run.events import RunCancelled
 from pipelines.text import plural, relative
 
 SECONDS = 5.0
@@ -31,12 +32,14 @@ def attach(console: Console, run: RunDirectory, graph: Graph) -> None:
     """
     told: dict[str, tuple[str, ...]] = {}
     while True:
-        jobs, holder = queued_jobs(run, graph), run.holder()
-        for name, state in states(run, graph, jobs, driven=holder is not None).items():
+        glance = Glance.at(run, graph)
+        if glance.errors:
+            raise UserError(glance.errors[0])
+        for name, state in states(run, graph, glance).items():
             if told.get(name, ("waiting",))[0] != state[0]:
                 console.print(f"{state[0]:<12} {name}  {state[3]}", soft_wrap=True, markup=False, highlight=False)
             told[name] = state
-        if not jobs and holder is None:
+        if glance.idle:
             break
         time.sleep(SECONDS)
     missing = [name for name, node in graph.nodes.items() if not (node.output / MANIFEST).is_file()]
@@ -59,8 +62,8 @@ def print_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | N
     """
     if stage is not None and stage not in graph.nodes:
         raise UserError(f"the run {run.path} has no stage {stage!r}. `pipeline status {run.path}` lists them.")
-    jobs, holder = queued_jobs(run, graph), run.holder()
-    now = states(run, graph, jobs, driven=holder is not None)
+    now = states(run, graph, Glance.at(run, graph))
+    executors = list(Executors(Site(run, graph, run.config, ENTRY)).lasting())
     chosen = [stage] if stage else [name for name, state in now.items() if state[0] in SHOWN]
     logs: list[Path] = []
     for name in chosen:
@@ -69,7 +72,7 @@ def print_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | N
         if stage is None and attempts and failure_of(attempts[-1]) is not None:
             parts = [log_of(attempts[-1]).parent]
         own = [part / "stage.log" for part in parts if (part / "stage.log").exists()]
-        logs += own or (job_logs(attempts[-1], run.path) if attempts else [])
+        logs += own or [log for executor in executors for log in (executor.logs(attempts[-1]) if attempts else [])]
     if not logs:
         what = f"stage {stage} has no log: it was not started yet" if stage else "no stage runs, has failed or stopped"
         raise UserError(f"{what}. `pipeline logs {run.path} STAGE` shows the log of any stage that was started.")
@@ -80,19 +83,20 @@ def print_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | N
 
 def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
     """End what works on a run: its jobs, and its driver wherever that is. What is finished stays."""
-    jobs, holder = queued_jobs(run, graph), run.holder()
-    if not jobs and holder is None:
+    glance = Glance.at(run, graph)
+    if glance.errors:
+        raise UserError(glance.errors[0])
+    if glance.idle:
         console.print(f"nobody works on {run.path}; nothing to cancel.", soft_wrap=True, highlight=False)
         return
     with run.submitting():  # a finishing job submits no further ones from now on
         (run.path / CANCEL).touch()
-        ids = sorted(scheduler.live_ids(run.path), key=int) if jobs else []
-        scheduler.cancel(ids)
-    if holder is not None:
-        console.print(f"asked {holder} to end.", soft_wrap=True, highlight=False)
+        ids = [id for executor in Executors(Site(run, graph, run.config, ENTRY)).lasting() for id in executor.cancel()]
+    if glance.holder is not None:
+        console.print(f"asked {glance.holder} to end.", soft_wrap=True, highlight=False)
     if ids:
-        run.record("cancelled", jobs=ids, by=os.environ.get("USER", str(os.getuid())))
-        console.print(f"cancelled {plural(len(ids), 'Slurm job')}: {', '.join(ids)}.", soft_wrap=True, highlight=False)
+        run.record(RunCancelled(jobs=ids, by=os.environ.get("USER", str(os.getuid()))))
+        console.print(f"cancelled {plural(len(ids), 'job')}: {', '.join(ids)}.", soft_wrap=True, highlight=False)
     console.print(
         f"`pipeline run` with the same config continues {relative(run.path)}.", soft_wrap=True, highlight=False
     )

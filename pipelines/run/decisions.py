@@ -1,7 +1,5 @@
 """For each stage: reuse what is published, or run, and why, in words."""
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +7,11 @@ from typing import Any
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from contracts.manifest import MANIFEST
+from contracts.fingerprint import RELEASED
+from contracts.manifest import MANIFEST, Manifest
 from contracts.publication import partial_directory
 from contracts.stage import key_parts, stage_key
-from pipelines.graph import Node
+from pipelines.graph import Graph, Node, input_paths
 
 SUPERSEDED = "superseded"
 
@@ -27,11 +26,17 @@ class Decision:
 
 
 def decide(
-    node: Node, versions: dict[str, str], run: Path, where: Callable[[Path], Path] = lambda path: path
+    node: Node,
+    versions: dict[str, str],
+    run: Path,
+    where: Callable[[Path], Path] = lambda path: path,
+    again: str | None = None,
 ) -> Decision:
     """Decide about a stage of the run in the directory `run` whose inputs are all published.
 
-    `where`: the place at which an input lies now; for a dry run, which takes nothing back from superseded/.
+    Args:
+        where: the place at which an input lies now; for a dry run, which takes nothing back from superseded/.
+        again: why its weights are to be made again, where these were deleted (`why_again`).
 
     Raises:
         UserError: an input does not exist.
@@ -40,10 +45,13 @@ def decide(
     key = stage_key(parts)
     published = (node.output / MANIFEST).is_file()
     if published and Artifact.open(node.output).manifest.key == key:
+        if again and (node.output / RELEASED).is_file():
+            return Decision(False, again, key)
         return Decision(True, "published under the same key", key)
     if node.output.exists() and not published:
         raise UserError(f"{node.output} exists but is not published. It is not Ratchet's: move it away.")
-    if kept(run, node, key).exists():
+    back = kept(run, node, key)
+    if back.exists() and not (again and (back / RELEASED).is_file()):
         return Decision(True, f"taken back from {SUPERSEDED}/", key)
     if partial_directory(node.output, key).exists():
         return Decision(False, "continues where it was interrupted", key)
@@ -52,6 +60,11 @@ def decide(
         return Decision(False, "not made yet", key)
     changed = differences(Artifact.open(earlier).manifest.key_parts, parts)
     return Decision(False, "; ".join(changed) or "made again", key)
+
+
+def why_again(reader: str) -> str:
+    """The reason for making a stage again whose weights were deleted."""
+    return f"its weights were deleted by gc and {reader} needs them"
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
@@ -75,21 +88,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def make_room(node: Node, decision: Decision, run: Path) -> None:
-    """Act on a decision: move what was published under another key aside, never delete it; take back what fits."""
-    if (node.output / MANIFEST).is_file():
-        old = Artifact.open(node.output).manifest.key
-        if old == decision.key:
-            return
-        aside = kept(run, node, old)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(node.output, aside)
-    back = kept(run, node, decision.key)
-    if back.exists():
-        node.output.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(back, node.output)
-
-
 def kept(run: Path, node: Node, key: str) -> Path:
     """Where what a stage had published under a key is kept."""
     return run / SUPERSEDED / node.name / key[:16]
@@ -101,7 +99,9 @@ def _last_kept(run: Path, node: Node) -> Path | None:
     return max(versions, key=lambda path: path.stat().st_ctime_ns, default=None)
 
 
-def drop_partials(node: Node) -> None:
-    """After a stage is published: delete what interrupted attempts under other keys have left beside it."""
-    for path in node.output.parent.glob(f".{node.output.name}.partial-*"):
-        shutil.rmtree(path)
+def reads_what_is_there(node: Node, graph: Graph, manifest: Manifest) -> bool:
+    """Whether a published stage was made from what the stages before it have published now."""
+    known = {digest for value in manifest.inputs.values() for digest in (value if isinstance(value, list) else [value])}
+    outputs = {graph.nodes[name].output for name in node.needs}
+    read = outputs.intersection(input_paths(node.config))  # not the single files of the embedded world
+    return all((path / MANIFEST).is_file() and Artifact.open(path).manifest.digest in known for path in read)

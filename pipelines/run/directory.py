@@ -11,17 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import msgspec
-
 from contracts import yaml_text
 from contracts.config import read_yaml, validate
 from contracts.errors import UserError
-from contracts.files import take_lock, write_atomically
+from contracts.files import write_atomically
 from pipelines.config.run import RunConfig
+from pipelines.run.events import FILE, Event, EventStream, try_lock
 
 PINNED = "pinned"
-FOREIGN = "foreign line"
-"""The event that stands for a line of events.jsonl that nobody can read: left by a crash, or by somebody else."""
 CANCEL = "cancel"
 """File in a run's directory by which its driver, on whatever machine, is asked to end."""
 
@@ -31,6 +28,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
+        self.stream = EventStream(self.path / FILE)
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -43,7 +41,7 @@ class RunDirectory:
 
     def require_files(self) -> None:
         """Raise UserError where something else lies in the place of one of the run's own files."""
-        for name in ("run.json", "config.resolved.yaml", "lock", "events.jsonl", "metrics.jsonl", PINNED):
+        for name in ("run.json", "config.resolved.yaml", "lock", FILE, "metrics.jsonl", PINNED):
             path = self.path / name
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 raise UserError(f"{path} is no regular file, as a run's own {name} is. Move it away.")
@@ -94,7 +92,7 @@ class RunDirectory:
         """
         self._lock = (self.path / "lock").open("a+", encoding="utf-8", errors="replace")
         deadline = time.monotonic() + 1.0  # `pipeline status` holds the lock for an instant to see whether it is free
-        while not _lock(self._lock, fcntl.LOCK_EX):
+        while not try_lock(self._lock, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 self._lock.seek(0)
                 holder = self._lock.read().strip() or "unknown"
@@ -108,30 +106,23 @@ class RunDirectory:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
         self._lock.flush()
         (self.path / CANCEL).unlink(missing_ok=True)
-        self._drop_torn_event()
+        self.stream.drop_torn_line()
 
     def submitting(self) -> contextlib.AbstractContextManager[None]:
         """Be the only one, on any machine, who submits jobs of the run, or changes what they wait for, or ends them."""
-        return locked(self.path / "chain.lock")
+        return locked(self.path / "submit.lock")
 
     def clear_scratch(self) -> None:
         """Delete what killed processes were writing; to be called while none is at work."""
         for path in [*self.path.glob("*.tmp"), *(self.path / "logs").rglob("*.tmp")]:
             path.unlink(missing_ok=True)
 
-    def _drop_torn_event(self) -> None:
-        """Cut off the line that a killed process was writing, so that the next one starts on a line of its own."""
-        path = self.path / "events.jsonl"
-        if path.exists():
-            content = path.read_bytes()
-            os.truncate(path, content.rfind(b"\n") + 1)
-
     def holder(self) -> str | None:
         """Who drives the run at this moment, if anybody."""
         if not (self.path / "lock").exists():
             return None
         with (self.path / "lock").open(encoding="utf-8", errors="replace") as file:
-            return None if _lock(file, fcntl.LOCK_SH) else file.read().strip()
+            return None if try_lock(file, fcntl.LOCK_SH) else file.read().strip()
 
     @property
     def pinned(self) -> bool:
@@ -167,22 +158,13 @@ class RunDirectory:
                 f"{path} is damaged ({name}: {error}). Delete it; the next `pipeline run` writes it again."
             ) from error
 
-    def record(self, event: str, **facts: Any) -> None:
-        """Append to events.jsonl."""
-        line = msgspec.json.encode({"time": round(time.time(), 3), "event": event, **facts}) + b"\n"
-        with (self.path / "events.jsonl").open("a+b") as file:
-            while not _lock(file, fcntl.LOCK_EX):  # jobs on other machines write too
-                time.sleep(0.01)
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                self._drop_torn_event()  # one was killed while it did
-            file.write(line)
-            file.flush()
+    def record(self, event: Event) -> None:
+        """Append to the stream of what happens in the run."""
+        self.stream.append(event)
 
-    def events(self) -> list[dict[str, Any]]:
-        """What was recorded, in order; of a line that is none of Ratchet's, that it is there ("foreign line")."""
-        path = self.path / "events.jsonl"
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        return [_event(line) for line in lines if line.strip()]
+    def events(self) -> list[Event]:
+        """What was recorded, in order."""
+        return self.stream.read()
 
     def new_attempt(self, stage: str) -> Path:
         """A fresh directory for the logs of one attempt at a stage."""
@@ -208,14 +190,6 @@ def _number(attempt: Path) -> int:
     return int(attempt.name.rpartition("-")[2])
 
 
-def _event(line: bytes) -> dict[str, Any]:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        event = None
-    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else {"event": FOREIGN}
-
-
 def dated(config: RunConfig) -> RunConfig:
     """The same configuration with its date: the user's, else the one that the run was made with, else today's."""
     if config.date is not None:
@@ -232,15 +206,6 @@ def dated(config: RunConfig) -> RunConfig:
 def locked(path: Path) -> Iterator[None]:
     """Hold a file's lock, waiting for it."""
     with path.open("a+") as file:
-        while not _lock(file, fcntl.LOCK_EX):
+        while not try_lock(file, fcntl.LOCK_EX):
             time.sleep(0.05)
         yield
-
-
-def _lock(file: IO[Any], kind: int) -> bool:
-    """Take a lock, or say at once that somebody else holds it."""
-    try:
-        take_lock(file, kind)
-    except BlockingIOError:
-        return False
-    return True

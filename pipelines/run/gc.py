@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,23 +16,21 @@ from contracts.jsonl import COMPRESSED
 from contracts.manifest import MANIFEST
 from pipelines.config.sections import RetentionSection
 from pipelines.graph import Graph, folder_of
-from pipelines.insight.status import queued_jobs, reads_what_is_there
 from pipelines.iteration import build_graph
-from pipelines.run.decisions import SUPERSEDED
+from pipelines.run.decisions import SUPERSEDED, reads_what_is_there
 from pipelines.run.directory import RunDirectory
+from pipelines.run.events import Collected
 from pipelines.run.retention import (
-    TRASH,
-    asides,
     compress,
     compressible,
-    discard,
-    megabytes,
     own_bytes,
     plain_shards,
     release,
     weight_bytes,
     why_kept,
 )
+from pipelines.run.superseded import TRASH, discard
+from pipelines.text import megabytes, plural
 
 SCRATCH = re.compile(rf"({re.escape(RELEASED)}|.*{re.escape(COMPRESSED)})\.[^/]+\.tmp")
 
@@ -48,16 +46,27 @@ class Step:
     """What the disk gets back if it is deleted."""
 
 
-def collect(console: Console, run: RunDirectory, section: RetentionSection, *, superseded: bool, dry_run: bool) -> None:
+def collect(
+    console: Console,
+    run: RunDirectory,
+    section: RetentionSection,
+    busy: Callable[[], int],
+    *,
+    superseded: bool,
+    dry_run: bool,
+) -> None:
     """Do what `plan` says, and tell it.
+
+    Args:
+        busy: how many jobs work on the run elsewhere; asked when no driver does.
 
     Raises:
         UserError: the run is being driven, or what has to be known cannot be read.
     """
     run.lock()
-    if jobs := queued_jobs(run, build_graph(run.config, run.iterations)):
+    if jobs := busy():
         raise UserError(
-            f"{len(jobs)} Slurm jobs of {run.path} have not ended, and need what would be deleted. Wait for them "
+            f"{plural(jobs, 'job')} of {run.path} have not ended, and need what would be deleted. Wait for them "
             f"(`pipeline attach {run.path}`), or end them with `pipeline cancel {run.path}`."
         )
     if run.pinned:
@@ -69,7 +78,7 @@ def collect(console: Console, run: RunDirectory, section: RetentionSection, *, s
         name = step.path.relative_to(run.path).as_posix()
         if step.verb != "keep" and not dry_run:
             size = perform(step, run)
-            run.record("gc", verb=step.verb, path=name, bytes=size, reason=step.reason)
+            run.record(Collected(verb=step.verb, path=name, bytes=size, reason=step.reason))
         if step.verb == "compress" and dry_run:
             packed += size
         elif step.verb != "keep":
@@ -149,9 +158,6 @@ def leftovers(run: Path) -> Iterator[tuple[Path, str]]:
     for path in sorted(run.rglob("*.tmp")):
         if SCRATCH.fullmatch(path.name) and (path.parent / MANIFEST).is_file():
             yield path, "left by a command that was killed"
-    for aside, output in asides(run):
-        if (output / MANIFEST).is_file():
-            yield aside, "made again since"
     for path in sorted(run.rglob(".*.partial-*")):
         name, _, key = path.name[1:].rpartition(".partial-")
         target = path.with_name(name)

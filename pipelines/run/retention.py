@@ -7,19 +7,18 @@ Whatever is done here can be killed at any instant, and then
   a released.json whose files are still there         the next time deletes them
   FILE beside FILE.gz                                 the next time checks FILE.gz and deletes FILE
   a scratch file, or a directory .trash-*             is deleted the next time, or by `pipeline gc`
-  .NAME.released (what NAME had published before)     the next driver gives it its name back, if nobody else has it
+
+A released stage that is made again is set aside in superseded/ meanwhile, like one whose key has changed.
 """
 
 import gzip
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,15 @@ from contracts.jsonl import COMPRESSED
 from contracts.manifest import MANIFEST, File, Released, read_manifest, with_checksum
 from pipelines.config.sections import RetentionSection
 from pipelines.graph import Graph, Node
-from pipelines.run.decisions import SUPERSEDED
+from pipelines.run.decisions import SUPERSEDED, why_again
 from pipelines.run.directory import RunDirectory
+from pipelines.run.events import Event, RetentionFailed, RetentionHeld, RowsCompressed, WeightsReleased
 from pipelines.run.metrics import best_of, evaluations, policy_of
 
 TRAINED = ("training", "ema", "critic")
 """The only roles in an iteration whose weights are ever deleted."""
 ROWS = ("generation", "score", "experience")
 """The stages whose rows are compressed."""
-TRASH = ".trash-"
-ASIDE = ".released"
 CHUNK = 1 << 20
 
 
@@ -295,24 +293,12 @@ def _clear_scratch(directory: Path, pattern: str) -> None:
         path.unlink()
 
 
-def discard(directory: Path, run: Path) -> None:
-    """Delete a directory of a run: first out of sight, so that nobody ever sees half of it."""
-    trash = Path(tempfile.mkdtemp(prefix=TRASH, dir=run))
-    os.rename(directory, trash / "discarded")
-    shutil.rmtree(trash)
-
-
 # Making released weights again.
 
 
 def released_inputs(node: Node, graph: Graph) -> list[str]:
     """The stages whose weights were deleted and which a stage needs."""
     return [name for name in node.needs if (graph.nodes[name].output / RELEASED).is_file()]
-
-
-def why_again(reader: str) -> str:
-    """The reason for making a released stage again."""
-    return f"its weights were deleted by gc and {reader} needs them"
 
 
 def made_again(graph: Graph, runs: Collection[str]) -> dict[str, str]:
@@ -328,54 +314,17 @@ def made_again(graph: Graph, runs: Collection[str]) -> dict[str, str]:
     return found
 
 
-def set_aside(output: Path) -> None:
-    """Before a released stage is made again: hide what it had published."""
-    os.rename(output, _aside(output))
-
-
-def drop_aside(output: Path, run: Path) -> bool:
-    """After a released stage has been made again: forget what it had published; whether it came out the same."""
-    aside = _aside(output)
-    if not aside.exists():
-        return True
-    same = Artifact.open(aside).manifest.digest == Artifact.open(output).manifest.digest
-    discard(aside, run)
-    return same
-
-
-def restore(run: Path) -> None:
-    """After a kill: put back what a released stage had published, unless it has been made again, and end deletions."""
-    for trash in run.glob(f"{TRASH}*"):
-        shutil.rmtree(trash)
-    for aside, output in asides(run):
-        if (output / MANIFEST).is_file():
-            discard(aside, run)
-        else:
-            os.rename(aside, output)
-
-
-def asides(run: Path) -> list[tuple[Path, Path]]:
-    """What is set aside, with the place that it was in."""
-    found = sorted(run.glob(f"iteration-*/.*{ASIDE}"))
-    return [(path, path.with_name(path.name[1:].removesuffix(ASIDE))) for path in found]
-
-
-def _aside(output: Path) -> Path:
-    return output.with_name(f".{output.name}{ASIDE}")
-
-
 # While a driver works.
 
 
 class Retention:
-    """Does what a run's section `retention` says while its driver works; what goes wrong in it is told, and no more."""
+    """Does what a run's section `retention` says while its driver works; what goes wrong is only recorded."""
 
-    def __init__(self, run: RunDirectory, graph: Graph, section: RetentionSection, tell: Callable[[str], None]) -> None:
+    def __init__(self, run: RunDirectory, graph: Graph, section: RetentionSection) -> None:
         self.run = run
         self.graph = graph
         self.section = section
-        self.tell = tell
-        self._told: set[str] = set()
+        self._told: set[Event] = set()
         self._stop = threading.Event()
         self._worker = ThreadPoolExecutor(1, "compression")
         self._compressing: dict[str, Future[int]] = {}
@@ -393,15 +342,14 @@ class Retention:
         if self.section.keep == "all" and not self.section.compress:
             return
         if self.run.pinned:
-            self._once(f"keep   {self.run.path.name} is pinned; nothing of it is deleted or compressed")
+            self._once(RetentionHeld(reason=f"{self.run.path.name} is pinned"))
             return
         try:
             for name, kept in why_kept(self.run.path, self.graph, published, self.section.keep).items():
                 if kept is None:
                     reason = f"its weights; nothing needs them, keep={self.section.keep}"
                     freed = release(Artifact.open(self.graph.nodes[name].output), reason)
-                    self.run.record("release", stage=name, bytes=freed, reason=reason)
-                    self.tell(f"release {name}  ({reason}; {megabytes(freed)} are free)")
+                    self.run.record(WeightsReleased(stage=name, bytes=freed, reason=reason))
             for node, kept in compressible(self.graph, published) if self.section.compress else ():
                 if kept is None and node.name not in self._tried:
                     self._tried.add(node.name)
@@ -417,21 +365,15 @@ class Retention:
                 del self._compressing[name]
                 error = job.exception()
                 if error is None:
-                    self.run.record("compress", stage=name, bytes=job.result())
+                    self.run.record(RowsCompressed(stage=name, bytes=job.result()))
                 else:
                     self._failed(f"compressing {name}", error)
         return bool(self._compressing)
 
     def _failed(self, what: str, error: BaseException) -> None:
-        self.run.record("retention failed", what=what, error=f"{type(error).__name__}: {error}")
-        self._once(f"warning: {what} failed, and the run goes on: {type(error).__name__}: {error}")
+        self._once(RetentionFailed(what=what, error=f"{type(error).__name__}: {error}"))
 
-    def _once(self, line: str) -> None:
-        if line not in self._told:
-            self._told.add(line)
-            self.tell(line)
-
-
-def megabytes(count: int) -> str:
-    """Bytes as people read them."""
-    return f"{count / 1e6:.1f} MB"
+    def _once(self, event: Event) -> None:
+        if event not in self._told:
+            self._told.add(event)
+            self.run.record(event)

@@ -27,7 +27,7 @@ from contracts.errors import UserError
 from contracts.preflight import Report
 from contracts.records import Message, Rollout, Score
 from contracts.stage import run_stage
-from pipelines.execution.supervisor import progress_of
+from pipelines.execution.endings import progress_of
 
 HEAD = """
 import asyncio, ctypes, os, pathlib, signal, subprocess, sys, threading, time

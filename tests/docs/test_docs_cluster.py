@@ -19,7 +19,7 @@ from pipelines.config.executor import (
     minutes_of,
 )
 from pipelines.config.load import load_run_config
-from pipelines.execution.slurm.resources import Resources, finishing, resources_of
+from pipelines.execution.executors.slurm.resources import Resources, finishing, resources_of
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 

@@ -35,7 +35,7 @@ from contracts.jsonl import read_jsonl
 from contracts.manifest import MANIFEST
 from pipelines.config.load import load_run_config
 from pipelines.environments.locked import PACKAGES, source_root
-from pipelines.execution.executors import job_folder
+from pipelines.execution.executors.local import job_folder
 from pipelines.execution.supervisor import RUN, marked
 from pipelines.iteration import build_graph
 

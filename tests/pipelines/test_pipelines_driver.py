@@ -19,10 +19,14 @@ from pipelines.config.load import load_run_config
 from pipelines.execution import attempts
 from pipelines.execution.attempts import Retries, StageFailedError
 from pipelines.execution.driver import Driver
+from pipelines.execution.executors.base import Site
 from pipelines.graph import Graph
 from pipelines.insight.display import Display
-from pipelines.insight.status import event_lines, print_status
+from pipelines.insight.status import print_status
+from pipelines.insight.wording import notable_lines
+from pipelines.job import ENTRY
 from pipelines.run.directory import RunDirectory
+from pipelines.run.events import Event, StageFailed
 
 INTERPRETER = """#!/usr/bin/env bash
 # An interpreter that misbehaves in its first {times} attempts at a stage.
@@ -57,15 +61,16 @@ class Scene:
 
     def drive(self) -> None:
         console = Console(file=self.said, width=200)
-        Driver(self.run, self.graph, self.config, Display(console, self.graph)).drive()
+        site = Site(self.run, self.graph, self.config, ENTRY)
+        Driver(site, [Display(console, self.run, len(self.graph.nodes))]).drive()
 
     @property
     def attempts(self) -> int:
         return len(self.count.read_text().splitlines())
 
     @property
-    def events(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run.path / "events.jsonl").read_text().splitlines()]
+    def events(self) -> list[Event]:
+        return self.run.events()
 
 
 def test_a_killed_stage_is_tried_again(tmp_path: Path, smallest: Path) -> None:
@@ -74,7 +79,7 @@ def test_a_killed_stage_is_tried_again(tmp_path: Path, smallest: Path) -> None:
     assert Artifact.open(scene.output).manifest.rows == 3
     assert scene.attempts == 3
     assert scene.said.getvalue().count("retry  prompts/all  (was killed by SIGKILL") == 2
-    assert [event["kind"] for event in scene.events if event["event"] == "failed"] == ["transient"] * 2
+    assert [event.kind for event in scene.events if isinstance(event, StageFailed)] == ["transient"] * 2
 
 
 def test_accidents_are_given_up_after_the_retries_and_the_same_command_goes_on(tmp_path: Path, smallest: Path) -> None:
@@ -93,7 +98,7 @@ def test_a_preempted_stage_is_started_again_without_limit(tmp_path: Path, smalle
     assert scene.attempts == 6
 
 
-def test_a_defect_ends_the_run_at_once_with_its_last_words(tmp_path: Path, smallest: Path) -> None:
+def test_a_defect_ends_the_run_at_once_with_its_log_tail(tmp_path: Path, smallest: Path) -> None:
     scene = Scene(tmp_path, smallest, "echo 'what happened'; exit 3", times=1)
     with pytest.raises(StageFailedError, match=r"(?s)failed with exit code 3.*what happened"):
         scene.drive()
@@ -148,12 +153,12 @@ def test_a_stage_that_other_source_code_has_made_is_named(
     scene.drive()
     version = Artifact.open(scene.output).manifest.versions["ratchet"]
     assert version == source_version("contracts")
-    assert not event_lines(scene.events)
+    assert not notable_lines(scene.events)
 
     scene.output.rename(tmp_path / "elsewhere")
     monkeypatch.setattr(attempts, "source_version", lambda package: f"{package} of yesterday")
     scene.drive()
-    (line,) = event_lines(scene.events)
+    (line,) = notable_lines(scene.events)
     assert f"prompts/all: made by Ratchet's source {version}, which was contracts of yesterday when" in line
 
 
@@ -162,7 +167,7 @@ def test_without_the_cluster_nothing_is_claimed_of_its_jobs(
 ) -> None:
     scene = Scene(tmp_path, smallest, "true", times=0)
     attempt = scene.run.new_attempt("prompts/all")
-    jobs = {"work": "7", "finish": "8", "chained": True, "submitted": 0.0}
+    jobs = {"work": "7", "finish": "8", "detached": True, "submitted": 0.0}
     (attempt / "jobs.json").write_text(json.dumps(jobs))
     monkeypatch.setenv("PATH", "/nowhere")
     said = io.StringIO()

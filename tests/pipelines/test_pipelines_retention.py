@@ -24,6 +24,7 @@ from pipelines_smallest import FinishedRun
 from rich.console import Console
 
 import pipelines.execution.driver
+import pipelines.execution.lifecycle
 import pipelines.run.verdicts
 from contracts.artifacts import Artifact, input_damage
 from contracts.errors import UserError
@@ -37,13 +38,16 @@ from contracts.stage import key_parts, stage_key
 from embedded.config import WORLD_FILES
 from pipelines.config.load import load_run_config
 from pipelines.execution.driver import Driver
+from pipelines.execution.executors.base import Executor, Site
 from pipelines.execution.supervisor import REQUEST, Request
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.insight.display import Display
 from pipelines.insight.status import print_status
 from pipelines.iteration import build_graph
+from pipelines.job import ENTRY
 from pipelines.main import main
 from pipelines.run.directory import RunDirectory
+from pipelines.run.events import JobEnded
 from pipelines.run.fork import CONFIG, fork
 from pipelines.run.gc import collect, settled
 from pipelines.run.retention import compress, release, why_kept
@@ -61,21 +65,18 @@ REWARDS = [0.1, 0.5, 0.9, 0.3, 0.4, 0.2, 0.6]
 """Of the policies, by iteration."""
 
 
-class Stages:
+class Stages(Executor):
     """An executor, and its only job, which publishes what depends on a stage's key, and on `salt` if that is set."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
         self.started: list[str] = []
         self.salt = ""
         self.after: Callable[[], None] = lambda: None
 
     kind = "local"
 
-    def adopt(self, node: Node, key: str, run: RunDirectory) -> None:
-        pass
-
-    def submit(self, node: Node, attempt: Path, run: Path) -> "Stages":
+    def submit(self, node: Node, attempt: Path) -> "Stages":  # type: ignore[override]
         self.started.append(node.name)
         (attempt / REQUEST).write_bytes(msgspec.json.encode(Request([], {}, [], "", "", None)))
         make(node, self.salt)
@@ -88,11 +89,8 @@ class Stages:
     def news(self) -> None:
         pass
 
-    def clear(self, attempt: Path) -> list[dict[str, str]]:
+    def clear(self) -> list[JobEnded]:
         return []
-
-    def cancel(self, attempt: Path) -> None:
-        pass
 
 
 def make(node: Node, salt: str = "") -> None:
@@ -144,7 +142,7 @@ def small_stages(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
     if "real" in request.node.name:
         yield
         return
-    monkeypatch.setattr(pipelines.execution.driver, "probe_versions", lambda *_: {})
+    monkeypatch.setattr(pipelines.execution.lifecycle, "probe_versions", lambda *_: {})
     monkeypatch.setattr(pipelines.run.verdicts, "probe_versions", lambda *_: {})
     monkeypatch.setattr(pipelines.execution.driver, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -168,8 +166,9 @@ class Run:
         run = RunDirectory(self.path)
         run.claim(config, self.config, iterations)
         console = Console(file=io.StringIO(), width=200)
-        driver = Driver(run, graph, config, Display(console, graph))
-        driver.executors["local"] = stages = Stages(graph)
+        site = Site(run, graph, config, ENTRY)
+        driver = Driver(site, [Display(console, run, len(graph.nodes))])
+        driver.executors._made["local"] = stages = Stages(site)
         prepare(stages)
         try:
             driver.drive()
@@ -186,7 +185,7 @@ class Run:
         run, console = RunDirectory.existing(self.path), Console(file=io.StringIO(), width=200)
         chosen = {"superseded": False, "dry_run": False, **options}
         try:
-            collect(console, run, config.retention, **chosen)
+            collect(console, run, config.retention, lambda: 0, **chosen)
         finally:
             if run._lock is not None:
                 run._lock.close()
@@ -595,7 +594,7 @@ def test_where_it_comes_out_differently_all_that_was_made_from_it_is_made_again(
         stages.salt = "as on a GPU"
 
     started = run.drive(5, prepare=prepare)
-    assert "differs iteration-003/training" in run.lines
+    assert "iteration-003/training differs from what it was before its weights were deleted" in run.lines
     assert {"iteration-004/generation", "iteration-005/training", "iteration-005/evaluation"} <= set(started)
     assert not any(name.startswith(("iteration-001", "iteration-002", "setup")) for name in started)
     assert settled(run.graph) == set(run.graph.nodes)
@@ -716,7 +715,7 @@ def test_a_driver_killed_while_it_makes_again_loses_nothing(smallest: Path) -> N
         there = {path.parent for path in run.path.rglob(MANIFEST)}
         for name in reference.keys() - {"iteration-004/heldout/generation"}:
             path = run.path / name
-            assert path in there or path.with_name(f".{path.name}.released") in there
+            assert path in there or any(path.is_relative_to(run.path / "superseded" / name) for path in there)
         run.drive(5)
         assert run.digests() == reference
         assert not list(run.path.rglob(".*"))

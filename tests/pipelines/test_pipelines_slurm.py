@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import yaml
@@ -18,8 +18,11 @@ from pipelines_smallest import COMMAND, FinishedRun, pipeline, write_smallest
 
 from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST
-from pipelines.execution.slurm.jobs import last_jobs
+from pipelines.execution.executors.slurm.jobs import last_jobs
 from pipelines.run.directory import RunDirectory
+from pipelines.run.events import Event, JobRequeued, StageFailed, StageSubmitted
+
+E = TypeVar("E", bound=Event)
 
 FEW = {"generation": {"tasks": 2}, "scoring": {"tasks": 2}}
 """Two tasks for each array: every task loads a model, and here they share a machine."""
@@ -118,9 +121,9 @@ class SlurmRun:
         output = self.path / stage
         return any(output.parent.glob(f".{output.name}.partial-*/state/*.safetensors"))
 
-    def events(self, kind: str) -> list[dict[str, Any]]:
+    def events(self, kind: type[E]) -> list[E]:
         """What was recorded of a kind."""
-        return [event for event in self.run.events() if event["event"] == kind]
+        return [event for event in self.run.events() if isinstance(event, kind)]
 
     def is_over(self) -> bool:
         """Whether no job of the cluster is left."""
@@ -203,9 +206,7 @@ def test_a_chain_without_a_driver_survives_what_a_cluster_does_to_it(
         ((preempted, node),) = run.tasks("iteration-001/training")
         blocker = cluster.submit("sleep 600", "--partition=gpu", f"--nodelist={node}", "--exclusive")
         wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), 60, "the training is told")
-    wait_for(
-        lambda: any(event["reason"] == "preempted" for event in run.events("requeue")), 60, "it asks for a requeue"
-    )
+    wait_for(lambda: any(event.reason == "preempted" for event in run.events(JobRequeued)), 60, "it asks for a requeue")
     cluster.run("scancel", blocker)
 
     cluster.restart_controller()
@@ -258,7 +259,7 @@ def test_after_a_failure_nothing_waits_for_ever_and_the_same_command_goes_on(tmp
     before = run.digests()
     (tmp_path / "rules.py").write_text(rules)
     run.detach(iterations=1)
-    submitted = {event["stage"] for event in run.events("submitted") if event["attempt"] == "attempt-2"}
+    submitted = {event.stage for event in run.events(StageSubmitted) if event.attempt == "attempt-2"}
     assert "setup/reward-model/labels" in submitted
     assert "iteration-001/training" in submitted
     assert not submitted & before.keys()
@@ -272,11 +273,11 @@ def test_after_a_failure_nothing_waits_for_ever_and_the_same_command_goes_on(tmp
     assert result.returncode == 2
     assert "with other settings" in result.stderr
 
-    before = len(run.events("submitted"))
+    before = len(run.events(StageSubmitted))
     result = run.pipeline("cancel", str(run.path))
     assert result.returncode == 0, result.stderr
     wait_for(run.is_over, 60, "all jobs end")
-    assert len(run.events("submitted")) == before, "what was cancelled is not tried again"
+    assert len(run.events(StageSubmitted)) == before, "what was cancelled is not tried again"
     assert run.pipeline("cancel", str(run.path)).stdout.startswith("nobody works on")
 
 
@@ -335,10 +336,10 @@ def test_a_chain_outlives_a_killed_job_an_early_notice_and_accounting(tmp_path: 
     run.wait_for(lambda: any(path != start for path in slow.glob("start-*")), 60, "it starts again")
     ((world, _),) = run.tasks("setup/world")
     cluster.run("scancel", "--signal=USR2", world)
-    run.wait_for(lambda: run.events("requeue"), 60, "the job asks for a requeue")
+    run.wait_for(lambda: run.events(JobRequeued), 60, "the job asks for a requeue")
     run.wait_for((run.run.attempts("setup/world")[0] / "prepare.lock").exists, 60, "it looks at the environment")
     cluster.run("scancel", "--signal=USR2", world)
-    run.wait_for(lambda: len(run.events("requeue")) == 2, 60, "the job asks for another requeue")
+    run.wait_for(lambda: len(run.events(JobRequeued)) == 2, 60, "the job asks for another requeue")
 
     task, _ = run.wait_for_tasks("iteration-000/heldout/generation")[0]
     cluster.kill("slurmdbd")
@@ -353,7 +354,7 @@ def test_a_chain_outlives_a_killed_job_an_early_notice_and_accounting(tmp_path: 
     status = run.status()
     assert re.search(rf"setup/world: job {world} .* exit code 137, and was started again", status), status
     assert re.search(rf"setup/world: job {world} .* requeued \(signal, \d+ s before the time limit\)", status), status
-    assert not run.events("failed")
+    assert not run.events(StageFailed)
     assert run.pipeline("cancel", str(run.path)).returncode == 0
     wait_for(run.is_over, 60, "all jobs end")
 

@@ -14,14 +14,21 @@ from contracts.errors import UserError
 from pipelines.config.executor import minutes_of
 from pipelines.config.load import load_run_config
 from pipelines.config.run import RunConfig
-from pipelines.execution.slurm.checks import check_patterns, check_slurm, settle_variant
-from pipelines.execution.slurm.node import FAILED, TRY_AGAIN, start_again
-from pipelines.execution.slurm.resources import Resources, device_hours, finishing, resources_of, submitit_parameters
-from pipelines.execution.slurm.scripts import make_executor, script, write_dry_run
+from pipelines.execution.executors.slurm.checks import check_slurm
+from pipelines.execution.executors.slurm.node import FAILED, TRY_AGAIN, start_again
+from pipelines.execution.executors.slurm.resources import (
+    Resources,
+    device_hours,
+    finishing,
+    resources_of,
+    submitit_parameters,
+)
+from pipelines.execution.executors.slurm.scripts import make_executor, script, write_dry_run
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.machine import gpu_count
 from pipelines.main import main
+from pipelines.planning.entries import check_patterns, settle_variant
 
 TRAINING = "iteration-001/training"
 GENERATION = "iteration-001/generation"

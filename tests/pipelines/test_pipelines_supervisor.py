@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pipelines.execution.supervisor import Ending, Request, ending_of, failure_of, process_identity, supervise
+from pipelines.execution.endings import Ending, ending_of, failure_of
+from pipelines.execution.supervisor import Request, process_identity, supervise
 
 SLEEPERS = "sleep 600 & sleep 600 & echo started; wait"
 """A shell with two children of its own, as a launcher with its ranks."""

@@ -15,10 +15,12 @@ from pipelines_smallest import COMMAND
 from contracts.surroundings import without_foreign
 from pipelines.config.load import load_run_config
 from pipelines.environments.launch import EnvironmentConfig, launch_command, stage_environment
-from pipelines.execution.supervisor import ending_of, progress_of, supervise_here
-from pipelines.insight.status import event_lines
+from pipelines.execution.endings import ending_of, progress_of
+from pipelines.execution.supervisor import supervise_here
+from pipelines.insight.wording import notable_lines
 from pipelines.main import main
 from pipelines.run.directory import RunDirectory
+from pipelines.run.events import StageFailed
 
 ROOT = Path(__file__).parents[2]
 IMPOSTORS = ("torch", "yaml", "msgspec", "pydantic", "queue", "random", "rich")
@@ -287,13 +289,13 @@ def test_foreign_things_among_the_attempts(begun: RunDirectory) -> None:
 
 def test_lines_of_the_events_that_are_not_ours(begun: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     failure = {"attempt": "attempt-1", "kind": "error", "how": "fell over.", "retry_in": None}
-    begun.record("failed", stage="iteration-001/generation", **failure)
+    begun.record(StageFailed(stage="iteration-001/generation", **failure))
     with (begun.path / "events.jsonl").open("ab") as file:
         for line in DAMAGE.values():
             file.write(line + b"\n")
         file.write(b'{"event": "failed", "time": "yesterday"}\n{"event": "cancelled", "jobs": 3}\n{"event": "torn')
-    begun.record("failed", stage="iteration-001/training", **failure)
-    told = event_lines(begun.events())
+    begun.record(StageFailed(stage="iteration-001/training", **failure))
+    told = notable_lines(begun.events())
     assert [line[21:] for line in told[:2]] == [
         "iteration-001/generation: attempt-1 fell over. Not tried again.",
         "iteration-001/training: attempt-1 fell over. Not tried again.",

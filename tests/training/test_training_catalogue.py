@@ -8,7 +8,8 @@ from textwrap import dedent
 import pytest
 
 from contracts.errors import UserError
-from training.catalogue import BUILT_IN, FOLDER, Setting, check_settings, describe, load
+from training.catalogue import BUILT_IN, FOLDER, check_settings, describe, load
+from training.settings import Setting
 
 ROOT = Path(__file__).parents[2]
 GOOD = """\

@@ -247,7 +247,7 @@ def rundir(faults: Faults, module: ModuleType) -> None:
     record = module.RunDirectory.record
 
     @functools.wraps(record)
-    def new_record(self: Any, event: str, **facts: Any) -> None:
+    def new_record(self: Any, event: Any) -> None:
         path = self.path / "events.jsonl"
         fault = faults.due("record", None)
         if fault is not None and faults.take(fault, path):
@@ -256,15 +256,15 @@ def rundir(faults: Faults, module: ModuleType) -> None:
                     file.write(b"\0" * 40 if fault["zeros"] else b'{"time":1234567890.123,"event":"sta'[: fault["id"]])
                 fault = {**fault, "share": 1.0}
             faults.strike(fault, path)
-        record(self, event, **facts)
-        if event == "published":
+        record(self, event)
+        if type(event).__name__ == "StagePublished":
             faults.point("between")
 
     module.RunDirectory.record = new_record
 
 
 def executors(faults: Faults, module: ModuleType) -> None:
-    """pipelines.execution.executors"""
+    """pipelines.execution.executors.local"""
     submit = module.LocalExecutor.submit
 
     @functools.wraps(submit)
@@ -282,7 +282,7 @@ PATCHES = {
     "contracts.stage": stage,
     "training.state": state,
     "pipelines.run.directory": rundir,
-    "pipelines.execution.executors": executors,
+    "pipelines.execution.executors.local": executors,
 }
 
 

@@ -1,54 +1,16 @@
 """What can be found wrong with the use of Slurm before anything is submitted."""
 
-import difflib
-import fnmatch
-import os
 import shutil
 import subprocess
 
 from contracts.errors import UserError
-from pipelines.config.executor import KINDS, ONLY_IN, ExecutorSection, kind_of, minutes_of
-from pipelines.environments.locked import VARIANT
-from pipelines.execution.slurm.resources import Resources, finishing, resources_of
+from pipelines.config.executor import ExecutorSection, minutes_of
+from pipelines.execution.executors.slurm.resources import Resources, finishing, resources_of
 from pipelines.graph import Graph
 
 PROGRAMS = ("sbatch", "squeue", "sacct", "sinfo", "scancel", "scontrol", "srun")
 LOCAL = "or set executor=local to run on this machine"
 ANSWER_SECONDS = 120
-
-
-def check_patterns(graph: Graph, executor: ExecutorSection) -> None:
-    """Raise UserError where an entry of executor.stages is for no stage of the run, or for none that has its keys."""
-    for pattern, entry in executor.stages.items():
-        if pattern in KINDS:
-            continue
-        named = [node for node in graph.nodes.values() if fnmatch.fnmatchcase(node.name, pattern)]
-        if not named:
-            nearest = difflib.get_close_matches(pattern, [*KINDS, *graph.nodes], n=3, cutoff=0.4)
-            hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-            raise UserError(
-                f"executor.stages has an entry for {pattern!r}, but the run has no such stage.{hint} A key is "
-                f"{', '.join(KINDS)}, the name of a stage, or a pattern with *; `--dry-run` lists the stages."
-            )
-        for key, kinds in ONLY_IN.items():
-            if getattr(entry, key) is not None and not any(kind_of(node.config) in kinds for node in named):
-                raise UserError(
-                    f"executor.stages[{pattern!r}].{key} is {getattr(entry, key)}, but only {' and '.join(kinds)} "
-                    f"stages can have `{key}`, and {named[0].name} is none. Take it out."
-                )
-
-
-def settle_variant(executor: ExecutorSection) -> None:
-    """Decide between the cpu and the gpu environments by what is asked of Slurm, not by the GPUs of this machine.
-
-    Sets RATCHET_VARIANT, which the jobs inherit, where the user has not, and as far as all heavy stages run on Slurm.
-    """
-    if not executor.uses_slurm or os.environ.get(VARIANT, "auto") not in ("", "auto"):
-        return
-    if executor.asks_gpus:
-        os.environ[VARIANT] = "gpu"
-    elif executor.is_remote:
-        os.environ[VARIANT] = "cpu"
 
 
 def check_slurm(executor: ExecutorSection, graph: Graph) -> None:

@@ -2,14 +2,15 @@
 
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from contracts.files import write_atomically
-from pipelines.execution.slurm import scheduler
-from pipelines.execution.slurm.jobs import RECORD, Jobs, jobs_of
-from pipelines.execution.slurm.scheduler import SchedulerError
+from pipelines.execution.executors.slurm import scheduler
+from pipelines.execution.executors.slurm.jobs import RECORD, Jobs, jobs_of
+from pipelines.execution.executors.slurm.scheduler import SchedulerError
 from pipelines.run.directory import RunDirectory
+from pipelines.run.events import JobEnded
 
 ACCOUNTING = "accounting.json"
 ACCOUNTING_PATIENCE = 60.0
@@ -29,7 +30,7 @@ WORDS = {
 """States that a report tells, in words; not that a job ended well."""
 
 
-def events_of(attempt: Path, tasks: dict[str, int], *, published: bool) -> list[dict[str, str]]:
+def outcome_of(stage: str, attempt: Path, tasks: dict[str, int], *, published: bool) -> list[JobEnded]:
     """What happened to the jobs of an attempt that has ended; kept in accounting.json beside its logs.
 
     A run does not wait for an accounting that does not answer: without this file, later commands ask it again.
@@ -45,21 +46,43 @@ def events_of(attempt: Path, tasks: dict[str, int], *, published: bool) -> list[
     except SchedulerError as error:
         print(f"what happened to the jobs {', '.join(tasks)} is not known yet: {error}", file=sys.stderr)
         return []
-    return _note(attempt, records)
+    return _note(stage, attempt, records)
 
 
-def _note(attempt: Path, records: list[scheduler.Record]) -> list[dict[str, str]]:
+def _note(stage: str, attempt: Path, records: list[scheduler.Record]) -> list[JobEnded]:
     rows = [{name: getattr(record, name) for name in record.__struct_fields__} for record in records]
     write_atomically(attempt / ACCOUNTING, json.dumps(rows, indent=1).encode())
-    return _events(records)
+    return _events(stage, records)
 
 
-def _events(records: list[scheduler.Record]) -> list[dict[str, str]]:
+def _events(stage: str, records: list[scheduler.Record]) -> list[JobEnded]:
     return [
-        {"job": record.id, "state": record.state, "nodes": record.nodes, "code": record.code, "end": record.end}
+        JobEnded(
+            stage=stage,
+            job=record.id,
+            text=_in_words(record),
+            ended=_timestamp(record.end),
+            requeued=record.state == "REQUEUED",
+            cancelled=record.word == "CANCELLED",
+        )
         for record in records
         if record.word in WORDS and record.state != "CANCELLED"  # by Slurm itself, since what it waited for failed
     ]
+
+
+def _timestamp(end: str) -> float | None:
+    try:
+        return datetime.fromisoformat(end).timestamp()
+    except ValueError:  # one that has no end
+        return None
+
+
+def _in_words(record: scheduler.Record) -> str:
+    what = WORDS[record.word]
+    by = record.state.partition(" ")[2]
+    code = f", exit code {record.code.partition(':')[0]}" if what == "failed" else ""
+    where = "before it started" if record.nodes == "None assigned" else f"on {record.nodes}"
+    return f"job {record.id} {where}: {what}{f' {by}' if by else ''}{code}"
 
 
 def unaccounted(run: RunDirectory, live: set[str]) -> dict[Path, Jobs]:
@@ -74,11 +97,12 @@ def record_missed(run: RunDirectory, live: set[str]) -> None:
     found = unaccounted(run, live)
     records = scheduler.settled_history({id: count for jobs in found.values() for id, count in jobs.tasks.items()})
     for attempt, jobs in found.items():
-        for event in _note(attempt, [record for record in records if record.base in jobs.ids]):
-            run.record("slurm", stage=run.stage_of(attempt), **event)
+        of_attempt = [record for record in records if record.base in jobs.ids]
+        for event in _note(run.stage_of(attempt), attempt, of_attempt):
+            run.record(event)
 
 
-def missed(run: RunDirectory, live: set[str], patience: float) -> list[dict[str, Any]]:
+def missed(run: RunDirectory, live: set[str], patience: float) -> list[JobEnded]:
     """The same, without taking note of it.
 
     Raises:
@@ -87,16 +111,7 @@ def missed(run: RunDirectory, live: set[str], patience: float) -> list[dict[str,
     found = unaccounted(run, live)
     records = scheduler.history([id for jobs in found.values() for id in jobs.ids], patience)
     return [
-        {"event": "slurm", "stage": run.stage_of(attempt), **event}
+        event
         for attempt, jobs in found.items()
-        for event in _events([record for record in records if record.base in jobs.ids])
+        for event in _events(run.stage_of(attempt), [record for record in records if record.base in jobs.ids])
     ]
-
-
-def in_words(event: dict[str, str]) -> str:
-    """One event for people."""
-    what = WORDS[event["state"].split()[0]]
-    by = event["state"].partition(" ")[2]
-    code = f", exit code {event['code'].partition(':')[0]}" if what == "failed" else ""
-    where = "before it started" if event["nodes"] == "None assigned" else f"on {event['nodes']}"
-    return f"job {event['job']} {where}: {what}{f' {by}' if by else ''}{code}"

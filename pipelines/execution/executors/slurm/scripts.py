@@ -23,16 +23,16 @@ from contracts import yaml_text
 from contracts.errors import UserError
 from pipelines.config.executor import HEAVY, KINDS
 from pipelines.config.run import RunConfig
-from pipelines.execution.executors import job_folder
-from pipelines.execution.slurm.node import start_again
-from pipelines.execution.slurm.resources import (
+from pipelines.execution.executors.local import job_folder
+from pipelines.execution.executors.slurm.node import start_again
+from pipelines.execution.executors.slurm.resources import (
     Resources,
     device_hours,
     finishing,
     resources_of,
     submitit_parameters,
 )
-from pipelines.execution.slurm.scheduler import mark_of
+from pipelines.execution.executors.slurm.scheduler import mark_of
 from pipelines.graph import Graph, Node
 
 DRY_RUN = ".dry-run"
@@ -49,7 +49,7 @@ class BatchExecutor(SlurmExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        return f"{self.python} -u -m pipelines.execution.slurm.start {shlex.quote(str(self.folder))}"
+        return f"{self.python} -u -m pipelines.execution.executors.slurm.start {shlex.quote(str(self.folder))}"
 
 
 def make_executor(folder: Path, parameters: Mapping[str, Any]) -> BatchExecutor:
@@ -77,7 +77,7 @@ class Asked:
 
     work: Resources
     finish: Resources | None
-    """The small job after an array, and in a chain without a driver after every heavy stage."""
+    """The small job after an array, and in a detached run after every heavy stage."""
 
     @property
     def parts(self) -> list[Resources]:

@@ -1,15 +1,14 @@
 """The jobs of one attempt at a stage, and how they are submitted. What they do on their nodes: node.py.
 
     W   works: one supervisor per task of an array, or per node
-    F   finishes, after W has ended in whatever way: publishes what an array's tasks have made; in a chain without a
-        driver it also concludes (chain.py), and so do the stages that are too small for a job W of their own
+    F   finishes, after W has ended in whatever way: publishes what an array's tasks have made; in a detached run
+        it also finalizes (detached.py), and so do the stages that are too small for a job W of their own
 
 submitit passes a job on as a pickle in a private folder outside of the run directory. A job that is requeued, by Slurm
 or by itself, starts again from that pickle: everything else is on the disk.
 """
 
 import contextlib
-import functools
 import io
 import os
 import shutil
@@ -25,13 +24,14 @@ from contracts.attempt import ATTEMPT, ROLE
 from contracts.files import write_atomically
 from contracts.fingerprint import digest
 from contracts.manifest import MANIFEST
-from pipelines.config.executor import ExecutorSection
-from pipelines.execution.executors import job_folder
-from pipelines.execution.slurm import scheduler
-from pipelines.execution.slurm.node import Duty, Task, perform, start_again
-from pipelines.execution.slurm.resources import Resources, finishing, resources_of, submitit_parameters
-from pipelines.execution.slurm.scheduler import mark_of
-from pipelines.execution.slurm.scripts import job_name, make_executor
+from pipelines.execution.attempts import write_request
+from pipelines.execution.executors.base import Site
+from pipelines.execution.executors.local import job_folder
+from pipelines.execution.executors.slurm import scheduler
+from pipelines.execution.executors.slurm.node import Duty, SlurmTask, start_again
+from pipelines.execution.executors.slurm.resources import Resources, finishing, resources_of, submitit_parameters
+from pipelines.execution.executors.slurm.scheduler import mark_of
+from pipelines.execution.executors.slurm.scripts import job_name, make_executor
 from pipelines.graph import Graph, Node
 from pipelines.run.directory import RunDirectory
 
@@ -45,8 +45,8 @@ class Jobs(msgspec.Struct, frozen=True):
     """W's id."""
     finish: str | None
     """F's id, where there is one."""
-    chained: bool
-    """Whether they conclude by themselves; otherwise a driver does."""
+    detached: bool
+    """Whether they finalize by themselves; otherwise a driver does."""
     submitted: float
     """When, in seconds since 1970."""
     array: int = 1
@@ -64,7 +64,7 @@ class Jobs(msgspec.Struct, frozen=True):
 
     @property
     def last(self) -> str:
-        """The one after which the attempt is over; what later stages wait for in a chain."""
+        """The one after which the attempt is over; what later stages wait for in a detached run."""
         return self.ids[-1]
 
 
@@ -104,50 +104,49 @@ def end_unknown(run: Path) -> set[str]:
     return live & known
 
 
+def request_for(node: Node, attempt: Path, site: Site) -> None:
+    """Write the request of an attempt that runs on the cluster."""
+    resources = resources_of(node, site.config.executor)
+    threads = max(1, resources.cpus // resources.processes)
+    write_request(node, attempt, site.run.path, site.config, threads, here=False)
+
+
 def submit(
     node: Node,
     attempt: Path,
-    graph: Graph,
-    executor: ExecutorSection,
+    site: Site,
     *,
-    chained: bool = False,
+    detached: bool = False,
     after: tuple[str, ...] = (),
     pause: float | None = None,
 ) -> Jobs:
     """Submit the jobs of an attempt whose request is written, and note their ids in its folder.
 
     Args:
-        chained: they conclude by themselves.
+        detached: they finish the stage by themselves.
         after: jobs that have to succeed before.
         pause: seconds to wait before the start.
     """
-    run, resources = graph.directory, resources_of(node, executor, graph)
+    executor, run = site.config.executor, site.run.path
+    resources = resources_of(node, executor, site.graph)
     array = resources.tasks if resources.is_array else 0
-    make = functools.partial(_submit, executor=executor, run=run)
     success = [f"afterok:{':'.join(after)}"] if after else []
-    here: tuple[Duty, ...] = ("work", "conclude") if chained and resources.kind == "light" else ("work",)
-    task = Task(str(run), node.name, str(attempt), here, array, resources.nodes, chained, executor.grace_seconds)
-    work = make(task, resources, dependency=success, pause=pause)
-    later: tuple[Duty, ...] = (*(("publish",) if array else ()), *(("conclude",) if chained else ()))
+    here: tuple[Duty, ...] = ("work", "finalize") if detached and resources.kind == "light" else ("work",)
+    task = SlurmTask(str(run), node.name, str(attempt), here, array, resources.nodes, detached, executor.grace_seconds)
+    work = _submit(task, resources, site, dependency=success, pause=pause)
+    later: tuple[Duty, ...] = (*(("publish",) if array else ()), *(("finalize",) if detached else ()))
     finish = None
-    if later and "conclude" not in here:
+    if later and "finalize" not in here:
         task = replace(task, duties=later, array=0, nodes=1)
-        finish = make(task, finishing(executor), dependency=[f"afterany:{work}", *success], pause=None)
-    jobs = Jobs(work, finish, chained, time.time(), max(1, array))
+        finish = _submit(task, finishing(executor), site, dependency=[f"afterany:{work}", *success], pause=None)
+    jobs = Jobs(work, finish, detached, time.time(), max(1, array))
     write_atomically(attempt / RECORD, msgspec.json.encode(jobs))
     return jobs
 
 
-def _submit(
-    task: Task,
-    resources: Resources,
-    *,
-    executor: ExecutorSection,
-    run: Path,
-    dependency: list[str],
-    pause: float | None,
-) -> str:
+def _submit(task: SlurmTask, resources: Resources, site: Site, *, dependency: list[str], pause: float | None) -> str:
     """Hand one job to Slurm; returns its id."""
+    executor, run = site.config.executor, site.run.path
     step = "work" if "work" in task.duties else "finish"
     folder = slurm_folder(run) / f"{name_of(Path(task.attempt))}-{step}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -160,15 +159,15 @@ def _submit(
         kill_on_invalid_dependency=bool(dependency),
         begin=pause,
         comment=mark_of(run),
-        teardown=start_again(executor.retries, executor.backoff_seconds) if "conclude" in task.duties else (),
+        teardown=start_again(executor.retries, executor.backoff_seconds) if "finalize" in task.duties else (),
     )
     slurm = make_executor(folder, parameters)
 
     def hand_over() -> str:
         with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # sbatch's message is in the error, too
             if task.array > 1:
-                return str(slurm.map_array(perform, [task] * task.array)[0].job_id)
-            return str(slurm.submit(perform, task).job_id)
+                return str(slurm.map_array(site.entry.perform, [task] * task.array)[0].job_id)
+            return str(slurm.submit(site.entry.perform, task).job_id)
 
     return scheduler.patiently(f"submitting stage {task.stage}", hand_over).partition("_")[0]
 
@@ -200,7 +199,7 @@ def clear_folders(run: Path, live: set[str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def keep_last_words(attempt: Path, run: Path) -> None:
+def keep_output(attempt: Path, run: Path) -> None:
     """Copy what the jobs of an attempt have printed themselves to its logs."""
     for log in job_logs(attempt, run):
         if log.parent != attempt:

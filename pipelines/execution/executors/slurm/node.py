@@ -23,27 +23,29 @@ from contracts.attempt import ATTEMPT, PROGRESS, ROLE, fail
 from contracts.errors import TransientError, UserError
 from contracts.files import appears, write_atomically
 from contracts.stopping import SIGNALS
-from pipelines.execution.slurm import scheduler
-from pipelines.execution.slurm.start import NOTICES
-from pipelines.execution.supervisor import DECISION, PUBLISHER, supervise
+from pipelines.execution.endings import PUBLISHER
+from pipelines.execution.executors.base import Entry
+from pipelines.execution.executors.slurm import scheduler
+from pipelines.execution.executors.slurm.start import NOTICES
+from pipelines.execution.supervisor import DECISION, supervise
 
 MEET_SECONDS = 300.0
 """How long the nodes of a job wait for the first of them."""
 NOTICE_SECONDS = 150.0
 """Slurm's notice comes at most so long before the end of the grace period: a margin, and the grid of its clock."""
-Duty = Literal["work", "publish", "conclude"]
+Duty = Literal["work", "publish", "finalize"]
 FAILED = 70
 """Exit code of a job whose stage has failed for good (EX_SOFTWARE)."""
 TRY_AGAIN = 75
 """Exit code of a job whose stage is tried again by another one (EX_TEMPFAIL)."""
-CONCLUDED = (0, UserError.exit_code, FAILED, TRY_AGAIN)
-"""Exit codes of a job that has concluded its stage. Any other is an accident of the job's own."""
+FINALIZED = (0, UserError.exit_code, FAILED, TRY_AGAIN)
+"""Exit codes of a job that has finalized its stage. Any other is an accident of the job's own."""
 ENDED = "RATCHET_ENDED"
-"""Environment variable: the exit codes of those processes of this job that ended before they had concluded."""
+"""Environment variable: the exit codes of those processes of this job that ended before they had finalized."""
 
 
 @dataclass(frozen=True)
-class Task:
+class SlurmTask:
     """What a job does."""
 
     run: str
@@ -53,29 +55,28 @@ class Task:
     array: int = 0
     """Tasks of the array that it is one of; 0: none."""
     nodes: int = 1
-    chained: bool = False
-    """Whether it decides and concludes by itself, without a driver."""
+    detached: bool = False
+    """Whether it decides and finishes the stage by itself, without a driver."""
     grace: float = 0.0
     """Seconds that the stage may take to stop; Slurm's notice comes that long, and some more, before the time limit."""
 
-
-def perform(task: Task) -> None:
-    """What a job runs on each of its nodes."""
-    _record_restart(task)
-    code = 0
-    for duty in task.duties:
-        code = _guarded(duty, task)
-        if code and duty == "work" and "conclude" not in task.duties:
-            break
-    if code:
-        sys.exit(code)
+    def perform(self, entry: Entry) -> None:
+        """What the job runs on each of its nodes."""
+        _record_restart(self)
+        code = 0
+        for duty in self.duties:
+            code = _guarded(duty, self, entry)
+            if code and duty == "work" and "finalize" not in self.duties:
+                break
+        if code:
+            sys.exit(code)
 
 
 def start_again(retries: int, pause: float) -> list[str]:
-    """Lines of bash after the process of a job that concludes a stage of a chain.
+    """Lines of bash after the process of a job that finalizes a stage of a detached run.
 
     Nobody else looks after that stage, and where its job fails, Slurm cancels all that wait for it. So where the
-    process ends without having concluded (killed, not launched, no answer of the scheduler's), the job starts it again.
+    process ends without having finalized (killed, not launched, no answer of the scheduler's), the job starts it again.
 
     Args:
         retries: how often.
@@ -83,7 +84,7 @@ def start_again(retries: int, pause: float) -> list[str]:
     """
     return [
         "code=$?",
-        f"case $code in {' | '.join(map(str, CONCLUDED))}) exit $code ;; esac",
+        f"case $code in {' | '.join(map(str, FINALIZED))}) exit $code ;; esac",
         f'export {ENDED}="${{{ENDED}:-}} $code"',
         f"codes=(${ENDED})",
         f"if [ ${{#codes[@]}} -gt {retries} ]; then exit $code; fi",
@@ -92,38 +93,40 @@ def start_again(retries: int, pause: float) -> list[str]:
     ]
 
 
-def _record_restart(task: Task) -> None:
+def _record_restart(task: SlurmTask) -> None:
     ended = os.environ.pop(ENDED, "").split()
     if not ended:
         return
     from pipelines.run.directory import RunDirectory
+    from pipelines.run.events import JobRestarted
 
     job = submitit.JobEnvironment()
-    RunDirectory(Path(task.run)).record("restart", stage=task.stage, job=job.job_id, host=job.hostname, code=ended[-1])
+    event = JobRestarted(stage=task.stage, job=job.job_id, host=job.hostname, code=ended[-1])
+    RunDirectory(Path(task.run)).record(event)
 
 
-def _guarded(duty: Duty, task: Task) -> int:
+def _guarded(duty: Duty, task: SlurmTask, entry: Entry) -> int:
     """Run one duty; what goes wrong outside of the stage's own process is noted as its failure."""
     part = Path(task.attempt, PUBLISHER if duty != "work" else f"task-{_index(task)}")
     try:
-        if duty != "conclude":
-            return _run_command(task, part.name)
-        from pipelines.execution.slurm.chain import conclude
+        if duty != "finalize":
+            return _run_command(task, part.name, entry)
+        from pipelines.execution.executors.slurm.detached import finalize
 
-        return conclude(task)
+        return finalize(task, entry)
     except Exception as error:
         part.mkdir(parents=True, exist_ok=True)
         os.environ[ATTEMPT] = str(part)
         code = fail(error)
-        return 1 if duty == "conclude" else code  # 1: not concluded
+        return 1 if duty == "finalize" else code  # 1: not finalized
 
 
-def _run_command(task: Task, part: str) -> int:
+def _run_command(task: SlurmTask, part: str, entry: Entry) -> int:
     """Run the stage's command, or this process's share of it; ask for a requeue where it has to stop before its end."""
     stop = StopRequest()
     code = 128 + signal.SIGUSR2  # of a stage that has to stop before its beginning
     try:
-        if not stop() and task.chained and _is_reused(task):
+        if not stop() and task.detached and _is_reused(task, entry):
             return 0
         if not stop():
             code = supervise(task.attempt, part, {ROLE: "publisher"} if part == PUBLISHER else _variables(task), stop)
@@ -142,8 +145,10 @@ def _run_command(task: Task, part: str) -> int:
     if reason == "time limit":
         require_progress(Path(task.attempt, part), task.stage, known.get("TimeLimit", ""))
     from pipelines.run.directory import RunDirectory
+    from pipelines.run.events import JobRequeued
 
-    RunDirectory(Path(task.run)).record("requeue", stage=task.stage, job=job.job_id, reason=reason, host=job.hostname)
+    event = JobRequeued(stage=task.stage, job=job.job_id, reason=reason, host=job.hostname)
+    RunDirectory(Path(task.run)).record(event)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, and Slurm would have to kill this process
     try:
         scheduler.requeue(job.job_id)
@@ -154,13 +159,13 @@ def _run_command(task: Task, part: str) -> int:
         time.sleep(1)  # until Slurm ends this process
 
 
-def _is_reused(task: Task) -> bool:
+def _is_reused(task: SlurmTask, entry: Entry) -> bool:
     """Whether the stage has nothing to do, which the first of its tasks decides for all."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: the same once more
         return bool(json.loads(Path(task.attempt, DECISION).read_bytes())["reuse"])
-    from pipelines.execution.slurm.chain import prepare
+    from pipelines.execution.executors.slurm.detached import prepare
 
-    return prepare(task).reuse
+    return prepare(task, entry).reuse
 
 
 class StopRequest:
@@ -170,7 +175,9 @@ class StopRequest:
         self._asked = False
         for number in NOTICES:
             signal.signal(number, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICES)  # pipelines/execution/slurm/start.py has held them back
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, NOTICES
+        )  # pipelines/execution/executors/slurm/start.py has held them back
 
     def __call__(self) -> bool:
         return self._asked
@@ -207,12 +214,12 @@ def require_progress(part: Path, stage: str, limit: str) -> None:
     write_atomically(mark, now)
 
 
-def _index(task: Task) -> int:
+def _index(task: SlurmTask) -> int:
     """The number of this task of an array, or of this node of a job."""
     return int(os.environ.get("SLURM_ARRAY_TASK_ID" if task.array > 1 else "SLURM_PROCID", "0"))
 
 
-def _variables(task: Task) -> dict[str, str]:
+def _variables(task: SlurmTask) -> dict[str, str]:
     """What tells the stage's command which of several it is."""
     index = _index(task)
     if task.array:
@@ -223,7 +230,7 @@ def _variables(task: Task) -> dict[str, str]:
     return {"NODE_RANK": str(index), "MASTER_ADDR": host, "MASTER_PORT": port}
 
 
-def _meeting_point(task: Task, index: int) -> str:
+def _meeting_point(task: SlurmTask, index: int) -> str:
     """host:port of the first node, which chooses a free port and leaves it in a file for the others."""
     start = re.sub(r"\W", "-", f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}")
     path = Path(task.attempt, f"meeting-{start}")

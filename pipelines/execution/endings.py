@@ -1,0 +1,152 @@
+"""How an attempt at a stage goes on and how it ended, by the files that its supervisors leave."""
+
+import json
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from contracts.attempt import FAILURES, PROGRESS, FailureKind
+from contracts.stopping import SIGNALS, TERMINAL
+
+PUBLISHER = "publisher"
+"""Folder of the supervisor that publishes what the tasks of an attempt have made."""
+PART = re.compile(rf"task-\d+|{PUBLISHER}")
+COUNTED = {"done": int, "total": int, "unit": str}
+SEVERITY: dict[FailureKind, int] = {"user": 0, "transient": 1, "error": 2, "stopped": 3}
+"""Which of several failures explains the others: the lowest."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt that published nothing ended."""
+
+    kind: FailureKind
+    how: str
+    """In words: "failed with exit code 1."."""
+    reason: str | None
+    """What the first failing process said, if it said anything."""
+
+
+def ending_of(attempt: Path) -> Ending:
+    """How an attempt that published nothing ended, and whose fault it was."""
+    endings = [_ending_of_part(part) for part in parts_of(attempt)]
+    bad = [ending for ending in endings if ending is not None]
+    if not bad:
+        return Ending("transient", "ended without a word: its supervisor was killed.", None)
+    failure = failure_of(attempt)
+    if failure is None:
+        return min(bad, key=lambda ending: SEVERITY[ending.kind])
+    how = next((ending.how for ending in bad if ending.reason == failure["text"]), bad[0].how)
+    return Ending(failure["kind"], how, failure["text"])
+
+
+def parts_of(attempt: Path) -> list[Path]:
+    """The folders in which the supervisors of an attempt keep their files; tasks first."""
+    found = [path for path in attempt.iterdir() if PART.fullmatch(path.name)] if attempt.is_dir() else []
+    return sorted(found, key=lambda path: (path.name == PUBLISHER, len(path.name), path.name)) or [attempt]
+
+
+def _ending_of_part(part: Path) -> Ending | None:
+    """How one supervisor's command ended; None if well."""
+    failure = _first_failure([part])
+    if not (part / "exit.json").exists():
+        kind: FailureKind = "transient"
+        killed = "ended without a word: its supervisor was killed."
+        how = killed if failure is None else "failed before its command had ended."
+    else:
+        record = _read(part / "exit.json", {"code": int})
+        if record is None:
+            how, kind = "ended, but its exit.json cannot be read.", "transient"
+        elif record["code"] == 0:
+            return None
+        else:
+            how, kind = _how(record["code"], record.get("stalled"))
+    return Ending(kind, how, None) if failure is None else Ending(failure["kind"], how, failure["text"])
+
+
+def _how(code: int, stalled: float | None) -> tuple[str, FailureKind]:
+    if stalled is not None:
+        return (
+            f"said nothing for {stalled:g} s and was ended (executor.stall_seconds); the log shows where it stood.",
+            "transient",
+        )
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return (
+            "was killed by SIGKILL: by the system, if its memory ran out (dmesg says so), or by somebody.",
+            "transient",
+        )
+    stops = {sign * number + offset for number in (*SIGNALS, *TERMINAL) for sign, offset in ((-1, 0), (1, 128))}
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}.", "stopped" if code in stops else "transient"
+    return f"failed with exit code {code}.", "stopped" if code in stops else "error"
+
+
+def failure_of(attempt: Path) -> dict[str, Any] | None:
+    """The failure that a process of the attempt left and that explains the others.
+
+    A mistake of the user's, or an accident of the machine, is the cause where there is one: what the other processes
+    say follows from it. Among several of a kind the first counts.
+    """
+    tasks = [part for part in parts_of(attempt) if part.name != PUBLISHER]
+    found, later = _first_failure(tasks), _first_failure([attempt / PUBLISHER])
+    if found is None or (found["kind"] == "stopped" and later is not None and later["kind"] != "transient"):
+        return later  # transient: what the tasks have not made is missing
+    return found
+
+
+def _first_failure(parts: list[Path]) -> dict[str, Any] | None:
+    found = [
+        _read(path, {"kind": str, "text": str, "time": (int, float)}) for part in parts for path in part.glob(FAILURES)
+    ]
+    records = [record for record in found if record is not None and record["kind"] in SEVERITY]
+    return min(records, key=lambda record: (SEVERITY[record["kind"]], record["time"]), default=None)
+
+
+def _read(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any] | None:
+    """A small file that a stage or its supervisor has left; None where it was torn, or is somebody else's."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if _is_record(record, fields) else None
+
+
+def _is_record(value: Any, fields: Mapping[str, type | tuple[type, ...]]) -> TypeGuard[dict[str, Any]]:
+    """Whether something that was read is an object with these fields, of these types."""
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in fields.items())
+
+
+def log_of(attempt: Path) -> Path:
+    """The log to read first: of the part that failed, else of the last one that has any."""
+    parts = parts_of(attempt)
+    failed = [part for part in parts if _ending_of_part(part) is not None and any(part.glob(FAILURES))]
+    logged = [part for part in reversed(parts) if (part / "stage.log").is_file()]
+    return [*failed, *logged, attempt][0] / "stage.log"
+
+
+def progress_of(attempt: Path) -> str | None:
+    """How far an attempt says it is: "3/8 shards" or "3/8 shards, 17/64 samples of the next"; None: nothing yet."""
+    found = [_read(part / PROGRESS, COUNTED) for part in parts_of(attempt)]
+    records = [record for record in found if record is not None]
+    if not records:
+        return None
+    furthest = max(records, key=lambda record: record["done"])
+    within = furthest.get("within")
+    more = f", {within['done']}/{within['total']} {within['unit']} of the next" if _is_record(within, COUNTED) else ""
+    return f"{furthest['done']}/{furthest['total']} {furthest['unit']}{more}"
+
+
+def log_tail(attempt: Path) -> str:
+    """The end of what an attempt's stage has printed; where it has not even started, of what its jobs have."""
+    log = log_of(attempt)
+    return "\n".join(tail(path) for path in [log, *sorted(attempt.glob("*_log.out"))][: 1 if log.is_file() else None])
+
+
+def tail(log: Path, lines: int = 30) -> str:
+    """The last lines of a log."""
+    if not log.is_file():
+        return "(it left no log: its process did not start)"
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

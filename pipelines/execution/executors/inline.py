@@ -1,0 +1,32 @@
+"""Threads of the driver, for debugging: one process less between you and the stage."""
+
+import threading
+from pathlib import Path
+
+from pipelines.execution.attempts import write_request
+from pipelines.execution.executors.base import Job
+from pipelines.execution.executors.local import JobHere, LocalExecutor
+from pipelines.execution.supervisor import supervise_here
+from pipelines.graph import Node
+
+
+class InlineExecutor(LocalExecutor):
+    """Runs supervisors in threads of the driver."""
+
+    kind = "inline"
+
+    def submit(self, node: Node, attempt: Path) -> Job:
+        """Start the attempt in a thread."""
+        write_request(node, attempt, self.run.path, self.config, self._threads, here=True)
+        thread = threading.Thread(target=supervise_here, args=(str(attempt),), name=node.name, daemon=True)
+        thread.start()
+        return _ThreadJob(thread, attempt)
+
+
+class _ThreadJob(JobHere):
+    def __init__(self, thread: threading.Thread, attempt: Path) -> None:
+        super().__init__(attempt)
+        self._thread = thread
+
+    def ended(self) -> bool:
+        return not self._thread.is_alive()

@@ -1,0 +1,259 @@
+"""A run without a driver: all of its stages' jobs are submitted at once, each waiting for those that it needs.
+
+No process stays behind. Before a stage works, its first job decides, as a driver would, whether it can be reused
+(`prepare`). After it, its last job takes note of what it has published, or has it tried again (`finalize`): it submits
+the next attempt, and makes those who wait for this one wait for that. Where nothing can be tried again it fails, and
+Slurm cancels whatever waits for it. All of this is done under one file lock, and from what is on the disk.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from contracts.errors import UserError
+from contracts.files import appears
+from contracts.manifest import MANIFEST
+from pipelines.execution.attempts import decision_of, write_decision
+from pipelines.execution.endings import ending_of, log_of, log_tail
+from pipelines.execution.executors.base import Entry, Site
+from pipelines.execution.executors.slurm import scheduler
+from pipelines.execution.executors.slurm.events import outcome_of, record_missed
+from pipelines.execution.executors.slurm.jobs import (
+    Jobs,
+    clear_folders,
+    end_unknown,
+    jobs_of,
+    keep_output,
+    last_jobs,
+    request_for,
+    submit,
+)
+from pipelines.execution.executors.slurm.node import FAILED, TRY_AGAIN, SlurmTask
+from pipelines.execution.executors.slurm.scheduler import SchedulerError
+from pipelines.execution.lifecycle import Lifecycle
+from pipelines.execution.listeners import Broadcast
+from pipelines.execution.supervisor import end_orphans
+from pipelines.graph import Node
+from pipelines.iteration import build_graph
+from pipelines.run.decisions import Decision
+from pipelines.run.directory import CANCEL, RunDirectory, locked
+from pipelines.run.events import RunEnded, RunStarted, StageSubmitted
+from pipelines.run.superseded import end_deletions
+from pipelines.run.verdicts import Verdict
+from pipelines.text import plural
+
+AGAIN = "again"
+"""Mark of an attempt that makes weights again that were deleted; it says why."""
+CONTINUES = "continues"
+"""Mark of an attempt that a finishing job has submitted."""
+
+
+def detach(console: Console, site: Site, plan: dict[str, Verdict]) -> None:
+    """Submit all that is to be done, and say how to follow it."""
+    run, graph = site.run, site.graph
+    if not scheduler.queue(run.path):
+        end_orphans(run.path)
+        end_deletions(run.path)
+        run.clear_scratch()
+    to_run = [name for name, verdict in plan.items() if not verdict.reuse]
+    new = submit_all(site, plan)
+    for name, jobs in new.items():
+        line = f"submit {name}  (job {', '.join(jobs.ids)}; {plan[name].reason})"
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    if not to_run:
+        console.print(f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
+        run.record(RunEnded(outcome="finished"))
+        return
+    count = plural(sum(len(jobs.ids) for jobs in new.values()), "job")
+    under_way = plural(len(to_run) - len(new), "stage")
+    also = f"; {under_way} under way already" if len(to_run) > len(new) else ""
+    console.print(
+        f"{len(new)} of {len(graph.nodes)} stages submitted as {count}{also}. Nothing of it runs here. "
+        f"Follow it with `pipeline status {run.path}`, `attach`, `logs` or `cancel`.",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def submit_all(site: Site, plan: dict[str, Verdict]) -> dict[str, Jobs]:
+    """Submit every stage that is to run and has no jobs yet; returns the new jobs by stage, in order."""
+    run, graph = site.run, site.graph
+    with run.submitting():
+        live = end_unknown(run.path)
+        record_missed(run, live)
+        run.record(RunStarted(stages=len(graph.nodes), by="Slurm"))
+        lifecycle = Lifecycle(run, graph, site.config)
+        new: dict[str, Jobs] = {}
+        for node in graph.nodes.values():
+            if plan[node.name].reuse:
+                if not (node.output / MANIFEST).is_file():  # it lies in superseded/
+                    lifecycle.act(node, lifecycle.decide(node))
+                continue
+            known = last_jobs(run, node.name)
+            if known is not None and known.last in live:
+                if not new.keys() & set(node.needs):
+                    continue
+                scheduler.cancel(known.ids)  # it waits for what has failed; Slurm has only not ended it yet
+            attempt = run.new_attempt(node.name)
+            request_for(node, attempt, site)
+            if plan[node.name].again:
+                (attempt / AGAIN).write_text(plan[node.name].reason)
+            try:
+                new[node.name] = submit(node, attempt, site, detached=True, after=predecessors(run, node, live))
+            except SchedulerError as error:
+                scheduler.cancel([id for jobs in new.values() for id in jobs.ids])
+                end_unknown(run.path)
+                raise SchedulerError(
+                    f"{error}. What this command had submitted before was cancelled; correct it and give it again."
+                ) from error
+            live |= set(new[node.name].ids)
+            run.record(StageSubmitted(stage=node.name, attempt=attempt.name, jobs=new[node.name].ids))
+    return new
+
+
+def predecessors(run: RunDirectory, node: Node, live: set[str]) -> tuple[str, ...]:
+    """The jobs that a stage has to wait for: the last ones of the stages that it needs, if they are under way."""
+    found = [jobs.last for name in node.needs if (jobs := last_jobs(run, name)) is not None]
+    return tuple(dict.fromkeys(id for id in found if id in live))
+
+
+# On the nodes.
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where a job of a detached run stands."""
+
+    site: Site
+    lifecycle: Lifecycle
+    node: Node
+    attempt: Path
+
+    @classmethod
+    def of(cls, task: SlurmTask, entry: Entry) -> "Here":
+        """Read everything anew from the disk."""
+        run = RunDirectory(Path(task.run))
+        config = run.config
+        graph = build_graph(config, run.iterations)
+        site = Site(run, graph, config, entry)
+        return cls(site, Lifecycle(run, graph, config), graph.nodes[task.stage], Path(task.attempt))
+
+
+def prepare(task: SlurmTask, entry: Entry) -> Decision:
+    """Decide about a stage whose inputs are published, once for all tasks of its array and all their starts."""
+    attempt = Path(task.attempt)
+    with locked(attempt / "prepare.lock"):
+        decision = decision_of(attempt)
+        if decision is None:
+            decision = _prepare(Here.of(task, entry))
+            write_decision(attempt, decision)
+    return decision
+
+
+def _prepare(here: Here) -> Decision:
+    node, graph = here.node, here.site.graph
+    missing = [name for name in node.needs if not appears(graph.nodes[name].output / MANIFEST)]
+    if missing:
+        raise UserError(f"stage {node.name} was started, but {', '.join(missing)} is not published.")
+    again = here.attempt / AGAIN
+    decision = here.lifecycle.decide(node, again.read_text() if again.exists() else None)
+    here.lifecycle.act(node, decision)
+    if not decision.reuse:
+        here.lifecycle.start(node, decision, here.attempt)
+    return decision
+
+
+def finalize(task: SlurmTask, entry: Entry) -> int:
+    """After a stage's jobs: take note of what it has published, or have it tried again, or fail.
+
+    Returns:
+        The exit code (node.py), by which Slurm lets those go on that wait for it, or cancels them.
+    """
+    here = Here.of(task, entry)
+    run, graph, node, attempt = here.site.run, here.site.graph, here.node, here.attempt
+    broadcast = Broadcast(run, entry.listeners(run, graph))
+    with run.submitting():  # who submitted this job notes its id meanwhile
+        jobs = jobs_of(attempt)
+    if jobs is None:
+        print(f"{run.path}: the command that submitted this job was killed. Give it again.", file=sys.stderr)
+        return FAILED
+    published = appears(node.output / MANIFEST)
+    for event in outcome_of(node.name, attempt, jobs.tasks, published=published):
+        run.record(event)
+        print(event.text)
+    keep_output(attempt, run.path)
+    decision = decision_of(attempt)
+    with run.submitting():
+        code = _again(here) if decision is None or not published else _published(here, decision)
+        clear_folders(run.path, scheduler.live_ids(run.path))
+    if code == 0 and here.lifecycle.concerns_retention(node):
+        _retain(here)
+    complete = all((other.output / MANIFEST).is_file() for other in graph.nodes.values())
+    if complete or code not in (0, TRY_AGAIN):
+        run.record(RunEnded(outcome="finished" if complete else "failed"))
+    broadcast.tell()
+    return code
+
+
+def _published(here: Here, decision: Decision) -> int:
+    if decision.reuse:
+        here.lifecycle.judged(here.node)
+    else:
+        here.lifecycle.finalize(here.node, decision.key, here.attempt)
+    here.lifecycle.write_metrics()
+    return 0
+
+
+def _retain(here: Here) -> None:
+    """Delete and compress what is not needed any more, one job of the run at a time."""
+    graph, retention = here.site.graph, here.lifecycle.retention
+    published = {name for name, node in graph.nodes.items() if (node.output / MANIFEST).is_file()}
+    with locked(here.site.run.path / "retention.lock"), retention:
+        here.lifecycle.retain(here.node, published)
+        while retention.poll():
+            time.sleep(1)
+
+
+def _again(here: Here) -> int:
+    """Try the stage again in another job, if that can help, with the dependents waiting for it; else fail."""
+    run, node, attempt = here.site.run, here.node, here.attempt
+    if (run.path / CANCEL).exists():
+        print(f"stage {node.name}: the run was cancelled", file=sys.stderr)
+        return FAILED
+    for earlier in attempts_since_command(run, node.name):
+        if earlier != attempt:
+            here.lifecycle.retries.pause_after(node.name, ending_of(earlier).kind)
+    ending, pause = here.lifecycle.fail(node, attempt)
+    if pause is None:
+        text = ending.reason or f"{ending.how}\n{log_tail(attempt)}"
+        print(f"error: stage {node.name}: {text}\n  log: {log_of(attempt)}", file=sys.stderr)
+        return UserError.exit_code if ending.kind == "user" else FAILED
+    print(f"stage {node.name} {ending.how} Once more in {pause:.0f} s.")
+    latest = run.attempts(node.name)[-1]
+    if latest == attempt or jobs_of(latest) is None:  # else this job was killed just after, and started again
+        following = run.new_attempt(node.name)
+        (following / CONTINUES).touch()
+        request_for(node, following, here.site)
+        jobs = submit(node, following, here.site, detached=True, pause=pause)
+        run.record(StageSubmitted(stage=node.name, attempt=following.name, jobs=jobs.ids))
+    queue = scheduler.queue(run.path)
+    live, pending = {job.base for job in queue}, {job.base for job in queue if job.state == "PENDING"}
+    for later in here.site.graph.nodes.values():
+        waiting = last_jobs(run, later.name)
+        if node.name not in later.needs or waiting is None or waiting.work not in pending:
+            continue
+        success = f"afterok:{':'.join(predecessors(run, later, live))}"
+        scheduler.set_dependency(waiting.work, success)
+        if waiting.finish is not None:
+            scheduler.set_dependency(waiting.finish, f"afterany:{waiting.work},{success}")
+    return TRY_AGAIN
+
+
+def attempts_since_command(run: RunDirectory, stage: str) -> list[Path]:
+    """The attempts at a stage since a command was given last."""
+    attempts = run.attempts(stage)
+    first = max((number for number, path in enumerate(attempts) if not (path / CONTINUES).exists()), default=0)
+    return attempts[first:]

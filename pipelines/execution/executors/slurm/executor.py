@@ -1,0 +1,278 @@
+"""Slurm, to the rest of Ratchet: under a driver that watches, and for runs that go on without one.
+
+Jobs outlive the driver. The next command adopts those that still go on.
+"""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from contracts.errors import UserError
+from contracts.files import appears
+from contracts.manifest import MANIFEST
+from pipelines.execution.attempts import decision_of
+from pipelines.execution.endings import PUBLISHER, parts_of
+from pipelines.execution.executors.base import Executor, Job, Site
+from pipelines.execution.executors.slurm import detached, scheduler
+from pipelines.execution.executors.slurm.checks import check_slurm
+from pipelines.execution.executors.slurm.events import missed, outcome_of, record_missed
+from pipelines.execution.executors.slurm.jobs import (
+    Jobs,
+    clear_folders,
+    end_unknown,
+    job_logs,
+    jobs_of,
+    keep_output,
+    last_jobs,
+    request_for,
+    submit,
+    unfinished_jobs,
+)
+from pipelines.execution.executors.slurm.scripts import write_dry_run
+from pipelines.graph import Node
+from pipelines.run.directory import RunDirectory
+from pipelines.run.events import JobEnded
+from pipelines.run.verdicts import Verdict
+from pipelines.text import plural
+
+SHORTEST, LONGEST = 1.0, 20.0
+"""Seconds between two questions to Slurm's controller."""
+ORDINARY = frozenset("None Resources Priority Dependency BeginTime JobArrayTaskLimit Cleaning Prolog".split())
+"""Reasons of a pending job that go away by themselves."""
+HOPELESS = frozenset(
+    "PartitionConfig PartitionNodeLimit PartitionTimeLimit BadConstraints InvalidAccount InvalidQOS".split()
+)
+"""Reasons for which a job can never start."""
+WAITS = ("Dependency", "BeginTime", "DependencyNeverSatisfied")
+"""Reasons of a job that waits for others, not for room."""
+
+
+class SlurmExecutor(Executor):
+    """Submits the jobs of stages, and looks after them."""
+
+    kind = "slurm"
+    outlives_driver = True
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self._watched: Queue | None = None
+
+    @property
+    def _queue(self) -> "Queue":
+        if self._watched is None:
+            self._watched = Queue(self.run.path, end_unknown(self.run.path))
+        return self._watched
+
+    def check(self) -> None:
+        """Check that this machine belongs to a cluster that can run what the stages ask for."""
+        check_slurm(self.config.executor, self.graph)
+
+    def recover(self) -> None:
+        """Record what happened to jobs that have ended, and cancel those of stages that do not run here any more.
+
+        The others are adopted when their turn comes.
+        """
+        unfinished = unfinished_jobs(self.run, self.graph)
+        if not unfinished:
+            return
+        live = scheduler.live_ids(self.run.path)
+        record_missed(self.run, live)
+        strays = {
+            id
+            for name, jobs in unfinished.items()
+            if self.config.executor.entry(name, self.graph.nodes[name].config).kind != self.kind
+            for id in jobs.ids
+        }
+        scheduler.cancel(sorted(strays & live))
+
+    def submit(self, node: Node, attempt: Path) -> Job:
+        """Submit what works on the attempt."""
+        request_for(node, attempt, self.site)
+        jobs = submit(node, attempt, self.site)
+        self._queue.expect(jobs)
+        return AttachedJob(node, jobs, attempt, self._queue)
+
+    def adopt(self, node: Node, key: str) -> Job | None:
+        """The latest attempt's jobs, if they have not ended. Those that make something else are cancelled."""
+        attempts = self.run.attempts(node.name)
+        jobs = jobs_of(attempts[-1]) if attempts else None
+        if jobs is None or not self._queue.live.intersection(jobs.ids):
+            return None
+        decision = decision_of(attempts[-1])
+        if decision is None or decision.key != key:
+            scheduler.cancel(jobs.ids)
+            return None
+        return AttachedJob(node, jobs, attempts[-1], self._queue)
+
+    def detach(self, console: Console, plan: dict[str, Verdict]) -> None:
+        """Submit everything at once, each stage's jobs waiting for those that it needs."""
+        detached.detach(console, self.site, plan)
+
+    def require_no_detached_run(self, *, same_settings: bool) -> None:
+        """Check that no detached run's jobs are under way."""
+        mine = {id for jobs in unfinished_jobs(self.run, self.graph).values() if jobs.detached for id in jobs.ids}
+        ids = sorted(scheduler.live_ids(self.run.path) & mine, key=int) if mine else []
+        if not ids or (same_settings and self.run.config.settings() == self.config.settings()):
+            return
+        path, other = self.run.path, " with other settings" if same_settings else ""
+        raise UserError(
+            f"the run {path} goes on without a driver{other}, as {plural(len(ids), 'Slurm job')} from {ids[0]} on. "
+            f"`pipeline attach {path}` watches them; `pipeline cancel {path}` ends them, and what is done stays."
+        )
+
+    def write_dry_run(self, console: Console, plan: dict[str, Verdict], *, detached: bool) -> None:
+        """Write the batch scripts, and print what they ask for."""
+        runs = {name: verdict.reason for name, verdict in plan.items() if not verdict.reuse}
+        write_dry_run(console, self.graph, self.config, runs, detached=detached)
+
+    def observe(self, patience: float) -> "SlurmObservation":
+        """What is queued; the cluster is not asked where there can be nothing."""
+        queued, error = [], None
+        try:
+            if unfinished_jobs(self.run, self.graph):
+                queued = scheduler.queue(self.run.path, patience)
+        except UserError as found:
+            error = str(found)
+        return SlurmObservation(self.run, queued, error, patience)
+
+    def logs(self, attempt: Path) -> list[Path]:
+        """What the jobs of an attempt have printed themselves."""
+        return job_logs(attempt, self.run.path)
+
+    def cancel(self) -> list[str]:
+        """End all jobs of the run."""
+        if not unfinished_jobs(self.run, self.graph):
+            return []
+        ids = sorted(scheduler.live_ids(self.run.path), key=int)
+        scheduler.cancel(ids)
+        return ids
+
+
+class Queue:
+    """The run's jobs that have not ended: asked for often at first, and less often the longer nothing changes."""
+
+    def __init__(self, run: Path, live: set[str]) -> None:
+        self.run = run
+        self._changed = self._asked = time.monotonic()
+        self.live = live
+        self.reasons: dict[str, str] = {}
+
+    def expect(self, jobs: Jobs) -> None:
+        """Jobs that were submitted just now."""
+        self.live = self.live | set(jobs.ids)
+        self._changed = self._asked = time.monotonic()
+
+    def poll(self) -> None:
+        """Ask again if it is time to."""
+        now = time.monotonic()
+        if now - self._asked < min(LONGEST, max(SHORTEST, (now - self._changed) / 10)):
+            return
+        jobs = scheduler.queue(self.run)
+        live = {job.base for job in jobs}
+        self.reasons = {job.base: job.reason for job in jobs if job.state == "PENDING"}
+        self._asked = time.monotonic()
+        if live != self.live:
+            self._changed = self._asked
+            self.live = live
+            clear_folders(self.run, live)
+
+
+class AttachedJob:
+    """The jobs of one attempt."""
+
+    def __init__(self, node: Node, jobs: Jobs, attempt: Path, queue: Queue) -> None:
+        self._node = node
+        self._jobs = jobs
+        self._attempt = attempt
+        self._queue = queue
+        self._told = ""
+        self._said = attempt / (PUBLISHER if jobs.finish else "task-0") / "exit.json"
+
+    def ended(self) -> bool:
+        """By its last supervisor's word, or because Slurm has it no longer."""
+        self._queue.poll()
+        return self._said.exists() or self._jobs.last not in self._queue.live
+
+    def news(self) -> str | None:
+        """That Slurm does not start a job, for a reason that may last."""
+        for id in self._jobs.ids:
+            reason = self._queue.reasons.get(id, "None")
+            if reason != self._told and reason not in ORDINARY:
+                self._told = reason
+                return f"job {id} waits: {reason}"
+        return None
+
+    def clear(self) -> list[JobEnded]:
+        """Keep what the jobs have printed where there is no other log."""
+        keep_output(self._attempt, self._queue.run)
+        published = appears(self._node.output / MANIFEST)
+        return outcome_of(self._node.name, self._attempt, self._jobs.tasks, published=published)
+
+    def cancel(self) -> None:
+        """End the jobs, wherever they are."""
+        scheduler.cancel(self._jobs.ids)
+
+
+class SlurmObservation:
+    """What is queued for a run, and what is known of jobs that have ended."""
+
+    def __init__(self, run: RunDirectory, queued: list[scheduler.Queued], error: str | None, patience: float) -> None:
+        self.error = error
+        self._run = run
+        self._queued = queued
+        self._patience = patience
+
+    @property
+    def jobs(self) -> int:
+        """How many have not ended; an array is one."""
+        return len({job.base for job in self._queued})
+
+    def works_on(self, stage: str) -> bool:
+        """Whether one of the stage's latest jobs has not ended."""
+        return bool(self._jobs_for(stage))
+
+    def submitted(self, stage: str) -> bool:
+        """Whether the latest attempt at a stage was submitted to Slurm."""
+        return last_jobs(self._run, stage) is not None
+
+    def _jobs_for(self, stage: str) -> list[scheduler.Queued]:
+        jobs = last_jobs(self._run, stage)
+        return [job for job in self._queued if jobs is not None and job.base in jobs.ids]
+
+    def state(self, stage: str, progress: str | None) -> tuple[str, str] | None:
+        """State and detail of a stage whose jobs are queued or run."""
+        if self.error is not None:
+            jobs = last_jobs(self._run, stage)
+            said = filter(None, [progress, f"job {', '.join(jobs.ids)}" if jobs else None])
+            return ("unknown", "; ".join(said)) if jobs else None
+        queued = self._jobs_for(stage)
+        if not queued:
+            return None
+        before = f"{progress}; " if progress else ""
+        running = [job for job in queued if job.state != "PENDING"]
+        if running:
+            where = ", ".join(f"{job.id} on {job.nodes or 'no node yet'}" for job in running[:4])
+            return "running", f"{before}job {where}{', ...' if running[4:] else ''}"
+        reasons = {job.reason for job in queued}
+        detail = f"job {', '.join(dict.fromkeys(job.base for job in queued))}: {', '.join(sorted(reasons))}"
+        if reasons & HOPELESS:
+            detail += "; it will not start as it is: cancel, and ask for less"
+        return "waiting" if reasons <= set(WAITS) else "queued", f"{before}{detail}"
+
+    def unbegun(self, stage: str) -> tuple[str, str] | None:
+        """That the latest jobs of a stage ended before it began, and what they have said."""
+        attempts = self._run.attempts(stage)
+        ended = jobs_of(attempts[-1]) if attempts else None
+        if ended is None or parts_of(attempts[-1]) != [attempts[-1]]:
+            return None
+        text = f"Slurm job {', '.join(ended.ids)} ended before the stage began; `sacct -D -j {ended.work}` says how"
+        for log in job_logs(attempts[-1], self._run.path):
+            if lines := [line for line in log.read_text(errors="replace").splitlines() if line.strip()]:
+                said = next((line for line in lines if "error" in line.lower()), lines[-1])
+                return "failed", f"{text}. {said} (log: {log})"
+        return "interrupted", text
+
+    def unheard(self) -> list[JobEnded]:
+        """What happened to jobs that have ended without anybody having learned of it."""
+        return missed(self._run, {job.base for job in self._queued}, self._patience)

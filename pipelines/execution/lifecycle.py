@@ -1,0 +1,175 @@
+"""What happens to a stage, from the decision about it to what is kept of what it has published.
+
+    decide      reuse what is published, or run, and why
+    act         make way for what it is to publish, or take back what fits
+    start       an attempt begins
+    finalize    an attempt has published
+    fail        an attempt has not: whether there is another one, and when
+    retain      delete and compress what is not needed any more
+
+A driver that watches and the jobs of a detached run both go through this, on whichever machine they are; who waits for
+whom is their own affair.
+"""
+
+import contextlib
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from contracts.artifacts import Artifact
+from contracts.errors import TransientError
+from contracts.manifest import MANIFEST
+from contracts.stage import require_space
+from pipelines.config.run import RunConfig
+from pipelines.environments.launch import probe_versions
+from pipelines.execution.attempts import (
+    Retries,
+    StageFailedError,
+    require_disk_space,
+    write_decision,
+)
+from pipelines.execution.endings import Ending, ending_of
+from pipelines.execution.supervisor import DECISION, request_of
+from pipelines.graph import Graph, Node
+from pipelines.run.decisions import Decision, decide
+from pipelines.run.directory import RunDirectory
+from pipelines.run.events import (
+    SourceChanged,
+    StageFailed,
+    StageInvalidated,
+    StagePublished,
+    StageReused,
+    StageStarted,
+)
+from pipelines.run.metrics import write_metrics
+from pipelines.run.retention import Retention, may_be_released
+from pipelines.run.superseded import act_on, drop_partials, drop_replaced
+
+
+class Lifecycle:
+    """The lives of a run's stages. It holds no truth: all of it is on the disk."""
+
+    def __init__(self, run: RunDirectory, graph: Graph, config: RunConfig) -> None:
+        self.run = run
+        self.graph = graph
+        self.config = config
+        self.retries = Retries(config.executor.retries, config.executor.backoff_seconds)
+        self.retention = Retention(run, graph, config.retention)
+        self._judged = False  # whether there are evaluations that the metrics may lack
+
+    def decide(self, node: Node, again: str | None = None) -> Decision:
+        """Decide about a stage whose inputs are published.
+
+        Args:
+            again: why its weights are to be made again, where these were deleted.
+        """
+        environment = self.config.environments.of(node.environment)
+        return decide(node, probe_versions(environment, node.environment), self.run.path, again=again)
+
+    def act(self, node: Node, decision: Decision) -> None:
+        """Make way for a stage, or take back what fits.
+
+        Raises:
+            UserError: the disk has no room for what the stage is estimated to write.
+        """
+        act_on(node, decision, self.run.path)
+        if not decision.reuse:
+            require_disk_space(node, self.graph, self.config)
+            return
+        self.run.record(StageReused(stage=node.name, reason=decision.reason, key=decision.key))
+        self.judged(node)
+
+    def start(self, node: Node, decision: Decision, attempt: Path) -> None:
+        """An attempt at a stage begins."""
+        event = StageStarted(stage=node.name, reason=decision.reason, key=decision.key, attempt=attempt.name)
+        self.run.record(event)
+
+    def begin_attempt(self, node: Node, decision: Decision) -> Path:
+        """A new attempt, with what was decided before it."""
+        attempt = self.run.new_attempt(node.name)
+        write_decision(attempt, decision)
+        return attempt
+
+    def finalize(self, node: Node, key: str, attempt: Path) -> list[str]:
+        """Take note of what an attempt at a stage has published.
+
+        Returns:
+            The stages that may come out differently now: those after one whose deleted weights were made again, and
+            are other ones than before.
+
+        Raises:
+            StageFailedError: it is something else than was asked for.
+        """
+        artifact = Artifact.open(node.output)
+        if artifact.manifest.key != key:
+            raise StageFailedError(
+                f"stage {node.name} published under the key {artifact.manifest.key[:12]}, but the driver asked for "
+                f"{key[:12]}: its code, its environment or an input changed while it ran. The same command decides "
+                "anew.",
+                1,
+            )
+        drop_partials(node)
+        with contextlib.suppress(TransientError):  # the logs were deleted, and nobody knows what was asked for
+            asked, ran = request_of(attempt).source, artifact.manifest.versions.get("ratchet", "")
+            if ran != asked:
+                self.run.record(SourceChanged(stage=node.name, asked=asked, ran=ran))
+        seconds = round(max(0.0, time.time() - _begun(attempt)), 1)
+        ledger = str(artifact.manifest.ledger)
+        self.run.record(StagePublished(stage=node.name, key=key, seconds=seconds, ledger=ledger))
+        self.judged(node)
+        return [] if drop_replaced(node, key, self.run.path) else self._invalidated(node)
+
+    def _invalidated(self, node: Node) -> list[str]:
+        outdated = {node.name}
+        for later in self.graph.nodes.values():
+            if outdated.intersection(later.needs):
+                outdated.add(later.name)
+        reason = f"{node.name} differs from what it was before its weights were deleted"
+        return self.invalidate([name for name in self.graph.nodes if name in outdated - {node.name}], reason)
+
+    def invalidate(self, stages: list[str], reason: str) -> list[str]:
+        """These stages are to be decided about once more, as far as they were published; returns them."""
+        for stage in stages:
+            if (self.graph.nodes[stage].output / MANIFEST).is_file():
+                self.run.record(StageInvalidated(stage=stage, reason=reason))
+        return stages
+
+    def fail(self, node: Node, attempt: Path) -> tuple[Ending, float | None]:
+        """Take note of an attempt that has published nothing: how it ended, and the pause before the next one.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        require_space(self.run.path, "directory")
+        ending = ending_of(attempt)
+        pause = self.retries.pause_after(node.name, ending.kind)
+        event = StageFailed(stage=node.name, attempt=attempt.name, kind=ending.kind, how=ending.how, retry_in=pause)
+        self.run.record(event)
+        return ending, pause
+
+    def write_metrics(self) -> None:
+        """Write metrics.jsonl where evaluations have come since."""
+        if self._judged:
+            write_metrics(self.run.path, self.graph)
+            self._judged = False
+
+    def judged(self, node: Node) -> None:
+        """A stage is published: if it is an evaluation, the metrics lack it."""
+        self._judged = self._judged or node.stage.name == "evaluation"
+
+    def concerns_retention(self, node: Node) -> bool:
+        """Whether something may go, now that a stage is published."""
+        return may_be_released(node) or node.stage.name == "evaluation"
+
+    def retain(self, node: Node, published: Collection[str]) -> None:
+        """After a stage is published: delete and compress what is not needed any more."""
+        if self.concerns_retention(node):
+            self.retention.apply(published)
+
+
+def _begun(attempt: Path) -> float:
+    """When an attempt began: its decision is written just before."""
+    try:
+        return (attempt / DECISION).stat().st_mtime
+    except FileNotFoundError:  # somebody has deleted the logs
+        return time.time()

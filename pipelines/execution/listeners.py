@@ -1,0 +1,30 @@
+"""Listeners: told what happens in a run, as it is recorded. What they do can fail; the run goes on."""
+
+import contextlib
+from collections.abc import Sequence
+
+from pipelines.execution.executors.base import Listen
+from pipelines.run.directory import RunDirectory
+from pipelines.run.events import EventReader, ListenerFailed
+
+
+class Broadcast:
+    """Tells listeners what has been recorded since it was made, whoever has recorded it."""
+
+    def __init__(self, run: RunDirectory, listeners: Sequence[Listen]) -> None:
+        self._run = run
+        self._listeners = list(listeners)
+        self._reader = EventReader(run.stream.path, from_end=True)
+
+    def tell(self) -> None:
+        """Tell what is new, if anything: a display renews itself. One that fails is told no more, which is recorded."""
+        events = self._reader.news()
+        for listen in list(self._listeners):
+            try:
+                listen(events)
+            except Exception as error:
+                self._listeners.remove(listen)
+                name = getattr(listen, "__qualname__", type(listen).__qualname__)
+                said = ListenerFailed(listener=name, error=f"{type(error).__name__}: {error}")
+                with contextlib.suppress(OSError):  # a full disk ends the run by itself, with its own words
+                    self._run.record(said)

@@ -1,0 +1,105 @@
+"""The events of a run in words: as they happen, and afterwards, of what a reader of the results should know."""
+
+import time
+from collections.abc import Iterable
+
+from pipelines.run.events import (
+    Event,
+    JobEnded,
+    JobRequeued,
+    JobRestarted,
+    ListenerFailed,
+    RetentionFailed,
+    RetentionHeld,
+    RunCancelled,
+    RunEnding,
+    SourceChanged,
+    StageEvent,
+    StageFailed,
+    StageInvalidated,
+    StagePublished,
+    StageReused,
+    StageStarted,
+    StageWaits,
+    Unreadable,
+    WeightsReleased,
+)
+from pipelines.text import megabytes, plural
+
+
+def live_line(event: Event) -> str | None:
+    """An event as it is told when it happens; None for one that says nothing to somebody who watches."""
+    match event:
+        case StageStarted():
+            return f"run    {event.stage}  ({event.reason})"
+        case StageReused():
+            return f"reuse  {event.stage}  ({event.reason})"
+        case StagePublished():
+            return f"done   {event.stage}  {event.seconds:.1f} s, {event.ledger}"
+        case StageFailed(retry_in=None):
+            return f"FAILED {event.stage}"
+        case StageFailed():
+            return f"retry  {event.stage}  ({event.how.rstrip('.')}; once more in {event.retry_in:.0f} s)"
+        case StageInvalidated():
+            return f"again  {event.stage}  ({event.reason})"
+        case StageWaits():
+            return f"waits  {event.stage}  ({event.text})"
+        case JobEnded():
+            return f"job    {event.stage}  ({event.text})"
+        case RunEnding():
+            names, grace = ", ".join(event.stages), event.grace_seconds
+            return f"ending {names}  (up to {grace:g} s for what is in hand; interrupt again to end at once)"
+        case WeightsReleased():
+            return f"release {event.stage}  ({event.reason}; {megabytes(event.bytes)} are free)"
+        case RetentionHeld():
+            return f"keep   {event.reason}; nothing of it is deleted or compressed"
+        case RetentionFailed():
+            return f"warning: {event.what} failed, and the run goes on: {event.error}"
+        case ListenerFailed():
+            return f"warning: the listener {event.listener} failed and is told no more; the run goes on: {event.error}"
+        case _:
+            return None
+
+
+def notable_lines(events: Iterable[Event]) -> list[str]:
+    """What happened on the way, in order: transient failures, retries, requeues, jobs that ended badly."""
+    events = list(events)
+    explained = {event.job for event in events if isinstance(event, JobRequeued)}
+    cancelled = {id for event in events if isinstance(event, RunCancelled) for id in event.jobs}
+    lines: dict[str, None] = {}
+    for event in events:
+        if isinstance(event, JobEnded) and (
+            (event.cancelled and event.job.partition("_")[0] in cancelled)
+            or (event.requeued and event.job in explained)
+        ):
+            continue  # told by `pipeline cancel`, or by the job itself
+        if (text := _notable(event)) is not None:
+            when = event.ended if isinstance(event, JobEnded) and event.ended else event.time
+            about = event.stage if isinstance(event, StageEvent) else "the run"
+            lines[f"{time.strftime('%F %T', time.localtime(when))}  {about}: {text}"] = None
+    unread = sum(isinstance(event, Unreadable) for event in events)
+    left_out = f"{plural(unread, 'line')} of events.jsonl cannot be read and left out here; nothing depends on that."
+    return sorted(lines) + ([left_out] if unread else [])
+
+
+def _notable(event: Event) -> str | None:
+    match event:
+        case JobEnded():
+            return event.text
+        case JobRequeued():
+            return f"job {event.job} on {event.host}: saved what it had and was requeued ({event.reason})"
+        case JobRestarted():
+            ended = f"job {event.job} on {event.host}: its process ended with exit code {event.code}"
+            return f"{ended}, and was started again"
+        case StageFailed(retry_in=None):
+            return f"{event.attempt} {event.how} Not tried again."
+        case StageFailed():
+            return f"{event.attempt} {event.how} Tried again after {event.retry_in:.0f} s."
+        case SourceChanged():
+            return f"made by Ratchet's source {event.ran}, which was {event.asked} when it was asked for"
+        case RunCancelled():
+            return f"cancelled by {event.by} with `pipeline cancel`"
+        case ListenerFailed():
+            return f"the listener {event.listener} failed: {event.error}"
+        case _:
+            return None

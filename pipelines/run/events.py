@@ -1,0 +1,276 @@
+"""What happens in a run, as one stream of typed events: events.jsonl in its directory.
+
+Whoever drives the run (a driver, the jobs of a detached run, a command) appends; everything that tells of a run reads:
+the live table, `status`, reports, listeners. Readers never touch the run. A new kind of event is a class here; its
+words are in pipelines/insight/wording.py.
+"""
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import IO, Any, Literal, TypeAlias
+
+import msgspec
+
+from contracts.files import take_lock
+
+FILE = "events.jsonl"
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
+    """Something that happened."""
+
+    time: float = 0.0
+    """When, in seconds since 1970; filled in when it is recorded."""
+
+
+class RunStarted(Event, frozen=True, tag="run started"):
+    """A command begins to work on the run."""
+
+    stages: int
+    """How many stages the run has for the iterations that are asked for."""
+    by: str
+    """Process and machine."""
+
+
+class RunEnding(Event, frozen=True, tag="run ending"):
+    """The stages that still run are asked to stop."""
+
+    stages: list[str]
+    grace_seconds: float
+
+
+class RunEnded(Event, frozen=True, tag="run ended"):
+    """Nobody works on the run from now on: everything is published, or it stops where it is."""
+
+    outcome: Literal["finished", "failed", "interrupted"]
+
+
+class RunCancelled(Event, frozen=True, tag="cancelled"):
+    """`pipeline cancel` has ended the run's jobs."""
+
+    jobs: list[str]
+    by: str
+
+
+class OrphanEnded(Event, frozen=True, tag="orphan ended"):
+    """A process that a killed driver had left was ended."""
+
+    pid: int
+
+
+class StageEvent(Event, frozen=True):
+    """Something that happened to a stage."""
+
+    stage: str
+    """Its name."""
+
+
+class StageReused(StageEvent, frozen=True, tag="reused"):
+    """What is published already is what is asked for."""
+
+    reason: str
+    key: str
+
+
+class StageSubmitted(StageEvent, frozen=True, tag="submitted"):
+    """A stage of a detached run was handed to the scheduler."""
+
+    attempt: str
+    jobs: list[str]
+
+
+class StageStarted(StageEvent, frozen=True, tag="started"):
+    """An attempt at a stage begins."""
+
+    reason: str
+    key: str
+    attempt: str
+
+
+class StageWaits(StageEvent, frozen=True, tag="waits"):
+    """A stage that was started waits for something that may take long."""
+
+    text: str
+
+
+class StagePublished(StageEvent, frozen=True, tag="published"):
+    """An attempt has published what the stage makes."""
+
+    key: str
+    seconds: float = 0.0
+    """Since the attempt began."""
+    ledger: str = ""
+    """What became of the rows, in words."""
+
+
+class StageFailed(StageEvent, frozen=True, tag="failed"):
+    """An attempt has ended without publishing."""
+
+    attempt: str
+    kind: str
+    """Whose fault it was: user, transient, error, stopped."""
+    how: str
+    retry_in: float | None
+    """Seconds until the next attempt; None: there is none."""
+
+
+class StageInvalidated(StageEvent, frozen=True, tag="invalidated"):
+    """A stage that was published already is to be decided about once more."""
+
+    reason: str
+
+
+class SourceChanged(StageEvent, frozen=True, tag="source changed"):
+    """A stage was made by other source code than when it was asked for."""
+
+    asked: str
+    ran: str
+
+
+class JobEnded(StageEvent, frozen=True, tag="job ended"):
+    """A job of a stage has ended otherwise than well, as the scheduler's accounting tells."""
+
+    job: str
+    text: str
+    """What happened, in words."""
+    ended: float | None = None
+    """When, in seconds since 1970, where that is known."""
+    requeued: bool = False
+    cancelled: bool = False
+
+
+class JobRequeued(StageEvent, frozen=True, tag="requeue"):
+    """A job has saved what it had and asked for another start."""
+
+    job: str
+    host: str
+    reason: str
+
+
+class JobRestarted(StageEvent, frozen=True, tag="restart"):
+    """The process of a job ended before it had finished its work, and was started again."""
+
+    job: str
+    host: str
+    code: str
+
+
+class WeightsReleased(StageEvent, frozen=True, tag="release"):
+    """Retention has deleted a checkpoint's weights."""
+
+    bytes: int
+    reason: str
+
+
+class RowsCompressed(StageEvent, frozen=True, tag="compress"):
+    """Retention has compressed a stage's rows."""
+
+    bytes: int
+
+
+class RetentionHeld(Event, frozen=True, tag="retention held"):
+    """Retention does nothing, on purpose."""
+
+    reason: str
+
+
+class RetentionFailed(Event, frozen=True, tag="retention failed"):
+    """Something of retention failed; the run goes on."""
+
+    what: str
+    error: str
+
+
+class Collected(Event, frozen=True, tag="gc"):
+    """`pipeline gc` has deleted or compressed something."""
+
+    verb: str
+    path: str
+    bytes: int
+    reason: str
+
+
+class ListenerFailed(Event, frozen=True, tag="listener failed"):
+    """A listener failed and is not told any more; the run goes on."""
+
+    listener: str
+    error: str
+
+
+class Unreadable(Event, frozen=True, tag="unreadable"):
+    """A line that is no event of this version: left by a crash, by another version, or by somebody else."""
+
+
+AnyEvent: TypeAlias = (
+    RunStarted | RunEnding | RunEnded | RunCancelled | OrphanEnded | StageReused | StageSubmitted | StageStarted
+    | StageWaits | StagePublished | StageFailed | StageInvalidated | SourceChanged | JobEnded | JobRequeued
+    | JobRestarted | WeightsReleased | RowsCompressed | RetentionHeld | RetentionFailed | Collected | ListenerFailed
+)  # fmt: skip
+_DECODER: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
+
+
+class EventStream:
+    """The events of a run, on its disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: Event) -> None:
+        """Record an event, also beside other machines that do."""
+        event = msgspec.structs.replace(event, time=round(time.time(), 3))
+        line = msgspec.json.encode(event) + b"\n"
+        with self.path.open("a+b") as file:
+            while not try_lock(file, fcntl.LOCK_EX):
+                time.sleep(0.01)
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                self.drop_torn_line()  # one was killed while it wrote
+            file.write(line)
+            file.flush()
+
+    def drop_torn_line(self) -> None:
+        """Cut off the line that a killed process was writing, so that the next one starts on a line of its own."""
+        if self.path.exists():
+            content = self.path.read_bytes()
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+
+    def read(self) -> list[Event]:
+        """All of them, in order."""
+        return EventReader(self.path).news()
+
+
+class EventReader:
+    """Reads a run's events as they come."""
+
+    def __init__(self, path: Path, *, from_end: bool = False) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if from_end and path.exists() else 0
+
+    def news(self) -> list[Event]:
+        """The events since the last call; a line that is still being written comes with the next."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [_decoded(line) for line in whole.splitlines() if line.strip()]
+
+
+def _decoded(line: bytes) -> Event:
+    try:
+        return _DECODER.decode(line)
+    except (ValueError, RecursionError):
+        return Unreadable()
+
+
+def try_lock(file: IO[Any], kind: int) -> bool:
+    """Take a lock, or say at once that somebody else holds it."""
+    try:
+        take_lock(file, kind)
+    except BlockingIOError:
+        return False
+    return True

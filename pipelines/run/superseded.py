@@ -1,0 +1,67 @@
+"""superseded/: what a stage had published under other keys is kept there, and taken back when its key returns.
+
+    superseded/STAGE/KEY/            what STAGE had published under KEY; also what it had published without weights,
+                                     while these are made again
+    superseded/STAGE/KEY-forced-N/   what was made anew by --force
+
+Deletions go by way of .trash-*, so that nobody ever sees half of a directory.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from contracts.artifacts import Artifact
+from contracts.fingerprint import RELEASED
+from contracts.manifest import MANIFEST
+from pipelines.graph import Node
+from pipelines.run.decisions import Decision, kept
+
+TRASH = ".trash-"
+
+
+def act_on(node: Node, decision: Decision, run: Path) -> None:
+    """Make way for what a stage is to publish, or take back what fits. Nothing is deleted; it moves aside."""
+    if (node.output / MANIFEST).is_file():
+        old = Artifact.open(node.output).manifest.key
+        if old == decision.key and decision.reuse:
+            drop_replaced(node, old, run)
+            return
+        aside = kept(run, node, old)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        if aside.exists():  # of a released stage that was made again by a command that was killed
+            discard(aside, run)
+        os.rename(node.output, aside)
+    if decision.reuse:
+        node.output.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(kept(run, node, decision.key), node.output)
+
+
+def drop_replaced(node: Node, key: str, run: Path) -> bool:
+    """After a released stage was made again: forget what it had published; whether it came out the same."""
+    old = kept(run, node, key)
+    if not (old / RELEASED).is_file():
+        return True
+    same = Artifact.open(old).manifest.digest == Artifact.open(node.output).manifest.digest
+    discard(old, run)
+    return same
+
+
+def drop_partials(node: Node) -> None:
+    """After a stage is published: delete what interrupted attempts under other keys have left beside it."""
+    for path in node.output.parent.glob(f".{node.output.name}.partial-*"):
+        shutil.rmtree(path)
+
+
+def discard(directory: Path, run: Path) -> None:
+    """Delete a directory of a run: first out of sight, so that nobody ever sees half of it."""
+    trash = Path(tempfile.mkdtemp(prefix=TRASH, dir=run))
+    os.rename(directory, trash / "discarded")
+    shutil.rmtree(trash)
+
+
+def end_deletions(run: Path) -> None:
+    """After a kill: delete what was about to be deleted."""
+    for trash in run.glob(f"{TRASH}*"):
+        shutil.rmtree(trash)
