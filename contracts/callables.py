@@ -1,4 +1,10 @@
-"""Functions of the user's own, named in a config by import path."""
+"""Functions of the user's own, named in a config by a file or by an import path.
+
+`path/to/file.py:function` is that file, whatever it is called; a relative path starts in the directory in which the
+command was given. `package.module:function` is what Python finds: a package of Ratchet's, else a library of the
+environment, else a module in that directory, else one on PYTHONPATH. So a file of the user's never takes the place of a
+library's module; one that has such a name is named by its path.
+"""
 
 import ast
 import functools
@@ -13,7 +19,8 @@ from typing import Any
 from contracts.errors import UserError
 from contracts.fingerprint import digest
 
-OWN_PACKAGES = ("annotation", "contracts", "embedded", "generation", "pipelines", "training")
+OWN_PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "training")
+"""Ratchet's own, in whose place nothing of the user's is ever taken."""
 
 
 @functools.cache
@@ -76,22 +83,40 @@ def source_file(path: str) -> Path:
     Raises:
         UserError: there is no such module or file, it is no Python, or nothing in it has the function's name.
     """
-    module_name = path.rpartition(":")[0]
-    if module_name.endswith(".py"):
-        file = Path(module_name)
-    else:
-        try:
-            spec = importlib.util.find_spec(module_name) if module_name else None
-        except ModuleNotFoundError:
-            spec = None
-        here = Path.cwd().joinpath(*module_name.split(".")).with_suffix(".py")
-        if spec is None and here.is_file():  # `python -m` finds it in the stage, an installed command does not
-            spec = importlib.util.spec_from_file_location(module_name, here)
-        file = Path(spec.origin) if spec and spec.origin else Path(module_name or path)
+    module_name, _, name = path.rpartition(":")
+    named = Path(module_name) if module_name.endswith(".py") else _module_file(module_name)
+    file = named or Path(module_name or path)
     if not file.is_file():
-        raise UserError(f"function {path!r}: no module or file {module_name or path!r} was found. Check the spelling.")
-    _require_name(file, path)
+        raise UserError(
+            f"function {path!r}: no module or file {module_name or path!r} was found. {_advice(module_name, name)}"
+        )
+    names = _outline_of(file, path).names
+    if name not in names and "*" not in names:
+        raise UserError(f"function {path!r}: {file} has no function {name!r}. {_advice(module_name, name)}")
     return file
+
+
+def _module_file(name: str) -> Path | None:
+    """The source of a module, where Python finds it in the stage, which has the working directory on its path."""
+    if not name:
+        return None
+    try:
+        if importlib.util.find_spec(name.partition(".")[0]) is None and _file_here(name).is_file():
+            return _file_here(name)
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _file_here(module: str) -> Path:
+    return Path(*module.split(".")).with_suffix(".py")
+
+
+def _advice(module: str, name: str) -> str:
+    if not module or module.endswith(".py") or not (here := _file_here(module)).is_file():
+        return "Check the spelling."
+    return f"Check the spelling; or, if your own {here} is meant, whose name a library has too, write {here}:{name}."
 
 
 def source_files(path: str) -> dict[str, Path]:
@@ -190,11 +215,3 @@ def _outline(file: Path, version: tuple[int, ...]) -> _Outline:
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
     return _Outline(frozenset(names), tuple(imports))
-
-
-def _require_name(file: Path, path: str) -> None:
-    """Raise UserError unless the source can be read and defines, or imports, the function's name at its top level."""
-    names = _outline_of(file, path).names
-    wanted = path.rpartition(":")[2]
-    if wanted not in names and "*" not in names:
-        raise UserError(f"function {path!r}: {file} has no function {wanted!r}. Check the spelling.")

@@ -20,6 +20,8 @@ USER_PATH = "RATCHET_PYTHONPATH"
 """Environment variable: the user's own folders with modules, which come after the libraries."""
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 """The directory that holds Ratchet's packages."""
+INSTALLED = os.path.basename(ROOT) in ("site-packages", "dist-packages")
+"""Whether they lie among other libraries, which every process of the same interpreter finds by itself."""
 PYTHON_KEPT = (
     "PYTHONDONTWRITEBYTECODE",
     "PYTHONFAULTHANDLER",
@@ -150,16 +152,23 @@ def _settle_paths() -> None:
         users.append(os.getcwd())
     users = [path for path in dict.fromkeys(map(os.path.abspath, users)) if not _same(path, ROOT)]
     ours = [path for path in sys.path if path and os.path.abspath(path) not in users]
-    sys.path[:] = [ROOT, *(path for path in dict.fromkeys(ours) if not _same(path, ROOT)), *users]
+    if INSTALLED:  # where it is among the libraries, after Python's own modules, not where the entry point has put it
+        ours = list(reversed(dict.fromkeys(reversed(ours))))
+    else:
+        ours = [ROOT, *(path for path in dict.fromkeys(ours) if not _same(path, ROOT))]
+    sys.path[:] = [*ours, *users]
     for name in [name for name in os.environ if name.startswith("PYTHON") and is_foreign(name)]:
         del os.environ[name]
-    os.environ |= python_variables(ROOT, users)
+    os.environ |= python_variables(None if INSTALLED else ROOT, users)
 
 
-def python_variables(code: str, users: list[str]) -> dict[str, str]:
-    """The variables by which a Python process finds Ratchet's code first and the user's modules last."""
+def python_variables(code: str | None, users: list[str]) -> dict[str, str]:
+    """The variables by which a Python process finds Ratchet's code first and the user's modules last.
+
+    `code` is None where the process's interpreter finds the code by itself.
+    """
     return {
-        "PYTHONPATH": code,
+        **({} if code is None else {"PYTHONPATH": code}),
         "PYTHONSAFEPATH": "1",
         "PYTHONUTF8": "1",
         USER_PATH: os.pathsep.join(users),

@@ -19,6 +19,7 @@ from embedded.stages.world import MAKE_WORLD
 from generation.config import GenerationSettings
 from generation.stages.generation import GENERATION
 from pipelines.config.run import RunConfig
+from pipelines.environments.paths import packaged
 from pipelines.graph import Graph, folder_of, name_of
 from pipelines.progress import tracked
 from training.stages.critic import CRITIC
@@ -306,13 +307,15 @@ class Recipe:
         return {**fields, "date": self.run.date} if self.graph.known(("date", start, repr(variables)), find) else fields
 
     def locate(self, reference: str | Path) -> Path:
-        """A path in the config as a real one: world:NAME is a file of the embedded world, relative paths are the
-        user's."""
+        """A path in the config as a real one: world:NAME is a file of the embedded world, ratchet:NAME one that comes
+        with Ratchet, and relative paths are the user's."""
         text = str(reference)
         if text.startswith("world:"):
             if text.removeprefix("world:") not in WORLD_FILES:
                 raise UserError(f"{text} does not exist; the embedded world has {', '.join(WORLD_FILES)}.")
             return self.graph.directory / "setup/world" / text.removeprefix("world:")
+        if text.startswith("ratchet:"):
+            return packaged(text.removeprefix("ratchet:"))
         return Path(text) if text.startswith("hf:") else Path(text).absolute()
 
 

@@ -16,11 +16,12 @@ from contracts.stage import require_space
 from contracts.surroundings import INTERRUPTED, PIPE_GONE, output_is_gone
 from pipelines.config.executor import ExecutorSection, SlurmSection
 from pipelines.config.load import load_run_config
+from pipelines.config.recipes import describe_recipes, find_config
 from pipelines.config.run import RunConfig
 from pipelines.config.sections import RetentionSection
 from pipelines.doctor.command import add_doctor
 from pipelines.environments.launch import env_main
-from pipelines.environments.locked import require_home
+from pipelines.environments.paths import require_home
 from pipelines.execution.attempts import StageFailedError
 from pipelines.execution.driver import Driver
 from pipelines.execution.executors.base import Executors, Site
@@ -105,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("config", type=Path, help="the run's YAML file")
+    run.add_argument("config", help="the run's YAML file, or the name of a recipe (pipeline recipes)")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like generation.k=8")
     run.add_argument("--iters", type=int, default=None, help="iterations to have in the end")
     run.add_argument("--dry-run", action="store_true", help="say what would run, and why, and the memory it takes")
@@ -174,6 +175,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_doctor(commands)
 
+    child = commands.add_parser("recipes", help="the recipes that come with Ratchet, or the text of one")
+    child.add_argument("name", nargs="?", help="print this one: pipeline recipes smollm2 > mine.yaml")
+    child.set_defaults(command=recipes_command)
+
     # Mounted by `main` before this parser is asked; here for --help.
     commands.add_parser("env", help="build and list the stages' environments")
     return parser
@@ -202,7 +207,7 @@ def run_command(options: argparse.Namespace) -> int:
     forced = resolve(graph, options.force)
     for executor in executors.lasting():
         executor.require_no_detached_run(same_settings=options.detach and not forced)
-    run.claim(config, options.config, iterations)
+    run.claim(config, find_config(options.config), iterations)
     set_aside(run.path, graph, forced)
     require_space(run.path, "directory")
     if options.detach:
@@ -307,6 +312,12 @@ def trace_command(options: argparse.Namespace) -> int:
 def verify_command(options: argparse.Namespace) -> int:
     """`pipeline verify RUN`."""
     print_verification(make_console(), options.run)
+    return 0
+
+
+def recipes_command(options: argparse.Namespace) -> int:
+    """`pipeline recipes [NAME]`."""
+    print(describe_recipes() if options.name is None else find_config(options.name).read_text(), end="")
     return 0
 
 

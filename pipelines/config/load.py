@@ -10,16 +10,18 @@ from contracts.config import apply_overrides, read_yaml, validate
 from contracts.errors import UserError
 from generation.config import GenerationSettings
 from pipelines.config.changes import merge
+from pipelines.config.recipes import find_config
 from pipelines.config.run import RunConfig
 from training.config import ExperienceSettings
 
 
-def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
-    """Read, override and validate a run's configuration.
+def load_run_config(path: str | Path, overrides: list[str]) -> RunConfig:
+    """Read, override and validate a run's configuration: a file, or a recipe by its name.
 
     Raises:
         UserError: anything is wrong with it; lists every mistake.
     """
+    path = find_config(path)
     config = _with_inherited(validate(RunConfig, _overridden(read_yaml(path), overrides), str(path)))
     _refuse_unused([config, *(config.at(iteration) for iteration in config.changes)])
     _require_writable(config.directory)

@@ -21,7 +21,13 @@ from contracts.precision import computes_bfloat16
 from generation.config import GenerationConfig
 from pipelines.config.run import RunConfig
 from pipelines.doctor.machine import Finding, Level, existing
-from pipelines.environments.launch import EnvironmentConfig, launch_command, probe_versions, stage_environment
+from pipelines.environments.launch import (
+    EnvironmentConfig,
+    launch_command,
+    probe_versions,
+    requirements,
+    stage_environment,
+)
 from pipelines.environments.locked import Locked, resolve_variant
 from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph, Node
@@ -55,7 +61,7 @@ LIBRARIES = {
 class Plan:
     """What is looked at."""
 
-    source: Path
+    source: str
     config: RunConfig
     """With the directories of hf: models that are in the local cache."""
     graph: Graph
@@ -113,7 +119,7 @@ def _environment(plan: Plan, name: str) -> Finding:
         missing.append("deepspeed")
     where = f"your own ({own})" if own else f"locked, {variant} ({Locked(name, variant).directory})"
     if missing:
-        fix = f"Install what configs/environments/{name}-{variant}.in lists, or use the locked environment."
+        fix = f"Install what {requirements(name)} lists, or use the locked environment."
         return Finding(check, "error", f"{name}, {where}, lacks {', '.join(missing)}", fix)
     shown = ", ".join(f"{library} {version}" for library, version in versions.items())
     return Finding(check, "ok", f"{name}, {where}: {shown}")

@@ -7,7 +7,6 @@ others find. Nothing is written but into directories that are removed again, and
 import argparse
 import concurrent.futures
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -34,7 +33,7 @@ from pipelines.doctor.checks import (
     needs_loopback,
 )
 from pipelines.doctor.machine import Finding, check_file_system, check_limits, check_loopback
-from pipelines.environments.locked import home
+from pipelines.environments.paths import home
 from pipelines.insight.display import Screen
 from pipelines.iteration import build_graph, require_iterations
 from pipelines.planning.entries import settle_variant
@@ -46,7 +45,7 @@ from pipelines.text import plural
 def add_doctor(commands: Any) -> None:
     """Add the command to the parser of `pipeline`."""
     doctor = commands.add_parser("doctor", help="what would go wrong in a run, before it starts")
-    doctor.add_argument("config", type=Path, help="the run's YAML file")
+    doctor.add_argument("config", help="the run's YAML file, or the name of a recipe (pipeline recipes)")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like generation.k=8")
     doctor.add_argument("--iters", type=int, default=None, help="iterations to have in the end")
     doctor.add_argument("--json", action="store_true", help="print the findings as a JSON list")
@@ -64,7 +63,7 @@ def doctor_command(options: argparse.Namespace) -> int:
     return UserError.exit_code if any(finding.level == "error" for finding in findings) else 0
 
 
-def make_plan(source: Path, overrides: list[str], iterations: int | None) -> Plan:
+def make_plan(source: str, overrides: list[str], iterations: int | None) -> Plan:
     """Read a run's configuration as `pipeline run` does, but without downloading anything.
 
     Raises:

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Literal, Self
+from pathlib import Path
+from typing import Literal, NoReturn, Self
 
 from pydantic import model_validator
 
@@ -18,15 +19,15 @@ from contracts.errors import TransientError, UserError
 from contracts.surroundings import USER_PATH, is_launchers, python_variables, without_foreign
 from pipelines.environments.locked import (
     NAMES,
+    VARIANT,
     InstallError,
     Locked,
-    code_path,
-    home,
     interpreter,
+    known,
     resolve_variant,
-    source_root,
     sync,
 )
+from pipelines.environments.paths import code_path, configs, home, source_root
 
 CONTAINER_RUNTIMES = ("apptainer", "singularity", "docker", "podman")
 PASSED_ON = (
@@ -232,20 +233,26 @@ def _probe(environment_json: str, name: str) -> dict[str, str]:
             f"environments.{name} cannot run Ratchet (exit code {result.returncode}):\n    "
             + "\n    ".join(lines)
             + "\n  It needs Python >= 3.11, msgspec, packaging, pydantic and pyyaml beside the stage's own libraries; "
-            f"see configs/environments/{name}-{resolve_variant()}.in."
+            f"see {requirements(name)}."
         )
     found: dict[str, str] = json.loads(result.stdout.strip().splitlines()[-1])
     return found
 
 
+def requirements(name: str) -> Path:
+    """The file that lists the libraries of a stage's environment, for those who make one of their own."""
+    return configs() / "environments" / f"{name}-{resolve_variant()}.in"
+
+
 def env_main(argv: list[str]) -> int:
-    """`pipeline env sync|list|python`; returns the exit code."""
+    """`pipeline env sync|list|python|run`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="pipeline env", description="The stages' locked environments.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     texts = {
         "sync": "build the environments that are missing",
         "list": "show the environments and where they are",
         "python": "print the path of an environment's interpreter",
+        "run": "run `python ARGUMENTS` as a stage runs: there, with Ratchet's code",
     }
     for command, text in texts.items():
         child = commands.add_parser(command, help=text, description=text)
@@ -253,6 +260,9 @@ def env_main(argv: list[str]) -> int:
             child.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all by default")
         if command == "python":
             child.add_argument("name", metavar="NAME", help=", ".join(NAMES))
+        if command == "run":
+            child.add_argument("name", metavar="NAME", help=", ".join(NAMES))
+            child.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="-m training --help")
         child.add_argument(
             "--variant", default="auto", choices=["auto", "cpu", "gpu"], help="auto: gpu if there is one"
         )
@@ -262,12 +272,21 @@ def env_main(argv: list[str]) -> int:
             sync(options.names or list(NAMES), options.variant, _say)
         elif options.command == "python":
             print(interpreter(options.name, options.variant))
+        elif options.command == "run":
+            _run(known(options.name), options.variant, options.arguments)
         else:
             _list(options.variant)
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _run(name: str, variant: str, arguments: list[str]) -> NoReturn:
+    """Become `python ARGUMENTS` in a locked environment."""
+    os.environ[VARIANT] = resolve_variant(variant)
+    command, variables = launch_command(EnvironmentConfig(), name, arguments)
+    os.execve(command[0], command, stage_environment(variables))
 
 
 def _say(line: str) -> None:

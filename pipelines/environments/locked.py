@@ -1,8 +1,8 @@
 """The stages' locked environments: where they are, whether they are complete, and how they are built.
 
-An environment is known by the content of its lock and by the Python version, so every checkout with the same lock
-uses the same one, and a changed lock makes a new one. It holds no Ratchet: the code comes from the checkout in use,
-by PYTHONPATH. A mark, written last, says that it is complete; what a kill leaves is built again.
+An environment is known by the content of its lock and by the Python version, so every checkout and installation with
+the same lock uses the same one, and a changed lock makes a new one. It holds no Ratchet: the code comes from the one in
+use, by PYTHONPATH. A mark, written last, says that it is complete; what a kill leaves is built again.
 """
 
 import concurrent.futures
@@ -22,15 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import contracts
 from contracts.errors import UserError
 from pipelines.environments.package_index import pip_settings, uv_options, uv_variables
+from pipelines.environments.paths import configs, home, require_home
 from pipelines.machine import gpu_count
 
 NAMES = ("generation", "annotation", "training")
-PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "training")
 VARIANT = "RATCHET_VARIANT"
-HOME = "RATCHET_HOME"
 MARK = "ratchet-complete"
 POLL_SECONDS = 0.2
 IMPORTS = {
@@ -48,7 +46,7 @@ class InstallError(Exception):
 
 @dataclass(frozen=True)
 class Locked:
-    """One locked environment of this checkout."""
+    """One locked environment of this version of Ratchet."""
 
     name: str
     variant: Variant
@@ -60,11 +58,11 @@ class Locked:
         Raises:
             UserError: it does not exist.
         """
-        path = source_root() / "configs" / "environments" / f"{self.name}-{self.variant}.txt"
+        path = configs() / "environments" / f"{self.name}-{self.variant}.txt"
         if not path.is_file():
             raise UserError(
-                f"the lock {path} does not exist. Run Ratchet from a checkout of its repository, or name an "
-                f"interpreter of your own: environments.{self.name}.python=/path/to/python."
+                f"the lock {path} does not exist. Install Ratchet again, or name an interpreter of your own: "
+                f"environments.{self.name}.python=/path/to/python."
             )
         return path
 
@@ -89,44 +87,6 @@ class Locked:
     def complete(self) -> bool:
         """Whether it can be used; a Python that was removed from under it counts as incomplete."""
         return (self.directory / MARK).is_file() and self.python.exists()
-
-
-def home() -> Path:
-    """Where environments and downloads are kept: RATCHET_HOME, or ~/.cache/ratchet."""
-    try:
-        return Path(os.environ.get(HOME) or "~/.cache/ratchet").expanduser().absolute()
-    except RuntimeError as error:
-        raise UserError(f"this user has no home directory ({error}). Set {HOME}=PATH.") from error
-
-
-def require_home() -> None:
-    """Raise UserError where nothing can be written to it, as jobs and environments have to be."""
-    try:
-        home().mkdir(parents=True, exist_ok=True)
-        writable, why = os.access(home(), os.W_OK | os.X_OK), "no permission"
-    except OSError as error:
-        writable, why = False, error.strerror or str(error)
-    if not writable:
-        raise UserError(f"{home()} cannot be written to ({why}), but jobs are described there. Set {HOME}=PATH.")
-
-
-def source_root() -> Path:
-    """The directory that holds Ratchet's packages."""
-    return Path(contracts.__file__).resolve().parent.parent
-
-
-def code_path() -> Path:
-    """A directory that holds Ratchet's packages and no others, for PYTHONPATH."""
-    root = source_root()
-    if (root / "pyproject.toml").is_file():
-        return root
-    # Installed among the driver's libraries, which no stage may see.
-    links = home() / "code" / hashlib.sha256(str(root).encode()).hexdigest()[:12]
-    links.mkdir(parents=True, exist_ok=True)
-    for package in PACKAGES:
-        with contextlib.suppress(FileExistsError):
-            (links / package).symlink_to(root / package)
-    return links
 
 
 def resolve_variant(variant: str = "auto") -> Variant:

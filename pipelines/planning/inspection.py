@@ -28,7 +28,7 @@ from contracts.versions import source_version
 from generation.config import GenerationConfig
 from pipelines.config.sections import EnvironmentsSection
 from pipelines.environments.launch import launch_command, probe_versions, stage_environment
-from pipelines.environments.locked import home
+from pipelines.environments.paths import home
 from pipelines.graph import Graph, Node, input_paths
 from pipelines.planning.preflight import origin_of
 

@@ -15,6 +15,7 @@ from contracts import yaml_text
 from contracts.config import read_yaml, validate
 from contracts.errors import UserError
 from contracts.files import write_atomically
+from pipelines.config.recipes import PREFIX, origin_of
 from pipelines.config.run import RunConfig
 from pipelines.run.events import FILE, Event, EventStream, try_lock
 
@@ -63,13 +64,13 @@ class RunDirectory:
         except FileNotFoundError as error:  # below /proc, for example
             raise UserError(f"{self.path} cannot be made: {error.strerror}. Set directory=PATH.") from error
         self.lock()
-        origin = os.path.relpath(source, self.path)
+        origin = origin_of(source, self.path)
         if marker.exists():
             owner = self._marked("config")
             if owner != origin and self._marked("source") != str(source.absolute()):
+                its = owner if owner.startswith(PREFIX) else (self.path / owner).resolve()
                 raise UserError(
-                    f"{self.path} is the run of {(self.path / owner).resolve()}, not of {source}. "
-                    "Choose another name=... for this run."
+                    f"{self.path} is the run of {its}, not of {source}. Choose another name=... for this run."
                 )
         record: dict[str, Any] = {"config": origin, "source": str(source.absolute())}
         record |= {"iterations": iterations, "settings": config.settings()}

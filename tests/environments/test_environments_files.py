@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.environments.locked import PACKAGES
+from contracts.callables import OWN_PACKAGES
 
 FORBIDDEN = ("torch", "vllm", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "trl", "numpy")
 
@@ -76,7 +76,7 @@ print(len(names))
 
 
 def test_every_package_is_known(root: Path) -> None:
-    assert sorted(PACKAGES) == sorted(path.parent.name for path in root.glob("*/py.typed"))
+    assert sorted(OWN_PACKAGES) == sorted(path.parent.name for path in root.glob("*/py.typed"))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from contracts.config import validate
 from contracts.errors import UserError
 from pipelines.environments.launch import EnvironmentConfig, launch_command, probe_versions
-from pipelines.environments.locked import code_path
+from pipelines.environments.paths import code_path
 
 RECORDER = f"""#!{sys.executable}
 import json, os, sys

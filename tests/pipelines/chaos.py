@@ -30,11 +30,12 @@ from typing import Any
 from pipelines_smallest import write_smallest
 
 from contracts.artifacts import Artifact
+from contracts.callables import OWN_PACKAGES
 from contracts.fingerprint import file_sha256
 from contracts.jsonl import read_jsonl
 from contracts.manifest import MANIFEST
 from pipelines.config.load import load_run_config
-from pipelines.environments.locked import PACKAGES, source_root
+from pipelines.environments.paths import source_root
 from pipelines.execution.executors.local import job_folder
 from pipelines.execution.supervisor import RUN, marked
 from pipelines.iteration import build_graph
@@ -228,7 +229,7 @@ class Setup:
 def freeze(folder: Path) -> Path:
     """A copy of the code that nobody edits."""
     code = folder / "code"
-    for name in (*PACKAGES, "configs"):
+    for name in (*OWN_PACKAGES, "configs"):
         shutil.copytree(source_root() / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(source_root() / "pyproject.toml", code)
     shutil.copy(Path(__file__).parent / "chaos_site" / "sitecustomize.py", code)  # stages get no other folder at start

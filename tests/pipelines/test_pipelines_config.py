@@ -135,7 +135,7 @@ def test_missing_and_broken_config_files(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     assert "not UTF-8" in fails(capsys, "run", str(tmp_path / "latin.yaml"))
     assert "is a directory" in fails(capsys, "run", str(tmp_path))
-    assert "Not a directory" in fails(capsys, "run", str(tmp_path / "twice.yaml" / "x"))
+    assert "does not exist" in fails(capsys, "run", str(tmp_path / "twice.yaml" / "x"))
     assert "is not the directory of a run" in fails(capsys, "status", str(tmp_path))
     assert "has no metrics.jsonl" in fails(capsys, "compare", str(tmp_path))
 

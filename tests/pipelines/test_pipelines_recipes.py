@@ -1,6 +1,5 @@
 """The recipes: each is valid, draws its graph, and fits the hardware that it names, by the estimates of a dry run."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,6 +13,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
+from embedded import imdb
 from pipelines.config.load import load_run_config
 from pipelines.iteration import build_graph
 from pipelines.planning.memory import device_of, estimated
@@ -145,11 +145,6 @@ def test_the_shape_of_a_cached_model_is_enough(cache: Path) -> None:
 
 
 def test_the_prompts_and_the_reward_of_the_reviews(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("imdb", ROOT / "configs/recipes/imdb.py")
-    assert spec is not None
-    assert spec.loader is not None
-    imdb = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(imdb)
     review = " ".join(f"word{index}<br /><br />" for index in range(100))
     imdb.write_prompts([review, "too short", review, "other " + review], tmp_path / "data/train.jsonl", 5)
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "data/train.jsonl").read_text().splitlines()]

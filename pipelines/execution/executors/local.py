@@ -12,7 +12,7 @@ from pathlib import Path
 import submitit
 
 from contracts.fingerprint import digest
-from pipelines.environments.locked import home
+from pipelines.environments.paths import home
 from pipelines.execution.attempts import write_request
 from pipelines.execution.executors.base import Executor, Job, Site
 from pipelines.execution.supervisor import supervise_here

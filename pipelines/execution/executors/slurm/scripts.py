@@ -49,7 +49,7 @@ class BatchExecutor(SlurmExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        return f"{self.python} -u -m pipelines.execution.executors.slurm.start {shlex.quote(str(self.folder))}"
+        return f"{self.python} -P -u -m pipelines.execution.executors.slurm.start {shlex.quote(str(self.folder))}"
 
 
 def make_executor(folder: Path, parameters: Mapping[str, Any]) -> BatchExecutor:

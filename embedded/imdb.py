@@ -1,6 +1,6 @@
-"""Prompts and reward of imdb-sentiment-ppo.yaml.
+"""Prompts and reward of the recipe imdb-sentiment-ppo.
 
-    $(pipeline env python annotation) configs/recipes/imdb.py data/imdb
+    pipeline env run annotation -m embedded.imdb data/imdb
 
 writes train.jsonl and heldout.jsonl, one {"prompt": the opening of a review} a line.
 """

@@ -1,0 +1,94 @@
+"""Where Ratchet's code and files are, in a checkout or among installed libraries, and where it keeps what it makes."""
+
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import contracts
+from contracts.callables import OWN_PACKAGES
+from contracts.errors import UserError
+from contracts.fingerprint import digest, file_sha256
+
+HOME = "RATCHET_HOME"
+IN_WHEEL = "pipelines/configs"
+"""Where pyproject.toml puts the folder configs/ in a wheel."""
+
+
+def home() -> Path:
+    """Where environments, downloads and jobs are kept: RATCHET_HOME, or ~/.cache/ratchet."""
+    try:
+        return Path(os.environ.get(HOME) or "~/.cache/ratchet").expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"this user has no home directory ({error}). Set {HOME}=PATH.") from error
+
+
+def require_home() -> None:
+    """Raise UserError where nothing can be written to it, as jobs and environments have to be."""
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        writable, why = os.access(home(), os.W_OK | os.X_OK), "no permission"
+    except OSError as error:
+        writable, why = False, error.strerror or str(error)
+    if not writable:
+        raise UserError(f"{home()} cannot be written to ({why}), but jobs are described there. Set {HOME}=PATH.")
+
+
+def source_root() -> Path:
+    """The directory that holds Ratchet's packages."""
+    return Path(contracts.__file__).resolve().parent.parent
+
+
+def is_installed() -> bool:
+    """Whether the packages lie among the driver's libraries, and not in a checkout."""
+    return (source_root() / IN_WHEEL).is_dir()
+
+
+def configs() -> Path:
+    """The directory of what comes with Ratchet: recipes, their data, and the environments' locks."""
+    return source_root() / (IN_WHEEL if is_installed() else "configs")
+
+
+def packaged(name: str) -> Path:
+    """The file that a config calls `ratchet:NAME`: below `configs`, wherever that is.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    path = configs() / name
+    if not path.is_file():
+        known = sorted(file.relative_to(configs()).as_posix() for file in (configs() / "data").iterdir())
+        raise UserError(f"ratchet:{name} does not exist; with Ratchet come {', '.join(known)}.")
+    return path
+
+
+def code_path() -> Path:
+    """A directory with the code of the stages, for PYTHONPATH, and without the driver's libraries.
+
+    A checkout is one. Of installed packages it is a copy, which a container can mount, and which stays as it is when
+    Ratchet is upgraded while a run goes on.
+    """
+    return _copied(source_root()) if is_installed() else source_root()
+
+
+@functools.cache
+def _copied(root: Path) -> Path:
+    packages = [package for package in OWN_PACKAGES if package != "pipelines"]
+    files = sorted(file for package in packages for file in (root / package).rglob("*.py"))
+    names = [file.relative_to(root).as_posix() for file in files]
+    version = digest({name: file_sha256(root / name) for name in names})[:12]
+    copy = home() / "code" / version
+    if not copy.is_dir():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".") as folder:
+            for name in names:
+                file = Path(folder, version, name)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(root / name, file)
+            try:
+                Path(folder, version).rename(copy)
+            except OSError:
+                if not copy.is_dir():  # else another process, or thread, was faster
+                    raise
+    return copy
