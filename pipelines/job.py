@@ -3,21 +3,23 @@
 submitit passes it on by its name, so it imports as little as it can.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
-from pipelines.execution.executors.base import Entry, Listen, Task
+from pipelines.execution.executors.base import Entry, Task
 
 if TYPE_CHECKING:
+    from pipelines.execution.listeners import Listen
     from pipelines.graph import Graph
     from pipelines.run.directory import RunDirectory
 
 
 def perform(task: Task) -> None:
     """Do what a job is for."""
-    task.perform(ENTRY)
+    importlib.import_module(task.module).perform(task, ENTRY)
 
 
-def listeners(run: "RunDirectory", graph: "Graph") -> list[Listen]:
+def listeners(run: "RunDirectory", graph: "Graph") -> "list[Listen]":
     """Those who are told what a job records."""
     from pipelines.insight.listeners import listeners_of
 

@@ -31,7 +31,6 @@ from pipelines.environments.launch import (
 from pipelines.environments.locked import Locked, resolve_variant
 from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph, Node
-from pipelines.job import ENTRY
 from pipelines.machine import cores, default_parallel, gpu_count, gpus, host_memory
 from pipelines.planning.entries import check_patterns
 from pipelines.planning.estimates import Memory, published_bytes, scratch_bytes
@@ -130,7 +129,7 @@ def check_cluster(plan: Plan) -> Iterator[Finding]:
     if plan.config.executor.uses_slurm:
         check_patterns(plan.graph, plan.config.executor)
         run = RunDirectory(plan.graph.directory)
-        for executor in Executors(Site(run, plan.graph, plan.config, ENTRY)).used():
+        for executor in Executors(Site(run, plan.graph, plan.config)).used():
             executor.check()
         yield Finding("cluster", "ok", "Slurm answers, keeps accounts, and has the partitions that are asked for")
         if plan.config.executor.is_remote:

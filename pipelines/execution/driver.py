@@ -19,9 +19,9 @@ from contracts.files import appears
 from contracts.manifest import MANIFEST
 from pipelines.execution.attempts import StageFailedError
 from pipelines.execution.endings import Ending, log_of, log_tail
-from pipelines.execution.executors.base import Executors, Job, Listen, Site
+from pipelines.execution.executors.base import Executors, Job, Site
 from pipelines.execution.lifecycle import Lifecycle
-from pipelines.execution.listeners import Broadcast
+from pipelines.execution.listeners import Broadcast, Listen
 from pipelines.execution.supervisor import end_orphans
 from pipelines.graph import Node
 from pipelines.machine import default_parallel

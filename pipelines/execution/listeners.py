@@ -1,11 +1,14 @@
 """Listeners: told what happens in a run, as it is recorded. What they do can fail; the run goes on."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
-from pipelines.execution.executors.base import Listen
 from pipelines.run.directory import RunDirectory
-from pipelines.run.events import EventReader, ListenerFailed
+from pipelines.run.events import Event, EventReader, ListenerFailed
+
+Listen: TypeAlias = Callable[[list[Event]], None]
+"""Is told what has happened in a run, in order, several times a second; most often nothing has."""
 
 
 class Broadcast:

@@ -17,7 +17,6 @@ from pipelines.execution.executors.base import Executors, Observation, Site
 from pipelines.graph import Graph, Node
 from pipelines.insight.tables import print_table
 from pipelines.insight.wording import notable_lines
-from pipelines.job import ENTRY
 from pipelines.run.decisions import reads_what_is_there
 from pipelines.run.directory import CANCEL, RunDirectory
 from pipelines.run.events import Event
@@ -43,7 +42,7 @@ class Glance:
     def at(cls, run: RunDirectory, graph: Graph, patience: float = PATIENCE_SECONDS) -> "Glance":
         """Look now."""
         holder = run.holder()
-        lasting = Executors(Site(run, graph, run.config, ENTRY)).lasting()
+        lasting = Executors(Site(run, graph, run.config)).lasting()
         return cls(holder, [seen for executor in lasting if (seen := executor.observe(patience)) is not None])
 
     @property

@@ -14,7 +14,6 @@ from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph
 from pipelines.insight.status import Glance, states
 from pipelines.insight.tables import print_table
-from pipelines.job import ENTRY
 from pipelines.run.directory import CANCEL, RunDirectory
 from pipelines.run.events import RunCancelled
 from pipelines.text import plural, relative
@@ -63,7 +62,7 @@ def print_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | N
     if stage is not None and stage not in graph.nodes:
         raise UserError(f"the run {run.path} has no stage {stage!r}. `pipeline status {run.path}` lists them.")
     now = states(run, graph, Glance.at(run, graph))
-    executors = list(Executors(Site(run, graph, run.config, ENTRY)).lasting())
+    executors = list(Executors(Site(run, graph, run.config)).lasting())
     chosen = [stage] if stage else [name for name, state in now.items() if state[0] in SHOWN]
     logs: list[Path] = []
     for name in chosen:
@@ -91,7 +90,7 @@ def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
         return
     with run.submitting():  # a finishing job submits no further ones from now on
         (run.path / CANCEL).touch()
-        ids = [id for executor in Executors(Site(run, graph, run.config, ENTRY)).lasting() for id in executor.cancel()]
+        ids = [id for executor in Executors(Site(run, graph, run.config)).lasting() for id in executor.cancel()]
     if glance.holder is not None:
         console.print(f"asked {glance.holder} to end.", soft_wrap=True, highlight=False)
     if ids:

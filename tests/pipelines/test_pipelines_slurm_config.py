@@ -15,7 +15,6 @@ from pipelines.config.executor import minutes_of
 from pipelines.config.load import load_run_config
 from pipelines.config.run import RunConfig
 from pipelines.execution.executors.slurm.checks import check_slurm
-from pipelines.execution.executors.slurm.node import FAILED, TRY_AGAIN, start_again
 from pipelines.execution.executors.slurm.resources import (
     Resources,
     device_hours,
@@ -24,6 +23,7 @@ from pipelines.execution.executors.slurm.resources import (
     submitit_parameters,
 )
 from pipelines.execution.executors.slurm.scripts import make_executor, script, write_dry_run
+from pipelines.execution.executors.slurm.task import FAILED, TRY_AGAIN, start_again
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.machine import gpu_count

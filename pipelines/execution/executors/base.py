@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from contracts.errors import UserError
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:  # jobs on a cluster import this module, and as little else as
     from rich.console import Console
 
     from pipelines.config.run import RunConfig
+    from pipelines.execution.listeners import Listen
     from pipelines.graph import Graph, Node
     from pipelines.run.directory import RunDirectory
-    from pipelines.run.events import Event, JobEnded
+    from pipelines.run.events import JobEnded
     from pipelines.run.verdicts import Verdict
 
 
@@ -90,19 +91,11 @@ class Observation(Protocol):
         ...
 
 
-Listen = Callable[["list[Event]"], None]
-"""Is told what has happened in a run, in order, several times a second; most often nothing has."""
-
-Listeners: TypeAlias = Callable[["RunDirectory", "Graph"], list[Listen]]
-"""Makes those who are told of a run."""
-
-
 class Task(Protocol):
     """What a job does on its nodes, where that is more than to supervise an attempt."""
 
-    def perform(self, entry: "Entry") -> None:
-        """Do it, and exit."""
-        ...
+    module: ClassVar[str]
+    """The module whose `perform(task, entry)` does it."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +104,8 @@ class Entry:
 
     perform: Callable[[Task], None]
     """The function that a job runs."""
-    listeners: Listeners
-    """For what a job records."""
+    listeners: "Callable[[RunDirectory, Graph], list[Listen]]"
+    """Makes those who are told what a job records."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +115,8 @@ class Site:
     run: "RunDirectory"
     graph: "Graph"
     config: "RunConfig"
-    entry: Entry
+    entry: Entry | None = None
+    """None where nothing is submitted: for readers."""
 
 
 class Executor(ABC):

@@ -8,7 +8,7 @@ list. What it raises is recorded, it is told nothing more, and the run goes on.
 import importlib
 import pkgutil
 
-from pipelines.execution.executors.base import Listen
+from pipelines.execution.listeners import Listen
 from pipelines.graph import Graph
 from pipelines.run.directory import RunDirectory
 

@@ -1,6 +1,6 @@
 """Writes report.txt, the report of `pipeline status`, when nobody works on the run any more."""
 
-from pipelines.execution.executors.base import Listen
+from pipelines.execution.listeners import Listen
 from pipelines.graph import Graph
 from pipelines.insight.status import save_report
 from pipelines.run.directory import RunDirectory

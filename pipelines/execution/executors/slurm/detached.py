@@ -31,8 +31,8 @@ from pipelines.execution.executors.slurm.jobs import (
     request_for,
     submit,
 )
-from pipelines.execution.executors.slurm.node import FAILED, TRY_AGAIN, SlurmTask
 from pipelines.execution.executors.slurm.scheduler import SchedulerError
+from pipelines.execution.executors.slurm.task import FAILED, TRY_AGAIN, SlurmTask
 from pipelines.execution.lifecycle import Lifecycle
 from pipelines.execution.listeners import Broadcast
 from pipelines.execution.supervisor import end_orphans

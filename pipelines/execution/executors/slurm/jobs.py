@@ -28,10 +28,10 @@ from pipelines.execution.attempts import write_request
 from pipelines.execution.executors.base import Site
 from pipelines.execution.executors.local import job_folder
 from pipelines.execution.executors.slurm import scheduler
-from pipelines.execution.executors.slurm.node import Duty, SlurmTask, start_again
 from pipelines.execution.executors.slurm.resources import Resources, finishing, resources_of, submitit_parameters
 from pipelines.execution.executors.slurm.scheduler import mark_of
 from pipelines.execution.executors.slurm.scripts import job_name, make_executor
+from pipelines.execution.executors.slurm.task import Duty, SlurmTask, start_again
 from pipelines.graph import Graph, Node
 from pipelines.run.directory import RunDirectory
 
@@ -146,6 +146,8 @@ def submit(
 
 def _submit(task: SlurmTask, resources: Resources, site: Site, *, dependency: list[str], pause: float | None) -> str:
     """Hand one job to Slurm; returns its id."""
+    assert site.entry is not None, "a reader submits nothing"
+    perform = site.entry.perform
     executor, run = site.config.executor, site.run.path
     step = "work" if "work" in task.duties else "finish"
     folder = slurm_folder(run) / f"{name_of(Path(task.attempt))}-{step}"
@@ -166,8 +168,8 @@ def _submit(task: SlurmTask, resources: Resources, site: Site, *, dependency: li
     def hand_over() -> str:
         with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # sbatch's message is in the error, too
             if task.array > 1:
-                return str(slurm.map_array(site.entry.perform, [task] * task.array)[0].job_id)
-            return str(slurm.submit(site.entry.perform, task).job_id)
+                return str(slurm.map_array(perform, [task] * task.array)[0].job_id)
+            return str(slurm.submit(perform, task).job_id)
 
     return scheduler.patiently(f"submitting stage {task.stage}", hand_over).partition("_")[0]
 

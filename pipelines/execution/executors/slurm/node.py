@@ -5,17 +5,14 @@ Every task of every array starts with this, so it imports as little as it can.
 
 import contextlib
 import json
-import math
 import os
 import re
 import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 import submitit
 
@@ -27,70 +24,25 @@ from pipelines.execution.endings import PUBLISHER
 from pipelines.execution.executors.base import Entry
 from pipelines.execution.executors.slurm import scheduler
 from pipelines.execution.executors.slurm.start import NOTICES
+from pipelines.execution.executors.slurm.task import ENDED, Duty, SlurmTask
 from pipelines.execution.supervisor import DECISION, supervise
 
 MEET_SECONDS = 300.0
 """How long the nodes of a job wait for the first of them."""
 NOTICE_SECONDS = 150.0
 """Slurm's notice comes at most so long before the end of the grace period: a margin, and the grid of its clock."""
-Duty = Literal["work", "publish", "finalize"]
-FAILED = 70
-"""Exit code of a job whose stage has failed for good (EX_SOFTWARE)."""
-TRY_AGAIN = 75
-"""Exit code of a job whose stage is tried again by another one (EX_TEMPFAIL)."""
-FINALIZED = (0, UserError.exit_code, FAILED, TRY_AGAIN)
-"""Exit codes of a job that has finalized its stage. Any other is an accident of the job's own."""
-ENDED = "RATCHET_ENDED"
-"""Environment variable: the exit codes of those processes of this job that ended before they had finalized."""
 
 
-@dataclass(frozen=True)
-class SlurmTask:
-    """What a job does."""
-
-    run: str
-    stage: str
-    attempt: str
-    duties: tuple[Duty, ...]
-    array: int = 0
-    """Tasks of the array that it is one of; 0: none."""
-    nodes: int = 1
-    detached: bool = False
-    """Whether it decides and finishes the stage by itself, without a driver."""
-    grace: float = 0.0
-    """Seconds that the stage may take to stop; Slurm's notice comes that long, and some more, before the time limit."""
-
-    def perform(self, entry: Entry) -> None:
-        """What the job runs on each of its nodes."""
-        _record_restart(self)
-        code = 0
-        for duty in self.duties:
-            code = _guarded(duty, self, entry)
-            if code and duty == "work" and "finalize" not in self.duties:
-                break
-        if code:
-            sys.exit(code)
-
-
-def start_again(retries: int, pause: float) -> list[str]:
-    """Lines of bash after the process of a job that finalizes a stage of a detached run.
-
-    Nobody else looks after that stage, and where its job fails, Slurm cancels all that wait for it. So where the
-    process ends without having finalized (killed, not launched, no answer of the scheduler's), the job starts it again.
-
-    Args:
-        retries: how often.
-        pause: seconds before each.
-    """
-    return [
-        "code=$?",
-        f"case $code in {' | '.join(map(str, FINALIZED))}) exit $code ;; esac",
-        f'export {ENDED}="${{{ENDED}:-}} $code"',
-        f"codes=(${ENDED})",
-        f"if [ ${{#codes[@]}} -gt {retries} ]; then exit $code; fi",
-        f"sleep {math.ceil(pause)}",
-        'exec bash "$0"',
-    ]
+def perform(task: SlurmTask, entry: Entry) -> None:
+    """What a job runs on each of its nodes."""
+    _record_restart(task)
+    code = 0
+    for duty in task.duties:
+        code = _guarded(duty, task, entry)
+        if code and duty == "work" and "finalize" not in task.duties:
+            break
+    if code:
+        sys.exit(code)
 
 
 def _record_restart(task: SlurmTask) -> None:

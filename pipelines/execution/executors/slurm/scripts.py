@@ -24,7 +24,6 @@ from contracts.errors import UserError
 from pipelines.config.executor import HEAVY, KINDS
 from pipelines.config.run import RunConfig
 from pipelines.execution.executors.local import job_folder
-from pipelines.execution.executors.slurm.node import start_again
 from pipelines.execution.executors.slurm.resources import (
     Resources,
     device_hours,
@@ -33,6 +32,7 @@ from pipelines.execution.executors.slurm.resources import (
     submitit_parameters,
 )
 from pipelines.execution.executors.slurm.scheduler import mark_of
+from pipelines.execution.executors.slurm.task import start_again
 from pipelines.graph import Graph, Node
 
 DRY_RUN = ".dry-run"
