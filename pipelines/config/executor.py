@@ -1,11 +1,14 @@
 """Where the stages of a run are executed, and what they ask of a cluster."""
 
+import difflib
 import fnmatch
 import math
+import pkgutil
 import re
-from typing import Any, Literal, Self, TypeAlias
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, field_validator, model_validator
 
 from annotation.config import ScoreConfig
 from contracts.config import Section, StageConfig, runtime
@@ -14,7 +17,25 @@ from generation.config import GenerationConfig
 from training.config import TrainingConfig
 
 StageKind: TypeAlias = Literal["generation", "scoring", "training", "light"]
-ExecutorKind: TypeAlias = Literal["local", "slurm", "inline"]
+EXECUTORS = sorted(
+    module.name
+    for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "execution" / "executors")])
+    if module.name != "base"
+)
+"""Where stages can run: the modules of pipelines/execution/executors, found by their names alone."""
+HERE = ("inline", "local")
+"""Those of them that use this machine; every other one hands stages to a scheduler."""
+
+
+def _check_kind(kind: str) -> str:
+    if kind not in EXECUTORS:
+        nearest = difflib.get_close_matches(kind, EXECUTORS, n=1)
+        hint = f" Did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"there is no such executor.{hint} Known: {', '.join(EXECUTORS)}.")
+    return kind
+
+
+ExecutorKind: TypeAlias = Annotated[str, AfterValidator(_check_kind)]
 
 ARRAYS: tuple[StageKind, ...] = ("generation", "scoring")
 """Kinds of stages that run as a job array, whose tasks share the shards."""
@@ -226,20 +247,22 @@ class ExecutorSection(Section):
         return self
 
     @property
-    def uses_slurm(self) -> bool:
-        """Whether any stage may run on Slurm."""
-        return self.kind == "slurm" or any(entry.kind == "slurm" for entry in self.stages.values())
+    def uses_scheduler(self) -> bool:
+        """Whether any stage may run by a scheduler."""
+        return any(
+            kind not in HERE for kind in (self.kind, *(entry.kind or self.kind for entry in self.stages.values()))
+        )
 
     @property
     def asks_gpus(self) -> bool:
-        """Whether any stage asks Slurm for GPUs."""
-        return self.uses_slurm and any(section.gpus for section in (self.slurm, *self.stages.values()))
+        """Whether any stage asks a scheduler for GPUs."""
+        return self.uses_scheduler and any(section.gpus for section in (self.slurm, *self.stages.values()))
 
     @property
     def is_remote(self) -> bool:
-        """Whether all heavy stages run on Slurm."""
+        """Whether all heavy stages run by a scheduler."""
         kinds = {entry.kind for name, entry in self.stages.items() if name != "light" and entry.kind}
-        return self.kind == "slurm" and kinds <= {"slurm"}
+        return not {self.kind, *kinds} & set(HERE)
 
     def entry(self, stage: str, config: StageConfig) -> StageSection:
         """All that is set for a stage, with where it runs (`kind`), and without what its kind cannot have."""

@@ -126,7 +126,7 @@ def _environment(plan: Plan, name: str) -> Finding:
 
 def check_cluster(plan: Plan) -> Iterator[Finding]:
     """Whether this machine belongs to a Slurm cluster that can run what the stages ask for."""
-    if plan.config.executor.uses_slurm:
+    if plan.config.executor.uses_scheduler:
         check_patterns(plan.graph, plan.config.executor)
         run = RunDirectory(plan.graph.directory)
         for executor in Executors(Site(run, plan.graph, plan.config)).used():

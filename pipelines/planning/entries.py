@@ -36,7 +36,7 @@ def settle_variant(executor: ExecutorSection) -> None:
 
     Sets RATCHET_VARIANT, which the jobs inherit, where the user has not, and as far as all heavy stages run on Slurm.
     """
-    if not executor.uses_slurm or os.environ.get(VARIANT, "auto") not in ("", "auto"):
+    if not executor.uses_scheduler or os.environ.get(VARIANT, "auto") not in ("", "auto"):
         return
     if executor.asks_gpus:
         os.environ[VARIANT] = "gpu"

@@ -6,7 +6,7 @@ from annotation.config import ScoreConfig
 from contracts.config import StageConfig
 from contracts.errors import UserError
 from generation.config import GenerationConfig
-from pipelines.config.executor import ExecutorSection, StageSection, kind_of, replica_gpus
+from pipelines.config.executor import HERE, ExecutorSection, StageSection, kind_of, replica_gpus
 from pipelines.machine import gpu_count
 from training.config import TrainingConfig
 
@@ -18,7 +18,7 @@ def place_stage(name: str, config: StageConfig, executor: ExecutorSection) -> St
         UserError: it cannot be spread over what is asked of Slurm.
     """
     entry = executor.entry(name, config)
-    if entry.kind == "slurm":
+    if entry.kind not in HERE:
         return _place_on_slurm(name, config, entry)
     if isinstance(config, TrainingConfig) and config.parallel.nodes > 1:
         raise UserError(

@@ -6,9 +6,8 @@ subclass of `Executor` that submits `supervisor_command(attempt)` and asks wheth
 shows one.
 """
 
-import difflib
 import importlib
-import pkgutil
+import importlib.util
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -201,7 +200,9 @@ class Executors:
 
     def lasting(self) -> Iterator[Executor]:
         """Every executor there is whose jobs outlive a driver: an earlier command may have used it."""
-        return (self.named(kind) for kind in known_kinds() if executor_class(kind).outlives_driver)
+        from pipelines.config.executor import EXECUTORS
+
+        return (self.named(kind) for kind in EXECUTORS if executor_class(kind).outlives_driver)
 
     def require_detachable(self, plan: "dict[str, Verdict]") -> None:
         """Raise UserError where a stage that is to run does so where a process has to stay."""
@@ -223,31 +224,13 @@ def kind_of_executor(node: "Node", config: "RunConfig") -> str:
     return str(config.executor.entry(node.name, node.config).kind)
 
 
-def known_kinds() -> list[str]:
-    """The names of all executors."""
-    return sorted(_modules())
-
-
 def executor_class(kind: str) -> type[Executor]:
-    """The executor of a kind.
-
-    Raises:
-        UserError: there is none.
-    """
-    if kind not in _modules():
-        nearest = difflib.get_close_matches(kind, known_kinds(), n=1)
-        hint = f" Did you mean {nearest[0]}?" if nearest else ""
-        raise UserError(f"executor {kind!r} does not exist.{hint} Known: {', '.join(known_kinds())}.")
-    module = importlib.import_module(_modules()[kind])
+    """The executor of a kind, of those that the config knows; of a package it is in the module `executor`."""
+    name = f"{__package__}.{kind}"
+    spec = importlib.util.find_spec(name)
+    module = importlib.import_module(f"{name}.executor" if spec and spec.submodule_search_locations else name)
     classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Executor)]
     return next(value for value in classes if getattr(value, "kind", None) == kind)
-
-
-def _modules() -> dict[str, str]:
-    """The module of each executor; of a package the module `executor` in it, since its jobs import the package."""
-    folder = pkgutil.iter_modules(importlib.import_module(__package__).__path__, f"{__package__}.")
-    names = {module.name.rpartition(".")[2]: f"{module.name}{'.executor' * module.ispkg}" for module in folder}
-    return {kind: name for kind, name in names.items() if kind != "base"}
 
 
 def supervisor_command(attempt: Path) -> list[str]:
