@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from contracts import other_names, yaml_text
 from contracts.errors import UserError
+from contracts.nested import leaves
 from contracts.secrets import refuse_secrets
 
 M = TypeVar("M", bound=BaseModel)
@@ -121,6 +122,10 @@ class StageConfig(Section):
 
     output: Path = runtime()
     """Directory to publish; must not exist yet, or hold what this very configuration makes."""
+
+    def input_paths(self) -> list[Path]:
+        """All inputs."""
+        return [Path(path) for path in leaves(self.select(Role.INPUT)) if path is not None]
 
     def source_files(self) -> dict[str, Path]:
         """Files of the user's own code that this stage runs; their content enters the stage key."""

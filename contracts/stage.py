@@ -230,7 +230,7 @@ class InputCheck:
     def __init__(self, config: StageConfig) -> None:
         self._problems: list[str] = []
         self._error: Exception | None = None
-        self._paths = [Path(path) for path in _leaves(config.select(Role.INPUT))]
+        self._paths = config.input_paths()
         self._thread = threading.Thread(target=self._run, name="input check", daemon=True)
         self._thread.start()
 
@@ -255,14 +255,6 @@ class InputCheck:
                 f"an input is damaged: {'; '.join(self._problems[:3])}. Delete the directory that holds it and run "
                 "the same command again, which makes it anew; `pipeline verify RUN` checks everything."
             )
-
-
-def _leaves(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return [] if value is None else [str(value)]
 
 
 def _load(name: str) -> Callable[..., Any]:

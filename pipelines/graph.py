@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from contracts.config import Role, StageConfig, validate
+from contracts.config import StageConfig, validate
 from contracts.declaration import Stage
 from pipelines.config.executor import ExecutorSection
 from pipelines.planning.placement import place_stage
@@ -96,7 +96,7 @@ class Graph:
         config = place_stage(name, config, self.executor)
         if name in self.nodes:
             raise ValueError(f"two stages are named {name}")
-        inputs = tuple(input_paths(config))
+        inputs = tuple(config.input_paths())
         needs = tuple(dict.fromkeys(owner for path in inputs if (owner := self.owner(path))))
         self.nodes[name] = Node(name, stage, config, inputs, needs, iteration, role)
         self._owners[output] = name
@@ -161,16 +161,3 @@ def folder_of(iteration: int) -> str:
 def name_of(iteration: int | None, role: str) -> str:
     """The name of a node."""
     return role if iteration is None else f"{folder_of(iteration)}/{role}"
-
-
-def input_paths(config: StageConfig) -> list[Path]:
-    """All inputs of a stage."""
-    return _paths(config.select(Role.INPUT))
-
-
-def _paths(value: Any) -> list[Path]:
-    if isinstance(value, dict):
-        return [path for item in value.values() for path in _paths(item)]
-    if isinstance(value, list):
-        return [path for item in value for path in _paths(item)]
-    return [] if value is None else [Path(value)]

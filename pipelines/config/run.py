@@ -7,6 +7,7 @@ from pydantic import model_validator
 
 from annotation.config import PairsSettings, ScorerSettings
 from contracts.config import Section, identity, runtime, validate
+from contracts.nested import leaves
 from contracts.template import DATE, Day, Variables
 from embedded.config import WorldSettings
 from generation.config import GenerationSettings
@@ -121,7 +122,7 @@ class RunConfig(Section):
             self._check_samples(description)
         elif self.generation.k < 2:
             raise ValueError(f"generation.k is {self.generation.k}; pairs need at least 2 answers per prompt.")
-        uses_world = any(str(value).startswith("world:") for value in _leaves(self.model_dump()))
+        uses_world = any(str(value).startswith("world:") for value in leaves(self.model_dump()))
         if uses_world and self.world is None:
             raise ValueError("a path starts with world:, but there is no section `world`. Add one (`world: {}`).")
         return self
@@ -190,11 +191,3 @@ class RunConfig(Section):
         if not due:
             return self
         return validate(type(self), data, f"with changes.{due[-1]}")
-
-
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return [value]

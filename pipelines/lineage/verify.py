@@ -2,13 +2,11 @@
 
 import os
 import re
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -24,13 +22,8 @@ from pipelines.lineage.crosscheck import disagreements, wrong_metrics
 from pipelines.lineage.links import RUN, Index, fingerprint_of, is_superseded, links_of, model_of, run_of
 from pipelines.run.directory import RunDirectory
 
-CHUNK = 1 << 20
 DERIVED = (SCORES, PAIRS, EXPERIENCE)
 """What is made from rollouts, row for row."""
-HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
-"""How every file begins that `pipeline gc` compresses: no name, no time."""
-TRAILER = 8
-"""Bytes of checksum and size at its end."""
 SHOWN = 5
 """Contradictions between rows that are listed for one artifact of rollouts; the others are counted."""
 
@@ -260,47 +253,10 @@ def examine(artifact: Artifact, file: File) -> tuple[int, str | None]:
     try:
         if problem := artifact.damage_of(file):
             return 0, problem
-        if not path.exists() and (problem := slack_of(path.with_name(path.name + COMPRESSED))):
-            return 0, problem
         rows = count_rows(path) if path.suffix == ".jsonl" else 0
     except OSError as error:
         return 0, f"{error.filename or path}: it cannot be read: {error.strerror}"
     return rows, None if rows == file.rows else f"{path}: it has {rows} rows, but the manifest says {file.rows}"
-
-
-def slack_of(path: Path) -> str | None:
-    """What is wrong in the bits of a compressed file that its content does not depend on.
-
-    The header is always the same, and what is left of the last byte before the checksum is zero.
-    """
-    with path.open("rb") as file:
-        header = file.read(len(HEADER))
-        inflate = zlib.decompressobj(-zlib.MAX_WBITS)
-        left = path.stat().st_size - len(HEADER) - TRAILER - 1
-        while left > 0:
-            chunk = file.read(min(CHUNK, left))
-            left -= len(chunk)
-            while chunk:
-                inflate.decompress(chunk, CHUNK)
-                chunk = inflate.unconsumed_tail
-        last = file.read(1)[0]
-    if header != HEADER or inflate.eof or _without_a_bit(inflate, last):
-        return f"{path}: it holds the right content, but is not as `pipeline gc` has written it"
-    return None
-
-
-def _without_a_bit(inflate: Any, last: int) -> bool:
-    """Whether the last byte of compressed data has a bit set that does not count."""
-
-    def rest(byte: int) -> bytes | None:
-        copy = inflate.copy()
-        try:
-            content: bytes = copy.decompress(bytes([byte]))
-        except zlib.error:
-            return None
-        return content if copy.eof else None
-
-    return any(last >> bit & 1 and rest(last ^ 1 << bit) == rest(last) for bit in range(8))
 
 
 def count_rows(path: Path) -> int:

@@ -19,6 +19,7 @@ from contracts.config import Role
 from contracts.errors import TransientError, UserError
 from contracts.files import write_atomically
 from contracts.fingerprint import digest
+from contracts.nested import leaves
 from contracts.preflight import Conversation, Finding, Report, Request, StageRequest
 from contracts.prompts import PromptsConfig
 from contracts.records import Message
@@ -29,7 +30,7 @@ from generation.config import GenerationConfig
 from pipelines.config.sections import EnvironmentsSection
 from pipelines.environments.launch import launch_command, probe_versions, stage_environment
 from pipelines.environments.paths import home
-from pipelines.graph import Graph, Node, input_paths
+from pipelines.graph import Graph, Node
 from pipelines.planning.preflight import origin_of
 
 PACKAGES = ("generation", "annotation", "training")
@@ -134,7 +135,7 @@ def reads_from_outside(node: Node, graph: Graph) -> bool:
         return False
     return any(
         origin_of(path, graph).exists() and graph.owner(origin_of(path, graph)) is None
-        for path in input_paths(node.config)
+        for path in node.config.input_paths()
     )
 
 
@@ -219,18 +220,8 @@ def _ask(
 
 def _files(stages: Iterable[StageRequest]) -> list[Path]:
     """Every path from outside that stages name."""
-    found: set[Path] = set()
-
-    def collect(value: Any) -> None:
-        if isinstance(value, dict | list):
-            for item in value.values() if isinstance(value, dict) else value:
-                collect(item)
-        elif isinstance(value, str) and value.startswith("/"):
-            found.add(Path(value))
-
-    for stage in stages:
-        collect(stage.config)
-    return sorted(found)
+    values = leaves([stage.config for stage in stages])
+    return sorted({Path(value) for value in values if isinstance(value, str) and value.startswith("/")})
 
 
 def _sources(graph: Graph, package: str) -> list[Path]:

@@ -30,6 +30,7 @@ from contracts.files import fsync, process_name, write_atomically
 from contracts.fingerprint import RELEASED
 from contracts.jsonl import COMPRESSED
 from contracts.manifest import MANIFEST, File, Released, read_manifest, with_checksum
+from contracts.nested import leaves
 from pipelines.config.sections import RetentionSection
 from pipelines.graph import Graph, Node
 from pipelines.run.decisions import SUPERSEDED, why_again
@@ -174,17 +175,7 @@ def _names_in(run: Path) -> set[str]:
                     f"{path} is damaged, so that nobody knows what its run reads of {run.parent}: {error}. Delete it "
                     "and continue that run, which makes it anew."
                 ) from error
-    return {text for text in _texts(sources) if "/" in text and not {"\n", "\0"} & set(text)}
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value
+    return {text for text in leaves(sources) if isinstance(text, str) and "/" in text and not {"\n", "\0"} & set(text)}
 
 
 def _weights(artifact: Artifact) -> list[Path]:

@@ -40,7 +40,7 @@ from pipelines.config.load import load_run_config
 from pipelines.execution.driver import Driver
 from pipelines.execution.executors.base import Executor, Site
 from pipelines.execution.supervisor import REQUEST, Request
-from pipelines.graph import Graph, Node, input_paths
+from pipelines.graph import Graph, Node
 from pipelines.insight.display import Display
 from pipelines.insight.status import print_status
 from pipelines.iteration import build_graph
@@ -96,7 +96,7 @@ class Stages(Executor):
 def make(node: Node, salt: str = "") -> None:
     """Publish what a stage would, in small; an AssertionError where an input of it is not whole."""
     config, parts = node.config, key_parts(node.config, {})
-    damage = [problem for path in input_paths(config) for problem in input_damage(path)]
+    damage = [problem for path in config.input_paths() for problem in input_damage(path)]
     assert damage == [], f"{node.name} was started without its inputs"
     content = stage_key(parts) + salt
     publication = Publication(config.output, KINDS.get(config.stage, CHECKPOINT), config.stage, stage_key(parts))
@@ -120,7 +120,7 @@ def make(node: Node, salt: str = "") -> None:
     publication.publish(
         key_parts=parts,
         inputs=parts["inputs"],
-        input_paths={str(number): str(path) for number, path in enumerate(input_paths(config))},
+        input_paths={str(number): str(path) for number, path in enumerate(config.input_paths())},
         unit="rows",
         weights=None,
         versions={},
