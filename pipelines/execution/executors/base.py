@@ -20,6 +20,7 @@ from contracts.errors import UserError
 if TYPE_CHECKING:  # jobs on a cluster import this module, and as little else as they can
     from rich.console import Console
 
+    from pipelines.config.executor import StageSection
     from pipelines.config.run import RunConfig
     from pipelines.execution.listeners import Listen
     from pipelines.graph import Graph, Node
@@ -129,6 +130,10 @@ class Executor(ABC):
     def __init__(self, site: Site) -> None:
         self.site = site
         self.run, self.graph, self.config = site.run, site.graph, site.config
+
+    def entry(self, node: "Node") -> "StageSection":
+        """What the config asks of the executor for a stage: cores, GPUs, memory, time."""
+        return self.config.executor.entry(node.name, node.config)
 
     @abstractmethod
     def submit(self, node: "Node", attempt: Path) -> Job:

@@ -1,0 +1,104 @@
+"""The examples of docs/extending.md, each put where the page says and run."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+PACKAGES = ("annotation", "contracts", "embedded", "generation", "pipelines", "training")
+DRIVE = """
+import sys
+from pathlib import Path
+
+from contracts.stages.prompts import IMPORT_PROMPTS
+from pipelines.config.load import load_run_config
+from pipelines.execution.driver import Driver
+from pipelines.execution.executors.base import Site
+from pipelines.graph import Graph
+from pipelines.insight.listeners import listeners_of
+from pipelines.job import ENTRY
+from pipelines.run.directory import RunDirectory
+
+path = Path(sys.argv[1])
+config = load_run_config(path, sys.argv[2:])
+run = RunDirectory(config.run_directory)
+run.claim(config, path, 0)
+graph = Graph(run.path)
+graph.add(IMPORT_PROMPTS, "prompts", {"source": path.parent / "prompts.jsonl"})
+Driver(Site(run, graph, config, ENTRY), listeners_of(run, graph)).drive()
+"""
+QSUB = """#!/usr/bin/env bash
+echo "$@" >> "$PBS_HOME/asked"
+setsid bash -c "$(cat)" > /dev/null 2>&1 < /dev/null &
+echo $!
+"""
+QSTAT = """#!/usr/bin/env bash
+kill -0 "$1" 2> /dev/null
+"""
+QDEL = """#!/usr/bin/env bash
+kill -- "-$1"
+"""
+
+
+@pytest.fixture
+def example(tmp_path: Path, root: Path) -> Path:
+    """A copy of Ratchet, and beside it a config with prompts."""
+    for package in PACKAGES:
+        shutil.copytree(root / package, tmp_path / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    rows = [json.dumps({"prompt": f"question {number}"}) + "\n" for number in range(3)]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    source = {"source": str(tmp_path / "prompts.jsonl")}
+    config = {
+        "name": "example",
+        "directory": str(tmp_path / "runs"),
+        "policy": str(tmp_path),
+        "prompts": {"train": source, "heldout": source},
+        "scorers": {"reward": {"kind": "rule", "function": "embedded.reviews:gold_score"}},
+        "environments": {"annotation": {"python": sys.executable}},
+    }
+    (tmp_path / "example.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def put(folder: Path, root: Path, path: str) -> None:
+    """Write the module that docs/extending.md shows for a path: the block whose first line is about it."""
+    text = (root / "docs/extending.md").read_text()
+    name = Path(path).stem
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = [block for block in blocks if re.match(f'"""(Keeps )?{name}\\b', block, re.IGNORECASE)]
+    assert path in text
+    (folder / "code" / path).write_text(code)
+
+
+def drive(folder: Path, *overrides: str, **variables: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(folder / "code"), **variables}
+    command = [sys.executable, "-c", DRIVE, str(folder / "example.yaml"), *overrides]
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_listener_is_one_file(example: Path, root: Path) -> None:
+    put(example, root, "pipelines/insight/listeners/slowest.py")
+    drive(example)
+    assert re.fullmatch(r" +[0-9.]+ s  prompts\n", (example / "runs/example/slowest.txt").read_text())
+
+
+def test_an_executor_is_one_file(example: Path, root: Path) -> None:
+    put(example, root, "pipelines/execution/executors/pbs.py")
+    programs = example / "programs"
+    programs.mkdir()
+    for name, text in (("qsub", QSUB), ("qstat", QSTAT), ("qdel", QDEL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    drive(example, "executor=pbs", "executor.stages.light.cpus=2", PATH=path, PBS_HOME=str(programs))
+    assert (example / "runs/example/prompts/manifest.json").is_file()
+    assert (programs / "asked").read_text() == "-N prompts -l select=1:ncpus=2 -V\n"
