@@ -18,7 +18,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -287,18 +287,18 @@ def _clear_scratch(directory: Path, pattern: str) -> None:
 # Making released weights again.
 
 
-def released_inputs(node: Node, graph: Graph) -> list[str]:
-    """The stages whose weights were deleted and which a stage needs."""
-    return [name for name in node.needs if (graph.nodes[name].output / RELEASED).is_file()]
+def released_inputs(node: Node, graph: Graph, where: Callable[[Path], Path] = lambda path: path) -> list[str]:
+    """The stages whose weights were deleted and which a stage needs; `where` says where an output lies now."""
+    return [name for name in node.needs if (where(graph.nodes[name].output) / RELEASED).is_file()]
 
 
-def made_again(graph: Graph, runs: Collection[str]) -> dict[str, str]:
+def made_again(graph: Graph, runs: Collection[str], where: Callable[[Path], Path]) -> dict[str, str]:
     """The stages that have to be made again, with the reason, when the stages `runs` are run."""
     found: dict[str, str] = {}
     todo = list(runs)
     while todo:
         reader = todo.pop()
-        for name in released_inputs(graph.nodes[reader], graph):
+        for name in released_inputs(graph.nodes[reader], graph, where):
             if name not in found and name not in runs:
                 found[name] = why_again(reader)
                 todo.append(name)

@@ -55,4 +55,5 @@ def verdicts(graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Ve
         if not verdict.reuse and sure:
             runs.append(node.name)
         found[node.name] = verdict
-    return found | {name: Verdict(False, reason, again=True) for name, reason in made_again(graph, runs).items()}
+    again = made_again(graph, runs, where)
+    return found | {name: Verdict(False, reason, again=True) for name, reason in again.items()}
