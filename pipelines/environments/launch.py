@@ -232,8 +232,8 @@ def _probe(environment_json: str, name: str) -> dict[str, str]:
         raise UserError(
             f"environments.{name} cannot run Ratchet (exit code {result.returncode}):\n    "
             + "\n    ".join(lines)
-            + "\n  It needs Python >= 3.11, msgspec, packaging, pydantic and pyyaml beside the stage's own libraries; "
-            f"see {requirements(name)}."
+            + "\n  It needs Python >= 3.11, msgspec, packaging, pydantic and ruamel.yaml beside the stage's own "
+            f"libraries; see {requirements(name)}."
         )
     found: dict[str, str] = json.loads(result.stdout.strip().splitlines()[-1])
     return found

@@ -34,6 +34,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("training.learning_rate=-1", "'training.learning_rate' is -1"),
         ("training.learning_rate=0", "'training.learning_rate' is 0"),
         ("training.learning_rate=.nan", "'training.learning_rate' is nan"),
+        ("training.learning_rate=1e999", "'training.learning_rate' is inf"),
         ("training.learning_rate=5", "smallest.yaml: training: learning_rate is 5: AdamW moves every weight by about"),
         ("environments.training={conda: x, container: y}", "environments.training: conda and container exclude"),
         ("reward_model.training.optimiser=sgd", "Did you mean 'reward_model.training.optimizer'?"),
