@@ -32,35 +32,33 @@ class Role(StrEnum):
     RUNTIME = "runtime"
 
 
-def identity(default: Any = ..., *, later: bool = False, **constraints: Any) -> Any:
+def identity(default: Any = ..., *, later: bool = False, was: str = "", **constraints: Any) -> Any:
     """A field that changes what is computed.
 
-    `later`: it came after keys were published, and is left out of them where it has its default, which computes what
-    was computed before.
+    Args:
+        later: it came after keys were published, and is left out of them where it has its default, which computes what
+            was computed before.
+        was: what its key was called before, in the same section; several names with blanks between. A file that still
+            has one is told the new name.
     """
-    extra: dict[str, Any] = {"role": Role.IDENTITY, "later": later}
+    extra: dict[str, Any] = {"role": Role.IDENTITY, "later": later, "was": was}
     return Field(default, json_schema_extra=extra, validate_default=True, **constraints)
 
 
-def input_path(default: Any = ..., **constraints: Any) -> Any:
+def input_path(default: Any = ..., *, was: str = "", **constraints: Any) -> Any:
     """A field that holds the path(s) of artifacts or models: `Path`, `list[Path]`, `dict[str, Path]` or None."""
-    return Field(default, json_schema_extra={"role": Role.INPUT}, **constraints)
+    return Field(default, json_schema_extra={"role": Role.INPUT, "was": was}, **constraints)
 
 
-def runtime(default: Any = ..., **constraints: Any) -> Any:
+def runtime(default: Any = ..., *, was: str = "", **constraints: Any) -> Any:
     """A field that changes where or how fast, but not what is computed."""
-    return Field(default, json_schema_extra={"role": Role.RUNTIME}, validate_default=True, **constraints)
+    extra: dict[str, Any] = {"role": Role.RUNTIME, "was": was}
+    return Field(default, json_schema_extra=extra, validate_default=True, **constraints)
 
 
-def role_of(field: FieldInfo) -> Role | None:
-    """The declared role, or None where a field was left unclassified."""
-    extra = field.json_schema_extra
-    return Role(str(extra["role"])) if isinstance(extra, dict) and "role" in extra else None
-
-
-def _is_later(field: FieldInfo) -> bool:
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and extra.get("later") is True
+def _declared(field: FieldInfo) -> dict[str, Any]:
+    """What one of these three functions was told."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 class Section(BaseModel):
@@ -70,18 +68,17 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
 
-    roles: ClassVar[dict[str, Role | None]] = {}
+    roles: ClassVar[dict[str, Role]] = {}
     """What each field means."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a class that has an unclassified field."""
         super().__pydantic_init_subclass__(**kwargs)
-        roles = {name: role_of(field) for name, field in cls.model_fields.items()}
-        for name, role in roles.items():
-            if role is None:
+        for name, field in cls.model_fields.items():
+            if "role" not in _declared(field):
                 raise TypeError(f"{cls.__name__}.{name} must be declared with identity(), input_path() or runtime()")
-        cls.roles = roles
+        cls.roles = {name: _declared(field)["role"] for name, field in cls.model_fields.items()}
 
     def select(self, role: Role) -> dict[str, Any]:
         """The fields of one role as plain data; sections that are identity fields are searched as well."""
@@ -98,7 +95,7 @@ class Section(BaseModel):
     def _is_left_out(self, name: str, value: Any) -> bool:
         """Whether a field came later and has its default."""
         field = type(self).model_fields[name]
-        return _is_later(field) and bool(value == field.default)
+        return bool(_declared(field).get("later") and value == field.default)
 
 
 def _plain(value: Any, role: Role) -> Any:
@@ -205,12 +202,16 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         *parents, last = problem["loc"]
-        known = sorted(_fields_at(model, parents))
+        known = fields_at(model, parents)
+        if now := next(
+            (name for name, field in known.items() if last in _declared(field).get("was", "").split()), None
+        ):
+            return f"unknown key {place!r}: it is called {'.'.join([*map(str, parents), now])!r} now."
         if hints := _elsewhere(model, list(map(str, parents)), str(last), problem["input"]):
             return f"unknown key {place!r}. {' '.join(hints)}"
         nearest = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
         hint = f" Did you mean {'.'.join([*map(str, parents), nearest[0]])!r}?" if nearest else ""
-        return f"unknown key {place!r}.{hint} Known keys: {', '.join(known)}."
+        return f"unknown key {place!r}.{hint} Known keys: {', '.join(sorted(known))}."
     if problem["type"] == "missing":
         return f"{place!r} is required but not set."
     message = problem["msg"].removeprefix("Value error, ")
@@ -222,7 +223,7 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
 
 def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any) -> list[str]:
     """What keys of other tools are called here; nothing where a key is none of theirs."""
-    here = _fields_at(model, list(parents))
+    here = fields_at(model, parents)
     if difflib.get_close_matches(last, here, n=1, cutoff=0.85):
         return []
     hints: dict[str, None] = {}
@@ -246,8 +247,8 @@ def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any
     return list(hints)[:5]
 
 
-def _fields_at(model: type[BaseModel], location: list[Any]) -> set[str]:
-    """Names of the fields of the section at `location`, looking into unions, lists and dictionaries."""
+def fields_at(model: type[BaseModel], location: list[Any]) -> dict[str, FieldInfo]:
+    """The fields of the section at `location`, looking into unions, lists and dictionaries."""
     candidates: list[Any] = [model]
     for part in location:
         found: list[Any] = []
@@ -258,7 +259,8 @@ def _fields_at(model: type[BaseModel], location: list[Any]) -> set[str]:
                 else:  # a list index, a dictionary key or the tag of a union
                     found.append(kind)
         candidates = found
-    return {name for candidate in candidates for kind in _models_in(candidate) for name in kind.model_fields}
+    kinds = [kind for candidate in candidates for kind in _models_in(candidate)]
+    return {name: field for kind in kinds for name, field in kind.model_fields.items()}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

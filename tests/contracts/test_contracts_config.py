@@ -15,8 +15,8 @@ from contracts.stage import key_parts, stage_key
 class Inner(Section):
     """A section."""
 
-    beta: float = identity(0.1)
-    threads: int = runtime(1)
+    beta: float = identity(0.1, was="kl_weight")
+    threads: int = runtime(1, was="workers jobs")
 
 
 class Example(StageConfig):
@@ -24,7 +24,7 @@ class Example(StageConfig):
 
     stage: ClassVar[str] = "example"
     code_version: ClassVar[int] = 1
-    source: Path = input_path()
+    source: Path = input_path(was="from")
     others: dict[str, Path] = input_path({})
     learning_rate: float = identity(1e-3)
     inner: Inner = identity(Inner())
@@ -74,6 +74,9 @@ def test_roles_are_selected_in_nested_sections(source: Path, tmp_path: Path) -> 
         ({"inner": {"beta": "much"}}, r"'inner\.beta' is 'much'"),
         ({"source": None}, "'source' is None"),
         ({}, "'source' is required but not set"),
+        ({"inner": {"kl_weight": 1}}, r"unknown key 'inner\.kl_weight': it is called 'inner\.beta' now\."),
+        ({"inner": {"jobs": 1}}, r"unknown key 'inner\.jobs': it is called 'inner\.threads' now\."),
+        ({"from": "a"}, "unknown key 'from': it is called 'source' now"),
     ],
 )
 def test_mistakes_are_explained(data: dict[str, object], complaint: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from contracts import other_names
-from contracts.config import _fields_at, validate
+from contracts.config import fields_at, validate
 from contracts.errors import UserError
 from pipelines.config.run import RunConfig
 from training.catalogue import BUILT_IN, describe
@@ -26,7 +26,7 @@ def test_what_the_table_names_exists(entry: other_names.Other) -> None:
     elif parents == ["scorers"]:
         assert last == "reward"
     else:
-        assert last in _fields_at(RunConfig, list(parents))
+        assert last in fields_at(RunConfig, list(parents))
 
 
 def test_the_page_shows_the_table() -> None:
