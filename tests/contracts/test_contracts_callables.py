@@ -77,3 +77,15 @@ def test_what_cannot_be_read_is_a_mistake_of_the_users(project: Path) -> None:
         source_file("rules:nothing")
     with pytest.raises(UserError, match="no module or file"):
         source_file("nowhere:judge")
+
+
+@pytest.mark.parametrize("name", ["queue:judge", "training.mine:judge"])
+def test_a_module_that_is_called_like_a_librarys_is_named_by_its_file(project: Path, name: str) -> None:
+    """The library's, or Ratchet's, is what a stage would import."""
+    path = Path(*name.partition(":")[0].split(".")).with_suffix(".py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("def judge(): ...\n")
+    with pytest.raises(UserError, match="whose name a library has too") as caught:
+        source_file(name)
+    by_file = str(caught.value).rpartition("write ")[2].rstrip(".")
+    assert source_file(by_file).resolve() == path.resolve()
