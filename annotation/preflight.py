@@ -1,7 +1,4 @@
-"""`python -m annotation.preflight`: what the stages of annotation would refuse, before anything runs.
-
-See contracts/preflight.py.
-"""
+"""What the stages of annotation would refuse, before anything runs. See contracts/preflight.py."""
 
 import functools
 from collections.abc import Iterator
@@ -10,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from annotation.config import ScoreConfig
 from annotation.rule import check_function
-from contracts.declaration import stages_of
 from contracts.models import ModelInfo
-from contracts.preflight import Finding, Inspected, serve
+from contracts.preflight import Finding, Inspected
 
 if TYPE_CHECKING:
     from modeling.inspect import Renders
@@ -23,14 +19,9 @@ IMPORT_SECONDS = 60.0
 """How long a rule's function may take to be imported until it is no longer waited for."""
 
 
-def check(stage: Inspected) -> Iterator[Finding]:
-    """The model or the function of a scorer."""
-    if isinstance(stage.config, ScoreConfig):
-        yield from check_scorer(stage, stage.config)
-
-
-def check_scorer(stage: Inspected, config: ScoreConfig) -> Iterator[Finding]:
+def check_scorer(stage: Inspected) -> Iterator[Finding]:
     """A function, imported; or a model, as its kind reads it, and the prompts, as its template renders them."""
+    config: ScoreConfig = stage.config
     if config.function is not None:
         inputs = None if config.inputs is None else tuple(config.inputs)
         yield from _findings_of_function(config.function, inputs)
@@ -52,7 +43,3 @@ def check_scorer(stage: Inspected, config: ScoreConfig) -> Iterator[Finding]:
 def _findings_of_function(function: str, inputs: tuple[Path, ...] | None) -> tuple[Finding, ...]:
     late = check_function(function, inputs, IMPORT_SECONDS)
     return () if late is None else (Finding("warning", late),)
-
-
-if __name__ == "__main__":
-    serve(stages_of("annotation"), check)

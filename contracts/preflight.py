@@ -1,15 +1,16 @@
 """Preflight: what a stage would refuse hours later, found in its own environment before anything runs.
 
 The driver knows all stages of a run, but neither torch nor a tokenizer. So it sends the stages' configs to each
-environment that they run in, on standard input of `python -m PACKAGE.preflight`, and reads a `Report` from the last
+environment that they run in, on standard input of `python -m contracts.preflight`, and reads a `Report` from the last
 line of its output. Paths that stages of the run have still to make are replaced: a model by the one that it is trained
 from, anything else by a name that does not exist (`Inspected.made`).
 
-A package's checks look at one stage at a time and yield findings. An error stops `pipeline run` before the first stage;
-`pipeline doctor` shows all of them.
+A stage's check (`Stage.preflight`) looks at one stage at a time and yields findings. An error stops `pipeline run`
+before the first stage; `pipeline doctor` shows all of them.
 """
 
 import contextlib
+import functools
 import json
 import sys
 import traceback
@@ -20,8 +21,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from contracts import surroundings
-from contracts.config import StageConfig
-from contracts.declaration import Stage
+from contracts.declaration import load, stages_of
 from contracts.errors import TransientError, UserError, as_user_error
 from contracts.records import JsonObjects, Message
 
@@ -55,8 +55,9 @@ class StageRequest(msgspec.Struct, frozen=True):
 
     name: str
     """Name of the (first) stage in the run, for messages."""
+    package: str
     command: str
-    """Key of the package's table of commands: "policy", "score", "generation"."""
+    """What it is called there: "policy", "score", "generation"."""
     config: dict[str, Any]
     made: tuple[str, ...]
     """Input fields whose path a stage of the run will make."""
@@ -103,9 +104,6 @@ class Inspected:
         return [conversation for conversation in self.conversations if conversation.use == "demonstrations"]
 
 
-Check = Callable[[Inspected], Iterator[Finding]]
-
-
 def heard(check: Callable[[], Iterator[F]]) -> tuple[list[F], str | None]:
     """What a check yields, and what stopped it, if anything did, so that the other checks are heard."""
     found: list[F] = []
@@ -130,25 +128,26 @@ def findings_of(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
     return found if stopped is None else [*found, Finding("error", stopped)]
 
 
-def examine(request: Request, stages: dict[str, Stage[Any]], check: Check) -> Report:
+def examine(request: Request) -> Report:
     """Check all stages of a request; equal findings are told once."""
     report = Report()
     found: dict[Finding, None] = {}
     for asked in request.stages:
-        kind: type[StageConfig] = stages[asked.command].config
-        config = kind.model_validate(asked.config)
-        stage = Inspected(asked.name, config, frozenset(asked.made), request.conversations, report)
-        found |= dict.fromkeys(findings_of(lambda stage=stage: check(stage)))  # type: ignore[misc]
+        stage = stages_of(asked.package)[asked.command]
+        assert stage.preflight is not None
+        check = load(stage.preflight)
+        config = stage.config.model_validate(asked.config)
+        inspected = Inspected(asked.name, config, frozenset(asked.made), request.conversations, report)
+        found |= dict.fromkeys(findings_of(functools.partial(check, inspected)))
     report.findings = list(found)
     return report
 
 
-def serve(stages: dict[str, Stage[Any]], check: Check) -> None:
+def serve() -> None:
     """Answer the request on standard input; what libraries print is no part of the answer."""
     surroundings.settle()
     with contextlib.redirect_stdout(sys.stderr):
-        request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
-        report = examine(request, stages, check)
+        report = examine(msgspec.json.decode(sys.stdin.buffer.read(), type=Request))
     print(json.dumps(msgspec.to_builtins(report)))
 
 
@@ -160,3 +159,7 @@ def refuse(findings: list[Finding]) -> None:
         raise UserError(errors[0])
     if errors:
         raise UserError("\n  ".join([f"{len(errors)} things would stop this run:", *errors]))
+
+
+if __name__ == "__main__":
+    serve()

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import faulthandler
 import gc
-import importlib
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from contracts import stopping, surroundings
 from contracts.artifacts import Artifact, input_damage, input_digest, is_published
 from contracts.attempt import ROLE, fail, report_progress, supervised
 from contracts.config import Role, StageConfig, apply_overrides, describe, read_yaml, validate
-from contracts.declaration import Stage
+from contracts.declaration import Stage, load
 from contracts.errors import UserError
 from contracts.fingerprint import digest
 from contracts.processes import die_with_parent
@@ -152,16 +151,16 @@ def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     publication = Publication(config.output, stage.schema, config.stage, key)
     context = Context(publication, rank, world_size, _worker_role())
-    if stage.helps is not None and _load(stage.helps)(config):
+    if stage.helps is not None and load(stage.helps)(config):
         assert stage.launch is not None
         if not is_published(config.output, key) and not publication.complete:
-            _load(stage.launch)(config)
+            load(stage.launch)(config)
         return None
     if is_published(config.output, key):
         if context.publishes:
             publication.clear()
         return _reuse(stage, config, key, context)
-    if stage.launch is not None and not publication.complete and _load(stage.launch)(config):
+    if stage.launch is not None and not publication.complete and load(stage.launch)(config):
         return Artifact.open(config.output, stage.schema)
     check = None
     if context.publishes or context.role == "task":
@@ -180,7 +179,7 @@ def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
         check = InputCheck(config) if context.publishes else None
     try:
         with context.timed("import"):
-            run = _load(stage.run)
+            run = load(stage.run)
         outcome: Outcome = run(config, context)
         if check is None:
             return None
@@ -255,11 +254,6 @@ class InputCheck:
                 f"an input is damaged: {'; '.join(self._problems[:3])}. Delete the directory that holds it and run "
                 "the same command again, which makes it anew; `pipeline verify RUN` checks everything."
             )
-
-
-def _load(name: str) -> Callable[..., Any]:
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def _parse(stages: dict[str, Stage[Any]], package: str, argv: list[str]) -> tuple[Stage[Any], StageConfig]:

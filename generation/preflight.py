@@ -1,12 +1,8 @@
-"""`python -m generation.preflight`: what the generation stage would refuse, before it starts.
-
-See contracts/preflight.py.
-"""
+"""What the generation stage would refuse, before it starts. See contracts/preflight.py."""
 
 from collections.abc import Iterator
 
-from contracts.declaration import stages_of
-from contracts.preflight import Finding, Inspected, serve
+from contracts.preflight import Finding, Inspected
 from generation.config import GenerationConfig
 from generation.prompts import check_policy
 from modeling.inspect import examine_model
@@ -20,7 +16,3 @@ def check(stage: Inspected) -> Iterator[Finding]:
         check_policy(config)
         yield from examine_model(stage, config.policy, "prompts")
         check_weights(config.policy, "causal")
-
-
-if __name__ == "__main__":
-    serve(stages_of("generation"), check)

@@ -1,9 +1,7 @@
-"""`python -m training.preflight`: what the stages of training would refuse, before anything runs.
-
-See contracts/preflight.py.
-"""
+"""What the stages of training would refuse, before anything runs. See contracts/preflight.py."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from msgspec import UNSET
@@ -13,50 +11,57 @@ from contracts.demonstrations import DemonstrationRow
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
-from contracts.preflight import Finding, Inspected, serve
-from training.config import CriticConfig, EmaConfig, RewardConfig, SftConfig, TrainingConfig, ValueHeadConfig
+from contracts.preflight import Finding, Inspected
+from training.config import EmaConfig, SftConfig, TrainingConfig, ValueHeadConfig
 from training.layout import packing_of
 
 
-def check(stage: Inspected) -> Iterator[Finding]:
-    """The model that a stage starts from, what is trained of it, and demonstrations, where these are the user's."""
-    config = stage.config
-    if isinstance(config, EmaConfig):
-        yield from check_average(config)
-    if not isinstance(config, TrainingConfig | ValueHeadConfig) or not (config.model / "config.json").is_file():
+def check_training(stage: Inspected) -> Iterator[Finding]:
+    """The model that a training starts from, what is trained of it, and demonstrations, where these are the user's."""
+    config: TrainingConfig = stage.config
+    if not (config.model / "config.json").is_file():
         return
-    from modeling.loading import check_weights  # torch is not loaded where there is nothing to look at
-    from modeling.master import Start
-
-    classifies = isinstance(config, CriticConfig | ValueHeadConfig) or (
-        isinstance(config, RewardConfig) and config.kind == "bradley_terry"
-    )
-    check_weights(config.model, "classifier" if classifies else "causal")
-    yield Finding("ok", f"{config.model}: it holds the weights of its architecture, all of them finite")
-    Start(config.model)  # its two halves belong together
-    if isinstance(config, TrainingConfig):
-        settings = ModelInfo.read(config.model).settings
-        yield Finding("ok", f"{config.model}: batches of {config.stage} are packed as {packing_of(config, settings)}")
-        check_trained(config, classifies=classifies)
-    if ModelInfo.read(config.model).has_tokenizer:
-        from contracts.chat import ChatTokenizer
-        from modeling.inspect import note
-
-        note(stage, ChatTokenizer(config.model))
+    classifies = stages_of("training")[config.stage].has_score_head(config)
+    yield _whole(config.model, classifies=classifies)
+    settings = ModelInfo.read(config.model).settings
+    yield Finding("ok", f"{config.model}: batches of {config.stage} are packed as {packing_of(config, settings)}")
+    check_trained(config, classifies=classifies)
+    _note_tokenizer(stage, config.model)
     if isinstance(config, SftConfig):
         yield from check_demonstrations(stage, config)
 
 
-def check_average(config: EmaConfig) -> Iterator[Finding]:
-    """The two models that are averaged."""
-    from modeling.loading import check_weights
-    from modeling.master import Start
+def check_new_critic(stage: Inspected) -> Iterator[Finding]:
+    """The model that is to become a critic."""
+    config: ValueHeadConfig = stage.config
+    if (config.model / "config.json").is_file():
+        yield _whole(config.model, classifies=True)
+        _note_tokenizer(stage, config.model)
 
+
+def check_average(stage: Inspected) -> Iterator[Finding]:
+    """The two models that are averaged."""
+    config: EmaConfig = stage.config
     for model in (config.average, config.model):
         if (model / "config.json").is_file():
-            check_weights(model, "causal")
-            Start(model)
-            yield Finding("ok", f"{model}: it holds the weights of its architecture, all of them finite")
+            yield _whole(model, classifies=False)
+
+
+def _whole(model: Path, *, classifies: bool) -> Finding:
+    from modeling.loading import check_weights  # torch is not loaded where there is nothing to look at
+    from modeling.master import Start
+
+    check_weights(model, "classifier" if classifies else "causal")
+    Start(model)  # its two halves belong together
+    return Finding("ok", f"{model}: it holds the weights of its architecture, all of them finite")
+
+
+def _note_tokenizer(stage: Inspected, model: Path) -> None:
+    if ModelInfo.read(model).has_tokenizer:
+        from contracts.chat import ChatTokenizer
+        from modeling.inspect import note
+
+        note(stage, ChatTokenizer(model))
 
 
 def check_trained(config: TrainingConfig, *, classifies: bool) -> None:
@@ -98,7 +103,3 @@ def check_demonstrations(stage: Inspected, config: SftConfig) -> Iterator[Findin
         yield Finding("warning" if count else "error", found, fix)
     elif count:
         yield Finding("ok", f"{config.model}: its chat template renders your demonstrations ({count} were tried)")
-
-
-if __name__ == "__main__":
-    serve(stages_of("training"), check)

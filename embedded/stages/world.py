@@ -1,7 +1,53 @@
 """A tiny model, and data that it can learn from."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from contracts.declaration import Stage
+from contracts.model_size import Size, size_by
+from contracts.outlook import STAGE, Outlook, Rows
 from contracts.records import WORLD
 from embedded.config import WorldConfig
+from embedded.reviews import vocabulary
 
-MAKE_WORLD = Stage(WorldConfig, WORLD, "embedded.world:run", environment="training")
+ROW = 200
+"""Bytes of a row of its data."""
+
+
+@dataclass(frozen=True)
+class World(Stage[WorldConfig]):
+    """The making of the toy task."""
+
+    def libraries(self, config: WorldConfig) -> tuple[str, ...]:
+        """Those that make a model."""
+        return ("torch", "transformers")
+
+    def size(self, config: WorldConfig) -> Size:
+        """A Llama with heads of 32."""
+        return size_by(
+            {
+                "model_type": "llama",
+                "hidden_size": config.hidden_size,
+                "intermediate_size": 3 * config.hidden_size,
+                "num_hidden_layers": config.layers,
+                "num_attention_heads": config.hidden_size // 32,
+                "head_dim": 32,
+                "vocab_size": len(vocabulary()) + 16,  # with its special tokens, rounded up
+                "tie_word_embeddings": True,
+                "max_position_embeddings": 128,
+            }
+        )
+
+    def rows(self, config: WorldConfig, path: Path, outlook: Outlook) -> Rows:
+        """Those of one of its files, NAME.jsonl."""
+        count = getattr(config, path.stem, 0)
+        return Rows(count, count * ROW, ROW)
+
+    def published_bytes(self, config: WorldConfig, outlook: Outlook) -> int:
+        """The model in fp32, whose tied head is written twice, and the data."""
+        size = self.size(config)
+        rows = config.demonstrations + config.train + config.preference + config.heldout
+        return size.checkpoint_bytes(4) + 4 * size.vocabulary * size.hidden + rows * ROW + STAGE
+
+
+MAKE_WORLD = World(WorldConfig, WORLD, "embedded.world:run", environment="training")

@@ -1,7 +1,134 @@
 """K answers to every prompt, sampled from the current policy."""
 
-from contracts.declaration import Stage
+from dataclasses import dataclass
+
+from contracts.declaration import Layout, ModelUse, Stage, Workload
+from contracts.model_size import Size
+from contracts.models import ModelInfo
+from contracts.outlook import FILE, ID, LOGPROB, PROCESS, SAMPLE, STAGE, TEXT, Answers, Memory, Outlook, Rows
 from contracts.records import ROLLOUTS
 from generation.config import GenerationConfig
 
-GENERATION = Stage(GenerationConfig, ROLLOUTS, "generation.run:run")
+UNSEEN = 2048
+"""Bytes of a prompt that nobody has seen yet."""
+
+
+@dataclass(frozen=True)
+class Generation(Stage[GenerationConfig]):
+    """The sampling of answers."""
+
+    memory_fix: str = "Raise generation.tensor_parallel, lower generation.max_num_seqs, or free memory."
+
+    def models(self, config: GenerationConfig) -> tuple[ModelUse, ...]:
+        """The policy."""
+        tokens = (config.max_prompt_tokens or 1) + config.max_new_tokens
+        checks = (
+            ModelInfo.require_causal,
+            lambda model: model.require_engine(config.engine),
+            ModelInfo.require_chat_template,
+            lambda model: model.require_length(tokens, "prompt and answer together"),
+        )
+        return (ModelUse(config.policy, checks),)
+
+    def libraries(self, config: GenerationConfig) -> tuple[str, ...]:
+        """Those of its engine."""
+        return ("torch", "transformers", *(["vllm"] if config.engine == "vllm" else []))
+
+    def memory(self, config: GenerationConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
+        """That of one replica."""
+        size = outlook.size_of(config.policy)
+        return None if size is None else generation_memory(config, size, self.answers(config, outlook), on_gpu=on_gpu)
+
+    def published_bytes(self, config: GenerationConfig, outlook: Outlook) -> int | None:
+        """prompts · (8 · text + 512) + prompts · K · (max_new_tokens · 40 + 256): a token is an id (7), a
+        log-probability (24) and text (9)."""
+        answers = self.answers(config, outlook)
+        if answers is None:
+            return None
+        answer_bytes = answers.count * (answers.longest_answer * (ID + LOGPROB + TEXT) + SAMPLE)
+        return answers.prompt_bytes + answer_bytes + answers.shards * FILE + STAGE
+
+    def workload(self, config: GenerationConfig) -> Workload:
+        """Its tasks share the shards."""
+        return "generation"
+
+    def gpus(self, config: GenerationConfig) -> int:
+        """Those of all servers, or of an engine."""
+        return config.tensor_parallel * max(1, config.servers)
+
+    def layout(self, config: GenerationConfig) -> Layout:
+        """Replicas, each of which is spread over tensor_parallel devices."""
+        talk = f"servers={config.servers}" if config.servers else ""
+        if not talk and config.tensor_parallel > 1:
+            talk = f"tensor_parallel={config.tensor_parallel}"
+        return Layout(config.replicas, together=config.tensor_parallel, talk=talk)
+
+    def spread(self, config: GenerationConfig, devices: int, nodes: int | None = None) -> GenerationConfig:
+        """As many replicas as the devices hold."""
+        replicas = devices // config.tensor_parallel
+        if replicas <= 1 or config.servers or "replicas" in config.model_fields_set:
+            return config
+        return config.model_copy(update={"replicas": replicas})
+
+    def answers(self, config: GenerationConfig, outlook: Outlook) -> Answers | None:
+        """K to every prompt."""
+        prompts = outlook.rows_of(config.prompts)
+        size = outlook.size_of(config.policy)
+        limits = [config.max_prompt_tokens] if config.max_prompt_tokens is not None else []
+        if size is not None and size.context is not None:
+            limits.append(max(1, size.context - config.max_new_tokens))
+        if prompts is not None:
+            limits.append(prompts.longest_tokens)
+        elif config.count is not None:
+            prompts = Rows(config.count, config.count * UNSEEN, UNSEEN)
+        if prompts is None:
+            return None
+        count = min(config.count or prompts.count, prompts.count)
+        longest = min(limits, default=prompts.longest_tokens)
+        share = prompts.bytes * count // max(1, prompts.count)
+        shards = -(-count // (config.shard_size or max(1, 8 * config.max_num_seqs // config.k)))
+        return Answers(Rows(count, share, prompts.longest), config.k, longest, config.max_new_tokens, shards)
+
+    def tokens(self, config: GenerationConfig) -> tuple[int, int]:
+        """What it is told."""
+        return config.max_prompt_tokens or 0, config.max_new_tokens
+
+
+def generation_memory(config: GenerationConfig, size: Size, answers: Answers | None, *, on_gpu: bool) -> Memory:
+    """Memory of one replica, on each of its t = tensor_parallel devices.
+
+    Weights a·P / t. KV cache: on a GPU vLLM fills what memory_utilization leaves, and needs room for the longest
+    sequence at least (2 · layers · k · a bytes a token, over t); on a CPU for max_num_seqs of them, between 64 MiB and
+    4 GiB (generation/vllm_engine.py), or kv_cache_mib. transformers' cache grows to a batch of max_num_seqs, and for
+    an instant twice, because its tensors are copied to grow. Logits of max_num_seqs positions, which the sampler holds
+    in several copies, fp64 among them: 32 bytes each.
+    """
+    number = {"float32": 4, "bfloat16": 2, "float16": 2}.get(config.dtype, 2 if on_gpu else 4)
+    batch, longest = config.max_num_seqs, size.context or 4096
+    if answers is not None:
+        batch, longest = min(batch, answers.count), answers.longest
+        if config.shard_size is not None:
+            batch = min(batch, config.shard_size * config.k)
+    elif config.max_prompt_tokens is not None:
+        longest = config.max_prompt_tokens + config.max_new_tokens
+    token = size.cache_numbers * number
+    devices = config.tensor_parallel
+    if config.engine == "transformers":
+        cache = 2 * batch * longest * token
+    elif config.kv_cache_mib is not None:
+        cache = config.kv_cache_mib << 20
+    elif on_gpu:
+        cache = longest * token // devices
+    else:
+        cache = min(max(config.max_num_seqs * -(-longest // 128) * 128 * token, 64 << 20), 4 << 30)
+    parts = {
+        "weights": size.parameters * number // devices,
+        "KV cache": cache,
+        "logits": 32 * batch * size.vocabulary,
+        "process": PROCESS,
+    }
+    share = config.memory_utilization if on_gpu and config.engine == "vllm" else 1.0
+    return Memory(parts, max(config.replicas, config.servers), share)
+
+
+GENERATION = Generation(GenerationConfig, ROLLOUTS, "generation.run:run", preflight="generation.preflight:check")

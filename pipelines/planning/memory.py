@@ -6,31 +6,29 @@ from pathlib import Path
 
 from rich.console import Console
 
-from annotation.config import ScoreConfig
-from generation.config import GenerationConfig
+from contracts.outlook import Memory
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node
 from pipelines.machine import gpu_count, gpus, host_memory
-from pipelines.planning.estimates import Memory, memory
+from pipelines.planning.estimates import GraphOutlook, memory
 from pipelines.planning.hub import name_and_revision
 from pipelines.planning.placement import place
 from pipelines.planning.preflight import origin_of
-from pipelines.planning.sizes import size_of
 from pipelines.progress import tracked
-from training.config import EmaConfig, PolicyConfig, TrainingConfig, ValueHeadConfig
 
 
 def estimated(graph: Graph, *, on_gpu: bool, count: int) -> tuple[dict[str, Memory], dict[str, list[Path]]]:
     """The memory that each stage takes with `count` GPUs, and for those where that is not known the models why."""
     needs: dict[str, Memory] = {}
     unknown: dict[str, list[Path]] = {}
+    outlook = GraphOutlook(graph)
     for node in tracked(graph.nodes.values(), "estimating memory"):
         placed = replace(node, config=place(node.config, count))
         need = memory(placed, graph, on_gpu=on_gpu)
         if need is not None:
             needs[node.name] = need
         elif models := model_paths(node):
-            unknown[node.name] = [origin_of(model, graph) for model in models if size_of(model, graph) is None]
+            unknown[node.name] = [origin_of(model, graph) for model in models if outlook.size_of(model) is None]
     return needs, unknown
 
 
@@ -103,16 +101,7 @@ def grouped(needs: dict[str, Memory]) -> Iterator[tuple[list[str], Memory]]:
 
 def model_paths(node: Node) -> list[Path]:
     """The models that a stage reads."""
-    config = node.config
-    if isinstance(config, GenerationConfig):
-        return [config.policy]
-    if isinstance(config, ScoreConfig):
-        return [config.model] if config.model else []
-    if isinstance(config, EmaConfig):
-        return [config.average, config.model]
-    if isinstance(config, PolicyConfig) and config.reference_model is not None:
-        return [config.model, config.reference_model]
-    return [config.model] if isinstance(config, TrainingConfig | ValueHeadConfig) else []
+    return [use.path for use in node.stage.models(node.config)]
 
 
 def short(names: list[str]) -> str:

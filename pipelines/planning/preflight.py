@@ -6,19 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from annotation.config import ScoreConfig
-from contracts.config import StageConfig
 from contracts.errors import UserError
 from contracts.models import ModelInfo
 from contracts.template import ChatFields, ChatTemplate
 from contracts.tokenizer import require_tokenizer
-from generation.config import GenerationConfig
 from pipelines.config.sections import EnvironmentsSection
 from pipelines.environments.launch import probe_versions
 from pipelines.graph import Graph, Node
 from pipelines.progress import tracked
-from training.config import RewardConfig, TrainingConfig, ValueHeadConfig
-from training.parallel import check_layout
 
 
 def check_inputs(graph: Graph) -> None:
@@ -76,48 +71,20 @@ def model_mistakes(graph: Graph) -> Iterator[UserError]:
 
 
 def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
-    """What the model that a stage reads has to fulfil, if it exists and comes from outside of the run."""
-    config, outside = node.config, [path for path in node.external_inputs(graph) if path.exists()]
-    yield from _chat_requirements(config, outside)
-    if isinstance(config, GenerationConfig) and config.policy in outside:
-        model = ModelInfo.read(config.policy)
-        tokens = (config.max_prompt_tokens or 1) + config.max_new_tokens
-        yield model.require_causal
-        yield functools.partial(model.require_engine, config.engine)
-        yield model.require_chat_template
-        yield functools.partial(model.require_length, tokens, "prompt and answer together")
-    if isinstance(config, ScoreConfig) and config.model in outside:
-        model = ModelInfo.read(config.model)
-        if config.kind == "reward_model" or (config.kind == "values" and not model.has_value_head):
-            yield model.require_one_label
-        if config.kind in ("logprobs", "pairwise"):
-            yield model.require_causal
-        if config.kind in ("reward_model", "pairwise"):
-            yield model.require_chat_template
-    if isinstance(config, TrainingConfig) and config.model in outside:
-        model = ModelInfo.read(config.model)
-        yield model.require_classifier_start if node.stage.has_score_head(config) else model.require_causal
-        if isinstance(config, RewardConfig) and config.kind == "pairwise":
-            yield model.require_chat_template
-        yield functools.partial(model.require_length, config.max_length or 1, "max_length")
-    if isinstance(config, TrainingConfig):
-        start = origin_of(config.model, graph)
-        if (start / "config.json").is_file():
-            yield functools.partial(check_layout, config.parallel, start)
-    if isinstance(config, ValueHeadConfig) and config.model in outside:
-        yield ModelInfo.read(config.model).require_causal
-
-
-def _chat_requirements(config: StageConfig, outside: list[Path]) -> Iterator[Callable[[], None]]:
-    """That the model for which a stage renders conversations reads the variables that it is given, and that a model
-    which reads the policy's token ids has a tokenizer that is the same everywhere, if it has one."""
-    model = getattr(config, "policy", None) or getattr(config, "model", None)
-    if model is None or model not in outside:
-        return
-    if isinstance(config, ChatFields) and config.chat_template_kwargs:
-        yield functools.partial(_require_variables, model, config.chat_template_kwargs)
-    if ModelInfo.read(model).has_tokenizer:
-        yield functools.partial(require_tokenizer, model)
+    """What the models that a stage reads have to fulfil, if they exist and come from outside of the run."""
+    outside = [path for path in node.external_inputs(graph) if path.exists()]
+    for use in node.stage.models(node.config):
+        if use.path in outside:
+            model = ModelInfo.read(use.path)
+            variables: dict[str, Any] = node.config.chat_template_kwargs if isinstance(node.config, ChatFields) else {}
+            if variables:
+                yield functools.partial(_require_variables, use.path, variables)
+            if model.has_tokenizer:
+                yield functools.partial(require_tokenizer, use.path)
+            yield from (functools.partial(check, model) for check in use.checks)
+        start = origin_of(use.path, graph)
+        if use.of_layers is not None and (start / "config.json").is_file():
+            yield functools.partial(use.of_layers, start)
 
 
 def _require_variables(model: Path, variables: dict[str, Any]) -> None:

@@ -199,8 +199,12 @@ def test_what_a_function_prints_does_not_mix_with_the_answer_of_preflight(tmp_pa
     """Not even without a newline, or when its process ends."""
     text = "sys.stdout.write('one')\nimport atexit\natexit.register(lambda: os.write(1, b'two'))\ndef judge(**all): ..."
     config = {"rollouts": "made-by/generation", "kind": "rule", "function": write(tmp_path, text), "output": "any"}
-    request = {"stages": [{"name": "reward", "command": "score", "config": config, "made": ["rollouts"]}]}
-    command = [sys.executable, "-m", "annotation.preflight"]
+    request = {
+        "stages": [
+            {"name": "reward", "package": "annotation", "command": "score", "config": config, "made": ["rollouts"]}
+        ]
+    }
+    command = [sys.executable, "-m", "contracts.preflight"]
     told = subprocess.run(command, cwd=ROOT, input=json.dumps(request), capture_output=True, text=True, check=True)
     assert json.loads(told.stdout) == msgspec.to_builtins(Report())
     assert {"one", "two"} <= {told.stderr[:3], told.stderr[3:6]}

@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 from pipelines_smallest import FinishedRun
 
+from annotation.stages import score
 from contracts.manifest import MANIFEST
+from contracts.outlook import Memory, measure
 from contracts.stage import MINIMUM_FREE
 from generation.engine import EngineSettings
 from generation.vllm_engine import cpu_kv_cache_bytes
 from pipelines.config.load import load_run_config
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
-from pipelines.planning import estimates
-from pipelines.planning.estimates import Memory, disk_bytes, memory, published_bytes
-from pipelines.planning.sizes import measure, read_size, size_of
-from training.config import TrainingConfig
+from pipelines.planning.estimates import GraphOutlook, disk_bytes, memory, published_bytes
+from pipelines.planning.sizes import read_size
+from training import estimates
 
 GIB = 1 << 30
 SMOLLM2: dict[str, Any] = {
@@ -67,7 +68,7 @@ def test_no_stage_publishes_more_than_was_estimated(finished: Graph) -> None:
         estimate = published_bytes(node, finished)
         assert estimate is not None
         assert real <= estimate <= disk_bytes(node, finished), node.name
-        if isinstance(node.config, TrainingConfig):
+        if node.stage.workload(node.config) == "training":
             assert disk_bytes(node, finished) < 20 * real, node.name
 
 
@@ -79,7 +80,10 @@ def test_counts_by_formula_are_those_of_the_weights(finished: Graph, tmp_path: P
     assert by_formula is not None
     assert by_weights.parameters == by_formula.parameters
     for made in ("setup/sft", "iteration-001/training", "setup/reward-model/training"):
-        expected, found = size_of(finished.directory / made, finished), read_size(finished.directory / made)
+        expected, found = (
+            GraphOutlook(finished).size_of(finished.directory / made),
+            read_size(finished.directory / made),
+        )
         assert expected is not None
         assert found is not None
         assert found.parameters <= expected.parameters <= 1.1 * found.parameters  # the world's vocabulary is rounded up
@@ -99,7 +103,7 @@ def test_known_parameter_counts(tmp_path: Path) -> None:
 def test_constants_are_those_of_the_stages(root: Path) -> None:
     for file, name, mine in (
         ("modeling/logprobs.py", "CHUNK", estimates.HEAD_CHUNK),
-        ("annotation/logprobs.py", "LOGITS_AT_ONCE", estimates.LOGITS_AT_ONCE),
+        ("annotation/logprobs.py", "LOGITS_AT_ONCE", score.LOGITS_AT_ONCE),
         ("modeling/packing.py", "PADDING_SHARE", estimates.PADDING_SHARE),
     ):
         statements = ast.parse((root / file).read_text()).body
@@ -191,9 +195,9 @@ def test_training_on_samples(run_with: Callable[..., Graph]) -> None:
     assert policy is not None
     assert "logits" not in critic.parts
     assert policy.parts["weights"] - critic.parts["weights"] == 6 * (128256 * 4096 - 4096)
-    size = size_of(plain.nodes["iteration-001/critic"].output, plain)
+    size = GraphOutlook(plain).size_of(plain.nodes["iteration-001/critic"].output)
     assert size is not None
-    assert size == size_of(plain.nodes["setup/critic"].output, plain)
+    assert size == GraphOutlook(plain).size_of(plain.nodes["setup/critic"].output)
     assert published_bytes(plain.nodes["setup/critic"], plain) >= 4 * size.parameters  # type: ignore[operator]
     four, eight = (memory(g.nodes["iteration-001/training"], g, on_gpu=True) for g in (plain, graph("generation.k=8")))
     assert four is not None

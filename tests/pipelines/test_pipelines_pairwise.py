@@ -9,8 +9,7 @@ from contracts.errors import UserError
 from pipelines.config.load import load_run_config
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
-from pipelines.planning.estimates import memory
-from pipelines.planning.sizes import size_of
+from pipelines.planning.estimates import GraphOutlook, memory
 from training.config import RewardConfig
 
 PAIRWISE = ("scorers.reward.kind=pairwise", "reward_model.training.kind=pairwise")
@@ -70,8 +69,8 @@ def test_a_pairwise_model_is_estimated_as_a_language_model_that_reads_two_answer
     plain, compared = graph_of(smallest, 1), graph_of(smallest, 1, *PAIRWISE)
     name = "setup/reward-model/training"
     made, start = compared.nodes[name].output, compared.nodes["setup/sft"].output
-    assert size_of(made, compared) == size_of(start, compared)
-    assert size_of(plain.nodes[name].output, plain) != size_of(start, plain)
+    assert GraphOutlook(compared).size_of(made) == GraphOutlook(compared).size_of(start)
+    assert GraphOutlook(plain).size_of(plain.nodes[name].output) != GraphOutlook(plain).size_of(start)
     for stage, grows in ((name, True), ("iteration-001/reward", True), ("iteration-001/reference", False)):
         one, other = (memory(graph.nodes[stage], graph, on_gpu=True) for graph in (plain, compared))
         assert one is not None

@@ -12,10 +12,11 @@ import pytest
 from conftest import IDS, ROOT, SPECIAL, make_model, make_pairs, make_reference, publish
 
 from contracts.config import validate
+from contracts.outlook import PROCESS
 from contracts.records import PAIRS, SCORES
-from pipelines.planning.estimates import PROCESS, LongestRow, training_memory
 from pipelines.planning.sizes import read_size
 from training.config import PolicyConfig
+from training.estimates import LongestRow, training_memory
 
 WIDE: dict[str, Any] = {
     "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "head_dim": 64,

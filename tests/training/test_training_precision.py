@@ -12,14 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from contracts.artifacts import Artifact
-from contracts.declaration import stages_of
 from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
 from contracts.models import MASTER
 from contracts.preflight import Request, StageRequest, examine
 from modeling.loading import load_causal
 from modeling.master import Start, has_rest, join, split
-from training.preflight import check
 
 
 def test_two_halves_are_the_whole() -> None:
@@ -93,8 +91,8 @@ def test_what_is_missing_to_fp32_belongs_to_its_weights(
     settings = small_steps(models, pairs, tmp_path / "out", model=mixed)
     with pytest.raises(UserError, match="files of two checkpoints are mixed"):
         run_here("policy", **settings)
-    asked = StageRequest("training", "policy", json.loads(json.dumps(settings, default=str)), ())
-    findings = examine(Request((asked,)), stages_of("training"), check).findings
+    asked = StageRequest("training", "training", "policy", json.loads(json.dumps(settings, default=str)), ())
+    findings = examine(Request((asked,))).findings
     (found,) = [each for each in findings if each.level == "error"]
     assert "files of two checkpoints are mixed" in found.found
 

@@ -8,19 +8,17 @@ from typing import Any
 import pytest
 from conftest import dpo_settings, run_here
 
-from contracts.declaration import stages_of
 from contracts.errors import UserError
 from contracts.preflight import Conversation, Finding, Request, StageRequest, examine
 from contracts.records import Message
-from training.preflight import check
 
 QUESTION, ANSWER = Message("user", "review the film"), Message("assistant", "the film was good .")
 
 
 def findings(command: str, made: tuple[str, ...] = (), conversations: Any = (), **config: Any) -> list[Finding]:
     plain = json.loads(json.dumps(config, default=str))
-    request = Request((StageRequest("iteration-001/training", command, plain, made),), tuple(conversations))
-    return examine(request, stages_of("training"), check).findings
+    request = Request((StageRequest("iteration-001/training", "training", command, plain, made),), tuple(conversations))
+    return examine(request).findings
 
 
 def errors(*arguments: Any, **config: Any) -> list[str]:

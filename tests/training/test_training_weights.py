@@ -13,12 +13,10 @@ from conftest import dpo_settings, make_model, run_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from contracts.declaration import stages_of
 from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
 from contracts.preflight import Request, StageRequest, examine
 from modeling.loading import check_weights, load_causal, load_classifier, load_reward
-from training.preflight import check
 
 PROJECTION = "model.layers.1.mlp.down_proj.weight"
 Change = Callable[[Path], Any]
@@ -208,8 +206,8 @@ def test_preflight_says_the_same(
     if changes.get("model"):
         broken(float("nan"))(model)
     settings = dpo_settings(models, pairs, tmp_path / "out", **{**changes, "model": model})
-    asked = StageRequest("training", "policy", json.loads(json.dumps(settings, default=str)), ())
-    found = examine(Request((asked,)), stages_of("training"), check).findings
+    asked = StageRequest("training", "training", "policy", json.loads(json.dumps(settings, default=str)), ())
+    found = examine(Request((asked,))).findings
     assert re.search(words, "\n".join(finding.found for finding in found))
 
 

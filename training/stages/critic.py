@@ -2,18 +2,33 @@
 
 from dataclasses import dataclass
 
+from contracts.outlook import Outlook
 from contracts.records import CHECKPOINT
 from training.config import CriticConfig
-from training.stages.trainer import Training
+from training.estimates import LongestRow
+from training.stages.trainer import Training, longest_experience
 
 
 @dataclass(frozen=True)
 class CriticTraining(Training[CriticConfig]):
     """The training of a critic."""
 
+    def row_count(self, config: CriticConfig, outlook: Outlook) -> int | None:
+        """Prompts of the experience."""
+        answers = outlook.answers_of(config.experience)
+        return None if answers is None else answers.prompts.count
+
+    def longest_row(self, config: CriticConfig, outlook: Outlook) -> LongestRow | None:
+        """A prompt with its answers."""
+        return longest_experience(outlook.answers_of(config.experience), config.max_length)
+
     def has_score_head(self, config: CriticConfig) -> bool:
         """It gives the value of every token."""
         return True
+
+    def row_limit(self, config: CriticConfig) -> int | None:
+        """As it is told."""
+        return config.max_length
 
 
 CRITIC = CriticTraining(CriticConfig, CHECKPOINT, "training.critic:run")

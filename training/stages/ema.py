@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from contracts.declaration import Stage
+from contracts.declaration import ModelUse, Stage
+from contracts.outlook import PROCESS, STAGE, Memory, Outlook
 from contracts.records import CHECKPOINT
 from training.config import EmaConfig
 
@@ -12,9 +13,27 @@ from training.config import EmaConfig
 class Averaging(Stage[EmaConfig]):
     """The moving of an average of weights towards a model."""
 
+    def models(self, config: EmaConfig) -> tuple[ModelUse, ...]:
+        """Both that are averaged."""
+        return ModelUse(config.average), ModelUse(config.model)
+
+    def libraries(self, config: EmaConfig) -> tuple[str, ...]:
+        """Those that load a model."""
+        return ("torch", "transformers")
+
+    def memory(self, config: EmaConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
+        """Both, and the new average."""
+        size = outlook.size_of(config.model)
+        return None if size is None else Memory({"weights": 3 * 4 * size.parameters, "process": PROCESS}, 1)
+
+    def published_bytes(self, config: EmaConfig, outlook: Outlook) -> int | None:
+        """P · 4 and the tokenizer."""
+        size = outlook.size_of(config.output)
+        return None if size is None else size.checkpoint_bytes(4) + STAGE
+
     def origin(self, config: EmaConfig) -> Path | None:
         """The model that enters the average."""
         return config.model
 
 
-EMA = Averaging(EmaConfig, CHECKPOINT, "training.ema:run")
+EMA = Averaging(EmaConfig, CHECKPOINT, "training.ema:run", preflight="training.preflight:check_average")

@@ -1,7 +1,44 @@
 """Experience: scored samples as an algorithm trains on them."""
 
+from dataclasses import dataclass
+
 from contracts.declaration import Stage
+from contracts.outlook import ID, LOGPROB, PROCESS, SAMPLE, STAGE, Answers, Memory, Outlook
 from contracts.records import EXPERIENCE
 from training.config import ExperienceConfig
 
-MAKE_EXPERIENCE = Stage(ExperienceConfig, EXPERIENCE, "training.experience:run")
+COLUMNS = 20
+"""Numbers for each response token that the stage holds at once, those of GAE among them."""
+
+
+@dataclass(frozen=True)
+class ExperienceMaking(Stage[ExperienceConfig]):
+    """The making of experience."""
+
+    memory_fix: str = "Lower prompts.per_iteration, generation.k or generation.max_new_tokens, or free memory."
+
+    def libraries(self, config: ExperienceConfig) -> tuple[str, ...]:
+        """Those that compute advantages."""
+        return ("torch",)
+
+    def answers(self, config: ExperienceConfig, outlook: Outlook) -> Answers | None:
+        """Those of the rollouts: one row for each prompt."""
+        return outlook.answers_of(config.rollouts)
+
+    def memory(self, config: ExperienceConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
+        """All numbers at once."""
+        answers = self.answers(config, outlook)
+        tokens = answers.count * answers.longest_answer if answers else 0
+        return Memory({"numbers per token": COLUMNS * 8 * tokens, "process": PROCESS}, 1) if answers else None
+
+    def published_bytes(self, config: ExperienceConfig, outlook: Outlook) -> int | None:
+        """prompts · (8 · text + 512) + answers · (256 + max_new_tokens · (7 + 24 · c)), with c numbers a token."""
+        answers = self.answers(config, outlook)
+        if answers is None:
+            return None
+        numbers = 2 + (config.reference is not None) + 2 * (config.values is not None)
+        each = SAMPLE + answers.longest_answer * (ID + numbers * LOGPROB)
+        return answers.prompt_bytes + answers.count * each + STAGE
+
+
+MAKE_EXPERIENCE = ExperienceMaking(ExperienceConfig, EXPERIENCE, "training.experience:run")

@@ -1,7 +1,48 @@
 """The policy, trained by an algorithm on pairs or on experience."""
 
+from dataclasses import dataclass
+
+from contracts.declaration import ModelUse
+from contracts.outlook import Memory, Outlook
 from contracts.records import CHECKPOINT
 from training.config import PolicyConfig
-from training.stages.trainer import Training
+from training.estimates import LongestRow, training_memory
+from training.stages.trainer import Training, all_pairs, count_of_pairs, longest_experience, longest_pair
 
-POLICY = Training(PolicyConfig, CHECKPOINT, "training.policy:run")
+
+@dataclass(frozen=True)
+class PolicyTraining(Training[PolicyConfig]):
+    """The training of the policy."""
+
+    def row_count(self, config: PolicyConfig, outlook: Outlook) -> int | None:
+        """Pairs, or prompts of the experience."""
+        if config.experience is None:
+            return count_of_pairs(all_pairs(config.pairs, outlook))
+        answers = outlook.answers_of(config.experience)
+        return None if answers is None else answers.prompts.count
+
+    def longest_row(self, config: PolicyConfig, outlook: Outlook) -> LongestRow | None:
+        """A pair, or a prompt with its answers."""
+        if config.experience is None:
+            return longest_pair(all_pairs(config.pairs, outlook), config.max_length)
+        return longest_experience(outlook.answers_of(config.experience), config.max_length)
+
+    def models(self, config: PolicyConfig) -> tuple[ModelUse, ...]:
+        """The policy, and the reference that is held beside it."""
+        beside = [ModelUse(config.reference_model)] if config.reference_model is not None else []
+        return (*super().models(config), *beside)
+
+    def memory(self, config: PolicyConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
+        """That of one process, the reference with it."""
+        size = outlook.size_of(config.model)
+        if size is None:
+            return None
+        row, beside = self.longest_row(config, outlook), config.reference_model is not None
+        return training_memory(config, size, row, on_gpu=on_gpu, with_reference=beside)
+
+    def row_limit(self, config: PolicyConfig) -> int | None:
+        """As it is told."""
+        return config.max_length
+
+
+POLICY = PolicyTraining(PolicyConfig, CHECKPOINT, "training.policy:run")

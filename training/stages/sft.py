@@ -1,7 +1,28 @@
 """Supervised fine-tuning on demonstrations."""
 
+from dataclasses import dataclass
+
+from contracts.outlook import Outlook
 from contracts.records import CHECKPOINT
 from training.config import SftConfig
+from training.estimates import LongestRow
 from training.stages.trainer import Training
 
-SFT = Training(SftConfig, CHECKPOINT, "training.sft:run")
+
+@dataclass(frozen=True)
+class Imitation(Training[SftConfig]):
+    """The imitation of demonstrations."""
+
+    def row_count(self, config: SftConfig, outlook: Outlook) -> int | None:
+        """Demonstrations."""
+        rows = outlook.rows_of(config.demonstrations)
+        return None if rows is None else rows.count
+
+    def longest_row(self, config: SftConfig, outlook: Outlook) -> LongestRow | None:
+        """One demonstration."""
+        rows = outlook.rows_of(config.demonstrations)
+        longest = rows.longest_tokens if rows else config.max_length
+        return None if longest is None else LongestRow(0, min(longest, config.max_length or longest), 1)
+
+
+SFT = Imitation(SftConfig, CHECKPOINT, "training.sft:run", conversations="demonstrations")

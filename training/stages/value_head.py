@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from contracts.declaration import Stage
+from contracts.declaration import ModelUse, Stage
+from contracts.models import ModelInfo
+from contracts.outlook import PROCESS, STAGE, Memory, Outlook
 from contracts.records import CHECKPOINT
 from training.config import ValueHeadConfig
 
@@ -11,6 +13,24 @@ from training.config import ValueHeadConfig
 @dataclass(frozen=True)
 class NewCritic(Stage[ValueHeadConfig]):
     """The making of an untrained critic."""
+
+    def models(self, config: ValueHeadConfig) -> tuple[ModelUse, ...]:
+        """The model that gets the head."""
+        return (ModelUse(config.model, (ModelInfo.require_causal,)),)
+
+    def libraries(self, config: ValueHeadConfig) -> tuple[str, ...]:
+        """Those that load a model."""
+        return ("torch", "transformers")
+
+    def memory(self, config: ValueHeadConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
+        """Its weights, read and to be written."""
+        size = outlook.size_of(config.model)
+        return None if size is None else Memory({"weights": 2 * 4 * size.parameters, "process": PROCESS}, 1)
+
+    def published_bytes(self, config: ValueHeadConfig, outlook: Outlook) -> int | None:
+        """P · 4 and the tokenizer."""
+        size = outlook.size_of(config.output)
+        return None if size is None else size.checkpoint_bytes(4) + STAGE
 
     def origin(self, config: ValueHeadConfig) -> Path | None:
         """The model that gets the head."""
@@ -21,4 +41,6 @@ class NewCritic(Stage[ValueHeadConfig]):
         return True
 
 
-VALUE_HEAD = NewCritic(ValueHeadConfig, CHECKPOINT, "training.value_head:run")
+VALUE_HEAD = NewCritic(
+    ValueHeadConfig, CHECKPOINT, "training.value_head:run", preflight="training.preflight:check_new_critic"
+)

@@ -1,0 +1,194 @@
+"""How much memory and disk a training takes, before it runs. Arithmetic on configs and sizes; no torch.
+
+P is a model's number of parameters, T how many of them are trained, N the tokens of a batch, V the vocabulary, h the
+hidden size, i the width of the feed-forward layers, q and k those of queries and keys, a the bytes of a number.
+"""
+
+from dataclasses import dataclass
+
+from contracts.architectures import FLAT
+from contracts.model_size import Size
+from contracts.outlook import PROCESS, Answers, Memory
+from training.config import TrainingConfig
+
+HEAD_CHUNK = 2048
+"""Positions whose logits exist at once in training (modeling/logprobs.py)."""
+REFERENCE_CHUNK = 512
+"""Those of a reference model beside the policy (modeling/divergence.py)."""
+PADDING_SHARE = 1.25
+"""Padding of the groups of sequences that attention takes flat batches apart into (modeling/packing.py)."""
+BUCKET = 500_000_000
+"""Numbers in DeepSpeed's buffer for the gradients under way (reduce_bucket_size)."""
+
+
+@dataclass(frozen=True)
+class LongestRow:
+    """The largest row that a training may meet: one prompt with its answers, which are never divided."""
+
+    prompt: int
+    """Tokens, and so is:"""
+    answer: int
+    sequences: int
+
+    @property
+    def flat(self) -> int:
+        """Tokens of the sequences, the prompt counted with each."""
+        return self.sequences * (self.prompt + self.answer)
+
+    @property
+    def shared(self) -> int:
+        """The same with the prompt counted once."""
+        return self.prompt + self.sequences * self.answer
+
+
+def training_memory(
+    config: TrainingConfig, size: Size, row: LongestRow | None, *, on_gpu: bool, with_reference: bool = False
+) -> Memory:
+    """Memory of a training process; `row` is the largest one, if known. A `size` with a score head trains that head.
+
+    P and T are what the process's stage has of the model: all of it, or with pp and tp its layers' part and, in the
+    first or the last stage, one matrix of the vocabulary. a is 2 under bf16, else 4.
+
+    Without sharding every process holds fp32 weights (4 P), their gradients (4 T), AdamW's moments (8 T; SGD has
+    none), for plain data parallelism DDP's buckets (4 T), and under bf16 autocast bf16 copies of the weights (2 P).
+
+    With LoRA, T is the adapters' numbers, r (in + out) for each adapted layer, and the head of a classifier. The
+    weights lie there in a bytes (a P) and have no copies; adapters in fp32 (4 T) with copies, gradients and moments.
+
+    fsdp2 divides these by n = dp · sp. It computes with two layers and the vocabulary's matrices whole, in a bytes;
+    with pp it holds the whole stage so during a step, and fp32 gradients of all of it.
+
+    With DeepSpeed: weights a (P + adapters), gradients a·T and, in fp32 for the processes' shares of the optimizer
+    step, master weights, moments and gradients (4 + 8 + 4) T / n. ZeRO-2 divides the gradients by n as well, ZeRO-3 the
+    weights too, but holds two layers and the embedding whole while it works on them. Gradients under way:
+    a · min(T, 5e8). What is offloaded is not on a GPU.
+
+    Activations of a layer, for each token: c h + (4 a·i + a·q + u · 2 a (q + k)) / tp bytes: residual stream, norms and
+    what the projections read (c: 24, and 2 more under bf16; 8 less with LoRA, which adds 7 a·r); the feed-forward part;
+    attention's output, and its queries, outputs, keys and values, taken apart into whole sequences: u is how many
+    tokens these have for each of the batch (those of a row, the prompt counted with each answer, over those of the row
+    as it is packed), with up to a quarter of padding. All layers keep them until the backward pass, or with
+    gradient_checkpointing only their inputs (4 h) while one layer is computed again; the backward pass holds a quarter
+    of a layer besides, embedding and last norm 12 h. Counted on Llama, by what autograd saves; on a CPU half as much
+    again (with checkpointing 1.4 times as much again) for the holes that malloc leaves between them.
+
+    The tokens are those of one micro-batch: micro_batch_tokens (a shared prompt counts once), but no more than the
+    replica's part of a global batch, and no less than one row; sp divides them. With pp the first stage has pp
+    micro-batches in flight, in a pp-th of the layers.
+
+    Logits exist for at most 2048 positions at once, as three fp32 tensors in the backward pass, beside the head's fp32
+    gradient (not with LoRA) and its copies (modeling/logprobs.py). Bradley-Terry reward models and critics have none.
+    A reference model beside the policy adds its weights, in the policy's format, and six fp32 tensors of the logits of
+    512 positions (modeling/divergence.py).
+
+    When activations and logits are gone, AdamW's step on a GPU takes 4 T / n for its denominators, and the hand-off of
+    merged adapters another a·P: where that is more than they were, the rest is `step`.
+    """
+    number = number_bytes(config, on_gpu)
+    parallel, is_classifier = config.parallel, size.classifier
+    total, trained, adapters = size.parameters, trained_numbers(config, size), _adapter_numbers(config, size)
+    moments = 2 if config.optimizer == "adamw" else 0
+    words = size.vocabulary * size.hidden
+    both = 1 if size.tied or is_classifier else 2
+    ends = both if parallel.pp == 1 else 1
+    if parallel.pp > 1 or parallel.tp > 1:
+        whole = (total - both * words) // (parallel.pp * parallel.tp) + ends * words
+        trained = trained // parallel.pp if config.lora else trained * whole // total
+        total, adapters = whole, adapters // parallel.pp
+    sharing = parallel.dp * parallel.sp
+    widest = 2 * (size.parameters // max(1, size.layers) // parallel.tp) + words
+    base = number if config.lora else 4
+    copies = 2 * (adapters if config.lora else total) if number == 2 else 0
+    stepped = 4 * trained if on_gpu and moments else 0
+    merged = 0
+    parts: dict[str, int] = {}
+    if parallel.zero == "fsdp2":
+        computing = total if parallel.pp > 1 else min(total, widest + (ends - 1) * words)
+        parts["weights"] = (base * total + 4 * adapters) // sharing + number * computing
+        parts["gradients"] = 4 * trained // sharing + 4 * min(trained, computing)
+        parts["optimizer"] = 4 * moments * trained // sharing
+        stepped //= sharing
+    elif parallel.zero == 0:
+        parts["weights"] = base * total + 4 * adapters + copies
+        parts["gradients"] = trained * (8 if sharing > 1 and not parallel.is_native else 4)
+        parts["optimizer"] = trained * 4 * moments
+        merged = number * (total - both * words) if config.lora else 0
+    else:
+        weights, gradients = (total + adapters) * number, trained * number
+        if parallel.zero >= 2:
+            gradients //= sharing
+        if parallel.zero == 3:
+            weights = weights // sharing + min(weights, number * widest)
+        parts["weights"] = 0 if "param" in parallel.offload and on_gpu else weights
+        parts["gradients"] = gradients + number * min(trained, BUCKET)
+        optimizer = trained * 4 * (2 + moments) // sharing
+        parts["optimizer"] = 0 if "optimizer" in parallel.offload and on_gpu else optimizer
+        stepped = 0
+    tokens, apart = _micro_batch(config, size, row)
+    layer = (24 + (2 if number == 2 else 0) - (8 if config.lora else 0)) * size.hidden
+    layer += 7 * number * config.lora.rank if config.lora else 0
+    attention = size.query_width + apart * 2 * (size.query_width + size.key_width)
+    layer += int(number * (4 * size.intermediate + attention)) // parallel.tp
+    if config.gradient_checkpointing:
+        kept, holes = size.layers * 4 * size.hidden + 1.25 * layer, 2.4
+    else:
+        kept, holes = (size.layers + 0.25) * layer, 1.5
+    parts["activations"] = int(tokens * (kept + 12 * size.hidden) * (1 if on_gpu else holes))
+    if not is_classifier:
+        head = 0 if config.lora else words * (8 + number)
+        parts["logits"] = 12 * min(HEAD_CHUNK, tokens) * size.vocabulary + head
+    if with_reference:
+        parts["reference"] = base * size.parameters + 4 * REFERENCE_CHUNK * size.vocabulary * 6
+    over = parts["activations"] + parts.get("logits", 0)
+    parts["step"] = max(0, stepped - over, merged - over)
+    return Memory({**parts, "process": PROCESS}, parallel.processes)
+
+
+def trained_numbers(config: TrainingConfig, size: Size) -> int:
+    """T: numbers that a training changes."""
+    if config.lora is None:
+        return size.trained(config.frozen)
+    return _adapter_numbers(config, size) + (size.hidden if size.classifier else 0)
+
+
+def _adapter_numbers(config: TrainingConfig, size: Size) -> int:
+    """Numbers in all adapters; a target that is none of a Llama's layers counts as all of them."""
+    if config.lora is None:
+        return 0
+    h, i, q, k = size.hidden, size.intermediate, size.query_width, size.key_width
+    widths = {
+        "q_proj": h + q, "k_proj": h + k, "v_proj": h + k, "o_proj": q + h,
+        "gate_proj": h + i, "up_proj": h + i, "down_proj": i + h,
+    }  # fmt: skip
+    targets = set(config.lora.targets)
+    chosen = widths.values() if targets - widths.keys() else [widths[name] for name in targets]
+    return size.layers * config.lora.rank * sum(chosen)
+
+
+def _micro_batch(config: TrainingConfig, size: Size, row: LongestRow | None) -> tuple[int, float]:
+    """Tokens of the largest micro-batch in a process, and for each how many attention works on."""
+    packs = config.packing != "padded" and (config.packing != "auto" or size.model_type in FLAT)
+    shares = packs and config.packing != "flat"
+    tokens, apart = config.micro_batch_tokens, PADDING_SHARE if packs else 1.0
+    if row is not None:
+        one = row.shared if shares else row.flat
+        apart *= row.flat / one
+        tokens = min(-(-config.global_batch // config.parallel.dp) * one, max(tokens, one))
+    return -(-tokens // config.parallel.sp), apart
+
+
+def longest_of(answers: list[Answers], sequences: int, limit: int | None) -> LongestRow | None:
+    """The largest row of so many answers to one prompt; longer sequences than `limit` are dropped."""
+    if not answers:
+        return LongestRow(0, limit, sequences) if limit else None
+    answer = max(found.longest_answer for found in answers)
+    prompt = max(found.longest_prompt for found in answers)
+    if limit is not None:
+        answer = min(answer, limit)
+        prompt = min(prompt, limit - answer)
+    return LongestRow(prompt, answer, sequences)
+
+
+def number_bytes(config: TrainingConfig, on_gpu: bool) -> int:
+    """Bytes of a number that training computes with and publishes: `auto` is bf16 on a GPU, fp32 on a CPU."""
+    return 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu) else 4
