@@ -31,7 +31,7 @@ from contracts.config import read_yaml
 from contracts.errors import TransientError, UserError
 from contracts.processes import die_with_parent, end_groups
 from training.config import TrainingConfig
-from training.nodes import Nodes, Place
+from training.nodes import Nodes, Rendezvous
 from training.parallel import ParallelConfig, check_layout
 
 PLAIN = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": 1, "machine_rank": 0}
@@ -120,7 +120,7 @@ def helps(config: TrainingConfig) -> bool:
     Raises:
         UserError: it is not known which of them it is.
     """
-    return "RANK" not in os.environ and config.parallel.nodes > 1 and Place.read(config.parallel).node > 0
+    return "RANK" not in os.environ and config.parallel.nodes > 1 and Rendezvous.read(config.parallel).node > 0
 
 
 def launcher_settings(parallel: ParallelConfig) -> dict[str, Any]:
@@ -175,6 +175,7 @@ def main() -> int:
     parent, stage, directory = sys.argv[1:]
     die_with_parent(int(parent))
     stopping.listen()
+    import accelerate.utils.launch
     import psutil  # type: ignore[import-untyped]
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -212,16 +213,18 @@ def main() -> int:
         words += ["--main_process_port", "0"]
     else:
         nodes = Nodes(
-            Place.read(parallel), parallel.nodes, f"{stage} {config['output']}, parallel {parallel}", end_ranks
+            Rendezvous.read(parallel), parallel.nodes, f"{stage} {config['output']}, parallel {parallel}", end_ranks
         )
         # Waiting for the others at the end, torch's launcher would hear no signal, and only for five minutes.
         LocalElasticAgent._exit_barrier = lambda agent: None  # type: ignore[method-assign]
+        accelerate.utils.launch.is_port_in_use = lambda port: False  # it is, by our store, which torch shares
         try:
-            port = nodes.join()
+            nodes.join()
         except (UserError, TransientError) as error:
             return fail(error)
-        words += ["--num_machines", str(parallel.nodes), "--machine_rank", str(nodes.place.node), "--same_network"]
-        words += ["--main_process_ip", nodes.place.address, "--main_process_port", str(port)]
+        rendezvous = nodes.rendezvous
+        words += ["--num_machines", str(parallel.nodes), "--machine_rank", str(rendezvous.node), "--same_network"]
+        words += ["--main_process_ip", rendezvous.address, "--main_process_port", str(rendezvous.port)]
         words += ["--rdzv_conf", f"timeout={MEETING_SECONDS}"]
     words += ["-m", "training", stage, "--config", str(folder / "stage.json")]
     arguments = launch_command_parser().parse_args(words)

@@ -30,7 +30,7 @@ from contracts import stopping
 from contracts.artifacts import Artifact
 from contracts.errors import TransientError, UserError
 from training.launch import exit_code
-from training.nodes import Nodes, Place
+from training.nodes import Nodes, Rendezvous
 from training.parallel import ParallelConfig
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -39,6 +39,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp2-tp": {"dp": 2, "tp": 2, "nodes": 2, "zero": "fsdp2"},
 }
 SMALL = {"dp": 2, "nodes": 2}
+KILL = os.kill
+"""Which a test of stops replaces."""
 
 
 def free_port() -> int:
@@ -201,7 +203,7 @@ def test_variables_that_say_nothing(variables: dict[str, str], message: str, mon
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message) as error:
-        Place.read(ParallelConfig(dp=2, nodes=2))
+        Rendezvous.read(ParallelConfig(dp=2, nodes=2))
     assert "srun --ntasks-per-node=1" in str(error.value)
 
 
@@ -232,42 +234,25 @@ class Talk:
         monkeypatch.setattr(training.nodes.os, "kill", lambda pid, number: self.signals.append(number))
 
     def node(self, number: int, training: str = "this one") -> Nodes:
-        place = Place(number, "127.0.0.1", self.port)
-        self.nodes.append(Nodes(place, self.count, training, lambda: self.ended.append(number)))
+        rendezvous = Rendezvous(number, "127.0.0.1", self.port)
+        self.nodes.append(Nodes(rendezvous, self.count, training, lambda: self.ended.append(number)))
         return self.nodes[-1]
 
-    def knock(self, data: bytes, stay: float = 0.0) -> bool:
-        """Connect to node 0, say this, and leave after some seconds; whether it listens already."""
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as line:
-                line.sendall(data)
-                time.sleep(stay)
-        except OSError:
-            return False
-        return True
-
-    def close(self) -> None:
-        """End the threads: one that hears of a failure would end this process after a while."""
-        for node in self.nodes:
-            node.finishing = True
-            node._closing_since = time.monotonic()
-        wait_until(lambda: not any(node._thread.is_alive() for node in self.nodes), training.nodes.CLOSING_SECONDS + 10)
-
     def join(self, *nodes: Nodes) -> list[Any]:
-        """The port, or the error, that each gets."""
+        """The error that each gets, or None."""
         found: list[Any] = [None] * len(nodes)
 
         def run(place: int) -> None:
             try:
-                found[place] = nodes[place].join()
-            except Exception as error:
+                nodes[place].join()
+            except BaseException as error:
                 found[place] = error
 
         self.together(*(lambda place=place: run(place) for place in range(len(nodes))))
         return found
 
     def together(self, *actions: Callable[[], Any]) -> None:
-        threads = [threading.Thread(target=action) for action in actions]
+        threads = [threading.Thread(target=each, name=f"node {number}") for number, each in enumerate(actions)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -278,7 +263,7 @@ class Talk:
         found: dict[int, set[int]] = {}
 
         def run(node: Nodes) -> None:
-            found[node.place.node] = node.finish(codes[node])
+            found[node.rendezvous.node] = node.finish(codes[node])
 
         self.together(*(lambda node=node: run(node) for node in codes))
         return [found[node] for node in sorted(found)]
@@ -286,7 +271,7 @@ class Talk:
 
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Talk]]:
-    monkeypatch.setattr(training.nodes, "ARRIVAL_SECONDS", 5.0)
+    monkeypatch.setattr(training.nodes, "ARRIVAL_SECONDS", 10.0)
     talks: list[Talk] = []
 
     def begin(count: int) -> Talk:
@@ -294,8 +279,8 @@ def talk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Talk]]:
         return talks[-1]
 
     yield begin
-    for each in talks:
-        each.close()
+    for node in [node for each in talks for node in each.nodes]:
+        node.finishing = True  # its thread, which has heard of a failure, would end this process after a while
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
@@ -308,9 +293,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
 def test_all_learn_how_all_have_ended(talk: Callable[[int], Talk]) -> None:
     three = talk(3)
     nodes = [three.node(number) for number in range(3)]
-    ports = three.join(*nodes)
-    assert len({*ports}) == 1
-    assert isinstance(ports[0], int)
+    assert three.join(*nodes) == [None] * 3
     assert [node.hosts for node in nodes] == [[socket.gethostname()] * 3] * 3
     found = three.finish(dict(zip(nodes, [{0}, {143}, {2, 143}], strict=True)))
     assert found == [{0, 2, 143}] * 3
@@ -343,119 +326,72 @@ def test_a_failure_ends_the_processes_of_the_others(talk: Callable[[int], Talk],
     assert "node 1" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("silent", [False, True])
 @pytest.mark.parametrize("gone", [0, 1])
-def test_a_node_that_is_gone_or_says_nothing_is_lost(
-    gone: int, silent: bool, talk: Callable[[int], Talk], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_node_that_says_nothing_is_lost(
+    gone: int, talk: Callable[[int], Talk], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(training.nodes, "LOST_SECONDS", 1.5)
     two = talk(2)
     nodes = [two.node(0), two.node(1)]
-    if silent:
-        monkeypatch.setattr(training.nodes, "LOST_SECONDS", 1.5)
-        monkeypatch.setattr(nodes[gone], "_converse", lambda: None)
-        nodes[gone]._thread = threading.Thread(target=lambda: None)
     two.join(*nodes)
-    if not silent:
-        for line in nodes[gone]._lines:
-            line.socket.shutdown(socket.SHUT_RDWR)
-    left = nodes[1 - gone]
+    monkeypatch.setattr(nodes[gone], "_say_and_read", lambda store: None)
     wait_until(lambda: two.ended.count(1 - gone))
     monkeypatch.setenv("RATCHET_ATTEMPT", str(tmp_path))
-    assert left.finish({143}) == {1, 143}
+    assert nodes[1 - gone].finish({143}) == {1, 143}
     (failure,) = [json.loads(path.read_text()) for path in tmp_path.glob("failure-*.json")]
     assert failure["kind"] == "transient"
     assert f"node {gone} ({socket.gethostname()}) of the training is lost" in failure["text"]
 
 
-def test_strangers_and_the_wrong_nodes_are_refused(talk: Callable[[int], Talk]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_without_node_0_the_others_are_lost(
+    number: int, talk: Callable[[int], Talk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its launcher is killed; or its machine hangs, so that connections stay open and nothing is ever answered."""
+    monkeypatch.setattr(training.nodes, "LOST_SECONDS", 3.0)
+    monkeypatch.setattr(training.nodes, "ARRIVAL_SECONDS", 60.0)
     two = talk(2)
-    first, right, other = two.node(0), two.node(1), two.node(1, "another one")
+    code = (
+        "from training.nodes import Nodes, Rendezvous; import time; "
+        f"Nodes(Rendezvous(0, '127.0.0.1', {two.port}), 2, 'this one', print).join(); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
+        try:
+            node = two.node(1)
+            assert two.join(node) == [None]
+            KILL(process.pid, number)
+            wait_until(lambda: two.ended == [1], 20)
+            assert node.finish({143}) == {1, 143}
+        finally:
+            KILL(process.pid, signal.SIGKILL)
 
-    def disturb() -> None:
-        wait_until(lambda: two.knock(b"GET / HTTP/1.1\r\n\r\n"))
-        two.knock(b"")
-        assert "of another training (another one)" in str(two.join(other))
-        assert isinstance(two.join(right)[0], int)
 
-    two.together(first.join, disturb)
+def test_the_wrong_nodes_are_refused(talk: Callable[[int], Talk]) -> None:
     three = talk(3)
-    found = three.join(three.node(0), three.node(1), three.node(1))
+    found = three.join(three.node(0), three.node(1), three.node(1), three.node(2, "another one"))
     assert isinstance(found[0], TransientError)
-    assert re.match(r"node (1, )?2 of the 3 nodes of this training did not come to 127.0.0.1", str(found[0]))
-    assert [type(error) for error in found[1:]].count(UserError) == 1
-    assert any("has NODE_RANK=1, which another one has" in str(error) for error in found)
-    two.finish({first: {0}, right: {0}})
+    assert re.match("node 2 of the 3 nodes of this training did not come to 127.0.0.1", str(found[0]))
+    assert [type(error) for error in found[1:3]].count(UserError) == 1
+    assert any("has NODE_RANK=1, which another one has" in str(error) for error in found[1:3])
+    assert isinstance(found[3], UserError)
+    assert "of another training (another one) than node 0" in str(found[3])
 
 
-def test_a_node_that_left_while_the_others_wait_may_come_again(talk: Callable[[int], Talk]) -> None:
-    three = talk(3)
-    nodes = [three.node(number) for number in range(3)]
-    hello = b'{"type":"Hello","node":1,"training":"this one","host":"old"}\n'
-
-    def come() -> None:
-        wait_until(lambda: three.knock(hello, stay=0.3))
-        time.sleep(0.5)
-        three.join(nodes[1], nodes[2])
-
-    three.together(nodes[0].join, come)
-    assert "old" not in nodes[2].hosts
-    three.finish({node: {0} for node in nodes})
-
-
+@pytest.mark.parametrize("asked", [0, 1])
 def test_a_stop_while_the_others_are_awaited_stops_them(
-    talk: Callable[[int], Talk], monkeypatch: pytest.MonkeyPatch
+    asked: int, talk: Callable[[int], Talk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     three = talk(3)
-    found: list[BaseException] = []
+    nodes = [three.node(0), three.node(1)]
+    sleep = time.sleep
 
-    def arrive(node: Nodes) -> None:
-        try:
-            node.join()
-        except BaseException as error:
-            found.append(error)
-
-    node_0, node_1 = three.node(0), three.node(1)
-    receive = training.nodes._Line.receive
-
-    def interrupted(line: Any, seconds: float = 0.0) -> Any:
-        if line in node_1._lines:
+    def interrupted(seconds: float) -> None:
+        sleep(seconds)
+        if threading.current_thread().name == f"node {asked}" and all(nodes[asked]._known[:2]):
             raise stopping.Stopped(128 + signal.SIGUSR2)
-        return receive(line, seconds)
 
-    monkeypatch.setattr(training.nodes._Line, "receive", interrupted)
-    three.together(lambda: arrive(node_0), lambda: arrive(node_1))
-    assert [str(error) for error in found] == [str(128 + signal.SIGUSR2)] * 2
-
-
-def test_messages_that_come_together_are_all_read(talk: Callable[[int], Talk]) -> None:
-    """A stop in the same packet as the greeting, or as the answer to it."""
-    hello = b'{"type":"Hello","node":1,"training":"this one","host":"one"}\n'
-    welcome = b'{"type":"Welcome","hosts":["zero","one"],"port":1}\n'
-    stop = b'{"type":"Stop","number":12}\n'
-    three, found = talk(3), []
-
-    def await_both() -> None:
-        with pytest.raises(stopping.Stopped) as stopped:
-            three.node(0).join()
-        found.append(str(stopped.value))
-
-    three.together(await_both, lambda: wait_until(lambda: three.knock(hello + stop)))
-    assert found == [str(128 + 12)]
-
-    two = talk(2)
-    node = two.node(1)
-    with socket.create_server(("127.0.0.1", two.port)) as server:
-
-        def answer() -> None:
-            line, _ = server.accept()
-            line.recv(1 << 16)
-            line.sendall(welcome + stop)
-            wait_until(lambda: two.signals == [12])
-            line.close()
-
-        two.together(node.join, answer)
-    assert node.stop == 12
-    node.finish({128 + 12})
+    monkeypatch.setattr(training.nodes.time, "sleep", interrupted)
+    assert [str(error) for error in three.join(*nodes)] == [str(128 + signal.SIGUSR2)] * 2
 
 
 def test_a_node_that_never_comes(models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path) -> None:
