@@ -16,8 +16,8 @@ def main(path: str) -> None:
     from benchmarks.core import Core, policy_config, watch
     from modeling.modules import TokenLogprobs
     from modeling.rows import Response, Row, token_ids
-    from training.catalogue import describe
     from training.policy import learning
+    from training.registry import describe
 
     settings, shape, batches = workload.read(Path(path), workload.Pair)
     torch.set_num_threads(settings["threads"])

@@ -29,11 +29,11 @@ def main(path: str) -> None:
     from modeling.rows import Response, Row, token_ids
     from training.algorithm import Experience
     from training.algorithms import ppo
-    from training.catalogue import describe
     from training.critic import critic_loss
     from training.drift import measure_drift
     from training.loop import Learning
     from training.policy import learning
+    from training.registry import describe
 
     settings, shape, batches = workload.read(Path(path), workload.Rollout)
     torch.set_num_threads(settings["threads"])

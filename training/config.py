@@ -7,8 +7,8 @@ from pydantic import model_validator
 
 from contracts.config import Section, StageConfig, identity, input_path, runtime
 from contracts.template import ChatFields
-from training.catalogue import BUILT_IN, check_settings, describe
 from training.parallel import ParallelConfig
+from training.registry import BUILT_IN, check_settings, describe
 
 
 class LoraSection(Section):

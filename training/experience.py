@@ -21,7 +21,7 @@ from contracts.jsonl import write_jsonl
 from contracts.ledger import Ledger
 from contracts.records import EXPERIENCE, ROLLOUTS, SCORES, Completion, Experience, ExperienceSample, Rollout, Score
 from contracts.stage import Context, Outcome
-from training import algorithm, catalogue
+from training import algorithm, registry
 from training.config import ExperienceConfig
 
 SHARD = "shard-00000.jsonl"
@@ -34,12 +34,12 @@ LARGEST_ERROR = 0.2
 
 def run(config: ExperienceConfig, context: Context) -> Outcome:
     """Join, prove that all numbers are of the same tokens, call the algorithm's `advantages`, publish."""
-    description = catalogue.describe(config.algorithm)
+    description = registry.describe(config.algorithm)
     coefficient = 0.0
     if "reference" in description.needs:
         coefficient = first_coefficient(config) if config.previous is None else adapted(config, config.previous)
     with context.timed("load"):
-        advantages_of = catalogue.load(config.algorithm).advantages
+        advantages_of = registry.load(config.algorithm).advantages
         rollouts = Artifact.open(config.rollouts, ROLLOUTS)
         columns, ledger = collect(config, rollouts, description)
     with context.timed("compute"):
@@ -141,7 +141,7 @@ def _tensor(column: "array[float]") -> Tensor:
     return torch.frombuffer(column, dtype=torch.float64)
 
 
-def collect(config: ExperienceConfig, rollouts: Artifact, description: catalogue.Description) -> tuple[Columns, Ledger]:
+def collect(config: ExperienceConfig, rollouts: Artifact, description: registry.Description) -> tuple[Columns, Ledger]:
     """Read and join everything; what cannot be used is counted.
 
     Raises:
@@ -327,7 +327,7 @@ def _judge_of(scores: Artifact) -> Any:
 
 
 def require_sound(
-    found: algorithm.Advantages, experience: algorithm.Experience, description: catalogue.Description
+    found: algorithm.Advantages, experience: algorithm.Experience, description: registry.Description
 ) -> None:
     """Raise UserError unless an algorithm has returned finite numbers of the right shape."""
     what = f"algorithm {description.algorithm!r}: advantages"

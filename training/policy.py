@@ -23,13 +23,13 @@ from modeling.packing import Packing
 from modeling.rows import Response, Row, float_values, token_ids
 from training import views
 from training.algorithm import Figures, Pairs, Statistics, Step
-from training.catalogue import Description, describe, load
 from training.config import PolicyConfig
 from training.data import length_limit, pair_row, read_pairs, usable
 from training.drift import measure_drift
 from training.engines.base import Engine, Outputs
 from training.fit import Task, fit
 from training.loop import Learning, Part
+from training.registry import Description, describe, load
 
 Reference = dict[tuple[str, int], Score]
 RESERVED = {"step", "learning_rate", "grad_norm", "due", "stop"}

@@ -21,8 +21,8 @@ from pipelines.config.sections import (
     RetentionSection,
     RewardModelSection,
 )
-from training.catalogue import Description, check_settings, describe
 from training.config import ExperienceSettings, PolicySettings, SftSettings, require_whole_model
+from training.registry import Description, check_settings, describe
 
 
 class RunConfig(Section):

@@ -11,7 +11,7 @@ from contracts.declaration import all_stages
 from contracts.errors import UserError
 from contracts.fingerprint import file_sha256
 from pipelines.lineage.links import Index, Link, links_of, run_of
-from training.catalogue import describe
+from training.registry import describe
 
 
 def ancestry(index: Index, artifact: Artifact) -> dict[str, Any]:

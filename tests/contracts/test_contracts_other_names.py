@@ -8,8 +8,8 @@ from contracts import other_names
 from contracts.config import fields_at, validate
 from contracts.errors import UserError
 from pipelines.config.run import RunConfig
-from training.catalogue import BUILT_IN, describe
 from training.config import PolicyConfig
+from training.registry import BUILT_IN, describe
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/coming-from-trl.md"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from training.algorithm import Answers, Figures, Pairs, Step
-from training.catalogue import BUILT_IN, describe
+from training.registry import BUILT_IN, describe
 
 PAIRS = [name for name in BUILT_IN if describe(name).reads == "pairs"]
 EDGES = ["random 0", "random 1", "random 2", "empty", "one token", "equal", "chosen", "rejected"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from training.algorithm import Advantages, Experience, Figures, Samples
 from training.algorithms import parts
 from training.algorithms import ppo as ppo_module
-from training.catalogue import BUILT_IN, describe
+from training.registry import BUILT_IN, describe
 
 SAMPLES = [name for name in BUILT_IN if describe(name).reads == "samples"]
 EDGES = ["random 0", "random 1", "random 2", "one token", "one response", "alone", "far", "fresh"]

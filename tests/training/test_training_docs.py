@@ -15,7 +15,7 @@ from test_training_policy import make_experience
 
 from contracts.callables import load_module
 from training.algorithm import Experience, Samples
-from training.catalogue import BUILT_IN, describe
+from training.registry import BUILT_IN, describe
 
 PAGE = ROOT / "docs" / "algorithms.md"
 

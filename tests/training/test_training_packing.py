@@ -20,11 +20,11 @@ from modeling.logprobs import PLAIN, HeadShape, LogprobHead
 from modeling.modules import SequenceScores, TokenLogprobs, TokenValues
 from modeling.packing import pack
 from modeling.rows import Response, Row, token_ids
-from training.catalogue import describe
 from training.config import PolicyConfig
 from training.data import pair_row
 from training.loop import Part, Totals
 from training.policy import learning
+from training.registry import describe
 from training.reward import bradley_terry
 
 LAYOUTS = ("padded", "flat", "shared")

@@ -7,11 +7,12 @@ import ast
 import difflib
 import functools
 import importlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 
 from contracts import other_names
 from contracts.callables import load_module, source_file, source_files
@@ -25,6 +26,15 @@ NEEDS_OF = {
     "samples": ("reference", "reference_model", "values", "greedy", "token_rewards"),
 }
 FUNCTIONS = ("loss", "statistics", "update", "advantages")
+Limits = Annotated[str, StringConstraints(pattern=f"^{LIMIT}(,{LIMIT})*$")]
+STRICT = ConfigDict(strict=True)
+CONSTANTS: dict[str, tuple[TypeAdapter[Any], str]] = {
+    "READS": (TypeAdapter(Literal["pairs", "samples"], config=STRICT), 'READS = "pairs" or READS = "samples"'),
+    "NEEDS": (TypeAdapter(tuple[str, ...] | list[str], config=STRICT), 'NEEDS = ("reference",), or NEEDS = ()'),
+    "LIMITS": (TypeAdapter(dict[str, Limits], config=STRICT), 'LIMITS = {"beta": "> 0", "gamma": ">= 0, <= 1"}'),
+    "STATE": (TypeAdapter(dict[str, FiniteFloat], config=STRICT), 'STATE = {"mean": 0.0}'),
+}
+"""What an algorithm declares beside its functions, and how it is written."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +90,7 @@ def _described_once(algorithm: str) -> Description:
 
 def _described(algorithm: str) -> Description:
     source = _Source(algorithm, _file(algorithm))
-    reads = source.constant("READS")
-    if reads not in NEEDS_OF:
-        raise UserError(f'{source.what}: READS is {reads!r}; write READS = "pairs" or READS = "samples".')
-    needs = source.constant("NEEDS")
-    if isinstance(needs, str):
-        raise UserError(f'{source.what}: NEEDS is {needs!r}; write a tuple with a comma: NEEDS = ("{needs}",).')
-    if not isinstance(needs, tuple | list):
-        raise UserError(f"{source.what}: NEEDS is {needs!r}; write a tuple of names, perhaps empty: NEEDS = ().")
+    reads, needs = source.constant("READS"), tuple(source.constant("NEEDS"))
     for need in needs:
         if need not in NEEDS_OF[reads]:
             raise UserError(
@@ -110,35 +113,38 @@ def _described(algorithm: str) -> Description:
             continue
         own = dict(settings_of(f"{source.what}: function {name!r}", function.node))
         functions[name] = tuple(own)
-        limits |= function.source.limits()
+        limits |= function.source.constant("LIMITS")
         for setting, value in own.items():
             if repr(settings.setdefault(setting, value)) != repr(value):
                 raise UserError(
                     f"{source.what}: the setting {setting!r} has one default or type in the function {name!r} "
                     "and another one before; give it the same in both."
                 )
-    for setting in source.limits():
+    for setting in source.constant("LIMITS"):
         if setting not in settings:
             raise UserError(
                 f"{source.what}: LIMITS has {setting!r}, which is no setting.{_nearest(setting, settings)} Name a "
                 "keyword argument of its functions."
             )
-    for setting, text in (limits | source.limits()).items():
+    for setting, text in (limits | source.constant("LIMITS")).items():
         if setting in settings:
             settings[setting] = replace(settings[setting], limits=text)
-            if not settings[setting].within_limits(settings[setting].default):
+            default = settings[setting].default
+            try:
+                settings[setting].check(default)
+            except ValueError as error:
                 raise UserError(
-                    f"{source.what}: the default of the setting {setting!r} is {settings[setting].default!r}, but "
-                    f"LIMITS says {text!r}. Change one of them."
-                )
-    state = source.state()
+                    f"{source.what}: the default of the setting {setting!r} is {default!r}, but LIMITS says {text!r}. "
+                    "Change one of them."
+                ) from error
+    state = source.constant("STATE")
     if state and found["update"] is None:
         raise UserError(f"{source.what}: STATE is kept by a function 'update', which there is not.")
     names = _attributes(found["advantages"])
     return Description(
         algorithm,
         reads,
-        tuple(needs),
+        needs,
         settings,
         functions,
         _sources(source),
@@ -155,13 +161,21 @@ def check_settings(description: Description, given: Mapping[str, Any]) -> dict[s
         UserError: there is no such setting, or a value has the wrong type, is not finite or outside of its limits.
     """
     known = description.settings
-    for name in given:
+    checked: dict[str, Value] = {}
+    for name, value in given.items():
         if name not in known:
             settings = f"Its settings: {', '.join(sorted(known))}." if known else "It has no settings."
             raise UserError(
                 f"algorithm {description.algorithm!r} has no setting {name!r}.{_elsewhere(str(name), known)} {settings}"
             )
-    return description.defaults | {name: _checked(description, name, value) for name, value in given.items()}
+        try:
+            checked[name] = known[name].check(value)
+        except ValueError as error:
+            raise UserError(
+                f"algorithm {description.algorithm!r}: the setting {name!r} is {value!r}, but must be {error} "
+                f"(its default is {known[name].default!r})."
+            ) from error
+    return description.defaults | checked
 
 
 def load(algorithm: str) -> Any:
@@ -229,42 +243,24 @@ class _Source:
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{self.what} is not valid Python: {error}.") from error
 
-    def constant(self, name: str, default: Any = ...) -> Any:
-        """The value of a constant that is written out."""
+    def constant(self, name: str) -> Any:
+        """The value of READS, NEEDS, LIMITS or STATE, which is written out."""
+        declared, example = CONSTANTS[name]
         for node in reversed(self.body):
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             if isinstance(node, ast.Assign | ast.AnnAssign) and node.value and _names(*targets) == [name]:
                 try:
-                    return ast.literal_eval(node.value)
+                    return declared.validate_python(ast.literal_eval(node.value))
+                except ValidationError as error:
+                    raise UserError(f"{self.what}: {name} is {ast.unparse(node.value)}; write {example}.") from error
                 except (TypeError, ValueError) as error:
                     raise UserError(
                         f"{self.what}: {name} is read without running the file; write its value out, not "
                         f"{ast.unparse(node.value)}."
                     ) from error
-        if default is not ...:
-            return default
-        example = '"pairs" or READS = "samples"' if name == "READS" else '("reference",), or NEEDS = ()'
-        raise UserError(f"{self.what}: {name} is missing; write {name} = {example} at the top level.")
-
-    def limits(self) -> dict[str, str]:
-        """LIMITS."""
-        found = self.constant("LIMITS", {})
-        example = 'LIMITS = {"beta": "> 0", "gamma": ">= 0, <= 1"}'
-        if not isinstance(found, dict):
-            raise UserError(f"{self.what}: LIMITS is {found!r}; write {example}.")
-        for setting, text in found.items():
-            if not isinstance(text, str) or not all(map(LIMIT.fullmatch, text.split(","))):
-                raise UserError(f"{self.what}: LIMITS says {text!r} of {setting!r}; write comparisons: {example}.")
-        return found
-
-    def state(self) -> dict[str, float]:
-        """STATE."""
-        found = self.constant("STATE", {})
-        if not isinstance(found, dict) or any(
-            type(value) not in (int, float) or not math.isfinite(value) for value in found.values()
-        ):
-            raise UserError(f'{self.what}: STATE is {found!r}; write numbers by name: STATE = {{"mean": 0.0}}.')
-        return {str(name): float(value) for name, value in found.items()}
+        if name in ("LIMITS", "STATE"):
+            return {}
+        raise UserError(f"{self.what}: {name} is missing; write {example} at the top level.")
 
     def function(self, name: str) -> _Function | None:
         """A function that the file defines, or imports by `from module import name`."""
@@ -304,21 +300,6 @@ class _Source:
 
 def _names(*targets: ast.expr | None) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
-
-
-def _checked(description: Description, name: str, value: Any) -> Value:
-    setting = description.settings[name]
-    if not setting.fits(value):
-        raise UserError(
-            f"algorithm {description.algorithm!r}: the setting {name!r} is {value!r}, but must be {setting.expected} "
-            f"(its default is {setting.default!r})."
-        )
-    if not setting.within_limits(value):
-        raise UserError(
-            f"algorithm {description.algorithm!r}: the setting {name!r} is {value!r}, but must be {setting.limits} "
-            f"(its default is {setting.default!r})."
-        )
-    return float(value) if type(value) is int and "int" not in setting.kinds and "float" in setting.kinds else value
 
 
 def _elsewhere(name: str, known: Any) -> str:
