@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parents[1]
 DURATIONS = ROOT / "tests" / "durations.json"
 TIERS = {"slow", "cluster", "chaos"}
-COSTLY = {"finished_run": "slow", "world": "slow", "processed": "slow", "raw": "slow"}
+COSTLY = {"cluster": "cluster"} | dict.fromkeys(("finished_run", "world", "processed", "raw", "together"), "slow")
 """The tier of whoever asks for these fixtures."""
 QUICK_SECONDS = 4.0
 """What the variants of a test of the fast loop may take together."""

@@ -29,6 +29,7 @@ def refused(tmp_path, *arguments):
     return " ".join(result.stderr.split())
 
 
+@pytest.mark.slow
 def test_models_that_are_none(tmp_path, rollouts, models):
     score = ("score", f"rollouts={rollouts.path}", "kind=reward_model")
     assert "with 2 labels" in refused(tmp_path, *score, f"model={models['two_labels']}")
@@ -45,6 +46,7 @@ def test_models_that_are_none(tmp_path, rollouts, models):
     assert "must be a causal language model" in refused(tmp_path, *logprobs, f"model={models['reward']}")
 
 
+@pytest.mark.slow
 def test_a_model_whose_weights_or_scores_are_no_numbers(tmp_path, rollouts, models):
     import torch
     from safetensors.torch import load_file, save_file

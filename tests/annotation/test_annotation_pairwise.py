@@ -81,6 +81,7 @@ def naive(path):
     return chance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["llama", "gpt2"])
 @pytest.mark.parametrize("batch_tokens", [40, 100_000])
 def test_scores_equal_asking_about_two_answers_at_a_time(tmp_path, judges, rollouts, which, batch_tokens):

@@ -49,6 +49,7 @@ def test_parquet_files(tmp_path: Path) -> None:
     assert artifact.manifest.facts["assistant_turns_removed"] == 3
 
 
+@pytest.mark.slow
 def test_datasets_saved_to_disk(tmp_path: Path) -> None:
     dataset = datasets.Dataset.from_dict({"question": QUESTIONS})
     dataset.save_to_disk(str(tmp_path / "plain"))

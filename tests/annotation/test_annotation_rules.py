@@ -84,6 +84,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS)
 def test_a_function_that_ends_its_process_is_named_with_the_sample_or_counts_as_failed(
     tmp_path: Path, answers: Artifact, end: str

@@ -194,6 +194,7 @@ def test_only_the_completions_of_the_pairs_are_scored(tmp_path, rollouts, models
         score(tmp_path / "x", others, kind="logprobs", model=models["causal"], pairs=tmp_path / "pairs")
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompts=st.integers(1, 9), k=st.integers(1, 4), shard=st.integers(1, 4), seed=st.integers(0, 99))
 def test_sharding_and_dropping_lose_and_repeat_nothing(tmp_path_factory, rule, prompts, k, shard, seed):
@@ -208,6 +209,7 @@ def test_sharding_and_dropping_lose_and_repeat_nothing(tmp_path_factory, rule, p
     assert scores.manifest.ledger.kept == len(rows) == scores.manifest.rows
 
 
+@pytest.mark.slow
 def test_two_replicas_give_the_same_bytes_as_one(tmp_path, models):
     rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(24, 4), shard=2)
     common = ["score", f"rollouts={rollouts.path}", "kind=logprobs", f"model={models['causal']}"]
@@ -216,6 +218,7 @@ def test_two_replicas_give_the_same_bytes_as_one(tmp_path, models):
     assert Artifact.open(tmp_path / "two", SCORES).manifest.digest == one.manifest.digest
 
 
+@pytest.mark.slow
 def test_processes_of_a_launcher_share_the_shards(tmp_path, rule):
     """As under `accelerate launch`, which sets the same variables as torchrun."""
     rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(24, 4), shard=2)
@@ -227,6 +230,7 @@ def test_processes_of_a_launcher_share_the_shards(tmp_path, rule):
     assert not list(tmp_path.glob(".three*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rule", "logprobs"])
 def test_tasks_and_a_publisher_give_what_one_process_does(tmp_path, rule, models, kind):
     rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(24, 4), shard=2)

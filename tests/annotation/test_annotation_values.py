@@ -40,6 +40,7 @@ def naive(model, prompt_ids, response_ids):
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["reward", "reward_pad_is_eos", "gpt2"])
 @pytest.mark.parametrize("batch_tokens", [30, 100, 100_000])
 def test_values_equal_a_forward_pass_for_each_state(tmp_path, models, tokenizer, which, batch_tokens):

@@ -159,6 +159,7 @@ def test_the_same_command_again_reuses(tmp_path: Path) -> None:
     assert "published by another run" in refused(source, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lines", "arguments", "expected"),
     [

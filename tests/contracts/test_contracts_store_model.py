@@ -259,6 +259,7 @@ def strays(target: Path, word: str) -> list[str]:
     return [*(set(os.listdir(target)) - listed), *([hidden.name] if hidden.exists() else [])]
 
 
+@pytest.mark.chaos
 def test_a_crash_before_any_system_call(digests: dict[str, str], tmp_path: Path) -> None:
     """Killed at its first call, at its second, and so on; then another one ends it, and makes only what was missing."""
     calls = 0
@@ -294,6 +295,7 @@ def count_calls(folder: Path) -> int:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_one", ["goes on", "is killed"])
 def test_two_writers_meet_at_the_end(first_one: str, digests: dict[str, str], tmp_path: Path) -> None:
     """Between the last calls of a writer, another one does some of its own, then the first goes on, or is killed."""
@@ -368,7 +370,8 @@ class Store(RuleBasedStateMachine):
 
     @rule()
     def set_aside(self) -> None:
-        if self.seen:
+        """Nobody does that while the process that has published still reads it."""
+        if self.seen and not any(writer.alive and writer.word == self.seen for writer in self.started):
             self.aside += 1
             os.rename(self.target, self.root / f"aside-{self.aside}")
             self.seen = None
@@ -414,9 +417,10 @@ class Store(RuleBasedStateMachine):
 Store.TestCase.settings = settings(
     max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
-test_any_interleaving_of_writers_crashes_and_readers = Store.TestCase
+test_any_interleaving_of_writers_crashes_and_readers = pytest.mark.chaos(Store.TestCase)
 
 
+@pytest.mark.slow
 def test_two_processes_publish_the_same_at_once(digests: dict[str, str], tmp_path: Path) -> None:
     """Both at full speed, many times: at least one publishes, the other does as well or is refused."""
     outcomes: Counter[str] = Counter()

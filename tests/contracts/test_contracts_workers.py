@@ -154,6 +154,7 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
+@pytest.mark.slow
 def test_sixteen_tasks_at_once_and_then_a_publisher(world: World) -> None:
     tasks = [world.start("task", rank, shards=40, seconds=0.05) for rank in range(1, 17)]
     for task in tasks:
@@ -383,9 +384,10 @@ class Tasks(RuleBasedStateMachine):
 Tasks.TestCase.settings = settings(
     max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
-test_any_interleaving_of_tasks_and_publishers = Tasks.TestCase
+test_any_interleaving_of_tasks_and_publishers = pytest.mark.chaos(Tasks.TestCase)
 
 
+@pytest.mark.chaos
 def test_tasks_at_full_speed_are_killed_and_stopped_at_any_instant(tmp_path: Path) -> None:
     """Four tasks at a time, each started again when it ends, until the shards are there; then a publisher."""
     chance = random.Random(5)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from environments_checkout import Checkout, make_wheel
 
+pytestmark = pytest.mark.slow
+
 
 def test_builds_what_is_missing_and_reuses_what_is_there(checkout: Checkout) -> None:
     first = checkout.env("sync")

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pipelines_cluster import Cluster, ClusterRefused
-from pipelines_smallest import FinishedRun, finish_smallest, write_smallest
+from pipelines_cluster import Cluster, ClusterRefused, FakeCluster, Slurm
+from pipelines_slurm_run import digests
+from pipelines_smallest import FinishedRun, finish_smallest, pipeline, write_pretended, write_smallest
 
 from pipelines.environments.locked import interpreter
 
@@ -47,6 +48,30 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(message)
     yield cluster
     cluster.end()
+
+
+@pytest.fixture(scope="session")
+def fake_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
+    """A fake of such a cluster, shared by all tests that ask for one."""
+    fake = FakeCluster(tmp_path_factory.mktemp("fake") / "slurm")
+    yield fake
+    fake.end()
+
+
+@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.cluster)])
+def slurm(request: pytest.FixtureRequest) -> Slurm:
+    """The fake cluster, and the real one."""
+    found: Slurm = request.getfixturevalue("fake_cluster" if request.param == "fake" else "cluster")
+    return found
+
+
+@pytest.fixture(scope="session")
+def pretended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests by stage of a run of one iteration, on this machine, whose stages pretend to work."""
+    config = write_pretended(tmp_path_factory.mktemp("pretended"))
+    result = pipeline("run", str(config), "--iters", "1")
+    assert result.returncode == 0, result.stderr
+    return digests(config.parent / "runs" / "pretended")
 
 
 @pytest.fixture(scope="session")

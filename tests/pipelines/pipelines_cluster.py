@@ -1,4 +1,4 @@
-"""A Slurm cluster for tests: virtual nodes on this machine, started and ended by scripts/dev-slurm.sh."""
+"""Slurm for tests: virtual nodes on this machine, started and ended by scripts/dev-slurm.sh, or a fake of them."""
 
 import contextlib
 import os
@@ -6,11 +6,13 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dev-slurm.sh"
+FAKE = Path(__file__).with_name("fake_slurm.py")
 FIRST_NODE_PORT = 11
 SECONDS_UNTIL_SAVED = 6
 """slurmctld writes its state at most this long after a change."""
@@ -45,54 +47,11 @@ def is_free(port: int) -> bool:
         return False
 
 
-class Cluster:
-    """A cluster in a directory of its own. It ends with the process that made it, however that ends."""
+class Slurm:
+    """A cluster by its commands, real or fake."""
 
-    def __init__(self, state: Path, nodes: int = 4) -> None:
-        """Start a cluster of `nodes` nodes (node1 and so on, 8 CPUs and 8 pretend GPUs each) in an absent directory."""
-        self.state = state
-        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
-        self.environment = {"SLURM_CONF": str(state / "etc" / "slurm.conf")}
-        """What a process has to have in its environment to use the cluster."""
-        self.options = {
-            "DEV_SLURM_STATE": str(state),
-            "DEV_SLURM_NODES": str(nodes),
-            "DEV_SLURM_PORT": str(free_base_port(nodes)),
-        }
-        # Its standard input ends with this process, also when this one is killed.
-        self.ending = subprocess.Popen(
-            ["bash", "-c", 'read -r; exec bash "$0" down', str(SCRIPT)],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **self.options},
-            start_new_session=True,
-        )
-        try:
-            self.up()
-        except BaseException:
-            self.end()
-            raise
-
-    def end(self) -> None:
-        """Take it down; a second time does nothing."""
-        assert self.ending.stdin is not None
-        self.ending.stdin.close()
-        assert self.ending.wait(timeout=60) == 0, f"{SCRIPT} down failed in {self.state}"
-
-    def script(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """Run dev-slurm.sh for this cluster."""
-        environment = {**os.environ, **self.options}
-        return subprocess.run(
-            ["bash", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=500, check=False, env=environment
-        )
-
-    def up(self) -> str:
-        """Start, or mend, and return what a shell has to evaluate."""
-        result = self.script("up")
-        if result.returncode == 2:
-            raise ClusterRefused(result.stderr.strip())
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+    environment: dict[str, str]
+    """What a process has to have in its environment to use the cluster."""
 
     def run(self, *command: str) -> str:
         """Run a command with this cluster as Slurm's, and return what it prints."""
@@ -145,6 +104,79 @@ class Cluster:
         """Take a node that is down back, and wait until it accepts jobs."""
         self.run("scontrol", "update", f"nodename={node}", "state=resume")
         wait_for(lambda: self.node_state(node) in ("idle", "mixed", "allocated"), 30, f"{node} is back")
+
+
+class FakeCluster(Slurm):
+    """fake_slurm.py in a process of its own, which ends with this one."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start it, with a directory that is absent."""
+        self.environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
+        command = [sys.executable, str(FAKE), "serve", str(folder)]
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        assert self.server.stdout is not None
+        assert self.server.stdout.readline() == b"ready\n"
+
+    def end(self) -> None:
+        """End it with all of its jobs."""
+        self.server.communicate(timeout=60)
+
+    def kill(self, daemon: str) -> None:
+        """Have slurmctld or slurmdbd not answer; `up` mends that."""
+        self.run("control", "silence", daemon)
+
+    def up(self) -> None:
+        """Have all daemons answer."""
+        self.run("control", "heal")
+
+
+class Cluster(Slurm):
+    """A real cluster in a directory of its own. It ends with the process that made it, however that ends."""
+
+    def __init__(self, state: Path, nodes: int = 4) -> None:
+        """Start a cluster of `nodes` nodes (node1 and so on, 8 CPUs and 8 pretend GPUs each) in an absent directory."""
+        self.state = state
+        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
+        self.environment = {"SLURM_CONF": str(state / "etc" / "slurm.conf")}
+        self.options = {
+            "DEV_SLURM_STATE": str(state),
+            "DEV_SLURM_NODES": str(nodes),
+            "DEV_SLURM_PORT": str(free_base_port(nodes)),
+        }
+        # Its standard input ends with this process, also when this one is killed.
+        self.ending = subprocess.Popen(
+            ["bash", "-c", 'read -r; exec bash "$0" down', str(SCRIPT)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **self.options},
+            start_new_session=True,
+        )
+        try:
+            self.up()
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Take it down; a second time does nothing."""
+        assert self.ending.stdin is not None
+        self.ending.stdin.close()
+        assert self.ending.wait(timeout=60) == 0, f"{SCRIPT} down failed in {self.state}"
+
+    def script(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run dev-slurm.sh for this cluster."""
+        environment = {**os.environ, **self.options}
+        return subprocess.run(
+            ["bash", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=500, check=False, env=environment
+        )
+
+    def up(self) -> str:
+        """Start, or mend, and return what a shell has to evaluate."""
+        result = self.script("up")
+        if result.returncode == 2:
+            raise ClusterRefused(result.stderr.strip())
+        assert result.returncode == 0, result.stderr
+        return result.stdout
 
     def process(self, daemon: str) -> int:
         """Return the process id of munged, mariadbd, slurmdbd, slurmctld or a node."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pretend import write_interpreter
 
 COMMAND = [sys.executable, "-m", "pipelines"]
 SECRET = "hf_" + "QqSecretQq" * 4
@@ -103,3 +104,25 @@ def watch_process_list(command_lines: set[str], done: threading.Event) -> None:
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 command_lines.add((folder / "cmdline").read_text(errors="replace"))
+
+
+PRETENDED: dict[str, Any] = {
+    "name": "pretended",
+    "world": SMALLEST["world"],
+    "policy": "world:model",
+    "prompts": SMALLEST["prompts"],
+    "scorers": {"reward": {"kind": "rule", "function": "embedded.reviews:well_formed"}},
+    "generation": {"k": 2, "max_new_tokens": 4, "engine": "transformers"},
+}
+"""A run of few stages, for interpreters that only pretend to run them."""
+
+
+def write_pretended(folder: Path, *, executor: dict[str, Any] | None = None, **acts: list[str]) -> Path:
+    """Write the config file of a run whose stages pretend to work, and misbehave as `acts` say (pretend.py)."""
+    python = str(write_interpreter(folder / "interpreter", **acts))
+    environments = {name: {"python": python} for name in ("generation", "annotation", "training")}
+    path = folder / "pretended.yaml"
+    config = {**PRETENDED, "directory": str(folder / "runs"), "environments": environments}
+    config["executor"] = {"backoff_seconds": 0.1, **(executor or {})}
+    path.write_text(yaml.safe_dump(config))
+    return path

@@ -128,48 +128,6 @@ def test_a_job_of_several_nodes_finds_them_by_name(cluster: Cluster, tmp_path: P
     assert (tmp_path / "found").read_text().count("127.0.0.1") == 16
 
 
-def test_a_dependent_job_waits_and_goes_with_a_failed_one(cluster: Cluster, tmp_path: Path) -> None:
-    first = cluster.submit("sleep 2; touch first", f"--chdir={tmp_path}")
-    second = cluster.submit("test -e first", f"--dependency=afterok:{first}", f"--chdir={tmp_path}")
-    assert cluster.job(second)["Reason"] == "Dependency"
-    failing = cluster.submit("exit 3", f"--dependency=afterok:{second}")
-    never = cluster.submit("true", f"--dependency=afterok:{failing}", "--kill-on-invalid-dep=yes")
-    cluster.wait_for_state(second, "COMPLETED")
-    cluster.wait_for_state(failing, "FAILED")
-    cluster.wait_for_state(never, "CANCELLED")
-    wait_for(lambda: cluster.accounting([failing])[failing]["ExitCode"] == "3:0", 20)
-
-
-def test_a_job_of_low_is_requeued_for_one_of_gpu(cluster: Cluster, tmp_path: Path) -> None:
-    script = 'trap "touch signalled" USR2; echo "start ${SLURM_RESTART_COUNT:-0}" >> starts; sleep 60 & wait; wait'
-    options = ["--partition=low", "--nodes=4", "--exclusive", "--requeue", "--signal=B:USR2@60", "--time=60"]
-    low = cluster.submit(script, *options, f"--chdir={tmp_path}")
-    wait_for((tmp_path / "starts").exists)
-    preempting = cluster.submit("true", "--gpus-per-node=8")
-    cluster.wait_for_state(preempting, "COMPLETED")
-    assert (tmp_path / "signalled").exists()
-    wait_for(lambda: (tmp_path / "starts").read_text() == "start 0\nstart 1\n")
-    assert cluster.job(low)["Restarts"] == "1"
-    cluster.run("scancel", low)
-    wait_for(lambda: low not in cluster.jobs())
-
-
-def test_a_job_starts_elsewhere_when_its_node_is_down(cluster: Cluster, tmp_path: Path) -> None:
-    job = cluster.submit("echo $SLURMD_NODENAME >> nodes; sleep 60", "--requeue", f"--chdir={tmp_path}")
-    nodes = tmp_path / "nodes"
-    wait_for(lambda: nodes.exists() and nodes.read_text())
-    first = nodes.read_text().strip()
-    cluster.set_down(first)
-    try:
-        wait_for(lambda: len(nodes.read_text().split()) == 2)
-        assert nodes.read_text().split()[1] != first
-        assert cluster.job(job)["Restarts"] == "1"
-    finally:
-        cluster.run("scancel", job)
-        cluster.set_up(first)
-    wait_for(lambda: job not in cluster.jobs())
-
-
 def test_down_leaves_nothing_and_the_cluster_beside_it_goes_on(
     cluster: Cluster, beside: Cluster, tmp_path: Path
 ) -> None:
@@ -195,6 +153,7 @@ def test_down_leaves_nothing_and_the_cluster_beside_it_goes_on(
     wait_for(lambda: survivor not in cluster.jobs())
 
 
+@pytest.mark.cluster
 def test_a_cluster_ends_with_the_tests_that_were_killed(tmp_path: Path) -> None:
     state = tmp_path / "state"
     killed = f"""

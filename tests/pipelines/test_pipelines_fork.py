@@ -19,7 +19,7 @@ from contracts.records import CHECKPOINT
 from contracts.template import ChatFields
 from pipelines.config.load import load_run_config
 from pipelines.config.run import RunConfig
-from pipelines.graph import Graph, Node, input_paths
+from pipelines.graph import Graph, Node
 from pipelines.iteration import build_graph
 from pipelines.main import main
 from pipelines.run.decisions import Decision
@@ -191,7 +191,8 @@ def test_a_dry_run_of_a_fork_sees_what_it_would_take_back(
     seen: dict[str, Path] = {}
 
     def decide(node: Node, versions: object, directory: Path, where: Callable[[Path], Path]) -> Decision:
-        seen.update({f"{node.name} reads {path.relative_to(target)}": where(path) for path in input_paths(node.config)})
+        paths = node.config.input_paths()
+        seen.update({f"{node.name} reads {path.relative_to(target)}": where(path) for path in paths})
         key = Artifact.open(run.path / node.name).manifest.key
         return Decision(True, "as before", key)
 

@@ -136,6 +136,7 @@ def assert_all_agree(model: Any, support: str) -> None:
         torch.testing.assert_close(value, expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", KNOWN)
 def test_engine_annotation_trainer_and_transformers_agree(model_type: str) -> None:
     config = tiny_config(model_type)

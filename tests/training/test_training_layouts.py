@@ -157,6 +157,7 @@ def require_layout(output: Path, parallel: dict[str, Any]) -> None:
     assert facts["parallel"]["by"].startswith("torch" if declared.is_native else "accelerate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAUNCHED)
 def test_processes_of_the_command_line(
     layout: str, expected: Path, folder: Path, deep: dict[str, Path], pairs: dict[str, Path], demonstrations: Path
@@ -170,6 +171,7 @@ def test_processes_of_the_command_line(
     assert_same_training(expected, folder / layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", TOGETHER)
 def test_layouts_of_two_processes(layout: str, expected: Path, together: Path) -> None:
     require_layout(together / layout, TOGETHER[layout][2])
@@ -238,6 +240,7 @@ def test_settings_for_the_launcher() -> None:
     assert settings["deepspeed_config"]["offload_param_device"] == "none"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [

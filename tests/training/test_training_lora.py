@@ -46,6 +46,7 @@ def test_a_classifier_trains_its_head_too(models: dict[str, Path], pairs: dict[s
     assert not torch.equal(*heads)
 
 
+@pytest.mark.slow
 def test_adapters_under_zero(models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path) -> None:
     """ZeRO-3 spreads base weights and adapters alike."""
     arguments = [

@@ -62,6 +62,7 @@ def peak(arguments: list[str]) -> int:
     return usage.ru_maxrss << 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"gradient_checkpointing": True}, {"lora": {"rank": 8, "alpha": 16}}],

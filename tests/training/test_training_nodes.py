@@ -83,6 +83,7 @@ def one(
     return settings, folder / "one"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_nodes_of_two_processes_train_like_one_process(
     layout: str, one: tuple[dict[str, Any], Path], start: Any, tmp_path: Path

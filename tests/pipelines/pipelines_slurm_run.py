@@ -1,0 +1,194 @@
+"""A run on a cluster, seen from outside: by its commands, its files, and the cluster's queue."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pipelines_cluster import Slurm, wait_for
+from pipelines_smallest import COMMAND, pipeline, write_pretended, write_smallest
+
+from contracts.artifacts import Artifact
+from contracts.manifest import MANIFEST
+
+FEW = {"generation": {"tasks": 2}, "scoring": {"tasks": 2}}
+"""Two tasks for each array: every task loads a model, and here they share a machine."""
+
+
+class SlurmRun:
+    """A run on a cluster: of the smallest configuration, or of stages that pretend to work."""
+
+    def __init__(self, config: Path, cluster: Slurm) -> None:
+        """Take a config file that says which executor."""
+        self.cluster = cluster
+        self.config = config
+        self.path = config.parent / "runs" / config.stem
+        self.environment = {**os.environ, **cluster.environment}
+        self.detached = False
+
+    @classmethod
+    def smallest(cls, folder: Path, cluster: Slurm, *, stages: dict[str, Any] | None = None) -> "SlurmRun":
+        """Real stages with real models."""
+        config = write_smallest(folder)
+        executor = {"kind": "slurm", "backoff_seconds": 1, "stages": {**FEW, **(stages or {})}}
+        config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "executor": executor}))
+        return cls(config, cluster)
+
+    @classmethod
+    def pretended(
+        cls, folder: Path, cluster: Slurm, *, stages: dict[str, Any] | None = None, **acts: list[str]
+    ) -> "SlurmRun":
+        """Stages that pretend to work, and act as they are told (pretend.py)."""
+        executor = {"kind": "slurm", "stages": {**FEW, **(stages or {})}}
+        return cls(write_pretended(folder, executor=executor, **acts), cluster)
+
+    def release(self, stage: str) -> None:
+        """Have a stage that pretends to wait go on."""
+        (self.config.parent / "interpreter" / f"release-{stage.replace('/', '-')}").touch()
+
+    def pipeline(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run the command to its end, on the cluster."""
+        return pipeline(*arguments, env=self.environment)
+
+    def start(self, *arguments: str) -> "subprocess.Popen[bytes]":
+        """Start `pipeline run`, without waiting for its end."""
+        log = self.config.with_suffix(".log").open("ab")
+        command = [*COMMAND, "run", str(self.config), *arguments]
+        return subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
+
+    def detach(self, iterations: int = 2) -> str:
+        """Submit everything; the shell that did is gone afterwards. Returns what it printed."""
+        result = self.pipeline("run", str(self.config), "--iters", str(iterations), "--detach")
+        assert result.returncode == 0, result.stderr
+        self.detached = True
+        return result.stdout
+
+    def digests(self) -> dict[str, str]:
+        """The digest of everything that is published, by stage."""
+        return digests(self.path)
+
+    def jobs(self, stage: str) -> list[tuple[str, str, str]]:
+        """Id, state and node of a stage's jobs and tasks in the queue, without the one that finishes it."""
+        lines = self.cluster.run("squeue", "--noheader", "--array", "--format=%i|%T|%N|%j").splitlines()
+        rows = [line.split("|", 3) for line in lines]
+        return [(id, state, node) for id, state, node, name in rows if name == f"{self.path.name}/{stage}"]
+
+    def finishing_job(self, stage: str) -> str:
+        """Id of the job that finishes a stage."""
+        lines = self.cluster.run("squeue", "--noheader", "--format=%i|%j").splitlines()
+        (found,) = [line.partition("|")[0] for line in lines if line.endswith(f"|{self.path.name}/{stage} (finish)")]
+        return found
+
+    def tasks(self, stage: str) -> list[tuple[str, str]]:
+        """Ids and nodes of those of a stage that run."""
+        return [(id, node) for id, state, node in self.jobs(stage) if state == "RUNNING"]
+
+    def wait_for(self, condition: Callable[[], object], seconds: float, what: str) -> None:
+        """Wait until the condition holds; AssertionError with the run's status if not, or if a chain has ended."""
+        try:
+            wait_for(lambda: condition() or (self.detached and self.is_over()), seconds, what)
+            assert condition(), f"no job is left: {what}"
+        except AssertionError as error:
+            jobs = self.cluster.run("squeue", "--array", "--format=%i %E %T %r %j %N")
+            raise AssertionError(f"{error}\n{self.status()}\n{jobs}") from None
+
+    def wait_for_tasks(self, stage: str, seconds: float = 300) -> list[tuple[str, str]]:
+        """The same, as soon as there are any."""
+        self.wait_for(lambda: self.tasks(stage), seconds, f"{stage} runs")
+        return self.tasks(stage)
+
+    def wait_until_waiting(self, stage: str, times: int = 1) -> None:
+        """Until processes of a stage have begun to pretend that they wait so many times."""
+
+        def waits() -> bool:
+            logs = (self.path / "logs" / stage).rglob("stage.log")
+            return sum(log.read_text().count("pretends to wait") for log in logs) >= times
+
+        self.wait_for(waits, 120, f"{stage} waits")
+
+    def processes(self, stage: str) -> list[int]:
+        """The processes of a stage itself, on whatever node."""
+        found = []
+        mark = f"RATCHET_ATTEMPT={self.path}/logs/{stage}/".encode()
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (
+                    mark in (folder / "environ").read_bytes()
+                    and b"multiprocessing" not in (folder / "cmdline").read_bytes()
+                ):
+                    found.append(int(folder.name))
+        return found
+
+    @contextlib.contextmanager
+    def frozen(self, stage: str) -> Iterator[list[int]]:
+        """Stop a training's processes after they have saved a step, so that what is done to it is in time."""
+        self.wait_for(lambda: self.processes(stage), 400, f"{stage} runs")
+        pids = self.processes(stage)
+        deadline = time.monotonic() + 200
+        while not self.saved(stage):  # let it go on for a moment at a time: it is quick
+            assert time.monotonic() < deadline, f"{stage} has saved nothing"
+            signal_all(pids, signal.SIGCONT)
+            time.sleep(0.03)
+            signal_all(pids, signal.SIGSTOP)
+        try:
+            yield pids
+        finally:
+            signal_all(pids, signal.SIGCONT)
+
+    def saved(self, stage: str) -> bool:
+        """Whether a training that is under way has saved what it could go on from."""
+        output = self.path / stage
+        return any(output.parent.glob(f".{output.name}.partial-*/state/*.safetensors"))
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """What was recorded of a kind."""
+        path = self.path / "events.jsonl"
+        events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [event for event in events if event["event"] == kind]
+
+    def is_over(self) -> bool:
+        """Whether no job of the cluster is left."""
+        return not self.cluster.jobs()
+
+    def wait(self, seconds: float = 600) -> str:
+        """Wait until no job is left, and return what the run's status says then."""
+        self.wait_for(self.is_over, seconds, "all jobs end")
+        return self.status()
+
+    def status(self) -> str:
+        """What `pipeline status` says of the run."""
+        result = self.pipeline("status", str(self.path))
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+
+def signal_all(pids: list[int], number: signal.Signals) -> None:
+    """Send a signal to processes, some of which may have ended."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a stopped process has a signal to answer as soon as it goes on."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        pending = [int(line.split()[1], 16) for line in lines if line.startswith(("ShdPnd:", "SigPnd:"))]
+        return any(mask >> (number - 1) & 1 for mask in pending)
+    return True
+
+
+def digests(run: Path) -> dict[str, str]:
+    """The digest of everything that a run has published, by stage."""
+    found = {}
+    for path in run.rglob(MANIFEST):
+        name = path.parent.relative_to(run)
+        if name.parts[0] not in ("superseded", "logs") and not any(part.startswith(".") for part in name.parts):
+            found[name.as_posix()] = Artifact.open(path.parent).manifest.digest
+    return found

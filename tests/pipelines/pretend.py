@@ -1,0 +1,148 @@
+"""Stages that compute nothing, for tests of what drives them: real configs, keys, shards and manifests, no model.
+
+`write_interpreter` makes an interpreter that runs these in the place of the real stages, and misbehaves as it is told:
+the first start of a stage's process takes the first of that stage's acts, the next one the next.
+
+    kill          is killed, as if memory had run out
+    exit N        ends with this exit code
+    mistake       finds a mistake of the user's
+    hang          says nothing more, until it is ended
+    wait          goes on when the file release-STAGE ("-" for "/") is in the interpreter's folder
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from contracts.attempt import report_progress
+from contracts.config import StageConfig
+from contracts.declaration import stages_of
+from contracts.errors import UserError
+from contracts.fingerprint import weights_fingerprint
+from contracts.ledger import Ledger
+from contracts.publication import Publication
+from contracts.records import CHECKPOINT, EVALUATION, Message, Prompt
+from contracts.stage import Context, Outcome, main
+from contracts.workers import share_shards
+
+SHARDS = 3
+ACTS = "acts.json"
+
+
+def write_interpreter(folder: Path, **acts: list[str]) -> Path:
+    """Make the interpreter in an absent folder.
+
+    Args:
+        acts: by stage, "__" for "/" and "_" for "-" in its name.
+    """
+    folder.mkdir()
+    named = {stage.replace("__", "/").replace("_", "-"): wanted for stage, wanted in acts.items()}
+    (folder / ACTS).write_text(json.dumps(named))
+    path = folder / "python"
+    path.write_text(
+        f'#!/bin/sh\ncase "$1 $2" in\n  -c*|*.*) exec "{sys.executable}" "$@" ;;\nesac\nshift\n'
+        f'exec "{sys.executable}" "{Path(__file__).resolve()}" "{folder}" "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def run(config: StageConfig, context: Context) -> Outcome:
+    """What each of the stages does."""
+    act(config.output)
+    names = [f"shard-{number:05d}.jsonl" for number in range(SHARDS)]
+    publication = context.publication
+
+    def make(name: str) -> None:
+        ledger = Ledger("rows")
+        ledger.keep()
+        publication.write_rows(name, [Prompt(name, (Message("user", str(config.output.name)),))], ledger)
+
+    if config.stage in ("generation", "score"):
+        share_shards(context, names, lambda: make)
+    else:
+        make(names[0])
+    if not context.publishes:
+        return Outcome("rows")
+    return Outcome("rows", **further(config, publication))
+
+
+def further(config: StageConfig, publication: Publication) -> dict[str, Any]:
+    """Weights and metrics, where a stage has any."""
+    if config.stage == "world":
+        for name in ("demonstrations", "heldout", "preference", "train"):
+            commit(publication, f"{name}.jsonl", b'{"prompt": "one"}\n')
+        return {"weights": commit_weights(publication, "model/model.safetensors", "init")}
+    if publication.schema == CHECKPOINT:
+        return {"weights": commit_weights(publication, "model.safetensors", config.output.parent.name[-4:])}
+    if publication.schema == EVALUATION:
+        return {"facts": {"metrics": {"iteration": config.iteration, "reward_mean": 0.5, "kl": None}}}  # type: ignore[attr-defined]
+    return {}
+
+
+def commit_weights(publication: Publication, name: str, four: str) -> str:
+    """Publish a model of four bytes, and return its fingerprint."""
+    commit(publication, name.replace("model.safetensors", "config.json"), b"{}")
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    commit(publication, name, len(header).to_bytes(8, "little") + header + four.encode())
+    return weights_fingerprint((publication.directory / name).parent)
+
+
+def commit(publication: Publication, name: str, content: bytes) -> None:
+    """Publish a file."""
+    publication.scratch(name).write_bytes(content)
+    publication.commit(name, Ledger("rows"))
+
+
+def act(output: Path) -> None:
+    """Do what this start of the stage is told."""
+    folder = Path(sys.argv[1])
+    for stage, wanted in json.loads((folder / ACTS).read_text()).items():
+        if f"{output}".endswith(f"/{stage}"):
+            report_progress(0, SHARDS, "shards")
+            what = next((what for number, what in enumerate(wanted) if is_first(folder, stage, number)), "")
+            perform(what, folder / f"release-{stage.replace('/', '-')}")
+
+
+def is_first(folder: Path, stage: str, number: int) -> bool:
+    """Whether nobody has taken this act yet."""
+    try:
+        (folder / f"{stage.replace('/', '-')}.{number}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def perform(what: str, release: Path) -> None:
+    """One act."""
+    word, _, number = what.partition(" ")
+    print(f"pretends to {what or 'work'}", flush=True)
+    if word == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word == "exit":
+        os._exit(int(number))
+    if word == "mistake":
+        raise UserError("no such dictionary")
+    while word == "hang" or (word == "wait" and not release.exists()):
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    _, _, package, *rest = sys.argv
+    module = ModuleType(f"{package}.pretend")  # so that its source counts as the package's
+    module.run = run  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    main(
+        {
+            command: replace(stage, run=f"{package}.pretend:run", launch=None, helps=None)
+            for command, stage in stages_of(package).items()
+        },
+        package,
+        rest,
+    )
