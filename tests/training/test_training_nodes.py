@@ -99,6 +99,7 @@ def test_two_nodes_of_two_processes_train_like_one_process(
     assert not any(kinds(node) for node in nodes)
 
 
+@pytest.mark.slow
 def test_a_stop_of_one_node_or_of_every_process_stops_all_and_the_same_command_goes_on(
     models: dict[str, Path], pairs: dict[str, Path], start: Any, tmp_path: Path
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_stop_of_one_node_or_of_every_process_stops_all_and_the_same_command_g
     assert end.files == expected.files  # nor does it matter which node a process is on
 
 
+@pytest.mark.slow
 def test_a_killed_process_or_node_ends_all_nodes(
     models: dict[str, Path], pairs: dict[str, Path], start: Any, tmp_path: Path
 ) -> None:
@@ -143,6 +145,7 @@ def test_a_killed_process_or_node_ends_all_nodes(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_node_0_alone_finds_wrong_is_the_exit_code_of_all(
     models: dict[str, Path], pairs: dict[str, Path], start: Any, tmp_path: Path
 ) -> None:
@@ -395,6 +398,7 @@ def test_a_stop_while_the_others_are_awaited_stops_them(
     assert [str(error) for error in three.join(*nodes)] == [str(128 + signal.SIGUSR2)] * 2
 
 
+@pytest.mark.slow
 def test_a_node_that_never_comes(models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path) -> None:
     """The process in the middle gives up, and its exit code is the command's."""
     settings = dpo_settings(models, pairs, tmp_path / "out", parallel=SMALL)

@@ -93,6 +93,7 @@ def test_a_drift_beyond_the_limit_stops(models: dict[str, Path], tmp_path: Path)
     assert facts["drift"]["fresh"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm", ["ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "raft", "decoupled_ppo", "cispo"]
 )
@@ -115,6 +116,7 @@ def test_packing_and_micro_batches_change_nothing(
             torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_train_actor_and_critic_alike(models: dict[str, Path], experience: Path, tmp_path: Path) -> None:
     for stage, more in (("policy", ["algorithm=ppo"]), ("critic", [])):
         arguments = [

@@ -109,6 +109,7 @@ def test_averages_and_new_critics_keep_the_precision(
     assert torch.equal(Start(critic).read(name), after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"dp": 2, "zero": 3}, {"dp": 2, "zero": "fsdp2"}])
 def test_under_every_engine(
     layout: dict[str, Any], start: Path, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path

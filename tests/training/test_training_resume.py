@@ -48,6 +48,7 @@ def is_saved(output: Path) -> bool:
     return any(output.parent.glob(f".{output.name}.partial-*/state/training.safetensors"))
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_after_kills_and_requests_to_stop_it_ends_with_the_same_bytes(
     layout: str, model: Path, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path, start: Any

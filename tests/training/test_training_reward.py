@@ -194,6 +194,7 @@ def test_a_pairwise_model_learns_in_both_orders(comparer: Any) -> None:
     assert sum(right) / len(right) == pytest.approx(final["held_out_accuracy_better_first"])
 
 
+@pytest.mark.slow
 def test_figures_do_not_depend_on_processes_and_packing(judge: Path, tmp_path: Path) -> None:
     publish(tmp_path / "pairs", PAIRS, compared(22))
     settings = {

@@ -209,6 +209,7 @@ def test_references_that_do_not_fit(
         run_here("policy", model=models["tied"], **settings, output=tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
