@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,15 +29,16 @@ class SlowConfig(StageConfig):
 
     stage: ClassVar[str] = "slow"
     code_version: ClassVar[int] = 1
-    seconds: float = runtime(0.0)
-    """How long a shard takes."""
+    gate: Path | None = runtime(None)
+    """A shard takes until this file is there."""
 
 
 def run(config, context):
     def open_worker():
         def make(name):
             print("in hand", name, flush=True)
-            time.sleep(config.seconds)
+            while config.gate and not config.gate.exists():
+                time.sleep(0.01)
             ledger = Ledger("prompts")
             ledger.keep()
             context.publication.write_rows(name, [Prompt(name, (Message("user", name),))], ledger)
@@ -53,7 +53,8 @@ if __name__ == "__main__":
 '''
 
 
-def start(folder: Path, seconds: float, grace: float, code: str = STAGE) -> "subprocess.Popen[str]":
+def start(folder: Path, grace: float, code: str = STAGE) -> "subprocess.Popen[str]":
+    """Start the stage; each of its shards takes until `folder / "gate"` is there."""
     (folder / "slow.py").write_text(code)
     root = Path(__file__).parents[2]
     environment = {
@@ -62,18 +63,15 @@ def start(folder: Path, seconds: float, grace: float, code: str = STAGE) -> "sub
         "RATCHET_GRACE_SECONDS": str(grace),
         "RATCHET_ATTEMPT": str(folder),
     }
-    command = [sys.executable, "-m", "slow", f"output={folder / 'out'}", f"seconds={seconds}"]
+    command = [sys.executable, "-m", "slow", f"output={folder / 'out'}", f"gate={folder / 'gate'}"]
     return subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True)
 
 
-def stop_in_hand(process: "subprocess.Popen[str]", number: signal.Signals) -> float:
-    """Signal the stage while it makes its first shard; returns the seconds until it was gone."""
+def stop_in_hand(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
+    """Signal the stage while it makes its first shard."""
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith("in hand"))
     process.send_signal(number)
-    begin = time.monotonic()
-    process.communicate(timeout=60)
-    return time.monotonic() - begin
 
 
 def shards(folder: Path) -> list[str]:
@@ -82,14 +80,16 @@ def shards(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_the_shard_in_hand_is_finished_within_the_grace_period(tmp_path: Path, number: signal.Signals) -> None:
-    with start(tmp_path, seconds=1.0, grace=20) as process:
-        assert stop_in_hand(process, number) < 10
+    with start(tmp_path, grace=60) as process:
+        stop_in_hand(process, number)
+        (tmp_path / "gate").touch()
+        process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert shards(tmp_path) == ["shard-0.jsonl"]
     (failure,) = (json.loads(path.read_bytes()) for path in tmp_path.glob("failure-*.json"))
     assert failure["kind"] == "stopped"
 
-    with start(tmp_path, seconds=0, grace=20) as process:
+    with start(tmp_path, grace=20) as process:
         out, _ = process.communicate(timeout=60)
     assert "in hand shard-0.jsonl" not in out, "what was finished is not made again"
     assert process.returncode == 0
@@ -97,8 +97,9 @@ def test_the_shard_in_hand_is_finished_within_the_grace_period(tmp_path: Path, n
 
 
 def test_what_takes_longer_than_the_grace_period_is_left(tmp_path: Path) -> None:
-    with start(tmp_path, seconds=60, grace=0.5) as process:
-        assert stop_in_hand(process, signal.SIGTERM) < 10
+    with start(tmp_path, grace=0.5) as process:
+        stop_in_hand(process, signal.SIGTERM)
+        process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert shards(tmp_path) == []
     assert len(list(tmp_path.glob(".out.partial-*"))) == 1
@@ -118,9 +119,7 @@ attempt.report_failure = report_slowly
 
 
 def test_a_second_request_does_not_keep_a_stage_from_saying_why_it_leaves(tmp_path: Path) -> None:
-    with start(
-        tmp_path, seconds=60, grace=0.5, code=STAGE.replace("\n\n\nclass", SLOW_REPORT + "\n\nclass")
-    ) as process:
+    with start(tmp_path, grace=0.5, code=STAGE.replace("\n\n\nclass", SLOW_REPORT + "\n\nclass")) as process:
         assert process.stdout is not None
         next(line for line in process.stdout if line.startswith("in hand shard"))
         process.send_signal(signal.SIGUSR1)

@@ -52,8 +52,8 @@ class SharedConfig(StageConfig):
     """How many."""
     word: str = identity("new")
     """Part of every row."""
-    seconds: float = runtime(0.0)
-    """How long a shard takes."""
+    held: int | None = runtime(None)
+    """The shard from which on each takes until the file `go` is beside the output; None: all are quick."""
 
 
 def run(config, context):
@@ -68,7 +68,8 @@ def run(config, context):
 
         def make(name):
             note("begins", name)
-            time.sleep(config.seconds)
+            while config.held is not None and name >= f"shard-{config.held:05d}" and not log.with_name("go").exists():
+                time.sleep(0.01)
             ledger = Ledger("prompts")
             ledger.keep()
             context.publication.write_rows(name, [Prompt(name, (Message("user", config.word),))], ledger)
@@ -129,6 +130,10 @@ class World:
             assert time.monotonic() < deadline, self.log.read_text() if self.log.exists() else "nothing noted"
             time.sleep(0.01)
 
+    def go(self) -> None:
+        """Have the shards that are held made."""
+        (self.folder / "go").touch()
+
     @property
     def hidden(self) -> Path:
         (found,) = self.folder.glob(".out.partial-*")
@@ -156,7 +161,9 @@ def world(tmp_path: Path) -> World:
 
 @pytest.mark.slow
 def test_sixteen_tasks_at_once_and_then_a_publisher(world: World) -> None:
-    tasks = [world.start("task", rank, shards=40, seconds=0.05) for rank in range(1, 17)]
+    tasks = [world.start("task", rank, shards=40, held=0) for rank in range(1, 17)]
+    world.wait_for("engine", 2)
+    world.go()
     for task in tasks:
         out, _ = task.communicate(timeout=120)
         assert task.returncode == 0, out
@@ -173,8 +180,8 @@ def test_sixteen_tasks_at_once_and_then_a_publisher(world: World) -> None:
 
 
 def test_a_publisher_names_the_shards_that_are_missing(world: World) -> None:
-    task = world.start("task", 1, shards=6, seconds=0.3)
-    world.wait_for("made", 2)
+    task = world.start("task", 1, shards=6, held=3)
+    world.wait_for("begins", 4)
     task.kill()
     task.wait()
     finished = len(list(world.hidden.glob(".receipt-*.json")))
@@ -189,6 +196,7 @@ def test_a_publisher_names_the_shards_that_are_missing(world: World) -> None:
     assert not world.output.exists()
 
     engines = len(world.noted("engine"))
+    world.go()
     world.run("task", 1, shards=6)
     world.run("task", 2, shards=6)
     assert len(world.noted("engine")) == engines + 1, "with nothing to make, no engine is loaded"
@@ -199,13 +207,18 @@ def test_a_publisher_names_the_shards_that_are_missing(world: World) -> None:
 
 
 def test_a_publisher_waits_for_a_task_that_still_works(world: World) -> None:
-    task = world.start("task", 1, shards=2, seconds=1.5)
+    task = world.start("task", 1, shards=2, held=0)
     world.wait_for("begins")
     assert "another process is making" in world.run("publisher", code=2, shards=2)  # by hand: told at once
     attempt = world.folder / "attempt"
     attempt.mkdir()
-    out = world.run("publisher", shards=2, attempt=attempt)
-    assert out.count("waiting up to 120 s") == 1
+    publisher = world.start("publisher", shards=2, attempt=attempt)
+    assert publisher.stdout is not None
+    assert "waiting up to 120 s" in publisher.stdout.readline()
+    world.go()
+    out, _ = publisher.communicate(timeout=60)
+    assert publisher.returncode == 0, out
+    assert "waiting up to 120 s" not in out
     assert task.wait(timeout=60) == 0
     assert world.published().manifest.rows == 2
 
@@ -226,13 +239,16 @@ def test_a_lone_task_clears_what_a_crash_left_and_another_one_leaves_it_alone(wo
     strays = [world.hidden / "shard-00003.jsonl.elsewhere-1.tmp", world.hidden / ".receipt-x.json.elsewhere-1.tmp"]
     for stray in strays:
         stray.touch()
-    first = world.start("task", 1, shards=4, seconds=1.5)
+    first = world.start("task", 1, shards=4, held=0)
     world.wait_for("begins", 5)
     assert not any(stray.exists() for stray in strays)
     assert [path.name for path in world.hidden.glob("shard-*")] == ["shard-00000.jsonl"]
 
     strays[0].touch()  # as if of a third task
-    world.run("task", 2, shards=4)
+    second = world.start("task", 2, shards=4)
+    world.wait_for("begins", 6)
+    world.go()
+    assert second.wait(timeout=60) == 0
     assert strays[0].exists()
     assert first.wait(timeout=60) == 0
     assert max(Counter(world.noted("begins")[4:]).values()) == 1
@@ -255,9 +271,10 @@ def test_a_task_after_the_publication(world: World) -> None:
 def test_a_stopped_task_finishes_the_shard_in_hand(world: World, number: signal.Signals) -> None:
     attempt = world.folder / "attempt"
     attempt.mkdir()
-    task = world.start("task", 1, shards=3, seconds=0.7, attempt=attempt)
+    task = world.start("task", 1, shards=3, held=0, attempt=attempt)
     world.wait_for("begins")
     task.send_signal(number)
+    world.go()
     assert task.wait(timeout=60) == 128 + number
     assert world.noted("made") == ["shard-00000.jsonl"]
     (failure,) = (json.loads(path.read_bytes()) for path in attempt.glob("failure-*.json"))
@@ -268,7 +285,9 @@ def test_every_task_tells_how_far_the_stage_is(world: World) -> None:
     attempts = [world.folder / f"task-{rank}" for rank in (1, 2)]
     for attempt in attempts:
         attempt.mkdir()
-    tasks = [world.start("task", rank, shards=6, seconds=0.2, attempt=attempts[rank - 1]) for rank in (1, 2)]
+    tasks = [world.start("task", rank, shards=6, held=0, attempt=attempts[rank - 1]) for rank in (1, 2)]
+    world.wait_for("begins", 2)
+    world.go()
     assert [task.wait(timeout=60) for task in tasks] == [0, 0]
     told = [json.loads((attempt / "progress.json").read_bytes()) for attempt in attempts]
     assert {"done": 6, "total": 6, "unit": "shards"} in told
