@@ -307,10 +307,10 @@ def require_same(digests: dict[int, str], row: dict[str, Any]) -> None:
 def load(config: Path, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
     """A run's configuration, and its graph up to the stage that is measured."""
     from pipelines.config.load import load_run_config
-    from pipelines.iteration import build_graph
+    from pipelines.planning.placement import placed_graph
 
     loaded = load_run_config(config, list(overrides))
-    graph = build_graph(loaded, 0)
+    graph = placed_graph(loaded, 0)
     for name in graph.nodes.keys() - {"prompts/heldout", ROLLOUTS, STAGE}:
         del graph.nodes[name]
     return loaded, graph

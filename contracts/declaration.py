@@ -48,6 +48,8 @@ class Layout:
     """Machines that the processes are spread over."""
     fixed_nodes: bool = False
     """Whether the user has said how many machines."""
+    shown: str = ""
+    """The same in the config's words."""
     together: int = 1
     """Processes that talk to each other."""
     talk: str = ""

@@ -1,16 +1,24 @@
 """The graph of a run: stages, and which of them need which others' outputs."""
 
+import copy
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from contracts.config import StageConfig, validate
-from contracts.declaration import Stage
-from pipelines.config.executor import ExecutorSection
-from pipelines.planning.placement import place_stage
+from contracts.declaration import Stage, Workload
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Devices that a stage is given."""
+
+    pool: str
+    """The executor that it runs on, and so whose devices."""
+    devices: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,19 @@ class Node:
     """The iteration that it belongs to; None for what is made once, before the first one."""
     role: str
     """What it is for there: "training", "reward", "heldout/reward". Several may be of one stage."""
+
+    placement: Placement | None = field(default=None, compare=False)
+    """None in a graph that is not placed."""
+
+    @property
+    def workload(self) -> Workload:
+        """What it is to a scheduler."""
+        return self.stage.workload(self.config)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that one replica takes, where there are any."""
+        return self.stage.gpus(self.config)
 
     @property
     def package(self) -> str:
@@ -63,9 +84,8 @@ class Node:
 class Graph:
     """Stages in the order in which they were added; an output is known by its path before it exists."""
 
-    def __init__(self, directory: Path, executor: ExecutorSection | None = None) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.executor = executor or ExecutorSection()
         self.nodes: dict[str, Node] = {}
         self._owners: dict[Path, str] = {}
         self._origins: dict[Path, tuple[Path, bool]] = {}
@@ -88,12 +108,11 @@ class Graph:
             iteration: the one that it belongs to, if any.
 
         Raises:
-            UserError: the stage's config refuses the values, or it cannot be spread over the devices it asks for.
+            UserError: the stage's config refuses the values.
         """
         name = name_of(iteration, role)
         output = self.directory / name
         config: StageConfig = validate(stage.config, {**fields, "output": output}, f"stage {name}")
-        config = place_stage(name, config, self.executor)
         if name in self.nodes:
             raise ValueError(f"two stages are named {name}")
         inputs = tuple(config.input_paths())
@@ -101,6 +120,12 @@ class Graph:
         self.nodes[name] = Node(name, stage, config, inputs, needs, iteration, role)
         self._owners[output] = name
         return output
+
+    def with_nodes(self, nodes: dict[str, Node]) -> "Graph":
+        """The same graph with nodes that differ in nothing that decides what they compute."""
+        other = copy.copy(self)  # with all that is known of paths
+        other.nodes = nodes
+        return other
 
     def owner(self, path: Path) -> str | None:
         """The node that makes `path`, which may be a file inside its output."""

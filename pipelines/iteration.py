@@ -54,7 +54,10 @@ def require_iterations(config: RunConfig, asked: int | None) -> int:
 
 
 def build_graph(config: RunConfig, iterations: int) -> Graph:
-    """The stages of a run, from what has to be made before the first iteration to the last evaluation."""
+    """The stages of a run, from what has to be made before the first iteration to the last evaluation.
+
+    Nothing in it depends on devices; `pipelines.planning.placement` gives each stage its own.
+    """
     return Recipe(config).build(iterations)
 
 
@@ -65,7 +68,7 @@ class Recipe:
         self.run = config
         self.config = config  # what holds in the iteration that is being added
         self.taken = 0  # training prompts that earlier iterations have taken
-        self.graph = Graph(config.run_directory.absolute(), config.executor)
+        self.graph = Graph(config.run_directory.absolute())
         self.pairs: list[Path] = []
         self.references: dict[tuple[Path, Path], Path] = {}
         self.experience: Path | None = None

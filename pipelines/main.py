@@ -39,6 +39,7 @@ from pipelines.planning.entries import check_patterns, settle_variant
 from pipelines.planning.hub import fetch_models, with_cached_models
 from pipelines.planning.inspection import preflight
 from pipelines.planning.memory import print_memory
+from pipelines.planning.placement import placed_graph
 from pipelines.planning.preflight import check_environments, check_inputs
 from pipelines.run.directory import RunDirectory, dated
 from pipelines.run.force import report_forced, resolve, set_aside
@@ -194,7 +195,7 @@ def run_command(options: argparse.Namespace) -> int:
         return dry_run(console, with_cached_models(config), iterations, options)
     require_home()
     config = fetch_models(config)
-    graph = build_graph(config, iterations)
+    graph = placed_graph(config, iterations)
     run = RunDirectory(config.run_directory)
     site = Site(run, graph, config, ENTRY)
     executors = Executors(site)
@@ -229,7 +230,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 def dry_run(console: Console, config: RunConfig, iterations: int, options: argparse.Namespace) -> int:
     """`pipeline run --dry-run`: what would run, and why, and what it takes."""
-    graph = build_graph(config, iterations)
+    graph = placed_graph(config, iterations)
     check_patterns(graph, config.executor)
     check_inputs(graph)
     refuse(preflight(graph, config.environments))

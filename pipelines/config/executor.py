@@ -6,17 +6,14 @@ import math
 import pkgutil
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Protocol, Self, TypeAlias
 
 from pydantic import AfterValidator, field_validator, model_validator
 
-from annotation.config import ScoreConfig
-from contracts.config import Section, StageConfig, runtime
+from contracts.config import Section, runtime
+from contracts.declaration import Workload
 from contracts.stopping import DEFAULT_GRACE
-from generation.config import GenerationConfig
-from training.config import TrainingConfig
 
-StageKind: TypeAlias = Literal["generation", "scoring", "training", "light"]
 EXECUTORS = sorted(
     module.name
     for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "execution" / "executors")])
@@ -37,12 +34,12 @@ def _check_kind(kind: str) -> str:
 
 ExecutorKind: TypeAlias = Annotated[str, AfterValidator(_check_kind)]
 
-ARRAYS: tuple[StageKind, ...] = ("generation", "scoring")
+ARRAYS: tuple[Workload, ...] = ("generation", "scoring")
 """Kinds of stages that run as a job array, whose tasks share the shards."""
-HEAVY: tuple[StageKind, ...] = (*ARRAYS, "training")
+HEAVY: tuple[Workload, ...] = (*ARRAYS, "training")
 """Kinds that load a model and take most of the time."""
-KINDS: tuple[StageKind, ...] = (*HEAVY, "light")
-ONLY_IN: dict[str, tuple[StageKind, ...]] = {"nodes": ("training",), "tasks": ARRAYS}
+KINDS: tuple[Workload, ...] = (*HEAVY, "light")
+ONLY_IN: dict[str, tuple[Workload, ...]] = {"nodes": ("training",), "tasks": ARRAYS}
 """Keys that only some kinds have."""
 
 OWN_DIRECTIVES = {
@@ -58,6 +55,25 @@ OUR_DIRECTIVES = frozenset(
     "test-only wait wrap".split()
 )
 """Options of sbatch that Ratchet sets itself, or that would keep it from following its jobs."""
+
+
+class Demand(Protocol):
+    """What of a stage decides which settings are its own."""
+
+    @property
+    def name(self) -> str:
+        """In the run."""
+        ...
+
+    @property
+    def workload(self) -> Workload:
+        """What it is to a scheduler."""
+        ...
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that one replica takes, where there are any."""
+        ...
 
 
 class SlurmSection(Section):
@@ -171,22 +187,6 @@ LIGHT_TOO = frozenset("partition account qos setup directives requeue".split())
 """Keys for all stages that hold for light ones as well: who pays and where, but not how much."""
 
 
-def kind_of(config: StageConfig) -> StageKind:
-    """What a stage is to the executor."""
-    if isinstance(config, GenerationConfig):
-        return "generation"
-    if isinstance(config, ScoreConfig) and config.kind != "rule":
-        return "scoring"
-    return "training" if isinstance(config, TrainingConfig) else "light"
-
-
-def replica_gpus(config: StageConfig) -> int:
-    """GPUs that one task of an array takes, where there are any."""
-    if isinstance(config, GenerationConfig):
-        return config.tensor_parallel * max(1, config.servers)
-    return 1
-
-
 def minutes_of(text: str) -> int | None:
     """A time limit in minutes, rounded up; None if Slurm would read it otherwise or not at all."""
     days, dash, clock = text.strip().rpartition("-")
@@ -264,15 +264,14 @@ class ExecutorSection(Section):
         kinds = {entry.kind for name, entry in self.stages.items() if name != "light" and entry.kind}
         return not {self.kind, *kinds} & set(HERE)
 
-    def entry(self, stage: str, config: StageConfig) -> StageSection:
-        """All that is set for a stage, with where it runs (`kind`), and without what its kind cannot have."""
-        kind = kind_of(config)
-        if kind == "light":
-            return self._merged(kind, stage, self._common_of_light())
+    def entry(self, stage: Demand) -> StageSection:
+        """All that is set for a stage, with where it runs (`kind`), and without what its workload cannot have."""
+        if stage.workload == "light":
+            return self._merged("light", stage.name, self._common_of_light())
         common = self.slurm.model_dump(exclude_unset=True)
-        if kind in ARRAYS and common.get("gpus"):
-            common["gpus"] = replica_gpus(config)
-        return self._merged(kind, stage, common)
+        if stage.workload in ARRAYS and common.get("gpus"):
+            common["gpus"] = stage.gpus
+        return self._merged(stage.workload, stage.name, common)
 
     def finishing_entry(self) -> StageSection:
         """The same for the small jobs that Ratchet adds to a stage: as for light stages; patterns do not name them."""
@@ -281,7 +280,7 @@ class ExecutorSection(Section):
     def _common_of_light(self) -> dict[str, Any]:
         return self.slurm.model_dump(exclude_unset=True, include=set(LIGHT_TOO))
 
-    def _merged(self, kind: StageKind, stage: str | None, settings: dict[str, Any]) -> StageSection:
+    def _merged(self, kind: Workload, stage: str | None, settings: dict[str, Any]) -> StageSection:
         for pattern, entry in self.stages.items():
             if pattern == kind or (stage is not None and fnmatch.fnmatchcase(stage, pattern)):
                 settings = entry.over(settings)

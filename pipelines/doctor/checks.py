@@ -30,11 +30,12 @@ from pipelines.environments.launch import (
 from pipelines.environments.locked import Locked, resolve_variant
 from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph, Node
-from pipelines.machine import cores, default_parallel, gpu_count, gpus, host_memory
+from pipelines.machine import cores, gpu_count, gpus, host_memory
 from pipelines.planning.entries import check_patterns
 from pipelines.planning.estimates import GraphOutlook, published_bytes, scratch_bytes
 from pipelines.planning.inspection import preflight
 from pipelines.planning.memory import estimated, grouped, model_paths, short, size
+from pipelines.planning.placement import cluster_of
 from pipelines.planning.preflight import input_mistakes, model_mistakes
 from pipelines.run.directory import RunDirectory
 from pipelines.text import plural
@@ -62,7 +63,7 @@ class Plan:
     @property
     def parallel(self) -> int:
         """Stages at once."""
-        return self.config.executor.parallel or default_parallel()
+        return cluster_of(self.config).parallel
 
     @property
     def environments(self) -> list[str]:
@@ -200,7 +201,7 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
         yield Finding("memory", "warning", "nvidia-smi does not say how much memory the GPUs have", fix)
         return
     free = min(gpu.free for gpu in listed) if on_gpu else host_memory()
-    needs, unknown = estimated(plan.graph, on_gpu=on_gpu, count=gpu_count())
+    needs, unknown = estimated(plan.graph, on_gpu=on_gpu)
     for names, need in grouped(needs):
         total = min(gpu.total for gpu in listed) if on_gpu else free
         yield _memory_line(names, plan.graph.nodes[names[0]], need, min(free, int(need.share * total)), on_gpu)

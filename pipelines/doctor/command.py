@@ -35,9 +35,10 @@ from pipelines.doctor.checks import (
 from pipelines.doctor.machine import Finding, check_file_system, check_limits, check_loopback
 from pipelines.environments.paths import home
 from pipelines.insight.display import Screen
-from pipelines.iteration import build_graph, require_iterations
+from pipelines.iteration import require_iterations
 from pipelines.planning.entries import settle_variant
 from pipelines.planning.hub import with_cached_models
+from pipelines.planning.placement import placed_graph
 from pipelines.run.directory import dated
 from pipelines.text import plural
 
@@ -73,7 +74,7 @@ def make_plan(source: str, overrides: list[str], iterations: int | None) -> Plan
         config = with_cached_models(dated(load_run_config(source, overrides)))
         settle_variant(config.executor)
         wanted = require_iterations(config, iterations)
-        return Plan(source, config, build_graph(config, wanted), wanted)
+        return Plan(source, config, placed_graph(config, wanted), wanted)
     except UserError as error:
         raise UserError(TOKEN.sub("(hidden)", str(error))) from None
 

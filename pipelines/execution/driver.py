@@ -24,7 +24,7 @@ from pipelines.execution.lifecycle import Lifecycle
 from pipelines.execution.listeners import Broadcast, Listen
 from pipelines.execution.supervisor import end_orphans
 from pipelines.graph import Node
-from pipelines.machine import default_parallel
+from pipelines.planning.placement import cluster_of
 from pipelines.run.decisions import why_again
 from pipelines.run.directory import CANCEL
 from pipelines.run.events import OrphanEnded, RunEnded, RunEnding, RunStarted, StageWaits
@@ -59,7 +59,7 @@ class Driver:
         self.executors = Executors(site)
         self.lifecycle = Lifecycle(self.run, self.graph, self.config)
         self.broadcast = Broadcast(self.run, listeners)
-        self.parallel = self.config.executor.parallel or default_parallel()
+        self.cluster = cluster_of(self.config)
         self.published: set[str] = set()
         self.running: dict[str, Running] = {}
         self.again: dict[str, str] = {}  # released stages that are to be made again, and why
@@ -132,11 +132,10 @@ class Driver:
         self.lifecycle.write_metrics()
 
     def may_start(self, node: Node) -> bool:
-        """Whether one more stage may run where this one does. A cluster decides for itself, unless the user does."""
-        executor = self.executors.of(node)
-        if executor.outlives_driver and self.config.executor.parallel is None:
-            return True
-        return sum(running.executor == executor.kind for running in self.running.values()) < self.parallel
+        """Whether the devices that a stage was given are free. A scheduler decides for itself, unless the user does."""
+        assert node.placement is not None
+        taken = (running.node.placement for running in self.running.values())
+        return self.cluster.has_room(node.placement, filter(None, taken))
 
     def reuse_or_start(self, node: Node) -> None:
         """Decide about one stage and act on it."""

@@ -5,7 +5,7 @@ import fnmatch
 import os
 
 from contracts.errors import UserError
-from pipelines.config.executor import KINDS, ONLY_IN, ExecutorSection, kind_of
+from pipelines.config.executor import KINDS, ONLY_IN, ExecutorSection
 from pipelines.environments.locked import VARIANT
 from pipelines.graph import Graph
 
@@ -24,7 +24,7 @@ def check_patterns(graph: Graph, executor: ExecutorSection) -> None:
                 f"{', '.join(KINDS)}, the name of a stage, or a pattern with *; `--dry-run` lists the stages."
             )
         for key, kinds in ONLY_IN.items():
-            if getattr(entry, key) is not None and not any(kind_of(node.config) in kinds for node in named):
+            if getattr(entry, key) is not None and not any(node.workload in kinds for node in named):
                 raise UserError(
                     f"executor.stages[{pattern!r}].{key} is {getattr(entry, key)}, but only {' and '.join(kinds)} "
                     f"stages can have `{key}`, and {named[0].name} is none. Take it out."

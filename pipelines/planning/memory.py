@@ -1,7 +1,7 @@
 """The memory of a run's stages: what they are estimated to take, and what a dry run says of it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -12,19 +12,18 @@ from pipelines.graph import Graph, Node
 from pipelines.machine import gpu_count, gpus, host_memory
 from pipelines.planning.estimates import GraphOutlook, memory
 from pipelines.planning.hub import name_and_revision
-from pipelines.planning.placement import place
+from pipelines.planning.placement import cluster_of, place
 from pipelines.planning.preflight import origin_of
 from pipelines.progress import tracked
 
 
-def estimated(graph: Graph, *, on_gpu: bool, count: int) -> tuple[dict[str, Memory], dict[str, list[Path]]]:
-    """The memory that each stage takes with `count` GPUs, and for those where that is not known the models why."""
+def estimated(graph: Graph, *, on_gpu: bool) -> tuple[dict[str, Memory], dict[str, list[Path]]]:
+    """The memory that each stage takes as it is placed, and for those where that is not known the models why."""
     needs: dict[str, Memory] = {}
     unknown: dict[str, list[Path]] = {}
     outlook = GraphOutlook(graph)
     for node in tracked(graph.nodes.values(), "estimating memory"):
-        placed = replace(node, config=place(node.config, count))
-        need = memory(placed, graph, on_gpu=on_gpu)
+        need = memory(node, graph, on_gpu=on_gpu)
         if need is not None:
             needs[node.name] = need
         elif models := model_paths(node):
@@ -58,7 +57,8 @@ def device_of(config: RunConfig) -> Device:
 def print_memory(console: Console, graph: Graph, config: RunConfig) -> None:
     """For every stage with a model its peak on a device, what it is made of, the largest first, and whether it fits."""
     device = device_of(config)
-    needs, unknown = estimated(graph, on_gpu=device.gpus > 0, count=device.gpus)
+    placed = place(graph, cluster_of(config, device.gpus))
+    needs, unknown = estimated(placed, on_gpu=device.gpus > 0)
     lines = [f"memory, estimated for {device.name}:"]
     for names, need in grouped(needs):
         processes = 1 if device.gpus else need.processes

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from contracts.declaration import Workload
 from pipelines.config.changes import merge
 from pipelines.config.executor import (
     ARRAYS,
@@ -14,14 +15,12 @@ from pipelines.config.executor import (
     ONLY_IN,
     ExecutorSection,
     SlurmSection,
-    StageKind,
-    kind_of,
     minutes_of,
 )
 from pipelines.config.load import load_run_config
 from pipelines.execution.executors.slurm.resources import Resources, finishing, resources_of
 from pipelines.graph import Graph
-from pipelines.iteration import build_graph
+from pipelines.planning.placement import placed_graph
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/cluster.md").read_text()
@@ -48,11 +47,11 @@ def planned(tmp_path: Path, settings: dict[str, Any]) -> tuple[ExecutorSection, 
     path = tmp_path / "quickstart.yaml"
     path.write_text(yaml.safe_dump(merge(base, settings)))
     config = load_run_config(path, [])
-    return config.executor, build_graph(config, 1)
+    return config.executor, placed_graph(config, 1)
 
 
-def resources_by_kind(executor: ExecutorSection, graph: Graph) -> dict[StageKind, Resources]:
-    return {kind_of(node.config): resources_of(node, executor, graph) for node in graph.nodes.values()}
+def resources_by_kind(executor: ExecutorSection, graph: Graph) -> dict[Workload, Resources]:
+    return {node.workload: resources_of(node, executor, graph) for node in graph.nodes.values()}
 
 
 def test_the_table_of_keys_has_every_key_in_the_codes_order() -> None:
@@ -116,7 +115,7 @@ def test_the_executor_in_a_recipes_comment_is_valid(recipe: str, tmp_path: Path)
     assert block is not None
     path.write_text(text.replace(block[0], re.sub(r"^# ", "", block[0], flags=re.MULTILINE)))
     config = load_run_config(path, [])
-    found = resources_by_kind(config.executor, build_graph(config, 1))
+    found = resources_by_kind(config.executor, placed_graph(config, 1))
     assert (found["generation"].tasks, found["generation"].gpus) == (8, 1)
     assert (found["training"].gpus, found["light"].partition) == (8, "cpu")
 

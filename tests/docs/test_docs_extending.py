@@ -23,6 +23,7 @@ from pipelines.execution.executors.base import Site
 from pipelines.graph import Graph
 from pipelines.insight.listeners import listeners_of
 from pipelines.job import ENTRY
+from pipelines.planning.placement import cluster_of, place
 from pipelines.run.directory import RunDirectory
 
 path = Path(sys.argv[1])
@@ -31,6 +32,7 @@ run = RunDirectory(config.run_directory)
 run.claim(config, path, 0)
 graph = Graph(run.path)
 graph.add(IMPORT_PROMPTS, "prompts", {"source": path.parent / "prompts.jsonl"})
+graph = place(graph, cluster_of(config))
 Driver(Site(run, graph, config, ENTRY), listeners_of(run, graph)).drive()
 """
 QSUB = """#!/usr/bin/env bash

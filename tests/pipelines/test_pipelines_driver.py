@@ -25,6 +25,7 @@ from pipelines.insight.display import Display
 from pipelines.insight.status import print_status
 from pipelines.insight.wording import notable_lines
 from pipelines.job import ENTRY
+from pipelines.planning.placement import cluster_of, place
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, StageFailed
 
@@ -55,8 +56,9 @@ class Scene:
         self.config = load_run_config(config, [*overrides, f"environments.annotation.python={python}"])
         self.run = RunDirectory(self.config.run_directory)
         self.run.claim(self.config, config, 0)
-        self.graph = Graph(self.run.path)
-        self.output = self.graph.add(IMPORT_PROMPTS, "prompts/all", {"source": source})
+        graph = Graph(self.run.path)
+        self.output = graph.add(IMPORT_PROMPTS, "prompts/all", {"source": source})
+        self.graph = place(graph, cluster_of(self.config))
         self.said = io.StringIO()
 
     def drive(self) -> None:

@@ -8,6 +8,7 @@ from contracts.errors import UserError
 from pipelines.config.load import load_run_config
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
+from pipelines.planning.placement import placed_graph
 from pipelines.run.decisions import differences
 
 
@@ -210,14 +211,18 @@ def test_on_gpus_every_stage_uses_all_of_them_unless_told_otherwise(
     smallest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    nodes = graph_of(smallest, 1, "generation.tensor_parallel=2", "training.parallel.dp=1").nodes
+    nodes = placed_graph(load_run_config(smallest, ["generation.tensor_parallel=2", "training.parallel.dp=1"]), 1).nodes
     configs = {name: node.config.model_dump() for name, node in nodes.items()}
     assert configs["iteration-001/generation"]["replicas"] == 2
     assert configs["iteration-001/reward"]["replicas"] == 4
     assert configs["iteration-000/heldout/gold"]["replicas"] == 1
     assert configs["iteration-001/training"]["parallel"]["dp"] == 1
     assert configs["setup/sft"]["parallel"]["dp"] == 4
-    divided = graph_of(smallest, 1, "training.parallel.tp=2").nodes["iteration-001/training"].config.model_dump()
+    divided = (
+        placed_graph(load_run_config(smallest, ["training.parallel.tp=2"]), 1)
+        .nodes["iteration-001/training"]
+        .config.model_dump()
+    )
     assert (divided["parallel"]["dp"], divided["parallel"]["tp"]) == (2, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert graph_of(smallest, 1).nodes["setup/sft"].config.model_dump()["parallel"]["dp"] == 1
+    assert placed_graph(load_run_config(smallest, []), 1).nodes["setup/sft"].config.model_dump()["parallel"]["dp"] == 1

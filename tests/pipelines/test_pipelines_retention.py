@@ -46,6 +46,7 @@ from pipelines.insight.status import print_status
 from pipelines.iteration import build_graph
 from pipelines.job import ENTRY
 from pipelines.main import main
+from pipelines.planning.placement import placed_graph
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import JobEnded
 from pipelines.run.fork import CONFIG, fork
@@ -162,7 +163,7 @@ class Run:
     def drive(self, iterations: int, *overrides: str, prepare: Callable[[Stages], None] = lambda _: None) -> list[str]:
         """The names of the stages that were run."""
         config = load_run_config(self.config, [*self.overrides, *overrides])
-        graph = build_graph(config, iterations)
+        graph = placed_graph(config, iterations)
         run = RunDirectory(self.path)
         run.claim(config, self.config, iterations)
         console = Console(file=io.StringIO(), width=200)

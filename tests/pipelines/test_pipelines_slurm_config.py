@@ -29,6 +29,7 @@ from pipelines.iteration import build_graph
 from pipelines.machine import gpu_count
 from pipelines.main import main
 from pipelines.planning.entries import check_patterns, settle_variant
+from pipelines.planning.placement import placed_graph
 
 TRAINING = "iteration-001/training"
 GENERATION = "iteration-001/generation"
@@ -47,7 +48,7 @@ def load(path: Path, *overrides: str) -> RunConfig:
 
 def planned(path: Path, *overrides: str) -> tuple[RunConfig, Graph]:
     config = load(path, *overrides)
-    return config, build_graph(config, 1)
+    return config, placed_graph(config, 1)
 
 
 def asked(path: Path, stage: str, *overrides: str) -> Resources:
@@ -70,7 +71,7 @@ def test_a_time_limit_is_read_as_slurm_reads_it(text: str, minutes: int | None) 
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("executor.kind=cloud", "'executor.kind' is 'cloud': Input should be 'local', 'slurm' or 'inline'"),
+        ("executor.kind=cloud", "'executor.kind' is 'cloud': there is no such executor. Known: inline, local, slurm"),
         ("executor=cloud", "'executor.kind' is 'cloud'"),
         ("executor.slurm.time=an hour", "'an hour': it must be a time limit of Slurm"),
         ('executor.slurm.time="0"', "more than 0"),
@@ -262,12 +263,12 @@ def test_the_gpus_of_this_machine_are_for_local_stages(
 def test_what_cannot_be_placed_is_refused(smallest: Path, overrides: list[str], complaint: str) -> None:
     config = load(smallest, *overrides)
     with pytest.raises(UserError) as error:
-        build_graph(config, 1)
+        placed_graph(config, 1)
     assert complaint in str(error.value)
 
 
 def test_where_a_stage_runs_changes_no_key(smallest: Path) -> None:
-    here = build_graph(load_run_config(smallest, []), 1)
+    here = placed_graph(load_run_config(smallest, []), 1)
     _, there = planned(smallest, "executor.slurm={gpus: 4, nodes: 2}", "executor.stages={generation: {tasks: 9}}")
     assert here.nodes.keys() == there.nodes.keys()
     assert here.nodes[TRAINING].config != there.nodes[TRAINING].config

@@ -90,7 +90,7 @@ class Training(Stage[T]):
         parallel = config.parallel
         talk = f"parallel: {parallel}" if parallel.processes > 1 or parallel.deepspeed_stage else ""
         fixed = "nodes" in parallel.model_fields_set
-        return Layout(parallel.processes, parallel.nodes, fixed, parallel.processes, talk)
+        return Layout(parallel.processes, parallel.nodes, fixed, str(parallel), parallel.processes, talk)
 
     def spread(self, config: T, devices: int, nodes: int | None = None) -> T:
         """Data parallelism over what tp, pp and sp leave."""

@@ -133,7 +133,7 @@ class Executor(ABC):
 
     def entry(self, node: "Node") -> "StageSection":
         """What the config asks of the executor for a stage: cores, GPUs, memory, time."""
-        return self.config.executor.entry(node.name, node.config)
+        return self.config.executor.entry(node)
 
     @abstractmethod
     def submit(self, node: "Node", attempt: Path) -> Job:
@@ -226,7 +226,7 @@ class Executors:
 
 def kind_of_executor(node: "Node", config: "RunConfig") -> str:
     """The kind of the executor that runs a stage."""
-    return str(config.executor.entry(node.name, node.config).kind)
+    return str(config.executor.entry(node).kind)
 
 
 def executor_class(kind: str) -> type[Executor]:

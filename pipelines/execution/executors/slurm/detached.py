@@ -37,7 +37,7 @@ from pipelines.execution.lifecycle import Lifecycle
 from pipelines.execution.listeners import Broadcast
 from pipelines.execution.supervisor import end_orphans
 from pipelines.graph import Node
-from pipelines.iteration import build_graph
+from pipelines.planning.placement import placed_graph
 from pipelines.run.decisions import Decision
 from pipelines.run.directory import CANCEL, RunDirectory, locked
 from pipelines.run.events import RunEnded, RunStarted, StageSubmitted
@@ -137,7 +137,7 @@ class Here:
         """Read everything anew from the disk."""
         run = RunDirectory(Path(task.run))
         config = run.config
-        graph = build_graph(config, run.iterations)
+        graph = placed_graph(config, run.iterations)
         site = Site(run, graph, config, entry)
         return cls(site, Lifecycle(run, graph, config), graph.nodes[task.stage], Path(task.attempt))
 

@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from annotation.config import ScoreConfig
-from pipelines.config.executor import ARRAYS, ExecutorKind, ExecutorSection, StageKind, StageSection, kind_of
+from contracts.declaration import Workload
+from pipelines.config.executor import ARRAYS, ExecutorKind, ExecutorSection, StageSection
 from pipelines.graph import Graph, Node
 from pipelines.planning.estimates import memory
-from training.config import TrainingConfig
 
 TASKS = 4
-MINUTES: dict[StageKind, int] = {"generation": 240, "scoring": 240, "training": 1440, "light": 30}
+MINUTES: dict[Workload, int] = {"generation": 240, "scoring": 240, "training": 1440, "light": 30}
 CPUS_PER_GPU = 8
 LIGHT_GIB = 4
 ROOM = 1.25
@@ -26,7 +25,7 @@ class Resources:
     """What the job of a stage asks of Slurm; for a stage that runs elsewhere `kind` and `executor` alone mean
     something."""
 
-    kind: StageKind
+    kind: Workload
     executor: ExecutorKind
     tasks: int = 1
     """Tasks of its job array; 1 for stages that are no array."""
@@ -62,22 +61,18 @@ def resources_of(node: Node, executor: ExecutorSection, graph: Graph | None = No
     Args:
         graph: for the memory of light stages that load a model, which is estimated.
     """
-    entry, kind = executor.entry(node.name, node.config), kind_of(node.config)
+    entry, kind = executor.entry(node), node.workload
     assert entry.kind is not None
     if entry.kind != "slurm":
         return Resources(kind, entry.kind)
-    nodes = processes = 1
-    if isinstance(node.config, TrainingConfig):
-        nodes = node.config.parallel.nodes
-        processes = node.config.parallel.processes // nodes
-    elif isinstance(node.config, ScoreConfig) and kind == "light":  # a rule, whose replicas are processes of one job
-        processes = node.config.replicas
+    layout = node.stage.layout(node.config)
+    processes = layout.processes // layout.nodes
     gpus = entry.gpus or 0
     return _filled(
         entry,
         kind,
         tasks=(entry.tasks or TASKS) if kind in ARRAYS else 1,
-        nodes=nodes,
+        nodes=layout.nodes,
         gpus=gpus,
         cpus=entry.cpus or (CPUS_PER_GPU * gpus if gpus else processes),
         processes=processes,
@@ -91,7 +86,7 @@ def finishing(executor: ExecutorSection) -> Resources:
     return _filled(entry, "light", cpus=entry.cpus or 1, gpus=0, memory=entry.memory or f"{LIGHT_GIB}G")
 
 
-def _filled(entry: StageSection, kind: StageKind, **counts: Any) -> Resources:
+def _filled(entry: StageSection, kind: Workload, **counts: Any) -> Resources:
     return Resources(
         kind=kind,
         executor="slurm",
