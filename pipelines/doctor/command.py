@@ -17,9 +17,7 @@ from contracts import stopping
 from contracts.errors import UserError
 from contracts.preflight import heard
 from contracts.secrets import TOKEN
-from pipelines.config.load import load_run_config
 from pipelines.doctor.checks import (
-    Plan,
     check_cluster,
     check_configuration,
     check_devices,
@@ -35,11 +33,7 @@ from pipelines.doctor.checks import (
 from pipelines.doctor.machine import Finding, check_file_system, check_limits, check_loopback
 from pipelines.environments.paths import home
 from pipelines.insight.display import Screen
-from pipelines.iteration import require_iterations
-from pipelines.planning.entries import settle_variant
-from pipelines.planning.hub import with_cached_models
-from pipelines.planning.placement import placed_graph
-from pipelines.run.directory import dated
+from pipelines.run.plan import Plan, plan_run
 from pipelines.text import plural
 
 
@@ -71,10 +65,7 @@ def make_plan(source: str, overrides: list[str], iterations: int | None) -> Plan
         UserError: it is wrong; the message repeats no access token.
     """
     try:
-        config = with_cached_models(dated(load_run_config(source, overrides)))
-        settle_variant(config.executor)
-        wanted = require_iterations(config, iterations)
-        return Plan(source, config, placed_graph(config, wanted), wanted)
+        return plan_run(source, overrides, iterations, download=False)
     except UserError as error:
         raise UserError(TOKEN.sub("(hidden)", str(error))) from None
 

@@ -13,13 +13,8 @@ from pipelines.config.run import RunConfig
 MODEL_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 
 
-def fetch_models(config: RunConfig) -> RunConfig:
-    """The same configuration with every hf: model replaced by its local directory."""
-    return _with_models(config, fetch)
-
-
-def _with_models(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
-    """The same configuration with every model where `place` says."""
+def with_models(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
+    """The same configuration with every model where `place`, which is `fetch` or `cached`, says."""
     scorers = {}
     for name, scorer in config.scorers.items():
         update: dict[str, Any] = {}
@@ -36,15 +31,6 @@ def _with_models(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
     if critic is not None and critic.start:  # else it stays a key that the user has not set
         changes["critic"] = critic.model_copy(update={"start": place(critic.start)})
     return config.model_copy(update=changes)
-
-
-def with_cached_models(config: RunConfig) -> RunConfig:
-    """The same configuration with every hf: model that is in the local cache replaced by its directory there.
-
-    Raises:
-        UserError: nothing on the Hub can have one of the names.
-    """
-    return _with_models(config, cached)
 
 
 def name_and_revision(reference: str | Path) -> tuple[str, str | None]:

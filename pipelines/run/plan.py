@@ -1,0 +1,56 @@
+"""The way of a run's configuration from the command line to its stages."""
+
+from dataclasses import dataclass
+
+from pipelines.config.load import load_run_config
+from pipelines.config.run import RunConfig
+from pipelines.environments.launch import EnvironmentConfig
+from pipelines.graph import Graph
+from pipelines.iteration import require_iterations
+from pipelines.planning.entries import settle_variant
+from pipelines.planning.hub import cached, fetch, with_models
+from pipelines.planning.placement import cluster_of, placed_graph
+from pipelines.run.directory import dated
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command wants of a run."""
+
+    source: str
+    config: RunConfig
+    """What holds for all of it: with its date, with what sections take from each other, and models where they are."""
+    graph: Graph
+    iterations: int
+
+    @property
+    def parallel(self) -> int:
+        """Stages at once."""
+        return cluster_of(self.config).parallel
+
+    @property
+    def environments(self) -> list[str]:
+        """The kinds of environments that the stages need."""
+        return sorted({node.environment for node in self.graph.nodes.values()})
+
+    def environment(self, name: str) -> EnvironmentConfig:
+        """What the config says of an environment."""
+        return self.config.environments.of(name)
+
+
+def plan_run(source: str, overrides: list[str], iterations: int | None, *, download: bool) -> Plan:
+    """Read a configuration, and say which stages it asks for.
+
+    Args:
+        source: the file, or the name of a recipe.
+        iterations: what --iters says.
+        download: get the models that are on the Hub; else those are used that are in the local cache.
+
+    Raises:
+        UserError: anything is wrong with it.
+    """
+    config = dated(load_run_config(source, overrides))
+    wanted = require_iterations(config, iterations)
+    settle_variant(config.executor)
+    config = with_models(config, fetch if download else cached)
+    return Plan(source, config, placed_graph(config, wanted), wanted)
