@@ -35,6 +35,37 @@ graph.add(IMPORT_PROMPTS, "prompts", {"source": path.parent / "prompts.jsonl"})
 graph = place(graph, cluster_of(config))
 Driver(Site(run, graph, config, ENTRY), listeners_of(run, graph)).drive()
 """
+SAMPLED = """
+import sys
+from pathlib import Path
+
+from contracts.ledger import Ledger
+from contracts.publication import Publication
+from contracts.records import ROLLOUTS, Completion, Message, Rollout
+
+publication = Publication(Path(sys.argv[1]), ROLLOUTS, "generation", "0" * 64)
+publication.begin()
+for number, ends in enumerate((["stop", "length"], ["length", "length"], ["stop", "stop"])):
+    answers = tuple(Completion(sample, (5, 2), "good", end, (), None, None) for sample, end in enumerate(ends))
+    row = Rollout(f"{number:016x}", (Message("user", "so?"),), (1, 4), answers, "weights", 1, "processed")
+    ledger = Ledger("prompts")
+    ledger.keep()
+    publication.write_rows(f"shard-{number:05d}.jsonl", [row], ledger)
+publication.publish(key_parts={}, inputs={}, input_paths={}, unit="prompts", weights=None, versions={}, seconds={},
+                    facts={"bos_token_id": 1})
+"""
+PLANNED = """
+import sys
+from pathlib import Path
+
+from pipelines.config.load import load_run_config
+from pipelines.planning.estimates import published_bytes
+from pipelines.planning.placement import placed_graph
+
+graph = placed_graph(load_run_config(Path(sys.argv[1]), []), 1)
+for name, node in graph.nodes.items():
+    print(name, node.environment, node.workload, *node.needs, published_bytes(node, graph))
+"""
 QSUB = """#!/usr/bin/env bash
 echo "$@" >> "$PBS_HOME/asked"
 setsid bash -c "$(cat)" > /dev/null 2>&1 < /dev/null &
@@ -79,12 +110,18 @@ def put(folder: Path, root: Path, path: str) -> None:
 
 
 def drive(folder: Path, *overrides: str, **variables: str) -> None:
+    python(folder, "-c", DRIVE, str(folder / "example.yaml"), *overrides, **variables)
+
+
+def python(folder: Path, *arguments: str, **variables: str) -> str:
+    """Run Python with the copy of Ratchet, and return what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(folder / "code"), **variables}
-    command = [sys.executable, "-c", DRIVE, str(folder / "example.yaml"), *overrides]
+    command = [sys.executable, *arguments]
     result = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_a_listener_is_one_file(example: Path, root: Path) -> None:
@@ -104,3 +141,22 @@ def test_an_executor_is_one_file(example: Path, root: Path) -> None:
     drive(example, "executor=pbs", "executor.stages.light.cpus=2", PATH=path, PBS_HOME=str(programs))
     assert (example / "runs/example/prompts/manifest.json").is_file()
     assert (programs / "asked").read_text() == "-N prompts -l select=1:ncpus=2 -V\n"
+
+
+def test_a_stage_is_one_file_and_a_line_in_the_recipe(example: Path, root: Path) -> None:
+    put(example, root, "annotation/stages/filter.py")
+    recipe = example / "code/pipelines/iteration.py"
+    (line,) = re.findall(r"^ +rollouts = self.graph.add\(FILTER.*\n", (root / "docs/extending.md").read_text(), re.M)
+    text = re.sub(r'( +rollouts = self.sample\("generation".*\n)', lambda found: found[1] + line, recipe.read_text())
+    recipe.write_text(text.replace("from annotation.stages.pairs", "from annotation.stages.filter import FILTER\n"
+                                   "from annotation.stages.pairs", 1))  # fmt: skip
+    lines = python(example, "-c", PLANNED, str(example / "example.yaml")).splitlines()
+    planned = {name: facts for name, *facts in map(str.split, lines)}
+    assert planned["iteration-001/filter"] == ["annotation", "light", "iteration-001/generation", "None"]
+    assert planned["iteration-001/reward"][2] == "iteration-001/filter"
+    assert {"iteration-001/filter", "iteration-001/reward"} <= {*planned["iteration-001/pairs"]}
+    assert int(planned["iteration-001/pairs"][-1]) > 0  # estimated by what the filter passes on
+    python(example, "-c", SAMPLED, str(example / "rollouts"))
+    told = python(example, "-m", "annotation", "filter", "rollouts=rollouts", "output=kept")
+    assert "3 prompts in = 2 kept + 1 cut_off" in told
+    assert "reuse kept" in python(example, "-m", "annotation", "filter", "rollouts=rollouts", "output=kept")
