@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from contracts.config import StageConfig
 from contracts.model_size import Size
 from contracts.models import ModelInfo
-from contracts.outlook import Answers, Memory, Outlook, Pairs, Rows
+from contracts.outlook import AnswerStats, Memory, Outlook, PairStats, RowStats
 from contracts.records import Schema
 
 C = TypeVar("C", bound=StageConfig)
@@ -40,7 +40,7 @@ class ModelUse:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ProcessLayout:
     """How a stage is spread over processes, one device each."""
 
     processes: int = 1
@@ -134,9 +134,9 @@ class Stage(Generic[C]):
         """GPUs that one replica takes, where there are any."""
         return 1
 
-    def layout(self, config: C) -> Layout:
+    def layout(self, config: C) -> ProcessLayout:
         """How it is spread."""
-        return Layout()
+        return ProcessLayout()
 
     def spread(self, config: C, devices: int, nodes: int | None = None) -> C:
         """The same stage over so many devices of one machine or of `nodes`, as far as the user has not said how many
@@ -157,15 +157,15 @@ class Stage(Generic[C]):
         """The measures of the model that it makes from none."""
         return None
 
-    def rows(self, config: C, path: Path, outlook: Outlook) -> Rows | None:
+    def rows(self, config: C, path: Path, outlook: Outlook) -> RowStats | None:
         """Prompts or demonstrations that it publishes at `path`."""
         return None
 
-    def answers(self, config: C, outlook: Outlook) -> Answers | None:
+    def answers(self, config: C, outlook: Outlook) -> AnswerStats | None:
         """Answers that it publishes, or makes its rows of."""
         return None
 
-    def pairs(self, config: C, outlook: Outlook) -> Pairs | None:
+    def pairs(self, config: C, outlook: Outlook) -> PairStats | None:
         """Preference pairs that it publishes."""
         return None
 

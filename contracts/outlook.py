@@ -35,7 +35,7 @@ COMPRESSED = (4, 200)
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowStats:
     """How much data there is."""
 
     count: int
@@ -51,10 +51,10 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerStats:
     """How many answers there are, and how long."""
 
-    prompts: Rows
+    prompts: RowStats
     k: int
     longest_prompt: int
     """Tokens, and so is:"""
@@ -84,11 +84,11 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairStats:
     """How many preference pairs there are at most, and of which answers."""
 
     count: int
-    answers: Answers
+    answers: AnswerStats
 
 
 @dataclass(frozen=True)
@@ -119,17 +119,17 @@ class Outlook(Protocol):
     def size_of(self, model: Path) -> Size | None:
         """A model's measures."""
 
-    def rows_of(self, path: Path, split: str = "train") -> Rows | None:
+    def rows_of(self, path: Path, split: str = "train") -> RowStats | None:
         """Rows of prompts or demonstrations; `split` of data from outside of the run."""
 
-    def answers_of(self, path: Path) -> Answers | None:
+    def answers_of(self, path: Path) -> AnswerStats | None:
         """The answers in rollouts, or of which an experience is made."""
 
-    def pairs_of(self, path: Path) -> Pairs | None:
+    def pairs_of(self, path: Path) -> PairStats | None:
         """Preference pairs."""
 
 
-def measure(source: Path, split: str = "train") -> Rows | None:
+def measure(source: Path, split: str = "train") -> RowStats | None:
     """Rows in a file, a directory's files of one split or a published artifact, of a large file by its first MiB."""
     if source.is_file():
         files = [source]
@@ -147,25 +147,25 @@ def measure(source: Path, split: str = "train") -> Rows | None:
         parts = [_measure_file(file) for file in files]
     except OSError:
         return None
-    return Rows(
+    return RowStats(
         sum(part.count for part in parts),
         sum(part.bytes for part in parts),
         max((part.longest for part in parts), default=0),
     )
 
 
-def _measure_file(file: Path, sample: int = 1 << 20) -> Rows:
+def _measure_file(file: Path, sample: int = 1 << 20) -> RowStats:
     size = file.stat().st_size
     with file.open("rb") as stream:
         lines = stream.read(sample).splitlines(keepends=True)
     document = file.suffix == ".json" and lines and not lines[0].strip().endswith(b"}")
     if document or file.suffix not in LINES:
         times, row = (1, COMPRESSED[1]) if document else COMPRESSED
-        return Rows(-(-times * size // row), times * size, times * size)
+        return RowStats(-(-times * size // row), times * size, times * size)
     if size > sample and len(lines) > 1:
         lines.pop()  # cut off
     if not lines:
-        return Rows(0, 0, 0)
+        return RowStats(0, 0, 0)
     read = sum(map(len, lines))
     count = len(lines) if size <= sample else -(-size * len(lines) // read)
-    return Rows(count, size, max(map(len, lines)))
+    return RowStats(count, size, max(map(len, lines)))

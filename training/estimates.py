@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from contracts.architectures import FLAT
 from contracts.model_size import Size
-from contracts.outlook import PROCESS, Answers, Memory
+from contracts.outlook import PROCESS, AnswerStats, Memory
 from training.config import TrainingConfig
 
 HEAD_CHUNK = 2048
@@ -177,7 +177,7 @@ def _micro_batch(config: TrainingConfig, size: Size, row: LongestRow | None) -> 
     return -(-tokens // config.parallel.sp), apart
 
 
-def longest_of(answers: list[Answers], sequences: int, limit: int | None) -> LongestRow | None:
+def longest_of(answers: list[AnswerStats], sequences: int, limit: int | None) -> LongestRow | None:
     """The largest row of so many answers to one prompt; longer sequences than `limit` are dropped."""
     if not answers:
         return LongestRow(0, limit, sequences) if limit else None

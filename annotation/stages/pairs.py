@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from annotation.config import PairsConfig
 from contracts.declaration import Stage
-from contracts.outlook import ID, STAGE, TEXT, Outlook, Pairs
+from contracts.outlook import ID, STAGE, TEXT, Outlook, PairStats
 from contracts.records import PAIRS
 
 PAIR = 640
@@ -15,13 +15,13 @@ PAIR = 640
 class PairChoice(Stage[PairsConfig]):
     """The choice of pairs."""
 
-    def pairs(self, config: PairsConfig, outlook: Outlook) -> Pairs | None:
+    def pairs(self, config: PairsConfig, outlook: Outlook) -> PairStats | None:
         """One for each prompt, or k (k - 1) / 2."""
         answers = outlook.answers_of(config.rollouts)
         if answers is None:
             return None
         each = answers.k * (answers.k - 1) // 2 if config.strategy == "all" else 1
-        return Pairs(answers.prompts.count * each, answers)
+        return PairStats(answers.prompts.count * each, answers)
 
     def published_bytes(self, config: PairsConfig, outlook: Outlook) -> int | None:
         """2 · pairs · (9 · prompt + 2 · max_new_tokens · 16 + 640): as JSONL and as Parquet."""

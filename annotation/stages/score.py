@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from annotation.config import ScoreConfig
-from contracts.declaration import Layout, ModelUse, Stage, Workload
+from contracts.declaration import ModelUse, ProcessLayout, Stage, Workload
 from contracts.model_size import Size
 from contracts.models import ModelInfo
-from contracts.outlook import FILE, LOGPROB, PROCESS, SAMPLE, STAGE, TEMPLATE_TOKENS, Answers, Memory, Outlook
+from contracts.outlook import FILE, LOGPROB, PROCESS, SAMPLE, STAGE, TEMPLATE_TOKENS, AnswerStats, Memory, Outlook
 from contracts.records import SCORES
 
 LOGITS_AT_ONCE = 1 << 26
@@ -59,9 +59,9 @@ class Scoring(Stage[ScoreConfig]):
         """A rule's replicas are processes of one job."""
         return "light" if config.kind == "rule" else "scoring"
 
-    def layout(self, config: ScoreConfig) -> Layout:
+    def layout(self, config: ScoreConfig) -> ProcessLayout:
         """Replicas."""
-        return Layout(config.replicas)
+        return ProcessLayout(config.replicas)
 
     def spread(self, config: ScoreConfig, devices: int, nodes: int | None = None) -> ScoreConfig:
         """A replica of the model on every device."""
@@ -75,7 +75,7 @@ def _require_values(model: ModelInfo) -> None:
         model.require_one_label()
 
 
-def scoring_memory(config: ScoreConfig, size: Size, answers: Answers | None, *, on_gpu: bool) -> Memory:
+def scoring_memory(config: ScoreConfig, size: Size, answers: AnswerStats | None, *, on_gpu: bool) -> Memory:
     """Memory of one replica: weights a·P, and one layer's work on N = batch_tokens tokens without gradients.
 
     That is N · (16 h + a · (2 (q + k) + 3 i)); log-probabilities take up to 2^26 logits in three copies besides, and

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contracts.declaration import Stage
-from contracts.outlook import STAGE, Outlook, Rows, measure
+from contracts.outlook import STAGE, Outlook, RowStats, measure
 from contracts.prompts import PromptsConfig
 from contracts.records import PROMPTS
 
@@ -16,7 +16,7 @@ PROMPT = 160
 class PromptImport(Stage[PromptsConfig]):
     """The import of prompts."""
 
-    def rows(self, config: PromptsConfig, path: Path, outlook: Outlook) -> Rows | None:
+    def rows(self, config: PromptsConfig, path: Path, outlook: Outlook) -> RowStats | None:
         """Those of the source, up to the limit; where nobody knows it (on the Hub) as many as are there already."""
         source = outlook.rows_of(config.source, config.split) or measure(path)
         if source is None:
@@ -24,7 +24,7 @@ class PromptImport(Stage[PromptsConfig]):
         count = min(source.count, config.limit or source.count)
         system = len((config.system or "").encode())
         share = source.bytes * count // max(1, source.count)
-        return Rows(count, share + count * (PROMPT + system), source.longest + system)
+        return RowStats(count, share + count * (PROMPT + system), source.longest + system)
 
     def published_bytes(self, config: PromptsConfig, outlook: Outlook) -> int | None:
         """The source's bytes, and 160 a row."""

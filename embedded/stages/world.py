@@ -5,7 +5,7 @@ from pathlib import Path
 
 from contracts.declaration import Stage
 from contracts.model_size import Size, size_by
-from contracts.outlook import STAGE, Outlook, Rows
+from contracts.outlook import STAGE, Outlook, RowStats
 from contracts.records import WORLD
 from embedded.config import WorldConfig
 from embedded.reviews import vocabulary
@@ -38,10 +38,10 @@ class World(Stage[WorldConfig]):
             }
         )
 
-    def rows(self, config: WorldConfig, path: Path, outlook: Outlook) -> Rows:
+    def rows(self, config: WorldConfig, path: Path, outlook: Outlook) -> RowStats:
         """Those of one of its files, NAME.jsonl."""
         count = getattr(config, path.stem, 0)
-        return Rows(count, count * ROW, ROW)
+        return RowStats(count, count * ROW, ROW)
 
     def published_bytes(self, config: WorldConfig, outlook: Outlook) -> int:
         """The model in fp32, whose tied head is written twice, and the data."""

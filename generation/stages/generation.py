@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from contracts.declaration import Layout, ModelUse, Stage, Workload
+from contracts.declaration import ModelUse, ProcessLayout, Stage, Workload
 from contracts.model_size import Size
 from contracts.models import ModelInfo
-from contracts.outlook import FILE, ID, LOGPROB, PROCESS, SAMPLE, STAGE, TEXT, Answers, Memory, Outlook, Rows
+from contracts.outlook import FILE, ID, LOGPROB, PROCESS, SAMPLE, STAGE, TEXT, AnswerStats, Memory, Outlook, RowStats
 from contracts.records import ROLLOUTS
 from generation.config import GenerationConfig
 
@@ -56,12 +56,12 @@ class Generation(Stage[GenerationConfig]):
         """Those of all servers, or of an engine."""
         return config.tensor_parallel * max(1, config.servers)
 
-    def layout(self, config: GenerationConfig) -> Layout:
+    def layout(self, config: GenerationConfig) -> ProcessLayout:
         """Replicas, each of which is spread over tensor_parallel devices."""
         talk = f"servers={config.servers}" if config.servers else ""
         if not talk and config.tensor_parallel > 1:
             talk = f"tensor_parallel={config.tensor_parallel}"
-        return Layout(config.replicas, together=config.tensor_parallel, talk=talk)
+        return ProcessLayout(config.replicas, together=config.tensor_parallel, talk=talk)
 
     def spread(self, config: GenerationConfig, devices: int, nodes: int | None = None) -> GenerationConfig:
         """As many replicas as the devices hold."""
@@ -70,7 +70,7 @@ class Generation(Stage[GenerationConfig]):
             return config
         return config.model_copy(update={"replicas": replicas})
 
-    def answers(self, config: GenerationConfig, outlook: Outlook) -> Answers | None:
+    def answers(self, config: GenerationConfig, outlook: Outlook) -> AnswerStats | None:
         """K to every prompt."""
         prompts = outlook.rows_of(config.prompts)
         size = outlook.size_of(config.policy)
@@ -80,21 +80,21 @@ class Generation(Stage[GenerationConfig]):
         if prompts is not None:
             limits.append(prompts.longest_tokens)
         elif config.count is not None:
-            prompts = Rows(config.count, config.count * UNSEEN, UNSEEN)
+            prompts = RowStats(config.count, config.count * UNSEEN, UNSEEN)
         if prompts is None:
             return None
         count = min(config.count or prompts.count, prompts.count)
         longest = min(limits, default=prompts.longest_tokens)
         share = prompts.bytes * count // max(1, prompts.count)
         shards = -(-count // (config.shard_size or max(1, 8 * config.max_num_seqs // config.k)))
-        return Answers(Rows(count, share, prompts.longest), config.k, longest, config.max_new_tokens, shards)
+        return AnswerStats(RowStats(count, share, prompts.longest), config.k, longest, config.max_new_tokens, shards)
 
     def tokens(self, config: GenerationConfig) -> tuple[int, int]:
         """What it is told."""
         return config.max_prompt_tokens or 0, config.max_new_tokens
 
 
-def generation_memory(config: GenerationConfig, size: Size, answers: Answers | None, *, on_gpu: bool) -> Memory:
+def generation_memory(config: GenerationConfig, size: Size, answers: AnswerStats | None, *, on_gpu: bool) -> Memory:
     """Memory of one replica, on each of its t = tensor_parallel devices.
 
     Weights a·P / t. KV cache: on a GPU vLLM fills what memory_utilization leaves, and needs room for the longest

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from contracts.model_size import Size
-from contracts.outlook import Answers, Memory, Pairs, Rows, measure
+from contracts.outlook import AnswerStats, Memory, PairStats, RowStats, measure
 from contracts.stage import MINIMUM_FREE
 from pipelines.graph import Graph, Node
 from pipelines.planning.sizes import read_size
@@ -25,20 +25,20 @@ class GraphOutlook:
         node = self.graph.maker(start)
         return read_size(start) if node is None else node.stage.size(node.config)
 
-    def rows_of(self, path: Path, split: str = "train") -> Rows | None:
+    def rows_of(self, path: Path, split: str = "train") -> RowStats | None:
         """Rows of prompts or demonstrations, before they are made; None where only the Hub knows."""
         return self.graph.known(("rows", path, split), lambda: self._rows(path, split))
 
-    def _rows(self, path: Path, split: str) -> Rows | None:
+    def _rows(self, path: Path, split: str) -> RowStats | None:
         node = self.graph.maker(path)
         return measure(path, split) if node is None else node.stage.rows(node.config, path, self) or measure(path)
 
-    def answers_of(self, path: Path) -> Answers | None:
+    def answers_of(self, path: Path) -> AnswerStats | None:
         """The answers in rollouts, or of which an experience is made."""
         node = self.graph.maker(path)
         return node.stage.answers(node.config, self) if node else None
 
-    def pairs_of(self, path: Path) -> Pairs | None:
+    def pairs_of(self, path: Path) -> PairStats | None:
         """Preference pairs."""
         node = self.graph.maker(path)
         return node.stage.pairs(node.config, self) if node else None

@@ -31,6 +31,7 @@ from contracts.fingerprint import RELEASED
 from contracts.jsonl import COMPRESSED
 from contracts.manifest import MANIFEST, File, Released, read_manifest, with_checksum
 from contracts.nested import leaves
+from contracts.records import EXPERIENCE, ROLLOUTS, SCORES
 from pipelines.config.sections import RetentionSection
 from pipelines.graph import Graph, Node
 from pipelines.run.decisions import SUPERSEDED, why_again
@@ -40,8 +41,8 @@ from pipelines.run.metrics import best_of, evaluations, policy_of
 
 TRAINED = ("training", "ema", "critic")
 """The only roles in an iteration whose weights are ever deleted."""
-ROWS = ("generation", "score", "experience")
-"""The stages whose rows are compressed."""
+ROWS = (ROLLOUTS, SCORES, EXPERIENCE)
+"""What has its rows compressed."""
 CHUNK = 1 << 20
 
 
@@ -113,7 +114,7 @@ def compressible(graph: Graph, published: Collection[str]) -> Iterator[tuple[Nod
     readers = still_read(graph, published)
     trainings = {node.iteration: name for name, node in graph.nodes.items() if node.role == "training"}
     for name, node in graph.nodes.items():
-        if node.iteration is None or node.stage.name not in ROWS or name not in published:
+        if node.iteration is None or node.stage.schema not in ROWS or name not in published:
             continue
         files = [path for path, _ in plain_shards(Artifact.open(node.output))]
         if not files:

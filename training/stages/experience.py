@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from contracts.declaration import Stage
-from contracts.outlook import ID, LOGPROB, PROCESS, SAMPLE, STAGE, Answers, Memory, Outlook
+from contracts.outlook import ID, LOGPROB, PROCESS, SAMPLE, STAGE, AnswerStats, Memory, Outlook
 from contracts.records import EXPERIENCE
 from training.config import ExperienceConfig
 
@@ -21,7 +21,7 @@ class ExperienceMaking(Stage[ExperienceConfig]):
         """Those that compute advantages."""
         return ("torch",)
 
-    def answers(self, config: ExperienceConfig, outlook: Outlook) -> Answers | None:
+    def answers(self, config: ExperienceConfig, outlook: Outlook) -> AnswerStats | None:
         """Those of the rollouts: one row for each prompt."""
         return outlook.answers_of(config.rollouts)
 

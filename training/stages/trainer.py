@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from contracts.declaration import Layout, ModelUse, Stage, Workload
+from contracts.declaration import ModelUse, ProcessLayout, Stage, Workload
 from contracts.models import ModelInfo
-from contracts.outlook import STAGE, Answers, Memory, Outlook, Pairs
+from contracts.outlook import STAGE, AnswerStats, Memory, Outlook, PairStats
 from training.config import TrainingConfig
 from training.estimates import LongestRow, longest_of, trained_numbers, training_memory
 from training.parallel import check_layout
@@ -85,12 +85,12 @@ class Training(Stage[T]):
         """One job."""
         return "training"
 
-    def layout(self, config: T) -> Layout:
+    def layout(self, config: T) -> ProcessLayout:
         """What `parallel` says."""
         parallel = config.parallel
         talk = f"parallel: {parallel}" if parallel.processes > 1 or parallel.deepspeed_stage else ""
         fixed = "nodes" in parallel.model_fields_set
-        return Layout(parallel.processes, parallel.nodes, fixed, str(parallel), parallel.processes, talk)
+        return ProcessLayout(parallel.processes, parallel.nodes, fixed, str(parallel), parallel.processes, talk)
 
     def spread(self, config: T, devices: int, nodes: int | None = None) -> T:
         """Data parallelism over what tp, pp and sp leave."""
@@ -110,22 +110,22 @@ def _require_length(model: ModelInfo, tokens: int) -> None:
     model.require_length(tokens, "max_length")
 
 
-def all_pairs(paths: list[Path], outlook: Outlook) -> list[Pairs | None]:
+def all_pairs(paths: list[Path], outlook: Outlook) -> list[PairStats | None]:
     """What is known of each."""
     return [outlook.pairs_of(path) for path in paths]
 
 
-def count_of_pairs(pairs: list[Pairs | None]) -> int | None:
+def count_of_pairs(pairs: list[PairStats | None]) -> int | None:
     """Of all together; None where it is not known of one."""
     known = [found.count for found in pairs if found is not None]
     return sum(known) if len(known) == len(pairs) else None
 
 
-def longest_pair(pairs: list[Pairs | None], limit: int | None) -> LongestRow | None:
+def longest_pair(pairs: list[PairStats | None], limit: int | None) -> LongestRow | None:
     """The largest pair, where it is known of any."""
     return longest_of([found.answers for found in pairs if found is not None], 2, limit)
 
 
-def longest_experience(answers: Answers | None, limit: int | None) -> LongestRow | None:
+def longest_experience(answers: AnswerStats | None, limit: int | None) -> LongestRow | None:
     """The largest row of an experience: all answers to a prompt."""
     return longest_of([answers] if answers else [], answers.k if answers else 2, limit)
