@@ -16,7 +16,7 @@ DURATIONS = ROOT / "tests" / "durations.json"
 TIERS = {"slow", "cluster", "chaos"}
 COSTLY = {"cluster": "cluster"} | dict.fromkeys(("finished_run", "world", "processed", "raw", "together"), "slow")
 """The tier of whoever asks for these fixtures."""
-QUICK_SECONDS = 4.0
+QUICK_SECONDS = 10.0
 """What the variants of a test of the fast loop may take together."""
 
 

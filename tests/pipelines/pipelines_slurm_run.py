@@ -96,7 +96,8 @@ class SlurmRun:
             assert condition(), f"no job is left: {what}"
         except AssertionError as error:
             jobs = self.cluster.run("squeue", "--array", "--format=%i %E %T %r %j %N")
-            raise AssertionError(f"{error}\n{self.status()}\n{jobs}") from None
+            said = self.pipeline("status", str(self.path))
+            raise AssertionError(f"{error}\n{said.stdout}{said.stderr}\n{jobs}") from None
 
     def wait_for_tasks(self, stage: str, seconds: float = 300) -> list[tuple[str, str]]:
         """The same, as soon as there are any."""
@@ -110,7 +111,7 @@ class SlurmRun:
             logs = (self.path / "logs" / stage).rglob("stage.log")
             return sum(log.read_text().count("pretends to wait") for log in logs) >= times
 
-        self.wait_for(waits, 120, f"{stage} waits")
+        self.wait_for(waits, 300, f"{stage} waits")
 
     def processes(self, stage: str) -> list[int]:
         """The processes of a stage itself, on whatever node."""

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pipelines_smallest import write_smallest
 
 from contracts.fingerprint import digest
 from contracts.ledger import Ledger
@@ -27,10 +29,11 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.fixture
-def run(smallest: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of one iteration whose stages have all published something; the working directory is beside it."""
-    monkeypatch.chdir(smallest.parent)
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A directory with a run of one iteration whose stages have all published something, and a copy of it."""
+    here = tmp_path_factory.mktemp("bad input")
+    smallest = write_smallest(here)
     config = dated(load_run_config(smallest, []))
     run = RunDirectory(config.run_directory)
     run.claim(config, smallest, 1)
@@ -46,12 +49,27 @@ def run(smallest: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (run.path / "metrics.jsonl").write_text('{"iteration": 0, "reward_mean": 0.5}\n')
     assert run._lock is not None
     run._lock.close()
-    return run.path
+    copy = here.with_name("copy of bad input")
+    shutil.copytree(here, copy)
+    return here, copy
+
+
+@pytest.fixture
+def run(pristine: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run as it was; the working directory is beside it."""
+    here, copy = pristine
+    shutil.rmtree(here)
+    shutil.copytree(copy, here)
+    monkeypatch.chdir(here)
+    return here / "runs" / "smallest"
+
+
+TELLING = ("lock", "events.jsonl", "report.txt")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder; the lock's text names the last driver and does not count."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    """Every file below a folder but those that tell of commands, also of one that was refused."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in TELLING]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
