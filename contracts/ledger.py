@@ -33,11 +33,6 @@ class Ledger(msgspec.Struct):
         self.kept -= count
         self.drop(reason, count)
 
-    @property
-    def dropped_share(self) -> float:
-        """Dropped units over all units, 0 for an empty ledger."""
-        return sum(self.dropped.values()) / self.rows_in if self.rows_in else 0.0
-
     def check(self) -> None:
         """Raise AssertionError unless the counts add up: a defect of the stage, not of the data."""
         total = self.kept + sum(self.dropped.values())

@@ -192,12 +192,3 @@ class Experience(Record, frozen=True):
     iteration: int
     tags: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     """Of the prompt, where it has some."""
-
-
-class Demonstration(Record, frozen=True):
-    """A conversation whose last message is the answer to imitate (supervised fine-tuning)."""
-
-    prompt_id: str
-    messages: tuple[Message, ...]
-    tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET
-    """What the assistant may call: `{"type": "function", "function": {"name": ..., "parameters": JSON Schema}}`."""

@@ -47,7 +47,7 @@ def examine_model(stage: Inspected, model: Path, renders: Renders) -> Iterator[F
             pairwise one does; or nothing, as a model that is given token ids.
     """
     variables, date = getattr(stage.config, "chat_template_kwargs", None), getattr(stage.config, "date", None)
-    for finding in inspect(model, variables=variables):
+    for finding in inspect(model, variables):
         named = str(model) in finding.found
         yield Finding(finding.level, finding.found if named else f"{model}: {finding.found}", finding.fix)
         if finding.level == "error":
@@ -105,11 +105,10 @@ def probe(chat: ChatTokenizer, text: str) -> dict[str, Any]:
     return {"text": text, "ids": ids, "decoded": chat.tokenizer.decode(ids)}
 
 
-def inspect(model: Path, *, system: bool = False, variables: dict[str, Any] | None = None) -> list[Finding]:
+def inspect(model: Path, variables: dict[str, Any] | None = None) -> list[Finding]:
     """Everything that is found of one model directory.
 
     Args:
-        system: its prompts begin with a system message.
         variables: `chat_template_kwargs` of the stage that reads it.
     """
     try:
@@ -131,7 +130,7 @@ def inspect(model: Path, *, system: bool = False, variables: dict[str, Any] | No
     findings = [code, vocabulary(chat, embedding_rows(model))]
     if not chat.tokenizer.chat_template:
         return [*findings, _no_template(info)]
-    messages = [SYSTEM, QUESTION, ANSWER] if system else [QUESTION, ANSWER]
+    messages = [QUESTION, ANSWER]
     try:
         prompt = chat.conversation(messages[:-1], for_answer=True)
         whole = chat.conversation(messages)

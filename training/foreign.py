@@ -4,7 +4,6 @@ Taken is what says how a model is spread. A file that says more, what a step lea
 with the keys that say it here: a result never depends on a file beside the configuration.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def read_layout(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, describes what Ratchet does not have, or says more than a layout.
     """
-    data = _read(path)
+    data = read_yaml(path)
     if "distributed_type" in data or "compute_environment" in data:
         layout, more = _of_accelerate(data, path)
     elif "zero_optimization" in data or "train_micro_batch_size_per_gpu" in data or "train_batch_size" in data:
@@ -51,20 +50,6 @@ def read_layout(path: Path) -> dict[str, Any]:
     return layout
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix != ".json":
-        return read_yaml(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise UserError(f"parallel is the file {path}, which does not exist. Write a layout, as {{dp: 4}}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return data
-
-
 def _of_accelerate(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
     kind = str(data.get("distributed_type") or "NO").upper()
     if kind not in TYPES:
@@ -77,7 +62,7 @@ def _of_accelerate(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], li
     if kind == "DEEPSPEED":
         section = data.get("deepspeed_config") or {}
         if section.get("deepspeed_config_file"):
-            layout, more = _of_deepspeed(_read(path.parent / str(section["deepspeed_config_file"])))
+            layout, more = _of_deepspeed(read_yaml(path.parent / str(section["deepspeed_config_file"])))
         else:
             layout, more = {"zero": _number(section, "zero_stage", 2)}, _further(section)
             offloaded = [

@@ -29,9 +29,9 @@ def set_template(model: Path, template: str) -> None:
     (model / "chat_template.jinja").write_text(template)
 
 
-def bad(model: Path, **options: bool) -> Finding:
+def bad(model: Path) -> Finding:
     """The only finding that is not ok."""
-    (finding,) = [finding for finding in inspect(model, **options) if finding.level != "ok"]
+    (finding,) = [finding for finding in inspect(model) if finding.level != "ok"]
     return finding
 
 
@@ -77,13 +77,6 @@ def test_a_template_that_fails(model: Path) -> None:
     finding = bad(model)
     assert finding.level == "error"
     assert "chat template" in finding.found
-
-
-def test_a_template_that_refuses_the_system_message_of_the_prompts(model: Path) -> None:
-    finding = bad(model, system=True)
-    assert finding.level == "error"
-    assert "no role system" in finding.found
-    assert "Use conversations with the roles that it knows" in finding.found
 
 
 def test_two_bos_in_the_template(model: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_deepspeed_file_is_taken(tmp_path: Path) -> None:
         ({**ACCELERATE, "distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": {"zero_stage": "x"}},
          ["zero_stage is 'x'"]),
         ({"layers": 3}, ["are neither those of accelerate nor of DeepSpeed"]),
-        ([], ["is not a JSON object"]),
+        ([], ["expected `key: value` lines, found a list"]),
     ],
 )  # fmt: skip
 def test_what_is_more_than_a_layout_is_said_in_our_keys(tmp_path: Path, data: Any, complaints: list[str]) -> None:
