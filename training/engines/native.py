@@ -17,7 +17,6 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from contracts.attempt import beat
@@ -34,112 +32,14 @@ from contracts.errors import UserError
 from modeling.loading import Shapes
 from modeling.packing import Packed
 from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Share, add_shares, nodes
+from training.engines.division import COLUMNS, OF_ONE_HEAD, ROWS, DividedParameter, all_gather, divisions, local
+from training.engines.pipeline import Passed, Received, StageModule
 from training.engines.sequence import NAME as SPREAD
 from training.engines.sequence import Sequences
 from training.parallel import ParallelConfig
 
-COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-"""Projections whose outputs are divided over tensor parallel processes: Shard(0) of weight and bias."""
-ROWS = ("self_attn.o_proj", "mlp.down_proj")
-"""Projections whose inputs are divided: Shard(1) of the weight; the bias is whole."""
 WAVE = 4
 """Micro-batches, for each stage, that go through the pipeline at once without gradients: all have buffers."""
-OF_ONE_HEAD = ("self_attn.q_norm", "self_attn.k_norm")
-"""Whole in every process, but used by each on its own heads: their gradients are added up."""
-
-
-@dataclass
-class _Part:
-    """A parameter of the whole module, and what this process has of it."""
-
-    names: list[str]
-    """All of them, the first being the one that it is known by: a tied head has the embedding's."""
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-    dtype: torch.dtype
-    trained: bool
-    stages: list[int]
-    """Pipeline stages that have it; the first of them is the one that counts."""
-    layer_name: str = ""
-    """Name inside of its layer; empty outside of the layers."""
-    local: nn.Parameter | None = None
-    """None where this process's stage does not have it."""
-
-    @property
-    def tensor_dim(self) -> int | None:
-        """The dimension that tensor parallelism divides; None: none."""
-        if self.layer_name.startswith(COLUMNS):
-            return 0
-        return 1 if self.layer_name.startswith(ROWS) and self.layer_name.endswith("weight") else None
-
-
-class _Passed(nn.Module):
-    """Stands for a layer of another stage."""
-
-    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
-        return hidden
-
-
-class _Received(nn.Module):
-    """Stands for the embedding in stages behind the first: what the stage before has sent."""
-
-    hidden: Tensor
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.hidden
-
-
-class _Stage(nn.Module):
-    """What one stage computes of the micro-batches in `batches`: hidden states, and the last one `finish`."""
-
-    def __init__(
-        self,
-        module: Any,
-        received: _Received | None,
-        last: bool,
-        sequences: Sequences | None,
-        dtype: torch.dtype,
-        autocast: torch.dtype | None,
-    ) -> None:
-        super().__init__()
-        self.module = module
-        self.received = received
-        self.last = last
-        self.sequences = sequences
-        self.dtype = dtype
-        """Of the hidden states that travel between stages."""
-        self.autocast = autocast
-        self.batches: Sequence[Packed] = ()
-        self.start = 0
-        """Number of the first of them."""
-        self.width = 0
-        """Tokens that travel between stages: of the largest micro-batch, so that all have one shape."""
-        self.finish: Callable[[Outputs, int], Tensor] = lambda outputs, number: torch.zeros(())
-
-    def forward(self, *hidden: Tensor, number: Tensor | int) -> Tensor:
-        """The hidden states of micro-batch `number`, [width, hidden size], in the first stage from its token ids.
-
-        In the last stage what `finish` returns, a scalar.
-        """
-        beat()
-        batch = self.batches[int(number) % len(self.batches)]
-        part = batch if self.sequences is None else self.sequences.part(batch)
-        tokens = part.input_ids.numel()
-        if self.received is not None:
-            self.received.hidden = hidden[0][:tokens].view(*part.input_ids.shape, -1)
-        with self._casting(batch.input_ids.device):
-            found = self.module.hidden(part)
-            if self.last:
-                whole = found if self.sequences is None else self.sequences.join(found, batch)
-                return self.finish(self.module.read(whole, batch), self.start + int(number))
-        return nn.functional.pad(found.to(self.dtype), (0, 0, 0, self.width - tokens))
-
-    def tokens(self, batch: Packed) -> int:
-        """Tokens of a micro-batch that this process computes."""
-        return batch.input_ids.numel() if self.sequences is None else self.sequences.tokens(batch)
-
-    def _casting(self, device: torch.device) -> Any:
-        return torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()
 
 
 class NativeEngine(Engine):
@@ -224,7 +124,7 @@ class NativeEngine(Engine):
                 parallelize_module(layer, self._mesh["tp"], plan)
         casts = self._dtype != torch.float32
         autocast = self._dtype if casts and not self._sharded else None
-        self._stage = _Stage(module, received, self._last, self._sequences, hidden_dtype, autocast)
+        self._stage = StageModule(module, received, self._last, self._sequences, hidden_dtype, autocast)
         if self._sequences is not None:
             whole.model.config.get_text_config()._attn_implementation = SPREAD
             whole.model.config._attn_implementation = SPREAD
@@ -234,13 +134,13 @@ class NativeEngine(Engine):
             if self._stage_number in part.stages:
                 part.local = self._find(part)
         self._require_layout()
-        size = sum(_local(part.local).numel() for part in self._parts.values() if part.local is not None)
+        size = sum(local(part.local).numel() for part in self._parts.values() if part.local is not None)
         most = torch.tensor(size, device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         self._most = int(most)
         self.optimizer = make_optimizer([part.local for part in self._trained() if part.local is not None])
 
-    def _list_parts(self, module: nn.Module, backbone: Any) -> dict[str, _Part]:
+    def _list_parts(self, module: nn.Module, backbone: Any) -> dict[str, DividedParameter]:
         prefix = next(name for name, each in module.named_modules() if each is backbone)
         names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -248,7 +148,7 @@ class NativeEngine(Engine):
         parts = {}
         for parameter, found in names.items():
             stages = sorted({self._stage_of(name.removeprefix(f"{prefix}.")) for name in found})
-            part = _Part(found, tuple(parameter.shape), parameter.dtype, parameter.requires_grad, stages)
+            part = DividedParameter(found, tuple(parameter.shape), parameter.dtype, parameter.requires_grad, stages)
             if found[0].startswith(f"{prefix}.layers."):
                 part.layer_name = found[0].removeprefix(f"{prefix}.layers.").split(".", 1)[1]
             parts[found[0]] = part
@@ -263,7 +163,7 @@ class NativeEngine(Engine):
         layer = int(name.split(".")[1])
         return next(stage for stage, end in enumerate(self._layers[1:]) if layer < end)
 
-    def _cut(self, module: nn.Module, backbone: Any) -> _Received | None:
+    def _cut(self, module: nn.Module, backbone: Any) -> Received | None:
         """Take out of the module what other stages have; transformers' forward goes through the rest."""
         if self._parallel.pp == 1:
             return None
@@ -271,9 +171,9 @@ class NativeEngine(Engine):
         received = None
         for number in range(len(backbone.layers)):
             if not start <= number < end:
-                backbone.layers[number] = _Passed()
+                backbone.layers[number] = Passed()
         if self._stage_number > 0:
-            backbone.embed_tokens = received = _Received()
+            backbone.embed_tokens = received = Received()
         if not self._last:
             backbone.norm = nn.Identity()
             inside = set(backbone.modules())
@@ -298,7 +198,7 @@ class NativeEngine(Engine):
                 each.set_gradient_divide_factor(1.0)
                 each.set_force_sum_reduction_for_comms(True)
 
-    def _find(self, part: _Part) -> nn.Parameter:
+    def _find(self, part: DividedParameter) -> nn.Parameter:
         for name in part.names:
             owner, _, attribute = name.rpartition(".")
             with contextlib.suppress(AttributeError):
@@ -317,8 +217,8 @@ class NativeEngine(Engine):
             if part.local is None:
                 continue
             expected = tuple(self._slice(part, torch.empty(part.shape, device="meta")).shape)
-            found = tuple(_local(part.local).shape)
-            divided = {(dim, number) for dim, number in _divisions(part.local)}
+            found = tuple(local(part.local).shape)
+            divided = {(dim, number) for dim, number in divisions(part.local)}
             wanted = {("data", 0)} if self._sharded else set()
             if self._parallel.tp > 1 and part.tensor_dim is not None:
                 wanted.add(("tp", part.tensor_dim))
@@ -466,7 +366,7 @@ class NativeEngine(Engine):
 
     # Updating
 
-    def _trained(self) -> Iterator[_Part]:
+    def _trained(self) -> Iterator[DividedParameter]:
         yield from (part for part in self._parts.values() if part.trained)
 
     @torch.no_grad()
@@ -479,7 +379,7 @@ class NativeEngine(Engine):
                 continue
             if part.local.grad is None:
                 part.local.grad = torch.zeros_like(part.local)
-            gradient = _local(part.local.grad)
+            gradient = local(part.local.grad)
             if not self._sharded and self._mesh["data"].size() > 1:
                 dist.all_reduce(gradient, group=self._groups["data"])
             if self._parallel.tp > 1 and part.layer_name.startswith(OF_ONE_HEAD):
@@ -497,7 +397,7 @@ class NativeEngine(Engine):
         for part in self._trained():
             if part.local is None:
                 continue
-            gradient = _local(part.local.grad)
+            gradient = local(part.local.grad)
             gradients.append(gradient)
             if self._counts(part) and gradient.numel():
                 total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
@@ -508,9 +408,9 @@ class NativeEngine(Engine):
                 gradient.mul_(max_norm / (norm + 1e-6))
         return norm
 
-    def _counts(self, part: _Part) -> bool:
+    def _counts(self, part: DividedParameter) -> bool:
         """Whether this process is the one that counts what it has of a parameter."""
-        divided = {dim for dim, _ in _divisions(part.local)}
+        divided = {dim for dim, _ in divisions(part.local)}
         return (
             self._stage_number == part.stages[0]
             and ("data" in divided or self._data_number == 0)
@@ -566,7 +466,7 @@ class NativeEngine(Engine):
         """Every process takes its slice."""
         part = self._parts[name]
         if part.local is not None:
-            _local(part.local).copy_(self._slice(part, weights))
+            local(part.local).copy_(self._slice(part, weights))
 
     @torch.no_grad()
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
@@ -579,11 +479,11 @@ class NativeEngine(Engine):
         for kind, tensor in moments:
             state = self.optimizer.state[part.local]
             state[kind] = torch.zeros_like(part.local)
-            _local(state[kind]).copy_(self._slice(part, tensor))
+            local(state[kind]).copy_(self._slice(part, tensor))
             state["step"] = torch.tensor(float(steps), device=self.device)
 
     @torch.no_grad()
-    def _gather(self, part: _Part, mine: Tensor | None) -> Tensor | None:
+    def _gather(self, part: DividedParameter, mine: Tensor | None) -> Tensor | None:
         """The whole tensor in the main process, None elsewhere; `mine` is what this process has of it."""
         stage = part.stages[0]
         found = None
@@ -598,21 +498,21 @@ class NativeEngine(Engine):
                 dist.recv(found, sender)
         return found if self.is_main else None
 
-    def _join(self, part: _Part, mine: Tensor | None) -> Tensor:
+    def _join(self, part: DividedParameter, mine: Tensor | None) -> Tensor:
         """The opposite of `_slice`, by the processes of one stage."""
-        found = _local(mine).detach().contiguous()
+        found = local(mine).detach().contiguous()
         parts = self._parallel.tp if part.tensor_dim is not None else 1
         if self._sharded:
             length = part.shape[0] // (parts if part.tensor_dim == 0 else 1)
             count = self._mesh["data"].size()
             longest = -(-length // count)  # as `chunk` has it: all are that long but the last ones
             found = torch.cat([found, found.new_zeros(longest - len(found), *found.shape[1:])])
-            found = torch.cat(_all_gather(found, count, self._groups["data"]))[:length]
+            found = torch.cat(all_gather(found, count, self._groups["data"]))[:length]
         if parts > 1:
-            found = torch.cat(_all_gather(found, parts, self._groups["tp"]), part.tensor_dim)
+            found = torch.cat(all_gather(found, parts, self._groups["tp"]), part.tensor_dim)
         return found
 
-    def _slice(self, part: _Part, whole: Tensor) -> Tensor:
+    def _slice(self, part: DividedParameter, whole: Tensor) -> Tensor:
         """What this process has of a whole tensor: divided for tp first, then for fsdp2 by the first dimension."""
         if part.tensor_dim is not None:
             whole = whole.chunk(self._parallel.tp, part.tensor_dim)[self._slice_number]
@@ -620,24 +520,3 @@ class NativeEngine(Engine):
             pieces = whole.chunk(self._mesh["data"].size())
             whole = pieces[self._data_number] if self._data_number < len(pieces) else whole[:0]
         return whole
-
-
-def _local(tensor: Any) -> Tensor:
-    """This process's part of a DTensor; another tensor itself. Shares its memory."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
-
-
-def _all_gather(tensor: Tensor, count: int, group: Any) -> list[Tensor]:
-    """The tensors of all processes of a group, which have the same shape."""
-    found = [torch.empty_like(tensor) for _ in range(count)]
-    dist.all_gather(found, tensor.contiguous(), group=group)
-    return found
-
-
-def _divisions(tensor: Any) -> Iterator[tuple[str, int]]:
-    """Along which dimensions of the mesh a tensor is divided, and along which of its own."""
-    if isinstance(tensor, DTensor):
-        names = tensor.device_mesh.mesh_dim_names
-        for name, placement in zip(names or (), tensor.placements, strict=True):
-            if isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard":
-                yield name, placement.dim  # type: ignore[attr-defined]
