@@ -1,16 +1,9 @@
-"""Files that several processes, also on several machines, write and wait for: atomic writes and locks."""
+"""Files that several processes, also on several machines, write and wait for."""
 
 import contextlib
-import errno
-import fcntl
 import os
 import socket
 from pathlib import Path
-from typing import IO
-
-from contracts.errors import UserError
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -37,25 +30,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def take_lock(file: IO[str], kind: int) -> None:
-    """Lock an open file (fcntl.LOCK_EX or LOCK_SH) without waiting; the lock dies with its holder.
-
-    Raises:
-        BlockingIOError: another process holds it.
-        UserError: the file system has no locks.
-    """
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            raise UserError(
-                f"the file system of {Path(file.name).parent} has no file locks ({os.strerror(error.errno)}), by which "
-                "processes keep out of each other's way. Mount it with locks that hold on all machines (NFS 4, Lustre "
-                "with -o flock, BeeGFS with tuneUseGlobalFileLocks=true), or choose a path on another file system."
-            ) from error
-        raise
 
 
 def appears(path: Path) -> bool:

@@ -20,21 +20,20 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
 from contracts.artifacts import Artifact, is_published
-from contracts.errors import TransientError, UserError
-from contracts.files import fsync, process_name, take_lock, write_atomically
+from contracts.errors import UserError
+from contracts.files import fsync, process_name, write_atomically
 from contracts.fingerprint import file_sha256
 from contracts.jsonl import write_jsonl
 from contracts.ledger import Ledger, merge
+from contracts.locks import LOCK, DirectoryLock
 from contracts.manifest import MANIFEST, File, Manifest, content_digest, read_manifest, with_checksum
 from contracts.records import Schema
 
-LOCK = ".lock"
-POLL_SECONDS = 0.1
 WORTH_KEEPING = ("*.safetensors", "judged-*.jsonl")
 """What in the folder `state` is kept after a user's mistake, because much was paid for it."""
 
@@ -57,7 +56,7 @@ class Publication:
         self.stage = stage
         self.key = key
         self.directory = partial_directory(target, key)
-        self._lock: IO[str] | None = None
+        self._lock = DirectoryLock(self.directory, target)
 
     def begin(self, patience: float = 0.0) -> None:
         """Create the hidden directory or take it over, for this process alone, and clear what a crash left in it.
@@ -70,7 +69,7 @@ class Publication:
             UserError: another process is making the same thing, and there is no patience.
             TransientError: it still is when the patience has run out.
         """
-        self._lock_when_free(lambda: self._take_lock(fcntl.LOCK_EX), patience)
+        self._lock.when_free(lambda: self._lock.take(fcntl.LOCK_EX), patience)
         with contextlib.suppress(FileNotFoundError):  # another process, which held the lock before, has just published
             if not self.complete or self._damaged():
                 self._clear_leftovers(self._intact)
@@ -84,52 +83,13 @@ class Publication:
         Raises:
             TransientError: the directory is one process's alone until the patience has run out, in seconds.
         """
-        self._lock_when_free(self._take_shared_lock, patience)
-
-    def _lock_when_free(self, take: Callable[[], bool], patience: float) -> None:
-        start, told = time.monotonic(), False
-        while True:
-            try:
-                if take():
-                    return
-            except BlockingIOError as error:
-                waited = time.monotonic() - start
-                if not patience:
-                    raise UserError(
-                        f"another process is making {self.target} right now. Wait for it, or choose another output."
-                    ) from error
-                if waited > patience:
-                    raise TransientError(
-                        f"another process has been making {self.target} for the {patience:g} s that this one waited "
-                        f"for the lock {self.directory / LOCK}. If its machine died, the file server lets go soon."
-                    ) from error
-                if waited > 1 and not told:
-                    print(f"waiting up to {patience:g} s for another process that is making {self.target}", flush=True)
-                    told = True
-                time.sleep(POLL_SECONDS)
+        self._lock.when_free(self._take_shared_lock, patience)
 
     def _take_shared_lock(self) -> bool:
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
-            if self._take_lock(fcntl.LOCK_EX) and not self.complete:
+            if self._lock.take(fcntl.LOCK_EX) and not self.complete:
                 self._clear_leftovers()
-        return self._take_lock(fcntl.LOCK_SH)
-
-    def _take_lock(self, kind: int) -> bool:
-        """Lock a file in the hidden directory, which dies with its holder; False if the directory went meanwhile.
-
-        Raises:
-            BlockingIOError: another process holds it.
-        """
-        path = self.directory / LOCK
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = path.open("a+")  # NFS gives a shared lock to readers only, an exclusive one to writers
-            take_lock(self._lock, kind)
-            return path.exists() and os.path.samestat(os.fstat(self._lock.fileno()), path.stat())
-        except (FileNotFoundError, FileExistsError):
-            if self.directory.is_file():
-                raise
-            return False
+        return self._lock.take(fcntl.LOCK_SH)
 
     def _damaged(self) -> bool:
         """Whether a file differs from the manifest that is there already, as a power cut may leave it."""

@@ -22,7 +22,8 @@ from typing import IO, Any
 from contracts import stopping
 from contracts.attempt import ROLE
 from contracts.errors import TransientError, UserError
-from contracts.files import process_name, take_lock, write_atomically
+from contracts.files import process_name, write_atomically
+from contracts.locks import take_lock
 from contracts.processes import end_groups
 from contracts.publication import Publication
 from contracts.stage import Context

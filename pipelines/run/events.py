@@ -13,7 +13,7 @@ from typing import IO, Any, Literal, TypeAlias
 
 import msgspec
 
-from contracts.files import take_lock
+from contracts.locks import take_lock
 
 FILE = "events.jsonl"
 

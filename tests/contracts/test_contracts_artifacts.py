@@ -92,8 +92,8 @@ def test_a_writer_killed_anywhere_leaves_nothing_or_all_and_the_next_one_ends_th
                     (publication.directory / name).write_bytes(bytes(content))
                     made.remove(int(name[6:11]))
                 break
-            assert publication._lock is not None
-            publication._lock.close()
+            assert publication._lock._file is not None
+            publication._lock._file.close()
             assert not target.exists(), "a reader must not see an unfinished artifact"
         publication = Publication(target, PROMPTS, "prompts", KEY)
         publication.begin()

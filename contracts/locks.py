@@ -1,0 +1,94 @@
+"""Locks of files, by which processes on all machines of a file system keep out of each other's way."""
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from contracts.errors import TransientError, UserError
+
+LOCK = ".lock"
+"""The file in a directory that is locked for all of it."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+POLL_SECONDS = 0.1
+
+
+def take_lock(file: IO[str], kind: int) -> None:
+    """Lock an open file (fcntl.LOCK_EX or LOCK_SH) without waiting; the lock dies with its holder.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        UserError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            raise UserError(
+                f"the file system of {Path(file.name).parent} has no file locks ({os.strerror(error.errno)}), by which "
+                "processes keep out of each other's way. Mount it with locks that hold on all machines (NFS 4, Lustre "
+                "with -o flock, BeeGFS with tuneUseGlobalFileLocks=true), or choose a path on another file system."
+            ) from error
+        raise
+
+
+class DirectoryLock:
+    """The lock of a directory in which something is made; it dies with its holder."""
+
+    def __init__(self, directory: Path, target: Path) -> None:
+        """`target` is what is made there, for messages."""
+        self.directory = directory
+        self.target = target
+        self._file: IO[str] | None = None
+
+    def take(self, kind: int) -> bool:
+        """Make the directory and lock it (fcntl.LOCK_EX or LOCK_SH); False if the directory went meanwhile.
+
+        Raises:
+            BlockingIOError: another process holds it.
+        """
+        path = self.directory / LOCK
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+")  # NFS gives a shared lock to readers only, an exclusive one to writers
+            take_lock(self._file, kind)
+            return path.exists() and os.path.samestat(os.fstat(self._file.fileno()), path.stat())
+        except (FileNotFoundError, FileExistsError):
+            if self.directory.is_file():
+                raise
+            return False
+
+    def when_free(self, take: Callable[[], bool], patience: float) -> None:
+        """Call `take` until it has the lock.
+
+        Args:
+            take: as this lock's own.
+            patience: seconds to wait for another process.
+
+        Raises:
+            UserError: another process holds it, and there is no patience.
+            TransientError: it still does when the patience has run out.
+        """
+        start, told = time.monotonic(), False
+        while True:
+            try:
+                if take():
+                    return
+            except BlockingIOError as error:
+                waited = time.monotonic() - start
+                if not patience:
+                    raise UserError(
+                        f"another process is making {self.target} right now. Wait for it, or choose another output."
+                    ) from error
+                if waited > patience:
+                    raise TransientError(
+                        f"another process has been making {self.target} for the {patience:g} s that this one waited "
+                        f"for the lock {self.directory / LOCK}. If its machine died, the file server lets go soon."
+                    ) from error
+                if waited > 1 and not told:
+                    print(f"waiting up to {patience:g} s for another process that is making {self.target}", flush=True)
+                    told = True
+                time.sleep(POLL_SECONDS)
