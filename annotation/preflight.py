@@ -34,8 +34,6 @@ def check_scorer(stage: Inspected) -> Iterator[Finding]:
     classifies = config.kind == "reward_model" or (
         config.kind == "values" and not ModelInfo.read(config.model).has_value_head
     )
-    if classifies and "model" not in stage.made:
-        ModelInfo.read(config.model).require_one_label()
     check_weights(config.model, "classifier" if classifies else "causal")
 
 
