@@ -1,7 +1,7 @@
 """Several processes for one training: this command, started again under `accelerate launch`.
 
     python -m training policy …            the parent: no torch, starts
-      python -m training.launch …       `accelerate launch` with its exit codes mended, starts
+      python -m training.launch …       `accelerate launch` with its exit codes corrected, starts
         python -m training policy …        one process per rank
 
 A rank's exit code reaches the parent: 2 stays the user's mistake, 143 a stop by SIGTERM. A request to stop goes the
@@ -36,7 +36,7 @@ from training.parallel import ParallelConfig, check_layout
 
 PLAIN = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": 1, "machine_rank": 0}
 """Plain data parallelism. On CPUs as well, with use_cpu: under MULTI_CPU accelerate starts one process only."""
-MEETING_SECONDS = 60
+RENDEZVOUS_SECONDS = 60
 """How long torch's launchers may take to find each other once all nodes are there."""
 LAUNCHER = "RATCHET_LAUNCHER"
 """Environment variable of a rank: the process id of its launcher."""
@@ -225,7 +225,7 @@ def main() -> int:
         rendezvous = nodes.rendezvous
         words += ["--num_machines", str(parallel.nodes), "--machine_rank", str(rendezvous.node), "--same_network"]
         words += ["--main_process_ip", rendezvous.address, "--main_process_port", str(rendezvous.port)]
-        words += ["--rdzv_conf", f"timeout={MEETING_SECONDS}"]
+        words += ["--rdzv_conf", f"timeout={RENDEZVOUS_SECONDS}"]
     words += ["-m", "training", stage, "--config", str(folder / "stage.json")]
     arguments = launch_command_parser().parse_args(words)
     # torch's handlers would let go of the ranks when a second signal comes, as it does where all processes get one.
