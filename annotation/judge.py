@@ -35,7 +35,7 @@ HAND_BACK_SECONDS = 0.25
 """Samples that were handed over and not begun within this time are given back, for other processes to judge."""
 
 
-class Task(msgspec.Struct):
+class RuleTask(msgspec.Struct):
     """The first line: which function to load."""
 
     path: str
@@ -68,7 +68,7 @@ def main(descriptor: int) -> NoReturn:
     os.set_inheritable(descriptor, False)
     connection = socket.socket(fileno=descriptor)
     lines = connection.makefile("rb")
-    task = msgspec.json.decode(lines.readline(), type=Task)
+    task = msgspec.json.decode(lines.readline(), type=RuleTask)
     die_with_parent(task.parent)
     _settle()
     encoder = msgspec.json.Encoder()
@@ -121,7 +121,7 @@ def _restore_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _load(task: Task) -> tuple[Callable[..., Any], frozenset[str]]:
+def _load(task: RuleTask) -> tuple[Callable[..., Any], frozenset[str]]:
     """The function, and which of `IF_NAMED` it is given.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import TextIO
 
 import msgspec
 
-from annotation.judge import Answer, Task
+from annotation.judge import Answer, RuleTask
 from annotation.samples import Sample
 from contracts import stopping
 from contracts.errors import TransientError
@@ -55,7 +55,7 @@ class Judge:
                 start_new_session=True,
             )  # fmt: skip
         self.connection = ours
-        self._send(Task(path, None if inputs is None else [str(path) for path in inputs], os.getpid()))
+        self._send(RuleTask(path, None if inputs is None else [str(path) for path in inputs], os.getpid()))
 
     def fileno(self) -> int:
         """For `select`."""

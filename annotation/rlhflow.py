@@ -31,7 +31,7 @@ FILE = "rlhflow.jsonl"
 IMPORTED = "imported"
 
 
-class Row(msgspec.Struct, frozen=True, omit_defaults=True):
+class RlhflowRow(msgspec.Struct, frozen=True, omit_defaults=True):
     """One prompt with its answers."""
 
     prompt: tuple[Message, ...]
@@ -51,7 +51,7 @@ class Source:
         self.path = path
         self.layout = Layout({"prompt": "prompt"})
 
-    def rows(self) -> Iterator[tuple[str, Row]]:
+    def rows(self) -> Iterator[tuple[str, RlhflowRow]]:
         """All rows with their places, of either format: JSON Lines, or the JSON file with `instances`.
 
         Raises:
@@ -64,13 +64,13 @@ class Source:
         if not self.layout.rows:
             raise UserError(f"{self.path} holds no rows.")
 
-    def _read(self, values: dict[str, Any], place: str) -> Row:
+    def _read(self, values: dict[str, Any], place: str) -> RlhflowRow:
         row = self.layout.row(values, place)
         _, messages = row.prompt()
         given = (values.get(row.read("responses")), values.get(row.read("rewards")))
         try:
             responses, rewards = msgspec.convert(given, Answers)
-            found = Row(messages, responses, rewards, tools_of(row))
+            found = RlhflowRow(messages, responses, rewards, tools_of(row))
             encode(found)
         except msgspec.ValidationError as error:
             raise UserError(
@@ -93,7 +93,7 @@ def run_export(config: RlhflowExportConfig, context: Context) -> Outcome:
     scores = {} if config.scores is None else {"rewards": Artifact.open(config.scores, SCORES)}
     ledger = Ledger("samples")
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[RlhflowRow]:
         for rollout, found in join(rollouts, scores):
             rewards = found.get("rewards")
             kept = [sample for sample in rollout.completions if rewards is None or sample.sample in rewards]
@@ -102,7 +102,7 @@ def run_export(config: RlhflowExportConfig, context: Context) -> Outcome:
             if kept:
                 texts = tuple(sample.text for sample in kept)
                 values = None if rewards is None else tuple(rewards[sample.sample].score for sample in kept)
-                yield Row(rollout.messages, texts, values, rollout.tools)
+                yield RlhflowRow(rollout.messages, texts, values, rollout.tools)
 
     count = write_jsonl(context.publication.scratch(FILE), rows())
     context.publication.commit(FILE, ledger, rows=count)
@@ -137,7 +137,7 @@ def run_import(config: RlhflowImportConfig, context: Context) -> Outcome:
     return Outcome("samples", {"not_read": source.layout.not_read}, note=source.layout.note)
 
 
-def _rollout(config: RlhflowImportConfig, chat: Any, key: str, row: Row, ledger: Ledger) -> Rollout | None:
+def _rollout(config: RlhflowImportConfig, chat: Any, key: str, row: RlhflowRow, ledger: Ledger) -> Rollout | None:
     """A row as token ids, its answers ended as the template ends them; None where no answer can be."""
     prompt: list[int] = []
     completions = []
@@ -167,7 +167,7 @@ def _rollout(config: RlhflowImportConfig, chat: Any, key: str, row: Row, ledger:
 def run_scores(config: RlhflowScoresConfig, context: Context) -> Outcome:
     """Publish the file's rewards, one shard for each shard of rollouts."""
     rollouts = Artifact.open(config.rollouts, ROLLOUTS)
-    rows: dict[str, Row] = {}
+    rows: dict[str, RlhflowRow] = {}
     for place, row in Source(config.source).rows():
         if row.rewards is None:
             raise UserError(f"{place}: the row has no rewards. Score the rollouts by `annotation score`.")
@@ -181,7 +181,9 @@ def run_scores(config: RlhflowScoresConfig, context: Context) -> Outcome:
     return Outcome("samples", {"scorer": config.name, "kind": IMPORTED})
 
 
-def _scores(config: RlhflowScoresConfig, rows: dict[str, Row], rollout: Rollout, ledger: Ledger) -> Iterator[Score]:
+def _scores(
+    config: RlhflowScoresConfig, rows: dict[str, RlhflowRow], rollout: Rollout, ledger: Ledger
+) -> Iterator[Score]:
     row = rows.get(rollout.prompt_id)
     texts = {completion.sample: completion.text for completion in rollout.completions}
     if row is None or any(row.responses[sample : sample + 1] != (text,) for sample, text in texts.items()):

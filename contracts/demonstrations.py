@@ -11,7 +11,7 @@ from contracts.artifacts import Artifact
 from contracts.conversations import read_messages
 from contracts.fields import answer_of, half_a_character, tools_of, with_input, with_system
 from contracts.jsonl import encode
-from contracts.layouts import TEXTS, Layout, Row
+from contracts.layouts import TEXTS, Layout, SourceRow
 from contracts.manifest import MANIFEST
 from contracts.records import DEMONSTRATIONS, JsonObjects, Message
 from contracts.sources import read_rows
@@ -68,7 +68,7 @@ class Demonstrations:
         return found
 
 
-def _response(row: Row, column: str, choices: dict[str, str]) -> tuple[Message, ...]:
+def _response(row: SourceRow, column: str, choices: dict[str, str]) -> tuple[Message, ...]:
     """The answer in a column of its own, to a question also the known one; nothing where there is none."""
     name, value = row.find("response")
     if name and not isinstance(value, str):

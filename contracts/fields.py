@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from contracts.conversations import read_tools
 from contracts.errors import UserError
-from contracts.layouts import Row
+from contracts.layouts import SourceRow
 from contracts.records import JsonObjects, Message
 
 
@@ -24,7 +24,7 @@ def half_a_character(place: str, error: UnicodeEncodeError) -> UserError:
     )
 
 
-def with_system(row: Row, messages: tuple[Message, ...], default: str | None = None) -> tuple[Message, ...]:
+def with_system(row: SourceRow, messages: tuple[Message, ...], default: str | None = None) -> tuple[Message, ...]:
     """The conversation with the row's system message, or else with `default`, where it has none of its own.
 
     Raises:
@@ -46,13 +46,15 @@ def with_system(row: Row, messages: tuple[Message, ...], default: str | None = N
     return messages if own is not None or text is None else (Message("system", text), *messages)
 
 
-def tools_of(row: Row) -> JsonObjects | UnsetType:
+def tools_of(row: SourceRow) -> JsonObjects | UnsetType:
     """The tools that the assistant may call; UserError where they are no list of descriptions."""
     name, described = row.find("tools")
     return read_tools(described, f"{row.place}, column {name!r}") if described else UNSET
 
 
-def with_input(row: Row, column: str, messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], dict[str, str]]:
+def with_input(
+    row: SourceRow, column: str, messages: tuple[Message, ...]
+) -> tuple[tuple[Message, ...], dict[str, str]]:
     """A question with the text that it is about and with its choices, and those by their letters."""
     question = messages[-1]
     named = row.layout.named
@@ -73,7 +75,7 @@ def with_input(row: Row, column: str, messages: tuple[Message, ...]) -> tuple[tu
     return (*messages[:-1], msgspec.structs.replace(question, content="\n\n".join(parts))), choices
 
 
-def _choices(row: Row) -> dict[str, str]:
+def _choices(row: SourceRow) -> dict[str, str]:
     """The choices of a question by their letters: of a list, an object, or ARC's {text: [...], label: [...]}."""
     name, found = row.find("choices")
     if isinstance(found, dict) and isinstance(found.get("text"), list) and isinstance(found.get("label"), list):
@@ -93,7 +95,7 @@ def _choices(row: Row) -> dict[str, str]:
     return texts
 
 
-def answer_of(row: Row, choices: dict[str, str]) -> str | None:
+def answer_of(row: SourceRow, choices: dict[str, str]) -> str | None:
     """The known answer as a text: what is no text as JSON, the index of a choice as its letter."""
     name, value = row.find("answer")
     if value is None or isinstance(value, str):
@@ -119,7 +121,7 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def tags_of(row: Row) -> tuple[str, ...]:
+def tags_of(row: SourceRow) -> tuple[str, ...]:
     """The row's tags; a text is one."""
     name, tags = row.find("tags")
     tags = [tags] if isinstance(tags, str) else tags or []

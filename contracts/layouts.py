@@ -38,7 +38,7 @@ Columns = Mapping[Field, str | None]
 SHOWN = 8
 
 
-class Row:
+class SourceRow:
     """One row of a data set: which of its columns were read."""
 
     def __init__(self, layout: "Layout", values: dict[str, Any], place: str) -> None:
@@ -143,14 +143,14 @@ class Layout:
         self._seen: dict[str, None] = {}
         self._candidates: dict[tuple[str, ...], dict[Field, tuple[str, ...]]] = {}
 
-    def row(self, values: dict[str, Any], place: str) -> Row:
+    def row(self, values: dict[str, Any], place: str) -> SourceRow:
         """A row of the data set, to be read."""
         self.rows += 1
         if self._missing:
             self._note(values)
-        return Row(self, values, place)
+        return SourceRow(self, values, place)
 
-    def done(self, row: Row) -> None:
+    def done(self, row: SourceRow) -> None:
         """Count what was not read of a row."""
         self.unread.update(row.close())
 

@@ -63,14 +63,14 @@ class StageRequest(msgspec.Struct, frozen=True):
     """Input fields whose path a stage of the run will make."""
 
 
-class Request(msgspec.Struct, frozen=True):
+class PreflightRequest(msgspec.Struct, frozen=True):
     """What one environment is asked."""
 
     stages: tuple[StageRequest, ...]
     conversations: tuple[Conversation, ...] = ()
 
 
-class Report(msgspec.Struct):
+class PreflightReport(msgspec.Struct):
     """What it answers."""
 
     findings: list[Finding] = []
@@ -92,7 +92,7 @@ class Inspected:
     made: frozenset[str]
     """Input fields whose path a stage of the run will make: of such a model only what it is trained from is known."""
     conversations: tuple[Conversation, ...]
-    report: Report = field(default_factory=Report)
+    report: PreflightReport = field(default_factory=PreflightReport)
     """Whose `probes` and `vocabularies` a check adds to; its findings it yields."""
 
     def prompts(self) -> list[Conversation]:
@@ -128,9 +128,9 @@ def findings_of(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
     return found if stopped is None else [*found, Finding("error", stopped)]
 
 
-def examine(request: Request) -> Report:
+def examine(request: PreflightRequest) -> PreflightReport:
     """Check all stages of a request; equal findings are told once."""
-    report = Report()
+    report = PreflightReport()
     found: dict[Finding, None] = {}
     for asked in request.stages:
         stage = stages_of(asked.package)[asked.command]
@@ -147,7 +147,7 @@ def serve() -> None:
     """Answer the request on standard input; what libraries print is no part of the answer."""
     surroundings.settle()
     with contextlib.redirect_stdout(sys.stderr):
-        report = examine(msgspec.json.decode(sys.stdin.buffer.read(), type=Request))
+        report = examine(msgspec.json.decode(sys.stdin.buffer.read(), type=PreflightRequest))
     print(json.dumps(msgspec.to_builtins(report)))
 
 

@@ -181,7 +181,7 @@ class ExperienceSample(Record, frozen=True):
     """What the critic is to learn instead of `values`."""
 
 
-class Experience(Record, frozen=True):
+class ExperienceRow(Record, frozen=True):
     """The answers to one prompt that are trained on; prompts of which none is left have no row."""
 
     prompt_id: str

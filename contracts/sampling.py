@@ -28,13 +28,13 @@ EACH = 2
 KINDS = 24
 
 
-class Request(msgspec.Struct, frozen=True):
+class SamplingRequest(msgspec.Struct, frozen=True):
     """What is asked: stages that read data of the user's (`prompts`, `sft`)."""
 
     stages: tuple[StageRequest, ...]
 
 
-class Sample(msgspec.Struct):
+class SampledData(msgspec.Struct):
     """What is answered."""
 
     findings: list[Finding] = msgspec.field(default_factory=list)
@@ -42,9 +42,9 @@ class Sample(msgspec.Struct):
     conversations: list[Conversation] = msgspec.field(default_factory=list)
 
 
-def sample(request: Request) -> Sample:
+def sample(request: SamplingRequest) -> SampledData:
     """A few conversations of each source, and what is wrong with it."""
-    answer = Sample()
+    answer = SampledData()
     sources: dict[str, Iterator[Conversation]] = {}
     for stage in request.stages:
         key = json.dumps([stage.command, stage.config], sort_keys=True)
@@ -113,7 +113,7 @@ def _known(tools: JsonObjects | msgspec.UnsetType) -> JsonObjects | None:
 def main() -> None:
     """Answer the request on standard input."""
     with contextlib.redirect_stdout(sys.stderr):
-        answer = sample(msgspec.json.decode(sys.stdin.buffer.read(), type=Request))
+        answer = sample(msgspec.json.decode(sys.stdin.buffer.read(), type=SamplingRequest))
     print(msgspec.json.encode(answer).decode())
 
 

@@ -16,7 +16,7 @@ from contracts.records import FinishReason, Sampling
 from generation.config import GenerationConfig
 
 
-class Request(msgspec.Struct, frozen=True):
+class GenerationRequest(msgspec.Struct, frozen=True):
     """Ask for `n` answers to one prompt; answer number j is sampled with the seed `seed + j`."""
 
     prompt_ids: tuple[int, ...]
@@ -49,10 +49,10 @@ class EngineSettings(msgspec.Struct, frozen=True):
     """Where a server writes what it has to say."""
 
 
-class Engine(Protocol):
+class SamplingEngine(Protocol):
     """A loaded policy."""
 
-    def generate(self, requests: Sequence[Request], batch: str) -> Sequence[list[Answer] | Fault]:
+    def generate(self, requests: Sequence[GenerationRequest], batch: str) -> Sequence[list[Answer] | Fault]:
         """Answer all requests, in their order, as one batch; a fault stands for a request that could not be answered.
 
         What other batches this engine has seen before makes no difference. `batch` is a name that no other batch of

@@ -12,7 +12,7 @@ from contracts.ledger import Ledger
 from contracts.records import Completion, Prompt, Rollout, Sampling
 from contracts.seeds import derive_seed
 from generation.config import GenerationConfig
-from generation.engine import Answer, Engine, Request
+from generation.engine import Answer, GenerationRequest, SamplingEngine
 
 
 class Shard(msgspec.Struct, frozen=True):
@@ -46,7 +46,7 @@ def cut(prompts: Sequence[tuple[Prompt, tuple[int, ...]]], size: int, longest: i
     return shards
 
 
-def requests_of(prompt: Prompt, ids: tuple[int, ...], config: GenerationConfig) -> list[Request]:
+def requests_of(prompt: Prompt, ids: tuple[int, ...], config: GenerationConfig) -> list[GenerationRequest]:
     """One request per temperature, each for its part of the K answers."""
     requests = []
     for group, temperature in enumerate(config.temperatures):
@@ -58,12 +58,12 @@ def requests_of(prompt: Prompt, ids: tuple[int, ...], config: GenerationConfig) 
             max_tokens=config.max_new_tokens,
         )
         seed = derive_seed(config.seed, config.iteration, prompt.prompt_id, group)
-        requests.append(Request(ids, config.k // len(config.temperatures), seed, sampling))
+        requests.append(GenerationRequest(ids, config.k // len(config.temperatures), seed, sampling))
     return requests
 
 
 def sample_shard(
-    shard: Shard, engine: Engine, tokenizer: ChatTokenizer, config: GenerationConfig, policy: str
+    shard: Shard, engine: SamplingEngine, tokenizer: ChatTokenizer, config: GenerationConfig, policy: str
 ) -> tuple[list[Rollout], Ledger, Faults]:
     """Sample one shard; the rows are in the order of the prompts, without those that failed.
 
@@ -108,7 +108,7 @@ def sample_shard(
 
 
 def _completions(
-    requests: Sequence[Request], answers: Sequence[Sequence[Answer] | Fault], tokenizer: ChatTokenizer
+    requests: Sequence[GenerationRequest], answers: Sequence[Sequence[Answer] | Fault], tokenizer: ChatTokenizer
 ) -> tuple[Completion, ...]:
     completions: list[Completion] = []
     for request, group in zip(requests, answers, strict=True):

@@ -17,7 +17,7 @@ from contracts.precision import resolve_dtype
 from contracts.stage import Context, Outcome
 from contracts.workers import agree, share_shards
 from generation.config import GenerationConfig
-from generation.engine import Engine, EngineSettings, devices_per_replica, set_threads
+from generation.engine import EngineSettings, SamplingEngine, devices_per_replica, set_threads
 from generation.prompts import check_policy, prompt_ids, select_prompts
 from generation.rollouts import Shard, cut, default_shard_size, sample_shard, shard_facts, summary
 
@@ -119,7 +119,7 @@ def _settings(
     )
 
 
-def open_engine(config: GenerationConfig, settings: EngineSettings) -> Engine:
+def open_engine(config: GenerationConfig, settings: EngineSettings) -> SamplingEngine:
     """Load the policy into the engine that `config` names, once its weights are known to be whole."""
     from modeling.loading import check_weights
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from contracts.attempt import beat
 from contracts.records import Sampling
 from generation.config import GenerationConfig
-from generation.engine import Answer, EngineSettings, Request
+from generation.engine import Answer, EngineSettings, GenerationRequest
 from modeling.loading import load_causal
 
 
@@ -31,7 +31,7 @@ class TransformersEngine:
         self._batch_size = config.max_num_seqs
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], batch: str) -> list[list[Answer]]:
+    def generate(self, requests: Sequence[GenerationRequest], batch: str) -> list[list[Answer]]:
         """Answer all requests, at most `max_num_seqs` samples at a time."""
         answers: list[list[Answer]] = [[] for _ in requests]
         samples = [(index, j) for index, request in enumerate(requests) for j in range(request.n)]
@@ -41,7 +41,7 @@ class TransformersEngine:
                 answers[index].append(answer)
         return answers
 
-    def _sample(self, requests: Sequence[Request], chunk: list[tuple[int, int]]) -> Iterator[Answer]:
+    def _sample(self, requests: Sequence[GenerationRequest], chunk: list[tuple[int, int]]) -> Iterator[Answer]:
         """Sample the answers `(request, number)` of `chunk` together."""
         seeds = [requests[index].seed + j for index, j in chunk]
         sampler = _Sampler([requests[index].sampling for index, _ in chunk], seeds, self._device, self._processed)

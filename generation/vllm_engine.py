@@ -11,7 +11,7 @@ from contracts.architectures import context_switch
 from contracts.attempt import beat
 from contracts.records import FinishReason
 from generation.config import GenerationConfig
-from generation.engine import Answer, EngineSettings, Request
+from generation.engine import Answer, EngineSettings, GenerationRequest
 
 CPU_BLOCK = 128
 """Tokens per block of the KV cache on a CPU."""
@@ -39,7 +39,7 @@ class VllmEngine:
         self._sampling_params: Any = SamplingParams
         self._stop_ids = list(settings.stop_ids)
 
-    def generate(self, requests: Sequence[Request], batch: str) -> list[list[Answer]]:
+    def generate(self, requests: Sequence[GenerationRequest], batch: str) -> list[list[Answer]]:
         """Answer all requests as one batch."""
         outputs = self._llm.generate(
             # The salt keeps cached prefixes from one batch to the next apart: a hit computes the first token from
@@ -64,7 +64,7 @@ class VllmEngine:
 
         engine.step = beating_step
 
-    def _params(self, request: Request) -> Any:
+    def _params(self, request: GenerationRequest) -> Any:
         return self._sampling_params(
             n=request.n,
             seed=request.seed,
@@ -83,7 +83,7 @@ class VllmEngine:
         """Nothing to end: the engine ends with this process."""
 
 
-def _answer(completion: Any, request: Request) -> Answer:
+def _answer(completion: Any, request: GenerationRequest) -> Answer:
     ids = tuple(completion.token_ids)
     if list(ids) != list(completion.logprobs.token_ids):
         raise RuntimeError("vLLM returned log-probabilities of other tokens than it sampled")

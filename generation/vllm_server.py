@@ -16,7 +16,7 @@ from contracts.attempt import beat
 from contracts.faults import Fault
 from contracts.processes import end_groups
 from generation.config import GenerationConfig
-from generation.engine import Answer, EngineSettings, Request
+from generation.engine import Answer, EngineSettings, GenerationRequest
 from generation.vllm_engine import engine_arguments, set_environment
 
 LAST_WORDS = 40
@@ -82,12 +82,12 @@ class VllmServer:
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False
 
-    def generate(self, requests: Sequence[Request], batch: str) -> Sequence[list[Answer] | Fault]:
+    def generate(self, requests: Sequence[GenerationRequest], batch: str) -> Sequence[list[Answer] | Fault]:
         """Answer all requests, sent at once; the server batches them as they arrive."""
         return asyncio.run(self._generate([self._body(request, batch) for request in requests], requests))
 
     async def _generate(
-        self, bodies: list[dict[str, Any]], requests: Sequence[Request]
+        self, bodies: list[dict[str, Any]], requests: Sequence[GenerationRequest]
     ) -> Sequence[list[Answer] | Fault]:
         import aiohttp
 
@@ -99,7 +99,7 @@ class VllmServer:
         )
         async with session:
 
-            async def ask(body: dict[str, Any], request: Request) -> list[Answer] | Fault:
+            async def ask(body: dict[str, Any], request: GenerationRequest) -> list[Answer] | Fault:
                 async with session.post("/v1/completions", json=body) as response:
                     if response.status != 200:
                         problem = f"answered {response.status}: {await response.text()}"
@@ -115,7 +115,7 @@ class VllmServer:
                     f"the vLLM server is gone ({error}). From its log:\n{self._last_words()}"
                 ) from error
 
-    def _body(self, request: Request, batch: str) -> dict[str, Any]:
+    def _body(self, request: GenerationRequest, batch: str) -> dict[str, Any]:
         """A request to /v1/completions with every parameter, so that no default of the server's is used."""
         return {
             "model": self._model,
@@ -144,7 +144,7 @@ class VllmServer:
         end_groups([self._process], grace=10.0)
 
 
-def _answers(choices: list[dict[str, Any]], request: Request) -> list[Answer]:
+def _answers(choices: list[dict[str, Any]], request: GenerationRequest) -> list[Answer]:
     return [
         Answer(
             tuple(choice["token_ids"]),

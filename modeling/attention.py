@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from modeling.packing import Plan
+from modeling.packing import PackingPlan
 
 NAME = "packed"
 
@@ -65,7 +65,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: Plan,
+    plan: PackingPlan,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -113,7 +113,7 @@ def _fits(kernel: str, shape: Shape, query: Tensor, value: Tensor) -> bool:
     return kernel == "flash_attn" or shape.softcap is None
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: Plan) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
     """[L, heads, head size] each: whole sequences one after the other, by flash-attn."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
@@ -124,7 +124,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: Plan) -> Tensor:
     return found
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: Plan) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
     """The same by torch's own kernel."""
     from torch.nn.attention.varlen import varlen_attn
 

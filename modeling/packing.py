@@ -24,7 +24,7 @@ PADDING_SHARE = 1.25
 """Attention works on padded groups of sequences; a group is at most this much larger than its tokens."""
 
 
-class Plan(NamedTuple):
+class PackingPlan(NamedTuple):
     """How attention takes a flat batch of T tokens apart into whole sequences, and puts it together again."""
 
     groups: tuple[Tensor, ...]
@@ -50,7 +50,7 @@ class Packed(NamedTuple):
     """[1, T], or [S, W] where padded."""
     position_ids: Tensor
     """Of the same shape: each token's position in its sequence."""
-    plan: Plan | None
+    plan: PackingPlan | None
     """None where padded."""
     positions: Tensor
     """[N], into the flattened `input_ids`: the token that predicts each response token."""
@@ -103,7 +103,7 @@ def _flatten(rows: Many[Row], shared: bool, device: torch.device | str) -> Packe
     )
 
 
-def _plan(wholes: list[Ids], size: int, device: torch.device | str) -> Plan:
+def _plan(wholes: list[Ids], size: int, device: torch.device | str) -> PackingPlan:
     """Groups of sequences by descending length."""
     groups: list[Tensor] = []
     order = np.zeros(size, dtype=np.int64)
@@ -127,7 +127,7 @@ def _plan(wholes: list[Ids], size: int, device: torch.device | str) -> Plan:
     whole_order = np.zeros(size, dtype=np.int64)
     whole_order[whole] = np.arange(len(whole))
     bounds = np.cumsum([0, *map(len, wholes)])
-    return Plan(
+    return PackingPlan(
         tuple(groups),
         _tensor(order, device),
         _tensor(whole, device),

@@ -6,7 +6,7 @@ submitit passes it on by its name, so it imports as little as it can.
 import importlib
 from typing import TYPE_CHECKING
 
-from pipelines.execution.executors.base import Entry, Task
+from pipelines.execution.executors.base import Entry, JobTask
 
 if TYPE_CHECKING:
     from pipelines.execution.listeners import Listen
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipelines.run.directory import RunDirectory
 
 
-def perform(task: Task) -> None:
+def perform(task: JobTask) -> None:
     """Do what a job is for."""
     importlib.import_module(task.module).perform(task, ENTRY)
 

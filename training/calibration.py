@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from training.loop import Report
+from training.loop import FinalReport
 
 BINS = 10
 """Of equal width, from confidence 0.5 to 1."""
@@ -26,7 +26,7 @@ class Bin(msgspec.Struct):
     """Share of the pairs in which that is the better answer; a tie is half right."""
 
 
-def judgements(scores: NDArray[np.float32], *, orders: int) -> Report:
+def judgements(scores: NDArray[np.float32], *, orders: int) -> FinalReport:
     """What is told of held-out pairs.
 
     Args:
@@ -60,7 +60,7 @@ def judgements(scores: NDArray[np.float32], *, orders: int) -> Report:
             "accuracy_better_second": (second > 0).mean(),
             "consistency": (first * second > 0).mean(),
         }
-    return Report({name: float(value) for name, value in figures.items()}, {FILE: bins})
+    return FinalReport({name: float(value) for name, value in figures.items()}, {FILE: bins})
 
 
 def calibrate(p: NDArray[np.float64]) -> list[Bin]:

@@ -8,7 +8,7 @@ from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
-from contracts.records import EXPERIENCE, Experience
+from contracts.records import EXPERIENCE, ExperienceRow
 from contracts.stage import Context, Outcome
 from modeling.loading import load_reward, read_config, vocabulary_size
 from modeling.modules import TokenValues
@@ -18,7 +18,7 @@ from training.algorithms.parts import clipped_value_loss
 from training.config import CriticConfig
 from training.data import length_limit, usable
 from training.engines.base import Outputs
-from training.fit import Task, fit
+from training.fit import TrainingTask, fit
 from training.loop import Learning, Loss, Part
 from training.models import classifier_changes
 
@@ -38,7 +38,7 @@ def run(config: CriticConfig, context: Context) -> Outcome:
         max_dropped=config.max_dropped,
         what=str(config.experience),
     )
-    task = Task(
+    task = TrainingTask(
         ledger=ledger,
         learning=Learning(rows, critic_loss(config)),
         load=lambda dtype: load_reward(config.model, dtype, config.seed, master=True),
@@ -74,7 +74,7 @@ def value_rows(config: CriticConfig) -> Iterator[Row]:
     Raises:
         UserError: the experience has no values or returns.
     """
-    for row in Artifact.open(config.experience, EXPERIENCE).rows(Experience):
+    for row in Artifact.open(config.experience, EXPERIENCE).rows(ExperienceRow):
         responses = []
         for sample in row.samples:
             if sample.values is None or sample.returns is None:

@@ -7,14 +7,14 @@ import torch
 
 from modeling.packing import Packing
 from modeling.rows import Row
-from training.engines.base import Engine
+from training.engines.base import TrainingEngine
 from training.loop import parts
 
 RATIO = (0.9, 1.1)
 """Importance ratios outside of this are counted."""
 
 
-def measure_drift(rows: list[Row], engine: Engine, packing: Packing, budget: int) -> dict[str, Any]:
+def measure_drift(rows: list[Row], engine: TrainingEngine, packing: Packing, budget: int) -> dict[str, Any]:
     """Give every response its log-probabilities under the engine's model, `proximal`; compare them with `behaviour`.
 
     Returns:

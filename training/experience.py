@@ -15,7 +15,7 @@ from torch import Tensor
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.jsonl import write_jsonl
-from contracts.records import EXPERIENCE, ROLLOUTS, Experience, ExperienceSample, Rollout
+from contracts.records import EXPERIENCE, ROLLOUTS, ExperienceRow, ExperienceSample, Rollout
 from contracts.stage import Context, Outcome
 from training import algorithm, registry
 from training.columns import Columns, WatchedExperience, collect
@@ -122,7 +122,7 @@ def require_sound(
 
 def records(
     rollouts: Artifact, columns: Columns, experience: algorithm.Experience, found: algorithm.Advantages, kept: Tensor
-) -> Iterator[Experience]:
+) -> Iterator[ExperienceRow]:
     """The rows, in the order of the rollouts, which are read once more for their tokens."""
     per_token = {
         name: tensor
@@ -158,7 +158,7 @@ def records(
                     )
                 )
         if samples:
-            yield Experience(
+            yield ExperienceRow(
                 rollout.prompt_id,
                 rollout.prompt_ids,
                 tuple(samples),

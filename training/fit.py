@@ -25,9 +25,9 @@ from modeling.packing import Packing
 from training.checkpoint import save_checkpoint
 from training.config import TrainingConfig
 from training.engines import start
-from training.engines.base import Engine
+from training.engines.base import TrainingEngine
 from training.layout import packing_of
-from training.loop import HeldOut, Learning, Report, measure, train
+from training.loop import FinalReport, HeldOut, Learning, measure, train
 from training.lora import add_adapters, merge_adapters
 from training.models import pick_dtype, set_trainable
 from training.readback import probes, require_same, say
@@ -38,7 +38,7 @@ MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """What distinguishes one algorithm from another."""
 
     ledger: Ledger
@@ -55,7 +55,7 @@ class Task:
     """Entries of the start model's config.json that change."""
     facts: dict[str, Any] = field(default_factory=dict)
     held_out: HeldOut | None = None
-    before: Callable[[Engine, Packing], dict[str, Any]] | None = None
+    before: Callable[[TrainingEngine, Packing], dict[str, Any]] | None = None
     """Called with the engine that holds the start model, for what has to be computed with it; returns facts."""
 
     def read_back(self, directory: Path) -> Trained:
@@ -67,7 +67,7 @@ class Task:
         return module
 
 
-def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
+def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome:
     """Load, train, validate, publish."""
     logging.disable_progress_bar()
     dtype = pick_dtype(config)
@@ -100,7 +100,7 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
         moments=MOMENTS[config.optimizer],
         seconds=config.checkpoint_seconds,
     )
-    report = Report({}, {})
+    report = FinalReport({}, {})
     with context.timed("compute"):
         found = task.before(engine, packing) if task.before else {}
         with stopping.deferred():  # a stop between the two loses no step
@@ -159,7 +159,7 @@ def fit(config: TrainingConfig, context: Context, task: Task) -> Outcome:
     return Outcome(task.ledger.unit, facts, weights_fingerprint(context.publication.directory))
 
 
-def _begin_exactly(begin: Start, engine: Engine, dtype: torch.dtype) -> str:
+def _begin_exactly(begin: Start, engine: TrainingEngine, dtype: torch.dtype) -> str:
     """Where an engine has its own master weights, which it made from bfloat16 ones, give it those that the last
     training ended with; returns the precision that this training starts from."""
     if not begin.has_rests or not engine.master_copies or dtype == torch.float32:
@@ -182,7 +182,7 @@ def _exact(begin: Start, name: str, tensor: Tensor) -> Tensor:
     return exact if torch.equal(split(exact)[0], tensor.cpu()) else tensor
 
 
-def _gather(engine: Engine, dtype: torch.dtype) -> dict[str, Tensor]:
+def _gather(engine: TrainingEngine, dtype: torch.dtype) -> dict[str, Tensor]:
     """All weights in the main process; those that the engine has trained in fp32, where it keeps such itself."""
     gathered = engine.whole_weights()
     if engine.master_copies and dtype != torch.float32:

@@ -20,7 +20,7 @@ from modeling.rows import Row
 from training.algorithm import Figures, Statistics, Step, sum_by_response
 from training.batching import MicroBatch, count_steps, divide, global_batches
 from training.config import TrainingConfig
-from training.engines.base import Engine, Outputs
+from training.engines.base import Outputs, TrainingEngine
 from training.schedule import learning_rate
 from training.state import Line, TrainingState
 
@@ -118,7 +118,7 @@ class Learning:
 
 
 @dataclass(frozen=True)
-class Report:
+class FinalReport:
     """What is told of the final model."""
 
     figures: dict[str, float]
@@ -133,12 +133,17 @@ class HeldOut:
     rows: list[Row]
     scores: Callable[[Outputs, Part], Tensor]
     """Two numbers for each of a micro-batch's rows, [rows, 2]."""
-    report: Callable[[NDArray[np.float32]], Report]
+    report: Callable[[NDArray[np.float32]], FinalReport]
     """What follows from those of all rows, in their order."""
 
 
 def train(
-    config: TrainingConfig, context: Context, engine: Engine, learning: Learning, packing: Packing, state: TrainingState
+    config: TrainingConfig,
+    context: Context,
+    engine: TrainingEngine,
+    learning: Learning,
+    packing: Packing,
+    state: TrainingState,
 ) -> list[Line]:
     """Train the engine's model in place and return one line of figures per optimizer step.
 
@@ -195,8 +200,13 @@ def train(
 
 
 def measure(
-    config: TrainingConfig, engine: Engine, held_out: HeldOut, packing: Packing, state: TrainingState, log: list[Line]
-) -> Report:
+    config: TrainingConfig,
+    engine: TrainingEngine,
+    held_out: HeldOut,
+    packing: Packing,
+    state: TrainingState,
+    log: list[Line],
+) -> FinalReport:
     """Measure the trained model; its figures are added to the last line of `log`. A stop is answered as by `train`."""
     rows = held_out.rows
     places = {id(row): place for place, row in enumerate(rows)}
@@ -220,7 +230,7 @@ def measure(
 
 
 def parts(
-    rows: list[Row], batch: tuple[int, ...] | None = None, *, engine: Engine, budget: int, packing: Packing
+    rows: list[Row], batch: tuple[int, ...] | None = None, *, engine: TrainingEngine, budget: int, packing: Packing
 ) -> list[Part]:
     """This replica's micro-batches of one optimizer step, or of all rows."""
     batch = tuple(range(len(rows))) if batch is None else batch
@@ -237,7 +247,7 @@ def _part(
     rows: list[Row],
     totals: Totals,
     places: dict[int, tuple[int, int]],
-    engine: Engine,
+    engine: TrainingEngine,
     packing: Packing,
 ) -> Part:
     chosen = [rows[index] for index in micro.rows]
@@ -245,7 +255,7 @@ def _part(
     return Part(chosen, pack(chosen, packing, engine.device), micro.weight, totals, {}, own, starts)
 
 
-def evaluate(engine: Engine, made: list[Part], loss: Loss) -> Figures:
+def evaluate(engine: TrainingEngine, made: list[Part], loss: Loss) -> Figures:
     """This replica's share of the figures of `loss`, without gradients."""
     return engine.evaluate([part.batch for part in made], lambda outputs, number: loss(outputs, made[number]))
 
@@ -254,7 +264,9 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _add_gradients(engine: Engine, learning: Learning, made: list[Part], step: Step) -> tuple[Figures, Statistics]:
+def _add_gradients(
+    engine: TrainingEngine, learning: Learning, made: list[Part], step: Step
+) -> tuple[Figures, Statistics]:
     """Compute the gradients of a step; return this replica's share of its figures, and what was decided before."""
     decided: Statistics = {}
     if learning.statistics is not None:
@@ -272,7 +284,7 @@ def _add_gradients(engine: Engine, learning: Learning, made: list[Part], step: S
     return engine.accumulate([part.batch for part in made], share), decided
 
 
-def _leave(engine: Engine, state: TrainingState, log: list[Line]) -> NoReturn:
+def _leave(engine: TrainingEngine, state: TrainingState, log: list[Line]) -> NoReturn:
     """Save and end. All processes end together, because a launcher ends the others as soon as one is gone."""
     state.save(log)
     engine.barrier()

@@ -14,7 +14,7 @@ from contracts.artifacts import Artifact, model_fingerprint
 from contracts.errors import UserError
 from contracts.ledger import Ledger
 from contracts.models import ModelInfo
-from contracts.records import EXPERIENCE, SCORES, Experience, ExperienceSample, Score
+from contracts.records import EXPERIENCE, SCORES, ExperienceRow, ExperienceSample, Score
 from contracts.stage import Context, Outcome
 from modeling.attention import is_packed, use_packed_attention
 from modeling.loading import load_causal, load_value_head, read_config, vocabulary_size
@@ -26,8 +26,8 @@ from training.algorithm import Figures, Pairs, Statistics, Step
 from training.config import PolicyConfig
 from training.data import length_limit, pair_row, read_pairs, usable
 from training.drift import measure_drift
-from training.engines.base import Engine, Outputs
-from training.fit import Task, fit
+from training.engines.base import Outputs, TrainingEngine
+from training.fit import TrainingTask, fit
 from training.loop import Learning, Part
 from training.registry import Description, describe, load
 
@@ -54,7 +54,7 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
         what=ledger.unit,
     )
     needs = description.needs
-    task = Task(
+    task = TrainingTask(
         ledger=ledger,
         learning=learning(config, description, rows),
         load=lambda dtype: load_causal(config.model, dtype, master=True),
@@ -187,7 +187,7 @@ def _require_figures(found: Any, what: str, names: set[str], whole: int | None =
 
 
 def _compare(
-    config: PolicyConfig, rows: list[Row], samplers: set[str], engine: Engine, packing: Packing
+    config: PolicyConfig, rows: list[Row], samplers: set[str], engine: TrainingEngine, packing: Packing
 ) -> dict[str, Any]:
     """Compute `proximal` for all rows, and compare it with what the engine reported when it sampled."""
     fresh = samplers == {model_fingerprint(config.model)}
@@ -215,7 +215,7 @@ def sample_rows(config: PolicyConfig, samplers: set[str]) -> Iterator[Row]:
             f"{config.experience} holds the advantages of algorithm={maker}, which are not those of "
             f"algorithm={config.algorithm}. Make an experience with algorithm={config.algorithm}."
         )
-    for prompt in artifact.rows(Experience):
+    for prompt in artifact.rows(ExperienceRow):
         samplers.add(prompt.policy)
         tags = prompt.tags or ()
         yield Row(prompt.prompt_id, token_ids(prompt.prompt_ids), tuple(map(_response, prompt.samples)), tags)

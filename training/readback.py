@@ -16,7 +16,7 @@ from modeling.attention import use_packed_attention
 from modeling.modules import Trained
 from modeling.packing import Packing, pack
 from modeling.rows import Response, Row
-from training.engines.base import Engine, Outputs
+from training.engines.base import Outputs, TrainingEngine
 
 ROWS = 3
 TOKENS = 32
@@ -40,7 +40,7 @@ def probes(rows: list[Row]) -> list[Row]:
     ]
 
 
-def say(engine: Engine, rows: list[Row], packing: Packing) -> Outputs:
+def say(engine: TrainingEngine, rows: list[Row], packing: Packing) -> Outputs:
     """What the trained module says of them; every process calls it."""
     return {
         name: value.detach().float().cpu()

@@ -22,7 +22,7 @@ from training.calibration import judgements
 from training.config import RewardConfig
 from training.data import length_limit, pair_row, read_pairs, usable
 from training.engines.base import Outputs
-from training.fit import Task, fit
+from training.fit import TrainingTask, fit
 from training.loop import HeldOut, Learning, Part
 from training.models import classifier_changes
 
@@ -84,7 +84,7 @@ def run(config: RewardConfig, context: Context) -> Outcome:
     rows, judged = ([row for keep in kept for row in some.get(id(keep), ())] for some in (training, measured))
     if not rows:
         raise UserError(f"eval_fraction={config.eval_fraction} holds out all {len(kept)} pairs; lower it.")
-    task = Task(
+    task = TrainingTask(
         ledger=ledger,
         learning=Learning(rows, reward_loss),
         held_out=HeldOut(judged, both_scores, partial(judgements, orders=2 if pairwise else 1)) if judged else None,

@@ -16,7 +16,7 @@ from training.algorithm import Figures
 from training.config import SftConfig
 from training.data import length_limit, usable
 from training.engines.base import Outputs
-from training.fit import Task, fit
+from training.fit import TrainingTask, fit
 from training.loop import Learning, Part
 
 
@@ -39,7 +39,7 @@ def run(config: SftConfig, context: Context) -> Outcome:
         max_dropped=config.max_dropped,
         what=str(config.demonstrations),
     )
-    task = Task(
+    task = TrainingTask(
         ledger=ledger,
         learning=Learning(rows, sft_loss),
         load=lambda dtype: load_causal(config.model, dtype, master=True),

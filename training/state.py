@@ -26,7 +26,7 @@ from torch import Tensor
 from contracts.attempt import beat
 from contracts.errors import UserError
 from modeling.loading import Shapes
-from training.engines.base import Engine
+from training.engines.base import TrainingEngine
 
 WEIGHTS = "weights"
 LOG = "log"
@@ -41,7 +41,7 @@ Line = dict[str, float | int]
 class TrainingState:
     """The saved state of one training. Every process calls its methods at the same steps; rank 0 writes."""
 
-    def __init__(self, path: Path, engine: Engine, *, moments: tuple[str, ...], seconds: float) -> None:
+    def __init__(self, path: Path, engine: TrainingEngine, *, moments: tuple[str, ...], seconds: float) -> None:
         """Take what `engine` has prepared.
 
         Args:

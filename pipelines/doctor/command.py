@@ -30,7 +30,7 @@ from pipelines.doctor.checks import (
     most_processes,
     needs_loopback,
 )
-from pipelines.doctor.machine import Finding, check_file_system, check_limits, check_loopback
+from pipelines.doctor.machine import CheckResult, check_file_system, check_limits, check_loopback
 from pipelines.environments.paths import home
 from pipelines.insight.display import Screen
 from pipelines.run.plan import Plan, plan_run
@@ -70,14 +70,14 @@ def make_plan(source: str, overrides: list[str], iterations: int | None) -> Plan
         raise UserError(TOKEN.sub("(hidden)", str(error))) from None
 
 
-def examine(plan: Plan) -> list[Finding]:
+def examine(plan: Plan) -> list[CheckResult]:
     """The findings of all checks, in their order; the slow ones run side by side."""
-    here: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+    here: list[tuple[str, Callable[[], Iterator[CheckResult]]]] = [
         ("devices", lambda: check_devices(plan)),
         ("processors", lambda: check_processors(plan)),
         ("memory", lambda: check_memory(plan)),
     ]
-    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+    checks: list[tuple[str, Callable[[], Iterator[CheckResult]]]] = [
         ("configuration", lambda: check_configuration(plan)),
         ("environments", lambda: check_environments(plan)),
         ("cluster", lambda: check_cluster(plan)),
@@ -95,13 +95,13 @@ def examine(plan: Plan) -> list[Finding]:
         return [finding for findings in found for finding in findings]
 
 
-def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+def run_check(name: str, check: Callable[[], Iterator[CheckResult]]) -> list[CheckResult]:
     """What a check finds; what stops it is a finding as well."""
     findings, stopped = heard(check)
-    return findings if stopped is None else [*findings, Finding(name, "error", stopped)]
+    return findings if stopped is None else [*findings, CheckResult(name, "error", stopped)]
 
 
-def print_findings(console: Console, findings: list[Finding]) -> None:
+def print_findings(console: Console, findings: list[CheckResult]) -> None:
     """One line for each finding, one below it for its fix, and a last one for all of them."""
     colours = {"ok": "green", "warning": "yellow", "error": "bold red"}
     for finding in findings:

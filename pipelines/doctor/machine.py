@@ -27,7 +27,7 @@ SHARED_MEMORY = 512 << 20
 OPEN_FILES = 1024
 
 
-class Finding(msgspec.Struct, frozen=True):
+class CheckResult(msgspec.Struct, frozen=True):
     """What a check has found."""
 
     check: str
@@ -56,7 +56,7 @@ def mount_of(path: Path, mounts: str) -> tuple[str, list[str]]:
     return found
 
 
-def check_file_system(name: str, place: Path) -> Iterator[Finding]:
+def check_file_system(name: str, place: Path) -> Iterator[CheckResult]:
     """Whether what Ratchet publishes by is true of the disk of `place`: renames, flushes, locks.
 
     Works in a directory of its own there, which is always removed.
@@ -78,9 +78,9 @@ def check_file_system(name: str, place: Path) -> Iterator[Finding]:
             if trouble:
                 failed = True
                 fix = CONSEQUENCES.get(what) if level == "warning" else other
-                yield Finding(check, level, f"{name} ({directory}, {kind}): {what}: {trouble}", fix)
+                yield CheckResult(check, level, f"{name} ({directory}, {kind}): {what}: {trouble}", fix)
     if locks := [option for option in options if option in LOCAL_LOCKS]:
-        yield Finding(
+        yield CheckResult(
             check,
             "warning",
             f"{name} ({directory}, {kind}) is mounted with {locks[0]}: a lock holds on this machine only",
@@ -88,7 +88,7 @@ def check_file_system(name: str, place: Path) -> Iterator[Finding]:
         )
     elif not failed:
         text = f"{name} ({directory}) is {kind}{', a network file system' if network else ''}"
-        yield Finding(check, "ok", f"{text}: renames, flushes and locks work")
+        yield CheckResult(check, "ok", f"{text}: renames, flushes and locks work")
 
 
 def _directory_rename(scratch: Path) -> str:
@@ -168,7 +168,7 @@ CONSEQUENCES = {
 }
 
 
-def check_loopback(needed: str | None) -> Finding:
+def check_loopback(needed: str | None) -> CheckResult:
     """Whether processes can talk to each other on this machine; `needed`: what for, if it is needed."""
     try:
         with socket.socket() as server, socket.socket() as client:
@@ -180,24 +180,24 @@ def check_loopback(needed: str | None) -> Finding:
         found = f"no process can listen on 127.0.0.1 and be reached there: {error.strerror or error}"
         use = f"{needed} needs it" if needed else "no stage of this run needs it"
         fix = "Bring the loopback interface up (`ip link set lo up`), or leave the sandbox that forbids it."
-        return Finding("network", "error" if needed else "warning", f"{found}; {use}", fix)
-    return Finding("network", "ok", "processes can listen on 127.0.0.1 and be reached there")
+        return CheckResult("network", "error" if needed else "warning", f"{found}; {use}", fix)
+    return CheckResult("network", "ok", "processes can listen on 127.0.0.1 and be reached there")
 
 
-def check_limits(processes: int) -> Iterator[Finding]:
+def check_limits(processes: int) -> Iterator[CheckResult]:
     """Shared memory, where a stage has several processes, and open files."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     unlimited = files == resource.RLIM_INFINITY
     if files < OPEN_FILES and not unlimited:
         found = f"a process may open only {files} files"
-        yield Finding("limits", "warning", found, f"Run `ulimit -n {4 * OPEN_FILES}` before `pipeline run`.")
+        yield CheckResult("limits", "warning", found, f"Run `ulimit -n {4 * OPEN_FILES}` before `pipeline run`.")
     else:
-        yield Finding("limits", "ok", f"a process may open {'any number of' if unlimited else files} files")
+        yield CheckResult("limits", "ok", f"a process may open {'any number of' if unlimited else files} files")
     if processes > 1:
         free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
         found = f"{free >> 20} MiB of shared memory (/dev/shm) for stages of up to {processes} processes"
         if free < SHARED_MEMORY:
             fix = f"Have {SHARED_MEMORY >> 20} MiB or more; of a container with --shm-size=8g or --ipc=host."
-            yield Finding("limits", "warning", found, fix)
+            yield CheckResult("limits", "warning", found, fix)
         else:
-            yield Finding("limits", "ok", found)
+            yield CheckResult("limits", "ok", found)

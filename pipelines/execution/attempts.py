@@ -17,7 +17,7 @@ from contracts.stage import require_space
 from contracts.versions import source_version
 from pipelines.config.run import RunConfig
 from pipelines.environments.launch import launch_command
-from pipelines.execution.supervisor import DECISION, REQUEST, Request, process_identity
+from pipelines.execution.supervisor import DECISION, REQUEST, AttemptRequest, process_identity
 from pipelines.graph import Graph, Node
 from pipelines.planning.estimates import disk_bytes
 from pipelines.run.decisions import Decision
@@ -87,7 +87,7 @@ def write_request(node: Node, attempt: Path, run: Path, config: RunConfig, threa
         variables["CUDA_VISIBLE_DEVICES"] = visible
     else:
         unset = ["CUDA_VISIBLE_DEVICES"]
-    request = Request(
+    request = AttemptRequest(
         argv=argv,
         environment=variables,
         unset=unset,

@@ -46,7 +46,7 @@ REQUEST = "request.json"
 DECISION = "decision.json"
 
 
-class Request(msgspec.Struct, frozen=True):
+class AttemptRequest(msgspec.Struct, frozen=True):
     """What the driver asks a supervisor to do."""
 
     argv: list[str]
@@ -137,19 +137,19 @@ def supervise_here(attempt: str) -> int:
         return code
 
 
-def request_of(attempt: Path) -> Request:
+def request_of(attempt: Path) -> AttemptRequest:
     """What was asked for in an attempt.
 
     Raises:
         TransientError: nobody can read it any more; another attempt gets a request of its own.
     """
     try:
-        return msgspec.json.decode((attempt / REQUEST).read_bytes(), type=Request)
+        return msgspec.json.decode((attempt / REQUEST).read_bytes(), type=AttemptRequest)
     except (OSError, ValueError) as error:
         raise TransientError(f"{attempt / REQUEST} was deleted or damaged: {error}") from error
 
 
-def _start(request: Request, environment: Mapping[str, str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
+def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
     """Start the stage's command.
 
     Raises:

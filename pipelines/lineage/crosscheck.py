@@ -11,10 +11,10 @@ from typing import Any, Generic, TypeVar
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.jsonl import read_jsonl
-from contracts.records import EVALUATION, Experience, Pair, Rollout, Score
+from contracts.records import EVALUATION, ExperienceRow, Pair, Rollout, Score
 from pipelines.lineage.links import Index, is_superseded, links_of
 
-R = TypeVar("R", Pair, Experience)
+R = TypeVar("R", Pair, ExperienceRow)
 EVALUATED = "evaluation.json"
 METRICS = "metrics.jsonl"
 MEND = "Delete it: the next `pipeline run` writes it again."
@@ -134,14 +134,14 @@ class _Pairs(_Derived[Pair]):
                 yield f"{where} has other {side}_ids than sample {sample} of prompt {row.prompt_id}"
 
 
-class _Experience(_Derived[Experience]):
-    kind = Experience
+class _Experience(_Derived[ExperienceRow]):
+    kind = ExperienceRow
 
-    def name(self, row: Experience) -> str:
+    def name(self, row: ExperienceRow) -> str:
         """By its place, as it has no id of its own."""
         return "a row"
 
-    def differences(self, row: Experience, rollout: Rollout) -> Iterator[str]:
+    def differences(self, row: ExperienceRow, rollout: Rollout) -> Iterator[str]:
         """In the policy, the ids of prompt and answers, and the numbers of their tokens."""
         where = f"{self.path}: prompt {row.prompt_id}"
         if row.prompt_ids != rollout.prompt_ids:

@@ -18,7 +18,7 @@ from contracts.records import (
     ROLLOUTS,
     SCORES,
     Completion,
-    Experience,
+    ExperienceRow,
     Pair,
     Prompt,
     Rollout,
@@ -33,7 +33,7 @@ Unread = list[str]
 """Files that could not be searched, with the reason."""
 
 
-class Row(NamedTuple):
+class OriginRow(NamedTuple):
     """A record, and where it is."""
 
     artifact: Artifact
@@ -43,7 +43,9 @@ class Row(NamedTuple):
     record: Any
 
 
-def rows_with(artifact: Artifact, kind: type[R], text: str, unread: Unread, shard: str | None = None) -> Iterator[Row]:
+def rows_with(
+    artifact: Artifact, kind: type[R], text: str, unread: Unread, shard: str | None = None
+) -> Iterator[OriginRow]:
     """The rows that hold a string; only these are decoded. Files that cannot be read are added to `unread`."""
     needle = msgspec.json.encode(text)
     before = 0
@@ -55,7 +57,7 @@ def rows_with(artifact: Artifact, kind: type[R], text: str, unread: Unread, shar
             with open_stored(path) as lines:
                 for number, line in enumerate(lines, before + 1):
                     if needle in line:
-                        yield Row(artifact, file.path, number, msgspec.json.decode(line, type=kind))
+                        yield OriginRow(artifact, file.path, number, msgspec.json.decode(line, type=kind))
         except (OSError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
             unread.append(f"{path} ({error})")
         before += file.rows
@@ -73,7 +75,7 @@ def pair_origins(indexes: list[Index], pair_id: str, unread: Unread) -> dict[str
     return {"kind": "pair", "pair_id": pair_id, "found": found} if found else None
 
 
-def pair_origin(index: Index, row: Row, unread: Unread) -> dict[str, Any]:
+def pair_origin(index: Index, row: OriginRow, unread: Unread) -> dict[str, Any]:
     """Prompt, answers, scores, policy and use of one pair."""
     pair: Pair = row.record
     rollouts = index.input_of(row.artifact, "rollouts")
@@ -123,7 +125,7 @@ def reads(index: Index, link: Link, artifact: Artifact) -> bool:
     return found is not None and found.path == artifact.path
 
 
-def prompt_origin(index: Index, sampled: Row | None, pair: Pair, unread: Unread) -> dict[str, Any]:
+def prompt_origin(index: Index, sampled: OriginRow | None, pair: Pair, unread: Unread) -> dict[str, Any]:
     """A pair's prompt, and where it came from."""
     origin: dict[str, Any] = {"prompt_id": pair.prompt_id, "text": pair.prompt, "messages": None, "from": None}
     if sampled is None:
@@ -134,7 +136,7 @@ def prompt_origin(index: Index, sampled: Row | None, pair: Pair, unread: Unread)
     return {**origin, "from": imported_from(index, row) if row else None}
 
 
-def imported_from(index: Index, row: Row) -> dict[str, Any]:
+def imported_from(index: Index, row: OriginRow) -> dict[str, Any]:
     """Where a prompt was imported from."""
     sources = {link.name: link for link in links_of(row.artifact.manifest)}
     source = sources.get("source")
@@ -160,7 +162,7 @@ def sampling_of(completion: Completion | None) -> dict[str, Any]:
 
 
 def scores_of(
-    index: Index, sampled: Row, pairs: Artifact | None, unread: Unread
+    index: Index, sampled: OriginRow, pairs: Artifact | None, unread: Unread
 ) -> Iterator[tuple[str, dict[int, float]]]:
     """What each scorer says of the samples of a rollout, by sample.
 
@@ -214,14 +216,14 @@ def prompt_origins(indexes: list[Index], prompt_id: str, unread: Unread) -> dict
             }
             for row in rows_of(index, PAIRS, Pair, prompt_id, unread)
         ]
-        experience = [experience_of(index, row) for row in rows_of(index, EXPERIENCE, Experience, prompt_id, unread)]
+        experience = [experience_of(index, row) for row in rows_of(index, EXPERIENCE, ExperienceRow, prompt_id, unread)]
         if known or rollouts or pairs or experience:
             parts = {"prompts": known, "rollouts": rollouts, "pairs": pairs, "experience": experience}
             found.append({"run": str(index.path), **parts})
     return {"kind": "prompt", "prompt_id": prompt_id, "found": found} if found else None
 
 
-def rollout_origin(index: Index, row: Row, unread: Unread) -> dict[str, Any]:
+def rollout_origin(index: Index, row: OriginRow, unread: Unread) -> dict[str, Any]:
     """One rollout of a prompt: its policy, and its answers with their scores."""
     policy = index.input_of(row.artifact, "policy")
     scores = list(scores_of(index, row, None, unread))
@@ -243,7 +245,7 @@ def rollout_origin(index: Index, row: Row, unread: Unread) -> dict[str, Any]:
     }
 
 
-def experience_of(index: Index, row: Row) -> dict[str, Any]:
+def experience_of(index: Index, row: OriginRow) -> dict[str, Any]:
     """What was learned from the answers to a prompt, in means over their tokens; and by which checkpoints."""
     return {
         "experience": index.name_of(row.artifact),
@@ -277,7 +279,7 @@ def of_schema(index: Index, schema: Schema) -> list[Artifact]:
     return [artifact for artifact in index.by_currency() if artifact.manifest.schema == schema]
 
 
-def rows_of(index: Index, schema: Schema, kind: type[Any], prompt_id: str, unread: Unread) -> Iterator[Row]:
+def rows_of(index: Index, schema: Schema, kind: type[Any], prompt_id: str, unread: Unread) -> Iterator[OriginRow]:
     """All rows of a prompt."""
     for artifact in of_schema(index, schema):
         for row in rows_with(artifact, kind, prompt_id, unread):
@@ -285,7 +287,7 @@ def rows_of(index: Index, schema: Schema, kind: type[Any], prompt_id: str, unrea
                 yield row
 
 
-def find_row(artifact: Artifact | None, kind: type[Any], field: str, value: str, unread: Unread) -> Row | None:
+def find_row(artifact: Artifact | None, kind: type[Any], field: str, value: str, unread: Unread) -> OriginRow | None:
     """The first row that has a value."""
     rows = rows_with(artifact, kind, value, unread) if artifact else iter(())
     return next((row for row in rows if getattr(row.record, field) == value), None)

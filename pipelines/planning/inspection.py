@@ -19,10 +19,9 @@ from contracts.errors import TransientError, UserError
 from contracts.files import write_atomically
 from contracts.fingerprint import digest
 from contracts.nested import leaves
-from contracts.preflight import Conversation, Finding, Report, Request, StageRequest
+from contracts.preflight import Conversation, Finding, PreflightReport, PreflightRequest, StageRequest
 from contracts.records import Message
-from contracts.sampling import Request as SamplingRequest
-from contracts.sampling import Sample
+from contracts.sampling import SampledData, SamplingRequest
 from contracts.versions import source_version
 from pipelines.config.sections import EnvironmentsSection
 from pipelines.environments.launch import launch_command, probe_versions, stage_environment
@@ -38,7 +37,7 @@ def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
     """What every environment finds in the stages that it will run, each finding once."""
     needed = dict.fromkeys(["annotation", *(node.environment for node in graph.nodes.values() if node.stage.preflight)])
     usable = [name for name in needed if _is_usable(environments, name)]
-    sampled = _sample(graph, environments) if "annotation" in usable else Sample()
+    sampled = _sample(graph, environments) if "annotation" in usable else SampledData()
     conversations = (*sampled.conversations, *with_system_message(graph))
     findings = list(sampled.findings)
     asked = {name: stages for name in usable if (stages := requests_of(graph, name))}
@@ -179,7 +178,7 @@ def with_system_message(graph: Graph) -> Iterator[Conversation]:
             yield Conversation(f"{node.name} with its system message", "prompts", messages)
 
 
-def _sample(graph: Graph, environments: EnvironmentsSection) -> Sample:
+def _sample(graph: Graph, environments: EnvironmentsSection) -> SampledData:
     """Conversations of the user's own data, where it is on this machine."""
     requests: dict[str, StageRequest] = {}
     for node in graph.nodes.values():
@@ -188,7 +187,7 @@ def _sample(graph: Graph, environments: EnvironmentsSection) -> Sample:
             stage = request_of(node, graph)
             requests.setdefault(digest([stage.command, stage.config]), stage)
     if not requests:
-        return Sample()
+        return SampledData()
     request = SamplingRequest(tuple(requests.values()))
     answer = _answer(
         environments,
@@ -198,7 +197,7 @@ def _sample(graph: Graph, environments: EnvironmentsSection) -> Sample:
         ["contracts"],
         _files(request.stages),
     )
-    return msgspec.json.decode(answer, type=Sample)
+    return msgspec.json.decode(answer, type=SampledData)
 
 
 def _ask(
@@ -207,11 +206,11 @@ def _ask(
     stages: tuple[StageRequest, ...],
     conversations: tuple[Conversation, ...],
     sources: list[Path],
-) -> Report:
-    request = Request(stages, conversations)
+) -> PreflightReport:
+    request = PreflightRequest(stages, conversations)
     files, packages = [*_files(stages), *sources], sorted({stage.package for stage in stages})
     answer = _answer(environments, name, "contracts.preflight", msgspec.json.encode(request), packages, files)
-    return msgspec.json.decode(answer, type=Report)
+    return msgspec.json.decode(answer, type=PreflightReport)
 
 
 def _files(stages: Iterable[StageRequest]) -> list[Path]:

@@ -36,7 +36,7 @@ SCRATCH = re.compile(rf"({re.escape(RELEASED)}|.*{re.escape(COMPRESSED)})\.[^/]+
 
 
 @dataclass(frozen=True)
-class Step:
+class CollectionStep:
     """Something of a run that is deleted, compressed or kept, and why."""
 
     verb: Literal["delete", "release", "compress", "keep"]
@@ -91,7 +91,7 @@ def collect(
         _tell(console, f"{megabytes(freed)} are free.")
 
 
-def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> list[Step]:
+def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> list[CollectionStep]:
     """Everything that there is to say about a run; it changes nothing.
 
     Raises:
@@ -99,25 +99,29 @@ def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> l
     """
     graph = whole_graph(run)
     published = settled(graph)
-    steps = [Step("delete", path, reason, own_bytes(_files_in(path))) for path, reason in leftovers(run.path)]
+    steps = [CollectionStep("delete", path, reason, own_bytes(_files_in(path))) for path, reason in leftovers(run.path)]
     old = sorted(manifest.parent for manifest in (run.path / SUPERSEDED).rglob(MANIFEST))
     if superseded:
-        steps += [Step("delete", path, "published under another key", own_bytes(_files_in(path))) for path in old]
+        steps += [
+            CollectionStep("delete", path, "published under another key", own_bytes(_files_in(path))) for path in old
+        ]
     elif old:
         size = own_bytes(_files_in(run.path / SUPERSEDED))
-        steps.append(Step("keep", run.path / SUPERSEDED, f"{len(old)} artifacts; --superseded deletes them", size))
+        steps.append(
+            CollectionStep("keep", run.path / SUPERSEDED, f"{len(old)} artifacts; --superseded deletes them", size)
+        )
     for name, kept in why_kept(run.path, graph, published, section.keep).items():
         output = graph.nodes[name].output
         size = weight_bytes(Artifact.open(output))
         why = kept or f"its weights; nothing needs them, keep={section.keep}"
-        steps.append(Step("keep" if kept else "release", output, why, size))
+        steps.append(CollectionStep("keep" if kept else "release", output, why, size))
     for node, kept in compressible(graph, published) if section.compress else ():
         size = own_bytes(path for path, _ in plain_shards(Artifact.open(node.output)))
-        steps.append(Step("keep" if kept else "compress", node.output, kept or "its rows", size))
+        steps.append(CollectionStep("keep" if kept else "compress", node.output, kept or "its rows", size))
     return steps
 
 
-def perform(step: Step, run: RunDirectory) -> int:
+def perform(step: CollectionStep, run: RunDirectory) -> int:
     """Do one step; returns the bytes that are free now."""
     if step.verb == "release":
         return release(Artifact.open(step.path), step.reason)

@@ -24,7 +24,7 @@ from annotation.stages.score import SCORE
 from contracts.artifacts import Artifact
 from contracts.attempt import STALL
 from contracts.errors import UserError
-from contracts.preflight import Report
+from contracts.preflight import PreflightReport
 from contracts.records import Message, Rollout, Score
 from contracts.stage import run_stage
 from pipelines.execution.endings import progress_of
@@ -207,7 +207,7 @@ def test_what_a_function_prints_does_not_mix_with_the_answer_of_preflight(tmp_pa
     }
     command = [sys.executable, "-m", "contracts.preflight"]
     told = subprocess.run(command, cwd=ROOT, input=json.dumps(request), capture_output=True, text=True, check=True)
-    assert json.loads(told.stdout) == msgspec.to_builtins(Report())
+    assert json.loads(told.stdout) == msgspec.to_builtins(PreflightReport())
     assert {"one", "two"} <= {told.stderr[:3], told.stderr[3:6]}
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from contracts.records import Sampling
 from generation.config import GenerationConfig
-from generation.engine import Answer, EngineSettings, Request
+from generation.engine import Answer, EngineSettings, GenerationRequest
 from generation.run import open_engine
 from generation.vllm_engine import CPU_STEP
 from generation.vllm_server import VllmServer
@@ -26,7 +26,7 @@ from generation.vllm_server import VllmServer
 PROMPT = (1, 4, 9, 5)
 
 
-def sample(policy: Path, requests: list[Request], **values: Any) -> list[list[Answer]]:
+def sample(policy: Path, requests: list[GenerationRequest], **values: Any) -> list[list[Answer]]:
     config = GenerationConfig(policy=policy, prompts=policy, output=policy, engine="transformers", **values)
     settings = EngineSettings(stop_ids=(2,), max_length=64, dtype="float32", on_gpu=False, log=Path("unused"))
     return open_engine(config, settings).generate(requests, "batch")
@@ -40,7 +40,7 @@ def test_transformers_engine_samples_the_distribution(
 ) -> None:
     """4,000 first tokens against the probabilities they report: every one within five standard errors."""
     count = 4000
-    request = Request(PROMPT, count, 11, Sampling(temperature, top_p, top_k, 1))
+    request = GenerationRequest(PROMPT, count, 11, Sampling(temperature, top_p, top_k, 1))
     ((answers),) = sample(policy, [request], max_num_seqs=count)
     seen = Counter(answer.response_ids[0] for answer in answers)
     probability = {answer.response_ids[0]: math.exp(answer.logprobs[0]) for answer in answers}
@@ -52,7 +52,9 @@ def test_transformers_engine_samples_the_distribution(
 
 def test_transformers_engine_gives_a_sample_the_same_answer_in_any_batch(policy: Path) -> None:
     sampling = Sampling(1.0, 1.0, 0, 20)
-    requests = [Request((1, 4, *range(6, 6 + length), 5), 3, 100 * length, sampling) for length in (1, 30, 4, 11)]
+    requests = [
+        GenerationRequest((1, 4, *range(6, 6 + length), 5), 3, 100 * length, sampling) for length in (1, 30, 4, 11)
+    ]
     together = sample(policy, requests, max_num_seqs=64)
     assert {answer.finish_reason for group in together for answer in group} == {"stop", "length"}
     for size in (1, 5):

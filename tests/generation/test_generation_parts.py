@@ -20,7 +20,7 @@ from contracts.publication import Publication
 from contracts.records import ROLLOUTS, Message, Prompt, Sampling
 from contracts.stage import Context
 from generation.config import GenerationConfig
-from generation.engine import Answer, Request
+from generation.engine import Answer, GenerationRequest
 from generation.prompts import select_prompts
 from generation.rollouts import check_answer, cut, default_shard_size, requests_of, sample_shard
 from generation.run import _settings
@@ -114,7 +114,7 @@ class Recorder:
     """An engine that echoes the length of the prompt and remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.asked: list[Request] = []
+        self.asked: list[GenerationRequest] = []
 
     def generate(self, requests: Any, batch: str) -> list[list[Answer]]:
         self.asked = list(requests)
@@ -173,7 +173,7 @@ def test_inconsistent_answers_are_an_error(changes: dict[str, Any], words: str) 
 class Unreliable(Recorder):
     """An engine that fails for the prompts of one length."""
 
-    def generate(self, requests: Sequence[Request], batch: str) -> Sequence[list[Answer] | Fault]:
+    def generate(self, requests: Sequence[GenerationRequest], batch: str) -> Sequence[list[Answer] | Fault]:
         answers = super().generate(requests, batch)
         return [
             Fault(RuntimeError(f"no answer for {len(request.prompt_ids)} tokens"))

@@ -27,7 +27,7 @@ from contracts.records import (
     ROLLOUTS,
     SCORES,
     Completion,
-    Experience,
+    ExperienceRow,
     ExperienceSample,
     Message,
     Pair,
@@ -211,7 +211,7 @@ class HandmadeRun:
                     )
                 )  # fmt: skip
             rows.append(
-                Experience(rollout.prompt_id, rollout.prompt_ids, tuple(samples), rollout.policy, rollout.iteration)
+                ExperienceRow(rollout.prompt_id, rollout.prompt_ids, tuple(samples), rollout.policy, rollout.iteration)
             )
         weights = Artifact.open(rollouts).manifest.weights
         return publish(config, EXPERIENCE, {0: self.mutate(name, rows)}, {}, weights=weights)

@@ -13,7 +13,7 @@ from handmade import HandmadeRun, compress, publish
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.manifest import MANIFEST, with_checksum
-from contracts.records import EXPERIENCE, Experience, Pair, Rollout, Score
+from contracts.records import EXPERIENCE, ExperienceRow, Pair, Rollout, Score
 from pipelines.lineage.trace import trace
 from pipelines.lineage.verify import verify
 from pipelines.main import main
@@ -199,7 +199,7 @@ def test_a_policy_trained_on_samples_goes_back_to_its_critics_and_prompts(
     assert entry(found, "iteration-002/values", "model")["artifact"] == "iteration-001/critic"
     text = output(capsys, "iteration-002/training", "--run", run.path)
     assert "settings: seed 11, algorithm ppo, clip 0.1" in text
-    prompt = next(iter(Artifact.open(run.path / "iteration-002/experience").rows(Experience)))
+    prompt = next(iter(Artifact.open(run.path / "iteration-002/experience").rows(ExperienceRow)))
     (told,) = trace(prompt.prompt_id, run.path)["found"]
     second = told["experience"][1]
     assert second["experience"] == "iteration-002/experience"

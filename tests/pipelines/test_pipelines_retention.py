@@ -39,7 +39,7 @@ from embedded.config import WORLD_FILES
 from pipelines.config.load import load_run_config
 from pipelines.execution.driver import Driver
 from pipelines.execution.executors.base import Executor, Site
-from pipelines.execution.supervisor import REQUEST, Request
+from pipelines.execution.supervisor import REQUEST, AttemptRequest
 from pipelines.graph import Graph, Node
 from pipelines.insight.display import Display
 from pipelines.insight.status import print_status
@@ -79,7 +79,7 @@ class Stages(Executor):
 
     def submit(self, node: Node, attempt: Path) -> "Stages":  # type: ignore[override]
         self.started.append(node.name)
-        (attempt / REQUEST).write_bytes(msgspec.json.encode(Request([], {}, [], "", "", None)))
+        (attempt / REQUEST).write_bytes(msgspec.json.encode(AttemptRequest([], {}, [], "", "", None)))
         make(node, self.salt)
         self.after()
         return self

@@ -7,7 +7,7 @@ import pytest
 from pipelines_smallest import FinishedRun, pipeline
 
 from contracts.artifacts import Artifact
-from contracts.records import EXPERIENCE, ROLLOUTS, SCORES, Experience, Rollout, Score
+from contracts.records import EXPERIENCE, ROLLOUTS, SCORES, ExperienceRow, Rollout, Score
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -46,7 +46,7 @@ def test_every_number_is_that_of_its_token(ppo: Path) -> None:
         for name in ("reward", "reference", "values")
     }
     count = 0
-    for row in Artifact.open(here / "experience", EXPERIENCE).rows(Experience):
+    for row in Artifact.open(here / "experience", EXPERIENCE).rows(ExperienceRow):
         rollout = rollouts[row.prompt_id]
         assert row.prompt_ids == rollout.prompt_ids
         for sample in row.samples:

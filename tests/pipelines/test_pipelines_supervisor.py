@@ -12,14 +12,14 @@ import msgspec
 import pytest
 
 from pipelines.execution.endings import Ending, ending_of, failure_of
-from pipelines.execution.supervisor import Request, process_identity, supervise
+from pipelines.execution.supervisor import AttemptRequest, process_identity, supervise
 
 SLEEPERS = "sleep 600 & sleep 600 & echo started; wait"
 """A shell with two children of its own, as a launcher with its ranks."""
 
 
 def attempt_of(folder: Path, script: str, driver: tuple[int, str] | None = None) -> Path:
-    request = Request(["bash", "-c", script], {"COLOUR": "red"}, ["HIDDEN"], str(folder), str(folder), driver)
+    request = AttemptRequest(["bash", "-c", script], {"COLOUR": "red"}, ["HIDDEN"], str(folder), str(folder), driver)
     (folder / "request.json").write_bytes(msgspec.json.encode(request))
     return folder
 

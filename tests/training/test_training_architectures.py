@@ -21,7 +21,7 @@ from contracts.fingerprint import PROCESSOR_FILES
 from contracts.models import ModelInfo
 from contracts.records import Sampling
 from generation import transformers_engine
-from generation.engine import Request
+from generation.engine import GenerationRequest
 from modeling.attention import use_packed_attention
 from modeling.loading import load_causal, make_independent, read_config
 from modeling.modules import TokenLogprobs
@@ -112,7 +112,7 @@ def sampled(model: Any, batch: list[Row]) -> Tensor:
     engine.__dict__ |= {
         "_model": model, "_device": "cpu", "_stop_ids": torch.tensor([-1]), "_processed": False, "_batch_size": 64,
     }  # fmt: skip
-    requests = [Request(tuple(prompt), 1, 0, Sampling(1.0, 1.0, 0, len(answer))) for prompt, answer in pairs]
+    requests = [GenerationRequest(tuple(prompt), 1, 0, Sampling(1.0, 1.0, 0, len(answer))) for prompt, answer in pairs]
     with mock.patch.object(transformers_engine, "_Sampler", Fated):
         return torch.tensor([value for (answer,) in engine.generate(requests, "batch") for value in answer.logprobs])
 

@@ -21,7 +21,7 @@ from contracts.records import (
     ROLLOUTS,
     SCORES,
     Completion,
-    Experience,
+    ExperienceRow,
     ExperienceSample,
     Message,
     Rollout,
@@ -148,7 +148,7 @@ def world(tmp_path: Path) -> World:
 
 
 def samples_of(artifact: Artifact) -> dict[tuple[str, int], ExperienceSample]:
-    return {(row.prompt_id, sample.sample): sample for row in artifact.rows(Experience) for sample in row.samples}
+    return {(row.prompt_id, sample.sample): sample for row in artifact.rows(ExperienceRow) for sample in row.samples}
 
 
 def drop(name: str, *keys: tuple[int, int]) -> Callable[[str, list[Any]], list[Any]]:
@@ -164,7 +164,7 @@ def test_every_number_belongs_to_its_token(world: World) -> None:
     found = samples_of(made)
     rewards, reference, values = (world.numbers(name) for name in ("rewards", "reference", "values"))
     lengths = set()
-    for row in made.rows(Experience):
+    for row in made.rows(ExperienceRow):
         (rollout,) = (rollout for rollout in world.rows if rollout.prompt_id == row.prompt_id)
         assert (row.prompt_ids, row.policy, row.iteration) == (rollout.prompt_ids, "policy", 3)
     for rollout in world.rows:
@@ -534,7 +534,7 @@ def test_rewards_of_tokens_tags_and_truncation_reach_an_algorithm(world: World) 
     made = {key: tuple(chance.uniform(-1, 1) for _ in each.response_ids) for key, each in completions.items()}
     world.build(change)
     found = world.run(str(algorithm))
-    tags = {row.prompt_id: row.tags for row in found.rows(Experience)}
+    tags = {row.prompt_id: row.tags for row in found.rows(ExperienceRow)}
     assert set(tags.values()) == {("math",), msgspec.UNSET}
     for key, sample in samples_of(found).items():
         marked = (tags[key[0]] == ("math",)) + 2 * (completions[key].finish_reason == "length")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from contracts.artifacts import Artifact, model_fingerprint
 from contracts.errors import UserError
 from contracts.models import VALUE_HEAD
-from contracts.records import EXPERIENCE, Experience, ExperienceSample
+from contracts.records import EXPERIENCE, ExperienceRow, ExperienceSample
 from training.config import PolicyConfig
 from training.policy import sample_rows
 
@@ -46,7 +46,7 @@ def make_experience(
             reference = tuple(value - 0.1 for value in own)
             samples.append(ExperienceSample(sample, ids, "stop", 1.0, behaviour, reference=reference, **columns))
         fingerprint = policy or model_fingerprint(model)
-        rows.append(Experience(f"prompt-{number}", prompt, tuple(samples), fingerprint, 1))
+        rows.append(ExperienceRow(f"prompt-{number}", prompt, tuple(samples), fingerprint, 1))
     publish(target, EXPERIENCE, rows)
     return target
 

@@ -15,7 +15,7 @@ from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
 from contracts.models import MASTER
-from contracts.preflight import Request, StageRequest, examine
+from contracts.preflight import PreflightRequest, StageRequest, examine
 from modeling.loading import load_causal
 from modeling.master import Start, has_rest, join, split
 
@@ -92,7 +92,7 @@ def test_what_is_missing_to_fp32_belongs_to_its_weights(
     with pytest.raises(UserError, match="files of two checkpoints are mixed"):
         run_here("policy", **settings)
     asked = StageRequest("training", "training", "policy", json.loads(json.dumps(settings, default=str)), ())
-    findings = examine(Request((asked,))).findings
+    findings = examine(PreflightRequest((asked,))).findings
     (found,) = [each for each in findings if each.level == "error"]
     assert "files of two checkpoints are mixed" in found.found
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import dpo_settings, run_here
 
 from contracts.errors import UserError
-from contracts.preflight import Conversation, Finding, Request, StageRequest, examine
+from contracts.preflight import Conversation, Finding, PreflightRequest, StageRequest, examine
 from contracts.records import Message
 
 QUESTION, ANSWER = Message("user", "review the film"), Message("assistant", "the film was good .")
@@ -17,7 +17,9 @@ QUESTION, ANSWER = Message("user", "review the film"), Message("assistant", "the
 
 def findings(command: str, made: tuple[str, ...] = (), conversations: Any = (), **config: Any) -> list[Finding]:
     plain = json.loads(json.dumps(config, default=str))
-    request = Request((StageRequest("iteration-001/training", "training", command, plain, made),), tuple(conversations))
+    request = PreflightRequest(
+        (StageRequest("iteration-001/training", "training", command, plain, made),), tuple(conversations)
+    )
     return examine(request).findings
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
-from contracts.preflight import Request, StageRequest, examine
+from contracts.preflight import PreflightRequest, StageRequest, examine
 from modeling.loading import check_weights, load_causal, load_classifier, load_reward
 
 PROJECTION = "model.layers.1.mlp.down_proj.weight"
@@ -207,7 +207,7 @@ def test_preflight_says_the_same(
         broken(float("nan"))(model)
     settings = dpo_settings(models, pairs, tmp_path / "out", **{**changes, "model": model})
     asked = StageRequest("training", "training", "policy", json.loads(json.dumps(settings, default=str)), ())
-    found = examine(Request((asked,))).findings
+    found = examine(PreflightRequest((asked,))).findings
     assert re.search(words, "\n".join(finding.found for finding in found))
 
 

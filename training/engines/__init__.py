@@ -3,10 +3,10 @@
 import torch
 
 from training.config import TrainingConfig
-from training.engines.base import Engine
+from training.engines.base import TrainingEngine
 
 
-def start(config: TrainingConfig, dtype: torch.dtype) -> Engine:
+def start(config: TrainingConfig, dtype: torch.dtype) -> TrainingEngine:
     """Join the other processes, in the parallel layout that was asked for and no other."""
     if config.parallel.is_native:
         from training.engines.native import NativeEngine

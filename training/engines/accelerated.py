@@ -16,10 +16,10 @@ from modeling.loading import Shapes
 from modeling.packing import Packed
 from training.config import TrainingConfig
 from training.engines import zero
-from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Share, add_shares, nodes
+from training.engines.base import COLLECTIVE_DEADLINE, Outputs, Share, TrainingEngine, add_shares, nodes
 
 
-class AcceleratedEngine(Engine):
+class AcceleratedEngine(TrainingEngine):
     """Every process has the whole model, or under ZeRO its part, and computes micro-batches of its own."""
 
     def __init__(self, config: TrainingConfig, dtype: torch.dtype) -> None:

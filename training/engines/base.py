@@ -24,7 +24,7 @@ Share = Callable[[Outputs, int], Figures]
 """`share(outputs, number)`: this micro-batch's share in each figure of the step, `loss` among them."""
 
 
-class Engine(ABC):
+class TrainingEngine(ABC):
     """A model, its optimizer, and the processes that they are spread over.
 
     A batch is divided over `replicas` groups of processes; the processes of one group (tensor, pipeline and sequence

@@ -31,7 +31,7 @@ from contracts.attempt import beat
 from contracts.errors import UserError
 from modeling.loading import Shapes
 from modeling.packing import Packed
-from training.engines.base import COLLECTIVE_DEADLINE, Engine, Outputs, Share, add_shares, nodes
+from training.engines.base import COLLECTIVE_DEADLINE, Outputs, Share, TrainingEngine, add_shares, nodes
 from training.engines.division import COLUMNS, OF_ONE_HEAD, ROWS, DividedParameter, all_gather, divisions, local
 from training.engines.pipeline import Passed, Received, StageModule
 from training.engines.sequence import NAME as SPREAD
@@ -42,7 +42,7 @@ WAVE = 4
 """Micro-batches, for each stage, that go through the pipeline at once without gradients: all have buffers."""
 
 
-class NativeEngine(Engine):
+class NativeEngine(TrainingEngine):
     """A model over dp x tp x pp processes."""
 
     def __init__(self, parallel: ParallelConfig, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from modeling.attention import attend
-from modeling.packing import Packed, Plan
+from modeling.packing import Packed, PackingPlan
 
 NAME = "packed_sequence_parallel"
 
@@ -90,7 +90,7 @@ def attend_spread(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: Plan,
+    plan: PackingPlan,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """As `attend`, for tensors of this process's C tokens, [1, heads, C, head size]."""

@@ -91,7 +91,7 @@ class Observation(Protocol):
         ...
 
 
-class Task(Protocol):
+class JobTask(Protocol):
     """What a job does on its nodes, where that is more than to supervise an attempt."""
 
     module: ClassVar[str]
@@ -102,7 +102,7 @@ class Task(Protocol):
 class Entry:
     """What lies above the executors and is handed down to them: see pipelines/job.py."""
 
-    perform: Callable[[Task], None]
+    perform: Callable[[JobTask], None]
     """The function that a job runs."""
     listeners: "Callable[[RunDirectory, Graph], list[Listen]]"
     """Makes those who are told what a job records."""

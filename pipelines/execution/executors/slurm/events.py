@@ -49,13 +49,13 @@ def outcome_of(stage: str, attempt: Path, tasks: dict[str, int], *, published: b
     return _note(stage, attempt, records)
 
 
-def _note(stage: str, attempt: Path, records: list[scheduler.Record]) -> list[JobEnded]:
+def _note(stage: str, attempt: Path, records: list[scheduler.JobRecord]) -> list[JobEnded]:
     rows = [{name: getattr(record, name) for name in record.__struct_fields__} for record in records]
     write_atomically(attempt / ACCOUNTING, json.dumps(rows, indent=1).encode())
     return _events(stage, records)
 
 
-def _events(stage: str, records: list[scheduler.Record]) -> list[JobEnded]:
+def _events(stage: str, records: list[scheduler.JobRecord]) -> list[JobEnded]:
     return [
         JobEnded(
             stage=stage,
@@ -77,7 +77,7 @@ def _timestamp(end: str) -> float | None:
         return None
 
 
-def _in_words(record: scheduler.Record) -> str:
+def _in_words(record: scheduler.JobRecord) -> str:
     what = WORDS[record.word]
     by = record.state.partition(" ")[2]
     code = f", exit code {record.code.partition(':')[0]}" if what == "failed" else ""

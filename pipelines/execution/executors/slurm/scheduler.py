@@ -62,7 +62,7 @@ class Queued(msgspec.Struct, frozen=True):
     nodes: str
 
 
-class Record(msgspec.Struct, frozen=True):
+class JobRecord(msgspec.Struct, frozen=True):
     """One start of a job or of a task of an array, as accounting knows it; one that was requeued has several."""
 
     id: str
@@ -108,20 +108,20 @@ def live_ids(run: Path) -> set[str]:
     return {job.base for job in queue(run)}
 
 
-def history(ids: list[str], patience: float) -> list[Record]:
+def history(ids: list[str], patience: float) -> list[JobRecord]:
     """What accounting knows of jobs, each of their starts, in order of time. It lags behind by a second or so."""
     if not ids:
         return []
     fields = "JobID,State,ExitCode,NodeList,Start,End,JobName"
     text = call("sacct", "--duplicates", "--allocations", "--parsable2", "--noheader", f"--format={fields}", "--jobs",
                 ",".join(ids), "--starttime=now-365days", patience=patience)  # fmt: skip
-    found = [Record(*line.split("|", 6)) for line in text.splitlines()]
+    found = [JobRecord(*line.split("|", 6)) for line in text.splitlines()]
     return sorted(found, key=lambda record: (record.start in ("None", "Unknown"), record.start))
 
 
 def settled_history(
     tasks: dict[str, int], seconds: float = SETTLING_SECONDS, patience: float = PATIENCE
-) -> list[Record]:
+) -> list[JobRecord]:
     """`history` of jobs that have ended, as soon as accounting knows that they have, or after some time without.
 
     Args:
