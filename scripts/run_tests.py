@@ -184,13 +184,16 @@ def run_all(checks: list[Check], lanes: int) -> None:
 
 
 def store_durations(checks: list[Check]) -> None:
-    """Write how long each test function took in all its variants, by file; the short ones of a file as one sum."""
+    """Write how long each test function took, its variants of a tier together; the short ones of a file as one sum."""
     found: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for check in checks:
         for case in check.cases():
-            file, _, _ = case.get("classname", "").partition(".TestCase")
-            path = "/".join(file.split(".")) + ".py"
-            found[path][case.get("name", "").partition("[")[0]] += float(case.get("time", 0))
+            parts = [*case.get("classname", "").split("."), case.get("name", "")]
+            length = next(count for count in range(len(parts), 0, -1) if file_of(parts[:count]).exists())
+            path = file_of(parts[:length]).relative_to(ROOT).as_posix()
+            tier = next((entry.get("value") for entry in case.iter("property") if entry.get("name") == "tier"), None)
+            name = parts[length].partition("[")[0] + (f" ({tier})" if tier else "")
+            found[path][name] += float(case.get("time", 0))
     stored = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
     for path, tests in found.items():
         long = {name: round(seconds, 1) for name, seconds in tests.items() if seconds >= SHORTEST}
@@ -198,6 +201,11 @@ def store_durations(checks: list[Check]) -> None:
         stored[path] = {**dict(sorted(long.items(), key=lambda item: -item[1])), "others": others}
     stored = {path: tests for path, tests in sorted(stored.items()) if (ROOT / path).exists()}
     DURATIONS.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def file_of(parts: list[str]) -> Path:
+    """Where a module would be."""
+    return ROOT.joinpath(*parts).with_suffix(".py")
 
 
 def summary(checks: list[Check]) -> int:

@@ -13,10 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parents[1]
 DURATIONS = ROOT / "tests" / "durations.json"
-TIERS = {"slow", "cluster", "chaos"}
+TIERS = ("slow", "cluster", "chaos")
 COSTLY = {"cluster": "cluster"} | dict.fromkeys(("finished_run", "world", "processed", "raw", "together"), "slow")
 """The tier of whoever asks for these fixtures."""
-QUICK_SECONDS = 10.0
+QUICK_SECONDS = 20.0
 """What the variants of a test of the fast loop may take together."""
 
 
@@ -27,15 +27,22 @@ def root() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests that ask for a costly fixture in its tier, and refuse slow ones that are in none."""
+    """Put the tests that ask for a costly fixture in its tier, and refuse slow ones that are in none.
+
+    The tier goes into pytest's report, so that durations are stored by it.
+    """
     stored = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
     wrong = set()
     for item in items:
         for fixture in COSTLY.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(COSTLY[fixture])
+        marks = {mark.name for mark in item.iter_markers()}
+        tier = next((tier for tier in TIERS if tier in marks), "")
+        item.user_properties.append(("tier", tier))
         file, _, name = item.nodeid.partition("::")
-        seconds = stored.get(file, {}).get(name.partition("[")[0], 0.0)
-        if seconds > QUICK_SECONDS and not TIERS & {mark.name for mark in item.iter_markers()}:
-            wrong.add(f"{file}::{name.partition('[')[0]} takes {seconds:.0f} s, by tests/durations.json")
+        function = name.partition("::")[0].partition("[")[0]
+        seconds = stored.get(file, {}).get(function, 0.0)
+        if not tier and seconds > QUICK_SECONDS:
+            wrong.add(f"{file}::{function} takes {seconds:.0f} s, by tests/durations.json")
     if wrong:
         raise pytest.UsageError("\n".join([*sorted(wrong), "Make these quicker, or mark them slow, cluster or chaos."]))

@@ -61,6 +61,7 @@ def test_a_model_whose_weights_or_scores_are_no_numbers(tmp_path, rollouts, mode
     assert any(rollout.prompt_id in message for rollout in rollouts.rows(Rollout))
 
 
+@pytest.mark.slow
 def test_rules_that_fail(tmp_path, rollouts):
     rule = tmp_path / "rule.py"
     rule.write_text(

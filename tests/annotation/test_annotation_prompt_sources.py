@@ -152,6 +152,7 @@ def test_tool_calls_of_a_table_lose_the_keys_of_other_rows(tmp_path: Path) -> No
     assert first.messages[0] == Message("user", "weather")
 
 
+@pytest.mark.slow
 def test_a_configuration_of_a_data_set(tmp_path: Path) -> None:
     for config in ("main", "socratic"):
         (tmp_path / "hub" / config).mkdir(parents=True)

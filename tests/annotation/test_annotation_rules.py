@@ -319,6 +319,7 @@ def judge(response, **others):
     assert len(judged) == 4
 
 
+@pytest.mark.slow
 def test_a_judgement_is_not_paid_for_twice(tmp_path: Path) -> None:
     """The stage is killed, a line of what it had written down is torn, it fails by the user's mistake, and goes on."""
     rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(5, 4), shard=99)

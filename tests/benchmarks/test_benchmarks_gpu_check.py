@@ -33,6 +33,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_the_self_test_passes_with_torch_transformers_and_accelerate_alone(tmp_path):
     command = [sys.executable, "-c", MINIMAL, "--self-test", "--name", "here", "--results", str(tmp_path)]
     process = subprocess.run(

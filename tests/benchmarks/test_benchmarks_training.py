@@ -15,6 +15,7 @@ from benchmarks.side import Child, Side
 TINY = workload.Shape(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, vocabulary=512)
 
 
+@pytest.mark.slow
 def test_both_sides_of_dpo_compute_the_same_loss(capsys):
     options = "--layers 1 --pairs 2 --answer 8 --short-prompt 4 --repetitions 1".split()
     code = training.main(["dpo_vs_trl_short_prompt", *options, "--python", sys.executable])
@@ -68,6 +69,7 @@ def test_what_is_excluded_counts_nowhere():
     assert side._start > start
 
 
+@pytest.mark.slow
 def test_the_words_of_a_side_that_fails_are_told(tmp_path):
     path = tmp_path / "workload.json"
     path.write_text("{}")

@@ -27,6 +27,7 @@ def conversations(world: Path, name: str) -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in (world / f"{name}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(world: Path, tmp_path: Path) -> None:
     for name, seed in (("again", 0), ("other", 1)):
         result = make_world(tmp_path / name, f"seed={seed}")

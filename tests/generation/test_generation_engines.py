@@ -80,6 +80,7 @@ def test_guard_ends_everything_when_its_parent_is_killed(tmp_path: Path) -> None
     _wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in started), 20)
 
 
+@pytest.mark.slow
 def test_killed_stage_takes_its_server_along(
     changed_policy: Callable[..., Path], prompts: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_killed_stage_takes_its_server_along(
     _wait_for(lambda: processes_naming(policy) == [], 20)
 
 
+@pytest.mark.slow
 def test_server_that_dies_while_starting_shows_its_log(changed_policy: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("vllm", exc_type=ImportError)
     policy = changed_policy(config={"architectures": ["UnheardOfForCausalLM"], "model_type": "unheard_of"})
@@ -106,6 +108,7 @@ def test_server_that_dies_while_starting_shows_its_log(changed_policy: Callable[
     assert processes_naming(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_tied_weights_are_stored_once(engine: str, policy: Path, prompts: Path, tmp_path: Path) -> None:
     """Both engines tie the LM head to the embedding where a checkpoint has none, as training publishes it."""
     import torch

@@ -176,6 +176,7 @@ def test_a_config_file_that_is_none(run: Path, capsys: pytest.CaptureFixture[str
     assert message in refused(capsys, "run", "bad.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize(
     ("file", "command"),
@@ -201,6 +202,7 @@ def test_a_damaged_file_of_a_run_is_named(
     assert contents(run.parent) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["directory", "dangling link", "pipe"])
 @pytest.mark.parametrize(
     "name", ["run.json", "lock", "events.jsonl", "metrics.jsonl", "config.resolved.yaml", "pinned"]

@@ -181,6 +181,7 @@ def bare_tools(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(("ci", "outcome"), [("", "1 skipped"), ("true", "1 error")])
 def test_tests_that_need_a_cluster_are_loudly_skipped_and_fail_in_ci(tmp_path: Path, ci: str, outcome: str) -> None:
     environment = {**os.environ, "PATH": str(bare_tools(tmp_path)), "CI": ci}

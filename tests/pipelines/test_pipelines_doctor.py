@@ -25,6 +25,9 @@ from pipelines.main import main
 Found = list[dict[str, Any]]
 
 
+pytestmark = pytest.mark.slow
+
+
 def doctor(*arguments: object, shell: str | None = None, **variables: str) -> Found:
     """The findings of the real command in a process of its own; `shell`: the command that starts it, in "$@"."""
     command = [sys.executable, "-m", "pipelines", "doctor", *map(str, arguments), "--json"]

@@ -101,6 +101,7 @@ def test_how_many_processes_were_asked_for(
     assert asked_of_accelerate(command.split()) == count
 
 
+@pytest.mark.slow
 def test_a_launcher_that_starts_one_process_of_two_is_an_error(
     models: dict[str, Path], demonstrations: Path, tmp_path: Path
 ) -> None:

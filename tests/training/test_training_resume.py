@@ -137,6 +137,7 @@ def flip(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut, garble, empty, flip])
 def test_a_damaged_state_is_reported_and_not_used(
     damage: Callable[[bytes], bytes],

@@ -168,6 +168,7 @@ def comparer(judge: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_pairwise_model_learns_in_both_orders(comparer: Any) -> None:
     facts = comparer.manifest.facts
     final = facts["final"]

@@ -235,6 +235,7 @@ def test_mistakes_end_with_one_message_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_failing_rank_leaves_its_failure_for_the_supervisor(
     models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
 ) -> None:

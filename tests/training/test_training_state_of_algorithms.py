@@ -47,6 +47,7 @@ def algorithm(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mine", "beta_dpo", "ld_dpo", "sampo"])
 def test_a_stop_and_another_layout_change_nothing(
     name: str, algorithm: str, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
