@@ -310,12 +310,12 @@ class Recipe:
         return {**fields, "date": self.run.date} if self.graph.known(("date", start, repr(variables)), find) else fields
 
     def locate(self, reference: str | Path) -> Path:
-        """A path in the config as a real one: world:NAME is a file of the embedded world, ratchet:NAME one that comes
+        """A path in the config as a real one: world:NAME is a file of the toy task, ratchet:NAME one that comes
         with Ratchet, and relative paths are the user's."""
         text = str(reference)
         if text.startswith("world:"):
             if text.removeprefix("world:") not in WORLD_FILES:
-                raise UserError(f"{text} does not exist; the embedded world has {', '.join(WORLD_FILES)}.")
+                raise UserError(f"{text} does not exist; the toy task has {', '.join(WORLD_FILES)}.")
             return self.graph.directory / "setup/world" / text.removeprefix("world:")
         if text.startswith("ratchet:"):
             return packaged(text.removeprefix("ratchet:"))

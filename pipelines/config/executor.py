@@ -219,8 +219,8 @@ class ExecutorSection(Section):
     """Stages without mutual dependency that may run at once; by default 1 with GPUs, else one per two cores, at
     least 2; on Slurm all that are ready."""
     retries: int = runtime(3, ge=0)
-    """How often a stage is tried again after an accident (a killed process, a lost connection, a stall). A preempted
-    stage is started again without limit, a mistake of the user's or a defect ends the run at once."""
+    """How often a stage is tried again after a transient failure (a killed process, a lost connection, a stall). A
+    preempted stage is started again without limit, a mistake of the user's or a defect ends the run at once."""
     backoff_seconds: float = runtime(10.0, ge=0)
     """Pause before the first new try; it doubles with each further one, up to ten minutes, and varies by half."""
     stall_seconds: float = runtime(3600.0, gt=0)

@@ -72,7 +72,7 @@ class RunConfig(Section):
     evaluation: GenerationSettings = identity({})
     """How held-out answers are sampled; keys that are not set are those of the section `generation`."""
     world: WorldSettings | None = identity(None)
-    """Make the embedded world (data and an untrained model) first; refer to its files as world:NAME."""
+    """Make the toy task (data and an untrained model) first; refer to its files as world:NAME."""
     sft: SftSettings | None = identity(None)
     """Fine-tune `policy` on demonstrations first; the result is the initial policy."""
     reward_model: RewardModelSection | None = identity(None)

@@ -39,7 +39,7 @@ class Retries:
     def __init__(self, limit: int, backoff: float) -> None:
         self.limit = limit
         self.backoff = backoff
-        self._accidents: Counter[str] = Counter()
+        self._transient: Counter[str] = Counter()
         self._preemptions: Counter[str] = Counter()
         self._until: dict[str, float] = {}
 
@@ -55,8 +55,8 @@ class Retries:
         """
         if kind == "stopped":
             counted = self._preemptions
-        elif kind == "transient" and self._accidents[stage] < self.limit:
-            counted = self._accidents
+        elif kind == "transient" and self._transient[stage] < self.limit:
+            counted = self._transient
         else:
             return None
         counted[stage] += 1

@@ -87,8 +87,8 @@ def _how(code: int, stalled: float | None) -> tuple[str, FailureKind]:
 def failure_of(attempt: Path) -> dict[str, Any] | None:
     """The failure that a process of the attempt left and that explains the others.
 
-    A mistake of the user's, or an accident of the machine, is the cause where there is one: what the other processes
-    say follows from it. Among several of a kind the first counts.
+    A mistake of the user's, or a transient failure of the machine, is the cause where there is one: what the other
+    processes say follows from it. Among several of a kind the first counts.
     """
     tasks = [part for part in parts_of(attempt) if part.name != PUBLISHER]
     found, later = _first_failure(tasks), _first_failure([attempt / PUBLISHER])

@@ -31,7 +31,7 @@ def check_patterns(graph: Graph, executor: ExecutorSection) -> None:
                 )
 
 
-def settle_variant(executor: ExecutorSection) -> None:
+def choose_variant(executor: ExecutorSection) -> None:
     """Decide between the cpu and the gpu environments by what is asked of Slurm, not by the GPUs of this machine.
 
     Sets RATCHET_VARIANT, which the jobs inherit, where the user has not, and as far as all heavy stages run on Slurm.

@@ -103,5 +103,5 @@ def reads_what_is_there(node: Node, graph: Graph, manifest: Manifest) -> bool:
     """Whether a published stage was made from what the stages before it have published now."""
     known = {digest for value in manifest.inputs.values() for digest in (value if isinstance(value, list) else [value])}
     outputs = {graph.nodes[name].output for name in node.needs}
-    read = outputs.intersection(node.config.input_paths())  # not the single files of the embedded world
+    read = outputs.intersection(node.config.input_paths())  # not the single files of the toy task
     return all((path / MANIFEST).is_file() and Artifact.open(path).manifest.digest in known for path in read)

@@ -98,7 +98,7 @@ def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> l
         UserError: a manifest, or what another run reads, cannot be read.
     """
     graph = whole_graph(run)
-    published = settled(graph)
+    published = up_to_date(graph)
     steps = [CollectionStep("delete", path, reason, own_bytes(_files_in(path))) for path, reason in leftovers(run.path)]
     old = sorted(manifest.parent for manifest in (run.path / SUPERSEDED).rglob(MANIFEST))
     if superseded:
@@ -144,7 +144,7 @@ def whole_graph(run: RunDirectory) -> Graph:
     return build_graph(run.config, count)
 
 
-def settled(graph: Graph) -> set[str]:
+def up_to_date(graph: Graph) -> set[str]:
     """The stages that are published, and were made from what the stages before them have published now."""
     found: set[str] = set()
     for node in graph.nodes.values():

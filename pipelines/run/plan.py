@@ -7,7 +7,7 @@ from pipelines.config.run import RunConfig
 from pipelines.environments.launch import EnvironmentConfig
 from pipelines.graph import Graph
 from pipelines.iteration import require_iterations
-from pipelines.planning.entries import settle_variant
+from pipelines.planning.entries import choose_variant
 from pipelines.planning.hub import cached, fetch, with_models
 from pipelines.planning.placement import cluster_of, placed_graph
 from pipelines.run.directory import dated
@@ -51,6 +51,6 @@ def plan_run(source: str, overrides: list[str], iterations: int | None, *, downl
     """
     config = dated(load_run_config(source, overrides))
     wanted = require_iterations(config, iterations)
-    settle_variant(config.executor)
+    choose_variant(config.executor)
     config = with_models(config, fetch if download else cached)
     return Plan(source, config, placed_graph(config, wanted), wanted)

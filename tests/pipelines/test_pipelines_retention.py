@@ -50,7 +50,7 @@ from pipelines.planning.placement import placed_graph
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import JobEnded
 from pipelines.run.fork import CONFIG, fork
-from pipelines.run.gc import collect, settled
+from pipelines.run.gc import collect, up_to_date
 from pipelines.run.retention import compress, release, why_kept
 
 KINDS = {
@@ -233,7 +233,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def kept(run: Run, keep: str) -> dict[str, str | None]:
-    return why_kept(run.path, run.graph, settled(run.graph), keep)
+    return why_kept(run.path, run.graph, up_to_date(run.graph), keep)
 
 
 # What goes, and what stays.
@@ -598,7 +598,7 @@ def test_where_it_comes_out_differently_all_that_was_made_from_it_is_made_again(
     assert "iteration-003/training differs from what it was before its weights were deleted" in run.lines
     assert {"iteration-004/generation", "iteration-005/training", "iteration-005/evaluation"} <= set(started)
     assert not any(name.startswith(("iteration-001", "iteration-002", "setup")) for name in started)
-    assert settled(run.graph) == set(run.graph.nodes)
+    assert up_to_date(run.graph) == set(run.graph.nodes)
     changed = {name for name, value in run.digests().items() if "superseded" not in name and reference[name] != value}
     assert "iteration-005/training" in changed
     assert run.drive(5) == []

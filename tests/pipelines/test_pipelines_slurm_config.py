@@ -28,7 +28,7 @@ from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.machine import gpu_count
 from pipelines.main import main
-from pipelines.planning.entries import check_patterns, settle_variant
+from pipelines.planning.entries import check_patterns, choose_variant
 from pipelines.planning.placement import placed_graph
 
 TRAINING = "iteration-001/training"
@@ -295,7 +295,7 @@ def test_the_environments_are_those_of_the_nodes(
 ) -> None:
     monkeypatch.setenv("RATCHET_VARIANT", before)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    settle_variant(load(smallest, *overrides).executor)
+    choose_variant(load(smallest, *overrides).executor)
     assert os.environ["RATCHET_VARIANT"] == after
 
 

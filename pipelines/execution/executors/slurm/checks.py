@@ -29,7 +29,7 @@ def check_slurm(executor: ExecutorSection, graph: Graph) -> None:
             f"executor is slurm, but {', '.join(missing)} is not on PATH. Start from a node of the cluster, load its "
             f"module, {LOCAL}."
         )
-    _ask("sacct", "--noheader", "--starttime=now-1minute", mend="Ratchet needs Slurm's accounting (slurmdbd): ask "
+    _ask("sacct", "--noheader", "--starttime=now-1minute", fix="Ratchet needs Slurm's accounting (slurmdbd): ask "
          f"those who run the cluster, {LOCAL}.")  # fmt: skip
     partitions = _partitions()
     for name, resources in {**asked, "the finishing jobs": finishing(executor)}.items():
@@ -59,8 +59,8 @@ def _check_partition(stage: str, resources: Resources, partitions: dict[str, int
 def _partitions() -> dict[str, int | None]:
     """Every partition's longest time in minutes, None where it is not limited; the default one also as \"\"."""
     found: dict[str, int | None] = {}
-    mend = f"Ask those who run the cluster, {LOCAL}."
-    for line in _ask("sinfo", "--all", "--noheader", "--format=%P|%l", mend=mend).splitlines():
+    fix = f"Ask those who run the cluster, {LOCAL}."
+    for line in _ask("sinfo", "--all", "--noheader", "--format=%P|%l", fix=fix).splitlines():
         name, _, limit = line.partition("|")
         found[name.rstrip("*")] = minutes_of(limit)
         if name.endswith("*"):
@@ -68,15 +68,15 @@ def _partitions() -> dict[str, int | None]:
     return found
 
 
-def _ask(*command: str, mend: str) -> str:
-    """What a command of Slurm's prints, or a UserError with what it says and how to mend it."""
+def _ask(*command: str, fix: str) -> str:
+    """What a command of Slurm's prints, or a UserError with what it says and how to fix it."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"`{' '.join(command)}` said nothing for {ANSWER_SECONDS} s. {mend}") from error
+        raise UserError(f"`{' '.join(command)}` said nothing for {ANSWER_SECONDS} s. {fix}") from error
     if result.returncode != 0:
         said = "; ".join((result.stderr.strip() or result.stdout.strip() or "it said nothing").splitlines()[-3:])
-        raise UserError(f"`{' '.join(command)}` failed with exit code {result.returncode}: {said}. {mend}")
+        raise UserError(f"`{' '.join(command)}` failed with exit code {result.returncode}: {said}. {fix}")
     return result.stdout
 
 

@@ -40,9 +40,9 @@ def outcome_of(stage: str, attempt: Path, tasks: dict[str, int], *, published: b
         published: the attempt was successful. Then nobody waits for accounting, which is a second late: what happened
             on the way is longer ago.
     """
-    seconds, patience = (0.0, 0.0) if published else (scheduler.SETTLING_SECONDS, ACCOUNTING_PATIENCE)
+    seconds, patience = (0.0, 0.0) if published else (scheduler.ACCOUNTING_LAG_SECONDS, ACCOUNTING_PATIENCE)
     try:
-        records = scheduler.settled_history(tasks, seconds, patience)
+        records = scheduler.complete_history(tasks, seconds, patience)
     except SchedulerError as error:
         print(f"what happened to the jobs {', '.join(tasks)} is not known yet: {error}", file=sys.stderr)
         return []
@@ -95,7 +95,7 @@ def unaccounted(run: RunDirectory, live: set[str]) -> dict[Path, Jobs]:
 def record_missed(run: RunDirectory, live: set[str]) -> None:
     """Before a run goes on: take note of what happened to jobs that ended without a driver or a finishing job."""
     found = unaccounted(run, live)
-    records = scheduler.settled_history({id: count for jobs in found.values() for id, count in jobs.tasks.items()})
+    records = scheduler.complete_history({id: count for jobs in found.values() for id, count in jobs.tasks.items()})
     for attempt, jobs in found.items():
         of_attempt = [record for record in records if record.base in jobs.ids]
         for event in _note(run.stage_of(attempt), attempt, of_attempt):

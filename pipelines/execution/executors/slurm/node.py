@@ -23,14 +23,15 @@ from contracts.stopping import SIGNALS
 from pipelines.execution.endings import PUBLISHER
 from pipelines.execution.executors.base import Entry
 from pipelines.execution.executors.slurm import scheduler
-from pipelines.execution.executors.slurm.start import NOTICES
+from pipelines.execution.executors.slurm.start import PREEMPTION_SIGNALS
 from pipelines.execution.executors.slurm.task import ENDED, Duty, SlurmTask
 from pipelines.execution.supervisor import DECISION, supervise
 
-MEET_SECONDS = 300.0
+RENDEZVOUS_SECONDS = 300.0
 """How long the nodes of a job wait for the first of them."""
-NOTICE_SECONDS = 150.0
-"""Slurm's notice comes at most so long before the end of the grace period: a margin, and the grid of its clock."""
+SIGNAL_MARGIN_SECONDS = 150.0
+"""Slurm's preemption signal comes at most so long before the end of the grace period: a margin, and the grid of its
+clock."""
 
 
 def perform(task: SlurmTask, entry: Entry) -> None:
@@ -125,10 +126,10 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked = False
-        for number in NOTICES:
+        for number in PREEMPTION_SIGNALS:
             signal.signal(number, self._note)
         signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, NOTICES
+            signal.SIG_UNBLOCK, PREEMPTION_SIGNALS
         )  # pipelines/execution/executors/slurm/start.py has held them back
 
     def __call__(self) -> bool:
@@ -144,11 +145,11 @@ def _preemption(known: dict[str, str]) -> str | None:
 
 
 def _why_stopped(known: dict[str, str], grace: float) -> str:
-    """Why Slurm has sent its notice to a job with these details."""
+    """Why Slurm has sent its preemption signal to a job with these details."""
     left = scheduler.seconds_left(known)
     if preemption := _preemption(known):
         return preemption
-    if left is not None and left < grace + NOTICE_SECONDS:
+    if left is not None and left < grace + SIGNAL_MARGIN_SECONDS:
         return "time limit"
     return "signal" if left is None else f"signal, {left:.0f} s before the time limit"
 
@@ -178,24 +179,24 @@ def _variables(task: SlurmTask) -> dict[str, str]:
         return {ROLE: "task", "RANK": str(index + 1), "WORLD_SIZE": str(task.array + 1)}
     if task.nodes == 1:
         return {}
-    host, _, port = _meeting_point(task, index).rpartition(":")
+    host, _, port = _rendezvous(task, index).rpartition(":")
     return {"NODE_RANK": str(index), "MASTER_ADDR": host, "MASTER_PORT": port}
 
 
-def _meeting_point(task: SlurmTask, index: int) -> str:
+def _rendezvous(task: SlurmTask, index: int) -> str:
     """host:port of the first node, which chooses a free port and leaves it in a file for the others."""
     start = re.sub(r"\W", "-", f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}")
-    path = Path(task.attempt, f"meeting-{start}")
+    path = Path(task.attempt, f"rendezvous-{start}")
     if index == 0:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         write_atomically(path, f"{submitit.JobEnvironment().hostnames[0]}:{port}".encode())
-    deadline = time.monotonic() + MEET_SECONDS
+    deadline = time.monotonic() + RENDEZVOUS_SECONDS
     while not appears(path):
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"the first node of the job did not start within {MEET_SECONDS:.0f} s ({path} is missing)"
+                f"the first node of the job did not start within {RENDEZVOUS_SECONDS:.0f} s ({path} is missing)"
             )
         time.sleep(0.2)
     return path.read_text()

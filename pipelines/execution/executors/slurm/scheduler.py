@@ -22,7 +22,7 @@ from contracts.fingerprint import digest
 PATIENCE = 600.0
 """Seconds for which a controller that does not answer is asked again."""
 PAUSE = 5.0
-SETTLING_SECONDS = 10.0
+ACCOUNTING_LAG_SECONDS = 10.0
 """How long accounting may take to learn of the end of a job."""
 SILENT = (
     "unable to contact slurm controller",
@@ -119,8 +119,8 @@ def history(ids: list[str], patience: float) -> list[JobRecord]:
     return sorted(found, key=lambda record: (record.start in ("None", "Unknown"), record.start))
 
 
-def settled_history(
-    tasks: dict[str, int], seconds: float = SETTLING_SECONDS, patience: float = PATIENCE
+def complete_history(
+    tasks: dict[str, int], seconds: float = ACCOUNTING_LAG_SECONDS, patience: float = PATIENCE
 ) -> list[JobRecord]:
     """`history` of jobs that have ended, as soon as accounting knows that they have, or after some time without.
 

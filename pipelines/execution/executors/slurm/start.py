@@ -1,4 +1,4 @@
-"""The first that a job's Python runs: it holds back Slurm's notices until the job can answer them.
+"""The first that a job's Python runs: it holds back Slurm's preemption signals until the job can answer them.
 
 One that comes while Python still loads libraries would end the process. submitit's own answer to it, before ours is
 there, would write the job's pickle anew, and a kill in that instant would lose the job.
@@ -6,11 +6,11 @@ there, would write the job's pickle anew, and a kill in that instant would lose 
 
 import signal
 
-NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
+PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """What Slurm is asked to send before a time limit or a preemption."""
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+    signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
     from submitit.core.submission import submitit_main
 
     submitit_main()

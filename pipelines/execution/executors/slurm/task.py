@@ -12,7 +12,7 @@ FAILED = 70
 TRY_AGAIN = 75
 """Exit code of a job whose stage is tried again by another one (EX_TEMPFAIL)."""
 FINALIZED = (0, UserError.exit_code, FAILED, TRY_AGAIN)
-"""Exit codes of a job that has finalized its stage. Any other is an accident of the job's own."""
+"""Exit codes of a job that has finalized its stage. Any other is a transient failure of the job's own."""
 ENDED = "RATCHET_ENDED"
 """Environment variable: the exit codes of those processes of this job that ended before they had finalized."""
 
@@ -33,7 +33,8 @@ class SlurmTask:
     detached: bool = False
     """Whether it decides and finishes the stage by itself, without a driver."""
     grace: float = 0.0
-    """Seconds that the stage may take to stop; Slurm's notice comes that long, and some more, before the time limit."""
+    """Seconds that the stage may take to stop; Slurm's preemption signal comes that long, and some more, before the time
+    limit."""
 
 
 def start_again(retries: int, pause: float) -> list[str]:
