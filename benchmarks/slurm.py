@@ -169,7 +169,7 @@ class Bench:
             "scorers": {"reward": {"kind": "reward_model", "model": str(model)}},
             "generation": {"k": 2, "max_new_tokens": 8, "shard_size": 1, "engine": "transformers"},
             "environments": {"annotation": {"variables": variables}},
-            "executor": {"kind": "slurm", "slurm": {"tasks": tasks, "cpus": 1}},
+            "executor": {"kind": "slurm", "resources": {"tasks": tasks, "cpus": 1}},
         }
         self.config.write_text(json.dumps(config))
         self.run_path = folder / "runs" / "bench"

@@ -14,7 +14,7 @@ from contracts.errors import UserError, as_user_error
 from contracts.preflight import refuse
 from contracts.stage import require_space
 from contracts.surroundings import INTERRUPTED, PIPE_GONE, output_is_gone
-from pipelines.config.executor import ExecutorSection, SlurmSection
+from pipelines.config.executor import ExecutorSection, ResourcesSection
 from pipelines.config.recipes import describe_recipes, find_config
 from pipelines.config.run import RunConfig
 from pipelines.config.sections import RetentionSection
@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
             [
                 describe(RunConfig),
                 f"executor: {describe(ExecutorSection)}",
-                f"executor.slurm, and each entry of executor.stages: {describe(SlurmSection)}",
+                f"executor.resources, and each entry of executor.stages: {describe(ResourcesSection)}",
             ]
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

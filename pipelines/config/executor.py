@@ -76,8 +76,8 @@ class Demand(Protocol):
         ...
 
 
-class SlurmSection(Section):
-    """What jobs ask of Slurm; a key that is not set has the default of the stage's kind.
+class ResourcesSection(Section):
+    """What jobs ask of the scheduler; a key that is not set has the default of the stage's kind.
 
     The kinds: generation; scoring (with a model); training (policy, sft, reward model, critic); light (all others). A
     generation or a scoring is a job array, a training is one job over one or several nodes.
@@ -157,7 +157,7 @@ class SlurmSection(Section):
         return directives
 
 
-class StageSection(SlurmSection):
+class StageSection(ResourcesSection):
     """The same for some stages, and where they run."""
 
     kind: ExecutorKind | None = runtime(None)
@@ -208,8 +208,8 @@ class ExecutorSection(Section):
     kind: ExecutorKind = runtime("local")
     """local: each stage is a submitit job on this machine; slurm: it is a job of a Slurm cluster, or an array of jobs;
     inline: run by the driver itself, for debugging."""
-    slurm: SlurmSection = runtime(SlurmSection())
-    """What all stages ask of Slurm: {partition: gpu, account: rlhf, gpus: 8}. Light stages take from here only
+    resources: ResourcesSection = runtime(ResourcesSection(), was="slurm")
+    """What all stages ask of the scheduler: {partition: gpu, account: rlhf, gpus: 8}. Light stages take from here only
     `partition`, `account`, `qos`, `setup`, `directives` and `requeue`."""
     stages: dict[str, StageSection] = runtime({})
     """The same for some stages, and `kind` where they run elsewhere: {training: {nodes: 2, gpus: 8}, light: local,
@@ -256,7 +256,7 @@ class ExecutorSection(Section):
     @property
     def asks_gpus(self) -> bool:
         """Whether any stage asks a scheduler for GPUs."""
-        return self.uses_scheduler and any(section.gpus for section in (self.slurm, *self.stages.values()))
+        return self.uses_scheduler and any(section.gpus for section in (self.resources, *self.stages.values()))
 
     @property
     def is_remote(self) -> bool:
@@ -268,7 +268,7 @@ class ExecutorSection(Section):
         """All that is set for a stage, with where it runs (`kind`), and without what its workload cannot have."""
         if stage.workload == "light":
             return self._merged("light", stage.name, self._common_of_light())
-        common = self.slurm.model_dump(exclude_unset=True)
+        common = self.resources.model_dump(exclude_unset=True)
         if stage.workload in ARRAYS and common.get("gpus"):
             common["gpus"] = stage.gpus
         return self._merged(stage.workload, stage.name, common)
@@ -278,7 +278,7 @@ class ExecutorSection(Section):
         return self._merged("light", None, self._common_of_light())
 
     def _common_of_light(self) -> dict[str, Any]:
-        return self.slurm.model_dump(exclude_unset=True, include=set(LIGHT_TOO))
+        return self.resources.model_dump(exclude_unset=True, include=set(LIGHT_TOO))
 
     def _merged(self, kind: Workload, stage: str | None, settings: dict[str, Any]) -> StageSection:
         for pattern, entry in self.stages.items():

@@ -49,9 +49,9 @@ def _with_inherited(config: RunConfig) -> RunConfig:
     if config.reward_model is not None:
         generation = _inherit(config.generation, config.reward_model.generation)
         changes["reward_model"] = config.reward_model.model_copy(update={"generation": generation})
-    if config.executor.uses_scheduler and config.hardware is not None and config.executor.slurm.gpus is None:
-        slurm = config.executor.slurm.model_copy(update={"gpus": config.hardware.gpus})
-        changes["executor"] = config.executor.model_copy(update={"slurm": slurm})
+    if config.executor.uses_scheduler and config.hardware is not None and config.executor.resources.gpus is None:
+        resources = config.executor.resources.model_copy(update={"gpus": config.hardware.gpus})
+        changes["executor"] = config.executor.model_copy(update={"resources": resources})
     return config.model_copy(update=changes)
 
 

@@ -14,7 +14,7 @@ from pipelines.config.executor import (
     KINDS,
     ONLY_IN,
     ExecutorSection,
-    SlurmSection,
+    ResourcesSection,
     minutes_of,
 )
 from pipelines.config.load import load_run_config
@@ -55,13 +55,13 @@ def resources_by_kind(executor: ExecutorSection, graph: Graph) -> dict[Workload,
 
 
 def test_the_table_of_keys_has_every_key_in_the_codes_order() -> None:
-    assert list(table_after("| key | generation |")) == list(SlurmSection.model_fields)
+    assert list(table_after("| key | generation |")) == list(ResourcesSection.model_fields)
 
 
 def test_the_defaults_in_the_table_are_the_codes(tmp_path: Path) -> None:
     table = table_after("| key | generation |")
     without = resources_by_kind(*planned(tmp_path, {"executor": "slurm"}))
-    executor, graph = planned(tmp_path, {"executor": {"kind": "slurm", "slurm": {"gpus": 1}}})
+    executor, graph = planned(tmp_path, {"executor": {"kind": "slurm", "resources": {"gpus": 1}}})
     with_gpu = resources_by_kind(executor, graph)
     for column, kind in enumerate(KINDS):
         assert minutes_of(table["time"][column]) == without[kind].minutes == with_gpu[kind].minutes

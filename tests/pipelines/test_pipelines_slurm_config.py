@@ -73,25 +73,25 @@ def test_a_time_limit_is_read_as_slurm_reads_it(text: str, minutes: int | None) 
     [
         ("executor.kind=cloud", "'executor.kind' is 'cloud': there is no such executor. Known: inline, local, slurm"),
         ("executor=cloud", "'executor.kind' is 'cloud'"),
-        ("executor.slurm.time=an hour", "'an hour': it must be a time limit of Slurm"),
-        ('executor.slurm.time="0"', "more than 0"),
-        ("executor.slurm.time=0", "more than 0"),
-        ("executor.slurm.time=true", "'executor.slurm.time' is True"),
-        ("executor.slurm.memory=64", "'executor.slurm.memory' is 64"),
-        ("executor.slurm.memory=64GB", 'number with its unit, for example "64G"'),
+        ("executor.resources.time=an hour", "'an hour': it must be a time limit of Slurm"),
+        ('executor.resources.time="0"', "more than 0"),
+        ("executor.resources.time=0", "more than 0"),
+        ("executor.resources.time=true", "'executor.resources.time' is True"),
+        ("executor.resources.memory=64", "'executor.resources.memory' is 64"),
+        ("executor.resources.memory=64GB", 'number with its unit, for example "64G"'),
         ("executor.slurm.nodes=0", "'executor.slurm.nodes' is 0"),
-        ("executor.slurm.gpus=-1", "'executor.slurm.gpus' is -1"),
-        ("executor.slurm.partiton=gpu", "Did you mean 'executor.slurm.partition'?"),
-        ("executor.slurm.directives={array: 0-3}", "array has a key of its own beside `directives`: set `tasks`"),
-        ("executor.slurm.directives={mem-per-cpu: 4G}", "set `memory`"),
-        ("executor.slurm.directives={gpus_per_node: 4}", "set `gpus`"),
-        ("executor.slurm.directives={--time: 30}", "set `time`"),
-        ("executor.slurm.directives={no-requeue: true}", "set `requeue`"),
-        ("executor.slurm.directives={dependency: 'afterok:1'}", "dependency is set by Ratchet itself"),
-        ("executor.slurm.directives={output: log}", "output is set by Ratchet itself"),
-        ("executor.slurm.directives={signal: TERM@60}", "signal is set by Ratchet itself"),
-        ("executor.slurm.directives={gres: 'gpu:a100:2'}", "asks for GPUs, which have keys of their own"),
-        ("executor.slurm.directives={C: h100}", "'C' is no long name of an option of sbatch"),
+        ("executor.resources.gpus=-1", "'executor.resources.gpus' is -1"),
+        ("executor.resources.partiton=gpu", "Did you mean 'executor.resources.partition'?"),
+        ("executor.resources.directives={array: 0-3}", "array has a key of its own beside `directives`: set `tasks`"),
+        ("executor.resources.directives={mem-per-cpu: 4G}", "set `memory`"),
+        ("executor.resources.directives={gpus_per_node: 4}", "set `gpus`"),
+        ("executor.resources.directives={--time: 30}", "set `time`"),
+        ("executor.resources.directives={no-requeue: true}", "set `requeue`"),
+        ("executor.resources.directives={dependency: 'afterok:1'}", "dependency is set by Ratchet itself"),
+        ("executor.resources.directives={output: log}", "output is set by Ratchet itself"),
+        ("executor.resources.directives={signal: TERM@60}", "signal is set by Ratchet itself"),
+        ("executor.resources.directives={gres: 'gpu:a100:2'}", "asks for GPUs, which have keys of their own"),
+        ("executor.resources.directives={C: h100}", "'C' is no long name of an option of sbatch"),
         ("executor.stages={generation: {nodes: 2}}", "stages.generation.nodes is 2, but only training stages"),
         ("executor.stages={training: {tasks: 2}}", "stages.training.tasks is 2, but only generation and scoring"),
         ("executor.stages={light: {tasks: 2}}", "stages.light.tasks is 2"),
@@ -108,8 +108,8 @@ def test_a_word_is_short_for_the_kind_and_leaves_the_section_as_it_is(smallest: 
     content = yaml.safe_load(smallest.read_text())
     smallest.write_text(yaml.safe_dump({**content, "executor": "slurm"}))
     assert load_run_config(smallest, []).executor.kind == "slurm"
-    config = load_run_config(smallest, ["executor.slurm.time=02:00:00", "executor.retries=1"])
-    assert (config.executor.kind, config.executor.retries, config.executor.slurm.time) == ("slurm", 1, "02:00:00")
+    config = load_run_config(smallest, ["executor.resources.time=02:00:00", "executor.retries=1"])
+    assert (config.executor.kind, config.executor.retries, config.executor.resources.time) == ("slurm", 1, "02:00:00")
     smallest.write_text(yaml.safe_dump({**content, "executor": {"retries": 1, "stages": {"light": "local"}}}))
     config = load_run_config(smallest, ["executor=slurm"])
     assert (config.executor.kind, config.executor.retries) == ("slurm", 1)
@@ -143,7 +143,7 @@ def test_later_entries_win_key_by_key_over_earlier_ones_and_the_run_wide(smalles
         # tasks, nodes, gpus, cpus, minutes, memory
         ((), (4, 1, 0, 1, 240, None), (4, 1, 0, 1, 240, None), (1, 1, 0, 1, 1440, None), (1, 1, 0, 1, 30, "4G")),
         (
-            ("executor.slurm={gpus: 8, nodes: 2, tasks: 16, cpus: 48, memory: 100G, time: '90'}",),
+            ("executor.resources={gpus: 8, nodes: 2, tasks: 16, cpus: 48, memory: 100G, time: '90'}",),
             (16, 1, 1, 48, 90, "100G"),
             (16, 1, 1, 48, 90, "100G"),
             (1, 2, 8, 48, 90, "100G"),
@@ -207,7 +207,7 @@ def test_a_light_stage_with_a_large_model_asks_for_its_memory(smallest: Path, tm
 
 
 def test_a_training_is_spread_over_what_it_asks_for(smallest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overrides = ("training.parallel.tp=2", "executor.slurm.gpus=8", "executor.slurm.nodes=2")
+    overrides = ("training.parallel.tp=2", "executor.resources.gpus=8", "executor.slurm.nodes=2")
     _, graph = planned(smallest, *overrides)
     parallel = graph.nodes[TRAINING].config.model_dump()["parallel"]
     assert (parallel["dp"], parallel["tp"], parallel["nodes"]) == (8, 2, 2)
@@ -219,7 +219,7 @@ def test_a_training_is_spread_over_what_it_asks_for(smallest: Path, monkeypatch:
         == (graph.nodes[TRAINING].config.model_dump()["parallel"])
     )
     monkeypatch.setenv("RATCHET_VARIANT", "cpu")  # the devices are asked for, but nobody computes on them
-    config, graph = planned(smallest, "executor.slurm.gpus=8")
+    config, graph = planned(smallest, "executor.resources.gpus=8")
     assert graph.nodes[TRAINING].config.model_dump()["parallel"]["dp"] == 1
     assert resources_of(graph.nodes[TRAINING], config.executor).gpus == 8
 
@@ -230,7 +230,7 @@ def test_the_gpus_of_this_machine_are_for_local_stages(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus_here)
     count = gpu_count()
-    _, graph = planned(smallest, "executor.stages={generation: local}", "executor.slurm.gpus=8")
+    _, graph = planned(smallest, "executor.stages={generation: local}", "executor.resources.gpus=8")
     assert graph.nodes[TRAINING].config.model_dump()["parallel"]["dp"] == 8
     assert graph.nodes["iteration-001/reference"].config.model_dump()["replicas"] == 1
     assert graph.nodes[GENERATION].config.model_dump()["replicas"] == max(1, count)
@@ -245,7 +245,7 @@ def test_the_gpus_of_this_machine_are_for_local_stages(
         ),
         (["executor.slurm.nodes=2"], "stage setup/sft: nodes=2 does not divide the 1 processes of parallel (dp=1)"),
         (
-            ["training.parallel.dp=16", "executor.slurm.gpus=8"],
+            ["training.parallel.dp=16", "executor.resources.gpus=8"],
             "has 16 processes, but the job has 8 GPUs (nodes=1, gpus=8)",
         ),
         (["training.parallel={dp: 4, nodes: 4}", "executor.stages={training: {nodes: 2}}", "sft=null",
@@ -269,7 +269,7 @@ def test_what_cannot_be_placed_is_refused(smallest: Path, overrides: list[str], 
 
 def test_where_a_stage_runs_changes_no_key(smallest: Path) -> None:
     here = placed_graph(load_run_config(smallest, []), 1)
-    _, there = planned(smallest, "executor.slurm={gpus: 4, nodes: 2}", "executor.stages={generation: {tasks: 9}}")
+    _, there = planned(smallest, "executor.resources={gpus: 4, nodes: 2}", "executor.stages={generation: {tasks: 9}}")
     assert here.nodes.keys() == there.nodes.keys()
     assert here.nodes[TRAINING].config != there.nodes[TRAINING].config
     for name, node in here.nodes.items():
@@ -280,13 +280,13 @@ def test_where_a_stage_runs_changes_no_key(smallest: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "overrides", "after"),
     [
-        ("", ["executor.slurm.gpus=1"], "gpu"),
+        ("", ["executor.resources.gpus=1"], "gpu"),
         ("auto", ["executor.stages={training: {gpus: 8}}"], "gpu"),
-        ("cpu", ["executor.slurm.gpus=1"], "cpu"),
+        ("cpu", ["executor.resources.gpus=1"], "cpu"),
         ("", [], "cpu"),
         ("", ["executor.stages={light: local}"], "cpu"),
         ("", ["executor.stages={training: local}"], ""),
-        ("", ["executor=local", "executor.slurm.gpus=8"], ""),
+        ("", ["executor=local", "executor.resources.gpus=8"], ""),
         ("", ["executor=local", "executor.stages={training: {kind: slurm, gpus: 8}}"], "gpu"),
     ],
 )
@@ -360,7 +360,7 @@ def test_an_array_without_gpus_asks_for_none(tmp_path: Path) -> None:
     assert device_hours(resources) == 600
 
 
-DRY = ("--iters", "1", "--dry-run", "executor=slurm", "executor.slurm.gpus=2")
+DRY = ("--iters", "1", "--dry-run", "executor=slurm", "executor.resources.gpus=2")
 
 
 def tree(folder: Path) -> set[str]:
@@ -419,13 +419,13 @@ def test_a_dry_run_is_fresh_each_time_and_spares_what_is_not_its_own(
 
 
 def test_a_dry_run_of_a_local_run_writes_nothing(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", str(smallest), "--iters", "1", "--dry-run", "executor.slurm.gpus=2"]) == 0
+    assert main(["run", str(smallest), "--iters", "1", "--dry-run", "executor.resources.gpus=2"]) == 0
     assert not (smallest.parent / "runs").exists()
     assert "Slurm" not in capsys.readouterr().out
 
 
 def test_a_chain_of_jobs_shows_what_each_waits_for(smallest: Path) -> None:
-    config, graph = planned(smallest, "executor.slurm.gpus=1")
+    config, graph = planned(smallest, "executor.resources.gpus=1")
     runs = {name: "new" for name in graph.nodes if name != "setup/sft"}
     write_dry_run(Console(quiet=True), graph, config, runs, detached=True)
     folder = smallest.parent / "runs" / "smallest.dry-run" / "sbatch"
@@ -476,21 +476,21 @@ PARTITIONS = "printf 'cpu*|2:00:00\\nbig|infinite\\nshort|30:00\\nmonth|30-00:00
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["executor.slurm.time='2:00:00'"], None),
-        (["executor.slurm.partition=big"], None),
-        (["executor.slurm.partition='month,short'"], None),
-        (["executor.slurm.qos=long"], None),
+        (["executor.resources.time='2:00:00'"], None),
+        (["executor.resources.partition=big"], None),
+        (["executor.resources.partition='month,short'"], None),
+        (["executor.resources.qos=long"], None),
         (["executor.stages={generation: local, scoring: local, training: local}"], None),
         ([], "asks for 1440 minutes, but the default partition allows 120 at most"),
         (
-            ["executor.slurm.partition=short"],
+            ["executor.resources.partition=short"],
             "but the partition short allows 30 at most. Set `time` to less, for example "
             "executor.stages.training.time=00:30:00",
         ),
-        (["executor.slurm.partition=gup"], "the partition 'gup' does not exist. Set executor.slurm.partition to one of "
-         "cpu, big, short, month"),
-        (["executor.slurm.partition='big,gup'"], "the partition 'gup' does not exist"),
-        (["executor.slurm.partition=big", "executor.stages={light: {partition: x}}"], "the partition 'x' does not"),
+        (["executor.resources.partition=gup"], "the partition 'gup' does not exist. Set executor.resources.partition to "
+         "one of cpu, big, short, month"),
+        (["executor.resources.partition='big,gup'"], "the partition 'gup' does not exist"),
+        (["executor.resources.partition=big", "executor.stages={light: {partition: x}}"], "the partition 'x' does not"),
     ],
 )  # fmt: skip
 def test_a_cluster_that_cannot_run_it_is_named_before_anything_is_submitted(

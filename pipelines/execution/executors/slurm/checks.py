@@ -43,7 +43,7 @@ def _check_partition(stage: str, resources: Resources, partitions: dict[str, int
         if name not in partitions:
             known = ", ".join(filter(None, partitions))
             found = f"the partition {name!r} does not exist" if name else "the cluster has no default partition"
-            raise UserError(f"{stage}: {found}. Set executor.slurm.partition to one of {known}.")
+            raise UserError(f"{stage}: {found}. Set executor.resources.partition to one of {known}.")
     limits = [partitions[name] for name in names]
     longest = max((limit for limit in limits if limit is not None), default=0)
     # A quality of service can allow more than the partition does.

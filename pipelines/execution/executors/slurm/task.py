@@ -33,8 +33,8 @@ class SlurmTask:
     detached: bool = False
     """Whether it decides and finishes the stage by itself, without a driver."""
     grace: float = 0.0
-    """Seconds that the stage may take to stop; Slurm's preemption signal comes that long, and some more, before the time
-    limit."""
+    """Seconds that the stage may take to stop; Slurm's preemption signal comes that long, and some more, before the
+    time limit."""
 
 
 def start_again(retries: int, pause: float) -> list[str]:
