@@ -487,8 +487,8 @@ PARTITIONS = "printf 'cpu*|2:00:00\\nbig|infinite\\nshort|30:00\\nmonth|30-00:00
             "but the partition short allows 30 at most. Set `time` to less, for example "
             "executor.stages.training.time=00:30:00",
         ),
-        (["executor.resources.partition=gup"], "the partition 'gup' does not exist. Set executor.resources.partition to "
-         "one of cpu, big, short, month"),
+        (["executor.resources.partition=gup"], "the partition 'gup' does not exist. Set executor.resources.partition "
+         "to one of cpu, big, short, month"),
         (["executor.resources.partition='big,gup'"], "the partition 'gup' does not exist"),
         (["executor.resources.partition=big", "executor.stages={light: {partition: x}}"], "the partition 'x' does not"),
     ],
