@@ -79,7 +79,7 @@ def test_a_time_limit_is_read_as_slurm_reads_it(text: str, minutes: int | None) 
         ("executor.resources.time=true", "'executor.resources.time' is True"),
         ("executor.resources.memory=64", "'executor.resources.memory' is 64"),
         ("executor.resources.memory=64GB", 'number with its unit, for example "64G"'),
-        ("executor.slurm.nodes=0", "'executor.slurm.nodes' is 0"),
+        ("executor.resources.nodes=0", "'executor.resources.nodes' is 0"),
         ("executor.resources.gpus=-1", "'executor.resources.gpus' is -1"),
         ("executor.resources.partiton=gpu", "Did you mean 'executor.resources.partition'?"),
         ("executor.resources.directives={array: 0-3}", "array has a key of its own beside `directives`: set `tasks`"),
@@ -207,7 +207,7 @@ def test_a_light_stage_with_a_large_model_asks_for_its_memory(smallest: Path, tm
 
 
 def test_a_training_is_spread_over_what_it_asks_for(smallest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overrides = ("training.parallel.tp=2", "executor.resources.gpus=8", "executor.slurm.nodes=2")
+    overrides = ("training.parallel.tp=2", "executor.resources.gpus=8", "executor.resources.nodes=2")
     _, graph = planned(smallest, *overrides)
     parallel = graph.nodes[TRAINING].config.model_dump()["parallel"]
     assert (parallel["dp"], parallel["tp"], parallel["nodes"]) == (8, 2, 2)
@@ -243,7 +243,7 @@ def test_the_gpus_of_this_machine_are_for_local_stages(
             ["training.parallel.dp=3", "executor.stages={'*/training': {nodes: 2}, 'setup/*': {nodes: 1}}"],
             "nodes=2 does not divide the 3 processes of parallel (dp=3)",
         ),
-        (["executor.slurm.nodes=2"], "stage setup/sft: nodes=2 does not divide the 1 processes of parallel (dp=1)"),
+        (["executor.resources.nodes=2"], "stage setup/sft: nodes=2 does not divide the 1 processes of parallel (dp=1)"),
         (
             ["training.parallel.dp=16", "executor.resources.gpus=8"],
             "has 16 processes, but the job has 8 GPUs (nodes=1, gpus=8)",
