@@ -124,7 +124,7 @@ def test_later_entries_win_key_by_key_over_earlier_ones_and_the_run_wide(smalles
     }
     common = {"partition": "any", "account": "ours", "memory": "9G", "directives": {"exclusive": True, "nice": 5}}
     content = yaml.safe_load(smallest.read_text())
-    smallest.write_text(yaml.safe_dump({**content, "executor": {"slurm": common, "stages": stages}}))
+    smallest.write_text(yaml.safe_dump({**content, "executor": {"resources": common, "stages": stages}}))
     found = asked(smallest, GENERATION)
     assert (found.partition, found.account, found.memory, found.minutes) == ("gpu", "ours", "9G", 120)
     assert found.directives == {"constraint": "a100", "nice": 5}
