@@ -1,4 +1,4 @@
-"""What an algorithm is: a Python file with a loss, and what that loss sees of an optimizer step.
+"""The interface of an algorithm: a Python file with a loss, and the batch types that the loss is called with.
 
 An algorithm that learns from preference pairs:
 
@@ -6,7 +6,7 @@ An algorithm that learns from preference pairs:
     NEEDS = ("reference",)
     LIMITS = {"beta": "> 0"}
 
-    def loss(batch: Pairs, *, beta: float = 0.1) -> Figures: ...
+    def loss(batch: Pairs, *, beta: float = 0.1) -> Metrics: ...
 
 One that learns from scored samples (`training/experience.py` calls `advantages` once per iteration, on all of them):
 
@@ -15,30 +15,30 @@ One that learns from scored samples (`training/experience.py` calls `advantages`
     LIMITS = {"gamma": ">= 0, <= 1", "clip": "> 0"}
 
     def advantages(experience: Experience, *, gamma: float = 1.0) -> Advantages: ...
-    def loss(batch: Samples, *, clip: float = 0.2) -> Figures: ...
+    def loss(batch: Samples, *, clip: float = 0.2) -> Metrics: ...
 
-The keyword arguments are the algorithm's settings, LIMITS says which of their numbers make sense. All that is in
-capitals, and the settings, are read without running the file, so they must be written out. What NEEDS may hold:
+The keyword arguments are the algorithm's settings; LIMITS restricts their values. The constants and the settings are
+read without running the file, so they must be literals. NEEDS may contain:
 
     reference        pairs, samples   log-probabilities of the responses under the reference policy
     reference_model  pairs, samples   the reference policy itself, beside the policy: divergences of whole distributions
-    tokens           pairs            every token's log-probabilities, where pairs have only sums
-    entropy          pairs            of the policy's distribution at each token; samples always have it
+    tokens           pairs            log-probabilities per token, instead of sums per answer only
+    entropy          pairs            entropy of the policy's distribution at each token; samples always have it
     collision        pairs            see `Answers.log_collision`
-    values           samples          of a critic, which is trained beside the policy
-    greedy           samples          rewards of greedy answers to the same prompts
+    values           samples          values of a critic, which is trained alongside the policy
+    greedy           samples          rewards of the greedy answers to the same prompts (a baseline)
     token_rewards    samples          the scorer's reward for each token
 
-A loss returns figures, `loss` among them; each is this micro-batch's share of a mean over the whole optimizer step,
-which `batch.mean` and the like compute. So the shares of all micro-batches and processes add up to the step's figure,
-however the step was divided. What needs the whole step first (a batch mean inside of a nonlinearity, other pairs) comes
-from a function `statistics(batch, **settings)` of the same form, which runs over the step without gradients; the loss
-finds its figures, added up, in `batch.statistics`. There may be vectors among them, which `batch.gather` makes: one
-number for every pair or response of the step.
+A loss returns a dict of metrics, `loss` among them. Each is this micro-batch's share of a mean over the whole optimizer
+step (`batch.mean` and the like), so that the shares of all micro-batches and data parallel ranks add up to the step's
+metric, however gradient accumulation and parallelism divide the step. A loss that depends on step-wide quantities (a
+batch mean inside a nonlinearity, other pairs) defines `statistics(batch, **settings)` of the same form, which runs over
+the whole step without gradients first; its summed metrics are in `batch.statistics`. They may be vectors made by
+`batch.gather`: one number for every pair or response of the step.
 
-What is decided once per step, or kept from step to step, comes from a function `update(step, **settings)` between the
-two: every process calls it with the same `Step`, and the loss finds what it returns in `batch.statistics` as well. The
-names in STATE, with their first values, it must return each time; it finds them again in the next step's `step.state`:
+Decisions made once per step, and state carried from step to step, belong in `update(step, **settings)`, which runs
+between the two: every process calls it with the same `Step`, and its result is added to `batch.statistics`. It must
+return every name in STATE, which also gives the initial values; the next step has them in `step.state`:
 
     STATE = {"mean": 0.0}
 
@@ -54,20 +54,20 @@ from torch import Tensor
 
 from contracts.errors import UserError
 
-Figures = dict[str, Tensor]
+Metrics = dict[str, Tensor]
 Statistics = dict[str, float | Tensor]
-"""Numbers of a whole optimizer step, and vectors with one number for each of its pairs or responses."""
+"""Step-wide scalars, and vectors with one number for each of the step's pairs or responses."""
 
 
 def lacking(need: str) -> UserError:
-    """What to raise where an algorithm's file uses what it has not asked for."""
+    """The error for an algorithm that uses an input which its NEEDS do not list."""
     return UserError(f'the algorithm uses what its NEEDS do not ask for. Add "{need}" to NEEDS in its file.')
 
 
 def owners(lengths: Tensor, tokens: int) -> Tensor:
-    """Index of the response that each of `tokens` tokens belongs to, [N]; the responses are `lengths` long, [S]."""
+    """Index of the response that each of `tokens` tokens belongs to, [N]; `lengths` are tokens per response, [S]."""
     numbers = torch.arange(len(lengths), device=lengths.device)
-    return torch.repeat_interleave(numbers, lengths, output_size=tokens)  # without its size a GPU waits
+    return torch.repeat_interleave(numbers, lengths, output_size=tokens)  # output_size avoids a GPU sync
 
 
 def sum_by_response(values: Tensor, lengths: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def sum_by_response(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def uniform(seeds: Sequence[int], lengths: Tensor) -> Tensor:
-    """Random numbers in [0, 1), one for each token of responses that are `lengths` long, [N] in fp64."""
+    """Uniform random numbers in [0, 1), one per token, [N] in fp64; one seed per response, `lengths` tokens each."""
     made = (
         torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for seed, length in zip(seeds, lengths.tolist(), strict=True)
@@ -86,14 +86,14 @@ def uniform(seeds: Sequence[int], lengths: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Answers:
-    """One answer of each of P pairs, N tokens in all. Tensors have shape [P], or [N]: one answer after the other."""
+    """The chosen, or the rejected, answers of P pairs with N tokens in all. Tensors are [P], or [N] (concatenated)."""
 
     logp: Tensor
     """Summed log-probability of the response tokens under the policy (nats), with gradient."""
     length: Tensor
-    """Response tokens, as floats."""
+    """Number of response tokens, as floats."""
     score: Tensor
-    """Score that the pair was chosen by."""
+    """The scorer's score, by which the pair was chosen."""
     reference_logp: Tensor | None = None
     """Summed log-probability under the reference policy, if the algorithm needs it."""
     log_collision: Tensor | None = None
@@ -111,7 +111,7 @@ class Answers:
     kl_from_reference: Tensor | None = None
     """KL(pi_ref || pi), likewise. [N]"""
     seeds: Sequence[int] = ()
-    """What each answer's random numbers come from."""
+    """Each answer's random seed for this step."""
 
     @property
     def answer_of_token(self) -> Tensor:
@@ -121,7 +121,7 @@ class Answers:
 
     @property
     def position(self) -> Tensor:
-        """Number of each token within its answer, from 0 on, [N]."""
+        """Position of each token within its answer, from 0, [N]."""
         lengths, answers = self.length.long(), self.answer_of_token
         return torch.arange(len(answers), device=lengths.device) - (lengths.cumsum(0) - lengths)[answers]
 
@@ -130,7 +130,7 @@ class Answers:
         return sum_by_response(values, self.length.long())
 
     def random(self) -> Tensor:
-        """A random number in [0, 1) for each token, [N] in fp64; other ones in each step, the same in any layout."""
+        """A random number in [0, 1) for each token, [N] in fp64; different in each step, the same in any layout."""
         return uniform(self.seeds, self.length.long())
 
     @property
@@ -153,21 +153,21 @@ class Pairs:
     chosen: Answers
     rejected: Answers
     weights: Tensor
-    """1, or 0 for a pair that only fills up; [P]."""
+    """1, or 0 for a filler, [P]."""
     total: int
     """Pairs of the optimizer step."""
     chosen_tokens: int
     """Response tokens of all chosen answers of the optimizer step."""
     statistics: Statistics = field(default_factory=dict)
-    """What the algorithm's `statistics` and `update` found in the whole step."""
+    """Step-wide values from the algorithm's `statistics` and `update`."""
     step: int = 0
-    """Number of the optimizer step, from 0 on."""
+    """Optimizer step, counted from 0."""
     steps: int = 1
     """Optimizer steps of the whole training."""
     places: Tensor | None = None
-    """Place of each pair among those of the step; None where these are all of them. [P], integers"""
+    """Index of each pair within the step; None if the micro-batch is the whole step. [P], integers"""
     tags: Sequence[tuple[str, ...]] = ()
-    """Of each pair's prompt."""
+    """Tags of each pair's prompt."""
 
     def mean(self, values: Tensor) -> Tensor:
         """The share of this micro-batch in the step's mean of one value per pair, [P] -> []."""
@@ -189,8 +189,8 @@ class Pairs:
         """The share of this micro-batch in the mean of -log pi over all chosen response tokens of the step, []."""
         return -(self.weights * self.chosen.logp).sum() / max(self.chosen_tokens, 1)
 
-    def rewards(self, chosen: Tensor, rejected: Tensor) -> Figures:
-        """The figures that people compare preference losses by, from the implicit rewards of both answers, [P] each."""
+    def rewards(self, chosen: Tensor, rejected: Tensor) -> Metrics:
+        """The usual metrics of preference losses (as TRL's rewards/*), from the implicit rewards, [P] each."""
         chosen, rejected = chosen.detach(), rejected.detach()
         return {
             "accuracy": self.mean((chosen > rejected).float()),
@@ -202,22 +202,22 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Samples:
-    """S responses with N tokens in all; tensors of shape [N] hold the tokens of one response after the other."""
+    """S responses with N tokens in all; tensors of shape [N] concatenate the responses' tokens."""
 
     logprobs: Tensor
-    """Per token, under the policy; with gradient. [N]"""
+    """Log-probability of each token under the policy (nats), with gradient. [N]"""
     entropy: Tensor
-    """Of the policy's distribution at each token (nats); with gradient. [N]"""
+    """Of the policy's distribution at each token (nats), with gradient. [N]"""
     proximal: Tensor
-    """Log-probabilities at the beginning of this training, by the trainer itself. [N]"""
+    """Log-probabilities under the policy at the start of this training, computed by the trainer. [N]"""
     behaviour: Tensor
-    """Log-probabilities of the policy that sampled, as the generation engine reported them. [N]"""
+    """Log-probabilities under the policy that sampled, as the generation engine reported them. [N]"""
     advantages: Tensor
-    """As `advantages` returned them. [N]"""
+    """As returned by the algorithm's `advantages`. [N]"""
     lengths: Tensor
     """Tokens of each response, at least 1. [S], integers"""
     weights: Tensor
-    """1, or 0 for a response that only fills up. [S]"""
+    """1, or 0 for a filler. [S]"""
     total: int
     """Responses of the optimizer step."""
     total_tokens: int
@@ -225,18 +225,18 @@ class Samples:
     reference: Tensor | None = None
     """Log-probabilities under the reference policy, if the algorithm needs them. [N]"""
     values: Tensor | None = None
-    """Of the value head, with gradient, where policy and critic share a backbone. [N]"""
+    """The value head's predictions, with gradient, where policy and critic share a backbone. [N]"""
     old_values: Tensor | None = None
-    """Of the critic before this training. [N]"""
+    """The critic's predictions before this training. [N]"""
     returns: Tensor | None = None
-    """What the critic learns, as `advantages` returned them. [N]"""
+    """The critic's targets, as returned by the algorithm's `advantages`. [N]"""
     statistics: Statistics = field(default_factory=dict)
-    """What the algorithm's `statistics` and `update` found in the whole step."""
+    """Step-wide values from the algorithm's `statistics` and `update`."""
     rewards: Tensor | None = None
-    """Of each response, as it was scored. [S]"""
+    """The scorer's reward of each response. [S]"""
     prompts: Tensor | None = None
-    """Number of the prompt that each response answers, from 0 on within this micro-batch, which has all responses to a
-    prompt or none. [S], integers in ascending order"""
+    """Index of each response's prompt within this micro-batch, which has all responses to a prompt or none.
+    [S], integers in ascending order"""
     total_prompts: int = 1
     """Prompts of the optimizer step."""
     truncated: Tensor | None = None
@@ -246,15 +246,15 @@ class Samples:
     kl_from_reference: Tensor | None = None
     """KL(pi_ref || pi), likewise. [N]"""
     step: int = 0
-    """Number of the optimizer step, from 0 on."""
+    """Optimizer step, counted from 0."""
     steps: int = 1
     """Optimizer steps of the whole training."""
     places: Tensor | None = None
-    """Place of each response among those of the step; None where these are all of them. [S], integers"""
+    """Index of each response within the step; None if the micro-batch is the whole step. [S], integers"""
     tags: Sequence[tuple[str, ...]] = ()
-    """Of each response's prompt."""
+    """Tags of each response's prompt."""
     seeds: Sequence[int] = ()
-    """What each response's random numbers come from."""
+    """Each response's random seed for this step."""
 
     def sum_by_response(self, values: Tensor) -> Tensor:
         """[N] -> [S]"""
@@ -292,7 +292,7 @@ class Samples:
         return _tagged(self.tags, tag, self.weights.device)
 
     def random(self) -> Tensor:
-        """A random number in [0, 1) for each token, [N] in fp64; other ones in each step, the same in any layout."""
+        """A random number in [0, 1) for each token, [N] in fp64; different in each step, the same in any layout."""
         return uniform(self.seeds, self.lengths)
 
 
@@ -306,18 +306,18 @@ def _tagged(tags: Sequence[tuple[str, ...]], tag: str, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class Step:
-    """A whole optimizer step, as `update` sees it: once, before the loss, and alike in every process."""
+    """A whole optimizer step, as `update` sees it: called once, before the loss, with equal values in every process."""
 
     step: int
-    """Number of the optimizer step, from 0 on."""
+    """Optimizer step, counted from 0."""
     steps: int
     """Optimizer steps of the whole training."""
     statistics: Statistics
-    """What `statistics` found; vectors are in fp64 on the CPU."""
+    """The summed metrics of `statistics`; vectors are in fp64 on the CPU."""
     state: dict[str, float]
-    """What `update` returned in the step before under the names in STATE; in the first step the values there."""
+    """What `update` returned for the names in STATE in the previous step; in the first step the values in STATE."""
     generator: torch.Generator
-    """For random decisions: the same in every process, another one in each step."""
+    """For random decisions: seeded alike in every process, and differently in each step."""
 
 
 @dataclass(frozen=True)
@@ -325,19 +325,19 @@ class Experience:
     """All scored samples of an iteration: S responses with N tokens in all, in fp64 on the CPU."""
 
     rewards: Tensor
-    """Of each response. [S]"""
+    """The scorer's reward of each response. [S]"""
     prompts: Tensor
-    """Number of the prompt that each response answers, from 0 on, in ascending order. [S], integers"""
+    """Index of each response's prompt, from 0, in ascending order. [S], integers"""
     lengths: Tensor
     """Tokens of each response, at least 1. [S], integers"""
     behaviour: Tensor
-    """Log-probabilities of the policy that sampled (nats). [N]"""
+    """Log-probabilities under the policy that sampled (nats). [N]"""
     kl_coefficient: float
     """Weight of the penalty on the KL divergence from the reference, for this iteration."""
     reference: Tensor | None = None
     """Log-probabilities under the reference policy, if the algorithm needs them. [N]"""
     values: Tensor | None = None
-    """The critic's, if the algorithm needs them: of the state in which each token was chosen. [N]"""
+    """The critic's value of the state in which each token was chosen, if the algorithm needs them. [N]"""
     greedy: Tensor | None = None
     """Reward of the greedy answer to each response's prompt, if the algorithm needs it. [S]"""
     token_rewards: Tensor | None = None
@@ -345,7 +345,7 @@ class Experience:
     truncated: Tensor | None = None
     """Whether the response was cut off by the token limit (`finish_reason` is "length"). [S], booleans"""
     tags: Sequence[tuple[str, ...]] = ()
-    """Of each response's prompt."""
+    """Tags of each response's prompt."""
 
     def tagged(self, tag: str) -> Tensor:
         """Whether each response's prompt has a tag, [S], booleans."""
@@ -359,11 +359,11 @@ class Experience:
 
 @dataclass(frozen=True)
 class Advantages:
-    """What an algorithm makes of an `Experience`."""
+    """What an algorithm's `advantages` returns."""
 
     advantages: Tensor
-    """How much better each token was than expected. [N]"""
+    """Advantage of each token. [N]"""
     returns: Tensor | None = None
-    """What the critic is to learn, for algorithms that need one. [N]"""
+    """The critic's targets, for algorithms that need a critic. [N]"""
     keep: Tensor | None = None
-    """Which responses are trained on; the others are dropped and counted. None: all of them. [S], booleans"""
+    """Mask of the responses to train on; the others are dropped and counted. None: all of them. [S], booleans"""

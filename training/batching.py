@@ -1,4 +1,4 @@
-"""Which rows meet in which optimizer step, on which process, in which forward pass. Pure.
+"""Assigns rows to optimizer steps, data parallel ranks and micro-batches. Pure functions.
 
 The optimizer steps depend on the data and on (seed, epoch) alone. How a step is divided over processes and
 micro-batches depends on the number of processes and the token budget, and must not change its result: every row
@@ -16,12 +16,12 @@ from modeling.rows import Row
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Rows of one forward and backward pass."""
+class MicroBatchRows:
+    """The row indices of one micro-batch: one forward and backward pass."""
 
     rows: tuple[int, ...]
     weight: float = 1.0
-    """0 for a filler: it is computed because every process must take part in every collective, and counts nothing."""
+    """0 for a filler: computed because every process must take part in every collective, and without effect."""
 
 
 def count_steps(rows: int, global_batch: int, epochs: int, max_steps: int | None) -> int:
@@ -47,22 +47,22 @@ def global_batches(
 
 def divide(
     batch: tuple[int, ...], rows: list[Row], *, processes: int, budget: int, packing: Packing
-) -> list[list[MicroBatch]]:
-    """The micro-batches of every process, equally many for each.
+) -> list[list[MicroBatchRows]]:
+    """The micro-batches of every data parallel rank, the same number for each.
 
-    Rows are dealt by descending size, so that processes get equal work and attention little padding. A micro-batch
-    holds at most `budget` tokens (padding included, where it is padded); a row that is larger than that stands alone.
-    Where a process has fewer micro-batches than another, it gets fillers of the batch's smallest row with weight 0.
+    Rows are dealt round-robin by descending size, which balances the ranks and keeps padding low. A micro-batch holds
+    at most `budget` tokens (including padding, if padded); a larger row gets a micro-batch of its own. Ranks with fewer
+    micro-batches are filled up with the batch's smallest row at weight 0.
     """
     order = sorted(batch, key=lambda index: (-tokens_of(rows[index], packing), index))
     shares = [list(_fill(order[process::processes], rows, budget, packing)) for process in range(processes)]
     most = max(len(share) for share in shares)
-    filler = MicroBatch((order[-1],), 0.0)
+    filler = MicroBatchRows((order[-1],), 0.0)
     return [share + [filler] * (most - len(share)) for share in shares]
 
 
-def _fill(order: list[int], rows: list[Row], budget: int, packing: Packing) -> Iterator[MicroBatch]:
-    """Rows in their order, as many to a micro-batch as fit."""
+def _fill(order: list[int], rows: list[Row], budget: int, packing: Packing) -> Iterator[MicroBatchRows]:
+    """Greedily fill micro-batches with rows in the given order."""
     current: list[int] = []
     tokens = sequences = width = 0
     for index in order:
@@ -71,9 +71,9 @@ def _fill(order: list[int], rows: list[Row], budget: int, packing: Packing) -> I
         sequences += len(row.responses)
         width = max(width, row.longest)
         if current and (sequences * width if packing == "padded" else tokens) > budget:
-            yield MicroBatch(tuple(current))
+            yield MicroBatchRows(tuple(current))
             current = []
             tokens, sequences, width = tokens_of(row, packing), len(row.responses), row.longest
         current.append(index)
     if current:
-        yield MicroBatch(tuple(current))
+        yield MicroBatchRows(tuple(current))

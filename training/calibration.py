@@ -35,7 +35,7 @@ def judgements(scores: NDArray[np.float32], *, orders: int) -> FinalReport:
             probability that the better one wins is then the mean of both.
 
     Returns:
-        Figures (loss, accuracy, chosen_score, rejected_score and margin as in training; ties: share of the pairs
+        Metrics (loss, accuracy, chosen_score, rejected_score and margin as in training; ties: share of the pairs
         without a preference, which are not accurate; ece: the expected calibration error of Guo et al. 2017, arXiv
         1706.04599, eq. 3, in which p = sigmoid(margin) and the confidence is max(p, 1 - p)) and its bins. With two
         orders also the accuracy in each, and consistency: the share of pairs in which both name the same answer.
@@ -44,7 +44,7 @@ def judgements(scores: NDArray[np.float32], *, orders: int) -> FinalReport:
     margins = (chosen - rejected).reshape(-1, orders)
     p = (0.5 * (1 + np.tanh(margins / 2))).mean(1)
     bins = calibrate(p)
-    figures = {
+    metrics = {
         "loss": np.logaddexp(0, -margins).mean(),
         "accuracy": (p > 0.5).mean(),
         "chosen_score": chosen.mean(),
@@ -55,12 +55,12 @@ def judgements(scores: NDArray[np.float32], *, orders: int) -> FinalReport:
     }
     if orders == 2:
         first, second = margins.T
-        figures |= {
+        metrics |= {
             "accuracy_better_first": (first > 0).mean(),
             "accuracy_better_second": (second > 0).mean(),
             "consistency": (first * second > 0).mean(),
         }
-    return FinalReport({name: float(value) for name, value in figures.items()}, {FILE: bins})
+    return FinalReport({name: float(value) for name, value in metrics.items()}, {FILE: bins})
 
 
 def calibrate(p: NDArray[np.float64]) -> list[Bin]:

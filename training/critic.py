@@ -13,13 +13,13 @@ from contracts.stage import Context, Outcome
 from modeling.loading import load_reward, read_config, vocabulary_size
 from modeling.modules import TokenValues
 from modeling.rows import Response, Row, float_values, token_ids
-from training.algorithm import Figures
+from training.algorithm import Metrics
 from training.algorithms.parts import clipped_value_loss
 from training.config import CriticConfig
 from training.data import length_limit, usable
 from training.engines.base import Outputs
 from training.fit import TrainingTask, fit
-from training.loop import Learning, Loss, Part
+from training.loop import Learning, Loss, MicroBatch
 from training.models import classifier_changes
 
 
@@ -53,16 +53,16 @@ def run(config: CriticConfig, context: Context) -> Outcome:
 def critic_loss(config: CriticConfig) -> Loss:
     """The clipped value loss, averaged over the response tokens of the global batch."""
 
-    def loss(outputs: Outputs, part: Part) -> Figures:
-        values, old, returns = outputs["values"], part.tokens("values"), part.tokens("returns")
+    def loss(outputs: Outputs, micro_batch: MicroBatch) -> Metrics:
+        values, old, returns = outputs["values"], micro_batch.tokens("values"), micro_batch.tokens("returns")
         error = (values.detach() - returns).square()
-        total = part.totals.tokens
+        total = micro_batch.totals.tokens
         return {
-            "loss": part.weight * clipped_value_loss(values, old, returns, config.clip).sum() / total,
-            "value": part.weight * values.detach().sum() / total,
-            "return": part.weight * returns.sum() / total,
-            "squared_error": part.weight * error.sum() / total,
-            "clipped": part.weight * ((values.detach() - old).abs() > config.clip).float().sum() / total,
+            "loss": micro_batch.weight * clipped_value_loss(values, old, returns, config.clip).sum() / total,
+            "value": micro_batch.weight * values.detach().sum() / total,
+            "return": micro_batch.weight * returns.sum() / total,
+            "squared_error": micro_batch.weight * error.sum() / total,
+            "clipped": micro_batch.weight * ((values.detach() - old).abs() > config.clip).float().sum() / total,
         }
 
     return loss

@@ -8,7 +8,7 @@ import torch
 from modeling.packing import Packing
 from modeling.rows import Row
 from training.engines.base import TrainingEngine
-from training.loop import parts
+from training.loop import make_micro_batches
 
 RATIO = (0.9, 1.1)
 """Importance ratios outside of this are counted."""
@@ -25,10 +25,10 @@ def measure_drift(rows: list[Row], engine: TrainingEngine, packing: Packing, bud
     starts = np.cumsum([0, *(len(response.ids) for response in responses)])
     first = {id(response): start for response, start in zip(responses, starts[:-1], strict=True)}
     found = torch.zeros(int(starts[-1]))
-    for part in parts(rows, engine=engine, budget=budget, packing=packing):
-        logprobs = engine.forward(part.batch)["logprobs"].float().cpu() * part.weight
-        owners = [response for row in part.rows for response in row.responses]
-        for response, values in zip(owners, logprobs.split(part.batch.lengths.tolist()), strict=True):
+    for micro_batch in make_micro_batches(rows, engine=engine, budget=budget, packing=packing):
+        logprobs = engine.forward(micro_batch.batch)["logprobs"].float().cpu() * micro_batch.weight
+        owners = [response for row in micro_batch.rows for response in row.responses]
+        for response, values in zip(owners, logprobs.split(micro_batch.batch.lengths.tolist()), strict=True):
             found[first[id(response)] :][: len(values)] += values
     whole = engine.sum(found).numpy()
     for response, values in zip(responses, np.split(whole, starts[1:-1]), strict=True):

@@ -17,8 +17,8 @@ from contracts.seeds import derive_seed
 from contracts.stage import Context
 from modeling.packing import Packed, Packing, pack
 from modeling.rows import Row
-from training.algorithm import Figures, Statistics, Step, sum_by_response
-from training.batching import MicroBatch, count_steps, divide, global_batches
+from training.algorithm import Metrics, Statistics, Step, sum_by_response
+from training.batching import MicroBatchRows, count_steps, divide, global_batches
 from training.config import TrainingConfig
 from training.engines.base import Outputs, TrainingEngine
 from training.schedule import learning_rate
@@ -27,7 +27,7 @@ from training.state import Line, TrainingState
 
 @dataclass(frozen=True)
 class Totals:
-    """What a step's sums are divided by; known from the step's rows, so that nobody has to ask the other processes."""
+    """The normalisers of an optimizer step, computed from its rows alone: no collective is needed."""
 
     rows: int
     responses: int
@@ -48,40 +48,40 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A micro-batch, as a loss sees it: rows of one optimizer step, in the order in which the model computes them."""
+class MicroBatch:
+    """A micro-batch as a loss sees it: rows of one optimizer step, packed for one forward pass, in packing order."""
 
     rows: list[Row]
     batch: Packed
     weight: float
-    """1, or 0 where the rows only fill up."""
+    """1, or 0 for a filler (`training/batching.py`)."""
     totals: Totals
-    """Of the whole step."""
+    """Normalisers of the whole step."""
     statistics: Statistics
-    """Numbers of the whole step that were computed before its loss."""
+    """Step-wide values computed before the loss."""
     places: tuple[int, ...] = ()
-    """Place of each row in the step."""
+    """Index of each row within the step."""
     starts: tuple[int, ...] = ()
-    """Place of each row's first response among those of the step."""
+    """Index of each row's first response among the step's responses."""
     step: int = 0
-    """Number of the optimizer step, from 0 on."""
+    """Optimizer step, counted from 0."""
     steps: int = 1
     """Optimizer steps of the training."""
     seed: int = 0
-    """What random numbers of this step come from."""
+    """Seed of this step's random numbers."""
 
     def numbers(self, name: str) -> Tensor:
-        """A number of every response, [S]."""
+        """One number per response, [S]."""
         values = [response.numbers[name] for row in self.rows for response in row.responses]
         return torch.tensor(values, device=self.batch.lengths.device)
 
     def tokens(self, name: str) -> Tensor:
-        """A number of every response token, [N]."""
+        """One number per response token, [N]."""
         values = [torch.from_numpy(response.tokens[name]) for row in self.rows for response in row.responses]
         return torch.cat(values).to(self.batch.lengths.device)
 
     def response_seeds(self) -> list[int]:
-        """For each response what its random numbers come from: the step and the row alone decide."""
+        """A seed per response, derived from the step and the row alone, so that the layout does not matter."""
         return [
             derive_seed("response", self.seed, row.row_id, number)
             for row in self.rows
@@ -89,7 +89,7 @@ class Part:
         ]
 
     def weights(self, count: int) -> Tensor:
-        """The weight of each of `count` rows or responses."""
+        """This micro-batch's weight, repeated for `count` rows or responses."""
         return torch.full((count,), self.weight, device=self.batch.lengths.device)
 
     def sum_by_response(self, values: Tensor) -> Tensor:
@@ -97,10 +97,10 @@ class Part:
         return sum_by_response(values, self.batch.lengths)
 
 
-Loss = Callable[[Outputs, Part], Figures]
-"""The share that a micro-batch has in each figure of its step, `loss` among them. Every figure is a weighted sum over
-rows divided by one of the step's totals, so that adding the shares of all micro-batches and processes gives the figure
-of the step, however the step was divided."""
+Loss = Callable[[Outputs, MicroBatch], Metrics]
+"""A micro-batch's share of each metric of its step, `loss` among them. Every metric is a weighted sum over rows divided
+by one of the step's totals, so the shares of all micro-batches and processes add up to the step's metric, however the
+step was divided."""
 
 
 @dataclass(frozen=True)
@@ -110,31 +110,31 @@ class Learning:
     rows: list[Row]
     loss: Loss
     statistics: Loss | None = None
-    """Computed over the whole step, without gradients, before its loss. Vectors may be among its figures."""
+    """Computed over the whole step, without gradients, before its loss. Its metrics may be vectors."""
     update: Callable[[Step], Statistics] | None = None
-    """What is decided once per step, from the statistics, before the loss."""
+    """Called once per step, between `statistics` and the loss."""
     state: dict[str, float] = field(default_factory=dict)
-    """What `update` keeps from step to step, with its first values; the log has it, and so has the saved state."""
+    """Initial values of what `update` carries from step to step; logged and checkpointed."""
 
 
 @dataclass(frozen=True)
 class FinalReport:
-    """What is told of the final model."""
+    """Evaluation of the final model on held-out rows."""
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     files: dict[str, list[Any]]
     """Rows to publish beside the checkpoint, by the file's name."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the final model is measured by."""
+    """Held-out rows and how the final model is evaluated on them."""
 
     rows: list[Row]
-    scores: Callable[[Outputs, Part], Tensor]
+    scores: Callable[[Outputs, MicroBatch], Tensor]
     """Two numbers for each of a micro-batch's rows, [rows, 2]."""
     report: Callable[[NDArray[np.float32]], FinalReport]
-    """What follows from those of all rows, in their order."""
+    """Builds the report from the scores of all rows, in row order, [rows, 2]."""
 
 
 def train(
@@ -145,9 +145,10 @@ def train(
     packing: Packing,
     state: TrainingState,
 ) -> list[Line]:
-    """Train the engine's model in place and return one line of figures per optimizer step.
+    """Train the engine's model in place and return one line of metrics per optimizer step.
 
-    A training that is asked to stop saves its state after the step in hand, and leaves; the caller defers the request.
+    On a stop request it saves its state after the current step and exits; the caller defers the signal
+    (`contracts.stopping.deferred`).
     """
     rows = learning.rows
     total = count_steps(len(rows), config.global_batch, config.epochs, config.max_steps)
@@ -158,14 +159,14 @@ def train(
         seed=config.seed,
         max_steps=config.max_steps,
     )
-    split = partial(parts, engine=engine, budget=config.micro_batch_tokens, packing=packing)
+    split = partial(make_micro_batches, engine=engine, budget=config.micro_batch_tokens, packing=packing)
 
-    def add_gradients(batch: tuple[int, ...], step: int) -> tuple[Figures, Statistics]:
-        """Those of a step, which begins with what the one before has left."""
+    def add_gradients(batch: tuple[int, ...], step: int) -> tuple[Metrics, Statistics]:
+        """Accumulate the gradients of one step; its state is what the previous step's `update` returned."""
         seed = derive_seed("algorithm", config.seed, step)
-        made = [replace(part, step=step, steps=total, seed=seed) for part in split(rows, batch)]
+        micro_batches = [replace(micro_batch, step=step, steps=total, seed=seed) for micro_batch in split(rows, batch)]
         before = {name: log[step - 1][name] for name in learning.state} if step else learning.state
-        return _add_gradients(engine, learning, made, Step(step, total, {}, before, _generator(seed)))
+        return _add_gradients(engine, learning, micro_batches, Step(step, total, {}, before, _generator(seed)))
 
     log = state.read()
     if log:
@@ -179,22 +180,22 @@ def train(
             step, total, peak=config.learning_rate, shape=config.schedule, warmup_ratio=config.warmup_ratio
         )
         engine.set_rate(rate)
-        figures, decided = add_gradients(batch, step)
+        metrics, decided = add_gradients(batch, step)
         norm = engine.clip(config.max_grad_norm)
-        # DeepSpeed has stepped by now: there this stops before anything is saved.
+        # DeepSpeed has already stepped here, so this check stops before the bad weights are saved.
         _require_finite(norm, step, [rows[index].row_id for index in batch])
         engine.step()
-        # Whether to save and whether to leave has to be the same for all processes: it travels with the figures.
-        sums = engine.add_up({**figures, "due": float(state.due), "stop": float(stopping.requested())})
+        # All processes must agree on saving and stopping: the flags are reduced together with the metrics.
+        sums = engine.add_up({**metrics, "due": float(state.due), "stop": float(stopping.requested())})
         due, stop = sums.pop("due") > 0, sums.pop("stop") > 0
         if taken := decided.keys() & sums.keys():
-            raise UserError(f"the algorithm's loss and its update both return a figure {min(taken)!r}. Rename one.")
+            raise UserError(f"the algorithm's loss and its update both return a metric {min(taken)!r}. Rename one.")
         kept = {name: value for name, value in decided.items() if isinstance(value, float)}
         log.append({"step": step + 1, **sums, **kept, "learning_rate": rate, "grad_norm": norm})
         context.progress(step + 1, total, "steps")
         if stop:
             _leave(engine, state, log)
-        if due and step + 1 < total:  # behind the last step follows the checkpoint
+        if due and step + 1 < total:  # after the last step the final checkpoint is published instead
             state.save(log)
     return log
 
@@ -207,14 +208,14 @@ def measure(
     state: TrainingState,
     log: list[Line],
 ) -> FinalReport:
-    """Measure the trained model; its figures are added to the last line of `log`. A stop is answered as by `train`."""
+    """Evaluate the trained model; its metrics are added to the last line of `log`. Stop requests: as in `train`."""
     rows = held_out.rows
     places = {id(row): place for place, row in enumerate(rows)}
     found = torch.zeros(len(rows), 2)
-    for part in parts(rows, engine=engine, budget=config.micro_batch_tokens, packing=packing):
-        scores = held_out.scores(engine.forward(part.batch), part).float().cpu()
-        if part.weight:
-            found[[places[id(row)] for row in part.rows]] = scores
+    for micro_batch in make_micro_batches(rows, engine=engine, budget=config.micro_batch_tokens, packing=packing):
+        scores = held_out.scores(engine.forward(micro_batch.batch), micro_batch).float().cpu()
+        if micro_batch.weight:
+            found[[places[id(row)] for row in micro_batch.rows]] = scores
     if engine.add_up({"stop": float(stopping.requested())})["stop"] > 0:
         _leave(engine, state, log)
     whole = engine.sum(found)
@@ -225,13 +226,13 @@ def measure(
             "or lower learning_rate; nothing of this training is published."
         )
     report = held_out.report(whole.numpy())
-    log[-1].update({f"held_out_{name}": value for name, value in report.figures.items()})
+    log[-1].update({f"held_out_{name}": value for name, value in report.metrics.items()})
     return report
 
 
-def parts(
+def make_micro_batches(
     rows: list[Row], batch: tuple[int, ...] | None = None, *, engine: TrainingEngine, budget: int, packing: Packing
-) -> list[Part]:
+) -> list[MicroBatch]:
     """This replica's micro-batches of one optimizer step, or of all rows."""
     batch = tuple(range(len(rows))) if batch is None else batch
     totals = Totals.of([rows[index] for index in batch])
@@ -239,25 +240,28 @@ def parts(
     starts = [0, *accumulate(counts)]
     places = {index: (place, starts[place]) for place, index in enumerate(batch)}
     divided = divide(batch, rows, processes=engine.replicas, budget=budget, packing=packing)
-    return [_part(micro, rows, totals, places, engine, packing) for micro in divided[engine.replica]]
+    return [_make_micro_batch(micro, rows, totals, places, engine, packing) for micro in divided[engine.replica]]
 
 
-def _part(
-    micro: MicroBatch,
+def _make_micro_batch(
+    micro: MicroBatchRows,
     rows: list[Row],
     totals: Totals,
     places: dict[int, tuple[int, int]],
     engine: TrainingEngine,
     packing: Packing,
-) -> Part:
+) -> MicroBatch:
     chosen = [rows[index] for index in micro.rows]
     own, starts = zip(*(places[index] for index in micro.rows), strict=True)
-    return Part(chosen, pack(chosen, packing, engine.device), micro.weight, totals, {}, own, starts)
+    return MicroBatch(chosen, pack(chosen, packing, engine.device), micro.weight, totals, {}, own, starts)
 
 
-def evaluate(engine: TrainingEngine, made: list[Part], loss: Loss) -> Figures:
-    """This replica's share of the figures of `loss`, without gradients."""
-    return engine.evaluate([part.batch for part in made], lambda outputs, number: loss(outputs, made[number]))
+def evaluate(engine: TrainingEngine, micro_batches: list[MicroBatch], loss: Loss) -> Metrics:
+    """This replica's share of the metrics of `loss`, without gradients."""
+    return engine.evaluate(
+        [micro_batch.batch for micro_batch in micro_batches],
+        lambda outputs, number: loss(outputs, micro_batches[number]),
+    )
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -265,27 +269,27 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _add_gradients(
-    engine: TrainingEngine, learning: Learning, made: list[Part], step: Step
-) -> tuple[Figures, Statistics]:
-    """Compute the gradients of a step; return this replica's share of its figures, and what was decided before."""
+    engine: TrainingEngine, learning: Learning, micro_batches: list[MicroBatch], step: Step
+) -> tuple[Metrics, Statistics]:
+    """Accumulate the gradients of a step; returns this replica's share of its metrics, and what `update` returned."""
     decided: Statistics = {}
     if learning.statistics is not None:
-        step.statistics.update(engine.add_up(evaluate(engine, made, learning.statistics)))
+        step.statistics.update(engine.add_up(evaluate(engine, micro_batches, learning.statistics)))
     if learning.update is not None:
         decided = learning.update(step)
-    for part in made:
-        part.statistics.update({**step.statistics, **decided})
+    for micro_batch in micro_batches:
+        micro_batch.statistics.update({**step.statistics, **decided})
 
-    def share(outputs: Outputs, number: int) -> Figures:
-        figures = learning.loss(outputs, made[number])
-        _require_finite(float(figures["loss"].detach()), step.step, [row.row_id for row in made[number].rows])
-        return figures
+    def share(outputs: Outputs, number: int) -> Metrics:
+        metrics = learning.loss(outputs, micro_batches[number])
+        _require_finite(float(metrics["loss"].detach()), step.step, [row.row_id for row in micro_batches[number].rows])
+        return metrics
 
-    return engine.accumulate([part.batch for part in made], share), decided
+    return engine.accumulate([micro_batch.batch for micro_batch in micro_batches], share), decided
 
 
 def _leave(engine: TrainingEngine, state: TrainingState, log: list[Line]) -> NoReturn:
-    """Save and end. All processes end together, because a launcher ends the others as soon as one is gone."""
+    """Save and exit. All processes exit together: a launcher kills the rest as soon as one is gone."""
     state.save(log)
     engine.barrier()
     stopping.leave()

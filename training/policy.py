@@ -22,18 +22,18 @@ from modeling.modules import TokenLogprobs
 from modeling.packing import Packing
 from modeling.rows import Response, Row, float_values, token_ids
 from training import views
-from training.algorithm import Figures, Pairs, Statistics, Step
+from training.algorithm import Metrics, Pairs, Statistics, Step
 from training.config import PolicyConfig
 from training.data import length_limit, pair_row, read_pairs, usable
 from training.drift import measure_drift
 from training.engines.base import Outputs, TrainingEngine
 from training.fit import TrainingTask, fit
-from training.loop import Learning, Part
+from training.loop import Learning, MicroBatch
 from training.registry import Description, describe, load
 
 Reference = dict[tuple[str, int], Score]
 RESERVED = {"step", "learning_rate", "grad_norm", "due", "stop"}
-"""Names that a line of the training log has beside an algorithm's figures."""
+"""Names that a line of the training log has beside an algorithm's metrics."""
 
 
 def run(config: PolicyConfig, context: Context) -> Outcome:
@@ -103,26 +103,28 @@ def learning(config: PolicyConfig, description: Description, rows: list[Row]) ->
     module, settings = load(config.algorithm), config.settings
     view = views.pairs if description.reads == "pairs" else views.samples
 
-    def loss(outputs: Outputs, part: Part) -> Figures:
-        batch = view(outputs, part, description.needs)
+    def loss(outputs: Outputs, micro_batch: MicroBatch) -> Metrics:
+        batch = view(outputs, micro_batch, description.needs)
         found = module.loss(batch, **description.arguments("loss", settings))
-        figures = _require_figures(found, f"algorithm {config.algorithm!r}: loss", {"loss"})
+        metrics = _require_metrics(found, f"algorithm {config.algorithm!r}: loss", {"loss"})
         if isinstance(batch, Pairs):
             nll = batch.chosen_nll()
-            figures = {
+            metrics = {
                 "nll": nll.detach(),
                 "chosen_logp": batch.mean(batch.chosen.logp.detach()),
                 "rejected_logp": batch.mean(batch.rejected.logp.detach()),
-                **figures,
-                "loss": figures["loss"] + config.nll_coefficient * nll,
+                **metrics,
+                "loss": metrics["loss"] + config.nll_coefficient * nll,
             }
-        return figures
+        return metrics
 
-    def statistics(outputs: Outputs, part: Part) -> Figures:
+    def statistics(outputs: Outputs, micro_batch: MicroBatch) -> Metrics:
         found = module.statistics(
-            view(outputs, part, description.needs), **description.arguments("statistics", settings)
+            view(outputs, micro_batch, description.needs), **description.arguments("statistics", settings)
         )
-        return _require_figures(found, f"algorithm {config.algorithm!r}: statistics", set(), _whole(part, description))
+        return _require_metrics(
+            found, f"algorithm {config.algorithm!r}: statistics", set(), _whole(micro_batch, description)
+        )
 
     def update(step: Step) -> Statistics:
         found = module.update(step, **description.arguments("update", settings))
@@ -138,9 +140,9 @@ def learning(config: PolicyConfig, description: Description, rows: list[Row]) ->
     )
 
 
-def _whole(part: Part, description: Description) -> int:
+def _whole(micro_batch: MicroBatch, description: Description) -> int:
     """The length of a vector with one number for each pair or response of the step."""
-    return part.totals.rows if description.reads == "pairs" else part.totals.responses
+    return micro_batch.totals.rows if description.reads == "pairs" else micro_batch.totals.responses
 
 
 def _require_decided(found: Any, what: str, state: Mapping[str, float]) -> Statistics:
@@ -167,20 +169,20 @@ def _require_decided(found: Any, what: str, state: Mapping[str, float]) -> Stati
     return decided
 
 
-def _require_figures(found: Any, what: str, names: set[str], whole: int | None = None) -> Figures:
+def _require_metrics(found: Any, what: str, names: set[str], whole: int | None = None) -> Metrics:
     """Raise UserError unless an algorithm has returned scalars by name, and a loss that can be learned from.
 
     With `whole` vectors of that length will do as well.
     """
     if not isinstance(found, dict) or not names <= found.keys():
         shown = sorted(found) if isinstance(found, dict) else type(found).__name__
-        raise UserError(f"{what} must return a dict of figures{', `loss` among them' if names else ''}; found {shown}.")
+        raise UserError(f"{what} must return a dict of metrics{', `loss` among them' if names else ''}; found {shown}.")
     for name, value in found.items():
         if not isinstance(value, Tensor) or value.shape not in {(), (whole,)}:
             shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UserError(f"{what} returned {name!r} as {shape}, not as a tensor of shape () like batch.mean's.")
     if taken := RESERVED & found.keys():
-        raise UserError(f"{what} returned a figure named {min(taken)!r}, which the log has for itself. Rename it.")
+        raise UserError(f"{what} returned a metric named {min(taken)!r}, which the log has for itself. Rename it.")
     if names and torch.is_grad_enabled() and not found["loss"].requires_grad:
         raise UserError(f"{what} returned a loss without gradient, from which nothing is learned. Do not detach it.")
     return found

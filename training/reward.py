@@ -17,13 +17,13 @@ from contracts.stage import Context, Outcome
 from modeling.loading import load_causal, load_reward, read_config, vocabulary_size
 from modeling.modules import SequenceScores, TokenLogprobs
 from modeling.rows import Response, Row, token_ids
-from training.algorithm import Figures
+from training.algorithm import Metrics
 from training.calibration import judgements
 from training.config import RewardConfig
 from training.data import length_limit, pair_row, read_pairs, usable
 from training.engines.base import Outputs
 from training.fit import TrainingTask, fit
-from training.loop import HeldOut, Learning, Part
+from training.loop import HeldOut, Learning, MicroBatch
 from training.models import classifier_changes
 
 MakeRows = Callable[[Pair, bool], tuple[Row, ...]]
@@ -125,27 +125,27 @@ def _question_row(pair: Pair, chat: PairwiseChat, chosen_first: bool) -> Row:
     return Row(pair.pair_id, token_ids(prompt), (Response(token_ids([right])), Response(token_ids([wrong]))))
 
 
-def both_scores(outputs: Outputs, part: Part) -> Tensor:
+def both_scores(outputs: Outputs, micro_batch: MicroBatch) -> Tensor:
     """The score of the better and of the worse answer of each row, [rows, 2]; of a pairwise model the log-probability
     of the label that names it."""
     return (outputs["scores"] if "scores" in outputs else outputs["logprobs"]).view(-1, 2)
 
 
-def reward_loss(outputs: Outputs, part: Part) -> Figures:
+def reward_loss(outputs: Outputs, micro_batch: MicroBatch) -> Metrics:
     """-log sigmoid(r_chosen - r_rejected).
 
     For a pairwise model that is -log p(right label | one of the two labels), because a label's score is its
     log-probability.
     """
-    chosen, rejected = both_scores(outputs, part).unbind(1)
-    figures = {
+    chosen, rejected = both_scores(outputs, micro_batch).unbind(1)
+    metrics = {
         "loss": bradley_terry(chosen, rejected),
         "accuracy": (chosen > rejected).float(),
         "chosen_score": chosen.detach(),
         "rejected_score": rejected.detach(),
         "margin": (chosen - rejected).detach(),
     }
-    return {name: part.weight * value.sum() / part.totals.rows for name, value in figures.items()}
+    return {name: micro_batch.weight * value.sum() / micro_batch.totals.rows for name, value in metrics.items()}
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from contracts.stage import Context, Outcome
 from modeling.loading import load_causal, read_config, vocabulary_size
 from modeling.modules import TokenLogprobs
 from modeling.rows import Response, Row, token_ids
-from training.algorithm import Figures
+from training.algorithm import Metrics
 from training.config import SftConfig
 from training.data import length_limit, usable
 from training.engines.base import Outputs
 from training.fit import TrainingTask, fit
-from training.loop import Learning, Part
+from training.loop import Learning, MicroBatch
 
 
 def run(config: SftConfig, context: Context) -> Outcome:
@@ -53,9 +53,9 @@ def run(config: SftConfig, context: Context) -> Outcome:
     return outcome
 
 
-def sft_loss(outputs: Outputs, part: Part) -> Figures:
+def sft_loss(outputs: Outputs, micro_batch: MicroBatch) -> Metrics:
     """Negative log-likelihood per response token of the global batch."""
-    return {"loss": -part.weight * outputs["logprobs"].sum() / part.totals.tokens}
+    return {"loss": -micro_batch.weight * outputs["logprobs"].sum() / micro_batch.totals.tokens}
 
 
 def tokenized(conversations: Iterable[DemonstrationRow], chat: ChatTokenizer, ledger: Ledger) -> Iterator[Row]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.algorithm import Answers, Figures, Pairs, Step
+from training.algorithm import Answers, Metrics, Pairs, Step
 from training.registry import BUILT_IN, describe
 
 PAIRS = [name for name in BUILT_IN if describe(name).reads == "pairs"]
@@ -78,9 +78,9 @@ class Data:
         )
 
     def ours(
-        self, name: str, tokens: Tensor, parts: list[tuple[list[int], int]] | None = None, **settings: Any
-    ) -> tuple[Figures, Tensor]:
-        """The figures of a step in some micro-batches (rows and how many of them only fill up), and d loss / d logp.
+        self, name: str, tokens: Tensor, micro_batches: list[tuple[list[int], int]] | None = None, **settings: Any
+    ) -> tuple[Metrics, Tensor]:
+        """The metrics of a step in some micro-batches (rows and how many of them only fill up), and d loss / d logp.
 
         For algorithms that look at tokens, d loss / d tokens.
         """
@@ -90,10 +90,10 @@ class Data:
         tokens = tokens.detach().clone().requires_grad_()
         logp = (tokens * self.mask).sum(1)
         logp.retain_grad()
-        parts = parts or [(list(range(self.pairs)), 0)]
+        micro_batches = micro_batches or [(list(range(self.pairs)), 0)]
         statistics: dict[str, Any] = defaultdict(float)
         if "statistics" in description.functions:
-            for rows, fill in parts:
+            for rows, fill in micro_batches:
                 shares = module.statistics(
                     self.batch(tokens, logp, rows, fill), **description.arguments("statistics", values)
                 )
@@ -102,14 +102,14 @@ class Data:
         if "update" in description.functions:
             step = Step(0, 3, dict(statistics), self.state or description.state, torch.Generator().manual_seed(3))
             statistics |= module.update(step, **description.arguments("update", values))
-        figures: Figures = {}
-        for rows, fill in parts:
+        metrics: Metrics = {}
+        for rows, fill in micro_batches:
             batch = self.batch(tokens, logp, rows, fill, statistics=dict(statistics))
             for key, value in module.loss(batch, **description.arguments("loss", values)).items():
-                figures[key] = figures.get(key, torch.zeros((), dtype=logp.dtype)) + value
-        figures["loss"].backward()
+                metrics[key] = metrics.get(key, torch.zeros((), dtype=logp.dtype)) + value
+        metrics["loss"].backward()
         self.statistics = statistics
-        return figures, tokens.grad if "tokens" in description.needs else logp.grad
+        return metrics, tokens.grad if "tokens" in description.needs else logp.grad
 
 
 def trl_stub(**attributes: Any) -> SimpleNamespace:
@@ -177,11 +177,11 @@ def same(found: Any, expected: Any) -> None:
     assert torch.isfinite(torch.as_tensor(found)).all()
 
 
-def same_rewards(figures: Figures, logged: Any) -> None:
+def same_rewards(metrics: Metrics, logged: Any) -> None:
     names = {"chosen": "chosen_reward", "rejected": "rejected_reward", "margins": "margin", "accuracies": "accuracy"}
     for theirs, mine in names.items():
         value = logged[f"rewards/{theirs}"]
-        same(figures[mine].double(), torch.as_tensor(value[0] if isinstance(value, list) else value).double())
+        same(metrics[mine].double(), torch.as_tensor(value[0] if isinstance(value, list) else value).double())
 
 
 def by_token(data: Data, gradient: Tensor) -> Tensor:
@@ -212,11 +212,11 @@ def test_equals_the_dpo_trainer_of_trl(
 ) -> None:
     data = Data(edge)
     loss, gradient, logged = trl_dpo(data, kind, beta, smoothing, weighted=name == "wpo")
-    figures, mine = data.ours(name, data.tokens, beta=beta, **settings)
-    same(figures["loss"], loss)
+    metrics, mine = data.ours(name, data.tokens, beta=beta, **settings)
+    same(metrics["loss"], loss)
     same(by_token(data, mine), gradient)
     if name != "dpo_norm":  # TRL logs its rewards without the normalisation
-        same_rewards(figures, logged)
+        same_rewards(metrics, logged)
 
 
 def trl_without_reference(data: Data, method: str, **attributes: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -263,11 +263,11 @@ def test_equals_the_cpo_and_orpo_trainers_of_trl(
     logprobs = logits.detach().requires_grad_()
     tokens = logprobs[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     scale = {"lam" if name == "orpo" else "beta": 0.3}
-    figures, mine = data.ours(name, tokens, **scale, **settings)
-    same(figures["loss"], loss)
+    metrics, mine = data.ours(name, tokens, **scale, **settings)
+    same(metrics["loss"], loss)
     (tokens * by_token(data, mine)).sum().backward()
     same(logprobs.grad, logits.grad)
-    same_rewards(figures, logged)
+    same_rewards(metrics, logged)
 
 
 @pytest.mark.parametrize("edge", EDGES)
@@ -304,13 +304,13 @@ def test_kto_equals_trl(edge: str) -> None:
     }
     loss = KTOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
     loss.backward()
-    figures, mine = data.ours("kto", data.tokens, beta=0.3, lambda_d=1.2, lambda_u=0.9)
-    same(figures["loss"], loss)
+    metrics, mine = data.ours("kto", data.tokens, beta=0.3, lambda_d=1.2, lambda_u=0.9)
+    same(metrics["loss"], loss)
     same(by_token(data, mine), tokens.grad)
     logged = trainer._metrics["train"]
-    same(figures["z"], torch.tensor(logged["kl"][0]))
-    same(figures["chosen_reward"], torch.tensor(logged["rewards/chosen"][0]))
-    same(figures["rejected_reward"], torch.tensor(logged["rewards/rejected"][0]))
+    same(metrics["z"], torch.tensor(logged["kl"][0]))
+    same(metrics["chosen_reward"], torch.tensor(logged["rewards/chosen"][0]))
+    same(metrics["rejected_reward"], torch.tensor(logged["rewards/rejected"][0]))
 
 
 # Formulas of the papers in numpy. w, l: log-probabilities; everything else is a constant of the batch.
@@ -385,14 +385,14 @@ def test_equals_the_formula_of_the_paper(name: str, formula: Formula, settings: 
     if edge in ("chosen", "rejected") and not describe(name).needs:  # a margin without a reference: an unlikely answer
         rows = slice(data.pairs, None) if edge == "chosen" else slice(0, data.pairs)
         data.tokens[rows, 0] -= 1e4
-    figures, gradient = data.ours(name, data.tokens, **settings)
+    metrics, gradient = data.ours(name, data.tokens, **settings)
     w, l = (data.tokens * data.mask).sum(1).numpy().reshape(2, -1)  # noqa: E741
     rw, rl = (data.reference * data.mask).sum(1).numpy().reshape(2, -1)
     cw, cl = (data.collision * data.mask).sum(1).numpy().reshape(2, -1)
     nw, nl = data.lengths.double().numpy().reshape(2, -1)
     sw, sl = data.scores.numpy().reshape(2, -1)
     constants = SimpleNamespace(w0=w, l0=l, rw=rw, rl=rl, cw=cw, cl=cl, nw=nw, nl=nl, sw=sw, sl=sl)
-    same(figures["loss"].detach(), formula(constants, w, l))
+    same(metrics["loss"].detach(), formula(constants, w, l))
     slopes = []
     for place in range(2 * data.pairs):
         if data.lengths[place] == 0:  # of an empty answer nothing can be learned
@@ -409,8 +409,8 @@ def test_equals_the_formula_of_the_paper(name: str, formula: Formula, settings: 
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_loss_and_gradient_is_finite_in_single_precision(name: str, edge: str) -> None:
     data = Data(edge)
-    figures, gradient = data.ours(name, data.tokens)
-    assert all(torch.isfinite(value).all() for value in figures.values()), figures
+    metrics, gradient = data.ours(name, data.tokens)
+    assert all(torch.isfinite(value).all() for value in metrics.values()), metrics
     assert torch.isfinite(gradient).all()
 
 
@@ -418,20 +418,20 @@ def test_every_loss_and_gradient_is_finite_in_single_precision(name: str, edge: 
 def test_all_answers_empty(name: str) -> None:
     data = Data("random 0")
     data.lengths[:], data.mask[:] = 0, False
-    figures, gradient = data.ours(name, data.tokens)
-    assert all(torch.isfinite(value).all() for value in figures.values()), figures
+    metrics, gradient = data.ours(name, data.tokens)
+    assert all(torch.isfinite(value).all() for value in metrics.values()), metrics
     assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize(
-    "parts", [[[0, 1, 2, 3, 4]], [[4], [1], [0], [3], [2]], [[3, 0], [1, 2, 4]], [[0], [1, 2, 3, 4]]]
+    "micro_batches", [[[0, 1, 2, 3, 4]], [[4], [1], [0], [3], [2]], [[3, 0], [1, 2, 4]], [[0], [1, 2, 3, 4]]]
 )
 @pytest.mark.parametrize("name", PAIRS)
-def test_shares_add_up_and_fillers_add_nothing(name: str, parts: list[list[int]]) -> None:
+def test_shares_add_up_and_fillers_add_nothing(name: str, micro_batches: list[list[int]]) -> None:
     data = Data("random 1", torch.float64)
     expected, gradient = data.ours(name, data.tokens)
-    found, mine = data.ours(name, data.tokens, [(part, 0) for part in parts])
-    filled, again = data.ours(name, data.tokens, [([*part, 2, 2], 2) for part in parts])
+    found, mine = data.ours(name, data.tokens, [(rows, 0) for rows in micro_batches])
+    filled, again = data.ours(name, data.tokens, [([*rows, 2, 2], 2) for rows in micro_batches])
     assert found.keys() == expected.keys() == filled.keys()
     for key in expected:
         torch.testing.assert_close(found[key], expected[key])
@@ -442,11 +442,11 @@ def test_shares_add_up_and_fillers_add_nothing(name: str, parts: list[list[int]]
 
 def test_other_figures() -> None:
     data = Data("random 2")
-    figures, _ = data.ours("dpo_norm", data.tokens, beta=0.5)
+    metrics, _ = data.ours("dpo_norm", data.tokens, beta=0.5)
     ratios = ((data.tokens - data.reference) * data.mask).sum(1) * 0.5 / data.lengths
     chosen, rejected = ratios.chunk(2)
-    same(figures["chosen_reward"], chosen.mean())
-    same(figures["rejected_reward"], rejected.mean())
+    same(metrics["chosen_reward"], chosen.mean())
+    same(metrics["rejected_reward"], rejected.mean())
     mean = (data.tokens * data.mask).sum(1) / data.lengths
     same(data.ours("rpo", data.tokens)[0]["nll"], -mean[: data.pairs].mean())
     total = (data.tokens * data.mask).sum(1)[: data.pairs].sum() / data.lengths[: data.pairs].sum()
@@ -488,26 +488,26 @@ def test_ld_dpo_equals_its_formula(alpha: float, edge: str) -> None:
         w, l = np.array(ratios).reshape(2, -1)  # noqa: E741
         return np.mean(-log_sigmoid(0.4 * (w - l)))
 
-    figures, gradient = data.ours("ld_dpo", data.tokens, beta=0.4, alpha=alpha)
-    same(figures["loss"].detach(), formula(data.tokens.numpy()))
+    metrics, gradient = data.ours("ld_dpo", data.tokens, beta=0.4, alpha=alpha)
+    same(metrics["loss"].detach(), formula(data.tokens.numpy()))
     check_gradient(data, gradient, formula)
     if alpha == 1.0:
         expected, by_answer = data.ours("dpo", data.tokens, beta=0.4)
-        same(figures["loss"].detach(), expected["loss"].detach())
+        same(metrics["loss"].detach(), expected["loss"].detach())
         same(gradient, by_token(data, by_answer))
 
 
 @pytest.mark.parametrize("edge", [edge for edge in EDGES if edge not in ("chosen", "rejected")])
 def test_sampo_counts_as_many_tokens_of_both_answers(edge: str) -> None:
     data = Data(edge, torch.float64)
-    figures, gradient = data.ours("sampo", data.tokens, beta=0.4)
+    metrics, gradient = data.ours("sampo", data.tokens, beta=0.4)
     used = gradient != 0
     counts = used.sum(1).view(2, -1)
     shorter = data.lengths.view(2, -1).amin(0)
     assert counts.tolist() == [shorter.tolist()] * 2
     ratios = ((data.tokens - data.reference) * used).sum(1).numpy()
     w, l = ratios.reshape(2, -1)  # noqa: E741
-    same(figures["loss"].detach(), np.mean(-log_sigmoid(0.4 * (w - l))))
+    same(metrics["loss"].detach(), np.mean(-log_sigmoid(0.4 * (w - l))))
 
 
 def test_sampo_draws_every_token_equally_often() -> None:
@@ -547,7 +547,7 @@ def test_beta_dpo_equals_its_formula(filtering: float, edge: str) -> None:
     rw, rl = (data.reference * data.mask).sum(1).numpy().reshape(2, -1)
     gaps = w - rw - l + rl
     settings = {"beta": 0.4, "alpha": 0.6, "filtering": filtering, "momentum": 0.8}
-    figures, gradient = data.ours("beta_dpo", data.tokens, **settings)
+    metrics, gradient = data.ours("beta_dpo", data.tokens, **settings)
     found, used = data.statistics, data.statistics["used"].bool().numpy()
     spread = np.std(gaps, ddof=1) if len(gaps) > 1 else 0.0
     assert found["gap_mean"] == pytest.approx(0.8 * 0.7 + 0.2 * gaps.mean())
@@ -555,7 +555,7 @@ def test_beta_dpo_equals_its_formula(filtering: float, edge: str) -> None:
     assert used.sum() == max(1, int(len(gaps) * (1 - filtering))) == found["pairs_used"]
     beta = max(0.4 * (1 + 0.6 * (gaps[used].mean() - found["gap_mean"])), 1e-3)
     assert found["beta"] == pytest.approx(beta)
-    same(figures["loss"].detach(), np.mean(-log_sigmoid(beta * gaps[used])))
+    same(metrics["loss"].detach(), np.mean(-log_sigmoid(beta * gaps[used])))
     slopes = np.where(used, -beta * np.exp(log_sigmoid(-beta * gaps)), 0.0) / used.sum()
     expected = np.concatenate([slopes, -slopes]) * (data.lengths > 0).numpy()
     same(gradient * (data.lengths > 0), expected)

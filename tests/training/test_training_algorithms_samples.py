@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.algorithm import Advantages, Experience, Figures, Samples
+from training.algorithm import Advantages, Experience, Metrics, Samples
 from training.algorithms import parts
 from training.algorithms import ppo as ppo_module
 from training.registry import BUILT_IN, describe
@@ -109,18 +109,18 @@ class Data:
 
     def ours(
         self, name: str, split: list[tuple[list[int], int]] | None = None, **settings: Any
-    ) -> tuple[Figures, dict[str, Tensor]]:
-        """The figures of a step in some micro-batches (rows, how many only fill up), and the gradients of the loss."""
+    ) -> tuple[Metrics, dict[str, Tensor]]:
+        """The metrics of a step in some micro-batches (rows, how many only fill up), and the gradients of the loss."""
         module = importlib.import_module(f"training.algorithms.{name}")
         values = describe(name).defaults | settings
         leaves = {key: getattr(self, key).clone().requires_grad_() for key in ("logprobs", "entropy", "values")}
-        figures: Figures = {}
+        metrics: Metrics = {}
         for rows, fill in split or [(list(range(len(self.lengths))), 0)]:
             shares = module.loss(self.batch(leaves, rows, fill), **describe(name).arguments("loss", values))
             for key, value in shares.items():
-                figures[key] = figures.get(key, 0) + value
-        figures["loss"].backward()
-        return figures, {
+                metrics[key] = metrics.get(key, 0) + value
+        metrics["loss"].backward()
+        return metrics, {
             key: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for key, leaf in leaves.items()
         }
 
@@ -279,7 +279,7 @@ def test_grpo_dr_grpo_and_cispo_equal_trl(name: str, settings: dict[str, Any], e
     data = Data(edge)
     # One advantage per response.
     data.advantages = data.advantages[data.lengths.cumsum(0) - 1].repeat_interleave(data.lengths)
-    figures, gradients = data.ours(name, **settings)
+    metrics, gradients = data.ours(name, **settings)
     leaf, entropy = (getattr(data, key).clone().requires_grad_() for key in ("logprobs", "entropy"))
     clip, cap = settings.get("clip", 0.2), settings.get("importance_cap", 0.0)
     trainer = trl_stub(
@@ -312,14 +312,14 @@ def test_grpo_dr_grpo_and_cispo_equal_trl(name: str, settings: dict[str, Any], e
     }
     loss = GRPOTrainer._compute_loss(trainer, None, inputs)
     loss.backward()
-    same(figures["loss"].detach(), loss.detach())
+    same(metrics["loss"].detach(), loss.detach())
     same(gradients["logprobs"], leaf.grad)
     same(gradients["entropy"], torch.zeros_like(leaf) if entropy.grad is None else entropy.grad)
     if name != "cispo":  # TRL counts tokens of negative advantages apart
-        same(figures["clip_fraction"], trainer._metrics["train"]["clip_ratio/region_mean"][0])
-    same(figures["entropy"], trainer._metrics["train"]["entropy"][0])
+        same(metrics["clip_fraction"], trainer._metrics["train"]["clip_ratio/region_mean"][0])
+    same(metrics["entropy"], trainer._metrics["train"]["entropy"][0])
     if settings.get("beta"):
-        same(figures["kl"], trainer._metrics["train"]["kl"][0])
+        same(metrics["kl"], trainer._metrics["train"]["kl"][0])
 
 
 @pytest.mark.parametrize("edge", [edge for edge in EDGES if edge != "far"])
@@ -329,7 +329,7 @@ def test_rloo_equals_trl(clip: float, edge: str) -> None:
 
     data = Data(edge)
     data.advantages = data.advantages[data.lengths.cumsum(0) - 1].repeat_interleave(data.lengths)
-    figures, gradients = data.ours("rloo", clip=clip)
+    metrics, gradients = data.ours("rloo", clip=clip)
     leaf = data.logprobs.clone().requires_grad_()
     trainer = trl_stub(data, leaf, data.entropy, epsilon_low=clip, epsilon_high=clip)
     inputs = trl_inputs(data) | {
@@ -338,9 +338,9 @@ def test_rloo_equals_trl(clip: float, edge: str) -> None:
     }
     loss = RLOOTrainer._compute_loss(trainer, None, inputs)
     loss.backward()
-    same(figures["loss"].detach(), loss.detach())
+    same(metrics["loss"].detach(), loss.detach())
     same(gradients["logprobs"], leaf.grad)
-    same(figures["clip_fraction"], trainer._metrics["train"]["clip_ratio/region_mean"][0])
+    same(metrics["clip_fraction"], trainer._metrics["train"]["clip_ratio/region_mean"][0])
 
 
 # Losses against formulas in numpy, their gradients by central differences.
@@ -414,13 +414,13 @@ ACTOR_CRITIC = {"clip": 0.15, "entropy_coefficient": 0.3, "value_coefficient": 0
 )
 def test_equals_the_formula_of_the_paper(name: str, formula: Any, settings: dict[str, Any], edge: str) -> None:
     data = Data(edge)
-    figures, gradients = data.ours(name, **settings)
+    metrics, gradients = data.ours(name, **settings)
     ends = data.lengths.cumsum(0).tolist()
     constants = SimpleNamespace(
         **{key: getattr(data, key).numpy() for key in PER_TOKEN}, bounds=list(zip([0, *ends], ends, strict=False))
     )
     point = [getattr(data, key).numpy() for key in ("logprobs", "entropy", "values")]
-    same(figures["loss"].detach(), formula(constants, *point))
+    same(metrics["loss"].detach(), formula(constants, *point))
     for number, key in enumerate(("logprobs", "entropy", "values")):
         for token in range(len(data.proximal)):
             slopes = []
@@ -434,24 +434,24 @@ def test_equals_the_formula_of_the_paper(name: str, formula: Any, settings: dict
 def test_the_first_step_of_ppo_is_reinforce() -> None:
     """Where nothing has moved, half of the gradient must not be lost at the tie of both branches."""
     data = Data("fresh")
-    figures, gradients = data.ours("ppo")
+    metrics, gradients = data.ours("ppo")
     same(gradients["logprobs"], -data.advantages / len(data.advantages))
-    same(figures["clip_fraction"], 0.0)
-    same(figures["ratio"], 1.0)
-    same(figures["approx_kl"], 0.0)
+    same(metrics["clip_fraction"], 0.0)
+    same(metrics["ratio"], 1.0)
+    same(metrics["approx_kl"], 0.0)
 
 
 def test_figures() -> None:
     data = Data("random 2")
-    figures, _ = data.ours("ppo", clip=0.1)
+    metrics, _ = data.ours("ppo", clip=0.1)
     log_ratio = (data.logprobs - data.proximal).numpy()
     free = -np.exp(log_ratio) * data.advantages.numpy()
     bound = -np.clip(np.exp(log_ratio), 0.9, 1.1) * data.advantages.numpy()
     assert 0 < np.mean(bound > free) < 1
-    same(figures["clip_fraction"], np.mean(bound > free))
-    same(figures["ratio"], np.mean(np.exp(log_ratio)))
-    same(figures["approx_kl"], np.mean(np.exp(log_ratio) - 1 - log_ratio))
-    same(figures["entropy"], data.entropy.mean())
+    same(metrics["clip_fraction"], np.mean(bound > free))
+    same(metrics["ratio"], np.mean(np.exp(log_ratio)))
+    same(metrics["approx_kl"], np.mean(np.exp(log_ratio) - 1 - log_ratio))
+    same(metrics["entropy"], data.entropy.mean())
     stale, _ = data.ours("decoupled_ppo", behaviour_cap=1.1)
     weights = np.exp((data.proximal - data.behaviour).numpy())
     assert 0 < np.mean(weights > 1.1) < 1
@@ -473,8 +473,8 @@ def test_without_values_there_is_no_value_loss() -> None:
 def test_every_loss_and_gradient_is_finite_in_single_precision(name: str, edge: str) -> None:
     data = Data(edge, torch.float32)
     settings = {"importance_cap": 2.0} if "importance_cap" in describe(name).settings else {}
-    figures, gradients = data.ours(name, **settings)
-    assert all(torch.isfinite(value).all() for value in figures.values()), figures
+    metrics, gradients = data.ours(name, **settings)
+    assert all(torch.isfinite(value).all() for value in metrics.values()), metrics
     assert all(torch.isfinite(value).all() for value in gradients.values())
 
 

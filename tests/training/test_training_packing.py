@@ -22,7 +22,7 @@ from modeling.packing import pack
 from modeling.rows import Response, Row, token_ids
 from training.config import PolicyConfig
 from training.data import pair_row
-from training.loop import Part, Totals
+from training.loop import MicroBatch, Totals
 from training.policy import learning
 from training.registry import describe
 from training.reward import bradley_terry
@@ -202,8 +202,8 @@ def test_a_step_equals_trl(
         nll_coefficient=nll,
     )  # fmt: skip
     ours = prepared(AutoModelForCausalLM.from_pretrained(models[which]), "shared")
-    part = Part(rows, pack(rows, "shared"), 1.0, Totals.of(rows), {})
-    shares = learning(config, describe(algorithm), rows).loss(TokenLogprobs(ours)(part.batch), part)
+    micro_batch = MicroBatch(rows, pack(rows, "shared"), 1.0, Totals.of(rows), {})
+    shares = learning(config, describe(algorithm), rows).loss(TokenLogprobs(ours)(micro_batch.batch), micro_batch)
     shares["loss"].backward()
 
     theirs = AutoModelForCausalLM.from_pretrained(models[which])

@@ -177,7 +177,7 @@ def test_the_experience_of_another_algorithm_is_refused(
         ("{'loss': batch.logprobs}", r"returned 'loss' as a tensor of shape \(\d+,\)"),
         ("{'loss': batch.token_mean(batch.logprobs), 'x': 3.0}", "returned 'x' as float"),
         ("{'loss': batch.token_mean(batch.logprobs.detach())}", "a loss without gradient"),
-        ("{'loss': batch.token_mean(batch.logprobs), 'step': batch.mean(batch.weights)}", "a figure named 'step'"),
+        ("{'loss': batch.token_mean(batch.logprobs), 'step': batch.mean(batch.weights)}", "a metric named 'step'"),
     ],
 )
 def test_what_a_loss_returns_is_checked(

@@ -39,9 +39,9 @@ def test_calibration_by_hand() -> None:
     assert (bins[0.95].confidence, bins[0.95].accuracy) == (pytest.approx(0.97), pytest.approx(2 / 3))
     assert bins[0.95].high == 1.0
     gaps = 3 / 6 * abs(0.5 - (0.5 + 0.52 + 0.52) / 3) + 3 / 6 * abs(2 / 3 - 0.97)
-    assert report.figures["ece"] == pytest.approx(gaps, abs=1e-6)
-    assert (report.figures["accuracy"], report.figures["ties"]) == (pytest.approx(3 / 6), pytest.approx(1 / 6))
-    assert report.figures["loss"] == pytest.approx(-np.mean(np.log(chances)), abs=1e-6)
+    assert report.metrics["ece"] == pytest.approx(gaps, abs=1e-6)
+    assert (report.metrics["accuracy"], report.metrics["ties"]) == (pytest.approx(3 / 6), pytest.approx(1 / 6))
+    assert report.metrics["loss"] == pytest.approx(-np.mean(np.log(chances)), abs=1e-6)
 
 
 def test_calibration_error_of_an_honest_model_is_small_and_of_a_boaster_large() -> None:
@@ -49,8 +49,8 @@ def test_calibration_error_of_an_honest_model_is_small_and_of_a_boaster_large() 
     p = chance.uniform(0.5, 1, 20_000)
     wins = chance.random(20_000) < p
     margins = np.where(wins, 1, -1) * np.log(p / (1 - p))
-    honest = judgements(scores_of(margins.tolist()), orders=1).figures["ece"]
-    boaster = judgements(scores_of((8 * margins).tolist()), orders=1).figures["ece"]
+    honest = judgements(scores_of(margins.tolist()), orders=1).metrics["ece"]
+    boaster = judgements(scores_of((8 * margins).tolist()), orders=1).metrics["ece"]
     assert honest < 0.02 < 0.15 < boaster
 
 
@@ -62,10 +62,10 @@ def test_certainty_falls_into_the_last_bin() -> None:
 def test_both_orders_are_one_judgement() -> None:
     """Pairs: right in both orders; always for the first place, weakly for the better one; torn; a tie."""
     margins = [[2.0, 2.0], [3.0, -1.0], [1.0, -3.0], [0.0, 0.0]]
-    figures = judgements(scores_of([margin for pair in margins for margin in pair]), orders=2).figures
-    assert figures["accuracy"] == 0.5
-    assert (figures["accuracy_better_first"], figures["accuracy_better_second"]) == (0.75, 0.25)
-    assert (figures["consistency"], figures["ties"]) == (0.25, 0.25)
+    metrics = judgements(scores_of([margin for pair in margins for margin in pair]), orders=2).metrics
+    assert metrics["accuracy"] == 0.5
+    assert (metrics["accuracy_better_first"], metrics["accuracy_better_second"]) == (0.75, 0.25)
+    assert (metrics["consistency"], metrics["ties"]) == (0.25, 0.25)
 
 
 def test_a_reward_model_publishes_its_calibration(models: dict[str, Path], tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_tags_and_truncation_of_pairs_reach_an_algorithm(
     [
         ("state", "update did not return the number 'seen', which STATE says that it keeps"),
         ("nan", "update returned 'seen' as nan, from which nothing can be computed"),
-        ("name", "loss and its update both return a figure 'loss'. Rename one"),
+        ("name", "loss and its update both return a metric 'loss'. Rename one"),
     ],
 )
 def test_an_update_that_does_not_keep_its_word(

@@ -6,14 +6,14 @@ implicit rewards r = beta log-ratio:
     sigmoid(r_w) - sigmoid(r_w - r_l), plus 1 so that it is never below 0
 """
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
 LIMITS = {"beta": "> 0"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1) -> Metrics:
     """beta: strength of the pull towards the reference."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     losses = chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()

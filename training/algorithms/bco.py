@@ -8,19 +8,19 @@ constant in the gradient (the paper has a running mean; TRL's `bco_pair` has no 
 
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
 LIMITS = {"beta": "> 0"}
 
 
-def statistics(batch: Pairs, *, beta: float = 0.1) -> Figures:
+def statistics(batch: Pairs, *, beta: float = 0.1) -> Metrics:
     """The mean reward."""
     return {"delta": batch.mean(beta * (batch.chosen.log_ratio + batch.rejected.log_ratio) / 2)}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1, reward_shift: bool = True) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1, reward_shift: bool = True) -> Metrics:
     """beta: strength of the pull towards the reference; reward_shift: whether rewards are compared with their mean."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     delta = batch.statistics["delta"] if reward_shift else 0.0

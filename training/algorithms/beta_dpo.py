@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Figures, Pairs, Statistics, Step
+from training.algorithm import Metrics, Pairs, Statistics, Step
 
 READS = "pairs"
 NEEDS = ("reference",)
@@ -26,7 +26,7 @@ LIMITS = {"beta": "> 0", "alpha": ">= 0", "filtering": ">= 0, < 1", "momentum": 
 STATE = {"gap_mean": 0.0, "gap_std": 0.0}
 
 
-def statistics(batch: Pairs) -> Figures:
+def statistics(batch: Pairs) -> Metrics:
     """The gap of every pair of the step."""
     return {"gaps": batch.gather(batch.chosen.log_ratio - batch.rejected.log_ratio)}
 
@@ -45,7 +45,7 @@ def update(
     return {**kept, "beta": max(dynamic, 1e-3), "pairs_used": len(chosen), "used": used}
 
 
-def loss(batch: Pairs) -> Figures:
+def loss(batch: Pairs) -> Metrics:
     """The loss of the pairs that are used, by the step's beta."""
     beta, used = batch.statistics["beta"], batch.own(torch.as_tensor(batch.statistics["used"]))
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio

@@ -9,7 +9,7 @@ averaged over all tokens of the step. As in the paper there is no KL term, and b
 the upper one, a weight of at most 5, is that of ScaleRL (arXiv 2510.13786).
 """
 
-from training.algorithm import Figures, Samples
+from training.algorithm import Metrics, Samples
 from training.algorithms import parts
 from training.algorithms.grpo import advantages as advantages
 
@@ -25,12 +25,12 @@ def loss(
     clip_low: float | None = None,
     entropy_coefficient: float = 0.0,
     importance_cap: float = 0.0,
-) -> Figures:
+) -> Metrics:
     """clip_high, clip_low: how far above and below 1 a token's weight may be."""
     ratios = parts.ratio(batch.logprobs, batch.proximal)
     weights = ratios.detach().clamp(0.0 if clip_low is None else 1 - clip_low, 1 + clip_high)
     losses = -weights * batch.advantages * batch.logprobs
     losses = losses * parts.importance_weight(batch.proximal, batch.behaviour, importance_cap)
-    figures = parts.actor_critic(batch, batch.token_mean(losses), entropy_coefficient)
+    metrics = parts.actor_critic(batch, batch.token_mean(losses), entropy_coefficient)
     clipped = (weights != ratios.detach()).to(weights.dtype)
-    return figures | parts.policy_figures(batch, batch.token_mean(ratios), batch.token_mean(clipped))
+    return metrics | parts.policy_metrics(batch, batch.token_mean(ratios), batch.token_mean(clipped))

@@ -9,14 +9,14 @@ NLL is the mean over all chosen tokens of the step, as in the authors' code and 
 
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ()
 LIMITS = {"beta": "> 0", "label_smoothing": ">= 0, < 0.5", "alpha": ">= 0"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, alpha: float = 1.0) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, alpha: float = 1.0) -> Metrics:
     """beta: scale of the rewards; label_smoothing: probability that a label is flipped; alpha: weight of the NLL."""
     chosen, rejected = beta * batch.chosen.logp, beta * batch.rejected.logp
     logits = chosen - rejected

@@ -8,7 +8,7 @@ averaged over tokens; the first factor has no gradient, and tokens where it is a
 AReaL's code. Advantages, entropy and value loss are those of `ppo`.
 """
 
-from training.algorithm import Figures, Samples
+from training.algorithm import Metrics, Samples
 from training.algorithms import parts
 from training.algorithms.ppo import advantages as advantages
 
@@ -31,17 +31,17 @@ def loss(
     entropy_coefficient: float = 0.0,
     value_coefficient: float = 0.1,
     value_clip: float = 0.2,
-) -> Figures:
+) -> Metrics:
     """clip: how far a ratio counts; behaviour_cap: greatest weight of a token that is learned from."""
     ratios = parts.ratio(batch.logprobs, batch.proximal)
     losses, clipped = parts.clipped_surrogate(ratios, batch.advantages, clip, clip)
     weights = parts.ratio(batch.proximal, batch.behaviour).detach()
     used = (weights <= behaviour_cap).to(weights.dtype)
     policy_loss = batch.token_mean(losses * weights * used)
-    figures = parts.actor_critic(batch, policy_loss, entropy_coefficient, value_coefficient, value_clip)
+    metrics = parts.actor_critic(batch, policy_loss, entropy_coefficient, value_coefficient, value_clip)
     return {
-        **figures,
-        **parts.policy_figures(batch, batch.token_mean(ratios), batch.token_mean(clipped)),
+        **metrics,
+        **parts.policy_metrics(batch, batch.token_mean(ratios), batch.token_mean(clipped)),
         "behaviour_weight": batch.token_mean(weights * used),
         "left_out": batch.token_mean(1 - used),
     }

@@ -8,14 +8,14 @@ Mitchell 2023, eric-mitchell/direct-preference-optimization):
 
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
 LIMITS = {"beta": "> 0", "label_smoothing": ">= 0, < 0.5"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Metrics:
     """beta: strength of the pull towards the reference; label_smoothing: probability that a label is flipped."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     logits = chosen - rejected

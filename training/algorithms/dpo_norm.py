@@ -7,14 +7,14 @@ With h = log-ratio divided by the answer's length:
 
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
 LIMITS = {"beta": "> 0"}
 
 
-def loss(batch: Pairs, *, beta: float = 5.0) -> Figures:
+def loss(batch: Pairs, *, beta: float = 5.0) -> Metrics:
     """beta: strength of the pull towards the reference, per token; the paper found 5."""
     chosen = beta * batch.chosen.log_ratio / batch.chosen.length.clamp(min=1)
     rejected = beta * batch.rejected.log_ratio / batch.rejected.length.clamp(min=1)

@@ -9,7 +9,7 @@ is added up over each response's tokens and divided by the constant `max_tokens`
 then averaged over responses. There is no KL term, as in the paper.
 """
 
-from training.algorithm import Advantages, Experience, Figures, Samples
+from training.algorithm import Advantages, Experience, Metrics, Samples
 from training.algorithms import parts
 
 READS = "samples"
@@ -29,10 +29,10 @@ def loss(
     clip: float = 0.2,
     clip_high: float | None = None,
     importance_cap: float = 0.0,
-) -> Figures:
+) -> Metrics:
     """max_tokens: by habit the longest response allowed; clip, clip_high: how far a ratio counts, down and up."""
     ratios = parts.ratio(batch.logprobs, batch.proximal)
     losses, clipped = parts.clipped_surrogate(ratios, batch.advantages, clip, clip if clip_high is None else clip_high)
     losses = losses * parts.importance_weight(batch.proximal, batch.behaviour, importance_cap)
-    figures = parts.policy_figures(batch, batch.token_mean(ratios), batch.token_mean(clipped))
-    return {"loss": batch.mean(batch.sum_by_response(losses) / max_tokens), **figures}
+    metrics = parts.policy_metrics(batch, batch.token_mean(ratios), batch.token_mean(clipped))
+    return {"loss": batch.mean(batch.sum_by_response(losses) / max_tokens), **metrics}

@@ -10,14 +10,14 @@ import math
 
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
 LIMITS = {"beta": "> 0", "label_smoothing": "> 0, < 0.5"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.001) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.001) -> Metrics:
     """beta: strength of the pull towards the reference; label_smoothing: e, which the divergence needs above 0."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     log_q, log_other = logsigmoid(chosen - rejected), logsigmoid(rejected - chosen)

@@ -11,7 +11,7 @@ A response's advantage, at each of its tokens, is its reward relative to those o
 averaged over each response's tokens, and then over responses. KL is the estimate "k3".
 """
 
-from training.algorithm import Advantages, Experience, Figures, Samples
+from training.algorithm import Advantages, Experience, Metrics, Samples
 from training.algorithms import parts
 
 READS = "samples"
@@ -40,7 +40,7 @@ def loss(
     clip_high: float | None = None,
     entropy_coefficient: float = 0.0,
     importance_cap: float = 0.0,
-) -> Figures:
+) -> Metrics:
     """beta: weight of the KL term; clip, clip_high: how far a ratio counts, down and up (DAPO, arXiv 2503.14476)."""
     assert batch.reference is not None
     ratios = parts.ratio(batch.logprobs, batch.proximal)
@@ -50,6 +50,6 @@ def loss(
     policy_loss = batch.mean(batch.sum_by_response(losses) / batch.lengths)
     return {
         **parts.actor_critic(batch, policy_loss, entropy_coefficient),
-        **parts.policy_figures(batch, batch.token_mean(ratios), batch.token_mean(clipped)),
+        **parts.policy_metrics(batch, batch.token_mean(ratios), batch.token_mean(clipped)),
         "kl": batch.token_mean(kl.detach()),
     }

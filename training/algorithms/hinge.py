@@ -7,14 +7,14 @@ With d = log-ratio of the chosen minus log-ratio of the rejected answer, as RSO 
 
 from torch import relu
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
 LIMITS = {"beta": "> 0"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1) -> Metrics:
     """beta: inverse of the margin that is asked for, in nats."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     return {"loss": batch.mean(relu(1 - (chosen - rejected))), **batch.rewards(chosen, rejected)}

@@ -5,14 +5,14 @@ With h = log-ratio divided by the answer's length, as its authors recommend for 
     (h_w - h_l - 1 / (2 beta))^2
 """
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
 LIMITS = {"beta": "> 0"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1) -> Metrics:
     """beta: the margin that is asked for is 1 / (2 beta) nats per token."""
     chosen = batch.chosen.log_ratio / batch.chosen.length.clamp(min=1)
     rejected = batch.rejected.log_ratio / batch.rejected.length.clamp(min=1)

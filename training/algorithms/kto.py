@@ -11,19 +11,19 @@ answers are samples of the policy (picked by score, from both ends), so the mean
 
 import torch
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
 LIMITS = {"beta": "> 0", "lambda_d": "> 0", "lambda_u": "> 0"}
 
 
-def statistics(batch: Pairs) -> Figures:
+def statistics(batch: Pairs) -> Metrics:
     """The mean log-ratio."""
     return {"log_ratio": batch.mean((batch.chosen.log_ratio + batch.rejected.log_ratio) / 2)}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1, lambda_d: float = 1.0, lambda_u: float = 1.0) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1, lambda_d: float = 1.0, lambda_u: float = 1.0) -> Metrics:
     """beta: strength of the pull towards the reference; lambda_d, lambda_u: weights of chosen and rejected answers."""
     z = max(0.0, batch.statistics["log_ratio"])
     chosen = lambda_d * (1 - torch.sigmoid(beta * (batch.chosen.log_ratio - z)))

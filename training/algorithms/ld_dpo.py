@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Answers, Figures, Pairs
+from training.algorithm import Answers, Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference", "tokens")
 LIMITS = {"beta": "> 0", "alpha": ">= 0, <= 1"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1, alpha: float = 0.5) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1, alpha: float = 0.5) -> Metrics:
     """beta: strength of the pull towards the reference; alpha: weight of the tokens beyond the shorter answer."""
     chosen = beta * log_ratio(batch.chosen, batch.rejected, alpha)
     rejected = beta * log_ratio(batch.rejected, batch.chosen, alpha)

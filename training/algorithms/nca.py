@@ -7,14 +7,14 @@ With the implicit rewards r = beta log-ratio; it keeps the likelihood of chosen 
 
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
 LIMITS = {"beta": "> 0"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1) -> Metrics:
     """beta: strength of the pull towards the reference."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     losses = -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)

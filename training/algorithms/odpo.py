@@ -11,14 +11,14 @@ from typing import Literal
 
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
 LIMITS = {"beta": "> 0", "alpha": ">= 0"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1, alpha: float = 1.0, f: Literal["log", "identity"] = "log") -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1, alpha: float = 1.0, f: Literal["log", "identity"] = "log") -> Metrics:
     """beta: strength of the pull towards the reference; alpha: weight of the offset; f: of the scores' difference."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     difference = batch.chosen.score - batch.rejected.score

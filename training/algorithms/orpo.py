@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ()
 LIMITS = {"lam": "> 0"}
 
 
-def loss(batch: Pairs, *, lam: float = 0.1) -> Figures:
+def loss(batch: Pairs, *, lam: float = 0.1) -> Metrics:
     """lam: weight of the odds ratio."""
     log_odds_ratio = log_odds(batch.chosen.mean_logp) - log_odds(batch.rejected.mean_logp)
     nll = batch.chosen_nll()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from training.algorithm import Experience, Figures, Samples, lacking, owners
+from training.algorithm import Experience, Metrics, Samples, lacking, owners
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios of probabilities are cut here before the exponential, which is infinite in fp32 from 89 on."""
@@ -124,7 +124,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
     return torch.maximum((values - returns).square(), (near - returns).square()) / 2
 
 
-def policy_figures(batch: Samples, ratio: Tensor, clip_fraction: Tensor | None = None) -> Figures:
+def policy_metrics(batch: Samples, ratio: Tensor, clip_fraction: Tensor | None = None) -> Metrics:
     """What people watch a policy's training by; `ratio` and `clip_fraction` are shares in their means, []."""
     return {
         **({} if clip_fraction is None else {"clip_fraction": clip_fraction}),
@@ -140,18 +140,18 @@ def actor_critic(
     entropy_coefficient: float,
     value_coefficient: float = 0.0,
     value_clip: float = 0.0,
-) -> Figures:
+) -> Metrics:
     """A policy's loss less the entropy bonus, and plus the value loss if policy and critic share a backbone.
 
     (arXiv 1707.06347, eq. 9.)
     """
-    figures = {"loss": policy_loss, "policy_loss": policy_loss.detach()}
+    metrics = {"loss": policy_loss, "policy_loss": policy_loss.detach()}
     if entropy_coefficient:
-        figures["loss"] = figures["loss"] - entropy_coefficient * batch.token_mean(batch.entropy)
+        metrics["loss"] = metrics["loss"] - entropy_coefficient * batch.token_mean(batch.entropy)
     if batch.values is not None:
         assert batch.old_values is not None
         assert batch.returns is not None
         losses = clipped_value_loss(batch.values, batch.old_values, batch.returns, value_clip)
-        figures["value_loss"] = batch.token_mean(losses.detach())
-        figures["loss"] = figures["loss"] + value_coefficient * batch.token_mean(losses)
-    return figures
+        metrics["value_loss"] = batch.token_mean(losses.detach())
+        metrics["loss"] = metrics["loss"] + value_coefficient * batch.token_mean(losses)
+    return metrics

@@ -11,7 +11,7 @@ else the critic learns `returns` on its own. A truncated response ends like any 
 token, and nothing is bootstrapped from the state after it (as TRL and OpenRLHF do).
 """
 
-from training.algorithm import Advantages, Experience, Figures, Samples
+from training.algorithm import Advantages, Experience, Metrics, Samples
 from training.algorithms import parts
 
 READS = "samples"
@@ -43,10 +43,10 @@ def loss(
     value_coefficient: float = 0.1,
     value_clip: float = 0.2,
     importance_cap: float = 0.0,
-) -> Figures:
+) -> Metrics:
     """clip: how far ratios count; importance_cap: corrects for the generation engine, see `parts.importance_weight`."""
     ratios = parts.ratio(batch.logprobs, batch.proximal)
     losses, clipped = parts.clipped_surrogate(ratios, batch.advantages, clip, clip)
     losses = losses * parts.importance_weight(batch.proximal, batch.behaviour, importance_cap)
-    figures = parts.actor_critic(batch, batch.token_mean(losses), entropy_coefficient, value_coefficient, value_clip)
-    return figures | parts.policy_figures(batch, batch.token_mean(ratios), batch.token_mean(clipped))
+    metrics = parts.actor_critic(batch, batch.token_mean(losses), entropy_coefficient, value_coefficient, value_clip)
+    return metrics | parts.policy_metrics(batch, batch.token_mean(ratios), batch.token_mean(clipped))

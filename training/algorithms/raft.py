@@ -7,7 +7,7 @@ Of each prompt's responses the one with the greatest reward is kept (of equals t
 
 import torch
 
-from training.algorithm import Advantages, Experience, Figures, Samples
+from training.algorithm import Advantages, Experience, Metrics, Samples
 from training.algorithms import parts
 
 READS = "samples"
@@ -24,8 +24,8 @@ def advantages(experience: Experience) -> Advantages:
     return Advantages(torch.ones_like(experience.behaviour), keep=numbers == first)
 
 
-def loss(batch: Samples) -> Figures:
+def loss(batch: Samples) -> Metrics:
     """Negative log-likelihood per token."""
     ratios = parts.ratio(batch.logprobs, batch.proximal)
-    figures = parts.policy_figures(batch, batch.token_mean(ratios))
-    return {"loss": batch.token_mean(-batch.logprobs), **figures}
+    metrics = parts.policy_metrics(batch, batch.token_mean(ratios))
+    return {"loss": batch.token_mean(-batch.logprobs), **metrics}

@@ -8,7 +8,7 @@ advantage is the discounted sum from it on, normalised over all tokens of the it
 averaged over tokens.
 """
 
-from training.algorithm import Advantages, Experience, Figures, Samples
+from training.algorithm import Advantages, Experience, Metrics, Samples
 from training.algorithms import parts
 
 READS = "samples"
@@ -24,10 +24,10 @@ def advantages(experience: Experience, *, gamma: float = 1.0) -> Advantages:
 
 def loss(
     batch: Samples, *, clip: float = 0.2, entropy_coefficient: float = 0.0, importance_cap: float = 0.0
-) -> Figures:
+) -> Metrics:
     """clip: how far ratios count; importance_cap: corrects for the generation engine, see `parts.importance_weight`."""
     ratios = parts.ratio(batch.logprobs, batch.proximal)
     losses, clipped = parts.clipped_surrogate(ratios, batch.advantages, clip, clip)
     losses = losses * parts.importance_weight(batch.proximal, batch.behaviour, importance_cap)
-    figures = parts.actor_critic(batch, batch.token_mean(losses), entropy_coefficient)
-    return figures | parts.policy_figures(batch, batch.token_mean(ratios), batch.token_mean(clipped))
+    metrics = parts.actor_critic(batch, batch.token_mean(losses), entropy_coefficient)
+    return metrics | parts.policy_metrics(batch, batch.token_mean(ratios), batch.token_mean(clipped))

@@ -7,7 +7,7 @@ With the reward R of a response and R_greedy of the greedy answer to its prompt,
 and the loss -sum_t A_t log pi(y_t), averaged over responses. It is meant for one pass over the samples.
 """
 
-from training.algorithm import Advantages, Experience, Figures, Samples
+from training.algorithm import Advantages, Experience, Metrics, Samples
 from training.algorithms import parts
 
 READS = "samples"
@@ -22,10 +22,10 @@ def advantages(experience: Experience) -> Advantages:
     return Advantages(returns - experience.greedy[experience.response_of_token])
 
 
-def loss(batch: Samples, *, importance_cap: float = 0.0) -> Figures:
+def loss(batch: Samples, *, importance_cap: float = 0.0) -> Metrics:
     """importance_cap: corrects for the generation engine, see `parts.importance_weight`."""
     weights = parts.importance_weight(batch.proximal, batch.behaviour, importance_cap)
     losses = -batch.advantages * batch.logprobs * weights
     ratios = parts.ratio(batch.logprobs, batch.proximal)
-    figures = parts.policy_figures(batch, batch.token_mean(ratios))
-    return {"loss": batch.mean(batch.sum_by_response(losses)), **figures}
+    metrics = parts.policy_metrics(batch, batch.token_mean(ratios))
+    return {"loss": batch.mean(batch.sum_by_response(losses)), **metrics}

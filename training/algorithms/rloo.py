@@ -9,7 +9,7 @@ is averaged over responses. Clipping is TRL's; in the first step of a training, 
 that of REINFORCE.
 """
 
-from training.algorithm import Advantages, Experience, Figures, Samples
+from training.algorithm import Advantages, Experience, Metrics, Samples
 from training.algorithms import parts
 
 READS = "samples"
@@ -25,7 +25,7 @@ def advantages(experience: Experience) -> Advantages:
     return Advantages(parts.over_other_mean(returns, experience.prompts)[response])
 
 
-def loss(batch: Samples, *, clip: float = 0.2, importance_cap: float = 0.0) -> Figures:
+def loss(batch: Samples, *, clip: float = 0.2, importance_cap: float = 0.0) -> Metrics:
     """clip: how far the ratio of a response counts; importance_cap: corrects for the generation engine, by response."""
     ratios = parts.ratio(batch.sum_by_response(batch.logprobs), batch.sum_by_response(batch.proximal))
     # One advantage per response: that of its last token.
@@ -33,5 +33,5 @@ def loss(batch: Samples, *, clip: float = 0.2, importance_cap: float = 0.0) -> F
     weights = parts.importance_weight(
         batch.sum_by_response(batch.proximal), batch.sum_by_response(batch.behaviour), importance_cap
     )
-    figures = parts.policy_figures(batch, batch.mean(ratios), batch.mean(clipped))
-    return {"loss": batch.mean(losses * weights), **figures}
+    metrics = parts.policy_metrics(batch, batch.mean(ratios), batch.mean(clipped))
+    return {"loss": batch.mean(losses * weights), **metrics}

@@ -7,14 +7,14 @@ With d = log-ratio of the chosen minus log-ratio of the rejected answer, and lab
 
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
 LIMITS = {"beta": "> 0", "label_smoothing": ">= 0, < 0.5"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Metrics:
     """beta: strength of the pull towards the reference; label_smoothing: probability that a label is flipped (e)."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     logits = chosen - rejected

@@ -9,14 +9,14 @@ Each chosen answer counts alike here; `nll_coefficient` of the training is the m
 
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Figures, Pairs
+from training.algorithm import Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference",)
 LIMITS = {"beta": "> 0", "alpha": ">= 0"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1, alpha: float = 1.0) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1, alpha: float = 1.0) -> Metrics:
     """beta: strength of the pull towards the reference; alpha: weight of the likelihood term."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     nll = -batch.chosen.mean_logp

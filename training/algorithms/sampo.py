@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Answers, Figures, Pairs
+from training.algorithm import Answers, Metrics, Pairs
 
 READS = "pairs"
 NEEDS = ("reference", "tokens")
 LIMITS = {"beta": "> 0"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1) -> Metrics:
     """beta: strength of the pull towards the reference."""
     chosen, rejected = beta * sampled(batch.chosen, batch.rejected), beta * sampled(batch.rejected, batch.chosen)
     return {"loss": batch.mean(-logsigmoid(chosen - rejected)), **batch.rewards(chosen, rejected)}

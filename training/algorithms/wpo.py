@@ -11,7 +11,7 @@ The weights have no gradient and are at most `cap`, 1 in the authors' code; TRL'
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from training.algorithm import Answers, Figures, Pairs
+from training.algorithm import Answers, Metrics, Pairs
 from training.algorithms.parts import LOG_RATIO_LIMIT
 
 READS = "pairs"
@@ -19,7 +19,7 @@ NEEDS = ("reference", "collision")
 LIMITS = {"beta": "> 0", "cap": ">= 0"}
 
 
-def loss(batch: Pairs, *, beta: float = 0.1, cap: float = 1.0) -> Figures:
+def loss(batch: Pairs, *, beta: float = 0.1, cap: float = 1.0) -> Metrics:
     """beta: strength of the pull towards the reference; cap: greatest weight of a pair, 0 for no limit."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     weights = (log_weight(batch.chosen) + log_weight(batch.rejected)).clamp(max=LOG_RATIO_LIMIT).exp()

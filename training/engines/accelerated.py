@@ -64,24 +64,24 @@ class AcceleratedEngine(TrainingEngine):
 
     def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
         """Backward passes one by one; gradients are exchanged with the last."""
-        figures: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             beat()
             with self._exchange(last=number == len(batches) - 1):
                 shares = share(self.prepared(batch), number)
                 # DDP and ZeRO average the gradients of the processes; the loss is a sum.
                 self.accelerator.backward(shares["loss"] * self.replicas)
-            add_shares(figures, shares)
-        return figures
+            add_shares(metrics, shares)
+        return metrics
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
         """Forward passes only."""
-        figures: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             beat()
-            add_shares(figures, share(self.prepared(batch), number))
-        return figures
+            add_shares(metrics, share(self.prepared(batch), number))
+        return metrics
 
     def clip(self, max_norm: float) -> float:
         """The norm; DeepSpeed has clipped and stepped in `backward`."""

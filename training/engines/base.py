@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from modeling.loading import Shapes
 from modeling.packing import Packed
-from training.algorithm import Figures
+from training.algorithm import Metrics
 
 COLLECTIVE_DEADLINE = timedelta(minutes=30)
 """How long a process waits for the others in one collective before it gives up."""
 Outputs = dict[str, Tensor]
 """What a trained module returns for a `Packed` batch, for example logprobs [N]."""
-Share = Callable[[Outputs, int], Figures]
-"""`share(outputs, number)`: this micro-batch's share in each figure of the step, `loss` among them."""
+Share = Callable[[Outputs, int], Metrics]
+"""`share(outputs, number)`: this micro-batch's share in each metric of the step, `loss` among them."""
 
 
 class TrainingEngine(ABC):
@@ -83,19 +83,19 @@ class TrainingEngine(ABC):
     def step(self) -> None:
         """One optimizer step; gradients are zero afterwards."""
 
-    def add_up(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """The sum of each figure over the replicas, in every process: a float, or of a vector a vector on the CPU.
+    def add_up(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The sum of each metric over the replicas, in every process: a float, or of a vector a vector on the CPU.
 
         All must give the same names in one order.
         """
-        if not figures:
+        if not metrics:
             return {}
-        values = [torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in figures.values()]
+        values = [torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in metrics.values()]
         whole = self.sum(torch.cat([value.flatten() for value in values]))
         sums = whole.split([value.numel() for value in values])
         return {
             name: found if value.ndim else found.item()
-            for name, value, found in zip(figures, values, sums, strict=True)
+            for name, value, found in zip(metrics, values, sums, strict=True)
         }
 
     @abstractmethod
@@ -142,7 +142,7 @@ def nodes() -> int:
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
-def add_shares(figures: dict[str, Tensor], shares: Figures) -> None:
-    """Add a micro-batch's shares to the sums in `figures` (fp64, without gradients)."""
+def add_shares(metrics: dict[str, Tensor], shares: Metrics) -> None:
+    """Add a micro-batch's shares to the sums in `metrics` (fp64, without gradients)."""
     for name, share in shares.items():
-        figures[name] = figures.get(name, 0.0) + share.detach().double()
+        metrics[name] = metrics.get(name, 0.0) + share.detach().double()

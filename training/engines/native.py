@@ -264,14 +264,14 @@ class NativeEngine(TrainingEngine):
 
     def evaluate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
         """Every process must have equally many batches, as for `accumulate`."""
-        figures: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
 
         def measure(outputs: Outputs, number: int) -> Tensor:
-            add_shares(figures, share(outputs, number))
+            add_shares(metrics, share(outputs, number))
             return torch.zeros((), device=self.device)
 
         self._pass(batches, measure)
-        return self._agree(figures)
+        return self._agree(metrics)
 
     @torch.no_grad()
     def _pass(self, batches: Sequence[Packed], finish: Callable[[Outputs, int], Tensor]) -> None:
@@ -288,13 +288,13 @@ class NativeEngine(TrainingEngine):
 
     def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
         """fsdp2 exchanges gradients with every micro-batch (under pp the last); otherwise `clip` does it."""
-        figures: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
 
         def finish(outputs: Outputs, number: int) -> Tensor:
             shares = share(outputs, number % len(batches))
             if number >= len(batches):  # fills the pipeline
                 return shares["loss"] * 0
-            add_shares(figures, shares)
+            add_shares(metrics, shares)
             return shares["loss"] / self._parallel.sp
 
         self._stage.batches, self._stage.start, self._stage.finish = batches, 0, finish
@@ -310,7 +310,7 @@ class NativeEngine(TrainingEngine):
             for parameter, gradient in waiting.items():
                 if gradient is not None:
                     parameter.grad += gradient
-        return self._agree(figures)
+        return self._agree(metrics)
 
     def _run(self, count: int, *, trains: bool) -> None:
         """Have all stages compute `count` micro-batches, by a schedule that knows their number and shape."""
@@ -351,11 +351,11 @@ class NativeEngine(TrainingEngine):
                 if isinstance(each, FSDPModule):
                     each.reshard()
 
-    def _agree(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The last stage's figures, in all stages."""
+    def _agree(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The last stage's metrics, in all stages."""
         if self._parallel.pp == 1:
-            return figures
-        numbers = self._tell({name: value.tolist() for name, value in figures.items()})
+            return metrics
+        numbers = self._tell({name: value.tolist() for name, value in metrics.items()})
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
 
     def _tell(self, value: Any) -> Any:
