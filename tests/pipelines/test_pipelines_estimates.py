@@ -18,7 +18,7 @@ from generation.vllm_engine import cpu_kv_cache_bytes
 from pipelines.config.load import load_run_config
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
-from pipelines.planning.estimates import GraphOutlook, disk_bytes, memory, published_bytes
+from pipelines.planning.estimates import GraphOutlook, disk_bytes, memory, published_bytes, scratch_bytes
 from pipelines.planning.sizes import read_size
 from training import estimates
 
@@ -240,7 +240,7 @@ def test_adapters_are_all_that_has_a_state(run_with: Callable[..., Graph]) -> No
     divided = parts("training.lora={rank: 16}", "training.parallel={dp: 8, zero: fsdp2}")
     assert divided["optimizer"] == adapters
     graph = run_with(LLAMA_8B, "training.lora={rank: 16}")
-    assert estimates.scratch_bytes(graph.nodes["iteration-001/training"], graph) == 24 * adapters
+    assert scratch_bytes(graph.nodes["iteration-001/training"], graph) == 24 * adapters
 
 
 def test_a_shared_prompt_counts_once(run_with: Callable[..., Graph]) -> None:
