@@ -66,12 +66,18 @@ def slurm(request: pytest.FixtureRequest) -> Slurm:
 
 
 @pytest.fixture(scope="session")
-def pretended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Digests by stage of a run of one iteration, on this machine, whose stages pretend to work."""
+def pretended_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a run of one iteration, on this machine, whose stages pretend to work; nobody changes it."""
     config = write_pretended(tmp_path_factory.mktemp("pretended"))
     result = pipeline("run", str(config), "--iters", "1")
     assert result.returncode == 0, result.stderr
-    return digests(config.parent / "runs" / "pretended")
+    return config.parent / "runs" / "pretended"
+
+
+@pytest.fixture(scope="session")
+def pretended(pretended_run: Path) -> dict[str, str]:
+    """The digests of what it has published, by stage."""
+    return digests(pretended_run)
 
 
 @pytest.fixture(scope="session")

@@ -135,6 +135,8 @@ def perform(what: str, release: Path) -> None:
 
 if __name__ == "__main__":
     _, _, package, *rest = sys.argv
+    if "MASTER_ADDR" in os.environ:
+        print("as node {NODE_RANK} of {MASTER_ADDR}:{MASTER_PORT}".format(**os.environ), flush=True)
     module = ModuleType(f"{package}.pretend")  # so that its source counts as the package's
     module.run = run  # type: ignore[attr-defined]
     sys.modules[module.__name__] = module

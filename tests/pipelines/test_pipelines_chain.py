@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from pipelines_cluster import Slurm, wait_for
 from pipelines_slurm_run import SlurmRun
+from pipelines_smallest import pipeline
 
 pytestmark = pytest.mark.timeout(600)
 
 GENERATION = "iteration-000/heldout/generation"
 REWARD = "iteration-000/heldout/reward"
 EVALUATION = "iteration-000/evaluation"
+TRAINING = "iteration-001/training"
 
 
 def test_a_chain_survives_what_a_cluster_does_to_it(tmp_path: Path, slurm: Slurm, pretended: dict[str, str]) -> None:
@@ -254,3 +256,19 @@ def test_a_cancelled_finishing_job_is_named(tmp_path: Path, slurm: Slurm) -> Non
     run.detach(iterations=0)
     assert re.search(line, run.wait())
     assert EVALUATION in run.digests()
+    assert "is finished: all 6 stages are published; nothing to do" in run.detach(iterations=0)
+
+
+def test_the_nodes_of_a_training_meet_at_the_first_of_them(tmp_path: Path, slurm: Slurm, pretended_run: Path) -> None:
+    """Only the training runs on the cluster, the other stages on this machine."""
+    result = pipeline("fork", str(pretended_run), "--from-iteration", "1", "--name", tmp_path.name)
+    assert result.returncode == 0, result.stderr
+    config = pretended_run.with_name(tmp_path.name) / "config.yaml"
+    command = ["run", str(config), "--iters", "1", "--force", TRAINING, "training.parallel.dp=2"]
+    stages = f"executor.stages={{{TRAINING}: {{kind: slurm, nodes: 2}}}}"
+    result = pipeline(*command, stages, env={**os.environ, **slurm.environment})
+    assert result.returncode == 0, result.stderr
+    logs = [path.read_text() for path in (config.parent / "logs" / TRAINING).rglob("stage.log")]
+    places = [re.search(r"as node (\d) of node1:(\d+)", log) for log in logs]
+    assert sorted(place[1] for place in places if place) == ["0", "1"]
+    assert len({place[2] for place in places if place}) == 1
