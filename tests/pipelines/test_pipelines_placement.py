@@ -20,7 +20,7 @@ LIMITS = st.none() | st.integers(1, 4)
 SETTINGS = st.fixed_dictionaries(
     {"kind": st.sampled_from(["local", "inline", "slurm"]), "parallel": LIMITS},
     optional={
-        "slurm": st.fixed_dictionaries({"gpus": st.integers(1, 8)}, optional={"nodes": st.integers(1, 4)}),
+        "resources": st.fixed_dictionaries({"gpus": st.integers(1, 8)}, optional={"nodes": st.integers(1, 4)}),
         "stages": st.fixed_dictionaries({}, optional={"light": st.just("local"), "training": st.just("slurm")}),
     },
 )
