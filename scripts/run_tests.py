@@ -6,6 +6,7 @@ check has printed comes out as a whole when it ends. With paths, one runs after 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ ENVIRONMENTS = {
 FAST = "not slow and not cluster and not chaos"
 FLAGS = ("--fast", "--store-durations")
 LANES = 2
+ON_CLUSTERS = re.compile(r"_(chain|slurm|fake_slurm|dev_slurm)\.py$")
 UNKNOWN_SECONDS = 60.0
 """Of a folder whose duration is not stored."""
 SHORTEST = 0.5
@@ -124,14 +126,25 @@ def test_checks(paths: list[str], options: list[str], reports: Path) -> list[Che
     checks = []
     for folder, environment in ENVIRONMENTS.items():
         chosen = [path for path in paths if path.split("/")[1] == folder] if paths else [f"tests/{folder}"]
-        if not chosen:
-            continue
-        known = [sum(tests.values()) for file, tests in stored.items() if file.startswith(f"tests/{folder}/")]
-        report = reports / f"{folder}.xml"
-        choice = "some" if options else "all"
-        command = [interpreter(environment), "-c", PYTEST, str(test_tools()), choice, f"--junit-xml={report}"]
-        seconds = sum(known) or UNKNOWN_SECONDS
-        checks.append(Check(f"tests/{folder} ({environment})", [*command, *chosen, *options], seconds, report))
+        groups = {folder: chosen} if chosen else {}
+        if not paths and folder == "pipelines":  # by far the largest: its tests of clusters are a group of their own
+            files = sorted(path.relative_to(ROOT).as_posix() for path in (TESTS / folder).glob("test_*.py"))
+            groups = {
+                "pipelines": [file for file in files if not ON_CLUSTERS.search(file)],
+                "pipelines-on-clusters": [file for file in files if ON_CLUSTERS.search(file)],
+            }
+        for name, group in groups.items():
+            known = [
+                seconds
+                for file, tests in stored.items()
+                for test, seconds in tests.items()
+                if file.startswith(tuple(group)) and not (FAST in options and "(" in test)
+            ]
+            report = reports / f"{name}.xml"
+            choice = "some" if options else "all"
+            command = [interpreter(environment), "-c", PYTEST, str(test_tools()), choice, f"--junit-xml={report}"]
+            seconds = sum(known) or UNKNOWN_SECONDS
+            checks.append(Check(f"tests/{name} ({environment})", [*command, *group, *options], seconds, report))
     return checks
 
 

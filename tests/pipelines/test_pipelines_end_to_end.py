@@ -135,6 +135,7 @@ def test_status_marks_what_was_made_from_what_is_gone(finished: Path) -> None:
     assert states["iteration-001/generation"] == "published"
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused(shared_smallest: Path, tmp_path: Path) -> None:
     arguments = ["run", str(shared_smallest), f"directory={tmp_path}"]
     with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, text=True) as first:

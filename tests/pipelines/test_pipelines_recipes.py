@@ -101,6 +101,7 @@ def test_every_value_of_a_recipe_is_explained(recipe: Path) -> None:
         assert bare or any("#" in line for line in [lines[begin - 1], *block]), block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_dry_run_says_what_a_recipe_takes(recipe: Path, cache: Path, tmp_path: Path) -> None:
     data = tmp_path / "prompts.jsonl"

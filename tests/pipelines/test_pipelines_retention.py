@@ -644,6 +644,7 @@ def dies_at(number: int, action: Callable[[], object], *places: str) -> bool:
 STEPS = ("rename", "replace", "unlink", "rmdir", "fsync", "mkdir", "write")
 
 
+@pytest.mark.chaos
 def test_deleting_and_compressing_killed_at_every_step_lose_nothing(smallest: Path) -> None:
     run = Run(smallest)
     run.drive(1)
@@ -670,6 +671,7 @@ def test_deleting_and_compressing_killed_at_every_step_lose_nothing(smallest: Pa
     assert number > 15
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(300)
 def test_gc_killed_at_any_step_loses_nothing_and_ends_the_same(smallest: Path) -> None:
     run = Run(smallest)
@@ -701,6 +703,7 @@ def test_gc_killed_at_any_step_loses_nothing_and_ends_the_same(smallest: Path) -
         number += 17  # all of them took minutes, and found nothing
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(300)
 def test_a_driver_killed_while_it_makes_again_loses_nothing(smallest: Path) -> None:
     run, reference = released_chain(smallest)
