@@ -145,6 +145,13 @@ class Graph:
         name = self.owner(path)
         return self.nodes[name] if name else None
 
+    def sampler(self, rollouts: Path) -> Node | None:
+        """The stage that sampled rollouts, whatever has filtered them since; None where it is none of the graph's."""
+        node = self.maker(rollouts)
+        while node is not None and "rollouts" in type(node.config).model_fields:
+            node = self.maker(node.path("rollouts"))
+        return node
+
     def origin(self, model: Path) -> tuple[Path, bool]:
         """The model that a model is made from through all stages of the run, with the same layers.
 

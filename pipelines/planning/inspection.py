@@ -88,7 +88,7 @@ def differing_vocabularies(graph: Graph, known: dict[str, str]) -> list[Finding]
     told: dict[tuple[Path, Path], Finding] = {}
     for node in graph.nodes.values():
         reads = next((use for use in node.stage.models(node.config) if use.ids_of is not None), None)
-        sampled = graph.maker(reads.ids_of) if reads is not None and reads.ids_of is not None else None
+        sampled = graph.sampler(reads.ids_of) if reads is not None and reads.ids_of is not None else None
         if reads is None or sampled is None or not (samplers := sampled.stage.models(sampled.config)):
             continue
         model, policy = origin_of(reads.path, graph), origin_of(samplers[0].path, graph)

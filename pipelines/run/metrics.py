@@ -33,9 +33,9 @@ def evaluations(graph: Graph) -> list[tuple[Path, dict[str, Any]]]:
 
 def policy_of(evaluation: Node, graph: Graph) -> Path:
     """The policy that an evaluation judges."""
-    sampled = graph.maker(evaluation.path("rollouts"))
-    assert sampled is not None
-    return sampled.path("policy")
+    sampler = graph.sampler(evaluation.path("rollouts"))
+    assert sampler is not None
+    return sampler.path("policy")
 
 
 def write_metrics(run: Path, graph: Graph) -> None:
