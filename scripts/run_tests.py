@@ -39,13 +39,15 @@ UNKNOWN_SECONDS = 60.0
 SHORTEST = 0.5
 """Tests that take less are stored as a sum for each file."""
 PYTEST = """
-import sys
+import os, sys
 sys.path.append(sys.argv.pop(1))
 import pytest
 code = pytest.main(sys.argv[2:])
-sys.exit(0 if code == pytest.ExitCode.NO_TESTS_COLLECTED and sys.argv[1] == "some" else code)
+sys.stdout.flush()
+os._exit(0 if code == pytest.ExitCode.NO_TESTS_COLLECTED and sys.argv[1] == "some" else code)
 """
-"""With a choice of tests (-k, --fast), a folder may have none of them; without, it must have some."""
+"""With a choice of tests (-k, --fast), a folder may have none of them; without, it must have some. A library's thread
+that a test has left waiting, such as one of torch's stores, would abort Python's ordinary end."""
 
 
 @dataclass

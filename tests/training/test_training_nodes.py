@@ -33,6 +33,8 @@ from training.launch import exit_code
 from training.nodes import Nodes, Rendezvous
 from training.parallel import ParallelConfig
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"dp": 4, "nodes": 2},
     "zero3": {"dp": 4, "nodes": 2, "zero": 3},
