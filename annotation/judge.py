@@ -70,7 +70,7 @@ def main(descriptor: int) -> NoReturn:
     lines = connection.makefile("rb")
     task = msgspec.json.decode(lines.readline(), type=RuleTask)
     die_with_parent(task.parent)
-    _settle()
+    _set_up_process()
     encoder = msgspec.json.Encoder()
 
     def say(answer: Answer) -> None:
@@ -101,7 +101,7 @@ def main(descriptor: int) -> NoReturn:
     sys.exit(0)
 
 
-def _settle() -> None:
+def _set_up_process() -> None:
     """Signals and output as a function can expect them of a process of its own.
 
     A scheduler's notice goes to all processes of a job. The stage has to answer it, and may finish what is in hand.

@@ -1,7 +1,7 @@
-"""Published directories, as readers see them: they trust manifests and nothing else.
+"""Reading published directories (artifacts): the manifest is the only source of truth.
 
-Of what is published, `pipeline gc` may compress rows (FILE.gz instead of FILE) and delete files, which
-`released.json` then lists; the manifest stays, so that what was made is still known and never made again needlessly.
+`pipeline gc` may compress an artifact's rows (FILE.gz instead of FILE) and delete files, which it then lists in
+`released.json`. The manifest stays, so that a stage whose files were deleted is still known as published.
 """
 
 import gzip
@@ -34,7 +34,7 @@ class Artifact:
         """Open a published directory.
 
         Raises:
-            UserError: nothing is published there, or it holds something else than one of `schemas`.
+            UserError: nothing is published there, or the artifact has none of `schemas`.
         """
         if not (path / MANIFEST).is_file():
             why = "is not published (it has no manifest.json)" if path.exists() else "does not exist"
@@ -51,16 +51,16 @@ class Artifact:
 
     @property
     def shards(self) -> list[Path]:
-        """The JSONL files that hold rows, in order; `read_jsonl` reads them also where they are compressed."""
+        """The JSONL files with the rows, in order; `read_jsonl` also reads compressed ones."""
         return [self.path / file.path for file in self.manifest.files if file.path.startswith("shard-")]
 
-    def rows(self, kind: type[R]) -> Iterator[R]:
+    def rows(self, record_type: type[R]) -> Iterator[R]:
         """All records, in order."""
         for shard in self.shards:
-            yield from read_jsonl(shard, kind)
+            yield from read_jsonl(shard, record_type)
 
     def damage(self) -> list[str]:
-        """Every way in which the directory differs from its manifest; empty when it is whole."""
+        """The differences between the directory and its manifest; empty if it is intact."""
         released = self.released
         found = [
             problem for file in self.manifest.files if file.path not in released and (problem := self.damage_of(file))
@@ -70,7 +70,7 @@ class Artifact:
         return found
 
     def damage_of(self, file: File) -> str | None:
-        """How one file differs from the manifest, or None."""
+        """The difference between one file and the manifest, or None."""
         path = self.path / file.path
         stored = path if path.exists() else path.with_name(path.name + COMPRESSED)
         if stored.exists() and not stored.is_file():
@@ -89,7 +89,7 @@ class Artifact:
 
     @property
     def released(self) -> frozenset[str]:
-        """Names of the files that were deleted on purpose."""
+        """Names of the files that `pipeline gc` deleted."""
         path = self.path / RELEASED
         if not path.is_file():
             return frozenset()
@@ -100,7 +100,7 @@ class Artifact:
 
 
 def artifact_of(path: Path) -> Artifact | None:
-    """The artifact that is at `path` or holds it, if any."""
+    """The artifact at `path`, or the one that contains it, if any."""
     for directory in [path, *path.parents]:
         if (directory / MANIFEST).is_file() and (directory == path or _is_manifest(directory / MANIFEST)):
             return Artifact.open(directory)
@@ -108,7 +108,7 @@ def artifact_of(path: Path) -> Artifact | None:
 
 
 def _is_manifest(file: Path) -> bool:
-    """Whether a manifest.json is an artifact's, or may have been before it was damaged: others use the name too."""
+    """Whether a manifest.json is an artifact's, perhaps a damaged one: other tools use the name too."""
     try:
         data = json.loads(file.read_bytes())
     except ValueError:
@@ -117,10 +117,10 @@ def _is_manifest(file: Path) -> bool:
 
 
 def is_published(target: Path, key: str) -> bool:
-    """Whether `target` holds what `key` makes.
+    """Whether `target` is published under the stage key `key`.
 
     Raises:
-        UserError: something else is there.
+        UserError: it is not an artifact, or has another key.
     """
     if not target.exists():
         return False
@@ -136,17 +136,17 @@ def is_published(target: Path, key: str) -> bool:
 
 
 def model_fingerprint(model: Path) -> str:
-    """`weights_fingerprint`; of a published checkpoint, whose files are checked against it elsewhere, as recorded."""
+    """`weights_fingerprint`; for a published checkpoint the recorded one, since its files are verified elsewhere."""
     if (model / MANIFEST).is_file() and (recorded := Artifact.open(model).manifest.weights):
         return recorded
     return weights_fingerprint(model)
 
 
 def input_digest(source: Path | str) -> str:
-    """Digest of an input's content: an artifact, a file, a model, any other directory, or the name of a Hub id.
+    """Digest of an input's content: an artifact, a file, a model or any other directory; of a Hub id, its name.
 
     Raises:
-        UserError: there is nothing at that path.
+        UserError: the path does not exist.
     """
     if str(source).startswith("hf:"):
         place = re.split("[:@]", str(source).removeprefix("hf:"))[0]
@@ -169,7 +169,7 @@ def input_digest(source: Path | str) -> str:
 
 
 def input_damage(source: Path) -> list[str]:
-    """How a stage's input differs from the manifest that lists it, deleted files included; nothing where none does."""
+    """The differences between a stage's input and its manifest, deleted files included; none for unpublished inputs."""
     artifact = artifact_of(source)
     if artifact is None:
         return []

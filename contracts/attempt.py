@@ -1,6 +1,6 @@
-"""What a supervised stage tells of itself, in its attempt's directory: that it lives, how far it is, why it failed.
+"""What a supervised stage reports in its attempt's directory: heartbeats, progress, and the reason of a failure.
 
-A stage that is run by hand has no such directory and tells nothing.
+A stage that is run by hand has no such directory and reports nothing.
 """
 
 import contextlib
@@ -19,20 +19,21 @@ from contracts.files import process_name, write_atomically
 ATTEMPT = "RATCHET_ATTEMPT"
 """Environment variable: the directory of the attempt."""
 ROLE = "RATCHET_ROLE"
-"""Environment variable: what this process is to do of a stage that works in shards; unset: everything."""
+"""Environment variable: this process's role in a stage that works in shards (`contracts.stage.WorkerRole`); unset:
+everything."""
 STALL = "RATCHET_STALL_SECONDS"
-"""Environment variable: after how long a silence this stage is ended; unset: never."""
+"""Environment variable: seconds without a heartbeat after which this stage is killed; unset: never."""
 HEARTBEAT = "heartbeat"
 PROGRESS = "progress.json"
 FAILURES = "failure-*.json"
 BEAT_SECONDS = 1.0
 
 FailureKind = Literal["user", "transient", "stopped", "error"]
-"""Whose fault it is: the user's, the machine's or the network's, nobody's (it was asked to stop), or a defect."""
+"""A user's mistake, a transient failure of the machine or the network, a requested stop, or a bug."""
 
 
 def supervised() -> bool:
-    """Whether somebody watches this stage and will start it again after an accident."""
+    """Whether a supervisor watches this stage and retries it after a transient failure."""
     return bool(os.environ.get(ATTEMPT))
 
 
@@ -41,29 +42,29 @@ _progress: dict[str, Any] = {}
 
 
 def beat() -> None:
-    """Say that work goes on; cheap enough for every batch. A stage that is silent too long counts as stalled."""
+    """Send a heartbeat; cheap enough for every batch. A stage without heartbeats for too long counts as stalled."""
     attempt = os.environ.get(ATTEMPT)
     if attempt and time.monotonic() - _last[HEARTBEAT] > BEAT_SECONDS:
         _last[HEARTBEAT] = time.monotonic()
-        with contextlib.suppress(OSError):  # on a full disk, or where somebody has deleted the logs, work goes on
+        with contextlib.suppress(OSError):  # a full disk, or deleted logs, must not stop the work
             Path(attempt, HEARTBEAT).touch()
 
 
 def report_progress(done: int, total: int, unit: str) -> None:
-    """Say how far the work is; cheap enough for every step."""
+    """Report progress; cheap enough for every step."""
     _progress.clear()
     _progress.update({"done": done, "total": total, "unit": unit})
-    _tell(at_once=done == total)
+    _write_progress(at_once=done == total)
 
 
 def report_within(done: int, total: int, unit: str) -> None:
-    """Say how far the unit in hand is of which `report_progress` has spoken, where that much of it outlives a kill."""
-    if _progress:  # else another process of this stage tells
+    """Report progress within the current unit of `report_progress`, where that progress survives a kill."""
+    if _progress:  # otherwise another process of this stage reports
         _progress["within"] = {"done": done, "total": total, "unit": unit}
-        _tell()
+        _write_progress()
 
 
-def _tell(*, at_once: bool = False) -> None:
+def _write_progress(*, at_once: bool = False) -> None:
     beat()
     attempt = os.environ.get(ATTEMPT)
     if attempt and (at_once or time.monotonic() - _last[PROGRESS] > BEAT_SECONDS / 2):
@@ -73,9 +74,9 @@ def _tell(*, at_once: bool = False) -> None:
 
 
 def report_failure(kind: FailureKind, text: str, folder: Path | None = None) -> None:
-    """Leave the reason of this process's end; of several processes' reasons the first is the one that is told.
+    """Record why this process failed; if several processes do, the supervisor shows the first.
 
-    `folder`: where, if not in the attempt's directory that the environment names.
+    `folder`: the attempt's directory, if it is not the one named by the environment.
     """
     if attempt := folder or os.environ.get(ATTEMPT):
         record = {"kind": kind, "text": text, "rank": os.environ.get("RANK", "0"), "time": time.time()}
@@ -83,22 +84,22 @@ def report_failure(kind: FailureKind, text: str, folder: Path | None = None) -> 
 
 
 def fail(error: BaseException) -> int:
-    """Say on stderr and in the attempt's directory why this process ends, and return its exit code.
+    """Report on stderr and in the attempt's directory why this process fails; returns its exit code.
 
-    A traceback is shown where the error does not explain itself: it is a defect, or an accident nobody foresaw.
+    A traceback is shown for bugs, and for transient failures that have no message of their own.
     """
-    stopping.ignore()  # a rank is asked to stop by others, by its launcher, and by a scheduler
+    stopping.ignore()  # other ranks, the launcher and the scheduler may all send further stop signals
     code, kind, text = reason(error)
-    with contextlib.suppress(OSError):  # where nobody reads it, or the log may not grow
+    with contextlib.suppress(OSError):  # stderr is closed, or the disk is full
         shown = text if kind == "stopped" or text.startswith("Traceback") else f"error: {text}"
         print(shown, file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError):  # on a full disk the message above has to do
+    with contextlib.suppress(OSError):  # on a full disk the message above must suffice
         report_failure(kind, text)
     return code
 
 
 def reason(error: BaseException) -> tuple[int, FailureKind, str]:
-    """Exit code of a process that ends by an error, whose fault it is, and what to say of it."""
+    """Exit code, kind and message of an error that ends a process."""
     if isinstance(error, stopping.Stopped):
         return int(str(error)), "stopped", stopping.MESSAGE
     if isinstance(error, Exception) and (mistake := as_user_error(error)):

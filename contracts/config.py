@@ -1,8 +1,8 @@
-"""Stage configurations: every field is declared *identity*, *input* or *runtime*, and unknown keys are errors.
+"""Stage configs: every field is declared *identity*, *input* or *runtime*, and unknown keys are errors.
 
 identity  changes what is computed: part of the stage key.
-input     a path to an artifact or a model: enters the stage key by its content's digest, not by its name.
-runtime   where and how fast: devices, batch shapes that do not change results, output paths.
+input     a path to an artifact or a model: its content's digest, not its name, is part of the stage key.
+runtime   where and how fast: devices, batch shapes that do not change results, output paths. Not in the key.
 """
 
 import difflib
@@ -36,10 +36,10 @@ def identity(default: Any = ..., *, later: bool = False, was: str = "", **constr
     """A field that changes what is computed.
 
     Args:
-        later: it came after keys were published, and is left out of them where it has its default, which computes what
-            was computed before.
-        was: what its key was called before, in the same section; several names with blanks between. A file that still
-            has one is told the new name.
+        later: added after stage keys were published; left out of the key while it has its default, which must compute
+            what was computed before.
+        was: former names of the key in the same section, separated by blanks; a config that uses one is refused with
+            the new name.
     """
     extra: dict[str, Any] = {"role": Role.IDENTITY, "later": later, "was": was}
     return Field(default, json_schema_extra=extra, validate_default=True, **constraints)
@@ -57,7 +57,7 @@ def runtime(default: Any = ..., *, was: str = "", **constraints: Any) -> Any:
 
 
 def _declared(field: FieldInfo) -> dict[str, Any]:
-    """What one of these three functions was told."""
+    """The arguments of `identity`, `input_path` or `runtime`."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
@@ -69,7 +69,7 @@ class Section(BaseModel):
     )
 
     roles: ClassVar[dict[str, Role]] = {}
-    """What each field means."""
+    """Role of each field."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class Section(BaseModel):
         cls.roles = {name: _declared(field)["role"] for name, field in cls.model_fields.items()}
 
     def select(self, role: Role) -> dict[str, Any]:
-        """The fields of one role as plain data; sections that are identity fields are searched as well."""
+        """The fields of one role as plain data, nested sections included."""
         chosen: dict[str, Any] = {}
         for name, declared in self.roles.items():
             value = getattr(self, name)
@@ -93,7 +93,7 @@ class Section(BaseModel):
         return chosen
 
     def _is_left_out(self, name: str, value: Any) -> bool:
-        """Whether a field came later and has its default."""
+        """Whether a `later` field has its default."""
         field = type(self).model_fields[name]
         return bool(_declared(field).get("later") and value == field.default)
 
@@ -109,9 +109,9 @@ def _plain(value: Any, role: Role) -> Any:
 
 
 class StageConfig(Section):
-    """Base of every stage's configuration.
+    """Base of every stage's config.
 
-    `stage` is the command that runs it; raise `code_version` whenever the stage's results change.
+    `stage` is the stage's name; raise `code_version` whenever the stage's results change.
     """
 
     stage: ClassVar[str]
@@ -189,7 +189,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
 
 
 def validate(model: type[M], data: dict[str, Any], source: str) -> M:
-    """Build `model` from `data`, or raise one UserError that lists every mistake with its place and its mend."""
+    """Build `model` from `data`, or raise one UserError that lists every mistake with its place and its fix."""
     refuse_secrets(data, source)
     try:
         return model.model_validate(data)
@@ -222,7 +222,7 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
 
 
 def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any) -> list[str]:
-    """What keys of other tools are called here; nothing where a key is none of theirs."""
+    """Hints for a key of another tool: the name that Ratchet has for it; empty if the key is unknown there too."""
     here = fields_at(model, parents)
     if difflib.get_close_matches(last, here, n=1, cutoff=0.85):
         return []
@@ -253,17 +253,17 @@ def fields_at(model: type[BaseModel], location: list[Any]) -> dict[str, FieldInf
     for part in location:
         found: list[Any] = []
         for candidate in candidates:
-            for kind in _models_in(candidate):
-                if part in kind.model_fields:
-                    found.append(kind.model_fields[part].annotation)
+            for section in _models_in(candidate):
+                if part in section.model_fields:
+                    found.append(section.model_fields[part].annotation)
                 else:  # a list index, a dictionary key or the tag of a union
-                    found.append(kind)
+                    found.append(section)
         candidates = found
-    kinds = [kind for candidate in candidates for kind in _models_in(candidate)]
-    return {name: field for kind in kinds for name, field in kind.model_fields.items()}
+    sections = [section for candidate in candidates for section in _models_in(candidate)]
+    return {name: field for section in sections for name, field in section.model_fields.items()}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [kind for argument in get_args(annotation) for kind in _models_in(argument)]
+    return [section for argument in get_args(annotation) for section in _models_in(argument)]

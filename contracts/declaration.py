@@ -1,7 +1,7 @@
-"""What a stage is, said once: everything that others than the stage itself have to know of it. No torch, no vLLM.
+"""The declaration of a stage: everything that the driver, `doctor` and schedulers need to know about it. No torch.
 
 A package declares its stages in the modules of `PACKAGE/stages/`. `python -m PACKAGE` finds them there, and so does the
-driver, which imports no other part of the stage. docs/extending.md shows how to add one.
+driver, which imports nothing else of the stage. docs/extending.md shows how to add one.
 """
 
 import functools
@@ -21,160 +21,158 @@ from contracts.records import Schema
 C = TypeVar("C", bound=StageConfig)
 
 Workload: TypeAlias = Literal["generation", "scoring", "training", "light"]
-"""What a stage is to a scheduler. generation, scoring: any number of tasks share its shards; its config has `replicas`.
-training: one job over one or several machines. light: one process, without a large model."""
+"""How a stage is scheduled. generation, scoring: any number of tasks share its shards; its config has `replicas`.
+training: one job on one or several nodes. light: one process without a large model."""
 
 
 @dataclass(frozen=True)
 class ModelUse:
-    """A model that a stage reads, and what it must be."""
+    """A model that a stage reads, and its requirements."""
 
     path: Path
     checks: tuple[Callable[[ModelInfo], None], ...] = ()
-    """Each raises UserError where it is not."""
+    """Each raises UserError if the model does not meet it."""
     of_layers: Callable[[Path], None] | None = None
-    """The same for what is true of all models with these layers: asked of the directory of the model that it is trained
-    from as well."""
+    """A check of the architecture alone, so it can also be applied to the model that this one is trained from."""
     ids_of: Path | None = None
-    """Rollouts whose token ids it is given: it must have the vocabulary of the policy that sampled them."""
+    """Rollouts whose token ids the model reads: its vocabulary must be that of the policy that sampled them."""
 
 
 @dataclass(frozen=True)
 class ProcessLayout:
-    """How a stage is spread over processes, one device each."""
+    """How a stage is distributed over processes, one device each."""
 
     processes: int = 1
     nodes: int = 1
-    """Machines that the processes are spread over."""
+    """Machines (nodes) that the processes run on."""
     fixed_nodes: bool = False
-    """Whether the user has said how many machines."""
+    """Whether the user's config sets the number of nodes."""
     shown: str = ""
-    """The same in the config's words."""
+    """The layout in the config's keys, for messages."""
     together: int = 1
-    """Processes that talk to each other."""
+    """Processes that communicate at every layer (tensor, pipeline or sequence parallel)."""
     talk: str = ""
-    """The keys by which processes talk to each other over the network, as in the config; empty where none do."""
+    """The config keys of the communication over the network; empty if there is none."""
 
 
 @dataclass(frozen=True)
 class Stage(Generic[C]):
-    """One stage. What is beyond its fields, a stage says by overriding methods; the defaults are those of a small one.
+    """One stage. A stage overrides the methods that apply to it; the defaults suit a light stage.
 
-    Functions are named ("module:function"), not imported, so that a config is validated before torch or vLLM are
-    loaded.
+    Functions are given by name ("module:function"), so that a config is validated before torch or vLLM is imported.
     """
 
     config: type[C]
     schema: Schema
-    """What it publishes."""
+    """Schema of the published artifact."""
     run: str
     """`run(config, context) -> Outcome`; see contracts/stage.py."""
     launch: str | None = None
-    """`launch(config) -> bool`, asked before anything is written: whether it has run this stage to its end in
-    processes of its own (True), or leaves it to this one."""
-    helps: str | None = None
-    """`helps(config) -> bool`: whether this process has nothing to do but `launch`, because the same command publishes
-    on another machine."""
+    """`launch(config) -> bool`, called before anything is written: True if it has run the whole stage in worker
+    processes, False if this process is to run it."""
+    is_worker_node: str | None = None
+    """`is_worker_node(config) -> bool`: whether this process only calls `launch`, because the same command on another
+    node publishes."""
     preflight: str | None = None
-    """`check(inspected) -> Iterator[Finding]`, run in its environment before the first stage of a run; see
+    """`check(inspected) -> Iterator[Finding]`, run in the stage's environment before the first stage of a run; see
     contracts/preflight.py."""
     environment: str = ""
-    """The environment that it runs in; by default the one that is called as its package."""
+    """Name of its environment; default: its package."""
     command: str = ""
-    """What it is called on the command line, `python -m PACKAGE COMMAND`; by default its name."""
+    """Its name on the command line, `python -m PACKAGE COMMAND`; default: its name."""
     conversations: str | None = None
-    """The field of its config that names conversations of the user's, some of which preflight has rendered."""
+    """The config field with the path of the user's conversations, some of which preflight renders."""
     memory_fix: str = "Free memory, or take a smaller model."
-    """What to do where its memory does not suffice."""
+    """The advice given when it does not fit into memory."""
 
     def __post_init__(self) -> None:
-        """Fill in what follows from the others."""
+        """Fill in the defaults that depend on other fields."""
         object.__setattr__(self, "environment", self.environment or self.package)
         object.__setattr__(self, "command", self.command or self.name)
 
     @property
     def name(self) -> str:
-        """As manifests name it."""
+        """Its name in manifests."""
         return self.config.stage
 
     @property
     def package(self) -> str:
-        """The package that it is in."""
+        """The package that implements it."""
         return self.run.partition(".")[0]
 
     # What it needs.
 
     def models(self, config: C) -> tuple[ModelUse, ...]:
-        """The models that it reads; first the one that conversations are rendered for."""
+        """The models that it reads; conversations are rendered for the first."""
         return ()
 
     def libraries(self, config: C) -> tuple[str, ...]:
-        """What its environment must have."""
+        """Packages that its environment must have."""
         return ()
 
     def memory(self, config: C, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
-        """The memory that it takes; None for little, and where that cannot be known."""
+        """Estimated memory; None if it is small or unknown."""
         return None
 
     def published_bytes(self, config: C, outlook: Outlook) -> int | None:
-        """Bytes that it publishes, rather too many than too few; None where that cannot be known."""
+        """Estimated size of the output in bytes, rounded up; None if unknown."""
         return None
 
     def scratch_bytes(self, config: C, outlook: Outlook) -> int:
-        """Bytes on the disk that it needs while it runs and gives back."""
+        """Temporary disk space in bytes, freed when the stage ends."""
         return 0
 
     # Where it runs.
 
     def workload(self, config: C) -> Workload:
-        """What it is to a scheduler."""
+        """How it is scheduled."""
         return "light"
 
     def gpus(self, config: C) -> int:
-        """GPUs that one replica takes, where there are any."""
+        """GPUs per replica, on machines that have GPUs."""
         return 1
 
     def layout(self, config: C) -> ProcessLayout:
-        """How it is spread."""
+        """How it is distributed."""
         return ProcessLayout()
 
     def spread(self, config: C, devices: int, nodes: int | None = None) -> C:
-        """The same stage over so many devices of one machine or of `nodes`, as far as the user has not said how many
-        processes it has."""
+        """The config for so many devices of one machine, or of `nodes`, unless the user's config sets the number of
+        processes."""
         return config
 
     # What its output holds.
 
     def origin(self, config: C) -> Path | None:
-        """The model that its output, a model, starts from and shares the layers with; None where there is none."""
+        """The model from which its output (a model) is trained, and whose architecture it has; None without one."""
         return None
 
     def has_score_head(self, config: C) -> bool:
-        """Whether its output, a model, ends in one number instead of in the vocabulary."""
+        """Whether its output (a model) has a score head with one output instead of an LM head."""
         return False
 
     def size(self, config: C) -> Size | None:
-        """The measures of the model that it makes from none."""
+        """Size of the model that it creates from scratch."""
         return None
 
     def rows(self, config: C, path: Path, outlook: Outlook) -> RowStats | None:
-        """Prompts or demonstrations that it publishes at `path`."""
+        """Estimate of the prompts or demonstrations that it publishes at `path`."""
         return None
 
     def answers(self, config: C, outlook: Outlook) -> AnswerStats | None:
-        """Answers that it publishes, or makes its rows of."""
+        """Estimate of the answers that it publishes, or builds its rows from."""
         return None
 
     def pairs(self, config: C, outlook: Outlook) -> PairStats | None:
-        """Preference pairs that it publishes."""
+        """Estimate of the preference pairs that it publishes."""
         return None
 
     def tokens(self, config: C) -> tuple[int, int] | None:
-        """For a stage that samples: tokens of the longest prompt (0: no limit of its own) and of the longest answer."""
+        """For a stage that samples: maximum tokens of a prompt (0: no limit of its own) and of an answer."""
         return None
 
     def row_limit(self, config: C) -> int | None:
-        """Tokens of prompt and answer beyond which it drops a row."""
+        """Maximum tokens of prompt plus answer; longer rows are dropped."""
         return None
 
 
@@ -185,7 +183,7 @@ def load(name: str) -> Callable[..., Any]:
 
 
 PACKAGES = ("contracts", "embedded", "generation", "annotation", "training")
-"""Those that have stages."""
+"""The packages that declare stages."""
 
 
 @functools.cache

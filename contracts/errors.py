@@ -1,4 +1,4 @@
-"""The two ways to fail: by the user's mistake, and otherwise."""
+"""The kinds of failure: a user's mistake, a transient failure, or a bug."""
 
 import errno
 import os
@@ -46,20 +46,20 @@ TRANSIENT_NAMES = (
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one message naming the thing, the value and the mend; exit code 2.
+    """A mistake that the user can fix: one message naming the thing, the value and the fix; exit code 2.
 
-    Every other exception is a defect or an accident of the machine, keeps its traceback and exits with 1.
+    Every other exception is a bug or a transient failure; it exits with 1, bugs with a traceback.
     """
 
     exit_code = 2
 
 
 class TransientError(Exception):
-    """An accident that the same command may well not meet in a minute, told in one message; exit code 1."""
+    """A transient failure: a retry of the same command may well succeed. One message, no traceback; exit code 1."""
 
 
 def as_user_error(error: Exception) -> UserError | None:
-    """The same as a mistake of the user's, if it is one: a full disk, or a path that cannot be used."""
+    """The error as a UserError, if the user can fix it (a full disk, an unusable path); otherwise None."""
     if isinstance(error, UserError):
         return error
     if limit := limit_behind(error):
@@ -77,7 +77,7 @@ def as_user_error(error: Exception) -> UserError | None:
 
 
 def system_code(error: BaseException) -> int | None:
-    """The operating system's code of an error; libraries written in Rust (safetensors, tokenizers) only write it."""
+    """The errno of an error; Rust libraries (safetensors, tokenizers) have it only in their message."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -85,9 +85,9 @@ def system_code(error: BaseException) -> int | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same thing may well succeed in a minute: a lost connection, device, peer or file server."""
+    """Whether a retry may well succeed: a lost connection, device, peer or file server."""
     if isinstance(error, TransientError | ConnectionError | TimeoutError):
         return True
     if system_code(error) in TRANSIENT_CODES:
         return True
-    return any(kind.__name__ in TRANSIENT_NAMES for kind in type(error).__mro__)
+    return any(base.__name__ in TRANSIENT_NAMES for base in type(error).__mro__)

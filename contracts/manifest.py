@@ -1,4 +1,4 @@
-"""What is written down of a published directory: its manifest, and which of its files were deleted on purpose."""
+"""The manifest of a published directory, and the list of files that `pipeline gc` deleted from it."""
 
 import hashlib
 from pathlib import PurePosixPath
@@ -30,9 +30,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: str
     """The stage key: same key, same content."""
     key_parts: dict[str, Any]
-    """What the key was made of, to say in words why another key differs."""
+    """What the key is a digest of, to explain why two keys differ."""
     digest: str
-    """Of schema and files alone: what downstream keys use."""
+    """Digest of the schema and the files alone; stage keys downstream use it."""
     inputs: dict[str, Any]
     """Digest (or digests) of each input."""
     input_paths: dict[str, Any]
@@ -40,7 +40,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ledger: Ledger
     files: tuple[File, ...]
     weights: str | None
-    """Fingerprint of the weights in a checkpoint, or of those that made the rows."""
+    """Fingerprint of a checkpoint's weights, or of the weights that generated the rows."""
     versions: dict[str, str]
     hardware: dict[str, Any]
     seconds: dict[str, float]
@@ -53,7 +53,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Released(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Files of an artifact that were deleted on purpose."""
+    """Files of an artifact that `pipeline gc` deleted."""
 
     files: tuple[str, ...]
     reason: str
@@ -69,7 +69,7 @@ def read_manifest(content: bytes) -> Manifest:
     """The manifest in a manifest.json.
 
     Raises:
-        ValueError: it is not one, a byte of it was changed, or it names a file outside of its directory.
+        ValueError: it is not a manifest, its checksum is wrong, or it lists a file outside of its directory.
     """
     manifest = checked(content, Manifest)
     for file in manifest.files:
@@ -78,9 +78,9 @@ def read_manifest(content: bytes) -> Manifest:
     return manifest
 
 
-def checked(content: bytes, kind: type[D]) -> D:
-    """The record in a file that has its own checksum; ValueError if it is none or a byte of it was changed."""
-    record = msgspec.json.decode(content, type=kind)
+def checked(content: bytes, record_type: type[D]) -> D:
+    """The record in a file with a checksum of its own; ValueError if it cannot be decoded or the checksum is wrong."""
+    record = msgspec.json.decode(content, type=record_type)
     blank = content.replace(b'"checksum": "%s"' % record.checksum.encode(), b'"checksum": ""')
     if hashlib.sha256(blank).hexdigest() != record.checksum:
         raise ValueError("its content does not fit its own checksum")
@@ -88,7 +88,7 @@ def checked(content: bytes, kind: type[D]) -> D:
 
 
 def with_checksum(record: Manifest | Released) -> bytes:
-    """The bytes of a file that has its own checksum."""
+    """The file's bytes, with their checksum in the record."""
 
     def text(checksum: str) -> bytes:
         found = msgspec.structs.replace(record, checksum=checksum)
@@ -98,5 +98,5 @@ def with_checksum(record: Manifest | Released) -> bytes:
 
 
 def content_digest(schema: Schema, files: tuple[File, ...]) -> str:
-    """Digest of an artifact's content: its schema and its files, nothing of when, where or how fast."""
+    """Digest of an artifact's content: its schema and files, independent of when, where and how fast it was made."""
     return digest({"schema": [schema.name, schema.version], "files": sorted((f.path, f.sha256) for f in files)})

@@ -1,12 +1,12 @@
-"""Preflight: what a stage would refuse hours later, found in its own environment before anything runs.
+"""Preflight: finds what would make a stage fail hours later, in the stage's own environment, before a run starts.
 
-The driver knows all stages of a run, but neither torch nor a tokenizer. So it sends the stages' configs to each
-environment that they run in, on standard input of `python -m contracts.preflight`, and reads a `Report` from the last
-line of its output. Paths that stages of the run have still to make are replaced: a model by the one that it is trained
-from, anything else by a name that does not exist (`Inspected.made`).
+The driver knows all stages of a run, but has neither torch nor a tokenizer. So it sends the stages' configs to each of
+their environments, on standard input of `python -m contracts.preflight`, and reads a `PreflightReport` from the last
+line of its output. Paths that the run has not published yet are replaced: a model by the one that it is trained from,
+anything else by a name that does not exist (`Inspected.made`).
 
-A stage's check (`Stage.preflight`) looks at one stage at a time and yields findings. An error stops `pipeline run`
-before the first stage; `pipeline doctor` shows all of them.
+A stage's check (`Stage.preflight`) sees one stage at a time and yields findings. An error stops `pipeline run` before
+the first stage; `pipeline doctor` shows all findings.
 """
 
 import contextlib
@@ -30,20 +30,20 @@ F = TypeVar("F")
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     level: Level
     found: str
-    """What it is about, and what was found: one sentence or two."""
+    """What was checked and what was found: one or two sentences."""
     fix: str | None = None
-    """What to do about a warning or an error; None where `found` says it, or nothing has to be done."""
+    """How to fix a warning or an error; None if `found` says it, or nothing needs to be done."""
 
 
 class Conversation(msgspec.Struct, frozen=True):
-    """A conversation of the user's own, of the kinds that the run will render: see `contracts.sampling`."""
+    """A conversation of the user's, picked to cover what the run will render: see `contracts.sampling`."""
 
     place: str
-    """Where it stands, for messages: "prompts.jsonl, line 3"."""
+    """File and line, for messages: "prompts.jsonl, line 3"."""
     use: Literal["prompts", "demonstrations"]
     """Demonstrations end with the answer to imitate; prompts end where the policy has to answer."""
     messages: tuple[Message, ...]
@@ -51,35 +51,33 @@ class Conversation(msgspec.Struct, frozen=True):
 
 
 class StageRequest(msgspec.Struct, frozen=True):
-    """One stage, or several that are alike, as the driver sends it."""
+    """One stage of the run, or several equal ones, as sent by the driver."""
 
     name: str
-    """Name of the (first) stage in the run, for messages."""
+    """Name of the (first) node in the run's graph, for messages."""
     package: str
     command: str
-    """What it is called there: "policy", "score", "generation"."""
+    """The stage's command: "policy", "score", "generation"."""
     config: dict[str, Any]
     made: tuple[str, ...]
-    """Input fields whose path a stage of the run will make."""
+    """Input fields whose path the run has yet to publish."""
 
 
 class PreflightRequest(msgspec.Struct, frozen=True):
-    """What one environment is asked."""
+    """The request to one environment."""
 
     stages: tuple[StageRequest, ...]
     conversations: tuple[Conversation, ...] = ()
 
 
 class PreflightReport(msgspec.Struct):
-    """What it answers."""
+    """The answer of one environment."""
 
     findings: list[Finding] = []
     probes: dict[str, Any] = {}
-    """By a model's path, what this environment makes of fixed texts and of the conversations. The driver compares what
-    the environments say."""
+    """By model path: the tokenization of fixed texts and of the conversations. The driver compares environments."""
     vocabularies: dict[str, str] = {}
-    """By a model's path, the digest of what each token id stands for. The driver compares models that read each
-    other's ids."""
+    """By model path: the digest of its vocabulary. The driver compares models that read each other's token ids."""
 
 
 @dataclass
@@ -88,12 +86,12 @@ class Inspected:
 
     name: str
     config: Any
-    """The stage's own config, validated. Its `output` means nothing."""
+    """The stage's config, validated. Its `output` is a placeholder."""
     made: frozenset[str]
-    """Input fields whose path a stage of the run will make: of such a model only what it is trained from is known."""
+    """Input fields whose path the run has yet to publish; a model's field then names the model it is trained from."""
     conversations: tuple[Conversation, ...]
     report: PreflightReport = field(default_factory=PreflightReport)
-    """Whose `probes` and `vocabularies` a check adds to; its findings it yields."""
+    """A check adds to its `probes` and `vocabularies`; findings are yielded."""
 
     def prompts(self) -> list[Conversation]:
         """The conversations that the policy has to answer."""
@@ -105,7 +103,7 @@ class Inspected:
 
 
 def heard(check: Callable[[], Iterator[F]]) -> tuple[list[F], str | None]:
-    """What a check yields, and what stopped it, if anything did, so that the other checks are heard."""
+    """What a check yields, and the message of the error that stopped it, if any, so that the other checks still run."""
     found: list[F] = []
     try:
         found.extend(check())
@@ -123,13 +121,13 @@ def heard(check: Callable[[], Iterator[F]]) -> tuple[list[F], str | None]:
 
 
 def findings_of(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """What a check yields, what stops it included."""
+    """What a check yields; an error that stops it becomes a finding."""
     found, stopped = heard(check)
     return found if stopped is None else [*found, Finding("error", stopped)]
 
 
 def examine(request: PreflightRequest) -> PreflightReport:
-    """Check all stages of a request; equal findings are told once."""
+    """Check all stages of a request; duplicate findings are dropped."""
     report = PreflightReport()
     found: dict[Finding, None] = {}
     for asked in request.stages:
@@ -144,8 +142,8 @@ def examine(request: PreflightRequest) -> PreflightReport:
 
 
 def serve() -> None:
-    """Answer the request on standard input; what libraries print is no part of the answer."""
-    surroundings.settle()
+    """Answer the request on standard input; output of libraries goes to stderr."""
+    surroundings.prepare()
     with contextlib.redirect_stdout(sys.stderr):
         report = examine(msgspec.json.decode(sys.stdin.buffer.read(), type=PreflightRequest))
     print(json.dumps(msgspec.to_builtins(report)))

@@ -35,11 +35,11 @@ from contracts.manifest import MANIFEST, File, Manifest, content_digest, read_ma
 from contracts.records import Schema
 
 WORTH_KEEPING = ("*.safetensors", "judged-*.jsonl")
-"""What in the folder `state` is kept after a user's mistake, because much was paid for it."""
+"""Files of the folder `state` that are kept after a user's mistake, because they were expensive to compute."""
 
 
 class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is known of one finished shard."""
+    """The record of one finished shard."""
 
     file: File
     ledger: Ledger
@@ -59,29 +59,29 @@ class Publication:
         self._lock = DirectoryLock(self.directory, target)
 
     def begin(self, patience: float = 0.0) -> None:
-        """Create the hidden directory or take it over, for this process alone, and clear what a crash left in it.
+        """Create the hidden directory or take it over, exclusively, and clean up what a crash left in it.
 
         Args:
-            patience: seconds to wait for another process that works there. On a shared file system the lock of a
-                machine that died lives on until its lease ends.
+            patience: seconds to wait for the lock. On a shared file system the lock of a dead machine is held until
+                its lease ends.
 
         Raises:
-            UserError: another process is making the same thing, and there is no patience.
-            TransientError: it still is when the patience has run out.
+            UserError: another process holds the lock, and `patience` is 0.
+            TransientError: another process still holds the lock after `patience`.
         """
         self._lock.when_free(lambda: self._lock.take(fcntl.LOCK_EX), patience)
-        with contextlib.suppress(FileNotFoundError):  # another process, which held the lock before, has just published
+        with contextlib.suppress(FileNotFoundError):  # the previous holder of the lock has just published
             if not self.complete or self._damaged():
                 self._clear_leftovers(self._intact)
 
     def join(self, patience: float) -> None:
-        """Create the hidden directory or go to work in it beside others that make shards and publish nothing.
+        """Create the hidden directory, or share it with other tasks that make shards and do not publish.
 
-        Whoever finds no other at work clears what a crash left. Contents are compared when somebody publishes: here
-        others wait.
+        The first task cleans up what a crash left. File contents are verified later, by the publisher, because other
+        tasks would have to wait here.
 
         Raises:
-            TransientError: the directory is one process's alone until the patience has run out, in seconds.
+            TransientError: another process holds the directory exclusively for longer than `patience` seconds.
         """
         self._lock.when_free(self._take_shared_lock, patience)
 
@@ -92,7 +92,7 @@ class Publication:
         return self._lock.take(fcntl.LOCK_SH)
 
     def _damaged(self) -> bool:
-        """Whether a file differs from the manifest that is there already, as a power cut may leave it."""
+        """Whether a file differs from an existing manifest, for example after a power failure."""
         path = self.directory / MANIFEST
         found = Artifact(self.directory, read_manifest(path.read_bytes())).damage()
         return bool(found) and path.exists()  # it was not renamed meanwhile
@@ -111,18 +111,18 @@ class Publication:
 
     @property
     def state(self) -> Path:
-        """A folder for what helps to continue after a kill; never published."""
+        """A folder for state to resume from after a kill; never published."""
         path = self.directory / "state"
         path.mkdir(exist_ok=True)
         return path
 
     def receipts(self) -> dict[str, Receipt]:
-        """Receipts of the finished files by name; a file does not count as finished if it or its receipt is torn."""
+        """Receipts of the finished files by name; a file whose receipt or content is incomplete is not finished."""
         found = (self._read_receipt(path) for path in sorted(self.directory.glob(_receipt_name("*"))))
         return {receipt.file.path: receipt for receipt in found if receipt is not None}
 
     def receipt(self, name: str) -> Receipt | None:
-        """The receipt of one file, if that is finished."""
+        """The receipt of one file, if it is finished."""
         return self._read_receipt(self.directory / _receipt_name(name))
 
     def _read_receipt(self, path: Path) -> Receipt | None:
@@ -134,7 +134,7 @@ class Publication:
         return receipt if size == receipt.file.bytes else None
 
     def finished(self, names: Iterable[str]) -> set[str]:
-        """Those of `names` that have a receipt, by one look at the directory: for many files, and often."""
+        """The subset of `names` that have a receipt, from one directory listing: cheap for many files."""
         try:
             there = set(os.listdir(self.directory))
         except FileNotFoundError:  # published meanwhile
@@ -142,7 +142,7 @@ class Publication:
         return {name for name in names if _receipt_name(name) in there}
 
     def scratch(self, name: str) -> Path:
-        """Where to write the file `name` before `commit` gives it its name."""
+        """The temporary path at which to write the file `name`, before `commit` renames it."""
         path = self.directory / f"{name}.{process_name()}.tmp"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -156,7 +156,7 @@ class Publication:
         seconds: dict[str, float] | None = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
-        """Make the scratch file `name` one of the artifact's files, with its counts."""
+        """Make the scratch file one of the artifact's files, `name`, and write its receipt."""
         ledger.check()
         scratch = self.scratch(name)
         _share(scratch)
@@ -214,7 +214,7 @@ class Publication:
         return self.finish()
 
     def finish(self) -> Artifact:
-        """From the manifest on: drop receipts and state, rename. Also what a crash in between is continued with."""
+        """Delete receipts and state, and rename; also resumes a publication that crashed after its manifest."""
         try:
             for path in [*self.directory.glob(_receipt_name("*")), *self.directory.rglob("*.tmp")]:
                 path.unlink(missing_ok=True)
@@ -223,7 +223,7 @@ class Publication:
             fsync(self.directory)
             os.rename(self.directory, self.target)
         except OSError:
-            # Without its lock file, another process may have finished it in this instant: then all is well.
+            # Once the lock file is deleted, another process may have finished the rename: that is fine.
             if not is_published(self.target, self.key):
                 raise
             self.discard()
@@ -236,21 +236,21 @@ class Publication:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def clear(self) -> None:
-        """Where the target is published: delete what a killed process has left beside it, unless one works there."""
+        """After the target is published: delete what a killed process left beside it, unless it is locked."""
         with contextlib.suppress(UserError):
             if self.directory.exists():
                 self.begin()
                 self.discard()
 
     def abandon(self) -> None:
-        """After a user's mistake: leave nothing behind, unless finished shards or a saved state are worth keeping."""
+        """After a user's mistake: delete the hidden directory, unless it has finished shards or valuable state."""
         worth = (path for pattern in WORTH_KEEPING for path in (self.directory / "state").glob(pattern))
         if not self.receipts() and not any(worth):
             self.discard()
 
     @property
     def complete(self) -> bool:
-        """Whether a killed attempt had written the manifest already, so that only the rename is missing."""
+        """Whether a killed attempt wrote the manifest, so that only the rename is missing."""
         path = self.directory / MANIFEST
         try:
             return path.is_file() and bool(read_manifest(path.read_bytes()))
@@ -259,7 +259,7 @@ class Publication:
 
 
 def partial_directory(target: Path, key: str) -> Path:
-    """The hidden directory in which `target` is being made; one per key, so that keys never mix."""
+    """The hidden directory in which `target` is written; one per stage key, so that keys never mix."""
     return target.parent / f".{target.name}.partial-{key[:16]}"
 
 
@@ -268,7 +268,7 @@ def _receipt_name(name: str) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """Where it ran."""
+    """The machine that the stage ran on."""
     return {
         "host": socket.gethostname(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -279,7 +279,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _share(path: Path) -> None:
-    """Give a file the ordinary permissions: safetensors writes files that only their owner may read."""
+    """Give a file the default permissions: safetensors writes files that only their owner can read."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

@@ -1,4 +1,4 @@
-"""How every stage runs: read the config, find its key, reuse or compute, publish.
+"""How every stage runs: read the config, compute the stage key, reuse or compute, publish.
 
 The same command line serves a person, a bash script and the driver:
 
@@ -35,27 +35,27 @@ from contracts.versions import installed_versions, source_version
 
 MINIMUM_FREE = 16 << 20
 LOCK_SECONDS = 120.0
-"""How long a supervised stage waits for another process that works on the same output: longer than the lease of a
-dead machine's lock (90 s with NFS)."""
+"""How long a supervised stage waits for another process that writes the same output: longer than the lease of a dead
+machine's lock (90 s with NFS)."""
 
 WorkerRole = Literal["replica", "task", "publisher"]
-"""replica: makes shards for the process that started it. task: makes shards beside others on any machines, with nobody
-above them. publisher: publishes what tasks have made, and makes nothing."""
+"""replica: makes shards for its parent process. task: one of several independent jobs that share the stage's shards.
+publisher: publishes the shards that tasks have made, and makes none."""
 
 
 class Outcome(msgspec.Struct):
-    """What a stage's `run` returns for its manifest."""
+    """The result of a stage's `run`, for its manifest."""
 
     unit: str
     """What the ledger counts: prompts, samples, pairs."""
     facts: dict[str, Any] = {}
     weights: str | None = None
     note: str = ""
-    """What the stage's last line says behind the counts."""
+    """Appended to the counts in the stage's last line of output."""
 
 
 class Context:
-    """What a running stage is given beside its config."""
+    """What a stage's `run` gets besides its config."""
 
     def __init__(self, publication: Publication, rank: int, world_size: int, role: WorkerRole | None = None) -> None:
         self.publication = publication
@@ -79,7 +79,7 @@ class Context:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Tell whoever watches how far the stage is; cheap enough for every step."""
+        """Report progress to the supervisor; cheap enough for every step."""
         if self.rank == 0 or self.role is not None:
             report_progress(done, total, unit)
 
@@ -87,9 +87,9 @@ class Context:
 def key_parts(
     config: StageConfig, versions: dict[str, str], where: Callable[[Path], Path] = lambda path: path
 ) -> dict[str, Any]:
-    """Everything the stage key depends on, kept in the manifest to explain later why two keys differ.
+    """Everything that the stage key depends on; stored in the manifest, to explain why two keys differ.
 
-    `where`: the place at which an input lies now, if that is another than the config's.
+    `where` maps an input's path in the config to where it is now.
     """
     return {
         "stage": config.stage,
@@ -123,27 +123,27 @@ def _digests(value: Any, where: Callable[[Path], Path]) -> Any:
 
 
 def main(stages: dict[str, Stage[Any]], package: str, argv: list[str] | None = None) -> NoReturn:
-    """Run one stage from the command line and exit: 0 published or reused, 2 the user's mistake, 1 anything else."""
+    """Run one stage from the command line and exit: 0 published or reused, 2 a user's mistake, 1 any other failure."""
     die_with_parent()
     stopping.listen()
-    faulthandler.register(signal.SIGQUIT, all_threads=True)  # a supervisor asks a stalled stage where it stands
+    faulthandler.register(signal.SIGQUIT, all_threads=True)  # the supervisor gets a stack dump of a stalled stage
     code = 0
     try:
         stage, config = _parse(stages, package, sys.argv[1:] if argv is None else argv)
         run_stage(stage, config)
     except (Exception, KeyboardInterrupt, stopping.Stopped) as error:
-        gone = isinstance(error, BrokenPipeError) and surroundings.output_is_gone()
+        gone = isinstance(error, BrokenPipeError) and surroundings.output_is_closed()
         code = surroundings.PIPE_GONE if gone else fail(stopping.explained(error))
-    except SystemExit as end:  # argparse's, and of a launcher whose processes have said why they failed
+    except SystemExit as end:  # of argparse, or of a launcher whose processes have reported why they failed
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(bool(end.code))
-    gc.freeze()  # else Python's end takes most of a second to go through all of torch's objects once more
+    gc.freeze()  # otherwise the final collection spends most of a second on torch's objects
     surroundings.finish(code)
 
 
 def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
-    """Publish what `config` describes, or reuse what is published already; None in a process that only helps."""
+    """Publish what `config` describes, or or reuse what is published; None in processes that do not publish."""
     start = time.perf_counter()
     parts = key_parts(config, installed_versions())
     source = source_version(stage.run.partition(".")[0])  # before it is loaded
@@ -151,7 +151,7 @@ def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     publication = Publication(config.output, stage.schema, config.stage, key)
     context = Context(publication, rank, world_size, _worker_role())
-    if stage.helps is not None and load(stage.helps)(config):
+    if stage.is_worker_node is not None and load(stage.is_worker_node)(config):
         assert stage.launch is not None
         if not is_published(config.output, key) and not publication.complete:
             load(stage.launch)(config)
@@ -170,7 +170,7 @@ def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
             publication.begin(LOCK_SECONDS if supervised() else 0)
         else:
             publication.join(LOCK_SECONDS)
-        complete = publication.complete  # asked first: who has it no more by then has published it
+        complete = publication.complete  # before the next check: another process may publish in between
         if is_published(config.output, key):  # by another process, before this one had the lock
             publication.clear()
             return _reuse(stage, config, key, context)
@@ -221,9 +221,9 @@ def _reuse(stage: Stage[Any], config: StageConfig, key: str, context: Context) -
 
 
 class InputCheck:
-    """Compares the published inputs of a stage with their manifests while the stage works, in a thread.
+    """Verifies the published inputs of a stage against their manifests, in a thread while the stage computes.
 
-    So a changed byte cannot pass from stage to stage, and nobody waits for it: hashing is faster than loading.
+    So corruption cannot spread from stage to stage, at no extra time: hashing is faster than loading a model.
     """
 
     def __init__(self, config: StageConfig) -> None:
@@ -244,7 +244,7 @@ class InputCheck:
         """Wait for the check.
 
         Raises:
-            UserError: an input is damaged, or what this stage needs of it was deleted by `pipeline gc`.
+            UserError: an input is damaged, or files that this stage needs were deleted by `pipeline gc`.
         """
         self._thread.join()
         if self._error is not None:

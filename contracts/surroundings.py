@@ -1,10 +1,10 @@
-"""Makes a process independent of where and how it was started; the first thing that every entry point does.
+"""Prepares a process independently of where and how it was started; every entry point calls `prepare` first.
 
-Ours and the libraries' modules come before files of the same name in the working directory or on PYTHONPATH, which
-stay importable behind them. Variables that tell a process its place among others count where a launcher has set them,
-not where a notebook or a cluster's prologue has left them behind. Output that a terminal cannot show is replaced.
+Ratchet's and the libraries' modules take precedence over files of the same name in the working directory or on
+PYTHONPATH, which stay importable after them. Rank variables are honoured if a launcher has set them, and ignored if a
+notebook or a cluster's prologue left them behind. Output that a terminal cannot show is replaced.
 
-Imports only what Python itself has loaded already, or what lies beside this file.
+Imports only what Python has loaded already, or modules of this package.
 """
 
 import os
@@ -31,7 +31,7 @@ PYTHON_KEPT = (
     "PYTHONPYCACHEPREFIX",
     "PYTHONUNBUFFERED",
 )
-"""Python's variables that change nothing of what a stage imports, computes or says of its end."""
+"""Python's variables that affect neither imports nor results nor exit messages."""
 LAUNCHED = (
     "RANK",
     "WORLD_SIZE",
@@ -53,7 +53,7 @@ LAUNCHED = (
     "MPI_LOCALRANKID",
     "MPI_LOCALNRANKS",
 )
-"""Variables, and beginnings of variables, in which a launcher tells each process which of several it is."""
+"""Variables (and prefixes, which end with an underscore) by which launchers set a process's rank."""
 FOREIGN = (
     *LAUNCHED,
     "NODE_RANK",
@@ -79,26 +79,26 @@ FOREIGN = (
     "SLURM_PMI_",
     "SLURM_PMIX_",
 )
-"""Further ones by which launchers steer what they start; the driver's stages get none but those that it sets itself."""
+"""Further variables of launchers; the driver removes all of these from its stages' environments."""
 EVIDENCE = (
     ("SLURM_PROCID", "SLURM_NTASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
 )
-"""Rank and number of processes as srun and mpirun say them."""
+"""Rank and world size as set by srun and mpirun."""
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_GONE = 128 + signal.SIGPIPE
 NO_DIRECTORY = "the working directory does not exist any more. Change to one that does, for example with `cd`."
 
 
-def settle(*, stage: bool = True) -> None:
-    """Do all of that for this process, and for those that it will start.
+def prepare(*, stage: bool = True) -> None:
+    """Prepare this process and its future children: signals, limits, output, import paths, launcher variables.
 
     Args:
         stage: a launcher may have started this process as one of several; the driver is always alone.
     """
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)  # until whoever runs the command has an answer of its own
+        signal.signal(signal.SIGINT, _leave)  # until the command installs its own handler
     sys.excepthook = _say_why
     raise_open_files()
     show_anything()
@@ -106,35 +106,34 @@ def settle(*, stage: bool = True) -> None:
         os.getcwd()
     except FileNotFoundError:
         _refuse(NO_DIRECTORY)
-    _settle_paths()
+    _order_paths()
     if stage and "RATCHET_ROLE" not in os.environ:
-        _settle_launcher()
+        _check_launcher()
 
 
 def show_anything() -> None:
-    """Have output that the terminal's encoding cannot express replaced, not refused."""
+    """Replace characters that the terminal's encoding cannot express, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a variable belongs to a launcher, or changes how Python works: not for a stage of the driver's."""
+    """Whether a variable belongs to a launcher or changes Python's behaviour, so that stages must not inherit it."""
     if name.startswith("PYTHON"):
         return name not in PYTHON_KEPT
     return _is_one_of(name, FOREIGN)
 
 
 def is_launchers(name: str) -> bool:
-    """Whether a launcher tells a process by this variable which of several it is, or where the first of them is."""
+    """Whether launchers use this variable for ranks or for the rendezvous."""
     return _is_one_of(name, LAUNCHED) or name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def without_foreign(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a stage of the driver's inherits: without those of other launchers and of Python's own.
+    """The environment variables that the driver's stages inherit: all but those of launchers and of Python.
 
-    A folder for temporary files that cannot be used is left out as well: libraries that read the variable themselves
-    would fail where others fall back to /tmp.
+    An unusable TMPDIR is removed as well: libraries that read it themselves would fail instead of falling back to /tmp.
     """
     kept = {name: value for name, value in environment.items() if not is_foreign(name)}
     for name in ("TMPDIR", "TEMP", "TMP"):
@@ -143,8 +142,8 @@ def without_foreign(environment: Mapping[str, str]) -> dict[str, str]:
     return kept
 
 
-def _settle_paths() -> None:
-    """Put the user's folders behind the libraries, here and in every Python process to come."""
+def _order_paths() -> None:
+    """Move the user's folders behind the libraries on sys.path, here and in child processes."""
     named = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     users = [path for path in os.environ.get(USER_PATH, "").split(os.pathsep) if path]
     users += [path for path in named if not _same(path, ROOT)]
@@ -179,8 +178,8 @@ def _same(one: str, other: str) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def _settle_launcher() -> None:
-    """Keep what a launcher has said, drop what nobody has, and refuse what would be waited for in vain."""
+def _check_launcher() -> None:
+    """Keep rank variables set by a launcher, drop stray ones, and refuse those that would make a collective hang."""
     rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if (rank is None and size is None) or not _has_launcher():
         if size not in (None, "", "1") or rank not in (None, "", "0"):
@@ -198,12 +197,12 @@ def _settle_launcher() -> None:
 
 
 def _is_one_of(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a variable is listed, or begins with a listed beginning, which ends with an underscore."""
+    """Whether a variable is listed, or starts with a listed prefix (which ends with an underscore)."""
     return name in patterns or name.startswith(tuple(item for item in patterns if item.endswith("_")))
 
 
 def _has_launcher() -> bool:
-    """Whether somebody who starts several processes has set RANK and WORLD_SIZE."""
+    """Whether RANK and WORLD_SIZE were set by a launcher."""
     if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ:  # torchrun and accelerate; deepspeed
         return True
     told = (os.environ.get("RANK"), os.environ.get("WORLD_SIZE"))
@@ -211,12 +210,12 @@ def _has_launcher() -> bool:
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    """Interrupted while the libraries are loaded: nothing has begun, and there is nothing to explain."""
+    """Exit silently when interrupted during imports: no work has started."""
     os._exit(INTERRUPTED)
 
 
 def _say_why(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Of what goes wrong before, or beside, whoever answers the errors of a command."""
+    """The excepthook for errors outside of the command's own error handling."""
     if issubclass(kind, KeyboardInterrupt):
         os._exit(INTERRUPTED)
     explain_and_leave(error)
@@ -228,8 +227,8 @@ def _refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def output_is_gone() -> bool:
-    """Whether nobody reads standard output any more, as after `| head -1`."""
+def output_is_closed() -> bool:
+    """Whether the reader of standard output has gone, as after `| head -1`."""
     import select
 
     try:
@@ -241,7 +240,7 @@ def output_is_gone() -> bool:
 
 
 def finish(code: int) -> NoReturn:
-    """Exit without a word of Python's; with 141, as a shell says of SIGPIPE, where nobody reads the output any more."""
+    """Exit without messages of Python's; with 141, as shells report SIGPIPE, if standard output is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         try:

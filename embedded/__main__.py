@@ -8,7 +8,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from contracts import surroundings
 
 if __name__ == "__main__":
-    surroundings.settle()
+    surroundings.prepare()
 
 from contracts.declaration import stages_of
 from contracts.stage import main

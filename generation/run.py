@@ -39,7 +39,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
         ModelInfo.read(config.policy).require_ids(max(largest, *tokenizer.stop_ids), "a prompt (or a stop token)")
     shards = cut(tokenized, config.shard_size or default_shard_size(config), longest_allowed)
     settings = _settings(config, context, tokenizer, shards, longest_allowed)
-    settled = {"dtype": settings.dtype, "engine": config.engine, "threads": threads}
+    engine_facts = {"dtype": settings.dtype, "engine": config.engine, "threads": threads}
 
     # Sampling: the shards are shared among the replicas.
     with contextlib.ExitStack() as stack:
@@ -47,8 +47,8 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
         def open_worker() -> Callable[[str], None]:
             start = time.perf_counter()
             if config.dtype == "auto":  # processors differ, and what is published is of one kind
-                settled["dtype"] = agree(context, "dtype", settings.dtype)
-            engine = open_engine(config, msgspec.structs.replace(settings, dtype=settled["dtype"]))
+                engine_facts["dtype"] = agree(context, "dtype", settings.dtype)
+            engine = open_engine(config, msgspec.structs.replace(settings, dtype=engine_facts["dtype"]))
             stack.callback(engine.close)
             load = {"load": time.perf_counter() - start}  # counted with the worker's first shard
 
@@ -59,7 +59,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
                 sampled = time.perf_counter()
                 write_jsonl(context.publication.scratch(name), rows)
                 seconds = {**load, "compute": sampled - start, "save": time.perf_counter() - sampled}
-                facts = {**shard_facts(rows), **faults.facts(), "settled": settled}
+                facts = {**shard_facts(rows), **faults.facts(), "settled": engine_facts}
                 context.publication.commit(name, ledger, rows=len(rows), seconds=seconds, facts=facts)
                 load.clear()
 
@@ -77,7 +77,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
         return Outcome("prompts")
 
     receipts = [receipt for _, receipt in sorted(context.publication.receipts().items())]
-    settled |= receipts[0].facts.get("settled", {})  # of the process that sampled, which may have been elsewhere
+    engine_facts |= receipts[0].facts.get("settled", {})  # of the process that sampled, which may have been elsewhere
     made = [{name: fact for name, fact in receipt.facts.items() if name != "settled"} for receipt in receipts]
     faults = Faults(config.fail_on_error)
     faults.messages = [message for facts in made for message in facts.get("failures", [])]
@@ -87,7 +87,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
         "vocabulary": tokenizer.vocabulary,
         "tokenizer": tokenizer.fingerprint,
     }
-    facts = {**summary(made), **faults.facts(), **settled, **ids, **tokenizer.counts}
+    facts = {**summary(made), **faults.facts(), **engine_facts, **ids, **tokenizer.counts}
     return Outcome("prompts", facts=facts, weights=fingerprint)
 
 

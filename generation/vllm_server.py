@@ -19,7 +19,7 @@ from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, GenerationRequest
 from generation.vllm_engine import engine_arguments, set_environment
 
-LAST_WORDS = 40
+LOG_TAIL_LINES = 40
 """Lines of the server's log that an error shows."""
 
 
@@ -67,11 +67,11 @@ class VllmServer:
         deadline = time.monotonic() + seconds
         while not self._healthy():
             if self._process.poll() is not None:
-                raise RuntimeError(f"the vLLM server ended while it was starting. From its log:\n{self._last_words()}")
+                raise RuntimeError(f"the vLLM server ended while it was starting. From its log:\n{self._log_tail()}")
             if time.monotonic() > deadline:
                 raise RuntimeError(
                     f"the vLLM server was not healthy after startup_seconds={seconds:g}. Raise it for a large model. "
-                    f"From its log:\n{self._last_words()}"
+                    f"From its log:\n{self._log_tail()}"
                 )
             time.sleep(0.2)
 
@@ -103,7 +103,7 @@ class VllmServer:
                 async with session.post("/v1/completions", json=body) as response:
                     if response.status != 200:
                         problem = f"answered {response.status}: {await response.text()}"
-                        return Fault(RuntimeError(f"the vLLM server {problem}. From its log:\n{self._last_words()}"))
+                        return Fault(RuntimeError(f"the vLLM server {problem}. From its log:\n{self._log_tail()}"))
                     found = _answers((await response.json())["choices"], request)
                     beat()
                     return found
@@ -112,7 +112,7 @@ class VllmServer:
                 return await asyncio.gather(*map(ask, bodies, requests))
             except aiohttp.ClientError as error:
                 raise ConnectionError(
-                    f"the vLLM server is gone ({error}). From its log:\n{self._last_words()}"
+                    f"the vLLM server is gone ({error}). From its log:\n{self._log_tail()}"
                 ) from error
 
     def _body(self, request: GenerationRequest, batch: str) -> dict[str, Any]:
@@ -133,11 +133,11 @@ class VllmServer:
             "cache_salt": batch,
         }
 
-    def _last_words(self) -> str:
+    def _log_tail(self) -> str:
         """The first errors of the log, which name the cause, or its end where it has none."""
         lines = [line[:300] for line in self._log.read_text(errors="replace").splitlines()]
         errors = [line for line in lines if " ERROR " in line]
-        return "\n".join(errors[:LAST_WORDS] or lines[-LAST_WORDS:])
+        return "\n".join(errors[:LOG_TAIL_LINES] or lines[-LOG_TAIL_LINES:])
 
     def close(self) -> None:
         """End the server and all of its processes."""

@@ -13,7 +13,7 @@ CHUNK = 2048
 """Positions whose logits (fp32, [CHUNK, vocabulary]) exist at the same time."""
 
 
-class TokenFigures(NamedTuple):
+class HeadOutput(NamedTuple):
     """What the head says of N given tokens; each of shape [N], fp32, in nats."""
 
     logprobs: Tensor
@@ -58,16 +58,16 @@ class LogprobHead(nn.Module):
         device = hidden.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> TokenFigures:
+    def forward(self, hidden: Tensor, targets: Tensor) -> HeadOutput:
         """hidden [N, hidden size], targets [N]."""
         found: tuple[Tensor, ...] = _Head.apply(  # type: ignore[no-untyped-call]
             hidden.to(self._dtype(hidden)), self.weight, self.bias, targets, self.shape, self.entropy, self.collision
         )
-        return TokenFigures(found[0], found[1] if self.entropy else None, found[2] if self.collision else None)
+        return HeadOutput(found[0], found[1] if self.entropy else None, found[2] if self.collision else None)
 
 
 class _Head(torch.autograd.Function):
-    """The figures of softmax(f(hidden @ weight^T + bias)), chunk by chunk, forwards and backwards; f is `HeadShape`.
+    """`HeadOutput` of softmax(f(hidden @ weight^T + bias)), forward and backward in chunks; f is `HeadShape`.
 
     With p the softmax, z the logits and H the entropy:
 

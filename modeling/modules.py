@@ -63,7 +63,7 @@ class TokenLogprobs(Trained):
             self.value_head.weight.data.copy_(value_head)
 
     def read(self, hidden: Tensor, batch: Packed) -> dict[str, Tensor]:
-        """See `TokenFigures`."""
+        """See `HeadOutput`."""
         states = hidden[batch.positions]
         found = self.head(states, batch.targets)
         outputs = {name: value for name, value in found._asdict().items() if value is not None}

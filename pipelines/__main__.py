@@ -12,7 +12,7 @@ from contracts import surroundings
 
 def start() -> NoReturn:
     """Run the command as a process of its own."""
-    surroundings.settle(stage=False)
+    surroundings.prepare(stage=False)
     from pipelines.main import main  # the libraries, which takes most of a second
 
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

@@ -13,7 +13,7 @@ from contracts.config import describe, validate
 from contracts.errors import UserError, as_user_error
 from contracts.preflight import refuse
 from contracts.stage import require_space
-from contracts.surroundings import INTERRUPTED, PIPE_GONE, output_is_gone
+from contracts.surroundings import INTERRUPTED, PIPE_GONE, output_is_closed
 from pipelines.config.executor import ExecutorSection, ResourcesSection
 from pipelines.config.recipes import describe_recipes, find_config
 from pipelines.config.run import RunConfig
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command continues.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        if output_is_gone():
+        if output_is_closed():
             return PIPE_GONE
         traceback.print_exc()
         return 1

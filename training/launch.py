@@ -114,7 +114,7 @@ def asked_of_accelerate(words: list[str]) -> int:
     return found if isinstance(found, int) else 0
 
 
-def helps(config: TrainingConfig) -> bool:
+def is_worker_node(config: TrainingConfig) -> bool:
     """Whether this is one of several nodes and not node 0, which publishes.
 
     Raises:

@@ -142,7 +142,7 @@ def _variables(environment: EnvironmentConfig, name: str) -> dict[str, str]:
             defaults |= KEEP_FREED
     variables = {name: os.environ.get(name, value) for name, value in defaults.items()}
     theirs = dict(environment.variables)
-    users = [os.getcwd()]  # the driver's own settings are in the first of these, once it has settled
+    users = [os.getcwd()]  # the driver's own settings are in the first of these, once it is prepared
     for paths in (os.environ.get(USER_PATH, ""), os.environ.get("PYTHONPATH", ""), theirs.pop("PYTHONPATH", "")):
         users += [os.path.abspath(path) for path in paths.split(os.pathsep) if path]
     code = str(code_path())

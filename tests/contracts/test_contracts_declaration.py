@@ -24,7 +24,7 @@ def subclasses(kind: type[StageConfig]) -> set[type[StageConfig]]:
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_every_function_that_a_stage_names_is_there(stage: Stage[Any], root: Path) -> None:
-    for name in filter(None, (stage.run, stage.launch, stage.helps, stage.preflight)):
+    for name in filter(None, (stage.run, stage.launch, stage.is_worker_node, stage.preflight)):
         module, _, function = name.partition(":")
         assert function in functions_of(root / f"{module.replace('.', '/')}.py"), name
     assert stage.conversations is None or stage.conversations in stage.config.model_fields

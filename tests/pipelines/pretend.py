@@ -142,7 +142,7 @@ if __name__ == "__main__":
     sys.modules[module.__name__] = module
     main(
         {
-            command: replace(stage, run=f"{package}.pretend:run", launch=None, helps=None)
+            command: replace(stage, run=f"{package}.pretend:run", launch=None, is_worker_node=None)
             for command, stage in stages_of(package).items()
         },
         package,

@@ -197,11 +197,11 @@ def test_a_signal_while_it_starts(program: str, number: signal.Signals, delay: f
         lines[1] = "sys.argv = ['', 'run', '--help']"
     lines += [
         "from contracts import surroundings",
-        "settle = surroundings.settle",
+        "prepare = surroundings.prepare",
         "def begin(**options):",
-        "    settle(**options)",
+        "    prepare(**options)",
         "    os.close(os.open('begun', os.O_WRONLY))",
-        "surroundings.settle = begin",
+        "surroundings.prepare = begin",
         f"runpy.run_module('{program}', run_name='__main__', alter_sys=False)",
     ]
     process = subprocess.Popen(

@@ -24,7 +24,7 @@ class Training(Stage[T]):
     """A stage that trains a model. What differs is what it reads: `row_count` and `longest_row`."""
 
     launch: str | None = "training.launch:launch"
-    helps: str | None = "training.launch:helps"
+    is_worker_node: str | None = "training.launch:is_worker_node"
     preflight: str | None = "training.preflight:check_training"
     memory_fix: str = (
         "Lower micro_batch_tokens, set gradient_checkpointing=true, or spread the training over more devices with "
