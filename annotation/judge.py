@@ -104,7 +104,7 @@ def main(descriptor: int) -> NoReturn:
 def _set_up_process() -> None:
     """Signals and output as a function can expect them of a process of its own.
 
-    A scheduler's notice goes to all processes of a job. The stage has to answer it, and may finish what is in hand.
+    A preemption signal goes to all processes of a job; the stage handles it, and may finish its current work first.
     """
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: None)

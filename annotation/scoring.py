@@ -195,7 +195,7 @@ def _judge(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -> tuple[
         if isinstance(score, Score) and not math.isfinite(score.score):
             error = UserError(
                 f"scorer {config.name!r} ({config.function or config.model}) gave {score.score} for {sample}. A score "
-                "must be a finite number: mend the function or the model, or try dtype=float32."
+                "must be a finite number: fix the function or the model, or try dtype=float32."
             )
             score = Fault(error)
         if isinstance(score, Fault):

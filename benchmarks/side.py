@@ -122,6 +122,8 @@ class Child:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            raise RuntimeError(f"{self.name} ended with code {code}; its last words:\n{self.log.read_text()[-3000:]}")
+            raise RuntimeError(
+                f"{self.name} ended with code {code}; the end of its log:\n{self.log.read_text()[-3000:]}"
+            )
         found: dict[str, Any] = json.loads(line)
         return found

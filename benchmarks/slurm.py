@@ -52,7 +52,7 @@ policy, output = sys.argv[1:]
 AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1).save_pretrained(output)
 AutoTokenizer.from_pretrained(policy).save_pretrained(output)
 """
-"""Makes a reward model of the embedded world's policy."""
+"""Makes a reward model of the toy task's policy."""
 SECONDS = 900
 
 
@@ -111,7 +111,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_models(scratch: Path) -> tuple[Path, Path]:
-    """The embedded world's untrained policy, and a reward model of its shape."""
+    """The toy task's untrained policy, and a reward model of its shape."""
     world = scratch / "world"
     sizes = [f"{name}=1" for name in ("demonstrations", "train", "preference", "heldout")]
     stage(["training", "-m", "embedded", "world", f"output={world}", *sizes])
@@ -128,7 +128,7 @@ def stage(command: list[str]) -> None:
 
 
 def quietly(command: list[str], environment: dict[str, str]) -> str:
-    """What a command prints; RuntimeError with its last words where it fails."""
+    """What a command prints; RuntimeError with the end of its output if it fails."""
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {result.returncode}\n{result.stderr[-3000:]}")

@@ -1,4 +1,4 @@
-"""python -m embedded world | smollm2: data and models that need no hub."""
+"""python -m embedded world | smollm2: the toy task, and a small real model, without a hub."""
 
 import os
 import sys

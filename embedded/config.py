@@ -1,4 +1,4 @@
-"""Configurations of the embedded world and models."""
+"""Configs of the toy task (`world`) and of the models that come with Ratchet."""
 
 from pathlib import Path
 from typing import ClassVar, Self
@@ -13,7 +13,7 @@ WORLD_FILES = ("demonstrations.jsonl", "heldout.jsonl", "model", "preference.jso
 
 
 class WorldSettings(Section):
-    """What the user sets of the embedded world: how large its sets of prompts and its model are."""
+    """The settings of the toy task: the sizes of its prompt sets and of its model."""
 
     demonstrations: int = identity(3072, ge=1)
     """Conversations to imitate, of mixed quality."""
@@ -40,7 +40,7 @@ class WorldSettings(Section):
 
 
 class WorldConfig(WorldSettings, StageConfig):
-    """Make the embedded world: an untrained tiny model, demonstrations and three disjoint sets of prompts."""
+    """Make the toy task: an untrained tiny model, demonstrations and three disjoint sets of prompts."""
 
     stage: ClassVar[str] = "world"
     code_version: ClassVar[int] = 1

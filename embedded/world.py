@@ -1,4 +1,4 @@
-"""The embedded world: everything that a complete run needs, made here in a second.
+"""The toy task: everything that a complete run needs, made here in a second.
 
 Published files:
   model/                an untrained tiny Llama with its word-level tokenizer and chat template

@@ -2,7 +2,7 @@
 # A Slurm cluster for development: real daemons, with accounting, and several virtual nodes with pretend GPUs, all on
 # this machine. See docs/development-cluster.md.
 #
-#   eval "$(scripts/dev-slurm.sh up)"   start it, or mend it, and point sbatch, squeue, ... of this shell at it
+#   eval "$(scripts/dev-slurm.sh up)"   start or repair it, and point sbatch, squeue, ... of this shell at it
 #   scripts/dev-slurm.sh status         what runs; exit code 0 only if jobs can be submitted
 #   scripts/dev-slurm.sh down           end its jobs and daemons, and delete all that it wrote
 #   scripts/dev-slurm.sh down --keep    end them, and keep its queue and accounting for the next `up`
@@ -471,7 +471,7 @@ status() {
   fi
   echo
   if [ "$usable" = no ]; then
-    echo "The cluster in $state is not usable: \`$0 up\` mends it, \`$0 down\` ends it."
+    echo "The cluster in $state is not usable: \`$0 up\` repairs it, \`$0 down\` ends it."
     return 1
   fi
   echo "usable: export SLURM_CONF=$SLURM_CONF"

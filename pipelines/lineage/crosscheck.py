@@ -17,7 +17,7 @@ from pipelines.lineage.links import Index, is_superseded, links_of
 R = TypeVar("R", Pair, ExperienceRow)
 EVALUATED = "evaluation.json"
 METRICS = "metrics.jsonl"
-MEND = "Delete it: the next `pipeline run` writes it again."
+FIX = "Delete it: the next `pipeline run` writes it again."
 
 
 def disagreements(
@@ -177,7 +177,7 @@ def wrong_metrics(index: Index, artifacts: list[Artifact]) -> Iterator[str]:
     try:
         lines = list(read_jsonl(path, dict)) if path.exists() else []
     except UserError as error:
-        yield f"{error} {MEND}"
+        yield f"{error} {FIX}"
         return
     for line in lines:
         evaluation = evaluations.get(line.get("iteration"))
@@ -191,10 +191,10 @@ def _differences(index: Index, path: Path, line: dict[str, Any], evaluation: Art
     place, metrics = f"{path}: iteration {line['iteration']}", evaluation.manifest.facts["metrics"]
     for name in sorted({*line, *metrics} - {"policy"}):
         if line.get(name) != metrics.get(name):
-            yield f"{place}: {name} is {line.get(name)}, but {metrics.get(name)} in {evaluation.path}. {MEND}"
+            yield f"{place}: {name} is {line.get(name)}, but {metrics.get(name)} in {evaluation.path}. {FIX}"
     judged = _policy_of(index, evaluation)
     if judged and index.inner(str(line.get("policy"))) != index.inner(judged):
-        yield f"{place}: the policy is {line.get('policy')}, but {judged} in {evaluation.path}. {MEND}"
+        yield f"{place}: the policy is {line.get('policy')}, but {judged} in {evaluation.path}. {FIX}"
 
 
 def _policy_of(index: Index, evaluation: Artifact) -> str | None:

@@ -1,4 +1,4 @@
-"""The embedded world, made once by its command line."""
+"""The toy task, made once by its command line."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The embedded world: deterministic, disjoint, of mixed quality, with a model that loads as it was written."""
+"""The toy task: deterministic, disjoint, of mixed quality, with a model that loads as it was written."""
 
 import json
 import subprocess

@@ -107,7 +107,7 @@ def test_a_torch_for_cuda_is_explained(checkout: Checkout) -> None:
     assert "not a CPU build" in result.stderr
 
 
-def test_missing_environment_names_the_mend(checkout: Checkout) -> None:
+def test_missing_environment_names_the_fix(checkout: Checkout) -> None:
     result = checkout.env("python", "generation")
     assert result.returncode == 2
     assert "pipeline env sync generation" in result.stderr

@@ -1,4 +1,4 @@
-"""Mistakes of the user: one message with the mend, exit code 2, nothing left behind."""
+"""Mistakes of the user: one message with the fix, exit code 2, nothing left behind."""
 
 import subprocess
 import sys

@@ -82,7 +82,7 @@ def pretended(pretended_run: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """The embedded world's model, made by its stage."""
+    """The toy task's model, made by its stage."""
     output = tmp_path_factory.mktemp("world") / "world"
     sizes = ("demonstrations=1", "train=1", "preference=1", "heldout=1")
     command = [str(interpreter("training", "cpu")), "-m", "embedded", "world", *sizes, f"output={output}"]

@@ -122,7 +122,7 @@ class FakeCluster(Slurm):
         self.server.communicate(timeout=60)
 
     def kill(self, daemon: str) -> None:
-        """Have slurmctld or slurmdbd not answer; `up` mends that."""
+        """Have slurmctld or slurmdbd not answer; `up` repairs that."""
         self.run("control", "silence", daemon)
 
     def up(self) -> None:
@@ -171,7 +171,7 @@ class Cluster(Slurm):
         )
 
     def up(self) -> str:
-        """Start, or mend, and return what a shell has to evaluate."""
+        """Start or repair it, and return what a shell has to evaluate."""
         result = self.script("up")
         if result.returncode == 2:
             raise ClusterRefused(result.stderr.strip())
@@ -183,7 +183,7 @@ class Cluster(Slurm):
         return int((self.state / "pids" / daemon).read_text())
 
     def kill(self, daemon: str) -> None:
-        """Kill a daemon with SIGKILL; `up` mends that."""
+        """Kill a daemon with SIGKILL; `up` repairs that."""
         os.kill(self.process(daemon), signal.SIGKILL)
 
     def restart_controller(self) -> None:

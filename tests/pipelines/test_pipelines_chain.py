@@ -243,7 +243,7 @@ def test_a_chain_outlives_a_killed_job_an_early_notice_and_accounting(tmp_path: 
 
 
 def test_a_cancelled_finishing_job_is_named(tmp_path: Path, slurm: Slurm) -> None:
-    """Nobody is left to conclude then: status asks accounting, and the next command takes note of it."""
+    """Nobody is left to finalize it then: status asks accounting, and the next command takes note of it."""
     run = SlurmRun.pretended(tmp_path, slurm)
     run.detach(iterations=0)
     finishing = run.finishing_job(GENERATION)

@@ -67,7 +67,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("generation.temperatures=[.nan]", "'generation.temperatures.0' is nan"),
         ("scorers.gold.function=embedded.reviews:nothere", "has no function 'nothere'"),
         ("scorers.generation={kind: rule}", "not generation or reference"),
-        ("policy=world:nothere", "the embedded world has demonstrations.jsonl"),
+        ("policy=world:nothere", "the toy task has demonstrations.jsonl"),
         ("policy=rules.py", "rules.py does not exist"),
         ("=1", "cannot read the override"),
         ("generation.k", "cannot read the override"),

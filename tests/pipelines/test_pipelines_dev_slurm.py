@@ -1,4 +1,4 @@
-"""The development cluster, scripts/dev-slurm.sh: it comes up, is mended, does what Slurm does, and leaves nothing."""
+"""The development cluster, scripts/dev-slurm.sh: it comes up, is repaired, does what Slurm does, and leaves nothing."""
 
 import os
 import subprocess
@@ -60,7 +60,7 @@ def test_a_port_in_use_is_named(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("daemon", DAEMONS)
-def test_up_mends_a_cluster_whose_daemon_was_killed(beside: Cluster, daemon: str) -> None:
+def test_up_repairs_a_cluster_whose_daemon_was_killed(beside: Cluster, daemon: str) -> None:
     before = {name: beside.process(name) for name in DAEMONS}
     beside.kill(daemon)
     wait_for(lambda: f"{daemon} DOES NOT RUN" in beside.script("status").stdout, 20)

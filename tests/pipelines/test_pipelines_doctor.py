@@ -1,4 +1,4 @@
-"""`pipeline doctor`: each kind of fault is found and named with its mend, whatever else is wrong."""
+"""`pipeline doctor`: each kind of fault is found and named with its fix, whatever else is wrong."""
 
 import fcntl
 import json
@@ -47,11 +47,11 @@ def one(found: Found, text: str) -> dict[str, Any]:
     return finding
 
 
-def mended(found: Found, level: str, text: str, mend: str) -> None:
-    """Check that one finding says `text` at `level`, and how to mend it."""
+def reported(found: Found, level: str, text: str, fix: str) -> None:
+    """Check that one finding says `text` at `level`, and how to fix it."""
     finding = one(found, text)
     assert finding["level"] == level
-    assert mend in (finding["fix"] or finding["found"])
+    assert fix in (finding["fix"] or finding["found"])
 
 
 def bad(found: Found) -> list[str]:
@@ -119,15 +119,17 @@ def test_all_mistakes_are_told_at_once(smallest: Path) -> None:
 def test_environments_that_are_not_built(smallest: Path) -> None:
     found = doctor(smallest, RATCHET_HOME=str(smallest.parent / "home"))
     for name in ("annotation", "generation", "training"):
-        mended(found, "error", f"environment of {name} is not built", f"pipeline env sync {name}")
+        reported(found, "error", f"environment of {name} is not built", f"pipeline env sync {name}")
     assert one(found, "stages will write about")["level"] == "ok"
 
 
 def test_an_environment_that_lacks_libraries(smallest: Path) -> None:
     overrides = [f"environments.{name}.python={sys.executable}" for name in ("generation", "training")]
     found = doctor(smallest, *overrides, "generation.engine=vllm")
-    mended(found, "error", f"generation, your own ({sys.executable}), lacks torch, transformers, vllm", "configs/")
-    mended(found, "error", f"training, your own ({sys.executable}), lacks torch, transformers, accelerate", "configs/")
+    reported(found, "error", f"generation, your own ({sys.executable}), lacks torch, transformers, vllm", "configs/")
+    reported(
+        found, "error", f"training, your own ({sys.executable}), lacks torch, transformers, accelerate", "configs/"
+    )
 
 
 def fake_gpus(folder: Path, free: int) -> str:
@@ -147,11 +149,11 @@ def test_gpus_that_torch_does_not_see(smallest: Path) -> None:
     variables = {"PATH": fake_gpus(smallest.parent, 70000), "RATCHET_VARIANT": "", "CUDA_VISIBLE_DEVICES": "0,1,7"}
     found = doctor(smallest, *own, "executor.parallel=3", **variables)
     one(found, "3 GPUs: NVIDIA Test (68.4 GiB of 80.0 GiB free), NVIDIA Test (68.4 GiB of 80.0 GiB free)")
-    mended(found, "error", "CUDA_VISIBLE_DEVICES names 3 GPUs, but nvidia-smi has 2", "nvidia-smi -L")
+    reported(found, "error", "CUDA_VISIBLE_DEVICES names 3 GPUs, but nvidia-smi has 2", "nvidia-smi -L")
     for name in names:
-        mended(found, "error", f"of {name} sees 0 GPUs, the driver 3", "RATCHET_VARIANT=cpu")
-    mended(found, "warning", "another process has memory of a GPU", "CUDA_VISIBLE_DEVICES")
-    mended(found, "warning", "every stage uses all GPUs", "executor.parallel=1")
+        reported(found, "error", f"of {name} sees 0 GPUs, the driver 3", "RATCHET_VARIANT=cpu")
+    reported(found, "warning", "another process has memory of a GPU", "CUDA_VISIBLE_DEVICES")
+    reported(found, "warning", "every stage uses all GPUs", "executor.parallel=1")
     assert " of 68.4 GiB" in one(found, "iteration-001/training, iteration-002/training and 1 more: about")["found"]
 
 
@@ -160,26 +162,26 @@ def test_the_gpu_variant_without_a_gpu(smallest: Path) -> None:
         f"environments.{name}.python={interpreter(name, 'cpu')}" for name in ("generation", "annotation", "training")
     ]
     variables = {"RATCHET_VARIANT": "gpu", "CUDA_VISIBLE_DEVICES": ""}
-    mended(
+    reported(
         doctor(smallest, *own, **variables), "warning", "of training sees 0 GPUs, the driver 0", "right on a login node"
     )
 
 
 def test_more_threads_than_cores(smallest: Path) -> None:
     found = doctor(smallest, "executor.parallel=2", OMP_NUM_THREADS="512")
-    mended(found, "warning", "more threads than cores", "Set OMP_NUM_THREADS=")
+    reported(found, "warning", "more threads than cores", "Set OMP_NUM_THREADS=")
 
 
 def test_models_that_do_not_fit_the_memory(smallest: Path) -> None:
     found = doctor(smallest, "world.hidden_size=32768", "world.layers=80")
-    mended(found, "error", "iteration-001/training, iteration-002/training and 1 more: about", "parallel.zero=3")
+    reported(found, "error", "iteration-001/training, iteration-002/training and 1 more: about", "parallel.zero=3")
     assert "its weights and their state alone do not fit" in one(found, "iteration-002/training and 1 more: ")["found"]
-    mended(found, "error", "stages will write about", "directory=PATH")
+    reported(found, "error", "stages will write about", "directory=PATH")
 
 
 def test_activations_that_may_not_fit(smallest: Path) -> None:
     batch = ("training.global_batch=4000000", "training.micro_batch_tokens=400000000")
-    mended(doctor(smallest, *batch), "warning", "may not fit", "micro_batch_tokens")
+    reported(doctor(smallest, *batch), "warning", "may not fit", "micro_batch_tokens")
 
 
 def test_stages_at_once_do_not_wait_for_each_other(smallest: Path) -> None:
@@ -219,12 +221,12 @@ def test_each_fault_of_a_model(smallest: Path, world: Path) -> None:
     found = doctor(
         smallest, f"policy={template}", "sft=null", "reward_model=null", f"scorers.reward.model={world}", *scorers
     )
-    mended(found, "error", f"the tokenizer of {template} has no chat template", "chat_template.jinja")
-    mended(found, "error", f"reward model {world} is a LlamaForCausalLM with no classifier", "num_labels=1")
-    mended(found, "error", f"{turn}: its chat template ends an assistant's turn with '</s>'", "eos_token_id")
-    mended(found, "error", f"{beyond}: its tokenizer has", "resize_token_embeddings")
-    mended(found, "error", f"{pickled} has no *.safetensors", "save_pretrained")
-    mended(found, "error", f"{code}: it needs its own code", "never run")
+    reported(found, "error", f"the tokenizer of {template} has no chat template", "chat_template.jinja")
+    reported(found, "error", f"reward model {world} is a LlamaForCausalLM with no classifier", "num_labels=1")
+    reported(found, "error", f"{turn}: its chat template ends an assistant's turn with '</s>'", "eos_token_id")
+    reported(found, "error", f"{beyond}: its tokenizer has", "resize_token_embeddings")
+    reported(found, "error", f"{pickled} has no *.safetensors", "save_pretrained")
+    reported(found, "error", f"{code}: it needs its own code", "never run")
 
 
 def test_a_policy_that_is_right_and_lengths_that_are_not(smallest: Path, world: Path) -> None:
@@ -232,15 +234,15 @@ def test_a_policy_that_is_right_and_lengths_that_are_not(smallest: Path, world: 
     found = doctor(smallest, *arguments, "training.max_length=40")
     one(found, f"{world}: an assistant's turn ends with '</s>', EOS")
     one(found, "max_prompt_tokens=60 and max_new_tokens=12: within the policy's context of 128 tokens")
-    mended(found, "warning", "max_length=40 of a training is less than the 72 tokens", "Raise max_length")
+    reported(found, "warning", "max_length=40 of a training is less than the 72 tokens", "Raise max_length")
     assert len(bad(found)) == 1
     found = doctor(smallest, *arguments, "generation.max_new_tokens=100")
-    mended(found, "error", "prompt and answer together is 160 tokens, but the context", "Lower it")
+    reported(found, "error", "prompt and answer together is 160 tokens, but the context", "Lower it")
     # Also of models that a stage of the run makes from it: the second iteration's.
     found = doctor(smallest, *arguments, "training.parallel.tp=3")
-    mended(found, "error", "parallel.tp · sp is 3, which does not divide num_attention_heads (2)", "to a divisor")
+    reported(found, "error", "parallel.tp · sp is 3, which does not divide num_attention_heads (2)", "to a divisor")
     found = doctor(smallest, "generation.max_prompt_tokens=60", "generation.max_new_tokens=100")
-    mended(found, "error", "more than the policy's context of 128 tokens", "Lower them")
+    reported(found, "error", "more than the policy's context of 128 tokens", "Lower them")
 
 
 def test_a_system_message_that_the_template_refuses(smallest: Path, world: Path) -> None:
@@ -256,7 +258,7 @@ def test_a_system_message_that_the_template_refuses(smallest: Path, world: Path)
         "reward_model=null",
         "scorers.reward={kind: rule, function: embedded.reviews:well_formed}",
     )
-    mended(found, "error", "no system role", "Use conversations with the roles")
+    reported(found, "error", "no system role", "Use conversations with the roles")
 
 
 def test_models_of_the_hub(smallest: Path, world: Path) -> None:
@@ -271,8 +273,8 @@ def test_models_of_the_hub(smallest: Path, world: Path) -> None:
     remote = ("policy=hf:maker/other", "sft=null")
     found = doctor(smallest, *remote, **variables)
     assert one(found, "hf:maker/other is not in the local cache")["level"] == "ok"
-    mended(found, "warning", "no token of the Hugging Face Hub", "HF_TOKEN")
-    mended(doctor(smallest, *remote, **variables, HF_HUB_OFFLINE="1"), "error", "forbids the Hub", "HF_HUB_OFFLINE")
+    reported(found, "warning", "no token of the Hugging Face Hub", "HF_TOKEN")
+    reported(doctor(smallest, *remote, **variables, HF_HUB_OFFLINE="1"), "error", "forbids the Hub", "HF_HUB_OFFLINE")
     found = doctor(smallest, *remote, **{**variables, "HF_TOKEN": "hf_" + "a" * 34})
     assert one(found, "there is a token of the Hugging Face Hub")["level"] == "ok"
     assert "hf_aaaa" not in json.dumps(found)
@@ -297,27 +299,27 @@ def test_a_disk_that_is_too_small(smallest: Path) -> None:
     runs = smallest.parent / "runs"
     runs.mkdir()
     small = f"mount -t tmpfs -o size=1m tmpfs '{runs}'; exec \"$@\""
-    mended(doctor(smallest, shell=small), "error", "stages will write about", "directory=PATH")
+    reported(doctor(smallest, shell=small), "error", "stages will write about", "directory=PATH")
     few = f"mount -t tmpfs -o nr_inodes=50 tmpfs '{runs}'; exec \"$@\""
-    mended(doctor(smallest, shell=few), "warning", "inodes are free in", "directory=PATH")
+    reported(doctor(smallest, shell=few), "warning", "inodes are free in", "directory=PATH")
     full = f"mount -t tmpfs -o size=64k tmpfs '{runs}'; cat /dev/zero > '{runs}/full' || true; exec \"$@\""
     found = doctor(smallest, shell=full)
-    mended(found, "error", "stages will write about", "Free some space")
+    reported(found, "error", "stages will write about", "Free some space")
     assert any("No space left" in text for text in bad(found))
 
 
 @needs_namespaces
 def test_no_loopback(smallest: Path) -> None:
-    mended(doctor(smallest, shell='exec "$@"'), "warning", "no stage of this run needs it", "ip link set lo up")
+    reported(doctor(smallest, shell='exec "$@"'), "warning", "no stage of this run needs it", "ip link set lo up")
     found = doctor(smallest, "generation.engine=vllm", "generation.servers=2", shell='exec "$@"')
-    mended(found, "error", "setup/reward-model/generation (servers=2) needs it", "ip link set lo up")
+    reported(found, "error", "setup/reward-model/generation (servers=2) needs it", "ip link set lo up")
 
 
 @needs_namespaces
 def test_little_shared_memory(smallest: Path) -> None:
     shell = 'mount -t tmpfs -o size=64m tmpfs /dev/shm; exec "$@"'
     found = doctor(smallest, "training.parallel.dp=2", shell=shell)
-    mended(found, "warning", "64 MiB of shared memory (/dev/shm) for stages of up to 2 processes", "--shm-size")
+    reported(found, "warning", "64 MiB of shared memory (/dev/shm) for stages of up to 2 processes", "--shm-size")
     assert "/dev/shm" not in json.dumps(doctor(smallest, shell=shell))
 
 

@@ -84,7 +84,9 @@ def test_a_killed_stage_is_tried_again(tmp_path: Path, smallest: Path) -> None:
     assert [event.kind for event in scene.events if isinstance(event, StageFailed)] == ["transient"] * 2
 
 
-def test_accidents_are_given_up_after_the_retries_and_the_same_command_goes_on(tmp_path: Path, smallest: Path) -> None:
+def test_transient_failures_are_given_up_after_the_retries_and_the_same_command_goes_on(
+    tmp_path: Path, smallest: Path
+) -> None:
     scene = Scene(tmp_path, smallest, "kill -9 $$", times=2, retries=1)
     with pytest.raises(StageFailedError, match="killed by SIGKILL") as failure:
         scene.drive()

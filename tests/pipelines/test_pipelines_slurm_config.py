@@ -98,7 +98,7 @@ def test_a_time_limit_is_read_as_slurm_reads_it(text: str, minutes: int | None) 
         ("executor.stages={light: cloud}", "'executor.stages.light.kind' is 'cloud'"),
     ],
 )
-def test_a_mistake_is_named_with_its_mend(smallest: Path, override: str, complaint: str) -> None:
+def test_a_mistake_is_named_with_its_fix(smallest: Path, override: str, complaint: str) -> None:
     with pytest.raises(UserError) as error:
         load_run_config(smallest, [override])
     assert complaint in str(error.value)
@@ -444,13 +444,13 @@ def test_a_chain_of_jobs_shows_what_each_waits_for(smallest: Path) -> None:
     assert not list(folder.glob("*-iteration-001-pairs.finish.sbatch"))
     assert "kill-on-invalid-dep=yes" in next(folder.glob("*-iteration-001-training.sbatch")).read_text()
     start = "\n".join(start_again(config.executor.retries, config.executor.backoff_seconds))
-    concluding = {path.name.partition("-")[2] for path in folder.iterdir() if path.read_text().endswith(start)}
-    assert {"setup-world.sbatch", "iteration-001-pairs.sbatch", "iteration-001-training.finish.sbatch"} <= concluding
-    assert not concluding & {"iteration-001-training.sbatch", "iteration-001-generation.sbatch"}
+    finalizing = {path.name.partition("-")[2] for path in folder.iterdir() if path.read_text().endswith(start)}
+    assert {"setup-world.sbatch", "iteration-001-pairs.sbatch", "iteration-001-training.finish.sbatch"} <= finalizing
+    assert not finalizing & {"iteration-001-training.sbatch", "iteration-001-generation.sbatch"}
 
 
 @pytest.mark.parametrize(("code", "starts"), [(0, 1), (2, 1), (FAILED, 1), (TRY_AGAIN, 1), (1, 4), (137, 4)])
-def test_a_concluding_job_starts_its_process_again_unless_that_has_concluded(
+def test_a_finalizing_job_starts_its_process_again_unless_that_has_finished(
     tmp_path: Path, code: int, starts: int
 ) -> None:
     path = tmp_path / "job"
