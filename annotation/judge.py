@@ -1,7 +1,7 @@
-"""The process in which a function of the user's own judges: it may end, crash or hang there, and the stage goes on.
+"""The worker process that runs a user's scoring function, which may exit, crash or hang without affecting the stage.
 
-It reads lines of JSON from a socket: first which function, then samples, many at a time. It answers with a line a
-sample, each at once, so that the stage knows which sample is in hand whatever happens next.
+It reads JSON lines from a socket: first the function to load, then batches of samples. It answers with one line per
+sample, immediately, so that the stage always knows which sample is being judged.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from contracts.processes import die_with_parent
 from contracts.stopping import SIGNALS
 
 GIVEN = ("messages", "response", "finish_reason", "answer")
-"""The keywords that every function takes."""
+"""The keyword arguments of every function."""
 IF_NAMED = ("tags", "tools", "inputs", "response_ids")
-"""Keywords that a function is given where it names them."""
+"""Keyword arguments that are passed only if the function has parameters of these names."""
 HAND_BACK_SECONDS = 0.25
-"""Samples that were handed over and not begun within this time are given back, for other processes to judge."""
+"""Samples of a batch that are not started within this time are returned, for other workers to judge."""
 
 
 class RuleTask(msgspec.Struct):
-    """The first line: which function to load."""
+    """The first line: the function to load."""
 
     path: str
     inputs: list[str] | None
@@ -44,14 +44,14 @@ class RuleTask(msgspec.Struct):
 
 
 class Failed(msgspec.Struct, array_like=True, tag=True):
-    """Why there is no judgement of a sample: `before` and `after` its name."""
+    """Why a sample has no judgement: the text before and after the sample's name."""
 
     before: str
     after: str
 
 
 class TokenRewards(msgspec.Struct, array_like=True, tag=True):
-    """A judgement of each response token."""
+    """A reward for each response token."""
 
     rewards: list[float]
 
@@ -59,11 +59,11 @@ class TokenRewards(msgspec.Struct, array_like=True, tag=True):
 Request = tuple[list[dict[str, Any]], str, str, str | None, list[str], list[dict[str, Any]] | None, list[int]]
 """A sample: messages, response, finish_reason, answer, tags, tools, response_ids."""
 Answer = float | TokenRewards | None | bool | Failed
-"""A judgement, None where the function cannot judge; True: the samples that are left are given back."""
+"""A judgement; None: the function cannot judge the sample; True: the remaining samples are returned."""
 
 
 def main(descriptor: int) -> NoReturn:
-    """Judge what comes over the socket until it is closed."""
+    """Judge samples from the socket until it is closed."""
     me = os.getpid()
     os.set_inheritable(descriptor, False)
     connection = socket.socket(fileno=descriptor)
@@ -95,14 +95,14 @@ def main(descriptor: int) -> NoReturn:
                 known = {"tags": tags, "tools": tools, "inputs": inputs, "response_ids": response_ids}
                 given = {name: value for name, value in known.items() if name in extra}
             result = _judge(function, messages, response, finish_reason, answer, given)
-            if os.getpid() != me:  # a copy that the function has made, and that has come back from it
+            if os.getpid() != me:  # the function forked, and the child returned
                 os._exit(1)
             say(result)
     sys.exit(0)
 
 
 def _set_up_process() -> None:
-    """Signals and output as a function can expect them of a process of its own.
+    """Set up signals and output as a user's function expects them.
 
     A preemption signal goes to all processes of a job; the stage handles it, and may finish its current work first.
     """
@@ -112,7 +112,7 @@ def _set_up_process() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGQUIT, all_threads=True)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what it prints is for the log, and no reason to fail
+        if isinstance(stream, io.TextIOWrapper):  # its output goes to the log and must not fail
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
@@ -122,10 +122,10 @@ def _restore_signals() -> None:
 
 
 def _load(task: RuleTask) -> tuple[Callable[..., Any], frozenset[str]]:
-    """The function, and which of `IF_NAMED` it is given.
+    """The function, and which of `IF_NAMED` it takes.
 
     Raises:
-        UserError: it cannot be imported, or not be called as it will be.
+        UserError: it cannot be imported, or its signature does not fit.
     """
     function = load_callable(task.path)
     what = f"function {task.path!r}"
@@ -133,7 +133,7 @@ def _load(task: RuleTask) -> tuple[Callable[..., Any], frozenset[str]]:
         raise UserError(f"{what} is async; write a plain def, with asyncio.run(...) inside where it has to wait.")
     try:
         signature = inspect.signature(function)
-    except (ValueError, TypeError):  # some that are written in C have none
+    except (ValueError, TypeError):  # functions written in C may have no signature
         return function, frozenset()
     extra = {name for name in IF_NAMED if name in signature.parameters}
     if task.inputs is None and "inputs" in extra:
@@ -193,7 +193,7 @@ def _token_rewards(values: Sequence[Any], tokens: int) -> Answer:
 
 def _text(error: BaseException) -> str:
     try:
-        return str(error).encode(errors="backslashreplace").decode()  # with halves of characters JSON cannot say it
+        return str(error).encode(errors="backslashreplace").decode()  # JSON cannot encode lone surrogates
     except BaseException:
         return "(its message cannot be shown)"
 

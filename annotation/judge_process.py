@@ -1,4 +1,4 @@
-"""One process that judges by a function of the user's own, as the stage sees it: what it is given, and what it says."""
+"""One worker process of a user's scoring function, as seen by the stage: samples sent, answers received."""
 
 import contextlib
 import os
@@ -20,21 +20,21 @@ from contracts import stopping
 from contracts.errors import TransientError
 
 BUNCH_SECONDS = 0.1
-"""About how long the samples should take that are handed over together."""
+"""Target duration of one batch of samples."""
 LARGEST_BUNCH = 4096
 LOOK_SECONDS = 0.2
-"""How often a process that says nothing is looked at."""
+"""How often a silent worker is checked."""
 LEAVE_SECONDS = 5.0
-"""How long a process may take to end, when everything is judged: it may have something to save."""
+"""How long a worker may take to exit when everything is judged: it may have something to save."""
 
 
 class Judge:
-    """One process."""
+    """One worker process."""
 
     def __init__(self, path: str, inputs: Sequence[Path] | None) -> None:
         self.path = path
         self.pending: deque[int] = deque()
-        """Indices of the samples in hand, the one being judged first."""
+        """Indices of the samples sent and not answered, the one being judged first."""
         self.ready = False
         self.waited = 0.0
         """Seconds since the last answer, without those in which this process was stopped itself."""
@@ -62,7 +62,7 @@ class Judge:
         return self.connection.fileno()
 
     def hand_over(self, samples: Sequence[Sample], todo: deque[int]) -> None:
-        """Give it the next samples."""
+        """Send the next samples."""
         count = min(self._bunch, len(todo))
         self.pending.extend(todo.popleft() for _ in range(count))
         self._handed, self._began, self.waited = count, time.monotonic(), 0.0
@@ -74,7 +74,7 @@ class Judge:
             self.connection.sendall(msgspec.json.encode(message) + b"\n")
 
     def answers(self) -> list[Answer]:
-        """What it has said meanwhile; its time is counted from here."""
+        """The answers that have arrived; restarts the worker's clock."""
         now = time.monotonic()
         self.waited += min(now - self._looked, 5 * LOOK_SECONDS)
         self._looked = now
@@ -95,7 +95,7 @@ class Judge:
         return msgspec.json.decode(b"[" + whole.replace(b"\n", b",") + b"]", type=list[Answer])
 
     def has_ended(self) -> bool:
-        """Whether nothing more will come from it."""
+        """Whether the worker has closed its connection."""
         if self._silenced and self.process.poll() is None:
             try:
                 self.process.wait(1.0)
@@ -104,7 +104,7 @@ class Judge:
         return self._silenced or self.process.poll() is not None
 
     def adapt(self, todo: deque[int], *, given_back: bool) -> None:
-        """Take back what it has not begun, and see how many samples it can be given next."""
+        """Take back the samples that it has not started, and adapt the size of its next batch."""
         done = self._handed - len(self.pending)
         todo.extendleft(reversed(self.pending))
         self.pending.clear()
@@ -124,19 +124,19 @@ class Judge:
         return len(self.pending) > 32
 
     def kill(self) -> None:
-        """End it at once, and all that it has started in its group."""
+        """Kill it and its process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.connection.close()
 
     def show_traceback(self) -> None:
-        """Have it write where it stands to the log."""
+        """Make it write a stack dump to the log."""
         self.process.send_signal(signal.SIGQUIT)
         time.sleep(LOOK_SECONDS)
 
     def wait(self) -> None:
-        """Once its connection is closed, let it come to its end, unless it is in the middle of something."""
+        """Close its connection and let it exit; kill it if it is judging a sample."""
         if not self.busy:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(LEAVE_SECONDS)

@@ -1,8 +1,7 @@
-"""Processes that judge samples by a function of the user's own (annotation/judge.py), and what becomes of them.
+"""A pool of worker processes that run a user's scoring function (annotation/judge.py), with time limits and retries.
 
-Samples are handed over in bunches that take a tenth of a second, so that a function that takes microseconds is not
-slowed down, and one that takes seconds has its samples spread over all processes. Answers come one by one, so the
-sample in hand is known whatever happens to the process.
+Samples are sent in batches of about a tenth of a second of work: a fast function has little overhead, and a slow one
+has its samples spread over all workers. Answers come one by one, so that the sample being judged is always known.
 """
 
 import os
@@ -22,26 +21,26 @@ from contracts.errors import UserError
 from contracts.faults import Fault
 
 NAP_SECONDS = 0.002
-"""How long answers are let come together where a process has many samples in hand."""
+"""Pause before reading a worker's answers while it has many samples, so that they are read together."""
 
 Judgement = float | TokenRewards | None | Fault
-"""A score, None where the function cannot judge, or why there is none."""
+"""A score; None: the function cannot judge the sample; or why it failed."""
 Note = Callable[[dict[int, Judgement]], None]
-"""Is told judgements by the index of their samples, as soon as they are there."""
+"""Called with new judgements, by sample index, as soon as they arrive."""
 
 
 class LateError(UserError):
-    """The import of a function takes longer than it may."""
+    """The import of a function takes longer than its limit."""
 
 
 def stall_seconds() -> float | None:
-    """After how long a silence this stage would be ended, if it is supervised."""
+    """Seconds without a heartbeat after which the supervisor kills this stage; None without a supervisor."""
     text = os.environ.get(STALL)
     return float(text) if text else None
 
 
 class Judges:
-    """Up to `count` processes, which live until this object goes: what a function has loaded, it keeps."""
+    """Up to `count` workers, which live as long as this object: a function keeps what it has loaded."""
 
     def __init__(
         self,
@@ -52,11 +51,11 @@ class Judges:
         limit: float | None = None,
         load_limit: float | None = None,
     ) -> None:
-        """`limit`, `load_limit`: seconds that one judgement, and that the import of the function may take.
+        """`limit`, `load_limit`: time limits in seconds of one judgement, and of the function's import.
 
         Raises:
             LateError: the import takes longer.
-            UserError: the function cannot be loaded, or not be called as it will be.
+            UserError: the function cannot be loaded, or its signature does not fit.
         """
         self.path, self.inputs, self.count, self.limit, self.load_limit = path, inputs, count, limit, load_limit
         self.running: list[Judge] = []
@@ -79,7 +78,7 @@ class Judges:
             stopping.leave()
 
     def _hand_over(self, samples: Sequence[Sample], todo: deque[int]) -> None:
-        """Give every idle process samples, and start those that are missing."""
+        """Send samples to every idle worker, and start missing workers."""
         for judge in [judge for judge in self.running if not judge.busy]:
             if judge.has_ended():  # with nothing in hand, so no sample is to blame
                 judge.kill()
@@ -93,7 +92,7 @@ class Judges:
         self.running.append(Judge(self.path, self.inputs))
 
     def _look(self, samples: Sequence[Sample], todo: deque[int], note: Note) -> None:
-        """Wait until a process says something, or ends, or has said nothing for too long."""
+        """Wait until a worker answers, exits or exceeds its time limit."""
         busy = [judge for judge in self.running if judge.busy]
         if any(judge.many for judge in busy):
             time.sleep(NAP_SECONDS)
@@ -144,7 +143,7 @@ class Judges:
         note: Note,
         late: float | None = None,
     ) -> None:
-        """The sample in hand has failed; the others are for other processes."""
+        """The current sample has failed; the worker's other samples go to other workers."""
         judge.kill()
         self.running.remove(judge)
         if late is None:

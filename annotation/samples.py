@@ -1,4 +1,4 @@
-"""What a scorer is given, and what it answers."""
+"""The interface of scorers."""
 
 from typing import NamedTuple, Protocol
 
@@ -7,7 +7,7 @@ from contracts.records import Completion, Rollout, Score
 
 
 class Sample(NamedTuple):
-    """One completion with the rollout that it belongs to."""
+    """One completion with its rollout."""
 
     rollout: Rollout
     completion: Completion
@@ -22,13 +22,13 @@ class Sample(NamedTuple):
 
 
 class Scorer(Protocol):
-    """What each kind of scorer is, once its model or function is loaded."""
+    """A scorer with its model or function loaded."""
 
     facts: dict[str, str]
-    """What the manifest says of how it computes: dtype and device."""
+    """Facts for the manifest: dtype and device."""
     counts: dict[str, int]
-    """What is counted beside the samples themselves, of the shard that was judged last."""
+    """Additional counts for the manifest, of the last shard."""
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """Judge the samples of one shard, in their order; a string is the reason for which a sample is dropped."""
+        """Score the samples of one shard, in order; a string is the reason why a sample is dropped."""
         ...

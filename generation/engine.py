@@ -1,6 +1,6 @@
-"""The interface of the engines: token ids in, token ids and their log-probabilities out.
+"""The interface of sampling engines: token ids in, token ids and their log-probabilities out.
 
-Which engine runs is one config key; the records are the same.
+The config key `engine` selects one; the published records are the same.
 """
 
 import os
@@ -17,7 +17,7 @@ from generation.config import GenerationConfig
 
 
 class GenerationRequest(msgspec.Struct, frozen=True):
-    """Ask for `n` answers to one prompt; answer number j is sampled with the seed `seed + j`."""
+    """A request for `n` answers to one prompt; answer j is sampled with the seed `seed + j`."""
 
     prompt_ids: tuple[int, ...]
     n: int
@@ -29,47 +29,46 @@ class Answer(msgspec.Struct, frozen=True):
     """One sampled response."""
 
     response_ids: tuple[int, ...]
-    """With the stop token at its end where `finish_reason` is "stop"."""
+    """Includes the stop token at its end if `finish_reason` is "stop"."""
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     seed: int
 
 
 class EngineSettings(msgspec.Struct, frozen=True):
-    """What an engine needs beside the stage's config."""
+    """What an engine needs in addition to the stage's config."""
 
     stop_ids: tuple[int, ...]
-    """Tokens that end an answer."""
+    """Token ids that end an answer."""
     max_length: int
-    """Tokens of the longest prompt plus the longest answer."""
+    """Maximum sequence length: longest prompt plus longest answer."""
     dtype: str
     """Number format of weights and activations: float32, bfloat16 or float16."""
     on_gpu: bool
     log: Path
-    """Where a server writes what it has to say."""
+    """Log file of a server."""
 
 
 class SamplingEngine(Protocol):
-    """A loaded policy."""
+    """An engine with the policy's weights loaded."""
 
     def generate(self, requests: Sequence[GenerationRequest], batch: str) -> Sequence[list[Answer] | Fault]:
-        """Answer all requests, in their order, as one batch; a fault stands for a request that could not be answered.
+        """Sample the answers to all requests as one batch, in order; a request that failed yields a `Fault`.
 
-        What other batches this engine has seen before makes no difference. `batch` is a name that no other batch of
-        this engine has.
+        Results do not depend on earlier batches of this engine. `batch` is a name, unique within this engine.
         """
         ...
 
     def close(self) -> None:
-        """End what the engine started."""
+        """Stop the processes that the engine started."""
         ...
 
 
 def set_threads() -> str:
-    """Give every engine all cores, unless the user has said how many; return the number. Call it before torch loads.
+    """Set OMP_NUM_THREADS to the number of cores, unless the user has set it; returns it. Call it before torch loads.
 
-    Without OMP_NUM_THREADS, vLLM's throughput on a CPU falls to a fifth. The last bits of a CPU's results depend on
-    it, so it must not depend on the number of replicas, which promises the same bytes.
+    Without it, vLLM's throughput on a CPU drops to a fifth. CPU results depend on it in their last bits, so it must not
+    depend on the number of replicas, which do not change the bytes.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -77,10 +76,10 @@ def set_threads() -> str:
 
 
 def devices_per_replica(config: GenerationConfig) -> int:
-    """Accelerators that each replica gets; 0 on a machine without any.
+    """GPUs per replica; 0 on a machine without GPUs.
 
     Raises:
-        UserError: fewer accelerators than the configuration asks for.
+        UserError: the config asks for more GPUs than there are.
     """
     import torch
 

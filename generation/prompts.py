@@ -1,4 +1,4 @@
-"""Which prompts are answered, and as which token ids."""
+"""Selecting prompts and rendering them as token ids."""
 
 from contracts.artifacts import Artifact
 from contracts.chat import ChatTokenizer
@@ -45,6 +45,6 @@ def select_prompts(config: GenerationConfig) -> list[Prompt]:
 
 
 def prompt_ids(tokenizer: ChatTokenizer, prompt: Prompt) -> tuple[int, ...]:
-    """The conversation as the policy was trained to see it, up to where its answer begins."""
+    """The conversation rendered by the policy's chat template, with the generation prompt, as token ids."""
     what = f"prompt {prompt.prompt_id}"
     return tuple(tokenizer.conversation(prompt.messages, tools=prompt.tools, for_answer=True, what=what))

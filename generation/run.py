@@ -46,7 +46,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
 
         def open_worker() -> Callable[[str], None]:
             start = time.perf_counter()
-            if config.dtype == "auto":  # processors differ, and what is published is of one kind
+            if config.dtype == "auto":  # processors differ, but all shards must have one dtype
                 engine_facts["dtype"] = agree(context, "dtype", settings.dtype)
             engine = open_engine(config, msgspec.structs.replace(settings, dtype=engine_facts["dtype"]))
             stack.callback(engine.close)
@@ -98,7 +98,7 @@ def _settings(
     shards: list[Shard],
     longest_allowed: int | None,
 ) -> EngineSettings:
-    """What the engine has to be prepared for; a UserError where too few prompts are left to sample from."""
+    """The engine's settings; UserError if too few prompts are left."""
     ledger = merge((shard.ledger for shard in shards), "prompts")
     lengths = [len(ids) for shard in shards for _, ids in shard.prompts]
     if not lengths:
@@ -120,14 +120,14 @@ def _settings(
 
 
 def open_engine(config: GenerationConfig, settings: EngineSettings) -> SamplingEngine:
-    """Load the policy into the engine that `config` names, once its weights are known to be whole."""
+    """Load the policy into the engine that `config` names, after checking that its weights are complete."""
     from modeling.loading import check_weights
 
     if config.engine == "transformers":
         from generation.transformers_engine import TransformersEngine
 
         return TransformersEngine(config, settings)
-    # vLLM samples from whatever lies in the memory of a weight that the checkpoint lacks, and says nothing.
+    # vLLM leaves weights that the checkpoint lacks uninitialised, without an error.
     check_weights(config.policy, "causal")
     if config.servers:
         from generation.vllm_server import VllmServer

@@ -24,7 +24,7 @@ LOG_TAIL_LINES = 40
 
 
 class VllmServer:
-    """Starts a server on a free loopback port, asks it, and ends it."""
+    """Starts a server on a free loopback port, sends it requests, and stops it."""
 
     def __init__(self, config: GenerationConfig, settings: EngineSettings) -> None:
         set_environment(settings)
@@ -140,7 +140,7 @@ class VllmServer:
         return "\n".join(errors[:LOG_TAIL_LINES] or lines[-LOG_TAIL_LINES:])
 
     def close(self) -> None:
-        """End the server and all of its processes."""
+        """Stop the server and all of its processes."""
         end_groups([self._process], grace=10.0)
 
 

@@ -1,4 +1,4 @@
-"""Attention of flat batches, as a function that transformers' models call in place of their own."""
+"""Attention over packed (flat) batches, registered as an attention implementation of transformers."""
 
 import functools
 import importlib.util
@@ -15,22 +15,22 @@ NAME = "packed"
 
 
 def use_packed_attention(model: Any) -> None:
-    """Have a transformers model compute its attention by the `Plan` of each batch."""
+    """Switch a transformers model to packed attention, which needs the `PackingPlan` of each batch."""
     model.config.get_text_config()._attn_implementation = NAME
     model.config._attn_implementation = NAME
 
 
 def is_packed(model: Any) -> bool:
-    """Whether a model's attention is that of flat batches."""
+    """Whether a model uses packed attention."""
     return bool(model.config._attn_implementation == NAME)
 
 
 def attention_on(device: torch.device, dtype: torch.dtype) -> str:
-    """What computes the attention of flat batches.
+    """The kernel for packed attention.
 
-    On a GPU in half precision kernels of variable length, which need no padded groups: `flash_attn` where it is
-    installed, else torch's own, `varlen`; otherwise `sdpa`, group by group. What a kernel cannot do (sinks, and torch's
-    soft-capping) is computed group by group everywhere.
+    On a GPU in half precision a variable-length kernel without padding: `flash_attn` if installed, otherwise torch's
+    `varlen`. Elsewhere `sdpa` on padded groups, which also computes what a kernel does not support (attention sinks,
+    and soft-capping in torch's kernel).
     """
     if device.type != "cuda" or dtype == torch.float32:
         return "sdpa"
@@ -46,16 +46,16 @@ def _is_installed(module: str) -> bool:
 
 
 class Shape(NamedTuple):
-    """How a layer attends, beside causally."""
+    """A layer's attention variant, in addition to the causal mask."""
 
     scaling: float | None
-    """Of the scores; None: 1 / sqrt(head size)."""
+    """Scale of the scores; None: 1 / sqrt(head size)."""
     window: int | None
-    """A token sees so many tokens, itself among them; None: all before it."""
+    """Sliding window in tokens, the query's own included; None: full attention."""
     softcap: float | None
     """Scores s become softcap * tanh(s / softcap), as in Gemma 2."""
     sinks: Tensor | None
-    """[heads]: the score of a place that takes attention and gives nothing, as in gpt-oss."""
+    """[heads]: logits of attention sinks, as in gpt-oss."""
 
 
 def attend(
@@ -72,11 +72,11 @@ def attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside of every sequence of a flat batch.
+    """Causal attention within each sequence of a flat batch.
 
     Args:
         query: [1, heads, T, head size]; key and value with as many heads or fewer (grouped queries).
-        plan: which tokens are a sequence.
+        plan: the sequences' tokens.
         scaling, sliding_window, softcap, s_aux: see `Shape`, under the names that transformers has for them.
 
     Returns:
@@ -86,7 +86,7 @@ def attend(
     # Under autocast, rotary embeddings leave queries and keys in fp32.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))  # [T, heads, head size]
-    # A window that no sequence is longer than is none.
+    # A window that no sequence exceeds has no effect.
     window = sliding_window if sliding_window is not None and sliding_window < plan.longest else None
     shape = Shape(scaling, window, softcap, s_aux)
     kernel = attention_on(query.device, dtype)
@@ -107,14 +107,14 @@ def attend(
 
 
 def _fits(kernel: str, shape: Shape, query: Tensor, value: Tensor) -> bool:
-    """Whether a kernel of variable length can compute it."""
+    """Whether the variable-length kernel supports this attention."""
     if shape.sinks is not None or query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
         return False
     return kernel == "flash_attn" or shape.softcap is None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
-    """[L, heads, head size] each: whole sequences one after the other, by flash-attn."""
+    """Concatenated sequences, [L, heads, head size] each, by flash-attn."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     found: Tensor = flash_attn_varlen_func(
@@ -125,7 +125,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: PackingPlan) -> 
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
-    """The same by torch's own kernel."""
+    """As `_flash`, by torch's variable-length kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
     found: Tensor = varlen_attn(  # type: ignore[assignment]
@@ -136,12 +136,12 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: PackingPlan) ->
 
 
 def _kernel_window(shape: Shape) -> tuple[int, int]:
-    """Tokens that are seen to the left and to the right of a token, as kernels count them; -1: all."""
+    """The window to the left and right of a token, in the kernels' convention (without itself); -1: unlimited."""
     return (-1 if shape.window is None else shape.window - 1, 0)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
-    """[S, W, heads, head size] each; what is padded behind a sequence's end comes after all that sees it."""
+    """[S, W, heads, head size] each, right-padded: the causal mask hides the padding."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     grouped = k.shape[1] != q.shape[1]
     mask = None if shape.window is None or shape.window >= q.shape[2] else _visible(q.shape[2], shape.window, q.device)
@@ -152,7 +152,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
-    """The same with all scores in memory, for what no kernel of torch's computes."""
+    """As `_sdpa` with materialised scores, for soft-capping and sinks."""
     groups = q.shape[2] // k.shape[2]
     k, v = (tensor.repeat_interleave(groups, dim=2) for tensor in (k, v))
     scaling = q.shape[-1] ** -0.5 if shape.scaling is None else shape.scaling
@@ -168,7 +168,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
 
 
 def _visible(width: int, window: int | None, device: torch.device) -> Tensor:
-    """[width, width]: whether token i sees token j."""
+    """The mask [width, width]: whether token i attends to token j."""
     places = torch.arange(width, device=device)
     distance = places[:, None] - places
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

@@ -1,7 +1,7 @@
-"""How far a policy's whole distributions are from a reference's, at each token, without the memory of full logits.
+"""Per-token KL divergences between the full distributions of policy and reference model, without full logits.
 
-The reference is a frozen model of its own beside the policy. A few hundred positions at a time get their logits from
-both heads; for the backward pass they are computed again, so that at no time the logits of all positions exist.
+The reference is a frozen model held alongside the policy. Logits are computed in chunks of positions and recomputed in
+the backward pass, so that the logits of all positions never exist at the same time.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ CHUNK = 512
 def divergences(
     head: Any, states: Tensor, reference_head: Any, reference_states: Tensor, ids: Tensor
 ) -> dict[str, Tensor]:
-    """What both models say of N positions; each [N], fp32, in nats.
+    """Divergences at N positions; each [N], fp32, in nats.
 
     `kl_to_reference`: sum_v p(v) (log p(v) - log q(v)), with gradient for p, the policy's distribution;
     `kl_from_reference`: sum_v q(v) (log q(v) - log p(v)), likewise; `reference`: log q of the token `ids`.

@@ -1,7 +1,7 @@
-"""Reading all weights of a model once, for numbers that are none.
+"""Checks a model's weights for NaN and infinity.
 
-A number is NaN or infinite where all bits of its exponent are set, so that the bits as an integer say it: by one
-comparison with the largest and one with the smallest, at the speed of the memory and without a copy.
+A float is NaN or infinite if all bits of its exponent are set, so two integer comparisons of the raw bits decide it, at
+memory bandwidth and without a copy.
 """
 
 import os
@@ -23,12 +23,12 @@ _CHECKED: set[tuple[tuple[str, int, int], ...]] = set()
 
 
 def require_finite(model: Path) -> None:
-    """Check that every weight of a model is a number. What a stage of ours has published was checked by it.
+    """Check that a model's weights have no NaN or infinity; published checkpoints were checked when they were written.
 
-    Of several processes that load one model, the first checks.
+    If several processes load the model, only rank 0 checks.
 
     Raises:
-        UserError: a tensor holds NaN or infinity; all such are named.
+        UserError: a tensor has NaN or infinity; the message names them.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -61,7 +61,7 @@ def holds_the_same(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def is_finite(tensor: StoredTensor) -> bool:
-    """Whether a stored tensor holds no NaN and no infinity; formats that have neither, or no exponent, hold none."""
+    """Whether a stored tensor has no NaN or infinity; True for formats that cannot represent them."""
     limit = INFINITY.get(tensor.dtype)
     if limit is None or tensor.start == tensor.end:
         return True
@@ -70,7 +70,7 @@ def is_finite(tensor: StoredTensor) -> bool:
     for start in range(0, len(bits), CHUNK):
         beat()
         part = np.frombuffer(bits[start : start + CHUNK], dtype=f"<u{width}")
-        # Without a sign: those from +infinity on. With one: as unsigned numbers, the largest are those of -infinity.
+        # Positive: at least +infinity as a signed integer. Negative: at least -infinity as an unsigned one.
         if int(part.view(f"<i{width}").max()) >= limit or int(part.max()) >= limit + (1 << (8 * width - 1)):
             return False
     return True

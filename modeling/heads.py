@@ -1,4 +1,4 @@
-"""What a causal model does to its last hidden states to make logits of them, read from its config and measured."""
+"""How a causal model turns its last hidden states into logits: inferred from its config and verified by measurement."""
 
 import itertools
 from typing import Any
@@ -12,14 +12,14 @@ from modeling.logprobs import HeadShape, shaped
 from modeling.modes import gathered
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-"""Config entries that logits are multiplied with, or divided by: architectures use one name for both."""
+"""Config entries that scale logits; some architectures multiply by them, some divide."""
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 MAGNITUDES = (2.0, 200.0)
-"""Largest logits that the model is asked about: soft-capping shows in large ones, all else in small ones."""
+"""Magnitudes of the probed logits: large ones reveal soft-capping, small ones everything else."""
 
 
 class _States(BaseModelOutputWithPast):
-    """A backbone's answer that holds hidden states, and None for whatever else an architecture asks for."""
+    """A backbone's output with the given hidden states, and None for every other attribute."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -37,13 +37,12 @@ def backbone_of(model: Any) -> Any:
 
 @torch.no_grad()
 def head_shape(model: Any) -> HeadShape:
-    """What a causal model does to the output of its LM head.
+    """The scaling and soft-capping that a causal model applies after its LM head.
 
-    Candidates come from its config; the model's own forward, with a backbone that answers with given hidden states,
-    decides among them.
+    Candidates come from its config; the model's own forward on given hidden states decides among them.
 
     Raises:
-        UserError: it does something else, with which log-probabilities would be wrong without anybody noticing.
+        UserError: no candidate matches, so that log-probabilities would be silently wrong.
     """
     head = model.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), torch.Tensor):

@@ -1,4 +1,4 @@
-"""Loading models: one way for whoever needs their weights, and nothing drawn at random that should have been read."""
+"""Loading models: the one way for all stages, which never leaves a weight at its random initialisation."""
 
 import copy
 import re
@@ -30,18 +30,18 @@ DTYPES = {
 }  # fmt: skip
 """torch's names for safetensors' formats."""
 NEW_HEAD = "score.weight"
-"""What a reward model or a critic that is made from a causal language model has not yet."""
+"""The score head, which a reward model or critic initialised from a causal language model lacks."""
 LEFTOVER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
-"""Buffers that older versions of transformers saved, and that every model computes for itself."""
+"""Buffers that older versions of transformers saved, and that models compute themselves."""
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.(weight|bias)$")
-"""A causal language model's head, which a classifier has no use for."""
+"""A causal language model's head, which a classifier does not use."""
 
 
 def read_config(model: Path) -> Any:
     """The transformers configuration of a model directory.
 
     Raises:
-        UserError: transformers cannot read it, or only by code of the model's own.
+        UserError: transformers cannot read it, or only with remote code.
     """
     try:
         return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
@@ -57,7 +57,7 @@ def read_config(model: Path) -> Any:
 
 
 def vocabulary_size(config: Any) -> int:
-    """Number of token ids that the embedding knows."""
+    """Number of rows of the token embedding."""
     return int(config.get_text_config().vocab_size)
 
 
@@ -70,10 +70,10 @@ def tensor_shapes(auto: Any, config: Any) -> Shapes:
 
 
 def empty_model(auto: Any, config: Any) -> Any:
-    """The model that a configuration describes, with tensors that have shapes but no memory.
+    """The model of a configuration on the meta device.
 
     Raises:
-        UserError: transformers cannot make it.
+        UserError: transformers cannot build it.
     """
     try:
         with torch.device("meta"):
@@ -86,19 +86,20 @@ def empty_model(auto: Any, config: Any) -> Any:
 
 
 def _in_one_line(error: Exception) -> str:
-    """What a library says of a config, without the paragraphs of advice that may follow."""
+    """A library's error message without the paragraphs of advice that may follow."""
     first = str(error).strip().partition("\n\n")[0]
     return " ".join(first.split()).rstrip(".") or type(error).__name__
 
 
 def check_weights(model: Path, kind: Literal["causal", "classifier"]) -> None:
-    """Check that a model directory holds exactly the weights of what it is to be loaded as, all of them numbers.
+    """Check that a model directory has exactly the weights of the class it will be loaded as, all of them finite.
 
-    A causal language model may become a classifier with one label; only its head is missing then. Without allocating
-    the model. Call it before an `Accelerator` exists.
+    A causal language model may become a classifier with one label; only its head may be missing then. Does not
+    allocate the model. Call it before an `Accelerator` exists.
 
     Raises:
-        UserError: it does not; the message names the tensors. Or it is of an architecture that is computed wrong.
+        UserError: weights are missing, left over or not finite (the message names them), or the architecture is not
+            supported.
     """
     info = ModelInfo.read(model)
     config = read_config(model)
@@ -113,10 +114,10 @@ def check_weights(model: Path, kind: Literal["causal", "classifier"]) -> None:
 
 
 def _compare(auto: Any, model: Path, config: Any, *, new_head: bool) -> None:
-    """Compare the headers of a checkpoint with what its architecture wants, by transformers' own loader.
+    """Compare a checkpoint's headers with its architecture, by transformers' own loader.
 
-    The loader is given tensors without memory, so that it renames, joins and ties them as it would the real ones, and
-    reports what is missing, left over, or of another shape.
+    The loader gets meta tensors, so that it renames, merges and ties them like the real ones, and reports missing,
+    unexpected and mismatched keys.
     """
     empty = empty_model(auto, config)
     kind = type(empty)
@@ -134,8 +135,7 @@ def _compare(auto: Any, model: Path, config: Any, *, new_head: bool) -> None:
 
 
 def _require_one_head(model: Path, tied: Mapping[str, str]) -> None:
-    """Raise UserError where weights that are one tensor by config.json are two in the files: vLLM would take one of
-    them, and transformers both."""
+    """Raise UserError if weights that config.json ties differ in the files: vLLM would load one, transformers both."""
     stored = stored_tensors(model)
     for second, first in tied.items():
         one, other = stored.get(first), stored.get(second)
@@ -147,7 +147,7 @@ def _require_one_head(model: Path, tied: Mapping[str, str]) -> None:
 
 
 def load_value_head(model: Path, hidden_size: int) -> torch.Tensor:
-    """The value head of a policy that is its own critic, [1, hidden size]; zeros where it has none yet."""
+    """The value head of a policy that is its own critic, [1, hidden size]; zeros if it has none yet."""
     if not (model / VALUE_HEAD).is_file():
         return torch.zeros(1, hidden_size)
     return load_file(model / VALUE_HEAD)["weight"]
@@ -159,8 +159,8 @@ def load_causal(model: Path, dtype: torch.dtype, *, master: bool = False, **opti
     Args:
         model: its directory.
         dtype: number format of the weights.
-        master: in float32, begin with what the last training ended with, not with what engines see of it.
-        options: for transformers' loader.
+        master: in float32, restore the master weights of the last training instead of the bfloat16 weights.
+        options: of transformers' loader.
     """
     return _measured(_load(AutoModelForCausalLM, model, dtype, master=master, **options), model)
 
@@ -191,11 +191,10 @@ def load_reward(model: Path, dtype: torch.dtype, seed: int, *, master: bool = Fa
 def _load(
     auto: Any, model: Path, dtype: torch.dtype, *, new_head: bool = False, master: bool = False, **options: Any
 ) -> Any:
-    """A model whose every tensor was read from the checkpoint; with `new_head` all but a classifier's head.
+    """A model with every tensor loaded from the checkpoint; with `new_head` all but a classifier's head.
 
     Raises:
-        UserError: transformers cannot load it, it lacks weights that would be drawn at random, holds some that nothing
-            reads, or some that are no numbers.
+        UserError: transformers cannot load it, weights are missing, unexpected or not finite.
     """
     ModelInfo.read(model)
     require_finite(model)
@@ -224,9 +223,9 @@ def _load(
 
 
 def _from_pretrained(kind: Any, model: Path, source: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """transformers' loader with its report, in our words where it fails."""
+    """transformers' loader with its loading report; its errors become UserErrors."""
     if source is not None:
-        read_config(source)  # which says what is wrong with it
+        read_config(source)  # has better messages for a broken config
     try:
         loaded, report = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
@@ -237,7 +236,7 @@ def _from_pretrained(kind: Any, model: Path, source: Path | None, **options: Any
 
 
 def _require_complete(report: Mapping[str, Any], model: Path, kind: str, new_head: bool) -> None:
-    """Raise UserError unless exactly the tensors of the architecture were read, each in its own shape."""
+    """Raise UserError unless exactly the architecture's tensors were loaded, each with its shape."""
     missing = sorted(name for name in report["missing_keys"] if not (new_head and name == NEW_HEAD))
     if missing:
         raise UserError(
@@ -268,17 +267,17 @@ def _named(names: list[str]) -> str:
 
 
 def make_independent(model: Any) -> None:
-    """Have a loaded model compute every sequence as it would alone, and nothing for a loss of its own; in place."""
+    """Make a loaded model's outputs independent of the batch, and switch off auxiliary losses; in place."""
     hold_rope(model)
     text = model.config.get_text_config()
     if hasattr(text, "output_router_logits"):
-        text.output_router_logits = False  # or experts' auxiliary loss is computed with the logits
+        text.output_router_logits = False  # otherwise the experts' auxiliary loss is computed as well
     if getattr(text, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # sdpa leaves the cap away in transformers 5.19
+        model.set_attn_implementation("eager")  # sdpa ignores the cap in transformers 5.19
 
 
 def _measured(loaded: Any, model: Path) -> Any:
-    """The same, having been measured where nothing is known of its architecture."""
+    """The loaded model, after a batch-independence test if its architecture is unknown."""
     if support_of(loaded.config.to_dict()) == "measured" and not any(map(is_partitioned, loaded.parameters())):
         require_independence(loaded.eval(), str(model))
     return loaded

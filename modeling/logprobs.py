@@ -1,7 +1,7 @@
 """Log-probabilities of response tokens without the memory of full logits.
 
-The hidden states that predict a response token are picked before the LM head, and the head works in chunks: at no time
-do logits of more than `CHUNK` positions exist.
+The hidden states that predict response tokens are selected before the LM head, which runs in chunks: logits of more
+than `CHUNK` positions never exist at the same time.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ CHUNK = 2048
 
 
 class HeadOutput(NamedTuple):
-    """What the head says of N given tokens; each of shape [N], fp32, in nats."""
+    """The head's outputs for N target tokens; each of shape [N], fp32, in nats."""
 
     logprobs: Tensor
     """log p(token)"""
@@ -25,7 +25,7 @@ class HeadOutput(NamedTuple):
 
 
 class HeadShape(NamedTuple):
-    """What a model does to the output z of its LM head, to make logits of it: `cap * tanh(scale * z / cap)`."""
+    """How a model turns the output z of its LM head into logits: `cap * tanh(scale * z / cap)`."""
 
     scale: float = 1.0
     """As in Cohere and Granite."""
@@ -37,9 +37,9 @@ PLAIN = HeadShape()
 
 
 class LogprobHead(nn.Module):
-    """An LM head that returns log-probabilities of given tokens instead of logits. Shares the head's own weights.
+    """An LM head that returns log-probabilities of target tokens instead of logits. Shares the LM head's weights.
 
-    It is a module that owns these parameters, because ZeRO-3 gathers a parameter when its module is called.
+    A module that owns these parameters, because ZeRO-3 gathers a parameter when its module is called.
     """
 
     def __init__(self, head: Any, shape: HeadShape = PLAIN, *, entropy: bool = False, collision: bool = False) -> None:
@@ -51,7 +51,7 @@ class LogprobHead(nn.Module):
         self.collision = collision
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden size] -> [N, vocabulary], fp32: all of them at once, with gradient by autograd."""
+        """[N, hidden size] -> [N, vocabulary], fp32: all at once, differentiable."""
         return _logits(hidden.to(self._dtype(hidden)), self.weight, self.bias, self.shape)
 
     def _dtype(self, hidden: Tensor) -> torch.dtype:
@@ -75,8 +75,8 @@ class _Head(torch.autograd.Function):
 
     and through f, with z = f(y): d z / d y = scale (1 - (z / cap)^2).
 
-    What fits into one chunk keeps its p for the backward pass, unless z is needed too; else p is computed again. The
-    weight itself is saved, not a view of it, so that ZeRO-3 can release and gather it in between.
+    A single chunk keeps p for the backward pass, unless z is needed too; otherwise p is recomputed. The weight itself
+    is saved, not a view of it, so that ZeRO-3 can release and gather it in between.
     """
 
     @staticmethod
@@ -165,6 +165,6 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: HeadShap
 
 
 def shaped(linear: Tensor, shape: HeadShape) -> Tensor:
-    """Logits, made of what the LM head's matrix gives."""
+    """Logits from the LM head's linear output."""
     logits = linear if shape.scale == 1 else shape.scale * linear
     return logits if shape.cap is None else shape.cap * (logits / shape.cap).tanh()

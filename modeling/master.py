@@ -1,12 +1,12 @@
-"""fp32 weights in two halves: bfloat16 for whoever computes with it, and what is missing to fp32, bit by bit.
+"""fp32 master weights in two halves: bfloat16 weights for inference, and the exact remainder to fp32.
 
     fp32   = sign exponent mantissa_hi | mantissa_lo             as an integer: x
     bf16   = (x + 2^15) >> 16                                    rounded to the nearest, ties away from zero
     rest   = (x + 2^15) mod 2^16                                 so that x = (bf16 << 16 | rest) - 2^15
 
-A checkpoint in bfloat16 has the rests beside it, in `master/`, where engines do not look. The next training joins both:
-at the learning rates of preference learning an update is smaller than the last bit of a bfloat16 weight, and would be
-lost at every hand-off. A tensor without a rest is a bfloat16 number exactly.
+A checkpoint in bfloat16 has the remainders in `master/`, which engines ignore. The next training joins both: at the
+learning rates of preference learning an update is smaller than the last bit of a bfloat16 weight, and would be lost at
+every iteration. A tensor without a remainder is exactly representable in bfloat16.
 """
 
 from collections.abc import Iterator
@@ -26,40 +26,40 @@ from contracts.weights import StoredTensor, stored_tensors
 
 HALF = 1 << 15
 BELONGS_TO = "weights"
-"""Entry of the files' metadata: `belonging` of the bfloat16 files that they are the rests of."""
+"""Metadata entry of the remainder files: `belonging` of their bfloat16 files."""
 
 
 def split(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A tensor in fp32 as bfloat16 numbers and their rests (int16)."""
+    """An fp32 tensor as bfloat16 and remainders (int16)."""
     bits = tensor.contiguous().flatten().view(torch.int32) + HALF
     rest, upper = bits.view(torch.int16).view(-1, 2).T  # the lower half comes first
     return upper.contiguous().view(torch.bfloat16).view(tensor.shape), rest.contiguous().view(tensor.shape)
 
 
 def join(upper: Tensor, rest: Tensor) -> Tensor:
-    """The opposite of `split`."""
+    """The inverse of `split`."""
     bits = (upper.contiguous().view(torch.int16).int() << 16) | (rest.int() & 0xFFFF)
     return (bits - HALF).view(torch.float32)
 
 
 def has_rest(rest: Tensor) -> bool:
-    """Whether anything is lost without it."""
+    """Whether any remainder is not zero, so that dropping it would lose precision."""
     return bool((rest != -HALF).any())
 
 
 def belonging(hashes: dict[str, str]) -> str:
-    """What the rests say of the files (SHA-256 by name) that they belong to."""
+    """Identifies the bfloat16 files (SHA-256 by name) that remainders belong to."""
     return digest(hashes)
 
 
 class Start:
-    """The weights that a training begins with, in fp32, as exactly as its model directory has them."""
+    """The fp32 weights that a training starts from, as exactly as the model directory has them."""
 
     def __init__(self, model: Path) -> None:
-        """Look at the headers.
+        """Read the headers.
 
         Raises:
-            UserError: the rests are of other weights.
+            UserError: the remainders belong to other weights.
         """
         self.tensors: dict[str, StoredTensor] = stored_tensors(model)
         self._rests: dict[str, Path] = {}
@@ -77,19 +77,19 @@ class Start:
 
     @property
     def has_rests(self) -> bool:
-        """Whether the files hold more than the engines see."""
+        """Whether the checkpoint has remainders to fp32."""
         return bool(self._rests)
 
     @property
     def precision(self) -> str:
-        """float32 where that is what the last training ended with, else the format of the files."""
+        """float32 if the master weights of the last training are there, otherwise the format of the files."""
         formats = {tensor.dtype for tensor in self.tensors.values()}
         if self.has_rests or formats == {"F32"}:
             return "float32"
         return "bfloat16" if "BF16" in formats else "float16" if "F16" in formats else "mixed"
 
     def read(self, name: str) -> Tensor:
-        """A tensor in fp32; one that is no number with a point as it is."""
+        """A tensor in fp32; integer tensors unchanged."""
         beat()
         with safe_open(self.tensors[name].file, "pt") as file:
             tensor: Tensor = file.get_tensor(name)
@@ -99,13 +99,13 @@ class Start:
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """All of them."""
+        """All tensors by name."""
         for name in self.tensors:
             yield name, self.read(name)
 
 
 def _hashes(model: Path, files: list[Path]) -> dict[str, str]:
-    """Of files that a manifest lists, by it: the stage compares it with them while it works."""
+    """SHA-256 of files; taken from the manifest if it lists them, which the stage verifies while it runs."""
     if (model / MANIFEST).is_file():
         known = {file.path: file.sha256 for file in Artifact.open(model).manifest.files}
         if all(file.name in known for file in files):

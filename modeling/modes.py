@@ -1,4 +1,4 @@
-"""The states that a model is put into for training: evaluation mode, recomputation, whole parameters under ZeRO-3."""
+"""Model state for training: evaluation mode, gradient checkpointing, gathered parameters under ZeRO-3."""
 
 import contextlib
 import functools
@@ -10,12 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 has divided it among the processes."""
+    """Whether ZeRO-3 has partitioned the parameter."""
     return hasattr(parameter, "ds_id")
 
 
 def gathered(parameters: list[nn.Parameter], *, modifier: int | None = None) -> Any:
-    """Under ZeRO-3, whole parameters, with the changes of rank `modifier` broadcast; otherwise nothing to do."""
+    """Context with gathered parameters under ZeRO-3; changes by rank `modifier` are broadcast. Otherwise a no-op."""
     if not any(map(is_partitioned, parameters)):
         return contextlib.nullcontext()
     import deepspeed
@@ -24,7 +24,7 @@ def gathered(parameters: list[nn.Parameter], *, modifier: int | None = None) -> 
 
 
 def set_modes(model: Any, gradient_checkpointing: bool) -> None:
-    """Evaluation mode, so that there is no dropout whatever the model calls it; recomputation where it is wanted."""
+    """Evaluation mode, so that no kind of dropout is active; with gradient checkpointing if asked for."""
     model.eval()
     if gradient_checkpointing:
         from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,13 +32,13 @@ def set_modes(model: Any, gradient_checkpointing: bool) -> None:
         model.gradient_checkpointing_enable()
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                # transformers recomputes only layers in training mode, in which some have a dropout of their own.
+                # transformers checkpoints only layers in training mode, in which some apply dropout.
                 module.training = True
                 module._gradient_checkpointing_func = functools.partial(_recomputed, module)
 
 
 def _recomputed(layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
-    """`forward` of a layer in evaluation mode, with its activations computed again in the backward pass."""
+    """`forward` of a layer in evaluation mode, with gradient checkpointing."""
 
     def evaluated(*inputs: Any) -> Any:
         layer.training = False

@@ -1,4 +1,4 @@
-"""What is trained: a transformers model with the head that its loss needs, in terms of `Packed` batches."""
+"""The modules that are trained: a transformers model with the head that its loss needs, on `Packed` batches."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from modeling.packing import Packed
 
 
 class Trained(nn.Module):
-    """A transformers model (`model`) whose last hidden states are read by a head."""
+    """A transformers model (`model`) with a head on its last hidden states."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -23,8 +23,8 @@ class Trained(nn.Module):
         return self.read(self.hidden(batch), batch)
 
     def hidden(self, batch: Packed) -> Tensor:
-        """The last hidden state of every token, [tokens, hidden size]. No attention mask: in a causal model nothing
-        before a padded position sees it, and no padded position is ever read."""
+        """The last hidden state of every token, [tokens, hidden size]. No attention mask: right padding is hidden by
+        causal attention, and padded positions are never read."""
         plan = {} if batch.plan is None else {"plan": batch.plan}
         outputs = backbone_of(self.model)(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **plan
@@ -32,7 +32,7 @@ class Trained(nn.Module):
         return outputs.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
 
     def read(self, hidden: Tensor, batch: Packed) -> dict[str, Tensor]:
-        """Outputs by name, from all hidden states of the batch."""
+        """Outputs by name, from the hidden states of the batch."""
         raise NotImplementedError
 
 
@@ -40,7 +40,7 @@ class TokenLogprobs(Trained):
     """A causal language model: `logprobs` [N] of the response tokens, and `entropy` and `log_collision` if wanted.
 
     With a value head (weights [1, hidden size]) it is its own critic: `values` [N] of the states in which the response
-    tokens were chosen. With a reference model, which is no part of the module and never learns, it gives `divergences`.
+    tokens were chosen. With a frozen reference model, which is not part of the module, it returns `divergences`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TokenLogprobs(Trained):
         reference: Any = None,
     ) -> None:
         super().__init__(model)
-        # In a list, so that it is neither trained nor saved, nor spread over processes.
+        # In a list, so that it is not registered: neither trained, nor saved, nor sharded.
         self._references = [] if reference is None else [TokenLogprobs(reference.requires_grad_(False).eval())]
         shape = head_shape(model)
         self.head = LogprobHead(model.get_output_embeddings(), shape, entropy=entropy, collision=collision)
@@ -76,17 +76,17 @@ class TokenLogprobs(Trained):
         return outputs
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """The reference goes where the policy goes."""
+        """Move the reference along with the policy."""
         for reference in self._references:
             reference._apply(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 class SequenceScores(Trained):
-    """A sequence classifier with one label: `scores` [S], read at each sequence's last token.
+    """A sequence classifier with one label: `scores` [S], at each sequence's last token.
 
-    transformers' own forward looks for the last token that is not the padding token, which misses the end of an
-    answer where padding and EOS are the same token.
+    transformers' own forward picks the last token that is not the padding token, which is wrong if padding and EOS are
+    the same token.
     """
 
     def read(self, hidden: Tensor, batch: Packed) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ class SequenceScores(Trained):
 
 
 class TokenValues(Trained):
-    """The same classifier as a critic: `values` [N] of the states in which the response tokens were chosen."""
+    """A sequence classifier as a critic: `values` [N] of the states in which the response tokens were chosen."""
 
     def read(self, hidden: Tensor, batch: Packed) -> dict[str, Tensor]:
         """One value per response token, fp32."""

@@ -1,13 +1,13 @@
-"""Micro-batches as the model sees them: flat tokens without padding, the prompt of several responses computed once.
+"""Packing: lays out a micro-batch's sequences without padding, with a shared prompt computed once.
 
-Three layouts give the same numbers:
+Three layouts give the same results:
 
     shared   [prompt | response | response | prompt | response ...]   one row of tokens; a prompt occurs once
-    flat     [prompt | response | prompt | response | ...]            the same without sharing
-    padded   one sequence per line, padded on the right               for models whose attention is not ours
+    flat     [prompt | response | prompt | response | ...]            one row, without sharing
+    padded   one sequence per line, padded on the right               for models that packed attention does not support
 
-In the first two a token attends to the tokens of its own sequence before it and to nothing else: for attention alone,
-`modeling/attention.py` takes the sequences apart again, by the `Plan` that is made here.
+In the first two a token attends only to the preceding tokens of its own sequence: `modeling/attention.py` splits the
+batch into sequences for attention alone, by the `PackingPlan` built here.
 """
 
 from collections.abc import Sequence as Many
@@ -21,39 +21,39 @@ from modeling.rows import Ids, Row
 
 Packing = Literal["shared", "flat", "padded"]
 PADDING_SHARE = 1.25
-"""Attention works on padded groups of sequences; a group is at most this much larger than its tokens."""
+"""Without a variable-length kernel, attention runs on padded groups; padding adds at most this factor."""
 
 
 class PackingPlan(NamedTuple):
-    """How attention takes a flat batch of T tokens apart into whole sequences, and puts it together again."""
+    """Index tensors with which attention gathers a flat batch of T tokens into sequences, and scatters it back."""
 
     groups: tuple[Tensor, ...]
-    """Sequences of similar length go through attention together: [S, W] is where each token of each of S whole
-    sequences lies in the flat batch; behind a sequence's end any place."""
+    """Groups of S sequences of similar length, padded to W: [S, W], indices into the flat batch (arbitrary in the
+    padding)."""
     order: Tensor
-    """[T]: for each flat token its place in the groups, flattened and one after the other."""
+    """[T]: index of each flat token in the concatenated, flattened groups."""
     whole: Tensor
-    """[L]: the same sequences without padding, for kernels of variable length: where each token of the first sequence
-    lies in the flat batch, then of the second, ..."""
+    """[L]: the sequences without padding, for variable-length kernels: indices into the flat batch, one sequence after
+    the other."""
     bounds: Tensor
-    """[S + 1], int32: where each sequence begins and ends in `whole`."""
+    """[S + 1], int32: cumulative sequence lengths in `whole` (cu_seqlens)."""
     whole_order: Tensor
-    """[T]: for each flat token its place in `whole`."""
+    """[T]: index of each flat token in `whole`."""
     longest: int
     """Tokens of the longest sequence."""
 
 
 class Packed(NamedTuple):
-    """A micro-batch of S sequences with N response tokens in all, as the model sees it."""
+    """The model inputs of a micro-batch of S sequences with N response tokens in all."""
 
     input_ids: Tensor
-    """[1, T], or [S, W] where padded."""
+    """[1, T], or [S, W] if padded."""
     position_ids: Tensor
-    """Of the same shape: each token's position in its sequence."""
+    """Same shape: each token's position in its sequence."""
     plan: PackingPlan | None
-    """None where padded."""
+    """None if padded."""
     positions: Tensor
-    """[N], into the flattened `input_ids`: the token that predicts each response token."""
+    """[N], indices into the flattened `input_ids`: the token that predicts each response token."""
     targets: Tensor
     """[N]: the response tokens, one sequence after the other."""
     lengths: Tensor
@@ -63,12 +63,12 @@ class Packed(NamedTuple):
 
 
 def tokens_of(row: Row, packing: Packing) -> int:
-    """Tokens that a row takes in a flat batch; in a padded one, its sequences and their width say it."""
+    """Tokens of a row in a flat batch; in a padded batch, before padding."""
     return row.response_tokens + len(row.prompt) if packing == "shared" else row.tokens
 
 
 def pack(rows: Many[Row], packing: Packing, device: torch.device | str = "cpu") -> Packed:
-    """The micro-batch of some rows; its sequences are the rows' responses, row by row."""
+    """Pack rows into one micro-batch; its sequences are the rows' responses, in order."""
     return _pad(rows, device) if packing == "padded" else _flatten(rows, packing == "shared", device)
 
 
@@ -118,7 +118,7 @@ def _plan(wholes: list[Ids], size: int, device: torch.device | str) -> PackingPl
         index = np.zeros((count, width), dtype=np.int64)
         for line, whole in enumerate(left[:count]):
             index[line, : len(whole)] = whole
-            # A shared prompt has several places, which hold the same; the last one written will do.
+            # A shared prompt occurs in several sequences with equal values; any of its positions will do.
             order[whole] = places + line * width + np.arange(len(whole))
         groups.append(_tensor(index, device))
         places += count * width

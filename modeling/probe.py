@@ -1,4 +1,4 @@
-"""Measures architectures that nothing is known of: what a sequence gets must not depend on what is beside it."""
+"""Tests unknown architectures: a sequence's outputs must not depend on the rest of the batch."""
 
 import contextlib
 import copy
@@ -15,25 +15,25 @@ from contracts.models import ModelInfo
 from modeling.heads import backbone_of, head_shape
 
 LENGTHS = (5, 48)
-"""Tokens of the two sequences that are computed alone and together."""
+"""Lengths in tokens of the two test sequences."""
 LARGEST = 300_000_000
-"""Parameters of the largest model that is made only to be measured."""
+"""Parameters of the largest model that is built only for this test."""
 LAYERS = 4
 VOCABULARY = 256
 
 
 @torch.no_grad()
 def require_independence(model: Any, name: str) -> None:
-    """Check that a sequence's hidden states depend on its own tokens up to each place, and on nothing else.
+    """Check that the hidden states depend on the sequence's own preceding tokens alone.
 
-    A short and a long sequence are computed alone, side by side as scorers and trainers have them (padded on the
-    right), and the long one without its end.
+    A short and a long sequence are computed alone and together (padded on the right, as scorers and trainers do), and
+    the long one without its second half.
 
     Args:
         name: names the model in the message.
 
     Raises:
-        UserError: they do.
+        UserError: they depend on something else.
     """
     size = int(model.config.get_text_config().vocab_size)
     short, long = (length_of(model, length) for length in LENGTHS)
@@ -55,7 +55,7 @@ def require_independence(model: Any, name: str) -> None:
 
 
 def length_of(model: Any, length: int) -> int:
-    """`length`, or what the model's context allows of it."""
+    """`length`, limited to the model's context."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(length, limit) if isinstance(limit, int) and limit > 0 else length
 
@@ -67,17 +67,17 @@ def _states(model: Any, ids: Tensor) -> Tensor:
 
 
 def check_architecture(path: Path, config: Any) -> str | None:
-    """Measure an architecture that nothing is known of, by a small random model of its kind, before any weight is read.
+    """Test an unknown architecture on a small random model, before any weights are read.
 
     Args:
         path: the model directory.
         config: its transformers configuration.
 
     Returns:
-        What could not be measured, or None; then it is measured where the weights are loaded.
+        Why no small model could be tested, or None. The real model is then tested after loading.
 
     Raises:
-        UserError: it cannot be computed right.
+        UserError: the architecture fails the test.
     """
     info = ModelInfo.read(path)
     info.require_causal()
@@ -95,7 +95,7 @@ def check_architecture(path: Path, config: Any) -> str | None:
 
 
 def _reduced_model(config: Any) -> Any:
-    """The same architecture with few layers and a small vocabulary; None where that is still large."""
+    """The architecture with few layers and a small vocabulary; None if that is still too large."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     layers = int(text.num_hidden_layers)

@@ -1,4 +1,4 @@
-"""What a trainer sees of its data: token ids with the place where the response begins. No text, no padding."""
+"""Training rows: token ids of a prompt and its responses. No text, no padding."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,25 +13,25 @@ Floats: TypeAlias = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Response:
-    """An answer in token ids. Where it ends is its length, never a token's value."""
+    """A response in token ids. Its end is given by its length, never by a token's value."""
 
     ids: Ids
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """What the loss needs beside the tokens, for example a reference log-probability."""
+    """Per-response inputs of the loss, for example a reference log-probability."""
     tokens: dict[str, Floats] = field(default_factory=dict)
-    """The same for every token, for example advantages; each as long as `ids`."""
+    """Per-token inputs of the loss, for example advantages; each as long as `ids`."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One unit of a global batch, never split over processes: a demonstration, a pair, or a prompt with its samples."""
+    """The unit of a global batch, never split over processes: a demonstration, a pair, or a prompt with its samples."""
 
     row_id: str
     prompt: Ids
-    """At least one token, because a response's first token is predicted by the one before it."""
+    """At least one token, because a response's first token needs a predecessor."""
     responses: tuple[Response, ...]
     tags: tuple[str, ...] = ()
-    """Of the prompt."""
+    """Tags of the prompt."""
 
     @property
     def longest(self) -> int:
@@ -50,10 +50,10 @@ class Row:
 
 
 def token_ids(ids: Iterable[int]) -> Ids:
-    """Token ids as rows hold them."""
+    """Token ids as a NumPy array."""
     return np.fromiter(ids, dtype=np.int64)
 
 
 def float_values(values: Iterable[float]) -> Floats:
-    """Numbers of a response's tokens as rows hold them."""
+    """Per-token values as a NumPy array."""
     return np.fromiter(values, dtype=np.float32)
