@@ -60,13 +60,13 @@ def support_of(config: Mapping[str, Any]) -> Support:
     """
     require_supported(config)
     text = text_settings(config)
-    kind = str(text.get("model_type") or _text_type(config))
-    if kind in RECURRENT:
+    model_type = str(text.get("model_type") or _text_type(config))
+    if model_type in RECURRENT:
         return "recurrent"
-    if kind in FLAT:
+    if model_type in FLAT:
         own = all(layer in OWN_ATTENTION for layer in text.get("layer_types") or ())
         return "flat" if own else "padded"
-    return "padded" if kind in PADDED else "measured"
+    return "padded" if model_type in PADDED else "measured"
 
 
 def require_supported(config: Mapping[str, Any], what: str = "the model") -> None:
@@ -76,21 +76,21 @@ def require_supported(config: Mapping[str, Any], what: str = "the model") -> Non
         config: its config.json.
         what: names the model in the message.
     """
-    kind = str(config.get("model_type", ""))
-    text = str(text_settings(config).get("model_type") or kind)
+    model_type = str(config.get("model_type", ""))
+    text = str(text_settings(config).get("model_type") or model_type)
     architecture = str((config.get("architectures") or ["unknown"])[0])
     if config.get("is_encoder_decoder", "decoder_layers" in config or "num_decoder_layers" in config):
         reason = "is an encoder-decoder, which answers a prompt that it has encoded instead of continuing a text"
-    elif kind in ENCODERS:
+    elif model_type in ENCODERS:
         reason = "is an encoder: its layers were made to see the tokens that follow, too"
-    elif kind in REFUSED or text in REFUSED:
-        reason = REFUSED.get(kind) or REFUSED[text]
-    elif architecture.endswith("ForConditionalGeneration") and kind not in CONDITIONAL:
+    elif model_type in REFUSED or text in REFUSED:
+        reason = REFUSED.get(model_type) or REFUSED[text]
+    elif architecture.endswith("ForConditionalGeneration") and model_type not in CONDITIONAL:
         reason = "is a model with other inputs than text, whose language model cannot be trained apart"
     else:
         return
     raise UserError(
-        f"{what} ({architecture}, model_type {kind or 'unknown'}) {reason}. Choose a causal language model; "
+        f"{what} ({architecture}, model_type {model_type or 'unknown'}) {reason}. Choose a causal language model; "
         "docs/models.md lists them."
     )
 
@@ -110,5 +110,5 @@ def context_switch(config: Mapping[str, Any]) -> int | None:
 
 
 def _text_type(config: Mapping[str, Any]) -> str:
-    kind = str(config.get("model_type", ""))
-    return f"{kind}_text" if kind in CONDITIONAL and f"{kind}_text" in FLAT else kind
+    model_type = str(config.get("model_type", ""))
+    return f"{model_type}_text" if model_type in CONDITIONAL and f"{model_type}_text" in FLAT else model_type

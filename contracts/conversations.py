@@ -162,10 +162,10 @@ def _part(part: Any, place: str) -> str:
         return part
     if isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS and isinstance(part.get("text"), str):
         return str(part["text"])
-    kind = part.get("type") if isinstance(part, dict) else None
+    part_type = part.get("type") if isinstance(part, dict) else None
     raise UserError(
-        f"{place}: a part of the content is no text ({f'its type is {kind!r}' if kind else _short(part)}); only text "
-        "can be read. Remove the rows with such parts."
+        f"{place}: a part of the content is no text ({f'its type is {part_type!r}' if part_type else _short(part)}); "
+        "only text can be read. Remove the rows with such parts."
     )
 
 

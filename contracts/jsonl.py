@@ -52,8 +52,8 @@ def _damage_told(path: Path) -> Iterator[None]:
         raise UserError(f"{path}{COMPRESSED} is cut off or damaged: {error}. Delete it and make it again.") from error
 
 
-def read_jsonl(path: Path, kind: type[R], *, tolerate_torn_tail: bool = False) -> Iterator[R]:
-    """Read records of type `kind` one by one; where there is only PATH.gz, that is read.
+def read_jsonl(path: Path, record_type: type[R], *, tolerate_torn_tail: bool = False) -> Iterator[R]:
+    """Read records of type `record_type` one by one, from PATH.gz if PATH does not exist.
 
     `tolerate_torn_tail`: a last line without a newline, as a killed writer leaves it, ends the file quietly; use it
     only on append-only logs, never on published files, where it is damage like any other.
@@ -61,7 +61,7 @@ def read_jsonl(path: Path, kind: type[R], *, tolerate_torn_tail: bool = False) -
     Raises:
         UserError: a line that is not a valid record; names the file, the line and what is wrong with it.
     """
-    decoder = msgspec.json.Decoder(kind)
+    decoder = msgspec.json.Decoder(record_type)
     with open_stored(path) as file, _damage_told(path):
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n") and tolerate_torn_tail:
@@ -73,5 +73,5 @@ def read_jsonl(path: Path, kind: type[R], *, tolerate_torn_tail: bool = False) -
             except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{path}, line {number}: {error}. Each line must be one JSON object"
-                    + (f" with the fields of {kind.__name__}." if kind is not dict else ".")
+                    + (f" with the fields of {record_type.__name__}." if record_type is not dict else ".")
                 ) from error

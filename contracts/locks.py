@@ -16,7 +16,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 POLL_SECONDS = 0.1
 
 
-def take_lock(file: IO[str], kind: int) -> None:
+def take_lock(file: IO[str], operation: int) -> None:
     """Lock an open file (fcntl.LOCK_EX or LOCK_SH) without waiting; the lock dies with its holder.
 
     Raises:
@@ -24,7 +24,7 @@ def take_lock(file: IO[str], kind: int) -> None:
         UserError: the file system has no locks.
     """
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, operation | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in NO_LOCKS:
             raise UserError(
@@ -44,7 +44,7 @@ class DirectoryLock:
         self.target = target
         self._file: IO[str] | None = None
 
-    def take(self, kind: int) -> bool:
+    def take(self, operation: int) -> bool:
         """Make the directory and lock it (fcntl.LOCK_EX or LOCK_SH); False if the directory went meanwhile.
 
         Raises:
@@ -54,7 +54,7 @@ class DirectoryLock:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+")  # NFS gives a shared lock to readers only, an exclusive one to writers
-            take_lock(self._file, kind)
+            take_lock(self._file, operation)
             return path.exists() and os.path.samestat(os.fstat(self._file.fileno()), path.stat())
         except (FileNotFoundError, FileExistsError):
             if self.directory.is_file():

@@ -214,12 +214,12 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(INTERRUPTED)
 
 
-def _say_why(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _say_why(error_type: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The excepthook for errors outside of the command's own error handling."""
-    if issubclass(kind, KeyboardInterrupt):
+    if issubclass(error_type, KeyboardInterrupt):
         os._exit(INTERRUPTED)
     explain_and_leave(error)
-    sys.__excepthook__(kind, error, trace)
+    sys.__excepthook__(error_type, error, trace)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -159,15 +159,15 @@ def own_code(model: Path) -> Finding:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     config = json.loads((model / "config.json").read_bytes())
-    kind = config.get("model_type")
-    if kind in CONFIG_MAPPING_NAMES:
+    model_type = config.get("model_type")
+    if model_type in CONFIG_MAPPING_NAMES:
         ignored = "; the code that comes with it (auto_map) is not used" if "auto_map" in config else ""
-        return Finding("ok", f"transformers knows its architecture ({kind}){ignored}")
+        return Finding("ok", f"transformers knows its architecture ({model_type}){ignored}")
     fix = "Use a model of an architecture that transformers knows, or an environment with a transformers that does."
     if "auto_map" in config:
-        found = f"it needs its own code (auto_map in config.json, model_type {kind!r}): trust_remote_code is off"
+        found = f"it needs its own code (auto_map in config.json, model_type {model_type!r}): trust_remote_code is off"
         return Finding("error", found, fix + " Code that comes with a model is never run.")
-    return Finding("error", f"the installed transformers does not know its model_type {kind!r}", fix)
+    return Finding("error", f"the installed transformers does not know its model_type {model_type!r}", fix)
 
 
 def embedding_rows(model: Path) -> int | None:

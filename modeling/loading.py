@@ -91,7 +91,7 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(first.split()).rstrip(".") or type(error).__name__
 
 
-def check_weights(model: Path, kind: Literal["causal", "classifier"]) -> None:
+def check_weights(model: Path, load_as: Literal["causal", "classifier"]) -> None:
     """Check that a model directory has exactly the weights of the class it will be loaded as, all of them finite.
 
     A causal language model may become a classifier with one label; only its head may be missing then. Does not
@@ -103,7 +103,7 @@ def check_weights(model: Path, kind: Literal["causal", "classifier"]) -> None:
     """
     info = ModelInfo.read(model)
     config = read_config(model)
-    if kind == "causal":
+    if load_as == "causal":
         info.require_causal()
         _compare(AutoModelForCausalLM, model, config, new_head=False)
         check_architecture(model, config)
@@ -120,7 +120,7 @@ def _compare(auto: Any, model: Path, config: Any, *, new_head: bool) -> None:
     unexpected and mismatched keys.
     """
     empty = empty_model(auto, config)
-    kind = type(empty)
+    model_class = type(empty)
     _require_one_head(model, getattr(empty, "all_tied_weights_keys", None) or {})
     tensors = {
         name: torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, torch.uint8), device="meta")
@@ -129,9 +129,9 @@ def _compare(auto: Any, model: Path, config: Any, *, new_head: bool) -> None:
     # transformers asks for accelerate wherever a device is named, but needs it only to spread a model over several.
     with mock.patch.object(accelerate_integration, "is_accelerate_available", return_value=True):
         _, report = _from_pretrained(
-            kind, model, None, config=config, state_dict=tensors, device_map="meta", dtype=torch.float32
+            model_class, model, None, config=config, state_dict=tensors, device_map="meta", dtype=torch.float32
         )
-    _require_complete(report, model, kind.__name__, new_head)
+    _require_complete(report, model, model_class.__name__, new_head)
 
 
 def _require_one_head(model: Path, tied: Mapping[str, str]) -> None:
@@ -222,12 +222,14 @@ def _load(
     return loaded
 
 
-def _from_pretrained(kind: Any, model: Path, source: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:
+def _from_pretrained(loader: Any, model: Path, source: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:
     """transformers' loader with its loading report; its errors become UserErrors."""
     if source is not None:
         read_config(source)  # has better messages for a broken config
     try:
-        loaded, report = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        loaded, report = loader.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
@@ -235,13 +237,13 @@ def _from_pretrained(kind: Any, model: Path, source: Path | None, **options: Any
     return loaded, report
 
 
-def _require_complete(report: Mapping[str, Any], model: Path, kind: str, new_head: bool) -> None:
+def _require_complete(report: Mapping[str, Any], model: Path, class_name: str, new_head: bool) -> None:
     """Raise UserError unless exactly the architecture's tensors were loaded, each with its shape."""
     missing = sorted(name for name in report["missing_keys"] if not (new_head and name == NEW_HEAD))
     if missing:
         raise UserError(
-            f"{model} lacks {_named(missing)}, which {kind} needs and which would be random numbers. Download or save "
-            "the whole model again."
+            f"{model} lacks {_named(missing)}, which {class_name} needs and which would be random numbers. "
+            "Download or save the whole model again."
         )
     wrong = sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"])
     wrong = [entry for entry in wrong if not (new_head and entry[0] == NEW_HEAD)]
@@ -249,16 +251,16 @@ def _require_complete(report: Mapping[str, Any], model: Path, kind: str, new_hea
         name, found, wanted = wrong[0]
         raise UserError(
             f"{model} holds {_named([name for name, _, _ in wrong])} in another shape than config.json describes: "
-            f"{name} is {list(found)}, {kind} needs {list(wanted)}. config.json and weights are of different models: "
-            "download or save both again."
+            f"{name} is {list(found)}, {class_name} needs {list(wanted)}. config.json and weights are of different "
+            "models: download or save both again."
         )
-    harmless = [LEFTOVER, HEAD] if kind.endswith("ForSequenceClassification") else [LEFTOVER]
+    harmless = [LEFTOVER, HEAD] if class_name.endswith("ForSequenceClassification") else [LEFTOVER]
     unread = sorted(name for name in report["unexpected_keys"] if not any(each.search(name) for each in harmless))
     if unread:
         raise UserError(
-            f"{model} holds {_named(unread)}, which {kind} has no place for, so that the model would be another than "
-            "the one that was saved. Check architectures and the number of layers in config.json, or save the model "
-            "again by the class that it is to be loaded as."
+            f"{model} holds {_named(unread)}, which {class_name} has no place for, so that the model would be "
+            "another than the one that was saved. Check architectures and the number of layers in config.json, "
+            "or save the model again by the class that it is to be loaded as."
         )
 
 

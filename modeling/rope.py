@@ -19,27 +19,27 @@ ENDLESS = 1 << 62
 def hold_rope(model: Any) -> None:
     """Make the rotary embeddings of a loaded model independent of the batch, in place."""
     for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        if isinstance(kinds, str):
-            _hold(module, kinds, None)
-        elif isinstance(kinds, dict):
-            for layer_type, kind in kinds.items():
-                _hold(module, kind, layer_type)
+        rope_types = getattr(module, "rope_type", None)
+        if isinstance(rope_types, str):
+            _hold(module, rope_types, None)
+        elif isinstance(rope_types, dict):
+            for layer_type, rope_type in rope_types.items():
+                _hold(module, rope_type, layer_type)
 
 
-def _hold(module: Any, kind: str, layer_type: str | None) -> None:
+def _hold(module: Any, rope_type: str, layer_type: str | None) -> None:
     prefix = "" if layer_type is None else f"{layer_type}_"
-    if "dynamic" in kind:
+    if "dynamic" in rope_type:
         setattr(module, f"{prefix}max_seq_len_cached", ENDLESS)
         module.original_max_seq_len = 0  # nothing is shorter: no reset
-    elif kind == "longrope":
+    elif rope_type == "longrope":
         config = module.config
         settings = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
         original = settings["original_max_position_embeddings"]
         if config.max_position_embeddings <= original:
             return
         current = getattr(module, f"{prefix}inv_freq")
-        compute = functools.partial(ROPE_INIT_FUNCTIONS[kind], seq_len=original + 1, layer_type=layer_type)
+        compute = functools.partial(ROPE_INIT_FUNCTIONS[rope_type], seq_len=original + 1, layer_type=layer_type)
         if "long_mscale" in settings:  # PhiMoE: frequencies anew in every forward pass, and a magnitude by length
             module.rope_init_fn = compute
             module.config = copy.deepcopy(config)

@@ -1,4 +1,4 @@
-"""From rows to a published checkpoint: what all training stages do the same way."""
+"""Load, train, validate and publish a model: common to all training stages."""
 
 import math
 from collections.abc import Callable
@@ -34,32 +34,32 @@ from training.readback import probes, require_same, say
 from training.state import Line, TrainingState
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
-"""What each optimizer keeps for every weight, under torch's names."""
+"""The moments of each optimizer, by torch's state names."""
 
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What distinguishes one algorithm from another."""
+    """What differs between training stages: data, loss, model class and head."""
 
     ledger: Ledger
     learning: Learning
     load: Callable[[torch.dtype], Any]
     """Loads the transformers model."""
     wrap: Callable[[Any], Trained]
-    """Gives it the head that the loss needs."""
+    """Wraps it with the head that the loss needs."""
     auto: Any
     """The transformers auto class of the published model."""
     model_config: Any
     """transformers configuration of the published model."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Entries of the start model's config.json that change."""
+    """Entries of the initial model's config.json that change."""
     facts: dict[str, Any] = field(default_factory=dict)
     held_out: HeldOut | None = None
     before: Callable[[TrainingEngine, Packing], dict[str, Any]] | None = None
-    """Called with the engine that holds the start model, for what has to be computed with it; returns facts."""
+    """Called before training with the engine that holds the initial model; returns facts for the manifest."""
 
     def read_back(self, directory: Path) -> Trained:
-        """The published checkpoint as the module that was trained, on the CPU in fp32."""
+        """Load the published checkpoint as the trained module, on the CPU in fp32."""
         load = load_causal if self.auto is AutoModelForCausalLM else load_classifier
         module = self.wrap(load(directory, torch.float32))
         if isinstance(module, TokenLogprobs) and module.value_head is not None:
@@ -68,18 +68,18 @@ class TrainingTask:
 
 
 def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome:
-    """Load, train, validate, publish."""
+    """Load the model, train it, validate the result and publish the checkpoint."""
     logging.disable_progress_bar()
     dtype = pick_dtype(config)
     rows = task.learning.rows
     with context.timed("load"):
         shapes = tensor_shapes(task.auto, task.model_config)
-        if config.parallel.zero == 3:  # under which transformers' loader does not say what it left unread
+        if config.parallel.zero == 3:  # under ZeRO-3 transformers' loader does not report missing or unexpected keys
             check_weights(config.model, "causal" if task.auto is AutoModelForCausalLM else "classifier")
         engine = start(config, dtype)
-        # Where the engine keeps no fp32 master weights itself, the weights are fp32 and bf16 is autocast: at the
-        # learning rates of preference learning an update is smaller than a bf16 weight's last bit. With adapters,
-        # which are fp32 themselves, the weights do not change at all.
+        # Without fp32 master weights in the engine, the weights are fp32 and bf16 is autocast: at the learning rates of
+        # preference learning an update is smaller than the last bit of a bf16 weight. With adapters, which are fp32,
+        # the base weights are frozen.
         begin = Start(config.model)
         model = task.load(dtype if engine.master_copies or config.lora else torch.float32)
         own = model.config._attn_implementation
@@ -103,7 +103,7 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
     report = FinalReport({}, {})
     with context.timed("compute"):
         found = task.before(engine, packing) if task.before else {}
-        with stopping.deferred():  # a stop between the two loses no step
+        with stopping.deferred():  # a stop between `train` and `measure` must not lose steps
             log = train(config, context, engine, task.learning, packing, state)
             if task.held_out is not None:
                 report = measure(config, engine, task.held_out, packing, state, log)
@@ -132,7 +132,7 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
             unit=task.ledger.unit,
             value_head=gathered.get("value_head.weight"),
         )
-        del gathered, weights  # before another model comes into the memory
+        del gathered, weights  # before the checkpoint is read back
         directory = context.publication.directory
         same = require_same(directory, said, rehearsed, packing, dtype, task.read_back)
         context.publication.write_rows("training-log.jsonl", log, task.ledger)
@@ -160,8 +160,8 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
 
 
 def _begin_exactly(begin: Start, engine: TrainingEngine, dtype: torch.dtype) -> str:
-    """Where an engine has its own master weights, which it made from bfloat16 ones, give it those that the last
-    training ended with; returns the precision that this training starts from."""
+    """Restore the master weights of the last training in an engine that has made its own from bfloat16; returns the
+    precision that this training starts from."""
     if not begin.has_rests or not engine.master_copies or dtype == torch.float32:
         return begin.precision
     names = {name: name.removeprefix("model.") for name in engine.trained_shapes()}
@@ -174,7 +174,7 @@ def _begin_exactly(begin: Start, engine: TrainingEngine, dtype: torch.dtype) -> 
 
 
 def _exact(begin: Start, name: str, tensor: Tensor) -> Tensor:
-    """A weight that did not change, in bfloat16 because nothing trained it: with what was missing to fp32 before."""
+    """The initial fp32 weight, if a frozen weight is bfloat16 and unchanged: keeps its remainder to fp32."""
     stored = name.replace(".base_layer.", ".")
     if tensor.dtype != torch.bfloat16 or stored not in begin.tensors or begin.tensors[stored].shape != tensor.shape:
         return tensor
@@ -183,7 +183,7 @@ def _exact(begin: Start, name: str, tensor: Tensor) -> Tensor:
 
 
 def _gather(engine: TrainingEngine, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights in the main process; those that the engine has trained in fp32, where it keeps such itself."""
+    """All weights in the main process; the engine's fp32 master weights, where it keeps them."""
     gathered = engine.whole_weights()
     if engine.master_copies and dtype != torch.float32:
         for name in engine.trained_shapes():
@@ -194,10 +194,10 @@ def _gather(engine: TrainingEngine, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def set_packing(config: TrainingConfig, model: Any) -> Packing:
-    """Have `model` compute flat batches where it can; returns how batches are packed.
+    """Switch `model` to packed attention if it supports it; returns the packing.
 
     Raises:
-        UserError: the config asks for flat batches, which this model cannot compute.
+        UserError: the config asks for a packing that this model does not support.
     """
     packing = packing_of(config, model.config.to_dict())
     if packing != "padded":
@@ -212,7 +212,7 @@ def _final(log: list[Line]) -> Line:
 def make_optimizer(
     config: TrainingConfig, parameters: list[nn.Parameter], *, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """The optimizer of a training; `fused`: in one pass over a weight, which parts of weights cannot."""
+    """The optimizer of a training; `fused` kernels do not work on DTensors."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate)
     fused = fused and not any(isinstance(parameter, DTensor) for parameter in parameters)

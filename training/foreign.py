@@ -51,15 +51,15 @@ def read_layout(path: Path) -> dict[str, Any]:
 
 
 def _of_accelerate(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
-    kind = str(data.get("distributed_type") or "NO").upper()
-    if kind not in TYPES:
+    distributed_type = str(data.get("distributed_type") or "NO").upper()
+    if distributed_type not in TYPES:
         raise UserError(
-            f"{path}: distributed_type is {kind}, which Ratchet does not have. Write a layout: tp and pp divide "
-            "layers, sp sequences, zero shares out (1, 2, 3 or fsdp2)."
+            f"{path}: distributed_type is {distributed_type}, which Ratchet does not have. Write a layout: tp and pp "
+            "divide layers, sp sequences, zero shares out (1, 2, 3 or fsdp2)."
         )
     layout: dict[str, Any] = {}
     more: list[str] = []
-    if kind == "DEEPSPEED":
+    if distributed_type == "DEEPSPEED":
         section = data.get("deepspeed_config") or {}
         if section.get("deepspeed_config_file"):
             layout, more = _of_deepspeed(read_yaml(path.parent / str(section["deepspeed_config_file"])))
@@ -69,7 +69,7 @@ def _of_accelerate(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], li
                 name for name in ("optimizer", "param") if _offloads(section.get(f"offload_{name}_device"), more)
             ]
             layout |= {"offload": offloaded} if offloaded else {}
-    elif kind == "FSDP":
+    elif distributed_type == "FSDP":
         section = data.get("fsdp_config") or {}
         strategy = str(section.get("fsdp_sharding_strategy", "FULL_SHARD")).upper()
         if strategy not in SHARED:
@@ -85,7 +85,7 @@ def _of_accelerate(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], li
             if (parts := _number(divided, f"parallelism_config_{name}", 1)) > 1:
                 layout[ours] = parts
     others = layout.get("tp", 1) * layout.get("sp", 1)
-    processes = 1 if kind == "NO" else _number(data, "num_processes", 1)
+    processes = 1 if distributed_type == "NO" else _number(data, "num_processes", 1)
     if processes % others:
         raise UserError(f"{path}: num_processes is {processes}, which tp · sp = {others} does not divide.")
     layout = {"dp": processes // others, **layout}

@@ -90,7 +90,7 @@ def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ..
         raise UserError(f"{adapter} is no adapter: it has no {ADAPTER}. Give the directory that PEFT has written.")
     try:
         settings = json.loads((adapter / ADAPTER).read_bytes())
-        kind = settings["peft_type"]
+        peft_type = settings["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{adapter / ADAPTER} is damaged: {error}. Save the adapter again.") from error
     if not (adapter / WEIGHTS).is_file():
@@ -106,8 +106,8 @@ def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ..
         raise UserError(f"{adapter / WEIGHTS} is cut off or damaged: {error}. Save the adapter again.") from error
     if broken:
         raise UserError(f"{adapter / WEIGHTS}: {broken[0]} has values that are no numbers (NaN or infinite).")
-    if not shapes or str(kind) not in ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA"):
-        raise UserError(f"{adapter} is an adapter of the kind {kind}, which is no change of weights to be merged.")
+    if not shapes or str(peft_type) not in ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA"):
+        raise UserError(f"{adapter} is an adapter of the kind {peft_type}, which is no change of weights to be merged.")
     return settings, shapes
 
 

@@ -1,8 +1,8 @@
-"""The launchers of one training on several nodes hear from each other: who is there, asked to stop, or has ended.
+"""Coordination of a multi-node training's launchers: rendezvous, stop requests, exit codes and lost nodes.
 
-Node 0 serves one of torch's key-value stores, at the port that torch's own rendezvous uses after it. Twice a second
-each node says there how it is and reads how the others are. torch's own processes would wait for a node that is gone
-for as long as a collective may take; here one that says nothing for LOST_SECONDS is lost, and all are without node 0.
+Node 0 serves a torch `TCPStore`, at the port that torch's own rendezvous uses afterwards. Twice a second each node
+writes its state there and reads the others'. torch's ranks would wait for a lost node until the timeout of a
+collective; here a node without a sign of life for LOST_SECONDS is lost, and if node 0 is lost, all are.
 """
 
 import errno
@@ -29,39 +29,39 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 ARRIVAL_SECONDS = 180.0
-"""How long a node waits for the others to come."""
+"""How long a node waits for the others at the rendezvous."""
 PORT_SECONDS = 20.0
-"""How long node 0 waits for its port, which an earlier attempt may still have."""
+"""How long node 0 waits for its port, which an earlier attempt may still hold."""
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 10.0
-"""How long a node that connects waits for an answer before it tries again."""
+"""Timeout of one attempt to connect to the store."""
 LOST_SECONDS = 30.0
 END_SECONDS = 45.0
-"""How long the processes of a node may take to end, the grace period aside, before nobody waits for them any more."""
+"""How long a node's ranks may take to exit, in addition to the grace period, before the others stop waiting."""
 CLOSING_SECONDS = 5.0
 
 
 class State(msgspec.Struct):
-    """What a node says of itself."""
+    """A node's state in the store."""
 
     training: str
-    """What it was started for, the same on all nodes."""
+    """Identifies the training; the same on all nodes."""
     host: str
     token: str
-    """Its launcher's own, to tell two that claim to be the same node."""
+    """Unique per launcher, to detect two with the same NODE_RANK."""
     beat: int = 0
-    """How often it has said something."""
+    """Heartbeat counter."""
     stop: int = 0
-    """The signal by which it was asked to stop, if it was."""
+    """The signal by which it was asked to stop, or 0."""
     codes: list[int] | None = None
-    """Exit codes of its processes, once they have ended."""
+    """Exit codes of its ranks, once they have exited."""
     leaves: bool = False
-    """Whether it needs the store no more."""
+    """Whether it is done with the store."""
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Which of the nodes this one is, and where to find node 0."""
+    """This node's rank, and the address of node 0."""
 
     node: int
     address: str
@@ -69,10 +69,10 @@ class Rendezvous:
 
     @classmethod
     def read(cls, parallel: ParallelConfig) -> "Rendezvous":
-        """Take it from the environment.
+        """Read NODE_RANK, MASTER_ADDR and MASTER_PORT.
 
         Raises:
-            UserError: a variable is missing or makes no sense.
+            UserError: a variable is missing or invalid.
         """
         values = {name: os.environ.get(name, "") for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
         last = parallel.nodes - 1
@@ -100,30 +100,30 @@ def _number(text: str, lowest: int, highest: int) -> bool:
 
 
 class Nodes:
-    """All nodes of a training, as the launcher of one of them knows them."""
+    """All nodes of a training, as seen by one node's launcher."""
 
     def __init__(self, rendezvous: Rendezvous, count: int, training: str, end_processes: Callable[[], None]) -> None:
-        """Nobody is asked yet.
+        """Does not connect yet; see `join`.
 
         Args:
-            rendezvous: this node's.
-            count: of the nodes.
-            training: what tells this training from others; a node that says something else is refused.
-            end_processes: asks this node's processes to end; called every second while another node has failed.
+            rendezvous: of this node.
+            count: number of nodes.
+            training: identifies the training; nodes of another one are refused.
+            end_processes: asks this node's ranks to exit; called every second while another node has failed.
         """
         self.rendezvous = rendezvous
         self.count = count
         self.stop = 0
-        """The signal by which the nodes were asked to stop, if they were."""
+        """The signal by which the nodes were asked to stop, or 0."""
         self.ends: dict[int, list[int]] = {}
-        """Exit codes of a node's processes, none of a lost node, in the order in which they came to be known here."""
+        """Exit codes of each node's ranks (empty for a lost node), in the order in which they became known."""
         self.finishing = False
-        """Whether this node's processes have ended."""
+        """Whether this node's ranks have exited."""
         self._end_processes = end_processes
         self._own = State(training, socket.gethostname(), uuid.uuid4().hex)
         self._known: list[State | None] = [None] * count
         self._heard = [0.0] * count
-        """When each has said something new."""
+        """Time of each node's last heartbeat."""
         self._joined = False
         self._trouble = ""
         self._refusal: UserError | None = None
@@ -131,7 +131,7 @@ class Nodes:
 
     @property
     def hosts(self) -> list[str]:
-        """Names of the nodes' machines."""
+        """Host names of the nodes."""
         return [state.host if state else "" for state in self._known]
 
     def join(self) -> None:
@@ -176,7 +176,7 @@ class Nodes:
     # While the training runs
 
     def ask_to_stop(self, number: int) -> None:
-        """Have the other nodes stop too; for a signal handler."""
+        """Ask the other nodes to stop as well; safe in a signal handler."""
         if not self.stop and not self._failed:
             self.stop = self._own.stop = number
 
@@ -198,7 +198,7 @@ class Nodes:
         return {code for node in range(self.count) for code in self.ends.get(node) or [1]}
 
     def _leave(self) -> None:
-        """Say that this node needs the store no more; node 0, whose store it is, waits for those who still do."""
+        """Announce that this node is done with the store; node 0, which serves it, waits for the others."""
         self._own.leaves = True
         deadline = time.monotonic() + CLOSING_SECONDS
         waited_for = range(self.count) if self.rendezvous.node == 0 else [self.rendezvous.node]
@@ -209,7 +209,7 @@ class Nodes:
             time.sleep(0.05)
 
     def _tell_of_others(self) -> None:
-        """Say which other nodes have failed: one that is lost does not say it itself."""
+        """Report which other nodes have failed: a lost one cannot report it itself."""
         came_first = True
         for node, codes in self.ends.items():
             came_first = came_first and node != self.rendezvous.node
@@ -226,12 +226,12 @@ class Nodes:
 
     @property
     def _failed(self) -> bool:
-        """Whether another node has, before anybody was asked to stop."""
+        """Whether another node has failed before any stop request."""
         others = [end for node, end in list(self.ends.items()) if node != self.rendezvous.node]
         return not self.stop and any(end != [0] for end in others)
 
     def _watch(self) -> None:
-        """A thread: act on what is known of the others."""
+        """Thread that reacts to the other nodes' states."""
         failed_at = math.inf
         pressed = 0.0
         while True:
@@ -258,7 +258,7 @@ class Nodes:
     # The store
 
     def _exchange(self) -> None:
-        """The thread that speaks with the store: where node 0 hangs, an answer may never come."""
+        """Thread that talks to the store, because calls block for ever if node 0 hangs."""
         from torch.distributed import DistError
 
         while self._refusal is None:
@@ -277,7 +277,7 @@ class Nodes:
             time.sleep(POLL_SECONDS)
 
     def _open(self) -> "TCPStore":
-        """The store, with this node in it.
+        """Connect to the store and register this node.
 
         Raises:
             UserError: this node does not belong to the others, or the port is taken.
@@ -329,7 +329,7 @@ def _decode(content: bytes) -> State:
 
 
 def _wait_for_port(port: int) -> None:
-    """Until an earlier attempt has let go of the port.
+    """Wait until an earlier attempt has released the port.
 
     Raises:
         UserError: nobody does.

@@ -53,7 +53,7 @@ class TrainingState:
         self.resumed_steps = 0
         self._engine = engine
         self._names = list(engine.trained_shapes())
-        self._kinds = (WEIGHTS, *moments)
+        self._state_names = (WEIGHTS, *moments)
         self._seconds = seconds
         self._saved = time.monotonic()
 
@@ -96,7 +96,9 @@ class TrainingState:
             for name in self._names:
                 beat()
                 # Copies, so that nothing keeps the file's blocks on the disk when it has been replaced.
-                tensors = {kind: file.get_tensor(f"{kind}/{name}").clone() for kind in self._kinds}
+                tensors = {
+                    state_name: file.get_tensor(f"{state_name}/{name}").clone() for state_name in self._state_names
+                }
                 self._engine.write(name, tensors, len(log))
         self.resumed_steps = len(log)
 
@@ -116,12 +118,12 @@ class TrainingState:
 
     def _shapes(self) -> Shapes:
         shapes = self._engine.trained_shapes()
-        return {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in self._kinds}
+        return {f"{state_name}/{name}": shape for name, shape in shapes.items() for state_name in self._state_names}
 
     def _tensors(self) -> Iterator[Tensor]:
         """The whole tensors, in the order of `_shapes`."""
         for name in self._names:
-            yield from self._engine.read(name, self._kinds)
+            yield from self._engine.read(name, self._state_names)
 
 
 def _write(path: Path, shapes: Shapes, tensors: Iterable[Tensor], log: bytes) -> None:

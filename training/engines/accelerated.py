@@ -1,4 +1,4 @@
-"""One process, plain data parallelism, or DeepSpeed's ZeRO, by accelerate."""
+"""A single process, DDP, or DeepSpeed ZeRO, through accelerate."""
 
 import contextlib
 import os
@@ -20,10 +20,10 @@ from training.engines.base import COLLECTIVE_DEADLINE, Outputs, Share, TrainingE
 
 
 class AcceleratedEngine(TrainingEngine):
-    """Every process has the whole model, or under ZeRO its part, and computes micro-batches of its own."""
+    """Data parallelism: every process has the whole model, or its ZeRO shard, and computes its own micro-batches."""
 
     def __init__(self, config: TrainingConfig, dtype: torch.dtype) -> None:
-        """Join the other processes, in the parallel layout that was asked for and no other.
+        """Set up accelerate, and verify that the layout is the one that was asked for.
 
         accelerate falls back without a word: to one process (distributed_type MULTI_CPU, or --cpu --num_processes N),
         and from DeepSpeed to plain data parallelism (`Accelerator(cpu=True)`). The results are right in either case, so
@@ -42,7 +42,7 @@ class AcceleratedEngine(TrainingEngine):
         self.needs_a_step_before_write = self.zero > 0
 
     def facts(self) -> dict[str, Any]:
-        """What accelerate says that it runs."""
+        """The layout as accelerate reports it."""
         layout = {"dp": self.replicas, "zero": self.zero, "offload": _offloaded(self.accelerator), "nodes": nodes()}
         return {
             "processes": self.world_size,
@@ -50,7 +50,7 @@ class AcceleratedEngine(TrainingEngine):
         }
 
     def prepare(self, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
-        """Have accelerate wrap both."""
+        """Wrap module and optimizer with accelerate."""
         self.module = module
         self.parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
         self.prepared: Any
@@ -63,7 +63,7 @@ class AcceleratedEngine(TrainingEngine):
         return outputs
 
     def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
-        """Backward passes one by one; gradients are exchanged with the last."""
+        """Gradients are reduced in the backward pass of the last micro-batch."""
         metrics: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             beat()
@@ -84,7 +84,7 @@ class AcceleratedEngine(TrainingEngine):
         return metrics
 
     def clip(self, max_norm: float) -> float:
-        """The norm; DeepSpeed has clipped and stepped in `backward`."""
+        """Under DeepSpeed only reads the norm: `backward` has clipped and stepped already."""
         return float(self.accelerator.clip_grad_norm_(self.prepared.parameters(), max_norm))
 
     def step(self) -> None:
@@ -93,7 +93,7 @@ class AcceleratedEngine(TrainingEngine):
         self.optimizer.zero_grad()
 
     def sum(self, values: Tensor) -> Tensor:
-        """By one all-reduce."""
+        """One all-reduce."""
         total: Tensor = self.accelerator.reduce(values.to(self.device), "sum")
         return total.cpu()
 
@@ -102,7 +102,7 @@ class AcceleratedEngine(TrainingEngine):
         self.accelerator.wait_for_everyone()
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """Under ZeRO-3 with every process's help, for rank 0 alone.
+        """Under ZeRO-3 gathered by all processes, for rank 0 alone.
 
         Only under DeepSpeed by accelerate's own function, which imports DeepSpeed (2 s) wherever it is installed.
         """
@@ -115,17 +115,20 @@ class AcceleratedEngine(TrainingEngine):
         """By the module's parameter names."""
         return {name: zero.whole_shape(parameter) for name, parameter in self.parameters.items()}
 
-    def read(self, name: str, kinds: tuple[str, ...]) -> list[Tensor]:
-        """Whole tensors; under ZeRO put together by all processes."""
+    def read(self, name: str, state_names: tuple[str, ...]) -> list[Tensor]:
+        """Unsharded tensors; under ZeRO gathered by all processes."""
         parameter = self.parameters[name]
         if self.zero:
-            return [zero.get_weights(parameter), *(zero.get_moment(parameter, kind) for kind in kinds[1:])]
+            return [
+                zero.get_weights(parameter),
+                *(zero.get_moment(parameter, state_name) for state_name in state_names[1:]),
+            ]
         # A parameter that no loss has reached yet has no moments.
         state = self.optimizer.state[parameter]
-        return [parameter, *(state.get(kind, torch.zeros_like(parameter)) for kind in kinds[1:])]
+        return [parameter, *(state.get(state_name, torch.zeros_like(parameter)) for state_name in state_names[1:])]
 
     def set_weights(self, name: str, weights: Tensor) -> None:
-        """Of DeepSpeed's, where it has such, or of the module itself."""
+        """DeepSpeed's master weights, if it keeps them; otherwise the module's weights."""
         parameter = self.parameters[name]
         if self.zero:
             zero.set_weights(parameter, weights)
@@ -134,7 +137,7 @@ class AcceleratedEngine(TrainingEngine):
             parameter.copy_(weights)
 
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
-        """DeepSpeed must have taken a step before, because it makes the optimizer's moments then."""
+        """Under DeepSpeed after a step, which creates the optimizer's moments."""
         parameter = self.parameters[name]
         weights, *moments = tensors.items()
         if self.zero:
@@ -149,7 +152,7 @@ class AcceleratedEngine(TrainingEngine):
             self.optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
 
     def _exchange(self, last: bool) -> Any:
-        """Exchange gradients, clip and step with the last micro-batch only: for DDP (no_sync) and for DeepSpeed."""
+        """Reduce gradients (and, under DeepSpeed, clip and step) with the last micro-batch only (no_sync)."""
         self.accelerator.sync_gradients = last
         return contextlib.nullcontext() if last or self.zero else self.accelerator.no_sync(self.prepared)
 

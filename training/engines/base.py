@@ -1,6 +1,6 @@
-"""What the training loop asks of the processes that it runs on.
+"""The interface of training engines: a model and its optimizer, distributed over processes.
 
-Every process of a training makes the same calls in the same order, and all of them return in all processes.
+Every method is a collective: all processes of a training call the same methods in the same order.
 """
 
 import os
@@ -17,53 +17,53 @@ from modeling.packing import Packed
 from training.algorithm import Metrics
 
 COLLECTIVE_DEADLINE = timedelta(minutes=30)
-"""How long a process waits for the others in one collective before it gives up."""
+"""Timeout of a collective."""
 Outputs = dict[str, Tensor]
-"""What a trained module returns for a `Packed` batch, for example logprobs [N]."""
+"""The outputs of a module for a `Packed` batch, for example logprobs [N]."""
 Share = Callable[[Outputs, int], Metrics]
 """`share(outputs, number)`: this micro-batch's share in each metric of the step, `loss` among them."""
 
 
 class TrainingEngine(ABC):
-    """A model, its optimizer, and the processes that they are spread over.
+    """A model and its optimizer, distributed over processes.
 
-    A batch is divided over `replicas` groups of processes; the processes of one group (tensor, pipeline and sequence
-    parallel) compute the same micro-batches together.
+    A global batch is divided over `replicas` data parallel ranks; each is one process, or a group of processes (tensor,
+    pipeline and sequence parallel) that computes its micro-batches together.
     """
 
     device: torch.device
     rank: int
     world_size: int
     replicas: int
-    """Number of different shares that a batch is divided into (data parallel)."""
+    """Data parallel size: the number of shares that a global batch is divided into."""
     replica: int
-    """Which of them this process computes."""
+    """This process's data parallel rank."""
     optimizer: Any
-    """What `prepare` has made: torch's, or accelerate's around it."""
+    """Set by `prepare`: torch's optimizer, or accelerate's wrapper of it."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files."""
+        """Whether this is rank 0, which writes the files."""
         return self.rank == 0
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """The layout that really runs, for the manifest."""
+        """The actual parallel layout, for the manifest."""
 
     @abstractmethod
     def prepare(self, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
-        """Spread `module` over the processes; `make_optimizer` gets the parameters that this process updates."""
+        """Distribute `module` over the processes; `make_optimizer` gets the parameters that this process updates."""
 
     @abstractmethod
     def forward(self, batch: Packed) -> Outputs:
-        """The module's outputs, without gradients; under pipeline parallelism those of the last stage, everywhere."""
+        """The module's outputs, without gradients; under pipeline parallelism broadcast from the last stage."""
 
     @abstractmethod
     def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
-        """Add the gradients of this replica's micro-batches to those that wait for `step`; exchange them in the end.
+        """Gradient accumulation: forward and backward of this replica's micro-batches, then one gradient reduction.
 
-        Returns the sum of the shares over `batches` (without gradients, fp64). Each replica's `loss` is part of one sum
-        over all replicas: gradients are added up over replicas, not averaged.
+        Returns the sum of the shares over `batches` (without gradients, fp64). Each replica's `loss` is its share of
+        the step's loss: gradients are summed over replicas, not averaged.
         """
 
     @abstractmethod
@@ -72,10 +72,10 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def clip(self, max_norm: float) -> float:
-        """Scale the gradients so that their global norm is at most `max_norm`; returns the norm before."""
+        """Clip the gradients to the global norm `max_norm`; returns the norm before clipping."""
 
     def set_rate(self, rate: float) -> None:
-        """The learning rate of the next step; called before its `accumulate`."""
+        """Set the learning rate of the next step; called before its `accumulate`."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
@@ -84,9 +84,9 @@ class TrainingEngine(ABC):
         """One optimizer step; gradients are zero afterwards."""
 
     def add_up(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """The sum of each metric over the replicas, in every process: a float, or of a vector a vector on the CPU.
+        """All-reduce metrics over the replicas: floats for scalars, CPU tensors for vectors.
 
-        All must give the same names in one order.
+        All replicas must pass the same names in the same order.
         """
         if not metrics:
             return {}
@@ -100,7 +100,7 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def sum(self, values: Tensor) -> Tensor:
-        """The element-wise sum of a tensor over the replicas, on the CPU, in every process."""
+        """All-reduce (sum) a tensor over the replicas; the result is on the CPU."""
 
     @abstractmethod
     def barrier(self) -> None:
@@ -108,37 +108,37 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def whole_weights(self) -> dict[str, Tensor]:
-        """All weights of the module under their names, whole; in other processes than the main one perhaps empty."""
+        """All weights of the module by name, unsharded; only valid in the main process."""
 
-    # To save and restore the state of a training: whole fp32 tensors of each trained parameter.
+    # Saving and restoring the training state: unsharded fp32 tensors of each trained parameter.
 
     needs_a_step_before_write: bool = False
-    """Whether `write` works only after an optimizer step, whose result it replaces."""
+    """Whether `write` needs a previous optimizer step (whose result it overwrites)."""
     master_copies: bool = False
     """Whether the engine keeps fp32 master weights itself, so that the model is loaded in the training's dtype."""
 
     @abstractmethod
     def trained_shapes(self) -> Shapes:
-        """Name and whole shape of every trained parameter, the same in all processes."""
+        """Name and unsharded shape of every trained parameter."""
 
     @abstractmethod
-    def read(self, name: str, kinds: tuple[str, ...]) -> list[Tensor]:
-        """Master weights and moments (`kinds[1:]`, by torch's names; zeros before the first step) of a parameter.
+    def read(self, name: str, state_names: tuple[str, ...]) -> list[Tensor]:
+        """Master weights and moments (`state_names[1:]`, torch's names; zeros before the first step) of a parameter.
 
-        The main process gets whole tensors; what the others get is unspecified.
+        Unsharded in the main process; unspecified in the others.
         """
 
     @abstractmethod
     def set_weights(self, name: str, weights: Tensor) -> None:
-        """Replace the master weights of a trained parameter by a whole fp32 tensor, before the first step."""
+        """Replace the master weights of a trained parameter by an unsharded fp32 tensor, before the first step."""
 
     @abstractmethod
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
-        """Replace master weights and moments of a parameter by whole tensors, after `steps` steps."""
+        """Replace master weights and moments of a parameter by unsharded tensors, as of step `steps`."""
 
 
 def nodes() -> int:
-    """The machines that the processes were started on, as torch's launcher counts them."""
+    """The number of nodes, from torch's launcher."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 

@@ -1,16 +1,16 @@
-"""Data, tensor, pipeline and sequence parallelism, and fully sharded data parallelism, by torch's own parts.
+"""Data, tensor, pipeline and sequence parallelism, and FSDP2, with torch's own building blocks.
 
-The processes form a mesh [pp, dp · sp, tp]. Each loads the whole model and keeps its part of it:
+The processes form a mesh [pp, dp · sp, tp]. Each loads the whole model and keeps its shard:
 
-    pp  a stage keeps some layers; the first also the embedding, the last the final norm and the head.
-        `torch.distributed.pipelining` runs the stages by 1F1B.
-    tp  queries, keys, values, gate and up projections are divided by rows, output and down projections by columns
-        (DTensor); embedding, norms and head are whole in every process.
-    sp  the processes of a group divide each micro-batch's tokens between them; see `sequence.py`.
-    dp  the processes of dp and sp have the same weights (zero 0), or a slice of each (fsdp2: `fully_shard`).
+    pp  a pipeline stage keeps some layers; the first also the embedding, the last the final norm and the head.
+        `torch.distributed.pipelining` runs the 1F1B schedule.
+    tp  query, key, value, gate and up projections are column-parallel, output and down projections row-parallel
+        (DTensor); embedding, norms and head are replicated.
+    sp  the processes of a group split each micro-batch's tokens; see `sequence.py`.
+    dp  the processes of dp and sp have the same weights (zero 0), or a shard of each (fsdp2: `fully_shard`).
 
-The head of a model that is tied to the embedding exists twice under pipeline parallelism: the first and the last stage
-add up both gradients, so that the copies stay equal.
+Under pipeline parallelism a tied head exists twice: the first and the last stage sum both gradients, so that the copies
+stay equal.
 """
 
 import contextlib
@@ -39,21 +39,21 @@ from training.engines.sequence import Sequences
 from training.parallel import ParallelConfig
 
 WAVE = 4
-"""Micro-batches, for each stage, that go through the pipeline at once without gradients: all have buffers."""
+"""Micro-batches per pipeline stage in one forward-only schedule, each of which has buffers."""
 
 
 class NativeEngine(TrainingEngine):
     """A model over dp x tp x pp processes."""
 
     def __init__(self, parallel: ParallelConfig, dtype: torch.dtype) -> None:
-        """Join the other processes.
+        """Initialise the process group and the device mesh.
 
         Args:
-            parallel: the layout; `check_layout` has let it pass for the model.
-            dtype: what to compute with; weights, gradients and the optimizer's moments are fp32.
+            parallel: the layout, accepted by `check_layout` for the model.
+            dtype: compute dtype; weights, gradients and the optimizer's moments are fp32.
 
         Raises:
-            UserError: another number of processes was started.
+            UserError: the number of processes is not that of the layout.
         """
         on_gpu = torch.cuda.is_available()
         backend = "nccl" if on_gpu else "gloo"
@@ -98,14 +98,14 @@ class NativeEngine(TrainingEngine):
         return int(self._mesh.mesh[stage, data, part])
 
     def _group(self, members: list[list[int]]) -> Any:
-        """The group among these that this process is in, if any; all processes make all of them."""
+        """The group that this process belongs to, if any; every process must create all groups."""
         groups = [dist.new_group(ranks, timeout=COLLECTIVE_DEADLINE) for ranks in members]
         return next((group for group, ranks in zip(groups, members, strict=True) if self.rank in ranks), None)
 
     # Spreading the model
 
     def prepare(self, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
-        """Keep this process's part of `module`, which has `model` (transformers), `hidden` and `read`."""
+        """Shard `module`, which has `model` (transformers), `hidden` and `read`."""
         whole: Any = module
         backbone = whole.model.base_model
         self._layers = list(map(int, torch.linspace(0, len(backbone.layers), self._parallel.pp + 1).round()))
@@ -155,7 +155,7 @@ class NativeEngine(TrainingEngine):
         return parts
 
     def _stage_of(self, name: str) -> int:
-        """The stage of a parameter, by its name inside of the backbone."""
+        """The pipeline stage of a parameter, by its name within the backbone."""
         if name.startswith("embed_tokens."):
             return 0
         if not name.startswith("layers."):
@@ -164,7 +164,7 @@ class NativeEngine(TrainingEngine):
         return next(stage for stage, end in enumerate(self._layers[1:]) if layer < end)
 
     def _cut(self, module: nn.Module, backbone: Any) -> Received | None:
-        """Take out of the module what other stages have; transformers' forward goes through the rest."""
+        """Remove the layers of other pipeline stages; transformers' forward runs the remaining ones."""
         if self._parallel.pp == 1:
             return None
         start, end = self._layers[self._stage_number : self._stage_number + 2]
@@ -183,7 +183,7 @@ class NativeEngine(TrainingEngine):
         return received
 
     def _shard(self, layers: Any, casts: bool) -> None:
-        """Under pipeline parallelism torch keeps weights whole from a step's first micro-batch to its last."""
+        """Under pipeline parallelism FSDP2 keeps weights unsharded from a step's first micro-batch to its last."""
         precision = MixedPrecisionPolicy(
             param_dtype=self._dtype if casts else None,
             reduce_dtype=torch.float32 if casts else None,
@@ -208,7 +208,7 @@ class NativeEngine(TrainingEngine):
         raise RuntimeError(f"the parallel layout is wrong: {part.names[0]} is missing in process {self.rank}")
 
     def _require_layout(self) -> None:
-        """Ask the parameters themselves: a library that falls back does so silently."""
+        """Verify the sharding of the parameters themselves: libraries fall back silently."""
         own = {id(part.local) for part in self._parts.values() if part.local is not None}
         strays = [name for name, value in self._stage.module.named_parameters() if id(value) not in own]
         if strays:
@@ -229,7 +229,7 @@ class NativeEngine(TrainingEngine):
                 )
 
     def facts(self) -> dict[str, Any]:
-        """The layout, and how much of the model the largest process holds."""
+        """The layout, and the largest number of parameters in one process."""
         return {
             "processes": self.world_size,
             "parallel": {
@@ -244,7 +244,7 @@ class NativeEngine(TrainingEngine):
     # Computing
 
     def forward(self, batch: Packed) -> Outputs:
-        """The outputs of one micro-batch, which the last stage sends to the others."""
+        """The outputs of one micro-batch, broadcast by the last pipeline stage."""
         found: list[Outputs] = []
 
         def keep(outputs: Outputs, number: int) -> Tensor:
@@ -263,7 +263,7 @@ class NativeEngine(TrainingEngine):
         return outputs
 
     def evaluate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
-        """Every process must have equally many batches, as for `accumulate`."""
+        """All processes must have the same number of micro-batches, as in `accumulate`."""
         metrics: dict[str, Tensor] = {}
 
         def measure(outputs: Outputs, number: int) -> Tensor:
@@ -287,7 +287,7 @@ class NativeEngine(TrainingEngine):
         self._reshard()  # what a pass without a backward leaves whole
 
     def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
-        """fsdp2 exchanges gradients with every micro-batch (under pp the last); otherwise `clip` does it."""
+        """FSDP2 reduces gradients after every micro-batch (under pp after the last); otherwise `clip` reduces them."""
         metrics: dict[str, Tensor] = {}
 
         def finish(outputs: Outputs, number: int) -> Tensor:
@@ -313,7 +313,7 @@ class NativeEngine(TrainingEngine):
         return self._agree(metrics)
 
     def _run(self, count: int, *, trains: bool) -> None:
-        """Have all stages compute `count` micro-batches, by a schedule that knows their number and shape."""
+        """Run the pipeline schedule for `count` micro-batches; it is built for their number and shape."""
         width = max(map(self._stage.tokens, self._stage.batches))
         self._width = max(self._width, width)
         self._stage.width = self._width
@@ -352,14 +352,14 @@ class NativeEngine(TrainingEngine):
                     each.reshard()
 
     def _agree(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The last stage's metrics, in all stages."""
+        """Broadcast the last stage's metrics."""
         if self._parallel.pp == 1:
             return metrics
         numbers = self._tell({name: value.tolist() for name, value in metrics.items()})
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
 
     def _tell(self, value: Any) -> Any:
-        """What the last stage says, in all stages."""
+        """Broadcast an object from the last stage."""
         box = [value]
         dist.broadcast_object_list(box, group=self._groups["pp"], group_src=self._parallel.pp - 1, device=self.device)
         return box[0]
@@ -371,7 +371,7 @@ class NativeEngine(TrainingEngine):
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Add up what the gradients of other processes have to give, once per step."""
+        """Reduce gradients over the other processes, once per step."""
         if self._exchanged:
             return
         for part in self._trained():
@@ -390,7 +390,7 @@ class NativeEngine(TrainingEngine):
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> float:
-        """Every element of the whole model counts once."""
+        """The global norm; every element of the model counts once."""
         self._exchange()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         gradients = []
@@ -409,7 +409,7 @@ class NativeEngine(TrainingEngine):
         return norm
 
     def _counts(self, part: DividedParameter) -> bool:
-        """Whether this process is the one that counts what it has of a parameter."""
+        """Whether this process contributes its shard of a parameter to the global norm."""
         divided = {dim for dim, _ in divisions(part.local)}
         return (
             self._stage_number == part.stages[0]
@@ -424,7 +424,7 @@ class NativeEngine(TrainingEngine):
         self.optimizer.zero_grad()
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all processes, and divided by those of a replica: everyone has the same, and no process's is lost."""
+        """Summed over all processes and divided by the processes per replica, which hold equal values."""
         total = values.to(self.device, copy=True)
         dist.all_reduce(total)
         return (total * self.replicas / self.world_size).to(values.dtype).cpu()
@@ -436,7 +436,7 @@ class NativeEngine(TrainingEngine):
     # Whole tensors
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """All weights on the CPU of the main process; nothing elsewhere."""
+        """All weights on the CPU of the main process; empty elsewhere."""
         weights: dict[str, Tensor] = dict(self._buffers) if self.is_main else {}
         for part in self._parts.values():
             beat()
@@ -449,14 +449,14 @@ class NativeEngine(TrainingEngine):
         """By the first of a parameter's names."""
         return {name: part.shape for name, part in self._parts.items() if part.trained}
 
-    def read(self, name: str, kinds: tuple[str, ...]) -> list[Tensor]:
-        """Whole tensors in the main process, empty ones elsewhere."""
+    def read(self, name: str, state_names: tuple[str, ...]) -> list[Tensor]:
+        """Unsharded tensors in the main process, empty ones elsewhere."""
         part = self._parts[name]
         tensors: list[Tensor] = []
-        for number, kind in enumerate(kinds):
+        for number, state_name in enumerate(state_names):
             mine: Tensor | None = part.local
             if mine is not None and number:
-                mine = self.optimizer.state[part.local].get(kind, torch.zeros_like(mine))
+                mine = self.optimizer.state[part.local].get(state_name, torch.zeros_like(mine))
             found = self._gather(part, mine)
             tensors.append(torch.empty(0) if found is None else found)
         return tensors
@@ -470,21 +470,21 @@ class NativeEngine(TrainingEngine):
 
     @torch.no_grad()
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
-        """Every process takes its slice of the whole tensors; the first of them is the weights."""
+        """Every process takes its slice of the unsharded tensors; the first is the weights."""
         part = self._parts[name]
         if part.local is None:
             return
         (_, weights), *moments = tensors.items()
         self.set_weights(name, weights)
-        for kind, tensor in moments:
+        for state_name, tensor in moments:
             state = self.optimizer.state[part.local]
-            state[kind] = torch.zeros_like(part.local)
-            local(state[kind]).copy_(self._slice(part, tensor))
+            state[state_name] = torch.zeros_like(part.local)
+            local(state[state_name]).copy_(self._slice(part, tensor))
             state["step"] = torch.tensor(float(steps), device=self.device)
 
     @torch.no_grad()
     def _gather(self, part: DividedParameter, mine: Tensor | None) -> Tensor | None:
-        """The whole tensor in the main process, None elsewhere; `mine` is what this process has of it."""
+        """The unsharded tensor in the main process, None elsewhere; `mine` is this process's shard."""
         stage = part.stages[0]
         found = None
         if self._stage_number == stage:
@@ -499,7 +499,7 @@ class NativeEngine(TrainingEngine):
         return found if self.is_main else None
 
     def _join(self, part: DividedParameter, mine: Tensor | None) -> Tensor:
-        """The opposite of `_slice`, by the processes of one stage."""
+        """The inverse of `_slice`, among the processes of one pipeline stage."""
         found = local(mine).detach().contiguous()
         parts = self._parallel.tp if part.tensor_dim is not None else 1
         if self._sharded:
@@ -513,7 +513,7 @@ class NativeEngine(TrainingEngine):
         return found
 
     def _slice(self, part: DividedParameter, whole: Tensor) -> Tensor:
-        """What this process has of a whole tensor: divided for tp first, then for fsdp2 by the first dimension."""
+        """This process's shard of an unsharded tensor: split for tp first, then for fsdp2 along the first dimension."""
         if part.tensor_dim is not None:
             whole = whole.chunk(self._parallel.tp, part.tensor_dim)[self._slice_number]
         if self._sharded:
