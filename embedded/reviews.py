@@ -52,7 +52,7 @@ _REVIEWS = (re.compile(f"{_SUBJECT} was {_LIST}"), re.compile(f"i found {_SUBJEC
 
 
 @dataclass(frozen=True)
-class ReviewRequest:
+class Request:
     """What a prompt asks for."""
 
     noun: str
@@ -80,7 +80,7 @@ def vocabulary() -> list[str]:
     return sorted({*VERBS, *SETTINGS, *NOUNS, *ADJECTIVES, *counts, *grammar})
 
 
-def read_request(prompt: str) -> ReviewRequest:
+def read_request(prompt: str) -> Request:
     """Understand a prompt.
 
     Raises:
@@ -89,7 +89,7 @@ def read_request(prompt: str) -> ReviewRequest:
     match = _PROMPT.fullmatch(prompt)
     if match is None:
         raise ValueError(f"{prompt!r} is not a prompt of the embedded task, so its answers cannot be judged.")
-    return ReviewRequest(match["noun"], COUNTS[match["count"]])
+    return Request(match["noun"], COUNTS[match["count"]])
 
 
 def read_review(text: str) -> Review | None:
