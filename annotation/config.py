@@ -11,7 +11,7 @@ from contracts.template import ChatFields, TemplateSettings
 
 
 class ScorerSettings(TemplateSettings):
-    """What the user sets of one scorer."""
+    """Settings of one scorer."""
 
     kind: Literal["reward_model", "pairwise", "rule", "logprobs", "values"] = identity()
     """reward_model: a Bradley-Terry model; pairwise: a pairwise preference model, by whose word each answer has its
@@ -94,7 +94,7 @@ class ScoreConfig(ScorerSettings, ChatFields, StageConfig):
 
 
 class PairsSettings(Section):
-    """What the user sets of how pairs are chosen."""
+    """Settings of pair choice."""
 
     strategy: Literal["max_min", "max_random", "max_max", "all"] = identity("max_min")
     """max_min: best against worst; max_random: best against a random other (seeded); max_max: best against second

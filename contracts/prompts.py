@@ -17,7 +17,7 @@ SHORT: dict[str, Slot] = {"column": "prompt", "answer_column": "answer", "id_col
 
 
 class PromptsSettings(Section):
-    """What the user sets of an import of prompts: where they are, and which of them to take."""
+    """Settings of a prompt set: its source and which prompts to take."""
 
     source: Path = input_path()
     """hf:ORG/NAME[:CONFIG][@REVISION], or a path: a save_to_disk directory, a .jsonl, .json, .csv, .tsv or .parquet

@@ -50,7 +50,7 @@ Day = Annotated[str | None, AfterValidator(checked_date)]
 
 
 class TemplateSettings(Section):
-    """What the user sets of how a model's conversations are rendered."""
+    """Settings of how a model's conversations are rendered."""
 
     chat_template_kwargs: Variables = identity({}, later=True)
     """Variables for the model's chat template, for example {enable_thinking: false} or {date_string: 26 Jul 2024};

@@ -1,4 +1,4 @@
-"""Configuration of the generation stage."""
+"""Config of the generation stage."""
 
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -14,7 +14,7 @@ MAXIMUM_TEMPERATURE = 10.0
 
 
 class GenerationSettings(Section):
-    """What the user sets of how answers are sampled."""
+    """Sampling settings."""
 
     k: int = identity(4, ge=1, le=65536)
     """Answers per prompt."""
@@ -39,9 +39,9 @@ class GenerationSettings(Section):
     shard_size: int | None = identity(None, ge=1)
     """Prompts per shard, the unit of batch composition and of resuming; by default eight full batches of samples."""
     max_num_seqs: int = identity(256, ge=1)
-    """Sequences that the engine runs at once."""
+    """Maximum number of sequences that the engine batches."""
     tensor_parallel: int = identity(1, ge=1)
-    """Devices that one replica of the policy is spread over."""
+    """GPUs per replica (tensor parallel)."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the prompts is dropped."""
     fail_on_error: float = identity(0.0, ge=0, lt=1)
@@ -54,7 +54,7 @@ class GenerationSettings(Section):
     """OpenAI-compatible vLLM servers to start instead of in-process engines; 0: in-process. A server batches requests
     as they arrive, so the last bits of its log-probabilities can differ from one run to the next."""
     startup_seconds: float = runtime(600.0, gt=0)
-    """How long a server may take until it is healthy."""
+    """Seconds that a server may take to become healthy."""
     memory_utilization: float = runtime(0.9, gt=0, le=1)
     """Share of a GPU's memory for the engine."""
     kv_cache_mib: int | None = runtime(None, ge=1)

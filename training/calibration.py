@@ -1,4 +1,4 @@
-"""How good a reward model is on pairs that it has not seen: accuracy, and whether its probabilities can be trusted."""
+"""Accuracy and calibration of a reward model on held-out pairs."""
 
 from itertools import pairwise
 
@@ -27,7 +27,7 @@ class Bin(msgspec.Struct):
 
 
 def judgements(scores: NDArray[np.float32], *, orders: int) -> FinalReport:
-    """What is told of held-out pairs.
+    """Metrics of held-out pairs.
 
     Args:
         scores: of the better and of the worse answer, [pairs * orders, 2].

@@ -106,7 +106,7 @@ def _require_shapes(found: Shapes, expected: Shapes) -> None:
 
 
 def _stored_once(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """The state without the second names of tied weights, as transformers and vLLM write and read it."""
+    """The state without the second names of tied weights, as transformers and vLLM store it."""
     kept = dict(state)
     for second, first in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if second in state and first in state:
@@ -117,7 +117,7 @@ def _stored_once(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def _halves(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state on the CPU in bfloat16, and what is missing to fp32 where it is more."""
+    """The state on the CPU in bfloat16, and the nonzero remainders to fp32."""
     upper: dict[str, Tensor] = {}
     rests: dict[str, Tensor] = {}
     for name, tensor in sorted(state.items()):
@@ -132,10 +132,10 @@ def _halves(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def _update_kept(start: Path, whole: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, Any]:
-    """How much of what training has changed is in the stored numbers, by the tensors that both checkpoints have.
+    """How much of the training's update survives in the stored bfloat16 weights, over tensors in both checkpoints.
 
-    norm: u · v / u · u, for the update u of the fp32 weights and the change v of what engines read: 1 where nothing is
-    lost. weights: among those that training has moved, the share whose stored number is another.
+    norm: u · v / u · u, for the update u of the fp32 weights and the change v of the bfloat16 weights: 1 if nothing is
+    lost. weights: the share of updated fp32 weights whose bfloat16 value has changed.
     """
     before = Start(start)
     square = product = 0.0
@@ -171,7 +171,7 @@ def _commit(publication: Publication, name: str, group: dict[str, Tensor], unit:
 
 
 def _separate(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """On the CPU, in the format to store, and none sharing memory with another (tied weights do)."""
+    """Tensors on the CPU in the stored dtype, without shared memory (tied weights share it)."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in sorted(state.items()):
@@ -211,7 +211,7 @@ def _save(group: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> Non
 
 
 def _validate(path: Path, expected: dict[str, Tensor]) -> None:
-    """Read the file back: what is on the disk is what was meant, none of it empty or not finite."""
+    """Read the file back and verify it: equal to what was written, not empty, finite."""
     with safe_open(path, "pt") as file:
         if set(file.keys()) != set(expected):
             raise RuntimeError(f"{path.name} does not hold the tensors that were written")
@@ -224,7 +224,7 @@ def _validate(path: Path, expected: dict[str, Tensor]) -> None:
 
 
 def _config(start: Path, config: Any, dtype: torch.dtype, changes: dict[str, Any]) -> dict[str, Any]:
-    """The start model's `config.json` with what changed, readable by transformers 4 and 5 alike.
+    """The initial model's `config.json` with the changes, readable by transformers 4 and 5.
 
     transformers 4 looks for `torch_dtype` and for the rotary embedding's settings in `rope_theta` and `rope_scaling`;
     without them it silently assumes float32 and 10000.

@@ -1,4 +1,4 @@
-"""What the experience stage reads: the numbers of every sample, proven to be of the same tokens, in flat arrays."""
+"""Inputs of the experience stage: joins rollouts and scores, verifies that they belong together, into flat arrays."""
 
 from array import array
 from collections.abc import Iterator
@@ -21,25 +21,24 @@ IMPORTED = "imported"
 
 @dataclass
 class Columns:
-    """What is known of the samples that can be used, one after the other, in flat arrays."""
+    """The usable samples, concatenated in flat arrays."""
 
     keys: list[tuple[str, int]] = field(default_factory=list)
     """(prompt_id, sample) of each."""
     prompts: "array[int]" = field(default_factory=lambda: array("q"))
-    """Number of the prompt that each answers, from 0 on."""
+    """Index of each sample's prompt, from 0."""
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
     rewards: "array[float]" = field(default_factory=lambda: array("d"))
     tokens: "dict[str, array[float]]" = field(default_factory=dict)
-    """behaviour, and those of reference, values and token_rewards that the algorithm needs: one number per response
-    token."""
+    """behaviour, and reference, values and token_rewards if the algorithm needs them: one number per response token."""
     greedy: "array[float] | None" = None
     truncated: list[bool] = field(default_factory=list)
-    """Which were cut off by the token limit."""
+    """Whether each was cut off by the token limit."""
     tags: list[tuple[str, ...]] = field(default_factory=list)
-    """Of the prompt of each."""
+    """Tags of each sample's prompt."""
 
     def experience(self, kl_coefficient: float) -> "WatchedExperience":
-        """The same as tensors, which share the arrays' memory."""
+        """As tensors that share the arrays' memory."""
         tokens = {name: _tensor(column) for name, column in self.tokens.items()}
         return WatchedExperience(
             rewards=_tensor(self.rewards),
@@ -54,12 +53,12 @@ class Columns:
 
 
 class WatchedExperience(algorithm.Experience):
-    """Knows whether an algorithm has looked at the coefficient."""
+    """Records whether the algorithm reads `kl_coefficient`."""
 
     penalised = False
 
     def __getattribute__(self, name: str) -> Any:
-        """Like any other."""
+        """Intercept reads of `kl_coefficient`."""
         if name == "kl_coefficient":
             object.__setattr__(self, "penalised", True)
         return super().__getattribute__(name)
@@ -70,7 +69,7 @@ def _tensor(column: "array[float]") -> Tensor:
 
 
 def collect(config: ExperienceConfig, rollouts: Artifact, description: registry.Description) -> tuple[Columns, Ledger]:
-    """Read and join everything; what cannot be used is counted.
+    """Read and join everything; unusable samples are dropped and counted.
 
     Raises:
         UserError: what is given does not speak of the same tokens, or too few samples can be used.
@@ -107,7 +106,7 @@ def collect(config: ExperienceConfig, rollouts: Artifact, description: registry.
 
 
 class Sources:
-    """What an experience is made of; every method raises a UserError where it does not fit together."""
+    """The joined inputs; every method raises a UserError if they do not belong together."""
 
     def __init__(self, config: ExperienceConfig, rollouts: Artifact) -> None:
         paths = {"rewards": config.rewards, "reference": config.reference, "values": config.values}
@@ -123,7 +122,7 @@ class Sources:
             self.greedy = dict(self._read_greedy(sampled, Artifact.open(config.greedy, SCORES)))
 
     def why_unusable(self, rollout: Rollout, completion: Completion, found: dict[str, ScoresBySample]) -> str | None:
-        """The reason for which a sample is dropped, if any: nobody has scored it, or it has no token."""
+        """Why a sample is dropped, if it is: it has no score, or no tokens."""
         if not completion.response_ids:
             return "empty"
         missing = next((name for name in self.scores if completion.sample not in found[name]), None)
@@ -143,7 +142,7 @@ class Sources:
     def tokens(
         self, rollout: Rollout, completion: Completion, found: dict[str, ScoresBySample]
     ) -> Iterator[tuple[str, tuple[float, ...]]]:
-        """The columns that have one number for each of a sample's response tokens."""
+        """A sample's columns with one number per response token."""
         where = f"prompt {rollout.prompt_id}, sample {completion.sample}"
         yield "behaviour", self._behaviour(rollout, completion, where)
         for name in self.per_token:
@@ -181,7 +180,7 @@ class Sources:
         return reward
 
     def require_different_samples(self, rollout: Rollout) -> None:
-        """Each sample of a prompt has a number of its own."""
+        """Check that the samples of a prompt have distinct indices."""
         numbers = [completion.sample for completion in rollout.completions]
         if len(set(numbers)) < len(numbers):
             raise UserError(
@@ -190,7 +189,7 @@ class Sources:
             )
 
     def _behaviour(self, rollout: Rollout, completion: Completion, where: str) -> tuple[float, ...]:
-        """Log-probabilities under the policy's own distribution, which must be what was sampled from."""
+        """Log-probabilities under the policy's own distribution, which must be the sampled one."""
         where, sampling = f"{self.rollouts.path}: {where}", completion.sampling
         if rollout.policy == IMPORTED or sampling is None or not completion.logprobs:
             raise UserError(
@@ -217,7 +216,7 @@ class Sources:
             )
 
     def _read_greedy(self, sampled: Artifact, scores: Artifact) -> Iterator[tuple[str, tuple[tuple[int, ...], float]]]:
-        """Each prompt's greedy answer, after a proof that it is one, of the same policy and by the same judge."""
+        """Each prompt's greedy answer, after checking that it is greedy, and has the same policy and scorer."""
         if _judge_of(scores) != _judge_of(self.scores["rewards"]):
             raise UserError(
                 f"greedy={scores.path} and rewards={self.scores['rewards'].path} are not by the same scorer, so they "
@@ -248,7 +247,7 @@ def _require_one_each(numbers: tuple[float, ...], completion: Completion, what: 
 
 
 def _judge_of(scores: Artifact) -> Any:
-    """What decides the scores of a sample: the settings, the model, the function's source."""
+    """Everything that determines the scores: settings, model, the function's source."""
     parts = scores.manifest.key_parts
     inputs = {name: value for name, value in scores.manifest.inputs.items() if name != "rollouts"}
     return parts.get("config"), parts.get("sources"), inputs

@@ -1,4 +1,4 @@
-"""Configurations of the training stages."""
+"""Configs of the training stages."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -17,13 +17,13 @@ class LoraSection(Section):
     rank: int = identity(16, ge=1)
     """Rank of the adapters."""
     alpha: float = identity(32.0, gt=0)
-    """They are scaled by alpha / rank."""
+    """Adapters are scaled by alpha / rank."""
     targets: list[str] = identity(["all-linear"], min_length=1)
-    """Names of the linear layers that get one, for example q_proj; all-linear: all but the LM head."""
+    """Names of the linear layers that get adapters, for example q_proj; all-linear: all but the LM head."""
 
 
 class TrainingSettings(Section):
-    """What the user sets of any training: optimizer, schedule, batching, launch."""
+    """Settings of any training: optimizer, schedule, batching, launch."""
 
     epochs: int = identity(1, ge=1)
     """Passes over the data."""
@@ -65,9 +65,9 @@ class TrainingSettings(Section):
     gradient_checkpointing: bool = runtime(False)
     """Recompute activations in the backward pass: less memory, more time."""
     parallel: ParallelConfig = runtime(ParallelConfig())
-    """Processes on this machine and how the model is spread over them, for example {dp: 4, zero: 3}."""
+    """Parallel layout: processes and how the model is distributed over them, for example {dp: 4, zero: 3}."""
     checkpoint_seconds: float = runtime(300.0, ge=0)
-    """Save the state of the training at least this often, to go on from after a kill; 0: after every step."""
+    """Seconds between saves of the training state, to resume from after a kill; 0: after every step."""
 
     @model_validator(mode="after")
     def _check_rate(self) -> Self:
@@ -105,7 +105,7 @@ class TrainingConfig(TrainingSettings, StageConfig):
 
 
 class SftSettings(TrainingSettings):
-    """What the user sets of a supervised fine-tuning."""
+    """Settings of supervised fine-tuning."""
 
     demonstrations: Path = input_path()
     """Conversations that end with the assistant's answer, or prompts with their answers in columns of their own: a
@@ -120,7 +120,7 @@ class SftConfig(SftSettings, TrainingConfig, ChatFields):
 
 
 class RewardSettings(TrainingSettings):
-    """What the user sets of the training of a reward model."""
+    """Settings of reward model training."""
 
     kind: Literal["bradley_terry", "pairwise"] = identity("bradley_terry")
     """bradley_terry: a sequence classifier that scores one answer; pairwise: a causal language model that reads two and
@@ -140,7 +140,7 @@ class RewardConfig(RewardSettings, TrainingConfig, ChatFields):
 
 
 class PolicySettings(TrainingSettings):
-    """What the user sets of the training of the policy."""
+    """Settings of policy training."""
 
     algorithm: str = identity("dpo")
     """A name (dpo, ipo, simpo, kto, ppo, grpo, rloo, ...; docs/algorithms.md has all), your own file (mine.py), or
@@ -240,7 +240,7 @@ def _check_inputs(algorithm: str, inputs: list[Path] | None) -> None:
 
 
 class CriticSettings(TrainingSettings):
-    """What the user sets of the training of a critic."""
+    """Settings of critic training."""
 
     learning_rate: float = identity(9e-6, gt=0)
     """Peak learning rate; a critic's is several times a policy's (OpenRLHF's default)."""
@@ -260,7 +260,7 @@ class CriticConfig(CriticSettings, TrainingConfig):
 
 
 class ValueHeadConfig(StageConfig):
-    """Make a critic that knows nothing yet: a model's weights with a head that says 0 everywhere."""
+    """Make an untrained critic: a model's weights with a value head of zeros."""
 
     stage: ClassVar[str] = "value-head"
     code_version: ClassVar[int] = 1
@@ -288,15 +288,15 @@ class EmaConfig(StageConfig):
     code_version: ClassVar[int] = 2
 
     average: Path = input_path()
-    """Directory of the average so far."""
+    """Directory of the current average."""
     model: Path = input_path()
-    """Directory of the model that enters it."""
+    """Directory of the model to add."""
     decay: float = identity(0.9, ge=0, lt=1)
     """Share of the old average that is kept."""
 
 
 class ExperienceSettings(Section):
-    """What the user sets of how rewards become advantages: the KL penalty."""
+    """Settings of the experience stage: the KL penalty."""
 
     kl_coefficient: float | None = identity(None, ge=0)
     """Weight of the penalty on the KL divergence from the reference, for algorithms that put it into the reward, with

@@ -69,7 +69,7 @@ def critic_loss(config: CriticConfig) -> Loss:
 
 
 def value_rows(config: CriticConfig) -> Iterator[Row]:
-    """Prompts with their samples, the critic's values before and what it is to learn.
+    """Prompts with their samples, the critic's old values and its targets.
 
     Raises:
         UserError: the experience has no values or returns.

@@ -1,4 +1,4 @@
-"""Rows from what other stages have published: read, checked, and counted."""
+"""Training rows from published artifacts: read, checked and counted."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from modeling.rows import Floats, Response, Row, token_ids
 from training.config import TrainingConfig
 
 Known = tuple[Mapping[str, float], dict[str, Floats]]
-"""What else is known of an answer: numbers, and columns with one number per token."""
+"""Additional inputs of an answer: numbers, and columns with one number per token."""
 
 
 def pair_row(pair: Pair, chosen: Known = ({}, {}), rejected: Known = ({}, {})) -> Row:
@@ -54,7 +54,7 @@ def length_limit(config: TrainingConfig, info: ModelInfo) -> int | None:
 def usable(
     rows: Iterable[Row], ledger: Ledger, *, limit: int | None, vocabulary: int, max_dropped: float, what: str
 ) -> list[Row]:
-    """The rows that can be trained on; the others are counted in `ledger` as too_long or empty.
+    """The rows to train on; the others are dropped and counted in `ledger` as too_long or empty.
 
     Args:
         limit: longest sequence in tokens.

@@ -1,4 +1,4 @@
-"""How far the trainer's log-probabilities are from those of the engine that sampled."""
+"""Drift between trainer and engine: compares the trainer's log-probabilities with those reported at sampling."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from training.engines.base import TrainingEngine
 from training.loop import make_micro_batches
 
 RATIO = (0.9, 1.1)
-"""Importance ratios outside of this are counted."""
+"""Importance ratios outside of this range are counted."""
 
 
 def measure_drift(rows: list[Row], engine: TrainingEngine, packing: Packing, budget: int) -> dict[str, Any]:
-    """Give every response its log-probabilities under the engine's model, `proximal`; compare them with `behaviour`.
+    """Set every response's `proximal` log-probabilities, under the engine's model; compare them with `behaviour`.
 
     Returns:
         mean: of |log p_trainer - log p_engine| over the tokens (nats); p95: its 95th percentile; outside: the share of

@@ -23,13 +23,13 @@ from training.config import ExperienceConfig
 
 SHARD = "shard-00000.jsonl"
 KL_COEFFICIENT = 0.05
-"""By default; that of TRL's PPO."""
+"""The default, as in TRL's PPO."""
 LARGEST_ERROR = 0.2
 """The relative distance of the KL divergence from its target that an adaptive coefficient answers to at most."""
 
 
 def run(config: ExperienceConfig, context: Context) -> Outcome:
-    """Join, prove that all numbers are of the same tokens, call the algorithm's `advantages`, publish."""
+    """Join rollouts and scores, check that they belong together, call the algorithm's `advantages`, publish."""
     description = registry.describe(config.algorithm)
     coefficient = 0.0
     if "reference" in description.needs:
@@ -63,12 +63,12 @@ def run(config: ExperienceConfig, context: Context) -> Outcome:
 
 
 def first_coefficient(config: ExperienceConfig) -> float:
-    """The coefficient where there is none to go on from."""
+    """The initial coefficient, without a previous iteration."""
     return KL_COEFFICIENT if config.kl_coefficient is None else config.kl_coefficient
 
 
 def adapted(config: ExperienceConfig, previous: Path) -> float:
-    """The coefficient that follows from the KL divergence of the iteration before (Ziegler et al. 2019, section 2.2).
+    """The adapted coefficient, given the previous iteration's KL divergence (Ziegler et al. 2019, section 2.2).
 
     coefficient · (1 + clip(KL / target - 1, -0.2, 0.2) · min(1, samples / horizon)). That is their rule for a batch of
     so many samples; the minimum keeps the change below a fifth where an iteration has more than their horizon.
@@ -90,7 +90,7 @@ def adapted(config: ExperienceConfig, previous: Path) -> float:
 def require_sound(
     found: algorithm.Advantages, experience: algorithm.Experience, description: registry.Description
 ) -> None:
-    """Raise UserError unless an algorithm has returned finite numbers of the right shape."""
+    """Raise UserError unless an algorithm's `advantages` returned finite tensors of the right shape."""
     what = f"algorithm {description.algorithm!r}: advantages"
     if not isinstance(found, algorithm.Advantages):
         raise UserError(f"{what} returned {type(found).__name__}; it must return training.algorithm.Advantages.")
@@ -123,7 +123,7 @@ def require_sound(
 def records(
     rollouts: Artifact, columns: Columns, experience: algorithm.Experience, found: algorithm.Advantages, kept: Tensor
 ) -> Iterator[ExperienceRow]:
-    """The rows, in the order of the rollouts, which are read once more for their tokens."""
+    """The published rows, in the order of the rollouts, which are read again for their token ids."""
     per_token = {
         name: tensor
         for name, tensor in (

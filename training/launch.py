@@ -1,14 +1,14 @@
-"""Several processes for one training: this command, started again under `accelerate launch`.
+"""Starts the ranks of a training: the same command again under `accelerate launch`.
 
     python -m training policy …            the parent: no torch, starts
       python -m training.launch …       `accelerate launch` with its exit codes corrected, starts
         python -m training policy …        one process per rank
 
-A rank's exit code reaches the parent: 2 stays the user's mistake, 143 a stop by SIGTERM. A request to stop goes the
-other way, to all ranks; and each process dies with the one above it.
+Exit codes of ranks propagate to the parent: 2 is a user's mistake, 143 a stop by SIGTERM. Stop requests propagate to
+all ranks, and each process dies with its parent.
 
-On several nodes all of this is on each of them, and the processes in the middle talk to each other (training/nodes.py):
-a stop or a failure of one node is one of all, and all end with the same exit code. Rank 0, on node 0, publishes.
+On several nodes each node runs all three, and the middle processes coordinate (training/nodes.py): a stop request or a
+failure on one node ends all nodes, with the same exit code. Rank 0, on node 0, publishes.
 """
 
 import contextlib
@@ -35,21 +35,21 @@ from training.nodes import Nodes, Rendezvous
 from training.parallel import ParallelConfig, check_layout
 
 PLAIN = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": 1, "machine_rank": 0}
-"""Plain data parallelism. On CPUs as well, with use_cpu: under MULTI_CPU accelerate starts one process only."""
+"""DDP. On CPUs as well, with use_cpu: under MULTI_CPU accelerate starts a single process only."""
 RENDEZVOUS_SECONDS = 60
-"""How long torch's launchers may take to find each other once all nodes are there."""
+"""Timeout of torch's rendezvous, once all nodes are there."""
 LAUNCHER = "RATCHET_LAUNCHER"
 """Environment variable of a rank: the process id of its launcher."""
 
 
 def launch(config: TrainingConfig) -> bool:
-    """Run the stage in the processes of its layout and return True; False where this process is to run it itself.
+    """Run the stage in worker processes and return True; False if this process is to run it itself.
 
-    With several nodes, the processes of this node.
+    With several nodes, starts the ranks of this node.
 
     Raises:
-        UserError: the model cannot be divided as declared, or it is not known which of several nodes this one is.
-        SystemExit: the processes failed; the message and the exit code are theirs.
+        UserError: the model does not support the layout, or the rendezvous variables are missing.
+        SystemExit: ranks failed; the message and the exit code are theirs.
     """
     if "RANK" in os.environ:
         return False
@@ -74,7 +74,7 @@ def launch(config: TrainingConfig) -> bool:
 
 
 def refuse_lone_process() -> None:
-    """Refuse to be the only process that an `accelerate launch` for several has started, which it does on CPUs.
+    """Refuse to run if `accelerate launch` was asked for several processes but started one, as it does on CPUs.
 
     Raises:
         UserError: it was asked for more.
@@ -89,7 +89,7 @@ def refuse_lone_process() -> None:
 
 
 def _words_of(process: int) -> list[str]:
-    """The command line of a process; nothing where the system does not say."""
+    """The command line of a process; empty if the system does not tell."""
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -97,7 +97,7 @@ def _words_of(process: int) -> list[str]:
 
 
 def asked_of_accelerate(words: list[str]) -> int:
-    """How many processes a command line asks `accelerate launch` for; 0 where it is none."""
+    """The number of processes that an `accelerate launch` command line asks for; 0 for any other command."""
     programs = ("accelerate", "accelerate-launch", "accelerate.commands.launch")
     if not any(Path(word).name in programs for word in words[:4]):
         return 0
@@ -115,10 +115,10 @@ def asked_of_accelerate(words: list[str]) -> int:
 
 
 def is_worker_node(config: TrainingConfig) -> bool:
-    """Whether this is one of several nodes and not node 0, which publishes.
+    """Whether this is one of several nodes other than node 0, which publishes.
 
     Raises:
-        UserError: it is not known which of them it is.
+        UserError: the rendezvous variables are missing.
     """
     return "RANK" not in os.environ and config.parallel.nodes > 1 and Rendezvous.read(config.parallel).node > 0
 
@@ -144,14 +144,14 @@ def launcher_settings(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def die_with_launcher() -> None:
-    """In a rank that `launch` has started: end when the launcher ends, also if it has ended already."""
+    """In a rank started by `launch`: exit when the launcher exits, even if it already has."""
     if launcher := os.environ.get(LAUNCHER):
         die_with_parent(int(launcher))
 
 
 @contextlib.contextmanager
 def leaves_without_teardown() -> Iterator[None]:
-    """End a rank at once when its work is done and flushed.
+    """Exit a rank immediately once its work is done and flushed.
 
     Destroying a process group at exit aborts now and then (gloo and DeepSpeed: 2 of 10 runs), after everything has
     been published.
@@ -200,7 +200,7 @@ def main() -> int:
     ended: set[int] = set()
 
     def end_ranks() -> None:
-        """Ask the ranks of this node to end, each once: torch's launcher then takes note of how they do."""
+        """Ask each rank of this node to exit, once; torch's launcher records their exit codes."""
         for process in psutil.Process().children():
             if process.pid not in ended:
                 ended.add(process.pid)
@@ -233,7 +233,7 @@ def main() -> int:
     arguments.shutdown_timeout = math.ceil(stopping.grace_seconds()) + 2
 
     def pass_on(number: int, frame: Any) -> None:
-        """Have torch's launcher send the signal to all ranks and wait for them; that happens once."""
+        """Make torch's launcher forward the signal to all ranks and wait for them; once only."""
         stopping.ignore()
         if nodes is not None:
             nodes.ask_to_stop(number)
@@ -261,7 +261,7 @@ def main() -> int:
 
 
 def _codes_of(failures: dict[int, Any]) -> set[int]:
-    """The exit codes of the ranks that have failed, from torch's records of them."""
+    """The exit codes of the failed ranks, from torch's error files."""
     first = min(failure.timestamp for failure in failures.values())
     for rank, failure in failures.items():
         # Those that followed the first were ended by the launcher itself.
@@ -273,7 +273,7 @@ def _codes_of(failures: dict[int, Any]) -> set[int]:
 
 
 def exit_code(codes: set[int], stop: int = 0) -> int:
-    """The exit code of a training whose processes ended with `codes`, after having been asked to `stop` or not."""
+    """The exit code of a training whose ranks exited with `codes`; `stop`: whether they were asked to."""
     bad = codes - {0}
     if not bad or UserError.exit_code in bad:
         return UserError.exit_code if bad else 0

@@ -1,4 +1,4 @@
-"""What a training does to the model that it starts from: number format, config.json, which parameters learn."""
+"""Preparing the initial model of a training: dtype, config.json, trainable parameters."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from training.config import TrainingConfig
 
 
 def pick_dtype(config: TrainingConfig) -> torch.dtype:
-    """The number format that `auto` stands for on this machine."""
+    """The training's dtype; `auto` is resolved for this machine."""
     name = resolve_dtype(config.dtype, on_gpu=torch.cuda.is_available())
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def classifier_changes(model: Path, model_config: Any) -> dict[str, Any]:
-    """What differs in the config.json of a sequence classifier with one label from that of the model it began as."""
+    """The changes to config.json when a causal model becomes a sequence classifier with one label."""
     return {
         "architectures": [AutoModelForSequenceClassification._model_mapping[type(model_config)].__name__],
         "id2label": {"0": "LABEL_0"},
@@ -30,7 +30,7 @@ def classifier_changes(model: Path, model_config: Any) -> dict[str, Any]:
 
 
 def padding_token(model: Path, model_config: Any) -> int:
-    """The id that engines pad with; transformers refuses to score a batch by a model without one."""
+    """A padding token id; transformers' classifiers refuse batches without one."""
     if model_config.pad_token_id is not None:
         return int(model_config.pad_token_id)
     tokenizer = load_tokenizer(model)
@@ -62,7 +62,7 @@ def set_trainable(model: Any, frozen: list[str]) -> None:
 
 
 def other_inputs(model: Any) -> list[nn.Parameter]:
-    """Parameters that no text passes through, such as those of a vision tower; none in a plain language model."""
+    """Parameters that are not used for text, such as a vision tower's."""
     if model.config.get_text_config() is model.config:
         return []
     parts = [model.get_decoder(), model.get_output_embeddings(), getattr(model, "score", None)]

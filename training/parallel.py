@@ -1,4 +1,4 @@
-"""How one model is spread over processes: what can be declared, and what is refused. Without torch."""
+"""Parallel layouts: the config section `parallel`, and the checks of a layout against a model. No torch."""
 
 import json
 from pathlib import Path
@@ -17,26 +17,26 @@ HEADS = ("ForCausalLM", "ForSequenceClassification")
 
 
 class ParallelConfig(Section):
-    """Processes of a model, one device each: dp · tp · pp · sp. Or the path of accelerate's or DeepSpeed's file."""
+    """Processes of a training, one device each: dp · tp · pp · sp. Or the path of an accelerate or DeepSpeed file."""
 
     dp: int = runtime(1, ge=1)
-    """Data parallel: a batch is divided into this many parts."""
+    """Data parallel size."""
     tp: int = runtime(1, ge=1)
-    """Tensor parallel: every layer's matrices are divided into this many parts."""
+    """Tensor parallel size: every layer's matrices are split over this many processes."""
     pp: int = runtime(1, ge=1)
-    """Pipeline parallel: the layers are divided into this many stages."""
+    """Pipeline parallel size: the layers are split into this many pipeline stages."""
     sp: int = runtime(1, ge=1)
-    """Sequence parallel: every micro-batch's tokens are divided into this many parts."""
+    """Sequence parallel size: every micro-batch's tokens are split over this many processes."""
     zero: Literal[0, 1, 2, 3, "fsdp2"] = runtime(0)
-    """What the dp processes share out: 1: optimizer, 2: gradients too, 3: weights too (DeepSpeed); fsdp2: all three."""
+    """Sharding over the dp processes: 1: optimizer, 2: gradients too, 3: weights too (DeepSpeed); fsdp2: all three."""
     offload: list[Literal["optimizer", "param"]] = runtime([])
-    """What DeepSpeed keeps in the machine's memory instead of the GPU's."""
+    """What DeepSpeed offloads to CPU memory."""
     nodes: int = runtime(1, ge=1)
-    """Machines that the processes are spread over, equally many on each; the command is started once on every one."""
+    """Machines, with the same number of processes on each; the command is started once on every one."""
 
     @property
     def processes(self) -> int:
-        """How many there are in all."""
+        """The total number of processes."""
         return self.dp * self.tp * self.pp * self.sp
 
     @property
@@ -46,22 +46,22 @@ class ParallelConfig(Section):
 
     @property
     def is_native(self) -> bool:
-        """Whether torch's own parts spread the model, instead of accelerate."""
+        """Whether the native engine (torch's own parallelism) runs it, instead of accelerate."""
         return self.zero == "fsdp2" or self.is_divided
 
     @property
     def is_divided(self) -> bool:
-        """Whether a process computes only a part of the model or of a sequence, which not every architecture allows."""
+        """Whether tensor, pipeline or sequence parallelism is used, which not every architecture supports."""
         return self.tp > 1 or self.pp > 1 or self.sp > 1
 
     def __str__(self) -> str:
-        """What is not the default, for messages."""
+        """The keys without defaults, for messages."""
         return " ".join(f"{name}={value}" for name, value in self.model_dump(exclude_defaults=True).items()) or "dp=1"
 
     @model_validator(mode="before")
     @classmethod
     def _read_file(cls, value: Any) -> Any:
-        """A path stands for what an accelerate or DeepSpeed file says of the layout."""
+        """Replace the path of an accelerate or DeepSpeed file by its layout."""
         try:
             return read_layout(Path(value)) if isinstance(value, str | Path) else value
         except UserError as error:
@@ -96,7 +96,7 @@ class ParallelConfig(Section):
 
 
 def check_layout(parallel: ParallelConfig, model: Path) -> None:
-    """Check that a model can be divided as declared, by its config.json alone.
+    """Check that a model supports the layout, by its config.json alone.
 
     Raises:
         UserError: it is no model, or cannot; the message says which number is in the way.
