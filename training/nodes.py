@@ -124,6 +124,9 @@ class Nodes:
         self._known: list[State | None] = [None] * count
         self._heard = [0.0] * count
         """Time of each node's last heartbeat."""
+        self._ended = math.inf
+        """When this node's ranks had exited."""
+        self._store_is_gone = False
         self._joined = False
         self._trouble = ""
         self._refusal: UserError | None = None
@@ -185,7 +188,7 @@ class Nodes:
 
         Nobody waits long for others once a node has failed or was asked to stop. A lost node counts as 1.
         """
-        self.finishing = True
+        self.finishing, self._ended = True, time.monotonic()
         self.ends[self.rendezvous.node] = self._own.codes = sorted(codes)
         limit = math.inf
         while len(self.ends) < self.count and time.monotonic() < limit:
@@ -210,9 +213,7 @@ class Nodes:
 
     def _tell_of_others(self) -> None:
         """Report which other nodes have failed: a lost one cannot report it itself."""
-        came_first = True
         for node, codes in self.ends.items():
-            came_first = came_first and node != self.rendezvous.node
             if node == self.rendezvous.node or codes == [0] or self.stop:
                 continue
             name = f"node {node} ({self.hosts[node]}) of the training"
@@ -221,7 +222,8 @@ class Nodes:
             else:
                 text = f"{name} is lost: it was killed, or cannot be reached any more"
             print(f"error: {text}", file=sys.stderr)
-            if came_first and not codes:
+            # Its loss explains how this node's ranks ended, unless it was still there after them.
+            if not codes and self._heard[node] < self._ended:
                 report_failure("transient", text)
 
     @property
@@ -244,7 +246,7 @@ class Nodes:
                     os.kill(os.getpid(), state.stop)
                 if node not in self.ends and state.codes is not None:
                     self.ends[node] = state.codes
-                elif node not in self.ends and now - self._heard[node] > LOST_SECONDS:
+                elif node not in self.ends and (self._store_is_gone or now - self._heard[node] > LOST_SECONDS):
                     self.ends[node] = []
             if self._failed and not self.finishing:
                 failed_at = min(failed_at, now)
@@ -272,7 +274,7 @@ class Nodes:
             except (DistError, OSError) as error:
                 self._trouble = str(error)
             if self._joined:  # node 0 is gone, and its port may be another training's soon
-                self._heard = [-math.inf] * self.count
+                self._store_is_gone = True
                 return
             time.sleep(POLL_SECONDS)
 
