@@ -179,6 +179,7 @@ class Driver:
                     self.fail(running, ending)
                 continue
             outdated = self.lifecycle.finalize(node, running.key, running.attempt)
+            self.lifecycle.write_metrics()
             self.ran += 1
             self.again.pop(node.name, None)
             if self.published.issuperset(node.needs):  # no input is about to change after all

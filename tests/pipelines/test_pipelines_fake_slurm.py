@@ -53,8 +53,12 @@ def test_a_job_starts_elsewhere_when_its_node_is_down(slurm: Slurm, tmp_path: Pa
 def test_an_array_is_one_line_in_the_queue_until_its_tasks_start(slurm: Slurm) -> None:
     array = slurm.submit("sleep 30", "--array=0-2%3", "--begin=now+600", "--comment=ours", "--job-name=run/stage (x)")
     form = "--format=%k|%i|%F|%T|%r|%N|%j"
-    row, *others = [line for line in slurm.run("squeue", "--me", "--noheader", form).splitlines() if array in line]
-    assert others == []
+
+    def rows() -> list[str]:
+        return [line for line in slurm.run("squeue", "--me", "--noheader", form).splitlines() if array in line]
+
+    wait_for(lambda: all("|None|" not in row for row in rows()), 20, "the scheduler has looked at it")
+    (row,) = rows()
     comment, id, *rest = row.split("|", 6)
     assert (comment, rest) == ("ours", [array, "PENDING", "BeginTime", "", "run/stage (x)"])
     assert id.startswith(f"{array}_[0")

@@ -73,7 +73,7 @@ def test_the_tree_says_what_each_manifest_says(finished: HandmadeRun, capsys: py
     assert f"weights {Artifact.open(finished.path / 'iteration-001/training').manifest.weights or '':.12}" in text
     assert "settings: seed 11, beta 0.2" in text
     assert "learning_rate" not in text, "the defaults are not told"
-    assert "iteration 2, k 3, seed 7" in text
+    assert "k 3, iteration 2, seed 7" in text
     assert "torch 2.13.0, transformers 5.23.0" in text
     assert "3 rows in = 3 kept" in text
     assert "rollouts: iteration-002/generation  (above)" in text

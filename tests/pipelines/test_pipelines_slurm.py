@@ -33,7 +33,7 @@ def test_a_driver_on_a_cluster_makes_what_one_on_a_laptop_makes(
         stage: digest for stage, digest in digests(finished_run.path).items() if "iteration-002" not in stage
     }
     assert all(attempt.name == "attempt-1" for attempt in (run.path / "logs").rglob("attempt-*")), "nothing twice"
-    assert run.is_over()
+    run.wait_for(run.is_over, 60, "its last job, whose process has said that it is done, leaves the queue")
 
 
 def test_a_chain_without_a_driver_survives_what_a_cluster_does_to_it(
