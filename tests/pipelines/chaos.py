@@ -403,7 +403,9 @@ class Round:
             elif fault.who == "driver" or (fault.who, fault.point) == ("outside", "driver"):
                 ends |= {130, -signal.SIGTERM} if fault.action == TERM else {-signal.SIGKILL}
         inside = [fault for fault in met if fault.who != "outside"]
-        if code not in (ends or {0}) and not (code == 0 and not inside):
+        # A supervisor that meets a full disk says so; that ends the run only where its stage has not published.
+        beside = {2} if any(fault.action == FULL and fault.who == "supervisor" for fault in met) else set()
+        if code not in (ends or {0}) | beside and not (code == 0 and not inside):
             faults = "; ".join(map(str, met)) or "no fault"
             yield f"exit code {code} after {faults}\n{text[-3000:]}"
         if code == 2 and "disk is full" not in text:
@@ -414,7 +416,7 @@ class Round:
         failed = {(event["stage"], event["attempt"]): event for event in self.events("failed")}
         full = {(fault.stage, fault.attempt) for fault in met if fault.action == FULL}
         for fault in met:
-            if not fault.stage or not fault.attempt or (fault.stage, fault.attempt) in full:
+            if not fault.stage or not fault.attempt or full & {(fault.stage, fault.attempt), (fault.stage, None)}:
                 continue
             event = failed.get((fault.stage, fault.attempt))
             if event is None and code == 0 and fault.point not in ("published", "compute", "step", "exit", "stage"):
