@@ -398,11 +398,15 @@ class Round:
     def unexplained(self, code: int, text: str, met: list[Fault]) -> Iterator[str]:
         ends: set[int] = set()
         for fault in met:
+            if fault.action == FULL and fault.point == "progress":
+                continue  # what tells how far a stage is never stops it
             if fault.action == FULL and fault.who in ("stage", "driver"):
                 ends.add(2)
             elif fault.who == "driver" or (fault.who, fault.point) == ("outside", "driver"):
                 ends |= {130, -signal.SIGTERM} if fault.action == TERM else {-signal.SIGKILL}
-        inside = [fault for fault in met if fault.who != "outside"]
+        inside = [
+            fault for fault in met if fault.who != "outside" and (fault.action, fault.point) != (FULL, "progress")
+        ]
         # A supervisor that meets a full disk says so; that ends the run only where its stage has not published.
         beside = {2} if any(fault.action == FULL and fault.who == "supervisor" for fault in met) else set()
         if code not in (ends or {0}) | beside and not (code == 0 and not inside):
@@ -419,6 +423,8 @@ class Round:
             if not fault.stage or not fault.attempt or full & {(fault.stage, fault.attempt), (fault.stage, None)}:
                 continue
             event = failed.get((fault.stage, fault.attempt))
+            if fault.victim == "supervisor" and event is None:
+                continue  # the stage may publish in the instant before it ends with its supervisor
             if event is None and code == 0 and fault.point not in ("published", "compute", "step", "exit", "stage"):
                 yield f"no failure was recorded after {fault}"
             if event is not None and event["retry_in"] is None:
