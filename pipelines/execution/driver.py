@@ -44,8 +44,6 @@ class Running:
     job: Job
     key: str
     """What it is to publish."""
-    executor: str
-    """The kind of the executor."""
 
 
 class Driver:
@@ -154,7 +152,7 @@ class Driver:
         else:
             attempt = self.run.attempts(node.name)[-1]
             decision = replace(decision, reason="goes on since an earlier command")
-        self.running[node.name] = Running(node, attempt, job, decision.key, executor.kind)
+        self.running[node.name] = Running(node, attempt, job, decision.key)
         self.lifecycle.start(node, decision, attempt)
 
     def make_inputs_again(self, node: Node) -> bool:

@@ -45,6 +45,12 @@ class Glance:
         lasting = Executors(Site(run, graph, run.config)).lasting()
         return cls(holder, [seen for executor in lasting if (seen := executor.observe(patience)) is not None])
 
+    def require_known(self) -> "Glance":
+        """The same; UserError where a scheduler has not answered."""
+        if self.errors:
+            raise UserError(self.errors[0])
+        return self
+
     @property
     def errors(self) -> list[str]:
         """Why nothing is known of some of the jobs."""
@@ -83,10 +89,7 @@ def jobs_elsewhere(run: RunDirectory, graph: Graph) -> int:
     Raises:
         UserError: nobody knows.
     """
-    glance = Glance.at(run, graph)
-    if glance.errors:
-        raise UserError(glance.errors[0])
-    return glance.jobs
+    return Glance.at(run, graph).require_known().jobs
 
 
 def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:

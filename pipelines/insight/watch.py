@@ -31,9 +31,7 @@ def attach(console: Console, run: RunDirectory, graph: Graph) -> None:
     """
     told: dict[str, tuple[str, ...]] = {}
     while True:
-        glance = Glance.at(run, graph)
-        if glance.errors:
-            raise UserError(glance.errors[0])
+        glance = Glance.at(run, graph).require_known()
         for name, state in states(run, graph, glance).items():
             if told.get(name, ("waiting",))[0] != state[0]:
                 console.print(f"{state[0]:<12} {name}  {state[3]}", soft_wrap=True, markup=False, highlight=False)
@@ -82,9 +80,7 @@ def print_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | N
 
 def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
     """End what works on a run: its jobs, and its driver wherever that is. What is finished stays."""
-    glance = Glance.at(run, graph)
-    if glance.errors:
-        raise UserError(glance.errors[0])
+    glance = Glance.at(run, graph).require_known()
     if glance.idle:
         console.print(f"nobody works on {run.path}; nothing to cancel.", soft_wrap=True, highlight=False)
         return

@@ -194,14 +194,11 @@ class Executors:
 
     def of(self, node: "Node") -> Executor:
         """Where a stage runs."""
-        return self.named(kind_of_executor(node, self.site.config))
+        return self.named(str(self.site.config.executor.entry(node).kind))
 
-    def used(self) -> "dict[Executor, list[Node]]":
-        """Every executor that a stage of the run needs, with these stages."""
-        found: dict[Executor, list[Node]] = {}
-        for node in self.site.graph.nodes.values():
-            found.setdefault(self.of(node), []).append(node)
-        return found
+    def used(self) -> list[Executor]:
+        """Every executor that a stage of the run needs, in the order of the stages."""
+        return list(dict.fromkeys(self.of(node) for node in self.site.graph.nodes.values()))
 
     def lasting(self) -> Iterator[Executor]:
         """Every executor there is whose jobs outlive a driver: an earlier command may have used it."""
@@ -222,11 +219,6 @@ class Executors:
     def made(self) -> list[Executor]:
         """Those that were needed so far."""
         return list(self._made.values())
-
-
-def kind_of_executor(node: "Node", config: "RunConfig") -> str:
-    """The kind of the executor that runs a stage."""
-    return str(config.executor.entry(node).kind)
 
 
 def executor_class(kind: str) -> type[Executor]:

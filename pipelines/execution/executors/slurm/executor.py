@@ -81,7 +81,7 @@ class SlurmExecutor(Executor):
         strays = {
             id
             for name, jobs in unfinished.items()
-            if self.config.executor.entry(self.graph.nodes[name]).kind != self.kind
+            if self.entry(self.graph.nodes[name]).kind != self.kind
             for id in jobs.ids
         }
         scheduler.cancel(sorted(strays & live))
