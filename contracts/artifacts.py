@@ -7,6 +7,7 @@
 import gzip
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -36,13 +37,11 @@ class Artifact:
         Raises:
             UserError: nothing is published there, or the artifact has none of `schemas`.
         """
-        if not (path / MANIFEST).is_file():
-            why = "is not published (it has no manifest.json)" if path.exists() else "does not exist"
-            raise UserError(f"{path} {why}. Run the stage that makes it first.")
         try:
-            manifest = read_manifest((path / MANIFEST).read_bytes())
-        except ValueError as error:
-            raise UserError(f"{path / MANIFEST} is damaged: {error}. Delete {path} and run its stage again.") from error
+            manifest = _manifest_in(path)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            why = "is not published (it has no manifest.json)" if path.exists() else "does not exist"
+            raise UserError(f"{path} {why}. Run the stage that makes it first.") from error
         if schemas and manifest.schema not in schemas:
             wanted = " or ".join(f"{schema.name} v{schema.version}" for schema in schemas)
             found = f"{manifest.schema.name} v{manifest.schema.version}"
@@ -99,6 +98,19 @@ class Artifact:
             raise UserError(f"{path} is damaged: {error}. Delete {self.path} and run its stage again.") from error
 
 
+def _manifest_in(path: Path) -> Manifest:
+    """The manifest of a directory.
+
+    Raises:
+        FileNotFoundError: it has none.
+        UserError: it is damaged.
+    """
+    try:
+        return read_manifest((path / MANIFEST).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path / MANIFEST} is damaged: {error}. Delete {path} and run its stage again.") from error
+
+
 def artifact_of(path: Path) -> Artifact | None:
     """The artifact at `path`, or the one that contains it, if any."""
     for directory in [path, *path.parents]:
@@ -122,11 +134,16 @@ def is_published(target: Path, key: str) -> bool:
     Raises:
         UserError: it is not an artifact, or has another key.
     """
-    if not target.exists():
+    try:
+        if MANIFEST not in os.listdir(target):
+            raise NotADirectoryError
+        found = _manifest_in(target)
+    except FileNotFoundError:  # also where somebody sets it aside meanwhile
         return False
-    if not (target / MANIFEST).is_file():
-        raise UserError(f"output {target} exists and is not an artifact. Choose another output, or remove it.")
-    found = Artifact.open(target).manifest
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(
+            f"output {target} exists and is not an artifact. Choose another output, or remove it."
+        ) from error
     if found.key != key:
         raise UserError(
             f"output {target} was published by another run (stage {found.stage}, key {found.key[:12]}, this is "

@@ -4,12 +4,18 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # One thread per process, before anything imports torch: the tests share few cores, and results on a CPU depend on the
 # number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The same examples at every run: what is found by chance must not decide whether somebody else's change passes.
+# `--hypothesis-profile=default` looks for new ones.
+hypothesis.settings.register_profile("the same", derandomize=True)
+hypothesis.settings.load_profile("the same")
 
 ROOT = Path(__file__).parents[1]
 DURATIONS = ROOT / "tests" / "durations.json"

@@ -324,6 +324,23 @@ def test_two_writers_meet_at_the_end(first_one: str, digests: dict[str, str], tm
     assert set(outcomes) == {"publish", "refused"}
 
 
+def test_what_is_set_aside_before_any_system_call_of_a_writer_is_no_fault(
+    digests: dict[str, str], tmp_path: Path
+) -> None:
+    """A driver sets aside what another key has published while a writer looks at it: it is refused, or publishes."""
+    outcomes: Counter[str] = Counter()
+    for calls in range(12):
+        target = tmp_path / str(calls) / "out"
+        target.parent.mkdir()
+        assert Writer(target, "old").run() == "published"
+        writer = Writer(target, "new")
+        writer.go_on(calls)
+        os.rename(target, target.with_name("aside"))
+        outcomes[writer.run()[:7]] += 1
+        writer.kill()
+    assert set(outcomes) == {"publish", "refused"}
+
+
 class Store(RuleBasedStateMachine):
     """Up to three writers of two keys, crashes, and a driver that sets aside what another key has published."""
 
