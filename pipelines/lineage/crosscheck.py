@@ -4,41 +4,34 @@ Everything that was made from one artifact of rollouts is read beside it, one sh
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.jsonl import read_jsonl
-from contracts.records import EVALUATION, ExperienceRow, Pair, Rollout, Score
-from pipelines.lineage.links import Index, is_superseded, links_of
+from contracts.records import EVALUATION, EXPERIENCE, PAIRS, SCORES, ExperienceRow, Pair, Rollout, Schema, Score
+from pipelines.lineage.links import Index, is_superseded
 
-R = TypeVar("R", Pair, ExperienceRow)
-EVALUATED = "evaluation.json"
 METRICS = "metrics.jsonl"
 FIX = "Delete it: the next `pipeline run` writes it again."
 
 
-def disagreements(
-    rollouts: Artifact,
-    policy: str | None,
-    scores: list[Artifact],
-    pairs: list[Artifact],
-    experience: list[Artifact],
-) -> Iterator[str]:
+def disagreements(rollouts: Artifact, policy: str | None, derived: list[Artifact]) -> Iterator[str]:
     """Every way in which rows contradict each other, with the file that is wrong.
 
     Args:
         policy: fingerprint of the weights that sampled; None: unknown.
-        scores: made from these rollouts, with one shard for each of theirs.
-        pairs, experience: made from these rollouts, in their order.
+        derived: what was made from these rollouts: scores, with one shard for each of theirs; pairs and experience,
+            in their order.
 
     Raises:
         UserError: a line is no valid record, or a file is missing.
     """
     seen: set[str] = set()
-    unread: list[_Pairs | _Experience] = [*map(_Pairs, pairs), *map(_Experience, experience)]
+    scores = [artifact for artifact in derived if artifact.manifest.schema == SCORES]
+    readers = [_Reader(artifact) for artifact in derived if artifact.manifest.schema in COMPARISONS]
     for shard in rollouts.shards:
         rows: dict[str, Rollout] = {}
         for rollout in read_jsonl(shard, Rollout):
@@ -52,14 +45,17 @@ def disagreements(
             seen.add(rollout.prompt_id)
             rows[rollout.prompt_id] = rollout
         for artifact in scores:
-            if shard.name in {path.name for path in artifact.shards}:
+            if artifact.path / shard.name in artifact.shards:
                 yield from _scores_of(artifact.path / shard.name, rows)
             else:
                 yield f"{artifact.path}: it has no {shard.name}, unlike its rollouts {rollouts.path}"
-        for reader in unread:
+        for reader in readers:
             yield from reader.compare(rows)
-    for reader in unread:
-        yield from reader.rest(rollouts)
+    for reader in readers:
+        if (row := reader.next) is not None:
+            what = f"pair {row.pair_id}" if isinstance(row, Pair) else "a row"
+            place = f"which {rollouts.path} does not hold at that place"
+            yield f"{reader.path}: {what} is of prompt {row.prompt_id}, {place}"
 
 
 def _scores_of(shard: Path, rows: dict[str, Rollout]) -> Iterator[str]:
@@ -71,96 +67,71 @@ def _scores_of(shard: Path, rows: dict[str, Rollout]) -> Iterator[str]:
     seen: set[tuple[str, int]] = set()
     for score in read_jsonl(shard, Score):
         key = (score.prompt_id, score.sample)
+        place = f"{shard}: prompt {score.prompt_id}, sample {score.sample}"
         if key in seen:
-            yield f"{shard}: prompt {score.prompt_id}, sample {score.sample} is scored twice"
+            yield f"{place} is scored twice"
         elif key not in samples:
-            yield f"{shard}: prompt {score.prompt_id}, sample {score.sample} is scored, but was not sampled"
+            yield f"{place} is scored, but was not sampled"
         for numbers in (score.token_logprobs, score.token_values):
             if numbers is not None and len(numbers) != samples.get(key, len(numbers)):
-                place = f"{shard}: prompt {score.prompt_id}, sample {score.sample}"
                 yield f"{place} has {len(numbers)} numbers for {samples[key]} tokens"
         seen.add(key)
 
 
-class _Derived(Generic[R]):
-    """The rows of one artifact that was made from rollouts, read as far as these have been."""
-
-    kind: type[R]
+class _Reader:
+    """Reads the rows of pairs or experience as far as the rollouts that they were made from have been read."""
 
     def __init__(self, artifact: Artifact) -> None:
         self.path = artifact.shards[0] if artifact.shards else artifact.path
-        self._rows: Iterator[R] = artifact.rows(self.kind)
-        self._next: R | None = next(self._rows, None)
+        record_type, self._differences = COMPARISONS[artifact.manifest.schema]
+        self._rows = artifact.rows(record_type)
+        self.next = next(self._rows, None)
 
     def compare(self, rollouts: dict[str, Rollout]) -> Iterator[str]:
-        """Compare the rows of these rollouts with them."""
-        while self._next is not None and self._next.prompt_id in rollouts:
-            yield from self.differences(self._next, rollouts[self._next.prompt_id])
-            self._next = next(self._rows, None)
-
-    def rest(self, rollouts: Artifact) -> Iterator[str]:
-        """What is left after the last rollout."""
-        if self._next is not None:
-            yield (
-                f"{self.path}: {self.name(self._next)} is of prompt {self._next.prompt_id}, which {rollouts.path} does "
-                "not hold at that place"
-            )
-
-    def name(self, row: R) -> str:
-        """What to call a row."""
-        raise NotImplementedError
-
-    def differences(self, row: R, rollout: Rollout) -> Iterator[str]:
-        """How a row differs from what was sampled."""
-        raise NotImplementedError
+        """How the rows of these rollouts differ from them."""
+        while self.next is not None and (rollout := rollouts.get(self.next.prompt_id)) is not None:
+            yield from (f"{self.path}: {text}" for text in self._differences(self.next, rollout))
+            self.next = next(self._rows, None)
 
 
-class _Pairs(_Derived[Pair]):
-    kind = Pair
-
-    def name(self, row: Pair) -> str:
-        """By its id."""
-        return f"pair {row.pair_id}"
-
-    def differences(self, row: Pair, rollout: Rollout) -> Iterator[str]:
-        """In the ids of prompt and answers."""
-        where = f"{self.path}: pair {row.pair_id}"
-        if row.prompt_ids != rollout.prompt_ids:
-            yield f"{where} has other prompt_ids than the rollout of prompt {row.prompt_id}"
-        answers = {completion.sample: completion.response_ids for completion in rollout.completions}
-        sides = {"chosen": (row.chosen_sample, row.chosen_ids), "rejected": (row.rejected_sample, row.rejected_ids)}
-        for side, (sample, ids) in sides.items():
-            if answers.get(sample) != ids:
-                yield f"{where} has other {side}_ids than sample {sample} of prompt {row.prompt_id}"
+def _pair_differences(pair: Pair, rollout: Rollout) -> Iterator[str]:
+    """In the ids of prompt and answers."""
+    if pair.prompt_ids != rollout.prompt_ids:
+        yield f"pair {pair.pair_id} has other prompt_ids than the rollout of prompt {pair.prompt_id}"
+    answers = {completion.sample: completion.response_ids for completion in rollout.completions}
+    sides = {"chosen": (pair.chosen_sample, pair.chosen_ids), "rejected": (pair.rejected_sample, pair.rejected_ids)}
+    for side, (sample, ids) in sides.items():
+        if answers.get(sample) != ids:
+            yield f"pair {pair.pair_id} has other {side}_ids than sample {sample} of prompt {pair.prompt_id}"
 
 
-class _Experience(_Derived[ExperienceRow]):
-    kind = ExperienceRow
+def _experience_differences(row: ExperienceRow, rollout: Rollout) -> Iterator[str]:
+    """In the policy, the ids of prompt and answers, and the numbers of their tokens."""
+    prompt = f"prompt {row.prompt_id}"
+    if row.prompt_ids != rollout.prompt_ids:
+        yield f"{prompt} has other prompt_ids than its rollout"
+    if row.policy != rollout.policy:
+        yield f"{prompt} names the policy {row.policy[:12]}, but its rollout {rollout.policy[:12]}"
+    answers = {completion.sample: completion for completion in rollout.completions}
+    for sample in row.samples:
+        place = f"{prompt}, sample {sample.sample}"
+        answer = answers.get(sample.sample)
+        if answer is None or answer.response_ids != sample.response_ids:
+            yield f"{place} has other response_ids than its rollout"
+            continue
+        if answer.logprobs != sample.behaviour:
+            yield f"{place} has another `behaviour` than its rollout has logprobs"
+        for name in ("advantages", "reference", "values", "returns"):
+            numbers = getattr(sample, name)
+            if numbers is not None and len(numbers) != len(sample.response_ids):
+                yield f"{place} has {len(numbers)} {name} for {len(sample.response_ids)} tokens"
 
-    def name(self, row: ExperienceRow) -> str:
-        """By its place, as it has no id of its own."""
-        return "a row"
 
-    def differences(self, row: ExperienceRow, rollout: Rollout) -> Iterator[str]:
-        """In the policy, the ids of prompt and answers, and the numbers of their tokens."""
-        where = f"{self.path}: prompt {row.prompt_id}"
-        if row.prompt_ids != rollout.prompt_ids:
-            yield f"{where} has other prompt_ids than its rollout"
-        if row.policy != rollout.policy:
-            yield f"{where} names the policy {row.policy[:12]}, but its rollout {rollout.policy[:12]}"
-        answers = {completion.sample: completion for completion in rollout.completions}
-        for sample in row.samples:
-            answer = answers.get(sample.sample)
-            if answer is None or answer.response_ids != sample.response_ids:
-                yield f"{where}, sample {sample.sample} has other response_ids than its rollout"
-                continue
-            if answer.logprobs != sample.behaviour:
-                yield f"{where}, sample {sample.sample} has another `behaviour` than its rollout has logprobs"
-            for name in ("advantages", "reference", "values", "returns"):
-                numbers = getattr(sample, name)
-                if numbers is not None and len(numbers) != len(sample.response_ids):
-                    tokens = f"{len(numbers)} {name} for {len(sample.response_ids)} tokens"
-                    yield f"{where}, sample {sample.sample} has {tokens}"
+COMPARISONS: dict[Schema, tuple[type[Any], Callable[[Any, Rollout], Iterator[str]]]] = {
+    PAIRS: (Pair, _pair_differences),
+    EXPERIENCE: (ExperienceRow, _experience_differences),
+}
+"""What is made from rollouts row by row: the record's type, and how one can differ from its rollout."""
 
 
 def wrong_metrics(index: Index, artifacts: list[Artifact]) -> Iterator[str]:
@@ -169,8 +140,9 @@ def wrong_metrics(index: Index, artifacts: list[Artifact]) -> Iterator[str]:
     for artifact in artifacts:
         if artifact.manifest.schema == EVALUATION:
             metrics = artifact.manifest.facts.get("metrics", {})
-            if json.loads((artifact.path / EVALUATED).read_bytes()) != metrics:
-                yield f"{artifact.path / EVALUATED}: it differs from facts.metrics in the manifest"
+            file = artifact.path / "evaluation.json"
+            if json.loads(file.read_bytes()) != metrics:
+                yield f"{file}: it differs from facts.metrics in the manifest"
             if not is_superseded(index.name_of(artifact)):
                 evaluations[metrics.get("iteration")] = artifact
     path = index.path / METRICS
@@ -180,25 +152,18 @@ def wrong_metrics(index: Index, artifacts: list[Artifact]) -> Iterator[str]:
         yield f"{error} {FIX}"
         return
     for line in lines:
-        evaluation = evaluations.get(line.get("iteration"))
-        if evaluation is not None:
-            yield from _differences(index, path, line, evaluation)
-        else:
-            yield f"{path}: it has iteration {line.get('iteration')}, but no whole evaluation of it is there"
-
-
-def _differences(index: Index, path: Path, line: dict[str, Any], evaluation: Artifact) -> Iterator[str]:
-    place, metrics = f"{path}: iteration {line['iteration']}", evaluation.manifest.facts["metrics"]
-    for name in sorted({*line, *metrics} - {"policy"}):
-        if line.get(name) != metrics.get(name):
-            yield f"{place}: {name} is {line.get(name)}, but {metrics.get(name)} in {evaluation.path}. {FIX}"
-    judged = _policy_of(index, evaluation)
-    if judged and index.inner(str(line.get("policy"))) != index.inner(judged):
-        yield f"{place}: the policy is {line.get('policy')}, but {judged} in {evaluation.path}. {FIX}"
-
-
-def _policy_of(index: Index, evaluation: Artifact) -> str | None:
-    """The path of the policy that an evaluation judges, if both are known."""
-    rollouts = index.input_of(evaluation, "rollouts")
-    links = links_of(rollouts.artifact.manifest) if rollouts and rollouts.artifact else []
-    return next((link.path for link in links if link.name == "policy"), None)
+        iteration = line.get("iteration")
+        evaluation = evaluations.get(iteration)
+        if evaluation is None:
+            yield f"{path}: it has iteration {iteration}, but no whole evaluation of it is there"
+            continue
+        metrics = evaluation.manifest.facts["metrics"]
+        for name in sorted({*line, *metrics} - {"policy"}):
+            if line.get(name) != metrics.get(name):
+                text = f"{name} is {line.get(name)}, but {metrics.get(name)} in {evaluation.path}"
+                yield f"{path}: iteration {iteration}: {text}. {FIX}"
+        rollouts = index.input_of(evaluation, "rollouts")
+        judged = rollouts.artifact.manifest.input_paths.get("policy") if rollouts and rollouts.artifact else None
+        if judged and index.inner(str(line.get("policy"))) != index.inner(str(judged)):
+            text = f"the policy is {line.get('policy')}, but {judged} in {evaluation.path}"
+            yield f"{path}: iteration {iteration}: {text}. {FIX}"

@@ -18,7 +18,6 @@ from contracts.manifest import MANIFEST, Manifest
 from pipelines.run.decisions import SUPERSEDED
 
 RUN = "run.json"
-MADE_AGAIN = ".released"
 
 
 @dataclass(frozen=True)
@@ -111,28 +110,24 @@ class Index:
         """Read all manifests below `path`, which is a run's directory or holds artifacts that were made by hand."""
         self.path = path
         self.artifacts: dict[str, Artifact] = {}
+        """Those in superseded/ last."""
         self.damaged: dict[str, UserError] = {}
         """Names of the directories whose manifest cannot be read."""
-        for directory in _published(path):
-            name = directory.relative_to(path).as_posix()
+        self._by_digest: dict[str, Artifact] = {}
+        self._versions: dict[str, list[Artifact]] = {}
+        """What each stage has published: now, and under other keys."""
+        names = [directory.relative_to(path).as_posix() for directory in _published(path)]
+        for name in sorted(names, key=lambda name: (is_superseded(name), name)):
             try:
-                self.artifacts[name] = Artifact.open(directory)
+                artifact = self.artifacts[name] = Artifact.open(path / name)
             except UserError as error:
                 self.damaged[name] = error
-        self._names = {original_name(name) for name in self.artifacts} | self.artifacts.keys() | self.damaged.keys()
-        self._by_digest: dict[str, Artifact] = {}
-        for artifact in self.by_currency():
+                continue
             self._by_digest.setdefault(artifact.manifest.digest, artifact)
-        self._set_aside: dict[str, list[Artifact]] = {}
-        for name, artifact in self.artifacts.items():
-            if is_superseded(name):
-                self._set_aside.setdefault(original_name(name), []).append(artifact)
-        self._outside: dict[str, str] = {}
+            self._versions.setdefault(original_name(name), []).append(artifact)
+        self._names = self._versions.keys() | self.artifacts.keys() | self.damaged.keys()
+        self._outside: dict[Path, str] = {}
         self._roots = self._former_roots()
-
-    def by_currency(self) -> list[Artifact]:
-        """All artifacts, those in superseded/ last."""
-        return [self.artifacts[name] for name in sorted(self.artifacts, key=lambda name: (is_superseded(name), name))]
 
     def name_of(self, artifact: Artifact) -> str:
         """What to call an artifact: its place in the run, else its path."""
@@ -152,8 +147,7 @@ class Index:
             name, part = inner
             here = self.artifacts.get(name)
             now = part_digest(here.manifest, part) if here else None
-            matching = [item for item in self._versions(name) if part_digest(item.manifest, part) == link.digest]
-            if matching:
+            if matching := self._with_part(name, part, link.digest):
                 artifact = _version_read(matching, link)
                 if now == link.digest:
                     return Found("same", link, artifact.path / part, artifact, part, again=artifact is not here)
@@ -177,29 +171,21 @@ class Index:
     def _find_outside(self, link: Link, inner: tuple[str, str] | None) -> Found:
         """A link to what no stage of the run has made: a user's file, a model from elsewhere, another run."""
         # What lay in the run has to be in the run, not in a former directory of it that is still there.
-        places = [link.path] if inner is None else [str(self.path / inner[0] / inner[1])]
-        changed = None
-        for place in places:
-            if place.startswith("hf:") or Path(place).exists():
-                if place not in self._outside:
-                    self._outside[place] = input_digest(place)
-                now = self._outside[place]
-                artifact = Artifact.open(Path(place)) if (Path(place) / MANIFEST).is_file() else None
-                if now == link.digest:
-                    return Found("same", link, Path(place), artifact, inside=False)
-                changed = changed or Found("changed", link, Path(place), artifact, now=now, inside=False)
-        if changed:
-            return changed
-        return Found("gone", link, Path(places[0]), inside=inner is not None)
+        place = Path(link.path) if inner is None else self.path / inner[0] / inner[1]
+        if not link.path.startswith("hf:") and not place.exists():
+            return Found("gone", link, place, inside=inner is not None)
+        if place not in self._outside:
+            self._outside[place] = input_digest(link.path if inner is None else place)
+        now = self._outside[place]
+        artifact = Artifact.open(place) if (place / MANIFEST).is_file() else None
+        if now == link.digest:
+            return Found("same", link, place, artifact, inside=False)
+        return Found("changed", link, place, artifact, now=now, inside=False)
 
     def is_damaged(self, link: Link) -> bool:
         """Whether a link leads to a place of the run whose manifest cannot be read."""
         inner = self.inner(link.path)
         return inner is not None and inner[0] in self.damaged
-
-    def _versions(self, name: str) -> list[Artifact]:
-        """What a stage has published: now, and under other keys."""
-        return [*([self.artifacts[name]] if name in self.artifacts else []), *self._set_aside.get(name, [])]
 
     def inner(self, recorded: str) -> tuple[str, str] | None:
         """Name of the artifact, and the part of it, that a recorded path meant; None: it did not lie in the run."""
@@ -231,12 +217,13 @@ class Index:
                 for cut in range(path.is_absolute(), len(path.parts)):
                     root = Path(*path.parts[:cut])
                     split = None if root in roots else self._split(path.relative_to(root))
-                    if split and self._held_at(*split, link.digest):
+                    if split and self._with_part(*split, link.digest):
                         roots[root] = None
         return list(roots)
 
-    def _held_at(self, name: str, part: str, wanted: str) -> bool:
-        return any(part_digest(version.manifest, part) == wanted for version in self._versions(name))
+    def _with_part(self, name: str, part: str, wanted: str) -> list[Artifact]:
+        """What a stage has published, now and under other keys, that has this content in a part of it."""
+        return [found for found in self._versions.get(name, []) if part_digest(found.manifest, part) == wanted]
 
 
 def _version_read(versions: list[Artifact], link: Link) -> Artifact:
@@ -251,10 +238,8 @@ def is_superseded(name: str) -> bool:
 
 
 def original_name(name: str) -> str:
-    """The stage of an artifact: superseded/STAGE/KEY and, while STAGE is made again, .STAGE.released are of STAGE."""
+    """The stage of an artifact: superseded/STAGE/KEY is of STAGE."""
     path = Path(name)
-    if path.name.startswith(".") and path.name.endswith(MADE_AGAIN):
-        return path.with_name(path.name[1:].removesuffix(MADE_AGAIN)).as_posix()
     return path.relative_to(SUPERSEDED).parent.as_posix() if path.parts[:1] == (SUPERSEDED,) else name
 
 
@@ -264,5 +249,4 @@ def _published(path: Path) -> Iterator[Path]:
         if MANIFEST in files:
             subfolders.clear()
             yield Path(folder)
-        visible = [name for name in subfolders if not name.startswith(".") or name.endswith(MADE_AGAIN)]
-        subfolders[:] = sorted(name for name in visible if name != "logs")
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "logs"]

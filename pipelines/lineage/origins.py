@@ -276,7 +276,7 @@ def used_by(index: Index, artifact: Artifact) -> list[str]:
 
 def of_schema(index: Index, schema: Schema) -> list[Artifact]:
     """The artifacts that hold one kind of thing, those in superseded/ last."""
-    return [artifact for artifact in index.by_currency() if artifact.manifest.schema == schema]
+    return [artifact for artifact in index.artifacts.values() if artifact.manifest.schema == schema]
 
 
 def rows_of(index: Index, schema: Schema, kind: type[Any], prompt_id: str, unread: Unread) -> Iterator[OriginRow]:

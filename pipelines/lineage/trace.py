@@ -76,7 +76,7 @@ def _by_digest(indexes: list[Index], prefix: str) -> dict[str, Any] | None:
     found: list[tuple[Index, Artifact]] = []
     outside: dict[str, list[tuple[Link, str]]] = {}
     for index in indexes:
-        for artifact in index.by_currency():
+        for artifact in index.artifacts.values():
             manifest = artifact.manifest
             known = [manifest.digest, manifest.key, *([manifest.weights] if manifest.schema == CHECKPOINT else [])]
             if any(text and text.startswith(prefix) for text in known):

@@ -1,7 +1,6 @@
 """`pipeline verify`: whether all that a run has published is what its manifests say, and fits together."""
 
 import os
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +19,9 @@ from contracts.records import CHECKPOINT, EXPERIENCE, PAIRS, ROLLOUTS, SCORES
 from contracts.stage import stage_key
 from pipelines.lineage.crosscheck import disagreements, wrong_metrics
 from pipelines.lineage.links import RUN, Index, fingerprint_of, is_superseded, links_of, model_of, run_of
+from pipelines.run import gc
 from pipelines.run.directory import RunDirectory
+from pipelines.text import megabytes, plural
 
 DERIVED = (SCORES, PAIRS, EXPERIENCE)
 """What is made from rollouts, row for row."""
@@ -46,13 +47,10 @@ class Findings:
     def __str__(self) -> str:
         """`36 artifacts, 106 files, 2.8 MB, 997 rows checked: no problem`."""
 
-        def counted(count: int, thing: str) -> str:
-            return f"{count} {thing}{'s' * (count != 1)}"
-
-        what = f"{counted(self.artifacts, 'artifact')}, {counted(self.files, 'file')}, {self.bytes / 1e6:.1f} MB"
-        released = f"; {counted(self.released, 'file')} deleted by `pipeline gc`" if self.released else ""
-        found = counted(len(self.problems), "problem") if self.problems else "no problem"
-        return f"{what}, {counted(self.rows, 'row')} checked{released}: {found}"
+        what = f"{plural(self.artifacts, 'artifact')}, {plural(self.files, 'file')}, {megabytes(self.bytes)}"
+        released = f"; {plural(self.released, 'file')} deleted by `pipeline gc`" if self.released else ""
+        found = plural(len(self.problems), "problem") if self.problems else "no problem"
+        return f"{what}, {plural(self.rows, 'row')} checked{released}: {found}"
 
 
 def print_verification(console: Console, path: Path) -> None:
@@ -207,10 +205,9 @@ class _Verification:
                 rollouts = artifact if artifact.manifest.schema == ROLLOUTS else read.artifact if read else None
                 if rollouts is not None and self.is_readable(rollouts):
                     groups.setdefault(rollouts.path, (rollouts, []))[1].append(artifact)
-        for rollouts, made in groups.values():
-            derived = ([artifact for artifact in made if artifact.manifest.schema == schema] for schema in DERIVED)
+        for rollouts, derived in groups.values():
             policy = self.index.input_of(rollouts, "policy")
-            wrong = disagreements(rollouts, model_of(policy) if policy else None, *derived)
+            wrong = disagreements(rollouts, model_of(policy) if policy else None, derived)
             try:
                 self.findings.problems += islice(wrong, SHOWN)
                 if more := sum(1 for _ in wrong):
@@ -291,13 +288,8 @@ def unpublished(run: Path) -> Iterator[Path]:
 def leftovers(run: Path) -> list[str]:
     """What interrupted commands have left and nobody reads; not what the next attempt at a stage continues with."""
     found = [f"{path}: it was never finished" for path in sorted(run.glob("*.tmp"))]
-    for folder, subfolders, _ in os.walk(run):
-        for name in sorted(name for name in subfolders if name.startswith(".")):
-            stage = re.match(r"\.(.+)\.(partial-\w+|released)$", name)
-            if name.startswith(".trash-") or (stage and (Path(folder, stage[1]) / MANIFEST).exists()):
-                found.append(f"{Path(folder, name)}: an interrupted command left it; `pipeline gc` deletes it")
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and Path(folder, name) != run / "logs"]
-    return found
+    text = "an interrupted command left it; `pipeline gc` deletes it"
+    return found + [f"{path}: {text}" for path, _ in gc.leftovers(run) if path.is_dir()]
 
 
 def named(readers: list[str]) -> str:
