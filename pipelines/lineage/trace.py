@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from contracts.errors import UserError
 from contracts.records import CHECKPOINT
 from pipelines.lineage.ancestry import ancestry, around
 from pipelines.lineage.links import RUN, Index, Link, links_of, run_of
-from pipelines.lineage.origins import Unread, pair_origins, prompt_origins
+from pipelines.lineage.origins import Search
 from pipelines.lineage.view import show
 from pipelines.run.directory import RunDirectory
 from pipelines.text import relative
@@ -50,15 +49,14 @@ def trace(what: str, run: Path | None = None) -> dict[str, Any]:
             return {"what": what, "kind": "artifact", **ancestry(around(artifact.path), artifact)}
     runs = [RunDirectory.existing(run).path] if run else runs_here()
     indexes = [Index(path) for path in runs]
-    unread: Unread = []
-    searches: list[Callable[[], dict[str, Any] | None]] = [
-        lambda: _by_digest(indexes, what) if PREFIX.fullmatch(what) else None,
-        lambda: pair_origins(indexes, what, unread),
-        lambda: prompt_origins(indexes, what, unread),
-    ]
-    for search in searches:
-        if found := search():
-            return {"what": what, **found, "unread": list(dict.fromkeys(unread))}
+    if PREFIX.fullmatch(what) and (by_digest := _by_digest(indexes, what)):
+        return {"what": what, **by_digest, "unread": []}
+    unread: list[str] = []
+    searches = [Search(index, unread) for index in indexes]
+    for kind, search in (("pair", Search.pairs), ("prompt", Search.prompt)):
+        if found := [item for one in searches for item in search(one, what)]:
+            found_of = {"kind": kind, f"{kind}_id": what, "found": found}
+            return {"what": what, **found_of, "unread": list(dict.fromkeys(unread))}
     places = ", ".join(str(relative(path)) for path in runs) or "no run: there is none below ./runs"
     hint = " A run is traced by what it has published." if (Path(what) / RUN).exists() else ""
     gone = f" These could not be read: {', '.join(dict.fromkeys(unread))}." if unread else ""

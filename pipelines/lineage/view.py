@@ -144,7 +144,7 @@ def _pair(found: Data) -> Iterator[Tree | Text]:
             answer = pair[side]
             branch = tree.add(Text(f"{side}: {_answer(answer)}"))
             branch.add(Text(answer["text"]))
-            branch.add(Text(_scores(answer["scores"]) or "no scores are there any more"))
+            branch.add(Text(_scores(answer["scores"], "no scores are there any more")))
         difference = f"{pair['chosen']['label']:.6g} - {pair['rejected']['label']:.6g} = {pair['margin']:.6g}"
         tree.add(Text(f"margin by {pair['labels'] or 'an unknown scorer'}: {difference}  strategy {pair['strategy']}"))
         tree.add(Text(f"policy {_policy(policy)}, sampled in {pair['rollouts'] or 'rollouts that are gone'}"))
@@ -167,9 +167,8 @@ def _prompt(found: Data) -> Iterator[Tree | Text]:
             branch = tree.add(Text(f"{rollout['rollouts']}  policy {_policy(rollout['policy'])}"))
             for answer in rollout["answers"]:
                 brief = answer | {"sampling": None, "mean_logprob": None}
-                branch.add(
-                    Text(f"{_answer(brief)}; {_scores(answer['scores']) or 'no scores'}\n{_line(answer['text'])}")
-                )
+                first = answer["text"] if len(answer["text"]) <= 100 else f"{answer['text'][:100]}…"
+                branch.add(Text(f"{_answer(brief)}; {_scores(answer['scores'], 'no scores')}\n{first}"))
         for pair in known["pairs"]:
             chosen = f"sample {pair['chosen_sample']} over {pair['rejected_sample']}, margin {pair['margin']:.6g}"
             tree.add(Text(f"pair {pair['pair_id']}  in {pair['pairs']}  {chosen}"))
@@ -182,20 +181,18 @@ def _prompt(found: Data) -> Iterator[Tree | Text]:
 
 
 def _answer(answer: Data) -> str:
-    sampling = values_of(answer["sampling"] or {})
+    logprob = answer["mean_logprob"]
     parts = [
-        f"sample {answer['sample']}",
-        f"finish_reason {answer['finish_reason']}",
+        values_of({name: answer[name] for name in ("sample", "finish_reason")}),
         f"{answer['tokens']} tokens" if answer["tokens"] is not None else "",
-        f"seed {answer['seed']}" if answer["seed"] is not None else "",
-        sampling,
-        f"mean log-probability {answer['mean_logprob']:.4f}" if answer["mean_logprob"] is not None else "",
+        values_of({"seed": answer["seed"], **(answer["sampling"] or {})}),
+        f"mean log-probability {logprob:.4f}" if logprob is not None else "",
     ]
     return ", ".join(part for part in parts if part)
 
 
-def _scores(scores: Data) -> str:
-    return f"scores: {values_of(scores)}" if scores else ""
+def _scores(scores: Data, missing: str) -> str:
+    return f"scores: {values_of(scores)}" if scores else missing
 
 
 def _policy(policy: Data) -> str:
@@ -214,10 +211,6 @@ def values_of(data: Data) -> str:
     """`name value, name value`; what has no value is left out."""
     shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in data.items()}
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
-
-
-def _line(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _short(path: str) -> str:
