@@ -51,6 +51,9 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
             seconds["compute"] = time.perf_counter() - start
             total = math.fsum(score.score for score in scores)
             facts = {**scorer.facts, "counts": scorer.counts, "score_sum": total, **faults.facts()}
+            if scores:
+                speed = len(samples) / max(seconds["compute"], 1e-9)
+                context.report_shard(name, {"score_mean": total / len(scores), "samples_per_second": speed})
             context.publication.write_rows(name, scores, ledger, seconds=dict(seconds), facts=facts)
             seconds["load"] = 0.0
 

@@ -82,6 +82,8 @@ class Stage(Generic[C]):
     """Its name on the command line, `python -m PACKAGE COMMAND`; default: its name."""
     conversations: str | None = None
     """The config field with the path of the user's conversations, some of which preflight renders."""
+    step_log: str = ""
+    """The published file that has the metrics of every optimizer step, a JSON object a line; of trainings."""
     memory_fix: str = "Free memory, or take a smaller model."
     """The advice given when it does not fit into memory."""
 

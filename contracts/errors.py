@@ -6,6 +6,7 @@ import re
 
 from contracts.limits import limit_behind
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 UNUSABLE_PATH = (
     errno.EACCES,
     errno.EEXIST,
@@ -65,7 +66,7 @@ def as_user_error(error: Exception) -> UserError | None:
     if limit := limit_behind(error):
         return UserError(limit)
     code, path = system_code(error), getattr(error, "filename", None)
-    if code in (errno.ENOSPC, errno.EDQUOT):
+    if code in DISK_FULL:
         where = f" ({path})" if path else ""
         return UserError(
             f"the disk is full{where}: {os.strerror(code)}. Free some space; the same command continues, and what has "

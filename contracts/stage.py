@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -24,7 +24,7 @@ import msgspec
 
 from contracts import stopping, surroundings
 from contracts.artifacts import Artifact, input_damage, input_digest, is_published
-from contracts.attempt import ROLE, fail, report_progress, supervised
+from contracts.attempt import ROLE, fail, report_metrics, report_progress, supervised
 from contracts.config import Role, StageConfig, apply_overrides, describe, read_yaml, validate
 from contracts.declaration import Stage, load
 from contracts.errors import UserError
@@ -82,6 +82,15 @@ class Context:
         """Report progress to the supervisor; cheap enough for every step."""
         if self.rank == 0 or self.role is not None:
             report_progress(done, total, unit)
+
+    def report_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report the metrics of an optimizer step, counted from 1, before its state is saved."""
+        if self.rank == 0:
+            report_metrics("step", step, metrics)
+
+    def report_shard(self, name: str, metrics: Mapping[str, float]) -> None:
+        """Report the metrics of a shard that this process has made, before it is committed."""
+        report_metrics("shard", int(Path(name).stem.rpartition("-")[2]), metrics)
 
 
 def key_parts(
@@ -143,7 +152,7 @@ def main(stages: dict[str, Stage[Any]], package: str, argv: list[str] | None = N
 
 
 def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
-    """Publish what `config` describes, or or reuse what is published; None in processes that do not publish."""
+    """Publish what `config` describes, or reuse what is published; None in processes that do not publish."""
     start = time.perf_counter()
     parts = key_parts(config, installed_versions())
     source = source_version(stage.run.partition(".")[0])  # before it is loaded

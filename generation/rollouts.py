@@ -164,6 +164,14 @@ def shard_facts(rollouts: Sequence[Rollout]) -> dict[str, int]:
     }
 
 
+def shard_metrics(facts: dict[str, int], seconds: float) -> dict[str, float]:
+    """The metrics of one shard that was sampled in `seconds`; none where it has no answer."""
+    if not facts["completions"]:
+        return {}
+    means = {name: value for name, value in summary([facts]).items() if isinstance(value, float)}
+    return {**means, "tokens_per_second": facts["response_tokens"] / max(seconds, 1e-9)}
+
+
 def summary(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The stage's facts from those of its shards: counts, mean response length (tokens) and stop rate."""
     totals = {name: sum(facts[name] for facts in shards) for name in shards[0] if name != "failures"}

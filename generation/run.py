@@ -19,7 +19,7 @@ from contracts.workers import agree, share_shards
 from generation.config import GenerationConfig
 from generation.engine import EngineSettings, SamplingEngine, devices_per_replica, set_threads
 from generation.prompts import check_policy, prompt_ids, select_prompts
-from generation.rollouts import Shard, cut, default_shard_size, sample_shard, shard_facts, summary
+from generation.rollouts import Shard, cut, default_shard_size, sample_shard, shard_facts, shard_metrics, summary
 
 
 def run(config: GenerationConfig, context: Context) -> Outcome:
@@ -59,7 +59,9 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
                 sampled = time.perf_counter()
                 write_jsonl(context.publication.scratch(name), rows)
                 seconds = {**load, "compute": sampled - start, "save": time.perf_counter() - sampled}
-                facts = {**shard_facts(rows), **faults.facts(), "settled": engine_facts}
+                made = shard_facts(rows)
+                facts = {**made, **faults.facts(), "settled": engine_facts}
+                context.report_shard(name, shard_metrics(made, seconds["compute"]))
                 context.publication.commit(name, ledger, rows=len(rows), seconds=seconds, facts=facts)
                 load.clear()
 

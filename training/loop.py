@@ -192,6 +192,7 @@ def train(
             raise UserError(f"the algorithm's loss and its update both return a metric {min(taken)!r}. Rename one.")
         kept = {name: value for name, value in decided.items() if isinstance(value, float)}
         log.append({"step": step + 1, **sums, **kept, "learning_rate": rate, "grad_norm": norm})
+        context.report_step(step + 1, log[-1])
         context.progress(step + 1, total, "steps")
         if stop:
             _leave(engine, state, log)

@@ -127,7 +127,6 @@ class Driver:
                 continue
             if not self.lifecycle.retries.waits(node.name) and self.may_start(node):
                 self.reuse_or_start(node)
-        self.lifecycle.write_metrics()
 
     def may_start(self, node: Node) -> bool:
         """Whether the devices that a stage was given are free. A scheduler decides for itself, unless the user does."""
@@ -177,7 +176,6 @@ class Driver:
                     self.fail(running, ending)
                 continue
             outdated = self.lifecycle.finalize(node, running.key, running.attempt)
-            self.lifecycle.write_metrics()
             self.ran += 1
             self.again.pop(node.name, None)
             if self.published.issuperset(node.needs):  # no input is about to change after all

@@ -41,7 +41,6 @@ from pipelines.run.events import (
     StageReused,
     StageStarted,
 )
-from pipelines.run.metrics import write_metrics
 from pipelines.run.retention import Retention, may_be_released
 from pipelines.run.superseded import act_on, drop_partials, drop_replaced
 
@@ -55,7 +54,6 @@ class Lifecycle:
         self.config = config
         self.retries = Retries(config.executor.retries, config.executor.backoff_seconds)
         self.retention = Retention(run, graph, config.retention)
-        self._judged = False  # whether there are evaluations that the metrics may lack
 
     def decide(self, node: Node, again: str | None = None) -> Decision:
         """Decide about a stage whose inputs are published.
@@ -77,7 +75,6 @@ class Lifecycle:
             require_disk_space(node, self.graph, self.config)
             return
         self.run.record(StageReused(stage=node.name, reason=decision.reason, key=decision.key))
-        self.judged(node)
 
     def start(self, node: Node, decision: Decision, attempt: Path) -> None:
         """An attempt at a stage begins."""
@@ -116,7 +113,6 @@ class Lifecycle:
         seconds = round(max(0.0, time.time() - _begun(attempt)), 1)
         ledger = str(artifact.manifest.ledger)
         self.run.record(StagePublished(stage=node.name, key=key, seconds=seconds, ledger=ledger))
-        self.judged(node)
         return [] if drop_replaced(node, key, self.run.path) else self._invalidated(node)
 
     def _invalidated(self, node: Node) -> list[str]:
@@ -146,16 +142,6 @@ class Lifecycle:
         event = StageFailed(stage=node.name, attempt=attempt.name, kind=ending.kind, how=ending.how, retry_in=pause)
         self.run.record(event)
         return ending, pause
-
-    def write_metrics(self) -> None:
-        """Write metrics.jsonl where evaluations have come since."""
-        if self._judged:
-            write_metrics(self.run.path, self.graph)
-            self._judged = False
-
-    def judged(self, node: Node) -> None:
-        """A stage is published: if it is an evaluation, the metrics lack it."""
-        self._judged = self._judged or node.stage.name == "evaluation"
 
     def concerns_retention(self, node: Node) -> bool:
         """Whether something may go, now that a stage is published."""

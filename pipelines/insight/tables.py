@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from contracts.errors import UserError
-from contracts.jsonl import read_jsonl
+from contracts.points import METRICS
 from pipelines.graph import Graph
 from pipelines.run.metrics import COLUMNS, best_of, evaluations, is_further_scorer, judge_of
+from pipelines.run.points import evaluation_metrics
 from pipelines.text import relative
 
 
@@ -46,11 +47,9 @@ def print_comparison(console: Console, runs: list[Path], metric: str | None) -> 
     """
     rows: dict[Path, list[dict[str, Any]]] = {}
     for run in runs:
-        if not (run / "metrics.jsonl").is_file():
-            raise UserError(f"{run} has no metrics.jsonl: it is not a run, or has evaluated nothing yet.")
-        rows[run] = list(read_jsonl(run / "metrics.jsonl", dict))
+        rows[run] = evaluation_metrics(run)
         if not rows[run]:
-            raise UserError(f"{run / 'metrics.jsonl'} is empty. Continue the run with `pipeline run`.")
+            raise UserError(f"{run} has no evaluation in {METRICS}: it is not a run, or has evaluated nothing yet.")
     first = rows[runs[0]][0]
     metric = metric or judge_of(first)
     table = Table(title=f"{metric}, by iteration")
@@ -61,7 +60,7 @@ def print_comparison(console: Console, runs: list[Path], metric: str | None) -> 
         wrong = next((line for line in lines if not isinstance(line.get(metric, ""), int | float | None)), None)
         if wrong is not None:
             known = ", ".join(name for name, value in wrong.items() if isinstance(value, float)) or "none"
-            raise UserError(f"{run / 'metrics.jsonl'} has no metric {metric!r}. Known: {known}.")
+            raise UserError(f"{run / METRICS} has no metric eval/{metric}. Known: {known}.")
         table.add_row(run.name, *(_number(line[metric]) for line in lines))
     console.print(table)
 

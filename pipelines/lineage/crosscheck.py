@@ -11,10 +11,11 @@ from typing import Any
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.jsonl import read_jsonl
+from contracts.points import METRICS, Point
 from contracts.records import EVALUATION, EXPERIENCE, PAIRS, SCORES, ExperienceRow, Pair, Rollout, Schema, Score
 from pipelines.lineage.links import Index, is_superseded
+from pipelines.run.points import EVAL, is_evaluation, latest
 
-METRICS = "metrics.jsonl"
 FIX = "Delete it: the next `pipeline run` writes it again."
 
 
@@ -136,34 +137,34 @@ COMPARISONS: dict[Schema, tuple[type[Any], Callable[[Any, Rollout], Iterator[str
 
 def wrong_metrics(index: Index, artifacts: list[Artifact]) -> Iterator[str]:
     """Where evaluation.json or metrics.jsonl say something else than the manifests of the evaluations."""
-    evaluations: dict[Any, Artifact] = {}
+    evaluations: dict[str, Artifact] = {}
     for artifact in artifacts:
         if artifact.manifest.schema == EVALUATION:
-            metrics = artifact.manifest.facts.get("metrics", {})
             file = artifact.path / "evaluation.json"
-            if json.loads(file.read_bytes()) != metrics:
+            if json.loads(file.read_bytes()) != artifact.manifest.facts.get("metrics", {}):
                 yield f"{file}: it differs from facts.metrics in the manifest"
-            if not is_superseded(index.name_of(artifact)):
-                evaluations[metrics.get("iteration")] = artifact
+            if not is_superseded(name := index.name_of(artifact)):
+                evaluations[name] = artifact
     path = index.path / METRICS
     try:
-        lines = list(read_jsonl(path, dict)) if path.exists() else []
+        points = list(read_jsonl(path, Point)) if path.exists() else []
     except UserError as error:
         yield f"{error} {FIX}"
         return
-    for line in lines:
-        iteration = line.get("iteration")
-        evaluation = evaluations.get(iteration)
-        if evaluation is None:
-            yield f"{path}: it has iteration {iteration}, but no whole evaluation of it is there"
-            continue
-        metrics = evaluation.manifest.facts["metrics"]
-        for name in sorted({*line, *metrics} - {"policy"}):
-            if line.get(name) != metrics.get(name):
-                text = f"{name} is {line.get(name)}, but {metrics.get(name)} in {evaluation.path}"
-                yield f"{path}: iteration {iteration}: {text}. {FIX}"
-        rollouts = index.input_of(evaluation, "rollouts")
-        judged = rollouts.artifact.manifest.input_paths.get("policy") if rollouts and rollouts.artifact else None
-        if judged and index.inner(str(line.get("policy"))) != index.inner(str(judged)):
-            text = f"the policy is {line.get('policy')}, but {judged} in {evaluation.path}"
-            yield f"{path}: iteration {iteration}: {text}. {FIX}"
+    for name, own in latest(points).items():
+        evaluation = evaluations.get(name)
+        if evaluation is not None:
+            yield from _differences(path, own[-1], evaluation)
+        elif is_evaluation(own[-1]):
+            yield f"{path}: it has metrics of {name}, but no whole evaluation is there"
+
+
+def _differences(path: Path, point: Point, evaluation: Artifact) -> Iterator[str]:
+    metrics = evaluation.manifest.facts["metrics"]
+    if not evaluation.manifest.key.startswith(point.key):
+        yield f"{path}: its last metrics of {point.stage} are of the key {point.key}, not of {evaluation.path}. {FIX}"
+        return
+    for name, value in metrics.items():
+        if isinstance(value, int | float) and name != "iteration" and point.metrics.get(EVAL + name) != value:
+            found = point.metrics.get(EVAL + name)
+            yield f"{path}: {point.stage}: {EVAL}{name} is {found}, but {value} in {evaluation.path}. {FIX}"

@@ -5,9 +5,11 @@ the live table, `status`, reports, listeners. Readers never touch the run. A new
 words are in pipelines/insight/wording.py.
 """
 
+import contextlib
 import fcntl
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
@@ -220,24 +222,33 @@ class EventStream:
     def append(self, event: Event) -> None:
         """Record an event, also beside other machines that do."""
         event = msgspec.structs.replace(event, time=round(time.time(), 3))
-        line = msgspec.json.encode(event) + b"\n"
-        with self.path.open("a+b") as file:
-            while not try_lock(file, fcntl.LOCK_EX):
-                time.sleep(0.01)
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                self.drop_torn_line()  # one was killed while it wrote
-            file.write(line)
-            file.flush()
+        with appending(self.path) as file:
+            file.write(msgspec.json.encode(event) + b"\n")
 
     def drop_torn_line(self) -> None:
-        """Cut off the line that a killed process was writing, so that the next one starts on a line of its own."""
+        """Cut off the line that a killed process was writing, for whoever reads the file."""
         if self.path.exists():
-            content = self.path.read_bytes()
-            os.truncate(self.path, content.rfind(b"\n") + 1)
+            with appending(self.path):
+                pass
 
     def read(self) -> list[Event]:
         """All of them, in order."""
         return EventReader(self.path).news()
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[IO[bytes]]:
+    """A file of lines, to be appended to beside other machines that do; a line that a killed process was writing is
+    cut off first."""
+    with path.open("a+b") as file:
+        while not try_lock(file, fcntl.LOCK_EX):
+            time.sleep(0.01)
+        end = file.seek(0, os.SEEK_END)
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
+        yield file
+        file.flush()
 
 
 class EventReader:

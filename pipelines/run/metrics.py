@@ -1,11 +1,9 @@
 """Metrics of the iterations, derived from the published evaluations and from nothing else."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from contracts.artifacts import Artifact
-from contracts.files import write_atomically
 from contracts.manifest import MANIFEST
 from pipelines.graph import Graph, Node
 
@@ -36,12 +34,6 @@ def policy_of(evaluation: Node, graph: Graph) -> Path:
     sampler = graph.sampler(evaluation.path("rollouts"))
     assert sampler is not None
     return sampler.path("policy")
-
-
-def write_metrics(run: Path, graph: Graph) -> None:
-    """Write metrics.jsonl: one object per iteration, 0 being the initial policy."""
-    lines = [json.dumps({**metrics, "policy": str(policy)}) for policy, metrics in evaluations(graph)]
-    write_atomically(run / "metrics.jsonl", ("\n".join(lines) + "\n").encode())
 
 
 def judge_of(metrics: dict[str, Any]) -> str:

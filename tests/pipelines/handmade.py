@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import msgspec
 import yaml
 
 from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
@@ -16,6 +17,7 @@ from contracts.artifacts import Artifact, input_digest, model_fingerprint
 from contracts.config import Role, StageConfig
 from contracts.fingerprint import digest, weights_fingerprint
 from contracts.ledger import Ledger
+from contracts.points import METRICS, Point
 from contracts.prompts import PromptsConfig, prompt_id
 from contracts.publication import Publication
 from contracts.records import (
@@ -231,13 +233,18 @@ class HandmadeRun:
 
     def write_metrics(self) -> None:
         """Write metrics.jsonl as the driver does."""
-        lines = []
+        points = []
         for iteration in (0, 1, 2):
-            here = self.path / f"iteration-{iteration:03d}"
-            policy = here / "training" if iteration else self.model
-            metrics = Artifact.open(here / "evaluation").manifest.facts["metrics"]
-            lines.append(json.dumps({**metrics, "policy": str(policy)}) + "\n")
-        (self.path / "metrics.jsonl").write_text("".join(lines))
+            name = f"iteration-{iteration:03d}/evaluation"
+            manifest = Artifact.open(self.path / name).manifest
+            metrics = {f"eval/{name}": value for name, value in manifest.facts["metrics"].items() if value is not None}
+            del metrics["eval/iteration"]
+            point = Point(
+                point=iteration, time=1.0, stage=name, key=manifest.key[:12], unit="stage", number=0,
+                iteration=iteration, global_step=iteration, metrics=metrics,
+            )  # fmt: skip
+            points.append(msgspec.json.encode(point) + b"\n")
+        (self.path / METRICS).write_bytes(b"".join(points))
 
 
 def answer(chance: random.Random, sample: int) -> Completion:

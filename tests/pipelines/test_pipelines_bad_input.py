@@ -14,6 +14,7 @@ from contracts.ledger import Ledger
 from contracts.publication import Publication
 from contracts.records import CHECKPOINT
 from pipelines.config.load import load_run_config
+from pipelines.insight.listeners.metrics import listen
 from pipelines.iteration import build_graph
 from pipelines.main import main
 from pipelines.run.directory import RunDirectory, dated
@@ -46,7 +47,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         publication.publish(
             key_parts={}, inputs={}, input_paths={}, unit="rows", weights=None, versions={}, seconds={}, facts=facts
         )
-    (run.path / "metrics.jsonl").write_text('{"iteration": 0, "reward_mean": 0.5}\n')
+    collect = listen(run, build_graph(config, 1))
+    collect([])
     assert run._lock is not None
     run._lock.close()
     copy = here.with_name("copy of bad input")
@@ -134,7 +136,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("status nothere", "not the directory of a run"),
         ("status rules.py", "not the directory of a run"),
         ("status runs/smallest/iteration-001", "not the directory of a run"),
-        ("compare runs/smallest nothere", "nothere has no metrics.jsonl"),
+        ("compare runs/smallest nothere", "nothere has no evaluation in metrics.jsonl"),
         ("fork nothere --from-iteration 1", "not the directory of a run"),
         ("fork runs/smallest", "--from-iteration"),
         ("fork runs/smallest --from-iteration one", "invalid int value"),

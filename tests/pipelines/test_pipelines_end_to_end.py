@@ -14,6 +14,7 @@ from contracts.manifest import MANIFEST
 from contracts.records import PAIRS, PROMPTS, ROLLOUTS, Pair, Prompt, Rollout
 from pipelines.config.load import load_run_config
 from pipelines.iteration import build_graph
+from pipelines.run.points import evaluation_metrics, read_points
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -36,14 +37,30 @@ def test_no_pickle_is_in_the_run_directory(finished: Path) -> None:
     assert not [path for path in finished.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
 
 
-def test_metrics_have_one_row_per_policy(finished: Path) -> None:
-    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+def test_metrics_have_every_evaluation_step_shard_and_stage_once(finished: Path, shared_smallest: Path) -> None:
+    rows = evaluation_metrics(finished)
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     wanted = {"reward_mean", "reward_ci95", "gold_reward_mean", "win_rate", "kl", "response_length", "stop_rate"}
     assert all(wanted <= row.keys() for row in rows)
     assert (rows[0]["win_rate"], rows[0]["kl"]) == (0.5, 0.0)
     assert rows[2]["win_rate"] != 0.5
-    assert Path(rows[2]["policy"]) == finished / "iteration-002" / "training"
+    points = read_points(finished)
+    assert [point.point for point in points] == list(range(len(points)))
+    assert len({point.identity for point in points}) == len(points)
+    graph = build_graph(load_run_config(shared_smallest, []), 2)
+    expected = []
+    for node in graph.nodes.values():
+        expected.append((node.name, "stage", 0))
+        manifest = Artifact.open(node.output).manifest
+        expected += [(node.name, "step", step + 1) for step in range(manifest.facts.get("steps", 0))]
+        if node.workload in ("generation", "scoring"):
+            shards = [file for file in manifest.files if file.path.startswith("shard-")]
+            expected += [(node.name, "shard", number) for number in range(len(shards))]
+    assert sorted((point.stage, point.unit, point.number) for point in points) == sorted(expected)
+    steps = [point for point in points if any(name.startswith("train/") for name in point.metrics)]
+    assert [point.global_step for point in steps] == list(range(1, len(steps) + 1))
+    log = (finished / "iteration-002/training/training-log.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["loss"] == next(p for p in steps if p.iteration == 2).metrics["train/loss"]
 
 
 def test_every_count_adds_up_and_every_file_is_as_its_manifest_says(finished: Path, shared_smallest: Path) -> None:

@@ -1,6 +1,5 @@
 """A real iteration of PPO: every stage in its environment, forked off the finished run, whose past it shares."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ from pipelines_smallest import FinishedRun, pipeline
 
 from contracts.artifacts import Artifact
 from contracts.records import EXPERIENCE, ROLLOUTS, SCORES, ExperienceRow, Rollout, Score
+from pipelines.run.points import evaluation_metrics
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -33,7 +33,7 @@ def test_the_past_is_shared_and_the_stages_are_those_of_ppo(ppo: Path, finished_
     assert published == {
         "generation", "reward", "reference", "values", "experience", "training", "critic", "evaluation"
     }  # fmt: skip
-    rows = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
+    rows = evaluation_metrics(ppo)
     assert [row["iteration"] for row in rows] == [0, 1]
     assert rows[1]["kl"] != 0
 

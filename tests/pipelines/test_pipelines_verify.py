@@ -152,7 +152,7 @@ def replace_by_pipe(path: Path) -> None:
 TAMPERINGS: dict[str, tuple[Tampering, str]] = {
     "missing evaluation": (
         lambda run: delete(run.path / "iteration-002/evaluation"),
-        "metrics.jsonl: it has iteration 2, but no whole evaluation",
+        "metrics.jsonl: it has metrics of iteration-002/evaluation, but no whole evaluation",
     ),
     "missing manifest": (
         lambda run: delete(run.path / "iteration-002/training" / MANIFEST),
@@ -219,15 +219,15 @@ TAMPERINGS: dict[str, tuple[Tampering, str]] = {
         "judge/model.safetensors is cut off or damaged",
     ),
     "metrics": (
-        lambda run: replace(run.path / "metrics.jsonl", '"kl": null', '"kl": 0.1'),
-        "metrics.jsonl: iteration 0: kl is 0.1, but None in ",
+        lambda run: replace(run.path / "metrics.jsonl", '"eval/reward_mean":', '"eval/reward_mean":1'),
+        "metrics.jsonl: iteration-000/evaluation: eval/reward_mean is ",
     ),
-    "metrics of another policy": (
-        lambda run: replace(run.path / "metrics.jsonl", "iteration-001/training", "iteration-002/training"),
-        "metrics.jsonl: iteration 1: the policy is ",
+    "metrics of another evaluation": (
+        lambda run: replace(run.path / "metrics.jsonl", '"key":"', '"key":"f'),
+        "metrics.jsonl: its last metrics of iteration-000/evaluation are of the key f",
     ),
     "torn metrics": (
-        lambda run: (run.path / "metrics.jsonl").write_text('{"iteration": 0'),
+        lambda run: (run.path / "metrics.jsonl").write_text('{"point": 0'),
         "metrics.jsonl, line 1",
     ),
 }

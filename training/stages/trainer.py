@@ -26,6 +26,7 @@ class Training(Stage[T]):
     launch: str | None = "training.launch:launch"
     is_worker_node: str | None = "training.launch:is_worker_node"
     preflight: str | None = "training.preflight:check_training"
+    step_log: str = "training-log.jsonl"
     memory_fix: str = (
         "Lower micro_batch_tokens, set gradient_checkpointing=true, or spread the training over more devices with "
         "parallel.dp=N parallel.zero=3 (each with its section's name in front)."

@@ -157,7 +157,7 @@ def on_rename(faults: Faults, source: Path, target: Path) -> None:
     elif faults.who == "supervisor" and target.name == "exit.json":
         faults.point("exit", source, str(target.parent.parent).rpartition("/logs/")[2])
     elif faults.who == "driver":
-        names = {"run.json": "claim", "config.resolved.yaml": "claim", "metrics.jsonl": "metrics"}
+        names = {"run.json": "claim", "config.resolved.yaml": "claim"}
         names |= {"request.json": "request", "stage.yaml": "request"}
         if target.name in names:
             faults.point(names[target.name], source)
@@ -263,6 +263,27 @@ def rundir(faults: Faults, module: ModuleType) -> None:
     module.RunDirectory.record = new_record
 
 
+def points(faults: Faults, module: ModuleType) -> None:
+    """pipelines.run.points"""
+    record = module.PointStream.record
+
+    @functools.wraps(record)
+    def new_record(self: Any, points: Any) -> None:
+        points = list(points)
+        fault = faults.due("metrics", None) if points else None
+        if fault is not None and faults.take(fault, self.path):
+            if fault["action"] == "torn":
+                with self.path.open("ab") as file:
+                    file.write(
+                        b"\0" * 40 if fault["zeros"] else b'{"point":0,"time":1234567890.123,"sta'[: fault["id"]]
+                    )
+                fault = {**fault, "share": 1.0}
+            faults.strike(fault, self.path)
+        record(self, points)
+
+    module.PointStream.record = new_record
+
+
 def executors(faults: Faults, module: ModuleType) -> None:
     """pipelines.execution.executors.local"""
     submit = module.LocalExecutor.submit
@@ -282,6 +303,7 @@ PATCHES = {
     "contracts.stage": stage,
     "training.state": state,
     "pipelines.run.directory": rundir,
+    "pipelines.run.points": points,
     "pipelines.execution.executors.local": executors,
 }
 

@@ -199,11 +199,8 @@ def finalize(task: SlurmTask, entry: Entry) -> int:
 
 
 def _published(here: Here, decision: Decision) -> int:
-    if decision.reuse:
-        here.lifecycle.judged(here.node)
-    else:
+    if not decision.reuse:
         here.lifecycle.finalize(here.node, decision.key, here.attempt)
-    here.lifecycle.write_metrics()
     return 0
 
 

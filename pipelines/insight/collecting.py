@@ -1,0 +1,185 @@
+"""Collects what stages report, and what they publish, into the run's metrics.jsonl.
+
+Names of metrics come in groups, so that they can be read by people who see hundreds of them:
+
+    train/        each optimizer step of the policy; of other trainings: sft/, reward-model/, critic/
+    eval/         the evaluations (eval/reward_mean), and the stages that answer and score held-out prompts
+    data/         what was sampled, scored, chosen and dropped
+    system/       seconds, rows and tokens per second of each stage
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from contracts.artifacts import Artifact
+from contracts.manifest import MANIFEST, Manifest
+from contracts.points import REPORTS, Point, Report, decode_reports
+from pipelines.execution.attempts import decision_of
+from pipelines.graph import Graph, Node, name_of
+from pipelines.run.directory import RunDirectory
+from pipelines.run.points import PointStream
+
+KEY = 12
+"""Characters of the stage key that a point has."""
+SPEED = "_per_second"
+
+
+class Collector:
+    """Collects the points of a run's stages. All that it knows is on the disk, so anybody can go on at any time."""
+
+    def __init__(self, run: RunDirectory, graph: Graph) -> None:
+        self._run = run
+        self._graph = graph
+        self._stream = PointStream(run.path)
+        self._read: dict[Path, int] = {}
+        self._steps: dict[int, int] = {}
+        self._after_training: dict[str, bool] = {}
+
+    def collect(self, stage: str) -> None:
+        """Record what the attempts at a stage have reported since the last call."""
+        self._stream.record(list(self._reported(self._graph.nodes[stage])))
+
+    def finish(self, stage: str) -> None:
+        """Record what a stage has reported and, if it has, published."""
+        node = self._graph.nodes[stage]
+        if not (node.output / MANIFEST).is_file():
+            self.collect(stage)
+            return
+        manifest = Artifact.open(node.output).manifest
+        if (stage, manifest.key[:KEY], "stage", 0) in self._stream.known:
+            return
+        points = list(self._reported(node))
+        if node.stage.step_log:
+            points += self._logged(node, manifest.key)
+        time = (node.output / MANIFEST).stat().st_mtime
+        summary = Report("stage", 0, round(time, 3), {})
+        self._stream.record([*points, self._point(node, manifest.key, summary, dict(_published(node, manifest)))])
+
+    def _reported(self, node: Node) -> Iterator[Point]:
+        for attempt in self._run.attempts(node.name):
+            for file in sorted(attempt.rglob(REPORTS)):
+                size = file.stat().st_size
+                begin = self._read.get(file, 0)
+                if size <= begin:
+                    continue
+                with file.open("rb") as content:
+                    content.seek(begin)
+                    new = content.read()
+                whole = new[: new.rfind(b"\n") + 1]
+                self._read[file] = begin + len(whole)
+                decision = decision_of(attempt)
+                if decision is None:  # the logs were damaged
+                    continue
+                for report in decode_reports(whole):
+                    yield self._point(node, decision.key, report, _renamed(node, report.metrics))
+
+    def _logged(self, node: Node, key: str) -> Iterator[Point]:
+        """The steps in a published log: the same that were reported, unless the logs of an attempt were lost."""
+        time = (node.output / MANIFEST).stat().st_mtime
+        log = node.output / node.stage.step_log
+        for line in log.read_bytes().splitlines() if log.exists() else ():  # `verify` tells of a lost one
+            metrics = msgspec.json.decode(line, type=dict[str, float])
+            yield self._point(
+                node, key, Report("step", int(metrics["step"]), round(time, 3), metrics), _renamed(node, metrics)
+            )
+
+    def _point(self, node: Node, key: str, report: Report, metrics: Mapping[str, float]) -> Point:
+        done = self._done(node)
+        is_step_of_policy = report.unit == "step" and group_of(node) == "train"
+        if group_of(node) == "train" and report.unit == "stage":
+            done = self._done_by(node.iteration or 0)
+        return Point(
+            point=0,
+            time=report.time,
+            stage=node.name,
+            key=key[:KEY],
+            unit=report.unit,
+            number=report.number,
+            iteration=node.iteration or 0,
+            global_step=done + report.number if is_step_of_policy else done,
+            metrics=dict(metrics),
+        )
+
+    def _done(self, node: Node) -> int:
+        """Optimizer steps of the policy before a stage works."""
+        if node.iteration is None:
+            return 0
+        return self._done_by(node.iteration if self._follows_training(node) else node.iteration - 1)
+
+    def _done_by(self, iteration: int) -> int:
+        """Optimizer steps of the policy until the end of an iteration's training."""
+        if iteration < 1:
+            return 0
+        if iteration not in self._steps:
+            training = self._graph.nodes.get(name_of(iteration, "training"))
+            if training is None or not (training.output / MANIFEST).is_file():
+                return self._done_by(iteration - 1)
+            own = int(Artifact.open(training.output).manifest.facts.get("steps", 0))
+            self._steps[iteration] = self._done_by(iteration - 1) + own
+        return self._steps[iteration]
+
+    def _follows_training(self, node: Node) -> bool:
+        """Whether a stage comes after its iteration's training."""
+        if node.name not in self._after_training:
+            training = name_of(node.iteration, "training")
+            self._after_training[node.name] = any(
+                name == training or self._follows_training(needed)
+                for name in node.needs
+                if (needed := self._graph.nodes[name]).iteration == node.iteration
+            )
+        return self._after_training[node.name]
+
+
+def group_of(node: Node) -> str:
+    """The group of a stage's metrics."""
+    role = _short(node.role)
+    if node.workload == "training":
+        return "train" if role == "training" else role
+    if role == "evaluation":
+        return "eval"
+    return f"eval/{role.removeprefix('heldout/')}" if role.startswith("heldout/") else f"data/{role}"
+
+
+def _short(role: str) -> str:
+    return role.removeprefix("setup/").removesuffix("/training")
+
+
+def _renamed(node: Node, metrics: Mapping[str, float]) -> dict[str, float]:
+    system = f"system/{node.role}"
+    return {
+        f"{system if name.endswith(SPEED) else group_of(node)}/{name}": value
+        for name, value in metrics.items()
+        if name != "step"
+    }
+
+
+def _published(node: Node, manifest: Manifest) -> Iterator[tuple[str, float]]:
+    """The metrics of a whole stage, from its manifest."""
+    group, system = group_of(node), f"system/{node.role}"
+    for name, value in manifest.facts.get("metrics", {}).items():
+        if _is_number(value) and name != "iteration":
+            yield f"{group}/{name}", value
+    if node.workload == "training":
+        for name, value in manifest.facts.get("final", {}).items():
+            if name.startswith("held_out_"):
+                yield f"{group}/{name}", value
+    else:
+        for name, value in manifest.facts.items():
+            if _is_number(value) and not name.endswith("_id"):
+                yield f"{group}/{name}", value
+    rows = f"data/{_short(node.role)}" if node.workload == "training" or group == "eval" else group
+    yield f"{rows}/kept_{manifest.ledger.unit}", manifest.ledger.kept
+    for reason, count in manifest.ledger.dropped.items():
+        yield f"{rows}/dropped_{reason}", count
+    for name, value in manifest.seconds.items():
+        yield f"{system}/{name}_seconds", value
+    tokens = manifest.facts.get("response_tokens", manifest.facts.get("tokens"))
+    if tokens and manifest.seconds.get("compute"):
+        yield f"{system}/tokens{SPEED}", tokens / manifest.seconds["compute"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

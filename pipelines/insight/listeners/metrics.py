@@ -1,0 +1,44 @@
+"""Keeps metrics.jsonl up to date, while stages run and when they have published."""
+
+import time
+
+from contracts.errors import DISK_FULL
+from pipelines.execution.listeners import Listen
+from pipelines.graph import Graph
+from pipelines.insight.collecting import Collector
+from pipelines.run.directory import RunDirectory
+from pipelines.run.events import Event, StageFailed, StagePublished, StageReused, StageStarted
+
+SECONDS = 1.0
+"""How often running stages are asked."""
+
+
+def listen(run: RunDirectory, graph: Graph) -> Listen:
+    """Collect what earlier commands have left, and then what comes."""
+    collector = Collector(run, graph)
+    running: set[str] = set()
+    ended = dict.fromkeys(graph.nodes)  # in order
+    asked = -SECONDS
+
+    def collect_metrics(events: list[Event]) -> None:
+        nonlocal asked
+        for event in events:
+            match event:
+                case StageStarted(stage=stage):
+                    running.add(stage)
+                case StagePublished(stage=stage) | StageReused(stage=stage) | StageFailed(stage=stage):
+                    running.discard(stage)
+                    ended[stage] = None
+        try:
+            for stage in list(ended):
+                collector.finish(stage)
+                del ended[stage]
+            if running and time.monotonic() - asked > SECONDS:
+                asked = time.monotonic()
+                for stage in running:
+                    collector.collect(stage)
+        except OSError as error:
+            if error.errno not in DISK_FULL:  # the next call tries again
+                raise
+
+    return collect_metrics
