@@ -5,10 +5,15 @@ input     a path to an artifact or a model: its content's digest, not its name, 
 runtime   where and how fast: devices, batch shapes that do not change results, output paths. Not in the key.
 """
 
+import argparse
+import ast
 import difflib
+import inspect
 import itertools
 import json
 import reprlib
+import textwrap
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
@@ -65,7 +70,7 @@ class Section(BaseModel):
     """Base of every configuration model. A subclass with an unclassified field cannot be defined."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, defer_build=True
     )
 
     roles: ClassVar[dict[str, Role]] = {}
@@ -132,12 +137,38 @@ class StageConfig(Section):
 def describe(model: type[BaseModel]) -> str:
     """A configuration's first line and its keys with their meaning and default, required ones first, for --help."""
     lines = [(model.__doc__ or model.__name__).strip().splitlines()[0]]  # `python -OO` drops docstrings
+    meanings = _docstrings(model)
     for key, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
         default = field.get_default(call_default_factory=True)
         shown = "" if isinstance(default, BaseModel) or default == {} else f" (default {default})"
-        meaning = " ".join((field.description or "").split())
+        meaning = " ".join(meanings.get(key, "").split())
         lines.append(f"  {key:<22} {meaning}{' (required)' if field.is_required() else shown}")
     return "\n".join(lines)
+
+
+def _docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """The text below each field, from the source: read when it is to be shown, since every process defines configs."""
+    found: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if issubclass(base, BaseModel) and base is not BaseModel:
+            (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            assert isinstance(body, ast.ClassDef)
+            for field, text in itertools.pairwise(body.body):
+                match field, text:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
+                        found[name] = said
+    return found
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose --help ends with the text that `keys` returns, which is made only for that."""
+
+    keys: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        """The help text."""
+        self.epilog = self.keys() if self.keys else None
+        return super().format_help()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ The same command line serves a person, a bash script and the driver:
 import argparse
 import contextlib
 import faulthandler
+import functools
 import gc
 import json
 import os
@@ -25,7 +26,7 @@ import msgspec
 from contracts import stopping, surroundings
 from contracts.artifacts import Artifact, input_damage, input_digest, is_published
 from contracts.attempt import ROLE, fail, report_metrics, report_progress, supervised
-from contracts.config import Role, StageConfig, apply_overrides, describe, read_yaml, validate
+from contracts.config import Parser, Role, StageConfig, apply_overrides, describe, read_yaml, validate
 from contracts.declaration import Stage, load
 from contracts.errors import UserError
 from contracts.fingerprint import digest
@@ -266,11 +267,8 @@ class InputCheck:
 
 
 def _parse(stages: dict[str, Stage[Any]], package: str, argv: list[str]) -> tuple[Stage[Any], StageConfig]:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {package}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_describe(stages, argv[0] if argv else None),
-    )
+    parser = Parser(prog=f"python -m {package}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.keys = functools.partial(_describe, stages, argv[0] if argv else None)
     only = next(iter(stages)) if len(stages) == 1 else None
     if only is not None and argv[:1] == [only]:  # `python -m contracts prompts ...` and `python -m generation ...`
         argv = argv[1:]

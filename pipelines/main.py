@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from contracts.config import describe, validate
+from contracts.config import Parser, describe, validate
 from contracts.errors import UserError, as_user_error
 from contracts.preflight import refuse
 from contracts.stage import require_space
@@ -90,21 +90,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="pipeline", description="Iterative online RLHF.")
+    parser = Parser(prog="pipeline", description="Iterative online RLHF.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser(
         "run",
         help="run a configuration, or continue it",
-        epilog="\n\n".join(
-            [
-                describe(RunConfig),
-                f"executor: {describe(ExecutorSection)}",
-                f"executor.resources, and each entry of executor.stages: {describe(ResourcesSection)}",
-            ]
-        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    run.keys = describe_run
     run.add_argument("config", help="the run's YAML file, or the name of a recipe (pipeline recipes)")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like generation.k=8")
     run.add_argument("--iters", type=int, default=None, help="iterations to have in the end")
@@ -181,6 +175,17 @@ def make_parser() -> argparse.ArgumentParser:
     # Mounted by `main` before this parser is asked; here for --help.
     commands.add_parser("env", help="build and list the stages' environments")
     return parser
+
+
+def describe_run() -> str:
+    """The keys of a run's configuration."""
+    return "\n\n".join(
+        [
+            describe(RunConfig),
+            f"executor: {describe(ExecutorSection)}",
+            f"executor.resources, and each entry of executor.stages: {describe(ResourcesSection)}",
+        ]
+    )
 
 
 def run_command(options: argparse.Namespace) -> int:

@@ -1,11 +1,11 @@
-"""Models named by a Hub id: downloaded once, then a directory like any other."""
+"""Models named by a Hub id: downloaded once, then a directory like any other.
+
+The Hub's library is loaded where a model is on the Hub: it takes longer to load than all of this command.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from contracts.errors import UserError
 from pipelines.config.run import RunConfig
@@ -47,6 +47,9 @@ def cached(reference: str) -> str:
     """
     if not reference.startswith("hf:"):
         return reference
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
     name, revision = name_and_revision(reference)
     try:
         directory = snapshot_download(name, revision=revision, allow_patterns=MODEL_PATTERNS, local_files_only=True)
@@ -65,6 +68,9 @@ def fetch(reference: str) -> str:
     """
     if not reference.startswith("hf:"):
         return reference
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     name, revision = name_and_revision(reference)
     try:
         return snapshot_download(name, revision=revision, allow_patterns=MODEL_PATTERNS)

@@ -6,9 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-
 from contracts.fingerprint import MODEL_FILES
 from contracts.model_size import Size, is_head, size_by
 from pipelines.planning.hub import name_and_revision
@@ -52,6 +49,9 @@ def config_file(model: Path) -> Path | None:
     """The config.json of a model directory, or of hf:ORG/NAME[@REVISION] in the local cache; None if not there."""
     if not str(model).startswith("hf:"):
         return model / "config.json"
+    from huggingface_hub import try_to_load_from_cache  # only here: it takes long to load
+    from huggingface_hub.errors import HFValidationError
+
     name, revision = name_and_revision(model)
     try:
         found = try_to_load_from_cache(name, "config.json", revision=revision)
