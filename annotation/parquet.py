@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 from contracts.records import Message, Pair, Rollout
 
 ROWS_PER_GROUP = 10_000
-_IDS = pa.list_(pa.int32())
+IDS = pa.list_(pa.int32())
 _COLUMNS = {
     "pair_id": pa.string(),
     "prompt_id": pa.string(),
     "prompt": pa.string(),
-    "prompt_ids": _IDS,
-    "chosen_ids": _IDS,
-    "rejected_ids": _IDS,
+    "prompt_ids": IDS,
+    "chosen_ids": IDS,
+    "rejected_ids": IDS,
     "chosen": pa.string(),
     "rejected": pa.string(),
     "chosen_sample": pa.int32(),
@@ -43,10 +43,16 @@ TOOLS, TAGS = "tools", "tags"
 
 def schema_of(further: Collection[str]) -> pa.Schema:
     """The columns of pairs in which `further` occurs: fields of messages, the tools, or the tags."""
-    turn = {name: pa.string() for name in ("role", "content", *(name for name in FURTHER if name in further))}
     tools = {TOOLS: pa.string()} if TOOLS in further else {}
     tags = {TAGS: pa.list_(pa.string())} if TAGS in further else {}
-    return pa.schema({**_COLUMNS, "messages": pa.list_(pa.struct(turn)), **tools, **tags})
+    return pa.schema({**_COLUMNS, "messages": pa.list_(turn_of(further)), **tools, **tags})
+
+
+def turn_of(further: Collection[str]) -> pa.StructType:
+    """One turn of a conversation."""
+    return pa.struct(
+        {name: pa.string() for name in ("role", "content", *(name for name in FURTHER if name in further))}
+    )
 
 
 def further_of(rollout: Rollout) -> set[str]:
@@ -66,7 +72,7 @@ class PairsParquet:
     def add(self, pairs: Iterable[Pair]) -> None:
         """Append pairs."""
         for pair in pairs:
-            self._rows.append(_plain(msgspec.to_builtins(pair)))
+            self._rows.append(plain(msgspec.to_builtins(pair)))
             if len(self._rows) == ROWS_PER_GROUP:
                 self._flush(ROWS_PER_GROUP)
 
@@ -87,8 +93,8 @@ class PairsParquet:
         self._writer.close()
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose lists of objects are their JSON text."""
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of pairs or rollouts whose lists of objects are their JSON text."""
     for holder, name in ((row, TOOLS), *((turn, "tool_calls") for turn in row["messages"])):
         if name in holder:
             holder[name] = json.dumps(holder[name], ensure_ascii=False)

@@ -25,6 +25,7 @@ from pipelines.execution.attempts import StageFailedError
 from pipelines.execution.driver import Driver
 from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph
+from pipelines.hub.command import add_push
 from pipelines.insight.display import Display, Screen
 from pipelines.insight.listeners import listeners_of
 from pipelines.insight.status import jobs_elsewhere, print_status
@@ -167,6 +168,7 @@ def make_parser() -> argparse.ArgumentParser:
     check.set_defaults(command=verify_command)
 
     add_doctor(commands)
+    add_push(commands)
 
     child = commands.add_parser("recipes", help="the recipes that come with Ratchet, or the text of one")
     child.add_argument("name", nargs="?", help="print this one: pipeline recipes smollm2 > mine.yaml")

@@ -17,6 +17,7 @@ from pipelines.config.sections import (
     CriticSection,
     EnvironmentsSection,
     HardwareSection,
+    HubSection,
     PromptsSection,
     RetentionSection,
     RewardModelSection,
@@ -88,6 +89,8 @@ class RunConfig(Section):
     """Where stages run (`kind`: local, slurm or inline), and how many at once (`parallel`)."""
     retention: RetentionSection = runtime(RetentionSection())
     """Whose weights stay on the disk (`keep`: all, best or "last N"), and whether rows are compressed (`compress`)."""
+    hub: HubSection | None = runtime(None)
+    """Where on the Hugging Face Hub it is pushed to after every iteration (`model`, `pairs`, `rollouts`: ORG/NAME)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -122,6 +125,11 @@ class RunConfig(Section):
             self._check_samples(description)
         elif self.generation.k < 2:
             raise ValueError(f"generation.k is {self.generation.k}; pairs need at least 2 answers per prompt.")
+        if self.hub is not None and self.hub.pairs is not None and description.reads == "samples":
+            raise ValueError(
+                f"hub.pairs is {self.hub.pairs}, but training.algorithm={self.training.algorithm} makes no pairs. "
+                "Remove it; hub.rollouts pushes the answers with their scores."
+            )
         uses_world = any(str(value).startswith("world:") for value in leaves(self.model_dump()))
         if uses_world and self.world is None:
             raise ValueError("a path starts with world:, but there is no section `world`. Add one (`world: {}`).")

@@ -1,9 +1,9 @@
 """Sections of a run's configuration that are no stage's own settings."""
 
 import re
-from typing import Any
+from typing import Any, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from annotation.config import PairsSettings
 from contracts.config import Section, identity, runtime
@@ -77,6 +77,41 @@ class RetentionSection(Section):
         if not isinstance(value, str) or not re.fullmatch("all|best|last [1-9][0-9]*", value):
             raise ValueError('it must be all, best, or "last N" with a number from 1 on, for example "last 3".')
         return value
+
+
+HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
+
+
+class HubSection(Section):
+    """What is pushed to the Hugging Face Hub after every iteration, and where to. A repo that is not there is made."""
+
+    model: str | None = runtime(None)
+    """Repo (ORG/NAME) for the checkpoints: a commit and a tag iteration-N for each iteration."""
+    pairs: str | None = runtime(None)
+    """Data set (ORG/NAME) for the preference pairs: a split iteration_N for each iteration."""
+    rollouts: str | None = runtime(None)
+    """Data set (ORG/NAME) for all answers with their scores: a split iteration_N for each iteration."""
+    report: bool = runtime(True)
+    """Push the run's report, at the end, beside the first of these."""
+    private: bool = runtime(True)
+    """Whether the repos that are made are private."""
+    patience_seconds: float = runtime(600.0, ge=0)
+    """How long a push is tried again, while the Hub is out of reach or overloaded, before that is told."""
+    wait_seconds: float = runtime(600.0, ge=0)
+    """How long a finished run waits for what is still being pushed."""
+
+    @field_validator("model", "pairs", "rollouts")
+    @classmethod
+    def _check_id(cls, value: str | None) -> str | None:
+        if value is not None and (not HUB_ID.fullmatch(value) or value.endswith((".git", "-", "."))):
+            raise ValueError(f"{value!r} is no name of a repo on the Hub. Write it ORG/NAME, for example alice/mine.")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pairs is not None and self.pairs == self.rollouts:
+            raise ValueError(f"pairs and rollouts are both {self.pairs}; each needs a repo of its own.")
+        return self
 
 
 class HardwareSection(Section):

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 from pipelines.run.events import (
     Event,
+    HubPushed,
+    HubPushFailed,
     JobEnded,
     JobRequeued,
     JobRestarted,
@@ -57,6 +59,10 @@ def live_line(event: Event) -> str | None:
             return f"warning: {event.what} failed, and the run goes on: {event.error}"
         case ListenerFailed():
             return f"warning: the listener {event.listener} failed and is told no more; the run goes on: {event.error}"
+        case HubPushed():
+            return f"pushed {event.what} to {event.repo}"
+        case HubPushFailed():
+            return f"warning: {event.what} is not on the Hub, and the run goes on: {event.error}"
         case _:
             return None
 
@@ -101,5 +107,7 @@ def _notable(event: Event) -> str | None:
             return f"cancelled by {event.by} with `pipeline cancel`"
         case ListenerFailed():
             return f"the listener {event.listener} failed: {event.error}"
+        case HubPushFailed():
+            return f"{event.what} could not be pushed: {event.error}"
         case _:
             return None

@@ -185,6 +185,25 @@ class RetentionFailed(Event, frozen=True, tag="retention failed"):
     error: str
 
 
+class HubPushed(Event, frozen=True, tag="pushed"):
+    """Something is on the Hub, and the same as here."""
+
+    repo: str
+    kind: Literal["model", "dataset"]
+    what: str
+    """The tag (iteration-3), or "report"."""
+    commit: str
+
+
+class HubPushFailed(Event, frozen=True, tag="push failed"):
+    """Something could not be pushed; the run goes on. Told once as long as nothing changes."""
+
+    repo: str
+    kind: Literal["model", "dataset"]
+    what: str
+    error: str
+
+
 class Collected(Event, frozen=True, tag="gc"):
     """`pipeline gc` has deleted or compressed something."""
 
@@ -209,6 +228,7 @@ AnyEvent: TypeAlias = (
     RunStarted | RunEnding | RunEnded | RunCancelled | OrphanEnded | StageReused | StageSubmitted | StageStarted
     | StageWaits | StagePublished | StageFailed | StageInvalidated | SourceChanged | JobEnded | JobRequeued
     | JobRestarted | WeightsReleased | RowsCompressed | RetentionHeld | RetentionFailed | Collected | ListenerFailed
+    | HubPushed | HubPushFailed
 )  # fmt: skip
 _DECODER: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 

@@ -1,0 +1,1 @@
+"""What a run pushes to the Hugging Face Hub."""

@@ -1,0 +1,249 @@
+"""The cards (README.md) of what is pushed, written from the manifests. They hold no path of this machine, no time."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from contracts import yaml_text
+from contracts.artifacts import Artifact
+from contracts.manifest import Manifest
+from pipelines.graph import name_of
+from pipelines.hub.story import Story
+from pipelines.run.metrics import COLUMNS, is_further_scorer
+from pipelines.text import plural
+
+IN_CACHE = re.compile(r"/(?:models|datasets)--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(?:/|$)")
+"""Where the Hub's client keeps what it has downloaded."""
+LIMITS = """\
+- The figures are those of the scorers above on held-out prompts. The score `reward` is also what the policy was trained
+  to raise: it can rise without the answers getting better. Read answers before you believe it.
+- Nothing here says how the model answers to other prompts than those, in other languages, or whether it is safe.
+- The figures have no variance over seeds: they are of this one run. Intervals (± 95 %) are over prompts.
+"""
+
+
+def checkpoint_card(story: Story, repo: str, iteration: int, manifest: Manifest) -> str:
+    """The card of a checkpoint."""
+    config = manifest.key_parts["config"]
+    base, sources = _name(story.config.policy), _sources(story)
+    algorithm = config.get("algorithm", "sft")
+    meta: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if is_on_hub(story.config.policy):
+        meta["base_model"] = base.partition("@")[0]
+    data = [name.removeprefix("hf:") for name in sources.values() if name.startswith("hf:")]
+    data = [re.split("[:@]", name)[0] for name in data] + [name for name in (story.section.pairs,) if name]
+    if data:
+        meta["datasets"] = sorted(set(data))
+    meta["tags"] = ["ratchet", "rlhf", algorithm]
+    kind = "The initial policy" if iteration == 0 else f"The policy after iteration {iteration}"
+    lines = [
+        f"# {story.name}, iteration {iteration}",
+        f"{kind} of the run `{story.name}`: iterative online RLHF with Ratchet, by the algorithm `{algorithm}`. "
+        "Every iteration has a tag.",
+        _code(f"""\
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            model = AutoModelForCausalLM.from_pretrained("{repo}", revision="iteration-{iteration}")
+            tokenizer = AutoTokenizer.from_pretrained("{repo}", revision="iteration-{iteration}")"""),
+        "## Where it comes from",
+        _list(_parents(story, iteration, base, sources)),
+        "## How it was trained",
+        _table(("setting", "value"), _settings(config)),
+        *_figures(story, iteration),
+        *_dropped(story, iteration),
+        "## Limits",
+        LIMITS.rstrip(),
+        "## Provenance",
+        _list(
+            [
+                f"stage key `{manifest.key}`, content `{manifest.digest}`, weights `{manifest.weights}`",
+                f"libraries: {_versions(manifest)}",
+                "all of it: `provenance.json`; each step of the training: `training-log.jsonl`",
+            ]
+        ),
+    ]
+    return _card(meta, lines)
+
+
+def pairs_card(story: Story, repo: str, iteration: int) -> str:
+    """The card of the preference pairs, as far as an iteration."""
+    about = (
+        "preference pairs: two answers of the policy to a prompt, the better one `chosen`, with both scores and the "
+        "tokens. Each iteration's pairs are answers of the policy before it."
+    )
+    found = [(number, story.published(name_of(number, "pairs"))) for number in range(iteration + 1)]
+    ready = [(number, pairs) for number, pairs in found if pairs is not None]
+    names = ("margin_mean", "chosen_score_mean", "rejected_score_mean", "chosen_tokens_mean", "rejected_tokens_mean")
+    rows = [
+        (
+            f"iteration_{number}",
+            f"{pairs.manifest.rows:,}",
+            *(_number(pairs.manifest.facts.get(name)) for name in names),
+        )
+        for number, pairs in ready
+    ]
+    titles = ("split", "pairs", "margin", "chosen score", "rejected score", "chosen tokens", "rejected tokens")
+    settings = ready[-1][1].manifest.key_parts["config"]
+    how = ["## How they were chosen", _table(("setting", "value"), _settings(settings))]
+    return _data_card(story, repo, iteration, about, [number for number, _ in ready], _table(titles, rows), how)
+
+
+def rollouts_card(story: Story, repo: str, iteration: int) -> str:
+    """The card of the rollouts, as far as an iteration."""
+    about = (
+        "all answers that the policy gave to the training prompts: a row is a prompt with its answers "
+        "(`completions`), their tokens and log-probabilities under the policy that sampled them, and their `scores`: "
+        "of each scorer one number for each answer."
+    )
+    found = [(number, story.published(name_of(number, "generation"))) for number in range(iteration + 1)]
+    ready = [(number, rollouts) for number, rollouts in found if rollouts is not None]
+    names = ("completions", "response_tokens", "response_length", "stop_rate")
+    rows = [_split(number, rollouts, names) for number, rollouts in ready]
+    titles = ("split", "prompts", "answers", "tokens", "tokens per answer", "share that ended by itself")
+    settings = ready[-1][1].manifest.key_parts["config"]
+    how = ["## How they were sampled", _table(("setting", "value"), _settings(settings))]
+    return _data_card(story, repo, iteration, about, [number for number, _ in ready], _table(titles, rows), how)
+
+
+def _split(number: int, artifact: Artifact, names: Iterable[str]) -> tuple[str, ...]:
+    """A line of the table of splits."""
+    facts = (_number(artifact.manifest.facts.get(name)) for name in names)
+    return f"iteration_{number}", f"{artifact.manifest.rows:,}", *facts
+
+
+def _data_card(
+    story: Story, repo: str, iteration: int, about: str, splits: list[int], rows: str, how: list[str]
+) -> str:
+    files = [{"split": f"iteration_{number}", "path": f"data/iteration_{number}.parquet"} for number in splits]
+    tags = ["ratchet", "rlhf", *(["preference"] if "preference" in about else [])]
+    meta = {"configs": [{"config_name": "default", "data_files": files}], "tags": tags}
+    base, sources = _name(story.config.policy), _sources(story)
+    model = [f"the checkpoints: `{story.section.model}`, with the same tags"] if story.section.model else []
+    lines = [
+        f"# {repo.partition('/')[2]}",
+        f"Of the run `{story.name}` (iterative online RLHF with Ratchet): {about}",
+        _code(f"""\
+            from datasets import load_dataset
+
+            rows = load_dataset("{repo}", split="iteration_{splits[-1]}")"""),
+        "## Splits",
+        rows,
+        "## Where they come from",
+        _list([f"initial policy: {_shown(base)}", *(f"{n}: {_shown(s)}" for n, s in sources.items()), *model]),
+        *how,
+        *_figures(story, iteration),
+        *_dropped(story, iteration),
+        "## Limits",
+        "- The answers are a model's, unread by people: they may be wrong, offensive or nonsense.\n"
+        "- The scores are those of the scorers named above, with all their mistakes; no person has judged.\n"
+        "- What holds of the prompts (licence, personal data) holds of this data set.",
+        "## Provenance",
+        "Of every split `provenance/` has the keys, digests, settings and library versions.",
+    ]
+    return _card(meta, lines)
+
+
+def is_on_hub(model: str) -> bool:
+    """Whether a model or data set was taken from the Hub."""
+    return model.startswith("hf:") or IN_CACHE.search(model) is not None
+
+
+def _name(model: str) -> str:
+    """What a model or data set is called where this machine is not known."""
+    if found := IN_CACHE.search(model):
+        return f"{found[1]}/{found[2]}@{found[3]}"
+    if model.startswith(("hf:", "world:")):
+        return model.removeprefix("hf:")
+    return f"{Path(model).name} (a local path)"
+
+
+def _sources(story: Story) -> dict[str, str]:
+    """Where the prompts and demonstrations come from; those of the Hub begin with hf:."""
+    config = story.config
+    prompts = config.prompts
+    found = {"training prompts": str(prompts.train.source), "held-out prompts": str(prompts.heldout.source)}
+    if config.sft is not None:
+        found["demonstrations"] = str(config.sft.demonstrations)
+    if config.reward_model is not None:
+        found["prompts of the reward model"] = str(config.reward_model.prompts.source)
+    return {name: source if source.startswith("hf:") else _name(source) for name, source in found.items()}
+
+
+def _shown(name: str) -> str:
+    name = name.removeprefix("hf:")
+    return f"{name.removeprefix('world:')} of the toy task" if name.startswith("world:") else f"`{name}`"
+
+
+def _parents(story: Story, iteration: int, base: str, sources: dict[str, str]) -> Iterator[str]:
+    config = story.config
+    if iteration:
+        before = "the initial policy" if iteration == 1 or config.start == "initial" else f"`iteration-{iteration - 1}`"
+        yield f"trained from {before}, towards the reference `{config.reference}`"
+    made = " (fine-tuned on demonstrations first)" if config.sft is not None else ""
+    yield f"initial policy: {_shown(base)}{made}"
+    for name, source in sources.items():
+        yield f"{name}: {_shown(source)}"
+    for name, scorer in config.scorers.items():
+        judge = _shown(_name(str(scorer.model))) if scorer.model else f"`{scorer.function}`" if scorer.function else ""
+        own = config.reward_model is not None and name == "reward"
+        yield f"scorer `{name}` ({scorer.kind}): {'trained in this run' if own else judge}"
+
+
+def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in sorted(config.items()):
+        if value not in (None, [], {}):
+            yield name, f"`{json.dumps(value)}`"
+
+
+def _figures(story: Story, iteration: int) -> list[str]:
+    """The table of held-out figures, by iteration."""
+    rows = list(story.metrics(iteration))
+    known = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    known += sorted({name for row in rows for name in row if is_further_scorer(name)})
+    titles = ("iteration", *(COLUMNS.get(name, name.removesuffix("_mean")) for name in known))
+    table = _table(titles, [(str(row["iteration"]), *(_number(row.get(name)) for name in known)) for row in rows])
+    return ["## Figures on held-out prompts", table]
+
+
+def _dropped(story: Story, iteration: int) -> list[str]:
+    """What every stage of an iteration kept, and what it dropped and why."""
+    stages = [*story.setup(), *((f"iteration {iteration}: {name}", a) for name, a in story.stages(iteration))]
+    return ["## What was dropped", _table(("stage", "in", "kept", "dropped"), (_row(*stage) for stage in stages))]
+
+
+def _row(name: str, artifact: Artifact) -> tuple[str, str, str, str]:
+    ledger = artifact.manifest.ledger
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.dropped.items())) or "nothing"
+    return name, plural(ledger.rows_in, ledger.unit.removesuffix("s")), f"{ledger.kept:,}", dropped
+
+
+def _versions(manifest: Manifest) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(manifest.key_parts["versions"].items()))
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _card(meta: dict[str, Any], parts: list[str]) -> str:
+    text = "\n\n".join(parts)
+    return f"---\n{yaml_text.dump(meta)}---\n\n{text}\n"
+
+
+def _list(items: Iterable[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(titles), *(list(row) for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _code(text: str) -> str:
+    lines = [line[12:] if line.startswith(" " * 12) else line for line in text.splitlines()]
+    return "```python\n" + "\n".join(lines) + "\n```"

@@ -1,0 +1,86 @@
+"""`pipeline push RUN [hub.model=ORG/NAME ...]`: push by hand what is published and not on the Hub yet."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from contracts.config import apply_overrides, validate
+from contracts.errors import UserError
+from pipelines.config.sections import HubSection
+from pipelines.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from pipelines.hub.push import Pushed
+
+FAILED = 1
+
+
+def add_push(commands: Any) -> None:
+    """Add the command to the parser of `pipeline`."""
+    push = commands.add_parser("push", help="push what a run has published to the Hugging Face Hub")
+    push.add_argument("run", type=Path, help="the run's directory")
+    push.add_argument("overrides", nargs="*", metavar="hub.key=value", help="instead of what the run's `hub` says")
+    push.add_argument("--iteration", type=int, metavar="N", help="this iteration alone; 0: the initial policy")
+    push.add_argument("--dry-run", action="store_true", help="say what would be pushed; change nothing")
+    push.add_argument("--json", action="store_true", help="print one JSON list")
+    push.set_defaults(command=push_command)
+
+
+def push_command(options: argparse.Namespace) -> int:
+    """Print what is on the Hub now, or would be pushed; 0, or 2 and 1 where something failed for good or for now."""
+    from pipelines.hub.push import Pusher  # with the library of the Hub, which no other command waits for
+
+    run = RunDirectory.existing(options.run)
+    pusher = Pusher(run, section_of(run, options.overrides))
+    found: list[Pushed] = []
+
+    def tell(news: "Pushed") -> None:
+        found.append(news)
+        if not options.json:
+            print(line_of(news), flush=True)
+
+    if options.dry_run:
+        for news in pusher.plan(only=options.iteration):
+            tell(news)
+    else:
+        with pusher.alone():
+            for news in pusher.push(only=options.iteration):
+                tell(news)
+            if options.iteration is None and run.holder() is None:
+                for news in pusher.report():
+                    tell(news)
+    if options.json:
+        print(json.dumps([news.as_data() for news in found], indent=1))
+    elif not found:
+        print(f"{options.run} has nothing to push yet: an iteration is pushed when its policy is judged.")
+    failed = [news for news in found if news.state == "failed"]
+    return max((UserError.exit_code if news.lasts else FAILED for news in failed), default=0)
+
+
+def section_of(run: RunDirectory, overrides: list[str]) -> HubSection:
+    """Where a run is pushed to.
+
+    Raises:
+        UserError: nobody says it, or says it wrongly.
+    """
+    if other := [text for text in overrides if not text.startswith("hub.")]:
+        raise UserError(f"{other[0]}: only keys of the section `hub` can be set here, such as hub.model=ORG/NAME.")
+    section = run.config.hub
+    said = {"hub": section.model_dump(exclude_unset=True) if section is not None else {}}
+    found = validate(HubSection, apply_overrides(said, overrides)["hub"], "pipeline push")
+    if not (found.model or found.pairs or found.rollouts):
+        raise UserError(
+            f"{run.path} says nowhere where on the Hub it is to go. Give hub.model=ORG/NAME (and hub.pairs, "
+            "hub.rollouts) here, or in its configuration."
+        )
+    return found
+
+
+def line_of(news: "Pushed") -> str:
+    """One line for a person."""
+    place = f"{news.what} of the {'model' if news.kind == 'model' else 'data set'} {news.repo}"
+    if news.state == "failed":
+        return f"FAILED           {place}: {news.error}"
+    commit = f"  ({news.commit[:12]})" if news.commit else ""
+    return f"{news.state:<16} {place}{commit}"

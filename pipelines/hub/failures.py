@@ -1,0 +1,130 @@
+"""What goes wrong between here and the Hub: what is tried again, after which pause, and what it is called."""
+
+import errno
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TypeVar
+
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from contracts.errors import UserError, as_user_error, is_transient, system_code
+from contracts.secrets import TOKEN
+from pipelines.hub.parcels import DamagedError
+from pipelines.hub.remote import RefusedError
+
+T = TypeVar("T")
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+TRY_AGAIN = (408, 409, 412, 425, 429)
+"""Statuses of requests that may be answered otherwise later; 412 is a stale parent: another commit came in between."""
+FIXES = {
+    401: "The Hub refuses the token. Give a valid one (HF_TOKEN, or `hf auth login`), then `pipeline push`.",
+    403: "The token may not write there. Give one that may (HF_TOKEN, or `hf auth login`), then `pipeline push`.",
+    404: "Check its name, and that the token may see it.",
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why something is not on the Hub."""
+
+    text: str
+    lasts: bool
+    """Whether it stays so until somebody does something."""
+    pause: float = 0.0
+    """Seconds that the Hub asks to wait."""
+
+
+class PushError(Exception):
+    """Something could not be pushed, in spite of all tries."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.text)
+        self.failure = failure
+
+
+def persistently(action: Callable[[], T], repo: str, patience: float) -> T:
+    """Do something that can be repeated, until it is done.
+
+    Args:
+        action: looks first at what is there already.
+        patience: seconds to try it again in, while it may still succeed.
+
+    Raises:
+        PushError: it failed for good, or the patience has run out.
+    """
+    start, pause = time.monotonic(), FIRST_PAUSE
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            failure = failure_of(error, repo)
+            wait = max(failure.pause, pause * random.uniform(0.5, 1.0))
+            if failure.lasts or time.monotonic() + wait - start > patience:
+                raise PushError(failure) from error
+        time.sleep(wait)
+        pause = min(LONGEST_PAUSE, 2 * pause)
+
+
+def failure_of(error: Exception, repo: str) -> Failure:
+    """What an exception means.
+
+    Raises:
+        Exception: the error itself, where it is a bug.
+    """
+    chain = list(_causes(error))
+    for found in chain:
+        if isinstance(found, RefusedError | DamagedError | UserError):
+            return Failure(str(found), lasts=True)
+        if isinstance(found, FileNotFoundError) and found.filename and not isinstance(found, HfHubHTTPError):
+            text = f"{found.filename} is not there any more: it was deleted before it could be pushed."
+            return Failure(text, lasts=True)
+        if isinstance(found, OfflineModeIsEnabled):
+            return Failure("HF_HUB_OFFLINE is set, so nothing is pushed. Unset it, then `pipeline push`.", lasts=True)
+        if system_code(found) in (errno.ENOSPC, errno.EDQUOT) and (full := as_user_error(found)) is not None:
+            return Failure(str(full), lasts=True)
+        if isinstance(found, HfHubHTTPError) and found.response is not None:
+            return _refusal(found, repo)
+    for found in chain:
+        if is_transient(found) or type(found).__module__.partition(".")[0] in ("httpx", "httpx2"):
+            text = f"{repo}: the Hub could not be reached: {_said(found)}. `pipeline push` tries it again."
+            return Failure(text, lasts=False)
+    raise error
+
+
+def _refusal(error: HfHubHTTPError, repo: str) -> Failure:
+    status = error.response.status_code
+    if status in TRY_AGAIN or status >= 500:
+        text = f"{repo}: the Hub answers {status}: {_said(error)}. `pipeline push` tries it again."
+        return Failure(text, lasts=False, pause=_asked_pause(error))
+    if status == 404 and not isinstance(error, RepositoryNotFoundError):
+        return Failure(f"{repo}: the Hub answers {status}: {_said(error)}.", lasts=False)  # it went meanwhile
+    fix = FIXES.get(status, "")
+    return Failure(f"{repo}: the Hub answers {status}: {_said(error)}. {fix}".rstrip(), lasts=True)
+
+
+def _asked_pause(error: HfHubHTTPError) -> float:
+    """Seconds by the header Retry-After: a number, or a date."""
+    asked = error.response.headers.get("retry-after", "")
+    if re.fullmatch(r"\d+(\.\d+)?", asked):
+        return float(asked)
+    try:
+        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _causes(error: BaseException | None) -> Iterator[Exception]:
+    """An error and what has led to it, the library's own words first."""
+    while isinstance(error, Exception):
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _said(error: Exception) -> str:
+    """What an error says in one line, without tokens and without what signs an address."""
+    said = getattr(error, "server_message", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
+    return re.sub(r"\?\S+", "?...", TOKEN.sub("(hidden)", said)).rstrip(". ")

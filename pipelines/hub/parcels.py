@@ -1,0 +1,191 @@
+"""What a run has for the Hub: one parcel for each iteration and repo, which becomes one commit and one tag there.
+
+A parcel is a function of what is published, of nothing that changes with time or place: pushed again, from whatever
+copy of the run, it is the same.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from contracts.artifacts import Artifact
+from contracts.fingerprint import file_sha256
+from pipelines.config.sections import HubSection
+from pipelines.graph import name_of
+from pipelines.hub.cards import checkpoint_card, pairs_card, rollouts_card
+from pipelines.hub.parquet import write_rollouts
+from pipelines.hub.story import Story
+from pipelines.run.directory import RunDirectory
+from pipelines.run.events import Event, HubPushed
+
+Kind = Literal["model", "dataset"]
+README = "README.md"
+REPORT = "report"
+REPORT_FILES = ("report.html", "report.md")
+INITIAL = "setup/sft"
+"""The stage that makes the initial policy, where a run makes its own."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file of a commit."""
+
+    path: str
+    """Where it is in the repo."""
+    content: Path | bytes
+    sha256: str = ""
+    """What its content must have, where a manifest says so."""
+
+    def git_oid(self) -> str:
+        """What git calls its content."""
+        data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+    def checked_sha256(self) -> str:
+        """The sha256 of what is there now.
+
+        Raises:
+            DamagedError: it is not what was published.
+        """
+        if isinstance(self.content, bytes):
+            return hashlib.sha256(self.content).hexdigest()
+        found = file_sha256(self.content)
+        if self.sha256 not in ("", found):
+            raise DamagedError(
+                f"{self.content} differs from its manifest (sha256 {found[:12]}, was {self.sha256[:12]}), so it was "
+                f"not pushed. Delete {self.content.parent} and run the same command again, which makes it anew."
+            )
+        return found
+
+
+class DamagedError(Exception):
+    """What was published is not there, or not what it was."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """The files of a parcel."""
+
+    items: tuple[Item, ...]
+    """Those by which it is recognised on the Hub."""
+    card: str
+    """The repo's README.md from this iteration on."""
+    obsolete: tuple[str, ...] = ()
+    """Files of the iteration before that are none of this one's."""
+    make: Callable[[Path], list[Item]] = lambda scratch: []
+    """Writes, into an empty directory, the further files, which are made only to be pushed."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What is pushed of one iteration to one repo."""
+
+    repo: str
+    kind: Kind
+    iteration: int
+    title: str
+    """First line of the commit."""
+    fill: Callable[[], Content]
+
+    @property
+    def tag(self) -> str:
+        """Its tag in the repo."""
+        return f"iteration-{self.iteration}"
+
+    @functools.cached_property
+    def content(self) -> Content:
+        """Its files, which are looked at only when they are needed."""
+        return self.fill()
+
+
+def parcels(run: RunDirectory, section: HubSection, iterations: int) -> Iterator[Parcel]:
+    """What is ready to be pushed: of every iteration whose policy is judged, in order."""
+    story = Story(run, section)
+    for iteration in range(iterations + 1):
+        if not story.has(name_of(iteration, "evaluation")):
+            continue
+        for repo, role, fill in (
+            (section.model, "checkpoint", _checkpoint),
+            (section.pairs, "pairs", _pairs),
+            (section.rollouts, "rollouts", _rollouts),
+        ):
+            if repo and story.has(_stage(role, iteration)):
+                kind: Kind = "model" if role == "checkpoint" else "dataset"
+                title = f"{story.name}, iteration {iteration}: {role}"
+                yield Parcel(repo, kind, iteration, title, functools.partial(fill, story, repo, iteration))
+
+
+def pushed(events: list[Event]) -> set[tuple[str, str]]:
+    """What a run's events say is on the Hub: repos and tags."""
+    return {(event.repo, event.what) for event in events if isinstance(event, HubPushed)}
+
+
+def report_files(run: RunDirectory) -> list[Item]:
+    """The run's report, as far as there is one."""
+    single = [Item(name, run.path / name) for name in REPORT_FILES if (run.path / name).is_file()]
+    folder = sorted(path for path in (run.path / REPORT).rglob("*") if path.is_file())
+    return single + [Item(path.relative_to(run.path).as_posix(), path) for path in folder]
+
+
+def _stage(role: str, iteration: int) -> str:
+    """The stage whose output becomes a parcel."""
+    if role == "checkpoint":
+        return name_of(iteration, "training") if iteration else INITIAL
+    return name_of(iteration, {"pairs": "pairs", "rollouts": "generation"}[role])
+
+
+def _checkpoint(story: Story, repo: str, iteration: int) -> Content:
+    policy = story.made(_stage("checkpoint", iteration))
+    before = story.published(_stage("checkpoint", iteration - 1)) if iteration else None
+    files = {file.path for file in policy.manifest.files}
+    gone = {file.path for file in before.manifest.files} - files if before else set()
+    items = tuple(Item(file.path, policy.path / file.path, file.sha256) for file in policy.manifest.files)
+    provenance = Item("provenance.json", provenance_of(policy))
+    card = checkpoint_card(story, repo, iteration, policy.manifest)
+    return Content((*items, provenance), card, tuple(sorted(gone)))
+
+
+def _pairs(story: Story, repo: str, iteration: int) -> Content:
+    pairs = story.made(_stage("pairs", iteration))
+    (table,) = (file for file in pairs.manifest.files if file.path.endswith(".parquet"))
+    items = (
+        Item(split_file(iteration), pairs.path / table.path, table.sha256),
+        Item(f"provenance/iteration_{iteration}.json", provenance_of(pairs)),
+    )
+    return Content(items, pairs_card(story, repo, iteration))
+
+
+def _rollouts(story: Story, repo: str, iteration: int) -> Content:
+    rollouts, scores = story.made(_stage("rollouts", iteration)), story.scores_of(iteration)
+
+    def make(scratch: Path) -> list[Item]:
+        target = scratch / "rollouts.parquet"
+        write_rollouts(story.config, rollouts.path, {name: found.path for name, found in scores.items()}, target)
+        return [Item(split_file(iteration), target)]
+
+    made_of = provenance_of(rollouts, **{f"scores {name}": found for name, found in scores.items()})
+    items = (Item(f"provenance/iteration_{iteration}.json", made_of),)
+    return Content(items, rollouts_card(story, repo, iteration), make=make)
+
+
+def split_file(iteration: int) -> str:
+    """Where a data set has the rows of an iteration."""
+    return f"data/iteration_{iteration}.parquet"
+
+
+def provenance_of(artifact: Artifact, **others: Artifact) -> bytes:
+    """What of a manifest says what an artifact is, and not when, where and how fast it was made."""
+
+    def part(artifact: Artifact) -> dict[str, object]:
+        manifest = artifact.manifest
+        names = ("schema", "stage", "key", "key_parts", "digest", "inputs", "rows", "ledger", "files", "weights")
+        return {name: msgspec.to_builtins(getattr(manifest, name)) for name in names}
+
+    content = part(artifact) | {name: part(other) for name, other in others.items()}
+    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"

@@ -1,0 +1,181 @@
+"""The Hub itself: what is there, and putting a parcel there so that it is there once.
+
+Every step can be killed at any instant, and its answer can be lost; the next try looks first at what is there:
+
+    nothing                       the repo is made
+    files of the LFS store        are recognised by the store and not sent again
+    the commit without its tag    is recognised by its content, and tagged
+    the commit and its tag        nothing is left to do
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from pipelines.hub.parcels import README, REPORT, Item, Kind, Parcel
+
+OWN_FILES = {".gitattributes", README}
+"""What a repo has that was only just made."""
+
+hub_logging.get_logger("huggingface_hub").setLevel("ERROR")  # its warnings name addresses with signatures in them
+if not sys.stderr.isatty():
+    disable_progress_bars()
+
+
+class RefusedError(Exception):
+    """The Hub has other content than what would be pushed, which stays as it is."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The newest commit of a repo, and its tags."""
+
+    commit: str
+    tags: dict[str, str]
+
+
+class Remote:
+    """A repo on the Hub."""
+
+    def __init__(self, repo: str, kind: Kind) -> None:
+        self.repo = repo
+        self.kind = kind
+        self._api = HfApi()
+        self._place: dict[str, Any] = {"repo_id": repo, "repo_type": kind}
+
+    def head(self) -> Head | None:
+        """What is there; None: no such repo."""
+        try:
+            refs = self._api.list_repo_refs(**self._place)
+        except RepositoryNotFoundError:
+            return None
+        branches = {ref.name: ref.target_commit for ref in refs.branches}
+        return Head(branches["main"], {ref.name: ref.target_commit for ref in refs.tags})
+
+    def create(self, *, private: bool) -> None:
+        """Make the repo, if it is not there."""
+        self._api.create_repo(self.repo, repo_type=self.kind, private=private, exist_ok=True)
+
+    def find(self, parcel: Parcel, head: Head) -> tuple[str | None, bool]:
+        """The commit that is a parcel's, and whether it has its tag.
+
+        Raises:
+            RefusedError: the tag is there with other content, or the repo is somebody else's.
+        """
+        if (tagged := head.tags.get(parcel.tag)) is not None:
+            if not self.holds(parcel, tagged):
+                raise RefusedError(
+                    f"{self.repo} has a tag {parcel.tag} with other content than this run's, and what is on the Hub is "
+                    f"never overwritten. Name another repo, or delete that tag if nobody needs it."
+                )
+            return tagged, True
+        ours = set(head.tags.values())
+        base = _newest_before(parcel, head)
+        if later := [number for number in _iterations(head) if number > parcel.iteration]:
+            raise RefusedError(
+                f"{self.repo} has iteration-{later[0]} already, and {parcel.tag} would come after it. Name another "
+                "repo, or delete the later tags and commits."
+            )
+        for commit in self._api.list_repo_commits(**self._place, revision=head.commit):
+            if commit.commit_id in ours:
+                break
+            if commit.title == parcel.title and self.holds(parcel, commit.commit_id):
+                return commit.commit_id, False
+        if base is None and (others := sorted(self.tree(head.commit).keys() - OWN_FILES)):
+            raise RefusedError(
+                f"{self.repo} exists and holds what no run of Ratchet has pushed there ({', '.join(others[:3])}"
+                f"{', ...' if len(others) > 3 else ''}); it is left as it is. Name another repo, or delete that one."
+            )
+        return None, False
+
+    def holds(self, parcel: Parcel, commit: str) -> bool:
+        """Whether a commit has a parcel's files, by their content."""
+        tree = self.tree(commit)
+        return all(item.path in tree and _same(tree[item.path], item) for item in parcel.content.items)
+
+    def tree(self, commit: str) -> dict[str, RepoFile]:
+        """The files of a commit."""
+        entries = self._api.list_repo_tree(**self._place, revision=commit, recursive=True)
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    def push(self, parcel: Parcel, scratch: Path, *, private: bool) -> str:
+        """Have a parcel on the Hub, with its tag; returns the commit."""
+        head = self.head()
+        if head is None:
+            self.create(private=private)
+            head = self.head()
+            if head is None:
+                raise RefusedError(f"{self.repo} was made just now, and is not there")
+        commit, has_tag = self.find(parcel, head)
+        if commit is None:
+            commit = self._commit(parcel, head, scratch)
+        if not has_tag:
+            self._api.create_tag(**self._place, tag=parcel.tag, revision=commit, exist_ok=True)
+        return commit
+
+    def _commit(self, parcel: Parcel, head: Head, scratch: Path) -> str:
+        tree = self.tree(head.commit)
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            content = parcel.content
+            items = [*content.items, *content.make(Path(folder))]
+            if not self._card_is_theirs(parcel, head, tree):
+                items.append(Item(README, content.card.encode()))
+            return self._send(items, head.commit, parcel.title, [path for path in content.obsolete if path in tree])
+
+    def _card_is_theirs(self, parcel: Parcel, head: Head, tree: dict[str, RepoFile]) -> bool:
+        """Whether somebody has written into the card since the last push."""
+        base = _newest_before(parcel, head)
+        if base is None or head.commit == base or README not in tree:
+            return False
+        before = self.tree(base).get(README)
+        return before is None or before.blob_id != tree[README].blob_id
+
+    def _send(self, items: list[Item], parent: str, title: str, gone: list[str]) -> str:
+        operations: list[Any] = [CommitOperationDelete(path) for path in gone]
+        for item in items:
+            content = item.content if isinstance(item.content, bytes) else str(item.content)
+            addition = CommitOperationAdd(item.path, content)
+            addition.upload_info.sha256 = bytes.fromhex(item.checked_sha256())
+            operations.append(addition)
+        made = self._api.create_commit(
+            **self._place, operations=operations, commit_message=title, parent_commit=parent, num_threads=2
+        )
+        return str(made.oid)
+
+    def push_report(self, items: list[Item], title: str) -> str | None:
+        """Have the report at the end of the main branch; returns the commit, None where nothing was pushed before."""
+        head = self.head()
+        if head is None or not head.tags:
+            return None
+        tree = self.tree(head.commit)
+        if all(item.path in tree and _same(tree[item.path], item) for item in items):
+            return head.commit
+        ours = {item.path for item in items}
+        gone = [path for path in tree if path.startswith(f"{REPORT}/") and path not in ours]
+        return self._send(items, head.commit, title, gone)
+
+
+def _newest_before(parcel: Parcel, head: Head) -> str | None:
+    """The commit of the latest iteration before a parcel's that is on the Hub."""
+    before = [number for number in _iterations(head) if number < parcel.iteration]
+    return head.tags[f"iteration-{before[-1]}"] if before else None
+
+
+def _iterations(head: Head) -> list[int]:
+    """The iterations that have a tag."""
+    numbers = [name.removeprefix("iteration-") for name in head.tags if name.startswith("iteration-")]
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def _same(found: RepoFile, item: Item) -> bool:
+    if found.lfs is not None:
+        return found.lfs.sha256 == (item.sha256 or item.checked_sha256())
+    return found.blob_id == item.git_oid()

@@ -1,0 +1,68 @@
+"""What a run's manifests tell about an iteration, as a card needs it."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from contracts.artifacts import Artifact
+from contracts.manifest import MANIFEST
+from pipelines.config.run import RunConfig
+from pipelines.config.sections import HubSection
+from pipelines.graph import name_of
+from pipelines.run.directory import RunDirectory
+
+
+class Story:
+    """The story of a run up to some iteration, read from what is published."""
+
+    def __init__(self, run: RunDirectory, section: HubSection) -> None:
+        self.run = run
+        self.section = section
+        self.name = run.path.name
+
+    @functools.cached_property
+    def config(self) -> RunConfig:
+        """The configuration of the run's last command."""
+        return self.run.config
+
+    def metrics(self, last: int) -> Iterator[dict[str, Any]]:
+        """Of each iteration up to `last` what its evaluation says of its policy."""
+        for iteration in range(last + 1):
+            evaluation = self.published(name_of(iteration, "evaluation"))
+            if evaluation is not None:
+                yield evaluation.manifest.facts["metrics"]
+
+    def scores_of(self, iteration: int) -> dict[str, Artifact]:
+        """What the scorers say of the answers that an iteration trained on, by scorer."""
+        found = {}
+        for name in self.config.scorers:
+            artifact = self.published(name_of(iteration, name))
+            if artifact is not None:
+                found[name] = artifact
+        return found
+
+    def stages(self, iteration: int) -> Iterator[tuple[str, Artifact]]:
+        """What an iteration has published, by its name there, in the order in which it was made."""
+        for name in ("generation", *self.config.scorers, "reference", "values", "pairs", "experience", "training"):
+            artifact = self.published(name_of(iteration, name))
+            if artifact is not None:
+                yield name, artifact
+
+    def setup(self) -> Iterator[tuple[str, Artifact]]:
+        """What was published before the first iteration."""
+        for name in ("prompts/train", "prompts/heldout", "setup/sft", "setup/reward-model/training"):
+            artifact = self.published(name)
+            if artifact is not None:
+                yield name, artifact
+
+    def published(self, name: str) -> Artifact | None:
+        """The artifact of a stage, if it is there."""
+        return self.made(name) if self.has(name) else None
+
+    def has(self, name: str) -> bool:
+        """Whether a stage has published."""
+        return (self.run.path / name / MANIFEST).is_file()
+
+    def made(self, name: str) -> Artifact:
+        """The artifact of a stage that has published."""
+        return Artifact.open(self.run.path / name)
