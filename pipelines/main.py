@@ -4,8 +4,10 @@ import argparse
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -18,7 +20,7 @@ from pipelines.config.executor import ExecutorSection, ResourcesSection
 from pipelines.config.recipes import describe_recipes, find_config
 from pipelines.config.run import RunConfig
 from pipelines.config.sections import RetentionSection
-from pipelines.doctor.command import add_doctor
+from pipelines.doctor.command import doctor
 from pipelines.environments.launch import env_main
 from pipelines.environments.paths import require_home
 from pipelines.execution.attempts import StageFailedError
@@ -44,9 +46,8 @@ from pipelines.run.force import report_forced, resolve, set_aside
 from pipelines.run.fork import fork
 from pipelines.run.gc import collect
 from pipelines.run.plan import plan_run
-from pipelines.run.verdicts import Verdict, verdicts
-
-LINES_AT_ONCE = 1000
+from pipelines.run.verdicts import verdicts
+from pipelines.text import say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[:1] == ["env"]:
             return env_main(arguments[1:])
         options = parse(arguments)
-        return int(options.command(options))
+        return int(options.command(options) or 0)
     except StageFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -79,122 +80,80 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line; key=value items may stand before and after options."""
-    parser = make_parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = PARSER.parse_known_args(arguments)
     unknown = [item for item in rest if item.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        PARSER.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = Parser(prog="pipeline", description="Iterative online RLHF.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    run = commands.add_parser(
-        "run",
-        help="run a configuration, or continue it",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    run.keys = describe_run
-    run.add_argument("config", help="the run's YAML file, or the name of a recipe (pipeline recipes)")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like generation.k=8")
-    run.add_argument("--iters", type=int, default=None, help="iterations to have in the end")
-    run.add_argument("--dry-run", action="store_true", help="say what would run, and why, and the memory it takes")
-    run.add_argument(
-        "--force",
-        action="append",
-        default=[],
-        metavar="STAGE",
-        help="make it again: a name, or a pattern with *",
-    )
-    run.add_argument("--detach", action="store_true", help="submit all stages to Slurm at once and return")
-    run.set_defaults(command=run_command)
-
-    child = commands.add_parser("fork", help="a new run that shares the iterations before I with another one")
-    child.add_argument("run", type=Path, help="the run's directory")
-    child.add_argument("--from-iteration", type=int, required=True, metavar="I", help="the first that may differ")
-    child.add_argument("--name", help="the new run's name; by default RUN-from-I")
-    child.add_argument("overrides", nargs="*", metavar="key=value", help="values from iteration I on")
-    child.set_defaults(command=fork_command)
-
-    status = commands.add_parser("status", help="how far a run is")
-    status.add_argument("run", type=Path, help="the run's directory, for example runs/quickstart")
-    status.set_defaults(command=status_command)
-
-    attached = commands.add_parser("attach", help="watch a run that goes on by itself, from any node")
-    attached.add_argument("run", type=Path, help="the run's directory")
-    attached.set_defaults(command=attach_command)
-
-    logs = commands.add_parser("logs", help="the last lines of the logs of a stage, or of those that run or failed")
-    logs.add_argument("run", type=Path, help="the run's directory")
-    logs.add_argument("stage", nargs="?", help="a stage's name, for example iteration-001/training")
-    logs.add_argument("--lines", type=int, default=30, help="how many of each log")
-    logs.set_defaults(command=logs_command)
-
-    end = commands.add_parser("cancel", help="end what works on a run, on whatever machine; what is finished stays")
-    end.add_argument("run", type=Path, help="the run's directory")
-    end.set_defaults(command=cancel_command)
-
-    compare = commands.add_parser("compare", help="one metric of several runs, by iteration")
-    compare.add_argument("runs", nargs="+", type=Path, help="the runs' directories")
-    compare.add_argument("--metric", help="a name from metrics.jsonl; by default the gold reward, or the reward")
-    compare.set_defaults(command=compare_command)
-
-    gc = commands.add_parser("gc", help="delete and compress what a run does not need, and say why the rest stays")
-    gc.add_argument("run", type=Path, help="the run's directory")
-    gc.add_argument("--keep", metavar="POLICY", help='whose weights stay: all, best or "last N"; else as the run says')
-    gc.add_argument("--compress", action="store_true", help="keep the rows of finished iterations compressed")
-    gc.add_argument("--superseded", action="store_true", help="delete what other keys had published")
-    gc.add_argument("--dry-run", action="store_true", help="say what would be done; change nothing")
-    gc.set_defaults(command=gc_command)
-
-    pin = commands.add_parser("pin", help="keep everything of a run, whatever gc or its retention say")
-    pin.add_argument("run", type=Path, help="the run's directory")
-    pin.add_argument("--off", action="store_true", help="no longer")
-    pin.set_defaults(command=pin_command)
-
-    trace = commands.add_parser("trace", help="where a checkpoint, a pair or a prompt comes from")
-    trace.add_argument("what", metavar="CHECKPOINT|PAIR_ID|PROMPT_ID", help="a path in a run, an id, or a digest")
-    trace.add_argument("--run", type=Path, help="the run to look in; by default all below ./runs")
-    trace.add_argument("--json", action="store_true", help="print one JSON object")
-    trace.set_defaults(command=trace_command)
-
-    check = commands.add_parser("verify", help="whether everything published is whole and fits together")
-    check.add_argument("run", type=Path, help="the run's directory, or that of one artifact")
-    check.set_defaults(command=verify_command)
-
-    add_doctor(commands)
-    add_push(commands)
-
-    child = commands.add_parser("recipes", help="the recipes that come with Ratchet, or the text of one")
-    child.add_argument("name", nargs="?", help="print this one: pipeline recipes smollm2 > mine.yaml")
-    child.set_defaults(command=recipes_command)
-
-    # Mounted by `main` before this parser is asked; here for --help.
-    commands.add_parser("env", help="build and list the stages' environments")
-    return parser
+PARSER = Parser(prog="pipeline", description="Iterative online RLHF.")
+COMMANDS = PARSER.add_subparsers(required=True, metavar="COMMAND")
 
 
-def describe_run() -> str:
-    """The keys of a run's configuration."""
-    return "\n\n".join(
+def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """An argument of a command, as argparse takes it."""
+    return names, settings
+
+
+def command(
+    name: str,
+    help: str,
+    *arguments: tuple[tuple[str, ...], dict[str, Any]],
+    keys: Callable[[], str] | None = None,
+    **settings: Any,
+) -> Any:
+    """Declare the function below as a command. It returns the exit code; None is 0.
+
+    Args:
+        keys: the configuration's keys, for the end of its help.
+    """
+    child = COMMANDS.add_parser(name, help=help, **settings)
+    child.keys = keys
+    for names, options in arguments:
+        child.add_argument(*names, **options)
+
+    def declare(perform: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
+        child.set_defaults(command=perform)
+        return perform
+
+    return declare
+
+
+CONFIG = argument("config", help="the run's YAML file, or the name of a recipe (pipeline recipes)")
+OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="keys to set, like generation.k=8")
+ITERATIONS = argument("--iters", type=int, default=None, help="iterations to have in the end")
+RUN = argument("run", type=Path, help="the run's directory, for example runs/quickstart")
+
+
+@command(
+    "run",
+    "run a configuration, or continue it",
+    CONFIG,
+    OVERRIDES,
+    ITERATIONS,
+    argument("--dry-run", action="store_true", help="say what would run, and why, and the memory it takes"),
+    argument(
+        "--force", action="append", default=[], metavar="STAGE", help="make it again: a name, or a pattern with *"
+    ),
+    argument("--detach", action="store_true", help="submit all stages to Slurm at once and return"),
+    keys=lambda: "\n\n".join(
         [
             describe(RunConfig),
             f"executor: {describe(ExecutorSection)}",
             f"executor.resources, and each entry of executor.stages: {describe(ResourcesSection)}",
         ]
-    )
-
-
-def run_command(options: argparse.Namespace) -> int:
+    ),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+)
+def run_command(options: argparse.Namespace) -> None:
     """`pipeline run CONFIG --iters N [key=value ...]`."""
     console = make_console()
     if options.dry_run:
-        return dry_run(console, options)
+        dry_run(console, options)
+        return
     require_home()
     wanted = plan_run(options.config, options.overrides, options.iters, download=True)
     config, graph = wanted.config, wanted.graph
@@ -217,34 +176,30 @@ def run_command(options: argparse.Namespace) -> int:
         plan = verdicts(graph, config, [])
         executors.require_detachable(plan)
         executors.named(config.executor.kind).detach(console, plan)
-        return 0
+        return
     with Display(console, run, len(graph.nodes)) as display:
         ran = Driver(site, [display, *listeners_of(run, graph)]).drive()
-    for line in report_forced(run.path, graph):
-        console.print(line, soft_wrap=True, highlight=False)
+    say(console, *report_forced(run.path, graph))
     if ran == 0:
-        console.print(
-            f"{config.run_directory} is finished: all {len(graph.nodes)} stages are published; nothing to do."
-        )
+        say(console, f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
     print_table(console, graph)
-    return 0
 
 
-def dry_run(console: Console, options: argparse.Namespace) -> int:
+def dry_run(console: Console, options: argparse.Namespace) -> None:
     """`pipeline run --dry-run`: what would run, and why, and what it takes."""
     wanted = plan_run(options.config, options.overrides, options.iters, download=False)
     config, graph = wanted.config, wanted.graph
     check_patterns(graph, config.executor)
     check_inputs(graph)
     refuse(preflight(graph, config.environments))
-    plan = print_plan(console, graph, config, resolve(graph, options.force))
+    plan = verdicts(graph, config, resolve(graph, options.force))
+    say(console, *(f"{'reuse' if it.reuse else 'run':<6} {name}  ({it.reason})" for name, it in plan.items()))
     print_memory(console, graph, config)
     executors = Executors(Site(RunDirectory(config.run_directory), graph, config, ENTRY))
     if options.detach:
         executors.require_detachable(plan)
     for executor in executors.used():
         executor.write_dry_run(console, plan, detached=options.detach)
-    return 0
 
 
 def make_console() -> Console:
@@ -253,76 +208,20 @@ def make_console() -> Console:
     return console if console.is_terminal else Screen(width=200)
 
 
-def print_plan(console: Console, graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Verdict]:
-    """For every stage *reuse* or *run*, and why; returns them."""
-    plan = verdicts(graph, config, forced)
-    lines = [f"{'reuse' if verdict.reuse else 'run':<6} {name}  ({verdict.reason})" for name, verdict in plan.items()]
-    for start in range(0, len(lines), LINES_AT_ONCE):
-        text = "\n".join(lines[start : start + LINES_AT_ONCE])
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-    return plan
-
-
-def fork_command(options: argparse.Namespace) -> int:
-    """`pipeline fork RUN --from-iteration I [key=value ...]`."""
+@command(
+    "fork",
+    "a new run that shares the iterations before I with another one",
+    RUN,
+    argument("--from-iteration", type=int, required=True, metavar="I", help="the first that may differ"),
+    argument("--name", help="the new run's name; by default RUN-from-I"),
+    argument("overrides", nargs="*", metavar="key=value", help="values from iteration I on"),
+)
+def _fork(options: argparse.Namespace) -> None:
     source = RunDirectory.existing(options.run)
     target, count = fork(source, options.from_iteration, options.overrides, options.name)
     shown = os.path.relpath(target)
-    make_console().print(
-        f"{shown}: {count} artifacts are shared with {options.run}. Go on with: pipeline run {shown}/config.yaml",
-        soft_wrap=True,
-        highlight=False,
-    )
-    return 0
-
-
-def gc_command(options: argparse.Namespace) -> int:
-    """`pipeline gc RUN`."""
-    run = RunDirectory.existing(options.run)
-    retention = run.config.retention
-    keep = retention.keep if options.keep is None else options.keep
-    compress = options.compress or retention.compress
-    section = validate(RetentionSection, {"keep": keep, "compress": compress}, "pipeline gc")
-    graph = build_graph(run.config, run.iterations)
-    busy = partial(jobs_elsewhere, run, graph)
-    collect(make_console(), run, section, busy, superseded=options.superseded, dry_run=options.dry_run)
-    return 0
-
-
-def pin_command(options: argparse.Namespace) -> int:
-    """`pipeline pin RUN`."""
-    run = RunDirectory.existing(options.run)
-    if options.off:
-        run.unpin()
-    else:
-        run.pin()
-    state = "no longer pinned" if options.off else "pinned: nothing of it is deleted or compressed"
-    make_console().print(f"{options.run} is {state}.", soft_wrap=True, highlight=False)
-    return 0
-
-
-def compare_command(options: argparse.Namespace) -> int:
-    """`pipeline compare RUN ...`."""
-    print_comparison(make_console(), options.runs, options.metric)
-    return 0
-
-
-def trace_command(options: argparse.Namespace) -> int:
-    """`pipeline trace WHAT`."""
-    print_trace(make_console(), options.what, options.run, as_json=options.json)
-    return 0
-
-
-def verify_command(options: argparse.Namespace) -> int:
-    """`pipeline verify RUN`."""
-    print_verification(make_console(), options.run)
-    return 0
-
-
-def recipes_command(options: argparse.Namespace) -> int:
-    """`pipeline recipes [NAME]`."""
-    print(describe_recipes() if options.name is None else find_config(options.name).read_text(), end="")
-    return 0
+    text = f"{shown}: {count} artifacts are shared with {options.run}. Go on with: pipeline run {shown}/config.yaml"
+    say(make_console(), text)
 
 
 def opened(path: Path) -> tuple[RunDirectory, Graph]:
@@ -331,25 +230,117 @@ def opened(path: Path) -> tuple[RunDirectory, Graph]:
     return run, build_graph(run.config, run.iterations)
 
 
-def attach_command(options: argparse.Namespace) -> int:
-    """`pipeline attach RUN`."""
-    attach(make_console(), *opened(options.run))
-    return 0
-
-
-def logs_command(options: argparse.Namespace) -> int:
-    """`pipeline logs RUN [STAGE]`."""
-    print_logs(make_console(), *opened(options.run), options.stage, options.lines)
-    return 0
-
-
-def cancel_command(options: argparse.Namespace) -> int:
-    """`pipeline cancel RUN`."""
-    cancel(make_console(), *opened(options.run))
-    return 0
-
-
-def status_command(options: argparse.Namespace) -> int:
-    """`pipeline status RUN`."""
+@command("status", "how far a run is", RUN)
+def _status(options: argparse.Namespace) -> None:
     print_status(make_console(), *opened(options.run))
-    return 0
+
+
+@command("attach", "watch a run that goes on by itself, from any node", RUN)
+def _attach(options: argparse.Namespace) -> None:
+    attach(make_console(), *opened(options.run))
+
+
+@command(
+    "logs",
+    "the last lines of the logs of a stage, or of those that run or failed",
+    RUN,
+    argument("stage", nargs="?", help="a stage's name, for example iteration-001/training"),
+    argument("--lines", type=int, default=30, help="how many of each log"),
+)
+def _logs(options: argparse.Namespace) -> None:
+    print_logs(make_console(), *opened(options.run), options.stage, options.lines)
+
+
+@command("cancel", "end what works on a run, on whatever machine; what is finished stays", RUN)
+def _cancel(options: argparse.Namespace) -> None:
+    cancel(make_console(), *opened(options.run))
+
+
+@command(
+    "compare",
+    "one metric of several runs, by iteration",
+    argument("runs", nargs="+", type=Path, help="the runs' directories"),
+    argument("--metric", help="a name from metrics.jsonl; by default the gold reward, or the reward"),
+)
+def _compare(options: argparse.Namespace) -> None:
+    print_comparison(make_console(), options.runs, options.metric)
+
+
+@command(
+    "gc",
+    "delete and compress what a run does not need, and say why the rest stays",
+    RUN,
+    argument("--keep", metavar="POLICY", help='whose weights stay: all, best or "last N"; else as the run says'),
+    argument("--compress", action="store_true", help="keep the rows of finished iterations compressed"),
+    argument("--superseded", action="store_true", help="delete what other keys had published"),
+    argument("--dry-run", action="store_true", help="say what would be done; change nothing"),
+)
+def _gc(options: argparse.Namespace) -> None:
+    run, graph = opened(options.run)
+    retention = run.config.retention
+    keep = retention.keep if options.keep is None else options.keep
+    compress = options.compress or retention.compress
+    section = validate(RetentionSection, {"keep": keep, "compress": compress}, "pipeline gc")
+    busy = partial(jobs_elsewhere, run, graph)
+    collect(make_console(), run, section, busy, superseded=options.superseded, dry_run=options.dry_run)
+
+
+@command(
+    "pin",
+    "keep everything of a run, whatever gc or its retention say",
+    RUN,
+    argument("--off", action="store_true", help="no longer"),
+)
+def _pin(options: argparse.Namespace) -> None:
+    run = RunDirectory.existing(options.run)
+    run.pin(off=options.off)
+    state = "no longer pinned" if options.off else "pinned: nothing of it is deleted or compressed"
+    say(make_console(), f"{options.run} is {state}.")
+
+
+@command(
+    "trace",
+    "where a checkpoint, a pair or a prompt comes from",
+    argument("what", metavar="CHECKPOINT|PAIR_ID|PROMPT_ID", help="a path in a run, an id, or a digest"),
+    argument("--run", type=Path, help="the run to look in; by default all below ./runs"),
+    argument("--json", action="store_true", help="print one JSON object"),
+)
+def _trace(options: argparse.Namespace) -> None:
+    print_trace(make_console(), options.what, options.run, as_json=options.json)
+
+
+@command(
+    "verify",
+    "whether everything published is whole and fits together",
+    argument("run", type=Path, help="the run's directory, or that of one artifact"),
+)
+def _verify(options: argparse.Namespace) -> None:
+    print_verification(make_console(), options.run)
+
+
+@command(
+    "doctor",
+    "what would go wrong in a run, before it starts",
+    CONFIG,
+    OVERRIDES,
+    ITERATIONS,
+    argument("--json", action="store_true", help="print the findings as a JSON list"),
+)
+def _doctor(options: argparse.Namespace) -> int:
+    return doctor(Screen(), options.config, options.overrides, options.iters, as_json=options.json)
+
+
+add_push(COMMANDS)
+
+
+@command(
+    "recipes",
+    "the recipes that come with Ratchet, or the text of one",
+    argument("name", nargs="?", help="print this one: pipeline recipes smollm2 > mine.yaml"),
+)
+def _recipes(options: argparse.Namespace) -> None:
+    print(describe_recipes() if options.name is None else find_config(options.name).read_text(), end="")
+
+
+# Mounted by `main` before this parser is asked; here for --help.
+COMMANDS.add_parser("env", help="build and list the stages' environments")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from rich.console import Console
+
 
 def plural(count: int, what: str) -> str:
     """A number of things."""
@@ -16,3 +18,9 @@ def relative(path: Path) -> Path:
 def megabytes(count: int) -> str:
     """Bytes as people read them."""
     return f"{count / 1e6:.1f} MB"
+
+
+def say(console: Console, *lines: str) -> None:
+    """Print lines as they are: no markup in a path or a reason, no break but the terminal's own."""
+    for start in range(0, len(lines), 1000):  # a console is slow with single lines, and with very many at once
+        console.print("\n".join(lines[start : start + 1000]), soft_wrap=True, markup=False, highlight=False)

@@ -4,10 +4,8 @@ Every check looks at one thing and says what it found, and how to fix what is wr
 others find. Nothing is written but into directories that are removed again, and nothing is downloaded.
 """
 
-import argparse
 import concurrent.futures
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -32,29 +30,18 @@ from pipelines.doctor.checks import (
 )
 from pipelines.doctor.machine import CheckResult, check_file_system, check_limits, check_loopback
 from pipelines.environments.paths import home
-from pipelines.insight.display import Screen
 from pipelines.run.plan import Plan, plan_run
-from pipelines.text import plural
+from pipelines.text import plural, say
 
 
-def add_doctor(commands: Any) -> None:
-    """Add the command to the parser of `pipeline`."""
-    doctor = commands.add_parser("doctor", help="what would go wrong in a run, before it starts")
-    doctor.add_argument("config", help="the run's YAML file, or the name of a recipe (pipeline recipes)")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, like generation.k=8")
-    doctor.add_argument("--iters", type=int, default=None, help="iterations to have in the end")
-    doctor.add_argument("--json", action="store_true", help="print the findings as a JSON list")
-    doctor.set_defaults(command=doctor_command)
-
-
-def doctor_command(options: argparse.Namespace) -> int:
+def doctor(console: Console, source: str, overrides: list[str], iterations: int | None, *, as_json: bool) -> int:
     """Print what the checks find; 0, or 2 where one of them found an error."""
     stopping.listen()  # so that what the checks have put into directories is removed whatever ends this
-    findings = examine(make_plan(options.config, options.overrides, options.iters))
-    if options.json:
+    findings = examine(make_plan(source, overrides, iterations))
+    if as_json:
         print(msgspec.json.format(msgspec.json.encode(findings), indent=1).decode())
     else:
-        print_findings(Screen(), findings)
+        print_findings(console, findings)
     return UserError.exit_code if any(finding.level == "error" for finding in findings) else 0
 
 
@@ -109,7 +96,7 @@ def print_findings(console: Console, findings: list[CheckResult]) -> None:
         line.append(f"{finding.check}: {finding.found}", style="default")
         console.print(line, soft_wrap=True, highlight=False)
         if finding.fix:
-            console.print(f"{'':<8} → {finding.fix}", soft_wrap=True, markup=False, highlight=False)
+            say(console, f"{'':<8} → {finding.fix}")
     errors, warnings = (sum(finding.level == level for finding in findings) for level in ("error", "warning"))
     verdict = "Fix the errors before `pipeline run`." if errors else "Nothing that would stop the run was found."
-    console.print(f"{plural(errors, 'error')}, {plural(warnings, 'warning')}. {verdict}", highlight=False)
+    say(console, f"{plural(errors, 'error')}, {plural(warnings, 'warning')}. {verdict}")

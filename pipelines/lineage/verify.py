@@ -21,7 +21,7 @@ from pipelines.lineage.crosscheck import disagreements, wrong_metrics
 from pipelines.lineage.links import RUN, Index, fingerprint_of, is_superseded, links_of, model_of, run_of
 from pipelines.run import gc
 from pipelines.run.directory import RunDirectory
-from pipelines.text import megabytes, plural
+from pipelines.text import megabytes, plural, say
 
 DERIVED = (SCORES, PAIRS, EXPERIENCE)
 """What is made from rollouts, row for row."""
@@ -61,8 +61,7 @@ def print_verification(console: Console, path: Path) -> None:
     """
     findings = verify(path, console)
     warnings = [f"warning: {text}" for text in findings.warnings]
-    for line in [*findings.problems, *warnings, *(f"note: {text}" for text in findings.notes), f"{path}: {findings}"]:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    say(console, *findings.problems, *warnings, *(f"note: {text}" for text in findings.notes), f"{path}: {findings}")
     if findings.problems:
         raise UserError(
             f"{path} is not whole. Delete the directory that holds a damaged or missing file and give the run's "

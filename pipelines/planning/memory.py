@@ -15,6 +15,7 @@ from pipelines.planning.hub import name_and_revision
 from pipelines.planning.placement import cluster_of, place
 from pipelines.planning.preflight import origin_of
 from pipelines.progress import tracked
+from pipelines.text import say
 
 
 def estimated(graph: Graph, *, on_gpu: bool) -> tuple[dict[str, Memory], dict[str, list[Path]]]:
@@ -70,8 +71,7 @@ def print_memory(console: Console, graph: Graph, config: RunConfig) -> None:
         lines.append(f"{verdict:<8} {short(names)}: {size(need.total)} of {size(room)}{each} ({made})")
     for models, names in _by_models(unknown):
         lines.append(f"unknown  {short(names)}: {'; '.join(map(_why_unknown, models))}")
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    say(console, *lines)
 
 
 def _by_models(unknown: dict[str, list[Path]]) -> Iterator[tuple[list[Path], list[str]]]:

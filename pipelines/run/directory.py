@@ -130,13 +130,12 @@ class RunDirectory:
         """Whether nothing of it is to be deleted or compressed."""
         return (self.path / PINNED).exists()
 
-    def pin(self) -> None:
-        """Keep everything from now on."""
-        write_atomically(self.path / PINNED, time.strftime("%F %T\n").encode())
-
-    def unpin(self) -> None:
-        """Let retention work again."""
-        (self.path / PINNED).unlink(missing_ok=True)
+    def pin(self, *, off: bool = False) -> None:
+        """Keep everything from now on; `off`: let retention work again."""
+        if off:
+            (self.path / PINNED).unlink(missing_ok=True)
+        else:
+            write_atomically(self.path / PINNED, time.strftime("%F %T\n").encode())
 
     @property
     def config(self) -> RunConfig:

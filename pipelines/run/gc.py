@@ -30,7 +30,7 @@ from pipelines.run.retention import (
     why_kept,
 )
 from pipelines.run.superseded import TRASH, discard
-from pipelines.text import megabytes, plural
+from pipelines.text import megabytes, plural, say
 
 SCRATCH = re.compile(rf"({re.escape(RELEASED)}|.*{re.escape(COMPRESSED)})\.[^/]+\.tmp")
 
@@ -70,7 +70,7 @@ def collect(
             f"(`pipeline attach {run.path}`), or end them with `pipeline cancel {run.path}`."
         )
     if run.pinned:
-        _tell(console, f"{run.path} is pinned: nothing of it is deleted or compressed. `pipeline pin --off` ends that.")
+        say(console, f"{run.path} is pinned: nothing of it is deleted or compressed. `pipeline pin --off` ends that.")
         return
     freed = packed = 0
     for step in plan(run, section, superseded=superseded):
@@ -83,12 +83,12 @@ def collect(
             packed += size
         elif step.verb != "keep":
             freed += size
-        _tell(console, f"{step.verb:<8} {name}  {megabytes(size)}  ({step.reason})")
+        say(console, f"{step.verb:<8} {name}  {megabytes(size)}  ({step.reason})")
     if dry_run:
         more = f", and what compression saves of {megabytes(packed)}" if packed else ""
-        _tell(console, f"{megabytes(freed)} would be free{more}. Nothing was changed.")
+        say(console, f"{megabytes(freed)} would be free{more}. Nothing was changed.")
     else:
-        _tell(console, f"{megabytes(freed)} are free.")
+        say(console, f"{megabytes(freed)} are free.")
 
 
 def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> list[CollectionStep]:
@@ -173,7 +173,3 @@ def leftovers(run: Path) -> Iterator[tuple[Path, str]]:
 
 def _files_in(path: Path) -> list[Path]:
     return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-
-
-def _tell(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, markup=False, highlight=False)

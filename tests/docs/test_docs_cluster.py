@@ -137,9 +137,9 @@ def test_only_the_kinds_that_the_diagram_shows_are_arrays(tmp_path: Path) -> Non
 
 
 def test_commands_that_it_names_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    from pipelines.main import make_parser
+    from pipelines.main import PARSER
 
     named = set(re.findall(r"pipeline (attach|cancel|doctor|env|logs|run|status)\b", TEXT))
     assert named == {"attach", "cancel", "doctor", "env", "logs", "run", "status"}
-    shown = make_parser().format_help()
+    shown = PARSER.format_help()
     assert all(f"    {command}" in shown for command in named)

@@ -43,7 +43,7 @@ from pipelines.run.directory import CANCEL, RunDirectory, locked
 from pipelines.run.events import RunEnded, RunStarted, StageSubmitted
 from pipelines.run.superseded import end_deletions
 from pipelines.run.verdicts import Verdict
-from pipelines.text import plural
+from pipelines.text import plural, say
 
 AGAIN = "again"
 """Mark of an attempt that makes weights again that were deleted; it says why."""
@@ -61,20 +61,18 @@ def detach(console: Console, site: Site, plan: dict[str, Verdict]) -> None:
     to_run = [name for name, verdict in plan.items() if not verdict.reuse]
     new = submit_all(site, plan)
     for name, jobs in new.items():
-        line = f"submit {name}  (job {', '.join(jobs.ids)}; {plan[name].reason})"
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        say(console, f"submit {name}  (job {', '.join(jobs.ids)}; {plan[name].reason})")
     if not to_run:
-        console.print(f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
+        say(console, f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
         run.record(RunEnded(outcome="finished"))
         return
     count = plural(sum(len(jobs.ids) for jobs in new.values()), "job")
     under_way = plural(len(to_run) - len(new), "stage")
     also = f"; {under_way} under way already" if len(to_run) > len(new) else ""
-    console.print(
+    say(
+        console,
         f"{len(new)} of {len(graph.nodes)} stages submitted as {count}{also}. Nothing of it runs here. "
         f"Follow it with `pipeline status {run.path}`, `attach`, `logs` or `cancel`.",
-        soft_wrap=True,
-        highlight=False,
     )
 
 

@@ -34,6 +34,7 @@ from pipelines.execution.executors.slurm.resources import (
 from pipelines.execution.executors.slurm.scheduler import mark_of
 from pipelines.execution.executors.slurm.task import start_again
 from pipelines.graph import Graph, Node
+from pipelines.text import say
 
 DRY_RUN = ".dry-run"
 FILES = frozenset({"resolved.yaml", "graph.json", "sbatch"})
@@ -124,7 +125,7 @@ def write_dry_run(
     content = {"run": str(graph.directory), "detached": detached, "stages": stages, "total": sums}
     (folder / "graph.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _print(console, [stage for stage in stages if stage["name"] in runs])
-    console.print(f"written: {folder}/sbatch, resolved.yaml, graph.json", soft_wrap=True, highlight=False)
+    say(console, f"written: {folder}/sbatch, resolved.yaml, graph.json")
 
 
 HOURS = ("gpu_hours", "cpu_hours")
