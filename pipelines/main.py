@@ -30,6 +30,7 @@ from pipelines.graph import Graph
 from pipelines.hub.command import add_push
 from pipelines.insight.display import Display, Screen
 from pipelines.insight.listeners import listeners_of
+from pipelines.insight.report.command import report
 from pipelines.insight.status import jobs_elsewhere, print_status
 from pipelines.insight.tables import print_comparison, print_table
 from pipelines.insight.watch import attach, cancel, print_logs
@@ -254,6 +255,18 @@ def _logs(options: argparse.Namespace) -> None:
 @command("cancel", "end what works on a run, on whatever machine; what is finished stays", RUN)
 def _cancel(options: argparse.Namespace) -> None:
     cancel(make_console(), *opened(options.run))
+
+
+@command(
+    "report",
+    "what a run has done, as one page to read and to pass on",
+    RUN,
+    argument("--output", type=Path, metavar="PAGE", help="where to write the page; by default RUN/report.html"),
+    argument("--markdown", action="store_true", help="print it as Markdown instead"),
+    argument("--json", action="store_true", help="print what it says as one JSON object instead"),
+)
+def _report(options: argparse.Namespace) -> None:
+    report(*opened(options.run), options.output, as_markdown=options.markdown, as_json=options.json)
 
 
 @command(

@@ -1,0 +1,57 @@
+"""`pipeline report RUN`: the report of a run as a page, as Markdown and as JSON."""
+
+from pathlib import Path
+
+import msgspec
+
+from contracts.errors import UserError
+from contracts.files import write_atomically
+from pipelines.graph import Graph
+from pipelines.insight.report.gather import gather
+from pipelines.insight.report.keep import Keep
+from pipelines.insight.report.markdown import render_markdown
+from pipelines.insight.report.page import render_page
+from pipelines.run.directory import RunDirectory
+from pipelines.text import relative
+
+PAGE = "report.html"
+
+
+def report(run: RunDirectory, graph: Graph, output: Path | None, *, as_markdown: bool, as_json: bool) -> None:
+    """Write the page and say where it is, or print the report in another form.
+
+    Raises:
+        UserError: the page cannot be written there.
+    """
+    if as_markdown or as_json:
+        found = gather(run, graph, Keep())
+        text = (
+            msgspec.json.format(msgspec.json.encode(found), indent=1).decode() + "\n"
+            if as_json
+            else render_markdown(found)
+        )
+        print(text, end="")
+        return
+    page = output or run.path / PAGE
+    if page.is_dir() or not page.absolute().parent.is_dir():
+        why = "is a directory" if page.is_dir() else "is in a directory that does not exist"
+        raise UserError(f"{page} {why}. Give --output the path of a file to write, like report.html.")
+    others = write_report(run, graph, page)
+    beside = f" (and {folder_of_page(page).name}/ beside it, with further samples)" if others else ""
+    print(f"{relative(page.absolute())}{beside}")
+
+
+def write_report(run: RunDirectory, graph: Graph, page: Path) -> list[str]:
+    """Write the page, and into a folder beside it what does not fit; returns the names of the files that it needs."""
+    folder = folder_of_page(page)
+    keep = Keep(folder)
+    report = gather(run, graph, keep)
+    text, others = render_page(report, keep, folder.name)
+    write_atomically(page, text.encode())
+    keep.forget(report.sets)
+    return others
+
+
+def folder_of_page(page: Path) -> Path:
+    """The folder beside a page: what was read of samples, among it the texts that do not fit into the page."""
+    return page.absolute().with_suffix(".samples")

@@ -1,0 +1,247 @@
+"""Gathers a run's report from what it has published and recorded. It never fails: what is missing is said."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from contracts.artifacts import Artifact
+from contracts.errors import UserError
+from contracts.jsonl import read_jsonl
+from contracts.manifest import MANIFEST
+from contracts.records import CHECKPOINT, EVALUATION, PAIRS, ROLLOUTS, SCORES
+from pipelines.execution.endings import failure_of, progress_of
+from pipelines.graph import Graph, Node
+from pipelines.insight.report.data import LedgerLine, RunReport, SampleSet, StageRow, TrainingCurves
+from pipelines.insight.report.keep import Keep
+from pipelines.insight.report.samples import SetSources
+from pipelines.insight.report.statements import statements
+from pipelines.insight.report.timing import stage_row, time_facts
+from pipelines.insight.wording import notable_lines
+from pipelines.run.directory import RunDirectory
+from pipelines.run.events import Event, RunEnded, RunStarted, StageEvent
+
+MOST_STEPS = 240
+"""Points of a training curve."""
+MOST_LINES = 200
+UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, msgspec.MsgspecError)
+"""What reading something that is damaged raises."""
+
+
+def gather(run: RunDirectory, graph: Graph, keep: Keep) -> RunReport:
+    """Everything that a report says; `keep` holds what was read of samples before."""
+    return _Gathering(run, graph, keep).report()
+
+
+class _Gathering:
+    def __init__(self, run: RunDirectory, graph: Graph, keep: Keep) -> None:
+        self.run = run
+        self.graph = graph
+        self.keep = keep
+        self.missing: list[str] = []
+        self.artifacts: dict[str, Artifact] = {}
+        self.events: list[Event] = self.told("events.jsonl", run.events, [])
+        self.by_stage: dict[str, list[StageEvent]] = {}
+        for event in self.events:
+            if isinstance(event, StageEvent):
+                self.by_stage.setdefault(event.stage, []).append(event)
+
+    def told(self, what: str, read: Any, otherwise: Any) -> Any:
+        """What a function returns; where that cannot be had, it is said."""
+        try:
+            return read()
+        except UNREADABLE as error:
+            self.missing.append(f"{what}: {_first_line(error)}")
+            return otherwise
+
+    def report(self) -> RunReport:
+        state = self.state()
+        for name, node in self.graph.nodes.items():
+            if (node.output / MANIFEST).is_file() and (
+                found := self.told(name, lambda path=node.output: Artifact.open(path), None)
+            ):
+                self.artifacts[name] = found
+        waiting = [name for name in self.graph.nodes if name not in self.artifacts]
+        rows = [self.stage(node) for node in self.graph.nodes.values()]
+        sets = list(self.sets())
+        report = RunReport(
+            name=self.run.path.name,
+            path=str(self.run.path),
+            made=round(time.time(), 1),
+            state=state,
+            iterations=max((node.iteration or 0 for node in self.graph.nodes.values()), default=0),
+            notes=notable_lines(self.events)[-MOST_LINES:],
+            evaluations=self.evaluations(),
+            scorers=list(self.run.config.scorers),
+            sets=sets,
+            ledgers=list(self.ledgers()),
+            stages=rows,
+            time=time_facts(rows, self.events),
+            training=list(self.training()),
+            facts=list(self.facts()),
+            config=self.told(
+                "config.resolved.yaml", lambda: (self.run.path / "config.resolved.yaml").read_text("utf-8"), ""
+            ),
+            config_of=self.run.config.model_dump(mode="json"),
+        )
+        self.reward_models(report)
+        if waiting:
+            report.missing.append(_not_made(waiting, len(self.graph.nodes)))
+        report.missing += self.missing[:MOST_LINES]
+        report.statements = statements(report)
+        return report
+
+    def state(self) -> str:
+        last = next((event for event in reversed(self.events) if isinstance(event, RunEnded | RunStarted)), None)
+        if isinstance(last, RunEnded):
+            return last.outcome
+        return "running" if self.told("lock", self.run.holder, None) else "not finished"
+
+    def stage(self, node: Node) -> StageRow:
+        """One stage, from its manifest, its events and its latest attempt."""
+        artifact = self.artifacts.get(node.name)
+        row = stage_row(node, artifact.manifest if artifact else None, self.by_stage.get(node.name, []))
+        if artifact is None:
+            attempts = self.told(node.name, lambda: self.run.attempts(node.name), [])
+            row.attempts = len(attempts)
+            failure = self.told(node.name, lambda: failure_of(attempts[-1]), None) if attempts else None
+            if failure is not None:
+                text = str(failure.get("text", "")).strip().splitlines()
+                row.state = "stopped" if failure.get("kind") == "stopped" else "failed"
+                row.detail = text[-1] if text else ""
+            elif attempts:
+                row.state, row.detail = "begun", progress_of(attempts[-1]) or ""
+        return row
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        found = []
+        for name, artifact in self.artifacts.items():
+            if artifact.manifest.schema == EVALUATION:
+                metrics = artifact.manifest.facts.get("metrics")
+                if isinstance(metrics, dict) and isinstance(metrics.get("iteration"), int):
+                    found.append(metrics)
+                else:
+                    self.missing.append(f"{name}: its manifest has no metrics")
+        return sorted(found, key=lambda metrics: int(metrics["iteration"]))
+
+    def ledgers(self) -> Iterable[LedgerLine]:
+        for name, artifact in self.artifacts.items():
+            node, ledger = self.graph.nodes[name], artifact.manifest.ledger
+            yield LedgerLine(
+                stage=name,
+                iteration=node.iteration,
+                role=node.role,
+                unit=ledger.unit,
+                rows_in=ledger.rows_in,
+                kept=ledger.kept,
+                dropped=ledger.dropped,
+            )
+
+    def facts(self) -> Iterable[dict[str, Any]]:
+        """By stage, what is worth a line: numbers and the drift."""
+        for name, artifact in self.artifacts.items():
+            node = self.graph.nodes[name]
+            if node.iteration is not None and node.role in ("training", "experience", "pairs", "generation"):
+                yield {
+                    "stage": name,
+                    "iteration": node.iteration,
+                    "role": node.role,
+                    **{
+                        key: value
+                        for key, value in artifact.manifest.facts.items()
+                        if isinstance(value, int | float | str) or key in ("drift", "settings", "final")
+                    },
+                }
+
+    def sets(self) -> Iterable[SampleSet]:
+        for sources in self.sources():
+            found = self.told(f"answers of {sources.name}", lambda sources=sources: self.keep.read(sources), None)
+            if found is not None:
+                yield found
+
+    def sources(self) -> Iterable[SetSources]:
+        """The rollouts that were published, each with the scores and pairs that were made of it."""
+        readers: dict[Path, list[Node]] = {}
+        for node in self.graph.nodes.values():
+            if node.name in self.artifacts and "rollouts" in type(node.config).model_fields:
+                readers.setdefault(node.path("rollouts"), []).append(node)
+        for name, artifact in self.artifacts.items():
+            if artifact.manifest.schema == ROLLOUTS:
+                yield self.sources_of(self.graph.nodes[name], artifact, readers.get(artifact.path, []))
+
+    def sources_of(self, node: Node, rollouts: Artifact, readers: list[Node]) -> SetSources:
+        sources = SetSources(node.name, node.role, node.iteration, rollouts)
+        for reader in readers:
+            made = self.artifacts[reader.name]
+            if made.manifest.inputs.get("rollouts") != rollouts.manifest.digest:
+                self.missing.append(f"{reader.name}: made from other answers than {node.name} has now")
+            elif made.manifest.schema == SCORES:
+                scorer = made.manifest.facts.get("scorer", reader.role)
+                if made.manifest.facts.get("kind") == "logprobs":
+                    sources.reference = made
+                elif made.manifest.facts.get("kind") != "values":
+                    sources.scores[scorer] = made
+            elif made.manifest.schema == PAIRS:
+                sources.pairs, sources.strategy = made, str(getattr(reader.config, "strategy", ""))
+        order = ["reward", *self.run.config.scorers]
+        sources.scores = dict(
+            sorted(sources.scores.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+        )
+        sampler = self.graph.sampler(node.output)
+        if sampler is not None and "policy" in type(sampler.config).model_fields:
+            sources.policy = sampler.path("policy")
+        return sources
+
+    def training(self) -> Iterable[TrainingCurves]:
+        for name, artifact in self.artifacts.items():
+            file = artifact.path / "training-log.jsonl"
+            if artifact.manifest.schema == CHECKPOINT and file.is_file():
+                node = self.graph.nodes[name]
+                found = self.told(name, lambda file=file: thinned(read_jsonl(file, dict)), None)
+                if found is not None and found[0]:
+                    steps, series = found
+                    yield TrainingCurves(
+                        stage=name, iteration=node.iteration, role=node.role, steps=steps, series=series
+                    )
+
+    def reward_models(self, report: RunReport) -> None:
+        for name, artifact in self.artifacts.items():
+            file = artifact.path / "calibration.jsonl"
+            if file.is_file():
+                report.calibration[name] = self.told(name, lambda file=file: list(read_jsonl(file, dict)), [])
+                final = artifact.manifest.facts.get("final") or {}
+                if isinstance(accuracy := final.get("held_out_accuracy"), int | float):
+                    report.held_out_accuracy[name] = float(accuracy)
+
+
+def thinned(lines: Iterable[dict[str, Any]]) -> tuple[list[float], dict[str, list[float | None]]]:
+    """Steps, and the series of a training log; of a long one means of neighbours, so that MOST_STEPS are left."""
+    rows = [line for line in lines if isinstance(line.get("step"), int)]
+    size = -(-len(rows) // MOST_STEPS) or 1
+    names = sorted({name for row in rows for name, value in row.items() if _is_number(value)} - {"step"})
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    steps = [float(part[len(part) // 2]["step"]) for part in parts]
+    series = {
+        name: [_mean([row[name] for row in part if _is_number(row.get(name))]) for part in parts] for name in names
+    }
+    return steps, series
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) < 1e300
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(f"{sum(values) / len(values):.5g}") if values else None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _not_made(names: list[str], total: int) -> str:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{len(names)} of {total} stages are not published: {shown}"

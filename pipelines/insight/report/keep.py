@@ -1,0 +1,82 @@
+"""What was read of a run's samples, so that a report of a run that goes on reads only what is new.
+
+The chunks of texts are scripts: a page that was opened from a file can load nothing else from beside it.
+"""
+
+import contextlib
+import re
+from pathlib import Path
+
+import msgspec
+
+from contracts.files import write_atomically
+from pipelines.insight.report.data import SampleSet
+from pipelines.insight.report.samples import Chunk, SetSources, read_set
+
+_OWN = re.compile(r"[0-9a-f]{16}(-\d+t?\.js|\.json)")
+
+
+class Keep:
+    """Reads sets of answers, each once.
+
+    With a folder, what was read stays there: NAME.js of each chunk, and KEY.json of each set. Without one it stays in
+    memory, and nothing is written.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._sets: dict[str, SampleSet] = {}
+        self._chunks: dict[str, str] = {}
+
+    def read(self, sources: SetSources) -> SampleSet:
+        """The set; UserError where something of it is missing or damaged."""
+        found = self._sets.get(sources.key) or self._kept(sources.key)
+        if found is None:
+            found, chunks = read_set(sources)
+            self._write(found, chunks)
+        self._sets[sources.key] = found
+        return found
+
+    def has(self, key: str) -> bool:
+        """Whether a set was read before."""
+        return key in self._sets or self._kept(key) is not None
+
+    def _kept(self, key: str) -> SampleSet | None:
+        if self._folder is None:
+            return None
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            found = msgspec.json.decode((self._folder / f"{key}.json").read_bytes(), type=SampleSet)
+            if all((self._folder / f"{name}.js").is_file() for name in names_of(found)):
+                return found
+        return None
+
+    def _write(self, found: SampleSet, chunks: list[Chunk]) -> None:
+        if self._folder is None:
+            self._chunks |= {chunk.name: chunk.content for chunk in chunks}
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for chunk in chunks:
+            script = f'ratchetChunk("{chunk.name}","{chunk.content}")\n'
+            write_atomically(self._folder / f"{chunk.name}.js", script.encode(), durable=False)
+        write_atomically(self._folder / f"{found.key}.json", msgspec.json.encode(found), durable=False)
+
+    def chunk(self, name: str) -> str:
+        """The content of a chunk of a set that was read."""
+        if self._folder is None:
+            return self._chunks[name]
+        return (self._folder / f"{name}.js").read_text().split('"')[3]
+
+    def forget(self, sets: list[SampleSet]) -> None:
+        """Delete what belongs to none of these sets: something of theirs was made again."""
+        known = {f"{found.key}.json" for found in sets} | {f"{name}.js" for found in sets for name in names_of(found)}
+        keys = {found.key for found in sets}
+        self._sets = {key: found for key, found in self._sets.items() if key in keys}
+        self._chunks = {name: content for name, content in self._chunks.items() if name.rpartition("-")[0] in keys}
+        for path in self._folder.iterdir() if self._folder and self._folder.is_dir() else []:
+            if _OWN.fullmatch(path.name) and path.name not in known:
+                path.unlink(missing_ok=True)
+
+
+def names_of(found: SampleSet) -> list[str]:
+    """The chunks of a set: texts, and log-probabilities."""
+    return [f"{found.key}-{number}{kind}" for number in range(len(found.chunks)) for kind in ("", "t")]

@@ -1,0 +1,117 @@
+"""The report as one page that needs nothing else: styles, scripts and data are in it."""
+
+import hashlib
+import zlib
+from base64 import b64encode
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import msgspec
+
+from pipelines.insight.report.data import RunReport, SampleSet
+from pipelines.insight.report.keep import Keep
+from pipelines.insight.report.statements import duration
+from pipelines.insight.report.tables import evaluation_table, funnels, gantt, provenance, rounded, visible
+
+PAGE_BYTES = 4_600_000
+"""Of a page with its samples; what does not fit is beside it."""
+SCRIPTS = (
+    "vendor/uPlot-1.6.32.iife.min.js",
+    "vendor/diff-9.0.0.min.js",
+    "assets/dom.js",
+    "assets/samples.js",
+    "assets/charts.js",
+    "assets/browser.js",
+    "assets/answers.js",
+    "assets/main.js",
+)
+STYLES = ("vendor/uPlot-1.6.32.min.css", "assets/report.css")
+
+
+def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: bool = False) -> tuple[str, list[str]]:
+    """The page, and the names of the chunks that are not in it.
+
+    Args:
+        beside: the folder of the chunks that do not fit, as seen from the page; None: there is none.
+        live: whether the page asks its server for news.
+    """
+    data = _data(report, beside, live)
+    scripts = [read_asset(name) for name in SCRIPTS]
+    styles = [read_asset(name) for name in STYLES]
+    size = len(data) + sum(map(len, scripts)) + sum(map(len, styles)) + 200_000
+    inside = [] if live else _fitting(report.sets, PAGE_BYTES - size)
+    others = [name for found in report.sets for name in _names(found) if name not in set(inside)]
+    text = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            data=data,
+            chunks=[(name, keep.chunk(name)) for name in inside],
+            scripts=scripts,
+            styles=styles,
+            hashes=" ".join(f"'sha256-{_hash(script)}'" for script in scripts),
+            evaluations=evaluation_table(report),
+            funnels=funnels(report),
+            gantt=gantt(report),
+            provenance=provenance(report),
+        )
+    )
+    return text, others
+
+
+def _data(report: RunReport, beside: str | None, live: bool) -> str:
+    """What the scripts need, compressed."""
+    prompts: dict[str, list[Any]] = {}
+    for found in report.sets:
+        prompts |= found.excerpts
+    data = msgspec.to_builtins(report)
+    for name in ("config", "config_of", "notes", "missing", "statements", "ledgers", "stages"):
+        data.pop(name)
+    for found in data["sets"]:
+        found.pop("excerpts")
+    data |= {"prompts": prompts, "beside": beside, "live": live}
+    return b64encode(zlib.compress(msgspec.json.encode(data), 9)).decode()
+
+
+def _fitting(sets: list[SampleSet], room: int) -> list[str]:
+    """The chunks for which there is room in the page: all texts before any log-probabilities."""
+    found: list[str] = []
+    ordered = sorted(sets, key=_interest)
+    for sizes, kind in (("bytes", ""), ("token_bytes", "t")):
+        for one in ordered:
+            for number, size in enumerate(getattr(one, sizes)):
+                if size <= room:
+                    room -= size
+                    found.append(f"{one.key}-{number}{kind}")
+    return found
+
+
+def _interest(found: SampleSet) -> tuple[int, int]:
+    """What one looks at first: held-out prompts, then the last iteration."""
+    return (found.role != "heldout/generation" if found.iteration is not None else 2), -(found.iteration or 0)
+
+
+def _names(found: SampleSet) -> list[str]:
+    return [f"{found.key}-{number}{kind}" for number in range(len(found.chunks)) for kind in ("", "t")]
+
+
+@cache
+def read_asset(name: str) -> str:
+    """A file that comes with the report."""
+    return (files("pipelines.insight.report") / name).read_text("utf-8")
+
+
+def _hash(script: str) -> str:
+    return b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FunctionLoader(lambda name: read_asset(f"assets/{name}"))
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"duration": duration, "visible": visible, "rounded": rounded}
+    environment.undefined = jinja2.StrictUndefined
+    return environment

@@ -1,0 +1,353 @@
+"""One set of answers with scores and pairs, read once, shard by shard: figures, and chunks of texts for the browser."""
+
+import math
+import zlib
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from contracts.artifacts import Artifact
+from contracts.fingerprint import digest
+from contracts.jsonl import read_jsonl
+from contracts.records import Message
+from pipelines.insight.report.data import Correlation, GroupColumns, PairFacts, SampleSet
+from pipelines.insight.report.vocabulary import Vocabulary
+
+FORMAT = 1
+"""Of the chunks; changed with what they hold."""
+CHUNK_BYTES = 400_000
+"""Of texts in a chunk, before it is compressed."""
+MOST_GROUPS = 20_000
+"""Prompts of one set that are shown; further ones are only counted."""
+MOST_POINTS = 300
+EXCERPT = 120
+
+
+class _Answer(msgspec.Struct):
+    sample: int
+    response_ids: list[int]
+    text: str
+    finish_reason: str
+    logprobs: list[float]
+
+
+class _Row(msgspec.Struct):
+    """What the report reads of a rollout."""
+
+    prompt_id: str
+    messages: list[Message]
+    completions: list[_Answer]
+    tags: list[str] = []
+    answer: str | None = None
+
+
+class _Score(msgspec.Struct):
+    prompt_id: str
+    sample: int
+    score: float
+    token_logprobs: list[float] | None = None
+
+
+class _Pair(msgspec.Struct):
+    prompt_id: str
+    chosen_sample: int
+    rejected_sample: int
+    chosen_score: float
+    rejected_score: float
+    margin: float
+
+
+@dataclass
+class SetSources:
+    """The published directories that a set is made of."""
+
+    name: str
+    role: str
+    iteration: int | None
+    rollouts: Artifact
+    scores: dict[str, Artifact] = field(default_factory=dict)
+    """By scorer; the first is the one by which pairs are chosen."""
+    pairs: Artifact | None = None
+    reference: Artifact | None = None
+    """Log-probabilities under a reference."""
+    policy: Path | None = None
+    """The model that sampled, for the texts of its tokens."""
+    strategy: str = ""
+
+    @property
+    def key(self) -> str:
+        """Changes with whatever the set is made of."""
+        parts = [*self.scores.values(), *filter(None, (self.pairs, self.reference))]
+        found = [self.name, self.rollouts.manifest.digest, *(part.manifest.digest for part in parts)]
+        return digest([FORMAT, found, list(self.scores), CHUNK_BYTES, MOST_GROUPS])[:16]
+
+
+@dataclass
+class Chunk:
+    """Texts of some prompts, or the log-probabilities of their answers, as base64 of deflated JSON."""
+
+    name: str
+    content: str
+
+
+def read_set(sources: SetSources) -> tuple[SampleSet, list[Chunk]]:
+    """Read everything of one set.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    reader = _Reader(sources)
+    for shard in sources.rollouts.shards:
+        reader.read(shard)
+    return reader.finish()
+
+
+class _Reader:
+    """Adds up what is read; holds one shard's scores and one chunk's texts at a time."""
+
+    def __init__(self, sources: SetSources) -> None:
+        self.sources = sources
+        self.scorers = list(sources.scores)
+        self.columns = GroupColumns()
+        self.excerpts: dict[str, list[Any]] = {}
+        self.chunks: list[Chunk] = []
+        self.sizes: list[int] = []
+        self.text: list[bytes] = []
+        self.tokens: list[Any] = []
+        self.pending = 0
+        self.vocabulary = Vocabulary(sources.policy)
+        self.prompts = self.samples = self.truncated = self.length = self.left_out = 0
+        self.sums = {name: [0.0, 0] for name in self.scorers}
+        self.scored = self.with_gradient = 0
+        self.within, self.across = _Moments(), _Moments()
+        self.points: list[list[float]] = []
+        self.stride = max(1, sources.rollouts.manifest.facts.get("completions", 0) // MOST_POINTS)
+        self.gap, self.gap_tokens = 0.0, 0
+        self.encoder = msgspec.json.Encoder(decimal_format="number")
+        self.pairs = _pairs_of(sources.pairs)
+        self.chosen = [0.0] * 5
+        self.pair_count = 0
+        same = sources.reference is not None and (
+            sources.reference.manifest.weights == sources.rollouts.manifest.weights
+        )
+        self.reference = sources.reference if same else None
+
+    def read(self, shard: Path) -> None:
+        """One shard of rollouts with the same shard of every scorer."""
+        scores = [_scores_of(artifact, shard.name) for artifact in self.sources.scores.values()]
+        logprobs = _logprobs_of(self.reference, shard.name) if self.reference else {}
+        for row in read_jsonl(shard, _Row):
+            self._add(row, [column.get(row.prompt_id, {}) for column in scores])
+            if logprobs:
+                self._compare(row, logprobs)
+
+    def _add(self, row: _Row, scores: list[dict[int, float]]) -> None:
+        lengths = [len(answer.response_ids) for answer in row.completions]
+        cut = sum(answer.finish_reason == "length" for answer in row.completions)
+        self.prompts += 1
+        self.samples += len(lengths)
+        self.truncated += cut
+        self.length += sum(lengths)
+        for name, column in zip(self.scorers, scores, strict=True):
+            self.sums[name][0] += math.fsum(column.values())
+            self.sums[name][1] += len(column)
+        first = scores[0] if scores else {}
+        scored = [
+            (float(length), first[answer.sample])
+            for answer, length in zip(row.completions, lengths, strict=True)
+            if answer.sample in first
+        ]
+        self._correlate(scored)
+        pairs = self.pairs.get(row.prompt_id, [])
+        by_sample = dict(zip((answer.sample for answer in row.completions), lengths, strict=True))
+        for pair in pairs:
+            found = (by_sample.get(pair.chosen_sample, 0), by_sample.get(pair.rejected_sample, 0))
+            figures = (*found, pair.chosen_score, pair.rejected_score, pair.margin)
+            self.chosen = [total + value for total, value in zip(self.chosen, figures, strict=True)]
+            self.pair_count += 1
+        if self.prompts > MOST_GROUPS:
+            self.left_out += 1
+            return
+        values = [score for _, score in scored]
+        columns = self.columns
+        columns.prompt.append(row.prompt_id)
+        columns.mean.append(_short(math.fsum(values) / len(values)) if values else None)
+        columns.best.append(_short(max(values)) if values else None)
+        columns.worst.append(_short(min(values)) if values else None)
+        columns.margin.append(_short(max(pair.margin for pair in pairs)) if pairs else None)
+        columns.length.append(_short(sum(lengths) / len(lengths)) if lengths else 0.0)
+        columns.longest.append(max(lengths, default=0))
+        columns.samples.append(len(lengths))
+        columns.truncated.append(cut)
+        if row.prompt_id not in self.excerpts:
+            asked = next((message.content for message in reversed(row.messages) if message.role == "user"), "")
+            self.excerpts[row.prompt_id] = [asked[:EXCERPT], row.tags]
+        self._keep(row, scores, pairs)
+
+    def _correlate(self, scored: list[tuple[float, float]]) -> None:
+        for length, score in scored:
+            self.across.add(length, score)
+            if self.across.count % self.stride == 0 and len(self.points) < MOST_POINTS:
+                self.points.append([length, _short(score)])
+        if len(scored) > 1:
+            self.scored += 1
+            self.with_gradient += any(score != scored[0][1] for _, score in scored)
+            middle = [math.fsum(values) / len(scored) for values in zip(*scored, strict=True)]
+            for length, score in scored:
+                self.within.add(length - middle[0], score - middle[1])
+
+    def _compare(self, row: _Row, logprobs: dict[tuple[str, int], list[float]]) -> None:
+        for answer in row.completions:
+            theirs = logprobs.get((row.prompt_id, answer.sample))
+            if theirs and len(theirs) == len(answer.logprobs):
+                self.gap += math.fsum(abs(a - b) for a, b in zip(answer.logprobs, theirs, strict=True))
+                self.gap_tokens += len(theirs)
+
+    def _keep(self, row: _Row, scores: list[dict[int, float]], pairs: list[_Pair]) -> None:
+        """Into the chunk: [prompt id, messages, known answer, answers, pairs]."""
+        answers = [
+            [
+                answer.sample,
+                answer.text,
+                answer.finish_reason,
+                len(answer.response_ids),
+                [_short(column[answer.sample]) if answer.sample in column else None for column in scores],
+            ]
+            for answer in row.completions
+        ]
+        chosen = [[pair.chosen_sample, pair.rejected_sample, _short(pair.margin)] for pair in pairs]
+        messages = [[message.role, message.content] for message in row.messages]
+        self.text.append(self.encoder.encode([row.prompt_id, messages, row.answer, answers, chosen]))
+        self.tokens.append(
+            [[answer.response_ids, [round(-100 * value) for value in answer.logprobs]] for answer in row.completions]
+        )
+        self.pending += len(self.text[-1])
+        if self.pending >= CHUNK_BYTES:
+            self._close_chunk()
+
+    def _close_chunk(self) -> None:
+        if not self.text:
+            return
+        number = len(self.sizes)
+        texts = b"[" + b",".join(self.text) + b"]"
+        used = {id for group in self.tokens for ids, _ in group for id in ids}
+        tokens = self.encoder.encode([self.vocabulary.texts(used), self.tokens])
+        self.chunks.append(Chunk(f"{self.sources.key}-{number}", _packed(texts)))
+        self.chunks.append(Chunk(f"{self.sources.key}-{number}t", _packed(tokens)))
+        self.sizes.append(len(self.text))
+        self.text, self.tokens, self.pending = [], [], 0
+
+    def finish(self) -> tuple[SampleSet, list[Chunk]]:
+        """What was read."""
+        self._close_chunk()
+        pairs = None
+        if self.pair_count:
+            means = [total / self.pair_count for total in self.chosen]
+            pairs = PairFacts(
+                count=self.pair_count,
+                chosen_length=means[0],
+                rejected_length=means[1],
+                chosen_score=means[2],
+                rejected_score=means[3],
+                margin=means[4],
+                strategy=self.sources.strategy,
+            )
+        found = SampleSet(
+            key=self.sources.key,
+            name=self.sources.name,
+            role=self.sources.role,
+            iteration=self.sources.iteration,
+            scorers=self.scorers,
+            prompts=self.prompts,
+            samples=self.samples,
+            truncated=self.truncated,
+            mean_length=self.length / self.samples if self.samples else None,
+            means={name: total / count if count else None for name, (total, count) in self.sums.items()},
+            groups_scored=self.scored,
+            groups_with_gradient=self.with_gradient,
+            correlation=Correlation(
+                across=self.across.correlation, within=self.within.correlation, slope=self.within.slope
+            ),
+            points=self.points,
+            pairs=pairs,
+            gap=self.gap / self.gap_tokens if self.gap_tokens else None,
+            gap_tokens=self.gap_tokens,
+            columns=self.columns,
+            excerpts=self.excerpts,
+            chunks=self.sizes,
+            bytes=[len(chunk.content) for chunk in self.chunks[::2]],
+            token_bytes=[len(chunk.content) for chunk in self.chunks[1::2]],
+            left_out=self.left_out,
+        )
+        return found, self.chunks
+
+
+class _Moments:
+    """Second moments of two quantities, added up by Welford's method."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean_x = self.mean_y = self.xx = self.yy = self.xy = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        """One observation."""
+        self.count += 1
+        dx = x - self.mean_x
+        self.mean_x += dx / self.count
+        self.xx += dx * (x - self.mean_x)
+        dy = y - self.mean_y
+        self.mean_y += dy / self.count
+        self.yy += dy * (y - self.mean_y)
+        self.xy += dx * (y - self.mean_y)
+
+    @property
+    def correlation(self) -> float | None:
+        """Pearson's; None where one of the two is constant."""
+        if self.xx <= 1e-12 or self.yy <= 1e-12:
+            return None
+        return self.xy / math.sqrt(self.xx * self.yy)
+
+    @property
+    def slope(self) -> float | None:
+        """Of y over x."""
+        return self.xy / self.xx if self.xx > 1e-12 else None
+
+
+def _scores_of(artifact: Artifact, shard: str) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for score in read_jsonl(artifact.path / shard, _Score):
+        found.setdefault(score.prompt_id, {})[score.sample] = score.score
+    return found
+
+
+def _logprobs_of(artifact: Artifact, shard: str) -> dict[tuple[str, int], list[float]]:
+    return {
+        (score.prompt_id, score.sample): score.token_logprobs or []
+        for score in read_jsonl(artifact.path / shard, _Score)
+    }
+
+
+def _pairs_of(artifact: Artifact | None) -> dict[str, list[_Pair]]:
+    """All of them: choosing needs one file, whatever the shards of the rollouts."""
+    found: dict[str, list[_Pair]] = {}
+    for pair in _all(artifact):
+        found.setdefault(pair.prompt_id, []).append(pair)
+    return found
+
+
+def _all(artifact: Artifact | None) -> Iterator[_Pair]:
+    for shard in artifact.shards if artifact else []:
+        yield from read_jsonl(shard, _Pair)
+
+
+def _short(value: float) -> float:
+    """Four digits: what a reader of a table wants."""
+    return float(f"{value:.4g}") if math.isfinite(value) else 0.0
+
+
+def _packed(content: bytes) -> str:
+    return b64encode(zlib.compress(content, 6)).decode()

@@ -1,0 +1,103 @@
+"""What the page and the Markdown show as tables."""
+
+import re
+import time
+from typing import Any
+
+from pipelines.insight.report.data import RunReport, StageRow
+from pipelines.run.metrics import COLUMNS, is_further_scorer
+
+MOST_BARS = 150
+"""Stages in the chart of times: the latest."""
+NONE = "\u2013"
+"""What stands for a value that is not known."""
+BEFORE = "Before the first iteration, where something was dropped"
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+
+
+def visible(text: Any) -> str:
+    """A text without characters that act instead of showing: control characters, changes of direction, surrogates."""
+    return _UNSEEN.sub(lambda match: f"\u27e8{ord(match[0]):04X}\u27e9", str(text))
+
+
+def rounded(value: Any) -> str:
+    """A number of a table."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return NONE if value is None else str(value)
+    return (
+        str(value) if isinstance(value, int) else f"{value:.3f}" if abs(value) >= 0.001 or not value else f"{value:.1e}"
+    )
+
+
+def evaluation_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of the metrics by iteration."""
+    if not report.evaluations:
+        return [], []
+    first = report.evaluations[0]
+    names = {
+        name: title for name, title in COLUMNS.items() if any(row.get(name) is not None for row in report.evaluations)
+    }
+    names |= {name: name.removesuffix("_mean").replace("_", " ") for name in first if is_further_scorer(name)}
+    rows = [[str(row["iteration"]), *(rounded(row.get(name)) for name in names)] for row in report.evaluations]
+    return ["iteration", *names.values()], rows
+
+
+def funnels(report: RunReport) -> list[dict[str, Any]]:
+    """For each iteration, and for what was made before the first one: its stages, and what each has kept."""
+    groups: dict[int | None, list[dict[str, Any]]] = {}
+    for line in report.ledgers:
+        if not line.rows_in or (line.iteration is None and not line.dropped):
+            continue
+        parts = [("kept", line.kept, line.kept / line.rows_in)]
+        parts += [(reason.replace("_", " "), count, count / line.rows_in) for reason, count in line.dropped.items()]
+        groups.setdefault(line.iteration, []).append(
+            {"role": line.role, "unit": line.unit, "rows_in": line.rows_in, "kept": line.kept, "parts": parts}
+        )
+    return [
+        {
+            "title": BEFORE if iteration is None else f"Iteration {iteration}",
+            "lines": lines,
+            "dropped": any(len(line["parts"]) > 1 for line in lines),
+        }
+        for iteration, lines in sorted(groups.items(), key=lambda item: -1 if item[0] is None else item[0])
+    ]
+
+
+def gantt(report: RunReport) -> dict[str, Any]:
+    """Bars of the stages in percent of the time from the first to the last, with the parts of each."""
+    rows = [row for row in report.stages if row.begun is not None and row.wait is not None]
+    rows = sorted(rows, key=lambda row: row.begun or 0.0)[-MOST_BARS:]
+    if not rows:
+        return {"bars": [], "ticks": [], "left_out": 0}
+    start = min(row.begun or 0.0 for row in rows)
+    span = max(1e-3, max((row.ended or 0.0) for row in rows) - start)
+    bars = [{"name": row.name, "left": 100 * ((row.begun or 0.0) - start) / span, **_parts(row, span)} for row in rows]
+    ticks = [{"left": 25 * number, "seconds": span * number / 4} for number in range(5)]
+    made = sum(row.wait is not None for row in report.stages)
+    return {"bars": bars, "ticks": ticks, "left_out": made - len(rows)}
+
+
+def _parts(row: StageRow, span: float) -> dict[str, Any]:
+    found = [(name, getattr(row, name) or 0.0) for name in ("wait", "load", "compute", "other")]
+    width = sum(seconds for _, seconds in found)
+    return {
+        "parts": [(name, seconds, 100 * seconds / span) for name, seconds in found if seconds > 0],
+        "seconds": width,
+        "width": 100 * width / span,
+    }
+
+
+def provenance(report: RunReport) -> dict[str, Any]:
+    """Versions by environment, and each stage with its key and digest."""
+    versions: dict[str, dict[str, None]] = {}
+    for row in report.stages:
+        for name, version in row.versions.items():
+            versions.setdefault(name, {})[version] = None
+    hosts = sorted({str(row.hardware.get("host")) for row in report.stages if row.hardware.get("host")})
+    seeds = {"seed": report.config_of.get("seed"), "date": report.config_of.get("date")}
+    return {
+        "versions": {name: ", ".join(found) for name, found in sorted(versions.items())},
+        "hosts": hosts,
+        "seeds": seeds,
+        "made": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(report.made)),
+    }

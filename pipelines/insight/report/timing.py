@@ -1,0 +1,117 @@
+"""Where a run's time went, from its events and from what each stage measured of itself."""
+
+import calendar
+import time
+from collections.abc import Iterable
+
+from contracts.manifest import Manifest
+from pipelines.graph import Node
+from pipelines.insight.report.data import StageRow, TimeFacts
+from pipelines.run.events import (
+    Event,
+    RunEnded,
+    RunStarted,
+    StageEvent,
+    StageFailed,
+    StagePublished,
+    StageReused,
+    StageStarted,
+    StageSubmitted,
+)
+
+LOADING = ("import", "load", "start", "startup")
+
+
+def stage_row(node: Node, manifest: Manifest | None, events: Iterable[StageEvent]) -> StageRow:
+    """When a stage ran, and what for: of its last attempt that ended in what is there now; `events` are its own."""
+    row = StageRow(
+        name=node.name, kind=node.stage.name, iteration=node.iteration, role=node.role, state="waiting",
+        devices=_devices(node),
+    )  # fmt: skip
+    for event in events:
+        if isinstance(event, StageSubmitted):
+            row.begun = event.time
+        elif isinstance(event, StageStarted):
+            row.attempts += 1
+            if row.begun is None or row.ended is not None:
+                row.begun, row.ended = event.time, None
+        elif isinstance(event, StagePublished | StageFailed):
+            row.ended = event.time
+            row.state = "published" if isinstance(event, StagePublished) else "failed"
+        elif isinstance(event, StageReused) and row.begun is None:
+            row.detail = f"reused: {event.reason}"
+    if manifest is not None:
+        _measured(row, manifest)
+    return row
+
+
+def _devices(node: Node) -> int:
+    layout = node.stage.layout(node.config)
+    return max(1, layout.processes) * max(1, node.gpus)
+
+
+def _measured(row: StageRow, manifest: Manifest) -> None:
+    seconds = manifest.seconds
+    row.state = "published"
+    row.total = seconds.get("total", 0.0)
+    row.load = sum(seconds.get(name, 0.0) for name in LOADING)
+    row.compute = seconds.get("compute", 0.0)
+    if not row.compute and not row.load:
+        row.compute = row.total
+    row.other = max(0.0, row.total - row.load - row.compute)
+    if row.begun is None:  # made elsewhere, or by a command whose events are lost
+        created = calendar.timegm(time.strptime(manifest.created, "%Y-%m-%dT%H:%M:%SZ"))
+        row.begun, row.ended = created - row.total, float(created)
+        row.detail = row.detail or "made by another run or command"
+    elif row.ended is not None:
+        row.wait = max(0.0, row.ended - row.begun - row.total)
+    facts = manifest.facts
+    tokens = facts.get("response_tokens", facts.get("tokens"))
+    row.tokens = tokens if isinstance(tokens, int) else None
+    row.rows, row.key, row.digest, row.weights = manifest.rows, manifest.key, manifest.digest, manifest.weights
+    row.created, row.versions, row.hardware, row.inputs = (
+        manifest.created, manifest.versions, manifest.hardware, manifest.inputs,
+    )  # fmt: skip
+
+
+def time_facts(rows: list[StageRow], events: list[Event]) -> TimeFacts:
+    """Sums over the stages that this run has made itself; what it took over from elsewhere cost it nothing."""
+    own = [row for row in rows if row.total is not None and row.wait is not None]
+    by_role: dict[str, float] = {}
+    tokens: dict[str, tuple[int, float]] = {}
+    for row in own:
+        spent = (row.total or 0.0) + (row.wait or 0.0)
+        by_role[row.role] = by_role.get(row.role, 0.0) + spent
+        if row.tokens and row.compute:
+            count, seconds = tokens.get(row.role, (0, 0.0))
+            tokens[row.role] = (count + row.tokens, seconds + row.compute)
+    return TimeFacts(
+        wall=_wall(events),
+        stages=sum(by_role.values()),
+        device_hours=sum((row.total or 0.0) * row.devices for row in own) / 3600,
+        load=sum(row.load or 0.0 for row in own),
+        compute=sum(row.compute or 0.0 for row in own),
+        wait=sum(row.wait or 0.0 for row in own),
+        other=sum(row.other or 0.0 for row in own),
+        by_role=dict(sorted(by_role.items(), key=lambda item: -item[1])),
+        tokens_per_second={role: count / seconds for role, (count, seconds) in tokens.items()},
+    )
+
+
+def _wall(events: list[Event]) -> float | None:
+    """Seconds in which somebody worked on the run."""
+    total, since, last = 0.0, None, None
+    for event in events:
+        if not event.time:
+            continue
+        if isinstance(event, RunStarted):
+            if since is not None and last is not None:
+                total += last - since  # the one before was killed
+            since = event.time
+        last = event.time
+        if isinstance(event, RunEnded) and since is not None:
+            total += event.time - since
+            since = None
+    if since is not None and last is not None:
+        total += last - since
+    return total or None
