@@ -21,7 +21,8 @@ from pipelines.config.recipes import describe_recipes, find_config
 from pipelines.config.run import RunConfig
 from pipelines.config.sections import RetentionSection
 from pipelines.doctor.command import doctor
-from pipelines.environments.launch import env_main
+from pipelines.environments.launch import become
+from pipelines.environments.locked import NAMES, InstallError, describe_all, interpreter, sync
 from pipelines.environments.paths import require_home
 from pipelines.execution.attempts import StageFailedError
 from pipelines.execution.driver import Driver
@@ -55,11 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done; 2: a mistake of the user's, in one message; 1: anything else; 130: interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        if arguments[:1] == ["env"]:
-            return env_main(arguments[1:])
         options = parse(arguments)
         return int(options.command(options) or 0)
-    except StageFailedError as error:
+    except (InstallError, StageFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -103,15 +102,17 @@ def command(
     name: str,
     help: str,
     *arguments: tuple[tuple[str, ...], dict[str, Any]],
+    of: Any = COMMANDS,
     keys: Callable[[], str] | None = None,
     **settings: Any,
 ) -> Any:
     """Declare the function below as a command. It returns the exit code; None is 0.
 
     Args:
+        of: where it belongs, if it is a part of another command.
         keys: the configuration's keys, for the end of its help.
     """
-    child = COMMANDS.add_parser(name, help=help, **settings)
+    child = of.add_parser(name, help=help, **settings)
     child.keys = keys
     for names, options in arguments:
         child.add_argument(*names, **options)
@@ -355,5 +356,41 @@ def _recipes(options: argparse.Namespace) -> None:
     print(describe_recipes() if options.name is None else find_config(options.name).read_text(), end="")
 
 
-# Mounted by `main` before this parser is asked; here for --help.
-COMMANDS.add_parser("env", help="build and list the stages' environments")
+ENVIRONMENTS = COMMANDS.add_parser("env", help="build and list the stages' environments").add_subparsers(
+    required=True, metavar="COMMAND"
+)
+ENVIRONMENT = argument("name", metavar="NAME", help=", ".join(NAMES))
+VARIANT = argument("--variant", default="auto", choices=["auto", "cpu", "gpu"], help="auto: gpu if there is one")
+
+
+@command(
+    "sync",
+    "build the environments that are missing",
+    argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all by default"),
+    VARIANT,
+    of=ENVIRONMENTS,
+)
+def _sync(options: argparse.Namespace) -> None:
+    sync(options.names or list(NAMES), options.variant, partial(print, flush=True))
+
+
+@command("list", "show the environments and where they are", VARIANT, of=ENVIRONMENTS)
+def _list(options: argparse.Namespace) -> None:
+    print(*describe_all(options.variant), sep="\n")
+
+
+@command("python", "print the path of an environment's interpreter", ENVIRONMENT, VARIANT, of=ENVIRONMENTS)
+def _python(options: argparse.Namespace) -> None:
+    print(interpreter(options.name, options.variant))
+
+
+@command(
+    "run",
+    "run `python ARGUMENTS` as a stage runs: there, with Ratchet's code",
+    ENVIRONMENT,
+    argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="-m training --help"),
+    VARIANT,
+    of=ENVIRONMENTS,
+)
+def _become(options: argparse.Namespace) -> None:
+    become(options.name, options.variant, options.arguments)

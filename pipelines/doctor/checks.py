@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,7 @@ from contracts.manifest import MANIFEST
 from contracts.outlook import Memory
 from contracts.precision import computes_bfloat16
 from pipelines.doctor.machine import CheckResult, Level, existing
-from pipelines.environments.launch import (
-    EnvironmentConfig,
-    launch_command,
-    probe_versions,
-    requirements,
-    stage_environment,
-)
+from pipelines.environments.launch import ask, probe_versions, requirements
 from pipelines.environments.locked import Locked, resolve_variant
 from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph, Node
@@ -134,7 +127,8 @@ def _torch_devices(plan: Plan, count: int, name: str) -> CheckResult:
         "import json, torch; print(json.dumps([torch.cuda.device_count(), torch.__version__, torch.version.cuda]))"
     )
     try:
-        seen, version, cuda = ask(plan.environment(name), name, ["-c", program])
+        answer = ask(plan.environment(name), name, ["-c", program], "say which GPUs torch sees")
+        seen, version, cuda = json.loads(answer)
     except UserError as error:
         return CheckResult("devices", "error", str(error))
     found = f"torch {version} (CUDA {cuda or 'none'}) of {name} sees {plural(seen, 'GPU')}, the driver {count}"
@@ -336,25 +330,6 @@ def most_processes(plan: Plan) -> int:
 def is_remote(path: Path) -> bool:
     """Whether it is something on the Hub."""
     return str(path).startswith("hf:")
-
-
-def ask(environment: EnvironmentConfig, name: str, argv: list[str]) -> Any:
-    """The JSON that `python ARGV` prints in an environment.
-
-    Raises:
-        UserError: it fails.
-    """
-    command, variables = launch_command(environment, name, argv)
-    result = subprocess.run(
-        command, env=stage_environment(variables), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    if result.returncode != 0:
-        last = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-1]
-        raise UserError(
-            f"the environment {name} could not be asked (exit code {result.returncode}): {last}. Build it "
-            f"(pipeline env sync {name}), or fix environments.{name}."
-        )
-    return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 def at_once(needs: dict[str, int], graph: Graph, places: int) -> list[str]:

@@ -1,13 +1,11 @@
 """What a stage runs in: its locked environment, or an interpreter, conda environment or container of the user's."""
 
-import argparse
 import functools
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NoReturn, Self
@@ -17,17 +15,8 @@ from pydantic import model_validator
 from contracts.config import Section, runtime
 from contracts.errors import TransientError, UserError
 from contracts.surroundings import USER_PATH, is_launchers, python_variables, without_foreign
-from pipelines.environments.locked import (
-    NAMES,
-    VARIANT,
-    InstallError,
-    Locked,
-    interpreter,
-    known,
-    resolve_variant,
-    sync,
-)
-from pipelines.environments.paths import code_path, configs, home, source_root
+from pipelines.environments.locked import VARIANT, interpreter, known, resolve_variant
+from pipelines.environments.paths import code_path, configs, source_root
 
 CONTAINER_RUNTIMES = ("apptainer", "singularity", "docker", "podman")
 PASSED_ON = (
@@ -210,33 +199,43 @@ def probe_versions(environment: EnvironmentConfig, name: str) -> dict[str, str]:
 
 @functools.cache
 def _probe(environment_json: str, name: str) -> dict[str, str]:
-    environment = EnvironmentConfig.model_validate_json(environment_json)
     program = (
         f"import json, {name}.config, contracts.stage, contracts.versions; "
         "print(json.dumps(contracts.versions.installed_versions()))"
     )
-    command, variables = launch_command(environment, name, ["-c", program])
-    result = subprocess.run(
-        command,
-        env=stage_environment(variables),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
+    needs = (
+        "It needs Python >= 3.11, msgspec, packaging, pydantic and ruamel.yaml beside the stage's own libraries; see "
+        f"{requirements(name)}."
     )
-    if result.returncode < 0:
-        raise TransientError(f"looking at environments.{name} was ended by signal {-result.returncode}")
-    if result.returncode != 0:
-        lines = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-5:]
-        raise UserError(
-            f"environments.{name} cannot run Ratchet (exit code {result.returncode}):\n    "
-            + "\n    ".join(lines)
-            + "\n  It needs Python >= 3.11, msgspec, packaging, pydantic and ruamel.yaml beside the stage's own "
-            f"libraries; see {requirements(name)}."
-        )
-    found: dict[str, str] = json.loads(result.stdout.strip().splitlines()[-1])
+    environment = EnvironmentConfig.model_validate_json(environment_json)
+    found: dict[str, str] = json.loads(ask(environment, name, ["-c", program], "run Ratchet", fix=needs))
     return found
+
+
+def ask(
+    environment: EnvironmentConfig, name: str, argv: list[str], what: str, *, request: bytes = b"", fix: str = ""
+) -> bytes:
+    """The last line that `python ARGV` prints in an environment.
+
+    Args:
+        what: what it cannot do where that fails.
+        request: its standard input.
+        fix: what else to say then.
+
+    Raises:
+        UserError: it fails.
+        TransientError: a signal ended it.
+    """
+    command, variables = launch_command(environment, name, argv)
+    result = subprocess.run(command, env=stage_environment(variables), input=request, capture_output=True, check=False)
+    if result.returncode < 0:
+        raise TransientError(f"asking environments.{name} to {what} was ended by signal {-result.returncode}")
+    if result.returncode != 0:
+        said = (result.stderr.strip() or result.stdout.strip() or b"no output").decode(errors="replace")
+        lines = [f"    {line}" for line in said.splitlines()[-5:]] + ([f"  {fix}"] if fix else [])
+        text = f"environments.{name} cannot {what} (exit code {result.returncode}):"
+        raise UserError("\n".join([text, *lines]))
+    return result.stdout.strip().splitlines()[-1]
 
 
 def requirements(name: str) -> Path:
@@ -244,61 +243,8 @@ def requirements(name: str) -> Path:
     return configs() / "environments" / f"{name}-{resolve_variant()}.in"
 
 
-def env_main(argv: list[str]) -> int:
-    """`pipeline env sync|list|python|run`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="pipeline env", description="The stages' locked environments.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    texts = {
-        "sync": "build the environments that are missing",
-        "list": "show the environments and where they are",
-        "python": "print the path of an environment's interpreter",
-        "run": "run `python ARGUMENTS` as a stage runs: there, with Ratchet's code",
-    }
-    for command, text in texts.items():
-        child = commands.add_parser(command, help=text, description=text)
-        if command == "sync":
-            child.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all by default")
-        if command == "python":
-            child.add_argument("name", metavar="NAME", help=", ".join(NAMES))
-        if command == "run":
-            child.add_argument("name", metavar="NAME", help=", ".join(NAMES))
-            child.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="-m training --help")
-        child.add_argument(
-            "--variant", default="auto", choices=["auto", "cpu", "gpu"], help="auto: gpu if there is one"
-        )
-    options = parser.parse_args(argv)
-    try:
-        if options.command == "sync":
-            sync(options.names or list(NAMES), options.variant, _say)
-        elif options.command == "python":
-            print(interpreter(options.name, options.variant))
-        elif options.command == "run":
-            _run(known(options.name), options.variant, options.arguments)
-        else:
-            _list(options.variant)
-    except InstallError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _run(name: str, variant: str, arguments: list[str]) -> NoReturn:
-    """Become `python ARGUMENTS` in a locked environment."""
+def become(name: str, variant: str, arguments: list[str]) -> NoReturn:
+    """Become `python ARGUMENTS` as a stage runs: in a locked environment, with Ratchet's code."""
     os.environ[VARIANT] = resolve_variant(variant)
-    command, variables = launch_command(EnvironmentConfig(), name, arguments)
+    command, variables = launch_command(EnvironmentConfig(), known(name), arguments)
     os.execve(command[0], command, stage_environment(variables))
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _list(variant: str) -> None:
-    current = [Locked(name, resolve_variant(variant)) for name in NAMES]
-    for locked in current:
-        state = "ready" if locked.complete else "not built"
-        print(f"{locked.name:<12} {locked.variant:<4} {state:<10} {locked.directory}")
-    used = {locked.directory for locked in current}
-    for directory in sorted((home() / "environments").glob("[!.]*")):
-        if directory.is_dir() and directory not in used:
-            print(f"{'(other)':<12} {'':<4} {'':<10} {directory}")

@@ -43,6 +43,8 @@ Variant = Literal["cpu", "gpu"]
 class InstallError(Exception):
     """An installation failed: the command, and the last lines of its output."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class Locked:
@@ -130,6 +132,18 @@ def interpreter(name: str, variant: str = "auto") -> Path:
             f"pipeline env sync {name}{asked}. Or name your own: environments.{name}.python=/path/to/python."
         )
     return locked.python
+
+
+def describe_all(variant: str) -> Iterator[str]:
+    """A line for every environment: those in use, and what else was built."""
+    current = [Locked(name, resolve_variant(variant)) for name in NAMES]
+    for locked in current:
+        state = "ready" if locked.complete else "not built"
+        yield f"{locked.name:<12} {locked.variant:<4} {state:<10} {locked.directory}"
+    used = {locked.directory for locked in current}
+    for directory in sorted((home() / "environments").glob("[!.]*")):
+        if directory.is_dir() and directory not in used:
+            yield f"{'(other)':<12} {'':<4} {'':<10} {directory}"
 
 
 def sync(names: list[str], variant: str = "auto", say: Callable[[str], None] = print) -> list[Locked]:

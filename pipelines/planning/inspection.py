@@ -7,7 +7,6 @@ again.
 import concurrent.futures
 import contextlib
 import json
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import msgspec
 
 from contracts.config import Role
-from contracts.errors import TransientError, UserError
+from contracts.errors import UserError
 from contracts.files import write_atomically
 from contracts.fingerprint import digest
 from contracts.nested import leaves
@@ -24,7 +23,7 @@ from contracts.records import Message
 from contracts.sampling import SampledData, SamplingRequest
 from contracts.versions import source_version
 from pipelines.config.sections import EnvironmentsSection
-from pipelines.environments.launch import launch_command, probe_versions, stage_environment
+from pipelines.environments.launch import ask, probe_versions
 from pipelines.environments.paths import home
 from pipelines.graph import Graph, Node
 from pipelines.planning.preflight import origin_of
@@ -256,16 +255,7 @@ def _answer(
     memory = home() / "preflight" / f"{digest(known)}.json"
     if memory.is_file():
         return memory.read_bytes()
-    command, variables = launch_command(environment, name, ["-m", module])
-    result = subprocess.run(command, env=stage_environment(variables), input=request, capture_output=True, check=False)
-    if result.returncode < 0:
-        raise TransientError(f"preflight in environments.{name} was ended by signal {-result.returncode}")
-    if result.returncode != 0:
-        lines = (result.stderr.decode(errors="replace").strip() or "no output").splitlines()[-5:]
-        raise UserError(
-            f"environments.{name} cannot run preflight (exit code {result.returncode}):\n    " + "\n    ".join(lines)
-        )
-    answer = result.stdout.strip().splitlines()[-1]
+    answer = ask(environment, name, ["-m", module], "run preflight", request=request)
     if not any(finding["level"] == "error" for finding in json.loads(answer)["findings"]):
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(memory, answer, durable=False)
