@@ -19,7 +19,7 @@ from typing import Any
 from contracts.errors import UserError
 from contracts.fingerprint import digest
 
-OWN_PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "training")
+OWN_PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "tracking", "training")
 """Ratchet's own, in whose place nothing of the user's is ever taken."""
 
 

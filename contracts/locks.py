@@ -1,12 +1,13 @@
 """Locks of files, by which processes on all machines of a file system keep out of each other's way."""
 
+import contextlib
 import errno
 import fcntl
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from contracts.errors import TransientError, UserError
 
@@ -16,7 +17,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 POLL_SECONDS = 0.1
 
 
-def take_lock(file: IO[str], operation: int) -> None:
+def take_lock(file: IO[Any], operation: int) -> None:
     """Lock an open file (fcntl.LOCK_EX or LOCK_SH) without waiting; the lock dies with its holder.
 
     Raises:
@@ -33,6 +34,24 @@ def take_lock(file: IO[str], operation: int) -> None:
                 "with -o flock, BeeGFS with tuneUseGlobalFileLocks=true), or choose a path on another file system."
             ) from error
         raise
+
+
+def try_lock(file: IO[Any], operation: int) -> bool:
+    """Take a lock, or say at once that somebody else holds it."""
+    try:
+        take_lock(file, operation)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock, waiting for it."""
+    with path.open("a+") as file:
+        while not try_lock(file, fcntl.LOCK_EX):
+            time.sleep(0.05)
+        yield
 
 
 class DirectoryLock:

@@ -11,3 +11,11 @@ def leaves(value: Any) -> Iterator[Any]:
             yield from leaves(item)
     else:
         yield value
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The same without nested dicts: their keys are joined by dots."""
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        found |= flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}
+    return found

@@ -5,6 +5,7 @@ these into the run's metrics.jsonl, one `Point` a line, each once. Trackers, hoo
 """
 
 import contextlib
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import msgspec
@@ -66,6 +67,12 @@ _REPORTS = msgspec.json.Decoder(Report)
 def decode_points(content: bytes) -> list[Point]:
     """The lines of metrics.jsonl, without those that are no points."""
     return _decoded(content, _POINTS)
+
+
+def read_points(run: Path) -> list[Point]:
+    """All points of a run, in order; none where it has no metrics yet."""
+    path = run / METRICS
+    return decode_points(path.read_bytes()) if path.exists() else []
 
 
 def decode_reports(content: bytes) -> list[Report]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -63,3 +64,42 @@ def _group_exists(group: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def start_time(pid: int) -> str:
+    """When a process began, in the clock of its machine; "gone" where it has ended. With its id it is never reused."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+    return "gone" if fields[0] == "Z" else fields[19]
+
+
+def marked(mark: str) -> list[int]:
+    """The processes on this machine, but this one, that have the variable NAME=VALUE in their environment."""
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # ended meanwhile, or another user's
+            continue
+        if mark.encode() in variables and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def end_marked(mark: str) -> list[int]:
+    """Kill the processes that have a variable in their environment, and wait until they are gone."""
+    found = marked(mark)
+    for pid in found:
+        kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while any(start_time(pid) != "gone" for pid in found) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def kill(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process, if it is there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -30,6 +30,7 @@ from contracts.config import Parser, Role, StageConfig, apply_overrides, describ
 from contracts.declaration import Stage, load
 from contracts.errors import UserError
 from contracts.fingerprint import digest
+from contracts.nested import flat
 from contracts.processes import die_with_parent
 from contracts.publication import Publication
 from contracts.versions import installed_versions, source_version
@@ -116,14 +117,8 @@ def stage_key(parts: dict[str, Any]) -> str:
     return digest(parts)
 
 
-def _flat(inputs: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in inputs.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        elif value is not None:
-            flat[prefix + name] = value
-    return flat
+def _flat(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flat(inputs).items() if value is not None}
 
 
 def _digests(value: Any, where: Callable[[Path], Path]) -> Any:

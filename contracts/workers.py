@@ -17,13 +17,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from contracts import stopping
 from contracts.attempt import ROLE
 from contracts.errors import TransientError, UserError
 from contracts.files import process_name, write_atomically
-from contracts.locks import take_lock
+from contracts.locks import take_lock, try_lock
 from contracts.processes import end_groups
 from contracts.publication import Publication
 from contracts.stage import Context
@@ -80,19 +80,11 @@ def agree(context: Context, name: str, value: str) -> str:
     folder = context.publication.directory / "state"
     path = folder / f"agreed-{name}"
     with path.with_suffix(".lock").open("w") as file:
-        while not _locks(file):
+        while not try_lock(file, fcntl.LOCK_EX):
             time.sleep(0.05)
         if not path.exists():
             write_atomically(path, value.encode())
         return path.read_text(encoding="utf-8")
-
-
-def _locks(file: IO[str]) -> bool:
-    try:
-        take_lock(file, fcntl.LOCK_EX)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _missing(publication: Publication, shards: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ from pipelines.config.run import RunConfig
 from pipelines.config.sections import RetentionSection
 from pipelines.doctor.command import doctor
 from pipelines.environments.launch import become
-from pipelines.environments.locked import NAMES, InstallError, describe_all, interpreter, sync
+from pipelines.environments.locked import NAMES, STAGES, InstallError, describe_all, interpreter, sync
 from pipelines.environments.paths import require_home
 from pipelines.execution.attempts import StageFailedError
 from pipelines.execution.driver import Driver
@@ -166,7 +166,7 @@ def run_command(options: argparse.Namespace) -> None:
     for executor in executors.used():
         executor.check()
     check_inputs(graph)
-    check_environments(graph, config.environments)
+    check_environments(graph, config)
     refuse(preflight(graph, config.environments))
     forced = resolve(graph, options.force)
     for executor in executors.lasting():
@@ -366,12 +366,12 @@ VARIANT = argument("--variant", default="auto", choices=["auto", "cpu", "gpu"], 
 @command(
     "sync",
     "build the environments that are missing",
-    argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all by default"),
+    argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; by default those of stages"),
     VARIANT,
     of=ENVIRONMENTS,
 )
 def _sync(options: argparse.Namespace) -> None:
-    sync(options.names or list(NAMES), options.variant, partial(print, flush=True))
+    sync(options.names or list(STAGES), options.variant, partial(print, flush=True))
 
 
 @command("list", "show the environments and where they are", VARIANT, of=ENVIRONMENTS)

@@ -44,5 +44,6 @@ compile generation-cpu.txt "CPU variant." $locks/generation-cpu.in --override "$
 compile training-cpu.txt "CPU variant." $locks/training-cpu.in --override "$temporary/cpu-overrides.txt"
 compile annotation-cpu.txt "CPU variant." $locks/annotation-cpu.in --override "$temporary/cpu-overrides.txt" \
   --constraint $locks/training-cpu.txt
+compile tracking.txt "The processes that feed trackers." $locks/tracking.in
 compile driver.txt "The driver." pyproject.toml
 compile test.txt "The tools of scripts/test.sh." $locks/test.in --constraint $locks/driver.txt

@@ -27,7 +27,7 @@ LOCK = ROOT / "configs/environments/test.txt"
 ENVIRONMENTS = {
     "contracts": "driver", "pipelines": "driver", "environments": "driver", "docs": "driver",
     "embedded": "training", "training": "training", "benchmarks": "training",
-    "annotation": "annotation", "generation": "generation",
+    "annotation": "annotation", "generation": "generation", "tracking": "tracking",
 }  # fmt: skip
 """The environment of each folder's tests."""
 FAST = "not slow and not cluster and not chaos"

@@ -8,5 +8,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh --test
-.venv/bin/pipeline env sync
+.venv/bin/pipeline env sync generation annotation training tracking
 exec .venv/bin/python scripts/run_tests.py "$@"

@@ -22,6 +22,7 @@ from pipelines.config.sections import (
     RetentionSection,
     RewardModelSection,
 )
+from tracking.config import TrackingSection
 from training.config import ExperienceSettings, PolicySettings, SftSettings, require_whole_model
 from training.registry import Description, check_settings, describe
 
@@ -91,6 +92,8 @@ class RunConfig(Section):
     """Whose weights stay on the disk (`keep`: all, best or "last N"), and whether rows are compressed (`compress`)."""
     hub: HubSection | None = runtime(None)
     """Where on the Hugging Face Hub it is pushed to after every iteration (`model`, `pairs`, `rollouts`: ORG/NAME)."""
+    tracking: TrackingSection = runtime(TrackingSection())
+    """Trackers that show the metrics while the run goes on: wandb, trackio, tensorboard, mlflow."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -57,10 +57,13 @@ class EnvironmentsSection(Section):
     """For `python -m annotation` and `python -m contracts`."""
     training: EnvironmentConfig = runtime(EnvironmentConfig())
     """For `python -m training` and `python -m embedded`."""
+    tracking: EnvironmentConfig = runtime(EnvironmentConfig())
+    """For the processes that feed trackers."""
 
     def of(self, name: str) -> EnvironmentConfig:
-        """That of a stage, by the name of its environment."""
-        return {"generation": self.generation, "annotation": self.annotation, "training": self.training}[name]
+        """One of them by its name."""
+        found: EnvironmentConfig = getattr(self, name)
+        return found
 
 
 class RetentionSection(Section):

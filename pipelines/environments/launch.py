@@ -15,7 +15,7 @@ from pydantic import model_validator
 from contracts.config import Section, runtime
 from contracts.errors import TransientError, UserError
 from contracts.surroundings import USER_PATH, is_launchers, python_variables, without_foreign
-from pipelines.environments.locked import VARIANT, interpreter, known, resolve_variant
+from pipelines.environments.locked import VARIANT, Locked, interpreter, known, resolve_variant
 from pipelines.environments.paths import code_path, configs, source_root
 
 CONTAINER_RUNTIMES = ("apptainer", "singularity", "docker", "podman")
@@ -240,7 +240,7 @@ def ask(
 
 def requirements(name: str) -> Path:
     """The file that lists the libraries of a stage's environment, for those who make one of their own."""
-    return configs() / "environments" / f"{name}-{resolve_variant()}.in"
+    return configs() / "environments" / f"{Locked(name, resolve_variant()).label}.in"
 
 
 def become(name: str, variant: str, arguments: list[str]) -> NoReturn:

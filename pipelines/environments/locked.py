@@ -27,7 +27,10 @@ from pipelines.environments.package_index import pip_settings, uv_options, uv_va
 from pipelines.environments.paths import configs, home, require_home
 from pipelines.machine import gpu_count
 
-NAMES = ("generation", "annotation", "training")
+STAGES = ("generation", "annotation", "training")
+TRACKING = "tracking"
+"""What the trackers' processes run in: only where the config has trackers, and the same with and without GPUs."""
+NAMES = (*STAGES, TRACKING)
 VARIANT = "RATCHET_VARIANT"
 MARK = "ratchet-complete"
 POLL_SECONDS = 0.2
@@ -35,6 +38,7 @@ IMPORTS = {
     "generation": "import torch; from vllm import LLM",
     "annotation": "import torch, transformers",
     "training": "import torch, transformers, trl",
+    TRACKING: "import wandb, trackio, tensorboard, mlflow",
 }
 """What a CPU environment must be able to import. GPU environments may be built where there is no GPU."""
 Variant = Literal["cpu", "gpu"]
@@ -54,13 +58,18 @@ class Locked:
     variant: Variant
 
     @property
+    def label(self) -> str:
+        """Its name, with its variant where there are several."""
+        return self.name if self.name == TRACKING else f"{self.name}-{self.variant}"
+
+    @property
     def lock(self) -> Path:
         """The file of its versions.
 
         Raises:
             UserError: it does not exist.
         """
-        path = configs() / "environments" / f"{self.name}-{self.variant}.txt"
+        path = configs() / "environments" / f"{self.label}.txt"
         if not path.is_file():
             raise UserError(
                 f"the lock {path} does not exist. Install Ratchet again, or name an interpreter of your own: "
@@ -78,7 +87,7 @@ class Locked:
         """Where it is, or will be built."""
         digest = hashlib.sha256("\n".join(self.requirements).encode()).hexdigest()
         python = f"py{sys.version_info.major}{sys.version_info.minor}"
-        return home() / "environments" / f"{self.name}-{self.variant}-{python}-{digest[:12]}"
+        return home() / "environments" / f"{self.label}-{python}-{digest[:12]}"
 
     @property
     def python(self) -> Path:
@@ -197,7 +206,8 @@ def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None], stop
         install = [uv, "pip", "install", "--python", str(locked.python), "--no-deps", "--compile-bytecode"]
         run([*install, *uv_options(pip), "-r", str(locked.lock)])
         try:
-            run([str(locked.python), "-c", IMPORTS[locked.name] if locked.variant == "cpu" else "import torch"])
+            imports = IMPORTS[locked.name] if locked.variant == "cpu" or locked.name == TRACKING else "import torch"
+            run([str(locked.python), "-c", imports])
         except InstallError as error:
             raise InstallError(f"{error}{_torch_advice(locked)}") from error
         (locked.directory / MARK).write_text("\n".join(requirements) + "\n")

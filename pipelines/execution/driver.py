@@ -86,7 +86,7 @@ class Driver:
         finally:
             with contextlib.suppress(OSError):  # a full disk is told by what it has stopped
                 self.run.record(ended)
-            self.broadcast.tell()
+            self.broadcast.close()
         return self.ran
 
     def recover(self) -> None:

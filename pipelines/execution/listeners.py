@@ -1,6 +1,7 @@
 """Listeners: told what happens in a run, as it is recorded. What they do can fail; the run goes on."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -8,7 +9,8 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, EventReader, ListenerFailed
 
 Listen: TypeAlias = Callable[[list[Event]], None]
-"""Is told what has happened in a run, in order, several times a second; most often nothing has."""
+"""Is told what has happened in a run, in order, several times a second; most often nothing has. Where it has a method
+`close`, that is called when nothing more will be told."""
 
 
 class Broadcast:
@@ -23,11 +25,21 @@ class Broadcast:
         """Tell what is new, if anything: a display renews itself. One that fails is told no more, which is recorded."""
         events = self._reader.news()
         for listen in list(self._listeners):
-            try:
-                listen(events)
-            except Exception as error:
-                self._listeners.remove(listen)
-                name = getattr(listen, "__qualname__", type(listen).__qualname__)
-                said = ListenerFailed(listener=name, error=f"{type(error).__name__}: {error}")
-                with contextlib.suppress(OSError):  # a full disk ends the run by itself, with its own words
-                    self._run.record(said)
+            self._guarded(listen, functools.partial(listen, events))
+
+    def close(self) -> None:
+        """Tell what is new for the last time, and let each listener come to its end."""
+        self.tell()
+        for listen in list(self._listeners):
+            if close := getattr(listen, "close", None):
+                self._guarded(listen, close)
+
+    def _guarded(self, listen: Listen, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._listeners.remove(listen)
+            name = getattr(listen, "__qualname__", type(listen).__qualname__)
+            said = ListenerFailed(listener=name, error=f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):  # a full disk ends the run by itself, with its own words
+                self._run.record(said)

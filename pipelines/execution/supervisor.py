@@ -16,7 +16,6 @@ Files of an attempt (logs/<stage>/attempt-<n>/):
 On a cluster several supervisors work on an attempt. The last five are then in a folder of each: task-<i>, publisher.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -33,7 +32,7 @@ from contracts.attempt import ATTEMPT, FAILURES, HEARTBEAT, STALL, reason, repor
 from contracts.errors import TransientError, UserError
 from contracts.files import write_atomically
 from contracts.limits import limit_behind_signal
-from contracts.processes import end_groups
+from contracts.processes import end_groups, end_marked, kill, marked, start_time
 from contracts.stopping import DEFAULT_GRACE, GRACE
 from contracts.surroundings import without_foreign
 
@@ -200,7 +199,7 @@ def show_tracebacks(attempt: str) -> None:
     """Have every process of a stalled attempt that can write where it stands to the log."""
     for pid in marked(f"{ATTEMPT}={attempt}"):
         if _answers(pid, signal.SIGQUIT):
-            _kill(pid, signal.SIGQUIT)
+            kill(pid, signal.SIGQUIT)
     time.sleep(1.0)
 
 
@@ -216,54 +215,17 @@ def _answers(pid: int, number: signal.Signals) -> bool:
 
 def process_identity(pid: int) -> tuple[int, str]:
     """A process id with its start time, which together are never reused."""
-    return pid, _start_time(pid)
+    return pid, start_time(pid)
 
 
 def driver_lives(driver: tuple[int, str] | None) -> bool:
     """Whether the process that `process_identity` described still runs on this machine."""
-    return driver is None or _start_time(driver[0]) == driver[1]
-
-
-def _start_time(pid: int) -> str:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return "gone"
-    return "gone" if fields[0] == "Z" else fields[19]
+    return driver is None or start_time(driver[0]) == driver[1]
 
 
 def end_orphans(run: Path) -> list[int]:
     """Kill the processes that a killed driver of this run has left on this machine. Call it under the run's lock."""
     return end_marked(f"{RUN}={run}")
-
-
-def marked(mark: str) -> list[int]:
-    """The processes on this machine, but this one, that have the variable NAME=VALUE in their environment."""
-    found: list[int] = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:  # ended meanwhile, or another user's
-            continue
-        if mark.encode() in variables and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return found
-
-
-def end_marked(mark: str) -> list[int]:
-    """Kill the processes that have a variable in their environment, and wait until they are gone."""
-    found = marked(mark)
-    for pid in found:
-        _kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while any(_start_time(pid) != "gone" for pid in found) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return found
-
-
-def _kill(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from contracts.locks import locked
 from pipelines.config.sections import HubSection
 from pipelines.hub.failures import PushError, persistently
 from pipelines.hub.parcels import REPORT, Kind, Parcel, parcels, pushed, report_files
 from pipelines.hub.remote import Remote
-from pipelines.run.directory import RunDirectory, locked
+from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, HubPushed, HubPushFailed
 
 SCRATCH = ".hub"

@@ -23,6 +23,7 @@ from pipelines.run.events import (
     StageReused,
     StageStarted,
     StageWaits,
+    TrackerFailed,
     Unreadable,
     WeightsReleased,
 )
@@ -63,6 +64,8 @@ def live_line(event: Event) -> str | None:
             return f"pushed {event.what} to {event.repo}"
         case HubPushFailed():
             return f"warning: {event.what} is not on the Hub, and the run goes on: {event.error}"
+        case TrackerFailed():
+            return f"warning: {_of_tracker(event)}"
         case _:
             return None
 
@@ -109,5 +112,11 @@ def _notable(event: Event) -> str | None:
             return f"the listener {event.listener} failed: {event.error}"
         case HubPushFailed():
             return f"{event.what} could not be pushed: {event.error}"
+        case TrackerFailed():
+            return _of_tracker(event)
         case _:
             return None
+
+
+def _of_tracker(event: TrackerFailed) -> str:
+    return f"the tracker {event.tracker} failed, and gets what it lacks from the next command: {event.error}"

@@ -10,8 +10,9 @@ from contracts.errors import UserError
 from contracts.models import ModelInfo
 from contracts.template import ChatFields, ChatTemplate
 from contracts.tokenizer import require_tokenizer
-from pipelines.config.sections import EnvironmentsSection
-from pipelines.environments.launch import probe_versions
+from pipelines.config.run import RunConfig
+from pipelines.environments.launch import launch_command, probe_versions
+from pipelines.environments.locked import TRACKING
 from pipelines.graph import Graph, Node
 from pipelines.progress import tracked
 
@@ -26,10 +27,12 @@ def check_inputs(graph: Graph) -> None:
         raise mistake
 
 
-def check_environments(graph: Graph, environments: EnvironmentsSection) -> None:
-    """Raise UserError when an environment that a stage needs is not there or cannot run it."""
+def check_environments(graph: Graph, config: RunConfig) -> None:
+    """Raise UserError when an environment that a stage or a tracker needs is not there or cannot run it."""
     for name in sorted({node.environment for node in graph.nodes.values()}):
-        probe_versions(environments.of(name), name)
+        probe_versions(config.environments.of(name), name)
+    if config.tracking.chosen:
+        launch_command(config.environments.tracking, TRACKING, [])
 
 
 def input_mistakes(graph: Graph) -> Iterator[UserError]:

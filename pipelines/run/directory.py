@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,9 +14,10 @@ from contracts import yaml_text
 from contracts.config import read_yaml, validate
 from contracts.errors import UserError
 from contracts.files import write_atomically
+from contracts.locks import locked, try_lock
 from pipelines.config.recipes import PREFIX, origin_of
 from pipelines.config.run import RunConfig
-from pipelines.run.events import FILE, Event, EventStream, try_lock
+from pipelines.run.events import FILE, Event, EventStream
 
 PINNED = "pinned"
 CANCEL = "cancel"
@@ -200,12 +200,3 @@ def dated(config: RunConfig) -> RunConfig:
     elif (config.run_directory / "config.resolved.yaml").is_file():  # where run.json was lost
         date = read_yaml(config.run_directory / "config.resolved.yaml").get("date")
     return config.model_copy(update={"date": date or datetime.date.today().isoformat()})
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock, waiting for it."""
-    with path.open("a+") as file:
-        while not try_lock(file, fcntl.LOCK_EX):
-            time.sleep(0.05)
-        yield

@@ -11,11 +11,11 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import IO, Literal, TypeAlias
 
 import msgspec
 
-from contracts.locks import take_lock
+from contracts.locks import try_lock
 
 FILE = "events.jsonl"
 
@@ -220,6 +220,13 @@ class ListenerFailed(Event, frozen=True, tag="listener failed"):
     error: str
 
 
+class TrackerFailed(Event, frozen=True, tag="tracker failed"):
+    """A tracker gets nothing more from this command; the run goes on."""
+
+    tracker: str
+    error: str
+
+
 class Unreadable(Event, frozen=True, tag="unreadable"):
     """A line that is no event of this version: left by a crash, by another version, or by somebody else."""
 
@@ -229,6 +236,7 @@ AnyEvent: TypeAlias = (
     | StageWaits | StagePublished | StageFailed | StageInvalidated | SourceChanged | JobEnded | JobRequeued
     | JobRestarted | WeightsReleased | RowsCompressed | RetentionHeld | RetentionFailed | Collected | ListenerFailed
     | HubPushed | HubPushFailed
+    | TrackerFailed
 )  # fmt: skip
 _DECODER: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
@@ -296,12 +304,3 @@ def _decoded(line: bytes) -> Event:
         return _DECODER.decode(line)
     except (ValueError, RecursionError):
         return Unreadable()
-
-
-def try_lock(file: IO[Any], kind: int) -> bool:
-    """Take a lock, or say at once that somebody else holds it."""
-    try:
-        take_lock(file, kind)
-    except BlockingIOError:
-        return False
-    return True

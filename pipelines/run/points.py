@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from contracts.points import METRICS, Point, decode_points
+from contracts.points import METRICS, Point, decode_points, read_points
 from pipelines.run.events import appending
 
 EVAL = "eval/"
@@ -51,12 +51,6 @@ class PointStream:
         for point in decode_points(whole):
             self.known.add(point.identity)
             self._next = max(self._next, point.point + 1)
-
-
-def read_points(run: Path) -> list[Point]:
-    """All points of a run, in order; none where it has no metrics yet."""
-    path = run / METRICS
-    return decode_points(path.read_bytes()) if path.exists() else []
 
 
 def latest(points: Iterable[Point]) -> dict[str, list[Point]]:

@@ -34,12 +34,13 @@ from contracts.callables import OWN_PACKAGES
 from contracts.fingerprint import file_sha256
 from contracts.jsonl import read_jsonl
 from contracts.manifest import MANIFEST
+from contracts.points import read_points
+from contracts.processes import marked
 from pipelines.config.load import load_run_config
 from pipelines.environments.paths import source_root
 from pipelines.execution.executors.local import job_folder
-from pipelines.execution.supervisor import RUN, marked
+from pipelines.execution.supervisor import RUN
 from pipelines.iteration import build_graph
-from pipelines.run.points import read_points
 
 CHAOS = "RATCHET_CHAOS"
 """Environment variable of every process of a round: the directory of its faults."""

@@ -11,10 +11,11 @@ from pipelines_smallest import COMMAND, SECRET, FinishedRun, pipeline
 
 from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST
+from contracts.points import read_points
 from contracts.records import PAIRS, PROMPTS, ROLLOUTS, Pair, Prompt, Rollout
 from pipelines.config.load import load_run_config
 from pipelines.iteration import build_graph
-from pipelines.run.points import evaluation_metrics, read_points
+from pipelines.run.points import evaluation_metrics
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -53,7 +54,7 @@ def test_metrics_have_every_evaluation_step_shard_and_stage_once(finished: Path,
         expected.append((node.name, "stage", 0))
         manifest = Artifact.open(node.output).manifest
         expected += [(node.name, "step", step + 1) for step in range(manifest.facts.get("steps", 0))]
-        if node.workload in ("generation", "scoring"):
+        if manifest.schema.name in ("rollouts", "scores"):
             shards = [file for file in manifest.files if file.path.startswith("shard-")]
             expected += [(node.name, "shard", number) for number in range(len(shards))]
     assert sorted((point.stage, point.unit, point.number) for point in points) == sorted(expected)

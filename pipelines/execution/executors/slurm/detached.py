@@ -15,6 +15,7 @@ from rich.console import Console
 
 from contracts.errors import UserError
 from contracts.files import appears
+from contracts.locks import locked
 from contracts.manifest import MANIFEST
 from pipelines.execution.attempts import decision_of, write_decision
 from pipelines.execution.endings import ending_of, log_of, log_tail
@@ -39,7 +40,7 @@ from pipelines.execution.supervisor import end_orphans
 from pipelines.graph import Node
 from pipelines.planning.placement import placed_graph
 from pipelines.run.decisions import Decision
-from pipelines.run.directory import CANCEL, RunDirectory, locked
+from pipelines.run.directory import CANCEL, RunDirectory
 from pipelines.run.events import RunEnded, RunStarted, StageSubmitted
 from pipelines.run.superseded import end_deletions
 from pipelines.run.verdicts import Verdict
@@ -192,7 +193,7 @@ def finalize(task: SlurmTask, entry: Entry) -> int:
     complete = all((other.output / MANIFEST).is_file() for other in graph.nodes.values())
     if complete or code not in (0, TRY_AGAIN):
         run.record(RunEnded(outcome="finished" if complete else "failed"))
-    broadcast.tell()
+    broadcast.close()
     return code
 
 

@@ -1,0 +1,63 @@
+"""Processes that read a run while it goes on, and that may fail without touching it."""
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from contracts.processes import end_groups
+
+LAST_LINES = 3
+
+
+class ReaderProcess:
+    """A process that is told of the end of what it reads by the end of its stdin, however this process ends."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str], first_line: bytes, log: Path) -> None:
+        """Start it.
+
+        Args:
+            first_line: what it is to do; the first line of its stdin.
+            log: its output is appended there.
+        """
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._begin = output.tell()
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=dict(environment),
+                start_new_session=True,  # what ends the run by a key of the terminal does not end it
+            )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, and says why in its log
+            self._process.stdin.write(first_line + b"\n")
+            self._process.stdin.flush()
+
+    def failure(self) -> str | None:
+        """What it said last, if it has ended badly."""
+        code = self._process.poll()
+        if not code:
+            return None
+        with self.log.open("rb") as file:
+            file.seek(self._begin)
+            lines = file.read().decode(errors="replace").strip().splitlines()
+        return f"{' | '.join(lines[-LAST_LINES:]) or 'it said nothing'} (exit code {code}; {self.log})"
+
+    def end_input(self) -> None:
+        """Tell it that nothing more comes."""
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+    def wait(self, deadline: float) -> str | None:
+        """Wait for its end until `deadline` (time.monotonic), then kill it; what is to be told of it, if anything."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+            return self.failure()
+        end_groups([self._process], 0.0)
+        return f"it was not done in time and was ended ({self.log})"

@@ -1,0 +1,165 @@
+"""What trackers have of a run, read back by each tracker's own means: the points of metrics.jsonl, each once."""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from mlflow import MlflowClient
+
+from contracts.points import METRICS, Point, read_points
+from tracking.base import POINT
+from tracking.task import MARK, TrackingTask
+from tracking.tensorboard_tracker import scalars
+from tracking.wandb_files import history
+
+Found = list[tuple[int, dict[str, float]]]
+"""The place of each point in the stream, and its metrics, as often as a tracker has it."""
+AXES = ("iteration", "global_step", "stage_step")
+
+
+def read_wandb(run: Path) -> Found:
+    files = sorted((run / "tracking/wandb").glob("*run-*/run-*.wandb"))
+    return [(step, _metrics(values)) for file in files for step, values in history(file)]
+
+
+def read_trackio(run: Path) -> Found:
+    (database,) = (run / "trackio").rglob("*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("SELECT step, metrics FROM metrics").fetchall()
+    return [(step, _metrics(json.loads(metrics))) for step, metrics in rows]
+
+
+def read_tensorboard(run: Path) -> Found:
+    files = sorted((run / "tracking/tensorboard").glob("*tfevents*"))
+    return [(int(values[POINT]), _metrics(values)) for file in files for _, values in scalars(file)]
+
+
+def read_mlflow(run: Path) -> Found:
+    client = MlflowClient(f"sqlite:///{run}/tracking/mlflow.db")
+    (place,) = [found.experiment_id for found in client.search_experiments() if found.name == "ratchet"]
+    (one,) = client.search_runs([place])
+    rows: dict[int, dict[str, float]] = {}
+    found: Found = []
+    times = {metric.timestamp: int(metric.value) for metric in client.get_metric_history(one.info.run_id, POINT)}
+    for name in one.data.metrics:
+        for metric in client.get_metric_history(one.info.run_id, name):
+            rows.setdefault(times[metric.timestamp], {})
+            if name == POINT:
+                found.append((int(metric.value), rows[int(metric.value)]))
+            elif name not in AXES and name != "system/iteration":
+                assert name not in rows[times[metric.timestamp]], "twice"
+                rows[times[metric.timestamp]][name] = metric.value
+    return found
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in values.items()
+        if "/" in name and name not in (POINT, "system/iteration") and not name.startswith("_")
+    }
+
+
+TRACKERS: dict[str, tuple[dict[str, Any], Callable[[Path], Found]]] = {
+    "wandb": ({"mode": "offline"}, read_wandb),
+    "trackio": ({"directory": "RUN/trackio"}, read_trackio),
+    "tensorboard": ({}, read_tensorboard),
+    "mlflow": ({}, read_mlflow),
+}
+
+
+class Stream:
+    """A run's metrics.jsonl, written while a tracker reads it."""
+
+    def __init__(self, run: Path) -> None:
+        run.mkdir()
+        self.run = run
+        self.count = 0
+
+    def write(self, count: int) -> None:
+        """Append `count` points."""
+        with (self.run / METRICS).open("ab") as file:
+            for _ in range(count):
+                chance = random.Random(self.count)
+                point = Point(
+                    point=self.count, time=1e9 + self.count, stage="iteration-001/training", key="0123456789ab",
+                    unit="step", number=self.count + 1, iteration=1 + self.count // 50, global_step=self.count + 1,
+                    metrics={"train/loss": chance.random(), "eval/reward_mean": -chance.random()},
+                )  # fmt: skip
+                file.write(msgspec.json.encode(point) + b"\n")
+                self.count += 1
+
+    def start(self, tracker: str, **changes: Any) -> "subprocess.Popen[bytes]":
+        """Start a tracker's process."""
+        settings = {
+            name: str(value).replace("RUN", str(self.run)) for name, value in (TRACKERS[tracker][0] | changes).items()
+        }
+        task = TrackingTask(tracker, "0badcafe", "small", str(self.run), settings, {"training": {"algorithm": "dpo"}})
+        environment = {**os.environ, MARK: f"{self.run}/{tracker}", "WANDB_API_KEY": ""}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tracking"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(task) + b"\n")
+        process.stdin.flush()
+        return process
+
+    def ends_well(self, process: "subprocess.Popen[bytes]") -> None:
+        """End a process's input, and wait until it has sent all."""
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+
+    def has_all(self, tracker: str) -> None:
+        """The tracker has every point, once."""
+        found = TRACKERS[tracker][1](self.run)
+        assert sorted(place for place, _ in found) == list(range(self.count))
+        expected = {point.point: point.metrics for point in read_points(self.run)}
+        for place, metrics in found:
+            assert metrics == pytest.approx(expected[place], rel=1e-6)  # TensorBoard has single precision
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Stream:
+    """An empty run."""
+    return Stream(tmp_path / "small")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_tracker_has_every_point_once_after_kills_at_any_instant(stream: Stream, tracker: str) -> None:
+    chance = random.Random(1)
+    stream.write(20)
+    stream.ends_well(stream.start(tracker))
+    stream.has_all(tracker)
+    for _ in range(3):
+        process = stream.start(tracker)
+        deadline = time.monotonic() + chance.uniform(2.0, 5.0)
+        while time.monotonic() < deadline:
+            stream.write(7)
+            time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = stream.start(tracker)
+    stream.write(30)
+    stream.ends_well(process)
+    stream.has_all(tracker)
+
+
+@pytest.mark.slow
+def test_wandb_without_a_key_says_so(stream: Stream) -> None:
+    stream.write(1)
+    process = stream.start("wandb", mode="online")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "wandb login" in errors.decode()

@@ -1,0 +1,75 @@
+"""`python -m tracking`: feed one tracker from a run's metrics.jsonl, until stdin ends.
+
+The first line of stdin says which (`TrackingTask`); its end, by whatever end of the process that has started this one,
+that no more points come.
+"""
+
+import os
+import select
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import msgspec
+
+from contracts.config import validate
+from contracts.files import write_atomically
+from contracts.locks import locked
+from contracts.points import METRICS, decode_points
+from contracts.processes import end_marked
+from tracking.base import TrackedRun, Tracker
+from tracking.config import TrackingSection
+from tracking.task import MARK, TrackingTask, sent_file
+
+POLL_SECONDS = 1.0
+
+
+def main() -> int:
+    """Returns the exit code."""
+    task = msgspec.json.decode(sys.stdin.buffer.readline(), type=TrackingTask)
+    run = TrackedRun(task.run_id, task.name, Path(task.directory), task.config)
+    settings = validate(TrackingSection, {task.tracker: task.settings}, f"tracking.{task.tracker}").chosen[task.tracker]
+    module = import_module(f"tracking.{task.tracker}_tracker")
+    run.own.mkdir(exist_ok=True)
+    with locked(run.own / f"{task.tracker}.lock"):  # perhaps a process of an earlier command still sends
+        end_marked(f"{MARK}={os.environ[MARK]}")  # its library's own, where it was killed
+        tracker: Tracker = getattr(module, f"{task.tracker.capitalize()}Tracker")(run, settings)
+        offset = follow(run.directory / METRICS, tracker)
+        tracker.close()
+        write_atomically(sent_file(run.directory, task.tracker), str(offset).encode())
+    return 0
+
+
+def follow(path: Path, tracker: Tracker) -> int:
+    """Feed a tracker with what it does not have yet; returns how many bytes of the file it has."""
+    first = tracker.recorded()
+    offset, last = 0, False
+    while not last:
+        last = _ended()  # before the file is read: what was written until then is sent
+        content = _more(path, offset)
+        offset += len(content)
+        if points := [point for point in decode_points(content) if point.point >= first]:
+            tracker.log(points)
+    return offset
+
+
+def _more(path: Path, offset: int) -> bytes:
+    """The whole lines behind `offset`."""
+    if not path.exists():
+        return b""
+    with path.open("rb") as file:
+        file.seek(offset)
+        content = file.read()
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _ended() -> bool:
+    """Wait a while for the end of stdin; whether it has come."""
+    ready, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
+    return bool(ready) and not os.read(sys.stdin.fileno(), 1 << 12)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # no library's thread may keep it

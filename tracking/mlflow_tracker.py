@@ -1,0 +1,63 @@
+"""MLflow, on a server or in a database of the run's own."""
+
+import os
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
+
+from contracts.nested import flat
+from contracts.points import Point
+from tracking.base import POINT, TrackedRun
+from tracking.config import MlflowSettings
+
+RUN_TAG = "ratchet.run"
+AT_ONCE = 1000
+"""Metrics that MLflow takes in one request."""
+LONGEST_PARAM = 6000
+PARAMS_AT_ONCE = 100
+
+
+class MlflowTracker:
+    """A run of MLflow, found again by its tag."""
+
+    def __init__(self, run: TrackedRun, settings: MlflowSettings) -> None:
+        run.own.mkdir(exist_ok=True)
+        own = f"sqlite:///{run.own / 'mlflow.db'}"
+        self._client = MlflowClient(settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own)
+        found = self._client.get_experiment_by_name(settings.experiment)
+        place = found.experiment_id if found else self._client.create_experiment(settings.experiment)
+        known = self._client.search_runs([place], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
+        if known:
+            self._id = known[0].info.run_id
+        else:
+            tags = {RUN_TAG: run.id, MLFLOW_RUN_NAME: settings.name or run.name}
+            self._id = self._client.create_run(place, tags=tags).info.run_id
+            params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in flat(run.config).items()]
+            for begin in range(0, len(params), PARAMS_AT_ONCE):
+                self._client.log_batch(self._id, params=params[begin : begin + PARAMS_AT_ONCE])
+        self._client.update_run(self._id, status="RUNNING")
+        places = [int(metric.value) for metric in self._client.get_metric_history(self._id, POINT)]
+        self._recorded = max(places, default=-1) + 1
+
+    def recorded(self) -> int:
+        """What the server has."""
+        return self._recorded
+
+    def log(self, points: list[Point]) -> None:
+        """Send the points, as many at once as MLflow takes; a request is done as a whole or not at all."""
+        batch: list[Metric] = []
+        for point in points:
+            values = {POINT: point.point, "system/iteration": point.iteration, **point.metrics}
+            time = int(1000 * point.time)
+            metrics = [Metric(name, float(value), time, point.global_step) for name, value in values.items()]
+            if len(batch) + len(metrics) > AT_ONCE:
+                self._client.log_batch(self._id, metrics=batch)
+                batch = []
+            batch += metrics
+        if batch:
+            self._client.log_batch(self._id, metrics=batch)
+
+    def close(self) -> None:
+        """Mark the run as ended; the next command goes on with it."""
+        self._client.set_terminated(self._id)

@@ -1,0 +1,56 @@
+"""Reads the files that wandb writes: records of protobuf in blocks of 32 KiB, as in LevelDB's logs."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+MAGIC = b":W&B"
+FILE_HEADER = 7
+BLOCK = 1 << 15
+RECORD_HEADER = struct.Struct("<IHB")  # checksum, length, type
+FULL, FIRST, MIDDLE, LAST = range(1, 5)
+
+
+def last_step(folder: Path, run_id: str) -> int:
+    """The highest step of a run in the files of all processes that have logged to it; -1 if there is none."""
+    files = sorted(folder.glob(f"*run-*/run-{run_id}.wandb"))
+    return max((step for file in files for step, _ in history(file)), default=-1)
+
+
+def history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each step that was logged, with its values; a record that a killed process did not end is left out.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    for content in _records(file.read_bytes(), file):
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        record.ParseFromString(content)
+        if record.WhichOneof("record_type") == "history":
+            values = {
+                (item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item
+            }
+            yield int(values.get("_step", record.history.step.num)), values
+
+
+def _records(content: bytes, file: Path) -> Iterator[bytes]:
+    if not content:
+        return  # its process was killed before it wrote anything
+    if content[: len(MAGIC)] != MAGIC:
+        raise ValueError(f"{file} is no file of wandb")
+    place, parts = FILE_HEADER, b""
+    while place + RECORD_HEADER.size <= len(content):
+        if BLOCK - place % BLOCK < RECORD_HEADER.size:
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = RECORD_HEADER.unpack_from(content, place)
+        begin, place = place + RECORD_HEADER.size, place + RECORD_HEADER.size + length
+        if place > len(content) or kind not in (FULL, FIRST, MIDDLE, LAST):
+            return
+        parts = content[begin:place] if kind in (FULL, FIRST) else parts + content[begin:place]
+        if kind in (FULL, LAST):
+            yield parts
