@@ -331,7 +331,7 @@ FULL = Resources(
 def test_the_script_says_what_was_asked_for(tmp_path: Path) -> None:
     parameters = submitit_parameters(
         FULL, name="run/training", comment="mark", grace_seconds=20.5, dependency="afterok:7:8",
-        kill_on_invalid_dependency=True, begin=12.2,
+        begin=12.2,
     )  # fmt: skip
     text = script(make_executor(tmp_path / "jobs", parameters), FULL.tasks)
     lines = {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}

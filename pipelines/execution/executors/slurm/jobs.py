@@ -14,7 +14,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -28,10 +27,9 @@ from pipelines.execution.attempts import write_request
 from pipelines.execution.executors.base import Site
 from pipelines.execution.executors.local import job_folder
 from pipelines.execution.executors.slurm import scheduler
-from pipelines.execution.executors.slurm.resources import Resources, finishing, resources_of, submitit_parameters
-from pipelines.execution.executors.slurm.scheduler import mark_of
-from pipelines.execution.executors.slurm.scripts import job_name, make_executor
-from pipelines.execution.executors.slurm.task import Duty, SlurmTask, start_again
+from pipelines.execution.executors.slurm.resources import resources_of
+from pipelines.execution.executors.slurm.scripts import PlannedJob, planned_jobs
+from pipelines.execution.executors.slurm.task import SlurmTask
 from pipelines.graph import Graph, Node
 from pipelines.run.directory import RunDirectory
 
@@ -127,51 +125,44 @@ def submit(
         after: jobs that have to succeed before.
         pause: seconds to wait before the start.
     """
-    executor, run = site.config.executor, site.run.path
-    resources = resources_of(node, executor, site.graph)
-    array = resources.tasks if resources.is_array else 0
     success = [f"afterok:{':'.join(after)}"] if after else []
-    here: tuple[Duty, ...] = ("work", "finalize") if detached and resources.kind == "light" else ("work",)
-    task = SlurmTask(str(run), node.name, str(attempt), here, array, resources.nodes, detached, executor.grace_seconds)
-    work = _submit(task, resources, site, dependency=success, pause=pause)
-    later: tuple[Duty, ...] = (*(("publish",) if array else ()), *(("finalize",) if detached else ()))
+    jobs = planned_jobs(node, site.config.executor, site.graph, detached=detached)
+    work = _submit(node, attempt, site, jobs[0], success, detached, pause)
     finish = None
-    if later and "finalize" not in here:
-        task = replace(task, duties=later, array=0, nodes=1)
-        finish = _submit(task, finishing(executor), site, dependency=[f"afterany:{work}", *success], pause=None)
-    jobs = Jobs(work, finish, detached, time.time(), max(1, array))
-    write_atomically(attempt / RECORD, msgspec.json.encode(jobs))
-    return jobs
+    if len(jobs) > 1:
+        finish = _submit(node, attempt, site, jobs[1], [f"afterany:{work}", *success], detached)
+    record = Jobs(work, finish, detached, time.time(), jobs[0].resources.tasks)
+    write_atomically(attempt / RECORD, msgspec.json.encode(record))
+    return record
 
 
-def _submit(task: SlurmTask, resources: Resources, site: Site, *, dependency: list[str], pause: float | None) -> str:
+def _submit(
+    node: Node,
+    attempt: Path,
+    site: Site,
+    job: PlannedJob,
+    dependency: list[str],
+    detached: bool,
+    pause: float | None = None,
+) -> str:
     """Hand one job to Slurm; returns its id."""
     assert site.entry is not None, "a reader submits nothing"
-    perform = site.entry.perform
-    executor, run = site.config.executor, site.run.path
-    step = "work" if "work" in task.duties else "finish"
-    folder = slurm_folder(run) / f"{name_of(Path(task.attempt))}-{step}"
+    perform, run, resources = site.entry.perform, site.run.path, job.resources
+    array = resources.tasks if resources.is_array else 0
+    grace = site.config.executor.grace_seconds
+    task = SlurmTask(str(run), node.name, str(attempt), job.duties, array, resources.nodes, detached, grace)
+    folder = slurm_folder(run) / f"{name_of(attempt)}-{job.step}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
-    parameters = submitit_parameters(
-        resources,
-        name=job_name(run, task.stage, finishing=step == "finish"),
-        grace_seconds=executor.grace_seconds,
-        dependency=",".join(dependency) or None,
-        kill_on_invalid_dependency=bool(dependency),
-        begin=pause,
-        comment=mark_of(run),
-        teardown=start_again(executor.retries, executor.backoff_seconds) if "finalize" in task.duties else (),
-    )
-    slurm = make_executor(folder, parameters)
+    slurm = job.executor(folder, run, node.name, site.config.executor, dependency, pause or 0.0)
 
     def hand_over() -> str:
         with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # sbatch's message is in the error, too
-            if task.array > 1:
-                return str(slurm.map_array(perform, [task] * task.array)[0].job_id)
+            if array > 1:
+                return str(slurm.map_array(perform, [task] * array)[0].job_id)
             return str(slurm.submit(perform, task).job_id)
 
-    return scheduler.patiently(f"submitting stage {task.stage}", hand_over).partition("_")[0]
+    return scheduler.patiently(f"submitting stage {node.name}", hand_over).partition("_")[0]
 
 
 @contextlib.contextmanager

@@ -116,7 +116,6 @@ def submitit_parameters(
     comment: str,
     grace_seconds: float,
     dependency: str | None = None,
-    kill_on_invalid_dependency: bool = False,
     begin: float | None = None,
     teardown: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -126,13 +125,13 @@ def submitit_parameters(
         name: the job's name.
         comment: what its run is known by on the cluster.
         grace_seconds: how long before the end the job is told; some more, because Slurm is not so exact.
-        dependency: as sbatch takes it, for example afterok:17:18.
-        kill_on_invalid_dependency: have Slurm cancel the job when the dependency can no longer be fulfilled.
+        dependency: as sbatch takes it, for example afterok:17:18. When it can no longer be fulfilled, Slurm cancels the
+            job.
         begin: seconds from now before which it does not start.
         teardown: lines of bash after the job's process has ended.
     """
     further: dict[str, Any] = {"requeue" if resources.requeue else "no-requeue": True}
-    if kill_on_invalid_dependency:
+    if dependency:
         further["kill-on-invalid-dep"] = "yes"
     if begin is not None and begin > 0:
         further["begin"] = f"now+{math.ceil(begin)}"

@@ -21,7 +21,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from contracts import yaml_text
 from contracts.errors import UserError
-from pipelines.config.executor import HEAVY, KINDS
+from pipelines.config.executor import KINDS, ExecutorSection
 from pipelines.config.run import RunConfig
 from pipelines.execution.executors.local import job_folder
 from pipelines.execution.executors.slurm.resources import (
@@ -32,7 +32,7 @@ from pipelines.execution.executors.slurm.resources import (
     submitit_parameters,
 )
 from pipelines.execution.executors.slurm.scheduler import mark_of
-from pipelines.execution.executors.slurm.task import start_again
+from pipelines.execution.executors.slurm.task import Duty, start_again
 from pipelines.graph import Graph, Node
 from pipelines.text import say
 
@@ -67,39 +67,46 @@ def script(executor: BatchExecutor, tasks: int) -> str:
     return executor._make_submission_file_text(executor._submitit_command_str, uid="")
 
 
-def job_name(run: Path, stage: str, *, finishing: bool = False) -> str:
-    """What a job is called in the queue."""
-    return f"{run.name}/{stage}" + (" (finish)" if finishing else "")
-
-
 @dataclass(frozen=True)
-class Asked:
-    """What a stage's jobs ask for."""
+class PlannedJob:
+    """One of the jobs of an attempt at a stage."""
 
-    work: Resources
-    finish: Resources | None
-    """The small job after an array, and in a detached run after every heavy stage."""
-
-    @property
-    def parts(self) -> list[Resources]:
-        """Each kind of job."""
-        return [self.work, *([self.finish] if self.finish else [])]
+    resources: Resources
+    duties: tuple[Duty, ...]
 
     @property
-    def jobs(self) -> int:
-        """How many jobs these are, every task of an array being one."""
-        return sum(part.tasks for part in self.parts) if self.work.executor == "slurm" else 0
+    def step(self) -> str:
+        """Which of the attempt's jobs it is: work, or finish."""
+        return "work" if "work" in self.duties else "finish"
 
-    def hours(self, *, gpu: bool) -> float:
-        """GPU-hours, or the CPU-hours of the jobs that have no GPUs."""
-        return sum(device_hours(part) for part in self.parts if bool(part.gpus) == gpu)
+    def executor(
+        self, folder: Path, run: Path, stage: str, settings: ExecutorSection, dependency: list[str], pause: float = 0.0
+    ) -> BatchExecutor:
+        """What submits it, describes it in `folder`, and knows the text of its script."""
+        again = start_again(settings.retries, settings.backoff_seconds) if "finalize" in self.duties else ()
+        parameters = submitit_parameters(
+            self.resources,
+            name=f"{run.name}/{stage}" + (" (finish)" if self.step == "finish" else ""),
+            comment=mark_of(run),
+            grace_seconds=settings.grace_seconds,
+            dependency=",".join(dependency) or None,
+            begin=pause,
+            teardown=again,
+        )
+        return make_executor(folder, parameters)
 
 
-def asked(node: Node, graph: Graph, config: RunConfig, *, detached: bool) -> Asked:
-    """What the jobs of a stage would ask for."""
-    work = resources_of(node, config.executor, graph)
-    ends = work.is_array or (detached and work.executor == "slurm" and work.kind in HEAVY)
-    return Asked(work, finishing(config.executor) if ends else None)
+def planned_jobs(node: Node, settings: ExecutorSection, graph: Graph, *, detached: bool) -> list[PlannedJob]:
+    """The jobs of an attempt at a stage, in the order in which they run; the second one finishes what the first makes.
+
+    Args:
+        detached: they finalize the stage by themselves; a light stage's only job does.
+    """
+    work = resources_of(node, settings, graph)
+    if work.executor != "slurm" or (detached and work.kind == "light"):
+        return [PlannedJob(work, ("work", "finalize"))]
+    later: tuple[Duty, ...] = (*(("publish",) if work.is_array else ()), *(("finalize",) if detached else ()))
+    return [PlannedJob(work, ("work",)), *([PlannedJob(finishing(settings), later)] if later else [])]
 
 
 def write_dry_run(
@@ -115,10 +122,12 @@ def write_dry_run(
         UserError: something else is in the place of the directory.
     """
     folder = _fresh(graph.directory)
-    wanted = {node.name: asked(node, graph, config, detached=detached) for node in graph.nodes.values()}
+    wanted = {node.name: planned_jobs(node, config.executor, graph, detached=detached) for node in graph.nodes.values()}
     for number, node in enumerate(graph.nodes.values(), start=1):
-        if node.name in runs and wanted[node.name].work.executor == "slurm":
-            _write_scripts(folder / "sbatch", number, node, graph, config, wanted, set(runs) if detached else set())
+        if node.name in runs and wanted[node.name][0].resources.executor == "slurm":
+            name = f"{number:03d}-{node.name.replace('/', '-')}"
+            before = [need for need in node.needs if detached and need in runs]
+            _write_scripts(folder / "sbatch" / name, node, graph.directory, config, wanted[node.name], before)
     (folder / "resolved.yaml").write_text(yaml_text.dump(config.model_dump(mode="json")), encoding="utf-8")
     stages = [_as_data(node, wanted[node.name], runs.get(node.name)) for node in graph.nodes.values()]
     sums = {key: sum(stage[key] for stage in stages if stage["name"] in runs) for key in ("jobs", *HOURS)}
@@ -150,56 +159,34 @@ def _fresh(run: Path) -> Path:
 
 
 def _write_scripts(
-    folder: Path,
-    number: int,
-    node: Node,
-    graph: Graph,
-    config: RunConfig,
-    wanted: Mapping[str, Asked],
-    waited_for: set[str],
+    path: Path, node: Node, run: Path, config: RunConfig, jobs: list[PlannedJob], before: list[str]
 ) -> None:
-    """Write a stage's scripts.
-
-    Args:
-        waited_for: the stages that are submitted at once with it; none with a driver.
-    """
-    run, name = graph.directory, f"{number:03d}-{node.name.replace('/', '-')}"
-    before = [need for need in node.needs if need in waited_for and wanted[need].work.executor == "slurm"]
+    """Write the scripts of a stage's jobs; `before` are the stages that it waits for as a job."""
     success = [f"afterok:{':'.join(f'<job of {need}>' for need in before)}"] if before else []
-    mine = wanted[node.name]
-    again = start_again(config.executor.retries, config.executor.backoff_seconds) if waited_for else []
-    for part, suffix, dependency in (
-        (mine.work, "", success),
-        (mine.finish, ".finish", [f"afterany:<work of {node.name}>", *success]),
-    ):
-        if part is None:
-            continue
-        parameters = submitit_parameters(
-            part,
-            name=job_name(run, node.name, finishing=part is mine.finish),
-            comment=mark_of(run),
-            grace_seconds=config.executor.grace_seconds,
-            dependency=",".join(dependency) or None,
-            kill_on_invalid_dependency=bool(dependency),
-            teardown=again if part is (mine.finish or mine.work) else (),
-        )
-        executor = make_executor(job_folder(run) / "slurm" / f"{name}{suffix}", parameters)
-        (folder / f"{name}{suffix}.sbatch").write_text(script(executor, part.tasks), encoding="utf-8")
+    for job in jobs:
+        suffix = "" if job is jobs[0] else ".finish"
+        dependency = success if job is jobs[0] else [f"afterany:<work of {node.name}>", *success]
+        folder = job_folder(run) / "slurm" / f"{path.name}{suffix}"
+        executor = job.executor(folder, run, node.name, config.executor, dependency)
+        path.with_name(f"{path.name}{suffix}.sbatch").write_text(script(executor, job.resources.tasks), "utf-8")
 
 
-def _as_data(node: Node, wanted: Asked, reason: str | None) -> dict[str, Any]:
-    data: dict[str, Any] = {
+def _as_data(node: Node, jobs: list[PlannedJob], reason: str | None) -> dict[str, Any]:
+    asked = [job.resources for job in jobs]
+    on_slurm = asked[0].executor == "slurm"
+    return {
         "name": node.name,
         "needs": list(node.needs),
-        "kind": wanted.work.kind,
-        "executor": wanted.work.executor,
+        "kind": asked[0].kind,
+        "executor": asked[0].executor,
         "verdict": "reuse" if reason is None else "run",
         "reason": reason,
-        "jobs": wanted.jobs,
-        "resources": asdict(wanted.work) if wanted.work.executor == "slurm" else None,
-        "finish": asdict(wanted.finish) if wanted.finish else None,
+        "jobs": sum(part.tasks for part in asked) if on_slurm else 0,
+        "resources": asdict(asked[0]) if on_slurm else None,
+        "finish": asdict(asked[1]) if asked[1:] else None,
+        "gpu_hours": round(sum(device_hours(part) for part in asked if part.gpus), 3),
+        "cpu_hours": round(sum(device_hours(part) for part in asked if not part.gpus), 3),
     }
-    return data | {key: round(wanted.hours(gpu=key == "gpu_hours"), 3) for key in HOURS}
 
 
 def _print(console: Console, stages: list[dict[str, Any]]) -> None:
