@@ -3,9 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
@@ -20,30 +18,11 @@ from pipelines.iteration import build_graph
 from pipelines.run.decisions import SUPERSEDED, reads_what_is_there
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Collected
-from pipelines.run.retention import (
-    compress,
-    compressible,
-    own_bytes,
-    plain_shards,
-    release,
-    weight_bytes,
-    why_kept,
-)
+from pipelines.run.retention import CollectionStep, compress, own_bytes, release, steps
 from pipelines.run.superseded import TRASH, discard
 from pipelines.text import megabytes, plural, say
 
 SCRATCH = re.compile(rf"({re.escape(RELEASED)}|.*{re.escape(COMPRESSED)})\.[^/]+\.tmp")
-
-
-@dataclass(frozen=True)
-class CollectionStep:
-    """Something of a run that is deleted, compressed or kept, and why."""
-
-    verb: Literal["delete", "release", "compress", "keep"]
-    path: Path
-    reason: str
-    bytes: int
-    """What the disk gets back if it is deleted."""
 
 
 def collect(
@@ -98,27 +77,16 @@ def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> l
         UserError: a manifest, or what another run reads, cannot be read.
     """
     graph = whole_graph(run)
-    published = up_to_date(graph)
-    steps = [CollectionStep("delete", path, reason, own_bytes(_files_in(path))) for path, reason in leftovers(run.path)]
+    found = [CollectionStep("delete", path, reason, own_bytes(_files_in(path))) for path, reason in leftovers(run.path)]
     old = sorted(manifest.parent for manifest in (run.path / SUPERSEDED).rglob(MANIFEST))
     if superseded:
-        steps += [
-            CollectionStep("delete", path, "published under another key", own_bytes(_files_in(path))) for path in old
-        ]
+        reason = "published under another key"
+        found += [CollectionStep("delete", path, reason, own_bytes(_files_in(path))) for path in old]
     elif old:
         size = own_bytes(_files_in(run.path / SUPERSEDED))
-        steps.append(
-            CollectionStep("keep", run.path / SUPERSEDED, f"{len(old)} artifacts; --superseded deletes them", size)
-        )
-    for name, kept in why_kept(run.path, graph, published, section.keep).items():
-        output = graph.nodes[name].output
-        size = weight_bytes(Artifact.open(output))
-        why = kept or f"its weights; nothing needs them, keep={section.keep}"
-        steps.append(CollectionStep("keep" if kept else "release", output, why, size))
-    for node, kept in compressible(graph, published) if section.compress else ():
-        size = own_bytes(path for path, _ in plain_shards(Artifact.open(node.output)))
-        steps.append(CollectionStep("keep" if kept else "compress", node.output, kept or "its rows", size))
-    return steps
+        reason = f"{len(old)} artifacts; --superseded deletes them"
+        found.append(CollectionStep("keep", run.path / SUPERSEDED, reason, size))
+    return [*found, *steps(run.path, graph, up_to_date(graph), section)]
 
 
 def perform(step: CollectionStep, run: RunDirectory) -> int:

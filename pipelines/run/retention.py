@@ -20,8 +20,9 @@ import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from contracts.artifacts import Artifact, artifact_of
 from contracts.config import read_yaml
@@ -69,39 +70,26 @@ def why_kept(run: Path, graph: Graph, published: Collection[str], keep: str) -> 
     policies, averages, critics = ([node.name for node in trained if node.role == role] for role in TRAINED)
     latest = policies[-int(keep.removeprefix("last ")) :] if keep.startswith("last ") else []
     lasting = {graph.nodes[name].iteration for name in latest}
-    readers = still_read(graph, published)
-    unjudged = [
-        graph.owner(policy_of(node, graph))
-        for node in graph.nodes.values()
-        if node.stage.name == "evaluation" and node.name not in published
-    ]
     rows = evaluations(graph)
-    best = graph.owner(best_of(rows)[0]) if rows else None
+    judges = [node for node in graph.nodes.values() if node.stage.name == "evaluation"]
+    causes = {name: f"{reader} still needs it" for name, reader in still_read(graph, published).items()}
+    for names, cause in (
+        (policies[-1:], "the last policy, from which more iterations start"),
+        (averages[-1:], "the last average"),
+        (critics[-1:], "the last critic, with which more iterations go on"),
+        ([graph.owner(policy_of(node, graph)) for node in judges if node.name not in published], "not judged yet"),
+        ([graph.owner(best_of(rows)[0])] if rows else [], "the best so far"),
+        ([node.name for node in trained if node.iteration in lasting], f"keep={keep}"),
+    ):
+        for name in filter(None, names):
+            causes.setdefault(name, cause)
     reasons: dict[str, str | None] = {}
     for node in trained:
-        name, artifact = node.name, Artifact.open(node.output)
-        if not _weights(artifact):
-            continue
-        if artifact.released:  # a kill came between the decision and the deletion
-            reasons[name] = None
-        elif keep == "all":
-            reasons[name] = "keep=all"
-        elif name in readers:
-            reasons[name] = f"{readers[name]} still needs it"
-        elif name in policies[-1:]:
-            reasons[name] = "the last policy, from which more iterations start"
-        elif name in averages[-1:]:
-            reasons[name] = "the last average"
-        elif name in critics[-1:]:
-            reasons[name] = "the last critic, with which more iterations go on"
-        elif name in unjudged:
-            reasons[name] = "not judged yet"
-        elif name == best:
-            reasons[name] = "the best so far"
-        elif node.iteration in lasting:
-            reasons[name] = f"keep={keep}"
-        else:
-            reasons[name] = None
+        artifact = Artifact.open(node.output)
+        if artifact.released and _weights(artifact):  # a kill came between the decision and the deletion
+            reasons[node.name] = None
+        elif _weights(artifact):
+            reasons[node.name] = "keep=all" if keep == "all" else causes.get(node.name)
     if None in reasons.values():
         for path, other in read_by_others(run).items():
             read = [name for name, kept in reasons.items() if kept is None and path.is_relative_to(name)]
@@ -128,6 +116,29 @@ def compressible(graph: Graph, published: Collection[str]) -> Iterator[tuple[Nod
             yield node, "another run shares it, and would not share the compressed files"
         else:
             yield node, None
+
+
+@dataclass(frozen=True)
+class CollectionStep:
+    """Something of a run that is deleted, compressed or kept, and why."""
+
+    verb: Literal["delete", "release", "compress", "keep"]
+    path: Path
+    reason: str
+    bytes: int
+    """What the disk gets back if it is deleted."""
+
+
+def steps(run: Path, graph: Graph, published: Collection[str], section: RetentionSection) -> Iterator[CollectionStep]:
+    """What becomes of each checkpoint that has its weights, and of all rows that are not compressed."""
+    for name, kept in why_kept(run, graph, published, section.keep).items():
+        output = graph.nodes[name].output
+        why = kept or f"its weights; nothing needs them, keep={section.keep}"
+        size = own_bytes(_weights(Artifact.open(output)))
+        yield CollectionStep("keep" if kept else "release", output, why, size)
+    for node, kept in compressible(graph, published) if section.compress else ():
+        size = own_bytes(path for path, _ in plain_shards(Artifact.open(node.output)))
+        yield CollectionStep("keep" if kept else "compress", node.output, kept or "its rows", size)
 
 
 def read_by_others(run: Path) -> dict[Path, str]:
@@ -194,11 +205,6 @@ def plain_shards(artifact: Artifact) -> list[tuple[Path, File]]:
     return [(path, file) for path, file in shards if path.exists()]
 
 
-def weight_bytes(artifact: Artifact) -> int:
-    """Bytes that the disk gets back when the weights of a checkpoint are deleted."""
-    return own_bytes(_weights(artifact))
-
-
 def own_bytes(files: Iterable[Path]) -> int:
     """Bytes that the disk gets back when files are deleted: none for those that have a name elsewhere too."""
     found = [path.lstat() for path in files]
@@ -215,7 +221,7 @@ def release(artifact: Artifact, reason: str) -> int:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record = Released(tuple(_weight_names(artifact)), reason, now)
         write_atomically(artifact.path / RELEASED, with_checksum(record))
-    freed = weight_bytes(artifact)
+    freed = own_bytes(_weights(artifact))
     for path in _weights(artifact):
         path.unlink()
     fsync(artifact.path)
@@ -337,16 +343,14 @@ class Retention:
             self._once(RetentionHeld(reason=f"{self.run.path.name} is pinned"))
             return
         try:
-            for name, kept in why_kept(self.run.path, self.graph, published, self.section.keep).items():
-                if kept is None:
-                    reason = f"its weights; nothing needs them, keep={self.section.keep}"
-                    freed = release(Artifact.open(self.graph.nodes[name].output), reason)
-                    self.run.record(WeightsReleased(stage=name, bytes=freed, reason=reason))
-            for node, kept in compressible(self.graph, published) if self.section.compress else ():
-                if kept is None and node.name not in self._tried:
-                    self._tried.add(node.name)
-                    job = self._worker.submit(compress, Artifact.open(node.output), self._stop)
-                    self._compressing[node.name] = job
+            for step in steps(self.run.path, self.graph, published, self.section):
+                name = step.path.relative_to(self.run.path).as_posix()
+                if step.verb == "release":
+                    freed = release(Artifact.open(step.path), step.reason)
+                    self.run.record(WeightsReleased(stage=name, bytes=freed, reason=step.reason))
+                elif step.verb == "compress" and name not in self._tried:
+                    self._tried.add(name)
+                    self._compressing[name] = self._worker.submit(compress, Artifact.open(step.path), self._stop)
         except Exception as error:
             self._failed("retention", error)
 
