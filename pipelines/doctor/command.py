@@ -5,6 +5,7 @@ others find. Nothing is written but into directories that are removed again, and
 """
 
 import concurrent.futures
+import json
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from contracts import stopping
 from contracts.errors import UserError
-from contracts.preflight import heard
+from contracts.preflight import Finding, findings_of
 from contracts.secrets import TOKEN
 from pipelines.doctor.checks import (
     check_cluster,
@@ -28,7 +29,7 @@ from pipelines.doctor.checks import (
     most_processes,
     needs_loopback,
 )
-from pipelines.doctor.machine import CheckResult, check_file_system, check_limits, check_loopback
+from pipelines.doctor.machine import check_file_system, check_limits, check_loopback
 from pipelines.environments.paths import home
 from pipelines.run.plan import Plan, plan_run
 from pipelines.text import plural, say
@@ -39,10 +40,10 @@ def doctor(console: Console, source: str, overrides: list[str], iterations: int 
     stopping.listen()  # so that what the checks have put into directories is removed whatever ends this
     findings = examine(make_plan(source, overrides, iterations))
     if as_json:
-        print(msgspec.json.format(msgspec.json.encode(findings), indent=1).decode())
+        print(json.dumps([{"check": check} | msgspec.structs.asdict(finding) for check, finding in findings], indent=1))
     else:
         print_findings(console, findings)
-    return UserError.exit_code if any(finding.level == "error" for finding in findings) else 0
+    return UserError.exit_code if any(finding.level == "error" for _, finding in findings) else 0
 
 
 def make_plan(source: str, overrides: list[str], iterations: int | None) -> Plan:
@@ -57,14 +58,14 @@ def make_plan(source: str, overrides: list[str], iterations: int | None) -> Plan
         raise UserError(TOKEN.sub("(hidden)", str(error))) from None
 
 
-def examine(plan: Plan) -> list[CheckResult]:
-    """The findings of all checks, in their order; the slow ones run side by side."""
-    here: list[tuple[str, Callable[[], Iterator[CheckResult]]]] = [
+def examine(plan: Plan) -> list[tuple[str, Finding]]:
+    """What all checks find, with each check's name, in their order; the slow ones run side by side."""
+    here: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("devices", lambda: check_devices(plan)),
         ("processors", lambda: check_processors(plan)),
         ("memory", lambda: check_memory(plan)),
     ]
-    checks: list[tuple[str, Callable[[], Iterator[CheckResult]]]] = [
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("configuration", lambda: check_configuration(plan)),
         ("environments", lambda: check_environments(plan)),
         ("cluster", lambda: check_cluster(plan)),
@@ -74,29 +75,23 @@ def examine(plan: Plan) -> list[CheckResult]:
         ("file system", lambda: check_file_system("the run's directory", plan.config.run_directory)),
         ("file system", lambda: check_file_system("RATCHET_HOME", home())),
         ("tokens", lambda: check_tokens(plan)),
-        ("network", lambda: iter([check_loopback(needs_loopback(plan))])),
+        ("network", lambda: check_loopback(needs_loopback(plan))),
         ("limits", lambda: check_limits(most_processes(plan))),
     ]
     with concurrent.futures.ThreadPoolExecutor(len(checks)) as pool:
-        found = pool.map(lambda check: run_check(*check), checks)
-        return [finding for findings in found for finding in findings]
+        found = pool.map(findings_of, [check for _, check in checks])
+        return [(name, finding) for (name, _), findings in zip(checks, found, strict=True) for finding in findings]
 
 
-def run_check(name: str, check: Callable[[], Iterator[CheckResult]]) -> list[CheckResult]:
-    """What a check finds; what stops it is a finding as well."""
-    findings, stopped = heard(check)
-    return findings if stopped is None else [*findings, CheckResult(name, "error", stopped)]
-
-
-def print_findings(console: Console, findings: list[CheckResult]) -> None:
+def print_findings(console: Console, findings: list[tuple[str, Finding]]) -> None:
     """One line for each finding, one below it for its fix, and a last one for all of them."""
     colours = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    for finding in findings:
+    for check, finding in findings:
         line = Text(f"{finding.level:<8} ", style=colours[finding.level])
-        line.append(f"{finding.check}: {finding.found}", style="default")
+        line.append(f"{check}: {finding.found}", style="default")
         console.print(line, soft_wrap=True, highlight=False)
         if finding.fix:
             say(console, f"{'':<8} → {finding.fix}")
-    errors, warnings = (sum(finding.level == level for finding in findings) for level in ("error", "warning"))
+    errors, warnings = (sum(finding.level == level for _, finding in findings) for level in ("error", "warning"))
     verdict = "Fix the errors before `pipeline run`." if errors else "Nothing that would stop the run was found."
     say(console, f"{plural(errors, 'error')}, {plural(warnings, 'warning')}. {verdict}")

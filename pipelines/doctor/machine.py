@@ -12,11 +12,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
-import msgspec
-
-Level = Literal["ok", "warning", "error"]
+from contracts.preflight import Finding, Level
 
 NETWORK_TYPES = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "glusterfs", "afs", "9p", "fuse.")
 """How the types of network file systems begin in /proc/mounts; fuse. is most often one (sshfs, s3fs, gcsfuse)."""
@@ -25,16 +22,6 @@ LOCAL_LOCKS = ("nolock", "localflock", "local_lock=all", "local_lock=flock")
 CLOCK_SKEW = 2.0
 SHARED_MEMORY = 512 << 20
 OPEN_FILES = 1024
-
-
-class CheckResult(msgspec.Struct, frozen=True):
-    """What a check has found."""
-
-    check: str
-    level: Level
-    found: str
-    fix: str | None = None
-    """What to do about a warning or an error; None where `found` says it already."""
 
 
 def existing(path: Path) -> Path:
@@ -56,12 +43,11 @@ def mount_of(path: Path, mounts: str) -> tuple[str, list[str]]:
     return found
 
 
-def check_file_system(name: str, place: Path) -> Iterator[CheckResult]:
+def check_file_system(name: str, place: Path) -> Iterator[Finding]:
     """Whether what Ratchet publishes by is true of the disk of `place`: renames, flushes, locks.
 
     Works in a directory of its own there, which is always removed.
     """
-    check = "file system"
     directory = existing(place)
     kind, options = "unknown", [""]
     with contextlib.suppress(OSError):
@@ -78,17 +64,16 @@ def check_file_system(name: str, place: Path) -> Iterator[CheckResult]:
             if trouble:
                 failed = True
                 fix = CONSEQUENCES.get(what) if level == "warning" else other
-                yield CheckResult(check, level, f"{name} ({directory}, {kind}): {what}: {trouble}", fix)
+                yield Finding(level, f"{name} ({directory}, {kind}): {what}: {trouble}", fix)
     if locks := [option for option in options if option in LOCAL_LOCKS]:
-        yield CheckResult(
-            check,
+        yield Finding(
             "warning",
             f"{name} ({directory}, {kind}) is mounted with {locks[0]}: a lock holds on this machine only",
             "Never drive one run from two machines at once, or mount it without this option.",
         )
     elif not failed:
         text = f"{name} ({directory}) is {kind}{', a network file system' if network else ''}"
-        yield CheckResult(check, "ok", f"{text}: renames, flushes and locks work")
+        yield Finding("ok", f"{text}: renames, flushes and locks work")
 
 
 def _directory_rename(scratch: Path) -> str:
@@ -168,7 +153,7 @@ CONSEQUENCES = {
 }
 
 
-def check_loopback(needed: str | None) -> CheckResult:
+def check_loopback(needed: str | None) -> Iterator[Finding]:
     """Whether processes can talk to each other on this machine; `needed`: what for, if it is needed."""
     try:
         with socket.socket() as server, socket.socket() as client:
@@ -180,24 +165,25 @@ def check_loopback(needed: str | None) -> CheckResult:
         found = f"no process can listen on 127.0.0.1 and be reached there: {error.strerror or error}"
         use = f"{needed} needs it" if needed else "no stage of this run needs it"
         fix = "Bring the loopback interface up (`ip link set lo up`), or leave the sandbox that forbids it."
-        return CheckResult("network", "error" if needed else "warning", f"{found}; {use}", fix)
-    return CheckResult("network", "ok", "processes can listen on 127.0.0.1 and be reached there")
+        yield Finding("error" if needed else "warning", f"{found}; {use}", fix)
+    else:
+        yield Finding("ok", "processes can listen on 127.0.0.1 and be reached there")
 
 
-def check_limits(processes: int) -> Iterator[CheckResult]:
+def check_limits(processes: int) -> Iterator[Finding]:
     """Shared memory, where a stage has several processes, and open files."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     unlimited = files == resource.RLIM_INFINITY
     if files < OPEN_FILES and not unlimited:
         found = f"a process may open only {files} files"
-        yield CheckResult("limits", "warning", found, f"Run `ulimit -n {4 * OPEN_FILES}` before `pipeline run`.")
+        yield Finding("warning", found, f"Run `ulimit -n {4 * OPEN_FILES}` before `pipeline run`.")
     else:
-        yield CheckResult("limits", "ok", f"a process may open {'any number of' if unlimited else files} files")
+        yield Finding("ok", f"a process may open {'any number of' if unlimited else files} files")
     if processes > 1:
         free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
         found = f"{free >> 20} MiB of shared memory (/dev/shm) for stages of up to {processes} processes"
         if free < SHARED_MEMORY:
             fix = f"Have {SHARED_MEMORY >> 20} MiB or more; of a container with --shm-size=8g or --ipc=host."
-            yield CheckResult("limits", "warning", found, fix)
+            yield Finding("warning", found, fix)
         else:
-            yield CheckResult("limits", "ok", found)
+            yield Finding("ok", found)
