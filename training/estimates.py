@@ -5,10 +5,11 @@ hidden size, i the width of the feed-forward layers, q and k those of queries an
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from contracts.architectures import FLAT
 from contracts.model_size import Size
-from contracts.outlook import PROCESS, AnswerStats, Memory
+from contracts.outlook import PROCESS, STAGE, AnswerStats, Memory, Outlook
 from training.config import TrainingConfig
 
 HEAD_CHUNK = 2048
@@ -192,3 +193,9 @@ def longest_of(answers: list[AnswerStats], sequences: int, limit: int | None) ->
 def number_bytes(config: TrainingConfig, on_gpu: bool) -> int:
     """Bytes of a number that training computes with and publishes: `auto` is bf16 on a GPU, fp32 on a CPU."""
     return 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu) else 4
+
+
+def model_bytes(output: Path, outlook: Outlook) -> int | None:
+    """Bytes of a model that is published in float32, with its tokenizer; None where its size is not known."""
+    size = outlook.size_of(output)
+    return None if size is None else size.checkpoint_bytes(4) + STAGE

@@ -1,9 +1,11 @@
 """Where Ratchet's code and files are, in a checkout or among installed libraries, and where it keeps what it makes."""
 
+import contextlib
 import functools
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import contracts
@@ -12,6 +14,8 @@ from contracts.errors import UserError
 from contracts.fingerprint import digest, file_sha256
 
 HOME = "RATCHET_HOME"
+UNUSED_SECONDS = 60 * 24 * 3600.0
+"""How long a copy of the code is kept that no command uses."""
 IN_WHEEL = "pipelines/configs"
 """Where pyproject.toml puts the folder configs/ in a wheel."""
 
@@ -91,4 +95,16 @@ def _copied(root: Path) -> Path:
             except OSError:
                 if not copy.is_dir():  # else another process, or thread, was faster
                     raise
+    os.utime(copy)
+    delete_unused(copy.parent)
     return copy
+
+
+def delete_unused(copies: Path) -> None:
+    """Delete the copies of the code that no command has used for long: the stages that had them have ended."""
+    for path in copies.iterdir():
+        if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
+            trash = Path(tempfile.mkdtemp(dir=copies, prefix="."))
+            with contextlib.suppress(OSError):  # another process was faster
+                path.rename(trash / path.name)  # at once: whoever needs it now makes it anew
+            shutil.rmtree(trash, ignore_errors=True)

@@ -102,7 +102,7 @@ def _here(node: Node, gpus: int) -> StageConfig:
     if layout.nodes > 1:
         raise UserError(
             f"stage {node.name}: parallel.nodes is {layout.nodes}, but it runs on this machine alone. Set "
-            "executor=slurm, or parallel.nodes=1."
+            "executor to a scheduler, or parallel.nodes=1."
         )
     config: StageConfig = node.stage.spread(node.config, gpus)
     return config
@@ -118,12 +118,12 @@ def _on_scheduler(node: Node, entry: StageSection, cluster: Cluster) -> StageCon
     replicas = node.stage.layout(node.config).processes
     if replicas > 1:
         raise UserError(
-            f"stage {node.name}: replicas is {replicas}, but on Slurm the tasks of the job array are the replicas. "
-            f"Take it out, and set executor.stages.{node.workload}.tasks={replicas}."
+            f"stage {node.name}: replicas is {replicas}, but on {entry.kind} the tasks of the job array are the "
+            f"replicas. Take it out, and set executor.stages.{node.workload}.tasks={replicas}."
         )
     if 0 < gpus < node.gpus:
         raise UserError(
-            f"stage {node.name}: every task asks Slurm for {gpus} GPU, but its model takes {node.gpus} "
+            f"stage {node.name}: every task asks {entry.kind} for {gpus} GPU, but its model takes {node.gpus} "
             f"(tensor_parallel). Set executor.stages.{node.workload}.gpus={node.gpus}."
         )
     return node.config

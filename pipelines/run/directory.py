@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import fcntl
+import functools
 import json
 import os
 import socket
@@ -137,9 +138,9 @@ class RunDirectory:
         else:
             write_atomically(self.path / PINNED, time.strftime("%F %T\n").encode())
 
-    @property
+    @functools.cached_property
     def config(self) -> RunConfig:
-        """The configuration of the last command."""
+        """The configuration of the last command when it was first asked for."""
         place = {"name": self.path.name, "directory": str(self.path.parent)}
         return validate(RunConfig, {**self._marked("settings"), **place}, str(self.path / "run.json"))
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from contracts.config import validate
 from contracts.errors import UserError
 from pipelines.environments.launch import EnvironmentConfig, launch_command, probe_versions
-from pipelines.environments.paths import code_path
+from pipelines.environments.paths import UNUSED_SECONDS, code_path, delete_unused
 
 RECORDER = f"""#!{sys.executable}
 import json, os, sys
@@ -220,3 +221,12 @@ def test_an_environment_that_cannot_run_ratchet(tmp_path: Path) -> None:
         probe_versions(environment(python=str(tmp_path / "bin" / "python")), "annotation")
     assert "No module named" in str(caught.value)
     assert "msgspec" in str(caught.value)
+
+
+def test_copies_of_the_code_that_nobody_uses_any_more_go(tmp_path: Path) -> None:
+    for name in ("old", ".left-by-a-kill", "used"):
+        (tmp_path / name / "contracts").mkdir(parents=True)
+        age = 1 if name == "used" else UNUSED_SECONDS + 60
+        os.utime(tmp_path / name, (0, time.time() - age))
+    delete_unused(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]

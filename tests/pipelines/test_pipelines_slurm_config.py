@@ -255,7 +255,7 @@ def test_the_gpus_of_this_machine_are_for_local_stages(
         (["scorers.reward.replicas=2"], "set executor.stages.scoring.tasks=2"),
         (
             ["generation.tensor_parallel=4", "executor.stages={generation: {gpus: 2}}"],
-            "asks Slurm for 2 GPU, but its model takes 4",
+            "asks slurm for 2 GPU, but its model takes 4",
         ),
         (["executor=local", "training.parallel={dp: 2, nodes: 2}"], "it runs on this machine alone"),
     ],

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contracts.declaration import ModelUse, Stage
-from contracts.outlook import PROCESS, STAGE, Memory, Outlook
+from contracts.outlook import PROCESS, Memory, Outlook
 from contracts.records import CHECKPOINT
 from training.config import EmaConfig
+from training.estimates import model_bytes
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ class Averaging(Stage[EmaConfig]):
 
     def published_bytes(self, config: EmaConfig, outlook: Outlook) -> int | None:
         """P · 4 and the tokenizer."""
-        size = outlook.size_of(config.output)
-        return None if size is None else size.checkpoint_bytes(4) + STAGE
+        return model_bytes(config.output, outlook)
 
     def origin(self, config: EmaConfig) -> Path | None:
         """The model that enters the average."""

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from contracts.declaration import ModelUse, Stage
 from contracts.models import ModelInfo
-from contracts.outlook import PROCESS, STAGE, Memory, Outlook
+from contracts.outlook import PROCESS, Memory, Outlook
 from contracts.records import CHECKPOINT
 from training.config import ValueHeadConfig
+from training.estimates import model_bytes
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,7 @@ class NewCritic(Stage[ValueHeadConfig]):
 
     def published_bytes(self, config: ValueHeadConfig, outlook: Outlook) -> int | None:
         """P · 4 and the tokenizer."""
-        size = outlook.size_of(config.output)
-        return None if size is None else size.checkpoint_bytes(4) + STAGE
+        return model_bytes(config.output, outlook)
 
     def origin(self, config: ValueHeadConfig) -> Path | None:
         """The model that gets the head."""
