@@ -168,11 +168,9 @@ TABLE = (
     Other("logging_steps logging_strategy logging_dir logging_first_step", "", "",
           "Every step is in the stage's training-log.jsonl. Leave it out."),
     Other("report_to log_with wandb_project wandb_entity tracker_project_name", "use_wandb trainer.logger project_name",
-          "",
-          "No tracker is fed: metrics.jsonl of the run, `pipeline status` and `pipeline compare` have the metrics. "
-          "Leave it out."),
-    Other("push_to_hub hub_model_id hub_token hub_strategy hub_private_repo", "", "",
-          "Nothing is uploaded. Every policy is a directory that `hf upload ORG/NAME DIRECTORY` takes."),
+          "tracking", "For example tracking: {wandb: {project: NAME, entity: TEAM}}; or trackio, tensorboard, mlflow."),
+    Other("push_to_hub hub_model_id hub_token hub_strategy hub_private_repo", "", "hub",
+          "For example hub: {model: ORG/NAME}. The token is HF_TOKEN's, or that of `hf auth login`."),
     Other("ddp_timeout", "nccl_timeout", "executor.stall_seconds", ""),
 )  # fmt: skip
 

