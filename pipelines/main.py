@@ -32,6 +32,7 @@ from pipelines.hub.command import add_push
 from pipelines.insight.display import Display, Screen
 from pipelines.insight.listeners import listeners_of
 from pipelines.insight.report.command import report
+from pipelines.insight.report.view import PORT, view
 from pipelines.insight.status import jobs_elsewhere, print_status
 from pipelines.insight.tables import print_comparison, print_table
 from pipelines.insight.watch import attach, cancel, print_logs
@@ -268,6 +269,16 @@ def _cancel(options: argparse.Namespace) -> None:
 )
 def _report(options: argparse.Namespace) -> None:
     report(*opened(options.run), options.output, as_markdown=options.markdown, as_json=options.json)
+
+
+@command(
+    "view",
+    "the report in a browser, anew whenever something happens in the run",
+    RUN,
+    argument("--port", type=int, help=f"of this machine; by default {PORT}, or any that is free"),
+)
+def _view(options: argparse.Namespace) -> None:
+    view(make_console(), partial(opened, options.run), options.port)
 
 
 @command(

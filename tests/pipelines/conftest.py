@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import Browser, NoBrowser
 from pipelines_cluster import Cluster, ClusterRefused, FakeCluster, Slurm
 from pipelines_slurm_run import digests
 from pipelines_smallest import FinishedRun, finish_smallest, pipeline, write_pretended, write_smallest
@@ -48,6 +49,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(message)
     yield cluster
     cluster.end()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless browser, shared by all tests that ask for one.
+
+    Where there is none, these tests are skipped, with a warning in the summary; with CI=true, they fail.
+    """
+    try:
+        browser = Browser()
+    except NoBrowser as missing:
+        message = f"NO PAGE IS TESTED: {missing}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=1)
+        pytest.skip(message)
+    yield browser
+    browser.close()
 
 
 @pytest.fixture(scope="session")

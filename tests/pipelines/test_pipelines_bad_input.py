@@ -66,12 +66,12 @@ def run(pristine: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     return here / "runs" / "smallest"
 
 
-TELLING = ("lock", "events.jsonl", "report.txt")
+TELLING = {"lock", "events.jsonl", "report.txt", "report.html", "report.md", "report.samples"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder but those that tell of commands, also of one that was refused."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in TELLING]
+    files = [path for path in folder.rglob("*") if path.is_file() and TELLING.isdisjoint(path.parts)]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 

@@ -42,13 +42,19 @@ def report(run: RunDirectory, graph: Graph, output: Path | None, *, as_markdown:
 
 
 def write_report(run: RunDirectory, graph: Graph, page: Path) -> list[str]:
-    """Write the page, and into a folder beside it what does not fit; returns the names of the files that it needs."""
+    """Write the page, and into a folder beside it what does not fit; in the run's directory, also the Markdown.
+
+    Returns:
+        The names of the files in the folder that the page needs.
+    """
     folder = folder_of_page(page)
     keep = Keep(folder)
-    report = gather(run, graph, keep)
-    text, others = render_page(report, keep, folder.name)
-    write_atomically(page, text.encode())
-    keep.forget(report.sets)
+    found = gather(run, graph, keep)
+    text, others = render_page(found, keep, folder.name)
+    write_atomically(page, text.encode(), durable=False)
+    if page == run.path / PAGE:
+        write_atomically(page.with_suffix(".md"), render_markdown(found).encode(), durable=False)
+    keep.forget(found.sets)
     return others
 
 

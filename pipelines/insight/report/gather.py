@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -11,6 +12,7 @@ from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.jsonl import read_jsonl
 from contracts.manifest import MANIFEST
+from contracts.points import METRICS, Point, read_points
 from contracts.records import CHECKPOINT, EVALUATION, PAIRS, ROLLOUTS, SCORES
 from pipelines.execution.endings import failure_of, progress_of
 from pipelines.graph import Graph, Node
@@ -22,7 +24,10 @@ from pipelines.insight.report.timing import stage_row, time_facts
 from pipelines.insight.wording import notable_lines
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, RunEnded, RunStarted, StageEvent
+from pipelines.run.points import latest
 
+Curves: TypeAlias = tuple[list[float], dict[str, list[float | None]]]
+LOG = "training-log.jsonl"
 MOST_STEPS = 240
 """Points of a training curve."""
 MOST_LINES = 200
@@ -60,7 +65,7 @@ class _Gathering:
         state = self.state()
         for name, node in self.graph.nodes.items():
             if (node.output / MANIFEST).is_file() and (
-                found := self.told(name, lambda path=node.output: Artifact.open(path), None)
+                found := self.told(name, lambda path=node.output: self.keep.artifact(path), None)
             ):
                 self.artifacts[name] = found
         waiting = [name for name in self.graph.nodes if name not in self.artifacts]
@@ -178,11 +183,11 @@ class _Gathering:
             if made.manifest.inputs.get("rollouts") != rollouts.manifest.digest:
                 self.missing.append(f"{reader.name}: made from other answers than {node.name} has now")
             elif made.manifest.schema == SCORES:
-                scorer = made.manifest.facts.get("scorer", reader.role)
-                if made.manifest.facts.get("kind") == "logprobs":
+                kind = getattr(reader.config, "kind", None)
+                if kind == "logprobs":
                     sources.reference = made
-                elif made.manifest.facts.get("kind") != "values":
-                    sources.scores[scorer] = made
+                elif kind != "values":
+                    sources.scores[str(getattr(reader.config, "name", reader.role))] = made
             elif made.manifest.schema == PAIRS:
                 sources.pairs, sources.strategy = made, str(getattr(reader.config, "strategy", ""))
         order = ["reward", *self.run.config.scorers]
@@ -195,16 +200,21 @@ class _Gathering:
         return sources
 
     def training(self) -> Iterable[TrainingCurves]:
+        """Of checkpoints, their logs; of trainings under way, what they have reported."""
         for name, artifact in self.artifacts.items():
-            file = artifact.path / "training-log.jsonl"
+            file = artifact.path / LOG
             if artifact.manifest.schema == CHECKPOINT and file.is_file():
-                node = self.graph.nodes[name]
-                found = self.told(name, lambda file=file: thinned(read_jsonl(file, dict)), None)
-                if found is not None and found[0]:
-                    steps, series = found
-                    yield TrainingCurves(
-                        stage=name, iteration=node.iteration, role=node.role, steps=steps, series=series
-                    )
+                read = partial(self.keep.once, artifact, partial(_log_of, file))
+                yield from self.curves_of(name, self.told(name, read, None))
+        for name, points in latest(self.told(METRICS, lambda: read_points(self.run.path), [])).items():
+            if name in self.graph.nodes and name not in self.artifacts:
+                lines = ({"step": point.number, **_ungrouped(point)} for point in points if point.unit == "step")
+                yield from self.curves_of(name, thinned(lines))
+
+    def curves_of(self, name: str, found: Curves | None) -> Iterable[TrainingCurves]:
+        if found is not None and found[0]:
+            node, (steps, series) = self.graph.nodes[name], found
+            yield TrainingCurves(stage=name, iteration=node.iteration, role=node.role, steps=steps, series=series)
 
     def reward_models(self, report: RunReport) -> None:
         for name, artifact in self.artifacts.items():
@@ -216,7 +226,16 @@ class _Gathering:
                     report.held_out_accuracy[name] = float(accuracy)
 
 
-def thinned(lines: Iterable[dict[str, Any]]) -> tuple[list[float], dict[str, list[float | None]]]:
+def _log_of(file: Path) -> Curves:
+    return thinned(read_jsonl(file, dict))
+
+
+def _ungrouped(point: Point) -> dict[str, float]:
+    """Metrics by the names that the training's log has."""
+    return {name.partition("/")[2]: value for name, value in point.metrics.items()}
+
+
+def thinned(lines: Iterable[dict[str, Any]]) -> Curves:
     """Steps, and the series of a training log; of a long one means of neighbours, so that MOST_STEPS are left."""
     rows = [line for line in lines if isinstance(line.get("step"), int)]
     size = -(-len(rows) // MOST_STEPS) or 1

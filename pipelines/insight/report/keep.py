@@ -5,14 +5,19 @@ The chunks of texts are scripts: a page that was opened from a file can load not
 
 import contextlib
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import msgspec
 
+from contracts.artifacts import Artifact
 from contracts.files import write_atomically
+from contracts.manifest import MANIFEST
 from pipelines.insight.report.data import SampleSet
 from pipelines.insight.report.samples import Chunk, SetSources, read_set
 
+T = TypeVar("T")
 _OWN = re.compile(r"[0-9a-f]{16}(-\d+t?\.js|\.json)")
 
 
@@ -27,6 +32,23 @@ class Keep:
         self._folder = folder
         self._sets: dict[str, SampleSet] = {}
         self._chunks: dict[str, str] = {}
+        self._artifacts: dict[Path, tuple[int, Artifact]] = {}
+        self._derived: dict[str, Any] = {}
+
+    def artifact(self, path: Path) -> Artifact:
+        """A published directory, opened again only where its manifest is another one."""
+        changed = (path / MANIFEST).stat().st_mtime_ns
+        known = self._artifacts.get(path)
+        if known is None or known[0] != changed:
+            known = self._artifacts[path] = changed, Artifact.open(path)
+        return known[1]
+
+    def once(self, artifact: Artifact, read: Callable[[], T]) -> T:
+        """What `read` makes of an artifact, asked once."""
+        digest = artifact.manifest.digest
+        if digest not in self._derived:
+            self._derived[digest] = read()
+        return cast(T, self._derived[digest])
 
     def read(self, sources: SetSources) -> SampleSet:
         """The set; UserError where something of it is missing or damaged."""
@@ -36,10 +58,6 @@ class Keep:
             self._write(found, chunks)
         self._sets[sources.key] = found
         return found
-
-    def has(self, key: str) -> bool:
-        """Whether a set was read before."""
-        return key in self._sets or self._kept(key) is not None
 
     def _kept(self, key: str) -> SampleSet | None:
         if self._folder is None:

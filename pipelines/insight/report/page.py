@@ -30,18 +30,18 @@ SCRIPTS = (
 STYLES = ("vendor/uPlot-1.6.32.min.css", "assets/report.css")
 
 
-def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: bool = False) -> tuple[str, list[str]]:
+def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: int | None = None) -> tuple[str, list[str]]:
     """The page, and the names of the chunks that are not in it.
 
     Args:
         beside: the folder of the chunks that do not fit, as seen from the page; None: there is none.
-        live: whether the page asks its server for news.
+        live: the version, for a page that asks its server for later ones; it has no samples in it.
     """
     data = _data(report, beside, live)
     scripts = [read_asset(name) for name in SCRIPTS]
     styles = [read_asset(name) for name in STYLES]
     size = len(data) + sum(map(len, scripts)) + sum(map(len, styles)) + 200_000
-    inside = [] if live else _fitting(report.sets, PAGE_BYTES - size)
+    inside = [] if live is not None else _fitting(report.sets, PAGE_BYTES - size)
     others = [name for found in report.sets for name in _names(found) if name not in set(inside)]
     text = (
         _environment()
@@ -62,7 +62,7 @@ def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: bool
     return text, others
 
 
-def _data(report: RunReport, beside: str | None, live: bool) -> str:
+def _data(report: RunReport, beside: str | None, live: int | None) -> str:
     """What the scripts need, compressed."""
     prompts: dict[str, list[Any]] = {}
     for found in report.sets:

@@ -18,7 +18,11 @@ SLOW = 0.5
 
 def statements(report: RunReport) -> list[Statement]:
     """All of them, in the order in which they are read."""
-    return [_learning(report), _length(report), _dropped(report), _time(report), *_signal(report)]
+    learning, length = _learning(report), _length(report)
+    if learning.tone == "good" and length.tone == "bad":
+        learning.tone = "unclear"
+        learning.details.insert(0, "But length may be all that it learned: see the next answer.")
+    return [learning, length, _dropped(report), _time(report), *_signal(report)]
 
 
 def _learning(report: RunReport) -> Statement:
@@ -32,14 +36,20 @@ def _learning(report: RunReport) -> Statement:
         found.answer = f"Not known yet: only {_policy(first)} is judged ({_with_interval(first, 'reward')})."
         found.tone = "unclear"
         return found
-    change = paired_change(report, int(first["iteration"]), int(last["iteration"]))
     a, b = first.get("reward_mean"), last.get("reward_mean")
-    if a is None or b is None or change is None:
-        found.answer, found.tone = "Not known: the evaluations have no scores of the same held-out prompts.", "unclear"
+    if a is None or b is None:
+        found.answer, found.tone = "Not known: the evaluations have no reward.", "unclear"
         return found
-    delta, ci95, prompts = change
+    change = paired_change(report, int(first["iteration"]), int(last["iteration"]))
+    if change is not None:
+        delta, ci95, prompts = change
+        noise = f"{ci95:.2g}" if math.isfinite(ci95) else "an unknown error"
+        same = f"by {_signed(delta)} ± {noise} (95 %) on the same {plural(prompts, 'held-out prompt')}"
+    else:  # their answers are gone, or damaged: the two means alone, each with its own interval
+        delta, halves = b - a, (first.get("reward_ci95"), last.get("reward_ci95"))
+        ci95 = math.inf if None in halves else math.hypot(*(float(half or 0.0) for half in halves))
+        same = f"by {_signed(delta)}" + (f" ± {ci95:.2g} (95 %)" if math.isfinite(ci95) else ", with an unknown error")
     span = f"from {a:.3g} to {b:.3g}"
-    same = f"by {_signed(delta)} ± {ci95:.2g} (95 %) on the same {plural(prompts, 'held-out prompt')}"
     over = f"over {plural(int(last['iteration']) - int(first['iteration']), 'iteration')}"
     if delta - ci95 > 0:
         found.answer, found.tone = f"Yes. The held-out reward rose {span} {over}, {same}.", "good"

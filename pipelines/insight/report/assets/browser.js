@@ -25,10 +25,9 @@ class Browser {
   }
 
   build(place) {
-    const sets = [...this.samples.sets].sort((a, b) => (b.iteration ?? -1) - (a.iteration ?? -1) || (a.role === "generation" ? -1 : 1));
-    const change = () => this.refresh();
+    const change = () => { this.shown = PAGE; this.refresh(); };
     const field = (name, attributes) => el("input", { ...attributes, "aria-label": name, placeholder: name, oninput: change });
-    this.set = el("select", { "aria-label": "Answers of", onchange: change }, sets.map((set) => el("option", { value: set.name }, titleOf(set))));
+    this.set = el("select", { "aria-label": "Answers of", onchange: change }, this.options());
     this.order = el("select", { "aria-label": "Order", onchange: change }, Object.entries(ORDERS).map(([key, [title]]) => el("option", { value: key }, title)));
     this.finish = el("select", { "aria-label": "Finish reason", onchange: change }, [["", "any ending"], ["length", "some cut off"], ["stop", "all came to their end"]].map(([value, title]) => el("option", { value }, title)));
     this.tag = el("select", { "aria-label": "Tag", onchange: change });
@@ -55,6 +54,20 @@ class Browser {
     if (best) this.set.value = best.name;
   }
 
+  /** The sets, the latest iteration first. */
+  options() {
+    const sets = [...this.samples.sets].sort((a, b) => (b.iteration ?? -1) - (a.iteration ?? -1) || (a.role === "generation" ? -1 : 1));
+    return sets.map((set) => el("option", { value: set.name }, titleOf(set)));
+  }
+
+  /** Go on with the answers that there are now. */
+  renew(samples) {
+    const before = this.set.value;
+    this.samples = samples;
+    this.set.replaceChildren(...this.options());
+    if (samples.byName.has(before)) this.set.value = before;
+  }
+
   get current() {
     return this.samples.byName.get(this.set.value);
   }
@@ -64,7 +77,6 @@ class Browser {
     const set = this.current;
     if (!set) return;
     this.tags(set);
-    this.shown = PAGE;
     const turn = (this.turn = (this.turn || 0) + 1);
     const key = ORDERS[this.order.value][1];
     const value = key ? (at) => key(set, at) : (at) => this.samples.changeOf(set, at);
@@ -153,14 +165,15 @@ class Browser {
   follow() {
     const wanted = location.hash.match(/^#sample=([^;]*);([^;]*)(?:;(\d+))?$/);
     if (!wanted) return;
-    const set = this.samples.byName.get(decodeURIComponent(wanted[1]));
-    const at = set?.place.get(decodeURIComponent(wanted[2]));
+    const set = this.samples.byName.get(decoded(wanted[1]));
+    const at = set?.place.get(decoded(wanted[2]));
     if (at === undefined) {
       this.detail.replaceChildren(el("p", { class: "note" }, "This report does not hold the sample that the address names."));
       return;
     }
     if (this.set.value !== set.name) {
       this.set.value = set.name;
+      this.shown = PAGE;
       this.refresh();
     }
     this.open = `${set.name} ${at}`;
@@ -179,6 +192,14 @@ class Browser {
       });
     }
     return best && fragment(best.set, best.set.columns.prompt[best.at]);
+  }
+}
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return null;
   }
 }
 

@@ -187,6 +187,8 @@ function calibration(place, stage, bins, accuracy) {
 /** Small plots of a training's log: one for each quantity, one line for each iteration. */
 function drawTraining(place, data) {
   const roles = [...new Set(data.training.map((one) => one.role))];
+  const before = place.querySelector("select")?.value;
+  place.replaceChildren();
   if (!roles.length) {
     place.append(el("p", { class: "note" }, "No training is published yet."));
     return;
@@ -205,7 +207,7 @@ function drawTraining(place, data) {
       plot(charts, name.replaceAll("_", " "), "step", "", steps, lines, { height: 170 });
     }
   };
-  if (roles.includes("training")) select.value = "training";
+  select.value = roles.includes(before) ? before : roles.includes("training") ? "training" : roles[0];
   place.append(el("label", {}, "Training: ", select), charts);
   show(select.value);
 }

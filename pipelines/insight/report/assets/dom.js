@@ -26,10 +26,9 @@ function textOf(text, name) {
   return el(name || "span", { dir: "auto", class: "model-text" }, visible(text));
 }
 
-function number(value, digits) {
+function number(value) {
   if (value === null || value === undefined) return "–";
-  if (Number.isInteger(value) && digits === undefined) return String(value);
-  return Number(value).toPrecision(digits || 3).replace(/\.?0+$/, (zeros) => (zeros.includes(".") ? "" : zeros));
+  return Number.isInteger(value) ? String(value) : Number(value).toPrecision(3);
 }
 
 /** The object in base64 of deflated JSON. */

@@ -1,24 +1,28 @@
 "use strict";
 // Brings the page to life; of a run that goes on, asks the server for news.
 
-const NEWS_SECONDS = 5;
+const NEWS_SECONDS = 3;
+const SECTIONS = ["words", "missing", "results", "dropped", "time", "provenance"];
 
-async function start() {
+let browser = null;
+
+/** Draw everything that the page's data says; a browser that is there keeps what was chosen in it. */
+async function draw() {
   const data = await unpack(document.getElementById("data").textContent);
   plots.clear();
   const charts = document.getElementById("charts");
   charts.replaceChildren();
   drawCurves(charts, data);
   if (!charts.children.length) charts.append(el("p", { class: "note" }, "There is nothing to draw yet."));
-  const training = document.getElementById("training-charts");
-  training.replaceChildren();
-  drawTraining(training, data);
+  drawTraining(document.getElementById("training-charts"), data);
   const place = document.getElementById("browser");
   if (!data.sets.length) {
     place.replaceChildren(el("p", { class: "note" }, "There are no answers yet."));
     return data;
   }
-  const browser = new Browser(place, new Samples(data));
+  const samples = new Samples(data);
+  if (browser) browser.renew(samples);
+  else browser = new Browser(place, samples);
   const button = document.getElementById("largest-margin");
   const target = browser.largestMargin();
   button.hidden = target === null;
@@ -28,11 +32,33 @@ async function start() {
     document.getElementById("samples").scrollIntoView();
   };
   await browser.refresh();
-  browser.follow();
   return data;
 }
 
-start().then((data) => {
+/** Take over from the server's page what is new, and leave alone what the reader does. */
+async function renew(known) {
+  try {
+    const version = await (await fetch("version")).json();
+    if (version === known.version) return;
+    const fresh = new DOMParser().parseFromString(await (await fetch(".")).text(), "text/html");
+    const open = new Set([...document.querySelectorAll("details[open] > summary")].map((summary) => summary.textContent));
+    for (const id of SECTIONS) document.getElementById(id).replaceWith(document.adoptNode(fresh.getElementById(id)));
+    document.querySelectorAll("main > section details > summary").forEach((summary) => { if (open.has(summary.textContent)) summary.parentElement.open = true; });
+    document.querySelector(".state").replaceWith(document.adoptNode(fresh.querySelector(".state")));
+    document.getElementById("data").textContent = fresh.getElementById("data").textContent;
+    await draw();
+    known.version = version;
+    document.body.classList.remove("silent");
+  } catch {
+    document.body.classList.add("silent");
+  }
+}
+
+draw().then((data) => {
+  browser?.follow();
   document.documentElement.dataset.ready = "yes";
-  if (data.live) setInterval(renew, 1000 * NEWS_SECONDS, { made: data.made });
+  if (data.live !== null) {
+    const known = { version: data.live };
+    setInterval(() => renew(known), 1000 * NEWS_SECONDS);
+  }
 });

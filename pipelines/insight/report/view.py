@@ -1,0 +1,168 @@
+"""`pipeline view RUN`: the report over HTTP on this machine, anew whenever something has happened in the run.
+
+It writes nothing, so it may be somebody else's run, also one that goes on on another machine that shares the file
+system. Pages of other origins get nothing: requests must name the address that was bound.
+"""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from contracts.errors import UserError
+from contracts.points import METRICS
+from pipelines.graph import Graph
+from pipelines.insight.report.gather import gather
+from pipelines.insight.report.keep import Keep
+from pipelines.insight.report.page import render_page
+from pipelines.run.directory import RunDirectory
+from pipelines.run.events import FILE
+from pipelines.text import say
+
+HOST = "127.0.0.1"
+PORT = 8710
+FOLDER = "samples"
+SECONDS = 2.0
+"""How often the disk is looked at, at most."""
+FORGET_SECONDS = 30.0
+"""After so long it is gathered anew in any case: a stage that fails or waits leaves no event at once."""
+
+
+class LiveReport:
+    """The page of a run as it is now; gathered again when the run's streams have grown."""
+
+    def __init__(self, open_run: Callable[[], tuple[RunDirectory, Graph]]) -> None:
+        self._open = open_run
+        self._run, self._graph = open_run()
+        self._keep = Keep()
+        self._lock = threading.Lock()
+        self._seen: tuple[Any, ...] = ()
+        self._looked = self._gathered = float("-inf")
+        self._page = self._content = b""
+        self.version = 0
+        """Changes when the page does."""
+
+    def page(self) -> bytes:
+        """The page."""
+        self.renew()
+        return self._page
+
+    def chunk(self, name: str) -> bytes | None:
+        """A chunk of samples, as a script; None if there is no such chunk."""
+        with self._lock, contextlib.suppress(KeyError):
+            return f'ratchetChunk("{name}","{self._keep.chunk(name)}")\n'.encode()
+        return None
+
+    def renew(self) -> int:
+        """Look for news; returns the version."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked > SECONDS:
+                self._looked = now
+                seen = tuple(_size(self._run.path / name) for name in (FILE, METRICS, "run.json"))
+                if seen != self._seen or now - self._gathered > FORGET_SECONDS:
+                    self._gather(seen)
+            return self.version
+
+    def _gather(self, seen: tuple[Any, ...]) -> None:
+        if self._seen and seen[-1] != self._seen[-1]:  # another command has asked for more
+            with contextlib.suppress(UserError):
+                self._run, self._graph = self._open()
+        report = gather(self._run, self._graph, self._keep)
+        self._keep.forget(report.sets)
+        made, report.made = report.made, 0.0
+        content = msgspec.json.encode(report)
+        if content != self._content:
+            report.made = made
+            self._content, self.version = content, self.version + 1
+            self._page = render_page(report, self._keep, FOLDER, live=self.version)[0].encode()
+        self._seen, self._gathered = seen, time.monotonic()
+
+
+def _size(path: Path) -> int:
+    """Bytes in a file; opened, as a file server's client asks the server then."""
+    try:
+        with path.open("rb") as file:
+            return file.seek(0, 2)
+    except OSError:
+        return -1
+
+
+def make_server(live: LiveReport, port: int) -> ThreadingHTTPServer:
+    """A server of the page, bound to the loopback device; port 0: any that is free.
+
+    Raises:
+        UserError: the port is taken.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        """Answers with the page, its version, and chunks of samples."""
+
+        server_version, sys_version = "Ratchet", ""
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            """One request."""
+            address = f"{HOST}:{self.connection.getsockname()[1]}"
+            if self.headers.get("Host") not in (address, address.replace(HOST, "localhost")):
+                return self.answer(HTTPStatus.FORBIDDEN, "text/plain", b"ask for http://" + address.encode())
+            path = self.path.partition("?")[0]
+            if path == "/":
+                return self.answer(HTTPStatus.OK, "text/html; charset=utf-8", live.page())
+            if path == "/version":
+                return self.answer(HTTPStatus.OK, "application/json", msgspec.json.encode(live.renew()))
+            name = path.removeprefix(f"/{FOLDER}/").removesuffix(".js")
+            if path == f"/{FOLDER}/{name}.js" and (chunk := live.chunk(name)) is not None:
+                return self.answer(HTTPStatus.OK, "text/javascript; charset=utf-8", chunk)
+            return self.answer(HTTPStatus.NOT_FOUND, "text/plain", b"there is nothing here")
+
+        def answer(self, status: HTTPStatus, kind: str, content: bytes) -> None:
+            """Send an answer."""
+            self.send_response(status)
+            for name, value in (
+                ("Content-Type", kind),
+                ("Content-Length", str(len(content))),
+                ("Cache-Control", "no-store"),
+                ("X-Content-Type-Options", "nosniff"),
+                ("Cross-Origin-Resource-Policy", "same-origin"),
+            ):
+                self.send_header(name, value)
+            self.end_headers()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Requests are not worth a line."""
+
+    try:
+        return ThreadingHTTPServer((HOST, port), Handler)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"port {port} of {HOST} cannot be used ({error}). Choose another one with --port.") from error
+
+
+def view(console: Console, open_run: Callable[[], tuple[RunDirectory, Graph]], port: int | None) -> None:
+    """Serve until interrupted."""
+    live = LiveReport(open_run)
+    if port is None:
+        try:
+            server = make_server(live, PORT)
+        except UserError:  # another one looks at another run
+            server = make_server(live, 0)
+    else:
+        server = make_server(live, port)
+    bound = server.server_address[1]
+    say(
+        console,
+        f"http://{HOST}:{bound}/ (Ctrl-C ends it)",
+        f"From another machine: ssh -L {bound}:{HOST}:{bound} {socket.gethostname()}",
+    )
+    with server, contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()

@@ -1,0 +1,76 @@
+"""Handmade runs for tests of the report: what their answers are, how long, and how they are scored."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from handmade import HandmadeRun
+
+from contracts.records import Rollout, Score
+
+Length = Callable[[int, int], int]
+"""Given an iteration and a sample, how many tokens its answer has."""
+Judge = Callable[[int, int], float]
+"""Given an iteration and an answer's length, its score."""
+
+
+class ReportedRun(HandmadeRun):
+    """Two iterations; each answer says "word" once for each of its tokens."""
+
+    def __init__(
+        self,
+        folder: Path,
+        length: Length = lambda iteration, sample: 4 + sample,
+        judge: Judge = lambda iteration, length: length % 2 + iteration,
+        texts: Callable[[str], str] = lambda text: text,
+    ) -> None:
+        super().__init__(folder, self._mutated)
+        self._length, self._judge, self._texts = length, judge, texts
+        self._answered: dict[str, dict[tuple[str, int], int]] = {}
+
+    def _mutated(self, name: str, rows: list[Any]) -> list[Any]:
+        iteration, place = int(name[10:13]) if name.startswith("iteration") else 0, name.rpartition("/")[0]
+        if rows and isinstance(rows[0], Rollout):
+            rows = [self._answers(row, iteration) for row in rows]
+            self._answered[place] = {
+                (row.prompt_id, one.sample): len(one.response_ids) for row in rows for one in row.completions
+            }
+        elif rows and isinstance(rows[0], Score) and name.endswith(("reward", "gold")):
+            lengths = self._answered[place]
+            rows = [
+                msgspec.structs.replace(row, score=float(self._judge(iteration, lengths[row.prompt_id, row.sample])))
+                for row in rows
+            ]
+        return rows
+
+    def _answers(self, row: Rollout, iteration: int) -> Rollout:
+        completions = []
+        for one in row.completions:
+            count = self._length(iteration, one.sample)
+            completions.append(
+                msgspec.structs.replace(
+                    one,
+                    response_ids=tuple(range(3, 3 + count)),
+                    logprobs=(-0.5,) * count,
+                    text=self._texts(" ".join(["word"] * count)),
+                    finish_reason="length" if one.sample == 0 else "stop",
+                )
+            )
+        return msgspec.structs.replace(row, completions=tuple(completions))
+
+    def build(self) -> "ReportedRun":
+        """Publish everything."""
+        super().build()
+        source = {"source": str(self.source)}
+        rule = {"kind": "rule", "function": "embedded.reviews:well_formed"}
+        settings = {
+            "name": "handmade",
+            "policy": str(self.model),
+            "prompts": {"train": source, "heldout": source},
+            "scorers": {"reward": rule, "gold": rule},
+            "generation": {"k": 3},
+        }
+        (self.path / "run.json").write_text(json.dumps({"config": "x.yaml", "iterations": 2, "settings": settings}))
+        return self
