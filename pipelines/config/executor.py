@@ -168,20 +168,6 @@ class StageSection(ResourcesSection):
     def _read_word(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
 
-    def over(self, base: dict[str, Any]) -> dict[str, Any]:
-        """Settings with those of this entry in their places, `directives` one by one."""
-        settings = self.model_dump(exclude_unset=True)
-        if "directives" in settings and "directives" in base:
-            settings["directives"] = {**base["directives"], **settings["directives"]}
-        return {**base, **settings}
-
-    @classmethod
-    def merged(cls, settings: dict[str, Any]) -> Self:
-        """An entry of merged settings, without the directives that were taken out."""
-        directives = settings.get("directives", {})
-        kept = {name: value for name, value in directives.items() if value is not None and value is not False}
-        return cls(**{**settings, "directives": kept})
-
 
 LIGHT_TOO = frozenset("partition account qos setup directives requeue".split())
 """Keys for all stages that hold for light ones as well: who pays and where, but not how much."""
@@ -266,23 +252,24 @@ class ExecutorSection(Section):
 
     def entry(self, stage: Demand) -> StageSection:
         """All that is set for a stage, with where it runs (`kind`), and without what its workload cannot have."""
-        if stage.workload == "light":
-            return self._merged("light", stage.name, self._common_of_light())
-        common = self.resources.model_dump(exclude_unset=True)
-        if stage.workload in ARRAYS and common.get("gpus"):
-            common["gpus"] = stage.gpus
-        return self._merged(stage.workload, stage.name, common)
+        return self._merged(stage.workload, stage.name, stage.gpus)
 
     def finishing_entry(self) -> StageSection:
         """The same for the small jobs that Ratchet adds to a stage: as for light stages; patterns do not name them."""
-        return self._merged("light", None, self._common_of_light())
+        return self._merged("light", None, 0)
 
-    def _common_of_light(self) -> dict[str, Any]:
-        return self.resources.model_dump(exclude_unset=True, include=set(LIGHT_TOO))
-
-    def _merged(self, kind: Workload, stage: str | None, settings: dict[str, Any]) -> StageSection:
+    def _merged(self, kind: Workload, stage: str | None, gpus: int) -> StageSection:
+        """The settings for all stages, and over them those of each entry that names this one; directives one by one."""
+        include = set(LIGHT_TOO) if kind == "light" else None
+        settings = self.resources.model_dump(exclude_unset=True, include=include)
+        if kind in ARRAYS and settings.get("gpus"):
+            settings["gpus"] = gpus
+        directives = settings.get("directives", {})
         for pattern, entry in self.stages.items():
             if pattern == kind or (stage is not None and fnmatch.fnmatchcase(stage, pattern)):
-                settings = entry.over(settings)
+                own = entry.model_dump(exclude_unset=True)
+                directives = {**directives, **own.get("directives", {})}
+                settings |= own
         settings = {name: value for name, value in settings.items() if kind in ONLY_IN.get(name, KINDS)}
-        return StageSection.merged({**settings, "kind": settings.get("kind") or self.kind})
+        settings["directives"] = {name: it for name, it in directives.items() if it is not None and it is not False}
+        return StageSection(**{**settings, "kind": settings.get("kind") or self.kind})

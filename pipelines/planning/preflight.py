@@ -4,7 +4,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from contracts.errors import UserError
 from contracts.models import ModelInfo
@@ -60,28 +59,26 @@ def model_mistakes(graph: Graph) -> Iterator[UserError]:
     """Every way in which a model from outside of the run is not what its use needs; each once."""
     known = set()
     for node in tracked(graph.nodes.values(), "checking the models"):
-        try:
-            requirements = list(_requirements(node, graph))
-        except UserError as error:
-            requirements = [functools.partial(_raise, error)]
-        for require in requirements:
+        for requirement in _requirements(node, graph):
             try:
-                require()
+                requirement()
             except UserError as error:
                 if str(error) not in known:
                     known.add(str(error))
                     yield error
 
 
-def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
+def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], object]]:
     """What the models that a stage reads have to fulfil, if they exist and come from outside of the run."""
-    outside = [path for path in node.external_inputs(graph) if path.exists()]
     for use in node.stage.models(node.config):
-        if use.path in outside:
-            model = ModelInfo.read(use.path)
-            variables: dict[str, Any] = node.config.chat_template_kwargs if isinstance(node.config, ChatFields) else {}
-            if variables:
-                yield functools.partial(_require_variables, use.path, variables)
+        if graph.owner(use.path) is None and use.path.exists():
+            try:
+                model = ModelInfo.read(use.path)
+            except UserError:
+                yield functools.partial(ModelInfo.read, use.path)  # which says what is wrong
+                continue
+            if isinstance(node.config, ChatFields) and node.config.chat_template_kwargs:
+                yield functools.partial(ChatTemplate, use.path, node.config.chat_template_kwargs)
             if model.has_tokenizer:
                 yield functools.partial(require_tokenizer, use.path)
             yield from (functools.partial(check, model) for check in use.checks)
@@ -90,14 +87,6 @@ def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], None]]:
             yield functools.partial(use.of_layers, start)
 
 
-def _require_variables(model: Path, variables: dict[str, Any]) -> None:
-    ChatTemplate(model, variables)
-
-
 def origin_of(model: Path, graph: Graph) -> Path:
     """The model that a model is trained from, through all stages of the run: it has the same layers."""
     return graph.origin(model)[0]
-
-
-def _raise(error: UserError) -> None:
-    raise error
