@@ -189,7 +189,7 @@ class Driver:
             if text := running.job.news():
                 self.run.record(StageWaits(stage=name, text=text))
         self.lifecycle.retention.poll()
-        self.broadcast.tell()
+        self.broadcast.tell(self.lifecycle.untold())
 
     def fail(self, running: Running, ending: Ending) -> NoReturn:
         """Stop the run with what the stage left as its reason."""

@@ -12,6 +12,7 @@ whom is their own affair.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -34,6 +35,7 @@ from pipelines.graph import Graph, Node
 from pipelines.run.decisions import Decision, decide
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import (
+    Event,
     SourceChanged,
     StageFailed,
     StageInvalidated,
@@ -54,6 +56,7 @@ class Lifecycle:
         self.config = config
         self.retries = Retries(config.executor.retries, config.executor.backoff_seconds)
         self.retention = Retention(run, graph, config.retention)
+        self._untold: list[Event] = []
 
     def decide(self, node: Node, again: str | None = None) -> Decision:
         """Decide about a stage whose inputs are published.
@@ -74,7 +77,22 @@ class Lifecycle:
         if not decision.reuse:
             require_disk_space(node, self.graph, self.config)
             return
-        self.run.record(StageReused(stage=node.name, reason=decision.reason, key=decision.key))
+        event = StageReused(time=time.time(), stage=node.name, reason=decision.reason, key=decision.key)
+        if self._recorded.get(node.name) == decision.key:
+            self._untold.append(event)
+        else:
+            self.run.record(event)
+
+    @functools.cached_property
+    def _recorded(self) -> dict[str, str]:
+        """The key of each stage that the stream of events knows as published."""
+        events = [event for event in self.run.events() if isinstance(event, StagePublished | StageReused)]
+        return {event.stage: event.key for event in events}
+
+    def untold(self) -> list[Event]:
+        """What has happened that the stream knows already: that stages were reused once more."""
+        events, self._untold = self._untold, []
+        return events
 
     def start(self, node: Node, decision: Decision, attempt: Path) -> None:
         """An attempt at a stage begins."""
@@ -126,6 +144,7 @@ class Lifecycle:
     def invalidate(self, stages: list[str], reason: str) -> list[str]:
         """These stages are to be decided about once more, as far as they were published; returns them."""
         for stage in stages:
+            self._recorded.pop(stage, None)
             if (self.graph.nodes[stage].output / MANIFEST).is_file():
                 self.run.record(StageInvalidated(stage=stage, reason=reason))
         return stages

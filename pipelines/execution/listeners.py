@@ -21,9 +21,13 @@ class Broadcast:
         self._listeners = list(listeners)
         self._reader = EventReader(run.stream.path, from_end=True)
 
-    def tell(self) -> None:
-        """Tell what is new, if anything: a display renews itself. One that fails is told no more, which is recorded."""
-        events = self._reader.news()
+    def tell(self, also: Sequence[Event] = ()) -> None:
+        """Tell what is new, if anything: a display renews itself. One that fails is told no more, which is recorded.
+
+        Args:
+            also: what is not recorded, since the stream knows it already.
+        """
+        events = [*also, *self._reader.news()]
         for listen in list(self._listeners):
             self._guarded(listen, functools.partial(listen, events))
 

@@ -27,7 +27,7 @@ from pipelines.insight.wording import notable_lines
 from pipelines.job import ENTRY
 from pipelines.planning.placement import cluster_of, place
 from pipelines.run.directory import RunDirectory
-from pipelines.run.events import Event, StageFailed
+from pipelines.run.events import Event, StageEvent, StageFailed, StagePublished, StageStarted
 
 INTERPRETER = """#!/usr/bin/env bash
 # An interpreter that misbehaves in its first {times} attempts at a stage.
@@ -128,6 +128,17 @@ def test_a_silent_stage_shows_where_it_stands_is_ended_and_tried_again(tmp_path:
     log = (scene.run.path / "logs/prompts/all/attempt-1/stage.log").read_text()
     assert 'File "<string>", line 1' in log
     assert (scene.output / MANIFEST).is_file()
+
+
+def test_a_finished_run_says_what_it_reuses_and_its_events_do_not_repeat_it(tmp_path: Path, smallest: Path) -> None:
+    scene = Scene(tmp_path, smallest, "exit 1", 0)
+    scene.drive()
+    for _ in range(3):
+        scene.said.truncate(0)
+        scene.drive()
+        assert "reuse  prompts/all  (published under the same key)" in scene.said.getvalue()
+    about = [event for event in scene.events if isinstance(event, StageEvent)]
+    assert [type(event) for event in about] == [StageStarted, StagePublished]
 
 
 def test_no_pickle_stays_in_the_run_directory(tmp_path: Path, smallest: Path) -> None:
