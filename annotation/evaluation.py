@@ -10,7 +10,7 @@ from annotation.config import EvaluationConfig
 from annotation.estimates import Estimate, clustered, win_share
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from contracts.joining import ScoresBySample, join
+from contracts.joining import ScoresBySample, join, scorer_of
 from contracts.ledger import Ledger
 from contracts.records import ROLLOUTS, SCORES, Completion, Rollout, Score
 from contracts.stage import Context, Outcome
@@ -109,12 +109,7 @@ def _win_rate(config: EvaluationConfig, rewards: Artifact, rows: list[Row]) -> d
 
 
 def _require_same_scorer(ours: Artifact, theirs: Artifact) -> None:
-    def judge(scores: Artifact) -> list[Any]:
-        parts = scores.manifest.key_parts
-        config = {name: parts.get("config", {}).get(name) for name in ("kind", "function", "missing_eos_penalty")}
-        return [config, parts.get("inputs", {}).get("model"), parts.get("sources")]
-
-    if judge(ours) != judge(theirs):
+    if scorer_of(ours) != scorer_of(theirs):
         raise UserError(
             f"{ours.path} and the baseline {theirs.path} were scored by different scorers, so a win rate between them "
             "means nothing. Score both with the same model or function."

@@ -1,6 +1,7 @@
 """Rollouts and their scores, joined by (`prompt_id`, sample), one shard in memory at a time."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
@@ -20,6 +21,13 @@ def require_made_from(rollouts: Artifact, derived: Artifact) -> None:
             f"{derived.path} ({derived.manifest.schema.name}) was made from other rollouts than {rollouts.path}. "
             "Give the rollouts that it was made from, or make it again from these."
         )
+
+
+def scorer_of(scores: Artifact) -> list[Any]:
+    """What decides a scorer's judgement: scores of two artifacts can be compared if it is the same."""
+    parts = scores.manifest.key_parts
+    config = {name: parts.get("config", {}).get(name) for name in ("kind", "function", "missing_eos_penalty")}
+    return [config, parts.get("inputs", {}).get("model"), parts.get("sources")]
 
 
 def join(rollouts: Artifact, scores: dict[str, Artifact]) -> Iterator[tuple[Rollout, dict[str, ScoresBySample]]]:

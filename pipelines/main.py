@@ -29,12 +29,14 @@ from pipelines.execution.driver import Driver
 from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph
 from pipelines.hub.command import add_push
+from pipelines.insight.compare.command import as_json, print_comparison
+from pipelines.insight.compare.gather import compare
 from pipelines.insight.display import Display, Screen
 from pipelines.insight.listeners import listeners_of
 from pipelines.insight.report.command import report
 from pipelines.insight.report.view import PORT, view
 from pipelines.insight.status import jobs_elsewhere, print_status
-from pipelines.insight.tables import print_comparison, print_table
+from pipelines.insight.tables import print_table
 from pipelines.insight.watch import attach, cancel, print_logs
 from pipelines.iteration import build_graph
 from pipelines.job import ENTRY
@@ -283,12 +285,18 @@ def _view(options: argparse.Namespace) -> None:
 
 @command(
     "compare",
-    "one metric of several runs, by iteration",
-    argument("runs", nargs="+", type=Path, help="the runs' directories"),
-    argument("--metric", help="a name from metrics.jsonl; by default the gold reward, or the reward"),
+    "what differs between runs, and which policy is better by how much on the same held-out prompts",
+    argument("runs", nargs="+", type=Path, help="the runs' directories; each is compared with the first"),
+    argument("--metric", help="shown by iteration: a name of eval/; by default the gold reward, or the reward"),
+    argument("--iteration", type=int, metavar="I", help="whose policies are compared; by default each run's last"),
+    argument("--json", action="store_true", help="print everything as one JSON object"),
 )
 def _compare(options: argparse.Namespace) -> None:
-    print_comparison(make_console(), options.runs, options.metric)
+    found = compare([opened(run) for run in options.runs], options.iteration)
+    if options.json:
+        print(as_json(found))
+    else:
+        print_comparison(make_console(), found, options.metric)
 
 
 @command(

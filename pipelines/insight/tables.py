@@ -1,16 +1,12 @@
 """Tables of the iterations' metrics."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from contracts.errors import UserError
-from contracts.points import METRICS
 from pipelines.graph import Graph
 from pipelines.run.metrics import COLUMNS, best_of, evaluations, is_further_scorer, judge_of
-from pipelines.run.points import evaluation_metrics
 from pipelines.text import relative
 
 
@@ -37,32 +33,6 @@ def print_table(console: Console, graph: Graph) -> None:
         soft_wrap=True,
         highlight=False,
     )
-
-
-def print_comparison(console: Console, runs: list[Path], metric: str | None) -> None:
-    """One metric of several runs by iteration.
-
-    Raises:
-        UserError: a run has no metrics yet, or not this one.
-    """
-    rows: dict[Path, list[dict[str, Any]]] = {}
-    for run in runs:
-        rows[run] = evaluation_metrics(run)
-        if not rows[run]:
-            raise UserError(f"{run} has no evaluation in {METRICS}: it is not a run, or has evaluated nothing yet.")
-    first = rows[runs[0]][0]
-    metric = metric or judge_of(first)
-    table = Table(title=f"{metric}, by iteration")
-    table.add_column("run")
-    for iteration in range(max(map(len, rows.values()))):
-        table.add_column(str(iteration), justify="right")
-    for run, lines in rows.items():
-        wrong = next((line for line in lines if not isinstance(line.get(metric, ""), int | float | None)), None)
-        if wrong is not None:
-            known = ", ".join(name for name, value in wrong.items() if isinstance(value, float)) or "none"
-            raise UserError(f"{run / METRICS} has no metric eval/{metric}. Known: {known}.")
-        table.add_row(run.name, *(_number(line[metric]) for line in lines))
-    console.print(table)
 
 
 def _number(value: Any) -> str:

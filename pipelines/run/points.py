@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from contracts.points import METRICS, Point, decode_points, read_points
+from contracts.points import METRICS, Point, decode_points
 from pipelines.run.events import appending
 
 EVAL = "eval/"
@@ -67,18 +67,3 @@ def latest(points: Iterable[Point]) -> dict[str, list[Point]]:
 def is_evaluation(point: Point) -> bool:
     """Whether a point has the metrics of an evaluation, rather than of one of the stages that it judges by."""
     return any(name.startswith(EVAL) and "/" not in name.removeprefix(EVAL) for name in point.metrics)
-
-
-def evaluation_metrics(run: Path) -> list[dict[str, float]]:
-    """The metrics of each published evaluation, with its `iteration`, in the order of iterations."""
-    found = {
-        point.iteration: point
-        for points in latest(read_points(run)).values()
-        for point in points[-1:]
-        if is_evaluation(point)
-    }
-    return [
-        {"iteration": iteration}
-        | {name.removeprefix(EVAL): value for name, value in point.metrics.items() if name.startswith(EVAL)}
-        for iteration, point in sorted(found.items())
-    ]

@@ -136,7 +136,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("status nothere", "not the directory of a run"),
         ("status rules.py", "not the directory of a run"),
         ("status runs/smallest/iteration-001", "not the directory of a run"),
-        ("compare runs/smallest nothere", "nothere has no evaluation in metrics.jsonl"),
+        ("compare runs/smallest nothere", "nothere is not the directory of a run"),
         ("fork nothere --from-iteration 1", "not the directory of a run"),
         ("fork runs/smallest", "--from-iteration"),
         ("fork runs/smallest --from-iteration one", "invalid int value"),
@@ -189,7 +189,7 @@ def test_a_config_file_that_is_none(run: Path, capsys: pytest.CaptureFixture[str
         ("setup/world/manifest.json", "run smallest.yaml --iters 1 --dry-run"),
         ("iteration-001/evaluation/manifest.json", "status runs/smallest"),
         ("forced.json", "run smallest.yaml --iters 1 --force setup/sft"),
-        ("metrics.jsonl", "compare runs/smallest"),
+        ("iteration-001/evaluation/manifest.json", "compare runs/smallest"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(

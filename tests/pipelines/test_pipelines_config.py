@@ -138,7 +138,7 @@ def test_missing_and_broken_config_files(tmp_path: Path, capsys: pytest.CaptureF
     assert "is a directory" in fails(capsys, "run", str(tmp_path))
     assert "does not exist" in fails(capsys, "run", str(tmp_path / "twice.yaml" / "x"))
     assert "is not the directory of a run" in fails(capsys, "status", str(tmp_path))
-    assert "has no evaluation in metrics.jsonl" in fails(capsys, "compare", str(tmp_path))
+    assert "is not the directory of a run" in fails(capsys, "compare", str(tmp_path))
 
 
 def test_a_file_where_the_runs_should_go(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from contracts.points import read_points
 from contracts.records import PAIRS, PROMPTS, ROLLOUTS, Pair, Prompt, Rollout
 from pipelines.config.load import load_run_config
 from pipelines.iteration import build_graph
-from pipelines.run.points import evaluation_metrics
+from pipelines.run.points import is_evaluation
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -39,13 +39,13 @@ def test_no_pickle_is_in_the_run_directory(finished: Path) -> None:
 
 
 def test_metrics_have_every_evaluation_step_shard_and_stage_once(finished: Path, shared_smallest: Path) -> None:
-    rows = evaluation_metrics(finished)
-    assert [row["iteration"] for row in rows] == [0, 1, 2]
-    wanted = {"reward_mean", "reward_ci95", "gold_reward_mean", "win_rate", "kl", "response_length", "stop_rate"}
-    assert all(wanted <= row.keys() for row in rows)
-    assert (rows[0]["win_rate"], rows[0]["kl"]) == (0.5, 0.0)
-    assert rows[2]["win_rate"] != 0.5
     points = read_points(finished)
+    rows = {point.iteration: point.metrics for point in points if is_evaluation(point)}
+    assert list(rows) == [0, 1, 2]
+    wanted = "reward_mean reward_ci95 gold_reward_mean win_rate kl response_length stop_rate".split()
+    assert all(f"eval/{name}" in row for row in rows.values() for name in wanted)
+    assert (rows[0]["eval/win_rate"], rows[0]["eval/kl"]) == (0.5, 0.0)
+    assert rows[2]["eval/win_rate"] != 0.5
     assert [point.point for point in points] == list(range(len(points)))
     assert len({point.identity for point in points}) == len(points)
     graph = build_graph(load_run_config(shared_smallest, []), 2)

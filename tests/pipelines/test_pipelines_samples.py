@@ -6,8 +6,9 @@ import pytest
 from pipelines_smallest import FinishedRun, pipeline
 
 from contracts.artifacts import Artifact
+from contracts.points import read_points
 from contracts.records import EXPERIENCE, ROLLOUTS, SCORES, ExperienceRow, Rollout, Score
-from pipelines.run.points import evaluation_metrics
+from pipelines.run.points import is_evaluation
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -33,9 +34,9 @@ def test_the_past_is_shared_and_the_stages_are_those_of_ppo(ppo: Path, finished_
     assert published == {
         "generation", "reward", "reference", "values", "experience", "training", "critic", "evaluation"
     }  # fmt: skip
-    rows = evaluation_metrics(ppo)
-    assert [row["iteration"] for row in rows] == [0, 1]
-    assert rows[1]["kl"] != 0
+    rows = {point.iteration: point.metrics for point in read_points(ppo) if is_evaluation(point)}
+    assert list(rows) == [0, 1]
+    assert rows[1]["eval/kl"] != 0
 
 
 def test_every_number_is_that_of_its_token(ppo: Path) -> None:

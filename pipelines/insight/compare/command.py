@@ -1,0 +1,50 @@
+"""`pipeline compare`: prints a comparison."""
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from contracts.errors import UserError
+from pipelines.insight.compare.data import Comparison
+from pipelines.text import say
+
+
+def print_comparison(console: Console, found: Comparison, metric: str | None) -> None:
+    """What differs, one metric by iteration, and who is better.
+
+    Raises:
+        UserError: no run has the metric.
+    """
+    judge = "gold_reward_mean" if "gold_reward_mean" in found.metrics else "reward_mean"
+    metric = metric or judge
+    if metric not in found.metrics:
+        known = ", ".join(sorted(found.metrics))
+        raise UserError(f"{' and '.join(found.runs)} have no metric {metric!r}. Known: {known}.")
+    if found.changes:
+        table = Table(title="What differs in the configurations")
+        for title in ("key", *found.runs):
+            table.add_column(title, overflow="fold")
+        for change in found.changes:
+            table.add_row(change.key, *change.values)
+        console.print(table)
+    table = Table(title=f"{metric}, by iteration")
+    table.add_column("run")
+    iterations = sorted({iteration for series in found.metrics[metric] for iteration, _ in series.values})
+    for iteration in iterations:
+        table.add_column(str(iteration), justify="right")
+    for series in found.metrics[metric]:
+        values = dict(series.values)
+        table.add_row(series.run, *(f"{values[i]:.3f}" if i in values else "-" for i in iterations))
+    console.print(table)
+    for paired in found.paired:
+        say(console, f"{paired.sentence}; it has more in {paired.wins:.0%} of them.")
+    for note in dict.fromkeys(found.notes):
+        say(console, note)
+
+
+def as_json(found: Comparison) -> str:
+    """A comparison as one JSON object; a paired one with its sentence."""
+    data = msgspec.to_builtins(found)
+    for row, paired in zip(data["paired"], found.paired, strict=True):
+        row["sentence"] = paired.sentence
+    return msgspec.json.format(msgspec.json.encode(data), indent=1).decode()

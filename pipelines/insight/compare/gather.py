@@ -1,0 +1,190 @@
+"""Reads runs for a comparison."""
+
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from contracts.artifacts import Artifact
+from contracts.config import Role
+from contracts.errors import UserError
+from contracts.joining import scorer_of
+from contracts.manifest import MANIFEST
+from contracts.nested import flat
+from contracts.records import ROLLOUTS, SCORES, Rollout, Score
+from pipelines.config.run import RunConfig
+from pipelines.graph import Graph, Node
+from pipelines.insight.compare.data import Answers, Change, Comparison, Paired, Series
+from pipelines.run.directory import RunDirectory
+from pipelines.run.metrics import evaluations
+from training.registry import check_settings
+
+Z95 = 1.96
+"""Standard errors of a 95 % confidence interval, as in evaluations."""
+SHOWN = 5
+"""Prompts whose answers are shown, in each direction."""
+LONGEST = 2000
+"""Characters of a prompt or an answer."""
+PLACES = ("name", "directory", "date")
+"""Keys of a run that say nothing of what it computes."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy that was judged: its answers to the held-out prompts and their scores."""
+
+    label: str
+    rollouts: Artifact
+    scores: dict[str, Artifact]
+
+    def by_prompt(self, scorer: str) -> dict[str, float]:
+        """The mean score of each prompt's answers."""
+        found: dict[str, list[float]] = {}
+        for row in self.scores[scorer].rows(Score):
+            found.setdefault(row.prompt_id, []).append(row.score)
+        return {prompt: math.fsum(scores) / len(scores) for prompt, scores in found.items()}
+
+
+def compare(runs: list[tuple[RunDirectory, Graph]], iteration: int | None = None) -> Comparison:
+    """Compare each run with the first.
+
+    Args:
+        iteration: whose policies are compared on the same prompts; by default each run's last that was judged.
+
+    Raises:
+        UserError: a run has evaluated nothing, or not this iteration.
+    """
+    labels = _labels([run.path for run, _ in runs])
+    notes: list[str] = []
+    policies = [_policy(label, graph, iteration) for label, (_, graph) in zip(labels, runs, strict=True)]
+    pairs = [(policies[0], other) for other in policies[1:]]
+    paired = [found for first, second in pairs for found in _paired(first, second, notes)]
+    return Comparison(labels, _changes([run for run, _ in runs]), _metrics(labels, runs), paired, notes)
+
+
+def _labels(paths: list[Path]) -> list[str]:
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
+
+
+def _policy(label: str, graph: Graph, iteration: int | None) -> Policy:
+    judged = [
+        node
+        for node in graph.nodes.values()
+        if node.stage.name == "evaluation"
+        and (node.output / MANIFEST).is_file()
+        and iteration in (None, node.iteration)
+    ]
+    if not judged:
+        which = "nothing" if iteration is None else f"no iteration {iteration}"
+        raise UserError(f"{graph.directory} has evaluated {which} yet. Continue it with `pipeline run`.")
+    node = max(judged, key=lambda node: node.iteration or 0)
+    return Policy(f"{label} (iteration {node.iteration})", *_inputs(node))
+
+
+def _inputs(node: Node) -> tuple[Artifact, dict[str, Artifact]]:
+    scores: dict[str, Path] = node.config.scores  # type: ignore[attr-defined]
+    opened = {name: Artifact.open(path, SCORES) for name, path in scores.items()}
+    return Artifact.open(node.path("rollouts"), ROLLOUTS), opened
+
+
+def _paired(first: Policy, second: Policy, notes: list[str]) -> Iterator[Paired]:
+    for scorer in first.scores:
+        if scorer not in second.scores:
+            notes.append(f"{second.label} has no scorer {scorer}.")
+            continue
+        if scorer_of(first.scores[scorer]) != scorer_of(second.scores[scorer]):
+            notes.append(
+                f"The scorer {scorer} is not the same in {first.label} and {second.label} (another model, function or "
+                "setting), so a difference of its scores means nothing."
+            )
+            continue
+        ours, theirs = first.by_prompt(scorer), second.by_prompt(scorer)
+        common = [prompt for prompt in ours if prompt in theirs]
+        if len(common) < 2:
+            notes.append(f"{first.label} and {second.label} have fewer than two held-out prompts in common.")
+            return
+        if len(common) < max(len(ours), len(theirs)):
+            notes.append(
+                f"{len(common)} of {len(ours)} and {len(theirs)} held-out prompts are scored by {scorer} in both "
+                f"{first.label} and {second.label}; the others are left out."
+            )
+        yield _difference(scorer, first, second, {prompt: (ours[prompt], theirs[prompt]) for prompt in common})
+
+
+def _difference(scorer: str, first: Policy, second: Policy, scores: dict[str, tuple[float, float]]) -> Paired:
+    differences = {prompt: theirs - ours for prompt, (ours, theirs) in scores.items()}
+    values = list(differences.values())
+    order = sorted(differences, key=lambda prompt: differences[prompt])
+    shown = list(dict.fromkeys([*order[-SHOWN:][::-1], *order[:SHOWN]]))
+    return Paired(
+        scorer=scorer,
+        first=first.label,
+        second=second.label,
+        prompts=len(values),
+        difference=statistics.fmean(values),
+        ci95=Z95 * statistics.stdev(values) / math.sqrt(len(values)),
+        wins=statistics.fmean((value > 0) + 0.5 * (value == 0) for value in values),
+        answers=list(_answers(first, second, shown, scores)),
+    )
+
+
+def _answers(
+    first: Policy, second: Policy, prompts: list[str], scores: dict[str, tuple[float, float]]
+) -> Iterator[Answers]:
+    rows = [
+        {row.prompt_id: row for row in policy.rollouts.rows(Rollout) if row.prompt_id in scores}
+        for policy in (first, second)
+    ]
+    for prompt in prompts:
+        ours, theirs = (found.get(prompt) for found in rows)
+        if ours is not None and theirs is not None:
+            text = "\n".join(message.content or "" for message in ours.messages)
+            mine, its = (row.completions[0].text[:LONGEST] for row in (ours, theirs))
+            yield Answers(prompt, text[-LONGEST:], mine, its, *scores[prompt])
+
+
+def _changes(runs: list[RunDirectory]) -> list[Change]:
+    settings = [_settings(run.config) for run in runs]
+    rows: list[Change] = []
+    for section in dict.fromkeys(name for found in settings for name in found if name not in PLACES):
+        parts = [found.get(section) for found in settings]
+        if not all(isinstance(part, dict) for part in parts):  # a section that a run does not have is one change
+            rows.append(Change(section, [_shown(part) for part in parts]))
+            continue
+        inner = [flat(part, f"{section}.") for part in parts if isinstance(part, dict)]
+        for name in dict.fromkeys(name for found in inner for name in found):
+            rows.append(Change(name, [_shown(found.get(name)) for found in inner]))
+    return [row for row in rows if len(set(row.values)) > 1]
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What decides what a run computes, with the defaults of its algorithm."""
+    found = config.select(Role.IDENTITY)
+    settings = check_settings(config.description, config.training.settings)
+    return {**found, "training": {**found["training"], "settings": settings}}
+
+
+def _shown(value: Any) -> str:
+    text = "-" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _metrics(labels: list[str], runs: list[tuple[RunDirectory, Graph]]) -> dict[str, list[Series]]:
+    rows = [[metrics for _, metrics in evaluations(graph)] for _, graph in runs]
+    names = dict.fromkeys(
+        name
+        for found in rows
+        for row in found
+        for name, value in row.items()
+        if name != "iteration" and isinstance(value, int | float)
+    )
+    return {
+        name: [
+            Series(label, [(int(row["iteration"]), row[name]) for row in found if row.get(name) is not None])
+            for label, found in zip(labels, rows, strict=True)
+        ]
+        for name in names
+    }
