@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from contracts.preflight import refuse
 from contracts.stage import require_space
 from contracts.surroundings import INTERRUPTED, PIPE_GONE, output_is_closed
 from pipelines.config.executor import ExecutorSection, ResourcesSection
+from pipelines.config.load import load_run_config
 from pipelines.config.recipes import describe_recipes, find_config
 from pipelines.config.run import RunConfig
 from pipelines.config.sections import RetentionSection
@@ -51,8 +53,10 @@ from pipelines.run.force import report_forced, resolve, set_aside
 from pipelines.run.fork import fork
 from pipelines.run.gc import collect
 from pipelines.run.plan import plan_run
+from pipelines.run.sharing import Shared
+from pipelines.run.sweep import grid
 from pipelines.run.verdicts import verdicts
-from pipelines.text import say
+from pipelines.text import plural, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,6 +148,14 @@ RUN = argument("run", type=Path, help="the run's directory, for example runs/qui
         "--force", action="append", default=[], metavar="STAGE", help="make it again: a name, or a pattern with *"
     ),
     argument("--detach", action="store_true", help="submit all stages to Slurm at once and return"),
+    argument(
+        "--share",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="RUN",
+        help="take over from another run what comes out the same, instead of making it again",
+    ),
     keys=lambda: "\n\n".join(
         [
             describe(RunConfig),
@@ -177,6 +189,9 @@ def run_command(options: argparse.Namespace) -> None:
     run.claim(config, find_config(options.config), wanted.iterations)
     set_aside(run.path, graph, forced)
     require_space(run.path, "directory")
+    shared = Shared(run.path, graph, but=forced)
+    for other in options.share:
+        shared.offer(opened(other)[1])
     if options.detach:
         plan = verdicts(graph, config, [])
         executors.require_detachable(plan)
@@ -184,6 +199,8 @@ def run_command(options: argparse.Namespace) -> None:
         return
     with Display(console, run, len(graph.nodes)) as display:
         ran = Driver(site, [display, *listeners_of(run, graph)]).drive()
+    if options.share:
+        say(console, f"{plural(shared.withdraw(), 'stage')} taken over from {', '.join(map(str, options.share))}")
     say(console, *report_forced(run.path, graph))
     if ran == 0:
         say(console, f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
@@ -297,6 +314,48 @@ def _compare(options: argparse.Namespace) -> None:
         print(as_json(found))
     else:
         print_comparison(make_console(), found, options.metric)
+
+
+@command(
+    "sweep",
+    "run a grid of values, share what comes out the same, and compare the results",
+    CONFIG,
+    argument("overrides", nargs="*", metavar="key=value", help="key=[a,b] for the values of the grid; else one value"),
+    ITERATIONS,
+    argument("--metric", help="as in `pipeline compare`"),
+    argument("--json", action="store_true", help="print the comparison as one JSON object"),
+)
+def _sweep(options: argparse.Namespace) -> int:
+    points = grid(options.overrides)
+    console = Console(file=sys.stderr, highlight=False) if options.json else make_console()
+    base = load_run_config(options.config, [])
+    folder = base.directory / f"{base.name}-sweep"
+    done: list[Path] = []
+    worst = 0
+    for number, point in enumerate(points):
+        say(console, f"run {number + 1} of {len(points)}: {folder / point.name}")
+        command = [
+            sys.executable,
+            "-m",
+            "pipelines",
+            "run",
+            options.config,
+            f"directory={folder}",
+            f"name={point.name}",
+        ]
+        command += [*point.overrides, *(f"--share={run}" for run in done)]
+        command += [] if options.iters is None else [f"--iters={options.iters}"]
+        code = subprocess.run(command, check=False, stdout=sys.stderr if options.json else None).returncode
+        if code in (UserError.exit_code, INTERRUPTED):
+            return code  # it would be the same with the others, or is not wanted
+        if code:
+            worst = code
+        else:
+            done.append(folder / point.name)
+    if len(done) > 1:
+        found = compare([opened(run) for run in done])
+        print(as_json(found)) if options.json else print_comparison(console, found, options.metric)
+    return worst
 
 
 @command(

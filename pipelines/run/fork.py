@@ -19,6 +19,7 @@ from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.run.decisions import SUPERSEDED
 from pipelines.run.directory import RunDirectory
+from pipelines.run.sharing import link
 
 CONFIG = "config.yaml"
 OF_THE_RUN = frozenset({"environments", "executor", "iterations", "retention"})
@@ -103,25 +104,10 @@ def _take_over(source: RunDirectory, graph: Graph, work: Path, first: int, later
         if not (node.output / MANIFEST).is_file():
             continue
         if node.iteration is None or node.iteration < first:
-            _link(node.output, work / name)
+            link(node.output, work / name)
         elif later_too:
-            _link(node.output, work / SUPERSEDED / name / Artifact.open(node.output).manifest.key[:16])
+            link(node.output, work / SUPERSEDED / name / Artifact.open(node.output).manifest.key[:16])
         else:
             continue
         count += 1
     return count
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same files in another place: linked where the file system can, else copied. Published files never change."""
-    for path in sorted(source.rglob("*")):
-        copy = target / path.relative_to(source)
-        if path.is_dir():
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, copy)
-        except FileNotFoundError as error:
-            raise UserError(f"{path} went away while it was taken over. Give the same command again.") from error
-        except OSError:
-            shutil.copyfile(path, copy)

@@ -27,7 +27,7 @@ from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.publication import Publication
-from contracts.records import CHECKPOINT, EVALUATION, Message, Prompt
+from contracts.records import CHECKPOINT, EVALUATION, Completion, Message, Prompt, Rollout, Score
 from contracts.stage import Context, Outcome, main
 from contracts.workers import share_shards
 
@@ -62,7 +62,7 @@ def run(config: StageConfig, context: Context) -> Outcome:
     def make(name: str) -> None:
         ledger = Ledger("rows")
         ledger.keep()
-        publication.write_rows(name, [Prompt(name, (Message("user", str(config.output.name)),))], ledger)
+        publication.write_rows(name, [row_of(config, name)], ledger)
 
     if config.stage in ("generation", "score"):
         share_shards(context, names, lambda: make)
@@ -71,6 +71,15 @@ def run(config: StageConfig, context: Context) -> Outcome:
     if not context.publishes:
         return Outcome("rows")
     return Outcome("rows", **further(config, publication))
+
+
+def row_of(config: StageConfig, name: str) -> Any:
+    """The only row of a shard."""
+    messages = (Message("user", str(config.output.name)),)
+    if config.stage == "generation":
+        answers = tuple(Completion(sample, (5, 2), f"answer {sample}", "stop", (), 1, None) for sample in range(2))
+        return Rollout(name, messages, (1, 4), answers, "weights", 1, "processed")
+    return Score(name, 0, 0.5) if config.stage == "score" else Prompt(name, messages)
 
 
 def further(config: StageConfig, publication: Publication) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""What runs share: published files never change, so another run has the same ones by hard links."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from contracts.artifacts import Artifact
+from contracts.errors import UserError
+from contracts.fingerprint import RELEASED
+from contracts.manifest import MANIFEST
+from pipelines.graph import Graph
+from pipelines.run.decisions import kept
+from pipelines.run.superseded import TRASH, discard
+
+
+class Shared:
+    """What other runs have published, laid into a run's superseded/, where a stage finds it if its key is the same."""
+
+    def __init__(self, run: Path, graph: Graph, but: Collection[str] = ()) -> None:
+        """Share the stages of `graph`, but for some that are to be made anew."""
+        self._run = run
+        self._nodes = {name: node for name, node in graph.nodes.items() if name not in but}
+        self._linked: list[Path] = []
+
+    def offer(self, other: Graph) -> None:
+        """Lay out what another run has published of the same stages."""
+        for name, node in self._nodes.items():
+            theirs = other.nodes.get(name)
+            if theirs is None or not (theirs.output / MANIFEST).is_file() or (theirs.output / RELEASED).exists():
+                continue
+            place = kept(self._run, node, Artifact.open(theirs.output).manifest.key)
+            if not place.exists() and not (node.output / MANIFEST).is_file():
+                scratch = Path(tempfile.mkdtemp(prefix=TRASH, dir=self._run))  # a kill leaves no half of it
+                link(theirs.output, scratch / "linked")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(scratch / "linked", place)
+                scratch.rmdir()
+                self._linked.append(place)
+
+    def withdraw(self) -> int:
+        """Take away again what no stage has taken; returns how much was."""
+        left = [place for place in self._linked if place.exists()]
+        for place in left:
+            discard(place, self._run)
+        return len(self._linked) - len(left)
+
+
+def link(source: Path, target: Path) -> None:
+    """The same files in another place: linked where the file system can, else copied. Published files never change."""
+    for path in sorted(source.rglob("*")):
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, copy)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} went away while it was taken over. Give the same command again.") from error
+        except OSError:
+            shutil.copyfile(path, copy)
