@@ -57,6 +57,7 @@ class HandmadeRun:
     def __init__(self, folder: Path, mutate: Mutation = lambda name, rows: rows, *, on_samples: bool = False) -> None:
         self.on_samples = on_samples  # trained by PPO instead of by DPO
         self.salt = ""  # other weights for another salt
+        self.questions = 5  # the last two are held out
         self.path = folder / "runs" / "handmade"
         self.source = folder / "prompts.jsonl"
         self.model = folder / "model"
@@ -72,14 +73,14 @@ class HandmadeRun:
 
     def _build(self) -> None:
         self.path.mkdir(parents=True)
-        texts = [f"What is {number} and [bold]{number}[/bold]?" for number in range(5)]
+        texts = [f"What is {number} and [bold]{number}[/bold]?" for number in range(self.questions)]
         self.source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
         for model in (self.model, self.judge):
             if not model.exists():
                 write_model(model, model.name)
         self.rules.write_text("def long(*, response, **_):\n    return len(response)\n")
-        self.prompts("prompts/heldout", texts[3:])
-        self.prompts("prompts/train", texts[:3])
+        self.prompts("prompts/heldout", texts[-2:])
+        self.prompts("prompts/train", texts[:-2])
         policy = self.model
         self.evaluate(0, policy)
         for iteration in (1, 2):

@@ -28,6 +28,8 @@ from pipelines.run.points import latest
 
 Curves: TypeAlias = tuple[list[float], dict[str, list[float | None]]]
 LOG = "training-log.jsonl"
+MOST_CURVES = 6
+"""Trainings of the same role whose curves are shown: the latest."""
 MOST_STEPS = 240
 """Points of a training curve."""
 MOST_LINES = 200
@@ -201,9 +203,13 @@ class _Gathering:
 
     def training(self) -> Iterable[TrainingCurves]:
         """Of checkpoints, their logs; of trainings under way, what they have reported."""
+        latest_of: dict[str, int] = {}
+        for name in self.artifacts:
+            latest_of[self.graph.nodes[name].role] = self.graph.nodes[name].iteration or 0
         for name, artifact in self.artifacts.items():
-            file = artifact.path / LOG
-            if artifact.manifest.schema == CHECKPOINT and file.is_file():
+            node, file = self.graph.nodes[name], artifact.path / LOG
+            recent = (node.iteration or 0) > latest_of[node.role] - MOST_CURVES
+            if artifact.manifest.schema == CHECKPOINT and recent and file.is_file():
                 read = partial(self.keep.once, artifact, partial(_log_of, file))
                 yield from self.curves_of(name, self.told(name, read, None))
         for name, points in latest(self.told(METRICS, lambda: read_points(self.run.path), [])).items():

@@ -10,13 +10,15 @@ from typing import Any
 import jinja2
 import msgspec
 
-from pipelines.insight.report.data import RunReport, SampleSet
+from pipelines.insight.report.data import GroupColumns, RunReport, SampleSet
 from pipelines.insight.report.keep import Keep
-from pipelines.insight.report.statements import duration
+from pipelines.insight.report.statements import HELD_OUT, duration
 from pipelines.insight.report.tables import evaluation_table, funnels, gantt, provenance, rounded, visible
 
 PAGE_BYTES = 4_600_000
 """Of a page with its samples; what does not fit is beside it."""
+MOST_GROUPS = 50_000
+"""Prompts with their answers that the browser of samples can sort and filter."""
 SCRIPTS = (
     "vendor/uPlot-1.6.32.iife.min.js",
     "vendor/diff-9.0.0.min.js",
@@ -37,12 +39,13 @@ def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: int 
         beside: the folder of the chunks that do not fit, as seen from the page; None: there is none.
         live: the version, for a page that asks its server for later ones; it has no samples in it.
     """
-    data = _data(report, beside, live)
+    sets = _shown(report.sets)
+    data = _data(report, sets, beside, live)
     scripts = [read_asset(name) for name in SCRIPTS]
     styles = [read_asset(name) for name in STYLES]
     size = len(data) + sum(map(len, scripts)) + sum(map(len, styles)) + 200_000
-    inside = [] if live is not None else _fitting(report.sets, PAGE_BYTES - size)
-    others = [name for found in report.sets for name in _names(found) if name not in set(inside)]
+    inside = [] if live is not None else _fitting(sets, PAGE_BYTES - size)
+    others = [name for found in sets for name in _names(found) if name not in set(inside)]
     text = (
         _environment()
         .get_template("report.html.j2")
@@ -62,18 +65,40 @@ def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: int 
     return text, others
 
 
-def _data(report: RunReport, beside: str | None, live: int | None) -> str:
+def _shown(sets: list[SampleSet]) -> list[SampleSet]:
+    """The sets, without samples where these are too many, and without points that are not drawn."""
+    kept: set[str] = set()
+    room = MOST_GROUPS
+    for found in sorted(sets, key=_interest):
+        room -= len(found.columns.prompt)
+        if room >= 0:
+            kept.add(found.key)
+    without: dict[str, Any] = {"columns": GroupColumns(), "excerpts": {}, "chunks": []}
+    judged = [one.key for one in sets if one.role == HELD_OUT]
+    drawn = {*judged[:1], *judged[-1:], *(one.key for one in sets[-1:])}
+    return [
+        msgspec.structs.replace(
+            found,
+            points=found.points if found.key in drawn else [],
+            **({} if found.key in kept else {**without, "left_out": found.prompts}),
+        )
+        for found in sets
+    ]
+
+
+def _data(report: RunReport, sets: list[SampleSet], beside: str | None, live: int | None) -> str:
     """What the scripts need, compressed."""
     prompts: dict[str, list[Any]] = {}
-    for found in report.sets:
+    for found in sets:
         prompts |= found.excerpts
-    data = msgspec.to_builtins(report)
+    parts = msgspec.structs.asdict(report)
     for name in ("config", "config_of", "notes", "missing", "statements", "ledgers", "stages"):
-        data.pop(name)
+        parts.pop(name)
+    data = msgspec.to_builtins(parts | {"sets": sets})
     for found in data["sets"]:
         found.pop("excerpts")
     data |= {"prompts": prompts, "beside": beside, "live": live}
-    return b64encode(zlib.compress(msgspec.json.encode(data), 9)).decode()
+    return b64encode(zlib.compress(msgspec.json.encode(data), 6)).decode()
 
 
 def _fitting(sets: list[SampleSet], room: int) -> list[str]:
@@ -91,7 +116,7 @@ def _fitting(sets: list[SampleSet], room: int) -> list[str]:
 
 def _interest(found: SampleSet) -> tuple[int, int]:
     """What one looks at first: held-out prompts, then the last iteration."""
-    return (found.role != "heldout/generation" if found.iteration is not None else 2), -(found.iteration or 0)
+    return (found.role != HELD_OUT if found.iteration is not None else 2), -(found.iteration or 0)
 
 
 def _names(found: SampleSet) -> list[str]:

@@ -172,7 +172,7 @@ def _growth(judged: list[SampleSet]) -> float | None:
 
 def _lengths(judged: list[SampleSet]) -> str:
     first, last = judged[0].mean_length or 0.0, judged[-1].mean_length or 0.0
-    return f"from {first:.3g} to {last:.3g} tokens ({100 * (last / first - 1):+.0f} %)"
+    return f"from {first:.3g} to {last:.3g} tokens ({_percent(last / first - 1)})"
 
 
 def _length_of_pairs(sets: list[SampleSet]) -> list[str]:
@@ -261,17 +261,16 @@ def _time(report: RunReport) -> Statement:
     wall = f"{duration(facts.wall)} of wall-clock time, " if facts.wall else ""
     found.answer = (
         f"{wall}{duration(total)} of stages: {100 * shares[most] / total:.0f} % of it {most}. "
-        f"The longest are the stages {role} ({100 * seconds / total:.0f} %)."
+        f"The stages {role} took longest ({100 * seconds / total:.0f} %)."
     )
-    loads = facts.load / total
-    found.tone = "unclear" if loads > SLOW or facts.wait / total > SLOW else "plain"
+    found.tone = "unclear" if max(facts.load, facts.wait) > SLOW * total else "plain"
     found.details = [", ".join(f"{name} {duration(value)}" for name, value in shares.items() if value >= 0.05) + "."]
-    if loads > SLOW:
+    if most == "loading":
         found.details.append(
-            "The bottleneck is starting: importing libraries and loading models take longer than the work. More "
-            "prompts an iteration would cost little time."
+            "The bottleneck is starting: importing libraries and loading models took longer than the work itself, so "
+            "more prompts an iteration would cost little time."
         )
-    elif facts.wait / total > SLOW:
+    elif most == "waiting to start":
         found.details.append("The bottleneck is waiting for a process or a scheduler to start the stages.")
     else:
         found.details.append(f"The bottleneck is {role}.")
@@ -321,9 +320,16 @@ def _signed(value: float) -> str:
     return f"{value:+.3g}"
 
 
+def _percent(share: float) -> str:
+    whole = round(100 * share)
+    return f"{whole:+d} %" if whole else "no change"
+
+
 def duration(seconds: float) -> str:
     """A time span as people read it."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if seconds < 600:
+        return f"{seconds / 60:.1f} min"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

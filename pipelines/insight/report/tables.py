@@ -9,6 +9,9 @@ from pipelines.run.metrics import COLUMNS, is_further_scorer
 
 MOST_BARS = 150
 """Stages in the chart of times: the latest."""
+MOST_FUNNELS = 12
+"""Iterations whose ledgers are shown: the latest, and those that have dropped most."""
+MOST_STAGES = 600
 NONE = "\u2013"
 """What stands for a value that is not known."""
 BEFORE = "Before the first iteration, where something was dropped"
@@ -53,6 +56,13 @@ def funnels(report: RunReport) -> list[dict[str, Any]]:
         groups.setdefault(line.iteration, []).append(
             {"role": line.role, "unit": line.unit, "rows_in": line.rows_in, "kept": line.kept, "parts": parts}
         )
+    shares = {
+        iteration: max(1 - line["kept"] / line["rows_in"] for line in lines) for iteration, lines in groups.items()
+    }
+    worst = sorted(groups, key=lambda iteration: -shares[iteration])[: MOST_FUNNELS // 2]
+    wanted = {None, *worst, *sorted(filter(None, groups))[-MOST_FUNNELS // 2 :]}
+    if len(groups) <= MOST_FUNNELS:
+        wanted |= set(groups)
     return [
         {
             "title": BEFORE if iteration is None else f"Iteration {iteration}",
@@ -60,6 +70,7 @@ def funnels(report: RunReport) -> list[dict[str, Any]]:
             "dropped": any(len(line["parts"]) > 1 for line in lines),
         }
         for iteration, lines in sorted(groups.items(), key=lambda item: -1 if item[0] is None else item[0])
+        if iteration in wanted
     ]
 
 
@@ -97,6 +108,7 @@ def provenance(report: RunReport) -> dict[str, Any]:
     seeds = {"seed": report.config_of.get("seed"), "date": report.config_of.get("date")}
     return {
         "versions": {name: ", ".join(found) for name, found in sorted(versions.items())},
+        "most": MOST_STAGES,
         "hosts": hosts,
         "seeds": seeds,
         "made": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(report.made)),

@@ -17,9 +17,17 @@ function axis(extra) {
     font: "12px system-ui",
     labelFont: "12px system-ui",
     labelSize: 18,
-    size: 46,
+    size: 50,
+    values: (_, splits) => splits.map(short),
     ...extra,
   };
+}
+
+/** A number at an axis: of few digits, whatever its size. */
+function short(value) {
+  if (value === null) return "";
+  const size = Math.abs(value);
+  return size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(0) : String(Number(value.toPrecision(4)));
 }
 
 /**
@@ -33,7 +41,7 @@ function plot(place, title, xLabel, yLabel, x, lines, options = {}) {
   const target = el("div", { class: "plot" });
   box.append(target);
   place.append(box);
-  const series = [{ label: xLabel }];
+  const series = [{ label: options.xShort || xLabel, value: (_, value) => (value === null ? "" : number(value)) }];
   const data = [x];
   const bands = [];
   known.forEach((line, at) => {
@@ -47,7 +55,7 @@ function plot(place, title, xLabel, yLabel, x, lines, options = {}) {
       points: { show: line.points || fewPoints, size: line.points ? 4 : 6, fill: () => colour(name), stroke: () => colour(name) },
       spanGaps: true,
       dash: line.dash,
-      value: (_, value) => number(value),
+      value: (_, value) => (value === null ? "" : number(value)),
     });
     data.push(line.values.map((value) => value ?? null));
     if (line.low) {
@@ -63,7 +71,7 @@ function plot(place, title, xLabel, yLabel, x, lines, options = {}) {
     {
       width: Math.max(240, target.clientWidth || 300),
       height: options.height || 210,
-      scales: { x: { time: false, range: options.xRange || ((_, low, high) => padded(low, high)) }, y: { range: options.yRange || ((_, low, high) => padded(low, high)) } },
+      scales: { x: { time: false, range: options.xRange || ((_, low, high) => padded(low, high)) }, y: { range: options.yRange || ((_, low, high) => padded(low, high, options.share)) } },
       axes: [
         axis({ label: xLabel, incrs: options.whole ? [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] : undefined, size: 32 }),
         axis({ label: yLabel }),
@@ -80,10 +88,16 @@ function plot(place, title, xLabel, yLabel, x, lines, options = {}) {
   plots.add(made);
 }
 
-function padded(low, high) {
+/** A range around values; at least the share `share` of their size, so that what hardly changes looks like it. */
+function padded(low, high, share = 0) {
   if (low === null || high === null) return [0, 1];
-  const room = (high - low) * 0.08 || Math.abs(high) * 0.1 || 0.5;
+  const least = share * Math.max(Math.abs(low), Math.abs(high));
+  const room = Math.max((high - low) * 0.08, (least - (high - low)) / 2) || Math.abs(high) * 0.1 || 0.5;
   return [low - room, high + room];
+}
+
+function fromNothing(_, low, high) {
+  return [0, Math.max(high || 0, 1) * 1.1];
 }
 
 /** Writes a text beside every point of the first line. */
@@ -115,8 +129,8 @@ function drawCurves(place, data) {
     const edge = (sign) => mean.map((value, at) => (value === null || half[at] === null ? null : value + sign * half[at]));
     return { label, values: mean, low: edge(-1), high: edge(1), colour: tint };
   };
-  const simple = (title, y, name, note) =>
-    plot(place, title, "iteration", y, iterations, [{ label: y, values: column(name) }], { whole: true, note });
+  const simple = (title, y, name, options) =>
+    plot(place, title, "iteration", y, iterations, [{ label: y, values: column(name) }], { whole: true, ...options });
   const perIteration = (title, y, role, lines, options) => {
     const sets = data.sets.filter((set) => set.role === role && set.iteration !== null);
     plot(
@@ -135,21 +149,23 @@ function drawCurves(place, data) {
   }
   const moved = rows.filter((row) => typeof row.kl === "number" && typeof row.reward_mean === "number").sort((a, b) => a.kl - b.kl);
   if (moved.length > 1) {
-    plot(place, "Reward against KL", "KL from the initial policy (nats an answer)", "reward", moved.map((row) => row.kl), [{ label: "reward", values: moved.map((row) => row.reward_mean), colour: "--violet" }], { note: "one point an iteration: what each nat has bought", hooks: labelled(moved.map((row) => String(row.iteration))) });
+    plot(place, "Reward against KL", "KL from the initial policy (nats an answer)", "reward", moved.map((row) => row.kl), [{ label: "reward", values: moved.map((row) => row.reward_mean), colour: "--violet" }], { note: "one point an iteration: what each nat has bought", xShort: "KL", hooks: labelled(moved.map((row) => String(row.iteration))) });
   }
   scatter(place, data);
-  simple("Length of held-out answers", "tokens", "response_length");
+  simple("Length of held-out answers", "tokens", "response_length", { share: 0.3 });
   perIteration("Length of chosen and rejected answers", "tokens", "generation", [
     ["chosen", (set) => set.pairs?.chosen_length, "--green"],
     ["rejected", (set) => set.pairs?.rejected_length, "--red"],
-  ]);
+  ], { share: 0.3 });
   perIteration("Score of chosen and rejected answers", "score", "generation", [
     ["chosen", (set) => set.pairs?.chosen_score, "--green"],
     ["rejected", (set) => set.pairs?.rejected_score, "--red"],
   ]);
-  perIteration("Reward and length go together", "correlation", "generation", [["within prompts", (set) => set.correlation.within], ["over all answers", (set) => set.correlation.across]], { note: "−1 to 1; from 0.3 on the reward prefers length", yRange: () => [-1.05, 1.05] });
+  perIteration("Does the reward go with length?", "correlation", "generation", [["within prompts", (set) => set.correlation.within], ["over all answers", (set) => set.correlation.across]], { note: "−1 to 1; from 0.3 on the reward prefers length", yRange: () => [-1.05, 1.05] });
   perIteration("Prompts that carry a gradient", "%", "generation", [["different scores", (set) => (set.groups_scored ? (100 * set.groups_with_gradient) / set.groups_scored : null)]], { note: "whose answers do not all have the same score", yRange: () => [-4, 104] });
-  perIteration("Answers cut off by the token limit", "%", "generation", [["training prompts", (set) => (100 * set.truncated) / set.samples, "--orange"]]);
+  const cut = (set) => (set.samples ? (100 * set.truncated) / set.samples : null);
+  perIteration("Answers to training prompts cut off", "%", "generation", [["cut off", cut, "--orange"]], { note: "by the token limit", yRange: fromNothing });
+  perIteration("Answers to held-out prompts cut off", "%", "heldout/generation", [["cut off", cut, "--orange"]], { note: "by the token limit", yRange: fromNothing });
   perIteration("Engine against trainer", "nats a token", "generation", [["mean difference", (set) => set.gap]], { note: "of log-probabilities under the same weights" });
   const drift = data.facts.filter((fact) => fact.drift && typeof fact.drift.mean === "number");
   if (drift.length) plot(place, "Engine against trainer, as training saw it", "iteration", "nats a token", drift.map((fact) => fact.iteration), [{ label: "mean drift", values: drift.map((fact) => fact.drift.mean) }], { whole: true });
