@@ -155,26 +155,17 @@ class Recipe:
         experience = self.graph.add(MAKE_EXPERIENCE, "experience", fields, iteration=iteration)
         self.experience = experience
         if "values" in needs and not config.training.value_head:
-            fields = without(keys(config.critic), "start") if config.critic else {}
+            fields = config.critic.model_dump(exclude_unset=True, exclude={"start"}) if config.critic else {}
             fields |= {"model": critic, "experience": experience, "seed": derive_seed(config.seed, iteration, "critic")}
             self.critic = self.graph.add(CRITIC, "critic", fields, iteration=iteration)
         return {"experience": experience}
 
     def critic_of(self, policy: Path) -> Path:
-        """What says the values of a policy's answers: the last critic or, in a policy of its own, the head of that."""
+        """What predicts the values of a policy's answers: its own head or the last critic, at first critic.start."""
         if self.config.training.value_head:
             return policy if self.has_value_head else self.untrained_critic()
-        return self.critic or self.first_critic()
-
-    def untrained_critic(self) -> Path:
-        """The initial policy with a head that says 0."""
-        name = "setup/critic"
-        if name in self.graph.nodes:
-            return self.graph.nodes[name].output
-        return self.graph.add(VALUE_HEAD, name, {"model": self.initial})
-
-    def first_critic(self) -> Path:
-        """What the critic is before any training."""
+        if self.critic is not None:
+            return self.critic
         start = self.config.critic.start if self.config.critic else None
         start = start or ("reward_model" if self.config.has_reward_model else "policy")
         if start == "policy":
@@ -184,6 +175,13 @@ class Recipe:
             assert model is not None  # else the scorer's own stage, which came before, was refused
             return self.locate(model)
         return self.locate(start)
+
+    def untrained_critic(self) -> Path:
+        """The initial policy with a head that says 0."""
+        name = "setup/critic"
+        if name in self.graph.nodes:
+            return self.graph.nodes[name].output
+        return self.graph.add(VALUE_HEAD, name, {"model": self.initial})
 
     def restarts(self, iteration: int) -> bool:
         """Whether `changes` set a coefficient in this iteration, from which an adaptive one begins anew."""
@@ -325,11 +323,6 @@ class Recipe:
 def _writes_date(model: Path, variables: dict[str, Any]) -> bool | None:
     """Whether a model's template writes the date; None where the model is not there yet."""
     return reads_clock(model, variables) if model.is_dir() else None
-
-
-def without(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    """The fields but one."""
-    return {key: value for key, value in fields.items() if key != name}
 
 
 def keys(section: Section) -> dict[str, Any]:

@@ -30,27 +30,31 @@ def gpu_count() -> int:
 
 @functools.cache
 def _listed_gpus() -> int:
+    return sum(line.startswith("GPU ") for line in _nvidia_smi("-L"))
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """The lines that it prints; none where it fails or does not exist."""
     try:
-        result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
-    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in result.stdout.splitlines()) if result.returncode == 0 else 0
+        result = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return result.stdout.splitlines()
 
 
 def gpus() -> list[Gpu]:
     """The visible GPUs by nvidia-smi; empty where it does not say."""
-    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free,name", "--format=csv,noheader,nounits"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     wanted = None if visible is None else tuple(name.strip() for name in visible.split(",") if name.strip())
     found: list[Gpu] = []
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        for line in result.stdout.splitlines():
-            index, uuid, total, free, name = (value.strip() for value in line.split(",", 4))
-            if wanted is None or index in wanted or (wanted and uuid.startswith(wanted)):
+    query = ("--query-gpu=index,uuid,memory.total,memory.free,name", "--format=csv,noheader,nounits")
+    for line in _nvidia_smi(*query):
+        index, uuid, total, free, name = (value.strip() for value in line.split(",", 4))
+        if wanted is None or index in wanted or (wanted and uuid.startswith(wanted)):
+            try:
                 found.append(Gpu(name, int(total) << 20, int(free) << 20))
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return []
+            except ValueError:  # "[N/A]"
+                return []
     return found
 
 

@@ -56,15 +56,14 @@ def check_file_system(name: str, place: Path) -> Iterator[Finding]:
     other = f"Put {name} on a local disk, or on a file system that can do it."
     failed = False
     with tempfile.TemporaryDirectory(prefix=".ratchet-doctor-", dir=directory) as scratch:
-        for what, probe, level in PROBES:
+        for what, probe, level, fix in PROBES:
             try:
                 trouble = probe(Path(scratch))
             except OSError as error:
                 trouble = error.strerror or str(error)
             if trouble:
                 failed = True
-                fix = CONSEQUENCES.get(what) if level == "warning" else other
-                yield Finding(level, f"{name} ({directory}, {kind}): {what}: {trouble}", fix)
+                yield Finding(level, f"{name} ({directory}, {kind}): {what}: {trouble}", fix or other)
     if locks := [option for option in options if option in LOCAL_LOCKS]:
         yield Finding(
             "warning",
@@ -136,21 +135,26 @@ def _clock(scratch: Path) -> str:
     return f"it is {skew:+.1f} s off this machine's" if abs(skew) > CLOCK_SKEW else ""
 
 
-PROBES: tuple[tuple[str, Callable[[Path], str], Level], ...] = (
-    ("renaming a directory", _directory_rename, "error"),
-    ("replacing a file", _file_replacement, "error"),
-    ("flushing", _flush, "error"),
-    ("locking", _lock, "error"),
-    ("hard links", _hard_link, "warning"),
-    ("case of letters", _case, "warning"),
-    ("clock", _clock, "warning"),
+PROBES: tuple[tuple[str, Callable[[Path], str], Level, str | None], ...] = (
+    ("renaming a directory", _directory_rename, "error", None),
+    ("replacing a file", _file_replacement, "error", None),
+    ("flushing", _flush, "error", None),
+    ("locking", _lock, "error", None),
+    (
+        "hard links",
+        _hard_link,
+        "warning",
+        "Nothing has to be done: `pipeline fork` copies files instead.",
+    ),
+    (
+        "case of letters",
+        _case,
+        "warning",
+        "Do not name runs or scorers alike but for the case of their letters.",
+    ),
+    ("clock", _clock, "warning", "Synchronise the clocks of this machine and of the file server (NTP)."),
 )
-"""What is tried, by what (text: what is wrong), and how bad it is if it fails."""
-CONSEQUENCES = {
-    "hard links": "Nothing has to be done: `pipeline fork` copies files instead, which takes more space.",
-    "case of letters": "Do not name runs, stages or scorers alike but for the case of their letters.",
-    "clock": "Synchronise the clocks of this machine and of the file server (NTP).",
-}
+"""What is tried, by what (text: what is wrong), how bad it is if it fails, and the fix; None: another file system."""
 
 
 def check_loopback(needed: str | None) -> Iterator[Finding]:

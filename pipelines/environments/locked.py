@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from contracts.errors import UserError
 from pipelines.environments.package_index import pip_settings, uv_options, uv_variables
@@ -109,11 +109,9 @@ def resolve_variant(variant: str = "auto") -> Variant:
     asked = variant if variant != "auto" else os.environ.get(VARIANT) or "auto"
     if asked == "auto":
         asked = "gpu" if gpu_count() else "cpu"
-    if asked == "cpu":
-        return "cpu"
-    if asked == "gpu":
-        return "gpu"
-    raise UserError(f"variant {asked!r} does not exist. Set --variant or {VARIANT} to cpu, gpu or auto.")
+    if asked not in get_args(Variant):
+        raise UserError(f"variant {asked!r} does not exist. Set --variant or {VARIANT} to cpu, gpu or auto.")
+    return cast(Variant, asked)
 
 
 def known(name: str) -> str:

@@ -6,10 +6,9 @@ again.
 
 import concurrent.futures
 import contextlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -28,6 +27,7 @@ from pipelines.environments.paths import home
 from pipelines.graph import Graph, Node
 from pipelines.planning.preflight import origin_of
 
+R = TypeVar("R", PreflightReport, SampledData)
 OF_THE_PLACE = ("output", "seed", "iteration", "start", "count")
 """Fields that make no difference to a check: stages that differ in nothing else are looked at once."""
 
@@ -42,8 +42,12 @@ def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
     asked = {name: stages for name in usable if (stages := requests_of(graph, name))}
     with concurrent.futures.ThreadPoolExecutor(max(1, len(asked))) as pool:
         answers = pool.map(
-            lambda name: _ask(environments, name, asked[name], conversations, _sources(graph, name)), asked
-        )
+            lambda name: _answer(
+                environments, name, "contracts.preflight", PreflightRequest(asked[name], conversations),
+                PreflightReport, _sources(graph, name),
+            ),
+            asked,
+        )  # fmt: skip
         reports = dict(zip(asked, answers, strict=True))
     for report in reports.values():
         findings += report.findings
@@ -188,34 +192,7 @@ def _sample(graph: Graph, environments: EnvironmentsSection) -> SampledData:
     if not requests:
         return SampledData()
     request = SamplingRequest(tuple(requests.values()))
-    answer = _answer(
-        environments,
-        "annotation",
-        "contracts.sampling",
-        msgspec.json.encode(request),
-        ["contracts"],
-        _files(request.stages),
-    )
-    return msgspec.json.decode(answer, type=SampledData)
-
-
-def _ask(
-    environments: EnvironmentsSection,
-    name: str,
-    stages: tuple[StageRequest, ...],
-    conversations: tuple[Conversation, ...],
-    sources: list[Path],
-) -> PreflightReport:
-    request = PreflightRequest(stages, conversations)
-    files, packages = [*_files(stages), *sources], sorted({stage.package for stage in stages})
-    answer = _answer(environments, name, "contracts.preflight", msgspec.json.encode(request), packages, files)
-    return msgspec.json.decode(answer, type=PreflightReport)
-
-
-def _files(stages: Iterable[StageRequest]) -> list[Path]:
-    """Every path from outside that stages name."""
-    values = leaves([stage.config for stage in stages])
-    return sorted({Path(value) for value in values if isinstance(value, str) and value.startswith("/")})
+    return _answer(environments, "annotation", "contracts.sampling", request, SampledData, [])
 
 
 def _sources(graph: Graph, environment: str) -> list[Path]:
@@ -236,27 +213,38 @@ def _state(path: Path) -> Any:
 
 
 def _answer(
-    environments: EnvironmentsSection, name: str, module: str, request: bytes, packages: list[str], files: list[Path]
-) -> bytes:
-    """The JSON that `python -m MODULE` answers, from memory where nothing has changed since.
+    environments: EnvironmentsSection,
+    name: str,
+    module: str,
+    request: PreflightRequest | SamplingRequest,
+    reply: type[R],
+    sources: list[Path],
+) -> R:
+    """What `python -m MODULE` answers, from memory where nothing has changed since.
+
+    Args:
+        sources: files that it reads beside those that the stages' configs name.
 
     Raises:
         UserError: the environment cannot run it.
     """
-    environment = environments.of(name)
-    versions = probe_versions(environment, name)
+    environment, encoded = environments.of(name), msgspec.json.encode(request)
+    named = leaves([stage.config for stage in request.stages])
+    files: set[Path] = {Path(value) for value in named if isinstance(value, str) and value.startswith("/")}
+    packages = {"contracts", *(stage.package for stage in request.stages)}
     known = [
         module,
-        request.decode(),
-        versions,
-        [source_version(package) for package in packages],
-        [_state(file) for file in files],
+        encoded.decode(),
+        probe_versions(environment, name),
+        [source_version(package) for package in sorted(packages)],
+        [_state(file) for file in sorted({*files, *sources})],
     ]
     memory = home() / "preflight" / f"{digest(known)}.json"
     if memory.is_file():
-        return memory.read_bytes()
-    answer = ask(environment, name, ["-m", module], "run preflight", request=request)
-    if not any(finding["level"] == "error" for finding in json.loads(answer)["findings"]):
+        return msgspec.json.decode(memory.read_bytes(), type=reply)
+    answer = ask(environment, name, ["-m", module], "run preflight", request=encoded)
+    found = msgspec.json.decode(answer, type=reply)
+    if not any(finding.level == "error" for finding in found.findings):
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(memory, answer, durable=False)
-    return answer
+    return found
