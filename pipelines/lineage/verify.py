@@ -278,7 +278,9 @@ def unpublished(run: Path) -> Iterator[Path]:
         if (here / MANIFEST).is_file():
             subfolders.clear()
             continue
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and here / name != run / "logs"]
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        if here == run:  # logs, and the report's texts of samples, are no stage's
+            subfolders[:] = [name for name in subfolders if name != "logs" and not name.endswith(".samples")]
         if here != run and (files or MANIFEST in subfolders):
             yield here
             subfolders.clear()

@@ -53,6 +53,9 @@ def forge(artifact: Path, **changes: Any) -> None:
 
 
 def test_a_finished_run_is_whole(run: HandmadeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("logs", "report.samples"):
+        (run.path / folder).mkdir()
+        (run.path / folder / "text").touch()
     assert main(["verify", str(run.path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     files = [file for path in run.path.rglob(MANIFEST) for file in Artifact.open(path.parent).manifest.files]
