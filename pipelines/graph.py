@@ -190,6 +190,11 @@ def folder_of(iteration: int) -> str:
     return f"iteration-{iteration:03d}"
 
 
+def tag_of(iteration: int) -> str:
+    """What an iteration's tag on the Hub is called."""
+    return f"iteration-{iteration}"
+
+
 def name_of(iteration: int | None, role: str) -> str:
     """The name of a node."""
     return role if iteration is None else f"{folder_of(iteration)}/{role}"

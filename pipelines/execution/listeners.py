@@ -34,9 +34,11 @@ class Broadcast:
     def close(self) -> None:
         """Tell what is new for the last time, and let each listener come to its end."""
         self.tell()
-        for listen in list(self._listeners):
-            if close := getattr(listen, "close", None):
-                self._guarded(listen, close)
+        closing = [(listen, close) for listen in self._listeners if (close := getattr(listen, "close", None))]
+        for listen, close in closing:
+            self._guarded(listen, close)
+        self._listeners = [listen for listen in self._listeners if not hasattr(listen, "close")]
+        self.tell()  # the others, what has happened meanwhile
 
     def _guarded(self, listen: Listen, call: Callable[[], None]) -> None:
         try:

@@ -18,8 +18,11 @@ from pipelines.hub.remote import RefusedError
 
 T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+TOLD_AFTER = 20.0
+"""Seconds of trouble that are told, though it is tried again."""
 TRY_AGAIN = (408, 409, 412, 425, 429)
 """Statuses of requests that may be answered otherwise later; 412 is a stale parent: another commit came in between."""
+LATER = "It is tried again for a while; `pipeline push` does so later."
 FIXES = {
     401: "The Hub refuses the token. Give a valid one (HF_TOKEN, or `hf auth login`), then `pipeline push`.",
     403: "The token may not write there. Give one that may (HF_TOKEN, or `hf auth login`), then `pipeline push`.",
@@ -46,12 +49,15 @@ class PushError(Exception):
         self.failure = failure
 
 
-def persistently(action: Callable[[], T], repo: str, patience: float) -> T:
+def persistently(
+    action: Callable[[], T], repo: str, patience: float, tell: Callable[[Failure], object] = lambda failure: None
+) -> T:
     """Do something that can be repeated, until it is done.
 
     Args:
         action: looks first at what is there already.
         patience: seconds to try it again in, while it may still succeed.
+        tell: is told of trouble that does not pass at once.
 
     Raises:
         PushError: it failed for good, or the patience has run out.
@@ -65,6 +71,8 @@ def persistently(action: Callable[[], T], repo: str, patience: float) -> T:
             wait = max(failure.pause, pause * random.uniform(0.5, 1.0))
             if failure.lasts or time.monotonic() + wait - start > patience:
                 raise PushError(failure) from error
+        if time.monotonic() - start > TOLD_AFTER:
+            tell(failure)
         time.sleep(wait)
         pause = min(LONGEST_PAUSE, 2 * pause)
 
@@ -90,7 +98,7 @@ def failure_of(error: Exception, repo: str) -> Failure:
             return _refusal(found, repo)
     for found in chain:
         if is_transient(found) or type(found).__module__.partition(".")[0] in ("httpx", "httpx2"):
-            text = f"{repo}: the Hub could not be reached: {_said(found)}. `pipeline push` tries it again."
+            text = f"{repo}: the Hub could not be reached: {_said(found)}. {LATER}"
             return Failure(text, lasts=False)
     raise error
 
@@ -98,7 +106,7 @@ def failure_of(error: Exception, repo: str) -> Failure:
 def _refusal(error: HfHubHTTPError, repo: str) -> Failure:
     status = error.response.status_code
     if status in TRY_AGAIN or status >= 500:
-        text = f"{repo}: the Hub answers {status}: {_said(error)}. `pipeline push` tries it again."
+        text = f"{repo}: the Hub answers {status}: {_said(error)}. {LATER}"
         return Failure(text, lasts=False, pause=_asked_pause(error))
     if status == 404 and not isinstance(error, RepositoryNotFoundError):
         return Failure(f"{repo}: the Hub answers {status}: {_said(error)}.", lasts=False)  # it went meanwhile

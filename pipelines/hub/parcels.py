@@ -17,12 +17,11 @@ import msgspec
 from contracts.artifacts import Artifact
 from contracts.fingerprint import file_sha256
 from pipelines.config.sections import HubSection
-from pipelines.graph import name_of
+from pipelines.graph import name_of, tag_of
 from pipelines.hub.cards import checkpoint_card, pairs_card, rollouts_card
 from pipelines.hub.parquet import write_rollouts
 from pipelines.hub.story import Story
 from pipelines.run.directory import RunDirectory
-from pipelines.run.events import Event, HubPushed
 
 Kind = Literal["model", "dataset"]
 README = "README.md"
@@ -96,7 +95,7 @@ class Parcel:
     @property
     def tag(self) -> str:
         """Its tag in the repo."""
-        return f"iteration-{self.iteration}"
+        return tag_of(self.iteration)
 
     @functools.cached_property
     def content(self) -> Content:
@@ -119,11 +118,6 @@ def parcels(run: RunDirectory, section: HubSection, iterations: int) -> Iterator
                 kind: Kind = "model" if role == "checkpoint" else "dataset"
                 title = f"{story.name}, iteration {iteration}: {role}"
                 yield Parcel(repo, kind, iteration, title, functools.partial(fill, story, repo, iteration))
-
-
-def pushed(events: list[Event]) -> set[tuple[str, str]]:
-    """What a run's events say is on the Hub: repos and tags."""
-    return {(event.repo, event.what) for event in events if isinstance(event, HubPushed)}
 
 
 def report_files(run: RunDirectory) -> list[Item]:

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from contracts.locks import locked
 from pipelines.config.sections import HubSection
 from pipelines.hub.failures import PushError, persistently
-from pipelines.hub.parcels import REPORT, Kind, Parcel, parcels, pushed, report_files
+from pipelines.hub.parcels import REPORT, Kind, Parcel, parcels, report_files
 from pipelines.hub.remote import Remote
 from pipelines.run.directory import RunDirectory
-from pipelines.run.events import Event, HubPushed, HubPushFailed
+from pipelines.run.events import Event, HubPushed, HubPushFailed, on_hub
 
 SCRATCH = ".hub"
 """Directory in a run's with what is made only to be pushed, and the lock of who pushes."""
@@ -61,7 +61,7 @@ class Pusher:
             known: leave out what the events say is there; else the Hub itself is asked.
         """
         failed: set[str] = set()
-        there = pushed(self.run.events()) if known else set()
+        there = on_hub(self.run.events()) if known else set()
         for parcel in parcels(self.run, self.section, self.run.iterations):
             if parcel.repo in failed or only not in (None, parcel.iteration) or (parcel.repo, parcel.tag) in there:
                 continue
@@ -93,14 +93,18 @@ class Pusher:
                 yield self._planned(parcel)
 
     def _persistently(self, parcel: Parcel) -> Pushed:
-        remote = Remote(parcel.repo, parcel.kind)
+        remote, place = Remote(parcel.repo, parcel.kind), (parcel.repo, parcel.kind, parcel.tag)
         private, patience = self.section.private, self.section.patience_seconds
         try:
-            commit = persistently(lambda: remote.push(parcel, self.scratch, private=private), parcel.repo, patience)
+            commit = persistently(
+                lambda: remote.push(parcel, self.scratch, private=private),
+                parcel.repo,
+                patience,
+                lambda failure: self._told(Pushed(*place, "failed", error=failure.text)),
+            )
         except PushError as error:
-            text, lasts = str(error), error.failure.lasts
-            return self._told(Pushed(parcel.repo, parcel.kind, parcel.tag, "failed", error=text, lasts=lasts))
-        return self._told(Pushed(parcel.repo, parcel.kind, parcel.tag, "on the Hub", commit))
+            return self._told(Pushed(*place, "failed", error=str(error), lasts=error.failure.lasts))
+        return self._told(Pushed(*place, "on the Hub", commit))
 
     def _planned(self, parcel: Parcel) -> Pushed:
         remote = Remote(parcel.repo, parcel.kind)
@@ -120,7 +124,9 @@ class Pusher:
         """Record what is news."""
         event: HubPushed | HubPushFailed
         if found.state == "failed":
-            event = HubPushFailed(repo=found.repo, kind=found.kind, what=found.what, error=found.error or "")
+            event = HubPushFailed(
+                repo=found.repo, kind=found.kind, what=found.what, error=found.error or "", lasts=found.lasts
+            )
         else:
             event = HubPushed(repo=found.repo, kind=found.kind, what=found.what, commit=found.commit or "")
         if not _is_known(event, self.run.events()):
@@ -142,5 +148,7 @@ def _is_known(event: HubPushed | HubPushFailed, events: list[Event]) -> bool:
         if isinstance(other, HubPushed | HubPushFailed) and (other.repo, other.what) == (event.repo, event.what):
             if isinstance(event, HubPushed):
                 return isinstance(other, HubPushed) and other.commit == event.commit
-            return isinstance(other, HubPushFailed) and other.error == event.error
+            if isinstance(other, HubPushed):
+                return False
+            return other.error == event.error or not (other.lasts or event.lasts)
     return False

@@ -54,10 +54,16 @@ class ReaderProcess:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
 
-    def wait(self, deadline: float) -> str | None:
-        """Wait for its end until `deadline` (time.monotonic), then kill it; what is to be told of it, if anything."""
+    def ends_until(self, deadline: float) -> bool:
+        """Wait for its end until `deadline` (time.monotonic); whether it has ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, deadline - time.monotonic()))
+            return True
+        return False
+
+    def wait(self, deadline: float) -> str | None:
+        """Wait for its end until `deadline` (time.monotonic), then kill it; what is to be told of it, if anything."""
+        if self.ends_until(deadline):
             return self.failure()
         end_groups([self._process], 0.0)
         return f"it was not done in time and was ended ({self.log})"

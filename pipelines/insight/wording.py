@@ -63,7 +63,7 @@ def live_line(event: Event) -> str | None:
         case HubPushed():
             return f"pushed {event.what} to {event.repo}"
         case HubPushFailed():
-            return f"warning: {event.what} is not on the Hub, and the run goes on: {event.error}"
+            return f"warning: {event.what} is not on the Hub yet, and the run goes on: {event.error}"
         case TrackerFailed():
             return f"warning: {_of_tracker(event)}"
         case _:

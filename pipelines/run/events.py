@@ -196,12 +196,14 @@ class HubPushed(Event, frozen=True, tag="pushed"):
 
 
 class HubPushFailed(Event, frozen=True, tag="push failed"):
-    """Something could not be pushed; the run goes on. Told once as long as nothing changes."""
+    """Something is not on the Hub; the run goes on. Told once as long as nothing changes."""
 
     repo: str
     kind: Literal["model", "dataset"]
     what: str
     error: str
+    lasts: bool
+    """Whether somebody has to do something; else it is tried again."""
 
 
 class Collected(Event, frozen=True, tag="gc"):
@@ -277,6 +279,11 @@ def appending(path: Path) -> Iterator[IO[bytes]]:
             file.seek(0, os.SEEK_END)
         yield file
         file.flush()
+
+
+def on_hub(events: list[Event]) -> set[tuple[str, str]]:
+    """What a run's events say is on the Hub: repos, and what of the run is there."""
+    return {(event.repo, event.what) for event in events if isinstance(event, HubPushed)}
 
 
 class EventReader:

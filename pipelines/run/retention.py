@@ -33,11 +33,11 @@ from contracts.jsonl import COMPRESSED
 from contracts.manifest import MANIFEST, File, Released, read_manifest, with_checksum
 from contracts.nested import leaves
 from contracts.records import EXPERIENCE, ROLLOUTS, SCORES
-from pipelines.config.sections import RetentionSection
-from pipelines.graph import Graph, Node
+from pipelines.config.sections import HubSection, RetentionSection
+from pipelines.graph import Graph, Node, tag_of
 from pipelines.run.decisions import SUPERSEDED, why_again
 from pipelines.run.directory import RunDirectory
-from pipelines.run.events import Event, RetentionFailed, RetentionHeld, RowsCompressed, WeightsReleased
+from pipelines.run.events import Event, RetentionFailed, RetentionHeld, RowsCompressed, WeightsReleased, on_hub
 from pipelines.run.metrics import best_of, evaluations, policy_of
 
 TRAINED = ("training", "ema", "critic")
@@ -61,10 +61,23 @@ def may_be_released(node: Node) -> bool:
     return node.iteration is not None and node.role in TRAINED
 
 
-def why_kept(run: Path, graph: Graph, published: Collection[str], keep: str) -> dict[str, str | None]:
+def unpushed(run: RunDirectory, graph: Graph, hub: HubSection | None) -> set[str]:
+    """The stages whose checkpoints are to be pushed to the Hub, and are not known to be there."""
+    if hub is None or hub.model is None:
+        return set()
+    there = on_hub(run.events())
+    trained = [node for node in graph.nodes.values() if node.role == "training"]
+    return {node.name for node in trained if (hub.model, tag_of(node.iteration or 0)) not in there}
+
+
+def why_kept(
+    run: Path, graph: Graph, published: Collection[str], keep: str, waiting: Collection[str] = ()
+) -> dict[str, str | None]:
     """For each checkpoint of an iteration that has its weights: why they stay, or None where they can go.
 
-    `published` are the names of the stages that will not run again as things stand.
+    Args:
+        published: names of the stages that will not run again as things stand.
+        waiting: names of those that are to be pushed first.
     """
     trained = [node for node in graph.nodes.values() if node.name in published and may_be_released(node)]
     policies, averages, critics = ([node.name for node in trained if node.role == role] for role in TRAINED)
@@ -80,6 +93,7 @@ def why_kept(run: Path, graph: Graph, published: Collection[str], keep: str) -> 
         ([graph.owner(policy_of(node, graph)) for node in judges if node.name not in published], "not judged yet"),
         ([graph.owner(best_of(rows)[0])] if rows else [], "the best so far"),
         ([node.name for node in trained if node.iteration in lasting], f"keep={keep}"),
+        (waiting, "not on the Hub yet"),
     ):
         for name in filter(None, names):
             causes.setdefault(name, cause)
@@ -129,9 +143,11 @@ class CollectionStep:
     """What the disk gets back if it is deleted."""
 
 
-def steps(run: Path, graph: Graph, published: Collection[str], section: RetentionSection) -> Iterator[CollectionStep]:
+def steps(
+    run: RunDirectory, graph: Graph, published: Collection[str], section: RetentionSection, hub: HubSection | None
+) -> Iterator[CollectionStep]:
     """What becomes of each checkpoint that has its weights, and of all rows that are not compressed."""
-    for name, kept in why_kept(run, graph, published, section.keep).items():
+    for name, kept in why_kept(run.path, graph, published, section.keep, unpushed(run, graph, hub)).items():
         output = graph.nodes[name].output
         why = kept or f"its weights; nothing needs them, keep={section.keep}"
         size = own_bytes(_weights(Artifact.open(output)))
@@ -318,10 +334,13 @@ def made_again(graph: Graph, runs: Collection[str], where: Callable[[Path], Path
 class Retention:
     """Does what a run's section `retention` says while its driver works; what goes wrong is only recorded."""
 
-    def __init__(self, run: RunDirectory, graph: Graph, section: RetentionSection) -> None:
+    def __init__(
+        self, run: RunDirectory, graph: Graph, section: RetentionSection, hub: HubSection | None = None
+    ) -> None:
         self.run = run
         self.graph = graph
         self.section = section
+        self.hub = hub
         self._told: set[Event] = set()
         self._stop = threading.Event()
         self._worker = ThreadPoolExecutor(1, "compression")
@@ -343,7 +362,7 @@ class Retention:
             self._once(RetentionHeld(reason=f"{self.run.path.name} is pinned"))
             return
         try:
-            for step in steps(self.run.path, self.graph, published, self.section):
+            for step in steps(self.run, self.graph, published, self.section, self.hub):
                 name = step.path.relative_to(self.run.path).as_posix()
                 if step.verb == "release":
                     freed = release(Artifact.open(step.path), step.reason)

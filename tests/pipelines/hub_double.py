@@ -16,6 +16,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -55,6 +56,8 @@ class Fault:
     cut_answer: int | None = None
     """The request is done; the connection breaks after this many bytes of the answer's body."""
     delay: float = 0.0
+    call: Callable[[], object] | None = None
+    """Is called when it hits, before the request is done."""
 
     def hits(self, request: str) -> bool:
         """Whether it is this request's turn; counts it."""
@@ -266,6 +269,8 @@ class _Handler(BaseHTTPRequestHandler):
             hub.requests.append(request)
             fault = next((fault for fault in hub.faults if fault.hits(request)), Fault())
         time.sleep(fault.delay)
+        if fault.call is not None:
+            fault.call()
         if fault.cut_request is not None:
             self._hang_up_after(self._body(fault.cut_request))
             return

@@ -1,16 +1,24 @@
 """Pushing a run to the Hub, against a double of it (hub_double.py): what gets there, once, whatever goes wrong."""
 
+import contextlib
 import hashlib
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from handmade import HandmadeRun
 from hub_double import Account, Blob, Fault, HubDouble
 from huggingface_hub import constants
+from pipelines_smallest import COMMAND, pipeline, write_pretended
 
 from contracts.artifacts import Artifact
 from pipelines.hub import failures
@@ -275,3 +283,153 @@ def test_mistakes(run: Path, overrides: list[str], said: str, capsys: pytest.Cap
     """A mistake is one message."""
     assert main(["push", str(run), *overrides]) == 2
     assert said in capsys.readouterr().err
+
+
+# While a run goes on.
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Config file of a run whose stages only pretend to work, which is pushed."""
+    path = write_pretended(tmp_path)
+    settings = yaml.safe_load(path.read_text())
+    settings["hub"] = {"model": MODEL, "wait_seconds": 60}
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def pretended(config: Path) -> Path:
+    """Its directory."""
+    return config.parent / "runs" / "pretended"
+
+
+@pytest.mark.slow
+def test_a_run_pushes_every_iteration(hub: HubDouble, config: Path) -> None:
+    """When the command ends, everything is on the Hub: the same as if it had been pushed by hand afterwards."""
+    result = pipeline("run", str(config), "--iters", "2")
+    assert result.returncode == 0, result.stderr
+    assert f"pushed iteration-2 to {MODEL}" in result.stdout
+    run = pretended(config)
+    assert events(run) == [("HubPushed", MODEL, "iteration-1"), ("HubPushed", MODEL, "iteration-2")]
+    assert set(hub.repo(MODEL).tags) == {"iteration-1", "iteration-2"}
+    with HubDouble() as other:
+        assert main_elsewhere(other, run) == 0
+        assert hub.state() == other.state()
+    hub.requests.clear()
+    assert pipeline("run", str(config), "--iters", "2").returncode == 0
+    assert hub.requests == [], "a finished run asked the Hub"
+
+
+@pytest.mark.slow
+def test_the_report_comes_last(hub: HubDouble, config: Path) -> None:
+    """What is in the run's directory as its report when the run ends is beside the checkpoints."""
+    run = pretended(config)
+    run.mkdir(parents=True)
+    assert pipeline("run", str(config), "--iters", "0").returncode == 0
+    (run / "report.html").write_text("<p>the report</p>")
+    assert pipeline("run", str(config), "--iters", "1").returncode == 0
+    assert events(run) == [("HubPushed", MODEL, "iteration-1"), ("HubPushed", MODEL, "report")]
+    repo = hub.repo(MODEL)
+    assert repo.tree()["report.html"].data == b"<p>the report</p>"
+    assert "report.html" not in repo.tree("iteration-1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Fault(times=10000, status=503), "the Hub answers 503"),
+        (Fault(times=10000, after=8, status=401), "The Hub refuses the token"),
+        (Fault(times=10000, cut_answer=0), "the Hub could not be reached"),
+    ],
+    ids=["overloaded", "token revoked", "cut"],
+)
+def test_no_failure_ends_a_run(fault: Fault, said: str, hub: HubDouble, config: Path) -> None:
+    """The run goes on and ends well; what was not pushed is told once, and pushed later."""
+    hub.faults.append(Fault(**vars(fault)))
+    result = pipeline("run", str(config), "--iters", "1", "hub.patience_seconds=1")
+    assert result.returncode == 0, result.stderr
+    run = pretended(config)
+    failed = [kind for kind, *_ in events(run) if kind == "HubPushFailed"]
+    assert len(failed) == 1
+    assert result.stdout.count(said) == 1
+    assert said in pipeline("status", str(run)).stdout
+    hub.faults.clear()
+    assert main(["push", str(run)]) == 0
+    assert set(hub.repo(MODEL).tags) == {"iteration-1"}
+
+
+@pytest.mark.slow
+def test_the_push_is_killed_again_and_again(hub: HubDouble, run: Path) -> None:
+    """Killed at whatever request, before or after it is done, the next one goes on; in the end nothing is twice."""
+    with HubDouble() as other:
+        assert main_elsewhere(other, run) == 0
+        undisturbed = other.state()
+    chance, kills = random.Random(1), 0
+    for _ in range(10):
+        process = subprocess.Popen([*COMMAND, "push", str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # Either the request is never done, or it is, and nobody hears of it.
+        undone = chance.choice((0, None))
+        hub.faults = [Fault(after=chance.randrange(9), call=process.kill, cut_request=undone)]
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 5
+    hub.faults = []
+    assert main(["push", str(run)]) == 0
+    assert hub.state() == undisturbed
+    assert events(run) == [("HubPushed", MODEL, "iteration-1"), ("HubPushed", MODEL, "iteration-2")]
+
+
+@pytest.mark.chaos
+def test_driver_and_pusher_are_killed(hub: HubDouble, config: Path) -> None:
+    """Whoever is killed at random: in the end the Hub has what an undisturbed run has put there, once."""
+    hub.faults.append(Fault("", times=10000, delay=0.02))
+    run, chance, kills = pretended(config), random.Random(0), 0
+    for _ in range(8):
+        driver = subprocess.Popen(
+            [*COMMAND, "run", str(config), "--iters", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + chance.uniform(1.0, 4.0)
+        while driver.poll() is None and time.monotonic() < deadline:
+            for pid in pushers(run):
+                if chance.random() < 0.1:
+                    os.kill(pid, signal.SIGKILL)
+                    kills += 1
+            time.sleep(0.05)
+        driver.kill()
+        driver.wait()
+    assert pipeline("run", str(config), "--iters", "2").returncode == 0
+    assert kills
+    assert pushers(run) == []
+    hub.faults.clear()
+    with HubDouble() as other:
+        assert main_elsewhere(other, run) == 0
+        assert hub.state() == other.state()
+    assert sorted(set(events(run))) == sorted(events(run)), "something was told twice"
+
+
+def pushers(run: Path) -> list[int]:
+    """The processes that push a run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"pipelines.hub\0{run}\0" in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.slow
+def test_weights_wait_for_the_hub(hub: HubDouble, config: Path) -> None:
+    """Retention deletes no weights that are not on the Hub yet."""
+    hub.faults.append(Fault(times=10000, status=503))
+    keep = ["retention.keep=last 1", "hub.patience_seconds=0"]
+    assert pipeline("run", str(config), "--iters", "2", *keep).returncode == 0
+    run = pretended(config)
+    weights = [run / f"iteration-{number:03d}/training/model.safetensors" for number in (1, 2)]
+    assert all(path.exists() for path in weights)
+    dry = pipeline("gc", str(run), "--dry-run")
+    assert "not on the Hub yet" in dry.stdout
+    hub.faults.clear()
+    assert main(["push", str(run)]) == 0
+    assert pipeline("gc", str(run)).returncode == 0
+    assert [path.exists() for path in weights] == [False, True]
+    assert set(hub.repo(MODEL).tags) == {"iteration-1", "iteration-2"}

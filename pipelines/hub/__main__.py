@@ -1,0 +1,15 @@
+"""`python -m pipelines.hub RUN`: the process that pushes a run while it goes on."""
+
+import os
+import sys
+from pathlib import Path
+
+# Ours before anything in the working directory or on PYTHONPATH that is called the same.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+from contracts import surroundings
+
+if __name__ == "__main__":
+    surroundings.prepare(stage=False)
+    from pipelines.hub.background import follow
+
+    follow(Path(sys.argv[1]))

@@ -1,0 +1,57 @@
+"""Pushes what the run publishes to the Hugging Face Hub, in a process of its own, where the section `hub` says so."""
+
+import os
+import time
+
+from pipelines.config.sections import HubSection
+from pipelines.execution.listeners import Listen
+from pipelines.graph import Graph
+from pipelines.hub.background import LOG, command
+from pipelines.hub.parcels import parcels
+from pipelines.insight.readers import ReaderProcess
+from pipelines.run.directory import RunDirectory
+from pipelines.run.events import Event, ListenerFailed, RunEnded, StagePublished, StageReused, on_hub
+
+
+def listen(run: RunDirectory, graph: Graph) -> Listen:
+    """Listen to evaluations: when a policy is judged, its iteration is complete."""
+    section = run.config.hub
+    return (lambda events: None) if section is None else HubListener(run, graph, section)
+
+
+class HubListener:
+    """Has a process push from the first iteration on that is not on the Hub."""
+
+    def __init__(self, run: RunDirectory, graph: Graph, section: HubSection) -> None:
+        self._run = run
+        self._graph = graph
+        self._section = section
+        self._process: ReaderProcess | None = None
+        self._interrupted = False
+
+    def __call__(self, events: list[Event]) -> None:
+        """Start the process when there is something for it; take note of how it ends, if it does."""
+        self._interrupted |= any(isinstance(event, RunEnded) and event.outcome != "finished" for event in events)
+        if self._process is not None and (error := self._process.failure()):
+            self._process = None
+            self._run.record(ListenerFailed(listener="pipelines.hub", error=error))
+        if self._process is None and any(map(self._completes, events)) and self._lacks():
+            start = command(self._run)
+            self._process = ReaderProcess(start, os.environ, b"", self._run.path / LOG)
+
+    def close(self) -> None:
+        """Let the process end when it has pushed everything; a run that was not interrupted waits for it."""
+        if self._process is not None:
+            self._process.end_input()
+            if not self._interrupted:
+                self._process.ends_until(time.monotonic() + self._section.wait_seconds)
+
+    def _completes(self, event: Event) -> bool:
+        if not isinstance(event, StagePublished | StageReused) or event.stage not in self._graph.nodes:
+            return False
+        return self._graph.nodes[event.stage].stage.name == "evaluation"
+
+    def _lacks(self) -> bool:
+        """Whether something is published that is not known to be on the Hub."""
+        run, there = self._run, on_hub(self._run.events())
+        return any((parcel.repo, parcel.tag) not in there for parcel in parcels(run, self._section, run.iterations))
