@@ -26,7 +26,7 @@ from pipelines.run.directory import RunDirectory
 Kind = Literal["model", "dataset"]
 README = "README.md"
 REPORT = "report"
-REPORT_FILES = ("report.html", "report.md")
+REPORT_PAGE, REPORT_FOLDER = "report.html", "report.samples"
 INITIAL = "setup/sft"
 """The stage that makes the initial policy, where a run makes its own."""
 
@@ -122,9 +122,9 @@ def parcels(run: RunDirectory, section: HubSection, iterations: int) -> Iterator
 
 def report_files(run: RunDirectory) -> list[Item]:
     """The run's report, as far as there is one."""
-    single = [Item(name, run.path / name) for name in REPORT_FILES if (run.path / name).is_file()]
-    folder = sorted(path for path in (run.path / REPORT).rglob("*") if path.is_file())
-    return single + [Item(path.relative_to(run.path).as_posix(), path) for path in folder]
+    page = run.path / REPORT_PAGE
+    beside = sorted((run.path / REPORT_FOLDER).glob("*.js"))  # what the page loads
+    return [Item(path.relative_to(run.path).as_posix(), path) for path in (page, *beside)] if page.is_file() else []
 
 
 def _stage(role: str, iteration: int) -> str:

@@ -20,7 +20,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from pipelines.hub.parcels import README, REPORT, Item, Kind, Parcel
+from pipelines.hub.parcels import README, REPORT_FOLDER, Item, Kind, Parcel
 
 OWN_FILES = {".gitattributes", README}
 """What a repo has that was only just made."""
@@ -159,7 +159,7 @@ class Remote:
         if all(item.path in tree and _same(tree[item.path], item) for item in items):
             return head.commit
         ours = {item.path for item in items}
-        gone = [path for path in tree if path.startswith(f"{REPORT}/") and path not in ours]
+        gone = [path for path in tree if path.startswith(f"{REPORT_FOLDER}/") and path not in ours]
         return self._send(items, head.commit, title, gone)
 
 

@@ -310,28 +310,17 @@ def test_a_run_pushes_every_iteration(hub: HubDouble, config: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert f"pushed iteration-2 to {MODEL}" in result.stdout
     run = pretended(config)
-    assert events(run) == [("HubPushed", MODEL, "iteration-1"), ("HubPushed", MODEL, "iteration-2")]
-    assert set(hub.repo(MODEL).tags) == {"iteration-1", "iteration-2"}
+    assert events(run) == [("HubPushed", MODEL, what) for what in ("iteration-1", "iteration-2", "report")]
+    repo = hub.repo(MODEL)
+    assert set(repo.tags) == {"iteration-1", "iteration-2"}
+    assert repo.tree()["report.html"].data == (run / "report.html").read_bytes()
+    assert "report.html" not in repo.tree("iteration-2"), "the report comes last"
     with HubDouble() as other:
         assert main_elsewhere(other, run) == 0
         assert hub.state() == other.state()
     hub.requests.clear()
     assert pipeline("run", str(config), "--iters", "2").returncode == 0
     assert hub.requests == [], "a finished run asked the Hub"
-
-
-@pytest.mark.slow
-def test_the_report_comes_last(hub: HubDouble, config: Path) -> None:
-    """What is in the run's directory as its report when the run ends is beside the checkpoints."""
-    run = pretended(config)
-    run.mkdir(parents=True)
-    assert pipeline("run", str(config), "--iters", "0").returncode == 0
-    (run / "report.html").write_text("<p>the report</p>")
-    assert pipeline("run", str(config), "--iters", "1").returncode == 0
-    assert events(run) == [("HubPushed", MODEL, "iteration-1"), ("HubPushed", MODEL, "report")]
-    repo = hub.repo(MODEL)
-    assert repo.tree()["report.html"].data == b"<p>the report</p>"
-    assert "report.html" not in repo.tree("iteration-1")
 
 
 @pytest.mark.slow
