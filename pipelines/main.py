@@ -34,6 +34,7 @@ from pipelines.hub.command import add_push
 from pipelines.insight.compare.command import as_json, print_comparison
 from pipelines.insight.compare.gather import compare
 from pipelines.insight.display import Display, Screen
+from pipelines.insight.hooks.task import begin_hooks, check_hooks
 from pipelines.insight.listeners import listeners_of
 from pipelines.insight.report.command import report
 from pipelines.insight.report.view import PORT, view
@@ -182,11 +183,13 @@ def run_command(options: argparse.Namespace) -> None:
         executor.check()
     check_inputs(graph)
     check_environments(graph, config)
+    check_hooks(config)
     refuse(preflight(graph, config.environments))
     forced = resolve(graph, options.force)
     for executor in executors.lasting():
         executor.require_no_detached_run(same_settings=options.detach and not forced)
     run.claim(config, find_config(options.config), wanted.iterations)
+    begin_hooks(config, run.path)
     set_aside(run.path, graph, forced)
     require_space(run.path, "directory")
     shared = Shared(run.path, graph, but=forced)
@@ -213,6 +216,7 @@ def dry_run(console: Console, options: argparse.Namespace) -> None:
     config, graph = wanted.config, wanted.graph
     check_patterns(graph, config.executor)
     check_inputs(graph)
+    check_hooks(config)
     refuse(preflight(graph, config.environments))
     plan = verdicts(graph, config, resolve(graph, options.force))
     say(console, *(f"{'reuse' if it.reuse else 'run':<6} {name}  ({it.reason})" for name, it in plan.items()))

@@ -5,7 +5,6 @@ that no more points come.
 """
 
 import os
-import select
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +16,7 @@ from contracts.files import write_atomically
 from contracts.locks import locked
 from contracts.points import METRICS, decode_points
 from contracts.processes import end_marked
+from contracts.tailing import end_of_input, whole_lines
 from tracking.base import TrackedRun, Tracker
 from tracking.config import TrackingSection
 from tracking.task import MARK, TrackingTask, sent_file
@@ -44,29 +44,14 @@ def follow(path: Path, tracker: Tracker) -> int:
     """Feed a tracker with what it does not have yet; returns how many bytes of the file it has."""
     first = tracker.recorded()
     offset, last = 0, False
+    ended = end_of_input()
     while not last:
-        last = _ended()  # before the file is read: what was written until then is sent
-        content = _more(path, offset)
+        last = ended.wait(POLL_SECONDS)  # before the file is read: what was written until then is sent
+        content = whole_lines(path, offset)
         offset += len(content)
         if points := [point for point in decode_points(content) if point.point >= first]:
             tracker.log(points)
     return offset
-
-
-def _more(path: Path, offset: int) -> bytes:
-    """The whole lines behind `offset`."""
-    if not path.exists():
-        return b""
-    with path.open("rb") as file:
-        file.seek(offset)
-        content = file.read()
-    return content[: content.rfind(b"\n") + 1]
-
-
-def _ended() -> bool:
-    """Wait a while for the end of stdin; whether it has come."""
-    ready, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
-    return bool(ready) and not os.read(sys.stdin.fileno(), 1 << 12)
 
 
 if __name__ == "__main__":

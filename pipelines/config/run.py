@@ -1,9 +1,9 @@
 """The configuration of a run: one YAML file, sections named like the stages."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from annotation.config import PairsSettings, ScorerSettings
 from contracts.config import Section, identity, runtime, validate
@@ -17,6 +17,7 @@ from pipelines.config.sections import (
     CriticSection,
     EnvironmentsSection,
     HardwareSection,
+    HookSettings,
     HubSection,
     PromptsSection,
     RetentionSection,
@@ -25,6 +26,9 @@ from pipelines.config.sections import (
 from tracking.config import TrackingSection
 from training.config import ExperienceSettings, PolicySettings, SftSettings, require_whole_model
 from training.registry import Description, check_settings, describe
+
+NAME = "^[A-Za-z][A-Za-z0-9_-]{0,49}$"
+"""What hooks and evaluations of the user's own are called."""
 
 
 class RunConfig(Section):
@@ -94,6 +98,8 @@ class RunConfig(Section):
     """Where on the Hugging Face Hub it is pushed to after every iteration (`model`, `pairs`, `rollouts`: ORG/NAME)."""
     tracking: TrackingSection = runtime(TrackingSection())
     """Trackers that show the metrics while the run goes on: wandb, trackio, tensorboard, mlflow."""
+    hooks: dict[Annotated[str, Field(pattern=NAME)], HookSettings] = runtime({})
+    """Functions of your own by names of yours, which are told what happens: {notify: {function: hooks.py:notify}}."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,7 +1,7 @@
 """Sections of a run's configuration that are no stage's own settings."""
 
 import re
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -115,6 +115,23 @@ class HubSection(Section):
         if self.pairs is not None and self.pairs == self.rollouts:
             raise ValueError(f"pairs and rollouts are both {self.pairs}; each needs a repo of its own.")
         return self
+
+
+class HookSettings(Section):
+    """A function of the user's own that is told what happens in the run. Nothing that it does touches the run."""
+
+    function: str = runtime()
+    """file.py:function or package.module:function, called as function(happening, run, **settings): what happened, as
+    plain data, and the run's directory. It runs in the driver's own Python."""
+    on: list[Literal["run", "iteration", "stage", "step", "shard"]] = runtime(
+        ["run", "iteration", "stage"], min_length=1
+    )
+    """What it is told: of the run (started, finished, failed, interrupted, cancelled), of every iteration whose policy
+    is evaluated, of stages (started, published, failed), of optimizer steps, of shards of rows."""
+    settings: dict[str, Any] = runtime({})
+    """Its further keyword arguments."""
+    grace_seconds: float = runtime(60.0, ge=0)
+    """How long the end of a command waits for it. What it has not been told then, the next command tells."""
 
 
 class HardwareSection(Section):

@@ -24,6 +24,7 @@ from pipelines.environments.launch import ask, launch_command, probe_versions, r
 from pipelines.environments.locked import TRACKING, Locked, resolve_variant
 from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph, Node
+from pipelines.insight.hooks.task import hook_mistakes
 from pipelines.machine import cores, gpu_count, gpus, host_memory
 from pipelines.planning.entries import check_patterns
 from pipelines.planning.estimates import GraphOutlook, published_bytes, scratch_bytes
@@ -95,6 +96,14 @@ def _environment(plan: Plan, name: str) -> Finding:
         return Finding("error", f"{name}, {where}, lacks {', '.join(missing)}", fix)
     shown = ", ".join(f"{library} {version}" for library, version in versions.items())
     return Finding("ok", f"{name}, {where}: {shown}")
+
+
+def check_hooks(plan: Plan) -> Iterator[Finding]:
+    """Whether the functions of the hooks can be imported, and called as they will be."""
+    mistakes = [str(mistake) for mistake in hook_mistakes(plan.config)]
+    yield from (Finding("error", mistake) for mistake in mistakes)
+    if plan.config.hooks and not mistakes:
+        yield Finding("ok", f"can be imported and called: {', '.join(plan.config.hooks)}")
 
 
 def check_cluster(plan: Plan) -> Iterator[Finding]:

@@ -22,6 +22,7 @@ from pipelines.doctor.checks import (
     check_devices,
     check_disk,
     check_environments,
+    check_hooks,
     check_memory,
     check_models,
     check_processors,
@@ -68,6 +69,7 @@ def examine(plan: Plan) -> list[tuple[str, Finding]]:
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("configuration", lambda: check_configuration(plan)),
         ("environments", lambda: check_environments(plan)),
+        ("hooks", lambda: check_hooks(plan)),
         ("cluster", lambda: check_cluster(plan)),
         *([] if plan.config.executor.is_remote else here),
         ("models", lambda: check_models(plan)),

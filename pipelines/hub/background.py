@@ -5,10 +5,10 @@ whatever way; it pushes what is there, and ends.
 """
 
 import os
-import select
 import sys
 from pathlib import Path
 
+from contracts.tailing import end_of_input
 from pipelines.config.sections import HubSection
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import FILE, RunEnded, RunStarted
@@ -36,9 +36,10 @@ def _follow(run: RunDirectory, section: HubSection) -> None:
 
     pusher = Pusher(run, section)
     seen, last = -1, False
+    ended = end_of_input()
     with pusher.alone():
         while not last:
-            last = _input_ends()
+            last = ended.wait(POLL_SECONDS)
             size = (run.path / FILE).stat().st_size
             if last or size != seen:
                 failed = [found for found in pusher.push(known=True) if found.state == "failed" and not found.lasts]
@@ -46,12 +47,6 @@ def _follow(run: RunDirectory, section: HubSection) -> None:
         if _has_ended(run):
             for _ in pusher.report():
                 pass
-
-
-def _input_ends() -> bool:
-    """Whether stdin has ended; waits a little for it."""
-    ready, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
-    return bool(ready) and not os.read(sys.stdin.fileno(), 1 << 12)
 
 
 def _has_ended(run: RunDirectory) -> bool:

@@ -39,9 +39,10 @@ class ReaderProcess:
             self._process.stdin.flush()
 
     def failure(self) -> str | None:
-        """What it said last, if it has ended badly."""
+        """What it said last, if it has ended badly, or before what it reads has."""
         code = self._process.poll()
-        if not code:
+        assert self._process.stdin is not None
+        if code is None or (code == 0 and self._process.stdin.closed):
             return None
         with self.log.open("rb") as file:
             file.seek(self._begin)

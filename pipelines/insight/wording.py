@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from pipelines.run.events import (
     Event,
+    HookFailed,
     HubPushed,
     HubPushFailed,
     JobEnded,
@@ -66,6 +67,8 @@ def live_line(event: Event) -> str | None:
             return f"warning: {event.what} is not on the Hub yet, and the run goes on: {event.error}"
         case TrackerFailed():
             return f"warning: {_of_tracker(event)}"
+        case HookFailed():
+            return f"warning: {_of_hook(event)}"
         case _:
             return None
 
@@ -114,9 +117,15 @@ def _notable(event: Event) -> str | None:
             return f"{event.what} could not be pushed: {event.error}"
         case TrackerFailed():
             return _of_tracker(event)
+        case HookFailed():
+            return _of_hook(event)
         case _:
             return None
 
 
 def _of_tracker(event: TrackerFailed) -> str:
     return f"the tracker {event.tracker} failed, and gets what it lacks from the next command: {event.error}"
+
+
+def _of_hook(event: HookFailed) -> str:
+    return f"the hook {event.hook} failed: {event.error}"

@@ -16,6 +16,7 @@ from typing import IO, Literal, TypeAlias
 import msgspec
 
 from contracts.locks import try_lock
+from contracts.tailing import whole_lines
 
 FILE = "events.jsonl"
 
@@ -229,6 +230,13 @@ class TrackerFailed(Event, frozen=True, tag="tracker failed"):
     error: str
 
 
+class HookFailed(Event, frozen=True, tag="hook failed"):
+    """A hook of the user's has failed, for the first time since the command began; the run goes on."""
+
+    hook: str
+    error: str
+
+
 class Unreadable(Event, frozen=True, tag="unreadable"):
     """A line that is no event of this version: left by a crash, by another version, or by somebody else."""
 
@@ -238,7 +246,7 @@ AnyEvent: TypeAlias = (
     | StageWaits | StagePublished | StageFailed | StageInvalidated | SourceChanged | JobEnded | JobRequeued
     | JobRestarted | WeightsReleased | RowsCompressed | RetentionHeld | RetentionFailed | Collected | ListenerFailed
     | HubPushed | HubPushFailed
-    | TrackerFailed
+    | TrackerFailed | HookFailed
 )  # fmt: skip
 _DECODER: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
@@ -295,15 +303,14 @@ class EventReader:
 
     def news(self) -> list[Event]:
         """The events since the last call; a line that is still being written comes with the next."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                content = file.read()
-        except FileNotFoundError:
-            return []
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [_decoded(line) for line in whole.splitlines() if line.strip()]
+        content = whole_lines(self._path, self._offset)
+        self._offset += len(content)
+        return decode_events(content)
+
+
+def decode_events(content: bytes) -> list[Event]:
+    """The lines of events.jsonl."""
+    return [_decoded(line) for line in content.splitlines() if line.strip()]
 
 
 def _decoded(line: bytes) -> Event:

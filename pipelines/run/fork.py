@@ -22,7 +22,7 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.sharing import link
 
 CONFIG = "config.yaml"
-OF_THE_RUN = frozenset({"environments", "executor", "iterations", "retention"})
+OF_THE_RUN = frozenset({"environments", "executor", "hooks", "iterations", "retention", "tracking"})
 """Keys that a fork may set which hold for the whole run, and change no result."""
 
 

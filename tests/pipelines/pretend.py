@@ -56,6 +56,9 @@ def write_interpreter(folder: Path, **acts: list[str]) -> Path:
 def run(config: StageConfig, context: Context) -> Outcome:
     """What each of the stages does."""
     act(config.output)
+    if config.stage == "policy":
+        for step in (1, 2):
+            context.report_step(step, {"loss": 1 / step})
     names = [f"shard-{number:05d}.jsonl" for number in range(SHARDS)]
     publication = context.publication
 

@@ -1,0 +1,113 @@
+"""`python -m pipelines.insight.hooks`: call a function of the user's for what happens in a run, until stdin ends.
+
+The first line of stdin says which (`HookTask`). How far it is lies on the disk, so that after a kill the next process
+tells what is missing, and the one happening that was in hand once more.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from contracts.callables import load_callable
+from contracts.errors import UserError
+from contracts.locks import locked
+from contracts.points import METRICS, decode_points
+from contracts.tailing import end_of_input, whole_lines
+from pipelines.insight.hooks.happenings import Happening, Happenings, in_words, of_point
+from pipelines.insight.hooks.task import HookTask, Progress
+from pipelines.run.events import FILE, EventStream, HookFailed, decode_events
+
+POLL_SECONDS = 0.5
+LATER_SECONDS = 5.0
+"""How much longer than the command that has started it this process waits for a function that hangs."""
+
+
+def main() -> int:
+    """Returns the exit code."""
+    task = msgspec.json.decode(sys.stdin.buffer.readline(), type=HookTask)
+    run = Path(task.run)
+    os.nice(5)  # the stages come first
+    ended = end_of_input()
+    threading.Thread(target=_end_after, args=(ended, task.grace_seconds), daemon=True).start()
+    with locked(run / "hooks" / f"{task.hook}.lock"):  # perhaps a process of an earlier command still tells
+        try:
+            function = load_callable(task.function)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+        Telling(task, function, Progress.of(run, task.hook) or Progress.now(run)).follow(ended)
+    return 0
+
+
+def _end_after(ended: threading.Event, seconds: float) -> None:
+    """End this process, and what it has started, if it hangs after the one that has started it has ended."""
+    ended.wait()
+    time.sleep(seconds + LATER_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+class Telling:
+    """Tells a function what happens in a run."""
+
+    def __init__(self, task: HookTask, function: Callable[..., Any], progress: Progress) -> None:
+        self._task = task
+        self._run = Path(task.run)
+        self._function = function
+        self._progress = progress
+        self._happenings = Happenings(self._run, task.evaluated)
+        self._failures = 0
+        for event in decode_events(whole_lines(self._run / FILE, 0)[: progress.events]):
+            for _ in self._happenings.of(event):
+                pass  # was told, or was before this hook
+
+    def follow(self, ended: threading.Event) -> None:
+        """Tell what is new until the input ends, and then the rest."""
+        last = False
+        while not last:
+            last = ended.wait(POLL_SECONDS)  # before the files are read: what was written until then is told
+            for line in whole_lines(self._run / METRICS, self._progress.metrics).splitlines(keepends=True):
+                self._tell(happening for point in decode_points(line) if (happening := of_point(point)))
+                self._progress.metrics += len(line)
+                self._progress.save(self._run, self._task.hook)
+            for line in whole_lines(self._run / FILE, self._progress.events).splitlines(keepends=True):
+                self._tell(happening for event in decode_events(line) for happening in self._happenings.of(event))
+                self._progress.events += len(line)
+                self._progress.save(self._run, self._task.hook)
+
+    def _tell(self, happenings: Iterator[Happening]) -> None:
+        for happening in happenings:
+            if happening["kind"] in self._task.kinds:
+                self._call(self._happenings.complete(happening))
+
+    def _call(self, happening: Happening) -> None:
+        try:
+            self._function(happening, self._run, **self._task.settings)
+        except BaseException as error:  # also one that would end this process
+            print(f"failed on {in_words(happening)}", file=sys.stderr)
+            traceback.print_exc()
+            self._failures += 1
+            if self._failures == 1:
+                self._record(f"on {in_words(happening)}: {type(error).__name__}: {error}")
+        sys.stdout.flush()
+
+    def _record(self, text: str) -> None:
+        log = self._run / "logs" / "hooks" / f"{self._task.hook}.log"
+        with contextlib.suppress(OSError):  # a full disk has told of itself
+            EventStream(self._run / FILE).append(
+                HookFailed(hook=self._task.hook, error=f"{text} (it is told what comes all the same; {log})")
+            )
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # no thread of the user's may keep it

@@ -1,0 +1,128 @@
+"""What happens in a run, as a hook is told it: plain data, made from the run's events and points.
+
+Every happening has `kind` and `time` (seconds since 1970); those of stages and runs have `what`.
+
+    run         what: started, finished, failed, interrupted, cancelled
+    stage       what: started, published, failed; stage, and what is known of it then
+    iteration   a policy is evaluated: iteration, policy, metrics
+    step        an optimizer step: stage, iteration, step, global_step, metrics
+    shard       a shard of rows: stage, iteration, shard, metrics
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from contracts.artifacts import Artifact
+from contracts.errors import UserError
+from contracts.points import Point
+from pipelines.insight.hooks.task import EvaluatedPolicy
+from pipelines.run.events import (
+    Event,
+    RunCancelled,
+    RunEnded,
+    RunStarted,
+    StageFailed,
+    StagePublished,
+    StageReused,
+    StageStarted,
+)
+
+Happening: TypeAlias = dict[str, Any]
+
+
+class Happenings:
+    """Follows a run's events from the first one on, since some mean something only after others."""
+
+    def __init__(self, run: Path, evaluated: list[EvaluatedPolicy]) -> None:
+        self._run = run
+        self._evaluated = {stage: policy for policy in evaluated for stage in policy.stages}
+        self._started: dict[str, str] = {}
+        self._made: set[str] = set()
+
+    def of(self, event: Event) -> Iterator[Happening]:
+        """What a hook is told of an event, without what `complete` adds."""
+        match event:
+            case RunStarted():
+                yield {"kind": "run", "what": "started", "time": event.time, "stages": event.stages, "by": event.by}
+            case RunEnded():
+                yield {"kind": "run", "what": event.outcome, "time": event.time}
+            case RunCancelled():
+                yield {"kind": "run", "what": "cancelled", "time": event.time, "by": event.by}
+            case StageStarted():
+                self._started[event.stage] = event.key
+                self._made.discard(event.stage)
+                yield _of_stage(event.stage, "started", event.time, reason=event.reason, attempt=event.attempt)
+            case StageFailed():
+                self._started.pop(event.stage, None)
+                told = {"attempt": event.attempt, "failure": event.kind, "how": event.how, "retry_in": event.retry_in}
+                yield _of_stage(event.stage, "failed", event.time, **told)
+            case StagePublished():
+                told = {"key": event.key, "seconds": event.seconds, "ledger": event.ledger}
+                yield from self._published(event.stage, event.time, **told)
+            case StageReused(stage=stage):
+                # What had been started was published while nobody was there to record it: its driver was killed.
+                if self._started.get(stage) == event.key:
+                    yield from self._published(stage, event.time, key=event.key)
+                self._made.add(stage)
+
+    def _published(self, stage: str, time: float, **told: Any) -> Iterator[Happening]:
+        self._started.pop(stage, None)
+        self._made.add(stage)
+        yield _of_stage(stage, "published", time, **told)
+        policy = self._evaluated.get(stage)
+        if policy is not None and self._made.issuperset(policy.stages):
+            yield {"kind": "iteration", "time": time, "iteration": policy.iteration, "policy": policy.policy}
+
+    def complete(self, happening: Happening) -> Happening:
+        """The same with what published stages say by themselves: their directories and metrics."""
+        if happening["kind"] == "stage" and happening["what"] == "published":
+            stage = happening["stage"]
+            return {**happening, "path": str(self._run / stage), "metrics": self._metrics(stage)}
+        if happening["kind"] == "iteration":
+            (policy,) = {
+                policy.iteration: policy
+                for policy in self._evaluated.values()
+                if policy.iteration == happening["iteration"]
+            }.values()
+            metrics = {
+                f"{prefix}{name}": value
+                for stage, prefix in policy.stages.items()
+                for name, value in self._metrics(stage).items()
+            }
+            return {**happening, "metrics": metrics}
+        return happening
+
+    def _metrics(self, stage: str) -> dict[str, Any]:
+        """Those in a manifest; none where the stage is being made again."""
+        try:
+            found: dict[str, Any] = Artifact.open(self._run / stage).manifest.facts.get("metrics", {})
+        except UserError:
+            return {}
+        return found
+
+
+def of_point(point: Point) -> Happening | None:
+    """What a hook is told of a point; nothing of a whole stage, which an event tells."""
+    if point.unit == "stage":
+        return None
+    told: Happening = {"kind": point.unit, "time": point.time, "stage": point.stage, "iteration": point.iteration}
+    told[point.unit] = point.number
+    return {**told, "global_step": point.global_step, "metrics": dict(point.metrics)}
+
+
+def in_words(happening: Happening) -> str:
+    """What happened, for a message."""
+    match happening["kind"]:
+        case "run":
+            return f"the run: {happening['what']}"
+        case "stage":
+            return f"stage {happening['stage']}: {happening['what']}"
+        case "iteration":
+            return f"iteration {happening['iteration']}"
+        case kind:
+            return f"{kind} {happening[kind]} of {happening['stage']}"
+
+
+def _of_stage(stage: str, what: str, time: float, **told: Any) -> Happening:
+    return {"kind": "stage", "what": what, "time": time, "stage": stage, **told}
