@@ -38,6 +38,11 @@ class ReaderProcess:
             self._process.stdin.write(first_line + b"\n")
             self._process.stdin.flush()
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.poll() is None
+
     def failure(self) -> str | None:
         """What it said last, if it has ended badly, or before what it reads has."""
         code = self._process.poll()

@@ -1,5 +1,8 @@
 """Metrics of the iterations, derived from the published evaluations and from nothing else."""
 
+import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,8 @@ from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST
 from pipelines.graph import Graph, Node
 
+Z95 = 1.96
+"""Standard errors of a 95 % confidence interval, as in evaluations."""
 COLUMNS = {
     "reward_mean": "reward",
     "reward_ci95": "± 95 %",
@@ -50,3 +55,11 @@ def best_of(rows: list[tuple[Path, dict[str, Any]]]) -> tuple[Path, dict[str, An
 def is_further_scorer(name: str) -> bool:
     """Whether a metric is the mean of a scorer beside `reward` and `gold`."""
     return name.endswith("_mean") and name not in COLUMNS
+
+
+def mean_with_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of independent values, for example one difference for each prompt, and half its 95 % interval; infinite for
+    one value alone."""
+    if len(values) < 2:
+        return values[0], math.inf
+    return statistics.fmean(values), Z95 * statistics.stdev(values) / math.sqrt(len(values))

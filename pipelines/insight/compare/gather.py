@@ -18,11 +18,9 @@ from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node
 from pipelines.insight.compare.data import Answers, Change, Comparison, Paired, Series
 from pipelines.run.directory import RunDirectory
-from pipelines.run.metrics import evaluations
+from pipelines.run.metrics import evaluations, mean_with_interval
 from training.registry import check_settings
 
-Z95 = 1.96
-"""Standard errors of a 95 % confidence interval, as in evaluations."""
 SHOWN = 5
 """Prompts whose answers are shown, in each direction."""
 LONGEST = 2000
@@ -117,6 +115,7 @@ def _paired(first: Policy, second: Policy, notes: list[str]) -> Iterator[Paired]
 def _difference(scorer: str, first: Policy, second: Policy, scores: dict[str, tuple[float, float]]) -> Paired:
     differences = {prompt: theirs - ours for prompt, (ours, theirs) in scores.items()}
     values = list(differences.values())
+    difference, ci95 = mean_with_interval(values)
     order = sorted(differences, key=lambda prompt: differences[prompt])
     shown = list(dict.fromkeys([*order[-SHOWN:][::-1], *order[:SHOWN]]))
     return Paired(
@@ -124,8 +123,8 @@ def _difference(scorer: str, first: Policy, second: Policy, scores: dict[str, tu
         first=first.label,
         second=second.label,
         prompts=len(values),
-        difference=statistics.fmean(values),
-        ci95=Z95 * statistics.stdev(values) / math.sqrt(len(values)),
+        difference=difference,
+        ci95=ci95,
         wins=statistics.fmean((value > 0) + 0.5 * (value == 0) for value in values),
         answers=list(_answers(first, second, shown, scores)),
     )

@@ -2,13 +2,14 @@
 
 import atexit
 import os
-import subprocess
 import sys
+import time
 
 from contracts.errors import DISK_FULL
 from contracts.records import EVALUATION, ROLLOUTS
 from pipelines.execution.listeners import Listen
 from pipelines.graph import Graph
+from pipelines.insight.readers import ReaderProcess
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, RunEnded, StageEvent, StagePublished
 
@@ -17,7 +18,6 @@ QUICKLY = 8 << 20
 """Bytes of new answers up to which this process reads them itself: it has its libraries loaded already, and is busy for
 well under a second. More is left to a process of its own, so that no stage waits."""
 COMMAND = [sys.executable, "-P", "-m", "pipelines", "report"]
-PRIORITY = 10
 END_SECONDS = 600.0
 
 
@@ -36,14 +36,14 @@ class PageWriter:
         self._changed = not (run.path / PAGE).exists()  # since the page was written
         self._judged = False  # a policy, since then; of the last one the end of the run tells
         self._unread = 0
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: ReaderProcess | None = None
 
     def hear(self, events: list[Event]) -> None:
         """Take note of what has happened, and write what is due."""
         ended = any(isinstance(event, RunEnded) for event in events)
         for event in events:
             self._note(event)
-        if self._child is not None and (ended or self._child.poll() is not None):
+        if self._child is not None and (ended or not self._child.running):
             self._reap()
         if self._child is None and (self._judged or (ended and self._changed)):
             self._write()
@@ -66,11 +66,7 @@ class PageWriter:
         far, self._unread, self._changed, self._judged = self._unread > QUICKLY, 0, False, False
         if far:
             command = [*COMMAND, str(self._run.path)]
-            null = subprocess.DEVNULL
-            self._child = subprocess.Popen(
-                command, stdin=null, stdout=null, stderr=subprocess.PIPE, start_new_session=True
-            )
-            os.setpriority(os.PRIO_PROCESS, self._child.pid, PRIORITY)
+            self._child = ReaderProcess(command, os.environ, b"", self._run.path / "logs" / "report.log")
             atexit.register(self._reap)  # a job of a cluster takes with it whatever it has started
             return
         from pipelines.insight.report.command import write_report
@@ -85,13 +81,5 @@ class PageWriter:
     def _reap(self) -> None:
         """Wait for the process that writes, if there is one."""
         child, self._child = self._child, None
-        if child is None:
-            return
-        try:
-            _, said = child.communicate(timeout=END_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            raise
-        if child.returncode:
-            text = said.decode(errors="replace")[-500:]
-            raise RuntimeError(f"`pipeline report` ended with exit code {child.returncode}: {text}")
+        if child is not None and (failure := child.wait(time.monotonic() + END_SECONDS)):
+            raise RuntimeError(f"`pipeline report` failed: {failure}")

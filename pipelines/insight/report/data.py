@@ -22,13 +22,6 @@ class Statement(msgspec.Struct, kw_only=True):
     tone: Tone = "plain"
 
 
-class Mean(msgspec.Struct, kw_only=True):
-    """A mean over held-out prompts, with half the width of its 95 % interval."""
-
-    mean: float
-    ci95: float
-
-
 class Correlation(msgspec.Struct, kw_only=True):
     """How a score goes with the length of an answer (tokens)."""
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from pipelines.insight.report.data import LedgerLine, RunReport, SampleSet, Statement
+from pipelines.run.metrics import judge_of, mean_with_interval
 from pipelines.text import plural
 
 STRONG = 0.3
@@ -63,26 +64,17 @@ def _learning(report: RunReport) -> Statement:
 
 
 def paired_change(report: RunReport, first: int, last: int) -> tuple[float, float, int] | None:
-    """Change of the mean reward of the same held-out prompts, half its 95 % interval, and how many they are.
-
-    The interval is 1.96 standard errors of the mean of the differences, one for each prompt.
-    """
+    """Change of the mean reward of the same held-out prompts, half its 95 % interval, and how many they are."""
     sets = {found.iteration: found for found in report.sets if found.role == HELD_OUT}
     if first not in sets or last not in sets:
         return None
     before = dict(zip(sets[first].columns.prompt, sets[first].columns.mean, strict=True))
-    pairs = [
-        (now, was)
+    differences = [
+        now - was
         for prompt, now in zip(sets[last].columns.prompt, sets[last].columns.mean, strict=True)
         if now is not None and (was := before.get(prompt)) is not None
     ]
-    differences = [now - was for now, was in pairs]
-    if not differences:
-        return None
-    count = len(differences)
-    mean = math.fsum(differences) / count
-    spread = math.fsum((value - mean) ** 2 for value in differences)
-    return mean, 1.96 * math.sqrt(spread / (count - 1) / count) if count > 1 else math.inf, count
+    return (*mean_with_interval(differences), len(differences)) if differences else None
 
 
 def _judges(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
@@ -104,7 +96,7 @@ def _judges(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
 
 
 def _best(rows: list[dict[str, Any]]) -> list[str]:
-    judge = "gold_reward_mean" if rows[0].get("gold_reward_mean") is not None else "reward_mean"
+    judge = judge_of(rows[0])
     known = [row for row in rows if row.get(judge) is not None]
     best = max(known, key=lambda row: float(row[judge]), default=None)
     if best is None:
