@@ -141,6 +141,7 @@ def test_reward_and_length(tmp_path: Path, length: Any, judge: Any, tone: str, s
     assert found.tone == tone
     learning = report.statements[0]
     assert ("length may be all that it learned" in " ".join(learning.details)) is (tone == "bad")
+    assert learning.answer.startswith("By its reward, yes." if tone == "bad" else ("Yes.", "Not that it shows."))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def statements(report: RunReport) -> list[Statement]:
     """All of them, in the order in which they are read."""
     learning, length = _learning(report), _length(report)
     if learning.tone == "good" and length.tone == "bad":
-        learning.tone = "unclear"
+        learning.tone, learning.answer = "unclear", learning.answer.replace("Yes.", "By its reward, yes.", 1)
         learning.details.insert(0, "But length may be all that it learned: see the next answer.")
     return [learning, length, _dropped(report), _time(report), *_signal(report)]
 
@@ -221,12 +221,9 @@ def _dropped(report: RunReport) -> Statement:
         return found
     worst = max(lines, key=_share)
     found.tone = "bad" if _share(worst) > 0.5 else "unclear" if _share(worst) > 0.1 else "good"
-    most = f"most in {worst.stage}: {_reasons(worst)} of {worst.rows_in} {worst.unit} ({100 * _share(worst):.2g} %)"
-    found.answer = f"{'Little' if found.tone == 'good' else 'Some'}; {most}."
-    found.details = [
-        f"{line.stage}: {_reasons(line)} of {line.rows_in} {line.unit}"
-        for line in sorted(lines, key=_share, reverse=True)[1:6]
-    ]
+    much = {"good": "Little", "unclear": "Some", "bad": "Much"}[found.tone]
+    found.answer = f"{much}. Most was dropped by {_lost(worst)}."
+    found.details = [f"{_lost(line)}." for line in sorted(lines, key=_share, reverse=True)[1:6]]
     if len(lines) > 6:
         found.details.append(f"and {len(lines) - 6} further stages: see the funnel")
     return found
@@ -236,8 +233,11 @@ def _share(line: LedgerLine) -> float:
     return 1 - line.kept / line.rows_in if line.rows_in else 0.0
 
 
-def _reasons(line: LedgerLine) -> str:
-    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(line.dropped.items()))
+def _lost(line: LedgerLine) -> str:
+    reasons = sorted(line.dropped.items(), key=lambda item: -item[1])
+    told = ", ".join(f"{reason.replace('_', ' ')} {count}" for reason, count in reasons)
+    lost = f"{line.rows_in - line.kept} of {line.rows_in} {line.unit} ({100 * _share(line):.2g} %)"
+    return f"{line.stage}: {lost}, by reason: {told}"
 
 
 def _time(report: RunReport) -> Statement:
@@ -247,7 +247,7 @@ def _time(report: RunReport) -> Statement:
         found.answer, found.tone = "Not known: no stage has been made by this run yet.", "unclear"
         return found
     total = facts.stages
-    shares = {"loading": facts.load, "computing": facts.compute, "waiting to start": facts.wait, "other": facts.other}
+    shares = {"loading": facts.load, "computing": facts.compute, "waiting": facts.wait, "other": facts.other}
     most = max(shares, key=lambda name: shares[name])
     role, seconds = next(iter(facts.by_role.items()))
     wall = f"{duration(facts.wall)} of wall-clock time, " if facts.wall else ""
@@ -262,13 +262,19 @@ def _time(report: RunReport) -> Statement:
             "The bottleneck is starting: importing libraries and loading models took longer than the work itself, so "
             "more prompts an iteration would cost little time."
         )
-    elif most == "waiting to start":
-        found.details.append("The bottleneck is waiting for a process or a scheduler to start the stages.")
+    elif most == "waiting":
+        found.details.append(
+            "The bottleneck is what comes before a stage begins: a scheduler's queue, or starting its process."
+        )
     else:
         found.details.append(f"The bottleneck is {role}.")
     if facts.wall and facts.stages > 1.05 * facts.wall:
         found.details.append(f"On average {facts.stages / facts.wall:.1f} stages ran at the same time.")
-    speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in facts.tokens_per_second.items())
+    speeds = ", ".join(
+        f"{name} {float(f'{facts.tokens_per_second[name]:.3g}'):,.0f}"
+        for name in (TRAINED_ON, "training")
+        if name in facts.tokens_per_second
+    )
     found.details.append(
         f"{facts.device_hours:.3g} device-hours" + (f"; tokens a second while computing: {speeds}." if speeds else ".")
     )
@@ -283,10 +289,12 @@ def _signal(report: RunReport) -> list[Statement]:
     share = last.groups_with_gradient / last.groups_scored
     found = Statement(topic="signal", question="Is there something to learn from?", answer="")
     found.tone = "good" if share > 0.5 else "unclear" if share > 0.1 else "bad"
-    found.answer = (
-        f"In iteration {last.iteration}, {100 * share:.3g} % of the prompts have answers with different scores; the "
-        "others carry no gradient."
-    )
+    which = f"In iteration {last.iteration}, "
+    if last.groups_with_gradient == last.groups_scored:
+        found.answer = f"{which}every prompt has answers with different scores."
+    else:
+        different = f"{100 * share:.3g} % of the prompts have answers with different scores"
+        found.answer = f"{which}{different}; the others carry no gradient."
     gaps = [one for one in report.sets if one.gap is not None]
     if gaps:
         found.details.append(

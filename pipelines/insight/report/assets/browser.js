@@ -182,17 +182,39 @@ class Browser {
     [...this.list.children].find((row) => row.querySelector("a").getAttribute("href") === fragment(set, set.columns.prompt[at]))?.classList.add("open");
   }
 
-  /** Go to the pair with the largest margin of the run. */
-  largestMargin() {
+  /** What is worth a look: [{id, title, target}]. */
+  looks() {
+    const last = Math.max(...this.samples.sets.map((set) => set.iteration ?? -1));
+    const held = (set) => set.role === "heldout/generation" && set.iteration === last;
+    const trained = (set) => set.iteration !== null && set.pairs;
+    const change = (set, at) => this.samples.changeOf(set, at);
+    return [
+      ["largest-margin", "The pair with the largest margin", trained, (set, at) => set.columns.margin[at]],
+      ["gained", "The prompt whose answers gained most", held, change],
+      ["lost", "The prompt whose answers lost most", held, (set, at) => negative(change(set, at))],
+      ["worst", "The answer with the lowest score", held, (set, at) => negative(set.columns.worst[at])],
+      ["longest", "The longest answer", held, (set, at) => set.columns.longest[at]],
+    ].flatMap(([id, title, wanted, value]) => {
+      const found = this.extreme(wanted, value);
+      return found ? [{ id, title, target: found }] : [];
+    });
+  }
+
+  /** The address of the prompt with the highest value. */
+  extreme(wanted, value) {
     let best = null;
-    for (const set of this.samples.sets) {
-      if (set.iteration === null) continue;
-      set.columns.margin.forEach((margin, at) => {
-        if (margin !== null && (best === null || margin > best.margin)) best = { set, at, margin };
+    for (const set of this.samples.sets.filter(wanted)) {
+      set.columns.prompt.forEach((_, at) => {
+        const here = value(set, at);
+        if (here !== null && (best === null || here > best.here)) best = { set, at, here };
       });
     }
     return best && fragment(best.set, best.set.columns.prompt[best.at]);
   }
+}
+
+function negative(value) {
+  return value === null ? null : -value;
 }
 
 function decoded(text) {

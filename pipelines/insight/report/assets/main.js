@@ -23,16 +23,26 @@ async function draw() {
   const samples = new Samples(data);
   if (browser) browser.renew(samples);
   else browser = new Browser(place, samples);
-  const button = document.getElementById("largest-margin");
-  const target = browser.largestMargin();
-  button.hidden = target === null;
-  button.onclick = () => {
-    if (location.hash === target) browser.follow();
-    location.hash = target;
-    document.getElementById("samples").scrollIntoView();
-  };
+  drawLooks();
   await browser.refresh();
   return data;
+}
+
+/** Buttons that lead to what is worth a look. */
+function drawLooks() {
+  const buttons = browser.looks().map(({ id, title, target }) =>
+    el("button", {
+      type: "button",
+      id,
+      onclick: () => {
+        if (location.hash === target) browser.follow();
+        location.hash = target;
+        document.getElementById("samples").scrollIntoView();
+      },
+    }, title),
+  );
+  document.querySelector("#looks .actions").replaceChildren(...buttons);
+  document.getElementById("looks").hidden = !buttons.length;
 }
 
 /** Take over from the server's page what is new, and leave alone what the reader does. */
