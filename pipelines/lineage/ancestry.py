@@ -1,4 +1,4 @@
-"""All that an artifact was made from, told from the manifests along its links."""
+"""The ancestors of an artifact, by the links in manifests."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,21 +15,21 @@ from training.registry import describe
 
 
 def ancestry(index: Index, artifact: Artifact) -> dict[str, Any]:
-    """All that an artifact was made from: `artifacts` by name, each with its inputs, the one asked for first."""
+    """An artifact and its ancestors: `artifacts` by name, each with its inputs, the target first."""
     walk = Ancestry(index)
     target = walk.add(index, artifact)
     return {"run": str(index.path), "target": target, "artifacts": walk.artifacts}
 
 
 class Ancestry:
-    """Collects artifacts along their links. Each link is checked: whether its content is still what was read."""
+    """Collects artifacts along their links, and checks whether each input is still what was read."""
 
     def __init__(self, index: Index) -> None:
         self.home = index
         self.artifacts: dict[str, dict[str, Any]] = {}
 
     def add(self, start: Index, first: Artifact) -> str:
-        """Add an artifact and all that it was made from, and return its name."""
+        """Add an artifact and its ancestors; returns its name."""
         todo = [(start, first)]
         while todo:
             index, artifact = todo.pop()
@@ -41,11 +41,11 @@ class Ancestry:
         return self.name(start, first)
 
     def name(self, index: Index, artifact: Artifact) -> str:
-        """The artifact's place in the run that the trace began in, or its path."""
+        """The artifact's path relative to the run where the trace began; its own path if it is elsewhere."""
         return index.name_of(artifact) if index is self.home else str(artifact.path)
 
     def input(self, index: Index, link: Link) -> tuple[dict[str, Any], tuple[Index, Artifact] | None]:
-        """One input as plain data, and the artifact to go on with, if any."""
+        """An input as plain data, and the artifact behind it, if any."""
         entry: dict[str, Any] = {"name": link.name, "digest": link.digest, "path": link.path, "artifact": None}
         if index.is_damaged(link):
             return {**entry, "state": "damaged"}, None
@@ -68,7 +68,7 @@ class Ancestry:
 
 
 def description(artifact: Artifact) -> dict[str, Any]:
-    """What a manifest says of how an artifact was made."""
+    """How an artifact was made, by its manifest."""
     manifest = artifact.manifest
     parts = manifest.key_parts
     config = dict(parts.get("config", {}))
@@ -94,7 +94,7 @@ def description(artifact: Artifact) -> dict[str, Any]:
 
 
 def _settings(stage: str, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The seed, and the values that are not the stage's defaults; all where the stage is not known."""
+    """The seed and all values that differ from the stage's defaults; all values of an unknown stage."""
     declared = all_stages().get(stage)
     fields = declared.config.model_fields if declared else {}
     for name, value in config.items():
@@ -108,7 +108,7 @@ def _settings(stage: str, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _unlike_default(algorithm: str, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The settings that are not the algorithm's defaults; all where it is not there any more."""
+    """The settings that differ from the algorithm's defaults; all settings of an unknown algorithm."""
     defaults: dict[str, Any] = {}
     with contextlib.suppress(UserError):
         defaults = describe(algorithm).defaults
@@ -116,7 +116,7 @@ def _unlike_default(algorithm: str, settings: dict[str, Any]) -> Iterator[tuple[
 
 
 def _sources(config: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
-    """The user's own functions, algorithms and what they import, and whether these files are still what was run."""
+    """The user's own source files, and whether each has changed since."""
     files: dict[str, Path] = {}
     with contextlib.suppress(UserError):
         if config.get("function"):

@@ -1,6 +1,6 @@
-"""Rows against rows: whether scores, pairs and experience speak of the samples that were made, and these of the policy.
+"""Cross-checks of rows: scores, pairs and experience against their rollouts, and rollouts against their policy.
 
-Everything that was made from one artifact of rollouts is read beside it, one shard of rollouts in memory at a time.
+Everything derived from one rollouts artifact is read in parallel with it, one shard of rollouts in memory at a time.
 """
 
 import json
@@ -20,12 +20,11 @@ FIX = "Delete it: the next `pipeline run` writes it again."
 
 
 def disagreements(rollouts: Artifact, policy: str | None, derived: list[Artifact]) -> Iterator[str]:
-    """Every way in which rows contradict each other, with the file that is wrong.
+    """All contradictions between rows, each with the file that is wrong.
 
     Args:
-        policy: fingerprint of the weights that sampled; None: unknown.
-        derived: what was made from these rollouts: scores, with one shard for each of theirs; pairs and experience,
-            in their order.
+        policy: fingerprint of the weights that sampled; None if unknown.
+        derived: artifacts made from these rollouts: scores, shard by shard; pairs and experience, in their order.
 
     Raises:
         UserError: a line is no valid record, or a file is missing.
@@ -80,7 +79,7 @@ def _scores_of(shard: Path, rows: dict[str, Rollout]) -> Iterator[str]:
 
 
 class _Reader:
-    """Reads the rows of pairs or experience as far as the rollouts that they were made from have been read."""
+    """Reads pairs or experience in step with the rollouts from which they were made."""
 
     def __init__(self, artifact: Artifact) -> None:
         self.path = artifact.shards[0] if artifact.shards else artifact.path
@@ -89,14 +88,14 @@ class _Reader:
         self.next = next(self._rows, None)
 
     def compare(self, rollouts: dict[str, Rollout]) -> Iterator[str]:
-        """How the rows of these rollouts differ from them."""
+        """The contradictions between these rollouts and the rows made from them."""
         while self.next is not None and (rollout := rollouts.get(self.next.prompt_id)) is not None:
             yield from (f"{self.path}: {text}" for text in self._differences(self.next, rollout))
             self.next = next(self._rows, None)
 
 
 def _pair_differences(pair: Pair, rollout: Rollout) -> Iterator[str]:
-    """In the ids of prompt and answers."""
+    """Compare the token ids of prompt and responses."""
     if pair.prompt_ids != rollout.prompt_ids:
         yield f"pair {pair.pair_id} has other prompt_ids than the rollout of prompt {pair.prompt_id}"
     answers = {completion.sample: completion.response_ids for completion in rollout.completions}
@@ -107,7 +106,7 @@ def _pair_differences(pair: Pair, rollout: Rollout) -> Iterator[str]:
 
 
 def _experience_differences(row: ExperienceRow, rollout: Rollout) -> Iterator[str]:
-    """In the policy, the ids of prompt and answers, and the numbers of their tokens."""
+    """Compare the policy, the token ids of prompt and responses, and the lengths of per-token values."""
     prompt = f"prompt {row.prompt_id}"
     if row.prompt_ids != rollout.prompt_ids:
         yield f"{prompt} has other prompt_ids than its rollout"
@@ -132,11 +131,11 @@ COMPARISONS: dict[Schema, tuple[type[Any], Callable[[Any, Rollout], Iterator[str
     PAIRS: (Pair, _pair_differences),
     EXPERIENCE: (ExperienceRow, _experience_differences),
 }
-"""What is made from rollouts row by row: the record's type, and how one can differ from its rollout."""
+"""Record type and comparison with the rollout, by schema."""
 
 
 def wrong_metrics(index: Index, artifacts: list[Artifact]) -> Iterator[str]:
-    """Where evaluation.json or metrics.jsonl say something else than the manifests of the evaluations."""
+    """Differences between evaluation.json or metrics.jsonl and the manifests of the evaluations."""
     evaluations: dict[str, Artifact] = {}
     for artifact in artifacts:
         if artifact.manifest.schema == EVALUATION:

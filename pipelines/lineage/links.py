@@ -1,7 +1,7 @@
-"""What was made from what: the artifacts of a run, and for each link in a manifest where its content is now.
+"""The artifacts of a run, and where the input behind each link of their manifests is now.
 
-A manifest records the digest of every input and the path that it had. The digest decides. The path helps to find the
-content, also in a run that was moved, copied or forked since, and where the driver has set it aside in superseded/.
+A manifest records the digest and the path of every input. The digest decides; the path is a hint, also in a run that
+was moved, copied or forked since, and for what is in superseded/.
 """
 
 import contextlib
@@ -30,33 +30,33 @@ class Link:
     path: str
     """Where it was: absolute, or as the user gave it, or hf:ORG/NAME."""
     read: str
-    """When what was made from it was published."""
+    """When its reader was published."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Where the content of a link is now."""
+    """Where the input behind a link is now."""
 
     state: Literal["same", "replaced", "changed", "gone"]
-    """same: in its former place; replaced: found by its digest in another place of the run; changed: only other
-    content is there; gone: nothing is."""
+    """same: at its recorded path; replaced: found elsewhere in the run, by its digest; changed: the recorded path has
+    other content; gone: nothing is there."""
     link: Link
     place: Path
     """The directory or file that holds it; for `gone`, where it was looked for."""
     artifact: Artifact | None = None
-    """The artifact that it is or belongs to, if any."""
+    """The artifact that it is or is part of, if any."""
     part: str = ""
     """The file or folder within the artifact, if it is not all of it."""
     now: str | None = None
-    """The digest of what is in its former place, where that is not the recorded one."""
+    """The digest of what is at its recorded path, if it differs."""
     inside: bool = True
-    """Whether its former place belongs to the run."""
+    """Whether its recorded path is in the run."""
     again: bool = False
-    """Whether the same content was made again in its former place, so that `artifact` is the one that was read."""
+    """Whether its recorded path now has a newer artifact of the same content; `artifact` is the one that was read."""
 
 
 def links_of(manifest: Manifest) -> list[Link]:
-    """The inputs of an artifact, lists written out."""
+    """The inputs of an artifact, one link for each element of a list."""
     links = []
     for name, value in manifest.inputs.items():
         digests, paths = _listed(value), _listed(manifest.input_paths.get(name))
@@ -76,7 +76,7 @@ def fingerprint_of(files: dict[str, str]) -> str:
 
 
 def part_digest(manifest: Manifest, part: str) -> str | None:
-    """`input_digest` of an artifact, or of a file or folder in it, from its manifest; None: it holds no such part."""
+    """`input_digest` of an artifact, or of a file or folder in it, by its manifest; None if it has no such part."""
     if not part:
         return manifest.digest
     files = {file.path: file.sha256 for file in manifest.files}
@@ -89,7 +89,7 @@ def part_digest(manifest: Manifest, part: str) -> str | None:
 
 
 def model_of(found: Found) -> str | None:
-    """The fingerprint by which rows name the model that a link led to; None where that cannot be known any more."""
+    """The fingerprint that rows record for the model behind a link; None if it can no longer be known."""
     if found.state in ("changed", "gone"):
         return None
     if found.artifact is None or found.part:
@@ -107,15 +107,15 @@ class Index:
     """The artifacts below a directory by their names (paths below it), those in superseded/ included."""
 
     def __init__(self, path: Path) -> None:
-        """Read all manifests below `path`, which is a run's directory or holds artifacts that were made by hand."""
+        """Read all manifests below `path`, a run's directory or any other that holds artifacts."""
         self.path = path
         self.artifacts: dict[str, Artifact] = {}
         """Those in superseded/ last."""
         self.damaged: dict[str, UserError] = {}
-        """Names of the directories whose manifest cannot be read."""
+        """Directories whose manifest cannot be read, by name."""
         self._by_digest: dict[str, Artifact] = {}
         self._versions: dict[str, list[Artifact]] = {}
-        """What each stage has published: now, and under other keys."""
+        """All outputs of each stage: the present one, and those in superseded/."""
         names = [directory.relative_to(path).as_posix() for directory in _published(path)]
         for name in sorted(names, key=lambda name: (is_superseded(name), name)):
             try:
@@ -130,16 +130,16 @@ class Index:
         self._roots = self._former_roots()
 
     def name_of(self, artifact: Artifact) -> str:
-        """What to call an artifact: its place in the run, else its path."""
+        """An artifact's path relative to the run; its own path if it is elsewhere."""
         if artifact.path == self.path or not artifact.path.is_relative_to(self.path):
             return str(artifact.path)
         return artifact.path.relative_to(self.path).as_posix()
 
     def find(self, link: Link) -> Found:
-        """Where the content of a link is now.
+        """Find the input behind a link.
 
         Raises:
-            UserError: what lies at a place outside of the run cannot be read.
+            UserError: a path outside of the run cannot be read.
         """
         now = None
         inner = self.inner(link.path)
@@ -160,7 +160,7 @@ class Index:
         return self._find_outside(link, inner)
 
     def input_of(self, artifact: Artifact, name: str) -> Found | None:
-        """Where the content of an artifact's input is; None where that cannot be known, or there is no such input."""
+        """Find an input of an artifact; None if there is no such input or its content is not found."""
         for link in links_of(artifact.manifest):
             if link.name == name and not self.is_damaged(link):
                 with contextlib.suppress(UserError):
@@ -169,7 +169,7 @@ class Index:
         return None
 
     def _find_outside(self, link: Link, inner: tuple[str, str] | None) -> Found:
-        """A link to what no stage of the run has made: a user's file, a model from elsewhere, another run."""
+        """Find what no stage of the run has made: a user's file, a model, an artifact of another run."""
         # What lay in the run has to be in the run, not in a former directory of it that is still there.
         place = Path(link.path) if inner is None else self.path / inner[0] / inner[1]
         if not link.path.startswith("hf:") and not place.exists():
@@ -183,12 +183,12 @@ class Index:
         return Found("changed", link, place, artifact, now=now, inside=False)
 
     def is_damaged(self, link: Link) -> bool:
-        """Whether a link leads to a place of the run whose manifest cannot be read."""
+        """Whether a link leads to an artifact of the run whose manifest cannot be read."""
         inner = self.inner(link.path)
         return inner is not None and inner[0] in self.damaged
 
     def inner(self, recorded: str) -> tuple[str, str] | None:
-        """Name of the artifact, and the part of it, that a recorded path meant; None: it did not lie in the run."""
+        """A recorded path as the name of an artifact and a part of it; None if it was not in the run."""
         path = Path(recorded)
         for root in self._roots:
             if path.is_relative_to(root):
@@ -205,10 +205,10 @@ class Index:
         return None
 
     def _former_roots(self) -> list[Path]:
-        """The directories that this run has been, the present one first.
+        """The run's directories: the present one, and former ones.
 
-        A run that was moved or forked has links below its former directory. That is told from those whose content is
-        found at the same place below the present one.
+        In a run that was moved or forked, recorded paths lie below its former directory. It is recognised by inputs
+        whose content is at the same relative path now.
         """
         roots = {self.path.absolute(): None}
         for artifact in self.artifacts.values():
@@ -222,18 +222,18 @@ class Index:
         return list(roots)
 
     def _with_part(self, name: str, part: str, wanted: str) -> list[Artifact]:
-        """What a stage has published, now and under other keys, that has this content in a part of it."""
+        """The outputs of a stage, now and in superseded/, with this digest for a part."""
         return [found for found in self._versions.get(name, []) if part_digest(found.manifest, part) == wanted]
 
 
 def _version_read(versions: list[Artifact], link: Link) -> Artifact:
-    """Of several artifacts with the content of a link the one that was read, which is not younger than its reader."""
+    """Of several artifacts with the content of a link, the one that was read: the newest not newer than its reader."""
     earlier = [version for version in versions if version.manifest.created <= link.read]
     return max(earlier or versions, key=lambda version: version.manifest.created)
 
 
 def is_superseded(name: str) -> bool:
-    """Whether an artifact's name says that it was set aside."""
+    """Whether an artifact is in superseded/, by its name."""
     return original_name(name) != name
 
 
@@ -244,7 +244,7 @@ def original_name(name: str) -> str:
 
 
 def _published(path: Path) -> Iterator[Path]:
-    """Directories with a manifest, outside of logs and of what is being made; nothing is published inside another."""
+    """Directories with a manifest, except logs and hidden ones; artifacts are not nested."""
     for folder, subfolders, files in os.walk(path):
         if MANIFEST in files:
             subfolders.clear()

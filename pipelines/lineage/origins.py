@@ -1,4 +1,4 @@
-"""Where a pair or a prompt comes from: its rows in the artifacts of a run."""
+"""The provenance of a pair or a prompt: its rows in the artifacts of a run."""
 
 import gzip
 import math
@@ -35,12 +35,12 @@ RECORDS: dict[Schema, type[Any]] = {
     EXPERIENCE: ExperienceRow,
     SCORES: Score,
 }
-"""What a row of each is."""
+"""Record type of the rows, by schema."""
 OF_A_PAIR = ("pair_id", "iteration", "chosen_sample", "rejected_sample", "margin")
 
 
 class OriginRow(NamedTuple):
-    """A record, and where it is."""
+    """A record and its location."""
 
     artifact: Artifact
     shard: str
@@ -50,7 +50,7 @@ class OriginRow(NamedTuple):
 
 
 class Search:
-    """Looks for rows in the artifacts of one run."""
+    """Searches the artifacts of one run for rows."""
 
     def __init__(self, index: Index, unread: list[str]) -> None:
         """Files that could not be searched are added to `unread`, with the reason."""
@@ -58,11 +58,11 @@ class Search:
         self.unread = unread
 
     def pairs(self, pair_id: str) -> list[dict[str, Any]]:
-        """A pair wherever it is; the one that is there now comes before those in superseded/."""
+        """All occurrences of a pair, those in superseded/ last."""
         return [self._pair(row) for row in self._rows(PAIRS, "pair_id", pair_id)]
 
     def prompt(self, prompt_id: str) -> list[dict[str, Any]]:
-        """Where a prompt is from, and all rollouts, pairs and experience of it; empty where there are none."""
+        """A prompt's source, rollouts, pairs and experience; empty if the run does not have it."""
         found = {
             "prompts": [
                 self._imported(row) | {"messages": msgspec.to_builtins(row.record.messages)}
@@ -108,7 +108,7 @@ class Search:
         return [artifact for artifact in self.index.artifacts.values() if artifact.manifest.schema == schema]
 
     def _pair(self, row: OriginRow) -> dict[str, Any]:
-        """Prompt, answers, scores, policy and use of one pair."""
+        """Prompt, responses, scores and policy of a pair, and what was trained on it."""
         index, pair = self.index, row.record
         sampled = self._row_in(index.input_of(row.artifact, "rollouts"), "prompt_id", pair.prompt_id)
         policy = index.input_of(sampled.artifact, "policy") if sampled else None
@@ -149,7 +149,7 @@ class Search:
         }
 
     def _imported(self, row: OriginRow) -> dict[str, Any]:
-        """Where a prompt was imported from."""
+        """The import of a prompt."""
         source = next((link for link in links_of(row.artifact.manifest) if link.name == "source"), None)
         return {
             "prompts": self.index.name_of(row.artifact),
@@ -159,7 +159,7 @@ class Search:
         }
 
     def _rollout(self, row: OriginRow) -> dict[str, Any]:
-        """One rollout of a prompt: its policy, and its answers with their scores."""
+        """A rollout with its policy, responses and scores."""
         policy = self.index.input_of(row.artifact, "policy")
         return {
             "rollouts": self.index.name_of(row.artifact),
@@ -170,7 +170,7 @@ class Search:
         }
 
     def _answers(self, row: OriginRow, pairs: Artifact | None = None) -> Iterator[dict[str, Any]]:
-        """The answers of a rollout, how they were sampled, and what each scorer says of them."""
+        """The responses of a rollout with their sampling parameters and scores."""
         scores = list(self._scores_of(row, pairs))
         for answer in row.record.completions:
             yield {
@@ -182,10 +182,10 @@ class Search:
             }
 
     def _scores_of(self, sampled: OriginRow, pairs: Artifact | None) -> Iterator[tuple[str, dict[int, float]]]:
-        """What each scorer says of the samples of a rollout, by sample.
+        """The scores of a rollout by each scorer, by sample.
 
-        Of scores that were set aside, only those that the pairs were made from count. A scorer's name that occurs twice
-        is followed by its place.
+        Of scores in superseded/, only those from which the pairs were chosen count. To a scorer's name that occurs
+        twice its artifact is added.
         """
         rollouts, prompt = sampled.artifact.manifest.digest, sampled.record.prompt_id
         read = pairs.manifest.inputs.get("scores") if pairs else None
@@ -201,7 +201,7 @@ class Search:
             names.add(name)
 
     def _experience(self, row: OriginRow) -> dict[str, Any]:
-        """What was learned from the answers to a prompt, in means over their tokens; and by which checkpoints."""
+        """A prompt's experience, in means over tokens, and the checkpoints trained on it."""
         return {
             "experience": self.index.name_of(row.artifact),
             "iteration": row.record.iteration,
@@ -220,7 +220,7 @@ class Search:
         }
 
     def _used_by(self, artifact: Artifact) -> list[str]:
-        """The checkpoints that were trained on an artifact, and not on another one with the same content."""
+        """The checkpoints trained on this artifact; not those trained on another with the same content."""
 
         def leads_here(links: Iterable[Link]) -> bool:
             found = (self.index.find(link) for link in links if link.digest == artifact.manifest.digest)
@@ -230,7 +230,7 @@ class Search:
 
 
 def _sampling_of(answer: Completion | None) -> dict[str, Any]:
-    """How an answer was sampled; None where its rollouts are gone."""
+    """How a response was sampled; None if its rollouts are gone."""
     if answer is None:
         return {"tokens": None, "seed": None, "sampling": None, "mean_logprob": None}
     return {
@@ -242,5 +242,5 @@ def _sampling_of(answer: Completion | None) -> dict[str, Any]:
 
 
 def _scorer_of(scores: Artifact) -> str:
-    """The name that scores are known by."""
+    """The name of the scorer."""
     return str(scores.manifest.facts.get("scorer") or scores.manifest.key_parts.get("config", {}).get("name", "score"))

@@ -64,13 +64,13 @@ def trace(what: str, run: Path | None = None) -> dict[str, Any]:
 
 
 def runs_here() -> list[Path]:
-    """The runs below ./runs, and the one that the working directory is in."""
+    """The run of the working directory, if any, and the runs below ./runs."""
     here = run_of(Path.cwd())
     return [*([here] if here else []), *(path.parent for path in sorted(Path("runs").absolute().glob(f"*/{RUN}")))]
 
 
 def _by_digest(indexes: list[Index], prefix: str) -> dict[str, Any] | None:
-    """What has a digest, a key or (checkpoints) weights that begin so."""
+    """The artifacts and inputs whose digest, key or (checkpoints) weights fingerprint begins with `prefix`."""
     found: list[tuple[Index, Artifact]] = []
     outside: dict[str, list[tuple[Link, str]]] = {}
     for index in indexes:

@@ -1,4 +1,4 @@
-"""`pipeline verify`: whether all that a run has published is what its manifests say, and fits together."""
+"""`pipeline verify`: checks that the artifacts of a run match their manifests and each other."""
 
 import os
 from collections.abc import Iterator
@@ -24,20 +24,20 @@ from pipelines.run.directory import RunDirectory
 from pipelines.text import megabytes, plural, say
 
 DERIVED = (SCORES, PAIRS, EXPERIENCE)
-"""What is made from rollouts, row for row."""
+"""Schemas of artifacts whose rows are derived from rollouts."""
 SHOWN = 5
-"""Contradictions between rows that are listed for one artifact of rollouts; the others are counted."""
+"""How many contradictions are listed per rollouts artifact; the others are counted."""
 
 
 @dataclass
 class Findings:
-    """What was looked at, and what was found; every line begins with the file or directory that it is about."""
+    """What was checked and found; every line begins with the path that it is about."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """What nobody reads, and nobody will clear away."""
+    """Files that nothing reads or cleans up."""
     notes: list[str] = field(default_factory=list)
-    """What could not be checked, or is good to know."""
+    """What could not be checked, and other remarks."""
     artifacts: int = 0
     files: int = 0
     bytes: int = 0
@@ -54,7 +54,7 @@ class Findings:
 
 
 def print_verification(console: Console, path: Path) -> None:
-    """Verify a run or an artifact and print what was found, problems first.
+    """Verify a run or an artifact and print the findings, problems first.
 
     Raises:
         UserError: there are problems.
@@ -83,7 +83,7 @@ def verify(path: Path, console: Console | None = None) -> Findings:
 
 
 class _Verification:
-    """One verification: of one artifact of an index, or of all."""
+    """Verifies one artifact of an index, or all."""
 
     def __init__(self, index: Index, only: Path | None) -> None:
         chosen = {
@@ -99,10 +99,10 @@ class _Verification:
         self.findings.problems += [str(error) for name, error in index.damaged.items() if name in chosen]
         self.released: dict[Path, frozenset[str]] = {}
         self.broken: set[Path] = set()
-        """Artifacts with damaged files: their rows are not compared with others."""
+        """Artifacts with damaged files; their rows are not cross-checked."""
 
     def run(self, console: Console | None) -> Findings:
-        """All checks, those that read rows last."""
+        """Run all checks; those that read rows come last."""
         problems = self.findings.problems
         for artifact in self.targets:
             problems += self.check_manifest(artifact)
@@ -116,7 +116,7 @@ class _Verification:
         return self.findings
 
     def check_manifest(self, artifact: Artifact) -> Iterator[str]:
-        """Whether what a manifest says twice is the same, and what it counts adds up."""
+        """Check that a manifest is consistent in itself."""
         manifest, where = artifact.manifest, artifact.path / MANIFEST
         if content_digest(manifest.schema, manifest.files) != manifest.digest:
             yield f"{where}: the digest does not fit the files listed"
@@ -136,7 +136,7 @@ class _Verification:
             yield f"{artifact.path / RELEASED}: it names {name}, which the manifest does not list"
 
     def check_files(self, console: Console | None) -> None:
-        """Hash the files side by side, count their rows, and look for files that no manifest lists."""
+        """Hash the files in parallel, count their rows, and look for files that no manifest lists."""
         findings, jobs = self.findings, list[tuple[Artifact, File]]()
         for artifact in self.targets:
             released = self.released_of(artifact)
@@ -164,7 +164,7 @@ class _Verification:
                     self.broken.add(artifact.path)
 
     def check_links(self) -> None:
-        """Whether every input that a manifest names is there, with the content that was read."""
+        """Check that the inputs that manifests name exist with the content that was read."""
         problems: dict[str, list[str]] = {}
         notes: dict[str, list[str]] = {}
         outside: set[Path] = set()
@@ -196,7 +196,7 @@ class _Verification:
             self.findings.problems += input_damage(place)
 
     def check_rows(self) -> None:
-        """Compare scores, pairs and experience with their rollouts, and these with the policy that sampled them."""
+        """Cross-check scores, pairs and experience with their rollouts, and rollouts with their policy."""
         groups: dict[Path, tuple[Artifact, list[Artifact]]] = {}
         for artifact in self.targets:
             if artifact.manifest.schema in (ROLLOUTS, *DERIVED) and self.is_readable(artifact):
@@ -218,12 +218,12 @@ class _Verification:
                     self.findings.problems.append(f"{error.filename or rollouts.path}: {error.strerror}")
 
     def is_readable(self, artifact: Artifact) -> bool:
-        """Whether all files of an artifact are there and undamaged."""
+        """Whether all files of an artifact exist undamaged."""
         gone = self.released_of(artifact)
         return artifact.path not in self.broken and not any(file.path in gone for file in artifact.manifest.files)
 
     def released_of(self, artifact: Artifact) -> frozenset[str]:
-        """Names of the files that were deleted on purpose; a list of them that cannot be read is a problem."""
+        """Names of the files that `pipeline gc` deleted; an unreadable list is a problem."""
         if artifact.path not in self.released:
             self.released[artifact.path] = frozenset()
             try:
@@ -234,7 +234,7 @@ class _Verification:
 
 
 def is_driven(run: Path) -> bool:
-    """Whether somebody drives a run at this moment."""
+    """Whether a driver is working on a run."""
     return (run / RUN).exists() and (run / "lock").exists() and RunDirectory(run).holder() is not None
 
 
@@ -244,7 +244,7 @@ def sha256_of(artifact: Artifact) -> dict[str, str]:
 
 
 def examine(artifact: Artifact, file: File) -> tuple[int, str | None]:
-    """The rows of one published file, and how it differs from the manifest."""
+    """The number of rows in a published file, and its difference from the manifest, if any."""
     path = artifact.path / file.path
     try:
         if problem := artifact.damage_of(file):
@@ -262,7 +262,7 @@ def count_rows(path: Path) -> int:
 
 
 def strays(artifact: Artifact) -> list[str]:
-    """Files in an artifact's directory that are not the artifact's."""
+    """Files in an artifact's directory that its manifest does not list."""
     known = {MANIFEST, RELEASED}
     for file in artifact.manifest.files:
         stored = (artifact.path / file.path).exists()
@@ -272,7 +272,7 @@ def strays(artifact: Artifact) -> list[str]:
 
 
 def unpublished(run: Path) -> Iterator[Path]:
-    """Directories of a run with files of which no manifest knows, as when the manifest was lost."""
+    """Directories of a run that hold files but no manifest."""
     for folder, subfolders, files in os.walk(run):
         here = Path(folder)
         if (here / MANIFEST).is_file():
@@ -287,7 +287,7 @@ def unpublished(run: Path) -> Iterator[Path]:
 
 
 def leftovers(run: Path) -> list[str]:
-    """What interrupted commands have left and nobody reads; not what the next attempt at a stage continues with."""
+    """Leftovers of interrupted commands, except those that the next attempt resumes from."""
     found = [f"{path}: it was never finished" for path in sorted(run.glob("*.tmp"))]
     text = "an interrupted command left it; `pipeline gc` deletes it"
     return found + [f"{path}: {text}" for path, _ in gc.leftovers(run) if path.is_dir()]

@@ -1,6 +1,6 @@
-"""What `pipeline trace` has found, as trees that can be read as plain text.
+"""Renders what `pipeline trace` has found as trees that can be read as plain text.
 
-A checkpoint is a tree of its own, below that of what was made from it, so that no run is too long to be shown.
+Each checkpoint is a tree of its own, below the one that was made from it, so that the depth does not grow with the run.
 """
 
 import os
@@ -43,7 +43,7 @@ def _outside(found: Data) -> Iterator[Tree | Text]:
 
 
 class Ancestors:
-    """Draws artifacts with what they were made from; each once."""
+    """Draws artifacts with their inputs, each artifact once."""
 
     def __init__(self, artifacts: Data, *, brief: bool) -> None:
         self.artifacts = artifacts
@@ -52,7 +52,7 @@ class Ancestors:
         self.waiting: list[str] = []
 
     def trees(self, first: str) -> Iterator[Tree]:
-        """A tree of the first artifact, and one of every checkpoint that it goes back to."""
+        """The tree of the first artifact, and one for every checkpoint among its ancestors."""
         self.waiting.append(first)
         for name in self.waiting:  # which grows meanwhile
             tree = Tree(self.label(name, name))
@@ -85,7 +85,7 @@ class Ancestors:
             self.grow(tree.add(self.label(name, head)), name)
 
     def label(self, name: str, head: str) -> Text:
-        """An artifact's name, and what its manifest says of it."""
+        """An artifact's name and a summary of its manifest."""
         artifact = self.artifacts[name]
         weights = f"  weights {artifact['weights'][:12]}" if artifact["weights"] else ""
         identity = f"key {artifact['key'][:12]}  digest {artifact['digest'][:12]}{weights}"
@@ -108,7 +108,7 @@ class Ancestors:
 
 
 def counted(artifact: Data) -> str:
-    """How much an artifact holds: steps of training, or rows."""
+    """The size of an artifact: training steps, or rows."""
     steps = artifact["facts"].get("steps")
     if steps is not None:
         return f"; {steps} steps"

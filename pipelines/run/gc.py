@@ -1,4 +1,4 @@
-"""`pipeline gc RUN`: delete and compress what is not needed, and say why the rest stays."""
+"""`pipeline gc RUN`: delete and compress what is no longer needed, and say why the rest is kept."""
 
 import re
 import shutil
@@ -34,13 +34,13 @@ def collect(
     superseded: bool,
     dry_run: bool,
 ) -> None:
-    """Do what `plan` says, and tell it.
+    """Carry out `plan` and print it.
 
     Args:
         busy: how many jobs work on the run elsewhere; asked when no driver does.
 
     Raises:
-        UserError: the run is being driven, or what has to be known cannot be read.
+        UserError: the run is active, or something it depends on cannot be read.
     """
     run.lock()
     if jobs := busy():
@@ -71,7 +71,7 @@ def collect(
 
 
 def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> list[CollectionStep]:
-    """Everything that there is to say about a run; it changes nothing.
+    """All steps for a run; changes nothing.
 
     Raises:
         UserError: a manifest, or what another run reads, cannot be read.
@@ -90,7 +90,7 @@ def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> l
 
 
 def perform(step: CollectionStep, run: RunDirectory) -> int:
-    """Do one step; returns the bytes that are free now."""
+    """Carry out one step; returns the bytes freed."""
     if step.verb == "release":
         return release(Artifact.open(step.path), step.reason)
     if step.verb == "compress":
@@ -105,7 +105,7 @@ def perform(step: CollectionStep, run: RunDirectory) -> int:
 
 
 def whole_graph(run: RunDirectory) -> Graph:
-    """The graph of a run for as many iterations as it is to have, or has had."""
+    """The graph of a run, with all iterations that it is configured for or has directories of."""
     count = run.iterations
     while (run.path / folder_of(count + 1)).is_dir():
         count += 1
@@ -113,7 +113,7 @@ def whole_graph(run: RunDirectory) -> Graph:
 
 
 def up_to_date(graph: Graph) -> set[str]:
-    """The stages that are published, and were made from what the stages before them have published now."""
+    """The published stages whose inputs are what their upstream stages have published now."""
     found: set[str] = set()
     for node in graph.nodes.values():
         if not found.issuperset(node.needs) or not (node.output / MANIFEST).is_file():
@@ -124,7 +124,7 @@ def up_to_date(graph: Graph) -> set[str]:
 
 
 def leftovers(run: Path) -> Iterator[tuple[Path, str]]:
-    """What nobody will read or continue any more, and why."""
+    """Leftovers that nothing will read or resume, and why."""
     for path in sorted(run.glob(f"{TRASH}*")):
         yield path, "left by a command that was killed"
     for path in sorted(run.rglob("*.tmp")):

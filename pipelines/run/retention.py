@@ -1,14 +1,14 @@
-"""What of a run stays on the disk: whose weights are deleted, which rows are compressed, and why the others are kept.
+"""Retention: which checkpoints lose their weights, which rows are compressed, and why the others are kept.
 
-A checkpoint that is *released* loses its weights and keeps everything else, its manifest first of all: what was made
-from it stays reused. Where a stage has to run that needs the weights, the driver has them made again before.
+A *released* checkpoint loses its weights and keeps everything else, above all its manifest, so that what was made from
+it is still reused. Before a stage that needs the weights runs, the driver runs the stage that made them once more.
 
-Whatever is done here can be killed at any instant, and then
+A kill at any instant leaves one of these, and each is cleaned up:
   a released.json whose files are still there         the next time deletes them
   FILE beside FILE.gz                                 the next time checks FILE.gz and deletes FILE
   a scratch file, or a directory .trash-*             is deleted the next time, or by `pipeline gc`
 
-A released stage that is made again is set aside in superseded/ meanwhile, like one whose key has changed.
+While a released stage runs once more, its old output is in superseded/, as after a change of its key.
 """
 
 import gzip
@@ -41,23 +41,23 @@ from pipelines.run.events import Event, RetentionFailed, RetentionHeld, RowsComp
 from pipelines.run.metrics import best_of, evaluations, policy_of
 
 TRAINED = ("training", "ema", "critic")
-"""The only roles in an iteration whose weights are ever deleted."""
+"""Roles of the nodes whose weights may be deleted."""
 ROWS = (ROLLOUTS, SCORES, EXPERIENCE)
-"""What has its rows compressed."""
+"""Schemas of the artifacts whose rows may be compressed."""
 CHUNK = 1 << 20
 
 
-# What may go.
+# Policy.
 
 
 def still_read(graph: Graph, published: Collection[str]) -> dict[str, str]:
-    """The stages whose output a stage that is still to run reads, with the first such stage."""
+    """Each stage whose output is still an input of a stage to run, with the first such stage."""
     waiting = [node for node in graph.nodes.values() if node.name not in published]
     return {needed: node.name for node in reversed(waiting) for needed in node.needs}
 
 
 def may_be_released(node: Node) -> bool:
-    """Whether it is a checkpoint of an iteration, whose weights may be deleted some day."""
+    """Whether a node publishes a checkpoint of an iteration, whose weights may be deleted."""
     return node.iteration is not None and node.role in TRAINED
 
 
@@ -73,7 +73,7 @@ def unpushed(run: RunDirectory, graph: Graph, hub: HubSection | None) -> set[str
 def why_kept(
     run: Path, graph: Graph, published: Collection[str], keep: str, waiting: Collection[str] = ()
 ) -> dict[str, str | None]:
-    """For each checkpoint of an iteration that has its weights: why they stay, or None where they can go.
+    """For each checkpoint of an iteration that has its weights: why they are kept, or None if they may be deleted.
 
     Args:
         published: names of the stages that will not run again as things stand.
@@ -112,7 +112,7 @@ def why_kept(
 
 
 def compressible(graph: Graph, published: Collection[str]) -> Iterator[tuple[Node, str | None]]:
-    """The rollouts, scores and experience of iterations that are not compressed: with why they stay so, or None."""
+    """The rollouts, scores and experience not compressed yet, each with the reason to leave it so, or None."""
     readers = still_read(graph, published)
     trainings = {node.iteration: name for name, node in graph.nodes.items() if node.role == "training"}
     for name, node in graph.nodes.items():
@@ -134,19 +134,19 @@ def compressible(graph: Graph, published: Collection[str]) -> Iterator[tuple[Nod
 
 @dataclass(frozen=True)
 class CollectionStep:
-    """Something of a run that is deleted, compressed or kept, and why."""
+    """What to do with one path of a run, and why."""
 
     verb: Literal["delete", "release", "compress", "keep"]
     path: Path
     reason: str
     bytes: int
-    """What the disk gets back if it is deleted."""
+    """Disk space that its deletion frees."""
 
 
 def steps(
     run: RunDirectory, graph: Graph, published: Collection[str], section: RetentionSection, hub: HubSection | None
 ) -> Iterator[CollectionStep]:
-    """What becomes of each checkpoint that has its weights, and of all rows that are not compressed."""
+    """The decision about each checkpoint that still has its weights, and about all uncompressed rows."""
     for name, kept in why_kept(run.path, graph, published, section.keep, unpushed(run, graph, hub)).items():
         output = graph.nodes[name].output
         why = kept or f"its weights; nothing needs them, keep={section.keep}"
@@ -158,12 +158,12 @@ def steps(
 
 
 def read_by_others(run: Path) -> dict[Path, str]:
-    """What of a run, by path inside of it, the other runs beside it name as an input, with the run that does.
+    """Paths inside a run that its sibling runs use as inputs, each with the name of such a run.
 
-    What another run has a copy of its own of (a fork, of what it has taken over) does not count.
+    What the other run has its own copy of does not count: a fork has one of what it took over.
 
     Raises:
-        UserError: what another run reads cannot be found out.
+        UserError: the inputs of another run cannot be read.
     """
     here = run.resolve()
     found: dict[Path, str] = {}
@@ -185,7 +185,7 @@ def _has_own(run: Path, inside: Path) -> bool:
 
 
 def _names_in(run: Path) -> set[str]:
-    """Whatever could be a path in a run's settings and among the inputs of what it has published."""
+    """Every string that may be a path in a run's config and in the inputs of its artifacts."""
     sources: list[Any] = []
     if (run / "config.resolved.yaml").is_file():
         sources.append(read_yaml(run / "config.resolved.yaml"))
@@ -207,7 +207,7 @@ def _names_in(run: Path) -> set[str]:
 
 
 def _weights(artifact: Artifact) -> list[Path]:
-    """The files with weights that are there."""
+    """The weight files that exist."""
     return [path for path in (artifact.path / name for name in _weight_names(artifact)) if path.exists()]
 
 
@@ -216,22 +216,22 @@ def _weight_names(artifact: Artifact) -> list[str]:
 
 
 def plain_shards(artifact: Artifact) -> list[tuple[Path, File]]:
-    """The shards that are there uncompressed."""
+    """The shards that are stored uncompressed."""
     shards = [(artifact.path / file.path, file) for file in artifact.manifest.files if file.path.startswith("shard-")]
     return [(path, file) for path, file in shards if path.exists()]
 
 
 def own_bytes(files: Iterable[Path]) -> int:
-    """Bytes that the disk gets back when files are deleted: none for those that have a name elsewhere too."""
+    """Bytes that deleting files frees: none for a file with another hard link."""
     found = [path.lstat() for path in files]
     return sum(status.st_size for status in found if status.st_nlink == 1)
 
 
-# Doing it.
+# Deleting and compressing.
 
 
 def release(artifact: Artifact, reason: str) -> int:
-    """Delete a checkpoint's weights, having written down that it is on purpose; returns the bytes that are free now."""
+    """Record in released.json that a checkpoint's weights are deleted, and delete them; returns the bytes freed."""
     _clear_scratch(artifact.path, RELEASED)
     if not artifact.released:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -245,10 +245,10 @@ def release(artifact: Artifact, reason: str) -> int:
 
 
 def compress(artifact: Artifact, stop: threading.Event | None = None) -> int:
-    """Keep an artifact's rows as FILE.gz; returns the bytes that are free now. Ends early when `stop` is set.
+    """Replace the shards of an artifact by FILE.gz; returns the bytes freed. Returns early when `stop` is set.
 
     Raises:
-        UserError: a file is not what the manifest says; it stays as it is.
+        UserError: a file differs from the manifest; it is left as it is.
     """
     freed = 0
     _clear_scratch(artifact.path, f"*{COMPRESSED}")
@@ -270,7 +270,7 @@ def compress(artifact: Artifact, stop: threading.Event | None = None) -> int:
 
 
 def _pack(path: Path, target: Path, sha256: str, stop: threading.Event | None) -> bool:
-    """Write FILE.gz, read it back and give it its name; False when `stop` was set meanwhile."""
+    """Write FILE.gz under a temporary name, verify it and rename it; False if `stop` was set."""
     scratch = target.with_name(f"{target.name}.{process_name()}.tmp")
     with path.open("rb") as source, scratch.open("wb") as packed:
         # Without a name and a time in it, the same rows are the same bytes.
@@ -294,7 +294,7 @@ def _pack(path: Path, target: Path, sha256: str, stop: threading.Event | None) -
 
 
 def _unpacked_sha256(path: Path) -> str | None:
-    """SHA-256 of what a compressed file holds; None where it is damaged or missing."""
+    """SHA-256 of the content of a compressed file; None if it is damaged or missing."""
     try:
         with gzip.open(path) as content:
             return hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]
@@ -307,16 +307,16 @@ def _clear_scratch(directory: Path, pattern: str) -> None:
         path.unlink()
 
 
-# Making released weights again.
+# Restoring deleted weights.
 
 
 def released_inputs(node: Node, graph: Graph, where: Callable[[Path], Path] = lambda path: path) -> list[str]:
-    """The stages whose weights were deleted and which a stage needs; `where` says where an output lies now."""
+    """The inputs of a node whose weights were deleted; `where` maps an output to its present place."""
     return [name for name in node.needs if (where(graph.nodes[name].output) / RELEASED).is_file()]
 
 
 def made_again(graph: Graph, runs: Collection[str], where: Callable[[Path], Path]) -> dict[str, str]:
-    """The stages that have to be made again, with the reason, when the stages `runs` are run."""
+    """The released stages that must run once more, with the reason, if the stages `runs` run."""
     found: dict[str, str] = {}
     todo = list(runs)
     while todo:
@@ -328,11 +328,11 @@ def made_again(graph: Graph, runs: Collection[str], where: Callable[[Path], Path
     return found
 
 
-# While a driver works.
+# During a run.
 
 
 class Retention:
-    """Does what a run's section `retention` says while its driver works; what goes wrong is only recorded."""
+    """Applies the section `retention` during a run; failures are recorded and do not end the run."""
 
     def __init__(
         self, run: RunDirectory, graph: Graph, section: RetentionSection, hub: HubSection | None = None
@@ -355,7 +355,7 @@ class Retention:
         self._worker.shutdown(cancel_futures=True)
 
     def apply(self, published: Collection[str]) -> None:
-        """Delete the weights that can go now, and begin to compress, in a thread, the rows that can be."""
+        """Delete the weights that are no longer needed, and compress rows in a background thread."""
         if self.section.keep == "all" and not self.section.compress:
             return
         if self.run.pinned:
@@ -374,7 +374,7 @@ class Retention:
             self._failed("retention", error)
 
     def poll(self) -> bool:
-        """Note what the thread has done; whether it has more to do."""
+        """Record what the background thread has finished; returns whether it has more to do."""
         for name, job in list(self._compressing.items()):
             if job.done():
                 del self._compressing[name]

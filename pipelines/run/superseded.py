@@ -1,4 +1,4 @@
-"""superseded/: what a stage had published under other keys is kept there, and taken back when its key returns.
+"""superseded/ keeps what a stage published under other keys, and gives it back when that key is wanted again.
 
     superseded/STAGE/KEY/            what STAGE had published under KEY; also what it had published without weights,
                                      while these are made again
@@ -22,7 +22,7 @@ TRASH = ".trash-"
 
 
 def act_on(node: Node, decision: Decision, run: Path) -> None:
-    """Make way for what a stage is to publish, or take back what fits. Nothing is deleted; it moves aside."""
+    """Move a stage's old output aside before it runs, or move back the output that has the wanted key."""
     if (node.output / MANIFEST).is_file():
         old = Artifact.open(node.output).manifest.key
         if old == decision.key and decision.reuse:
@@ -39,7 +39,7 @@ def act_on(node: Node, decision: Decision, run: Path) -> None:
 
 
 def drop_replaced(node: Node, key: str, run: Path) -> bool:
-    """After a released stage was made again: forget what it had published; whether it came out the same."""
+    """After a released stage has run once more, delete its old output; returns whether the content is the same."""
     old = kept(run, node, key)
     if not (old / RELEASED).is_file():
         return True
@@ -49,19 +49,19 @@ def drop_replaced(node: Node, key: str, run: Path) -> bool:
 
 
 def drop_partials(node: Node) -> None:
-    """After a stage is published: delete what interrupted attempts under other keys have left beside it."""
+    """After a stage has published: delete the partial outputs of attempts under other keys."""
     for path in node.output.parent.glob(f".{node.output.name}.partial-*"):
         shutil.rmtree(path)
 
 
 def discard(directory: Path, run: Path) -> None:
-    """Delete a directory of a run: first out of sight, so that nobody ever sees half of it."""
+    """Delete a directory of a run atomically, by renaming it first."""
     trash = Path(tempfile.mkdtemp(prefix=TRASH, dir=run))
     os.rename(directory, trash / "discarded")
     shutil.rmtree(trash)
 
 
 def end_deletions(run: Path) -> None:
-    """After a kill: delete what was about to be deleted."""
+    """After a kill: finish interrupted deletions."""
     for trash in run.glob(f"{TRASH}*"):
         shutil.rmtree(trash)
