@@ -336,7 +336,7 @@ def drive(path: Path, overrides: list[str], *, detached: bool) -> dict[str, Any]
     if detached:
         Executors(site).named("slurm").detach(console, verdicts(graph, config, []))
     else:
-        with Display(console, run, len(graph.nodes)) as display:
+        with Display(console, run, graph) as display:
             Driver(site, [display]).drive()
     own, commands = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {"begin": begin, "cpu": own.ru_utime + own.ru_stime, "commands_cpu": commands.ru_utime + commands.ru_stime}

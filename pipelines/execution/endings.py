@@ -129,14 +129,23 @@ def log_of(attempt: Path) -> Path:
 
 def progress_of(attempt: Path) -> str | None:
     """How far an attempt says it is: "3/8 shards" or "3/8 shards, 17/64 samples of the next"; None: nothing yet."""
-    found = [_read(part / PROGRESS, COUNTED) for part in parts_of(attempt)]
-    records = [record for record in found if record is not None]
-    if not records:
+    furthest = _furthest(attempt)
+    if furthest is None:
         return None
-    furthest = max(records, key=lambda record: record["done"])
     within = furthest.get("within")
     more = f", {within['done']}/{within['total']} {within['unit']} of the next" if _is_record(within, COUNTED) else ""
     return f"{furthest['done']}/{furthest['total']} {furthest['unit']}{more}"
+
+
+def share_of(attempt: Path) -> float:
+    """How much of its work an attempt says it has done, from 0 to 1."""
+    furthest = _furthest(attempt)
+    return furthest["done"] / furthest["total"] if furthest is not None and furthest["total"] else 0.0
+
+
+def _furthest(attempt: Path) -> dict[str, Any] | None:
+    found = [_read(part / PROGRESS, COUNTED) for part in parts_of(attempt)]
+    return max((record for record in found if record is not None), key=lambda record: record["done"], default=None)
 
 
 def log_tail(attempt: Path) -> str:

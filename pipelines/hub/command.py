@@ -2,8 +2,7 @@
 
 import argparse
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from contracts.config import apply_overrides, validate
 from contracts.errors import UserError
@@ -14,17 +13,6 @@ if TYPE_CHECKING:
     from pipelines.hub.push import Pushed
 
 FAILED = 1
-
-
-def add_push(commands: Any) -> None:
-    """Add the command to the parser of `pipeline`."""
-    push = commands.add_parser("push", help="push what a run has published to the Hugging Face Hub")
-    push.add_argument("run", type=Path, help="the run's directory")
-    push.add_argument("overrides", nargs="*", metavar="hub.key=value", help="instead of what the run's `hub` says")
-    push.add_argument("--iteration", type=int, metavar="N", help="this iteration alone; 0: the initial policy")
-    push.add_argument("--dry-run", action="store_true", help="say what would be pushed; change nothing")
-    push.add_argument("--json", action="store_true", help="print one JSON list")
-    push.set_defaults(command=push_command)
 
 
 def push_command(options: argparse.Namespace) -> int:

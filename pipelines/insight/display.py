@@ -1,43 +1,38 @@
 """What the user sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
 
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pipelines.execution.endings import progress_of
-from pipelines.insight.wording import live_line
+from pipelines.execution.endings import progress_of, share_of
+from pipelines.graph import Graph
+from pipelines.insight.remaining import Remaining, in_words
+from pipelines.insight.wording import is_good_news, live_line
 from pipelines.run.directory import RunDirectory
-from pipelines.run.events import (
-    Event,
-    StageEvent,
-    StageFailed,
-    StageInvalidated,
-    StagePublished,
-    StageReused,
-    StageStarted,
-)
-
-
-class Screen(Console):
-    """Standard output. That nobody reads it any more is said like any other failure, and `main` answers it."""
-
-    def on_broken_pipe(self) -> None:
-        """Instead of an exit with another code than `main` gives."""
-        raise BrokenPipeError
+from pipelines.run.events import Event, StageFailed, StagePublished, StageReused, StageStarted
 
 
 class Display:
     """Tells what happens to each stage, and how far the running ones are: a reader of the run's events."""
 
-    def __init__(self, console: Console, run: RunDirectory, total: int) -> None:
+    def __init__(self, console: Console, run: RunDirectory, graph: Graph, parallel: int = 1, *, quiet: bool = False):
+        """Tell of the stages of a graph.
+
+        Args:
+            parallel: stages at once, for the remaining time.
+            quiet: tell only what goes wrong.
+        """
         self.console = console
         self._run = run
-        self._total = total
-        self._done: set[str] = set()
+        self._total = len(graph.nodes)
+        self._quiet = quiet
+        self._remaining = Remaining(graph, parallel)
         self._running: dict[str, StageStarted] = {}
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        live = console.is_terminal and not quiet
+        self._live = Live(console=console, auto_refresh=False, transient=True) if live else None
 
     def __enter__(self) -> "Display":
         if self._live:
@@ -50,34 +45,38 @@ class Display:
 
     def __call__(self, events: list[Event]) -> None:
         """Tell these events, and renew the table."""
+        self._remaining.note(events)
         for event in events:
             self._note(event)
             line = live_line(event)
             if line is not None and isinstance(event, StagePublished):
-                line += f"  [{len(self._done)}/{self._total}]"
-            if line is not None:
+                words = in_words(self._remaining.seconds(self._shares())) if self._live is None else ""
+                line += f"  [{len(self._remaining.done)}/{self._total}{words and f', {words}'}]"
+            if line is not None and not (self._quiet and is_good_news(event)):
                 self.console.print(line, soft_wrap=True, markup=False, highlight=False)
         if self._live:
             self._live.update(self._table(), refresh=True)
 
     def _note(self, event: Event) -> None:
-        """Keep account of what is done and what runs."""
-        if not isinstance(event, StageEvent):
-            return
+        """Keep account of what runs."""
         if isinstance(event, StageStarted):
             self._running[event.stage] = event
         elif isinstance(event, StagePublished | StageReused | StageFailed):
             self._running.pop(event.stage, None)
-        if isinstance(event, StagePublished | StageReused):
-            self._done.add(event.stage)
-        elif isinstance(event, StageInvalidated):
-            self._done.discard(event.stage)
+
+    def _shares(self) -> dict[str, float]:
+        """How far the running stages are."""
+        return {name: share_of(self._attempt(started)) for name, started in self._running.items()}
+
+    def _attempt(self, started: StageStarted) -> Path:
+        return self._run.path / "logs" / started.stage / started.attempt
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        for title in (f"{len(self._done)} of {self._total} stages", "seconds", "progress"):
+        words = in_words(self._remaining.seconds(self._shares()))
+        for title in (f"{len(self._remaining.done)} of {self._total} stages", "seconds", "progress", words):
             table.add_column(title)
         for name, started in self._running.items():
-            progress = progress_of(self._run.path / "logs" / name / started.attempt)
+            progress = progress_of(self._attempt(started))
             table.add_row(name, f"{max(0.0, time.time() - started.time):.0f}", progress or "starting")
         return table

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,14 +13,17 @@ from contracts.errors import UserError
 from contracts.files import write_atomically
 from contracts.fingerprint import RELEASED
 from contracts.manifest import MANIFEST
-from pipelines.execution.endings import failure_of, log_of, progress_of
+from pipelines.execution.endings import failure_of, log_of, progress_of, share_of
 from pipelines.execution.executors.base import Executors, Observation, Site
 from pipelines.graph import Graph, Node
+from pipelines.insight.remaining import Remaining
 from pipelines.insight.tables import print_table
 from pipelines.insight.wording import notable_lines
+from pipelines.planning.placement import cluster_of
 from pipelines.run.decisions import reads_what_is_there
 from pipelines.run.directory import CANCEL, RunDirectory
 from pipelines.run.events import Event
+from pipelines.run.metrics import evaluations
 
 State = tuple[str, str, str, str]
 """State, rows, seconds and detail of a stage."""
@@ -106,6 +110,30 @@ def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
         driver = f"under way as {glance.jobs} jobs" if glance.jobs else "nobody drives it"
     console.print(f"{run.path}: {driver}{pinned}", soft_wrap=True, highlight=False)
     print_report(console, run, graph, glance)
+
+
+def status_data(run: RunDirectory, graph: Graph) -> dict[str, Any]:
+    """What `print_status` prints, for --json."""
+    glance = Glance.at(run, graph, GLANCE_SECONDS)
+    remaining = Remaining(graph, cluster_of(run.config).parallel)
+    remaining.note(run.events())
+    found = states(run, graph, glance)
+    shares = {name: share_of(run.attempts(name)[-1]) for name in remaining.started if run.attempts(name)}
+    published = [name for name, state in found.items() if state[0] in ("published", "released")]
+    return {
+        "run": str(run.path),
+        "driver": glance.holder,
+        "jobs": glance.jobs,
+        "pinned": run.pinned,
+        "errors": glance.errors,
+        "remaining_seconds": None if glance.idle else remaining.seconds(shares, published),
+        "stages": [
+            {"stage": name, "state": state, "rows": int(rows) if rows else None, "detail": detail}
+            for name, (state, rows, _, detail) in found.items()
+        ],
+        "happened": notable_lines(run.events()),
+        "evaluations": [{**metrics, "policy": str(policy)} for policy, metrics in evaluations(graph)],
+    }
 
 
 def print_report(console: Console, run: RunDirectory, graph: Graph, glance: Glance) -> None:

@@ -16,9 +16,10 @@ from pipelines.insight.status import Glance, states
 from pipelines.insight.tables import print_table
 from pipelines.run.directory import CANCEL, RunDirectory
 from pipelines.run.events import RunCancelled
-from pipelines.text import plural, relative
+from pipelines.text import plural, relative, say
 
 SECONDS = 5.0
+FOLLOW_SECONDS = 1.0
 SHOWN = ("running", "failed", "retrying", "interrupted")
 """States of the stages whose logs are shown where none is named."""
 
@@ -51,14 +52,34 @@ def attach(console: Console, run: RunDirectory, graph: Graph) -> None:
         )
 
 
-def print_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | None, lines: int) -> None:
-    """The last lines of a stage's logs; by default of those stages that run or have failed.
+def print_logs(
+    console: Console, run: RunDirectory, graph: Graph, stage: str | None, lines: int, part: str | None = None
+) -> list[Path]:
+    """The last lines of a stage's logs; by default of those stages that run or have failed. Returns the logs.
+
+    Args:
+        part: of a stage of several jobs or nodes, the one whose log is wanted.
 
     Raises:
-        UserError: there is no such stage, or it has no log yet.
+        UserError: there is no such stage or part, or it has no log yet.
     """
     if stage is not None and stage not in graph.nodes:
         raise UserError(f"the run {run.path} has no stage {stage!r}. `pipeline status {run.path}` lists them.")
+    logs = _logs(run, graph, stage)
+    if part is not None:
+        known = [log.parent.name for log in logs]
+        logs = [log for log in logs if log.parent.name == part]
+        if not logs:
+            raise UserError(f"there is no log of a part {part!r}. Known: {', '.join(known) or 'none'}.")
+    if not logs:
+        what = f"stage {stage} has no log: it was not started yet" if stage else "no stage runs, has failed or stopped"
+        raise UserError(f"{what}. `pipeline logs {run.path} STAGE` shows the log of any stage that was started.")
+    for log in logs:
+        say(console, f"==> {log} <==", tail(log, lines) or "(nothing yet)")
+    return logs
+
+
+def _logs(run: RunDirectory, graph: Graph, stage: str | None) -> list[Path]:
     now = states(run, graph, Glance.at(run, graph))
     executors = list(Executors(Site(run, graph, run.config)).lasting())
     chosen = [stage] if stage else [name for name, state in now.items() if state[0] in SHOWN]
@@ -70,12 +91,27 @@ def print_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | N
             parts = [log_of(attempts[-1]).parent]
         own = [part / "stage.log" for part in parts if (part / "stage.log").exists()]
         logs += own or [log for executor in executors for log in (executor.logs(attempts[-1]) if attempts else [])]
-    if not logs:
-        what = f"stage {stage} has no log: it was not started yet" if stage else "no stage runs, has failed or stopped"
-        raise UserError(f"{what}. `pipeline logs {run.path} STAGE` shows the log of any stage that was started.")
-    for log in logs:
-        console.print(f"==> {log} <==", soft_wrap=True, markup=False, highlight=False)
-        console.print(tail(log, lines) or "(nothing yet)", soft_wrap=True, markup=False, highlight=False)
+    return logs
+
+
+def follow_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | None, logs: list[Path]) -> None:
+    """Print what is added to the logs, and to those of stages that start later, until nobody works on the run."""
+    read = {log: log.stat().st_size for log in logs if log.exists()}
+    last: Path | None = logs[-1]
+    over = False
+    while not over:
+        over = Glance.at(run, graph).idle or (stage is not None and (graph.nodes[stage].output / MANIFEST).is_file())
+        for log in dict.fromkeys([*read, *_logs(run, graph, stage)]):
+            with log.open("rb") as file:
+                file.seek(read.get(log, 0))
+                new = file.read()
+            whole = new if over else new[: new.rfind(b"\n") + 1]
+            read[log] = read.get(log, 0) + len(whole)
+            if whole:
+                say(console, *([f"==> {log} <=="] if log != last else []), whole.decode(errors="replace").rstrip("\n"))
+                last = log
+        if not over:
+            time.sleep(FOLLOW_SECONDS)
 
 
 def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:

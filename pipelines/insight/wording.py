@@ -73,6 +73,11 @@ def live_line(event: Event) -> str | None:
             return None
 
 
+def is_good_news(event: Event) -> bool:
+    """Whether an event says that all goes as it should."""
+    return isinstance(event, StageStarted | StageReused | StagePublished | WeightsReleased | HubPushed)
+
+
 def notable_lines(events: Iterable[Event]) -> list[str]:
     """What happened on the way, in order: transient failures, retries, requeues, jobs that ended badly."""
     events = list(events)

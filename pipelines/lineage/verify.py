@@ -1,5 +1,6 @@
 """`pipeline verify`: checks that the artifacts of a run match their manifests and each other."""
 
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,15 +54,21 @@ class Findings:
         return f"{what}, {plural(self.rows, 'row')} checked{released}: {found}"
 
 
-def print_verification(console: Console, path: Path) -> None:
+def print_verification(console: Console, path: Path, *, as_json: bool = False) -> None:
     """Verify a run or an artifact and print the findings, problems first.
 
     Raises:
         UserError: there are problems.
     """
-    findings = verify(path, console)
-    warnings = [f"warning: {text}" for text in findings.warnings]
-    say(console, *findings.problems, *warnings, *(f"note: {text}" for text in findings.notes), f"{path}: {findings}")
+    findings = verify(path, None if as_json else console)
+    if as_json:
+        found = {name: getattr(findings, name) for name in ("problems", "warnings", "notes")}
+        print(json.dumps({"path": str(path), **found, "summary": str(findings)}, indent=1))
+    else:
+        warnings = [f"warning: {text}" for text in findings.warnings]
+        say(
+            console, *findings.problems, *warnings, *(f"note: {text}" for text in findings.notes), f"{path}: {findings}"
+        )
     if findings.problems:
         raise UserError(
             f"{path} is not whole. Delete the directory that holds a damaged or missing file and give the run's "

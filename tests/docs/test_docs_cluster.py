@@ -142,4 +142,4 @@ def test_commands_that_it_names_exist(capsys: pytest.CaptureFixture[str]) -> Non
     named = set(re.findall(r"pipeline (attach|cancel|doctor|env|logs|run|status)\b", TEXT))
     assert named == {"attach", "cancel", "doctor", "env", "logs", "run", "status"}
     shown = PARSER.format_help()
-    assert all(f"    {command}" in shown for command in named)
+    assert all(f"  {command}" in shown for command in named)

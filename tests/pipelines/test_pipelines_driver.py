@@ -64,7 +64,7 @@ class Scene:
     def drive(self) -> None:
         console = Console(file=self.said, width=200)
         site = Site(self.run, self.graph, self.config, ENTRY)
-        Driver(site, [Display(console, self.run, len(self.graph.nodes))]).drive()
+        Driver(site, [Display(console, self.run, self.graph)]).drive()
 
     @property
     def attempts(self) -> int:

@@ -12,11 +12,11 @@ from reported import ReportedRun
 
 from contracts.artifacts import Artifact
 from contracts.records import Pair, Rollout
+from pipelines.commands.declaring import opened
 from pipelines.insight.report import page
 from pipelines.insight.report.command import write_report
 from pipelines.insight.report.view import LiveReport, make_server
 from pipelines.iteration import build_graph
-from pipelines.main import opened
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import StageWaits
 

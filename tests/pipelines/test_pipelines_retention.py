@@ -168,7 +168,7 @@ class Run:
         run.claim(config, self.config, iterations)
         console = Console(file=io.StringIO(), width=200)
         site = Site(run, graph, config, ENTRY)
-        driver = Driver(site, [Display(console, run, len(graph.nodes))])
+        driver = Driver(site, [Display(console, run, graph)])
         driver.executors._made["local"] = stages = Stages(site)
         prepare(stages)
         try:

@@ -18,7 +18,7 @@ class Change(msgspec.Struct, frozen=True):
     """One for each run, in order."""
 
 
-class Answers(msgspec.Struct, frozen=True):
+class ComparedAnswers(msgspec.Struct, frozen=True):
     """The answers of both policies to one prompt, with their mean scores."""
 
     prompt_id: str
@@ -43,7 +43,7 @@ class Paired(msgspec.Struct, frozen=True):
     """Half the width of its 95 % confidence interval, prompts being drawn independently."""
     wins: float
     """Share of prompts in which the second has more, a tie being half."""
-    answers: list[Answers]
+    answers: list[ComparedAnswers]
     """Of the prompts with the largest differences."""
 
     @property

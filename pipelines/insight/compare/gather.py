@@ -16,7 +16,7 @@ from contracts.nested import flat
 from contracts.records import ROLLOUTS, SCORES, Rollout, Score
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node
-from pipelines.insight.compare.data import Answers, Change, Comparison, Paired, Series
+from pipelines.insight.compare.data import Change, ComparedAnswers, Comparison, Paired, Series
 from pipelines.run.directory import RunDirectory
 from pipelines.run.metrics import evaluations, mean_with_interval
 from training.registry import check_settings
@@ -132,7 +132,7 @@ def _difference(scorer: str, first: Policy, second: Policy, scores: dict[str, tu
 
 def _answers(
     first: Policy, second: Policy, prompts: list[str], scores: dict[str, tuple[float, float]]
-) -> Iterator[Answers]:
+) -> Iterator[ComparedAnswers]:
     rows = [
         {row.prompt_id: row for row in policy.rollouts.rows(Rollout) if row.prompt_id in scores}
         for policy in (first, second)
@@ -142,7 +142,7 @@ def _answers(
         if ours is not None and theirs is not None:
             text = "\n".join(message.content or "" for message in ours.messages)
             mine, its = (row.completions[0].text[:LONGEST] for row in (ours, theirs))
-            yield Answers(prompt, text[-LONGEST:], mine, its, *scores[prompt])
+            yield ComparedAnswers(prompt, text[-LONGEST:], mine, its, *scores[prompt])
 
 
 def _changes(runs: list[RunDirectory]) -> list[Change]:

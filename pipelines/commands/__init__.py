@@ -1,0 +1,1 @@
+"""The commands of `pipeline`, each declared where it is carried out."""

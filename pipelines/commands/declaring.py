@@ -1,0 +1,145 @@
+"""How a command of `pipeline` is declared, and what several have alike."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from contracts.config import Parser
+from pipelines.graph import Graph
+from pipelines.iteration import build_graph
+from pipelines.run.directory import RunDirectory
+
+EXAMPLES = """\
+examples:
+  pipeline run quickstart --iters 2                 run a recipe, or continue it: the same command again
+  pipeline run mine.yaml --dry-run seed=2           what would run, and why
+  pipeline status runs/quickstart                   how far it is; `pipeline runs` lists all
+  pipeline logs runs/quickstart --follow            what its stages print
+  pipeline report runs/quickstart                   a page with curves and all samples
+  pipeline compare runs/a runs/b                    which is better, and by how much
+
+exit codes:
+  0 done    1 a stage or a check failed    2 a mistake of yours, in one message    130 interrupted
+"""
+GROUPS = {
+    "run": "run and continue",
+    "read": "look at runs",
+    "keep": "keep and publish",
+    "prepare": "before a run",
+}
+
+
+class CommandLine(Parser):
+    """The parser of `pipeline`, whose help has the commands in groups."""
+
+    def format_help(self) -> str:
+        """The help text."""
+        if self is not PARSER:
+            return super().format_help()
+        lines = ["usage: pipeline COMMAND [ARGUMENTS]", "", f"{self.description}", ""]
+        for group, title in GROUPS.items():
+            lines.append(f"{title}:")
+            lines += [f"  {name:<12}{text}" for name, (of, text) in HELP.items() if of == group]
+            lines.append("")
+        lines += ["`pipeline COMMAND --help` says more of each.", "", EXAMPLES]
+        return "\n".join(lines)
+
+
+HELP: dict[str, tuple[str, str]] = {}
+"""Group and one line of help of every command."""
+PARSER = CommandLine(prog="pipeline", description="Iterative online RLHF: sample, score, train, and start again.")
+COMMANDS = PARSER.add_subparsers(required=True, metavar="COMMAND")
+
+
+@dataclass
+class Style:
+    """How a command prints."""
+
+    plain: bool = False
+    """No colours, no boxes, nothing that is drawn over."""
+    quiet: bool = False
+    """Only what went wrong, and the result."""
+
+
+STYLE = Style()
+"""That of this process."""
+
+
+def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """An argument of a command, as argparse takes it."""
+    return names, settings
+
+
+def command(
+    name: str,
+    help: str,
+    *arguments: tuple[tuple[str, ...], dict[str, Any]],
+    group: str = "",
+    of: Any = COMMANDS,
+    keys: Callable[[], str] | None = None,
+    **settings: Any,
+) -> Any:
+    """Declare the function below as a command. It returns the exit code; None is 0.
+
+    Args:
+        group: one of GROUPS.
+        of: where it belongs, if it is a part of another command.
+        keys: the configuration's keys, for the end of its help.
+    """
+    child = of.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", **settings)
+    child.keys = keys
+    if group:
+        HELP[name] = group, help
+    for names, options in arguments:
+        child.add_argument(*names, **options)
+    if not any(options.get("nargs") == argparse.REMAINDER for _, options in arguments):
+        child.add_argument("--plain", action="store_true", help="no colours, no boxes, nothing drawn over: for logs")
+        child.add_argument("--quiet", action="store_true", help="only what went wrong, and the result")
+
+    def declare(perform: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
+        child.set_defaults(command=perform)
+        return perform
+
+    return declare
+
+
+CONFIG = argument("config", help="the run's YAML file, or the name of a recipe (pipeline recipes)")
+OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="keys to set, like generation.k=8")
+ITERATIONS = argument("--iters", type=int, default=None, help="iterations to have in the end")
+RUN = argument("run", type=Path, help="the run's directory, for example runs/quickstart")
+JSON = argument("--json", action="store_true", help="print one JSON object")
+
+
+class Screen(Console):
+    """Standard output. That nobody reads it any more is said like any other failure, and `main` answers it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does, with tables without boxes where the style is plain."""
+        for shown in objects:
+            if STYLE.plain and isinstance(shown, Table) and shown.box is not None:
+                shown.box = box.ASCII
+        super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Instead of an exit with another code than `main` gives."""
+        raise BrokenPipeError
+
+
+def make_console(**options: Any) -> Screen:
+    """Standard output; wide enough for the tables where it is not a terminal."""
+    if STYLE.plain:
+        options |= {"no_color": True, "force_terminal": False}
+    console = Screen(**options)
+    return console if console.is_terminal else Screen(width=200, **options)
+
+
+def opened(path: Path) -> tuple[RunDirectory, Graph]:
+    """An existing run, and the stages that its last command asked for."""
+    run = RunDirectory.existing(path)
+    return run, build_graph(run.config, run.iterations)

@@ -1,0 +1,95 @@
+"""Commands before a run: doctor, recipes, env."""
+
+import argparse
+from functools import partial
+
+import shtab
+
+from pipelines.commands.declaring import (
+    COMMANDS,
+    CONFIG,
+    HELP,
+    ITERATIONS,
+    OVERRIDES,
+    PARSER,
+    argument,
+    command,
+    make_console,
+)
+from pipelines.config.recipes import describe_recipes, find_config
+from pipelines.doctor.command import doctor
+from pipelines.environments.launch import become
+from pipelines.environments.locked import NAMES, STAGES, describe_all, interpreter, sync
+
+
+@command(
+    "doctor",
+    "what would go wrong in a run, before it starts",
+    CONFIG,
+    OVERRIDES,
+    ITERATIONS,
+    argument("--json", action="store_true", help="print the findings as a JSON list"),
+    group="prepare",
+)
+def _doctor(options: argparse.Namespace) -> int:
+    return doctor(make_console(), options.config, options.overrides, options.iters, as_json=options.json)
+
+
+@command(
+    "recipes",
+    "the recipes that come with Ratchet, or the text of one",
+    argument("name", nargs="?", help="print this one: pipeline recipes smollm2 > mine.yaml"),
+    group="prepare",
+)
+def _recipes(options: argparse.Namespace) -> None:
+    print(describe_recipes() if options.name is None else find_config(options.name).read_text(), end="")
+
+
+ENV_HELP = "build and list the stages' environments"
+HELP["env"] = "prepare", ENV_HELP
+ENVIRONMENTS = COMMANDS.add_parser("env", help=ENV_HELP).add_subparsers(required=True, metavar="COMMAND")
+ENVIRONMENT = argument("name", metavar="NAME", help=", ".join(NAMES))
+VARIANT = argument("--variant", default="auto", choices=["auto", "cpu", "gpu"], help="auto: gpu if there is one")
+
+
+@command(
+    "sync",
+    "build the environments that are missing",
+    argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; by default those of stages"),
+    VARIANT,
+    of=ENVIRONMENTS,
+)
+def _sync(options: argparse.Namespace) -> None:
+    sync(options.names or list(STAGES), options.variant, partial(print, flush=True))
+
+
+@command("list", "show the environments and where they are", VARIANT, of=ENVIRONMENTS)
+def _list(options: argparse.Namespace) -> None:
+    print(*describe_all(options.variant), sep="\n")
+
+
+@command("python", "print the path of an environment's interpreter", ENVIRONMENT, VARIANT, of=ENVIRONMENTS)
+def _python(options: argparse.Namespace) -> None:
+    print(interpreter(options.name, options.variant))
+
+
+@command(
+    "run",
+    "run `python ARGUMENTS` as a stage runs: there, with Ratchet's code",
+    ENVIRONMENT,
+    argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="-m training --help"),
+    VARIANT,
+    of=ENVIRONMENTS,
+)
+def _become(options: argparse.Namespace) -> None:
+    become(options.name, options.variant, options.arguments)
+
+
+@command(
+    "completion",
+    "print what completes commands and options in a shell",
+    argument("shell", choices=shtab.SUPPORTED_SHELLS, help='bash: eval "$(pipeline completion bash)" in ~/.bashrc'),
+    group="prepare",
+)
+def _completion(options: argparse.Namespace) -> None:
+    print(shtab.complete(PARSER, options.shell))

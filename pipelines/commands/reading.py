@@ -1,0 +1,127 @@
+"""Commands that read a run: status, logs, report, view, compare, trace, verify."""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+from pipelines.commands.declaring import (
+    JSON,
+    RUN,
+    argument,
+    command,
+    make_console,
+    opened,
+)
+from pipelines.insight.compare.command import as_json, print_comparison
+from pipelines.insight.compare.gather import compare
+from pipelines.insight.report.command import report
+from pipelines.insight.report.view import PORT, view
+from pipelines.insight.runs import print_runs, runs_below, summary
+from pipelines.insight.status import print_status, status_data
+from pipelines.insight.watch import follow_logs, print_logs
+from pipelines.lineage.trace import print_trace
+from pipelines.lineage.verify import print_verification
+
+
+@command(
+    "runs",
+    "all runs, with their state and latest metric",
+    argument("directory", nargs="?", type=Path, default=Path("runs"), help="where to look; by default ./runs"),
+    JSON,
+    group="read",
+)
+def _runs(options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps([summary(path) for path in runs_below(options.directory)], indent=1))
+    else:
+        print_runs(make_console(), options.directory)
+
+
+@command("status", "how far a run is, and how long it will take", RUN, JSON, group="read")
+def _status(options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps(status_data(*opened(options.run)), indent=1))
+    else:
+        print_status(make_console(), *opened(options.run))
+
+
+@command(
+    "logs",
+    "the last lines of the logs of a stage, or of those that run or failed",
+    RUN,
+    argument("stage", nargs="?", help="a stage's name, for example iteration-001/training"),
+    argument("--lines", type=int, default=30, help="how many of each log"),
+    argument("--part", help="of a stage of several jobs or nodes: task-0, node-1, publisher"),
+    argument("--follow", action="store_true", help="go on with what is added, until the stage or the run is over"),
+    group="read",
+)
+def _logs(options: argparse.Namespace) -> None:
+    console, (run, graph) = make_console(), opened(options.run)
+    logs = print_logs(console, run, graph, options.stage, options.lines, options.part)
+    if options.follow:
+        follow_logs(console, run, graph, options.stage, logs)
+
+
+@command(
+    "report",
+    "what a run has done, as one page to read and to pass on",
+    RUN,
+    argument("--output", type=Path, metavar="PAGE", help="where to write the page; by default RUN/report.html"),
+    argument("--markdown", action="store_true", help="print it as Markdown instead"),
+    argument("--json", action="store_true", help="print what it says as one JSON object instead"),
+    group="read",
+)
+def _report(options: argparse.Namespace) -> None:
+    report(*opened(options.run), options.output, as_markdown=options.markdown, as_json=options.json)
+
+
+@command(
+    "view",
+    "the report in a browser, anew whenever something happens in the run",
+    RUN,
+    argument("--port", type=int, help=f"of this machine; by default {PORT}, or any that is free"),
+    group="read",
+)
+def _view(options: argparse.Namespace) -> None:
+    view(make_console(), partial(opened, options.run), options.port)
+
+
+@command(
+    "compare",
+    "what differs between runs, and which policy is better by how much on the same held-out prompts",
+    argument("runs", nargs="+", type=Path, help="the runs' directories; each is compared with the first"),
+    argument("--metric", help="shown by iteration: a name of eval/; by default the gold reward, or the reward"),
+    argument("--iteration", type=int, metavar="I", help="whose policies are compared; by default each run's last"),
+    argument("--json", action="store_true", help="print everything as one JSON object"),
+    group="read",
+)
+def _compare(options: argparse.Namespace) -> None:
+    found = compare([opened(run) for run in options.runs], options.iteration)
+    if options.json:
+        print(as_json(found))
+    else:
+        print_comparison(make_console(), found, options.metric)
+
+
+@command(
+    "trace",
+    "where a checkpoint, a pair or a prompt comes from",
+    argument("what", metavar="CHECKPOINT|PAIR_ID|PROMPT_ID", help="a path in a run, an id, or a digest"),
+    argument("--run", type=Path, help="the run to look in; by default all below ./runs"),
+    argument("--json", action="store_true", help="print one JSON object"),
+    group="read",
+)
+def _trace(options: argparse.Namespace) -> None:
+    print_trace(make_console(), options.what, options.run, as_json=options.json)
+
+
+@command(
+    "verify",
+    "whether everything published is whole and fits together",
+    argument("run", type=Path, help="the run's directory, or that of one artifact"),
+    JSON,
+    group="read",
+)
+def _verify(options: argparse.Namespace) -> None:
+    print_verification(make_console(), options.run, as_json=options.json)

@@ -1,0 +1,215 @@
+"""Commands that make a run go on: run, fork, sweep, attach, cancel."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from contracts.config import describe
+from contracts.errors import UserError
+from contracts.preflight import refuse
+from contracts.stage import require_space
+from contracts.surroundings import INTERRUPTED
+from pipelines.commands.declaring import (
+    CONFIG,
+    ITERATIONS,
+    OVERRIDES,
+    RUN,
+    argument,
+    command,
+    make_console,
+    opened,
+)
+from pipelines.config.executor import ExecutorSection, ResourcesSection
+from pipelines.config.load import load_run_config
+from pipelines.config.recipes import find_config
+from pipelines.config.run import RunConfig
+from pipelines.environments.paths import require_home
+from pipelines.execution.driver import Driver
+from pipelines.execution.executors.base import Executors, Site
+from pipelines.insight.compare.command import as_json, print_comparison
+from pipelines.insight.compare.gather import compare
+from pipelines.insight.display import Display
+from pipelines.insight.hooks.task import begin_hooks, check_hooks
+from pipelines.insight.listeners import listeners_of
+from pipelines.insight.tables import print_table
+from pipelines.insight.watch import attach, cancel
+from pipelines.job import ENTRY
+from pipelines.planning.entries import check_patterns
+from pipelines.planning.inspection import preflight
+from pipelines.planning.memory import print_memory
+from pipelines.planning.placement import cluster_of
+from pipelines.planning.preflight import check_environments, check_inputs
+from pipelines.run.directory import RunDirectory
+from pipelines.run.force import report_forced, resolve, set_aside
+from pipelines.run.fork import fork
+from pipelines.run.plan import plan_run
+from pipelines.run.sharing import Shared
+from pipelines.run.sweep import grid
+from pipelines.run.verdicts import verdicts
+from pipelines.text import plural, say
+
+
+@command(
+    "run",
+    "run a configuration, or continue it",
+    CONFIG,
+    OVERRIDES,
+    ITERATIONS,
+    argument("--dry-run", action="store_true", help="say what would run, and why, and the memory it takes"),
+    argument(
+        "--force", action="append", default=[], metavar="STAGE", help="make it again: a name, or a pattern with *"
+    ),
+    argument("--detach", action="store_true", help="submit all stages to Slurm at once and return"),
+    argument(
+        "--share",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="RUN",
+        help="take over from another run what comes out the same, instead of making it again",
+    ),
+    group="run",
+    keys=lambda: "\n\n".join(
+        [
+            describe(RunConfig),
+            f"executor: {describe(ExecutorSection)}",
+            f"executor.resources, and each entry of executor.stages: {describe(ResourcesSection)}",
+        ]
+    ),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+)
+def run_command(options: argparse.Namespace) -> None:
+    """`pipeline run CONFIG --iters N [key=value ...]`."""
+    console = make_console()
+    if options.dry_run:
+        dry_run(console, options)
+        return
+    require_home()
+    wanted = plan_run(options.config, options.overrides, options.iters, download=True)
+    config, graph = wanted.config, wanted.graph
+    run = RunDirectory(config.run_directory)
+    site = Site(run, graph, config, ENTRY)
+    executors = Executors(site)
+    check_patterns(graph, config.executor)
+    for executor in executors.used():
+        executor.check()
+    check_inputs(graph)
+    check_environments(graph, config)
+    check_hooks(config)
+    refuse(preflight(graph, config.environments))
+    forced = resolve(graph, options.force)
+    for executor in executors.lasting():
+        executor.require_no_detached_run(same_settings=options.detach and not forced)
+    run.claim(config, find_config(options.config), wanted.iterations)
+    begin_hooks(config, run.path)
+    set_aside(run.path, graph, forced)
+    require_space(run.path, "directory")
+    shared = Shared(run.path, graph, but=forced)
+    for other in options.share:
+        shared.offer(opened(other)[1])
+    if options.detach:
+        plan = verdicts(graph, config, [])
+        executors.require_detachable(plan)
+        executors.named(config.executor.kind).detach(console, plan)
+        return
+    with Display(console, run, graph, cluster_of(config).parallel, quiet=options.quiet) as display:
+        ran = Driver(site, [display, *listeners_of(run, graph)]).drive()
+    if options.share:
+        say(console, f"{plural(shared.withdraw(), 'stage')} taken over from {', '.join(map(str, options.share))}")
+    say(console, *report_forced(run.path, graph))
+    if ran == 0:
+        say(console, f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
+    print_table(console, graph)
+
+
+def dry_run(console: Console, options: argparse.Namespace) -> None:
+    """`pipeline run --dry-run`: what would run, and why, and what it takes."""
+    wanted = plan_run(options.config, options.overrides, options.iters, download=False)
+    config, graph = wanted.config, wanted.graph
+    check_patterns(graph, config.executor)
+    check_inputs(graph)
+    check_hooks(config)
+    refuse(preflight(graph, config.environments))
+    plan = verdicts(graph, config, resolve(graph, options.force))
+    say(console, *(f"{'reuse' if it.reuse else 'run':<6} {name}  ({it.reason})" for name, it in plan.items()))
+    print_memory(console, graph, config)
+    executors = Executors(Site(RunDirectory(config.run_directory), graph, config, ENTRY))
+    if options.detach:
+        executors.require_detachable(plan)
+    for executor in executors.used():
+        executor.write_dry_run(console, plan, detached=options.detach)
+
+
+@command(
+    "fork",
+    "a new run that shares the iterations before I with another one",
+    RUN,
+    argument("--from-iteration", type=int, required=True, metavar="I", help="the first that may differ"),
+    argument("--name", help="the new run's name; by default RUN-from-I"),
+    argument("overrides", nargs="*", metavar="key=value", help="values from iteration I on"),
+    group="run",
+)
+def _fork(options: argparse.Namespace) -> None:
+    source = RunDirectory.existing(options.run)
+    target, count = fork(source, options.from_iteration, options.overrides, options.name)
+    shown = os.path.relpath(target)
+    text = f"{shown}: {count} artifacts are shared with {options.run}. Go on with: pipeline run {shown}/config.yaml"
+    say(make_console(), text)
+
+
+@command(
+    "sweep",
+    "run a grid of values, share what comes out the same, and compare the results",
+    CONFIG,
+    argument("overrides", nargs="*", metavar="key=value", help="key=[a,b] for the values of the grid; else one value"),
+    ITERATIONS,
+    argument("--metric", help="as in `pipeline compare`"),
+    argument("--json", action="store_true", help="print the comparison as one JSON object"),
+    group="run",
+)
+def _sweep(options: argparse.Namespace) -> int:
+    points = grid(options.overrides)
+    console = make_console(stderr=options.json)
+    base = load_run_config(options.config, [])
+    folder = base.directory / f"{base.name}-sweep"
+    done: list[Path] = []
+    worst = 0
+    for number, point in enumerate(points):
+        say(console, f"run {number + 1} of {len(points)}: {folder / point.name}")
+        command = [
+            sys.executable,
+            "-m",
+            "pipelines",
+            "run",
+            options.config,
+            f"directory={folder}",
+            f"name={point.name}",
+        ]
+        command += [*point.overrides, *(f"--share={run}" for run in done)]
+        command += [] if options.iters is None else [f"--iters={options.iters}"]
+        command += [f"--{name}" for name in ("plain", "quiet") if getattr(options, name)]
+        code = subprocess.run(command, check=False, stdout=sys.stderr if options.json else None).returncode
+        if code in (UserError.exit_code, INTERRUPTED):
+            return code  # it would be the same with the others, or is not wanted
+        if code:
+            worst = code
+        else:
+            done.append(folder / point.name)
+    if len(done) > 1:
+        found = compare([opened(run) for run in done])
+        print(as_json(found)) if options.json else print_comparison(console, found, options.metric)
+    return worst
+
+
+@command("attach", "watch a run that goes on by itself, from any node", RUN, group="run")
+def _attach(options: argparse.Namespace) -> None:
+    attach(make_console(), *opened(options.run))
+
+
+@command("cancel", "end what works on a run, on whatever machine; what is finished stays", RUN, group="run")
+def _cancel(options: argparse.Namespace) -> None:
+    cancel(make_console(), *opened(options.run))

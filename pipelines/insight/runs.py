@@ -1,0 +1,83 @@
+"""`pipeline runs`: all runs below a directory, with their state and their latest metric."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from contracts.errors import UserError
+from contracts.points import read_points
+from pipelines.run.directory import RunDirectory
+from pipelines.run.events import RunEnded, RunStarted, StageInvalidated, StagePublished, StageReused
+from pipelines.run.points import EVAL, is_evaluation, latest
+from pipelines.text import relative, say
+
+DEPTH = 3
+"""Levels of directories that are searched."""
+
+
+def runs_below(directory: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The directories of all runs, in the order of their names."""
+    if (directory / "run.json").is_file():
+        yield directory
+    elif depth and directory.is_dir():
+        for path in sorted(directory.iterdir()):
+            if path.is_dir() and not path.name.startswith("."):
+                yield from runs_below(path, depth - 1)
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """One run, by its events and its metrics alone: its configuration and its artifacts are not read."""
+    run = RunDirectory(path)
+    total, outcome, done, last = 0, "", set(), 0.0
+    for event in run.events():
+        last = max(last, event.time)
+        match event:
+            case RunStarted():
+                total, outcome = event.stages, ""
+            case RunEnded():
+                outcome = event.outcome
+            case StagePublished(stage=stage) | StageReused(stage=stage):
+                done.add(stage)
+            case StageInvalidated(stage=stage):
+                done.discard(stage)
+    try:
+        holder = run.holder()
+    except OSError:
+        holder = None
+    state = "running" if holder else outcome or ("interrupted" if last else "new")
+    found = [point for points in latest(read_points(path)).values() for point in points[-1:] if is_evaluation(point)]
+    judged = max(found, key=lambda point: point.iteration, default=None)
+    metrics = {} if judged is None else judged.metrics
+    name = next((name for name in (f"{EVAL}gold_reward_mean", f"{EVAL}reward_mean") if name in metrics), None)
+    return {
+        "run": str(path),
+        "state": state,
+        "stages": f"{min(len(done), total) if total else len(done)}/{total}" if total else "",
+        "iteration": None if judged is None else judged.iteration,
+        "metric": name,
+        "value": None if name is None else metrics[name],
+        "last": last or None,
+    }
+
+
+def print_runs(console: Console, directory: Path) -> None:
+    """A table of them.
+
+    Raises:
+        UserError: there is none.
+    """
+    rows = [summary(path) for path in runs_below(directory)]
+    if not rows:
+        raise UserError(f"there is no run below {directory}. Name a directory that holds some: pipeline runs DIRECTORY")
+    table = Table("run", "state", "stages", "iteration", "latest metric", "last event")
+    for row in rows:
+        metric = "" if row["metric"] is None else f"{row['metric'].removeprefix(EVAL)} {row['value']:.3f}"
+        when = "" if row["last"] is None else time.strftime("%F %H:%M", time.localtime(row["last"]))
+        iteration = "" if row["iteration"] is None else str(row["iteration"])
+        table.add_row(str(relative(Path(row["run"]).absolute())), row["state"], row["stages"], iteration, metric, when)
+    console.print(table)
+    say(console, "`pipeline status RUN` says more of each; `pipeline compare RUN RUN` sets them beside each other.")

@@ -1,0 +1,142 @@
+"""The command line: its help, completion, machine-readable output, logs that are followed, and the remaining time."""
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from pipelines_smallest import COMMAND, pipeline, write_pretended
+
+from contracts.stages.prompts import IMPORT_PROMPTS
+from pipelines.commands.declaring import COMMANDS, GROUPS, HELP
+from pipelines.graph import Graph
+from pipelines.insight.remaining import Remaining, in_words
+from pipelines.main import PARSER, main
+from pipelines.run.events import StagePublished, StageReused, StageStarted
+
+
+def test_the_help_has_every_command_in_a_group_and_the_exit_codes() -> None:
+    shown = PARSER.format_help()
+    assert set(COMMANDS.choices) == set(HELP)
+    assert all(f"  {name} " in shown for name in COMMANDS.choices)
+    assert all(title in shown for title in GROUPS.values())
+    assert "exit codes:" in shown
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_valid_in_its_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "--detach" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
+
+
+class Clock:
+    """A graph of stages of one role each in three iterations, each after the one before."""
+
+    def __init__(self, folder: Path) -> None:
+        source = folder / "prompts.jsonl"
+        source.write_text('{"prompt": "so?"}\n')
+        self.graph = Graph(folder / "run")
+        for iteration in (1, 2, 3):
+            before = self.graph.directory / f"iteration-{iteration - 1:03d}"
+            for role in ("sample", "train"):
+                needed = {
+                    "sample": before / "train",
+                    "train": self.graph.directory / f"iteration-{iteration:03d}/sample",
+                }
+                path = source if (iteration, role) == (1, "sample") else needed[role]
+                self.graph.add(IMPORT_PROMPTS, role, {"source": path}, iteration=iteration)
+
+    def remaining(self, *events: StagePublished | StageStarted | StageReused, **shares: float) -> float | None:
+        found = Remaining(self.graph, parallel=1)
+        found.note(list(events))
+        return found.seconds({name.replace("__", "/").replace("_", "-"): share for name, share in shares.items()})
+
+
+def published(stage: str, seconds: float) -> StagePublished:
+    return StagePublished(stage=stage, key="", seconds=seconds)
+
+
+def test_the_remaining_time_is_that_of_the_same_stages_before(tmp_path: Path) -> None:
+    clock = Clock(tmp_path)
+    assert clock.remaining() is None
+    assert clock.remaining(published("iteration-001/sample", 10)) is None, "nobody has seen a training"
+    first = [published("iteration-001/sample", 10), published("iteration-001/train", 30)]
+    assert clock.remaining(*first) == pytest.approx(2 * 40)
+    begun = StageStarted(stage="iteration-002/sample", reason="", key="", attempt="", time=time.time() - 4)
+    assert clock.remaining(*first, begun) == pytest.approx(80 - 4, abs=0.5)
+    reused = StageReused(stage="iteration-002/sample", reason="", key="")
+    assert clock.remaining(*first, reused) == pytest.approx(30 + 40)
+
+
+def test_stages_that_run_at_once_count_once(tmp_path: Path) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"prompt": "so?"}\n')
+    graph = Graph(tmp_path / "run")
+    for iteration in (1, 2):
+        for role in ("one", "two", "three"):
+            graph.add(IMPORT_PROMPTS, role, {"source": source}, iteration=iteration)
+    done = [published(f"iteration-001/{role}", seconds) for role, seconds in (("one", 10), ("two", 20), ("three", 30))]
+    for parallel, expected in ((1, 60), (2, 40), (3, 30)):
+        remaining = Remaining(graph, parallel)
+        remaining.note(list(done))
+        assert remaining.seconds({}) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (None, ""),
+        (3, "about 10 s left"),
+        (80, "about 80 s left"),
+        (600, "about 10 min left"),
+        (7000, "about 1.9 h left"),
+    ],
+)
+def test_a_remaining_time_is_not_more_exact_than_it_can_be(seconds: float | None, words: str) -> None:
+    assert in_words(seconds) == words
+
+
+@pytest.mark.slow
+def test_what_reads_a_run_speaks_json_and_logs_are_followed_until_it_is_over(tmp_path: Path) -> None:
+    config = write_pretended(tmp_path, iteration_001__training=["wait"])
+    run = tmp_path / "runs" / "pretended"
+    driver = subprocess.Popen(
+        [*COMMAND, "run", str(config), "--iters", "1", "--quiet", "--plain"], stdout=subprocess.PIPE
+    )
+    try:
+        log = run / "logs/iteration-001/training/attempt-1/stage.log"
+        deadline = time.monotonic() + 120
+        while not (log.exists() and "pretends to wait" in log.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        follower = subprocess.Popen(
+            [*COMMAND, "logs", str(run), "iteration-001/training", "--follow"], stdout=subprocess.PIPE, text=True
+        )
+        (row,) = json.loads(pipeline("runs", str(tmp_path), "--json").stdout)
+        assert (row["state"], row["iteration"]) == ("running", 0)
+        status = json.loads(pipeline("status", str(run), "--json").stdout)
+        assert {stage["stage"]: stage["state"] for stage in status["stages"]}["iteration-001/training"] == "running"
+        (tmp_path / "interpreter" / "release-iteration-001-training").touch()
+        said, _ = follower.communicate(timeout=120)
+        assert "pretends to wait" in said
+        assert "published" in said
+    finally:
+        output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0
+    text = output.decode()
+    assert not {"run    ", "done   ", "\x1b", "┃"} & {
+        part for part in ("run    ", "done   ", "\x1b", "┃") if part in text
+    }
+    assert "Best checkpoint" in text
+    (row,) = json.loads(pipeline("runs", str(tmp_path), "--json").stdout)
+    assert (row["state"], row["stages"].partition("/")[0]) == ("finished", row["stages"].partition("/")[2])
+    assert "has no stage 'nothere'" in pipeline("logs", str(run), "nothere").stderr
+    assert (
+        "no log of a part 'task-7'" in pipeline("logs", str(run), "iteration-001/training", "--part", "task-7").stderr
+    )
+    assert pipeline("runs", str(tmp_path / "interpreter")).returncode == 2
