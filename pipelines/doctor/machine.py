@@ -1,4 +1,4 @@
-"""Whether this machine's disks, network and limits are what runs need."""
+"""Checks of this machine: file systems, loopback, limits."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ from pathlib import Path
 from contracts.preflight import Finding, Level
 
 NETWORK_TYPES = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "glusterfs", "afs", "9p", "fuse.")
-"""How the types of network file systems begin in /proc/mounts; fuse. is most often one (sshfs, s3fs, gcsfuse)."""
+"""Prefixes of network file system types in /proc/mounts; fuse. usually is one (sshfs, s3fs, gcsfuse)."""
 LOCAL_LOCKS = ("nolock", "localflock", "local_lock=all", "local_lock=flock")
 """Mount options under which a lock holds on one machine only."""
 CLOCK_SKEW = 2.0
@@ -25,7 +25,7 @@ OPEN_FILES = 1024
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that exists."""
+    """The path, or its nearest existing parent."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -33,7 +33,7 @@ def existing(path: Path) -> Path:
 
 
 def mount_of(path: Path, mounts: str) -> tuple[str, list[str]]:
-    """Type and options of the file system that holds a path, by the text of /proc/mounts."""
+    """Type and mount options of the file system of a path, given the text of /proc/mounts."""
     found, length = ("unknown", [""]), -1
     for line in mounts.splitlines():
         _, place, kind, options, *_ = line.split()
@@ -44,9 +44,9 @@ def mount_of(path: Path, mounts: str) -> tuple[str, list[str]]:
 
 
 def check_file_system(name: str, place: Path) -> Iterator[Finding]:
-    """Whether what Ratchet publishes by is true of the disk of `place`: renames, flushes, locks.
+    """Whether the file system of `place` has what publication relies on: atomic renames, fsync, locks.
 
-    Works in a directory of its own there, which is always removed.
+    Uses a temporary directory there, which is always removed.
     """
     directory = existing(place)
     kind, options = "unknown", [""]
@@ -158,7 +158,7 @@ PROBES: tuple[tuple[str, Callable[[Path], str], Level, str | None], ...] = (
 
 
 def check_loopback(needed: str | None) -> Iterator[Finding]:
-    """Whether processes can talk to each other on this machine; `needed`: what for, if it is needed."""
+    """Whether loopback connections work; `needed`: what needs them, if anything does."""
     try:
         with socket.socket() as server, socket.socket() as client:
             server.bind(("127.0.0.1", 0))
@@ -175,7 +175,7 @@ def check_loopback(needed: str | None) -> Iterator[Finding]:
 
 
 def check_limits(processes: int) -> Iterator[Finding]:
-    """Shared memory, where a stage has several processes, and open files."""
+    """The limit of open files, and shared memory if a stage has several processes."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     unlimited = files == resource.RLIM_INFINITY
     if files < OPEN_FILES and not unlimited:

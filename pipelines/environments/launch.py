@@ -1,4 +1,4 @@
-"""What a stage runs in: its locked environment, or an interpreter, conda environment or container of the user's."""
+"""How a stage is launched: in its locked environment, or in the user's interpreter, conda environment or container."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ PASSED_ON = (
     "HF_TOKEN",
     "HF_ENDPOINT",
 )
-"""Variables that docker and podman hand on where they are set."""
+"""Variables that docker and podman pass on if they are set."""
 
 
 KEEP_FREED = {
@@ -118,7 +118,7 @@ def launch_command(environment: EnvironmentConfig, name: str, argv: list[str]) -
 
 
 def _variables(environment: EnvironmentConfig, name: str) -> dict[str, str]:
-    """The variables of a stage: defaults that the user's own settings override, the code, the config's."""
+    """A stage's environment variables: defaults, overridden by the user's own; PYTHONPATH; those of the config."""
     defaults = {
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -140,7 +140,7 @@ def _variables(environment: EnvironmentConfig, name: str) -> dict[str, str]:
 
 
 def stage_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """What a process in one of the environments is given: what of this one's fits, and these variables."""
+    """The environment of a stage's process: this one's, without what belongs to its interpreter, and `variables`."""
     return {**without_foreign(os.environ), **variables}
 
 
@@ -189,7 +189,7 @@ def _gpu_options(program: str, gpu: bool) -> list[str]:
 
 
 def probe_versions(environment: EnvironmentConfig, name: str) -> dict[str, str]:
-    """Versions of the libraries in an environment, as they enter the stage keys; asked once per process.
+    """Library versions of an environment, as they enter stage keys; cached per process.
 
     Raises:
         UserError: the environment cannot run Ratchet's code.
@@ -215,12 +215,12 @@ def _probe(environment_json: str, name: str) -> dict[str, str]:
 def ask(
     environment: EnvironmentConfig, name: str, argv: list[str], what: str, *, request: bytes = b"", fix: str = ""
 ) -> bytes:
-    """The last line that `python ARGV` prints in an environment.
+    """Run `python ARGV` in an environment and return the last line that it prints.
 
     Args:
-        what: what it cannot do where that fails.
+        what: what it was to do, for the error message.
         request: its standard input.
-        fix: what else to say then.
+        fix: appended to the error message.
 
     Raises:
         UserError: it fails.
@@ -239,12 +239,12 @@ def ask(
 
 
 def requirements(name: str) -> Path:
-    """The file that lists the libraries of a stage's environment, for those who make one of their own."""
+    """The requirements file of a stage's environment, for users who build their own."""
     return configs() / "environments" / f"{Locked(name, resolve_variant()).label}.in"
 
 
 def become(name: str, variant: str, arguments: list[str]) -> NoReturn:
-    """Become `python ARGUMENTS` as a stage runs: in a locked environment, with Ratchet's code."""
+    """Replace this process by `python ARGUMENTS` in a locked environment, with Ratchet's code."""
     os.environ[VARIANT] = resolve_variant(variant)
     command, variables = launch_command(EnvironmentConfig(), known(name), arguments)
     os.execve(command[0], command, stage_environment(variables))

@@ -40,7 +40,7 @@ IMPORTS = {
     "training": "import torch, transformers, trl",
     TRACKING: "import wandb, trackio, tensorboard, mlflow",
 }
-"""What a CPU environment must be able to import. GPU environments may be built where there is no GPU."""
+"""Imports that must succeed in a CPU environment. GPU environments may be built on machines without a GPU."""
 Variant = Literal["cpu", "gpu"]
 
 
@@ -84,7 +84,7 @@ class Locked:
 
     @property
     def directory(self) -> Path:
-        """Where it is, or will be built."""
+        """Its directory, whether it is built or not."""
         digest = hashlib.sha256("\n".join(self.requirements).encode()).hexdigest()
         python = f"py{sys.version_info.major}{sys.version_info.minor}"
         return home() / "environments" / f"{self.label}-{python}-{digest[:12]}"
@@ -96,12 +96,12 @@ class Locked:
 
     @property
     def complete(self) -> bool:
-        """Whether it can be used; a Python that was removed from under it counts as incomplete."""
+        """Whether it is built; without its base Python it is not."""
         return (self.directory / MARK).is_file() and self.python.exists()
 
 
 def resolve_variant(variant: str = "auto") -> Variant:
-    """cpu or gpu: as asked, else as RATCHET_VARIANT says, else by whether GPUs are visible.
+    """cpu or gpu: by the argument, else by RATCHET_VARIANT, else by whether GPUs are visible.
 
     Raises:
         UserError: it is something else.
@@ -115,7 +115,7 @@ def resolve_variant(variant: str = "auto") -> Variant:
 
 
 def known(name: str) -> str:
-    """`name`, if it is that of an environment.
+    """`name`, if such an environment exists.
 
     Raises:
         UserError: it is not.
@@ -126,7 +126,7 @@ def known(name: str) -> str:
 
 
 def interpreter(name: str, variant: str = "auto") -> Path:
-    """The interpreter of a locked environment that is complete.
+    """The interpreter of a locked environment.
 
     Raises:
         UserError: it has not been built.
@@ -154,7 +154,7 @@ def describe_all(variant: str) -> Iterator[str]:
 
 
 def sync(names: list[str], variant: str = "auto", say: Callable[[str], None] = print) -> list[Locked]:
-    """Build the environments that are missing, at once, and return them all.
+    """Build the missing environments concurrently; returns all of them.
 
     Raises:
         UserError: there is no environment of that name, or no such variant.
@@ -214,7 +214,7 @@ def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None], stop
 
 @contextlib.contextmanager
 def _lock(locked: Locked, say: Callable[[str], None]) -> Iterator[int]:
-    """One builder at a time; the others wait. Ends with the last process that holds the file descriptor."""
+    """Lock an environment while it is built; the lock ends with the last process that holds the descriptor."""
     path = locked.directory.with_name(f".{locked.directory.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:

@@ -1,4 +1,4 @@
-"""Where Ratchet's code and files are, in a checkout or among installed libraries, and where it keeps what it makes."""
+"""Paths of Ratchet's code and files, in a checkout or installed, and of RATCHET_HOME."""
 
 import contextlib
 import functools
@@ -15,13 +15,13 @@ from contracts.fingerprint import digest, file_sha256
 
 HOME = "RATCHET_HOME"
 UNUSED_SECONDS = 60 * 24 * 3600.0
-"""How long a copy of the code is kept that no command uses."""
+"""How long an unused copy of the code is kept."""
 IN_WHEEL = "pipelines/configs"
 """Where pyproject.toml puts the folder configs/ in a wheel."""
 
 
 def home() -> Path:
-    """Where environments, downloads and jobs are kept: RATCHET_HOME, or ~/.cache/ratchet."""
+    """The directory of environments, downloads and jobs: RATCHET_HOME, or ~/.cache/ratchet."""
     try:
         return Path(os.environ.get(HOME) or "~/.cache/ratchet").expanduser().absolute()
     except RuntimeError as error:
@@ -29,7 +29,7 @@ def home() -> Path:
 
 
 def require_home() -> None:
-    """Raise UserError where nothing can be written to it, as jobs and environments have to be."""
+    """Raise UserError if RATCHET_HOME is not writable."""
     try:
         home().mkdir(parents=True, exist_ok=True)
         writable, why = os.access(home(), os.W_OK | os.X_OK), "no permission"
@@ -45,12 +45,12 @@ def source_root() -> Path:
 
 
 def is_installed() -> bool:
-    """Whether the packages lie among the driver's libraries, and not in a checkout."""
+    """Whether Ratchet is installed, not run from a checkout."""
     return (source_root() / IN_WHEEL).is_dir()
 
 
 def configs() -> Path:
-    """The directory of what comes with Ratchet: recipes, their data, and the environments' locks."""
+    """The directory of recipes, their data, and the environments' locks."""
     return source_root() / (IN_WHEEL if is_installed() else "configs")
 
 
@@ -101,7 +101,7 @@ def _copied(root: Path) -> Path:
 
 
 def delete_unused(copies: Path) -> None:
-    """Delete the copies of the code that no command has used for long: the stages that had them have ended."""
+    """Delete the copies of the code that have not been used for UNUSED_SECONDS; their stages have ended."""
     for path in copies.iterdir():
         if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
             trash = Path(tempfile.mkdtemp(dir=copies, prefix="."))

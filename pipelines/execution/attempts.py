@@ -1,4 +1,4 @@
-"""The beginning and the end of an attempt at a stage, whoever drives it."""
+"""What an attempt at a stage needs before it starts, and the rules for retries."""
 
 import os
 import random
@@ -34,7 +34,7 @@ class StageFailedError(Exception):
 
 
 class Retries:
-    """Which stages may be tried again, and when."""
+    """Decides whether and when a stage is retried."""
 
     def __init__(self, limit: int, backoff: float) -> None:
         self.limit = limit
@@ -44,7 +44,7 @@ class Retries:
         self._until: dict[str, float] = {}
 
     def waits(self, stage: str) -> bool:
-        """Whether it is too early for the next try."""
+        """Whether the pause before a retry is not over."""
         return time.monotonic() < self._until.get(stage, 0.0)
 
     def pause_after(self, stage: str, kind: FailureKind) -> float | None:
@@ -116,12 +116,12 @@ def require_disk_space(node: Node, graph: Graph, config: RunConfig) -> None:
 
 
 def write_decision(attempt: Path, decision: Decision) -> None:
-    """Note what was decided before the attempt began."""
+    """Write the decision into the attempt's directory."""
     write_atomically(attempt / DECISION, msgspec.json.encode(decision))
 
 
 def decision_of(attempt: Path) -> Decision | None:
-    """What was decided for an attempt; None where nothing was yet."""
+    """The decision for an attempt; None if there is none yet."""
     try:
         return msgspec.json.decode((attempt / DECISION).read_bytes(), type=Decision)
     except (OSError, ValueError):  # none yet, or it was damaged: the same is decided once more

@@ -1,4 +1,4 @@
-"""What happens to a stage, from the decision about it to what is kept of what it has published.
+"""The lifecycle of a stage, from the decision about it to retention.
 
     decide      reuse what is published, or run, and why
     act         make way for what it is to publish, or take back what fits
@@ -48,7 +48,7 @@ from pipelines.run.superseded import act_on, drop_partials, drop_replaced
 
 
 class Lifecycle:
-    """The lives of a run's stages. It holds no truth: all of it is on the disk."""
+    """The lifecycle of a run's stages. All state is on the disk."""
 
     def __init__(self, run: RunDirectory, graph: Graph, config: RunConfig) -> None:
         self.run = run
@@ -68,7 +68,7 @@ class Lifecycle:
         return decide(node, probe_versions(environment, node.environment), self.run.path, again=again)
 
     def act(self, node: Node, decision: Decision) -> None:
-        """Make way for a stage, or take back what fits.
+        """Move the old output of a stage aside before it runs, or reuse an output with the wanted key.
 
         Raises:
             UserError: the disk has no room for what the stage is estimated to write.
@@ -85,12 +85,12 @@ class Lifecycle:
 
     @functools.cached_property
     def _recorded(self) -> dict[str, str]:
-        """The key of each stage that the stream of events knows as published."""
+        """The key under which each stage is published, by the recorded events."""
         events = [event for event in self.run.events() if isinstance(event, StagePublished | StageReused)]
         return {event.stage: event.key for event in events}
 
     def untold(self) -> list[Event]:
-        """What has happened that the stream knows already: that stages were reused once more."""
+        """Events that say nothing new and are not recorded: stages that are reused once more."""
         events, self._untold = self._untold, []
         return events
 
@@ -106,7 +106,7 @@ class Lifecycle:
         return attempt
 
     def finalize(self, node: Node, key: str, attempt: Path) -> list[str]:
-        """Take note of what an attempt at a stage has published.
+        """Record that an attempt has published.
 
         Returns:
             The stages that may come out differently now: those after one whose deleted weights were made again, and
@@ -150,7 +150,7 @@ class Lifecycle:
         return stages
 
     def fail(self, node: Node, attempt: Path) -> tuple[Ending, float | None]:
-        """Take note of an attempt that has published nothing: how it ended, and the pause before the next one.
+        """Record a failed attempt: how it ended, and the pause before a retry.
 
         Raises:
             UserError: the disk is full.
@@ -167,13 +167,13 @@ class Lifecycle:
         return may_be_released(node) or node.stage.name == "evaluation"
 
     def retain(self, node: Node, published: Collection[str]) -> None:
-        """After a stage is published: delete and compress what is not needed any more."""
+        """Apply retention after a stage has published."""
         if self.concerns_retention(node):
             self.retention.apply(published)
 
 
 def _begun(attempt: Path) -> float:
-    """When an attempt began: its decision is written just before."""
+    """When an attempt began: when its decision was written."""
     try:
         return (attempt / DECISION).stat().st_mtime
     except FileNotFoundError:  # somebody has deleted the logs

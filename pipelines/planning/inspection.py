@@ -29,11 +29,11 @@ from pipelines.planning.preflight import origin_of
 
 R = TypeVar("R", PreflightReport, SampledData)
 OF_THE_PLACE = ("output", "seed", "iteration", "start", "count")
-"""Fields that make no difference to a check: stages that differ in nothing else are looked at once."""
+"""Fields that do not matter to preflight; stages that differ only in these are checked once."""
 
 
 def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
-    """What every environment finds in the stages that it will run, each finding once."""
+    """The findings of all environments about their stages, without duplicates."""
     needed = dict.fromkeys(["annotation", *(node.environment for node in graph.nodes.values() if node.stage.preflight)])
     usable = [name for name in needed if _is_usable(environments, name)]
     sampled = _sample(graph, environments) if "annotation" in usable else SampledData()
@@ -58,7 +58,7 @@ def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
 
 
 def differing_probes(probes: dict[str, dict[str, Any]]) -> list[Finding]:
-    """Models that two environments read differently: what one has tokenized the other would not understand.
+    """Models whose tokenizer two environments read differently.
 
     Args:
         probes: by environment and model, what it makes of the same texts.
@@ -83,7 +83,7 @@ def differing_probes(probes: dict[str, dict[str, Any]]) -> list[Finding]:
 
 
 def differing_vocabularies(graph: Graph, known: dict[str, str]) -> list[Finding]:
-    """Models that would be given token ids of another vocabulary than theirs: references and critics.
+    """References and critics that would get token ids of another vocabulary.
 
     Args:
         known: by a model's path, the digest of what each token id stands for.
@@ -111,7 +111,7 @@ def _shown(probe: dict[str, Any]) -> str:
 
 
 def requests_of(graph: Graph, environment: str) -> tuple[StageRequest, ...]:
-    """The stages of an environment that read a model, data or a function from outside of the run; those alike once."""
+    """The stages of an environment that read something external, without duplicates."""
     found: dict[str, StageRequest] = {}
     for node in graph.nodes.values():
         if node.environment == environment and node.stage.preflight and reads_from_outside(node, graph):
@@ -121,7 +121,7 @@ def requests_of(graph: Graph, environment: str) -> tuple[StageRequest, ...]:
 
 
 def reads_from_outside(node: Node, graph: Graph) -> bool:
-    """Whether there is anything that can be looked at before the run has made it."""
+    """Whether a node reads anything that exists before the run."""
     try:
         if node.config.source_files():
             return True
@@ -134,7 +134,7 @@ def reads_from_outside(node: Node, graph: Graph) -> bool:
 
 
 def request_of(node: Node, graph: Graph) -> StageRequest:
-    """A stage's config as its environment is sent it."""
+    """A node's config, as it is sent to its environment."""
     config = node.config.model_dump(mode="json")
     made = []
     for field, value in node.config.select(Role.INPUT).items():
@@ -174,7 +174,7 @@ def _is_usable(environments: EnvironmentsSection, name: str) -> bool:
 
 
 def with_system_message(graph: Graph) -> Iterator[Conversation]:
-    """A conversation for each system message that the run's config puts before its prompts."""
+    """A conversation for each system message in the run's config."""
     for node in graph.nodes.values():
         if (system := getattr(node.config, "system", None)) is not None:
             messages = (Message("system", system), Message("user", "What is the capital of France?"))
@@ -182,7 +182,7 @@ def with_system_message(graph: Graph) -> Iterator[Conversation]:
 
 
 def _sample(graph: Graph, environments: EnvironmentsSection) -> SampledData:
-    """Conversations of the user's own data, where it is on this machine."""
+    """Conversations sampled from the user's local data."""
     requests: dict[str, StageRequest] = {}
     for node in graph.nodes.values():
         path = node.path(node.stage.conversations) if node.stage.conversations else None
@@ -196,7 +196,7 @@ def _sample(graph: Graph, environments: EnvironmentsSection) -> SampledData:
 
 
 def _sources(graph: Graph, environment: str) -> list[Path]:
-    """The files of the user's own code that the stages of an environment run."""
+    """The user's own source files that the stages of an environment run."""
     found: set[Path] = set()
     for node in graph.nodes.values():
         if node.environment == environment:
@@ -206,7 +206,7 @@ def _sources(graph: Graph, environment: str) -> list[Path]:
 
 
 def _state(path: Path) -> Any:
-    """What tells that a file, or one below a directory, was changed: names, sizes, times."""
+    """The state of a file or directory, by which changes are detected: names, sizes, times."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
@@ -220,7 +220,7 @@ def _answer(
     reply: type[R],
     sources: list[Path],
 ) -> R:
-    """What `python -m MODULE` answers, from memory where nothing has changed since.
+    """The reply of `python -m MODULE`, cached while nothing has changed.
 
     Args:
         sources: files that it reads beside those that the stages' configs name.

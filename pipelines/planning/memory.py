@@ -1,4 +1,4 @@
-"""The memory of a run's stages: what they are estimated to take, and what a dry run says of it."""
+"""Memory estimates of a run's stages, and their report in a dry run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from pipelines.text import say
 
 
 def estimated(graph: Graph, *, on_gpu: bool) -> tuple[dict[str, Memory], dict[str, list[Path]]]:
-    """The memory that each stage takes as it is placed, and for those where that is not known the models why."""
+    """The estimated memory of each placed node; for those without an estimate, the models of unknown size."""
     needs: dict[str, Memory] = {}
     unknown: dict[str, list[Path]] = {}
     outlook = GraphOutlook(graph)
@@ -34,7 +34,7 @@ def estimated(graph: Graph, *, on_gpu: bool) -> tuple[dict[str, Memory], dict[st
 
 @dataclass(frozen=True)
 class Device:
-    """What a run's memory is compared with."""
+    """A device with which estimates are compared."""
 
     name: str
     bytes: int
@@ -75,7 +75,7 @@ def print_memory(console: Console, graph: Graph, config: RunConfig) -> None:
 
 
 def _by_models(unknown: dict[str, list[Path]]) -> Iterator[tuple[list[Path], list[str]]]:
-    """Stages of which nothing is known for the same models, together."""
+    """Stages without an estimate, grouped by the models of unknown size."""
     groups: dict[tuple[Path, ...], list[str]] = {}
     for name, models in unknown.items():
         groups.setdefault(tuple(models), []).append(name)
@@ -91,7 +91,7 @@ def _why_unknown(model: Path) -> str:
 
 
 def grouped(needs: dict[str, Memory]) -> Iterator[tuple[list[str], Memory]]:
-    """Stages that need the same, together: those of all iterations."""
+    """Stages grouped by equal estimates, across iterations."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, need in needs.items():
         groups.setdefault((name.rpartition("/")[2], str(need)), []).append(name)
@@ -105,12 +105,12 @@ def model_paths(node: Node) -> list[Path]:
 
 
 def short(names: list[str]) -> str:
-    """The first of some names, and how many there are besides."""
+    """The first names, and the number of the others."""
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def size(count: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in readable units."""
     for unit, power in (("GiB", 30), ("MiB", 20)):
         if count >= 1 << power:
             return f"{count / (1 << power):.1f} {unit}"

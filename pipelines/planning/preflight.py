@@ -1,4 +1,4 @@
-"""What can be found wrong before the first stage starts."""
+"""Checks of a run's inputs and models before the first stage starts."""
 
 import functools
 import itertools
@@ -17,7 +17,7 @@ from pipelines.progress import tracked
 
 
 def check_inputs(graph: Graph) -> None:
-    """Check every input that no stage of the graph makes: files exist, models are what their use needs.
+    """Check every external input: files exist, and models meet their requirements.
 
     Raises:
         UserError: the first mistake found.
@@ -35,7 +35,7 @@ def check_environments(graph: Graph, config: RunConfig) -> None:
 
 
 def input_mistakes(graph: Graph) -> Iterator[UserError]:
-    """Every input from outside of the run, and every function of the user's, that does not exist; each once."""
+    """Every external input and every function of the user's that does not exist; each once."""
     seen = set()
     functions = set()
     for node in tracked(graph.nodes.values(), "checking what the stages read"):
@@ -56,7 +56,7 @@ def input_mistakes(graph: Graph) -> Iterator[UserError]:
 
 
 def model_mistakes(graph: Graph) -> Iterator[UserError]:
-    """Every way in which a model from outside of the run is not what its use needs; each once."""
+    """Every requirement that an external model does not meet; each once."""
     known = set()
     for node in tracked(graph.nodes.values(), "checking the models"):
         for requirement in _requirements(node, graph):
@@ -69,7 +69,7 @@ def model_mistakes(graph: Graph) -> Iterator[UserError]:
 
 
 def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], object]]:
-    """What the models that a stage reads have to fulfil, if they exist and come from outside of the run."""
+    """The requirements of a node's external models that exist, as functions that raise UserError."""
     for use in node.stage.models(node.config):
         if graph.owner(use.path) is None and use.path.exists():
             try:
@@ -88,5 +88,5 @@ def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], object]]:
 
 
 def origin_of(model: Path, graph: Graph) -> Path:
-    """The model that a model is trained from, through all stages of the run: it has the same layers."""
+    """The external model from which a model is trained, through all stages of the run; it has the same layers."""
     return graph.origin(model)[0]

@@ -1,4 +1,4 @@
-"""For each stage: reuse what is published, or run, and why, in words."""
+"""The decision whether a stage is reused or runs, and the reason in words."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ SUPERSEDED = "superseded"
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with a stage, and the reason to tell."""
+    """Whether a stage is reused, and why."""
 
     reuse: bool
     reason: str
@@ -89,18 +89,18 @@ def _short(value: Any) -> str:
 
 
 def kept(run: Path, node: Node, key: str) -> Path:
-    """Where what a stage had published under a key is kept."""
+    """Where the output of a stage under a key is kept in superseded/."""
     return run / SUPERSEDED / node.name / key[:16]
 
 
 def _last_kept(run: Path, node: Node) -> Path | None:
-    """What the stage had published last, of what is kept."""
+    """The newest output of a stage in superseded/."""
     versions = [path.parent for path in (run / SUPERSEDED / node.name).glob(f"*/{MANIFEST}")]
     return max(versions, key=lambda path: path.stat().st_ctime_ns, default=None)
 
 
 def reads_what_is_there(node: Node, graph: Graph, manifest: Manifest) -> bool:
-    """Whether a published stage was made from what the stages before it have published now."""
+    """Whether the inputs of a published stage are what its upstream stages have published now."""
     known = {digest for value in manifest.inputs.values() for digest in (value if isinstance(value, list) else [value])}
     outputs = {graph.nodes[name].output for name in node.needs}
     read = outputs.intersection(node.config.input_paths())  # not the single files of the toy task

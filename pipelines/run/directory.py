@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, who drives it, and where things are in it."""
+"""The directory of a run: its owner, its lock, and its layout."""
 
 import contextlib
 import datetime
@@ -22,7 +22,7 @@ from pipelines.run.events import FILE, Event, EventStream
 
 PINNED = "pinned"
 CANCEL = "cancel"
-"""File in a run's directory by which its driver, on whatever machine, is asked to end."""
+"""File that asks a run's driver to end, on whatever machine it is."""
 
 
 class RunDirectory:
@@ -42,7 +42,7 @@ class RunDirectory:
         return cls(path)
 
     def require_files(self) -> None:
-        """Raise UserError where something else lies in the place of one of the run's own files."""
+        """Raise UserError if one of the run's own files is not a regular file."""
         for name in ("run.json", "config.resolved.yaml", "lock", FILE, "metrics.jsonl", PINNED):
             path = self.path / name
             if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -115,12 +115,12 @@ class RunDirectory:
         return locked(self.path / "submit.lock")
 
     def clear_scratch(self) -> None:
-        """Delete what killed processes were writing; to be called while none is at work."""
+        """Delete temporary files of killed processes; only while no process works on the run."""
         for path in [*self.path.glob("*.tmp"), *(self.path / "logs").rglob("*.tmp")]:
             path.unlink(missing_ok=True)
 
     def holder(self) -> str | None:
-        """Who drives the run at this moment, if anybody."""
+        """The process that holds the run's lock, if any."""
         if not (self.path / "lock").exists():
             return None
         with (self.path / "lock").open(encoding="utf-8", errors="replace") as file:
@@ -128,11 +128,11 @@ class RunDirectory:
 
     @property
     def pinned(self) -> bool:
-        """Whether nothing of it is to be deleted or compressed."""
+        """Whether retention and gc are suspended."""
         return (self.path / PINNED).exists()
 
     def pin(self, *, off: bool = False) -> None:
-        """Keep everything from now on; `off`: let retention work again."""
+        """Suspend retention and gc; `off`: resume them."""
         if off:
             (self.path / PINNED).unlink(missing_ok=True)
         else:
@@ -140,7 +140,7 @@ class RunDirectory:
 
     @functools.cached_property
     def config(self) -> RunConfig:
-        """The configuration of the last command when it was first asked for."""
+        """The config of the last command, read once."""
         place = {"name": self.path.name, "directory": str(self.path.parent)}
         return validate(RunConfig, {**self._marked("settings"), **place}, str(self.path / "run.json"))
 
@@ -160,11 +160,11 @@ class RunDirectory:
             ) from error
 
     def record(self, event: Event) -> None:
-        """Append to the stream of what happens in the run."""
+        """Append an event to the stream."""
         self.stream.append(event)
 
     def events(self) -> list[Event]:
-        """What was recorded, in order."""
+        """All recorded events, in order."""
         return self.stream.read()
 
     def new_attempt(self, stage: str) -> Path:
@@ -175,7 +175,7 @@ class RunDirectory:
         return attempt
 
     def stage_of(self, attempt: Path) -> str:
-        """The stage that an attempt is one at."""
+        """The stage of an attempt."""
         return attempt.parent.relative_to(self.path / "logs").as_posix()
 
     def attempts(self, stage: str) -> list[Path]:
@@ -192,7 +192,7 @@ def _number(attempt: Path) -> int:
 
 
 def dated(config: RunConfig) -> RunConfig:
-    """The same configuration with its date: the user's, else the one that the run was made with, else today's."""
+    """The config with its date: the user's, else that of the existing run, else today's."""
     if config.date is not None:
         return config
     date = None

@@ -1,4 +1,4 @@
-"""The way of a run's configuration from the command line to its stages."""
+"""From the command line to a run's placed graph."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from pipelines.run.directory import dated
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command wants of a run."""
+    """A run's resolved config and its graph."""
 
     source: str
     config: RunConfig

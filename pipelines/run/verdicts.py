@@ -1,4 +1,4 @@
-"""What a command would do to each stage, as far as that is known before anything runs."""
+"""What a command would do with each stage, as far as it is known in advance."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from pipelines.run.retention import made_again
 
 @dataclass(frozen=True)
 class Verdict:
-    """What happens to a stage, and the reason to tell."""
+    """Whether a stage is reused, and why."""
 
     reuse: bool
     reason: str

@@ -145,7 +145,7 @@ def _submit(
     detached: bool,
     pause: float | None = None,
 ) -> str:
-    """Hand one job to Slurm; returns its id."""
+    """Submit one job; returns its id."""
     assert site.entry is not None, "a reader submits nothing"
     perform, run, resources = site.entry.perform, site.run.path, job.resources
     array = resources.tasks if resources.is_array else 0
@@ -167,7 +167,7 @@ def _submit(
 
 @contextlib.contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Submit as from a login node, also where a job submits another one: without what tells it of itself."""
+    """Remove the variables that describe this job, so that a job submits others as from a login node."""
     kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with submitit.helpers.clean_env((ROLE, ATTEMPT)):
         os.environ.update(kept)
@@ -175,17 +175,17 @@ def _outside_of_jobs() -> Iterator[None]:
 
 
 def name_of(attempt: Path) -> str:
-    """A short name of an attempt, however its path is written."""
+    """A short name of an attempt, independent of how its path is spelled."""
     return digest(str(attempt.resolve()))[:16]
 
 
 def slurm_folder(run: Path) -> Path:
-    """Where submitit describes the Slurm jobs of a run; all nodes have to see it."""
+    """The directory of submitit's scripts and pickles for a run; all nodes must see it."""
     return job_folder(run) / "slurm"
 
 
 def clear_folders(run: Path, live: set[str]) -> None:
-    """Delete what jobs needed that have ended, whichever command submitted them."""
+    """Delete the scripts and pickles of jobs that have ended."""
     for folder in slurm_folder(run).glob("*"):
         ids = {path.name.partition("_")[0] for path in folder.glob("*_submission.sh")}
         if ids and not ids & live:
@@ -193,14 +193,14 @@ def clear_folders(run: Path, live: set[str]) -> None:
 
 
 def keep_output(attempt: Path, run: Path) -> None:
-    """Copy what the jobs of an attempt have printed themselves to its logs."""
+    """Copy the output of an attempt's jobs to its logs."""
     for log in job_logs(attempt, run):
         if log.parent != attempt:
             shutil.copyfile(log, attempt / log.name)
 
 
 def job_logs(attempt: Path, run: Path) -> list[Path]:
-    """What the jobs of an attempt have printed themselves, before and after the stage's own output."""
+    """The output of an attempt's jobs, outside of the stage's own log."""
     folders = [slurm_folder(run) / f"{name_of(attempt)}-{step}" for step in ("work", "finish")]
     found = {path.name: path for folder in (attempt, *folders) for path in sorted(folder.glob("*_log.out"))}
     return list(found.values())

@@ -41,11 +41,11 @@ FILES = frozenset({"resolved.yaml", "graph.json", "sbatch"})
 
 
 class BatchExecutor(SlurmExecutor):
-    """submitit's executor for Slurm, which can be made on a machine without Slurm as well, to see its scripts."""
+    """submitit's executor for Slurm, usable without Slurm too, to generate scripts."""
 
     @classmethod
     def affinity(cls) -> int:
-        """Where Slurm is missing, check_slurm says so."""
+        """check_slurm reports a missing Slurm."""
         return 2
 
     @property
@@ -54,7 +54,7 @@ class BatchExecutor(SlurmExecutor):
 
 
 def make_executor(folder: Path, parameters: Mapping[str, Any]) -> BatchExecutor:
-    """An executor with these `submitit_parameters`, that describes its jobs in `folder`."""
+    """An executor with these `submitit_parameters`; `folder` holds its scripts and pickles."""
     executor = BatchExecutor(folder)
     executor.update_parameters(**parameters)
     return executor
@@ -82,7 +82,7 @@ class PlannedJob:
     def executor(
         self, folder: Path, run: Path, stage: str, settings: ExecutorSection, dependency: list[str], pause: float = 0.0
     ) -> BatchExecutor:
-        """What submits it, describes it in `folder`, and knows the text of its script."""
+        """submitit's executor for this job, with its scripts and pickles in `folder`."""
         again = start_again(settings.retries, settings.backoff_seconds) if "finalize" in self.duties else ()
         parameters = submitit_parameters(
             self.resources,
@@ -141,7 +141,7 @@ HOURS = ("gpu_hours", "cpu_hours")
 
 
 def _fresh(run: Path) -> Path:
-    """An empty directory beside a run's, in the place of that of an earlier dry run."""
+    """An empty directory for a dry run; replaces that of an earlier one."""
     folder = run.with_name(run.name + DRY_RUN)
     if (
         folder.is_symlink()
