@@ -14,57 +14,43 @@ from pipelines.lineage.links import Index, Link, links_of, run_of
 from training.registry import describe
 
 
-def ancestry(index: Index, artifact: Artifact) -> dict[str, Any]:
-    """An artifact and its ancestors: `artifacts` by name, each with its inputs, the target first."""
-    walk = Ancestry(index)
-    target = walk.add(index, artifact)
-    return {"run": str(index.path), "target": target, "artifacts": walk.artifacts}
+def ancestry(home: Index, target: Artifact) -> dict[str, Any]:
+    """An artifact and its ancestors: `artifacts` by name, each with its inputs, the target first.
+
+    For each input it is told whether it is still what was read.
+    """
+
+    def name_of(index: Index, artifact: Artifact) -> str:
+        return index.name_of(artifact) if index is home else str(artifact.path)
+
+    artifacts: dict[str, dict[str, Any]] = {}
+    todo = [(home, target)]
+    while todo:
+        index, artifact = todo.pop()
+        if (name := name_of(index, artifact)) in artifacts:
+            continue
+        inputs = [_input(index, link) for link in links_of(artifact.manifest)]
+        named = [entry | {"artifact": name_of(*origin) if origin else None} for entry, origin in inputs]
+        artifacts[name] = description(artifact) | {"inputs": named}
+        todo += [origin for _, origin in reversed(inputs) if origin]
+    return {"run": str(home.path), "target": name_of(home, target), "artifacts": artifacts}
 
 
-class Ancestry:
-    """Collects artifacts along their links, and checks whether each input is still what was read."""
-
-    def __init__(self, index: Index) -> None:
-        self.home = index
-        self.artifacts: dict[str, dict[str, Any]] = {}
-
-    def add(self, start: Index, first: Artifact) -> str:
-        """Add an artifact and its ancestors; returns its name."""
-        todo = [(start, first)]
-        while todo:
-            index, artifact = todo.pop()
-            if (name := self.name(index, artifact)) not in self.artifacts:
-                self.artifacts[name] = description(artifact)
-                inputs = [self.input(index, link) for link in links_of(artifact.manifest)]
-                self.artifacts[name]["inputs"] = [entry for entry, _ in inputs]
-                todo += [origin for _, origin in reversed(inputs) if origin]
-        return self.name(start, first)
-
-    def name(self, index: Index, artifact: Artifact) -> str:
-        """The artifact's path relative to the run where the trace began; its own path if it is elsewhere."""
-        return index.name_of(artifact) if index is self.home else str(artifact.path)
-
-    def input(self, index: Index, link: Link) -> tuple[dict[str, Any], tuple[Index, Artifact] | None]:
-        """An input as plain data, and the artifact behind it, if any."""
-        entry: dict[str, Any] = {"name": link.name, "digest": link.digest, "path": link.path, "artifact": None}
-        if index.is_damaged(link):
-            return {**entry, "state": "damaged"}, None
-        try:
-            found = index.find(link)
-        except UserError as error:
-            return {**entry, "state": "damaged", "error": str(error)}, None
-        entry |= {
-            "state": found.state,
-            "place": str(found.place),
-            "part": found.part,
-            "now": found.now,
-            "again": found.again,
-        }
-        entry["former"] = "/".join(part for part in index.inner(link.path) or (link.path,) if part)
-        if found.artifact is None or found.state not in ("same", "replaced"):
-            return entry, None
-        there = index if found.inside else around(found.artifact.path)
-        return {**entry, "artifact": self.name(there, found.artifact)}, (there, found.artifact)
+def _input(index: Index, link: Link) -> tuple[dict[str, Any], tuple[Index, Artifact] | None]:
+    """An input as plain data, and the artifact behind it, if any."""
+    entry: dict[str, Any] = {"name": link.name, "digest": link.digest, "path": link.path}
+    if index.is_damaged(link):
+        return {**entry, "state": "damaged"}, None
+    try:
+        found = index.find(link)
+    except UserError as error:
+        return {**entry, "state": "damaged", "error": str(error)}, None
+    entry |= {name: getattr(found, name) for name in ("state", "part", "now", "again")}
+    former = "/".join(part for part in index.inner(link.path) or (link.path,) if part)
+    entry |= {"place": str(found.place), "former": former}
+    if found.artifact is None or found.state not in ("same", "replaced"):
+        return entry, None
+    return entry, (index if found.inside else around(found.artifact.path), found.artifact)
 
 
 def description(artifact: Artifact) -> dict[str, Any]:

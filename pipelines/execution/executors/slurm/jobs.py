@@ -12,7 +12,6 @@ import contextlib
 import io
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,8 +44,6 @@ class Jobs(msgspec.Struct, frozen=True):
     """F's id, where there is one."""
     detached: bool
     """Whether they finalize by themselves; otherwise a driver does."""
-    submitted: float
-    """When, in seconds since 1970."""
     array: int = 1
     """How many tasks W has."""
 
@@ -131,7 +128,7 @@ def submit(
     finish = None
     if len(jobs) > 1:
         finish = _submit(node, attempt, site, jobs[1], [f"afterany:{work}", *success], detached)
-    record = Jobs(work, finish, detached, time.time(), jobs[0].resources.tasks)
+    record = Jobs(work, finish, detached, jobs[0].resources.tasks)
     write_atomically(attempt / RECORD, msgspec.json.encode(record))
     return record
 
