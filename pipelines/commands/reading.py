@@ -5,6 +5,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+from contracts.files import write_atomically
 from pipelines.commands.declaring import (
     JSON,
     RUN,
@@ -15,6 +16,7 @@ from pipelines.commands.declaring import (
 )
 from pipelines.insight.compare.command import as_json, print_comparison
 from pipelines.insight.compare.gather import compare
+from pipelines.insight.compare.page import render_comparison
 from pipelines.insight.report.command import report
 from pipelines.insight.report.view import PORT, view
 from pipelines.insight.runs import print_runs, runs_below, summary
@@ -94,10 +96,13 @@ def _view(options: argparse.Namespace) -> None:
     argument("--metric", help="shown by iteration: a name of eval/; by default the gold reward, or the reward"),
     argument("--iteration", type=int, metavar="I", help="whose policies are compared; by default each run's last"),
     argument("--json", action="store_true", help="print everything as one JSON object"),
+    argument("--html", type=Path, metavar="PAGE", help="also write it as a page, with curves and answers side by side"),
     group="read",
 )
 def _compare(options: argparse.Namespace) -> None:
     found = compare([opened(run) for run in options.runs], options.iteration)
+    if options.html is not None:
+        write_atomically(options.html, render_comparison(found).encode())
     if options.json:
         print(as_json(found))
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Browser
 
 from contracts.artifacts import Artifact
 from contracts.fingerprint import digest
@@ -128,3 +129,23 @@ def test_mistakes(smallest: Path, capsys: pytest.CaptureFixture[str], options: l
     runs = [str(judged(smallest, name, FIRST)) for name in ("first", "second")]
     assert main(["compare", *runs, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(390, 844), (1440, 1000)], ids=["phone", "desk"])
+def test_the_page_stands_alone(
+    browser: Browser, smallest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: tuple[int, int]
+) -> None:
+    """It draws its curves, shows what users and models wrote as text, and asks nobody for anything."""
+    page = tmp_path / "comparison.html"
+    runs = [str(judged(smallest, name, scores)) for name, scores in (("first", FIRST), ("second", SECOND))]
+    assert main(["compare", *runs, "--html", str(page)]) == 0
+    browser.resize(*size)
+    browser.open(page.as_uri())
+    assert browser.run("document.documentElement.scrollWidth") <= size[0]
+    assert browser.run("document.querySelectorAll('#charts .uplot canvas').length") == 2
+    shown = browser.run("document.body.innerText")
+    assert "second (iteration 1) is better than first (iteration 1)" in shown
+    assert "<b>question</b>" in shown
+    assert browser.complaints() == []
+    assert [url for url in browser.requests() if not url.startswith(("file:", "data:", "about:"))] == []

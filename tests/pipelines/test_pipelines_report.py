@@ -24,6 +24,7 @@ from reported import ReportedRun
 from contracts.artifacts import Artifact
 from contracts.manifest import with_checksum
 from contracts.records import Pair, Rollout, Score
+from pipelines.commands.declaring import opened
 from pipelines.insight.listeners import page as listener
 from pipelines.insight.listeners.page import PageWriter
 from pipelines.insight.report import keep as keep_module
@@ -36,7 +37,7 @@ from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.page import render_page
 from pipelines.insight.report.view import LiveReport, make_server
 from pipelines.insight.report.vocabulary import Vocabulary
-from pipelines.main import main, opened
+from pipelines.main import main
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import (
     Event,

@@ -47,11 +47,16 @@ class Paired(msgspec.Struct, frozen=True):
     """Of the prompts with the largest differences."""
 
     @property
+    def is_clear(self) -> bool:
+        """Whether the difference is larger than its interval."""
+        return abs(self.difference) > self.ci95
+
+    @property
     def sentence(self) -> str:
         """The result in words."""
         by = f"by {self.scorer}, on {self.prompts} prompts"
         interval = f"{abs(self.difference):.3g} ± {self.ci95:.2g}"
-        if abs(self.difference) <= self.ci95:
+        if not self.is_clear:
             return (
                 f"Between {self.second} and {self.first} no difference can be told {by}: "
                 f"{self.difference:+.3g} ± {self.ci95:.2g}"

@@ -19,17 +19,20 @@ PAGE_BYTES = 4_600_000
 """Of a page with its samples; what does not fit is beside it."""
 MOST_GROUPS = 50_000
 """Prompts with their answers that the browser of samples can sort and filter."""
+PLOTS = "report/vendor/uPlot-1.6.32.iife.min.js"
+DOM = "report/assets/dom.js"
+CHARTS = "report/assets/charts.js"
 SCRIPTS = (
-    "vendor/uPlot-1.6.32.iife.min.js",
-    "vendor/diff-9.0.0.min.js",
-    "assets/dom.js",
-    "assets/samples.js",
-    "assets/charts.js",
-    "assets/browser.js",
-    "assets/answers.js",
-    "assets/main.js",
+    PLOTS,
+    "report/vendor/diff-9.0.0.min.js",
+    DOM,
+    "report/assets/samples.js",
+    CHARTS,
+    "report/assets/browser.js",
+    "report/assets/answers.js",
+    "report/assets/main.js",
 )
-STYLES = ("vendor/uPlot-1.6.32.min.css", "assets/report.css")
+STYLES = ("report/vendor/uPlot-1.6.32.min.css", "report/assets/report.css")
 
 
 def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: int | None = None) -> tuple[str, list[str]]:
@@ -47,15 +50,15 @@ def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: int 
     inside = [] if live is not None else _fitting(sets, PAGE_BYTES - size)
     others = [name for found in sets for name in _names(found) if name not in set(inside)]
     text = (
-        _environment()
-        .get_template("report.html.j2")
+        environment()
+        .get_template("report/assets/report.html.j2")
         .render(
             report=report,
             data=data,
             chunks=[(name, keep.chunk(name)) for name in inside],
             scripts=scripts,
             styles=styles,
-            hashes=" ".join(f"'sha256-{_hash(script)}'" for script in scripts),
+            hashes=" ".join(f"'sha256-{script_hash(script)}'" for script in scripts),
             evaluations=evaluation_table(report),
             funnels=funnels(report),
             gantt=gantt(report),
@@ -125,17 +128,19 @@ def _names(found: SampleSet) -> list[str]:
 
 @cache
 def read_asset(name: str) -> str:
-    """A file that comes with the report."""
-    return (files("pipelines.insight.report") / name).read_text("utf-8")
+    """A file that comes with a page."""
+    return (files("pipelines.insight") / name).read_text("utf-8")
 
 
-def _hash(script: str) -> str:
+def script_hash(script: str) -> str:
+    """What a page's content security policy calls a script."""
     return b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 @cache
-def _environment() -> jinja2.Environment:
-    loader = jinja2.FunctionLoader(lambda name: read_asset(f"assets/{name}"))
+def environment() -> jinja2.Environment:
+    """The templates of the pages, which escape whatever they are given."""
+    loader = jinja2.FunctionLoader(read_asset)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"duration": duration, "visible": visible, "rounded": rounded}
     environment.undefined = jinja2.StrictUndefined
