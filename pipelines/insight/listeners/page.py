@@ -67,6 +67,7 @@ class PageWriter:
         if far:
             command = [*COMMAND, str(self._run.path)]
             self._child = ReaderProcess(command, os.environ, b"", self._run.path / "logs" / "report.log")
+            self._child.end_input()  # it reads what is there, and ends
             atexit.register(self._reap)  # a job of a cluster takes with it whatever it has started
             return
         from pipelines.insight.report.command import write_report
