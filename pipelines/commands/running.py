@@ -104,7 +104,7 @@ def run_command(options: argparse.Namespace) -> None:
     forced = resolve(graph, options.force)
     for executor in executors.lasting():
         executor.require_no_detached_run(same_settings=options.detach and not forced)
-    run.claim(config, find_config(options.config), wanted.iterations)
+    run.claim(config, find_config(options.config), wanted.iterations, wanted.commits)
     begin_hooks(config, run.path)
     set_aside(run.path, graph, forced)
     require_space(run.path, "directory")

@@ -21,6 +21,8 @@ from pipelines.config.run import RunConfig
 from pipelines.run.events import FILE, Event, EventStream
 
 PINNED = "pinned"
+COMMITS = "hub"
+"""Entry of run.json: what the names of things on the Hub stand for."""
 CANCEL = "cancel"
 """File that asks a run's driver to end, on whatever machine it is."""
 
@@ -48,8 +50,10 @@ class RunDirectory:
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 raise UserError(f"{path} is no regular file, as a run's own {name} is. Move it away.")
 
-    def claim(self, config: RunConfig, source: Path, iterations: int) -> None:
+    def claim(self, config: RunConfig, source: Path, iterations: int, commits: dict[str, str] | None = None) -> None:
         """Create the directory, or take it over, and become the run's only driver until this process ends.
+
+        `commits` is what the names of things on the Hub stand for in it.
 
         Raises:
             UserError: it belongs to another config file, is no run's directory, or another driver is alive.
@@ -75,6 +79,7 @@ class RunDirectory:
                 )
         record: dict[str, Any] = {"config": origin, "source": str(source.absolute())}
         record |= {"iterations": iterations, "settings": config.settings()}
+        record |= {COMMITS: commits} if commits is not None else {}
         write_atomically(marker, json.dumps(record).encode())
         resolved = {**config.model_dump(mode="json"), "directory": str(self.path.parent)}
         text = yaml_text.dump(resolved)
@@ -189,6 +194,18 @@ class RunDirectory:
 
 def _number(attempt: Path) -> int:
     return int(attempt.name.rpartition("-")[2])
+
+
+def recorded_commits(config: RunConfig) -> dict[str, str] | None:
+    """What the names of things on the Hub stand for in a run: nothing yet, of a new one; None: it has no record."""
+    marker = config.run_directory / "run.json"
+    if not marker.is_file():
+        return {}
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}  # damaged, as `claim` says
+    return found.get(COMMITS) if isinstance(found, dict) else {}
 
 
 def dated(config: RunConfig) -> RunConfig:

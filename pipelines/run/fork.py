@@ -18,11 +18,11 @@ from pipelines.config.run import RunConfig
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.run.decisions import SUPERSEDED
-from pipelines.run.directory import RunDirectory
+from pipelines.run.directory import COMMITS, RunDirectory, recorded_commits
 from pipelines.run.sharing import link
 
 CONFIG = "config.yaml"
-OF_THE_RUN = frozenset({"environments", "executor", "hooks", "iterations", "retention", "tracking"})
+OF_THE_RUN = frozenset({"environments", "executor", "hooks", "hub", "iterations", "retention", "tracking"})
 """Keys that a fork may set which hold for the whole run, and change no result."""
 
 
@@ -53,6 +53,7 @@ def fork(source: RunDirectory, first: int, overrides: list[str], name: str | Non
         count = _take_over(source, build_graph(source.config, last), work, first, bool(overrides))
         record: dict[str, Any] = {"config": CONFIG, "source": str((target / CONFIG).absolute())}
         record |= {"iterations": config.iterations, "settings": config.settings()}
+        record |= {COMMITS: commits} if (commits := recorded_commits(source.config)) is not None else {}
         write_atomically(work / "run.json", json.dumps(record).encode())
         os.rename(work, target)
     finally:
@@ -78,6 +79,7 @@ def _settings(config: RunConfig, iterations: int, first: int, overrides: list[st
         raise UserError(f"{min(unknown)!r} cannot change in a fork. What can: {known}. Else start a new run.")
     require_changeable(change, first)
     settings = {**config.settings(), "iterations": iterations}
+    settings.pop("hub", None)  # its repos are the old run's
     settings = merge(settings, whole)
     changes = {start: _without(later, change) if start >= first else later for start, later in config.changes.items()}
     if change:

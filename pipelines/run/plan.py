@@ -8,9 +8,9 @@ from pipelines.environments.launch import EnvironmentConfig
 from pipelines.graph import Graph
 from pipelines.iteration import require_iterations
 from pipelines.planning.entries import choose_variant
-from pipelines.planning.hub import cached, fetch, with_models
+from pipelines.planning.hub import Commits, OnHub
 from pipelines.planning.placement import cluster_of, placed_graph
-from pipelines.run.directory import dated
+from pipelines.run.directory import dated, recorded_commits
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Plan:
     """What holds for all of it: with its date, with what sections take from each other, and models where they are."""
     graph: Graph
     iterations: int
+    commits: Commits | None = None
+    """What the names of things on the Hub stand for; None: the run is older than the record of that."""
 
     @property
     def parallel(self) -> int:
@@ -52,5 +54,6 @@ def plan_run(source: str, overrides: list[str], iterations: int | None, *, downl
     config = dated(load_run_config(source, overrides))
     wanted = require_iterations(config, iterations)
     choose_variant(config.executor)
-    config = with_models(config, fetch if download else cached)
-    return Plan(source, config, placed_graph(config, wanted), wanted)
+    hub = OnHub(recorded_commits(config), download=download)
+    config = hub.locate(config)
+    return Plan(source, config, placed_graph(config, wanted), wanted, hub.commits)
