@@ -1,8 +1,10 @@
 """The kinds of failure: a user's mistake, a transient failure, or a bug."""
 
+import difflib
 import errno
 import os
 import re
+from collections.abc import Iterable
 
 from contracts.limits import limit_behind
 
@@ -92,3 +94,9 @@ def is_transient(error: BaseException) -> bool:
     if system_code(error) in TRANSIENT_CODES:
         return True
     return any(base.__name__ in TRANSIENT_NAMES for base in type(error).__mro__)
+
+
+def did_you_mean(wrong: str, known: Iterable[str], most: int = 1) -> str:
+    """A hint at the known names nearest to a wrong one, " Did you mean 'x' or 'y'?"; empty if none is near."""
+    near = difflib.get_close_matches(wrong, list(known), n=most, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -4,13 +4,12 @@ A column is found by its name or named in the config, also inside another one ("
 read is counted by column.
 """
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from contracts.conversations import read_messages
-from contracts.errors import UserError
+from contracts.errors import UserError, did_you_mean
 from contracts.records import Message
 
 Slot = Literal["prompt", "system", "input", "choices", "answer", "id", "tags", "tools"]
@@ -76,7 +75,7 @@ class SourceRow:
         if value is None and not has(self.values, name):
             raise UserError(
                 f"{self.place}: no column {name!r}; found {', '.join(self.values)}."
-                f"{nearest(name, self.values)} Set column."
+                f"{did_you_mean(name, self.values, 2)} Set column."
             )
         self.read(name)
         messages = read_messages(value, self.place, name, self.unread)
@@ -188,7 +187,7 @@ class Layout:
             if self.rows:
                 raise UserError(
                     f"{source}: none of its {self.rows} rows has a value in the column {name!r}, which is named as the "
-                    f"{slot}; found {', '.join(self._seen)}.{nearest(name, self._seen)}"
+                    f"{slot}; found {', '.join(self._seen)}.{did_you_mean(name, self._seen, 2)}"
                 )
 
     def _note(self, values: dict[str, Any]) -> None:
@@ -216,12 +215,6 @@ def has(values: dict[str, Any], name: str) -> bool:
     parent, _, key = name.rpartition(".")
     above = look_up(values, parent) if parent else None
     return name in values or (isinstance(above, dict) and key in above)
-
-
-def nearest(name: str, known: Any) -> str:
-    """A hint at a column of nearly the same name, or nothing."""
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def without_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:

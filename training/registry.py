@@ -4,7 +4,6 @@ Only `load` imports an algorithm, which needs torch; the rest runs in the driver
 """
 
 import ast
-import difflib
 import functools
 import importlib
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from pydantic import ConfigDict, FiniteFloat, StringConstraints, TypeAdapter, Va
 
 from contracts import other_names
 from contracts.callables import load_module, source_file, source_files
-from contracts.errors import UserError
+from contracts.errors import UserError, did_you_mean
 from training.settings import LIMIT, Setting, Value, settings_of
 
 FOLDER = Path(__file__).parent / "algorithms"
@@ -123,7 +122,7 @@ def _described(algorithm: str) -> Description:
     for setting in source.constant("LIMITS"):
         if setting not in settings:
             raise UserError(
-                f"{source.what}: LIMITS has {setting!r}, which is no setting.{_nearest(setting, settings)} Name a "
+                f"{source.what}: LIMITS has {setting!r}, which is no setting.{did_you_mean(setting, settings)} Name a "
                 "keyword argument of its functions."
             )
     for setting, text in (limits | source.constant("LIMITS")).items():
@@ -200,7 +199,7 @@ def _file(algorithm: str) -> Path:
         return source_file(f"{algorithm}:loss")
     here = f" Did you mean your file '{algorithm}.py'?" if Path(f"{algorithm}.py").is_file() else ""
     raise UserError(
-        f"there is no algorithm {algorithm!r}.{here or _nearest(algorithm, BUILT_IN)} "
+        f"there is no algorithm {algorithm!r}.{here or did_you_mean(algorithm, BUILT_IN)} "
         f"Built in: {', '.join(BUILT_IN)}; or name your own file (path/to/mine.py) or module (package.mine)."
     )
 
@@ -304,15 +303,10 @@ def _names(*targets: ast.expr | None) -> list[str]:
 
 def _elsewhere(name: str, known: Any) -> str:
     """What other tools' name of a setting is called here, or the setting that is spelled most like it."""
-    if (nearest := _nearest(name, known)) or (entry := other_names.find(name)) is None:
+    if (nearest := did_you_mean(name, known)) or (entry := other_names.find(name)) is None:
         return nearest
     if not entry.ours:
         return f" Ratchet has no such key. {entry.note}"
     ours = entry.ours.removeprefix("training.settings.")
     where = f" Ratchet has {ours!r} for it" + (", which this algorithm does not have." if ours != entry.ours else ".")
     return f" Did you mean {ours!r}?" if ours in known else f"{where} {entry.note}".rstrip()
-
-
-def _nearest(name: str, known: Any) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""

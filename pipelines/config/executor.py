@@ -1,6 +1,5 @@
 """Where the stages of a run are executed, and what they ask of a cluster."""
 
-import difflib
 import fnmatch
 import math
 import pkgutil
@@ -12,6 +11,7 @@ from pydantic import AfterValidator, field_validator, model_validator
 
 from contracts.config import Section, runtime
 from contracts.declaration import Workload
+from contracts.errors import did_you_mean
 from contracts.stopping import DEFAULT_GRACE
 
 EXECUTORS = sorted(
@@ -26,9 +26,7 @@ HERE = ("inline", "local")
 
 def _check_kind(kind: str) -> str:
     if kind not in EXECUTORS:
-        nearest = difflib.get_close_matches(kind, EXECUTORS, n=1)
-        hint = f" Did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"there is no such executor.{hint} Known: {', '.join(EXECUTORS)}.")
+        raise ValueError(f"there is no such executor.{did_you_mean(kind, EXECUTORS)} Known: {', '.join(EXECUTORS)}.")
     return kind
 
 

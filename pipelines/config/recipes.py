@@ -1,10 +1,9 @@
 """The recipes that come with Ratchet, which are named without a path: `pipeline run quickstart`."""
 
-import difflib
 import os
 from pathlib import Path
 
-from contracts.errors import UserError
+from contracts.errors import UserError, did_you_mean
 from pipelines.environments.paths import configs
 
 PREFIX = "recipe:"
@@ -27,8 +26,7 @@ def find_config(named: str | Path) -> Path:
         return known[str(named)]
     if path.exists():
         return path
-    nearest = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}, which comes with Ratchet?" if nearest else ""
+    hint = did_you_mean(path.stem, known)
     raise UserError(f"config file {path} does not exist.{hint} Recipes by name: {', '.join(known)}.")
 
 

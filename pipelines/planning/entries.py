@@ -1,10 +1,9 @@
 """What the entries of executor.stages are for, and what follows from where stages run."""
 
-import difflib
 import fnmatch
 import os
 
-from contracts.errors import UserError
+from contracts.errors import UserError, did_you_mean
 from pipelines.config.executor import KINDS, ONLY_IN, ExecutorSection
 from pipelines.environments.locked import VARIANT
 from pipelines.graph import Graph
@@ -17,8 +16,7 @@ def check_patterns(graph: Graph, executor: ExecutorSection) -> None:
             continue
         named = [node for node in graph.nodes.values() if fnmatch.fnmatchcase(node.name, pattern)]
         if not named:
-            nearest = difflib.get_close_matches(pattern, [*KINDS, *graph.nodes], n=3, cutoff=0.4)
-            hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+            hint = did_you_mean(pattern, [*KINDS, *graph.nodes], 3)
             raise UserError(
                 f"executor.stages has an entry for {pattern!r}, but the run has no such stage.{hint} A key is "
                 f"{', '.join(KINDS)}, the name of a stage, or a pattern with *; `--dry-run` lists the stages."

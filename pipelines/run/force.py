@@ -4,7 +4,6 @@ A command that is killed and given again does not force twice: forced.json says 
 command has finished.
 """
 
-import difflib
 import fnmatch
 import os
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from contracts.artifacts import Artifact
-from contracts.errors import UserError
+from contracts.errors import UserError, did_you_mean
 from contracts.files import write_atomically
 from contracts.manifest import MANIFEST
 from pipelines.graph import Graph
@@ -40,8 +39,7 @@ def resolve(graph: Graph, wanted: list[str]) -> list[str]:
         name = text.rstrip("/")
         matches = [stage for stage in graph.nodes if stage.startswith(f"{name}/") or fnmatch.fnmatchcase(stage, name)]
         if not matches:
-            nearest = difflib.get_close_matches(name, graph.nodes, n=3, cutoff=0.4)
-            hint = f" Did you mean {', '.join(nearest)}?" if nearest else ""
+            hint = did_you_mean(name, graph.nodes, 3)
             raise UserError(f"--force {text}: the run has no such stage.{hint} `pipeline status` lists them.")
         found |= dict.fromkeys(matches)
     return list(found)

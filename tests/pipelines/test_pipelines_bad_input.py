@@ -130,7 +130,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("run smallest.yaml policy=world:nothere", "world:nothere does not exist"),
         ("run smallest.yaml environments.training.python=/no/python", "not an executable"),
         ("run smallest.yaml --force nothere", "no such stage"),
-        ("run smallest.yaml --force iteration-001/trainin", "Did you mean iteration-001/training"),
+        ("run smallest.yaml --force iteration-001/trainin", "Did you mean 'iteration-001/training'"),
         ("run smallest.yaml --force ../..", "no such stage"),
         ("run other.yaml", "is the run of"),
         ("status nothere", "not the directory of a run"),

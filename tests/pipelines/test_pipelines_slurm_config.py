@@ -302,8 +302,8 @@ def test_the_environments_are_those_of_the_nodes(
 @pytest.mark.parametrize(
     ("stages", "complaint"),
     [
-        ("{generaton: {gpus: 1}}", "no such stage. Did you mean generation"),
-        ("{iteration-001/trainng: {gpus: 1}}", "Did you mean iteration-001/training"),
+        ("{generaton: {gpus: 1}}", "no such stage. Did you mean 'generation'"),
+        ("{iteration-001/trainng: {gpus: 1}}", "Did you mean 'iteration-001/training'"),
         ("{'iteration-007/*': {gpus: 1}}", "A key is generation, scoring, training, light, the name of a stage"),
         ("{'iteration-*/heldout/*': {nodes: 2}}", "only training stages can have `nodes`, and iteration-000/heldout/"),
         ("{'*/pairs': {tasks: 2}}", "only generation and scoring stages can have `tasks`"),
