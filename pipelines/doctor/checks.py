@@ -322,6 +322,14 @@ def check_tokens(plan: Plan) -> Iterator[Finding]:
             yield Finding("error", found, fix)
 
 
+def check_hub(plan: Plan) -> Iterator[Finding]:
+    """Whether the run can be pushed to the Hugging Face Hub, where it says so."""
+    if plan.config.hub is not None:
+        from pipelines.hub.access import check_access  # with the library of the Hub
+
+        yield from check_access(plan.config.hub)
+
+
 def _in_netrc(host: str) -> bool:
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None

@@ -23,6 +23,7 @@ from pipelines.doctor.checks import (
     check_disk,
     check_environments,
     check_hooks,
+    check_hub,
     check_memory,
     check_models,
     check_processors,
@@ -77,6 +78,7 @@ def examine(plan: Plan) -> list[tuple[str, Finding]]:
         ("file system", lambda: check_file_system("the run's directory", plan.config.run_directory)),
         ("file system", lambda: check_file_system("RATCHET_HOME", home())),
         ("tokens", lambda: check_tokens(plan)),
+        ("hub", lambda: check_hub(plan)),
         ("network", lambda: check_loopback(needs_loopback(plan))),
         ("limits", lambda: check_limits(most_processes(plan))),
     ]

@@ -89,12 +89,17 @@ class Remote:
                 break
             if commit.title == parcel.title and self.holds(parcel, commit.commit_id):
                 return commit.commit_id, False
-        if base is None and (others := sorted(self.tree(head.commit).keys() - OWN_FILES)):
+        if base is None:
+            self.require_ours(head)
+        return None, False
+
+    def require_ours(self, head: Head) -> None:
+        """Raise RefusedError where a repo has files, and no iteration of any run."""
+        if not _iterations(head) and (others := sorted(self.tree(head.commit).keys() - OWN_FILES)):
             raise RefusedError(
                 f"{self.repo} exists and holds what no run of Ratchet has pushed there ({', '.join(others[:3])}"
                 f"{', ...' if len(others) > 3 else ''}); it is left as it is. Name another repo, or delete that one."
             )
-        return None, False
 
     def holds(self, parcel: Parcel, commit: str) -> bool:
         """Whether a commit has a parcel's files, by their content."""

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from handmade import HandmadeRun
@@ -21,10 +23,15 @@ from huggingface_hub import constants
 from pipelines_smallest import COMMAND, pipeline, write_pretended
 
 from contracts.artifacts import Artifact
+from contracts.records import Rollout, Score
+from pipelines.config.sections import HubSection
+from pipelines.environments.locked import interpreter
 from pipelines.hub import failures
+from pipelines.hub.access import check_access
 from pipelines.main import main
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import HubPushed, HubPushFailed
+from pipelines.run.retention import compress
 
 MODEL, PAIRS, ROLLOUTS = "alice/made", "alice/made-pairs", "ateam/made-rollouts"
 HUB = {"model": MODEL, "pairs": PAIRS, "rollouts": ROLLOUTS}
@@ -283,6 +290,114 @@ def test_mistakes(run: Path, overrides: list[str], said: str, capsys: pytest.Cap
     """A mistake is one message."""
     assert main(["push", str(run), *overrides]) == 2
     assert said in capsys.readouterr().err
+
+
+# What doctor says.
+
+
+def access(**section: Any) -> list[tuple[str, str]]:
+    """The findings, with their levels."""
+    return [(finding.level, finding.found) for finding in check_access(HubSection(**section))]
+
+
+def test_doctor_finds_what_would_refuse_a_push(hub: HubDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token, the namespace, what is in the repos; nothing is changed."""
+    hub.create(PAIRS, "dataset")
+    hub.create(ROLLOUTS, "dataset", theirs__csv=b"a,b")
+    hub.create("bob/closed")
+    state = hub.state()
+    found = access(**HUB)
+    assert found[:2] == [("ok", f"{MODEL} will be made"), ("ok", f"{PAIRS} is there, and may be written to")]
+    assert found[2][0] == "error"
+    assert "holds what no run of Ratchet has pushed there (theirs.csv)" in found[2][1]
+    assert access(model="bob/closed") == [("error", "hub says to push to bob/closed, but alice is no member of bob")]
+    hub.tokens["hf_reader"] = Account(role="read")
+    for token, said in (("hf_reader", "may only read"), ("hf_wrong", "The Hub refuses the token")):
+        monkeypatch.setenv("HF_TOKEN", token)
+        ((level, text),) = access(model=MODEL)
+        assert level == "error"
+        assert said in text
+    assert hub.state() == state
+
+
+def test_doctor_without_a_network_or_a_token(hub: HubDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage is a warning; no token is an error."""
+    hub.faults.append(Fault(times=1000, status=503))
+    monkeypatch.setattr(failures, "LONGEST_PAUSE", 6.0)
+    monkeypatch.setattr(failures, "FIRST_PAUSE", 20.0)
+    ((level, text),) = access(model=MODEL)
+    assert (level, "503" in text) == ("warning", True)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent/token")
+    assert access(model=MODEL) == [("error", "no token of the Hugging Face Hub was found, and hub says to push there")]
+
+
+# Data sets.
+
+
+@pytest.mark.slow
+def test_push_data_sets(hub: HubDouble, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pairs as they were published, rollouts with their scores, a split for each iteration, and cards."""
+    configure(run, run.parent.parent, {"pairs": PAIRS, "rollouts": ROLLOUTS})
+    assert main(["push", str(run)]) == 0, capsys.readouterr().out
+    pairs, rollouts = hub.repo(PAIRS, "dataset"), hub.repo(ROLLOUTS, "dataset")
+    for iteration in (1, 2):
+        here = run / f"iteration-{iteration:03d}"
+        file = f"data/iteration_{iteration}.parquet"
+        assert pairs.tree("iteration-2")[file].data == (here / "pairs/train.parquet").read_bytes()
+        rows = parquet_rows(rollouts.tree("iteration-2")[file].data)
+        published = [msgspec.to_builtins(row) for row in Artifact.open(here / "generation").rows(Rollout)]
+        scores = {(row.prompt_id, row.sample): row.score for row in Artifact.open(here / "reward").rows(Score)}
+        assert [row.pop("scores")["reward"] for row in rows] == [
+            [scores[row["prompt_id"], answer["sample"]] for answer in row["completions"]] for row in published
+        ]
+        assert rows == json.loads(json.dumps(published))
+    card = rollouts.tree()["README.md"].data.decode()
+    data = yaml.safe_load(card.split("---")[1])["configs"][0]["data_files"]
+    assert data == [{"split": f"iteration_{n}", "path": f"data/iteration_{n}.parquet"} for n in (1, 2)]
+    assert "iteration_2" not in rollouts.tree("iteration-1")["README.md"].data.decode()
+    state = hub.state()
+    assert main(["push", str(run)]) == 0
+    assert hub.state() == state
+
+
+def parquet_rows(content: bytes) -> list[dict[str, Any]]:
+    """The rows of a Parquet file, read where there is pyarrow."""
+    program = "import io, json, sys, pyarrow.parquet as pq\n"
+    program += "print(json.dumps(pq.read_table(io.BytesIO(sys.stdin.buffer.read())).to_pylist()))"
+    python = str(interpreter("annotation"))
+    result = subprocess.run([python, "-c", program], input=content, capture_output=True, check=True)
+    found: list[dict[str, Any]] = json.loads(result.stdout)
+    return found
+
+
+@pytest.mark.slow
+def test_rollouts_that_compression_has_packed(hub: HubDouble, run: Path) -> None:
+    """The same rows, whether they lie compressed or not."""
+    configure(run, run.parent.parent, {"rollouts": ROLLOUTS})
+    assert main(["push", str(run), "--iteration", "1"]) == 0
+    with HubDouble() as other:
+        compress(Artifact.open(run / "iteration-001/generation"))
+        compress(Artifact.open(run / "iteration-001/reward"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(constants, "ENDPOINT", other.endpoint)
+            assert main(["push", str(run), "--iteration", "1"]) == 0
+        assert other.state() == hub.state()
+
+
+@pytest.mark.slow
+def test_no_place_for_parquet(hub: HubDouble, run: Path) -> None:
+    """A disk that is full in the middle of it is told, and hurts nothing else."""
+    configure(run, run.parent.parent, {"model": MODEL, "rollouts": ROLLOUTS})
+    (run / ".hub").mkdir()
+    script = f"mount -t tmpfs -o size=4k tmpfs '{run}/.hub' && exec {shlex.join([*COMMAND, 'push', str(run)])}"
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "No space left on device" in result.stdout
+    assert set(hub.repo(MODEL).tags) == {"iteration-1", "iteration-2"}
+    assert main(["push", str(run)]) == 0
+    assert set(hub.repo(ROLLOUTS, "dataset").tags) == {"iteration-1", "iteration-2"}
 
 
 # While a run goes on.

@@ -1,0 +1,65 @@
+"""Whether what `hub` says can be pushed: a token that may write, into repos that are not somebody else's."""
+
+from collections.abc import Iterator
+
+from huggingface_hub import HfApi, get_token
+
+from contracts.preflight import Finding
+from pipelines.config.sections import HubSection
+from pipelines.hub.failures import PushError, persistently
+from pipelines.hub.parcels import Kind
+from pipelines.hub.remote import Remote
+
+LOGIN = "Set HF_TOKEN to one that may write, or `hf auth login`."
+
+
+def check_access(section: HubSection) -> Iterator[Finding]:
+    """What would keep a run from being pushed. The Hub is asked, and nothing is changed there."""
+    if get_token() is None:
+        yield Finding("error", "no token of the Hugging Face Hub was found, and hub says to push there", LOGIN)
+        return
+    try:
+        account = persistently(lambda: HfApi().whoami(), "huggingface.co", patience=5.0)
+    except PushError as error:
+        if error.failure.lasts:
+            yield Finding("error", str(error), LOGIN)
+        else:
+            fix = "The run goes on without the Hub, and `pipeline push` pushes later."
+            yield Finding("warning", str(error), fix)
+        return
+    role = account.get("auth", {}).get("accessToken", {}).get("role", "")
+    if role == "read":
+        yield Finding("error", f"the token of {account['name']} on the Hugging Face Hub may only read", LOGIN)
+        return
+    spaces = {account["name"], *(org["name"] for org in account.get("orgs", []))}
+    for repo, kind in repos(section):
+        yield _of_repo(repo, kind, spaces, account["name"])
+
+
+def repos(section: HubSection) -> Iterator[tuple[str, Kind]]:
+    """The repos of a section, and what they are."""
+    if section.model:
+        yield section.model, "model"
+    for repo in (section.pairs, section.rollouts):
+        if repo:
+            yield repo, "dataset"
+
+
+def _of_repo(repo: str, kind: Kind, spaces: set[str], name: str) -> Finding:
+    remote, space = Remote(repo, kind), repo.partition("/")[0]
+
+    def ask() -> str:
+        head = remote.head()
+        if head is None:
+            return "will be made"
+        HfApi().auth_check(repo, repo_type=kind, write=True)
+        remote.require_ours(head)
+        return "is there, and may be written to"
+
+    if space not in spaces:
+        fix = f"Name it {name}/{repo.partition('/')[2]}, or use the token of a member of {space}."
+        return Finding("error", f"hub says to push to {repo}, but {name} is no member of {space}", fix)
+    try:
+        return Finding("ok", f"{repo} {persistently(ask, repo, patience=5.0)}")
+    except PushError as error:
+        return Finding("error" if error.failure.lasts else "warning", str(error))
