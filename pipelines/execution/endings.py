@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from contracts.attempt import FAILURES, PROGRESS, FailureKind
+from contracts.points import REPORTS, decode_reports
 from contracts.stopping import SIGNALS, TERMINAL
 
 PUBLISHER = "publisher"
 """Folder of the supervisor that publishes what the tasks of an attempt have made."""
 PART = re.compile(rf"task-\d+|{PUBLISHER}")
 COUNTED = {"done": int, "total": int, "unit": str}
+LAST_BYTES = 1 << 14
+"""Of a file of reports; many times the length of one."""
 SEVERITY: dict[FailureKind, int] = {"user": 0, "transient": 1, "error": 2, "stopped": 3}
 """Which of several failures explains the others: the lowest."""
 
@@ -141,6 +144,18 @@ def share_of(attempt: Path) -> float:
     """How much of its work an attempt says it has done, from 0 to 1."""
     furthest = _furthest(attempt)
     return furthest["done"] / furthest["total"] if furthest is not None and furthest["total"] else 0.0
+
+
+def latest_metrics(attempt: Path) -> dict[str, float]:
+    """What an attempt has reported last, by the stage's own names; nothing where it has not."""
+    files = list(attempt.rglob(REPORTS))
+    if not files:
+        return {}
+    latest = max(files, key=lambda file: file.stat().st_mtime_ns)
+    with latest.open("rb") as content:
+        content.seek(max(0, latest.stat().st_size - LAST_BYTES))
+        reports = decode_reports(content.read())
+    return reports[-1].metrics if reports else {}
 
 
 def _furthest(attempt: Path) -> dict[str, Any] | None:

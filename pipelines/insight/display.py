@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pipelines.execution.endings import progress_of, share_of
+from pipelines.execution.endings import latest_metrics, progress_of, share_of
 from pipelines.graph import Graph
 from pipelines.insight.remaining import Remaining, in_words
-from pipelines.insight.wording import is_good_news, live_line
+from pipelines.insight.wording import is_good_news, live_line, metrics_in_words
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, StageFailed, StagePublished, StageReused, StageStarted
 
@@ -78,5 +78,6 @@ class Display:
             table.add_column(title)
         for name, started in self._running.items():
             progress = progress_of(self._attempt(started))
-            table.add_row(name, f"{max(0.0, time.time() - started.time):.0f}", progress or "starting")
+            metrics = metrics_in_words(latest_metrics(self._attempt(started)))
+            table.add_row(name, f"{max(0.0, time.time() - started.time):.0f}", progress or "starting", metrics)
         return table

@@ -13,12 +13,12 @@ from contracts.errors import UserError
 from contracts.files import write_atomically
 from contracts.fingerprint import RELEASED
 from contracts.manifest import MANIFEST
-from pipelines.execution.endings import failure_of, log_of, progress_of, share_of
+from pipelines.execution.endings import failure_of, latest_metrics, log_of, progress_of, share_of
 from pipelines.execution.executors.base import Executors, Observation, Site
 from pipelines.graph import Graph, Node
 from pipelines.insight.remaining import Remaining
 from pipelines.insight.tables import print_table
-from pipelines.insight.wording import notable_lines
+from pipelines.insight.wording import metrics_in_words, notable_lines
 from pipelines.planning.placement import cluster_of
 from pipelines.run.decisions import reads_what_is_there
 from pipelines.run.directory import CANCEL, RunDirectory
@@ -199,7 +199,8 @@ def state_of(run: RunDirectory, node: Node, graph: Graph, glance: Glance) -> Sta
     if (unbegun := glance.unbegun(node.name)) is not None:
         return _short("waiting", "") if driven or glance.jobs or cancelled else _short(*unbegun)
     stopped = (last / "exit.json").exists() or not driven
-    return _short("interrupted" if stopped else "running", progress or "")
+    metrics = "" if stopped else metrics_in_words(latest_metrics(last))
+    return _short("interrupted" if stopped else "running", ", ".join(filter(None, [progress, metrics])))
 
 
 def _short(state: str, detail: str) -> State:

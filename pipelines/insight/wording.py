@@ -30,6 +30,10 @@ from pipelines.run.events import (
 )
 from pipelines.text import megabytes, plural
 
+WATCHED = ("loss", "reward", "accuracy", "margin", "score_mean", "response_length", "grad_norm", "tokens_per_second")
+"""Metrics of a running stage that are shown, the first ones first."""
+MOST_WATCHED = 3
+
 
 def live_line(event: Event) -> str | None:
     """An event as it is told when it happens; None for one that says nothing to somebody who watches."""
@@ -71,6 +75,12 @@ def live_line(event: Event) -> str | None:
             return f"warning: {_of_hook(event)}"
         case _:
             return None
+
+
+def metrics_in_words(metrics: dict[str, float]) -> str:
+    """The metrics of a step or shard that one looks at first."""
+    chosen = [name for name in WATCHED if name in metrics][:MOST_WATCHED]
+    return ", ".join(f"{name.replace('_per_second', '/s').replace('_', ' ')} {metrics[name]:.3g}" for name in chosen)
 
 
 def is_good_news(event: Event) -> bool:

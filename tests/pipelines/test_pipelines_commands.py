@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 from pipelines_smallest import COMMAND, pipeline, write_pretended
 
+from contracts.attempt import ATTEMPT, report_metrics
+from contracts.points import REPORTS
 from contracts.stages.prompts import IMPORT_PROMPTS
 from pipelines.commands.declaring import COMMANDS, GROUPS, HELP
+from pipelines.execution.endings import latest_metrics
 from pipelines.graph import Graph
 from pipelines.insight.remaining import Remaining, in_words
+from pipelines.insight.wording import metrics_in_words
 from pipelines.main import PARSER, main
 from pipelines.run.events import StagePublished, StageReused, StageStarted
 
@@ -140,3 +144,16 @@ def test_what_reads_a_run_speaks_json_and_logs_are_followed_until_it_is_over(tmp
         "no log of a part 'task-7'" in pipeline("logs", str(run), "iteration-001/training", "--part", "task-7").stderr
     )
     assert pipeline("runs", str(tmp_path / "interpreter")).returncode == 2
+
+
+def test_what_a_running_stage_has_reported_last_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ATTEMPT, str(tmp_path))
+    assert latest_metrics(tmp_path) == {}
+    for step in range(1, 400):
+        report_metrics("step", step, {"learning_rate": 1e-5, "margin": 0.01 * step, "loss": 1 / step, "grad_norm": 2.0})
+    assert latest_metrics(tmp_path)["loss"] == 1 / 399
+    (file,) = tmp_path.glob(REPORTS)
+    with file.open("ab") as content:
+        content.write(b'{"unit":"step","number":400,"ti')  # of a process that was killed while it wrote
+    assert metrics_in_words(latest_metrics(tmp_path)) == "loss 0.00251, margin 3.99, grad norm 2"
+    assert metrics_in_words({"score_mean": 0.5, "tokens_per_second": 1234.5}) == "score mean 0.5, tokens/s 1.23e+03"
