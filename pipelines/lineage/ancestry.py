@@ -38,16 +38,10 @@ def ancestry(home: Index, target: Artifact) -> dict[str, Any]:
 
 def _input(index: Index, link: Link) -> tuple[dict[str, Any], tuple[Index, Artifact] | None]:
     """An input as plain data, and the artifact behind it, if any."""
-    entry: dict[str, Any] = {"name": link.name, "digest": link.digest, "path": link.path}
-    if index.is_damaged(link):
-        return {**entry, "state": "damaged"}, None
-    try:
-        found = index.find(link)
-    except UserError as error:
-        return {**entry, "state": "damaged", "error": str(error)}, None
-    entry |= {name: getattr(found, name) for name in ("state", "part", "now", "again")}
-    former = "/".join(part for part in index.inner(link.path) or (link.path,) if part)
-    entry |= {"place": str(found.place), "former": former}
+    found = index.find(link)
+    entry: dict[str, Any] = {"name": link.name, "digest": link.digest, "path": link.path, "place": str(found.place)}
+    entry |= {name: getattr(found, name) for name in ("state", "part", "now", "again", "error")}
+    entry["former"] = "/".join(part for part in index.inner(link.path) or (link.path,) if part)
     if found.artifact is None or found.state not in ("same", "replaced"):
         return entry, None
     return entry, (index if found.inside else around(found.artifact.path), found.artifact)

@@ -4,7 +4,6 @@ A manifest records the digest and the path of every input. The digest decides; t
 was moved, copied or forked since, and for what is in superseded/.
 """
 
-import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,9 +36,9 @@ class Link:
 class Found:
     """Where the input behind a link is now."""
 
-    state: Literal["same", "replaced", "changed", "gone"]
+    state: Literal["same", "replaced", "changed", "gone", "damaged"]
     """same: at its recorded path; replaced: found elsewhere in the run, by its digest; changed: the recorded path has
-    other content; gone: nothing is there."""
+    other content; gone: nothing is there; damaged: it cannot be read."""
     link: Link
     place: Path
     """The directory or file that holds it; for `gone`, where it was looked for."""
@@ -53,6 +52,8 @@ class Found:
     """Whether its recorded path is in the run."""
     again: bool = False
     """Whether its recorded path now has a newer artifact of the same content; `artifact` is the one that was read."""
+    error: str = ""
+    """Why it cannot be read."""
 
 
 def links_of(manifest: Manifest) -> list[Link]:
@@ -136,15 +137,13 @@ class Index:
         return artifact.path.relative_to(self.path).as_posix()
 
     def find(self, link: Link) -> Found:
-        """Find the input behind a link.
-
-        Raises:
-            UserError: a path outside of the run cannot be read.
-        """
+        """Find the input behind a link."""
         now = None
         inner = self.inner(link.path)
         if inner is not None:
             name, part = inner
+            if name in self.damaged:
+                return Found("damaged", link, self.path / name, error="its manifest is damaged")
             here = self.artifacts.get(name)
             now = part_digest(here.manifest, part) if here else None
             if matching := self._with_part(name, part, link.digest):
@@ -157,15 +156,16 @@ class Index:
             return Found("replaced", link, artifact.path, artifact, now=now)
         if inner is not None and now is not None:
             return Found("changed", link, self.path / inner[0] / inner[1], self.artifacts[inner[0]], inner[1], now)
-        return self._find_outside(link, inner)
+        try:
+            return self._find_outside(link, inner)
+        except UserError as error:
+            return Found("damaged", link, Path(link.path), inside=False, error=str(error))
 
     def input_of(self, artifact: Artifact, name: str) -> Found | None:
         """Find an input of an artifact; None if there is no such input or its content is not found."""
         for link in links_of(artifact.manifest):
-            if link.name == name and not self.is_damaged(link):
-                with contextlib.suppress(UserError):
-                    found = self.find(link)
-                    return found if found.state in ("same", "replaced") else None
+            if link.name == name and (found := self.find(link)).state in ("same", "replaced"):
+                return found
         return None
 
     def _find_outside(self, link: Link, inner: tuple[str, str] | None) -> Found:
@@ -181,11 +181,6 @@ class Index:
         if now == link.digest:
             return Found("same", link, place, artifact, inside=False)
         return Found("changed", link, place, artifact, now=now, inside=False)
-
-    def is_damaged(self, link: Link) -> bool:
-        """Whether a link leads to an artifact of the run whose manifest cannot be read."""
-        inner = self.inner(link.path)
-        return inner is not None and inner[0] in self.damaged
 
     def inner(self, recorded: str) -> tuple[str, str] | None:
         """A recorded path as the name of an artifact and a part of it; None if it was not in the run."""

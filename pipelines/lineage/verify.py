@@ -178,22 +178,17 @@ class _Verification:
         for artifact in self.targets:
             reader = self.index.name_of(artifact)
             for link in links_of(artifact.manifest):
-                if self.index.is_damaged(link):
-                    continue
-                try:
-                    found = self.index.find(link)
-                except UserError as error:
-                    problems.setdefault(f"{link.path}: {error}", []).append(f"{link.name} of {reader}")
-                    continue
-                text = ""
-                if found.state == "changed":
+                found, text = self.index.find(link), ""
+                if found.state == "damaged" and not found.inside:  # else the artifact itself is told
+                    text = f"{link.path}: {found.error}"
+                elif found.state == "changed":
                     text = f"{found.place}: it has changed (its digest is {found.now:.12}, was {link.digest:.12})"
                 elif found.state == "gone":
                     text = f"{found.place}: it is missing (its digest was {link.digest:.12})"
                 elif found.state == "replaced" and not is_superseded(reader):
                     text = f"{found.place}: it is what was read, and no more what the run has at {link.path}"
                 if text:
-                    serious = found.state == "changed" or (found.state == "gone" and found.inside)
+                    serious = found.state in ("changed", "damaged") or (found.state == "gone" and found.inside)
                     (problems if serious else notes).setdefault(text, []).append(f"{link.name} of {reader}")
                 if not found.inside and found.state == "same" and found.artifact:
                     outside.add(found.place)

@@ -119,7 +119,7 @@ def link_text(entry: Data) -> str:
     """Where an input is, and what is wrong with that."""
     was, name = entry["digest"][:12], entry["artifact"]
     if entry["state"] == "damaged":
-        return f"{_short(entry['path'])}  cannot be read: {entry.get('error', 'its manifest is damaged')}"
+        return f"{_short(entry['path'])}  cannot be read: {entry['error']}"
     place = f"{name}/{entry['part']}" if name and entry["part"] else name or _short(entry["place"])
     if entry["state"] == "changed":
         return f"{place}  HAS CHANGED: digest {was} was read, {entry['now'][:12]} is there now"
