@@ -1,7 +1,8 @@
 """The linters, the types and the tests, each test in the environment of what it tests; scripts/test.sh calls this.
 
-Without a choice of paths, two lanes work side by side, each through one check after another, the longest first; what a
-check has printed comes out as a whole when it ends. With paths, one runs after the other, and prints as it goes.
+Without a choice of paths, three lanes work side by side, each through one check after another, the longest first: one
+more than the two cores that they are made for, since the tests of clusters wait most of the time. What a check has
+printed comes out as a whole when it ends. With paths, one runs after the other, and prints as it goes.
 """
 
 import json
@@ -32,7 +33,7 @@ ENVIRONMENTS = {
 """The environment of each folder's tests."""
 FAST = "not slow and not cluster and not chaos"
 FLAGS = ("--fast", "--store-durations")
-LANES = 2
+LANES = 3
 ON_CLUSTERS = re.compile(r"_(chain|slurm|fake_slurm|dev_slurm)\.py$")
 UNKNOWN_SECONDS = 60.0
 """Of a folder whose duration is not stored."""
@@ -97,7 +98,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as reports:
         checks = [] if paths else [*linters(), *homeless()]
         checks += test_checks(paths, options, Path(reports))
-        run_all(checks, lanes=1 if paths else LANES)
+        run_all(checks, lanes=1 if paths else LANES, shared=reports)
         if "--store-durations" in chosen:
             store_durations(checks)
         return summary(checks)
@@ -170,12 +171,14 @@ def test_tools() -> Path:
     return folder
 
 
-def run_all(checks: list[Check], lanes: int) -> None:
-    """Run everything, so many at a time."""
+def run_all(checks: list[Check], lanes: int, shared: str) -> None:
+    """Run everything, so many at a time; `shared` is a directory for what several of them make only once."""
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1",
         "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "SHARED_BY_TESTS": shared,
     }  # fmt: skip
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes start: compile our modules once
     waiting = sorted(checks, key=lambda check: check.seconds) if lanes > 1 else checks[::-1]
     lock = threading.Lock()
 

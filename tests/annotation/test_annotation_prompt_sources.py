@@ -202,6 +202,7 @@ def test_a_file_that_only_looks_like_parquet(tmp_path: Path) -> None:
     assert "data.parquet is not a Parquet file" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_hub_dataset(tmp_path: Path) -> None:
     """`load_dataset` takes a folder in the place of a Hub id, so that its part needs no network here."""
     (tmp_path / "repo").mkdir()
@@ -212,6 +213,7 @@ def test_a_hub_dataset(tmp_path: Path) -> None:
     assert [prompt.messages[-1].content for prompt in prompts] == QUESTIONS
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_that_cannot_be_had(tmp_path: Path) -> None:
     result = run("hf:nobody/nothing@main", tmp_path / "out", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
     assert result.returncode == 2, result.stderr

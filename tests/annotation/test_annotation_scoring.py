@@ -103,6 +103,7 @@ def assert_naive(model, rollouts, found):
         assert found[key].score == pytest.approx(expected.sum().item(), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
     [

@@ -130,6 +130,7 @@ def test_tied_weights_are_stored_once(engine: str, policy: Path, prompts: Path, 
         assert found == pytest.approx(answer.logprobs, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_vllm_takes_more_prompt_tokens_than_fit_one_step(policy: Path, tmp_path: Path) -> None:
     """Seeded requests whose prompts are cut in two pieces break vLLM on a CPU."""
     pytest.importorskip("vllm", exc_type=ImportError)

@@ -1,5 +1,8 @@
 """Fixtures of the driver's tests."""
 
+import contextlib
+import fcntl
+import json
 import os
 import subprocess
 import warnings
@@ -22,15 +25,40 @@ def smallest(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_smallest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Config file of a run that several files share, in a directory with spaces in its name."""
-    return write_smallest(tmp_path_factory.mktemp("end to end"))
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with spaces in its name, the same for both groups of these tests (scripts/run_tests.py)."""
+    given = os.environ.get("SHARED_BY_TESTS")
+    folder = Path(given) if given else tmp_path_factory.mktemp("shared")
+    (folder / "end to end").mkdir(exist_ok=True)
+    return folder / "end to end"
 
 
 @pytest.fixture(scope="session")
-def finished_run(shared_smallest: Path) -> FinishedRun:
-    """A run of two iterations that nothing interrupted; nobody changes what it has published."""
-    return finish_smallest(shared_smallest)
+def shared_smallest(shared: Path) -> Path:
+    """Config file of a run that several files share."""
+    with once(shared / "smallest.lock"):
+        path = shared / "smallest.yaml"
+        return path if path.exists() else write_smallest(shared)
+
+
+@pytest.fixture(scope="session")
+def finished_run(shared: Path, shared_smallest: Path) -> FinishedRun:
+    """A run of two iterations that nothing interrupted, made by whoever asks first; nobody changes it."""
+    with once(shared / "finished.lock"):
+        path = shared / "finished.json"
+        if not path.exists():
+            run = finish_smallest(shared_smallest)
+            path.write_text(json.dumps({"output": run.output, "command_lines": list(run.command_lines)}))
+        told = json.loads(path.read_text())
+        return FinishedRun(shared_smallest, told["output"], set(told["command_lines"]))
+
+
+@contextlib.contextmanager
+def once(path: Path) -> Iterator[None]:
+    """One process at a time."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +115,7 @@ def slurm(request: pytest.FixtureRequest) -> Slurm:
 @pytest.fixture(scope="session")
 def pretended_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a run of one iteration, on this machine, whose stages pretend to work; nobody changes it."""
-    config = write_pretended(tmp_path_factory.mktemp("pretended"))
+    config = write_pretended(tmp_path_factory.mktemp("pretended"), executor={"kind": "inline"})
     result = pipeline("run", str(config), "--iters", "1")
     assert result.returncode == 0, result.stderr
     return config.parent / "runs" / "pretended"

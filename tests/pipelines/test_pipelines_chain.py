@@ -47,6 +47,8 @@ def test_a_chain_survives_what_a_cluster_does_to_it(tmp_path: Path, slurm: Slurm
         run.wait_until_waiting(REWARD)
         ((limited, _),) = run.tasks(REWARD)
         slurm.run("scontrol", "update", f"jobid={limited}", "timelimit=1")
+        run.wait_for(lambda: len(run.events("requeue")) == 2, 90, "it is told")
+        slurm.run("scontrol", "update", f"jobid={limited}", "timelimit=60")
         status = run.wait()
     finally:
         slurm.set_up(node)
@@ -186,15 +188,20 @@ def test_a_command_that_was_killed_before_it_noted_its_jobs(tmp_path: Path, slur
     run.wait()
     assert run.digests().keys() == {"setup/world"}
     run.detach(iterations=0)
-    run.wait()
-    assert EVALUATION in run.digests()
+    run.wait_for(lambda: "prompts/train" in run.digests(), 200, "it goes on")
     assert len(list((run.path / "logs/setup/world").iterdir())) == 2
+    run.pipeline("cancel", str(run.path))
+    wait_for(run.is_over, 60, "all jobs end")
 
 
 SLOW = """
 import os, pathlib, time
-pathlib.Path({folder!r}, f"start-{{os.getpid()}}").touch()
-time.sleep(3)
+folder = pathlib.Path({folder!r})
+(folder / f"start-{{os.getpid()}}").touch()
+for _ in range(600):
+    if (folder / "go").exists():
+        break
+    time.sleep(0.1)
 raise ImportError("none here")
 """
 """In the place of numpy, which submitit loads first if it can."""
@@ -218,6 +225,7 @@ def test_a_chain_outlives_a_killed_job_an_early_notice_and_accounting(tmp_path: 
     run.wait_for(lambda: any(path != start for path in slow.glob("start-*")), 60, "it starts again")
     ((world, _),) = run.tasks("setup/world")
     slurm.run("scancel", "--signal=USR2", world)
+    (slow / "go").touch()
     run.wait_for(lambda: run.events("requeue"), 60, "the job asks for a requeue")
     run.wait_for((run.path / "logs/setup/world/attempt-1/prepare.lock").exists, 60, "it looks at the environment")
     slurm.run("scancel", "--signal=USR2", world)

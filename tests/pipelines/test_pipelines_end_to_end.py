@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -141,13 +142,10 @@ def test_status_lists_every_stage(finished: Path) -> None:
     assert result.stdout.count("published") >= 25
 
 
-def test_status_marks_what_was_made_from_what_is_gone(finished: Path) -> None:
-    pairs, aside = finished / "iteration-001" / "pairs", finished / "iteration-001" / "pairs-aside"
-    pairs.rename(aside)
-    try:
-        lines = pipeline("status", str(finished)).stdout.splitlines()
-    finally:
-        aside.rename(pairs)
+def test_status_marks_what_was_made_from_what_is_gone(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "smallest")
+    shutil.rmtree(run / "iteration-001" / "pairs")
+    lines = pipeline("status", str(run)).stdout.splitlines()
     states = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in lines if line.count("│") > 3}
     assert states["iteration-001/reference"] == states["iteration-001/training"] == "outdated"
     assert states["iteration-001/generation"] == "published"

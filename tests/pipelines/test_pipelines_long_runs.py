@@ -17,6 +17,7 @@ def cost(capsys: pytest.CaptureFixture[str], config: Path, iterations: int) -> t
     return seconds, sum(line.startswith("run ") for line in capsys.readouterr().out.splitlines())
 
 
+@pytest.mark.slow
 def test_a_stage_costs_the_same_in_a_long_run(
     smallest: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

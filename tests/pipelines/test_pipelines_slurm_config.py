@@ -364,7 +364,9 @@ DRY = ("--iters", "1", "--dry-run", "executor=slurm", "executor.resources.gpus=2
 
 
 def tree(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix != ".pyc" and path.is_file()
+    }
 
 
 def test_a_dry_run_writes_what_would_be_submitted_and_nothing_else(

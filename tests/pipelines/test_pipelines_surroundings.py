@@ -55,6 +55,7 @@ def run(command: list[str], **variables: str) -> "subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [STAGE, HELP], ids=["stage", "driver"])
 @pytest.mark.parametrize(
     "variables",
@@ -219,6 +220,7 @@ def test_a_signal_while_it_starts(program: str, number: signal.Signals, delay: f
     assert process.returncode in ((128 + number, 0) if number == signal.SIGINT else (128 + number, -number, 0)), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["env", "list"], ["run", "--help"], ["doctor", "smallest.yaml"]])
 def test_output_that_nobody_reads(arguments: list[str], smallest: Path) -> None:
     command = 'exec 3>&1; { "$@"; echo "code $?" >&3; } | true'

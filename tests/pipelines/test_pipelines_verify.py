@@ -82,6 +82,7 @@ def test_what_gc_has_deleted_or_compressed_is_no_problem(finished: HandmadeRun) 
     assert "; 1 file deleted by `pipeline gc`: no problem" in str(findings)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found_and_its_file_named(finished: HandmadeRun) -> None:
     chance = random.Random(20)
     published = [path.parent for path in finished.path.rglob(MANIFEST)]
@@ -105,6 +106,7 @@ def same_rows(content: bytes, changed: bytes) -> bool:
     return content.startswith(b"\x1f\x8b") and gzip.decompress(changed) == gzip.decompress(content)
 
 
+@pytest.mark.slow
 def test_compressed_rows_that_changed_are_found(finished: HandmadeRun) -> None:
     file = finished.path / "iteration-001/generation/shard-00000.jsonl.gz"
     content = file.read_bytes()

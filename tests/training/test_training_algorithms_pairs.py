@@ -188,6 +188,7 @@ def by_token(data: Data, gradient: Tensor) -> Tensor:
     return gradient[:, None] * data.mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize(
     ("name", "kind", "smoothing", "settings"),

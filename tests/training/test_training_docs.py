@@ -34,6 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_formula_is_that_of_the_paper(files: Path) -> None:
     result = subprocess.run(
         [sys.executable, "check.py"], cwd=files, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
@@ -120,6 +121,7 @@ def test_a_ranking_is_plackett_and_luces(files: Path) -> None:
     assert float(found) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["overlong", "plackett_luce", "token_rewards"])
 def test_samples_of_any_kind_in_any_layout(name: str, files: Path, models: dict[str, Path], tmp_path: Path) -> None:
     algorithm = str(files / f"{name}.py")
@@ -136,6 +138,7 @@ def test_samples_of_any_kind_in_any_layout(name: str, files: Path, models: dict[
         assert other == pytest.approx(line, rel=2e-4, abs=2e-6)
 
 
+@pytest.mark.slow
 def test_tdpo_learns_from_the_divergences_of_whole_distributions(
     files: Path, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
 ) -> None:

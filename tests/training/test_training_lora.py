@@ -16,6 +16,7 @@ from training.reward import held_out_prompts
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["tied", "gqa"])
 def test_merged_adapters_go_on_where_training_ended(
     which: str, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path

@@ -50,6 +50,7 @@ def gpt2(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "settings"),
     [

@@ -185,6 +185,7 @@ def referenced_rows(count: int) -> list[Row]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["tied", "gqa"])
 @pytest.mark.parametrize(
     ("algorithm", "kind", "nll"), [("dpo", "sigmoid", 0.0), ("ipo", "ipo", 0.0), ("dpo", "sigmoid", 0.5)]

@@ -50,6 +50,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_second_training_goes_on_where_the_first_ended(
     start: Path, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_a_second_training_goes_on_where_the_first_ended(
     assert third.manifest.facts["start_precision"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_what_is_missing_to_fp32_belongs_to_its_weights(
     start: Path, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
 ) -> None:

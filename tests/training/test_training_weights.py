@@ -131,6 +131,7 @@ def test_found_by_reading_and_by_every_load(damage: str, models: dict[str, Path]
             load()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_whole_models_pass(kind: str, tied: bool, tmp_path: Path) -> None:
