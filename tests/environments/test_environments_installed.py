@@ -139,6 +139,7 @@ def test_the_quickstart_runs_from_anywhere(installed: Installed, tmp_path: Path)
     found, expected = published(hostile), published(plain)
     assert found == expected
     assert {"iteration-001/training", "iteration-001/evaluation", "prompts/train"} <= found.keys()
+    assert "uPlot" in (hostile / "runs/quickstart/report.html").read_text()
     alone = published(empty)
     for name in ("setup/world", "prompts/train", "prompts/heldout", "iteration-000/heldout/generation"):
         assert alone[name] == expected[name]

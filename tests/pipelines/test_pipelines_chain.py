@@ -55,6 +55,7 @@ def test_a_chain_survives_what_a_cluster_does_to_it(tmp_path: Path, slurm: Slurm
 
     assert run.digests() == {name: pretended[name] for name in run.digests()}
     assert EVALUATION in run.digests()
+    assert '<span class="badge finished">' in (run.path / "report.html").read_text()
     report = (run.path / "report.txt").read_text()
     for text in (report, status):
         assert re.search(r"setup/world: attempt-1 was killed by SIGKILL.* Tried again after \d+ s", text), text

@@ -35,6 +35,7 @@ from pipelines.insight.report.data import RunReport
 from pipelines.insight.report.gather import gather
 from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.page import render_page
+from pipelines.insight.report.tables import gantt
 from pipelines.insight.report.view import LiveReport, make_server
 from pipelines.insight.report.vocabulary import Vocabulary
 from pipelines.main import main
@@ -46,6 +47,7 @@ from pipelines.run.events import (
     RunStarted,
     StagePublished,
     StageReused,
+    StageStarted,
     StageWaits,
 )
 
@@ -379,6 +381,38 @@ def test_damaged_runs(run: Path, damage: Callable[[Path], None], said: str) -> N
     assert "<h2>Did it learn?</h2>" in text
 
 
+def test_compressed_rows_are_read(run: Path) -> None:
+    """As retention keeps them."""
+    before = gathered(run)
+    for shard in list(run.rglob("shard-*.jsonl")):
+        handmade.compress(shard)
+    assert gathered(run).sets == before.sets
+
+
+def test_stages_of_several_days(run: Path) -> None:
+    """The time between two commands is shortened in the chart, and counts for nothing."""
+    stream = RunDirectory(run).stream
+    names = ["iteration-001/generation", "iteration-001/reward", "iteration-001/pairs"]
+    times = [(1000.0, 1040.0), (1050.0, 1100.0), (90_000.0, 90_100.0)]
+    lines = [RunStarted(stages=26, by="me", time=1000.0)]
+    for number, (name, (begin, end)) in enumerate(zip(names, times, strict=True)):
+        if number == 2:
+            lines += [RunEnded(outcome="interrupted", time=1100.0), RunStarted(stages=26, by="me", time=begin)]
+        lines.append(StageStarted(stage=name, reason="", key="k", attempt="attempt-1", time=begin))
+        lines.append(StagePublished(stage=name, key="k", time=end))
+    stream.path.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    report = gathered(run)
+    assert report.time.wall == pytest.approx(200)
+    assert [(row.begun, row.ended) for row in report.stages if row.wait is not None] == times
+    chart = gantt(report)
+    assert chart["shortened"]
+    lefts = {bar["name"]: bar["left"] for bar in chart["bars"]}
+    total = 200 + 190 / 50
+    assert [lefts[name] for name in names] == pytest.approx([0, 100 * 50 / total, 100 * (100 + 190 / 50) / total])
+    assert max(bar["left"] + bar["width"] for bar in chart["bars"]) == pytest.approx(100)
+    assert "Times in which no stage ran are shortened" in page_of(run)
+
+
 def test_half_written_answers_are_not_read(run: Path) -> None:
     """What a stage has not published does not count."""
     (run / "iteration-002/generation").rename(run / "iteration-002/.generation.partial-0123456789abcdef")
@@ -510,7 +544,7 @@ def test_page_is_written_when_something_has_happened(run: Path) -> None:
 
     def writes(*events: Event) -> bool:
         page.write_text("")
-        writer.hear(list(events))
+        writer(list(events))
         return page.read_text() != ""
 
     reused = StageReused(stage="iteration-001/evaluation", reason="it is there", key="k")
@@ -528,15 +562,15 @@ def test_large_reports_are_made_elsewhere(run: Path, monkeypatch: pytest.MonkeyP
     """Many new answers are left to a process of its own; what goes wrong there is raised once."""
     monkeypatch.setattr(listener, "QUICKLY", 10)
     writer = PageWriter(*opened(run))
-    writer.hear([StagePublished(stage="iteration-002/generation", key="k")])
+    writer([StagePublished(stage="iteration-002/generation", key="k")])
     assert not (run / "report.html").exists()
-    writer.hear([StagePublished(stage="iteration-001/evaluation", key="k")])
-    writer.hear([RunEnded(outcome="finished")])
+    writer([StagePublished(stage="iteration-001/evaluation", key="k")])
+    writer([RunEnded(outcome="finished")])
     assert "3 of 3 policies judged" in (run / "report.html").read_text()
     (run / "run.json").write_text("{}")
-    writer.hear([StagePublished(stage="iteration-002/generation", key="k")])
+    writer([StagePublished(stage="iteration-002/generation", key="k")])
     with pytest.raises(RuntimeError, match=r"run\.json is damaged.*exit code 2"):
-        writer.hear([RunEnded(outcome="failed")])
+        writer([RunEnded(outcome="failed")])
 
 
 @pytest.fixture

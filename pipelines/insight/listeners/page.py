@@ -1,6 +1,5 @@
 """Writes report.html when a policy was judged, and when nobody works on the run any more."""
 
-import atexit
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ END_SECONDS = 600.0
 
 def listen(run: RunDirectory, graph: Graph) -> Listen:
     """Listen to evaluations and to the end of a run."""
-    return PageWriter(run, graph).hear
+    return PageWriter(run, graph)
 
 
 class PageWriter:
@@ -38,8 +37,8 @@ class PageWriter:
         self._unread = 0
         self._child: ReaderProcess | None = None
 
-    def hear(self, events: list[Event]) -> None:
-        """Take note of what has happened, and write what is due."""
+    def __call__(self, events: list[Event]) -> None:
+        """Take note of what has happened, and write what is due; at the end of the run wait for it."""
         ended = any(isinstance(event, RunEnded) for event in events)
         for event in events:
             self._note(event)
@@ -68,7 +67,6 @@ class PageWriter:
             command = [*COMMAND, str(self._run.path)]
             self._child = ReaderProcess(command, os.environ, b"", self._run.path / "logs" / "report.log")
             self._child.end_input()  # it reads what is there, and ends
-            atexit.register(self._reap)  # a job of a cluster takes with it whatever it has started
             return
         from pipelines.insight.report.command import write_report
 
@@ -79,8 +77,11 @@ class PageWriter:
                 raise
             self._changed = True
 
+    def close(self) -> None:
+        """Wait for the process that writes: a job of a cluster takes with it whatever it has started."""
+        self._reap()
+
     def _reap(self) -> None:
-        """Wait for the process that writes, if there is one."""
         child, self._child = self._child, None
         if child is not None and (failure := child.wait(time.monotonic() + END_SECONDS)):
             raise RuntimeError(f"`pipeline report` failed: {failure}")

@@ -45,6 +45,20 @@ class PairFacts(msgspec.Struct, kw_only=True):
     strategy: str
 
 
+class LargestMargin(msgspec.Struct, kw_only=True):
+    """The pair with the largest margin, for those who read only the first screen; long texts are cut."""
+
+    stage: str
+    iteration: int | None
+    prompt_id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_score: float
+    rejected_score: float
+    margin: float
+
+
 class GroupColumns(msgspec.Struct, kw_only=True):
     """One entry for each prompt with its answers, in the order of the chunks: what the browser sorts and filters by."""
 
@@ -89,6 +103,7 @@ class SampleSet(msgspec.Struct, kw_only=True):
     points: list[list[float]]
     """[length, score] of some answers."""
     pairs: PairFacts | None
+    largest: LargestMargin | None
     gap: float | None
     """Mean absolute difference (nats a token) between the log-probabilities of the engine that sampled and those of the
     trainer's code, where both had the same weights."""
@@ -185,7 +200,7 @@ class RunReport(msgspec.Struct, kw_only=True):
     path: str
     made: float
     state: str
-    """running, finished, failed, interrupted."""
+    """running, under way (as jobs of a scheduler), finished, failed, interrupted, cancelled, not finished."""
     iterations: int
     """Asked for."""
     statements: list[Statement] = []
@@ -196,6 +211,8 @@ class RunReport(msgspec.Struct, kw_only=True):
     evaluations: list[dict[str, Any]] = []
     """The metrics of each published evaluation."""
     scorers: list[str] = []
+    largest: LargestMargin | None = None
+    """Of the pairs that the policy was trained on."""
     sets: list[SampleSet] = []
     ledgers: list[LedgerLine] = []
     stages: list[StageRow] = []

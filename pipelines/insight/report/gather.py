@@ -23,7 +23,7 @@ from pipelines.insight.report.statements import statements
 from pipelines.insight.report.timing import stage_row, time_facts
 from pipelines.insight.wording import notable_lines
 from pipelines.run.directory import RunDirectory
-from pipelines.run.events import Event, RunEnded, RunStarted, StageEvent
+from pipelines.run.events import Event, RunCancelled, RunEnded, RunStarted, StageEvent, StageSubmitted
 from pipelines.run.points import latest
 
 Curves: TypeAlias = tuple[list[float], dict[str, list[float | None]]]
@@ -94,6 +94,8 @@ class _Gathering:
             config_of=self.run.config.model_dump(mode="json"),
         )
         self.reward_models(report)
+        candidates = [one.largest for one in sets if one.largest is not None and one.iteration is not None]
+        report.largest = max(candidates, key=lambda largest: largest.margin, default=None)
         if waiting:
             report.missing.append(_not_made(waiting, len(self.graph.nodes)))
         report.missing += self.missing[:MOST_LINES]
@@ -101,9 +103,15 @@ class _Gathering:
         return report
 
     def state(self) -> str:
-        last = next((event for event in reversed(self.events) if isinstance(event, RunEnded | RunStarted)), None)
+        """What the run's last events say; of a detached run nobody but its scheduler knows more."""
+        told = (RunEnded, RunStarted, RunCancelled, StageSubmitted)
+        last = next((event for event in reversed(self.events) if isinstance(event, told)), None)
         if isinstance(last, RunEnded):
             return last.outcome
+        if isinstance(last, RunCancelled):
+            return "cancelled"
+        if isinstance(last, StageSubmitted):
+            return "under way"
         return "running" if self.told("lock", self.run.holder, None) else "not finished"
 
     def stage(self, node: Node) -> StageRow:

@@ -2,7 +2,7 @@
 
 import re
 
-from pipelines.insight.report.data import RunReport, StageRow
+from pipelines.insight.report.data import LargestMargin, RunReport, StageRow
 from pipelines.insight.report.statements import duration
 from pipelines.insight.report.tables import NONE, evaluation_table, funnels, provenance, rounded, visible
 
@@ -20,6 +20,8 @@ def render_markdown(report: RunReport) -> str:
         parts.append(f"## {statement.question}")
         parts.append(f"**{escaped(statement.answer)}**")
         parts.append("\n".join(f"- {escaped(line)}" for line in statement.details))
+    if report.largest is not None:
+        parts += ["## The pair with the largest margin", *_largest(report.largest)]
     if report.missing:
         parts.append("## What is missing")
         parts.append("\n".join(f"- {escaped(line)}" for line in report.missing))
@@ -31,6 +33,12 @@ def render_markdown(report: RunReport) -> str:
     parts += ["## Time", table(["stages", "time"], [[r, duration(s)] for r, s in report.time.by_role.items()])]
     parts += ["## Provenance", *_provenance(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _largest(pair: LargestMargin) -> list[str]:
+    rows = [["prompt", "", pair.prompt], ["chosen", rounded(pair.chosen_score), pair.chosen]]
+    rows.append(["rejected", rounded(pair.rejected_score), pair.rejected])
+    return [f"Margin {rounded(pair.margin)}, of {escaped(pair.stage)}.", table(["", "score", "text"], rows)]
 
 
 def _training_data(report: RunReport) -> list[str]:

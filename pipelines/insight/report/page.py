@@ -13,7 +13,7 @@ import msgspec
 from pipelines.insight.report.data import GroupColumns, RunReport, SampleSet
 from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.statements import HELD_OUT, duration
-from pipelines.insight.report.tables import evaluation_table, funnels, gantt, provenance, rounded, visible
+from pipelines.insight.report.tables import evaluation_table, funnels, gantt, now, provenance, rounded, visible
 
 PAGE_BYTES = 4_600_000
 """Of a page with its samples; what does not fit is beside it."""
@@ -63,6 +63,7 @@ def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: int 
             funnels=funnels(report),
             gantt=gantt(report),
             provenance=provenance(report),
+            now=now(report),
         )
     )
     return text, others
@@ -82,6 +83,7 @@ def _shown(sets: list[SampleSet]) -> list[SampleSet]:
     return [
         msgspec.structs.replace(
             found,
+            largest=None,
             points=found.points if found.key in drawn else [],
             **({} if found.key in kept else {**without, "left_out": found.prompts}),
         )
@@ -95,7 +97,7 @@ def _data(report: RunReport, sets: list[SampleSet], beside: str | None, live: in
     for found in sets:
         prompts |= found.excerpts
     parts = msgspec.structs.asdict(report)
-    for name in ("config", "config_of", "notes", "missing", "statements", "ledgers", "stages"):
+    for name in ("config", "config_of", "notes", "missing", "statements", "ledgers", "stages", "largest"):
         parts.pop(name)
     data = msgspec.to_builtins(parts | {"sets": sets})
     for found in data["sets"]:

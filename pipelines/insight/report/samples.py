@@ -14,7 +14,7 @@ from contracts.artifacts import Artifact
 from contracts.fingerprint import digest
 from contracts.jsonl import read_jsonl
 from contracts.records import Message
-from pipelines.insight.report.data import Correlation, GroupColumns, PairFacts, SampleSet
+from pipelines.insight.report.data import Correlation, GroupColumns, LargestMargin, PairFacts, SampleSet
 from pipelines.insight.report.vocabulary import Vocabulary
 
 FORMAT = 1
@@ -25,6 +25,8 @@ MOST_GROUPS = 20_000
 """Prompts of one set that are shown; further ones are only counted."""
 MOST_POINTS = 300
 EXCERPT = 120
+LONGEST = 300
+"""Characters of the texts on the first screen."""
 
 
 class _Answer(msgspec.Struct):
@@ -131,6 +133,7 @@ class _Reader:
         self.pairs = _pairs_of(sources.pairs)
         self.chosen = [0.0] * 5
         self.pair_count = 0
+        self.largest: LargestMargin | None = None
         same = sources.reference is not None and (
             sources.reference.manifest.weights == sources.rollouts.manifest.weights
         )
@@ -163,6 +166,9 @@ class _Reader:
         ]
         self._correlate(scored)
         pairs = self.pairs.get(row.prompt_id, [])
+        best = max(pairs, key=lambda pair: pair.margin, default=None)
+        if best is not None and (self.largest is None or best.margin > self.largest.margin):
+            self.largest = _largest(self.sources, row, best)
         by_sample = dict(zip((answer.sample for answer in row.completions), lengths, strict=True))
         for pair in pairs:
             found = (by_sample.get(pair.chosen_sample, 0), by_sample.get(pair.rejected_sample, 0))
@@ -178,14 +184,13 @@ class _Reader:
         columns.mean.append(_short(math.fsum(values) / len(values)) if values else None)
         columns.best.append(_short(max(values)) if values else None)
         columns.worst.append(_short(min(values)) if values else None)
-        columns.margin.append(_short(max(pair.margin for pair in pairs)) if pairs else None)
+        columns.margin.append(_short(best.margin) if best else None)
         columns.length.append(_short(sum(lengths) / len(lengths)) if lengths else 0.0)
         columns.longest.append(max(lengths, default=0))
         columns.samples.append(len(lengths))
         columns.truncated.append(cut)
         if row.prompt_id not in self.excerpts:
-            asked = next((message.content for message in reversed(row.messages) if message.role == "user"), "")
-            self.excerpts[row.prompt_id] = [asked[:EXCERPT], row.tags]
+            self.excerpts[row.prompt_id] = [_question(row)[:EXCERPT], row.tags]
         self._keep(row, scores, pairs)
 
     def _correlate(self, scored: list[tuple[float, float]]) -> None:
@@ -220,7 +225,7 @@ class _Reader:
             for answer in row.completions
         ]
         chosen = [[pair.chosen_sample, pair.rejected_sample, _short(pair.margin)] for pair in pairs]
-        messages = [[message.role, message.content] for message in row.messages]
+        messages = [[message.role, _said(message)] for message in row.messages]
         self.text.append(self.encoder.encode([row.prompt_id, messages, row.answer, answers, chosen]))
         self.tokens.append(
             [[answer.response_ids, [round(-100 * value) for value in answer.logprobs]] for answer in row.completions]
@@ -274,6 +279,7 @@ class _Reader:
             ),
             points=self.points,
             pairs=pairs,
+            largest=self.largest,
             gap=self.gap / self.gap_tokens if self.gap_tokens else None,
             gap_tokens=self.gap_tokens,
             columns=self.columns,
@@ -284,6 +290,33 @@ class _Reader:
             left_out=self.left_out,
         )
         return found, self.chunks
+
+
+def _question(row: _Row) -> str:
+    return next((message.content for message in reversed(row.messages) if message.role == "user"), "")
+
+
+def _said(message: Message) -> str:
+    """What a turn says, with its thoughts and its calls of tools."""
+    thought, calls = message.reasoning_content, message.tool_calls
+    parts = [thought if isinstance(thought, str) else "", message.content]
+    parts += [msgspec.json.encode(call).decode() for call in calls] if isinstance(calls, tuple) else []
+    return "\n".join(filter(None, parts))
+
+
+def _largest(sources: SetSources, row: _Row, pair: _Pair) -> LargestMargin:
+    texts = {answer.sample: answer.text[:LONGEST] for answer in row.completions}
+    return LargestMargin(
+        stage=sources.name,
+        iteration=sources.iteration,
+        prompt_id=row.prompt_id,
+        prompt=_question(row)[:LONGEST],
+        chosen=texts.get(pair.chosen_sample, ""),
+        rejected=texts.get(pair.rejected_sample, ""),
+        chosen_score=pair.chosen_score,
+        rejected_score=pair.rejected_score,
+        margin=pair.margin,
+    )
 
 
 class _Moments:

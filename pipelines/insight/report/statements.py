@@ -295,6 +295,8 @@ def _signal(report: RunReport) -> list[Statement]:
     else:
         different = f"{100 * share:.3g} % of the prompts have answers with different scores"
         found.answer = f"{which}{different}; the others carry no gradient."
+    for stage, accuracy in report.held_out_accuracy.items():
+        found.details.append(f"The reward model ({stage}) is right about {100 * accuracy:.0f} % of held-out pairs.")
     gaps = [one for one in report.sets if one.gap is not None]
     if gaps:
         found.details.append(

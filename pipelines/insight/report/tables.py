@@ -7,6 +7,8 @@ from typing import Any
 from pipelines.insight.report.data import RunReport, StageRow
 from pipelines.run.metrics import COLUMNS, is_further_scorer
 
+GAP_SECONDS = 30.0
+"""Shorter times without a stage are shown as they were."""
 MOST_BARS = 150
 """Stages in the chart of times: the latest."""
 MOST_FUNNELS = 12
@@ -45,6 +47,13 @@ def evaluation_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
     return ["iteration", *names.values()], rows
 
 
+def now(report: RunReport) -> list[str]:
+    """What is being made, and how far it is, of a run that goes on."""
+    if report.state not in ("running", "under way"):
+        return []
+    return [f"{row.name} {row.detail}".strip() for row in report.stages if row.state == "begun"]
+
+
 def funnels(report: RunReport) -> list[dict[str, Any]]:
     """For each iteration, and for what was made before the first one: its stages, and what each has kept."""
     groups: dict[int | None, list[dict[str, Any]]] = {}
@@ -75,17 +84,43 @@ def funnels(report: RunReport) -> list[dict[str, Any]]:
 
 
 def gantt(report: RunReport) -> dict[str, Any]:
-    """Bars of the stages in percent of the time from the first to the last, with the parts of each."""
+    """Bars of the stages in percent of the time from the first to the last, with the parts of each.
+
+    Times in which no stage ran (a run that was continued the next day) are shortened to a fiftieth of the others.
+    """
     rows = [row for row in report.stages if row.begun is not None and row.wait is not None]
     rows = sorted(rows, key=lambda row: row.begun or 0.0)[-MOST_BARS:]
     if not rows:
-        return {"bars": [], "ticks": [], "left_out": 0}
-    start = min(row.begun or 0.0 for row in rows)
-    span = max(1e-3, max((row.ended or 0.0) for row in rows) - start)
-    bars = [{"name": row.name, "left": 100 * ((row.begun or 0.0) - start) / span, **_parts(row, span)} for row in rows]
-    ticks = [{"left": 25 * number, "seconds": span * number / 4} for number in range(5)]
+        return {"bars": [], "ticks": [], "left_out": 0, "shortened": False}
+    spans = [(row.begun or 0.0, max(row.begun or 0.0, row.ended or 0.0)) for row in rows]
+    gaps = _idle(spans)
+    begin, end = spans[0][0], max(until for _, until in spans)
+    worked = max(1e-3, end - begin - sum(until - since for since, until in gaps))
+    gaps = [(since, until) for since, until in gaps if until - since > max(GAP_SECONDS, worked / 10)]
+
+    def place(time: float) -> float:
+        """Seconds from the left: of a gap only a fiftieth of what was worked."""
+        cut = (min(time, until) - since - worked / 50 * (time >= until) for since, until in gaps if time > since)
+        return time - begin - sum(cut)
+
+    span = max(1e-3, place(end))
+    bars = [
+        {"name": row.name, "left": 100 * place(since) / span, **_parts(row, span)}
+        for row, (since, _) in zip(rows, spans, strict=True)
+    ]
+    ticks = [{"left": 25 * number, "seconds": span * number / 4} for number in range(5)] if not gaps else []
     made = sum(row.wait is not None for row in report.stages)
-    return {"bars": bars, "ticks": ticks, "left_out": made - len(rows)}
+    return {"bars": bars, "ticks": ticks, "left_out": made - len(rows), "shortened": bool(gaps)}
+
+
+def _idle(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The times in which none of these stages ran; they are in the order in which they began."""
+    found, last = [], spans[0][1]
+    for since, until in spans:
+        if since > last:
+            found.append((last, since))
+        last = max(last, until)
+    return found
 
 
 def _parts(row: StageRow, span: float) -> dict[str, Any]:

@@ -109,6 +109,11 @@ def make_server(live: LiveReport, port: int) -> ThreadingHTTPServer:
         server_version, sys_version = "Ratchet", ""
         protocol_version = "HTTP/1.1"
 
+        def handle(self) -> None:
+            """A connection, until the other side has gone."""
+            with contextlib.suppress(ConnectionError):
+                super().handle()
+
         def do_GET(self) -> None:
             """One request."""
             address = f"{HOST}:{self.connection.getsockname()[1]}"
@@ -136,8 +141,7 @@ def make_server(live: LiveReport, port: int) -> ThreadingHTTPServer:
             ):
                 self.send_header(name, value)
             self.end_headers()
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self.wfile.write(content)
+            self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Requests are not worth a line."""

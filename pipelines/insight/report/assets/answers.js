@@ -1,6 +1,8 @@
 "use strict";
 // One prompt with all its answers, and the same prompt in other iterations.
 
+const MOST_REASONS = 6;
+
 async function showGroup(place, samples, set, at, marked) {
   const turn = (place.turn = (place.turn || 0) + 1);
   let group;
@@ -42,9 +44,12 @@ function reasons(set, group) {
     return [el("p", { class: "why" }, `No pair was made of these answers: ${why} (strategy ${set.pairs.strategy}).`)];
   }
   const name = set.scorers[0] || "score";
-  return group.pairs.map((pair) =>
+  const further = group.pairs.length - MOST_REASONS;
+  const rest = further > 0 ? [el("p", { class: "note" }, `and ${further} further pairs, with smaller margins`)] : [];
+  const largest = [...group.pairs].sort((a, b) => b.margin - a.margin).slice(0, MOST_REASONS);
+  return largest.map((pair) =>
     el("p", { class: "why" }, `${rankOf(group, pair.chosen, name)} was chosen over ${lowered(rankOf(group, pair.rejected, name))}: margin ${number(pair.margin)}, strategy ${set.pairs.strategy}.`),
-  );
+  ).concat(rest);
 }
 
 function rankOf(group, sample, name) {

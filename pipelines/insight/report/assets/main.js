@@ -1,7 +1,7 @@
 "use strict";
 // Brings the page to life; of a run that goes on, asks the server for news.
 
-const NEWS_SECONDS = 3;
+const NEWS_SECONDS = 4;
 const SECTIONS = ["words", "missing", "results", "dropped", "time", "provenance"];
 
 let browser = null;
@@ -11,10 +11,13 @@ async function draw() {
   const data = await unpack(document.getElementById("data").textContent);
   plots.clear();
   const charts = document.getElementById("charts");
+  const held = [charts, document.getElementById("training-charts")];
+  held.forEach((place) => { place.style.minHeight = `${place.offsetHeight}px`; }); // the page does not jump meanwhile
   charts.replaceChildren();
   drawCurves(charts, data);
   if (!charts.children.length) charts.append(el("p", { class: "note" }, "There is nothing to draw yet."));
   drawTraining(document.getElementById("training-charts"), data);
+  held.forEach((place) => { place.style.minHeight = ""; });
   const place = document.getElementById("browser");
   if (!data.sets.length) {
     place.replaceChildren(el("p", { class: "note" }, "There are no answers yet."));
