@@ -10,7 +10,7 @@ from contracts import yaml_text
 from contracts.artifacts import Artifact
 from contracts.manifest import Manifest
 from pipelines.graph import name_of
-from pipelines.hub.story import Story
+from pipelines.hub.story import Story, public
 from pipelines.run.metrics import COLUMNS, is_further_scorer
 from pipelines.text import plural
 
@@ -28,7 +28,7 @@ def checkpoint_card(story: Story, repo: str, iteration: int, manifest: Manifest)
     """The card of a checkpoint."""
     config = manifest.key_parts["config"]
     base, sources = _name(story.config.policy), _sources(story)
-    algorithm = config.get("algorithm", "sft")
+    algorithm = public(config.get("algorithm", "sft"))
     meta: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if is_on_hub(story.config.policy):
         meta["base_model"] = base.partition("@")[0]
@@ -186,7 +186,13 @@ def _parents(story: Story, iteration: int, base: str, sources: dict[str, str]) -
     for name, source in sources.items():
         yield f"{name}: {_shown(source)}"
     for name, scorer in config.scorers.items():
-        judge = _shown(_name(str(scorer.model))) if scorer.model else f"`{scorer.function}`" if scorer.function else ""
+        judge = (
+            _shown(_name(str(scorer.model)))
+            if scorer.model
+            else f"`{public(str(scorer.function))}`"
+            if scorer.function
+            else ""
+        )
         own = config.reward_model is not None and name == "reward"
         yield f"scorer `{name}` ({scorer.kind}): {'trained in this run' if own else judge}"
 
@@ -194,7 +200,7 @@ def _parents(story: Story, iteration: int, base: str, sources: dict[str, str]) -
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in sorted(config.items()):
         if value not in (None, [], {}):
-            yield name, f"`{json.dumps(value)}`"
+            yield name, f"`{json.dumps(public(value))}`"
 
 
 def _figures(story: Story, iteration: int) -> list[str]:

@@ -20,7 +20,7 @@ from pipelines.config.sections import HubSection
 from pipelines.graph import name_of, tag_of
 from pipelines.hub.cards import checkpoint_card, pairs_card, rollouts_card
 from pipelines.hub.parquet import write_rollouts
-from pipelines.hub.story import Story
+from pipelines.hub.story import Story, public
 from pipelines.run.directory import RunDirectory
 
 Kind = Literal["model", "dataset"]
@@ -179,7 +179,7 @@ def provenance_of(artifact: Artifact, **others: Artifact) -> bytes:
     def part(artifact: Artifact) -> dict[str, object]:
         manifest = artifact.manifest
         names = ("schema", "stage", "key", "key_parts", "digest", "inputs", "rows", "ledger", "files", "weights")
-        return {name: msgspec.to_builtins(getattr(manifest, name)) for name in names}
+        return {name: public(msgspec.to_builtins(getattr(manifest, name))) for name in names}
 
     content = part(artifact) | {name: part(other) for name, other in others.items()}
     return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"

@@ -12,6 +12,15 @@ from pipelines.graph import name_of
 from pipelines.run.directory import RunDirectory
 
 
+def public(value: Any) -> Any:
+    """A value of a config without the directories of this machine: of an absolute path its last part."""
+    if isinstance(value, dict):
+        return {name: public(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [public(inner) for inner in value]
+    return value.rpartition("/")[2] if isinstance(value, str) and value.startswith("/") else value
+
+
 class Story:
     """The story of a run up to some iteration, read from what is published."""
 

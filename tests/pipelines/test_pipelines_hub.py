@@ -20,6 +20,8 @@ import yaml
 from handmade import HandmadeRun
 from hub_double import Account, Blob, Fault, HubDouble
 from huggingface_hub import constants
+from pipelines_cluster import FakeCluster
+from pipelines_slurm_run import SlurmRun
 from pipelines_smallest import COMMAND, pipeline, write_pretended
 
 from contracts.artifacts import Artifact
@@ -69,7 +71,7 @@ def run(template: Path, tmp_path: Path) -> Path:
 def configure(run: Path, folder: Path, hub: dict[str, Any]) -> None:
     """Write what a run's last command said."""
     source = {"source": str(folder / "prompts.jsonl")}
-    rule = {"kind": "rule", "function": "embedded.reviews:well_formed"}
+    rule = {"kind": "rule", "function": f"{folder}/rules.py:long"}
     settings = {
         "name": "handmade",
         "policy": str(folder / "model"),
@@ -91,7 +93,7 @@ def events(run: Path) -> list[tuple[str, str, str]]:
     ]
 
 
-def test_push_checkpoints(hub: HubDouble, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_checkpoints(hub: HubDouble, run: Path, template: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every iteration becomes a commit and a tag, whose files are those that were published."""
     before = snapshot(run)
     assert main(["push", str(run)]) == 0
@@ -106,7 +108,9 @@ def test_push_checkpoints(hub: HubDouble, run: Path, capsys: pytest.CaptureFixtu
             assert hashlib.sha256(tree[file.path].data).hexdigest() == file.sha256
         provenance = json.loads(tree["provenance.json"].data)
         assert provenance["key"] == published.manifest.key
-        assert str(run) not in tree["provenance.json"].data.decode() + tree["README.md"].data.decode()
+        texts = tree["provenance.json"].data.decode() + tree["README.md"].data.decode()
+        assert str(run.parent) not in texts
+        assert str(template) not in texts, "a path of this machine"
     assert [commit.title for commit in repo.log()][:2] == [
         "handmade, iteration 2: checkpoint",
         "handmade, iteration 1: checkpoint",
@@ -538,3 +542,16 @@ def test_weights_wait_for_the_hub(hub: HubDouble, config: Path) -> None:
     assert pipeline("gc", str(run)).returncode == 0
     assert [path.exists() for path in weights] == [False, True]
     assert set(hub.repo(MODEL).tags) == {"iteration-1", "iteration-2"}
+
+
+@pytest.mark.slow
+def test_a_detached_run_pushes_from_its_jobs(hub: HubDouble, tmp_path: Path, fake_cluster: FakeCluster) -> None:
+    """No driver is there; the jobs that finalize the evaluations push, and nothing of a push is left behind."""
+    detached = SlurmRun.pretended(tmp_path, fake_cluster)
+    settings = yaml.safe_load(detached.config.read_text())
+    detached.config.write_text(yaml.safe_dump({**settings, "hub": {"model": MODEL}}))
+    detached.detach(iterations=1)
+    detached.wait()
+    assert events(detached.path) == [("HubPushed", MODEL, "iteration-1"), ("HubPushed", MODEL, "report")]
+    assert set(hub.repo(MODEL).tags) == {"iteration-1"}
+    assert pushers(detached.path) == []
