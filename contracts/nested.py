@@ -6,11 +6,16 @@ from typing import Any
 
 def leaves(value: Any) -> Iterator[Any]:
     """Every value within that is no dict and no list, in order."""
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from leaves(item)
+    yield from (leaf for _, leaf in placed_leaves(value))
+
+
+def placed_leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """The same with the place of each, such as `scorers.reward.inputs.0`."""
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from placed_leaves(item, f"{place}.{key}" if place else str(key))
     else:
-        yield value
+        yield place, value
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

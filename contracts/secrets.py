@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from contracts.errors import UserError
+from contracts.nested import placed_leaves
 
 TOKEN = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16})"
@@ -13,17 +14,13 @@ NAME = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_key)$", r
 """Names of keys and variables that hold secrets."""
 
 
-def refuse_secrets(data: Any, source: str, place: str = "") -> None:
+def refuse_secrets(data: Any, source: str) -> None:
     """Raise UserError, without showing it, where a value looks like a secret or is called one."""
-    if isinstance(data, dict):
-        for key, value in data.items():
-            refuse_secrets(value, source, f"{place}.{key}" if place else str(key))
-    elif isinstance(data, list | tuple):
-        for index, value in enumerate(data):
-            refuse_secrets(value, source, f"{place}.{index}")
-    elif TOKEN.search(str(data)) or (data and not isinstance(data, bool) and NAME.search(place.rpartition(".")[2])):
-        raise UserError(
-            f"{source}: the value of {place!r} looks like a secret, and a configuration is written to files and shown "
-            "in process lists. Take it out, and set it in the environment from which you start (export NAME=...): "
-            "stages inherit it."
-        )
+    for place, value in placed_leaves(data):
+        named = value and not isinstance(value, bool) and NAME.search(place.rpartition(".")[2])
+        if named or TOKEN.search(str(value)):
+            raise UserError(
+                f"{source}: the value of {place!r} looks like a secret, and a configuration is written to files and "
+                "shown in process lists. Take it out, and set it in the environment from which you start (export "
+                "NAME=...): stages inherit it."
+            )

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import huggingface_hub
@@ -16,6 +15,7 @@ from huggingface_hub import constants
 
 from contracts.errors import UserError, as_user_error
 from contracts.manifest import MANIFEST
+from contracts.nested import placed_leaves
 from contracts.outlook import Memory
 from contracts.precision import computes_bfloat16
 from contracts.preflight import Finding, Level
@@ -295,7 +295,8 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
 
 def check_tokens(plan: Plan) -> Iterator[Finding]:
     """Access tokens: none in the configuration; the Hub's in the environment, where the configuration needs the Hub."""
-    places = list(find_tokens(plan.config.model_dump(mode="json", exclude_unset=True)))
+    values = placed_leaves(plan.config.model_dump(mode="json", exclude_unset=True))
+    places = [place for place, value in values if NAMED_TOKEN.search(f"{place}={value}")]  # others are refused before
     for place in places:
         fix = "Take it out, and set it in the environment from which you start (export NAME=...): stages inherit it."
         yield Finding("error", f"the value of {place!r} looks like an access token", fix)
@@ -335,18 +336,6 @@ def _in_netrc(host: str) -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def find_tokens(data: Any, place: str = "") -> Iterator[str]:
-    """The keys of a configuration whose values look like hexadecimal tokens, which `contracts.secrets` accepts."""
-    if isinstance(data, dict):
-        for key, value in data.items():
-            yield from find_tokens(value, f"{place}.{key}" if place else str(key))
-    elif isinstance(data, list):
-        for index, value in enumerate(data):
-            yield from find_tokens(value, f"{place}.{index}")
-    elif NAMED_TOKEN.search(f"{place}={data}"):
-        yield place
 
 
 def needs_loopback(plan: Plan) -> str | None:
