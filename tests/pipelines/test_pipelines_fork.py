@@ -177,7 +177,7 @@ def test_which_stages_a_name_means(run: RunDirectory) -> None:
     graph = build_graph(run.config, 2)
     assert resolve(graph, ["iteration-*/training"]) == ["iteration-001/training", "iteration-002/training"]
     assert all(name.startswith("iteration-002/heldout/") for name in resolve(graph, ["iteration-002/heldout/"]))
-    with pytest.raises(UserError, match="Did you mean iteration-002/training"):
+    with pytest.raises(UserError, match="Did you mean 'iteration-002/training'"):
         resolve(graph, ["iteration-002/trainin"])
 
 
