@@ -1,4 +1,4 @@
-"""`python -m annotation {score,pairs,evaluate,rlhflow-export,rlhflow-import,rlhflow-scores}`."""
+"""`python -m annotation {score,pairs,evaluate,evaluate-checkpoint,rlhflow-export,rlhflow-import,rlhflow-scores}`."""
 
 import os
 import sys

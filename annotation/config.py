@@ -1,7 +1,7 @@
 """Configurations of the annotation stages: scores, pairs, evaluation."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -194,3 +194,35 @@ class RlhflowScoresConfig(StageConfig):
     """Name of the scorer."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the samples is dropped."""
+
+
+class CheckpointEvaluationSettings(Section):
+    """Settings of an evaluation of the user's own."""
+
+    function: str = identity()
+    """file.py:function or package.module:function, called as function(checkpoint, output, **settings): directories of
+    the model and for its files, both paths. It returns its metrics, numbers by name."""
+    settings: dict[str, Any] = identity({})
+    """Its further keyword arguments."""
+    inputs: list[Path] | None = input_path(None, min_length=1)
+    """Files or directories that the function reads beside its own modules, handed to it as the keyword `inputs`. When
+    their content changes, the evaluations are made anew."""
+
+
+class CheckpointEvaluationConfig(CheckpointEvaluationSettings, StageConfig):
+    """Evaluate a checkpoint with a function of the user's own."""
+
+    stage: ClassVar[str] = "checkpoint-evaluation"
+    code_version: ClassVar[int] = 1
+
+    checkpoint: Path = input_path()
+    """Directory of the model."""
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of the function."""
+        return self.settings if self.inputs is None else {**self.settings, "inputs": self.inputs}
+
+    def source_files(self) -> dict[str, Path]:
+        """The file of the function, and the user's own modules that it imports."""
+        return source_files(self.function)

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from annotation.config import ScoreConfig
+from annotation.config import CheckpointEvaluationConfig, ScoreConfig
 from annotation.rule import check_function
 from contracts.models import ModelInfo
 from contracts.preflight import Finding, Inspected
+from contracts.trial import Call, mistake_in
 
 if TYPE_CHECKING:
     from modeling.inspect import Renders
@@ -41,3 +42,13 @@ def check_scorer(stage: Inspected) -> Iterator[Finding]:
 def _findings_of_function(function: str, inputs: tuple[Path, ...] | None) -> tuple[Finding, ...]:
     late = check_function(function, inputs, IMPORT_SECONDS)
     return () if late is None else (Finding("warning", late),)
+
+
+def check_evaluation(stage: Inspected) -> Iterator[Finding]:
+    """The function of an evaluation of the user's own, imported, and whether it can be called."""
+    config: CheckpointEvaluationConfig = stage.config
+    if mistake := _mistake_in(Call(config.function, ("checkpoint", "output"), tuple(config.keywords))):
+        yield Finding("error", mistake)
+
+
+_mistake_in = functools.cache(mistake_in)

@@ -27,6 +27,7 @@ DEMONSTRATIONS = Schema("demonstrations", 1)
 CHECKPOINT = Schema("checkpoint", 1)
 EXPERIENCE = Schema("experience", 1)
 EVALUATION = Schema("evaluation", 1)
+CHECKPOINT_EVALUATION = Schema("checkpoint-evaluation", 1)
 WORLD = Schema("world", 1)
 
 

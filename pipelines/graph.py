@@ -39,6 +39,8 @@ class Node:
     role: str
     """What it is for there: "training", "reward", "heldout/reward". Several may be of one stage."""
 
+    environment: str = ""
+    """The environment that it runs in."""
     placement: Placement | None = field(default=None, compare=False)
     """None in a graph that is not placed."""
 
@@ -56,11 +58,6 @@ class Node:
     def package(self) -> str:
         """The package that is run: python -m PACKAGE COMMAND."""
         return self.stage.package
-
-    @property
-    def environment(self) -> str:
-        """The environment that it runs in."""
-        return self.stage.environment
 
     @property
     def output(self) -> Path:
@@ -98,6 +95,7 @@ class Graph:
         fields: Mapping[str, Any],
         *,
         iteration: int | None = None,
+        environment: str | None = None,
     ) -> Path:
         """Add a stage and return the path of its output, to be given to the stages that read it.
 
@@ -106,6 +104,7 @@ class Graph:
             role: what it is for, and so its place in the iteration's directory; in the run's, where it has none.
             fields: of its config, without `output`.
             iteration: the one that it belongs to, if any.
+            environment: what it runs in, if not in what stages of its kind do.
 
         Raises:
             UserError: the stage's config refuses the values.
@@ -117,7 +116,7 @@ class Graph:
             raise ValueError(f"two stages are named {name}")
         inputs = tuple(config.input_paths())
         needs = tuple(dict.fromkeys(owner for path in inputs if (owner := self.owner(path))))
-        self.nodes[name] = Node(name, stage, config, inputs, needs, iteration, role)
+        self.nodes[name] = Node(name, stage, config, inputs, needs, iteration, role, environment or stage.environment)
         self._owners[output] = name
         return output
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from annotation.config import PairsSettings
+from annotation.stages.checkpoint_evaluation import EVALUATE_CHECKPOINT
 from annotation.stages.evaluation import EVALUATE
 from annotation.stages.pairs import CHOOSE_PAIRS
 from annotation.stages.score import SCORE
@@ -203,7 +204,20 @@ class Recipe:
         else:
             fields["baseline"] = self.baseline
             fields["reference"] = self.reference("heldout/reference", rollouts, self.initial, iteration)
+        self.evaluate_checkpoint(iteration, policy)
         return self.graph.add(EVALUATE, "evaluation", fields, iteration=iteration)
+
+    def evaluate_checkpoint(self, iteration: int, policy: Path) -> None:
+        """Have the user's own evaluations judge a policy."""
+        for name, section in self.config.evaluations.items():
+            if iteration % section.every:
+                continue
+            fields = section.model_dump(exclude_unset=True, exclude={"environment", "every"})
+            fields["checkpoint"] = policy
+            if section.inputs is not None:
+                fields["inputs"] = [self.locate(path) for path in section.inputs]
+            role = f"evaluations/{name}"
+            self.graph.add(EVALUATE_CHECKPOINT, role, fields, iteration=iteration, environment=section.environment_key)
 
     def prepare(self) -> None:
         """What stands before the first iteration: prompts, and the initial policy and reward model if they are made

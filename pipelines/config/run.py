@@ -14,8 +14,10 @@ from generation.config import GenerationSettings
 from pipelines.config.changes import merge, require_changeable
 from pipelines.config.executor import ExecutorSection
 from pipelines.config.sections import (
+    NAME,
     CriticSection,
     EnvironmentsSection,
+    EvaluationSection,
     HardwareSection,
     HookSettings,
     HubSection,
@@ -23,12 +25,10 @@ from pipelines.config.sections import (
     RetentionSection,
     RewardModelSection,
 )
+from pipelines.environments.locked import STAGES
 from tracking.config import TrackingSection
 from training.config import ExperienceSettings, PolicySettings, SftSettings, require_whole_model
 from training.registry import Description, check_settings, describe
-
-NAME = "^[A-Za-z][A-Za-z0-9_-]{0,49}$"
-"""What hooks and evaluations of the user's own are called."""
 
 
 class RunConfig(Section):
@@ -77,6 +77,9 @@ class RunConfig(Section):
     """Train on the pairs of all iterations so far, not only of this one."""
     evaluation: GenerationSettings = identity({})
     """How held-out answers are sampled; keys that are not set are those of the section `generation`."""
+    evaluations: dict[Annotated[str, Field(pattern=NAME)], EvaluationSection] = identity({})
+    """Evaluations of your own by names of yours, beside the one on held-out prompts, each a stage for every policy:
+    {lm_eval: {function: evals.py:run}}. Their metrics are eval/NAME/..."""
     world: WorldSettings | None = identity(None)
     """Make the toy task (data and an untrained model) first; refer to its files as world:NAME."""
     sft: SftSettings | None = identity(None)
@@ -127,6 +130,7 @@ class RunConfig(Section):
                 f"generation.k is {self.generation.k}; scorers.reward.kind=pairwise compares the answers to a prompt "
                 "with each other, so it needs at least 2."
             )
+        self._check_evaluations()
         description = self.description
         check_settings(description, self.training.settings)
         require_whole_model(self.training.algorithm, "reference_model" in description.needs, self.training.parallel)
@@ -143,6 +147,21 @@ class RunConfig(Section):
         if uses_world and self.world is None:
             raise ValueError("a path starts with world:, but there is no section `world`. Add one (`world: {}`).")
         return self
+
+    def _check_evaluations(self) -> None:
+        """That names of evaluations stand for one thing each, and their environments for something."""
+        if taken := sorted({"generation", "reference", *self.scorers} & self.evaluations.keys()):
+            raise ValueError(
+                f"evaluations.{taken[0]}: eval/{taken[0]}/... are the metrics of another stage already. Choose another "
+                "name."
+            )
+        for name, section in self.evaluations.items():
+            known = [*STAGES, *self.environments.own]
+            if section.environment not in known:
+                raise ValueError(
+                    f"evaluations.{name}.environment is {section.environment!r}, which is none of {', '.join(known)}. "
+                    f"Add it: environments.own.{section.environment}."
+                )
 
     def _check_samples(self, description: Description) -> None:
         """What an algorithm that trains on samples asks of the other sections."""

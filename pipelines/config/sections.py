@@ -1,16 +1,20 @@
 """Sections of a run's configuration that are no stage's own settings."""
 
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from annotation.config import PairsSettings
+from annotation.config import CheckpointEvaluationSettings, PairsSettings
 from contracts.config import Section, identity, runtime
 from contracts.prompts import PromptsSettings
 from generation.config import GenerationSettings
-from pipelines.environments.launch import EnvironmentConfig
+from pipelines.environments.launch import OWN, EnvironmentConfig
+from pipelines.environments.locked import NAMES, STAGES
 from training.config import CriticSettings, RewardSettings
+
+NAME = "^[A-Za-z][A-Za-z0-9_-]{0,49}$"
+"""What the user calls hooks, evaluations and environments of their own."""
 
 
 class PromptsSection(Section):
@@ -59,9 +63,23 @@ class EnvironmentsSection(Section):
     """For `python -m training` and `python -m embedded`."""
     tracking: EnvironmentConfig = runtime(EnvironmentConfig())
     """For the processes that feed trackers."""
+    own: dict[Annotated[str, Field(pattern=NAME)], EnvironmentConfig] = runtime({})
+    """Environments of your own by names of yours, for `evaluations`: {lm-eval: {conda: lm-eval}}."""
+
+    @field_validator("own")
+    @classmethod
+    def _check_own(cls, value: dict[str, EnvironmentConfig]) -> dict[str, EnvironmentConfig]:
+        for name, environment in value.items():
+            if name in NAMES:
+                raise ValueError(f"{name} is an environment already. Choose another name.")
+            if not (environment.python or environment.conda or environment.container):
+                raise ValueError(f"{name} names no python, conda or container, of which an own environment needs one.")
+        return value
 
     def of(self, name: str) -> EnvironmentConfig:
-        """One of them by its name."""
+        """One of them by its key: training, or own.NAME."""
+        if name.startswith(OWN):
+            return self.own[name.removeprefix(OWN)]
         found: EnvironmentConfig = getattr(self, name)
         return found
 
@@ -132,6 +150,20 @@ class HookSettings(Section):
     """Its further keyword arguments."""
     grace_seconds: float = runtime(60.0, ge=0)
     """How long the end of a command waits for it. What it has not been told then, the next command tells."""
+
+
+class EvaluationSection(CheckpointEvaluationSettings):
+    """An evaluation of every policy by a function of the user's own, as a stage that publishes what it finds."""
+
+    environment: str = runtime("annotation")
+    """What it runs in: annotation, generation or training, or the name of one in environments.own."""
+    every: int = runtime(1, ge=1)
+    """Evaluate the initial policy, and that of every so many iterations."""
+
+    @property
+    def environment_key(self) -> str:
+        """The key of its environment in the section `environments`."""
+        return self.environment if self.environment in STAGES else f"{OWN}{self.environment}"
 
 
 class HardwareSection(Section):

@@ -39,6 +39,9 @@ PASSED_ON = (
 """Variables that docker and podman pass on if they are set."""
 
 
+OWN = "own."
+"""What the keys of the user's own environments begin with."""
+
 KEEP_FREED = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
@@ -87,7 +90,8 @@ def launch_command(environment: EnvironmentConfig, name: str, argv: list[str]) -
     """How to run `python ARGV` in an environment.
 
     Args:
-        name: generation, annotation or training: the locked environment where `environment` names no other.
+        name: generation, annotation or training: the locked environment where `environment` names no other; or
+            own.NAME, which always does.
         argv: arguments after `python`.
 
     Returns:
@@ -200,7 +204,7 @@ def probe_versions(environment: EnvironmentConfig, name: str) -> dict[str, str]:
 @functools.cache
 def _probe(environment_json: str, name: str) -> dict[str, str]:
     program = (
-        f"import json, {name}.config, contracts.stage, contracts.versions; "
+        f"import json, {_package(name)}.config, contracts.stage, contracts.versions; "
         "print(json.dumps(contracts.versions.installed_versions()))"
     )
     needs = (
@@ -240,7 +244,12 @@ def ask(
 
 def requirements(name: str) -> Path:
     """The requirements file of a stage's environment, for users who build their own."""
-    return configs() / "environments" / f"{Locked(name, resolve_variant()).label}.in"
+    return configs() / "environments" / f"{Locked(_package(name), resolve_variant()).label}.in"
+
+
+def _package(name: str) -> str:
+    """The package whose stages run in an environment; in one of the user's own it is annotation's."""
+    return "annotation" if name.startswith(OWN) else name
 
 
 def become(name: str, variant: str, arguments: list[str]) -> NoReturn:

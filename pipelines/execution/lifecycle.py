@@ -164,7 +164,7 @@ class Lifecycle:
 
     def concerns_retention(self, node: Node) -> bool:
         """Whether something may go, now that a stage is published."""
-        return may_be_released(node) or node.stage.name == "evaluation"
+        return may_be_released(node) or node.stage.name in ("evaluation", "checkpoint-evaluation")
 
     def retain(self, node: Node, published: Collection[str]) -> None:
         """Apply retention after a stage has published."""

@@ -3,7 +3,8 @@
 Names of metrics come in groups, so that they can be read by people who see hundreds of them:
 
     train/        each optimizer step of the policy; of other trainings: sft/, reward-model/, critic/
-    eval/         the evaluations (eval/reward_mean), and the stages that answer and score held-out prompts
+    eval/         the evaluations (eval/reward_mean; of your own eval/NAME/...), and the stages that answer and score
+                  held-out prompts
     data/         what was sampled, scored, chosen and dropped
     system/       seconds, rows and tokens per second of each stage
 """
@@ -25,6 +26,8 @@ from pipelines.run.points import PointStream
 KEY = 12
 """Characters of the stage key that a point has."""
 SPEED = "_per_second"
+OWN_EVALUATIONS = "evaluations"
+"""Beginning of the roles of the user's own evaluations."""
 
 
 class Collector:
@@ -140,7 +143,8 @@ def group_of(node: Node) -> str:
         return "train" if role == "training" else role
     if role == "evaluation":
         return "eval"
-    return f"eval/{role.removeprefix('heldout/')}" if role.startswith("heldout/") else f"data/{role}"
+    folder, _, name = role.rpartition("/")
+    return f"eval/{name}" if folder in ("heldout", OWN_EVALUATIONS) else f"data/{role}"
 
 
 def _short(role: str) -> str:
@@ -159,6 +163,7 @@ def _renamed(node: Node, metrics: Mapping[str, float]) -> dict[str, float]:
 def _published(node: Node, manifest: Manifest) -> Iterator[tuple[str, float]]:
     """The metrics of a whole stage, from its manifest."""
     group, system = group_of(node), f"system/{node.role}"
+    own = node.role.startswith(f"{OWN_EVALUATIONS}/")
     for name, value in manifest.facts.get("metrics", {}).items():
         if _is_number(value) and name != "iteration":
             yield f"{group}/{name}", value
@@ -170,7 +175,7 @@ def _published(node: Node, manifest: Manifest) -> Iterator[tuple[str, float]]:
         for name, value in manifest.facts.items():
             if _is_number(value) and not name.endswith("_id"):
                 yield f"{group}/{name}", value
-    rows = f"data/{_short(node.role)}" if node.workload == "training" or group == "eval" else group
+    rows = f"data/{_short(node.role)}" if node.workload == "training" or group == "eval" or own else group
     yield f"{rows}/kept_{manifest.ledger.unit}", manifest.ledger.kept
     for reason, count in manifest.ledger.dropped.items():
         yield f"{rows}/dropped_{reason}", count
