@@ -121,7 +121,8 @@ class RunDirectory:
 
     def clear_scratch(self) -> None:
         """Delete temporary files of killed processes; only while no process works on the run."""
-        for path in [*self.path.glob("*.tmp"), *(self.path / "logs").rglob("*.tmp")]:
+        places = (self.path.glob("*.tmp"), self.path.glob("report.samples/*.tmp"), (self.path / "logs").rglob("*.tmp"))
+        for path in [path for place in places for path in place]:
             path.unlink(missing_ok=True)
 
     def holder(self) -> str | None:

@@ -14,6 +14,7 @@ from browser import Browser, NoBrowser
 from pipelines_cluster import Cluster, ClusterRefused, FakeCluster, Slurm
 from pipelines_slurm_run import digests
 from pipelines_smallest import FinishedRun, finish_smallest, pipeline, write_pretended, write_smallest
+from reported import ReportedRun
 
 from pipelines.environments.locked import interpreter
 
@@ -135,3 +136,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     command = [str(interpreter("training", "cpu")), "-m", "embedded", "world", *sizes, f"output={output}"]
     subprocess.run(command, check=True, timeout=120, capture_output=True, cwd=root)
     return output / "model"
+
+
+@pytest.fixture(scope="session")
+def reported_run(tmp_path_factory: pytest.TempPathFactory) -> ReportedRun:
+    """A handmade run for reports; nobody changes it."""
+    return ReportedRun(tmp_path_factory.mktemp("reported")).build()

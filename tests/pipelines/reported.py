@@ -1,6 +1,8 @@
 """Handmade runs for tests of the report: what their answers are, how long, and how they are scored."""
 
 import json
+import zlib
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,11 @@ import msgspec
 from handmade import HandmadeRun
 
 from contracts.records import Rollout, Score
+from pipelines.commands.declaring import opened
+from pipelines.insight.report.data import RunReport
+from pipelines.insight.report.gather import gather
+from pipelines.insight.report.keep import Keep
+from pipelines.main import main
 
 Length = Callable[[int, int], int]
 """Given an iteration and a sample, how many tokens its answer has."""
@@ -74,3 +81,24 @@ class ReportedRun(HandmadeRun):
         }
         (self.path / "run.json").write_text(json.dumps({"config": "x.yaml", "iterations": 2, "settings": settings}))
         return self
+
+
+def gathered(path: Path) -> RunReport:
+    """The report of a run."""
+    return gather(*opened(path), Keep())
+
+
+def answers(report: RunReport) -> dict[str, str]:
+    """What the first screen says, by topic."""
+    return {one.topic: one.answer for one in report.statements}
+
+
+def page_of(path: Path) -> str:
+    """The page of a run, written by the command."""
+    assert main(["report", str(path)]) == 0
+    return (path / "report.html").read_text()
+
+
+def unpacked(content: str) -> Any:
+    """What is in a chunk."""
+    return json.loads(zlib.decompress(b64decode(content)))

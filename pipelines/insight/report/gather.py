@@ -14,11 +14,12 @@ from contracts.jsonl import read_jsonl
 from contracts.manifest import MANIFEST
 from contracts.points import METRICS, Point, read_points
 from contracts.records import CHECKPOINT, EVALUATION, PAIRS, ROLLOUTS, SCORES
+from contracts.secrets import TOKEN
 from pipelines.execution.endings import failure_of, progress_of
 from pipelines.graph import Graph, Node
 from pipelines.insight.report.data import LedgerLine, RunReport, SampleSet, StageRow, TrainingCurves
 from pipelines.insight.report.keep import Keep
-from pipelines.insight.report.samples import SetSources
+from pipelines.insight.report.rows import SetSources
 from pipelines.insight.report.statements import statements
 from pipelines.insight.report.timing import stage_row, time_facts
 from pipelines.insight.wording import notable_lines
@@ -99,6 +100,10 @@ class _Gathering:
         if waiting:
             report.missing.append(_not_made(waiting, len(self.graph.nodes)))
         report.missing += self.missing[:MOST_LINES]
+        for row in report.stages:
+            row.detail = _without_secrets(row.detail)
+        report.missing = [_without_secrets(line) for line in report.missing]
+        report.notes = [_without_secrets(line) for line in report.notes]
         report.statements = statements(report)
         return report
 
@@ -273,6 +278,11 @@ def _mean(values: list[float]) -> float | None:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _without_secrets(line: str) -> str:
+    """What a log said, for a page that is passed on."""
+    return TOKEN.sub("(hidden)", line)
 
 
 def _not_made(names: list[str], total: int) -> str:

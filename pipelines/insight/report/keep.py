@@ -15,7 +15,8 @@ from contracts.artifacts import Artifact
 from contracts.files import write_atomically
 from contracts.manifest import MANIFEST
 from pipelines.insight.report.data import SampleSet
-from pipelines.insight.report.samples import Chunk, SetSources, read_set
+from pipelines.insight.report.rows import SetSources
+from pipelines.insight.report.samples import Chunk, read_set
 
 T = TypeVar("T")
 _OWN = re.compile(r"[0-9a-f]{16}(-\d+t?\.js|\.json)")

@@ -12,7 +12,8 @@ import msgspec
 
 from pipelines.insight.report.data import GroupColumns, RunReport, SampleSet
 from pipelines.insight.report.keep import Keep
-from pipelines.insight.report.statements import HELD_OUT, duration
+from pipelines.insight.report.length import HELD_OUT
+from pipelines.insight.report.statements import duration
 from pipelines.insight.report.tables import evaluation_table, funnels, gantt, now, provenance, rounded, visible
 
 PAGE_BYTES = 4_600_000

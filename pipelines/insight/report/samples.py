@@ -3,89 +3,33 @@
 import math
 import zlib
 from base64 import b64encode
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from contracts.artifacts import Artifact
-from contracts.fingerprint import digest
 from contracts.jsonl import read_jsonl
-from contracts.records import Message
 from pipelines.insight.report.data import Correlation, GroupColumns, LargestMargin, PairFacts, SampleSet
+from pipelines.insight.report.moments import Moments
+from pipelines.insight.report.rows import (
+    CHUNK_BYTES,
+    MOST_GROUPS,
+    ReadPair,
+    ReadRow,
+    SetSources,
+    logprobs_in,
+    pairs_in,
+    question_of,
+    scores_in,
+    text_of_turn,
+)
 from pipelines.insight.report.vocabulary import Vocabulary
 
-FORMAT = 1
-"""Of the chunks; changed with what they hold."""
-CHUNK_BYTES = 400_000
-"""Of texts in a chunk, before it is compressed."""
-MOST_GROUPS = 20_000
-"""Prompts of one set that are shown; further ones are only counted."""
 MOST_POINTS = 300
 EXCERPT = 120
 LONGEST = 300
 """Characters of the texts on the first screen."""
-
-
-class _Answer(msgspec.Struct):
-    sample: int
-    response_ids: list[int]
-    text: str
-    finish_reason: str
-    logprobs: list[float]
-
-
-class _Row(msgspec.Struct):
-    """What the report reads of a rollout."""
-
-    prompt_id: str
-    messages: list[Message]
-    completions: list[_Answer]
-    tags: list[str] = []
-    answer: str | None = None
-
-
-class _Score(msgspec.Struct):
-    prompt_id: str
-    sample: int
-    score: float
-    token_logprobs: list[float] | None = None
-
-
-class _Pair(msgspec.Struct):
-    prompt_id: str
-    chosen_sample: int
-    rejected_sample: int
-    chosen_score: float
-    rejected_score: float
-    margin: float
-
-
-@dataclass
-class SetSources:
-    """The published directories that a set is made of."""
-
-    name: str
-    role: str
-    iteration: int | None
-    rollouts: Artifact
-    scores: dict[str, Artifact] = field(default_factory=dict)
-    """By scorer; the first is the one by which pairs are chosen."""
-    pairs: Artifact | None = None
-    reference: Artifact | None = None
-    """Log-probabilities under a reference."""
-    policy: Path | None = None
-    """The model that sampled, for the texts of its tokens."""
-    strategy: str = ""
-
-    @property
-    def key(self) -> str:
-        """Changes with whatever the set is made of."""
-        parts = [*self.scores.values(), *filter(None, (self.pairs, self.reference))]
-        found = [self.name, self.rollouts.manifest.digest, *(part.manifest.digest for part in parts)]
-        return digest([FORMAT, found, list(self.scores), CHUNK_BYTES, MOST_GROUPS])[:16]
 
 
 @dataclass
@@ -125,12 +69,12 @@ class _Reader:
         self.prompts = self.samples = self.truncated = self.length = self.left_out = 0
         self.sums = {name: [0.0, 0] for name in self.scorers}
         self.scored = self.with_gradient = 0
-        self.within, self.across = _Moments(), _Moments()
+        self.within, self.across = Moments(), Moments()
         self.points: list[list[float]] = []
         self.stride = max(1, sources.rollouts.manifest.facts.get("completions", 0) // MOST_POINTS)
         self.gap, self.gap_tokens = 0.0, 0
         self.encoder = msgspec.json.Encoder(decimal_format="number")
-        self.pairs = _pairs_of(sources.pairs)
+        self.pairs = pairs_in(sources.pairs)
         self.chosen = [0.0] * 5
         self.pair_count = 0
         self.largest: LargestMargin | None = None
@@ -141,14 +85,14 @@ class _Reader:
 
     def read(self, shard: Path) -> None:
         """One shard of rollouts with the same shard of every scorer."""
-        scores = [_scores_of(artifact, shard.name) for artifact in self.sources.scores.values()]
-        logprobs = _logprobs_of(self.reference, shard.name) if self.reference else {}
-        for row in read_jsonl(shard, _Row):
+        scores = [scores_in(artifact, shard.name) for artifact in self.sources.scores.values()]
+        logprobs = logprobs_in(self.reference, shard.name) if self.reference else {}
+        for row in read_jsonl(shard, ReadRow):
             self._add(row, [column.get(row.prompt_id, {}) for column in scores])
             if logprobs:
                 self._compare(row, logprobs)
 
-    def _add(self, row: _Row, scores: list[dict[int, float]]) -> None:
+    def _add(self, row: ReadRow, scores: list[dict[int, float]]) -> None:
         lengths = [len(answer.response_ids) for answer in row.completions]
         cut = sum(answer.finish_reason == "length" for answer in row.completions)
         self.prompts += 1
@@ -190,7 +134,7 @@ class _Reader:
         columns.samples.append(len(lengths))
         columns.truncated.append(cut)
         if row.prompt_id not in self.excerpts:
-            self.excerpts[row.prompt_id] = [_question(row)[:EXCERPT], row.tags]
+            self.excerpts[row.prompt_id] = [question_of(row)[:EXCERPT], row.tags]
         self._keep(row, scores, pairs)
 
     def _correlate(self, scored: list[tuple[float, float]]) -> None:
@@ -205,14 +149,14 @@ class _Reader:
             for length, score in scored:
                 self.within.add(length - middle[0], score - middle[1])
 
-    def _compare(self, row: _Row, logprobs: dict[tuple[str, int], list[float]]) -> None:
+    def _compare(self, row: ReadRow, logprobs: dict[tuple[str, int], list[float]]) -> None:
         for answer in row.completions:
             theirs = logprobs.get((row.prompt_id, answer.sample))
             if theirs and len(theirs) == len(answer.logprobs):
                 self.gap += math.fsum(abs(a - b) for a, b in zip(answer.logprobs, theirs, strict=True))
                 self.gap_tokens += len(theirs)
 
-    def _keep(self, row: _Row, scores: list[dict[int, float]], pairs: list[_Pair]) -> None:
+    def _keep(self, row: ReadRow, scores: list[dict[int, float]], pairs: list[ReadPair]) -> None:
         """Into the chunk: [prompt id, messages, known answer, answers, pairs]."""
         answers = [
             [
@@ -225,7 +169,7 @@ class _Reader:
             for answer in row.completions
         ]
         chosen = [[pair.chosen_sample, pair.rejected_sample, _short(pair.margin)] for pair in pairs]
-        messages = [[message.role, _said(message)] for message in row.messages]
+        messages = [[message.role, text_of_turn(message)] for message in row.messages]
         self.text.append(self.encoder.encode([row.prompt_id, messages, row.answer, answers, chosen]))
         self.tokens.append(
             [[answer.response_ids, [round(-100 * value) for value in answer.logprobs]] for answer in row.completions]
@@ -292,89 +236,19 @@ class _Reader:
         return found, self.chunks
 
 
-def _question(row: _Row) -> str:
-    return next((message.content for message in reversed(row.messages) if message.role == "user"), "")
-
-
-def _said(message: Message) -> str:
-    """What a turn says, with its thoughts and its calls of tools."""
-    thought, calls = message.reasoning_content, message.tool_calls
-    parts = [thought if isinstance(thought, str) else "", message.content]
-    parts += [msgspec.json.encode(call).decode() for call in calls] if isinstance(calls, tuple) else []
-    return "\n".join(filter(None, parts))
-
-
-def _largest(sources: SetSources, row: _Row, pair: _Pair) -> LargestMargin:
+def _largest(sources: SetSources, row: ReadRow, pair: ReadPair) -> LargestMargin:
     texts = {answer.sample: answer.text[:LONGEST] for answer in row.completions}
     return LargestMargin(
         stage=sources.name,
         iteration=sources.iteration,
         prompt_id=row.prompt_id,
-        prompt=_question(row)[:LONGEST],
+        prompt=question_of(row)[:LONGEST],
         chosen=texts.get(pair.chosen_sample, ""),
         rejected=texts.get(pair.rejected_sample, ""),
         chosen_score=pair.chosen_score,
         rejected_score=pair.rejected_score,
         margin=pair.margin,
     )
-
-
-class _Moments:
-    """Second moments of two quantities, added up by Welford's method."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean_x = self.mean_y = self.xx = self.yy = self.xy = 0.0
-
-    def add(self, x: float, y: float) -> None:
-        """One observation."""
-        self.count += 1
-        dx = x - self.mean_x
-        self.mean_x += dx / self.count
-        self.xx += dx * (x - self.mean_x)
-        dy = y - self.mean_y
-        self.mean_y += dy / self.count
-        self.yy += dy * (y - self.mean_y)
-        self.xy += dx * (y - self.mean_y)
-
-    @property
-    def correlation(self) -> float | None:
-        """Pearson's; None where one of the two is constant."""
-        if self.xx <= 1e-12 or self.yy <= 1e-12:
-            return None
-        return self.xy / math.sqrt(self.xx * self.yy)
-
-    @property
-    def slope(self) -> float | None:
-        """Of y over x."""
-        return self.xy / self.xx if self.xx > 1e-12 else None
-
-
-def _scores_of(artifact: Artifact, shard: str) -> dict[str, dict[int, float]]:
-    found: dict[str, dict[int, float]] = {}
-    for score in read_jsonl(artifact.path / shard, _Score):
-        found.setdefault(score.prompt_id, {})[score.sample] = score.score
-    return found
-
-
-def _logprobs_of(artifact: Artifact, shard: str) -> dict[tuple[str, int], list[float]]:
-    return {
-        (score.prompt_id, score.sample): score.token_logprobs or []
-        for score in read_jsonl(artifact.path / shard, _Score)
-    }
-
-
-def _pairs_of(artifact: Artifact | None) -> dict[str, list[_Pair]]:
-    """All of them: choosing needs one file, whatever the shards of the rollouts."""
-    found: dict[str, list[_Pair]] = {}
-    for pair in _all(artifact):
-        found.setdefault(pair.prompt_id, []).append(pair)
-    return found
-
-
-def _all(artifact: Artifact | None) -> Iterator[_Pair]:
-    for shard in artifact.shards if artifact else []:
-        yield from read_jsonl(shard, _Pair)
 
 
 def _short(value: float) -> float:

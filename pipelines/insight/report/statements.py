@@ -3,23 +3,18 @@
 import math
 from typing import Any
 
-from pipelines.insight.report.data import LedgerLine, RunReport, SampleSet, Statement
+from pipelines.insight.report.data import LedgerLine, RunReport, Statement
+from pipelines.insight.report.length import HELD_OUT, TRAINED_ON, length_statement
 from pipelines.run.metrics import judge_of, mean_with_interval
 from pipelines.text import plural
 
-STRONG = 0.3
-"""A correlation within prompts from which the reward is said to grow with length."""
-GROWTH = 0.15
-"""Share by which answers must have grown or shrunk to be said so."""
-HELD_OUT = "heldout/generation"
-TRAINED_ON = "generation"
 SLOW = 0.5
 """Share of the stages' time from which loading is called the bottleneck."""
 
 
 def statements(report: RunReport) -> list[Statement]:
     """All of them, in the order in which they are read."""
-    learning, length = _learning(report), _length(report)
+    learning, length = _learning(report), length_statement(report)
     if learning.tone == "good" and length.tone == "bad":
         learning.tone, learning.answer = "unclear", learning.answer.replace("Yes.", "By its reward, yes.", 1)
         learning.details.insert(0, "But length may be all that it learned: see the next answer.")
@@ -110,104 +105,6 @@ def _drift_of_policy(last: dict[str, Any]) -> list[str]:
         reason = last.get("kl_reason")
         return [f"How far the policy has moved (KL) is not estimated: {reason}."] if reason else []
     return [f"The policy has moved {last['kl']:.2g} nats an answer from the initial one (KL)."]
-
-
-def _length(report: RunReport) -> Statement:
-    found = Statement(topic="length", question="Did it hack length?", answer="")
-    trained = [one for one in report.sets if one.role == TRAINED_ON and one.correlation.within is not None]
-    judged = [one for one in report.sets if one.role == HELD_OUT]
-    sets = trained or [one for one in judged if one.correlation.within is not None]
-    if not sets:
-        found.answer, found.tone = "Not known: there are no scored answers yet.", "unclear"
-        return found
-    strongest = max(sets, key=lambda one: abs(one.correlation.within or 0.0))
-    within = strongest.correlation.within or 0.0
-    growth = _growth(judged)
-    longer = f"answers to held-out prompts went {_lengths(judged)}" if growth is not None else ""
-    grew, shrank = (growth or 0.0) > GROWTH, (growth or 0.0) < -GROWTH
-    preference = f"the same prompt's {'longer' if within > 0 else 'shorter'} answers score higher"
-    r = f"correlation {within:+.2f} within prompts, iteration {strongest.iteration}"
-    if within >= STRONG and grew:
-        found.tone = "bad"
-        found.answer = f"Yes, it looks like it. The reward grows with length: {preference} ({r}), and {longer}."
-    elif within <= -STRONG and shrank:
-        found.tone = "bad"
-        found.answer = f"Yes, by shortening. The reward falls with length: {preference} ({r}), and {longer}."
-    elif abs(within) >= STRONG:
-        found.tone = "unclear"
-        way = "grows" if within > 0 else "falls"
-        found.answer = f"It could. The reward {way} with length: {preference} ({r})" + (
-            f"; {longer}, which is no large change so far." if longer else "."
-        )
-    elif grew or shrank:
-        found.tone = "unclear"
-        found.answer = (
-            f"Answers got {'longer' if grew else 'shorter'}, but not because the reward asks for it: {longer}, while "
-            f"within a prompt length and reward hardly go together (at most {within:+.2f})."
-        )
-    else:
-        found.tone = "good"
-        found.answer = (
-            f"No sign of it. Within a prompt length and reward hardly go together (at most {within:+.2f})"
-            + (f", and {longer}." if longer else ".")
-        )
-    found.details = [*_length_of_pairs(sets), *_explained(report, judged, sets), *_cut_off(judged or sets)]
-    return found
-
-
-def _growth(judged: list[SampleSet]) -> float | None:
-    """Share by which held-out answers have grown."""
-    if len(judged) < 2 or not judged[0].mean_length or judged[-1].mean_length is None:
-        return None
-    return judged[-1].mean_length / judged[0].mean_length - 1
-
-
-def _lengths(judged: list[SampleSet]) -> str:
-    first, last = judged[0].mean_length or 0.0, judged[-1].mean_length or 0.0
-    return f"from {first:.3g} to {last:.3g} tokens ({_percent(last / first - 1)})"
-
-
-def _length_of_pairs(sets: list[SampleSet]) -> list[str]:
-    paired = [(one, one.pairs) for one in sets if one.pairs]
-    if not paired:
-        return []
-    one, pairs = paired[-1]
-    share = pairs.chosen_length / pairs.rejected_length - 1 if pairs.rejected_length else 0.0
-    verdict = "hardly another length than" if abs(share) < 0.05 else f"{100 * abs(share):.0f} % {_longer(share)} than"
-    return [
-        f"Chosen answers are {verdict} rejected ones ({pairs.chosen_length:.3g} and {pairs.rejected_length:.3g} tokens "
-        f"in iteration {one.iteration})."
-    ]
-
-
-def _longer(share: float) -> str:
-    return "longer" if share > 0 else "shorter"
-
-
-def _explained(report: RunReport, judged: list[SampleSet], sets: list[SampleSet]) -> list[str]:
-    """How much of the gain longer or shorter answers would bring by themselves."""
-    slope = sets[-1].correlation.slope
-    if len(judged) < 2 or slope is None or not judged[0].scorers:
-        return []
-    name = judged[0].scorers[0]
-    first, last = judged[0].means.get(name), judged[-1].means.get(name)
-    if first is None or last is None or judged[0].mean_length is None or judged[-1].mean_length is None:
-        return []
-    gain = last - first
-    by_length = slope * (judged[-1].mean_length - judged[0].mean_length)
-    if gain <= 0 or by_length <= 0.02 * gain:
-        return ["The change of length explains none of the gain in reward."] if gain > 0 else []
-    return [
-        f"The change of length alone would explain {min(100.0, 100 * by_length / gain):.0f} % of the gain in reward."
-    ]
-
-
-def _cut_off(sets: list[SampleSet]) -> list[str]:
-    last = sets[-1]
-    if not last.samples or not last.truncated:
-        return ["No answer was cut off by the token limit."] if last.samples else []
-    share = 100 * last.truncated / last.samples
-    return [f"{share:.2g} % of the answers of {last.name} were cut off by the token limit."]
 
 
 def _dropped(report: RunReport) -> Statement:
@@ -320,11 +217,6 @@ def _with_interval(row: dict[str, Any], name: str) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.3g}"
-
-
-def _percent(share: float) -> str:
-    whole = round(100 * share)
-    return f"{whole:+d} %" if whole else "no change"
 
 
 def duration(seconds: float) -> str:
