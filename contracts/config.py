@@ -137,7 +137,7 @@ class StageConfig(Section):
 def describe(model: type[BaseModel]) -> str:
     """A configuration's first line and its keys with their meaning and default, required ones first, for --help."""
     lines = [(model.__doc__ or model.__name__).strip().splitlines()[0]]  # `python -OO` drops docstrings
-    meanings = _docstrings(model)
+    meanings = docstrings(model)
     for key, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
         default = field.get_default(call_default_factory=True)
         shown = "" if isinstance(default, BaseModel) or default == {} else f" (default {default})"
@@ -146,11 +146,12 @@ def describe(model: type[BaseModel]) -> str:
     return "\n".join(lines)
 
 
-def _docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """The text below each field, from the source: read when it is to be shown, since every process defines configs."""
+def docstrings(kind: type) -> dict[str, str]:
+    """The text below each field of a config or record, from the source: read when it is to be shown, since every
+    process defines configs."""
     found: dict[str, str] = {}
-    for base in reversed(model.__mro__):
-        if issubclass(base, BaseModel) and base is not BaseModel:
+    for base in reversed(kind.__mro__):
+        if base.__module__.partition(".")[0] not in ("builtins", "msgspec", "pydantic"):
             (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
             assert isinstance(body, ast.ClassDef)
             for field, text in itertools.pairwise(body.body):

@@ -46,4 +46,5 @@ compile annotation-cpu.txt "CPU variant." $locks/annotation-cpu.in --override "$
   --constraint $locks/training-cpu.txt
 compile tracking.txt "The processes that feed trackers." $locks/tracking.in
 compile driver.txt "The driver." pyproject.toml
+compile docs.txt "The generator of the documentation site (scripts/docs.sh)." $locks/docs.in
 compile test.txt "The tools of scripts/test.sh." $locks/test.in --constraint $locks/driver.txt

@@ -1,0 +1,77 @@
+"""The page of the command line, from the declarations of its commands."""
+
+import argparse
+from collections.abc import Iterator
+
+from pipelines.commands.declaring import EXAMPLES, GROUPS, HELP, PARSER
+from pipelines.main import COMMANDS as MODULES
+
+ALIKE = ("help", "plain", "quiet")
+"""Options that commands have alike."""
+BEGIN = """\
+# Command line
+
+`pipeline COMMAND --help` says the same. A configuration (`CONFIG`) is a YAML file or the name of a
+[recipe](../recipes.md); `key=value` sets one of its [keys](configuration.md), and stands anywhere behind it.
+Every command has `--plain` (no colours, no boxes, nothing drawn over: for logs) and `--quiet` (only what went wrong,
+and the result), except those that hand their arguments on to another program.
+
+"""
+
+
+def page() -> str:
+    """The text of the page."""
+    assert MODULES  # their import declares the commands
+    lines = [BEGIN + "```text\n" + EXAMPLES.strip() + "\n```\n"]
+    parsers = children(PARSER)
+    for group, title in GROUPS.items():
+        lines.append(f"## {title[0].upper()}{title[1:]}\n")
+        for name, (of, _) in HELP.items():
+            if of == group:
+                lines += described(f"pipeline {name}", parsers[name])
+    return "\n".join(lines)
+
+
+def described(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
+    """A command, and those that are parts of it."""
+    yield f"### {name}\n"
+    yield f"{parser.description}\n"
+    parts = children(parser)
+    if parts:
+        for part, child in parts.items():
+            yield from described(f"{name} {part}", child)
+        return
+    usage = " ".join(parser.format_usage().removeprefix("usage:").split())
+    for option in ALIKE:
+        usage = usage.replace(f" [--{option}]", "").replace(" [-h]", "")
+    yield f"```text\n{usage}\n```\n"
+    rows = [action for action in parser._actions if action.dest not in ALIKE]
+    if rows:
+        yield "| argument | meaning |\n|---|---|"
+        for action in rows:
+            yield f"| {names(action)} | {meaning(action)} |"
+        yield ""
+
+
+def children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands below a command."""
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found[0].choices) if found else {}
+
+
+def names(action: argparse.Action) -> str:
+    """How an argument is written."""
+    value = action.metavar or action.dest.upper()
+    if action.option_strings:
+        takes = "" if action.nargs == 0 else f" {'|'.join(map(str, action.choices)) if action.choices else value}"
+        return ", ".join(f"`{name}{takes}`" for name in action.option_strings).replace("|", "\\|")
+    return f"`{action.metavar or action.dest}`" + (" ..." if action.nargs in ("*", "+", argparse.REMAINDER) else "")
+
+
+def meaning(action: argparse.Action) -> str:
+    """What it does, and its default."""
+    text = str(action.help or "").replace("%%", "%").replace("|", "\\|")
+    default = action.default
+    if action.nargs == 0 or default in (None, argparse.SUPPRESS) or default == [] or f"{default}" in text:
+        return text
+    return f"{text} (default `{default}`)"

@@ -1,0 +1,166 @@
+"""The page of the configuration, from the models that read it."""
+
+import json
+import types
+from collections import defaultdict
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from contracts.config import Section, StageConfig, docstrings
+from contracts.declaration import stages_of
+from pipelines.config.run import RunConfig
+
+PACKAGES = ("contracts", "generation", "annotation", "training", "embedded")
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+PLAIN = {str: "text", int: "int", float: "float", bool: "true or false", type(None): "null", Path: "path", Any: "any"}
+BEGIN = """\
+# Configuration
+
+A run is one YAML file; every key can also be set in the command, as `key=value` with dots between sections:
+`pipeline run quickstart training.learning_rate=1e-4`. A mistyped key is an error that names the nearest one.
+Keys of other tools, by what they are called here: [Coming from TRL, OpenRLHF or verl](../coming-from-trl.md).
+
+The role of a key says what a change of it does to what is published already ([stage keys](../concepts.md#stage-keys)):
+
+| role | a change |
+|---|---|
+| identity | changes the result: the stages that it concerns run again |
+| input | is a path: they run again where its content is another |
+| runtime | changes where or how fast: what is published stays |
+
+The sections of a run come first, each once, whatever the number of places where it stands; behind them the keys that
+the stages have beside these when they run alone.
+
+"""
+
+
+def page() -> str:
+    """The text of the page."""
+    places = found_places(RunConfig)
+    titles = {model: title_of(model, places[model]) for model in places}
+    lines = [BEGIN, "## The run\n", *table(RunConfig, titles)]
+    for model, paths in places.items():
+        lines.append(f"## {titles[model]}\n")
+        lines.append(f"{first_line(model)}\n")
+        if len(paths) > 1:
+            lines.append("It stands in " + ", ".join(f"`{path}`" for path in paths) + ".\n")
+        lines += table(model, titles)
+    lines.append("## Stages alone\n")
+    lines.append("Keys that a stage has beside those of the sections above, for `python -m PACKAGE STAGE`.\n")
+    for package in PACKAGES:
+        stages = stages_of(package)
+        for command, stage in stages.items():
+            name = f"python -m {package}" + (f" {command}" if len(stages) > 1 else "")
+            lines += alone(name, stage.config, titles)
+    return "\n".join(lines)
+
+
+def alone(name: str, config: type[StageConfig], titles: dict[type[BaseModel], str]) -> Iterator[str]:
+    """The keys of a stage that no section has."""
+    shared = [base for base in config.__mro__ if base in titles]
+    yield f"### {name}\n"
+    yield f"{first_line(config)}\n"
+    if shared:
+        yield "All keys of " + ", ".join(link(titles[base]) for base in shared[:1]) + ", and:\n"
+    yield from table(config, titles, without={key for base in shared for key in base.model_fields})
+
+
+def found_places(model: type[BaseModel]) -> dict[type[BaseModel], list[str]]:
+    """The sections below a model, and where each stands, in the order of the file."""
+    found: defaultdict[type[BaseModel], list[str]] = defaultdict(list)
+
+    def walk(inside: type[BaseModel], prefix: str) -> None:
+        for key, field in inside.model_fields.items():
+            for section, suffix in sections_in(field.annotation):
+                path = f"{prefix}{key}{suffix}"
+                found[section].append(path)
+                walk(section, f"{path}.")
+
+    walk(model, "")
+    return dict(found)
+
+
+def sections_in(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseModel], str]]:
+    """The sections that a type holds, with what stands between the key and them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, suffix
+        return
+    further = ".NAME" if get_origin(annotation) is dict else "[]" if get_origin(annotation) is list else ""
+    for argument in get_args(annotation):
+        yield from sections_in(argument, suffix + further)
+
+
+def title_of(model: type[BaseModel], paths: list[str]) -> str:
+    """The heading of a section: where it stands first, at the least depth."""
+    return min(paths, key=lambda path: path.count("."))
+
+
+def link(title: str) -> str:
+    """A link to a section's heading, as repositories and the site make its anchor."""
+    anchor = "".join(sign for sign in title.lower() if sign.isalnum() or sign in "_-")
+    return f"[`{title}`](#{anchor})"
+
+
+def table(
+    model: type[BaseModel], titles: dict[type[BaseModel], str], without: set[str] | frozenset[str] = frozenset()
+) -> list[str]:
+    """The keys of a model; required ones first."""
+    texts = docstrings(model)
+    fields = {key: field for key, field in model.model_fields.items() if key not in without}
+    roles = model.roles if issubclass(model, Section) else {}
+    lines = ["| key | type | default | role | meaning |", "|---|---|---|---|---|"]
+    for key, field in sorted(fields.items(), key=lambda item: not item[1].is_required()):
+        text = " ".join(texts.get(key, "").split()).replace("|", "\\|")
+        role = str(roles[key]) if key in roles else ""
+        lines.append(f"| `{key}` | {type_text(field, titles)} | {default_text(field)} | {role} | {text} |")
+    return [*lines, ""]
+
+
+def type_text(field: FieldInfo, titles: dict[type[BaseModel], str]) -> str:
+    """The type of a field with its bounds."""
+    signs = [
+        f"{SIGNS[name]} {getattr(bound, name):g}" for bound in field.metadata for name in SIGNS if hasattr(bound, name)
+    ]
+    return " ".join([words(field.annotation, titles), ", ".join(signs)]).strip()
+
+
+def words(kind: Any, titles: dict[type[BaseModel], str]) -> str:
+    """A type in words."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind in titles:
+        return link(titles[kind])
+    if origin is Annotated:
+        return words(arguments[0], titles)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(words(argument, titles) for argument in arguments)
+    if origin in (list, tuple, set):
+        return f"list of {words(arguments[0], titles)}"
+    if origin is dict:
+        return f"map of {words(arguments[0], titles)} to {words(arguments[1], titles)}"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return ", ".join(f"`{member.value}`" for member in kind)
+    return PLAIN.get(kind) or getattr(kind, "__name__", str(kind))
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default as YAML has it; nothing for a section, whose keys have their own."""
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, BaseModel) or default == {}:
+        return ""
+    if isinstance(default, str | Path):
+        return f"`{default}`" if str(default) else '`""`'
+    return f"`{json.dumps(default, default=str)}`"
+
+
+def first_line(model: type[BaseModel]) -> str:
+    """What a section is."""
+    return " ".join((model.__doc__ or "").strip().split("\n\n")[0].split())

@@ -1,0 +1,128 @@
+"""Lays out the pages of the documentation site, for scripts/docs.sh: README.md and docs/ as they are in the repository,
+with links that lead to pages of the site.
+
+A file of source that a page links to becomes a page too, so that the site needs nothing beside itself. Stops with exit
+code 1 at a link to nothing, and where pages and navigation do not have the same files.
+"""
+
+import os
+import re
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DOCS = Path("docs")
+CONFIG = DOCS / "zensical.toml"
+ELSEWHERE = {Path("README.md"): Path("index.md"), Path("benchmarks/README.md"): Path("benchmarks.md")}
+"""Pages that are not in docs/, and where they are on the site."""
+LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
+FENCE = re.compile(r"^(```+|~~~+)")
+LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".toml": "toml", ".json": "json"}
+
+
+def main() -> int:
+    """Lay out the site below a folder, whose `pages` are made anew."""
+    folder = Path(sys.argv[1])
+    pages = folder / "pages"
+    shutil.rmtree(pages, ignore_errors=True)
+    problems = lay_out(pages)
+    listed = set(entries(tomllib.loads((ROOT / CONFIG).read_text())["project"]["nav"]))
+    there = {path.relative_to(pages).as_posix() for path in pages.rglob("*.md")}
+    there = {path for path in there if not path.startswith("source/")}
+    problems += [f"{path} is not in the navigation: add it to nav in {CONFIG}" for path in sorted(there - listed)]
+    problems += [f"{CONFIG} names {path}, which is no page" for path in sorted(listed - there)]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    shutil.copy(ROOT / CONFIG, folder / "zensical.toml")
+    shutil.copytree(ROOT / DOCS / "assets", pages / "assets")
+    return 1 if problems else 0
+
+
+def lay_out(pages: Path) -> list[str]:
+    """Write all pages and what they show, and return what is wrong."""
+    problems: list[str] = []
+    waiting = [path.relative_to(ROOT) for path in sorted((ROOT / DOCS).rglob("*.md"))] + list(ELSEWHERE)
+    done = set(waiting)
+    while waiting:
+        path = waiting.pop()
+        target = pages / place_of(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not is_page(path):
+            copy(path, target)
+            continue
+        text, linked, wrong = with_links((ROOT / path).read_text(), path)
+        target.write_text(text)
+        problems += wrong
+        waiting += sorted(linked - done)
+        done |= linked
+    return problems
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file of the repository is a page by itself."""
+    return path in ELSEWHERE or (path.is_relative_to(DOCS) and path.suffix == ".md")
+
+
+def place_of(path: Path) -> Path:
+    """Where a file of the repository is on the site."""
+    if path in ELSEWHERE:
+        return ELSEWHERE[path]
+    if path.is_relative_to(DOCS):
+        return path.relative_to(DOCS)
+    return Path("source") / f"{path}.md"
+
+
+def copy(path: Path, target: Path) -> None:
+    """Something in docs/ that is no page as it is; source as a page that the search leaves out."""
+    if path.is_relative_to(DOCS):
+        shutil.copy(ROOT / path, target)
+        return
+    text, language = (ROOT / path).read_text(), LANGUAGES.get(path.suffix, "text")
+    fence = "````" if "```" in text else "```"
+    target.write_text(
+        f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n{fence}{language}\n{text.rstrip()}\n{fence}\n"
+    )
+
+
+def with_links(text: str, page: Path) -> tuple[str, set[Path], list[str]]:
+    """A page with links as the site needs them, the files of the repository that it links to, and what is wrong."""
+    linked: set[Path] = set()
+    wrong: list[str] = []
+
+    def replaced(match: re.Match[str]) -> str:
+        before, link, anchor, after = match.groups()
+        if ":" in link:
+            return match[0]
+        path = Path(os.path.normpath(page.parent / link))
+        if not (ROOT / path).is_file():
+            wrong.append(f"{page} links to {link}, which is no file of the repository")
+            return match[0]
+        linked.add(path)
+        relative = os.path.relpath(place_of(path), place_of(page).parent)
+        return f"{before}{relative}{anchor or ''}{after}"
+
+    lines, fence = [], ""
+    for line in text.splitlines():
+        mark = FENCE.match(line)
+        if mark and (not fence or mark[1] == fence):
+            fence = "" if fence else mark[1]
+        lines.append(line if fence else LINK.sub(replaced, line))
+    return "\n".join(lines) + "\n", linked, wrong
+
+
+def entries(nav: list[Any]) -> Iterator[str]:
+    """The pages that a navigation names."""
+    for entry in nav:
+        for value in entry.values():
+            if isinstance(value, str):
+                yield value
+            else:
+                yield from entries(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

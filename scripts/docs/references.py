@@ -1,0 +1,46 @@
+"""Writes what the documentation generates from the code, and what a test compares with it:
+
+python scripts/docs/references.py            the pages of docs/reference/ and the schemas of docs/schemas/
+python scripts/docs/references.py --check    name what is out of date, and exit with 1
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import command_line  # noqa: E402
+import configuration  # noqa: E402
+import schemas  # noqa: E402
+
+NOTE = "<!-- Made by scripts/docs/references.py from the code: do not edit. -->\n\n"
+
+
+def main() -> int:
+    """The exit code."""
+    docs = ROOT / "docs"
+    wanted = {
+        docs / "reference/configuration.md": NOTE + configuration.page(),
+        docs / "reference/command-line.md": NOTE + command_line.page(),
+        **{docs / "schemas" / f"{name}.json": text for name, text in schemas.texts().items()},
+    }
+    there = {path for folder in ("reference", "schemas") for path in (docs / folder).glob("*") if path.is_file()}
+    stale = [path for path, text in wanted.items() if path not in there or path.read_text() != text]
+    stale += sorted(there - set(wanted))
+    if "--check" in sys.argv[1:]:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is out of date: run .venv/bin/python scripts/docs/references.py")
+        return 1 if stale else 0
+    for path in stale:
+        path.parent.mkdir(exist_ok=True)
+        if path in wanted:
+            path.write_text(wanted[path])
+        else:
+            path.unlink()
+        print(path.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
