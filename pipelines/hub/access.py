@@ -19,7 +19,7 @@ def check_access(section: HubSection) -> Iterator[Finding]:
         yield Finding("error", "no token of the Hugging Face Hub was found, and hub says to push there", LOGIN)
         return
     try:
-        account = persistently(lambda: HfApi().whoami(), "huggingface.co", patience=5.0)
+        account = persistently(lambda: HfApi().whoami(), "huggingface.co", patience=lambda: 5.0)
     except PushError as error:
         if error.failure.lasts:
             yield Finding("error", str(error), LOGIN)
@@ -60,6 +60,6 @@ def _of_repo(repo: str, kind: Kind, spaces: set[str], name: str) -> Finding:
         fix = f"Name it {name}/{repo.partition('/')[2]}, or use the token of a member of {space}."
         return Finding("error", f"hub says to push to {repo}, but {name} is no member of {space}", fix)
     try:
-        return Finding("ok", f"{repo} {persistently(ask, repo, patience=5.0)}")
+        return Finding("ok", f"{repo} {persistently(ask, repo, patience=lambda: 5.0)}")
     except PushError as error:
         return Finding("error" if error.failure.lasts else "warning", str(error))

@@ -15,6 +15,8 @@ from pipelines.run.events import FILE, RunEnded, RunStarted
 
 LOG = "logs/hub.log"
 POLL_SECONDS = 1.0
+LAST_PATIENCE = 60.0
+"""Seconds at most that something is tried again in when the driver has ended."""
 
 
 def command(run: RunDirectory) -> list[str]:
@@ -34,9 +36,13 @@ def follow(path: Path) -> None:
 def _follow(run: RunDirectory, section: HubSection) -> None:
     from pipelines.hub.push import Pusher  # with the library of the Hub
 
-    pusher = Pusher(run, section)
-    seen, last = -1, False
     ended = end_of_input()
+
+    def patience() -> float:
+        return min(section.patience_seconds, LAST_PATIENCE) if ended.is_set() else section.patience_seconds
+
+    pusher = Pusher(run, section, patience)
+    seen, last = -1, False
     with pusher.alone():
         while not last:
             last = ended.wait(POLL_SECONDS)

@@ -32,7 +32,7 @@ def push_command(options: argparse.Namespace) -> int:
         for news in pusher.plan(only=options.iteration):
             tell(news)
     else:
-        with pusher.alone():
+        with pusher.alone(wait=False):
             for news in pusher.push(only=options.iteration):
                 tell(news)
             if options.iteration is None and run.holder() is None:

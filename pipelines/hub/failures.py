@@ -50,13 +50,16 @@ class PushError(Exception):
 
 
 def persistently(
-    action: Callable[[], T], repo: str, patience: float, tell: Callable[[Failure], object] = lambda failure: None
+    action: Callable[[], T],
+    repo: str,
+    patience: Callable[[], float],
+    tell: Callable[[Failure], object] = lambda failure: None,
 ) -> T:
     """Do something that can be repeated, until it is done.
 
     Args:
         action: looks first at what is there already.
-        patience: seconds to try it again in, while it may still succeed.
+        patience: seconds to try it again in, while it may still succeed; asked again each time.
         tell: is told of trouble that does not pass at once.
 
     Raises:
@@ -69,7 +72,7 @@ def persistently(
         except Exception as error:
             failure = failure_of(error, repo)
             wait = max(failure.pause, pause * random.uniform(0.5, 1.0))
-            if failure.lasts or time.monotonic() + wait - start > patience:
+            if failure.lasts or time.monotonic() + wait - start > patience():
                 raise PushError(failure) from error
         if time.monotonic() - start > TOLD_AFTER:
             tell(failure)

@@ -1,13 +1,16 @@
 """Pushing a run: every parcel once, in order, with what became of it told in the run's events."""
 
 import contextlib
+import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from contracts.locks import locked
+from contracts.errors import UserError
+from contracts.locks import locked, try_lock
 from pipelines.config.sections import HubSection
+from pipelines.hub.background import LOG
 from pipelines.hub.failures import PushError, persistently
 from pipelines.hub.parcels import REPORT, Kind, Parcel, parcels, report_files
 from pipelines.hub.remote import Remote
@@ -39,16 +42,30 @@ class Pushed:
 class Pusher:
     """Pushes one run. Only one of them works at a time; what it knows is on the Hub and in the run's events."""
 
-    def __init__(self, run: RunDirectory, section: HubSection) -> None:
+    def __init__(self, run: RunDirectory, section: HubSection, patience: Callable[[], float] | None = None) -> None:
+        """`patience` is how many seconds to try something again; by default, as the section says."""
         self.run = run
         self.section = section
+        self.patience = patience or (lambda: section.patience_seconds)
         self.scratch = run.path / SCRATCH
+        self.failed: set[str] = set()  # repos, in the last pass
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait for others who push this run, and keep them waiting."""
+    def alone(self, *, wait: bool = True) -> Iterator[None]:
+        """Be the only one who pushes this run.
+
+        Raises:
+            UserError: another process does, and this is not to wait for it.
+        """
         self.scratch.mkdir(exist_ok=True)
-        with locked(self.scratch / "lock"):
+        with contextlib.ExitStack() as held:
+            if wait:
+                held.enter_context(locked(self.scratch / "lock"))
+            elif not try_lock(held.enter_context((self.scratch / "lock").open("a+")), fcntl.LOCK_EX):
+                raise UserError(
+                    f"{self.run.path} is being pushed right now by another process (its log is {LOG}). `pipeline "
+                    "status` tells what becomes of it, and --dry-run what is there."
+                )
             for left in self.scratch.glob("tmp*"):
                 shutil.rmtree(left)
             yield
@@ -60,26 +77,26 @@ class Pusher:
             only: this iteration alone.
             known: leave out what the events say is there; else the Hub itself is asked.
         """
-        failed: set[str] = set()
+        self.failed.clear()
         there = on_hub(self.run.events()) if known else set()
         for parcel in parcels(self.run, self.section, self.run.iterations):
-            if parcel.repo in failed or only not in (None, parcel.iteration) or (parcel.repo, parcel.tag) in there:
+            if parcel.repo in self.failed or only not in (None, parcel.iteration) or (parcel.repo, parcel.tag) in there:
                 continue
             found = self._persistently(parcel)
             if found.state == "failed":
-                failed.add(parcel.repo)
+                self.failed.add(parcel.repo)
             yield found
 
     def report(self) -> Iterator[Pushed]:
         """Have the run's report on the Hub, if there is one, beside what was pushed before."""
         repo, kind = first_repo(self.section)
         files = report_files(self.run)
-        if not self.section.report or not files:
+        if not self.section.report or not files or repo in self.failed:
             return
         remote = Remote(repo, kind)
         try:
             title = f"{self.run.path.name}: report"
-            commit = persistently(lambda: remote.push_report(files, title), repo, self.section.patience_seconds)
+            commit = persistently(lambda: remote.push_report(files, title), repo, self.patience)
         except PushError as error:
             yield self._told(Pushed(repo, kind, REPORT, "failed", error=str(error), lasts=error.failure.lasts))
             return
@@ -94,12 +111,12 @@ class Pusher:
 
     def _persistently(self, parcel: Parcel) -> Pushed:
         remote, place = Remote(parcel.repo, parcel.kind), (parcel.repo, parcel.kind, parcel.tag)
-        private, patience = self.section.private, self.section.patience_seconds
+        private = self.section.private
         try:
             commit = persistently(
                 lambda: remote.push(parcel, self.scratch, private=private),
                 parcel.repo,
-                patience,
+                self.patience,
                 lambda failure: self._told(Pushed(*place, "failed", error=failure.text)),
             )
         except PushError as error:
@@ -115,7 +132,7 @@ class Pusher:
 
         place = (parcel.repo, parcel.kind, parcel.tag)
         try:
-            commit = persistently(ask, parcel.repo, self.section.patience_seconds)
+            commit = persistently(ask, parcel.repo, self.patience)
         except PushError as error:
             return Pushed(*place, "failed", error=str(error), lasts=error.failure.lasts)
         return Pushed(*place, "on the Hub" if commit else "would be pushed", commit)

@@ -20,6 +20,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from contracts.errors import TransientError
 from pipelines.hub.parcels import README, REPORT_FOLDER, Item, Kind, Parcel
 
 OWN_FILES = {".gitattributes", README}
@@ -118,7 +119,7 @@ class Remote:
             self.create(private=private)
             head = self.head()
             if head is None:
-                raise RefusedError(f"{self.repo} was made just now, and is not there")
+                raise TransientError("it was made just now, and is not there yet")
         commit, has_tag = self.find(parcel, head)
         if commit is None:
             commit = self._commit(parcel, head, scratch)

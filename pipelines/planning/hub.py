@@ -8,6 +8,7 @@ The Hub's library is loaded where something is on the Hub: it takes longer to lo
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +51,10 @@ class OnHub:
             return reference
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         name, revision = name_and_revision(reference)
         wanted = (self.commits or {}).get(f"model {reference}") or revision
         with _explained("model", reference, name, revision):

@@ -30,6 +30,7 @@ from pipelines.config.sections import HubSection
 from pipelines.environments.locked import interpreter
 from pipelines.hub import failures
 from pipelines.hub.access import check_access
+from pipelines.hub.push import Pusher
 from pipelines.main import main
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import HubPushed, HubPushFailed
@@ -270,6 +271,15 @@ def test_out_of_reach(hub: HubDouble, run: Path, capsys: pytest.CaptureFixture[s
     hub.faults.append(Fault(times=1000, status=503))
     assert main(["push", str(run), "hub.patience_seconds=0"]) == 1
     assert "the Hub answers 503" in capsys.readouterr().out
+
+
+def test_one_at_a_time(hub: HubDouble, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """While a run pushes itself, a push by hand says so, and does not wait for the run's end."""
+    with Pusher(RunDirectory(run), HubSection(model=MODEL)).alone():
+        assert main(["push", str(run)]) == 2
+        assert "is being pushed right now by another process" in capsys.readouterr().err
+        assert main(["push", str(run), "--dry-run"]) == 0
+    assert main(["push", str(run)]) == 0
 
 
 def test_damage_is_not_pushed(hub: HubDouble, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
