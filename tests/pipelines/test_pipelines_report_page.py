@@ -76,9 +76,10 @@ def test_page_from_file(browser: Browser, address: str, size: tuple[int, int], d
     assert [url for url in browser.requests() if not url.startswith(("file:", "data:", "about:"))] == []
 
 
-def test_largest_margin(browser: Browser, address: str, made: HandmadeRun) -> None:
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+def test_largest_margin(browser: Browser, address: str, made: HandmadeRun, size: tuple[int, int]) -> None:
     """One click leads to the pair with the largest margin, and says why it is one."""
-    browser.resize(*DESK)
+    browser.resize(*size)
     browser.open(address)
     browser.run("document.getElementById('largest-margin').click()")
     browser.wait("document.querySelectorAll('.detail article.answer').length")
@@ -91,8 +92,8 @@ def test_largest_margin(browser: Browser, address: str, made: HandmadeRun) -> No
     assert "the highest of 3) was chosen over answer" in why
     assert browser.run("document.querySelectorAll('.detail > article').length") == 3
     assert float(text_of(browser, ".detail > article.chosen .score b")) == best.chosen_score
-    top = browser.run("document.querySelector('.detail').getBoundingClientRect().top")
-    assert 0 <= top < DESK[1], "what was asked for is not in sight"
+    top = browser.run("document.querySelector('.detail .why').getBoundingClientRect().bottom")
+    assert 0 <= top < size[1], "what was asked for is not in sight"
 
 
 def test_texts_are_shown_and_not_executed(browser: Browser, address: str) -> None:

@@ -26,7 +26,8 @@ async function showGroup(place, samples, set, at, marked) {
     ...ranked.map((answer) => card(samples, set, at, group, answer, answer.sample === marked)),
     ...(older ? [older] : []),
   );
-  place.scrollIntoView({ block: "nearest" });
+  const below = matchMedia("(max-width: 760px)").matches; // the list, which fills half of a phone's screen
+  place.scrollIntoView({ block: below ? "start" : "nearest" });
 }
 
 function conversation(group) {
