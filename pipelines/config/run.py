@@ -138,9 +138,9 @@ class RunConfig(Section):
             self._check_samples(description)
         elif self.generation.k < 2:
             raise ValueError(f"generation.k is {self.generation.k}; pairs need at least 2 answers per prompt.")
-        if self.hub is not None and self.hub.pairs is not None and description.reads == "samples":
+        if self.pushes is not None and self.pushes.pairs is not None and description.reads == "samples":
             raise ValueError(
-                f"hub.pairs is {self.hub.pairs}, but training.algorithm={self.training.algorithm} makes no pairs. "
+                f"hub.pairs is {self.pushes.pairs}, but training.algorithm={self.training.algorithm} makes no pairs. "
                 "Remove it; hub.rollouts pushes the answers with their scores."
             )
         uses_world = any(str(value).startswith("world:") for value in leaves(self.model_dump()))
@@ -193,6 +193,11 @@ class RunConfig(Section):
                 f"critic.start is reward_model, but the scorer `reward` is of the kind {self.scorers['reward'].kind}. "
                 "Set critic.start=policy, or a directory."
             )
+
+    @property
+    def pushes(self) -> HubSection | None:
+        """The section `hub`, with the names of this run's own repos."""
+        return self.hub.of(self.name) if self.hub is not None else None
 
     @property
     def description(self) -> Description:

@@ -103,11 +103,16 @@ class RetentionSection(Section):
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 
 
+RUN_NAME = "{name}"
+"""Stands for the run's name in that of a repo."""
+
+
 class HubSection(Section):
     """What is pushed to the Hugging Face Hub after every iteration, and where to. A repo that is not there is made."""
 
     model: str | None = runtime(None)
-    """Repo (ORG/NAME) for the checkpoints: a commit and a tag iteration-N for each iteration."""
+    """Repo (ORG/NAME) for the checkpoints: a commit and a tag iteration-N for each iteration. {name} in it stands for
+    the run's name."""
     pairs: str | None = runtime(None)
     """Data set (ORG/NAME) for the preference pairs: a split iteration_N for each iteration."""
     rollouts: str | None = runtime(None)
@@ -124,7 +129,8 @@ class HubSection(Section):
     @field_validator("model", "pairs", "rollouts")
     @classmethod
     def _check_id(cls, value: str | None) -> str | None:
-        if value is not None and (not HUB_ID.fullmatch(value) or value.endswith((".git", "-", "."))):
+        tried = (value or "a/b").replace(RUN_NAME, "run")
+        if not HUB_ID.fullmatch(tried) or tried.endswith((".git", "-", ".")):
             raise ValueError(f"{value!r} is no name of a repo on the Hub. Write it ORG/NAME, for example alice/mine.")
         return value
 
@@ -133,6 +139,15 @@ class HubSection(Section):
         if self.pairs is not None and self.pairs == self.rollouts:
             raise ValueError(f"pairs and rollouts are both {self.pairs}; each needs a repo of its own.")
         return self
+
+    def of(self, run: str) -> "HubSection":
+        """The same for the run of this name."""
+        return HubSection(
+            **{
+                key: value.replace(RUN_NAME, run) if isinstance(value, str) else value
+                for key, value in self.model_dump(exclude_unset=True).items()
+            }
+        )
 
 
 class HookSettings(Section):

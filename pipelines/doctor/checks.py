@@ -325,10 +325,10 @@ def check_tokens(plan: Plan) -> Iterator[Finding]:
 
 def check_hub(plan: Plan) -> Iterator[Finding]:
     """Whether the run can be pushed to the Hugging Face Hub, where it says so."""
-    if plan.config.hub is not None:
+    if plan.config.pushes is not None:
         from pipelines.hub.access import check_access  # with the library of the Hub
 
-        yield from check_access(plan.config.hub)
+        yield from check_access(plan.config.pushes)
 
 
 def _in_netrc(host: str) -> bool:

@@ -55,7 +55,7 @@ class Lifecycle:
         self.graph = graph
         self.config = config
         self.retries = Retries(config.executor.retries, config.executor.backoff_seconds)
-        self.retention = Retention(run, graph, config.retention, config.hub)
+        self.retention = Retention(run, graph, config.retention, config.pushes)
         self._untold: list[Event] = []
 
     def decide(self, node: Node, again: str | None = None) -> Decision:

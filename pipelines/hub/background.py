@@ -13,7 +13,6 @@ from pipelines.config.sections import HubSection
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import FILE, RunEnded, RunStarted
 
-LOG = "logs/hub.log"
 POLL_SECONDS = 1.0
 LAST_PATIENCE = 60.0
 """Seconds at most that something is tried again in when the driver has ended."""
@@ -27,7 +26,7 @@ def command(run: RunDirectory) -> list[str]:
 def follow(path: Path) -> None:
     """Push what a run publishes, until stdin ends. What goes wrong with it is told in the run's events."""
     run = RunDirectory(path)
-    section = run.config.hub
+    section = run.config.pushes
     if section is not None:
         os.nice(5)
         _follow(run, section)

@@ -56,7 +56,7 @@ def section_of(run: RunDirectory, overrides: list[str]) -> HubSection:
         raise UserError(f"{other[0]}: only keys of the section `hub` can be set here, such as hub.model=ORG/NAME.")
     section = run.config.hub
     said = {"hub": section.model_dump(exclude_unset=True) if section is not None else {}}
-    found = validate(HubSection, apply_overrides(said, overrides)["hub"], "pipeline push")
+    found = validate(HubSection, apply_overrides(said, overrides)["hub"], "pipeline push").of(run.path.name)
     if not (found.model or found.pairs or found.rollouts):
         raise UserError(
             f"{run.path} says nowhere where on the Hub it is to go. Give hub.model=ORG/NAME (and hub.pairs, "

@@ -24,6 +24,8 @@ from pipelines.hub.story import Story, public
 from pipelines.run.directory import RunDirectory
 
 Kind = Literal["model", "dataset"]
+LOG = "logs/hub.log"
+"""Of the process that pushes while a run goes on."""
 README = "README.md"
 REPORT = "report"
 REPORT_PAGE, REPORT_FOLDER = "report.html", "report.samples"

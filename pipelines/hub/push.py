@@ -10,9 +10,8 @@ from typing import Any, Literal
 from contracts.errors import UserError
 from contracts.locks import locked, try_lock
 from pipelines.config.sections import HubSection
-from pipelines.hub.background import LOG
 from pipelines.hub.failures import PushError, persistently
-from pipelines.hub.parcels import REPORT, Kind, Parcel, parcels, report_files
+from pipelines.hub.parcels import LOG, REPORT, Kind, Parcel, parcels, report_files
 from pipelines.hub.remote import Remote
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, HubPushed, HubPushFailed, on_hub

@@ -86,7 +86,7 @@ def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> l
         size = own_bytes(_files_in(run.path / SUPERSEDED))
         reason = f"{len(old)} artifacts; --superseded deletes them"
         found.append(CollectionStep("keep", run.path / SUPERSEDED, reason, size))
-    return [*found, *steps(run, graph, up_to_date(graph), section, run.config.hub)]
+    return [*found, *steps(run, graph, up_to_date(graph), section, run.config.pushes)]
 
 
 def perform(step: CollectionStep, run: RunDirectory) -> int:

@@ -1,6 +1,7 @@
 """Pushing a run to the Hub, against a double of it (hub_double.py): what gets there, once, whatever goes wrong."""
 
 import contextlib
+import email.utils
 import hashlib
 import json
 import os
@@ -271,6 +272,26 @@ def test_out_of_reach(hub: HubDouble, run: Path, capsys: pytest.CaptureFixture[s
     hub.faults.append(Fault(times=1000, status=503))
     assert main(["push", str(run), "hub.patience_seconds=0"]) == 1
     assert "the Hub answers 503" in capsys.readouterr().out
+
+
+def test_a_repo_is_named_by_the_run(hub: HubDouble, run: Path) -> None:
+    """Runs of one configuration do not meet in one repo."""
+    assert main(["push", str(run), "hub.model=alice/the-{name}"]) == 0
+    assert [id for _, id in hub.repos] == ["alice/the-handmade"]
+
+
+def test_the_hub_says_how_long_to_wait(hub: HubDouble, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retry-After, in seconds or as a date, is the least pause before the next try."""
+    pauses: list[float] = []
+    monkeypatch.setattr(failures.time, "sleep", pauses.append)
+    later = email.utils.formatdate(time.time() + 100, usegmt=True)
+    for asked in ("7", later, "nonsense"):
+        hub.faults.append(Fault("POST .*/commit", status=429, headers={"Retry-After": asked}))
+    assert main(["push", str(run)]) == 0
+    pauses = [pause for pause in pauses if pause]  # the double sleeps for none
+    assert pauses[0] == 7
+    assert 90 < pauses[1] <= 100
+    assert pauses[2] <= 1
 
 
 def test_one_at_a_time(hub: HubDouble, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

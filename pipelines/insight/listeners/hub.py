@@ -6,8 +6,8 @@ import time
 from pipelines.config.sections import HubSection
 from pipelines.execution.listeners import Listen
 from pipelines.graph import Graph
-from pipelines.hub.background import LOG, command
-from pipelines.hub.parcels import parcels
+from pipelines.hub.background import command
+from pipelines.hub.parcels import LOG, parcels
 from pipelines.insight.readers import ReaderProcess
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, ListenerFailed, RunEnded, StagePublished, StageReused, on_hub
@@ -15,7 +15,7 @@ from pipelines.run.events import Event, ListenerFailed, RunEnded, StagePublished
 
 def listen(run: RunDirectory, graph: Graph) -> Listen:
     """Listen to evaluations: when a policy is judged, its iteration is complete."""
-    section = run.config.hub
+    section = run.config.pushes
     return (lambda events: None) if section is None else HubListener(run, graph, section)
 
 
