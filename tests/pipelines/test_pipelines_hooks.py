@@ -22,6 +22,7 @@ from pipelines_smallest import COMMAND, pipeline, write_pretended
 from contracts.points import METRICS, Point
 from pipelines.insight.hooks.task import HookTask, Progress
 from pipelines.insight.wording import notable_lines
+from pipelines.main import main
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import FILE, EventStream, HookFailed, StageFailed, StagePublished, StageStarted
 
@@ -72,9 +73,9 @@ def settings_only(to):
 class HookedRun:
     """A run whose stages pretend to work, with hooks."""
 
-    def __init__(self, folder: Path, **acts: list[str]) -> None:
+    def __init__(self, folder: Path, executor: str = "inline", **acts: list[str]) -> None:
         self.folder = folder
-        self.config = write_pretended(folder, **acts)
+        self.config = write_pretended(folder, executor={"kind": executor}, **acts)
         self.path = folder / "runs" / "pretended"
         (folder / "hooks.py").write_text(HOOKS)
 
@@ -203,7 +204,7 @@ def test_a_hook_that_ends_its_process_is_told_of_and_the_run_goes_on(tmp_path: P
 @pytest.mark.slow
 def test_the_driver_killed_at_any_instant_leaves_nothing_untold_and_nothing_told_twice(tmp_path: Path) -> None:
     names = ["setup/world", "iteration-000/heldout/generation", "iteration-001/training"]
-    run = HookedRun(tmp_path, **{name.replace("/", "__").replace("-", "_"): ["wait"] for name in names})
+    run = HookedRun(tmp_path, "local", **{name.replace("/", "__").replace("-", "_"): ["wait"] for name in names})
     run.hook("all", on=["iteration", "stage", "step"])
     chance = random.Random(3)
     for name in names:  # every driver is killed at about the instant in which a stage publishes
@@ -306,26 +307,30 @@ def test_a_hook_killed_at_any_instant_misses_nothing_and_is_told_one_thing_again
     ],
 )
 def test_a_function_that_cannot_be_called_is_told_before_the_run_starts(
-    tmp_path: Path, hook: dict[str, Any], message: str
-) -> None:
+    tmp_path: Path, hook: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     run = HookedRun(tmp_path)
     (tmp_path / "raising.py").write_text("import slack\n\ndef notify(happening, run): ...\n")
     (tmp_path / "leaving.py").write_text("import os\nos._exit(3)\n\ndef notify(happening, run): ...\n")
     config = yaml.safe_load(run.config.read_text())
     run.config.write_text(yaml.safe_dump({**config, "hooks": {"bad": hook}}))
-    result = pipeline("run", str(run.config), cwd=tmp_path)
-    assert result.returncode == 2, result.stdout
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(run.config)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
     assert not run.path.exists()
 
 
-def test_doctor_looks_at_hooks(tmp_path: Path) -> None:
+def test_doctor_looks_at_hooks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = HookedRun(tmp_path)
     run.hook("good")
-    assert "ok       hooks: can be imported and called: good" in pipeline("doctor", str(run.config)).stdout
+    main(["doctor", str(run.config)])
+    assert "ok       hooks: can be imported and called: good" in capsys.readouterr().out
     run.hook("bad", "settings_only")
-    found = pipeline("doctor", str(run.config)).stdout
+    main(["doctor", str(run.config)])
+    found = capsys.readouterr().out
     assert "error    hooks: hooks.bad: function" in found
     assert "is called as settings_only(happening, run, to=...)" in found
 
