@@ -95,8 +95,11 @@ def test_what_has_failed_is_told_without_secrets(run: Path) -> None:
     )
     failed = StageFailed(stage="iteration-002/evaluation", attempt="attempt-1", kind="user", how=token, retry_in=None)
     RunDirectory(run).record(failed)
-    row = next(row for row in gathered(run).stages if row.name == "iteration-002/evaluation")
+    report = gathered(run)
+    row = next(row for row in report.stages if row.name == "iteration-002/evaluation")
     assert (row.state, row.detail) == ("failed", "no access with (hidden)")
+    assert report.statements[0].answer == "iteration-002/evaluation failed: no access with (hidden)."
+    assert f"`pipeline logs {run} iteration-002/evaluation`" in report.statements[0].details[-1]
     text = page_of(run)
     assert "no access with (hidden)" in text
     assert token not in text

@@ -29,6 +29,11 @@ def render_markdown(report: RunReport) -> str:
     if rows:
         parts += ["## Held-out prompts, by iteration", table(titles, rows)]
     parts += _training_data(report)
+    for stage, bins in report.calibration.items():
+        rows = [
+            [rounded(one.get(name)) for name in ("confidence", "accuracy", "count")] for one in bins if one.get("count")
+        ]
+        parts += [f"## Calibration of {escaped(stage)}", table(["how sure", "how often right", "held-out pairs"], rows)]
     parts += ["## What was kept and dropped", *_dropped(report)]
     parts += ["## Time", table(["stages", "time"], [[r, duration(s)] for r, s in report.time.by_role.items()])]
     parts += ["## Provenance", *_provenance(report)]

@@ -18,7 +18,16 @@ def statements(report: RunReport) -> list[Statement]:
     if learning.tone == "good" and length.tone == "bad":
         learning.tone, learning.answer = "unclear", learning.answer.replace("Yes.", "By its reward, yes.", 1)
         learning.details.insert(0, "But length may be all that it learned: see the next answer.")
-    return [learning, length, _dropped(report), _time(report), *_signal(report)]
+    return [*_failure(report), learning, length, _dropped(report), _time(report), *_signal(report)]
+
+
+def _failure(report: RunReport) -> list[Statement]:
+    failed = [row for row in report.stages if row.state == "failed"]
+    if not failed:
+        return []
+    told = [f"{row.name} failed: {row.detail.rstrip('.') or 'without a word'}." for row in failed]
+    details = [*told[1:6], f"`pipeline logs {report.path} {failed[0].name}` shows the end of its log."]
+    return [Statement(topic="failure", question="What went wrong?", answer=told[0], details=details, tone="bad")]
 
 
 def _learning(report: RunReport) -> Statement:

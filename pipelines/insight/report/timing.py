@@ -33,6 +33,7 @@ def stage_row(node: Node, manifest: Manifest | None, events: Iterable[StageEvent
             row.begun = event.time
         elif isinstance(event, StageStarted):
             row.attempts += 1
+            row.state = "begun"
             if row.begun is None or row.ended is not None:
                 row.begun, row.ended = event.time, None
         elif isinstance(event, StagePublished | StageFailed):

@@ -7,6 +7,7 @@ const ORDERS = {
   "margin-up": ["smallest margin", (set, at) => set.columns.margin[at], 1],
   best: ["highest score", (set, at) => set.columns.best[at], -1],
   worst: ["lowest score", (set, at) => set.columns.worst[at], 1],
+  spread: ["most different scores", (set, at) => spread(set, at), -1],
   mean: ["highest mean score", (set, at) => set.columns.mean[at], -1],
   long: ["longest answer", (set, at) => set.columns.longest[at], -1],
   short: ["shortest answers", (set, at) => set.columns.length[at], 1],
@@ -51,7 +52,10 @@ class Browser {
       el("div", { class: "panes" }, el("div", { class: "list" }, this.list, this.more), this.detail),
     );
     const best = this.samples.sets.filter((set) => set.pairs && set.iteration !== null).pop();
-    if (best) this.set.value = best.name;
+    const trained = this.samples.sets.filter((set) => set.iteration !== null && set.role === "generation").pop();
+    if (best || trained) this.set.value = (best || trained).name;
+    if (!best) this.order.value = "spread";
+    this.detail.append(el("p", { class: "note" }, "Choose a prompt to see all answers to it."));
   }
 
   /** The sets, the latest iteration first. */
@@ -187,9 +191,11 @@ class Browser {
     const last = Math.max(...this.samples.sets.map((set) => set.iteration ?? -1));
     const held = (set) => set.role === "heldout/generation" && set.iteration === last;
     const trained = (set) => set.iteration !== null && set.pairs;
+    const trainedBySamples = (set) => set.iteration === last && set.role === "generation" && !set.pairs;
     const change = (set, at) => this.samples.changeOf(set, at);
     return [
       ["largest-margin", "The pair with the largest margin", trained, (set, at) => set.columns.margin[at]],
+      ["differ", "The prompt whose answers differ most", trainedBySamples, spread],
       ["gained", "The prompt whose answers gained most", held, change],
       ["lost", "The prompt whose answers lost most", held, (set, at) => negative(change(set, at))],
       ["worst", "The answer with the lowest score", held, (set, at) => negative(set.columns.worst[at])],
@@ -211,6 +217,11 @@ class Browser {
     }
     return best && fragment(best.set, best.set.columns.prompt[best.at]);
   }
+}
+
+/** The highest score of a prompt's answers minus the lowest. */
+function spread(set, at) {
+  return set.columns.best[at] === null ? null : set.columns.best[at] - set.columns.worst[at];
 }
 
 function negative(value) {
