@@ -55,6 +55,6 @@ def _follow(run: RunDirectory, section: HubSection) -> None:
 
 
 def _has_ended(run: RunDirectory) -> bool:
-    """Whether nobody works on the run, as far as its events tell."""
+    """Whether the run has come to an end of its own, as far as its events tell."""
     ends = [event for event in run.events() if isinstance(event, RunStarted | RunEnded)]
-    return bool(ends) and isinstance(ends[-1], RunEnded)
+    return bool(ends) and isinstance(ends[-1], RunEnded) and ends[-1].outcome != "interrupted"

@@ -41,7 +41,8 @@ def push_command(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([news.as_data() for news in found], indent=1))
     elif not found:
-        print(f"{options.run} has nothing to push yet: an iteration is pushed when its policy is judged.")
+        what = "nothing" if options.iteration is None else f"no iteration {options.iteration}"
+        print(f"{options.run} has {what} to push yet: an iteration is pushed when its policy is judged.")
     failed = [news for news in found if news.state == "failed"]
     return max((UserError.exit_code if news.lasts else FAILED for news in failed), default=0)
 
