@@ -63,14 +63,16 @@ def names(action: argparse.Action) -> str:
     """How an argument is written."""
     value = action.metavar or action.dest.upper()
     if action.option_strings:
-        takes = "" if action.nargs == 0 else f" {'|'.join(map(str, action.choices)) if action.choices else value}"
-        return ", ".join(f"`{name}{takes}`" for name in action.option_strings).replace("|", "\\|")
+        takes = "" if action.nargs == 0 else f" {value}"
+        return ", ".join(f"`{name}{takes}`" for name in action.option_strings)
     return f"`{action.metavar or action.dest}`" + (" ..." if action.nargs in ("*", "+", argparse.REMAINDER) else "")
 
 
 def meaning(action: argparse.Action) -> str:
     """What it does, and its default."""
     text = str(action.help or "").replace("%%", "%").replace("|", "\\|")
+    if action.choices and action.nargs != 0 and not all(f"{choice}" in text for choice in action.choices):
+        text += f" ({', '.join(f'`{choice}`' for choice in action.choices)})"
     default = action.default
     if action.nargs == 0 or default in (None, argparse.SUPPRESS) or default == [] or f"{default}" in text:
         return text

@@ -62,7 +62,7 @@ def test_a_page_that_is_out_of_date_or_unknown_is_told(copy: Path) -> None:
 def test_pages_and_navigation_have_the_same_files(tmp_path: Path) -> None:
     result = lay_out(ROOT, tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "source/pipelines/iteration.py.md" in (tmp_path / "pages/index.md").read_text()
+    assert "source/pipelines/iteration.py.md" in (tmp_path / "pages/stages.md").read_text()
     assert "class Recipe" in (tmp_path / "pages/source/pipelines/iteration.py.md").read_text()
 
 
@@ -111,3 +111,20 @@ def test_the_site_works_without_a_server_or_a_network(tmp_path: Path, browser: B
         browser.wait(f"{FOUND}.includes('results') && {FOUND}.includes('what a scheduler sends')")
         assert browser.complaints() == []
     assert [address for address in browser.requests() if not address.startswith(("file:", "data:", "blob:"))] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("training-dpo-cpu", "dpo_vs_trl_long_prompt"),
+        ("training-dpo-cpu", "dpo_vs_trl_short_prompt"),
+        ("training-ppo-cpu", "ppo_vs_trl"),
+    ],
+)
+def test_figures_of_the_comparison_are_those_that_were_measured(file: str, name: str) -> None:
+    text = (ROOT / "docs/comparison.md").read_text()
+    found = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text())
+    result = found["result"]["comparisons"][name]
+    low, high = result["range"]
+    assert f"| {result['ratio']:.2f} | {low:.2f} to {high:.2f} |" in text
+    assert found["command"] in text

@@ -27,7 +27,7 @@ from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.publication import Publication
-from contracts.records import CHECKPOINT, EVALUATION, Completion, Message, Prompt, Rollout, Score
+from contracts.records import CHECKPOINT, EVALUATION, Completion, Message, Pair, Prompt, Rollout, Score
 from contracts.stage import Context, Outcome, main
 from contracts.workers import share_shards
 
@@ -82,6 +82,9 @@ def row_of(config: StageConfig, name: str) -> Any:
     if config.stage == "generation":
         answers = tuple(Completion(sample, (5, 2), f"answer {sample}", "stop", (), 1, None) for sample in range(2))
         return Rollout(name, messages, (1, 4), answers, "weights", 1, "processed")
+    if config.stage == "pairs":
+        ends = ("stop", "stop", 1.0, 0.5, 0.5, "max_min", 1)
+        return Pair(name, name, "so?", (1, 4), (5, 2), (6, 2), "answer 0", "answer 1", 0, 1, *ends, messages)
     return Score(name, 0, 0.5) if config.stage == "score" else Prompt(name, messages)
 
 
