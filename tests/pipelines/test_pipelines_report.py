@@ -7,13 +7,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import handmade
 import msgspec
 import pytest
 from reported import ReportedRun, gathered, page_of, unpacked
 
+from annotation.config import CheckpointEvaluationConfig
 from contracts.artifacts import Artifact
 from contracts.manifest import with_checksum
-from contracts.records import Pair, Rollout, Score
+from contracts.records import CHECKPOINT_EVALUATION, Pair, Rollout, Score
 from pipelines.commands.declaring import opened
 from pipelines.insight.report import keep as keep_module
 from pipelines.insight.report import page as page_module
@@ -322,3 +324,24 @@ def test_writing_twice_is_the_same(run: Path) -> None:
     first = (run / "report.samples").stat().st_mtime_ns
     write_report(*opened(run), run / "report.html")
     assert (run / "report.samples").stat().st_mtime_ns == first
+
+
+def test_own_evaluations(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the user's own evaluations have said stands beside the others, of the policies that they have judged."""
+    record = json.loads((run / "run.json").read_text())
+    (run / "evals.py").write_text("def lm(checkpoint, output):\n    return {}\n")
+    record["settings"]["evaluations"] = {"lm": {"function": f"{run}/evals.py:lm"}}
+    (run / "run.json").write_text(json.dumps(record))
+    for iteration, value in ((0, 0.25), (2, 0.5)):
+        output = run / f"iteration-00{iteration}/evaluations/lm"
+        config = CheckpointEvaluationConfig(
+            output=output, function=f"{run}/evals.py:lm", checkpoint=run / "prompts/train"
+        )
+        handmade.publish(config, CHECKPOINT_EVALUATION, {}, {}, facts={"metrics": {"acc_<i>": value}})
+    report = gathered(run)
+    assert report.own_evaluations == [{"iteration": 0, "lm/acc_<i>": 0.25}, {"iteration": 2, "lm/acc_<i>": 0.5}]
+    text = page_of(run)
+    assert "<th>lm/acc_&lt;i&gt;</th>" in text
+    capsys.readouterr()
+    assert main(["report", str(run), "--markdown"]) == 0
+    assert "| iteration | lm/acc\\_\\<i\\> |\n| --- | --- |\n| 0 | 0.250 |\n| 2 | 0.500 |" in capsys.readouterr().out

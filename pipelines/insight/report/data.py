@@ -210,6 +210,8 @@ class RunReport(msgspec.Struct, kw_only=True):
     """What happened on the way."""
     evaluations: list[dict[str, Any]] = []
     """The metrics of each published evaluation."""
+    own_evaluations: list[dict[str, Any]] = []
+    """What the user's own evaluations say: {iteration, NAME/METRIC: number}, one for each policy."""
     scorers: list[str] = []
     largest: LargestMargin | None = None
     """Of the pairs that the policy was trained on."""

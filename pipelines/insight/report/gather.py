@@ -13,7 +13,7 @@ from contracts.errors import UserError
 from contracts.jsonl import read_jsonl
 from contracts.manifest import MANIFEST
 from contracts.points import METRICS, Point, read_points
-from contracts.records import CHECKPOINT, EVALUATION, PAIRS, ROLLOUTS, SCORES
+from contracts.records import CHECKPOINT, CHECKPOINT_EVALUATION, EVALUATION, PAIRS, ROLLOUTS, SCORES
 from contracts.secrets import TOKEN
 from pipelines.execution.endings import failure_of, progress_of
 from pipelines.graph import Graph, Node
@@ -82,6 +82,7 @@ class _Gathering:
             iterations=max((node.iteration or 0 for node in self.graph.nodes.values()), default=0),
             notes=notable_lines(self.events)[-MOST_LINES:],
             evaluations=self.evaluations(),
+            own_evaluations=self.own_evaluations(),
             scorers=list(self.run.config.scorers),
             sets=sets,
             ledgers=list(self.ledgers()),
@@ -145,6 +146,16 @@ class _Gathering:
                 else:
                     self.missing.append(f"{name}: its manifest has no metrics")
         return sorted(found, key=lambda metrics: int(metrics["iteration"]))
+
+    def own_evaluations(self) -> list[dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = {}
+        for name, artifact in self.artifacts.items():
+            node = self.graph.nodes[name]
+            if artifact.manifest.schema == CHECKPOINT_EVALUATION and node.iteration is not None:
+                row = found.setdefault(node.iteration, {"iteration": node.iteration})
+                own = node.role.partition("/")[2] or node.role
+                row |= {f"{own}/{key}": value for key, value in artifact.manifest.facts.get("metrics", {}).items()}
+        return [found[iteration] for iteration in sorted(found)]
 
     def ledgers(self) -> Iterable[LedgerLine]:
         for name, artifact in self.artifacts.items():

@@ -4,7 +4,7 @@ import re
 
 from pipelines.insight.report.data import LargestMargin, RunReport, StageRow
 from pipelines.insight.report.statements import duration
-from pipelines.insight.report.tables import NONE, evaluation_table, funnels, provenance, rounded, visible
+from pipelines.insight.report.tables import NONE, evaluation_table, funnels, own_table, provenance, rounded, visible
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&])")
 MOST_STAGES = 400
@@ -28,6 +28,9 @@ def render_markdown(report: RunReport) -> str:
     titles, rows = evaluation_table(report)
     if rows:
         parts += ["## Held-out prompts, by iteration", table(titles, rows)]
+    own = own_table(report)
+    if own[1]:
+        parts += ["## Your own evaluations", table([escaped(title) for title in own[0]], own[1])]
     parts += _training_data(report)
     for stage, bins in report.calibration.items():
         rows = [

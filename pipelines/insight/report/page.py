@@ -14,7 +14,16 @@ from pipelines.insight.report.data import GroupColumns, RunReport, SampleSet
 from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.length import HELD_OUT
 from pipelines.insight.report.statements import duration
-from pipelines.insight.report.tables import evaluation_table, funnels, gantt, now, provenance, rounded, visible
+from pipelines.insight.report.tables import (
+    evaluation_table,
+    funnels,
+    gantt,
+    now,
+    own_table,
+    provenance,
+    rounded,
+    visible,
+)
 
 PAGE_BYTES = 4_600_000
 """Of a page with its samples; what does not fit is beside it."""
@@ -65,6 +74,7 @@ def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: int 
             gantt=gantt(report),
             provenance=provenance(report),
             now=now(report),
+            own=own_table(report),
         )
     )
     return text, others

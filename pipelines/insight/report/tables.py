@@ -47,6 +47,13 @@ def evaluation_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
     return ["iteration", *names.values()], rows
 
 
+def own_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of the user's own evaluations by iteration."""
+    names = dict.fromkeys(name for row in report.own_evaluations for name in row)
+    rows = [[rounded(row.get(name)) for name in names] for row in report.own_evaluations]
+    return list(names), rows
+
+
 def now(report: RunReport) -> list[str]:
     """What is being made, and how far it is, of a run that goes on."""
     if report.state not in ("running", "under way"):

@@ -147,6 +147,11 @@ function drawCurves(place, data) {
       simple(`Score of held-out answers: ${scorer}`, scorer, name);
     }
   }
+  const own = data.own_evaluations;
+  for (const name of new Set(own.flatMap((row) => Object.keys(row)))) {
+    if (name === "iteration") continue;
+    plot(place, visible(name), "iteration", "", own.map((row) => row.iteration), [{ label: visible(name), values: own.map((row) => row[name] ?? null), colour: "--violet" }], { whole: true, note: "an evaluation of your own" });
+  }
   const moved = rows.filter((row) => typeof row.kl === "number" && typeof row.reward_mean === "number").sort((a, b) => a.kl - b.kl);
   if (moved.length > 1) {
     plot(place, "Reward against KL", "KL from the initial policy (nats an answer)", "reward", moved.map((row) => row.kl), [{ label: "reward", values: moved.map((row) => row.reward_mean), colour: "--violet" }], { note: "one point an iteration: what each nat has bought", xShort: "KL", hooks: labelled(moved.map((row) => String(row.iteration))) });
