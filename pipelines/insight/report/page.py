@@ -31,13 +31,14 @@ MOST_GROUPS = 50_000
 """Prompts with their answers that the browser of samples can sort and filter."""
 PLOTS = "report/vendor/uPlot-1.6.32.iife.min.js"
 DOM = "report/assets/dom.js"
-CHARTS = "report/assets/charts.js"
+PLOT = "report/assets/plot.js"
 SCRIPTS = (
     PLOTS,
     "report/vendor/diff-9.0.0.min.js",
     DOM,
     "report/assets/samples.js",
-    CHARTS,
+    PLOT,
+    "report/assets/curves.js",
     "report/assets/browser.js",
     "report/assets/answers.js",
     "report/assets/main.js",

@@ -9,7 +9,8 @@ async function showGroup(place, samples, set, at, marked) {
   try {
     group = await samples.group(set, at);
   } catch (error) {
-    if (turn === place.turn) place.replaceChildren(el("p", { class: "note" }, `The texts cannot be shown: ${error.message}.`));
+    if (turn === place.turn)
+      place.replaceChildren(el("p", { class: "note" }, `The texts cannot be shown: ${error.message}.`));
     return;
   }
   if (turn !== place.turn) return;
@@ -21,7 +22,12 @@ async function showGroup(place, samples, set, at, marked) {
   place.replaceChildren(
     el("h3", {}, titleOf(set)),
     conversation(group),
-    el("p", { class: "note" }, `prompt ${group.prompt}`, tags.map((tag) => el("span", { class: "tag" }, visible(tag)))),
+    el(
+      "p",
+      { class: "note" },
+      `prompt ${group.prompt}`,
+      tags.map((tag) => el("span", { class: "tag" }, visible(tag))),
+    ),
     ...reasons(set, group),
     ...ranked.map((answer) => card(samples, set, at, group, answer, answer.sample === marked)),
     ...(older ? [older] : []),
@@ -31,8 +37,13 @@ async function showGroup(place, samples, set, at, marked) {
 }
 
 function conversation(group) {
-  const turns = group.messages.map(([role, content]) => el("div", { class: `turn ${role}` }, el("b", {}, role), textOf(content, "div")));
-  const known = group.answer === null ? null : el("div", { class: "turn" }, el("b", {}, "known answer"), textOf(group.answer, "div"));
+  const turns = group.messages.map(([role, content]) =>
+    el("div", { class: `turn ${role}` }, el("b", {}, role), textOf(content, "div")),
+  );
+  const known =
+    group.answer === null
+      ? null
+      : el("div", { class: "turn" }, el("b", {}, "known answer"), textOf(group.answer, "div"));
   return el("div", { class: "conversation" }, turns, known);
 }
 
@@ -41,16 +52,25 @@ function reasons(set, group) {
   if (!set.pairs) return [];
   if (!group.pairs.length) {
     const scores = group.answers.map((answer) => answer.scores[0]).filter((score) => score !== null);
-    const why = new Set(scores).size < 2 ? "their scores are all equal" : "no two of them fit the strategy and the smallest margin";
+    const why =
+      new Set(scores).size < 2
+        ? "their scores are all equal"
+        : "no two of them fit the strategy and the smallest margin";
     return [el("p", { class: "why" }, `No pair was made of these answers: ${why} (strategy ${set.pairs.strategy}).`)];
   }
   const name = set.scorers[0] || "score";
   const further = group.pairs.length - MOST_REASONS;
   const rest = further > 0 ? [el("p", { class: "note" }, `and ${further} further pairs, with smaller margins`)] : [];
   const largest = [...group.pairs].sort((a, b) => b.margin - a.margin).slice(0, MOST_REASONS);
-  return largest.map((pair) =>
-    el("p", { class: "why" }, `${rankOf(group, pair.chosen, name)} was chosen over ${lowered(rankOf(group, pair.rejected, name))}: margin ${number(pair.margin)}, strategy ${set.pairs.strategy}.`),
-  ).concat(rest);
+  return largest
+    .map((pair) =>
+      el(
+        "p",
+        { class: "why" },
+        `${rankOf(group, pair.chosen, name)} was chosen over ${lowered(rankOf(group, pair.rejected, name))}: margin ${number(pair.margin)}, strategy ${set.pairs.strategy}.`,
+      ),
+    )
+    .concat(rest);
 }
 
 function rankOf(group, sample, name) {
@@ -58,7 +78,12 @@ function rankOf(group, sample, name) {
   const score = group.answers.find((answer) => answer.sample === sample)?.scores[0] ?? null;
   if (score === null) return `Answer ${sample}`;
   const above = scores.filter((other) => other > score).length;
-  const rank = above === 0 ? "the highest" : scores.filter((other) => other < score).length === 0 ? "the lowest" : `number ${above + 1}`;
+  const rank =
+    above === 0
+      ? "the highest"
+      : scores.filter((other) => other < score).length === 0
+        ? "the lowest"
+        : `number ${above + 1}`;
   return `Answer ${sample} (${name} ${number(score)}, ${rank} of ${scores.length})`;
 }
 
@@ -80,13 +105,23 @@ function card(samples, set, at, group, answer, marked) {
       const place = group.answers.indexOf(answer);
       body.replaceChildren(tokens((await samples.tokens(set, at))[place]));
     } catch (error) {
-      body.replaceChildren(text, el("p", { class: "note" }, `The log-probabilities cannot be shown: ${error.message}.`));
+      body.replaceChildren(
+        text,
+        el("p", { class: "note" }, `The log-probabilities cannot be shown: ${error.message}.`),
+      );
     }
   });
-  const scores = set.scorers.map((name, place) => el("span", { class: "score" }, `${name} `, el("b", {}, number(answer.scores[place]))));
+  const scores = set.scorers.map((name, place) =>
+    el("span", { class: "score" }, `${name} `, el("b", {}, number(answer.scores[place]))),
+  );
   const head = el(
-    "div", { class: "head" },
-    el("a", { href: fragment(set, group.prompt, answer.sample), title: "link to this answer" }, `answer ${answer.sample}`),
+    "div",
+    { class: "head" },
+    el(
+      "a",
+      { href: fragment(set, group.prompt, answer.sample), title: "link to this answer" },
+      `answer ${answer.sample}`,
+    ),
     chosen ? el("span", { class: "badge chosen" }, "chosen") : null,
     rejected ? el("span", { class: "badge rejected" }, "rejected") : null,
     scores,
@@ -94,27 +129,47 @@ function card(samples, set, at, group, answer, marked) {
     answer.finish === "length" ? el("span", { class: "badge cut" }, "cut off") : null,
     toggle,
   );
-  return el("article", { class: `answer${chosen ? " chosen" : ""}${rejected ? " rejected" : ""}${marked ? " marked" : ""}` }, head, body);
+  return el(
+    "article",
+    { class: `answer${chosen ? " chosen" : ""}${rejected ? " rejected" : ""}${marked ? " marked" : ""}` },
+    head,
+    body,
+  );
 }
 
 /** Tokens, the less probable the stronger coloured. */
 function tokens(list) {
   const spans = list.map(({ text, logprob }) => {
     const strength = logprob === null ? 0 : Math.min(1, -logprob / 6);
-    const said = logprob === null ? "log-probability unknown" : `log-probability ${logprob.toFixed(2)}, probability ${(100 * Math.exp(logprob)).toFixed(1)} %`;
+    const said =
+      logprob === null
+        ? "log-probability unknown"
+        : `log-probability ${logprob.toFixed(2)}, probability ${(100 * Math.exp(logprob)).toFixed(1)} %`;
     return el("span", { class: "token", style: `--strength:${strength.toFixed(2)}`, title: said }, visible(text));
   });
   const known = list.map((token) => token.logprob).filter((value) => value !== null);
   const sum = known.reduce((total, value) => total + value, 0);
-  const note = known.length ? `sum ${sum.toFixed(2)} nats, mean ${(sum / known.length).toFixed(2)}; the stronger the colour, the less probable` : "unknown for these answers";
+  const note = known.length
+    ? `sum ${sum.toFixed(2)} nats, mean ${(sum / known.length).toFixed(2)}; the stronger the colour, the less probable`
+    : "unknown for these answers";
   return el("div", {}, el("div", { class: "model-text tokens", dir: "auto" }, spans), el("p", { class: "note" }, note));
 }
 
 /** The same prompt in all iterations that have it: the best answer of each, as a difference to the one before. */
 async function history(samples, set, group) {
-  const sets = samples.sets.filter((other) => other.iteration !== null && other.role === set.role && other.place.has(group.prompt)).sort((a, b) => a.iteration - b.iteration);
+  const sets = samples.sets
+    .filter((other) => other.iteration !== null && other.role === set.role && other.place.has(group.prompt))
+    .sort((a, b) => a.iteration - b.iteration);
   if (sets.length < 2) return null;
-  const pick = el("select", { "aria-label": "Answer to compare" }, [["best", "best answer of each"], ["worst", "worst answer of each"], ["first", "first answer of each"]].map(([value, title]) => el("option", { value }, title)));
+  const pick = el(
+    "select",
+    { "aria-label": "Answer to compare" },
+    [
+      ["best", "best answer of each"],
+      ["worst", "worst answer of each"],
+      ["first", "first answer of each"],
+    ].map(([value, title]) => el("option", { value }, title)),
+  );
   const rows = el("div", {});
   const draw = async () => {
     const found = [];
@@ -128,28 +183,63 @@ async function history(samples, set, group) {
     let before = null;
     rows.replaceChildren(
       ...found.map(([other, theirs]) => {
-        if (theirs === null) return el("p", { class: "note" }, `${titleOf(other)}: the texts are not beside this page.`);
+        if (theirs === null)
+          return el("p", { class: "note" }, `${titleOf(other)}: the texts are not beside this page.`);
         const answer = picked(theirs, pick.value);
         const shown = before === null ? textOf(answer.text, "div") : difference(before, answer.text);
         before = answer.text;
         const mean = other.columns.mean[other.place.get(group.prompt)];
         const facts = `score ${number(answer.scores[0])}, mean of all ${number(mean)}, ${answer.length} tokens`;
-        return el("article", { class: "answer" }, el("div", { class: "head" }, el("a", { href: fragment(other, group.prompt, answer.sample) }, titleOf(other)), el("span", { class: "score" }, facts)), shown);
+        return el(
+          "article",
+          { class: "answer" },
+          el(
+            "div",
+            { class: "head" },
+            el("a", { href: fragment(other, group.prompt, answer.sample) }, titleOf(other)),
+            el("span", { class: "score" }, facts),
+          ),
+          shown,
+        );
       }),
     );
   };
   pick.addEventListener("change", draw);
   await draw();
-  return el("div", { class: "history" }, el("h3", {}, "The same prompt over the iterations"), el("p", { class: "note" }, pick, " What is new is ", el("ins", {}, "marked"), ", what is gone ", el("del", {}, "struck out"), "."), rows);
+  return el(
+    "div",
+    { class: "history" },
+    el("h3", {}, "The same prompt over the iterations"),
+    el(
+      "p",
+      { class: "note" },
+      pick,
+      " What is new is ",
+      el("ins", {}, "marked"),
+      ", what is gone ",
+      el("del", {}, "struck out"),
+      ".",
+    ),
+    rows,
+  );
 }
 
 function picked(group, which) {
   const scored = group.answers.filter((answer) => answer.scores[0] !== null && answer.scores[0] !== undefined);
   if (which === "first" || !scored.length) return group.answers[0];
-  return scored.reduce((best, answer) => ((which === "best" ? answer.scores[0] > best.scores[0] : answer.scores[0] < best.scores[0]) ? answer : best));
+  return scored.reduce((best, answer) =>
+    (which === "best" ? answer.scores[0] > best.scores[0] : answer.scores[0] < best.scores[0]) ? answer : best,
+  );
 }
 
 function difference(before, after) {
-  const parts = Diff.diffWordsWithSpace(before, after, { maxEditLength: 2000 }) || [{ value: before, removed: true }, { value: after, added: true }];
-  return el("div", { class: "model-text", dir: "auto" }, parts.map((part) => el(part.added ? "ins" : part.removed ? "del" : "span", {}, visible(part.value))));
+  const parts = Diff.diffWordsWithSpace(before, after, { maxEditLength: 2000 }) || [
+    { value: before, removed: true },
+    { value: after, added: true },
+  ];
+  return el(
+    "div",
+    { class: "model-text", dir: "auto" },
+    parts.map((part) => el(part.added ? "ins" : part.removed ? "del" : "span", {}, visible(part.value))),
+  );
 }

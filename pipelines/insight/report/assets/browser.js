@@ -26,11 +26,27 @@ class Browser {
   }
 
   build(place) {
-    const change = () => { this.shown = PAGE; this.refresh(); };
-    const field = (name, attributes) => el("input", { ...attributes, "aria-label": name, placeholder: name, oninput: change });
+    const change = () => {
+      this.shown = PAGE;
+      this.refresh();
+    };
+    const field = (name, attributes) =>
+      el("input", { ...attributes, "aria-label": name, placeholder: name, oninput: change });
     this.set = el("select", { "aria-label": "Answers of", onchange: change }, this.options());
-    this.order = el("select", { "aria-label": "Order", onchange: change }, Object.entries(ORDERS).map(([key, [title]]) => el("option", { value: key }, title)));
-    this.finish = el("select", { "aria-label": "Finish reason", onchange: change }, [["", "any ending"], ["length", "some cut off"], ["stop", "all came to their end"]].map(([value, title]) => el("option", { value }, title)));
+    this.order = el(
+      "select",
+      { "aria-label": "Order", onchange: change },
+      Object.entries(ORDERS).map(([key, [title]]) => el("option", { value: key }, title)),
+    );
+    this.finish = el(
+      "select",
+      { "aria-label": "Finish reason", onchange: change },
+      [
+        ["", "any ending"],
+        ["length", "some cut off"],
+        ["stop", "all came to their end"],
+      ].map(([value, title]) => el("option", { value }, title)),
+    );
     this.tag = el("select", { "aria-label": "Tag", onchange: change });
     this.text = field("search texts", { type: "search", class: "wide" });
     this.limits = {
@@ -42,9 +58,24 @@ class Browser {
     };
     this.count = el("p", { class: "note", role: "status" });
     this.list = el("ol", { class: "prompts" });
-    this.more = el("button", { type: "button", onclick: () => { this.shown += PAGE; this.show(); } }, "Show more");
+    this.more = el(
+      "button",
+      {
+        type: "button",
+        onclick: () => {
+          this.shown += PAGE;
+          this.show();
+        },
+      },
+      "Show more",
+    );
     this.detail = el("div", { class: "detail", tabindex: "-1" });
-    const further = el("details", {}, el("summary", {}, "More filters"), el("div", { class: "filters" }, Object.values(this.limits), this.finish, this.tag));
+    const further = el(
+      "details",
+      {},
+      el("summary", {}, "More filters"),
+      el("div", { class: "filters" }, Object.values(this.limits), this.finish, this.tag),
+    );
     place.replaceChildren(
       el("div", { class: "filters" }, this.set, this.order, this.text),
       further,
@@ -60,7 +91,9 @@ class Browser {
 
   /** The sets, the latest iteration first. */
   options() {
-    const sets = [...this.samples.sets].sort((a, b) => (b.iteration ?? -1) - (a.iteration ?? -1) || (a.role === "generation" ? -1 : 1));
+    const sets = [...this.samples.sets].sort(
+      (a, b) => (b.iteration ?? -1) - (a.iteration ?? -1) || (a.role === "generation" ? -1 : 1),
+    );
     return sets.map((set) => el("option", { value: set.name }, titleOf(set)));
   }
 
@@ -99,7 +132,10 @@ class Browser {
   tags(set) {
     const found = new Set(set.columns.prompt.flatMap((prompt) => this.samples.data.prompts[prompt]?.[1] || []));
     const before = this.tag.value;
-    this.tag.replaceChildren(el("option", { value: "" }, found.size ? "any tag" : "no tags"), ...[...found].sort().map((tag) => el("option", { value: tag }, visible(tag))));
+    this.tag.replaceChildren(
+      el("option", { value: "" }, found.size ? "any tag" : "no tags"),
+      ...[...found].sort().map((tag) => el("option", { value: tag }, visible(tag))),
+    );
     this.tag.value = found.has(before) ? before : "";
     this.tag.disabled = !found.size;
   }
@@ -107,9 +143,12 @@ class Browser {
   passes(set, at) {
     const columns = set.columns;
     const limit = (name) => (this.limits[name].value === "" ? null : Number(this.limits[name].value));
-    const within = (value, low, high) => (low === null || (value !== null && value >= low)) && (high === null || (value !== null && value <= high));
-    if (!within(columns.best[at], limit("minScore"), null) || !within(columns.worst[at], null, limit("maxScore"))) return false;
-    if (!within(columns.longest[at], limit("minLength"), null) || !within(columns.length[at], null, limit("maxLength"))) return false;
+    const within = (value, low, high) =>
+      (low === null || (value !== null && value >= low)) && (high === null || (value !== null && value <= high));
+    if (!within(columns.best[at], limit("minScore"), null) || !within(columns.worst[at], null, limit("maxScore")))
+      return false;
+    if (!within(columns.longest[at], limit("minLength"), null) || !within(columns.length[at], null, limit("maxLength")))
+      return false;
     if (!within(columns.margin[at], limit("minMargin"), null)) return false;
     if (this.finish.value === "length" && !columns.truncated[at]) return false;
     if (this.finish.value === "stop" && columns.truncated[at]) return false;
@@ -161,7 +200,12 @@ class Browser {
       change === null ? null : `change ${change > 0 ? "+" : ""}${number(change)}`,
       columns.truncated[at] ? `${columns.truncated[at]} cut off` : null,
     ].filter(Boolean);
-    const link = el("a", { href: fragment(set, columns.prompt[at]) }, textOf(excerpt || "(no text)"), el("small", {}, facts.join(" · ")));
+    const link = el(
+      "a",
+      { href: fragment(set, columns.prompt[at]) },
+      textOf(excerpt || "(no text)"),
+      el("small", {}, facts.join(" · ")),
+    );
     return el("li", { class: this.open === `${set.name} ${at}` ? "open" : null }, link);
   }
 
@@ -172,7 +216,9 @@ class Browser {
     const set = this.samples.byName.get(decoded(wanted[1]));
     const at = set?.place.get(decoded(wanted[2]));
     if (at === undefined) {
-      this.detail.replaceChildren(el("p", { class: "note" }, "This report does not hold the sample that the address names."));
+      this.detail.replaceChildren(
+        el("p", { class: "note" }, "This report does not hold the sample that the address names."),
+      );
       return;
     }
     if (this.set.value !== set.name) {
@@ -183,7 +229,9 @@ class Browser {
     this.open = `${set.name} ${at}`;
     showGroup(this.detail, this.samples, set, at, wanted[3] === undefined ? null : Number(wanted[3]));
     this.list.querySelector(".open")?.classList.remove("open");
-    [...this.list.children].find((row) => row.querySelector("a").getAttribute("href") === fragment(set, set.columns.prompt[at]))?.classList.add("open");
+    [...this.list.children]
+      .find((row) => row.querySelector("a").getAttribute("href") === fragment(set, set.columns.prompt[at]))
+      ?.classList.add("open");
   }
 
   /** What is worth a look: [{id, title, target}]. */

@@ -12,12 +12,16 @@ async function draw() {
   plots.clear();
   const charts = document.getElementById("charts");
   const held = [charts, document.getElementById("training-charts")];
-  held.forEach((place) => { place.style.minHeight = `${place.offsetHeight}px`; }); // the page does not jump meanwhile
+  held.forEach((place) => {
+    place.style.minHeight = `${place.offsetHeight}px`;
+  }); // the page does not jump meanwhile
   charts.replaceChildren();
   drawCurves(charts, data);
   if (!charts.children.length) charts.append(el("p", { class: "note" }, "There is nothing to draw yet."));
   drawTraining(document.getElementById("training-charts"), data);
-  held.forEach((place) => { place.style.minHeight = ""; });
+  held.forEach((place) => {
+    place.style.minHeight = "";
+  });
   const place = document.getElementById("browser");
   if (!data.sets.length) {
     place.replaceChildren(el("p", { class: "note" }, "There are no answers yet."));
@@ -34,15 +38,19 @@ async function draw() {
 /** Buttons that lead to what is worth a look. */
 function drawLooks() {
   const buttons = browser.looks().map(({ id, title, target }) =>
-    el("button", {
-      type: "button",
-      id,
-      onclick: () => {
-        if (location.hash === target) browser.follow();
-        location.hash = target;
-        document.getElementById("samples").scrollIntoView();
+    el(
+      "button",
+      {
+        type: "button",
+        id,
+        onclick: () => {
+          if (location.hash === target) browser.follow();
+          location.hash = target;
+          document.getElementById("samples").scrollIntoView();
+        },
       },
-    }, title),
+      title,
+    ),
   );
   document.querySelector("#looks .actions").replaceChildren(...buttons);
   document.getElementById("looks").hidden = !buttons.length;
@@ -54,9 +62,13 @@ async function renew(known) {
     const version = await (await fetch("version")).json();
     if (version === known.version) return;
     const fresh = new DOMParser().parseFromString(await (await fetch(".")).text(), "text/html");
-    const open = new Set([...document.querySelectorAll("details[open] > summary")].map((summary) => summary.textContent));
+    const open = new Set(
+      [...document.querySelectorAll("details[open] > summary")].map((summary) => summary.textContent),
+    );
     for (const id of SECTIONS) document.getElementById(id).replaceWith(document.adoptNode(fresh.getElementById(id)));
-    document.querySelectorAll("main > section details > summary").forEach((summary) => { if (open.has(summary.textContent)) summary.parentElement.open = true; });
+    document.querySelectorAll("main > section details > summary").forEach((summary) => {
+      if (open.has(summary.textContent)) summary.parentElement.open = true;
+    });
     document.querySelector(".state").replaceWith(document.adoptNode(fresh.querySelector(".state")));
     document.getElementById("data").textContent = fresh.getElementById("data").textContent;
     await draw();

@@ -94,7 +94,10 @@ class Samples {
     const chunk = this.chunkOf(set, place);
     const [vocabulary, groups] = await this.load(`${set.key}-${chunk}t`);
     return groups[place - set.starts[chunk]].map(([ids, logprobs]) =>
-      ids.map((id, at) => ({ text: vocabulary[id] ?? `⟨${id}⟩`, logprob: at < logprobs.length ? -logprobs[at] / 100 : null })),
+      ids.map((id, at) => ({
+        text: vocabulary[id] ?? `⟨${id}⟩`,
+        logprob: at < logprobs.length ? -logprobs[at] / 100 : null,
+      })),
     );
   }
 
