@@ -4,11 +4,11 @@ import contextlib
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 _PR_SET_PDEATHSIG = 1
 
@@ -24,7 +24,24 @@ def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> 
             os._exit(1)
 
 
-def end_groups(processes: "Sequence[subprocess.Popen[bytes]]", grace: float) -> None:
+class GroupLeader(Protocol):
+    """A process that leads a group of its own: what of `subprocess.Popen` is needed to end it."""
+
+    @property
+    def pid(self) -> int:
+        """Its id."""
+        ...
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        ...
+
+    def send_signal(self, number: int, /) -> None:
+        """Send it a signal, if it runs."""
+        ...
+
+
+def end_groups(processes: Sequence[GroupLeader], grace: float) -> None:
     """End processes that lead their own groups, and all of those groups.
 
     First the leaders alone are asked (SIGTERM), who may take `grace` seconds to finish what they have in hand with the
@@ -43,7 +60,7 @@ def end_groups(processes: "Sequence[subprocess.Popen[bytes]]", grace: float) -> 
             return
 
 
-def _is_gone(process: "subprocess.Popen[bytes]") -> bool:
+def _is_gone(process: GroupLeader) -> bool:
     return process.poll() is not None and not _group_exists(process.pid)
 
 

@@ -26,7 +26,7 @@ class VllmEngine:
         # The scheduler runs in this process, so that a batch starts when all of its requests are there: with a
         # process of its own, what is batched together would depend on how fast they arrive.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        set_environment(settings)
+        set_environment(on_gpu=settings.on_gpu)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # vLLM's own use of deprecated functions
             from vllm import LLM, SamplingParams
@@ -98,10 +98,10 @@ def has_other_inputs(model: Path) -> bool:
     return any(name.endswith("_config") and isinstance(value, dict) for name, value in settings.items())
 
 
-def set_environment(settings: EngineSettings) -> None:
+def set_environment(*, on_gpu: bool) -> None:
     """Defaults for what vLLM reads from the environment; what the user has set stays."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if settings.on_gpu:
+    if on_gpu:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         return
     # On a CPU its warnings are a page about what is usual there.

@@ -27,7 +27,7 @@ class VllmServer:
     """Starts a server on a free loopback port, sends it requests, and stops it."""
 
     def __init__(self, config: GenerationConfig, settings: EngineSettings) -> None:
-        set_environment(settings)
+        set_environment(on_gpu=settings.on_gpu)
         self._log = settings.log
         self._stop_ids = list(settings.stop_ids)
         self._model = str(config.policy)

@@ -202,6 +202,9 @@ class ExecutorSection(Section):
     parallel: int | None = runtime(None, ge=1)
     """Stages without mutual dependency that may run at once; by default 1 with GPUs, else one per two cores, at
     least 2; on Slurm all that are ready."""
+    warm: bool = runtime(False)
+    """On this machine, fork the stages of a locked environment from a process that has imported its libraries, so that
+    the seconds this takes are paid once. Nothing else changes."""
     retries: int = runtime(3, ge=0)
     """How often a stage is tried again after a transient failure (a killed process, a lost connection, a stall). A
     preempted stage is started again without limit, a mistake of the user's or a defect ends the run at once."""

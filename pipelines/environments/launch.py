@@ -70,6 +70,11 @@ class EnvironmentConfig(Section):
     variables: dict[str, str] = runtime({})
     """Environment variables to set for the stage. PYTHONPATH: folders with modules of yours, after the libraries."""
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether it is the locked environment, and nothing has to be done before."""
+        return not (self.python or self.conda or self.container or self.prologue)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name, value in self.variables.items():

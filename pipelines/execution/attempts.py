@@ -5,6 +5,7 @@ import random
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -65,12 +66,22 @@ class Retries:
         return round(pause, 1)
 
 
-def write_request(node: Node, attempt: Path, run: Path, config: RunConfig, threads: int, *, here: bool) -> None:
+def write_request(
+    node: Node,
+    attempt: Path,
+    run: Path,
+    config: RunConfig,
+    threads: int,
+    *,
+    here: bool,
+    warm: Callable[[Node, AttemptRequest], AttemptRequest] = lambda node, request: request,
+) -> None:
     """Write a stage's config and command line into the attempt's directory.
 
     Args:
         threads: cores for each of the stage's processes.
         here: it runs on this machine and ends with this process.
+        warm: adds the process that the stage can be forked from, where there is one.
     """
     path = attempt / "stage.yaml"
     write_atomically(path, yaml_text.dump(node.config.model_dump(mode="json")).encode())
@@ -99,7 +110,7 @@ def write_request(node: Node, attempt: Path, run: Path, config: RunConfig, threa
         first_on_path=first_on_path,
         source=source_version(node.package),
     )
-    write_atomically(attempt / REQUEST, msgspec.json.encode(request))
+    write_atomically(attempt / REQUEST, msgspec.json.encode(warm(node, request)))
 
 
 def require_disk_space(node: Node, graph: Graph, config: RunConfig) -> None:

@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 import msgspec
 
@@ -35,6 +35,10 @@ from contracts.limits import limit_behind_signal
 from contracts.processes import end_groups, end_marked, kill, marked, start_time
 from contracts.stopping import DEFAULT_GRACE, GRACE
 from contracts.surroundings import without_foreign
+from pipelines.execution.warm import ForkedStage, fork
+
+StageProcess: TypeAlias = "subprocess.Popen[bytes] | ForkedStage"
+"""A stage's process, however it was started."""
 
 RUN = "RATCHET_RUN"
 """Environment variable of every process of a run: the run's directory. Orphans are found by it."""
@@ -66,6 +70,10 @@ class AttemptRequest(msgspec.Struct, frozen=True):
     """A folder to put before the supervisor's own PATH."""
     source: str = ""
     """Version of the stage's source when it was asked for; a job may start much later."""
+    warm: str = ""
+    """Socket of a process that has imported the stage's libraries, if there is one."""
+    warm_seconds: float = 0.0
+    """How long to wait for it."""
 
 
 def supervise(
@@ -107,22 +115,23 @@ def supervise(
                     break
                 stalled = request.stall_seconds is not None and watch.silent_seconds() > request.stall_seconds
                 if stalled:
-                    show_tracebacks(str(folder))
+                    show_tracebacks(str(folder), process.pid)
                     break
                 time.sleep(POLL_SECONDS if request.driver else FAR_POLL_SECONDS)
         finally:
             end_groups([process], 0.0 if stalled else request.grace_seconds + 10)
             end_marked(f"{ATTEMPT}={folder}")
     code = process.returncode
+    assert code is not None
     if (code < 0 or code > 128) and (limit := limit_behind_signal(-code if code < 0 else code - 128)):
         report_failure("user", limit, folder)
     if not asked_to_stop():
-        record = {"code": process.returncode, "started": start, "ended": start + time.monotonic() - begun}
+        record = {"code": code, "started": start, "ended": start + time.monotonic() - begun}
         if stalled:
             record["stalled"] = request.stall_seconds
         folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted the logs meanwhile
         write_atomically(folder / "exit.json", json.dumps(record).encode())
-    return process.returncode
+    return code
 
 
 def supervise_here(attempt: str) -> int:
@@ -148,8 +157,8 @@ def request_of(attempt: Path) -> AttemptRequest:
         raise TransientError(f"{attempt / REQUEST} was deleted or damaged: {error}") from error
 
 
-def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
-    """Start the stage's command.
+def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[bytes]) -> StageProcess:
+    """Start the stage's command, from a warm process if there is one.
 
     Raises:
         UserError: its program or its working directory does not exist any more.
@@ -158,6 +167,12 @@ def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[byte
         raise UserError(
             f"the working directory {request.directory} does not exist any more. Run the command in one that stays."
         )
+    if request.warm and (
+        forked := fork(
+            Path(request.warm), request.argv, environment, request.directory, request.source, log, request.warm_seconds
+        )
+    ):
+        return forked
     try:
         return subprocess.Popen(
             request.argv,
@@ -195,9 +210,9 @@ def _modified(path: Path) -> float | None:
         return None
 
 
-def show_tracebacks(attempt: str) -> None:
+def show_tracebacks(attempt: str, leader: int) -> None:
     """Have every process of a stalled attempt that can write where it stands to the log."""
-    for pid in marked(f"{ATTEMPT}={attempt}"):
+    for pid in dict.fromkeys([leader, *marked(f"{ATTEMPT}={attempt}")]):
         if _answers(pid, signal.SIGQUIT):
             kill(pid, signal.SIGQUIT)
     time.sleep(1.0)

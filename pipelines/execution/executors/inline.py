@@ -17,7 +17,7 @@ class InlineExecutor(LocalExecutor):
 
     def submit(self, node: Node, attempt: Path) -> Job:
         """Start the attempt in a thread."""
-        write_request(node, attempt, self.run.path, self.config, self._threads, here=True)
+        write_request(node, attempt, self.run.path, self.config, self._threads, here=True, warm=self.warmed)
         thread = threading.Thread(target=supervise_here, args=(str(attempt),), name=node.name, daemon=True)
         thread.start()
         return _ThreadJob(thread, attempt)
