@@ -125,8 +125,15 @@ def test_stages_of_several_days(run: Path) -> None:
         lines.append(StageStarted(stage=name, reason="", key="k", attempt="attempt-1", time=begin))
         lines.append(StagePublished(stage=name, key="k", time=end))
     stream.path.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    attempt = run / "logs/iteration-001/generation/attempt-1"
+    attempt.mkdir(parents=True)
+    (attempt / "stage.yaml").write_text("k: 3\nreplicas: 4\n")
     report = gathered(run)
     assert report.time.wall == pytest.approx(200)
+    assert {row.name: row.devices for row in report.stages if row.wait is not None} == dict(
+        zip(names, [4, 1, 1], strict=True)
+    )
+    assert report.time.device_hours == pytest.approx((4 + 1 + 1) / 3600)  # each says that it took a second
     assert [(row.begun, row.ended) for row in report.stages if row.wait is not None] == times
     chart = gantt(report)
     assert chart["shortened"]

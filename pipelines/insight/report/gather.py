@@ -21,7 +21,7 @@ from pipelines.insight.report.data import LedgerLine, RunReport, SampleSet, Stag
 from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.rows import SetSources
 from pipelines.insight.report.statements import statements
-from pipelines.insight.report.timing import stage_row, time_facts
+from pipelines.insight.report.timing import devices_of, stage_row, time_facts
 from pipelines.insight.wording import notable_lines
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, RunCancelled, RunEnded, RunStarted, StageEvent, StageSubmitted
@@ -124,8 +124,10 @@ class _Gathering:
         """One stage, from its manifest, its events and its latest attempt."""
         artifact = self.artifacts.get(node.name)
         row = stage_row(node, artifact.manifest if artifact else None, self.by_stage.get(node.name, []))
+        attempts = self.told(node.name, lambda: self.run.attempts(node.name), [])
+        if artifact is not None and row.wait is not None:
+            row.devices = devices_of(node, artifact.manifest, attempts[-1] if attempts else None)
         if artifact is None:
-            attempts = self.told(node.name, lambda: self.run.attempts(node.name), [])
             row.attempts = len(attempts)
             failure = self.told(node.name, lambda: failure_of(attempts[-1]), None) if attempts else None
             if failure is not None:

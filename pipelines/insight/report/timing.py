@@ -1,8 +1,11 @@
 """Where a run's time went, from its events and from what each stage measured of itself."""
 
 import calendar
+import contextlib
+import re
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from contracts.manifest import Manifest
 from pipelines.graph import Node
@@ -19,14 +22,14 @@ from pipelines.run.events import (
     StageSubmitted,
 )
 
+_REPLICAS = re.compile(r"^replicas: (\d+)$", re.MULTILINE)
 LOADING = ("import", "load", "start", "startup")
 
 
 def stage_row(node: Node, manifest: Manifest | None, events: Iterable[StageEvent]) -> StageRow:
     """When a stage ran, and what for: of its last attempt that ended in what is there now; `events` are its own."""
     row = StageRow(
-        name=node.name, kind=node.stage.name, iteration=node.iteration, role=node.role, state="waiting",
-        devices=_devices(node),
+        name=node.name, kind=node.stage.name, iteration=node.iteration, role=node.role, state="waiting"
     )  # fmt: skip
     for event in events:
         if isinstance(event, StageSubmitted):
@@ -46,9 +49,16 @@ def stage_row(node: Node, manifest: Manifest | None, events: Iterable[StageEvent
     return row
 
 
-def _devices(node: Node) -> int:
-    layout = node.stage.layout(node.config)
-    return max(1, layout.processes) * max(1, node.gpus)
+def devices_of(node: Node, manifest: Manifest, attempt: Path | None) -> int:
+    """How many devices a stage had: what it says itself, else the replicas that the driver gave its last attempt."""
+    processes = manifest.facts.get("processes")
+    if isinstance(processes, int):
+        return processes
+    replicas = node.stage.layout(node.config).processes
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found = _REPLICAS.search((attempt / "stage.yaml").read_text("utf-8")) if attempt else None
+        replicas = int(found[1]) if found else replicas
+    return max(1, replicas) * max(1, node.gpus)
 
 
 def _measured(row: StageRow, manifest: Manifest) -> None:
