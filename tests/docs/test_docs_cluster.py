@@ -96,7 +96,7 @@ def test_the_executors_own_defaults_are_the_codes() -> None:
         default = fields[key].default
         assert said == ("none" if default is None else f"{default:g}")
     left_out = set(fields) - set(table)
-    assert left_out == {"kind", "resources", "stages", "check_space"}
+    assert left_out == {"kind", "resources", "stages", "check_space", "warm"}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
