@@ -49,25 +49,33 @@ def page() -> str:
         lines.append(f"{first_line(model)}\n")
         if len(paths) > 1:
             lines.append("It stands in " + ", ".join(f"`{path}`" for path in paths) + ".\n")
-        lines += table(model, titles)
+        lines += keys(model, titles)
     lines.append("## Stages alone\n")
     lines.append("Keys that a stage has beside those of the sections above, for `python -m PACKAGE STAGE`.\n")
     for package in PACKAGES:
         stages = stages_of(package)
         for command, stage in stages.items():
-            name = f"python -m {package}" + (f" {command}" if len(stages) > 1 else "")
+            name = f"python -m {package}" + (f" {command}" if command != package else "")
             lines += alone(name, stage.config, titles)
     return "\n".join(lines)
 
 
 def alone(name: str, config: type[StageConfig], titles: dict[type[BaseModel], str]) -> Iterator[str]:
     """The keys of a stage that no section has."""
-    shared = [base for base in config.__mro__ if base in titles]
     yield f"### {name}\n"
     yield f"{first_line(config)}\n"
-    if shared:
-        yield "All keys of " + ", ".join(link(titles[base]) for base in shared[:1]) + ", and:\n"
-    yield from table(config, titles, without={key for base in shared for key in base.model_fields})
+    yield from keys(config, titles)
+
+
+def keys(model: type[BaseModel], titles: dict[type[BaseModel], str]) -> Iterator[str]:
+    """The keys of a model; those that it has from another section as a link to that."""
+    shared = next((base for base in model.__mro__[1:] if base in titles), None)
+    if shared is None:
+        yield from table(model, titles)
+        return
+    same = {key for key, field in shared.model_fields.items() if repr(model.model_fields[key]) == repr(field)}
+    yield f"All keys of {link(titles[shared])}, and:\n"
+    yield from table(model, titles, without=same)
 
 
 def found_places(model: type[BaseModel]) -> dict[type[BaseModel], list[str]]:
