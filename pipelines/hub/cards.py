@@ -1,5 +1,6 @@
 """The cards (README.md) of what is pushed, written from the manifests. They hold no path of this machine, no time."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,8 @@ from pipelines.text import plural
 
 IN_CACHE = re.compile(r"/(?:models|datasets)--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(?:/|$)")
 """Where the Hub's client keeps what it has downloaded."""
+MARK = "\n<!-- Written by Ratchet. A card that is changed stays as it is then. "
+"""Before the digest of a card, by which it is known that nobody has changed it."""
 LIMITS = """\
 - The figures are those of the scorers above on held-out prompts. The score `reward` is also what the policy was trained
   to raise: it can rise without the answers getting better. Read answers before you believe it.
@@ -237,7 +240,17 @@ def _number(value: Any) -> str:
 
 def _card(meta: dict[str, Any], parts: list[str]) -> str:
     text = "\n\n".join(parts)
-    return f"---\n{yaml_text.dump(meta)}---\n\n{text}\n"
+    return _signed(f"---\n{yaml_text.dump(meta)}---\n\n{text}\n")
+
+
+def is_own(card: str) -> bool:
+    """Whether a card is as it was written here, by whatever version: nobody has changed it since."""
+    body, mark, _ = card.rpartition(MARK)
+    return bool(mark) and card == _signed(body)
+
+
+def _signed(body: str) -> str:
+    return f"{body}{MARK}{hashlib.sha256(body.encode()).hexdigest()[:16]} -->\n"
 
 
 def _list(items: Iterable[str]) -> str:

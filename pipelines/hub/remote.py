@@ -21,6 +21,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from contracts.errors import TransientError
+from pipelines.hub.cards import is_own
 from pipelines.hub.parcels import README, REPORT_FOLDER, Item, Kind, Parcel
 
 OWN_FILES = {".gitattributes", README}
@@ -79,7 +80,6 @@ class Remote:
                 )
             return tagged, True
         ours = set(head.tags.values())
-        base = _newest_before(parcel, head)
         if later := [number for number in _iterations(head) if number > parcel.iteration]:
             raise RefusedError(
                 f"{self.repo} has iteration-{later[0]} already, and {parcel.tag} would come after it. Name another "
@@ -90,8 +90,7 @@ class Remote:
                 break
             if commit.title == parcel.title and self.holds(parcel, commit.commit_id):
                 return commit.commit_id, False
-        if base is None:
-            self.require_ours(head)
+        self.require_ours(head)
         return None, False
 
     def require_ours(self, head: Head) -> None:
@@ -132,17 +131,14 @@ class Remote:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             content = parcel.content
             items = [*content.items, *content.make(Path(folder))]
-            if not self._card_is_theirs(parcel, head, tree):
+            if README not in tree or self._has_own_card(head.commit, Path(folder)):
                 items.append(Item(README, content.card.encode()))
             return self._send(items, head.commit, parcel.title, [path for path in content.obsolete if path in tree])
 
-    def _card_is_theirs(self, parcel: Parcel, head: Head, tree: dict[str, RepoFile]) -> bool:
-        """Whether somebody has written into the card since the last push."""
-        base = _newest_before(parcel, head)
-        if base is None or head.commit == base or README not in tree:
-            return False
-        before = self.tree(base).get(README)
-        return before is None or before.blob_id != tree[README].blob_id
+    def _has_own_card(self, commit: str, scratch: Path) -> bool:
+        """Whether the card is one that was pushed, and nobody has written into it since."""
+        file = self._api.hf_hub_download(**self._place, filename=README, revision=commit, local_dir=scratch)
+        return is_own(Path(file).read_text(encoding="utf-8", errors="replace"))
 
     def _send(self, items: list[Item], parent: str, title: str, gone: list[str]) -> str:
         operations: list[Any] = [CommitOperationDelete(path) for path in gone]
@@ -167,12 +163,6 @@ class Remote:
         ours = {item.path for item in items}
         gone = [path for path in tree if path.startswith(f"{REPORT_FOLDER}/") and path not in ours]
         return self._send(items, head.commit, title, gone)
-
-
-def _newest_before(parcel: Parcel, head: Head) -> str | None:
-    """The commit of the latest iteration before a parcel's that is on the Hub."""
-    before = [number for number in _iterations(head) if number < parcel.iteration]
-    return head.tags[f"iteration-{before[-1]}"] if before else None
 
 
 def _iterations(head: Head) -> list[int]:

@@ -48,10 +48,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
     with HubDouble() as double:
         for name, value in double.variables.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(constants, "ENDPOINT", double.endpoint)
+        point_at(double, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(failures, "FIRST_PAUSE", 0.02)
         yield double
+
+
+def point_at(double: HubDouble, patch: pytest.MonkeyPatch) -> None:
+    """Have this process take a double for the Hub."""
+    patch.setattr(constants, "ENDPOINT", double.endpoint)
+    template = f"{double.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +195,7 @@ def test_faults_leave_no_trace(name: str, hub: HubDouble, run: Path) -> None:
 def main_elsewhere(other: HubDouble, run: Path) -> int:
     """Push a run to another double, where nothing goes wrong."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", other.endpoint)
+        point_at(other, patch)
         copy = run.parent.parent / "other" / run.name
         shutil.copytree(run, copy)
         (copy / "events.jsonl").unlink(missing_ok=True)
@@ -213,6 +220,22 @@ def test_stale_parent(hub: HubDouble, run: Path) -> None:
     assert tree["README.md"].data == b"my own words", "the card was overwritten"
     titles = [commit.title for commit in repo.log()]
     assert titles[:3] == ["handmade, iteration 2: checkpoint", "notes", "handmade, iteration 1: checkpoint"]
+
+
+def test_a_card_that_people_have_written_stays(hub: HubDouble, run: Path) -> None:
+    """That of a repo made by hand, and one that was changed, also over several iterations; ours is renewed."""
+    theirs = b"---\nlicense: mit\n---\nAbout my model.\n"
+    hub.create("alice/by-hand", README__md=theirs)
+    assert main(["push", str(run), "hub.model=alice/by-hand"]) == 0
+    assert hub.repo("alice/by-hand").tree("iteration-2")["README.md"].data == theirs
+    assert main(["push", str(run), "--iteration", "1"]) == 0
+    repo = hub.repo(MODEL)
+    first = repo.tree()["README.md"].data
+    assert b"iteration 1" in first
+    with_words = first.replace(b"## Limits", b"It is rude.\n\n## Limits")
+    repo.commit("main", repo.branches["main"], "words", "", {**repo.tree(), "README.md": Blob(with_words)})
+    assert main(["push", str(run)]) == 0
+    assert repo.tree("iteration-2")["README.md"].data == with_words
 
 
 def test_foreign_repo_is_refused(hub: HubDouble, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -451,7 +474,7 @@ def test_rollouts_that_compression_has_packed(hub: HubDouble, run: Path) -> None
         compress(Artifact.open(run / "iteration-001/generation"))
         compress(Artifact.open(run / "iteration-001/reward"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(constants, "ENDPOINT", other.endpoint)
+            point_at(other, patch)
             assert main(["push", str(run), "--iteration", "1"]) == 0
         assert other.state() == hub.state()
 
