@@ -89,8 +89,8 @@ class Remaining:
 
 
 def in_words(seconds: float | None) -> str:
-    """A remaining time as people say it; nothing where it is not known."""
-    if seconds is None:
+    """A remaining time as people say it; nothing where it is not known, or over."""
+    if not seconds:
         return ""
     if seconds < 90:
         return f"about {max(1, round(seconds / 10)) * 10} s left"
