@@ -17,6 +17,11 @@ from pipelines.text import plural
 
 IN_CACHE = re.compile(r"/(?:models|datasets)--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(?:/|$)")
 """Where the Hub's client keeps what it has downloaded."""
+REFERENCES = {
+    "initial": "the initial policy",
+    "previous": "the policy that gave the answers",
+    "ema": "a moving average of all policies so far",
+}
 MARK = "\n<!-- Written by Ratchet. A card that is changed stays as it is then. "
 """Before the digest of a card, by which it is known that nobody has changed it."""
 LIMITS = """\
@@ -52,6 +57,8 @@ def checkpoint_card(story: Story, repo: str, iteration: int, manifest: Manifest)
             tokenizer = AutoTokenizer.from_pretrained("{repo}", revision="iteration-{iteration}")"""),
         "## Where it comes from",
         _list(_parents(story, iteration, base, sources)),
+        "## What it was trained on",
+        _list(_trained_on(story, iteration, manifest)),
         "## How it was trained",
         _table(("setting", "value"), _settings(config)),
         *_figures(story, iteration),
@@ -183,7 +190,7 @@ def _parents(story: Story, iteration: int, base: str, sources: dict[str, str]) -
     config = story.config
     if iteration:
         before = "the initial policy" if iteration == 1 or config.start == "initial" else f"`iteration-{iteration - 1}`"
-        yield f"trained from {before}, towards the reference `{config.reference}`"
+        yield f"trained from {before}, and held close to {REFERENCES[config.reference]}"
     made = " (fine-tuned on demonstrations first)" if config.sft is not None else ""
     yield f"initial policy: {_shown(base)}{made}"
     for name, source in sources.items():
@@ -198,6 +205,37 @@ def _parents(story: Story, iteration: int, base: str, sources: dict[str, str]) -
         )
         own = config.reward_model is not None and name == "reward"
         yield f"scorer `{name}` ({scorer.kind}): {'trained in this run' if own else judge}"
+
+
+def _trained_on(story: Story, iteration: int, manifest: Manifest) -> Iterator[str]:
+    """The data of an iteration, with what its stages have found."""
+    ledger = manifest.ledger
+    if not iteration:
+        yield plural(ledger.kept, ledger.unit.removesuffix("s"))
+        return
+    for name, artifact in story.stages(iteration):
+        facts, settings = artifact.manifest.facts, artifact.manifest.key_parts["config"]
+        if name == "generation":
+            heat = ", ".join(f"{value:g}" for value in settings["temperatures"])
+            yield (
+                f"{artifact.manifest.rows:,} prompts with {settings['k']} answers each, which the policy before gave "
+                f"at temperature {heat}: {_number(facts.get('response_tokens'))} tokens"
+            )
+        elif name == "pairs":
+            margin, chosen, rejected = (
+                _number(facts.get(name)) for name in ("margin_mean", "chosen_tokens_mean", "rejected_tokens_mean")
+            )
+            yield (
+                f"{artifact.manifest.rows:,} pairs of these, chosen by `{settings['strategy']}`; mean margin {margin}, "
+                f"mean tokens {chosen} chosen and {rejected} rejected"
+            )
+        elif name == "experience":
+            yield (
+                f"{_number(facts.get('samples'))} of these answers with their rewards; mean reward "
+                f"{_number(facts.get('reward_mean'))}, KL penalty {_number(facts.get('kl_coefficient')) or 'none'}"
+            )
+    if story.config.accumulate and iteration > 1:
+        yield "and the pairs of all iterations before"
 
 
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -119,6 +119,8 @@ def test_push_checkpoints(hub: HubDouble, run: Path, template: Path, capsys: pyt
         provenance = json.loads(tree["provenance.json"].data)
         assert provenance["key"] == published.manifest.key
         texts = tree["provenance.json"].data.decode() + tree["README.md"].data.decode()
+        assert "3 prompts with 3 answers each" in texts
+        assert "3 pairs of these, chosen by `max_min`" in texts
         assert str(run.parent) not in texts
         assert str(template) not in texts, "a path of this machine"
     assert [commit.title for commit in repo.log()][:2] == [
