@@ -25,7 +25,7 @@ import msgspec
 
 from contracts import stopping, surroundings
 from contracts.artifacts import Artifact, input_damage, input_digest, is_published
-from contracts.attempt import ROLE, fail, report_metrics, report_progress, supervised
+from contracts.attempt import ATTEMPT, ROLE, fail, report_metrics, report_progress, supervised
 from contracts.config import Parser, Role, StageConfig, apply_overrides, describe, read_yaml, validate
 from contracts.declaration import Stage, load
 from contracts.errors import UserError
@@ -70,6 +70,13 @@ class Context:
     def publishes(self) -> bool:
         """Whether this process is the one that publishes; `run` needs no outcome in the others."""
         return self.rank == 0 and self.role in (None, "publisher")
+
+    @property
+    def traces(self) -> Path:
+        """Folder for profiler traces: in the attempt's directory, or beside the output of a stage that is run by hand.
+        They are never published."""
+        attempt, target = os.environ.get(ATTEMPT), self.publication.target
+        return Path(attempt, "traces") if attempt else target.with_name(f"{target.name}.traces")
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:

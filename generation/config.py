@@ -1,9 +1,9 @@
 """Config of the generation stage."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from contracts.config import Section, StageConfig, identity, input_path, runtime
 from contracts.template import ChatFields
@@ -53,6 +53,9 @@ class GenerationSettings(Section):
     servers: int = runtime(0, ge=0)
     """OpenAI-compatible vLLM servers to start instead of in-process engines; 0: in-process. A server batches requests
     as they arrive, so the last bits of its log-probabilities can differ from one run to the next."""
+    profile_shards: list[Annotated[int, Field(ge=0)]] = runtime([])
+    """Shards, counted from 0, of whose sampling the engine writes a trace of torch's profiler: docs/hooks.md. A shard
+    that was sampled before has none."""
     startup_seconds: float = runtime(600.0, gt=0)
     """Seconds that a server may take to become healthy."""
     memory_utilization: float = runtime(0.9, gt=0, le=1)

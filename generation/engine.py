@@ -5,6 +5,7 @@ The config key `engine` selects one; the published records are the same.
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +48,8 @@ class EngineSettings(msgspec.Struct, frozen=True):
     on_gpu: bool
     log: Path
     """Log file of a server."""
+    traces: Path | None = None
+    """Folder for traces, where any are wanted."""
 
 
 class SamplingEngine(Protocol):
@@ -57,6 +60,11 @@ class SamplingEngine(Protocol):
 
         Results do not depend on earlier batches of this engine. `batch` is a name, unique within this engine.
         """
+        ...
+
+    def profile(self, name: str) -> AbstractContextManager[None]:
+        """Write a trace of what is sampled inside into the settings' folder for traces, in files whose names begin
+        with `name`."""
         ...
 
     def close(self) -> None:

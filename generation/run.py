@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -55,7 +56,9 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
             def make(name: str) -> None:
                 shard = by_name[name]
                 start = time.perf_counter()
-                rows, ledger, faults = sample_shard(shard, engine, tokenizer, config, fingerprint)
+                chosen = int(Path(name).stem.rpartition("-")[2]) in config.profile_shards
+                with engine.profile(Path(name).stem) if chosen else contextlib.nullcontext():
+                    rows, ledger, faults = sample_shard(shard, engine, tokenizer, config, fingerprint)
                 sampled = time.perf_counter()
                 write_jsonl(context.publication.scratch(name), rows)
                 seconds = {**load, "compute": sampled - start, "save": time.perf_counter() - sampled}
@@ -118,6 +121,7 @@ def _settings(
         dtype=resolve_dtype(config.dtype, on_gpu=on_gpu, sampled=config.policy),
         on_gpu=on_gpu,
         log=context.publication.directory / "state" / f"server-{context.rank}.log",
+        traces=context.traces if config.profile_shards else None,
     )
 
 

@@ -6,16 +6,19 @@ last bits of the model's logits.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from contracts.attempt import beat
+from contracts.files import process_name
 from contracts.records import Sampling
 from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, GenerationRequest
 from modeling.loading import load_causal
+from modeling.tracing import traced
 
 
 class TransformersEngine:
@@ -29,6 +32,7 @@ class TransformersEngine:
         self._stop_ids = torch.tensor(settings.stop_ids, device=self._device)
         self._processed = config.logprob_mode == "processed"
         self._batch_size = config.max_num_seqs
+        self._traces = settings.traces
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerationRequest], batch: str) -> list[list[Answer]]:
@@ -81,6 +85,11 @@ class TransformersEngine:
             logits_BV = self._forward(token_B[:, None], mask_BL, cache)
         for ids, values, ends, seed in zip(tokens, logprobs, stopped, seeds, strict=True):
             yield Answer(tuple(ids), tuple(values), "stop" if ends else "length", seed)
+
+    def profile(self, name: str) -> AbstractContextManager[None]:
+        """Torch's profiler."""
+        assert self._traces is not None
+        return traced(self._traces / f"{name}-{process_name()}.json.gz")
 
     def close(self) -> None:
         """Nothing to end."""

@@ -1,9 +1,10 @@
 """vLLM inside this process, and the arguments that every vLLM of this package is started with."""
 
+import contextlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,15 @@ class VllmEngine:
             detokenize=False,
         )
 
+    @contextlib.contextmanager
+    def profile(self, name: str) -> Iterator[None]:
+        """vLLM's own use of torch's profiler: a trace of each of its workers."""
+        self._llm.start_profile(profile_prefix=name)
+        try:
+            yield
+        finally:
+            self._llm.stop_profile()
+
     def close(self) -> None:
         """Nothing to end: the engine ends with this process."""
 
@@ -127,6 +137,13 @@ def engine_arguments(config: GenerationConfig, settings: EngineSettings) -> dict
         "seed": 0,
         "use_tqdm_on_load": False,
     }
+    if settings.traces is not None:
+        arguments["profiler_config"] = {
+            "profiler": "torch",
+            "torch_profiler_dir": str(settings.traces.absolute()),
+            "torch_profiler_with_stack": False,  # it would take longer than what is to be measured
+            "ignore_frontend": True,
+        }
     if config.kv_cache_mib is not None:
         arguments["kv_cache_memory_bytes"] = config.kv_cache_mib << 20
     elif settings.on_gpu:

@@ -1,6 +1,8 @@
 """vLLM behind its OpenAI-compatible server: one server of our own, for this process alone."""
 
 import asyncio
+import contextlib
+import json
 import os
 import secrets
 import socket
@@ -9,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from contracts.attempt import beat
@@ -21,6 +23,8 @@ from generation.vllm_engine import engine_arguments, set_environment
 
 LOG_TAIL_LINES = 40
 """Lines of the server's log that an error shows."""
+PROFILE_SECONDS = 600.0
+"""How long the server may take to write a trace."""
 
 
 class VllmServer:
@@ -139,6 +143,21 @@ class VllmServer:
         errors = [line for line in lines if " ERROR " in line]
         return "\n".join(errors[:LOG_TAIL_LINES] or lines[-LOG_TAIL_LINES:])
 
+    @contextlib.contextmanager
+    def profile(self, name: str) -> Iterator[None]:
+        """The same as in VllmEngine, asked for by HTTP."""
+        self._post("/start_profile", {"profile_prefix": name})
+        try:
+            yield
+        finally:
+            self._post("/stop_profile", {})
+
+    def _post(self, path: str, body: dict[str, Any]) -> None:
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self._address}{path}", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=PROFILE_SECONDS):
+            pass
+
     def close(self) -> None:
         """Stop the server and all of its processes."""
         end_groups([self._process], grace=10.0)
@@ -157,6 +176,8 @@ def _answers(choices: list[dict[str, Any]], request: GenerationRequest) -> list[
 
 
 def _flag(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        value = json.dumps(value)
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
     return f"--{name}={value}"

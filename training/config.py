@@ -1,9 +1,9 @@
 """Configs of the training stages."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from contracts.config import Section, StageConfig, identity, input_path, runtime
 from contracts.template import ChatFields
@@ -66,6 +66,9 @@ class TrainingSettings(Section):
     """Recompute activations in the backward pass: less memory, more time."""
     parallel: ParallelConfig = runtime(ParallelConfig())
     """Parallel layout: processes and how the model is distributed over them, for example {dp: 4, zero: 3}."""
+    profile_steps: list[Annotated[int, Field(ge=1)]] = runtime([])
+    """Optimizer steps, counted from 1, of which every rank writes a trace of torch's profiler, for example [3, 4]:
+    docs/hooks.md. A step that a resumed training has done already has none."""
     checkpoint_seconds: float = runtime(300.0, ge=0)
     """Seconds between saves of the training state, to resume from after a kill; 0: after every step."""
 

@@ -1,6 +1,7 @@
 """The training loop: one for every algorithm and every parallel layout."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -17,6 +18,7 @@ from contracts.seeds import derive_seed
 from contracts.stage import Context
 from modeling.packing import Packed, Packing, pack
 from modeling.rows import Row
+from modeling.tracing import traced
 from training.algorithm import Metrics, Statistics, Step, sum_by_response
 from training.batching import MicroBatchRows, count_steps, divide, global_batches
 from training.config import TrainingConfig
@@ -180,11 +182,13 @@ def train(
             step, total, peak=config.learning_rate, shape=config.schedule, warmup_ratio=config.warmup_ratio
         )
         engine.set_rate(rate)
-        metrics, decided = add_gradients(batch, step)
-        norm = engine.clip(config.max_grad_norm)
-        # DeepSpeed has already stepped here, so this check stops before the bad weights are saved.
-        _require_finite(norm, step, [rows[index].row_id for index in batch])
-        engine.step()
+        trace = context.traces / f"step-{step + 1:05d}-rank-{context.rank}.json.gz"
+        with traced(trace) if step + 1 in config.profile_steps else nullcontext():
+            metrics, decided = add_gradients(batch, step)
+            norm = engine.clip(config.max_grad_norm)
+            # DeepSpeed has already stepped here, so this check stops before the bad weights are saved.
+            _require_finite(norm, step, [rows[index].row_id for index in batch])
+            engine.step()
         # All processes must agree on saving and stopping: the flags are reduced together with the metrics.
         sums = engine.add_up({**metrics, "due": float(state.due), "stop": float(stopping.requested())})
         due, stop = sums.pop("due") > 0, sums.pop("stop") > 0

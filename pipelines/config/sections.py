@@ -156,7 +156,7 @@ class HookSettings(Section):
     function: str = runtime()
     """file.py:function or package.module:function, called as function(happening, run, **settings): what happened, as
     plain data, and the run's directory. It runs in the driver's own Python."""
-    on: list[Literal["run", "iteration", "stage", "step", "shard"]] = runtime(
+    kinds: list[Literal["run", "iteration", "stage", "step", "shard"]] = runtime(
         ["run", "iteration", "stage"], min_length=1
     )
     """What it is told: of the run (started, finished, failed, interrupted, cancelled), of every iteration whose policy

@@ -76,6 +76,8 @@ def print_logs(
         raise UserError(f"{what}. `pipeline logs {run.path} STAGE` shows the log of any stage that was started.")
     for log in logs:
         say(console, f"==> {log} <==", tail(log, lines) or "(nothing yet)")
+        if traces := [*log.parent.glob("traces/*.gz")]:
+            say(console, f"==> {plural(len(traces), 'profiler trace')} in {log.parent / 'traces'} <==")
     return logs
 
 

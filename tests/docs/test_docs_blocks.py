@@ -29,7 +29,7 @@ from pipelines.main import parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OWN_TESTS = {"algorithms.md", "extending.md"}
+OWN_TESTS = {"algorithms.md", "extending.md", "hooks.md"}
 BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>[^>]+) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 NOT_RUN = {
     "README.md": 2,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
+from annotation.config import CheckpointEvaluationConfig, EvaluationConfig, PairsConfig, ScoreConfig
 from contracts.config import StageConfig
 from contracts.declaration import stages_of
 from contracts.prompts import PromptsConfig
@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STAGES: dict[str, list[type[StageConfig]]] = {
     "contracts": [PromptsConfig],
     "generation": [GenerationConfig],
-    "annotation": [ScoreConfig, PairsConfig, EvaluationConfig],
+    "annotation": [ScoreConfig, PairsConfig, EvaluationConfig, CheckpointEvaluationConfig],
     "training": [
         SftConfig,
         RewardConfig,

@@ -110,8 +110,8 @@ def stages(told: list[dict[str, Any]], what: str) -> list[str]:
 
 def test_a_hook_is_told_everything_once_and_in_order(tmp_path: Path) -> None:
     run = HookedRun(tmp_path, iteration_001__training=["kill"])
-    run.hook("all", on=["run", "iteration", "stage", "step", "shard"])
-    run.hook("iterations", on=["iteration"])
+    run.hook("all", kinds=["run", "iteration", "stage", "step", "shard"])
+    run.hook("iterations", kinds=["iteration"])
     run.run()
     told = run.told("all")
 
@@ -152,7 +152,7 @@ def test_a_hook_is_told_everything_once_and_in_order(tmp_path: Path) -> None:
 def test_a_hook_that_is_added_later_begins_with_what_is_new(tmp_path: Path) -> None:
     run = HookedRun(tmp_path)
     run.run(0)
-    run.hook("late", on=["run", "iteration", "stage", "step"])
+    run.hook("late", kinds=["run", "iteration", "stage", "step"])
     run.run(1)
     told = run.told("late")
     assert [happening["iteration"] for happening in told if happening["kind"] == "iteration"] == [1]
@@ -178,8 +178,8 @@ def test_a_hook_that_raises_is_told_of_once_and_the_run_goes_on(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_hook_that_hangs_is_ended_after_its_grace_and_told_the_same_again(tmp_path: Path) -> None:
     run = HookedRun(tmp_path)
-    run.hook("stuck", "hang", on=["iteration"], grace_seconds=0.5)
-    run.hook("good", on=["iteration"])
+    run.hook("stuck", "hang", kinds=["iteration"], grace_seconds=0.5)
+    run.hook("good", kinds=["iteration"])
     said = run.run(0)
     assert [happening["iteration"] for happening in run.told("stuck")] == [0]
     assert [happening["iteration"] for happening in run.told("good")] == [0]
@@ -205,7 +205,7 @@ def test_a_hook_that_ends_its_process_is_told_of_and_the_run_goes_on(tmp_path: P
 def test_the_driver_killed_at_any_instant_leaves_nothing_untold_and_nothing_told_twice(tmp_path: Path) -> None:
     names = ["setup/world", "iteration-000/heldout/generation", "iteration-001/training"]
     run = HookedRun(tmp_path, "local", **{name.replace("/", "__").replace("-", "_"): ["wait"] for name in names})
-    run.hook("all", on=["iteration", "stage", "step"])
+    run.hook("all", kinds=["iteration", "stage", "step"])
     chance = random.Random(3)
     for name in names:  # every driver is killed at about the instant in which a stage publishes
         driver = subprocess.Popen([*COMMAND, "run", str(run.config), "--iters", "1"], stdout=subprocess.DEVNULL)
@@ -302,8 +302,8 @@ def test_a_hook_killed_at_any_instant_misses_nothing_and_is_told_one_thing_again
         ),
         ({"function": "raising.py:notify"}, "cannot be imported: ModuleNotFoundError: No module named 'slack'"),
         ({"function": "leaving.py:notify"}, "ended the process that imports it (exit code 3)"),
-        ({"function": "hooks.py:note", "on": ["stages"]}, "'hooks.bad.on.0' is 'stages'"),
-        ({"function": "hooks.py:note", "onn": []}, "unknown key 'hooks.bad.onn'. Did you mean 'hooks.bad.on'"),
+        ({"function": "hooks.py:note", "kinds": ["stages"]}, "'hooks.bad.kinds.0' is 'stages'"),
+        ({"function": "hooks.py:note", "kind": []}, "unknown key 'hooks.bad.kind'. Did you mean 'hooks.bad.kinds'"),
     ],
 )
 def test_a_function_that_cannot_be_called_is_told_before_the_run_starts(

@@ -49,7 +49,7 @@ class Hooks:
     def _start(self, name: str, evaluated: list[EvaluatedPolicy]) -> ReaderProcess:
         hook = self._hooks[name]
         task = HookTask(
-            name, hook.function, hook.settings, list(hook.on), str(self._run.path), hook.grace_seconds, evaluated
+            name, hook.function, hook.settings, list(hook.kinds), str(self._run.path), hook.grace_seconds, evaluated
         )
         log = self._run.path / "logs" / "hooks" / f"{name}.log"
         command = [sys.executable, "-P", "-m", "pipelines.insight.hooks"]
