@@ -187,6 +187,7 @@ def test_a_hook_that_hangs_is_ended_after_its_grace_and_told_the_same_again(tmp_
     assert error.startswith("it was not done in time and was ended")
     assert "warning: the hook stuck failed: it was not done in time" in said
     (tmp_path / "go-on").touch()
+    run.hook("stuck", "hang", kinds=["iteration"])
     run.run(0)
     assert [happening["iteration"] for happening in run.told("stuck")] == [0, 0]
     assert len(run.failures("stuck")) == 1
