@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from pipelines_smallest import pipeline, write_pretended
 
 from contracts.points import read_points
 from pipelines.config.run import RunConfig
 from pipelines.config.sections import EnvironmentsSection
-
-sys.path.append(str(Path(__file__).parents[1] / "pipelines"))
-from pipelines_smallest import pipeline, write_pretended
 
 LM_EVAL = '''
 """A stand-in for lm-eval, whose results have the form of the real one's (lm_eval/evaluator.py)."""
