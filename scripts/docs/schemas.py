@@ -17,6 +17,8 @@ FORMATS: dict[str, Any] = {
     "scores": Score,
     "pairs": Pair,
     "experience": ExperienceRow,
+    "training-log": dict[str, float],
+    "evaluation": dict[str, float | str | None],
     "manifest": Manifest,
     "released": Released,
     "events": AnyEvent,
@@ -29,6 +31,8 @@ WHAT = {
     "scores": "A line of published scores",
     "pairs": "A line of published pairs",
     "experience": "A line of published experience",
+    "training-log": "A line of a checkpoint's training-log.jsonl: one optimizer step",
+    "evaluation": "evaluation.json of a published evaluation",
     "manifest": "manifest.json of everything published",
     "released": "released.json, beside the manifest of a checkpoint whose weights were deleted",
     "events": "A line of a run's events.jsonl",
@@ -46,7 +50,7 @@ def schema(name: str) -> dict[str, Any]:
     kind = FORMATS[name]
     made = msgspec.json.schema(kind)
     records = {record.__name__: record for record in reached(kind)}
-    for title, definition in made["$defs"].items():
+    for title, definition in made.get("$defs", {}).items():
         for field, text in docstrings(records[title]).items() if title in records else ():
             if field in definition["properties"]:
                 definition["properties"][field]["description"] = " ".join(text.split())
