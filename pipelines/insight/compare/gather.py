@@ -56,10 +56,11 @@ def compare(runs: list[tuple[RunDirectory, Graph]], iteration: int | None = None
     """
     labels = _labels([run.path for run, _ in runs])
     notes: list[str] = []
+    metrics = _metrics(labels, runs)
     policies = [_policy(label, graph, iteration) for label, (_, graph) in zip(labels, runs, strict=True)]
     pairs = [(policies[0], other) for other in policies[1:]]
     paired = [found for first, second in pairs for found in _paired(first, second, notes)]
-    return Comparison(labels, _changes([run for run, _ in runs]), _metrics(labels, runs), paired, notes)
+    return Comparison(labels, _changes([run for run, _ in runs]), metrics, paired, notes)
 
 
 def _labels(paths: list[Path]) -> list[str]:

@@ -9,6 +9,10 @@ STRONG = 0.3
 GROWTH = 0.15
 """Share by which answers must have grown or shrunk to be said so."""
 
+LITTLE = 0.2
+"""Share of the gain in reward below which length has hardly brought it."""
+NOTHING = 0.02
+
 
 def length_statement(report: RunReport) -> Statement:
     """Whether the reward goes with length, and whether the policy has learnt that."""
@@ -26,7 +30,15 @@ def length_statement(report: RunReport) -> Statement:
     grew, shrank = (growth or 0.0) > GROWTH, (growth or 0.0) < -GROWTH
     preference = f"the same prompt's {'longer' if within > 0 else 'shorter'} answers score higher"
     r = f"correlation {within:+.2f} within prompts, iteration {strongest.iteration}"
-    if within >= STRONG and grew:
+    explained = _explained(report, judged, sets)
+    if (abs(within) >= STRONG and (grew or shrank)) and explained is not None and explained < LITTLE:
+        found.tone = "unclear"
+        way = "grows" if within > 0 else "falls"
+        found.answer = (
+            f"Hardly. The reward {way} with length: {preference} ({r}), and {longer}; but length explains "
+            f"{_share(explained)} of the gain."
+        )
+    elif within >= STRONG and grew:
         found.tone = "bad"
         found.answer = f"Yes, it looks like it. The reward grows with length: {preference} ({r}), and {longer}."
     elif within <= -STRONG and shrank:
@@ -50,7 +62,7 @@ def length_statement(report: RunReport) -> Statement:
             f"No sign of it. Within a prompt length and reward hardly go together (at most {within:+.2f})"
             + (f", and {longer}." if longer else ".")
         )
-    found.details = [*_length_of_pairs(sets), *_explained(report, judged, sets), *_cut_off(judged or sets)]
+    found.details = [*_length_of_pairs(sets), *_of_the_gain(explained), *_cut_off(judged or sets)]
     return found
 
 
@@ -83,22 +95,30 @@ def _longer(share: float) -> str:
     return "longer" if share > 0 else "shorter"
 
 
-def _explained(report: RunReport, judged: list[SampleSet], sets: list[SampleSet]) -> list[str]:
-    """How much of the gain longer or shorter answers would bring by themselves."""
+def _explained(report: RunReport, judged: list[SampleSet], sets: list[SampleSet]) -> float | None:
+    """The share of the gain that longer or shorter answers would bring by themselves; None where there is no gain."""
     slope = sets[-1].correlation.slope
     if len(judged) < 2 or slope is None or not judged[0].scorers:
-        return []
+        return None
     name = judged[0].scorers[0]
     first, last = judged[0].means.get(name), judged[-1].means.get(name)
     if first is None or last is None or judged[0].mean_length is None or judged[-1].mean_length is None:
-        return []
+        return None
     gain = last - first
     by_length = slope * (judged[-1].mean_length - judged[0].mean_length)
-    if gain <= 0 or by_length <= 0.02 * gain:
-        return ["The change of length explains none of the gain in reward."] if gain > 0 else []
-    return [
-        f"The change of length alone would explain {min(100.0, 100 * by_length / gain):.0f} % of the gain in reward."
-    ]
+    return None if gain <= 0 else min(1.0, max(0.0, by_length / gain))
+
+
+def _of_the_gain(explained: float | None) -> list[str]:
+    if explained is None:
+        return []
+    if explained <= NOTHING:
+        return ["The change of length explains none of the gain in reward."]
+    return [f"The change of length alone would explain {_share(explained)} of the gain in reward."]
+
+
+def _share(explained: float) -> str:
+    return "none" if explained <= NOTHING else f"{100 * explained:.0f} %"
 
 
 def _cut_off(sets: list[SampleSet]) -> list[str]:
