@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_url
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -131,14 +132,16 @@ class Remote:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             content = parcel.content
             items = [*content.items, *content.make(Path(folder))]
-            if README not in tree or self._has_own_card(head.commit, Path(folder)):
+            if README not in tree or self._has_own_card(head.commit):
                 items.append(Item(README, content.card.encode()))
             return self._send(items, head.commit, parcel.title, [path for path in content.obsolete if path in tree])
 
-    def _has_own_card(self, commit: str, scratch: Path) -> bool:
+    def _has_own_card(self, commit: str) -> bool:
         """Whether the card is one that was pushed, and nobody has written into it since."""
-        file = self._api.hf_hub_download(**self._place, filename=README, revision=commit, local_dir=scratch)
-        return is_own(Path(file).read_text(encoding="utf-8", errors="replace"))
+        url = hf_hub_url(self.repo, README, repo_type=self.kind, revision=commit)
+        answer = get_session().get(url, headers=build_hf_headers())
+        hf_raise_for_status(answer)
+        return is_own(answer.content.decode(errors="replace"))
 
     def _send(self, items: list[Item], parent: str, title: str, gone: list[str]) -> str:
         operations: list[Any] = [CommitOperationDelete(path) for path in gone]
