@@ -21,7 +21,7 @@ from contracts.stage import stage_key
 from pipelines.lineage.crosscheck import disagreements, wrong_metrics
 from pipelines.lineage.links import RUN, Index, fingerprint_of, is_superseded, links_of, model_of, run_of
 from pipelines.run import gc
-from pipelines.run.directory import RunDirectory
+from pipelines.run.directory import UNPUBLISHED, RunDirectory
 from pipelines.text import megabytes, plural, say
 
 DERIVED = (SCORES, PAIRS, EXPERIENCE)
@@ -281,8 +281,8 @@ def unpublished(run: Path) -> Iterator[Path]:
             subfolders.clear()
             continue
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        if here == run:  # logs, and the report's texts of samples, are no stage's
-            subfolders[:] = [name for name in subfolders if name != "logs" and not name.endswith(".samples")]
+        if here == run:  # as the report's texts of samples
+            subfolders[:] = [name for name in subfolders if name not in UNPUBLISHED and not name.endswith(".samples")]
         if here != run and (files or MANIFEST in subfolders):
             yield here
             subfolders.clear()

@@ -21,6 +21,8 @@ from pipelines.config.run import RunConfig
 from pipelines.run.events import FILE, Event, EventStream
 
 PINNED = "pinned"
+UNPUBLISHED = ("logs", "hooks", "tracking")
+"""Folders in a run's directory that no stage publishes."""
 COMMITS = "hub"
 """Entry of run.json: what the names of things on the Hub stand for."""
 CANCEL = "cancel"

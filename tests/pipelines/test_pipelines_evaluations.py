@@ -106,6 +106,13 @@ def test_every_policy_is_evaluated_by_a_stage_of_its_own(tmp_path: Path, pretend
     assert found == {f"eval/lm/{name}": value for name, value in metrics.items()}
     assert (point.iteration, point.global_step) == (1, 0)
     assert "measured" in (run.path / "logs/iteration-001/evaluations/lm/attempt-1/stage.log").read_text()
+    traces = run.path / "logs/iteration-001/evaluations/lm/attempt-1/traces"
+    traces.mkdir()
+    (traces / "step-00001-rank-0.json.gz").touch()
+    logs = pipeline("logs", str(run.path), "iteration-001/evaluations/lm")
+    assert f"==> 1 profiler trace in {traces} <==" in logs.stdout, logs.stderr
+    traced = pipeline("trace", str(artifact.path))
+    assert "iteration-001/training" in traced.stdout, traced.stderr
     verified = pipeline("verify", str(run.path))
     assert "evaluations/lm" not in verified.stdout, verified.stdout
 

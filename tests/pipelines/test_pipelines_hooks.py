@@ -145,6 +145,7 @@ def test_a_hook_is_told_everything_once_and_in_order(tmp_path: Path) -> None:
 
     run.run()
     assert [happening["what"] for happening in run.told("all")[len(told) :]] == ["started", "finished"]
+    assert f"{run.path}/hooks" not in pipeline("verify", str(run.path)).stdout
     assert len(run.told("iterations")) == 2
 
 
