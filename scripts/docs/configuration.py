@@ -123,7 +123,7 @@ def table(
     roles = model.roles if issubclass(model, Section) else {}
     lines = ["| key | type | default | role | meaning |", "|---|---|---|---|---|"]
     for key, field in sorted(fields.items(), key=lambda item: not item[1].is_required()):
-        text = " ".join(texts.get(key, "").split()).replace("|", "\\|")
+        text = " ".join(texts.get(key, "").split()).replace("|", "\\|").replace("**", "\\*\\*")
         role = str(roles[key]) if key in roles else ""
         lines.append(f"| `{key}` | {type_text(field, titles)} | {default_text(field)} | {role} | {text} |")
     return [*lines, ""]

@@ -1,6 +1,7 @@
 """The documentation site: what is generated is current, the build finds mistakes, and pages work from files alone."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import pytest
 from browser import Browser, NoBrowser
 
 ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LOADED = re.compile(r"<(?:script|img|iframe|link(?![^>]*canonical))[^>]+(?:src|href)=\"?https?://[^>]+>")
+"""What a page would load from another host."""
 FOCUS = """
 (() => {
   const open = document.activeElement.shadowRoot?.activeElement?.matches('input');
@@ -78,6 +82,20 @@ def test_the_build_stops_at_dead_links_and_forgotten_pages(copy: Path, tmp_path:
     assert "docs/zensical.toml names glossary.md, which is no page" in result.stderr
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lists_and_tables_are_read_alike_by_repositories_and_the_site(page: Path) -> None:
+    """Python-Markdown wants four spaces where CommonMark is content with two, and CommonMark a blank line."""
+    in_code, before, wrong = False, "", []
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        in_code ^= line.lstrip().startswith("```")
+        continues = not before and re.match(" {1,3}[^ ]", line)
+        begins_table = line.startswith("|") and before and not before.startswith("|")
+        if not in_code and (continues or begins_table):
+            wrong.append(f"line {number}: {line}")
+        before = line
+    assert wrong == []
+
+
 def test_schemas_say_every_field_in_words() -> None:
     schema = json.loads((ROOT / "docs/schemas/metrics.json").read_text())
     point = schema["$defs"]["Point"]
@@ -105,6 +123,7 @@ def test_the_site_works_without_a_server_or_a_network(tmp_path: Path, browser: B
     )
     assert built.returncode == 0, built.stdout + built.stderr
     site = tmp_path / "docs/site"
+    assert {path.name: found for path in site.rglob("*.html") if (found := LOADED.findall(path.read_text()))} == {}
     for page in ("index.html", "reference/configuration.html", "troubleshooting.html"):
         browser.call("Page.navigate", url=(site / page).as_uri())
         browser.wait(f"document.readyState === 'complete' && location.href.endsWith('{page}')")
