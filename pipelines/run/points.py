@@ -23,6 +23,9 @@ class PointStream:
         self._next = 0
         if self.path.exists():
             self._catch_up(self.path.read_bytes())
+            if self._offset and not self.known:  # of an earlier version: all of it is in the evaluations' manifests
+                self.path.unlink()
+                self._offset = 0
 
     def record(self, points: Iterable[Point]) -> None:
         """Append those that are not there yet; their places in the stream are filled in, and what is no number left
