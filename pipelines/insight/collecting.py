@@ -26,6 +26,8 @@ from pipelines.run.points import PointStream
 KEY = 12
 """Characters of the stage key that a point has."""
 SPEED = "_per_second"
+HELD_OUT = "held_out_"
+"""Beginning of the names of what a training measures when all its steps are done: a stage's metrics, not a step's."""
 OWN_EVALUATIONS = "evaluations"
 """Beginning of the roles of the user's own evaluations."""
 
@@ -84,7 +86,8 @@ class Collector:
         time = (node.output / MANIFEST).stat().st_mtime
         log = node.output / node.stage.step_log
         for line in log.read_bytes().splitlines() if log.exists() else ():  # `verify` tells of a lost one
-            metrics = msgspec.json.decode(line, type=dict[str, float])
+            found = msgspec.json.decode(line, type=dict[str, float])
+            metrics = {name: value for name, value in found.items() if not name.startswith(HELD_OUT)}  # the stage's
             yield self._point(
                 node, key, Report("step", int(metrics["step"]), round(time, 3), metrics), _renamed(node, metrics)
             )
@@ -169,7 +172,7 @@ def _published(node: Node, manifest: Manifest) -> Iterator[tuple[str, float]]:
             yield f"{group}/{name}", value
     if node.workload == "training":
         for name, value in manifest.facts.get("final", {}).items():
-            if name.startswith("held_out_"):
+            if name.startswith(HELD_OUT):
                 yield f"{group}/{name}", value
     else:
         for name, value in manifest.facts.items():

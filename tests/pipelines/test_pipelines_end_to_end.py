@@ -61,6 +61,8 @@ def test_metrics_have_every_evaluation_step_shard_and_stage_once(finished: Path,
     assert sorted((point.stage, point.unit, point.number) for point in points) == sorted(expected)
     steps = [point for point in points if any(name.startswith("train/") for name in point.metrics)]
     assert [point.global_step for point in steps] == list(range(1, len(steps) + 1))
+    held_out = [point for point in points if any("/held_out_" in name for name in point.metrics)]
+    assert [(point.stage, point.unit) for point in held_out] == [("setup/reward-model/training", "stage")]
     log = (finished / "iteration-002/training/training-log.jsonl").read_text().splitlines()
     assert json.loads(log[0])["loss"] == next(p for p in steps if p.iteration == 2).metrics["train/loss"]
 
