@@ -20,6 +20,11 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
+def printable(text: str) -> str:
+    """A text of somebody else's, whose control characters are shown instead of acting on the terminal."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
+
+
 def say(console: Console, *lines: str) -> None:
     """Print lines as they are: no markup in a path or a reason, no break but the terminal's own."""
     for start in range(0, len(lines), 1000):  # a console is slow with single lines, and with very many at once

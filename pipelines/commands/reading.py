@@ -19,7 +19,7 @@ from pipelines.insight.compare.gather import compare
 from pipelines.insight.compare.page import render_comparison
 from pipelines.insight.report.command import report
 from pipelines.insight.report.view import PORT, view
-from pipelines.insight.runs import print_runs, runs_below, summary
+from pipelines.insight.runs import print_runs, summaries
 from pipelines.insight.status import print_status, status_data
 from pipelines.insight.watch import follow_logs, print_logs
 from pipelines.lineage.trace import print_trace
@@ -35,7 +35,7 @@ from pipelines.lineage.verify import print_verification
 )
 def _runs(options: argparse.Namespace) -> None:
     if options.json:
-        print(json.dumps([summary(path) for path in runs_below(options.directory)], indent=1))
+        print(json.dumps(list(summaries(options.directory)), indent=1))
     else:
         print_runs(make_console(), options.directory)
 

@@ -174,7 +174,8 @@ def _fork(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> int:
     points = grid(options.overrides)
     console = make_console(stderr=options.json)
-    base = load_run_config(options.config, [])
+    for point in points:  # every mistake before the first run
+        base = load_run_config(options.config, point.overrides)
     folder = base.directory / f"{base.name}-sweep"
     done: list[Path] = []
     worst = 0

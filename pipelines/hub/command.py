@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING
 
 from contracts.config import apply_overrides, validate
@@ -28,6 +29,7 @@ def push_command(options: argparse.Namespace) -> int:
         if not options.json:
             print(line_of(news), flush=True)
 
+    pusher.trouble = lambda failure: print(failure.text, file=sys.stderr, flush=True)
     if options.dry_run:
         for news in pusher.plan(only=options.iteration):
             tell(news)

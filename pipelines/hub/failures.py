@@ -54,6 +54,7 @@ def persistently(
     repo: str,
     patience: Callable[[], float],
     tell: Callable[[Failure], object] = lambda failure: None,
+    at_once: Callable[[Failure], object] = lambda failure: None,
 ) -> T:
     """Do something that can be repeated, until it is done.
 
@@ -61,11 +62,12 @@ def persistently(
         action: looks first at what is there already.
         patience: seconds to try it again in, while it may still succeed; asked again each time.
         tell: is told of trouble that does not pass at once.
+        at_once: is told of the first trouble.
 
     Raises:
         PushError: it failed for good, or the patience has run out.
     """
-    start, pause = time.monotonic(), FIRST_PAUSE
+    start, pause, is_first = time.monotonic(), FIRST_PAUSE, True
     while True:
         try:
             return action()
@@ -74,6 +76,9 @@ def persistently(
             wait = max(failure.pause, pause * random.uniform(0.5, 1.0))
             if failure.lasts or time.monotonic() + wait - start > patience():
                 raise PushError(failure) from error
+        if is_first:
+            at_once(failure)
+            is_first = False
         if time.monotonic() - start > TOLD_AFTER:
             tell(failure)
         time.sleep(wait)

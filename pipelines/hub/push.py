@@ -10,12 +10,14 @@ from typing import Any, Literal
 from contracts.errors import UserError
 from contracts.locks import locked, try_lock
 from pipelines.config.sections import HubSection
-from pipelines.hub.failures import PushError, persistently
+from pipelines.hub.failures import Failure, PushError, persistently
 from pipelines.hub.parcels import LOG, REPORT, Kind, Parcel, parcels, report_files
 from pipelines.hub.remote import Remote
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, HubPushed, HubPushFailed, on_hub
 
+PLAN_SECONDS = 10.0
+"""How long `--dry-run` asks a Hub that does not answer."""
 SCRATCH = ".hub"
 """Directory in a run's with what is made only to be pushed, and the lock of who pushes."""
 
@@ -43,6 +45,8 @@ class Pusher:
 
     def __init__(self, run: RunDirectory, section: HubSection, patience: Callable[[], float] | None = None) -> None:
         """`patience` is how many seconds to try something again; by default, as the section says."""
+        self.trouble: Callable[[Failure], object] = lambda failure: None
+        """Is told at once of what is tried again, by whoever waits for it."""
         self.run = run
         self.section = section
         self.patience = patience or (lambda: section.patience_seconds)
@@ -95,7 +99,7 @@ class Pusher:
         remote = Remote(repo, kind)
         try:
             title = f"{self.run.path.name}: report"
-            commit = persistently(lambda: remote.push_report(files, title), repo, self.patience)
+            commit = persistently(lambda: remote.push_report(files, title), repo, self.patience, at_once=self.trouble)
         except PushError as error:
             yield self._told(Pushed(repo, kind, REPORT, "failed", error=str(error), lasts=error.failure.lasts))
             return
@@ -117,6 +121,7 @@ class Pusher:
                 parcel.repo,
                 self.patience,
                 lambda failure: self._told(Pushed(*place, "failed", error=failure.text)),
+                self.trouble,
             )
         except PushError as error:
             return self._told(Pushed(*place, "failed", error=str(error), lasts=error.failure.lasts))
@@ -131,7 +136,7 @@ class Pusher:
 
         place = (parcel.repo, parcel.kind, parcel.tag)
         try:
-            commit = persistently(ask, parcel.repo, self.patience)
+            commit = persistently(ask, parcel.repo, lambda: PLAN_SECONDS, at_once=self.trouble)
         except PushError as error:
             return Pushed(*place, "failed", error=str(error), lasts=error.failure.lasts)
         return Pushed(*place, "on the Hub" if commit else "would be pushed", commit)

@@ -64,13 +64,23 @@ def summary(path: Path) -> dict[str, Any]:
     }
 
 
+def summaries(directory: Path) -> Iterator[dict[str, Any]]:
+    """Each run below a directory; of one that cannot be read, why."""
+    for path in runs_below(directory):
+        try:
+            yield summary(path)
+        except (OSError, UserError, ValueError) as error:
+            nothing = dict.fromkeys(("stages", "iteration", "metric", "value", "last"))
+            yield {"run": str(path), "state": "damaged", **nothing, "error": str(error)}
+
+
 def print_runs(console: Console, directory: Path) -> None:
     """A table of them.
 
     Raises:
         UserError: there is none.
     """
-    rows = [summary(path) for path in runs_below(directory)]
+    rows = list(summaries(directory))
     if not rows:
         raise UserError(f"there is no run below {directory}. Name a directory that holds some: pipeline runs DIRECTORY")
     table = Table("run", "state", "stages", "iteration", "latest metric", "last event")
@@ -78,6 +88,8 @@ def print_runs(console: Console, directory: Path) -> None:
         metric = "" if row["metric"] is None else f"{row['metric'].removeprefix(EVAL)} {row['value']:.3f}"
         when = "" if row["last"] is None else time.strftime("%F %H:%M", time.localtime(row["last"]))
         iteration = "" if row["iteration"] is None else str(row["iteration"])
-        table.add_row(str(relative(Path(row["run"]).absolute())), row["state"], row["stages"], iteration, metric, when)
+        table.add_row(
+            str(relative(Path(row["run"]).absolute())), row["state"], row["stages"] or "", iteration, metric, when
+        )
     console.print(table)
     say(console, "`pipeline status RUN` says more of each; `pipeline compare RUN RUN` sets them beside each other.")

@@ -28,7 +28,7 @@ from pipelines.run.events import (
     Unreadable,
     WeightsReleased,
 )
-from pipelines.text import megabytes, plural
+from pipelines.text import megabytes, plural, printable
 
 WATCHED = ("loss", "reward", "accuracy", "margin", "score_mean", "response_length", "grad_norm", "tokens_per_second")
 """Metrics of a running stage that are shown, the first ones first."""
@@ -62,13 +62,14 @@ def live_line(event: Event) -> str | None:
         case RetentionHeld():
             return f"keep   {event.reason}; nothing of it is deleted or compressed"
         case RetentionFailed():
-            return f"warning: {event.what} failed, and the run goes on: {event.error}"
+            return f"warning: {event.what} failed, and the run goes on: {printable(event.error)}"
         case ListenerFailed():
-            return f"warning: the listener {event.listener} failed and is told no more; the run goes on: {event.error}"
+            error = printable(event.error)
+            return f"warning: the listener {event.listener} failed and is told no more; the run goes on: {error}"
         case HubPushed():
             return f"pushed {event.what} to {event.repo}"
         case HubPushFailed():
-            return f"warning: {event.what} is not on the Hub yet, and the run goes on: {event.error}"
+            return f"warning: {event.what} is not on the Hub yet, and the run goes on: {printable(event.error)}"
         case TrackerFailed():
             return f"warning: {_of_tracker(event)}"
         case HookFailed():
@@ -127,9 +128,9 @@ def _notable(event: Event) -> str | None:
         case RunCancelled():
             return f"cancelled by {event.by} with `pipeline cancel`"
         case ListenerFailed():
-            return f"the listener {event.listener} failed: {event.error}"
+            return f"the listener {event.listener} failed: {printable(event.error)}"
         case HubPushFailed():
-            return f"{event.what} could not be pushed: {event.error}"
+            return f"{event.what} could not be pushed: {printable(event.error)}"
         case TrackerFailed():
             return _of_tracker(event)
         case HookFailed():
@@ -139,8 +140,8 @@ def _notable(event: Event) -> str | None:
 
 
 def _of_tracker(event: TrackerFailed) -> str:
-    return f"the tracker {event.tracker} failed, and gets what it lacks from the next command: {event.error}"
+    return f"the tracker {event.tracker} failed, and gets what it lacks from the next command: {printable(event.error)}"
 
 
 def _of_hook(event: HookFailed) -> str:
-    return f"the hook {event.hook} failed: {event.error}"
+    return f"the hook {event.hook} failed: {printable(event.error)}"

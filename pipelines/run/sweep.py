@@ -14,6 +14,8 @@ from contracts.nested import flat
 MOST = 256
 """Runs of a sweep: more are a mistake of somebody's."""
 
+PLACES = ("name", "directory")
+"""Keys that say where the runs are."""
 LONGEST = 100
 """Characters of a run's name."""
 
@@ -36,8 +38,8 @@ def grid(overrides: list[str]) -> list[GridPoint]:
     fixed: list[str] = []
     for item in overrides:
         ((key, value),) = flat(apply_overrides({}, [item])).items()
-        if isinstance(value, list) and value:
-            axes[key] = value
+        if isinstance(value, list) and value and key not in PLACES:
+            axes[key] = list({json.dumps(one): one for one in value}.values())  # each once
         else:
             fixed.append(item)
     count = math.prod(map(len, axes.values()))

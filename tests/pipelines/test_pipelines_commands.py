@@ -16,9 +16,9 @@ from pipelines.commands.declaring import COMMANDS, GROUPS, HELP
 from pipelines.execution.endings import latest_metrics
 from pipelines.graph import Graph
 from pipelines.insight.remaining import Remaining, in_words
-from pipelines.insight.wording import metrics_in_words
+from pipelines.insight.wording import metrics_in_words, notable_lines
 from pipelines.main import PARSER, main
-from pipelines.run.events import StagePublished, StageReused, StageStarted
+from pipelines.run.events import HookFailed, StagePublished, StageReused, StageStarted
 
 
 def test_the_help_has_every_command_in_a_group_and_the_exit_codes() -> None:
@@ -103,6 +103,22 @@ def test_stages_that_run_at_once_count_once(tmp_path: Path) -> None:
 )
 def test_a_remaining_time_is_not_more_exact_than_it_can_be(seconds: float | None, words: str) -> None:
     assert in_words(seconds) == words
+
+
+def test_a_damaged_run_is_one_row_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+    (tmp_path / "bad" / "events.jsonl").mkdir()
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["damaged", "new"]
+    assert main(["runs", str(tmp_path)]) == 0
+
+
+def test_what_others_have_written_does_not_act_on_the_terminal() -> None:
+    (line,) = notable_lines([HookFailed(hook="mine", error="boom \x1b[31mred\u202e", time=1.0)])
+    assert "\x1b" not in line
+    assert "boom \\x1b[31mred\\u202e" in line
 
 
 @pytest.mark.slow

@@ -118,6 +118,22 @@ def test_prompts_that_only_one_has_are_left_out_and_counted(smallest: Path, caps
     assert "20 of 30 and 20 held-out prompts" in found["notes"][0]
 
 
+def test_other_prompts_are_a_difference_and_no_comparison(
+    smallest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "so?"}\n')
+    first = judged(smallest, "first", FIRST)
+    second = judged(smallest, "second", SECOND, "one", f"prompts.heldout.source={other}")
+    for name in ("generation", "reward", "gold"):
+        for file in (second / "iteration-001/heldout" / name).glob("shard-*"):
+            file.write_text(file.read_text().replace('"prompt_id":"0', '"prompt_id":"f'))
+    found = compared(capsys, first, second)
+    assert "prompts.heldout.source" in [change["key"] for change in found["changes"]]
+    assert found["paired"] == []
+    assert "fewer than two held-out prompts in common" in found["notes"][0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

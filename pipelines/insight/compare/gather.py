@@ -14,6 +14,7 @@ from contracts.joining import scorer_of
 from contracts.manifest import MANIFEST
 from contracts.nested import flat
 from contracts.records import ROLLOUTS, SCORES, Rollout, Score
+from pipelines.config.changes import merge
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node
 from pipelines.insight.compare.data import Change, ComparedAnswers, Comparison, Paired, Series
@@ -90,6 +91,10 @@ def _inputs(node: Node) -> tuple[Artifact, dict[str, Artifact]]:
 
 
 def _paired(first: Policy, second: Policy, notes: list[str]) -> Iterator[Paired]:
+    prompts = [{row.prompt_id for row in policy.rollouts.rows(Rollout)} for policy in (first, second)]
+    if len(prompts[0] & prompts[1]) < 2:
+        notes.append(f"{first.label} and {second.label} have fewer than two held-out prompts in common.")
+        return
     for scorer in first.scores:
         if scorer not in second.scores:
             notes.append(f"{second.label} has no scorer {scorer}.")
@@ -103,8 +108,8 @@ def _paired(first: Policy, second: Policy, notes: list[str]) -> Iterator[Paired]
         ours, theirs = first.by_prompt(scorer), second.by_prompt(scorer)
         common = [prompt for prompt in ours if prompt in theirs]
         if len(common) < 2:
-            notes.append(f"{first.label} and {second.label} have fewer than two held-out prompts in common.")
-            return
+            notes.append(f"Fewer than two prompts are scored by {scorer} in both {first.label} and {second.label}.")
+            continue
         if len(common) < max(len(ours), len(theirs)):
             notes.append(
                 f"{len(common)} of {len(ours)} and {len(theirs)} held-out prompts are scored by {scorer} in both "
@@ -162,7 +167,7 @@ def _changes(runs: list[RunDirectory]) -> list[Change]:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """What decides what a run computes, with the defaults of its algorithm."""
-    found = config.select(Role.IDENTITY)
+    found = merge(config.select(Role.IDENTITY), config.select(Role.INPUT))
     settings = check_settings(config.description, config.training.settings)
     return {**found, "training": {**found["training"], "settings": settings}}
 

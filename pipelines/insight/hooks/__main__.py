@@ -52,6 +52,11 @@ def _end_after(ended: threading.Event, seconds: float) -> None:
     """End this process, and what it has started, if it hangs after the one that has started it has ended."""
     ended.wait()
     time.sleep(seconds + LATER_SECONDS)
+    print(
+        f"it did not return within {seconds:g} s after the command had ended, and was ended",
+        file=sys.stderr,
+        flush=True,
+    )
     os.killpg(0, signal.SIGKILL)
 
 

@@ -20,6 +20,7 @@ def length_statement(report: RunReport) -> Statement:
     trained = [one for one in report.sets if one.role == TRAINED_ON and one.correlation.within is not None]
     judged = [one for one in report.sets if one.role == HELD_OUT]
     sets = trained or [one for one in judged if one.correlation.within is not None]
+    scored = [one for one in judged if one.correlation.slope is not None]
     if not sets:
         found.answer, found.tone = "Not known: there are no scored answers yet.", "unclear"
         return found
@@ -30,7 +31,7 @@ def length_statement(report: RunReport) -> Statement:
     grew, shrank = (growth or 0.0) > GROWTH, (growth or 0.0) < -GROWTH
     preference = f"the same prompt's {'longer' if within > 0 else 'shorter'} answers score higher"
     r = f"correlation {within:+.2f} within prompts, iteration {strongest.iteration}"
-    explained = _explained(report, judged, sets)
+    explained = _explained(judged, scored or sets)
     if (abs(within) >= STRONG and (grew or shrank)) and explained is not None and explained < LITTLE:
         found.tone = "unclear"
         way = "grows" if within > 0 else "falls"
@@ -79,25 +80,29 @@ def _lengths(judged: list[SampleSet]) -> str:
 
 
 def _length_of_pairs(sets: list[SampleSet]) -> list[str]:
-    paired = [(one, one.pairs) for one in sets if one.pairs]
+    paired = [(one, one.pairs) for one in sets if one.pairs and one.pairs.rejected_length]
     if not paired:
         return []
-    one, pairs = paired[-1]
-    share = pairs.chosen_length / pairs.rejected_length - 1 if pairs.rejected_length else 0.0
-    verdict = "hardly another length than" if abs(share) < 0.05 else f"{100 * abs(share):.0f} % {_longer(share)} than"
-    return [
-        f"Chosen answers are {verdict} rejected ones ({pairs.chosen_length:.3g} and {pairs.rejected_length:.3g} tokens "
-        f"in iteration {one.iteration})."
-    ]
+    shares = [(one.iteration, pairs.chosen_length / pairs.rejected_length - 1) for one, pairs in paired]
+    said = [f"{_compared(share)} in iteration {iteration}" for iteration, share in [*shares[:1], *shares[1:][-1:]]]
+    return [f"Chosen answers are {', '.join(said)}, compared with rejected ones."]
+
+
+def _compared(share: float) -> str:
+    return "about as long" if abs(share) < 0.05 else f"{100 * abs(share):.0f} % {_longer(share)}"
 
 
 def _longer(share: float) -> str:
     return "longer" if share > 0 else "shorter"
 
 
-def _explained(report: RunReport, judged: list[SampleSet], sets: list[SampleSet]) -> float | None:
-    """The share of the gain that longer or shorter answers would bring by themselves; None where there is no gain."""
-    slope = sets[-1].correlation.slope
+def _explained(judged: list[SampleSet], sets: list[SampleSet]) -> float | None:
+    """The share of the gain that longer or shorter answers would bring by themselves; None where there is no gain.
+
+    What a token more brings is the mean of what it brings within the prompts of the first set and of the last one.
+    """
+    slopes = [one.correlation.slope for one in (sets[0], sets[-1])]
+    slope = None if None in slopes else sum(filter(None, slopes)) / len(slopes)
     if len(judged) < 2 or slope is None or not judged[0].scorers:
         return None
     name = judged[0].scorers[0]

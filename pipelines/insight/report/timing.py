@@ -31,14 +31,16 @@ def stage_row(node: Node, manifest: Manifest | None, events: Iterable[StageEvent
     row = StageRow(
         name=node.name, kind=node.stage.name, iteration=node.iteration, role=node.role, state="waiting"
     )  # fmt: skip
+    queued = False
     for event in events:
         if isinstance(event, StageSubmitted):
-            row.begun = event.time
+            row.begun, row.ended, queued = event.time, None, True
         elif isinstance(event, StageStarted):
             row.attempts += 1
             row.state = "begun"
-            if row.begun is None or row.ended is not None:
+            if not queued:  # also after an attempt of whose end nobody was left to tell
                 row.begun, row.ended = event.time, None
+            queued = False
         elif isinstance(event, StagePublished | StageFailed):
             row.ended = event.time
             row.state = "published" if isinstance(event, StagePublished) else "failed"
