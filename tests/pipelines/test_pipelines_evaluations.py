@@ -83,6 +83,7 @@ class EvaluatedRun:
         return pipeline("run", str(self.config), "--iters", str(iterations))
 
 
+@pytest.mark.slow
 def test_every_policy_is_evaluated_by_a_stage_of_its_own(tmp_path: Path, pretended: dict[str, str]) -> None:
     run = EvaluatedRun(tmp_path)
     run.configure(
