@@ -86,7 +86,8 @@ def test_a_run_that_can_start(smallest: Path, capsys: pytest.CaptureFixture[str]
         assert expected in text
     assert lines[-1].startswith("0 errors, ")
     assert lines[-1].endswith("Nothing that would stop the run was found.")
-    assert sorted(path.name for path in smallest.parent.iterdir()) == ["rules.py", "smallest.yaml"]
+    left = {path.name for path in smallest.parent.iterdir()} - {"__pycache__"}  # of the rules that were tried
+    assert left == {"rules.py", "smallest.yaml"}
 
 
 def test_a_wrong_configuration_is_reported_as_by_run(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -396,7 +397,8 @@ def test_a_kill_leaves_nothing(smallest: Path) -> None:
         assert time.monotonic() < deadline
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) in (0, 128 + signal.SIGTERM)
-    assert sorted(path.name for path in smallest.parent.iterdir()) == ["rules.py", "smallest.yaml"]
+    left = {path.name for path in smallest.parent.iterdir()} - {"__pycache__"}  # of the rules that were tried
+    assert left == {"rules.py", "smallest.yaml"}
 
 
 # Access tokens.
