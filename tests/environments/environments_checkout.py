@@ -49,6 +49,7 @@ class Checkout:
         for name in ("generation", "annotation", "training"):
             for variant in ("cpu", "gpu"):
                 self.write_lock(f"{name}-{variant}", [f"{package}==1.0" for package in STAND_INS])
+        self.write_lock("tracking", ["wandb==1.0"])
 
     def write_lock(self, name: str, lines: list[str]) -> None:
         """Write one of the locks."""

@@ -23,7 +23,9 @@ def test_builds_what_is_missing_and_reuses_what_is_there(checkout: Checkout) -> 
     assert second.stdout.count("up to date") == 3
     assert "installing" not in second.stdout
     listing = checkout.env("list").stdout.splitlines()
-    assert [line.split()[2] for line in listing] == ["ready"] * 3
+    assert [line.split()[2] for line in listing] == ["ready"] * 3 + ["not"], (
+        "trackers are built where they are asked for"
+    )
 
 
 def test_an_environment_holds_its_lock_and_nothing_of_the_driver(checkout: Checkout) -> None:
@@ -139,7 +141,7 @@ def test_variant(checkout: Checkout, tmp_path: Path, listing: str, more: dict[st
     program.chmod(0o755)
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     result = checkout.env("list", **({"RATCHET_VARIANT": "", "PATH": path} | more))
-    assert [line.split()[1] for line in result.stdout.splitlines()] == [expected] * 3
+    assert [line.split()[1] for line in result.stdout.splitlines()] == [expected] * 4
 
 
 def test_unknown_variant(checkout: Checkout) -> None:
