@@ -67,7 +67,7 @@ class Core:
     def train(self, learning: Learning) -> list[Line]:
         """The loop of all training stages, which neither finds nor saves a state of an earlier attempt."""
         state: Any = SimpleNamespace(read=list, due=False)
-        context: Any = SimpleNamespace(progress=lambda *_: None)
+        context: Any = SimpleNamespace(progress=lambda *_: None, report_step=lambda *_: None)
         return train(self.config, context, self.engine, learning, self.packing, state)
 
 

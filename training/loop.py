@@ -1,7 +1,7 @@
 """The training loop: one for every algorithm and every parallel layout."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -182,8 +182,7 @@ def train(
             step, total, peak=config.learning_rate, shape=config.schedule, warmup_ratio=config.warmup_ratio
         )
         engine.set_rate(rate)
-        trace = context.traces / f"step-{step + 1:05d}-rank-{context.rank}.json.gz"
-        with traced(trace) if step + 1 in config.profile_steps else nullcontext():
+        with _profiled(context, step + 1) if step + 1 in config.profile_steps else nullcontext():
             metrics, decided = add_gradients(batch, step)
             norm = engine.clip(config.max_grad_norm)
             # DeepSpeed has already stepped here, so this check stops before the bad weights are saved.
@@ -203,6 +202,10 @@ def train(
         if due and step + 1 < total:  # after the last step the final checkpoint is published instead
             state.save(log)
     return log
+
+
+def _profiled(context: Context, step: int) -> AbstractContextManager[None]:
+    return traced(context.traces / f"step-{step:05d}-rank-{context.rank}.json.gz")
 
 
 def measure(
