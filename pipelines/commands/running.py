@@ -48,7 +48,7 @@ from pipelines.run.force import report_forced, resolve, set_aside
 from pipelines.run.fork import fork
 from pipelines.run.plan import plan_run
 from pipelines.run.sharing import Shared
-from pipelines.run.sweep import grid
+from pipelines.run.sweep import PLACES, grid
 from pipelines.run.verdicts import verdicts
 from pipelines.text import plural, say
 
@@ -181,16 +181,9 @@ def _sweep(options: argparse.Namespace) -> int:
     worst = 0
     for number, point in enumerate(points):
         say(console, f"run {number + 1} of {len(points)}: {folder / point.name}")
-        command = [
-            sys.executable,
-            "-m",
-            "pipelines",
-            "run",
-            options.config,
-            f"directory={folder}",
-            f"name={point.name}",
-        ]
-        command += [*point.overrides, *(f"--share={run}" for run in done)]
+        overrides = [item for item in point.overrides if item.partition("=")[0] not in PLACES]
+        command = [sys.executable, "-m", "pipelines", "run", options.config, *overrides]
+        command += [f"directory={folder}", f"name={point.name}", *(f"--share={run}" for run in done)]
         command += [] if options.iters is None else [f"--iters={options.iters}"]
         command += [f"--{name}" for name in ("plain", "quiet") if getattr(options, name)]
         code = subprocess.run(command, check=False, stdout=sys.stderr if options.json else None).returncode
