@@ -108,6 +108,7 @@ def stages(told: list[dict[str, Any]], what: str) -> list[str]:
     return [happening["stage"] for happening in told if happening["kind"] == "stage" and happening["what"] == what]
 
 
+@pytest.mark.slow
 def test_a_hook_is_told_everything_once_and_in_order(tmp_path: Path) -> None:
     run = HookedRun(tmp_path, iteration_001__training=["kill"])
     run.hook("all", kinds=["run", "iteration", "stage", "step", "shard"])
