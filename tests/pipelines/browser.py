@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -22,6 +23,7 @@ FLAGS = (
     "--remote-debugging-port=0",
 )  # fmt: skip
 SECONDS = 60.0
+INSTALL_SECONDS = 400.0
 
 
 class NoBrowser(Exception):  # noqa: N818 - what the message says is how to get one
@@ -32,7 +34,7 @@ class Browser:
     """One page of one browser."""
 
     def __init__(self) -> None:
-        command = next(filter(None, map(shutil.which, NAMES)), None)
+        command = _command() or _installed()
         if command is None:
             raise NoBrowser("there is no chromium on this machine. Debian: apt-get install -y chromium")
         self._profile = tempfile.mkdtemp(prefix="ratchet-browser-")
@@ -156,3 +158,21 @@ class Browser:
         self._process.terminate()
         self._process.wait()
         shutil.rmtree(self._profile, ignore_errors=True)
+
+
+def _command() -> str | None:
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+def _installed() -> str | None:
+    """Debian's chromium, installed where this process may, as scripts/dev-slurm.sh installs Slurm; one at a time."""
+    apt = shutil.which("apt-get")
+    if apt is None or os.geteuid() != 0:
+        return None
+    with open(apt, "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _command() is None:
+            quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+            for words in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
+                subprocess.run([apt, *words], env=quiet, check=False, capture_output=True, timeout=INSTALL_SECONDS)
+    return _command()
