@@ -18,6 +18,7 @@ import msgspec
 from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST, Manifest
 from contracts.points import REPORTS, Point, Report, decode_reports
+from contracts.tailing import whole_lines
 from pipelines.execution.attempts import decision_of
 from pipelines.graph import Graph, Node, name_of
 from pipelines.run.directory import RunDirectory
@@ -66,14 +67,10 @@ class Collector:
     def _reported(self, node: Node) -> Iterator[Point]:
         for attempt in self._run.attempts(node.name):
             for file in sorted(attempt.rglob(REPORTS)):
-                size = file.stat().st_size
                 begin = self._read.get(file, 0)
-                if size <= begin:
+                whole = whole_lines(file, begin) if file.stat().st_size > begin else b""
+                if not whole:
                     continue
-                with file.open("rb") as content:
-                    content.seek(begin)
-                    new = content.read()
-                whole = new[: new.rfind(b"\n") + 1]
                 self._read[file] = begin + len(whole)
                 decision = decision_of(attempt)
                 if decision is None:  # the logs were damaged

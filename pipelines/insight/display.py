@@ -14,6 +14,9 @@ from pipelines.insight.wording import is_good_news, live_line, metrics_in_words
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, StageFailed, StagePublished, StageReused, StageStarted
 
+LOOK_SECONDS = 1.0
+"""How often the remaining time of the table is computed anew: all stages are looked at for that."""
+
 
 class Display:
     """Tells what happens to each stage, and how far the running ones are: a reader of the run's events."""
@@ -31,6 +34,7 @@ class Display:
         self._quiet = quiet
         self._remaining = Remaining(graph, parallel)
         self._running: dict[str, StageStarted] = {}
+        self._words, self._told = "", -LOOK_SECONDS
         live = console.is_terminal and not quiet
         self._live = Live(console=console, auto_refresh=False, transient=True) if live else None
 
@@ -73,7 +77,10 @@ class Display:
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        words = in_words(self._remaining.seconds(self._shares()))
+        if time.monotonic() - self._told > LOOK_SECONDS:
+            self._told = time.monotonic()
+            self._words = in_words(self._remaining.seconds(self._shares()))
+        words = self._words
         for title in (f"{len(self._remaining.done)} of {self._total} stages", "seconds", "progress", words):
             table.add_column(title)
         for name, started in self._running.items():

@@ -63,19 +63,22 @@ class Remaining:
         running = [name for name in left if name in self.started]
         ends = [(expected[name], name) for name in running]
         heapq.heapify(ends)
-        waiting = {name: {need for need in node.needs if need in left} for name, node in left.items()}
-        ready = [name for name in left if name not in running and not waiting[name]]
+        waiting = {name: sum(need in left for need in node.needs) for name, node in left.items()}
+        dependents: dict[str, list[str]] = {}
+        for name, node in left.items():
+            for need in node.needs:
+                dependents.setdefault(need, []).append(name)
+        ready = [name for name in left if name not in self.started and not waiting[name]]
         now = 0.0
         while ends or ready:
             while ready and len(ends) < self._parallel:
                 name = ready.pop(0)
                 heapq.heappush(ends, (now + expected[name], name))
             now, ended = heapq.heappop(ends)
-            for name in left:
-                if ended in waiting[name]:
-                    waiting[name].discard(ended)
-                    if not waiting[name]:
-                        ready.append(name)
+            for name in dependents.get(ended, ()):
+                waiting[name] -= 1
+                if not waiting[name] and name not in self.started:
+                    ready.append(name)
         return now
 
     def _of_running(self, name: str, share: float | None, known: list[float] | None) -> float | None:

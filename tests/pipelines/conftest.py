@@ -5,12 +5,12 @@ import fcntl
 import json
 import os
 import subprocess
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from browser import Browser, NoBrowser
+from lacking import do_without
 from pipelines_cluster import Cluster, ClusterRefused, FakeCluster, Slurm
 from pipelines_slurm_run import digests
 from pipelines_smallest import FinishedRun, finish_smallest, pipeline, write_pretended, write_smallest
@@ -71,11 +71,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         cluster = Cluster(tmp_path_factory.mktemp("slurm") / "state")
     except ClusterRefused as refusal:
-        message = f"SLURM IS NOT TESTED: {refusal}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=1)
-        pytest.skip(message)
+        do_without(f"SLURM IS NOT TESTED: {refusal}")
     yield cluster
     cluster.end()
 
@@ -89,11 +85,7 @@ def browser() -> Iterator[Browser]:
     try:
         browser = Browser()
     except NoBrowser as missing:
-        message = f"NO PAGE IS TESTED: {missing}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=1)
-        pytest.skip(message)
+        do_without(f"NO PAGE IS TESTED: {missing}")
     yield browser
     browser.close()
 

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from contracts.errors import UserError
 from pipelines.insight.compare.data import Comparison
+from pipelines.run.metrics import judge_of
 from pipelines.text import say
 
 
@@ -15,8 +16,7 @@ def print_comparison(console: Console, found: Comparison, metric: str | None) ->
     Raises:
         UserError: no run has the metric.
     """
-    judge = "gold_reward_mean" if "gold_reward_mean" in found.metrics else "reward_mean"
-    metric = metric or judge
+    metric = metric or judge_of(found.metrics)
     if metric not in found.metrics:
         known = ", ".join(sorted(found.metrics))
         raise UserError(f"{' and '.join(found.runs)} have no metric {metric!r}. Known: {known}.")
