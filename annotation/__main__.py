@@ -1,4 +1,5 @@
-"""`python -m annotation {score,pairs,evaluate,evaluate-checkpoint,rlhflow-export,rlhflow-import,rlhflow-scores}`."""
+"""`python -m annotation {score,pairs,evaluate,evaluate-checkpoint,rlhflow-export,rlhflow-import,rlhflow-scores,
+preferences-import,preferences-scores,pairs-sample,select,select-scores}`."""
 
 import os
 import sys

@@ -1,11 +1,23 @@
 """What the stages of this package import, for the process that they are forked from (contracts/warm.py)."""
 
+import contextlib
+import importlib
+import os
+from collections.abc import Sequence
 
-def preload() -> None:
-    """Import it."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: F401
 
-    import annotation.logprobs
-    import annotation.reward_model
-    import annotation.scoring
-    import annotation.values  # noqa: F401
+def preload(libraries: Sequence[str]) -> None:
+    """Import it; the variables of vLLM come first, where that is among their libraries."""
+    if "vllm" in libraries:
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # opens no device: a fork could not open it again
+        import torch
+
+        from modeling.vllm_process import set_environment
+
+        set_environment(on_gpu=torch.cuda.is_available())
+    from modeling.preload import preload as preload_modeling
+
+    preload_modeling()
+
+    with contextlib.suppress(ImportError):  # pyarrow imports it with its first column, where it is installed
+        importlib.import_module("pandas")

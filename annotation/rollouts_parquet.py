@@ -1,11 +1,18 @@
-"""Rollouts with their scores as Parquet: `python -m annotation.rollouts_parquet ROLLOUTS TARGET [SCORER=SCORES ...]`.
+"""Rollouts with their scores as Parquet: `python -m annotation.rollouts_parquet`.
+
+Each line of stdin is a request, {"rollouts": ARTIFACT, "scores": {SCORER: ARTIFACT}, "target": FILE}. Its answer, a
+line of stdout, comes when the file is there: null, or what the user has to fix.
 
 A row is a prompt with its answers, as in the JSONL, and `scores`: of each scorer one number for each answer, null where
-it has none. What a table cannot hold, such as tools, is its JSON text, as in the Parquet file of pairs.
+it has none; where scores have parts, `score_parts` has the same of each part of each scorer. What a table cannot hold,
+such as tools, is its JSON text, as in the Parquet file of pairs.
 """
 
+import contextlib
+import importlib.abc
+import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +20,24 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from annotation.parquet import IDS, TOOLS, further_of, plain, turn_of
+from annotation.data.parquet import IDS, TOOLS, further_of, plain, turn_of
 from contracts.artifacts import Artifact
 from contracts.errors import as_user_error
 from contracts.records import ROLLOUTS, SCORES, Rollout, Score
 
 ROWS_PER_GROUP = 1_000
 _SAMPLING = {"temperature": pa.float64(), "top_p": pa.float64(), "top_k": pa.int32(), "max_tokens": pa.int32()}
+_FURTHER_SAMPLING = {
+    "min_p": pa.float64(),
+    "min_tokens": pa.int32(),
+    "repetition_penalty": pa.float64(),
+    "presence_penalty": pa.float64(),
+    "frequency_penalty": pa.float64(),
+    "stop": pa.list_(pa.string()),
+    "guided": pa.string(),
+    "thinking_tokens": pa.int32(),
+}
+"""Columns that are there only where they occur."""
 _COMPLETION = {
     "sample": pa.int32(),
     "response_ids": IDS,
@@ -27,7 +45,6 @@ _COMPLETION = {
     "finish_reason": pa.string(),
     "logprobs": pa.list_(pa.float64()),
     "seed": pa.int64(),
-    "sampling": pa.struct(_SAMPLING),
 }
 
 
@@ -43,23 +60,33 @@ def write(rollouts: Path, scores: Mapping[str, Path], target: Path) -> None:
     found = {name: _scores(path) for name, path in scores.items()}
     further: set[str] = set()
     for rollout in artifact.rows(Rollout):
-        further |= further_of(rollout)
-    schema = schema_of(further, list(found))
+        further |= further_of(rollout) | {
+            name
+            for completion in rollout.completions
+            if completion.sampling is not None
+            for name in _FURTHER_SAMPLING
+            if getattr(completion.sampling, name) is not msgspec.UNSET
+        }
+    schema = schema_of(further, list(found), {name: _parts_of(rows.values()) for name, rows in found.items()})
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
         for rows in _groups(artifact, found):
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
-def schema_of(further: set[str], scorers: list[str]) -> pa.Schema:
-    """The columns of rollouts in which `further` occurs (fields of messages, the tools), scored by these."""
+def schema_of(further: set[str], scorers: list[str], parts: Mapping[str, Sequence[str]] | None = None) -> pa.Schema:
+    """The columns of rollouts in which `further` occurs (fields of messages and of sampling, the tools), scored by
+    these, whose scores are made of `parts`."""
+    sampling = {**_SAMPLING, **{name: held for name, held in _FURTHER_SAMPLING.items() if name in further}}
     tools = {TOOLS: pa.string()} if TOOLS in further else {}
-    lists = {name: pa.list_(pa.float64()) for name in scorers}
+    numbers = pa.list_(pa.float64())
+    lists = dict.fromkeys(scorers, numbers)
+    made_of = {name: pa.struct(dict.fromkeys(own, numbers)) for name, own in (parts or {}).items() if own}
     return pa.schema(
         {
             "prompt_id": pa.string(),
             "messages": pa.list_(turn_of(further)),
             "prompt_ids": IDS,
-            "completions": pa.list_(pa.struct(_COMPLETION)),
+            "completions": pa.list_(pa.struct({**_COMPLETION, "sampling": pa.struct(sampling)})),
             "policy": pa.string(),
             "iteration": pa.int32(),
             "logprob_mode": pa.string(),
@@ -67,16 +94,26 @@ def schema_of(further: set[str], scorers: list[str]) -> pa.Schema:
             "tags": pa.list_(pa.string()),
             **tools,
             **({"scores": pa.struct(lists)} if lists else {}),
+            **({"score_parts": pa.struct(made_of)} if made_of else {}),
         }
     )
 
 
-def _groups(artifact: Artifact, scores: dict[str, dict[tuple[str, int], float]]) -> Iterator[list[dict[str, Any]]]:
+Scores = Mapping[tuple[str, int], Score]
+"""By prompt and sample."""
+
+
+def _groups(artifact: Artifact, scores: Mapping[str, Scores]) -> Iterator[list[dict[str, Any]]]:
+    parts = {name: _parts_of(found.values()) for name, found in scores.items()}
     rows = []
     for rollout in artifact.rows(Rollout):
         row = plain(msgspec.to_builtins(rollout))
         keys = [(rollout.prompt_id, completion.sample) for completion in rollout.completions]
-        row["scores"] = {name: [found.get(key) for key in keys] for name, found in scores.items()}
+        own = {name: [found.get(key) for key in keys] for name, found in scores.items()}
+        row["scores"] = {name: [None if one is None else one.score for one in found] for name, found in own.items()}
+        row["score_parts"] = {
+            name: {part: [_part(one, part) for one in found] for part in parts[name]} for name, found in own.items()
+        }
         rows.append(row)
         if len(rows) == ROWS_PER_GROUP:
             yield rows
@@ -85,22 +122,43 @@ def _groups(artifact: Artifact, scores: dict[str, dict[tuple[str, int], float]])
         yield rows
 
 
-def _scores(path: Path) -> dict[tuple[str, int], float]:
-    return {(row.prompt_id, row.sample): row.score for row in Artifact.open(path, SCORES).rows(Score)}
+def _scores(path: Path) -> Scores:
+    return {(row.prompt_id, row.sample): row for row in Artifact.open(path, SCORES).rows(Score)}
 
 
-def _main(rollouts: str, target: str, *scores: str) -> int:
-    try:
-        named = (text.partition("=") for text in scores)
-        write(Path(rollouts), {name: Path(path) for name, _, path in named}, Path(target))
-    except Exception as error:
-        mistake = as_user_error(error)
-        if mistake is None:
-            raise
-        print(mistake, file=sys.stderr)
-        return mistake.exit_code
-    return 0
+def _parts_of(scores: Iterable[Score]) -> list[str]:
+    return sorted({name for score in scores if score.parts is not msgspec.UNSET for name in score.parts})
+
+
+def _part(score: Score | None, name: str) -> float | None:
+    return None if score is None or score.parts is msgspec.UNSET else score.parts.get(name)
+
+
+class WithoutPandas(importlib.abc.MetaPathFinder):
+    """Hides pandas, which pyarrow would import to see whether a list of rows is one of its tables."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: object = None) -> None:
+        """Refuse it."""
+        if name == "pandas":
+            raise ModuleNotFoundError("pandas is not needed here", name=name)
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    sys.meta_path.insert(0, WithoutPandas())
+    for line in sys.stdin:
+        request = json.loads(line)
+        scores = {name: Path(path) for name, path in request["scores"].items()}
+        answer = None
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                write(Path(request["rollouts"]), scores, Path(request["target"]))
+        except Exception as error:
+            answer = as_user_error(error)
+            if answer is None:
+                raise
+        print(json.dumps(None if answer is None else str(answer)), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))
+    main()

@@ -1,174 +1,113 @@
 """The score stage: every completion, one scorer, one shard of scores for each shard of rollouts."""
 
-import importlib
+import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
 
-from annotation.config import ScoreConfig
 from annotation.samples import Sample, Scorer
+from annotation.scorers.base import Opening, RewardScorerSettings, ScoreConfig
+from contracts import surroundings
 from contracts.artifacts import Artifact, model_fingerprint
+from contracts.declaration import load
 from contracts.errors import UserError
 from contracts.faults import FAILED, Fault, Faults
+from contracts.following import Source
 from contracts.joining import require_made_from
-from contracts.jsonl import read_jsonl
 from contracts.ledger import Ledger, merge
-from contracts.models import ModelInfo
+from contracts.mixture import SOURCE
 from contracts.records import PAIRS, ROLLOUTS, Pair, Rollout, Score
 from contracts.stage import Context, Outcome
 from contracts.workers import share_shards
 
-SCORERS = {
-    "reward_model": "annotation.reward_model:RewardModel",
-    "pairwise": "annotation.pairwise:PairwiseModel",
-    "logprobs": "annotation.logprobs:LogprobModel",
-    "values": "annotation.values:ValueModel",
-}
-"""What opens each kind that has a model; imported late, because a rule must start without torch."""
-
 
 def run(config: ScoreConfig, context: Context) -> Outcome:
     """Score the rollouts shard by shard; shards are shared among replicas and survive a kill."""
-    rollouts = Artifact.open(config.rollouts, ROLLOUTS)
+    rollouts = Source(config.rollouts, ROLLOUTS)
     wanted = _samples_in_pairs(config, rollouts)
-    open_scorer = _opener(config, context, lambda: _count(rollouts, wanted))
-    known = {**_shared_vocabulary(config, rollouts), **_opponents(config, rollouts)}
+
+    @functools.cache
+    def known() -> dict[str, str]:
+        return config.facts_of(rollouts.artifact)
+
+    @functools.cache
+    def all_samples() -> int:
+        return _count(rollouts.artifact, wanted)
+
+    config.examine()
+    if rollouts.whole:  # else it is told at the end
+        known()
 
     def open_worker() -> Callable[[str], None]:
         start = time.perf_counter()
-        seconds = {"load": 0.0}
-        scorer = open_scorer()
-        seconds["load"] = time.perf_counter() - start
+        shard = ""
+        opening = Opening(
+            context.publication.state, lambda: all_samples() if rollouts.whole else math.inf, lambda: shard
+        )
+        surroundings.importing()  # what the scorer needs: of models most of what a stage imports at all
+        scorer: Scorer = load(config.opened_by)(config, opening)
+        surroundings.imported()
+        seconds = {"load": time.perf_counter() - start}
 
         def make(name: str) -> None:
-            start = time.perf_counter()
+            nonlocal shard
+            start, shard = time.perf_counter(), name
             samples = _read_samples(rollouts, name, wanted)
             scores, ledger, faults = _judge(config, scorer, samples)
             seconds["compute"] = time.perf_counter() - start
+            if "wait" in context.seconds:  # also where another process publishes
+                seconds["wait"] = context.seconds.pop("wait")
             total = math.fsum(score.score for score in scores)
             facts = {**scorer.facts, "counts": scorer.counts, "score_sum": total, **faults.facts()}
+            if unread := getattr(scorer, "unread", ""):
+                facts["unread"] = unread
+            if parts := {**_sums_of_parts(scores), **_sums_of_sources(samples, scores)}:
+                facts["part_sums"] = parts
             if scores:
                 speed = len(samples) / max(seconds["compute"], 1e-9)
                 context.report_shard(name, {"score_mean": total / len(scores), "samples_per_second": speed})
             context.publication.write_rows(name, scores, ledger, seconds=dict(seconds), facts=facts)
-            seconds["load"] = 0.0
+            seconds.clear()
 
         return make
 
-    sizes = {file.path: file.bytes for file in rollouts.manifest.files}
-    largest_first = sorted(rollouts.shards, key=lambda shard: (-sizes[shard.name], shard.name))
-    shards = [shard.name for shard in largest_first]
-    replicas = 1 if config.kind == "rule" else config.replicas  # its function runs in processes of its own
-    share_shards(context, shards, open_worker, replicas=replicas, devices=_devices(config, context))
-    return _outcome(config, context, known) if context.publishes else Outcome("samples")
+    replicas = config.replicas_of_shards
+    share_shards(context, rollouts, open_worker, replicas=replicas, devices=_devices(replicas, context))
+    return _outcome(config, context, known()) if context.publishes else Outcome("samples")
 
 
-def _samples_in_pairs(config: ScoreConfig, rollouts: Artifact) -> set[tuple[str, int]] | None:
+def _samples_in_pairs(config: ScoreConfig, rollouts: Source) -> set[tuple[str, int]] | None:
     """The (prompt_id, sample) keys that occur in the pairs, or None for "all"."""
     if config.pairs is None:
         return None
     pairs = Artifact.open(config.pairs, PAIRS)
-    require_made_from(rollouts, pairs)
+    require_made_from(rollouts.artifact, pairs)
     keys: set[tuple[str, int]] = set()
     for pair in pairs.rows(Pair):
         keys |= {(pair.prompt_id, pair.chosen_sample), (pair.prompt_id, pair.rejected_sample)}
     return keys
 
 
-def _opener(config: ScoreConfig, context: Context, count: Callable[[], int]) -> Callable[[], Scorer]:
-    """Check all that can be checked without loading a model, and return what opens the scorer."""
-    if config.kind == "rule":
-        from annotation.rule import Rule
-
-        return lambda: Rule(config, context.publication.state, count)
-    assert config.model is not None
-    info = ModelInfo.read(config.model)
-    if config.kind in ("logprobs", "pairwise"):
-        info.require_causal()
-    elif config.kind == "reward_model" or not info.has_value_head:
-        info.require_one_label()
-    if config.kind in ("reward_model", "pairwise"):
-        info.require_chat_template()
-    if config.max_length is not None:
-        info.require_length(config.max_length, "max_length")
-    longest = config.max_length or info.context_length
-    module, _, name = SCORERS[config.kind].partition(":")
-    return lambda: getattr(importlib.import_module(module), name)(config, longest)  # type: ignore[no-any-return]
-
-
-def _shared_vocabulary(config: ScoreConfig, rollouts: Artifact) -> dict[str, str]:
-    """For scorers that read the stored ids: the fact that their model means the same by them as the policy.
-
-    Raises:
-        UserError: it does not; or, for values, it cannot be known.
-    """
-    if config.kind not in ("logprobs", "values"):
-        return {}
-    assert config.model is not None
-    policy = rollouts.manifest.facts.get("vocabulary")
-    known = policy is not None and ModelInfo.read(config.model).has_tokenizer
-    if not known and config.kind == "logprobs":
-        return {}
-    if policy is None:
-        raise UserError(
-            f"{rollouts.path} does not say by which vocabulary its token ids are to be read (its manifest has no fact "
-            "`vocabulary`), so nobody can tell whether the critic reads them as they are meant. Generate the rollouts "
-            "again."
-        )
-    if not known:
-        raise UserError(
-            f"critic {config.model} has no tokenizer, so nobody can tell whether it reads the rollouts' token ids as "
-            "they are meant. Save the tokenizer of the model that it was made from into it, with save_pretrained."
-        )
-    from contracts.chat import ChatTokenizer
-
-    found = ChatTokenizer(config.model).vocabulary
-    if found != policy:
-        raise UserError(
-            f"{config.model} has another vocabulary ({found[:12]}) than the policy that sampled {rollouts.path} "
-            f"({policy[:12]}): the same token ids mean other text to it. Take a model of the policy's."
-        )
-    return {"vocabulary": found}
-
-
-def _opponents(config: ScoreConfig, rollouts: Artifact) -> dict[str, str]:
-    """For the kind pairwise: the fact whose answers the samples are compared with, where these are not their own.
-
-    Raises:
-        UserError: there is nothing to compare them with.
-    """
-    if config.kind != "pairwise":
-        return {}
-    if config.against is not None:
-        return {"against": Artifact.open(config.against, ROLLOUTS).manifest.digest}
-    if all(len(rollout.completions) < 2 for rollout in rollouts.rows(Rollout)):
-        raise UserError(
-            f"kind=pairwise compares the answers to a prompt with each other, but {rollouts.path} holds at most one "
-            "per prompt. Generate with k=2 or more, or set against=ROLLOUTS to compare with another policy's answers."
-        )
-    return {}
-
-
-def _devices(config: ScoreConfig, context: Context) -> int:
+def _devices(replicas: int, context: Context) -> int:
     """Accelerators per replica."""
-    if config.kind == "rule" or config.replicas == 1 or context.role is not None:
+    if replicas == 1 or context.role is not None:
         return 0
-    from annotation.loading import accelerators
+    from annotation.models.loading import accelerators
 
     available = accelerators()
-    if available and config.replicas > available:
-        raise UserError(f"replicas={config.replicas}, but only {available} devices are visible. Lower replicas.")
+    if available and replicas > available:
+        raise UserError(f"replicas={replicas}, but only {available} devices are visible. Lower replicas.")
     return 1 if available else 0
 
 
-def _read_samples(rollouts: Artifact, shard: str, wanted: set[tuple[str, int]] | None) -> list[Sample]:
+def _read_samples(rollouts: Source, shard: str, wanted: set[tuple[str, int]] | None) -> list[Sample]:
     return [
         Sample(rollout, completion)
-        for rollout in read_jsonl(rollouts.path / shard, Rollout)
+        for rollout in rollouts.rows(shard, Rollout)
         for completion in rollout.completions
         if wanted is None or (rollout.prompt_id, completion.sample) in wanted
     ]
@@ -179,6 +118,36 @@ def _count(rollouts: Artifact, wanted: set[tuple[str, int]] | None) -> int:
     if wanted is not None:
         return len(wanted)
     return sum(len(rollout.completions) for rollout in rollouts.rows(Rollout))
+
+
+def _sums_of_sources(samples: list[Sample], scores: list[Score]) -> dict[str, tuple[float, int]]:
+    """Sum and count of the scores of each set of a mixture, as `NAME/score`."""
+    sources = {
+        sample.rollout.prompt_id: tag.removeprefix(SOURCE)
+        for sample in samples
+        for tag in sample.rollout.tags
+        if tag.startswith(SOURCE)
+    }
+    found: dict[str, list[float]] = {}
+    for score in scores:
+        if (source := sources.get(score.prompt_id)) is not None:
+            found.setdefault(f"{source}/score", []).append(score.score)
+    return {name: (math.fsum(values), len(values)) for name, values in sorted(found.items())}
+
+
+def _sums_of_parts(scores: list[Score]) -> dict[str, tuple[float, int]]:
+    """Sum and count of each part that scores have, by its name."""
+    found: dict[str, list[float]] = {}
+    for score in scores:
+        for name, value in (score.parts or {}).items():
+            found.setdefault(name, []).append(value)
+    return {name: (math.fsum(values), len(values)) for name, values in sorted(found.items())}
+
+
+def _not_finite(score: Score) -> str | None:
+    """What in a score is no finite number, in words."""
+    parts = {"": score.score, **(score.parts or {})}
+    return next((f"{value} as {name or 'score'}" for name, value in parts.items() if not math.isfinite(value)), None)
 
 
 def _penalised(score: Score, penalty: float) -> Score:
@@ -193,25 +162,45 @@ def _judge(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -> tuple[
     """Scores of the samples that could be judged, and the count of the others by reason."""
     ledger = Ledger("samples")
     faults = Faults(config.fail_on_error)
+    penalty = config.missing_eos_penalty if isinstance(config, RewardScorerSettings) else None
     scores: list[Score] = []
+    reasons: list[dict[str, Any]] = []
     for sample, score in zip(samples, scorer(samples), strict=True):
-        if isinstance(score, Score) and not math.isfinite(score.score):
+        if isinstance(score, Score) and (wrong := _not_finite(score)):
             error = UserError(
-                f"scorer {config.name!r} ({config.function or config.model}) gave {score.score} for {sample}. A score "
+                f"scorer {config.name!r} ({config.shown}) gave {wrong} for {sample}. A score "
                 "must be a finite number: fix the function or the model, or try dtype=float32."
             )
             score = Fault(error)
         if isinstance(score, Fault):
             faults.add(score)
-            score = FAILED
+            why, score = f"{FAILED}: {score.error}", FAILED
+        elif isinstance(score, str):
+            why = score
         if isinstance(score, str):
             ledger.drop(score)
+            reasons.append({"prompt_id": sample.rollout.prompt_id, "sample": sample.completion.sample, "reason": why})
             continue
-        if config.missing_eos_penalty and sample.completion.finish_reason == "length":
-            score = _penalised(score, config.missing_eos_penalty)
+        if penalty and sample.completion.finish_reason == "length":
+            score = _penalised(score, penalty)
         ledger.keep()
         scores.append(score)
+    if config.reasons is not None:
+        with config.reasons.open("ab") as file:
+            file.write(b"".join(msgspec.json.encode(row) + b"\n" for row in reasons))
     return scores, ledger, faults
+
+
+def _means_of_parts(shards: Iterable[dict[str, tuple[float, int]]]) -> dict[str, float]:
+    """NAME_mean of each part, over the samples that have it, from the sums of all shards."""
+    found: dict[str, list[tuple[float, int]]] = {}
+    for sums in shards:
+        for name, entry in sums.items():
+            found.setdefault(name, []).append(entry)
+    return {
+        f"{name}_mean": math.fsum(total for total, _ in entries) / sum(count for _, count in entries)
+        for name, entries in sorted(found.items())
+    }
 
 
 def _outcome(config: ScoreConfig, context: Context, known: dict[str, Any]) -> Outcome:
@@ -224,15 +213,17 @@ def _outcome(config: ScoreConfig, context: Context, known: dict[str, Any]) -> Ou
         faults.messages += receipt.facts.get("failures", [])
     faults.require_few(ledger)
     facts |= faults.facts()
-    ledger.stop_above(config.max_dropped, f"scorer {config.name!r}", besides=FAILED)
+    fixes = config.fixes(facts.pop("unread", ""))
+    ledger.stop_above(config.max_dropped, f"scorer {config.name!r}", besides=FAILED, fixes=fixes)
     total = math.fsum(receipt.facts["score_sum"] for receipt in receipts)
     facts["score_mean"] = total / ledger.kept if ledger.kept else None
     facts.pop("score_sum", None)
+    facts |= _means_of_parts(receipt.facts.get("part_sums", {}) for receipt in receipts)
+    facts.pop("part_sums", None)
     counts: Counter[str] = Counter()
     for receipt in receipts:
         counts.update(receipt.facts.get("counts", {}))
     facts.pop("counts", None)
     facts |= counts
-    if config.kind == "pairwise":
-        facts["consistency"] = counts["consistent"] / counts["comparisons"] if counts["comparisons"] else None
-    return Outcome("samples", facts, model_fingerprint(config.model) if config.model else None)
+    facts |= config.summary(counts)
+    return Outcome("samples", facts, model_fingerprint(config.model_path) if config.model_path else None)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks import workload
 from benchmarks.side import Child
 from modeling.attention import attention_on, use_packed_attention
-from modeling.modules import TokenLogprobs, TokenValues
+from modeling.modules import SequenceScores, TokenLogprobs, TokenValues
 from modeling.packing import Packed, Packing, pack
 from modeling.rows import Response, Row, token_ids
 from training.algorithm import Answers, Pairs, Samples
@@ -127,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, measure in (("dpo", measure_dpo), ("ppo", measure_ppo)):
         report[name] = within_memory(measure, plan, device)
         show(name, report[name])
+    report["scoring"] = within_memory(measure_scoring, plan, device)
+    show("scoring", report["scoring"])
     report["trl_dpo"] = {"skipped": "--no-trl"} if options.no_trl else measure_trl(plan, device)
     if "tokens_per_second" in report["trl_dpo"]:
         report["dpo_vs_trl"] = round(report["dpo"]["tokens_per_second"] / report["trl_dpo"]["tokens_per_second"], 3)
@@ -283,6 +285,55 @@ def measure_ppo(plan: Plan, device: torch.device) -> dict[str, Any]:
     found["critic"] = Trainer(plan, TokenValues, device).measure(rows, critic_loss)
     seconds = sum(found[name]["seconds_per_step"] for name in ("actor", "critic"))
     found["tokens_per_second"] = round(found["actor"]["useful_tokens_per_step"] / seconds, 1)
+    return found
+
+
+ANSWERS = 4
+"""To each prompt, in scoring."""
+
+
+@torch.inference_mode()
+def measure_scoring(plan: Plan, device: torch.device) -> dict[str, Any]:
+    """A reward model in bf16 on the answers to prompts: in flat batches with each prompt once, and one conversation at
+    a time, as a pipeline at batch size 1 does."""
+    gc.collect()
+    made = workload.rollouts(
+        plan.shape, count=4 * ANSWERS * plan.pairs, prompt=plan.prompt, answer=plan.answer, spread=0.5, seed=0
+    )
+    groups = [made[first : first + ANSWERS] for first in range(0, len(made), ANSWERS)]
+    rows = [
+        Row(str(number), token_ids(of[0].prompt), tuple(Response(token_ids(each.response)) for each in of))
+        for number, of in enumerate(groups)
+    ]
+    flat = make(plan.shape, SequenceScores, device, "shared").to(torch.bfloat16)
+    alone = make(plan.shape, SequenceScores, device, "padded").to(torch.bfloat16)
+
+    def shared(some: list[Row]) -> list[Tensor]:
+        batches = micro_batches(some, plan.budget)
+        return [flat(pack(batch, "shared", device, attend_once=True))["scores"] for batch in batches]
+
+    def single(some: list[Row]) -> list[Tensor]:
+        return [
+            alone(pack([Row("", row.prompt, (response,))], "padded", device))["scores"].cpu()
+            for row in some
+            for response in row.responses
+        ]
+
+    found: dict[str, Any] = {"attention": attention_on(device, torch.bfloat16)}
+    for name, score in (("shared", shared), ("batch_1", single)):
+        score(rows[:1])
+        count, seconds = 0, 0.0
+        while count < len(rows) and seconds < plan.seconds / 4:
+            some = rows[count : count + plan.pairs]
+            start = time.perf_counter()
+            torch.cat(score(some)).cpu()
+            seconds += time.perf_counter() - start
+            count += len(some)
+        found[name] = {
+            "tokens_per_second": round(sum(row.tokens for row in rows[:count]) / seconds, 1),
+            "answers": sum(len(row.responses) for row in rows[:count]),
+        }
+    found["ratio"] = round(found["shared"]["tokens_per_second"] / found["batch_1"]["tokens_per_second"], 3)
     return found
 
 
@@ -519,7 +570,7 @@ def micro_batches(rows: list[Row], budget: int) -> list[list[Row]]:
 def make(shape: workload.Shape, wrap: Callable[[Any], Any], device: torch.device, packing: Packing) -> Any:
     """A model with random fp32 weights on the device, with our attention unless it is `padded`."""
     with torch.device(device):
-        model = shape.classifier(0) if wrap is TokenValues else shape.causal(0)
+        model = shape.classifier(0) if wrap in (TokenValues, SequenceScores) else shape.causal(0)
     model.eval()
     if packing != "padded":
         use_packed_attention(model)

@@ -22,8 +22,8 @@ def main(path: str) -> None:
     import numpy as np
     import torch
 
-    from annotation.logprobs import LogprobModel
-    from annotation.values import ValueModel
+    from annotation.models.logprobs import LogprobModel
+    from annotation.models.values import ValueModel
     from benchmarks.core import Core, critic_config, policy_config, watch
     from modeling.modules import TokenLogprobs, TokenValues
     from modeling.rows import Response, Row, token_ids
@@ -101,11 +101,11 @@ def _saved(model: Any, path: Path, kind: str, settings: dict[str, Any]) -> tuple
 
     The scorer keeps the critic of the beginning, where an iteration would load the newest: the work is the same.
     """
-    from annotation.config import ScoreConfig
+    from annotation.scorers import score_config
 
     model.save_pretrained(path)
     tokens = settings["micro_batch_tokens"]
-    return ScoreConfig(output=path, rollouts=path, kind=kind, model=path, batch_tokens=tokens), None  # type: ignore[arg-type]
+    return score_config(output=path, rollouts=path, kind=kind, model=path, batch_tokens=tokens), None  # type: ignore[arg-type]
 
 
 def _sample(row: workload.Rollout) -> Any:

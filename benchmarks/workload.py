@@ -106,8 +106,8 @@ def pairs(shape: Shape, *, count: int, prompt: int, answer: int, spread: float, 
     The reference values are those of a model that knows nothing, plus noise: a loss near log 2 but not equal to it.
     """
     generator = random.Random(f"pairs-{seed}")
-    prompts = _texts(generator, shape, count, prompt, spread)
-    answers = _texts(generator, shape, 2 * count, answer, spread)
+    prompts = texts_of(generator, shape, count, prompt, spread)
+    answers = texts_of(generator, shape, 2 * count, answer, spread)
     values = [generator.gauss(-len(ids) * math.log(shape.vocabulary), 2.0) for ids in answers]
     return [
         Pair(ids, answers[2 * number], answers[2 * number + 1], (values[2 * number], values[2 * number + 1]))
@@ -118,12 +118,12 @@ def pairs(shape: Shape, *, count: int, prompt: int, answer: int, spread: float, 
 def rollouts(shape: Shape, *, count: int, prompt: int, answer: int, spread: float, seed: int) -> list[Rollout]:
     """Sampled answers with lengths as in `pairs`; each ends with EOS."""
     generator = random.Random(f"rollouts-{seed}")
-    prompts = _texts(generator, shape, count, prompt, spread)
-    answers = _texts(generator, shape, count, answer, spread)
+    prompts = texts_of(generator, shape, count, prompt, spread)
+    answers = texts_of(generator, shape, count, answer, spread)
     return [Rollout(ids, [*response[:-1], 2]) for ids, response in zip(prompts, answers, strict=True)]
 
 
-def _texts(generator: random.Random, shape: Shape, count: int, median: int, spread: float) -> list[list[int]]:
+def texts_of(generator: random.Random, shape: Shape, count: int, median: int, spread: float) -> list[list[int]]:
     """Texts of random tokens, none of them special. Their lengths are evenly spaced quantiles of the distribution in a
     random order, so that every batch holds short and long texts, and as many tokens as any other."""
     quantiles = [NormalDist().inv_cdf((number + 0.5) / count) for number in range(count)]

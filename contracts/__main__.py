@@ -1,4 +1,4 @@
-"""python -m contracts prompts: import prompts from where they are."""
+"""`python -m contracts {prompts,draw}`: import prompts from where they are; draw those of an iteration."""
 
 import os
 import sys

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from contracts.errors import UserError
+from contracts.files import matches
 from contracts.fingerprint import ADAPTER, RELEASED, digest, file_sha256, weights_fingerprint
 from contracts.jsonl import COMPRESSED, open_stored, read_jsonl
 from contracts.manifest import MANIFEST, File, Manifest, Released, checked, content_digest, read_manifest
@@ -174,6 +175,8 @@ def input_digest(source: Path | str) -> str:
         return Artifact.open(path).manifest.digest
     if path.is_file():
         return file_sha256(path)
+    if found := matches(path):
+        return digest([[file.name, file_sha256(file)] for file in found])
     if not path.is_dir():
         raise UserError(f"input {path} does not exist. Give a file, a published directory, a model, or hf:ORG/NAME.")
     if (path / "config.json").is_file() and not (path / ADAPTER).is_file():

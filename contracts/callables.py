@@ -7,19 +7,34 @@ library's module; one that has such a name is named by its path.
 """
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.util
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import UserError
+from contracts import stopping
+from contracts.attempt import supervised
+from contracts.errors import UserError, as_user_error, is_transient
 from contracts.fingerprint import digest
 
-OWN_PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "tracking", "training")
+OWN_PACKAGES = (
+    "annotation",
+    "contracts",
+    "embedded",
+    "generation",
+    "modeling",
+    "pipelines",
+    "reallocation",
+    "tracking",
+    "training",
+)
 """Ratchet's own, in whose place nothing of the user's is ever taken."""
 
 
@@ -73,6 +88,49 @@ def _load_file(path: Path, what: str) -> Any:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Has what a function of the user's raises inside told as their mistake, with its place; `what` begins the message.
+
+    What may go away by itself, and a request to stop, stay what they are. The traceback is printed where that goes to a
+    log, and not on a terminal.
+
+    Raises:
+        UserError: it failed.
+    """
+    try:
+        yield
+    except stopping.Stopped:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, Exception) and (is_transient(error) or as_user_error(error)):
+            raise
+        text = f"{what}: {type(error).__name__}: {error}{place_of(error)}."
+        if supervised():
+            traceback.print_exc()
+            text += " The log has its traceback."
+        raise UserError(text) from error
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error comes from, as " (FILE, line N)": the innermost line of the user's own, where there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not _is_installed(frame.filename)]
+    return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in (own or frames)[-1:])
+
+
+def _is_installed(file: str) -> bool:
+    """Whether a file is Python's, a library's or Ratchet's."""
+    return file.startswith(("<", *_installed_folders()))
+
+
+@functools.cache
+def _installed_folders() -> tuple[str, ...]:
+    here = Path(__file__).resolve().parents[1]
+    found = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return tuple(sorted(f"{folder}/" for folder in {*found, *(str(here / name) for name in OWN_PACKAGES)}))
 
 
 def source_file(path: str) -> Path:

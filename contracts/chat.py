@@ -36,6 +36,18 @@ WAYS: tuple[dict[str, bool], ...] = ({}, {"parts": True}, {"arguments_as_text": 
 """How turns can be handed to a template (`as_template_sees`), in the order in which this is tried."""
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 """Private characters around what is to be read as text, between the template and the tokenizer."""
+SLOT, SLOT_END = "\ue0f2", "\ue0f3"
+"""The same around the number of a slot, where token ids go (`ChatTokenizer.filled`)."""
+
+
+def slot(number: int) -> str:
+    """What stands in a turn's text where token ids go that nobody's text can make."""
+    return f"{SLOT}{number}{SLOT_END}"
+
+
+def without_slots(text: str) -> str:
+    """A text of others, in which nothing can be taken for a slot."""
+    return _without(text, SLOT, SLOT_END)
 
 
 class Answered(msgspec.Struct, frozen=True):
@@ -82,7 +94,8 @@ class ChatTokenizer:
         for_answer: bool = False,
         what: str = "a conversation",
     ) -> list[int]:
-        """Token ids of a conversation; `for_answer` ends them where the assistant's answer begins.
+        """Token ids of a conversation; `for_answer` ends them where the assistant's answer begins, or, where the last
+        turn is an assistant's, behind its text, which the answer goes on from (prefill).
 
         The text of special tokens inside a turn is read as text, and counted (`counts`).
 
@@ -90,8 +103,75 @@ class ChatTokenizer:
             UserError: the template refuses the conversation, which `what` names, leaves some of it out, or begins it
                 with two BOS tokens; or a turn is a whole conversation that was rendered already.
         """
+        if for_answer and messages and messages[-1].role == "assistant":
+            return self._begun(messages, tools, what)
         safe, tools = self._safe(messages, tools)
         return self._ids(self.render(safe, tools=tools, for_answer=for_answer, what=what), what)
+
+    def filled(
+        self, messages: Sequence[Message], ids: Sequence[int], *, tools: Tools = msgspec.UNSET, what: str
+    ) -> tuple[list[int], dict[int, int]]:
+        """Token ids of a conversation with `ids` in every `slot` of its turns' texts.
+
+        What is between two slots is tokenized apart, so that nothing that a text says merges with them.
+
+        Returns:
+            The ids, and by the number of each slot where its own begin; those that the template leaves out are absent.
+
+        Raises:
+            UserError: as in `conversation`.
+        """
+        safe, tools = self._safe(messages, tools)
+        first, *others = re.split(f"{SLOT}(\\d+){SLOT_END}", self.render(safe, tools=tools, what=what))
+        found = self._encode(first)
+        begins: dict[int, int] = {}
+        for number, text in zip(others[::2], others[1::2], strict=True):
+            begins[int(number)] = len(found)
+            found += [*ids, *self._behind(text)]
+        return self._begins_once(found, what), begins
+
+    def _begun(self, messages: Sequence[Message], tools: Tools, what: str) -> list[int]:
+        """Token ids of a conversation up to the end of the answer's beginning, its last turn.
+
+        Raises:
+            UserError: as in `conversation`; or the beginning has tool calls, or a token that ends answers.
+        """
+        *before, last = messages
+        said = [last.content, *texts_in(last.reasoning_content)]
+        if last.tool_calls or not self._stops.isdisjoint(token for text in said for token in self._encode(text)):
+            held = "tool calls" if last.tool_calls else "a token that ends answers"
+            raise UserError(f"the beginning of the answer in {what} holds {held}, so no answer can go on from it.")
+        safe, tools = self._safe(before, tools)
+        prompt = self.render(safe, tools=tools, for_answer=True, what=what)
+        self.counts["begun_answers"] += 1
+        return self._ids(prompt + self._beginning(prompt, safe, last, tools, what), what)
+
+    def _beginning(self, prompt: str, before: Sequence[Message], last: Message, tools: Tools, what: str) -> str:
+        """What follows a prompt's text where the answer begins with `last`: what the template writes before such a
+        turn, and its text."""
+        bare = prompt.rstrip()
+        thinking = bare.endswith(THINK)
+        if last.content.lstrip().startswith(THINK):  # thoughts that go on: no template can say that of a turn
+            text = last.content.lstrip()
+            return text.removeprefix(THINK).removeprefix(prompt[len(bare) :]) if thinking else text
+        thoughts = "" if last.reasoning_content is msgspec.UNSET else last.reasoning_content
+        marked, said = mark(len(before)), last.content or thoughts
+        field = "content" if last.content else "reasoning_content"
+        turn: Message = msgspec.structs.replace(last, **{field: marked})
+        try:
+            full = self.render([*before, turn], tools=tools, what=what)
+        except UserError:
+            full = ""
+        if full.startswith(prompt) and marked in full:
+            lead = full[len(prompt) :].partition(marked)[0]
+            if said is thoughts or occurs(thoughts, lead):
+                return lead + said
+        elif not thoughts:
+            return said if thinking else self._lead + said
+        raise TemplateRefusedError(
+            f"the chat template of {self.path} leaves out the thoughts with which the answer in {what} begins. Write "
+            f"them into its text: {THINK}...{THINK_END}."
+        )
 
     def answered(
         self, messages: Sequence[Message], *, tools: Tools = msgspec.UNSET, what: str = "a conversation"
@@ -157,7 +237,7 @@ class ChatTokenizer:
         if place is not None:
             turn = messages[place]
             start = " ".join(turn.content.split())[:60]
-            raise UserError(
+            raise TemplateRefusedError(
                 f"the chat template of {self.path} leaves out the text of turn {place + 1} ({turn.role}: {start!r}) of "
                 f"{what}, or changes it. Use conversations that it knows how to write, or another template."
             )
@@ -165,7 +245,7 @@ class ChatTokenizer:
         tool = None if tools is msgspec.UNSET else lost_tool(tools, text)
         if call is not None or tool is not None:
             part = f"tool calls ({call!r})" if call is not None else f"tools ({tool!r})"
-            raise UserError(
+            raise TemplateRefusedError(
                 f"the chat template of {self.path} leaves out the {part} of {what}: it has no branch for them. Use a "
                 "model whose template knows tools, or data without them."
             )
@@ -225,11 +305,26 @@ class ChatTokenizer:
                 'tokenizer_config.json, or "eos_token_id" in its generation_config.json.'
             )
 
-    def text(self, response_ids: Sequence[int]) -> str:
-        """A response without its stop token and other special tokens."""
+    def following(self, text: str) -> list[int]:
+        """Token ids of a text that follows another; special tokens in it are read as such."""
+        return self._behind(text)
+
+    def text(self, response_ids: Sequence[int], behind: Sequence[int] = ()) -> str:
+        """A response without its stop token and other special tokens.
+
+        Args:
+            behind: the tokens before it, where it goes on with a text: decoders leave the first blank of a text out.
+        """
         ids = list(response_ids)
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
+        if behind:
+            known, whole = self._decoded(behind), self._decoded([*behind, *ids])
+            if whole.startswith(known):
+                return whole[len(known) :]
+        return self._decoded(ids)
+
+    def _decoded(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     # Rendering.
@@ -275,7 +370,7 @@ class ChatTokenizer:
             if not missing and not (way.get("parts") and shows_python(text)):
                 return way
             roles = " and ".join(dict.fromkeys(turns[place].role for place in missing))
-            problem = problem or UserError(
+            problem = problem or TemplateRefusedError(
                 f"the chat template of {self.path} leaves out the {roles} turn of {what}: its text is not in what the "
                 f"template renders. Use conversations without {roles} turns there (of prompts: no `system`), or a "
                 "template that writes them."
@@ -338,7 +433,9 @@ class ChatTokenizer:
     # Token ids.
 
     def _ids(self, text: str, what: str) -> list[int]:
-        ids = self._encode(text)
+        return self._begins_once(self._encode(text), what)
+
+    def _begins_once(self, ids: list[int], what: str) -> list[int]:
         begin = self.tokenizer.bos_token_id
         if begin is not None and begin not in self.stop_ids and ids[:2] == [begin, begin]:
             raise UserError(
@@ -401,6 +498,10 @@ class ChatTokenizer:
         """Tokens that steer a model: the special ones, and those that end an answer."""
         decoder = self.tokenizer.added_tokens_decoder
         return {key: token.content for key, token in decoder.items() if token.special or key in self.stop_ids}
+
+    @functools.cached_property
+    def _stops(self) -> set[int]:
+        return set(self.stop_ids)
 
     @functools.cached_property
     def _control_ids(self) -> set[int]:

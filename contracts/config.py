@@ -8,21 +8,23 @@ runtime   where and how fast: devices, batch shapes that do not change results, 
 import argparse
 import ast
 import difflib
+import functools
 import inspect
 import itertools
 import json
 import reprlib
 import textwrap
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from contracts import other_names, yaml_text
-from contracts.errors import UserError
+from contracts.errors import UserError, did_you_mean
 from contracts.nested import leaves
 from contracts.secrets import refuse_secrets
 
@@ -66,6 +68,16 @@ def _declared(field: FieldInfo) -> dict[str, Any]:
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
+IN_WORDS: dict[str, str] = {}
+"""What texts that fit a pattern are made of, by pattern."""
+
+
+def worded(pattern: str, words: str) -> str:
+    """A pattern for texts of the user's, with what it allows in words, for who is refused by it."""
+    IN_WORDS[pattern] = words
+    return pattern
+
+
 class Section(BaseModel):
     """Base of every configuration model. A subclass with an unclassified field cannot be defined."""
 
@@ -84,6 +96,11 @@ class Section(BaseModel):
             if "role" not in _declared(field):
                 raise TypeError(f"{cls.__name__}.{name} must be declared with identity(), input_path() or runtime()")
         cls.roles = {name: _declared(field)["role"] for name, field in cls.model_fields.items()}
+
+    @classmethod
+    def variants(cls) -> "Mapping[str, type[Section]]":
+        """Where the keys differ by the key `kind`: the classes that read them, by its values."""
+        return {}
 
     def select(self, role: Role) -> dict[str, Any]:
         """The fields of one role as plain data, nested sections included."""
@@ -121,6 +138,8 @@ class StageConfig(Section):
 
     stage: ClassVar[str]
     code_version: ClassVar[int]
+    further_libraries: ClassVar[tuple[str, ...]] = ()
+    """Those of `contracts.versions.FURTHER` whose versions decide its result."""
 
     output: Path = runtime()
     """Directory to publish; must not exist yet, or hold what this very configuration makes."""
@@ -133,31 +152,50 @@ class StageConfig(Section):
         """Files of the user's own code that this stage runs; their content enters the stage key."""
         return {}
 
+    def asked_servers(self) -> list[str]:
+        """Addresses of servers that this stage asks, and preflight before it."""
+        return []
+
 
 def describe(model: type[BaseModel]) -> str:
     """A configuration's first line and its keys with their meaning and default, required ones first, for --help."""
-    lines = [(model.__doc__ or model.__name__).strip().splitlines()[0]]  # `python -OO` drops docstrings
+    lines = [_first_line(model)]
     meanings = docstrings(model)
     for key, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
         default = field.get_default(call_default_factory=True)
         shown = "" if isinstance(default, BaseModel) or default == {} else f" (default {default})"
         meaning = " ".join(meanings.get(key, "").split())
         lines.append(f"  {key:<22} {meaning}{' (required)' if field.is_required() else shown}")
+    for kind, section in (model.variants() if issubclass(model, Section) else {}).items():
+        own = describe(section).splitlines()[1:]
+        lines += [f"kind={kind}: {_first_line(section)}", *(f"  {line}" for line in own if line not in lines)]
     return "\n".join(lines)
+
+
+def _first_line(model: type[BaseModel]) -> str:
+    return (model.__doc__ or model.__name__).strip().splitlines()[0]  # `python -OO` drops docstrings
+
+
+NOT_OURS = ("builtins", "msgspec", "pydantic")
+"""Packages whose classes have no keys of ours."""
 
 
 def docstrings(kind: type) -> dict[str, str]:
     """The text below each field of a config or record, from the source: read when it is to be shown, since every
     process defines configs."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if base.__module__.partition(".")[0] not in ("builtins", "msgspec", "pydantic"):
-            (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-            assert isinstance(body, ast.ClassDef)
-            for field, text in itertools.pairwise(body.body):
-                match field, text:
-                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
-                        found[name] = said
+    bases = [base for base in reversed(kind.__mro__) if base.__module__.partition(".")[0] not in NOT_OURS]
+    return {field: said for base in bases for field, said in _own_docstrings(base).items()}
+
+
+@functools.cache
+def _own_docstrings(base: type) -> dict[str, str]:
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field, text in itertools.pairwise(body.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
+                found[name] = said
     return found
 
 
@@ -223,18 +261,48 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
 def validate(model: type[M], data: dict[str, Any], source: str) -> M:
     """Build `model` from `data`, or raise one UserError that lists every mistake with its place and its fix."""
     refuse_secrets(data, source)
+    chosen = variant(model, data, source)
     try:
-        return model.model_validate(data)
+        return chosen.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(model, problem) for problem in error.errors()]
+        problems = [_explain(chosen, problem, model) for problem in error.errors()]
         raise UserError(f"{source}: " + "\n  ".join(dict.fromkeys(problems))) from error
 
 
-def _explain(model: type[BaseModel], problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
+def variant(model: type[M], data: Mapping[str, Any], source: str) -> type[M]:
+    """The class that reads `data`: `model`, or that of its variants which the key `kind` names.
+
+    Raises:
+        UserError: it names none.
+    """
+    variants: Any = model.variants() if issubclass(model, Section) else {}
+    if variants and (kind := data.get("kind")) not in variants:
+        raise UserError(f"{source}: {_no_such_kind('kind', kind, variants)}")
+    return variants[data["kind"]] if variants else model  # type: ignore[no-any-return]
+
+
+def _no_such_kind(place: str, kind: Any, known: Iterable[str]) -> str:
+    names = sorted(known)
+    if kind is None:
+        return f"{place!r} is required but not set. Known: {', '.join(names)}."
+    hint = did_you_mean(str(kind), names)
+    return f"{place!r} is {kind!r}, which does not exist.{hint} Known: {', '.join(names)}."
+
+
+def _explain(model: type[BaseModel], problem: Any, among: type[BaseModel]) -> str:
+    """A mistake in words; `among`: where `model` is a variant, the class that has them."""
+    location, tag = _untagged(model, problem["loc"])
+    place = ".".join(map(str, location))
+    if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        return _no_such_kind(f"{place}.kind", problem["ctx"].get("tag"), _kinds(model, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        *parents, last = problem["loc"]
-        known = fields_at(model, parents)
+        *parents, last = location
+        known = fields_at(model, problem["loc"][:-1])
+        kinds = _kinds(model, problem["loc"]) if tag else {}
+        if model is not among and issubclass(among, Section) and not parents:
+            (tag,), kinds = _tags(model), dict(among.variants())
+        if others := sorted(kind for kind, section in kinds.items() if last in section.model_fields):
+            return f"{place!r} is no key of kind={tag}; it is one of kind={', '.join(others)}."
         if now := next(
             (name for name, field in known.items() if last in _declared(field).get("was", "").split()), None
         ):
@@ -247,7 +315,17 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{place!r} is required but not set."
     message = problem["msg"].removeprefix("Value error, ")
-    shown = f"{place!r} is {reprlib.repr(problem['input'])}: "
+    if problem["type"] in ("model_type", "model_attributes_type") and location:
+        message = f"it is a section; its keys are {', '.join(sorted(fields_at(model, problem['loc'])))}"
+    if location[-1:] == ["[key]"]:  # a name that the user has given, of which the path has the value already
+        place = ".".join(map(str, location[:-2]))
+        is_number = problem["type"] == "int_parsing"
+        shown = f"{place}: {reprlib.repr(problem['input'])} is no {'number' if is_number else 'name'}: "
+        message = "the keys here are whole numbers" if is_number else message
+    else:
+        shown = f"{place!r} is {reprlib.repr(problem['input'])}: "
+    if problem["type"] == "string_pattern_mismatch" and (words := IN_WORDS.get(problem["ctx"]["pattern"])):
+        message = f"write {words}"
     if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # a section's own check names its keys
         shown = f"{place}: " if place else ""
     return f"{shown}{message}" + ("" if message.endswith(".") else ".")
@@ -279,23 +357,69 @@ def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any
     return list(hints)[:5]
 
 
-def fields_at(model: type[BaseModel], location: list[Any]) -> dict[str, FieldInfo]:
-    """The fields of the section at `location`, looking into unions, lists and dictionaries."""
-    candidates: list[Any] = [model]
+def fields_at(model: type[BaseModel], location: Sequence[Any]) -> dict[str, FieldInfo]:
+    """The fields of the section at `location`, looking into unions, lists and dictionaries.
+
+    The tag of a union, as pydantic puts it into a location, stands for the section that has it.
+    """
+    found: list[Any] = [model]
     for part in location:
-        found: list[Any] = []
-        for candidate in candidates:
-            for section in _models_in(candidate):
-                if part in section.model_fields:
-                    found.append(section.model_fields[part].annotation)
-                else:  # a list index, a dictionary key or the tag of a union
-                    found.append(section)
-        candidates = found
-    sections = [section for candidate in candidates for section in _models_in(candidate)]
-    return {name: field for section in sections for name, field in section.model_fields.items()}
+        found, _ = _step(found, part)
+    return {name: field for section in found if _is_model(section) for name, field in section.model_fields.items()}
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in get_args(annotation) for section in _models_in(argument)]
+def _step(candidates: list[Any], part: Any) -> tuple[list[Any], bool]:
+    """What `part` leads to from some types; and whether it is no key, but the tag of a union."""
+    inside = [annotation for candidate in candidates for annotation in _members(candidate)]
+    sections = [candidate for candidate in inside if _is_model(candidate)]
+    if tagged := [section for section in sections if len(sections) > 1 and part in _tags(section)]:
+        return tagged, True
+    found = [section.model_fields[part].annotation for section in sections if part in section.model_fields]
+    for container in inside:
+        if get_origin(container) in (dict, list) and get_args(container):
+            found.append(get_args(container)[-1])
+    return [member for annotation in found for member in _members(annotation)], False
+
+
+def _members(annotation: Any) -> list[Any]:
+    """A type, or those of a union."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for argument in get_args(annotation) for member in _members(argument)]
+    return [annotation]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _tags(section: type[BaseModel]) -> tuple[str, ...]:
+    """The values of its field `kind`, by which a union chooses it."""
+    kind = section.model_fields.get("kind")
+    return get_args(kind.annotation) if kind is not None and get_origin(kind.annotation) is Literal else ()
+
+
+def _untagged(model: type[BaseModel], location: Sequence[Any]) -> tuple[list[Any], str]:
+    """A location as the user has written it, and the last tag that was in it."""
+    found: list[Any] = [model]
+    written, tag = [], ""
+    for part in location:
+        found, is_tag = _step(found, part)
+        if is_tag:
+            tag = part
+        else:
+            written.append(part)
+    return written, tag
+
+
+def _kinds(model: type[BaseModel], location: Sequence[Any]) -> dict[str, type[BaseModel]]:
+    """The sections of the union on the way to `location`, by their tags."""
+    found: list[Any] = [model]
+    union: list[Any] = []
+    for part in location:
+        before = found
+        found, is_tag = _step(found, part)
+        union = before if is_tag else union
+    sections = [section for section in union or found if _is_model(section)]
+    return {tag: section for section in sections for tag in _tags(section)}

@@ -4,9 +4,10 @@ parts, tools and their calls. What cannot be read is refused with its place; not
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from contracts.errors import UserError
@@ -73,6 +74,21 @@ def read_transcript(text: str) -> tuple[Message, ...]:
         for speaker, words in zip(pieces[::2], pieces[1::2], strict=True)
     ]
     return tuple(turns[:-1] if turns[-1] == Message("assistant", "") else turns)
+
+
+def with_answer(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
+    """A conversation and an answer to it. Where the answer had begun (the last turn is an assistant's), it goes on
+    there, and both are one turn."""
+    *before, last = messages
+    if last.role != "assistant":
+        return (*messages, Message("assistant", text))
+    return (*before, msgspec.structs.replace(last, content=last.content + text))
+
+
+def without_beginning(messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
+    """A conversation without the beginning of the answer, and that; "" where it has not begun."""
+    begun = bool(messages) and messages[-1].role == "assistant"
+    return (messages[:-1], messages[-1].content) if begun else (messages, "")
 
 
 def read_tools(value: Any, place: str) -> JsonObjects | UnsetType:

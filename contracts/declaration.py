@@ -7,7 +7,7 @@ driver, which imports nothing else of the stage. docs/extending.md shows how to 
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from contracts.config import StageConfig
 from contracts.model_size import Size
 from contracts.models import ModelInfo
+from contracts.operations import Operations
 from contracts.outlook import AnswerStats, Memory, Outlook, PairStats, RowStats
 from contracts.records import Schema
 
@@ -84,6 +85,8 @@ class Stage(Generic[C]):
     """The config field with the path of the user's conversations, some of which preflight renders."""
     step_log: str = ""
     """The published file that has the metrics of every optimizer step, a JSON object a line; of trainings."""
+    layout_keys: tuple[str, ...] = ()
+    """Keys of `placement.stages.KEY.layout` that it has; see `laid_out`."""
     memory_fix: str = "Free memory, or take a smaller model."
     """The advice given when it does not fit into memory."""
 
@@ -116,6 +119,10 @@ class Stage(Generic[C]):
         """Estimated memory; None if it is small or unknown."""
         return None
 
+    def operations(self, config: C, outlook: Outlook, *, on_gpu: bool) -> Operations | None:
+        """What it computes with its model, as planned; None if it has no model, or too little is known."""
+        return None
+
     def published_bytes(self, config: C, outlook: Outlook) -> int | None:
         """Estimated size of the output in bytes, rounded up; None if unknown."""
         return None
@@ -126,9 +133,22 @@ class Stage(Generic[C]):
 
     # Where it runs.
 
+    def follows(self, config: C) -> str | None:
+        """The field of the input whose shards it can read while the stage that makes it still runs; None: none.
+
+        Such a stage makes one shard of each shard of that input, which it reads through `contracts.following.Source`
+        and shares by `contracts.workers.share_shards`; other files it makes afterwards.
+        """
+        return None
+
     def workload(self, config: C) -> Workload:
         """How it is scheduled."""
         return "light"
+
+    def uses_devices(self, config: C) -> bool:
+        """Whether it computes on the devices that it is given, so that nobody else may at the time; else it runs beside
+        those that do."""
+        return self.workload(config) != "light"
 
     def gpus(self, config: C) -> int:
         """GPUs per replica, on machines that have GPUs."""
@@ -142,6 +162,19 @@ class Stage(Generic[C]):
         """The config for so many devices of one machine, or of `nodes`, unless the user's config sets the number of
         processes."""
         return config
+
+    def laid_out(self, config: C, sizes: Mapping[str, Any]) -> C:
+        """The config with these sizes of a layout, by names in `layout_keys`.
+
+        Raises:
+            UserError: they do not go together.
+        """
+        return config
+
+    def label(self, config: C) -> str:
+        """Stages of one label can follow one another in a process that keeps what they load (contracts/resident.py);
+        empty: nothing is worth keeping."""
+        return ""
 
     # What its output holds.
 

@@ -61,6 +61,18 @@ class TransientError(Exception):
     """A transient failure: a retry of the same command may well succeed. One message, no traceback; exit code 1."""
 
 
+class RunStoppedError(Exception):
+    """A gate has stopped the run."""
+
+    exit_code = 3
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason} Nothing of a later iteration is started. To go on nevertheless, change the gate, or have it "
+            "look at later iterations alone (`first`)."
+        )
+
+
 def as_user_error(error: Exception) -> UserError | None:
     """The error as a UserError, if the user can fix it (a full disk, an unusable path); otherwise None."""
     if isinstance(error, UserError):

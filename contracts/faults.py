@@ -1,8 +1,9 @@
 """Samples that could not be computed: tolerated up to the share `fail_on_error`, and counted in every case."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from contracts.errors import UserError
+from contracts.errors import TransientError, UserError
 from contracts.ledger import Ledger
 
 FAILED = "failed"
@@ -44,4 +45,32 @@ class Faults:
             raise UserError(
                 f"{failed} of {ledger.rows_in} {ledger.unit} failed, more than fail_on_error={self.limit:g} allows. "
                 f"The first: {'; '.join(self.messages[:2])}"
+            )
+
+
+class Tolerance:
+    """Ends a stage as soon as more has failed than may, where each failure costs time or money."""
+
+    def __init__(self, limit: float, total: Callable[[], float]) -> None:
+        """`limit` as for `Faults`; `total`: how many samples there are, as far as is known."""
+        self.limit, self.total = limit, total
+        self.failed = 0
+
+    def bear(self, fault: Fault) -> None:
+        """Take note of a failure.
+
+        Raises:
+            Exception: its own error, where none is tolerated.
+            TransientError: too many have failed, and the last in a way that may pass.
+            UserError: too many have failed.
+        """
+        if self.limit == 0:
+            raise fault.error
+        self.failed += 1
+        total = self.total()
+        if self.failed > self.limit * total:
+            kind = TransientError if isinstance(fault.error, TransientError) else UserError
+            raise kind(
+                f"{self.failed} of {total} samples failed so far, more than fail_on_error={self.limit:g} allows. "
+                f"The last: {fault.error}"
             )

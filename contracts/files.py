@@ -6,6 +6,21 @@ import socket
 from pathlib import Path
 
 
+def matches(pattern: Path) -> list[Path]:
+    """The files whose paths fit a pattern with `*`, `?`, `[...]` or `**`, in the order of their names; none where it is
+    no pattern, or there is something of just this name."""
+    first = next((place for place, part in enumerate(pattern.parts) if any(sign in part for sign in "*?[")), None)
+    if first is None or pattern.exists():
+        return []
+    found = Path(*pattern.parts[:first]).glob(str(Path(*pattern.parts[first:])))
+    return sorted(path for path in found if path.is_file() and not path.name.startswith((".", "_")))
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a path, or a file that fits it as a pattern."""
+    return path.exists() or bool(matches(path))
+
+
 def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Replace a small file so that a reader sees the old or the new content; if `durable`, also after a power cut."""
     scratch = path.with_name(f"{path.name}.{process_name()}.tmp")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_p
 RELEASED = "released.json"
 """Lists the files of a published directory that `pipeline gc` has deleted."""
 MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+
+
+STABLE_NANOSECONDS = 2_000_000_000
+"""Nanoseconds for which a file has to be unchanged for its digest to be kept: clocks of file systems are coarse."""
+_known: dict[tuple[tuple[str | int, ...], ...], str] = {}
+"""Fingerprints that this process has made of files that have not changed since."""
 
 
 def digest(data: Any) -> str:
@@ -93,4 +100,16 @@ def weights_fingerprint(model: Path) -> str:
     weights are checked. The directory's name does not matter.
     """
     files = [*weight_files(model), *(model / name for name in MODEL_FILES if (model / name).is_file())]
-    return digest({file.name: file_sha256(file) for file in files})
+    states = tuple((file.name, *_state(file)) for file in files)
+    if states not in _known:
+        known = digest({file.name: file_sha256(file) for file in files})
+        if max(state[-1] for state in states) > time.time_ns() - STABLE_NANOSECONDS:
+            return known  # a change right after this one could leave the same times
+        _known[states] = known
+    return _known[states]
+
+
+def _state(file: Path) -> tuple[int, int, int, int, int]:
+    """What changes with a file's content: its place on the disk, its size, and when it was changed."""
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, max(found.st_mtime_ns, found.st_ctime_ns)

@@ -1,71 +1,106 @@
 """The prompts stage: from the rows that people have to prompts, each with the hash of its content as its identity."""
 
 import random
+from array import array
+from collections import Counter
 from typing import Any, NamedTuple
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.fields import answer_of, half_a_character, tags_of, tools_of, with_input, with_system
+from contracts.fingerprint import digest
 from contracts.jsonl import encode
-from contracts.layouts import TEXTS, Layout, without_answer
+from contracts.layouts import TEXTS, Layout, SourceRow, without_answer
 from contracts.ledger import Ledger
+from contracts.near_duplicates import near_duplicates
 from contracts.prompts import PromptsConfig, prompt_id
 from contracts.records import PROMPTS, Prompt
 from contracts.seeds import derive_seed
 from contracts.sources import read_rows
+from contracts.spool import Spool
 from contracts.stage import Context, Outcome
+
+INTENDED = ("held_out", "near_held_out", "near_duplicate")
+"""Reasons of what is left out because the config says so."""
+SHARD = "shard-00000.jsonl"
+HEX = set("0123456789abcdef")
 
 
 def run(config: PromptsConfig, context: Context) -> Outcome:
-    """Publish the prompts of a source, each once."""
-    excluded = {
-        prompt_id(held.messages, held.tools)
-        for path in config.exclude
-        for held in Artifact.open(path, PROMPTS).rows(Prompt)
-    }
+    """Publish the prompts of a source, each once.
+
+    The rows may be more than fit into memory: it holds some numbers of each, and the prompts wait on the disk.
+    """
+    held_out = [held for path in config.exclude for held in Artifact.open(path, PROMPTS).rows(Prompt)]
+    excluded = {prompt_id(held.messages, held.tools) for held in held_out}
     reader, ledger, turns_removed = PromptReader(config), Ledger("rows"), 0
-    prompts: list[Prompt] = []
-    places: dict[str, str] = {}
-    for place, row in read_rows(str(config.source), config.split):
-        prompt, content, removed = reader.read(row, place)
-        turns_removed += removed
-        if prompt is None:
-            ledger.drop("empty")
-            continue
-        # A given identity that repeats is as wrong as a conversation that does.
-        known = {f"conversation {content}": place, f"{reader.id_column} {prompt.prompt_id}": place}
-        again = [name for name in known if name in places]
-        if again and config.duplicates == "error":
-            raise UserError(
-                f"{place}: the same {again[0]} as in {places[again[0]]}. Remove one of them, or set duplicates=drop."
-            )
-        if again:
-            ledger.drop("duplicate")
-            continue
-        places.update(known)
-        if content in excluded:
-            ledger.drop("held_out")
-            continue
-        prompts.append(prompt)
-    reader.layout.require_named(str(config.source))
-    ledger.keep(len(prompts))
-    _check_losses(config, ledger)
-    if config.shuffle_seed is not None:
-        random.Random(derive_seed("prompts", config.shuffle_seed)).shuffle(prompts)
-    if config.limit is not None and len(prompts) > config.limit:
-        ledger.kept = config.limit
-        ledger.dropped["over_limit"] = len(prompts) - config.limit
-        prompts = prompts[: config.limit]
-    context.publication.write_rows("shard-00000.jsonl", prompts, ledger)
+    contents: set[int] = set()
+    identities: set[int] = set()
+    with Spool(context.publication.directory) as spool:
+        for place, row in read_rows(str(config.source), config.split):
+            prompt, content, removed = reader.read(row, place)
+            turns_removed += removed
+            if prompt is None:
+                ledger.drop("empty")
+                continue
+            # A given identity that repeats is as wrong as a conversation that does.
+            known, identity = _number(content), _number(prompt.prompt_id)
+            if known in contents or identity in identities:
+                if config.duplicates == "error":
+                    raise _duplicate(config, reader.id_column, content, prompt.prompt_id, place)
+                ledger.drop("duplicate")
+                continue
+            contents.add(known)
+            identities.add(identity)
+            if content in excluded:
+                ledger.drop("held_out")
+                continue
+            spool.add(prompt)
+        reader.require_named(str(config.source))
+        near: dict[int, str] = {}
+        if config.near_duplicates is not None:
+            near = near_duplicates(spool.records(Prompt), held_out, config.near_duplicates)
+            for reason, count in Counter(near.values()).items():
+                ledger.drop(reason, count)
+        order = array("Q", (number for number in range(len(spool)) if number not in near))
+        ledger.keep(len(order))
+        _check_losses(config, ledger)
+        if config.shuffle_seed is not None:
+            random.Random(derive_seed("prompts", config.shuffle_seed)).shuffle(order)
+        if config.limit is not None and len(order) > config.limit:
+            ledger.kept = config.limit
+            ledger.dropped["over_limit"] = len(order) - config.limit
+            order = order[: config.limit]
+        spool.write(context.publication.scratch(SHARD), order)
+    context.publication.commit(SHARD, ledger, rows=len(order))
     facts = {"assistant_turns_removed": turns_removed, "not_read": reader.layout.not_read}
     return Outcome("rows", facts, note=reader.layout.note)
+
+
+def _number(identity: str) -> int:
+    """64 bits for an identity: those of a conversation's hash, or of the hash of another text."""
+    own = len(identity) == 16 and set(identity) <= HEX
+    return int(identity, 16) if own else int(digest(identity)[:16], 16)
+
+
+def _duplicate(config: PromptsConfig, column: str, content: str, identity: str, place: str) -> UserError:
+    """The mistake of a prompt that occurs again; where it was first is looked for in the source once more."""
+    reader = PromptReader(config)
+    for earlier, row in read_rows(str(config.source), config.split):
+        prompt, known, _ = reader.read(row, earlier)
+        if prompt is None:
+            continue
+        what = f"conversation {content}" if known == content else f"{column} {identity}"
+        if known == content or prompt.prompt_id == identity:
+            return UserError(f"{place}: the same {what} as in {earlier}. Remove one of them, or set duplicates=drop.")
+    return UserError(f"{config.source} changed while it was read. Import it again.")
 
 
 def _check_losses(config: PromptsConfig, ledger: Ledger) -> None:
     """Stop where too much was lost; what was held out on purpose is no loss."""
     if not ledger.kept:
         raise UserError(f"{config.source} holds no usable prompt: {ledger}.")
-    lost = {reason: count for reason, count in ledger.dropped.items() if reason != "held_out"}
+    lost = {reason: count for reason, count in ledger.dropped.items() if reason not in INTENDED}
     Ledger("rows", ledger.kept + sum(lost.values()), ledger.kept, lost).stop_above(
         config.max_dropped, f"prompts of {config.source}"
     )
@@ -87,6 +122,10 @@ class PromptReader:
 
     def __init__(self, config: PromptsConfig) -> None:
         self.system = config.system
+        self.prefill = config.prefill
+        self.answer_after = config.answer_after
+        self.answered = 0
+        """Rows so far with a known answer."""
         self.layout = Layout(config.named_columns())
         self.id_column = self.layout.named.get("id") or "prompt_id"
 
@@ -98,8 +137,14 @@ class PromptReader:
         """
         row = self.layout.row(values, place)
         column, conversation = row.prompt()
+        begun = conversation[-1:] if self.prefill and conversation and conversation[-1].role == "assistant" else ()
         messages = without_answer(conversation)
-        removed = len(conversation) - len(messages)
+        removed = len(conversation) - len(messages) - len(begun)
+        if begun and (removed or begun[0].tool_calls):
+            raise UserError(
+                f"{place}, column {column!r}: the beginning of an answer (prefill) must be one assistant's turn "
+                "without tool calls. Correct it, or leave prefill out."
+            )
         if not any(message.content.strip() or message.tool_calls for message in messages):
             self.layout.done(row)
             return Imported(None, "", 0)
@@ -110,8 +155,8 @@ class PromptReader:
         choices: dict[str, str] = {}
         if column in TEXTS or "input" in self.layout.named or "choices" in self.layout.named:
             messages, choices = with_input(row, column, messages)
-        messages = with_system(row, messages, self.system)
-        tools, answer, tags = tools_of(row), answer_of(row, choices), tags_of(row)
+        messages = (*with_system(row, messages, self.system), *begun)
+        tools, answer, tags = tools_of(row), self._answer(row, choices), tags_of(row)
         name, identity = row.find("id")
         if not isinstance(identity, str | int | None) or isinstance(identity, bool) or identity == "":
             raise UserError(f"{place}: {name} must be a string or a whole number, found {identity!r}.")
@@ -125,3 +170,28 @@ class PromptReader:
         except ValueError as error:
             raise UserError(f"{place}: a tool or its call holds what JSON cannot say: {error}.") from error
         return Imported(prompt, content, removed)
+
+    def require_named(self, source: str) -> None:
+        """Raise UserError where a column is named that no row has had, or `answer_after` is set and none has an answer.
+
+        Called when all rows were read.
+        """
+        self.layout.require_named(source)
+        if self.answer_after is not None and self.layout.rows and not self.answered:
+            raise UserError(
+                f"{source}: no row has an answer, of which answer_after={self.answer_after!r} takes what follows. Set "
+                "answer_column to the one that holds it, or leave answer_after out."
+            )
+
+    def _answer(self, row: SourceRow, choices: dict[str, str]) -> str | None:
+        answer = answer_of(row, choices)
+        self.answered += bool(answer and answer.strip())
+        if answer is None or self.answer_after is None:
+            return answer
+        _, mark, rest = answer.rpartition(self.answer_after)
+        if not mark:
+            raise UserError(
+                f"{row.place}: the answer {answer[-60:]!r} does not hold answer_after={self.answer_after!r}. "
+                "Correct it, or leave answer_after out."
+            )
+        return rest.strip()

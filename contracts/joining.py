@@ -1,14 +1,19 @@
 """Rollouts and their scores, joined by (`prompt_id`, sample), one shard in memory at a time."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.jsonl import read_jsonl
+from contracts.manifest import MANIFEST
 from contracts.records import Rollout, Score
 
 ScoresBySample = dict[int, Score]
+
+WITHOUT_EFFECT = ("name", "max_dropped", "fail_on_error", "batch_tokens", "dtype", "max_length", "opponents", "date")
+"""Keys of a scorer's config with which its scores still mean the same."""
 
 
 def require_made_from(rollouts: Artifact, derived: Artifact) -> None:
@@ -23,11 +28,27 @@ def require_made_from(rollouts: Artifact, derived: Artifact) -> None:
         )
 
 
+JUDGED = frozenset({"rollouts", "pairs", "against"})
+"""Inputs of a scorer that are what it judges."""
+PARTS = "scores"
+"""Its input with the scores that its own are made of."""
+
+
 def scorer_of(scores: Artifact) -> list[Any]:
-    """What decides a scorer's judgement: scores of two artifacts can be compared if it is the same."""
+    """What decides a scorer's judgement: scores of two artifacts can be compared if it is the same.
+
+    Of scores that are made of others it is what decides these, as far as they are still where they were.
+    """
     parts = scores.manifest.key_parts
-    config = {name: parts.get("config", {}).get(name) for name in ("kind", "function", "missing_eos_penalty")}
-    return [config, parts.get("inputs", {}).get("model"), parts.get("sources")]
+    config = {name: value for name, value in parts.get("config", {}).items() if name not in WITHOUT_EFFECT}
+    inputs: dict[str, Any] = {}
+    for name, value in parts.get("inputs", {}).items():
+        if name.partition(".")[0] == PARTS:
+            place = Path(scores.manifest.input_paths[name])
+            inputs[name] = scorer_of(Artifact.open(place)) if (place / MANIFEST).is_file() else None
+        elif name not in JUDGED:
+            inputs[name] = value
+    return [config, inputs, parts.get("sources")]
 
 
 def join(rollouts: Artifact, scores: dict[str, Artifact]) -> Iterator[tuple[Rollout, dict[str, ScoresBySample]]]:
@@ -40,7 +61,7 @@ def join(rollouts: Artifact, scores: dict[str, Artifact]) -> Iterator[tuple[Roll
         require_made_from(rollouts, artifact)
     seen: set[str] = set()
     for shard in rollouts.shards:
-        columns = {name: _by_prompt(artifact, shard.name) for name, artifact in scores.items()}
+        columns = {name: scores_of_shard(artifact, shard.name) for name, artifact in scores.items()}
         for rollout in read_jsonl(shard, Rollout):
             if rollout.prompt_id in seen:
                 raise UserError(
@@ -66,7 +87,12 @@ def _orphan(scores: Artifact, prompt_id: str, sample: int, rollouts: Artifact) -
     )
 
 
-def _by_prompt(scores: Artifact, shard: str) -> dict[str, ScoresBySample]:
+def scores_of_shard(scores: Artifact, shard: str) -> dict[str, ScoresBySample]:
+    """The scores of one shard by prompt and sample.
+
+    Raises:
+        UserError: there is no such shard, or a sample is scored twice.
+    """
     column: dict[str, ScoresBySample] = {}
     if shard not in {path.name for path in scores.shards}:
         raise UserError(f"{scores.path} has no {shard}, unlike its rollouts. Make the scores again.")

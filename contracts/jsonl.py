@@ -61,17 +61,24 @@ def read_jsonl(path: Path, record_type: type[R], *, tolerate_torn_tail: bool = F
     Raises:
         UserError: a line that is not a valid record; names the file, the line and what is wrong with it.
     """
-    decoder = msgspec.json.Decoder(record_type)
     with open_stored(path) as file, _damage_told(path):
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n") and tolerate_torn_tail:
-                return
-            if not line.strip():
-                continue
-            try:
-                yield decoder.decode(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path}, line {number}: {error}. Each line must be one JSON object"
-                    + (f" with the fields of {record_type.__name__}." if record_type is not dict else ".")
-                ) from error
+        yield from decode_jsonl(path, file, record_type, tolerate_torn_tail=tolerate_torn_tail)
+
+
+def decode_jsonl(
+    path: Path, lines: Iterable[bytes], record_type: type[R], *, tolerate_torn_tail: bool = False
+) -> Iterator[R]:
+    """The same of lines that were read already; `path` is where, for messages."""
+    decoder = msgspec.json.Decoder(record_type)
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n") and tolerate_torn_tail:
+            return
+        if not line.strip():
+            continue
+        try:
+            yield decoder.decode(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number}: {error}. Each line must be one JSON object"
+                + (f" with the fields of {record_type.__name__}." if record_type is not dict else ".")
+            ) from error

@@ -1,7 +1,7 @@
 """The drop ledger: what came in is what was kept plus what was dropped, by reason."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -39,12 +39,19 @@ class Ledger(msgspec.Struct):
         if self.rows_in != total:
             raise AssertionError(f"{self.unit}: {self.rows_in} in, but {total} kept or dropped")
 
-    def stop_above(self, limit: float, what: str, besides: str | None = None) -> None:
-        """Raise UserError when more than the share `limit` was dropped, `besides` the reason that has its own limit."""
-        if self.rows_in and sum(self.dropped.values()) - self.dropped.get(besides or "", 0) > limit * self.rows_in:
+    def stop_above(
+        self, limit: float, what: str, besides: str | None = None, fixes: Mapping[str, str] | None = None
+    ) -> None:
+        """Raise UserError when more than the share `limit` was dropped, `besides` the reason that has its own limit.
+
+        `fixes`: what to do about some reasons; told of the most frequent one.
+        """
+        counted = {reason: count for reason, count in self.dropped.items() if reason != besides}
+        if self.rows_in and sum(counted.values()) > limit * self.rows_in:
+            fix = (fixes or {}).get(max(counted, key=lambda reason: counted[reason]), "Fix the inputs")
             raise UserError(
                 f"{what}: {self} is more than max_dropped={limit:g} allows. "
-                "Fix the inputs or raise max_dropped if this loss is intended."
+                f"{fix} or raise max_dropped if this loss is intended."
             )
 
     def __str__(self) -> str:

@@ -43,8 +43,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Fingerprint of a checkpoint's weights, or of the weights that generated the rows."""
     versions: dict[str, str]
     hardware: dict[str, Any]
+    """What it ran on, and how much of it it took (contracts/hardware.py)."""
     seconds: dict[str, float]
-    """Where the time went: start, load, compute, save."""
+    """Where the time went: prepare (keys, locks), import, load, compute, wait (for shards of a stage that it followed),
+    save, check (until the bytes of its inputs were read); total has all of it."""
     facts: dict[str, Any]
     """The stage's own results, for example its metrics."""
     created: str

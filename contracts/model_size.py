@@ -23,7 +23,7 @@ class Size:
     context: int | None = None
     other_files: int = 64 << 10
     """Bytes of configuration and tokenizer."""
-    tensors: dict[str, int] = field(default_factory=dict)
+    tensors: dict[str, int] = field(default_factory=dict, hash=False)
     """Numbers in each tensor by name; empty where there are no weights to look at."""
     model_type: str = "llama"
     """The architecture, as config.json names it."""

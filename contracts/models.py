@@ -15,6 +15,9 @@ VALUE_HEAD = "value_head/model.safetensors"
 """File of a policy that is its own critic: one tensor `weight` [1, hidden size]; engines do not see it there."""
 MASTER = "master"
 """Folder of a checkpoint in bfloat16 with what is missing to the fp32 that training ended with, for the next one."""
+PROCESS_MODEL = "Qwen2ForProcessRewardModel"
+"""The class of Qwen2.5-Math-PRM, a token classifier whose head has two layers; transformers has none of that name."""
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", PROCESS_MODEL)
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
@@ -25,7 +28,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     architecture: str
     context_length: int | None
     labels: int | None
-    """Outputs of a sequence classifier; None for other models."""
+    """Outputs of a classifier, of sequences or of tokens; None for other models."""
     has_chat_template: bool
     settings: dict[str, Any]
     """The config.json."""
@@ -45,7 +48,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
         config = _read_json(path / "config.json")
         architecture = _architecture(path, config)
         labels = None
-        if architecture.endswith("ForSequenceClassification"):
+        if architecture.endswith(CLASSIFIERS):
             names = config.get("id2label")
             labels = len(names) if isinstance(names, dict) else config.get("num_labels", 2)
         tokenizer_config = path / "tokenizer_config.json"
@@ -119,12 +122,18 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
     def require_one_label(self) -> None:
         """Raise UserError unless this is a reward model with a single output."""
-        if self.labels != 1:
+        if self.labels != 1 or self.classifies_tokens:
             found = "no classifier" if self.labels is None else f"{self.labels} labels"
+            found += " for each token (kind=process_reward reads such)" if self.classifies_tokens else ""
             raise UserError(
                 f"reward model {self.path} is a {self.architecture} with {found}; a Bradley-Terry reward model is a "
                 "…ForSequenceClassification with exactly one (num_labels=1)."
             )
+
+    @property
+    def classifies_tokens(self) -> bool:
+        """Whether it gives labels to tokens, and not to whole sequences."""
+        return self.labels is not None and not self.architecture.endswith("ForSequenceClassification")
 
     @property
     def has_value_head(self) -> bool:
@@ -148,6 +157,15 @@ class ModelInfo(msgspec.Struct, frozen=True):
                 f"{what} is {tokens} tokens, but the context of {self.path} is {self.context_length} "
                 "(max_position_embeddings). Lower it to at most that."
             )
+
+
+def architecture_of(path: Path) -> str:
+    """The class that a model's weights are of, by its config.json alone.
+
+    Raises:
+        UserError: it is no config.json of a model.
+    """
+    return _architecture(path, _read_json(path / "config.json"))
 
 
 def _architecture(path: Path, config: dict[str, Any]) -> str:

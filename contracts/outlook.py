@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from contracts.errors import UserError
+from contracts.files import matches
 from contracts.manifest import MANIFEST
 from contracts.model_size import Size
+from contracts.operations import BYTES_PER_TOKEN
 from contracts.splits import choose_files
 
 PROCESS = 640 << 20
@@ -66,6 +68,12 @@ class AnswerStats:
     def count(self) -> int:
         """Answers to all prompts."""
         return self.prompts.count * self.k
+
+    @property
+    def mean_prompt(self) -> int:
+        """Tokens of a prompt in the mean."""
+        mean = self.prompts.bytes // (BYTES_PER_TOKEN * max(1, self.prompts.count))
+        return max(1, min(mean, self.longest_prompt))
 
     @property
     def longest(self) -> int:
@@ -141,7 +149,7 @@ def measure(source: Path, split: str = "train") -> RowStats | None:
             files = files or choose_files(source, split)
         except UserError:  # which the stage tells
             return None
-    else:
+    elif not (files := matches(source)):
         return None
     try:
         parts = [_measure_file(file) for file in files]

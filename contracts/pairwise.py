@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from contracts.chat import ChatTokenizer, Tools
+from contracts.conversations import without_beginning
 from contracts.errors import UserError
 from contracts.records import Message
 
@@ -24,8 +25,11 @@ LABELS = ("A", "B")
 def question(messages: Sequence[Message], first: str, second: str, tools: Tools = msgspec.UNSET) -> str:
     """The text of the user message: the turns of the conversation, then both answers.
 
-    Tools come first, as a turn of their own, and tool calls behind the text of theirs, both of them as JSON.
+    Tools come first, as a turn of their own, and tool calls behind the text of theirs, both of them as JSON. A
+    beginning that both answers share, as the last turn, is part of either.
     """
+    messages, begun = without_beginning(messages)
+    first, second = begun + first, begun + second
     given = "" if tools is msgspec.UNSET or not tools else f"\n<turn> tools\n {_json(tools)}"
     turns = "".join(f"\n<turn> {message.role}\n {_text(message)}" for message in messages)
     return f"[CONTEXT] \n{given}{turns}\n [RESPONSE A] {first} [RESPONSE B] {second} \n"

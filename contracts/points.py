@@ -17,6 +17,9 @@ METRICS = "metrics.jsonl"
 REPORTS = "metrics-*.jsonl"
 """Names of the reports in an attempt's directory, one file per process."""
 
+KEY = 12
+"""Characters of the stage key that a point has."""
+
 Unit = Literal["step", "shard", "stage"]
 """What a point tells of: an optimizer step, a shard of rows, or a stage that has published."""
 

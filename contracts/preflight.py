@@ -21,6 +21,7 @@ from typing import Any, Literal
 import msgspec
 
 from contracts import surroundings
+from contracts.config import variant
 from contracts.declaration import load, stages_of
 from contracts.errors import TransientError, UserError, as_user_error
 from contracts.records import JsonObjects, Message
@@ -125,7 +126,7 @@ def examine(request: PreflightRequest) -> PreflightReport:
         stage = stages_of(asked.package)[asked.command]
         assert stage.preflight is not None
         check = load(stage.preflight)
-        config = stage.config.model_validate(asked.config)
+        config = variant(stage.config, asked.config, asked.name).model_validate(asked.config)
         inspected = Inspected(asked.name, config, frozenset(asked.made), request.conversations, report)
         found |= dict.fromkeys(findings_of(functools.partial(check, inspected)))
     report.findings = list(found)
@@ -152,3 +153,4 @@ def refuse(findings: list[Finding]) -> None:
 
 if __name__ == "__main__":
     serve()
+    surroundings.finish(0)

@@ -3,14 +3,17 @@
 import contextlib
 import ctypes
 import os
+import select
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 _PR_SET_PDEATHSIG = 1
+AN_INSTANT = 0.01
 
 
 def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
@@ -22,6 +25,12 @@ def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> 
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
         if parent is not None and os.getppid() != parent:
             os._exit(1)
+
+
+def outlive_parent() -> None:
+    """Take back what `die_with_parent` has asked for."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, 0)
 
 
 class GroupLeader(Protocol):
@@ -39,6 +48,34 @@ class GroupLeader(Protocol):
     def send_signal(self, number: int, /) -> None:
         """Send it a signal, if it runs."""
         ...
+
+
+def start_leader(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    directory: str | None = None,
+    descriptors: Sequence[int] = (),
+) -> "subprocess.Popen[bytes]":
+    """Start a process whose stdin ends with this process, however that ends, and whose output is appended to `log`.
+
+    It leads a group of its own, so a key of the terminal does not end it.
+
+    Args:
+        descriptors: files that it finds open, under the same numbers.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            env=dict(environment),
+            cwd=directory,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            pass_fds=descriptors,
+        )
 
 
 def end_groups(processes: Sequence[GroupLeader], grace: float) -> None:
@@ -81,6 +118,22 @@ def _group_exists(group: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def wait_for_end(pids: Iterable[int], seconds: float) -> None:
+    """Wait until one of these processes has ended, but no longer than so many seconds; of one that is there no more,
+    for an instant."""
+    opened: list[int] = []
+    try:
+        for pid in pids if hasattr(os, "pidfd_open") else ():
+            try:
+                opened.append(os.pidfd_open(pid))
+            except OSError:  # it has ended, or there are too many open files
+                seconds = min(seconds, AN_INSTANT)
+        select.select(opened, [], [], seconds)
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def start_time(pid: int) -> str:

@@ -9,14 +9,14 @@ What a crash can leave, and what the next attempt does with it:
   a `*.tmp` file, or a shard without its receipt   deletes it
   hidden directory with a manifest                 finishes the rename
   the target                                       nothing left to do
+
+A stage may read the finished shards of another while that one still makes the rest (contracts/following.py).
 """
 
 import contextlib
 import fcntl
 import os
-import platform
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,14 +28,17 @@ from contracts.artifacts import Artifact, is_published
 from contracts.errors import UserError
 from contracts.files import fsync, process_name, write_atomically
 from contracts.fingerprint import file_sha256
+from contracts.hardware import hardware
 from contracts.jsonl import write_jsonl
 from contracts.ledger import Ledger, merge
 from contracts.locks import LOCK, DirectoryLock
 from contracts.manifest import MANIFEST, File, Manifest, content_digest, read_manifest, with_checksum
 from contracts.records import Schema
 
-WORTH_KEEPING = ("*.safetensors", "judged-*.jsonl")
+WORTH_KEEPING = ("*.safetensors", "judged-*.jsonl", "paid-*.jsonl")
 """Files of the folder `state` that are kept after a user's mistake, because they were expensive to compute."""
+NAMED = 3
+"""How many shards a message names."""
 
 
 class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,17 +48,38 @@ class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ledger: Ledger
     seconds: dict[str, float] = {}
     facts: dict[str, Any] = {}
+    made_from: str | None = None
+    """SHA-256 of the shard that it was made from, of an input that is read shard by shard."""
 
 
 class Publication:
     """The one way to publish: shards with receipts, then a manifest, then a rename."""
 
-    def __init__(self, target: Path, schema: Schema, stage: str, key: str) -> None:
+    def __init__(
+        self,
+        target: Path,
+        schema: Schema,
+        stage: str,
+        key: str | None,
+        *,
+        hidden_key: str = "",
+        fits: Callable[[Receipt], bool] | None = None,
+    ) -> None:
+        """Prepare to publish under a stage key.
+
+        Args:
+            key: None as long as it is not known (contracts/following.py).
+            hidden_key: what the hidden directory is named by; by default the key.
+            fits: whether a finished shard was made from what the stage reads now; None: the key tells.
+        """
         self.target = target
         self.schema = schema
         self.stage = stage
         self.key = key
-        self.directory = partial_directory(target, key)
+        self.made_from: Callable[[str], str | None] = lambda name: None
+        """What each shard is made from, for its receipt."""
+        self.directory = partial_directory(target, hidden_key or key or "")
+        self._fits = fits
         self._lock = DirectoryLock(self.directory, target)
 
     def begin(self, patience: float = 0.0) -> None:
@@ -98,13 +122,34 @@ class Publication:
         return bool(found) and path.exists()  # it was not renamed meanwhile
 
     def _clear_leftovers(self, intact: Callable[[Receipt], bool] = lambda receipt: True) -> None:
-        """Delete scratch files, files without a receipt or that are not `intact`, and receipts without such a file."""
+        """Delete scratch files, files without a receipt or that are not `intact`, and receipts without such a file.
+
+        The same for what does not fit what the stage reads now.
+        """
+        self.drop_misfits()
         known = {name for name, receipt in self.receipts().items() if intact(receipt)}
         known |= {_receipt_name(name) for name in known}
         for path in sorted(self.directory.rglob("*")):  # a receipt before its file
             name = path.relative_to(self.directory).as_posix()
             if path.is_file() and name not in known and name != LOCK and not name.startswith("state/"):
                 path.unlink()
+
+    def drop_misfits(self) -> list[str]:
+        """Delete the finished shards that were made from something else than what the stage reads now, and say so.
+
+        Returns:
+            Their names. Whoever calls is the only one that makes shards.
+        """
+        if self._fits is None:
+            return []
+        dropped = [name for name, receipt in self.receipts().items() if not self._fits(receipt)]
+        for name in dropped:
+            (self.directory / _receipt_name(name)).unlink(missing_ok=True)
+            (self.directory / name).unlink(missing_ok=True)
+        if dropped:
+            names = ", ".join(dropped[:NAMED]) + (", ..." if len(dropped) > NAMED else "")
+            print(f"{len(dropped)} shards were made from other input than there is now, and are made again: {names}")
+        return dropped
 
     def _intact(self, receipt: Receipt) -> bool:
         return file_sha256(self.directory / receipt.file.path) == receipt.file.sha256
@@ -118,20 +163,12 @@ class Publication:
 
     def receipts(self) -> dict[str, Receipt]:
         """Receipts of the finished files by name; a file whose receipt or content is incomplete is not finished."""
-        found = (self._read_receipt(path) for path in sorted(self.directory.glob(_receipt_name("*"))))
+        found = (_read_receipt(path) for path in sorted(self.directory.glob(_receipt_name("*"))))
         return {receipt.file.path: receipt for receipt in found if receipt is not None}
 
     def receipt(self, name: str) -> Receipt | None:
         """The receipt of one file, if it is finished."""
-        return self._read_receipt(self.directory / _receipt_name(name))
-
-    def _read_receipt(self, path: Path) -> Receipt | None:
-        try:
-            receipt = msgspec.json.decode(path.read_bytes(), type=Receipt)
-            size = (self.directory / receipt.file.path).stat().st_size
-        except (FileNotFoundError, msgspec.DecodeError):
-            return None
-        return receipt if size == receipt.file.bytes else None
+        return receipt_in(self.directory, name)
 
     def finished(self, names: Iterable[str]) -> set[str]:
         """The subset of `names` that have a receipt, from one directory listing: cheap for many files."""
@@ -163,7 +200,7 @@ class Publication:
         fsync(scratch)
         file = File(name, file_sha256(scratch), scratch.stat().st_size, rows)
         os.replace(scratch, self.directory / name)
-        receipt = Receipt(file, ledger, seconds or {}, facts or {})
+        receipt = Receipt(file, ledger, seconds or {}, facts or {}, self.made_from(name))
         write_atomically(self.directory / _receipt_name(name), msgspec.json.encode(receipt))
 
     def write_rows(self, name: str, rows: list[Any], ledger: Ledger, **known: Any) -> None:
@@ -184,6 +221,7 @@ class Publication:
         facts: dict[str, Any],
     ) -> Artifact:
         """Write the manifest and rename the hidden directory to the target."""
+        assert self.key is not None
         receipts = [receipt for _, receipt in sorted(self.receipts().items())]
         files = tuple(receipt.file for receipt in receipts)
         ledger = merge((receipt.ledger for receipt in receipts), unit)
@@ -224,7 +262,7 @@ class Publication:
             os.rename(self.directory, self.target)
         except OSError:
             # Once the lock file is deleted, another process may have finished the rename: that is fine.
-            if not is_published(self.target, self.key):
+            if self.key is None or not is_published(self.target, self.key):
                 raise
             self.discard()
         (self.target / LOCK).unlink(missing_ok=True)
@@ -250,10 +288,10 @@ class Publication:
 
     @property
     def complete(self) -> bool:
-        """Whether a killed attempt wrote the manifest, so that only the rename is missing."""
+        """Whether a killed attempt wrote the manifest under this key, so that only the rename is missing."""
         path = self.directory / MANIFEST
         try:
-            return path.is_file() and bool(read_manifest(path.read_bytes()))
+            return path.is_file() and read_manifest(path.read_bytes()).key == self.key
         except (FileNotFoundError, ValueError):  # renamed meanwhile, or torn
             return False
 
@@ -263,19 +301,33 @@ def partial_directory(target: Path, key: str) -> Path:
     return target.parent / f".{target.name}.partial-{key[:16]}"
 
 
+def receipt_in(directory: Path, name: str) -> Receipt | None:
+    """The receipt of one file in a hidden directory, if it is finished."""
+    return _read_receipt(directory / _receipt_name(name))
+
+
+def finished_in(directory: Path) -> list[str]:
+    """Names of the files in a hidden directory that have a receipt, in their order; from one listing."""
+    prefix, suffix = _receipt_name("*").split("*")
+    try:
+        there = os.listdir(directory)
+    except FileNotFoundError:  # not begun, or published meanwhile
+        return []
+    found = (name[len(prefix) : -len(suffix)] for name in there if name.startswith(prefix) and name.endswith(suffix))
+    return sorted(found)
+
+
+def _read_receipt(path: Path) -> Receipt | None:
+    try:
+        receipt = msgspec.json.decode(path.read_bytes(), type=Receipt)
+        size = (path.parent / receipt.file.path).stat().st_size
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+    return receipt if size == receipt.file.bytes else None
+
+
 def _receipt_name(name: str) -> str:
     return f".receipt-{name.replace('/', '--')}.json"
-
-
-def hardware() -> dict[str, Any]:
-    """The machine that the stage ran on."""
-    return {
-        "host": socket.gethostname(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-    }
 
 
 def _share(path: Path) -> None:

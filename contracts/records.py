@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "stop_string", "length"]
+"""Why an answer ends: with a token that ends answers, with one of the texts of `stop`, or at the token limit."""
 LogprobMode = Literal["raw", "processed"]
 
 
@@ -28,6 +29,7 @@ CHECKPOINT = Schema("checkpoint", 1)
 EXPERIENCE = Schema("experience", 1)
 EVALUATION = Schema("evaluation", 1)
 CHECKPOINT_EVALUATION = Schema("checkpoint-evaluation", 1)
+GATE = Schema("gate", 1)
 WORLD = Schema("world", 1)
 
 
@@ -69,12 +71,38 @@ class Prompt(Record, frozen=True):
 
 
 class Sampling(Record, frozen=True):
-    """The sampling parameters of one completion."""
+    """The sampling parameters of one completion. Those that may be `UNSET` change nothing where they are."""
 
     temperature: float
     top_p: float
     top_k: int
     max_tokens: int
+    min_p: float | msgspec.UnsetType = msgspec.UNSET
+    min_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    """Tokens before which the answer could not end."""
+    repetition_penalty: float | msgspec.UnsetType = msgspec.UNSET
+    presence_penalty: float | msgspec.UnsetType = msgspec.UNSET
+    frequency_penalty: float | msgspec.UnsetType = msgspec.UNSET
+    stop: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Texts with which the answer ended, if it came to one of them."""
+    guided: str | msgspec.UnsetType = msgspec.UNSET
+    """What kept the answer to a form: its kind and the first 16 hex digits of its digest ("regex 0f..."); the form
+    itself is in the manifest's configuration."""
+    thinking_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    """Tokens of thoughts after which their end was forced."""
+
+    def departures(self) -> str:
+        """In what it was not the policy's own distribution that was sampled from ("temperature=0.7, min_p=0.1"); empty
+        where it was. How long an answer may be and what ends it change no token's probability."""
+        own: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        values = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not msgspec.UNSET}
+        free = ("max_tokens", "stop")
+        changed = [name for name, value in values.items() if name not in free and value != own.get(name)]
+        return ", ".join(f"{name}={_shown(values[name])}" for name in changed)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class Completion(Record, frozen=True):
@@ -83,11 +111,12 @@ class Completion(Record, frozen=True):
     sample: int
     """Index among the K completions of the prompt."""
     response_ids: tuple[int, ...]
-    """Ends with the EOS (or end-of-turn) token exactly when `finish_reason` is "stop"."""
+    """The tokens that were sampled, and no other. Ends with the EOS (or end-of-turn) token exactly when `finish_reason`
+    is "stop", and with the token that completed the text when it is "stop_string"."""
     text: str
-    """The response without special tokens."""
+    """The response without special tokens, and up to the text that ended it."""
     finish_reason: FinishReason
-    """"length": truncated by the token limit; such an answer carries no EOS."""
+    """"length": truncated by the token limit; such an answer carries no EOS. "stop_string": whole, and without EOS."""
     logprobs: tuple[float, ...]
     """Natural log-probability of each response token under the policy that sampled it; empty: unknown."""
     seed: int | None
@@ -130,6 +159,11 @@ class Score(Record, frozen=True):
     of the prompt and the response tokens before it."""
     token_rewards: tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
     """For scorers that judge token by token: one reward per response token, for algorithms that learn from these."""
+    parts: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
+    """Numbers by name that the score was made of, or that were found beside it; not all samples need to have the same.
+    Names are those of Python variables."""
+    extras: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    """What else is worth showing, as JSON by name: an extracted answer, an explanation. Nothing computes with it."""
 
 
 class Pair(Record, frozen=True):

@@ -7,19 +7,22 @@ role, a tool or a turn that one row in a thousand has is met before the run and 
 import contextlib
 import itertools
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from contracts.demonstrations import read_demonstrations
+from contracts.errors import UserError
+from contracts.formats import Row
 from contracts.importing import PromptReader
 from contracts.preflight import Conversation, Finding, StageRequest, findings_of
 from contracts.prompts import PromptsConfig
 from contracts.records import JsonObjects, Message
-from contracts.sources import read_rows
+from contracts.sources import HUB, read_rows
 
 ROWS = 200_000
 """Rows of a source that are looked at."""
@@ -40,6 +43,12 @@ class SampledData(msgspec.Struct):
     findings: list[Finding] = msgspec.field(default_factory=list)
     """What is wrong with the data."""
     conversations: list[Conversation] = msgspec.field(default_factory=list)
+    unanswered: list[str] = msgspec.field(default_factory=list)
+    """Names of those stages that read prompts, none of which has a known answer."""
+    counts: dict[str, int] = msgspec.field(default_factory=dict)
+    """How many different prompts those stages find, by their names, where all rows were looked at."""
+    unread: list[str] = msgspec.field(default_factory=list)
+    """Names of those stages whose source is on the Hub, and not in the local cache."""
 
 
 def sample(request: SamplingRequest) -> SampledData:
@@ -48,7 +57,7 @@ def sample(request: SamplingRequest) -> SampledData:
     sources: dict[str, Iterator[Conversation]] = {}
     for stage in request.stages:
         key = json.dumps([stage.command, stage.config], sort_keys=True)
-        sources.setdefault(key, _prompts(stage) if stage.command == "prompts" else _demonstrations(stage))
+        sources.setdefault(key, _prompts(stage, answer) if stage.command == "prompts" else _demonstrations(stage))
     for conversations in sources.values():
 
         def check(conversations: Iterator[Conversation] = conversations) -> Iterator[Finding]:
@@ -90,14 +99,28 @@ def _extras(message: Message) -> tuple[str, ...]:
     )
 
 
-def _prompts(stage: StageRequest) -> Iterator[Conversation]:
+def _prompts(stage: StageRequest, data: SampledData) -> Iterator[Conversation]:
     config = PromptsConfig.model_validate(stage.config)
-    reader = PromptReader(config)
-    for place, row in itertools.islice(read_rows(str(config.source), config.split), ROWS):
-        if (prompt := reader.read(row, place).prompt) is not None:
+    source, reader = str(config.source), PromptReader(config)
+    rows: Iterable[Row] = read_rows(source, config.split)
+    if source.startswith(HUB):
+        try:
+            rows = [*itertools.islice(rows, ROWS)]
+        except UserError:  # what is wrong with it, the stage tells that may ask the Hub
+            data.unread.append(stage.name)
+            return
+    different, answered = set(), 0
+    for place, row in itertools.islice(rows, ROWS):
+        imported = reader.read(row, place)
+        if (prompt := imported.prompt) is not None:
+            different.add(int(imported.content, 16))
+            answered += bool(prompt.answer and prompt.answer.strip())
             yield Conversation(place, "prompts", prompt.messages, _known(prompt.tools))
+    if different and not answered:
+        data.unanswered.append(stage.name)
     if reader.layout.rows < ROWS:
-        reader.layout.require_named(str(config.source))
+        data.counts[stage.name] = min(len(different), config.limit or len(different))
+        reader.require_named(source)
 
 
 def _demonstrations(stage: StageRequest) -> Iterator[Conversation]:
@@ -111,7 +134,8 @@ def _known(tools: JsonObjects | msgspec.UnsetType) -> JsonObjects | None:
 
 
 def main() -> None:
-    """Answer the request on standard input."""
+    """Answer the request on standard input; what is on the Hub is looked for in the local cache alone."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     with contextlib.redirect_stdout(sys.stderr):
         answer = sample(msgspec.json.decode(sys.stdin.buffer.read(), type=SamplingRequest))
     print(msgspec.json.encode(answer).decode())

@@ -7,6 +7,7 @@ from typing import Any
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
+from contracts.files import matches
 from contracts.formats import AGAIN, DAMAGED, Row, first_line, read_file
 from contracts.manifest import MANIFEST
 from contracts.splits import choose_files, require_split_of_file
@@ -43,8 +44,16 @@ def read_rows(source: str, split: str) -> Iterator[Row]:
             )
         for file in choose_files(path, split):
             yield from read_file(file)
+    elif files := matches(path):
+        for file in files:
+            require_split_of_file(file, split)
+        for file in files:
+            yield from read_file(file)
     else:
-        raise UserError(f"source {path} does not exist. Give a file, a directory, or hf:ORG/NAME.")
+        raise UserError(
+            f"source {path} does not exist. Give a file, a pattern of files (data/part-*.jsonl.gz), a directory, or "
+            "hf:ORG/NAME."
+        )
 
 
 def hub_parts(source: str) -> tuple[str, str | None, str | None]:

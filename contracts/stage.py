@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import faulthandler
 import functools
-import gc
 import json
 import os
 import shutil
@@ -29,11 +28,15 @@ from contracts.attempt import ATTEMPT, ROLE, fail, report_metrics, report_progre
 from contracts.config import Parser, Role, StageConfig, apply_overrides, describe, read_yaml, validate
 from contracts.declaration import Stage, load
 from contracts.errors import UserError
+from contracts.files import appears
 from contracts.fingerprint import digest
+from contracts.following import MadeFrom, hidden_key, maker_key, maker_of
+from contracts.hardware import begin_measuring
+from contracts.manifest import MANIFEST
 from contracts.nested import flat
 from contracts.processes import die_with_parent
 from contracts.publication import Publication
-from contracts.versions import installed_versions, source_version
+from contracts.versions import FURTHER, installed_versions, source_version
 
 MINIMUM_FREE = 16 << 20
 LOCK_SECONDS = 120.0
@@ -103,19 +106,26 @@ class Context:
 
 
 def key_parts(
-    config: StageConfig, versions: dict[str, str], where: Callable[[Path], Path] = lambda path: path
+    config: StageConfig,
+    versions: dict[str, str],
+    where: Callable[[Path], Path] = lambda path: path,
+    followed: str | None = None,
 ) -> dict[str, Any]:
     """Everything that the stage key depends on; stored in the manifest, to explain why two keys differ.
 
-    `where` maps an input's path in the config to where it is now.
+    Args:
+        where: maps an input's path in the config to where it is now.
+        followed: the input that is not published yet, which is left out.
     """
+    inputs = {name: value for name, value in _flat(config.select(Role.INPUT)).items() if name != followed}
+    others = set(FURTHER).difference(config.further_libraries)
     return {
         "stage": config.stage,
         "code": config.code_version,
         "config": json.loads(json.dumps(config.select(Role.IDENTITY), default=str)),
-        "inputs": {name: _digests(value, where) for name, value in _flat(config.select(Role.INPUT)).items()},
+        "inputs": {name: _digests(value, where) for name, value in inputs.items()},
         "sources": {name: input_digest(path) for name, path in config.source_files().items()},
-        "versions": versions,
+        "versions": {name: version for name, version in versions.items() if name not in others},
     }
 
 
@@ -150,28 +160,39 @@ def main(stages: dict[str, Stage[Any]], package: str, argv: list[str] | None = N
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(bool(end.code))
-    gc.freeze()  # otherwise the final collection spends most of a second on torch's objects
     surroundings.finish(code)
 
 
 def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
     """Publish what `config` describes, or reuse what is published; None in processes that do not publish."""
     start = time.perf_counter()
-    parts = key_parts(config, installed_versions())
+    begin_measuring()
     source = source_version(stage.run.partition(".")[0])  # before it is loaded
-    key = stage_key(parts)
+    field = stage.follows(config)
+    path = None if field is None else Path(getattr(config, field))
+    # The input that is not published yet, and whose digest, and so this stage's key, is known only in the end.
+    followed = field if path is not None and maker_of(path) is not None and not appears(path / MANIFEST) else None
+    parts = key_parts(config, installed_versions(), followed=followed)
+    key = None if followed else stage_key(parts)
+    publication = Publication(
+        config.output,
+        stage.schema,
+        config.stage,
+        key,
+        hidden_key=hidden_key(parts, field, None if path is None else maker_key(path)),
+        fits=None if path is None else MadeFrom(path),
+    )
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    publication = Publication(config.output, stage.schema, config.stage, key)
     context = Context(publication, rank, world_size, _worker_role())
     if stage.is_worker_node is not None and load(stage.is_worker_node)(config):
         assert stage.launch is not None
-        if not is_published(config.output, key) and not publication.complete:
+        if not _is_published(publication) and not publication.complete:
             load(stage.launch)(config)
         return None
-    if is_published(config.output, key):
+    if _is_published(publication):
         if context.publishes:
             publication.clear()
-        return _reuse(stage, config, key, context)
+        return _reuse(stage, context)
     if stage.launch is not None and not publication.complete and load(stage.launch)(config):
         return Artifact.open(config.output, stage.schema)
     check = None
@@ -183,22 +204,35 @@ def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
         else:
             publication.join(LOCK_SECONDS)
         complete = publication.complete  # before the next check: another process may publish in between
-        if is_published(config.output, key):  # by another process, before this one had the lock
+        if _is_published(publication):  # by another process, before this one had the lock
             publication.clear()
-            return _reuse(stage, config, key, context)
+            return _reuse(stage, context)
         if complete:
             return publication.finish() if context.publishes else None
-        check = InputCheck(config) if context.publishes else None
+        whole = [given for given in config.input_paths() if not followed or given != path]
+        check = InputCheck(whole) if context.publishes else None
+    context.seconds["prepare"] = time.perf_counter() - start
     try:
         with context.timed("import"):
             run = load(stage.run)
+        surroundings.imported()
         outcome: Outcome = run(config, context)
         if check is None:
             return None
-        check.require_whole()
+        with context.timed("check"):
+            check.require_whole()
+            if followed and path is not None:
+                InputCheck([path]).require_whole()
+        if followed and path is not None:
+            given = dict.fromkeys(_flat(config.select(Role.INPUT)))  # in their order
+            parts["inputs"] = {**given, **parts["inputs"], followed: input_digest(path)}
+            publication.key = stage_key(parts)
+            if _is_published(publication):
+                publication.discard()
+                return _reuse(stage, context)
     except Exception as error:
         if context.role == "task" and not isinstance(error, UserError):
-            check = InputCheck(config)
+            check = InputCheck(config.input_paths())
         if check is not None and not isinstance(error, UserError):
             check.require_whole()  # a damaged input is the better explanation
         if context.publishes and isinstance(error, UserError):
@@ -226,10 +260,15 @@ def _worker_role() -> WorkerRole | None:
     return role  # type: ignore[return-value]
 
 
-def _reuse(stage: Stage[Any], config: StageConfig, key: str, context: Context) -> Artifact:
-    if context.publishes or context.role == "task":
-        print(f"reuse {config.output}: already published under key {key[:12]}")
-    return Artifact.open(config.output, stage.schema)
+def _is_published(publication: Publication) -> bool:
+    return publication.key is not None and is_published(publication.target, publication.key)
+
+
+def _reuse(stage: Stage[Any], context: Context) -> Artifact:
+    publication = context.publication
+    if (context.publishes or context.role == "task") and publication.key is not None:
+        print(f"reuse {publication.target}: already published under key {publication.key[:12]}")
+    return Artifact.open(publication.target, stage.schema)
 
 
 class InputCheck:
@@ -238,10 +277,10 @@ class InputCheck:
     So corruption cannot spread from stage to stage, at no extra time: hashing is faster than loading a model.
     """
 
-    def __init__(self, config: StageConfig) -> None:
+    def __init__(self, paths: list[Path]) -> None:
         self._problems: list[str] = []
         self._error: Exception | None = None
-        self._paths = config.input_paths()
+        self._paths = paths
         self._thread = threading.Thread(target=self._run, name="input check", daemon=True)
         self._thread.start()
 

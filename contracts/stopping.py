@@ -42,6 +42,20 @@ def listen() -> None:
         signal.signal(number, _answer)
 
 
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Answer those signals inside, and nowhere else: for commands that others may call from Python."""
+    global _requested
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, *TERMINAL)}
+    listen()
+    try:
+        yield
+    finally:
+        _requested = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
     """Those signals that whoever started this process has not had ignored."""
     return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]

@@ -7,6 +7,7 @@ notebook or a cluster's prologue left them behind. Output that a terminal cannot
 Imports only what Python has loaded already, or modules of this package.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -86,6 +87,13 @@ EVIDENCE = (
     ("PMI_RANK", "PMI_SIZE"),
 )
 """Rank and world size as set by srun and mpirun."""
+THRESHOLD = gc.get_threshold()
+"""When Python looks for garbage by default."""
+THRESHOLD_OF_IMPORTS = (200_000, 10, 10)
+"""The same while libraries are imported: what they make stays, and looking through it again and again takes a sixth of
+the time."""
+stays = False
+"""Whether this process runs one stage after another, and so has to find the garbage of the last one."""
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_GONE = 128 + signal.SIGPIPE
 NO_DIRECTORY = "the working directory does not exist any more. Change to one that does, for example with `cd`."
@@ -94,12 +102,15 @@ NO_DIRECTORY = "the working directory does not exist any more. Change to one tha
 def prepare(*, stage: bool = True) -> None:
     """Prepare this process and its future children: signals, limits, output, import paths, launcher variables.
 
+    Call `imported` when the libraries are there.
+
     Args:
         stage: a launcher may have started this process as one of several; the driver is always alone.
     """
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)  # until the command installs its own handler
     sys.excepthook = _say_why
+    importing()
     raise_open_files()
     show_anything()
     try:
@@ -109,6 +120,18 @@ def prepare(*, stage: bool = True) -> None:
     _order_paths()
     if stage and "RATCHET_ROLE" not in os.environ:
         _check_launcher()
+
+
+def importing() -> None:
+    """Hardly look for garbage until `imported` is called."""
+    gc.set_threshold(*THRESHOLD_OF_IMPORTS)
+
+
+def imported() -> None:
+    """Look for garbage as Python does by default from now on, but not among what was imported."""
+    if not stays:
+        gc.freeze()
+    gc.set_threshold(*THRESHOLD)
 
 
 def show_anything() -> None:
@@ -242,6 +265,8 @@ def output_is_closed() -> bool:
 def finish(code: int) -> NoReturn:
     """Exit without messages of Python's; with 141, as shells report SIGPIPE, if standard output is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not stays:
+        gc.freeze()  # otherwise the final collection spends most of a second on torch's objects
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

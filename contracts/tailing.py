@@ -1,9 +1,39 @@
-"""Reading a file of lines while others append to it, until the process that has started this one says that it ends."""
+"""Files of lines that several processes append to and read, until the process that has started this one ends."""
 
+import contextlib
+import fcntl
 import os
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+from contracts.errors import TransientError
+from contracts.locks import try_lock
+
+
+@contextlib.contextmanager
+def appending(path: Path, patience: float = float("inf")) -> Iterator[IO[bytes]]:
+    """A file of lines, to be appended to beside other machines that do; a line that a killed process was writing is
+    cut off first.
+
+    Raises:
+        TransientError: another process has had it for more than `patience` seconds.
+    """
+    with path.open("a+b") as file:
+        deadline = time.monotonic() + patience
+        while not try_lock(file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise TransientError(f"another process has appended to {path} for more than {patience:g} s")
+            time.sleep(0.01)
+        end = file.seek(0, os.SEEK_END)
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
+        yield file
+        file.flush()
 
 
 def whole_lines(path: Path, offset: int) -> bytes:

@@ -16,14 +16,14 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 from pydantic import AfterValidator
 
-from contracts.config import Section, identity
+from contracts.config import Section, identity, worded
 from contracts.errors import UserError
 from contracts.records import Message
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 OURS = frozenset({"messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception", *NAMED_TOKENS})
 """Variables of a template that are not the user's to set."""
-DATE = r"^\d{4}-\d{2}-\d{2}$"
+DATE = worded(r"^\d{4}-\d{2}-\d{2}$", "a day like 2025-07-31")
 
 
 def checked_variables(value: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def reads_clock(path: Path, variables: dict[str, Any] | None = None) -> bool:
 
 
 class TemplateRefusedError(UserError):
-    """A template refuses a conversation, or fails at it."""
+    """A template refuses a conversation, fails at it, or leaves some of it out."""
 
 
 def template_texts(path: Path) -> dict[str, str]:

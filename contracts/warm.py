@@ -1,13 +1,21 @@
 """Processes that have imported a package's libraries, from which its stages are forked: importing them takes seconds.
 
-    python -m contracts.warm PACKAGE SOCKET
+    python -m contracts.warm PACKAGE DESCRIPTOR [LIBRARY ...]
 
-imports what `PACKAGE/preload.py` imports, listens on a Unix socket, and forks a process for each request, which then is
+imports what `PACKAGE/preload.py` imports for stages that need these libraries, and forks a process for each request
+that comes by a Unix socket. Whoever starts it has made the socket and gives it the descriptor: a request may come
+before the imports are done, and who waits for an answer learns at once that this process has died. A fork is
 `python -m PACKAGE ...` in every respect: its arguments, variables, directory and output are those of the request, and
 nothing that another stage has computed is in it. Nothing is done here but imports: no thread runs, no device is opened.
 
+A stage that has published and has opened something that is worth keeping (contracts/resident.py) does not end: its
+process waits for another stage of the same label, which then finds the engine or the model that it needs. No more than
+`MOST_WAITING` wait, and none where a stage that comes needs their memory or their device.
+
 A request is one line of JSON (`ForkRequest`) with the descriptor of the log; the answers are two lines: the process id
-and, in the end, the exit code. The fork ends with its connection and with this process, which ends with its stdin.
+and, in the end, the exit code, with the word "waits" behind it where the process stays. The fork ends with its
+connection and with this process, which ends when its stdin has ended and no stage runs any more; while it imports, it
+is killed when its parent ends.
 """
 
 import contextlib
@@ -19,91 +27,237 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 
-from contracts.processes import die_with_parent
+from contracts import resident, surroundings
+from contracts.processes import die_with_parent, outlive_parent
 from contracts.versions import source_version
 
 POLL_SECONDS = 0.05
+BEGIN_SECONDS = 5.0
+"""How long a process that waits may take to answer a request before it counts as hung."""
 LARGEST = 1 << 20
+MOST_WAITING = 4
+READY = ".ready"
+"""Behind the name of the socket: a file that is there when the imports are done."""
 REFUSED = b"refused\n"
+RELEASED = b"released\n"
+WAITS = b"waits\n"
+BEGUN = b"begun\n"
 
 
 class ForkRequest(msgspec.Struct):
-    """A stage to be run."""
+    """A stage to be run; without arguments, a request to end the processes that wait, but for those of the label."""
 
     argv: list[str]
-    """After `python`: -m PACKAGE ..."""
+    """After `python`: -m MODULE ..."""
     environment: dict[str, str]
     directory: str
     source: str
     """Version of the package's source that is wanted."""
+    label: str = ""
+    """Stages of the same label can use what one of them has opened; empty: a process of its own."""
 
 
-def serve(package: str, path: Path) -> ForkRequest:
-    """Answer requests; returns in each process that is forked, with what it is to do."""
-    source = source_version(package)  # before anything of it is imported
-    importlib.import_module(f"{package}.preload").preload()
-    gc.collect()
-    gc.freeze()  # what is there stays shared with the processes that are forked
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    scratch = path.with_name(f"{path.name}.new")
-    server.bind(str(scratch))
-    server.listen()
-    os.rename(scratch, path)  # who sees it can connect
-    children: dict[int, socket.socket] = {}
-    while True:
-        ready, _, _ = select.select([server, sys.stdin, *children.values()], [], [], POLL_SECONDS)
-        if sys.stdin in ready:
-            _leave(children)
-        for pid, connection in list(children.items()):
-            if connection in ready and not connection.recv(1):  # whoever has asked is gone
-                _kill(pid)
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                _answer(connection, f"{os.waitstatus_to_exitcode(status)}\n".encode())
-                connection.close()
-                del children[pid]
-        if server in ready:
-            connection, _ = server.accept()
-            request, log = _received(connection)
-            if request is None or request.source != source:  # the source has changed since: it must be imported anew
-                _answer(connection, REFUSED)
-                connection.close()
-                continue
-            parent = os.getpid()
-            pid = os.fork()
-            if pid == 0:
-                _become(request, log, parent)
-                _answer(connection, f"{os.getpid()}\n".encode())
-                for open_socket in (server, connection, *children.values()):
-                    open_socket.close()
-                return request
+@dataclass(eq=False)
+class _Child:
+    pid: int
+    label: str
+    channel: socket.socket | None
+    """By which it says that it waits, and is given another stage; None without a label."""
+    client: socket.socket | None
+    """Who has asked for the stage that it runs; None while it waits."""
+    end: int | None
+    """A descriptor that can be read when it has ended, where the system has such."""
+
+    def ends(self) -> Iterator["socket.socket | int"]:
+        """All that tells of it."""
+        return (end for end in (self.client, self.channel, self.end) if end is not None)
+
+
+class _Server:
+    def __init__(self, package: str, descriptor: int, libraries: Sequence[str]) -> None:
+        die_with_parent()
+        self.socket = socket.socket(fileno=descriptor)
+        self.socket.set_inheritable(False)
+        self.source = source_version(package)  # before anything of it is imported
+        gc.disable()
+        importlib.import_module(f"{package}.preload").preload(libraries)
+        gc.collect()
+        gc.freeze()  # what is there stays shared with the processes that are forked
+        gc.enable()
+        outlive_parent()  # its stdin tells of its parent's end from now on
+        with contextlib.suppress(OSError):  # who has started it has ended
+            Path(f"{self.socket.getsockname()}{READY}").touch()
+        self.children: list[_Child] = []
+        self.leaves = False
+
+    def serve(self) -> tuple[ForkRequest, socket.socket | None]:
+        """Answer requests; returns in each process that is forked, with what it is to do and its channel."""
+        while True:
+            ends = [end for child in self.children for end in child.ends()]
+            doors = [] if self.leaves else [self.socket, sys.stdin]
+            ready, _, _ = select.select([*doors, *ends], [], [], POLL_SECONDS)
+            if sys.stdin in ready:
+                self.leave()
+            for child in list(self.children):
+                if child not in self.children:  # another one took its place
+                    continue
+                if child.client is not None:
+                    if child.client in ready and not child.client.recv(1):  # whoever has asked is gone
+                        _kill(child.pid)
+                    if child.channel in ready and _says_that_it_waits(child.channel):
+                        self.let_wait(child)
+                ended, status = os.waitpid(child.pid, os.WNOHANG)
+                if ended:
+                    self.forget(child, status)
+            if self.leaves and not self.children:
+                os._exit(0)
+            if self.socket in ready and not self.leaves and (forked := self.answer()) is not None:
+                return forked
+
+    def let_wait(self, child: _Child) -> None:
+        """A child has finished its stage and stays; the one that waits longest makes way for it."""
+        assert child.client is not None
+        waiting = [other for other in self.children if other.client is None]
+        for other in waiting[: max(0, len(waiting) + 1 - MOST_WAITING)]:
+            self.end(other)
+        _answer(child.client, b"0 " + WAITS)
+        child.client.close()
+        child.client = None
+        self.children.remove(child)  # to the end: in the order in which they began to wait
+        self.children.append(child)
+
+    def forget(self, child: _Child, status: int) -> None:
+        if child.client is not None:
+            _answer(child.client, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+            child.client.close()
+        if child.channel is not None:
+            child.channel.close()
+        if child.end is not None:
+            os.close(child.end)
+        self.children.remove(child)
+
+    def end(self, child: _Child) -> None:
+        _kill(child.pid)
+        _, status = os.waitpid(child.pid, 0)
+        self.forget(child, status)
+
+    def answer(self) -> tuple[ForkRequest, socket.socket | None] | None:
+        """Answer one request; in the process that is forked for it, what it is to do and its channel."""
+        connection, _ = self.socket.accept()
+        request, log = _received(connection)
+        if request is not None and _is_closed(connection):  # nobody waits for it any more
+            request = None
+        if request is not None and not request.argv:
+            self.release(request.label)
+            _answer(connection, RELEASED)
+        elif request is None or request.source != self.source:  # it has changed since, and must be imported anew
+            _answer(connection, REFUSED)
+        elif self.hand_over(request, connection, log):
             os.close(log)
-            children[pid] = connection
+            return None
+        else:
+            return self.fork(request, connection, log)
+        connection.close()
+        if log >= 0:
+            os.close(log)
+        return None
+
+    def hand_over(self, request: ForkRequest, connection: socket.socket, log: int) -> bool:
+        """Give a stage to a process that waits for one of its label; whether there was one."""
+        waiting = (child for child in self.children if child.client is None and child.label == request.label)
+        child = next(waiting, None) if request.label else None
+        if child is None or child.channel is None:
+            return False
+        begun = b""
+        with contextlib.suppress(OSError):
+            child.channel.settimeout(BEGIN_SECONDS)
+            socket.send_fds(child.channel, [msgspec.json.encode(request) + b"\n"], [log])
+            begun = child.channel.recv(len(BEGUN))
+        if begun != BEGUN:  # it has died, or hangs
+            self.end(child)
+            return False
+        child.client = connection
+        _answer(connection, f"{child.pid}\n".encode())
+        return True
+
+    def fork(
+        self, request: ForkRequest, connection: socket.socket, log: int
+    ) -> tuple[ForkRequest, socket.socket | None] | None:
+        parent = os.getpid()
+        ours, theirs = socket.socketpair() if request.label else (None, None)
+        pid = os.fork()
+        if pid:
+            os.close(log)
+            if theirs is not None:
+                theirs.close()
+            end = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+            self.children.append(_Child(pid, request.label, ours, connection, end))
+            return None
+        os.setsid()
+        die_with_parent(parent)
+        _become(request, log)
+        _answer(connection, f"{os.getpid()}\n".encode())
+        for child in self.children:
+            for other in child.ends():
+                os.close(other if isinstance(other, int) else other.detach())
+        for open_socket in filter(None, (self.socket, connection, ours)):
+            open_socket.close()
+        return request, theirs
+
+    def release(self, keep: str = "") -> None:
+        """End the processes that wait, but for those of a label."""
+        for child in [child for child in self.children if child.client is None and (not keep or child.label != keep)]:
+            self.end(child)
+
+    def leave(self) -> None:
+        """Whoever has started this process is gone: end with the last stage, which its supervisor ends in time."""
+        self.leaves = True
+        self.release()
+
+
+def _says_that_it_waits(channel: socket.socket | None) -> bool:
+    try:
+        return channel is not None and channel.recv(len(WAITS)) == WAITS
+    except OSError:
+        return False
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _received(connection: socket.socket) -> tuple[ForkRequest | None, int]:
+    """A request, and the descriptor of its log; None where it is none."""
     connection.settimeout(5.0)
     try:
-        content, descriptors, _, _ = socket.recv_fds(connection, LARGEST, 1)
-        while content and not content.endswith(b"\n"):
-            more = connection.recv(LARGEST)
-            content += more or b"\n"
-        connection.settimeout(None)
-        return msgspec.json.decode(content, type=ForkRequest), descriptors[0]
+        return _read(connection)
     except (OSError, ValueError, IndexError):
         return None, -1
 
 
-def _become(request: ForkRequest, log: int, parent: int) -> None:
-    """Make this fork what a new process would be."""
-    os.setsid()
-    die_with_parent(parent)
+def _read(connection: socket.socket) -> tuple[ForkRequest, int]:
+    content, descriptors, _, _ = socket.recv_fds(connection, LARGEST, 1)
+    while content and not content.endswith(b"\n"):
+        more = connection.recv(LARGEST)
+        content += more or b"\n"
+    connection.settimeout(None)
+    request = msgspec.json.decode(content, type=ForkRequest)
+    return request, descriptors[0] if request.argv else -1
+
+
+def _become(request: ForkRequest, log: int) -> None:
+    """Make this process what a new one would be."""
     null = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, null), (1, log), (2, log)):
         os.dup2(source, target)
@@ -112,7 +266,7 @@ def _become(request: ForkRequest, log: int, parent: int) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     os.chdir(request.directory)
-    sys.argv = ["-m", *request.argv[2:]]
+    sys.argv = ["-m", *request.argv[request.argv.index("-m") + 2 :]]
     sys.orig_argv = [sys.executable, *request.argv]
 
 
@@ -129,12 +283,34 @@ def _kill(pid: int) -> None:
             continue
 
 
-def _leave(children: Mapping[int, socket.socket]) -> NoReturn:
-    for pid in children:
-        _kill(pid)
-    os._exit(0)
+def _run(request: ForkRequest) -> int | str | None:
+    """Run a stage as its package's main module; returns what it ends with."""
+    try:
+        module = request.argv[request.argv.index("-m") + 1]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def _next(channel: socket.socket) -> ForkRequest:
+    """Wait for another stage; this process ends where there is none any more."""
+    channel.sendall(WAITS)
+    try:
+        request, log = _read(channel)
+    except (OSError, ValueError, IndexError):
+        os._exit(0)
+    channel.sendall(BEGUN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the last stage has ignored it when it ended
+    _become(request, log)
+    return request
 
 
 if __name__ == "__main__":
-    asked = serve(sys.argv[1], Path(sys.argv[2]))
-    runpy.run_module(asked.argv[1], run_name="__main__", alter_sys=True)
+    asked, the_channel = _Server(sys.argv[1], int(sys.argv[2]), sys.argv[3:]).serve()
+    if the_channel is not None:
+        resident.allow()
+        surroundings.stays = True
+    while (ended_with := _run(asked)) in (0, None) and the_channel is not None and resident.any_held():
+        asked = _next(the_channel)
+    sys.exit(ended_with)

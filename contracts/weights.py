@@ -12,6 +12,8 @@ from contracts.errors import UserError
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 """Says which tensor is in which file, where a model has several."""
+DIVIDED = "reallocation.json"
+"""Marks a checkpoint that `pipeline reshard` has divided."""
 AGAIN = "Download or save it again."
 LFS = b"version https://git-lfs"
 """How a file begins that stands for one which Git LFS has not fetched."""
@@ -80,6 +82,11 @@ def stored_tensors(model: Path) -> dict[str, StoredTensor]:
     """
     if (model / WHOLE).is_file():
         return read_header(model / WHOLE)
+    if (model / DIVIDED).is_file():
+        raise UserError(
+            f"{model} is divided into files for the ranks of a parallel layout, which no stage reads. Make it whole "
+            f"again: `pipeline reshard {model} --to tp=1 --output DIRECTORY`, and give DIRECTORY."
+        )
     if not (model / INDEX).is_file():
         found = ", ".join(file.name for file in sorted(model.glob("*.safetensors"))[:3])
         raise UserError(

@@ -23,20 +23,20 @@ from contracts import stopping
 from contracts.attempt import ROLE
 from contracts.errors import TransientError, UserError
 from contracts.files import process_name, write_atomically
+from contracts.following import Source
 from contracts.locks import take_lock, try_lock
+from contracts.manifest import MANIFEST
 from contracts.processes import end_groups
-from contracts.publication import Publication
+from contracts.publication import NAMED, Publication
 from contracts.stage import Context
 
 LOOK_SECONDS = 0.5
 """How often a worker looks at what others have finished."""
-NAMED = 3
-"""How many missing shards an error names."""
 
 
 def share_shards(
     context: Context,
-    shards: list[str],
+    shards: list[str] | Source,
     open_worker: Callable[[], Callable[[str], None]],
     *,
     replicas: int = 1,
@@ -47,9 +47,10 @@ def share_shards(
     A process that does not publish returns when there is no shard left for it.
 
     Args:
-        shards: file names, the largest first where that is known.
+        shards: file names, the largest first where that is known; or an input of whose shards one each is made, as
+            they are finished where its maker still runs.
         open_worker: loads what a worker needs (an engine, a model) and returns the function that makes and commits
-            one shard. Not called where nothing is missing.
+            one shard. Not called where nothing is missing; where shards are still to come, before the first of them.
         replicas: processes to start. Under a launcher that set RANK and WORLD_SIZE (accelerate, torchrun), its
             processes are the workers and none is started here; nor by a process with a role.
         devices: accelerators per replica; 0 leaves the visible devices as they are.
@@ -59,17 +60,64 @@ def share_shards(
     """
     if context.world_size > 1 and context.role is None:
         _meet(context)
-    missing = _missing(context.publication, shards)
-    context.progress(len(shards) - len(missing), len(shards), "shards")
-    if context.role == "publisher":
-        _require_none(missing, len(shards))
-        return
-    if len(missing) > 1 and replicas > 1 and context.world_size == 1 and context.role is None:
-        _run_replicas(min(replicas, len(missing)), devices)
-    elif missing:
-        _work(context, shards, open_worker)
-    if context.publishes:
-        _wait_for_all(context, shards)
+    work = Work(shards)
+    if isinstance(shards, Source):
+        context.publication.made_from = shards.made_from
+    again = True
+    while again:
+        names = work.names()
+        missing = _missing(context.publication, names)
+        context.progress(len(names) - len(missing), work.total(names), "shards")
+        if context.role == "publisher":
+            work.require_whole()
+            _require_none(missing, len(names))
+            return
+        most = len(missing) if work.whole else replicas
+        if most > 1 and replicas > 1 and context.world_size == 1 and context.role is None:
+            _run_replicas(min(replicas, most), devices)
+        elif most:
+            _work(context, work, open_worker)
+        again = False
+        if context.publishes:
+            _wait_for_all(context, work)
+            again = isinstance(shards, Source) and bool(context.publication.drop_misfits())
+
+
+class Work:
+    """The shards that are to be made: a list, or as many as an input has by now."""
+
+    def __init__(self, shards: list[str] | Source) -> None:
+        self._shards = shards
+
+    @property
+    def whole(self) -> bool:
+        """Whether all are known."""
+        return not isinstance(self._shards, Source) or self._shards.whole
+
+    def look(self) -> None:
+        """See whether all are known by now."""
+        if isinstance(self._shards, Source):
+            self._shards.look()
+
+    def names(self) -> list[str]:
+        """Those that are known, in the order in which they are to be made."""
+        return self._shards.names() if isinstance(self._shards, Source) else self._shards
+
+    def total(self, names: list[str]) -> int:
+        """How many there will be, at least: of an input that is still being made, one more."""
+        return len(names) + (not self.whole)
+
+    def wait(self, context: Context) -> None:
+        """Let a moment pass until more may be known."""
+        assert isinstance(self._shards, Source)
+        with context.timed("wait"):
+            self._shards.wait()
+
+    def require_whole(self) -> None:
+        """Raise TransientError unless all are known."""
+        self.look()
+        if isinstance(self._shards, Source) and not self._shards.whole:
+            raise TransientError(f"{self._shards.path} is not published; the stage that makes it ended without it.")
 
 
 def agree(context: Context, name: str, value: str) -> str:
@@ -102,25 +150,30 @@ def _require_none(missing: list[str], count: int) -> None:
 
 def _published(publication: Publication) -> bool:
     """Whether receipts are missing because rank 0 has found all of them and is publishing."""
-    return publication.complete or publication.target.exists()
+    return (publication.directory / MANIFEST).exists() or publication.target.exists()
 
 
-def _work(context: Context, shards: list[str], open_worker: Callable[[], Callable[[str], None]]) -> None:
-    """Make shards as long as one is left that is neither finished nor claimed."""
+def _work(context: Context, work: Work, open_worker: Callable[[], Callable[[str], None]]) -> None:
+    """Make shards as long as one is left that is neither finished nor claimed, or is still to come."""
     publication = context.publication
     claims = publication.directory / "state"
     if context.publishes or context.role is not None:  # else rank 0 makes it, and may have renamed it
         claims = publication.state
     make: Callable[[str], None] | None = None
     found_work = True
-    while found_work:  # again after the last one: another process may have died meanwhile
+    while found_work or not work.whole:  # again after the last one: another process may have died meanwhile
+        if not found_work:
+            make = make or open_worker()  # what it loads is there when the next shard is
+            work.wait(context)
         found_work = False
         looked = -math.inf
-        for name in shards:
+        work.look()
+        names = work.names()
+        for name in names:
             if time.monotonic() - looked > LOOK_SECONDS:
-                finished = publication.finished(shards)
+                finished = publication.finished(names)
                 looked = time.monotonic()
-                context.progress(len(finished), len(shards), "shards")
+                context.progress(len(finished), work.total(names), "shards")
             if name in finished:
                 continue
             try:
@@ -135,7 +188,7 @@ def _work(context: Context, shards: list[str], open_worker: Callable[[], Callabl
                 if not context.publishes and _published(publication):
                     return  # rank 0 found everything finished
                 raise
-    context.progress(len(publication.finished(shards)), len(shards), "shards")
+    context.progress(len(publication.finished(names)), len(names), "shards")
 
 
 @contextlib.contextmanager
@@ -188,9 +241,10 @@ def _meet(context: Context) -> None:
         _wait(lambda: begun.exists() or publication.target.exists(), "rank 0 to begin", 300)
 
 
-def _wait_for_all(context: Context, shards: list[str]) -> None:
+def _wait_for_all(context: Context, work: Work) -> None:
     """Rank 0 waits for the others' last shards, as long as some other process still works on them."""
-    missing = shards
+    work.look()
+    missing = work.names()
     while missing := _missing(context.publication, missing):
         for name in missing:
             with _claim(context.publication.state, name) as free:

@@ -6,7 +6,6 @@ from typing import ClassVar, Self
 from pydantic import model_validator
 
 from contracts.config import Section, StageConfig, identity, input_path
-from embedded.reviews import all_prompts
 
 WORLD_FILES = ("demonstrations.jsonl", "heldout.jsonl", "model", "preference.jsonl", "train.jsonl")
 """What the stage `world` publishes."""
@@ -30,6 +29,8 @@ class WorldSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        from embedded.reviews import all_prompts  # its patterns take a while, and most runs have no toy task
+
         wanted = self.demonstrations + self.train + self.preference + self.heldout
         if wanted > (available := len(all_prompts())):
             raise ValueError(

@@ -1,16 +1,73 @@
 """Config of the generation stage."""
 
+import re
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from contracts.config import Section, StageConfig, identity, input_path, runtime
+from contracts.fingerprint import digest
 from contracts.template import ChatFields
+from generation.engine_args import checked_arguments
 
 MINIMUM_TEMPERATURE = 0.01
 """vLLM silently raises what lies between 0 and this."""
 MAXIMUM_TEMPERATURE = 10.0
+MAXIMUM_OF_VLLM = 2.0
+"""vLLM refuses requests of a higher temperature."""
+
+
+class GuidedSection(Section):
+    """The form that every answer is kept to: exactly one of these."""
+
+    json_schema: dict[str, Any] | None = identity(None)
+    """Answers are JSON that fits this schema."""
+    regex: str | None = identity(None, min_length=1)
+    """Answers match this regular expression as a whole."""
+    choice: list[Annotated[str, Field(min_length=1)]] | None = identity(None, min_length=1)
+    """Answers are one of these texts."""
+    grammar: str | None = identity(None, min_length=1)
+    """Answers are sentences of this grammar, in the EBNF of llama.cpp."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"set exactly one of {', '.join(type(self).model_fields)}, not {len(given)}.")
+        if self.regex is not None:
+            try:
+                re.compile(self.regex)
+            except re.error as error:
+                raise ValueError(f"regex {self.regex!r} is no regular expression: {error}.") from error
+        if self.choice is not None and len(set(self.choice)) < len(self.choice):
+            raise ValueError("choice names a text twice.")
+        return self
+
+    @property
+    def form(self) -> tuple[str, Any]:
+        """The one that is set: its name and value."""
+        return next((name, value) for name in type(self).model_fields if (value := getattr(self, name)) is not None)
+
+    @property
+    def label(self) -> str:
+        """What records say of it."""
+        name, value = self.form
+        return f"{name} {digest(value)[:16]}"
+
+
+class ThinkingSection(Section):
+    """How long a model may think before it answers."""
+
+    tokens: int = identity(ge=0)
+    """Tokens of thoughts after which their end is forced; those of an answer are max_new_tokens with its thoughts."""
+    start: str = identity("<think>", min_length=1)
+    """What the model or its template begins thoughts with."""
+    end: str = identity("</think>", min_length=1)
+    """What ends them. A text before the mark itself is forced with it: "I have to answer now.</think>"."""
+
+
+EngineArguments = Annotated[dict[str, Any], AfterValidator(checked_arguments)]
 
 
 class GenerationSettings(Section):
@@ -25,10 +82,36 @@ class GenerationSettings(Section):
     """Nucleus sampling: smallest set of tokens with at least this probability."""
     top_k: int = identity(0, ge=0)
     """Sample among the k likeliest tokens; 0: no limit."""
+    min_p: float = identity(0.0, later=True, ge=0, le=1)
+    """Sample among the tokens that are at least this share as likely as the likeliest one; 0: no limit."""
+    min_new_tokens: int = identity(0, later=True, ge=0)
+    """Tokens before which an answer cannot end: until then EOS is not sampled, and no text of `stop` counts."""
+    repetition_penalty: float = identity(1.0, later=True, gt=0, le=10)
+    """Of the tokens in the prompt and the answer so far, logits above 0 are divided by this, others multiplied (Keskar
+    et al. 2019, arXiv 1909.05858); 1: none."""
+    presence_penalty: float = identity(0.0, later=True, ge=-2, le=2)
+    """What is taken from the logits of tokens in the answer so far."""
+    frequency_penalty: float = identity(0.0, later=True, ge=-2, le=2)
+    """The same for each time that the token is there."""
+    stop: list[Annotated[str, Field(min_length=1)]] = identity([], later=True)
+    """Texts that end an answer when it comes to one of them; such an answer has finish_reason "stop_string"."""
+    include_stop: bool = identity(False, later=True)
+    """Keep the text that ended an answer in its `text`, for example where it is `</answer>`."""
+    guided: GuidedSection | None = identity(None, later=True)
+    """Keep answers to a form, token by token (vLLM's structured outputs): one of {json_schema: {...}}, {regex: "..."},
+    {choice: [...]}, {grammar: "..."}."""
+    thinking: ThinkingSection | None = identity(None, later=True)
+    """Limit the thoughts of a model that thinks (vLLM): {tokens: 512}."""
+    engine_args: EngineArguments = identity({}, later=True)
+    """Further engine arguments of vLLM, by their names in Python: {enable_prefix_caching: false}. Those that the stage
+    sets itself are refused with the key to set instead."""
     max_new_tokens: int = identity(512, ge=1)
     """Longest answer in tokens; longer ones are truncated and keep finish_reason "length"."""
     max_prompt_tokens: int | None = identity(None, ge=1)
     """Longer prompts are dropped and counted; by default what the model's context leaves beside max_new_tokens."""
+    refused: Literal["error", "drop"] = identity("error", later=True)
+    """What to do with a prompt that the chat template refuses, for example for its system turn or two user turns in a
+    row: stop with its message, or drop it and count it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = identity("auto")
     """Number format of the engine; auto: bfloat16 on a GPU, and on a CPU that does not emulate it where the policy's
     weights are in half precision; else float32."""
@@ -64,6 +147,25 @@ class GenerationSettings(Section):
     """Size of the KV cache; on a GPU by default what memory_utilization leaves, on a CPU enough for max_num_seqs
     sequences (at most 4 GiB). Less makes the engine evict sequences and compute them again."""
 
+    @property
+    def departures(self) -> dict[str, Any]:
+        """The settings by which answers are not samples of the policy's own distribution; none where they are. What
+        ends an answer (`stop`, max_new_tokens) changes no token's probability."""
+        fields = GenerationSettings.model_fields
+        changed = {name: value for name in DISTRIBUTION if (value := getattr(self, name)) != fields[name].default}
+        return {name: _as_data(value) for name, value in changed.items()}
+
+
+DISTRIBUTION = (
+    *("temperatures", "top_p", "top_k", "min_p", "min_new_tokens"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "guided", "thinking"),
+)
+"""Settings that change the probabilities of tokens."""
+
+
+def _as_data(value: Any) -> Any:
+    return value.model_dump(mode="json", exclude_unset=True) if isinstance(value, Section) else value
+
 
 class GenerationConfig(GenerationSettings, ChatFields, StageConfig):
     """Sample K answers per prompt with the current policy."""
@@ -83,6 +185,10 @@ class GenerationConfig(GenerationSettings, ChatFields, StageConfig):
     """Iteration that the rollouts belong to; recorded and part of every seed."""
     seed: int = identity(0, ge=0)
     """Seed of the run; each sample's own seed is derived from it."""
+    lengths: list[Path] = runtime([])
+    """Rollouts of earlier iterations, the latest first. Where several processes share the shards, those with the
+    longest answers are sampled first, by the lengths in the first of these that is there, so that no process is left
+    with a long one at the end."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -102,6 +208,23 @@ class GenerationConfig(GenerationSettings, ChatFields, StageConfig):
             raise ValueError(
                 f"temperature 0 is greedy, so its {self.k // len(self.temperatures)} answers would all be the same. "
                 "Set k to the number of temperatures, or a temperature above 0."
+            )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}. Lower it."
+            )
+        if self.guided is not None and self.logprob_mode == "raw":
+            raise ValueError(
+                "guided with logprob_mode=raw: vLLM takes tokens out before it computes the model's own "
+                "log-probabilities. Set logprob_mode=processed."
+            )
+        alone = {"guided": self.guided, "thinking": self.thinking, "engine_args": self.engine_args}
+        if self.engine != "vllm" and (asked := [name for name, value in alone.items() if value]):
+            raise ValueError(f"{asked[0]} is for engine=vllm; engine={self.engine} has nothing like it. Take it out.")
+        if self.engine == "vllm" and max(self.temperatures) > MAXIMUM_OF_VLLM:
+            raise ValueError(
+                f"temperatures {self.temperatures}: vLLM takes none above {MAXIMUM_OF_VLLM:g}. Lower it, or set "
+                "engine=transformers."
             )
         if self.servers and (self.engine != "vllm" or self.replicas > 1):
             raise ValueError("servers needs engine=vllm and replicas=1: every server is a replica.")

@@ -34,6 +34,8 @@ class Answer(msgspec.Struct, frozen=True):
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     seed: int
+    stop_string: str | None = None
+    """The text that ended it, if `finish_reason` is "stop_string"; the last token completes it."""
 
 
 class EngineSettings(msgspec.Struct, frozen=True):
@@ -52,6 +54,10 @@ class EngineSettings(msgspec.Struct, frozen=True):
     """Folder for traces, where any are wanted."""
 
 
+class UpdateError(Exception):
+    """An engine that is loaded cannot take other weights, or nobody can tell whether it did."""
+
+
 class SamplingEngine(Protocol):
     """An engine with the policy's weights loaded."""
 
@@ -60,6 +66,10 @@ class SamplingEngine(Protocol):
 
         Results do not depend on earlier batches of this engine. `batch` is a name, unique within this engine.
         """
+        ...
+
+    def begin(self) -> None:
+        """A stage begins: forget what earlier ones have left in caches."""
         ...
 
     def profile(self, name: str) -> AbstractContextManager[None]:
@@ -72,19 +82,20 @@ class SamplingEngine(Protocol):
         ...
 
 
-def set_threads() -> str:
+def set_threads(parts: int) -> str:
     """Set OMP_NUM_THREADS to the number of cores, unless the user has set it; returns it. Call it before torch loads.
 
     Without it, vLLM's throughput on a CPU drops to a fifth. CPU results depend on it in their last bits, so it must not
-    depend on the number of replicas, which do not change the bytes.
+    depend on the number of replicas, which do not change the bytes; the `parts` of an engine, its processes, do.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // parts)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def devices_per_replica(config: GenerationConfig) -> int:
-    """GPUs per replica; 0 on a machine without GPUs.
+    """GPUs per replica; 0 on a machine without GPUs, where vLLM's tensor parallel processes share the cores.
 
     Raises:
         UserError: the config asks for more GPUs than there are.
@@ -93,7 +104,7 @@ def devices_per_replica(config: GenerationConfig) -> int:
 
     present = torch.cuda.device_count()
     wanted = config.tensor_parallel * max(config.replicas, config.servers)
-    if present == 0 and config.tensor_parallel == 1:
+    if present == 0 and (config.tensor_parallel == 1 or config.engine == "vllm"):
         return 0
     if wanted > present:
         raise UserError(

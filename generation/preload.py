@@ -3,20 +3,27 @@
 import importlib.util
 import os
 import warnings
+from collections.abc import Sequence
 
 
-def preload() -> None:
+def preload(libraries: Sequence[str]) -> None:
     """Import it, with the variables that it is always imported with."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # opens no device: a fork could not open it again
     import torch
 
-    from generation.vllm_engine import set_environment
+    from modeling.preload import preload as preload_modeling
+    from modeling.vllm_process import set_environment
 
-    set_environment(on_gpu=torch.cuda.is_available())
-
-    if importlib.util.find_spec("vllm") is None:
-        pass
-    else:
+    on_gpu = torch.cuda.is_available()
+    set_environment(on_gpu=on_gpu)
+    if "vllm" in libraries and importlib.util.find_spec("vllm") is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from vllm import LLM, SamplingParams  # noqa: F401
+
+            if not on_gpu:
+                import vllm.v1.worker.cpu_worker
+                import vllm.v1.worker.mamba_utils  # noqa: F401
+    preload_modeling()
+
+    import generation.run  # noqa: F401

@@ -2,22 +2,29 @@
 
 from contracts.artifacts import Artifact
 from contracts.chat import ChatTokenizer
+from contracts.engine_args import require_known
 from contracts.errors import UserError
 from contracts.models import ModelInfo
 from contracts.records import PROMPTS, Prompt
+from contracts.template import TemplateRefusedError
 from generation.config import GenerationConfig
+from modeling.vllm_process import require_head_width
 
 
 def check_policy(config: GenerationConfig) -> int | None:
     """Check what can be checked without torch; return the longest prompt that fits (tokens), None if unlimited.
 
     Raises:
-        UserError: no causal language model, no chat template, or lengths beyond the model's context.
+        UserError: no causal language model, no chat template, heads that vLLM cannot compute here, or lengths beyond
+            the model's context.
     """
     info = ModelInfo.read(config.policy)
     info.require_causal()
     info.require_engine(config.engine)
     info.require_chat_template()
+    require_known(config.engine_args)
+    if config.engine == "vllm":
+        require_head_width(info)
     if config.max_prompt_tokens is not None:
         total = config.max_prompt_tokens + config.max_new_tokens
         info.require_length(total, "max_prompt_tokens + max_new_tokens")
@@ -27,24 +34,39 @@ def check_policy(config: GenerationConfig) -> int | None:
 
 
 def select_prompts(config: GenerationConfig) -> list[Prompt]:
-    """`count` prompts from `start` on, going round at the end of the set.
+    """`count` prompts from `start` on, going round at the end of the set; none of a draw that has nothing to replace.
 
     Raises:
         UserError: nothing is published there, there are no prompts, or fewer than `count`.
     """
-    prompts = list(Artifact.open(config.prompts, PROMPTS).rows(Prompt))
-    if not prompts:
+    artifact = Artifact.open(config.prompts, PROMPTS)
+    total = artifact.manifest.rows
+    if not total and artifact.manifest.stage == "draw" and config.count is None:
+        return []
+    if not total:
         raise UserError(f"{config.prompts} holds no prompts. Import some first, or name another set.")
-    count = len(prompts) if config.count is None else config.count
-    if count > len(prompts):
+    count = total if config.count is None else config.count
+    if count > total:
         raise UserError(
-            f"count={count} is more than the {len(prompts)} prompts of {config.prompts}, and no prompt is used twice "
+            f"count={count} is more than the {total} prompts of {config.prompts}, and no prompt is used twice "
             "in one stage. Lower count (in a run: prompts.per_iteration), or raise k for more answers per prompt."
         )
-    return [prompts[(config.start + offset) % len(prompts)] for offset in range(count)]
+    # A set may be larger than memory; what one stage samples from is not.
+    places = ((place - config.start) % total for place in range(total))
+    chosen = {place: prompt for place, prompt in zip(places, artifact.rows(Prompt), strict=True) if place < count}
+    return [chosen[place] for place in range(count)]
 
 
-def prompt_ids(tokenizer: ChatTokenizer, prompt: Prompt) -> tuple[int, ...]:
-    """The conversation rendered by the policy's chat template, with the generation prompt, as token ids."""
+def prompt_ids(tokenizer: ChatTokenizer, prompt: Prompt, *, drop: bool = False) -> tuple[int, ...] | None:
+    """The conversation rendered by the policy's chat template, with the generation prompt, as token ids.
+
+    Args:
+        drop: return None where the template refuses it.
+    """
     what = f"prompt {prompt.prompt_id}"
-    return tuple(tokenizer.conversation(prompt.messages, tools=prompt.tools, for_answer=True, what=what))
+    try:
+        return tuple(tokenizer.conversation(prompt.messages, tools=prompt.tools, for_answer=True, what=what))
+    except TemplateRefusedError:
+        if drop:
+            return None
+        raise

@@ -1,18 +1,29 @@
 """From prompts to requests, and from answers to the published records. Pure functions."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 
+from contracts.artifacts import Artifact
 from contracts.chat import ChatTokenizer
 from contracts.faults import FAILED, Fault, Faults
 from contracts.ledger import Ledger
-from contracts.records import Completion, Prompt, Rollout, Sampling
+from contracts.manifest import MANIFEST
+from contracts.records import ROLLOUTS, Completion, FinishReason, Prompt, Rollout, Sampling
 from contracts.seeds import derive_seed
+from generation import stop_strings
 from generation.config import GenerationConfig
 from generation.engine import Answer, GenerationRequest, SamplingEngine
+
+REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
+
+
+ANCHOR = 8
+"""Tokens of a beginning that are read with the answer, for the blank between them."""
 
 
 class Shard(msgspec.Struct, frozen=True):
@@ -33,17 +44,41 @@ def default_shard_size(config: GenerationConfig) -> int:
     return max(1, 8 * config.max_num_seqs // config.k)
 
 
-def cut(prompts: Sequence[tuple[Prompt, tuple[int, ...]]], size: int, longest: int | None) -> list[Shard]:
-    """Cut the prompts into shards of `size` (the last one has the rest); drop those of more than `longest` tokens."""
+def cut(prompts: Sequence[tuple[Prompt, tuple[int, ...] | None]], size: int, longest: int | None) -> list[Shard]:
+    """Cut the prompts into shards of `size` (the last one has the rest); drop those that were refused (None), and those
+    of more than `longest` tokens."""
     shards = []
     for number, start in enumerate(range(0, len(prompts), size)):
         chunk = prompts[start : start + size]
-        kept = tuple((prompt, ids) for prompt, ids in chunk if longest is None or len(ids) <= longest)
+        rendered = [(prompt, ids) for prompt, ids in chunk if ids is not None]
+        kept = tuple((prompt, ids) for prompt, ids in rendered if longest is None or len(ids) <= longest)
         ledger = Ledger("prompts")
         ledger.keep(len(kept))
-        ledger.drop("too_long", len(chunk) - len(kept))
+        ledger.drop("too_long", len(rendered) - len(kept))
+        ledger.drop("refused", len(chunk) - len(rendered))
         shards.append(Shard(f"shard-{number:05}.jsonl", kept, ledger))
     return shards
+
+
+def answer_lengths(rollouts: Sequence[Path]) -> dict[str, float]:
+    """Mean tokens of the answers to each prompt, by its id, in the first of some rollouts that are there and whole."""
+    for path in rollouts:
+        if (path / MANIFEST).is_file() and not (artifact := Artifact.open(path, ROLLOUTS)).released:
+            return {
+                row.prompt_id: statistics.fmean(len(completion.response_ids) for completion in row.completions)
+                for row in artifact.rows(Rollout)
+            }
+    return {}
+
+
+def longest_first(shards: Sequence[Shard], lengths: Mapping[str, float]) -> list[str]:
+    """The shards' names, those first whose answers are expected to have most tokens; a prompt of which nothing is known
+    counts as the mean of the others."""
+    usual = statistics.fmean(lengths.values()) if lengths else 1.0
+    expected = {
+        shard.name: sum(lengths.get(prompt.prompt_id, usual) for prompt, _ in shard.prompts) for shard in shards
+    }
+    return sorted(expected, key=lambda name: (-expected[name], name))
 
 
 def requests_of(prompt: Prompt, ids: tuple[int, ...], config: GenerationConfig) -> list[GenerationRequest]:
@@ -56,10 +91,30 @@ def requests_of(prompt: Prompt, ids: tuple[int, ...], config: GenerationConfig) 
             top_p=1.0 if greedy else config.top_p,
             top_k=0 if greedy else config.top_k,
             max_tokens=config.max_new_tokens,
+            **_further(config, greedy=greedy),
         )
         seed = derive_seed(config.seed, config.iteration, prompt.prompt_id, group)
         requests.append(GenerationRequest(ids, config.k // len(config.temperatures), seed, sampling))
     return requests
+
+
+def _further(config: GenerationConfig, *, greedy: bool) -> dict[str, Any]:
+    """The other sampling parameters that are set: what changes nothing is not recorded."""
+    found: dict[str, Any] = {}
+    if config.min_p and not greedy:
+        found["min_p"] = config.min_p
+    if config.min_new_tokens:
+        found["min_tokens"] = config.min_new_tokens
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        if (value := getattr(config, name)) != type(config).model_fields[name].default:
+            found[name] = value
+    if config.stop:
+        found["stop"] = tuple(config.stop)
+    if config.guided is not None:
+        found["guided"] = config.guided.label
+    if config.thinking is not None:
+        found["thinking_tokens"] = config.thinking.tokens
+    return found
 
 
 def sample_shard(
@@ -83,7 +138,10 @@ def sample_shard(
         mine = slice(position * groups, (position + 1) * groups)
         prompt, ids = shard.prompts[index]
         try:
-            completions = _completions(requests[mine], answers[mine], tokenizer)
+            begun = ids[-ANCHOR:] if prompt.messages[-1].role == "assistant" else ()
+            completions = _completions(
+                requests[mine], answers[mine], tokenizer, begun, include_stop=config.include_stop
+            )
         except RuntimeError as error:
             faults.add(Fault(error))
             continue
@@ -108,7 +166,12 @@ def sample_shard(
 
 
 def _completions(
-    requests: Sequence[GenerationRequest], answers: Sequence[Sequence[Answer] | Fault], tokenizer: ChatTokenizer
+    requests: Sequence[GenerationRequest],
+    answers: Sequence[Sequence[Answer] | Fault],
+    tokenizer: ChatTokenizer,
+    begun: Sequence[int],
+    *,
+    include_stop: bool,
 ) -> tuple[Completion, ...]:
     completions: list[Completion] = []
     for request, group in zip(requests, answers, strict=True):
@@ -122,7 +185,7 @@ def _completions(
                 Completion(
                     sample=len(completions),
                     response_ids=answer.response_ids,
-                    text=tokenizer.text(answer.response_ids),
+                    text=_text(answer, tokenizer, begun, include_stop=include_stop),
                     finish_reason=answer.finish_reason,
                     logprobs=answer.logprobs,
                     seed=answer.seed,
@@ -132,6 +195,21 @@ def _completions(
     return tuple(completions)
 
 
+def _text(answer: Answer, tokenizer: ChatTokenizer, begun: Sequence[int], *, include_stop: bool) -> str:
+    """An answer's text, up to the stop string if one ended it; `begun`: behind these tokens of a beginning."""
+    text = tokenizer.text(answer.response_ids, begun)
+    if answer.stop_string is None:
+        return text
+    before = tokenizer.text(answer.response_ids[:-1], begun)
+    found = stop_strings.cut(text, before, answer.stop_string, include=include_stop)
+    if found is None:
+        raise RuntimeError(
+            f"the engine ended an answer at {answer.stop_string!r} (seed {answer.seed}), which is not in its text "
+            f"({text[-60:]!r}): it reads the tokenizer in another way"
+        )
+    return found
+
+
 def check_answer(answer: Answer, max_tokens: int, stop_ids: Sequence[int]) -> None:
     """Raise RuntimeError where an engine's answer contradicts itself: nothing of that kind may reach a trainer."""
     ids = answer.response_ids
@@ -139,11 +217,14 @@ def check_answer(answer: Answer, max_tokens: int, stop_ids: Sequence[int]) -> No
     expected = [len(ids) - 1] if answer.finish_reason == "stop" else []
     problems = {
         f"{len(ids)} tokens where 1 to {max_tokens} were asked for": not 1 <= len(ids) <= max_tokens,
-        f"finish_reason {answer.finish_reason!r} is neither stop nor length": answer.finish_reason
-        not in ("stop", "length"),
+        f"finish_reason {answer.finish_reason!r} is none of {', '.join(REASONS)}": answer.finish_reason not in REASONS,
         f"finish_reason is {answer.finish_reason!r}, but stop tokens are at {stops} of {len(ids)}": stops != expected,
         f"truncated after {len(ids)} of {max_tokens} tokens": answer.finish_reason == "length"
         and len(ids) != max_tokens,
+        f"finish_reason is {answer.finish_reason!r}, but the stop string is {answer.stop_string!r}": (
+            answer.finish_reason == "stop_string"
+        )
+        != (answer.stop_string is not None),
         f"{len(ids)} tokens, but {len(answer.logprobs)} log-probabilities": len(ids) != len(answer.logprobs),
         "a log-probability is not a number between minus infinity and 0": not all(
             math.isfinite(value) and value <= 0 for value in answer.logprobs
@@ -156,9 +237,11 @@ def check_answer(answer: Answer, max_tokens: int, stop_ids: Sequence[int]) -> No
 def shard_facts(rollouts: Sequence[Rollout]) -> dict[str, int]:
     """Counts of one shard, which `summary` adds up."""
     completions = [completion for rollout in rollouts for completion in rollout.completions]
+    by_string = sum(completion.finish_reason == "stop_string" for completion in completions)
     return {
         "completions": len(completions),
-        "stopped": sum(completion.finish_reason == "stop" for completion in completions),
+        "stopped": sum(completion.finish_reason != "length" for completion in completions),
+        **({"stopped_by_string": by_string} if by_string else {}),
         "response_tokens": sum(len(completion.response_ids) for completion in completions),
         "prompt_tokens": sum(len(rollout.prompt_ids) for rollout in rollouts),
     }
@@ -174,7 +257,8 @@ def shard_metrics(facts: dict[str, int], seconds: float) -> dict[str, float]:
 
 def summary(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The stage's facts from those of its shards: counts, mean response length (tokens) and stop rate."""
-    totals = {name: sum(facts[name] for facts in shards) for name in shards[0] if name != "failures"}
+    names = dict.fromkeys(name for facts in shards for name in facts if name != "failures")
+    totals = {name: sum(facts.get(name, 0) for facts in shards) for name in names}
     return {
         **totals,
         "response_length": totals["response_tokens"] / totals["completions"],

@@ -1,26 +1,52 @@
 """The generation stage, from top to bottom."""
 
 import contextlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from contracts import resident
 from contracts.artifacts import model_fingerprint
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Faults
+from contracts.fingerprint import digest, file_sha256
 from contracts.jsonl import write_jsonl
 from contracts.ledger import merge
 from contracts.models import ModelInfo
 from contracts.precision import resolve_dtype
+from contracts.resident import Start
 from contracts.stage import Context, Outcome
 from contracts.workers import agree, share_shards
 from generation.config import GenerationConfig
 from generation.engine import EngineSettings, SamplingEngine, devices_per_replica, set_threads
 from generation.prompts import check_policy, prompt_ids, select_prompts
-from generation.rollouts import Shard, cut, default_shard_size, sample_shard, shard_facts, shard_metrics, summary
+from generation.rollouts import (
+    Shard,
+    answer_lengths,
+    cut,
+    default_shard_size,
+    longest_first,
+    sample_shard,
+    shard_facts,
+    shard_metrics,
+    summary,
+)
+
+ENGINE_FIELDS = {
+    *("engine", "logprob_mode", "max_num_seqs", "tensor_parallel", "memory_utilization", "kv_cache_mib"),
+    *("stop", "guided", "thinking", "engine_args"),
+}
+"""What of the config an engine is made with, beside its settings."""
+UNREAD = ("_name_or_path", "transformers_version")
+"""Entries of config.json that say nothing of the architecture."""
+NOTHING = {"completions": 0, "stopped": 0, "response_tokens": 0, "prompt_tokens": 0}
+"""What is told of a draw in which nothing had to be replaced."""
+LENGTH_STEP = 128
+"""Tokens to which the longest sequence is rounded up, so that stages whose prompts differ a little share an engine."""
 
 
 def run(config: GenerationConfig, context: Context) -> Outcome:
@@ -28,15 +54,17 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
     # The user's mistakes, before anything large is loaded.
     longest_allowed = check_policy(config)
     prompts = select_prompts(config)
+    if not prompts:
+        return Outcome("prompts", NOTHING, model_fingerprint(config.policy))
 
     # The chat template, once; token ids from here on.
-    threads = set_threads()
+    threads = set_threads(config.tensor_parallel)
     with context.timed("load"):
         tokenizer = ChatTokenizer(config.policy, config.chat_template_kwargs, config.date)
         tokenizer.require_stop()
         fingerprint = model_fingerprint(config.policy)
-        tokenized = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in prompts]
-        largest = max(max(ids, default=0) for _, ids in tokenized)
+        tokenized = [(prompt, prompt_ids(tokenizer, prompt, drop=config.refused == "drop")) for prompt in prompts]
+        largest = max(max(ids or (), default=0) for _, ids in tokenized)
         ModelInfo.read(config.policy).require_ids(max(largest, *tokenizer.stop_ids), "a prompt (or a stop token)")
     shards = cut(tokenized, config.shard_size or default_shard_size(config), longest_allowed)
     settings = _settings(config, context, tokenizer, shards, longest_allowed)
@@ -49,8 +77,10 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
             start = time.perf_counter()
             if config.dtype == "auto":  # processors differ, but all shards must have one dtype
                 engine_facts["dtype"] = agree(context, "dtype", settings.dtype)
-            engine = open_engine(config, msgspec.structs.replace(settings, dtype=engine_facts["dtype"]))
-            stack.callback(engine.close)
+            decided = msgspec.structs.replace(settings, dtype=engine_facts["dtype"])
+            engine, engine_facts["start"] = hold_engine(config, decided, fingerprint)
+            if resident.closes():
+                stack.callback(engine.close)
             load = {"load": time.perf_counter() - start}  # counted with the worker's first shard
 
             def make(name: str) -> None:
@@ -71,11 +101,13 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
             return make
 
         by_name = {shard.name: shard for shard in shards}
+        workers = config.servers or config.replicas
+        shared = workers > 1 or context.role in ("replica", "task")
         share_shards(
             context,
-            list(by_name),
+            longest_first(shards, answer_lengths(config.lengths)) if shared else list(by_name),
             open_worker,
-            replicas=config.servers or config.replicas,
+            replicas=workers,
             devices=config.tensor_parallel if settings.on_gpu else 0,
         )
     if not context.publishes:
@@ -108,21 +140,56 @@ def _settings(
     lengths = [len(ids) for shard in shards for _, ids in shard.prompts]
     if not lengths:
         raise UserError(
-            f"no prompt of {config.prompts} is left: all {ledger.rows_in} have more than {longest_allowed} tokens. "
-            "Raise max_prompt_tokens, lower max_new_tokens, or use a model with a longer context."
+            f"no prompt of {config.prompts} is left: {ledger} (too_long: more than {longest_allowed} tokens; refused: "
+            "by the chat template). Raise max_prompt_tokens, lower max_new_tokens, or use another model or prompts."
         )
-    ledger.stop_above(config.max_dropped, f"prompts of {config.prompts} with more than {longest_allowed} tokens")
+    ledger.stop_above(config.max_dropped, f"prompts of {config.prompts} (too_long: more than {longest_allowed} tokens)")
     # A replica or a task is given the devices of one engine; a publisher loads none, and may run where there is no GPU.
     alone = config if context.role is None else config.model_copy(update={"replicas": 1, "servers": 0})
     on_gpu = context.role != "publisher" and devices_per_replica(alone) > 0
     return EngineSettings(
         stop_ids=tokenizer.stop_ids,
-        max_length=max(lengths) + config.max_new_tokens,
+        max_length=_rounded(max(lengths) + config.max_new_tokens, ModelInfo.read(config.policy).context_length),
         dtype=resolve_dtype(config.dtype, on_gpu=on_gpu, sampled=config.policy),
         on_gpu=on_gpu,
         log=context.publication.directory / "state" / f"server-{context.rank}.log",
         traces=context.traces if config.profile_shards else None,
     )
+
+
+def _rounded(length: int, context: int | None) -> int:
+    """A length in whole steps, as far as the model's context reaches."""
+    whole = -(-length // LENGTH_STEP) * LENGTH_STEP
+    return whole if context is None else max(length, min(whole, context))
+
+
+def hold_engine(config: GenerationConfig, settings: EngineSettings, fingerprint: str) -> tuple[SamplingEngine, Start]:
+    """The engine with the policy, which the last stage of this process may have left with the same or other weights."""
+    fields = config.model_dump(mode="json", include=ENGINE_FIELDS)
+    model = json.loads((config.policy / "config.json").read_bytes())
+    architecture = {name: value for name, value in model.items() if name not in UNREAD}
+    if config.stop or config.guided or config.thinking:  # it reads texts, by the tokenizer with which it was opened
+        architecture["tokenizer"] = file_sha256(config.policy / "tokenizer.json")
+    settled = msgspec.to_builtins(msgspec.structs.replace(settings, log=Path()), enc_hook=str)
+
+    def update(engine: SamplingEngine) -> None:
+        from generation.vllm_engine import VllmEngine
+        from modeling.loading import check_weights
+
+        assert isinstance(engine, VllmEngine)  # what is kept has been made by the same config
+        check_weights(config.policy, "causal")
+        engine.update(config.policy)
+
+    engine, start = resident.hold(
+        "engine",
+        like=digest([fields, settled, architecture]),
+        content=fingerprint,
+        open_=lambda: open_engine(config, settings),
+        close=lambda engine: engine.close(),
+        update=update if config.engine == "vllm" else None,
+    )
+    engine.begin()
+    return engine, start
 
 
 def open_engine(config: GenerationConfig, settings: EngineSettings) -> SamplingEngine:

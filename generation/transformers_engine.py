@@ -10,13 +10,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from msgspec import UNSET
 from transformers import DynamicCache
 
 from contracts.attempt import beat
 from contracts.files import process_name
-from contracts.records import Sampling
+from contracts.records import FinishReason, Sampling
+from contracts.tokenizer import load_tokenizer
 from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, GenerationRequest
+from generation.stop_strings import StopStrings
 from modeling.loading import load_causal
 from modeling.tracing import traced
 
@@ -32,6 +35,7 @@ class TransformersEngine:
         self._stop_ids = torch.tensor(settings.stop_ids, device=self._device)
         self._processed = config.logprob_mode == "processed"
         self._batch_size = config.max_num_seqs
+        self._tokenizer = load_tokenizer(config.policy).backend_tokenizer if config.stop else None
         self._traces = settings.traces
 
     @torch.inference_mode()
@@ -48,7 +52,10 @@ class TransformersEngine:
     def _sample(self, requests: Sequence[GenerationRequest], chunk: list[tuple[int, int]]) -> Iterator[Answer]:
         """Sample the answers `(request, number)` of `chunk` together."""
         seeds = [requests[index].seed + j for index, j in chunk]
-        sampler = _Sampler([requests[index].sampling for index, _ in chunk], seeds, self._device, self._processed)
+        settings = [requests[index].sampling for index, _ in chunk]
+        prompts = [requests[index].prompt_ids for index, _ in chunk]
+        sampler = _Sampler(settings, seeds, prompts, self._stop_ids, self._processed)
+        watches = [self._watch(prompt, sampling) for prompt, sampling in zip(prompts, settings, strict=True)]
         distinct = list(dict.fromkeys(index for index, _ in chunk))
         rows_of_prompts = torch.tensor([distinct.index(index) for index, _ in chunk], device=self._device)
 
@@ -62,20 +69,24 @@ class TransformersEngine:
         # Decode: `alive` are the rows of the chunk that the batch still holds.
         tokens: list[list[int]] = [[] for _ in chunk]
         logprobs: list[list[float]] = [[] for _ in chunk]
-        stopped = [False] * len(chunk)
+        ends: list[FinishReason] = ["length"] * len(chunk)
+        strings: list[str | None] = [None] * len(chunk)
         alive = torch.arange(len(chunk), device=self._device)
         for step in range(max(requests[index].sampling.max_tokens for index, _ in chunk)):
             beat()
             token_B, logprob_B = sampler(logits_BV, alive, step)
             ends_B = torch.isin(token_B, self._stop_ids)
-            for row, token, logprob, ends in zip(
+            for row, token, logprob, stops in zip(
                 alive.tolist(), token_B.tolist(), logprob_B.tolist(), ends_B.tolist(), strict=True
             ):
                 tokens[row].append(token)
                 logprobs[row].append(logprob)
-                stopped[row] = ends
-            full = [len(tokens[row]) == requests[chunk[row][0]].sampling.max_tokens for row in alive.tolist()]
-            goes_on = (~(ends_B | torch.tensor(full, device=self._device))).nonzero().squeeze(1)
+                if stops:
+                    ends[row] = "stop"
+                elif (watch := watches[row]) is not None and (found := watch.add(token)) is not None:
+                    ends[row], strings[row] = "stop_string", found
+            done = [ends[row] != "length" or len(tokens[row]) == settings[row].max_tokens for row in alive.tolist()]
+            goes_on = (~torch.tensor(done, device=self._device)).nonzero().squeeze(1)
             if not len(goes_on):
                 break
             if len(goes_on) < len(alive):
@@ -83,8 +94,15 @@ class TransformersEngine:
                 alive, mask_BL, token_B = alive[goes_on], mask_BL[goes_on], token_B[goes_on]
             mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(alive), 1)], dim=1)
             logits_BV = self._forward(token_B[:, None], mask_BL, cache)
-        for ids, values, ends, seed in zip(tokens, logprobs, stopped, seeds, strict=True):
-            yield Answer(tuple(ids), tuple(values), "stop" if ends else "length", seed)
+        for ids, values, end, seed, string in zip(tokens, logprobs, ends, seeds, strings, strict=True):
+            yield Answer(tuple(ids), tuple(values), end, seed, string)
+
+    def _watch(self, prompt_ids: Sequence[int], sampling: Sampling) -> StopStrings | None:
+        stop, min_tokens = sampling.stop or (), sampling.min_tokens or 0
+        return StopStrings(self._tokenizer, prompt_ids, stop, min_tokens) if stop else None
+
+    def begin(self) -> None:
+        """Nothing is cached from one batch to the next."""
 
     def profile(self, name: str) -> AbstractContextManager[None]:
         """Torch's profiler."""
@@ -117,16 +135,37 @@ class TransformersEngine:
 
 
 class _Sampler:
-    """Draws the next token of each row by inverting its cumulative distribution."""
+    """Draws the next token of each row by inverting its cumulative distribution.
 
-    def __init__(self, sampling: Sequence[Sampling], seeds: Sequence[int], device: str, processed: bool) -> None:
+    The order is vLLM's: the least number of tokens, penalties, temperature, min-p, top-k, nucleus.
+    """
+
+    def __init__(
+        self,
+        sampling: Sequence[Sampling],
+        seeds: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        stop_ids: torch.Tensor,
+        processed: bool,
+    ) -> None:
+        device = stop_ids.device
         self._processed = processed
+        self._stop_ids = stop_ids
+        self._prompts = prompts
+        self._counts_NV: torch.Tensor | None = None
+        self._in_prompt_NV: torch.Tensor | None = None
         temperatures = torch.tensor([one.temperature for one in sampling], device=device)
         self._greedy_B = temperatures == 0
         self._temperature_B = torch.where(self._greedy_B, 1.0, temperatures)
         # The same for all rows but the greedy ones, for which the filters make no difference to the token.
         self._top_p = min(one.top_p for one in sampling)
         self._top_k = max(one.top_k for one in sampling)
+        self._min_p = max(one.min_p or 0.0 for one in sampling)
+        self._min_tokens = sampling[0].min_tokens or 0
+        self._repetition = 1.0 if sampling[0].repetition_penalty is UNSET else sampling[0].repetition_penalty
+        self._presence = sampling[0].presence_penalty or 0.0
+        self._frequency = sampling[0].frequency_penalty or 0.0
+        self._penalises = (self._repetition, self._presence, self._frequency) != (1.0, 0.0, 0.0)
         steps = max(one.max_tokens for one in sampling)
         # Always on the CPU, so that a GPU draws the same numbers.
         draws = [
@@ -136,7 +175,12 @@ class _Sampler:
 
     def __call__(self, logits_BV: torch.Tensor, rows: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and their log-probabilities; `rows` says which of the samples the logits are of."""
+        own_BV = logits_BV
         greedy_B1 = self._greedy_B[rows, None]
+        if step < self._min_tokens:
+            logits_BV = logits_BV.index_fill(1, self._stop_ids, -torch.inf)
+        if self._penalises:
+            logits_BV = self._penalise(logits_BV, rows)
         scaled_BV = logits_BV / self._temperature_B[rows, None]
         processed_BV = torch.where(greedy_B1, logits_BV, self._filter(scaled_BV)).log_softmax(-1)
         cumulative_BV = processed_BV.double().exp().cumsum(-1)
@@ -147,11 +191,34 @@ class _Sampler:
         )
         drawn_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True)
         token_B1 = torch.where(greedy_B1, logits_BV.argmax(-1, keepdim=True), drawn_B1)
-        kept_BV = processed_BV if self._processed else logits_BV.log_softmax(-1)
+        if self._counts_NV is not None:
+            self._counts_NV[rows, token_B1.squeeze(1)] += 1
+        kept_BV = processed_BV if self._processed else own_BV.log_softmax(-1)
         return token_B1.squeeze(1), kept_BV.gather(1, token_B1).squeeze(1)
 
+    def _penalise(self, logits_BV: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Repetition (Keskar et al. 2019, arXiv 1909.05858) of tokens in prompt and answer, presence and frequency in
+        the answer (the OpenAI API's)."""
+        if self._counts_NV is None or self._in_prompt_NV is None:
+            shape = (len(self._prompts), logits_BV.shape[1])
+            self._counts_NV = logits_BV.new_zeros(shape)
+            self._in_prompt_NV = torch.zeros(shape, dtype=torch.bool, device=logits_BV.device)
+            for row, prompt in enumerate(self._prompts):
+                self._in_prompt_NV[row, list(prompt)] = True
+        counts_BV = self._counts_NV[rows]
+        if self._repetition != 1.0:
+            seen_BV = self._in_prompt_NV[rows] | (counts_BV > 0)
+            scaled_BV = torch.where(logits_BV > 0, logits_BV / self._repetition, logits_BV * self._repetition)
+            logits_BV = torch.where(seen_BV, scaled_BV, logits_BV)
+        return logits_BV - self._frequency * counts_BV - self._presence * (counts_BV > 0)
+
     def _filter(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Top-k, then nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751) among what is left."""
+        """Min-p (arXiv 2407.01082), top-k, then nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751) among what is
+        left."""
+        if self._min_p:
+            probability_BV = logits_BV.softmax(-1)
+            least_B1 = self._min_p * probability_BV.amax(-1, keepdim=True)
+            logits_BV = logits_BV.masked_fill(probability_BV < least_B1, -torch.inf)
         if self._top_k and self._top_k < logits_BV.shape[1]:
             smallest_B1 = logits_BV.topk(self._top_k).values[:, -1:]
             logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)

@@ -2,22 +2,27 @@
 
 import contextlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from contracts.architectures import context_switch
-from contracts.attempt import beat
+from contracts.checkpoint_probe import Probe, probe_of
+from contracts.errors import UserError
 from contracts.records import FinishReason
 from generation.config import GenerationConfig
-from generation.engine import Answer, EngineSettings, GenerationRequest
+from generation.engine import Answer, EngineSettings, GenerationRequest, UpdateError
+from modeling.vllm_process import CPU_BLOCK, CPU_STEP, beat_with_every_step, set_environment
 
-CPU_BLOCK = 128
-"""Tokens per block of the KV cache on a CPU."""
-CPU_STEP = 2048
-"""Tokens per forward pass on a CPU."""
+PROBE_EXACT = 1e-2
+"""Nats by which a log-probability may differ from the trainer's, in float32."""
+PROBE_HALF = 1.0
+"""The same in half precision, whose engine and trainer round differently (mean differences are a quarter of it)."""
 
 
 class VllmEngine:
@@ -27,58 +32,98 @@ class VllmEngine:
         # The scheduler runs in this process, so that a batch starts when all of its requests are there: with a
         # process of its own, what is batched together would depend on how fast they arrive.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        set_environment(on_gpu=settings.on_gpu)
+        set_environment(on_gpu=settings.on_gpu, parts=config.tensor_parallel)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # vLLM's own use of deprecated functions
             from vllm import LLM, SamplingParams
+            from vllm.exceptions import VLLMValidationError
+            from vllm.sampling_params import StructuredOutputsParams
 
             # Ids in, ids out: how vLLM would read the tokenizer does not matter. Its server needs one, and so do the
-            # processors of models that see or hear.
-            without = not has_other_inputs(config.policy)
+            # processors of models that see or hear, and what looks at the text of answers.
+            reads_text = bool(config.stop or config.guided or config.thinking)
+            without = not (has_other_inputs(config.policy) or reads_text)
             self._llm: Any = LLM(**engine_arguments(config, settings), skip_tokenizer_init=without)
-        self._beat_with_every_step()
+        beat_with_every_step(self._llm)
         self._sampling_params: Any = SamplingParams
+        self._structured_outputs: Any = StructuredOutputsParams
+        self._guided = structured_outputs(config)
+        self._refused: type[Exception] = VLLMValidationError
+        self._in_this_process = config.tensor_parallel == 1
+        self._longest: int = self._llm.llm_engine.model_config.max_model_len
         self._stop_ids = list(settings.stop_ids)
 
     def generate(self, requests: Sequence[GenerationRequest], batch: str) -> list[list[Answer]]:
         """Answer all requests as one batch."""
-        outputs = self._llm.generate(
-            # The salt keeps cached prefixes from one batch to the next apart: a hit computes the first token from
-            # other partial sums than a miss does.
-            [{"prompt_token_ids": list(request.prompt_ids), "cache_salt": batch} for request in requests],
-            [self._params(request) for request in requests],
-            use_tqdm=False,
-        )
+        try:
+            outputs = self._llm.generate(
+                # The salt keeps cached prefixes from one batch to the next apart: a hit computes the first token from
+                # other partial sums than a miss does.
+                [{"prompt_token_ids": list(request.prompt_ids), "cache_salt": batch} for request in requests],
+                [self._params(request) for request in requests],
+                use_tqdm=False,
+            )
+        except self._refused as error:
+            if self._guided:
+                raise UserError(f"guided: vLLM cannot keep answers to this form ({error}). Write another.") from error
+            raise
         return [
             [_answer(completion, request) for completion in output.outputs]
             for output, request in zip(outputs, requests, strict=True)
         ]
 
-    def _beat_with_every_step(self) -> None:
-        """A batch can take an hour; its steps show that it goes on."""
-        engine = self._llm.llm_engine
-        step = engine.step
-
-        def beating_step() -> Any:
-            beat()
-            return step()
-
-        engine.step = beating_step
-
     def _params(self, request: GenerationRequest) -> Any:
+        parameters = sampling_parameters(request, self._stop_ids)
+        if self._guided:
+            parameters["structured_outputs"] = self._structured_outputs(**self._guided)
         return self._sampling_params(
-            n=request.n,
-            seed=request.seed,
-            temperature=request.sampling.temperature,
-            top_p=request.sampling.top_p,
-            top_k=request.sampling.top_k,
-            max_tokens=request.sampling.max_tokens,
-            stop_token_ids=self._stop_ids,
-            ignore_eos=True,  # the stop ids above are the whole rule, the same for every engine
+            **parameters,
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
-            detokenize=False,
+            detokenize="stop" in parameters,
         )
+
+    def begin(self) -> None:
+        """Forget cached prefixes: their names come again in the next stage, with other prompts or other weights."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache")
+
+    def update(self, policy: Path) -> None:
+        """Reload all weights in place, and prove it.
+
+        Every weight is first set to NaN, so none of the old ones can stay unseen (vLLM leaves what a checkpoint lacks
+        as it was). Then the engine has to say of one sequence what the trainer said that made the checkpoint.
+
+        Raises:
+            UpdateError: the checkpoint has no such sequence, a weight was not loaded, or the engine says otherwise.
+        """
+        probe = probe_of(policy)
+        if probe is None or not self._in_this_process:
+            raise UpdateError(f"nobody can tell whether the engine has the weights of {policy}")
+        self._llm.collective_rpc(_poison)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(policy)})
+        self._llm.collective_rpc(_renew_head)
+        (left,) = self._llm.collective_rpc(_poisoned)
+        if left:
+            raise UpdateError(f"{policy} has no weights for {', '.join(left[:3])}")
+        self.begin()
+        self._require(probe, policy)
+
+    def _require(self, probe: Probe, policy: Path) -> None:
+        """Compare what the engine says of the sequence with what the trainer said."""
+        ids = [*probe.prompt_ids, *probe.response_ids][: self._longest - 1]
+        params = self._sampling_params(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        (output,) = self._llm.generate([{"prompt_token_ids": ids}], [params], use_tqdm=False)
+        places = range(len(probe.prompt_ids), len(ids))
+        found = [output.prompt_logprobs[place][ids[place]].logprob for place in places]
+        difference = max((abs(one - other) for one, other in zip(found, probe.logprobs, strict=False)), default=0.0)
+        exact = {probe.dtype, str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")} == {"float32"}
+        allowed = PROBE_EXACT if exact else PROBE_HALF
+        if not difference <= allowed:
+            raise UpdateError(
+                f"with the weights of {policy} the engine's log-probabilities differ from the trainer's by "
+                f"{difference:.3g} nats, more than {allowed:g}"
+            )
 
     @contextlib.contextmanager
     def profile(self, name: str) -> Iterator[None]:
@@ -93,32 +138,80 @@ class VllmEngine:
         """Nothing to end: the engine ends with this process."""
 
 
+def _poison(worker: Any) -> None:
+    """Set every weight to NaN."""
+    for weight in worker.get_model().parameters():
+        if weight.dtype.is_floating_point:
+            weight.data.fill_(math.nan)
+
+
+def _renew_head(worker: Any) -> None:
+    """Have embeddings and output matrices arrange their weights for their kernels once more.
+
+    On a CPU vLLM computes logits from a packed copy of the output matrix. Where that is tied to the embeddings, no
+    weight of its own is reloaded, and its copy would stay that of the old weights.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for layer in worker.get_model().modules():
+        if isinstance(layer, VocabParallelEmbedding):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def _poisoned(worker: Any) -> list[str]:
+    """The weights that hold a NaN."""
+    return [
+        name
+        for name, weight in worker.get_model().named_parameters()
+        if weight.dtype.is_floating_point and bool(weight.data.isnan().any())
+    ]
+
+
 def _answer(completion: Any, request: GenerationRequest) -> Answer:
     ids = tuple(completion.token_ids)
     if list(ids) != list(completion.logprobs.token_ids):
         raise RuntimeError("vLLM returned log-probabilities of other tokens than it sampled")
-    reason: FinishReason = completion.finish_reason
+    reason, stop_string = reason_of(completion.finish_reason, completion.stop_reason)
     # vLLM runs n > 1 as n requests of their own, with the seeds seed, seed + 1, … (vllm/v1/engine/parallel_sampling.py)
-    return Answer(ids, tuple(completion.logprobs.logprobs), reason, request.seed + completion.index)
+    return Answer(ids, tuple(completion.logprobs.logprobs), reason, request.seed + completion.index, stop_string)
+
+
+def reason_of(finish_reason: FinishReason, stop_reason: int | str | None) -> tuple[FinishReason, str | None]:
+    """Why an answer ended, and the stop string if it was one: vLLM says "stop" of that as well."""
+    return ("stop_string", stop_reason) if isinstance(stop_reason, str) else (finish_reason, None)
+
+
+def sampling_parameters(request: GenerationRequest, stop_ids: list[int]) -> dict[str, Any]:
+    """What vLLM is told of a request, in process and by HTTP: every parameter, so that no default is used."""
+    sampling = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in msgspec.structs.asdict(request.sampling).items()
+        if value is not msgspec.UNSET
+    }
+    sampling.pop("guided", None)  # what it stands for is the config's
+    if "thinking_tokens" in sampling:
+        sampling["thinking_token_budget"] = sampling.pop("thinking_tokens")
+    return {
+        "n": request.n,
+        "seed": request.seed,
+        **sampling,
+        "stop_token_ids": stop_ids,
+        "ignore_eos": True,  # the stop ids above are the whole rule, the same for every engine
+    }
+
+
+def structured_outputs(config: GenerationConfig) -> dict[str, Any]:
+    """vLLM's parameters for `guided`."""
+    if config.guided is None:
+        return {}
+    name, value = config.guided.form
+    return {"json" if name == "json_schema" else name: value}
 
 
 def has_other_inputs(model: Path) -> bool:
     """Whether a model may take more than text: its config.json holds configurations of parts."""
     settings = json.loads((model / "config.json").read_text())
     return any(name.endswith("_config") and isinstance(value, dict) for name, value in settings.items())
-
-
-def set_environment(*, on_gpu: bool) -> None:
-    """Defaults for what vLLM reads from the environment; what the user has set stays."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if on_gpu:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        return
-    # On a CPU its warnings are a page about what is usual there.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # What it lets torch compile there (the rank of a log-probability, which nobody reads) takes longer to compile
-    # than to compute, and needs a C++ compiler.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def engine_arguments(config: GenerationConfig, settings: EngineSettings) -> dict[str, Any]:
@@ -137,6 +230,9 @@ def engine_arguments(config: GenerationConfig, settings: EngineSettings) -> dict
         "seed": 0,
         "use_tqdm_on_load": False,
     }
+    if config.thinking is not None:
+        marks = {"reasoning_start_str": config.thinking.start, "reasoning_end_str": config.thinking.end}
+        arguments["reasoning_config"] = marks
     if settings.traces is not None:
         arguments["profiler_config"] = {
             "profiler": "torch",
@@ -156,11 +252,11 @@ def engine_arguments(config: GenerationConfig, settings: EngineSettings) -> dict
         # ("CPU Generator does not use offset").
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(CPU_STEP, longest, config.max_num_seqs)
-    return arguments
+    return arguments | config.engine_args
 
 
 def cpu_kv_cache_bytes(config: GenerationConfig, settings: EngineSettings) -> int:
-    """A KV cache for `max_num_seqs` sequences of the greatest length, between 64 MiB and 4 GiB.
+    """A KV cache for `max_num_seqs` sequences of the greatest length in each process, between 64 MiB and 4 GiB.
 
     With room for all of them, no sequence is evicted and computed again.
     """
@@ -169,6 +265,7 @@ def cpu_kv_cache_bytes(config: GenerationConfig, settings: EngineSettings) -> in
     heads = model["num_attention_heads"]
     head_dim = model.get("head_dim") or model["hidden_size"] // heads
     width = (model.get("num_key_value_heads") or heads) * head_dim * (4 if settings.dtype == "float32" else 2)
+    width = -(-width // config.tensor_parallel)
     blocks = -(-settings.max_length // CPU_BLOCK) * config.max_num_seqs
     needed: int = 2 * model["num_hidden_layers"] * width * blocks * CPU_BLOCK
     return min(max(needed, 64 << 20), 4 << 30)

@@ -19,7 +19,13 @@ from contracts.faults import Fault
 from contracts.processes import end_groups
 from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, GenerationRequest
-from generation.vllm_engine import engine_arguments, set_environment
+from generation.vllm_engine import (
+    engine_arguments,
+    reason_of,
+    sampling_parameters,
+    structured_outputs,
+)
+from modeling.vllm_process import set_environment
 
 LOG_TAIL_LINES = 40
 """Lines of the server's log that an error shows."""
@@ -31,9 +37,10 @@ class VllmServer:
     """Starts a server on a free loopback port, sends it requests, and stops it."""
 
     def __init__(self, config: GenerationConfig, settings: EngineSettings) -> None:
-        set_environment(on_gpu=settings.on_gpu)
+        set_environment(on_gpu=settings.on_gpu, parts=config.tensor_parallel)
         self._log = settings.log
         self._stop_ids = list(settings.stop_ids)
+        self._guided = structured_outputs(config)
         self._model = str(config.policy)
         self._key = secrets.token_urlsafe(32)
         self._address = f"http://127.0.0.1:{_free_port()}"
@@ -46,7 +53,7 @@ class VllmServer:
 
     def _start(self, arguments: dict[str, Any], *, on_gpu: bool) -> "subprocess.Popen[bytes]":
         arguments = {**arguments, "host": "127.0.0.1", "port": self._address.rpartition(":")[2]}
-        flags = [_flag(name.replace("_", "-"), value) for name, value in arguments.items()]
+        flags = [flag for name, value in arguments.items() for flag in _flags(name.replace("_", "-"), value)]
         flags += ["--disable-log-stats", "--disable-uvicorn-access-log"]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
         environment = {**os.environ, "VLLM_API_KEY": self._key}
@@ -124,14 +131,8 @@ class VllmServer:
         return {
             "model": self._model,
             "prompt": list(request.prompt_ids),
-            "n": request.n,
-            "seed": request.seed,
-            "temperature": request.sampling.temperature,
-            "top_p": request.sampling.top_p,
-            "top_k": request.sampling.top_k,
-            "max_tokens": request.sampling.max_tokens,
-            "stop_token_ids": self._stop_ids,
-            "ignore_eos": True,
+            **sampling_parameters(request, self._stop_ids),
+            **({"structured_outputs": self._guided} if self._guided else {}),
             "logprobs": 0,
             "return_token_ids": True,
             "cache_salt": batch,
@@ -142,6 +143,9 @@ class VllmServer:
         lines = [line[:300] for line in self._log.read_text(errors="replace").splitlines()]
         errors = [line for line in lines if " ERROR " in line]
         return "\n".join(errors[:LOG_TAIL_LINES] or lines[-LOG_TAIL_LINES:])
+
+    def begin(self) -> None:
+        """Nothing is cached from one batch to the next."""
 
     @contextlib.contextmanager
     def profile(self, name: str) -> Iterator[None]:
@@ -168,19 +172,23 @@ def _answers(choices: list[dict[str, Any]], request: GenerationRequest) -> list[
         Answer(
             tuple(choice["token_ids"]),
             tuple(choice["logprobs"]["token_logprobs"]),
-            choice["finish_reason"],
+            reason,
             request.seed + choice["index"],
+            stop_string,
         )
         for choice in sorted(choices, key=lambda choice: int(choice["index"]))
+        for reason, stop_string in [reason_of(choice["finish_reason"], choice["stop_reason"])]
     ]
 
 
-def _flag(name: str, value: Any) -> str:
+def _flags(name: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
     if isinstance(value, dict):
         value = json.dumps(value)
     if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name}={value}"
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}={value}"]
 
 
 def _free_port() -> int:

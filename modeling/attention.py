@@ -12,6 +12,8 @@ from transformers import AttentionInterface
 from modeling.packing import PackingPlan
 
 NAME = "packed"
+QUERIES = 64
+"""Of a sequence behind a shared prompt, which attend at a time: those before them need not see what is behind."""
 
 
 def use_packed_attention(model: Any) -> None:
@@ -94,7 +96,10 @@ def attend(
         compute = _flash if kernel == "flash_attn" else _varlen
         q, k, v = (tensor.index_select(0, plan.whole) for tensor in (query, key, value))
         return compute(q, k, v, shape, plan).index_select(0, plan.whole_order)[None], None
-    group = _sdpa if softcap is None and s_aux is None else _explicit
+    explicit = softcap is not None or s_aux is not None
+    if plan.spans and device == "cpu" and not explicit:
+        return attend_once(query, key, value, shape, plan)[None], None
+    group = _explicit if explicit else _sdpa
     parts = []
     for index in plan.groups:
         q, k, v = (
@@ -104,6 +109,67 @@ def attend(
         parts.append(group(q, k, v, shape).flatten(0, 1))
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined.index_select(0, plan.order)[None], None
+
+
+def attend_once(query: Tensor, key: Tensor, value: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
+    """Attention over the `spans` of a flat batch, [T, heads, head size] each: every token is a query once, and nothing
+    is padded.
+
+    A prompt attends to itself, a response to its prompt and itself.
+    """
+    found = query.new_empty(*query.shape[:2], value.shape[-1])
+    q, k, v, out = (tensor.transpose(0, 1)[None] for tensor in (query, key, value, found))  # [1, heads, T, head size]
+    grouped = k.shape[1] != q.shape[1]
+    for span in plan.spans:
+        for own, before in ((span.prompt, slice(0, 0)), *((own, span.prompt) for own in span.responses)):
+            width, length = before.stop - before.start, own.stop - own.start
+            if not length:
+                continue
+            keys, values = _keys_behind(before, own, k, v)
+            windowed = shape.window is not None and shape.window < width + length
+            mask = _mask_behind(width, length, shape.window, q, plan) if width or windowed else None
+            for first in range(0, length, length if mask is None else QUERIES):
+                end = length if mask is None else min(first + QUERIES, length)
+                places = slice(own.start + first, own.start + end)
+                out[:, :, places] = scaled_dot_product_attention(
+                    q[:, :, places], keys[:, :, : width + end], values[:, :, : width + end],
+                    attn_mask=None if mask is None else mask[first:end, : width + end], is_causal=mask is None,
+                    scale=shape.scaling, enable_gqa=grouped,
+                )  # fmt: skip
+    return found
+
+
+def attend_once_at_last(query: Tensor, key: Tensor, value: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
+    """As `attend_once` for the last token of each of S sequences alone: query [S, heads, head size]."""
+    found = query.new_empty(*query.shape[:2], value.shape[-1])
+    q, k, v, out = (tensor.transpose(0, 1)[None] for tensor in (query, key, value, found))
+    grouped = k.shape[1] != q.shape[1]
+    sequences = ((span.prompt, own) for span in plan.spans for own in span.responses)
+    for place, (before, own) in enumerate(sequences):
+        keys, values = _keys_behind(before, own, k, v)
+        seen = slice(-min(keys.shape[2], shape.window or keys.shape[2]), None)
+        out[:, :, place : place + 1] = scaled_dot_product_attention(
+            q[:, :, place : place + 1], keys[:, :, seen], values[:, :, seen], scale=shape.scaling, enable_gqa=grouped
+        )
+    return found
+
+
+def _keys_behind(before: slice, own: slice, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [1, heads, tokens, head size] of a sequence in two parts."""
+    if before.start == before.stop:
+        return key[:, :, own], value[:, :, own]
+    keys, values = (torch.cat([each[:, :, before], each[:, :, own]], dim=2) for each in (key, value))
+    return keys, values
+
+
+def _mask_behind(width: int, length: int, window: int | None, q: Tensor, plan: PackingPlan) -> Tensor:
+    """For the last `length` tokens of a sequence that begins with `width` others: what is added to their scores,
+    [length, width + length]."""
+    key = (width, length, window)
+    if key not in plan.masks:
+        visible = _visible(width + length, window, q.device)[width:]
+        plan.masks[key] = q.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+    return plan.masks[key]
 
 
 def _fits(kernel: str, shape: Shape, query: Tensor, value: Tensor) -> bool:

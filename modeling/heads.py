@@ -1,6 +1,8 @@
 """How a causal model turns its last hidden states into logits: inferred from its config and verified by measurement."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ def head_shape(model: Any) -> HeadShape:
     head = model.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), torch.Tensor):
         raise _unknown(model)
-    with gathered([*head.parameters()]):
+    with gathered([*head.parameters()]), _with_numbers(head):
         generator = torch.Generator().manual_seed(0)
         states = torch.randn(1, 4, head.weight.shape[-1], generator=generator).to(head.weight)
         unit = states / _linear(head, states).abs().max().clamp(min=torch.finfo(torch.float32).tiny).to(states)
@@ -62,6 +64,19 @@ def head_shape(model: Any) -> HeadShape:
         ):
             return shape
     raise _unknown(model)
+
+
+@contextlib.contextmanager
+def _with_numbers(head: Any) -> Iterator[None]:
+    """A head whose weights are not read yet has some random rows for a while: what is applied after it is the same."""
+    weight = head.weight
+    if weight.is_meta:
+        rows = torch.randn(16, weight.shape[-1], generator=torch.Generator().manual_seed(0))
+        head.weight = nn.Parameter(rows.to(weight.dtype), requires_grad=False)
+    try:
+        yield
+    finally:
+        head.weight = weight
 
 
 def _linear(head: Any, hidden: torch.Tensor) -> torch.Tensor:

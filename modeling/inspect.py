@@ -11,11 +11,13 @@ from typing import Any, Literal
 from msgspec import UNSET
 
 from contracts.chat import ChatTokenizer
+from contracts.conversations import with_answer
 from contracts.errors import UserError
 from contracts.models import ModelInfo
 from contracts.pairwise import PairwiseChat
 from contracts.preflight import Finding, Inspected
 from contracts.records import Message
+from contracts.template import TemplateRefusedError
 
 SYSTEM = Message("system", "Be brief.")
 QUESTION = Message("user", "What is the capital of France?")
@@ -72,8 +74,11 @@ def rendered(stage: Inspected, chat: ChatTokenizer, renders: Renders) -> Iterato
         _ = judge.label_ids  # there are tokens for its labels
     conversations = stage.prompts()
     refused: list[str] = []
+    drops = getattr(stage.config, "refused", "error") == "drop"
     for conversation in conversations:
-        messages = [*conversation.messages, ANSWER] if answers else list(conversation.messages)
+        messages = conversation.messages
+        if answers:
+            messages = with_answer(messages, ANSWER.content)
         try:
             tools = UNSET if conversation.tools is None else conversation.tools
             if judge is not None:
@@ -82,9 +87,10 @@ def rendered(stage: Inspected, chat: ChatTokenizer, renders: Renders) -> Iterato
                 chat.conversation(messages, tools=tools, for_answer=not answers, what=conversation.place)
         except UserError as error:
             refused.append(str(error))
+            drops &= isinstance(error, TemplateRefusedError)
     if refused:
         more = f" ({len(refused)} of {len(conversations)} conversations that were tried)" if len(refused) > 1 else ""
-        yield Finding("error", f"{refused[0]}{more}")
+        yield Finding("warning" if drops else "error", f"{refused[0]}{more}")
     elif conversations:
         yield Finding("ok", f"{chat.path}: its chat template renders your prompts ({len(conversations)} were tried)")
 

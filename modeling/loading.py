@@ -9,12 +9,19 @@ from unittest import mock
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Qwen2ForTokenClassification,
+)
 from transformers.integrations import accelerate as accelerate_integration
 
 from contracts.architectures import support_of
 from contracts.errors import UserError
-from contracts.models import VALUE_HEAD, ModelInfo
+from contracts.models import CLASSIFIERS, PROCESS_MODEL, VALUE_HEAD, ModelInfo
 from contracts.seeds import derive_seed
 from contracts.weights import stored_tensors
 from modeling.finite import holds_the_same, require_finite
@@ -24,6 +31,8 @@ from modeling.probe import check_architecture, require_independence
 from modeling.rope import hold_rope
 
 Shapes = dict[str, tuple[int, ...]]
+LoadedAs = Literal["causal", "classifier", "token classifier"]
+"""The classes of transformers that a model can be loaded as."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -91,7 +100,22 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(first.split()).rstrip(".") or type(error).__name__
 
 
-def check_weights(model: Path, load_as: Literal["causal", "classifier"]) -> None:
+class Qwen2ForProcessRewardModel(Qwen2ForTokenClassification):
+    """Qwen2.5-Math-PRM (Zhang et al. 2025, arXiv 2501.07301): two labels for each token, by a head of two layers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+        self.post_init()
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Qwen2ForProcessRewardModel":
+        """As transformers' automatic classes make one."""
+        return cls(config)
+
+
+def check_weights(model: Path, load_as: LoadedAs) -> None:
     """Check that a model directory has exactly the weights of the class it will be loaded as, all of them finite.
 
     A causal language model may become a classifier with one label; only its head may be missing then. Does not
@@ -107,14 +131,16 @@ def check_weights(model: Path, load_as: Literal["causal", "classifier"]) -> None
         info.require_causal()
         _compare(AutoModelForCausalLM, model, config, new_head=False)
         check_architecture(model, config)
+    elif load_as == "token classifier":
+        _compare(_token_class(info), model, config, new_head=False)
     else:
         config.num_labels = 1
         _compare(AutoModelForSequenceClassification, model, config, new_head=info.labels is None)
     require_finite(model)
 
 
-def _compare(auto: Any, model: Path, config: Any, *, new_head: bool) -> None:
-    """Compare a checkpoint's headers with its architecture, by transformers' own loader.
+def _compare(auto: Any, model: Path, config: Any, *, new_head: bool, dtype: torch.dtype = torch.float32) -> Any:
+    """Compare a checkpoint's headers with its architecture, by transformers' own loader; returns the empty model.
 
     The loader gets meta tensors, so that it renames, merges and ties them like the real ones, and reports missing,
     unexpected and mismatched keys.
@@ -128,10 +154,11 @@ def _compare(auto: Any, model: Path, config: Any, *, new_head: bool) -> None:
     }
     # transformers asks for accelerate wherever a device is named, but needs it only to spread a model over several.
     with mock.patch.object(accelerate_integration, "is_accelerate_available", return_value=True):
-        _, report = _from_pretrained(
-            model_class, model, None, config=config, state_dict=tensors, device_map="meta", dtype=torch.float32
+        loaded, report = _from_pretrained(
+            model_class, model, None, config=config, state_dict=tensors, device_map="meta", dtype=dtype
         )
     _require_complete(report, model, model_class.__name__, new_head)
+    return loaded
 
 
 def _require_one_head(model: Path, tied: Mapping[str, str]) -> None:
@@ -153,15 +180,18 @@ def load_value_head(model: Path, hidden_size: int) -> torch.Tensor:
     return load_file(model / VALUE_HEAD)["weight"]
 
 
-def load_causal(model: Path, dtype: torch.dtype, *, master: bool = False, **options: Any) -> Any:
+def load_causal(model: Path, dtype: torch.dtype, *, master: bool = False, empty: bool = False, **options: Any) -> Any:
     """A causal language model with its weights.
 
     Args:
         model: its directory.
         dtype: number format of the weights.
         master: in float32, restore the master weights of the last training instead of the bfloat16 weights.
+        empty: leave the parameters on the meta device; everything else is as with weights, and checked.
         options: of transformers' loader.
     """
+    if empty:
+        return _empty(AutoModelForCausalLM, model, dtype)
     return _measured(_load(AutoModelForCausalLM, model, dtype, master=master, **options), model)
 
 
@@ -170,22 +200,67 @@ def load_classifier(model: Path, dtype: torch.dtype) -> Any:
     return _load(AutoModelForSequenceClassification, model, dtype)
 
 
-def load_reward(model: Path, dtype: torch.dtype, seed: int, *, master: bool = False) -> Any:
-    """A sequence classifier with one label; on a causal model, with a new head drawn by `seed`. `master`: as above.
+def load_token_classifier(model: Path, dtype: torch.dtype) -> Any:
+    """A classifier of tokens with its weights, whose head is `score`.
+
+    Raises:
+        UserError: its head is another one.
+    """
+    loaded = _load(_token_class(ModelInfo.read(model)), model, dtype)
+    if not hasattr(loaded, "score"):
+        raise UserError(f"{type(loaded).__name__} has no module `score` as its head; choose another model.")
+    return loaded
+
+
+def _token_class(info: ModelInfo) -> Any:
+    return Qwen2ForProcessRewardModel if info.architecture == PROCESS_MODEL else AutoModelForTokenClassification
+
+
+def load_reward(model: Path, dtype: torch.dtype, seed: int, *, master: bool = False, empty: bool = False) -> Any:
+    """A sequence classifier with one label; on a causal model, with a new head drawn by `seed`. Others: as above.
 
     The head is normal with standard deviation 1 / sqrt(hidden size + 1) (Stiennon et al. 2020, arXiv 2009.01325).
     """
     has_head = ModelInfo.read(model).labels is not None
-    loaded = _load(AutoModelForSequenceClassification, model, dtype, new_head=not has_head, master=master, num_labels=1)
+    auto = AutoModelForSequenceClassification
+    if empty:
+        loaded = _empty(auto, model, dtype, new_head=not has_head, num_labels=1)
+    else:
+        loaded = _load(auto, model, dtype, new_head=not has_head, master=master, num_labels=1)
     if not hasattr(loaded, "score"):
         raise UserError(f"{type(loaded).__name__} has no linear layer `score` as its head; choose another model.")
     if not has_head:
+        if empty:
+            loaded.score.weight = nn.Parameter(torch.empty(loaded.score.weight.shape, dtype=dtype))
         weight = loaded.score.weight
         with gathered([weight], modifier=0), torch.no_grad():
             generator = torch.Generator().manual_seed(derive_seed("reward head", seed))
             fresh = torch.randn(weight.shape, generator=generator) / (weight.shape[-1] + 1) ** 0.5
             weight.copy_(fresh.to(weight))
-    return _measured(loaded, model)
+    return loaded if empty else _measured(loaded, model)
+
+
+def _empty(auto: Any, model: Path, dtype: torch.dtype, *, new_head: bool = False, **options: Any) -> Any:
+    """The model of a checkpoint with its parameters on the meta device and its buffers computed.
+
+    Raises:
+        UserError: weights are missing, unexpected or not finite.
+        ValueError: it has buffers of other modules than rotary embeddings, which only transformers can make.
+    """
+    ModelInfo.read(model)
+    require_finite(model)
+    config = read_config(model)
+    for name, value in options.items():
+        setattr(config, name, value)
+    loaded = _compare(auto, model, config, new_head=new_head, dtype=dtype)
+    for owner in list(loaded.modules()):
+        for name, module in list(owner.named_children()):
+            if any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
+                if not hasattr(module, "rope_type"):
+                    raise ValueError(f"{type(module).__name__} of {model} has buffers that are not known")
+                setattr(owner, name, type(module)(config.get_text_config()))
+    make_independent(loaded)
+    return loaded
 
 
 def _load(
@@ -254,7 +329,7 @@ def _require_complete(report: Mapping[str, Any], model: Path, class_name: str, n
             f"{name} is {list(found)}, {class_name} needs {list(wanted)}. config.json and weights are of different "
             "models: download or save both again."
         )
-    harmless = [LEFTOVER, HEAD] if class_name.endswith("ForSequenceClassification") else [LEFTOVER]
+    harmless = [LEFTOVER, HEAD] if class_name.endswith(CLASSIFIERS) else [LEFTOVER]
     unread = sorted(name for name in report["unexpected_keys"] if not any(each.search(name) for each in harmless))
     if unread:
         raise UserError(

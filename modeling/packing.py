@@ -24,6 +24,13 @@ PADDING_SHARE = 1.25
 """Without a variable-length kernel, attention runs on padded groups; padding adds at most this factor."""
 
 
+class Span(NamedTuple):
+    """Where a row's tokens lie in a flat batch with shared prompts."""
+
+    prompt: slice
+    responses: tuple[slice, ...]
+
+
 class PackingPlan(NamedTuple):
     """Index tensors with which attention gathers a flat batch of T tokens into sequences, and scatters it back."""
 
@@ -41,6 +48,10 @@ class PackingPlan(NamedTuple):
     """[T]: index of each flat token in `whole`."""
     longest: int
     """Tokens of the longest sequence."""
+    spans: tuple[Span, ...] = ()
+    """The rows, where attention is to compute a shared prompt once as well; else it does so for each response."""
+    masks: dict[tuple[int, int, int | None], Tensor] = {}  # noqa: RUF012 (given anew with `spans`)
+    """By tokens of a prompt and of a response, and the window: what attention has masked for `spans` so far."""
 
 
 class Packed(NamedTuple):
@@ -67,9 +78,29 @@ def tokens_of(row: Row, packing: Packing) -> int:
     return row.response_tokens + len(row.prompt) if packing == "shared" else row.tokens
 
 
-def pack(rows: Many[Row], packing: Packing, device: torch.device | str = "cpu") -> Packed:
-    """Pack rows into one micro-batch; its sequences are the rows' responses, in order."""
-    return _pad(rows, device) if packing == "padded" else _flatten(rows, packing == "shared", device)
+def pack(rows: Many[Row], packing: Packing, device: torch.device | str = "cpu", *, attend_once: bool = False) -> Packed:
+    """Pack rows into one micro-batch; its sequences are the rows' responses, in order.
+
+    Args:
+        attend_once: on a CPU, attention computes a shared prompt once as well. For inference: it is the fastest way
+            forward, and gradients are not as fast.
+    """
+    if packing == "padded":
+        return _pad(rows, device)
+    packed = _flatten(rows, packing == "shared", device)
+    if not attend_once or packing != "shared" or packed.plan is None:
+        return packed
+    return packed._replace(plan=packed.plan._replace(spans=_spans(rows), masks={}))
+
+
+def _spans(rows: Many[Row]) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    size = 0
+    for row in rows:
+        ends = np.cumsum([size + len(row.prompt), *(len(response.ids) for response in row.responses)]).tolist()
+        spans.append(Span(slice(size, ends[0]), tuple(map(slice, ends[:-1], ends[1:]))))
+        size = ends[-1]
+    return tuple(spans)
 
 
 def _flatten(rows: Many[Row], shared: bool, device: torch.device | str) -> Packed:

@@ -15,6 +15,7 @@ def start() -> NoReturn:
     surroundings.prepare(stage=False)
     from pipelines.main import main  # the libraries, which takes most of a second
 
+    surroundings.imported()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

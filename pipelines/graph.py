@@ -1,6 +1,7 @@
 """The graph of a run: stages, and which of them need which others' outputs."""
 
 import copy
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,23 @@ T = TypeVar("T")
 class Placement:
     """Devices that a stage is given."""
 
-    pool: str
-    """The executor that it runs on, and so whose devices."""
+    executor: str
+    """What it runs on, and so whose devices."""
     devices: tuple[int, ...]
+    """Counted from 0; none: it computes beside those that have some."""
+    pool: str = ""
+    """Their pool, where the plan has several."""
+    exclusive: bool = False
+    """Whether it sees these alone, and nobody else computes on them at the time."""
+    partition: str | None = None
+    """Where a scheduler is to run it."""
+    nodes: str | None = None
+    """The nodes of a scheduler's cluster that it is to run on, as the scheduler writes them."""
+
+    @functools.cached_property
+    def bits(self) -> int:
+        """A number with bit 1 + d for each device d; bit 0 for stages that are given none."""
+        return sum(2 << device for device in self.devices) or 1
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class Node:
     inputs: tuple[Path, ...] = field(compare=False)
     """All that it reads."""
     needs: tuple[str, ...] = field(compare=False)
-    """Names of the nodes whose outputs it reads."""
+    """Names of the nodes that it waits for: those whose outputs it reads, and gates."""
     iteration: int | None
     """The iteration that it belongs to; None for what is made once, before the first one."""
     role: str
@@ -84,6 +99,12 @@ class Graph:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.nodes: dict[str, Node] = {}
+        self.lag = 0
+        """How many policies before the last one further iterations sample from at most."""
+        self.gates: dict[int, str] = {}
+        """The stage that decides whether an iteration may begin, for those that have one."""
+        self.rollbacks: dict[str, int] = {}
+        """Such stages that have taken the run back, by what is published, and the iteration that it goes on from."""
         self._owners: dict[Path, str] = {}
         self._origins: dict[Path, tuple[Path, bool]] = {}
         self._known: dict[Hashable, Any] = {}
@@ -96,6 +117,7 @@ class Graph:
         *,
         iteration: int | None = None,
         environment: str | None = None,
+        after: str | None = None,
     ) -> Path:
         """Add a stage and return the path of its output, to be given to the stages that read it.
 
@@ -105,6 +127,7 @@ class Graph:
             fields: of its config, without `output`.
             iteration: the one that it belongs to, if any.
             environment: what it runs in, if not in what stages of its kind do.
+            after: a stage that it waits for without reading it, beside the one in `gates`.
 
         Raises:
             UserError: the stage's config refuses the values.
@@ -115,7 +138,8 @@ class Graph:
         if name in self.nodes:
             raise ValueError(f"two stages are named {name}")
         inputs = tuple(config.input_paths())
-        needs = tuple(dict.fromkeys(owner for path in inputs if (owner := self.owner(path))))
+        waits = [gate for gate in (self.gates.get(iteration or 0), after) if gate is not None]
+        needs = tuple(dict.fromkeys([*(owner for path in inputs if (owner := self.owner(path))), *waits]))
         self.nodes[name] = Node(name, stage, config, inputs, needs, iteration, role, environment or stage.environment)
         self._owners[output] = name
         return output
@@ -125,6 +149,10 @@ class Graph:
         other = copy.copy(self)  # with all that is known of paths
         other.nodes = nodes
         return other
+
+    def become(self, other: "Graph") -> None:
+        """Take over all of another graph, for whoever has this one."""
+        vars(self).update(vars(other))
 
     def owner(self, path: Path) -> str | None:
         """The node that makes `path`, which may be a file inside its output."""
@@ -144,11 +172,22 @@ class Graph:
         name = self.owner(path)
         return self.nodes[name] if name else None
 
+    def followed(self, node: "Node") -> "Node | None":
+        """The stage whose shards a stage can read while it still runs; None where it can follow none."""
+        field = node.stage.follows(node.config)
+        maker = None if field is None else self.maker(node.path(field))
+        return maker if maker is not None and field is not None and maker.output == node.path(field) else None
+
     def sampler(self, rollouts: Path) -> Node | None:
         """The stage that sampled rollouts, whatever has filtered them since; None where it is none of the graph's."""
         node = self.maker(rollouts)
-        while node is not None and "rollouts" in type(node.config).model_fields:
-            node = self.maker(node.path("rollouts"))
+        while node is not None:
+            if "rollouts" in type(node.config).model_fields:
+                node = self.maker(node.path("rollouts"))
+            elif "rounds" in type(node.config).model_fields:
+                node = self.maker(node.config.model_dump()["rounds"][0])
+            else:
+                break
         return node
 
     def origin(self, model: Path) -> tuple[Path, bool]:
@@ -192,6 +231,11 @@ def folder_of(iteration: int) -> str:
 def tag_of(iteration: int) -> str:
     """What an iteration's tag on the Hub is called."""
     return f"iteration-{iteration}"
+
+
+def sampled_from(iteration: int, lag: int) -> int:
+    """The iteration whose policy another one samples from; 0 is the initial policy."""
+    return max(0, iteration - 1 - lag)
 
 
 def name_of(iteration: int | None, role: str) -> str:

@@ -1,27 +1,36 @@
 """The recipe of a run, as a graph of stages. `improve` is the loop's body: one iteration."""
 
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from annotation.config import PairsSettings
+from annotation.gating.config import GateConfig
+from annotation.gating.decision import published_decision
+from annotation.pairing.config import PairsSettings
 from annotation.stages.checkpoint_evaluation import EVALUATE_CHECKPOINT
 from annotation.stages.evaluation import EVALUATE
+from annotation.stages.gate import DECIDE
+from annotation.stages.mixing import IMPORT_PREFERENCES, PREFERENCES_SCORES, SAMPLE_PAIRS
 from annotation.stages.pairs import CHOOSE_PAIRS
 from annotation.stages.score import SCORE
-from contracts.config import Section
+from annotation.stages.selection import SELECT, SELECT_SCORES
+from contracts.config import Role, Section
 from contracts.errors import UserError
 from contracts.prompts import PromptsSettings
 from contracts.seeds import derive_seed
+from contracts.stages.draw import DRAW
 from contracts.stages.prompts import IMPORT_PROMPTS
-from contracts.template import reads_clock
+from contracts.template import TemplateSettings, reads_clock
 from embedded.config import WORLD_FILES
 from embedded.stages.world import MAKE_WORLD
 from generation.config import GenerationSettings
 from generation.stages.generation import GENERATION
+from pipelines.config.gates import condition
 from pipelines.config.run import RunConfig
+from pipelines.config.sections import OfflineSection, ReplaySection, environment_key
 from pipelines.environments.paths import packaged
-from pipelines.graph import Graph, folder_of, name_of
+from pipelines.graph import Graph, folder_of, name_of, sampled_from
 from pipelines.progress import tracked
 from training.stages.critic import CRITIC
 from training.stages.ema import EMA
@@ -46,20 +55,54 @@ def require_iterations(config: RunConfig, asked: int | None) -> int:
     wanted, name = (config.iterations, "iterations") if asked is None else (asked, "--iters")
     if not 0 <= wanted <= MOST_ITERATIONS:
         raise UserError(f"{name} is {wanted}; it must be from 0 to {MOST_ITERATIONS}.")
-    if config.accumulate and wanted > MOST_ACCUMULATED:
-        raise UserError(
-            f"{name} is {wanted} with accumulate=true, by which every iteration reads the pairs of all before it; with "
-            f"that it must be from 0 to {MOST_ACCUMULATED}. Lower it, or set accumulate=false."
-        )
+    curriculum = config.prompts.curriculum
+    for key, is_set, what in (
+        ("accumulate=true", config.accumulate, "pairs"),
+        ("replay", config.replay is not None and config.replay.iterations is None, "pairs"),
+        ("prompts.curriculum", curriculum is not None and curriculum.iterations is None, "scores"),
+    ):
+        if is_set and wanted > MOST_ACCUMULATED:
+            fix = "set accumulate=false" if config.accumulate else f"set {key}.iterations"
+            raise UserError(
+                f"{name} is {wanted} with {key}, by which every iteration reads the {what} of all before it; with that "
+                f"it must be from 0 to {MOST_ACCUMULATED}. Lower it, or {fix}."
+            )
     return wanted
 
 
 def build_graph(config: RunConfig, iterations: int) -> Graph:
     """The stages of a run, from what has to be made before the first iteration to the last evaluation.
 
+    Where gates have taken the run back, which their published decisions say, it goes on from there.
+
     Nothing in it depends on devices; `pipelines.planning.placement` gives each stage its own.
     """
     return Recipe(config).build(iterations)
+
+
+def lag_beyond_run(graph: Graph) -> str | None:
+    """What is wrong with a lag by which all iterations of a graph sample from the same policy; None if it is not so."""
+    sampling = [node for node in graph.nodes.values() if node.role == "generation"]
+    if graph.lag == 0 or len(sampling) < 2 or len({node.path("policy") for node in sampling}) > 1:
+        return None
+    return (
+        f"lag={graph.lag} with {len(sampling)} iterations: all of them sample from the initial policy, so that none "
+        "learns from the answers of a policy that another has trained. Lower lag, or run more iterations."
+    )
+
+
+LEFT = ("average", "answers", "pairs", "experience", "critic", "has_value_head", "heldout_answers")
+"""What of a recipe's state an iteration leaves to the next one, beside its policy."""
+
+
+def curriculum_beyond_run(config: RunConfig, iterations: int) -> str | None:
+    """What is wrong with a curriculum that no iteration of a run has scores for; None if it is not so."""
+    if config.prompts.curriculum is None or not 0 < iterations <= config.lag + 1:
+        return None
+    return (
+        f"prompts.curriculum with {iterations} iteration{'s' if iterations > 1 else ''} (lag={config.lag}): none has "
+        "the scores of an earlier one, so that all take their prompts in turn. Run more iterations, or leave it out."
+    )
 
 
 class Recipe:
@@ -70,49 +113,185 @@ class Recipe:
         self.config = config  # what holds in the iteration that is being added
         self.taken = 0  # training prompts that earlier iterations have taken
         self.graph = Graph(config.run_directory.absolute())
+        self.policies: list[Path] = []  # the initial policy, and that of every iteration so far
+        self.drawn: Path | None = None  # the prompts of the last iteration, where they are drawn
+        self.evaluations: list[Path] = []  # of the initial policy, and of that of every iteration so far
+        self.heldout_answers: Path | None = None  # of the last policy to held-out prompts
+        self.heldout_rewards: dict[Path, tuple[dict[str, Any], Path]] = {}  # of such answers, and what scored them
+        self.rewards: list[list[Path]] = []  # the scores of every iteration so far, of each of its rounds
+        self.answers: list[tuple[Path, Path]] = []  # that every iteration so far trains on, and their scores
         self.pairs: list[Path] = []
         self.references: dict[tuple[Path, Path], Path] = {}
         self.experience: Path | None = None
         self.critic: Path | None = None
+        self.reward_model: Path | None = None  # the one that is trained first
         self.has_value_head = False  # whether the policy was trained as its own critic
+        self.left: list[dict[str, Any]] = []  # what every iteration has left, if the run can be taken back to it
 
     def build(self, iterations: int) -> Graph:
         """Set up, then improve the policy `iterations` times; judge the initial policy and every later one."""
         self.prepare()
-        policy = self.average = self.initial
-        self.evaluate(0, policy)
+        self.average = self.initial
+        self.policies = [self.initial]
+        self.evaluate(0, self.initial)
+        self.leave()
         for iteration in tracked(range(1, iterations + 1), "planning the iterations"):
             if iteration in self.run.changes:
                 self.config = self.run.at(iteration)
-            policy = self.improve(iteration, policy)
-            self.evaluate(iteration, policy)
+            if self.run.gates and (known := sampled_from(iteration, self.config.lag)):
+                self.graph.gates[iteration] = name_of(known, "gate")
+            self.policies.append(self.improve(iteration))
+            self.evaluate(iteration, self.policies[-1])
+            self.leave()
+            if self.run.gates:
+                self.decide(iteration)
+        later = (self.run.at(start).lag for start in self.run.changes if start > iterations)
+        self.graph.lag = max([self.config.lag, *later])
         return self.graph
 
-    def improve(self, iteration: int, policy: Path) -> Path:
-        """One iteration: sample, score, make of it what the algorithm reads, train. Returns the next policy."""
-        config = self.config
-        count = config.prompts.per_iteration
-        window = {"start": self.taken, "count": count} if count else {}
-        self.taken += count or 0
+    def leave(self) -> None:
+        """Note what an iteration leaves to the next one."""
+        self.left.append({name: getattr(self, name) for name in LEFT} | {"policy": self.policies[-1]})
 
-        rollouts = self.sample("generation", policy, self.train_prompts, iteration, config.generation, window)
+    def decide(self, iteration: int) -> None:
+        """Have the gates decide after an iteration; what they have decided already holds for those after it."""
+        conditions = {name: condition(gate) for name, gate in self.run.gates.items()}
+        fields: dict[str, Any] = {"conditions": conditions, "iteration": iteration}
+        fields |= {"initial": self.evaluations[0], "evaluation": self.evaluations[iteration]}
+        for field, number in (("evaluations", iteration), ("initial_evaluations", 0)):
+            if own := self.own_evaluations(number):
+                fields[field] = own
+        if iteration > 1:
+            fields["earlier"] = self.graph.directory / name_of(iteration - 1, "gate")
+        self.graph.add(DECIDE, "gate", fields, iteration=iteration)
+        name = name_of(iteration, "gate")
+        config = self.graph.nodes[name].config
+        assert isinstance(config, GateConfig)
+        decision = published_decision(config)
+        if decision is None or decision.action != "rollback":
+            return
+        self.graph.rollbacks[name] = decision.start
+        left = dict(self.left[decision.start])
+        # With a lag, later iterations sample from those, too, which are left behind.
+        abandoned = slice(decision.start + 1, iteration + 1)
+        self.policies[abandoned] = [left.pop("policy")] * (iteration - decision.start)
+        vars(self).update(left)
+        assert decision.gate is not None
+        self.run = self.run.with_change(iteration + 1, self.run.gates[decision.gate].changes)
+
+    def own_evaluations(self, iteration: int) -> dict[str, Path]:
+        """The user's own evaluations of an iteration's policy that gates decide by."""
+        asked = sorted({gate.evaluation for gate in self.run.gates.values() if gate.evaluation is not None})
+        nodes = {name: self.graph.nodes.get(name_of(iteration, f"evaluations/{name}")) for name in asked}
+        return {name: node.output for name, node in nodes.items() if node is not None}
+
+    def improve(self, iteration: int) -> Path:
+        """One iteration: sample, score, make of it what the algorithm reads, train. Returns the next policy.
+
+        With a lag the policy that samples is older than the one that is trained, so that its answers can be had while
+        the last iterations' policies are still in training.
+        """
+        config = self.config
+        policy, sampler = self.policies[-1], self.policies[sampled_from(iteration, config.lag)]
+        prompts, window = self.prompts_of(iteration)
+
+        rollouts = self.sample("generation", sampler, prompts, iteration, config.generation, window)
         rewards = self.score("reward", "reward", rollouts, iteration)
+        self.rewards.append([rewards])
+        if config.prompts.dynamic_sampling is not None:
+            rollouts, rewards = self.replace_prompts(iteration, sampler, prompts, rollouts, rewards)
+        self.answers = [*self.answers, (rollouts, rewards)]
+        if config.replay is not None and config.description.reads == "samples":
+            rollouts, rewards = self.replay_answers(config.replay, iteration)
         anchor = {"initial": self.initial, "previous": policy, "ema": self.average}[config.reference]
         if config.description.reads == "pairs":
             data = self.pair_data(iteration, rollouts, rewards, anchor)
         else:
-            data = self.sample_data(iteration, rollouts, rewards, anchor, policy, window)
+            data = self.sample_data(iteration, rollouts, rewards, anchor, sampler, prompts, window)
         if "reference_model" in config.description.needs:
             data["reference_model"] = anchor
         data["model"] = policy if config.start == "previous" else self.initial
         data["seed"] = derive_seed(config.seed, iteration, "training")
         fields = keys(config.training) | self.inputs() | data
-        trained = self.graph.add(POLICY, "training", fields, iteration=iteration)
+        gate = name_of(iteration - 1, "gate") if self.run.gates and iteration > 1 else None
+        trained = self.graph.add(POLICY, "training", fields, iteration=iteration, after=gate)
         self.has_value_head = config.training.value_head
         if config.reference == "ema":
             mean = {"average": self.average, "model": trained, "decay": config.ema_decay}
             self.average = self.graph.add(EMA, "ema", mean, iteration=iteration)
         return trained
+
+    def prompts_of(self, iteration: int) -> tuple[Path, dict[str, Any]]:
+        """Where an iteration's prompts are, and which of those: the next ones in turn, unless they have to be drawn.
+
+        A curriculum knows the scores of iterations whose training the sampling waits for anyway.
+        """
+        section = self.config.prompts
+        count = section.per_iteration
+        if not section.is_drawn:
+            window = {"start": self.taken, "count": count} if count else {}
+            self.taken += count or 0
+            return self.train_prompts["train"], window
+        return self.draw("prompts", iteration), {}
+
+    def draw(self, role: str, iteration: int, **further: Any) -> Path:
+        """Draw prompts, behind those that were drawn last."""
+        section = self.config.prompts
+        fields: dict[str, Any] = {"sources": self.train_prompts, "count": section.per_iteration, "after": self.drawn}
+        if section.mixture:
+            fields["weights"] = {name: source.weight for name, source in section.mixture.items()}
+        if (curriculum := section.curriculum) is not None:
+            scored = self.rewards[: sampled_from(iteration, self.config.lag)]
+            scored = scored[-(curriculum.iterations or len(scored)) :]
+            fields |= {"curriculum": keys(curriculum), "history": [path for rounds in scored for path in rounds]}
+        self.drawn = self.graph.add(DRAW, role, {**fields, **further}, iteration=iteration)
+        return self.drawn
+
+    def replace_prompts(
+        self, iteration: int, sampler: Path, prompts: Path, rollouts: Path, rewards: Path
+    ) -> tuple[Path, Path]:
+        """Dynamic sampling: further rounds of sampling and scoring, each of as many prompts as have no signal so far.
+
+        A round in which none is lacking is empty, and costs nothing. Returns the answers that have a signal, and their
+        scores.
+        """
+        section = self.config.prompts.dynamic_sampling
+        assert section is not None
+        draws, rounds, judged = [prompts], [rollouts], self.rewards[-1]
+        for number in range(2, section.rounds + 2):
+            further = {"replaces": list(draws), "judged": list(judged), "margin": section.margin}
+            draws.append(self.draw(f"round-{number}/prompts", iteration, **further))
+            role = f"round-{number}/generation"
+            rounds.append(self.sample(role, sampler, draws[-1], iteration, self.config.generation))
+            judged.append(self.score(f"round-{number}/reward", "reward", rounds[-1], iteration))
+        fields = {"rounds": rounds, "scores": judged, "margin": section.margin}
+        return self.select("selected", iteration, fields)
+
+    def select(self, role: str, iteration: int, fields: dict[str, Any]) -> tuple[Path, Path]:
+        """Some of the answers in several rollouts, and their scores."""
+        selected = self.graph.add(SELECT, f"{role}/rollouts", fields, iteration=iteration)
+        gather = {
+            "rollouts": selected,
+            "rounds": [*fields["rounds"], *fields.get("earlier", [])],
+            "scores": [*fields["scores"], *fields.get("earlier_scores", [])],
+        }
+        return selected, self.graph.add(SELECT_SCORES, f"{role}/reward", gather, iteration=iteration)
+
+    def replay_answers(self, section: ReplaySection, iteration: int) -> tuple[Path, Path]:
+        """An iteration's answers with some of earlier iterations, and their scores."""
+        rollouts, rewards = self.answers[-1]
+        earlier = self.answers[:-1][::-1][: section.iterations]
+        if not earlier:
+            return rollouts, rewards
+        fields = {
+            "rounds": [rollouts],
+            "scores": [rewards],
+            "earlier": [path for path, _ in earlier],
+            "earlier_scores": [path for _, path in earlier],
+            "shares": [section.share(age) for age in range(1, len(earlier) + 1)],
+            "seed": derive_seed(self.config.seed, "replay"),
+        }
+        return self.select("replay", iteration, fields)
 
     def inputs(self) -> dict[str, Any]:
         """What the user's own algorithm reads beside its modules, wherever a stage runs it."""
@@ -123,14 +302,65 @@ class Recipe:
         """Preference pairs, with their reference if the algorithm needs one: what the policy is trained on."""
         config = self.config
         pairs = self.choose("pairs", rollouts, rewards, config.pairs, iteration)
-        self.pairs = [*self.pairs, pairs] if config.accumulate else [pairs]
-        if "reference" not in config.description.needs:
-            return {"pairs": self.pairs}
-        self.references[pairs, anchor] = self.reference("reference", rollouts, anchor, iteration, pairs)
-        return {"pairs": self.pairs, "reference": [self.reference_of(made, anchor, iteration) for made in self.pairs]}
+        self.pairs = [*self.pairs, pairs] if config.accumulate or config.replay else [pairs]
+        chosen = self.pairs if config.replay is None else [*self.replay(config.replay, iteration), pairs]
+        needs_reference = "reference" in config.description.needs
+        if needs_reference:
+            self.references[pairs, anchor] = self.reference("reference", rollouts, anchor, iteration, pairs)
+        if config.offline is not None:
+            chosen = [*chosen, self.offline_pairs(config.offline, iteration, pairs)]
+        if not needs_reference:
+            return {"pairs": chosen}
+        return {"pairs": chosen, "reference": [self.reference_of(made, anchor, iteration) for made in chosen]}
+
+    def replay(self, section: ReplaySection, iteration: int) -> list[Path]:
+        """A part of the pairs of each earlier iteration, the oldest first; those themselves where it is all of them."""
+        found = []
+        for made in self.pairs[:-1]:
+            earlier = self.graph.maker(made)
+            assert earlier is not None
+            assert earlier.iteration is not None
+            age = iteration - earlier.iteration
+            if section.iterations is not None and age > section.iterations:
+                continue
+            if section.decay == 1:
+                found.append(made)
+                continue
+            # With one seed whatever the iteration, so that what is taken later was taken before, too.
+            fields = {"rollouts": earlier.path("rollouts"), "pairs": made, "share": section.share(age)}
+            fields["seed"] = derive_seed(self.config.seed, earlier.iteration, "replay")
+            role = f"replay-of-{folder_of(earlier.iteration)}"
+            found.append(self.graph.add(SAMPLE_PAIRS, role, fields, iteration=iteration))
+        return found
+
+    def offline_pairs(self, section: OfflineSection, iteration: int, pairs: Path) -> Path:
+        """So many of the pairs from elsewhere that they have their share beside an iteration's own."""
+        assert self.offline is not None
+        rollouts, imported = self.offline
+        fields = {"rollouts": rollouts, "pairs": imported, "share": section.share, "beside": pairs}
+        fields["seed"] = derive_seed(self.config.seed, iteration, "offline")
+        return self.graph.add(SAMPLE_PAIRS, "offline", fields, iteration=iteration)
+
+    def import_offline(self, section: OfflineSection) -> tuple[Path, Path]:
+        """The answers of pairs from elsewhere, and the pairs."""
+        data = section.model_dump(exclude_unset=True, exclude={"share"})
+        data["source"] = self.locate(section.source)
+        fields = {**data, **self.rendering(self.initial, self.config.chat_template_kwargs)}
+        # The tokenizer does not change, so that what is wrong with the pairs is found before anything is trained.
+        fields |= {"tokenizer": self.locate(self.config.policy), "exclude": [self.heldout_prompts]}
+        rollouts = self.graph.add(IMPORT_PREFERENCES, "setup/offline/rollouts", fields)
+        scores = self.graph.add(PREFERENCES_SCORES, "setup/offline/scores", {**data, "rollouts": rollouts})
+        return rollouts, self.choose("setup/offline/pairs", rollouts, scores, PairsSettings())
 
     def sample_data(
-        self, iteration: int, rollouts: Path, rewards: Path, anchor: Path, policy: Path, window: dict[str, Any]
+        self,
+        iteration: int,
+        rollouts: Path,
+        rewards: Path,
+        anchor: Path,
+        sampler: Path,
+        prompts: Path,
+        window: dict[str, Any],
     ) -> dict[str, Any]:
         """Experience, made of all that the algorithm needs; beside the policy, the critic is trained on it here."""
         config = self.config
@@ -141,12 +371,12 @@ class Recipe:
         if "greedy" in needs:
             section = config.generation.model_copy(update={"k": 1, "temperatures": [0.0]})
             role = "greedy/generation"
-            inputs["greedy_rollouts"] = self.sample(role, policy, self.train_prompts, iteration, section, window)
+            inputs["greedy_rollouts"] = self.sample(role, sampler, prompts, iteration, section, window)
             inputs["greedy"] = self.score(
                 "greedy/reward", "reward", inputs["greedy_rollouts"], iteration, against=rollouts
             )
         if "values" in needs:
-            critic = self.critic_of(policy)
+            critic = self.latest_critic()
             fields = {"kind": "values", "name": "values", "model": critic, "rollouts": rollouts}
             inputs["values"] = self.graph.add(SCORE, "values", fields, iteration=iteration)
         if config.experience.kl_target is not None and self.experience and not self.restarts(iteration):
@@ -161,10 +391,10 @@ class Recipe:
             self.critic = self.graph.add(CRITIC, "critic", fields, iteration=iteration)
         return {"experience": experience}
 
-    def critic_of(self, policy: Path) -> Path:
-        """What predicts the values of a policy's answers: its own head or the last critic, at first critic.start."""
+    def latest_critic(self) -> Path:
+        """What predicts the values of answers: the last policy's own head or the last critic, at first critic.start."""
         if self.config.training.value_head:
-            return policy if self.has_value_head else self.untrained_critic()
+            return self.policies[-1] if self.has_value_head else self.untrained_critic()
         if self.critic is not None:
             return self.critic
         start = self.config.critic.start if self.config.critic else None
@@ -172,7 +402,7 @@ class Recipe:
         if start == "policy":
             return self.untrained_critic()
         if start == "reward_model":
-            model = self.reward_model or self.config.scorers["reward"].model
+            model = self.reward_model or self.config.scorers["reward"].model_path
             assert model is not None  # else the scorer's own stage, which came before, was refused
             return self.locate(model)
         return self.locate(start)
@@ -188,7 +418,7 @@ class Recipe:
         """Whether `changes` set a coefficient in this iteration, from which an adaptive one begins anew."""
         return "kl_coefficient" in (self.run.changes.get(iteration, {}).get("experience") or {})
 
-    def evaluate(self, iteration: int, policy: Path) -> Path:
+    def evaluate(self, iteration: int, policy: Path) -> None:
         """Judge a policy on the held-out prompts."""
         heldout = self.heldout_prompts
         rollouts = self.sample("heldout/generation", policy, heldout, iteration, self.config.evaluation)
@@ -199,13 +429,35 @@ class Recipe:
             for name in self.config.scorers
         }
         fields: dict[str, Any] = {"rollouts": rollouts, "scores": scores, "iteration": iteration}
-        if iteration == 0:
-            self.baseline = scores["reward"]
-        else:
-            fields["baseline"] = self.baseline
+        if self.run.diagnostics or self.run.gates:
+            fields["diagnostics"] = True
+            if ensemble := self.config.scorers["reward"].ensemble:
+                fields["ensemble"] = ensemble
+            if self.heldout_answers is not None and not self.config.scorers["reward"].compares:
+                fields["previous"] = self.rewards_of(self.heldout_answers, "heldout/previous/reward", iteration)
+        self.heldout_answers = rollouts
+        self.heldout_rewards[rollouts] = self.scorers_of("reward"), scores["reward"]
+        if iteration:
+            fields["baseline"] = self.rewards_of(self.first_answers, "heldout/baseline/reward", iteration)
             fields["reference"] = self.reference("heldout/reference", rollouts, self.initial, iteration)
         self.evaluate_checkpoint(iteration, policy)
-        return self.graph.add(EVALUATE, "evaluation", fields, iteration=iteration)
+        self.evaluations.append(self.graph.add(EVALUATE, "evaluation", fields, iteration=iteration))
+
+    def rewards_of(self, answers: Path, role: str, iteration: int) -> Path:
+        """The present reward of earlier held-out answers: scored anew only where another scorer has scored them."""
+        scorers = self.scorers_of("reward")
+        if self.heldout_rewards[answers][0] != scorers:
+            rewards = self.score(role, "reward", answers, iteration, against=self.first_answers)
+            self.heldout_rewards[answers] = scorers, rewards
+        return self.heldout_rewards[answers][1]
+
+    def scorers_of(self, scorer: str) -> dict[str, Any]:
+        """What decides, of the present settings, how a scorer judges, and those that it is made of, by name."""
+        section = self.config.scorers[scorer]
+        found: dict[str, Any] = {scorer: [section.select(Role.IDENTITY), section.select(Role.INPUT)]}
+        for part in section.parts:
+            found |= self.scorers_of(part)
+        return found
 
     def evaluate_checkpoint(self, iteration: int, policy: Path) -> None:
         """Have the user's own evaluations judge a policy."""
@@ -216,6 +468,9 @@ class Recipe:
             fields["checkpoint"] = policy
             if section.inputs is not None:
                 fields["inputs"] = [self.locate(path) for path in section.inputs]
+            gates = self.run.gates.values()
+            if needed := sorted({gate.metric.partition("/")[2] for gate in gates if gate.evaluation == name}):
+                fields["needed"] = needed
             role = f"evaluations/{name}"
             self.graph.add(EVALUATE_CHECKPOINT, role, fields, iteration=iteration, environment=section.environment_key)
 
@@ -226,7 +481,10 @@ class Recipe:
         if config.world is not None:
             self.graph.add(MAKE_WORLD, "setup/world", keys(config.world) | {"seed": config.seed})
         self.heldout_prompts = self.import_prompts("prompts/heldout", config.prompts.heldout)
-        self.train_prompts = self.import_prompts("prompts/train", config.prompts.train, [self.heldout_prompts])
+        self.train_prompts = {
+            name: self.import_prompts(role, config.prompts.sources[name], [self.heldout_prompts])
+            for name, role in config.prompts.import_roles.items()
+        }
         self.initial = self.locate(config.policy)
         if config.sft is not None:
             section = keys(config.sft)
@@ -235,6 +493,7 @@ class Recipe:
             section |= {"model": self.initial, "seed": derive_seed(config.seed, 0, "sft")}
             self.initial = self.graph.add(SFT, "setup/sft", section)
         self.reward_model = self.train_reward_model() if config.reward_model is not None else None
+        self.offline = self.import_offline(config.offline) if config.offline is not None else None
 
     def train_reward_model(self) -> Path:
         """Sample answers of the initial policy, label them, and train the reward model on the pairs."""
@@ -245,8 +504,9 @@ class Recipe:
         labels = self.score("setup/reward-model/labels", section.label, rollouts)
         pairs = self.choose("setup/reward-model/pairs", rollouts, labels, section.pairs)
         fields = keys(section.training)
-        if section.training.kind == "pairwise":
-            fields |= self.rendering(self.initial, self.config.scorers["reward"].chat_template_kwargs)
+        scorer = self.config.scorers[self.config.trained_scorer or "reward"]
+        if section.training.kind == "pairwise" and isinstance(scorer, TemplateSettings):
+            fields |= self.rendering(self.initial, scorer.chat_template_kwargs)
         fields |= {"model": self.initial, "pairs": [pairs], "seed": derive_seed(self.config.seed, 0, "reward")}
         return self.graph.add(REWARD, "setup/reward-model/training", fields)
 
@@ -254,7 +514,7 @@ class Recipe:
 
     def import_prompts(self, role: str, section: PromptsSettings, exclude: list[Path] | None = None) -> Path:
         """Import prompts from where they are."""
-        fields = keys(section)
+        fields = section.model_dump(exclude_unset=True, exclude={"weight"})
         fields |= {"source": self.locate(fields["source"]), "exclude": exclude or []}
         return self.graph.add(IMPORT_PROMPTS, role, fields)
 
@@ -271,24 +531,60 @@ class Recipe:
         fields = {**keys(section), **(window or {}), **self.rendering(policy, self.config.chat_template_kwargs)}
         fields |= {"policy": policy, "prompts": prompts, "iteration": iteration or 0}
         fields["seed"] = derive_seed(self.config.seed, name_of(iteration, role))
+        earlier = (name_of(one, role) for one in range((iteration or 0) - 1, -1, -1))
+        known = (self.graph.nodes[name].output for name in earlier if name in self.graph.nodes)
+        fields["lengths"] = list(itertools.islice(known, self.config.lag + 1))
         return self.graph.add(GENERATION, role, fields, iteration=iteration)
 
     def score(
         self, role: str, scorer: str, rollouts: Path, iteration: int | None = None, against: Path | None = None
     ) -> Path:
-        """Judge rollouts with one of the configured scorers; a pairwise one compares them with those in `against`."""
-        fields = keys(self.config.scorers[scorer]) | {"rollouts": rollouts, "name": scorer}
-        if scorer == "reward" and self.reward_model is not None:
+        """Judge rollouts with one of the configured scorers; a pairwise one compares them with those in `against`.
+
+        Scorers that it is made of judge them as well: in parts/NAME beside it, or where they do so anyhow.
+        """
+        if (known := self.graph.nodes.get(name_of(iteration, role))) is not None:  # as a part of another
+            return known.output
+        section = self.config.scorers[scorer]
+        fields = section.model_dump(exclude_unset=True, exclude={"environment"}) | {
+            "rollouts": rollouts,
+            "name": scorer,
+        }
+        for field, value in section.select(Role.INPUT).items():
+            if value is not None:
+                fields[field] = [self.locate(path) for path in value] if isinstance(value, list) else self.locate(value)
+        if self.reward_model is not None and scorer == self.config.trained_scorer:
             fields["model"] = self.reward_model
-        elif fields.get("model") is not None:
-            fields["model"] = self.locate(fields["model"])
-        if fields.get("inputs") is not None:
-            fields["inputs"] = [self.locate(path) for path in fields["inputs"]]
-        if fields["kind"] in ("reward_model", "pairwise"):
+        if section.places_rewards and "tokenizer" not in fields:
+            fields["tokenizer"] = self.locate(self.config.policy)  # it does not change
+        if section.renders:
             fields |= self.rendering(fields["model"], fields.get("chat_template_kwargs", {}))
-        if fields["kind"] == "pairwise" and against is not None:
+        if section.compares and against is not None:
             fields["against"] = against
-        return self.graph.add(SCORE, role, fields, iteration=iteration)
+        if section.parts:
+            folder = role.rpartition("/")[0]
+            place = Path(folder) if folder.endswith(("heldout", "parts")) else Path(folder, "parts")
+            fields["scores"] = {
+                part: self.score(f"{place / part}", part, rollouts, iteration, against) for part in section.parts
+            }
+        if section.standardised:
+            fields["standards"] = {part: self.first_scores(part) for part in section.standardised}
+        environment = environment_key(section.runs_in)
+        return self.graph.add(SCORE, role, fields, iteration=iteration, environment=environment)
+
+    def first_scores(self, scorer: str) -> Path:
+        """A scorer's scores of the initial policy's held-out answers.
+
+        Raises:
+            UserError: there are none yet, or it has judged none.
+        """
+        node = self.graph.nodes.get(name_of(0, f"heldout/{scorer}"))
+        if node is None:
+            raise UserError(
+                f"standard({scorer}) goes by the initial policy's held-out answers, which {scorer} has not judged: it "
+                "is a scorer of a later iteration, or labels pairs of a reward model. Use zscore or rank instead."
+            )
+        return node.output
 
     def reference(self, role: str, rollouts: Path, model: Path, iteration: int, pairs: Path | None = None) -> Path:
         """Log-probabilities of rollouts under a reference; only of the completions in `pairs`, if given."""
@@ -304,13 +600,19 @@ class Recipe:
         return self.graph.add(CHOOSE_PAIRS, role, fields, iteration=iteration)
 
     def reference_of(self, pairs: Path, anchor: Path, iteration: int) -> Path:
-        """Reference log-probabilities of pairs, made anew only where the reference has changed since."""
+        """Reference log-probabilities of pairs, made anew only where the reference has changed since.
+
+        Of a part of some pairs those of all of them will do, where they are known.
+        """
+        chosen = self.graph.maker(pairs)
+        assert chosen is not None
+        assert chosen.iteration is not None
+        whole = chosen.path("pairs") if chosen.stage is SAMPLE_PAIRS else pairs
+        if (found := self.references.get((whole, anchor))) is not None:
+            return found
         if (pairs, anchor) not in self.references:
-            chosen = self.graph.maker(pairs)
-            assert chosen is not None
-            assert chosen.iteration is not None
-            role, rollouts = f"reference-of-{folder_of(chosen.iteration)}", chosen.path("rollouts")
-            self.references[pairs, anchor] = self.reference(role, rollouts, anchor, iteration, pairs)
+            role = f"reference-of-{folder_of(chosen.iteration) if pairs == whole else chosen.role}"
+            self.references[pairs, anchor] = self.reference(role, chosen.path("rollouts"), anchor, iteration, pairs)
         return self.references[pairs, anchor]
 
     def rendering(self, model: Path, variables: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,20 @@ def host_memory() -> int:
     return min([available, *_memory_limits()])
 
 
+def device_names(devices: Iterable[int]) -> str:
+    """The GPUs with these numbers, counted among those that a process started from here would see, as
+    CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if visible is None else [name for name in visible.split(",") if name not in ("", "-1")]
+    return ",".join(names[device] if names else str(device) for device in devices)
+
+
+def core_numbers(devices: Iterable[int]) -> tuple[int, ...]:
+    """The cores with these numbers, counted among those that this process may use, as the system numbers them."""
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return tuple(usable[device] for device in devices if device < len(usable))
+
+
 def _memory_limits() -> Iterator[int]:
     """Limits of this process's control groups (versions 1 and 2)."""
     try:
@@ -84,8 +98,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def default_parallel() -> int:
-    """Stages at once: one where GPUs are, since a stage uses all of them; else two, or one per two cores."""
-    if gpu_count():
+def default_parallel(gpus: int | None = None) -> int:
+    """Stages at once: one where GPUs are, since a stage uses all of them; else two, or one per two cores.
+
+    Args:
+        gpus: as if this machine had so many.
+    """
+    if gpu_count() if gpus is None else gpus:
         return 1
     return max(2, (os.cpu_count() or 2) // 2)

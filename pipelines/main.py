@@ -4,19 +4,20 @@ import argparse
 import sys
 import traceback
 
-from contracts.errors import UserError, as_user_error
+from contracts.errors import RunStoppedError, UserError, as_user_error
 from contracts.surroundings import INTERRUPTED, PIPE_GONE, output_is_closed
-from pipelines.commands import keeping, preparing, reading, running
+from pipelines.commands import keeping, pairing, planning, preparing, profiling, reading, running, scoring, weights
 from pipelines.commands.declaring import PARSER, STYLE
 from pipelines.environments.locked import InstallError
 from pipelines.execution.attempts import StageFailedError
 
-COMMANDS = (running, reading, keeping, preparing)
+COMMANDS = (running, reading, pairing, scoring, keeping, weights, preparing, planning, profiling)
 """Where they are declared, in the order of the help."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: done; 2: a mistake of the user's, in one message; 1: anything else; 130: interrupted."""
+    """Exit code 0: done; 2: a mistake of the user's, in one message; 3: a gate has stopped the run; 130: interrupted;
+    1: anything else."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         options = parse(arguments)
@@ -25,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     except (InstallError, StageFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except RunStoppedError as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command continues.", file=sys.stderr)
         return INTERRUPTED

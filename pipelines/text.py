@@ -1,8 +1,11 @@
 """Words for what is printed."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:  # jobs on a cluster import this module, and print no tables
+    from rich.console import Console
 
 
 def plural(count: int, what: str) -> str:
@@ -20,12 +23,33 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
+def numbers(values: Iterable[int]) -> str:
+    """Numbers in ranges: 0-3, 6."""
+    parts: list[list[int]] = []
+    for value in sorted(set(values)):
+        if parts and value == parts[-1][-1] + 1:
+            parts[-1].append(value)
+        else:
+            parts.append([value])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def lasting(seconds: float) -> str:
+    """A duration as people say it, with three digits."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.3g} min"
+    hours = seconds / 3600
+    return f"{hours:.3g} h" if hours < 1000 else f"{hours:,.0f} h"
+
+
 def printable(text: str) -> str:
     """A text of somebody else's, whose control characters are shown instead of acting on the terminal."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
 
 
-def say(console: Console, *lines: str) -> None:
+def say(console: "Console", *lines: str) -> None:
     """Print lines as they are: no markup in a path or a reason, no break but the terminal's own."""
     for start in range(0, len(lines), 1000):  # a console is slow with single lines, and with very many at once
         console.print("\n".join(lines[start : start + 1000]), soft_wrap=True, markup=False, highlight=False)

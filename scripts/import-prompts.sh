@@ -8,4 +8,4 @@
 # Runs in the locked environment; PYTHON names another interpreter.
 set -euo pipefail
 source "$(dirname "$0")/stage.sh"
-run_stage annotation contracts "$@"
+run_stage annotation contracts prompts "$@"

@@ -1,8 +1,12 @@
 """The linters, the types and the tests, each test in the environment of what it tests; scripts/test.sh calls this.
 
-Without a choice of paths, three lanes work side by side, each through one check after another, the longest first: one
-more than the two cores that they are made for, since the tests of clusters wait most of the time. What a check has
+Without a choice of paths, four lanes work side by side, each through one check after another, the longest first: two
+more than the cores that they are made for, since many tests wait, those of clusters most of the time. What a check has
 printed comes out as a whole when it ends. With paths, one runs after the other, and prints as it goes.
+
+Hundreds of these tests are of processes that meet at some instant, and lanes that compute for others decide when. Where
+very few have failed, they run once more, alone. Those that pass then are named in the summary: each is a fault to look
+into, of the test or of what it tests, but does not stop somebody else's change.
 """
 
 import json
@@ -15,11 +19,13 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 from zlib import crc32
+
+from pipelines.environments.locked import interpreter
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
@@ -27,14 +33,17 @@ DURATIONS = TESTS / "durations.json"
 LOCK = ROOT / "configs/environments/test.txt"
 ENVIRONMENTS = {
     "contracts": "driver", "pipelines": "driver", "environments": "driver", "docs": "driver",
+    "reallocation": "driver",
     "embedded": "training", "training": "training", "benchmarks": "training",
     "annotation": "annotation", "generation": "generation", "tracking": "tracking",
 }  # fmt: skip
 """The environment of each folder's tests."""
 FAST = "not slow and not cluster and not chaos"
 FLAGS = ("--fast", "--store-durations")
-LANES = 3
-ON_CLUSTERS = re.compile(r"_(chain|slurm|fake_slurm|dev_slurm)\.py$")
+LANES = 4
+FEW = 3
+"""Failures that may be those of the lanes: so many are tried again alone, more are not."""
+ON_CLUSTERS = re.compile(r"_(chain|chain_ends|slurm|fake_slurm|dev_slurm|one_job)\.py$")
 UNKNOWN_SECONDS = 60.0
 """Of a folder whose duration is not stored."""
 SHORTEST = 0.5
@@ -99,9 +108,11 @@ def main() -> int:
         checks = [] if paths else [*linters(), *homeless()]
         checks += test_checks(paths, options, Path(reports))
         run_all(checks, lanes=1 if paths else LANES, shared=reports)
+        again = [] if paths else failed_tests(checks, Path(reports))
+        run_all([check for _, check in again], lanes=1, shared=reports)
         if "--store-durations" in chosen:
             store_durations(checks)
-        return summary(checks)
+        return summary(checks, dict(again))
 
 
 def linters() -> list[Check]:
@@ -124,39 +135,49 @@ def homeless() -> list[Check]:
 
 
 def test_checks(paths: list[str], options: list[str], reports: Path) -> list[Check]:
-    """One for each folder that has something to run."""
+    """One for each group that has something to run."""
     stored = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+    fast = FAST in options
+    seconds_of = {
+        file: sum(seconds for test, seconds in tests.items() if not (fast and "(" in test))
+        for file, tests in stored.items()
+    }
     checks = []
-    for folder, environment in ENVIRONMENTS.items():
-        chosen = [path for path in paths if path.split("/")[1] == folder] if paths else [f"tests/{folder}"]
-        groups = {folder: chosen} if chosen else {}
-        if not paths and folder == "pipelines":  # by far the largest: its tests of clusters are a group of their own
-            files = sorted(path.relative_to(ROOT).as_posix() for path in (TESTS / folder).glob("test_*.py"))
-            groups = {
-                "pipelines": [file for file in files if not ON_CLUSTERS.search(file)],
-                "pipelines-on-clusters": [file for file in files if ON_CLUSTERS.search(file)],
-            }
-        for name, group in groups.items():
-            known = [
-                seconds
-                for file, tests in stored.items()
-                for test, seconds in tests.items()
-                if file.startswith(tuple(group)) and not (FAST in options and "(" in test)
-            ]
-            report = reports / f"{name}.xml"
-            choice = "some" if options else "all"
-            command = [interpreter(environment), "-c", PYTEST, str(test_tools()), choice, f"--junit-xml={report}"]
-            seconds = sum(known) or UNKNOWN_SECONDS
-            checks.append(Check(f"tests/{name} ({environment})", [*command, *group, *options], seconds, report))
+    for (name, environment), group in groups(paths, seconds_of, fast=fast).items():
+        known = [seconds for file, seconds in seconds_of.items() if file.startswith(tuple(group))]
+        report = reports / f"{name}.xml"
+        choice = "some" if options else "all"
+        python = sys.executable if environment == "driver" else str(interpreter(environment))
+        command = [python, "-c", PYTEST, str(test_tools()), choice, f"--junit-xml={report}"]
+        seconds = sum(known) if known else UNKNOWN_SECONDS
+        checks.append(Check(f"tests/{name} ({environment})", [*command, *group, *options], seconds, report))
     return checks
 
 
-def interpreter(environment: str) -> str:
-    """The Python of an environment."""
-    if environment == "driver":
-        return str(ROOT / ".venv/bin/python")
-    command = [ROOT / ".venv/bin/pipeline", "env", "python", environment]
-    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+def groups(paths: list[str], seconds_of: Mapping[str, float], *, fast: bool) -> dict[tuple[str, str], list[str]]:
+    """What one process runs: by a name and an environment, the tests' paths.
+
+    Most often it is a folder. By far the largest is divided in three: its tests of clusters share one, the others are
+    halved. In the fast loop, which has no real cluster, they are spread over all three, and the folders of the training
+    environment are one group: importing its libraries takes longer than the tests of the small ones.
+    """
+    found: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for folder, environment in ENVIRONMENTS.items():
+        if paths:
+            if chosen := [path for path in paths if path.split("/")[1] == folder]:
+                found[folder, environment] = chosen
+        elif folder == "pipelines":
+            parts = dict.fromkeys(["pipelines-1", "pipelines-2", *(["pipelines-3"] if fast else [])], 0.0)
+            files = sorted(path.relative_to(ROOT).as_posix() for path in (TESTS / folder).glob("test_*.py"))
+            for file in sorted(files, key=lambda file: -seconds_of.get(file, 0.0)):
+                name = "pipelines-on-clusters"
+                if fast or not ON_CLUSTERS.search(file):
+                    name = min(parts, key=parts.__getitem__)
+                    parts[name] += seconds_of.get(file, 0.0)
+                found[name, environment].append(file)
+        else:
+            found["training" if fast and environment == "training" else folder, environment].append(f"tests/{folder}")
+    return dict(found)
 
 
 def test_tools() -> Path:
@@ -197,8 +218,45 @@ def run_all(checks: list[Check], lanes: int, shared: str) -> None:
     workers = [threading.Thread(target=work) for _ in range(lanes)]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:
+        waiting.clear()  # Ctrl-C has reached what runs; nothing else is to begin
+        for worker in workers:
+            worker.join()
+        raise
+
+
+def failed_tests(checks: list[Check], reports: Path) -> list[tuple[str, Check]]:
+    """The names of checks that failed by a few tests alone, each with a check that runs these; none if they are many.
+
+    Where a process ended without a report of each test, nobody knows what it has not come to.
+    """
+    failed = [check for check in checks if check.code]
+    names = {check.name: [node_id(case) for case in check.cases() if has_failed(case)] for check in failed}
+    if not all(names.values()) or sum(map(len, names.values())) > FEW:
+        return []
+    found = []
+    for check in failed:
+        report = reports / f"again-{len(found)}.xml"
+        python, code, (tools, choice, *_) = check.command[0], check.command[1:3], check.command[3:]
+        command = [python, *code, tools, choice, f"--junit-xml={report}", *names[check.name]]
+        found.append((check.name, Check(f"{check.name}, what has failed, alone", command, 0, report)))
+    return found
+
+
+def has_failed(case: ElementTree.Element) -> bool:
+    """Whether a test failed, or what it needs."""
+    return any(child.tag in ("failure", "error") for child in case)
+
+
+def node_id(case: ElementTree.Element) -> str:
+    """What pytest calls a test."""
+    parts = case.get("classname", "").split(".")
+    length = next(count for count in range(len(parts), 0, -1) if file_of(parts[:count]).exists())
+    path = file_of(parts[:length]).relative_to(ROOT).as_posix()
+    return "::".join([path, *parts[length:], case.get("name", "")])
 
 
 def store_durations(checks: list[Check]) -> None:
@@ -226,22 +284,32 @@ def file_of(parts: list[str]) -> Path:
     return ROOT.joinpath(*parts).with_suffix(".py")
 
 
-def summary(checks: list[Check]) -> int:
-    """Print one line for everything. A check that failed without a failed test counts as one."""
+def summary(checks: list[Check], again: Mapping[str, Check]) -> int:
+    """Print one line for everything. A check that failed without a failed test counts as one.
+
+    Args:
+        checks: all of them.
+        again: by the names of those that failed, their failed tests, run alone.
+    """
     passed = failed = skipped = 0
     for check in checks:
         bad = 0
+        retried = again.get(check.name)
         for case in check.cases():
             kinds = {child.tag for child in case}
-            bad += bool(kinds & {"failure", "error"})
+            bad += has_failed(case)
             skipped += "skipped" in kinds
             passed += not kinds & {"failure", "error", "skipped"}
-        if check.code:
+            if has_failed(case) and retried is not None and not retried.code:
+                print(f"FAILED BESIDE OTHERS, passed alone: {node_id(case)}")
+        if retried is not None and not retried.code:
+            passed, bad = passed + bad, 0
+        elif check.code:
             print(f"FAILED: {check.name}")
             bad = max(1, bad)
         failed += bad
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
-    return int(any(check.code for check in checks))
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

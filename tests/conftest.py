@@ -1,16 +1,25 @@
 """Fixtures that several packages' tests share, and the tiers of the tests."""
 
+import gc
 import json
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from contracts import stopping
+from contracts.surroundings import THRESHOLD_OF_IMPORTS, imported
+
 # One thread per process, before anything imports torch: the tests share few cores, and results on a CPU depend on the
 # number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RATCHET_PROFILES", "off")  # of stages that only pretend to work nobody's predictions are made
+
+gc.set_threshold(*THRESHOLD_OF_IMPORTS)  # until the tests are collected
 
 # The same examples at every run: what is found by chance must not decide whether somebody else's change passes.
 # `--hypothesis-profile=default` looks for new ones.
@@ -30,6 +39,20 @@ QUICK_SECONDS = 60.0
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """What a test has the signals do, such as by a command that it calls in this process, ends with it."""
+    before = {number: signal.getsignal(number) for number in (*stopping.SIGNALS, *stopping.TERMINAL)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def pytest_collection_finish() -> None:
+    """All is imported."""
+    imported()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,34 +6,36 @@ that no more points come.
 
 import os
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 
 import msgspec
 
-from contracts.config import validate
+from contracts import surroundings
 from contracts.files import write_atomically
 from contracts.locks import locked
 from contracts.points import METRICS, decode_points
 from contracts.processes import end_marked
 from contracts.tailing import end_of_input, whole_lines
 from tracking.base import TrackedRun, Tracker
-from tracking.config import TrackingSection
 from tracking.task import MARK, TrackingTask, sent_file
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 5.0
+"""How often the file is looked at: trackers pay for each time that something is logged, not for how much."""
 
 
 def main() -> int:
     """Returns the exit code."""
+    surroundings.importing()
     task = msgspec.json.decode(sys.stdin.buffer.readline(), type=TrackingTask)
     run = TrackedRun(task.run_id, task.name, Path(task.directory), task.config)
-    settings = validate(TrackingSection, {task.tracker: task.settings}, f"tracking.{task.tracker}").chosen[task.tracker]
     module = import_module(f"tracking.{task.tracker}_tracker")
     run.own.mkdir(exist_ok=True)
     with locked(run.own / f"{task.tracker}.lock"):  # perhaps a process of an earlier command still sends
         end_marked(f"{MARK}={os.environ[MARK]}")  # its library's own, where it was killed
-        tracker: Tracker = getattr(module, f"{task.tracker.capitalize()}Tracker")(run, settings)
+        tracker: Tracker = getattr(module, f"{task.tracker.capitalize()}Tracker")(run, task.settings)
+        surroundings.imported()
         offset = follow(run.directory / METRICS, tracker)
         tracker.close()
         write_atomically(sent_file(run.directory, task.tracker), str(offset).encode())
@@ -55,6 +57,12 @@ def follow(path: Path, tracker: Tracker) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
-    os._exit(code)  # no library's thread may keep it
+    sys.stderr.flush()
+    # No library's thread may keep it, or say more behind the error: the driver tells the last lines.
+    os._exit(code)

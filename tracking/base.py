@@ -30,6 +30,10 @@ class TrackedRun:
 class Tracker(Protocol):
     """One tracker, open for one run. Opening it makes the run there, or goes on with it."""
 
+    def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
+        """Open it; `settings` has all keys of its section, as plain data."""
+        ...
+
     def recorded(self) -> int:
         """How many points are there: the place in the stream of the first that is not."""
         ...

@@ -1,6 +1,7 @@
 """MLflow, on a server or in a database of the run's own."""
 
 import os
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
@@ -9,7 +10,6 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from contracts.nested import flat
 from contracts.points import Point
 from tracking.base import POINT, TrackedRun
-from tracking.config import MlflowSettings
 
 RUN_TAG = "ratchet.run"
 AT_ONCE = 1000
@@ -21,17 +21,17 @@ PARAMS_AT_ONCE = 100
 class MlflowTracker:
     """A run of MLflow, found again by its tag."""
 
-    def __init__(self, run: TrackedRun, settings: MlflowSettings) -> None:
+    def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
         run.own.mkdir(exist_ok=True)
         own = f"sqlite:///{run.own / 'mlflow.db'}"
-        self._client = MlflowClient(settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own)
-        found = self._client.get_experiment_by_name(settings.experiment)
-        place = found.experiment_id if found else self._client.create_experiment(settings.experiment)
+        self._client = MlflowClient(settings["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI") or own)
+        found = self._client.get_experiment_by_name(settings["experiment"])
+        place = found.experiment_id if found else self._client.create_experiment(settings["experiment"])
         known = self._client.search_runs([place], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
         if known:
             self._id = known[0].info.run_id
         else:
-            tags = {RUN_TAG: run.id, MLFLOW_RUN_NAME: settings.name or run.name}
+            tags = {RUN_TAG: run.id, MLFLOW_RUN_NAME: settings["name"] or run.name}
             self._id = self._client.create_run(place, tags=tags).info.run_id
             params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in flat(run.config).items()]
             for begin in range(0, len(params), PARAMS_AT_ONCE):

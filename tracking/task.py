@@ -1,4 +1,5 @@
-"""What a tracker's process is told. No tracker's library is imported here: the driver reads it too."""
+"""What a tracker's process is told. No tracker's library is imported here, since the driver reads it too; nor are
+configs, since every such process does."""
 
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ class TrackingTask(msgspec.Struct):
     name: str
     directory: str
     settings: dict[str, Any]
+    """All keys of its section (tracking/config.py), as plain data."""
     config: dict[str, Any]
 
 

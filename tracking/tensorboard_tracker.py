@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -10,14 +11,13 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from contracts.points import Point
 from tracking.base import POINT, TrackedRun
-from tracking.config import TensorboardSettings
 
 
 class TensorboardTracker:
     """A folder of event files, one for each process that has written. A point is one event, so it is there or not."""
 
-    def __init__(self, run: TrackedRun, settings: TensorboardSettings) -> None:
-        folder = settings.directory / run.name if settings.directory else run.own / "tensorboard"
+    def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
+        folder = Path(settings["directory"], run.name) if settings["directory"] else run.own / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         places = (int(values[POINT]) for file in sorted(folder.glob("*tfevents*")) for _, values in scalars(file))
         self._recorded = max(places, default=-1) + 1

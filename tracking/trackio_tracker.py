@@ -1,25 +1,25 @@
 """trackio: a local database, or a Space of the Hub."""
 
 import os
+from typing import Any
 
 from contracts.points import Point
 from tracking.base import TrackedRun, axes
-from tracking.config import TrackioSettings
 
 
 class TrackioTracker:
     """A run of trackio. Its step is the place of a point in the stream."""
 
-    def __init__(self, run: TrackedRun, settings: TrackioSettings) -> None:
-        if settings.directory is not None:
-            os.environ["TRACKIO_DIR"] = str(settings.directory)  # before it is imported
+    def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
+        if settings["directory"] is not None:
+            os.environ["TRACKIO_DIR"] = settings["directory"]  # before it is imported
         import trackio
 
         self._run = trackio.init(
-            project=settings.project,
-            name=settings.name or f"{run.name}-{run.id}",
-            group=settings.group,
-            space_id=settings.space_id,
+            project=settings["project"],
+            name=settings["name"] or f"{run.name}-{run.id}",
+            group=settings["group"],
+            space_id=settings["space_id"],
             config=run.config,
             resume="allow",
             embed=False,

@@ -1,4 +1,4 @@
-"""Reads the files that wandb writes: records of protobuf in blocks of 32 KiB, as in LevelDB's logs."""
+"""Reads the files that wandb writes: records of protobuf in blocks of 32 KiB, as in LevelDB's logs, and its own log."""
 
 import json
 import struct
@@ -13,6 +13,8 @@ FILE_HEADER = 7
 BLOCK = 1 << 15
 RECORD_HEADER = struct.Struct("<IHB")  # checksum, length, type
 FULL, FIRST, MIDDLE, LAST = range(1, 5)
+FATAL = "ERROR+4"
+"""Level in the log of wandb's own process at which it says that it sends nothing more."""
 
 
 def last_step(folder: Path, run_id: str) -> int:
@@ -35,6 +37,17 @@ def history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 (item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item
             }
             yield int(values.get("_step", record.history.step.num)), values
+
+
+def fatal_error(log: Path) -> str | None:
+    """Why wandb's own process has stopped sending, by its log (`settings.log_internal`); None if it has not.
+
+    Raises:
+        FileNotFoundError: there is no log, so that nobody knows.
+    """
+    lines = log.read_bytes().splitlines(keepends=True)
+    entries = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be still being written
+    return next((str(entry["msg"]) for entry in entries if entry["level"] == FATAL), None)
 
 
 def _records(content: bytes, file: Path) -> Iterator[bytes]:

@@ -1,11 +1,13 @@
 """Weights & Biases, online or offline."""
 
+from pathlib import Path
+from typing import Any
+
 import wandb
 
 from contracts.points import Point
 from tracking.base import TrackedRun, axes
-from tracking.config import WandbSettings
-from tracking.wandb_files import last_step
+from tracking.wandb_files import fatal_error, last_step
 
 AXES = {"train/*": "global_step", "eval/*": "iteration", "data/*": "iteration", "system/*": "iteration"}
 """What metrics are plotted by, group by group; those of other trainings by the step of theirs."""
@@ -14,22 +16,31 @@ AXES = {"train/*": "global_step", "eval/*": "iteration", "data/*": "iteration", 
 class WandbTracker:
     """A run of wandb. Its step is the place of a point in the stream, so wandb itself refuses what it has."""
 
-    def __init__(self, run: TrackedRun, settings: WandbSettings) -> None:
+    def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
         run.own.mkdir(exist_ok=True)
+        # It asks for inputs that wandb's own launcher has set, and there is none; a third of all that it imports.
+        wandb.Run._detect_and_apply_job_inputs = lambda run: None  # type: ignore[method-assign]
         self._run = wandb.init(
             id=run.id,
             resume="allow",
             dir=str(run.own),
-            project=settings.project,
-            entity=settings.entity,
-            name=settings.name or run.name,
-            group=settings.group,
-            tags=settings.tags,
-            mode=settings.mode,
+            project=settings["project"],
+            entity=settings["entity"],
+            name=settings["name"] or run.name,
+            group=settings["group"],
+            tags=settings["tags"],
+            mode=settings["mode"],
             config=run.config,
             # The stages run elsewhere: nothing of this process is worth to be watched.
             settings=wandb.Settings(
-                console="off", x_disable_stats=True, disable_code=True, disable_git=True, silent=True
+                console="off",
+                disable_code=True,
+                disable_git=True,
+                silent=True,
+                x_disable_machine_info=True,
+                x_disable_meta=True,
+                x_disable_stats=True,
+                x_save_requirements=False,
             ),
         )
         for name in ("iteration", "global_step", "stage_step"):
@@ -38,8 +49,8 @@ class WandbTracker:
             self._run.define_metric(group, step_metric=axis)
         for group in ("sft/*", "reward-model/*", "critic/*"):
             self._run.define_metric(group, step_metric="stage_step")
-        local = last_step(run.own / "wandb", run.id) + 1 if settings.mode == "offline" else 0
-        self._recorded: int = max(self._run.step, local)
+        local = last_step(run.own / "wandb", run.id) + 1 if settings["mode"] == "offline" else 0
+        self._recorded: int = max(self._run.starting_step, local)  # `step` does not know yet what the server has
 
     def recorded(self) -> int:
         """What the server says, or the files of earlier commands."""
@@ -51,5 +62,15 @@ class WandbTracker:
             self._run.log({**point.metrics, **axes(point)}, step=point.point)
 
     def close(self) -> None:
-        """Wait until wandb's own process has sent everything."""
+        """Wait until wandb's own process has sent everything.
+
+        Raises:
+            RuntimeError: it has stopped sending, of which `finish` says nothing; as where the key was revoked.
+        """
         self._run.finish()
+        log = Path(self._run.settings.log_internal)
+        if error := fatal_error(log):
+            raise RuntimeError(
+                f"wandb has stopped sending: {error} (its log: {log}); if the server has refused the key, set a valid "
+                "one in WANDB_API_KEY or by `wandb login`"
+            )

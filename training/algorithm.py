@@ -213,7 +213,7 @@ class Samples:
     behaviour: Tensor
     """Log-probabilities under the policy that sampled, as the generation engine reported them. [N]"""
     advantages: Tensor
-    """As returned by the algorithm's `advantages`. [N]"""
+    """As returned by the algorithm's `advantages`, times the weights of the importance correction, if any. [N]"""
     lengths: Tensor
     """Tokens of each response, at least 1. [S], integers"""
     weights: Tensor

@@ -163,7 +163,7 @@ class Sources:
         if not numbers:
             raise UserError(
                 f"rewards={path}: {where} has no reward per token, which the algorithm needs. Use a scorer that gives "
-                "them: a rule that returns a list of numbers, one for each of response_ids."
+                "them: a process reward model, or a rule that returns a list of numbers, one for each of response_ids."
             )
         _require_one_each(numbers, completion, f"rewards={path}: {where}")
         return numbers
@@ -196,11 +196,11 @@ class Sources:
                 f"{where} has no log-probabilities of the policy that sampled it, as imported answers have none. "
                 "Generate the answers with this run's policy; for imported ones use an algorithm that reads pairs."
             )
-        if (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
+        if changed := sampling.departures():
             raise UserError(
-                f"{where} was sampled with temperature={sampling.temperature:g}, top_p={sampling.top_p:g}, "
-                f"top_k={sampling.top_k}, so not from the policy's own distribution, which is what is trained. "
-                "Generate with temperatures=[1.0], top_p=1 and top_k=0."
+                f"{where} was sampled with {changed}, so not from the policy's own distribution, which is what is "
+                "trained. Generate with temperatures=[1.0], and without what changes the distribution (top_p, top_k, "
+                "min_p, min_new_tokens, penalties, guided, thinking)."
             )
         _require_one_each(completion.logprobs, completion, f"{where}: logprobs")
         return completion.logprobs

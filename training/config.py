@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from contracts.config import Section, StageConfig, identity, input_path, runtime
 from contracts.template import ChatFields
 from training.parallel import ParallelConfig
-from training.registry import BUILT_IN, check_settings, describe
+from training.registry import BUILT_IN, Description, Level, check_settings, describe
 
 
 class LoraSection(Section):
@@ -20,6 +20,21 @@ class LoraSection(Section):
     """Adapters are scaled by alpha / rank."""
     targets: list[str] = identity(["all-linear"], min_length=1)
     """Names of the linear layers that get adapters, for example q_proj; all-linear: all but the LM head."""
+
+
+class CorrectionSection(Section):
+    """Weigh what is learned from each answer by how likely the policy makes it, over how likely the one that sampled
+    it made it: `training.correction` has the formulas."""
+
+    level: Level = identity("token")
+    """What has a weight of its own: token, each token; sequence, each answer (the product of its tokens' weights);
+    geometric, each answer (their geometric mean)."""
+    treatment: Literal["truncate", "mask"] = identity("truncate")
+    """What becomes of a weight outside of the bounds: truncate, it is the bound; mask, it is 0."""
+    high: float = identity(2.0, gt=1)
+    """Upper bound of the weights."""
+    low: float = identity(0.0, ge=0, lt=1)
+    """Lower bound of the weights."""
 
 
 class TrainingSettings(Section):
@@ -152,6 +167,9 @@ class PolicySettings(TrainingSettings):
     """The algorithm's own settings, for example {beta: 0.1}."""
     nll_coefficient: float = identity(0.0, ge=0)
     """Weight of the chosen answers' mean token NLL that is added to the loss of an algorithm that reads pairs."""
+    correction: CorrectionSection | None = identity(None, later=True)
+    """Correct for samples of another policy than the one that is trained (an older one, with `lag`), for algorithms
+    that read samples: {level: token, treatment: truncate, high: 2}."""
     inputs: list[Path] | None = input_path(None, min_length=1)
     """For an algorithm of your own: files or directories that it reads beside its own modules. When their content
     changes, the training is made anew."""
@@ -186,6 +204,7 @@ class PolicyConfig(PolicySettings, TrainingConfig):
         # With every default, because that is what is computed.
         object.__setattr__(self, "settings", check_settings(description, self.settings))
         _check_inputs(self.algorithm, self.inputs)
+        require_correctable(description, self)
         self._check_reference_model("reference_model" in description.needs)
         if description.reads == "pairs":
             expected = len(self.pairs) if "reference" in description.needs else 0
@@ -234,6 +253,32 @@ def require_whole_model(algorithm: str, needed: bool, parallel: ParallelConfig) 
         raise ValueError(
             f"algorithm={algorithm} needs a reference model beside the policy, which every process holds whole; "
             f"parallel ({parallel}) divides the policy. Set zero to at most 2, and tp, pp and sp to 1."
+        )
+
+
+def require_correctable(description: Description, settings: PolicySettings) -> None:
+    """Refuse an importance correction that an algorithm cannot have, or has already.
+
+    Raises:
+        ValueError: it is such a correction.
+    """
+    if settings.correction is None:
+        return
+    name, level = description.algorithm, settings.correction.level
+    if not description.corrections:
+        why = "it learns from answers of older policies as they are"
+        if not description.off_policy:
+            why = "its loss takes no advantages, which is what a correction weighs"
+        raise ValueError(f"correction is not for algorithm={name}: {why}. Leave it out.")
+    if level not in description.corrections:
+        raise ValueError(
+            f"correction.level is {level}, but algorithm={name} weighs whole answers and no single tokens. Set it to "
+            f"{' or '.join(description.corrections)}."
+        )
+    if cap := settings.settings.get("importance_cap"):
+        raise ValueError(
+            f"settings.importance_cap is {cap!r} beside a correction: both weigh by the same ratio. Set "
+            "importance_cap=0, or leave correction out."
         )
 
 

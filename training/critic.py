@@ -41,7 +41,7 @@ def run(config: CriticConfig, context: Context) -> Outcome:
     task = TrainingTask(
         ledger=ledger,
         learning=Learning(rows, critic_loss(config)),
-        load=lambda dtype: load_reward(config.model, dtype, config.seed, master=True),
+        load=lambda dtype, empty: load_reward(config.model, dtype, config.seed, master=True, empty=empty),
         wrap=TokenValues,
         auto=AutoModelForSequenceClassification,
         model_config=model_config,

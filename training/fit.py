@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from contracts import stopping
+from contracts.checkpoint_probe import FACT as PROBE
 from contracts.fingerprint import weights_fingerprint
 from contracts.ledger import Ledger
 from contracts.stage import Context, Outcome
@@ -30,7 +32,8 @@ from training.layout import packing_of
 from training.loop import FinalReport, HeldOut, Learning, measure, train
 from training.lora import add_adapters, merge_adapters
 from training.models import pick_dtype, set_trainable
-from training.readback import probes, require_same, say
+from training.readback import probe, probes, require_same, say
+from training.slices import WeightSlices, reads_slices
 from training.state import Line, TrainingState
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
@@ -43,8 +46,8 @@ class TrainingTask:
 
     ledger: Ledger
     learning: Learning
-    load: Callable[[torch.dtype], Any]
-    """Loads the transformers model."""
+    load: Callable[[torch.dtype, bool], Any]
+    """Loads the transformers model in a number format; or all but its weights, if that is true."""
     wrap: Callable[[Any], Trained]
     """Wraps it with the head that the loss needs."""
     auto: Any
@@ -81,7 +84,8 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
         # preference learning an update is smaller than the last bit of a bf16 weight. With adapters, which are fp32,
         # the base weights are frozen.
         begin = Start(config.model)
-        model = task.load(dtype if engine.master_copies or config.lora else torch.float32)
+        by_slices = reads_slices(config)
+        model = task.load(dtype if engine.master_copies or config.lora else torch.float32, by_slices)
         own = model.config._attn_implementation
         packing = set_packing(config, model)
         transposed: frozenset[str] = frozenset()
@@ -91,7 +95,11 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
             set_trainable(model, config.frozen)
         set_modes(model, config.gradient_checkpointing)
         module = task.wrap(model)
-        engine.prepare(module, lambda parameters: make_optimizer(config, parameters, fused=not engine.master_copies))
+        engine.prepare(
+            module,
+            lambda parameters: make_optimizer(config, parameters, fused=not engine.master_copies),
+            slices=WeightSlices(config.model) if by_slices else None,
+        )
         set_modes(model, config.gradient_checkpointing)
         precision = _begin_exactly(begin, engine, dtype)
     state = TrainingState(
@@ -143,6 +151,7 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
         **found,
         **kept,
         "read_back": same,
+        PROBE: None if (asked := probe(rehearsed, said, dtype)) is None else msgspec.to_builtins(asked),
         "start_precision": precision,
         "steps": len(log),
         "resumed_steps": state.resumed_steps,

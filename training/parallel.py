@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from contracts.config import Section, runtime
 from contracts.errors import UserError
-from contracts.models import ModelInfo
+from contracts.models import architecture_of
 from training.foreign import read_layout
 
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
@@ -103,7 +103,7 @@ def check_layout(parallel: ParallelConfig, model: Path) -> None:
     """
     if not parallel.is_divided:
         return
-    architecture = ModelInfo.read(model).architecture
+    architecture = architecture_of(model)
     if architecture not in {family + head for family in LLAMA_LIKE for head in HEADS}:
         raise UserError(
             f"{model} is a {architecture}; tensor, pipeline and sequence parallelism know {', '.join(LLAMA_LIKE)} "

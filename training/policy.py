@@ -24,6 +24,7 @@ from modeling.rows import Response, Row, float_values, token_ids
 from training import views
 from training.algorithm import Metrics, Pairs, Statistics, Step
 from training.config import PolicyConfig
+from training.correction import correct
 from training.data import length_limit, pair_row, read_pairs, usable
 from training.drift import measure_drift
 from training.engines.base import Outputs, TrainingEngine
@@ -57,7 +58,7 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
     task = TrainingTask(
         ledger=ledger,
         learning=learning(config, description, rows),
-        load=lambda dtype: load_causal(config.model, dtype, master=True),
+        load=lambda dtype, empty: load_causal(config.model, dtype, master=True, empty=empty),
         wrap=lambda model: TokenLogprobs(
             model,
             entropy=not from_pairs or "entropy" in needs,
@@ -191,7 +192,7 @@ def _require_metrics(found: Any, what: str, names: set[str], whole: int | None =
 def _compare(
     config: PolicyConfig, rows: list[Row], samplers: set[str], engine: TrainingEngine, packing: Packing
 ) -> dict[str, Any]:
-    """Compute `proximal` for all rows, and compare it with what the engine reported when it sampled."""
+    """Compute `proximal` for all rows, compare it with what the engine reported when it sampled, and correct for it."""
     fresh = samplers == {model_fingerprint(config.model)}
     drift = measure_drift(rows, engine, packing, config.micro_batch_tokens)
     if fresh and drift["mean"] > config.max_drift:
@@ -200,7 +201,10 @@ def _compare(
             f"token (ratios outside [0.9, 1.1]: {drift['outside']:.1%}), more than max_drift={config.max_drift:g}. The "
             "two do not compute the same model: check dtypes, the chat template and the engine's version, or raise it."
         )
-    return {"drift": {**drift, "fresh": fresh}}
+    found: dict[str, Any] = {"drift": {**drift, "fresh": fresh}}
+    if config.correction is not None:
+        found["metrics"] = correct([response for row in rows for response in row.responses], config.correction)
+    return found
 
 
 def sample_rows(config: PolicyConfig, samplers: set[str]) -> Iterator[Row]:

@@ -1,9 +1,13 @@
 """What the stages of this package import, for the process that they are forked from (contracts/warm.py)."""
 
+from collections.abc import Sequence
 
-def preload() -> None:
-    """Import it."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: F401
+
+def preload(libraries: Sequence[str]) -> None:
+    """Import it, whatever their libraries."""
+    from modeling.preload import preload as preload_modeling
+
+    preload_modeling()
 
     import training.critic
     import training.policy

@@ -12,6 +12,7 @@ import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from contracts.attempt import beat
+from contracts.checkpoint_probe import Probe
 from modeling.attention import use_packed_attention
 from modeling.modules import Trained
 from modeling.packing import Packing, pack
@@ -92,3 +93,12 @@ def require_same(
             )
         differences[name] = found
     return {"differences": differences, "rows": len(rows), "tokens": int(batch.input_ids.numel())}
+
+
+def probe(rows: list[Row], said: Outputs, dtype: torch.dtype) -> Probe | None:
+    """The first of the rows with what the trained module says of it; None where it gives no log-probabilities."""
+    if "logprobs" not in said:
+        return None
+    prompt, response = rows[0].prompt, rows[0].responses[0].ids
+    logprobs = said["logprobs"][: len(response)].tolist()
+    return Probe(prompt.tolist(), response.tolist(), logprobs, str(dtype).removeprefix("torch."))

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import ConfigDict, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 
@@ -24,7 +24,11 @@ NEEDS_OF = {
     "pairs": ("reference", "reference_model", "tokens", "entropy", "collision"),
     "samples": ("reference", "reference_model", "values", "greedy", "token_rewards"),
 }
+PENALTIES = {"penalised_rewards", "kl_penalties"}
+"""Functions of `training/algorithms/parts.py` with the KL penalty in the reward."""
 FUNCTIONS = ("loss", "statistics", "update", "advantages")
+Level: TypeAlias = Literal["token", "sequence", "geometric"]
+"""What has a weight of its own in an importance correction: see `training.config.CorrectionSection`."""
 Limits = Annotated[str, StringConstraints(pattern=f"^{LIMIT}(,{LIMIT})*$")]
 STRICT = ConfigDict(strict=True)
 CONSTANTS: dict[str, tuple[TypeAdapter[Any], str]] = {
@@ -32,6 +36,11 @@ CONSTANTS: dict[str, tuple[TypeAdapter[Any], str]] = {
     "NEEDS": (TypeAdapter(tuple[str, ...] | list[str], config=STRICT), 'NEEDS = ("reference",), or NEEDS = ()'),
     "LIMITS": (TypeAdapter(dict[str, Limits], config=STRICT), 'LIMITS = {"beta": "> 0", "gamma": ">= 0, <= 1"}'),
     "STATE": (TypeAdapter(dict[str, FiniteFloat], config=STRICT), 'STATE = {"mean": 0.0}'),
+    "OFF_POLICY": (TypeAdapter(bool, config=STRICT), "OFF_POLICY = True"),
+    "CORRECTIONS": (
+        TypeAdapter(tuple[Level, ...] | list[Level], config=STRICT),
+        'CORRECTIONS = ("sequence", "geometric")',
+    ),
 }
 """What an algorithm declares beside its functions, and how it is written."""
 
@@ -54,6 +63,10 @@ class Description:
     """What `update` keeps from one optimizer step to the next, with its first values."""
     compares_answers: bool = False
     """Whether it looks at which responses answer the same prompt, of which there must then be several."""
+    off_policy: bool = False
+    """Whether it learns rightly from answers of an older policy than the one that is trained."""
+    corrections: tuple[str, ...] = ()
+    """The levels of the importance corrections by which it can learn from them otherwise."""
     penalises_divergence: bool = True
     """Whether its `advantages` has a KL penalty in the reward; of the user's own, only a run can tell."""
 
@@ -112,20 +125,20 @@ def _described(algorithm: str) -> Description:
             continue
         own = dict(settings_of(f"{source.what}: function {name!r}", function.node))
         functions[name] = tuple(own)
-        limits |= function.source.constant("LIMITS")
+        limits |= function.source.constant("LIMITS", {})
         for setting, value in own.items():
             if repr(settings.setdefault(setting, value)) != repr(value):
                 raise UserError(
                     f"{source.what}: the setting {setting!r} has one default or type in the function {name!r} "
                     "and another one before; give it the same in both."
                 )
-    for setting in source.constant("LIMITS"):
+    for setting in source.constant("LIMITS", {}):
         if setting not in settings:
             raise UserError(
                 f"{source.what}: LIMITS has {setting!r}, which is no setting.{did_you_mean(setting, settings)} Name a "
                 "keyword argument of its functions."
             )
-    for setting, text in (limits | source.constant("LIMITS")).items():
+    for setting, text in (limits | source.constant("LIMITS", {})).items():
         if setting in settings:
             settings[setting] = replace(settings[setting], limits=text)
             default = settings[setting].default
@@ -136,9 +149,18 @@ def _described(algorithm: str) -> Description:
                     f"{source.what}: the default of the setting {setting!r} is {default!r}, but LIMITS says {text!r}. "
                     "Change one of them."
                 ) from error
-    state = source.constant("STATE")
+    state = source.constant("STATE", {})
     if state and found["update"] is None:
         raise UserError(f"{source.what}: STATE is kept by a function 'update', which there is not.")
+    off_policy = source.constant("OFF_POLICY", reads == "pairs")
+    corrects = reads == "samples" and not off_policy
+    corrections = tuple(source.constant("CORRECTIONS", get_args(Level) if corrects else ()))
+    if corrections and not corrects:
+        raise UserError(
+            f"{source.what}: CORRECTIONS is {corrections!r}, but an importance correction is for algorithms that read "
+            "samples, and not for those that learn from the samples of older policies as they are (OFF_POLICY = True). "
+            "Remove CORRECTIONS, or OFF_POLICY."
+        )
     names = _attributes(found["advantages"])
     return Description(
         algorithm,
@@ -149,7 +171,9 @@ def _described(algorithm: str) -> Description:
         _sources(source),
         state,
         compares_answers="prompts" in names | _attributes(found["loss"]),
-        penalises_divergence="penalised_rewards" in names or algorithm not in BUILT_IN,
+        off_policy=off_policy,
+        corrections=corrections,
+        penalises_divergence=bool(PENALTIES & names) or algorithm not in BUILT_IN,
     )
 
 
@@ -242,8 +266,8 @@ class _Source:
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{self.what} is not valid Python: {error}.") from error
 
-    def constant(self, name: str) -> Any:
-        """The value of READS, NEEDS, LIMITS or STATE, which is written out."""
+    def constant(self, name: str, default: Any = ...) -> Any:
+        """The value of READS, NEEDS or another constant, which is written out; `default` where it may be missing."""
         declared, example = CONSTANTS[name]
         for node in reversed(self.body):
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -257,8 +281,8 @@ class _Source:
                         f"{self.what}: {name} is read without running the file; write its value out, not "
                         f"{ast.unparse(node.value)}."
                     ) from error
-        if name in ("LIMITS", "STATE"):
-            return {}
+        if default is not ...:
+            return default
         raise UserError(f"{self.what}: {name} is missing; write {example} at the top level.")
 
     def function(self, name: str) -> _Function | None:

@@ -46,7 +46,7 @@ def run(config: RewardConfig, context: Context) -> Outcome:
         chat = PairwiseChat(config.model, config.chat_template_kwargs, config.date)
         make = partial(question_rows, chat=chat, seed=config.seed)
         model = {
-            "load": partial(load_causal, config.model, master=True),
+            "load": lambda dtype, empty: load_causal(config.model, dtype, master=True, empty=empty),
             "wrap": TokenLogprobs,
             "auto": AutoModelForCausalLM,
         }
@@ -54,7 +54,7 @@ def run(config: RewardConfig, context: Context) -> Outcome:
         model_config.num_labels = 1
         make = answer_rows
         model = {
-            "load": lambda dtype: load_reward(config.model, dtype, config.seed, master=True),
+            "load": lambda dtype, empty: load_reward(config.model, dtype, config.seed, master=True, empty=empty),
             "wrap": SequenceScores,
             "auto": AutoModelForSequenceClassification,
             "changes": classifier_changes(config.model, model_config),

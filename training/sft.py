@@ -42,7 +42,7 @@ def run(config: SftConfig, context: Context) -> Outcome:
     task = TrainingTask(
         ledger=ledger,
         learning=Learning(rows, sft_loss),
-        load=lambda dtype: load_causal(config.model, dtype, master=True),
+        load=lambda dtype, empty: load_causal(config.model, dtype, master=True, empty=empty),
         wrap=TokenLogprobs,
         auto=AutoModelForCausalLM,
         model_config=model_config,

@@ -12,6 +12,10 @@ from contracts.records import CHECKPOINT_EVALUATION
 class CheckpointEvaluation(Stage[CheckpointEvaluationConfig]):
     """An evaluation of the user's own. Nothing is known of its function but that it reads the checkpoint."""
 
+    def uses_devices(self, config: CheckpointEvaluationConfig) -> bool:
+        """Its function may."""
+        return True
+
     def models(self, config: CheckpointEvaluationConfig) -> tuple[ModelUse, ...]:
         """The checkpoint."""
         return (ModelUse(config.checkpoint),)
@@ -31,7 +35,7 @@ class CheckpointEvaluation(Stage[CheckpointEvaluationConfig]):
 EVALUATE_CHECKPOINT = CheckpointEvaluation(
     CheckpointEvaluationConfig,
     CHECKPOINT_EVALUATION,
-    "annotation.checkpoint_evaluation:run",
+    "annotation.evaluating.checkpoint_evaluation:run",
     preflight="annotation.preflight:check_evaluation",
     command="evaluate-checkpoint",
 )

@@ -17,4 +17,4 @@ class Evaluation(Stage[EvaluationConfig]):
         return STAGE
 
 
-EVALUATE = Evaluation(EvaluationConfig, EVALUATION, "annotation.evaluation:run", command="evaluate")
+EVALUATE = Evaluation(EvaluationConfig, EVALUATION, "annotation.evaluating.evaluation:run", command="evaluate")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from annotation.config import PairsConfig
+from annotation.pairing.config import PairsConfig
 from contracts.declaration import Stage
 from contracts.outlook import ID, STAGE, TEXT, Outlook, PairStats
 from contracts.records import PAIRS
@@ -16,12 +16,11 @@ class PairChoice(Stage[PairsConfig]):
     """The choice of pairs."""
 
     def pairs(self, config: PairsConfig, outlook: Outlook) -> PairStats | None:
-        """One for each prompt, or k (k - 1) / 2."""
+        """What the strategy proposes for each prompt at most, up to per_prompt."""
         answers = outlook.answers_of(config.rollouts)
         if answers is None:
             return None
-        each = answers.k * (answers.k - 1) // 2 if config.strategy == "all" else 1
-        return PairStats(answers.prompts.count * each, answers)
+        return PairStats(answers.prompts.count * config.most(answers.k), answers)
 
     def published_bytes(self, config: PairsConfig, outlook: Outlook) -> int | None:
         """2 · pairs · (9 · prompt + 2 · max_new_tokens · 16 + 640): as JSONL and as Parquet."""
@@ -33,4 +32,6 @@ class PairChoice(Stage[PairsConfig]):
         return 2 * pairs.count * (text + 2 * tokens * (ID + TEXT) + PAIR) + STAGE
 
 
-CHOOSE_PAIRS = PairChoice(PairsConfig, PAIRS, "annotation.pairs:run")
+CHOOSE_PAIRS = PairChoice(
+    PairsConfig, PAIRS, "annotation.pairing.stage:run", preflight="annotation.preflight:check_pairs"
+)

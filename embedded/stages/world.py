@@ -8,7 +8,6 @@ from contracts.model_size import Size, size_by
 from contracts.outlook import STAGE, Outlook, RowStats
 from contracts.records import WORLD
 from embedded.config import WorldConfig
-from embedded.reviews import vocabulary
 
 ROW = 200
 """Bytes of a row of its data."""
@@ -24,6 +23,8 @@ class World(Stage[WorldConfig]):
 
     def size(self, config: WorldConfig) -> Size:
         """A Llama with heads of 32."""
+        from embedded.reviews import vocabulary  # its patterns take a while, and most runs have no toy task
+
         return size_by(
             {
                 "model_type": "llama",

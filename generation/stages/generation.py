@@ -1,10 +1,18 @@
 """K answers to every prompt, sampled from the current policy."""
 
+import functools
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from contracts.architectures import text_settings
 from contracts.declaration import ModelUse, ProcessLayout, Stage, Workload
+from contracts.errors import UserError
 from contracts.model_size import Size
 from contracts.models import ModelInfo
+from contracts.operations import ModelLayout, Operations, shape_of
 from contracts.outlook import FILE, ID, LOGPROB, PROCESS, SAMPLE, STAGE, TEXT, AnswerStats, Memory, Outlook, RowStats
 from contracts.records import ROLLOUTS
 from generation.config import GenerationConfig
@@ -13,10 +21,33 @@ UNSEEN = 2048
 """Bytes of a prompt that nobody has seen yet."""
 
 
+def check_split(parts: int, model: Path) -> None:
+    """Check that an engine can split a model's attention, by its config.json alone.
+
+    Raises:
+        UserError: it cannot; the message says which number is in the way.
+    """
+    if parts == 1:
+        return
+    config = text_settings(json.loads((model / "config.json").read_bytes()))
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    shared = config.get("num_key_value_heads") or heads
+    for name, count, fits in (
+        ("num_attention_heads", heads, isinstance(heads, int) and heads % parts == 0),
+        ("num_key_value_heads", shared, isinstance(shared, int) and max(shared, parts) % min(shared, parts) == 0),
+    ):
+        if count is not None and not fits:
+            raise UserError(
+                f"generation.tensor_parallel is {parts}, by which {name} ({count}) of {model} cannot be split. Set it "
+                "to a divisor, and generation.replicas to more."
+            )
+
+
 @dataclass(frozen=True)
 class Generation(Stage[GenerationConfig]):
     """The sampling of answers."""
 
+    layout_keys: tuple[str, ...] = ("replicas",)
     memory_fix: str = "Raise generation.tensor_parallel, lower generation.max_num_seqs, or free memory."
 
     def models(self, config: GenerationConfig) -> tuple[ModelUse, ...]:
@@ -28,7 +59,7 @@ class Generation(Stage[GenerationConfig]):
             ModelInfo.require_chat_template,
             lambda model: model.require_length(tokens, "prompt and answer together"),
         )
-        return (ModelUse(config.policy, checks),)
+        return (ModelUse(config.policy, checks, functools.partial(check_split, config.tensor_parallel)),)
 
     def libraries(self, config: GenerationConfig) -> tuple[str, ...]:
         """Those of its engine."""
@@ -38,6 +69,26 @@ class Generation(Stage[GenerationConfig]):
         """That of one replica."""
         size = outlook.size_of(config.policy)
         return None if size is None else generation_memory(config, size, self.answers(config, outlook), on_gpu=on_gpu)
+
+    def operations(self, config: GenerationConfig, outlook: Outlook, *, on_gpu: bool) -> Operations | None:
+        """Each prompt is read once for all its answers, which are sampled max_num_seqs at a time."""
+        size, answers = outlook.size_of(config.policy), self.answers(config, outlook)
+        if size is None or answers is None:
+            return None
+        copies = max(config.replicas, config.servers, 1)
+        shard = config.shard_size * config.k if config.shard_size is not None else answers.count
+        return Operations(
+            kind="sampling",
+            model=shape_of(size),
+            number=number_bytes(config, on_gpu=on_gpu),
+            layout=ModelLayout(dp=copies, tp=config.tensor_parallel),
+            sequences=answers.count,
+            prompt_tokens=answers.prompts.count * answers.mean_prompt,
+            answer_tokens=answers.count * answers.longest_answer,
+            length=answers.mean_prompt + answers.longest_answer,
+            logits=answers.count * answers.longest_answer,
+            batch=max(1, min(config.max_num_seqs, shard, -(-answers.count // copies))),
+        )
 
     def published_bytes(self, config: GenerationConfig, outlook: Outlook) -> int | None:
         """prompts · (8 · text + 512) + prompts · K · (max_new_tokens · 40 + 256): a token is an id (7), a
@@ -70,6 +121,14 @@ class Generation(Stage[GenerationConfig]):
             return config
         return config.model_copy(update={"replicas": replicas})
 
+    def laid_out(self, config: GenerationConfig, sizes: Mapping[str, Any]) -> GenerationConfig:
+        """So many replicas."""
+        return config.model_copy(update=sizes)
+
+    def label(self, config: GenerationConfig) -> str:
+        """One engine for all that are sampled alike."""
+        return f"{config.engine} {config.dtype}" if max(config.replicas, config.servers) <= 1 else ""
+
     def answers(self, config: GenerationConfig, outlook: Outlook) -> AnswerStats | None:
         """K to every prompt."""
         prompts = outlook.rows_of(config.prompts)
@@ -94,16 +153,21 @@ class Generation(Stage[GenerationConfig]):
         return config.max_prompt_tokens or 0, config.max_new_tokens
 
 
+def number_bytes(config: GenerationConfig, *, on_gpu: bool) -> int:
+    """Bytes of a number that the engine computes with."""
+    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(config.dtype, 2 if on_gpu else 4)
+
+
 def generation_memory(config: GenerationConfig, size: Size, answers: AnswerStats | None, *, on_gpu: bool) -> Memory:
-    """Memory of one replica, on each of its t = tensor_parallel devices.
+    """Memory of one replica, on each of its t = tensor_parallel devices, or in each of its processes on a CPU.
 
     Weights a·P / t. KV cache: on a GPU vLLM fills what memory_utilization leaves, and needs room for the longest
     sequence at least (2 · layers · k · a bytes a token, over t); on a CPU for max_num_seqs of them, between 64 MiB and
-    4 GiB (generation/vllm_engine.py), or kv_cache_mib. transformers' cache grows to a batch of max_num_seqs, and for
-    an instant twice, because its tensors are copied to grow. Logits of max_num_seqs positions, which the sampler holds
-    in several copies, fp64 among them: 32 bytes each.
+    4 GiB (generation/vllm_engine.py), over t as well, or kv_cache_mib. transformers' cache grows to a batch of
+    max_num_seqs, and for an instant twice, because its tensors are copied to grow. Logits of max_num_seqs positions,
+    which the sampler holds in several copies, fp64 among them: 32 bytes each.
     """
-    number = {"float32": 4, "bfloat16": 2, "float16": 2}.get(config.dtype, 2 if on_gpu else 4)
+    number = number_bytes(config, on_gpu=on_gpu)
     batch, longest = config.max_num_seqs, size.context or 4096
     if answers is not None:
         batch, longest = min(batch, answers.count), answers.longest
@@ -120,7 +184,7 @@ def generation_memory(config: GenerationConfig, size: Size, answers: AnswerStats
     elif on_gpu:
         cache = longest * token // devices
     else:
-        cache = min(max(config.max_num_seqs * -(-longest // 128) * 128 * token, 64 << 20), 4 << 30)
+        cache = min(max(config.max_num_seqs * -(-longest // 128) * 128 * token // devices, 64 << 20), 4 << 30)
     parts = {
         "weights": size.parameters * number // devices,
         "KV cache": cache,
@@ -128,7 +192,8 @@ def generation_memory(config: GenerationConfig, size: Size, answers: AnswerStats
         "process": PROCESS,
     }
     share = config.memory_utilization if on_gpu and config.engine == "vllm" else 1.0
-    return Memory(parts, max(config.replicas, config.servers), share)
+    processes = max(config.replicas, config.servers) * (1 if on_gpu or config.engine == "transformers" else devices)
+    return Memory(parts, processes, share)
 
 
 GENERATION = Generation(GenerationConfig, ROLLOUTS, "generation.run:run", preflight="generation.preflight:check")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from contracts.config import Parser
+from contracts.errors import did_you_mean
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.run.directory import RunDirectory
@@ -25,7 +26,8 @@ examples:
   pipeline compare runs/a runs/b                    which is better, and by how much
 
 exit codes:
-  0 done    1 a stage or a check failed    2 a mistake of yours, in one message    130 interrupted
+  0 done    1 a stage or a check failed    2 a mistake of yours, in one message    3 stopped by a gate
+  130 interrupted
 """
 GROUPS = {
     "run": "run and continue",
@@ -37,6 +39,13 @@ GROUPS = {
 
 class CommandLine(Parser):
     """The parser of `pipeline`, whose help has the commands in groups."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse does, but with the nearest names instead of all."""
+        if action.choices is not None and value not in action.choices:
+            known = sorted(map(str, action.choices))
+            hint = did_you_mean(str(value), known, 2) or f" Known: {', '.join(known)}."
+            raise argparse.ArgumentError(action, f"there is no {str(value)!r}.{hint} See `{self.prog} --help`.")
 
     def format_help(self) -> str:
         """The help text."""
@@ -69,6 +78,13 @@ class Style:
 
 STYLE = Style()
 """That of this process."""
+
+
+def count(text: str) -> int:
+    """The type of an argument that says how many: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -5,12 +5,14 @@ import json
 from functools import partial
 from pathlib import Path
 
+from contracts.errors import UserError
 from contracts.files import write_atomically
 from pipelines.commands.declaring import (
     JSON,
     RUN,
     argument,
     command,
+    count,
     make_console,
     opened,
 )
@@ -24,6 +26,7 @@ from pipelines.insight.status import print_status, status_data
 from pipelines.insight.watch import follow_logs, print_logs
 from pipelines.lineage.trace import print_trace
 from pipelines.lineage.verify import print_verification
+from pipelines.run.directory import RunDirectory
 
 
 @command(
@@ -53,7 +56,7 @@ def _status(options: argparse.Namespace) -> None:
     "the last lines of the logs of a stage, or of those that run or failed",
     RUN,
     argument("stage", nargs="?", help="a stage's name, for example iteration-001/training"),
-    argument("--lines", type=int, default=30, help="how many of each log"),
+    argument("--lines", type=count, default=30, help="how many of each log"),
     argument("--part", help="of a stage of several jobs or nodes: task-0, node-1, publisher"),
     argument("--follow", action="store_true", help="go on with what is added, until the stage or the run is over"),
     group="read",
@@ -99,14 +102,22 @@ def _view(options: argparse.Namespace) -> None:
     argument("--html", type=Path, metavar="PAGE", help="also write it as a page, with curves and answers side by side"),
     group="read",
 )
-def _compare(options: argparse.Namespace) -> None:
-    found = compare([opened(run) for run in options.runs], options.iteration)
+def _compare(options: argparse.Namespace) -> int:
+    runs, damaged = [], {}
+    for path in options.runs:
+        RunDirectory.existing(path)  # no run at all is a mistake
+        try:
+            runs.append(opened(path))
+        except UserError as error:
+            damaged[path] = str(error)
+    found = compare(runs, options.iteration, damaged)
     if options.html is not None:
         write_atomically(options.html, render_comparison(found).encode())
     if options.json:
         print(as_json(found))
     else:
         print_comparison(make_console(), found, options.metric)
+    return 1 if found.left_out else 0
 
 
 @command(

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from contracts.config import describe
-from contracts.errors import UserError
+from contracts.errors import RunStoppedError, UserError
 from contracts.preflight import refuse
 from contracts.stage import require_space
 from contracts.surroundings import INTERRUPTED
@@ -33,23 +33,23 @@ from pipelines.execution.executors.base import Executors, Site
 from pipelines.insight.compare.command import as_json, print_comparison
 from pipelines.insight.compare.gather import compare
 from pipelines.insight.display import Display
-from pipelines.insight.hooks.task import begin_hooks, check_hooks
+from pipelines.insight.hooks.configured import begin_hooks, check_hooks
 from pipelines.insight.listeners import listeners_of
 from pipelines.insight.tables import print_table
 from pipelines.insight.watch import attach, cancel
 from pipelines.job import ENTRY
-from pipelines.planning.entries import check_patterns
+from pipelines.planning.entries import check_entries
 from pipelines.planning.inspection import preflight
 from pipelines.planning.memory import print_memory
-from pipelines.planning.placement import cluster_of
 from pipelines.planning.preflight import check_environments, check_inputs
 from pipelines.run.directory import RunDirectory
 from pipelines.run.force import report_forced, resolve, set_aside
 from pipelines.run.fork import fork
+from pipelines.run.gates import stop_of
 from pipelines.run.plan import plan_run
 from pipelines.run.sharing import Shared
 from pipelines.run.sweep import PLACES, grid
-from pipelines.run.verdicts import verdicts
+from pipelines.run.verdicts import reused, verdicts
 from pipelines.text import plural, say
 
 
@@ -94,7 +94,7 @@ def run_command(options: argparse.Namespace) -> None:
     run = RunDirectory(config.run_directory)
     site = Site(run, graph, config, ENTRY)
     executors = Executors(site)
-    check_patterns(graph, config.executor)
+    check_entries(graph, config)
     for executor in executors.used():
         executor.check()
     check_inputs(graph)
@@ -104,6 +104,7 @@ def run_command(options: argparse.Namespace) -> None:
     forced = resolve(graph, options.force)
     for executor in executors.lasting():
         executor.require_no_detached_run(same_settings=options.detach and not forced)
+    say(console, *(f"warning: {text}" for text in wanted.warnings))
     run.claim(config, find_config(options.config), wanted.iterations, wanted.commits)
     begin_hooks(config, run.path)
     set_aside(run.path, graph, forced)
@@ -116,8 +117,12 @@ def run_command(options: argparse.Namespace) -> None:
         executors.require_detachable(plan)
         executors.named(config.executor.kind).detach(console, plan)
         return
-    with Display(console, run, graph, cluster_of(config).parallel, quiet=options.quiet) as display:
-        ran = Driver(site, [display, *listeners_of(run, graph)]).drive()
+    try:
+        with Display(console, run, graph, quiet=options.quiet) as display:
+            ran = Driver(site, [display, *listeners_of(run, graph)]).drive()
+    except RunStoppedError:
+        print_table(console, graph)
+        raise
     if options.share:
         say(console, f"{plural(shared.withdraw(), 'stage')} taken over from {', '.join(map(str, options.share))}")
     say(console, *report_forced(run.path, graph))
@@ -130,12 +135,15 @@ def dry_run(console: Console, options: argparse.Namespace) -> None:
     """`pipeline run --dry-run`: what would run, and why, and what it takes."""
     wanted = plan_run(options.config, options.overrides, options.iters, download=False)
     config, graph = wanted.config, wanted.graph
-    check_patterns(graph, config.executor)
+    check_entries(graph, config)
     check_inputs(graph)
     check_hooks(config)
     refuse(preflight(graph, config.environments))
     plan = verdicts(graph, config, resolve(graph, options.force))
+    say(console, *(f"warning: {text}" for text in wanted.warnings))
     say(console, *(f"{'reuse' if it.reuse else 'run':<6} {name}  ({it.reason})" for name, it in plan.items()))
+    if (stop := stop_of(graph, reused(plan))) is not None:
+        say(console, f"stopped: {stop.reason} Nothing of a later iteration is started.")
     print_memory(console, graph, config)
     executors = Executors(Site(RunDirectory(config.run_directory), graph, config, ENTRY))
     if options.detach:
@@ -189,13 +197,13 @@ def _sweep(options: argparse.Namespace) -> int:
         code = subprocess.run(command, check=False, stdout=sys.stderr if options.json else None).returncode
         if code in (UserError.exit_code, INTERRUPTED):
             return code  # it would be the same with the others, or is not wanted
-        if code:
-            worst = code
-        else:
+        worst = code or worst
+        if code in (0, RunStoppedError.exit_code):
             done.append(folder / point.name)
     if len(done) > 1:
         found = compare([opened(run) for run in done])
         print(as_json(found)) if options.json else print_comparison(console, found, options.metric)
+        worst = worst or bool(found.left_out)
     return worst
 
 

@@ -2,38 +2,57 @@
 
 from typing import Any
 
+from annotation.pairing.config import PairsSettings
 from contracts.errors import UserError
 from training.config import PolicySettings
 
-DEFAULT_ALGORITHM = PolicySettings.model_fields["algorithm"].default
+OWNERS = {
+    "algorithm": PolicySettings.model_fields["algorithm"].default,
+    "strategy": PairsSettings.model_fields["strategy"].default,
+}
+"""Keys that say whose the `settings` beside them are, with their defaults."""
 CHANGEABLE = frozenset(
-    "accumulate critic ema_decay evaluation experience generation pairs prompts reference scorers seed start "
-    "training".split()
+    "accumulate critic ema_decay evaluation experience generation lag pairs prompts reference replay scorers seed "
+    "start training".split()
 )
 """Keys of a run whose value may change from one iteration to the next."""
 
 
-def require_changeable(change: dict[str, Any], iteration: int) -> None:
-    """Raise UserError unless these keys may change from `iteration` on."""
+def require_changeable(change: dict[str, Any], iteration: int, place: str | None = None) -> None:
+    """Raise UserError unless these keys, which stand at `place`, may change from `iteration` on."""
     fixed = {name for name in change if name not in CHANGEABLE}
     prompts = change.get("prompts", {})
     fixed |= {f"prompts.{name}" for name in prompts if name != "per_iteration"} if isinstance(prompts, dict) else set()
     critic = change.get("critic")
     fixed |= {"critic.start"} if isinstance(critic, dict) and "start" in critic else set()
     if iteration < 1 or fixed:
+        place = place or f"changes.{iteration}"
         named = f"{min(fixed)} cannot change" if fixed else "nothing can change before iteration 1"
         raise UserError(
-            f"changes.{iteration}: {named} within a run. What can: {', '.join(sorted(CHANGEABLE))}, of prompts only "
+            f"{place}: {named} within a run. What can: {', '.join(sorted(CHANGEABLE))}, of prompts only "
             "prompts.per_iteration, from iteration 1 on. For anything else start a new run with another name."
         )
 
 
 def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `change`, section by section; another algorithm comes without the settings before."""
+    """`base` with the values of `change`, section by section; another algorithm (or strategy of pairs) comes without
+    the settings of the one before, and a scorer of another kind without any key of it."""
     merged = dict(base)
-    if "algorithm" in change and change["algorithm"] != base.get("algorithm", DEFAULT_ALGORITHM):
+    if any(key in change and change[key] != base.get(key, default) for key, default in OWNERS.items()):
         merged.pop("settings", None)
     for key, value in change.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if not isinstance(old, dict) or not isinstance(value, dict):
+            merged[key] = value
+        elif key == "scorers":
+            merged[key] = {**old, **{name: _merge_scorer(old.get(name), one) for name, one in value.items()}}
+        else:
+            merged[key] = merge(old, value)
     return merged
+
+
+def _merge_scorer(base: Any, change: Any) -> Any:
+    """What is set of a scorer; where its kind is another one than before, or was not said, nothing of before."""
+    if not isinstance(base, dict) or not isinstance(change, dict):
+        return change
+    return change if "kind" in change and change["kind"] != base.get("kind") else merge(base, change)

@@ -1,18 +1,20 @@
 """Where the stages of a run are executed, and what they ask of a cluster."""
 
-import fnmatch
 import math
 import pkgutil
+import random
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Self, TypeAlias
+from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import AfterValidator, field_validator, model_validator
 
-from contracts.config import Section, runtime
+from contracts.config import Section, runtime, worded
 from contracts.declaration import Workload
 from contracts.errors import did_you_mean
 from contracts.stopping import DEFAULT_GRACE
+from pipelines.config.selecting import ARRAYS, KINDS, Demand, entries_of
 
 EXECUTORS = sorted(
     module.name
@@ -32,11 +34,6 @@ def _check_kind(kind: str) -> str:
 
 ExecutorKind: TypeAlias = Annotated[str, AfterValidator(_check_kind)]
 
-ARRAYS: tuple[Workload, ...] = ("generation", "scoring")
-"""Kinds of stages that run as a job array, whose tasks share the shards."""
-HEAVY: tuple[Workload, ...] = (*ARRAYS, "training")
-"""Kinds that load a model and take most of the time."""
-KINDS: tuple[Workload, ...] = (*HEAVY, "light")
 ONLY_IN: dict[str, tuple[Workload, ...]] = {"nodes": ("training",), "tasks": ARRAYS}
 """Keys that only some kinds have."""
 
@@ -53,25 +50,6 @@ OUR_DIRECTIVES = frozenset(
     "test-only wait wrap".split()
 )
 """Options of sbatch that Ratchet sets itself, or that would keep it from following its jobs."""
-
-
-class Demand(Protocol):
-    """What of a stage decides which settings are its own."""
-
-    @property
-    def name(self) -> str:
-        """In the run."""
-        ...
-
-    @property
-    def workload(self) -> Workload:
-        """What it is to a scheduler."""
-        ...
-
-    @property
-    def gpus(self) -> int:
-        """GPUs that one replica takes, where there are any."""
-        ...
 
 
 class ResourcesSection(Section):
@@ -97,7 +75,7 @@ class ResourcesSection(Section):
     """GPUs: for a training of every node, for generation and scoring of every task of the array. For all stages: those
     of a training's node (by default as many as `hardware` says, else none), and where there are any, a task has what
     one replica of its model takes: tensor_parallel, or 1. Light stages have none unless their own entry says so."""
-    gpu_type: str | None = runtime(None, pattern="^[A-Za-z0-9_.-]+$")
+    gpu_type: str | None = runtime(None, pattern=worded("^[A-Za-z0-9_.-]+$", "letters, digits, _, . and -"))
     """Which GPUs, on clusters that call them by type, for example h100; any if not set."""
     cpus: int | None = runtime(None, ge=1)
     """CPU cores of a task or, in a training, of every node. By default 8 per GPU; without GPUs 1 for each of the
@@ -186,25 +164,40 @@ def minutes_of(text: str) -> int | None:
     return 60 * hours + minutes + math.ceil(seconds / 60)
 
 
+LONGEST_PAUSE = 600.0
+
+
+def pause_before(tries: int, backoff: float, chance: random.Random) -> float:
+    """Seconds until a stage that has failed so many times is tried again.
+
+    The pause doubles with every try and is drawn from 50 % to 150 % of that, so that what failed together does not
+    come back together.
+    """
+    doubled: float = backoff * 2 ** min(tries - 1, 10)
+    return min(doubled, LONGEST_PAUSE) * chance.uniform(0.5, 1.5)
+
+
 class ExecutorSection(Section):
     """Where stages run. A word is short for its `kind`: `executor: slurm`."""
 
     kind: ExecutorKind = runtime("local")
-    """local: each stage is a submitit job on this machine; slurm: it is a job of a Slurm cluster, or an array of jobs;
+    """local: each stage is a process on this machine; slurm: it is a job of a Slurm cluster, or an array of jobs;
     inline: run by the driver itself, for debugging."""
     resources: ResourcesSection = runtime(ResourcesSection(), was="slurm")
     """What all stages ask of the scheduler: {partition: gpu, account: rlhf, gpus: 8}. Light stages take from here only
     `partition`, `account`, `qos`, `setup`, `directives` and `requeue`."""
     stages: dict[str, StageSection] = runtime({})
     """The same for some stages, and `kind` where they run elsewhere: {training: {nodes: 2, gpus: 8}, light: local,
-    "iteration-*/heldout/*": {partition: cpu}}. A key is generation, scoring, training or light, or the name of a stage
-    or a pattern with *. Of several entries for a stage the later one holds, key by key."""
+    "iteration-*/heldout/*": {partition: cpu}}. A key is generation, scoring, training or light, the role of a stage in
+    its iteration (reference), its name, or a pattern with *. Of several entries for a stage the later one holds, key by
+    key."""
     parallel: int | None = runtime(None, ge=1)
     """Stages without mutual dependency that may run at once; by default 1 with GPUs, else one per two cores, at
     least 2; on Slurm all that are ready."""
-    warm: bool = runtime(False)
-    """On this machine, fork the stages of a locked environment from a process that has imported its libraries, so that
-    the seconds this takes are paid once. Nothing else changes."""
+    warm: bool = runtime(True)
+    """On this machine, pay nothing twice: stages of a locked environment are forked from a process that has imported
+    its libraries, and engines and scoring models stay loaded for the next stage that can use them. What is published
+    is the same without it."""
     retries: int = runtime(3, ge=0)
     """How often a stage is tried again after a transient failure (a killed process, a lost connection, a stall). A
     preempted stage is started again without limit, a mistake of the user's or a defect ends the run at once."""
@@ -253,24 +246,23 @@ class ExecutorSection(Section):
 
     def entry(self, stage: Demand) -> StageSection:
         """All that is set for a stage, with where it runs (`kind`), and without what its workload cannot have."""
-        return self._merged(stage.workload, stage.name, stage.gpus)
+        return self._merged(stage.workload, entries_of(stage, self.stages), stage.gpus)
 
     def finishing_entry(self) -> StageSection:
         """The same for the small jobs that Ratchet adds to a stage: as for light stages; patterns do not name them."""
-        return self._merged("light", None, 0)
+        return self._merged("light", [self.stages["light"]] if "light" in self.stages else [], 0)
 
-    def _merged(self, kind: Workload, stage: str | None, gpus: int) -> StageSection:
-        """The settings for all stages, and over them those of each entry that names this one; directives one by one."""
+    def _merged(self, kind: Workload, entries: Iterable[StageSection], gpus: int) -> StageSection:
+        """The settings for all stages, and over them those of the entries; directives one by one."""
         include = set(LIGHT_TOO) if kind == "light" else None
         settings = self.resources.model_dump(exclude_unset=True, include=include)
         if kind in ARRAYS and settings.get("gpus"):
             settings["gpus"] = gpus
         directives = settings.get("directives", {})
-        for pattern, entry in self.stages.items():
-            if pattern == kind or (stage is not None and fnmatch.fnmatchcase(stage, pattern)):
-                own = entry.model_dump(exclude_unset=True)
-                directives = {**directives, **own.get("directives", {})}
-                settings |= own
+        for entry in entries:
+            own = entry.model_dump(exclude_unset=True)
+            directives = {**directives, **own.get("directives", {})}
+            settings |= own
         settings = {name: value for name, value in settings.items() if kind in ONLY_IN.get(name, KINDS)}
         settings["directives"] = {name: it for name, it in directives.items() if it is not None and it is not False}
         return StageSection(**{**settings, "kind": settings.get("kind") or self.kind})

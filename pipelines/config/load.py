@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from annotation.config import PairsSettings
+from annotation.pairing.config import PairsSettings
 from contracts.config import apply_overrides, read_yaml, validate
 from contracts.errors import UserError
 from generation.config import GenerationSettings
 from pipelines.config.changes import merge
+from pipelines.config.gates import require_possible_gates
 from pipelines.config.recipes import find_config
 from pipelines.config.run import RunConfig
 from training.config import ExperienceSettings
@@ -23,24 +24,44 @@ def load_run_config(path: str | Path, overrides: list[str]) -> RunConfig:
     """
     path = find_config(path)
     config = _with_inherited(validate(RunConfig, _overridden(read_yaml(path), overrides), str(path)))
-    _refuse_unused([config, *(config.at(iteration) for iteration in config.changes)])
+    by_iteration = [config, *(config.at(iteration) for iteration in config.changes)]
+    _refuse_unused(by_iteration)
+    _require_lag(by_iteration)
+    require_possible_gates(by_iteration)
     _require_writable(config.directory)
     return config
 
 
 def _overridden(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A file's data with the overrides; another algorithm does not take over the settings that the file has.
+    """A file's data with the overrides; another algorithm or strategy does not take over the settings of the file's.
 
-    `executor=KIND` leaves the rest of the file's section as it is.
+    `executor=KIND` and `placement=STRATEGY` leave the rest of the file's section as it is; `placement=FILE` replaces
+    it.
     """
     overrides = [re.sub("^executor=(?=[a-z]+$)", "executor.kind=", text) for text in overrides]
+    overrides = [re.sub("^placement=(?=[a-z]+$)", "placement.strategy=", text) for text in overrides]
     if isinstance(data.get("executor"), str):
         data = {**data, "executor": {"kind": data["executor"]}}
-    training = data.get("training")
-    wanted = apply_overrides({}, [text for text in overrides if text.startswith("training.algorithm=")])
-    if isinstance(training, dict) and wanted:
-        data = {**data, "training": merge(training, wanted["training"])}
+    files = [text for text in overrides if text.startswith("placement=")]
+    data = _with_placement(apply_overrides(data, files))
+    overrides = [text for text in overrides if text not in files]
+    for section, owner in (("training", "algorithm"), ("pairs", "strategy")):
+        there = data.get(section)
+        wanted = apply_overrides({}, [text for text in overrides if text.startswith(f"{section}.{owner}=")])
+        if isinstance(there, dict) and wanted:
+            data = {**data, section: merge(there, wanted[section])}
     return apply_overrides(data, overrides)
+
+
+def _with_placement(data: dict[str, Any]) -> dict[str, Any]:
+    """The same with the section `placement` as a mapping: read from the file that it names, or with the strategy that
+    it is."""
+    placement = data.get("placement")
+    if not isinstance(placement, str):
+        return data
+    if placement.endswith((".yaml", ".yml")):
+        return {**data, "placement": read_yaml(Path(placement))}
+    return {**data, "placement": {"strategy": placement}}
 
 
 def _with_inherited(config: RunConfig) -> RunConfig:
@@ -78,6 +99,16 @@ def _refuse_unused(configs: list[RunConfig]) -> None:
                 f"`{name}` is for algorithms that {by}, but training.algorithm is {algorithms}. Take it "
                 "out, or choose another algorithm."
             )
+
+
+def _require_lag(configs: list[RunConfig]) -> None:
+    """Raise UserError where generation is to overlap training, but waits for it."""
+    if configs[0].placement.strategy == "async" and not any(config.lag for config in configs):
+        raise UserError(
+            "placement.strategy is async, by which an iteration is generated while the one before trains, but lag is "
+            "0: every iteration samples from what the one before has trained. Set lag=1, which changes what is "
+            "computed (docs/lag.md), or placement=separation."
+        )
 
 
 def _require_writable(directory: Path) -> None:

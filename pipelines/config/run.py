@@ -1,40 +1,50 @@
 """The configuration of a run: one YAML file, sections named like the stages."""
 
+import difflib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from annotation.config import PairsSettings, ScorerSettings
-from contracts.config import Section, identity, runtime, validate
+from annotation.pairing.config import PairsSettings
+from annotation.scorers import SETTINGS, AnyScorer
+from annotation.scorers.expression import OWN, cycle_in
+from contracts.config import Section, identity, runtime, validate, worded
 from contracts.nested import leaves
 from contracts.template import DATE, Day, Variables
 from embedded.config import WorldSettings
 from generation.config import GenerationSettings
 from pipelines.config.changes import merge, require_changeable
 from pipelines.config.executor import ExecutorSection
+from pipelines.config.placement import PlacementSection
 from pipelines.config.sections import (
     NAME,
     CriticSection,
     EnvironmentsSection,
     EvaluationSection,
+    GateSection,
     HardwareSection,
     HookSettings,
     HubSection,
+    OfflineSection,
     PromptsSection,
+    ReplaySection,
     RetentionSection,
     RewardModelSection,
 )
 from pipelines.environments.locked import STAGES
 from tracking.config import TrackingSection
-from training.config import ExperienceSettings, PolicySettings, SftSettings, require_whole_model
-from training.registry import Description, check_settings, describe
+from training.config import ExperienceSettings, PolicySettings, SftSettings, require_correctable, require_whole_model
+from training.registry import BUILT_IN, Description, check_settings, describe
+
+RUN = worded("^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", "a letter or a digit, then also ., _ and -, at most 100 in all")
 
 
 class RunConfig(Section):
     """One run of iterative online RLHF."""
 
-    name: str = runtime(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    name: str = runtime(pattern=RUN)
     """Name of the run and of its directory."""
     directory: Path = runtime(Path("runs"))
     """Directory that holds the runs."""
@@ -54,7 +64,7 @@ class RunConfig(Section):
     """Training and held-out prompts (`train`, `heldout`), and how many an iteration takes (`per_iteration`)."""
     generation: GenerationSettings = identity({})
     """How answers are sampled: the keys of `python -m generation --help`."""
-    scorers: dict[str, ScorerSettings] = identity()
+    scorers: dict[str, AnyScorer] = identity()
     """Scorers by name. `reward` labels the pairs; `gold`, where there is one, only judges; others are reported."""
     pairs: PairsSettings = identity({})
     """How pairs are chosen: the keys of `python -m annotation pairs --help`."""
@@ -67,25 +77,39 @@ class RunConfig(Section):
     """How the critic is trained, for algorithms that need values, and from what (`start`): the keys of `python -m
     training critic --help`."""
     reference: Literal["initial", "previous", "ema"] = identity("initial")
-    """What the training is regularised towards: the initial policy, the one that sampled this iteration, or an
-    exponential moving average of all policies so far."""
+    """What the training is regularised towards: the initial policy, the last one (which with lag=0 is the one that
+    sampled), or an exponential moving average of all policies so far."""
     ema_decay: float = identity(0.9, ge=0, lt=1)
     """Share of the old average that is kept when a new policy enters it, for reference=ema."""
     start: Literal["previous", "initial"] = identity("previous")
     """Where the training of an iteration starts: at the last policy (warm start), or at the initial one."""
+    lag: int = identity(0, ge=0)
+    """How many policies before the last one an iteration samples from: iteration i from policy i - 1 - lag, or from the
+    initial one. With 1 it samples while the iteration before still trains; docs/lag.md."""
     accumulate: bool = identity(False)
     """Train on the pairs of all iterations so far, not only of this one."""
+    replay: ReplaySection | None = identity(None)
+    """Train on a part of the pairs (or samples) of earlier iterations as well, the smaller the older they are:
+    {iterations: 3, decay: 0.5}. docs/data.md."""
+    offline: OfflineSection | None = identity(None)
+    """Train on preference pairs from elsewhere as well: {source: hf:ORG/NAME, share: 0.25}. docs/data.md."""
     evaluation: GenerationSettings = identity({})
     """How held-out answers are sampled; keys that are not set are those of the section `generation`."""
     evaluations: dict[Annotated[str, Field(pattern=NAME)], EvaluationSection] = identity({})
     """Evaluations of your own by names of yours, beside the one on held-out prompts, each a stage for every policy:
     {lm_eval: {function: evals.py:run}}. Their metrics are eval/NAME/..."""
+    diagnostics: bool = identity(False)
+    """Have evaluations publish the diversity of the answers, the agreement of the scorers and the win rate against the
+    previous policy too; gates always do: docs/gates.md."""
+    gates: dict[Annotated[str, Field(pattern=NAME)], GateSection] = identity({})
+    """Conditions on held-out metrics by names of yours, by which the run is warned of, stopped or taken back to its
+    best policy: {length: {metric: response_length, above: 1.5, relative_to: initial, do: stop}}."""
     world: WorldSettings | None = identity(None)
     """Make the toy task (data and an untrained model) first; refer to its files as world:NAME."""
     sft: SftSettings | None = identity(None)
     """Fine-tune `policy` on demonstrations first; the result is the initial policy."""
     reward_model: RewardModelSection | None = identity(None)
-    """Train the model of the scorer `reward` first."""
+    """Train the model of the scorer `reward` first, or of a scorer that this is made of."""
     changes: dict[int, dict[str, Any]] = identity({})
     """Values that hold from an iteration on: {3: {training: {settings: {beta: 0.05}}}}. What another section
     has taken from `generation` stays as it was there."""
@@ -95,6 +119,9 @@ class RunConfig(Section):
     """What `generation`, `annotation` and `training` run in, where it is not their locked environment."""
     executor: ExecutorSection = runtime(ExecutorSection())
     """Where stages run (`kind`: local, slurm or inline), and how many at once (`parallel`)."""
+    placement: PlacementSection = runtime(PlacementSection())
+    """Which devices each stage is given, and which stages run beside each other (`strategy`: flattening, interleaving,
+    separation, async or colocated). Or the path of a YAML file with these keys."""
     retention: RetentionSection = runtime(RetentionSection())
     """Whose weights stay on the disk (`keep`: all, best or "last N"), and whether rows are compressed (`compress`)."""
     hub: HubSection | None = runtime(None)
@@ -118,21 +145,31 @@ class RunConfig(Section):
             raise ValueError(
                 f"reward_model.label is {self.reward_model.label!r}, but scorers holds only {sorted(self.scorers)}."
             )
-        needed = {"bradley_terry": "reward_model", "pairwise": "pairwise"}
-        if self.reward_model and self.scorers["reward"].kind != needed[self.reward_model.training.kind]:
-            kind = self.reward_model.training.kind
+        self._check_parts()
+        reward = self.scorers["reward"]
+        if self.reward_model and self.trained_scorer is None:
+            trained = self.reward_model.training.kind
+            needed = next(kind for kind, settings in SETTINGS.items() if settings.trained_as == trained)
             raise ValueError(
-                f"reward_model.training.kind is {kind}, but scorers.reward.kind is {self.scorers['reward'].kind}, "
-                f"which reads other models. Set scorers.reward.kind={needed[kind]}."
+                f"reward_model.training.kind is {trained}, but scorers.reward.kind is {reward.kind}, "
+                f"which reads other models. Set scorers.reward.kind={needed}."
             )
-        if self.scorers["reward"].kind == "pairwise" and self.generation.k < 2:
+        for name in self.with_parts("reward"):
+            if self.scorers[name].compares and self.generation.k < 2:
+                raise ValueError(
+                    f"generation.k is {self.generation.k}; scorers.{name}.kind={self.scorers[name].kind} compares the "
+                    "answers to a prompt with each other, so it needs at least 2."
+                )
+        if self.placement.strategy == "colocated" and not self.executor.warm:
             raise ValueError(
-                f"generation.k is {self.generation.k}; scorers.reward.kind=pairwise compares the answers to a prompt "
-                "with each other, so it needs at least 2."
+                "placement.strategy is colocated, by which engine and trainer stay loaded and take turns on the same "
+                "devices, but executor.warm is false. Set executor.warm=true, or placement=flattening."
             )
         self._check_evaluations()
         description = self.description
         check_settings(description, self.training.settings)
+        require_correctable(description, self.training)
+        self._check_lag(description)
         require_whole_model(self.training.algorithm, "reference_model" in description.needs, self.training.parallel)
         if description.reads == "samples":
             self._check_samples(description)
@@ -143,39 +180,111 @@ class RunConfig(Section):
                 f"hub.pairs is {self.pushes.pairs}, but training.algorithm={self.training.algorithm} makes no pairs. "
                 "Remove it; hub.rollouts pushes the answers with their scores."
             )
+        if self.prompts.dynamic_sampling is not None and (self.generation.k < 2 or "greedy" in description.needs):
+            raise ValueError(
+                "prompts.dynamic_sampling replaces prompts whose answers all score the same, by which they cannot be "
+                f"compared with each other; but generation.k is {self.generation.k} and training.algorithm="
+                f"{description.algorithm}{' compares them with a greedy one' if self.generation.k > 1 else ''}. "
+                "Leave it out."
+            )
+        if self.accumulate and self.replay is not None:
+            raise ValueError(
+                "accumulate trains on all pairs of all iterations so far, replay on a part of them: set one of the two."
+            )
         uses_world = any(str(value).startswith("world:") for value in leaves(self.model_dump()))
         if uses_world and self.world is None:
             raise ValueError("a path starts with world:, but there is no section `world`. Add one (`world: {}`).")
         return self
 
+    def _check_parts(self) -> None:
+        """That scorers which are made of others name such that there are, and not themselves."""
+        for name, scorer in self.scorers.items():
+            if unknown := [part for part in scorer.parts if part not in self.scorers]:
+                near = difflib.get_close_matches(unknown[0], self.scorers, n=1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise ValueError(
+                    f"scorers.{name}.expression names {unknown[0]}, which is no scorer of this run.{hint} Known: "
+                    f"{', '.join([*sorted(self.scorers.keys() - {name}), *OWN])}."
+                )
+        if cycle := cycle_in({name: scorer.parts for name, scorer in self.scorers.items()}):
+            raise ValueError(f"scorers.{cycle[0]} is made of itself: {' of '.join(cycle)}. Take one of them out.")
+        if taken := sorted(set(OWN) & self.scorers.keys()):
+            raise ValueError(f"scorers.{taken[0]}: {taken[0]} stands for the answer's own in expressions; rename it.")
+
+    def with_parts(self, scorer: str) -> list[str]:
+        """A scorer and all that it is made of."""
+        found = [scorer]
+        for name in found:
+            found += [part for part in self.scorers[name].parts if part not in found]
+        return found
+
+    def _check_lag(self, description: Description) -> None:
+        """That the training may read answers of older policies."""
+        if self.lag and self.start == "initial":
+            raise ValueError(
+                f"lag={self.lag} with start=initial: a policy would come neither from the last one nor from its "
+                "answers, so that the iterations would not build on each other. Set start=previous, or lag=0."
+            )
+        is_older = self.lag or (self.replay is not None and description.reads == "samples")
+        if not is_older or description.off_policy or self.training.correction is not None:
+            return
+        name = f"lag={self.lag}" if self.lag else "replay is set"
+        others = [name for name in BUILT_IN if (known := describe(name)).off_policy and known.reads == "samples"]
+        ways = [
+            "set lag=0" if self.lag else "leave it out",
+            f"choose an algorithm that takes older answers ({', '.join(others)}, or one on pairs)",
+        ]
+        if description.corrections:
+            ways.append(
+                "correct for it, for example training.correction="
+                f"{{level: {description.corrections[0]}, treatment: truncate, high: 2}}"
+            )
+        raise ValueError(
+            f"{name}, but training.algorithm={description.algorithm} takes its samples for those of the policy that it "
+            f"trains; with {'a lag they are of an older one' if self.lag else 'it some are of older ones'}, by which "
+            f"the gradient is biased. Either {', or '.join(ways)}."
+        )
+
     def _check_evaluations(self) -> None:
-        """That names of evaluations stand for one thing each, and their environments for something."""
+        """That names of evaluations stand for one thing each, and environments, also of scorers, for something."""
         if taken := sorted({"generation", "reference", *self.scorers} & self.evaluations.keys()):
             raise ValueError(
                 f"evaluations.{taken[0]}: eval/{taken[0]}/... are the metrics of another stage already. Choose another "
                 "name."
             )
-        for name, section in self.evaluations.items():
-            known = [*STAGES, *self.environments.own]
-            if section.environment not in known:
+        known = [*STAGES, *self.environments.own]
+        asked = {f"scorers.{name}": section.environment for name, section in self.scorers.items()}
+        asked |= {f"evaluations.{name}": section.environment for name, section in self.evaluations.items()}
+        for key, environment in asked.items():
+            if environment not in known:
                 raise ValueError(
-                    f"evaluations.{name}.environment is {section.environment!r}, which is none of {', '.join(known)}. "
-                    f"Add it: environments.own.{section.environment}."
+                    f"{key}.environment is {environment!r}, which is none of {', '.join(known)}. Add it: "
+                    f"environments.own.{environment}."
                 )
 
     def _check_samples(self, description: Description) -> None:
         """What an algorithm that trains on samples asks of the other sections."""
         name, sampling = self.training.algorithm, self.generation
-        if (sampling.temperatures, sampling.top_p, sampling.top_k) != ([1.0], 1.0, 0):
+        if changed := sampling.departures:
+            shown = ", ".join(f"{key}={json.dumps(value)}" for key, value in changed.items())
             raise ValueError(
-                f"generation samples at temperatures={sampling.temperatures}, top_p={sampling.top_p:g}, "
-                f"top_k={sampling.top_k}; training.algorithm={name} trains what it sampled from, which "
-                "must be the policy's own: leave these at [1.0], 1 and 0."
+                f"generation samples at {shown}; training.algorithm={name} trains what it sampled from, which must be "
+                f"the policy's own, or its ratios would be wrong: leave {' and '.join(changed)} out."
             )
         if description.compares_answers and sampling.k < 2:
             raise ValueError(
                 f"generation.k is {sampling.k}; training.algorithm={name} compares the answers to a prompt with each "
                 "other, so it needs at least 2."
+            )
+        if self.offline is not None:
+            raise ValueError(
+                f"offline is about pairs, but training.algorithm={name} trains on samples of the policy. Leave it out, "
+                "or choose an algorithm that reads pairs."
+            )
+        if self.replay is not None and "greedy" in description.needs:
+            raise ValueError(
+                f"replay trains on answers of earlier iterations, too, but training.algorithm={name} compares answers "
+                "with a greedy one, which those have not. Leave it out."
             )
         if self.accumulate:
             raise ValueError(
@@ -186,6 +295,12 @@ class RunConfig(Section):
             raise ValueError(
                 "training.value_head makes the policy its own critic, which goes on from iteration to iteration: leave "
                 "the section `critic` out, and start at previous."
+            )
+        reward = self.scorers["reward"]
+        if "token_rewards" in description.needs and not reward.can_reward_tokens:
+            raise ValueError(
+                f"training.algorithm={name} learns from a reward for each token, but scorers.reward.kind={reward.kind} "
+                "gives one for the whole answer. Take kind=process_reward, or a rule that rewards tokens."
             )
         start = self.critic.start if self.critic else None
         if "values" in description.needs and start == "reward_model" and not self.has_reward_model:
@@ -207,7 +322,16 @@ class RunConfig(Section):
     @property
     def has_reward_model(self) -> bool:
         """Whether the rewards are a model's, which a critic can start from."""
-        return self.scorers["reward"].kind == "reward_model"
+        return self.scorers["reward"].starts_critic
+
+    @property
+    def trained_scorer(self) -> str | None:
+        """The scorer whose model the section `reward_model` trains: `reward`, or one without a model of what that is
+        made of; None where there is none."""
+        kind = self.reward_model.training.kind if self.reward_model is not None else None
+        parts = {name: self.scorers[name] for name in self.with_parts("reward")}
+        fitting = (name for name, one in parts.items() if name == "reward" or one.model_path is None)
+        return next((name for name in fitting if kind is not None and parts[name].trained_as == kind), None)
 
     @property
     def run_directory(self) -> Path:
@@ -232,3 +356,8 @@ class RunConfig(Section):
         if not due:
             return self
         return validate(type(self), data, f"with changes.{due[-1]}")
+
+    def with_change(self, iteration: int, change: dict[str, Any]) -> Self:
+        """The same with further values from an iteration on, which go before what `changes` has for it."""
+        changes = {**self.changes, iteration: merge(self.changes.get(iteration, {}), change)}
+        return self.model_copy(update={"changes": changes}) if change else self

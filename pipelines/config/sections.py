@@ -1,31 +1,114 @@
 """Sections of a run's configuration that are no stage's own settings."""
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from annotation.config import CheckpointEvaluationSettings, PairsSettings
-from contracts.config import Section, identity, runtime
+from annotation.config import CheckpointEvaluationSettings
+from annotation.data.mixing import PreferenceSettings
+from annotation.gating.config import GateSettings
+from annotation.pairing.config import PairsSettings
+from contracts.config import Section, identity, runtime, worded
+from contracts.mixture import CurriculumSettings
 from contracts.prompts import PromptsSettings
 from generation.config import GenerationSettings
 from pipelines.environments.launch import OWN, EnvironmentConfig
 from pipelines.environments.locked import NAMES, STAGES
 from training.config import CriticSettings, RewardSettings
 
-NAME = "^[A-Za-z][A-Za-z0-9_-]{0,49}$"
+NAME = worded("^[A-Za-z][A-Za-z0-9_-]{0,49}$", "a letter, then letters, digits, _ and -, at most 50 in all")
 """What the user calls hooks, evaluations and environments of their own."""
+
+
+class MixedPromptsSettings(PromptsSettings):
+    """One of several sets of training prompts."""
+
+    weight: float = identity(1.0, gt=0)
+    """How many of an iteration's prompts are from this set, in proportion to the weights of the others."""
+
+
+class DynamicSamplingSection(Section):
+    """Further prompts in the place of those from whose answers nothing can be learned."""
+
+    rounds: int = identity(2, ge=1, le=20)
+    """How often further prompts are drawn in an iteration at most. What is lacking then is left out."""
+    margin: float = identity(0.0, ge=0)
+    """Least difference between the best and the worst score of a prompt's answers; 0: they are not all equal."""
 
 
 class PromptsSection(Section):
     """Where the prompts come from. No stage trains on the held-out ones."""
 
-    train: PromptsSettings = identity()
+    train: PromptsSettings | None = identity(None)
     """Prompts to learn from."""
+    mixture: dict[Annotated[str, Field(pattern=NAME)], MixedPromptsSettings] | None = identity(None, min_length=1)
+    """Or several sets of them by names of yours, of which every iteration has its share: {maths: {source: maths.jsonl,
+    weight: 2}, chat: {source: hf:ORG/NAME}}. docs/data.md."""
     heldout: PromptsSettings = identity()
     """Prompts to judge by."""
     per_iteration: int | None = identity(None, ge=1)
     """Prompts per iteration, taken in turn from the training prompts; all of them by default."""
+    curriculum: CurriculumSettings | None = identity(None)
+    """Answer prompts again that were neither too hard nor too easy in earlier iterations, by their scores."""
+
+    dynamic_sampling: DynamicSamplingSection | None = identity(None)
+    """Draw further prompts in the place of those whose answers all score the same: {rounds: 2}."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.train is None) == (self.mixture is None):
+            raise ValueError(
+                "the training prompts are either one set (`train`) or several (`mixture`), "
+                f"{'and here are neither' if self.train is None else 'not both'}. Set one of the two."
+            )
+        for name, is_set in (
+            ("mixture", self.mixture),
+            ("curriculum", self.curriculum),
+            ("dynamic_sampling", self.dynamic_sampling),
+        ):
+            if is_set is not None and self.per_iteration is None:
+                raise ValueError(
+                    f"with {name} the prompts of each iteration are drawn, but per_iteration does not say how many. "
+                    "Set it, for example to 512."
+                )
+        return self
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the prompts of an iteration are drawn, and not just the next ones of one set."""
+        return any(section is not None for section in (self.mixture, self.curriculum, self.dynamic_sampling))
+
+    @property
+    def import_roles(self) -> dict[str, str]:
+        """What the import of each set is for in the graph."""
+        return {name: "prompts/train" + (f"/{name}" if self.mixture else "") for name in self.sources}
+
+    @property
+    def sources(self) -> dict[str, PromptsSettings]:
+        """The sets of training prompts by name; one alone is called train."""
+        return {**self.mixture} if self.train is None and self.mixture else {"train": cast(PromptsSettings, self.train)}
+
+
+class ReplaySection(Section):
+    """Data of earlier iterations that an iteration is trained on, too."""
+
+    iterations: int | None = identity(None, ge=1)
+    """Of so many iterations before it; of all by default."""
+    decay: float = identity(0.5, gt=0, le=1)
+    """Share of its pairs (or of its prompts with their samples) that is taken of the iteration before, of the one
+    before that the share of this share, and so on. 1 takes all of them."""
+
+    def share(self, age: int) -> float:
+        """The share that is taken of an iteration so many before the present one."""
+        return self.decay**age
+
+
+class OfflineSection(PreferenceSettings):
+    """Preference pairs from elsewhere that every iteration is trained on beside its own."""
+
+    share: float = identity(0.25, gt=0, lt=1)
+    """What part they are of these and the iteration's own together, drawn anew for each iteration."""
 
 
 class RewardModelSection(Section):
@@ -64,7 +147,7 @@ class EnvironmentsSection(Section):
     tracking: EnvironmentConfig = runtime(EnvironmentConfig())
     """For the processes that feed trackers."""
     own: dict[Annotated[str, Field(pattern=NAME)], EnvironmentConfig] = runtime({})
-    """Environments of your own by names of yours, for `evaluations`: {lm-eval: {conda: lm-eval}}."""
+    """Environments of your own by names of yours, for `scorers` and `evaluations`: {lm-eval: {conda: lm-eval}}."""
 
     @field_validator("own")
     @classmethod
@@ -159,8 +242,8 @@ class HookSettings(Section):
     kinds: list[Literal["run", "iteration", "stage", "step", "shard"]] = runtime(
         ["run", "iteration", "stage"], min_length=1
     )
-    """What it is told: of the run (started, finished, failed, interrupted, cancelled), of every iteration whose policy
-    is evaluated, of stages (started, published, failed), of optimizer steps, of shards of rows."""
+    """What it is told: of the run (started, finished, failed, stopped, interrupted, cancelled), of every iteration
+    whose policy is evaluated, of stages (started, published, failed), of optimizer steps, of shards of rows."""
     settings: dict[str, Any] = runtime({})
     """Its further keyword arguments."""
     grace_seconds: float = runtime(60.0, ge=0)
@@ -178,7 +261,25 @@ class EvaluationSection(CheckpointEvaluationSettings):
     @property
     def environment_key(self) -> str:
         """The key of its environment in the section `environments`."""
-        return self.environment if self.environment in STAGES else f"{OWN}{self.environment}"
+        return environment_key(self.environment)
+
+
+def environment_key(name: str) -> str:
+    """The key in the section `environments` of an environment that a scorer or an evaluation names."""
+    return name if name in STAGES else f"{OWN}{name}"
+
+
+class GateSection(GateSettings):
+    """A condition on a held-out metric, what is done where it holds, and what a rollback changes."""
+
+    changes: dict[str, Any] = identity({})
+    """Values that hold after a rollback, as in the run's `changes`: {training: {settings: {beta: 0.3}}}."""
+
+    @model_validator(mode="after")
+    def _check_changes(self) -> Self:
+        if self.changes and self.do != "rollback":
+            raise ValueError(f"changes are made by do=rollback, and do is {self.do}.")
+        return self
 
 
 class HardwareSection(Section):

@@ -24,9 +24,9 @@ from pipelines.environments.launch import ask, launch_command, probe_versions, r
 from pipelines.environments.locked import TRACKING, Locked, resolve_variant
 from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph, Node
-from pipelines.insight.hooks.task import hook_mistakes
+from pipelines.insight.hooks.configured import hook_mistakes
 from pipelines.machine import cores, gpu_count, gpus, host_memory
-from pipelines.planning.entries import check_patterns
+from pipelines.planning.entries import check_entries
 from pipelines.planning.estimates import GraphOutlook, published_bytes, scratch_bytes
 from pipelines.planning.inspection import preflight
 from pipelines.planning.memory import estimated, grouped, model_paths, short, size
@@ -53,6 +53,7 @@ def check_configuration(plan: Plan) -> Iterator[Finding]:
     stages = plural(len(plan.graph.nodes), "stage")
     count = plural(plan.iterations, "iteration")
     yield Finding("ok", f"{plan.source} is valid: {stages} in {count}, into {plan.graph.directory}")
+    yield from (Finding("warning", text) for text in plan.warnings)
     mistakes = [str(mistake) for mistake in input_mistakes(plan.graph)]
     yield from (Finding("error", mistake) for mistake in mistakes)
     if not mistakes:
@@ -109,7 +110,7 @@ def check_hooks(plan: Plan) -> Iterator[Finding]:
 def check_cluster(plan: Plan) -> Iterator[Finding]:
     """Whether this machine belongs to a Slurm cluster that can run what the stages ask for."""
     if plan.config.executor.uses_scheduler:
-        check_patterns(plan.graph, plan.config.executor)
+        check_entries(plan.graph, plan.config)
         run = RunDirectory(plan.graph.directory)
         for executor in Executors(Site(run, plan.graph, plan.config)).used():
             executor.check()

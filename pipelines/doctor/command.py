@@ -39,8 +39,8 @@ from pipelines.text import plural, say
 
 def doctor(console: Console, source: str, overrides: list[str], iterations: int | None, *, as_json: bool) -> int:
     """Print what the checks find; 0, or 2 where one of them found an error."""
-    stopping.listen()  # so that what the checks have put into directories is removed whatever ends this
-    findings = examine(make_plan(source, overrides, iterations))
+    with stopping.listening():  # so that what the checks have put into directories is removed whatever ends this
+        findings = examine(make_plan(source, overrides, iterations))
     if as_json:
         print(json.dumps([{"check": check} | msgspec.structs.asdict(finding) for check, finding in findings], indent=1))
     else:

@@ -182,7 +182,8 @@ def _container(environment: EnvironmentConfig, variables: dict[str, str]) -> lis
     if program in ("apptainer", "singularity"):  # they hand on all variables
         command = [program, "exec", *(["--nv"] if gpu else []), "--bind", here, "--bind", code, "--pwd", here]
         return [*command, *environment.container_args, image]
-    command = [program, "run", "--rm", "--init", "--ipc=host", "--network=host", *_gpu_options(program, gpu)]
+    command = [program, "run", "--rm", "--init", "--interactive", "--ipc=host", "--network=host"]
+    command += _gpu_options(program, gpu)
     # As this user, so that what is published belongs to them (podman maps the user by itself).
     command += ["--user", f"{os.getuid()}:{os.getgid()}"] if program == "docker" else ["--userns=keep-id"]
     command += ["-v", f"{here}:{here}", "-v", f"{code}:{code}", "-w", here]
@@ -209,8 +210,8 @@ def probe_versions(environment: EnvironmentConfig, name: str) -> dict[str, str]:
 @functools.cache
 def _probe(environment_json: str, name: str) -> dict[str, str]:
     program = (
-        f"import json, {_package(name)}.config, contracts.stage, contracts.versions; "
-        "print(json.dumps(contracts.versions.installed_versions()))"
+        f"import gc; gc.disable(); import json, {_package(name)}.config, contracts.stage, contracts.versions; "
+        "print(json.dumps(contracts.versions.installed_versions())); gc.freeze()"
     )
     needs = (
         "It needs Python >= 3.11, msgspec, packaging, pydantic and ruamel.yaml beside the stage's own libraries; see "

@@ -5,7 +5,6 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -16,14 +15,14 @@ from contracts.errors import UserError
 from contracts.files import write_atomically
 from contracts.stage import require_space
 from contracts.versions import source_version
+from pipelines.config.executor import pause_before
 from pipelines.config.run import RunConfig
 from pipelines.environments.launch import launch_command
 from pipelines.execution.supervisor import DECISION, REQUEST, AttemptRequest, process_identity
 from pipelines.graph import Graph, Node
+from pipelines.machine import core_numbers, device_names, gpu_count
 from pipelines.planning.estimates import disk_bytes
 from pipelines.run.decisions import Decision
-
-LONGEST_PAUSE = 600.0
 
 
 class StageFailedError(Exception):
@@ -43,17 +42,14 @@ class Retries:
         self._transient: Counter[str] = Counter()
         self._preemptions: Counter[str] = Counter()
         self._until: dict[str, float] = {}
+        self._chance = random.Random()
 
     def waits(self, stage: str) -> bool:
         """Whether the pause before a retry is not over."""
         return time.monotonic() < self._until.get(stage, 0.0)
 
     def pause_after(self, stage: str, kind: FailureKind) -> float | None:
-        """Seconds until the next try, or None where there is to be none.
-
-        The pause doubles with every try and is drawn from 50 % to 150 % of that, so that what failed together does not
-        come back together.
-        """
+        """Seconds until the next try, or None where there is to be none."""
         if kind == "stopped":
             counted = self._preemptions
         elif kind == "transient" and self._transient[stage] < self.limit:
@@ -61,30 +57,30 @@ class Retries:
         else:
             return None
         counted[stage] += 1
-        pause: float = min(self.backoff * 2 ** min(counted[stage] - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
+        pause = pause_before(counted[stage], self.backoff, self._chance)
         self._until[stage] = time.monotonic() + pause
         return round(pause, 1)
 
 
-def write_request(
-    node: Node,
-    attempt: Path,
-    run: Path,
-    config: RunConfig,
-    threads: int,
-    *,
-    here: bool,
-    warm: Callable[[Node, AttemptRequest], AttemptRequest] = lambda node, request: request,
-) -> None:
-    """Write a stage's config and command line into the attempt's directory.
+STAGE_CONFIG = "stage.yaml"
+
+
+def write_request(node: Node, attempt: Path, request: AttemptRequest) -> None:
+    """Write a stage's config and what a supervisor is to run into the attempt's directory."""
+    write_atomically(attempt / STAGE_CONFIG, yaml_text.dump(node.config.model_dump(mode="json")).encode())
+    write_atomically(attempt / REQUEST, msgspec.json.encode(request))
+
+
+def stage_request(
+    node: Node, attempt: Path, run: Path, config: RunConfig, threads: int, *, here: bool
+) -> AttemptRequest:
+    """What a supervisor is to run for an attempt at a stage.
 
     Args:
         threads: cores for each of the stage's processes.
         here: it runs on this machine and ends with this process.
-        warm: adds the process that the stage can be forked from, where there is one.
     """
-    path = attempt / "stage.yaml"
-    write_atomically(path, yaml_text.dump(node.config.model_dump(mode="json")).encode())
+    path = attempt / STAGE_CONFIG
     environment = config.environments.of(node.environment)
     argv, variables = launch_command(environment, node.environment, [*node.argv, "--config", str(path)])
     variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))
@@ -94,11 +90,14 @@ def write_request(
         unset = ["SUBMITIT_EXECUTOR", "SUBMITIT_FOLDER"]
         if "PATH" in variables and "PATH" not in environment.variables:
             first_on_path = variables.pop("PATH").partition(os.pathsep)[0]
-    elif visible is not None:  # submitit's local executor hides the GPUs unless it is told their number
+    elif visible is not None:
         variables["CUDA_VISIBLE_DEVICES"] = visible
-    else:
-        unset = ["CUDA_VISIBLE_DEVICES"]
-    request = AttemptRequest(
+    cores: tuple[int, ...] = ()
+    if here and node.placement is not None and node.placement.exclusive:
+        variables |= {"CUDA_VISIBLE_DEVICES": device_names(node.placement.devices)} if gpu_count() else {}
+        cores = () if gpu_count() else core_numbers(node.placement.devices)
+    decision = decision_of(attempt)  # none yet in a detached run, in which nobody follows
+    return AttemptRequest(
         argv=argv,
         environment=variables,
         unset=unset,
@@ -109,8 +108,9 @@ def write_request(
         stall_seconds=config.executor.stall_seconds,
         first_on_path=first_on_path,
         source=source_version(node.package),
+        cores=cores,
+        follows=decision.follows if decision is not None else {},
     )
-    write_atomically(attempt / REQUEST, msgspec.json.encode(warm(node, request)))
 
 
 def require_disk_space(node: Node, graph: Graph, config: RunConfig) -> None:

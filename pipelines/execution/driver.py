@@ -13,21 +13,26 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from annotation.gating.decision import GateDecision
 from contracts import stopping
-from contracts.errors import UserError
+from contracts.errors import RunStoppedError, UserError
 from contracts.files import appears
 from contracts.manifest import MANIFEST
+from contracts.processes import wait_for_end
 from pipelines.execution.attempts import StageFailedError
-from pipelines.execution.endings import Ending, log_of, log_tail
+from pipelines.execution.endings import Ending, has_begun, log_of, log_tail
 from pipelines.execution.executors.base import Executors, Job, Site
 from pipelines.execution.lifecycle import Lifecycle
 from pipelines.execution.listeners import Broadcast, Listen
 from pipelines.execution.supervisor import end_orphans
 from pipelines.graph import Node
-from pipelines.planning.placement import cluster_of
-from pipelines.run.decisions import why_again
+from pipelines.planning.cluster import cluster_of
+from pipelines.planning.placement import placed_graph
+from pipelines.planning.scheduling import Turn, in_order
+from pipelines.run.decisions import Decision, may_come_out_as_before, why_again
 from pipelines.run.directory import CANCEL
 from pipelines.run.events import OrphanEnded, RunEnded, RunEnding, RunStarted, StageWaits
+from pipelines.run.gates import decision_after
 from pipelines.run.retention import released_inputs
 from pipelines.run.superseded import end_deletions
 
@@ -42,8 +47,8 @@ class Running:
     node: Node
     attempt: Path
     job: Job
-    key: str
-    """What it is to publish."""
+    decision: Decision
+    """What was decided before it."""
 
 
 class Driver:
@@ -51,9 +56,7 @@ class Driver:
 
     def __init__(self, site: Site, listeners: Sequence[Listen]) -> None:
         self.run, self.graph, self.config = site.run, site.graph, site.config
-        # Weights can go once their policy is judged: then one iteration is finished after another.
-        whole = self.config.retention.keep == "all"
-        self.order = self.graph.by_urgency() if whole else list(self.graph.nodes.values())
+        self.order = in_order(self.graph, self.config)
         self.executors = Executors(site)
         self.lifecycle = Lifecycle(self.run, self.graph, self.config)
         self.broadcast = Broadcast(self.run, listeners)
@@ -61,6 +64,8 @@ class Driver:
         self.published: set[str] = set()
         self.running: dict[str, Running] = {}
         self.again: dict[str, str] = {}  # released stages that are to be made again, and why
+        self.stopped: GateDecision | None = None
+        self.left: set[str] = set()  # stages at work for iterations that a rollback has changed since
         self.ran = 0
 
     def drive(self) -> int:
@@ -69,6 +74,7 @@ class Driver:
         Raises:
             UserError: a stage found a mistake of the user's.
             StageFailedError: a stage failed otherwise.
+            RunStoppedError: a gate has stopped the run.
         """
         by = f"process {os.getpid()} on {socket.gethostname()}"
         self.run.record(RunStarted(stages=len(self.graph.nodes), by=by))
@@ -79,7 +85,7 @@ class Driver:
                 signal.signal(number, _interrupt)
             with self.lifecycle.retention:
                 self.publish_all()
-            ended = RunEnded(outcome="finished")
+            ended = RunEnded(outcome="stopped" if self.stopped else "finished")
         except KeyboardInterrupt:
             ended = RunEnded(outcome="interrupted")
             raise
@@ -87,6 +93,8 @@ class Driver:
             with contextlib.suppress(OSError):  # a full disk is told by what it has stopped
                 self.run.record(ended)
             self.broadcast.close()
+        if self.stopped:
+            raise RunStoppedError(self.stopped.reason or "")
         return self.ran
 
     def recover(self) -> None:
@@ -101,13 +109,16 @@ class Driver:
     def publish_all(self) -> None:
         """Run the stages, then what retention has left to do."""
         try:
-            while len(self.published) < len(self.graph.nodes):
+            while not self.published.issuperset(node.name for node in self.order):
                 if (self.run.path / CANCEL).exists():  # by `pipeline cancel`, on any machine
                     raise KeyboardInterrupt
                 self.start_ready()
+                before = len(self.running)
                 self.collect_ended()
                 self.tell()
-                time.sleep(POLL_SECONDS)
+                if len(self.running) == before:
+                    at_work = (running.job.pid for running in self.running.values() if not running.job.ended())
+                    wait_for_end(filter(None, at_work), POLL_SECONDS)
         finally:
             self.end_running()
             for executor in self.executors.made():
@@ -119,20 +130,54 @@ class Driver:
             time.sleep(POLL_SECONDS)
 
     def start_ready(self) -> None:
-        """Reuse or start the stages whose inputs are published, the most urgent first, as many as may run."""
-        for node in self.order:
-            if node.name in self.published or node.name in self.running:
+        """Reuse or start the stages whose inputs are published, the most urgent first, as many as may run.
+
+        What those wait for that follow goes before all: it may have been killed, and they give their devices back when
+        it has published.
+        """
+        if self.left:
+            return  # what is at work may read what is to be made anew
+        turn = Turn(self.cluster, filter(None, (running.node.placement for running in self.running.values())))
+        awaited = {path for running in self.running.values() for path in running.decision.follows}
+        for node in sorted(self.order, key=lambda node: str(node.output) not in awaited):
+            if node.name in self.published or node.name in self.running or not self.may_start(node):
                 continue
-            if not self.published.issuperset(node.needs):
-                continue
-            if not self.lifecycle.retries.waits(node.name) and self.may_start(node):
+            assert node.placement is not None
+            if turn.admits(node.placement):
                 self.reuse_or_start(node)
+                if node.name not in self.running:
+                    turn.release(node.placement)
+                if node.name in self.published and self.heed(node):
+                    return  # what was to follow is other than it was
+        if self.config.placement.streaming:
+            self.start_followers(turn)
+
+    def start_followers(self, turn: Turn) -> None:
+        """Start stages on what an input's maker has finished so far, on devices that no other stage can have now."""
+        for node in self.order:
+            if node.name in self.published or node.name in self.running or self.lifecycle.retries.waits(node.name):
+                continue
+            maker = self.maker_to_follow(node)
+            assert node.placement is not None
+            if maker is not None and turn.admits(node.placement):
+                decision = self.lifecycle.follow(node, maker.node, maker.decision)
+                self.lifecycle.act(node, decision)
+                self.start(node, decision)
+
+    def maker_to_follow(self, node: Node) -> Running | None:
+        """The stage at work that a stage can follow, if it waits for nothing else."""
+        followed = self.graph.followed(node)
+        maker = None if followed is None else self.running.get(followed.name)
+        if maker is None:
+            return None
+        if maker.decision.follows or not self.published.issuperset({*node.needs} - {maker.node.name}):
+            return None
+        again = may_come_out_as_before(maker.node, maker.decision.key, self.run.path)
+        return maker if has_begun(maker.attempt) and not again else None
 
     def may_start(self, node: Node) -> bool:
-        """Whether the devices that a stage was given are free. A scheduler decides for itself, unless the user does."""
-        assert node.placement is not None
-        taken = (running.node.placement for running in self.running.values())
-        return self.cluster.has_room(node.placement, filter(None, taken))
+        """Whether a stage has all that it needs but devices."""
+        return self.published.issuperset(node.needs) and not self.lifecycle.retries.waits(node.name)
 
     def reuse_or_start(self, node: Node) -> None:
         """Decide about one stage and act on it."""
@@ -143,6 +188,10 @@ class Driver:
         if decision.reuse:
             self.published.add(node.name)
             return
+        self.start(node, decision)
+
+    def start(self, node: Node, decision: Decision) -> None:
+        """Begin an attempt at a stage, or adopt the one that an earlier command has left."""
         executor = self.executors.of(node)
         job = executor.adopt(node, decision.key)
         if job is None:
@@ -151,7 +200,7 @@ class Driver:
         else:
             attempt = self.run.attempts(node.name)[-1]
             decision = replace(decision, reason="goes on since an earlier command")
-        self.running[node.name] = Running(node, attempt, job, decision.key)
+        self.running[node.name] = Running(node, attempt, job, decision)
         self.lifecycle.start(node, decision, attempt)
 
     def make_inputs_again(self, node: Node) -> bool:
@@ -166,22 +215,51 @@ class Driver:
         for running in list(self.running.values()):
             if not running.job.ended():
                 continue
-            node = running.node
+            node, decision = running.node, running.decision
+            published = appears(node.output / MANIFEST)
+            if decision.follows and published and not self.published.issuperset(node.needs):
+                continue  # it has ended before its input's maker has: its turn comes then
             del self.running[node.name]
+            left = node.name in self.left
+            self.left.discard(node.name)
             for event in running.job.clear():
                 self.run.record(event)
-            if not appears(node.output / MANIFEST):
+            if not published:
                 ending, pause = self.lifecycle.fail(node, running.attempt)
-                if pause is None:
+                if pause is None and not left:
                     self.fail(running, ending)
                 continue
-            outdated = self.lifecycle.finalize(node, running.key, running.attempt)
+            key = self.lifecycle.decide(node).key if decision.follows else decision.key
+            outdated = self.lifecycle.finalize(node, key, running.attempt)
             self.ran += 1
             self.again.pop(node.name, None)
-            if self.published.issuperset(node.needs):  # no input is about to change after all
+            if self.published.issuperset(node.needs) and not left:  # no input is about to change after all
                 self.published.add(node.name)
             self.published.difference_update(outdated)
             self.lifecycle.retain(node, self.published)
+            self.heed(node)
+
+    def heed(self, node: Node) -> bool:
+        """Do as a gate has decided that is published now; whether that changes what is to be done after it."""
+        decision = decision_after(node)
+        if decision is None:
+            return False
+        if decision.action == "stop":
+            self.stopped = decision
+            self.order = [other for other in self.order if (other.iteration or 0) <= decision.iteration]
+            return True
+        if self.stopped is not None and decision.iteration == self.stopped.iteration:  # by what was made again
+            self.stopped, self.order = None, in_order(self.graph, self.config)
+        if self.graph.rollbacks.get(node.name) == (decision.start if decision.action == "rollback" else None):
+            return False
+        last = max(other.iteration or 0 for other in self.graph.nodes.values())
+        self.graph.become(placed_graph(self.config, last, self.cluster))
+        self.order = in_order(self.graph, self.config)
+        # With a lag some of a later iteration may be there, and other than it is to be: it is decided about once more.
+        later = {other.name for other in self.order if (other.iteration or 0) > decision.iteration}
+        self.published -= later
+        self.left = later & self.running.keys()
+        return True
 
     def tell(self) -> None:
         """Tell the listeners what is new, and where a stage that was started waits for something."""

@@ -46,6 +46,11 @@ def ending_of(attempt: Path) -> Ending:
     return Ending(failure["kind"], how, failure["text"])
 
 
+def has_begun(attempt: Path) -> bool:
+    """Whether a process of an attempt has been started."""
+    return any((part / "stage.log").is_file() for part in parts_of(attempt))
+
+
 def parts_of(attempt: Path) -> list[Path]:
     """The folders in which the supervisors of an attempt keep their files; tasks first."""
     found = [path for path in attempt.iterdir() if PART.fullmatch(path.name)] if attempt.is_dir() else []

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from contracts.artifacts import Artifact
 from contracts.errors import TransientError
+from contracts.following import Maker
 from contracts.manifest import MANIFEST
 from contracts.stage import require_space
 from pipelines.config.run import RunConfig
@@ -30,12 +31,15 @@ from pipelines.execution.attempts import (
     write_decision,
 )
 from pipelines.execution.endings import Ending, ending_of
+from pipelines.execution.profiling import ProfileRecorder
 from pipelines.execution.supervisor import DECISION, request_of
 from pipelines.graph import Graph, Node
-from pipelines.run.decisions import Decision, decide
+from pipelines.run.decisions import Decision, decide, decide_to_follow
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import (
     Event,
+    GateDecided,
+    ListenerFailed,
     SourceChanged,
     StageFailed,
     StageInvalidated,
@@ -43,6 +47,7 @@ from pipelines.run.events import (
     StageReused,
     StageStarted,
 )
+from pipelines.run.gates import decision_after
 from pipelines.run.retention import Retention, may_be_released
 from pipelines.run.superseded import act_on, drop_partials, drop_replaced
 
@@ -57,6 +62,7 @@ class Lifecycle:
         self.retries = Retries(config.executor.retries, config.executor.backoff_seconds)
         self.retention = Retention(run, graph, config.retention, config.pushes)
         self._untold: list[Event] = []
+        self._profiles: ProfileRecorder | None = ProfileRecorder(graph, config)
 
     def decide(self, node: Node, again: str | None = None) -> Decision:
         """Decide about a stage whose inputs are published.
@@ -66,6 +72,11 @@ class Lifecycle:
         """
         environment = self.config.environments.of(node.environment)
         return decide(node, probe_versions(environment, node.environment), self.run.path, again=again)
+
+    def follow(self, node: Node, maker: Node, decision: Decision) -> Decision:
+        """The decision to start a stage beside the maker of one of its inputs, about which was decided before."""
+        versions = probe_versions(self.config.environments.of(node.environment), node.environment)
+        return decide_to_follow(node, versions, maker, Maker(decision.key, decision.hidden_key))
 
     def act(self, node: Node, decision: Decision) -> None:
         """Move the old output of a stage aside before it runs, or reuse an output with the wanted key.
@@ -80,7 +91,8 @@ class Lifecycle:
         event = StageReused(time=time.time(), stage=node.name, reason=decision.reason, key=decision.key)
         if self._recorded.get(node.name) == decision.key:
             self._untold.append(event)
-        else:
+        else:  # also after a driver that was killed between a stage's end and what it does then
+            drop_partials(node)
             self.run.record(event)
 
     @functools.cached_property
@@ -96,7 +108,15 @@ class Lifecycle:
 
     def start(self, node: Node, decision: Decision, attempt: Path) -> None:
         """An attempt at a stage begins."""
-        event = StageStarted(stage=node.name, reason=decision.reason, key=decision.key, attempt=attempt.name)
+        where = node.placement
+        event = StageStarted(
+            stage=node.name,
+            reason=decision.reason,
+            key="" if decision.follows else decision.key,
+            attempt=attempt.name,
+            pool=where.pool if where is not None else "",
+            devices=list(where.devices) if where is not None and where.exclusive else None,
+        )
         self.run.record(event)
 
     def begin_attempt(self, node: Node, decision: Decision) -> Path:
@@ -131,7 +151,22 @@ class Lifecycle:
         seconds = round(max(0.0, time.time() - _begun(attempt)), 1)
         ledger = str(artifact.manifest.ledger)
         self.run.record(StagePublished(stage=node.name, key=key, seconds=seconds, ledger=ledger))
+        self._profile(node, attempt)
+        if (decision := decision_after(node)) is not None and decision.text:
+            self.run.record(GateDecided(stage=node.name, action=decision.action, text=decision.text))
         return [] if drop_replaced(node, key, self.run.path) else self._invalidated(node)
+
+    def _profile(self, node: Node, attempt: Path) -> None:
+        """Add what a stage took to the profiles, which are for predictions alone: where that fails it is told once, and
+        the run goes on."""
+        if self._profiles is None:
+            return
+        try:
+            self._profiles.add(node, attempt, time.time())
+        except Exception as error:
+            self._profiles = None
+            with contextlib.suppress(OSError):  # a full disk ends the run by itself, with its own words
+                self.run.record(ListenerFailed(listener="profiles", error=f"{type(error).__name__}: {error}"))
 
     def _invalidated(self, node: Node) -> list[str]:
         outdated = {node.name}

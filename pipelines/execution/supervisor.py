@@ -16,29 +16,28 @@ Files of an attempt (logs/<stage>/attempt-<n>/):
 On a cluster several supervisors work on an attempt. The last five are then in a folder of each: task-<i>, publisher.
 """
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import IO
 
 import msgspec
 
 from contracts.attempt import ATTEMPT, FAILURES, HEARTBEAT, STALL, reason, report_failure
 from contracts.errors import TransientError, UserError
 from contracts.files import write_atomically
+from contracts.following import FOLLOW, Maker, announcement
 from contracts.limits import limit_behind_signal
-from contracts.processes import end_groups, end_marked, kill, marked, start_time
+from contracts.processes import end_groups, end_marked, kill, marked, start_time, wait_for_end
 from contracts.stopping import DEFAULT_GRACE, GRACE
 from contracts.surroundings import without_foreign
-from pipelines.execution.warm import ForkedStage, fork
-
-StageProcess: TypeAlias = "subprocess.Popen[bytes] | ForkedStage"
-"""A stage's process, however it was started."""
+from pipelines.execution.warm import ForkedProcess, Process, fork
 
 RUN = "RATCHET_RUN"
 """Environment variable of every process of a run: the run's directory. Orphans are found by it."""
@@ -70,10 +69,18 @@ class AttemptRequest(msgspec.Struct, frozen=True):
     """A folder to put before the supervisor's own PATH."""
     source: str = ""
     """Version of the stage's source when it was asked for; a job may start much later."""
+    cores: tuple[int, ...] = ()
+    """The cores of this machine that the stage may use, where not all."""
+    follows: dict[str, Maker] = {}
+    """The inputs that are still being made, by their paths."""
     warm: str = ""
     """Socket of a process that has imported the stage's libraries, if there is one."""
+    warm_source: str = ""
+    """Version of the source that it is to have imported."""
     warm_seconds: float = 0.0
     """How long to wait for it."""
+    label: str = ""
+    """Of stages that can use what one of them has loaded (contracts/declaration.py)."""
 
 
 def supervise(
@@ -102,6 +109,8 @@ def supervise(
     environment[ATTEMPT] = str(folder)
     if request.run:
         environment[RUN] = request.run
+    if request.follows:
+        environment[FOLLOW] = announcement(request.follows)
     environment[GRACE] = str(request.grace_seconds)
     environment[STALL] = "" if request.stall_seconds is None else str(request.stall_seconds)
     start, begun = time.time(), time.monotonic()
@@ -109,6 +118,8 @@ def supervise(
     watch = Watch(folder)
     with (folder / "stage.log").open("ab") as log:
         process = _start(request, environment, log)
+        if request.cores:
+            keep_to(process.pid, request.cores)
         try:
             while process.poll() is None:
                 if asked_to_stop() or not driver_lives(request.driver) or Path(attempt, "cancel").exists():
@@ -117,9 +128,10 @@ def supervise(
                 if stalled:
                     show_tracebacks(str(folder), process.pid)
                     break
-                time.sleep(POLL_SECONDS if request.driver else FAR_POLL_SECONDS)
+                wait_for_end([process.pid], POLL_SECONDS if request.driver else FAR_POLL_SECONDS)
         finally:
-            end_groups([process], 0.0 if stalled else request.grace_seconds + 10)
+            if not (isinstance(process, ForkedProcess) and process.poll() == 0 and process.waits):
+                end_groups([process], 0.0 if stalled else request.grace_seconds + 10)
             end_marked(f"{ATTEMPT}={folder}")
     code = process.returncode
     assert code is not None
@@ -157,7 +169,7 @@ def request_of(attempt: Path) -> AttemptRequest:
         raise TransientError(f"{attempt / REQUEST} was deleted or damaged: {error}") from error
 
 
-def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[bytes]) -> StageProcess:
+def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[bytes]) -> Process:
     """Start the stage's command, from a warm process if there is one.
 
     Raises:
@@ -167,12 +179,11 @@ def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[byte
         raise UserError(
             f"the working directory {request.directory} does not exist any more. Run the command in one that stays."
         )
-    if request.warm and (
-        forked := fork(
-            Path(request.warm), request.argv, environment, request.directory, request.source, log, request.warm_seconds
-        )
-    ):
-        return forked
+    if request.warm:
+        place = (request.directory, request.warm_source, log)
+        forked = fork(Path(request.warm), request.argv, environment, *place, request.warm_seconds, request.label)
+        if forked is not None:
+            return forked
     try:
         return subprocess.Popen(
             request.argv,
@@ -185,6 +196,12 @@ def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[byte
         )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{request.argv[0]} cannot be started: {error.strerror}. Does it still exist?") from error
+
+
+def keep_to(pid: int, cores: Iterable[int]) -> None:
+    """Have a process, and all that it starts from now on, compute on these cores alone."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
+        os.sched_setaffinity(pid, cores)
 
 
 class Watch:

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from contracts import surroundings
 from contracts.tailing import end_of_input
 from pipelines.config.sections import HubSection
 from pipelines.run.directory import RunDirectory
@@ -35,6 +36,7 @@ def follow(path: Path) -> None:
 def _follow(run: RunDirectory, section: HubSection) -> None:
     from pipelines.hub.push import Pusher  # with the library of the Hub
 
+    surroundings.imported()
     ended = end_of_input()
 
     def patience() -> float:

@@ -10,9 +10,9 @@ from typing import Any
 from contracts import yaml_text
 from contracts.artifacts import Artifact
 from contracts.manifest import Manifest
-from pipelines.graph import name_of
+from pipelines.graph import name_of, sampled_from, tag_of
 from pipelines.hub.story import Story, public
-from pipelines.run.metrics import COLUMNS, is_further_scorer
+from pipelines.run.metrics import COLUMNS, is_further_scorer, judge_of
 from pipelines.text import plural
 
 IN_CACHE = re.compile(r"/(?:models|datasets)--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(?:/|$)")
@@ -81,7 +81,7 @@ def pairs_card(story: Story, repo: str, iteration: int) -> str:
     """The card of the preference pairs, as far as an iteration."""
     about = (
         "preference pairs: two answers of the policy to a prompt, the better one `chosen`, with both scores and the "
-        "tokens. Each iteration's pairs are answers of the policy before it."
+        f"tokens. Each iteration's pairs are answers of {_older(story.config.lag)}."
     )
     found = [(number, story.published(name_of(number, "pairs"))) for number in range(iteration + 1)]
     ready = [(number, pairs) for number, pairs in found if pairs is not None]
@@ -102,17 +102,24 @@ def pairs_card(story: Story, repo: str, iteration: int) -> str:
 
 def rollouts_card(story: Story, repo: str, iteration: int) -> str:
     """The card of the rollouts, as far as an iteration."""
-    about = (
-        "all answers that the policy gave to the training prompts: a row is a prompt with its answers "
-        "(`completions`), their tokens and log-probabilities under the policy that sampled them, and their `scores`: "
-        "of each scorer one number for each answer."
+    which = (
+        "the answers of the policy to those training prompts that it was trained on: prompts whose answers all score "
+        "the same were replaced by others"
+        if story.selects
+        else "all answers that the policy gave to the training prompts"
     )
-    found = [(number, story.published(name_of(number, "generation"))) for number in range(iteration + 1)]
+    about = (
+        f"{which}. A row is a prompt with its answers "
+        "(`completions`), their tokens and log-probabilities under the policy that sampled them, and their `scores`: "
+        "of each scorer one number for each answer; `score_parts`, where there are any, are the numbers that a score "
+        "was made of."
+    )
+    found = [(number, story.published(name_of(number, story.answers))) for number in range(iteration + 1)]
     ready = [(number, rollouts) for number, rollouts in found if rollouts is not None]
     names = ("completions", "response_tokens", "response_length", "stop_rate")
     rows = [_split(number, rollouts, names) for number, rollouts in ready]
     titles = ("split", "prompts", "answers", "tokens", "tokens per answer", "share that ended by itself")
-    settings = ready[-1][1].manifest.key_parts["config"]
+    settings = story.made(name_of(ready[-1][0], "generation")).manifest.key_parts["config"]
     how = ["## How they were sampled", _table(("setting", "value"), _settings(settings))]
     return _data_card(story, repo, iteration, about, [number for number, _ in ready], _table(titles, rows), how)
 
@@ -173,9 +180,15 @@ def _sources(story: Story) -> dict[str, str]:
     """Where the prompts and demonstrations come from; those of the Hub begin with hf:."""
     config = story.config
     prompts = config.prompts
-    found = {"training prompts": str(prompts.train.source), "held-out prompts": str(prompts.heldout.source)}
+    found = {
+        "training prompts" + (f" ({name})" if prompts.mixture else ""): str(section.source)
+        for name, section in prompts.sources.items()
+    }
+    found["held-out prompts"] = str(prompts.heldout.source)
     if config.sft is not None:
         found["demonstrations"] = str(config.sft.demonstrations)
+    if config.offline is not None:
+        found["offline pairs"] = str(config.offline.source)
     if config.reward_model is not None:
         found["prompts of the reward model"] = str(config.reward_model.prompts.source)
     return {name: source if source.startswith("hf:") else _name(source) for name, source in found.items()}
@@ -189,7 +202,9 @@ def _shown(name: str) -> str:
 def _parents(story: Story, iteration: int, base: str, sources: dict[str, str]) -> Iterator[str]:
     config = story.config
     if iteration:
-        before = "the initial policy" if iteration == 1 or config.start == "initial" else f"`iteration-{iteration - 1}`"
+        decided = story.decided(iteration - 1)
+        start = decided.start if decided is not None else iteration - 1
+        before = "the initial policy" if start == 0 or config.start == "initial" else f"`{tag_of(start)}`"
         yield f"trained from {before}, and held close to {REFERENCES[config.reference]}"
     made = " (fine-tuned on demonstrations first)" if config.sft is not None else ""
     yield f"initial policy: {_shown(base)}{made}"
@@ -197,14 +212,26 @@ def _parents(story: Story, iteration: int, base: str, sources: dict[str, str]) -
         yield f"{name}: {_shown(source)}"
     for name, scorer in config.scorers.items():
         judge = (
-            _shown(_name(str(scorer.model)))
-            if scorer.model
-            else f"`{public(str(scorer.function))}`"
-            if scorer.function
+            _shown(_name(str(scorer.model_path)))
+            if scorer.model_path
+            else f"`{public(scorer.shown)}`"
+            if scorer.shown != scorer.kind
             else ""
         )
-        own = config.reward_model is not None and name == "reward"
+        own = name == config.trained_scorer
         yield f"scorer `{name}` ({scorer.kind}): {'trained in this run' if own else judge}"
+
+
+def _sampler(iteration: int, lag: int) -> str:
+    """The policy that gave the answers of an iteration."""
+    if not lag:
+        return "the policy before"
+    number = sampled_from(iteration, lag)
+    return f"`{tag_of(number)}`" if number else "the initial policy"
+
+
+def _older(lag: int) -> str:
+    return f"a policy {plural(lag, 'iteration')} older than the one before it" if lag else "the policy before it"
 
 
 def _trained_on(story: Story, iteration: int, manifest: Manifest) -> Iterator[str]:
@@ -217,9 +244,15 @@ def _trained_on(story: Story, iteration: int, manifest: Manifest) -> Iterator[st
         facts, settings = artifact.manifest.facts, artifact.manifest.key_parts["config"]
         if name == "generation":
             heat = ", ".join(f"{value:g}" for value in settings["temperatures"])
+            whose = _sampler(iteration, story.config.at(iteration).lag)
             yield (
-                f"{artifact.manifest.rows:,} prompts with {settings['k']} answers each, which the policy before gave "
+                f"{artifact.manifest.rows:,} prompts with {settings['k']} answers each, which {whose} gave "
                 f"at temperature {heat}: {_number(facts.get('response_tokens'))} tokens"
+            )
+        elif name == "selected/rollouts":
+            yield (
+                f"{artifact.manifest.rows:,} prompts of these and of further rounds: in the place of those whose "
+                "answers all score the same others were drawn"
             )
         elif name == "pairs":
             margin, chosen, rejected = (
@@ -234,8 +267,14 @@ def _trained_on(story: Story, iteration: int, manifest: Manifest) -> Iterator[st
                 f"{_number(facts.get('samples'))} of these answers with their rewards; mean reward "
                 f"{_number(facts.get('reward_mean'))}, KL penalty {_number(facts.get('kl_coefficient')) or 'none'}"
             )
-    if story.config.accumulate and iteration > 1:
+    config = story.config.at(iteration)
+    if config.accumulate and iteration > 1:
         yield "and the pairs of all iterations before"
+    if config.replay is not None and iteration > 1:
+        what = "pairs" if config.description.reads == "pairs" else "answers"
+        yield f"and a share of the {what} of iterations before, {config.replay.decay:g} to the power of their age"
+    if config.offline is not None:
+        yield f"and pairs from elsewhere, {100 * config.offline.share:.3g} % of these together"
 
 
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -251,7 +290,8 @@ def _figures(story: Story, iteration: int) -> list[str]:
     known += sorted({name for row in rows for name in row if is_further_scorer(name)})
     titles = ("iteration", *(COLUMNS.get(name, name.removesuffix("_mean")) for name in known))
     table = _table(titles, [(str(row["iteration"]), *(_number(row.get(name)) for name in known)) for row in rows])
-    return ["## Figures on held-out prompts", table]
+    best = f"The best so far by `{judge_of(rows[0])}`: `{tag_of(story.best(iteration))}`." if rows else ""
+    return ["## Figures on held-out prompts", table, *filter(None, [best])]
 
 
 def _dropped(story: Story, iteration: int) -> list[str]:

@@ -19,7 +19,7 @@ from contracts.fingerprint import file_sha256
 from pipelines.config.sections import HubSection
 from pipelines.graph import name_of, tag_of
 from pipelines.hub.cards import checkpoint_card, pairs_card, rollouts_card
-from pipelines.hub.parquet import write_rollouts
+from pipelines.hub.parquet import RolloutsWriter
 from pipelines.hub.story import Story, public
 from pipelines.run.directory import RunDirectory
 
@@ -105,21 +105,26 @@ class Parcel:
         return self.fill()
 
 
-def parcels(run: RunDirectory, section: HubSection, iterations: int) -> Iterator[Parcel]:
-    """What is ready to be pushed: of every iteration whose policy is judged, in order."""
+def ready(run: RunDirectory, section: HubSection) -> Iterator[tuple[str, str, int]]:
+    """What is ready to be pushed, of every iteration whose policy is judged, in order: repo, role, iteration."""
     story = Story(run, section)
-    for iteration in range(iterations + 1):
-        if not story.has(name_of(iteration, "evaluation")):
-            continue
-        for repo, role, fill in (
-            (section.model, "checkpoint", _checkpoint),
-            (section.pairs, "pairs", _pairs),
-            (section.rollouts, "rollouts", _rollouts),
-        ):
-            if repo and story.has(_stage(role, iteration)):
-                kind: Kind = "model" if role == "checkpoint" else "dataset"
-                title = f"{story.name}, iteration {iteration}: {role}"
-                yield Parcel(repo, kind, iteration, title, functools.partial(fill, story, repo, iteration))
+    for iteration in range(run.iterations + 1):
+        if story.has(name_of(iteration, "evaluation")):
+            repos = {"checkpoint": section.model, "pairs": section.pairs, "rollouts": section.rollouts}
+            for role, repo in repos.items():
+                if repo and story.has(_stage(story, role, iteration)):
+                    yield repo, role, iteration
+
+
+def parcels(run: RunDirectory, section: HubSection, writer: RolloutsWriter) -> Iterator[Parcel]:
+    """All that is ready to be pushed."""
+    story = Story(run, section)
+    fill: dict[str, Callable[[Story, str, int], Content]]
+    fill = {"checkpoint": _checkpoint, "pairs": _pairs, "rollouts": functools.partial(_rollouts, writer)}
+    for repo, role, iteration in ready(run, section):
+        kind: Kind = "model" if role == "checkpoint" else "dataset"
+        title = f"{story.name}, iteration {iteration}: {role}"
+        yield Parcel(repo, kind, iteration, title, functools.partial(fill[role], story, repo, iteration))
 
 
 def report_files(run: RunDirectory) -> list[Item]:
@@ -129,16 +134,16 @@ def report_files(run: RunDirectory) -> list[Item]:
     return [Item(path.relative_to(run.path).as_posix(), path) for path in (page, *beside)] if page.is_file() else []
 
 
-def _stage(role: str, iteration: int) -> str:
+def _stage(story: Story, role: str, iteration: int) -> str:
     """The stage whose output becomes a parcel."""
     if role == "checkpoint":
         return name_of(iteration, "training") if iteration else INITIAL
-    return name_of(iteration, {"pairs": "pairs", "rollouts": "generation"}[role])
+    return name_of(iteration, {"pairs": "pairs", "rollouts": story.answers}[role])
 
 
 def _checkpoint(story: Story, repo: str, iteration: int) -> Content:
-    policy = story.made(_stage("checkpoint", iteration))
-    before = story.published(_stage("checkpoint", iteration - 1)) if iteration else None
+    policy = story.made(_stage(story, "checkpoint", iteration))
+    before = story.published(_stage(story, "checkpoint", iteration - 1)) if iteration else None
     files = {file.path for file in policy.manifest.files}
     gone = {file.path for file in before.manifest.files} - files if before else set()
     items = tuple(Item(file.path, policy.path / file.path, file.sha256) for file in policy.manifest.files)
@@ -148,7 +153,7 @@ def _checkpoint(story: Story, repo: str, iteration: int) -> Content:
 
 
 def _pairs(story: Story, repo: str, iteration: int) -> Content:
-    pairs = story.made(_stage("pairs", iteration))
+    pairs = story.made(_stage(story, "pairs", iteration))
     (table,) = (file for file in pairs.manifest.files if file.path.endswith(".parquet"))
     items = (
         Item(split_file(iteration), pairs.path / table.path, table.sha256),
@@ -157,12 +162,12 @@ def _pairs(story: Story, repo: str, iteration: int) -> Content:
     return Content(items, pairs_card(story, repo, iteration))
 
 
-def _rollouts(story: Story, repo: str, iteration: int) -> Content:
-    rollouts, scores = story.made(_stage("rollouts", iteration)), story.scores_of(iteration)
+def _rollouts(writer: RolloutsWriter, story: Story, repo: str, iteration: int) -> Content:
+    rollouts, scores = story.made(_stage(story, "rollouts", iteration)), story.scores_of(iteration)
 
     def make(scratch: Path) -> list[Item]:
         target = scratch / "rollouts.parquet"
-        write_rollouts(story.config, rollouts.path, {name: found.path for name, found in scores.items()}, target)
+        writer.write(rollouts.path, {name: found.path for name, found in scores.items()}, target)
         return [Item(split_file(iteration), target)]
 
     made_of = provenance_of(rollouts, **{f"scores {name}": found for name, found in scores.items()})

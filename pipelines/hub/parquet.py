@@ -1,26 +1,89 @@
 """Rollouts as Parquet, written in the environment of the annotation stages: the driver's has no pyarrow."""
 
+import json
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from contracts.errors import UserError
 from pipelines.config.run import RunConfig
 from pipelines.environments.launch import launch_command, stage_environment
+from pipelines.run.directory import RunDirectory
 
 
-def write_rollouts(config: RunConfig, rollouts: Path, scores: Mapping[str, Path], target: Path) -> None:
-    """Write the rows of an artifact of rollouts, each with its answers' scores by scorer.
+class RolloutsWriter:
+    """Writes rollouts as Parquet, by a process that is started for the first and kept for what comes: its imports take
+    longer than an iteration's rows."""
 
-    Raises:
-        UserError: the environment is not there, or the disk is full.
-    """
-    argv = ["-P", "-m", "annotation.rollouts_parquet", str(rollouts), str(target)]
-    argv += [f"{name}={path}" for name, path in scores.items()]
-    command, variables = launch_command(config.environments.annotation, "annotation", argv)
-    result = subprocess.run(
-        command, env=stage_environment(variables), stdin=subprocess.DEVNULL, capture_output=True, check=False
-    )
-    if result.returncode != 0:
-        last = (result.stderr.decode(errors="replace").strip() or "no output").splitlines()[-1]
-        raise UserError(f"{rollouts} could not be written as Parquet (exit code {result.returncode}): {last}")
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._process: _Process | None = None
+
+    def write(self, rollouts: Path, scores: Mapping[str, Path], target: Path) -> None:
+        """Write the rows of an artifact of rollouts, each with its answers' scores by scorer.
+
+        Raises:
+            UserError: the environment is not there, something is damaged, or the disk is full.
+        """
+        if self._process is None:
+            self._process = _Process(self._run.config)
+        request = {
+            "rollouts": str(rollouts),
+            "scores": {name: str(path) for name, path in scores.items()},
+            "target": str(target),
+        }
+        answer = self._process.ask(json.dumps(request).encode() + b"\n")
+        if answer.endswith(b"\n"):
+            mistake = json.loads(answer)
+        else:  # it has ended; the next is written by another one
+            mistake = self._process.log_tail()
+            self.close()
+        if mistake is not None:
+            raise UserError(f"{rollouts} could not be written as Parquet: {mistake}")
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+
+class _Process:
+    """`python -m annotation.rollouts_parquet`, which ends with this process, however that ends."""
+
+    def __init__(self, config: RunConfig) -> None:
+        argv = ["-P", "-m", "annotation.rollouts_parquet"]
+        command, variables = launch_command(config.environments.annotation, "annotation", argv)
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - it is read when the process has ended
+        self._process = subprocess.Popen(
+            command,
+            env=stage_environment(variables),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+        )
+
+    def ask(self, request: bytes) -> bytes:
+        """The answer to a request; nothing, or half of one, where the process has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(request)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return b""
+        return self._process.stdout.readline()
+
+    def log_tail(self) -> str:
+        """What it said last, when it has ended."""
+        code = self._process.wait()
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else 'its process said nothing'} (exit code {code})"
+
+    def end(self) -> None:
+        """End it: what it has answered is written."""
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()

@@ -12,6 +12,7 @@ from contracts.locks import locked, try_lock
 from pipelines.config.sections import HubSection
 from pipelines.hub.failures import Failure, PushError, persistently
 from pipelines.hub.parcels import LOG, REPORT, Kind, Parcel, parcels, report_files
+from pipelines.hub.parquet import RolloutsWriter
 from pipelines.hub.remote import Remote
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, HubPushed, HubPushFailed, on_hub
@@ -52,6 +53,7 @@ class Pusher:
         self.patience = patience or (lambda: section.patience_seconds)
         self.scratch = run.path / SCRATCH
         self.failed: set[str] = set()  # repos, in the last pass
+        self._writer = RolloutsWriter(run)
 
     @contextlib.contextmanager
     def alone(self, *, wait: bool = True) -> Iterator[None]:
@@ -71,6 +73,7 @@ class Pusher:
                 )
             for left in self.scratch.glob("tmp*"):
                 shutil.rmtree(left)
+            held.callback(self._writer.close)
             yield
 
     def push(self, *, only: int | None = None, known: bool = False) -> Iterator[Pushed]:
@@ -82,7 +85,7 @@ class Pusher:
         """
         self.failed.clear()
         there = on_hub(self.run.events()) if known else set()
-        for parcel in parcels(self.run, self.section, self.run.iterations):
+        for parcel in parcels(self.run, self.section, self._writer):
             if parcel.repo in self.failed or only not in (None, parcel.iteration) or (parcel.repo, parcel.tag) in there:
                 continue
             found = self._persistently(parcel)
@@ -108,7 +111,7 @@ class Pusher:
 
     def plan(self, *, only: int | None = None) -> Iterator[Pushed]:
         """What `push` would do; nothing is written anywhere."""
-        for parcel in parcels(self.run, self.section, self.run.iterations):
+        for parcel in parcels(self.run, self.section, self._writer):
             if only in (None, parcel.iteration):
                 yield self._planned(parcel)
 

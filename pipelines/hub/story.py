@@ -4,12 +4,16 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
+from annotation.gating.decision import GateDecision
 from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST
 from pipelines.config.run import RunConfig
 from pipelines.config.sections import HubSection
 from pipelines.graph import name_of
 from pipelines.run.directory import RunDirectory
+from pipelines.run.metrics import best_of
 
 
 def public(value: Any) -> Any:
@@ -41,25 +45,48 @@ class Story:
             if evaluation is not None:
                 yield evaluation.manifest.facts["metrics"]
 
+    def decided(self, iteration: int) -> GateDecision | None:
+        """What the gates have decided after an iteration, if there are any."""
+        gate = self.published(name_of(iteration, "gate")) if self.config.gates else None
+        return None if gate is None else msgspec.convert(gate.manifest.facts["gate"], GateDecision)
+
+    def best(self, last: int) -> int:
+        """The best iteration up to `last`, of those that no gate has refused."""
+        decided = filter(None, (self.decided(iteration) for iteration in range(1, last + 1)))
+        refused = {decision.iteration for decision in decided if decision.refused}
+        return int(best_of([(self.run.path, metrics) for metrics in self.metrics(last)], refused)[1]["iteration"])
+
     def scores_of(self, iteration: int) -> dict[str, Artifact]:
         """What the scorers say of the answers that an iteration trained on, by scorer."""
         found = {}
         for name in self.config.scorers:
-            artifact = self.published(name_of(iteration, name))
+            artifact = self.published(name_of(iteration, f"selected/{name}" if self.selects else name))
             if artifact is not None:
                 found[name] = artifact
         return found
 
+    @property
+    def selects(self) -> bool:
+        """Whether iterations are trained on answers that are selected from several rounds."""
+        return self.config.prompts.dynamic_sampling is not None
+
+    @property
+    def answers(self) -> str:
+        """The stage of an iteration that has published the answers that it is trained on."""
+        return "selected/rollouts" if self.selects else "generation"
+
     def stages(self, iteration: int) -> Iterator[tuple[str, Artifact]]:
         """What an iteration has published, by its name there, in the order in which it was made."""
-        for name in ("generation", *self.config.scorers, "reference", "values", "pairs", "experience", "training"):
+        made_of_answers = ("selected/rollouts", "reference", "values", "pairs", "experience", "training")
+        for name in ("generation", *self.config.scorers, *made_of_answers):
             artifact = self.published(name_of(iteration, name))
             if artifact is not None:
                 yield name, artifact
 
     def setup(self) -> Iterator[tuple[str, Artifact]]:
         """What was published before the first iteration."""
-        for name in ("prompts/train", "prompts/heldout", "setup/sft", "setup/reward-model/training"):
+        prompts = (*self.config.prompts.import_roles.values(), "prompts/heldout")
+        for name in (*prompts, "setup/sft", "setup/reward-model/training"):
             artifact = self.published(name)
             if artifact is not None:
                 yield name, artifact

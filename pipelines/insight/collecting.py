@@ -10,6 +10,7 @@ Names of metrics come in groups, so that they can be read by people who see hund
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,13 @@ import msgspec
 
 from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST, Manifest
-from contracts.points import REPORTS, Point, Report, decode_reports
+from contracts.points import KEY, REPORTS, Point, Report, decode_reports
 from contracts.tailing import whole_lines
 from pipelines.execution.attempts import decision_of
 from pipelines.graph import Graph, Node, name_of
 from pipelines.run.directory import RunDirectory
 from pipelines.run.points import PointStream
 
-KEY = 12
-"""Characters of the stage key that a point has."""
 SPEED = "_per_second"
 HELD_OUT = "held_out_"
 """Beginning of the names of what a training measures when all its steps are done: a stage's metrics, not a step's."""
@@ -42,7 +41,7 @@ class Collector:
         self._stream = PointStream(run.path)
         self._read: dict[Path, int] = {}
         self._steps: dict[int, int] = {}
-        self._after_training: dict[str, bool] = {}
+        self._newest = _newest_trainings(graph)
 
     def collect(self, stage: str) -> None:
         """Record what the attempts at a stage have reported since the last call."""
@@ -57,22 +56,33 @@ class Collector:
         manifest = Artifact.open(node.output).manifest
         if (stage, manifest.key[:KEY], "stage", 0) in self._stream.known:
             return
-        points = list(self._reported(node))
+        points = list(self._reported(node, manifest.key))
         if node.stage.step_log:
             points += self._logged(node, manifest.key)
         time = (node.output / MANIFEST).stat().st_mtime
         summary = Report("stage", 0, round(time, 3), {})
         self._stream.record([*points, self._point(node, manifest.key, summary, dict(_published(node, manifest)))])
 
-    def _reported(self, node: Node) -> Iterator[Point]:
-        for attempt in self._run.attempts(node.name):
+    def _reported(self, node: Node, published: str | None = None) -> Iterator[Point]:
+        """What attempts have reported and nobody has read; of those that follow another stage when its key is known.
+
+        Args:
+            published: that key, what the stage has published under.
+        """
+        attempts = self._run.attempts(node.name)
+        last = decision_of(attempts[-1]) if attempts else None
+        for attempt in attempts:
+            decision = decision_of(attempt)
+            if decision is not None and decision.follows:
+                if published is None or last is None or last.hidden_key != decision.hidden_key:
+                    continue
+                decision = replace(decision, key=published)
             for file in sorted(attempt.rglob(REPORTS)):
                 begin = self._read.get(file, 0)
                 whole = whole_lines(file, begin) if file.stat().st_size > begin else b""
                 if not whole:
                     continue
                 self._read[file] = begin + len(whole)
-                decision = decision_of(attempt)
                 if decision is None:  # the logs were damaged
                     continue
                 for report in decode_reports(whole):
@@ -107,10 +117,8 @@ class Collector:
         )
 
     def _done(self, node: Node) -> int:
-        """Optimizer steps of the policy before a stage works."""
-        if node.iteration is None:
-            return 0
-        return self._done_by(node.iteration if self._follows_training(node) else node.iteration - 1)
+        """Optimizer steps of the newest policy that a stage depends on."""
+        return self._done_by(self._newest[node.name])
 
     def _done_by(self, iteration: int) -> int:
         """Optimizer steps of the policy until the end of an iteration's training."""
@@ -124,16 +132,15 @@ class Collector:
             self._steps[iteration] = self._done_by(iteration - 1) + own
         return self._steps[iteration]
 
-    def _follows_training(self, node: Node) -> bool:
-        """Whether a stage comes after its iteration's training."""
-        if node.name not in self._after_training:
-            training = name_of(node.iteration, "training")
-            self._after_training[node.name] = any(
-                name == training or self._follows_training(needed)
-                for name in node.needs
-                if (needed := self._graph.nodes[name]).iteration == node.iteration
-            )
-        return self._after_training[node.name]
+
+def _newest_trainings(graph: Graph) -> dict[str, int]:
+    """For each stage the last iteration whose training it depends on; 0 where it is none."""
+    found: dict[str, int] = {}
+    for node in graph.nodes.values():
+        needed = [graph.nodes[name] for name in node.needs]
+        own = (one.iteration or 0 if one.role == "training" else found[one.name] for one in needed)
+        found[node.name] = max(own, default=0)
+    return found
 
 
 def group_of(node: Node) -> str:

@@ -11,6 +11,8 @@ from pipelines.execution.endings import latest_metrics, progress_of, share_of
 from pipelines.graph import Graph
 from pipelines.insight.remaining import Remaining, in_words
 from pipelines.insight.wording import is_good_news, live_line, metrics_in_words
+from pipelines.planning.cluster import cluster_of
+from pipelines.planning.scheduling import streams
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, StageFailed, StagePublished, StageReused, StageStarted
 
@@ -21,18 +23,13 @@ LOOK_SECONDS = 1.0
 class Display:
     """Tells what happens to each stage, and how far the running ones are: a reader of the run's events."""
 
-    def __init__(self, console: Console, run: RunDirectory, graph: Graph, parallel: int = 1, *, quiet: bool = False):
-        """Tell of the stages of a graph.
-
-        Args:
-            parallel: stages at once, for the remaining time.
-            quiet: tell only what goes wrong.
-        """
+    def __init__(self, console: Console, run: RunDirectory, graph: Graph, *, quiet: bool = False):
+        """Tell of the stages of a graph; with `quiet` only what goes wrong."""
         self.console = console
         self._run = run
         self._total = len(graph.nodes)
         self._quiet = quiet
-        self._remaining = Remaining(graph, parallel)
+        self._remaining = Remaining(graph, cluster_of(run.config), streams(graph, run.config))
         self._running: dict[str, StageStarted] = {}
         self._words, self._told = "", -LOOK_SECONDS
         live = console.is_terminal and not quiet

@@ -1,14 +1,17 @@
 """Processes that read a run while it goes on, and that may fail without touching it."""
 
 import contextlib
+import os
 import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from contracts.processes import end_groups
+from contracts.processes import end_groups, start_leader
 
 LAST_LINES = 3
+MOST_BYTES = 16 << 20
+"""Of a log: from then on it has the latest half of that."""
 
 
 class ReaderProcess:
@@ -22,17 +25,8 @@ class ReaderProcess:
             log: its output is appended there.
         """
         self.log = log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
-            self._begin = output.tell()
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env=dict(environment),
-                start_new_session=True,  # what ends the run by a key of the terminal does not end it
-            )
+        self._begin = log.stat().st_size if log.exists() else 0
+        self._process = start_leader(command, environment, log)
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended already, and says why in its log
             self._process.stdin.write(first_line + b"\n")
@@ -44,7 +38,8 @@ class ReaderProcess:
         return self._process.poll() is None
 
     def failure(self) -> str | None:
-        """What it said last, if it has ended badly, or before what it reads has."""
+        """What it said last, if it has ended badly, or before what it reads has; also sees to its log on the way."""
+        self._keep_log_small()
         code = self._process.poll()
         assert self._process.stdin is not None
         if code is None or (code == 0 and self._process.stdin.closed):
@@ -53,6 +48,21 @@ class ReaderProcess:
             file.seek(self._begin)
             lines = file.read().decode(errors="replace").strip().splitlines()
         return f"{' | '.join(lines[-LAST_LINES:]) or 'it said nothing'} (exit code {code}; {self.log})"
+
+    def _keep_log_small(self) -> None:
+        """Cut off the beginning of a log that has become too long, whatever is still appended to it."""
+        with contextlib.suppress(FileNotFoundError):  # somebody has tidied up
+            if self.log.stat().st_size <= MOST_BYTES:
+                return
+            with self.log.open("r+b") as file:
+                file.seek(-MOST_BYTES // 2, os.SEEK_END)
+                latest = file.read()
+                while more := file.read():  # what comes between the last look and the cut is lost
+                    latest += more
+                file.seek(0)  # the other process goes on at the end, wherever that is
+                file.write(b"(what came before was cut off)\n" + latest.partition(b"\n")[2])
+                file.truncate()
+            self._begin = 0
 
     def end_input(self) -> None:
         """Tell it that nothing more comes."""

@@ -1,28 +1,41 @@
 """How long a run will still take, by what its stages took before.
 
 A stage of a role that this run has had before, in an earlier iteration, is expected to take as long as the latest ones;
-one that runs, by its progress. Stages are then started as the driver starts them, so many at once. What nobody has seen
-yet cannot be known: in the first iteration there is no answer.
+one that runs, by its progress. Stages are then started as the driver starts them. What nobody has seen yet cannot be
+known: in the first iteration there is no answer.
 """
 
-import heapq
 import statistics
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
 from pipelines.graph import Graph
+from pipelines.planning.cluster import Cluster
+from pipelines.planning.scheduling import Streams, schedule
 from pipelines.run.events import Event, StageInvalidated, StagePublished, StageReused, StageStarted
 
 LATEST = 3
 """How many stages of a role are asked: the median of the latest ones."""
 
 
+def seconds_by_role(graph: Graph, events: Iterable[Event]) -> dict[str, float]:
+    """What stages of each role took, by a run's events: the median of the latest ones."""
+    seen: dict[str, list[float]] = {}
+    for event in events:
+        if isinstance(event, StagePublished) and event.stage in graph.nodes and event.seconds:
+            seen.setdefault(graph.nodes[event.stage].role, []).append(event.seconds)
+    return {role: statistics.median(seconds[-LATEST:]) for role, seconds in seen.items()}
+
+
 class Remaining:
     """Keeps account of what stages took, from the run's events."""
 
-    def __init__(self, graph: Graph, parallel: int) -> None:
+    def __init__(self, graph: Graph, cluster: Cluster, followers: Streams = MappingProxyType({})) -> None:
         self._graph = graph
-        self._parallel = max(1, parallel)
+        self._order = graph.by_urgency()
+        self._cluster = cluster
+        self._followers = followers
         self._seconds: dict[str, list[float]] = {}
         self.done: set[str] = set()
         self.started: dict[str, float] = {}
@@ -52,34 +65,16 @@ class Remaining:
             published: stages that are done, besides those that the events tell of.
         """
         done = {*self.done, *published}
-        left = {name: node for name, node in self._graph.nodes.items() if name not in done}
         expected: dict[str, float] = {}
-        for name, node in left.items():
-            known = self._seconds.get(node.role)
-            own = self._of_running(name, shares.get(name), known)
-            if own is None:
-                return None
-            expected[name] = own
-        running = [name for name in left if name in self.started]
-        ends = [(expected[name], name) for name in running]
-        heapq.heapify(ends)
-        waiting = {name: sum(need in left for need in node.needs) for name, node in left.items()}
-        dependents: dict[str, list[str]] = {}
-        for name, node in left.items():
-            for need in node.needs:
-                dependents.setdefault(need, []).append(name)
-        ready = [name for name in left if name not in self.started and not waiting[name]]
-        now = 0.0
-        while ends or ready:
-            while ready and len(ends) < self._parallel:
-                name = ready.pop(0)
-                heapq.heappush(ends, (now + expected[name], name))
-            now, ended = heapq.heappop(ends)
-            for name in dependents.get(ended, ()):
-                waiting[name] -= 1
-                if not waiting[name] and name not in self.started:
-                    ready.append(name)
-        return now
+        for node in self._order:
+            if node.name not in done:
+                own = self._of_running(node.name, shares.get(node.name), self._seconds.get(node.role))
+                if own is None:
+                    return None
+                expected[node.name] = own
+        running = [name for name in self.started if name in expected]
+        times = schedule(self._order, self._cluster, expected, running, done, self._followers)
+        return max((end for _, end in times.values()), default=0.0)
 
     def _of_running(self, name: str, share: float | None, known: list[float] | None) -> float | None:
         whole = statistics.median(known[-LATEST:]) if known else None

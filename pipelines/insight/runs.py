@@ -12,6 +12,7 @@ from contracts.errors import UserError
 from contracts.points import read_points
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import RunEnded, RunStarted, StageInvalidated, StagePublished, StageReused
+from pipelines.run.metrics import judge_of
 from pipelines.run.points import EVAL, is_evaluation, latest
 from pipelines.text import relative, say
 
@@ -51,15 +52,16 @@ def summary(path: Path) -> dict[str, Any]:
     state = "running" if holder else outcome or ("interrupted" if last else "new")
     found = [point for points in latest(read_points(path)).values() for point in points[-1:] if is_evaluation(point)]
     judged = max(found, key=lambda point: point.iteration, default=None)
-    metrics = {} if judged is None else judged.metrics
-    name = next((name for name in (f"{EVAL}gold_reward_mean", f"{EVAL}reward_mean") if name in metrics), None)
+    metrics = {} if judged is None else {name.removeprefix(EVAL): value for name, value in judged.metrics.items()}
+    name = judge_of(metrics)
+    value = metrics.get(name)
     return {
         "run": str(path),
         "state": state,
         "stages": f"{min(len(done), total) if total else len(done)}/{total}" if total else "",
         "iteration": None if judged is None else judged.iteration,
-        "metric": name,
-        "value": None if name is None else metrics[name],
+        "metric": None if value is None else f"{EVAL}{name}",
+        "value": value,
         "last": last or None,
     }
 

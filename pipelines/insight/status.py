@@ -13,17 +13,21 @@ from contracts.errors import UserError
 from contracts.files import write_atomically
 from contracts.fingerprint import RELEASED
 from contracts.manifest import MANIFEST
+from pipelines.config.run import RunConfig
 from pipelines.execution.endings import failure_of, latest_metrics, log_of, progress_of, share_of
 from pipelines.execution.executors.base import Executors, Observation, Site
 from pipelines.graph import Graph, Node
 from pipelines.insight.remaining import Remaining
 from pipelines.insight.tables import print_table
-from pipelines.insight.wording import metrics_in_words, notable_lines
-from pipelines.planning.placement import cluster_of
+from pipelines.insight.wording import metrics_in_words, notable_lines, of_present, place_in_words
+from pipelines.planning.cluster import cluster_of
+from pipelines.planning.placement import placed_if_possible
+from pipelines.planning.scheduling import streams
 from pipelines.run.decisions import reads_what_is_there
 from pipelines.run.directory import CANCEL, RunDirectory
-from pipelines.run.events import Event
-from pipelines.run.metrics import evaluations
+from pipelines.run.events import Event, StagePublished, StageStarted
+from pipelines.run.gates import refused, stop_of
+from pipelines.run.metrics import best_of, evaluations
 
 State = tuple[str, str, str, str]
 """State, rows, seconds and detail of a stage."""
@@ -115,11 +119,16 @@ def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
 def status_data(run: RunDirectory, graph: Graph) -> dict[str, Any]:
     """What `print_status` prints, for --json."""
     glance = Glance.at(run, graph, GLANCE_SECONDS)
-    remaining = Remaining(graph, cluster_of(run.config).parallel)
+    cluster = cluster_of(run.config)
+    placed = placed_if_possible(graph, cluster)
+    remaining = Remaining(placed, cluster, streams(placed, run.config))
     remaining.note(run.events())
     found = states(run, graph, glance)
+    given = {event.stage: event for event in run.events() if isinstance(event, StageStarted)}
     shares = {name: share_of(run.attempts(name)[-1]) for name in remaining.started if run.attempts(name)}
     published = [name for name, state in found.items() if state[0] in ("published", "released")]
+    rows, stop = evaluations(graph), stop_of(graph)
+    took = {event.stage: event.seconds for event in run.events() if isinstance(event, StagePublished)}
     return {
         "run": str(run.path),
         "driver": glance.holder,
@@ -128,30 +137,51 @@ def status_data(run: RunDirectory, graph: Graph) -> dict[str, Any]:
         "errors": glance.errors,
         "remaining_seconds": None if glance.idle else remaining.seconds(shares, published),
         "stages": [
-            {"stage": name, "state": state, "rows": int(rows) if rows else None, "detail": detail}
+            {
+                "stage": name,
+                "state": state,
+                "rows": int(rows) if rows else None,
+                "detail": detail,
+                "pool": given[name].pool if name in given else "",
+                "devices": given[name].devices if name in given else None,
+                "seconds": took.get(name),
+                "expected_seconds": expected_seconds(run.config, graph.nodes[name]) if name in graph.nodes else None,
+            }
             for name, (state, rows, _, detail) in found.items()
         ],
-        "happened": notable_lines(run.events()),
-        "evaluations": [{**metrics, "policy": str(policy)} for policy, metrics in evaluations(graph)],
+        "happened": notable_lines(of_present(run.events(), run.config)),
+        "stopped": None if stop is None else stop.reason,
+        "evaluations": [{**metrics, "policy": str(policy)} for policy, metrics in rows],
+        "best": best_of(rows, refused(graph))[1]["iteration"] if rows else None,
     }
+
+
+def expected_seconds(config: RunConfig, node: Node) -> float | None:
+    """What the run's plan expects a stage to take; None where it says nothing of it."""
+    expectation = config.placement.expectation
+    role = expectation.stages.get(node.role) if expectation is not None else None
+    return role.seconds_of(node.iteration) if role is not None else None
 
 
 def print_report(console: Console, run: RunDirectory, graph: Graph, glance: Glance) -> None:
     """Every stage with its state, why some have failed, what happened on the way, then the metrics so far."""
+    events = run.events()
+    given = {event.stage: place_in_words(event) for event in events if isinstance(event, StageStarted)}
     table = Table("stage", "state", "rows", "seconds", "detail")
     failures: list[str] = []
     for name, state in states(run, graph, glance).items():
         if state[0] == "failed":
             failures.append(f"FAILED {name}: {state[3]}")
             state = (*state[:3], "why: below")
-        table.add_row(name, *(escape(text) for text in state))
+        detail = ", ".join(filter(None, (state[3], given.get(name, "") if state[0] == "running" else "")))
+        table.add_row(name, *(escape(text) for text in (*state[:3], detail)))
     console.print(table)
     unheard: list[Event] = []
     try:
         unheard += [event for seen in glance.observed if seen.error is None for event in seen.unheard()]
     except UserError as error:
         failures.append(f"What happened to some of the jobs on the way is not known: {error}")
-    for line in [*failures, *notable_lines([*run.events(), *unheard])]:
+    for line in [*failures, *notable_lines([*of_present(events, run.config), *unheard])]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     print_table(console, graph)
 

@@ -6,8 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.graph import Graph
+from pipelines.run.gates import refused, stop_of
 from pipelines.run.metrics import COLUMNS, best_of, evaluations, is_further_scorer, judge_of
-from pipelines.text import relative
+from pipelines.text import numbers, relative
 
 
 def print_table(console: Console, graph: Graph) -> None:
@@ -24,15 +25,19 @@ def print_table(console: Console, graph: Graph) -> None:
     for _, metrics in rows:
         table.add_row(str(metrics["iteration"]), *(_number(metrics.get(name)) for name in columns))
     console.print(table)
-    policy, best = best_of(rows)
+    barred = refused(graph)
+    policy, best = best_of(rows, barred)
     unknown = {metrics["kl_reason"] for _, metrics in rows if metrics.get("kl_reason")}
     for reason in sorted(unknown):
         console.print(f"KL is not estimated: {reason}", soft_wrap=True, highlight=False)
+    without = f"; a gate holds for {numbers(barred)}" if barred else ""
     console.print(
-        f"Best checkpoint (by {judge_of(first)}, iteration {best['iteration']}): {relative(policy)}",
+        f"Best checkpoint (by {judge_of(first)}, iteration {best['iteration']}{without}): {relative(policy)}",
         soft_wrap=True,
         highlight=False,
     )
+    if (stop := stop_of(graph)) is not None:
+        console.print(f"Stopped: {stop.reason}", soft_wrap=True, highlight=False)
 
 
 def _number(value: Any) -> str:

@@ -3,8 +3,10 @@
 import time
 from collections.abc import Iterable
 
+from pipelines.config.run import RunConfig
 from pipelines.run.events import (
     Event,
+    GateDecided,
     HookFailed,
     HubPushed,
     HubPushFailed,
@@ -28,7 +30,7 @@ from pipelines.run.events import (
     Unreadable,
     WeightsReleased,
 )
-from pipelines.text import megabytes, plural, printable
+from pipelines.text import megabytes, numbers, plural, printable
 
 WATCHED = ("loss", "reward", "accuracy", "margin", "score_mean", "response_length", "grad_norm", "tokens_per_second")
 """Metrics of a running stage that are shown, the first ones first."""
@@ -39,11 +41,14 @@ def live_line(event: Event) -> str | None:
     """An event as it is told when it happens; None for one that says nothing to somebody who watches."""
     match event:
         case StageStarted():
-            return f"run    {event.stage}  ({event.reason})"
+            where = place_in_words(event)
+            return f"run    {event.stage}  ({event.reason}{where and f'; {where}'})"
         case StageReused():
             return f"reuse  {event.stage}  ({event.reason})"
         case StagePublished():
             return f"done   {event.stage}  {event.seconds:.1f} s, {event.ledger}"
+        case GateDecided():
+            return f"gate   {event.stage}  ({event.text})"
         case StageFailed(retry_in=None):
             return f"FAILED {event.stage}"
         case StageFailed():
@@ -84,9 +89,28 @@ def metrics_in_words(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_per_second', '/s').replace('_', ' ')} {metrics[name]:.3g}" for name in chosen)
 
 
+def place_in_words(event: StageStarted) -> str:
+    """The devices that a stage was given for itself, and its pool; nothing where it shares them."""
+    found = [f"pool {event.pool}"] if event.pool else []
+    if event.devices:
+        found.append(f"device{'s' * (len(event.devices) > 1)} {numbers(event.devices)}")
+    return ", ".join(found)
+
+
 def is_good_news(event: Event) -> bool:
     """Whether an event says that all goes as it should."""
     return isinstance(event, StageStarted | StageReused | StagePublished | WeightsReleased | HubPushed)
+
+
+def of_present(events: Iterable[Event], config: RunConfig) -> list[Event]:
+    """The events without those of hooks and trackers that a run does not have any more."""
+    hooks, trackers = config.hooks, config.tracking.chosen
+    return [
+        event
+        for event in events
+        if not (isinstance(event, HookFailed) and event.hook not in hooks)
+        and not (isinstance(event, TrackerFailed) and event.tracker not in trackers)
+    ]
 
 
 def notable_lines(events: Iterable[Event]) -> list[str]:
@@ -123,6 +147,8 @@ def _notable(event: Event) -> str | None:
             return f"{event.attempt} {event.how} Not tried again."
         case StageFailed():
             return f"{event.attempt} {event.how} Tried again after {event.retry_in:.0f} s."
+        case GateDecided():
+            return event.text
         case SourceChanged():
             return f"made by Ratchet's source {event.ran}, which was {event.asked} when it was asked for"
         case RunCancelled():

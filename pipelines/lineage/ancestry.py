@@ -98,9 +98,10 @@ def _unlike_default(algorithm: str, settings: dict[str, Any]) -> Iterator[tuple[
 def _sources(config: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
     """The user's own source files, and whether each has changed since."""
     files: dict[str, Path] = {}
+    function = config.get("function") or config.get("strategy")  # of a scorer, an evaluation; of pairs
     with contextlib.suppress(UserError):
-        if config.get("function"):
-            files = source_files(config["function"])
+        if digests and function:
+            files = source_files(function)
         elif digests and config.get("algorithm"):
             files = describe(config["algorithm"]).sources
     found = {}
@@ -108,7 +109,7 @@ def _sources(config: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
         state = "gone"
         if name in files:
             state = "same" if file_sha256(files[name]) == digest else "changed"
-        found[name] = {"function": config.get(name, name), "digest": digest, "state": state}
+        found[name] = {"function": function if name == "function" else name, "digest": digest, "state": state}
     return found
 
 

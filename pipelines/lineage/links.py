@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from contracts.artifacts import Artifact, input_digest
 from contracts.errors import UserError
+from contracts.files import is_there
 from contracts.fingerprint import MODEL_FILES, digest
 from contracts.manifest import MANIFEST, Manifest
-from pipelines.run.decisions import SUPERSEDED
+from pipelines.run.decisions import ALTERNATIVES, SUPERSEDED
 
 RUN = "run.json"
 
@@ -105,20 +106,20 @@ def run_of(path: Path) -> Path | None:
 
 
 class Index:
-    """The artifacts below a directory by their names (paths below it), those in superseded/ included."""
+    """The artifacts below a directory by their names (paths below it), those in alternatives/ and superseded/ too."""
 
     def __init__(self, path: Path) -> None:
         """Read all manifests below `path`, a run's directory or any other that holds artifacts."""
         self.path = path
         self.artifacts: dict[str, Artifact] = {}
-        """Those in superseded/ last."""
+        """Those in alternatives/, then those in superseded/, last."""
         self.damaged: dict[str, UserError] = {}
         """Directories whose manifest cannot be read, by name."""
         self._by_digest: dict[str, Artifact] = {}
         self._versions: dict[str, list[Artifact]] = {}
         """All outputs of each stage: the present one, and those in superseded/."""
         names = [directory.relative_to(path).as_posix() for directory in _published(path)]
-        for name in sorted(names, key=lambda name: (is_superseded(name), name)):
+        for name in sorted(names, key=lambda name: (is_superseded(name), is_alternative(name), name)):
             try:
                 artifact = self.artifacts[name] = Artifact.open(path / name)
             except UserError as error:
@@ -172,7 +173,7 @@ class Index:
         """Find what no stage of the run has made: a user's file, a model, an artifact of another run."""
         # What lay in the run has to be in the run, not in a former directory of it that is still there.
         place = Path(link.path) if inner is None else self.path / inner[0] / inner[1]
-        if not link.path.startswith("hf:") and not place.exists():
+        if not link.path.startswith("hf:") and not is_there(place):
             return Found("gone", link, place, inside=inner is not None)
         if place not in self._outside:
             self._outside[place] = input_digest(link.path if inner is None else place)
@@ -230,6 +231,11 @@ def _version_read(versions: list[Artifact], link: Link) -> Artifact:
 def is_superseded(name: str) -> bool:
     """Whether an artifact is in superseded/, by its name."""
     return original_name(name) != name
+
+
+def is_alternative(name: str) -> bool:
+    """Whether an artifact is in alternatives/, where nothing of the run reads it, by its name."""
+    return Path(name).parts[:1] == (ALTERNATIVES,)
 
 
 def original_name(name: str) -> str:

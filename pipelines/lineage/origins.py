@@ -37,6 +37,8 @@ RECORDS: dict[Schema, type[Any]] = {
 }
 """Record type of the rows, by schema."""
 OF_A_PAIR = ("pair_id", "iteration", "chosen_sample", "rejected_sample", "margin")
+TAKES = {"select": ("rounds", "earlier"), "draw": ("sources",)}
+"""Stages that publish rows of others as they are, with the inputs in which these are."""
 
 
 class OriginRow(NamedTuple):
@@ -67,6 +69,7 @@ class Search:
             "prompts": [
                 self._imported(row) | {"messages": msgspec.to_builtins(row.record.messages)}
                 for row in self._rows(PROMPTS, "prompt_id", prompt_id)
+                if not self._takes(row)
             ],
             "rollouts": [self._rollout(row) for row in self._rows(ROLLOUTS, "prompt_id", prompt_id)],
             "pairs": [
@@ -85,6 +88,22 @@ class Search:
     def _row_in(self, found: Found | None, field: str, value: str) -> OriginRow | None:
         """The first row with this value of an artifact that was found."""
         return next(self._rows_in(found.artifact, field, value), None) if found and found.artifact else None
+
+    def _made_as(self, row: OriginRow) -> OriginRow:
+        """The row where it was made, of one that a stage has taken over from others (`TAKES`)."""
+        links = [link for link in links_of(row.artifact.manifest) if link.name.startswith(self._takes(row))]
+        for found in map(self.index.find, links):
+            usable = found if found.state in ("same", "replaced") else None
+            source = self._row_in(usable, "prompt_id", row.record.prompt_id)
+            if source is not None and getattr(source.record, "iteration", None) == getattr(
+                row.record, "iteration", None
+            ):
+                return self._made_as(source)
+        return row
+
+    @staticmethod
+    def _takes(row: OriginRow) -> tuple[str, ...]:
+        return TAKES.get(row.artifact.manifest.stage, ())
 
     def _rows_in(self, artifact: Artifact, field: str, value: str, shard: str | None = None) -> Iterator[OriginRow]:
         """The rows of an artifact, or of one shard, with this value; only lines that hold it are decoded."""
@@ -111,14 +130,15 @@ class Search:
         """Prompt, responses, scores and policy of a pair, and what was trained on it."""
         index, pair = self.index, row.record
         sampled = self._row_in(index.input_of(row.artifact, "rollouts"), "prompt_id", pair.prompt_id)
-        policy = index.input_of(sampled.artifact, "policy") if sampled else None
+        origin = self._made_as(sampled) if sampled else None
+        policy = index.input_of(origin.artifact, "policy") if origin else None
         labels = index.input_of(row.artifact, "scores")
         answers = {answer["sample"]: answer for answer in self._answers(sampled, row.artifact)} if sampled else {}
         prompt: dict[str, Any] = {"prompt_id": pair.prompt_id, "text": pair.prompt, "messages": None, "from": None}
-        if sampled is not None:
-            imported = self._row_in(index.input_of(sampled.artifact, "prompts"), "prompt_id", pair.prompt_id)
-            prompt["messages"] = msgspec.to_builtins(sampled.record.messages)
-            prompt["from"] = self._imported(imported) if imported else None
+        if origin is not None:
+            imported = self._row_in(index.input_of(origin.artifact, "prompts"), "prompt_id", pair.prompt_id)
+            prompt["messages"] = msgspec.to_builtins(origin.record.messages)
+            prompt["from"] = self._imported(self._made_as(imported)) if imported else None
         sides = {
             side: answers.get(getattr(pair, f"{side}_sample"), {**_sampling_of(None), "scores": {}})
             | {
@@ -139,7 +159,7 @@ class Search:
             "labels": _scorer_of(labels.artifact) if labels and labels.artifact else None,
             "prompt": prompt,
             **sides,
-            "rollouts": index.name_of(sampled.artifact) if sampled else None,
+            "rollouts": index.name_of(origin.artifact) if origin else None,
             "policy": {
                 "weights": sampled.record.policy if sampled else row.artifact.manifest.weights,
                 "checkpoint": str(policy.place) if policy else None,
@@ -160,7 +180,7 @@ class Search:
 
     def _rollout(self, row: OriginRow) -> dict[str, Any]:
         """A rollout with its policy, responses and scores."""
-        policy = self.index.input_of(row.artifact, "policy")
+        policy = self.index.input_of(self._made_as(row).artifact, "policy")
         return {
             "rollouts": self.index.name_of(row.artifact),
             "iteration": row.record.iteration,

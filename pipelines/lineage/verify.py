@@ -19,8 +19,18 @@ from contracts.manifest import MANIFEST, File, content_digest
 from contracts.records import CHECKPOINT, EXPERIENCE, PAIRS, ROLLOUTS, SCORES
 from contracts.stage import stage_key
 from pipelines.lineage.crosscheck import disagreements, wrong_metrics
-from pipelines.lineage.links import RUN, Index, fingerprint_of, is_superseded, links_of, model_of, run_of
+from pipelines.lineage.links import (
+    RUN,
+    Index,
+    fingerprint_of,
+    is_alternative,
+    is_superseded,
+    links_of,
+    model_of,
+    run_of,
+)
 from pipelines.run import gc
+from pipelines.run.decisions import lender_file
 from pipelines.run.directory import UNPUBLISHED, RunDirectory
 from pipelines.text import megabytes, plural, say
 
@@ -189,6 +199,7 @@ class _Verification:
                     text = f"{found.place}: it is what was read, and no more what the run has at {link.path}"
                 if text:
                     serious = found.state in ("changed", "damaged") or (found.state == "gone" and found.inside)
+                    serious = serious and not is_alternative(reader)  # what the run has made since is no mistake
                     (problems if serious else notes).setdefault(text, []).append(f"{link.name} of {reader}")
                 if not found.inside and found.state == "same" and found.artifact:
                     outside.add(found.place)
@@ -283,7 +294,8 @@ def unpublished(run: Path) -> Iterator[Path]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         if here == run:  # as the report's texts of samples
             subfolders[:] = [name for name in subfolders if name not in UNPUBLISHED and not name.endswith(".samples")]
-        if here != run and (files or MANIFEST in subfolders):
+        lent = {lender_file(here / name).name for name in subfolders}  # by --share, until a stage takes it
+        if here != run and (not lent.issuperset(files) or MANIFEST in subfolders):
             yield here
             subfolders.clear()
 

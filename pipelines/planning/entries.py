@@ -1,32 +1,54 @@
-"""What the entries of executor.stages are for, and what follows from where stages run."""
+"""What the entries of executor.stages and placement.stages are for, and what follows from where stages run."""
 
-import fnmatch
 import os
+from collections.abc import Iterable
 
 from contracts.errors import UserError, did_you_mean
-from pipelines.config.executor import KINDS, ONLY_IN, ExecutorSection
+from pipelines.config.executor import ONLY_IN, ExecutorSection
+from pipelines.config.run import RunConfig
+from pipelines.config.selecting import KINDS, is_named
 from pipelines.environments.locked import VARIANT
 from pipelines.graph import Graph
 
 
-def check_patterns(graph: Graph, executor: ExecutorSection) -> None:
-    """Raise UserError where an entry of executor.stages is for no stage of the run, or for none that has its keys."""
-    for pattern, entry in executor.stages.items():
+def check_entries(graph: Graph, config: RunConfig) -> None:
+    """Raise UserError where an entry of executor.stages or placement.stages is for no stage of the run, or for none
+    that has its keys."""
+    _require_stages(graph, config.executor.stages, "executor.stages")
+    _require_stages(graph, config.placement.stages, "placement.stages")
+    for pattern, entry in config.executor.stages.items():
         if pattern in KINDS:
             continue
-        named = [node for node in graph.nodes.values() if fnmatch.fnmatchcase(node.name, pattern)]
-        if not named:
-            hint = did_you_mean(pattern, [*KINDS, *graph.nodes], 3)
-            raise UserError(
-                f"executor.stages has an entry for {pattern!r}, but the run has no such stage.{hint} A key is "
-                f"{', '.join(KINDS)}, the name of a stage, or a pattern with *; `--dry-run` lists the stages."
-            )
+        named = [node for node in graph.nodes.values() if is_named(node, pattern)]
         for key, kinds in ONLY_IN.items():
             if getattr(entry, key) is not None and not any(node.workload in kinds for node in named):
                 raise UserError(
                     f"executor.stages[{pattern!r}].{key} is {getattr(entry, key)}, but only {' and '.join(kinds)} "
                     f"stages can have `{key}`, and {named[0].name} is none. Take it out."
                 )
+
+    for pattern, place in config.placement.stages.items():
+        named = [node for node in graph.nodes.values() if is_named(node, pattern)]
+        for key in place.layout.model_fields_set:
+            if named and not any(key in node.stage.layout_keys for node in named):
+                known = ", ".join(named[0].stage.layout_keys) or "none"
+                raise UserError(
+                    f"placement.stages[{pattern!r}].layout.{key} is {getattr(place.layout, key)}, but {named[0].name} "
+                    f"has no such key; it has {known}. Take it out."
+                )
+
+
+def _require_stages(graph: Graph, keys: Iterable[str], section: str) -> None:
+    """Raise UserError where a key of a section is for no stage of the run; kinds are known whether any is of them."""
+    for key in keys:
+        if key in KINDS or any(is_named(node, key) for node in graph.nodes.values()):
+            continue
+        roles = dict.fromkeys(node.role for node in graph.nodes.values())
+        hint = did_you_mean(key, [*KINDS, *dict.fromkeys([*roles, *graph.nodes])], 3)
+        raise UserError(
+            f"{section} has an entry for {key!r}, but the run has no such stage.{hint} A key is {', '.join(KINDS)}, "
+            "the role or the name of a stage, or a pattern with *; `--dry-run` lists the stages."
+        )
 
 
 def choose_variant(executor: ExecutorSection) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from contracts.config import Role
 from contracts.errors import UserError
 from contracts.sources import HUB, hub_parts
 from pipelines.config.run import RunConfig
@@ -106,16 +107,17 @@ def name_and_revision(reference: str | Path) -> tuple[str, str | None]:
     return name, revision or None
 
 
+def _at(paths: Any, place: Callable[[str], str]) -> Any:
+    """A path, or a list of some, where `place` says."""
+    return [_at(path, place) for path in paths] if isinstance(paths, list) else Path(place(paths))
+
+
 def _with_models(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
     """The same configuration with every model where `place` says."""
     scorers = {}
     for name, scorer in config.scorers.items():
-        update: dict[str, Any] = {}
-        if scorer.model:
-            update["model"] = Path(place(str(scorer.model)))
-        if scorer.inputs:
-            update["inputs"] = [Path(place(str(path))) for path in scorer.inputs]
-        scorers[name] = scorer.model_copy(update=update)
+        named = {field: value for field, value in scorer.select(Role.INPUT).items() if value is not None}
+        scorers[name] = scorer.model_copy(update={field: _at(value, place) for field, value in named.items()})
     changes: dict[str, Any] = {"policy": place(config.policy), "scorers": scorers}
     if inputs := config.training.inputs:
         placed = [Path(place(str(path))) for path in inputs]
@@ -144,12 +146,19 @@ def _with_data(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
         found = type(source)(place(str(source)))
         return section if found == source else section.model_copy(update={key: found})
 
-    train, heldout = placed(config.prompts.train, "source"), placed(config.prompts.heldout, "source")
+    prompts = config.prompts
+    update = {"heldout": placed(prompts.heldout, "source")}
+    if prompts.train is not None:
+        update["train"] = placed(prompts.train, "source")
+    if prompts.mixture is not None:
+        update["mixture"] = {name: placed(section, "source") for name, section in prompts.mixture.items()}
     changes: dict[str, Any] = {}
-    if (train, heldout) != (config.prompts.train, config.prompts.heldout):
-        changes["prompts"] = config.prompts.model_copy(update={"train": train, "heldout": heldout})
+    if any(value != getattr(prompts, key) for key, value in update.items()):
+        changes["prompts"] = prompts.model_copy(update=update)
     if config.sft is not None:
         changes["sft"] = placed(config.sft, "demonstrations")
+    if config.offline is not None:
+        changes["offline"] = placed(config.offline, "source")
     if (section := config.reward_model) is not None:
         changes["reward_model"] = section.model_copy(update={"prompts": placed(section.prompts, "source")})
     return config.model_copy(update=changes)

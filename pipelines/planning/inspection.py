@@ -6,20 +6,26 @@ again.
 
 import concurrent.futures
 import contextlib
+import itertools
+import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from annotation.scorers.base import ANSWER_FIX, ScoreConfig
 from contracts.config import Role
 from contracts.errors import UserError
-from contracts.files import write_atomically
+from contracts.files import is_there, write_atomically
 from contracts.fingerprint import digest
+from contracts.mixture import DrawConfig, shares, too_few_prompts
 from contracts.nested import leaves
 from contracts.preflight import Conversation, Finding, PreflightReport, PreflightRequest, StageRequest
 from contracts.records import Message
 from contracts.sampling import SampledData, SamplingRequest
+from contracts.sources import HUB, hub_parts
 from contracts.versions import source_version
 from pipelines.config.sections import EnvironmentsSection
 from pipelines.environments.launch import ask, probe_versions
@@ -28,7 +34,9 @@ from pipelines.graph import Graph, Node
 from pipelines.planning.preflight import origin_of
 
 R = TypeVar("R", PreflightReport, SampledData)
-OF_THE_PLACE = ("output", "seed", "iteration", "start", "count")
+DRAWS = 16
+"""Iterations whose draws are looked at: what they take of each set differs by one prompt at most."""
+OF_THE_PLACE = ("output", "seed", "iteration", "start", "count", "lengths")
 """Fields that do not matter to preflight; stages that differ only in these are checked once."""
 
 
@@ -38,13 +46,13 @@ def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
     usable = [name for name in needed if _is_usable(environments, name)]
     sampled = _sample(graph, environments) if "annotation" in usable else SampledData()
     conversations = (*sampled.conversations, *with_system_message(graph))
-    findings = list(sampled.findings)
+    findings = [*sampled.findings, *without_answers(graph, sampled.unanswered), *too_few(graph, sampled.counts)]
     asked = {name: stages for name in usable if (stages := requests_of(graph, name))}
     with concurrent.futures.ThreadPoolExecutor(max(1, len(asked))) as pool:
         answers = pool.map(
             lambda name: _answer(
                 environments, name, "contracts.preflight", PreflightRequest(asked[name], conversations),
-                PreflightReport, _sources(graph, name),
+                PreflightReport, _sources(graph, name), keep=not _servers(graph, name),
             ),
             asked,
         )  # fmt: skip
@@ -121,14 +129,14 @@ def requests_of(graph: Graph, environment: str) -> tuple[StageRequest, ...]:
 
 
 def reads_from_outside(node: Node, graph: Graph) -> bool:
-    """Whether a node reads anything that exists before the run."""
+    """Whether a node reads anything that exists before the run, or asks a server."""
     try:
-        if node.config.source_files():
+        if node.config.source_files() or node.config.asked_servers():
             return True
     except UserError:  # which `input_mistakes` tells
         return False
     return any(
-        origin_of(path, graph).exists() and graph.owner(origin_of(path, graph)) is None
+        is_there(origin_of(path, graph)) and graph.owner(origin_of(path, graph)) is None
         for path in node.config.input_paths()
     )
 
@@ -186,13 +194,104 @@ def _sample(graph: Graph, environments: EnvironmentsSection) -> SampledData:
     requests: dict[str, StageRequest] = {}
     for node in graph.nodes.values():
         path = node.path(node.stage.conversations) if node.stage.conversations else None
-        if path is not None and graph.owner(path) is None and path.exists():
+        if path is not None and graph.owner(path) is None and (path.exists() or _is_in_cache(path)):
             stage = request_of(node, graph)
-            requests.setdefault(digest([stage.command, stage.config]), stage)
+            requests.setdefault(_data_of(stage), stage)
     if not requests:
         return SampledData()
     request = SamplingRequest(tuple(requests.values()))
     return _answer(environments, "annotation", "contracts.sampling", request, SampledData, [])
+
+
+def _is_in_cache(source: Path) -> bool:
+    """Whether a data set of the Hub may be in the local cache, so that it is worth looking."""
+    if not str(source).startswith(HUB):
+        return False
+    name = hub_parts(str(source))[0]
+    if Path(name).is_dir():
+        return True
+    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE", cache / "datasets"))
+    return (prepared / name.replace("/", "___").lower()).is_dir() or (prepared / name.replace("/", "___")).is_dir()
+
+
+def _data_of(stage: StageRequest) -> str:
+    """Equal for stages that read the same rows in the same way."""
+    return digest([stage.command, stage.config])
+
+
+def without_answers(graph: Graph, unanswered: list[str]) -> Iterator[Finding]:
+    """Scorers that judge by known answers, on prompts none of which has one.
+
+    Args:
+        unanswered: names of stages that read such prompts, one for all that read the same.
+    """
+    lacking = {_data_of(request_of(graph.nodes[name], graph)) for name in unanswered}
+    lacks: dict[str, bool] = {}
+    for node in graph.nodes.values():
+        config = node.config
+        if not isinstance(config, ScoreConfig) or not config.reads_answer or config.max_dropped >= 1:
+            continue
+        sets = _prompt_sets(graph.sampler(config.rollouts), graph)
+        for made in sets:
+            if made.name not in lacks:
+                of_world = _world_file(made, graph) is not None  # whose prompts have no answers
+                lacks[made.name] = of_world or _data_of(request_of(made, graph)) in lacking
+        if sets and all(lacks[made.name] for made in sets):
+            names = " and ".join(_world_file(made, graph) or str(made.path("source")) for made in sets)
+            found = f"scorer {config.name!r}: {config.needs_answer}, which no prompt of {names} has."
+            yield Finding("error", found, f"{ANSWER_FIX}, or take other prompts.")
+
+
+def too_few(graph: Graph, counts: dict[str, int]) -> Iterator[Finding]:
+    """Sets of prompts that are too small for what iterations draw of them.
+
+    Args:
+        counts: how many different prompts the stages find that import them, by name, as far as is known.
+    """
+    known = {_data_of(request_of(graph.nodes[name], graph)): count for name, count in counts.items()}
+    taken: Counter[str] = Counter()
+    told = set()
+    draws = (node.config for node in graph.nodes.values() if isinstance(node.config, DrawConfig))
+    for config in itertools.islice((config for config in draws if not config.replaces), DRAWS):
+        weights = {name: config.weights.get(name, 1.0) for name in config.sources}
+        wanted = Counter(shares(weights, taken, config.count))
+        taken += wanted
+        for name, path in config.sources.items():
+            made = graph.maker(path)
+            there = None if made is None else _count_of(made, graph, known)
+            if there is not None and there < wanted[name] and name not in told:
+                told.add(name)
+                yield Finding("error", too_few_prompts(name, there, config.count, wanted[name]))
+
+
+def _count_of(made: Node, graph: Graph, known: dict[str, int]) -> int | None:
+    """How many prompts a set has at most; None: nobody knows."""
+    if (file := _world_file(made, graph)) is None:
+        return known.get(_data_of(request_of(made, graph)))
+    world = graph.nodes[graph.owner(made.path("source")) or ""].config
+    count = int(getattr(world, file.removeprefix("world:").partition(".")[0]))
+    return min(count, made.config.model_dump().get("limit") or count)
+
+
+def _world_file(made: Node, graph: Graph) -> str | None:
+    """The file of the toy task that a stage imports; None: it imports something else."""
+    path = made.path("source")
+    owner = None if path is None else graph.owner(path)
+    if path is None or owner is None or graph.nodes[owner].config.stage != "world":
+        return None
+    return f"world:{path.name}"
+
+
+def _prompt_sets(sampled: Node | None, graph: Graph) -> list[Node]:
+    """The stages that import the prompts that are answered; none where they cannot be told."""
+    if sampled is None or "prompts" not in type(sampled.config).model_fields:
+        return []
+    drawn = graph.maker(sampled.path("prompts"))
+    if drawn is None or drawn.stage.command == "prompts":
+        return [drawn] if drawn is not None else []
+    found = [graph.maker(Path(path)) for path in drawn.config.model_dump().get("sources", {}).values()]
+    return [node for node in found if node is not None and node.stage.command == "prompts"]
 
 
 def _sources(graph: Graph, environment: str) -> list[Path]:
@@ -203,6 +302,13 @@ def _sources(graph: Graph, environment: str) -> list[Path]:
             with contextlib.suppress(UserError):  # which `input_mistakes` tells
                 found |= {path.absolute() for path in node.config.source_files().values()}
     return sorted(found)
+
+
+def _servers(graph: Graph, environment: str) -> list[str]:
+    """The servers that the stages of an environment ask, of which nobody knows whether they are what they were."""
+    return [
+        url for node in graph.nodes.values() if node.environment == environment for url in node.config.asked_servers()
+    ]
 
 
 def _state(path: Path) -> Any:
@@ -219,8 +325,10 @@ def _answer(
     request: PreflightRequest | SamplingRequest,
     reply: type[R],
     sources: list[Path],
+    *,
+    keep: bool = True,
 ) -> R:
-    """The reply of `python -m MODULE`, cached while nothing has changed.
+    """The reply of `python -m MODULE`, cached while nothing has changed, unless told not to `keep` it.
 
     Args:
         sources: files that it reads beside those that the stages' configs name.
@@ -240,11 +348,12 @@ def _answer(
         [_state(file) for file in sorted({*files, *sources})],
     ]
     memory = home() / "preflight" / f"{digest(known)}.json"
-    if memory.is_file():
+    if keep and memory.is_file():
         return msgspec.json.decode(memory.read_bytes(), type=reply)
     answer = ask(environment, name, ["-m", module], "run preflight", request=encoded)
     found = msgspec.json.decode(answer, type=reply)
-    if not any(finding.level == "error" for finding in found.findings):
+    keep = keep and not getattr(found, "unread", ())
+    if keep and not any(finding.level == "error" for finding in found.findings):
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(memory, answer, durable=False)
     return found

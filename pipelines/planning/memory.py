@@ -1,18 +1,21 @@
 """Memory estimates of a run's stages, and their report in a dry run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from contracts.errors import UserError
 from contracts.outlook import Memory
+from pipelines.config.executor import HERE
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node
 from pipelines.machine import gpu_count, gpus, host_memory
+from pipelines.planning.cluster import cluster_of
 from pipelines.planning.estimates import GraphOutlook, memory
 from pipelines.planning.hub import name_and_revision
-from pipelines.planning.placement import cluster_of, place
+from pipelines.planning.placement import place
 from pipelines.planning.preflight import origin_of
 from pipelines.progress import tracked
 from pipelines.text import say
@@ -53,6 +56,18 @@ def device_of(config: RunConfig) -> Device:
         return Device(f"{config.hardware.gpus} GPU of {size(room)}, as `hardware` says", room, config.hardware.gpus)
     room = host_memory()
     return Device(f"the CPU of this machine, which has {size(room)} free", room, 0)
+
+
+def require_memory(graph: Graph, config: RunConfig, device: Device, needs: Mapping[str, Memory]) -> None:
+    """Raise UserError where a stage of this machine, or of one that is planned for as it, has too little memory."""
+    for name, need in needs.items():
+        room = int(need.share * device.bytes)
+        wanted = need.total * (1 if device.gpus else need.processes)
+        if wanted > room and config.executor.entry(graph.nodes[name]).kind in HERE:
+            raise UserError(
+                f"stage {name} is estimated to take {size(wanted)} of {device.name}: {size(room)} are for it. "
+                f"{graph.nodes[name].stage.memory_fix}"
+            )
 
 
 def print_memory(console: Console, graph: Graph, config: RunConfig) -> None:

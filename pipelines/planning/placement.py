@@ -4,108 +4,122 @@ Nothing of it changes what is computed, so nothing of it is in a stage's key. By
 place where it runs, one stage after another.
 """
 
-import os
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from contracts.config import StageConfig
 from contracts.errors import UserError
-from pipelines.config.executor import ARRAYS, HERE, ExecutorSection, StageSection
+from pipelines.config.executor import HERE, StageSection
+from pipelines.config.placement import PlacementSection
 from pipelines.config.run import RunConfig
-from pipelines.environments.locked import VARIANT
+from pipelines.config.selecting import ARRAYS, entries_of
 from pipelines.graph import Graph, Node, Placement
 from pipelines.iteration import build_graph
-from pipelines.machine import default_parallel, gpu_count
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Devices that stages are given: all GPUs of this machine; elsewhere one for all that is there."""
-
-    name: str
-    """The executor that runs stages on them."""
-    devices: int
-    shares: int | None
-    """Stages that may have a device at once; None: any number, because a scheduler decides."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What a run's stages can be given."""
-
-    executor: ExecutorSection
-    gpus: int
-    """GPUs of this machine."""
-    parallel: int
-    """Stages at once, where no scheduler decides."""
-    scheduler_has_gpus: bool = True
-    """Whether what is asked of a scheduler may have GPUs."""
-
-    def pool(self, name: str) -> Pool:
-        """The devices behind an executor."""
-        if name in HERE:
-            return Pool(name, max(1, self.gpus), self.parallel)
-        return Pool(name, 1, self.executor.parallel)
-
-    def has_room(self, placement: Placement, taken: Iterable[Placement]) -> bool:
-        """Whether a stage can be started beside those that have these devices now."""
-        pool = self.pool(placement.pool)
-        if pool.shares is None:
-            return True
-        shares = Counter(device for other in taken if other.pool == pool.name for device in other.devices)
-        return all(shares[device] < pool.shares for device in placement.devices)
-
-
-def cluster_of(config: RunConfig, gpus: int | None = None) -> Cluster:
-    """What a run has: this machine, and the scheduler that its config names.
-
-    Args:
-        gpus: as if this machine had so many.
-    """
-    return Cluster(
-        config.executor,
-        gpu_count() if gpus is None else gpus,
-        config.executor.parallel or default_parallel(),
-        os.environ.get(VARIANT) != "cpu",
-    )
+from pipelines.planning.cluster import Cluster, cluster_of
+from pipelines.planning.strategies import placements
+from pipelines.text import plural
 
 
 def place(graph: Graph, cluster: Cluster) -> Graph:
     """The same graph, with devices for every stage and each spread over its own.
 
     Raises:
-        UserError: a stage cannot be spread over what there is, or what is asked of a scheduler.
+        UserError: a stage cannot be spread over what there is, or what is asked of a scheduler; or the pools ask for
+            more than there is.
     """
-    nodes = {}
-    for name, node in graph.nodes.items():
-        entry = cluster.executor.entry(node)
-        assert entry.kind is not None
-        config = _here(node, cluster.gpus) if entry.kind in HERE else _on_scheduler(node, entry, cluster)
-        pool = cluster.pool(entry.kind)
-        nodes[name] = replace(node, config=config, placement=Placement(pool.name, tuple(range(pool.devices))))
+    given = placements(graph, cluster)
+    sizes = {name: _sizes(node, cluster.placement) for name, node in graph.nodes.items()}
+    nodes = {name: place_stage(node, given[name], sizes[name], cluster) for name, node in graph.nodes.items()}
     return graph.with_nodes(nodes)
 
 
-def placed_graph(config: RunConfig, iterations: int) -> Graph:
-    """The stages of a run, placed on what it has.
+def place_stage(node: Node, given: Placement, sizes: Mapping[str, Any], cluster: Cluster) -> Node:
+    """One stage on the devices that it is given, in a layout of these sizes.
+
+    Raises:
+        UserError: it cannot be spread over them, or the sizes do not go together.
+    """
+    node = replace(node, config=_laid_out(node, sizes), placement=given)
+    entry = cluster.executor.entry(node)
+    config = _here(node, cluster) if entry.kind in HERE else _on_scheduler(node, entry, cluster)
+    return replace(node, config=config)
+
+
+def placed_if_possible(graph: Graph, cluster: Cluster) -> Graph:
+    """The same; for readers on a machine without the devices of the plan, the graph as it is."""
+    try:
+        return place(graph, cluster)
+    except UserError:
+        return graph
+
+
+def placed_graph(config: RunConfig, iterations: int, cluster: Cluster | None = None) -> Graph:
+    """The stages of a run, placed on what it has, or on another cluster.
 
     Raises:
         UserError: the recipe or a stage's config is wrong, or a stage cannot be placed.
     """
-    return place(build_graph(config, iterations), cluster_of(config))
+    return place(build_graph(config, iterations), cluster or cluster_of(config))
 
 
-def _here(node: Node, gpus: int) -> StageConfig:
-    """A stage over all devices of this machine."""
+def _sizes(node: Node, placement: PlacementSection) -> dict[str, Any]:
+    """The layout that the plan's entries say of a stage, of what it has."""
+    sizes: dict[str, Any] = {}
+    for entry in entries_of(node, placement.stages):
+        sizes |= entry.layout.model_dump(exclude_unset=True, exclude_none=True)
+    return {key: size for key, size in sizes.items() if key in node.stage.layout_keys}
+
+
+def _laid_out(node: Node, sizes: Mapping[str, Any]) -> StageConfig:
+    try:
+        config: StageConfig = node.stage.laid_out(node.config, sizes) if sizes else node.config
+    except UserError as error:
+        raise UserError(f"placement.stages, for stage {node.name}: {error}") from error
+    return config
+
+
+def _here(node: Node, cluster: Cluster) -> StageConfig:
+    """A stage over its devices of this machine, or of those that are planned for as one."""
     layout = node.stage.layout(node.config)
-    if layout.nodes > 1:
+    if layout.nodes > cluster.machines > 1:
+        raise UserError(
+            f"stage {node.name}: parallel.nodes is {layout.nodes}, but there are {cluster.machines} machines. Take "
+            "parallel.nodes out: it follows from the stage's devices."
+        )
+    if layout.nodes > cluster.machines:
         raise UserError(
             f"stage {node.name}: parallel.nodes is {layout.nodes}, but it runs on this machine alone. Set "
             "executor to a scheduler, or parallel.nodes=1."
         )
-    config: StageConfig = node.stage.spread(node.config, gpus)
-    return config
+    assert node.placement is not None
+    if not cluster.is_divided:
+        whole: StageConfig = node.stage.spread(node.config, cluster.gpus)
+        return _over_machines(node, whole, cluster)
+    had = len(node.placement.devices) if cluster.gpus else 0
+    config: StageConfig = node.stage.spread(node.config, had)
+    processes = node.stage.layout(config).processes
+    if had and (wanted := processes * max(1, node.gpus)) > had:
+        each = "1 process" if processes == 1 else f"{processes} processes"
+        where = f"its pool {node.placement.pool} has" if node.placement.pool else "its part of the machine has"
+        raise UserError(
+            f"stage {node.name} takes {plural(wanted, 'GPU')} ({each} of {max(1, node.gpus)}), but "
+            f"{where} {had}. Give it more in placement.pools, or fewer processes."
+        )
+    return _over_machines(node, config, cluster)
+
+
+def _over_machines(node: Node, config: StageConfig, cluster: Cluster) -> StageConfig:
+    """A training with the number of machines that its processes are in."""
+    layout = node.stage.layout(config)
+    if cluster.machines == 1 or node.workload != "training" or layout.fixed_nodes:
+        return config
+    assert node.placement is not None
+    nodes = cluster.machines_of(node.placement.devices[: layout.processes])
+    if nodes == 1 or layout.processes % nodes:
+        return config
+    spread: StageConfig = node.stage.spread(config, len(node.placement.devices), nodes)
+    return spread
 
 
 def _on_scheduler(node: Node, entry: StageSection, cluster: Cluster) -> StageConfig:

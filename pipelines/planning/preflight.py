@@ -5,15 +5,20 @@ import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from contracts.declaration import ModelUse
 from contracts.errors import UserError
+from contracts.files import is_there
 from contracts.models import ModelInfo
 from contracts.template import ChatFields, ChatTemplate
 from contracts.tokenizer import require_tokenizer
+from pipelines.config.executor import HERE
 from pipelines.config.run import RunConfig
 from pipelines.environments.launch import launch_command, probe_versions
 from pipelines.environments.locked import TRACKING
 from pipelines.graph import Graph, Node
+from pipelines.planning.cluster import Cluster
 from pipelines.progress import tracked
+from pipelines.text import plural
 
 
 def check_inputs(graph: Graph) -> None:
@@ -43,7 +48,7 @@ def input_mistakes(graph: Graph) -> Iterator[UserError]:
             if path in seen:
                 continue
             seen.add(path)
-            if not str(path).startswith("hf:") and not path.exists():
+            if not str(path).startswith("hf:") and not is_there(path):
                 yield UserError(
                     f"stage {node.name}: input {path} does not exist. Give a path that does, or hf:ORG/NAME."
                 )
@@ -55,11 +60,16 @@ def input_mistakes(graph: Graph) -> Iterator[UserError]:
                 yield error
 
 
-def model_mistakes(graph: Graph) -> Iterator[UserError]:
-    """Every requirement that an external model does not meet; each once."""
+def model_mistakes(graph: Graph, *, without_weights: bool = False) -> Iterator[UserError]:
+    """Every requirement that an external model does not meet; each once.
+
+    Args:
+        graph: the run's.
+        without_weights: of a model without weights ask only what its shape decides, as where a run is only simulated.
+    """
     known = set()
     for node in tracked(graph.nodes.values(), "checking the models"):
-        for requirement in _requirements(node, graph):
+        for requirement in _requirements(node, graph, without_weights):
             try:
                 requirement()
             except UserError as error:
@@ -68,10 +78,37 @@ def model_mistakes(graph: Graph) -> Iterator[UserError]:
                     yield error
 
 
-def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], object]]:
+def device_mistakes(graph: Graph, cluster: Cluster) -> Iterator[UserError]:
+    """Every stage of a placed graph whose layout takes more GPUs than it has.
+
+    One in a part of the machine is refused when it is placed; where stages have all of it, a layout that is written for
+    another machine still has its place in the graph.
+    """
+    for node in graph.nodes.values():
+        if not cluster.gpus or cluster.is_divided or cluster.executor.entry(node).kind not in HERE:
+            continue
+        layout = node.stage.layout(node.config)
+        wanted = layout.processes * max(1, node.gpus)
+        if node.stage.uses_devices(node.config) and wanted > cluster.gpus:
+            what = f"parallel ({layout.shown})" if layout.shown else layout.talk or f"replicas={layout.processes}"
+            each = f" ({layout.processes} processes of {node.gpus})" if layout.processes > 1 and node.gpus > 1 else ""
+            yield UserError(
+                f"stage {node.name}: {what} takes {plural(wanted, 'GPU')}{each}, but there are {cluster.gpus}. Set "
+                f"{_keys_of(node)} to fewer, or plan for more GPUs."
+            )
+
+
+def _keys_of(node: Node) -> str:
+    if node.workload == "training":
+        return "dp, tp, pp or sp of its `parallel`"
+    return "tensor_parallel, servers or replicas" if node.workload == "generation" else "replicas"
+
+
+def _requirements(node: Node, graph: Graph, without_weights: bool) -> Iterator[Callable[[], object]]:
     """The requirements of a node's external models that exist, as functions that raise UserError."""
     for use in node.stage.models(node.config):
-        if graph.owner(use.path) is None and use.path.exists():
+        only_shape = without_weights and not any(use.path.glob("*.safetensors"))
+        if graph.owner(use.path) is None and use.path.exists() and not only_shape:
             try:
                 model = ModelInfo.read(use.path)
             except UserError:
@@ -82,9 +119,14 @@ def _requirements(node: Node, graph: Graph) -> Iterator[Callable[[], object]]:
             if model.has_tokenizer:
                 yield functools.partial(require_tokenizer, use.path)
             yield from (functools.partial(check, model) for check in use.checks)
-        start = origin_of(use.path, graph)
-        if use.of_layers is not None and (start / "config.json").is_file():
-            yield functools.partial(use.of_layers, start)
+        yield from layout_requirements(use, graph)
+
+
+def layout_requirements(use: ModelUse, graph: Graph) -> Iterator[Callable[[], object]]:
+    """What a stage's layout asks of a model's layers, as far as a config.json is there."""
+    start = origin_of(use.path, graph)
+    if use.of_layers is not None and (start / "config.json").is_file():
+        yield functools.partial(use.of_layers, start)
 
 
 def origin_of(model: Path, graph: Graph) -> Path:

@@ -1,19 +1,22 @@
 """The decision whether a stage is reused or runs, and the reason in words."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.fingerprint import RELEASED
+from contracts.following import Maker, hidden_key, maker_key
 from contracts.manifest import MANIFEST, Manifest
 from contracts.publication import partial_directory
 from contracts.stage import key_parts, stage_key
 from pipelines.graph import Graph, Node
 
 SUPERSEDED = "superseded"
+ALTERNATIVES = "alternatives"
+"""Folder of a run with other pairs than it was trained on; see pipelines/run/alternatives.py."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,12 @@ class Decision:
     reuse: bool
     reason: str
     key: str
+    """What is to be published; of a stage that follows another, whose key is not known yet, what its hidden directory
+    is named by."""
+    hidden_key: str = ""
+    """What the hidden directory is named by."""
+    follows: dict[str, Maker] = field(default_factory=dict)
+    """Outputs that are not published yet and whose shards it reads as they are finished, with their makers."""
 
 
 def decide(
@@ -43,23 +52,39 @@ def decide(
     """
     parts = key_parts(node.config, versions, where)
     key = stage_key(parts)
+    followed = node.stage.follows(node.config)
+    hidden = hidden_key(parts, followed, None if followed is None else maker_key(where(node.path(followed))))
     published = (node.output / MANIFEST).is_file()
     if published and Artifact.open(node.output).manifest.key == key:
         if again and (node.output / RELEASED).is_file():
-            return Decision(False, again, key)
-        return Decision(True, "published under the same key", key)
+            return Decision(False, again, key, hidden)
+        return Decision(True, "published under the same key", key, hidden)
     if node.output.exists() and not published:
         raise UserError(f"{node.output} exists but is not published. It is not Ratchet's: move it away.")
     back = kept(run, node, key)
     if back.exists() and not (again and (back / RELEASED).is_file()):
-        return Decision(True, f"taken back from {SUPERSEDED}/", key)
-    if partial_directory(node.output, key).exists():
-        return Decision(False, "continues where it was interrupted", key)
+        lender = lender_of(back)
+        reason = f"taken over from {lender}" if lender else f"taken back from {SUPERSEDED}/"
+        return Decision(True, reason, key, hidden)
+    if partial_directory(node.output, hidden).exists():
+        return Decision(False, "continues where it was interrupted", key, hidden)
     earlier = node.output if published else _last_kept(run, node)
     if earlier is None:
-        return Decision(False, "not made yet", key)
+        return Decision(False, "not made yet", key, hidden)
     changed = differences(Artifact.open(earlier).manifest.key_parts, parts)
-    return Decision(False, "; ".join(changed) or "made again", key)
+    return Decision(False, "; ".join(changed) or "made again", key, hidden)
+
+
+def decide_to_follow(node: Node, versions: dict[str, str], maker: Node, making: Maker) -> Decision:
+    """The decision to start a stage on the shards that the maker of one of its inputs has finished so far."""
+    followed = node.stage.follows(node.config)
+    hidden = hidden_key(key_parts(node.config, versions, followed=followed), followed, making.key)
+    return Decision(False, f"follows {maker.name}", hidden, hidden, {str(maker.output): making})
+
+
+def may_come_out_as_before(maker: Node, key: str, run: Path) -> bool:
+    """Whether a stage runs under a key under which it has published before (`--force`): what reads it may be reused."""
+    return any((run / SUPERSEDED / maker.name).glob(f"{key[:16]}*"))
 
 
 def why_again(reader: str) -> str:
@@ -91,6 +116,19 @@ def _short(value: Any) -> str:
 def kept(run: Path, node: Node, key: str) -> Path:
     """Where the output of a stage under a key is kept in superseded/."""
     return run / SUPERSEDED / node.name / key[:16]
+
+
+def lender_file(place: Path) -> Path:
+    """Where it is noted, for something in superseded/ that is another run's, whose it is."""
+    return place.with_name(f"{place.name}.run")
+
+
+def lender_of(place: Path) -> str | None:
+    """The run that something in superseded/ was shared by; None for what this run itself has made."""
+    try:
+        return lender_file(place).read_text()
+    except FileNotFoundError:
+        return None
 
 
 def _last_kept(run: Path, node: Node) -> Path | None:

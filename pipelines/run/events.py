@@ -5,18 +5,13 @@ the live table, `status`, reports, listeners. Readers never touch the run. A new
 words are in pipelines/insight/wording.py.
 """
 
-import contextlib
-import fcntl
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
-from contracts.locks import try_lock
-from contracts.tailing import whole_lines
+from contracts.tailing import appending, whole_lines
 
 FILE = "events.jsonl"
 
@@ -47,7 +42,8 @@ class RunEnding(Event, frozen=True, tag="run ending"):
 class RunEnded(Event, frozen=True, tag="run ended"):
     """Nobody works on the run from now on: everything is published, or it stops where it is."""
 
-    outcome: Literal["finished", "failed", "interrupted"]
+    outcome: Literal["finished", "failed", "interrupted", "stopped"]
+    """Stopped: by a gate."""
 
 
 class RunCancelled(Event, frozen=True, tag="cancelled"):
@@ -89,7 +85,12 @@ class StageStarted(StageEvent, frozen=True, tag="started"):
 
     reason: str
     key: str
+    """Empty where it follows another stage, because it is known only when that has published."""
     attempt: str
+    pool: str = ""
+    """The pool of devices that it was given a part of, where the plan has several."""
+    devices: list[int] | None = None
+    """The devices of this machine that it has for itself; None: it shares them, or a scheduler chooses."""
 
 
 class StageWaits(StageEvent, frozen=True, tag="waits"):
@@ -106,6 +107,14 @@ class StagePublished(StageEvent, frozen=True, tag="published"):
     """Since the attempt began."""
     ledger: str = ""
     """What became of the rows, in words."""
+
+
+class GateDecided(StageEvent, frozen=True, tag="gate"):
+    """Gates have something to say of a policy."""
+
+    action: Literal["go on", "stop", "rollback"]
+    text: str
+    """A sentence for each gate that has."""
 
 
 class StageFailed(StageEvent, frozen=True, tag="failed"):
@@ -245,7 +254,7 @@ AnyEvent: TypeAlias = (
     RunStarted | RunEnding | RunEnded | RunCancelled | OrphanEnded | StageReused | StageSubmitted | StageStarted
     | StageWaits | StagePublished | StageFailed | StageInvalidated | SourceChanged | JobEnded | JobRequeued
     | JobRestarted | WeightsReleased | RowsCompressed | RetentionHeld | RetentionFailed | Collected | ListenerFailed
-    | HubPushed | HubPushFailed
+    | HubPushed | HubPushFailed | GateDecided
     | TrackerFailed | HookFailed
 )  # fmt: skip
 _DECODER: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
@@ -272,21 +281,6 @@ class EventStream:
     def read(self) -> list[Event]:
         """All of them, in order."""
         return EventReader(self.path).news()
-
-
-@contextlib.contextmanager
-def appending(path: Path) -> Iterator[IO[bytes]]:
-    """A file of lines, to be appended to beside other machines that do; a line that a killed process was writing is
-    cut off first."""
-    with path.open("a+b") as file:
-        while not try_lock(file, fcntl.LOCK_EX):
-            time.sleep(0.01)
-        end = file.seek(0, os.SEEK_END)
-        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-            file.truncate(path.read_bytes().rfind(b"\n") + 1)
-            file.seek(0, os.SEEK_END)
-        yield file
-        file.flush()
 
 
 def on_hub(events: list[Event]) -> set[tuple[str, str]]:

@@ -2,10 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from annotation.gating.decision import judge_of as judge_of
 from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST
 from pipelines.graph import Graph, Node
@@ -41,15 +42,11 @@ def policy_of(evaluation: Node, graph: Graph) -> Path:
     return sampler.path("policy")
 
 
-def judge_of(metrics: dict[str, Any]) -> str:
-    """The metric that decides which checkpoint is best: the gold reward where there is one."""
-    return "gold_reward_mean" if metrics.get("gold_reward_mean") is not None else "reward_mean"
-
-
-def best_of(rows: list[tuple[Path, dict[str, Any]]]) -> tuple[Path, dict[str, Any]]:
-    """The best of `evaluations`."""
+def best_of(rows: list[tuple[Path, dict[str, Any]]], refused: Collection[int] = ()) -> tuple[Path, dict[str, Any]]:
+    """The best of `evaluations`, of those that no gate has refused: the initial policy is always among these."""
     judge = judge_of(rows[0][1])
-    return max(rows, key=lambda item: float(item[1][judge]))
+    allowed = [row for row in rows if row[1]["iteration"] not in refused]
+    return max(allowed or rows, key=lambda item: float(item[1][judge]))
 
 
 def is_further_scorer(name: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from contracts.points import METRICS, Point, decode_points
-from pipelines.run.events import appending
+from contracts.tailing import appending
 
 EVAL = "eval/"
 

@@ -38,6 +38,7 @@ from pipelines.graph import Graph, Node, tag_of
 from pipelines.run.decisions import SUPERSEDED, why_again
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, RetentionFailed, RetentionHeld, RowsCompressed, WeightsReleased, on_hub
+from pipelines.run.gates import refused
 from pipelines.run.metrics import best_of, evaluations, policy_of
 
 TRAINED = ("training", "ema", "critic")
@@ -84,14 +85,18 @@ def why_kept(
     latest = policies[-int(keep.removeprefix("last ")) :] if keep.startswith("last ") else []
     lasting = {graph.nodes[name].iteration for name in latest}
     rows = evaluations(graph)
+    waiting_gates = [node for node in graph.nodes.values() if node.role == "gate" and node.name not in published]
+    undecided = {node.iteration or 0 for node in waiting_gates}
     judges = [node for node in graph.nodes.values() if node.stage.name == "evaluation"]
     causes = {name: f"{reader} still needs it" for name, reader in still_read(graph, published).items()}
     for names, cause in (
         (policies[-1:], "the last policy, from which more iterations start"),
         (averages[-1:], "the last average"),
         (critics[-1:], "the last critic, with which more iterations go on"),
+        (policies[-1 - graph.lag :], f"more iterations sample from it, at lag={graph.lag}"),
         ([graph.owner(policy_of(node, graph)) for node in judges if node.name not in published], "not judged yet"),
-        ([graph.owner(best_of(rows)[0])] if rows else [], "the best so far"),
+        ([graph.owner(best_of(rows, refused(graph))[0])] if rows else [], "the best so far"),
+        ([graph.owner(best_of(rows, refused(graph) | undecided)[0])] if rows else [], "the best where gates decide"),
         ([node.name for node in trained if node.iteration in lasting], f"keep={keep}"),
         (waiting, "not on the Hub yet"),
     ):

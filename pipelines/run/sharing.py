@@ -8,11 +8,13 @@ from pathlib import Path
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
+from contracts.files import write_atomically
 from contracts.fingerprint import RELEASED
 from contracts.manifest import MANIFEST
 from pipelines.graph import Graph
-from pipelines.run.decisions import kept
+from pipelines.run.decisions import kept, lender_file
 from pipelines.run.superseded import TRASH, discard
+from pipelines.text import relative
 
 
 class Shared:
@@ -35,6 +37,7 @@ class Shared:
                 scratch = Path(tempfile.mkdtemp(prefix=TRASH, dir=self._run))  # a kill leaves no half of it
                 link(theirs.output, scratch / "linked")
                 place.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(lender_file(place), str(relative(other.directory)).encode(), durable=False)
                 os.rename(scratch / "linked", place)
                 scratch.rmdir()
                 self._linked.append(place)

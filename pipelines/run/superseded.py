@@ -3,6 +3,7 @@
     superseded/STAGE/KEY/            what STAGE had published under KEY; also what it had published without weights,
                                      while these are made again
     superseded/STAGE/KEY-forced-N/   what was made anew by --force
+    superseded/STAGE/KEY.run         where KEY/ was laid there by --share: whose it is
 
 Deletions go by way of .trash-*, so that nobody ever sees half of a directory.
 """
@@ -16,7 +17,7 @@ from contracts.artifacts import Artifact
 from contracts.fingerprint import RELEASED
 from contracts.manifest import MANIFEST
 from pipelines.graph import Node
-from pipelines.run.decisions import Decision, kept
+from pipelines.run.decisions import Decision, kept, lender_file
 
 TRASH = ".trash-"
 
@@ -35,15 +36,21 @@ def act_on(node: Node, decision: Decision, run: Path) -> None:
         os.rename(node.output, aside)
     if decision.reuse:
         node.output.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(kept(run, node, decision.key), node.output)
+        place = kept(run, node, decision.key)
+        os.rename(place, node.output)
+        lender_file(place).unlink(missing_ok=True)
 
 
 def drop_replaced(node: Node, key: str, run: Path) -> bool:
-    """After a released stage has run once more, delete its old output; returns whether the content is the same."""
+    """After a released stage has run once more, delete its old output; returns whether the content is the same.
+
+    A stage that follows another may also make what is kept here: before the other's end nobody can tell.
+    """
     old = kept(run, node, key)
-    if not (old / RELEASED).is_file():
+    if not old.exists():
         return True
-    same = Artifact.open(old).manifest.digest == Artifact.open(node.output).manifest.digest
+    released = (old / RELEASED).is_file()
+    same = not released or Artifact.open(old).manifest.digest == Artifact.open(node.output).manifest.digest
     discard(old, run)
     return same
 
@@ -55,7 +62,8 @@ def drop_partials(node: Node) -> None:
 
 
 def discard(directory: Path, run: Path) -> None:
-    """Delete a directory of a run atomically, by renaming it first."""
+    """Delete a directory of a run atomically, by renaming it first; and the note whose it is, of what was shared."""
+    lender_file(directory).unlink(missing_ok=True)
     trash = Path(tempfile.mkdtemp(prefix=TRASH, dir=run))
     os.rename(directory, trash / "discarded")
     shutil.rmtree(trash)

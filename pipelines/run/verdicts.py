@@ -1,5 +1,6 @@
 """What a command would do with each stage, as far as it is known in advance."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,11 @@ class Verdict:
     reason: str
     again: bool = False
     """Its weights were deleted, and are needed."""
+
+
+def reused(plan: Mapping[str, Verdict]) -> set[str]:
+    """The stages that stay as they are."""
+    return {name for name, verdict in plan.items() if verdict.reuse}
 
 
 def verdicts(graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Verdict]:

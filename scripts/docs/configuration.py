@@ -2,7 +2,7 @@
 
 import json
 import types
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from contracts.config import Section, StageConfig, docstrings
+from contracts.config import Section, docstrings
 from contracts.declaration import stages_of
+from pipelines.config.cluster import MachinesSection
 from pipelines.config.run import RunConfig
 
 PACKAGES = ("contracts", "generation", "annotation", "training", "embedded")
@@ -38,11 +39,17 @@ the stages have beside these when they run alone.
 
 """
 
+MACHINES = "The file of `pipeline plan simulate --cluster FILE` ([Simulation](../simulation.md)).\n"
+
 
 def page() -> str:
     """The text of the page."""
     places = found_places(RunConfig)
     titles = {model: title_of(model, places[model]) for model in places}
+    several = Counter(titles.values())
+    titles = {
+        model: f"{title}(kind={kind_of(model)})" if several[title] > 1 else title for model, title in titles.items()
+    }
     lines = [BEGIN, "## The run\n", *table(RunConfig, titles)]
     for model, paths in places.items():
         lines.append(f"## {titles[model]}\n")
@@ -50,17 +57,22 @@ def page() -> str:
         if len(paths) > 1:
             lines.append("It stands in " + ", ".join(f"`{path}`" for path in paths) + ".\n")
         lines += keys(model, titles)
+    parts = {model: f"machines.{title_of(model, paths)}" for model, paths in found_places(MachinesSection).items()}
+    lines += ["## Machines of a simulation\n", MACHINES, *table(MachinesSection, parts)]
+    for model, title in parts.items():
+        lines += [f"## {title}\n", f"{first_line(model)}\n", *table(model, parts)]
     lines.append("## Stages alone\n")
     lines.append("Keys that a stage has beside those of the sections above, for `python -m PACKAGE STAGE`.\n")
     for package in PACKAGES:
         stages = stages_of(package)
         for command, stage in stages.items():
             name = f"python -m {package}" + (f" {command}" if command != package else "")
-            lines += alone(name, stage.config, titles)
+            for kind, config in (stage.config.variants() or {"": stage.config}).items():
+                lines += alone(f"{name} kind={kind}" if kind else name, config, titles)
     return "\n".join(lines)
 
 
-def alone(name: str, config: type[StageConfig], titles: dict[type[BaseModel], str]) -> Iterator[str]:
+def alone(name: str, config: type[Section], titles: dict[type[BaseModel], str]) -> Iterator[str]:
     """The keys of a stage that no section has."""
     yield f"### {name}\n"
     yield f"{first_line(config)}\n"
@@ -106,6 +118,11 @@ def sections_in(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseMo
 def title_of(model: type[BaseModel], paths: list[str]) -> str:
     """The heading of a section: where it stands first, at the least depth."""
     return min(paths, key=lambda path: path.count("."))
+
+
+def kind_of(model: type[BaseModel]) -> str:
+    """The value of the key `kind` by which a section is chosen among those of one place."""
+    return str(get_args(model.model_fields["kind"].annotation)[0])
 
 
 def link(title: str) -> str:
@@ -165,7 +182,8 @@ def default_text(field: FieldInfo) -> str:
     if isinstance(default, BaseModel) or default == {}:
         return ""
     if isinstance(default, str | Path):
-        return f"`{default}`" if str(default) else '`""`'
+        text = str(default)
+        return f"`{text if text.strip() and text.isprintable() else json.dumps(text)}`"
     return f"`{json.dumps(default, default=str)}`"
 
 

@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import msgspec
 
+from annotation.gating.decision import GateDecision
 from contracts.config import docstrings
 from contracts.manifest import Manifest, Released
 from contracts.points import Point
@@ -19,6 +20,7 @@ FORMATS: dict[str, Any] = {
     "experience": ExperienceRow,
     "training-log": dict[str, float],
     "evaluation": dict[str, float | str | None],
+    "gate": GateDecision,
     "manifest": Manifest,
     "released": Released,
     "events": AnyEvent,
@@ -33,6 +35,7 @@ WHAT = {
     "experience": "A line of published experience",
     "training-log": "A line of a checkpoint's training-log.jsonl: one optimizer step",
     "evaluation": "evaluation.json of a published evaluation",
+    "gate": "gate.json of a published decision of gates",
     "manifest": "manifest.json of everything published",
     "released": "released.json, beside the manifest of a checkpoint whose weights were deleted",
     "events": "A line of a run's events.jsonl",

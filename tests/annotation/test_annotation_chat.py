@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 from byte_level import CHATML, GEMMA, GEMMA_TOKENS, write_tokenizer
 from msgspec import UNSET
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
+from annotation.remote.templates import Question
 from contracts.chat import ChatTokenizer
+from contracts.conversations import with_answer
 from contracts.errors import UserError
+from contracts.pairwise import question
 from contracts.preflight import Conversation, Inspected
-from contracts.records import Message
+from contracts.records import Message, Rollout
 from contracts.tokenizer import load_tokenizer
 from modeling.inspect import PROBES
 
@@ -213,3 +216,82 @@ def test_a_pairwise_judge_reads_tools_and_their_calls() -> None:
     text = question([USER, CALLING, TOLD], "one", "two", (TOOL,))
     assert text.startswith(f"[CONTEXT] \n\n<turn> tools\n {json.dumps([TOOL])}\n<turn> user\n Name a bird.\n")
     assert f"\n<turn> assistant\n {json.dumps([CALL])}\n<turn> tool\n It rains.\n" in text
+
+
+BEGUN = Message("assistant", "A bird is")
+THINKING = CHATML.replace(
+    "+ message.content +",
+    "+ ('<think>\n' + (message.reasoning_content or '') + '\n</think>\n\n' if message.role == 'assistant' else '')"
+    " + message.content +",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "begun", "expected"),
+    [
+        (CHATML, BEGUN, "<|im_start|>assistant\nA bird is"),
+        (CHATML, Message("assistant", " {"), "<|im_start|>assistant\n {"),
+        (LOOPED_PARTS, BEGUN, "<|im_start|>assistant\nA bird is"),
+        (GEMMA, BEGUN, "<start_of_turn>model\nA bird is"),
+        # Qwen3's way: what is no thought follows none; what is one begins them, and a later answer follows them.
+        (THINKING, BEGUN, "<|im_start|>assistant\n<think>\n\n</think>\n\nA bird is"),
+        (THINKING, Message("assistant", "<think>\nA"), "<|im_start|>assistant\n<think>\nA"),
+        (THINKING, Message("assistant", "", "Hm"), "<|im_start|>assistant\n<think>\nHm"),
+        (THINKING, Message("assistant", "A", "Hm"), "<|im_start|>assistant\n<think>\nHm\n</think>\n\nA"),
+        # DeepSeek-R1's way: the prompt has begun to think already.
+        (CHATML.replace("assistant\n'", "assistant\n<think>\n'"), BEGUN, "<|im_start|>assistant\n<think>\nA bird is"),
+        (
+            CHATML.replace("assistant\n'", "assistant\n<think>\n'"),
+            Message("assistant", "<think>\nA"),
+            "<|im_start|>assistant\n<think>\nA",
+        ),
+    ],
+)
+def test_an_answer_goes_on_from_its_beginning(tmp_path: Path, template: str, begun: Message, expected: str) -> None:
+    """A conversation that ends with an assistant's turn is a prompt as far as its text."""
+    special = GEMMA_TOKENS if template == GEMMA else {}
+    chat = chat_of(tmp_path, template, **special)
+    ids = chat.conversation([USER, begun], for_answer=True)
+    prompt = chat.render([USER], for_answer=True)
+    text = chat.tokenizer.decode(ids, skip_special_tokens=False)
+    assert text.endswith(expected)
+    assert text.startswith(prompt)
+    assert ids == chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert chat.counts["begun_answers"] == 1
+
+
+def test_a_beginning_from_which_nothing_can_go_on_is_refused(tmp_path: Path) -> None:
+    chat = chat_of(tmp_path)
+    with pytest.raises(UserError, match="holds a token that ends answers"):
+        chat.conversation([USER, Message("assistant", "An owl.<|im_end|>")], for_answer=True, what="prompt 3")
+    with pytest.raises(UserError, match="the answer in prompt 3 holds tool calls"):
+        chat.conversation([USER, CALLING], for_answer=True, what="prompt 3")
+    with pytest.raises(UserError, match="leaves out the thoughts with which the answer in prompt 3 begins"):
+        chat.conversation([USER, Message("assistant", "A", "Hm")], for_answer=True, what="prompt 3")
+
+
+def test_an_answer_and_its_beginning_are_one_turn_to_who_judges_it(tmp_path: Path) -> None:
+    chat = chat_of(tmp_path)
+    whole = with_answer((USER, BEGUN), " an owl.")
+    assert whole == (USER, Message("assistant", "A bird is an owl."))
+    assert with_answer((USER,), "An owl.") == (USER, ANSWER)
+    prompt = chat.conversation([USER, BEGUN], for_answer=True)
+    ids = chat.tokenizer(" an owl.", add_special_tokens=False)["input_ids"]
+    assert chat.text([*ids, chat.end_id], prompt[-8:]) == " an owl."
+    asked = question([USER, BEGUN], " an owl.", " a finch.")
+    assert asked.endswith("\n [RESPONSE A] A bird is an owl. [RESPONSE B] A bird is a finch. \n")
+    assert "assistant" not in asked
+    rollout = Rollout("0" * 16, (USER, BEGUN), tuple(prompt), (), "policy", 0, "raw")
+    (sent,) = Question("{{ conversation }} | {{ response }}", None, {}).messages(rollout, response=" an owl.")
+    assert sent["content"] == "user:\nName a bird. | A bird is an owl."
+
+
+def test_decoders_that_drop_the_first_blank_keep_that_between_beginning_and_answer(tmp_path: Path) -> None:
+    model = write_tokenizer(tmp_path / "model")
+    backend = Tokenizer.from_file(str(model / "tokenizer.json"))
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    backend.save(str(model / "tokenizer.json"))
+    chat = ChatTokenizer(model)
+    begun, ids = (chat.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("A bird is", " an owl."))
+    assert chat.text(ids) == "an owl."
+    assert chat.text(ids, begun) == " an owl."

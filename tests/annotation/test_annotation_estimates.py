@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from annotation.estimates import clustered, win_share
+from annotation.evaluating.estimates import clustered, win_share
 
 values = st.lists(st.floats(-10, 10), min_size=1, max_size=5)
 

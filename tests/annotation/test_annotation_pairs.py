@@ -1,17 +1,21 @@
 """The pairs stage, from published rollouts and scores to published pairs."""
 
 import json
+import signal
 import statistics
+import threading
 
 import msgspec
 import pytest
 from annotation_world import make_rollout, make_rollouts, publish_rollouts, publish_scores
 from pyarrow import parquet
 
-from annotation.config import PairsConfig
+from annotation.pairing.config import PairsConfig
+from annotation.preflight import check_pairs
 from annotation.stages.pairs import CHOOSE_PAIRS
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
+from contracts.preflight import Inspected
 from contracts.records import PAIRS, Message, Pair, Rollout
 from contracts.stage import run_stage
 
@@ -149,3 +153,164 @@ def test_a_prompt_that_occurs_twice_is_an_error(tmp_path):
     scores = publish_scores(tmp_path / "scores", rollouts, by_length)
     with pytest.raises(UserError, match=f"prompt {row.prompt_id} occurs twice"):
         make(tmp_path / "pairs", rollouts, scores)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "plain", "changed"),
+    [
+        ("max_min", "633a806a82aa7013", "1af36a44cc195b1c"),
+        ("max_random", "e0b4e137f0dfac02", "b0e79d9a2a3bc485"),
+        ("max_max", "e8fb14deaffd0f8e", "c20ca5a8f89436d0"),
+        ("all", "55f44e45e05a164b", "784f648875c65b61"),
+    ],
+)
+def test_what_these_strategies_publish_stays(tmp_path, rollouts, strategy, plain, changed):
+    scores = publish_scores(tmp_path / "scores", rollouts, by_length)
+    keys = {"margin": 0.2, "length_penalty": 0.05, "seed": 3}
+    for name, given, wanted in (("plain", {}, plain), ("changed", keys, changed)):
+        pairs = make(tmp_path / name, rollouts, scores, strategy=strategy, **given)
+        assert pairs.manifest.files[0].sha256[:16] == wanted
+
+
+OWN = """
+import random
+import time
+from statistics import fmean, pstdev
+
+def sweet_spot(candidates, prompt, *, spread=2.0):
+    scores = [candidate.score for candidate in candidates]
+    wanted = fmean(scores) - spread * pstdev(scores)
+    best, *others = candidates
+    worse = min(others, key=lambda candidate: abs(candidate.score - wanted))
+    return [(best.sample, worse.sample)]
+
+def tells(candidates, prompt, *, seen):
+    with open(seen, "a") as file:
+        print(repr((candidates[0], prompt)), file=file)
+    return "nothing_today" if prompt.seed % 2 else [(candidates[0].sample, candidates[1].sample)]
+
+def by_chance(candidates, prompt):
+    return [(candidates[0].sample, random.choice(candidates[1:]).sample)]
+
+def by_seed(candidates, prompt):
+    return [(candidates[0].sample, random.Random(prompt.seed).choice(candidates[1:]).sample)]
+
+def endless(candidates, prompt):
+    while True:
+        try:
+            time.sleep(0.001)
+        except Exception:
+            pass
+
+def wrong(candidates, prompt):
+    return [(candidates[-1].sample, candidates[0].sample)]
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_a_strategy_of_ones_own_chooses_and_is_in_the_key(tmp_path, rollouts, own):
+    scores = publish_scores(tmp_path / "scores", rollouts, by_length)
+    strategy = f"{own}:sweet_spot"
+    pairs = make(tmp_path / "own", rollouts, scores, strategy=strategy, settings={"spread": 9})
+    rows, worst = list(pairs.rows(Pair)), list(make(tmp_path / "max_min", rollouts, scores).rows(Pair))
+    assert {row.strategy for row in rows} == {"mine.py:sweet_spot"}, "without the folders of somebody's machine"
+    assert [row.chosen_sample for row in rows] == [row.chosen_sample for row in worst]
+    assert [row.rejected_score for row in rows] == [row.rejected_score for row in worst], "nothing is further below"
+    mild = make(tmp_path / "mild", rollouts, scores, strategy=strategy, settings={"spread": 0.0})
+    assert all(one.margin <= other.margin for one, other in zip(mild.rows(Pair), rows, strict=True))
+    assert list(mild.rows(Pair)) != rows
+    assert pairs.manifest.key_parts["sources"].keys() == {"function"}
+    own.write_text(OWN + "\n# edited\n")
+    with pytest.raises(UserError, match="published by another run"):
+        make(tmp_path / "own", rollouts, scores, strategy=strategy, settings={"spread": 9})
+
+
+def test_what_a_strategy_of_ones_own_is_given(tmp_path, own):
+    rollout = msgspec.structs.replace(make_rollout(0, ["good good .", "great"]), tags=("films",))
+    more = [rollout, *make_rollouts(6, 2)[1:]]
+    rollouts = publish_rollouts(tmp_path / "rollouts", more)
+    scores = publish_scores(tmp_path / "scores", rollouts, lambda _, completion: 3.0 - completion.sample)
+    keys = {"strategy": f"{own}:tells", "settings": {"seen": str(tmp_path / "seen")}, "length_penalty": 0.5}
+    pairs = make(tmp_path / "pairs", rollouts, scores, **keys)
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert len(seen) == 12, "each is asked about twice"
+    assert seen[0].startswith("(Candidate(sample=1, response_ids=(")
+    assert "), score=1.5, text='great', finish_reason='length', parts={})" in seen[0]
+    assert "messages=[{'role': 'user', 'content': 'review the film '}]" in seen[0]
+    assert "answer='great', tags=['films'], seed=" in seen[0]
+    ledger = pairs.manifest.ledger
+    assert ledger.dropped["nothing_today"] == 3
+    assert ledger.kept + sum(ledger.dropped.values()) == ledger.rows_in == 6
+
+
+def test_what_a_strategy_of_ones_own_does_wrong_ends_the_stage_with_its_name(tmp_path, rollouts, own):
+    scores = publish_scores(tmp_path / "scores", rollouts, by_length)
+    with pytest.raises(
+        UserError, match=r"strategy '.*mine.py:wrong', prompt [0-9a-f]{16}: it returned .* scores lower"
+    ):
+        make(tmp_path / "pairs", rollouts, scores, strategy=f"{own}:wrong")
+    with pytest.raises(UserError, match=r"mine.py has no function 'wring'. Check the spelling"):
+        make(tmp_path / "pairs", rollouts, scores, strategy=f"{own}:wring")
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_a_strategy_without_an_end_is_ended(tmp_path, rollouts, own):
+    scores = publish_scores(tmp_path / "scores", rollouts, by_length)
+    message = (
+        r"mine.py:endless', prompt [0-9a-f]{16}: it took longer than seconds_per_prompt=0.2 and was ended "
+        r"\(.*mine.py, line \d+\)\. Take out"
+    )
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(UserError, match=message):
+        make(tmp_path / "pairs", rollouts, scores, strategy=f"{own}:endless", seconds_per_prompt=0.2)
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("deadline")]
+    late = make(tmp_path / "late", rollouts, scores, strategy=f"{own}:by_seed", seconds_per_prompt=50)
+    plain = make(tmp_path / "plain", rollouts, scores, strategy=f"{own}:by_seed")
+    assert late.manifest.key == plain.manifest.key
+
+
+def test_a_strategy_that_draws_by_chance_is_told_how_to_draw(tmp_path, rollouts, own):
+    scores = publish_scores(tmp_path / "scores", rollouts, by_length)
+    with pytest.raises(UserError, match=r"mine.py:by_chance'.*asked twice .*draw by random.Random\(prompt.seed\)"):
+        make(tmp_path / "chance", rollouts, scores, strategy=f"{own}:by_chance")
+    one, two = (make(tmp_path / name, rollouts, scores, strategy=f"{own}:by_seed") for name in ("one", "two"))
+    other = make(tmp_path / "other", rollouts, scores, strategy=f"{own}:by_seed", seed=1)
+    assert one.manifest.digest == two.manifest.digest != other.manifest.digest
+
+
+def test_how_a_strategy_of_ones_own_would_be_called_is_looked_at_before(tmp_path, own):
+    def found(function, **settings):
+        keys = {"strategy": f"{own}:{function}", "settings": settings}
+        config = PairsConfig(output=tmp_path, rollouts=tmp_path, scores=tmp_path, **keys)
+        return [finding.found for finding in check_pairs(Inspected("pairs", config, frozenset(), ()))]
+
+    assert found("sweet_spot", spread=1.0) == found("wrong") == []
+    (said,) = found("tells")
+    assert "is called as tells(candidates, prompt): missing a required argument: 'seen'" in said
+    (said,) = found("sweet_spot", sprad=1.0)
+    assert "got an unexpected keyword argument 'sprad'" in said
+
+
+def test_pairs_beyond_the_limit_are_no_loss(tmp_path, rollouts):
+    scores = publish_scores(tmp_path / "scores", rollouts, by_length)
+    pairs = make(tmp_path / "pairs", rollouts, scores, strategy="all", per_prompt=1, max_dropped=0.5)
+    assert pairs.manifest.ledger.dropped["beyond_per_prompt"] > 30
+    widest = [row.margin for row in make(tmp_path / "max_min", rollouts, scores).rows(Pair)]
+    assert [row.margin for row in pairs.rows(Pair)] == widest
+
+
+def test_identical_answers_that_are_left_out_are_counted(tmp_path):
+    rollout = make_rollout(0, ["good .", "good .", "great great ."])
+    rollouts = publish_rollouts(tmp_path / "rollouts", [rollout])
+    scores = publish_scores(tmp_path / "scores", rollouts, by_length)
+    pairs = make(tmp_path / "pairs", rollouts, scores, strategy="all", distinct=True)
+    assert [(row.chosen_sample, row.rejected_sample) for row in pairs.rows(Pair)] == [(2, 0)]
+    assert (pairs.manifest.facts["repeated"], pairs.manifest.ledger.rows_in) == (1, 1)
+    assert "repeated" not in make(tmp_path / "plain", rollouts, scores, strategy="all").manifest.facts

@@ -18,7 +18,9 @@ from annotation_world import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
+from annotation.config import EvaluationConfig
+from annotation.pairing.config import PairsConfig
+from annotation.scorers import score_config
 from annotation.stages.evaluation import EVALUATE
 from annotation.stages.pairs import CHOOSE_PAIRS
 from annotation.stages.score import SCORE
@@ -30,7 +32,7 @@ EXTRA = ["A", "B", "[CONTEXT]", "[RESPONSE", "A]", "B]", "<turn>", "user"]
 
 
 def compare(output, rollouts, model, **keys):
-    return run_stage(SCORE, ScoreConfig(output=output, rollouts=rollouts.path, kind="pairwise", model=model, **keys))
+    return run_stage(SCORE, score_config(output=output, rollouts=rollouts.path, kind="pairwise", model=model, **keys))
 
 
 def scores_of(artifact):
@@ -232,12 +234,12 @@ def test_nothing_depends_on_the_number_of_shards(tmp_path, judges):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"missing_eos_penalty": 1.0}, "missing_eos_penalty is for rewards"),
+        ({"missing_eos_penalty": 1.0}, "is no key of kind=pairwise; it is one of kind="),
         ({"pairs": "pairs"}, "leave pairs out"),
-        ({"kind": "logprobs", "opponents": 2}, "opponents and against are for kind=pairwise"),
-        ({"kind": "logprobs", "against": "other"}, "opponents and against are for kind=pairwise"),
+        ({"kind": "logprobs", "opponents": 2}, "'opponents' is no key of kind=logprobs; it is one of kind=pairwise"),
+        ({"kind": "logprobs", "against": "other"}, "'against' is no key of kind=logprobs; it is one of kind=pairwise"),
     ],
 )
 def test_keys_that_do_not_fit(change, message):
-    with pytest.raises(ValueError, match=message):
-        ScoreConfig(**{"output": "out", "rollouts": "rollouts", "kind": "pairwise", "model": "model", **change})
+    with pytest.raises(UserError, match=message):
+        score_config(**{"output": "out", "rollouts": "rollouts", "kind": "pairwise", "model": "model", **change})

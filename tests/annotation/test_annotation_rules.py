@@ -1,7 +1,6 @@
 """Rules run in processes of their own: what a function may do there, how its end is told, and what survives a kill."""
 
 import collections
-import itertools
 import json
 import os
 import re
@@ -10,17 +9,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 from annotation_world import ROOT, make_rollout, make_rollouts, publish_rollouts, run_cli
 
-from annotation.config import ScoreConfig
-from annotation.judges import stall_seconds
-from annotation.rule import Rule, check_function
 from annotation.samples import Sample
+from annotation.scorers import score_config
+from annotation.scorers.base import Opening
+from annotation.scorers.rule import RuleSettings
 from annotation.stages.score import SCORE
+from annotation.workers.pool import stall_seconds
+from annotation.workers.rule import Rule, check_function
 from contracts.artifacts import Artifact
 from contracts.attempt import STALL
 from contracts.errors import UserError
@@ -51,7 +52,7 @@ def noted(tmp_path: Path) -> list[str]:
 
 
 def score(tmp_path: Path, rollouts: Artifact, function: str, output: str = "scores", **keys: Any) -> Artifact:
-    config = ScoreConfig(
+    config = score_config(
         output=tmp_path / output, rollouts=rollouts.path, kind="rule", function=function, **keys
     )  # fmt: skip
     found = run_stage(SCORE, config)
@@ -172,7 +173,7 @@ def test_a_stall_limit_of_a_run_holds_for_a_judgement_that_has_none(
         ("os._exit(6)\ndef judge(**all): ...", r"ended the process that imports it: it left with exit code 6"),
         ("raise KeyboardInterrupt\ndef judge(**all): ...", r"cannot be imported: its module raised KeyboardInterrupt"),
         ("import nowhere_to_be_found\ndef judge(**all): ...", r"cannot be imported: ModuleNotFoundError: .*nowhere_to"),
-        ("async def judge(**all): ...", r"is async; write a plain def"),
+        ("async def judge(**all): yield 1", r"is an async generator; return its results"),
         ("def judge(prompt, response): ...", r"takes \(prompt, response\), but is called with the keywords messages, "),
         ("def judge(*, inputs, **all): ...", r"takes inputs, but its scorer names none. Set inputs="),
     ],
@@ -181,19 +182,23 @@ def test_a_function_that_cannot_be_loaded_or_called_is_refused(
     tmp_path: Path, answers: Artifact, text: str, message: str
 ) -> None:
     function = write(tmp_path, text)
-    config = ScoreConfig(
+    config = score_config(
         output=tmp_path / "scores", rollouts=answers.path, kind="rule", function=function, fail_on_error=0.9
     )
-    for look in (lambda: check_function(function, None, 60), lambda: run_stage(SCORE, config)):
+    for look in (lambda: check_function(cast(RuleSettings, config)), lambda: run_stage(SCORE, config)):
         with pytest.raises(UserError, match=f"function {re.escape(repr(function))}:? {message}"):
             look()
     assert not (tmp_path / "scores").exists()
 
 
 def test_a_function_that_takes_long_to_import_is_told_and_not_refused(tmp_path: Path) -> None:
-    slow = write(tmp_path, "time.sleep(1000)\ndef judge(**others): ...")
-    assert "was not imported after 0.5 s" in (check_function(slow, None, 0.5) or "")
-    assert check_function(write(tmp_path, "def judge(**others): ..."), None, 60) is None
+    def check(text: str, seconds: float) -> str | None:
+        function = write(tmp_path, text)
+        config = score_config(output=tmp_path / "scores", rollouts=tmp_path, kind="rule", function=function)
+        return check_function(cast(RuleSettings, config), seconds)
+
+    assert "was not imported after 0.5 s" in (check("time.sleep(1000)\ndef judge(**others): ...", 0.5) or "")
+    assert check("def judge(**others): ...", 60) is None
 
 
 def test_what_a_function_prints_does_not_mix_with_the_answer_of_preflight(tmp_path: Path) -> None:
@@ -292,8 +297,8 @@ def judge(response, **others):
     return len(response)
 """,
     )
-    config = ScoreConfig(output=tmp_path / "scores", rollouts=rollouts.path, kind="rule", function=function)
-    rule = Rule(config, tmp_path, lambda: 8)
+    config = score_config(output=tmp_path / "scores", rollouts=rollouts.path, kind="rule", function=function)
+    rule = Rule(config, Opening(tmp_path, lambda: 8))
     samples = [Sample(rollout, completion) for rollout in rollouts.rows(Rollout) for completion in rollout.completions]
     found = rule(samples[:4])
     time.sleep(0.5)
@@ -385,28 +390,53 @@ def judge(messages, response, **others):
     assert not list(tmp_path.glob(".scores*"))
 
 
+SEES_BEATS = """
+attempt = pathlib.Path('ATTEMPT')
+
+def wait(condition):
+    deadline = time.monotonic() + 60
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+def latest():
+    return (attempt / "heartbeat").stat().st_mtime_ns
+
+def progress():
+    text = (attempt / "progress.json").read_text()
+    return text if '"within"' in text and '"done": 0, "total": 6' not in text else ""
+
+def judge(**others):
+    first = latest()
+    second = wait(lambda: latest() > first and latest())
+    wait(lambda: latest() > second)
+    note("two beats")
+    try:
+        os.mkdir(attempt / "one")
+    except FileExistsError:
+        return 1
+    note("told " + wait(progress))
+    return 1
+"""
+
+
 def test_every_judgement_is_a_heartbeat(tmp_path: Path, answers: Artifact) -> None:
-    """Also one that takes longer than a stage may be silent, within its own limit."""
+    """Also one that takes longer than a stage may be silent, within its own limit: here until it has seen two beats,
+    or, one of them, until the judgements of the others are told."""
     attempt = tmp_path / "attempt"
     attempt.mkdir()
-    function = write(tmp_path, "def judge(**others):\n    time.sleep(1.6)\n    return 1")
+    function = write(tmp_path, SEES_BEATS.replace("ATTEMPT", str(attempt)))
     environment = {**os.environ, "RATCHET_ATTEMPT": str(attempt), STALL: "1"}
     command = [sys.executable, "-m", "annotation", "score", f"rollouts={answers.path}", "kind=rule", "replicas=6"]
-    command += [f"function={function}", f"output={tmp_path}/scores", "seconds_per_sample=30"]
-    stage = subprocess.Popen(command, cwd=ROOT, env=environment)
-    beats, told = set(), set()
-    while stage.poll() is None:
-        if (attempt / "progress.json").exists():
-            told.add(progress_of(attempt))
-        with_beat = attempt / "heartbeat"
-        if with_beat.exists():
-            beats.add(with_beat.stat().st_mtime_ns)
-        time.sleep(0.05)
+    command += [f"function={function}", f"output={tmp_path}/scores", "seconds_per_sample=100"]
+    stage = subprocess.run(command, cwd=ROOT, env=environment, check=False)
     assert stage.returncode == 0
-    assert {"0/1 shards", "1/1 shards"} <= told | {progress_of(attempt)}
-    assert any(re.fullmatch(r"0/1 shards, [1-6]/6 samples of the next", str(text)) for text in told), told
-    times = sorted(beats)
-    assert max(later - earlier for earlier, later in itertools.pairwise(times)) < 2e9
+    assert progress_of(attempt) == "1/1 shards"
+    said = noted(tmp_path)
+    assert said.count("two beats") == 6, said
+    (told,) = [json.loads(text.removeprefix("told ")) for text in said if text.startswith("told ")]
+    assert (told["done"], told["total"], told["within"]["total"]) == (0, 1, 6)
 
 
 def test_a_function_may_reward_every_token(tmp_path: Path, answers: Artifact) -> None:

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from annotation.config import ScoreConfig
+from annotation.scorers import score_config
 from annotation.stages.score import SCORE
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
@@ -42,7 +42,7 @@ def contains_bad(messages, response, finish_reason, answer):
 
 
 def score(output, rollouts, **keys):
-    return run_stage(SCORE, ScoreConfig(output=output, rollouts=rollouts.path, **keys))
+    return run_stage(SCORE, score_config(output=output, rollouts=rollouts.path, **keys))
 
 
 def by_key(artifact):
@@ -131,10 +131,10 @@ def test_logprobs_of_architectures_that_change_their_logits(tmp_path, rollouts, 
 
 
 def test_logits_in_several_chunks_change_nothing(tmp_path, rollouts, models, monkeypatch):
-    import annotation.logprobs
+    import annotation.models.logprobs
 
     whole = by_key(score(tmp_path / "whole", rollouts, kind="logprobs", model=models["causal"]))
-    monkeypatch.setattr(annotation.logprobs, "LOGITS_AT_ONCE", 3 * len(IDS))
+    monkeypatch.setattr(annotation.models.logprobs, "LOGITS_AT_ONCE", 3 * len(IDS))
     chunked = by_key(score(tmp_path / "chunked", rollouts, kind="logprobs", model=models["causal"]))
     assert whole.keys() == chunked.keys()
     for key, row in whole.items():
@@ -285,8 +285,8 @@ def test_a_killed_scorer_continues_with_the_shards_that_it_finished(tmp_path):
 
 def test_rules_pairs_and_evaluations_start_without_torch():
     code = (
-        "import sys, annotation.__main__, annotation.scoring, annotation.rule\n"
-        "import annotation.pairs, annotation.evaluation, annotation.rlhflow\n"
+        "import sys, annotation.__main__, annotation.scoring, annotation.workers.rule\n"
+        "import annotation.pairing.stage, annotation.evaluating.evaluation, annotation.data.rlhflow\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -300,7 +300,7 @@ def test_the_weights_that_scored_are_in_the_manifest(tmp_path, rollouts, models)
     mean = sum(row.score for row in scores.rows(Score)) / 40
     assert facts == {
         "scorer": "reward", "kind": "reward_model", "score_mean": pytest.approx(mean), "dtype": "float32",
-        "device": "cpu",
+        "device": "cpu", "start": "loaded", "packing": "shared", "attention": "sdpa", "layers": "onednn",
     }  # fmt: skip
 
 
@@ -361,3 +361,27 @@ def test_a_share_of_the_samples_may_fail_and_is_counted(tmp_path, rollouts):
         score(tmp_path / "fewer", rollouts, **kind, fail_on_error=share * 0.9)
     with pytest.raises(UserError, match=r"mood|nan"):
         score(tmp_path / "none", rollouts, **kind)
+
+
+def test_an_engine_that_is_not_there_is_told_before_anything_is_scored(tmp_path, models):
+    config = score_config(
+        output=tmp_path / "s", rollouts=tmp_path, kind="reward_model", model=models["reward"], engine="vllm"
+    )
+    with pytest.raises(UserError, match=r"which this environment lacks\. A run takes the environment of generation"):
+        config.examine()
+    with pytest.raises(UserError, match="engine_args is for engine=vllm"):
+        score_config(
+            output=tmp_path / "s", rollouts=tmp_path, kind="reward_model", model=models["reward"],
+            engine_args={"enforce_eager": True},
+        )  # fmt: skip
+
+
+def test_an_engines_memory_has_its_cache(tmp_path, models):
+    from contracts.model_size import size_by
+
+    keys = {"output": tmp_path / "s", "rollouts": tmp_path, "kind": "reward_model", "model": models["reward"]}
+    size = size_by(json.loads((models["reward"] / "config.json").read_text()))
+    plain, pooled = (
+        score_config(**keys, engine=engine).memory(size, None, on_gpu=False) for engine in ("transformers", "vllm")
+    )
+    assert pooled == {**plain, "cache": max(64 << 20, 2 * 2 * 32 * 4 * (16384 + 256 * 128))}

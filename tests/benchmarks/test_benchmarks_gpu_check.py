@@ -45,6 +45,8 @@ def test_the_self_test_passes_with_torch_transformers_and_accelerate_alone(tmp_p
     assert report["correctness"]["shared_fp32"]["largest_logprob_difference"] < 1e-5
     assert report["dpo"]["tokens_per_second"] > 0
     assert report["ppo"]["critic"]["tokens_per_second"] > 0
+    assert report["scoring"]["shared"]["answers"] == report["scoring"]["batch_1"]["answers"] > 0
+    assert report["scoring"]["ratio"] > 0
     assert report["dpo"]["model_flops_utilisation"] is None
     assert report["trl_dpo"] == {"skipped": "trl and datasets not installed"}
     assert report["command"].startswith("bash scripts/gpu-check.sh --self-test")

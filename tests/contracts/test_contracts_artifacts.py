@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,30 @@ def test_the_source_version_is_of_the_contracts_and_of_the_stages_package(tmp_pa
         (tmp_path / name / "part" / "code.py").write_text("name = 2\n")
         found.add(versions.source_version("one"))
     assert len(found) == 3
+
+
+def test_weights_are_read_once_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from contracts import fingerprint
+
+    (tmp_path / "config.json").write_text("{}")
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    weights = tmp_path / "model.safetensors"
+
+    def write(number: bytes) -> None:
+        weights.write_bytes(len(header).to_bytes(8, "little") + header + number)
+
+    read: list[Path] = []
+    hashed = fingerprint.file_sha256
+    monkeypatch.setattr(fingerprint, "file_sha256", lambda path: (read.append(path), hashed(path))[1])
+    monkeypatch.setattr(fingerprint, "_known", {})
+    write(b"1234")
+    fresh = fingerprint.weights_fingerprint(tmp_path)
+    write(b"5678")  # within a tick of the clock, the same size
+    assert fingerprint.weights_fingerprint(tmp_path) != fresh
+    monkeypatch.setattr(fingerprint, "STABLE_NANOSECONDS", -(10**18))
+    read.clear()
+    found = {fingerprint.weights_fingerprint(tmp_path) for _ in range(3)}
+    assert len(read) == 2
+    time.sleep(0.02)
+    write(b"9999")
+    assert fingerprint.weights_fingerprint(tmp_path) not in found

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from contracts.callables import load_callable, source_file, source_files
+from contracts.attempt import ATTEMPT
+from contracts.callables import blamed, load_callable, source_file, source_files
 from contracts.errors import UserError
 
 
@@ -89,3 +90,14 @@ def test_a_module_that_is_called_like_a_librarys_is_named_by_its_file(project: P
         source_file(name)
     by_file = str(caught.value).rpartition("write ")[2].rstrip(".")
     assert source_file(by_file).resolve() == path.resolve()
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_traceback_is_printed_where_there_is_a_log(
+    logged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ATTEMPT, str(tmp_path) if logged else "")
+    with pytest.raises(UserError, match=r"^f failed: KeyError: 'a' \(.*, line \d+\)\.") as told, blamed("f failed"):
+        {}["a"]
+    assert ("The log has its traceback." in str(told.value)) == logged
+    assert ("Traceback" in capsys.readouterr().err) == logged

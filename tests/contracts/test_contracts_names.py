@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "training")
+PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "reallocation", "training")
 
 
 def test_no_two_public_classes_share_a_name(root: Path) -> None:

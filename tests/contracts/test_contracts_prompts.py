@@ -3,8 +3,10 @@
 Parquet and datasets are read in the environment of the stage: tests/annotation/test_annotation_prompt_sources.py.
 """
 
+import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +14,17 @@ from typing import Any
 
 import msgspec
 import pytest
+from forked import run_forked
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.importing import PromptReader
+from contracts.near_duplicates import grams_of, near_duplicates, similarity
 from contracts.prompts import PromptsConfig, prompt_id
 from contracts.records import PROMPTS, Message, Prompt
+from contracts.seeds import derive_seed
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -28,8 +33,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "contracts", "prompts", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return run_forked("contracts", "prompts", *arguments, timeout=60)
 
 
 def imported(source: Path, output: Path, *arguments: str) -> tuple[Artifact, list[Prompt]]:
@@ -184,7 +188,7 @@ def test_the_same_command_again_reuses(tmp_path: Path) -> None:
         (['{"prompt": "a", "rm": {"gold": 1}}'], ["columns={answer: rm.glod}"], ["'rm.glod'", "mean 'rm.gold'"]),
         (['{"prompt": "a", "answer": null}'], ["answer_column=answer"], ["none of its 1 rows has a value"]),
         (['{"prompt": "a"}'], ["column=prompt", "columns={prompt: text}"], ["column and columns.prompt"]),
-        (['{"prompt": "a"}'], ["columns={promt: text}"], ["columns.promt"]),
+        (['{"prompt": "a"}'], ["columns={promt: text}"], ["columns: 'promt' is no name"]),
         (['{"prompt": "a"}'], ["split=test"], ["data.jsonl is one file", "Remove split"]),
         (['{"prompt": "a", "answer": "\\ud83d"}'], [], ["line 1", "surrogate", "Remove"]),
     ],
@@ -245,3 +249,136 @@ def test_any_row_is_a_prompt_or_empty_or_refused_with_its_place(row: dict[str, A
         assert prompt.messages[-1].role in ("user", "tool")
         assert any(turn.content.strip() for turn in prompt.messages)
         assert msgspec.json.decode(msgspec.json.encode(prompt), type=Prompt) == prompt
+
+
+def test_near_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
+    said = "please write a short review of the new film in one sentence"
+    held = write(tmp_path / "held.jsonl", [{"prompt": "name three large rivers in the north"}])
+    heldout, _ = imported(held, tmp_path / "heldout")
+    rows = [
+        {"prompt": said},
+        {"prompt": f"{said.upper()}!"},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{said} now"}]},
+        {"prompt": "write a long report about the old book"},
+        {"prompt": "Name three large rivers, in the North?"},
+        {"prompt": "写一篇关于新电影的短评"},
+        {"prompt": "写一篇关于新电影的短评吧"},
+    ]
+    for row in rows:
+        row.setdefault("prompt", None)
+        row.setdefault("messages", None)
+    source = write(tmp_path / "rows.jsonl", rows)
+    artifact, prompts = imported(source, tmp_path / "out", "near_duplicates=0.7", f"exclude=[{heldout.path}]")
+    assert texts(prompts) == [said, rows[3]["prompt"], rows[5]["prompt"]]
+    assert artifact.manifest.ledger.dropped == {"near_duplicate": 3, "near_held_out": 1}
+    everything, _ = imported(source, tmp_path / "all")
+    assert everything.manifest.rows == 7
+    assert "near_duplicates" not in everything.manifest.key_parts["config"]
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("abcde"), max_size=7), max_size=12),
+    st.lists(st.lists(st.sampled_from("abcde"), max_size=7), max_size=3),
+    st.sampled_from([0.2, 0.5, 0.6, 0.75, 1.0]),
+)
+def test_near_duplicates_are_all_that_there_are(own: list[list[str]], held: list[list[str]], threshold: float) -> None:
+    some, others = (
+        [Prompt(str(number), (Message("user", " ".join(words)),)) for number, words in enumerate(texts)]
+        for texts in (own, held)
+    )
+    expected: dict[int, str] = {}
+    kept: list[Prompt] = []
+    for number, prompt in enumerate(some):
+        grams = grams_of(prompt)
+        if any(similarity(grams, grams_of(other)) >= threshold for other in others):
+            expected[number] = "near_held_out"
+        elif any(similarity(grams, grams_of(other)) >= threshold for other in kept):
+            expected[number] = "near_duplicate"
+        else:
+            kept.append(prompt)
+    assert near_duplicates(some, others, threshold) == expected
+
+
+def test_the_beginning_of_an_answer_is_kept_if_the_config_says_so(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Well,"}]
+    source = write(tmp_path / "chat.jsonl", [{"messages": turns, "answer": "x"}, {"prompt": "b"}])
+    artifact, (begun, plain) = imported(source, tmp_path / "out", "prefill=true", "system=Be brief.")
+    system = Message("system", "Be brief.")
+    assert begun.messages == (system, Message("user", "a"), Message("assistant", "Well,"))
+    assert plain.messages == (system, Message("user", "b"))
+    assert artifact.manifest.facts["assistant_turns_removed"] == 0
+    _, (without, _) = imported(source, tmp_path / "without", "system=Be brief.")
+    assert without.messages == begun.messages[:-1]
+    assert begun.prompt_id != without.prompt_id
+    twice = write(tmp_path / "twice.jsonl", [{"messages": [*turns, turns[1]]}])
+    assert "must be one assistant's turn" in refused(twice, tmp_path / "no", "prefill=true")
+
+
+def test_what_follows_a_mark_is_the_answer(tmp_path: Path) -> None:
+    rows = [{"question": "2+3?", "answer": "2 #### no\n5, so\n#### 1,005 "}, {"question": "q", "answer": None}]
+    _, (first, second) = imported(write(tmp_path / "gsm.jsonl", rows), tmp_path / "out", "answer_after='####'")
+    assert (first.answer, second.answer) == ("1,005", None)
+    source = write(tmp_path / "bad.jsonl", [*rows, {"question": "r", "answer": "5"}])
+    message = refused(source, tmp_path / "no", "answer_after='####'")
+    assert f"{source}, line 3: the answer '5' does not hold answer_after='####'" in message
+    none = write(tmp_path / "none.jsonl", [{"question": "q"}, {"question": "r", "answer": None}])
+    assert "no row has an answer, of which answer_after='####' takes" in refused(
+        none, tmp_path / "no", "answer_after='####'"
+    )
+
+
+def test_a_pattern_names_several_files(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "b").mkdir(parents=True)
+    for name in ("part-1.jsonl", "part-0.jsonl", "b/part-2.jsonl", "other.jsonl", "_part-9.jsonl"):
+        write(data / name, [{"prompt": name}])
+    with gzip.open(data / "part-3.jsonl.gz", "wt") as file:
+        file.write('{"prompt": "packed"}\n')
+    artifact, prompts = imported(data / "part-*.jsonl", tmp_path / "out")
+    assert texts(prompts) == ["part-0.jsonl", "part-1.jsonl"]
+    assert texts(imported(data / "**/part*", tmp_path / "all")[1]) == [
+        "b/part-2.jsonl", "part-0.jsonl", "part-1.jsonl", "packed",
+    ]  # fmt: skip
+    key = artifact.manifest.key
+    assert "already published" in run(f"source={data}/part-*.jsonl", f"output={tmp_path / 'out'}").stdout
+    write(data / "part-1.jsonl", [{"prompt": "changed"}])
+    assert imported(data / "part-*.jsonl", tmp_path / "new")[0].manifest.key != key
+    assert "nothing-*.jsonl does not exist" in refused(data / "nothing-*.jsonl", tmp_path / "no")
+    assert "choose" in refused(data / "part-*.jsonl", tmp_path / "no", "split=test").replace("chooses", "choose")
+
+
+def test_a_shuffle_does_not_depend_on_how_the_rows_are_held(tmp_path: Path) -> None:
+    """The order is that of a list shuffled by the same seed, whose key and bytes were published before."""
+    rows = [{"prompt": f"{number} é"} for number in range(50)]
+    source = write(tmp_path / "many.jsonl", rows)
+    expected = [row["prompt"] for row in rows]
+    random.Random(derive_seed("prompts", 3)).shuffle(expected)
+    assert texts(imported(source, tmp_path / "out", "shuffle_seed=3")[1]) == expected
+    assert texts(imported(source, tmp_path / "some", "shuffle_seed=3", "limit=7")[1]) == expected[:7]
+
+
+@pytest.mark.slow
+def test_a_source_that_is_larger_than_memory_is_imported(tmp_path: Path) -> None:
+    """100 MB of rows under a limit of 40 MB above what the import of one row takes."""
+    source = tmp_path / "large.jsonl"
+    with source.open("w") as file:
+        for number in range(10_000):
+            file.write(json.dumps({"prompt": f"{number} " + "x" * 10_000}) + "\n")
+    small = write(tmp_path / "small.jsonl", [{"prompt": "x"}])
+    peaks = []
+    for name, path in (("one", small), ("many", source)):
+        command = [sys.executable, "-c", IMPORT_AND_SAY_PEAK, f"source={path}", f"output={tmp_path / name}"]
+        result = subprocess.run([*command, "shuffle_seed=1"], capture_output=True, text=True, check=True)
+        peaks.append(int(result.stdout.split()[-1]))
+    assert Artifact.open(tmp_path / "many").manifest.rows == 10_000
+    assert peaks[1] - peaks[0] < 40_000
+
+
+IMPORT_AND_SAY_PEAK = """
+import resource, sys
+from contracts.stage import run_stage
+from contracts.stages.prompts import IMPORT_PROMPTS
+values = dict(argument.split("=", 1) for argument in sys.argv[1:])
+run_stage(IMPORT_PROMPTS, IMPORT_PROMPTS.config.model_validate({**values, "shuffle_seed": 1}))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""

@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from contracts import stopping
 from contracts.artifacts import Artifact
 from contracts.records import PROMPTS
 
@@ -128,6 +130,19 @@ def test_a_second_request_does_not_keep_a_stage_from_saying_why_it_leaves(tmp_pa
         assert process.wait(timeout=60) == 128 + signal.SIGUSR1
     (failure,) = (json.loads(path.read_bytes()) for path in tmp_path.glob("failure-*.json"))
     assert failure["kind"] == "stopped"
+
+
+def test_a_command_that_listens_leaves_the_signals_as_they_were() -> None:
+    def command() -> None:
+        with stopping.listening():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(stopping.Stopped):
+        command()
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not stopping.requested()
 
 
 def test_a_stop_before_any_work_leaves_at_once(tmp_path: Path) -> None:

@@ -13,15 +13,16 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from contracts import attempt, stage, stopping
+from contracts import attempt, following, stage, stopping
 from contracts.artifacts import Artifact
 from contracts.config import StageConfig, identity
 from contracts.declaration import Stage
@@ -71,7 +72,8 @@ def share_words(config: WordsConfig, context: Context) -> Outcome:
 def _make(config: WordsConfig, context: Context, number: int) -> None:
     ledger = Ledger("prompts")
     ledger.keep(2)
-    rows = [Prompt(f"{number}{i}", (Message("user", config.word * 50),)) for i in range(2)]
+    text = config.word * 50 + os.environ.get("VARIANT", "")
+    rows = [Prompt(f"{number}{i}", (Message("user", text),)) for i in range(2)]
     context.publication.write_rows(f"shard-{number:05d}.jsonl", rows, ledger)
     tell(f"made {config.word} shard-{number:05d}.jsonl")
 
@@ -80,6 +82,8 @@ def key_of(word: str) -> str:
     return stage_key(key_parts(WordsConfig(word=word, output=Path("anywhere")), {}))
 
 
+Job: TypeAlias = tuple[Stage[Any], StageConfig]
+
 tell: Any = print
 """How a stage speaks to its test; set in the process of a writer."""
 
@@ -87,7 +91,15 @@ tell: Any = print
 class Writer:
     """A process that runs the stage, one system call at a time."""
 
-    def __init__(self, target: Path, word: str, role: str | None = None) -> None:
+    def __init__(
+        self,
+        target: Path,
+        word: str,
+        role: str | None = None,
+        job: Job | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """By default it publishes a word; `job`: another stage and its config; `variables`: of its environment."""
         self.word = word
         self.role = role
         self.ended: str | None = None
@@ -102,7 +114,8 @@ class Writer:
             try:
                 os.close(self._orders)
                 os.close(self._answers)
-                _write(target, word, role, orders, answers)
+                os.environ.update(variables or {})
+                _write(target, word, role, job, orders, answers)
                 code = 0
             finally:
                 os._exit(code)
@@ -169,7 +182,7 @@ class Writer:
         return line.decode()
 
 
-def _write(target: Path, word: str, role: str | None, orders: int, answers: int) -> None:
+def _write(target: Path, word: str, role: str | None, job: Job | None, orders: int, answers: int) -> None:
     """The writer's process: run the stage, and ask before every system call on its files."""
     global tell
 
@@ -199,6 +212,7 @@ def _write(target: Path, word: str, role: str | None, orders: int, answers: int)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     os.stat = asking(os.stat)  # which no audit event tells of
     stage.LOCK_SECONDS = 0  # nobody waits: who would have to is refused
+    following.LOOK_SECONDS = 0
     if role is not None:
         stopping.listen()
         os.environ.update({attempt.ROLE: role, stopping.GRACE: "600"})
@@ -206,7 +220,7 @@ def _write(target: Path, word: str, role: str | None, orders: int, answers: int)
         os.environ.update({"RANK": "1", "WORLD_SIZE": "2"})
     sys.addaudithook(audit)
     try:
-        run_stage(COMMAND if role is None else SHARED, WordsConfig(word=word, output=target))
+        run_stage(*(job or (COMMAND if role is None else SHARED, WordsConfig(word=word, output=target))))
     except stopping.Stopped:
         say("stopped")
     except TransientError as error:

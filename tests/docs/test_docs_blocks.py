@@ -4,7 +4,6 @@ A block of shell or Python is run unless it says `<!-- not run: why -->` in fron
 `# name.py` is a file of that name. Pages that tests of their own run are in OWN_TESTS.
 """
 
-import http.server
 import json
 import os
 import re
@@ -12,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +21,10 @@ import pytest
 import yaml
 from pretend import write_interpreter
 
+from annotation.pairing.choice import choose
+from annotation.pairing.config import PairsSettings
+from annotation.pairing.strategies import STRATEGIES, Asked, Candidate
+from contracts.config import docstrings
 from pipelines.config.load import load_run_config
 from pipelines.environments.locked import MARK, NAMES, Locked
 from pipelines.main import parse
@@ -33,13 +35,18 @@ OWN_TESTS = {"algorithms.md", "extending.md", "hooks.md"}
 BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>[^>]+) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 NOT_RUN = {
     "README.md": 2,
-    "cluster.md": 5,
+    "cluster.md": 6,
     "coming-from-trl.md": 1,
     "development-cluster.md": 2,
     "file-formats.md": 1,
+    "gates.md": 1,
     "hub.md": 2,
     "parallel.md": 1,
+    "planning.md": 1,
+    "profiles.md": 1,
     "recipes.md": 1,
+    "scorers.md": 1,
+    "streaming.md": 1,
     "testing.md": 2,
     "tracking.md": 1,
     "tutorial.md": 3,
@@ -95,7 +102,7 @@ def test_the_shell_of_a_page_is_called_bash() -> None:
         assert languages <= {"bash", "python", "yaml", "text", "json"}, page.name
 
 
-@pytest.mark.parametrize("page", ["scorers.md", "tracking.md", "hub.md"])
+@pytest.mark.parametrize("page", ["scorers.md", "pairs.md", "stages.md", "tracking.md", "hub.md"])
 def test_sections_of_a_configuration_are_valid(page: str, tmp_path: Path) -> None:
     base = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     found = blocks(ROOT / "docs" / page, "yaml")
@@ -107,36 +114,38 @@ def test_sections_of_a_configuration_are_valid(page: str, tmp_path: Path) -> Non
         assert load_run_config(path, []).name == "quickstart"
 
 
-class Judge(http.server.BaseHTTPRequestHandler):
-    """A server that finds every answer good."""
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert "Answer: Paris" in asked["messages"][0]["content"]
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps({"choices": [{"message": {"content": "I say 8."}}]}).encode())
-
-    def log_message(self, *_: object) -> None:
-        """Nothing."""
+def test_the_table_of_the_page_of_pairs_has_every_strategy_and_setting() -> None:
+    text = (ROOT / "docs/pairs.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| `\w+` \|.*\|.*\|.*\|", line)][1:]
+    found = {row[0].strip("| `"): re.findall(r"`(\w+: [^`]+)`", row[2]) for row in rows}
+    wanted = {
+        name: [f"{setting}: {json.dumps(parameter.default)}" for setting, parameter in strategy.parameters.items()]
+        for name, strategy in STRATEGIES.items()
+    }
+    assert found == wanted
+    assert all(name in docstrings(PairsSettings)["strategy"] for name in STRATEGIES)
 
 
-def test_functions_of_the_page_of_scorers_score(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_strategy_of_the_page_of_pairs_chooses(tmp_path: Path) -> None:
+    (block,) = blocks(ROOT / "docs/pairs.md", "python")
+    (tmp_path / "mine.py").write_text(block.text)
+    settings = PairsSettings(strategy=f"{tmp_path}/mine.py:sweet_spot", settings={"spread": 0.5})
+    scores = [5.0, 4.0, 3.0, 2.0, -9.0]
+    candidates = [Candidate(sample, (sample,), score) for sample, score in enumerate(scores)]
+    ((chosen, rejected),) = choose(candidates, Asked("p", [], None, [], 0), settings.load()).pairs
+    assert (chosen.score, rejected.score) == (5.0, 2.0)
+
+
+def test_functions_of_the_page_of_scorers_score() -> None:
     names: dict[str, Any] = {}
     for block in blocks(ROOT / "docs/scorers.md", "python"):
         exec(block.text, names)
     said = {"messages": [{"role": "user", "content": "Capital?"}], "finish_reason": "stop"}
-    exact, brief, helpful = (names[name] for name in ("exact", "brief", "helpful"))
+    exact, brief = names["exact"], names["brief"]
     assert exact(response="It is 1,204.", answer="1204", **said) == 1.0
     assert exact(response="It is twelve.", answer="12", **said) == 0.0
     assert exact(response="It is 12.", answer=None, **said) is None
     assert brief(response="one two", answer=None, **said) == -0.04
-    server = http.server.HTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("JUDGE", f"http://127.0.0.1:{server.server_port}/v1")
-    assert helpful(response="Paris", answer=None, **said) == 0.8
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,9 @@ import yaml
 
 from contracts.declaration import Workload
 from pipelines.config.changes import merge
-from pipelines.config.executor import (
-    ARRAYS,
-    KINDS,
-    ONLY_IN,
-    ExecutorSection,
-    ResourcesSection,
-    minutes_of,
-)
+from pipelines.config.executor import ONLY_IN, ExecutorSection, ResourcesSection, minutes_of
 from pipelines.config.load import load_run_config
+from pipelines.config.selecting import ARRAYS, KINDS
 from pipelines.execution.executors.slurm.resources import Resources, finishing, resources_of
 from pipelines.graph import Graph
 from pipelines.planning.placement import placed_graph

@@ -23,7 +23,8 @@ from pipelines.execution.executors.base import Site
 from pipelines.graph import Graph
 from pipelines.insight.listeners import listeners_of
 from pipelines.job import ENTRY
-from pipelines.planning.placement import cluster_of, place
+from pipelines.planning.cluster import cluster_of
+from pipelines.planning.placement import place
 from pipelines.run.directory import RunDirectory
 
 path = Path(sys.argv[1])
@@ -160,3 +161,20 @@ def test_a_stage_is_one_file_and_a_line_in_the_recipe(example: Path, root: Path)
     told = python(example, "-m", "annotation", "filter", "rollouts=rollouts", "output=kept")
     assert "3 prompts in = 2 kept + 1 cut_off" in told
     assert "reuse kept" in python(example, "-m", "annotation", "filter", "rollouts=rollouts", "output=kept")
+
+
+def test_a_kind_of_scorer_is_one_file(example: Path, root: Path) -> None:
+    put(example, root, "annotation/scorers/brevity.py")
+    override = "import sys; from pipelines.config.load import load_run_config; from pathlib import Path\n"
+    override += "print(load_run_config(Path(sys.argv[1]), sys.argv[2:]).scorers['short'].kind)"
+    config, short = str(example / "example.yaml"), "scorers.short={kind: brevity, tokens: 4}"
+    assert python(example, "-c", override, config, short) == "brevity\n"
+    python(example, "-c", SAMPLED, str(example / "rollouts"))
+    told = python(
+        example, "-m", "annotation", "score", "rollouts=rollouts", "kind=brevity", "tokens=4", "output=scores",
+        "missing_eos_penalty=1",
+    )  # fmt: skip
+    assert "6 samples in = 6 kept" in told
+    rows = [json.loads(line) for line in (example / "scores/shard-00000.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in rows] == [-0.5, -1.5]
+    assert "kind=brevity" in python(example, "-m", "annotation", "score", "--help")

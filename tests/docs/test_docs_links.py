@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from annotation.config import CheckpointEvaluationConfig, EvaluationConfig, PairsConfig, ScoreConfig
+from annotation.config import CheckpointEvaluationConfig, EvaluationConfig
+from annotation.data.mixing import PairsSampleConfig, PreferencesImportConfig, PreferencesScoresConfig
+from annotation.data.selection import SelectConfig, SelectScoresConfig
+from annotation.pairing.config import PairsConfig
+from annotation.scorers import CONFIGS
 from contracts.config import StageConfig
 from contracts.declaration import stages_of
+from contracts.mixture import DrawConfig
 from contracts.prompts import PromptsConfig
 from generation.config import GenerationConfig
 from training.config import (
@@ -25,10 +30,11 @@ from training.config import (
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MIXING = (PreferencesImportConfig, PreferencesScoresConfig, PairsSampleConfig, SelectConfig, SelectScoresConfig)
 STAGES: dict[str, list[type[StageConfig]]] = {
-    "contracts": [PromptsConfig],
+    "contracts": [PromptsConfig, DrawConfig],
     "generation": [GenerationConfig],
-    "annotation": [ScoreConfig, PairsConfig, EvaluationConfig, CheckpointEvaluationConfig],
+    "annotation": [*CONFIGS.values(), PairsConfig, EvaluationConfig, CheckpointEvaluationConfig, *MIXING],
     "training": [
         SftConfig,
         RewardConfig,
@@ -72,7 +78,7 @@ def test_scripts_name_stages_that_exist() -> None:
 def test_error_texts_are_ones_that_the_code_has() -> None:
     table = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
     assert len(table) > 10
-    packages = ("annotation", "contracts", "generation", "modeling", "pipelines", "training")
+    packages = ("annotation", "contracts", "generation", "modeling", "pipelines", "reallocation", "training")
     sources = "\n".join(path.read_text() for package in packages for path in (ROOT / package).rglob("*.py"))
     joined = re.sub(r'"\s*\n\s*(?:\+ )?f?"', "", sources)  # strings that the code breaks over lines
     for text in table:

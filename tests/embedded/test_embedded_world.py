@@ -6,9 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from contracts.artifacts import Artifact
 from contracts.models import ModelInfo
@@ -60,6 +57,10 @@ def test_demonstrations_are_mediocre_but_mostly_well_formed(world: Path) -> None
 
 
 def test_the_model_loads_with_every_weight_and_a_tied_head(world: Path) -> None:
+    import torch  # here: the fast loop collects this, but does not run it
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
     weights = load_file(world / "model" / "model.safetensors")
     assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
     model, info = AutoModelForCausalLM.from_pretrained(world / "model", output_loading_info=True)
@@ -76,6 +77,8 @@ def test_the_model_loads_with_every_weight_and_a_tied_head(world: Path) -> None:
 
 
 def test_conversations_become_tokens_and_back(world: Path) -> None:
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     unknown = tokenizer.unk_token_id
     for messages in conversations(world, "demonstrations")[:200]:

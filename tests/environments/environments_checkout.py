@@ -41,7 +41,7 @@ class Checkout:
         self.path = path
         self.home = folder / "home"
         self.wheels = folder / "wheels"
-        for package in ("annotation", "contracts", "embedded", "generation", "pipelines", "training"):
+        for package in ("annotation", "contracts", "embedded", "generation", "pipelines", "reallocation", "training"):
             shutil.copytree(source / package, path / package, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(source / "pyproject.toml", path)
         for name, text in STAND_INS.items():

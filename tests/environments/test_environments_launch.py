@@ -147,6 +147,7 @@ def test_docker(double, program: str) -> None:
     run(environment(container="image:1", python="python3", variables={"COLOUR": "red"}), ["-m", "training"])
     argv, variables = recorded()
     assert argv[:2] == ["run", "--rm"]
+    assert "--interactive" in argv, "what is written to it would get lost"
     assert argv[-4:] == ["image:1", "python3", "-m", "training"]
     assert f"{os.getcwd()}:{os.getcwd()}" in argv
     assert f"{code_path()}:{code_path()}" in argv

@@ -1,9 +1,12 @@
 """The stage's real command line, and prompts for it."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,20 @@ from contracts.ledger import Ledger
 from contracts.prompts import prompt_id
 from contracts.publication import Publication
 from contracts.records import PROMPTS, ROLLOUTS, Message, Prompt, Rollout
+from contracts.versions import source_version
+from pipelines.execution.warm import ForkedProcess, WarmProcesses, fork
+
+WARM = WarmProcesses(Path(tempfile.mkdtemp(prefix="generation-tests-")))
+"""Of this process."""
 
 
-def publish_prompts(path: Path, texts: Sequence[str], *, system: str | None = None) -> Path:
+def publish_prompts(path: Path, texts: Sequence[str], *, system: str | None = None, stage: str = "prompts") -> Path:
     """Publish one-turn prompts, with a system message if wanted."""
     rows = []
     for text in texts:
         messages = (*([Message("system", system)] if system else []), Message("user", text))
         rows.append(Prompt(prompt_id(messages), messages, answer="w1", tags=("test",)))
-    publication = Publication(path, PROMPTS, "prompts", "0" * 64)
+    publication = Publication(path, PROMPTS, stage, "0" * 64)
     publication.begin()
     publication.write_rows("shard-00000.jsonl", rows, Ledger("prompts", len(rows), len(rows)))
     publication.publish(
@@ -30,11 +38,16 @@ def publish_prompts(path: Path, texts: Sequence[str], *, system: str | None = No
     return path
 
 
+def command(output: Path, config: dict[str, Any]) -> list[str]:
+    """`python -m generation` with these keys."""
+    overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in {**config, "output": output}.items()]
+    return [sys.executable, "-m", "generation", *overrides]
+
+
 def start(output: Path, variables: dict[str, str] | None = None, /, **config: Any) -> "subprocess.Popen[str]":
     """Start `python -m generation`, with some environment variables if wanted."""
-    overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in {**config, "output": output}.items()]
     return subprocess.Popen(
-        [sys.executable, "-m", "generation", *overrides],
+        command(output, config),
         env={**os.environ, **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -43,11 +56,38 @@ def start(output: Path, variables: dict[str, str] | None = None, /, **config: An
 
 
 def generate(output: Path, **config: Any) -> Artifact:
-    """Run the stage through its command line and open what it published."""
-    process = start(output, **config)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
+    """Run the stage through its command line and open what it published.
+
+    One of a single process is forked from one that has imported vLLM, as the driver does it: importing takes longer
+    than what is tested.
+    """
+    if config.get("servers") or config.get("replicas", 1) > 1:
+        process = start(output, **config)
+        said = "".join(process.communicate(timeout=300))
+    else:
+        with tempfile.TemporaryFile() as log:
+            place = (os.environ, os.getcwd(), source_version("generation"), log)
+            process = fork(imported(), command(output, config), *place, 200.0)
+            assert process is not None, "no stage can be forked"
+            wait_until_ended(process, 300)
+            log.seek(0)
+            said = log.read().decode(errors="replace")
+    assert process.returncode == 0, said
     return Artifact.open(output, ROLLOUTS)
+
+
+@functools.cache
+def imported() -> Path:
+    """The socket of a process that has imported what stages need; it ends with this one."""
+    return WARM.address("generation", sys.executable, os.environ, os.getcwd(), ["vllm"])
+
+
+def wait_until_ended(process: ForkedProcess, seconds: float) -> None:
+    """Wait for the end of a stage that was forked."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None:
+        assert time.monotonic() < deadline, "it does not end"
+        time.sleep(0.01)
 
 
 def refuse(output: Path, **config: Any) -> str:

@@ -16,6 +16,7 @@ from contracts.records import ROLLOUTS
 from contracts.stage import run_stage
 from generation.config import GenerationConfig
 from generation.engine import devices_per_replica
+from generation.stages.generation import GENERATION
 
 
 def test_missing_model_directory(prompts: Path, tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_more_prompts_than_there_are(policy: Path, prompts: Path, tmp_path: Path
 
 def test_every_prompt_too_long(policy: Path, prompts: Path, tmp_path: Path) -> None:
     message = refuse(tmp_path / "out", policy=policy, prompts=prompts, max_prompt_tokens=3, max_new_tokens=8)
-    assert "all 26 have more than 3 tokens" in message
+    assert "26 prompts in = 0 kept + 26 too_long (too_long: more than 3 tokens" in message
 
 
 def test_too_many_prompts_too_long(policy: Path, prompts: Path, tmp_path: Path) -> None:
@@ -109,7 +110,9 @@ def test_values_that_contradict_each_other(values: dict[str, Any], words: str) -
 
 
 def test_more_devices_than_there_are() -> None:
-    config = GenerationConfig(policy=Path("a"), prompts=Path("b"), output=Path("c"), tensor_parallel=4096)
+    config = GenerationConfig(
+        policy=Path("a"), prompts=Path("b"), output=Path("c"), tensor_parallel=4096, engine="transformers"
+    )
     with pytest.raises(UserError, match="tensor_parallel is 4096, but this machine shows"):
         devices_per_replica(config)
 
@@ -152,3 +155,11 @@ def test_checks_come_before_torch() -> None:
     check = "import sys, generation.run; print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_a_draw_that_has_nothing_to_replace_needs_no_engine(policy: Path, tmp_path: Path) -> None:
+    drawn = publish_prompts(tmp_path / "draw", [], stage="draw")
+    config = GenerationConfig(policy=policy, prompts=drawn, output=tmp_path / "out", max_new_tokens=8)
+    artifact = run_stage(GENERATION, config)
+    assert artifact is not None
+    assert (artifact.manifest.rows, artifact.shards, artifact.manifest.facts["completions"]) == (0, [], 0)

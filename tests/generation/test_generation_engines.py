@@ -20,8 +20,8 @@ from contracts.records import Sampling
 from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, GenerationRequest
 from generation.run import open_engine
-from generation.vllm_engine import CPU_STEP
 from generation.vllm_server import VllmServer
+from modeling.vllm_process import CPU_STEP
 
 PROMPT = (1, 4, 9, 5)
 
@@ -77,7 +77,7 @@ def test_guard_ends_everything_when_its_parent_is_killed(tmp_path: Path) -> None
     started = [int(number) for number in mark.read_text().split()]
     parent.kill()
     parent.wait()
-    _wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in started), 20)
+    _wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in started), 60)
 
 
 @pytest.mark.slow

@@ -11,18 +11,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contracts.artifacts import Artifact
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.ledger import merge
 from contracts.prompts import prompt_id
 from contracts.publication import Publication
-from contracts.records import ROLLOUTS, Message, Prompt, Sampling
+from contracts.records import ROLLOUTS, Message, Prompt, Rollout, Sampling
 from contracts.stage import Context
 from generation.config import GenerationConfig
 from generation.engine import Answer, GenerationRequest
-from generation.prompts import select_prompts
-from generation.rollouts import check_answer, cut, default_shard_size, requests_of, sample_shard
+from generation.prompts import prompt_ids, select_prompts
+from generation.rollouts import (
+    answer_lengths,
+    check_answer,
+    cut,
+    default_shard_size,
+    longest_first,
+    requests_of,
+    sample_shard,
+)
 from generation.run import _settings
 
 
@@ -53,6 +62,47 @@ def test_cut_covers_the_input_exactly(lengths: list[int], size: int, longest: in
     assert sum(total.dropped.values()) == len(prompts) - len(kept)
 
 
+def test_prompts_that_the_template_refuses_are_dropped_and_counted_if_the_config_says_so(policy: Path) -> None:
+    """The template knows no system turn."""
+    tokenizer = ChatTokenizer(policy)
+    plain, twice = Message("user", "w1"), (Message("system", "w2"), Message("user", "w3"))
+    prompts = [Prompt("0" * 16, (plain,)), Prompt("1" * 16, twice), Prompt("2" * 16, (plain, plain))]
+    with pytest.raises(
+        UserError, match="refuses prompt 1111111111111111 of the turns system, user: no system messages"
+    ):
+        prompt_ids(tokenizer, prompts[1])
+    rendered = [(prompt, prompt_ids(tokenizer, prompt, drop=True)) for prompt in prompts]
+    (shard,) = cut(rendered, 5, 4)
+    assert [prompt.prompt_id for prompt, _ in shard.prompts] == ["0" * 16]
+    assert str(shard.ledger) == "3 prompts in = 1 kept + 1 refused + 1 too_long"
+
+
+def test_an_answer_whose_beginning_is_given_goes_on_from_it(policy: Path) -> None:
+    """The beginning is part of the prompt's ids, and not of the answer's."""
+    prompt = Prompt("0" * 16, (Message("user", "w1"), Message("assistant", "w2 w3")))
+    ids = prompt_ids(ChatTokenizer(policy), prompt)
+    assert ids == (1, 4, 7, 5, 8, 9)
+    (shard,) = cut([(prompt, ids)], 1, None)
+    (row,), _, _ = sample_shard(shard, Recorder(), ChatTokenizer(policy), config(k=1), "weights")
+    assert row.prompt_ids == ids
+    assert row.completions[0].response_ids == (16, 2)
+    assert row.completions[0].text == " w10"
+    assert row.messages == prompt.messages
+
+
+def test_shards_with_the_longest_answers_come_first(raw: Artifact, tmp_path: Path) -> None:
+    prompts = [(prompt, (0,)) for prompt in numbered(7)]
+    shards = cut(prompts, 2, None)
+    assert longest_first(shards, {}) == [shard.name for shard in shards]  # the last one has a prompt less
+    lengths = {prompts[0][0].prompt_id: 1.0, prompts[4][0].prompt_id: 9.0, prompts[6][0].prompt_id: 20.0}
+    # 1 + the mean of 10, 10 + 10, 9 + 10, 20
+    assert longest_first(shards, lengths) == [shards[index].name for index in (1, 3, 2, 0)]
+    known = answer_lengths([tmp_path / "not there", raw.path])
+    row = next(raw.rows(Rollout))
+    assert known[row.prompt_id] == sum(len(one.response_ids) for one in row.completions) / len(row.completions)
+    assert answer_lengths([tmp_path / "not there"]) == {}
+
+
 @given(start=st.integers(0, 200), count=st.integers(1, 26))
 def test_selection_goes_round_and_uses_no_prompt_twice(prompts: Path, start: int, count: int) -> None:
     everything = select_prompts(config(prompts=prompts))
@@ -81,7 +131,7 @@ def test_a_process_with_a_role_counts_the_devices_of_its_own_engine(
     def on_gpu(visible: int, role: Any, **values: int) -> bool:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
         context = Context(Publication(tmp_path / "out", ROLLOUTS, "generation", "k" * 64), 1, 3, role)
-        return _settings(config(**values), context, tokenizer, shards, None).on_gpu
+        return _settings(config(policy=policy, **values), context, tokenizer, shards, None).on_gpu
 
     assert on_gpu(1, "replica", replicas=2)
     assert on_gpu(1, "task", replicas=2)
@@ -158,7 +208,7 @@ def test_consistent_answers_pass() -> None:
         ({"response_ids": (7, 2, 2)}, "stop tokens are at \\[1, 2\\] of 3"),
         ({"finish_reason": "length"}, "stop tokens are at \\[2\\] of 3"),
         ({"response_ids": (7, 8), "logprobs": (-1.0, -1.0), "finish_reason": "length"}, "truncated after 2 of 3"),
-        ({"finish_reason": "abort"}, "neither stop nor length"),
+        ({"finish_reason": "abort"}, "is none of stop, stop_string, length"),
         ({"logprobs": (-0.1, -0.2)}, "3 tokens, but 2 log-probabilities"),
         ({"logprobs": (-0.1, float("nan"), -0.3)}, "not a number"),
         ({"logprobs": (-0.1, float("-inf"), -0.3)}, "not a number"),

@@ -40,6 +40,20 @@ def test_killed_and_run_again_publishes_the_same_bytes(
     }
 
 
+def test_a_tensor_parallel_engine_samples_the_same_on_a_cpu(
+    engine: str, processed: Artifact, policy: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Each of its processes has half of the heads."""
+    if engine != "vllm":
+        pytest.skip("transformers' engine spreads layers over GPUs")
+    split = generate(tmp_path / "out", tensor_parallel=2, **processed_config(engine, policy, prompts))
+    assert split.manifest.key != processed.manifest.key
+    for one, other in zip(rows(split), rows(processed), strict=True):
+        for mine, theirs in zip(one.completions, other.completions, strict=True):
+            assert mine.response_ids == theirs.response_ids
+            assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
 def test_run_again_reuses_what_is_published(raw: Artifact, engine: str, policy: Path, prompts: Path) -> None:
     created = raw.manifest.created
     assert generate(raw.path, **raw_config(engine, policy, prompts)).manifest.created == created

@@ -1,11 +1,12 @@
 """The kill harness: runs that are killed again and again end with the bytes of a run that nothing touched.
 
-    python tests/pipelines/chaos.py --kills 200 [--seed S]        (scripts/chaos.sh)
+    python tests/pipelines/chaos.py --kills 200 [--seed S] [key=value ...]        (scripts/chaos.sh)
 
 First a run without a fault, for reference. Then rounds: the same run in a fresh directory, while faults from a seeded
 plan hit the driver, its supervisors and the stages: SIGKILL, SIGTERM, a full disk, and writes that were torn when the
-machine stopped. The command is given again until the run is finished, and what it has published is compared. The
-faults are executed inside of the processes by chaos_site/sitecustomize.py, or from here at any instant.
+machine stopped. The command is given again until the run is finished, and what it has published is compared. What
+`key=value` sets holds for both where it changes what is computed (lag=1), else in the rounds alone (placement=async).
+The faults are executed inside of the processes by chaos_site/sitecustomize.py, or from here at any instant.
 
 Everything runs from a frozen copy of the code, so that edits meanwhile change nothing.
 """
@@ -15,6 +16,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,14 +33,15 @@ from pipelines_smallest import write_smallest
 
 from contracts.artifacts import Artifact
 from contracts.callables import OWN_PACKAGES
+from contracts.config import Role
 from contracts.fingerprint import file_sha256
 from contracts.jsonl import read_jsonl
 from contracts.manifest import MANIFEST
 from contracts.points import read_points
 from contracts.processes import marked
 from pipelines.config.load import load_run_config
+from pipelines.config.run import RunConfig
 from pipelines.environments.paths import source_root
-from pipelines.execution.executors.local import job_folder
 from pipelines.execution.supervisor import RUN
 from pipelines.iteration import build_graph
 
@@ -206,11 +209,19 @@ class Setup:
     reference: Path
     """The directory of the run that nothing touched."""
     iterations: int = ITERATIONS
+    overrides: list[str] = field(default_factory=list)
+    """What is set in the rounds."""
 
-    def command(self, home: Path) -> list[str]:
-        """The command of a round whose run is below `home`."""
+    @property
+    def computed(self) -> list[str]:
+        """What of it changes what is computed, and is set for the reference too."""
+        sections = RunConfig.roles
+        return [item for item in self.overrides if sections[item.partition("=")[0].partition(".")[0]] != Role.RUNTIME]
+
+    def command(self, home: Path, *overrides: str) -> list[str]:
+        """The command of a run below `home`."""
         settings = [f"executor.{name}={value}" for name, value in SETTINGS.items()]
-        run = ["run", str(self.config), "--iters", str(self.iterations), f"directory={home}", *settings]
+        run = ["run", str(self.config), "--iters", str(self.iterations), f"directory={home}", *settings, *overrides]
         return [sys.executable, "-m", "pipelines", *run]
 
     def environment(self) -> dict[str, str]:
@@ -220,7 +231,8 @@ class Setup:
     def stages(self) -> dict[str, Stage]:
         """The stages of the run."""
         found = {}
-        for name, node in build_graph(load_run_config(self.config, []), self.iterations).nodes.items():
+        config_of_run = load_run_config(self.config, self.computed)
+        for name, node in build_graph(config_of_run, self.iterations).nodes.items():
             config = node.config.model_dump()
             loads_torch = node.environment == "training" or node.package == "generation" or bool(config.get("model"))
             files = len(Artifact.open(self.reference / name).manifest.files)
@@ -320,7 +332,7 @@ class Round:
         outside = next((fault for fault in self.waiting.values() if fault.who == "outside"), None)
         with self.output(life).open("w") as output:
             driver = subprocess.Popen(
-                self.setup.command(self.home),
+                self.setup.command(self.home, *self.setup.overrides),
                 cwd=self.setup.code,
                 env={**self.setup.environment(), CHAOS: str(self.plan)},
                 stdin=subprocess.DEVNULL,
@@ -389,7 +401,7 @@ class Round:
     def supervisors(self, stages: list[int], driver: int) -> list[int]:
         """The processes of the round that are neither its driver nor its stages."""
         others = set(marked(f"{CHAOS}={self.plan}")) - {*stages, driver}
-        return [pid for pid in others if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [pid for pid in others if is_supervisor(Path(f"/proc/{pid}/cmdline").read_bytes())]
 
     def check_end(self, life: int, code: int, met: list[Fault]) -> None:
         """Whether the faults that a driver's life has seen explain its end, and were answered as promised."""
@@ -454,7 +466,7 @@ class Round:
         weights = [file_sha256(run / places_last(places) / "model.safetensors") for run in (reference, self.run)]
         tally.checkpoints_different = int(weights[0] != weights[1])
         tally.metrics_different = int(metrics(self.run) != metrics(reference, self.setup.iterations))
-        strays = sorted({*strays_of(self.run, places), *job_folder(self.run).rglob("*")})
+        strays = strays_of(self.run, places)
         tally.stray_files = len(strays)
         tally.problems += [f"stray file: {path}" for path in strays]
         self.verify()
@@ -542,6 +554,12 @@ def places_last(places: list[str]) -> str:
     return [place for place in places if place.endswith("/training")][-1]
 
 
+def is_supervisor(command_line: bytes) -> bool:
+    """Whether a process is a supervisor, or the one that supervisors are forked from."""
+    words = command_line.split(b"\0")
+    return b"pipelines.execution.supervisor" in words or {b"contracts.warm", b"pipelines"} <= set(words)
+
+
 def variable(pid: int, name: str) -> str | None:
     """An environment variable of a process."""
     try:
@@ -587,7 +605,7 @@ def strays_of(run: Path, places: list[str]) -> list[Path]:
 
 def make_reference(setup: Setup) -> None:
     """The run that nothing touches."""
-    command = setup.command(setup.reference.parent)
+    command = setup.command(setup.reference.parent, *setup.computed)
     with (setup.folder / "reference.txt").open("w") as output:
         code = subprocess.run(
             command,
@@ -603,11 +621,14 @@ def make_reference(setup: Setup) -> None:
         raise SystemExit(f"the run without a fault failed:\n{(setup.folder / 'reference.txt').read_text()[-3000:]}")
 
 
-def campaign(folder: Path, kills: int, seed: int) -> bool:
+def campaign(folder: Path, kills: int, seed: int, overrides: list[str]) -> bool:
     """The reference, then rounds until `kills` faults have happened; prints everything and returns whether all held."""
     start = time.monotonic()
-    setup = Setup(freeze(folder), write_smallest(folder), folder, folder / "reference" / "smallest")
-    print(f"seed {seed}, {kills} kills, in {folder}; again: bash scripts/chaos.sh --kills {kills} --seed {seed}")
+    setup = Setup(
+        freeze(folder), write_smallest(folder), folder, folder / "reference" / "smallest", overrides=overrides
+    )
+    again = shlex.join(["bash", "scripts/chaos.sh", "--kills", str(kills), "--seed", str(seed), *overrides])
+    print(f"seed {seed}, {kills} kills, in {folder}; again: {again}")
     make_reference(setup)
     print(f"the run without a fault took {time.monotonic() - start:.0f} s", flush=True)
     stages, total, met, deck = setup.stages(), Tally(), list[Fault](), list[tuple[str, str, str]]()
@@ -664,9 +685,10 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="how many faults to inject (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="chooses another sequence of faults")
     parser.add_argument("--keep", action="store_true", help="keep the runs, as is done when something is wrong")
-    options = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set in the runs")
+    options = parser.parse_intermixed_args()
     folder = Path(tempfile.mkdtemp(prefix="ratchet-chaos-"))
-    held = campaign(folder, options.kills, options.seed)
+    held = campaign(folder, options.kills, options.seed, options.overrides)
     if held and not options.keep:
         shutil.rmtree(folder)
     else:

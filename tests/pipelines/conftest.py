@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,3 +135,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
 def reported_run(tmp_path_factory: pytest.TempPathFactory) -> ReportedRun:
     """A handmade run for reports; nobody changes it."""
     return ReportedRun(tmp_path_factory.mktemp("reported")).build()
+
+
+@pytest.fixture
+def run(reported_run: ReportedRun, tmp_path: Path) -> Path:
+    """A copy of the handmade run for reports."""
+    path = tmp_path / "runs" / "handmade"
+    shutil.copytree(reported_run.path, path)
+    return path

@@ -8,8 +8,9 @@ seen on the development cluster. What is left out: users, accounts, memory, GPUs
 quicker than there: accounting lags a fifth of a second, requeued jobs wait as long, and limits hold to the tick.
 """
 
+import _socket
 import contextlib
-import json
+import inspect
 import os
 import re
 import selectors
@@ -23,7 +24,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 TICK = 0.02
 LAG = 0.2
@@ -41,23 +41,44 @@ MARK = "FAKE_SLURM"
 """Environment variable of all that uses the cluster: its directory."""
 FLAGS = {"requeue", "no-requeue", "parsable", "exclusive"}
 VALUED = {
-    "account", "array", "begin", "chdir", "comment", "constraint", "cpus-per-task", "dependency", "gpus-per-node",
-    "job-name", "kill-on-invalid-dep", "mem", "nice", "nodelist", "nodes", "ntasks-per-node", "open-mode", "output",
-    "partition", "qos", "signal", "time", "wrap",
+    "account", "array", "begin", "chdir", "comment", "constraint", "cpus-per-task", "dependency", "exclude",
+    "gpus-per-node", "job-name", "kill-on-invalid-dep", "mem", "nice", "nodelist", "nodes", "ntasks-per-node",
+    "open-mode", "output", "partition", "qos", "signal", "time", "wrap",
 }  # fmt: skip
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
-CLIENT = """
-import json, os, socket, sys
-here = sys.argv[1]
-request = {"argv": [os.path.basename(sys.argv[2]), *sys.argv[3:]], "env": dict(os.environ), "cwd": os.getcwd()}
-os.chdir(here)  # the path of a socket has 107 characters at most
-with socket.socket(socket.AF_UNIX) as line:
-    line.connect("socket")
-    line.sendall(json.dumps(request).encode() + b"\\n")
-    answer = json.loads(line.makefile().read())
-sys.stdout.write(answer["out"])
-sys.stderr.write(answer["err"])
-sys.exit(answer["code"])
+
+
+def ask(folder: str, argv: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
+    """Give the cluster in a folder a command: its exit code, output and error output.
+
+    What a client runs, often: it imports next to nothing.
+    """
+    here = os.open(folder, os.O_RDONLY)
+    line = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        line.connect(f"/proc/self/fd/{here}/socket")  # the path of a socket has 107 characters at most
+        request = [os.getcwd(), str(len(argv)), *argv, *(f"{name}={value}" for name, value in environment.items())]
+        line.sendall("\0".join(request).encode(errors="surrogateescape"))
+        line.shutdown(_socket.SHUT_WR)
+        answer = b""
+        while part := line.recv(1 << 16):
+            answer += part
+    finally:
+        line.close()
+        os.close(here)
+    code, out, err = answer.decode().split("\0")
+    return int(code), out, err
+
+
+CLIENT = f"""
+import _socket, os, sys
+
+{inspect.getsource(ask)}
+
+code, out, err = ask(sys.argv[1], [os.path.basename(sys.argv[2]), *sys.argv[3:]], dict(os.environ))
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(code)
 """
 
 
@@ -67,6 +88,22 @@ class Refused(Exception):  # noqa: N818 - an answer of a command
     def __init__(self, text: str, code: int = 1) -> None:
         super().__init__(text)
         self.code = code
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command that somebody gives."""
+
+    directory: str
+    argv: list[str]
+    environment: dict[str, str]
+
+    @classmethod
+    def read(cls, said: bytes) -> "Request":
+        """What `ask` has sent."""
+        directory, count, *words = said.decode(errors="surrogateescape").split("\0")
+        variables = words[int(count) :]
+        return cls(directory, words[: int(count)], dict(item.split("=", 1) for item in variables))
 
 
 @dataclass(eq=False)
@@ -200,6 +237,7 @@ class Controller:
             job.reason = "PartitionConfig"
             return
         allowed = job.options["nodelist"].split(",") if "nodelist" in job.options else NODES
+        allowed = [node for node in allowed if node not in job.options.get("exclude", "").split(",")]
         free = [node for node in allowed if node not in self.down and self.used(node) + job.cpus <= CPUS]
         job.reason = (
             "None" if len(free) >= job.width else "Resources" if set(allowed) - self.down else "ReqNodeNotAvail"
@@ -296,8 +334,8 @@ class Controller:
 
     # -- commands
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        program, *arguments = request["argv"]
+    def answer(self, request: Request) -> str:
+        program, *arguments = request.argv
         try:
             if "slurmctld" in self.silent and program not in ("sacct", "control"):
                 raise Refused(f"{program}: error: Unable to contact slurm controller (connect failure)")
@@ -306,15 +344,15 @@ class Controller:
             handle: Callable[..., str] = getattr(self, program)
             out = handle(arguments, request) if program == "sbatch" else handle(arguments)
         except Refused as refusal:
-            return {"out": "", "err": f"{refusal}\n", "code": refusal.code}
-        return {"out": f"{out}\n" if out else "", "err": "", "code": 0}
+            return f"{refusal.code}\0\0{refusal}\n"
+        return f"0\0{out}\n\0" if out else "0\0\0"
 
     def control(self, arguments: list[str]) -> str:
         """What no Slurm has: `silence DAEMON`, and `heal` for all of them."""
         self.silent = {*self.silent, arguments[1]} if arguments[0] == "silence" else set()
         return ""
 
-    def sbatch(self, arguments: list[str], request: dict[str, Any]) -> str:
+    def sbatch(self, arguments: list[str], request: Request) -> str:
         options: dict[str, str] = {}
         files = read_options(arguments, options)
         script = f"#!/bin/sh\n{options['wrap']}\n" if "wrap" in options else Path(files[0]).read_text()
@@ -323,14 +361,14 @@ class Controller:
         read_options([word for line in lines for word in shlex.split(line)], inside)
         options = {**inside, **options}
         options.setdefault("job-name", "wrap" if "wrap" in options else Path(files[0]).name)
-        options.setdefault("chdir", request["cwd"])
+        options.setdefault("chdir", request.directory)
         if options.get("partition", "gpu") not in PARTITIONS:
             raise Refused(
                 f"sbatch: error: invalid partition specified: {options['partition']}\n"
                 "sbatch: error: Batch job submission failed: Invalid partition name specified"
             )
         begin = time.time() + float(options.get("begin", "now+0").removeprefix("now+"))
-        common = (options, script, request["env"], seconds_of(options.get("time", "")))
+        common = (options, script, request.environment, seconds_of(options.get("time", "")))
         after = dependencies(options.get("dependency", ""))
         base, span = self.next, options.get("array")
         for index in [None] if span is None else array_indices(span):
@@ -392,6 +430,8 @@ class Controller:
 
     def scontrol(self, arguments: list[str]) -> str:
         words = [word for word in arguments if not word.startswith("-")]
+        if words[:2] == ["show", "hostnames"]:
+            return "\n".join(expanded(words[2]))
         if words[:2] == ["show", "job"]:
             return "\n".join(self.described(job) for job in self.existing(words[2], "slurm_load_jobs error: "))
         if words[0] == "requeue":
@@ -510,6 +550,16 @@ def listed(nodes: list[str]) -> str:
     return f"node[{numbers[0]}-{numbers[-1]}]" if len(nodes) > 1 else "".join(nodes)
 
 
+def expanded(nodes: str) -> list[str]:
+    """The nodes that node1,node[2-3] stands for."""
+    found = []
+    for part in re.findall(r"[^,\[]+(?:\[[^\]]*\])?", nodes):
+        name, _, numbers = part.rstrip("]").partition("[")
+        first, _, last = numbers.partition("-")
+        found += [f"{name}{number}" for number in range(int(first), int(last or first) + 1)] if numbers else [name]
+    return found
+
+
 def moment(when: float | None) -> str:
     return "Unknown" if when is None else datetime.fromtimestamp(when).isoformat(timespec="seconds")
 
@@ -568,9 +618,9 @@ def serve(folder: Path) -> None:
                     return
                 line, _ = listener.accept()
                 # A client that is killed meanwhile, as by its own scancel, has asked, but hears nothing.
-                with line, contextlib.suppress(BrokenPipeError), line.makefile("rw") as file:
-                    if request := file.readline():
-                        file.write(json.dumps(controller.answer(json.loads(request))))
+                with line, contextlib.suppress(BrokenPipeError), line.makefile("rb") as file:
+                    if said := file.read():
+                        line.sendall(controller.answer(Request.read(said)).encode())
             controller.tick()
 
 

@@ -12,7 +12,9 @@ from unittest import mock
 import msgspec
 import yaml
 
-from annotation.config import EvaluationConfig, PairsConfig, ScoreConfig
+from annotation.config import EvaluationConfig
+from annotation.pairing.config import PairsConfig
+from annotation.scorers import score_config
 from contracts.artifacts import Artifact, input_digest, model_fingerprint
 from contracts.config import Role, StageConfig
 from contracts.fingerprint import digest, weights_fingerprint
@@ -161,7 +163,7 @@ class HandmadeRun:
             "values": {"kind": "values", "model": critic},
         }
         column = {"reference": "token_logprobs", "values": "token_values"}.get(scorer)
-        config = ScoreConfig(output=self.path / name, rollouts=rollouts, name=scorer, pairs=pairs, **kinds[scorer])
+        config = score_config(output=self.path / name, rollouts=rollouts, name=scorer, pairs=pairs, **kinds[scorer])
         chance = random.Random(name)
         wanted = None
         if pairs:

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import fake_slurm
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dev-slurm.sh"
-FAKE = Path(__file__).with_name("fake_slurm.py")
 FIRST_NODE_PORT = 11
 SECONDS_UNTIL_SAVED = 6
 """slurmctld writes its state at most this long after a change."""
@@ -111,11 +112,18 @@ class FakeCluster(Slurm):
 
     def __init__(self, folder: Path) -> None:
         """Start it, with a directory that is absent."""
+        self.folder = folder
         self.environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
-        command = [sys.executable, str(FAKE), "serve", str(folder)]
+        command = [sys.executable, fake_slurm.__file__, "serve", str(folder)]
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert self.server.stdout is not None
         assert self.server.stdout.readline() == b"ready\n"
+
+    def run(self, *command: str) -> str:
+        """The same, without a process for each of the many questions of tests that wait."""
+        code, out, err = fake_slurm.ask(str(self.folder), list(command), {**os.environ, **self.environment})
+        assert code == 0, f"{command}: {err}"
+        return out.strip()
 
     def end(self) -> None:
         """End it with all of its jobs."""

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pipelines_cluster import Slurm, wait_for
 from pipelines_smallest import COMMAND, pipeline, write_pretended, write_smallest
+from pretend import VERSIONS
 
 from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST
@@ -51,6 +52,30 @@ class SlurmRun:
     def release(self, stage: str) -> None:
         """Have a stage that pretends to wait go on."""
         (self.config.parent / "interpreter" / f"release-{stage.replace('/', '-')}").touch()
+
+    @contextlib.contextmanager
+    def unanswered(self) -> Iterator[Callable[[], bool]]:
+        """Whoever asks for an environment's versions meanwhile waits for them; yields whether somebody does."""
+        path = self.config.parent / "interpreter" / VERSIONS
+        answer = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        writers: list[int] = []
+
+        def is_asked() -> bool:
+            with contextlib.suppress(OSError):  # nobody reads
+                writers.append(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            return bool(writers)
+
+        try:
+            yield is_asked
+        finally:
+            writers.append(os.open(path, os.O_RDWR))
+            path.unlink()
+            path.write_bytes(answer)
+            os.write(writers[-1], answer)  # for who has asked just before
+            for writer in writers:
+                os.close(writer)
 
     def pipeline(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run the command to its end, on the cluster."""
@@ -103,6 +128,10 @@ class SlurmRun:
         """The same, as soon as there are any."""
         self.wait_for(lambda: self.tasks(stage), seconds, f"{stage} runs")
         return self.tasks(stage)
+
+    def wait_until_started(self, *stages: str) -> None:
+        """Until the driver has noted that it has started these."""
+        self.wait_for(lambda: {*stages} <= {event["stage"] for event in self.events("started")}, 300, f"{stages} start")
 
     def wait_until_waiting(self, stage: str, times: int = 1) -> None:
         """Until processes of a stage have begun to pretend that they wait so many times."""
@@ -185,11 +214,14 @@ def is_pending(pid: int, number: signal.Signals) -> bool:
     return True
 
 
-def digests(run: Path) -> dict[str, str]:
-    """The digest of everything that a run has published, by stage."""
+def digests(run: Path, last: int | None = None) -> dict[str, str]:
+    """The digest of all that a run has published, by stage, as far as iteration `last`; it may go on meanwhile."""
     found = {}
-    for path in run.rglob(MANIFEST):
-        name = path.parent.relative_to(run)
-        if name.parts[0] not in ("superseded", "logs") and not any(part.startswith(".") for part in name.parts):
-            found[name.as_posix()] = Artifact.open(path.parent).manifest.digest
-    return found
+    for path, folders, files in os.walk(run):
+        folders[:] = [name for name in folders if name not in ("superseded", "logs") and not name.startswith(".")]
+        if MANIFEST in files:
+            found[Path(path).relative_to(run).as_posix()] = Artifact.open(Path(path)).manifest.digest
+    if last is None:
+        return found
+    known = tuple(f"iteration-{number:03d}/" for number in range(last + 1))
+    return {stage: digest for stage, digest in found.items() if stage.startswith(("setup/", "prompts/", *known))}

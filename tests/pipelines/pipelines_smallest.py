@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from forked import run_forked
 from pretend import write_interpreter
 
 COMMAND = [sys.executable, "-m", "pipelines"]
@@ -62,7 +63,7 @@ def write_smallest(folder: Path) -> Path:
 
 def pipeline(*arguments: str, **options: object) -> "subprocess.CompletedProcess[str]":
     """Run the command to its end."""
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=800, check=False, **options)  # type: ignore[call-overload, no-any-return]
+    return run_forked("pipelines", *arguments, **options)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -89,7 +90,8 @@ def finish_smallest(config: Path) -> FinishedRun:
     watcher.start()
     try:
         environment = {**os.environ, "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET}
-        result = pipeline("run", str(config), "--iters", "2", env=environment)
+        command = [*COMMAND, "run", str(config), "--iters", "2"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, env=environment)
     finally:
         done.set()
         watcher.join()
@@ -99,11 +101,15 @@ def finish_smallest(config: Path) -> FinishedRun:
 
 
 def watch_process_list(command_lines: set[str], done: threading.Event) -> None:
-    """Collect all command lines that show up on this machine."""
+    """Collect all command lines that show up on this machine, of each process when it is new: it may become another."""
+    looks: dict[str, int] = {}
     while not done.wait(0.05):
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                command_lines.add((folder / "cmdline").read_text(errors="replace"))
+        there = [name for name in os.listdir("/proc") if name.isdigit()]
+        looks = {name: looks.get(name, 0) + 1 for name in there}
+        for name in there:
+            if looks[name] <= 20:
+                with contextlib.suppress(OSError):
+                    command_lines.add(Path("/proc", name, "cmdline").read_text(errors="replace"))
 
 
 PRETENDED: dict[str, Any] = {

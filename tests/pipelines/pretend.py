@@ -8,6 +8,10 @@ the first start of a stage's process takes the first of that stage's acts, the n
     mistake       finds a mistake of the user's
     hang          says nothing more, until it is ended
     wait          goes on when the file release-STAGE ("-" for "/") is in the interpreter's folder
+
+With "after N" ("kill after 1") it acts when it has made so many shards.
+
+`set_seconds` says how long stages take besides, each time: so long as one of their shards waits before it is made.
 """
 
 import json
@@ -15,28 +19,40 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
+
+from annotation.gating.config import GateConfig
+from annotation.gating.stage import decision_of
 from contracts.attempt import report_progress
 from contracts.config import StageConfig
 from contracts.declaration import stages_of
 from contracts.errors import UserError
 from contracts.fingerprint import weights_fingerprint
+from contracts.following import Source
 from contracts.ledger import Ledger
 from contracts.publication import Publication
-from contracts.records import CHECKPOINT, EVALUATION, Completion, Message, Pair, Prompt, Rollout, Score
+from contracts.records import CHECKPOINT, EVALUATION, ROLLOUTS, Completion, Message, Pair, Prompt, Rollout, Score
 from contracts.stage import Context, Outcome, main
+from contracts.versions import installed_versions
 from contracts.workers import share_shards
 
 SHARDS = 3
 ACTS = "acts.json"
+VERSIONS = "versions.json"
+SECONDS = "seconds.json"
 
 
 def write_interpreter(folder: Path, **acts: list[str]) -> Path:
     """Make the interpreter in an absent folder.
+
+    What it would say of the versions of its libraries is written down beside it, in VERSIONS: every run asks three
+    times, and a whole Python would have to start for it.
 
     Args:
         acts: by stage, "__" for "/" and "_" for "-" in its name.
@@ -44,31 +60,57 @@ def write_interpreter(folder: Path, **acts: list[str]) -> Path:
     folder.mkdir()
     named = {stage.replace("__", "/").replace("_", "-"): wanted for stage, wanted in acts.items()}
     (folder / ACTS).write_text(json.dumps(named))
+    (folder / VERSIONS).write_text(json.dumps(installed_versions()))
+    set_seconds(folder, {})
     path = folder / "python"
     path.write_text(
-        f'#!/bin/sh\ncase "$1 $2" in\n  -c*|*.*) exec "{sys.executable}" "$@" ;;\nesac\nshift\n'
+        f'#!/bin/sh\ncase "$1 $2" in\n  "-c "*installed_versions*) exec cat "{folder / VERSIONS}" ;;\n'
+        f'  -c*|*.*) exec "{sys.executable}" "$@" ;;\nesac\nshift\n'
         f'exec "{sys.executable}" "{Path(__file__).resolve()}" "{folder}" "$@"\n'
     )
     path.chmod(0o755)
     return path
 
 
+def set_seconds(folder: Path, seconds: dict[str, float]) -> None:
+    """Say how long stages take: by what their names end with, the first that fits."""
+    (folder / SECONDS).write_text(json.dumps(seconds))
+
+
+def seconds_of(output: Path) -> float:
+    """How long a stage takes."""
+    seconds: dict[str, float] = json.loads((Path(sys.argv[1]) / SECONDS).read_text())
+    return next((each for name, each in seconds.items() if f"{output}".endswith(f"/{name}")), 0.0)
+
+
 def run(config: StageConfig, context: Context) -> Outcome:
     """What each of the stages does."""
-    act(config.output)
+    acts = act(config.output)
+    acts(0)
     if config.stage == "policy":
         for step in (1, 2):
             context.report_step(step, {"loss": 1 / step})
     names = [f"shard-{number:05d}.jsonl" for number in range(SHARDS)]
     publication = context.publication
+    source = Source(config.rollouts, ROLLOUTS) if config.stage == "score" else None  # type: ignore[attr-defined]
+    made: list[str] = []
+    works_in_shards = config.stage in ("generation", "score")
+    pause = seconds_of(config.output) / (SHARDS if works_in_shards else 1)
 
     def make(name: str) -> None:
+        time.sleep(pause)
         ledger = Ledger("rows")
         ledger.keep()
-        publication.write_rows(name, [row_of(config, name)], ledger)
+        if source is None:
+            rows = [row_of(config, name)]
+        else:
+            rows = [Score(row.prompt_id, 0, 0.5) for row in source.rows(name, Rollout)]
+        publication.write_rows(name, rows, ledger)
+        made.append(name)
+        acts(len(made))
 
-    if config.stage in ("generation", "score"):
-        share_shards(context, names, lambda: make)
+    if works_in_shards:
+        share_shards(context, source or names, lambda: make)
     else:
         make(names[0])
     if not context.publishes:
@@ -85,7 +127,7 @@ def row_of(config: StageConfig, name: str) -> Any:
     if config.stage == "pairs":
         ends = ("stop", "stop", 1.0, 0.5, 0.5, "max_min", 1)
         return Pair(name, name, "so?", (1, 4), (5, 2), (6, 2), "answer 0", "answer 1", 0, 1, *ends, messages)
-    return Score(name, 0, 0.5) if config.stage == "score" else Prompt(name, messages)
+    return Prompt(name, messages)
 
 
 def further(config: StageConfig, publication: Publication) -> dict[str, Any]:
@@ -98,6 +140,8 @@ def further(config: StageConfig, publication: Publication) -> dict[str, Any]:
         return {"weights": commit_weights(publication, "model.safetensors", config.output.parent.name[-4:])}
     if publication.schema == EVALUATION:
         return {"facts": {"metrics": {"iteration": config.iteration, "reward_mean": 0.5, "kl": None}}}  # type: ignore[attr-defined]
+    if isinstance(config, GateConfig):
+        return {"facts": {"gate": msgspec.to_builtins(decision_of(config))}}
     return {}
 
 
@@ -115,14 +159,23 @@ def commit(publication: Publication, name: str, content: bytes) -> None:
     publication.commit(name, Ledger("rows"))
 
 
-def act(output: Path) -> None:
-    """Do what this start of the stage is told."""
+def act(output: Path) -> Callable[[int], None]:
+    """What this start of the stage is told, to be done when it has made so many shards."""
     folder = Path(sys.argv[1])
+    told: list[tuple[str, int, Path]] = []
     for stage, wanted in json.loads((folder / ACTS).read_text()).items():
         if f"{output}".endswith(f"/{stage}"):
             report_progress(0, SHARDS, "shards")
             what = next((what for number, what in enumerate(wanted) if is_first(folder, stage, number)), "")
-            perform(what, folder / f"release-{stage.replace('/', '-')}")
+            word, _, number = what.partition(" after ")
+            told.append((word, int(number or 0), folder / f"release-{stage.replace('/', '-')}"))
+
+    def acts(made: int) -> None:
+        for what, number, release in told:
+            if number == made:
+                perform(what, release)
+
+    return acts
 
 
 def is_first(folder: Path, stage: str, number: int) -> bool:

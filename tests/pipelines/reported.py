@@ -50,6 +50,9 @@ class ReportedRun(HandmadeRun):
                 msgspec.structs.replace(row, score=float(self._judge(iteration, lengths[row.prompt_id, row.sample])))
                 for row in rows
             ]
+            if name.endswith("reward"):
+                told = {"parts": {"half": 0.5}, "extras": {"why": self._texts("because")}}
+                rows = [msgspec.structs.replace(row, **told) for row in rows]
         return rows
 
     def _answers(self, row: Rollout, iteration: int) -> Rollout:

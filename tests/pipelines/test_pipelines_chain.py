@@ -3,16 +3,14 @@
 The stages pretend to work, so that each of these runs on the fake cluster as well as on the real one.
 """
 
-import json
-import os
 import re
 import signal
 from pathlib import Path
 
 import pytest
+import yaml
 from pipelines_cluster import Slurm, wait_for
 from pipelines_slurm_run import SlurmRun
-from pipelines_smallest import pipeline
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -65,6 +63,51 @@ def test_a_chain_survives_what_a_cluster_does_to_it(tmp_path: Path, slurm: Slurm
         assert re.search(rf"{REWARD}: job {limited} .* requeued \(time limit\)", text), text
 
 
+@pytest.mark.slow
+def test_pools_of_nodes_keep_their_stages_when_each_loses_a_node(
+    tmp_path: Path, slurm: Slurm, pretended: dict[str, str]
+) -> None:
+    """Separation over two pools of nodes, without a driver: a job whose node fails starts again on its pool's other
+    node, and what is published is what a laptop makes."""
+    sampling, learning = "iteration-001/generation", TRAINING
+    run = SlurmRun.pretended(
+        tmp_path, slurm, iteration_001__generation=["wait", "wait"], iteration_001__training=["wait"]
+    )
+    pools = {"generation": {"nodes": "node[1-2]"}, "training": {"nodes": "node3,node4"}}
+    placement = {"strategy": "separation", "pools": pools}
+    run.config.write_text(yaml.safe_dump({**yaml.safe_load(run.config.read_text()), "placement": placement}))
+    run.detach(iterations=1)
+
+    lost = []
+    try:
+        for stage, pool, times in ((sampling, {"node1", "node2"}, 2), (learning, {"node3", "node4"}, 1)):
+            run.wait_until_waiting(stage, times=times)
+            nodes = {node for _, node in run.tasks(stage)}
+            assert nodes <= pool, stage
+            lost.append(min(nodes))
+            slurm.set_down(lost[-1])
+            run.release(stage)
+        status = run.wait()
+    finally:
+        for node in lost:
+            slurm.set_up(node)
+
+    assert run.digests() == pretended
+    for stage, node in zip((sampling, learning), lost, strict=True):
+        assert re.search(rf"{stage}: job \S+ on {node}: its node failed", status), status
+    pools_of = {event["stage"]: event.get("pool") for event in run.events("started")}
+    assert (pools_of[sampling], pools_of[learning]) == ("generation", "training")
+
+
+def test_a_pool_of_nodes_that_the_cluster_has_not_is_refused(tmp_path: Path, slurm: Slurm) -> None:
+    run = SlurmRun.pretended(tmp_path, slurm)
+    placement = "placement={strategy: separation, pools: {generation: {nodes: 'node[1-9]'}}}"
+    result = run.pipeline("run", str(run.config), placement, "--detach")
+    assert result.returncode == 2
+    assert "the nodes node[1-9], but the cluster has no node5. It has node1, node2" in result.stderr
+    assert not run.cluster.jobs()
+
+
 def test_after_a_failure_nothing_waits_for_ever_and_the_same_command_goes_on(tmp_path: Path, slurm: Slurm) -> None:
     run = SlurmRun.pretended(tmp_path, slurm, prompts__heldout=["mistake", "wait"])
     run.detach(iterations=0)
@@ -107,6 +150,26 @@ def test_after_a_failure_nothing_waits_for_ever_and_the_same_command_goes_on(tmp
     assert run.pipeline("cancel", str(run.path)).stdout.startswith("nobody works on")
 
 
+@pytest.mark.slow
+def test_a_gate_that_stops_ends_the_chain_and_it_is_not_submitted_again(tmp_path: Path, slurm: Slurm) -> None:
+    run = SlurmRun.pretended(tmp_path, slurm)
+    gate = {"metric": "reward_mean", "above": 0.4}  # it is 0.5 of every policy
+    config = yaml.safe_load(run.config.read_text())
+    run.config.write_text(yaml.safe_dump({**config, "gates": {"high": {**gate, "do": "stop"}}}))
+    run.detach(iterations=2)
+    reason = "the gate high stops the run after iteration 1: reward_mean is 0.5, above 0.4."
+    assert reason in run.wait()
+    assert "iteration-001/gate" in run.digests()
+    assert not [stage for stage in run.digests() if stage.startswith("iteration-002")]
+    assert [event["outcome"] for event in run.events("run ended")][-1] == "stopped"
+    again = run.pipeline("run", str(run.config), "--iters", "2", "--detach")
+    assert again.returncode == 3
+    assert reason in again.stderr
+    back = run.pipeline("run", str(run.config), "--iters", "2", "--detach", "gates.high.do=rollback")
+    assert back.returncode == 2
+    assert "gates.high.do is rollback" in back.stderr
+
+
 def test_a_stage_that_gets_no_further_between_two_time_limits_fails(tmp_path: Path, slurm: Slurm) -> None:
     run = SlurmRun.pretended(tmp_path, slurm, setup__world=["wait", "wait"])
     run.detach(iterations=0)
@@ -145,6 +208,34 @@ def test_jobs_outlive_their_driver(tmp_path: Path, slurm: Slurm, pretended: dict
     wait_for(run.is_over, 60, "all jobs end")
 
 
+def test_tasks_of_a_scorer_follow_those_of_a_generation(
+    tmp_path: Path, slurm: Slurm, pretended: dict[str, str]
+) -> None:
+    """Two tasks each, which wait for each other's shards; one of the scorer's is killed meanwhile."""
+    acts = {
+        "iteration_000__heldout__generation": ["wait after 1"] * 2,
+        "iteration_000__heldout__reward": ["kill after 1"],
+    }
+    run = SlurmRun.pretended(tmp_path, slurm, **acts)
+    driver = run.start("--iters", "0", "placement.streaming=true")
+    hidden = [(run.path / GENERATION).parent / f".{name}.partial-*" for name in ("generation", "reward")]
+
+    def shards(pattern: Path) -> int:
+        return len(list(pattern.parent.glob(f"{pattern.name}/.receipt-shard-*")))
+
+    try:
+        run.wait_for(lambda: shards(hidden[1]) == 2, 300, "both shards are scored")
+        assert shards(hidden[0]) == 2
+        assert not (run.path / GENERATION).exists()
+        run.release(GENERATION)
+        assert driver.wait(300) == 0
+    finally:
+        driver.kill()
+    assert run.digests() == {name: pretended[name] for name in run.digests()}
+    reasons = [event["reason"] for event in run.events("started") if event["stage"] == REWARD]
+    assert reasons[0] == f"follows {GENERATION}"
+
+
 def test_a_driver_says_what_waits_and_what_happened_and_ends_its_jobs(tmp_path: Path, slurm: Slurm) -> None:
     """A stage is killed and tried again; a job whose node is down waits; Ctrl-C ends all of them."""
     stages = {"prompts/heldout": {"directives": {"nodelist": "node4"}}}
@@ -160,124 +251,3 @@ def test_a_driver_says_what_waits_and_what_happened_and_ends_its_jobs(tmp_path: 
         wait_for(run.is_over, 60, "all jobs end")
     finally:
         slurm.set_up("node4")
-
-
-def test_what_slurm_refuses_is_told_and_what_was_submitted_before_is_cancelled(tmp_path: Path, slurm: Slurm) -> None:
-    run = SlurmRun.pretended(tmp_path, slurm, stages={"prompts/train": {"directives": {"no-such-option": "1"}}})
-    result = run.pipeline("run", str(run.config), "--iters", "0", "--detach")
-    assert result.returncode == 2
-    assert "submitting stage prompts/train failed" in result.stderr
-    assert "unrecognized option '--no-such-option" in result.stderr
-    assert "What this command had submitted before was cancelled" in result.stderr
-    assert "Traceback" not in result.stderr
-    wait_for(run.is_over, 60, "all jobs end")
-
-
-def test_a_command_that_was_killed_before_it_noted_its_jobs(tmp_path: Path, slurm: Slurm) -> None:
-    """The next one cancels what is left of that, and submits anew; what ends unknown fails, so that nothing goes on."""
-    run = SlurmRun.pretended(tmp_path, slurm, setup__world=["wait", "wait"])
-    run.detach(iterations=0)
-    run.wait_until_waiting("setup/world")
-    record = run.path / "logs/setup/world/attempt-1/jobs.json"
-    jobs = json.loads(record.read_text())
-    record.unlink()
-    run.detach(iterations=0)
-    wait_for(lambda: jobs["work"] not in slurm.jobs(), 60, "the unknown job ends")
-    run.wait_until_waiting("setup/world", times=2)
-    (run.path / "logs/setup/world/attempt-2/jobs.json").unlink()
-    run.release("setup/world")
-    run.wait()
-    assert run.digests().keys() == {"setup/world"}
-    run.detach(iterations=0)
-    run.wait_for(lambda: "prompts/train" in run.digests(), 200, "it goes on")
-    assert len(list((run.path / "logs/setup/world").iterdir())) == 2
-    run.pipeline("cancel", str(run.path))
-    wait_for(run.is_over, 60, "all jobs end")
-
-
-SLOW = """
-import os, pathlib, time
-folder = pathlib.Path({folder!r})
-(folder / f"start-{{os.getpid()}}").touch()
-for _ in range(600):
-    if (folder / "go").exists():
-        break
-    time.sleep(0.1)
-raise ImportError("none here")
-"""
-"""In the place of numpy, which submitit loads first if it can."""
-
-
-def test_a_chain_outlives_a_killed_job_an_early_notice_and_accounting(tmp_path: Path, slurm: Slurm) -> None:
-    """The job of a light stage, which nobody looks after, is killed while its Python still starts; what it starts in
-    its place is told to stop then, and once more while it asks for the versions of the environment. While accounting
-    is away, the stages go on; when it is back, it tells what happened."""
-    slow = tmp_path / "slow"
-    slow.mkdir()
-    (slow / "numpy.py").write_text(SLOW.format(folder=str(slow)))
-    run = SlurmRun.pretended(
-        tmp_path, slurm, stages={"setup/world": {"setup": [f"export PYTHONPATH={slow}"]}},
-        iteration_000__heldout__generation=["wait", "wait"],
-    )  # fmt: skip
-    run.detach(iterations=0)
-    run.wait_for(lambda: any(slow.glob("start-*")), 60, "Python starts")
-    (start,) = slow.glob("start-*")
-    os.kill(int(start.name.partition("-")[2]), signal.SIGKILL)
-    run.wait_for(lambda: any(path != start for path in slow.glob("start-*")), 60, "it starts again")
-    ((world, _),) = run.tasks("setup/world")
-    slurm.run("scancel", "--signal=USR2", world)
-    (slow / "go").touch()
-    run.wait_for(lambda: run.events("requeue"), 60, "the job asks for a requeue")
-    run.wait_for((run.path / "logs/setup/world/attempt-1/prepare.lock").exists, 60, "it looks at the environment")
-    slurm.run("scancel", "--signal=USR2", world)
-    run.wait_for(lambda: len(run.events("requeue")) == 2, 60, "the job asks for another requeue")
-
-    run.wait_until_waiting(GENERATION, times=2)
-    (task, _), _ = run.tasks(GENERATION)
-    slurm.kill("slurmdbd")
-    try:
-        slurm.run("scancel", task)
-        run.release(GENERATION)
-        run.wait_for(lambda: REWARD in run.digests(), 200, "what reads that stage is published")
-        assert "What happened to some of the jobs on the way is not known: `sacct" in run.status()
-    finally:
-        slurm.up()
-    line = rf"{GENERATION}: job {task} on node\d: cancelled by"
-    wait_for(lambda: re.search(line, run.status()), 60, "the controller has told accounting of the cancelled task")
-    status = run.status()
-    assert re.search(rf"setup/world: job {world} .* exit code 137, and was started again", status), status
-    assert re.search(rf"setup/world: job {world} .* requeued \(signal, \d+ s before the time limit\)", status), status
-    assert not run.events("failed")
-    run.wait()
-
-
-def test_a_cancelled_finishing_job_is_named(tmp_path: Path, slurm: Slurm) -> None:
-    """Nobody is left to finalize it then: status asks accounting, and the next command takes note of it."""
-    run = SlurmRun.pretended(tmp_path, slurm)
-    run.detach(iterations=0)
-    finishing = run.finishing_job(GENERATION)
-    slurm.run("scancel", finishing)
-    status = run.wait()
-    line = rf"{GENERATION}: job {finishing} before it started: cancelled by"
-    assert re.search(line, status), status
-    assert re.search(rf"{EVALUATION} +│ blocked", status), status
-    assert len(re.findall(": cancelled", status)) == 1, "what Slurm cancelled because of that is not told one by one"
-    run.detach(iterations=0)
-    assert re.search(line, run.wait())
-    assert EVALUATION in run.digests()
-    assert "is finished: all 6 stages are published; nothing to do" in run.detach(iterations=0)
-
-
-def test_the_nodes_of_a_training_meet_at_the_first_of_them(tmp_path: Path, slurm: Slurm, pretended_run: Path) -> None:
-    """Only the training runs on the cluster, the other stages on this machine."""
-    result = pipeline("fork", str(pretended_run), "--from-iteration", "1", "--name", tmp_path.name)
-    assert result.returncode == 0, result.stderr
-    config = pretended_run.with_name(tmp_path.name) / "config.yaml"
-    command = ["run", str(config), "--iters", "1", "--force", TRAINING, "training.parallel.dp=2"]
-    stages = f"executor.stages={{{TRAINING}: {{kind: slurm, nodes: 2}}}}"
-    result = pipeline(*command, stages, env={**os.environ, **slurm.environment})
-    assert result.returncode == 0, result.stderr
-    logs = [path.read_text() for path in (config.parent / "logs" / TRAINING).rglob("stage.log")]
-    places = [re.search(r"as node (\d) of node1:(\d+)", log) for log in logs]
-    assert sorted(place[1] for place in places if place) == ["0", "1"]
-    assert len({place[2] for place in places if place}) == 1

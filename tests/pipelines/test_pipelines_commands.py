@@ -13,11 +13,14 @@ from contracts.attempt import ATTEMPT, report_metrics
 from contracts.points import REPORTS
 from contracts.stages.prompts import IMPORT_PROMPTS
 from pipelines.commands.declaring import COMMANDS, GROUPS, HELP
+from pipelines.config.executor import ExecutorSection
+from pipelines.config.placement import PlacementSection
 from pipelines.execution.endings import latest_metrics
 from pipelines.graph import Graph
 from pipelines.insight.remaining import Remaining, in_words
 from pipelines.insight.wording import metrics_in_words, notable_lines
 from pipelines.main import PARSER, main
+from pipelines.planning.cluster import Cluster
 from pipelines.run.events import HookFailed, StagePublished, StageReused, StageStarted
 
 
@@ -38,6 +41,28 @@ def test_completion_is_valid_in_its_shell(shell: str, capsys: pytest.CaptureFixt
         subprocess.run([shell, "-n"], input=script, text=True, check=True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["runz"], "there is no 'runz'. Did you mean 'run' or 'runs'?"),
+        (["env", "synk"], "there is no 'synk'. Did you mean 'sync'?"),
+        (["env", "sync", "--variant", "q"], "there is no 'q'. Known: auto, cpu, gpu."),
+        (["logs", "runs/a", "--lines", "-5"], "--lines: '-5' is no number from 1 on"),
+        (["logs", "runs/a", "--lines", "0"], "--lines: '0' is no number from 1 on"),
+    ],
+)
+def test_mistakes_in_the_command_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def at_once(parallel: int) -> Cluster:
+    """A machine that runs so many stages at once."""
+    return Cluster(ExecutorSection(), PlacementSection(), gpus=0, cores=1, parallel=parallel)
+
+
 class Clock:
     """A graph of stages of one role each in three iterations, each after the one before."""
 
@@ -56,7 +81,7 @@ class Clock:
                 self.graph.add(IMPORT_PROMPTS, role, {"source": path}, iteration=iteration)
 
     def remaining(self, *events: StagePublished | StageStarted | StageReused, **shares: float) -> float | None:
-        found = Remaining(self.graph, parallel=1)
+        found = Remaining(self.graph, at_once(1))
         found.note(list(events))
         return found.seconds({name.replace("__", "/").replace("_", "-"): share for name, share in shares.items()})
 
@@ -86,7 +111,7 @@ def test_stages_that_run_at_once_count_once(tmp_path: Path) -> None:
             graph.add(IMPORT_PROMPTS, role, {"source": source}, iteration=iteration)
     done = [published(f"iteration-001/{role}", seconds) for role, seconds in (("one", 10), ("two", 20), ("three", 30))]
     for parallel, expected in ((1, 60), (2, 40), (3, 30)):
-        remaining = Remaining(graph, parallel)
+        remaining = Remaining(graph, at_once(parallel))
         remaining.note(list(done))
         assert remaining.seconds({}) == pytest.approx(expected)
 

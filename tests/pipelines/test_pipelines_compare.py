@@ -147,6 +147,36 @@ def test_mistakes(smallest: Path, capsys: pytest.CaptureFixture[str], options: l
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("run.json", "{}", "run.json is damaged"),
+        ("iteration-001/heldout/gold/shard-00000.jsonl", "nonsense\n", "shard-00000.jsonl, line 1"),
+        ("iteration-001/heldout/generation/manifest.json", "{", "manifest.json"),
+    ],
+)
+def test_a_damaged_run_is_named_and_the_others_are_compared(
+    smallest: Path, capsys: pytest.CaptureFixture[str], file: str, content: str, said: str
+) -> None:
+    scores = {"broken": FIRST, "first": FIRST, "second": SECOND}
+    runs = [judged(smallest, name, values) for name, values in scores.items()]
+    (runs[0] / file).write_text(content)
+    assert main(["compare", *map(str, runs), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["runs"] == ["first", "second"]
+    assert found["left_out"] == [str(runs[0])]
+    assert found["notes"][0].startswith(f"{runs[0]} is damaged and left out: ")
+    assert said in found["notes"][0]
+    assert {paired["scorer"] for paired in found["paired"]} == {"reward", "gold", "well_formed"}
+    assert main(["compare", str(runs[0])]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_run_at_all_is_a_mistake(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(judged(smallest, "first", FIRST)), "runs/nothing"]) == 2
+    assert "runs/nothing is not the directory of a run" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(390, 844), (1440, 1000)], ids=["phone", "desk"])
 def test_the_page_stands_alone(

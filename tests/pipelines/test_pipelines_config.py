@@ -1,6 +1,8 @@
 """A user's mistakes in a run's config: one clear message, exit code 2, nothing left behind."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,8 +12,10 @@ from typing import get_args, get_origin
 import pytest
 import yaml
 
-from contracts.config import Section
+from contracts.config import IN_WORDS, Section
+from contracts.errors import UserError
 from pipelines.config.load import load_run_config
+from pipelines.config.run import RunConfig
 from pipelines.iteration import build_graph
 from pipelines.main import main
 
@@ -48,10 +52,13 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("training.settings.label_smoothing=0.5", "'label_smoothing' is 0.5, but must be >= 0, < 0.5"),
         ("changes={2: {training: {settings: {beta: 0}}}}", "the setting 'beta' is 0, but must be > 0"),
         ("training.settings.beta=-1", "the setting 'beta' is -1, but must be > 0"),
+        ("pairs.strategy=max_mni", "there is no such strategy. Did you mean 'max_min'?"),
+        ("pairs.settings.top=2", "pairs: strategy max_min has no setting 'top'. It has no settings."),
+        ("pairs.strategy=mine.py:choose", "no module or file 'mine.py' was found"),
         ("training.algorithm=dop", "there is no algorithm 'dop'. Did you mean 'dpo'?"),
         ("generation.k=1", "generation.k is 1; pairs need at least 2"),
         ("generation.temperatures=[1.0, 0.7, 0.5]", "k=4 cannot be divided equally"),
-        ("scorers={gold: {kind: rule}}", "scorers must hold `reward`"),
+        ("scorers={gold: {kind: rule, function: rules.py:judge}}", "scorers must hold `reward`"),
         ("scorers.gold.kind=magic", "'scorers.gold.kind' is 'magic'"),
         ("scorers.gold.function=embedded.nowhere:score", "embedded.nowhere"),
         ("reward_model.label=silver", "reward_model.label is 'silver'"),
@@ -66,7 +73,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("training.weight_decay=.inf", "'training.weight_decay' is inf"),
         ("generation.temperatures=[.nan]", "'generation.temperatures.0' is nan"),
         ("scorers.gold.function=embedded.reviews:nothere", "has no function 'nothere'"),
-        ("scorers.generation={kind: rule}", "not generation or reference"),
+        ("scorers.generation={kind: rule, function: rules.py:judge}", "not generation or reference"),
         ("policy=world:nothere", "the toy task has demonstrations.jsonl"),
         ("policy=rules.py", "rules.py does not exist"),
         ("=1", "cannot read the override"),
@@ -89,11 +96,22 @@ RULE = ["reward_model=null", "scorers.reward={kind: rule, function: embedded.rev
     [
         ("rloo", ["generation.k=1"], "generation.k is 1; training.algorithm=rloo compares the answers to a prompt"),
         ("raft", ["generation.k=1"], "it needs at least 2"),
-        ("ppo", ["generation.temperatures=[0.7]"], "at temperatures=[0.7], top_p=1, top_k=0; training.algorithm=ppo"),
-        ("ppo", ["generation.temperatures=[1.0,1.0]"], "leave these at [1.0], 1 and 0"),
+        ("ppo", ["generation.temperatures=[0.7]"], "at temperatures=[0.7]; training.algorithm=ppo"),
+        ("ppo", ["generation.temperatures=[1.0,1.0]"], "leave temperatures out"),
         ("raft", ["generation.top_p=0.9"], "top_p=0.9"),
         ("grpo", ["generation.top_k=5"], "top_k=5"),
+        ("ppo", ["generation.min_p=0.1"], "at min_p=0.1; training.algorithm=ppo trains what it sampled from"),
+        ("grpo", ["generation.min_new_tokens=4"], "leave min_new_tokens out"),
+        ("grpo", ["generation.repetition_penalty=1.1"], "its ratios would be wrong"),
+        (
+            "raft",
+            ["generation.presence_penalty=0.5", "generation.frequency_penalty=-0.5"],
+            "leave presence_penalty and frequency_penalty out",
+        ),
+        ("grpo", ["generation.guided.choice=[yes,no]"], 'guided={"choice": ["yes", "no"]}'),
+        ("rloo", ["generation.thinking.tokens=64"], 'thinking={"tokens": 64}'),
         ("ppo", ["accumulate=true"], "Only pairs accumulate"),
+        ("process_ppo", [], "scorers.reward.kind=reward_model gives one for the whole answer"),
         ("ppo", ["pairs.strategy=all"], "`pairs` is for algorithms that train on pairs"),
         ("grpo", ["critic.epochs=2"], "`critic` is for algorithms that need a critic,"),
         ("simpo", ["reference=previous"], "`reference` is for algorithms that need a reference policy"),
@@ -220,6 +238,31 @@ def test_another_algorithm_comes_without_the_settings_of_the_one_before(smallest
     assert later.at(2).training.settings == {}
 
 
+def test_another_strategy_of_pairs_comes_without_the_settings_of_the_one_before(smallest: Path) -> None:
+    data = yaml.safe_load(smallest.read_text())
+    data["pairs"] = {"strategy": "top_k_bottom_k", "settings": {"top": 1}, "margin": 0.1}
+    smallest.write_text(yaml.safe_dump(data))
+    assert load_run_config(smallest, ["pairs.strategy=top_k_bottom_k"]).pairs.settings == {"top": 1}
+    other = load_run_config(smallest, ["pairs.strategy=length_matched"]).pairs
+    assert (other.settings, other.margin) == ({}, 0.1)
+    later = load_run_config(smallest, ["changes.2.pairs.strategy=max_min"])
+    assert (later.at(1).pairs.settings, later.at(2).pairs.settings) == ({"top": 1}, {})
+
+
+def test_a_scorer_of_another_kind_comes_without_the_keys_of_the_one_before(smallest: Path) -> None:
+    words = "{kind: keywords, required: [great], case: true}"
+    overrides = [f"changes={{2: {{scorers: {{gold: {words}}}}}, 3: {{scorers: {{gold: {{case: false}}}}}}}}"]
+    gate = "{metric: kl, above: 9, do: rollback, changes: {scorers: {gold: {kind: regex, pattern: a.*}}}}"
+    config = load_run_config(smallest, [*overrides, f"gates.drift={gate}"])
+    found = [config.at(iteration).scorers["gold"].model_dump(exclude_unset=True) for iteration in (1, 2, 3)]
+    assert found[0]["kind"] == "rule"
+    assert found[1] == {"kind": "keywords", "required": ["great"], "case": True}
+    assert found[2] == {**found[1], "case": False}
+    assert config.at(2).scorers.keys() == config.at(1).scorers.keys()
+    taken_back = config.with_change(3, config.gates["drift"].changes).at(3)
+    assert taken_back.scorers["gold"].model_dump(exclude_unset=True) == {"kind": "regex", "pattern": "a.*"}
+
+
 def numeric_fields(model: type[Section]) -> Iterator[str]:
     """Fields of stages' and runs' configurations that hold a number, and that say nothing of which ones."""
     for name, field in model.model_fields.items():
@@ -236,4 +279,29 @@ def test_every_number_in_a_configuration_has_limits() -> None:
         todo += model.__subclasses__()
         if model.__module__.partition(".")[0] in ("annotation", "embedded", "generation", "pipelines", "training"):
             found |= set(numeric_fields(model))
-    assert {name.partition(".")[2] for name in found} <= {"shuffle_seed"}  # of which any will do
+    # Any seed will do, and any score; a pool's devices are a number or a list, which it checks itself.
+    any_will_do = {"shuffle_seed", "found", "absent", "lowest", "highest"}
+    assert {name.partition(".")[2] for name in found - {"PoolSection.devices"}} <= any_will_do
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("name=my run", "'name' is 'my run': write a letter or a digit, then also ., _ and -, at most 100 in all."),
+        (
+            'hooks={"my hook": {function: hooks.py:note}}',
+            "hooks: 'my hook' is no name: write a letter, then letters, digits, _ and -, at most 50 in all.",
+        ),
+        ("date=tomorrow", "'date' is 'tomorrow': write a day like 2025-07-31."),
+    ],
+)
+def test_what_a_name_may_be_is_said_in_words(smallest: Path, override: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_run_config(smallest, [override])
+    assert said in str(refused.value)
+
+
+def test_all_patterns_of_configurations_are_in_words() -> None:
+    """What pydantic says of a text that does not fit is a regular expression."""
+    schema = json.dumps(RunConfig.model_json_schema())
+    assert set(map(json.loads, re.findall(r'"pattern": ("(?:[^"\\\\]|\\\\.)*")', schema))) <= IN_WORDS.keys()

@@ -14,7 +14,7 @@ from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.manifest import MANIFEST
 from contracts.stages.prompts import IMPORT_PROMPTS
-from contracts.versions import source_version
+from contracts.versions import installed_versions, source_version
 from pipelines.config.load import load_run_config
 from pipelines.execution import attempts
 from pipelines.execution.attempts import Retries, StageFailedError
@@ -25,13 +25,14 @@ from pipelines.insight.display import Display
 from pipelines.insight.status import print_status
 from pipelines.insight.wording import notable_lines
 from pipelines.job import ENTRY
-from pipelines.planning.placement import cluster_of, place
+from pipelines.planning.cluster import cluster_of
+from pipelines.planning.placement import place
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, StageEvent, StageFailed, StagePublished, StageStarted
 
 INTERPRETER = """#!/usr/bin/env bash
 # An interpreter that misbehaves in its first {times} attempts at a stage.
-case "$1" in -c) exec {python} "$@" ;; esac
+case "$2" in *installed_versions*) echo '{versions}'; exit ;; esac
 echo attempt >> {count}
 if [ "$(wc -l < {count})" -le {times} ]; then
   {misbehave}
@@ -46,12 +47,15 @@ class Scene:
     def __init__(self, folder: Path, config: Path, misbehave: str, times: int, **executor: Any) -> None:
         python = folder / "python"
         self.count = folder / "attempts"
-        text = INTERPRETER.format(times=times, count=self.count, misbehave=misbehave, python=sys.executable)
+        versions = json.dumps(installed_versions())
+        text = INTERPRETER.format(
+            times=times, count=self.count, misbehave=misbehave, python=sys.executable, versions=versions
+        )
         python.write_text(text)
         python.chmod(0o755)
         source = folder / "prompts.jsonl"
         source.write_text("".join(json.dumps({"prompt": f"question {number}"}) + "\n" for number in range(3)))
-        settings = {"backoff_seconds": 0.05, "grace_seconds": 1, **executor}
+        settings = {"kind": "inline", "backoff_seconds": 0.05, "grace_seconds": 1, **executor}
         overrides = [f"executor.{key}={value}" for key, value in settings.items()]
         self.config = load_run_config(config, [*overrides, f"environments.annotation.python={python}"])
         self.run = RunDirectory(self.config.run_directory)
@@ -76,7 +80,7 @@ class Scene:
 
 
 def test_a_killed_stage_is_tried_again(tmp_path: Path, smallest: Path) -> None:
-    scene = Scene(tmp_path, smallest, "kill -9 $$", times=2)
+    scene = Scene(tmp_path, smallest, "kill -9 $$", times=2, kind="local")
     scene.drive()
     assert Artifact.open(scene.output).manifest.rows == 3
     assert scene.attempts == 3
@@ -122,7 +126,7 @@ def test_a_silent_stage_shows_where_it_stands_is_ended_and_tried_again(tmp_path:
         f"exec {sys.executable} -c 'import faulthandler, signal, time; "
         "faulthandler.register(signal.SIGQUIT); time.sleep(600)'"
     )
-    scene = Scene(tmp_path, smallest, hang, times=1, stall_seconds=1.5)
+    scene = Scene(tmp_path, smallest, hang, times=1, stall_seconds=1.5, kind="local")
     scene.drive()
     assert "said nothing for 1.5 s" in scene.said.getvalue()
     log = (scene.run.path / "logs/prompts/all/attempt-1/stage.log").read_text()
@@ -141,12 +145,13 @@ def test_a_finished_run_says_what_it_reuses_and_its_events_do_not_repeat_it(tmp_
     assert [type(event) for event in about] == [StageStarted, StagePublished]
 
 
-def test_no_pickle_stays_in_the_run_directory(tmp_path: Path, smallest: Path) -> None:
-    scene = Scene(tmp_path, smallest, "kill -9 $$", times=1)
+def test_a_manifest_says_where_the_time_of_its_stage_went(tmp_path: Path, smallest: Path) -> None:
+    scene = Scene(tmp_path, smallest, "true", times=0)
     scene.drive()
-    names = [path.name for path in scene.run.path.rglob("*") if path.is_file()]
-    assert names
-    assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".bin"))]
+    seconds = dict(Artifact.open(scene.output).manifest.seconds)
+    total = seconds.pop("total")
+    assert {"prepare", "import", "check"} <= seconds.keys()
+    assert sum(seconds.values()) <= total
 
 
 def test_another_result_than_was_asked_for_is_not_taken(tmp_path: Path, smallest: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from pipelines_smallest import FinishedRun
 
-from annotation.stages import score
 from contracts.manifest import MANIFEST
 from contracts.outlook import Memory, measure
 from contracts.stage import MINIMUM_FREE
@@ -103,7 +102,6 @@ def test_known_parameter_counts(tmp_path: Path) -> None:
 def test_constants_are_those_of_the_stages(root: Path) -> None:
     for file, name, mine in (
         ("modeling/logprobs.py", "CHUNK", estimates.HEAD_CHUNK),
-        ("annotation/logprobs.py", "LOGITS_AT_ONCE", score.LOGITS_AT_ONCE),
         ("modeling/packing.py", "PADDING_SHARE", estimates.PADDING_SHARE),
     ):
         statements = ast.parse((root / file).read_text()).body
@@ -221,6 +219,22 @@ def test_activations_follow_the_batch(run_with: Callable[..., Graph]) -> None:
     assert activations("training.micro_batch_tokens=8192") * 2 == activations("training.micro_batch_tokens=16384")
     assert activations("training.gradient_checkpointing=true") < activations() / 5
     assert training_memory(run_with(SMOLLM2, "training.global_batch=1")).parts["activations"] < activations() / 10
+
+
+def test_a_scorer_takes_fewer_tokens_at_once_on_a_cpu(run_with: Callable[..., Graph]) -> None:
+    """So many as fit its caches, but a prompt with all its answers."""
+
+    def tokens(*overrides: str, on_gpu: bool) -> float:
+        many = ("generation.max_new_tokens=300", "generation.k=4", "prompts.train.source=hf:nobody/data")
+        graph = run_with(SMOLLM2, "generation.max_prompt_tokens=500", "prompts.per_iteration=64", *many, *overrides)
+        found = memory(graph.nodes["iteration-001/reference"], graph, on_gpu=on_gpu)
+        assert found is not None
+        layer = 16 * 576 + (2 if on_gpu else 4) * (2 * (576 + 192) + 3 * 1536)
+        return found.parts["activations"] / layer
+
+    assert tokens(on_gpu=True) == 16384
+    assert tokens(on_gpu=False) == 500 + 4 * 300
+    assert tokens("generation.max_new_tokens=30", on_gpu=False) == 1024
 
 
 def test_adapters_are_all_that_has_a_state(run_with: Callable[..., Graph]) -> None:

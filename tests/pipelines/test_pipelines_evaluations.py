@@ -11,8 +11,8 @@ import yaml
 from pipelines_slurm_run import digests
 from pipelines_smallest import pipeline, write_pretended
 
-from annotation.checkpoint_evaluation import run as run_evaluation
 from annotation.config import CheckpointEvaluationConfig
+from annotation.evaluating.checkpoint_evaluation import run as run_evaluation
 from contracts.artifacts import Artifact
 from contracts.points import read_points
 from contracts.publication import Publication
@@ -125,6 +125,21 @@ def test_every_policy_is_evaluated_by_a_stage_of_its_own(tmp_path: Path, pretend
 
 
 @pytest.mark.slow
+def test_a_metric_that_a_gate_asks_for_and_that_is_not_returned(tmp_path: Path) -> None:
+    run = EvaluatedRun(tmp_path)
+    run.configure(lm={"function": run.function("measure")})
+    gate = "gates={worse: {metric: lm/accc, below: -1, difference_to: initial, do: stop}}"
+    command = ("run", str(run.config), "--iters", "0")
+    result = pipeline(*command, gate)
+    assert result.returncode == 2
+    assert "returned no metric 'accc', by which a gate decides. Did you mean 'acc'?" in result.stderr
+    result = pipeline(*command, gate.replace("accc", "acc"))
+    assert result.returncode == 0, result.stderr
+    logs = [path.read_text() for path in sorted((run.path / "logs/iteration-000/evaluations/lm").rglob("stage.log"))]
+    assert ["measured" in log for log in logs] == [True, False], "what was computed is not computed again"
+
+
+@pytest.mark.slow
 def test_an_evaluation_that_is_killed_or_loses_a_connection_is_tried_again(tmp_path: Path) -> None:
     run = EvaluatedRun(tmp_path)
     run.configure(lm={"function": run.function("killed_once")})
@@ -204,6 +219,10 @@ def test_a_kill_while_files_are_published_has_the_function_not_called_again(
         (
             {"evaluations": {"lm": {"function": "evals.py:fail", "environment": "mine"}}},
             "evaluations.lm.environment is 'mine', which is none of generation, annotation, training",
+        ),
+        (
+            {"scorers": {"reward": {"kind": "rule", "function": "evals.py:fail", "environment": "mine"}}},
+            "scorers.reward.environment is 'mine', which is none of generation, annotation, training",
         ),
         (
             {"evaluations": {"reward": {"function": "evals.py:fail"}}},

@@ -74,7 +74,7 @@ def test_an_array_is_one_line_in_the_queue_until_its_tasks_start(slurm: Slurm) -
 def test_a_job_that_asks_for_it_is_queued_again_and_accounted_for_each_start(slurm: Slurm, tmp_path: Path) -> None:
     script = 'echo ${SLURM_RESTART_COUNT:-first} >> starts; test -n "$SLURM_RESTART_COUNT" || sleep 60'
     job = slurm.submit(script, "--requeue", f"--chdir={tmp_path}")
-    wait_for((tmp_path / "starts").exists)
+    wait_for(lambda: (tmp_path / "starts").exists() and (tmp_path / "starts").read_text() == "first\n")
     slurm.run("scontrol", "requeue", job)
     slurm.wait_for_state(job, "COMPLETED")
     assert (tmp_path / "starts").read_text() == "first\n1\n"

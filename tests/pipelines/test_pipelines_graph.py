@@ -1,9 +1,11 @@
 """The graph: who needs whom, what runs first, and why a stage runs again."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from contracts.config import Role
 from contracts.errors import UserError
 from pipelines.config.load import load_run_config
 from pipelines.graph import Graph
@@ -22,6 +24,100 @@ def test_an_iteration_reads_the_policy_that_the_last_one_trained(smallest: Path)
     assert graph.nodes["iteration-002/generation"].needs == ("iteration-001/training", "prompts/train")
     training = graph.nodes["iteration-002/training"]
     assert set(training.needs) == {"iteration-001/training", "iteration-002/pairs", "iteration-002/reference"}
+
+
+def test_a_scorer_runs_in_the_environment_that_it_names(smallest: Path) -> None:
+    own = "environments.own={mine: {python: python3}}"
+    graph = graph_of(smallest, 1, own, "scorers.gold.environment=mine", "scorers.reward.environment=training")
+    found = {node.environment for node in graph.nodes.values() if node.role == "heldout/gold"}
+    assert found == {"own.mine"}
+    assert {node.environment for node in graph.nodes.values() if node.role == "reward"} == {"training"}
+    assert graph.nodes["iteration-001/reference"].environment == "annotation"
+
+
+def test_a_reward_model_on_vllm_runs_where_vllm_is(smallest: Path) -> None:
+    before = graph_of(smallest, 1).nodes["iteration-001/reward"]
+    node = graph_of(smallest, 1, "scorers.reward.engine=vllm").nodes["iteration-001/reward"]
+    assert (before.environment, node.environment) == ("annotation", "generation")
+    assert "vllm" in node.stage.libraries(node.config)
+    assert "vllm" not in before.stage.libraries(before.config)
+    assert "engine" not in before.config.select(Role.IDENTITY)
+    named = graph_of(smallest, 1, "scorers.reward={kind: reward_model, engine: vllm, environment: training}")
+    assert named.nodes["iteration-001/reward"].environment == "training"
+
+
+def test_steps_are_placed_by_the_policys_tokenizer(smallest: Path) -> None:
+    reward = "scorers.reward={kind: process_reward, model: ., layout: turns}"
+    node = graph_of(smallest, 1, reward, "reward_model=null").nodes["iteration-001/reward"]
+    assert node.config.tokenizer == node.config.rollouts.parents[1] / "setup/world/model"
+
+
+def test_a_combined_reward_is_made_of_scores_of_the_same_answers(smallest: Path) -> None:
+    """Also of those that are trained on; held-out answers are judged once by each scorer."""
+    reward = "scorers.reward={kind: combined, expression: 'gold + standard(form) - inner'}"
+    inner = "scorers.inner={kind: combined, expression: 'rank(form)'}"
+    graph = graph_of(smallest, 1, reward, inner, "scorers.form={kind: format}", "reward_model=null")
+    roles = {name.removeprefix("iteration-001/") for name in graph.nodes if name.startswith("iteration-001/")}
+    assert {"parts/gold", "parts/form", "parts/inner", "reward", "heldout/form", "heldout/inner"} <= roles
+    assert not [role for role in roles if role.startswith("heldout/parts")]
+    made = graph.nodes["iteration-001/reward"]
+    assert set(made.needs) == {
+        "iteration-001/generation", "iteration-001/parts/gold", "iteration-001/parts/form", "iteration-001/parts/inner",
+        "iteration-000/heldout/form",
+    }  # fmt: skip
+    assert set(graph.nodes["iteration-001/parts/inner"].needs) == {
+        "iteration-001/generation",
+        "iteration-001/parts/form",
+    }
+    assert made.stage.follows(made.config) is None
+    assert set(graph.nodes["iteration-000/heldout/reward"].needs) == {
+        "iteration-000/heldout/generation", "iteration-000/heldout/gold", "iteration-000/heldout/form",
+        "iteration-000/heldout/inner",
+    }  # fmt: skip
+
+
+def test_a_part_of_the_reward_can_be_the_model_that_is_trained_first(smallest: Path) -> None:
+    section = "reward_model={prompts: {source: world:preference.jsonl}}"
+    reward = "scorers.reward={kind: combined, expression: helpful - form}"
+    graph = graph_of(
+        smallest, 1, reward, "scorers.helpful={kind: reward_model}", "scorers.form={kind: repetition}", section
+    )
+    trained = graph.directory / "setup/reward-model/training"
+    for name in ("iteration-001/parts/helpful", "iteration-001/heldout/helpful"):
+        assert graph.nodes[name].config.model_dump()["model"] == trained
+    with pytest.raises(UserError, match=r"but scorers.reward.kind is combined, which reads other models"):
+        graph_of(smallest, 1, reward, "scorers.helpful={kind: format}", "scorers.form={kind: repetition}", section)
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("gold + from", "no expression: invalid syntax"),
+        (
+            "gold + fomr",
+            "scorers.reward.expression names fomr, which is no scorer of this run. Did you mean form? Known: ",
+        ),
+        ("gold + inner", "scorers.reward is made of itself: reward of inner of reward"),
+        ("gold ** 2", "is not allowed"),
+    ],
+)
+def test_a_combined_reward_that_cannot_be_is_refused(smallest: Path, expression: str, message: str) -> None:
+    inner = "scorers.inner={kind: combined, expression: reward + form}"
+    overrides = [f"scorers.reward={{kind: combined, expression: '{expression}'}}", inner, "scorers.form={kind: format}"]
+    with pytest.raises(UserError) as caught:
+        graph_of(smallest, 1, *overrides, "reward_model=null")
+    assert message in str(caught.value)
+
+
+def test_an_iteration_knows_where_the_lengths_of_earlier_answers_are(smallest: Path) -> None:
+    for lag, expected in ((0, ["002"]), (1, ["002", "001"])):
+        graph = graph_of(smallest, 3, f"lag={lag}")
+        found = graph.nodes["iteration-003/generation"]
+        assert found.config.model_dump()["lengths"] == [
+            graph.directory / f"iteration-{one}/generation" for one in expected
+        ]
+        assert not {f"iteration-{one}/generation" for one in expected} & {*found.needs}
+        assert graph.nodes["iteration-001/generation"].config.model_dump()["lengths"] == []
 
 
 @pytest.mark.parametrize(
@@ -169,6 +265,29 @@ def test_the_algorithm_can_change_within_a_run(smallest: Path) -> None:
     assert "iteration-002/critic" in graph.nodes["iteration-003/values"].needs
     simple = graph_of(smallest, 1, "training.algorithm=simpo", "training.settings={}")
     assert "iteration-001/reference" not in simple.nodes
+
+
+def test_another_scorer_judges_those_whom_a_policy_is_compared_with_anew(smallest: Path) -> None:
+    """Once, and only where it is the reward that has changed."""
+    first = ["reward_model=null", "scorers.reward={kind: rule, function: embedded.reviews:well_formed}"]
+    later = {
+        2: {"reward": {"kind": "length"}},
+        3: {"reward": {"seconds_per_sample": 5}},
+        4: {"gold": {"kind": "length"}},
+    }
+    changes = json.dumps({str(start): {"scorers": scorers} for start, scorers in later.items()})
+    graph = graph_of(smallest, 4, "diagnostics=true", *first, f"changes={changes}")
+    configs = [graph.nodes[f"iteration-{number:03d}/evaluation"].config.model_dump() for number in range(1, 5)]
+    compared = [
+        [config[key].relative_to(graph.directory).as_posix() for key in ("baseline", "previous")] for config in configs
+    ]
+    assert compared == [
+        ["iteration-000/heldout/reward", "iteration-000/heldout/reward"],
+        ["iteration-002/heldout/baseline/reward", "iteration-002/heldout/previous/reward"],
+        ["iteration-002/heldout/baseline/reward", "iteration-002/heldout/reward"],
+        ["iteration-002/heldout/baseline/reward", "iteration-003/heldout/reward"],
+    ]
+    assert graph.nodes["iteration-002/heldout/baseline/reward"].needs == ("iteration-000/heldout/generation",)
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "ppo", "remax"])

@@ -15,16 +15,27 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
+from forked import Forked
 from pipelines_cluster import FakeCluster, wait_for
 from pipelines_slurm_run import SlurmRun
-from pipelines_smallest import COMMAND, pipeline, write_pretended
+from pipelines_smallest import pipeline, write_pretended
 
 from contracts.points import METRICS, Point
+from pipelines.config.load import load_run_config
 from pipelines.insight.hooks.task import HookTask, Progress
-from pipelines.insight.wording import notable_lines
+from pipelines.insight.wording import notable_lines, of_present
 from pipelines.main import main
 from pipelines.run.directory import RunDirectory
-from pipelines.run.events import FILE, EventStream, HookFailed, StageFailed, StagePublished, StageStarted
+from pipelines.run.events import (
+    FILE,
+    EventStream,
+    HookFailed,
+    StageFailed,
+    StagePublished,
+    StageReused,
+    StageStarted,
+    TrackerFailed,
+)
 
 HOOKS = '''
 """Hooks of a user."""
@@ -161,6 +172,33 @@ def test_a_hook_that_is_added_later_begins_with_what_is_new(tmp_path: Path) -> N
     assert {stage.partition("/")[0] for stage in stages(told, "published")} == {"iteration-001"}
 
 
+@pytest.mark.slow
+def test_what_another_run_has_made_did_not_happen(tmp_path: Path) -> None:
+    first = HookedRun(tmp_path)
+    first.run()
+    first.hook("all", kinds=["run", "iteration", "stage", "step", "shard"])
+    done = pipeline("run", str(first.config), "--iters", "1", "name=second", "--share", str(first.path))
+    assert done.returncode == 0, done.stderr
+    reused = [event for event in RunDirectory(tmp_path / "runs/second").events() if isinstance(event, StageReused)]
+    assert "iteration-001/training" in [event.stage for event in reused]
+    assert {event.reason for event in reused} == {f"taken over from {first.path}"}
+    assert [happening["kind"] for happening in first.told("all")] == ["run", "run"]
+    assert not [*(tmp_path / "runs/second/superseded").rglob("*.run")]
+
+
+def test_the_process_of_a_hook_loads_no_configuration() -> None:
+    """Which would take it most of a second."""
+    code = "import sys, pipelines.insight.hooks.__main__; sys.exit('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nothing_is_told_of_hooks_and_trackers_that_are_gone(smallest: Path) -> None:
+    events = [HookFailed(hook="gone", error="boom"), TrackerFailed(tracker="mlflow", error="boom")]
+    theirs = ["hooks.gone.function=hooks.py:note", "tracking.mlflow={}"]
+    assert of_present(events, load_run_config(smallest, theirs)) == events
+    assert of_present(events, load_run_config(smallest, [])) == []
+
+
 def test_a_hook_that_raises_is_told_of_once_and_the_run_goes_on(tmp_path: Path) -> None:
     run = HookedRun(tmp_path)
     run.hook("broken", "fail")
@@ -211,13 +249,13 @@ def test_the_driver_killed_at_any_instant_leaves_nothing_untold_and_nothing_told
     run.hook("all", kinds=["iteration", "stage", "step"])
     chance = random.Random(3)
     for name in names:  # every driver is killed at about the instant in which a stage publishes
-        driver = subprocess.Popen([*COMMAND, "run", str(run.config), "--iters", "1"], stdout=subprocess.DEVNULL)
+        driver = Forked("pipelines", "run", str(run.config), "--iters", "1")
         log = run.path / "logs" / name / "attempt-1" / "stage.log"
         wait_for(lambda log=log: log.exists() and "wait" in log.read_text(), 60, f"{name} waits")
         (tmp_path / "interpreter" / f"release-{name.replace('/', '-')}").touch()
         wait_for(lambda name=name: (run.path / name / "manifest.json").exists(), 60, f"{name} is published")
         time.sleep(chance.uniform(0.0, 0.1))
-        driver.send_signal(signal.SIGKILL)
+        driver.kill()
         driver.wait()
     run.run()
     told = run.told("all")
@@ -246,17 +284,21 @@ class Told:
         """A stage that starts, makes a step, and publishes or fails."""
         stage = f"stage-{self.count}"
         self.stream.append(StageStarted(stage=stage, reason="", key="k", attempt="attempt-1"))
+        self.step(stage)
+        if self.count % 3:
+            self.stream.append(StagePublished(stage=stage, key="k"))
+        else:
+            self.stream.append(StageFailed(stage=stage, attempt="attempt-1", kind="user", how="badly", retry_in=None))
+        self.count += 1
+
+    def step(self, stage: str) -> None:
+        """A step of a stage, in the run's metrics."""
         point = Point(
             point=self.count, time=1.0, stage=stage, key="k", unit="step", number=1, iteration=0, global_step=1,
             metrics={"train/loss": 0.5},
         )  # fmt: skip
         with (self.run / METRICS).open("ab") as file:
             file.write(msgspec.json.encode(point) + b"\n")
-        if self.count % 3:
-            self.stream.append(StagePublished(stage=stage, key="k"))
-        else:
-            self.stream.append(StageFailed(stage=stage, attempt="attempt-1", kind="user", how="badly", retry_in=None))
-        self.count += 1
 
     def start(self) -> "subprocess.Popen[bytes]":
         process = subprocess.Popen(
@@ -266,6 +308,17 @@ class Told:
         process.stdin.write(msgspec.json.encode(self.task) + b"\n")
         process.stdin.flush()
         return process
+
+
+def test_steps_of_a_stage_that_was_taken_over_are_not_told(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    told.write()
+    told.stream.append(StageReused(stage="shared", reason="taken over from runs/other", key="k"))
+    told.step("shared")
+    told.write()
+    told.start().communicate(timeout=60)
+    happenings = [json.loads(line) for line in told.notes.read_text().splitlines()]
+    assert [happening["stage"] for happening in happenings if happening["kind"] == "step"] == ["stage-0", "stage-1"]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
+from forked import Forked
 from handmade import HandmadeRun
 from hub_double import Account, Blob, Fault, HubDouble
 from huggingface_hub import constants
@@ -25,11 +27,16 @@ from pipelines_cluster import FakeCluster
 from pipelines_slurm_run import SlurmRun
 from pipelines_smallest import COMMAND, pipeline, write_pretended
 
+from annotation.data.selection import SelectConfig, SelectScoresConfig
+from annotation.stages.selection import SELECT, SELECT_SCORES
 from contracts.artifacts import Artifact
+from contracts.errors import UserError
 from contracts.records import Rollout, Score
+from contracts.stage import run_stage
+from pipelines.config.run import RunConfig
 from pipelines.config.sections import HubSection
 from pipelines.environments.locked import interpreter
-from pipelines.hub import failures
+from pipelines.hub import failures, parquet
 from pipelines.hub.access import check_access
 from pipelines.hub.push import Pusher
 from pipelines.main import main
@@ -78,14 +85,14 @@ def run(template: Path, tmp_path: Path) -> Path:
     return path
 
 
-def configure(run: Path, folder: Path, hub: dict[str, Any]) -> None:
+def configure(run: Path, folder: Path, hub: dict[str, Any], **prompts: Any) -> None:
     """Write what a run's last command said."""
     source = {"source": str(folder / "prompts.jsonl")}
     rule = {"kind": "rule", "function": f"{folder}/rules.py:long"}
     settings = {
         "name": "handmade",
         "policy": str(folder / "model"),
-        "prompts": {"train": source, "heldout": source},
+        "prompts": {"train": source, "heldout": source, **prompts},
         "scorers": {"reward": rule, "gold": rule},
         "generation": {"k": 3},
         "hub": hub,
@@ -457,12 +464,87 @@ def test_push_data_sets(hub: HubDouble, run: Path, capsys: pytest.CaptureFixture
     assert hub.state() == state
 
 
+@pytest.mark.slow
+def test_with_dynamic_sampling_the_selected_rollouts_are_pushed_with_the_parts_of_scores(
+    hub: HubDouble, tmp_path: Path
+) -> None:
+    def with_parts(name: str, rows: list[Any]) -> list[Any]:
+        if not name.endswith("/reward"):
+            return rows
+        return [msgspec.structs.replace(row, parts={"twice": 2 * row.score} if row.sample else {}) for row in rows]
+
+    run = HandmadeRun(tmp_path, with_parts).build().path
+    configure(run, run.parent.parent, {"rollouts": ROLLOUTS}, dynamic_sampling={"rounds": 1}, per_iteration=3)
+    here = run / "iteration-001"
+    scores = {row.prompt_id: row.score for row in Artifact.open(here / "reward").rows(Score)}
+    rounds = {"rounds": [here / "generation"], "scores": [here / "reward"]}
+    run_stage(SELECT, SelectConfig(output=here / "selected/rollouts", **rounds, margin=0.5))
+    chosen = {"rollouts": here / "selected/rollouts", **rounds}
+    run_stage(SELECT_SCORES, SelectScoresConfig(output=here / "selected/reward", **chosen))
+    (here / "selected/rollouts").rename(here / "selected/later")
+    assert main(["push", str(run)]) == 0
+    assert not hub.repos, "the first round alone is not what it is trained on"
+    (here / "selected/later").rename(here / "selected/rollouts")
+    assert main(["push", str(run)]) == 0
+    tree = hub.repo(ROLLOUTS, "dataset").tree("iteration-1")
+    rows = parquet_rows(tree["data/iteration_1.parquet"].data)
+    selected = Artifact.open(here / "selected/rollouts")
+    assert [row["prompt_id"] for row in rows] == [row.prompt_id for row in selected.rows(Rollout)]
+    for row in rows:
+        found = row["scores"]["reward"]
+        assert row["score_parts"] == {"reward": {"twice": [None, *(2 * score for score in found[1:])]}}
+        assert max(found) - min(found) >= 0.5
+    assert {row["prompt_id"] for row in rows} <= scores.keys()
+    made_of = json.loads(tree["provenance/iteration_1.json"].data)
+    assert (made_of["stage"], made_of["digest"]) == ("select", selected.manifest.digest)
+    card = tree["README.md"].data.decode()
+    assert "prompts whose answers all score the same were replaced by others" in card
+    assert "iteration 1: selected/rollouts" in card
+
+
+@pytest.mark.slow
+def test_one_process_writes_all_rollouts(hub: HubDouble, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its imports take longer than an iteration's rows; where it was killed, the next is written by another one."""
+    started: list[parquet._Process] = []
+
+    class Counted(parquet._Process):
+        def __init__(self, config: RunConfig) -> None:
+            super().__init__(config)
+            started.append(self)
+
+    monkeypatch.setattr(parquet, "_Process", Counted)
+    configure(run, run.parent.parent, {"rollouts": ROLLOUTS})
+    assert main(["push", str(run)]) == 0
+    assert len(started) == 1
+    assert started[0]._process.returncode is not None
+    writer = parquet.RolloutsWriter(RunDirectory(run))
+    scores, target = {"reward": run / "iteration-001/reward"}, run / "rollouts.parquet"
+    writer.write(run / "iteration-001/generation", scores, target)
+    written = target.read_bytes()
+    assert written == hub.repo(ROLLOUTS, "dataset").tree("iteration-1")["data/iteration_1.parquet"].data
+    with pytest.raises(UserError, match="iteration-003 does not exist"):
+        writer.write(run / "iteration-003", scores, target)
+    started[1]._process.kill()
+    with pytest.raises(UserError, match=r"could not be written as Parquet: .*\(exit code -9\)"):
+        writer.write(run / "iteration-001/generation", scores, target)
+    writer.write(run / "iteration-001/generation", scores, target)
+    assert target.read_bytes() == written
+    assert len(started) == 3
+    writer.close()
+
+
 def parquet_rows(content: bytes) -> list[dict[str, Any]]:
-    """The rows of a Parquet file, read where there is pyarrow."""
-    program = "import io, json, sys, pyarrow.parquet as pq\n"
-    program += "print(json.dumps(pq.read_table(io.BytesIO(sys.stdin.buffer.read())).to_pylist()))"
+    """The rows of a Parquet file, read where there is pyarrow.
+
+    From a path: a file of Python's is let go by one of Arrow's threads, which may be after Python's end and aborts the
+    process then (apache/arrow#33975).
+    """
+    program = "import json, sys, pyarrow.parquet as pq\nprint(json.dumps(pq.read_table(sys.argv[1]).to_pylist()))"
     python = str(interpreter("annotation"))
-    result = subprocess.run([python, "-c", program], input=content, capture_output=True, check=True)
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
+        file.write(content)
+        file.flush()
+        result = subprocess.run([python, "-c", program, file.name], capture_output=True, check=True)
     found: list[dict[str, Any]] = json.loads(result.stdout)
     return found
 
@@ -566,7 +648,7 @@ def test_the_push_is_killed_again_and_again(hub: HubDouble, run: Path) -> None:
         undisturbed = other.state()
     chance, kills = random.Random(1), 0
     for _ in range(10):
-        process = subprocess.Popen([*COMMAND, "push", str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = Forked("pipelines", "push", str(run))
         # Either the request is never done, or it is, and nobody hears of it.
         undone = chance.choice((0, None))
         hub.faults = [Fault(after=chance.randrange(9), call=process.kill, cut_request=undone)]
@@ -593,11 +675,9 @@ def test_driver_and_pusher_are_killed(hub: HubDouble, config: Path) -> None:
         hub.faults.append(Fault(after=chance.randrange(4), call=kill_pusher, cut_request=undone))
     for number in range(20):
         spared = not any(fault.times for fault in hub.faults)
-        driver = subprocess.Popen(
-            [*COMMAND, "run", str(config), "--iters", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        driver = Forked("pipelines", "run", str(config), "--iters", "2")
         with contextlib.suppress(subprocess.TimeoutExpired):
-            driver.wait(chance.uniform(1.0, 6.0) if number < 4 else 100)
+            driver.wait(chance.uniform(0.1, 5.0) if number < 4 else 100)
         driver.kill()
         if driver.wait() == 0 and spared:
             break

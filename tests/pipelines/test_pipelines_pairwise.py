@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from annotation.config import ScoreConfig
+from annotation.scorers.pairwise import PairwiseConfig
 from contracts.errors import UserError
 from pipelines.config.load import load_run_config
 from pipelines.graph import Graph
@@ -19,9 +19,9 @@ def graph_of(config: Path, iterations: int, *overrides: str) -> Graph:
     return build_graph(load_run_config(config, list(overrides)), iterations)
 
 
-def reward_scores(graph: Graph, name: str) -> ScoreConfig:
+def reward_scores(graph: Graph, name: str) -> PairwiseConfig:
     config = graph.nodes[name].config
-    assert isinstance(config, ScoreConfig)
+    assert isinstance(config, PairwiseConfig)
     return config
 
 
@@ -38,7 +38,6 @@ def test_answers_are_compared_with_each_other_and_held_out_ones_with_the_first_p
         assert reward_scores(graph, f"{here}/heldout/reward").against == first
         assert "iteration-000/heldout/generation" in graph.nodes[f"{here}/heldout/reward"].needs
     assert reward_scores(graph, "iteration-000/heldout/reward").against == first
-    assert reward_scores(graph, "iteration-002/heldout/well_formed").against is None
 
 
 def test_a_greedy_answer_is_compared_with_the_sampled_ones(smallest: Path) -> None:

@@ -14,7 +14,9 @@ from pipelines.config.load import load_run_config
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Placement
 from pipelines.iteration import build_graph
-from pipelines.planning.placement import Cluster, cluster_of, place
+from pipelines.planning.cluster import Cluster, cluster_of
+from pipelines.planning.placement import place
+from pipelines.planning.scheduling import Turn
 
 LIMITS = st.none() | st.integers(1, 4)
 SETTINGS = st.fixed_dictionaries(
@@ -70,21 +72,32 @@ def test_stages_of_an_executor_run_at_once_up_to_its_limit(
     given = cluster(config, executor, gpus)
     placements = [node.placement for node in place(logical, given).nodes.values() if node.placement is not None]
     order.shuffle(placements)
+    turn = Turn(given, [])
     taken: list[Placement] = []
     for placement in placements:
-        beside = sum(other.pool == placement.pool for other in taken)
-        limit = executor["parallel"] or (None if placement.pool == "slurm" else given.parallel)
-        assert given.has_room(placement, taken) == (limit is None or beside < limit)
-        if given.has_room(placement, taken):
+        beside = sum(other.executor == placement.executor for other in taken)
+        limit = executor["parallel"] or (None if placement.executor == "slurm" else given.parallel)
+        admitted = turn.admits(placement)
+        assert admitted == (limit is None or beside < limit)
+        if admitted:
             taken.append(placement)
 
 
 def test_stages_with_devices_of_their_own_run_side_by_side(config: RunConfig) -> None:
     here = cluster(config, {"parallel": 1}, 4)
     left, right = Placement("local", (0, 1)), Placement("local", (2, 3))
-    assert here.has_room(right, [left])
-    assert not here.has_room(Placement("local", (1, 2)), [left])
-    assert not here.has_room(left, [left, right])
+    assert Turn(here, [left]).admits(right)
+    assert not Turn(here, [left]).admits(Placement("local", (1, 2)))
+    assert not Turn(here, [left, right]).admits(left)
+
+
+def test_devices_that_an_urgent_stage_waits_for_are_given_to_no_later_one(config: RunConfig) -> None:
+    turn = Turn(cluster(config, {"parallel": 1}, 4), [Placement("local", (0,))])
+    assert not turn.admits(Placement("local", (0, 1)))
+    assert not turn.admits(Placement("local", (1,))), "it would keep the first one out"
+    assert turn.admits(Placement("local", (2, 3)))
+    turn.release(Placement("local", (2, 3)))
+    assert turn.admits(Placement("local", (3,)))
 
 
 def test_by_default_a_stage_has_all_devices(config: RunConfig, logical: Graph) -> None:

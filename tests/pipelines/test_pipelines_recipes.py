@@ -16,8 +16,9 @@ from huggingface_hub import constants
 from embedded import imdb
 from pipelines.config.load import load_run_config
 from pipelines.iteration import build_graph
+from pipelines.planning.cluster import cluster_of
 from pipelines.planning.memory import device_of, estimated
-from pipelines.planning.placement import cluster_of, place
+from pipelines.planning.placement import place
 from pipelines.planning.sizes import read_size
 from training.config import TrainingConfig
 

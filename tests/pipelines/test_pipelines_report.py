@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from reported import ReportedRun, gathered, page_of, unpacked
 
 from annotation.config import CheckpointEvaluationConfig
 from contracts.artifacts import Artifact
-from contracts.manifest import with_checksum
+from contracts.manifest import read_manifest, with_checksum
 from contracts.records import CHECKPOINT_EVALUATION, Pair, Rollout, Score
 from pipelines.commands.declaring import opened
 from pipelines.insight.report import keep as keep_module
@@ -26,14 +25,6 @@ from pipelines.insight.report.vocabulary import Vocabulary
 from pipelines.main import main
 
 HELD_OUT, TRAINED = "heldout/generation", "generation"
-
-
-@pytest.fixture
-def run(reported_run: ReportedRun, tmp_path: Path) -> Path:
-    """A copy of the handmade run."""
-    path = tmp_path / "runs" / "handmade"
-    shutil.copytree(reported_run.path, path)
-    return path
 
 
 # What it says.
@@ -85,13 +76,29 @@ def run(reported_run: ReportedRun, tmp_path: Path) -> Path:
 )
 def test_reward_and_length(tmp_path: Path, length: Any, judge: Any, tone: str, says: str) -> None:
     """The first screen says in words whether the reward rewards length, and whether the policy has learnt that."""
-    report = gathered(ReportedRun(tmp_path, length, judge).build().path)
+    made = ReportedRun(tmp_path, length, judge)
+    made.questions = 40
+    report = gathered(made.build().path)
     found = next(one for one in report.statements if one.topic == "length")
     assert found.answer.startswith(says)
     assert found.tone == tone
     learning = report.statements[0]
     assert ("length may be all that it learned" in " ".join(learning.details)) is (tone == "bad")
     assert learning.answer.startswith("By its reward, yes." if tone == "bad" else ("Yes.", "Not that it shows."))
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [lambda iteration, length: {5: 1, 6: 5, 7: 1}[length] + iteration, lambda _, length: {5: 1, 6: 3, 7: 2}[length]],
+    ids=["none", "some"],
+)
+def test_too_few_answers_to_tell(tmp_path: Path, judge: Any) -> None:
+    """Nine answers to three prompts: neither a yes nor a no."""
+    report = gathered(ReportedRun(tmp_path, lambda iteration, sample: 5 + sample, judge).build().path)
+    found = next(one for one in report.statements if one.topic == "length")
+    assert found.answer.startswith("Not known: there are too few answers. Among 9 of 3 prompts the correlation")
+    assert "± 0.8" in found.answer
+    assert found.tone == "unclear"
 
 
 @pytest.mark.parametrize(
@@ -175,6 +182,7 @@ def test_chunks_hold_every_answer(reported_run: ReportedRun) -> None:
         for row, group, per_answer in zip(rows, groups, tokens, strict=True):
             assert group[1] == [[message.role, message.content] for message in row.messages]
             for one, shown, (ids, logprobs) in zip(row.completions, group[3], per_answer, strict=True):
+                assert shown[5:] == [[[{"half": 0.5}, {"why": "because"}], *[None for _ in found.scorers[1:]]]]
                 assert shown[:4] == [one.sample, one.text, one.finish_reason, len(one.response_ids)]
                 assert ids == list(one.response_ids)
                 assert logprobs == [50] * len(ids)  # hundredths of a nat, without their sign
@@ -215,6 +223,21 @@ def test_markdown_and_json_say_the_same(run: Path, capsys: pytest.CaptureFixture
         assert statement["answer"].replace("_", "\\_") in text
     assert "| 2 | 3 | 9 |" in text
     assert sorted(path for path in run.rglob("*")) == before
+
+
+def test_what_judges_have_cost(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that was paid for a scorer, with its cost where there are prices."""
+    paid = {"scorer": "gold", "answers_paid": 7, "prompt_tokens_paid": 1200, "completion_tokens_paid": 90}
+    for iteration, facts in enumerate((paid, {**paid, "cost": 0.25}, {**paid, "cost": 0.5})):
+        path = run / f"iteration-00{iteration}/heldout/gold/manifest.json"
+        manifest = read_manifest(path.read_bytes())
+        path.write_bytes(with_checksum(msgspec.structs.replace(manifest, facts={**manifest.facts, **facts})))
+    (line,) = gathered(run).paid
+    assert (line.scorer, line.stages, line.answers) == ("gold", 3, 21)
+    assert (line.prompt_tokens, line.completion_tokens, line.cost) == (3600, 270, 0.75)
+    assert main(["report", str(run), "--markdown"]) == 0
+    assert "| gold | 3 | 21 | 3,600 | 270 | 0.75 |" in capsys.readouterr().out
+    assert "<h3>What judges have cost</h3>" in page_of(run)
 
 
 def test_page_stands_alone(run: Path) -> None:

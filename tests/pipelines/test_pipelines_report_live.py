@@ -1,6 +1,5 @@
 """The report that is written by itself, and the one that is served while a run goes on."""
 
-import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from reported import ReportedRun, gathered
+from reported import gathered
 
 from pipelines.commands.declaring import opened
 from pipelines.insight.listeners import page as listener
@@ -27,14 +26,6 @@ from pipelines.run.events import (
     StageReused,
     StageWaits,
 )
-
-
-@pytest.fixture
-def run(reported_run: ReportedRun, tmp_path: Path) -> Path:
-    """A copy of the handmade run."""
-    path = tmp_path / "runs" / "handmade"
-    shutil.copytree(reported_run.path, path)
-    return path
 
 
 def test_page_is_written_by_itself(pretended_run: Path) -> None:

@@ -4,13 +4,11 @@ But for the last test, the driver is the real one and the stages are small thing
 input is not whole.
 """
 
-import gzip
 import io
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,22 +18,20 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
+from dying import dies_at
 from pipelines_smallest import FinishedRun
 from rich.console import Console
+from small_stages import make, without_environments
 
 import pipelines.execution.driver
 import pipelines.execution.lifecycle
 import pipelines.run.verdicts
-from contracts.artifacts import Artifact, input_damage
+from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from contracts.fingerprint import RELEASED, digest
-from contracts.ledger import Ledger
+from contracts.fingerprint import RELEASED
 from contracts.manifest import MANIFEST
 from contracts.models import ModelInfo
-from contracts.publication import Publication, partial_directory
-from contracts.records import CHECKPOINT, EVALUATION, EXPERIENCE, PAIRS, PROMPTS, ROLLOUTS, SCORES, WORLD
-from contracts.stage import key_parts, stage_key
-from embedded.config import WORLD_FILES
+from contracts.publication import partial_directory
 from pipelines.config.load import load_run_config
 from pipelines.execution.driver import Driver
 from pipelines.execution.executors.base import Executor, Site
@@ -53,18 +49,6 @@ from pipelines.run.fork import CONFIG, fork
 from pipelines.run.gc import collect, up_to_date
 from pipelines.run.retention import compress, release, why_kept
 
-KINDS = {
-    "world": WORLD,
-    "prompts": PROMPTS,
-    "generation": ROLLOUTS,
-    "score": SCORES,
-    "pairs": PAIRS,
-    "experience": EXPERIENCE,
-    "evaluation": EVALUATION,
-}
-REWARDS = [0.1, 0.5, 0.9, 0.3, 0.4, 0.2, 0.6]
-"""Of the policies, by iteration."""
-
 
 class Stages(Executor):
     """An executor, and its only job, which publishes what depends on a stage's key, and on `salt` if that is set."""
@@ -76,6 +60,7 @@ class Stages(Executor):
         self.after: Callable[[], None] = lambda: None
 
     kind = "local"
+    pid: int | None = None
 
     def submit(self, node: Node, attempt: Path) -> "Stages":  # type: ignore[override]
         self.started.append(node.name)
@@ -94,60 +79,14 @@ class Stages(Executor):
         return []
 
 
-def make(node: Node, salt: str = "") -> None:
-    """Publish what a stage would, in small; an AssertionError where an input of it is not whole."""
-    config, parts = node.config, key_parts(node.config, {})
-    damage = [problem for path in config.input_paths() for problem in input_damage(path)]
-    assert damage == [], f"{node.name} was started without its inputs"
-    content = stage_key(parts) + salt
-    publication = Publication(config.output, KINDS.get(config.stage, CHECKPOINT), config.stage, stage_key(parts))
-    publication.begin()
-    files: dict[str, bytes] = {}
-    facts: dict[str, Any] = {}
-    if config.stage == "world":
-        files = {name: name.encode() for name in WORLD_FILES if name != "model"}
-        files |= {f"model/{name}": data for name, data in model(content).items()}
-    elif config.stage == "evaluation":
-        number = config.model_dump()["iteration"]
-        facts["metrics"] = {"iteration": number, "reward_mean": REWARDS[number]}
-        files = {"evaluation.json": content.encode()}
-    elif config.stage in KINDS:
-        files = {f"shard-0000{i}.jsonl": f'{{"row": "{i} {content * 20}"}}\n'.encode() for i in range(2)}
-    else:
-        files = {**model(content), "training-log.jsonl": b"{}\n"}
-    for name, data in files.items():
-        publication.scratch(name).write_bytes(data)
-        publication.commit(name, Ledger("rows"), rows=data.count(b"\n"))
-    publication.publish(
-        key_parts=parts,
-        inputs=parts["inputs"],
-        input_paths={str(number): str(path) for number, path in enumerate(config.input_paths())},
-        unit="rows",
-        weights=None,
-        versions={},
-        seconds={},
-        facts=facts,
-    )
-
-
-def model(content: str) -> dict[str, bytes]:
-    """Files of a model."""
-    data = (digest(content) * 40).encode()
-    header = json.dumps({"w": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
-    return {"config.json": b"{}", "model.safetensors": len(header).to_bytes(8, "little") + header + data}
-
-
 @pytest.fixture(autouse=True)
 def small_stages(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     """The driver asks no environment, waits for nothing and leaves the signals alone."""
     if "real" in request.node.name:
         yield
         return
-    monkeypatch.setattr(pipelines.execution.lifecycle, "probe_versions", lambda *_: {})
-    monkeypatch.setattr(pipelines.run.verdicts, "probe_versions", lambda *_: {})
+    without_environments(monkeypatch)
     monkeypatch.setattr(pipelines.execution.driver, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
     yield
 
 
@@ -607,43 +546,6 @@ def test_where_it_comes_out_differently_all_that_was_made_from_it_is_made_again(
 # Killed.
 
 
-def dies_at(number: int, action: Callable[[], object], *places: str) -> bool:
-    """Run `action` in a process that dies, like by SIGKILL, before the call with this number of one of `places`.
-
-    Returns whether it came so far.
-    """
-    child = os.fork()
-    if child:
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status in (0, 77), f"the process ended with {status}"
-        return status == 77
-    try:
-        left = [number]
-
-        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                left[0] -= 1
-                if left[0] == 0:
-                    os._exit(77)
-                return function(*args, **kwargs)
-
-            return call
-
-        for place in places:
-            owner: Any = gzip.GzipFile if place == "write" else os
-            setattr(owner, place, counted(getattr(owner, place)))
-        action()
-        os._exit(0)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        os._exit(1)
-
-
-STEPS = ("rename", "replace", "unlink", "rmdir", "fsync", "mkdir", "write")
-
-
 @pytest.mark.chaos
 def test_deleting_and_compressing_killed_at_every_step_lose_nothing(smallest: Path) -> None:
     run = Run(smallest)
@@ -664,7 +566,7 @@ def test_deleting_and_compressing_killed_at_every_step_lose_nothing(smallest: Pa
         shutil.rmtree(folder)
         shutil.copytree(template, folder)
         number += 1
-        reached = dies_at(number, work, *STEPS)
+        reached = dies_at(number, work)
         assert [problem for artifact in artifacts for problem in artifact.damage()] == []
         work()
         assert contents(folder) == expected, f"killed at step {number}"
@@ -695,7 +597,7 @@ def test_gc_killed_at_any_step_loses_nothing_and_ends_the_same(smallest: Path) -
     while reached:
         shutil.rmtree(run.path)
         shutil.copytree(template, run.path)
-        reached = dies_at(number, clean, *STEPS)
+        reached = dies_at(number, clean)
         assert reference.items() <= run.digests().items()
         clean()
         assert contents(run.path).keys() == expected.keys(), f"killed at step {number}"
@@ -715,7 +617,7 @@ def test_a_driver_killed_while_it_makes_again_loses_nothing(smallest: Path) -> N
     while reached:
         shutil.rmtree(run.path)
         shutil.copytree(template, run.path)
-        reached = dies_at(number, lambda: run.drive(5), "rename", "unlink", "rmdir", "mkdir")
+        reached = dies_at(number, lambda: run.drive(5), [(os, name) for name in ("rename", "unlink", "rmdir", "mkdir")])
         there = {path.parent for path in run.path.rglob(MANIFEST)}
         for name in reference.keys() - {"iteration-004/heldout/generation"}:
             path = run.path / name
@@ -739,28 +641,26 @@ def pipeline(*arguments: str) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_a_real_run_with_retention_ends_like_one_without(finished_run: FinishedRun) -> None:
-    smallest = finished_run.config
-    whole, run = (smallest.parent / name / "smallest" for name in ("whole", "kept"))
-    for copy in (whole, run):
-        shutil.copytree(finished_run.path, copy)
-    pipeline("run", str(smallest), "--iters", "3", f"directory={whole.parent}")
-    reference = digests(whole)
-    command = ["run", str(smallest), f"directory={run.parent}", "retention.keep=last 1", "retention.compress=true"]
-    pipeline(*command, "--iters", "2")
+def test_a_real_run_with_retention_ends_like_one_without(finished_run: FinishedRun, tmp_path: Path) -> None:
+    run = tmp_path / "smallest"
+    shutil.copytree(finished_run.path, run, ignore=shutil.ignore_patterns("iteration-002"))
+    reference = digests(finished_run.path)
+    command = ["run", str(finished_run.config), f"directory={tmp_path}", "retention.keep=last 1"]
+    command += ["retention.compress=true"]
+    pipeline(*command, "--iters", "1")
     pipeline("gc", str(run))
     assert not list(run.glob("iteration-*/generation/*.jsonl"))
-    pipeline(*command, "--iters", "3")
+    pipeline(*command, "--iters", "2")
     assert digests(run) == reference
     gone = [path.parent for path in sorted(run.rglob(RELEASED))]
-    assert gone  # the last is kept, and one more if that is the best
+    assert gone  # the last is kept, and the best, which is the initial policy
     for path in gone:
         assert not list(path.glob("*.safetensors"))
     judged = f"{gone[0].parent.name}/heldout/generation"
-    lines = pipeline(*command, "--iters", "3", "--force", judged)
+    lines = pipeline(*command, "--iters", "2", "--force", judged)
     assert f"its weights were deleted by gc and {judged} needs them" in lines
     assert f"forced {judged}: the same content" in lines
     shutil.rmtree(run / "superseded")
     assert digests(run) == reference
     assert [path.parent for path in sorted(run.rglob(RELEASED))] == gone
-    assert "is finished" in pipeline(*command, "--iters", "3")
+    assert "is finished" in pipeline(*command, "--iters", "2")

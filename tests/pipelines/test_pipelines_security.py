@@ -20,7 +20,7 @@ from pipelines.config.load import load_run_config
 from pipelines.environments.launch import EnvironmentConfig
 
 ROOT = Path(contracts.__file__).parents[1]
-PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "training")
+PACKAGES = ("annotation", "contracts", "embedded", "generation", "modeling", "pipelines", "reallocation", "training")
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 SECRET = "hf_" + "QqSecretQq" * 4
 

@@ -18,20 +18,23 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 def test_a_driver_on_a_cluster_makes_what_one_on_a_laptop_makes(
     tmp_path: Path, cluster: Cluster, finished_run: FinishedRun
 ) -> None:
-    """Its driver is killed twice meanwhile; the next one takes up the jobs that go on."""
+    """Its driver is killed twice meanwhile, when it has started all that can run; the next one takes up the jobs that
+    go on."""
     run = SlurmRun.smallest(tmp_path, cluster)
-    for stage in ("setup/reward-model/generation", "iteration-001/reward"):
-        driver = run.start("--iters", "1")
-        tasks = {id for id, _ in run.wait_for_tasks(stage)}
+    for stages in (
+        {"setup/reward-model/generation", "iteration-000/heldout/generation"},
+        {"iteration-000/heldout/reward"},
+    ):
+        driver = run.start("--iters", "0")
+        run.wait_until_started(*stages)
+        tasks = {id for stage in stages for id, _ in run.wait_for_tasks(stage)}
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         assert tasks & cluster.jobs()
-    result = run.pipeline("run", str(run.config), "--iters", "1")
+    result = run.pipeline("run", str(run.config), "--iters", "0")
     assert result.returncode == 0, result.stderr
     assert "goes on since an earlier command" in run.config.with_suffix(".log").read_text() + result.stdout
-    assert run.digests() == {
-        stage: digest for stage, digest in digests(finished_run.path).items() if "iteration-002" not in stage
-    }
+    assert run.digests() == digests(finished_run.path, last=0)
     assert all(attempt.name == "attempt-1" for attempt in (run.path / "logs").rglob("attempt-*")), "nothing twice"
     run.wait_for(run.is_over, 60, "its last job, whose process has said that it is done, leaves the queue")
 
@@ -39,16 +42,14 @@ def test_a_driver_on_a_cluster_makes_what_one_on_a_laptop_makes(
 def test_a_chain_without_a_driver_survives_what_a_cluster_does_to_it(
     tmp_path: Path, cluster: Cluster, finished_run: FinishedRun
 ) -> None:
-    """A node fails, a task of an array is cancelled, the controller is killed, a training is preempted and another one
-    reaches its time limit: it ends by itself with the digests of the local run, and its report names all of that."""
+    """A training is preempted, a task of an array is cancelled, the controller is killed, another training reaches its
+    time limit and a node fails: it ends by itself with the digests of the local run, and its report names all of
+    that."""
     run = SlurmRun.smallest(tmp_path, cluster, stages={"training": {"partition": "low"}})
-    run.detach()
+    run.detach(iterations=1)
 
-    task, _ = run.wait_for_tasks("setup/reward-model/generation")[0]
-    cluster.run("scancel", task)
-
-    with run.frozen("iteration-001/training") as pids:
-        ((preempted, node),) = run.tasks("iteration-001/training")
+    with run.frozen("setup/sft") as pids:
+        ((preempted, node),) = run.tasks("setup/sft")
         blocker = cluster.submit("sleep 600", "--partition=gpu", f"--nodelist={node}", "--exclusive")
         wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), 60, "the training is told")
     wait_for(
@@ -56,26 +57,36 @@ def test_a_chain_without_a_driver_survives_what_a_cluster_does_to_it(
     )
     cluster.run("scancel", blocker)
 
+    sampling = "setup/reward-model/generation"
+    task, _ = run.wait_for_tasks(sampling)[0]
+    begun = run.path / "logs" / sampling / "attempt-1" / f"task-{task.partition('_')[2]}"
+    run.wait_for(begun.exists, 60, "it has begun: Slurm says of no other who has cancelled it")
+    cluster.run("scancel", task)
+    run.wait_for(lambda: sampling in [event["stage"] for event in run.events("job ended")], 300, "its end is told")
+
     cluster.restart_controller()
 
-    node = run.wait_for_tasks("iteration-002/generation")[0][1]
+    with run.frozen("iteration-001/training") as pids:
+        ((limited, _),) = run.tasks("iteration-001/training")
+        cluster.run("scontrol", "update", f"jobid={limited}", "timelimit=1")
+        wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), 90, "the training is told")
+    run.wait_for(lambda: len(run.events("requeue")) == 2, 60, "it asks for a requeue")
+    cluster.run("scontrol", "update", f"jobid={limited}", "timelimit=60")  # a minute may end before its next step
+
+    node = run.wait_for_tasks("iteration-001/heldout/generation")[0][1]
     cluster.set_down(node)
     try:
-        with run.frozen("iteration-002/training") as pids:
-            ((limited, _),) = run.tasks("iteration-002/training")
-            cluster.run("scontrol", "update", f"jobid={limited}", "timelimit=1")
-            wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), 90, "the training is told")
         status = run.wait()
     finally:
         cluster.set_up(node)
 
-    assert run.digests() == digests(finished_run.path)
+    assert run.digests() == digests(finished_run.path, last=1)
     report = (run.path / "report.txt").read_text()
     for text in (report, status):
-        assert re.search(rf"setup/reward-model/generation: job {task} on node\d: cancelled by", text)
-        assert re.search(rf"iteration-001/training: job {preempted} .* requeued \(preempted\)", text)
-        assert re.search(rf"iteration-002/generation: job \d+_\d on {node}: its node failed", text)
-        assert re.search(rf"iteration-002/training: job {limited} .* requeued \(time limit\)", text)
+        assert re.search(rf"{sampling}: job {task} on node\d: cancelled by", text)
+        assert re.search(rf"setup/sft: job {preempted} .* requeued \(preempted\)", text)
+        assert re.search(rf"iteration-001/heldout/generation: job \d+_\d on {node}: its node failed", text)
+        assert re.search(rf"iteration-001/training: job {limited} .* requeued \(time limit\)", text)
 
 
 def test_two_nodes_with_two_processes_each_give_the_losses_of_one(

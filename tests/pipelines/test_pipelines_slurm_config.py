@@ -28,7 +28,7 @@ from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.machine import gpu_count
 from pipelines.main import main
-from pipelines.planning.entries import check_patterns, choose_variant
+from pipelines.planning.entries import check_entries, choose_variant
 from pipelines.planning.placement import placed_graph
 
 TRAINING = "iteration-001/training"
@@ -304,7 +304,11 @@ def test_the_environments_are_those_of_the_nodes(
     [
         ("{generaton: {gpus: 1}}", "no such stage. Did you mean 'generation'"),
         ("{iteration-001/trainng: {gpus: 1}}", "Did you mean 'iteration-001/training'"),
-        ("{'iteration-007/*': {gpus: 1}}", "A key is generation, scoring, training, light, the name of a stage"),
+        ("{refrence: {gpus: 1}}", "Did you mean 'reference'"),
+        (
+            "{'iteration-007/*': {gpus: 1}}",
+            "the role or the name of a stage, or a pattern with",
+        ),
         ("{'iteration-*/heldout/*': {nodes: 2}}", "only training stages can have `nodes`, and iteration-000/heldout/"),
         ("{'*/pairs': {tasks: 2}}", "only generation and scoring stages can have `tasks`"),
     ],
@@ -312,13 +316,13 @@ def test_the_environments_are_those_of_the_nodes(
 def test_an_entry_for_no_stage_is_refused(smallest: Path, stages: str, complaint: str) -> None:
     config, graph = planned(smallest, f"executor.stages={stages}")
     with pytest.raises(UserError) as error:
-        check_patterns(graph, config.executor)
+        check_entries(graph, config)
     assert complaint in str(error.value)
 
 
 def test_an_entry_for_a_kind_that_the_run_lacks_is_no_mistake(smallest: Path) -> None:
     config = load(smallest, "executor.stages={training: {nodes: 2, gpus: 1}, 'prompts/*': local, '*': {qos: high}}")
-    check_patterns(build_graph(config, 0), config.executor)
+    check_entries(build_graph(config, 0), config)
 
 
 FULL = Resources(

@@ -24,7 +24,7 @@ from pipelines.run.events import StageFailed
 
 ROOT = Path(__file__).parents[2]
 IMPOSTORS = ("torch", "yaml", "msgspec", "pydantic", "queue", "random", "rich")
-STAGE = [sys.executable, "-m", "contracts", "source=prompts.jsonl", "output=out"]
+STAGE = [sys.executable, "-m", "contracts", "prompts", "source=prompts.jsonl", "output=out"]
 HELP = [*COMMAND, "run", "--help"]
 FROM_LAUNCHER = "no launcher has started it"
 
@@ -119,7 +119,7 @@ def test_small_limits_are_named(limit: str, named: str, place: Path) -> None:
 def test_a_script_finds_ours_first(place: Path) -> None:
     (place / "contracts").mkdir()
     (place / "contracts" / "__init__.py").write_text("raise SystemExit('theirs')")
-    command = ["bash", str(ROOT / "scripts" / "import-prompts.sh"), *STAGE[3:]]
+    command = ["bash", str(ROOT / "scripts" / "import-prompts.sh"), *STAGE[4:]]
     result = run(command, PYTHON=sys.executable, PYTHONPATH=str(place))
     assert result.returncode == 0, result.stderr
 
@@ -193,7 +193,7 @@ def test_a_relative_interpreter_is_found_from_anywhere(tmp_path: Path, monkeypat
 def test_a_signal_while_it_starts(program: str, number: signal.Signals, delay: float, place: Path) -> None:
     """From our first line on; before it, Python itself has not heard of us. A named pipe tells that it is there."""
     os.mkfifo(place / "begun")
-    lines = ["import os, runpy, sys", "sys.argv = ['', 'source=prompts.jsonl', 'output=out']"]
+    lines = ["import os, runpy, sys", "sys.argv = ['', 'prompts', 'source=prompts.jsonl', 'output=out']"]
     if program == "pipelines":
         lines[1] = "sys.argv = ['', 'run', '--help']"
     lines += [

@@ -1,13 +1,15 @@
 """Trackers of a run: fed by processes of their own, which the run does not depend on."""
 
+import os
 import random
-import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from pipelines_smallest import COMMAND, pipeline, write_pretended
+from forked import Forked
+from pipelines_smallest import pipeline, write_pretended
 
 from contracts.points import read_points
 from contracts.processes import marked
@@ -17,10 +19,12 @@ from pipelines.environments.locked import interpreter
 from pipelines.execution.driver import Driver
 from pipelines.execution.executors.base import Site
 from pipelines.graph import Graph
+from pipelines.insight import readers
 from pipelines.insight.listeners import listeners_of
 from pipelines.insight.wording import notable_lines
 from pipelines.job import ENTRY
-from pipelines.planning.placement import cluster_of, place
+from pipelines.planning.cluster import cluster_of
+from pipelines.planning.placement import place
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import TrackerFailed
 from tracking.task import MARK
@@ -76,14 +80,43 @@ def test_a_tracker_that_hangs_is_ended_when_its_time_is_over(smallest: Path, tmp
     assert marked(f"{MARK}={scene.run.path}/mlflow") == []
 
 
+CHATTY = """
+import pathlib, sys
+for number in range(3000): print('line', number, flush=True)
+pathlib.Path(sys.argv[1]).touch()
+sys.stdin.read()
+for number in range(3000, 6000): print('line', number, flush=True)
+raise SystemExit(3)
+"""
+
+
+def test_the_log_of_a_reader_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much a hook or a tracker prints while a run goes on, and what it said last is still told."""
+    monkeypatch.setattr(readers, "MOST_BYTES", 10_000)
+    log = tmp_path / "logs" / "reader.log"
+    process = readers.ReaderProcess([sys.executable, "-c", CHATTY, tmp_path / "told"], os.environ, b"", log)
+    while not (tmp_path / "told").exists():
+        assert process.failure() is None
+        time.sleep(0.01)
+    assert process.failure() is None
+    assert log.stat().st_size <= 10_000, "while it runs"
+    assert log.read_text().startswith("(what came before was cut off)\nline ")
+    process.end_input()
+    failure = process.wait(time.monotonic() + 60)
+    assert failure is not None
+    assert failure.startswith("line 5997 | line 5998 | line 5999 (exit code 3")
+    assert log.stat().st_size <= 10_000
+    assert log.read_text().startswith("(what came before was cut off)\nline ")
+
+
 @pytest.mark.slow
 def test_a_tracker_has_every_metric_once_after_kills_of_the_driver(root: Path, tmp_path: Path) -> None:
     command = ["run", str(write_pretended(tmp_path)), "--iters", "2", "tracking.tensorboard={}"]
     chance = random.Random(2)
     for _ in range(6):
-        driver = subprocess.Popen([*COMMAND, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(chance.uniform(1.5, 4.0))
-        driver.send_signal(signal.SIGKILL)
+        driver = Forked("pipelines", *command)
+        time.sleep(chance.uniform(0.5, 3.0))
+        driver.kill()
         driver.wait()
     done = pipeline(*command)
     assert done.returncode == 0, done.stderr

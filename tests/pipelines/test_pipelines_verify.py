@@ -20,6 +20,7 @@ from contracts.manifest import MANIFEST, Manifest, Released, with_checksum
 from contracts.publication import partial_directory
 from pipelines.lineage.verify import Findings, verify
 from pipelines.main import main
+from pipelines.run.decisions import lender_file
 
 
 @pytest.fixture(scope="module")
@@ -453,6 +454,17 @@ def test_what_was_made_under_another_key_is_found_in_superseded(run: HandmadeRun
     assert any(str(damaged) in problem for problem in verify(run.path).problems)
     shutil.rmtree(run.path / "superseded")
     assert any(problem.startswith(f"{pairs}: it has changed") for problem in verify(run.path).problems)
+
+
+def test_what_another_run_shares_and_no_stage_has_taken_yet_is_no_damage(run: HandmadeRun) -> None:
+    """As after --share in a run that has failed: a note beside each artifact says whose it is."""
+    reward = run.path / "iteration-001/reward"
+    place = run.path / "superseded/iteration-001/reward" / Artifact.open(reward).manifest.key[:16]
+    shutil.copytree(reward, place)
+    lender_file(place).write_text("../other")
+    assert verify(run.path).problems == []
+    shutil.rmtree(place)
+    assert verify(run.path).problems == [f"{place.parent}: files without a manifest.json"]
 
 
 def test_what_is_gone_from_outside_is_only_noted(run: HandmadeRun) -> None:

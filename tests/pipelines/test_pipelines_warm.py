@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,17 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipelines_cluster import wait_for
 from pipelines_smallest import FinishedRun, pipeline
 
+import pipelines.execution.warm
 from contracts.artifacts import Artifact
+from contracts.manifest import MANIFEST
 from contracts.versions import source_version
-from pipelines.execution.warm import KILLED, ForkedStage, WarmProcesses, fork
+from contracts.warm import MOST_WAITING
+from pipelines.config.load import load_run_config
+from pipelines.execution.executors import local
+from pipelines.execution.executors.base import Site
+from pipelines.execution.executors.local import LocalExecutor
+from pipelines.execution.supervisor import AttemptRequest
+from pipelines.execution.warm import KILLED, ForkedProcess, WarmProcesses, fork
+from pipelines.job import ENTRY
+from pipelines.planning.placement import placed_graph
+from pipelines.run.directory import RunDirectory
 
 MAIN = """
 import json, os, signal, sys, time
 
 import toy.costly
+from contracts import resident
 
+UPDATES = {"never": None, "always": lambda value: value.append("new"), "fails": lambda value: 1 / 0}
 what, rest = sys.argv[1], sys.argv[2:]
 if what == "say":
     stat = os.fstat(0)
@@ -34,6 +49,12 @@ if what == "say":
 if what == "hang":
     print("hangs", os.getpid(), flush=True)
     time.sleep(1000)
+if what == "keep":
+    like, content, update = rest
+    how = UPDATES[update]
+    value, start = resident.hold("thing", like=like, content=content, open_=lambda: [os.getpid()], update=how)
+    print(json.dumps({"start": start, "value": value, "pid": os.getpid(), "whose": os.environ["WHOSE"]}))
+    sys.exit(0)
 if what == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 raise ValueError(what)
@@ -48,7 +69,7 @@ class Warm:
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
         (package / "costly.py").write_text("import os\npid = os.getpid()\n")
-        (package / "preload.py").write_text("def preload():\n    import toy.costly\n")
+        (package / "preload.py").write_text("def preload(libraries):\n    import toy.costly\n")
         (package / "__main__.py").write_text(MAIN)
         self.folder = folder
         self.environment = {
@@ -58,21 +79,21 @@ class Warm:
         }
         self.processes = WarmProcesses(folder / "logs")
         self.log = folder / "stage.log"
-        address = self.processes.address("toy", sys.executable, self.environment, str(folder), start=True)
-        assert address is not None
-        self.path = address
+        self.path = self.processes.address("toy", sys.executable, self.environment, str(folder))
 
-    def fork(self, *arguments: str, source: str | None = None) -> ForkedStage | None:
+    def fork(
+        self, *arguments: str, source: str | None = None, label: str = "", patience: float = 60.0
+    ) -> ForkedProcess | None:
         """Have a stage forked."""
         argv = [sys.executable, "-m", "toy", *arguments]
         variables = {**self.environment, "WHOSE": "mine"}
         source = source_version("toy") if source is None else source
         with self.log.open("ab") as log:
-            return fork(self.path, argv, variables, str(self.folder / "code"), source, log, 60.0)
+            return fork(self.path, argv, variables, str(self.folder / "code"), source, log, patience, label)
 
-    def started(self, *arguments: str) -> ForkedStage:
+    def started(self, *arguments: str, label: str = "") -> ForkedProcess:
         """A stage that was forked."""
-        stage = self.fork(*arguments)
+        stage = self.fork(*arguments, label=label)
         assert stage is not None
         return stage
 
@@ -89,7 +110,7 @@ def warm(tmp_path: Path) -> Iterator[Warm]:
     found.processes.close()
 
 
-def wait(stage: ForkedStage) -> int:
+def wait(stage: ForkedProcess) -> int:
     deadline = time.monotonic() + 30
     while (code := stage.poll()) is None:
         assert time.monotonic() < deadline
@@ -120,6 +141,68 @@ def test_a_fork_is_what_a_new_process_is(warm: Warm) -> None:
         del said["pid"]
         said["variables"].pop("_", None)
     assert forked == new
+
+
+def keep(warm: Warm, like: str, content: str, update: str, label: str = "a") -> dict[str, Any]:
+    """What a stage says that keeps a thing."""
+    stage = warm.started("keep", like, content, update, label=label)
+    assert wait(stage) == 0
+    assert stage.waits
+    return warm.said()
+
+
+def test_what_a_stage_has_opened_is_there_for_the_next_one(warm: Warm) -> None:
+    first = keep(warm, "x", "1", "never")
+    assert (first["start"], first["value"]) == ("loaded", [first["pid"]])
+    again = keep(warm, "x", "1", "never")
+    assert again == {**first, "start": "kept"}
+    updated = keep(warm, "x", "2", "always")
+    assert updated == {**first, "start": "updated", "value": [first["pid"], "new"]}
+    assert keep(warm, "x", "3", "fails") == {**first, "start": "loaded"}
+    assert "ZeroDivisionError" in warm.log.read_text()
+    assert keep(warm, "y", "3", "always") == {**first, "start": "loaded"}
+
+
+def test_nothing_is_there_for_stages_of_another_label_or_of_none(warm: Warm) -> None:
+    first = keep(warm, "x", "1", "always")
+    assert keep(warm, "x", "1", "always", label="b")["pid"] != first["pid"]
+    stage = warm.started("keep", "x", "1", "always")
+    assert wait(stage) == 0
+    assert not stage.waits
+    assert warm.said()["start"] == "loaded"
+    assert is_gone(stage.pid)
+
+
+def test_a_stage_that_fails_leaves_no_process(warm: Warm) -> None:
+    first = keep(warm, "x", "1", "always")
+    stage = warm.started("say", "7", label="a")
+    assert (stage.pid, wait(stage), stage.waits) == (first["pid"], 7, False)
+    assert is_gone(stage.pid)
+    assert keep(warm, "x", "1", "always")["start"] == "loaded"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_waits_and_dies_or_hangs_costs_a_start(warm: Warm, number: signal.Signals) -> None:
+    first = keep(warm, "x", "1", "always")
+    os.kill(first["pid"], number)
+    second = keep(warm, "x", "1", "always")
+    assert second["start"] == "loaded"
+    assert is_gone(first["pid"])
+
+
+def test_what_is_kept_is_given_back(warm: Warm) -> None:
+    kept, other = (keep(warm, "x", "1", "always", label=label)["pid"] for label in "ab")
+    warm.processes.release(set(), keep="a")
+    assert is_gone(other)
+    assert keep(warm, "x", "1", "always")["pid"] == kept
+    warm.processes.release(set(), keep="")
+    assert is_gone(kept)
+
+
+def test_no_more_than_some_wait(warm: Warm) -> None:
+    pids = [keep(warm, "x", "1", "always", label=label)["pid"] for label in "abcdef"]
+    assert [is_gone(pid) for pid in pids[: len(pids) - MOST_WAITING]] == [True] * (len(pids) - MOST_WAITING)
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids[-MOST_WAITING:])
 
 
 def test_several_at_once_with_their_own_ends(warm: Warm) -> None:
@@ -164,33 +247,143 @@ def test_nothing_is_left_when_the_driver_ends(tmp_path: Path) -> None:
     assert not warm.path.parent.exists()
 
 
+def test_the_directory_for_temporary_files_may_have_a_long_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than that of a socket can be, as on clusters."""
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    warm = Warm(tmp_path)
+    assert wait(warm.started("say", "0")) == 0
+    warm.processes.close()
+    assert not warm.path.parent.exists()
+
+
 def test_a_package_that_cannot_be_imported_is_started_as_always(tmp_path: Path) -> None:
     warm = Warm(tmp_path)
     (tmp_path / "code/toy/preload.py").write_text("raise ImportError('no such library')")
     warm.processes.close()
     warm.processes = WarmProcesses(tmp_path / "logs")
-    path = warm.processes.address("toy", sys.executable, warm.environment, str(tmp_path), start=True)
-    assert path is not None
+    path = warm.processes.address("toy", sys.executable, warm.environment, str(tmp_path))
     with warm.log.open("ab") as log:
         argv = [sys.executable, "-m", "toy", "say", "0"]
-        assert fork(path, argv, warm.environment, str(tmp_path), source_version("toy"), log, 3.0) is None
+        patience = 1000.0  # not waited for: it is known at once that the process has died
+        assert fork(path, argv, warm.environment, str(tmp_path), source_version("toy"), log, patience) is None
     assert "no such library" in (tmp_path / "logs/toy.log").read_text()
     warm.processes.close()
 
 
+IMPORTS_FOR_EVER = """
+import os, pathlib, time
+def preload(libraries):
+    pathlib.Path(__file__).with_name("pid").write_text(str(os.getpid()))
+    time.sleep(1000)
+"""
+WAITS_FOR = """
+import os, time
+def preload(libraries):
+    while not os.path.exists('{}'):
+        time.sleep(0.01)
+    import toy.costly
+"""
+STARTS_ONE = """
+import os, pathlib, sys, time
+from pipelines.execution.warm import WarmProcesses
+folder = pathlib.Path(sys.argv[1])
+WarmProcesses(folder / "logs").address("toy", sys.executable, os.environ, str(folder))
+time.sleep(1000)
+"""
+
+
+def test_a_driver_that_is_killed_takes_along_what_still_imports(tmp_path: Path) -> None:
+    warm = Warm(tmp_path)
+    warm.processes.close()
+    (tmp_path / "code/toy/preload.py").write_text(IMPORTS_FOR_EVER)
+    driver = subprocess.Popen([sys.executable, "-c", STARTS_ONE, tmp_path], env=warm.environment)
+    told = tmp_path / "code/toy/pid"
+    wait_for(lambda: told.exists() and told.read_text() != "", 60, "it imports")
+    driver.kill()
+    driver.wait()
+    assert is_gone(int(told.read_text()))
+
+
+def test_who_does_not_wait_for_the_imports_is_not_answered_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage without libraries is started as always, and so is one for which they take too long."""
+    warm = Warm(tmp_path)
+    warm.processes.close()
+    release = tmp_path / "release"
+    (tmp_path / "code/toy/preload.py").write_text(WAITS_FOR.format(release))
+    warm.path = warm.processes.address("toy", sys.executable, warm.environment, str(tmp_path))
+    assert warm.fork("say", "0", patience=0.0) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines.execution.warm, "ANSWER_SECONDS", 0.1)
+        assert warm.fork("say", "0", patience=0.1) is None
+    release.touch()
+    assert wait(warm.started("say", "0")) == 0
+    assert len(warm.log.read_text().splitlines()) == 1
+    assert warm.fork("say", "0", patience=0.0) is not None
+    warm.processes.close()
+
+
+def test_libraries_are_imported_one_stage_ahead(smallest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an environment that several stages with models need, when one that another waits for is started."""
+    begun: list[str] = []
+    monkeypatch.setattr(local, "stage_request", lambda *_, **__: AttemptRequest(["python"], {}, [], "", "", None))
+    monkeypatch.setattr(LocalExecutor, "_preloads", lambda *_: True)
+    monkeypatch.setattr(LocalExecutor, "_address", lambda _, node, *__: begun.append(node.environment))
+
+    def begun_by(*names: str) -> list[str]:
+        begun.clear()
+        executor = LocalExecutor(Site(run, graph, config, ENTRY))
+        for name in names:
+            executor._import_ahead(graph.nodes[name])
+        return begun
+
+    config = load_run_config(smallest, [])
+    run = RunDirectory(config.run_directory)
+    graph = placed_graph(config, 2)
+    assert begun_by("prompts/heldout") == ["generation"]
+    assert begun_by("setup/world", "setup/world") == ["training"]
+    assert begun_by("setup/world", "setup/sft") == ["training", "generation", "annotation"]
+    assert begun_by("iteration-002/heldout/gold") == []
+    for name, node in graph.nodes.items():  # one generation is left
+        if node.environment == "generation" and name != "iteration-002/heldout/generation":
+            node.output.mkdir(parents=True)
+            (node.output / MANIFEST).touch()
+    assert begun_by("iteration-002/training") == ["training"]
+
+
 @pytest.mark.timeout(900)
-def test_stages_that_are_forked_publish_the_same_bytes(finished_run: FinishedRun) -> None:
-    """Real stages, of which all that load a model of an environment come out of one process."""
-    options = ["name=warm", "executor.warm=true", "--iters", "1"]
-    done = pipeline("run", str(finished_run.config), *options)
+def test_stages_that_are_forked_publish_the_same_bytes(finished_run: FinishedRun, tmp_path: Path) -> None:
+    """Real stages, one of each environment; in the other run those that load a model come out of one process, and some
+    find it loaded."""
+    cold = tmp_path / "smallest"
+    shutil.copytree(finished_run.path, cold, ignore=shutil.ignore_patterns("logs", "iteration-00[12]"))
+    anew = ["setup/reward-model/training", "iteration-000/heldout/generation", "iteration-000/heldout/reward"]
+    for place in anew:
+        shutil.rmtree(cold / place)
+    command = ["run", str(finished_run.config), f"directory={tmp_path}", "executor.warm=false", "--iters", "0"]
+    done = pipeline(*command)
     assert done.returncode == 0, done.stderr
-    warm = finished_run.path.parent / "warm"
-    found = {path.parent.relative_to(warm) for path in warm.glob("*/**/manifest.json")}
-    assert len(found) > 20
-    for place in found:
-        digests = [Artifact.open(run / place).manifest.digest for run in (warm, finished_run.path)]
+    for place in anew:
+        digests = [Artifact.open(run / place).manifest.digest for run in (cold, finished_run.path)]
         assert digests[0] == digests[1], place
-    forked = [path for path in warm.rglob("request.json") if json.loads(path.read_bytes())["warm"]]
-    imported = Artifact.open(warm / "iteration-001/reward").manifest.seconds["load"]
-    assert len(forked) > 5
-    assert imported < Artifact.open(finished_run.path / "iteration-001/reward").manifest.seconds["load"]
+    forked = {
+        run: sum(bool(json.loads(path.read_bytes())["warm"]) for path in run.rglob("request.json"))
+        for run in (cold, finished_run.path)
+    }
+    assert forked[cold] == 0
+    assert len(list(cold.rglob("request.json"))) == len(anew), "the others are not made again"
+    assert forked[finished_run.path] > 10
+    assert {Artifact.open(cold / place).manifest.facts["start"] for place in anew[1:]} == {"loaded"}
+    assert "kept" in set(starts_of(finished_run.path))
+
+
+def starts_of(run: Path) -> Iterator[str]:
+    """How the stages of a run came to their engines and models."""
+    for path in run.glob("*/**/manifest.json"):
+        if start := Artifact.open(path.parent).manifest.facts.get("start"):
+            yield start

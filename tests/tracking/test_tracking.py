@@ -14,20 +14,22 @@ from typing import Any
 
 import msgspec
 import pytest
-from mlflow import MlflowClient
 
+from contracts.config import validate
 from contracts.points import METRICS, Point, read_points
 from tracking.base import POINT
+from tracking.config import TrackingSection
 from tracking.task import MARK, TrackingTask
-from tracking.tensorboard_tracker import scalars
-from tracking.wandb_files import history
 
 Found = list[tuple[int, dict[str, float]]]
-"""The place of each point in the stream, and its metrics, as often as a tracker has it."""
+"""The place of each point in the stream, and its metrics, as often as a tracker has it. The trackers' libraries are
+imported where they are read: the fast loop has none of these tests, but collects them."""
 AXES = ("iteration", "global_step", "stage_step")
 
 
 def read_wandb(run: Path) -> Found:
+    from tracking.wandb_files import history
+
     files = sorted((run / "tracking/wandb").glob("*run-*/run-*.wandb"))
     return [(step, _metrics(values)) for file in files for step, values in history(file)]
 
@@ -40,11 +42,15 @@ def read_trackio(run: Path) -> Found:
 
 
 def read_tensorboard(run: Path) -> Found:
+    from tracking.tensorboard_tracker import scalars
+
     files = sorted((run / "tracking/tensorboard").glob("*tfevents*"))
     return [(int(values[POINT]), _metrics(values)) for file in files for _, values in scalars(file)]
 
 
 def read_mlflow(run: Path) -> Found:
+    from mlflow import MlflowClient
+
     client = MlflowClient(f"sqlite:///{run}/tracking/mlflow.db")
     (place,) = [found.experiment_id for found in client.search_experiments() if found.name == "ratchet"]
     (one,) = client.search_runs([place])
@@ -99,15 +105,19 @@ class Stream:
                 file.write(msgspec.json.encode(point) + b"\n")
                 self.count += 1
 
-    def start(self, tracker: str, **changes: Any) -> "subprocess.Popen[bytes]":
+    def start(
+        self, tracker: str, program: tuple[str, str] = ("-m", "tracking"), key: str = "", **changes: Any
+    ) -> "subprocess.Popen[bytes]":
         """Start a tracker's process."""
-        settings = {
+        said = {
             name: str(value).replace("RUN", str(self.run)) for name, value in (TRACKERS[tracker][0] | changes).items()
         }
+        section = validate(TrackingSection, {tracker: said}, "test")
+        settings = section.chosen[tracker].model_dump(mode="json")
         task = TrackingTask(tracker, "0badcafe", "small", str(self.run), settings, {"training": {"algorithm": "dpo"}})
-        environment = {**os.environ, MARK: f"{self.run}/{tracker}", "WANDB_API_KEY": ""}
+        environment = {**os.environ, MARK: f"{self.run}/{tracker}", "WANDB_API_KEY": key}
         process = subprocess.Popen(
-            [sys.executable, "-m", "tracking"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+            [sys.executable, *program], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
             start_new_session=True,
         )  # fmt: skip
         assert process.stdin is not None
@@ -163,3 +173,23 @@ def test_wandb_without_a_key_says_so(stream: Stream) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "wandb login" in errors.decode()
+
+
+@pytest.mark.slow
+def test_the_process_of_a_tracker_loads_no_configuration() -> None:
+    """Which would take it a third of a second."""
+    code = "import sys, tracking.__main__; sys.exit('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_wandb_does_not_look_at_its_own_process(stream: Stream) -> None:
+    """It would tell of the wrong one, and load its launcher for that."""
+    stream.write(3)
+    program = (
+        "import sys; from tracking.__main__ import main; sys.exit(main() or 10 * ('wandb.sdk.launch' in sys.modules))"
+    )
+    stream.ends_well(stream.start("wandb", ("-c", program)))
+    stream.has_all("wandb")
+    assert not [*(stream.run / "tracking/wandb").rglob("requirements.txt")]
+    assert not [*(stream.run / "tracking/wandb").rglob("wandb-metadata.json")]

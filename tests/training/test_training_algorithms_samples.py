@@ -188,6 +188,22 @@ def test_ppo_advantages(name: str, gamma: float, lam: float, edge: str) -> None:
 
 
 @pytest.mark.parametrize("edge", ADVANTAGE_EDGES)
+def test_ppo_on_rewards_of_tokens(edge: str) -> None:
+    data = Data(edge)
+    given = torch.sin(torch.arange(len(data.behaviour), dtype=data.behaviour.dtype))
+    expected: list[float] = []
+    rows = zip(
+        data.rows(data.behaviour), data.rows(data.reference), data.rows(given), data.rows(data.old_values), strict=True
+    )
+    for pi, reference, rewards, values in rows:
+        expected += estimate([float(r - 0.15 * (p - q)) for p, q, r in zip(pi, reference, rewards, strict=True)],
+                             values, 0.9, 0.8)  # fmt: skip
+    found = advantages("process_ppo", data.experience(token_rewards=given), gamma=0.9, lam=0.8, whiten=False)
+    same(found.advantages, expected)
+    same(found.returns, np.array(expected) + data.old_values.numpy())
+
+
+@pytest.mark.parametrize("edge", ADVANTAGE_EDGES)
 def test_advantages_within_groups(edge: str) -> None:
     data = Data(edge)
     rewards = data.rewards.tolist()
@@ -404,6 +420,7 @@ ACTOR_CRITIC = {"clip": 0.15, "entropy_coefficient": 0.3, "value_coefficient": 0
     ("name", "formula", "settings"),
     [
         ("ppo", ppo, ACTOR_CRITIC),
+        ("process_ppo", ppo, ACTOR_CRITIC),
         ("ppo", corrected_ppo, ACTOR_CRITIC | {"entropy_coefficient": 0.0, "importance_cap": 1.1}),
         ("decoupled_ppo", decoupled_ppo, ACTOR_CRITIC | {"behaviour_cap": 1.1}),
         ("reinforce_pp", reinforce_pp, {"clip": 0.15, "entropy_coefficient": 0.3, "importance_cap": 1.1}),

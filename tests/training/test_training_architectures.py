@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 from torch import Tensor
 
-from annotation.loading import pad_right
-from annotation.tokens import head_logits, run_backbone
+from annotation.models.loading import pad_right
+from annotation.models.tokens import head_logits, run_backbone
 from contracts.architectures import CONDITIONAL, FLAT, PADDED, RECURRENT, REFUSED, require_supported, support_of
 from contracts.errors import UserError
 from contracts.fingerprint import PROCESSOR_FILES
@@ -132,6 +132,7 @@ def assert_all_agree(model: Any, support: str) -> None:
             use_packed_attention(model)
             for packing in ("flat", "shared"):
                 found[packing] = module(pack(batch, packing))["logprobs"]  # type: ignore[arg-type]
+            found["attend_once"] = module(pack(batch, "shared", attend_once=True))["logprobs"]
     for value in found.values():
         torch.testing.assert_close(value, expected, atol=TOLERANCE, rtol=0)
 

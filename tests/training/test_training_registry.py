@@ -49,6 +49,21 @@ def test_the_built_in_algorithms() -> None:
         )
 
 
+def test_which_algorithms_learn_from_the_answers_of_older_policies() -> None:
+    found = {name: describe(name) for name in BUILT_IN}
+    assert {name for name, it in found.items() if it.off_policy} == {
+        "decoupled_ppo", *(name for name, it in found.items() if it.reads == "pairs")
+    }  # fmt: skip
+    levels = {name: it.corrections for name, it in found.items() if it.reads == "samples"}
+    every = ("token", "sequence", "geometric")
+    assert levels == {
+        "ppo": every, "process_ppo": every, "grpo": every, "dr_grpo": every, "cispo": every, "reinforce_pp": every,
+        "remax": every, "rloo": ("sequence", "geometric"), "raft": (), "decoupled_ppo": (),
+    }  # fmt: skip
+    mine = describe(write(f"{HEAD.replace('pairs', 'samples')}{LOSS}def advantages(experience): ...\n"))
+    assert (mine.off_policy, mine.corrections) == (False, every)
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_numeric_setting_of_a_built_in_algorithm_has_limits(name: str) -> None:
     description = describe(name)
@@ -231,6 +246,12 @@ LOSS = "def loss(batch): ...\n"
             "default .* 'beta' is 1, but LIMITS says '< 1'",
         ),
         (f'{HEAD}LIMITS = "beta > 0"\n{LOSS}', "LIMITS is 'beta > 0'; write LIMITS = "),
+        (f'{HEAD}OFF_POLICY = "yes"\n{LOSS}', "OFF_POLICY is 'yes'; write OFF_POLICY = True"),
+        (f'{HEAD}CORRECTIONS = ("token",)\n{LOSS}', "CORRECTIONS is .* an importance correction is for .* samples"),
+        (
+            f'{HEAD}CORRECTIONS = ("word",)\n{LOSS}',
+            r"CORRECTIONS is \('word',\); write CORRECTIONS = \(\"sequence\", \"geometric\"\)",
+        ),
         (f"{HEAD}STATE = {{'mean': None}}\n{LOSS}", "STATE is {'mean': None}; write STATE = "),
         (f"{HEAD}STATE = {{'mean': 0}}\n{LOSS}", "STATE is kept by a function 'update', which there is not"),
         (

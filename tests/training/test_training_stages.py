@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from conftest import EOS, IDS, ROOT, TEMPLATE, make_pairs, make_reference, publi
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from contracts.chat import ChatTokenizer
+from contracts.config import apply_overrides
 from contracts.demonstrations import DemonstrationRow
 from contracts.errors import UserError
 from contracts.ledger import Ledger
@@ -209,7 +211,6 @@ def test_references_that_do_not_fit(
         run_here("policy", model=models["tied"], **settings, output=tmp_path / "out")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -220,6 +221,22 @@ def test_references_that_do_not_fit(
         ("frozen=[nothing]", "no parameter's name contains 'nothing'"),
         ("reference=[]", "reference"),
         ("settings.bta=0.2", "Did you mean 'beta'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(
+    change: str, message: str, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = {"model": models["tied"], "pairs": [pairs["pairs"]], "reference": [pairs["reference"]]}
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_here("policy", **apply_overrides({**settings, "output": tmp_path / "out"}, [change]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("frozen=[nothing]", "no parameter's name contains 'nothing'"),
         ("parallel.dp=2 max_length=2", "no usable row"),
         ("parallel.tp=4", "does not divide num_attention_heads (2)"),
     ],

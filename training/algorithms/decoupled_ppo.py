@@ -14,6 +14,7 @@ from training.algorithms.ppo import advantages as advantages
 
 READS = "samples"
 NEEDS = ("reference", "values")
+OFF_POLICY = True
 LIMITS = {
     "clip": "> 0, <= 1",
     "behaviour_cap": "> 0",

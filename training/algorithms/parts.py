@@ -15,10 +15,15 @@ def penalised_rewards(experience: Experience) -> Tensor:
     Ziegler et al. 2019, arXiv 1909.08593, eq. 2, as InstructGPT spreads it over the tokens (arXiv 2203.02155). pi is
     the policy that sampled. A truncated response gets its reward at its last token like any other.
     """
+    return kl_penalties(experience).index_add(0, experience.lengths.cumsum(0) - 1, experience.rewards)
+
+
+def kl_penalties(experience: Experience) -> Tensor:
+    """The part of each token's reward that keeps the policy near the reference, [N]: -kl_coefficient (log pi - log
+    pi_ref)."""
     if experience.reference is None:
         raise lacking("reference")
-    rewards = -experience.kl_coefficient * (experience.behaviour - experience.reference)
-    return rewards.index_add(0, experience.lengths.cumsum(0) - 1, experience.rewards)
+    return -experience.kl_coefficient * (experience.behaviour - experience.reference)
 
 
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> Tensor:

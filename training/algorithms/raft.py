@@ -12,6 +12,7 @@ from training.algorithms import parts
 
 READS = "samples"
 NEEDS = ()
+CORRECTIONS = ()
 
 
 def advantages(experience: Experience) -> Advantages:

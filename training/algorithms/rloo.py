@@ -14,6 +14,7 @@ from training.algorithms import parts
 
 READS = "samples"
 NEEDS = ("reference",)
+CORRECTIONS = ("sequence", "geometric")
 LIMITS = {"clip": "> 0, <= 1", "importance_cap": ">= 0"}
 
 

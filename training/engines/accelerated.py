@@ -17,6 +17,7 @@ from modeling.packing import Packed
 from training.config import TrainingConfig
 from training.engines import zero
 from training.engines.base import COLLECTIVE_DEADLINE, Outputs, Share, TrainingEngine, add_shares, nodes
+from training.slices import WeightSlices
 
 
 class AcceleratedEngine(TrainingEngine):
@@ -49,8 +50,14 @@ class AcceleratedEngine(TrainingEngine):
             "parallel": {"by": f"accelerate: {self.accelerator.distributed_type.value}", **layout},
         }
 
-    def prepare(self, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+    def prepare(
+        self,
+        module: nn.Module,
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        slices: WeightSlices | None = None,
+    ) -> None:
         """Wrap module and optimizer with accelerate."""
+        assert slices is None  # for the native engine only
         self.module = module
         self.parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
         self.prepared: Any

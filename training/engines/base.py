@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modeling.loading import Shapes
 from modeling.packing import Packed
 from training.algorithm import Metrics
+from training.slices import WeightSlices
 
 COLLECTIVE_DEADLINE = timedelta(minutes=30)
 """Timeout of a collective."""
@@ -51,8 +52,16 @@ class TrainingEngine(ABC):
         """The actual parallel layout, for the manifest."""
 
     @abstractmethod
-    def prepare(self, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
-        """Distribute `module` over the processes; `make_optimizer` gets the parameters that this process updates."""
+    def prepare(
+        self,
+        module: nn.Module,
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        slices: WeightSlices | None = None,
+    ) -> None:
+        """Distribute `module` over the processes; `make_optimizer` gets the parameters that this process updates.
+
+        With `slices` the module's parameters are on the meta device, and each process reads what it keeps of them.
+        """
 
     @abstractmethod
     def forward(self, batch: Packed) -> Outputs:

@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+from reallocation.layouts import INPUTS, OUTPUTS
+
+COLUMNS = OUTPUTS
 """Projections whose outputs are divided over tensor parallel processes: Shard(0) of weight and bias."""
-ROWS = ("self_attn.o_proj", "mlp.down_proj")
+ROWS = INPUTS
 """Projections whose inputs are divided: Shard(1) of the weight; the bias is whole."""
 OF_ONE_HEAD = ("self_attn.q_norm", "self_attn.k_norm")
 """Whole in every process, but used by each on its own heads: their gradients are added up."""

@@ -1,6 +1,7 @@
 """Data, tensor, pipeline and sequence parallelism, and FSDP2, with torch's own building blocks.
 
-The processes form a mesh [pp, dp · sp, tp]. Each loads the whole model and keeps its shard:
+The processes form a mesh [pp, dp · sp, tp]. Each has its shard of the model, and reads no more than that where it can
+(`training/slices.py`):
 
     pp  a pipeline stage keeps some layers; the first also the embedding, the last the final norm and the head.
         `torch.distributed.pipelining` runs the 1F1B schedule.
@@ -31,12 +32,14 @@ from contracts.attempt import beat
 from contracts.errors import UserError
 from modeling.loading import Shapes
 from modeling.packing import Packed
+from reallocation.layouts import GlobalTensor, LocalPart, layer_bounds, part_of
 from training.engines.base import COLLECTIVE_DEADLINE, Outputs, Share, TrainingEngine, add_shares, nodes
 from training.engines.division import COLUMNS, OF_ONE_HEAD, ROWS, DividedParameter, all_gather, divisions, local
 from training.engines.pipeline import Passed, Received, StageModule
 from training.engines.sequence import NAME as SPREAD
 from training.engines.sequence import Sequences
 from training.parallel import ParallelConfig
+from training.slices import WeightSlices
 
 WAVE = 4
 """Micro-batches per pipeline stage in one forward-only schedule, each of which has buffers."""
@@ -104,11 +107,16 @@ class NativeEngine(TrainingEngine):
 
     # Spreading the model
 
-    def prepare(self, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+    def prepare(
+        self,
+        module: nn.Module,
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        slices: WeightSlices | None = None,
+    ) -> None:
         """Shard `module`, which has `model` (transformers), `hidden` and `read`."""
         whole: Any = module
         backbone = whole.model.base_model
-        self._layers = list(map(int, torch.linspace(0, len(backbone.layers), self._parallel.pp + 1).round()))
+        self._layers = layer_bounds(len(backbone.layers), self._parallel.pp)
         self._names = [name for name, value in module.state_dict().items() if isinstance(value, Tensor)]
         self._parts = self._list_parts(module, backbone)
         known = {name for part in self._parts.values() for name in part.names}
@@ -116,7 +124,10 @@ class NativeEngine(TrainingEngine):
         self._hidden_size = int(whole.model.config.get_text_config().hidden_size)
         hidden_dtype = self._dtype if self._sharded else backbone.embed_tokens.weight.dtype
         received = self._cut(module, backbone)
-        module.to(self.device)
+        if slices is None:
+            module.to(self.device)
+        else:
+            module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         mine = backbone.layers[self._layers[self._stage_number] : self._layers[self._stage_number + 1]]
         if self._parallel.tp > 1:
             plan = {name: ColwiseParallel() for name in COLUMNS} | {name: RowwiseParallel() for name in ROWS}
@@ -130,10 +141,14 @@ class NativeEngine(TrainingEngine):
             whole.model.config._attn_implementation = SPREAD
         if self._sharded:
             self._shard(mine, casts)
+        unread = self._allocate() if slices is not None else set()
         for part in self._parts.values():
             if self._stage_number in part.stages:
                 part.local = self._find(part)
         self._require_layout()
+        for part in self._parts.values():
+            if slices is not None and part.local is not None and part.local in unread:
+                slices.read(part.names, self._local_part(part), local(part.local))
         size = sum(local(part.local).numel() for part in self._parts.values() if part.local is not None)
         most = torch.tensor(size, device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -197,6 +212,32 @@ class NativeEngine(TrainingEngine):
             if isinstance(each, FSDPModule):  # gradients are added up, not averaged
                 each.set_gradient_divide_factor(1.0)
                 each.set_force_sum_reduction_for_comms(True)
+
+    def _allocate(self) -> set[nn.Parameter]:
+        """Give every parameter on the meta device memory for what this process has of it; returns these parameters."""
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for each in self._stage.modules():
+            for name, parameter in each._parameters.items():
+                if parameter is None or not parameter.is_meta:
+                    continue
+                if parameter not in made:  # which tied ones share
+                    empty = torch.empty_like(parameter, device=self.device)
+                    made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                each._parameters[name] = made[parameter]
+        if self._sharded:
+            self._stage._apply(lambda tensor: tensor)  # FSDP2 looks for its parameters anew
+        return set(made.values())
+
+    def _local_part(self, part: DividedParameter) -> LocalPart:
+        """What this process has of a parameter, as `_slice` takes it of the unsharded tensor."""
+        cut = None
+        if self._parallel.tp > 1 and part.tensor_dim is not None:
+            width = part.shape[part.tensor_dim] // self._parallel.tp
+            cut = (part.tensor_dim, self._slice_number * width, (self._slice_number + 1) * width)
+        tensor = GlobalTensor(part.names[0], "F32", part.shape)
+        if not self._sharded:
+            return part_of(tensor, cut)
+        return part_of(tensor, cut, sharding="rows", shards=self._mesh["data"].size(), shard=self._data_number)
 
     def _find(self, part: DividedParameter) -> nn.Parameter:
         for name in part.names:

@@ -6,7 +6,7 @@ from contracts.outlook import Outlook
 from contracts.records import CHECKPOINT
 from training.config import CriticConfig
 from training.estimates import LongestRow
-from training.stages.trainer import Training, longest_experience
+from training.stages.trainer import Training, longest_experience, mean_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,11 @@ class CriticTraining(Training[CriticConfig]):
     def longest_row(self, config: CriticConfig, outlook: Outlook) -> LongestRow | None:
         """A prompt with its answers."""
         return longest_experience(outlook.answers_of(config.experience), config.max_length)
+
+    def mean_row(self, config: CriticConfig, outlook: Outlook) -> LongestRow | None:
+        """A prompt with its answers."""
+        answers = outlook.answers_of(config.experience)
+        return mean_of(answers, answers.k if answers else 1, config.max_length)
 
     def has_score_head(self, config: CriticConfig) -> bool:
         """It gives the value of every token."""

@@ -7,7 +7,15 @@ from contracts.outlook import Memory, Outlook
 from contracts.records import CHECKPOINT
 from training.config import PolicyConfig
 from training.estimates import LongestRow, training_memory
-from training.stages.trainer import Training, all_pairs, count_of_pairs, longest_experience, longest_pair
+from training.stages.trainer import (
+    Training,
+    all_pairs,
+    count_of_pairs,
+    longest_experience,
+    longest_pair,
+    mean_of,
+    mean_pair,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,13 @@ class PolicyTraining(Training[PolicyConfig]):
         if config.experience is None:
             return longest_pair(all_pairs(config.pairs, outlook), config.max_length)
         return longest_experience(outlook.answers_of(config.experience), config.max_length)
+
+    def mean_row(self, config: PolicyConfig, outlook: Outlook) -> LongestRow | None:
+        """A pair, or a prompt with its answers."""
+        if config.experience is None:
+            return mean_pair(all_pairs(config.pairs, outlook), config.max_length)
+        answers = outlook.answers_of(config.experience)
+        return mean_of(answers, answers.k if answers else 1, config.max_length)
 
     def models(self, config: PolicyConfig) -> tuple[ModelUse, ...]:
         """The policy, and the reference that is held beside it."""

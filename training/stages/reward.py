@@ -8,7 +8,7 @@ from contracts.outlook import Outlook
 from contracts.records import CHECKPOINT
 from training.config import RewardConfig
 from training.estimates import LongestRow
-from training.stages.trainer import Training, all_pairs, count_of_pairs, longest_pair
+from training.stages.trainer import Training, all_pairs, count_of_pairs, longest_pair, mean_pair
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,13 @@ class RewardTraining(Training[RewardConfig]):
         if config.kind == "pairwise" and questions:
             return LongestRow(min(max(questions), limit or max(questions)), 1, 2)
         return longest_pair(pairs, limit)
+
+    def mean_row(self, config: RewardConfig, outlook: Outlook) -> LongestRow | None:
+        """A pair; a pairwise model reads both answers twice, in either order."""
+        row = mean_pair(all_pairs(config.pairs, outlook), config.max_length)
+        if row is None or config.kind == "bradley_terry":
+            return row
+        return LongestRow(row.prompt + 2 * row.answer, 1, 2)
 
     def reads_as(self, config: RewardConfig) -> tuple[Callable[[ModelInfo], None], ...]:
         """A pairwise model is asked in a conversation."""

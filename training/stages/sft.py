@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from contracts.operations import BYTES_PER_TOKEN
 from contracts.outlook import Outlook
 from contracts.records import CHECKPOINT
 from training.config import SftConfig
@@ -17,6 +18,14 @@ class Imitation(Training[SftConfig]):
         """Demonstrations."""
         rows = outlook.rows_of(config.demonstrations)
         return None if rows is None else rows.count
+
+    def mean_row(self, config: SftConfig, outlook: Outlook) -> LongestRow | None:
+        """One demonstration."""
+        rows = outlook.rows_of(config.demonstrations)
+        if rows is None:
+            return None
+        tokens = max(1, rows.bytes // (BYTES_PER_TOKEN * max(1, rows.count)))
+        return LongestRow(0, min(tokens, config.max_length or tokens), 1)
 
     def longest_row(self, config: SftConfig, outlook: Outlook) -> LongestRow | None:
         """One demonstration."""

@@ -1,20 +1,25 @@
 """What all trainings declare alike."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from contracts.config import validate
 from contracts.declaration import ModelUse, ProcessLayout, Stage, Workload
 from contracts.models import ModelInfo
+from contracts.operations import ModelLayout, Operations, shape_of
 from contracts.outlook import STAGE, AnswerStats, Memory, Outlook, PairStats
 from training.config import TrainingConfig
-from training.estimates import LongestRow, longest_of, trained_numbers, training_memory
-from training.parallel import check_layout
+from training.estimates import LongestRow, longest_of, number_bytes, trained_numbers, training_memory
+from training.parallel import ParallelConfig, check_layout
 
 T = TypeVar("T", bound=TrainingConfig)
 
+PARALLEL = ("dp", "tp", "pp", "sp", "zero", "offload")
+OWN = ("micro_batch_tokens", "gradient_checkpointing")
+"""Keys of a layout, in the section `parallel` and beside it."""
 LINE = 512
 """Bytes of an optimizer step in the training log."""
 
@@ -27,6 +32,7 @@ class Training(Stage[T]):
     is_worker_node: str | None = "training.launch:is_worker_node"
     preflight: str | None = "training.preflight:check_training"
     step_log: str = "training-log.jsonl"
+    layout_keys: tuple[str, ...] = (*PARALLEL, *OWN)
     memory_fix: str = (
         "Lower micro_batch_tokens, set gradient_checkpointing=true, or spread the training over more devices with "
         "parallel.dp=N parallel.zero=3 (each with its section's name in front)."
@@ -38,6 +44,10 @@ class Training(Stage[T]):
 
     def longest_row(self, config: T, outlook: Outlook) -> LongestRow | None:
         """The largest row that it may meet, where its data tell."""
+        raise NotImplementedError
+
+    def mean_row(self, config: T, outlook: Outlook) -> LongestRow | None:
+        """A row as it is in the mean: a prompt of mean length, and answers as long as allowed."""
         raise NotImplementedError
 
     def models(self, config: T) -> tuple[ModelUse, ...]:
@@ -63,6 +73,40 @@ class Training(Stage[T]):
             return None
         size = size.as_classifier() if self.has_score_head(config) else size
         return training_memory(config, size, self.longest_row(config, outlook), on_gpu=on_gpu)
+
+    def operations(self, config: T, outlook: Outlook, *, on_gpu: bool) -> Operations | None:
+        """Epochs over rows of mean length, in steps of a global batch."""
+        size, row = outlook.size_of(config.model), self.mean_row(config, outlook)
+        rows, steps = self.row_count(config, outlook), self.steps(config, outlook)
+        if size is None or row is None or rows is None or steps is None:
+            return None
+        size = size.as_classifier() if self.has_score_head(config) else size
+        rows = min(rows, steps * config.global_batch)
+        shared = config.packing in ("auto", "shared")
+        prompts = rows * row.prompt * (1 if shared else row.sequences)
+        answers = rows * row.sequences * row.answer
+        parallel = config.parallel
+        return Operations(
+            kind="training",
+            model=shape_of(size),
+            number=number_bytes(config, on_gpu),
+            layout=ModelLayout(
+                *(parallel.dp, parallel.tp, parallel.pp, parallel.sp, parallel.zero),
+                offload=tuple(sorted(parallel.offload)),
+                nodes=parallel.nodes,
+            ),
+            sequences=rows * row.sequences,
+            prompt_tokens=prompts,
+            answer_tokens=answers,
+            length=row.prompt + row.answer,
+            logits=0 if size.classifier else answers,
+            batch=config.micro_batch_tokens,
+            passes=max(1, round(steps * config.global_batch / max(1, rows))),
+            steps=steps,
+            trained=trained_numbers(config, size),
+            recomputes=config.gradient_checkpointing,
+            beside=len(self.models(config)) - 1,
+        )
 
     def published_bytes(self, config: T, outlook: Outlook) -> int | None:
         """P · 4 (in bf16 2, and 2 for what is missing to fp32), the tokenizer, and 512 for each step's log line."""
@@ -102,6 +146,14 @@ class Training(Stage[T]):
             update["dp"] = dp
         return config.model_copy(update={"parallel": parallel.model_copy(update=update)}) if update else config
 
+    def laid_out(self, config: T, sizes: Mapping[str, Any]) -> T:
+        """With these in its `parallel`, and beside it; what the other settings do not allow is refused as ever."""
+        parallel = config.parallel.model_dump(exclude_unset=True)
+        parallel |= {key: size for key, size in sizes.items() if key in PARALLEL}
+        own = {key: size for key, size in sizes.items() if key in OWN}
+        validate(ParallelConfig, parallel, "layout")  # says what is wrong by the layout's own names
+        return validate(type(config), config.model_dump(exclude_unset=True) | own | {"parallel": parallel}, "layout")
+
     def origin(self, config: T) -> Path | None:
         """The model that it trains."""
         return config.model
@@ -125,6 +177,20 @@ def count_of_pairs(pairs: list[PairStats | None]) -> int | None:
 def longest_pair(pairs: list[PairStats | None], limit: int | None) -> LongestRow | None:
     """The largest pair, where it is known of any."""
     return longest_of([found.answers for found in pairs if found is not None], 2, limit)
+
+
+def mean_of(answers: AnswerStats | None, sequences: int, limit: int | None) -> LongestRow | None:
+    """So many answers to a prompt of mean length; longer sequences than `limit` are dropped."""
+    if answers is None:
+        return None
+    answer = min(answers.longest_answer, limit or answers.longest_answer)
+    return LongestRow(answers.mean_prompt, answer, sequences)
+
+
+def mean_pair(pairs: list[PairStats | None], limit: int | None) -> LongestRow | None:
+    """A pair in the mean, by the first set of which anything is known."""
+    known = next((found for found in pairs if found is not None), None)
+    return None if known is None else mean_of(known.answers, 2, limit)
 
 
 def longest_experience(answers: AnswerStats | None, limit: int | None) -> LongestRow | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from contracts.errors import UserError
+from contracts.errors import RunStoppedError, UserError
 
 if TYPE_CHECKING:  # jobs on a cluster import this module, and as little else as they can
     from rich.console import Console
@@ -31,6 +31,11 @@ if TYPE_CHECKING:  # jobs on a cluster import this module, and as little else as
 
 class Job(Protocol):
     """A submitted supervisor."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process on this machine with which it ends; None where there is none."""
+        ...
 
     def ended(self) -> bool:
         """Whether it runs no more, however it ended."""
@@ -207,7 +212,28 @@ class Executors:
         return (self.named(kind) for kind in EXECUTORS if executor_class(kind).outlives_driver)
 
     def require_detachable(self, plan: "dict[str, Verdict]") -> None:
-        """Raise UserError where a stage that is to run does so where a process has to stay."""
+        """Check that all that is to run can do so where no process stays.
+
+        Raises:
+            UserError: a stage, or what a gate may decide, takes a driver.
+            RunStoppedError: a gate has stopped the run.
+        """
+        from pipelines.run.gates import stop_of
+        from pipelines.run.verdicts import reused
+
+        if self.site.config.placement.streaming:
+            raise UserError(
+                "placement.streaming is true: a stage starts on the shards of another that still runs, which takes a "
+                "driver. The jobs of a detached run wait until those before them have ended. Set "
+                "placement.streaming=false, or leave --detach out."
+            )
+        if going_back := [name for name, gate in self.site.config.gates.items() if gate.do == "rollback"]:
+            raise UserError(
+                f"gates.{going_back[0]}.do is rollback, after which the next iterations have other stages than those "
+                "submitted: that takes a driver. Set do=stop, or leave --detach out."
+            )
+        if (stop := stop_of(self.site.graph, reused(plan))) is not None:
+            raise RunStoppedError(stop.reason or "")
         for node in self.site.graph.nodes.values():
             if not plan[node.name].reuse and not (executor := self.of(node)).outlives_driver:
                 raise UserError(

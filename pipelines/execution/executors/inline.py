@@ -3,7 +3,6 @@
 import threading
 from pathlib import Path
 
-from pipelines.execution.attempts import write_request
 from pipelines.execution.executors.base import Job
 from pipelines.execution.executors.local import JobHere, LocalExecutor
 from pipelines.execution.supervisor import supervise_here
@@ -17,7 +16,7 @@ class InlineExecutor(LocalExecutor):
 
     def submit(self, node: Node, attempt: Path) -> Job:
         """Start the attempt in a thread."""
-        write_request(node, attempt, self.run.path, self.config, self._threads, here=True, warm=self.warmed)
+        self.write_request(node, attempt)
         thread = threading.Thread(target=supervise_here, args=(str(attempt),), name=node.name, daemon=True)
         thread.start()
         return _ThreadJob(thread, attempt)

@@ -1,33 +1,36 @@
-"""This machine, through submitit's local executor: each stage's supervisor is a process of its own.
+"""This machine: each stage has a supervisor, which is a process of its own and ends with the driver.
 
-submitit passes jobs on as pickles, which run code when they are read. They lie in a private folder outside of the run
-directory, which people copy and share, and are gone when the job has ended.
+With `executor.warm` supervisors and the stages of locked environments are forked from processes that have imported
+their libraries (pipelines/execution/warm.py); where that cannot be, they are started.
 """
 
 import os
-import shutil
-import signal
+import subprocess
 from pathlib import Path
 
 import msgspec
-import submitit
 
-from contracts.fingerprint import digest
 from contracts.manifest import MANIFEST
+from contracts.versions import source_version
 from pipelines.environments.launch import stage_environment
-from pipelines.environments.paths import home, source_root
-from pipelines.execution.attempts import write_request
-from pipelines.execution.executors.base import Executor, Job, Site
-from pipelines.execution.supervisor import RUN, AttemptRequest, supervise_here
-from pipelines.execution.warm import READY_SECONDS, WarmProcesses
-from pipelines.graph import Node
-from pipelines.machine import default_parallel
+from pipelines.environments.paths import source_root
+from pipelines.execution.attempts import stage_request, write_request
+from pipelines.execution.executors.base import Executor, Job, Site, supervisor_command
+from pipelines.execution.supervisor import RUN, AttemptRequest
+from pipelines.execution.warm import Process, WarmProcesses, devices_of, fork
+from pipelines.graph import Node, Placement
+from pipelines.machine import gpu_count, host_memory
+from pipelines.planning.cluster import threads_here
+from pipelines.planning.estimates import memory
 from pipelines.run.events import JobEnded
-
-FOREVER_MINUTES = 60 * 24 * 365
 
 WORTH_IT = 2
 """Stages with models that are still to run, from which on their libraries are imported by a process of its own."""
+IMPORT_SECONDS = 120.0
+"""How long a stage with a model waits for the imports: they take as long as its own would."""
+START_SECONDS = 5.0
+"""How long a supervisor waits for its own."""
+SUPERVISORS = "pipelines"
 
 
 def is_heavy(node: Node) -> bool:
@@ -42,56 +45,109 @@ class LocalExecutor(Executor):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self._threads = max(1, (os.cpu_count() or 1) // (site.config.executor.parallel or default_parallel()))
-
-        self._warm = WarmProcesses(self.run.path / "logs" / "warm")
-
-    def recover(self) -> None:
-        """Delete what a killed driver has left of its jobs on this machine."""
-        shutil.rmtree(job_folder(self.run.path) / "local", ignore_errors=True)
+        self._threads = threads_here(site.config.executor)
+        self._warm = WarmProcesses(self.run.path / "logs" / "warm") if site.config.executor.warm else None
+        self._heavy: dict[tuple[str, Placement | None], list[Node]] | None = None
 
     def close(self) -> None:
-        """The same, and end the warm processes."""
-        self._warm.close()
-        self.recover()
-
-    def warmed(self, node: Node, request: AttemptRequest) -> AttemptRequest:
-        """The same request, with the process that the stage is forked from if that is worth it."""
-        locked = self.config.environments.of(node.environment).is_locked
-        preload = source_root() / node.package / "preload.py"
-        if not (self.config.executor.warm and locked and preload.is_file()):
-            return request
-        alike = [other for other in self.graph.nodes.values() if is_heavy(other) and other.package == node.package]
-        left = sum(not (other.output / MANIFEST).is_file() for other in alike)
-        environment = {**stage_environment(request.environment), RUN: str(self.run.path)}
-        for name in request.unset:
-            environment.pop(name, None)
-        path = self._warm.address(
-            node.package, request.argv[0], environment, request.directory, start=is_heavy(node) and left >= WORTH_IT
-        )
-        if path is None:
-            return request
-        patience = READY_SECONDS if is_heavy(node) else 0.0
-        return msgspec.structs.replace(request, warm=str(path), warm_seconds=patience)
+        """End the warm processes."""
+        if self._warm is not None:
+            self._warm.close()
 
     def submit(self, node: Node, attempt: Path) -> Job:
         """Start the attempt."""
-        write_request(node, attempt, self.run.path, self.config, self._threads, here=True, warm=self.warmed)
-        folder = job_folder(self.run.path) / "local" / digest(str(attempt))[:16]
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, mode=0o700)
-        executor = submitit.AutoExecutor(folder=folder, cluster="local")
-        executor.update_parameters(name=node.name, timeout_min=FOREVER_MINUTES, stderr_to_stdout=True)
-        # Ctrl-C reaches the whole terminal; the driver alone answers it, and ends its stages in order.
-        answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            return _SubmititJob(executor.submit(supervise_here, str(attempt)), attempt, folder)
-        finally:
-            signal.signal(signal.SIGINT, answer)
+        self.write_request(node, attempt)
+        log = attempt / "supervisor.log"
+        command = supervisor_command(attempt)
+        with log.open("ab") as output:
+            process: Process | None = None
+            if self._warm is not None:
+                path = self._warm.address(SUPERVISORS, command[0], os.environ, os.getcwd())
+                place = (os.environ, os.getcwd(), source_version(SUPERVISORS), output)
+                process = fork(path, command, *place, START_SECONDS)
+            process = process or subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        return _ProcessJob(process, attempt, log)
+
+    def write_request(self, node: Node, attempt: Path) -> None:
+        """Write what the attempt is to run."""
+        self._import_ahead(node)
+        request = stage_request(node, attempt, self.run.path, self.config, self._threads, here=True)
+        write_request(node, attempt, self._warmed(node, request))
+
+    def _import_ahead(self, started: Node) -> None:
+        """Have the libraries imported that the stage needs which is being started, or one that waits for it directly.
+
+        So they are imported beside the stage before the first one that needs them; what is never reached costs nothing.
+        """
+        if self._warm is None:
+            return
+        if self._heavy is None:
+            self._heavy = {}
+            for node in self.graph.nodes.values():
+                if is_heavy(node) and self._preloads(node):
+                    self._heavy.setdefault((node.environment, _own_gpus(node)), []).append(node)
+        for place, nodes in list(self._heavy.items()):
+            if any(started.name in (node.name, *node.needs) for node in nodes):
+                left = [node for node in nodes if not (node.output / MANIFEST).is_file()]
+                if len(left) >= WORTH_IT:
+                    where = (self.run.path, self.run.path, self.config, self._threads)
+                    request = stage_request(left[0], *where, here=True)
+                    libraries = {name for node in left for name in node.stage.libraries(node.config)}
+                    self._address(left[0], request, libraries)
+                del self._heavy[place]  # decided: with fewer now, there will not be more later
+
+    def _preloads(self, node: Node) -> bool:
+        """Whether the libraries of a stage's environment can be imported by a process of its own."""
+        locked = self.config.environments.of(node.environment).is_locked
+        return locked and (source_root() / node.environment / "preload.py").is_file()
+
+    def _address(self, node: Node, request: AttemptRequest, libraries: set[str] | None = None) -> Path | None:
+        """The socket of the process that a stage is forked from; one that imports `libraries` is started if wanted."""
+        assert self._warm is not None
+        environment = {**stage_environment(request.environment), RUN: str(self.run.path)}
+        if libraries is None and not self._warm.has(node.environment, request.argv[0], environment):
+            return None
+        place = (node.environment, request.argv[0], environment, request.directory)
+        return self._warm.address(*place, sorted(libraries or ()))
+
+    def _warmed(self, node: Node, request: AttemptRequest) -> AttemptRequest:
+        """The same request, with the process that the stage is forked from where there is one."""
+        if self._warm is None or not self._preloads(node):
+            return request
+        path = self._address(node, request)
+        if path is None:
+            return request
+        self._make_room(node, request)
+        return msgspec.structs.replace(
+            request,
+            warm=str(path),
+            warm_source=source_version(node.environment),
+            warm_seconds=IMPORT_SECONDS if node.stage.libraries(node.config) else 0.0,
+            label=node.stage.label(node.config),
+        )
+
+    def _make_room(self, node: Node, request: AttemptRequest) -> None:
+        """Have the memory given back that a stage needs and that models of other stages hold."""
+        assert self._warm is not None
+        if not is_heavy(node):
+            return
+        on_gpu = gpu_count() > 0
+        need = None if on_gpu else memory(node, self.graph, on_gpu=False)
+        if on_gpu or (need is not None and need.total * need.processes > host_memory()):
+            self._warm.release(devices_of(request.environment), node.stage.label(node.config))
+
+
+def _own_gpus(node: Node) -> Placement | None:
+    """What a stage is given that sees GPUs of its own, which a process that it is forked from must see as well."""
+    return node.placement if node.placement is not None and node.placement.exclusive and gpu_count() else None
 
 
 class JobHere:
     """A supervisor on this machine, which looks for a request to end."""
+
+    pid: int | None = None
 
     def __init__(self, attempt: Path) -> None:
         self._attempt = attempt
@@ -110,24 +166,17 @@ class JobHere:
         (self._attempt / "cancel").touch()
 
 
-class _SubmititJob(JobHere):
-    def __init__(self, job: "submitit.Job[int]", attempt: Path, folder: Path) -> None:
+class _ProcessJob(JobHere):
+    def __init__(self, process: Process, attempt: Path, log: Path) -> None:
         super().__init__(attempt)
-        self._job = job
-        self._folder = folder
+        self._process = process
+        self._log = log
+        self.pid = process.pid
 
     def ended(self) -> bool:
-        return self._job.done()
+        return self._process.poll() is not None
 
     def clear(self) -> list[JobEnded]:
-        if not (self._attempt / "exit.json").exists():
-            for log in self._folder.glob("*_log.out"):
-                self._attempt.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(log, self._attempt / "supervisor.log")
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if (self._attempt / "exit.json").exists():  # else what it has said is the only reason that is known
+            self._log.unlink(missing_ok=True)
         return []
-
-
-def job_folder(run: Path) -> Path:
-    """Where the jobs of a run are described while they last."""
-    return home() / "jobs" / digest(str(run.resolve()))[:16]

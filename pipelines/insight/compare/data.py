@@ -74,3 +74,5 @@ class Comparison(msgspec.Struct, frozen=True):
     paired: list[Paired]
     notes: list[str]
     """Why something could not be compared."""
+    left_out: list[str] = []
+    """Runs that are damaged; the notes say how."""

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,32 +36,43 @@ class Policy:
 
     label: str
     rollouts: Artifact
-    scores: dict[str, Artifact]
-
-    def by_prompt(self, scorer: str) -> dict[str, float]:
-        """The mean score of each prompt's answers."""
-        found: dict[str, list[float]] = {}
-        for row in self.scores[scorer].rows(Score):
-            found.setdefault(row.prompt_id, []).append(row.score)
-        return {prompt: math.fsum(scores) / len(scores) for prompt, scores in found.items()}
+    prompts: set[str]
+    """Those that it has answered."""
+    judges: dict[str, Any]
+    """What each scorer is."""
+    scores: dict[str, dict[str, float]]
+    """By scorer, the mean score of each prompt's answers."""
 
 
-def compare(runs: list[tuple[RunDirectory, Graph]], iteration: int | None = None) -> Comparison:
-    """Compare each run with the first.
+def compare(
+    runs: list[tuple[RunDirectory, Graph]], iteration: int | None = None, damaged: dict[Path, str] | None = None
+) -> Comparison:
+    """Compare each run with the first, but for those that are damaged.
 
     Args:
         iteration: whose policies are compared on the same prompts; by default each run's last that was judged.
+        damaged: further runs, which could not be opened, and why.
 
     Raises:
-        UserError: a run has evaluated nothing, or not this iteration.
+        UserError: a run has evaluated nothing, or not this iteration; or all are damaged.
     """
     labels = _labels([run.path for run, _ in runs])
-    notes: list[str] = []
-    metrics = _metrics(labels, runs)
-    policies = [_policy(label, graph, iteration) for label, (_, graph) in zip(labels, runs, strict=True)]
-    pairs = [(policies[0], other) for other in policies[1:]]
-    paired = [found for first, second in pairs for found in _paired(first, second, notes)]
-    return Comparison(labels, _changes([run for run, _ in runs]), metrics, paired, notes)
+    damaged = dict(damaged or {})
+    whole: dict[str, tuple[RunDirectory, list[dict[str, Any]], Policy]] = {}
+    for label, (run, graph) in zip(labels, runs, strict=True):
+        node = _judged(graph, iteration)
+        try:
+            whole[label] = run, [metrics for _, metrics in evaluations(graph)], _policy(label, node)
+        except UserError as error:
+            damaged[run.path] = str(error)
+    if not whole:
+        raise UserError("\n".join(f"{path} is damaged: {why}" for path, why in damaged.items()))
+    notes = [f"{path} is damaged and left out: {why}" for path, why in damaged.items()]
+    first, *others = (policy for _, _, policy in whole.values())
+    paired = [found for other in others for found in _paired(first, other, notes)]
+    changes = _changes([run for run, _, _ in whole.values()])
+    metrics = _metrics({label: rows for label, (_, rows, _) in whole.items()})
+    return Comparison(list(whole), changes, metrics, paired, notes, [str(path) for path in damaged])
 
 
 def _labels(paths: list[Path]) -> list[str]:
@@ -69,7 +80,8 @@ def _labels(paths: list[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
 
 
-def _policy(label: str, graph: Graph, iteration: int | None) -> Policy:
+def _judged(graph: Graph, iteration: int | None) -> Node:
+    """The evaluation of the policy that is compared."""
     judged = [
         node
         for node in graph.nodes.values()
@@ -80,32 +92,45 @@ def _policy(label: str, graph: Graph, iteration: int | None) -> Policy:
     if not judged:
         which = "nothing" if iteration is None else f"no iteration {iteration}"
         raise UserError(f"{graph.directory} has evaluated {which} yet. Continue it with `pipeline run`.")
-    node = max(judged, key=lambda node: node.iteration or 0)
-    return Policy(f"{label} (iteration {node.iteration})", *_inputs(node))
+    return max(judged, key=lambda node: node.iteration or 0)
 
 
-def _inputs(node: Node) -> tuple[Artifact, dict[str, Artifact]]:
-    scores: dict[str, Path] = node.config.scores  # type: ignore[attr-defined]
-    opened = {name: Artifact.open(path, SCORES) for name, path in scores.items()}
-    return Artifact.open(node.path("rollouts"), ROLLOUTS), opened
+def _policy(label: str, node: Node) -> Policy:
+    """What an evaluation has judged by; UserError where something of it is damaged."""
+    paths: dict[str, Path] = node.config.scores  # type: ignore[attr-defined]
+    scores = {name: Artifact.open(path, SCORES) for name, path in paths.items()}
+    rollouts = Artifact.open(node.path("rollouts"), ROLLOUTS)
+    return Policy(
+        label=f"{label} (iteration {node.iteration})",
+        rollouts=rollouts,
+        prompts={row.prompt_id for row in rollouts.rows(Rollout)},
+        judges={name: scorer_of(artifact) for name, artifact in scores.items()},
+        scores={name: _by_prompt(artifact) for name, artifact in scores.items()},
+    )
+
+
+def _by_prompt(scores: Artifact) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for row in scores.rows(Score):
+        found.setdefault(row.prompt_id, []).append(row.score)
+    return {prompt: math.fsum(values) / len(values) for prompt, values in found.items()}
 
 
 def _paired(first: Policy, second: Policy, notes: list[str]) -> Iterator[Paired]:
-    prompts = [{row.prompt_id for row in policy.rollouts.rows(Rollout)} for policy in (first, second)]
-    if len(prompts[0] & prompts[1]) < 2:
+    if len(first.prompts & second.prompts) < 2:
         notes.append(f"{first.label} and {second.label} have fewer than two held-out prompts in common.")
         return
     for scorer in first.scores:
         if scorer not in second.scores:
             notes.append(f"{second.label} has no scorer {scorer}.")
             continue
-        if scorer_of(first.scores[scorer]) != scorer_of(second.scores[scorer]):
+        if first.judges[scorer] != second.judges[scorer]:
             notes.append(
                 f"The scorer {scorer} is not the same in {first.label} and {second.label} (another model, function or "
                 "setting), so a difference of its scores means nothing."
             )
             continue
-        ours, theirs = first.by_prompt(scorer), second.by_prompt(scorer)
+        ours, theirs = first.scores[scorer], second.scores[scorer]
         common = [prompt for prompt in ours if prompt in theirs]
         if len(common) < 2:
             notes.append(f"Fewer than two prompts are scored by {scorer} in both {first.label} and {second.label}.")
@@ -177,11 +202,10 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _metrics(labels: list[str], runs: list[tuple[RunDirectory, Graph]]) -> dict[str, list[Series]]:
-    rows = [[metrics for _, metrics in evaluations(graph)] for _, graph in runs]
+def _metrics(rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Series]]:
     names = dict.fromkeys(
         name
-        for found in rows
+        for found in rows.values()
         for row in found
         for name, value in row.items()
         if name != "iteration" and isinstance(value, int | float)
@@ -189,7 +213,7 @@ def _metrics(labels: list[str], runs: list[tuple[RunDirectory, Graph]]) -> dict[
     return {
         name: [
             Series(label, [(int(row["iteration"]), row[name]) for row in found if row.get(name) is not None])
-            for label, found in zip(labels, rows, strict=True)
+            for label, found in rows.items()
         ]
         for name in names
     }

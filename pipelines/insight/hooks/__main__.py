@@ -22,11 +22,11 @@ from contracts.errors import UserError
 from contracts.locks import locked
 from contracts.points import METRICS, decode_points
 from contracts.tailing import end_of_input, whole_lines
-from pipelines.insight.hooks.happenings import Happening, Happenings, in_words, of_point
+from pipelines.insight.hooks.happenings import Begun, Happening, Happenings, in_words, of_point
 from pipelines.insight.hooks.task import HookTask, Progress
 from pipelines.run.events import FILE, EventStream, HookFailed, decode_events
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 LATER_SECONDS = 5.0
 """How much longer than the command that has started it this process waits for a function that hangs."""
 
@@ -69,6 +69,7 @@ class Telling:
         self._function = function
         self._progress = progress
         self._happenings = Happenings(self._run, task.evaluated)
+        self._begun = Begun(self._run)
         self._failures = 0
         for event in decode_events(whole_lines(self._run / FILE, 0)[: progress.events]):
             for _ in self._happenings.of(event):
@@ -80,18 +81,23 @@ class Telling:
         while not last:
             last = ended.wait(POLL_SECONDS)  # before the files are read: what was written until then is told
             for line in whole_lines(self._run / METRICS, self._progress.metrics).splitlines(keepends=True):
-                self._tell(happening for point in decode_points(line) if (happening := of_point(point)))
+                points = filter(self._begun.made, decode_points(line))
+                found = (happening for point in points if (happening := of_point(point)))
                 self._progress.metrics += len(line)
-                self._progress.save(self._run, self._task.hook)
+                self._tell(found)
             for line in whole_lines(self._run / FILE, self._progress.events).splitlines(keepends=True):
-                self._tell(happening for event in decode_events(line) for happening in self._happenings.of(event))
+                found = (happening for event in decode_events(line) for happening in self._happenings.of(event))
                 self._progress.events += len(line)
-                self._progress.save(self._run, self._task.hook)
+                self._tell(found)
+        self._progress.save(self._run, self._task.hook)
 
     def _tell(self, happenings: Iterator[Happening]) -> None:
-        for happening in happenings:
-            if happening["kind"] in self._task.kinds:
-                self._call(self._happenings.complete(happening))
+        """Tell what the hook wants to know, and keep how far it is: what is not told needs no place on the disk."""
+        wanted = [happening for happening in happenings if happening["kind"] in self._task.kinds]
+        for happening in wanted:
+            self._call(self._happenings.complete(happening))
+        if wanted:
+            self._progress.save(self._run, self._task.hook)
 
     def _call(self, happening: Happening) -> None:
         try:

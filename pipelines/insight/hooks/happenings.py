@@ -2,7 +2,7 @@
 
 Every happening has `kind` and `time` (seconds since 1970); those of stages and runs have `what`.
 
-    run         what: started, finished, failed, interrupted, cancelled
+    run         what: started, finished, failed, stopped, interrupted, cancelled
     stage       what: started, published, failed; stage, and what is known of it then
     iteration   a policy is evaluated: iteration, policy, metrics
     step        an optimizer step: stage, iteration, step, global_step, metrics
@@ -15,10 +15,12 @@ from typing import Any, TypeAlias
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from contracts.points import Point
+from contracts.points import KEY, Point
 from pipelines.insight.hooks.task import EvaluatedPolicy
 from pipelines.run.events import (
+    FILE,
     Event,
+    EventReader,
     RunCancelled,
     RunEnded,
     RunStarted,
@@ -62,7 +64,7 @@ class Happenings:
                 yield from self._published(event.stage, event.time, **told)
             case StageReused(stage=stage):
                 # What had been started was published while nobody was there to record it: its driver was killed.
-                if self._started.get(stage) == event.key:
+                if self._started.get(stage) in ("", event.key):
                     yield from self._published(stage, event.time, key=event.key)
                 self._made.add(stage)
 
@@ -100,6 +102,21 @@ class Happenings:
         except UserError:
             return {}
         return found
+
+
+class Begun:
+    """The stages that a run has begun itself: what others have made and it has taken over did not happen in it."""
+
+    def __init__(self, run: Path) -> None:
+        self._events = EventReader(run / FILE)
+        self._stages: set[tuple[str, str]] = set()
+
+    def made(self, point: Point) -> bool:
+        """Whether the run itself has made what a point tells of. A stage's start is recorded before its first point."""
+        if (found := (point.stage, point.key)) not in self._stages:
+            started = (event for event in self._events.news() if isinstance(event, StageStarted | StagePublished))
+            self._stages.update((event.stage, event.key[:KEY]) for event in started)
+        return found in self._stages
 
 
 def of_point(point: Point) -> Happening | None:

@@ -8,7 +8,8 @@ import time
 import msgspec
 
 from pipelines.graph import Graph
-from pipelines.insight.hooks.task import EvaluatedPolicy, HookTask, begin_hooks, evaluated_policies
+from pipelines.insight.hooks.configured import begin_hooks, evaluated_policies
+from pipelines.insight.hooks.task import EvaluatedPolicy, HookTask
 from pipelines.insight.readers import ReaderProcess
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, HookFailed

@@ -5,9 +5,9 @@ import time
 
 from pipelines.config.sections import HubSection
 from pipelines.execution.listeners import Listen
-from pipelines.graph import Graph
+from pipelines.graph import Graph, tag_of
 from pipelines.hub.background import command
-from pipelines.hub.parcels import LOG, parcels
+from pipelines.hub.parcels import LOG, ready
 from pipelines.insight.readers import ReaderProcess
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, ListenerFailed, RunEnded, StagePublished, StageReused, on_hub
@@ -31,7 +31,9 @@ class HubListener:
 
     def __call__(self, events: list[Event]) -> None:
         """Start the process when there is something for it; take note of how it ends, if it does."""
-        self._interrupted |= any(isinstance(event, RunEnded) and event.outcome != "finished" for event in events)
+        self._interrupted |= any(
+            isinstance(event, RunEnded) and event.outcome not in ("finished", "stopped") for event in events
+        )
         if self._process is not None and (error := self._process.failure()):
             self._process = None
             self._run.record(ListenerFailed(listener="pipelines.hub", error=error))
@@ -53,5 +55,5 @@ class HubListener:
 
     def _lacks(self) -> bool:
         """Whether something is published that is not known to be on the Hub."""
-        run, there = self._run, on_hub(self._run.events())
-        return any((parcel.repo, parcel.tag) not in there for parcel in parcels(run, self._section, run.iterations))
+        there = on_hub(self._run.events())
+        return any((repo, tag_of(number)) not in there for repo, _, number in ready(self._run, self._section))

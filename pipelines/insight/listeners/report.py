@@ -2,7 +2,6 @@
 
 from pipelines.execution.listeners import Listen
 from pipelines.graph import Graph
-from pipelines.insight.status import save_report
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, RunEnded
 
@@ -12,6 +11,8 @@ def listen(run: RunDirectory, graph: Graph) -> Listen:
 
     def write_report(events: list[Event]) -> None:
         if any(isinstance(event, RunEnded) for event in events):
+            from pipelines.insight.status import save_report  # tables, which no earlier job needs
+
             save_report(run, graph)
 
     return write_report

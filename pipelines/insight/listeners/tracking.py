@@ -61,7 +61,7 @@ class Trackers:
             return there > 0
 
     def _start(self, tracker: str) -> ReaderProcess:
-        settings = self._config.tracking.chosen[tracker].model_dump(mode="json", exclude_unset=True)
+        settings = self._config.tracking.chosen[tracker].model_dump(mode="json")
         config = self._config.settings()
         config.pop("tracking", None)
         task = TrackingTask(tracker, self._run_id(), self._run.path.name, str(self._run.path), settings, config)

@@ -29,6 +29,8 @@ class Correlation(msgspec.Struct, kw_only=True):
     """Pearson's correlation over all answers."""
     within: float | None
     """The same among the answers to one prompt: of the deviations from the prompt's means."""
+    freedom: int
+    """Answers to prompts that have several, less those prompts: by how much `within` is known."""
     slope: float | None
     """Score for one token more, among the answers to one prompt."""
 
@@ -147,13 +149,20 @@ class StageRow(msgspec.Struct, kw_only=True):
     """When its last attempt began, or was handed to a scheduler."""
     ended: float | None = None
     wait: float | None = None
-    """Seconds from there to the start of its process; so with the next four, as the stage measured them."""
+    """Seconds from there to the start of its process, and in which it waited for shards of a stage that it followed; so
+    with the next four, as the stage measured them."""
     load: float | None = None
     """Importing libraries and loading models."""
     compute: float | None = None
     other: float | None = None
     total: float | None = None
     devices: int = 1
+    pool: str = ""
+    """The pool of devices that it was given a part of, where the plan has several."""
+    given: list[int] = []
+    """The devices that it had for itself."""
+    held: float | None = None
+    """Seconds in which it had its inputs, and others had its devices."""
     tokens: int | None = None
     rows: int | None = None
     key: str | None = None
@@ -188,8 +197,42 @@ class TimeFacts(msgspec.Struct, kw_only=True):
     wait: float
     other: float
     by_role: dict[str, float]
+    held: float
+    """Sum over the stages of the time in which they had their inputs, and others had their devices."""
+    idle: dict[str, float]
+    """By pool, the share of the wall-clock time in which its devices computed nothing."""
     tokens_per_second: dict[str, float]
     """By role, over the time that was computed."""
+
+
+class ExpectedLine(msgspec.Struct, kw_only=True):
+    """What the plan expected the stages of one role to take, and what they took, in seconds."""
+
+    role: str
+    stages: int
+    predicted: float
+    """On average, and so is:"""
+    measured: float
+    error: float
+    """One standard deviation of what was expected, as a share."""
+    basis: str
+    iterations: list[int | None]
+    """Of each stage, and:"""
+    ratios: list[float]
+    """what it took over what was expected."""
+
+
+class PaidLine(msgspec.Struct, kw_only=True):
+    """What a judge's answers have taken, over all stages that are published."""
+
+    scorer: str
+    stages: int
+    answers: int
+    """Those that were asked for; what was kept from before is not paid again."""
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None
+    """By the prices in its configuration; None: there are none."""
 
 
 class RunReport(msgspec.Struct, kw_only=True):
@@ -200,7 +243,7 @@ class RunReport(msgspec.Struct, kw_only=True):
     path: str
     made: float
     state: str
-    """running, under way (as jobs of a scheduler), finished, failed, interrupted, cancelled, not finished."""
+    """running, under way (as jobs of a scheduler), finished, failed, stopped, interrupted, cancelled, not finished."""
     iterations: int
     """Asked for."""
     statements: list[Statement] = []
@@ -210,6 +253,11 @@ class RunReport(msgspec.Struct, kw_only=True):
     """What happened on the way."""
     evaluations: list[dict[str, Any]] = []
     """The metrics of each published evaluation."""
+    refused: list[int] = []
+    """Iterations whose policies a gate holds for that stops or rolls back."""
+    stopped: str = ""
+    """Why a gate has stopped the run."""
+    paid: list[PaidLine] = []
     own_evaluations: list[dict[str, Any]] = []
     """What the user's own evaluations say: {iteration, NAME/METRIC: number}, one for each policy."""
     scorers: list[str] = []
@@ -219,6 +267,8 @@ class RunReport(msgspec.Struct, kw_only=True):
     ledgers: list[LedgerLine] = []
     stages: list[StageRow] = []
     time: TimeFacts
+    expected: list[ExpectedLine] = []
+    """By role, where the run's plan says what it expects."""
     training: list[TrainingCurves] = []
     calibration: dict[str, list[dict[str, Any]]] = {}
     """By stage: bins of confidence and accuracy."""

@@ -17,14 +17,16 @@ from contracts.records import CHECKPOINT, CHECKPOINT_EVALUATION, EVALUATION, PAI
 from contracts.secrets import TOKEN
 from pipelines.execution.endings import failure_of, progress_of
 from pipelines.graph import Graph, Node
-from pipelines.insight.report.data import LedgerLine, RunReport, SampleSet, StageRow, TrainingCurves
+from pipelines.insight.report.data import LedgerLine, PaidLine, RunReport, SampleSet, StageRow, TrainingCurves
+from pipelines.insight.report.expected import expected_lines, plan_statement
 from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.rows import SetSources
 from pipelines.insight.report.statements import statements
-from pipelines.insight.report.timing import devices_of, stage_row, time_facts
-from pipelines.insight.wording import notable_lines
+from pipelines.insight.report.timing import devices_of, note_waits, stage_row, time_facts
+from pipelines.insight.wording import notable_lines, of_present
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, RunCancelled, RunEnded, RunStarted, StageEvent, StageSubmitted
+from pipelines.run.gates import refused, stop_of
 from pipelines.run.points import latest
 
 Curves: TypeAlias = tuple[list[float], dict[str, list[float | None]]]
@@ -73,21 +75,27 @@ class _Gathering:
                 self.artifacts[name] = found
         waiting = [name for name in self.graph.nodes if name not in self.artifacts]
         rows = [self.stage(node) for node in self.graph.nodes.values()]
+        note_waits(rows, {name: node.needs for name, node in self.graph.nodes.items()}, self.events)
         sets = list(self.sets())
+        stop = stop_of(self.graph)
         report = RunReport(
             name=self.run.path.name,
             path=str(self.run.path),
             made=round(time.time(), 1),
             state=state,
             iterations=max((node.iteration or 0 for node in self.graph.nodes.values()), default=0),
-            notes=notable_lines(self.events)[-MOST_LINES:],
+            notes=notable_lines(of_present(self.events, self.run.config))[-MOST_LINES:],
             evaluations=self.evaluations(),
+            refused=sorted(refused(self.graph)),
+            stopped=(stop.reason or "") if stop is not None else "",
             own_evaluations=self.own_evaluations(),
+            paid=self.paid(),
             scorers=list(self.run.config.scorers),
             sets=sets,
             ledgers=list(self.ledgers()),
             stages=rows,
             time=time_facts(rows, self.events),
+            expected=expected_lines(self.run.config, rows),
             training=list(self.training()),
             facts=list(self.facts()),
             config=self.told(
@@ -105,7 +113,7 @@ class _Gathering:
             row.detail = _without_secrets(row.detail)
         report.missing = [_without_secrets(line) for line in report.missing]
         report.notes = [_without_secrets(line) for line in report.notes]
-        report.statements = statements(report)
+        report.statements = [*statements(report), *plan_statement(report, self.run.config)]
         return report
 
     def state(self) -> str:
@@ -158,6 +166,24 @@ class _Gathering:
                 own = node.role.partition("/")[2] or node.role
                 row |= {f"{own}/{key}": value for key, value in artifact.manifest.facts.get("metrics", {}).items()}
         return [found[iteration] for iteration in sorted(found)]
+
+    def paid(self) -> list[PaidLine]:
+        found: dict[str, PaidLine] = {}
+        for artifact in self.artifacts.values():
+            facts = artifact.manifest.facts
+            if artifact.manifest.schema != SCORES or "answers_paid" not in facts:
+                continue
+            name = str(facts.get("scorer"))
+            line = found.setdefault(
+                name, PaidLine(scorer=name, stages=0, answers=0, prompt_tokens=0, completion_tokens=0, cost=None)
+            )
+            line.stages += 1
+            line.answers += facts["answers_paid"]
+            line.prompt_tokens += facts.get("prompt_tokens_paid", 0)
+            line.completion_tokens += facts.get("completion_tokens_paid", 0)
+            if "cost" in facts:
+                line.cost = (line.cost or 0.0) + facts["cost"]
+        return [found[name] for name in sorted(found)]
 
     def ledgers(self) -> Iterable[LedgerLine]:
         for name, artifact in self.artifacts.items():
@@ -216,7 +242,7 @@ class _Gathering:
                     sources.reference = made
                 elif kind != "values":
                     sources.scores[str(getattr(reader.config, "name", reader.role))] = made
-            elif made.manifest.schema == PAIRS:
+            elif made.manifest.schema == PAIRS and "strategy" in type(reader.config).model_fields:  # no part of others
                 sources.pairs, sources.strategy = made, str(getattr(reader.config, "strategy", ""))
         order = ["reward", *self.run.config.scorers]
         sources.scores = dict(

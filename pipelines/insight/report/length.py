@@ -1,6 +1,9 @@
 """Did it hack length? In words."""
 
+import math
+
 from pipelines.insight.report.data import RunReport, SampleSet, Statement
+from pipelines.run.metrics import Z95
 
 HELD_OUT = "heldout/generation"
 TRAINED_ON = "generation"
@@ -32,7 +35,15 @@ def length_statement(report: RunReport) -> Statement:
     preference = f"the same prompt's {'longer' if within > 0 else 'shorter'} answers score higher"
     r = f"correlation {within:+.2f} within prompts, iteration {strongest.iteration}"
     explained = _explained(judged, scored or sets)
-    if (abs(within) >= STRONG and (grew or shrank)) and explained is not None and explained < LITTLE:
+    margin = Z95 / math.sqrt(max(strongest.correlation.freedom, 1))
+    if margin > max(abs(within), STRONG):
+        found.tone = "unclear"
+        count = strongest.correlation.freedom + strongest.groups_scored
+        found.answer = (
+            f"Not known: there are too few answers. Among {count} of {strongest.groups_scored} prompts the correlation "
+            f"of reward and length is {within:+.2f} ± {margin:.2g}" + (f", while {longer}." if longer else ".")
+        )
+    elif (abs(within) >= STRONG and (grew or shrank)) and explained is not None and explained < LITTLE:
         found.tone = "unclear"
         way = "grows" if within > 0 else "falls"
         found.answer = (

@@ -3,8 +3,18 @@
 import re
 
 from pipelines.insight.report.data import LargestMargin, RunReport, StageRow
+from pipelines.insight.report.expected import expected_table
 from pipelines.insight.report.statements import duration
-from pipelines.insight.report.tables import NONE, evaluation_table, funnels, own_table, provenance, rounded, visible
+from pipelines.insight.report.tables import (
+    NONE,
+    evaluation_table,
+    funnels,
+    own_table,
+    paid_table,
+    provenance,
+    rounded,
+    visible,
+)
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&])")
 MOST_STAGES = 400
@@ -31,6 +41,8 @@ def render_markdown(report: RunReport) -> str:
     own = own_table(report)
     if own[1]:
         parts += ["## Your own evaluations", table([escaped(title) for title in own[0]], own[1])]
+    if report.paid:
+        parts += ["## What judges have cost", table(*paid_table(report))]
     parts += _training_data(report)
     for stage, bins in report.calibration.items():
         rows = [
@@ -39,6 +51,9 @@ def render_markdown(report: RunReport) -> str:
         parts += [f"## Calibration of {escaped(stage)}", table(["how sure", "how often right", "held-out pairs"], rows)]
     parts += ["## What was kept and dropped", *_dropped(report)]
     parts += ["## Time", table(["stages", "time"], [[r, duration(s)] for r, s in report.time.by_role.items()])]
+    expected = expected_table(report)
+    if expected[1]:
+        parts += ["## Expected by the plan, and measured", table(*expected)]
     parts += ["## Provenance", *_provenance(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

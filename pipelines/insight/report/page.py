@@ -5,12 +5,12 @@ import zlib
 from base64 import b64encode
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import msgspec
 
 from pipelines.insight.report.data import GroupColumns, RunReport, SampleSet
+from pipelines.insight.report.expected import expected_table
 from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.length import HELD_OUT
 from pipelines.insight.report.statements import duration
@@ -20,10 +20,14 @@ from pipelines.insight.report.tables import (
     gantt,
     now,
     own_table,
+    paid_table,
     provenance,
     rounded,
     visible,
 )
+
+if TYPE_CHECKING:
+    import jinja2
 
 PAGE_BYTES = 4_600_000
 """Of a page with its samples; what does not fit is beside it."""
@@ -76,6 +80,8 @@ def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: int 
             provenance=provenance(report),
             now=now(report),
             own=own_table(report),
+            paid=paid_table(report),
+            expected=expected_table(report),
         )
     )
     return text, others
@@ -109,7 +115,7 @@ def _data(report: RunReport, sets: list[SampleSet], beside: str | None, live: in
     for found in sets:
         prompts |= found.excerpts
     parts = msgspec.structs.asdict(report)
-    for name in ("config", "config_of", "notes", "missing", "statements", "ledgers", "stages", "largest"):
+    for name in ("config", "config_of", "notes", "missing", "statements", "ledgers", "stages", "largest", "expected"):
         parts.pop(name)
     data = msgspec.to_builtins(parts | {"sets": sets})
     for found in data["sets"]:
@@ -152,8 +158,10 @@ def script_hash(script: str) -> str:
 
 
 @cache
-def environment() -> jinja2.Environment:
+def environment() -> "jinja2.Environment":
     """The templates of the pages, which escape whatever they are given."""
+    import jinja2  # loaded with the first page
+
     loader = jinja2.FunctionLoader(read_asset)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"duration": duration, "visible": visible, "rounded": rounded}

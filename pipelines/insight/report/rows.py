@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -46,6 +47,8 @@ class ReadScore(msgspec.Struct):
     sample: int
     score: float
     token_logprobs: list[float] | None = None
+    parts: dict[str, float] | None = None
+    extras: dict[str, Any] | None = None
 
 
 class ReadPair(msgspec.Struct):
@@ -97,11 +100,11 @@ def text_of_turn(message: Message) -> str:
     return "\n".join(filter(None, parts))
 
 
-def scores_in(artifact: Artifact, shard: str) -> dict[str, dict[int, float]]:
+def scores_in(artifact: Artifact, shard: str) -> dict[str, dict[int, ReadScore]]:
     """Scores by prompt and sample."""
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, ReadScore]] = {}
     for score in read_jsonl(artifact.path / shard, ReadScore):
-        found.setdefault(score.prompt_id, {})[score.sample] = score.score
+        found.setdefault(score.prompt_id, {})[score.sample] = score
     return found
 
 

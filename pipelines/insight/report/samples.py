@@ -15,8 +15,10 @@ from pipelines.insight.report.moments import Moments
 from pipelines.insight.report.rows import (
     CHUNK_BYTES,
     MOST_GROUPS,
+    ReadAnswer,
     ReadPair,
     ReadRow,
+    ReadScore,
     SetSources,
     logprobs_in,
     pairs_in,
@@ -92,7 +94,7 @@ class _Reader:
             if logprobs:
                 self._compare(row, logprobs)
 
-    def _add(self, row: ReadRow, scores: list[dict[int, float]]) -> None:
+    def _add(self, row: ReadRow, scores: list[dict[int, ReadScore]]) -> None:
         lengths = [len(answer.response_ids) for answer in row.completions]
         cut = sum(answer.finish_reason == "length" for answer in row.completions)
         self.prompts += 1
@@ -100,11 +102,11 @@ class _Reader:
         self.truncated += cut
         self.length += sum(lengths)
         for name, column in zip(self.scorers, scores, strict=True):
-            self.sums[name][0] += math.fsum(column.values())
+            self.sums[name][0] += math.fsum(found.score for found in column.values())
             self.sums[name][1] += len(column)
         first = scores[0] if scores else {}
         scored = [
-            (float(length), first[answer.sample])
+            (float(length), first[answer.sample].score)
             for answer, length in zip(row.completions, lengths, strict=True)
             if answer.sample in first
         ]
@@ -156,15 +158,16 @@ class _Reader:
                 self.gap += math.fsum(abs(a - b) for a, b in zip(answer.logprobs, theirs, strict=True))
                 self.gap_tokens += len(theirs)
 
-    def _keep(self, row: ReadRow, scores: list[dict[int, float]], pairs: list[ReadPair]) -> None:
-        """Into the chunk: [prompt id, messages, known answer, answers, pairs]."""
+    def _keep(self, row: ReadRow, scores: list[dict[int, ReadScore]], pairs: list[ReadPair]) -> None:
+        """Into the chunk: [prompt id, messages, known answer, answers, pairs]; an answer ends with `_told`."""
         answers = [
             [
                 answer.sample,
                 answer.text,
                 answer.finish_reason,
                 len(answer.response_ids),
-                [_short(column[answer.sample]) if answer.sample in column else None for column in scores],
+                [_short(column[answer.sample].score) if answer.sample in column else None for column in scores],
+                *_told(answer, scores),
             ]
             for answer in row.completions
         ]
@@ -219,7 +222,10 @@ class _Reader:
             groups_scored=self.scored,
             groups_with_gradient=self.with_gradient,
             correlation=Correlation(
-                across=self.across.correlation, within=self.within.correlation, slope=self.within.slope
+                across=self.across.correlation,
+                within=self.within.correlation,
+                freedom=self.within.count - self.scored,
+                slope=self.within.slope,
             ),
             points=self.points,
             pairs=pairs,
@@ -234,6 +240,18 @@ class _Reader:
             left_out=self.left_out,
         )
         return found, self.chunks
+
+
+def _told(answer: ReadAnswer, scores: list[dict[int, ReadScore]]) -> list[list[list[Any] | None]]:
+    """What scorers have told beside the score, [parts, extras] or null for each; nothing where none has."""
+    found = [column.get(answer.sample) for column in scores]
+    told = [
+        [{name: _short(value) for name, value in (score.parts or {}).items()}, score.extras or {}]
+        if score is not None and (score.parts or score.extras)
+        else None
+        for score in found
+    ]
+    return [told] if any(told) else []
 
 
 def _largest(sources: SetSources, row: ReadRow, pair: ReadPair) -> LargestMargin:

@@ -1,15 +1,22 @@
 """The first screen in words: did it learn, did it hack length, what was dropped, where did the time go."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from pipelines.insight.report.data import LedgerLine, RunReport, Statement
 from pipelines.insight.report.length import HELD_OUT, TRAINED_ON, length_statement
 from pipelines.run.metrics import judge_of, mean_with_interval
-from pipelines.text import plural
+from pipelines.text import numbers, plural
 
+FIXED = 0.2
+"""Share of the stages' time from which loading is told to be spared."""
+IDLE = 0.5
+"""Share of the time from which idle devices, and waiting for them, are told."""
 SLOW = 0.5
 """Share of the stages' time from which loading is called the bottleneck."""
+PARTED = ("beyond_per_prompt", "not_drawn", "not_selected")
+"""Reasons of stages that are told to take a part."""
 
 
 def statements(report: RunReport) -> list[Statement]:
@@ -63,7 +70,14 @@ def _learning(report: RunReport) -> Statement:
     else:
         found.answer = f"Not that it shows. The held-out reward went {span} {over}, {same}: within its noise."
         found.tone = "unclear"
-    found.details = [*_judges(first, last), *_best(rows), *_drift_of_policy(last)]
+    stopped = [f"{report.stopped[:1].upper()}{report.stopped[1:]}"] if report.stopped else []
+    found.details = [
+        *stopped,
+        *_judges(first, last),
+        *_best(rows, report.refused),
+        *_drift_of_policy(last),
+        *_lag(report),
+    ]
     return found
 
 
@@ -99,14 +113,15 @@ def _judges(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _best(rows: list[dict[str, Any]]) -> list[str]:
+def _best(rows: list[dict[str, Any]], refused: Collection[int]) -> list[str]:
     judge = judge_of(rows[0])
-    known = [row for row in rows if row.get(judge) is not None]
+    known = [row for row in rows if row.get(judge) is not None and row["iteration"] not in refused]
     best = max(known, key=lambda row: float(row[judge]), default=None)
     if best is None:
         return []
     name = "gold reward" if judge.startswith("gold") else "reward"
-    return [f"The best checkpoint by {name} is {_policy(best)}."]
+    among = f", of those for which no gate holds (it does for iteration {numbers(refused)})" if refused else ""
+    return [f"The best checkpoint by {name}{among} is {_policy(best)}."]
 
 
 def _drift_of_policy(last: dict[str, Any]) -> list[str]:
@@ -116,9 +131,18 @@ def _drift_of_policy(last: dict[str, Any]) -> list[str]:
     return [f"The policy has moved {last['kl']:.2g} nats an answer from the initial one (KL)."]
 
 
+def _lag(report: RunReport) -> list[str]:
+    if not (lag := report.config_of.get("lag")):
+        return []
+    older = plural(lag, "iteration")
+    return [
+        f"It was trained with lag={lag}: on answers of a policy that is {older} older than the one that is trained."
+    ]
+
+
 def _dropped(report: RunReport) -> Statement:
     found = Statement(topic="dropped", question="What was dropped?", answer="")
-    lines = [line for line in report.ledgers if line.dropped]
+    lines = [line for line in report.ledgers if _unintended(line)]
     if not report.ledgers:
         found.answer, found.tone = "Not known: nothing is published yet.", "unclear"
         return found
@@ -136,7 +160,12 @@ def _dropped(report: RunReport) -> Statement:
 
 
 def _share(line: LedgerLine) -> float:
-    return 1 - line.kept / line.rows_in if line.rows_in else 0.0
+    return sum(_unintended(line).values()) / line.rows_in if line.rows_in else 0.0
+
+
+def _unintended(line: LedgerLine) -> dict[str, int]:
+    """What a stage has dropped, by reason, less what was to be left out: the rest of a part that was asked for."""
+    return {reason: count for reason, count in line.dropped.items() if reason not in PARTED}
 
 
 def _lost(line: LedgerLine) -> str:
@@ -181,9 +210,31 @@ def _time(report: RunReport) -> Statement:
         for name in (TRAINED_ON, "training")
         if name in facts.tokens_per_second
     )
+    found.details += _could_be_saved(report)
     found.details.append(
         f"{facts.device_hours:.3g} device-hours" + (f"; tokens a second while computing: {speeds}." if speeds else ".")
     )
+    return found
+
+
+def _could_be_saved(report: RunReport) -> list[str]:
+    """Fixed costs that another setting would spare, and devices that stood idle because of the plan."""
+    facts, found = report.time, []
+    if facts.load > FIXED * facts.stages and not (report.config_of.get("executor") or {}).get("warm"):
+        share = 100 * facts.load / facts.stages
+        found.append(
+            f"{share:.0f} % of the stages' time, {duration(facts.load)}, went into importing and loading, which every "
+            "stage paid anew: executor.warm=true keeps processes from stage to stage."
+        )
+    for pool, idle in facts.idle.items():
+        if idle > IDLE:
+            name = f"The devices of the pool {pool}" if pool else "The devices"
+            found.append(
+                f"{name} computed nothing for {100 * idle:.0f} % of the time: `pipeline plan show` says what waits for "
+                "what; a lag (docs/lag.md), pools of other sizes or another strategy may use them."
+            )
+    if facts.held > IDLE * facts.stages:
+        found.append(f"Stages that had their inputs waited {duration(facts.held)} in sum for devices that others had.")
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines.insight.report.data import RunReport, StageRow
 from pipelines.run.metrics import COLUMNS, is_further_scorer
+from pipelines.text import numbers
 
 GAP_SECONDS = 30.0
 """Shorter times without a stage are shown as they were."""
@@ -52,6 +53,22 @@ def own_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
     names = dict.fromkeys(name for row in report.own_evaluations for name in row)
     rows = [[rounded(row.get(name)) for name in names] for row in report.own_evaluations]
     return list(names), rows
+
+
+def paid_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of what judges have cost; the cost is in the currency of their prices."""
+    rows = [
+        [
+            line.scorer,
+            f"{line.stages:,}",
+            f"{line.answers:,}",
+            f"{line.prompt_tokens:,}",
+            f"{line.completion_tokens:,}",
+            NONE if line.cost is None else f"{line.cost:.6g}",
+        ]
+        for line in report.paid
+    ]
+    return ["judge", "stages", "answers", "tokens of questions", "tokens of answers", "cost"], rows
 
 
 def now(report: RunReport) -> list[str]:
@@ -112,7 +129,7 @@ def gantt(report: RunReport) -> dict[str, Any]:
 
     span = max(1e-3, place(end))
     bars = [
-        {"name": row.name, "left": 100 * place(since) / span, **_parts(row, span)}
+        {"name": row.name, "where": _where(row), "left": 100 * place(since) / span, **_parts(row, span)}
         for row, (since, _) in zip(rows, spans, strict=True)
     ]
     ticks = [{"left": 25 * number, "seconds": span * number / 4} for number in range(5)] if not gaps else []
@@ -128,6 +145,11 @@ def _idle(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
             found.append((last, since))
         last = max(last, until)
     return found
+
+
+def _where(row: StageRow) -> str:
+    """Pool and devices that a stage had for itself."""
+    return f"{row.pool} {numbers(row.given)}".strip() if row.given else row.pool
 
 
 def _parts(row: StageRow, span: float) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import calendar
 import contextlib
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from contracts.manifest import Manifest
@@ -38,6 +38,7 @@ def stage_row(node: Node, manifest: Manifest | None, events: Iterable[StageEvent
         elif isinstance(event, StageStarted):
             row.attempts += 1
             row.state = "begun"
+            row.pool, row.given = event.pool, event.devices or []
             if not queued:  # also after an attempt of whose end nobody was left to tell
                 row.begun, row.ended = event.time, None
             queued = False
@@ -66,7 +67,7 @@ def devices_of(node: Node, manifest: Manifest, attempt: Path | None) -> int:
 def _measured(row: StageRow, manifest: Manifest) -> None:
     seconds = manifest.seconds
     row.state = "published"
-    row.total = seconds.get("total", 0.0)
+    row.total = max(0.0, seconds.get("total", 0.0) - seconds.get("wait", 0.0))  # it may have followed another stage
     row.load = sum(seconds.get(name, 0.0) for name in LOADING)
     row.compute = seconds.get("compute", 0.0)
     if not row.compute and not row.load:
@@ -106,9 +107,39 @@ def time_facts(rows: list[StageRow], events: list[Event]) -> TimeFacts:
         compute=sum(row.compute or 0.0 for row in own),
         wait=sum(row.wait or 0.0 for row in own),
         other=sum(row.other or 0.0 for row in own),
+        held=sum(row.held or 0.0 for row in own),
+        idle=_idle(own, _wall(events)),
         by_role=dict(sorted(by_role.items(), key=lambda item: -item[1])),
         tokens_per_second={role: count / seconds for role, (count, seconds) in tokens.items()},
     )
+
+
+def note_waits(rows: Iterable[StageRow], needs: Mapping[str, Iterable[str]], events: Iterable[Event]) -> None:
+    """Note of each stage for how long it had its inputs and did not start: its devices were taken.
+
+    Args:
+        rows: all stages.
+        needs: of each the stages that it reads.
+        events: of the run; before a command began nothing could start.
+    """
+    known = {row.name: row for row in rows}
+    begins = sorted(event.time for event in events if isinstance(event, RunStarted))
+    for row in known.values():
+        ends = [known[need].ended for need in needs.get(row.name, ()) if need in known]
+        if row.begun is None or row.wait is None or None in ends:
+            continue
+        command = next((time for time in reversed(begins) if time <= row.begun), row.begun)
+        row.held = max(0.0, row.begun - max([command, *(end for end in ends if end is not None)]))
+
+
+def _idle(rows: list[StageRow], wall: float | None) -> dict[str, float]:
+    devices: dict[str, set[int]] = {}
+    work: dict[str, float] = {}
+    for row in rows:
+        if row.given:
+            devices.setdefault(row.pool, set()).update(row.given)
+            work[row.pool] = work.get(row.pool, 0.0) + ((row.total or 0.0) + (row.wait or 0.0)) * len(row.given)
+    return {pool: max(0.0, 1 - work[pool] / (len(held) * wall)) for pool, held in devices.items() if wall}
 
 
 def _wall(events: list[Event]) -> float | None:

@@ -10,9 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Console
@@ -26,6 +25,9 @@ from pipelines.insight.report.page import render_page
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import FILE
 from pipelines.text import say
+
+if TYPE_CHECKING:
+    from http.server import ThreadingHTTPServer
 
 HOST = "127.0.0.1"
 PORT = 8710
@@ -96,12 +98,13 @@ def _size(path: Path) -> int:
         return -1
 
 
-def make_server(live: LiveReport, port: int) -> ThreadingHTTPServer:
+def make_server(live: LiveReport, port: int) -> "ThreadingHTTPServer":
     """A server of the page, bound to the loopback device; port 0: any that is free.
 
     Raises:
         UserError: the port is taken.
     """
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # with TLS, which other commands do not need
 
     class Handler(BaseHTTPRequestHandler):
         """Answers with the page, its version, and chunks of samples."""

@@ -38,6 +38,7 @@ from types import ModuleType
 from typing import Any
 
 CHAOS = "RATCHET_CHAOS"
+SUPERVISOR = "RATCHET_CHAOS_SUPERVISOR"
 Fault = dict[str, Any]
 
 
@@ -47,7 +48,12 @@ def identity() -> tuple[str, str | None]:
         return "stage", str(Path(attempt).parent.relative_to(Path(os.environ["RATCHET_RUN"], "logs")))
     if sys.orig_argv[1:4] == ["-m", "pipelines", "run"]:
         return "driver", None
-    return ("supervisor" if "submitit.core._submit" in sys.orig_argv else "nobody"), None
+    return ("supervisor" if "pipelines.execution.supervisor" in sys.orig_argv else "nobody"), None
+
+
+def forks() -> bool:
+    """Whether others are forked from this process, which then meet the faults."""
+    return "contracts.warm" in sys.orig_argv
 
 
 class Faults:
@@ -55,10 +61,21 @@ class Faults:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.who, self.stage = identity()
+        self.known: tuple[int, str | None] | None = None
         self.reached: Counter[str] = Counter()
-        found = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
-        self.waiting: list[Fault] = [fault for fault in found if fault["who"] == self.who]
+        self.waiting: list[Fault] = []
+        self.look()
+
+    def look(self) -> None:
+        """See who this process is: one that was forked, or that runs another stage, has become somebody else."""
+        now = (os.getpid(), os.environ.get("RATCHET_ATTEMPT"))
+        if now == self.known:
+            return
+        self.known = now
+        self.who, self.stage = identity()
+        self.reached.clear()
+        found = [json.loads(path.read_bytes()) for path in sorted(self.folder.glob("*.json"))]
+        self.waiting = [fault for fault in found if fault["who"] == self.who]
 
     def due(self, point: str, stage: str | None) -> Fault | None:
         """The fault that is due at a point, for whoever takes it."""
@@ -87,19 +104,23 @@ class Faults:
 
     def point(self, point: str, path: Path | None = None, stage: str | None = None) -> None:
         """The work has got to a point, where `path` is being written: meet the fault that is due, if any."""
+        self.look()
         fault = self.due(point, stage or self.stage)
         if fault is not None and self.take(fault, path):
             self.strike(fault, path)
 
     def later(self, point: str, stage: str | None = None) -> None:
         """The same, but the fault strikes some time later, whatever the work does then."""
+        self.look()
         fault = self.due(point, stage or self.stage)
         if fault is None:
             return
 
+        begun = self.known
+
         def wait() -> None:
             time.sleep(fault["seconds"])
-            if fault in self.waiting and self.take(fault, None):
+            if self.known == begun and fault in self.waiting and self.take(fault, None):
                 self.strike(fault, None)
 
         threading.Thread(target=wait, daemon=True).start()
@@ -124,9 +145,9 @@ def kill(victim: str) -> None:
     """SIGKILL for this process, its whole group, or its supervisor, which takes this process with it."""
     if victim == "group":
         os.killpg(0, signal.SIGKILL)
-    parent = os.getppid()
-    supervised = b"submitit.core._submit" in Path(f"/proc/{parent}/cmdline").read_bytes()  # or an orphan by now
-    os.kill(parent if victim == "supervisor" and supervised else os.getpid(), signal.SIGKILL)
+    supervisor = int(os.environ.get(SUPERVISOR, "0"))
+    there = supervisor and Path(f"/proc/{supervisor}").exists()
+    os.kill(supervisor if victim == "supervisor" and there else os.getpid(), signal.SIGKILL)
 
 
 def damage(path: Path, fault: Fault) -> None:
@@ -144,6 +165,7 @@ def damage(path: Path, fault: Fault) -> None:
 
 def on_rename(faults: Faults, source: Path, target: Path) -> None:
     """What is about to be renamed tells which point this is."""
+    faults.look()
     if source.name.startswith(".") and ".partial-" in source.name:
         faults.point("rename", source / "manifest.json")
     elif not source.name.endswith(".tmp"):
@@ -167,8 +189,6 @@ def audit(faults: Faults, event: str, arguments: tuple[Any, ...]) -> None:
     """Called by the interpreter before it does anything of note."""
     if event == "os.rename":
         on_rename(faults, Path(os.fsdecode(arguments[0])), Path(os.fsdecode(arguments[1])))
-    elif event == "subprocess.Popen" and faults.who == "supervisor" and "/logs/" in (name := " ".join(arguments[1])):
-        faults.later("spawned", name.rpartition("/logs/")[2].rpartition("/attempt-")[0])
 
 
 def publication(faults: Faults, module: ModuleType) -> None:
@@ -206,6 +226,7 @@ def jsonl(faults: Faults, module: ModuleType) -> None:
     @functools.wraps(write_jsonl)
     def new_write_jsonl(path: Path, records: Any) -> int:
         rows = list(records)
+        faults.look()
         fault = faults.due("write", faults.stage)
         if fault is not None and faults.take(fault, path):
             write_jsonl(path, rows[: len(rows) // 2 + 1])
@@ -240,6 +261,20 @@ def state(faults: Faults, module: ModuleType) -> None:
         faults.point("saved", self.path)
 
     module.TrainingState.save = new_save
+
+
+def supervisor(faults: Faults, module: ModuleType) -> None:
+    """pipelines.execution.supervisor"""
+    start = module._start
+
+    @functools.wraps(start)
+    def new_start(request: Any, environment: dict[str, str], log: Any) -> Any:
+        attempt = environment["RATCHET_ATTEMPT"]
+        process = start(request, {**environment, SUPERVISOR: str(os.getpid())}, log)
+        faults.later("spawned", attempt.rpartition("/logs/")[2].rpartition("/attempt-")[0])
+        return process
+
+    module._start = new_start  # type: ignore[attr-defined]
 
 
 def rundir(faults: Faults, module: ModuleType) -> None:
@@ -302,6 +337,7 @@ PATCHES = {
     "contracts.jsonl": jsonl,
     "contracts.stage": stage,
     "training.state": state,
+    "pipelines.execution.supervisor": supervisor,
     "pipelines.run.directory": rundir,
     "pipelines.run.points": points,
     "pipelines.execution.executors.local": executors,
@@ -332,7 +368,7 @@ class Patcher(importlib.abc.MetaPathFinder):
 def install(folder: Path) -> None:
     """Let this process meet its faults."""
     faults = Faults(folder)
-    if faults.who == "nobody":
+    if faults.who == "nobody" and not forks():
         return
     sys.meta_path.insert(0, Patcher(faults))
     sys.addaudithook(lambda event, arguments: audit(faults, event, arguments))

@@ -6,6 +6,7 @@ import subprocess
 from contracts.errors import UserError
 from pipelines.config.executor import ExecutorSection, minutes_of
 from pipelines.execution.executors.slurm.resources import Resources, finishing, resources_of
+from pipelines.execution.executors.slurm.scheduler import nodes_outside
 from pipelines.graph import Graph
 
 PROGRAMS = ("sbatch", "squeue", "sacct", "sinfo", "scancel", "scontrol", "srun")
@@ -31,6 +32,8 @@ def check_slurm(executor: ExecutorSection, graph: Graph) -> None:
         )
     _ask("sacct", "--noheader", "--starttime=now-1minute", fix="Ratchet needs Slurm's accounting (slurmdbd): ask "
          f"those who run the cluster, {LOCAL}.")  # fmt: skip
+    for nodes in dict.fromkeys(resources.pool_nodes for resources in asked.values() if resources.pool_nodes):
+        nodes_outside(nodes)
     partitions = _partitions()
     for name, resources in {**asked, "the finishing jobs": finishing(executor)}.items():
         _check_partition(name, resources, partitions)

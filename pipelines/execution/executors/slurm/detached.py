@@ -10,10 +10,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from contracts.errors import UserError
+from contracts.errors import RunStoppedError, UserError
 from contracts.files import appears
 from contracts.locks import locked
 from contracts.manifest import MANIFEST
@@ -42,9 +41,13 @@ from pipelines.planning.placement import placed_graph
 from pipelines.run.decisions import Decision
 from pipelines.run.directory import CANCEL, RunDirectory
 from pipelines.run.events import RunEnded, RunStarted, StageSubmitted
+from pipelines.run.gates import decision_after
 from pipelines.run.superseded import end_deletions
 from pipelines.run.verdicts import Verdict
 from pipelines.text import plural, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 AGAIN = "again"
 """Mark of an attempt that makes weights again that were deleted; it says why."""
@@ -52,7 +55,7 @@ CONTINUES = "continues"
 """Mark of an attempt that a finishing job has submitted."""
 
 
-def detach(console: Console, site: Site, plan: dict[str, Verdict]) -> None:
+def detach(console: "Console", site: Site, plan: dict[str, Verdict]) -> None:
     """Submit all that is to be done, and say how to follow it."""
     run, graph = site.run, site.graph
     if not scheduler.queue(run.path):
@@ -191,7 +194,9 @@ def finalize(task: SlurmTask, entry: Entry) -> int:
     if code == 0 and here.lifecycle.concerns_retention(node):
         _retain(here)
     complete = all((other.output / MANIFEST).is_file() for other in graph.nodes.values())
-    if complete or code not in (0, TRY_AGAIN):
+    if code == RunStoppedError.exit_code:
+        run.record(RunEnded(outcome="stopped"))
+    elif complete or code not in (0, TRY_AGAIN):
         run.record(RunEnded(outcome="finished" if complete else "failed"))
     broadcast.close()
     return code
@@ -200,7 +205,11 @@ def finalize(task: SlurmTask, entry: Entry) -> int:
 def _published(here: Here, decision: Decision) -> int:
     if not decision.reuse:
         here.lifecycle.finalize(here.node, decision.key, here.attempt)
-    return 0
+    decided = decision_after(here.node)
+    if decided is None or decided.action != "stop":
+        return 0
+    print(f"stopped: {decided.reason}", file=sys.stderr)
+    return RunStoppedError.exit_code
 
 
 def _retain(here: Here) -> None:

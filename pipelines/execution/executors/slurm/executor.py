@@ -181,6 +181,8 @@ class Queue:
 class AttachedJob:
     """The jobs of one attempt."""
 
+    pid: int | None = None
+
     def __init__(self, node: Node, jobs: Jobs, attempt: Path, queue: Queue) -> None:
         self._node = node
         self._jobs = jobs

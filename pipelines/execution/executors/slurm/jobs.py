@@ -22,12 +22,11 @@ from contracts.attempt import ATTEMPT, ROLE
 from contracts.files import write_atomically
 from contracts.fingerprint import digest
 from contracts.manifest import MANIFEST
-from pipelines.execution.attempts import write_request
+from pipelines.execution.attempts import stage_request, write_request
 from pipelines.execution.executors.base import Site
-from pipelines.execution.executors.local import job_folder
 from pipelines.execution.executors.slurm import scheduler
 from pipelines.execution.executors.slurm.resources import resources_of
-from pipelines.execution.executors.slurm.scripts import PlannedJob, planned_jobs
+from pipelines.execution.executors.slurm.scripts import PlannedJob, planned_jobs, slurm_folder
 from pipelines.execution.executors.slurm.task import SlurmTask
 from pipelines.graph import Graph, Node
 from pipelines.run.directory import RunDirectory
@@ -103,7 +102,7 @@ def request_for(node: Node, attempt: Path, site: Site) -> None:
     """Write the request of an attempt that runs on the cluster."""
     resources = resources_of(node, site.config.executor)
     threads = max(1, resources.cpus // resources.processes)
-    write_request(node, attempt, site.run.path, site.config, threads, here=False)
+    write_request(node, attempt, stage_request(node, attempt, site.run.path, site.config, threads, here=False))
 
 
 def submit(
@@ -151,7 +150,8 @@ def _submit(
     folder = slurm_folder(run) / f"{name_of(attempt)}-{job.step}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
-    slurm = job.executor(folder, run, node.name, site.config.executor, dependency, pause or 0.0)
+    outside = ",".join(scheduler.nodes_outside(resources.pool_nodes)) if resources.pool_nodes else ""
+    slurm = job.executor(folder, run, node.name, site.config.executor, dependency, pause or 0.0, outside)
 
     def hand_over() -> str:
         with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # sbatch's message is in the error, too
@@ -174,11 +174,6 @@ def _outside_of_jobs() -> Iterator[None]:
 def name_of(attempt: Path) -> str:
     """A short name of an attempt, independent of how its path is spelled."""
     return digest(str(attempt.resolve()))[:16]
-
-
-def slurm_folder(run: Path) -> Path:
-    """The directory of submitit's scripts and pickles for a run; all nodes must see it."""
-    return job_folder(run) / "slurm"
 
 
 def clear_folders(run: Path, live: set[str]) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from contracts.declaration import Workload
-from pipelines.config.executor import ARRAYS, ExecutorKind, ExecutorSection, StageSection
-from pipelines.graph import Graph, Node
+from pipelines.config.executor import ExecutorKind, ExecutorSection, StageSection
+from pipelines.config.selecting import ARRAYS
+from pipelines.graph import Graph, Node, Placement
 from pipelines.planning.estimates import memory
 
 TASKS = 4
@@ -43,6 +44,8 @@ class Resources:
     memory: str | None = None
     """On each node: "64G"; None: what the cluster gives."""
     partition: str | None = None
+    pool_nodes: str | None = None
+    """The nodes of the pool that the plan gives it, as Slurm writes them; None: any."""
     account: str | None = None
     qos: str | None = None
     setup: tuple[str, ...] = ()
@@ -77,6 +80,7 @@ def resources_of(node: Node, executor: ExecutorSection, graph: Graph | None = No
         cpus=entry.cpus or (CPUS_PER_GPU * gpus if gpus else processes),
         processes=processes,
         memory=entry.memory or (_light_memory(node, graph) if kind == "light" else None),
+        placement=node.placement,
     )
 
 
@@ -86,13 +90,14 @@ def finishing(executor: ExecutorSection) -> Resources:
     return _filled(entry, "light", cpus=entry.cpus or 1, gpus=0, memory=entry.memory or f"{LIGHT_GIB}G")
 
 
-def _filled(entry: StageSection, kind: Workload, **counts: Any) -> Resources:
+def _filled(entry: StageSection, kind: Workload, placement: Placement | None = None, **counts: Any) -> Resources:
     return Resources(
         kind=kind,
         executor="slurm",
         gpu_type=entry.gpu_type,
         minutes=entry.minutes or MINUTES[kind],
-        partition=entry.partition,
+        partition=(placement.partition if placement is not None else None) or entry.partition,
+        pool_nodes=placement.nodes if placement is not None else None,
         account=entry.account,
         qos=entry.qos,
         setup=tuple(entry.setup),
@@ -118,6 +123,7 @@ def submitit_parameters(
     dependency: str | None = None,
     begin: float | None = None,
     teardown: Sequence[str] = (),
+    exclude: str = "",
 ) -> dict[str, Any]:
     """The parameters of submitit's SlurmExecutor for a job, or for each task of an array.
 
@@ -129,6 +135,7 @@ def submitit_parameters(
             job.
         begin: seconds from now before which it does not start.
         teardown: lines of bash after the job's process has ended.
+        exclude: nodes that it must not run on, beside those that `directives` name.
     """
     further: dict[str, Any] = {"requeue" if resources.requeue else "no-requeue": True}
     if dependency:
@@ -157,6 +164,9 @@ def submitit_parameters(
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus}"],
         "additional_parameters": {**further, **resources.directives},
     }
+    if exclude:
+        others = resources.directives.get("exclude")
+        parameters["additional_parameters"]["exclude"] = f"{exclude},{others}" if others else exclude
     if resources.gpus:
         kind = f"{resources.gpu_type}:" if resources.gpu_type else ""
         parameters["gpus_per_node"] = f"{kind}{resources.gpus}"

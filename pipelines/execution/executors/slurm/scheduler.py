@@ -103,6 +103,21 @@ def queue(run: Path, patience: float = PATIENCE) -> list[Queued]:
     ]
 
 
+def nodes_outside(wanted: str) -> list[str]:
+    """The cluster's nodes but these: a job asks for all that its `--nodelist` names, and so a pool is what it excludes.
+
+    Raises:
+        UserError: the cluster has no such node.
+    """
+    pool = call("scontrol", "show", "hostnames", wanted).split()
+    there = sorted(set(call("sinfo", "--all", "--noheader", "--Node", "--format=%N").split()))
+    if strangers := [node for node in pool if node not in there]:
+        raise UserError(
+            f"placement.pools has the nodes {wanted}, but the cluster has no {strangers[0]}. It has {', '.join(there)}."
+        )
+    return [node for node in there if node not in pool]
+
+
 def live_ids(run: Path) -> set[str]:
     """Their ids; of an array's tasks that of the array."""
     return {job.base for job in queue(run)}

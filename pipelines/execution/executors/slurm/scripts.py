@@ -13,17 +13,17 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
 from submitit.slurm.slurm import SlurmExecutor
 
 from contracts import yaml_text
 from contracts.errors import UserError
-from pipelines.config.executor import KINDS, ExecutorSection
+from contracts.fingerprint import digest
+from pipelines.config.executor import ExecutorSection
 from pipelines.config.run import RunConfig
-from pipelines.execution.executors.local import job_folder
+from pipelines.config.selecting import KINDS
+from pipelines.environments.paths import home
 from pipelines.execution.executors.slurm.resources import (
     Resources,
     device_hours,
@@ -35,6 +35,9 @@ from pipelines.execution.executors.slurm.scheduler import mark_of
 from pipelines.execution.executors.slurm.task import Duty, start_again
 from pipelines.graph import Graph, Node
 from pipelines.text import say
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DRY_RUN = ".dry-run"
 FILES = frozenset({"resolved.yaml", "graph.json", "sbatch"})
@@ -80,9 +83,20 @@ class PlannedJob:
         return "work" if "work" in self.duties else "finish"
 
     def executor(
-        self, folder: Path, run: Path, stage: str, settings: ExecutorSection, dependency: list[str], pause: float = 0.0
+        self,
+        folder: Path,
+        run: Path,
+        stage: str,
+        settings: ExecutorSection,
+        dependency: list[str],
+        pause: float = 0.0,
+        exclude: str = "",
     ) -> BatchExecutor:
-        """submitit's executor for this job, with its scripts and pickles in `folder`."""
+        """submitit's executor for this job, with its scripts and pickles in `folder`.
+
+        Args:
+            exclude: the nodes outside of its pool.
+        """
         again = start_again(settings.retries, settings.backoff_seconds) if "finalize" in self.duties else ()
         parameters = submitit_parameters(
             self.resources,
@@ -92,6 +106,7 @@ class PlannedJob:
             dependency=",".join(dependency) or None,
             begin=pause,
             teardown=again,
+            exclude=exclude,
         )
         return make_executor(folder, parameters)
 
@@ -110,7 +125,7 @@ def planned_jobs(node: Node, settings: ExecutorSection, graph: Graph, *, detache
 
 
 def write_dry_run(
-    console: Console, graph: Graph, config: RunConfig, runs: Mapping[str, str], *, detached: bool
+    console: "Console", graph: Graph, config: RunConfig, runs: Mapping[str, str], *, detached: bool
 ) -> None:
     """Write what would be submitted, and print what it asks for.
 
@@ -166,8 +181,9 @@ def _write_scripts(
     for job in jobs:
         suffix = "" if job is jobs[0] else ".finish"
         dependency = success if job is jobs[0] else [f"afterany:<work of {node.name}>", *success]
-        folder = job_folder(run) / "slurm" / f"{path.name}{suffix}"
-        executor = job.executor(folder, run, node.name, config.executor, dependency)
+        folder = slurm_folder(run) / f"{path.name}{suffix}"
+        outside = f"<nodes outside of {job.resources.pool_nodes}>" if job.resources.pool_nodes else ""
+        executor = job.executor(folder, run, node.name, config.executor, dependency, exclude=outside)
         path.with_name(f"{path.name}{suffix}.sbatch").write_text(script(executor, job.resources.tasks), "utf-8")
 
 
@@ -189,8 +205,10 @@ def _as_data(node: Node, jobs: list[PlannedJob], reason: str | None) -> dict[str
     }
 
 
-def _print(console: Console, stages: list[dict[str, Any]]) -> None:
+def _print(console: "Console", stages: list[dict[str, Any]]) -> None:
     """A line for every kind of stage, and the sums."""
+    from rich.table import Table  # jobs import this module, and print none
+
     table = Table(title="Asked of Slurm, by the time limits, if nothing runs twice", title_justify="left")
     for title in ("kind", "stages", "jobs", "GPU-hours", "CPU-hours without GPUs"):
         table.add_column(title, justify="left" if title == "kind" else "right")
@@ -200,3 +218,11 @@ def _print(console: Console, stages: list[dict[str, Any]]) -> None:
             sums = [f"{sum(stage[key] for stage in of_kind):,.1f}" for key in HOURS]
             table.add_row(kind, str(len(of_kind)), str(sum(stage["jobs"] for stage in of_kind)), *sums)
     console.print(table)
+
+
+def slurm_folder(run: Path) -> Path:
+    """The directory of submitit's scripts and pickles for a run; all nodes must see it.
+
+    Pickles run code when they are read, so they lie outside of the run directory, which people copy and share.
+    """
+    return home() / "jobs" / digest(str(run.resolve()))[:16] / "slurm"

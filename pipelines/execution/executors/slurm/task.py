@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from contracts.errors import UserError
+from contracts.errors import RunStoppedError, UserError
 
 Duty = Literal["work", "publish", "finalize"]
 FAILED = 70
 """Exit code of a job whose stage has failed for good (EX_SOFTWARE)."""
 TRY_AGAIN = 75
 """Exit code of a job whose stage is tried again by another one (EX_TEMPFAIL)."""
-FINALIZED = (0, UserError.exit_code, FAILED, TRY_AGAIN)
+FINALIZED = (0, UserError.exit_code, RunStoppedError.exit_code, FAILED, TRY_AGAIN)
 """Exit codes of a job that has finalized its stage. Any other is a transient failure of the job's own."""
 ENDED = "RATCHET_ENDED"
 """Environment variable: the exit codes of those processes of this job that ended before they had finalized."""

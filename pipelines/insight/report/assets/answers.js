@@ -55,7 +55,7 @@ function reasons(set, group) {
     const why =
       new Set(scores).size < 2
         ? "their scores are all equal"
-        : "no two of them fit the strategy and the smallest margin";
+        : "no two of them fit the strategy and the margins";
     return [el("p", { class: "why" }, `No pair was made of these answers: ${why} (strategy ${set.pairs.strategy}).`)];
   }
   const name = set.scorers[0] || "score";
@@ -134,6 +134,25 @@ function card(samples, set, at, group, answer, marked) {
     { class: `answer${chosen ? " chosen" : ""}${rejected ? " rejected" : ""}${marked ? " marked" : ""}` },
     head,
     body,
+    answer.told ? told(set, answer) : null,
+  );
+}
+
+/** What scorers have told beside their scores: the parts of a score, an extracted answer, an explanation. */
+function told(set, answer) {
+  const rows = set.scorers.flatMap((name, place) => {
+    const [parts, extras] = answer.told[place] ?? [{}, {}];
+    const numbers = Object.entries(parts).map(([part, value]) => [part, number(value)]);
+    const texts = Object.entries(extras).map(([key, value]) => [
+      key,
+      typeof value === "string" ? value : JSON.stringify(value),
+    ]);
+    return [...numbers, ...texts].map(([key, value]) => [`${name} ${key}`, value]);
+  });
+  return el(
+    "dl",
+    { class: "told" },
+    rows.flatMap(([key, value]) => [el("dt", {}, key), el("dd", {}, textOf(value, "span"))]),
   );
 }
 

@@ -112,7 +112,7 @@ function asGroup([prompt, messages, answer, answers, pairs]) {
     prompt,
     messages,
     answer,
-    answers: answers.map(([sample, text, finish, length, scores]) => ({ sample, text, finish, length, scores })),
+    answers: answers.map(([sample, text, finish, length, scores, told]) => ({ sample, text, finish, length, scores, told })),
     pairs: pairs.map(([chosen, rejected, margin]) => ({ chosen, rejected, margin })),
   };
 }

@@ -1,0 +1,96 @@
+"""The scorer kind `combined`: joins published scores and computes an expression of them. Needs no torch."""
+
+import itertools
+import math
+import statistics
+
+from annotation.samples import Sample
+from annotation.scorers.base import Opening
+from annotation.scorers.combined import CombinedConfig
+from annotation.scorers.expression import Expression
+from contracts.artifacts import Artifact
+from contracts.errors import UserError
+from contracts.faults import Fault
+from contracts.joining import scores_of_shard
+from contracts.records import SCORES, Score
+
+Judged = Score | str | Fault
+
+
+class Combined:
+    """Computes the expression for the answers to each prompt."""
+
+    def __init__(self, config: CombinedConfig, opening: Opening) -> None:
+        self.expression = Expression(config.expression)
+        self.name = config.name
+        self.shard = opening.shard
+        self.scores = {name: Artifact.open(config.scores[name], SCORES) for name in self.expression.scorers}
+        self.standards = {name: _standard(config, name) for name in self.expression.standardised}
+        self.facts: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
+
+    def __call__(self, samples: list[Sample]) -> list[Judged]:
+        """One score per sample, with what it was made of; "no_NAME" where a scorer has not judged it."""
+        columns = {name: scores_of_shard(artifact, self.shard()) for name, artifact in self.scores.items()}
+        found: list[Judged] = []
+        for prompt, group in itertools.groupby(samples, key=lambda sample: sample.rollout.prompt_id):
+            scores = {name: column.get(prompt, {}) for name, column in columns.items()}
+            found += self._judge(list(group), scores)
+        return found
+
+    def _judge(self, samples: list[Sample], scores: dict[str, dict[int, Score]]) -> list[Judged]:
+        rows = [self._row(sample, scores) for sample in samples]
+        complete = [row for row in rows if not isinstance(row, str)]
+        if not complete:
+            return [row for row in rows if isinstance(row, str)]
+        columns = {name: [row[name] for row in complete] for name in complete[0]}
+        values = enumerate(self.expression.compute(columns, self.standards))
+        found: list[Judged] = []
+        for sample, row in zip(samples, rows, strict=True):
+            if isinstance(row, str):
+                found.append(row)
+                continue
+            place, value = next(values)
+            if math.isfinite(value):
+                found.append(sample.scored(value, parts={_plain(name): row[name] for name in self.expression.names}))
+                continue
+            why = self.expression.why_not(columns, self.standards, place)
+            text = f"scorer {self.name!r}, expression {self.expression.text!r}: for {sample}, {why}."
+            found.append(
+                Fault(UserError(f"{text} Bound what can be, as in a / max(b, 0.01) or a / b if b > 0 else 0."))
+            )
+        return found
+
+    def _row(self, sample: Sample, scores: dict[str, dict[int, Score]]) -> dict[str, float] | str:
+        """What the expression's names stand for, or the reason why one stands for nothing."""
+        completion = sample.completion
+        row = {"tokens": float(len(completion.response_ids)), "truncated": float(completion.finish_reason == "length")}
+        for written, (name, part) in self.expression.names.items():
+            score = scores[name].get(completion.sample)
+            value = None if score is None else score.score if part is None else (score.parts or {}).get(part)
+            if value is None:
+                return f"no_{_plain(written)}"
+            row[written] = value
+        return row
+
+
+def _plain(written: str) -> str:
+    """A name as that of a part: helpful.clear is helpful_clear."""
+    return written.replace(".", "_")
+
+
+def _standard(config: CombinedConfig, name: str) -> tuple[float, float]:
+    """Mean and standard deviation of published scores.
+
+    Raises:
+        UserError: they do not differ.
+    """
+    scores = Artifact.open(config.standards[name], SCORES)
+    values = [score.score for score in scores.rows(Score)]
+    spread = statistics.pstdev(values) if values else 0.0
+    if spread == 0:
+        raise UserError(
+            f"standard({name}) is measured by the standard deviation of the scores in {scores.path}, which has "
+            f"{len(values)} scores that do not differ. Take it out of the expression."
+        )
+    return statistics.fmean(values), spread

@@ -1,0 +1,1 @@
+"""Answers, pairs and scores that are put together, imported or exported."""

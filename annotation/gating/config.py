@@ -1,0 +1,138 @@
+"""Configuration of gates, and of the stage that decides by them."""
+
+import math
+from pathlib import Path
+from typing import ClassVar, Literal, Self, TypeAlias
+
+from pydantic import model_validator
+
+from contracts.config import Section, StageConfig, identity, input_path
+
+Basis: TypeAlias = Literal["initial", "previous", "best"]
+"""A policy that another is compared with: the initial one, the one that it follows, or the best before it."""
+SHARES = ("win_rate", "win_rate_previous", "stop_rate", "distinct_1", "distinct_2", "distinct_3", "self_similarity")
+"""Metrics from 0 to 1."""
+CORRELATIONS = ("spearman_", "kendall_")
+"""Beginnings of metrics from -1 to 1."""
+
+
+class GateSettings(Section):
+    """A condition on a held-out metric, and what is done where it holds."""
+
+    metric: str = identity()
+    """The metric, as evaluations call it: response_length, kl, win_rate_previous; docs/gates.md lists all. Of
+    evaluations of your own NAME/METRIC."""
+    above: float | None = identity(None, ge=-1e9, le=1e9)
+    """It holds where the metric is above this; give this or `below`."""
+    below: float | None = identity(None, ge=-1e9, le=1e9)
+    """It holds where the metric is below this."""
+    relative_to: Basis | None = identity(None)
+    """The bound is a multiple of what the metric is for another policy: the initial one, the previous one, or the best
+    so far. For metrics that are never negative."""
+    difference_to: Basis | None = identity(None)
+    """The bound is a difference to what the metric is for another policy."""
+    interval: bool = identity(True)
+    """Hold only where the whole 95 % interval is beyond the bound, of metrics that have one; else the value counts."""
+    patience: int = identity(1, ge=1)
+    """Iterations in a row for which it must hold before anything is done."""
+    first: int = identity(1, ge=1)
+    """The first iteration that it looks at: a later one lets a run go on that it has stopped."""
+    do: Literal["warn", "stop", "rollback"] = identity()
+    """Say so; or end the run; or have the next iteration start from the best policy so far."""
+    at_most: int = identity(1, ge=1)
+    """Rollbacks by this gate; where it would be one more, it stops the run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.above is None) == (self.below is None):
+            raise ValueError("give either above or below.")
+        if self.relative_to and self.difference_to:
+            raise ValueError("relative_to makes the bound a multiple, difference_to a difference: give one of the two.")
+        low, high = range_of(self.metric)
+        if self.metric == "win_rate_previous" and "initial" in (self.relative_to, self.difference_to):
+            raise ValueError("the initial policy has no win_rate_previous, so this can never hold.")
+        if self.at_most != 1 and self.do != "rollback":
+            raise ValueError(f"at_most is of do=rollback, and do is {self.do}.")
+        self.require_possible(low, high)
+        return self
+
+    @property
+    def meaningless(self) -> str | None:
+        """Why its bound means nothing; None where it does. Asked when the metric is known to exist, and not before."""
+        if self.relative_to and range_of(self.metric)[0] < 0:
+            return f"{self.metric} can be negative, and a multiple of it means nothing. Use difference_to."
+        return None
+
+    @property
+    def bound(self) -> float:
+        """Beyond what it holds."""
+        return self.above if self.above is not None else self.below or 0.0
+
+    @property
+    def basis(self) -> Basis | None:
+        """The policy that is compared with."""
+        return self.relative_to or self.difference_to
+
+    @property
+    def evaluation(self) -> str | None:
+        """The evaluation of the user's own whose metric it is about."""
+        return self.metric.partition("/")[0] if "/" in self.metric else None
+
+    def require_possible(self, low: float, high: float) -> None:
+        """Raise ValueError if no value of the metric from `low` to `high` can be beyond the bound."""
+        if self.difference_to:
+            low, high = low - high, high - low
+        elif self.relative_to:
+            low, high = 0.0, math.inf
+        if self.above is not None and self.above >= high:
+            raise ValueError(f"above={self.above:g} can never hold: {self._subject} is at most {high:g}.")
+        if self.below is not None and self.below <= low:
+            raise ValueError(f"below={self.below:g} can never hold: {self._subject} is at least {low:g}.")
+
+    @property
+    def _subject(self) -> str:
+        if self.difference_to:
+            return f"a difference of {self.metric}"
+        return f"a multiple of {self.metric}" if self.relative_to else self.metric
+
+
+def range_of(metric: str) -> tuple[float, float]:
+    """The least and the greatest value of a metric."""
+    if metric in SHARES:
+        return 0.0, 1.0
+    if metric.startswith(CORRELATIONS):
+        return -1.0, 1.0
+    return (0.0 if metric in ("response_length", "reward_uncertainty") else -math.inf), math.inf
+
+
+class GateConfig(StageConfig):
+    """Decide by the gates how a run goes on after an iteration."""
+
+    stage: ClassVar[str] = "gate"
+    code_version: ClassVar[int] = 1
+
+    conditions: dict[str, GateSettings] = identity(min_length=1)
+    """The gates, by name."""
+    iteration: int = identity(ge=1)
+    """Number of the policy that is judged."""
+    evaluation: Path = input_path()
+    """Its evaluation."""
+    initial: Path = input_path()
+    """The initial policy's."""
+    earlier: Path | None = input_path(None)
+    """The decision after the iteration before; None: this is the first."""
+    evaluations: dict[str, Path] = input_path({})
+    """Evaluations of this policy by functions of the user's own, by the names by which gates ask for their metrics."""
+    initial_evaluations: dict[str, Path] = input_path({})
+    """The same of the initial policy."""
+
+    @model_validator(mode="after")
+    def _check_conditions(self) -> Self:
+        for name, gate in self.conditions.items():
+            if gate.meaningless:
+                raise ValueError(f"conditions.{name}: {gate.meaningless}")
+        return self
+
+    def asks(self, gate: GateSettings) -> bool:
+        """Whether a gate has anything to decide by: evaluations of the user's own may leave iterations out."""
+        return gate.evaluation is None or gate.evaluation in self.evaluations

@@ -1,0 +1,141 @@
+"""The scorer kind `pairwise`: a causal language model that says which of two answers to a prompt is better.
+
+contracts/pairwise.py says how it is asked, annotation/models/contests.py what its answers make a score.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from annotation.models.batching import ahead, chunks, shared_row
+from annotation.models.contests import Contest, Contests, Result, score, wanted
+from annotation.models.loading import pad_right
+from annotation.models.reading import BATCHES, ModelReader
+from annotation.models.tokens import head_logits, run_backbone
+from annotation.samples import Sample
+from annotation.scorers.pairwise import PairwiseConfig
+from contracts.attempt import beat
+from contracts.errors import UserError
+from contracts.faults import Fault
+from contracts.pairwise import PairwiseChat
+from contracts.records import Rollout, Score
+from modeling.loading import load_causal
+from modeling.packing import Packed, tokens_of
+from modeling.rows import Row
+
+
+class PairwiseModel(ModelReader):
+    """Compares the answers to a prompt with each other, or with those of other rollouts (`against`)."""
+
+    only_last: ClassVar[bool] = True
+
+    def __init__(self, config: PairwiseConfig, longest: int | None) -> None:
+        assert config.model is not None
+        self.contests = Contests(config.opponents, config.against)
+        self.chat = PairwiseChat(config.model, config.chat_template_kwargs, config.date)
+        self.labels = list(self.chat.label_ids)
+        super().__init__(config, longest, load_causal)
+        self.share_prompts_before_head()
+
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
+        """One score per sample.
+
+        Reasons for which a sample is dropped: "too_long" where no comparison fits the limit (where some do, its score
+        is their mean), "no_opponent" where its prompt has no other answer. A comparison that fails, fails for both.
+        """
+        self.chat.chat.counts.clear()
+        rivals = self.contests.of(samples)
+        results = self._compare({held: sample.rollout for held, sample in wanted(samples, rivals).items()})
+        return [score(sample, others, results) for sample, others in zip(samples, rivals, strict=True)]
+
+    def _compare(self, wanted: dict[Contest, Rollout]) -> dict[Contest, Result]:
+        """The result of every contest."""
+        results: dict[Contest, Result] = {}
+        preferences: dict[Contest, list[float]] = {}
+        for chunk in ahead(chunks(self._questions(wanted, results), _tokens, BATCHES * self.budget)):
+            numbers = self.read([row for _, row in chunk])
+            for (asked, _), found in zip(chunk, numbers, strict=True):
+                for (contest, place), (number,) in zip(asked, found, strict=True):
+                    preferences.setdefault(contest, [0.0, 0.0])[place] = number
+        forwards, backwards = np.array([*preferences.values()]).reshape(-1, 2).T
+        chances = (_sigmoid(forwards) + _sigmoid(-backwards)) / 2
+        results |= zip(preferences, chances.tolist(), strict=True)
+        self.counts = {
+            "comparisons": len(preferences),
+            "consistent": int((forwards * backwards < 0).sum()),
+            "too_long_comparisons": sum(result == "too_long" for result in results.values()),
+            **self.chat.chat.counts,
+        }
+        return results
+
+    def _questions(
+        self, wanted: dict[Contest, Rollout], results: dict[Contest, Result]
+    ) -> Iterator[tuple[list[tuple[Contest, int]], Row]]:
+        """The questions about each prompt with the contest that each is of and its order, 0 or 1; those that cannot be
+        asked go to `results`."""
+        for _, contests in groupby(wanted, key=lambda contest: contest[0]):
+            asked: dict[tuple[Contest, int], list[int]] = {}
+            for contest in contests:
+                beat()
+                try:
+                    both = self._token_ids(wanted[contest], contest)
+                except UserError as error:
+                    results[contest] = Fault(error)
+                    continue
+                if self.longest is not None and max(map(len, both)) > self.longest:
+                    results[contest] = "too_long"
+                else:
+                    asked |= {(contest, place): ids for place, ids in enumerate(both)}
+            yield from _shared_rows(asked)
+
+    def _token_ids(self, rollout: Rollout, contest: Contest) -> list[list[int]]:
+        """The question in both orders."""
+        _, first, second = contest
+        what = f"two answers to prompt {rollout.prompt_id}"
+        return [
+            self.chat.token_ids(rollout.messages, *order, what=what, tools=rollout.tools)
+            for order in ((first, second), (second, first))
+        ]
+
+    def packed_numbers(self, batch: Packed, hidden: Any) -> list[float]:
+        """log p(A) - log p(B) of the token that follows each sequence."""
+        return self._differences(self.head.logits(hidden))
+
+    def padded_numbers(self, sequences: list[list[int]], sizes: list[int]) -> list[float]:
+        """The same."""
+        input_ids_BT, mask_BT = pad_right(sequences, 0, self.model.device)
+        backbone, outputs = run_backbone(self.model, input_ids_BT, mask_BT)
+        rows_B = torch.arange(len(sequences), device=mask_BT.device)
+        last_BH = outputs.last_hidden_state[rows_B, mask_BT.sum(1) - 1]
+        return self._differences(head_logits(self.model, backbone, outputs, last_BH))
+
+    def _differences(self, logits_BV: Any) -> list[float]:
+        logits_B2 = logits_BV[:, self.labels].float()
+        differences: list[float] = (logits_B2[:, 0] - logits_B2[:, 1]).tolist()
+        return differences
+
+
+def _shared_rows(asked: dict[tuple[Contest, int], list[int]]) -> list[tuple[list[tuple[Contest, int]], Row]]:
+    """Questions about one prompt as rows: all of them in one, or those with the same answer in the first place,
+    whichever leaves fewer tokens to compute."""
+    if not asked:
+        return []
+    by_first: dict[str, list[tuple[Contest, int]]] = {}
+    for key in asked:
+        contest, place = key
+        by_first.setdefault(contest[1 + place], []).append(key)
+    ways = ([[*asked]], [*by_first.values()])
+    rows = [[(group, shared_row([asked[key] for key in group])) for group in way] for way in ways]
+    return min(rows, key=lambda way: sum(tokens_of(row, "shared") for _, row in way))
+
+
+def _tokens(question: tuple[list[tuple[Contest, int]], Row]) -> int:
+    return question[1].tokens
+
+
+def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 0.5 * (1 + np.tanh(values / 2))

@@ -1,0 +1,155 @@
+"""The scorer kind `process_reward`: a model that judges each step of an answer.
+
+Two sorts of models are read, both of them behind each step: classifiers of tokens with two labels, the second of which
+is "right" (Qwen2.5-Math-PRM, Zhang et al. 2025, arXiv 2501.07301; TRL's PRMTrainer), and language models by what they
+would say next, right or wrong (Math-Shepherd, Wang et al. 2024, arXiv 2312.08935; RLHFlow's). A step's score is the
+probability of right over that of both.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from annotation.models.batching import ahead, by_rollout, chunks, shared_row
+from annotation.models.loading import pad_right
+from annotation.models.reading import BATCHES, ModelReader
+from annotation.models.steps import PolicyTokens, StepChat, StepQuestion, aggregated, divide, token_rewards
+from annotation.models.tokens import run_backbone
+from annotation.samples import Sample
+from annotation.scorers.process_reward import UNPLACED_STEPS, UNREAD_STEPS, ProcessRewardConfig
+from contracts.attempt import beat
+from contracts.chat import ChatTokenizer
+from contracts.errors import UserError
+from contracts.faults import Fault
+from contracts.records import Score
+from modeling.heads import head_shape
+from modeling.loading import load_causal, load_token_classifier
+from modeling.logprobs import shaped
+from modeling.packing import Packed
+from modeling.rows import Row
+
+
+class _Asked(NamedTuple):
+    """A sample's question, and what becomes of the answers."""
+
+    sample: int
+    """Its place among all."""
+    question: StepQuestion
+    rewarded: list[int]
+    """The policy's last token of each step."""
+
+
+class ProcessRewardModel(ModelReader):
+    """Scores the steps of answers, in conversations built by the model's own chat template."""
+
+    per_token: ClassVar[bool] = True
+
+    def __init__(self, config: ProcessRewardConfig, longest: int | None) -> None:
+        self.config = config
+        self.steps = StepChat(config, config.date)
+        self.policy = PolicyTokens(ChatTokenizer(config.tokenizer) if config.tokenizer else self.steps.chat)
+        _ = self.steps.inserted  # there is such a token
+        is_causal = config.loaded_as() == "causal"
+        super().__init__(config, longest, load_causal if is_causal else load_token_classifier)
+        self.labels: list[int] | None = None
+        if is_causal:
+            self.labels = list(self.steps.label_ids)
+            self.shape = head_shape(self.model)
+        self.share_prompts()
+
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
+        """One score per sample, with those of its steps.
+
+        Reasons for which a sample is dropped: "too_long" where the conversation exceeds the limit, "empty" where there
+        is no token that could be rewarded, "unread_steps", "unplaced_steps".
+        """
+        self.steps.chat.counts.clear()
+        results: list[Score | str | Fault] = ["too_long"] * len(samples)
+        read = 0
+        for chunk in ahead(chunks(self._rows(samples, results), lambda item: item[1].tokens, BATCHES * self.budget)):
+            for (group, row), numbers in zip(chunk, self.read([row for _, row in chunk]), strict=True):
+                for asked, own in zip(group, numbers, strict=True):
+                    shared = len(row.prompt)
+                    scores = [_sigmoid(own[place - shared]) for place in asked.question.places]
+                    results[asked.sample] = self._scored(samples[asked.sample], scores, asked.rewarded)
+                    read += len(scores)
+        self.counts = {"steps": read, **self.steps.chat.counts}
+        return results
+
+    def _rows(self, samples: list[Sample], results: list[Score | str | Fault]) -> Iterator[tuple[list[_Asked], Row]]:
+        """The questions about each prompt that fit the limit; reasons and faults go to `results`."""
+        for indices in by_rollout(samples):
+            group: list[_Asked] = []
+            for index in indices:
+                beat()
+                try:
+                    found = self._asked(index, samples[index])
+                except UserError as error:
+                    results[index] = Fault(error)
+                    continue
+                if isinstance(found, str):
+                    results[index] = found
+                else:
+                    group.append(found)
+            if group:
+                # What is read must not be shared, so that each response has it.
+                first = min(asked.question.places[0] for asked in group)
+                yield group, shared_row([asked.question.ids for asked in group], most=first)
+
+    def _asked(self, index: int, sample: Sample) -> _Asked | str:
+        if not sample.completion.response_ids:
+            return "empty"
+        steps = divide(sample.completion.text, self.config.pattern)
+        question = self.steps.question(sample, steps)
+        if question is None:
+            return UNREAD_STEPS
+        if self.longest is not None and len(question.ids) > self.longest:
+            return "too_long"
+        rewarded = self.policy.last_of(sample, steps)
+        return UNPLACED_STEPS if rewarded is None else _Asked(index, question, rewarded)
+
+    def _scored(self, sample: Sample, scores: list[float], rewarded: list[int]) -> Score:
+        rewards = token_rewards(
+            scores, rewarded, len(sample.completion.response_ids), differences=self.config.differences
+        )
+        return sample.scored(
+            aggregated(scores, self.config.aggregate),
+            parts={"steps": len(scores), "lowest": min(scores), "last": scores[-1]},
+            extras={"step_scores": scores},
+            token_rewards=rewards,
+        )
+
+    def packed_numbers(self, batch: Packed, hidden: Any) -> list[float]:
+        """The log-odds that a step is right which ends with a token, for each response token."""
+        # The states at the tokens themselves: those before the next ones, and the last of each sequence.
+        places = batch.positions.roll(-1)
+        places[batch.lengths.cumsum(0) - 1] = batch.last
+        return self._log_odds(hidden[places])
+
+    def padded_numbers(self, sequences: list[list[int]], sizes: list[int]) -> list[float]:
+        """The same."""
+        input_ids_BT, mask_BT = pad_right(sequences, 0, self.model.device)
+        _, outputs = run_backbone(self.model, input_ids_BT, mask_BT)
+        states = [
+            outputs.last_hidden_state[line, len(sequence) - size : len(sequence)]
+            for line, (sequence, size) in enumerate(zip(sequences, sizes, strict=True))
+        ]
+        return self._log_odds(torch.cat(states))
+
+    def _log_odds(self, states: Any) -> list[float]:
+        if self.labels is None:
+            logits_N2 = self.model.score(states).float()
+        else:  # only two rows of the head are needed
+            head = self.model.get_output_embeddings()
+            bias = getattr(head, "bias", None)
+            linear = nn.functional.linear(states, head.weight[self.labels], None if bias is None else bias[self.labels])
+            logits_N2 = shaped(linear.float(), self.shape)
+        odds: list[float] = (logits_N2[:, 1] - logits_N2[:, 0]).tolist()
+        return odds
+
+
+def _sigmoid(number: float) -> float:
+    return 0.5 * (1 + math.tanh(number / 2))

@@ -1,0 +1,1 @@
+"""Which answers to a prompt become preference pairs. No torch."""

@@ -1,0 +1,208 @@
+"""The choice of a prompt's pairs: what a strategy proposes, and what holds for every strategy. A pure function."""
+
+import contextlib
+import itertools
+import operator
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
+from typing import Any, NamedTuple
+
+from annotation.pairing.strategies import Asked, Candidate, Proposal, Samples
+from contracts.callables import blamed, place_of
+from contracts.errors import UserError
+
+TOO_FEW = "too_few_samples"
+IDENTICAL = "identical_answers"
+TIE = "tie"
+BELOW_MARGIN = "below_margin"
+ABOVE_MARGIN_CAP = "above_margin_cap"
+NONE_PROPOSED = "none_proposed"
+BEYOND_LIMIT = "beyond_per_prompt"
+"""More pairs than wanted: no loss, so that `max_dropped` does not count them."""
+REASON = re.compile("[a-z][a-z0-9_]{0,39}")
+
+
+class Choice(NamedTuple):
+    """The pairs of one prompt, and the number of pairs that were dropped, by reason."""
+
+    pairs: list[tuple[Candidate, Candidate]]
+    """(chosen, rejected), by the rank of the chosen answer, then of the rejected one."""
+    dropped: dict[str, int]
+    repeated: int = 0
+    """Answers that were left out because another one is the same."""
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    prompt: Asked,
+    propose: Callable[[list[Candidate], Asked], Proposal],
+    *,
+    margin: float = 0.0,
+    margin_cap: float | None = None,
+    per_prompt: int | None = None,
+    distinct: bool = False,
+    what: str = "the strategy",
+    seconds: float | None = None,
+) -> Choice:
+    """Choose the pairs of one prompt.
+
+    The candidates are ranked by score, equal scores by sample index; with `distinct`, of identical answers only the
+    first sample counts. A pair that the strategy proposes is dropped when its answers are identical, its scores are
+    equal, or they differ by less than `margin` or more than `margin_cap`; of the others those stay that were proposed
+    first, at most `per_prompt`. Where the strategy cannot propose one (for fewer than two candidates, or for a reason
+    of its own), that counts as one dropped pair, so that for every prompt
+    `max(1, proposed pairs) = len(pairs) + sum(dropped)`. `what` is the strategy's name in messages,
+    and `seconds` how long it may take.
+
+    Raises:
+        UserError: the strategy fails, takes longer, or proposes what is no pair of these candidates.
+    """
+    if len(candidates) < 2:
+        return Choice([], {TOO_FEW: 1})
+    kept = _without_repetitions(candidates) if distinct else candidates
+    repeated = len(candidates) - len(kept)
+    if len(kept) < 2:
+        return Choice([], {IDENTICAL: 1}, repeated)
+    ranked = sorted(kept, key=lambda candidate: (-candidate.score, candidate.sample))
+    proposed = _proposed(propose, ranked, prompt, what, seconds)
+    if isinstance(proposed, str):
+        return Choice([], {proposed: 1}, repeated)
+    ranks = {candidate.sample: rank for rank, candidate in enumerate(ranked)}
+    pairs: list[tuple[Candidate, Candidate]] = []
+    dropped: dict[str, int] = {}
+    for better, worse in proposed:
+        pair = ranked[ranks[better]], ranked[ranks[worse]]
+        reason = _fault(*pair, margin, margin_cap)
+        if reason is None and per_prompt is not None and len(pairs) == per_prompt:
+            reason = BEYOND_LIMIT
+        if reason is None:
+            pairs.append(pair)
+        else:
+            dropped[reason] = dropped.get(reason, 0) + 1
+    pairs.sort(key=lambda pair: (ranks[pair[0].sample], ranks[pair[1].sample]))
+    return Choice(pairs, dropped, repeated)
+
+
+def _without_repetitions(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Of each answer the first sample: the one with the best score would be the one with the luckiest judgement."""
+    by_sample = sorted(candidates, key=lambda candidate: candidate.sample, reverse=True)
+    return list({candidate.response_ids: candidate for candidate in by_sample}.values())
+
+
+def _fault(chosen: Candidate, rejected: Candidate, margin: float, margin_cap: float | None) -> str | None:
+    if chosen.response_ids == rejected.response_ids:
+        return IDENTICAL
+    if chosen.score == rejected.score:
+        return TIE
+    if chosen.score - rejected.score < margin:
+        return BELOW_MARGIN
+    if margin_cap is not None and chosen.score - rejected.score > margin_cap:
+        return ABOVE_MARGIN_CAP
+    return None
+
+
+class _OverdueError(BaseException):
+    """Raised in a strategy, which is to go past what it catches itself."""
+
+
+@contextlib.contextmanager
+def _within(seconds: float | None, what: str) -> Iterator[None]:
+    """End what takes longer, by a signal: between two steps of Python's, which an endless loop has enough of.
+
+    What never gets to one, a call of a library's, the supervisor ends when it counts as hung.
+    """
+    if seconds is None:
+        yield
+        return
+
+    done, caller, signaled = threading.Event(), threading.get_ident(), signal.SIGVTALRM
+
+    def watch() -> None:
+        pause = seconds
+        while not done.wait(pause):
+            signal.pthread_kill(caller, signaled)
+            pause = 1.0  # again, where it was caught
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if not done.is_set():
+            raise _OverdueError
+
+    before = signal.signal(signaled, end)
+    watcher = threading.Thread(target=watch, name="deadline of a strategy", daemon=True)
+    watcher.start()
+    try:
+        yield
+    except _OverdueError as error:
+        raise UserError(
+            f"{what}: it took longer than seconds_per_prompt={seconds:g} and was ended{place_of(error)}. Take out what "
+            "has no end, or raise seconds_per_prompt."
+        ) from None
+    finally:
+        done.set()
+        watcher.join()
+        signal.signal(signaled, before)
+
+
+def _proposed(
+    propose: Callable[[list[Candidate], Asked], Proposal],
+    ranked: list[Candidate],
+    prompt: Asked,
+    what: str,
+    seconds: float | None,
+) -> list[Samples] | str:
+    """What a strategy returns, checked; a word for the reason where that is no pair."""
+    with _within(seconds, f"{what}, prompt {prompt.prompt_id}"), blamed(f"{what} failed on prompt {prompt.prompt_id}"):
+        returned: Any = propose(list(ranked), prompt)
+        found = returned
+        if isinstance(returned, Iterable) and not isinstance(returned, str):
+            found = list(itertools.islice(returned, len(ranked) ** 2))  # more than there are, of what has no end
+    what = f"{what}, prompt {prompt.prompt_id}"
+    if isinstance(found, str):
+        if not REASON.fullmatch(found):
+            raise UserError(
+                f"{what}: it returned {found!r:.80}; a reason for no pair is one word of a-z, 0-9 and _, such as "
+                "all_correct."
+            )
+        return found
+    if not isinstance(found, list):
+        raise UserError(
+            f"{what}: it returned {found!r:.80}; it must return a list of pairs (chosen, rejected) of sample indices, "
+            "[] where there is none, or a word for why there is none."
+        )
+    scores = {candidate.sample: candidate.score for candidate in ranked}
+    pairs = [_checked(item, scores, what) for item in found]
+    if len(set(pairs)) < len(pairs):
+        twice = next(pair for number, pair in enumerate(pairs) if pair in pairs[:number])
+        raise UserError(f"{what}: it returned the pair {twice} twice. Return each pair once.")
+    return pairs or NONE_PROPOSED
+
+
+def _checked(item: Any, scores: dict[int, float], what: str) -> Samples:
+    """A pair as sample indices.
+
+    Raises:
+        UserError: it is none of these candidates', or the score does not prefer the chosen one.
+    """
+    try:
+        better, worse = (operator.index(sample) for sample in item)  # also of numpy
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{what}: it returned {item!r:.80} where a pair (chosen, rejected) of sample indices is wanted, such as "
+            "(candidates[0].sample, candidates[-1].sample)."
+        ) from error
+    if better in scores and worse in scores and better != worse and scores[better] >= scores[worse]:
+        return better, worse
+    if unknown := [sample for sample in (better, worse) if sample not in scores]:
+        known = ", ".join(map(str, sorted(scores)))
+        wrong = f"no candidate is sample {unknown[0]}: they are {known}."
+    elif better == worse:
+        wrong = "chosen and rejected are the same answer."
+    else:
+        wrong = (
+            f"the chosen answer scores lower ({scores[better]:g}) than the rejected one ({scores[worse]:g}). The score "
+            "labels: turn the pair round or leave it out. What else is to count has to be in the score."
+        )
+    raise UserError(f"{what}: it returned {item!r:.80}, but {wrong}")

@@ -1,0 +1,270 @@
+"""What all judges behind an endpoint share: requests, answers that are kept, and what they cost."""
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from annotation.remote.answers import AnswerCache, Said, said_in
+from annotation.remote.client import BadReplyError, Client, WrongEndpointError, work
+from annotation.remote.readings import Reading
+from annotation.remote.spending import Spending
+from annotation.remote.templates import RUBRIC, Question
+from annotation.samples import Sample
+from annotation.scorers.base import Opening
+from annotation.scorers.remote import MOST_VOTES, JudgeSettings
+from contracts.attempt import report_within
+from contracts.errors import TransientError, UserError
+from contracts.faults import Fault, Tolerance
+from contracts.records import Message, Rollout
+
+TOP = 20
+"""Alternatives of each token, where log-probabilities are asked for: as many as servers give."""
+
+
+FIRST = 16
+"""Judgements after which a stage ends, if none of them could be read: neither will the others, and each costs."""
+TOLERANT = 0.5
+"""From this max_dropped on it does not."""
+READ = "judged"
+"""Name of a file among the stage's state: a judgement could be read, whatever was killed since."""
+SHOWN = 200
+"""Characters of a reply that a message shows."""
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """One thing to ask, as often as there are votes."""
+
+    sample: Sample
+    """For whose sake it is asked."""
+    messages: list[dict[str, str]]
+
+
+@dataclass
+class Judged:
+    """What came of an inquiry."""
+
+    votes: list[tuple[float, str] | None]
+    """What each vote said, as a number and as its text; None without a reading."""
+    fault: Fault | None = None
+    """The first failure."""
+
+    @property
+    def values(self) -> list[float]:
+        """The numbers of those votes that have one."""
+        return [vote[0] for vote in self.votes if vote is not None]
+
+    @property
+    def said(self) -> list[str]:
+        """The texts of these."""
+        return [vote[1] for vote in self.votes if vote is not None]
+
+    @property
+    def mean(self) -> float:
+        """Of the votes."""
+        return sum(self.values) / len(self.values)
+
+
+class Asker:
+    """Asks inquiries at a config's endpoint, and reads what is said."""
+
+    def __init__(self, config: JudgeSettings, reading: Reading, opening: Opening) -> None:
+        self.config, self.reading = config, reading
+        self.answers = AnswerCache(config.cache)
+        self.client = Client(
+            [config.base], key_variable=config.key_variable, timeout=config.timeout, retries=config.retries
+        )
+        self.spending = Spending(
+            opening.state, max_tokens=config.max_tokens_total, max_cost=config.max_cost, prices=config.prices
+        )
+        self.tolerance = Tolerance(config.fail_on_error, opening.samples)
+        self.counts: dict[str, int] = {}
+        self.unread = ""
+        """What was said that could not be read, in the last shard; empty where all could."""
+        self._mark = opening.state / READ
+        self._any_read = self._mark.exists()
+        self._failed = 0
+        self._under_way: dict[str, asyncio.Future[Said]] = {}
+
+    def ask(self, inquiries: Sequence[Inquiry], samples: Sequence[Sample]) -> list[Judged]:
+        """Ask everything; `samples` are all of the shard, for the counts.
+
+        Raises:
+            UserError: every request would fail, a limit is reached, or more fails than may.
+            TransientError: the endpoint cannot be asked now, and no failure is tolerated.
+        """
+        votes = self.config.votes
+        found: list[list[tuple[float, str] | None]] = [[None] * votes for _ in inquiries]
+        faults: dict[int, Fault] = {}
+        self.counts = {"answers": 0, "answers_without_reading": 0}
+        self.unread = ""
+        unread: dict[int, Said] = {}
+        done = 0
+
+        async def judge(number: int) -> None:
+            nonlocal done
+            index, vote = divmod(number, votes)
+            try:
+                given = await self._vote(inquiries[index], vote)
+                if isinstance(given, Said):
+                    unread[number] = given
+                    self._note_unread(inquiries[index], given)
+                else:
+                    found[index][vote] = given
+                    self._note_read()
+            except (WrongEndpointError, _FinalError):
+                raise
+            except (UserError, TransientError) as error:
+                named = type(error)(f"the judge at {inquiries[index].sample}: {error}")
+                if index not in faults:
+                    faults[index] = Fault(named)
+                    self.tolerance.bear(faults[index])
+            done += 1
+            report_within(done * len(samples) // (votes * len(inquiries)), len(samples), "samples")
+
+        try:
+            work(self.client, votes * len(inquiries), judge, self.config.concurrency)
+        except _FinalError as error:
+            raise error.error from error
+        if unread:
+            first = min(unread)
+            self.unread = self._quoted(inquiries[first // votes], unread[first])
+        self.counts |= self.spending.counts(samples) | {"requests_repeated": self.client.retried}
+        self.client.retried = 0
+        return [Judged(given, faults.get(index)) for index, given in enumerate(found)]
+
+    def _note_read(self) -> None:
+        if not self._any_read:
+            self._any_read = True
+            self._mark.touch()
+
+    def _note_unread(self, inquiry: Inquiry, said: Said) -> None:
+        """Raise where nothing could be read from the beginning."""
+        self._failed += 1
+        if not self._any_read and self._failed >= FIRST and self.config.max_dropped < TOLERANT:
+            raise _FinalError(
+                UserError(
+                    f"none of the first {FIRST} judgements could be read, so no more are paid for. "
+                    f"{self._quoted(inquiry, said)}, or set max_dropped={TOLERANT:g} or more if most may be lost."
+                )
+            )
+
+    def _quoted(self, inquiry: Inquiry, said: Said) -> str:
+        """A reply that could not be read, shortened and without the key, and what to do about it."""
+        text, form = self.client.hidden(said.text), self.config.extraction
+        shown = f"{text[:SHOWN]!r}{'...' if len(text) > SHOWN else ''}" if text else "nothing"
+        if said.finish_reason == "length" and form != "logprobs":
+            ending, fix = f", cut off by max_tokens={self.config.max_tokens}.", "Raise max_tokens"
+        else:
+            key = "json_key" if form == "json" else "pattern"
+            ending = f", in which extraction={form} finds no judgement."
+            fix = f"Have the question (rubric, template, instructions) ask for that form, set {key} to what is said"
+        return f"Of {inquiry.sample}, for example, the judge says {shown}{ending} {fix}, take another model"
+
+    async def _vote(self, inquiry: Inquiry, vote: int) -> tuple[float, str] | Said:
+        """A reading and its text; an answer without one is asked for again, and the last of these is returned."""
+        for ask in range(self.config.asks):
+            said = await self._say(inquiry, vote + MOST_VOTES * ask)
+            self.counts["answers"] += 1
+            value = self.reading(said)
+            if value is not None:
+                return value, said.text
+            self.counts["answers_without_reading"] += 1
+        return said
+
+    async def _say(self, inquiry: Inquiry, number: int) -> Said:
+        """The answer of this number: one that is kept, one that is being waited for, or a new one."""
+        body = _body(self.config, inquiry.messages, number)
+        key = self.answers.key(body, number)
+        if (said := self.answers.get(key)) is not None:
+            return said
+        if (waiting := self._under_way.get(key)) is not None:
+            return await asyncio.shield(waiting)
+        future = self._under_way[key] = asyncio.get_running_loop().create_future()
+        try:
+            said = await self._pay(key, inquiry.sample, body)
+        except BaseException as error:
+            future.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
+            future.exception()  # whether or not somebody waits for it
+            raise
+        finally:
+            del self._under_way[key]
+        future.set_result(said)
+        return said
+
+    async def _pay(self, key: str, sample: Sample, body: dict[str, Any]) -> Said:
+        _finally(self.spending.require_left)
+        said: Said = await self.client.ask("POST", "/chat/completions", body, _said)
+        _finally(functools.partial(self.answers.put, key, said))
+        _finally(functools.partial(self.spending.add, sample, said))
+        return said
+
+
+class _FinalError(Exception):
+    """Around an error that ends the stage, and is no fault of the sample at hand."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _finally(do: Callable[[], None]) -> None:
+    try:
+        do()
+    except Exception as error:
+        raise _FinalError(error) from error
+
+
+def _body(config: JudgeSettings, messages: list[dict[str, str]], number: int) -> dict[str, Any]:
+    """The request; each of the same question's is of another number."""
+    body = {
+        "model": config.model,
+        "messages": messages,
+        "temperature": config.temperature,
+        "max_tokens": config.max_tokens,
+        "seed": None if config.seed is None else config.seed + number,
+        **({"logprobs": True, "top_logprobs": TOP} if config.extraction == "logprobs" else {}),
+        **config.request,
+    }
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _said(reply: Any) -> Said:
+    try:
+        return said_in(reply)
+    except ValueError as error:
+        raise BadReplyError(f"the endpoint's reply is none of a chat's: {error}.") from error
+
+
+def check_question(config: JudgeSettings) -> None:
+    """Ask about an example.
+
+    Raises:
+        UserError: the question cannot be asked, or does not say what it is about.
+    """
+    from annotation.remote.templates import COMPARE, RATE
+
+    marks = {name: f"<{name}>" for name in config.template_names}
+    rollout = Rollout("0" * 16, (Message("user", "<prompt>"),), (), (), "", 0, "raw", "<answer>")
+    question = question_of(config, COMPARE if config.compares else RATE, low=0, high=1)
+    known = marks if config.compares else {**marks, "finish_reason": "stop"}
+    text = "".join(message["content"] for message in question.messages(rollout, **known))
+    for name, mark in marks.items():
+        if mark not in text:
+            raise UserError(f"the judge's template does not show {{{{ {name} }}}}, which is what it is to judge.")
+
+
+def question_of(config: JudgeSettings, template: str, **known: Any) -> Question:
+    """The question of a judge: the user's template, or the built-in one."""
+    if config.template_file is not None:
+        try:
+            template = config.template_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"template_file {config.template_file} cannot be read: {error}.") from error
+    text = config.template if config.template is not None else template
+    rubric = config.rubric or RUBRIC
+    return Question(
+        text, config.instructions, {"rubric": rubric, "form": config.extraction, "key": config.json_key, **known}
+    )

@@ -1,0 +1,301 @@
+"""Requests to one server, many at a time in one process: with a deadline each, retries, and errors in words.
+
+What a server does wrong is one of three things. What every request would meet (a key that is refused, a path that does
+not exist, a redirect) is a `WrongEndpointError` at once. What may pass (no connection, 429, 5xx, a deadline, a reply
+that is cut off) is asked again after a growing, jittered pause, or the one that the server names, and is a
+`TransientError` in the end. What lies in the request, or in what is said of it, is a `UserError`: its samples' fault.
+"""
+
+import asyncio
+import email.utils
+import json
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from contracts import stopping
+from contracts.attempt import beat
+from contracts.errors import TransientError, UserError
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds before the first and the last retries; they double in between, and up to half of each is left to chance."""
+LONGEST_WAIT = 600.0
+"""Seconds that a server may ask to be left alone (Retry-After); one that asks for more is given up for now."""
+LOOK_SECONDS = 0.25
+"""How often whoever waits looks whether the stage is to stop."""
+MOST_BYTES = 64 << 20
+"""Of a reply; more is no judgement."""
+SHOWN = 200
+"""Signs of a reply that a message shows."""
+CONNECT_SECONDS = 10.0
+AGAIN = frozenset({408, 409, 425, 429})
+"""Statuses below 500 that may pass."""
+FOR_ALL = frozenset({401, 402, 403, 404, 405, 410, 501})
+"""Statuses that every request would meet."""
+
+
+class WrongEndpointError(UserError):
+    """What every request to this server would meet."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class BadReplyError(UserError):
+    """A reply that is not what was asked for: a page, something cut off, another number of results than of samples."""
+
+
+class ServerError(TransientError):
+    """A status that says that the server failed on what it was sent."""
+
+
+class Halted(Exception):  # noqa: N818 - no error: somebody else has one
+    """The stage is to stop, and this request has not been sent."""
+
+
+class Client:
+    """An HTTP client for one or several equal servers."""
+
+    def __init__(self, urls: list[str], *, key_variable: str | None, timeout: float, retries: int) -> None:
+        """Args are those of `RemoteSettings`.
+
+        Raises:
+            UserError: the variable with the key is not set.
+        """
+        self.urls, self.timeout, self.retries = urls, timeout, retries
+        self.retried = 0
+        """Requests that were sent again."""
+        self.halted = False
+        """Set by `work`: send nothing more."""
+        self._key = secret(key_variable)
+        self._resume = 0.0
+        self._next = 0
+
+    async def __aenter__(self) -> Self:
+        """Open it."""
+        httpx2 = _library()
+        direct: dict[str, Any] = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._http = httpx2.AsyncClient(
+            headers=headers,
+            timeout=httpx2.Timeout(None, connect=min(CONNECT_SECONDS, self.timeout)),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=100),
+            follow_redirects=False,
+            mounts=direct,  # a proxy is for what lies behind it
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        await self._http.aclose()
+
+    async def ask(self, method: str, path: str, body: Any, check: Callable[[Any], Any]) -> Any:
+        """What `check` makes of the JSON that the server replies.
+
+        Args:
+            check: raises `BadReplyError` where the reply is not what was asked for.
+
+        Raises:
+            Halted: it was not sent.
+            TransientError: it failed in a way that may pass, and did not.
+            UserError: it failed otherwise.
+        """
+        pause = FIRST_PAUSE
+        for left in range(self.retries, -1, -1):
+            await self._wait_until(self._resume)
+            url = self.urls[self._next % len(self.urls)] + path
+            self._next += 1
+            error: Exception
+            asked_for = None
+            try:
+                status, headers, text = await self._send(method, url, body)
+                if status < 300:
+                    return check(_parsed(url, headers, text, self.hidden))
+                asked_for = _retry_after(headers)
+                error = self._error(url, status, headers, text)
+            except BadReplyError as bad:
+                error = BadReplyError(self.hidden(str(bad)))
+            except TransientError as transient:
+                error = transient
+            if not left or not isinstance(error, TransientError | BadReplyError):
+                raise error
+            if (asked_for or 0) > LONGEST_WAIT:
+                raise type(error)(
+                    f"{error} It asks to be left alone for {asked_for:.0f} s (Retry-After), which is more than the "
+                    f"{LONGEST_WAIT:.0f} s that are waited at most. Start again then; what was answered is kept."
+                ) from error
+            self.retried += 1
+            wait = max(pause * random.uniform(0.5, 1.0), asked_for or 0.0)
+            if asked_for is not None:  # holds for all that would be sent to it
+                self._resume = max(self._resume, time.monotonic() + asked_for)
+            await self._wait_until(time.monotonic() + wait)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        raise AssertionError
+
+    async def _wait_until(self, moment: float) -> None:
+        while not self.halted and not stopping.requested():
+            left = moment - time.monotonic()
+            if left <= 0:
+                return
+            await asyncio.sleep(min(left, LOOK_SECONDS))
+        raise Halted
+
+    async def _send(self, method: str, url: str, body: Any) -> tuple[int, Any, bytes]:
+        """Status, headers and body of a reply that has come whole and in time."""
+        httpx2 = _library()
+        content = None if body is None else json.dumps(body, ensure_ascii=False).encode(errors="replace")
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        try:
+            async with asyncio.timeout(self.timeout):  # of all, however slowly it comes
+                async with self._http.stream(method, url, content=content, headers=headers) as reply:
+                    received = bytearray()
+                    async for part in reply.aiter_bytes():
+                        received += part
+                        if len(received) > MOST_BYTES:
+                            raise BadReplyError(f"{url} sent more than {MOST_BYTES >> 20} MiB.")
+                    return reply.status_code, reply.headers, bytes(received)
+        except TimeoutError as error:
+            raise TransientError(f"{url} has not replied in timeout={self.timeout:g} s.") from error
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+            raise WrongEndpointError(f"{url} is no address: {error}.") from error
+        except httpx2.DecodingError as error:
+            raise BadReplyError(f"{url} sent what cannot be decoded: {self.hidden(str(error))}.") from error
+        except httpx2.RequestError as error:
+            said = self.hidden(str(error)) or type(error).__name__
+            raise TransientError(f"{url} could not be asked, or broke off: {said}.") from error
+
+    def _error(self, url: str, status: int, headers: Any, content: bytes) -> Exception:
+        said = f"{url} replied {status}{self._quoted(content)}"
+        if 300 <= status < 400:
+            to = self.hidden(str(headers.get("location", "nowhere")))
+            return WrongEndpointError(
+                f"{url} replied {status}, a redirect to {to}, which is not followed: answers and the key would go "
+                "elsewhere. Set url to where it leads, if you trust that.",
+                status,
+            )
+        if status in FOR_ALL:
+            fix = {401: "Check key_variable.", 403: "Check key_variable.", 404: "Check url and model."}
+            return WrongEndpointError(f"{said}. {fix.get(status, 'Check url.')}", status)
+        if status in AGAIN or status >= 500:
+            return (TransientError if status in (*AGAIN, 502, 503, 504) else ServerError)(f"{said}.")
+        return UserError(f"{said}.")
+
+    def _quoted(self, content: bytes) -> str:
+        text = " ".join(self.hidden(content[: 20 * SHOWN].decode(errors="replace")).split())
+        return f": {text[:SHOWN]}{'...' if len(text) > SHOWN else ''}" if text else ""
+
+    def hidden(self, text: str) -> str:
+        """A text without the key."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+def work(client: Client, count: int, do: Callable[[int], Awaitable[None]], concurrency: int) -> None:
+    """Have `do` called with the numbers below `count`, so many at a time.
+
+    When one raises, or the stage is asked to stop, no more are begun, and those under way come to their end: they may
+    have been paid for.
+    """
+    asyncio.run(_work(client, count, do, concurrency))
+
+
+async def _work(client: Client, count: int, do: Callable[[int], Awaitable[None]], concurrency: int) -> None:
+    todo = iter(range(count))
+    errors: list[Exception] = []
+    client.halted = False
+
+    async def worker() -> None:
+        for number in todo:
+            try:
+                await do(number)
+            except Halted:
+                return
+            except Exception as error:
+                errors.append(error)
+                client.halted = True
+                return
+            if client.halted or stopping.requested():
+                return
+
+    async with client:
+        tasks = {asyncio.ensure_future(worker()) for _ in range(min(concurrency, count))}
+        while tasks:
+            _, tasks = await asyncio.wait(tasks, timeout=LOOK_SECONDS)
+            beat()
+    if errors:
+        raise errors[0]
+    if stopping.requested():
+        stopping.leave()
+
+
+def secret(variable: str | None) -> str | None:
+    """The key in an environment variable; None where none is named.
+
+    Raises:
+        UserError: it is not set, or cannot be sent.
+    """
+    if variable is None:
+        return None
+    if not (key := os.environ.get(variable, "").strip()):
+        raise UserError(
+            f"key_variable={variable}, but this environment variable is not set. Set it where you start (export "
+            f"{variable}=...): stages inherit it."
+        )
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"the environment variable {variable} holds signs that no key has. Set it anew.")
+    return key
+
+
+def _library() -> Any:
+    try:
+        import httpx2
+    except ImportError as error:
+        raise UserError(
+            "this environment lacks httpx2, by which servers are asked. Install it: pip install httpx2."
+        ) from error
+    return httpx2
+
+
+def _parsed(url: str, headers: Any, content: bytes, hidden: Callable[[str], str]) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        kind = str(headers.get("content-type", "")).partition(";")[0]
+        start = " ".join(hidden(content[: 20 * SHOWN].decode(errors="replace")).split())[:SHOWN]
+        raise BadReplyError(
+            f"{url} replied with {kind or 'something'} that is no JSON: {start!r}. Check that url is that of the API."
+        ) from error
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds for which a server asks to be left alone: a number, or a date (RFC 9110, 10.2.3)."""
+    text = str(headers.get("retry-after", "")).strip()
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(0.0, seconds) if seconds == seconds else None
+
+
+def is_reachable(url: str, seconds: float) -> str | None:
+    """Why nothing listens at the address of a URL; None where something does."""
+    import socket
+
+    parts = urlsplit(url)
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        with socket.create_connection((parts.hostname or "", port), timeout=seconds):
+            return None
+    except (OSError, KeyError, ValueError) as error:
+        return str(error)

@@ -1,0 +1,94 @@
+"""The scorer kind `pairwise_judge`: a model behind an endpoint says which of two answers is better.
+
+annotation/models/contests.py says which are compared, and what that makes a score.
+"""
+
+import msgspec
+
+from annotation.models.contests import Contest, Contests, Result, contest, score, wanted
+from annotation.remote.asking import Asker, Inquiry, Judged, question_of
+from annotation.remote.readings import VERDICT, Reading
+from annotation.remote.templates import COMPARE
+from annotation.samples import Sample
+from annotation.scorers.base import Opening
+from annotation.scorers.pairwise_judge import PairwiseJudgeConfig
+from annotation.scorers.remote import NO_JUDGEMENT
+from contracts.errors import UserError
+from contracts.faults import Fault
+from contracts.records import Score
+
+VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
+"""How much better the first answer is."""
+
+
+class PairwiseJudge:
+    """Asks for a verdict on every two answers, in both orders."""
+
+    def __init__(self, config: PairwiseJudgeConfig, opening: Opening) -> None:
+        verdicts = {name: value for name, value in VERDICTS.items() if config.extraction != "logprobs" or name != "tie"}
+        reading = Reading(config.extraction, config.pattern or VERDICT, config.json_key, verdicts)
+        self.question = question_of(config, COMPARE)
+        self.contests = Contests(config.opponents, config.against)
+        self.asker = Asker(config, reading, opening)
+        self.facts: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
+        self.unread = ""
+
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
+        """One score per sample.
+
+        Reasons for which a sample is dropped: "no_judgement" where no comparison has verdicts in both orders (where
+        some have, its score is their mean), "no_opponent" where its prompt has no other answer.
+        """
+        rivals = self.contests.of(samples)
+        faults: dict[Contest, Fault] = {}
+        asked: dict[Contest, tuple[Inquiry, Inquiry]] = {}
+        for held, sample in wanted(samples, rivals).items():
+            try:
+                asked[held] = (self._inquiry(sample, *held[1:]), self._inquiry(sample, held[2], held[1]))
+            except UserError as error:
+                faults[held] = Fault(error)
+        judged = self.asker.ask([one for both in asked.values() for one in both], samples)
+        both_orders = dict(zip(asked, zip(judged[::2], judged[1::2], strict=True), strict=True))
+        results: dict[Contest, Result] = {**faults, **{held: _result(*both) for held, both in both_orders.items()}}
+        known = [both for held, both in both_orders.items() if isinstance(results[held], float)]
+        self.unread = self.asker.unread
+        self.counts = self.asker.counts | {
+            "comparisons": len(known),
+            "consistent": sum(_leaning(one) == -_leaning(other) for one, other in known),
+        }
+        return [
+            _with_explanation(score(sample, others, results), sample, others, both_orders)
+            for sample, others in zip(samples, rivals, strict=True)
+        ]
+
+    def _inquiry(self, sample: Sample, first: str, second: str) -> Inquiry:
+        return Inquiry(sample, self.question.messages(sample.rollout, first=first, second=second))
+
+
+def _result(forwards: Judged, backwards: Judged) -> Result:
+    """The probability that the first answer is better."""
+    for judged in (forwards, backwards):
+        if judged.fault is not None:
+            return judged.fault
+    if not forwards.values or not backwards.values:
+        return NO_JUDGEMENT
+    return (forwards.mean + 1 - backwards.mean) / 2
+
+
+def _leaning(judged: Judged) -> int:
+    """1 towards the answer that was asked about first, -1 towards the other, 0 where they tie."""
+    return (judged.mean > 0.5) - (judged.mean < 0.5)
+
+
+def _with_explanation(
+    found: Score | str | Fault, sample: Sample, others: list[str], judged: dict[Contest, tuple[Judged, Judged]]
+) -> Score | str | Fault:
+    """A score with what was said of the sample's first contest, in which it is answer A."""
+    if not isinstance(found, Score):
+        return found
+    for other in others:
+        held = contest(sample, other)
+        if held in judged and (said := judged[held][held[1] != sample.completion.text].said):
+            return msgspec.structs.replace(found, extras={"against": other, "explanation": said[0]})
+    return found

@@ -1,0 +1,68 @@
+"""What a run would meet at a server that its scorers ask, looked at before it starts."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from annotation.remote.asking import check_question
+from annotation.remote.client import BadReplyError, Client, WrongEndpointError, is_reachable, secret
+from annotation.scorers.remote import JudgeSettings, RemoteSettings
+from contracts.errors import TransientError, UserError, did_you_mean
+from contracts.preflight import Finding
+
+SECONDS = 10.0
+NAMED = 5
+
+
+def check_judge(config: JudgeSettings) -> Iterator[Finding]:
+    """The question of a judge, its key, and whether its endpoint serves the model."""
+    check_question(config)
+    secret(config.key_variable)
+    later = "It may be started later; the stage waits for it as long as retries allows."
+    try:
+        served = asyncio.run(_models(config))
+    except WrongEndpointError as error:
+        unasked = error.status in (404, 405, 501)  # not all servers tell their models
+        yield Finding("warning" if unasked else "error", str(error))
+        return
+    except TransientError as error:
+        yield Finding("warning", str(error), later)
+        return
+    except UserError as error:
+        yield Finding("warning", str(error))
+        return
+    if config.model not in served:
+        names = ", ".join(served[:NAMED]) + (", ..." if len(served) > NAMED else "")
+        found = f"{config.base} serves no model {config.model!r}, but {names or 'none'}."
+        yield Finding("error", f"{found}{did_you_mean(config.model, served)}", "Set model to one that it serves.")
+    else:
+        yield Finding("ok", f"{config.base} serves {config.model}")
+
+
+async def _models(config: JudgeSettings) -> list[str]:
+    client = Client([config.base], key_variable=config.key_variable, timeout=SECONDS, retries=0)
+    async with client:
+        served: list[str] = await client.ask("GET", "/models", None, _names)
+        return served
+
+
+def _names(reply: Any) -> list[str]:
+    try:
+        return [str(model["id"]) for model in reply["data"]]
+    except (KeyError, TypeError) as error:
+        raise BadReplyError(f"the list of its models is none: {json.dumps(reply)[:200]}") from error
+
+
+def check_service(config: RemoteSettings, urls: list[str]) -> Iterator[Finding]:
+    """The key of a service, and whether somebody listens at its addresses."""
+    secret(config.key_variable)
+    for url in urls:
+        if problem := is_reachable(url, SECONDS):
+            yield Finding(
+                "warning",
+                f"nobody listens at {url}: {problem}.",
+                "It may be started later; the stage waits for it as long as retries allows.",
+            )
+        else:
+            yield Finding("ok", f"somebody listens at {url}")

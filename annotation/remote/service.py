@@ -1,0 +1,192 @@
+"""The scorer kind `http`: a service gives rewards for many answers at once.
+
+What Ratchet's own protocol sends and takes is in docs/scorers.md; that of OpenRLHF is what its trainer sends to
+`reward.remote_url` and its `serve_rm` replies: `{"query", "prompts", "labels"}`, lists of texts, and `{"rewards"}`, a
+list of numbers, with `scores` and `extra_logs` beside it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from annotation.remote.client import BadReplyError, Client, ServerError, WrongEndpointError, work
+from annotation.samples import Sample
+from annotation.scorers.base import Opening
+from annotation.scorers.http import HttpSettings
+from annotation.workers.journal import ShardJournals
+from annotation.workers.pool import Judgement
+from annotation.workers.rule import in_words, result_of
+from annotation.workers.worker import Failed, GivenAnswer, answer_of
+from contracts.errors import TransientError, UserError
+from contracts.faults import Fault, Tolerance
+from contracts.records import Score
+
+Body = Callable[[Sequence[Sample]], dict[str, Any]]
+Read = Callable[[Any, int], list[Any]]
+"""Of a reply for so many samples, what is said of each."""
+
+
+class RewardService:
+    """Sends answers in batches, always the same ones, so that a kill changes nothing."""
+
+    def __init__(self, config: HttpSettings, opening: Opening) -> None:
+        self.config = config
+        self.journals = ShardJournals(opening.state, Tolerance(config.fail_on_error, opening.samples))
+        self.body: Body = _samples if config.protocol == "ratchet" else OpenRlhfTexts(config)
+        self.read: Read = _scores if config.protocol == "ratchet" else _rewards
+        self.client = Client(
+            config.url, key_variable=config.key_variable, timeout=config.timeout, retries=config.retries
+        )
+        self.facts: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
+
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
+        """One score per sample; "unscored" where the service says null."""
+        size = self.config.batch_size
+        batches = [range(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
+        with self.journals.of(samples) as (results, note):
+            self._ask(samples, [batch for batch in batches if not results.keys() >= set(batch)], note)
+            self._require_same(samples, [batch for batch in batches if batch.start < self.config.judge_twice], results)
+        self.counts = {"requests_repeated": self.client.retried}
+        self.client.retried = 0
+        return [result_of(sample, results[index]) for index, sample in enumerate(samples)]
+
+    def _ask(
+        self, samples: Sequence[Sample], batches: Sequence[range], note: Callable[[dict[int, Judgement]], None]
+    ) -> None:
+        async def send(number: int) -> None:
+            await self._send(samples, batches[number], note)
+
+        work(self.client, len(batches), send, self.config.concurrency)
+
+    async def _send(
+        self, samples: Sequence[Sample], batch: range, note: Callable[[dict[int, Judgement]], None]
+    ) -> None:
+        """Have a batch judged; where the service fails on it, its halves, so that only who is to blame fails."""
+        asked = [samples[index] for index in batch]
+        try:
+            said = await self.client.ask("POST", "", self.body(asked), lambda reply: self.read(reply, len(asked)))
+        except WrongEndpointError:
+            raise
+        except (UserError, TransientError) as error:
+            if len(batch) > 1 and isinstance(error, UserError | ServerError):
+                half = len(batch) // 2
+                for part in (batch[:half], batch[half:]):
+                    await self._send(samples, part, note)
+                return
+            note({index: Fault(type(error)(f"{self._named(samples[index])}: {error}")) for index in batch})
+            return
+        note({index: self._judgement(samples[index], value) for index, value in zip(batch, said, strict=True)})
+
+    def _judgement(self, sample: Sample, value: Any) -> Judgement:
+        found = answer_of(value, _given(sample), tokens=True)
+        if isinstance(found, Failed):
+            return Fault(UserError(f"service {self.config.service!r} {found.before} {sample}{found.after}"))
+        assert found is not True
+        return found
+
+    def _named(self, sample: Sample) -> str:
+        return f"service {self.config.service!r} at {sample}"
+
+    def _require_same(self, samples: Sequence[Sample], batches: Sequence[range], results: dict[int, Judgement]) -> None:
+        """Send the first answers again.
+
+        Raises:
+            UserError: a judgement is another one.
+        """
+        again: dict[int, Judgement] = {}
+        self._ask(samples, batches, again.update)
+        for index, now in sorted(again.items()):
+            before = results[index]
+            if not isinstance(before, Fault) and not isinstance(now, Fault) and before != now:
+                raise UserError(
+                    f"service {self.config.service!r} judged {samples[index]} twice and differed: {in_words(before)}, "
+                    f"then {in_words(now)}. Take out what is random, or set judge_twice=0 if it may differ."
+                )
+
+
+def _given(sample: Sample) -> GivenAnswer:
+    rollout, completion = sample
+    return GivenAnswer(
+        messages=[msgspec.to_builtins(message) for message in rollout.messages],
+        response=completion.text,
+        finish_reason=completion.finish_reason,
+        answer=rollout.answer,
+        tags=list(rollout.tags),
+        tools=None if rollout.tools is msgspec.UNSET else list(rollout.tools),
+        response_ids=list(completion.response_ids),
+        prompt_id=rollout.prompt_id,
+        sample=completion.sample,
+    )
+
+
+def _samples(samples: Sequence[Sample]) -> dict[str, Any]:
+    return {"samples": [msgspec.structs.asdict(_given(sample)) for sample in samples]}
+
+
+def _scores(reply: Any, count: int) -> list[Any]:
+    if not isinstance(reply, dict) or "scores" not in reply:
+        raise BadReplyError(f"the service replied {_shown(reply)}, and not an object with the list `scores`.")
+    return _as_many(reply["scores"], "scores", count)
+
+
+class OpenRlhfTexts:
+    """Makes texts of the policy's tokens, special tokens included, as OpenRLHF's trainer sends them."""
+
+    def __init__(self, config: HttpSettings) -> None:
+        from contracts.tokenizer import load_tokenizer
+
+        assert config.tokenizer is not None
+        self._tokenizer = load_tokenizer(config.tokenizer)
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The request."""
+        prompts = [list(sample.rollout.prompt_ids) for sample in samples]
+        queries = [[*ids, *sample.completion.response_ids] for ids, sample in zip(prompts, samples, strict=True)]
+        labels = ["" if sample.rollout.answer is None else sample.rollout.answer for sample in samples]
+        return {
+            "query": [self._tokenizer.decode(ids, skip_special_tokens=False) for ids in queries],
+            "prompts": [self._tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts],
+            "labels": labels,
+        }
+
+
+def _rewards(reply: Any, count: int) -> list[Any]:
+    """Rewards, with the logs that have a number for each of them as parts."""
+    rewards = reply.get("rewards", reply.get("scores")) if isinstance(reply, dict) else None
+    if rewards is None:
+        raise BadReplyError(f"the service replied {_shown(reply)}, and not an object with the list `rewards`.")
+    values = [_alone(value) for value in _as_many(rewards, "rewards", count)]
+    logs = reply.get("extra_logs")
+    parts = {
+        name: [_alone(value) for value in listed]
+        for name, listed in (logs.items() if isinstance(logs, dict) else ())
+        if isinstance(listed, list) and len(listed) == count and name != "score"
+    }
+    if not parts:
+        return values
+    return [
+        {"score": value, **{name: listed[index] for name, listed in parts.items()}}
+        for index, value in enumerate(values)
+    ]
+
+
+def _alone(value: Any) -> Any:
+    """A number that stands in a list of its own."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _as_many(values: Any, name: str, count: int) -> list[Any]:
+    if count == 1 and not isinstance(values, list):
+        return [values]
+    if not isinstance(values, list) or len(values) != count:
+        found = f"{len(values)}" if isinstance(values, list) else _shown(values)
+        raise BadReplyError(f"the service was sent {count} answers, and replied with {found} {name}.")
+    return values
+
+
+def _shown(reply: Any) -> str:
+    text = json.dumps(reply, ensure_ascii=False)
+    return text[:200] + ("..." if len(text) > 200 else "")

@@ -1,0 +1,43 @@
+"""The kinds of scorers: one file each. `SETTINGS` and `CONFIGS` have their classes by the kind's name."""
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union, get_args
+
+from pydantic import Field
+
+from annotation.scorers.base import ScoreConfig, ScorerSettings
+from contracts.config import validate
+
+SETTINGS: dict[str, type[ScorerSettings]] = {}
+"""What stands in a run's section `scorers`, by kind."""
+CONFIGS: dict[str, type[ScoreConfig]] = {}
+"""The config of the stage, by kind."""
+
+
+def _register() -> None:
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, type) and issubclass(value, ScorerSettings):
+                for kind in get_args(value.model_fields["kind"].annotation):
+                    if issubclass(value, ScoreConfig):
+                        CONFIGS[kind] = value
+                    else:
+                        SETTINGS[kind] = value
+
+
+_register()
+
+if TYPE_CHECKING:
+    AnyScorer: TypeAlias = ScorerSettings
+else:
+    AnyScorer = Annotated[Union[tuple(SETTINGS.values())], Field(discriminator="kind")]  # noqa: UP007
+
+
+def score_config(**fields: Any) -> ScoreConfig:
+    """The config of a stage that scores, of the kind that `fields` name.
+
+    Raises:
+        UserError: a field is wrong.
+    """
+    return validate(ScoreConfig, fields, "score")

@@ -1,0 +1,166 @@
+"""Verifier of code: whether an answer's program passes tests, in a sandbox."""
+
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import msgspec
+
+from annotation.sandbox.process import Limits, Ran, adopt_orphans, lack_of_namespaces, run
+from annotation.scorers.base import ScoreConfig, WorkerSettings
+from contracts.config import identity
+from contracts.errors import UserError
+from contracts.preflight import Finding, Inspected
+
+BLOCK = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+MOST_SHOWN = 500
+
+
+class CodeSettings(WorkerSettings):
+    """Settings of a verifier of code."""
+
+    kind: Literal["code"] = identity()
+    """Whether the Python program in an answer passes the tests in the prompt's `answer`: Python with assertions, a JSON
+    list of such texts, or {"inputs": [...], "outputs": [...]}, texts for stdin and what is to be printed."""
+    partial: bool = identity(False)
+    """Give the share of tests that pass, instead of 1 where all do and else 0."""
+    seconds: float = identity(10.0, gt=0)
+    """How long the program may run: with all its assertions, or with one input."""
+    memory_mib: int = identity(1024, ge=64)
+    """Memory of each of its processes, in MiB."""
+    max_processes: int = identity(8, ge=2)
+    """Processes and threads that it may have at once."""
+    isolation: Literal["full", "limits"] = identity("full")
+    """full: in namespaces of its own, without network and without writing files but its own; refused where the kernel
+    gives none. limits: only with limits of time, memory and processes."""
+
+    calls: ClassVar[str] = "annotation.scorers.code:CodeVerifier"
+
+    def preflight(self, stage: Inspected) -> Iterator[Finding]:
+        """That programs can be confined here."""
+        if lack := self._lack():
+            yield Finding("error", lack)
+
+    def examine(self) -> None:
+        """That programs can be confined here."""
+        if lack := self._lack():
+            raise UserError(lack)
+
+    def _lack(self) -> str | None:
+        lack = lack_of_namespaces() if self.isolation == "full" else None
+        if lack is None:
+            return None
+        return (
+            f"kind=code runs what a model has written in namespaces of its own, and this machine gives none ({lack}). "
+            "Let users make them (sysctl kernel.unprivileged_userns_clone=1, or in a container --security-opt "
+            "seccomp=unconfined), or set isolation=limits where nothing can be harmed."
+        )
+
+    @property
+    def reads_answer(self) -> bool:
+        """Always."""
+        return True
+
+
+class CodeConfig(CodeSettings, ScoreConfig):
+    """Judge every completion by tests of its program."""
+
+
+class CodeVerifier:
+    """Runs programs."""
+
+    def __init__(
+        self,
+        *,
+        partial: bool,
+        seconds: float,
+        memory_mib: int,
+        max_processes: int,
+        isolation: Literal["full", "limits"],
+    ) -> None:
+        self.partial = partial
+        self.limits = Limits(seconds, memory_mib << 20, max_processes, namespaces=isolation == "full")
+        adopt_orphans()
+
+    def __call__(self, *, response: str, answer: str | None, **others: Any) -> dict[str, Any] | None:
+        """A score from 0 to 1, the part `passed` and how it ended; None where the prompt has no tests."""
+        if answer is None or not answer.strip():
+            return None
+        blocks = BLOCK.findall(response)
+        code = blocks[-1] if blocks else response
+        passed, ended = self._examine(code, answer)
+        share = sum(passed) / len(passed)
+        return {"score": share if self.partial else float(share == 1), "passed": share, "ended": ended}
+
+    def _examine(self, code: str, answer: str) -> tuple[list[bool], str]:
+        """Which tests have passed, and how the first that has not, or the last one, ended."""
+        tests = _tests(answer)
+        if isinstance(tests, list):
+            ran = run(code, self.limits, tests)
+            return [number in ran.passed for number in range(len(tests))], _ending(ran, len(tests))
+        passed, endings = [], []
+        for given, wanted in zip(tests["inputs"], tests["outputs"], strict=True):
+            ran = run(code, self.limits, stdin=given)
+            passed.append(ran.code == 0 and _lines(ran.stdout) == _lines(wanted))
+            endings.append("ok" if passed[-1] else _ending(ran) if ran.code != 0 else "wrong output")
+        return passed, next((ending for ending in endings if ending != "ok"), "ok")
+
+
+def _tests(answer: str) -> list[str] | dict[str, list[str]]:
+    """Texts of assertions, or inputs with their outputs.
+
+    Raises:
+        UserError: it is JSON of another form, or a test is no Python.
+    """
+    try:
+        found = msgspec.json.decode(answer)
+    except msgspec.DecodeError:
+        return _compiled(answer, [answer])
+    if isinstance(found, dict) and found.keys() >= {"inputs", "outputs"}:
+        inputs, outputs = found["inputs"], found["outputs"]
+        texts = isinstance(inputs, list) and isinstance(outputs, list) and all(map(_is_text, [*inputs, *outputs]))
+        if texts and len(inputs) == len(outputs) > 0:
+            return {"inputs": inputs, "outputs": outputs}
+    elif isinstance(found, list) and found and all(map(_is_text, found)):
+        return _compiled(answer, found)
+    raise UserError(
+        f"the prompt's answer {answer!r:.200} holds no tests: write Python with assertions, a JSON list of such texts, "
+        'or {"inputs": [...], "outputs": [...]} with as many texts in each.'
+    )
+
+
+def _compiled(answer: str, tests: list[str]) -> list[str]:
+    """The same tests.
+
+    Raises:
+        UserError: one is no Python, and would fail every program.
+    """
+    for number, test in enumerate(tests):
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                compile(test, f"test {number}", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            what = "holds tests that are no Python" if len(tests) == 1 else f"has a test {number} that is no Python"
+            raise UserError(f"the prompt's answer {answer!r:.200} {what}: {type(error).__name__}: {error}.") from error
+    return tests
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _lines(text: str) -> list[str]:
+    """Without blanks at the ends of lines and empty lines at the end."""
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def _ending(ran: Ran, tests: int = 0) -> str:
+    """In words; that a program has left is no good end where tests were still to come."""
+    last = (ran.stderr.strip().splitlines() or [""])[-1][:MOST_SHOWN]
+    if ran.code is None:
+        return f"ended after {ran.seconds:.0f} s" if ran.seconds > 0.5 else "said too much"
+    how = "ok" if ran.code == 0 else f"exit code {ran.code}" if ran.code < 128 else f"signal {ran.code - 128}"
+    if ran.code == 0 and len(ran.passed) + len(ran.failed) < tests:
+        how = f"ended by itself in test {ran.begun - 1}" if ran.begun else "ended by itself before its tests"
+    return f"{how}: {last}" if last else how

@@ -1,0 +1,95 @@
+"""Combined: an expression over the scores of other scorers, of which every answer's parts are stored."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import field_validator, model_validator
+
+from annotation.scorers.base import RewardScorerSettings, ScoreConfig
+from annotation.scorers.expression import Expression
+from contracts.artifacts import Artifact
+from contracts.config import identity, input_path
+from contracts.errors import UserError
+from contracts.joining import require_made_from
+from contracts.records import SCORES
+
+
+class CombinedSettings(RewardScorerSettings):
+    """Settings of a score that is made of others."""
+
+    kind: Literal["combined"] = identity()
+    """An expression over the scores of other scorers."""
+    expression: str = identity()
+    """For example 0.7 * helpful + 0.3 * form - 0.001 * tokens: names of other scorers (their parts: helpful.clear),
+    tokens (the answer's), truncated (1 where it was cut off), + - * /, comparisons, and, or, not, A if B else C, and
+    functions. Answers that one of the scorers has not judged are dropped and counted."""
+
+    opened_by: ClassVar[str] = "annotation.combining:Combined"
+    follows_rollouts: ClassVar[bool] = False
+
+    @field_validator("expression")
+    @classmethod
+    def _check_expression(cls, value: str) -> str:
+        Expression(value)
+        return value
+
+    @property
+    def parts(self) -> list[str]:
+        """The scorers that the expression names."""
+        return Expression(self.expression).scorers
+
+    @property
+    def ensemble(self) -> list[str]:
+        """Those that the expression averages, or takes the least or a lower bound of."""
+        return Expression(self.expression).ensemble
+
+    @property
+    def standardised(self) -> list[str]:
+        """Those whose scores of the initial policy it reads as well."""
+        return sorted(Expression(self.expression).standardised)
+
+    @property
+    def shown(self) -> str:
+        """The expression."""
+        return self.expression
+
+
+class CombinedConfig(CombinedSettings, ScoreConfig):
+    """Judge every completion by an expression over its scores."""
+
+    scores: dict[str, Path] = input_path({})
+    """Published scores of the rollouts by the scorers that the expression names."""
+    standards: dict[str, Path] = input_path({})
+    """Published scores by the scorers that it has in standard(...): by their mean and standard deviation."""
+
+    @model_validator(mode="after")
+    def _check_scores(self) -> Self:
+        for key, wanted, given in (
+            ("scores", self.parts, self.scores), ("standards", self.standardised, self.standards)
+        ):  # fmt: skip
+            if missing := [name for name in wanted if name not in given]:
+                raise ValueError(
+                    f"{key} has no {missing[0]!r}, which is in the expression. Set {key}.{missing[0]}=SCORES."
+                )
+        if self.pairs is not None:
+            raise ValueError("kind=combined judges all answers, not only those in pairs: leave pairs out.")
+        return self
+
+    def facts_of(self, rollouts: Artifact) -> dict[str, Any]:
+        """Nothing.
+
+        Raises:
+            UserError: scores are of other rollouts, or have no part that the expression names.
+        """
+        opened = {name: Artifact.open(self.scores[name], SCORES) for name in self.parts}
+        for scores in opened.values():
+            require_made_from(rollouts, scores)
+        for name, part in Expression(self.expression).names.values():
+            facts = opened[name].manifest.facts
+            if part is not None and opened[name].manifest.ledger.kept and f"{part}_mean" not in facts:
+                known = sorted(fact.removesuffix("_mean") for fact in facts if fact.endswith("_mean"))
+                raise UserError(
+                    f"the expression names {name}.{part}, but the scores in {opened[name].path} have no part {part!r}. "
+                    f"Known: {', '.join(one for one in known if one != 'score') or 'none'}."
+                )
+        return {}

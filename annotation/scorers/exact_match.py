@@ -1,0 +1,129 @@
+"""Exact match: whether an answer is the prompt's known one."""
+
+import functools
+import itertools
+import re
+import string
+import unicodedata
+from decimal import Decimal, InvalidOperation
+from typing import Any, ClassVar, Literal
+
+from pydantic import field_validator
+
+from annotation.scorers.base import ScoreConfig, WorkerSettings
+from annotation.scorers.regex import checked
+from contracts.config import identity
+
+Ignored = Literal["case", "blanks", "punctuation", "articles"]
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class ExactMatchSettings(WorkerSettings):
+    """Settings of a comparison with the known answer."""
+
+    kind: Literal["exact_match"] = identity()
+    """Whether an answer is the prompt's `answer`, in whichever Unicode form: é may be one character or two, letters and
+    digits of full width are those of half width (NFKC); superscripts, subscripts and fractions stay what they are."""
+    extract: str | None = identity(None)
+    """A regular expression for what is compared: its last match in the response, or the match's first group; a response
+    without one is wrong. By default the whole response."""
+    extract_answer: str | None = identity(None)
+    """The same for the prompt's `answer`, for example "#### (.*)" for gsm8k; one without a match is not judged."""
+    ignore: list[Ignored] = identity(["case", "blanks"])
+    """What makes no difference: case; blanks, but for one between words; punctuation; the articles a, an, the."""
+    numbers: bool = identity(True)
+    """Compare as numbers what are numbers: 1,000 and $1000.00 are the same."""
+
+    calls: ClassVar[str] = "annotation.scorers.exact_match:judge"
+
+    @field_validator("extract", "extract_answer")
+    @classmethod
+    def _check(cls, value: str | None) -> str | None:
+        return value if value is None else checked(value)
+
+    @property
+    def reads_answer(self) -> bool:
+        """Always."""
+        return True
+
+
+class ExactMatchConfig(ExactMatchSettings, ScoreConfig):
+    """Judge every completion by the known answer."""
+
+
+def judge(
+    *,
+    response: str,
+    answer: str | None,
+    extract: str | None,
+    extract_answer: str | None,
+    ignore: list[Ignored],
+    numbers: bool,
+    **others: Any,
+) -> dict[str, Any] | None:
+    """1 or 0, and what was compared; None where the prompt has no answer."""
+    known = answer if answer is None else last_match(extract_answer, answer)
+    if known is None:
+        return None
+    said = last_match(extract, response)
+    if said is None:
+        return {"score": 0.0, "extracted": ""}
+    plain_said, plain_known = unified(said), unified(known)
+    same = normalised(plain_said, ignore) == normalised(plain_known, ignore)
+    if not same and numbers:
+        one, other = number(plain_said), number(plain_known)
+        same = one is not None and one == other
+    return {"score": float(same), "extracted": said[:1000]}
+
+
+def last_match(pattern: str | None, text: str) -> str | None:
+    """The last match of a pattern, or its first group; the text itself without a pattern."""
+    if pattern is None:
+        return text
+    matches = list(_compiled(pattern).finditer(text))
+    if not matches:
+        return None
+    return matches[-1][1] if matches[-1].re.groups else matches[-1][0]
+
+
+def unified(text: str) -> str:
+    """A text in one Unicode form: NFKC, but for superscripts, subscripts and fractions, with which 10² would be 102.
+
+    Unicode Standard Annex 15.
+    """
+    if text.isascii():
+        return text
+    runs = ((apart, "".join(run)) for apart, run in itertools.groupby(text, _stays_apart))
+    return unicodedata.normalize(
+        "NFC", "".join(run if apart else unicodedata.normalize("NFKC", run) for apart, run in runs)
+    )
+
+
+def _stays_apart(letter: str) -> bool:
+    return unicodedata.decomposition(letter).startswith(("<super>", "<sub>", "<fraction>"))
+
+
+def normalised(text: str, ignore: list[Ignored]) -> str:
+    """A text without what makes no difference."""
+    if "case" in ignore:
+        text = text.casefold()
+    if "punctuation" in ignore:
+        text = text.translate(PUNCTUATION)
+    if "articles" in ignore:
+        text = re.sub(r"\b(a|an|the)\b", " ", text, flags=re.IGNORECASE)
+    return " ".join(text.split()) if "blanks" in ignore else text
+
+
+def number(text: str) -> Decimal | None:
+    """A text as a number, if it is one."""
+    plain = text.strip().rstrip(".").replace(",", "").lstrip("$€£").removesuffix("%")
+    try:
+        found = Decimal(plain)
+    except InvalidOperation:
+        return None
+    return found if found.is_finite() else None
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)

@@ -1,0 +1,299 @@
+"""Expressions over scores: `0.7 * helpful + 0.3 * form - 0.001 * tokens`. Read as Python's syntax; nothing is executed.
+
+An expression is computed for the answers to one prompt at a time: each name stands for a list with one number for each
+of them, and functions that normalise compare these. What is true is greater than 0; comparisons, `and`, `or` and `not`
+give 1 or 0. What cannot be computed (a division by 0) is not a number, and its answer has no score.
+"""
+
+import ast
+import math
+import operator
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+Column = list[float]
+
+LONGEST = 2000
+"""Characters of an expression."""
+DEEPEST = 50
+"""Operations within each other."""
+OWN = ("tokens", "truncated")
+"""Names that stand for the answer's own: how many tokens it has, and whether it was cut off (1 or 0)."""
+
+
+def _divided(one: float, other: float) -> float:
+    return one / other if other else math.nan
+
+
+def _finite(function: Callable[..., float]) -> Callable[..., float]:
+    def computed(*values: float) -> float:
+        try:
+            return float(function(*values))
+        except (OverflowError, ValueError):
+            return math.nan
+
+    return computed
+
+
+OPERATIONS: dict[type, Callable[..., float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: _divided,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Not: lambda value: float(not value > 0),
+    ast.And: lambda *values: float(all(value > 0 for value in values)),
+    ast.Or: lambda *values: float(any(value > 0 for value in values)),
+    ast.Lt: lambda one, other: float(one < other),
+    ast.LtE: lambda one, other: float(one <= other),
+    ast.Gt: lambda one, other: float(one > other),
+    ast.GtE: lambda one, other: float(one >= other),
+    ast.Eq: lambda one, other: float(one == other),
+    ast.NotEq: lambda one, other: float(one != other),
+}
+
+
+def lower_bound(deviations: float, *values: float) -> float:
+    """Mean less so many standard deviations of an ensemble (with n in the denominator): what all agree on."""
+    return statistics.fmean(values) - deviations * statistics.pstdev(values)
+
+
+def overlong(length: float, most: float, cache: float) -> float:
+    """Soft punishment of answers that are too long (DAPO, arXiv 2503.14476, equation 13): 0 up to most - cache, then
+    falling to -1 at most."""
+    if length <= most - cache:
+        return 0.0
+    return max(-1.0, (most - cache - length) / cache) if cache > 0 else -1.0
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of numbers: how many it takes, and what it computes."""
+
+    least: int
+    most: int | None
+    compute: Callable[..., float]
+
+
+FUNCTIONS = {
+    "min": Function(1, None, min),
+    "max": Function(1, None, max),
+    "mean": Function(1, None, lambda *values: statistics.fmean(values)),
+    "lower_bound": Function(2, None, lower_bound),
+    "abs": Function(1, 1, abs),
+    "clip": Function(3, 3, lambda value, low, high: min(max(value, low), high)),
+    "exp": Function(1, 1, math.exp),
+    "log": Function(1, 1, math.log),
+    "sqrt": Function(1, 1, math.sqrt),
+    "sigmoid": Function(1, 1, lambda value: (1 + math.tanh(value / 2)) / 2),
+    "tanh": Function(1, 1, math.tanh),
+    "overlong": Function(3, 3, overlong),
+}
+"""Of the numbers of one answer."""
+
+
+def zscore(values: Column) -> Column:
+    """Distance from the mean in standard deviations (n - 1 in the denominator); 0 where all are equal."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    mean = statistics.fmean(values)
+    return [(value - mean) / spread if spread else 0.0 for value in values]
+
+
+def rank(values: Column) -> Column:
+    """Share of the others that are lower, ties counting half: from 0 to 1; 0.5 for one alone."""
+    if len(values) < 2:
+        return [0.5] * len(values)
+    lower = [sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values]
+    return [count / (len(values) - 1) for count in lower]
+
+
+GROUP_FUNCTIONS: dict[str, Callable[[Column], Column]] = {"zscore": zscore, "rank": rank}
+"""Of the numbers of all answers to a prompt."""
+STANDARD = "standard"
+"""`standard(NAME)`: a scorer's score by the mean and standard deviation of published scores."""
+KNOWN = sorted([*FUNCTIONS, *GROUP_FUNCTIONS, STANDARD])
+
+
+class Expression:
+    """A checked expression."""
+
+    def __init__(self, text: str) -> None:
+        """Read it.
+
+        Raises:
+            ValueError: it is none, or has something in it that is not allowed.
+        """
+        if len(text) > LONGEST:
+            raise ValueError(f"an expression of {len(text)} characters; it may have {LONGEST}.")
+        try:
+            tree = ast.parse(text.strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            said = error.msg if isinstance(error, SyntaxError) else str(error)
+            raise ValueError(f"no expression: {said}.") from error
+        self.text = text
+        self._tree = tree
+        self.names: dict[str, tuple[str, str | None]] = {}
+        """Names of scorers in it as they are written (`helpful`, `helpful.clear`): the scorer, and the part."""
+        self.standardised: set[str] = set()
+        """Scorers whose published scores it compares with."""
+        self._check(tree, 0)
+        if not self.names:
+            raise ValueError("no scorer's name in it, so every answer would be judged by its length alone at best.")
+
+    def _check(self, node: ast.expr, depth: int) -> None:
+        if depth > DEEPEST:
+            raise ValueError(f"more than {DEEPEST} operations within each other.")
+        match node:
+            case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+                if (isinstance(value, int) and abs(value) > 1 << 1000) or not math.isfinite(value):
+                    raise ValueError(f"the number {ast.unparse(node):.40} is too large.")
+            case ast.Name(id=name):
+                self._note(name, name, None)
+            case ast.Attribute(value=ast.Name(id=name), attr=part):
+                self._note(f"{name}.{part}", name, part)
+            case (
+                ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div())
+                | ast.UnaryOp(op=ast.USub() | ast.UAdd() | ast.Not())
+            ):
+                self._check_all(node, depth)
+            case ast.BoolOp() | ast.IfExp():
+                self._check_all(node, depth)
+            case ast.Compare() if all(type(one) in OPERATIONS for one in node.ops):
+                self._check_all(node, depth)
+            case ast.Call(func=ast.Name(id=name), args=given, keywords=[]):
+                self._check_call(name, given, depth)
+            case _:
+                raise ValueError(
+                    f"{ast.unparse(node):.60} is not allowed; there are numbers, names of scorers and their parts "
+                    f"(helpful, helpful.clear), {', '.join(OWN)}, + - * /, comparisons, and, or, not, A if B else C, "
+                    f"and the functions {', '.join(KNOWN)}."
+                )
+
+    def _check_all(self, node: ast.expr, depth: int) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.expr):
+                self._check(child, depth + 1)
+
+    def _check_call(self, name: str, given: list[ast.expr], depth: int) -> None:
+        function = FUNCTIONS.get(name)
+        least, most = (function.least, function.most) if function else (1, 1)
+        if function is None and name not in GROUP_FUNCTIONS and name != STANDARD:
+            raise ValueError(f"no function {name}; there are {', '.join(KNOWN)}.")
+        if len(given) < least or (most is not None and len(given) > most):
+            wanted = f"{least}" if most == least else f"{least} or more"
+            raise ValueError(f"{name} takes {wanted} values, and is given {len(given)}.")
+        if name == STANDARD:
+            if not isinstance(given[0], ast.Name) or given[0].id in OWN:
+                raise ValueError(
+                    f"{STANDARD} takes the name of a scorer alone, and is given {ast.unparse(given[0]):.40}."
+                )
+            self.standardised.add(given[0].id)
+        for one in given:
+            self._check(one, depth + 1)
+
+    def _note(self, written: str, scorer: str, part: str | None) -> None:
+        if scorer not in OWN:
+            self.names[written] = (scorer, part)
+        elif part is not None:
+            raise ValueError(f"{scorer} has no parts.")
+
+    @property
+    def scorers(self) -> list[str]:
+        """The scorers that it names, in its order."""
+        return list(dict.fromkeys(scorer for scorer, _ in self.names.values()))
+
+    @property
+    def ensemble(self) -> list[str]:
+        """The scorers that are averaged or bounded as judgements of the same thing: all that the first mean, min or
+        lower_bound over two or more scorers' whole scores names."""
+        for node in ast.walk(self._tree):
+            match node:
+                case ast.Call(func=ast.Name(id="mean" | "min" | "lower_bound"), args=given):
+                    names = [one.id for one in given if isinstance(one, ast.Name) and one.id not in OWN]
+                    if len(dict.fromkeys(names)) > 1:
+                        return list(dict.fromkeys(names))
+        return []
+
+    def compute(self, columns: Mapping[str, Column], standards: Mapping[str, tuple[float, float]]) -> Column:
+        """One number for each answer to a prompt; not a number where there is none.
+
+        Args:
+            columns: the numbers of all answers by name, as `names` and `OWN` have them.
+            standards: mean and standard deviation by scorer, of those in `standardised`.
+        """
+        size = len(next(iter(columns.values())))
+        return self._column(self._tree, columns, standards, size)
+
+    def why_not(self, columns: Mapping[str, Column], standards: Mapping[str, tuple[float, float]], place: int) -> str:
+        """What in it has no finite value for the answer at a place, in words; args are those of `compute`."""
+        size = len(next(iter(columns.values())))
+
+        def value(node: ast.expr) -> float:
+            return self._column(node, columns, standards, size)[place]
+
+        def innermost(node: ast.expr) -> ast.expr:
+            match node:
+                case ast.IfExp(test=test, body=body, orelse=other):
+                    inner = [body if value(test) > 0 else other]
+                case ast.Call(args=given):
+                    inner = given
+                case _:
+                    inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+            return next((innermost(one) for one in inner if not math.isfinite(value(one))), node)
+
+        match found := innermost(self._tree):
+            case ast.BinOp(op=ast.Div(), right=right) if value(right) == 0:
+                return f"{ast.unparse(found)} divides by {ast.unparse(right)}, which is 0"
+        return f"{ast.unparse(found)} is no finite number"
+
+    def _column(
+        self, node: ast.expr, columns: Mapping[str, Column], standards: Mapping[str, tuple[float, float]], size: int
+    ) -> Column:
+        def of(inner: ast.expr) -> Column:
+            return self._column(inner, columns, standards, size)
+
+        match node:
+            case ast.Constant(value=value):
+                return [float(value)] * size  # type: ignore[arg-type]
+            case ast.Name() | ast.Attribute():
+                return columns[ast.unparse(node)]
+            case ast.BinOp(left=left, op=operation, right=right):
+                return list(map(_finite(OPERATIONS[type(operation)]), of(left), of(right)))
+            case ast.UnaryOp(op=sign, operand=operand):
+                return list(map(OPERATIONS[type(sign)], of(operand)))
+            case ast.BoolOp(op=joined, values=operands):
+                return list(map(OPERATIONS[type(joined)], *map(of, operands)))
+            case ast.IfExp(test=test, body=body, orelse=other):
+                chosen = zip(of(test), of(body), of(other), strict=True)
+                return [yes if condition > 0 else no for condition, yes, no in chosen]
+            case ast.Compare(left=left, ops=operations, comparators=others):
+                sides = [of(side) for side in (left, *others)]
+                holds = [
+                    list(map(OPERATIONS[type(one)], sides[place], sides[place + 1]))
+                    for place, one in enumerate(operations)
+                ]
+                return list(map(min, *holds)) if len(holds) > 1 else holds[0]
+            case ast.Call(func=ast.Name(id=name), args=given):
+                values = [of(one) for one in given]
+                if name in GROUP_FUNCTIONS:
+                    return GROUP_FUNCTIONS[name](values[0]) if values[0] else []
+                if name == STANDARD:
+                    mean, spread = standards[ast.unparse(given[0])]
+                    return [_divided(value - mean, spread) for value in values[0]]
+                return list(map(_finite(FUNCTIONS[name].compute), *values))
+        raise AssertionError(ast.dump(node))
+
+
+def cycle_in(parts: Mapping[str, list[str]]) -> list[str] | None:
+    """A way from a scorer through what it is made of back to it; None where there is none."""
+
+    def ways(name: str, way: list[str]) -> Iterator[list[str]]:
+        if name in way:
+            yield [*way[way.index(name) :], name]
+            return
+        for part in parts.get(name, []):
+            yield from ways(part, [*way, name])
+
+    return next((found for name in parts for found in ways(name, [])), None)

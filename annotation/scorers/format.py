@@ -1,0 +1,47 @@
+"""Format: whether an answer has the form of a template such as <think>...</think><answer>...</answer>."""
+
+import functools
+import re
+from typing import Any, ClassVar, Literal
+
+from annotation.scorers.base import ScoreConfig, WorkerSettings
+from contracts.config import identity
+
+GAP = "..."
+
+
+class FormatSettings(WorkerSettings):
+    """Settings of a wish for a form."""
+
+    kind: Literal["format"] = identity()
+    """Whether an answer has the form of a template."""
+    template: str = identity("<think>...</think><answer>...</answer>", min_length=1)
+    """The form: ... stands for any text, everything else for itself; between tags there may be blanks and newlines, and
+    each tag occurs as often as here. A template whose first tag the chat template has written begins with ..."""
+
+    calls: ClassVar[str] = "annotation.scorers.format:judge"
+
+
+class FormatConfig(FormatSettings, ScoreConfig):
+    """Judge every completion by its form."""
+
+
+def judge(*, response: str, template: str, **others: Any) -> dict[str, float]:
+    """1 or 0; the part `tags` is the share of the template's tags that occur as often as they should."""
+    pattern, tags = _compiled(template)
+    right = [response.count(tag) == template.count(tag) for tag in tags]
+    fits = all(right) and pattern.fullmatch(response) is not None
+    return {"score": float(fits), "tags": sum(right) / len(right) if right else float(fits)}
+
+
+@functools.cache
+def _compiled(template: str) -> tuple[re.Pattern[str], list[str]]:
+    tags = list(dict.fromkeys(re.findall(r"<[^<>]+>", template)))
+    literals = [_literal(text) for text in template.split(GAP)]
+    return re.compile(r"\s*" + r".*?".join(literals) + r"\s*", re.DOTALL), tags
+
+
+def _literal(text: str) -> str:
+    """As a pattern; blanks stand for any blanks, and there may be some between tags."""
+    words = re.split(r"\s+|(?<=>)(?=<)", text)
+    return r"\s*".join(map(re.escape, words))

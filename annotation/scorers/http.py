@@ -1,0 +1,71 @@
+"""A service that gives rewards for many answers at once, by HTTP."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, model_validator
+
+from annotation.scorers.base import RewardScorerSettings, ScoreConfig
+from annotation.scorers.remote import RemoteSettings, Url
+from contracts.config import identity, input_path, runtime
+from contracts.declaration import load
+from contracts.preflight import Finding, Inspected
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class HttpSettings(RemoteSettings, RewardScorerSettings):
+    """Settings of a service."""
+
+    kind: Literal["http"] = identity()
+    """A service that gives rewards for many answers at once."""
+    url: Annotated[list[Url], BeforeValidator(_listed)] = runtime(min_length=1)
+    """Its address, or those of several equal ones, which share the work."""
+    service: str = identity(min_length=1)
+    """A name of what it computes, with its version: all that the stage key knows of it, wherever it runs. With another
+    one the scores are made anew."""
+    protocol: Literal["ratchet", "openrlhf"] = identity("ratchet")
+    """What is sent and replied: Ratchet's own, or that of OpenRLHF's reward.remote_url."""
+    tokenizer: Path | None = input_path(None)
+    """For openrlhf: directory of the policy's tokenizer, which makes texts of its tokens."""
+    batch_size: int = runtime(16, ge=1)
+    """Answers in one request."""
+    judge_twice: int = runtime(0, ge=0)
+    """Answers of each shard that are sent a second time, to see whether the score is the same; if it is not, the stage
+    stops."""
+
+    opened_by: ClassVar[str] = "annotation.remote.service:RewardService"
+    can_reward_tokens: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _check_protocol(self) -> Self:
+        if (self.protocol == "openrlhf") != (self.tokenizer is not None):
+            raise ValueError(
+                "protocol=openrlhf sends texts with the special tokens, and only it needs tokenizer=DIRECTORY (the "
+                "policy's)."
+            )
+        return self
+
+    @property
+    def shown(self) -> str:
+        """The service."""
+        return self.service
+
+    def asked_servers(self) -> list[str]:
+        """All addresses."""
+        return self.url
+
+    def preflight(self, stage: Inspected) -> Iterator[Finding]:
+        """The key, and whether somebody listens."""
+        yield from load("annotation.remote.preflight:check_service")(self, self.url)
+
+    def summary(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """That nobody promises the same again."""
+        return {"repeatable": "as far as the service is"}
+
+
+class HttpConfig(HttpSettings, ScoreConfig):
+    """Have every completion judged by a service."""

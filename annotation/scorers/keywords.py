@@ -1,0 +1,56 @@
+"""Keywords: whether an answer says some words, and does not say others."""
+
+import functools
+import re
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from annotation.scorers.base import ScoreConfig, WorkerSettings
+from contracts.config import identity
+
+
+class KeywordsSettings(WorkerSettings):
+    """Settings of a search for words."""
+
+    kind: Literal["keywords"] = identity()
+    """Which share of some words an answer says, and 0 if it says one of others."""
+    required: list[str] = identity([])
+    """Words or phrases that it is to say."""
+    forbidden: list[str] = identity([])
+    """Words or phrases that it is not to say."""
+    case: bool = identity(False)
+    """Whether upper and lower case differ."""
+    whole_words: bool = identity(True)
+    """Whether a word inside of a longer one does not count."""
+
+    calls: ClassVar[str] = "annotation.scorers.keywords:judge"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.required and not self.forbidden:
+            raise ValueError("required and forbidden are both empty; name a word in one of them.")
+        if not all(word.strip() for word in (*self.required, *self.forbidden)):
+            raise ValueError("an empty word stands in required or forbidden; take it out.")
+        return self
+
+
+class KeywordsConfig(KeywordsSettings, ScoreConfig):
+    """Judge every completion by the words that it says."""
+
+
+def judge(
+    *, response: str, required: list[str], forbidden: list[str], case: bool, whole_words: bool, **others: Any
+) -> dict[str, Any]:
+    """The share of required words, or 0 where a forbidden one occurs."""
+    missing = [word for word in required if not _pattern(word, case, whole_words).search(response)]
+    said = [word for word in forbidden if _pattern(word, case, whole_words).search(response)]
+    share = 1 - len(missing) / len(required) if required else 1.0
+    shown = {"missing": missing or None, "said": said or None}
+    return {"score": 0.0 if said else share, "required": share, "forbidden": len(said), **shown}
+
+
+@functools.cache
+def _pattern(word: str, case: bool, whole: bool) -> re.Pattern[str]:
+    text = r"\s+".join(map(re.escape, word.split()))
+    return re.compile(rf"(?<!\w){text}(?!\w)" if whole else text, 0 if case else re.IGNORECASE)

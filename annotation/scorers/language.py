@@ -1,0 +1,56 @@
+"""Language: whether an answer is in a language."""
+
+from typing import Any, ClassVar, Literal
+
+from annotation.scorers.base import ScoreConfig, WorkerSettings
+from contracts.config import identity, worded
+
+CODE = worded("^[a-z]{2,3}$", "an ISO 639 code in small letters, for example en")
+
+
+class LanguageSettings(WorkerSettings):
+    """Settings of a wish for a language."""
+
+    kind: Literal["language"] = identity()
+    """How probable it is that an answer is in a language, as py3langid has it; short texts are hard to tell. One
+    without a letter (numbers, brackets) is in none: it is dropped and counted as `unscored`."""
+    language: str = identity(pattern=CODE)
+    """The language: de, en, ja, zh, ..."""
+    among: list[str] | None = identity(None, min_length=2)
+    """The languages that it may be in, which makes it easier to tell; by default all that py3langid knows."""
+
+    calls: ClassVar[str] = "annotation.scorers.language:LanguageVerifier"
+    further_libraries: ClassVar[tuple[str, ...]] = ("py3langid",)
+
+    def examine(self) -> None:
+        """That the languages are known."""
+        super().examine()
+        LanguageVerifier(language=self.language, among=self.among)
+
+
+class LanguageConfig(LanguageSettings, ScoreConfig):
+    """Judge every completion by its language."""
+
+
+class LanguageVerifier:
+    """Tells languages."""
+
+    def __init__(self, *, language: str, among: list[str] | None) -> None:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+        from contracts.errors import UserError
+
+        self.language = language
+        self.identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+        known = self.identifier.labels
+        if unknown := [one for one in (language, *(among or ())) if one not in known]:
+            raise UserError(f"py3langid knows no language {unknown[0]!r}. Known: {', '.join(sorted(known))}.")
+        if among is not None:
+            self.identifier.set_languages(sorted({language, *among}))
+
+    def __call__(self, *, response: str, **others: Any) -> dict[str, Any] | None:
+        """The probability of the language, and which one is the most probable; None for an empty answer."""
+        if not any(letter.isalpha() for letter in response):
+            return None
+        ranked = dict(self.identifier.rank(response))
+        return {"score": min(1.0, float(ranked[self.language])), "seen": max(ranked, key=lambda one: ranked[one])}

@@ -1,0 +1,95 @@
+"""Verifier of mathematics: whether an answer's result equals the known one, by math-verify."""
+
+import logging
+import resource
+from typing import Any, ClassVar, Literal
+
+from pydantic import field_validator
+
+from annotation.scorers.base import ScoreConfig, WorkerSettings
+from annotation.scorers.exact_match import last_match
+from annotation.scorers.regex import checked
+from contracts.config import identity, runtime
+
+MARKED = ("$", r"\boxed", r"\(", r"\[")
+
+
+class MathSettings(WorkerSettings):
+    """Settings of a verifier of mathematics."""
+
+    kind: Literal["math"] = identity()
+    """Whether the result of an answer equals the prompt's `answer` as mathematics: 1/2, 0.5 and \\frac{1}{2} are the
+    same."""
+    extract_answer: str | None = identity(None)
+    """A regular expression for what of the prompt's `answer` is the result, for example "#### (.*)" for gsm8k: its last
+    match, or the match's first group. By default the whole of it."""
+    digits: int = identity(6, ge=1, le=15)
+    """Digits after the point to which numbers are compared that are not exact."""
+    fail_on_error: float = identity(0.1, ge=0, lt=1)
+    """Share of the completions whose judgement may fail, because it takes too long or too much memory; they are dropped
+    and counted. 0: the first one stops the stage."""
+    seconds_per_sample: float | None = runtime(10.0, gt=0)
+    """How long the judgement of one completion may take. One that takes longer is ended and counts as failed: there are
+    results, such as towers of powers, that no computer algebra comes to an end with."""
+    memory_gib: float = runtime(4.0, gt=0)
+    """Memory of a process that judges, in GiB; a judgement that takes more fails."""
+
+    calls: ClassVar[str] = "annotation.scorers.math:MathVerifier"
+    further_libraries: ClassVar[tuple[str, ...]] = ("latex2sympy2-extended", "math-verify", "sympy")
+
+    @field_validator("extract_answer")
+    @classmethod
+    def _check(cls, value: str | None) -> str | None:
+        return value if value is None else checked(value)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Those of `MathVerifier`."""
+        return {"extract_answer": self.extract_answer, "digits": self.digits, "memory_gib": self.memory_gib}
+
+    @property
+    def reads_answer(self) -> bool:
+        """Always."""
+        return True
+
+
+class MathConfig(MathSettings, ScoreConfig):
+    """Judge every completion by its mathematical result."""
+
+
+class MathVerifier:
+    """Verifies results. Its own deadlines are switched off: this process is ended from outside, whatever it is in."""
+
+    def __init__(self, *, extract_answer: str | None, digits: int, memory_gib: float) -> None:
+        import math_verify
+
+        logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it complains of every answer that is none
+        most = int(memory_gib * (1 << 30))
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        self.library, self.extract_answer, self.digits = math_verify, extract_answer, digits
+        self.known: dict[str, list[Any]] = {}
+
+    def __call__(self, *, response: str, answer: str | None, **others: Any) -> dict[str, Any] | None:
+        """1 or 0, the part `parsed` and what was found; None where the prompt has no answer, or none that is one."""
+        if answer is None:
+            return None
+        if answer not in self.known:
+            result = last_match(self.extract_answer, answer)
+            self.known[answer] = [] if result is None else self._parse_known(result)
+        known = self.known[answer]
+        if not known:
+            return None
+        found = self._parse(response)
+        right = bool(found) and self.library.verify(
+            known, found, float_rounding=self.digits, timeout_seconds=None, raise_on_error=False
+        )
+        shown = str(found[-1])[:500] if found else None
+        return {"score": float(right), "parsed": float(bool(found)), "extracted": shown}
+
+    def _parse_known(self, text: str) -> list[Any]:
+        marked = text if any(sign in text for sign in MARKED) else rf"\boxed{{{text}}}"
+        return self._parse(marked) or self._parse(text)
+
+    def _parse(self, text: str) -> list[Any]:
+        found: list[Any] = self.library.parse(text, parsing_timeout=None, raise_on_error=False)
+        return found

@@ -1,0 +1,40 @@
+"""A pairwise preference model: a causal language model that says which of two answers to a prompt is better."""
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+from annotation.scorers.base import ChatModelSettings, ChatScoreConfig, ComparingConfig, ComparingSettings
+from contracts.config import identity
+from contracts.model_size import Size
+from contracts.models import ModelInfo
+from contracts.outlook import TEMPLATE_TOKENS, AnswerStats
+
+
+class PairwiseSettings(ComparingSettings, ChatModelSettings):
+    """Settings of a pairwise preference model."""
+
+    kind: Literal["pairwise"] = identity()
+    """A pairwise preference model, by whose word each answer has its mean probability to be better than others."""
+
+    reader: ClassVar[str] = "annotation.models.pairwise:PairwiseModel"
+    checks: ClassVar[tuple[Callable[[ModelInfo], None], ...]] = (
+        ModelInfo.require_causal,
+        ModelInfo.require_chat_template,
+    )
+    trained_as: ClassVar[str] = "pairwise"
+
+    def memory(self, size: Size, answers: AnswerStats | None, *, on_gpu: bool) -> dict[str, int]:
+        """With the logits of the last token of each question, which has 64 tokens at least."""
+        logits = -(-self.tokens_at_once(answers, on_gpu=on_gpu) // TEMPLATE_TOKENS) * size.vocabulary
+        return super().memory(size, answers, on_gpu=on_gpu) | {
+            "logits": logits * (4 + self.bytes_per_number(on_gpu=on_gpu))
+        }
+
+    def tokens_of(self, answers: AnswerStats) -> tuple[int, int]:
+        """Those of the questions about a prompt, and of all questions."""
+        of_prompt = answers.k * (self.opponents or max(1, answers.k - 1)) * answers.question_tokens
+        return of_prompt, answers.prompts.count * of_prompt
+
+
+class PairwiseConfig(PairwiseSettings, ComparingConfig, ChatScoreConfig):
+    """Judge every completion with a pairwise preference model."""

@@ -1,0 +1,22 @@
+"""A language model behind an OpenAI-compatible endpoint that says which of two answers is better."""
+
+from typing import ClassVar, Literal
+
+from annotation.scorers.base import ComparingConfig, ComparingSettings
+from annotation.scorers.remote import JudgeSettings
+from contracts.config import identity
+
+
+class PairwiseJudgeSettings(ComparingSettings, JudgeSettings):
+    """Settings of a judge that compares."""
+
+    kind: Literal["pairwise_judge"] = identity()
+    """A language model behind an OpenAI-compatible endpoint, by whose verdicts each answer has its mean probability to
+    be better than others."""
+
+    opened_by: ClassVar[str] = "annotation.remote.comparing:PairwiseJudge"
+    template_names: ClassVar[tuple[str, ...]] = ("first", "second")
+
+
+class PairwiseJudgeConfig(PairwiseJudgeSettings, ComparingConfig):
+    """Have the answers to each prompt compared by a judge behind an endpoint."""

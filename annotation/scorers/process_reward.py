@@ -1,0 +1,151 @@
+"""A process reward model: one that judges each step of an answer, read behind the step."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from annotation.scorers.base import ChatModelSettings, ChatScoreConfig, RewardScorerSettings
+from contracts.artifacts import Artifact
+from contracts.config import identity, input_path
+from contracts.declaration import load
+from contracts.errors import UserError
+from contracts.models import ModelInfo
+from contracts.preflight import Finding, Inspected
+
+if TYPE_CHECKING:
+    from modeling.loading import LoadedAs
+
+UNREAD_STEPS = "unread_steps"
+"""Reason in the drop ledger: the model's chat template leaves out some of the answer's steps."""
+UNPLACED_STEPS = "unplaced_steps"
+"""Reason in the drop ledger: no token of the policy is known to end one of the steps."""
+
+
+def _require_steps(model: ModelInfo) -> None:
+    if not model.classifies_tokens:
+        if not model.architecture.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
+            raise UserError(
+                f"{model.path} is a {model.architecture}; kind=process_reward reads a classifier of tokens "
+                "(…ForTokenClassification) with two labels, or a causal language model (…ForCausalLM)."
+                + (" For one of whole answers set kind=reward_model." if model.labels is not None else "")
+            )
+        model.require_causal()
+    elif model.labels != 2:
+        raise UserError(
+            f"{model.path} is a {model.architecture} with {model.labels} labels; a process reward model has two, "
+            "for wrong and right steps (num_labels=2)."
+        )
+
+
+class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
+    """Settings of a process reward model."""
+
+    kind: Literal["process_reward"] = identity()
+    """A process reward model: a classifier of tokens with two labels, or a language model that says whether a step is
+    right."""
+    separator: str = identity("\n\n", min_length=1)
+    """What is between two steps of an answer."""
+    separator_pattern: str | None = identity(None, min_length=1)
+    """A regular expression (Python's) in its place."""
+    keep_separators: bool = identity(default=False)
+    """Whether the model reads what is between the steps, behind the marker."""
+    layout: Literal["marker", "turns"] = identity("marker")
+    """How the model reads steps: one turn with the marker behind each step, or each step as a user's turn with `good`
+    as the reply."""
+    marker: str | None = identity(None, min_length=1)
+    """For layout=marker: the token behind a step at which the model was trained to judge it, for example <extra_0>."""
+    good: str = identity("+", min_length=1)
+    """For a language model: the token by which it says that a step is right, and"""
+    bad: str = identity("-", min_length=1)
+    """that it is wrong."""
+    aggregate: Literal["min", "product", "mean", "last", "sum"] = identity("min")
+    """What the score of an answer is, by the probabilities that its steps are right."""
+    differences: bool = identity(default=False)
+    """Whether a step's last token is rewarded by what the step adds to the probability of the step before it, instead
+    of by its own."""
+    tokenizer: Path | None = input_path(None)
+    """Directory of the policy's tokenizer, by which the last tokens of steps are found. In a run it is the policy's; by
+    default the model's own, if the policy has the same."""
+
+    reader: ClassVar[str] = "annotation.models.process_reward:ProcessRewardModel"
+    checks: ClassVar[tuple[Callable[[ModelInfo], None], ...]] = (_require_steps, ModelInfo.require_chat_template)
+    keyed_with_former_fields: ClassVar[bool] = False
+    rewards_tokens: ClassVar[bool] = True
+    can_reward_tokens: ClassVar[bool] = True
+    places_rewards: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> Self:
+        if (self.layout == "marker") != (self.marker is not None):
+            raise ValueError(
+                "layout=marker, and only it, needs marker=TOKEN, at which the model was trained to judge a step: "
+                "<extra_0> for Qwen2.5-Math-PRM; docs/scorers.md has others."
+            )
+        try:
+            pattern = self.pattern
+        except re.error as error:
+            raise ValueError(f"separator_pattern is no regular expression: {error}.") from error
+        if pattern.search("") is not None:
+            raise ValueError(f"separator_pattern={pattern.pattern!r} separates where there is nothing. Use + for *.")
+        return self
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """What separates steps."""
+        return re.compile(re.escape(self.separator) if self.separator_pattern is None else self.separator_pattern)
+
+    def loaded_as(self) -> "LoadedAs":
+        """By what it was saved as."""
+        assert self.model is not None
+        return "token classifier" if ModelInfo.read(self.model).classifies_tokens else "causal"
+
+    def examine(self) -> None:
+        """That the model is one that it can read, in this layout."""
+        super().examine()
+        if self.layout == "turns" and self.loaded_as() == "token classifier":
+            raise UserError(
+                f"layout=turns reads the replies of a language model, but {self.model} is a classifier of tokens. Set "
+                "layout=marker and marker=TOKEN."
+            )
+
+    def preflight(self, stage: Inspected) -> Iterator[Finding]:
+        """And that marker and labels are tokens."""
+        yield from super().preflight(stage)
+        if self.model is not None and (self.model / "config.json").is_file():
+            self.examine()
+            yield load("annotation.models.steps:tokens_found")(self)
+
+    def facts_of(self, rollouts: Artifact) -> dict[str, str]:
+        """The vocabulary of the tokens that are rewarded.
+
+        Raises:
+            UserError: it is not that of the tokenizer.
+        """
+        from contracts.chat import ChatTokenizer
+
+        policy = rollouts.manifest.facts.get("vocabulary")
+        assert self.model is not None
+        found = ChatTokenizer(self.tokenizer or self.model).vocabulary
+        if policy is not None and found != policy:
+            raise UserError(
+                f"{self.tokenizer or self.model} has another vocabulary ({found[:12]}) than the policy that sampled "
+                f"{rollouts.path} ({policy[:12]}), so that the last tokens of steps cannot be found. Set "
+                "tokenizer=DIRECTORY of the policy."
+            )
+        return {"vocabulary": found}
+
+    def fixes(self, unread: str) -> dict[str, str]:
+        """Of steps."""
+        return super().fixes(unread) | {
+            UNREAD_STEPS: f"The chat template of {self.model} leaves out steps, as some do with thoughts. Take another "
+            "template (chat_template.jinja),",
+            UNPLACED_STEPS: "The texts of the answers are not what the tokenizer makes of their tokens. Set "
+            "tokenizer=DIRECTORY of the policy that sampled them,",
+        }
+
+
+class ProcessRewardConfig(ProcessRewardSettings, ChatScoreConfig):
+    """Judge every step of every completion with a process reward model."""

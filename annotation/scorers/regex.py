@@ -1,0 +1,67 @@
+"""Regular expression: whether an answer has something in it."""
+
+import functools
+import re
+from typing import Any, ClassVar, Literal
+
+from pydantic import field_validator
+
+from annotation.scorers.base import ScoreConfig, WorkerSettings
+from contracts.config import identity
+
+
+class RegexSettings(WorkerSettings):
+    """Settings of a search for a regular expression."""
+
+    kind: Literal["regex"] = identity()
+    """Whether a regular expression matches."""
+    pattern: str = identity(min_length=1)
+    """The regular expression, as Python's `re` has it; (?i) at its beginning ignores case, (?s) lets . match
+    newlines."""
+    match: Literal["anywhere", "whole"] = identity("anywhere")
+    """Where it has to match: anywhere in the answer, or the whole of it."""
+    found: float = identity(1.0)
+    """The score where it matches."""
+    absent: float = identity(0.0)
+    """The score where it does not."""
+
+    calls: ClassVar[str] = "annotation.scorers.regex:judge"
+
+    @field_validator("pattern")
+    @classmethod
+    def _check(cls, value: str) -> str:
+        return checked(value)
+
+
+class RegexConfig(RegexSettings, ScoreConfig):
+    """Judge every completion by a regular expression."""
+
+
+def checked(pattern: str) -> str:
+    """The same pattern.
+
+    Raises:
+        ValueError: it is no regular expression.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from error
+    return pattern
+
+
+def judge(
+    *, response: str, pattern: str, match: str, found: float, absent: float, **others: Any
+) -> dict[str, float | str | None]:
+    """`found` or `absent`, and what has matched."""
+    compiled = _compiled(pattern)
+    place = compiled.search(response) if match == "anywhere" else compiled.fullmatch(response)
+    if place is None:
+        return {"score": absent}
+    named = {name: text for name, text in place.groupdict().items() if name != "score"}
+    return {"score": found, **(named or {"matched": place[0][:1000]})}
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)

@@ -1,0 +1,161 @@
+"""What scorers that ask a server have in common: where it is, how it is asked, and for judges what it may cost."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, model_validator
+
+from annotation.scorers.base import ScorerSettings
+from contracts.config import identity, input_path, runtime
+from contracts.declaration import load
+from contracts.preflight import Finding, Inspected
+
+MOST_VOTES = 1000
+NO_JUDGEMENT = "no_judgement"
+"""Reason in the drop ledger: no reply of the judge could be read."""
+COMPLETIONS = "/chat/completions"
+
+
+def checked_url(value: str) -> str:
+    """An address, or a ValueError where it is none, or says more than where a server is."""
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it is no address. Write one like http://127.0.0.1:8000/v1.")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(
+            "it holds a name or a password, and a configuration is written to files. Take it out, and name an "
+            "environment variable with the key in key_variable."
+        )
+    return value.rstrip("/")
+
+
+Url = Annotated[str, AfterValidator(checked_url)]
+
+
+class RemoteSettings(ScorerSettings):
+    """Settings of scorers that ask a server."""
+
+    key_variable: str | None = runtime(None, min_length=1)
+    """Environment variable that holds the key (a bearer token) of the server; the key itself is written nowhere."""
+    concurrency: int = runtime(16, ge=1)
+    """Requests under way at a time, all from one process."""
+    timeout: float = runtime(120.0, gt=0)
+    """Seconds for one request, until its last byte has come."""
+    retries: int = runtime(5, ge=0)
+    """How often a request is sent again that met no server, 429, 5xx, the timeout or a broken reply, after pauses that
+    double from 1 s on, or last as long as the server asks for (Retry-After)."""
+
+
+class JudgeSettings(RemoteSettings):
+    """Settings of judges behind an OpenAI-compatible endpoint."""
+
+    url: Url = runtime()
+    """The API's base, such as http://127.0.0.1:8000/v1; /chat/completions is asked. It is not in the stage key: the
+    same model may be served elsewhere."""
+    model: str = identity(min_length=1)
+    """The model's name there."""
+    rubric: str | None = identity(None, min_length=1)
+    """What to judge by, in place of the built-in text's own words."""
+    template: str | None = identity(None, min_length=1)
+    """The whole question (Jinja), in place of the built-in text."""
+    template_file: Path | None = input_path(None)
+    """The same from a file."""
+    instructions: str | None = identity(None, min_length=1)
+    """A system message before it (Jinja)."""
+    extraction: Literal["pattern", "json", "logprobs"] = identity("pattern")
+    """How the answer is read: by a pattern, as JSON, or as the mean of what could stand in the place of its one token,
+    by the probabilities (G-Eval)."""
+    pattern: str | None = identity(None, min_length=1)
+    """Regular expression whose first group is the judgement; its last place in the answer counts."""
+    json_key: str = identity("judgement", min_length=1)
+    """Key of the JSON object that holds the judgement."""
+    temperature: float | None = identity(0.0, ge=0)
+    """Of the judge; null leaves it to the server, as for all three:"""
+    max_tokens: int | None = identity(1024, ge=1)
+    """Longest answer of the judge. One that is cut off is no judgement, unless it is read by logprobs."""
+    seed: int | None = identity(0, ge=0)
+    """Seed of the first vote; each further request of the same question has another."""
+    request: dict[str, Any] = identity({})
+    """Further keys of the request's body, such as {reasoning_effort: low, response_format: {type: json_object}}."""
+    votes: int = identity(1, ge=1, le=MOST_VOTES)
+    """Answers to each question, whose mean counts."""
+    asks: int = identity(3, ge=1, le=100)
+    """How often the same vote is asked for, until its answer has a judgement."""
+    cache: Path | None = runtime(None)
+    """Folder that keeps what was said, for all runs; by default ~/.cache/ratchet/answers ($RATCHET_HOME/answers)."""
+    max_tokens_total: int | None = runtime(None, ge=1)
+    """Stop the stage when it has paid for so many tokens, of questions and answers; nothing is lost."""
+    max_cost: float | None = runtime(None, gt=0)
+    """The same for what it has cost, by the two prices."""
+    price_prompt: float = runtime(0.0, ge=0)
+    """Price of a million tokens of questions."""
+    price_completion: float = runtime(0.0, ge=0)
+    """Price of a million tokens of answers."""
+
+    template_names: ClassVar[tuple[str, ...]]
+    """Variables that the question cannot do without."""
+
+    @model_validator(mode="after")
+    def _check_judge(self) -> Self:
+        if self.url.endswith(COMPLETIONS):
+            raise ValueError(f"url is the API's base, to which {COMPLETIONS} is added. Write {self.base}.")
+        if self.template is not None and self.template_file is not None:
+            raise ValueError("template and template_file are two questions. Take one of them out.")
+        if self.rubric is not None and (self.template or self.template_file):
+            raise ValueError("rubric is for the built-in question. Write it into your own, and take rubric out.")
+        if self.votes > 1 and self.temperature == 0:
+            raise ValueError(f"votes={self.votes} at temperature=0 are one vote. Set temperature=1, or votes=1.")
+        if self.max_cost is not None and not self.price_prompt + self.price_completion:
+            raise ValueError("max_cost needs prices. Set price_prompt and price_completion (of a million tokens).")
+        if self.pattern is not None:
+            if self.extraction == "json":
+                raise ValueError("pattern is not for extraction=json. Set json_key, or take it out.")
+            try:
+                groups = re.compile(self.pattern).groups
+            except re.error as error:
+                raise ValueError(f"pattern is no regular expression: {error}.") from error
+            if not groups:
+                raise ValueError("pattern has no group. Put what is the judgement in parentheses.")
+        return self
+
+    def asked_servers(self) -> list[str]:
+        """The endpoint."""
+        return [self.url]
+
+    @property
+    def base(self) -> str:
+        """The endpoint's address, without the path of what is asked."""
+        return self.url.removesuffix(COMPLETIONS)
+
+    @property
+    def prices(self) -> tuple[float, float]:
+        """Of a million tokens of questions and answers."""
+        return self.price_prompt, self.price_completion
+
+    @property
+    def shown(self) -> str:
+        """The model."""
+        return self.model
+
+    def examine(self) -> None:
+        """The question."""
+        load("annotation.remote.asking:check_question")(self)
+
+    def preflight(self, stage: Inspected) -> Iterator[Finding]:
+        """The question, the key, and what the endpoint serves."""
+        yield from load("annotation.remote.preflight:check_judge")(self)
+
+    def fixes(self, unread: str) -> dict[str, str]:
+        """What was said, and how it would be read."""
+        return {NO_JUDGEMENT: f"{unread},"} if unread else {}
+
+    def summary(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """What it has cost, and that nobody promises the same again."""
+        facts: dict[str, Any] = {"repeatable": "by the answers that are kept; a judge that is asked anew may say else"}
+        if sum(self.prices):
+            tokens = (counts.get("prompt_tokens_paid", 0), counts.get("completion_tokens_paid", 0))
+            facts["cost"] = load("annotation.remote.spending:cost")(*tokens, self.prices)
+        return facts

@@ -1,0 +1,32 @@
+"""Repetition: how much of an answer it has said before."""
+
+from typing import Any, ClassVar, Literal
+
+from annotation.scorers.base import ScoreConfig, WorkerSettings
+from contracts.config import identity
+
+
+class RepetitionSettings(WorkerSettings):
+    """Settings of a penalty for repetition."""
+
+    kind: Literal["repetition"] = identity()
+    """From 0 to -1: the share of an answer's n-grams that it has said before, negative, as in arXiv 2502.03373."""
+    n: int = identity(3, ge=1)
+    """Words or tokens of an n-gram."""
+    unit: Literal["words", "tokens"] = identity("words")
+    """What n-grams are of; tokens for languages without blanks between words."""
+    weight: float = identity(1.0, gt=0)
+    """The penalty of an answer that says nothing else."""
+
+    calls: ClassVar[str] = "annotation.scorers.repetition:judge"
+
+
+class RepetitionConfig(RepetitionSettings, ScoreConfig):
+    """Judge every completion by its repetitions."""
+
+
+def judge(*, response: str, response_ids: list[int], n: int, unit: str, weight: float, **others: Any) -> float:
+    """- weight · (1 - distinct n-grams / n-grams); 0 for answers that are too short for two."""
+    said: list[Any] = response.lower().split() if unit == "words" else response_ids
+    grams = [tuple(said[start : start + n]) for start in range(len(said) - n + 1)]
+    return -weight * (1 - len(set(grams)) / len(grams)) if grams else 0.0

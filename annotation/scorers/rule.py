@@ -1,0 +1,86 @@
+"""A Python function or class of the user's own, called in processes of its own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from annotation.scorers.base import ScoreConfig, WorkerSettings
+from contracts.callables import source_files
+from contracts.config import identity, input_path, runtime
+from contracts.declaration import load
+from contracts.preflight import Finding, Inspected
+
+
+class RuleSettings(WorkerSettings):
+    """Settings of a Python function or class."""
+
+    kind: Literal["rule"] = identity()
+    """A Python function or class."""
+    function: str = identity()
+    """package.module:function or file.py:function. A function is called once per completion with the keywords messages,
+    response, finish_reason and answer, or, if it has the parameter `samples`, with a list of many; a class is opened
+    once and called likewise. It returns a number, a mapping with `score` and what else it has found, or None where it
+    cannot judge."""
+    settings: dict[str, Any] = identity({}, later=True)
+    """Further keyword arguments of the function, or those that the class is opened with."""
+    batch: int = identity(64, later=True, ge=1)
+    """Completions of a call, if it takes many; of an async function of one, how many calls are under way at once."""
+    inputs: list[Path] | None = input_path(None, min_length=1)
+    """Files, models or other directories that the function reads beside its own modules. When their content changes,
+    the scores are made anew. A function with a keyword `inputs` is given these paths."""
+    judge_twice: int = runtime(0, ge=0)
+    """Completions of each shard that are judged a second time, to see whether the score is the same; if it is not, the
+    stage stops. 0 for judges that cost something or that may differ."""
+
+    calls: ClassVar[str] = ""
+    can_reward_tokens: ClassVar[bool] = True
+    keyed_with_former_fields: ClassVar[bool] = True
+
+    @property
+    def called(self) -> str:
+        """The function."""
+        return self.function
+
+    @property
+    def title(self) -> str:
+        """The function."""
+        return f"function {self.function!r}"
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Those in `settings`."""
+        return self.settings
+
+    @property
+    def read(self) -> list[Path] | None:
+        """The inputs."""
+        return self.inputs
+
+    @property
+    def at_once(self) -> int:
+        """A batch."""
+        return self.batch
+
+    @property
+    def checked_twice(self) -> int:
+        """As configured."""
+        return self.judge_twice
+
+    @property
+    def shown(self) -> str:
+        """The function."""
+        return self.function
+
+    def source_files(self) -> dict[str, Path]:
+        """The file of the function, and the user's own modules that it imports."""
+        return source_files(self.function)
+
+    def preflight(self, stage: Inspected) -> Iterator[Finding]:
+        """The function, imported as the stage will."""
+        late = load("annotation.workers.rule:check_function")(self)
+        if late is not None:
+            yield Finding("warning", late)
+
+
+class RuleConfig(RuleSettings, ScoreConfig):
+    """Judge every completion with a Python function."""

@@ -1,0 +1,42 @@
+"""Whether a model that is given stored token ids reads them as the policy that sampled them. No torch."""
+
+from pathlib import Path
+
+from contracts.artifacts import Artifact
+from contracts.errors import UserError
+from contracts.models import ModelInfo
+
+
+def shared_vocabulary(model: Path, rollouts: Artifact, *, required: bool) -> dict[str, str]:
+    """The fact that a model means the same by token ids as the policy that sampled; empty where it cannot be known.
+
+    Args:
+        required: refuse what cannot be known.
+
+    Raises:
+        UserError: it does not, or it cannot be known and is required.
+    """
+    policy = rollouts.manifest.facts.get("vocabulary")
+    known = policy is not None and ModelInfo.read(model).has_tokenizer
+    if not known and not required:
+        return {}
+    if policy is None:
+        raise UserError(
+            f"{rollouts.path} does not say by which vocabulary its token ids are to be read (its manifest has no fact "
+            "`vocabulary`), so nobody can tell whether the critic reads them as they are meant. Generate the rollouts "
+            "again."
+        )
+    if not known:
+        raise UserError(
+            f"critic {model} has no tokenizer, so nobody can tell whether it reads the rollouts' token ids as "
+            "they are meant. Save the tokenizer of the model that it was made from into it, with save_pretrained."
+        )
+    from contracts.chat import ChatTokenizer
+
+    found = ChatTokenizer(model).vocabulary
+    if found != policy:
+        raise UserError(
+            f"{model} has another vocabulary ({found[:12]}) than the policy that sampled {rollouts.path} "
+            f"({policy[:12]}): the same token ids mean other text to it. Take a model of the policy's."
+        )
+    return {"vocabulary": found}

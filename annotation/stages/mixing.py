@@ -1,0 +1,70 @@
+"""Pairs from elsewhere and from earlier iterations, to be trained on beside those of the present one."""
+
+from dataclasses import dataclass
+
+from annotation.data.mixing import PairsSampleConfig, PreferencesImportConfig, PreferencesScoresConfig
+from contracts.declaration import ModelUse, Stage
+from contracts.models import ModelInfo
+from contracts.outlook import FILE, SAMPLE, STAGE, AnswerStats, Outlook, PairStats
+from contracts.records import PAIRS, ROLLOUTS, SCORES
+
+
+@dataclass(frozen=True)
+class PreferencesImport(Stage[PreferencesImportConfig]):
+    """The import of preference pairs."""
+
+    def models(self, config: PreferencesImportConfig) -> tuple[ModelUse, ...]:
+        """The one whose chat template and tokens the answers get."""
+        return (ModelUse(config.tokenizer, (ModelInfo.require_causal, ModelInfo.require_chat_template)),)
+
+    def answers(self, config: PreferencesImportConfig, outlook: Outlook) -> AnswerStats | None:
+        """Two of each row, where the source can be looked at."""
+        rows = outlook.rows_of(config.source, config.split)
+        if rows is None:
+            return None
+        return AnswerStats(rows, 2, rows.longest_tokens, rows.longest_tokens, -(-rows.count // config.shard_size))
+
+    def published_bytes(self, config: PreferencesImportConfig, outlook: Outlook) -> int | None:
+        """Text and token ids of the source."""
+        answers = self.answers(config, outlook)
+        return None if answers is None else 2 * answers.prompt_bytes + answers.shards * FILE + STAGE
+
+
+@dataclass(frozen=True)
+class PreferencesScores(Stage[PreferencesScoresConfig]):
+    """The import of the preferences."""
+
+    def published_bytes(self, config: PreferencesScoresConfig, outlook: Outlook) -> int | None:
+        """256 an answer."""
+        answers = outlook.answers_of(config.rollouts)
+        return None if answers is None else answers.count * SAMPLE + answers.shards * FILE + STAGE
+
+
+@dataclass(frozen=True)
+class PairsSample(Stage[PairsSampleConfig]):
+    """The choice of a part of pairs."""
+
+    def pairs(self, config: PairsSampleConfig, outlook: Outlook) -> PairStats | None:
+        """The share of all; beside others, in proportion to these."""
+        found = outlook.pairs_of(config.pairs)
+        if found is None:
+            return None
+        wanted = found.count * config.share
+        if config.beside is not None:
+            beside = outlook.pairs_of(config.beside)
+            wanted = found.count if beside is None else beside.count * config.share / (1 - config.share)
+        return PairStats(min(found.count, max(1, round(wanted))), found.answers)
+
+    def published_bytes(self, config: PairsSampleConfig, outlook: Outlook) -> int | None:
+        """As large a part of the pairs' own bytes."""
+        found, maker = self.pairs(config, outlook), outlook.pairs_of(config.pairs)
+        if found is None or maker is None:
+            return None
+        answers = found.answers
+        text = 9 * answers.prompts.bytes // max(1, answers.prompts.count)
+        return found.count * (text + 32 * answers.longest_answer + 640) + STAGE
+
+
+IMPORT_PREFERENCES = PreferencesImport(PreferencesImportConfig, ROLLOUTS, "annotation.data.preferences:run_import")
+PREFERENCES_SCORES = PreferencesScores(PreferencesScoresConfig, SCORES, "annotation.data.preferences:run_scores")
+SAMPLE_PAIRS = PairsSample(PairsSampleConfig, PAIRS, "annotation.data.replay:run")

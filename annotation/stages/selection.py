@@ -1,0 +1,39 @@
+"""Dynamic sampling: the answers that can be compared, of several rounds, and their scores."""
+
+from dataclasses import dataclass
+
+from annotation.data.selection import SelectConfig, SelectScoresConfig
+from contracts.declaration import Stage
+from contracts.outlook import FILE, ID, LOGPROB, SAMPLE, STAGE, TEXT, AnswerStats, Outlook
+from contracts.records import ROLLOUTS, SCORES
+
+
+@dataclass(frozen=True)
+class Selection(Stage[SelectConfig]):
+    """The selection of prompts by the scores of their answers."""
+
+    def answers(self, config: SelectConfig, outlook: Outlook) -> AnswerStats | None:
+        """As many as of the first round, at most."""
+        return outlook.answers_of(config.rounds[0])
+
+    def published_bytes(self, config: SelectConfig, outlook: Outlook) -> int | None:
+        """What the first round takes."""
+        answers = self.answers(config, outlook)
+        if answers is None:
+            return None
+        tokens = answers.longest_answer * (ID + LOGPROB + TEXT)
+        return answers.prompt_bytes + answers.count * (tokens + SAMPLE) + len(config.rounds) * FILE + STAGE
+
+
+@dataclass(frozen=True)
+class ScoreSelection(Stage[SelectScoresConfig]):
+    """The scores of the answers that were selected."""
+
+    def published_bytes(self, config: SelectScoresConfig, outlook: Outlook) -> int | None:
+        """256 an answer."""
+        answers = outlook.answers_of(config.rollouts)
+        return None if answers is None else answers.count * SAMPLE + len(config.scores) * FILE + STAGE
+
+
+SELECT = Selection(SelectConfig, ROLLOUTS, "annotation.data.selection:run")
+SELECT_SCORES = ScoreSelection(SelectScoresConfig, SCORES, "annotation.data.selection:run_scores")

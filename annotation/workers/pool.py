@@ -1,0 +1,219 @@
+"""A pool of processes that run a user's scoring function (annotation/workers/worker.py), with time limits and retries.
+
+Samples are sent in batches of about a tenth of a second of work: a fast function has little overhead, and a slow one
+has its samples spread over all workers. Answers come one by one, so that the sample being judged is always known.
+"""
+
+import math
+import os
+import select
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from annotation.samples import Sample
+from annotation.workers.process import LOOK_SECONDS, FunctionProcess
+from annotation.workers.worker import Answer, Failed, RuleTask, TokenRewards, Told
+from contracts import stopping
+from contracts.attempt import STALL, beat
+from contracts.errors import UserError
+from contracts.faults import Fault
+
+NAP_SECONDS = 0.002
+"""Pause before reading a worker's answers while it has many samples, so that they are read together."""
+
+Judgement = float | TokenRewards | Told | None | Fault
+"""A score; None: the function cannot process the sample; or why it failed."""
+Note = Callable[[dict[int, Judgement]], None]
+"""Called with new judgements, by sample index, as soon as they arrive."""
+
+
+class LateError(UserError):
+    """The import of a function takes longer than its limit."""
+
+
+def stall_seconds() -> float | None:
+    """Seconds without a heartbeat after which the supervisor kills this stage; None without a supervisor."""
+    text = os.environ.get(STALL)
+    return float(text) if text else None
+
+
+class FunctionPool:
+    """Up to `count` workers, which live as long as this object: a function keeps what it has loaded."""
+
+    def __init__(
+        self,
+        path: str,
+        inputs: Sequence[Path] | None,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        title: str = "",
+        count: int = 1,
+        batch: int = 1,
+        limit: float | None = None,
+        load_limit: float | None = None,
+        opens: bool = True,
+    ) -> None:
+        """Start one, and wait until it has loaded the function.
+
+        Args:
+            path: the function, or the class.
+            inputs: paths that it reads.
+            settings: keyword arguments of the function, or of the class.
+            title: what judges, for messages; by default the function.
+            count: processes.
+            batch: answers of a call, if it takes many at once.
+            limit: seconds that the judgement of one answer may take.
+            load_limit: seconds that the import, and the opening of a class, may take.
+            opens: whether a class is opened, or only looked at.
+
+        Raises:
+            LateError: the import takes longer.
+            UserError: the function cannot be loaded, or its signature does not fit.
+        """
+        self.title = title or f"function {path!r}"
+        self.count, self.batch, self.limit, self.load_limit = count, batch, limit, load_limit
+        names = None if inputs is None else [str(path) for path in inputs]
+        self.task = RuleTask(path, names, os.getpid(), dict(settings or {}), opens)
+        self.running: list[FunctionProcess] = []
+        weakref.finalize(self, _end_all, self.running)
+        self._start()
+        while not self.running[0].ready:
+            self._look([], deque(), _ignore)
+        self.takes_many = self.running[0].takes_many
+
+    def judge(self, samples: Sequence[Sample], note: Note) -> None:
+        """Have all samples judged, in any order.
+
+        If the stage is asked to stop, it leaves when those in hand are judged.
+        """
+        todo = deque(range(len(samples)))
+        while any(process.pending for process in self.running) or (todo and not stopping.requested()):
+            if todo and not stopping.requested():
+                self._hand_over(samples, todo)
+            self._look(samples, todo, note)
+        if todo:
+            stopping.leave()
+
+    def _hand_over(self, samples: Sequence[Sample], todo: deque[int]) -> None:
+        """Send samples to every idle worker, and start missing workers."""
+        for process in [process for process in self.running if not process.busy]:
+            if process.has_ended():  # with nothing in hand, so no sample is to blame
+                process.kill()
+                self.running.remove(process)
+            elif todo:
+                process.hand_over(samples, todo, self.batch)
+        for _ in range(
+            min(math.ceil(len(todo) / (self.batch if self.takes_many else 1)), self.count - len(self.running))
+        ):
+            self._start()
+
+    def _start(self) -> None:
+        self.running.append(FunctionProcess(self.task))
+
+    def _look(self, samples: Sequence[Sample], todo: deque[int], note: Note) -> None:
+        """Wait until a worker answers, exits or exceeds its time limit."""
+        busy = [process for process in self.running if process.busy]
+        if any(process.many for process in busy):
+            time.sleep(NAP_SECONDS)
+        select.select(busy, [], [], LOOK_SECONDS)
+        beat()
+        for process in busy:
+            ended = process.has_ended()  # asked first: what it has said before is read now
+            found: dict[int, Judgement] = {}
+            for answer in process.answers():
+                self._take(process, answer, samples, todo, found)
+            note(found)
+            limit = self.load_limit
+            if process.ready:
+                limit = self.limit and self.limit * (len(process.pending) if process.takes_many else 1)
+            if ended:
+                self._bury(process, samples, todo, note)
+            elif process.busy and limit is not None and process.waited > limit:
+                process.show_traceback()
+                self._bury(process, samples, todo, note, late=limit)
+
+    def _take(
+        self,
+        process: FunctionProcess,
+        answer: Answer,
+        samples: Sequence[Sample],
+        todo: deque[int],
+        found: dict[int, Judgement],
+    ) -> None:
+        if not process.ready:
+            if isinstance(answer, Failed):
+                raise UserError(answer.before)
+            process.ready, process.takes_many = True, answer is True
+        elif answer is True:
+            process.adapt(todo, given_back=True)
+        else:
+            index = process.pending.popleft()
+            if isinstance(answer, Failed):
+                text = f"{self.title} {answer.before} {samples[index]}{answer.after}"
+                found[index] = Fault(UserError(text))
+            else:
+                found[index] = answer
+            if not process.pending and not process.takes_many:
+                process.adapt(todo, given_back=False)
+
+    def _bury(
+        self,
+        process: FunctionProcess,
+        samples: Sequence[Sample],
+        todo: deque[int],
+        note: Note,
+        late: float | None = None,
+    ) -> None:
+        """The current sample has failed; the worker's other samples go to other workers."""
+        process.kill()
+        self.running.remove(process)
+        if late is None:
+            time.sleep(2 * LOOK_SECONDS)  # who kills all processes of a job may be about to kill this one
+            if stopping.requested():
+                stopping.leave()
+        what = self.title
+        if not process.ready:
+            if late is not None:
+                raise LateError(
+                    f"{what} was not imported after {late:g} s; the log shows where it stood. It may take "
+                    "executor.stall_seconds."
+                )
+            raise UserError(
+                f"{what} ended the process that imports it: {process.how_it_ended()}. Fix what runs on import."
+            )
+        if not process.pending:  # it ended after its work; another one is started where it is needed
+            return
+        index = process.pending.popleft()
+        together = [index, *process.pending] if process.takes_many else [index]
+        which = (
+            f"a batch of {len(together)} answers with {samples[index]}" if process.takes_many else f"{samples[index]}"
+        )
+        if late is not None:
+            text = (
+                f"{what} has not judged {which} after {late:g} s, and was ended; the log shows where it "
+                "stood. Fix it, let it take longer (seconds_per_sample), or let a share of the samples fail "
+                "(fail_on_error)."
+            )
+        else:
+            text = (
+                f"{what} ended its process on {which}: {process.how_it_ended()}. Fix it, or let a share of the "
+                "samples fail (fail_on_error)."
+            )
+        if not process.takes_many:
+            todo.extendleft(reversed(process.pending))
+        note({place: Fault(UserError(text)) for place in together})
+
+
+def _ignore(found: dict[int, Judgement]) -> None:
+    pass
+
+
+def _end_all(processes: list[FunctionProcess]) -> None:
+    for process in processes:
+        process.connection.close()
+    for process in processes:
+        process.wait()

@@ -1,0 +1,119 @@
+"""Scorers that judge in processes of their own: a user's function or class, and the kinds that are made like one.
+Needs no torch.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from annotation.samples import Sample
+from annotation.scorers.base import NO_ANSWER, Opening, WorkerSettings
+from annotation.workers.journal import ShardJournals
+from annotation.workers.pool import FunctionPool, Judgement, LateError, stall_seconds
+from annotation.workers.worker import TokenRewards, Told
+from contracts.errors import UserError
+from contracts.faults import Fault, Tolerance
+from contracts.records import Score
+
+IMPORT_SECONDS = 60.0
+"""How long a function may take to be imported until it is no longer waited for."""
+
+
+class Rule:
+    """Has the configured function called in processes of its own."""
+
+    def __init__(self, config: WorkerSettings, opening: Opening) -> None:
+        stall = stall_seconds()
+        limit = stall if config.seconds_per_sample is None else config.seconds_per_sample
+        self.pool = FunctionPool(
+            config.called, config.read, config.keywords, title=config.title,
+            count=config.replicas, batch=config.at_once, limit=limit, load_limit=stall,
+        )  # fmt: skip
+        self.at_once = config.at_once if self.pool.takes_many else 1
+        self.checked_twice = config.checked_twice
+        self.journals = ShardJournals(opening.state, Tolerance(config.fail_on_error, opening.samples))
+        self.reads_answer = config.reads_answer
+        self.facts: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
+
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
+        """One score per sample; "unscored" where the function returns None, "no_answer" if for want of an answer."""
+        with self.journals.of(samples) as (results, note):
+            left = [index for index in range(len(samples)) if not results.keys() >= self._batch_of(index, samples)]
+            self.pool.judge(
+                [samples[index] for index in left],
+                lambda found: note({left[place]: value for place, value in found.items()}),
+            )
+            self._require_same(samples, results)
+        return [
+            NO_ANSWER
+            if self.reads_answer and results[index] is None and not (sample.rollout.answer or "").strip()
+            else result_of(sample, results[index])
+            for index, sample in enumerate(samples)
+        ]
+
+    def _batch_of(self, index: int, samples: Sequence[Sample]) -> set[int]:
+        """The samples that are judged in one call: always the same, so that a kill changes nothing."""
+        start = index - index % self.at_once
+        return set(range(start, min(start + self.at_once, len(samples))))
+
+    def _require_same(self, samples: Sequence[Sample], results: dict[int, Judgement]) -> None:
+        """Judge the first ones again.
+
+        Raises:
+            UserError: a judgement is another one.
+        """
+        count = min(self.checked_twice, len(samples))
+        again: dict[int, Judgement] = {}
+        self.pool.judge(samples[: math.ceil(count / self.at_once) * self.at_once], again.update)
+        for index in range(count):
+            before, now = results[index], again[index]
+            if not isinstance(before, Fault) and not isinstance(now, Fault) and before != now:
+                raise UserError(
+                    f"{self.pool.title} judged {samples[index]} twice and differed: {in_words(before)}, "
+                    f"then {in_words(now)}. Take out what is random, or set judge_twice=0 if it may differ."
+                )
+
+
+def check_function(config: WorkerSettings, seconds: float = IMPORT_SECONDS) -> str | None:
+    """Import what a scorer calls as the stage will, in a process that is ended after `seconds`; open nothing.
+
+    Returns a warning where it was not imported by then; it may have much to load.
+
+    Raises:
+        UserError: it cannot be imported, or not be called as it will be.
+    """
+    read = None if config.read is None else tuple(config.read)
+    return _check(config.called, read, msgspec.json.encode(config.keywords, order="sorted"), seconds)
+
+
+@functools.cache
+def _check(path: str, inputs: tuple[Path, ...] | None, settings: bytes, seconds: float) -> str | None:
+    try:
+        FunctionPool(path, inputs, msgspec.json.decode(settings), load_limit=seconds, opens=False)
+    except LateError as error:
+        return str(error)
+    return None
+
+
+def in_words(judgement: Judgement) -> str:
+    """A judgement, for messages."""
+    if isinstance(judgement, Told):
+        return f"{in_words(judgement.score)} with {judgement.parts | judgement.extras}"
+    return str(judgement.rewards if isinstance(judgement, TokenRewards) else judgement)
+
+
+def result_of(sample: Sample, judgement: Judgement) -> Score | str | Fault:
+    """The record of a judgement; "unscored" of none."""
+    if judgement is None:
+        return "unscored"
+    if isinstance(judgement, Fault):
+        return judgement
+    told = judgement if isinstance(judgement, Told) else Told(judgement, {}, {})
+    if isinstance(told.score, TokenRewards):
+        rewards = tuple(told.score.rewards)
+        return sample.scored(math.fsum(rewards), parts=told.parts, extras=told.extras, token_rewards=rewards)
+    return sample.scored(told.score, parts=told.parts, extras=told.extras)

@@ -1,0 +1,406 @@
+"""The worker process that runs a user's scoring function, which may exit, crash or hang without affecting the stage.
+
+It reads JSON lines from a socket: first the function to load, then bunches of samples. It answers with one line per
+sample, immediately, so that the stage always knows which sample is being judged. A function that takes many answers at
+once is given a whole batch with every line, and what becomes of a call becomes of all its answers.
+"""
+
+import asyncio
+import contextlib
+import faulthandler
+import inspect
+import io
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from contracts.callables import load_callable, place_of
+from contracts.errors import UserError
+from contracts.processes import die_with_parent
+from contracts.stopping import SIGNALS
+
+GIVEN = ("messages", "response", "finish_reason", "answer")
+"""The keyword arguments of every function of one answer."""
+IF_NAMED = ("tags", "tools", "inputs", "response_ids")
+"""Keyword arguments that are passed only if the function has parameters of these names."""
+BATCH = "samples"
+"""The parameter that makes a function one of many answers at once."""
+SCORE = "score"
+HAND_BACK_SECONDS = 0.25
+"""Samples of a batch that are not started within this time are returned, for other workers to judge."""
+MOST_BYTES = 1 << 16
+"""Of the JSON of what is told beside a score."""
+
+
+class RuleTask(msgspec.Struct):
+    """The first line: what to load, and with which settings."""
+
+    path: str
+    inputs: list[str] | None
+    parent: int
+    settings: dict[str, Any] = {}
+    opens: bool = True
+    """Whether a class is opened, or only looked at."""
+
+
+class Failed(msgspec.Struct, array_like=True, tag=True):
+    """Why a sample has no judgement: the text before and after the sample's name."""
+
+    before: str
+    after: str
+
+
+class TokenRewards(msgspec.Struct, array_like=True, tag=True):
+    """A reward for each response token."""
+
+    rewards: list[float]
+
+
+class Told(msgspec.Struct, array_like=True, tag=True):
+    """A judgement with what was found beside it."""
+
+    score: float | TokenRewards
+    parts: dict[str, float]
+    extras: dict[str, Any]
+
+
+class GivenAnswer(msgspec.Struct, array_like=True):
+    """An answer, as a function of many at once is given it."""
+
+    messages: list[dict[str, Any]]
+    response: str
+    finish_reason: str
+    answer: str | None
+    tags: list[str]
+    tools: list[dict[str, Any]] | None
+    response_ids: list[int]
+    prompt_id: str
+    sample: int
+
+
+Answer = float | TokenRewards | Told | None | bool | Failed
+"""A judgement; None: the function cannot judge the sample; True: the remaining samples are returned. The first one is
+whether the function judges many answers at once."""
+
+
+def main(descriptor: int) -> NoReturn:
+    """Judge samples from the socket until it is closed."""
+    me = os.getpid()
+    os.set_inheritable(descriptor, False)
+    connection = socket.socket(fileno=descriptor)
+    lines = connection.makefile("rb")
+    task = msgspec.json.decode(lines.readline(), type=RuleTask)
+    die_with_parent(task.parent)
+    _set_up_process()
+    encoder = msgspec.json.Encoder()
+
+    def say(*answers: Answer) -> None:
+        if os.getpid() != me:  # the function forked, and the child returned
+            os._exit(1)
+        connection.sendall(b"".join(encoder.encode(answer) + b"\n" for answer in answers))
+
+    try:
+        function = _load(task)
+    except BaseException as error:
+        say(Failed(_import_failure(task.path, error), ""))
+        sys.exit(0)
+    say(function.takes_many)
+    decoder = msgspec.json.Decoder(list[GivenAnswer])
+    for line in lines:
+        began = time.monotonic()
+        given = decoder.decode(line)
+        if function.takes_many:
+            say(*_judge_all(function, given))
+            continue
+        for one in given:
+            if time.monotonic() - began > HAND_BACK_SECONDS:
+                say(True)
+                break
+            say(_judge(function, one))
+    sys.exit(0)
+
+
+def _set_up_process() -> None:
+    """Set up signals and output as a user's function expects them.
+
+    A preemption signal goes to all processes of a job; the stage handles it, and may finish its current work first.
+    """
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+    os.register_at_fork(after_in_child=_restore_signals)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # its output goes to the log and must not fail
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def _restore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+@dataclass
+class Loaded:
+    """What was loaded, and how it is called."""
+
+    function: Callable[..., Any]
+    is_async: bool
+    by_batch: bool
+    """Whether one call is given many answers."""
+    named: frozenset[str]
+    """Which of `IF_NAMED` it takes."""
+    further: dict[str, Any]
+    """Further keyword arguments of every call."""
+    run: Callable[[Coroutine[Any, Any, Any]], Any]
+
+    @property
+    def takes_many(self) -> bool:
+        """Whether it is given many answers at once: in one call, or in calls that are under way together."""
+        return self.by_batch or self.is_async
+
+    def keywords(self, one: GivenAnswer) -> dict[str, Any]:
+        """The keyword arguments of a call with one answer."""
+        names = [*GIVEN, *(name for name in IF_NAMED if name in self.named and name not in self.further)]
+        return {name: getattr(one, name) for name in names} | self.further
+
+
+def _load(task: RuleTask) -> Loaded:
+    """The function, or the class, opened with its settings.
+
+    Raises:
+        UserError: it cannot be imported, or its signature does not fit.
+    """
+    target = load_callable(task.path)
+    run = asyncio.Runner().run
+    inputs = {} if task.inputs is None else {"inputs": [Path(path) for path in task.inputs]}
+    if not inspect.isclass(target):
+        return _callee(task, f"function {task.path!r}", target, _signature(target), task.settings, inputs, run)
+    what = f"class {task.path!r}"
+    method = next((vars(base)["__call__"] for base in target.__mro__ if "__call__" in vars(base)), None)
+    if method is None:
+        raise UserError(f"{what} cannot be called: give it a method __call__(self, samples), which returns a list.")
+    signature = _signature(target)
+    takes_inputs = signature is not None and "inputs" in signature.parameters
+    given = {**task.settings, **(inputs if takes_inputs else {})}
+    _require_fits(task, what, signature, given, "opened with the settings")
+    called = _signature(method)
+    if called is not None:
+        called = called.replace(parameters=list(called.parameters.values())[1:])
+    found = _callee(task, f"{what}.__call__", method, called, {}, inputs, run)
+    if task.opens:
+        try:
+            opened: Any = target(**given)
+        except UserError:
+            raise
+        except Exception as error:
+            text = f"{what} failed when it was opened: {type(error).__name__}: {_text(error)}{place_of(error)}."
+            raise UserError(text) from error
+        found.function = opened
+    return found
+
+
+def _callee(
+    task: RuleTask,
+    what: str,
+    function: Callable[..., Any],
+    signature: inspect.Signature | None,
+    settings: dict[str, Any],
+    inputs: dict[str, Any],
+    run: Callable[[Coroutine[Any, Any, Any]], Any],
+) -> Loaded:
+    if inspect.isasyncgenfunction(function):
+        raise UserError(f"{what} is an async generator; return its results instead.")
+    method = inspect.getattr_static(type(function), "__call__", None)  # of an object that can be called
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(method)
+    if signature is None:  # functions written in C may have none
+        return Loaded(function, is_async, False, frozenset(), settings, run)
+    names = signature.parameters
+    by_batch = BATCH in names
+    named = frozenset(name for name in IF_NAMED if name in names and (not by_batch or name == "inputs"))
+    if "inputs" in named and not inputs:
+        if names["inputs"].default is inspect.Parameter.empty:
+            raise UserError(f"{what} takes inputs, but its scorer names none. Set inputs=[PATH, ...] to what it reads.")
+        named -= {"inputs"}
+    given = [BATCH] if by_batch else list(GIVEN)
+    keywords = dict.fromkeys([*given, *named]) | settings
+    if taken := sorted(settings.keys() & {BATCH, *GIVEN, *IF_NAMED}):
+        raise UserError(f"{what}: settings has {taken[0]!r}, which every call is given. Choose another name.")
+    _require_fits(task, what, signature, keywords, "called with the keywords")
+    further = settings | (inputs if "inputs" in named else {})
+    return Loaded(function, is_async, by_batch, named, further, run)
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (ValueError, TypeError):  # functions written in C may have none
+        return None
+
+
+def _require_fits(
+    task: RuleTask, what: str, signature: inspect.Signature | None, keywords: dict[str, Any], how: str
+) -> None:
+    try:
+        if signature is not None:
+            signature.bind(**keywords)
+    except TypeError as error:
+        name = task.path.rpartition(":")[2]
+        advice = (
+            f"Write def {name}(*, {', '.join(GIVEN)}), or def {name}(*, response, **others), or for many answers at "
+            f"once def {name}({BATCH})."
+            if how.startswith("called")
+            else "Write these into settings: {...} of the scorer, or give the parameters defaults."
+        )
+        raise UserError(
+            f"{what} takes {signature}, but is {how} {', '.join(keywords) or '(none)'}: {error}. {advice}"
+        ) from error
+
+
+def _import_failure(path: str, error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return (
+        f"function {path!r} cannot be imported: its module raised {type(error).__name__}: {_text(error)}"
+        f"{place_of(error)}. Take out what ends the process when the file is imported."
+    )
+
+
+def _judge(loaded: Loaded, one: GivenAnswer) -> Answer:
+    try:
+        return answer_of(loaded.function(**loaded.keywords(one)), one, tokens="response_ids" in loaded.named)
+    except BaseException as error:
+        return _failure(error, "")
+
+
+def _judge_all(loaded: Loaded, given: list[GivenAnswer]) -> list[Answer]:
+    """Of answers that are judged together."""
+    of_many = f"a batch of {len(given)} answers with "
+    try:
+        if not loaded.by_batch:
+            found: Any = loaded.run(_all_calls(loaded, given))
+            return [_result_of(loaded, one, value) for one, value in zip(given, found, strict=True)]
+        found = loaded.function(**{BATCH: given}, **loaded.further)
+        if loaded.is_async:
+            found = loaded.run(found)
+    except BaseException as error:
+        return [_failure(error, of_many)] * len(given)
+    if hasattr(found, "tolist"):  # an array of numbers
+        found = found.tolist()
+    if not isinstance(found, list | tuple):
+        return [
+            Failed(f"returned {found!a:.80} for {of_many[:-1]}", "; return a list with one result for each.")
+        ] * len(given)
+    if len(found) != len(given):
+        wrong = Failed(f"returned {len(found)} results for {of_many[:-1]}", "; return one for each, in their order.")
+        return [wrong] * len(given)
+    return [_result_of(loaded, one, value) for one, value in zip(given, found, strict=True)]
+
+
+async def _all_calls(loaded: Loaded, given: list[GivenAnswer]) -> list[Any]:
+    calls = [loaded.function(**loaded.keywords(one)) for one in given]
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+def _result_of(loaded: Loaded, one: GivenAnswer, value: Any) -> Answer:
+    if isinstance(value, BaseException):
+        return _failure(value, "")
+    try:
+        return answer_of(value, one, tokens=loaded.by_batch or "response_ids" in loaded.named)
+    except BaseException as error:
+        return _failure(error, "")
+
+
+def _failure(error: BaseException, of_many: str) -> Failed:
+    if isinstance(error, OverflowError) and not of_many:
+        return Failed("gave a number too large for a float for", f": {error}.")
+    # A mistake that a kind of Ratchet's own tells needs no place; it is in what it was given.
+    said = _text(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_text(error)}{place_of(error)}."
+    return Failed(f"failed on {of_many}".rstrip(), f": {said}")
+
+
+def answer_of(value: Any, one: GivenAnswer, *, tokens: bool) -> Answer:
+    """What a function has returned for an answer; `tokens`: this may be a list of rewards for them."""
+    if value is None:
+        return None
+    value = _plain(value)
+    if isinstance(value, Mapping):
+        return _told(value, one, tokens=tokens)
+    if isinstance(value, Real):
+        score = float(value)
+        return score if math.isfinite(score) else Failed(f"gave {score} for", ". A score must be a finite number.")
+    if isinstance(value, list | tuple) and tokens:
+        return _token_rewards(value, len(one.response_ids))
+    if inspect.isawaitable(value):
+        with contextlib.suppress(Exception):
+            value.close()  # type: ignore[attr-defined]
+        return Failed("returned an awaitable for", "; write async def, or a plain def with asyncio.run(...) inside.")
+    return Failed(f"returned {value!a} for", "; return a number, or None where it cannot judge.")
+
+
+def _told(value: Mapping[Any, Any], one: GivenAnswer, *, tokens: bool) -> Answer:
+    """A score with what stands beside it: numbers are parts, everything else is shown."""
+    if SCORE not in value:
+        return Failed(
+            f"returned a mapping without {SCORE!r} for", f"; it has {', '.join(map(repr, value)) or 'nothing'}."
+        )
+    score = answer_of(value[SCORE], one, tokens=tokens) if not isinstance(value[SCORE], Mapping) else True
+    if score is None or isinstance(score, Failed):
+        return score
+    if isinstance(score, bool | Told):
+        return Failed("returned a mapping as score for", "; return a number, or None where it cannot judge.")
+    parts: dict[str, float] = {}
+    extras: dict[str, Any] = {}
+    for name, given in value.items():
+        if name == SCORE or given is None:
+            continue
+        if not isinstance(name, str) or not name.isidentifier() or len(name) > 50:
+            return Failed(f"returned a value named {name!a:.80} for", "; names are letters, digits and _, 50 at most.")
+        item = _plain(given)
+        if isinstance(item, Real):
+            parts[name] = float(item)
+            if not math.isfinite(parts[name]):
+                return Failed(f"gave {parts[name]} as {name} for", ". Numbers must be finite.")
+        else:
+            extras[name] = item
+    try:
+        size = len(msgspec.json.encode(extras))
+    except (TypeError, ValueError, RecursionError) as error:
+        return Failed("returned what cannot be written as JSON for", f": {_text(error)}.")
+    if size > MOST_BYTES:
+        return Failed(f"told {size} bytes beside the score for", f", more than the {MOST_BYTES} that are kept of one.")
+    return Told(score, parts, extras)
+
+
+def _token_rewards(values: Sequence[Any], tokens: int) -> Answer:
+    if len(values) != tokens:
+        return Failed(f"returned {len(values)} numbers for", f", which has {tokens} response_ids; return one for each.")
+    values = [_plain(value) for value in values]
+    if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
+        return Failed("returned a list for", " that holds something else than finite numbers.")
+    return TokenRewards([float(value) for value in values])
+
+
+def _plain(value: Any) -> Any:
+    """The number in an array of no dimensions, as the libraries of arrays give a sum or a mean; else the same."""
+    if isinstance(value, Real) or getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    number = value.item()
+    return number if isinstance(number, Real) else value
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error).encode(errors="backslashreplace").decode()  # JSON cannot encode lone surrogates
+    except BaseException:
+        return "(its message cannot be shown)"

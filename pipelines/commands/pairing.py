@@ -1,0 +1,46 @@
+"""The command that makes an iteration's pairs in another way: pairs."""
+
+import argparse
+import shlex
+import sys
+from functools import partial
+
+from annotation.pairing.config import PairsSettings
+from contracts.config import describe
+from pipelines.commands.declaring import JSON, RUN, STYLE, argument, command, make_console, opened
+from pipelines.insight.pairs import as_json, compare_pairs, print_pairs
+from pipelines.run.alternatives import alternative, make, pairs_of
+from pipelines.text import relative, say
+
+
+@command(
+    "pairs",
+    "make the pairs of an iteration anew in another way, and show both side by side",
+    RUN,
+    argument("overrides", nargs="*", metavar="key=value", help="keys of `pairs`, like strategy=all; output=DIRECTORY"),
+    argument("--iteration", type=int, metavar="I", help="by default the last one whose answers are scored"),
+    JSON,
+    group="read",
+    keys=partial(describe, PairsSettings),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+)
+def _pairs(options: argparse.Namespace) -> int:
+    run, graph = opened(options.run)
+    other = alternative(run, graph, options.iteration, options.overrides)
+    console = make_console(stderr=options.json)
+    place = relative(other.path)
+    if other.is_own:
+        say(console, f"these are the run's own pairs: {place}")
+    elif other.is_published:
+        say(console, f"already made: {place}")
+    elif code := make(other, run, sys.stderr if options.json or STYLE.quiet else None):
+        return code
+    found = compare_pairs(options.run.name, other.iteration, pairs_of(other))
+    if options.json:
+        print(as_json(found))
+        return 0
+    print_pairs(make_console(), found)
+    if other.changes and not other.is_own:
+        words = ["fork", str(options.run), "--from-iteration", str(other.iteration), *other.changes]
+        say(console, f"Train on them: pipeline {shlex.join(words)}")
+    return 0

@@ -1,0 +1,158 @@
+"""Commands that say who runs where and when, and how long that takes: plan."""
+
+import argparse
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+
+from contracts.errors import UserError
+from contracts.files import write_atomically
+from pipelines.commands.declaring import (
+    COMMANDS,
+    HELP,
+    ITERATIONS,
+    JSON,
+    OVERRIDES,
+    argument,
+    command,
+    count,
+    make_console,
+)
+from pipelines.config.cluster import read_machines
+from pipelines.config.run import RunConfig
+from pipelines.graph import Graph
+from pipelines.insight.gantt import picture
+from pipelines.insight.plan import as_json, check_plan, events_of, print_plan, view_plan
+from pipelines.insight.searching import as_json as searches_as_json
+from pipelines.insight.searching import fastest, print_search, require_lags, searched, setting_of
+from pipelines.insight.simulating import DRAWS, simulated
+from pipelines.insight.simulation import as_json as simulation_as_json
+from pipelines.insight.simulation import print_simulation
+from pipelines.planning.cluster import cluster_as_written, cluster_of_machines
+from pipelines.planning.entries import check_entries
+from pipelines.planning.placement import placed_graph
+from pipelines.planning.search.plan_file import plan_text
+from pipelines.run.directory import RunDirectory
+from pipelines.run.plan import plan_run, read_run
+from pipelines.text import say
+
+PLAN_HELP = "who runs where and when, before it does"
+HELP["plan"] = "prepare", PLAN_HELP
+PLAN = COMMANDS.add_parser("plan", help=PLAN_HELP, description=f"{PLAN_HELP.capitalize()}.").add_subparsers(
+    required=True, metavar="COMMAND"
+)
+SOURCE = argument("source", metavar="CONFIG|RUN", help="a YAML file, the name of a recipe, or a run's directory")
+CONFIG = argument("config", help="a YAML file, or the name of a recipe")
+CLUSTER = argument("--cluster", type=Path, metavar="FILE", help="a YAML file of machines; without it, this machine")
+RUNS = argument("--runs", type=Path, nargs="+", default=[], metavar="RUN", help="runs to learn from, beside all stored")
+
+
+def _planned(options: argparse.Namespace) -> tuple[RunConfig, Graph]:
+    path = Path(options.source)
+    if path.is_dir():
+        run = RunDirectory.existing(path)
+        iterations = run.iterations if options.iters is None else options.iters
+        return run.config, placed_graph(run.config, iterations, cluster_as_written(run.config))
+    wanted = plan_run(options.source, options.overrides, options.iters, download=False, cluster=cluster_as_written)
+    return wanted.config, wanted.graph
+
+
+@command(
+    "show", "each stage's devices and layout, and a timeline of the run", SOURCE, OVERRIDES, ITERATIONS, JSON, of=PLAN
+)
+def _show(options: argparse.Namespace) -> None:
+    config, graph = _planned(options)
+    check_entries(graph, config)
+    view = view_plan(graph, config, cluster_as_written(config), events_of(config))
+    if options.json:
+        print(as_json(view))
+    else:
+        print_plan(make_console(), view)
+
+
+@command("check", "whether the devices, the models and the memory allow a plan", SOURCE, OVERRIDES, ITERATIONS, of=PLAN)
+def _check(options: argparse.Namespace) -> None:
+    config, graph = _planned(options)
+    say(make_console(), *check_plan(graph, config))
+
+
+@command(
+    "search",
+    "which strategy, pools and layouts a run is expected to take least time with, and why",
+    CONFIG,
+    OVERRIDES,
+    ITERATIONS,
+    CLUSTER,
+    argument("--output", type=Path, metavar="FILE", help="write the plan there: FILE.yaml, for placement=FILE.yaml"),
+    argument("--seconds", type=float, default=60.0, metavar="S", help="after which the search ends (60)"),
+    argument("--seed", type=int, default=0, help="of the search, and of the draws of the errors"),
+    argument("--take", metavar="PLAN", help="write this plan of the table: found, flattening, ..."),
+    argument("--lags", metavar="N,N", help="lags to plan for; by default that of the config: it changes the results"),
+    RUNS,
+    JSON,
+    of=PLAN,
+)
+def _search(options: argparse.Namespace) -> None:
+    if options.output is not None and options.output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--output is {options.output}; a plan is a YAML file. Call it {options.output}.yaml.")
+    if not options.seconds > 0:
+        raise UserError(f"--seconds is {options.seconds:g}; it must be more than 0.")
+    machines = read_machines(options.cluster) if options.cluster is not None else None
+    runs = [RunDirectory.existing(path) for path in options.runs]
+    lags = [[]] if options.lags is None else [[f"lag={lag}"] for lag in require_lags(options.lags)]
+    found = []
+    for lag in lags:
+        config, iterations, _ = read_run(options.config, [*options.overrides, *lag], options.iters, download=False)
+        setting = setting_of(config, iterations, machines, runs)
+        found.append(searched(setting, seed=options.seed, seconds=options.seconds / len(lags), take=options.take))
+    views = [view for view, _ in found]
+    taken = fastest(views)
+    if options.output is not None:
+        text = plan_text(found[taken][1], shlex.join(["pipeline", *sys.argv[1:]]))
+        write_atomically(options.output, text.encode())
+    if options.json:
+        print(searches_as_json(views, taken))
+        return
+    console = make_console()
+    for view in views:
+        print_search(console, view)
+    if options.lags is not None:
+        say(console, f"With lag {views[taken].lag} it takes least; it changes what is computed (docs/lag.md).")
+    if options.output is None:
+        say(console, "Write it with --output plan.yaml, then:")
+    given = [*options.overrides, *lags[taken], f"placement={options.output or 'plan.yaml'}"]
+    say(console, shlex.join(["pipeline", "run", options.config, *given]))
+
+
+@command(
+    "simulate",
+    "how long a run takes, what it costs and what it waits for, before it is run",
+    CONFIG,
+    OVERRIDES,
+    ITERATIONS,
+    CLUSTER,
+    argument("--draws", type=count, default=DRAWS, metavar="N", help=f"runs to draw for the interval ({DRAWS})"),
+    argument("--seed", type=int, default=0, help="of the draws"),
+    RUNS,
+    argument("--svg", type=Path, metavar="FILE", help="write the timeline as a picture"),
+    JSON,
+    of=PLAN,
+)
+def _simulate(options: argparse.Namespace) -> None:
+    machines = read_machines(options.cluster) if options.cluster is not None else None
+    wanted = plan_run(
+        options.config,
+        options.overrides,
+        options.iters,
+        download=False,
+        cluster=cluster_as_written if machines is None else partial(cluster_of_machines, section=machines),
+    )
+    runs = [RunDirectory.existing(path) for path in options.runs]
+    view = simulated(wanted, machines, runs, draws=options.draws, seed=options.seed)
+    if options.svg is not None:
+        options.svg.write_text(picture(view.plan))
+    if options.json:
+        print(simulation_as_json(view))
+    else:
+        print_simulation(make_console(), view)

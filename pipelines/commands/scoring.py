@@ -1,0 +1,169 @@
+"""The command that has a scorer of a run judge texts of the user's: score."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from annotation.scorers.base import ScoreConfig
+from annotation.stages.rlhflow import RLHFLOW_IMPORT
+from contracts.artifacts import Artifact
+from contracts.conversations import read_messages
+from contracts.errors import UserError, did_you_mean
+from contracts.jsonl import read_jsonl, write_jsonl
+from contracts.manifest import MANIFEST
+from contracts.prompts import prompt_id
+from contracts.records import SCORES, Score
+from pipelines.commands.declaring import CONFIG, OVERRIDES, argument, command
+from pipelines.config.run import RunConfig
+from pipelines.environments.launch import launch_command, stage_environment
+from pipelines.graph import Node
+from pipelines.iteration import Recipe
+from pipelines.run.plan import read_run
+
+ANSWER = "answer"
+Place = tuple[str, int]
+"""Of an answer among the imported ones: prompt_id and sample."""
+
+
+@command(
+    "score",
+    "have a scorer of a run judge texts of yours; prints the rows with their scores as JSONL",
+    CONFIG,
+    argument("scorer", help="its name in the section `scorers`"),
+    argument("file", help='JSONL with {"prompt" or "messages", "response"} and perhaps "answer" a line; - reads stdin'),
+    OVERRIDES,
+    argument("--tokenizer", type=Path, metavar="MODEL", help="whose tokens the responses get; by default the policy's"),
+    group="read",
+)
+def _score(options: argparse.Namespace) -> int:
+    config, _, _ = read_run(options.config, options.overrides, 0, download=True)
+    if options.scorer not in config.scorers:
+        raise UserError(
+            f"the run has no scorer {options.scorer!r}.{did_you_mean(options.scorer, config.scorers)} It has "
+            f"{', '.join(config.scorers)}."
+        )
+    rows = list(_rows(options.file))
+    with tempfile.TemporaryDirectory(prefix="ratchet-score-") as folder:
+        places = _write(rows, Path(folder, "texts.jsonl"))
+        nodes = _stages(config, options.scorer, options.tokenizer, Path(folder), options.overrides)
+        for node in nodes:
+            if code := _run(node, config):
+                return code
+        scores = {
+            (score.prompt_id, score.sample): score for score in Artifact.open(nodes[-1].output, SCORES).rows(Score)
+        }
+        reasons = _reasons(nodes)
+        ledgers = [Artifact.open(node.output, node.stage.schema).manifest.ledger for node in nodes]
+        for node, ledger in zip(nodes, ledgers, strict=True):
+            if ledger.dropped:
+                print(f"{node.output.name}: {ledger}", file=sys.stderr)
+    not_imported = " or ".join(sorted(ledgers[0].dropped))
+    for (_, row), place in zip(rows, places, strict=True):
+        print(json.dumps(row | _told(scores.get(place), reasons.get(place, not_imported)), ensure_ascii=False))
+    return 0
+
+
+def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The user's rows with their places."""
+    path = Path("/dev/stdin" if source == "-" else source)
+    if not path.exists():
+        raise UserError(f"{path} does not exist. Give a JSONL file, or - for standard input.")
+    for number, row in enumerate(read_jsonl(path, dict), 1):
+        place = f"{'stdin' if source == '-' else path}, line {number}"
+        if not isinstance(row.get("response"), str) or ("prompt" in row) == ("messages" in row):
+            raise UserError(f'{place}: a row needs "response", a text, and either "prompt" or "messages".')
+        yield place, row
+
+
+def _write(rows: list[tuple[str, dict[str, Any]]], target: Path) -> list[Place]:
+    """Write them as RLHFlow has them, the answers to a prompt together; returns where each will be."""
+    if not rows:
+        raise UserError("there are no rows to score.")
+    prompts: dict[str, dict[str, Any]] = {}
+    places = []
+    for place, row in rows:
+        column = "prompt" if "prompt" in row else "messages"
+        messages = read_messages(row[column], place, column, set())
+        identity = prompt_id(messages)
+        known = prompts.setdefault(identity, {"prompt": messages, "responses": [], ANSWER: row.get(ANSWER)})
+        if known[ANSWER] != row.get(ANSWER):
+            raise UserError(f"{place}: the same prompt has another answer before. Give it one known answer.")
+        places.append((identity, len(known["responses"])))
+        known["responses"].append(row["response"])
+    write_jsonl(target, prompts.values())
+    return places
+
+
+def _stages(config: RunConfig, scorer: str, tokenizer: Path | None, folder: Path, overrides: list[str]) -> list[Node]:
+    """The import, and the scorer after those that it is made of.
+
+    What a run allows to be dropped of its own answers says nothing about texts of the user's: all of them may be,
+    unless the command line says otherwise.
+    """
+    recipe = Recipe(config)
+    recipe.prepare()
+    known = set(recipe.graph.nodes)
+    section = config.scorers[scorer]
+    if section.standardised:
+        raise UserError(f"scorer {scorer!r} goes by what a run's initial policy answers (standard), and there is none.")
+    candidates = [tokenizer] if tokenizer is not None else [recipe.locate(config.policy), section.model_path]
+    if (found := next((path for path in candidates if path is not None and path.is_dir()), None)) is None:
+        raise UserError(f"{candidates[0]} is no model's directory, whose tokens the responses get. Give --tokenizer.")
+    fields: dict[str, Any] = {"source": folder / "texts.jsonl", "tokenizer": found, "answer_column": ANSWER}
+    fields |= {**recipe.rendering(found, config.chat_template_kwargs), "max_dropped": 1.0}
+    rollouts = recipe.graph.add(RLHFLOW_IMPORT, str(folder / "rollouts"), fields)
+    recipe.score(str(folder / scorer), scorer, rollouts)
+    nodes = [node for name, node in recipe.graph.nodes.items() if name not in known]
+    for place, node in enumerate(nodes):
+        if isinstance(node.config, ScoreConfig):
+            changes: dict[str, Any] = {"reasons": _reasons_file(node)}
+            if not any(each.startswith(f"scorers.{node.config.name}.max_dropped=") for each in overrides):
+                changes["max_dropped"] = 1.0
+            nodes[place] = replace(node, config=node.config.model_copy(update=changes))
+    for node in nodes:
+        for name in node.needs:
+            if name in known and not (recipe.graph.nodes[name].output / MANIFEST).is_file():
+                raise UserError(f"scorer {scorer!r} needs {name}, which the run has not made yet. Run it first.")
+    return nodes
+
+
+def _run(node: Node, config: RunConfig) -> int:
+    """Run a stage here and now; returns its exit code. What it says goes to standard error."""
+    fields: Mapping[str, Any] = node.config.model_dump(mode="json", exclude_unset=True)
+    argv = [*node.argv, *(f"{name}={json.dumps(value)}" for name, value in fields.items())]
+    command, variables = launch_command(config.environments.of(node.environment), node.environment, argv)
+    variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    code = subprocess.run(command, env=stage_environment(variables), stdout=sys.stderr, check=False).returncode
+    return code if code >= 0 else 1
+
+
+def _reasons_file(node: Node) -> Path:
+    """Where a scorer writes why it has not judged an answer."""
+    return node.output.with_name(f"{node.output.name}.reasons.jsonl")
+
+
+def _reasons(nodes: list[Node]) -> dict[Place, str]:
+    """Why the last scorer has not judged an answer, with what those that it is made of say about it."""
+    found: dict[Place, str] = {}
+    for node in nodes:
+        before, found = found, {}
+        if (file := _reasons_file(node)).is_file():
+            for row in read_jsonl(file, dict):
+                place = row["prompt_id"], row["sample"]
+                found[place] = row["reason"] + (f" ({before[place]})" if place in before else "")
+        found = before | found
+    return found
+
+
+def _told(score: Score | None, reason: str) -> dict[str, Any]:
+    """A judgement; where there is none, the score is null, and `why` says the reason."""
+    if score is None:
+        return {"score": None, "why": reason}
+    return {"score": score.score} | {name: found for name in ("parts", "extras") if (found := getattr(score, name))}

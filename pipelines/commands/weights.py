@@ -1,0 +1,106 @@
+"""Commands for checkpoints: reshard, diff."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from rich.table import Table
+
+from contracts.errors import UserError
+from pipelines.commands.declaring import JSON, argument, command, make_console
+from pipelines.environments.launch import EnvironmentConfig, ask
+from pipelines.text import megabytes, plural, relative, say
+from reallocation.layouts import RankLayout
+from reallocation.resharding import reshard
+from reallocation.stored import StoredModel
+
+BASE = argument(
+    "--base", type=Path, metavar="MODEL", help="of an adapter: the model, where it does not say a directory"
+)
+COMPARES = "training"
+"""The environment whose numpy compares."""
+
+
+@command(
+    "reshard",
+    "write a checkpoint with a set of files for each rank of a parallel layout, or back",
+    argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a model's directory, whole or in any layout"),
+    argument("--to", required=True, metavar="LAYOUT", help="like tp=4,pp=2; tp=1,pp=1: the whole checkpoint as it was"),
+    argument("--output", type=Path, metavar="DIR", help="by default beside it, like NAME-tp4-pp2"),
+    BASE,
+    JSON,
+    group="keep",
+)
+def _reshard(options: argparse.Namespace) -> None:
+    layout = RankLayout.parse(options.to)
+    path = options.checkpoint.resolve()
+    if not path.is_dir():
+        raise UserError(
+            f"checkpoint {options.checkpoint} is no directory. Give a model's, as save_pretrained writes it."
+        )
+    suffix = str(layout) if layout.ranks > 1 else "whole"
+    target = options.output or path.with_name(f"{path.name}-{suffix.replace('=', '').replace(',', '-')}")
+    start, begin = time.monotonic(), time.process_time()
+    found = reshard(StoredModel(options.checkpoint, base=options.base), layout, target.absolute())
+    seconds = time.monotonic() - start
+    if options.json:
+        told = {"output": str(target), "layout": str(layout), "files": found.files, "bytes": found.bytes}
+        told |= {"ranks": found.ranks, "left_out": found.left_out, "was_there": found.was_there}
+        spent = round(time.process_time() - begin, 3)
+        print(json.dumps({**told, "seconds": round(seconds, 3), "cpu_seconds": spent}))
+        return
+    console = make_console()
+    if found.was_there:
+        say(console, f"{relative(target)} has been written before.")
+    else:
+        what = f"{plural(found.files, 'file')} for {plural(found.ranks, 'rank')}, {megabytes(found.bytes)}"
+        say(console, f"{relative(target)}: {what} in {seconds:.1f} s")
+    if found.left_out:
+        say(console, f"left out, other formats of the weights: {', '.join(found.left_out)}")
+
+
+@command(
+    "diff",
+    "which tensors of two checkpoints differ, and by how much; exit code 0: none, 1: some",
+    argument("first", type=Path, metavar="CHECKPOINT", help="a model's directory, whole or in any layout"),
+    argument("second", type=Path, metavar="CHECKPOINT", help="another one"),
+    BASE,
+    JSON,
+    group="read",
+)
+def _diff(options: argparse.Namespace) -> int:
+    for path in (options.first, options.second):
+        StoredModel(path, base=options.base)  # its mistakes are told here
+    paths = [str(path.absolute()) for path in (options.first, options.second, options.base) if path is not None]
+    found = json.loads(ask(EnvironmentConfig(), COMPARES, ["-m", "reallocation", *paths], "compare checkpoints"))
+    differences = found["differences"]
+    if options.json:
+        print(json.dumps(found))
+        return int(bool(differences))
+    console = make_console()
+    if differences:
+        table = Table()
+        table.add_column("tensor")
+        table.add_column("what")
+        for title in ("differ", "of", "largest", "mean"):
+            table.add_column(title, justify="right")
+        for row in differences:
+            table.add_row(*_words(row))
+        console.print(table)
+    say(console, f"{len(differences)} of {plural(found['tensors'], 'tensor')} differ")
+    return int(bool(differences))
+
+
+def _words(row: dict[str, object]) -> list[str]:
+    """One line of the table."""
+    kind = str(row["kind"])
+    if kind == "missing":
+        kind = f"only in the {'first' if row['second'] is None else 'second'}"
+    elif kind in ("shape", "dtype"):
+        kind = f"{row['first']} and {row['second']}"
+    if row["not_finite"]:
+        kind += f"; {row['not_finite']} not finite"
+    counts = ["" if row[name] is None else f"{row[name]:,}" for name in ("differ", "elements")]
+    sizes = ["" if row[name] is None else f"{row[name]:.3g}" for name in ("largest", "mean")]
+    return [str(row["name"]), kind, *counts, *sizes]

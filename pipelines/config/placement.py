@@ -1,0 +1,181 @@
+"""Where and when the stages of a run compute: which devices each is given, and which may run beside each other."""
+
+from typing import Any, Literal, Self, TypeAlias
+
+from pydantic import model_validator
+
+from contracts.config import Section, runtime
+from contracts.errors import did_you_mean
+from contracts.fingerprint import digest
+
+Strategy: TypeAlias = Literal["flattening", "interleaving", "separation", "async", "colocated"]
+STRATEGIES: tuple[Strategy, ...] = ("flattening", "interleaving", "separation", "async", "colocated")
+WHOLE: tuple[Strategy, ...] = ("flattening", "colocated")
+"""Strategies by which a stage has all devices of this machine."""
+SEPARATING: tuple[Strategy, ...] = ("separation", "async")
+"""Strategies by which generation and training have pools of their own."""
+
+
+class PoolSection(Section):
+    """Devices that only the stages of this pool are given. A number or a list is short for `devices`.
+
+    `devices` are of this machine; `partition` and `nodes` are of a scheduler's cluster.
+    """
+
+    devices: int | list[int] | None = runtime(None)
+    """How many, or which ones, counted from 0: GPUs, or this machine's cores where it has none. Pools that say how many
+    take them in the order in which they are written, after those that say which."""
+    partition: str | None = runtime(None, min_length=1)
+    """Partition of the scheduler, where the jobs of these stages go."""
+    nodes: str | None = runtime(None, min_length=1)
+    """Nodes of the scheduler's cluster that only these stages use, as it writes them: "gpu[01-04],gpu07"."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_devices(cls, value: Any) -> Any:
+        return {"devices": value} if isinstance(value, int | list) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        asked = [self.devices] if isinstance(self.devices, int) else self.devices
+        if asked is not None and (not asked or min(asked) < isinstance(self.devices, int)):
+            raise ValueError(
+                f"devices is {self.devices}; it must be a number of devices, at least 1, or a list of them, counted "
+                "from 0."
+            )
+        if isinstance(self.devices, list) and len(set(self.devices)) < len(self.devices):
+            raise ValueError(f"devices is {self.devices}, which names a device twice. Take one out.")
+        return self
+
+
+class LayoutSection(Section):
+    """How a stage is spread over its devices. A key that is not set is as the stage's own section says, or follows from
+    the number of devices."""
+
+    dp: int | None = runtime(None, ge=1)
+    """Data parallel size of a training."""
+    tp: int | None = runtime(None, ge=1)
+    """Tensor parallel size of a training. That of a generation is part of what it computes:
+    generation.tensor_parallel."""
+    pp: int | None = runtime(None, ge=1)
+    """Pipeline parallel size of a training."""
+    sp: int | None = runtime(None, ge=1)
+    """Sequence parallel size of a training."""
+    zero: Literal[0, 1, 2, 3, "fsdp2"] | None = runtime(None)
+    """Sharding of a training over its dp processes."""
+    offload: list[Literal["optimizer", "param"]] | None = runtime(None)
+    """What DeepSpeed offloads of a training to CPU memory."""
+    micro_batch_tokens: int | None = runtime(None, ge=1)
+    """Tokens per forward and backward pass of one process of a training, padding included."""
+    gradient_checkpointing: bool | None = runtime(None)
+    """Whether a training recomputes activations in the backward pass: less memory, more time."""
+    replicas: int | None = runtime(None, ge=1)
+    """Engines of a generation, or copies of a scorer's model."""
+
+
+class StagePlacementSection(Section):
+    """Where some stages run. A word is short for `pool`: {reference: scoring}."""
+
+    pool: str | None = runtime(None)
+    """The pool whose devices they are given; by default the one that the strategy says."""
+    layout: LayoutSection = runtime(LayoutSection())
+    """How each is spread over them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_word(cls, value: Any) -> Any:
+        return {"pool": value} if isinstance(value, str) else value
+
+
+class ExpectedRoleSection(Section):
+    """What the stages of one role are expected to take."""
+
+    seconds: list[float] = runtime(min_length=1)
+    """Of the stage in each iteration, the earliest first; the last one is that of all later ones."""
+    first: int = runtime(0, ge=0)
+    """The iteration of the first of them."""
+    error: float = runtime(ge=0)
+    """One standard deviation of that, as a share."""
+    basis: Literal["measured", "scaled", "analytic"] = runtime()
+    """What it is known from: runs of stages alike, of others, or data sheets alone."""
+
+    def seconds_of(self, iteration: int | None) -> float:
+        """Of the stage in an iteration."""
+        number = max(0, (iteration or 0) - self.first)
+        return self.seconds[min(number, len(self.seconds) - 1)]
+
+
+class ExpectationSection(Section):
+    """What a plan is expected to take, written by `pipeline plan search`; nobody has to."""
+
+    chosen: str = runtime()
+    """found, or the strategy that it could not beat."""
+    seconds: float = runtime(ge=0)
+    """Of the run."""
+    error: float = runtime(ge=0)
+    """One standard deviation of that, in seconds."""
+    iterations: int = runtime(ge=0)
+    """Of the run."""
+    lag: int = runtime(0, ge=0)
+    """With which it was planned."""
+    devices: str = runtime()
+    """What it was planned for."""
+    seed: int = runtime(0, ge=0)
+    """Of the search."""
+    config: str = runtime()
+    """Digest of what the run computes, for which it was planned."""
+    plan: str = runtime()
+    """Digest of the rest of this section: if keys of it are changed later, nothing of this holds."""
+    stages: dict[str, ExpectedRoleSection] = runtime({})
+    """By role."""
+
+
+class PlacementSection(Section):
+    """Where and when stages run; nothing of it changes what they publish. A word is short for `strategy`, and
+    `placement: FILE.yaml` reads the section from a file."""
+
+    strategy: Strategy = runtime("flattening")
+    """flattening: every stage on all devices, one after another; interleaving: stages that do not need each other at
+    the same time, on parts of the devices; separation: generation and scoring on one pool, training on another; async:
+    the same, with the generation of an iteration beside the training of the one before, for runs with a `lag`;
+    colocated: engine and trainer in turns on the same devices, the one asleep while the other works."""
+    streaming: bool = runtime(False)
+    """Start a scoring on the shards that its generation has finished so far, where there is room beside it."""
+    pools: dict[str, PoolSection] = runtime({})
+    """Devices by names of yours: {generation: [0, 1], training: 2}. No two have one in common. A stage is in the pool
+    that its entry in `stages` names, else in the one that is called as its kind (generation, scoring, training), a
+    scoring else in that of generation."""
+    stages: dict[str, StagePlacementSection] = runtime({})
+    """Pool and layout of some stages: {reference: {pool: scoring}, generation: {layout: {tp: 2}}}. A key is generation,
+    scoring, training or light, the role of a stage in its iteration, its name, or a pattern with *. Of several entries
+    for a stage the later one holds, key by key."""
+    expected: ExpectationSection | None = runtime(None)
+    """What `pipeline plan search` expects it to take, for the report to compare with what it has taken."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        owners: dict[int, str] = {}
+        for name, pool in self.pools.items():
+            for device in pool.devices if isinstance(pool.devices, list) else []:
+                if (other := owners.setdefault(device, name)) != name:
+                    raise ValueError(
+                        f"pools.{other} and pools.{name} both have device {device}. A device is in one pool: take it "
+                        "out of one of them."
+                    )
+        for key, entry in self.stages.items():
+            if entry.pool is not None and entry.pool not in self.pools:
+                raise ValueError(
+                    f"stages.{key}.pool is {entry.pool!r}, which is no pool.{did_you_mean(entry.pool, self.pools)} "
+                    f"Known: {', '.join(self.pools) or 'none; add it to `pools`'}."
+                )
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Of all that it decides."""
+        return digest(self.model_dump(mode="json", exclude={"expected"}, exclude_defaults=True))
+
+    @property
+    def expectation(self) -> ExpectationSection | None:
+        """What is expected of it; None also where it was changed since."""
+        return self.expected if self.expected is not None and self.expected.plan == self.digest else None

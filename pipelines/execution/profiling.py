@@ -1,0 +1,173 @@
+"""From what runs leave to profiles: each stage's manifest, and what the driver and a supervisor saw of it."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from contracts.artifacts import Artifact
+from contracts.errors import TransientError, UserError
+from contracts.hardware import processor
+from contracts.manifest import MANIFEST
+from pipelines.config.run import RunConfig
+from pipelines.execution.attempts import decision_of
+from pipelines.execution.endings import PUBLISHER, parts_of
+from pipelines.execution.supervisor import DECISION, REQUEST, request_of
+from pipelines.graph import Graph, Node
+from pipelines.iteration import build_graph
+from pipelines.machine import cores, gpu_count
+from pipelines.planning.cluster import cluster_of, threads_here
+from pipelines.planning.placement import placed_if_possible
+from pipelines.planning.profiles.datasheets import DataSheet, device_here
+from pipelines.planning.profiles.predict import ProfilePredictor
+from pipelines.planning.profiles.rows import Profile, Timing, beginnings, profile_of
+from pipelines.planning.profiles.store import ProfileStore
+from pipelines.run.directory import RunDirectory
+from pipelines.run.events import StagePublished, StageStarted
+
+THREADS = "OMP_NUM_THREADS"
+
+
+def timing_of(node: Node, graph: Graph, attempt: Path, published: float) -> Timing | None:
+    """What an attempt that has published took, by its files.
+
+    Args:
+        published: when it counted as published.
+
+    Returns:
+        None where its files are not there any more, or it went on with what an earlier one had made.
+    """
+    if _goes_on(attempt):
+        return None
+    try:
+        asked = min((attempt / name).stat().st_mtime for name in (DECISION, REQUEST))  # a job decides when it starts
+        threads = request_of(attempt).environment.get(THREADS, "")
+        parts = parts_of(attempt)
+        ends = [json.loads((part / "exit.json").read_bytes()) for part in parts]
+        started = min(float(end["started"]) for end in ends)
+        ended = max(float(end["ended"]) for end in ends)
+    except (OSError, ValueError, KeyError, TypeError, TransientError):
+        return None
+    inputs = [graph.nodes[need].output / MANIFEST for need in node.needs]
+    ready = max([asked, *(path.stat().st_mtime for path in inputs if path.exists())])
+    tasks = sum(part.name != PUBLISHER for part in parts)
+    return Timing(
+        queue=max(0.0, started - ready),
+        life=max(0.0, ended - started),
+        lag=max(0.0, published - ended),
+        tasks=max(1, tasks),
+        threads=int(threads) if threads.isdecimal() else 0,
+    )
+
+
+def _goes_on(attempt: Path) -> bool:
+    """Whether an earlier attempt may have made a part of what this one has published."""
+    name, _, number = attempt.name.rpartition("-")
+    before = attempt.with_name(f"{name}-{int(number) - 1}")
+    mine, its = decision_of(attempt), decision_of(before)
+    return mine is not None and its is not None and (mine.key, mine.hidden_key) == (its.key, its.hidden_key)
+
+
+def profiles_of(run: RunDirectory) -> list[Profile]:
+    """What each stage of a run took that this run has made itself and that is still there."""
+    graph = placed_if_possible(build_graph(run.config, run.iterations), cluster_of(run.config))
+    started: dict[str, tuple[str, float]] = {}
+    published: dict[str, tuple[str, float]] = {}
+    for event in run.events():
+        if isinstance(event, StageStarted):
+            started[event.stage] = event.attempt, event.time
+        elif isinstance(event, StagePublished) and event.stage in started:
+            published[event.stage] = started[event.stage][0], event.time
+    begun = _beginnings(graph, run.config)
+    found = (
+        _profile(graph.nodes[stage], graph, run.path / "logs" / stage / attempt, time, run.config, begun[stage])
+        for stage, (attempt, time) in published.items()
+        if stage in graph.nodes
+    )
+    return [row for row in found if row is not None]
+
+
+def _beginnings(graph: Graph, config: RunConfig) -> dict[str, tuple[bool, bool]]:
+    return beginnings(graph, cluster_of(config).parallel)
+
+
+def _profile(
+    node: Node, graph: Graph, attempt: Path, published: float, config: RunConfig, begun: tuple[bool, bool]
+) -> Profile | None:
+    try:
+        manifest = Artifact.open(node.output).manifest
+    except UserError:  # it was deleted, or is damaged: `verify` tells
+        return None
+    timing = timing_of(node, graph, attempt, published)
+    if timing is None:
+        return None
+    return profile_of(node, graph, manifest, timing, str(config.executor.entry(node).kind), begun)
+
+
+class ProfileRecorder:
+    """Adds what the stages of a run took to the store, as they are published."""
+
+    def __init__(self, graph: Graph, config: RunConfig) -> None:
+        self._graph = graph
+        self._config = config
+        self._nodes: Mapping[str, Node] = {}
+        self._begun: dict[str, tuple[bool, bool]] = {}
+
+    def add(self, node: Node, attempt: Path, published: float) -> None:
+        """Append what a stage took that has just been published.
+
+        Raises:
+            OSError, TransientError: the store cannot be written.
+        """
+        store = ProfileStore()
+        if not store.is_kept:
+            return
+        if self._nodes is not self._graph.nodes:  # for the first time, or since the run was taken back
+            self._nodes, self._begun = self._graph.nodes, _beginnings(self._graph, self._config)
+        profile = _profile(node, self._graph, attempt, published, self._config, self._begun[node.name])
+        if profile is not None:
+            store.append([profile])
+
+
+def threads_of(node: Node, config: RunConfig) -> int:
+    """Threads of each process of a stage on this machine."""
+    given = config.environments.of(node.environment).variables.get(THREADS) or os.environ.get(THREADS, "")
+    return int(given) if given.isdecimal() else threads_here(config.executor)
+
+
+def predictor_for(
+    config: RunConfig,
+    *,
+    runs: Iterable[RunDirectory] = (),
+    device: str = "",
+    sheet: DataSheet | None = None,
+    stored: bool = True,
+) -> ProfilePredictor:
+    """What predicts the stages of a run, by the store, by the run itself where it has begun, and by other runs.
+
+    Args:
+        device: what stages with models compute on: a data sheet's name, or a GPU's or processor's own; by default what
+            this machine has.
+        sheet: its data sheet, where it is not as it is usually built (other links).
+        stored: whether to read the store.
+    """
+    profiles = list(_profiles(config, runs, stored=stored))
+    return ProfilePredictor(
+        profiles,
+        device or device_here(),
+        processor=None if device else processor(),
+        sheet=sheet,
+        threads=lambda node: threads_of(node, config),
+        parallel=cluster_of(config).parallel,
+        warm=config.executor.warm,
+        cores=None if device or gpu_count() else cores(),
+    )
+
+
+def _profiles(config: RunConfig, runs: Iterable[RunDirectory], *, stored: bool) -> Iterator[Profile]:
+    if stored:
+        yield from ProfileStore().read()
+    if (config.run_directory / "run.json").is_file():
+        yield from profiles_of(RunDirectory(config.run_directory))
+    for run in runs:
+        yield from profiles_of(run)

@@ -1,0 +1,347 @@
+"""`pipeline plan`: who runs where and when, before it does. Durations are those of the run's own stages, where it has
+any.
+
+What it says of time follows from the rule by which the driver starts stages (pipelines/planning/scheduling.py).
+"""
+
+import itertools
+import json
+import statistics
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.config.executor import HERE
+from pipelines.config.run import RunConfig
+from pipelines.graph import Graph, Node
+from pipelines.insight.remaining import seconds_by_role
+from pipelines.planning.cluster import Cluster, cluster_as_written
+from pipelines.planning.entries import check_entries
+from pipelines.planning.memory import device_of, estimated, require_memory, size
+from pipelines.planning.preflight import device_mistakes, input_mistakes, model_mistakes
+from pipelines.planning.scheduling import critical_path, in_order, schedule, shortest, streams
+from pipelines.run.directory import RunDirectory
+from pipelines.run.events import Event
+from pipelines.text import numbers, say
+
+WIDTH = 100
+"""Characters of the timeline."""
+UNIT = 1.0
+"""What a stage with a model takes where nothing is known; the others then take no time."""
+BESIDE = "beside"
+"""The lane of stages that are given no device."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage: where it runs, and when."""
+
+    stage: str
+    role: str
+    iteration: int | None
+    workload: str
+    executor: str
+    pool: str
+    devices: list[int] | None
+    """Of this machine, for it alone; None: it shares all of them, or a scheduler chooses."""
+    layout: str
+    start: float
+    end: float
+    measured: bool
+    """Whether stages of its role have been seen, so that its duration is theirs."""
+    critical: bool
+
+
+@dataclass(frozen=True)
+class PlannedPool:
+    """Devices, and what they have to do."""
+
+    name: str
+    devices: list[int]
+    idle: float
+    """The share of the run in which they compute nothing."""
+
+
+@dataclass(frozen=True)
+class PlanView:
+    """A run's plan."""
+
+    strategy: str
+    streaming: bool
+    lag: int
+    unit: str
+    """seconds, or units where nothing is known of any stage."""
+    devices: str
+    """What this machine has, or the one that the config is written for."""
+    total: float
+    shortest: float
+    """No order of these stages is shorter."""
+    alone: float
+    """All of them, one after another."""
+    critical: list[str]
+    pools: list[PlannedPool]
+    stages: list[PlannedStage]
+
+
+def view_plan(graph: Graph, config: RunConfig, cluster: Cluster, events: list[Event]) -> PlanView:
+    """The plan of a placed graph.
+
+    Args:
+        graph: placed.
+        config: the run's.
+        cluster: what it is placed on.
+        events: of the run so far, for the durations.
+    """
+    seconds, measured = durations(graph, events)
+    followers = streams(graph, config)
+    times = schedule(in_order(graph, config), cluster, seconds, streams=followers)
+    return plan_of(graph, config, cluster, seconds, measured, times)
+
+
+def plan_of(
+    graph: Graph,
+    config: RunConfig,
+    cluster: Cluster,
+    seconds: Mapping[str, float],
+    measured: Collection[str],
+    times: Mapping[str, tuple[float, float]],
+) -> PlanView:
+    """The plan of a placed graph whose stages take so long, and start and end then.
+
+    Args:
+        graph: placed.
+        config: the run's.
+        cluster: what it is placed on.
+        seconds: by stage.
+        measured: the roles that have been seen; without any, `seconds` are units.
+        times: by stage.
+    """
+    followers = streams(graph, config)
+    path = critical_path(graph.nodes.values(), seconds, followers)
+    stages = [_planned(node, times[node.name], measured, set(path), cluster) for node in graph.nodes.values()]
+    total = max((end for _, end in times.values()), default=0.0)
+    return PlanView(
+        strategy=config.placement.strategy,
+        streaming=config.placement.streaming,
+        lag=config.lag,
+        unit="seconds" if measured else "units",
+        devices=f"{cluster.devices} {cluster.unit}{'s' * (cluster.devices != 1)}",
+        total=total,
+        shortest=shortest(graph.nodes.values(), seconds, followers),
+        alone=sum(seconds.values()),
+        critical=path,
+        pools=_pools([one for one in stages if _has_devices(graph.nodes[one.stage])], total, cluster),
+        stages=stages,
+    )
+
+
+def durations(graph: Graph, events: list[Event]) -> tuple[dict[str, float], set[str]]:
+    """What each stage is expected to take, and the roles that have been seen.
+
+    One whose role has not is expected to take what others of its kind did; where nothing has been seen, every stage
+    with a model takes one unit.
+    """
+    known = seconds_by_role(graph, events)
+    if not known:
+        return {name: UNIT * node.stage.uses_devices(node.config) for name, node in graph.nodes.items()}, set()
+    by_stage: dict[str, list[float]] = {}
+    for node in graph.nodes.values():
+        if node.role in known:
+            by_stage.setdefault(node.stage.name, []).append(known[node.role])
+    usual = statistics.median(known.values())
+    found = {}
+    for name, node in graph.nodes.items():
+        alike = by_stage.get(node.stage.name)
+        found[name] = known.get(node.role, statistics.median(alike) if alike else usual)
+    return found, set(known)
+
+
+def _planned(
+    node: Node, times: tuple[float, float], measured: Collection[str], critical: set[str], cluster: Cluster
+) -> PlannedStage:
+    placement = node.placement
+    assert placement is not None
+    layout = node.stage.layout(node.config)
+    shown = layout.shown or (f"replicas={layout.processes}" if layout.processes > 1 else "")
+    return PlannedStage(
+        stage=node.name,
+        role=node.role,
+        iteration=node.iteration,
+        workload=node.workload,
+        executor=placement.executor,
+        pool=placement.pool,
+        devices=list(placement.devices) if placement.exclusive else None,
+        layout=shown,
+        start=times[0],
+        end=times[1],
+        measured=node.role in measured,
+        critical=node.name in critical,
+    )
+
+
+def _has_devices(node: Node) -> bool:
+    return node.stage.uses_devices(node.config)
+
+
+def _pools(stages: list[PlannedStage], total: float, cluster: Cluster) -> list[PlannedPool]:
+    """Pools of this machine; without any, all of its devices. Stages without devices keep none of them busy."""
+    groups: dict[str, list[PlannedStage]] = {}
+    for stage in stages:
+        if stage.executor in HERE and stage.devices != []:
+            groups.setdefault(stage.pool, []).append(stage)
+    found = []
+    for name, members in groups.items():
+        if cluster.is_divided:
+            devices = sorted({device for stage in members for device in stage.devices or ()})
+            work = sum((stage.end - stage.start) * len(stage.devices or ()) for stage in members)
+            room = len(devices) * total
+        else:
+            devices = list(range(cluster.gpus or cluster.cores))
+            work, room = sum(stage.end - stage.start for stage in members), cluster.parallel * total
+        found.append(PlannedPool(name, devices, max(0.0, 1 - work / room) if room else 0.0))
+    return found
+
+
+def print_plan(console: Console, view: PlanView) -> None:
+    """The plan as a table, a timeline, the critical path and what stands idle."""
+    lag = f", lag {view.lag}" if view.lag else ""
+    also = f"{', streaming' if view.streaming else ''}{lag}"
+    say(console, f"strategy {view.strategy}{also}; {view.devices}")
+    table = Table("stage", "iterations", "runs on", "layout", view.unit)
+    for row in _rows(view):
+        table.add_row(*row)
+    console.print(table)
+    say(console, *timeline(view), "")
+    no_less = f"no order of these stages takes less than {view.shortest:.4g}"
+    say(console, f"{view.total:.4g} {view.unit} in all; {no_less}, and one after another they take {view.alone:.4g}.")
+    say(console, "critical path:", *_by_iteration(view))
+    for pool in view.pools:
+        say(
+            console,
+            f"{f'pool {pool.name}' if pool.name else 'all devices'} ({numbers(pool.devices)}): idle {pool.idle:.0%}",
+        )
+    if view.unit == "units":
+        say(console, "How long stages take is not known yet: each with a model counts as one unit, the others as none.")
+    elif unseen := sorted({stage.role for stage in view.stages if not stage.measured}):
+        say(console, f"not seen yet, and expected to take what stages of their kind do: {', '.join(unseen)}")
+
+
+def _rows(view: PlanView) -> Iterator[tuple[str, str, str, str, str]]:
+    """One for the stages of a role that run alike."""
+    groups: dict[tuple[str, str, str], list[PlannedStage]] = {}
+    for stage in view.stages:
+        groups.setdefault((stage.role, runs_on(stage, view), stage.layout), []).append(stage)
+    for (role, where, layout), members in groups.items():
+        iterations = [stage.iteration for stage in members if stage.iteration is not None]
+        times = sorted({round(stage.end - stage.start, 1) for stage in members})
+        shown = " to ".join(f"{time:g}" for time in dict.fromkeys((times[0], times[-1])))
+        yield role, numbers(iterations), where, layout, shown
+
+
+def _by_iteration(view: PlanView) -> Iterator[str]:
+    """The critical path, a line for each iteration that it goes through."""
+    stages = {stage.stage: stage for stage in view.stages}
+    for iteration, names in itertools.groupby(view.critical, lambda name: stages[name].iteration):
+        where = "before" if iteration is None else f"iteration {iteration}"
+        yield f"  {where}: {', '.join(stages[name].role for name in names)}"
+
+
+def runs_on(stage: PlannedStage, view: PlanView) -> str:
+    """What a stage runs on."""
+    pool = f" {stage.pool}" if stage.pool else ""
+    if stage.executor not in HERE:
+        return f"{stage.executor}{pool}"
+    if stage.devices is None:
+        return f"all of {view.devices}"
+    return f"{stage.executor}{pool}: {numbers(stage.devices)}" if stage.devices else f"{stage.executor}: beside"
+
+
+def timeline(view: PlanView, width: int = WIDTH, end: str = "") -> list[str]:
+    """A line for each device, or for those that do the same, with what it computes from left to right.
+
+    Args:
+        end: what its end is called; by default its time in the plan's unit.
+    """
+    if not view.total:
+        return []
+    lanes = lanes_of(view)
+    margin = max(map(len, lanes))
+    marks = f"0{end or f'{view.total:.4g} {view.unit}':>{width - 1}}"
+    return [f"{'':<{margin}}  {marks}"] + [
+        f"{label:<{margin}}  {_drawn(stages, view.total, width)}" for label, stages in lanes.items()
+    ]
+
+
+def lanes_of(view: PlanView) -> dict[str, list[PlannedStage]]:
+    """What each device computes, or all of those that compute the same, in the order of their start."""
+    timed = [stage for stage in view.stages if stage.end > stage.start]
+    by_device: dict[int, list[PlannedStage]] = {}
+    shared: dict[str, list[list[PlannedStage]]] = {}
+    for stage in sorted(timed, key=lambda stage: stage.start):
+        if stage.executor in HERE and stage.devices:
+            for device in stage.devices:
+                by_device.setdefault(device, []).append(stage)
+            continue
+        name = stage.executor if stage.executor not in HERE else BESIDE if stage.devices == [] else "all devices"
+        rows = shared.setdefault(f"{name} {stage.pool}".strip(), [])
+        row = next((row for row in rows if row[-1].end <= stage.start), None)
+        if row is None:
+            rows.append([stage])
+        else:
+            row.append(stage)
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for device in sorted(by_device):
+        alike.setdefault(tuple(stage.stage for stage in by_device[device]), []).append(device)
+    unit = view.devices.split()[-1].removesuffix("s")
+    lanes = {f"{unit} {numbers(devices)}": by_device[devices[0]] for devices in alike.values()}
+    for name, rows in shared.items():
+        lanes |= {name if number == 0 else f"{name} ({number + 1})": row for number, row in enumerate(rows)}
+    return lanes
+
+
+def _drawn(stages: list[PlannedStage], total: float, width: int) -> str:
+    line = ["."] * width
+    for stage in stages:
+        begin = min(width - 1, round(stage.start / total * width))
+        end = max(begin + 1, round(stage.end / total * width))
+        label = stage.role.rpartition("/")[2] if stage.iteration is None else f"{stage.iteration} {stage.role}"
+        room = end - begin
+        line[begin:end] = f"[{label[: room - 2]:=<{room - 2}}]" if room > 2 else "[" + "]" * (room - 1)
+    return "".join(line).rstrip()
+
+
+def as_json(view: PlanView) -> str:
+    """The same as one JSON object."""
+    data: dict[str, Any] = asdict(view)
+    return json.dumps(data, indent=1)
+
+
+def check_plan(graph: Graph, config: RunConfig) -> list[str]:
+    """What was looked at and found right, a line each.
+
+    Raises:
+        UserError: the plan asks for more than there is, for what a model cannot take, or a file that is not there.
+    """
+    check_entries(graph, config)
+    cluster = cluster_as_written(config)
+    for mistake in itertools.chain(input_mistakes(graph), device_mistakes(graph, cluster), model_mistakes(graph)):
+        raise mistake
+    device = device_of(config)
+    needs, unknown = estimated(graph, on_gpu=device.gpus > 0)
+    require_memory(graph, config, device, needs)
+    lines = [f"{len(graph.nodes)} stages have their devices, by placement.strategy={config.placement.strategy}"]
+    lines.append("the layouts are such as their models can take")
+    if needs:
+        largest = max(needs, key=lambda name: needs[name].total)
+        lines.append(f"memory: {largest} takes most, {size(needs[largest].total)}, estimated for {device.name}")
+    if unknown:
+        lines.append(f"not known: the memory of {', '.join(sorted(unknown)[:3])}{' and others' * (len(unknown) > 3)}")
+    return lines
+
+
+def events_of(config: RunConfig) -> list[Event]:
+    """What has happened in the run that a config describes; nothing where there is none yet."""
+    return RunDirectory(config.run_directory).events() if config.run_directory.is_dir() else []

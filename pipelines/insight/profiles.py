@@ -1,0 +1,143 @@
+"""`pipeline profile`: what is known of how long a run's stages take, from what, and what a short run would add."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.config.run import RunConfig
+from pipelines.graph import Graph, Node
+from pipelines.planning.memory import short, size
+from pipelines.planning.prediction import Prediction, Predictor
+from pipelines.planning.profiles.rows import Profile
+from pipelines.text import say
+
+PROMPTS = 64
+"""Prompts of a short run, of each kind."""
+STEPS = 8
+"""Optimizer steps of each of its trainings; what a policy imitates first is learned in more of them, because nothing
+can be preferred in the babble of one that has learned nothing."""
+IMITATION = 16
+
+
+@dataclass(frozen=True)
+class KnownStages:
+    """Stages of which the same is known."""
+
+    stages: list[str]
+    stage: str
+    basis: str
+    """What a prediction stands on; empty: nothing can be said."""
+    seconds: float | None
+    error: float | None
+    memory: int | None
+    source: str
+    short_seconds: float | None
+    """What one of them is expected to take in a short run; None where that is not known."""
+
+    @property
+    def is_hole(self) -> bool:
+        """Whether no run has shown how long they take."""
+        return self.basis in ("", "analytic")
+
+
+def known_stages(graph: Graph, short_graph: Graph, predictor: Predictor) -> list[KnownStages]:
+    """What is known of a run's stages, those together of which the same is.
+
+    Args:
+        graph: of the run, placed.
+        short_graph: of a short run of the same.
+        predictor: what predicts both.
+    """
+    groups: dict[tuple[str, Prediction | None], list[Node]] = {}
+    for node in graph.nodes.values():
+        groups.setdefault((node.stage.name, predictor.predict(node, graph)), []).append(node)
+    found = []
+    for (stage, prediction), nodes in groups.items():
+        twin = short_graph.nodes.get(nodes[0].name)
+        there = predictor.predict(twin, short_graph) if twin is not None else None
+        found.append(
+            KnownStages(
+                stages=[node.name for node in nodes],
+                stage=stage,
+                basis=prediction.basis if prediction is not None else "",
+                seconds=prediction.seconds if prediction is not None else None,
+                error=prediction.error if prediction is not None else None,
+                memory=prediction.memory if prediction is not None else None,
+                source=prediction.source if prediction is not None else "nothing is known of how much it has to do",
+                short_seconds=there.seconds if there is not None else None,
+            )
+        )
+    return found
+
+
+def short_overrides(config: RunConfig, prompts: int, steps: int) -> list[str]:
+    """What makes a run of one iteration of a config short: few prompts, few optimizer steps."""
+    # Half as many held-out ones: two amounts of the same kind tell what does not depend on the amount.
+    found = [f"prompts.heldout.limit={_at_most(max(1, prompts // 2), config.prompts.heldout.limit)}"]
+    found.append(f"prompts.per_iteration={_at_most(prompts, config.prompts.per_iteration)}")
+    found.append(f"training.max_steps={_at_most(steps, config.training.max_steps)}")
+    if config.sft is not None:
+        found.append(f"sft.max_steps={_at_most(IMITATION * steps, config.sft.max_steps)}")
+    if config.critic is not None:
+        found.append(f"critic.max_steps={_at_most(steps, config.critic.max_steps)}")
+    if config.reward_model is not None:
+        found.append(f"reward_model.prompts.limit={_at_most(prompts, config.reward_model.prompts.limit)}")
+        found.append(f"reward_model.training.max_steps={_at_most(steps, config.reward_model.training.max_steps)}")
+    return found
+
+
+def _at_most(wanted: int, given: int | None) -> int:
+    return wanted if given is None else min(wanted, given)
+
+
+def with_needs(graph: Graph, names: Iterable[str]) -> Graph:
+    """Some stages of a graph, and all that they need."""
+    wanted: set[str] = set()
+    left = [name for name in names if name in graph.nodes]
+    while left:
+        name = left.pop()
+        if name not in wanted:
+            wanted.add(name)
+            left += graph.nodes[name].needs
+    return graph.with_nodes({name: node for name, node in graph.nodes.items() if name in wanted})
+
+
+def print_known(console: Console, known: list[KnownStages]) -> None:
+    """A table of them, and which have never run."""
+    table = Table("stages", "known by", "seconds", "error", "memory", "short run")
+    for group in known:
+        table.add_row(
+            short(group.stages),
+            group.basis or "nothing",
+            "" if group.seconds is None else f"{group.seconds:.1f}",
+            "" if group.error is None else f"{group.error:.0%}",
+            "" if group.memory is None else size(group.memory),
+            f"{group.short_seconds:.1f} s" if group.is_hole and group.short_seconds is not None else "",
+        )
+    console.print(table)
+    holes = [group for group in known if group.is_hole]
+    if not holes:
+        say(console, "Runs have shown how long all of these take.")
+        return
+    say(console, f"{len(holes)} kinds of stages have not been run on such a device.")
+
+
+def print_profiles(console: Console, profiles: list[Profile]) -> None:
+    """A table of what stages took."""
+    table = Table("when", "stage", "of", "device", "queue", "start", "load", "compute", "hand-off", "memory")
+    for row in sorted(profiles, key=lambda row: row.created):
+        times = (f"{value:.1f}" for value in (row.queue, row.start, row.load, row.compute, row.handoff))
+        what = " ".join(filter(None, (row.stage, row.variant)))
+        peak = "" if row.memory is None else size(row.memory)
+        table.add_row(row.created, what, row.role, row.device, *times, peak)
+    console.print(table)
+
+
+def as_json(known: list[KnownStages], overrides: list[str]) -> str:
+    """The same as one JSON object, with what makes a run short."""
+    stages: list[dict[str, Any]] = [{**asdict(group), "is_hole": group.is_hole} for group in known]
+    return json.dumps({"stages": stages, "short_run": overrides}, indent=1)

@@ -1,0 +1,267 @@
+"""`pipeline plan search`: from a run's config and what is known of its stages to a plan, and why it is this one."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from rich.console import Console
+from rich.table import Table
+
+from contracts.errors import UserError
+from pipelines.config.cluster import MachinesSection
+from pipelines.config.placement import PlacementSection
+from pipelines.config.run import RunConfig
+from pipelines.execution.profiling import predictor_for
+from pipelines.insight.driver_time import costs_here
+from pipelines.iteration import build_graph
+from pipelines.planning.cluster import (
+    Cluster,
+    cluster_as_written,
+    cluster_of_machines,
+    config_on_machines,
+    threads_here,
+)
+from pipelines.planning.memory import Device, device_of, size
+from pipelines.planning.preflight import input_mistakes
+from pipelines.planning.profiles.datasheets import sheet_of_machines
+from pipelines.planning.search.evaluation import ExpectedRun, SearchedRun
+from pipelines.planning.search.finding import (
+    CAUTIOUS,
+    FOUND,
+    SearchAnswer,
+    differences,
+    plans_of,
+    search_plan,
+    taking,
+)
+from pipelines.planning.search.plan_file import planned_section
+from pipelines.planning.search.plans import as_data
+from pipelines.planning.simulation import DriverCosts
+from pipelines.run.directory import RunDirectory
+from pipelines.text import lasting, plural, say
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One plan of the table."""
+
+    name: str
+    seconds: float
+    error: float
+    """One standard deviation, in seconds."""
+    device_hours: float
+    memory: int
+    """Bytes on the fullest device."""
+    idle: float
+    bases: dict[str, float]
+    """What is known of its stages, by share of their time."""
+
+
+@dataclass(frozen=True)
+class SearchView:
+    """What there is to say of a search with one lag."""
+
+    lag: int
+    iterations: int
+    devices: str
+    plans: list[PlanRow]
+    impossible: dict[str, str]
+    chosen: str
+    reason: str
+    gain: float | None
+    """Seconds by which the found plan is expected to be faster than the best strategy, and: """
+    gain_error: float | None
+    """one standard deviation of that, and: """
+    chance: float | None
+    """the share of draws of the errors in which it is."""
+    changes: list[str]
+    """What the found plan (the cautious one, where that is taken) does otherwise than the best strategy."""
+    space: int | None
+    """How many plans there are, where all were looked at."""
+    evaluated: int
+    search_seconds: float
+    in_time: bool
+    bound: float
+    searched: float | None
+    left_out: dict[str, int]
+    out_of_room: int
+    memory_unknown: list[str]
+    found: dict[str, object] | None
+    """The section of the found plan, adopted or not."""
+    plan: dict[str, object]
+    """The section of the plan to take."""
+
+
+def setting_of(
+    config: RunConfig, iterations: int, machines: MachinesSection | None, runs: Sequence[RunDirectory]
+) -> SearchedRun:
+    """What plans are made for: a run, this machine or others, and what is known of its stages.
+
+    Raises:
+        UserError: there is no data sheet of such GPUs, or what the run reads does not exist.
+    """
+    if machines is None:
+        cluster: Callable[[RunConfig], Cluster] = cluster_as_written
+        device = device_of(config)
+        predictor = predictor_for(config, runs=runs)
+    else:
+        sheet = sheet_of_machines(machines)
+        cluster = partial(cluster_of_machines, section=machines)
+        device = Device(f"{machines.total} {sheet.name}", sheet.memory, machines.total)
+        predictor = predictor_for(config, runs=runs, device=sheet.name)
+        predictor.sheet = sheet
+    planned = config if machines is None else config_on_machines(config)
+    graph = build_graph(planned, iterations)
+    for mistake in input_mistakes(graph):
+        raise mistake
+    return SearchedRun(
+        config=planned,
+        graph=graph,
+        predictor=predictor,
+        device=device,
+        cluster_of=cluster,
+        threads=threads_here(planned.executor),
+        driver=costs_here(config, runs) or DriverCosts(),
+    )
+
+
+def searched(
+    setting: SearchedRun, *, seed: int, seconds: float, take: str | None = None
+) -> tuple[SearchView, PlacementSection]:
+    """Search, and say what was found; and the section to take.
+
+    Args:
+        setting: what plans are made for.
+        seed: of the search, and of the draws of the errors.
+        seconds: after which the search ends.
+        take: the plan of the table to take, whatever the search would.
+
+    Raises:
+        UserError: nothing is known of a stage, or no plan fits, or there is none that is called so.
+    """
+    answer = search_plan(setting, seed=seed, seconds=seconds)
+    if take is not None:
+        answer = taking(answer, take)
+    section = planned_section(answer, setting, seed)
+    best = min(answer.fixed.values(), key=lambda run: run.seconds, default=None)
+    comparison = answer.comparison
+    runs = plans_of(answer.fixed, answer.found, answer.cautious)
+    new = answer.cautious if answer.name == CAUTIOUS else answer.found
+    view = SearchView(
+        lag=setting.graph.lag,
+        iterations=max((node.iteration or 0 for node in setting.graph.nodes.values()), default=0),
+        devices=setting.device.name,
+        plans=[_row(name, run, answer) for name, run in runs.items()],
+        impossible=dict(answer.impossible),
+        chosen=answer.name,
+        reason=answer.reason,
+        gain=comparison.gain if comparison is not None else None,
+        gain_error=comparison.error if comparison is not None else None,
+        chance=comparison.chance if comparison is not None else None,
+        changes=differences(new, best) if new is not None and best is not None else [],
+        space=answer.finding.space,
+        evaluated=answer.finding.evaluated,
+        search_seconds=answer.finding.seconds,
+        in_time=answer.finding.in_time,
+        bound=answer.bound,
+        searched=answer.searched_seconds,
+        left_out=dict(answer.left_out),
+        out_of_room=answer.out_of_room,
+        memory_unknown=list(answer.memory_unknown),
+        found=as_data(answer.found.section) if answer.found is not None else None,
+        plan=as_data(section),
+    )
+    return view, section
+
+
+def _row(name: str, run: ExpectedRun, answer: SearchAnswer) -> PlanRow:
+    return PlanRow(
+        name=name,
+        seconds=run.seconds,
+        error=answer.errors[name],
+        device_hours=run.device_hours,
+        memory=run.memory,
+        idle=run.idle,
+        bases=run.bases,
+    )
+
+
+def fastest(views: Sequence[SearchView]) -> int:
+    """Of searches with several lags the one whose plan takes least."""
+    return min(range(len(views)), key=lambda number: (_taken(views[number]).seconds, views[number].lag))
+
+
+def _taken(view: SearchView) -> PlanRow:
+    return next(row for row in view.plans if row.name == view.chosen)
+
+
+def print_search(console: Console, view: SearchView) -> None:
+    """A table of the plans, which of them to take, and why."""
+    lag = f", lag {view.lag}" if view.lag else ""
+    say(console, f"{plural(view.iterations, 'iteration')} on {view.devices}{lag}")
+    table = Table("plan", "takes", "±", "device-hours", "memory", "idle", "known by")
+    for row in sorted(view.plans, key=lambda row: (row.name in (CAUTIOUS, FOUND), row.seconds)):
+        table.add_row(
+            row.name,
+            lasting(row.seconds),
+            lasting(row.error),
+            f"{row.device_hours:.3g}",
+            size(row.memory) if row.memory else "",
+            f"{row.idle:.0%}",
+            ", ".join(f"{basis} {share:.0%}" for basis, share in row.bases.items() if share >= 0.005),
+        )
+    console.print(table)
+    for name, reason in view.impossible.items():
+        say(console, f"{name} cannot be: {reason}")
+    say(console, f"take {view.chosen}: {view.reason}.")
+    if view.changes:
+        which = CAUTIOUS if view.chosen == CAUTIOUS else FOUND
+        say(console, f"the {which} plan beside the best strategy:", *(f"  {change}" for change in view.changes))
+    say(console, *_how(view))
+
+
+def _how(view: SearchView) -> list[str]:
+    """How thoroughly was searched, and what was left out."""
+    if view.space is not None:
+        lines = [f"all {plural(view.space, 'plan')} were looked at, in {lasting(view.search_seconds)}"]
+    else:
+        lines = [f"{plural(view.evaluated, 'plan')} were looked at, in {lasting(view.search_seconds)}"]
+    if not view.in_time:
+        lines[0] += "; the time was over before the search was: with more of it (--seconds) it may find better ones"
+    if view.searched is not None:
+        lines.append(
+            f"no plan can take less than {lasting(view.bound)} for the iterations that were searched; the found one "
+            f"takes {lasting(view.searched)}"
+        )
+    for reason, count in view.left_out.items():
+        lines.append(f"left out: {plural(count, 'layout')}, {reason}")
+    if view.out_of_room:
+        lines.append(f"left out: {plural(view.out_of_room, 'plan')}, whose stages have no room at the same time")
+    if view.memory_unknown:
+        lines.append(
+            f"the memory of {', '.join(view.memory_unknown)} is not known: their layouts are left as they are written"
+        )
+    least = min(_taken(view).bases, key=("analytic", "scaled", "measured").index, default="measured")
+    if least == "analytic":
+        lines.append(
+            "some stages are known by data sheets alone: run one iteration, and search again by what it has taken"
+        )
+    return lines
+
+
+def as_json(views: Sequence[SearchView], taken: int) -> str:
+    """All searches, and which of them was taken."""
+    return json.dumps({"taken": taken, "searches": [asdict(view) for view in views]}, indent=1)
+
+
+def require_lags(text: str) -> list[int]:
+    """The lags that a command line lists.
+
+    Raises:
+        UserError: one of them is no number from 0 on.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"--lags is {text!r}; it must be numbers from 0 on, with commas: --lags 0,1.")
+    return sorted({int(word) for word in words})

@@ -1,0 +1,88 @@
+"""`pipeline plan simulate`: from a run's plan, machines and past runs to a simulation."""
+
+import itertools
+from collections.abc import Sequence
+
+from contracts.errors import UserError
+from pipelines.config.cluster import MachinesSection
+from pipelines.config.run import RunConfig
+from pipelines.execution.profiling import predictor_for, threads_of
+from pipelines.graph import Graph
+from pipelines.insight.driver_time import costs_here
+from pipelines.insight.simulation import SimulationView, view_simulation
+from pipelines.planning.cluster import (
+    Cluster,
+    cluster_as_written,
+    cluster_of_machines,
+    config_on_machines,
+)
+from pipelines.planning.draws import draw_runs
+from pipelines.planning.entries import check_entries
+from pipelines.planning.memory import Device, device_of, estimated, require_memory, size
+from pipelines.planning.preflight import device_mistakes, input_mistakes, model_mistakes
+from pipelines.planning.profiles.datasheets import sheet_of_machines
+from pipelines.planning.scheduling import in_order, streams
+from pipelines.planning.simulation import DriverCosts, Surroundings, contention, predict_all, simulate, with_queue
+from pipelines.run.directory import RunDirectory
+from pipelines.run.plan import Plan
+
+DRAWS = 200
+
+
+def simulated(
+    plan: Plan, machines: MachinesSection | None, runs: Sequence[RunDirectory], *, draws: int = DRAWS, seed: int = 0
+) -> SimulationView:
+    """Simulate a run.
+
+    Args:
+        plan: of the run, on these machines.
+        machines: what it is to run on; None: this machine.
+        runs: what to learn from, beside the stored profiles and the run itself.
+        draws: how many runs to draw; none of them on a machine of which nothing is said to be uncertain.
+        seed: of the draws.
+
+    Raises:
+        UserError: there is no data sheet of such GPUs; or the run could not be had on them: what it reads does not
+            exist, its layouts do not go with its models or take more GPUs than there are, or it needs more memory.
+    """
+    config, cluster = plan.config, cluster_as_written(plan.config)
+    device = device_of(config)
+    sheet = None
+    if machines is not None:
+        config, cluster = config_on_machines(config), cluster_of_machines(config, machines)
+        sheet = sheet_of_machines(machines)
+        device = Device(f"{machines.total} {sheet.name}", sheet.memory, machines.total)
+    graph = plan.graph
+    check_entries(graph, config)
+    for mistake in itertools.chain(
+        input_mistakes(graph), device_mistakes(graph, cluster), model_mistakes(graph, without_weights=True)
+    ):
+        raise mistake
+    needs, _ = estimated(graph, on_gpu=device.gpus > 0)
+    require_memory(graph, config, device, needs)
+    predictor = predictor_for(config, runs=runs, device=sheet.name if sheet is not None else "")
+    if sheet is not None:
+        predictor.sheet = sheet
+    driver = costs_here(plan.config, runs)
+    order = in_order(graph, config)
+    surroundings = surroundings_of(graph, config, cluster, driver)
+    predictions = predict_all(graph, predictor)
+    if machines is not None:
+        predictions = with_queue(predictions, order, machines.queue.seconds)
+    found = simulate(order, cluster, predictions, surroundings, bound=True)
+    if (breaking := found.breaking(device.bytes)) is not None:
+        name, wanted = breaking
+        raise UserError(
+            f"stage {name}, and what runs at the same time, take {size(wanted)} of {device.name}, which has "
+            f"{size(device.bytes)}. {graph.nodes[name].stage.memory_fix}"
+        )
+    drawn = draw_runs(found, graph, config.executor, machines, count=draws, seed=seed) if found.predictions else None
+    return view_simulation(
+        found, graph, config, machines=machines, room=device.bytes, driver=driver, draws=drawn, seed=seed
+    )
+
+
+def surroundings_of(graph: Graph, config: RunConfig, cluster: Cluster, driver: DriverCosts | None) -> Surroundings:
+    """What decides when stages start and end, beside their order, their devices and what they take."""
+    demands, room = contention(graph.nodes.values(), cluster, lambda node: threads_of(node, config))
+    return Surroundings(streams(graph, config), driver or DriverCosts(), demands, room)

@@ -1,0 +1,162 @@
+"""A simulated run many times, with what may go otherwise: queues, slow stages, failures, wrong predictions.
+
+What is assumed: how wrong a prediction is, is the same for all stages of a kind in a run (whoever knows too little of
+trainings is wrong in each of them). Queues, slow stages and failures are independent of each other; failures come at a
+constant rate for each device. A failed stage gives its devices back, waits as `executor.backoff_seconds` says, and goes
+on from what it had finished: whole shards, or the last training state that it saved.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipelines.config.cluster import MachinesSection
+from pipelines.config.executor import ExecutorSection, pause_before
+from pipelines.graph import Graph, Node
+from pipelines.planning.estimates import GraphOutlook
+from pipelines.planning.prediction import Prediction
+from pipelines.planning.scheduling import StageWork
+from pipelines.planning.simulation import Simulation, kind_of
+
+OUTSIDE = 0.1
+"""Share of the draws below an interval, and share above it."""
+MOST_ATTEMPTS = 1000
+"""Of a stage in a draw: with more it never ends."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What came out, each in ascending order."""
+
+    totals: list[float]
+    """Seconds of the run."""
+    held: list[float]
+    """Device-seconds in which stages have devices, failed attempts too."""
+    failures: float
+    """Attempts that fail in a run, on average."""
+    stopped: float
+    """Share of the runs in which a stage fails more often than it is tried again, and the command has to be given
+    once more."""
+
+    @property
+    def finishes(self) -> bool:
+        """Whether most of them come to their end by themselves; what the others take is no time of a run."""
+        return self.stopped <= 0.5
+
+    @property
+    def median(self) -> float:
+        """Seconds: half of the runs take longer."""
+        return _quantile(self.totals, 0.5)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Seconds between which eight of ten runs are."""
+        return _quantile(self.totals, OUTSIDE), _quantile(self.totals, 1 - OUTSIDE)
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    position = share * (len(values) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (position - low) * (values[high] - values[low])
+
+
+def pieces_of(node: Node, graph: Graph, prediction: Prediction) -> float:
+    """Seconds of computing after which a stage has something finished that a further attempt does not make again."""
+    saves = getattr(node.config, "checkpoint_seconds", None)
+    if saves is not None:
+        return float(saves)
+    path = node.output if node.workload == "generation" else getattr(node.config, "rollouts", None)
+    answers = GraphOutlook(graph).answers_of(path) if path is not None else None
+    if answers is None:
+        return prediction.compute
+    at_once = max(1, node.stage.layout(node.config).processes)
+    return prediction.compute / max(1, math.ceil(answers.shards / at_once))
+
+
+def draw_runs(
+    simulation: Simulation,
+    graph: Graph,
+    executor: ExecutorSection,
+    machines: MachinesSection | None,
+    *,
+    count: int,
+    seed: int,
+) -> Draws:
+    """Simulate a run so many times.
+
+    Args:
+        simulation: the run in which all goes as predicted.
+        graph: its stages.
+        executor: how often, and after what pause, a failed stage is tried again.
+        machines: what goes otherwise; None: nothing but that predictions are wrong.
+        count: how many times.
+        seed: of the draws: the same gives the same.
+    """
+    chance = random.Random(seed)
+    pieces = {node.name: pieces_of(node, graph, one) for node, one in _known(simulation)}
+    totals, held, failures, stopped = [], [], 0, 0
+    for _ in range(count):
+        works = _draw(simulation, executor, machines, pieces, chance)
+        times = simulation.surroundings.course(simulation.order, simulation.cluster, works)
+        totals.append(max((one.end for one in times.values()), default=0.0))
+        held.append(sum(times[node.name].held * simulation.devices_of(node) for node in simulation.order))
+        failures += sum(len(work.failures) for work in works.values())
+        stopped += any(len(work.failures) > executor.retries for work in works.values())
+    return Draws(sorted(totals), sorted(held), failures / count, stopped / count)
+
+
+def _known(simulation: Simulation) -> list[tuple[Node, Prediction]]:
+    found = ((node, simulation.predictions.get(node.name)) for node in simulation.order)
+    return [(node, one) for node, one in found if one is not None]
+
+
+def _draw(
+    simulation: Simulation,
+    executor: ExecutorSection,
+    machines: MachinesSection | None,
+    pieces: Mapping[str, float],
+    chance: random.Random,
+) -> dict[str, StageWork]:
+    """What each stage takes in one run."""
+    works = {name: StageWork(0.0) for name in simulation.unknown}
+    wrong: dict[str, float] = {}
+    for node, one in _known(simulation):
+        kind = kind_of(node)
+        if kind not in wrong:
+            wrong[kind] = math.exp(chance.gauss(0, math.log1p(one.error)))  # half of them less than 1, one in six above
+        factor, queue = wrong[kind], one.queue
+        failures: tuple[tuple[float, float], ...] = ()
+        compute, fixed = factor * one.compute, factor * (one.start + one.load)
+        handoff = factor * one.handoff
+        devices = simulation.devices_of(node)
+        if machines is not None and devices:
+            if chance.random() < machines.stragglers.share:
+                compute *= machines.stragglers.factor
+            queue *= math.exp(chance.gauss(0, machines.queue.spread))
+            if machines.hours_between_failures is not None:
+                between = 3600 * machines.hours_between_failures / devices
+                piece = compute * (pieces[node.name] / one.compute if one.compute else 1.0)
+                failures, compute = _fail(fixed, compute, handoff, piece, between, executor, chance)
+        demand = simulation.surroundings.demands.get(node.name, 0.0)
+        works[node.name] = StageWork(fixed + compute + handoff, queue, demand, failures)
+    return works
+
+
+def _fail(
+    fixed: float,
+    compute: float,
+    handoff: float,
+    piece: float,
+    between: float,
+    executor: ExecutorSection,
+    chance: random.Random,
+) -> tuple[tuple[tuple[float, float], ...], float]:
+    """The attempts at a stage that fail, and what the last one has still to compute."""
+    failures: list[tuple[float, float]] = []
+    while (at := chance.expovariate(1 / between)) < fixed + compute + handoff and len(failures) < MOST_ATTEMPTS:
+        done = min(compute, max(0.0, at - fixed))
+        compute -= done if done == compute else piece * (done // piece) if piece else done
+        failures.append((at, pause_before(len(failures) + 1, executor.backoff_seconds, chance)))
+    return tuple(failures), compute

@@ -1,0 +1,1 @@
+"""What stages took, and what they would take: profiles of runs, data sheets of devices, and predictions by both."""

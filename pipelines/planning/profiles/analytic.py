@@ -1,0 +1,207 @@
+"""What stages would take by the operations and bytes of their models and a device's data sheet: a roofline.
+
+A part of the work takes as long as its operations at the share of the peak that such work reaches, or as its bytes at
+the share of the bandwidth, whichever is longer (Williams, Waterman, Patterson 2009). Nothing here has been measured on
+the device, and nothing is known of what shares it.
+
+P is a model's number of parameters, M those of its layers' matrices, V the vocabulary, h the hidden size, q and k the
+widths of queries and keys, i that of the feed-forward layers, a the bytes of a number.
+"""
+
+import math
+from dataclasses import dataclass
+
+from contracts.model_size import Size
+from contracts.operations import Operations
+from pipelines.planning.profiles.datasheets import DataSheet
+
+COMPUTE_SHARE = 0.4
+"""Of the peak that large matrix products reach in training: 44 % to 52 % in Megatron-LM (arXiv 2104.04473, table 1),
+less in small models."""
+BANDWIDTH_SHARE = 0.6
+"""Of the memory's bandwidth that decoding reaches."""
+LINK_SHARE = 0.7
+"""Of the links' bandwidth that collectives reach."""
+DISPATCH_SECONDS = {True: 60e-6, False: 150e-6}
+"""For each layer and pass, on a GPU and on a CPU, however small the batch: a dozen kernels of 5 us, or of 12 us."""
+COLLECTIVE_SECONDS = 20e-6
+"""For each collective, however small."""
+OPTIMIZER_BYTES = {True: 28, False: 12}
+"""Of each parameter in an optimizer step: AdamW reads weight, gradient and two moments and writes three of them, fp32;
+plain gradient descent reads two and writes one."""
+START_SECONDS = {"generation": 15.0, "annotation": 5.0, "training": 5.0}
+"""Process and imports of a stage, by its package; a light stage's own are LIGHT_START_SECONDS."""
+LIGHT_START_SECONDS = 1.0
+ENGINE_SECONDS = {True: 30.0, False: 5.0}
+"""Building an engine beside reading its weights, on a GPU (with its graphs) and on a CPU."""
+HANDOFF_SECONDS = 0.5
+"""Publishing small files."""
+FIRST_SECONDS = 0.3
+"""What a stage with a model computes for however little it has to do: its first passes, its own small files. By the
+processors' seconds of the quickstart's reward model for 256 to 3072 answers (`pipeline profile list RUN --json`)."""
+LIGHT_SECONDS, ROW_SECONDS = 0.2, 3e-5
+"""What a light stage computes for, and for each of its rows: by those of its rules for 256 to 6144 answers."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds, by what they are for."""
+
+    start: float
+    load: float
+    compute: float
+    handoff: float
+
+
+def matrices(size: Size) -> int:
+    """M: numbers in the matrices that every token passes, without the vocabulary's: 2 h q + 2 h k + 3 h i a layer."""
+    layer = 2 * size.hidden * (size.query_width + size.key_width) + 3 * size.hidden * size.intermediate
+    return size.layers * layer
+
+
+def forward_operations(size: Size, tokens: int, length: int, logits: int) -> float:
+    """Operations of a forward pass: 2 M for each token, 2 V h for each position with logits, and 4 q for each layer,
+    token and token that it looks back on, half of `length` in the mean (Kaplan et al. 2020, arXiv 2001.08361)."""
+    attention = 4 * size.layers * size.query_width * tokens * (length / 2)
+    return 2.0 * matrices(size) * tokens + 2.0 * size.vocabulary * size.hidden * logits + attention
+
+
+def compute_seconds(work: Operations, sheet: DataSheet) -> float:
+    """What a stage computes for, by its kind, on devices of one kind."""
+    if work.kind == "training":
+        return FIRST_SECONDS + training_seconds(work, sheet)
+    if work.kind == "sampling":
+        return FIRST_SECONDS + prefill_seconds(work, sheet) + decode_seconds(work, sheet)
+    return FIRST_SECONDS + scoring_seconds(work, sheet)
+
+
+def _roof(operations: float, moved: float, number: int, sheet: DataSheet) -> float:
+    return max(operations / (COMPUTE_SHARE * sheet.rate(number)), moved / (BANDWIDTH_SHARE * sheet.bandwidth))
+
+
+def _collective(moved: float, sheet: DataSheet, *, far: bool = False) -> float:
+    return moved / (LINK_SHARE * (sheet.network if far else sheet.link)) + COLLECTIVE_SECONDS
+
+
+def scoring_seconds(work: Operations, sheet: DataSheet) -> float:
+    """Forward passes of `batch` tokens, over all copies: each reads the weights once."""
+    size, copies = work.model, max(1, work.layout.dp)
+    passes = math.ceil(work.tokens / max(1, work.batch) / copies)
+    operations = forward_operations(size, work.tokens, work.length, work.logits) / copies
+    moved = passes * size.parameters * work.number
+    return _roof(operations, moved, work.number, sheet) + passes * size.layers * DISPATCH_SECONDS[sheet.is_gpu]
+
+
+def prefill_seconds(work: Operations, sheet: DataSheet) -> float:
+    """The prompts' forward passes, of 2048 tokens at least, in each copy."""
+    size, layout = work.model, work.layout
+    copies, parts = max(1, layout.dp), max(1, layout.tp)
+    tokens = work.prompt_tokens / copies
+    passes = math.ceil(tokens / 2048)
+    operations = forward_operations(size, work.prompt_tokens, work.length, 0) / copies / parts
+    moved = passes * size.parameters * work.number / parts
+    seconds = _roof(operations, moved, work.number, sheet) + passes * size.layers * DISPATCH_SECONDS[sheet.is_gpu]
+    if parts > 1:
+        seconds += passes * size.layers * 2 * _all_reduce(tokens / passes * size.hidden * work.number, parts, sheet)
+    return seconds
+
+
+def decode_seconds(work: Operations, sheet: DataSheet) -> float:
+    """Sampling, a token of `batch` sequences at a time: each such step reads the weights, and the keys and values of
+    all its sequences, half as many as they have in the end."""
+    size, layout = work.model, work.layout
+    copies, parts = max(1, min(layout.dp, work.sequences)), max(1, layout.tp)  # no copy samples a part of an answer
+    batch = max(1, work.batch)
+    steps = math.ceil(work.answer_tokens / copies / batch)
+    operations = forward_operations(size, batch, work.length, batch) / parts
+    cache = batch * size.cache_numbers * work.number * work.length / 2
+    moved = (size.parameters * work.number + cache) / parts
+    step = _roof(operations, moved, work.number, sheet) + size.layers * DISPATCH_SECONDS[sheet.is_gpu]
+    if parts > 1:
+        step += size.layers * 2 * _all_reduce(batch * size.hidden * work.number, parts, sheet)
+    return steps * step
+
+
+def _all_reduce(moved: float, parts: int, sheet: DataSheet, *, far: bool = False) -> float:
+    """A ring's: 2 (n - 1) / n of the bytes pass each process."""
+    return _collective(2 * (parts - 1) / parts * moved, sheet, far=far)
+
+
+def training_seconds(work: Operations, sheet: DataSheet) -> float:
+    """Optimizer steps: forward and backward passes of their micro-batches, gradients reduced, the optimizer's own step.
+
+    The backward pass takes twice the operations of the forward pass, or once where few parameters are trained
+    (adapters); activations that are computed again take one more. Tensor parallelism: four all-reduces of the
+    micro-batch's h a bytes a layer, two of them again where activations are computed again (Megatron-LM, arXiv
+    1909.08053). Pipeline parallelism of p stages: (p - 1) / (m + p - 1) of the time is a bubble, with m micro-batches
+    (GPipe, arXiv 1811.06965). Data parallelism: an all-reduce of 4 T bytes a step; ZeRO-3 and fsdp2 gather weights in
+    each pass and scatter gradients, half as much again (ZeRO, arXiv 1910.02054). Sequence parallelism: four exchanges
+    of all tokens a layer and pass (DeepSpeed Ulysses, arXiv 2309.14509). Offload: what is updated goes to the
+    machine's memory and back by PCIe in every step, with offloaded weights also in every pass.
+    """
+    size, layout, steps = work.model, work.layout, max(1, work.steps)
+    dp, tp, pp, sp = (max(1, part) for part in (layout.dp, layout.tp, layout.pp, layout.sp))
+    sharing = dp * sp
+    far = layout.nodes > 1 or layout.processes > sheet.devices
+    tokens = work.passes * work.tokens / steps / dp / sp  # of a step in one process
+    micro = max(1, math.ceil(tokens * sp / max(1, work.batch)))
+    few = work.trained < size.parameters / 10
+    factor = (2 if few else 3) + work.recomputes
+    logits = work.passes * work.logits / steps / dp / sp
+    operations = (factor + work.beside) * forward_operations(size, 1, work.length, 0) * tokens
+    operations += (factor + work.beside) * 2.0 * size.vocabulary * size.hidden * logits
+    moved = micro * (factor + work.beside) * size.parameters * work.number
+    passes = micro * (factor + work.beside)
+    dispatch = passes * size.layers / pp * DISPATCH_SECONDS[sheet.is_gpu]
+    compute = _roof(operations, moved, work.number, sheet) / tp / pp + dispatch
+    layers = size.layers / pp
+    activations = tokens / micro * size.hidden * work.number
+    if tp > 1:
+        compute += micro * layers * (4 + 2 * work.recomputes) * _all_reduce(activations, tp, sheet)
+    if sp > 1:
+        compute += micro * layers * factor * 4 * _collective(activations, sheet)
+    if pp > 1:
+        compute += micro * 2 * _collective(activations, sheet, far=far)
+        compute *= (micro + pp - 1) / micro
+    trained = work.trained / tp / pp
+    seconds = compute
+    gathers = layout.zero in (3, "fsdp2")
+    if sharing > 1:
+        seconds += _all_reduce((work.number if layout.zero else 4) * trained, sharing, sheet, far=far)
+    if sharing > 1 and gathers:
+        weights = size.parameters / tp / pp * work.number * (sharing - 1) / sharing
+        seconds += micro * (2 + work.recomputes) * _collective(weights, sheet, far=far)
+    owned = trained / (sharing if layout.zero else 1)
+    seconds += owned * OPTIMIZER_BYTES[True] / (BANDWIDTH_SHARE * sheet.bandwidth)
+    if "optimizer" in layout.offload:
+        seconds += owned * (4 + work.number) / (LINK_SHARE * sheet.pcie)
+    if "param" in layout.offload:
+        seconds += micro * (2 + work.recomputes) * size.parameters * work.number / sharing / (LINK_SHARE * sheet.pcie)
+    return steps * seconds
+
+
+def load_seconds(work: Operations, sheet: DataSheet) -> float:
+    """Reading the weights from a disk, and moving them to the device; of a sampling, building its engine."""
+    held = work.model.parameters * work.number / max(1, work.layout.tp) / max(1, work.layout.pp)
+    seconds = (1 + work.beside) * (held / sheet.disk + held / sheet.pcie)
+    return seconds + (ENGINE_SECONDS[sheet.is_gpu] if work.kind == "sampling" else 0.0)
+
+
+def handoff_seconds(work: Operations, sheet: DataSheet) -> float:
+    """Writing what is published: of a training its weights, which are read again to compare them."""
+    if work.kind != "training":
+        return HANDOFF_SECONDS
+    return HANDOFF_SECONDS + 2 * work.model.parameters * work.number / sheet.disk
+
+
+def model_costs(work: Operations, package: str, sheet: DataSheet) -> Costs:
+    """What a stage with a model takes that starts from nothing."""
+    start = START_SECONDS.get(package, LIGHT_START_SECONDS)
+    return Costs(start, load_seconds(work, sheet), compute_seconds(work, sheet), handoff_seconds(work, sheet))
+
+
+def light_costs(rows: int, written: int, sheet: DataSheet) -> Costs:
+    """What a stage takes that computes with no model, for so many rows, and for so many bytes of a model that it makes,
+    and of one that it reads for it."""
+    moving = written / sheet.disk
+    return Costs(LIGHT_START_SECONDS, moving, LIGHT_SECONDS + rows * ROW_SECONDS, HANDOFF_SECONDS + moving)

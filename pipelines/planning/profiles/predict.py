@@ -1,0 +1,380 @@
+"""Predictions of what stages take: by runs of stages alike where there are any, else by data sheets.
+
+    measured   the median of stages alike in all that counts: name, what they compute with which model, how much of it,
+               layout, device and threads
+    scaled     of the nearest ones: their time, times the ratio of the analytic costs of both (analytic.py)
+    analytic   the costs themselves
+
+How wrong each of these is, is computed from the profiles: each group of stages alike is predicted from the others, as
+if it had never run, and analytically.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+import msgspec
+
+from contracts.operations import Operations
+from pipelines.config.executor import HERE
+from pipelines.graph import Graph, Node
+from pipelines.planning.prediction import Basis, Prediction
+from pipelines.planning.profiles import analytic
+from pipelines.planning.profiles.analytic import Costs
+from pipelines.planning.profiles.datasheets import DataSheet, name_of, sheet_of
+from pipelines.planning.profiles.rows import Profile, amount_of, beginnings
+from pipelines.planning.profiles.store import latest_of_each
+from pipelines.text import plural
+
+NEAREST = 8
+"""Runs that a prediction is made from at most: the nearest, the latest of these."""
+FEW = 3
+"""Predictions that can be compared with what was measured, below which their error is not known."""
+ASSUMED: dict[Basis, float] = {"measured": 0.3, "scaled": 0.5, "analytic": 1.0}
+"""What is assumed of the error then."""
+SPREAD = 1.5
+"""How many times as much the largest amount must be as the smallest, for a line through them."""
+QUEUE_SECONDS = 60.0
+"""What a scheduler is assumed to take where no job of it has been seen."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What of a stage decides how long it takes."""
+
+    stage: str
+    variant: str
+    code: int
+    package: str
+    executor: str
+    device: str
+    threads: int
+    work: Operations | None
+    rows: int | None
+    bytes: int | None
+    first: bool
+    loaded: bool
+    role: str = ""
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Stages of the same kind are compared."""
+        return self.stage, self.variant
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A prediction of what a stage takes, as phases."""
+
+    costs: Costs
+    basis: Basis
+    runs: int
+    memory: int | None = None
+
+
+class ProfilePredictor:
+    """Predicts by profiles and, where there are none, by a data sheet (`pipelines.planning.prediction.Predictor`)."""
+
+    def __init__(
+        self,
+        profiles: Iterable[Profile],
+        device: str,
+        *,
+        processor: str | None = None,
+        sheet: DataSheet | None = None,
+        threads: Callable[[Node], int] = lambda node: 0,
+        parallel: int = 1,
+        warm: bool = True,
+        cores: int | None = None,
+    ) -> None:
+        """Know some profiles.
+
+        Args:
+            profiles: in any order; a stage that occurs twice counts once.
+            device: what stages with models compute on: a GPU or a processor as profiles name it, or a data sheet's.
+            processor: what others compute on, beside a GPU; empty where that is not known.
+            sheet: its data sheet, where it is not as it is usually built.
+            threads: of each process of a stage, on a CPU.
+            parallel: stages at once, of which each may have to load what a later one finds there.
+            warm: whether later stages find what earlier ones have loaded (executor.warm).
+            cores: that the processes of a stage share while they start; None: each has enough.
+        """
+        self.device = name_of(device)
+        self.sheet = sheet or sheet_of(device)
+        self.processor = processor if processor is not None else "" if self.sheet.is_gpu else self.device
+        self._threads = threads
+        self._parallel = parallel
+        self._warm = warm
+        self._cores = cores
+        self._rows: dict[tuple[str, str], list[Profile]] = {}
+        for row in reversed(latest_of_each(profiles)):
+            row = msgspec.structs.replace(row, device=name_of(row.device))
+            self._rows.setdefault((row.stage, row.variant), []).append(row)
+        self._known: dict[Task, tuple[_Judged, float, str] | None] = {}
+        self._costs: dict[tuple[Operations, str, int], Costs] = {}
+        self._errors: dict[Basis, dict[str, list[float]]] | None = None
+        self._begun: WeakKeyDictionary[Graph, dict[str, tuple[bool, bool]]] = WeakKeyDictionary()
+
+    def predict(self, node: Node, graph: Graph) -> Prediction | None:
+        """What a placed stage is expected to take; None where it cannot be known."""
+        task = self.task_of(node, graph)
+        if task not in self._known:
+            self._known[task] = self._judged(task)
+        if (found := self._known[task]) is None:
+            return None
+        judged, error, source = found
+        if judged.basis == "analytic" and task.work is None and task.bytes is None and node.stage.models(node.config):
+            return None  # its model's shape is not known: its rows say nothing of what it takes
+        costs, peak = judged.costs, judged.memory
+        if peak is None:
+            peak = amount_of(node, graph, on_gpu=self.sheet.is_gpu).memory
+        return Prediction(
+            compute=costs.compute,
+            load=costs.load,
+            start=costs.start,
+            handoff=costs.handoff,
+            queue=0.0 if task.executor in HERE else self._queue(task),
+            memory=peak,
+            basis=judged.basis,
+            error=error,
+            source=source,
+        )
+
+    def task_of(self, node: Node, graph: Graph) -> Task:
+        """What of a placed stage decides how long it takes."""
+        amount = amount_of(node, graph, on_gpu=self.sheet.is_gpu)
+        executor = node.placement.executor if node.placement is not None else "local"
+        if (begun := self._begun.get(graph)) is None:
+            begun = self._begun[graph] = beginnings(graph, self._parallel)
+        first, loaded = begun[node.name]
+        return Task(
+            stage=node.stage.name,
+            variant=amount.variant,
+            code=node.config.code_version,
+            package=node.package,
+            executor=executor,
+            device=self.device if amount.work is not None else self.processor,
+            threads=0 if self.sheet.is_gpu else self._threads(node),
+            work=amount.work,
+            rows=amount.rows,
+            bytes=amount.bytes,
+            first=first,
+            loaded=loaded or not self._warm or executor not in HERE,
+        )
+
+    def _judged(self, task: Task) -> tuple[_Judged, float, str] | None:
+        judged = self._by_rows(task, self._rows.get(task.kind, [])) or self._by_sheet(task)
+        if judged is None:
+            return None
+        errors = self._all_errors()[judged.basis]
+        own, all_of_them = errors.get(task.stage, []), [error for found in errors.values() for error in found]
+        known = own if len(own) >= FEW else all_of_them
+        if len(known) < FEW:
+            error, how = ASSUMED[judged.basis], "too few runs to compare: its error is assumed"
+        else:
+            error = math.sqrt(statistics.fmean(error**2 for error in known))
+            what = task.stage if known is own else "all stages"
+            how = f"its error by {plural(len(known), 'comparison')} of {what} with what was measured"
+        if judged.basis == "analytic":
+            said = f"by the data sheet: {self.sheet.source}" if task.work is not None else "by its rows and bytes"
+        else:
+            of = "alike" if judged.basis == "measured" else "of other sizes or layouts, by the ratio of their costs"
+            said = f"by {plural(judged.runs, 'run')} {of}"
+        return judged, error, f"{said}; {how}"
+
+    # By rows
+
+    def _by_rows(self, task: Task, rows: Sequence[Profile]) -> _Judged | None:
+        """The median of the nearest rows of a kind, each times the ratio of the costs."""
+        tiers: dict[int, list[Profile]] = {}
+        for row in rows:
+            if (tier := _tier(task, row)) is not None:
+                tiers.setdefault(tier, []).append(row)
+        if not tiers:
+            return None
+        tier = min(tiers)
+        near = sorted(tiers[tier], key=lambda row: self._distance(task, row))[:NEAREST]
+        ratios = [self._ratios(task, row) for row in near]
+        alike = any(row.first == task.first for row in _begun_as(task, near))
+        return _Judged(
+            Costs(
+                start=self._start(task, near),
+                load=self._load(task, near, [row for key in sorted(tiers) for row in tiers[key]]),
+                compute=self._compute(near, ratios, tier),
+                handoff=_median(row.handoff * ratio.handoff for row, ratio in zip(near, ratios, strict=True)),
+            ),
+            "measured" if tier == 0 and alike else "scaled",
+            len(near),
+            max((row.memory for row in near if row.memory is not None), default=None) if tier == 0 else None,
+        )
+
+    @staticmethod
+    def _compute(near: Sequence[Profile], ratios: Sequence[Costs], tier: int) -> float:
+        """The median of what stages computed for, each times its ratio; where only their amounts differ, and differ
+        enough among them, by the line through them, because a part of it is the same for any amount."""
+        amounts = [1 / ratio.compute for ratio in ratios]
+        if tier == 1 and max(amounts) > SPREAD * min(amounts):
+            fixed, rate = _line(amounts, [row.compute for row in near])
+            return fixed + rate
+        return _median(row.compute * ratio.compute for row, ratio in zip(near, ratios, strict=True))
+
+    def _load(self, task: Task, near: Sequence[Profile], rows: Sequence[Profile]) -> float:
+        """What stages took to load that had to, as this one has to, or that found what they needed.
+
+        Args:
+            rows: all that say something of it, the most alike first.
+        """
+        alike = _begun_as(task, near) or _begun_as(task, rows)[:NEAREST]
+        load = _median(
+            row.load * self._ratios(task, row).load * self._crowding(task) / self._crowding(row)
+            for row in alike or near
+        )
+        if not alike and task.loaded and task.work is not None:  # it was there each time
+            return max(load, self._cost(task.work, task).load)
+        return load
+
+    def _start(self, task: Task, near: Sequence[Profile]) -> float:
+        """What stages took to start that were the first of their environment as this one, or were not.
+
+        A stage of one process is forked from one that has imported what it needs; several import it anew, each for
+        itself, so that neither says anything of the other.
+        """
+        several = _processes(task) > 1
+        of_package = [row for rows in self._rows.values() for row in rows if row.package == task.package]
+        for rows in (near, of_package):
+            same = [row for row in rows if row.executor == task.executor and (_processes(row) > 1) == several]
+            if alike := [row.start for row in same if several or row.first == task.first]:
+                return _median(alike)
+        known = _median(row.start for row in near)
+        if task.first or several or task.executor not in HERE:
+            known = max([known, self._starting(task), *(row.start for row in of_package if row.first)])
+        return known * self._crowding(task)
+
+    def _crowding(self, one: Task | Profile) -> float:
+        """How many processes of a stage share a core while they start."""
+        return 1.0 if self._cores is None else max(1.0, _processes(one) / self._cores)
+
+    def _ratios(self, task: Task, row: Profile) -> Costs:
+        """Of the costs of a stage to those of a row."""
+        if task.work is None or row.work is None:
+            if bool(task.rows) != bool(row.rows) or bool(task.bytes) != bool(row.bytes):
+                return Costs(1.0, 1.0, 1.0, 1.0)
+            mine = analytic.light_costs(task.rows or 0, task.bytes or 0, self.sheet)
+            its = analytic.light_costs(row.rows, row.bytes, self.sheet)
+            load = mine.load / its.load if its.load else 1.0
+            return Costs(1.0, load, mine.compute / its.compute, mine.handoff / its.handoff)
+        mine, its = self._cost(task.work, task), self._cost(row.work, replace(task, threads=row.threads))
+        return Costs(1.0, mine.load / its.load, mine.compute / its.compute, mine.handoff / its.handoff)
+
+    def _distance(self, task: Task, row: Profile) -> float:
+        ratios = self._ratios(task, row)
+        return abs(math.log(max(ratios.compute, 1e-9)))
+
+    def _queue(self, task: Task) -> float:
+        waits = [row.queue for rows in self._rows.values() for row in rows if row.executor == task.executor]
+        return _median(waits) if waits else QUEUE_SECONDS
+
+    # By a data sheet
+
+    def _by_sheet(self, task: Task) -> _Judged | None:
+        if task.work is not None:
+            return _Judged(self._cost(task.work, task), "analytic", 0)
+        if task.rows is None and task.bytes is None:
+            return None
+        return _Judged(analytic.light_costs(task.rows or 0, task.bytes or 0, self.sheet), "analytic", 0)
+
+    def _starting(self, task: Task) -> float:
+        return analytic.START_SECONDS.get(task.package, analytic.LIGHT_START_SECONDS)
+
+    def _cost(self, work: Operations, task: Task) -> Costs:
+        key = (work, task.package, task.threads)
+        if key not in self._costs:
+            self._costs[key] = analytic.model_costs(work, task.package, _with_threads(self.sheet, task.threads))
+        return self._costs[key]
+
+    # How wrong they are
+
+    def _all_errors(self) -> dict[Basis, dict[str, list[float]]]:
+        """(measured - predicted) / predicted by basis and stage, each row predicted from the others."""
+        if self._errors is not None:
+            return self._errors
+        errors: dict[Basis, dict[str, list[float]]] = {"measured": {}, "scaled": {}, "analytic": {}}
+        for rows in self._rows.values():
+            for number, row in enumerate(rows):
+                task = _task_of(row)
+                if task.work is not None and row.device != self.device:
+                    continue
+                others = rows[:number] + rows[number + 1 :]
+                unlike = [other for other in others if _tier(task, other) != 0]
+                for judged in (self._by_rows(task, others), self._by_rows(task, unlike), self._by_sheet(task)):
+                    if judged is not None:
+                        costs = judged.costs
+                        whole = max(costs.start + costs.load + costs.compute + costs.handoff, 1e-9)
+                        errors[judged.basis].setdefault(task.stage, []).append((row.seconds - whole) / whole)
+        self._errors = errors
+        return errors
+
+
+def _task_of(row: Profile) -> Task:
+    fields = {name: getattr(row, name) for name in Task.__dataclass_fields__}
+    return Task(**{**fields, "rows": row.rows or None, "bytes": row.bytes or None})
+
+
+def _tier(task: Task, row: Profile) -> int | None:
+    """How unlike a row is: 0, alike in all that counts; 1, another amount; 2, another layout or number of threads, or
+    for stages without a model another device; 3, another model; None: it says nothing of it."""
+    if (task.work is None) != (row.work is None):
+        return None
+    if task.work is None or row.work is None:
+        same = task.rows in (row.rows or None, None) and task.bytes in (row.bytes or None, None)
+        return 0 if same and task.code == row.code and task.device == row.device else 1
+    if row.device != task.device:
+        return None
+    if task.work.model != row.work.model:
+        return 3
+    if task.work.layout != row.work.layout or task.threads != row.threads:
+        return 2
+    return 0 if task.work == row.work and task.code == row.code else 1
+
+
+def _processes(one: Task | Profile) -> int:
+    return 1 if one.work is None else one.work.layout.processes
+
+
+def _begun_as(task: Task, rows: Sequence[Profile]) -> list[Profile]:
+    """The rows that had to load what they compute with, or found it, as the task is expected to; where there are none,
+    those of which the same was expected: not every engine can be given other weights."""
+    found = [row for row in rows if row.loaded == task.loaded]
+    return found or [row for row in rows if row.expected == task.loaded]
+
+
+def _with_threads(sheet: DataSheet, threads: int) -> DataSheet:
+    """So many cores of a CPU, which the sheet has one of; a GPU as it is."""
+    if sheet.is_gpu or threads <= 1:
+        return sheet
+    times = float(threads)
+    return replace(sheet, bf16=times * sheet.bf16, fp32=times * sheet.fp32, bandwidth=times * sheet.bandwidth)
+
+
+def _line(amounts: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """The seconds for no amount and for each unit of it, neither below 0, by least squares of the relative errors."""
+    weights = [1 / max(value, 1e-3) ** 2 for value in seconds]
+    total = math.fsum(weights)
+    mean_x = math.fsum(w * x for w, x in zip(weights, amounts, strict=True)) / total
+    mean_y = math.fsum(w * y for w, y in zip(weights, seconds, strict=True)) / total
+    spread = math.fsum(w * (x - mean_x) ** 2 for w, x in zip(weights, amounts, strict=True))
+    both = math.fsum(w * (x - mean_x) * (y - mean_y) for w, x, y in zip(weights, amounts, seconds, strict=True))
+    rate = both / spread
+    fixed = mean_y - rate * mean_x
+    if rate < 0:
+        return mean_y, 0.0
+    if fixed < 0:
+        squares = math.fsum(w * x * x for w, x in zip(weights, amounts, strict=True))
+        return 0.0, math.fsum(w * x * y for w, x, y in zip(weights, amounts, seconds, strict=True)) / squares
+    return fixed, rate
+
+
+def _median(values: Iterable[float]) -> float:
+    return float(statistics.median(values))

@@ -1,0 +1,364 @@
+"""Which stages start when: the rule by which the driver starts them, and a run in advance by the same rule."""
+
+import heapq
+import math
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from pipelines.config.run import RunConfig
+from pipelines.graph import Graph, Node, Placement
+from pipelines.planning.cluster import Cluster
+from pipelines.planning.estimates import GraphOutlook
+
+Device = tuple[str, int]
+"""One device of an executor's."""
+Streams = Mapping[str, tuple[str, float]]
+"""By stages that follow another one: which, and the share of their own time that is left when that one has ended."""
+LOCAL = "local"
+BESIDE = -1
+"""Stands for the device of stages that are given none."""
+
+
+class Turn:
+    """Answers for one stage after another, the most urgent first, whether it may start beside those that run.
+
+    Devices that an urgent stage waits for are given to no later one: else stages that need few would for ever keep out
+    one that needs many.
+    """
+
+    def __init__(self, cluster: Cluster, taken: Iterable[Placement] = ()) -> None:
+        self._cluster = cluster
+        self._most = cluster.executor.parallel if cluster.is_divided else None
+        self._stages = 0
+        self._taken: dict[str, list[int]] = {}  # bit d of the k-th, by executor: more than k stages have device d
+        self._kept: dict[str, int] = {}
+        for placement in taken:
+            self.take(placement)
+
+    def admits(self, placement: Placement) -> bool:
+        """Whether a stage may start now; if so it has started."""
+        shares = self._cluster.shares(placement)
+        if shares is not None:
+            taken, kept = self._taken.get(placement.executor, ()), self._kept.get(placement.executor, 0)
+            barred = kept | (taken[shares - 1] if shares <= len(taken) else 0)
+            if (self._most is not None and self._stages >= self._most) or barred & placement.bits:
+                self._kept[placement.executor] = kept | placement.bits
+                return False
+        self.take(placement)
+        return True
+
+    def release(self, placement: Placement) -> None:
+        """A stage that was admitted needs its devices no more."""
+        self._stages -= 1
+        bits = placement.bits
+        taken = self._taken[placement.executor]
+        for number in reversed(range(len(taken))):
+            here = taken[number] & bits
+            taken[number] ^= here
+            bits ^= here
+
+    def start_again(self) -> None:
+        """Ask anew, from the most urgent stage on: nothing is kept for any yet."""
+        self._kept.clear()
+
+    def take(self, placement: Placement) -> None:
+        self._stages += 1
+        bits = placement.bits
+        taken = self._taken.setdefault(placement.executor, [])
+        for number, had in enumerate(taken):
+            taken[number], bits = had | bits, had & bits
+        if bits:
+            taken.append(bits)
+
+
+def _devices(placement: Placement) -> list[Device]:
+    return [(placement.executor, device) for device in placement.devices or (BESIDE,)]
+
+
+def in_order(graph: Graph, config: RunConfig) -> list[Node]:
+    """The stages, the most urgent first: those that the longest chain of others waits for.
+
+    Where retention deletes weights once their policy is judged, one iteration is finished after another.
+    """
+    return graph.by_urgency() if config.retention.keep == "all" else list(graph.nodes.values())
+
+
+def streams(graph: Graph, config: RunConfig) -> Streams:
+    """Which stages follow which: the last shard's part of its work is left to one when the other has ended."""
+    found = {}
+    for node in graph.nodes.values() if config.placement.streaming else ():
+        maker = graph.followed(node)
+        if maker is not None:
+            answers = GraphOutlook(graph).answers_of(maker.output)
+            found[node.name] = (maker.name, 1 / max(1, answers.shards) if answers is not None else 1.0)
+    return found
+
+
+class StageWork(NamedTuple):
+    """What a stage takes."""
+
+    seconds: float
+    """In which it has its devices, if nothing slows it."""
+    queue: float = 0.0
+    """Seconds that it waits for a scheduler before."""
+    demand: float = 0.0
+    """How much of what all stages share (cores, say) it uses."""
+    failures: tuple[tuple[float, float], ...] = ()
+    """Attempts that fail before the one that does not: seconds until each does, and of the pause after it."""
+
+
+class StageTimes(NamedTuple):
+    """When a stage does what, in seconds from the beginning."""
+
+    asked: float
+    """The driver starts it."""
+    start: float
+    """It has its devices."""
+    end: float
+    """It is published, and the driver knows."""
+    held: float
+    """Seconds in between in which it had its devices: all of them, but for the pauses after attempts that failed."""
+
+
+def schedule(
+    nodes: Iterable[Node],
+    cluster: Cluster,
+    seconds: Mapping[str, float],
+    running: Collection[str] = (),
+    done: Collection[str] = (),
+    streams: Streams = MappingProxyType({}),
+) -> dict[str, tuple[float, float]]:
+    """When each stage starts and ends, in seconds from now, if it takes as long as expected.
+
+    Args:
+        nodes: the stages of a placed graph, the most urgent first.
+        cluster: what they run on.
+        seconds: what each still takes.
+        running: stages that have their devices already.
+        done: stages that are published.
+        streams: stages that start on what another one has finished so far, on devices that nobody else can have then.
+    """
+    nodes = list(nodes)
+    works = {node.name: StageWork(seconds[node.name]) for node in nodes if node.name not in done}
+    spans = course(nodes, cluster, works, running, streams)
+    return {name: (span.start, span.end) for name, span in spans.items()}
+
+
+def course(
+    nodes: Iterable[Node],
+    cluster: Cluster,
+    works: Mapping[str, StageWork],
+    running: Collection[str] = (),
+    streams: Streams = MappingProxyType({}),
+    *,
+    room: float = math.inf,
+    start_seconds: float = 0.0,
+    end_seconds: float = 0.0,
+) -> dict[str, StageTimes]:
+    """A run in advance, from one event to the next: what the driver does when, with stages that do as `works` says.
+
+    Args:
+        nodes: the stages of a placed graph, the most urgent first.
+        cluster: what they run on.
+        works: what each still takes; a stage that is not in it is published.
+        running: stages that have their devices already.
+        streams: as for `schedule`.
+        room: how much there is of what stages share. Where those at work demand more, each gets its part, and all are
+            slower by the same factor.
+        start_seconds: what the driver takes to start a stage; meanwhile it starts no other.
+        end_seconds: what it takes to take note of the end of one.
+    """
+    left = [node for node in nodes if node.name in works]
+    rank = {node.name: number for number, node in enumerate(left)}
+    places = [_placement_of(node) for node in left]
+    work = [works[node.name] for node in left]
+    needs = [[rank[need] for need in node.needs if need in rank] for node in left]
+    waiting = [len(own) for own in needs]
+    dependents: list[list[int]] = [[] for _ in left]
+    for number, own in enumerate(needs):
+        for need in own:
+            dependents[need].append(number)
+    maker = [rank.get(streams[node.name][0]) if node.name in streams else None for node in left]
+    followers = [number for number, followed in enumerate(maker) if followed is not None]
+
+    turn = Turn(cluster)
+    now = effort = (
+        0.0  # effort: what a stage has done by now that has always worked; less than `now` once all are slowed
+    )
+    rate, demanded = 1.0, 0.0
+    ends: list[tuple[float, int]] = []  # of attempts, by effort
+    timers: list[tuple[float, int, bool]] = []  # of queues (True) and of pauses, by the clock
+    idle = [True] * len(left)
+    asked: dict[int, float] = {}
+    begun: dict[int, float] = {}
+    held = [0.0] * len(left)
+    since = [0.0] * len(left)
+    failures = [list(one.failures) for one in work]
+    at_work: set[int] = set()
+    found: dict[str, StageTimes] = {}
+    ready: dict[Placement, list[int]] = {}  # of stages with the same devices the most urgent starts first
+    lines = [ready.setdefault(place, []) for place in places]
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now, effort
+        now += seconds
+        effort += seconds * rate
+
+    def demand(more: float) -> None:
+        nonlocal demanded, rate
+        demanded += more
+        rate = min(1.0, room / demanded) if demanded > 0 else 1.0
+
+    def start(number: int) -> None:
+        idle[number] = False
+        asked.setdefault(number, now)
+        if work[number].queue:
+            heapq.heappush(timers, (now + work[number].queue, number, True))
+        else:
+            begin(number)
+
+    def begin(number: int) -> None:
+        begun.setdefault(number, now)
+        since[number] = now
+        at_work.add(number)
+        if work[number].demand:
+            demand(work[number].demand)
+        if failures[number]:
+            heapq.heappush(ends, (effort + failures[number][0][0], number))
+        elif waiting[number] and maker[number] in at_work:  # it follows, and cannot end before its maker has
+            followed.setdefault(maker[number], []).append((effort, number))  # type: ignore[arg-type]
+        else:
+            heapq.heappush(ends, (effort + work[number].seconds, number))
+
+    def end(number: int) -> None:
+        at_work.discard(number)
+        if work[number].demand:
+            demand(-work[number].demand)
+        held[number] += now - since[number]
+        reached = effort
+        pass_time(end_seconds)
+        turn.release(places[number])
+        if failures[number]:
+            _, pause = failures[number].pop(0)
+            heapq.heappush(timers, (now + pause, number, False))
+            return
+        name = left[number].name
+        found[name] = StageTimes(asked[number], begun[number], now, held[number])
+        for start_effort, follower in followed.pop(number, ()):
+            seconds = work[follower].seconds
+            least = reached + streams[left[follower].name][1] * seconds
+            heapq.heappush(ends, (max(start_effort + seconds, least), follower))
+        for dependent in dependents[number]:
+            waiting[dependent] -= 1
+            if not waiting[dependent] and idle[dependent]:
+                heapq.heappush(lines[dependent], dependent)
+
+    followed: dict[int, list[tuple[float, int]]] = {}
+    for number in sorted((rank[name] for name in running if name in rank), key=lambda one: maker[one] is not None):
+        turn.take(places[number])
+        start(number)
+    for number, count in enumerate(waiting):
+        if not count and idle[number]:
+            heapq.heappush(lines[number], number)
+    while True:
+        turn.start_again()
+        fronts = [(line[0], place) for place, line in ready.items() if line]
+        heapq.heapify(fronts)
+        while fronts:
+            number, place = heapq.heappop(fronts)
+            if turn.admits(place):
+                heapq.heappop(ready[place])
+                pass_time(start_seconds)
+                start(number)
+                if ready[place]:
+                    heapq.heappush(fronts, (ready[place][0], place))
+        for number in followers:
+            one = maker[number]
+            can_follow = idle[number] and waiting[number] == 1 and one in at_work and not waiting[one]
+            if can_follow and turn.admits(places[number]):
+                pass_time(start_seconds)
+                start(number)
+        if not ends and not timers:
+            return found
+        if not ((ends and ends[0][0] <= effort) or (timers and timers[0][0] <= now)):  # it waits for what comes next
+            until = now + (ends[0][0] - effort) / rate if ends else math.inf
+            if timers and timers[0][0] < until:
+                effort += (timers[0][0] - now) * rate
+                now = timers[0][0]
+            else:
+                now = ends[0][0] if now == effort and rate == 1.0 else until
+                effort = ends[0][0]
+        while timers and timers[0][0] <= now:
+            _, number, queued = heapq.heappop(timers)
+            if queued:
+                begin(number)
+            else:
+                idle[number] = True
+                if not waiting[number]:
+                    heapq.heappush(lines[number], number)
+        while ends and ends[0][0] <= effort:
+            end(heapq.heappop(ends)[1])
+
+
+def _placement_of(node: Node) -> Placement:
+    """Where a stage runs; of one that is not placed, because another machine has its devices, as by default."""
+    return node.placement or Placement(LOCAL, (0,))
+
+
+def critical_path(
+    nodes: Iterable[Node], seconds: Mapping[str, float], streams: Streams = MappingProxyType({})
+) -> list[str]:
+    """The chain of stages, each needing the one before, that takes longest: no plan makes a run shorter.
+
+    Args:
+        nodes: in an order in which none comes before what it needs.
+        seconds: what each takes; a stage that is not in it is done.
+        streams: as for `schedule`.
+    """
+    ends, before = _earliest(nodes, seconds, streams)
+    path: list[str] = []
+    name = max(ends, key=ends.__getitem__, default=None)
+    while name is not None:
+        path.append(name)
+        name = before[name]
+    return path[::-1]
+
+
+def _earliest(
+    nodes: Iterable[Node], seconds: Mapping[str, float], streams: Streams
+) -> tuple[dict[str, float], dict[str, str | None]]:
+    """When each stage ends if every one has devices as soon as it can start, and which one it has waited for last."""
+    starts: dict[str, float] = {}
+    ends: dict[str, float] = {}
+    before: dict[str, str | None] = {}
+    for node in nodes:
+        name = node.name
+        if name not in seconds:
+            continue
+        maker, share = streams.get(name, ("", 0.0))
+        known = [need for need in node.needs if need in ends and need != maker]
+        last = max(known, key=ends.__getitem__, default=None)
+        start = ends[last] if last is not None else 0.0
+        end = start + seconds[name]
+        if maker in ends:
+            start = max(start, starts[maker])
+            end = start + seconds[name]
+            if ends[maker] + share * seconds[name] >= end or last is None or starts[maker] >= ends[last]:
+                last = maker
+            end = max(end, ends[maker] + share * seconds[name])
+        starts[name], ends[name], before[name] = start, end, last
+    return ends, before
+
+
+def shortest(nodes: Iterable[Node], seconds: Mapping[str, float], streams: Streams = MappingProxyType({})) -> float:
+    """The time below which no order of the stages comes: the critical path, or what one device has to do."""
+    nodes = list(nodes)
+    work: dict[Device, float] = {}
+    for node in nodes:
+        placement = _placement_of(node)
+        if placement.exclusive and placement.devices:
+            for device in _devices(placement):
+                work[device] = work.get(device, 0.0) + seconds.get(node.name, 0.0)
+    ends, _ = _earliest(nodes, seconds, streams)
+    return max([*ends.values(), *work.values()], default=0.0)

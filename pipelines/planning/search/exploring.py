@@ -1,0 +1,305 @@
+"""The search: all plans where they are few, else Markov chains from the best simple ones (as ReaL, arXiv 2406.14088,
+section 5.2), and from where they end every single change that helps.
+
+The same seed gives the same plan, unless the time is over before the chains are.
+"""
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from pipelines.planning.scheduling import shortest
+from pipelines.planning.search.evaluation import PlanTable
+from pipelines.planning.search.layouts import Layout
+from pipelines.planning.search.plans import MOST_POOLS, WHOLE, PlanChoice, divisions
+
+FEW_PLANS = 2000
+"""So many are all looked at."""
+CHAINS = 6
+STEPS = 100
+"""Of a chain, for each role."""
+HOT, COLD = 0.05, 0.002
+"""The share of the time by which a change for the worse is accepted with a probability of 1/e, in the first step of a
+chain and in the last one."""
+TRIED = 4
+"""Layouts of a role that are tried in each place, in the end."""
+
+
+@dataclass(frozen=True)
+class BestPlan:
+    """What a search has come to."""
+
+    plan: PlanChoice | None
+    """The best one; None: there is none that can be."""
+    space: int | None
+    """How many plans there are, where all were looked at."""
+    evaluated: int
+    seconds: float
+    in_time: bool
+    """Whether it came to its end before the time was over."""
+
+
+def explore(table: PlanTable, *, seed: int = 0, seconds: float = math.inf, few: int = FEW_PLANS) -> BestPlan:
+    """Find the plan that takes least.
+
+    Args:
+        seed: of the chains.
+        seconds: after which it ends with the best one so far.
+        few: so many plans are all looked at.
+    """
+    began = time.monotonic()
+    search = _Search(table, random.Random(seed), began + seconds)
+    space = search.look_at_all(few)
+    if space is None:
+        search.look_at_starts()
+        search.run_chains()
+        search.climb()
+    return BestPlan(search.best, space, table.evaluated, time.monotonic() - began, search.in_time)
+
+
+def shapes(table: PlanTable) -> Iterator[PlanChoice]:
+    """All places, with the layouts left open."""
+    count = len(table.calls)
+    nothing: tuple[Layout, ...] = ((),) * count
+    yield PlanChoice(False, (), (WHOLE,) * count, nothing)
+    yield PlanChoice(True, (), (WHOLE,) * count, nothing)
+    for number in range(1, min(MOST_POOLS, table.devices, count) + 1):
+        for pools in divisions(table.devices, number):
+            for places in itertools.product(range(WHOLE, number), repeat=count):
+                if set(range(number)) <= set(places):
+                    yield PlanChoice(True, pools, places, nothing)
+
+
+class _Search:
+    def __init__(self, table: PlanTable, chance: random.Random, deadline: float) -> None:
+        self.table = table
+        self.best: PlanChoice | None = None
+        self.in_time = True
+        self._least: tuple[float, ...] = (math.inf,)
+        self._chance = chance
+        self._deadline = deadline
+
+    def look_at_all(self, few: int) -> int | None:
+        """Evaluate every plan, if they are few: how many there were; else None, and nothing is evaluated."""
+        all_shapes = list(itertools.islice(shapes(self.table), few + 1))
+        if len(all_shapes) > few:
+            return None
+        count, found = 0, []
+        for shape in all_shapes:
+            options = self.table.options_of(shape)
+            count += math.prod(len(one) for one in options)
+            if count > few:
+                return None
+            found.append((shape, options))
+        for shape, options in found:
+            for chosen in itertools.product(*options):
+                self.note(replace(shape, layouts=tuple(option.layout for option in chosen)))
+        return count
+
+    def note(self, plan: PlanChoice) -> tuple[float, ...] | None:
+        """Evaluate a plan, and keep it if it is the best so far."""
+        cost = self.table.cost(plan)
+        if cost is not None and (cost < self._least or (cost == self._least and self._before(plan))):
+            self.best, self._least = plan, cost
+        return cost
+
+    def _before(self, plan: PlanChoice) -> bool:
+        """Of plans that cost the same always the same one, in whichever order they are looked at."""
+        return self.best is None or repr(plan) < repr(self.best)
+
+    def is_over(self) -> bool:
+        """Whether the time is."""
+        if time.monotonic() > self._deadline:
+            self.in_time = False
+        return not self.in_time
+
+    def fastest(self, plan: PlanChoice) -> PlanChoice | None:
+        """A plan's places with the fastest layout of each role; None where one has none."""
+        options = self.table.options_of(plan)
+        if not all(options):
+            return None
+        return replace(plan, layouts=tuple(one[0].layout for one in options))
+
+    def look_at_starts(self) -> None:
+        """The strategies by themselves, and with every division of the devices by kinds."""
+        self.starts: list[tuple[tuple[float, ...], PlanChoice]] = []
+        for shape in self._simple():
+            if self.is_over() and self.best is not None:
+                break
+            for plan in dict.fromkeys([shape, self.fastest(shape)]):
+                if plan is not None and (cost := self.note(plan)) is not None:
+                    self.starts.append((cost, plan))
+        self.starts.sort(key=lambda start: (start[0], repr(start[1])))
+
+    def _simple(self) -> Iterator[PlanChoice]:
+        table = self.table
+        count = len(table.calls)
+        nothing: tuple[Layout, ...] = ((),) * count
+        whole = (WHOLE,) * count
+        yield PlanChoice(False, (), whole, nothing)
+        yield PlanChoice(True, (), whole, nothing)
+        kinds = [call.workload for call in table.calls]
+        scorers = [number for number, kind in enumerate(kinds) if kind == "scoring"]
+        for pools in divisions(table.devices, 2):
+            for first in (0, 1):
+                places = tuple(1 - first if kind == "training" else first for kind in kinds)
+                yield PlanChoice(True, pools, places, nothing)
+        for pools in divisions(table.devices, 3) if scorers else ():
+            for order in itertools.permutations(range(3)):
+                of = dict(zip(("generation", "scoring", "training"), order, strict=True))
+                if set(kinds) == set(of):
+                    yield PlanChoice(True, pools, tuple(of[kind] for kind in kinds), nothing)
+        for number in range(2, min(len(scorers), MOST_POOLS, table.devices) + 1):
+            turns = {role: turn % number for turn, role in enumerate(scorers)}
+            for pools in divisions(table.devices, number):
+                yield PlanChoice(True, pools, tuple(turns.get(role, WHOLE) for role in range(count)), nothing)
+
+    def run_chains(self) -> None:
+        """Markov chains from the best starts, which are the colder the longer they run."""
+        steps = STEPS * max(1, len(self.table.calls))
+        starts = [plan for _, plan in self.starts]
+        firsts = list({(plan.divided, plan.pools): plan for plan in reversed(starts)}.values())[::-1][:CHAINS]
+        for start in firsts:
+            now, cost = start, self.table.cost(start)
+            assert cost is not None
+            for step in range(steps):
+                if self.is_over():
+                    return
+                proposed = self._changed(now)
+                if proposed is None or proposed == now or (other := self.note(proposed)) is None:
+                    continue
+                heat = HOT * (COLD / HOT) ** (step / steps) * max(self._least[0], 1e-9)
+                if other[0] <= cost[0] or self._chance.random() < math.exp((cost[0] - other[0]) / heat):
+                    now, cost = proposed, other
+
+    def _changed(self, plan: PlanChoice) -> PlanChoice | None:
+        """A neighbour of a plan, by chance; None where the change is none."""
+        chance, count = self._chance, len(self.table.calls)
+        change = chance.randrange(6)
+        if not plan.divided:
+            change = chance.choice((1, 3))
+        places = list(plan.places)
+        pools = list(plan.pools)
+        if change == 0:
+            places[chance.randrange(count)] = chance.randrange(WHOLE, len(pools))
+        elif change == 1:
+            return self._with_another_layout(plan, chance.randrange(count))
+        elif change == 2:
+            if len(pools) < 2:
+                return None
+            giver, taker = chance.sample(range(len(pools)), 2)
+            step = 1 << chance.randrange(max(1, self.table.devices.bit_length() - 1))
+            if pools[giver] <= step:
+                return None
+            pools[giver] -= step
+            pools[taker] += step
+        elif change == 3:  # one pool more
+            if len(pools) >= min(MOST_POOLS, self.table.devices, count):
+                return None
+            if not pools:
+                pools = [self.table.devices]
+                places = [0] * count
+            large = pools.index(max(pools))
+            if pools[large] < 2:
+                return None
+            size = 1 << chance.randrange(pools[large].bit_length() - (pools[large] & (pools[large] - 1) == 0))
+            size = min(size, pools[large] - 1)
+            pools[large] -= size
+            pools.append(size)
+            for number in chance.sample(range(count), chance.randint(1, count)):
+                if places[number] in (large, WHOLE):
+                    places[number] = len(pools) - 1
+        elif change == 4:  # two in one
+            if len(pools) < 2:
+                return None
+            one, other = sorted(chance.sample(range(len(pools)), 2))
+            pools[one] += pools.pop(other)
+            places = [one if place == other else place - (place > other) for place in places]
+        else:
+            one, other = chance.randrange(count), chance.randrange(count)
+            places[one], places[other] = places[other], places[one]
+        return self._whole_of(PlanChoice(True, tuple(pools), tuple(places), plan.layouts))
+
+    def _whole_of(self, plan: PlanChoice) -> PlanChoice | None:
+        """A plan in its normal form, the pools by their sizes and none empty, each role in a layout that it can have;
+        None where one has none."""
+        sizes = {pool: plan.pools[pool] for pool in set(plan.places) - {WHOLE}}
+        if sizes:
+            largest = max(sizes, key=lambda pool: (sizes[pool], -pool))
+            sizes[largest] += self.table.devices - sum(sizes.values())
+        used = sorted(sizes, key=lambda pool: (-sizes[pool], pool))
+        number = {pool: index for index, pool in enumerate(used)} | {WHOLE: WHOLE}
+        plan = PlanChoice(
+            True,
+            tuple(sizes[pool] for pool in used),
+            tuple(number[place] for place in plan.places),
+            plan.layouts,
+        )
+        options = self.table.options_of(plan)
+        if not all(options):
+            return None
+        layouts = []
+        for had, there in zip(plan.layouts, options, strict=True):
+            keeps = self._chance.random() < 0.5 and any(option.layout == had for option in there)
+            layouts.append(had if keeps else there[0].layout)
+        return replace(plan, layouts=tuple(layouts))
+
+    def _with_another_layout(self, plan: PlanChoice, number: int) -> PlanChoice:
+        options = self.table.options_of(plan)[number]
+        layouts = list(plan.layouts)
+        layouts[number] = self._chance.choice(options).layout
+        return replace(plan, layouts=tuple(layouts))
+
+    def climb(self) -> None:
+        """From the best plan on, every change of one role's place and layout, and of a pool's size, while any helps."""
+        before = None
+        while self.best is not None and self.best != before:
+            before = self.best
+            for plan in self._neighbours(before):
+                if self.is_over():
+                    return
+                self.note(plan)
+
+    def _neighbours(self, plan: PlanChoice) -> Iterator[PlanChoice]:
+        for number in range(len(self.table.calls)):
+            for place in range(WHOLE, len(plan.pools)) if plan.divided else (WHOLE,):
+                places = (*plan.places[:number], place, *plan.places[number + 1 :])
+                moved = replace(plan, places=places)
+                if not set(range(len(plan.pools))) <= set(places):
+                    continue
+                options = self.table.options_of(moved)
+                if not all(options):
+                    continue
+                fitting = [
+                    had if any(option.layout == had for option in there) else there[0].layout
+                    for had, there in zip(plan.layouts, options, strict=True)
+                ]
+                for option in options[number][:TRIED] if place != plan.places[number] else options[number]:
+                    yield replace(moved, layouts=(*fitting[:number], option.layout, *fitting[number + 1 :]))
+        for giver, taker in itertools.permutations(range(len(plan.pools)), 2):
+            step = 1
+            while step < plan.pools[giver]:
+                pools = list(plan.pools)
+                pools[giver] -= step
+                pools[taker] += step
+                resized = self._whole_of(replace(plan, pools=tuple(pools)))
+                if resized is not None and (best := self.fastest(resized)) is not None:
+                    yield best
+                step *= 2
+
+
+def bound(table: PlanTable) -> float:
+    """Seconds below which no plan of the space comes: the critical path, each stage in its fastest layout on all
+    devices or fewer."""
+    seconds: dict[str, float] = {}
+    for name, prediction in table.fixed.items():
+        seconds[name] = prediction.seconds
+    for call in table.calls:
+        options = [option for exclusive in (False, True) for option in table.options.of(call, table.devices, exclusive)]
+        for number, node in enumerate(call.nodes):
+            seconds[node.name] = min((option.predictions[number].seconds for option in options), default=0.0)
+    nodes = [replace(node, placement=None) for node in table.setting.graph.nodes.values()]
+    return shortest(nodes, seconds, table.streams)

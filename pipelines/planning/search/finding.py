@@ -1,0 +1,295 @@
+"""The whole of a search: the fixed strategies, the plan that is found, and which of them to take."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from contracts.errors import UserError
+from pipelines.config.executor import HERE
+from pipelines.config.placement import STRATEGIES
+from pipelines.graph import Node
+from pipelines.iteration import build_graph
+from pipelines.planning.search.adopting import SURE, PlanComparison, compare, error_of
+from pipelines.planning.search.evaluation import (
+    ExpectedRun,
+    ImpossiblePlanError,
+    PlanTable,
+    SearchedRun,
+    UnknownCostError,
+    evaluate,
+)
+from pipelines.planning.search.exploring import BestPlan, bound, explore
+from pipelines.planning.search.plans import fixed_section, section_of
+from pipelines.text import lasting, plural
+
+AS_WRITTEN = "as written"
+"""What the plan that the config itself has is called, where it is none of the strategies by themselves."""
+FOUND = "found"
+"""What the plan that the search has found is called."""
+CAUTIOUS = "cautious"
+"""The same for the one in layouts that runs have shown, or that the strategies have."""
+HORIZON = 2
+"""Iterations that are searched in, and as many more as the lag; the plans that are compared have all of the run's."""
+
+
+@dataclass(frozen=True)
+class SearchAnswer:
+    """What a search has found."""
+
+    fixed: Mapping[str, ExpectedRun]
+    """The strategies that can be, by name."""
+    impossible: Mapping[str, str]
+    """Those that cannot, with the reason."""
+    found: ExpectedRun | None
+    """The best plan of the space; None: none can be."""
+    cautious: ExpectedRun | None
+    """The best one in layouts that runs have shown, or that the strategies have."""
+    errors: Mapping[str, float]
+    """Of each of them, and of "found" and "cautious", one standard deviation in seconds."""
+    comparison: PlanComparison | None
+    """The found plan beside the best fixed one."""
+    adopted: ExpectedRun
+    name: str
+    """What it is called: found, or the strategy."""
+    reason: str
+    finding: BestPlan
+    bound: float
+    """Seconds below which no plan comes, of the searched iterations."""
+    searched_seconds: float | None
+    """What the found plan takes of them."""
+    left_out: Mapping[str, int]
+    """Layouts that were not considered, by reason."""
+    out_of_room: int
+    """Plans whose stages fit one by one, but not at the same time."""
+    memory_unknown: tuple[str, ...]
+    """Roles whose layouts are left as they are written."""
+
+
+def search_plan(setting: SearchedRun, *, seed: int = 0, seconds: float = math.inf) -> SearchAnswer:
+    """Find the plan of a run that takes least, and say whether it is worth to leave the fixed strategies for it.
+
+    Args:
+        seed: of the search and of the draws of the errors.
+        seconds: after which the search ends with the best so far.
+
+    Raises:
+        UserError: nothing is known of a stage in any layout, or no plan fits.
+    """
+    _require_pools_of_this_machine(setting)
+    fixed, impossible = _fixed(setting)
+    short = _searched(setting)
+    table = PlanTable(short)
+    _require_known(table)
+    finding = explore(table, seed=seed, seconds=0.7 * seconds)
+    found = _evaluated(setting, table, finding)
+    shapes = {shape for run in fixed.values() for shape in run.shapes.values()}
+    narrow = PlanTable(short, table.options, shapes)
+    cautious = _evaluated(setting, narrow, explore(narrow, seed=seed, seconds=0.3 * seconds))
+    if not fixed and found is None:
+        raise UserError("\n  ".join(["no plan fits this run:", *dict.fromkeys(impossible.values())]))
+    best = min(fixed, key=lambda name: fixed[name].seconds, default=None)
+    comparison = compare(found, fixed[best], seed=seed) if found is not None and best is not None else None
+    careful = compare(cautious, fixed[best], seed=seed) if cautious is not None and best is not None else None
+    plans = plans_of(fixed, found, cautious)
+    errors = {name: error_of(run, seed=seed) for name, run in plans.items()}
+    own = AS_WRITTEN if AS_WRITTEN in fixed else str(setting.config.placement.strategy)
+    beside = compare(fixed[best], fixed[own], seed=seed) if best is not None and own in fixed else None
+    name, reason = _choice(best, comparison, careful, own, beside)
+    left_out: Counter[str] = sum(table.options.left_out.values(), Counter())
+    cost = table.cost(finding.plan) if finding.plan is not None else None
+    return SearchAnswer(
+        fixed=fixed,
+        impossible=impossible,
+        found=found,
+        cautious=cautious,
+        errors=errors,
+        comparison=comparison,
+        adopted=plans[name],
+        name=name,
+        reason=reason,
+        finding=finding,
+        bound=bound(table),
+        searched_seconds=cost[0] if cost is not None else None,
+        left_out=dict(left_out.most_common()),
+        out_of_room=table.out_of_room,
+        memory_unknown=tuple(sorted(table.options.memory_unknown)),
+    )
+
+
+def _evaluated(setting: SearchedRun, table: PlanTable, finding: BestPlan) -> ExpectedRun | None:
+    """The plan that was found, as the section that says it."""
+    if finding.plan is None:
+        return None
+    return evaluate(setting, section_of(finding.plan, table.calls, setting.config.placement, setting.graph.lag))
+
+
+def plans_of(
+    fixed: Mapping[str, ExpectedRun], found: ExpectedRun | None, cautious: ExpectedRun | None
+) -> dict[str, ExpectedRun]:
+    """All of the table, by name."""
+    searched = {FOUND: found, CAUTIOUS: cautious}
+    return {**fixed, **{name: run for name, run in searched.items() if run is not None}}
+
+
+def taking(answer: SearchAnswer, name: str) -> SearchAnswer:
+    """The same, with a plan of the table that somebody wants, whatever the search would take.
+
+    Raises:
+        UserError: there is none that is called so.
+    """
+    plans = plans_of(answer.fixed, answer.found, answer.cautious)
+    if name not in plans:
+        why = f": {answer.impossible[name]}" if name in answer.impossible else ""
+        raise UserError(f"--take is {name}, which is no plan that can be{why}. Known: {', '.join(plans)}.")
+    if name == answer.name:
+        return answer
+    reason = f"it was asked for; the search would take {answer.name}: {answer.reason}"
+    return replace(answer, adopted=plans[name], name=name, reason=reason)
+
+
+def _require_pools_of_this_machine(setting: SearchedRun) -> None:
+    for name, pool in setting.config.placement.pools.items():
+        if pool.partition or pool.nodes:
+            raise UserError(
+                f"placement.pools.{name} has {'a partition' if pool.partition else 'nodes'} of a scheduler's cluster, "
+                "but the search is of devices of one machine. Take the pool out, or give the devices in a cluster file."
+            )
+    executor = setting.config.executor
+    nodes = setting.graph.nodes.values()
+    if not any(executor.entry(node).kind in HERE for node in nodes if node.stage.uses_devices(node.config)):
+        raise UserError(
+            f"every stage with a model runs by {executor.kind}, which decides what runs beside what; the search is of "
+            "devices of one machine. Set executor=local."
+        )
+
+
+def _fixed(setting: SearchedRun) -> tuple[dict[str, ExpectedRun], dict[str, str]]:
+    base = setting.config.placement
+    sections = {str(strategy): fixed_section(strategy, base) for strategy in STRATEGIES}
+    written = base.model_copy(update={"prediction": None})
+    if written.pools or any(entry.pool for entry in written.stages.values()):
+        sections[AS_WRITTEN] = written
+    fixed, impossible = {}, {}
+    for name, section in sections.items():
+        try:
+            fixed[name] = evaluate(setting, section)
+        except ImpossiblePlanError as reason:
+            impossible[name] = str(reason)
+    return fixed, impossible
+
+
+def _searched(setting: SearchedRun) -> SearchedRun:
+    """The same with few iterations."""
+    iterations = max((node.iteration or 0 for node in setting.graph.nodes.values()), default=0)
+    few = HORIZON + setting.graph.lag
+    if iterations <= few:
+        return setting
+    return replace(setting, graph=build_graph(setting.config, few))
+
+
+def _require_known(table: PlanTable) -> None:
+    """Raise UserError where stages cannot be planned because nobody knows what they take in any layout."""
+    missing = list(table.unknown)
+    for call in table.calls:
+        everywhere = [table.options.of(call, table.devices, exclusive) for exclusive in (False, True)]
+        alone = table.options.of(call, 1, True)
+        if not any(everywhere) and not alone and table.options.without_cost(call):
+            missing.append(call.nodes[-1].name)
+    if missing:
+        raise UserError(
+            f"plans cannot be compared: {UnknownCostError(missing)} A stage of unknown cost is not counted as "
+            "nothing. `pipeline profile CONFIG` runs such stages in small."
+        )
+
+
+def _choice(
+    best: str | None,
+    comparison: PlanComparison | None,
+    careful: PlanComparison | None,
+    own: str,
+    beside: PlanComparison | None,
+) -> tuple[str, str]:
+    """What to take, and why.
+
+    Args:
+        best: the strategy that takes least, if any can be.
+        comparison: the found plan beside it, and
+        careful: the cautious one.
+        own: the plan of the config itself.
+        beside: the best strategy beside that, if it can be.
+    """
+    if best is None:
+        return FOUND, "no strategy by itself can be"
+    if comparison is not None and comparison.is_sure:
+        return FOUND, f"{_less(comparison, best)}, and is the faster one {_draws_won(comparison)}"
+    if comparison is None:
+        reason = "the search has found no plan"
+    elif comparison.gain <= 0:
+        reason = f"no plan is expected to take less than {best}"
+    else:
+        reason = f"the found plan {_doubted(comparison, best)}"
+    if careful is not None and careful.is_sure:
+        return CAUTIOUS, f"{_less(careful, best)}, and is the faster one {_draws_won(careful)}; {reason}"
+    if beside is None or best == own or beside.is_sure:
+        return best, reason
+    if beside.gain > 0:
+        reason += f"; {best} {_doubted(beside, own)}"
+    return own, reason
+
+
+def _less(comparison: PlanComparison, than: str) -> str:
+    return f"it is expected to take {lasting(comparison.gain)} less than {than}, ± {lasting(comparison.error)}"
+
+
+def _doubted(comparison: PlanComparison, than: str) -> str:
+    return (
+        f"is expected to take {lasting(comparison.gain)} less than {than}, but the predictions may be wrong by ± "
+        f"{lasting(comparison.error)}: it is the faster one {_draws_won(comparison)}, and {SURE:.0%} are asked for"
+    )
+
+
+def _draws_won(comparison: PlanComparison) -> str:
+    return f"in {comparison.chance:.0%} of the draws of the predictions' errors"
+
+
+def differences(adopted: ExpectedRun, other: ExpectedRun) -> list[str]:
+    """What one plan does otherwise than another: by role where it runs and in which layout."""
+    rows = []
+    before, after = where(other), where(adopted)
+    for role, now in after.items():
+        if before.get(role) != now:
+            rows.append(f"{role}: {now} instead of {before.get(role)}")
+    return rows
+
+
+def where(run: ExpectedRun) -> dict[str, str]:
+    """By role with devices where its stages run, and in which layout."""
+    found = {}
+    for node in run.simulation.order:
+        if not node.stage.uses_devices(node.config) or node.placement is None:
+            continue
+        found[node.role] = f"{_devices(node.placement.devices, run)}{_layout(node)}"
+    return found
+
+
+def _devices(devices: tuple[int, ...], run: ExpectedRun) -> str:
+    cluster = run.simulation.cluster
+    if not cluster.is_divided:
+        return f"all {plural(cluster.devices, cluster.unit)}"
+    if len(devices) == 1:
+        return f"{cluster.unit} {devices[0]}"
+    return f"{cluster.unit}s {devices[0]}-{devices[-1]}"
+
+
+def _layout(node: Node) -> str:
+    config, stage = node.config, node.stage
+    layout = stage.layout(config)
+    parts = [layout.shown or (f"replicas={layout.processes}" if layout.processes > 1 else "")]
+    parts += [
+        f"{key}={value}"
+        for key in ("micro_batch_tokens", "gradient_checkpointing")
+        if key in stage.layout_keys and (value := getattr(config, key)) != type(config).model_fields[key].default
+    ]
+    shown = " ".join(filter(None, parts))
+    return f", {shown}" if shown else ""

@@ -1,0 +1,324 @@
+"""The layouts of one stage: those that its model can take and its devices hold, with what they are expected to take."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from contracts.errors import UserError
+from contracts.outlook import Memory
+from pipelines.config.executor import HERE
+from pipelines.graph import Graph, Node, Placement
+from pipelines.planning.cluster import Cluster
+from pipelines.planning.estimates import memory
+from pipelines.planning.memory import Device, model_paths
+from pipelines.planning.placement import place_stage
+from pipelines.planning.prediction import Prediction, Predictor
+from pipelines.planning.preflight import layout_requirements, origin_of
+
+Layout: TypeAlias = tuple[tuple[str, Any], ...]
+"""Sizes of a layout by key, in the order of their names; empty: as the stage's own section says, over its devices."""
+MOST = 8
+"""Layouts of a stage that are kept for a number of devices, those that take least time."""
+FEW = 16
+"""Devices of which all numbers of processes that divide them are looked at."""
+MICRO_BATCHES = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Of the micro-batch that the config says."""
+BEYOND_LAYERS, NO_ROOM, NO_COST, TOO_FEW, REFUSED = (
+    "the model's layers or heads cannot be divided so",
+    "no room in memory",
+    "what they would take is not known",
+    "more processes than devices",
+    "other settings or the number of devices do not allow it",
+)
+"""Why layouts are left out."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One layout of the stages of a role on so many devices."""
+
+    layout: Layout
+    nodes: tuple[Node, ...]
+    """Its stages in this layout."""
+    predictions: tuple[Prediction, ...]
+    """Of each of them."""
+    memory: int
+    """Bytes on its fullest device; of a machine without GPUs those of all its processes."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all its stages."""
+        return sum(prediction.seconds for prediction in self.predictions)
+
+
+@dataclass(frozen=True)
+class RoleStages:
+    """The stages of one role, which a plan gives the same devices and layout."""
+
+    role: str
+    nodes: tuple[Node, ...]
+    """In a graph that is not placed."""
+
+    @property
+    def workload(self) -> str:
+        """Their kind."""
+        return self.nodes[0].workload
+
+
+def calls_of(graph: Graph, cluster: Cluster) -> list[RoleStages]:
+    """The roles whose stages a plan can give devices of this machine."""
+    found: dict[str, list[Node]] = {}
+    for node in graph.nodes.values():
+        if node.stage.uses_devices(node.config) and cluster.executor.entry(node).kind in HERE:
+            found.setdefault(node.role, []).append(node)
+    return [RoleStages(role, tuple(nodes)) for role, nodes in found.items()]
+
+
+class Options:
+    """Finds the options of every role, each once."""
+
+    def __init__(self, graph: Graph, whole: Cluster, divided: Cluster, device: Device, predictor: Predictor) -> None:
+        self._graph = graph
+        self._clusters = {False: whole, True: divided}
+        self._on_gpu = whole.gpus > 0
+        self._device = device
+        self._predictor = predictor
+        self._found: dict[tuple[str, int, bool], list[Option]] = {}
+        self._exact: dict[tuple[str, int], list[Option]] = {}
+        self._usable: dict[tuple[str, int, int, int], bool] = {}
+        self._labels = {name: node.stage.label(node.config) for name, node in graph.nodes.items()}
+        self._others: dict[tuple[str, str], Graph] = {}
+        self.left_out: dict[str, Counter[str]] = {}
+        """By role: how many layouts were left out, for which reasons, over all numbers of devices."""
+        self.looked_at = 0
+        """Layouts whose cost was asked for."""
+        self.memory_unknown: set[str] = set()
+        """Roles whose memory is not known, which keep the layout that the config says."""
+
+    def of(self, call: RoleStages, devices: int, exclusive: bool) -> list[Option]:
+        """What a role can be on so many devices, the fastest first.
+
+        Args:
+            exclusive: whether it has them for itself; else they are all devices, for as many stages at once as the
+                cluster allows.
+        """
+        key = (call.role, devices, exclusive)
+        if key not in self._found:
+            given = self._given(call, devices, exclusive)
+            found = [*filter(None, [self._as_written(call, given, devices)])]
+            if self._on_gpu:  # a stage that uses fewer than it is given takes what it takes on those
+                found += [option for used in counts(devices) for option in self._exactly(call, used)]
+            else:
+                found += self._options(call, given, devices)
+            self._found[key] = _best(found)
+        return self._found[key]
+
+    def _exactly(self, call: RoleStages, used: int) -> list[Option]:
+        """Those that use so many GPUs."""
+        if (call.role, used) not in self._exact:
+            self._exact[call.role, used] = self._options(call, self._given(call, used, True), used)
+        return self._exact[call.role, used]
+
+    def _as_written(self, call: RoleStages, given: Placement, devices: int) -> Option | None:
+        node = self._placed(call, (), given)
+        found = self._option(call, (), node, devices) if node is not None else None
+        return self._whole(call, found, given) if found is not None else None
+
+    def _options(self, call: RoleStages, given: Placement, devices: int) -> list[Option]:
+        """The best of all layouts that are not the one as written."""
+        found: list[Option] = []
+        last = call.nodes[-1]
+        for sizes in _spreads(last, devices, self._is_usable(call), on_gpu=self._on_gpu):
+            layout = tuple(sorted(sizes.items()))
+            if (node := self._placed(call, layout, given)) is None:
+                continue
+            for more in _batches(node):
+                config = node.config.model_copy(update=more) if more else node.config
+                option = self._option(
+                    call, tuple(sorted({**sizes, **more}.items())), replace(node, config=config), devices
+                )
+                found += [option] if option is not None else []
+        return [*filter(None, (self._whole(call, option, given) for option in _best(found)))]
+
+    def without_cost(self, call: RoleStages) -> bool:
+        """Whether layouts of a role were left out because nobody knows what they take."""
+        return self.left_out.get(call.role, Counter())[NO_COST] > 0
+
+    def _given(self, call: RoleStages, devices: int, exclusive: bool) -> Placement:
+        kind = str(self._clusters[exclusive].executor.entry(call.nodes[0]).kind)
+        numbers = tuple(range(devices)) if exclusive or self._on_gpu else (0,)
+        return Placement(kind, numbers, exclusive=exclusive)
+
+    def _place(self, node: Node, layout: Layout, given: Placement) -> Node:
+        return place_stage(node, given, dict(layout), self._clusters[given.exclusive])
+
+    def _placed(self, call: RoleStages, layout: Layout, given: Placement) -> Node | None:
+        try:
+            return self._place(call.nodes[-1], layout, given)
+        except UserError:
+            self.left_out.setdefault(call.role, Counter())[REFUSED] += 1
+            return None
+
+    def _option(self, call: RoleStages, layout: Layout, last: Node, devices: int) -> Option | None:
+        """A layout of the last stage of a role, if it can be."""
+        reasons = self.left_out.setdefault(call.role, Counter())
+        each = last.gpus if self._on_gpu else 1
+        if last.stage.layout(last.config).processes * max(1, each) > devices:
+            reasons[TOO_FEW] += 1
+            return None
+        if not layout and not self._fits_layers(last):
+            reasons[BEYOND_LAYERS] += 1
+            return None
+        estimate = memory(last, self._graph, on_gpu=self._on_gpu)
+        if estimate is not None and _total(estimate, self._on_gpu) > self._room(estimate):
+            reasons[NO_ROOM] += 1
+            return None
+        self.looked_at += 1
+        prediction = self._predicted(last)
+        if prediction is None:
+            reasons[NO_COST] += 1
+            return None
+        needed = needed_memory(estimate, prediction, last, self._on_gpu)
+        if needed is None:
+            self.memory_unknown.add(call.role)
+            return Option(layout, (last,), (prediction,), 0) if not layout else None
+        if needed > self._room(estimate):
+            reasons[NO_ROOM] += 1
+            return None
+        return Option(layout, (last,), (prediction,), needed)
+
+    def _whole(self, call: RoleStages, option: Option, given: Placement) -> Option | None:
+        """The same for all stages of the role."""
+        nodes = [self._place(node, option.layout, given) for node in call.nodes[:-1]]
+        known = [self._predicted(node) for node in nodes]
+        predictions = tuple(prediction for prediction in known if prediction is not None)
+        if len(predictions) < len(nodes):
+            self.left_out[call.role][NO_COST] += 1
+            return None
+        return replace(option, nodes=(*nodes, *option.nodes), predictions=(*predictions, *option.predictions))
+
+    def _predicted(self, node: Node) -> Prediction | None:
+        """What a stage is expected to take in a graph where it leaves loaded what it does in its layout."""
+        label = node.stage.label(node.config)
+        if label == self._labels[node.name]:
+            return self._predictor.predict(node, self._graph)
+        if (node.name, label) not in self._others:
+            self._others[node.name, label] = self._graph.with_nodes({**self._graph.nodes, node.name: node})
+        return self._predictor.predict(node, self._others[node.name, label])
+
+    def _room(self, estimate: Memory | None) -> int:
+        return int((estimate.share if estimate is not None else 1.0) * self._device.bytes)
+
+    def _is_usable(self, call: RoleStages) -> Callable[[int, int, int], bool]:
+        """Whether the layers of a role's models can be divided by tp, pp and sp; of a model that is not there yet
+        nobody knows."""
+
+        def is_usable(tp: int, pp: int, sp: int) -> bool:
+            key = (call.role, tp, pp, sp)
+            if key not in self._usable:
+                sizes = {"dp": 1, "tp": tp, "pp": pp, "sp": sp, "zero": 0, "offload": []}
+                node = call.nodes[-1]
+                reason = REFUSED
+                try:
+                    node = replace(node, config=node.stage.laid_out(node.config, sizes))
+                    reason = "" if self._fits_layers(node) else BEYOND_LAYERS
+                except UserError:
+                    pass
+                if reason:
+                    self.left_out.setdefault(call.role, Counter())[reason] += 1
+                self._usable[key] = not reason
+            return self._usable[key]
+
+        return is_usable
+
+    def _fits_layers(self, node: Node) -> bool:
+        sizes = getattr(node.config, "parallel", None)
+        try:
+            for use in node.stage.models(node.config):
+                there = (origin_of(use.path, self._graph) / "config.json").is_file()
+                if use.of_layers is not None and sizes is not None and sizes.is_divided and not there:
+                    return False
+                for requirement in layout_requirements(use, self._graph):
+                    requirement()
+        except UserError:
+            return False
+        return True
+
+
+def _best(options: list[Option]) -> list[Option]:
+    """The fastest, the one as written among the first of those that are as fast, and the one with the least memory."""
+    ordered = sorted(options, key=lambda option: (option.seconds, option.layout != (), str(option.layout)))
+    unlike = {option.layout: option for option in ordered}
+    ordered = list(unlike.values())
+    small = min(ordered, key=lambda option: option.memory, default=None)
+    rest = [option for option in ordered[MOST:] if not option.layout or option is small]
+    return ordered[:MOST] + rest
+
+
+def _total(estimate: Memory, on_gpu: bool) -> int:
+    """Bytes on the fullest device; of all processes where there is no GPU."""
+    return estimate.total * (1 if on_gpu else estimate.processes)
+
+
+def needed_memory(estimate: Memory | None, prediction: Prediction, node: Node, on_gpu: bool) -> int | None:
+    """Bytes on the fullest device, or of all processes on a machine without GPUs: the larger of what is estimated and
+    what was seen; None where neither is known, of a stage with a model."""
+    known = [] if estimate is None else [_total(estimate, on_gpu)]
+    if prediction.memory is not None:
+        known.append(prediction.memory * (1 if on_gpu else node.stage.layout(node.config).processes))
+    if known:
+        return max(known)
+    return None if model_paths(node) else 0
+
+
+def counts(most: int) -> list[int]:
+    """Numbers of processes up to `most` that are looked at: the powers of 2, and of few devices all that divide; of
+    many the largest with three binary digits that are not 0 (84: 80)."""
+    found = {1 << power for power in range(most.bit_length())} if most else set()
+    if most <= FEW:
+        return sorted(found | {count for count in range(1, most + 1) if most % count == 0})
+    low = most.bit_length() - 3
+    return sorted(found | {most >> low << low})
+
+
+def _spreads(
+    node: Node, devices: int, is_usable: Callable[[int, int, int], bool], *, on_gpu: bool
+) -> Iterator[dict[str, Any]]:
+    """Processes of a stage: on all of the GPUs, or on some of the cores."""
+    keys = node.stage.layout_keys
+    if "replicas" in keys:
+        most = devices // max(1, node.gpus if on_gpu else 1)
+        for count in [most] if on_gpu and most else counts(most):
+            yield {"replicas": count}
+    if "dp" in keys:
+        yield from _parallel(devices, is_usable, on_gpu=on_gpu)
+
+
+def _batches(node: Node) -> Iterator[dict[str, Any]]:
+    """What a training's processes compute at once."""
+    if "micro_batch_tokens" not in node.stage.layout_keys:
+        yield {}
+        return
+    tokens = int(node.config.model_dump(include={"micro_batch_tokens"})["micro_batch_tokens"])
+    for size in sorted({max(1, int(tokens * times)) for times in MICRO_BATCHES}):
+        for checkpointing in (False, True):
+            yield {"micro_batch_tokens": size, "gradient_checkpointing": checkpointing}
+
+
+def _parallel(devices: int, is_usable: Callable[[int, int, int], bool], *, on_gpu: bool) -> Iterator[dict[str, Any]]:
+    """Sizes of a training's section `parallel`: of all GPUs, or of some of the cores."""
+    for tp, pp, sp in itertools.product(counts(min(devices, 8)), counts(min(devices, 16)), counts(min(devices, 8))):
+        together = tp * pp * sp
+        if together > devices or (on_gpu and devices % together) or (together > 1 and not is_usable(tp, pp, sp)):
+            continue
+        for dp in [devices // together] if on_gpu else counts(devices // together):
+            shardings: list[tuple[Any, tuple[str, ...]]] = [(0, ())]
+            if dp * sp > 1:
+                shardings.append(("fsdp2", ()))
+            if together == 1 and dp > 1:
+                shardings += [(1, ()), (2, ()), (3, ()), (2, ("optimizer",)), (3, ("optimizer",))]
+                shardings.append((3, ("optimizer", "param")))
+            for zero, offload in shardings:
+                yield {"dp": dp, "tp": tp, "pp": pp, "sp": sp, "zero": zero, "offload": offload}

@@ -1,0 +1,84 @@
+"""The file of a plan: the section `placement`, with what it is expected to take."""
+
+import json
+from collections.abc import Iterable, Sequence
+
+from contracts import yaml_text
+from contracts.config import Role, validate
+from contracts.fingerprint import digest
+from pipelines.config.placement import ExpectationSection, ExpectedRoleSection, PlacementSection
+from pipelines.config.run import RunConfig
+from pipelines.graph import Node
+from pipelines.planning.prediction import Basis, Prediction
+from pipelines.planning.search.evaluation import ExpectedRun, SearchedRun
+from pipelines.planning.search.finding import SearchAnswer
+
+SAME = 0.001
+"""Share by which the times of two iterations may differ and be written as one."""
+WORST: tuple[Basis, ...] = ("analytic", "scaled", "measured")
+"""What predictions stand on, the least certain first."""
+
+
+def planned_section(answer: SearchAnswer, setting: SearchedRun, seed: int) -> PlacementSection:
+    """The plan to take, with what is expected of it."""
+    run = answer.adopted
+    expected = {
+        "chosen": answer.name,
+        "seconds": _rounded(run.seconds),
+        "error": _rounded(answer.errors[answer.name]),
+        "iterations": max((node.iteration or 0 for node in setting.graph.nodes.values()), default=0),
+        "lag": setting.graph.lag,
+        "devices": setting.device.name,
+        "seed": seed,
+        "config": digest_of(setting.config),
+        "plan": run.section.digest,
+        "stages": {role: section.model_dump() for role, section in _by_role(run).items()},
+    }
+    return run.section.model_copy(update={"expected": validate(ExpectationSection, expected, "expected")})
+
+
+def plan_text(section: PlacementSection, command: str) -> str:
+    """The file's content.
+
+    Args:
+        command: by which it was found.
+    """
+    data = section.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    lines = [f"# Written by: {command}", "# Read by: placement: FILE.yaml, or placement=FILE.yaml on a command line."]
+    if any(key.startswith("[") for key in section.stages):
+        lines.append("# A letter in brackets names one role alone: without them the key names all stages of a kind.")
+    return "\n".join([*lines, yaml_text.dump(data)])
+
+
+def digest_of(config: RunConfig) -> str:
+    """Of what a run computes, beside the day that it is made on."""
+    there = {key: value for key, value in config.select(Role.IDENTITY).items() if key != "date"}
+    return digest(json.loads(json.dumps(there, default=str)))
+
+
+def _by_role(run: ExpectedRun) -> dict[str, ExpectedRoleSection]:
+    members: dict[str, list[tuple[Node, Prediction]]] = {}
+    for node in sorted(run.simulation.order, key=lambda node: node.iteration or 0):
+        if node.stage.uses_devices(node.config):
+            members.setdefault(node.role, []).append((node, run.simulation.predictions[node.name]))
+    return {role: _role(found) for role, found in members.items()}
+
+
+def _role(members: Sequence[tuple[Node, Prediction]]) -> ExpectedRoleSection:
+    seconds = [_rounded(prediction.seconds) for _, prediction in members]
+    while len(seconds) > 1 and abs(seconds[-1] - seconds[-2]) <= SAME * seconds[-1]:
+        seconds.pop()
+    return ExpectedRoleSection(
+        seconds=seconds,
+        first=members[0][0].iteration or 0,
+        error=_rounded(max(prediction.error for _, prediction in members)),
+        basis=_worst(prediction.basis for _, prediction in members),
+    )
+
+
+def _worst(bases: Iterable[Basis]) -> Basis:
+    return min(bases, key=WORST.index)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

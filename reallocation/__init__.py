@@ -1,0 +1,1 @@
+"""Parameters from one parallel layout to another: between processes, from files and in files. The core has no torch."""

@@ -1,0 +1,146 @@
+"""Which tensors of two checkpoints differ, and by how much, whatever their layouts. numpy, no torch.
+
+    python -m reallocation CHECKPOINT CHECKPOINT      one JSON object, for `pipeline diff`
+
+Both are read in pieces of the undivided tensors, so that memory does not grow with the model.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from contracts.weights import StoredTensor
+from reallocation.layouts import GlobalTensor, flat_part
+from reallocation.planning import item_bytes
+from reallocation.stored import VALUE_HEAD_NAME, StoredModel, read_file
+
+PIECE = 4 << 20
+"""Elements that are compared at once."""
+FORMATS = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8",
+    "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|u1",
+}  # fmt: skip
+"""numpy's names for safetensors' formats; BF16 is the upper half of an F32."""
+KNOWN = {*FORMATS, "BF16"}
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """A tensor that is not the same in two checkpoints."""
+
+    name: str
+    kind: str
+    """missing, shape, dtype or values."""
+    first: str | None
+    """Format and shape in the first checkpoint; None: it has no such tensor."""
+    second: str | None
+    elements: int | None = None
+    """How many there are; None where they cannot be compared one by one."""
+    differ: int | None = None
+    """How many are not the same number: other bits, where both have one format."""
+    largest: float | None = None
+    """The largest absolute difference, of those that are finite numbers in both."""
+    mean: float | None = None
+    """The mean absolute difference of the same, over all elements."""
+    not_finite: int | None = None
+    """How many of those that differ are NaN or infinite in one of the two."""
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A tensor of one of the checkpoints."""
+
+    model: StoredModel
+    tensor: GlobalTensor
+    head: StoredTensor | None
+    """Where it is, if it is the value head."""
+
+    @property
+    def words(self) -> str:
+        return f"{self.tensor.dtype} {list(self.tensor.shape)}"
+
+    def read(self, start: int, end: int) -> bytearray:
+        """The bytes of some elements of the undivided tensor."""
+        item = item_bytes(self.tensor.dtype)
+        content = bytearray((end - start) * item)
+        if self.head is not None:
+            read_file(self.head.file, memoryview(content), self.head.start + start * item)
+        else:
+            self.model.read(self.tensor.name, flat_part(self.tensor, start, end), memoryview(content))
+        return content
+
+
+def compare(first: StoredModel, second: StoredModel) -> Iterator[Difference]:
+    """The tensors that differ, in the order of the first checkpoint and then of the second."""
+    left, right = _sides(first), _sides(second)
+    for name in dict.fromkeys([*left, *right]):
+        one, other = left.get(name), right.get(name)
+        if one is None or other is None:
+            yield Difference(name, "missing", one.words if one else None, other.words if other else None)
+        elif one.tensor.shape != other.tensor.shape:
+            yield Difference(name, "shape", one.words, other.words)
+        elif one.tensor.dtype == other.tensor.dtype:
+            if (numbers := _numbers(one, other))["differ"]:
+                yield Difference(name, "values", one.words, other.words, **numbers)
+        else:
+            known = {one.tensor.dtype, other.tensor.dtype} <= KNOWN
+            yield Difference(name, "dtype", one.words, other.words, **(_numbers(one, other) if known else {}))
+
+
+def _sides(model: StoredModel) -> dict[str, _Side]:
+    found = {name: _Side(model, tensor, None) for name, tensor in model.tensors.items()}
+    if (head := model.value_head()) is not None:
+        found[VALUE_HEAD_NAME] = _Side(model, GlobalTensor(VALUE_HEAD_NAME, head.dtype, head.shape), head)
+    return found
+
+
+def _numbers(one: _Side, other: _Side) -> dict[str, Any]:
+    """How many elements differ, and by how much where numpy knows their format."""
+    formats = (one.tensor.dtype, other.tensor.dtype)
+    measured = set(formats) <= KNOWN
+    total, differ, broken, largest, absolute = one.tensor.elements, 0, 0, 0.0, 0.0
+    for start in range(0, total, PIECE):
+        end = min(start + PIECE, total)
+        left, right = one.read(start, end), other.read(start, end)
+        if formats[0] == formats[1]:
+            if left == right:
+                continue
+            width = f"<u{item_bytes(formats[0])}"
+            changed = np.flatnonzero(np.frombuffer(left, width) != np.frombuffer(right, width))
+        else:
+            changed = np.arange(end - start)
+        if measured:
+            values = [decode(left, formats[0])[changed], decode(right, formats[1])[changed]]
+            a, b = (value.astype(np.float64) for value in values)
+            if formats[0] != formats[1]:
+                unequal = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+                a, b, changed = a[unequal], b[unequal], changed[unequal]
+            finite = np.isfinite(a) & np.isfinite(b)
+            distance = np.abs(a[finite] - b[finite])
+            broken += int((~finite).sum())
+            largest = max(largest, float(distance.max(initial=0.0)))
+            absolute += float(distance.sum())
+        differ += len(changed)
+    if not measured:
+        return {"elements": total, "differ": differ}
+    mean = absolute / total if total else 0.0
+    return {"elements": total, "differ": differ, "largest": largest, "mean": mean, "not_finite": broken}
+
+
+def decode(content: bytes | bytearray, dtype: str) -> Any:
+    """The numbers of a safetensors format, BF16 as float32."""
+    if dtype == "BF16":
+        return (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(content, FORMATS[dtype])
+
+
+def comparison(first: Path, second: Path, base: Path | None) -> dict[str, Any]:
+    """What `pipeline diff` shows: the differences, and how many tensors the two have in all."""
+    models = [StoredModel(path, base=base) for path in (first, second)]
+    names = {name for model in models for name in model.tensors}
+    names |= {VALUE_HEAD_NAME for model in models if model.value_head() is not None}
+    found = [msgspec.to_builtins(difference) for difference in compare(*models)]
+    return {"first": str(first), "second": str(second), "tensors": len(names), "differences": found}

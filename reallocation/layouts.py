@@ -1,0 +1,474 @@
+"""How a model's tensors lie over the ranks of a parallel layout, by names, shapes and config.json alone.
+
+The ranks of a layout are a mesh [pp, dp, tp], tp fastest, as torch and vLLM number them. A tensor is divided in steps:
+
+    pp  a pipeline stage has some layers; the first also the embedding, the last the final norm and the head. A tied
+        head is the embedding a second time, in the last stage.
+    tp  query, key, value, gate and up projections are cut by rows (outputs), output and down projections by columns
+        (inputs), embedding and head by rows of the vocabulary, or not at all (Shoeybi et al. 2019, arXiv 1909.08053).
+        With fewer key-value heads than ranks each head is in several of them.
+    dp  every replica has all of that, or a shard of each tensor: rows as `torch.chunk` gives them (FSDP2), or an equal
+        part of the flattened tensor (ZeRO-3, Rajbhandari et al. 2020, arXiv 1910.02054; without its padding).
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from contracts.architectures import text_settings
+from contracts.errors import UserError, did_you_mean
+
+OUTPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+"""Projections of a layer whose outputs are divided over tensor parallel ranks: dimension 0 of weight and bias."""
+INPUTS = ("self_attn.o_proj", "mlp.down_proj")
+"""Projections whose inputs are divided: dimension 1 of the weight; the bias is whole."""
+NORMS = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    "self_attn.q_norm", "self_attn.k_norm",
+)  # fmt: skip
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma", "Gemma2", "Gemma3", "Gemma3Text")
+"""Architectures whose tensors these rules know, by the beginnings of their classes' names."""
+HEADS = ("ForCausalLM", "ForSequenceClassification")
+VOCABULARY_MULTIPLE = 64
+"""A divided vocabulary is filled up to a multiple of this before it is divided, as vLLM does."""
+MOST_RANKS = 65_536
+"""Ranks of a layout: more than any training has had, and few enough to plan in memory."""
+OF_EVERY_LAYER = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+    "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
+)  # fmt: skip
+"""Modules whose weights each layer of these architectures has."""
+IN_LAYER = re.compile(r"(?:base_model\.model\.)?(?:model\.){0,2}layers\.(\d+)\.(.+)")
+OUTSIDE = re.compile(r"(?:base_model\.model\.)?(?:model\.){0,2}(embed_tokens|norm|lm_head|score|value_head)\.(.+)")
+OF_ADAPTER = re.compile(r"\b(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$")
+REMAINDER = "master/"
+"""Before the names of the remainders to fp32 (`contracts.models.MASTER`), which lie as their tensors do."""
+
+Sharding = Literal["none", "rows", "flat"]
+Vocabulary = Literal["divided", "whole"]
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """A model over dp · tp · pp ranks."""
+
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    sharding: Sharding = "none"
+    """What the dp ranks of a group have of each tensor."""
+    vocabulary: Vocabulary = "divided"
+    """Whether tp divides embedding and head (vLLM, Megatron), or every rank has them whole (our trainer)."""
+    layers: tuple[int, ...] = ()
+    """Layers of each pipeline stage; by default as equal as they can be."""
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks."""
+        return self.dp * self.tp * self.pp
+
+    def rank(self, stage: int, replica: int, part: int) -> int:
+        """The rank at a place of the mesh [pp, dp, tp]."""
+        return (stage * self.dp + replica) * self.tp + part
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """Pipeline stage, replica and tensor parallel part of a rank."""
+        return rank // (self.dp * self.tp), rank // self.tp % self.dp, rank % self.tp
+
+    @classmethod
+    def parse(cls, text: str) -> "RankLayout":
+        """Read `tp=4,pp=2`, with any of the keys dp, tp, pp, shard (none, rows, flat), vocab (divided, whole) and
+        layers (of each stage, 9+7).
+
+        Raises:
+            UserError: it is something else.
+        """
+        found: dict[str, Any] = {}
+        names = {"dp": "dp", "tp": "tp", "pp": "pp", "shard": "sharding", "vocab": "vocabulary", "layers": "layers"}
+        items = [item for part in text.split(",") if (item := part.strip())]
+        if not items:
+            raise UserError(f"layout {text!r} says nothing. Write it like tp=4,pp=2; tp=1 is the whole checkpoint.")
+        for item in items:
+            key, _, value = item.partition("=")
+            if key not in names:
+                raise UserError(
+                    f"layout {text!r}: {key!r} is no key of it.{did_you_mean(key, names)} Write it like tp=4,pp=2; the "
+                    f"keys are {', '.join(names)}."
+                )
+            if names[key] in found:
+                raise UserError(f"layout {text!r}: {key!r} is there twice. Give it once.")
+            choices = {"shard": get_args(Sharding), "vocab": get_args(Vocabulary)}.get(key)
+            if choices is not None:
+                if value not in choices:
+                    raise UserError(f"layout {text!r}: {key}={value!r} is none of {', '.join(choices)}.")
+                found[names[key]] = value
+                continue
+            numbers = value.split("+") if key == "layers" else [value]
+            if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+                example = "numbers from 1 on like 9+7" if key == "layers" else "a number from 1 on"
+                raise UserError(f"layout {text!r}: {key}={value!r} is not {example}.")
+            found[names[key]] = tuple(map(int, numbers)) if key == "layers" else int(value)
+        layout = cls(**found)
+        if layout.ranks > MOST_RANKS:
+            raise UserError(
+                f"layout {text!r} has {layout.ranks:,} ranks, and at most {MOST_RANKS:,} are planned. Lower dp, tp "
+                "or pp."
+            )
+        if layout.layers and len(layout.layers) != layout.pp:
+            raise UserError(
+                f"layout {text!r}: layers has {len(layout.layers)} numbers, but pp={layout.pp}. Give one a stage."
+            )
+        return layout
+
+    def __str__(self) -> str:
+        """As `parse` reads it, without defaults."""
+        parts = [f"{name}={getattr(self, name)}" for name in ("dp", "tp", "pp") if getattr(self, name) > 1]
+        parts += [f"shard={self.sharding}"] if self.sharding != "none" else []
+        parts += [f"vocab={self.vocabulary}"] if self.vocabulary != "divided" else []
+        parts += [f"layers={'+'.join(map(str, self.layers))}"] if self.layers else []
+        return ",".join(parts) or "tp=1"
+
+
+@dataclass(frozen=True)
+class GlobalTensor:
+    """A tensor of a model, undivided."""
+
+    name: str
+    dtype: str
+    """In safetensors' words: F32, BF16, ..."""
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class LocalPart:
+    """What one rank has of a tensor: columns `first` to `last` of its rows of `width` elements, of these `start` to
+    `end` in row-major order. All in elements; a tensor that is not cut by columns is one row."""
+
+    shape: tuple[int, ...]
+    """As the rank holds it, contiguous."""
+    width: int
+    first: int
+    last: int
+    start: int
+    end: int
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it has."""
+        return self.end - self.start
+
+    @property
+    def cut_by_columns(self) -> bool:
+        """Whether a row of the whole tensor is in several parts."""
+        return (self.first, self.last) != (0, self.width)
+
+
+def layer_bounds(layers: int, stages: int) -> list[int]:
+    """The first layer of each pipeline stage, and the number of layers behind the last one's: as equal as can be."""
+    return [round(stage * layers / stages) for stage in range(stages + 1)]
+
+
+def flat_part(tensor: GlobalTensor, start: int, end: int, shape: tuple[int, ...] | None = None) -> LocalPart:
+    """Elements `start` to `end` of a flattened tensor."""
+    width = max(tensor.elements, 1)
+    return LocalPart((end - start,) if shape is None else shape, width, 0, width, start, end)
+
+
+def part_of(
+    tensor: GlobalTensor,
+    cut: tuple[int, int, int] | None = None,
+    *,
+    sharding: Sharding = "none",
+    shards: int = 1,
+    shard: int = 0,
+) -> LocalPart:
+    """What a rank has of a tensor.
+
+    Args:
+        cut: a dimension, and the indices from and to which the rank has it; None: all.
+        sharding: how what is cut is divided over `shards` ranks, of which this is number `shard`.
+    """
+    shape = list(tensor.shape)
+    dim, low, high = cut if cut is not None else (0, 0, shape[0] if shape else 1)
+    if shape:
+        shape[dim] = high - low
+    inner = math.prod(tensor.shape[dim + 1 :])
+    elements = math.prod(shape)
+    start, end = 0, elements
+    if sharding == "flat":
+        length = -(-elements // shards)
+        start, end = min(shard * length, elements), min((shard + 1) * length, elements)
+        shape = [end - start]
+    elif sharding == "rows":
+        count = shape[0] if shape else 1
+        length = -(-count // shards)
+        begin, behind = min(shard * length, count), min((shard + 1) * length, count)
+        row = elements // count if count else 0
+        start, end = begin * row, behind * row
+        shape = [behind - begin, *shape[1:]]
+    if dim == 0:
+        return flat_part(tensor, low * inner + start, low * inner + end, tuple(shape))
+    width = tensor.shape[dim] * inner
+    return LocalPart(tuple(shape), width, low * inner, high * inner, start, end)
+
+
+@dataclass
+class Division:
+    """Which rank of a layout has what of which tensor of a model.
+
+    Raises:
+        UserError: the architecture or a tensor is not known, or the layout does not divide it; the message says which
+            number is in the way. A layout without tp and pp needs no rules and takes every model.
+    """
+
+    layout: RankLayout
+    config: Mapping[str, Any]
+    """The model's config.json."""
+    tensors: Mapping[str, GlobalTensor]
+    name: str = "the model"
+    """In messages."""
+    _parts: dict[str, dict[int, LocalPart]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        layout = self.layout
+        self._text = text_settings(self.config)
+        self._bounds: list[int] = [0, 0]
+        self._require_shards()
+        if layout.tp > 1 or layout.pp > 1:
+            self._require_known()
+            layers = self._number("num_hidden_layers")
+            self._bounds = layer_bounds(layers, layout.pp)
+            if layout.layers:
+                self._bounds = [sum(layout.layers[:stage]) for stage in range(layout.pp + 1)]
+            if self._bounds[-1] != layers or layout.pp > layers:
+                raise UserError(
+                    f"layout {layout}: {self.name} has {layers} layers, which these pipeline stages do not divide. Set "
+                    f"pp to at most {layers}, and layers to numbers that add up to it."
+                )
+        for tensor in self.tensors.values():
+            self._parts[tensor.name] = dict(self._divide(tensor))
+
+    def parts(self, name: str) -> dict[int, LocalPart]:
+        """The part of a tensor in each rank that has one, which may be empty."""
+        return self._parts[name]
+
+    def of_rank(self, rank: int) -> dict[str, LocalPart]:
+        """The part of each tensor that a rank has."""
+        return {name: parts[rank] for name, parts in self._parts.items() if rank in parts}
+
+    def _require_shards(self) -> None:
+        """That some tensor has something for every shard."""
+        sharding = self.layout.sharding
+        if sharding == "none" or not self.tensors:
+            return
+        most = max(
+            tensor.elements if sharding == "flat" else max(tensor.shape, default=1) for tensor in self.tensors.values()
+        )
+        if self.layout.dp > most:
+            what = "numbers" if sharding == "flat" else "rows"
+            raise UserError(
+                f"layout {self.layout}: no tensor of {self.name} has more than {most} {what}, so that some of the "
+                f"{self.layout.dp:,} shards would have nothing. Set dp to at most {most}."
+            )
+
+    def _require_known(self) -> None:
+        architecture = str((self.config.get("architectures") or ["unknown"])[0])
+        if architecture not in {family + head for family in FAMILIES for head in HEADS}:
+            raise UserError(
+                f"{self.name} is a {architecture}; how tensor and pipeline parallelism divide it is not known, only "
+                f"{', '.join(FAMILIES)} models. Set tp and pp to 1; shard=rows or shard=flat divide any model."
+            )
+
+    def _number(self, key: str) -> int:
+        value = self._text.get(key)
+        if not isinstance(value, int):
+            raise UserError(f"the config.json of {self.name} has {key} {value!r}, which is no whole number.")
+        return value
+
+    def _divide(self, tensor: GlobalTensor) -> Iterator[tuple[int, LocalPart]]:
+        layout = self.layout
+        stages: tuple[int, ...] = (0,)
+        cuts: list[tuple[int, int, int] | None] = [None]
+        if layout.tp > 1 or layout.pp > 1:
+            stages, cuts = self._by_name(tensor)
+        for stage in stages:
+            for part, cut in enumerate(cuts):
+                for replica in range(layout.dp):
+                    yield (
+                        layout.rank(stage, replica, part),
+                        part_of(tensor, cut, sharding=layout.sharding, shards=layout.dp, shard=replica),
+                    )
+
+    def _by_name(self, tensor: GlobalTensor) -> tuple[tuple[int, ...], list[tuple[int, int, int] | None]]:
+        """The pipeline stages that have a tensor, and for each tensor parallel rank its cut."""
+        name = tensor.name.removeprefix(REMAINDER).replace(".base_layer.", ".")
+        whole: list[tuple[int, int, int] | None] = [None] * self.layout.tp
+        if found := IN_LAYER.fullmatch(name):
+            layer = int(found[1])
+            if layer >= self._bounds[-1]:
+                raise UserError(
+                    f"{self.name} holds {tensor.name}, but has {self._bounds[-1]} layers by its config.json."
+                )
+            stage = next(number for number, end in enumerate(self._bounds[1:]) if layer < end)
+            return (stage,), self._cuts_in_layer(tensor, found[2])
+        if found := OUTSIDE.fullmatch(name):
+            module, kind = found[1], OF_ADAPTER.sub(lambda match: match[1], found[2])
+            last = self.layout.pp - 1
+            stages: tuple[int, ...] = (0,) if module == "embed_tokens" else (last,)
+            if module == "embed_tokens" and kind == "weight" and self._is_second_head(tensor.name):
+                stages = tuple(dict.fromkeys((0, last)))
+            by_words = kind in ("weight", "bias", "lora_B") if module == "lm_head" else kind == "weight"
+            if module in ("embed_tokens", "lm_head") and by_words and self.layout.vocabulary == "divided":
+                return stages, list(self._words(tensor))
+            if kind in ("weight", "bias", "lora_A", "lora_B"):
+                return stages, whole
+        raise UserError(
+            f"{self.name} holds {tensor.name}, and how tensor and pipeline parallelism divide that is not known. Set "
+            "tp and pp to 1; shard=rows or shard=flat divide any model."
+        )
+
+    def _is_second_head(self, name: str) -> bool:
+        """Whether the embedding is the LM head as well."""
+        prefix = REMAINDER if name.startswith(REMAINDER) else ""
+        causal = str((self.config.get("architectures") or [""])[0]).endswith("ForCausalLM")
+        default = str(self._text.get("model_type", "")).startswith("gemma")
+        tied = self.config.get("tie_word_embeddings", self._text.get("tie_word_embeddings"))
+        stored = any(f"{prefix}{each}lm_head.weight" in self.tensors for each in ("", "model."))
+        return causal and bool(default if tied is None else tied) and not stored
+
+    def _words(self, tensor: GlobalTensor) -> Iterator[tuple[int, int, int]]:
+        words = tensor.shape[0]
+        filled = -(-words // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        length = -(-filled // self.layout.tp)
+        for part in range(self.layout.tp):
+            yield 0, min(part * length, words), min((part + 1) * length, words)
+
+    def _cuts_in_layer(self, tensor: GlobalTensor, suffix: str) -> list[tuple[int, int, int] | None]:
+        kind = OF_ADAPTER.sub(lambda match: match[1], suffix)
+        module, _, kind = kind.rpartition(".")
+        dim: int | None
+        if module in OUTPUTS and kind in ("weight", "bias", "lora_A", "lora_B", "lora_magnitude_vector"):
+            dim = None if kind == "lora_A" else 0
+        elif module in INPUTS and kind in ("weight", "bias", "lora_A", "lora_B", "lora_magnitude_vector"):
+            dim = 1 if kind in ("weight", "lora_A") else None
+        elif module in NORMS and kind == "weight":
+            dim = None
+        else:
+            raise UserError(
+                f"{self.name} holds {tensor.name}, and how tensor parallelism divides that is not known. Set tp and pp "
+                "to 1; shard=rows or shard=flat divide any model."
+            )
+        if dim is None:
+            return [None] * self.layout.tp
+        return [(dim, *self._span(tensor, module, dim, part)) for part in range(self.layout.tp)]
+
+    def _span(self, tensor: GlobalTensor, module: str, dim: int, part: int) -> tuple[int, int]:
+        """The indices of dimension `dim` that a tensor parallel rank has: whole heads, or an equal part."""
+        tp, size = self.layout.tp, tensor.shape[dim]
+        if module.startswith("mlp."):
+            key, units, shared = "intermediate_size", size, False
+        elif module in ("self_attn.q_proj", "self_attn.o_proj"):
+            key, units, shared = "num_attention_heads", self._number("num_attention_heads"), False
+        else:
+            heads = self._text.get("num_key_value_heads")
+            key, shared = "num_key_value_heads", True
+            units = self._number(key) if heads is not None else self._number("num_attention_heads")
+        if size % units:
+            raise UserError(
+                f"{tensor.name} of {self.name} has shape {list(tensor.shape)}, which its {key} ({units}) do not "
+                "divide. config.json and weights are of different models."
+            )
+        length = size // units
+        if units % tp == 0:
+            return part * units // tp * length, (part + 1) * units // tp * length
+        if shared and tp % units == 0:
+            head = part * units // tp
+            return head * length, (head + 1) * length
+        raise UserError(
+            f"layout {self.layout}: tp={tp} does not divide {key} ({units}) of {self.name}. Set it to a divisor"
+            f"{', or a multiple of it that divides the attention heads' if shared else ''}."
+        )
+
+
+def require_complete(config: Mapping[str, Any], tensors: Mapping[str, GlobalTensor], name: str) -> None:
+    """Check a model of a known architecture against its config.json: that it has all tensors, in their shapes.
+
+    Adapters, quantised weights, remainders to fp32 and other architectures are not checked.
+
+    Args:
+        name: of the model, in messages.
+
+    Raises:
+        UserError: a tensor is missing, or has another shape than it should.
+    """
+    architecture = str((config.get("architectures") or [""])[0])
+    known = {family + head for family in FAMILIES for head in HEADS}
+    if architecture not in known or "quantization_config" in config or any(map(OF_ADAPTER.search, tensors)):
+        return
+    text = text_settings(config)
+    layers = text.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return
+    outside: dict[str, GlobalTensor] = {}
+    inside: dict[int, dict[str, GlobalTensor]] = {layer: {} for layer in range(layers)}
+    prefix = "model."
+    for tensor in tensors.values():
+        if found := IN_LAYER.fullmatch(tensor.name):
+            inside.setdefault(int(found[1]), {})[found[2].replace(".base_layer.", ".")] = tensor
+            prefix = tensor.name[: found.start(1)].removesuffix("layers.")
+        elif found := OUTSIDE.fullmatch(tensor.name):
+            outside[f"{found[1]}.{found[2]}"] = tensor
+    if (beyond := max(inside, default=0)) >= layers:
+        raise UserError(f"{name} holds tensors of layer {beyond}, but has {layers} layers by its config.json.")
+    of_layer = {f"{module}.weight" for module in OF_EVERY_LAYER}.union(*inside.values())
+    missing = [f"{prefix}layers.{n}.{kind}" for n, held in inside.items() for kind in sorted(of_layer - held.keys())]
+    needed = {"embed_tokens.weight": prefix, "norm.weight": prefix}
+    if architecture.endswith("ForSequenceClassification"):
+        needed["score.weight"] = ""
+    elif config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False:
+        needed["lm_head.weight"] = ""
+    missing += [start + kind for kind, start in needed.items() if kind not in outside]
+    if missing:
+        raise UserError(
+            f"{name} lacks {missing[0]}{f' and {len(missing) - 1} more tensors' if missing[1:] else ''}, which a "
+            f"{architecture} of {layers} layers has. Save or download the model again."
+        )
+    for held in (outside, *inside.values()):
+        for kind, tensor in held.items():
+            wanted = _shape_by(text, kind)
+            if wanted is not None and tensor.shape != wanted:
+                raise UserError(
+                    f"{tensor.name} of {name} has shape {list(tensor.shape)}, and by config.json it should have "
+                    f"{list(wanted)}. config.json and weights are of different models: save or download it again."
+                )
+
+
+def _shape_by(text: Mapping[str, Any], kind: str) -> tuple[int, ...] | None:
+    """The shape of a tensor by config.json; None where that does not say it."""
+
+    def number(key: str) -> int:
+        value = text.get(key)
+        return value if isinstance(value, int) else 0
+
+    hidden, heads, inner, words = map(number, ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"))
+    width = number("head_dim") or (hidden // heads if heads else 0)
+    keys = number("num_key_value_heads") or heads
+    module, _, sort = kind.rpartition(".")
+    shapes = {
+        "self_attn.q_proj": (heads * width, hidden), "self_attn.k_proj": (keys * width, hidden),
+        "self_attn.v_proj": (keys * width, hidden), "self_attn.o_proj": (hidden, heads * width),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+        "embed_tokens": (words, hidden), "lm_head": (words, hidden), "norm": (hidden,),
+        **{each: (width,) if each.startswith("self_attn.") else (hidden,) for each in NORMS},
+    }  # fmt: skip
+    shape = shapes.get(module) if sort in ("weight", "bias") else None
+    if shape is not None and sort == "bias":
+        shape = shape[:1]
+    return shape if shape and all(shape) else None

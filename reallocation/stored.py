@@ -1,0 +1,286 @@
+"""Checkpoints on disk, whole or divided into a set of files for each rank: what is where, and reading any part of it.
+
+A divided checkpoint is what `pipeline reshard` writes:
+
+    reallocation.json                     the layout, and how the whole files were: their names and safetensors headers
+    model-rank-R-part-P.safetensors       the parts that rank R has; ranks that differ in nothing share the first's
+    master/model-rank-R-part-P.safetensors    the same of the remainders to fp32, where the checkpoint has them
+    config.json, tokenizer                as they were
+    origin/                               the other files of the checkpoint, its manifest among them
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from contracts.errors import UserError
+from contracts.fingerprint import ADAPTER
+from contracts.models import MASTER, VALUE_HEAD
+from contracts.weights import AGAIN, DIVIDED, StoredTensor, read_header, stored_tensors
+from reallocation.layouts import REMAINDER, Division, GlobalTensor, LocalPart, RankLayout, flat_part
+from reallocation.planning import Transfer, common, in_order, item_bytes, replicas
+
+RECORD = DIVIDED
+ORIGIN = "origin"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+VALUE_HEAD_NAME = "value_head/weight"
+"""What the value head's tensor is called beside a model's."""
+
+
+class WholeFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A weights file of an undivided checkpoint."""
+
+    name: str
+    header: str
+    """Its safetensors header, with the spaces at its end."""
+
+
+class DividedRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The content of reallocation.json."""
+
+    version: int
+    layout: str
+    key: str
+    """Identifies what was divided, and how."""
+    config: dict[str, Any]
+    """The config.json of the model; of an adapter, that of its base model."""
+    files: tuple[WholeFile, ...]
+    ranks: dict[str, tuple[str, ...]]
+    """The files of each rank that has some of its own."""
+    replicas: dict[str, int]
+    """For each other rank, the one that has the same."""
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """Where a part of a tensor is."""
+
+    rank: int
+    part: LocalPart
+    stored: StoredTensor
+
+
+class StoredModel:
+    """A checkpoint directory in any layout."""
+
+    def __init__(self, path: Path, *, base: Path | None = None) -> None:
+        """Read the headers.
+
+        Args:
+            base: of an adapter, the directory of the model that it belongs to; by default as the adapter says.
+
+        Raises:
+            UserError: it is no checkpoint, or not all of it is there.
+        """
+        self.path = path
+        self.record = _read_record(path / RECORD) if (path / RECORD).is_file() else None
+        if self.record is None:
+            self.layout = RankLayout()
+            self.config = _config_of(path, base)
+            self.files = tuple(_whole_files(path))
+        else:
+            self.layout = RankLayout.parse(self.record.layout)
+            self.config = self.record.config
+            self.files = self.record.files
+        self.placed: dict[str, dict[str, StoredTensor]] = {
+            file.name: _tensors_in(file, path / file.name) for file in self.files
+        }
+        self.tensors: dict[str, GlobalTensor] = {}
+        for name, placed in self.placed.items():
+            prefix = REMAINDER if name.startswith(REMAINDER) else ""
+            for tensor in placed.values():
+                self.tensors[prefix + tensor.name] = GlobalTensor(prefix + tensor.name, tensor.dtype, tensor.shape)
+
+    def division(self, layout: RankLayout) -> Division:
+        """How a layout divides it.
+
+        Raises:
+            UserError: it does not.
+        """
+        return Division(layout, self.config, self.tensors, str(self.path))
+
+    @cached_property
+    def sources(self) -> dict[str, tuple[HeldPart, ...]]:
+        """Where the distinct parts of each tensor are."""
+        if self.record is None:
+            found: dict[str, tuple[HeldPart, ...]] = {}
+            for file, placed in self.placed.items():
+                for stored in placed.values():
+                    name = (REMAINDER if file.startswith(REMAINDER) else "") + stored.name
+                    tensor = self.tensors[name]
+                    found[name] = (HeldPart(0, flat_part(tensor, 0, tensor.elements, tensor.shape), stored),)
+            return found
+        division = self.division(self.layout)
+        held = {int(rank): _rank_tensors(self.path, files) for rank, files in self.record.ranks.items()}
+        return {name: tuple(self._held(tensor, division.parts(name), held)) for name, tensor in self.tensors.items()}
+
+    def _held(
+        self, tensor: GlobalTensor, parts: Mapping[int, LocalPart], held: Mapping[int, Mapping[str, StoredTensor]]
+    ) -> Iterator[HeldPart]:
+        """Where the distinct parts of a tensor of a divided checkpoint are."""
+        for ranks in replicas(tensor, parts).values():
+            rank = next((rank for rank in ranks if rank in held), ranks[0])
+            stored = held.get(rank, {}).get(tensor.name)
+            if stored is None or (stored.dtype, stored.shape) != (tensor.dtype, parts[rank].shape):
+                raise UserError(f"{self.path} does not hold what rank {rank} has of {tensor.name}. Divide it again.")
+            yield HeldPart(rank, parts[rank], stored)
+
+    def transfers(self, name: str, part: LocalPart) -> list[Transfer]:
+        """What a part of a tensor is made from, by place in it; `source` counts the tensor's `sources`."""
+        tensor = self.tensors[name]
+        found = [
+            transfer._replace(source=number, tensor=name)
+            for number, source in enumerate(self.sources[name])
+            for transfer in common(source.part, part, item_bytes(tensor.dtype))
+        ]
+        return sorted(found, key=lambda each: each.target_start)
+
+    def read(self, name: str, part: LocalPart, into: memoryview) -> None:
+        """Read a part of a tensor, of whose files no other bytes are read.
+
+        Args:
+            into: as many bytes as the part has.
+        """
+        sources, transfers = self.sources[name], self.transfers(name, part)
+        with _Opened(sources[transfer.source].stored.file for transfer in transfers) as files:
+            for number, place, begin, length in in_order(transfers):
+                stored = sources[transfers[number].source].stored
+                read_exactly(files[stored.file], into[place : place + length], stored.start + begin, stored.file)
+
+    def value_head(self) -> StoredTensor | None:
+        """The tensor of the value head of a policy that is its own critic."""
+        for folder in (self.path, self.path / ORIGIN):
+            if (folder / VALUE_HEAD).is_file():
+                return read_header(folder / VALUE_HEAD)["weight"]
+        return None
+
+
+class _Opened:
+    """The descriptors of files, closed at the end."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._paths = dict.fromkeys(paths)
+        self._files: dict[Path, int] = {}
+
+    def __enter__(self) -> dict[Path, int]:
+        try:
+            for path in self._paths:
+                self._files[path] = os.open(path, os.O_RDONLY)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self._files
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+
+def read_exactly(descriptor: int, into: memoryview, offset: int, file: Path) -> None:
+    """Fill a buffer from a place of an open file."""
+    while into:
+        count = os.preadv(descriptor, [into], offset)
+        if count == 0:
+            raise UserError(f"{file} is cut off: it ends before byte {offset}. {AGAIN}")
+        into, offset = into[count:], offset + count
+
+
+def read_file(file: Path, into: memoryview, offset: int) -> None:
+    """Fill a buffer from a place of a file."""
+    with _Opened([file]) as files:
+        read_exactly(files[file], into, offset, file)
+
+
+def header_bytes(file: Path) -> str:
+    """The safetensors header of a file as it is there."""
+    with file.open("rb") as stream:
+        return stream.read(int.from_bytes(stream.read(8), "little")).decode()
+
+
+def rank_file(rank: int, part: int) -> str:
+    """The name of a file of a divided checkpoint."""
+    return f"model-rank-{rank}-part-{part}.safetensors"
+
+
+def _read_record(file: Path) -> DividedRecord:
+    try:
+        record = msgspec.json.decode(file.read_bytes(), type=DividedRecord)
+    except msgspec.DecodeError as error:
+        raise UserError(f"{file} is damaged: {error}. Divide the checkpoint again.") from error
+    if record.version != 1:
+        raise UserError(f"{file} has version {record.version}; this Ratchet reads version 1. Use one that wrote it.")
+    names = [*(name for files in record.ranks.values() for name in files), *(each.name for each in record.files)]
+    if any(name.startswith("/") or ".." in name.split("/") for name in names):
+        raise UserError(f"{file} names files outside of its directory. Divide the checkpoint again.")
+    return record
+
+
+def _whole_files(path: Path) -> Iterator[WholeFile]:
+    if (path / ADAPTER).is_file():
+        if not (path / ADAPTER_WEIGHTS).is_file():
+            raise UserError(f"{path} is an adapter (PEFT) without {ADAPTER_WEIGHTS}. Save it again in safetensors.")
+        files = [path / ADAPTER_WEIGHTS]
+    else:
+        files = sorted({tensor.file for tensor in stored_tensors(path).values()})
+    for file in [*files, *sorted((path / MASTER).glob("*.safetensors"))]:
+        read_header(file)
+        yield WholeFile(file.relative_to(path).as_posix(), header_bytes(file))
+
+
+def _tensors_in(file: WholeFile, path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a whole file by its header, in the order of their places; the file need not be there."""
+    base = 8 + len(file.header.encode())
+    found = []
+    for name, tensor in json.loads(file.header).items():
+        if name != "__metadata__":
+            start, end = tensor["data_offsets"]
+            found.append(StoredTensor(name, tensor["dtype"], tuple(tensor["shape"]), path, base + start, base + end))
+    found.sort(key=lambda tensor: (tensor.start, tensor.end))
+    place = base
+    for tensor in found:
+        elements = GlobalTensor(tensor.name, tensor.dtype, tensor.shape).elements
+        if tensor.start != place or tensor.end - tensor.start != elements * item_bytes(tensor.dtype):
+            raise UserError(
+                f"{path}: the bytes of {tensor.name} ({tensor.dtype}) are not {elements} whole numbers right behind "
+                "the tensor before. Save the model again."
+            )
+        place = tensor.end
+    return {tensor.name: tensor for tensor in found}
+
+
+def _rank_tensors(path: Path, files: tuple[str, ...]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    for name in files:
+        if not (path / name).is_file():
+            raise UserError(f"{path} lacks {name}. Divide the checkpoint again.")
+        prefix = REMAINDER if name.startswith(REMAINDER) else ""
+        found.update({prefix + key: tensor for key, tensor in read_header(path / name).items()})
+    return found
+
+
+def _config_of(path: Path, base: Path | None) -> Mapping[str, Any]:
+    """The config.json that says how many heads and layers there are."""
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} is no directory. Give one written by save_pretrained or by Ratchet.")
+    folder = path
+    if (path / ADAPTER).is_file():
+        named = json.loads((path / ADAPTER).read_bytes()).get("base_model_name_or_path")
+        folder = base or Path(named or "")
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{path} is an adapter (PEFT) of {named or 'another model'}, whose config.json says how many heads and "
+                "layers there are. Give that model's directory with --base."
+            )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no checkpoint: it has no config.json. Give one written by save_pretrained.")
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}. Save the model again.") from error
+    return dict(config)

@@ -1,0 +1,181 @@
+"""Reward models on real vLLM: it says what transformers says, a kill changes nothing, and what it cannot do is told."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from byte_level import write_tokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import annotation.models.pooled
+from annotation.models.loading import open_model
+from annotation.samples import Sample
+from annotation.scorers import score_config
+from annotation.scorers.base import Opening
+from contracts.artifacts import Artifact
+from contracts.chat import ChatTokenizer
+from contracts.errors import UserError
+from contracts.ledger import Ledger
+from contracts.prompts import prompt_id
+from contracts.publication import Publication
+from contracts.records import ROLLOUTS, SCORES, Completion, Message, Rollout, Score
+
+pytestmark = pytest.mark.slow
+TEXTS = ["", "It is Paris.", "Ça va? 🧑‍🚀 好的", "The capital of France is Paris. " * 6, "I do not know.\n\nReally."]
+
+
+def reward_model(folder: Path, model_type: str, **changes) -> Path:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
+    size |= {"num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512, "vocab_size": 420}
+    size |= {"num_labels": 1, "pad_token_id": 0, "initializer_range": 0.3, **changes}
+    config = AutoConfig.for_model(model_type, **size)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return write_tokenizer(folder)
+
+
+def rollout(number: int) -> Rollout:
+    messages = (Message("user", f"Question {number}. " + "Tell me of the sea. " * (number % 5)),)
+    answers = tuple(Completion(sample, (5,), text, "stop", (), None, None) for sample, text in enumerate(TEXTS))
+    return Rollout(prompt_id(messages), messages, (1,), answers, "policy", 0, "processed")
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory) -> Path:
+    """Twelve prompts with five answers each, three prompts a shard."""
+    path = tmp_path_factory.mktemp("rollouts") / "rollouts"
+    publication = Publication(path, ROLLOUTS, "generation", "0" * 64)
+    publication.begin()
+    for shard in range(4):
+        ledger = Ledger("prompts")
+        ledger.keep(3)
+        publication.write_rows(f"shard-{shard:05d}.jsonl", [rollout(3 * shard + one) for one in range(3)], ledger)
+    manifest = {"key_parts": {}, "inputs": {}, "input_paths": {}, "weights": None, "versions": {}, "seconds": {}}
+    publication.publish(**manifest, unit="prompts", facts={"bos_token_id": 1})
+    return path
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    return reward_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
+
+
+def config_of(tmp_path: Path, model: Path, **keys):
+    fields = {"output": tmp_path / "scores", "rollouts": tmp_path, "kind": "reward_model", "engine": "vllm"}
+    return score_config(**fields, model=model, **keys)
+
+
+def opened(tmp_path: Path, model: Path, **keys):
+    return open_model(config_of(tmp_path, model, **keys), Opening(tmp_path, lambda: 0))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_scores_equal_transformers(tmp_path: Path, model_type: str) -> None:
+    path = reward_model(tmp_path / "model", model_type)
+    scorer = opened(tmp_path, path)
+    samples = [Sample(each, one) for each in map(rollout, range(6)) for one in each.completions]
+    found = scorer(samples)
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    chat = ChatTokenizer(path)
+    told = set()
+    for sample, score in zip(samples, found, strict=True):
+        ids = chat.conversation([*sample.rollout.messages, Message("assistant", sample.completion.text)])
+        model.config.pad_token_id = next(token for token in range(9) if token != ids[-1])
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([ids])).logits[0, 0].item()
+        assert score.score == pytest.approx(expected, abs=1e-4)
+        told.add(round(expected, 3))
+    assert len(told) > 20
+    assert scorer(samples[:10]) == found[:10]
+    facts = scorer.facts
+    assert (facts["engine"], facts["dtype"]) == ("vllm", "float32")
+    assert facts["engine_version"]
+    assert float(facts["engine_difference"]) < 1e-4
+
+
+def test_what_exceeds_the_limit_is_dropped(tmp_path: Path, qwen: Path) -> None:
+    samples = [Sample(rollout(2), one) for one in rollout(2).completions]
+    chat = ChatTokenizer(qwen)
+    lengths = [
+        len(chat.conversation([*sample.rollout.messages, Message("assistant", sample.completion.text)]))
+        for sample in samples
+    ]
+    limit = sorted(lengths)[-2]
+    found = opened(tmp_path, qwen, max_length=limit)(samples)
+    assert [score == "too_long" for score in found] == [length > limit for length in lengths]
+
+
+def score(output: Path, rollouts: Path, model: Path) -> subprocess.Popen:
+    fields = [f"output={output}", f"rollouts={rollouts}", f"model={model}", "kind=reward_model", "engine=vllm"]
+    return subprocess.Popen([sys.executable, "-m", "annotation", "score", *fields])
+
+
+def vllm_version() -> str:
+    code = "import vllm; print(vllm.__version__)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+def test_a_kill_changes_nothing(tmp_path: Path, rollouts: Path, qwen: Path) -> None:
+    assert score(tmp_path / "whole", rollouts, qwen).wait() == 0
+    killed = score(tmp_path / "out", rollouts, qwen)
+    while not (finished := list(tmp_path.glob(".out.partial-*/.receipt-shard-00000.jsonl.json"))):
+        assert killed.poll() is None
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    first = (finished[0].parent / "shard-00000.jsonl").stat().st_ino
+    assert score(tmp_path / "out", rollouts, qwen).wait() == 0
+    one, other = (Artifact.open(tmp_path / name, SCORES) for name in ("whole", "out"))
+    assert [shard.read_bytes() for shard in one.shards] == [shard.read_bytes() for shard in other.shards]
+    assert other.shards[0].stat().st_ino == first
+    assert len(list(one.rows(Score))) == 60
+    assert one.manifest.key == other.manifest.key
+    assert one.manifest.facts["engine"] == "vllm"
+    assert one.manifest.facts["engine_version"] == one.manifest.versions.get(
+        "vllm", one.manifest.facts["engine_version"]
+    )
+
+
+def test_an_engine_that_says_something_else_is_refused(tmp_path: Path, qwen: Path, monkeypatch) -> None:
+    own = annotation.models.pooled.own_rewards
+    monkeypatch.setattr(
+        annotation.models.pooled, "own_rewards", lambda model, sequences: [2 + each for each in own(model, sequences)]
+    )
+    with pytest.raises(UserError, match=r"vLLM \S+ gives \S+ for a sequence of \d+ tokens that transformers gives \S+"):
+        opened(tmp_path, qwen)
+
+
+def test_processes_that_would_share_a_device_are_refused(tmp_path: Path, qwen: Path, monkeypatch) -> None:
+    monkeypatch.setattr(annotation.models.pooled, "accelerators", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="replicas=N instead of starting them with a launcher"):
+        opened(tmp_path, qwen)
+
+
+def test_heads_that_vllm_cannot_compute_on_a_cpu_are_told(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("vLLM for GPUs")
+    narrow = reward_model(tmp_path / "narrow", "qwen3", head_dim=16)
+    with pytest.raises(UserError, match=r"heads of width 16 .* only 32, 64, .*Set engine=transformers"):
+        config_of(tmp_path, narrow).examine()
+
+
+def test_what_vllm_cannot_compute_is_told(tmp_path: Path, qwen: Path) -> None:
+    bloom = tmp_path / "bloom"
+    config = AutoConfig.for_model("openai-gpt", n_embd=32, n_layer=1, n_head=2, vocab_size=420, num_labels=1)
+    config.pad_token_id = 0
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(bloom)
+    write_tokenizer(bloom)
+    with pytest.raises(UserError, match=r"cannot compute .* as a reward model\. Set engine=transformers"):
+        config_of(tmp_path, bloom).examine()
+    with pytest.raises(UserError, match="no engine argument of this name"):
+        config_of(tmp_path, qwen, engine_args={"enforce_eagr": True}).examine()
+    with pytest.raises(UserError, match="max_model_len cannot be set here: set `max_length`"):
+        config_of(tmp_path, qwen, engine_args={"max_model_len": 9})
+    assert config_of(tmp_path, qwen).runs_in == "generation"
+    assert config_of(tmp_path, qwen, environment="own").runs_in == "own"

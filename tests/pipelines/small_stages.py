@@ -1,0 +1,153 @@
+"""Stages that are small things in the place of real ones, made by the test's own process: real keys and manifests."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import pipelines.execution.lifecycle
+import pipelines.run.verdicts
+from annotation.gating.config import GateConfig
+from annotation.gating.stage import decision_of
+from contracts.artifacts import input_damage
+from contracts.fingerprint import digest
+from contracts.ledger import Ledger
+from contracts.manifest import MANIFEST
+from contracts.publication import Publication
+from contracts.records import CHECKPOINT, EVALUATION, EXPERIENCE, GATE, PAIRS, PROMPTS, ROLLOUTS, SCORES, WORLD
+from contracts.stage import key_parts, stage_key
+from embedded.config import WORLD_FILES
+from pipelines.execution.executors.base import Executor, Site
+from pipelines.execution.supervisor import REQUEST, AttemptRequest
+from pipelines.graph import Node
+from pipelines.planning.scheduling import streams
+from pipelines.run.events import JobEnded
+
+KINDS = {
+    "world": WORLD,
+    "prompts": PROMPTS,
+    "generation": ROLLOUTS,
+    "score": SCORES,
+    "pairs": PAIRS,
+    "experience": EXPERIENCE,
+    "evaluation": EVALUATION,
+    "gate": GATE,
+}
+REWARDS = [0.1, 0.5, 0.9, 0.3, 0.4, 0.2, 0.6]
+"""Of the policies, by iteration."""
+
+
+def make(node: Node, salt: str = "") -> None:
+    """Publish what a stage would, in small; an AssertionError where an input of it is not whole."""
+    config, parts = node.config, key_parts(node.config, {})
+    damage = [problem for path in config.input_paths() for problem in input_damage(path)]
+    assert damage == [], f"{node.name} was started without its inputs"
+    content = stage_key(parts) + salt
+    publication = Publication(config.output, KINDS.get(config.stage, CHECKPOINT), config.stage, stage_key(parts))
+    publication.begin()
+    files: dict[str, bytes] = {}
+    facts: dict[str, Any] = {}
+    if config.stage == "world":
+        files = {name: name.encode() for name in WORLD_FILES if name != "model"}
+        files |= {f"model/{name}": data for name, data in model(content).items()}
+    elif config.stage == "evaluation":
+        number = config.model_dump()["iteration"]
+        facts["metrics"] = {"iteration": number, "reward_mean": REWARDS[number]}
+        files = {"evaluation.json": content.encode()}
+    elif isinstance(config, GateConfig):
+        facts["gate"] = msgspec.to_builtins(decision_of(config))
+        files = {"gate.json": content.encode()}
+    elif config.stage in KINDS:
+        files = {f"shard-0000{i}.jsonl": f'{{"row": "{i} {content * 20}"}}\n'.encode() for i in range(2)}
+    else:
+        files = {**model(content), "training-log.jsonl": b"{}\n"}
+    for name, data in files.items():
+        publication.scratch(name).write_bytes(data)
+        publication.commit(name, Ledger("rows"), rows=data.count(b"\n"))
+    publication.publish(
+        key_parts=parts,
+        inputs=parts["inputs"],
+        input_paths={str(number): str(path) for number, path in enumerate(config.input_paths())},
+        unit="rows",
+        weights=None,
+        versions={},
+        seconds={},
+        facts=facts,
+    )
+
+
+def model(content: str) -> dict[str, bytes]:
+    """Files of a model."""
+    data = (digest(content) * 40).encode()
+    header = json.dumps({"w": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    return {"config.json": b"{}", "model.safetensors": len(header).to_bytes(8, "little") + header + data}
+
+
+def without_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver asks no environment for its versions, leaves the signals alone and does not wait for the disk."""
+    monkeypatch.setattr(pipelines.execution.lifecycle, "probe_versions", lambda *_: {})
+    monkeypatch.setattr(pipelines.run.verdicts, "probe_versions", lambda *_: {})
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+class TimedStages(Executor):
+    """Runs stages that take a known time, as processes that only sleep."""
+
+    kind = "local"
+
+    def __init__(self, site: Site, seconds: dict[str, float]) -> None:
+        """Take so long for stages of these roles, and no time for the others."""
+        super().__init__(site)
+        self._seconds = seconds
+        self._streams = streams(self.graph, self.config)
+
+    def submit(self, node: Node, attempt: Path) -> "TimedStage":
+        """Start it."""
+        (attempt / REQUEST).write_bytes(msgspec.json.encode(AttemptRequest([], {}, [], "", "", None)))
+        (attempt / "stage.log").touch()  # by which the driver knows that it can be followed
+        name, share = self._streams.get(node.name, ("", 0.0))
+        maker = self.graph.nodes[name].output if name else None
+        return TimedStage(node, self._seconds.get(node.role, 0.0), maker, share)
+
+
+class TimedStage:
+    """One of them; it publishes when its time is over, and where it follows a maker, that of the last shard too."""
+
+    def __init__(self, node: Node, seconds: float, maker: Path | None, share: float) -> None:
+        self._node = node
+        self._last_shard = share * seconds
+        self._maker = None if maker is None or (maker / MANIFEST).exists() else maker
+        self._processes = [subprocess.Popen(["sleep", str(seconds)])]
+
+    @property
+    def pid(self) -> int | None:
+        """The process that it waits for; None: it waits for its maker."""
+        return next((process.pid for process in self._processes if process.poll() is None), None)
+
+    def ended(self) -> bool:
+        """Whether its time is over."""
+        if self._maker is not None and (self._maker / MANIFEST).exists():
+            self._maker = None
+            self._processes.append(subprocess.Popen(["sleep", str(self._last_shard)]))
+        if self._maker is not None or self.pid is not None:
+            return False
+        make(self._node)
+        return True
+
+    def news(self) -> None:
+        """Nothing."""
+
+    def clear(self) -> list[JobEnded]:
+        """Nothing is left."""
+        return []
+
+    def cancel(self) -> None:
+        """End it."""
+        for process in self._processes:
+            process.kill()

@@ -1,0 +1,56 @@
+"""Two processes that load a model as a training does, by slices and whole; each writes what it saw to rank-R.json.
+
+torchrun --nproc_per_node 2 slices_ranks.py FOLDER MODEL PARALLEL...
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from reallocation_ranks import status
+
+from modeling.loading import load_causal
+from modeling.modules import TokenLogprobs
+from training.engines.division import local
+from training.engines.native import NativeEngine
+from training.launch import leaves_without_teardown
+from training.parallel import ParallelConfig
+from training.slices import WeightSlices
+
+
+def prepared(model: Path, parallel: dict[str, Any], *, by_slices: bool) -> tuple[Any, dict[str, int]]:
+    """The engine that has the model, and bytes: of its share, of the model, and by which the process grew at most."""
+    engine = NativeEngine(ParallelConfig(**parallel), torch.float32)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    module = TokenLogprobs(load_causal(model, torch.float32, master=True, empty=by_slices))
+    slices = WeightSlices(model) if by_slices else None
+    engine.prepare(module, lambda parameters: torch.optim.SGD(parameters, lr=0.1), slices=slices)
+    share = sum(local(part.local).nbytes for part in engine._parts.values() if part.local is not None)
+    whole = sum(4 * math.prod(part.shape) for part in engine._parts.values())
+    return engine, {"grown": status("VmHWM") - before, "share": share, "model": whole}
+
+
+def main() -> None:
+    folder, model, layouts = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    found = {}
+    for text in layouts:
+        sliced, memory = prepared(model, json.loads(text), by_slices=True)
+        whole, _ = prepared(model, json.loads(text), by_slices=False)
+        pairs = [(part.local, whole._parts[name].local) for name, part in sliced._parts.items()]
+        same = [one is other is None or torch.equal(local(one), local(other)) for one, other in pairs]
+        buffers = [dict(engine._stage.named_buffers()) for engine in (sliced, whole)]
+        same += [torch.equal(value, buffers[1][name]) for name, value in buffers[0].items()]
+        same.append(list(buffers[0]) == list(buffers[1]) != [])
+        found[text] = {"same": same, **memory}
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    with leaves_without_teardown():
+        main()
+        sys.exit(0)
