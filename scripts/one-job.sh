@@ -17,6 +17,12 @@ stop() {
     kill -"$1" "$run" 2>/dev/null || true
     wait "$run" || true # what it has finished is kept
 }
-trap 'stop USR1; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+requeue() {
+    stop USR1
+    trap '' TERM # which Slurm sends to all of a requeued job, scontrol too, before scontrol has its answer
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+}
+trap requeue USR1
 trap 'stop TERM; exit 143' TERM
 wait "$run"

@@ -109,7 +109,8 @@ def main() -> int:
         checks += test_checks(paths, options, Path(reports))
         run_all(checks, lanes=1 if paths else LANES, shared=reports)
         again = [] if paths else failed_tests(checks, Path(reports))
-        run_all([check for _, check in again], lanes=1, shared=reports)
+        with tempfile.TemporaryDirectory() as fresh:  # what tests share is made anew: it may be what was wrong
+            run_all([check for _, check in again], lanes=1, shared=fresh)
         if "--store-durations" in chosen:
             store_durations(checks)
         return summary(checks, dict(again))

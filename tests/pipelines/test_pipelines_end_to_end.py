@@ -42,7 +42,7 @@ def test_no_pickle_is_in_the_run_directory(finished: Path) -> None:
 def test_metrics_have_every_evaluation_step_shard_and_stage_once(finished: Path, shared_smallest: Path) -> None:
     points = read_points(finished)
     rows = {point.iteration: point.metrics for point in points if is_evaluation(point)}
-    assert list(rows) == [0, 1, 2]
+    assert sorted(rows) == [0, 1, 2]  # the last two may end in any order
     wanted = "reward_mean reward_ci95 gold_reward_mean win_rate kl response_length stop_rate".split()
     assert all(f"eval/{name}" in row for row in rows.values() for name in wanted)
     assert (rows[0]["eval/win_rate"], rows[0]["eval/kl"]) == (0.5, 0.0)
