@@ -127,7 +127,7 @@ def _search(options: argparse.Namespace) -> None:
 
 @command(
     "simulate",
-    "how long a run takes, what it costs and what it waits for, before it is run",
+    "how long a run takes, what it costs and what it waits for; exit code 1: it is not expected to finish",
     CONFIG,
     OVERRIDES,
     ITERATIONS,
@@ -139,7 +139,7 @@ def _search(options: argparse.Namespace) -> None:
     JSON,
     of=PLAN,
 )
-def _simulate(options: argparse.Namespace) -> None:
+def _simulate(options: argparse.Namespace) -> int:
     machines = read_machines(options.cluster) if options.cluster is not None else None
     wanted = plan_run(
         options.config,
@@ -156,3 +156,4 @@ def _simulate(options: argparse.Namespace) -> None:
         print(simulation_as_json(view))
     else:
         print_simulation(make_console(), view)
+    return 0 if view.finishes else 1

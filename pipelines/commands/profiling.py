@@ -29,7 +29,7 @@ from pipelines.insight.profiles import (
 from pipelines.job import ENTRY
 from pipelines.planning.entries import check_entries
 from pipelines.planning.inspection import preflight
-from pipelines.planning.preflight import check_environments, check_inputs
+from pipelines.planning.preflight import check_environments, require_possible
 from pipelines.planning.profiles.rows import Profile
 from pipelines.planning.profiles.store import FOLDER, OFF, ProfileStore
 from pipelines.run.directory import RunDirectory
@@ -84,7 +84,7 @@ def _profile(options: argparse.Namespace) -> None:
     check_entries(brief.graph, config)
     for executor in Executors(site).used():
         executor.check()
-    check_inputs(graph)
+    require_possible(graph, brief.cluster)
     check_environments(graph, config)
     refuse(preflight(graph, config.environments))
     run.claim(config, find_config(options.source), brief.iterations, brief.commits)

@@ -41,7 +41,7 @@ from pipelines.job import ENTRY
 from pipelines.planning.entries import check_entries
 from pipelines.planning.inspection import preflight
 from pipelines.planning.memory import print_memory
-from pipelines.planning.preflight import check_environments, check_inputs
+from pipelines.planning.preflight import check_environments, require_possible
 from pipelines.run.directory import RunDirectory
 from pipelines.run.force import report_forced, resolve, set_aside
 from pipelines.run.fork import fork
@@ -97,7 +97,7 @@ def run_command(options: argparse.Namespace) -> None:
     check_entries(graph, config)
     for executor in executors.used():
         executor.check()
-    check_inputs(graph)
+    require_possible(graph, wanted.cluster)
     check_environments(graph, config)
     check_hooks(config)
     refuse(preflight(graph, config.environments))
@@ -136,7 +136,7 @@ def dry_run(console: Console, options: argparse.Namespace) -> None:
     wanted = plan_run(options.config, options.overrides, options.iters, download=False)
     config, graph = wanted.config, wanted.graph
     check_entries(graph, config)
-    check_inputs(graph)
+    require_possible(graph, wanted.cluster)
     check_hooks(config)
     refuse(preflight(graph, config.environments))
     plan = verdicts(graph, config, resolve(graph, options.force))

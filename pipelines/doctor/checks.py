@@ -30,7 +30,7 @@ from pipelines.planning.entries import check_entries
 from pipelines.planning.estimates import GraphOutlook, published_bytes, scratch_bytes
 from pipelines.planning.inspection import preflight
 from pipelines.planning.memory import estimated, grouped, model_paths, short, size
-from pipelines.planning.preflight import input_mistakes, model_mistakes
+from pipelines.planning.preflight import device_mistakes, input_mistakes, model_mistakes
 from pipelines.run.directory import RunDirectory
 from pipelines.run.plan import Plan
 from pipelines.text import plural
@@ -120,7 +120,8 @@ def check_cluster(plan: Plan) -> Iterator[Finding]:
 
 
 def check_devices(plan: Plan) -> Iterator[Finding]:
-    """The GPUs that the driver sees, and whether torch sees the same number in each environment."""
+    """The GPUs that the driver sees, whether layouts take more of them, and whether torch sees the same number in each
+    environment."""
     count, listed = gpu_count(), gpus()
     if count == 0:
         yield Finding("ok", "no GPU is used: stages run on the CPU")
@@ -130,6 +131,7 @@ def check_devices(plan: Plan) -> Iterator[Finding]:
     if listed and len(listed) != count:
         found = f"CUDA_VISIBLE_DEVICES names {plural(count, 'GPU')}, but nvidia-smi has {len(listed)} of them"
         yield Finding("error", found, "Name GPUs that exist (nvidia-smi -L), or unset CUDA_VISIBLE_DEVICES.")
+    yield from (Finding("error", str(mistake)) for mistake in device_mistakes(plan.graph, plan.cluster))
     if any(gpu.free < 0.9 * gpu.total for gpu in listed) and count:
         yield Finding(
             "warning",

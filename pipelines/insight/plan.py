@@ -21,7 +21,7 @@ from pipelines.insight.remaining import seconds_by_role
 from pipelines.planning.cluster import Cluster, cluster_as_written
 from pipelines.planning.entries import check_entries
 from pipelines.planning.memory import device_of, estimated, require_memory, size
-from pipelines.planning.preflight import device_mistakes, input_mistakes, model_mistakes
+from pipelines.planning.preflight import require_possible
 from pipelines.planning.scheduling import critical_path, in_order, schedule, shortest, streams
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event
@@ -327,8 +327,7 @@ def check_plan(graph: Graph, config: RunConfig) -> list[str]:
     """
     check_entries(graph, config)
     cluster = cluster_as_written(config)
-    for mistake in itertools.chain(input_mistakes(graph), device_mistakes(graph, cluster), model_mistakes(graph)):
-        raise mistake
+    require_possible(graph, cluster)
     device = device_of(config)
     needs, unknown = estimated(graph, on_gpu=device.gpus > 0)
     require_memory(graph, config, device, needs)

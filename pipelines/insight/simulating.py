@@ -1,6 +1,5 @@
 """`pipeline plan simulate`: from a run's plan, machines and past runs to a simulation."""
 
-import itertools
 from collections.abc import Sequence
 
 from contracts.errors import UserError
@@ -19,7 +18,7 @@ from pipelines.planning.cluster import (
 from pipelines.planning.draws import draw_runs
 from pipelines.planning.entries import check_entries
 from pipelines.planning.memory import Device, device_of, estimated, require_memory, size
-from pipelines.planning.preflight import device_mistakes, input_mistakes, model_mistakes
+from pipelines.planning.preflight import require_possible
 from pipelines.planning.profiles.datasheets import sheet_of_machines
 from pipelines.planning.scheduling import in_order, streams
 from pipelines.planning.simulation import DriverCosts, Surroundings, contention, predict_all, simulate, with_queue
@@ -54,10 +53,7 @@ def simulated(
         device = Device(f"{machines.total} {sheet.name}", sheet.memory, machines.total)
     graph = plan.graph
     check_entries(graph, config)
-    for mistake in itertools.chain(
-        input_mistakes(graph), device_mistakes(graph, cluster), model_mistakes(graph, without_weights=True)
-    ):
-        raise mistake
+    require_possible(graph, cluster, without_weights=True)
     needs, _ = estimated(graph, on_gpu=device.gpus > 0)
     require_memory(graph, config, device, needs)
     predictor = predictor_for(config, runs=runs, device=sheet.name if sheet is not None else "")

@@ -72,6 +72,8 @@ class SimulationView:
     """What the driver takes between stages, as measured; None: no run here says, and it is left out."""
     draws: Draws | None
     seed: int
+    finishes: bool
+    """Whether most of the runs drawn come to their end by themselves; so it is where none is drawn."""
 
 
 def view_simulation(
@@ -134,6 +136,7 @@ def view_simulation(
         driver=driver,
         draws=draws,
         seed=seed,
+        finishes=draws is None or draws.finishes,
     )
 
 
@@ -207,7 +210,7 @@ def in_sentences(view: SimulationView) -> Iterable[str]:
     each = ", ".join(lasting(seconds) for seconds in view.iterations[:NAMED])
     more = f" and {len(view.iterations) - NAMED} more" if len(view.iterations) > NAMED else ""
     draws = view.draws
-    if draws is not None and not draws.finishes:
+    if draws is not None and not view.finishes:
         yield (
             f"THIS RUN IS NOT EXPECTED TO FINISH: of {len(draws.totals)} runs drawn (seed {view.seed}) "
             f"{draws.stopped:.0%} stop, because a stage fails more often than it is tried again. Give its stages fewer "
@@ -215,7 +218,7 @@ def in_sentences(view: SimulationView) -> Iterable[str]:
             "What follows is as if nothing failed"
         )
     yield f"{least}{lasting(view.total)} in all" + (f"; from policy to policy {each}{more}" if each else "")
-    if draws is not None and draws.finishes:
+    if draws is not None and view.finishes:
         low, high = draws.interval
         times = len(draws.totals)
         yield (
@@ -271,6 +274,5 @@ def as_json(view: SimulationView) -> str:
     if view.draws is not None:
         low, high = view.draws.interval
         found = {"median": view.draws.median, "low": low, "high": high}
-        data["draws"] |= found if view.draws.finishes else dict.fromkeys(found)
-        data["draws"]["finishes"] = view.draws.finishes
+        data["draws"] |= found if view.finishes else dict.fromkeys(found)
     return json.dumps(data, indent=1)

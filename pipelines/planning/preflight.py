@@ -21,13 +21,18 @@ from pipelines.progress import tracked
 from pipelines.text import plural
 
 
-def check_inputs(graph: Graph) -> None:
-    """Check every external input: files exist, and models meet their requirements.
+def require_possible(graph: Graph, cluster: Cluster, *, without_weights: bool = False) -> None:
+    """Refuse a placed graph that could not be run: what it reads does not exist, a layout takes more GPUs than there
+    are, or a model does not meet its requirements.
+
+    Args:
+        without_weights: as of `model_mistakes`.
 
     Raises:
         UserError: the first mistake found.
     """
-    for mistake in itertools.chain(input_mistakes(graph), model_mistakes(graph)):
+    models = model_mistakes(graph, without_weights=without_weights)
+    for mistake in itertools.chain(input_mistakes(graph), device_mistakes(graph, cluster), models):
         raise mistake
 
 
@@ -94,7 +99,7 @@ def device_mistakes(graph: Graph, cluster: Cluster) -> Iterator[UserError]:
             each = f" ({layout.processes} processes of {node.gpus})" if layout.processes > 1 and node.gpus > 1 else ""
             yield UserError(
                 f"stage {node.name}: {what} takes {plural(wanted, 'GPU')}{each}, but there are {cluster.gpus}. Set "
-                f"{_keys_of(node)} to fewer, or plan for more GPUs."
+                f"{_keys_of(node)} to fewer, or use more GPUs."
             )
 
 

@@ -28,9 +28,14 @@ class Plan:
     """What the names of things on the Hub stand for; None: the run is older than the record of that."""
 
     @property
+    def cluster(self) -> Cluster:
+        """What this machine, and the scheduler of its config, give it."""
+        return cluster_of(self.config)
+
+    @property
     def parallel(self) -> int:
         """Stages at once."""
-        return cluster_of(self.config).parallel
+        return self.cluster.parallel
 
     @property
     def warnings(self) -> list[str]:

@@ -112,13 +112,18 @@ def test_a_plan_that_cannot_be_is_refused_in_one_message(
     ("override", "complaint"),
     [
         ("training.parallel.dp=9", "parallel (dp=9) takes 9 GPUs, but there are 4. Set dp, tp, pp or sp"),
+        ("training.parallel={tp: 2, pp: 2, dp: 2}", "parallel (dp=2 tp=2 pp=2) takes 8 GPUs, but there are 4. Set dp"),
         ("prompts.train.source=prmpts.jsonl", "prmpts.jsonl does not exist. Give a path that does"),
     ],
 )
 def test_what_a_run_could_not_have_is_found_by_the_check(
     smallest: Path, capsys: pytest.CaptureFixture[str], override: str, complaint: str
 ) -> None:
-    assert complaint in refused(capsys, "plan", "check", str(smallest), override)
+    said = {refused(capsys, *command, str(smallest), override) for command in (["plan", "check"], ["run", "--dry-run"])}
+    assert complaint in said.pop()
+    assert said == set(), "one refusal, whoever asks"
+    assert complaint in refused(capsys, "run", str(smallest), override)
+    assert not (load_run_config(smallest, []).run_directory).exists(), "before anything is begun"
 
 
 LLAMA = {

@@ -50,6 +50,7 @@ def test_a_run_on_machines_that_nobody_has(
     found = told(capsys, *asked, "training.parallel.dp=64", "--svg", picture)
     assert found["machines"] == "64 GPUs H100-SXM in 8 machines"
     assert found["is_bound"] is False, found["unknown"]
+    assert found["finishes"] is True
     assert found["total"] > sum(found["iterations"]) > 0
     assert found["cost"] == pytest.approx(2.5 * 64 * found["total"] / 3600)
     assert found["held"] <= found["owned"]
@@ -79,6 +80,18 @@ def test_what_it_cannot_know_it_does_not_count_as_nothing(
     said = capsys.readouterr().out
     assert "All of it is a bound from below" in said
     assert "at least" in said
+
+
+def test_a_run_that_hardly_ever_ends_is_told_to_programs_too(
+    large: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("machines: 8\ngpus: 8\ngpu: H100-SXM\nhours_between_failures: 0.01\n")
+    command = ["plan", "simulate", *large, "--iters", "1", "--draws", "10", "--cluster", str(cluster)]
+    assert main(command) == 1
+    assert "THIS RUN IS NOT EXPECTED TO FINISH" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["finishes"] is False
 
 
 @pytest.mark.parametrize(
