@@ -1,7 +1,5 @@
 """The recipe of a run, as a graph of stages. `improve` is the loop's body: one iteration."""
 
-import itertools
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +10,19 @@ from annotation.stages.checkpoint_evaluation import EVALUATE_CHECKPOINT
 from annotation.stages.evaluation import EVALUATE
 from annotation.stages.gate import DECIDE
 from annotation.stages.mixing import IMPORT_PREFERENCES, PREFERENCES_SCORES, SAMPLE_PAIRS
-from annotation.stages.pairs import CHOOSE_PAIRS
 from annotation.stages.score import SCORE
 from annotation.stages.selection import SELECT, SELECT_SCORES
-from contracts.config import Role, Section
-from contracts.errors import UserError
-from contracts.prompts import PromptsSettings
+from contracts.config import Role
 from contracts.seeds import derive_seed
 from contracts.stages.draw import DRAW
-from contracts.stages.prompts import IMPORT_PROMPTS
-from contracts.template import TemplateSettings, reads_clock
-from embedded.config import WORLD_FILES
+from contracts.template import TemplateSettings
 from embedded.stages.world import MAKE_WORLD
-from generation.config import GenerationSettings
-from generation.stages.generation import GENERATION
 from pipelines.config.gates import condition
 from pipelines.config.run import RunConfig
-from pipelines.config.sections import OfflineSection, ReplaySection, environment_key
-from pipelines.environments.paths import packaged
+from pipelines.config.sections import OfflineSection, ReplaySection
 from pipelines.graph import Graph, folder_of, name_of, sampled_from
 from pipelines.progress import tracked
+from pipelines.run_stages import RunStages, keys
 from training.stages.critic import CRITIC
 from training.stages.ema import EMA
 from training.stages.experience import MAKE_EXPERIENCE
@@ -39,35 +30,6 @@ from training.stages.policy import POLICY
 from training.stages.reward import REWARD
 from training.stages.sft import SFT
 from training.stages.value_head import VALUE_HEAD
-
-MOST_ITERATIONS = 10_000
-"""More are surely a typing error: an iteration takes minutes."""
-MOST_ACCUMULATED = 1_000
-"""The same where each iteration reads the pairs of all before it."""
-
-
-def require_iterations(config: RunConfig, asked: int | None) -> int:
-    """How many iterations a command wants: `--iters`, or what the config says.
-
-    Raises:
-        UserError: the number is negative, or beyond all that a run can have.
-    """
-    wanted, name = (config.iterations, "iterations") if asked is None else (asked, "--iters")
-    if not 0 <= wanted <= MOST_ITERATIONS:
-        raise UserError(f"{name} is {wanted}; it must be from 0 to {MOST_ITERATIONS}.")
-    curriculum = config.prompts.curriculum
-    for key, is_set, what in (
-        ("accumulate=true", config.accumulate, "pairs"),
-        ("replay", config.replay is not None and config.replay.iterations is None, "pairs"),
-        ("prompts.curriculum", curriculum is not None and curriculum.iterations is None, "scores"),
-    ):
-        if is_set and wanted > MOST_ACCUMULATED:
-            fix = "set accumulate=false" if config.accumulate else f"set {key}.iterations"
-            raise UserError(
-                f"{name} is {wanted} with {key}, by which every iteration reads the {what} of all before it; with that "
-                f"it must be from 0 to {MOST_ACCUMULATED}. Lower it, or {fix}."
-            )
-    return wanted
 
 
 def build_graph(config: RunConfig, iterations: int) -> Graph:
@@ -80,39 +42,16 @@ def build_graph(config: RunConfig, iterations: int) -> Graph:
     return Recipe(config).build(iterations)
 
 
-def lag_beyond_run(graph: Graph) -> str | None:
-    """What is wrong with a lag by which all iterations of a graph sample from the same policy; None if it is not so."""
-    sampling = [node for node in graph.nodes.values() if node.role == "generation"]
-    if graph.lag == 0 or len(sampling) < 2 or len({node.path("policy") for node in sampling}) > 1:
-        return None
-    return (
-        f"lag={graph.lag} with {len(sampling)} iterations: all of them sample from the initial policy, so that none "
-        "learns from the answers of a policy that another has trained. Lower lag, or run more iterations."
-    )
-
-
 LEFT = ("average", "answers", "pairs", "experience", "critic", "has_value_head", "heldout_answers")
 """What of a recipe's state an iteration leaves to the next one, beside its policy."""
 
 
-def curriculum_beyond_run(config: RunConfig, iterations: int) -> str | None:
-    """What is wrong with a curriculum that no iteration of a run has scores for; None if it is not so."""
-    if config.prompts.curriculum is None or not 0 < iterations <= config.lag + 1:
-        return None
-    return (
-        f"prompts.curriculum with {iterations} iteration{'s' if iterations > 1 else ''} (lag={config.lag}): none has "
-        "the scores of an earlier one, so that all take their prompts in turn. Run more iterations, or leave it out."
-    )
-
-
-class Recipe:
-    """Adds a run's stages to a graph; every method returns the paths of what its stages will publish."""
+class Recipe(RunStages):
+    """Adds all of a run's stages to its graph; every method returns the paths of what its stages will publish."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.run = config
-        self.config = config  # what holds in the iteration that is being added
+        super().__init__(config)
         self.taken = 0  # training prompts that earlier iterations have taken
-        self.graph = Graph(config.run_directory.absolute())
         self.policies: list[Path] = []  # the initial policy, and that of every iteration so far
         self.drawn: Path | None = None  # the prompts of the last iteration, where they are drawn
         self.evaluations: list[Path] = []  # of the initial policy, and of that of every iteration so far
@@ -124,7 +63,6 @@ class Recipe:
         self.references: dict[tuple[Path, Path], Path] = {}
         self.experience: Path | None = None
         self.critic: Path | None = None
-        self.reward_model: Path | None = None  # the one that is trained first
         self.has_value_head = False  # whether the policy was trained as its own critic
         self.left: list[dict[str, Any]] = []  # what every iteration has left, if the run can be taken back to it
 
@@ -333,6 +271,22 @@ class Recipe:
             found.append(self.graph.add(SAMPLE_PAIRS, role, fields, iteration=iteration))
         return found
 
+    def reference_of(self, pairs: Path, anchor: Path, iteration: int) -> Path:
+        """Reference log-probabilities of pairs, made anew only where the reference has changed since.
+
+        Of a part of some pairs those of all of them will do, where they are known.
+        """
+        chosen = self.graph.maker(pairs)
+        assert chosen is not None
+        assert chosen.iteration is not None
+        whole = chosen.path("pairs") if chosen.stage is SAMPLE_PAIRS else pairs
+        if (found := self.references.get((whole, anchor))) is not None:
+            return found
+        if (pairs, anchor) not in self.references:
+            role = f"reference-of-{folder_of(chosen.iteration) if pairs == whole else chosen.role}"
+            self.references[pairs, anchor] = self.reference(role, chosen.path("rollouts"), anchor, iteration, pairs)
+        return self.references[pairs, anchor]
+
     def offline_pairs(self, section: OfflineSection, iteration: int, pairs: Path) -> Path:
         """So many of the pairs from elsewhere that they have their share beside an iteration's own."""
         assert self.offline is not None
@@ -509,138 +463,3 @@ class Recipe:
             fields |= self.rendering(self.initial, scorer.chat_template_kwargs)
         fields |= {"model": self.initial, "pairs": [pairs], "seed": derive_seed(self.config.seed, 0, "reward")}
         return self.graph.add(REWARD, "setup/reward-model/training", fields)
-
-    # The stages.
-
-    def import_prompts(self, role: str, section: PromptsSettings, exclude: list[Path] | None = None) -> Path:
-        """Import prompts from where they are."""
-        fields = section.model_dump(exclude_unset=True, exclude={"weight"})
-        fields |= {"source": self.locate(fields["source"]), "exclude": exclude or []}
-        return self.graph.add(IMPORT_PROMPTS, role, fields)
-
-    def sample(
-        self,
-        role: str,
-        policy: Path,
-        prompts: Path,
-        iteration: int | None,
-        section: GenerationSettings,
-        window: dict[str, Any] | None = None,
-    ) -> Path:
-        """Sample answers to prompts."""
-        fields = {**keys(section), **(window or {}), **self.rendering(policy, self.config.chat_template_kwargs)}
-        fields |= {"policy": policy, "prompts": prompts, "iteration": iteration or 0}
-        fields["seed"] = derive_seed(self.config.seed, name_of(iteration, role))
-        earlier = (name_of(one, role) for one in range((iteration or 0) - 1, -1, -1))
-        known = (self.graph.nodes[name].output for name in earlier if name in self.graph.nodes)
-        fields["lengths"] = list(itertools.islice(known, self.config.lag + 1))
-        return self.graph.add(GENERATION, role, fields, iteration=iteration)
-
-    def score(
-        self, role: str, scorer: str, rollouts: Path, iteration: int | None = None, against: Path | None = None
-    ) -> Path:
-        """Judge rollouts with one of the configured scorers; a pairwise one compares them with those in `against`.
-
-        Scorers that it is made of judge them as well: in parts/NAME beside it, or where they do so anyhow.
-        """
-        if (known := self.graph.nodes.get(name_of(iteration, role))) is not None:  # as a part of another
-            return known.output
-        section = self.config.scorers[scorer]
-        fields = section.model_dump(exclude_unset=True, exclude={"environment"}) | {
-            "rollouts": rollouts,
-            "name": scorer,
-        }
-        for field, value in section.select(Role.INPUT).items():
-            if value is not None:
-                fields[field] = [self.locate(path) for path in value] if isinstance(value, list) else self.locate(value)
-        if self.reward_model is not None and scorer == self.config.trained_scorer:
-            fields["model"] = self.reward_model
-        if section.places_rewards and "tokenizer" not in fields:
-            fields["tokenizer"] = self.locate(self.config.policy)  # it does not change
-        if section.renders:
-            fields |= self.rendering(fields["model"], fields.get("chat_template_kwargs", {}))
-        if section.compares and against is not None:
-            fields["against"] = against
-        if section.parts:
-            folder = role.rpartition("/")[0]
-            place = Path(folder) if folder.endswith(("heldout", "parts")) else Path(folder, "parts")
-            fields["scores"] = {
-                part: self.score(f"{place / part}", part, rollouts, iteration, against) for part in section.parts
-            }
-        if section.standardised:
-            fields["standards"] = {part: self.first_scores(part) for part in section.standardised}
-        environment = environment_key(section.runs_in)
-        return self.graph.add(SCORE, role, fields, iteration=iteration, environment=environment)
-
-    def first_scores(self, scorer: str) -> Path:
-        """A scorer's scores of the initial policy's held-out answers.
-
-        Raises:
-            UserError: there are none yet, or it has judged none.
-        """
-        node = self.graph.nodes.get(name_of(0, f"heldout/{scorer}"))
-        if node is None:
-            raise UserError(
-                f"standard({scorer}) goes by the initial policy's held-out answers, which {scorer} has not judged: it "
-                "is a scorer of a later iteration, or labels pairs of a reward model. Use zscore or rank instead."
-            )
-        return node.output
-
-    def reference(self, role: str, rollouts: Path, model: Path, iteration: int, pairs: Path | None = None) -> Path:
-        """Log-probabilities of rollouts under a reference; only of the completions in `pairs`, if given."""
-        fields = {"kind": "logprobs", "name": "reference", "model": model, "rollouts": rollouts, "pairs": pairs}
-        return self.graph.add(SCORE, role, fields, iteration=iteration)
-
-    def choose(
-        self, role: str, rollouts: Path, scores: Path, section: PairsSettings, iteration: int | None = None
-    ) -> Path:
-        """Choose preference pairs."""
-        seed = derive_seed(self.config.seed, iteration or 0, "pairs")
-        fields = keys(section) | {"rollouts": rollouts, "scores": scores, "seed": seed}
-        return self.graph.add(CHOOSE_PAIRS, role, fields, iteration=iteration)
-
-    def reference_of(self, pairs: Path, anchor: Path, iteration: int) -> Path:
-        """Reference log-probabilities of pairs, made anew only where the reference has changed since.
-
-        Of a part of some pairs those of all of them will do, where they are known.
-        """
-        chosen = self.graph.maker(pairs)
-        assert chosen is not None
-        assert chosen.iteration is not None
-        whole = chosen.path("pairs") if chosen.stage is SAMPLE_PAIRS else pairs
-        if (found := self.references.get((whole, anchor))) is not None:
-            return found
-        if (pairs, anchor) not in self.references:
-            role = f"reference-of-{folder_of(chosen.iteration) if pairs == whole else chosen.role}"
-            self.references[pairs, anchor] = self.reference(role, chosen.path("rollouts"), anchor, iteration, pairs)
-        return self.references[pairs, anchor]
-
-    def rendering(self, model: Path, variables: dict[str, Any]) -> dict[str, Any]:
-        """What a stage is told that renders conversations for a model: the variables of its chat template, and the
-        run's date if the template writes it."""
-        start, _ = self.graph.origin(model)
-        find = partial(_writes_date, start, variables)
-        fields = {"chat_template_kwargs": variables} if variables else {}
-        return {**fields, "date": self.run.date} if self.graph.known(("date", start, repr(variables)), find) else fields
-
-    def locate(self, reference: str | Path) -> Path:
-        """A path in the config as a real one: world:NAME is a file of the toy task, ratchet:NAME one that comes
-        with Ratchet, and relative paths are the user's."""
-        text = str(reference)
-        if text.startswith("world:"):
-            if text.removeprefix("world:") not in WORLD_FILES:
-                raise UserError(f"{text} does not exist; the toy task has {', '.join(WORLD_FILES)}.")
-            return self.graph.directory / "setup/world" / text.removeprefix("world:")
-        if text.startswith("ratchet:"):
-            return packaged(text.removeprefix("ratchet:"))
-        return Path(text) if text.startswith("hf:") else Path(text).absolute()
-
-
-def _writes_date(model: Path, variables: dict[str, Any]) -> bool | None:
-    """Whether a model's template writes the date; None where the model is not there yet."""
-    return reads_clock(model, variables) if model.is_dir() else None
-
-
-def keys(section: Section) -> dict[str, Any]:
-    """The keys that the user set in a section, so that the stage's own defaults hold for the others."""
-    return section.model_dump(exclude_unset=True)

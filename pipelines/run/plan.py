@@ -7,10 +7,10 @@ from pipelines.config.load import load_run_config
 from pipelines.config.run import RunConfig
 from pipelines.environments.launch import EnvironmentConfig
 from pipelines.graph import Graph
-from pipelines.iteration import curriculum_beyond_run, lag_beyond_run, require_iterations
 from pipelines.planning.cluster import Cluster, cluster_of
 from pipelines.planning.entries import choose_variant
 from pipelines.planning.hub import Commits, OnHub
+from pipelines.planning.iterations import curriculum_beyond_run, lag_beyond_run, require_iterations
 from pipelines.planning.placement import placed_graph
 from pipelines.run.directory import dated, recorded_commits
 

@@ -149,8 +149,8 @@ def test_a_stage_is_one_file_and_a_line_in_the_recipe(example: Path, root: Path)
     recipe = example / "code/pipelines/iteration.py"
     (line,) = re.findall(r"^ +rollouts = self.graph.add\(FILTER.*\n", (root / "docs/extending.md").read_text(), re.M)
     text = re.sub(r'( +rollouts = self.sample\("generation".*\n)', lambda found: found[1] + line, recipe.read_text())
-    recipe.write_text(text.replace("from annotation.stages.pairs", "from annotation.stages.filter import FILTER\n"
-                                   "from annotation.stages.pairs", 1))  # fmt: skip
+    recipe.write_text(text.replace("from annotation.stages.gate", "from annotation.stages.filter import FILTER\n"
+                                   "from annotation.stages.gate", 1))  # fmt: skip
     lines = python(example, "-c", PLANNED, str(example / "example.yaml")).splitlines()
     planned = {name: facts for name, *facts in map(str.split, lines)}
     assert planned["iteration-001/filter"] == ["annotation", "light", "iteration-001/generation", "None"]

@@ -8,8 +8,9 @@ import pytest
 from contracts.errors import UserError
 from pipelines.config.load import load_run_config
 from pipelines.graph import Graph
-from pipelines.iteration import build_graph, curriculum_beyond_run, require_iterations
+from pipelines.iteration import build_graph
 from pipelines.planning.estimates import GraphOutlook
+from pipelines.planning.iterations import curriculum_beyond_run, require_iterations
 
 MIXTURE = (
     "prompts.train=null",

@@ -20,8 +20,9 @@ from pipelines.insight.collecting import Collector
 from pipelines.insight.report.data import RunReport
 from pipelines.insight.report.statements import statements
 from pipelines.insight.report.timing import time_facts
-from pipelines.iteration import build_graph, lag_beyond_run
+from pipelines.iteration import build_graph
 from pipelines.main import main
+from pipelines.planning.iterations import lag_beyond_run
 from pipelines.run.directory import RunDirectory
 from pipelines.run.fork import CONFIG, fork
 from pipelines.run.retention import why_kept

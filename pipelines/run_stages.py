@@ -1,0 +1,150 @@
+"""Single stages of a run, each with what the config and the graph so far say that it reads."""
+
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from annotation.pairing.config import PairsSettings
+from annotation.stages.pairs import CHOOSE_PAIRS
+from annotation.stages.score import SCORE
+from contracts.config import Role, Section
+from contracts.errors import UserError
+from contracts.prompts import PromptsSettings
+from contracts.seeds import derive_seed
+from contracts.stages.prompts import IMPORT_PROMPTS
+from contracts.template import reads_clock
+from embedded.config import WORLD_FILES
+from generation.config import GenerationSettings
+from generation.stages.generation import GENERATION
+from pipelines.config.run import RunConfig
+from pipelines.config.sections import environment_key
+from pipelines.environments.paths import packaged
+from pipelines.graph import Graph, name_of
+
+
+class RunStages:
+    """Adds one stage at a time to a run's graph; every method returns the path of what its stage will publish."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.run = config
+        self.config = config  # what holds in the iteration that is being added
+        self.graph = Graph(config.run_directory.absolute())
+        self.reward_model: Path | None = None  # the one that is trained first
+
+    def import_prompts(self, role: str, section: PromptsSettings, exclude: list[Path] | None = None) -> Path:
+        """Import prompts from where they are."""
+        fields = section.model_dump(exclude_unset=True, exclude={"weight"})
+        fields |= {"source": self.locate(fields["source"]), "exclude": exclude or []}
+        return self.graph.add(IMPORT_PROMPTS, role, fields)
+
+    def sample(
+        self,
+        role: str,
+        policy: Path,
+        prompts: Path,
+        iteration: int | None,
+        section: GenerationSettings,
+        window: dict[str, Any] | None = None,
+    ) -> Path:
+        """Sample answers to prompts."""
+        fields = {**keys(section), **(window or {}), **self.rendering(policy, self.config.chat_template_kwargs)}
+        fields |= {"policy": policy, "prompts": prompts, "iteration": iteration or 0}
+        fields["seed"] = derive_seed(self.config.seed, name_of(iteration, role))
+        earlier = (name_of(one, role) for one in range((iteration or 0) - 1, -1, -1))
+        known = (self.graph.nodes[name].output for name in earlier if name in self.graph.nodes)
+        fields["lengths"] = list(itertools.islice(known, self.config.lag + 1))
+        return self.graph.add(GENERATION, role, fields, iteration=iteration)
+
+    def score(
+        self, role: str, scorer: str, rollouts: Path, iteration: int | None = None, against: Path | None = None
+    ) -> Path:
+        """Judge rollouts with one of the configured scorers; a pairwise one compares them with those in `against`.
+
+        Scorers that it is made of judge them as well: in parts/NAME beside it, or where they do so anyhow.
+        """
+        if (known := self.graph.nodes.get(name_of(iteration, role))) is not None:  # as a part of another
+            return known.output
+        section = self.config.scorers[scorer]
+        fields = section.model_dump(exclude_unset=True, exclude={"environment"}) | {
+            "rollouts": rollouts,
+            "name": scorer,
+        }
+        for field, value in section.select(Role.INPUT).items():
+            if value is not None:
+                fields[field] = [self.locate(path) for path in value] if isinstance(value, list) else self.locate(value)
+        if self.reward_model is not None and scorer == self.config.trained_scorer:
+            fields["model"] = self.reward_model
+        if section.places_rewards and "tokenizer" not in fields:
+            fields["tokenizer"] = self.locate(self.config.policy)  # it does not change
+        if section.renders:
+            fields |= self.rendering(fields["model"], fields.get("chat_template_kwargs", {}))
+        if section.compares and against is not None:
+            fields["against"] = against
+        if section.parts:
+            folder = role.rpartition("/")[0]
+            place = Path(folder) if folder.endswith(("heldout", "parts")) else Path(folder, "parts")
+            fields["scores"] = {
+                part: self.score(f"{place / part}", part, rollouts, iteration, against) for part in section.parts
+            }
+        if section.standardised:
+            fields["standards"] = {part: self.first_scores(part) for part in section.standardised}
+        environment = environment_key(section.runs_in)
+        return self.graph.add(SCORE, role, fields, iteration=iteration, environment=environment)
+
+    def first_scores(self, scorer: str) -> Path:
+        """A scorer's scores of the initial policy's held-out answers.
+
+        Raises:
+            UserError: there are none yet, or it has judged none.
+        """
+        node = self.graph.nodes.get(name_of(0, f"heldout/{scorer}"))
+        if node is None:
+            raise UserError(
+                f"standard({scorer}) goes by the initial policy's held-out answers, which {scorer} has not judged: it "
+                "is a scorer of a later iteration, or labels pairs of a reward model. Use zscore or rank instead."
+            )
+        return node.output
+
+    def reference(self, role: str, rollouts: Path, model: Path, iteration: int, pairs: Path | None = None) -> Path:
+        """Log-probabilities of rollouts under a reference; only of the completions in `pairs`, if given."""
+        fields = {"kind": "logprobs", "name": "reference", "model": model, "rollouts": rollouts, "pairs": pairs}
+        return self.graph.add(SCORE, role, fields, iteration=iteration)
+
+    def choose(
+        self, role: str, rollouts: Path, scores: Path, section: PairsSettings, iteration: int | None = None
+    ) -> Path:
+        """Choose preference pairs."""
+        seed = derive_seed(self.config.seed, iteration or 0, "pairs")
+        fields = keys(section) | {"rollouts": rollouts, "scores": scores, "seed": seed}
+        return self.graph.add(CHOOSE_PAIRS, role, fields, iteration=iteration)
+
+    def rendering(self, model: Path, variables: dict[str, Any]) -> dict[str, Any]:
+        """What a stage is told that renders conversations for a model: the variables of its chat template, and the
+        run's date if the template writes it."""
+        start, _ = self.graph.origin(model)
+        find = partial(_writes_date, start, variables)
+        fields = {"chat_template_kwargs": variables} if variables else {}
+        return {**fields, "date": self.run.date} if self.graph.known(("date", start, repr(variables)), find) else fields
+
+    def locate(self, reference: str | Path) -> Path:
+        """A path in the config as a real one: world:NAME is a file of the toy task, ratchet:NAME one that comes
+        with Ratchet, and relative paths are the user's."""
+        text = str(reference)
+        if text.startswith("world:"):
+            if text.removeprefix("world:") not in WORLD_FILES:
+                raise UserError(f"{text} does not exist; the toy task has {', '.join(WORLD_FILES)}.")
+            return self.graph.directory / "setup/world" / text.removeprefix("world:")
+        if text.startswith("ratchet:"):
+            return packaged(text.removeprefix("ratchet:"))
+        return Path(text) if text.startswith("hf:") else Path(text).absolute()
+
+
+def _writes_date(model: Path, variables: dict[str, Any]) -> bool | None:
+    """Whether a model's template writes the date; None where the model is not there yet."""
+    return reads_clock(model, variables) if model.is_dir() else None
+
+
+def keys(section: Section) -> dict[str, Any]:
+    """The keys that the user set in a section, so that the stage's own defaults hold for the others."""
+    return section.model_dump(exclude_unset=True)
