@@ -41,6 +41,15 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cut() -> Iterator[None]:
+    """What a process has written survives its kill also where it was not flushed; waiting for the disk was a large part
+    of the time of those tests that run in this process and in forks of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """What a test has the signals do, such as by a command that it calls in this process, ends with it."""

@@ -27,12 +27,6 @@ CALLS = [*STEPS, (os, "listdir"), (jsonl, "encode")]
 """What changes files, and each row that is written."""
 
 
-@pytest.fixture(autouse=True)
-def _quick_disk(monkeypatch):
-    """What a process has written survives its kill unflushed; waiting for the disk is most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def killed_at_every_step(folder, stage, config, **keys):
     """The stage's artifact, after runs of it that were killed: each at its first step, its fourth and so on, in a place
     of its own, and then one after the other at every step, in one place.

@@ -453,9 +453,11 @@ test_any_interleaving_of_writers_crashes_and_readers = pytest.mark.chaos(Store.T
 
 @pytest.mark.slow
 def test_two_processes_publish_the_same_at_once(digests: dict[str, str], tmp_path: Path) -> None:
-    """Both at full speed, many times: at least one publishes, the other does as well or is refused."""
+    """Both at full speed, until they have met often: at least one publishes, the other does as well or is refused."""
     outcomes: Counter[str] = Counter()
-    for number in range(150):
+    for number in range(2000):
+        if number >= 50 and outcomes["[0, 2]"] >= 5:
+            break
         target = tmp_path / str(number) / "out"
         children = []
         start, go = os.pipe()
@@ -484,4 +486,4 @@ def test_two_processes_publish_the_same_at_once(digests: dict[str, str], tmp_pat
         assert seen_at(target, digests) == "new"
         assert os.listdir(target.parent) == ["out"]
         assert strays(target, "new") == []
-    assert outcomes["[0, 2]"], "they never met"
+    assert outcomes["[0, 2]"] >= 5, "they hardly ever met"

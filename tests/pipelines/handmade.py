@@ -2,12 +2,10 @@
 
 import gzip
 import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import msgspec
 import yaml
@@ -69,11 +67,6 @@ class HandmadeRun:
 
     def build(self) -> "HandmadeRun":
         """Publish everything, from the prompts to the last evaluation."""
-        with mock.patch.object(os, "fsync"):  # no power cut is expected
-            self._build()
-        return self
-
-    def _build(self) -> None:
         self.path.mkdir(parents=True)
         texts = [f"What is {number} and [bold]{number}[/bold]?" for number in range(self.questions)]
         self.source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
@@ -94,6 +87,7 @@ class HandmadeRun:
         (self.path / "config.resolved.yaml").write_text(yaml.safe_dump(settings))
         (self.path / "lock").touch()
         self.write_metrics()
+        return self
 
     def improve(self, iteration: int, policy: Path) -> Path:
         """One iteration; returns the next policy."""

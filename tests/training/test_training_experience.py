@@ -1,6 +1,5 @@
 """The experience stage: every number belongs to its token, misfits are refused, the coefficient follows the KL."""
 
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -135,11 +134,6 @@ class World:
     def numbers(self, name: str) -> dict[tuple[str, int], Score]:
         """Published scores by their keys."""
         return {(row.prompt_id, row.sample): row for row in Artifact.open(self.folder / name).rows(Score)}
-
-
-@pytest.fixture(autouse=True)
-def _no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
