@@ -27,7 +27,7 @@ def says(code: str, answer: str, **keys: Any) -> Any:
 
 def gone(mark: str) -> bool:
     """Whether no process has `mark` in its name any more."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         names = []
         for folder in Path("/proc").glob("[0-9]*"):
@@ -148,7 +148,7 @@ def test_what_does_not_end_by_itself_is_ended(what: str, namespaces: bool) -> No
         NAMED.replace("MARK", "ratchet-bomb") + code, Limits(3, 512 << 20, 6, namespaces=namespaces), ["assert False"]
     )
     assert (ran.code, ran.passed) == (ended, ())
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 100, "what would sleep for 1000 s"
     assert gone("ratchet-bomb")
 
 
@@ -160,9 +160,9 @@ def test_what_a_program_leaves_behind_is_ended(namespaces: bool) -> None:
         NAMED.replace("MARK", "ratchet-orphan")
         + "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)"
     )
-    ran = run(code, Limits(5, 512 << 20, 6, namespaces=namespaces))
+    ran = run(code, Limits(60, 512 << 20, 6, namespaces=namespaces))
     assert ran.code == 0
-    assert ran.seconds < 4
+    assert ran.seconds < 50, "it is not waited for until the limit"
     assert gone("ratchet-orphan")
 
 

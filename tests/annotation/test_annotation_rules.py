@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +59,25 @@ def score(tmp_path: Path, rollouts: Artifact, function: str, output: str = "scor
     found = run_stage(SCORE, config)
     assert found is not None
     return found
+
+
+def processes(tmp_path: Path) -> list[int]:
+    """Those that have imported the rule."""
+    return [int(line.split()[1]) for line in noted(tmp_path) if line.startswith("imported ")]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def values(scores: Artifact) -> dict[tuple[str, int], float]:
@@ -301,25 +321,37 @@ def judge(response, **others):
     rule = Rule(config, Opening(tmp_path, lambda: 8))
     samples = [Sample(rollout, completion) for rollout in rollouts.rows(Rollout) for completion in rollout.completions]
     found = rule(samples[:4])
-    time.sleep(0.5)
+    (first,) = processes(tmp_path)
+    wait_until(lambda: not is_alive(first))
     found += rule(samples[4:])
     assert [getattr(score, "score", None) for score in found] == [len(sample.completion.text) for sample in samples]
-    assert len({line for line in noted(tmp_path) if line.startswith("imported")}) == 2
+    assert len(processes(tmp_path)) == 2
 
 
 def test_samples_of_one_shard_are_spread_over_processes_and_the_bytes_are_the_same(tmp_path: Path) -> None:
     rollouts = publish_rollouts(tmp_path / "rollouts", make_rollouts(6, 4), shard=99)
-    slow = """
+    together = """
+folder = pathlib.Path(__file__).parent / "judging"
 def judge(response, **others):
-    time.sleep(0.1 * (len(response) % 3))
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < int((folder.parent / "processes").read_text()):
+        time.sleep(0.01)
+    time.sleep(0.002 * (len(response) % 3))
     note("judged %d" % os.getpid())
     return None if "awful" in response else len(response)
 """
-    one = score(tmp_path, rollouts, write(tmp_path, slow), "one", max_dropped=1)
-    (tmp_path / "my_rule.py.log").unlink()
-    four = score(tmp_path, rollouts, write(tmp_path, slow), "four", max_dropped=1, replicas=4)
+    function = write(tmp_path, together)
+    found = []
+    for count in (1, 4):
+        (tmp_path / "processes").write_text(str(count))
+        (tmp_path / "judging").mkdir()
+        found.append(score(tmp_path, rollouts, function, f"by {count}", max_dropped=1, replicas=count))
+        (tmp_path / "judging").rename(tmp_path / f"had judged {count}")
+        (tmp_path / "my_rule.py.log").rename(tmp_path / f"log of {count}")
+    one, four = found
     assert four.manifest.digest == one.manifest.digest
-    judged = collections.Counter(line for line in noted(tmp_path) if line.startswith("judged"))
+    lines = (tmp_path / "log of 4").read_text().splitlines()
+    judged = collections.Counter(line for line in lines if line.startswith("judged"))
     assert judged.total() == 24
     assert len(judged) == 4
 
@@ -331,12 +363,16 @@ def test_a_judgement_is_not_paid_for_twice(tmp_path: Path) -> None:
     judge = """
 def judge(messages, response, **others):
     note("judged %s %s" % (len(messages[0]["content"]), response))
-    time.sleep(0.1)
+    time.sleep(0.1)  # what costs nothing is not kept
+    while open(__file__ + ".log").read().count("judged") >= int(open(__file__ + ".last").read() or 0):
+        time.sleep(0.01)
     if os.path.exists(__file__ + ".broken"):
         raise ConnectionError("the judge is down")
     return len(response) / 3
 """
     function = write(tmp_path, judge)
+    last = tmp_path / "my_rule.py.last"  # the number of the judgement that waits
+    last.write_text("1000")
     whole = score(tmp_path, rollouts, function, "whole")
     log = tmp_path / "my_rule.py.log"
     log.unlink()
@@ -346,44 +382,38 @@ def judge(messages, response, **others):
     def judged() -> list[str]:
         return [line for line in noted(tmp_path) if line.startswith("judged")]
 
-    def started() -> "subprocess.Popen[str]":
-        return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    def started(until: int) -> "subprocess.Popen[str]":
+        """The stage, when it is at a judgement of that number, and waits."""
+        last.write_text(str(until))
+        stage = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+        wait_until(lambda: len(judged()) == until)
+        return stage
 
-    def wait_for(count: int) -> None:
-        deadline = time.monotonic() + 60
-        while len(judged()) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    first = started()
-    wait_for(6)
+    first = started(6)
+    (at_work,) = processes(tmp_path)
     first.kill()
     first.communicate()
-    time.sleep(0.3)
-    in_hand = len(judged())  # its process has ended with it
-    time.sleep(0.3)
-    assert len(judged()) == in_hand
+    wait_until(lambda: not is_alive(at_work))  # it has ended with it
     (journal,) = tmp_path.glob(".scores.partial-*/state/judged-*.jsonl")
     kept = journal.read_bytes()
-    assert in_hand - 1 <= kept.count(b"\n") <= in_hand
+    assert kept.count(b"\n") == 5, "all but the one in hand"
     journal.write_bytes(kept[:-3])  # torn
 
-    second = started()
-    wait_for(in_hand + 8)
+    second = started(14)
     (tmp_path / "my_rule.py.broken").touch()
+    last.write_text("1000")
     _, told = second.communicate(timeout=60)
     assert second.returncode == 2, told
     assert "ConnectionError: the judge is down" in told
     (tmp_path / "my_rule.py.broken").unlink()
 
-    stopped = started()
-    wait_for(len(judged()) + 2)
+    stopped = started(len(judged()) + 2)
     stopped.send_signal(signal.SIGTERM)
+    last.write_text("1000")
     assert stopped.wait(timeout=60) == 128 + signal.SIGTERM
 
-    last = started()
-    _, told = last.communicate(timeout=60)
-    assert last.returncode == 0, told
+    ended = subprocess.run(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, check=False)
+    assert ended.returncode == 0, ended.stderr
     assert Artifact.open(tmp_path / "scores").manifest.digest == whole.manifest.digest
     repeated = len(judged()) - len(set(judged()))
     assert repeated <= 3, "the one in hand at the kill, the torn one, and the one that failed"

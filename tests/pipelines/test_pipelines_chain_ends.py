@@ -114,10 +114,11 @@ def test_a_chain_outlives_a_killed_job_an_early_notice_and_accounting(tmp_path: 
 
 def test_a_cancelled_finishing_job_is_named(tmp_path: Path, slurm: Slurm) -> None:
     """Nobody is left to finalize it then: status asks accounting, and the next command takes note of it."""
-    run = SlurmRun.pretended(tmp_path, slurm)
+    run = SlurmRun.pretended(tmp_path, slurm, setup__world=["wait"])
     run.detach(iterations=0)
     finishing = run.finishing_job(GENERATION)
     slurm.run("scancel", finishing)
+    run.release("setup/world")
     status = run.wait()
     line = rf"{GENERATION}: job {finishing} before it started: cancelled by"
     assert re.search(line, status), status

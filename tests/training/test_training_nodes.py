@@ -366,7 +366,7 @@ def test_without_node_0_the_others_are_lost(
             node = two.node(1)
             assert two.join(node) == [None]
             KILL(process.pid, number)
-            wait_until(lambda: two.ended == [1], 20)
+            wait_until(lambda: two.ended == [1])
             assert node.finish({143}) == {1, 143}
         finally:
             KILL(process.pid, signal.SIGKILL)
@@ -418,7 +418,7 @@ def test_a_node_that_never_comes(models: dict[str, Path], pairs: dict[str, Path]
         result = subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT, env={**os.environ, **variables, "RATCHET_ATTEMPT": str(attempt)},
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert result.returncode == 1, result.stderr
         (failure,) = [json.loads(path.read_text()) for path in attempt.glob("failure-*.json")]
