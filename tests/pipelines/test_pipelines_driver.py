@@ -27,8 +27,8 @@ from pipelines.insight.wording import notable_lines
 from pipelines.job import ENTRY
 from pipelines.planning.cluster import cluster_of
 from pipelines.planning.placement import place
-from pipelines.run.directory import RunDirectory
-from pipelines.run.events import Event, StageEvent, StageFailed, StagePublished, StageStarted
+from pipelines.run.directory import CANCEL, RunDirectory
+from pipelines.run.events import Event, RunEnded, StageEvent, StageFailed, StagePublished, StageStarted
 
 INTERPRETER = """#!/usr/bin/env bash
 # An interpreter that misbehaves in its first {times} attempts at a stage.
@@ -119,6 +119,16 @@ def test_a_mistake_of_the_users_ends_the_run_at_once(tmp_path: Path, smallest: P
     with pytest.raises(UserError, match="stage prompts/all: "):
         scene.drive()
     assert scene.attempts == 1
+
+
+def test_a_run_that_is_cancelled_from_anywhere_is_interrupted(tmp_path: Path, smallest: Path) -> None:
+    run = load_run_config(smallest, []).run_directory
+    scene = Scene(tmp_path, smallest, f"touch {run / CANCEL}; kill -9 $$", times=5, retries=10)
+    with pytest.raises(KeyboardInterrupt):
+        scene.drive()
+    assert scene.attempts == 1
+    (ended,) = [event for event in scene.events if isinstance(event, RunEnded)]
+    assert ended.outcome == "interrupted"
 
 
 def test_a_silent_stage_shows_where_it_stands_is_ended_and_tried_again(tmp_path: Path, smallest: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Placement
 from pipelines.iteration import build_graph
 from pipelines.planning.cluster import Cluster
-from pipelines.planning.placement import place
+from pipelines.planning.placement import place, placed_if_possible
 from pipelines.planning.scheduling import critical_path, in_order, schedule, shortest, streams
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import StageStarted
@@ -182,6 +183,18 @@ def test_a_layout_that_other_settings_of_a_stage_do_not_allow_is_refused(shared_
         place(graph, machine({"stages": {"training": {"layout": {"tp": 2}}}}))
 
 
+def test_a_training_over_more_machines_than_there_are_is_refused_and_can_still_be_read_about(
+    shared_smallest: Path,
+) -> None:
+    training = "training.parallel={dp: 3, nodes: 3}"
+    graph = build_graph(load_run_config(shared_smallest, [training]), 1)
+    for machines, complaint in ((2, "is 3, but there are 2 machines"), (1, "is 3, but it runs on this machine alone")):
+        cluster = replace(machine("flattening"), machines=machines)
+        with pytest.raises(UserError, match=complaint):
+            place(graph, cluster)
+        assert placed_if_possible(graph, cluster) is graph
+
+
 def test_a_schedulers_jobs_go_to_the_partition_and_nodes_of_their_pool(logical: Graph) -> None:
     pools = {"generation": {"partition": "l40s"}, "training": {"partition": "h100", "nodes": "gpu[1-4]"}}
     placed = place(logical, machine({"strategy": "separation", "pools": pools}, kind="slurm")).nodes
@@ -267,6 +280,11 @@ def test_a_scorer_that_follows_is_planned_beside_its_generation(shared_smallest:
     assert on_path.index(scorer) == on_path.index(generation) + 1
     nodes = placed.nodes.values()
     assert shortest(nodes, seconds, followers) == pytest.approx(shortest(nodes, seconds) - 4.0)
+    assert critical_path(nodes, {generation: 9.0}, followers) == [generation], (
+        "of what is published nothing is waited for"
+    )
+    model = "setup/reward-model/training"
+    assert critical_path(nodes, {generation: 9.0, model: 100.0, scorer: 6.0}, followers) == [model, scorer]
     done = [name for name in placed.nodes if name.partition("/")[0] != "iteration-001"]
     left = schedule(order, cluster, seconds | {generation: 3.0}, [generation, scorer], done, followers)
     assert left[scorer] == (0.0, 6.0), "what is left of it is longer than what is left of its generation"

@@ -23,6 +23,7 @@ import pytest
 from pipelines_smallest import write_smallest
 from pretend import SHARDS, set_seconds, write_interpreter
 
+import pipelines.execution.driver
 from annotation.stages.pairs import CHOOSE_PAIRS
 from annotation.stages.score import SCORE
 from contracts.artifacts import Artifact
@@ -50,9 +51,11 @@ from pipelines.run.decisions import Decision
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import FILE, Event, StageFailed, StagePublished, StageReused, StageStarted
 from pipelines.run.force import set_aside
+from pipelines.run.verdicts import Verdict
+from training.stages.value_head import VALUE_HEAD
 
 FIRST = "shard-00000.jsonl"
-SECONDS = 60.0
+SECONDS = 200.0
 """No step of a test takes longer."""
 KILLS = 30
 MARK = "PRETENDED_RUN"
@@ -349,10 +352,22 @@ def test_what_a_driver_killed_after_a_stage_has_not_cleaned_up_is_cleaned_by_the
     assert digests(scene) == digests(plain)
 
 
-def test_a_detached_run_is_refused(tmp_path: Path, smallest: Path) -> None:
-    scene = Scene(tmp_path, smallest)
-    with pytest.raises(UserError, match=r"placement\.streaming is true.*takes a driver"):
-        Executors(Site(scene.run, scene.graph, scene.config, ENTRY)).require_detachable({})
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"placement\.streaming is true.*takes a driver"),
+        (
+            ["placement.streaming=false", "gates.back={metric: reward_mean, below: 0.4, do: rollback}"],
+            r"gates\.back\.do is rollback.*takes a driver",
+        ),
+        (["placement.streaming=false"], "stage reward runs on the executor local, which needs a process that stays"),
+    ],
+)
+def test_a_detached_run_is_refused(overrides: list[str], message: str, tmp_path: Path, smallest: Path) -> None:
+    scene = Scene(tmp_path, smallest, *overrides)
+    plan = {name: Verdict(name != "reward", "") for name in scene.graph.nodes}
+    with pytest.raises(UserError, match=message):
+        Executors(Site(scene.run, scene.graph, scene.config, ENTRY)).require_detachable(plan)
 
 
 def digests(scene: Scene) -> list[tuple[str, str]]:
@@ -398,6 +413,48 @@ def test_what_a_follower_waits_for_gets_its_devices_before_more_urgent_stages(
     start(graph.nodes["reward"], {str(scene.rollouts): Maker("1", "1")})
     driver.start_ready()
     assert list(driver.running) == ["reward", "generation"]
+
+
+class Ended:
+    """A job that has nothing more to do."""
+
+    pid: int | None = None
+
+    def ended(self) -> bool:
+        return True
+
+
+def test_what_follows_waits_for_its_other_inputs_and_ends_after_its_maker(
+    tmp_path: Path, smallest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, smallest)
+    graph = Graph(scene.run.path)
+    prompts = graph.add(IMPORT_PROMPTS, "prompts", {"source": tmp_path / "prompts.jsonl"})
+    answers = graph.add(GENERATION, "generation", {"policy": scene.policy, "prompts": prompts})
+    graph.add(SCORE, "reward", {"rollouts": answers, "kind": "rule", "function": "embedded.reviews:well_formed"})
+    critic = graph.add(VALUE_HEAD, "critic", {"model": scene.policy})
+    graph.add(SCORE, "values", {"rollouts": answers, "kind": "values", "name": "values", "model": critic})
+    driver = Driver(Site(scene.run, place(graph, cluster_of(scene.config)), scene.config, ENTRY), [])
+    monkeypatch.setattr(pipelines.execution.driver, "has_begun", lambda attempt: True)
+
+    def at_work(name: str, follows: dict[str, Maker]) -> Running:
+        decision = Decision(False, "", "0" * 64, "0" * 64, follows)
+        return Running(graph.nodes[name], tmp_path, Ended(), decision)  # type: ignore[arg-type]
+
+    driver.published = {"prompts"}
+    assert driver.maker_to_follow(graph.nodes["reward"]) is None, "nobody makes the answers"
+    driver.running["generation"] = maker = at_work("generation", {})
+    assert driver.maker_to_follow(graph.nodes["reward"]) is maker
+    assert driver.maker_to_follow(graph.nodes["values"]) is None, "the critic is not there"
+    driver.published.add("critic")
+    assert driver.maker_to_follow(graph.nodes["values"]) is maker
+
+    reward = graph.nodes["reward"]
+    reward.output.mkdir()
+    (reward.output / MANIFEST).touch()
+    driver.running = {"reward": at_work("reward", {str(answers): Maker("1", "1")})}
+    driver.collect_ended()
+    assert list(driver.running) == ["reward"], "its maker's turn comes first"
 
 
 def start_driver(folder: Path, smallest: Path, log: Path) -> int:
