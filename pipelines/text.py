@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # jobs on a cluster import this module, and print no tables
-    from rich.console import Console
+    from rich.console import Console, Group, RenderableType
+    from rich.table import Table
+
+LAST_COLUMN = 24
+"""Characters that a table's last column needs where it is broken into lines; the others are not."""
+BETWEEN = "  "
 
 
 def plural(count: int, what: str) -> str:
@@ -53,3 +58,35 @@ def say(console: "Console", *lines: str) -> None:
     """Print lines as they are: no markup in a path or a reason, no break but the terminal's own."""
     for start in range(0, len(lines), 1000):  # a console is slow with single lines, and with very many at once
         console.print("\n".join(lines[start : start + 1000]), soft_wrap=True, markup=False, highlight=False)
+
+
+def fits(console: "Console", table: "Table") -> bool:
+    """Whether a terminal is wide enough for a table whose last column alone is broken into lines."""
+    from rich.measure import Measurement
+
+    options = console.options.update(width=10_000)
+    last = [Measurement.get(console, options, cell).maximum for cell in table.columns[-1].cells]
+    whole = Measurement.get(console, options, table).maximum
+    return whole - max(0, max(last, default=0) - LAST_COLUMN) <= console.width
+
+
+def stacked(console: "Console", table: "Table", head: str = "") -> "Group":
+    """A table's rows for a terminal that is too narrow for it: each begins with its first value, and has below it the
+    others with the titles of their columns, as many on a line as there is room for."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    title, *titles = (str(column.header) for column in table.columns)
+    found: list[RenderableType] = [Text(str(head or table.title))] if head or table.title else []
+    for first, *others in zip(*(map(str, column.cells) for column in table.columns), strict=True):
+        found.append(Text.from_markup(f"{title} {first}" if first.isdecimal() else first, style="bold"))
+        lines: list[Text] = []
+        for name, value in zip(titles, others, strict=True):
+            part = Text.from_markup(f"{name} {value}".strip() if value else "")
+            if lines and part and lines[-1].cell_len + len(BETWEEN) + part.cell_len <= console.width - len(BETWEEN):
+                lines[-1].append(BETWEEN).append_text(part)
+            elif part:
+                lines.append(part)
+        found += [Padding(line, (0, 0, 0, len(BETWEEN))) for line in lines]
+    return Group(*found)

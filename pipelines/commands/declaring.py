@@ -15,6 +15,7 @@ from contracts.errors import did_you_mean
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.run.directory import RunDirectory
+from pipelines.text import fits, stacked
 
 EXAMPLES = """\
 examples:
@@ -136,11 +137,15 @@ class Screen(Console):
     """Standard output. That nobody reads it any more is said like any other failure, and `main` answers it."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich does, with tables without boxes where the style is plain."""
-        for shown in objects:
-            if STYLE.plain and isinstance(shown, Table) and shown.box is not None:
-                shown.box = box.ASCII
-        super().print(*objects, **options)
+        """As rich does, with tables that are plain where the style is, and stacked where they do not fit."""
+        super().print(*map(self._as_it_fits, objects), **options)
+
+    def _as_it_fits(self, shown: Any) -> Any:
+        if not isinstance(shown, Table):
+            return shown
+        if STYLE.plain and shown.box is not None:
+            shown.box = box.ASCII
+        return shown if fits(self, shown) else stacked(self, shown)
 
     def on_broken_pipe(self) -> None:
         """Instead of an exit with another code than `main` gives."""

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -15,6 +15,7 @@ from pipelines.planning.cluster import cluster_of
 from pipelines.planning.scheduling import streams
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, StageFailed, StagePublished, StageReused, StageStarted
+from pipelines.text import fits, stacked
 
 LOOK_SECONDS = 1.0
 """How often the remaining time of the table is computed anew: all stages are looked at for that."""
@@ -72,13 +73,20 @@ class Display:
     def _attempt(self, started: StageStarted) -> Path:
         return self._run.path / "logs" / started.stage / started.attempt
 
-    def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False)
+    def _table(self) -> Table | Group:
         if time.monotonic() - self._told > LOOK_SECONDS:
             self._told = time.monotonic()
             self._words = in_words(self._remaining.seconds(self._shares()))
-        words = self._words
-        for title in (f"{len(self._remaining.done)} of {self._total} stages", "seconds", "progress", words):
+        done = f"{len(self._remaining.done)} of {self._total} stages"
+        table = self._rows(done, self._words)
+        if fits(self.console, table):
+            return table
+        return stacked(self.console, self._rows("", ""), ", ".join(filter(None, (done, self._words))))
+
+    def _rows(self, *titles: str) -> Table:
+        """What runs; the titles are those of the first column and of the last."""
+        table = Table(box=None, pad_edge=False)
+        for title in (titles[0], "seconds", "progress", titles[1]):
             table.add_column(title)
         for name, started in self._running.items():
             progress = progress_of(self._attempt(started))

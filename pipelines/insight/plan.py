@@ -27,8 +27,8 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event
 from pipelines.text import numbers, say
 
-WIDTH = 100
-"""Characters of the timeline."""
+WIDTH, LEAST_WIDTH = 100, 16
+"""Characters of the timeline, and of one on a narrow terminal."""
 UNIT = 1.0
 """What a stage with a model takes where nothing is known; the others then take no time."""
 BESIDE = "beside"
@@ -214,7 +214,7 @@ def print_plan(console: Console, view: PlanView) -> None:
     for row in _rows(view):
         table.add_row(*row)
     console.print(table)
-    say(console, *timeline(view), "")
+    say(console, *timeline(view, room=console.width), "")
     no_less = f"no order of these stages takes less than {view.shortest:.4g}"
     say(console, f"{view.total:.4g} {view.unit} in all; {no_less}, and one after another they take {view.alone:.4g}.")
     say(console, "critical path:", *_by_iteration(view))
@@ -259,16 +259,18 @@ def runs_on(stage: PlannedStage, view: PlanView) -> str:
     return f"{stage.executor}{pool}: {numbers(stage.devices)}" if stage.devices else f"{stage.executor}: beside"
 
 
-def timeline(view: PlanView, width: int = WIDTH, end: str = "") -> list[str]:
+def timeline(view: PlanView, width: int = WIDTH, end: str = "", room: int | None = None) -> list[str]:
     """A line for each device, or for those that do the same, with what it computes from left to right.
 
     Args:
         end: what its end is called; by default its time in the plan's unit.
+        room: characters of a line with its label, on a terminal that may be narrower.
     """
     if not view.total:
         return []
     lanes = lanes_of(view)
     margin = max(map(len, lanes))
+    width = width if room is None else max(LEAST_WIDTH, min(width, room - margin - 2))
     marks = f"0{end or f'{view.total:.4g} {view.unit}':>{width - 1}}"
     return [f"{'':<{margin}}  {marks}"] + [
         f"{label:<{margin}}  {_drawn(stages, view.total, width)}" for label, stages in lanes.items()

@@ -175,7 +175,7 @@ def print_simulation(console: Console, view: SimulationView) -> None:
     for row in _rows(view):
         table.add_row(*row)
     console.print(table)
-    say(console, *timeline(plan, end=lasting(view.total)), "", *in_sentences(view))
+    say(console, *timeline(plan, end=lasting(view.total), room=console.width), "", *in_sentences(view))
 
 
 def _rows(view: SimulationView) -> Iterable[tuple[str, ...]]:
