@@ -295,14 +295,16 @@ def _ungrouped(point: Point) -> dict[str, float]:
 
 def thinned(lines: Iterable[dict[str, Any]]) -> Curves:
     """Steps, and the series of a training log; of a long one means of neighbours, so that MOST_STEPS are left."""
-    rows = [line for line in lines if isinstance(line.get("step"), int)]
+    rows = [
+        {name: value for name, value in line.items() if _is_number(value)}
+        for line in lines
+        if isinstance(line.get("step"), int)
+    ]
     size = -(-len(rows) // MOST_STEPS) or 1
-    names = sorted({name for row in rows for name, value in row.items() if _is_number(value)} - {"step"})
+    names = sorted({name for row in rows for name in row} - {"step"})
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     steps = [float(part[len(part) // 2]["step"]) for part in parts]
-    series = {
-        name: [_mean([row[name] for row in part if _is_number(row.get(name))]) for part in parts] for name in names
-    }
+    series = {name: [_mean([row[name] for row in part if name in row]) for part in parts] for name in names}
     return steps, series
 
 

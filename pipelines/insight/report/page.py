@@ -13,6 +13,7 @@ from pipelines.insight.report.data import GroupColumns, RunReport, SampleSet
 from pipelines.insight.report.expected import expected_table
 from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.length import HELD_OUT
+from pipelines.insight.report.samples import LEVEL
 from pipelines.insight.report.statements import duration
 from pipelines.insight.report.tables import (
     evaluation_table,
@@ -121,7 +122,7 @@ def _data(report: RunReport, sets: list[SampleSet], beside: str | None, live: in
     for found in data["sets"]:
         found.pop("excerpts")
     data |= {"prompts": prompts, "beside": beside, "live": live}
-    return b64encode(zlib.compress(msgspec.json.encode(data), 6)).decode()
+    return b64encode(zlib.compress(msgspec.json.encode(data), LEVEL)).decode()
 
 
 def _fitting(sets: list[SampleSet], room: int) -> list[str]:
