@@ -23,7 +23,7 @@ from contracts.locks import locked
 from contracts.points import METRICS, decode_points
 from contracts.tailing import end_of_input, whole_lines
 from pipelines.insight.hooks.happenings import Begun, Happening, Happenings, in_words, of_point
-from pipelines.insight.hooks.task import HookTask, Progress
+from pipelines.insight.hooks.task import HookTask, Progress, ProgressFile
 from pipelines.run.events import FILE, EventStream, HookFailed, decode_events
 
 POLL_SECONDS = 1.0
@@ -68,6 +68,7 @@ class Telling:
         self._run = Path(task.run)
         self._function = function
         self._progress = progress
+        self._file = ProgressFile(self._run, task.hook, progress)
         self._happenings = Happenings(self._run, task.evaluated)
         self._begun = Begun(self._run)
         self._failures = 0
@@ -89,7 +90,7 @@ class Telling:
                 found = (happening for event in decode_events(line) for happening in self._happenings.of(event))
                 self._progress.events += len(line)
                 self._tell(found)
-        self._progress.save(self._run, self._task.hook)
+        self._file.write(self._progress)
 
     def _tell(self, happenings: Iterator[Happening]) -> None:
         """Tell what the hook wants to know, and keep how far it is: what is not told needs no place on the disk."""
@@ -97,7 +98,7 @@ class Telling:
         for happening in wanted:
             self._call(self._happenings.complete(happening))
         if wanted:
-            self._progress.save(self._run, self._task.hook)
+            self._file.write(self._progress)
 
     def _call(self, happening: Happening) -> None:
         try:

@@ -1,5 +1,6 @@
 """What a hook's process is told, and how far it has read. Its process imports no more than it needs."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,22 @@ class Progress(msgspec.Struct):
         path = _file(run, hook)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, msgspec.json.encode(self), durable=False)
+
+
+class ProgressFile:
+    """Progress on the disk that changes with everything that a hook is told: it is written over in place, which takes
+    a twentieth of the time of a file that takes the other's place, and no room on a full disk."""
+
+    WIDTH = 64
+    """Bytes: more than two numbers take, and few enough to be written as a whole or not at all."""
+
+    def __init__(self, run: Path, hook: str, progress: Progress) -> None:
+        progress.save(run, hook)
+        self._file = _file(run, hook).open("r+b", buffering=0)
+
+    def write(self, progress: Progress) -> None:
+        """Keep this one."""
+        os.pwrite(self._file.fileno(), msgspec.json.encode(progress).ljust(self.WIDTH), 0)
 
 
 def _file(run: Path, hook: str) -> Path:
