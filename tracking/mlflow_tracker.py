@@ -1,6 +1,9 @@
 """MLflow, on a server or in a database of the run's own."""
 
+import contextlib
 import os
+import sqlite3
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -23,8 +26,10 @@ class MlflowTracker:
 
     def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
         run.own.mkdir(exist_ok=True)
-        own = f"sqlite:///{run.own / 'mlflow.db'}"
-        self._client = MlflowClient(settings["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI") or own)
+        place_of_others = settings["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
+        if not place_of_others:
+            _clear_begun(run.own / "mlflow.db")
+        self._client = MlflowClient(place_of_others or f"sqlite:///{run.own / 'mlflow.db'}")
         found = self._client.get_experiment_by_name(settings["experiment"])
         place = found.experiment_id if found else self._client.create_experiment(settings["experiment"])
         known = self._client.search_runs([place], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
@@ -61,3 +66,18 @@ class MlflowTracker:
     def close(self) -> None:
         """Mark the run as ended; the next command goes on with it."""
         self._client.set_terminated(self._id)
+
+
+def _clear_begun(database: Path) -> None:
+    """Delete a database that holds no run: MLflow makes one in many steps, and cannot go on in the middle of them."""
+    if not database.exists():
+        return
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        try:
+            if connection.execute("SELECT 1 FROM runs").fetchone():
+                return
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):
+                raise
+    for path in database.parent.glob(f"{database.name}*"):
+        path.unlink()

@@ -15,12 +15,13 @@ RECORD_HEADER = struct.Struct("<IHB")  # checksum, length, type
 FULL, FIRST, MIDDLE, LAST = range(1, 5)
 FATAL = "ERROR+4"
 """Level in the log of wandb's own process at which it says that it sends nothing more."""
+ERROR = "ERROR"
+"""The same for what it could not do, as to write a record."""
 
 
-def last_step(folder: Path, run_id: str) -> int:
-    """The highest step of a run in the files of all processes that have logged to it; -1 if there is none."""
-    files = sorted(folder.glob(f"*run-*/run-{run_id}.wandb"))
-    return max((step for file in files for step, _ in history(file)), default=-1)
+def steps_in(folder: Path, run_id: str) -> set[int]:
+    """The steps of a run in the files of all processes that have logged to it."""
+    return {step for file in sorted(folder.glob(f"*run-*/run-{run_id}.wandb")) for step, _ in history(file)}
 
 
 def history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -39,15 +40,15 @@ def history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield int(values.get("_step", record.history.step.num)), values
 
 
-def fatal_error(log: Path) -> str | None:
-    """Why wandb's own process has stopped sending, by its log (`settings.log_internal`); None if it has not.
+def first_error(log: Path, level: str) -> str | None:
+    """What wandb's own process says first at a level, in its log (`settings.log_internal`); None where it says nothing.
 
     Raises:
         FileNotFoundError: there is no log, so that nobody knows.
     """
     lines = log.read_bytes().splitlines(keepends=True)
     entries = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be still being written
-    return next((str(entry["msg"]) for entry in entries if entry["level"] == FATAL), None)
+    return next((str(entry["msg"]) for entry in entries if entry["level"] == level), None)
 
 
 def _records(content: bytes, file: Path) -> Iterator[bytes]:

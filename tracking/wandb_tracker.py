@@ -7,7 +7,7 @@ import wandb
 
 from contracts.points import Point
 from tracking.base import TrackedRun, axes
-from tracking.wandb_files import fatal_error, last_step
+from tracking.wandb_files import ERROR, FATAL, first_error, steps_in
 
 AXES = {"train/*": "global_step", "eval/*": "iteration", "data/*": "iteration", "system/*": "iteration"}
 """What metrics are plotted by, group by group; those of other trainings by the step of theirs."""
@@ -49,7 +49,9 @@ class WandbTracker:
             self._run.define_metric(group, step_metric=axis)
         for group in ("sft/*", "reward-model/*", "critic/*"):
             self._run.define_metric(group, step_metric="stage_step")
-        local = last_step(run.own / "wandb", run.id) + 1 if settings["mode"] == "offline" else 0
+        self._files = run.own / "wandb" if settings["mode"] == "offline" else None
+        self._logged: set[int] = set()
+        local = max(self._written(), default=-1) + 1
         self._recorded: int = max(self._run.starting_step, local)  # `step` does not know yet what the server has
 
     def recorded(self) -> int:
@@ -60,17 +62,26 @@ class WandbTracker:
         """Hand the points to wandb's own process, which sends them and tries again."""
         for point in points:
             self._run.log({**point.metrics, **axes(point)}, step=point.point)
+            self._logged.add(point.point)
 
     def close(self) -> None:
-        """Wait until wandb's own process has sent everything.
+        """Wait until wandb's own process has sent or written everything.
 
         Raises:
-            RuntimeError: it has stopped sending, of which `finish` says nothing; as where the key was revoked.
+            RuntimeError: it has not, of which `finish` says nothing: the key was revoked, or the disk is full.
         """
         self._run.finish()
+        wandb.teardown()  # `finish` returns a moment before the last points of an offline run are written
         log = Path(self._run.settings.log_internal)
-        if error := fatal_error(log):
+        if error := first_error(log, FATAL):
             raise RuntimeError(
                 f"wandb has stopped sending: {error} (its log: {log}); if the server has refused the key, set a valid "
                 "one in WANDB_API_KEY or by `wandb login`"
             )
+        if self._files is not None and (missing := self._logged - self._written()):
+            why = first_error(log, ERROR) or "it does not say why"
+            raise RuntimeError(f"wandb has not written {len(missing)} of {len(self._logged)} points: {why} ({log})")
+
+    def _written(self) -> set[int]:
+        """The steps in the files of this and of earlier commands, where no server has them."""
+        return set() if self._files is None else steps_in(self._files, self._run.id)

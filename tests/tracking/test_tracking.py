@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -19,7 +20,7 @@ from contracts.config import validate
 from contracts.points import METRICS, Point, read_points
 from tracking.base import POINT
 from tracking.config import TrackingSection
-from tracking.task import MARK, TrackingTask
+from tracking.task import MARK, TrackingTask, sent_file
 
 Found = list[tuple[int, dict[str, float]]]
 """The place of each point in the stream, and its metrics, as often as a tracker has it. The trackers' libraries are
@@ -82,6 +83,14 @@ TRACKERS: dict[str, tuple[dict[str, Any], Callable[[Path], Found]]] = {
     "tensorboard": ({}, read_tensorboard),
     "mlflow": ({}, read_mlflow),
 }
+
+
+QUICK = (
+    "-c",
+    "import sys, tracking.__main__ as tracking; tracking.POLL_SECONDS = tracking.OFFLINE_SECONDS = 0.2; "
+    "sys.exit(tracking.main())",
+)
+"""Sends at short intervals, so that whoever kills it in between finds it at work."""
 
 
 class Stream:
@@ -153,7 +162,7 @@ def test_a_tracker_has_every_point_once_after_kills_at_any_instant(stream: Strea
     stream.ends_well(stream.start(tracker))
     stream.has_all(tracker)
     for _ in range(3):
-        process = stream.start(tracker)
+        process = stream.start(tracker, QUICK)
         deadline = time.monotonic() + chance.uniform(2.0, 5.0)
         while time.monotonic() < deadline:
             stream.write(7)
@@ -163,6 +172,29 @@ def test_a_tracker_has_every_point_once_after_kills_at_any_instant(stream: Strea
     process = stream.start(tracker)
     stream.write(30)
     stream.ends_well(process)
+    stream.has_all(tracker)
+
+
+FULL = (
+    "-c",
+    "import resource, sys, tracking.__main__ as tracking; tracking.POLL_SECONDS = tracking.OFFLINE_SECONDS = 0.2; "
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); sys.exit(tracking.main())",
+)
+"""Cannot write more into a file than 300 KB."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_tracker_that_cannot_write_says_so_and_gets_what_it_lacks_later(stream: Stream, tracker: str) -> None:
+    """Some of the libraries only warn, or say nothing."""
+    stream.write(5000)
+    process = stream.start(tracker, FULL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0, errors.decode()
+    assert re.search("disk I/O error|file too large", errors.decode(), re.IGNORECASE), errors.decode()
+    assert not sent_file(stream.run, tracker).exists()
+    stream.write(30)
+    stream.ends_well(stream.start(tracker))
     stream.has_all(tracker)
 
 
