@@ -4,12 +4,16 @@ import json
 import os
 import signal
 import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import pytest
 
+import pipelines.execution.driver
 import pipelines.execution.lifecycle
 import pipelines.run.verdicts
 from annotation.gating.config import GateConfig
@@ -96,15 +100,71 @@ def without_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
+class Sleep(Protocol):
+    """Some time that passes."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """0 when it is over."""
+
+    def kill(self) -> None:
+        """End it."""
+
+
+def sleep(seconds: float) -> Sleep:
+    """A process that does nothing else."""
+    return subprocess.Popen(["sleep", str(seconds)])
+
+
+class Clock:
+    """A time that passes only while the driver waits, up to the next end of a stage: what else the machine does
+    decides nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have this process go by it."""
+        self.now = time.time()
+        self._sleeps: list[Pause] = []
+        monkeypatch.setattr(time, "time", lambda: self.now)
+        monkeypatch.setattr(pipelines.execution.driver, "wait_for_end", self._wait_for_end)
+
+    def sleep(self, seconds: float) -> Sleep:
+        """So much of this time."""
+        self._sleeps.append(Pause(self, self.now + seconds))
+        return self._sleeps[-1]
+
+    def _wait_for_end(self, pids: Iterable[int], seconds: float) -> None:
+        assert list(pids), "the driver waits for nothing"
+        self._sleeps = [one for one in self._sleeps if one.poll() is None]
+        self.now = min(one.end for one in self._sleeps)
+
+
+@dataclass
+class Pause:
+    """Some time of such a clock."""
+
+    clock: Clock
+    end: float
+    pid: int = 1
+
+    def poll(self) -> int | None:
+        """0 when it is over."""
+        return 0 if self.clock.now >= self.end else None
+
+    def kill(self) -> None:
+        """Nothing is left."""
+
+
 class TimedStages(Executor):
-    """Runs stages that take a known time, as processes that only sleep."""
+    """Runs stages that take a known time, and nothing else."""
 
     kind = "local"
 
-    def __init__(self, site: Site, seconds: dict[str, float]) -> None:
+    def __init__(self, site: Site, seconds: dict[str, float], sleep: Callable[[float], Sleep] = sleep) -> None:
         """Take so long for stages of these roles, and no time for the others."""
         super().__init__(site)
         self._seconds = seconds
+        self._sleep = sleep
         self._streams = streams(self.graph, self.config)
 
     def submit(self, node: Node, attempt: Path) -> "TimedStage":
@@ -113,28 +173,31 @@ class TimedStages(Executor):
         (attempt / "stage.log").touch()  # by which the driver knows that it can be followed
         name, share = self._streams.get(node.name, ("", 0.0))
         maker = self.graph.nodes[name].output if name else None
-        return TimedStage(node, self._seconds.get(node.role, 0.0), maker, share)
+        return TimedStage(node, self._seconds.get(node.role, 0.0), maker, share, self._sleep)
 
 
 class TimedStage:
     """One of them; it publishes when its time is over, and where it follows a maker, that of the last shard too."""
 
-    def __init__(self, node: Node, seconds: float, maker: Path | None, share: float) -> None:
+    def __init__(
+        self, node: Node, seconds: float, maker: Path | None, share: float, sleep: Callable[[float], Sleep]
+    ) -> None:
         self._node = node
         self._last_shard = share * seconds
+        self._sleep = sleep
         self._maker = None if maker is None or (maker / MANIFEST).exists() else maker
-        self._processes = [subprocess.Popen(["sleep", str(seconds)])]
+        self._sleeps = [sleep(seconds)]
 
     @property
     def pid(self) -> int | None:
         """The process that it waits for; None: it waits for its maker."""
-        return next((process.pid for process in self._processes if process.poll() is None), None)
+        return next((one.pid for one in self._sleeps if one.poll() is None), None)
 
     def ended(self) -> bool:
         """Whether its time is over."""
         if self._maker is not None and (self._maker / MANIFEST).exists():
             self._maker = None
-            self._processes.append(subprocess.Popen(["sleep", str(self._last_shard)]))
+            self._sleeps.append(self._sleep(self._last_shard))
         if self._maker is not None or self.pid is not None:
             return False
         make(self._node)
@@ -149,5 +212,5 @@ class TimedStage:
 
     def cancel(self) -> None:
         """End it."""
-        for process in self._processes:
-            process.kill()
+        for one in self._sleeps:
+            one.kill()
