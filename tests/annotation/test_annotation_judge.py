@@ -435,7 +435,7 @@ def test_what_was_answered_is_paid_for_once_however_often_the_stage_is_killed(tm
             if number == signal.SIGKILL:
                 stage.wait()
             replies.release(1000)
-            stage.communicate(timeout=60)
+            stage.communicate(timeout=200)
             assert stage.returncode == (128 + number if number == signal.SIGTERM else -number)
             wait_until(lambda: server.at_once == 0)
         ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)

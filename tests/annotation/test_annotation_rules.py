@@ -74,7 +74,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -402,7 +402,7 @@ def judge(messages, response, **others):
     second = started(14)
     (tmp_path / "my_rule.py.broken").touch()
     last.write_text("1000")
-    _, told = second.communicate(timeout=60)
+    _, told = second.communicate(timeout=200)
     assert second.returncode == 2, told
     assert "ConnectionError: the judge is down" in told
     (tmp_path / "my_rule.py.broken").unlink()
@@ -410,7 +410,7 @@ def judge(messages, response, **others):
     stopped = started(len(judged()) + 2)
     stopped.send_signal(signal.SIGTERM)
     last.write_text("1000")
-    assert stopped.wait(timeout=60) == 128 + signal.SIGTERM
+    assert stopped.wait(timeout=200) == 128 + signal.SIGTERM
 
     ended = subprocess.run(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, check=False)
     assert ended.returncode == 0, ended.stderr

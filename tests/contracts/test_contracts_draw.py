@@ -42,7 +42,7 @@ def scores(path: Path, by_prompt: Mapping[str, list[float]]) -> Path:
 
 
 def run(output: Path, *arguments: str) -> tuple[int, str, str]:
-    result = run_forked("contracts", "draw", f"output={output}", *arguments, timeout=60)
+    result = run_forked("contracts", "draw", f"output={output}", *arguments, timeout=200)
     return result.returncode, result.stdout, result.stderr
 
 

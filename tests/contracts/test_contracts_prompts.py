@@ -33,7 +33,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_forked("contracts", "prompts", *arguments, timeout=60)
+    return run_forked("contracts", "prompts", *arguments, timeout=200)
 
 
 def imported(source: Path, output: Path, *arguments: str) -> tuple[Artifact, list[Prompt]]:

@@ -85,14 +85,14 @@ def test_the_shard_in_hand_is_finished_within_the_grace_period(tmp_path: Path, n
     with start(tmp_path, grace=60) as process:
         stop_in_hand(process, number)
         (tmp_path / "gate").touch()
-        process.communicate(timeout=60)
+        process.communicate(timeout=200)
     assert process.returncode == 128 + number
     assert shards(tmp_path) == ["shard-0.jsonl"]
     (failure,) = (json.loads(path.read_bytes()) for path in tmp_path.glob("failure-*.json"))
     assert failure["kind"] == "stopped"
 
     with start(tmp_path, grace=20) as process:
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=200)
     assert "in hand shard-0.jsonl" not in out, "what was finished is not made again"
     assert process.returncode == 0
     assert Artifact.open(tmp_path / "out", PROMPTS).manifest.rows == 3
@@ -101,7 +101,7 @@ def test_the_shard_in_hand_is_finished_within_the_grace_period(tmp_path: Path, n
 def test_what_takes_longer_than_the_grace_period_is_left(tmp_path: Path) -> None:
     with start(tmp_path, grace=0.5) as process:
         stop_in_hand(process, signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=200)
     assert process.returncode == 128 + signal.SIGTERM
     assert shards(tmp_path) == []
     assert len(list(tmp_path.glob(".out.partial-*"))) == 1
@@ -127,7 +127,7 @@ def test_a_second_request_does_not_keep_a_stage_from_saying_why_it_leaves(tmp_pa
         process.send_signal(signal.SIGUSR1)
         next(line for line in process.stdout if "the report" in line)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 128 + signal.SIGUSR1
+        assert process.wait(timeout=200) == 128 + signal.SIGUSR1
     (failure,) = (json.loads(path.read_bytes()) for path in tmp_path.glob("failure-*.json"))
     assert failure["kind"] == "stopped"
 
@@ -152,4 +152,4 @@ def test_a_stop_before_any_work_leaves_at_once(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=60) == 128 + signal.SIGUSR1
+        assert process.wait(timeout=200) == 128 + signal.SIGUSR1

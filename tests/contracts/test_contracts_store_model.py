@@ -33,7 +33,7 @@ from contracts.records import PROMPTS, Message, Prompt
 from contracts.stage import Context, Outcome, key_parts, run_stage, stage_key
 from contracts.workers import share_shards
 
-SECONDS = 30.0
+SECONDS = 200.0
 """No step of a writer takes longer."""
 SHARDS = 2
 

@@ -153,17 +153,17 @@ def test_unknown_variant(checkout: Checkout) -> None:
 @pytest.mark.parametrize("everybody", [True, False])
 def test_an_interrupt_leaves_nothing_running(checkout: Checkout, everybody: bool) -> None:
     """Also where it reaches the command alone, because it comes between two of its steps."""
-    process = checkout.start("sync", "training", SLOW_TORCH="60")
+    process = checkout.start("sync", "training", SLOW_TORCH="600")
     wait_for(lambda: list(checkout.home.glob("environments/training-*/lib/*/site-packages/trl")))
     (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
-    process.communicate(timeout=40)
+    process.communicate(timeout=200)
     assert process.returncode == 130
     again = checkout.env("sync", "training")
     assert "training: ready" in again.stdout
     assert "waiting" not in again.stdout, "a process of the interrupted command still holds the lock"
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"

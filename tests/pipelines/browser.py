@@ -22,7 +22,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
     "--remote-debugging-port=0",
 )  # fmt: skip
-SECONDS = 60.0
+SECONDS = 200.0
 INSTALL_SECONDS = 400.0
 
 

@@ -540,7 +540,7 @@ class Round:
 
     def count_left(self) -> int:
         """Processes of the round that live on; those that are just ending are given a moment."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 200
         while left := marked(f"{CHAOS}={self.plan}"):
             if time.monotonic() > deadline:
                 self.tally.problems += [f"process {pid} is left" for pid in left]

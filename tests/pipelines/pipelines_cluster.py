@@ -24,7 +24,7 @@ class ClusterRefused(Exception):  # noqa: N818 - what the message says is how to
     """No cluster can run on this machine; the message says what is missing and how to get it."""
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60, what: str = "") -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 200, what: str = "") -> None:
     """Wait until the condition holds; AssertionError after a deadline."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -89,7 +89,7 @@ class Slurm:
             record["State"] = record["State"].split()[0]  # CANCELLED by 0
         return {record["JobID"]: record for record in records}
 
-    def wait_for_state(self, job_id: str, state: str, seconds: float = 60) -> None:
+    def wait_for_state(self, job_id: str, state: str, seconds: float = 200) -> None:
         """Wait until the controller says that a job is in this state (RUNNING, COMPLETED, ...)."""
         wait_for(lambda: self.job(job_id)["JobState"] == state, seconds, f"job {job_id} is {state}")
 

@@ -46,7 +46,7 @@ class SlurmRun:
         cls, folder: Path, cluster: Slurm, *, stages: dict[str, Any] | None = None, **acts: list[str]
     ) -> "SlurmRun":
         """Stages that pretend to work, and act as they are told (pretend.py)."""
-        executor = {"kind": "slurm", "stages": {**FEW, **(stages or {})}}
+        executor = {"kind": "slurm", "backoff_seconds": 1, "stages": {**FEW, **(stages or {})}}
         return cls(write_pretended(folder, executor=executor, **acts), cluster)
 
     def release(self, stage: str) -> None:

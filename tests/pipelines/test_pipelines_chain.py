@@ -33,19 +33,19 @@ def test_a_chain_survives_what_a_cluster_does_to_it(tmp_path: Path, slurm: Slurm
     run.wait_until_waiting("prompts/heldout")
     ((preempted, node),) = run.tasks("prompts/heldout")
     blocker = slurm.submit("sleep 600", "--partition=gpu", f"--nodelist={node}", "--exclusive")
-    run.wait_for(lambda: run.events("requeue"), 60, "the preempted job asks for a requeue")
+    run.wait_for(lambda: run.events("requeue"), 200, "the preempted job asks for a requeue")
     slurm.run("scancel", blocker)
 
     run.wait_until_waiting(GENERATION, times=2)
     (cancelled, _), (failed, node) = run.tasks(GENERATION)
     slurm.run("scancel", cancelled)
-    run.wait_for(lambda: len(run.tasks(GENERATION)) == 1, 60, "one task is gone")
+    run.wait_for(lambda: len(run.tasks(GENERATION)) == 1, 200, "one task is gone")
     slurm.set_down(node)
     try:
         run.wait_until_waiting(REWARD)
         ((limited, _),) = run.tasks(REWARD)
         slurm.run("scontrol", "update", f"jobid={limited}", "timelimit=1")
-        run.wait_for(lambda: len(run.events("requeue")) == 2, 90, "it is told")
+        run.wait_for(lambda: len(run.events("requeue")) == 2, 200, "it is told")
         slurm.run("scontrol", "update", f"jobid={limited}", "timelimit=60")
         status = run.wait()
     finally:
@@ -145,7 +145,7 @@ def test_after_a_failure_nothing_waits_for_ever_and_the_same_command_goes_on(tmp
     before_cancel = len(run.events("submitted"))
     result = run.pipeline("cancel", str(run.path))
     assert result.returncode == 0, result.stderr
-    wait_for(run.is_over, 60, "all jobs end")
+    wait_for(run.is_over, 200, "all jobs end")
     assert len(run.events("submitted")) == before_cancel, "what was cancelled is not tried again"
     assert run.pipeline("cancel", str(run.path)).stdout.startswith("nobody works on")
 
@@ -178,7 +178,7 @@ def test_a_stage_that_gets_no_further_between_two_time_limits_fails(tmp_path: Pa
         ((job, _),) = run.tasks("setup/world")
         slurm.run("scontrol", "update", f"jobid={job}", "timelimit=1")
         if times == 1:
-            run.wait_for(lambda: run.events("requeue"), 90, "it is told")
+            run.wait_for(lambda: run.events("requeue"), 200, "it is told")
             slurm.run("scontrol", "update", f"jobid={job}", "timelimit=60")
     assert "FAILED setup/world: stage setup/world got no further between two ends of its time limit" in run.wait()
 
@@ -205,7 +205,7 @@ def test_jobs_outlive_their_driver(tmp_path: Path, slurm: Slurm, pretended: dict
     assert run.digests() == {name: pretended[name] for name in run.digests()}
     again = [path.parent.name for path in (run.path / "logs").rglob("attempt-*") if path.name != "attempt-1"]
     assert again == ["generation"], "nothing else twice"
-    wait_for(run.is_over, 60, "all jobs end")
+    wait_for(run.is_over, 200, "all jobs end")
 
 
 def test_tasks_of_a_scorer_follow_those_of_a_generation(
@@ -247,7 +247,7 @@ def test_a_driver_says_what_waits_and_what_happened_and_ends_its_jobs(tmp_path: 
         run.wait_for(lambda: " waits: ReqNodeNotAvail" in log.read_text(), 120, "it says so")
         assert "retry  setup/world  (was killed by SIGKILL" in log.read_text()
         driver.send_signal(signal.SIGINT)
-        assert driver.wait(timeout=60) == 130
-        wait_for(run.is_over, 60, "all jobs end")
+        assert driver.wait(timeout=200) == 130
+        wait_for(run.is_over, 200, "all jobs end")
     finally:
         slurm.set_up("node4")

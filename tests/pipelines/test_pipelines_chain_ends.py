@@ -30,7 +30,7 @@ def test_what_slurm_refuses_is_told_and_what_was_submitted_before_is_cancelled(t
     assert "unrecognized option '--no-such-option" in result.stderr
     assert "What this command had submitted before was cancelled" in result.stderr
     assert "Traceback" not in result.stderr
-    wait_for(run.is_over, 60, "all jobs end")
+    wait_for(run.is_over, 200, "all jobs end")
 
 
 def test_a_command_that_was_killed_before_it_noted_its_jobs(tmp_path: Path, slurm: Slurm) -> None:
@@ -42,7 +42,7 @@ def test_a_command_that_was_killed_before_it_noted_its_jobs(tmp_path: Path, slur
     jobs = json.loads(record.read_text())
     record.unlink()
     run.detach(iterations=0)
-    wait_for(lambda: jobs["work"] not in slurm.jobs(), 60, "the unknown job ends")
+    wait_for(lambda: jobs["work"] not in slurm.jobs(), 200, "the unknown job ends")
     run.wait_until_waiting("setup/world", times=2)
     (run.path / "logs/setup/world/attempt-2/jobs.json").unlink()
     run.release("setup/world")
@@ -52,7 +52,7 @@ def test_a_command_that_was_killed_before_it_noted_its_jobs(tmp_path: Path, slur
     run.wait_for(lambda: "prompts/train" in run.digests(), 200, "it goes on")
     assert len(list((run.path / "logs/setup/world").iterdir())) == 2
     run.pipeline("cancel", str(run.path))
-    wait_for(run.is_over, 60, "all jobs end")
+    wait_for(run.is_over, 200, "all jobs end")
 
 
 SLOW = """
@@ -80,18 +80,18 @@ def test_a_chain_outlives_a_killed_job_an_early_notice_and_accounting(tmp_path: 
         iteration_000__heldout__generation=["wait", "wait"],
     )  # fmt: skip
     run.detach(iterations=0)
-    run.wait_for(lambda: any(slow.glob("start-*")), 60, "Python starts")
+    run.wait_for(lambda: any(slow.glob("start-*")), 200, "Python starts")
     (start,) = slow.glob("start-*")
     os.kill(int(start.name.partition("-")[2]), signal.SIGKILL)
-    run.wait_for(lambda: any(path != start for path in slow.glob("start-*")), 60, "it starts again")
+    run.wait_for(lambda: any(path != start for path in slow.glob("start-*")), 200, "it starts again")
     ((world, _),) = run.tasks("setup/world")
     slurm.run("scancel", "--signal=USR2", world)
     with run.unanswered() as is_asked:
         (slow / "go").touch()
-        run.wait_for(lambda: run.events("requeue"), 60, "the job asks for a requeue")
-        run.wait_for(is_asked, 60, "it looks at the environment")
+        run.wait_for(lambda: run.events("requeue"), 200, "the job asks for a requeue")
+        run.wait_for(is_asked, 200, "it looks at the environment")
         slurm.run("scancel", "--signal=USR2", world)
-    run.wait_for(lambda: len(run.events("requeue")) == 2, 60, "the job asks for another requeue")
+    run.wait_for(lambda: len(run.events("requeue")) == 2, 200, "the job asks for another requeue")
 
     run.wait_until_waiting(GENERATION, times=2)
     (task, _), _ = run.tasks(GENERATION)
@@ -104,7 +104,7 @@ def test_a_chain_outlives_a_killed_job_an_early_notice_and_accounting(tmp_path: 
     finally:
         slurm.up()
     line = rf"{GENERATION}: job {task} on node\d: cancelled by"
-    wait_for(lambda: re.search(line, run.status()), 60, "the controller has told accounting of the cancelled task")
+    wait_for(lambda: re.search(line, run.status()), 200, "the controller has told accounting of the cancelled task")
     status = run.status()
     assert re.search(rf"setup/world: job {world} .* exit code 137, and was started again", status), status
     assert re.search(rf"setup/world: job {world} .* requeued \(signal, \d+ s before the time limit\)", status), status

@@ -198,7 +198,7 @@ def test_environments_are_there_before_anything_is_written(smallest: Path) -> No
     def message(*overrides: str) -> str:
         command = [sys.executable, "-m", "pipelines", "run", str(smallest), *overrides]
         environment = {**os.environ, "RATCHET_HOME": str(smallest.parent / "home")}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
         assert result.returncode == 2
         return result.stderr
 

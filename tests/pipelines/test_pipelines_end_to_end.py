@@ -163,5 +163,5 @@ def test_a_second_driver_is_refused(shared_smallest: Path, tmp_path: Path) -> No
         assert second.returncode == 2
         assert f"driven right now by process {first.pid}" in second.stderr
         first.send_signal(signal.SIGINT)
-        first.communicate(timeout=60)
+        first.communicate(timeout=200)
         assert first.returncode == 130

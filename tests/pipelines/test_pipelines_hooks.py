@@ -316,7 +316,7 @@ def test_steps_of_a_stage_that_was_taken_over_are_not_told(tmp_path: Path) -> No
     told.stream.append(StageReused(stage="shared", reason="taken over from runs/other", key="k"))
     told.step("shared")
     told.write()
-    told.start().communicate(timeout=60)
+    told.start().communicate(timeout=200)
     happenings = [json.loads(line) for line in told.notes.read_text().splitlines()]
     assert [happening["stage"] for happening in happenings if happening["kind"] == "step"] == ["stage-0", "stage-1"]
 
@@ -335,7 +335,7 @@ def test_a_hook_killed_at_any_instant_misses_nothing_and_is_told_one_thing_again
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     process = told.start()
-    process.communicate(timeout=60)
+    process.communicate(timeout=200)
     assert process.returncode == 0
     lines = Counter(told.notes.read_text().splitlines())
     happenings = [json.loads(line) for line in lines]

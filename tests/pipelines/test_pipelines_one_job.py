@@ -26,7 +26,7 @@ def test_a_run_within_one_job_goes_back_to_the_queue_and_keeps_what_it_has_loade
 
     wait_for(lambda: is_published("prompts/heldout"), 300, "a stage is published")
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 60, "the job is back in the queue")
+    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 200, "the job is back in the queue")
     wait_for(lambda: is_published("iteration-000/evaluation"), 600, "the run is finished")
     cluster.wait_for_state(job, "COMPLETED")
     assert digests(run) == digests(finished_run.path, last=0)

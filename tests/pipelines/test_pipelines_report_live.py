@@ -92,7 +92,7 @@ def test_view(served: tuple[Path, int]) -> None:
     address = f"http://127.0.0.1:{port}"
 
     def get(path: str) -> str:
-        with urllib.request.urlopen(address + path, timeout=30) as answer:
+        with urllib.request.urlopen(address + path, timeout=200) as answer:
             return str(answer.read().decode())
 
     page = get("/")
@@ -103,7 +103,7 @@ def test_view(served: tuple[Path, int]) -> None:
     for path in ("/samples/0123456789abcdef-0.js", "/run.json", "/samples/../run.json", "/%2e%2e/run.json"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(path)
-    connection = HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = HTTPConnection("127.0.0.1", port, timeout=200)
     connection.request("GET", "/", headers={"Host": "evil.example"})
     assert connection.getresponse().status == 403
     assert sorted(run.rglob("*")) == before

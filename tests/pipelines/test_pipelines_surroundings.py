@@ -215,7 +215,7 @@ def test_a_signal_while_it_starts(program: str, number: signal.Signals, delay: f
     (place / "begun").read_bytes()
     time.sleep(delay)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=200)
     assert "Traceback" not in said
     assert process.returncode in ((128 + number, 0) if number == signal.SIGINT else (128 + number, -number, 0)), said
 
@@ -353,6 +353,6 @@ def test_an_interrupt_while_a_run_is_watched(begun: RunDirectory) -> None:
     assert process.stdout is not None
     assert "iteration-001/generation" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=200)
     assert process.returncode == 130
     assert said == "interrupted; the same command continues.\n"

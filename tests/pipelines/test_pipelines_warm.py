@@ -111,7 +111,7 @@ def warm(tmp_path: Path) -> Iterator[Warm]:
 
 
 def wait(stage: ForkedProcess) -> int:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 200
     while (code := stage.poll()) is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -119,7 +119,7 @@ def wait(stage: ForkedProcess) -> int:
 
 
 def is_gone(pid: int) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 200
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     return not Path(f"/proc/{pid}").exists()

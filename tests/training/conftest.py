@@ -79,7 +79,7 @@ def breaking_off(after: int | None) -> Iterator[None]:
                 yield
 
 
-DEADLINE = 120.0
+DEADLINE = 240.0
 
 
 class Started:
@@ -111,7 +111,7 @@ class Started:
     def end(self) -> int:
         """Wait for its end, see that it leaves no process behind, and return its exit code."""
         code = self.process.wait(DEADLINE)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 200
         while left := self.processes():
             assert time.monotonic() < deadline, left
             time.sleep(0.01)

@@ -23,7 +23,7 @@ WIDE: dict[str, Any] = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512,
 }  # fmt: skip
 ROW = LongestRow(prompt=96, answer=96, sequences=2)
-ROWS = 6
+ROWS = 3
 
 
 @pytest.fixture(scope="module")
