@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 from pipelines_cluster import Slurm, wait_for
-from pipelines_slurm_run import SlurmRun
+from pipelines_slurm_run import SlurmRun, digests
+from pipelines_smallest import pipeline
+
+from pipelines.planning.placement import placed_graph
+from pipelines.run.directory import RunDirectory
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -165,9 +169,84 @@ def test_a_gate_that_stops_ends_the_chain_and_it_is_not_submitted_again(tmp_path
     again = run.pipeline("run", str(run.config), "--iters", "2", "--detach")
     assert again.returncode == 3
     assert reason in again.stderr
-    back = run.pipeline("run", str(run.config), "--iters", "2", "--detach", "gates.high.do=rollback")
-    assert back.returncode == 2
-    assert "gates.high.do is rollback" in back.stderr
+
+
+def rolls_back(run: SlurmRun, **further: object) -> None:
+    """Have every iteration's gate take the run back to the initial policy, with another beta from then on."""
+    gate = {"metric": "reward_mean", "above": 0.4, "do": "rollback", "at_most": 9}  # it is 0.5 of every policy
+    gate["changes"] = {"training": {"settings": {"beta": 0.3}}}
+    config = {**yaml.safe_load(run.config.read_text()), "gates": {"back": gate}, **further}
+    run.config.write_text(yaml.safe_dump(config))
+
+
+def laptop(folder: Path, run: SlurmRun, iterations: int) -> dict[str, str]:
+    """What the same run publishes under a driver, on this machine."""
+    config = yaml.safe_load(run.config.read_text())
+    path = folder / "laptop.yaml"
+    path.write_text(yaml.safe_dump({**config, "name": "laptop", "executor": {"kind": "inline"}}))
+    result = pipeline("run", str(path), "--iters", str(iterations))
+    assert result.returncode == 0, result.stderr
+    return digests(folder / "runs" / "laptop")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lag", "iterations"), [(0, 2), (1, 3)])
+def test_a_gate_takes_a_chain_back_and_it_goes_on_by_itself(
+    tmp_path: Path, slurm: Slurm, lag: int, iterations: int
+) -> None:
+    """With a lag some of a later iteration may be under way, or be made, and other than it is to be."""
+    run = SlurmRun.pretended(tmp_path, slurm)
+    rolls_back(run, lag=lag)
+    run.detach(iterations)
+    status = run.wait(seconds=800)
+    assert "iteration 2 starts from the initial policy" in status
+    assert run.digests() == laptop(tmp_path, run, iterations)
+    graph = placed_graph(RunDirectory(run.path).config, iterations)
+    assert graph.rollbacks == {f"iteration-00{i}/gate": 0 for i in range(1, iterations + 1)}
+    assert [event["outcome"] for event in run.events("run ended")][-1] == "finished"
+    assert not run.events("failed")
+    assert "nothing to do" in run.detach(iterations)
+
+
+STRUCK = """
+import os, pathlib, signal, time
+folder, plain, noted = pathlib.Path({folder!r}), os.replace, 0
+def replace(source, target):
+    global noted
+    noted += str(target).endswith("/jobs.json")
+    act = {{1: "kill", 3: "kill", 4: "hang"}}.get(noted)
+    mark = folder / f"{{act}}-{{noted}}"
+    if str(target).endswith("/jobs.json") and act and not mark.exists():
+        mark.touch()
+        if act == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(900)
+    plain(source, target)
+os.replace = replace
+"""
+"""What strikes a process that submits jobs, before it has noted those of its first, third or fourth stage."""
+
+
+@pytest.mark.slow
+def test_a_gates_job_that_ends_while_it_takes_the_run_back(tmp_path: Path, slurm: Slurm) -> None:
+    """Some jobs are replaced, and others are not. Where its process is killed, the job starts it again, which does the
+    rest; where the job itself is ended, Slurm cancels what waits for it, and the same command goes on."""
+    site, gate = tmp_path / "site", "iteration-001/gate"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(STRUCK.format(folder=str(tmp_path)))
+    run = SlurmRun.pretended(tmp_path, slurm, stages={gate: {"setup": [f"export PYTHONPATH={site}"]}})
+    rolls_back(run)
+    run.detach(iterations=2)
+    run.wait_for((tmp_path / "hang-4").exists, 600, "the third process of the gate's job replaces jobs")
+    assert {path.name for path in tmp_path.glob("kill-*")} == {"kill-1", "kill-3"}
+    assert [event["code"] for event in run.events("restart") if event["stage"] == gate] == ["137"] * 2
+    ((job, _),) = run.tasks(gate)
+    slurm.run("scancel", job)
+    wait_for(run.is_over, 120, "all jobs end")
+    assert not [stage for stage in run.digests() if stage.startswith("iteration-002")]
+    run.detach(iterations=2)
+    run.wait()
+    assert run.digests() == laptop(tmp_path, run, 2)
 
 
 def test_a_stage_that_gets_no_further_between_two_time_limits_fails(tmp_path: Path, slurm: Slurm) -> None:

@@ -215,7 +215,7 @@ class Executors:
         """Check that all that is to run can do so where no process stays.
 
         Raises:
-            UserError: a stage, or what a gate may decide, takes a driver.
+            UserError: a stage takes a driver.
             RunStoppedError: a gate has stopped the run.
         """
         from pipelines.run.gates import stop_of
@@ -226,11 +226,6 @@ class Executors:
                 "placement.streaming is true: a stage starts on the shards of another that still runs, which takes a "
                 "driver. The jobs of a detached run wait until those before them have ended. Set "
                 "placement.streaming=false, or leave --detach out."
-            )
-        if going_back := [name for name, gate in self.site.config.gates.items() if gate.do == "rollback"]:
-            raise UserError(
-                f"gates.{going_back[0]}.do is rollback, after which the next iterations have other stages than those "
-                "submitted: that takes a driver. Set do=stop, or leave --detach out."
             )
         if (stop := stop_of(self.site.graph, reused(plan))) is not None:
             raise RunStoppedError(stop.reason or "")

@@ -3,7 +3,9 @@
 No process stays behind. Before a stage works, its first job decides, as a driver would, whether it can be reused
 (`prepare`). After it, its last job takes note of what it has published, or has it tried again (`finalize`): it submits
 the next attempt, and makes those who wait for this one wait for that. Where nothing can be tried again it fails, and
-Slurm cancels whatever waits for it. All of this is done under one file lock, and from what is on the disk.
+Slurm cancels whatever waits for it. The last job of a gate that takes the run back does what the command does that has
+submitted the others: later iterations are other ones now, and the jobs that would make what they were are replaced. All
+of this is done under one file lock, and from what is on the disk.
 """
 
 import sys
@@ -12,16 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contracts.errors import RunStoppedError, UserError
+from contracts.config import Role, read_yaml, validate
+from contracts.errors import RunStoppedError, TransientError, UserError
 from contracts.files import appears
 from contracts.locks import locked
 from contracts.manifest import MANIFEST
-from pipelines.execution.attempts import decision_of, write_decision
+from pipelines.execution.attempts import STAGE_CONFIG, decision_of, write_decision
 from pipelines.execution.endings import ending_of, log_of, log_tail
 from pipelines.execution.executors.base import Entry, Site
 from pipelines.execution.executors.slurm import scheduler
 from pipelines.execution.executors.slurm.events import outcome_of, record_missed
 from pipelines.execution.executors.slurm.jobs import (
+    RECORD,
     Jobs,
     clear_folders,
     end_unknown,
@@ -43,7 +47,7 @@ from pipelines.run.directory import CANCEL, RunDirectory
 from pipelines.run.events import RunEnded, RunStarted, StageSubmitted
 from pipelines.run.gates import decision_after
 from pipelines.run.superseded import end_deletions
-from pipelines.run.verdicts import Verdict
+from pipelines.run.verdicts import Verdict, verdicts
 from pipelines.text import plural, say
 
 if TYPE_CHECKING:
@@ -87,33 +91,68 @@ def submit_all(site: Site, plan: dict[str, Verdict]) -> dict[str, Jobs]:
         live = end_unknown(run.path)
         record_missed(run, live)
         run.record(RunStarted(stages=len(graph.nodes), by="Slurm"))
-        lifecycle = Lifecycle(run, graph, site.config)
-        new: dict[str, Jobs] = {}
-        for node in graph.nodes.values():
-            if plan[node.name].reuse:
-                if not (node.output / MANIFEST).is_file():  # it lies in superseded/
-                    lifecycle.act(node, lifecycle.decide(node))
+        return submit_missing(site, plan, live)
+
+
+def submit_missing(site: Site, plan: dict[str, Verdict], live: set[str]) -> dict[str, Jobs]:
+    """The same, for who is the only one that submits: killed at any instant, once more does the rest.
+
+    Jobs that would make something else than the graph says now, or wait for such, are cancelled first; what takes their
+    place waits until they have ended.
+
+    Args:
+        live: the ids of the run's jobs that have not ended.
+    """
+    run, graph = site.run, site.graph
+    lifecycle = Lifecycle(run, graph, site.config)
+    new: dict[str, Jobs] = {}
+    cancel_strays(site, live)
+    for node in graph.nodes.values():
+        if plan[node.name].reuse:
+            if not (node.output / MANIFEST).is_file():  # it lies in superseded/
+                lifecycle.act(node, lifecycle.decide(node))
+            continue
+        behind: list[str] = []
+        known = last_jobs(run, node.name)
+        if known is not None and known.last in live:
+            if is_current(node, run.attempts(node.name)[-1]) and not new.keys() & set(node.needs):
                 continue
-            known = last_jobs(run, node.name)
-            if known is not None and known.last in live:
-                if not new.keys() & set(node.needs):
-                    continue
-                scheduler.cancel(known.ids)  # it waits for what has failed; Slurm has only not ended it yet
-            attempt = run.new_attempt(node.name)
-            request_for(node, attempt, site)
-            if plan[node.name].again:
-                (attempt / AGAIN).write_text(plan[node.name].reason)
-            try:
-                new[node.name] = submit(node, attempt, site, detached=True, after=predecessors(run, node, live))
-            except SchedulerError as error:
-                scheduler.cancel([id for jobs in new.values() for id in jobs.ids])
-                end_unknown(run.path)
-                raise SchedulerError(
-                    f"{error}. What this command had submitted before was cancelled; correct it and give it again."
-                ) from error
-            live |= set(new[node.name].ids)
-            run.record(StageSubmitted(stage=node.name, attempt=attempt.name, jobs=new[node.name].ids))
+            scheduler.cancel(known.ids)
+            behind = [id for id in known.ids if id in live]
+        attempt = run.new_attempt(node.name)
+        request_for(node, attempt, site)
+        if plan[node.name].again:
+            (attempt / AGAIN).write_text(plan[node.name].reason)
+        after = predecessors(run, node, live)
+        try:
+            new[node.name] = submit(node, attempt, site, detached=True, after=after, behind=behind)
+        except SchedulerError as error:
+            scheduler.cancel([id for jobs in new.values() for id in jobs.ids])
+            end_unknown(run.path)
+            raise SchedulerError(
+                f"{error}. What this command had submitted before was cancelled; correct it and give it again."
+            ) from error
+        live |= set(new[node.name].ids)
+        run.record(StageSubmitted(stage=node.name, attempt=attempt.name, jobs=new[node.name].ids))
     return new
+
+
+def cancel_strays(site: Site, live: set[str]) -> None:
+    """End the jobs of stages that the graph has not any more."""
+    run = site.run
+    attempts = [path.parent for path in (run.path / "logs").rglob(RECORD)]
+    strays = [jobs_of(attempt) for attempt in attempts if run.stage_of(attempt) not in site.graph.nodes]
+    scheduler.cancel(sorted({id for jobs in strays if jobs is not None for id in jobs.ids} & live))
+
+
+def is_current(node: Node, attempt: Path) -> bool:
+    """Whether an attempt is to make what the stage is to make now."""
+    path = attempt / STAGE_CONFIG
+    try:
+        asked = validate(node.stage.config, read_yaml(path), str(path))
+    except UserError:  # another stage had this name, or its logs were deleted or damaged
+        return False
+    return all(asked.select(role) == node.config.select(role) for role in (Role.IDENTITY, Role.INPUT))
 
 
 def predecessors(run: RunDirectory, node: Node, live: set[str]) -> tuple[str, ...]:
@@ -157,6 +196,10 @@ def prepare(task: SlurmTask, entry: Entry) -> Decision:
 
 def _prepare(here: Here) -> Decision:
     node, graph = here.node, here.site.graph
+    if graph.rollbacks and not is_current(node, here.attempt):
+        raise TransientError(
+            f"stage {node.name} was submitted before a gate had taken the run back: it is another now."
+        )
     missing = [name for name in node.needs if not appears(graph.nodes[name].output / MANIFEST)]
     if missing:
         raise UserError(f"stage {node.name} was started, but {', '.join(missing)} is not published.")
@@ -206,10 +249,16 @@ def _published(here: Here, decision: Decision) -> int:
     if not decision.reuse:
         here.lifecycle.finalize(here.node, decision.key, here.attempt)
     decided = decision_after(here.node)
-    if decided is None or decided.action != "stop":
+    if decided is None:
         return 0
-    print(f"stopped: {decided.reason}", file=sys.stderr)
-    return RunStoppedError.exit_code
+    if decided.action == "stop":
+        print(f"stopped: {decided.reason}", file=sys.stderr)
+        return RunStoppedError.exit_code
+    site = here.site
+    goes_on = not (site.run.path / CANCEL).exists()
+    if goes_on and any(gate.do == "rollback" for gate in site.config.gates.values()):
+        submit_missing(site, verdicts(site.graph, site.config, []), end_unknown(site.run.path))
+    return 0
 
 
 def _retain(here: Here) -> None:

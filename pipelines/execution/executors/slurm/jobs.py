@@ -12,7 +12,7 @@ import contextlib
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import msgspec
@@ -111,7 +111,8 @@ def submit(
     site: Site,
     *,
     detached: bool = False,
-    after: tuple[str, ...] = (),
+    after: Collection[str] = (),
+    behind: Collection[str] = (),
     pause: float | None = None,
 ) -> Jobs:
     """Submit the jobs of an attempt whose request is written, and note their ids in its folder.
@@ -119,11 +120,13 @@ def submit(
     Args:
         detached: they finish the stage by themselves.
         after: jobs that have to succeed before.
+        behind: jobs that have to end before, in whatever way.
         pause: seconds to wait before the start.
     """
     success = [f"afterok:{':'.join(after)}"] if after else []
+    ended = [f"afterany:{':'.join(behind)}"] if behind else []
     jobs = planned_jobs(node, site.config.executor, site.graph, detached=detached)
-    work = _submit(node, attempt, site, jobs[0], success, detached, pause)
+    work = _submit(node, attempt, site, jobs[0], [*success, *ended], detached, pause)
     finish = None
     if len(jobs) > 1:
         finish = _submit(node, attempt, site, jobs[1], [f"afterany:{work}", *success], detached)
