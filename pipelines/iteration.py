@@ -12,7 +12,6 @@ from annotation.stages.gate import DECIDE
 from annotation.stages.mixing import IMPORT_PREFERENCES, PREFERENCES_SCORES, SAMPLE_PAIRS
 from annotation.stages.score import SCORE
 from annotation.stages.selection import SELECT, SELECT_SCORES
-from contracts.config import Role
 from contracts.seeds import derive_seed
 from contracts.stages.draw import DRAW
 from contracts.template import TemplateSettings
@@ -378,6 +377,8 @@ class Recipe(RunStages):
         rollouts = self.sample("heldout/generation", policy, heldout, iteration, self.config.evaluation)
         if iteration == 0:
             self.first_answers = rollouts
+            paths = {name: self.graph.directory / name_of(0, f"heldout/{name}") for name in self.config.scorers}
+            self.standards = {repr(self.scorers_of(name)): path for name, path in paths.items()}
         scores = {
             name: self.score(f"heldout/{name}", name, rollouts, iteration, against=self.first_answers)
             for name in self.config.scorers
@@ -404,14 +405,6 @@ class Recipe(RunStages):
             rewards = self.score(role, "reward", answers, iteration, against=self.first_answers)
             self.heldout_rewards[answers] = scorers, rewards
         return self.heldout_rewards[answers][1]
-
-    def scorers_of(self, scorer: str) -> dict[str, Any]:
-        """What decides, of the present settings, how a scorer judges, and those that it is made of, by name."""
-        section = self.config.scorers[scorer]
-        found: dict[str, Any] = {scorer: [section.select(Role.IDENTITY), section.select(Role.INPUT)]}
-        for part in section.parts:
-            found |= self.scorers_of(part)
-        return found
 
     def evaluate_checkpoint(self, iteration: int, policy: Path) -> None:
         """Have the user's own evaluations judge a policy."""

@@ -31,6 +31,8 @@ class RunStages:
         self.config = config  # what holds in the iteration that is being added
         self.graph = Graph(config.run_directory.absolute())
         self.reward_model: Path | None = None  # the one that is trained first
+        self.first_answers: Path  # of the initial policy to held-out prompts, as soon as there are any
+        self.standards: dict[str, Path] = {}  # their scores, by what has judged them
 
     def import_prompts(self, role: str, section: PromptsSettings, exclude: list[Path] | None = None) -> Path:
         """Import prompts from where they are."""
@@ -88,23 +90,34 @@ class RunStages:
                 part: self.score(f"{place / part}", part, rollouts, iteration, against) for part in section.parts
             }
         if section.standardised:
-            fields["standards"] = {part: self.first_scores(part) for part in section.standardised}
+            fields["standards"] = {part: self.first_scores(part, iteration) for part in section.standardised}
         environment = environment_key(section.runs_in)
         return self.graph.add(SCORE, role, fields, iteration=iteration, environment=environment)
 
-    def first_scores(self, scorer: str) -> Path:
-        """A scorer's scores of the initial policy's held-out answers.
+    def first_scores(self, scorer: str, iteration: int | None) -> Path:
+        """A scorer's scores of the initial policy's held-out answers, made anew only where it has changed since.
 
         Raises:
-            UserError: there are none yet, or it has judged none.
+            UserError: there are no such answers yet.
         """
-        node = self.graph.nodes.get(name_of(0, f"heldout/{scorer}"))
-        if node is None:
+        if iteration is None:
             raise UserError(
-                f"standard({scorer}) goes by the initial policy's held-out answers, which {scorer} has not judged: it "
-                "is a scorer of a later iteration, or labels pairs of a reward model. Use zscore or rank instead."
+                f"standard({scorer}) goes by the initial policy's held-out answers, which are judged after the labels "
+                "of a reward model. Use zscore or rank in these instead."
             )
-        return node.output
+        scorers = repr(self.scorers_of(scorer))
+        if scorers not in self.standards:
+            role = f"heldout/standards/{scorer}"
+            self.standards[scorers] = self.score(role, scorer, self.first_answers, iteration, self.first_answers)
+        return self.standards[scorers]
+
+    def scorers_of(self, scorer: str) -> dict[str, Any]:
+        """What decides, of the present settings, how a scorer judges, and those that it is made of, by name."""
+        section = self.config.scorers[scorer]
+        found: dict[str, Any] = {scorer: [section.select(Role.IDENTITY), section.select(Role.INPUT)]}
+        for part in section.parts:
+            found |= self.scorers_of(part)
+        return found
 
     def reference(self, role: str, rollouts: Path, model: Path, iteration: int, pairs: Path | None = None) -> Path:
         """Log-probabilities of rollouts under a reference; only of the completions in `pairs`, if given."""

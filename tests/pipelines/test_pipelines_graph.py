@@ -290,6 +290,40 @@ def test_another_scorer_judges_those_whom_a_policy_is_compared_with_anew(smalles
     assert graph.nodes["iteration-002/heldout/baseline/reward"].needs == ("iteration-000/heldout/generation",)
 
 
+def test_a_scorer_that_has_changed_is_standardised_by_its_own_scores(smallest: Path) -> None:
+    """And one that has come later; each judges the first answers once, and one that is as it was does not again."""
+    reward = "scorers.reward={kind: combined, expression: 'standard(long) + standard(form)'}"
+    first = ["reward_model=null", reward, "scorers.long={kind: length}", "scorers.form={kind: format}"]
+    later = {
+        2: {"long": {"high": 3}},
+        3: {"reward": {"expression": "standard(long) + standard(late)"}, "late": {"kind": "repetition"}},
+        4: {"long": {"high": None}},
+    }
+    changes = json.dumps({str(start): {"scorers": scorers} for start, scorers in later.items()})
+    graph = graph_of(smallest, 4, *first, f"changes={changes}")
+
+    def standards(name: str) -> dict[str, str]:
+        paths = graph.nodes[name].config.model_dump()["standards"]
+        return {scorer: path.relative_to(graph.directory).as_posix() for scorer, path in paths.items()}
+
+    old = {scorer: f"iteration-000/heldout/{scorer}" for scorer in ("long", "form")}
+    own = {scorer: f"iteration-00{i}/heldout/standards/{scorer}" for scorer, i in (("long", 2), ("late", 3))}
+    wanted = {1: old, 2: {**old, "long": own["long"]}, 3: own, 4: {**own, "long": old["long"]}}
+    for iteration, expected in wanted.items():
+        assert standards(f"iteration-00{iteration}/reward") == expected
+        assert standards(f"iteration-00{iteration}/heldout/reward") == expected
+    assert standards("iteration-002/heldout/baseline/reward") == wanted[2]
+    assert graph.nodes[own["long"]].needs == ("iteration-000/heldout/generation",)
+    made = [name for name in graph.nodes if "/standards/" in name]
+    assert made == list(own.values())
+
+
+def test_labels_of_a_reward_model_cannot_be_standardised(smallest: Path) -> None:
+    labels = "scorers.labels={kind: combined, expression: standard(form)}"
+    with pytest.raises(UserError, match=r"standard\(form\) goes by the initial policy's held-out answers, which are"):
+        graph_of(smallest, 0, labels, "scorers.form={kind: format}", "reward_model.label=labels")
+
+
 @pytest.mark.parametrize("algorithm", ["dpo", "ppo", "remax"])
 def test_no_stage_trains_on_held_out_prompts(smallest: Path, algorithm: str) -> None:
     graph = graph_of(smallest, 2, f"training.algorithm={algorithm}", "training.settings={}")
