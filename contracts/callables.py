@@ -21,7 +21,7 @@ from typing import Any
 
 from contracts import stopping
 from contracts.attempt import supervised
-from contracts.errors import UserError, as_user_error, is_transient
+from contracts.errors import UserError, as_user_error, did_you_mean, is_transient
 from contracts.fingerprint import digest
 
 OWN_PACKAGES = (
@@ -150,7 +150,8 @@ def source_file(path: str) -> Path:
         )
     names = _outline_of(file, path).names
     if name not in names and "*" not in names:
-        raise UserError(f"function {path!r}: {file} has no function {name!r}. {_advice(module_name, name)}")
+        advice = f"{_advice(module_name, name)}{did_you_mean(name, names)}"
+        raise UserError(f"function {path!r}: {file} has no function {name!r}. {advice}")
     return file
 
 

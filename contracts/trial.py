@@ -11,7 +11,7 @@ import sys
 import msgspec
 
 from contracts.callables import load_callable, source_file
-from contracts.errors import UserError, as_user_error
+from contracts.errors import UserError, as_user_error, did_you_mean
 
 IMPORT_SECONDS = 60.0
 """How long a function may take to be imported until it is no longer waited for."""
@@ -85,5 +85,7 @@ def _mistake(call: Call) -> str | None:
     try:
         signature.bind(*call.given, **dict.fromkeys(call.keywords))
     except TypeError as error:
-        return f"{what} takes {signature}, but is called as {call.shown}: {error}."
+        unknown = next((name for name in call.keywords if name not in signature.parameters), "")
+        hint = did_you_mean(unknown, signature.parameters)
+        return f"{what} takes {signature}, but is called as {call.shown}: {error}.{hint}"
     return None

@@ -255,7 +255,7 @@ def test_what_a_strategy_of_ones_own_does_wrong_ends_the_stage_with_its_name(tmp
         UserError, match=r"strategy '.*mine.py:wrong', prompt [0-9a-f]{16}: it returned .* scores lower"
     ):
         make(tmp_path / "pairs", rollouts, scores, strategy=f"{own}:wrong")
-    with pytest.raises(UserError, match=r"mine.py has no function 'wring'. Check the spelling"):
+    with pytest.raises(UserError, match=r"mine.py has no function 'wring'. Check the spelling\. Did you mean 'wrong'"):
         make(tmp_path / "pairs", rollouts, scores, strategy=f"{own}:wring")
     assert not (tmp_path / "pairs").exists()
 
@@ -295,7 +295,7 @@ def test_how_a_strategy_of_ones_own_would_be_called_is_looked_at_before(tmp_path
     (said,) = found("tells")
     assert "is called as tells(candidates, prompt): missing a required argument: 'seen'" in said
     (said,) = found("sweet_spot", sprad=1.0)
-    assert "got an unexpected keyword argument 'sprad'" in said
+    assert "got an unexpected keyword argument 'sprad'. Did you mean 'spread'?" in said
 
 
 def test_pairs_beyond_the_limit_are_no_loss(tmp_path, rollouts):
