@@ -46,9 +46,13 @@ def beat_with_every_step(llm: Any) -> None:
     engine.step = beating_step
 
 
-def require_pooling(model: ModelInfo) -> None:
-    """Raise UserError unless vLLM is installed and has the architecture of a reward model as a language model, which it
-    makes a classifier of."""
+def require_pooling(model: ModelInfo, what: str) -> None:
+    """Raise UserError unless vLLM is installed and has the architecture of a scorer's model as a language model, which
+    it makes a classifier of.
+
+    Args:
+        what: "a reward model", for messages.
+    """
     known = _installed_architectures()
     if known is None:
         raise UserError(
@@ -58,7 +62,7 @@ def require_pooling(model: ModelInfo) -> None:
         )
     if model.architecture.replace("ForSequenceClassification", "ForCausalLM") not in known:
         raise UserError(
-            f"the installed vLLM cannot compute {model.path}, a {model.architecture}, as a reward model. Set "
+            f"the installed vLLM cannot compute {model.path}, a {model.architecture}, as {what}. Set "
             "engine=transformers."
         )
     require_head_width(model)

@@ -1,30 +1,40 @@
-"""Reward models on vLLM's pooling engine, which has to say the same as transformers before it is believed."""
+"""Reward models and pairwise models on vLLM's pooling engine, which has to say what transformers says before it is
+believed."""
 
+import functools
 import gc
 import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig
 
+from annotation.models.contests import Contests
 from annotation.models.loading import accelerators, load_model
+from annotation.models.pairwise import PairwiseModel
 from annotation.models.reading import HALF_TOLERANCE, Numbers
 from annotation.models.reward_model import RewardModel, own_rewards
 from annotation.samples import Sample
 from annotation.scorers.base import ModelSettings
-from annotation.scorers.reward_model import LEAST_CACHE, MOST_SEQUENCES, RewardModelConfig, cache_bytes
+from annotation.scorers.pairwise import PairwiseConfig
+from annotation.scorers.pooling import LEAST_CACHE, MOST_SEQUENCES, PooledSettings, cache_bytes
+from annotation.scorers.reward_model import RewardModelConfig
 from contracts.architectures import context_switch, text_settings
 from contracts.attempt import beat
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.model_size import size_by
+from contracts.pairwise import PairwiseChat
 from contracts.records import Message, Score
-from modeling.loading import load_classifier
+from modeling.heads import head_shape
+from modeling.loading import load_causal, load_classifier
+from modeling.logprobs import PLAIN
 from modeling.rows import Row
 from modeling.vllm_process import CPU_STEP, beat_with_every_step, set_environment
 
@@ -37,13 +47,89 @@ of reading.py."""
 
 
 class PooledRewardModel(RewardModel):
-    """The same conversations and scores as a `RewardModel`, by vLLM.
-
-    All sequences of a shard are given to the engine in the same order, and what it keeps of the beginnings that they
-    share is forgotten before the next shard, so that scores do not depend on what was scored before.
-    """
+    """The same conversations and scores as a `RewardModel`, by vLLM."""
 
     def __init__(self, config: RewardModelConfig, longest: int | None) -> None:
+        assert config.model is not None
+        self.path, self.longest, self.budget, self.counts = config.model, longest, config.batch_tokens, {}
+        self.chat = ChatTokenizer(config.model, config.chat_template_kwargs, config.date)
+        judged = _Judged(load_classifier, own_rewards, self.chat.conversation(CONVERSATION), {})
+        self.engine = PoolingEngine(config, longest, judged)
+        self.facts = self.engine.facts
+
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
+        """As a `RewardModel`."""
+        self.engine.forget()
+        return super().__call__(samples)
+
+    def read(self, rows: Sequence[Row]) -> list[Numbers]:
+        """The rewards of all rows' responses."""
+        return self.engine.read(rows)
+
+
+class PooledPairwiseModel(PairwiseModel):
+    """The same questions and scores as a `PairwiseModel`, by vLLM, which makes the rows of the head that belong to the
+    two labels a classifier."""
+
+    def __init__(self, config: PairwiseConfig, longest: int | None) -> None:
+        assert config.model is not None
+        self.path, self.longest, self.budget, self.counts = config.model, longest, config.batch_tokens, {}
+        self.contests = Contests(config.opponents, config.against)
+        self.chat = PairwiseChat(config.model, config.chat_template_kwargs, config.date)
+        labels = self.chat.label_ids
+        asked, first = CONVERSATION
+        question = self.chat.token_ids([asked], first.content, "I do not know.", what="two answers")
+        names = self.chat.chat.tokenizer.convert_ids_to_tokens([*labels])
+        overrides = {"method": "from_2_way_softmax", "classifier_from_token": names[::-1]}  # the second less the first
+        judged = _Judged(_load_plain, functools.partial(_differences, labels), question, overrides)
+        self.engine = PoolingEngine(config, longest, judged)
+        self.facts = self.engine.facts
+
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
+        """As a `PairwiseModel`."""
+        self.engine.forget()
+        return super().__call__(samples)
+
+    def read(self, rows: Sequence[Row]) -> list[Numbers]:
+        """log p(A) - log p(B) behind all rows' responses."""
+        return self.engine.read(rows)
+
+
+def open_reward_model(config: RewardModelConfig, longest: int | None) -> RewardModel:
+    """The reader of a reward model by its engine."""
+    return (PooledRewardModel if config.engine == "vllm" else RewardModel)(config, longest)
+
+
+def open_pairwise(config: PairwiseConfig, longest: int | None) -> PairwiseModel:
+    """The reader of a pairwise model by its engine."""
+    return (PooledPairwiseModel if config.engine == "vllm" else PairwiseModel)(config, longest)
+
+
+class _Judged(NamedTuple):
+    """How transformers gives a number for a sequence, and what vLLM has to know for the same one."""
+
+    load: Callable[[Path, torch.dtype], Any]
+    numbers: Callable[[Any, list[list[int]]], list[float]]
+    """Of a model, for whole sequences."""
+    tried: list[int]
+    """A sequence of the kind that it is given."""
+    overrides: dict[str, Any]
+    """Of the model's configuration, for vLLM."""
+
+
+class PoolingEngine:
+    """vLLM with a model that gives each sequence a number, when it has said the same as transformers.
+
+    All sequences of a shard are given to the engine in the same order, and what it keeps of the beginnings that they
+    share is forgotten before the next shard, so that numbers do not depend on what was computed before.
+    """
+
+    def __init__(self, config: PooledSettings, longest: int | None, judged: _Judged) -> None:
+        """Open it.
+
+        Raises:
+            UserError: vLLM cannot compute the model, or gives other numbers.
+        """
         assert config.model is not None
         if accelerators() > 1 and int(os.environ.get("LOCAL_RANK", "0")):
             raise UserError(
@@ -51,43 +137,36 @@ class PooledRewardModel(RewardModel):
                 "Set replicas=N instead of starting them with a launcher."
             )
         self.path = config.model
-        self.longest = longest
-        self.chat = ChatTokenizer(config.model, config.chat_template_kwargs, config.date)
-        self.budget = config.batch_tokens
-        self.counts = {}
-        tried = self._tried()
-        expected, dtype = _by_transformers(config, tried)
-        self._open(config, dtype)
+        tried = [sequence[:longest] for sequence in (*self._drawn(), judged.tried)]
+        expected, dtype = _by_transformers(config, tried, judged)
+        self._open(config, _arguments(config, longest, dtype, judged.overrides), dtype)
         self._require_parity(tried, expected, dtype)
 
-    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """As a `RewardModel`."""
+    def forget(self) -> None:
+        """Forget what is kept of earlier sequences."""
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
-        return super().__call__(samples)
 
     def read(self, rows: Sequence[Row]) -> list[Numbers]:
-        """The rewards of all rows' responses."""
+        """The numbers of all rows' responses."""
         sequences = [[*row.prompt.tolist(), *response.ids.tolist()] for row in rows for response in row.responses]
-        rewards = iter(self.rewards(sequences))
-        return [[[next(rewards)] for _ in row.responses] for row in rows]
+        numbers = iter(self.numbers(sequences))
+        return [[[next(numbers)] for _ in row.responses] for row in rows]
 
-    def rewards(self, sequences: Sequence[list[int]]) -> list[float]:
-        """The rewards of whole sequences."""
+    def numbers(self, sequences: Sequence[list[int]]) -> list[float]:
+        """The numbers of whole sequences."""
         params = self._pooling_params(use_activation=False)  # by default it puts a sigmoid behind the head
         prompts = [{"prompt_token_ids": sequence} for sequence in sequences]
         outputs = self.llm.classify(prompts, pooling_params=params, use_tqdm=False)
         return [float(output.outputs.probs[0]) for output in outputs]
 
-    def _tried(self) -> list[list[int]]:
-        """Sequences of tokens drawn at random, and a conversation, as far as they fit the limit."""
+    def _drawn(self) -> list[list[int]]:
+        """Sequences of tokens drawn at random."""
         size = int(AutoConfig.from_pretrained(self.path, local_files_only=True).get_text_config().vocab_size)
         generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randint(0, size, (tokens,), generator=generator).tolist() for tokens in TRIED]
-        sequences = [*drawn, self.chat.conversation(CONVERSATION)]
-        return [sequence[: self.longest] for sequence in sequences]
+        return [torch.randint(0, size, (tokens,), generator=generator).tolist() for tokens in TRIED]
 
-    def _open(self, config: RewardModelConfig, dtype: str) -> None:
+    def _open(self, config: PooledSettings, arguments: dict[str, Any], dtype: str) -> None:
         # The scheduler runs in this process, so that what is computed together does not depend on time.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         set_environment(on_gpu=torch.cuda.is_available())
@@ -97,13 +176,13 @@ class PooledRewardModel(RewardModel):
 
             self._pooling_params: Any = vllm.PoolingParams
             try:
-                self.llm: Any = vllm.LLM(**_arguments(config, self.longest, dtype))
+                self.llm: Any = vllm.LLM(**arguments)
             except torch.OutOfMemoryError:
                 raise
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, RuntimeError, AttributeError) as error:  # it makes a classifier of what is named so
                 raise UserError(
-                    f"vLLM {vllm.__version__} cannot compute {self.path} as a reward model: {_first_line(error)}. Set "
-                    "engine=transformers."
+                    f"vLLM {vllm.__version__} cannot compute {self.path} as {config.pooled_as}: {_first_line(error)}. "
+                    "Set engine=transformers."
                 ) from error
         beat_with_every_step(self.llm)
         self.facts = {
@@ -119,7 +198,7 @@ class PooledRewardModel(RewardModel):
         Raises:
             UserError: one of the numbers is another.
         """
-        found = self.rewards(tried)
+        found = self.numbers(tried)
         allowed = (TOLERANCE if dtype == "float32" else HALF_TOLERANCE) * max(1.0, *map(abs, expected))
         pairs = zip(tried, found, expected, strict=True)
         sequence, one, other = max(pairs, key=lambda each: _distance(each[1], each[2]))
@@ -132,27 +211,44 @@ class PooledRewardModel(RewardModel):
         self.facts["engine_difference"] = f"{_distance(one, other):.1e}"
 
 
-def open_reader(config: RewardModelConfig, longest: int | None) -> RewardModel:
-    """The reader of a reward model by its engine."""
-    return (PooledRewardModel if config.engine == "vllm" else RewardModel)(config, longest)
-
-
 @torch.inference_mode()
-def _by_transformers(config: ModelSettings, sequences: list[list[int]]) -> tuple[list[float], str]:
-    """The rewards of sequences one by one, and the number format; nothing of the model stays in memory."""
-    model = load_model(config, load_classifier)
-    rewards = []
+def _by_transformers(config: ModelSettings, sequences: list[list[int]], judged: _Judged) -> tuple[list[float], str]:
+    """The numbers of sequences one by one, and the number format; nothing of the model stays in memory."""
+    model = load_model(config, judged.load)
+    numbers = []
     for sequence in sequences:
         beat()
-        rewards += own_rewards(model, [sequence])
+        numbers += judged.numbers(model, [sequence])
     dtype = str(model.dtype).removeprefix("torch.")
     del model
     gc.collect()
     torch.cuda.empty_cache()
-    return rewards, dtype
+    return numbers, dtype
 
 
-def _arguments(config: RewardModelConfig, longest: int | None, dtype: str) -> dict[str, Any]:
+def _load_plain(path: Path, dtype: torch.dtype) -> Any:
+    """A language model of whose head vLLM makes a classifier.
+
+    Raises:
+        UserError: its logits are more than products with that head, which the classifier's are not.
+    """
+    model = load_causal(path, dtype)
+    biased = getattr(model.get_output_embeddings(), "bias", None) is not None
+    if biased or head_shape(model) != PLAIN:
+        raise UserError(
+            f"{path} {'has a bias in' if biased else 'scales or bounds what comes out of'} its LM head, which vLLM "
+            "leaves out where it makes a classifier of it. Set engine=transformers."
+        )
+    return model
+
+
+def _differences(labels: tuple[int, int], model: Any, sequences: list[list[int]]) -> list[float]:
+    """log p(A) - log p(B) of the token that follows each sequence, by the model's own forward pass."""
+    logits = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].float() for ids in sequences]
+    return [float(each[labels[0]] - each[labels[1]]) for each in logits]
+
+
+def _arguments(config: PooledSettings, longest: int | None, dtype: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """vLLM's engine arguments."""
     assert config.model is not None
     settings: dict[str, Any] = json.loads((config.model / "config.json").read_bytes())
@@ -171,6 +267,8 @@ def _arguments(config: RewardModelConfig, longest: int | None, dtype: str) -> di
         "seed": 0,
         "use_tqdm_on_load": False,
     }
+    if overrides:
+        arguments["hf_overrides"] = overrides
     if most:
         arguments["max_model_len"] = most
     if not torch.cuda.is_available():

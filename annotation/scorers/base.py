@@ -70,8 +70,8 @@ class ScorerSettings(Section):
     """Share of the completions whose judgement may fail (an exception, a score that is no finite number); they are
     dropped and counted. 0: the first one stops the stage."""
     environment: str = runtime("annotation")
-    """What it runs in, in a run: annotation, generation or training, or the name of one in environments.own. A reward
-    model with engine=vllm runs in that of generation where nothing is said."""
+    """What it runs in, in a run: annotation, generation or training, or the name of one in environments.own. One
+    with engine=vllm runs in that of generation where nothing is said."""
 
     opened_by: ClassVar[str]
     """`module:function`, called with the config and an `Opening`; returns an `annotation.samples.Scorer`."""

@@ -3,20 +3,22 @@
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
-from annotation.scorers.base import ChatModelSettings, ChatScoreConfig, ComparingConfig, ComparingSettings
+from annotation.scorers.base import ChatScoreConfig, ComparingConfig, ComparingSettings
+from annotation.scorers.pooling import PooledSettings
 from contracts.config import identity
 from contracts.model_size import Size
 from contracts.models import ModelInfo
 from contracts.outlook import TEMPLATE_TOKENS, AnswerStats
 
 
-class PairwiseSettings(ComparingSettings, ChatModelSettings):
+class PairwiseSettings(ComparingSettings, PooledSettings):
     """Settings of a pairwise preference model."""
 
     kind: Literal["pairwise"] = identity()
     """A pairwise preference model, by whose word each answer has its mean probability to be better than others."""
 
-    reader: ClassVar[str] = "annotation.models.pairwise:PairwiseModel"
+    reader: ClassVar[str] = "annotation.models.pooled:open_pairwise"
+    pooled_as: ClassVar[str] = "a pairwise model"
     checks: ClassVar[tuple[Callable[[ModelInfo], None], ...]] = (
         ModelInfo.require_causal,
         ModelInfo.require_chat_template,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_level import write_tokenizer
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import annotation.models.pooled
 from annotation.models.loading import open_model
@@ -28,13 +28,13 @@ pytestmark = pytest.mark.slow
 TEXTS = ["", "It is Paris.", "Ça va? 🧑‍🚀 好的", "The capital of France is Paris. " * 6, "I do not know.\n\nReally."]
 
 
-def reward_model(folder: Path, model_type: str, **changes) -> Path:
+def reward_model(folder: Path, model_type: str, head=AutoModelForSequenceClassification, **changes) -> Path:
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
     size |= {"num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512, "vocab_size": 420}
     size |= {"num_labels": 1, "pad_token_id": 0, "initializer_range": 0.3, **changes}
     config = AutoConfig.for_model(model_type, **size)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    head.from_config(config).save_pretrained(folder)
     return write_tokenizer(folder)
 
 
@@ -66,7 +66,7 @@ def qwen(tmp_path_factory) -> Path:
 
 def config_of(tmp_path: Path, model: Path, **keys):
     fields = {"output": tmp_path / "scores", "rollouts": tmp_path, "kind": "reward_model", "engine": "vllm"}
-    return score_config(**fields, model=model, **keys)
+    return score_config(**{**fields, **keys}, model=model)
 
 
 def opened(tmp_path: Path, model: Path, **keys):
@@ -107,6 +107,41 @@ def test_what_exceeds_the_limit_is_dropped(tmp_path: Path, qwen: Path) -> None:
     limit = sorted(lengths)[-2]
     found = opened(tmp_path, qwen, max_length=limit)(samples)
     assert [score == "too_long" for score in found] == [length > limit for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [("llama", {}), ("qwen2", {"tie_word_embeddings": True}), ("qwen3", {})]
+)
+def test_a_pairwise_model_says_what_it_says_in_transformers(tmp_path: Path, model_type: str, changes: dict) -> None:
+    path = reward_model(tmp_path / "model", model_type, AutoModelForCausalLM, **changes)
+    samples = [Sample(each, one) for each in map(rollout, range(4)) for one in each.completions]
+    scorer = opened(tmp_path, path, kind="pairwise")
+    found = [score.score for score in scorer(samples)]
+    plain = opened(tmp_path, path, kind="pairwise", engine="transformers")
+    assert found == pytest.approx([score.score for score in plain(samples)], abs=1e-4)
+    assert len({round(score, 3) for score in found}) > 10
+    assert [score.score for score in scorer(samples)] == found
+    assert scorer.facts["engine"] == "vllm"
+    assert scorer.counts == plain.counts
+
+
+def test_a_pairwise_model_of_which_vllm_would_make_something_else_is_refused(tmp_path: Path) -> None:
+    for model_type, changes, said in (
+        ("granite", {"logits_scaling": 8.0}, "scales or bounds what comes out of its LM head"),
+        ("gemma2", {"final_logit_softcapping": 30.0}, "scales or bounds what comes out of its LM head"),
+        ("phi", {}, "has a bias in its LM head"),
+    ):
+        path = reward_model(tmp_path / model_type, model_type, AutoModelForCausalLM, **changes)
+        with pytest.raises(UserError, match=rf"{said}, which vLLM leaves out .*Set engine=transformers"):
+            opened(tmp_path, path, kind="pairwise")
+
+
+def test_an_architecture_that_vllm_makes_no_classifier_of_is_told(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=1, n_positions=512, vocab_size=420)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt")
+    write_tokenizer(tmp_path / "gpt")
+    with pytest.raises(UserError, match=r"cannot compute .* as a pairwise model: .*Set engine=transformers"):
+        opened(tmp_path, tmp_path / "gpt", kind="pairwise")
 
 
 def score(output: Path, rollouts: Path, model: Path) -> subprocess.Popen:
