@@ -4,8 +4,9 @@
     .venv/bin/python benchmarks/overhead.py --iterations 1 seed=1     # any keys of the config
 
 Runs the quickstart with all of these, the Hub being a double of it on this machine, and prints the CPU seconds of each,
-as the kernel counts them when a process ends (benchmarks/accounted.py). Its last line is one JSON object. The exit code
-is 1 where something of the run was not told, sent or pushed, since then the figures say nothing.
+as the kernel counts them when a process ends (benchmarks/accounted.py), and beside them what the libraries take by
+themselves, in scripts of a few lines that do the same. Its last line is one JSON object. The exit code is 1 where
+something of the run was not told, sent or pushed, since then the figures say nothing.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from hub_double import HubDouble  # noqa: E402
 
 from benchmarks.accounted import Parts, parts_of  # noqa: E402
 from contracts.points import METRICS  # noqa: E402
+from pipelines.environments.locked import TRACKING, interpreter  # noqa: E402
 from pipelines.run.directory import RunDirectory  # noqa: E402
 from pipelines.run.events import HubPushed  # noqa: E402
 from tracking.task import sent_file  # noqa: E402
@@ -33,6 +35,34 @@ def told(happening, run):
     with (run.parent / "told.txt").open("a") as file:
         print(happening["kind"], happening.get("what", ""), file=file)
 """
+WANDB = """
+import wandb
+wandb.Run._detect_and_apply_job_inputs = lambda run: None
+off = ("disable_code", "disable_git", "silent", "x_disable_machine_info", "x_disable_meta", "x_disable_stats")
+settings = wandb.Settings(console="off", x_save_requirements=False, **dict.fromkeys(off, True))
+run = wandb.init(mode="offline", dir=".", settings=settings)
+for point in points:
+    run.log(point)
+run.finish()
+wandb.teardown()
+"""
+TRACKIO = """
+import os
+os.environ["TRACKIO_DIR"] = "."
+import trackio
+run = trackio.init(project="alone", embed=False, auto_log_gpu=False, auto_log_cpu=False)
+for point in points:
+    run.log(point)
+run.finish()
+"""
+ALONE = {
+    "wandb": (TRACKING, WANDB),
+    "trackio": (TRACKING, TRACKIO),
+    "huggingface_hub, not sending": ("driver", "from huggingface_hub import HfApi, CommitOperationAdd"),
+    "pyarrow, not writing": ("annotation", "import pyarrow.parquet"),
+    "jinja2, not rendering": ("driver", "import jinja2"),
+}
+"""What the libraries do for a run, by themselves: in which environment, and how. `points` are its metrics."""
 TRACKERS = ("wandb", "trackio")
 REPOS = ("model", "pairs", "rollouts")
 KINDS = ("run", "stage", "iteration", "step", "shard")
@@ -47,14 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder, HubDouble() as hub:
         parts, lacking = measure(Path(folder), hub, options)
+        alone = {name: alone_seconds(Path(folder), *how) for name, how in ALONE.items()}
     for name, seconds in parts.watching.items():
         print(f"{name:<34} {seconds:8.2f} s")
     print(f"{'watching and publishing':<34} {parts.watched:8.2f} s, {100 * parts.share:.2f} % of all")
     print(f"{'all':<34} {parts.all:8.2f} s")
+    for name, seconds in alone.items():
+        print(f"{name + ' alone':<34} {seconds:8.2f} s")
+    print(f"{'the libraries alone':<34} {sum(alone.values()):8.2f} s, {100 * sum(alone.values()) / parts.all:.2f} %")
     for text in lacking:
         print(f"lacking: {text}", file=sys.stderr)
-    figures = {"cpu_seconds": parts.all, "watching": parts.watching, "share": parts.share, "lacking": lacking}
-    print(json.dumps({**figures, "iterations": options.iterations}))
+    figures = {"cpu_seconds": parts.all, "watching": parts.watching, "share": parts.share, "alone": alone}
+    print(json.dumps({**figures, "lacking": lacking, "iterations": options.iterations}))
     return 1 if lacking else 0
 
 
@@ -69,6 +103,21 @@ def measure(folder: Path, hub: HubDouble, options: argparse.Namespace) -> tuple[
     command += [f"hub.{name}=alice/{name}" for name in REPOS]
     subprocess.run([*command, *options.overrides], env={**os.environ, **hub.variables}, check=True)
     return parts_of(json.loads(record.read_text())), lacking_in(folder / "watched", options.iterations)
+
+
+def alone_seconds(folder: Path, environment: str, code: str) -> float:
+    """The CPU seconds of a script, with those of the processes that it starts and waits for."""
+    python = sys.executable if environment == "driver" else str(interpreter(environment, "cpu"))
+    read = (
+        f"import json; points = [json.loads(line)['metrics'] for line in open({str(folder / 'watched' / METRICS)!r})]"
+    )
+    place = folder / "alone"
+    place.mkdir(exist_ok=True)
+    process = subprocess.Popen([python, "-c", f"{read}\n{code}"], cwd=place, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{code} has failed")
+    return used.ru_utime + used.ru_stime
 
 
 def lacking_in(run: Path, iterations: int) -> list[str]:

@@ -1,13 +1,17 @@
 """Functions of the user's own: found without running them, and known by all of the user's code that they use."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from contracts.attempt import ATTEMPT
 from contracts.callables import blamed, load_callable, source_file, source_files
 from contracts.errors import UserError
+from contracts.trial import Call
 
 
 @pytest.fixture
@@ -101,3 +105,18 @@ def test_a_traceback_is_printed_where_there_is_a_log(
         {}["a"]
     assert ("The log has its traceback." in str(told.value)) == logged
     assert ("Traceback" in capsys.readouterr().err) == logged
+
+
+def test_a_trial_whose_asker_was_killed_says_nothing() -> None:
+    """Its error output is the user's terminal."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    asked = msgspec.json.encode(Call("os:getcwd", (), ()))
+    code = f"import sys; sys.path[:] = {sys.path!r}; from contracts.trial import main; main()"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], input=asked, stdout=writer, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(writer)
+    assert done.stderr == b""
