@@ -69,7 +69,8 @@ HELD_OUT, TRAINED = "heldout/generation", "generation"
             lambda iteration, sample: 5 + sample,
             lambda iteration, length: {5: 1, 6: 5, 7: 1}[length] + iteration,
             "good",
-            "No sign of it. Within a prompt length and reward hardly go together",
+            "No sign of it. Within a prompt length and reward hardly go together (at most +0.00), and answers to "
+            "held-out prompts stayed at 6 tokens.",
         ),
     ],
     ids=["longer", "shorter", "not-yet", "constant", "for-another-reason", "none"],

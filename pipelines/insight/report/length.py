@@ -30,7 +30,7 @@ def length_statement(report: RunReport) -> Statement:
     strongest = max(sets, key=lambda one: abs(one.correlation.within or 0.0))
     within = strongest.correlation.within or 0.0
     growth = _growth(judged)
-    longer = f"answers to held-out prompts went {_lengths(judged)}" if growth is not None else ""
+    longer = f"answers to held-out prompts {_lengths(judged)}" if growth is not None else ""
     grew, shrank = (growth or 0.0) > GROWTH, (growth or 0.0) < -GROWTH
     preference = f"the same prompt's {'longer' if within > 0 else 'shorter'} answers score higher"
     r = f"correlation {within:+.2f} within prompts, iteration {strongest.iteration}"
@@ -87,7 +87,10 @@ def _growth(judged: list[SampleSet]) -> float | None:
 
 def _lengths(judged: list[SampleSet]) -> str:
     first, last = judged[0].mean_length or 0.0, judged[-1].mean_length or 0.0
-    return f"from {first:.3g} to {last:.3g} tokens ({_percent(last / first - 1)})"
+    change = round(100 * (last / first - 1))
+    if not change:
+        return f"stayed at {last:.3g} tokens"
+    return f"went from {first:.3g} to {last:.3g} tokens ({change:+d} %)"
 
 
 def _length_of_pairs(sets: list[SampleSet]) -> list[str]:
@@ -143,8 +146,3 @@ def _cut_off(sets: list[SampleSet]) -> list[str]:
         return ["No answer was cut off by the token limit."] if last.samples else []
     share = 100 * last.truncated / last.samples
     return [f"{share:.2g} % of the answers of {last.name} were cut off by the token limit."]
-
-
-def _percent(share: float) -> str:
-    whole = round(100 * share)
-    return f"{whole:+d} %" if whole else "no change"

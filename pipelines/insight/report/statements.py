@@ -188,7 +188,7 @@ def _time(report: RunReport) -> Statement:
     wall = f"{duration(facts.wall)} of wall-clock time, " if facts.wall else ""
     found.answer = (
         f"{wall}{duration(total)} of stages: {100 * shares[most] / total:.0f} % of it {most}. "
-        f"The stages {role} took longest ({100 * seconds / total:.0f} %)."
+        f"Of all roles, {role} took longest ({100 * seconds / total:.0f} %)."
     )
     found.tone = "unclear" if max(facts.load, facts.wait) > SLOW * total else "plain"
     found.details = [", ".join(f"{name} {duration(value)}" for name, value in shares.items() if value >= 0.05) + "."]
