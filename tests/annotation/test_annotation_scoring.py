@@ -260,25 +260,34 @@ def test_a_killed_scorer_continues_with_the_shards_that_it_finished(tmp_path):
         "import pathlib, time\nLOG = pathlib.Path(__file__).with_name('calls')\n"
         "def judge(messages, response, finish_reason, answer):\n"
         "    with LOG.open('a') as log: log.write('x')\n"
-        "    time.sleep(0.05)\n    return len(response) / 7\n"
+        "    while LOG.stat().st_size >= int(LOG.with_name('last').read_text() or 0): time.sleep(0.01)\n"
+        "    return len(response) / 7\n"
     )
     command = ["score", f"rollouts={rollouts.path}", "kind=rule", f"function={slow}:judge"]
+    last = tmp_path / "last"  # the number of the call that waits
+    last.write_text("1000")
     run_cli(*command, f"output={tmp_path / 'whole'}")
     (tmp_path / "calls").unlink()
+    last.write_text("14")
     process = subprocess.Popen(
         [sys.executable, "-m", "annotation", *command, f"output={tmp_path / 'killed'}"], cwd=ROOT, env=os.environ
     )
     deadline = time.monotonic() + 200
-    while len(list(tmp_path.glob(".killed.partial-*/.receipt-*.json"))) < 3 and time.monotonic() < deadline:
+
+    def noted() -> int:
+        """Judgements of the shard in hand that have been written down."""
+        return sum(path.read_bytes().count(b"\n") for path in tmp_path.glob(".killed.partial-*/state/judged-*.jsonl"))
+
+    while not (tmp_path / "calls").exists() or (tmp_path / "calls").stat().st_size < 14 or noted() != 1:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed").exists()
-    before = (tmp_path / "calls").stat().st_size
-    finished = len(list(tmp_path.glob(".killed.partial-*/.receipt-*.json")))
-    assert 3 <= finished < 12
+    assert len(list(tmp_path.glob(".killed.partial-*/.receipt-*.json"))) == 3
+    last.write_text("1000")
     run_cli(*command, f"output={tmp_path / 'killed'}")
-    assert (tmp_path / "calls").stat().st_size - before == 48 - 4 * finished
+    assert (tmp_path / "calls").stat().st_size == 14 + 48 - (4 * 3 + 1)
     digests = {Artifact.open(tmp_path / name, SCORES).manifest.digest for name in ("whole", "killed")}
     assert len(digests) == 1
 

@@ -15,6 +15,8 @@ import fake_slurm
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dev-slurm.sh"
 FIRST_NODE_PORT = 11
+UNTIL_GO = "until test -e go; do sleep 0.1; done"
+"""In a job's script: wait for a file in its directory."""
 SECONDS_UNTIL_SAVED = 6
 """slurmctld writes its state at most this long after a change."""
 FIELDS = ["JobID", "State", "ExitCode", "NodeList", "Submit", "Start", "End", "JobName", "Partition"]
@@ -104,7 +106,7 @@ class Slurm:
     def set_up(self, node: str) -> None:
         """Take a node that is down back, and wait until it accepts jobs."""
         self.run("scontrol", "update", f"nodename={node}", "state=resume")
-        wait_for(lambda: self.node_state(node) in ("idle", "mixed", "allocated"), 30, f"{node} is back")
+        wait_for(lambda: self.node_state(node) in ("idle", "mixed", "allocated"), 200, f"{node} is back")
 
 
 class FakeCluster(Slurm):

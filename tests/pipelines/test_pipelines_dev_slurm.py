@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pipelines_cluster import SCRIPT, Cluster, wait_for
+from pipelines_cluster import SCRIPT, UNTIL_GO, Cluster, wait_for
 
 DAEMONS = ["munged", "mariadbd", "slurmdbd", "slurmctld", "node2"]
 
@@ -63,18 +63,18 @@ def test_a_port_in_use_is_named(cluster: Cluster, tmp_path: Path) -> None:
 def test_up_repairs_a_cluster_whose_daemon_was_killed(beside: Cluster, daemon: str) -> None:
     before = {name: beside.process(name) for name in DAEMONS}
     beside.kill(daemon)
-    wait_for(lambda: f"{daemon} DOES NOT RUN" in beside.script("status").stdout, 20)
+    wait_for(lambda: f"{daemon} DOES NOT RUN" in beside.script("status").stdout)
     assert beside.script("status").returncode == 1
     beside.up()
     after = {name: beside.process(name) for name in DAEMONS}
     assert {name for name in DAEMONS if before[name] != after[name]} == {daemon}
     job = beside.submit("true", "--nodelist=node2")
     beside.wait_for_state(job, "COMPLETED")
-    wait_for(lambda: beside.accounting([job])[job]["State"] == "COMPLETED", 20)
+    wait_for(lambda: beside.accounting([job])[job]["State"] == "COMPLETED")
 
 
 def test_a_killed_controller_keeps_its_jobs(beside: Cluster) -> None:
-    job = beside.submit("sleep 60")
+    job = beside.submit("sleep 600")
     beside.wait_for_state(job, "RUNNING")
     waiting = beside.submit("true", f"--dependency=afterany:{job}")
     beside.restart_controller()
@@ -103,14 +103,15 @@ def test_an_array_runs_on_several_nodes_and_is_accounted(cluster: Cluster, tmp_p
     script = 'echo $(hostname) $CUDA_VISIBLE_DEVICES > "$SLURM_ARRAY_TASK_ID"'
     # 16 tasks at once, however many cores the machine has.
     array = cluster.submit(
-        f"{script}; sleep 1", "--array=0-15", "--gpus-per-node=2", "--cpus-per-task=2", f"--chdir={tmp_path}"
+        f"{script}; {UNTIL_GO}", "--array=0-15", "--gpus-per-node=2", "--cpus-per-task=2", f"--chdir={tmp_path}"
     )
     tasks = {f"{array}_{index}" for index in range(16)}
     assert cluster.jobs() >= tasks
+    (tmp_path / "go").touch()
     wait_for(lambda: not tasks & cluster.jobs())
     # Until its tasks are accounted, an array has one record, which says COMPLETED as soon as one task is.
-    wait_for(lambda: set(cluster.accounting([array])) == tasks, 20)
-    wait_for(lambda: {record["State"] for record in cluster.accounting([array]).values()} == {"COMPLETED"}, 20)
+    wait_for(lambda: set(cluster.accounting([array])) == tasks)
+    wait_for(lambda: {record["State"] for record in cluster.accounting([array]).values()} == {"COMPLETED"})
     records = cluster.accounting([array])
     assert {record["NodeList"] for record in records.values()} == {"node1", "node2", "node3", "node4"}
     devices = set()
@@ -131,7 +132,7 @@ def test_a_job_of_several_nodes_finds_them_by_name(cluster: Cluster, tmp_path: P
 def test_down_leaves_nothing_and_the_cluster_beside_it_goes_on(
     cluster: Cluster, beside: Cluster, tmp_path: Path
 ) -> None:
-    survivor = cluster.submit("sleep 60")
+    survivor = cluster.submit("sleep 600")
     cluster.wait_for_state(survivor, "RUNNING")
     # Processes that a job has detached, and that have forgotten their environment, belong to it all the same.
     script = "(env -i setsid sleep 1234 & echo $! > detached); sleep 1235 & touch ready; wait"
@@ -170,7 +171,7 @@ os.kill(os.getpid(), 9)
     assert result.returncode == -9
     assert "127.0.0.1" in result.stdout
     wait_for(lambda: not state.exists())
-    assert processes_with(f"{state}/") == {}
+    wait_for(lambda: not processes_with(f"{state}/"), what="who has taken it down ends, too")
     assert Path("/etc/hosts").read_text() == hosts
 
 

@@ -5,23 +5,24 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from pipelines_cluster import FakeCluster, Slurm, wait_for
+from pipelines_cluster import UNTIL_GO, FakeCluster, Slurm, wait_for
 
 
 def test_a_dependent_job_waits_and_goes_with_a_failed_one(slurm: Slurm, tmp_path: Path) -> None:
-    first = slurm.submit("sleep 2; touch first", f"--chdir={tmp_path}")
+    first = slurm.submit(f"{UNTIL_GO}; touch first", f"--chdir={tmp_path}")
     second = slurm.submit("test -e first", f"--dependency=afterok:{first}", f"--chdir={tmp_path}")
     assert slurm.job(second)["Reason"] == "Dependency"
     failing = slurm.submit("exit 3", f"--dependency=afterok:{second}")
     never = slurm.submit("true", f"--dependency=afterok:{failing}", "--kill-on-invalid-dep=yes")
+    (tmp_path / "go").touch()
     slurm.wait_for_state(second, "COMPLETED")
     slurm.wait_for_state(failing, "FAILED")
     slurm.wait_for_state(never, "CANCELLED")
-    wait_for(lambda: slurm.accounting([failing])[failing]["ExitCode"] == "3:0", 20)
+    wait_for(lambda: slurm.accounting([failing])[failing]["ExitCode"] == "3:0")
 
 
 def test_a_job_of_low_is_requeued_for_one_of_gpu(slurm: Slurm, tmp_path: Path) -> None:
-    script = 'trap "touch signalled" USR2; echo "start ${SLURM_RESTART_COUNT:-0}" >> starts; sleep 60 & wait; wait'
+    script = 'trap "touch signalled" USR2; echo "start ${SLURM_RESTART_COUNT:-0}" >> starts; sleep 600 & wait; wait'
     options = ["--partition=low", "--nodes=4", "--exclusive", "--requeue", "--signal=B:USR2@60", "--time=60"]
     low = slurm.submit(script, *options, f"--chdir={tmp_path}")
     wait_for((tmp_path / "starts").exists)
@@ -35,7 +36,7 @@ def test_a_job_of_low_is_requeued_for_one_of_gpu(slurm: Slurm, tmp_path: Path) -
 
 
 def test_a_job_starts_elsewhere_when_its_node_is_down(slurm: Slurm, tmp_path: Path) -> None:
-    job = slurm.submit("echo $SLURMD_NODENAME >> nodes; sleep 60", "--requeue", f"--chdir={tmp_path}")
+    job = slurm.submit("echo $SLURMD_NODENAME >> nodes; sleep 600", "--requeue", f"--chdir={tmp_path}")
     nodes = tmp_path / "nodes"
     wait_for(lambda: nodes.exists() and nodes.read_text())
     first = nodes.read_text().strip()
@@ -57,29 +58,29 @@ def test_an_array_is_one_line_in_the_queue_until_its_tasks_start(slurm: Slurm) -
     def rows() -> list[str]:
         return [line for line in slurm.run("squeue", "--me", "--noheader", form).splitlines() if array in line]
 
-    wait_for(lambda: all("|None|" not in row for row in rows()), 20, "the scheduler has looked at it")
+    wait_for(lambda: all("|None|" not in row for row in rows()), 200, "the scheduler has looked at it")
     (row,) = rows()
     comment, id, *rest = row.split("|", 6)
     assert (comment, rest) == ("ours", [array, "PENDING", "BeginTime", "", "run/stage (x)"])
     assert id.startswith(f"{array}_[0")
     assert slurm.jobs() >= {f"{array}_{task}" for task in range(3)}
     slurm.run("scancel", f"{array}_1")
-    wait_for(lambda: f"{array}_1" not in slurm.jobs(), 20)
+    wait_for(lambda: f"{array}_1" not in slurm.jobs())
     slurm.run("scancel", "--quiet", array, "999999")
-    wait_for(lambda: f"{array}_0" not in slurm.jobs(), 20)
-    wait_for(lambda: {row["State"] for row in slurm.accounting([array]).values()} == {"CANCELLED"}, 20)
+    wait_for(lambda: f"{array}_0" not in slurm.jobs())
+    wait_for(lambda: {row["State"] for row in slurm.accounting([array]).values()} == {"CANCELLED"})
     assert {row["NodeList"] for row in slurm.accounting([array]).values()} == {"None assigned"}
 
 
 def test_a_job_that_asks_for_it_is_queued_again_and_accounted_for_each_start(slurm: Slurm, tmp_path: Path) -> None:
-    script = 'echo ${SLURM_RESTART_COUNT:-first} >> starts; test -n "$SLURM_RESTART_COUNT" || sleep 60'
+    script = 'echo ${SLURM_RESTART_COUNT:-first} >> starts; test -n "$SLURM_RESTART_COUNT" || sleep 600'
     job = slurm.submit(script, "--requeue", f"--chdir={tmp_path}")
     wait_for(lambda: (tmp_path / "starts").exists() and (tmp_path / "starts").read_text() == "first\n")
     slurm.run("scontrol", "requeue", job)
     slurm.wait_for_state(job, "COMPLETED")
     assert (tmp_path / "starts").read_text() == "first\n1\n"
     table = ["sacct", "--duplicates", "--allocations", "--parsable2", "--noheader", "--format=State", "--jobs", job]
-    wait_for(lambda: slurm.run(*table).splitlines() == ["REQUEUED", "COMPLETED"], 20)
+    wait_for(lambda: slurm.run(*table).splitlines() == ["REQUEUED", "COMPLETED"])
 
 
 def test_a_step_is_told_before_its_time_is_over(slurm: Slurm, tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_a_step_is_told_before_its_time_is_over(slurm: Slurm, tmp_path: Path) ->
     wait_for((tmp_path / "begun").exists)
     assert not (tmp_path / "told").exists()
     slurm.run("scontrol", "update", f"jobid={job}", "timelimit=1")
-    slurm.wait_for_state(job, "FAILED", 90)
+    slurm.wait_for_state(job, "FAILED")
     assert (tmp_path / "told").exists()
     assert slurm.job(job)["ExitCode"] == "3:0"
 

@@ -302,7 +302,7 @@ def test_a_driver_that_is_killed_takes_along_what_still_imports(tmp_path: Path) 
     (tmp_path / "code/toy/preload.py").write_text(IMPORTS_FOR_EVER)
     driver = subprocess.Popen([sys.executable, "-c", STARTS_ONE, tmp_path], env=warm.environment)
     told = tmp_path / "code/toy/pid"
-    wait_for(lambda: told.exists() and told.read_text() != "", 60, "it imports")
+    wait_for(lambda: told.exists() and told.read_text() != "", 200, "it imports")
     driver.kill()
     driver.wait()
     assert is_gone(int(told.read_text()))
