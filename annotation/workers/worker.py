@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from annotation.workers.waiting import show_waiting
 from contracts.callables import load_callable, place_of
 from contracts.errors import UserError
 from contracts.processes import die_with_parent
@@ -139,7 +140,8 @@ def _set_up_process() -> None:
         signal.signal(number, lambda number, frame: None)
     os.register_at_fork(after_in_child=_restore_signals)
     faulthandler.enable()
-    faulthandler.register(signal.SIGQUIT, all_threads=True)
+    signal.signal(signal.SIGQUIT, show_waiting)
+    faulthandler.register(signal.SIGQUIT, all_threads=True, chain=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # its output goes to the log and must not fail
             stream.reconfigure(line_buffering=True, errors="backslashreplace")

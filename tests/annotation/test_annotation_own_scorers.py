@@ -1,6 +1,11 @@
 """A user's own scorers beyond a function of one answer: many at once, classes, async, parts and extras."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +247,44 @@ def test_a_batch_that_was_cut_short_is_judged_again_as_a_whole(tmp_path: Path, a
     found = Rule(config, Opening(publication, lambda: 8))(samples)  # type: ignore[arg-type]
     assert [one if isinstance(one, str) else one.score for one in found] == [1, 1, 1, 8, 8, "unscored", 1, 1]  # type: ignore[union-attr]
     assert (tmp_path / "mine.py.log").read_text().split() == ["3", "2"]
+
+
+HANGING = """
+import asyncio, pathlib, sys
+from annotation.workers.worker import _set_up_process
+
+async def ask():
+    await asyncio.Event().wait()
+
+async def judge():
+    await ask()
+
+async def all_of_them():
+    asyncio.get_running_loop().call_later(0.1, pathlib.Path(sys.argv[1]).touch)  # when both wait
+    await asyncio.gather(judge(), judge())
+
+_set_up_process()
+asyncio.run(all_of_them())
+"""
+
+
+def test_a_stack_dump_shows_where_coroutines_wait(tmp_path: Path) -> None:
+    """Not the event loop alone, in which every async function stands that hangs."""
+    path, waits, root = tmp_path / "hanging.py", tmp_path / "waits", Path(__file__).parents[2]
+    path.write_text(HANGING)
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(path), str(waits)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            while not waits.exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGQUIT)
+            assert process.stderr is not None
+            said = ""
+            while "in judge" not in said and (line := process.stderr.readline()):
+                said += line
+        finally:
+            process.kill()
+    where = f'  File "{path}", line 6 in ask\n  File "{path}", line 9 in judge\n'
+    assert re.search(r"Coroutines that wait here: 2 \(most recent call first\):\n.*\n" + re.escape(where), said)
