@@ -113,11 +113,12 @@ class Driver:
                 if (self.run.path / CANCEL).exists():  # by `pipeline cancel`, on any machine
                     raise KeyboardInterrupt
                 self.start_ready()
+                # Before it collects: one that ends from here on is waited for, and that wait is over at once.
+                at_work = [running.job.pid for running in self.running.values() if not running.job.ended()]
                 before = len(self.running)
                 self.collect_ended()
                 self.tell()
                 if len(self.running) == before:
-                    at_work = (running.job.pid for running in self.running.values() if not running.job.ended())
                     wait_for_end(filter(None, at_work), POLL_SECONDS)
         finally:
             self.end_running()

@@ -25,28 +25,33 @@ def costs_here(config: RunConfig, runs: Iterable[RunDirectory] = ()) -> DriverCo
 def driver_costs(events: Iterable[Event], seconds: Mapping[str, float] | None = None) -> DriverCosts | None:
     """What the driver has taken to start stages and to take note of their ends, by the events of a run.
 
+    Of each the mean, because a run is as long as their sum. What it waited for meanwhile does not count: the pause
+    before a further attempt, the start of a stage that another one follows, what it had in hand when a stage ended.
+
     Args:
         events: of the run.
         seconds: what the stages themselves have taken, from the start of their process to its end; None: what is
             predicted of stages has the driver's part of their end in it (as profiles have).
 
     Returns:
-        Medians; None where the events do not say.
+        None where the events do not say.
     """
     starts, ends = [], [0.0] if seconds is None else []
     begun: dict[str, float] = {}
-    before: float | None = None
+    before: Event | None = None
     for event in events:
         match event:
             case StageStarted(stage=stage):
-                if before is not None and not event.reason.startswith("follows "):  # which waits for its maker's start
-                    starts.append(event.time - before)
+                waits = stage in begun or event.reason.startswith("follows ")
+                if isinstance(before, StageStarted | StagePublished) and not waits:
+                    starts.append(event.time - before.time)
                 begun[stage] = event.time
             case StagePublished(stage=stage) if seconds is not None and stage in begun and seconds.get(stage):
-                ends.append(event.time - begun[stage] - seconds[stage])
+                busy_until = before.time if before is not None else 0.0
+                ends.append(event.time - max(begun[stage] + seconds[stage], busy_until))
             case _:
                 pass
-        before = event.time
+        before = event
     if not starts or not ends:
         return None
-    return DriverCosts(max(0.0, statistics.median(starts)), max(0.0, statistics.median(ends)))
+    return DriverCosts(max(0.0, statistics.fmean(starts)), max(0.0, statistics.fmean(ends)))

@@ -183,6 +183,7 @@ class TimedStage:
         self, node: Node, seconds: float, maker: Path | None, share: float, sleep: Callable[[float], Sleep]
     ) -> None:
         self._node = node
+        self._made = False
         self._last_shard = share * seconds
         self._sleep = sleep
         self._maker = None if maker is None or (maker / MANIFEST).exists() else maker
@@ -200,7 +201,9 @@ class TimedStage:
             self._sleeps.append(self._sleep(self._last_shard))
         if self._maker is not None or self.pid is not None:
             return False
-        make(self._node)
+        if not self._made:
+            make(self._node)
+            self._made = True
         return True
 
     def news(self) -> None:
