@@ -20,12 +20,13 @@ from pipelines.commands.declaring import (
     make_console,
 )
 from pipelines.config.cluster import read_machines
+from pipelines.config.placement import PlacementSection
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph
 from pipelines.insight.gantt import picture
 from pipelines.insight.plan import as_json, check_plan, events_of, print_plan, view_plan
+from pipelines.insight.searching import SearchView, fastest, print_search, require_lags, searched, settings_of
 from pipelines.insight.searching import as_json as searches_as_json
-from pipelines.insight.searching import fastest, print_search, require_lags, searched, setting_of
 from pipelines.insight.simulating import DRAWS, simulated
 from pipelines.insight.simulation import as_json as simulation_as_json
 from pipelines.insight.simulation import print_simulation
@@ -101,11 +102,14 @@ def _search(options: argparse.Namespace) -> None:
     machines = read_machines(options.cluster) if options.cluster is not None else None
     runs = [RunDirectory.existing(path) for path in options.runs]
     lags = [[]] if options.lags is None else [[f"lag={lag}"] for lag in require_lags(options.lags)]
-    found = []
+    found: list[tuple[SearchView, PlacementSection]] = []
+    asked: list[list[str]] = []
     for lag in lags:
         config, iterations, _ = read_run(options.config, [*options.overrides, *lag], options.iters, download=False)
-        setting = setting_of(config, iterations, machines, runs)
-        found.append(searched(setting, seed=options.seed, seconds=options.seconds / len(lags), take=options.take))
+        settings = settings_of(config, iterations, machines, runs)
+        each = options.seconds / len(lags) / len(settings)
+        asked += [[*options.overrides, *lag]] * len(settings)
+        found += [searched(setting, seed=options.seed, seconds=each, take=options.take) for setting in settings]
     views = [view for view, _ in found]
     taken = fastest(views)
     if options.output is not None:
@@ -121,7 +125,8 @@ def _search(options: argparse.Namespace) -> None:
         say(console, f"With lag {views[taken].lag} it takes least; it changes what is computed (docs/lag.md).")
     if options.output is None:
         say(console, "Write it with --output plan.yaml, then:")
-    given = [*options.overrides, *lags[taken], f"placement={options.output or 'plan.yaml'}"]
+    given = [*asked[taken], f"placement={options.output or 'plan.yaml'}"]
+    given += ["--detach"] if views[taken].way == "detached" else []
     say(console, shlex.join(["pipeline", "run", options.config, *given]))
 
 

@@ -37,6 +37,9 @@ ExecutorKind: TypeAlias = Annotated[str, AfterValidator(_check_kind)]
 ONLY_IN: dict[str, tuple[Workload, ...]] = {"nodes": ("training",), "tasks": ARRAYS}
 """Keys that only some kinds have."""
 
+TASKS = 4
+"""Tasks of a job array, where nobody says."""
+
 OWN_DIRECTIVES = {
     "partition": "partition", "account": "account", "qos": "qos", "time": "time", "nodes": "nodes",
     "gpus": "gpus", "gpus-per-node": "gpus", "gpus-per-task": "gpus", "gpus-per-socket": "gpus",

@@ -9,6 +9,7 @@ from contracts.artifacts import Artifact
 from contracts.errors import TransientError, UserError
 from contracts.hardware import processor
 from contracts.manifest import MANIFEST
+from pipelines.config.executor import HERE
 from pipelines.config.run import RunConfig
 from pipelines.execution.attempts import decision_of
 from pipelines.execution.endings import PUBLISHER, parts_of
@@ -45,17 +46,18 @@ def timing_of(node: Node, graph: Graph, attempt: Path, published: float) -> Timi
         parts = parts_of(attempt)
         ends = [json.loads((part / "exit.json").read_bytes()) for part in parts]
         started = min(float(end["started"]) for end in ends)
-        ended = max(float(end["ended"]) for end in ends)
+        tasks = [end for end, part in zip(ends, parts, strict=True) if part.name != PUBLISHER]
+        ended = max(float(end["ended"]) for end in tasks or ends)
     except (OSError, ValueError, KeyError, TypeError, TransientError):
         return None
     inputs = [graph.nodes[need].output / MANIFEST for need in node.needs]
     ready = max([asked, *(path.stat().st_mtime for path in inputs if path.exists())])
-    tasks = sum(part.name != PUBLISHER for part in parts)
     return Timing(
         queue=max(0.0, started - ready),
         life=max(0.0, ended - started),
         lag=max(0.0, published - ended),
-        tasks=max(1, tasks),
+        tasks=max(1, len(tasks)),
+        is_array=len(tasks) < len(parts),
         threads=int(threads) if threads.isdecimal() else 0,
     )
 
@@ -130,9 +132,15 @@ class ProfileRecorder:
 
 
 def threads_of(node: Node, config: RunConfig) -> int:
-    """Threads of each process of a stage on this machine."""
+    """Threads of each process of a stage on this machine, or of a scheduler's jobs."""
     given = config.environments.of(node.environment).variables.get(THREADS) or os.environ.get(THREADS, "")
-    return int(given) if given.isdecimal() else threads_here(config.executor)
+    if given.isdecimal():
+        return int(given)
+    entry = config.executor.entry(node)
+    if entry.kind in HERE:
+        return threads_here(config.executor)
+    layout = node.stage.layout(node.config)
+    return max(1, (entry.cpus or 1) // max(1, layout.processes // layout.nodes))
 
 
 def predictor_for(
@@ -142,16 +150,20 @@ def predictor_for(
     device: str = "",
     sheet: DataSheet | None = None,
     stored: bool = True,
+    detached: bool = False,
 ) -> ProfilePredictor:
     """What predicts the stages of a run, by the store, by the run itself where it has begun, and by other runs.
 
     Args:
         device: what stages with models compute on: a data sheet's name, or a GPU's or processor's own; by default what
-            this machine has.
+            this machine has, or where all of these stages are jobs of a scheduler what the latest of them had.
         sheet: its data sheet, where it is not as it is usually built (other links).
         stored: whether to read the store.
+        detached: whether a scheduler's jobs go on without a driver.
     """
     profiles = list(_profiles(config, runs, stored=stored))
+    if not device and config.executor.is_remote:
+        device = device_of_jobs(profiles, config)
     return ProfilePredictor(
         profiles,
         device or device_here(),
@@ -161,7 +173,15 @@ def predictor_for(
         parallel=cluster_of(config).parallel,
         warm=config.executor.warm,
         cores=None if device or gpu_count() else cores(),
+        detached=detached,
     )
+
+
+def device_of_jobs(profiles: Iterable[Profile], config: RunConfig) -> str:
+    """What the latest job that computed with a model had; empty where none has been seen."""
+    kind = str(config.executor.kind)
+    jobs = [row for row in profiles if row.executor == kind and row.work is not None]
+    return max(jobs, key=lambda row: row.created).device if jobs else ""
 
 
 def _profiles(config: RunConfig, runs: Iterable[RunDirectory], *, stored: bool) -> Iterator[Profile]:

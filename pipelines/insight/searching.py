@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from rich.console import Console
@@ -10,10 +10,12 @@ from rich.table import Table
 
 from contracts.errors import UserError
 from pipelines.config.cluster import MachinesSection
+from pipelines.config.executor import HERE
 from pipelines.config.placement import PlacementSection
 from pipelines.config.run import RunConfig
 from pipelines.execution.profiling import predictor_for
 from pipelines.insight.driver_time import costs_here
+from pipelines.insight.simulating import require_known_gpus
 from pipelines.iteration import build_graph
 from pipelines.planning.cluster import (
     Cluster,
@@ -25,6 +27,7 @@ from pipelines.planning.cluster import (
 from pipelines.planning.memory import Device, device_of, size
 from pipelines.planning.preflight import input_mistakes
 from pipelines.planning.profiles.datasheets import sheet_of_machines
+from pipelines.planning.profiles.predict import QUEUE_SECONDS, ProfilePredictor
 from pipelines.planning.search.evaluation import ExpectedRun, SearchedRun
 from pipelines.planning.search.finding import (
     CAUTIOUS,
@@ -64,6 +67,8 @@ class SearchView:
 
     lag: int
     iterations: int
+    way: str
+    """attached or detached, of a run whose stages are jobs of a scheduler; else empty."""
     devices: str
     plans: list[PlanRow]
     impossible: dict[str, str]
@@ -93,18 +98,35 @@ class SearchView:
     """The section of the plan to take."""
 
 
-def setting_of(
+def settings_of(
     config: RunConfig, iterations: int, machines: MachinesSection | None, runs: Sequence[RunDirectory]
-) -> SearchedRun:
-    """What plans are made for: a run, this machine or others, and what is known of its stages.
+) -> list[SearchedRun]:
+    """What plans are made for: a run, this machine or others, and what is known of its stages. Where all of them are
+    jobs of a scheduler, the run with a driver that stays, and the one without.
 
     Raises:
-        UserError: there is no data sheet of such GPUs, or what the run reads does not exist.
+        UserError: there is no data sheet of such GPUs, or what the run reads does not exist, or nobody knows what the
+            scheduler's GPUs are.
     """
+    attached = _setting_of(config, iterations, machines, runs)
+    kinds = {config.executor.entry(node).kind for node in attached.graph.nodes.values()}
+    if not attached.is_jobs or kinds & set(HERE) or any(gate.do == "rollback" for gate in config.gates.values()):
+        return [attached]
+    return [attached, _setting_of(config, iterations, machines, runs, detached=True)]
+
+
+def _setting_of(
+    config: RunConfig,
+    iterations: int,
+    machines: MachinesSection | None,
+    runs: Sequence[RunDirectory],
+    *,
+    detached: bool = False,
+) -> SearchedRun:
     if machines is None:
         cluster: Callable[[RunConfig], Cluster] = cluster_as_written
+        predictor = predictor_for(config, runs=runs, detached=detached)
         device = device_of(config)
-        predictor = predictor_for(config, runs=runs)
     else:
         sheet = sheet_of_machines(machines)
         cluster = partial(cluster_of_machines, section=machines)
@@ -115,15 +137,37 @@ def setting_of(
     graph = build_graph(planned, iterations)
     for mistake in input_mistakes(graph):
         raise mistake
-    return SearchedRun(
+    if detached:  # all jobs are submitted at once
+        planned = planned.model_copy(update={"executor": planned.executor.model_copy(update={"parallel": None})})
+    setting = SearchedRun(
         config=planned,
         graph=graph,
         predictor=predictor,
         device=device,
         cluster_of=cluster,
         threads=threads_here(planned.executor),
-        driver=costs_here(config, runs) or DriverCosts(),
+        driver=DriverCosts() if detached else costs_here(config, runs) or DriverCosts(),
+        detached=detached,
     )
+    return replace(setting, device=_device_of_jobs(setting, predictor)) if setting.is_jobs else setting
+
+
+def _device_of_jobs(setting: SearchedRun, predictor: ProfilePredictor) -> Device:
+    """What a scheduler's jobs compute on: by `hardware`, else by the data sheet of what earlier jobs had; 0 bytes where
+    nobody says.
+
+    Raises:
+        UserError: they ask for GPUs of which nothing is known.
+    """
+    kind, hardware = setting.config.executor.kind, setting.config.hardware
+    name = f"{kind}, {predictor.device}"
+    if not predictor.has_seen(kind):
+        name += f" (none of its jobs has been seen: {lasting(QUEUE_SECONDS)} in the queue are assumed of each)"
+    if not setting.on_gpu:
+        return Device(name, 0, 0)
+    require_known_gpus(setting.config, setting.cluster_of(setting.config), predictor)
+    room = predictor.sheet.memory if hardware is None else int(hardware.gib * (1 << 30))
+    return Device(name, room, 1)
 
 
 def searched(
@@ -151,6 +195,7 @@ def searched(
     view = SearchView(
         lag=setting.graph.lag,
         iterations=max((node.iteration or 0 for node in setting.graph.nodes.values()), default=0),
+        way="" if not setting.is_jobs else "detached" if setting.detached else "attached",
         devices=setting.device.name,
         plans=[_row(name, run, answer) for name, run in runs.items()],
         impossible=dict(answer.impossible),
@@ -199,7 +244,8 @@ def _taken(view: SearchView) -> PlanRow:
 def print_search(console: Console, view: SearchView) -> None:
     """A table of the plans, which of them to take, and why."""
     lag = f", lag {view.lag}" if view.lag else ""
-    say(console, f"{plural(view.iterations, 'iteration')} on {view.devices}{lag}")
+    way = f", {view.way}" if view.way else ""
+    say(console, f"{plural(view.iterations, 'iteration')} on {view.devices}{lag}{way}")
     table = Table("plan", "takes", "±", "device-hours", "memory", "idle", "known by")
     for row in sorted(view.plans, key=lambda row: (row.name in (CAUTIOUS, FOUND), row.seconds)):
         table.add_row(

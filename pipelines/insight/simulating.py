@@ -20,6 +20,7 @@ from pipelines.planning.entries import check_entries
 from pipelines.planning.memory import Device, device_of, estimated, require_memory, size
 from pipelines.planning.preflight import require_possible
 from pipelines.planning.profiles.datasheets import sheet_of_machines
+from pipelines.planning.profiles.predict import ProfilePredictor
 from pipelines.planning.scheduling import in_order, streams
 from pipelines.planning.simulation import DriverCosts, Surroundings, contention, predict_all, simulate, with_queue
 from pipelines.run.directory import RunDirectory
@@ -59,6 +60,7 @@ def simulated(
     predictor = predictor_for(config, runs=runs, device=sheet.name if sheet is not None else "")
     if sheet is not None:
         predictor.sheet = sheet
+    require_known_gpus(config, cluster, predictor)
     driver = costs_here(plan.config, runs)
     order = in_order(graph, config)
     surroundings = surroundings_of(graph, config, cluster, driver)
@@ -76,6 +78,16 @@ def simulated(
     return view_simulation(
         found, graph, config, machines=machines, room=device.bytes, driver=driver, draws=drawn, seed=seed
     )
+
+
+def require_known_gpus(config: RunConfig, cluster: Cluster, predictor: ProfilePredictor) -> None:
+    """Raise UserError where a run asks a scheduler for GPUs of which nothing is known."""
+    executor = config.executor
+    if executor.is_remote and executor.asks_gpus and cluster.scheduler_has_gpus and not predictor.sheet.is_gpu:
+        raise UserError(
+            f"stages ask {executor.kind} for GPUs, and no job has been seen yet that had one: nobody knows what they "
+            "are. Run one iteration, or `pipeline profile CONFIG`, or say what they are in a cluster file (--cluster)."
+        )
 
 
 def surroundings_of(graph: Graph, config: RunConfig, cluster: Cluster, driver: DriverCosts | None) -> Surroundings:

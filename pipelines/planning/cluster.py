@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipelines.config.cluster import MachinesSection
-from pipelines.config.executor import HERE, ExecutorSection
+from pipelines.config.executor import HERE, TASKS, ExecutorSection
 from pipelines.config.placement import WHOLE, PlacementSection
 from pipelines.config.run import RunConfig
+from pipelines.config.selecting import ARRAYS
 from pipelines.environments.locked import VARIANT
-from pipelines.graph import Placement
+from pipelines.graph import Node, Placement
 from pipelines.machine import cores, default_parallel, gpu_count
 
 
@@ -49,6 +50,15 @@ class Cluster:
         """How many machines these devices are in."""
         each = max(1, self.devices // self.machines)
         return len({device // each for device in devices})
+
+    def asked_of(self, node: Node) -> int:
+        """Devices that a stage's jobs have of a scheduler: GPUs, or where they ask for none one core for each of its
+        processes."""
+        entry, layout = self.executor.entry(node), node.stage.layout(node.config)
+        gpus = (entry.gpus or 0) if self.scheduler_has_gpus else 0
+        if node.workload in ARRAYS:
+            return (entry.tasks or TASKS) * max(1, gpus)
+        return (entry.nodes or layout.nodes) * gpus or layout.processes
 
     def shares(self, placement: Placement) -> int | None:
         """Stages that may have a device of these at once; None: any number, because a scheduler decides."""

@@ -140,7 +140,7 @@ def _draw(
                 piece = compute * (pieces[node.name] / one.compute if one.compute else 1.0)
                 failures, compute = _fail(fixed, compute, handoff, piece, between, executor, chance)
         demand = simulation.surroundings.demands.get(node.name, 0.0)
-        works[node.name] = StageWork(fixed + compute + handoff, queue, demand, failures)
+        works[node.name] = StageWork(fixed + compute + handoff, queue, demand, failures, one.finish)
     return works
 
 

@@ -29,7 +29,7 @@ def place(graph: Graph, cluster: Cluster) -> Graph:
             more than there is.
     """
     given = placements(graph, cluster)
-    sizes = {name: _sizes(node, cluster.placement) for name, node in graph.nodes.items()}
+    sizes = {name: written_sizes(node, cluster.placement) for name, node in graph.nodes.items()}
     nodes = {name: place_stage(node, given[name], sizes[name], cluster) for name, node in graph.nodes.items()}
     return graph.with_nodes(nodes)
 
@@ -63,7 +63,7 @@ def placed_graph(config: RunConfig, iterations: int, cluster: Cluster | None = N
     return place(build_graph(config, iterations), cluster or cluster_of(config))
 
 
-def _sizes(node: Node, placement: PlacementSection) -> dict[str, Any]:
+def written_sizes(node: Node, placement: PlacementSection) -> dict[str, Any]:
     """The layout that the plan's entries say of a stage, of what it has."""
     sizes: dict[str, Any] = {}
     for entry in entries_of(node, placement.stages):

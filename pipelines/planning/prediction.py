@@ -31,6 +31,8 @@ class Prediction:
     """One standard deviation of the whole, as a share of it."""
     source: str
     """In words: how many runs, or whose data sheet."""
+    finish: float = 0.0
+    """Seconds after it has given its devices back, until a further job has published what it has made."""
 
     @property
     def seconds(self) -> float:

@@ -16,6 +16,7 @@ Device = tuple[str, int]
 Streams = Mapping[str, tuple[str, float]]
 """By stages that follow another one: which, and the share of their own time that is left when that one has ended."""
 LOCAL = "local"
+QUEUED, PAUSED, FINISHING = "queued", "paused", "finishing"
 BESIDE = -1
 """Stands for the device of stages that are given none."""
 
@@ -106,6 +107,8 @@ class StageWork(NamedTuple):
     """How much of what all stages share (cores, say) it uses."""
     failures: tuple[tuple[float, float], ...] = ()
     """Attempts that fail before the one that does not: seconds until each does, and of the pause after it."""
+    finish: float = 0.0
+    """Seconds after it has given its devices back, until a further job has published what it has made."""
 
 
 class StageTimes(NamedTuple):
@@ -188,12 +191,13 @@ def course(
     )
     rate, demanded = 1.0, 0.0
     ends: list[tuple[float, int]] = []  # of attempts, by effort
-    timers: list[tuple[float, int, bool]] = []  # of queues (True) and of pauses, by the clock
+    timers: list[tuple[float, int, str]] = []  # of queues, pauses and jobs that finish a stage, by the clock
     idle = [True] * len(left)
     asked: dict[int, float] = {}
     begun: dict[int, float] = {}
     held = [0.0] * len(left)
     since = [0.0] * len(left)
+    reached = [0.0] * len(left)
     failures = [list(one.failures) for one in work]
     at_work: set[int] = set()
     found: dict[str, StageTimes] = {}
@@ -214,7 +218,7 @@ def course(
         idle[number] = False
         asked.setdefault(number, now)
         if work[number].queue:
-            heapq.heappush(timers, (now + work[number].queue, number, True))
+            heapq.heappush(timers, (now + work[number].queue, number, QUEUED))
         else:
             begin(number)
 
@@ -236,18 +240,24 @@ def course(
         if work[number].demand:
             demand(-work[number].demand)
         held[number] += now - since[number]
-        reached = effort
+        reached[number] = effort
         pass_time(end_seconds)
         turn.release(places[number])
         if failures[number]:
             _, pause = failures[number].pop(0)
-            heapq.heappush(timers, (now + pause, number, False))
-            return
+            heapq.heappush(timers, (now + pause, number, PAUSED))
+        elif work[number].finish:
+            heapq.heappush(timers, (now + work[number].finish, number, FINISHING))
+        else:
+            publish(number)
+
+    def publish(number: int) -> None:
         name = left[number].name
         found[name] = StageTimes(asked[number], begun[number], now, held[number])
         for start_effort, follower in followed.pop(number, ()):
             seconds = work[follower].seconds
-            least = reached + streams[left[follower].name][1] * seconds
+            least = reached[number] + streams[left[follower].name][1] * seconds
+            least = max(least, effort) if work[number].finish else least  # it publishes when its maker has
             heapq.heappush(ends, (max(start_effort + seconds, least), follower))
         for dependent in dependents[number]:
             waiting[dependent] -= 1
@@ -290,9 +300,11 @@ def course(
                 now = ends[0][0] if now == effort and rate == 1.0 else until
                 effort = ends[0][0]
         while timers and timers[0][0] <= now:
-            _, number, queued = heapq.heappop(timers)
-            if queued:
+            _, number, what = heapq.heappop(timers)
+            if what == QUEUED:
                 begin(number)
+            elif what == FINISHING:
+                publish(number)
             else:
                 idle[number] = True
                 if not waiting[number]:

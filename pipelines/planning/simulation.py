@@ -108,15 +108,19 @@ class Simulation:
 
     @functools.cached_property
     def owned_seconds(self) -> float:
-        """Device-seconds of all that the cluster has, until the end."""
+        """Device-seconds of all that the cluster has, until the end; where a scheduler has the devices, of those that
+        stages have."""
+        if self.cluster.executor.is_remote:
+            return self.held_seconds
         return self.total * self.cluster.devices
 
     def devices_of(self, node: Node) -> int:
-        """How many a stage has; of all that stages share, its part where as many run as may."""
+        """How many a stage has; of all that stages share, its part where as many run as may; of a scheduler what is
+        asked for it."""
         placement = node.placement
-        if placement is None or placement.executor not in HERE or not node.stage.uses_devices(node.config):
+        if placement is None or not node.stage.uses_devices(node.config):
             return 0
-        return len(placement.devices)
+        return len(placement.devices) if placement.executor in HERE else self.cluster.asked_of(node)
 
     @functools.cached_property
     def memory(self) -> dict[int, tuple[int, str]]:
@@ -151,7 +155,7 @@ class Simulation:
         """By pool ("": devices of none) the share of the time in which its devices are no stage's."""
         lines: dict[str, list[tuple[Node, int]]] = {}
         for node in self.order:
-            if (count := self.devices_of(node)) and node.placement is not None:
+            if (count := self.devices_of(node)) and node.placement is not None and node.placement.executor in HERE:
                 lines.setdefault(node.placement.pool, []).append((node, count))
         found = {}
         for pool, members in lines.items():
@@ -277,7 +281,8 @@ def simulate(
         raise UserError(f"how long the run takes cannot be said: {unknown_in_words(unknown)}")
     works = {name: StageWork(0.0) for name in unknown}
     for name, one in predictions.items():
-        works[name] = StageWork(one.seconds, one.queue, surroundings.demands.get(name, 0.0))
+        demand = surroundings.demands.get(name, 0.0)
+        works[name] = StageWork(one.seconds, one.queue, demand, finish=one.finish)
     times = surroundings.course(order, cluster, works)
     return Simulation(order, cluster, predictions, times, surroundings, unknown)
 
@@ -319,10 +324,11 @@ def contention(
     """
     if cluster.is_divided:
         return {}, math.inf
+    here = [node for node in order if node.placement is None or node.placement.executor in HERE]
     if not cluster.gpus:
         each = threads if callable(threads) else lambda _: threads
-        uses = {node.name: float(each(node) * node.stage.layout(node.config).processes) for node in order}
+        uses = {node.name: float(each(node) * node.stage.layout(node.config).processes) for node in here}
         return uses, float(cluster.cores)
     if cluster.parallel == 1:
         return {}, math.inf
-    return {node.name: 1.0 for node in order if node.stage.uses_devices(node.config)}, 1.0
+    return {node.name: 1.0 for node in here if node.stage.uses_devices(node.config)}, 1.0

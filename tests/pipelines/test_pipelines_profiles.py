@@ -33,7 +33,14 @@ from pipelines.planning.profiles.analytic import (
     training_seconds,
 )
 from pipelines.planning.profiles.datasheets import data_sheet, data_sheets, matching
-from pipelines.planning.profiles.predict import ASSUMED, ProfilePredictor, Task, _line
+from pipelines.planning.profiles.predict import (
+    ASSUMED,
+    FINISH_SECONDS,
+    QUEUE_SECONDS,
+    ProfilePredictor,
+    Task,
+    _line,
+)
 from pipelines.planning.profiles.rows import Profile, Timing, _spent
 from pipelines.planning.profiles.store import KEPT, ProfileStore, decode_profiles, latest_of_each
 from pipelines.run.directory import RunDirectory
@@ -280,6 +287,28 @@ class TestPredictions:
         assert only_warm[0].costs.load > 10
         assert only_warm[0].basis == "scaled"
 
+    def test_a_job_has_its_own_queue_processes_and_where_it_is_an_array_another_that_publishes(self) -> None:
+        job = {"executor": "slurm"}
+        rows = [
+            row(1, queue=90.0, finish=0.2, start=8.0, **job),
+            row(2, stage="generation", variant="vllm", work=SAMPLING, queue=30.0, finish=45.0, **job),
+            row(3, stage="pairs", variant="", work=None, rows=9, queue=20.0, finish=0.1, **job),
+            row(4, queue=500.0, start=500.0, **job),  # of an earlier version
+            row(5, start=3.0),
+        ]
+        predictor = ProfilePredictor(rows, "H100")
+        asked = task(executor="slurm", first=True)
+        assert (predictor._queue(asked), predictor._queue(task(stage="sft", **job))) == (90.0, 30.0)
+        assert predictor._finish(asked) == 45.0, "that of an array, whose job is the same"
+        judged = predictor._judged(asked)
+        assert judged is not None
+        assert (judged[0].costs.start, judged[0].basis) == (8.0, "measured")
+        nobody = ProfilePredictor(rows[4:], "H100")
+        assert (nobody._queue(asked), nobody._finish(asked)) == (QUEUE_SECONDS, FINISH_SECONDS)
+        known = nobody._judged(asked)
+        assert known is not None
+        assert known[0].basis == "scaled", "no job has shown how it starts"
+
     def test_several_processes_import_anew_and_share_the_cores(self) -> None:
         rows = [row(1, start=6.0, first=True), row(2, start=0.5), row(3, start=0.5)]
         four = replace(TRAINING, layout=ModelLayout(dp=4))
@@ -326,6 +355,7 @@ class TestTimes:
         tasks = _spent(four, Timing(queue=30.0, life=100.0, lag=1.0, tasks=4), copies=1, here=False)
         assert tasks is not None
         assert (tasks["load"], tasks["compute"]) == (2.0, 9.0)
+        assert tasks["finish"] == 1.0
         assert sum(tasks.values()) == pytest.approx(30.0 + 100.0 + 1.0)
 
     def test_what_a_killed_attempt_had_made_is_not_counted_as_fast(self) -> None:
@@ -351,7 +381,8 @@ class TestTimes:
         assert timing is not None
         assert (timing.tasks, timing.threads) == (2, 3)
         seen = (timing.queue, timing.life, timing.lag)
-        assert seen == (pytest.approx(5, abs=0.01), pytest.approx(28), pytest.approx(1, abs=0.01))
+        assert seen == (pytest.approx(5, abs=0.01), pytest.approx(25), pytest.approx(4, abs=0.01))
+        assert timing.is_array, "the last of them has published what the others made"
         (attempt / "task-1" / "exit.json").write_text("torn")
         assert timing_of(graph.nodes["iteration-001/generation"], graph, attempt, now + 34) is None
 

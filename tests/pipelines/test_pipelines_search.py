@@ -37,7 +37,7 @@ from pipelines.planning.search.evaluation import (
 from pipelines.planning.search.exploring import bound, explore
 from pipelines.planning.search.finding import search_plan
 from pipelines.planning.search.layouts import BEYOND_LAYERS, NO_ROOM
-from pipelines.planning.search.plans import section_of
+from pipelines.planning.search.plans import jobs_section, section_of
 from training.stages.critic import CRITIC
 from training.stages.policy import POLICY
 
@@ -88,7 +88,12 @@ def setting_of(path: Path, roles: Sequence[str], predictor: Any, gpus: int, core
     experience, rollouts, last = models / "experience", models / "rollouts", None
     for role in sorted(roles, key=ROLES.index):
         fields: dict[str, Any] = {
-            "generation": {"policy": models / "policy", "prompts": models / "prompts"},
+            "generation": {
+                "policy": models / "policy",
+                "prompts": models / "prompts",
+                "count": 6,
+                "shard_size": 2,
+            },
             "reward": {"kind": "reward_model", "model": models / "reward", "rollouts": rollouts},
             "reference": {"kind": "logprobs", "model": models / "policy", "rollouts": rollouts},
             "values": {"kind": "values", "model": models / "critic", "rollouts": rollouts},
@@ -117,10 +122,11 @@ def every_section(setting: SearchedRun, devices: int) -> Iterator[PlacementSecti
     roles = list(dict.fromkeys(node.role for node in setting.graph.nodes.values()))
     keys = {role: "dp" if role in ("training", "critic") else "replicas" for role in roles}
     layouts = [[{}, *({keys[role]: count} for count in range(1, devices + 1))] for role in roles]
-    for chosen in itertools.product(*layouts):
+    for *chosen, streaming in itertools.product(*layouts, (False, True)):
         named = {f"[{role[0]}]{role[1:]}": {"layout": layout} for role, layout in zip(roles, chosen, strict=True)}
         for strategy in ("flattening", "interleaving"):
-            yield validate(PlacementSection, {"strategy": strategy, "stages": named}, "test")
+            data = {"strategy": strategy, "streaming": streaming, "stages": named}
+            yield validate(PlacementSection, data, "test")
         for count in range(1, devices + 1):
             for sizes in itertools.product(range(1, devices + 1), repeat=count):
                 if sum(sizes) != devices:
@@ -133,7 +139,7 @@ def every_section(setting: SearchedRun, devices: int) -> Iterator[PlacementSecti
                         for (key, entry), place in zip(named.items(), places, strict=True)
                     }
                     pools = {f"p{number}": size for number, size in enumerate(sizes)}
-                    data = {"strategy": "interleaving", "pools": pools, "stages": stages}
+                    data = {"strategy": "interleaving", "streaming": streaming, "pools": pools, "stages": stages}
                     yield validate(PlacementSection, data, "test")
 
 
@@ -159,7 +165,8 @@ def test_it_finds_what_looking_at_every_plan_finds(
 ) -> None:
     devices = data.draw(st.integers(1, 3), label="devices")
     number = 2 if devices == 3 else 3
-    roles = data.draw(st.permutations(ROLES), label="roles")[:number]
+    others = data.draw(st.permutations(ROLES[1:]), label="roles")
+    roles = [*(ROLES[:1] if data.draw(st.booleans(), label="generation") else []), *others][:number]
     seconds = {role: data.draw(SECONDS, label=role) for role in roles}
     memory = {role: data.draw(st.sampled_from([1, 2, 5]), label=f"memory of {role}") for role in roles}
     memory |= {} if on_gpu else {"cores": 1}
@@ -174,8 +181,115 @@ def test_it_finds_what_looking_at_every_plan_finds(
     assert cost is not None
     assert cost[0] == pytest.approx(least)
     assert bound(table) <= least + 1e-6
-    proposed = evaluate(setting, section_of(found.plan, table.calls, setting.config.placement, 0))
+    proposed = evaluate(setting, section_of(found.plan, table.calls, 0))
     assert proposed.seconds == pytest.approx(least), "what it says is what the section says"
+
+
+@pytest.mark.parametrize(
+    ("gib", "streaming", "seconds"), [(10, True, 6.0), (8, False, 10.0)], ids=["room for both", "for one alone"]
+)
+def test_a_scorer_streams_where_that_is_faster_and_both_have_room_at_the_same_time(
+    shared_smallest: Path, gib: int, streaming: bool, seconds: float
+) -> None:
+    measured = Measured({"generation": [4.0], "reward": [6.0]}, {"generation": 5, "reward": 4})
+    setting = setting_of(shared_smallest, ("generation", "reward"), measured, 0, 2, gib)
+    table = PlanTable(setting)
+    found = explore(table)
+    assert found.plan is not None
+    assert (found.plan.streaming, table.cost(found.plan)[0]) == (streaming, seconds)  # type: ignore[index]
+    section = validate(PlacementSection, {"streaming": True}, "test")
+    if streaming:
+        assert evaluate(setting, section).seconds == seconds
+    else:
+        with pytest.raises(ImpossiblePlanError, match=r"at the same time need 9\.0 GiB together of 8\.0 GiB"):
+            evaluate(setting, section)
+
+
+@dataclass
+class Jobs(Measured):
+    """The same stages as jobs: each waits in the queue, and arrays have a further job that publishes."""
+
+    queue: float = 0.0
+    finish: float = 0.0
+
+    def predict(self, node: Node, graph: Graph) -> Prediction | None:
+        """What it takes, its queue, and what finishes it."""
+        found = super().predict(node, graph)
+        finish = self.finish if node.workload in ("generation", "scoring") else 0.0
+        return None if found is None else replace(found, queue=self.queue, finish=finish)
+
+
+def on_scheduler(
+    setting: SearchedRun, gpus: int, *, detached: bool = False, parallel: int | None = None
+) -> SearchedRun:
+    executor = {"kind": "slurm", "parallel": parallel, "resources": {"gpus": gpus}}
+    config = setting.config.model_copy(update={"executor": validate(ExecutorSection, executor, "executor")})
+    return replace(
+        setting,
+        config=config,
+        cluster_of=lambda config: Cluster(config.executor, config.placement, 0, 2, parallel=2),
+        detached=detached,
+    )
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), gpus=st.integers(1, 3), detached=st.booleans(), few=st.sampled_from([0, 5000]))
+def test_of_a_schedulers_jobs_it_finds_what_trying_all_layouts_finds(
+    shared_smallest: Path, data: st.DataObject, gpus: int, detached: bool, few: int
+) -> None:
+    others = data.draw(st.permutations(ROLES[1:]), label="roles")
+    roles = ("generation", *others[:3])
+    seconds = {role: data.draw(SECONDS, label=role) for role in roles}
+    gib = {role: data.draw(st.sampled_from([1, 2, 5, 9]), label=f"memory of {role}") for role in roles}
+    jobs = Jobs(seconds, gib, *data.draw(st.tuples(st.integers(0, 5), st.integers(0, 5)), label="queue, finish"))
+    parallel = None if detached else data.draw(st.sampled_from([None, 1, 2]), label="at once")
+    setting = setting_of(shared_smallest, roles, jobs, 1, 1, 8)
+    setting = on_scheduler(setting, gpus, detached=detached, parallel=parallel)
+    table = PlanTable(setting)
+    found = explore(table, few=few)
+    trainings = [role for role in roles if role in ("training", "critic")]
+    least = math.inf
+    for *counts, streaming in itertools.product(*[[None, *range(1, gpus + 1)]] * len(trainings), (False, True)):
+        layouts = {
+            f"[{role[0]}]{role[1:]}": {"layout": {} if count is None else {"dp": count}}
+            for role, count in zip(trainings, counts, strict=True)
+        }
+        try:
+            section = validate(PlacementSection, {"streaming": streaming, "stages": layouts}, "test")
+            least = min(least, evaluate(setting, section).seconds)
+        except ImpossiblePlanError:
+            continue
+    if found.plan is None:
+        assert least == math.inf
+        return
+    cost = table.cost(found.plan)
+    assert cost is not None
+    assert cost[0] == pytest.approx(least)
+    assert bound(table) <= least + 1e-6
+    assert not (detached and found.plan.streaming), "jobs that wait for the end of others"
+    streaming = found.plan.streaming
+    proposed = evaluate(setting, jobs_section(found.plan, table.calls, setting.config.placement, streaming=streaming))
+    assert proposed.seconds == pytest.approx(least), "what it says is what the section says"
+    assert proposed.memory <= 8 * GIB
+
+
+def test_the_queue_of_every_job_and_of_those_that_finish_arrays_is_in_the_plan(shared_smallest: Path) -> None:
+    measured = Jobs({"generation": [4.0], "reward": [6.0], "training": [5.0, 3.0]}, {}, queue=10.0, finish=2.0)
+    setting = setting_of(shared_smallest, ("generation", "reward", "training"), measured, 1, 1, 8)
+    setting = on_scheduler(setting, 2)
+    run = evaluate(setting, PlacementSection())
+    assert run.seconds == (10 + 4 + 2) + (10 + 6 + 2) + (10 + 3), "one after another, each with its queue"
+    assert error_of(run) > 0.5 * 34, "a queue is never known as well as what stages take"
+    held = 4 * 4 + 4 * 6 + 2 * 3
+    assert run.device_hours == pytest.approx(held / 3600), "four tasks of each array, two GPUs of the training's node"
+    pools = {"generation": {"partition": "l40s"}, "training": {"partition": "h100"}}
+    written = validate(PlacementSection, {"strategy": "separation", "pools": pools}, "test")
+    answer = search_plan(replace(setting, config=setting.config.model_copy(update={"placement": written})))
+    assert answer.fixed.keys() == {"as written"}
+    assert answer.found is not None
+    assert answer.found.section.pools == written.pools, "where its jobs go is left as it is"
+    assert answer.found.section.streaming, "the scorer waits in the queue while the generation computes"
+    assert answer.found.seconds < answer.fixed["as written"].seconds
 
 
 LLAMA = {

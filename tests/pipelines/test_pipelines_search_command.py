@@ -1,13 +1,14 @@
 """`pipeline plan search`: what it prints and writes, that a run takes it, and what the report says afterwards."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pipelines_smallest import FinishedRun, pipeline, write_smallest
 from test_pipelines_plan import refused, said
-from test_pipelines_search import large
+from test_pipelines_search import Jobs, large, on_scheduler, setting_of
 
 from contracts.config import validate
 from contracts.errors import UserError
@@ -49,6 +50,19 @@ def test_a_plan_is_written_and_read_with_what_is_expected_of_it(tmp_path: Path) 
     other = load_run_config("llama3-8b-ppo", [f"placement={file}", "placement.strategy=separation"])
     assert other.placement.expected is not None
     assert other.placement.expectation is None, "it was changed since"
+
+
+def test_of_a_job_and_of_a_scorer_that_follows_it_expects_what_a_report_measures(shared_smallest: Path) -> None:
+    roles = ("generation", "reward", "training")
+    measured = Jobs({"generation": [4.0], "reward": [2.0], "training": [5.0]}, {}, queue=3.0, finish=2.0)
+    setting = on_scheduler(setting_of(shared_smallest, roles, measured, 1, 1, 8), 1)
+    _, section = searched(setting, seed=0, seconds=60)
+    assert section.streaming
+    assert section.expected is not None
+    expected = section.expected.stages
+    assert expected["training"].seconds == [3 + 5], "with its queue, and without the job that finishes it"
+    assert expected["training"].error == pytest.approx(math.hypot(0.1 * 5, 3) / 8, rel=1e-3)
+    assert expected["reward"].seconds == [4 + 2], "from the generation's beginning until that is published"
 
 
 @pytest.mark.slow
@@ -126,6 +140,27 @@ def test_mistakes_are_named_before_anything_is_searched(smallest: Path, capsys: 
     assert "--lags is '0,x'; it must be numbers" in refused(capsys, *search, "--lags", "0,x")
     assert "a plan is a YAML file" in refused(capsys, *search, "--output", "plan.json")
     assert "--seconds is 0; it must be more than 0" in refused(capsys, *search, "--seconds", "0")
+
+
+def test_of_a_schedulers_jobs_both_ways_are_told(
+    smallest: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RATCHET_PROFILES", "off")
+    monkeypatch.setenv("RATCHET_VARIANT", "auto")
+    search = ("plan", "search", str(smallest), "executor=slurm", "--iters", "1")
+    attached, detached = json.loads(said(capsys, *search, "--json"))["searches"]
+    assert (attached["way"], detached["way"]) == ("attached", "detached")
+    seconds = [{row["name"]: row["seconds"] for row in view["plans"]} for view in (attached, detached)]
+    assert seconds[1]["as written"] > seconds[0]["as written"] + 60, "each training has a job more, which waits too"
+    assert seconds[0]["found"] < seconds[0]["as written"], "streaming, which a detached run cannot have"
+    assert detached["found"].get("streaming", False) is False
+    assert "none of its jobs has been seen: 60 s in the queue are assumed of each" in attached["devices"]
+    (alone,) = json.loads(said(capsys, *search, "executor.stages.light=local", "--json"))["searches"]
+    assert alone["way"] == "attached", "what runs here takes a driver"
+    monkeypatch.setenv("RATCHET_VARIANT", "auto")  # it was decided for jobs without GPUs
+    unknown = refused(capsys, *search, "executor.resources.gpus=8")
+    assert "stages ask slurm for GPUs, and no job has been seen yet that had one" in unknown
+    assert unknown in refused(capsys, "plan", "simulate", *search[2:], "executor.resources.gpus=8")
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from pipelines.planning.simulation import (
     simulate,
     with_queue,
 )
-from pipelines.run.events import RunStarted, StagePublished, StageStarted
+from pipelines.run.events import RunStarted, StageFailed, StagePublished, StageStarted
 
 GIB = 1 << 30
 SECONDS = {"generation": 60.0, "reward": 20.0, "reference": 20.0, "training": 100.0}
@@ -167,6 +167,23 @@ def test_waiting_for_a_scheduler_holds_no_device(shared_smallest: Path) -> None:
     for one in found.values():
         assert one.start - one.asked == pytest.approx(5.0)
         assert one.held == pytest.approx(10.0)
+
+
+def test_a_job_that_publishes_what_others_made_holds_no_device_and_keeps_later_stages_waiting(
+    shared_smallest: Path,
+) -> None:
+    config, cluster, graph = planned(shared_smallest, {"strategy": "flattening"})
+    order = in_order(graph, config)
+    alone = simulate(order, cluster, predict_all(graph, Known()))
+    known = {
+        name: replace(one, finish=30.0) if name == "iteration-001/training" else one
+        for name, one in alone.predictions.items()
+    }
+    found = simulate(order, cluster, known)
+    training = found.times["iteration-001/training"]
+    assert training.end == alone.times["iteration-001/training"].end + 30.0
+    assert training.held == alone.times["iteration-001/training"].held
+    assert found.times["iteration-001/heldout/generation"].start >= training.end
 
 
 def test_what_has_time_to_spare_gains_nothing_by_being_faster(shared_smallest: Path) -> None:
@@ -323,8 +340,16 @@ def test_what_the_driver_takes_is_read_from_the_events_of_a_run() -> None:
         started(0.5, "b"),
         started(0.9, "c", "follows a"),
         StagePublished(time=10.75, stage="a", key=""),
+        started(11.5, "d"),
         StagePublished(time=21.0, stage="b", key=""),
+        StageFailed(time=21.5, stage="d", attempt="attempt-1", kind="transient", how="was killed", retry_in=9.0),
+        StagePublished(time=22.0, stage="c", key=""),
+        started(31.0, "d", "not made yet"),
+        StagePublished(time=41.125, stage="d", key=""),
     ]
-    assert driver_costs(events, {"a": 10.0, "b": 20.0}) == DriverCosts(0.25, 0.5)
-    assert driver_costs(events) == DriverCosts(0.25, 0.0)
-    assert driver_costs(events[:1]) is None
+    took = {"a": 10.0, "b": 20.0, "d": 10.0}
+    assert driver_costs(events, took) == DriverCosts(0.5, 0.375), "without pauses, and the mean of what is left"
+    assert driver_costs(events) == DriverCosts(0.5, 0.0)
+    assert driver_costs(events[:2]) is None
+    late = [*events[:5], StagePublished(time=11.0, stage="b", key="")]
+    assert driver_costs(late, {"a": 10.0, "b": 10.0}) == DriverCosts(0.25, 0.375), "the end of a kept it from that of b"

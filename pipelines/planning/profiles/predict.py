@@ -19,6 +19,7 @@ import msgspec
 
 from contracts.operations import Operations
 from pipelines.config.executor import HERE
+from pipelines.config.selecting import ARRAYS
 from pipelines.graph import Graph, Node
 from pipelines.planning.prediction import Basis, Prediction
 from pipelines.planning.profiles import analytic
@@ -38,6 +39,8 @@ SPREAD = 1.5
 """How many times as much the largest amount must be as the smallest, for a line through them."""
 QUEUE_SECONDS = 60.0
 """What a scheduler is assumed to take where no job of it has been seen."""
+FINISH_SECONDS = QUEUE_SECONDS + analytic.LIGHT_START_SECONDS
+"""The same for the job that finishes a stage: its queue, and the start of its process."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class ProfilePredictor:
         parallel: int = 1,
         warm: bool = True,
         cores: int | None = None,
+        detached: bool = False,
     ) -> None:
         """Know some profiles.
 
@@ -100,6 +104,8 @@ class ProfilePredictor:
             parallel: stages at once, of which each may have to load what a later one finds there.
             warm: whether later stages find what earlier ones have loaded (executor.warm).
             cores: that the processes of a stage share while they start; None: each has enough.
+            detached: whether no driver takes note of the end of a scheduler's jobs, so that a training has a further
+                job that does, as arrays have in any case.
         """
         self.device = name_of(device)
         self.sheet = sheet or sheet_of(device)
@@ -108,8 +114,13 @@ class ProfilePredictor:
         self._parallel = parallel
         self._warm = warm
         self._cores = cores
+        self._finished = (*ARRAYS, *(("training",) if detached else ()))
         self._rows: dict[tuple[str, str], list[Profile]] = {}
         for row in reversed(latest_of_each(profiles)):
+            if row.executor not in HERE:
+                if row.finish is None:
+                    continue  # of an earlier version, which has another job's queue in its start
+                row = msgspec.structs.replace(row, first=True, expected=True)  # each job has processes of its own
             row = msgspec.structs.replace(row, device=name_of(row.device))
             self._rows.setdefault((row.stage, row.variant), []).append(row)
         self._known: dict[Task, tuple[_Judged, float, str] | None] = {}
@@ -136,11 +147,16 @@ class ProfilePredictor:
             start=costs.start,
             handoff=costs.handoff,
             queue=0.0 if task.executor in HERE else self._queue(task),
+            finish=self._finish(task) if task.executor not in HERE and node.workload in self._finished else 0.0,
             memory=peak,
             basis=judged.basis,
             error=error,
             source=source,
         )
+
+    def has_seen(self, executor: str) -> bool:
+        """Whether any stage is known that has run there."""
+        return any(row.executor == executor for rows in self._rows.values() for row in rows)
 
     def task_of(self, node: Node, graph: Graph) -> Task:
         """What of a placed stage decides how long it takes."""
@@ -160,7 +176,7 @@ class ProfilePredictor:
             work=amount.work,
             rows=amount.rows,
             bytes=amount.bytes,
-            first=first,
+            first=first or executor not in HERE,
             loaded=loaded or not self._warm or executor not in HERE,
         )
 
@@ -197,7 +213,8 @@ class ProfilePredictor:
         tier = min(tiers)
         near = sorted(tiers[tier], key=lambda row: self._distance(task, row))[:NEAREST]
         ratios = [self._ratios(task, row) for row in near]
-        alike = any(row.first == task.first for row in _begun_as(task, near))
+        begun = (task.first, task.executor in HERE)
+        alike = any((row.first, row.executor in HERE) == begun for row in _begun_as(task, near))
         return _Judged(
             Costs(
                 start=self._start(task, near),
@@ -273,8 +290,20 @@ class ProfilePredictor:
         return abs(math.log(max(ratios.compute, 1e-9)))
 
     def _queue(self, task: Task) -> float:
-        waits = [row.queue for rows in self._rows.values() for row in rows if row.executor == task.executor]
-        return _median(waits) if waits else QUEUE_SECONDS
+        """What jobs of stages alike have waited, which asked for as much; else all jobs of the scheduler."""
+        jobs = [row for rows in self._rows.values() for row in rows if row.executor == task.executor]
+        alike = [row for row in jobs if row.stage == task.stage]
+        return _median(row.queue for row in alike or jobs) if jobs else QUEUE_SECONDS
+
+    def _finish(self, task: Task) -> float:
+        """What the jobs took that published what tasks had made; those that finish trainings are alike."""
+        waits = [
+            row.finish
+            for rows in self._rows.values()
+            for row in rows
+            if row.executor == task.executor and row.finish is not None and _is_array(row)
+        ]
+        return _median(waits) if waits else FINISH_SECONDS
 
     # By a data sheet
 
@@ -337,6 +366,10 @@ def _tier(task: Task, row: Profile) -> int | None:
     if task.work.layout != row.work.layout or task.threads != row.threads:
         return 2
     return 0 if task.work == row.work and task.code == row.code else 1
+
+
+def _is_array(row: Profile) -> bool:
+    return row.work is not None and row.work.kind != "training"
 
 
 def _processes(one: Task | Profile) -> int:

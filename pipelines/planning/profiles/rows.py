@@ -33,11 +33,13 @@ class Timing:
     queue: float
     """Until its first process was started."""
     life: float
-    """From then to the end of its last one."""
+    """From then to the end of its last one, without the job that publishes what tasks have made."""
     lag: float
     """From then until it counted as published."""
     tasks: int = 1
     """Jobs that shared its shards."""
+    is_array: bool = False
+    """Whether a job of its own has published what the tasks made."""
     threads: int = 0
     """OMP_NUM_THREADS; 0: not known."""
 
@@ -80,6 +82,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     load: float = 0.0
     compute: float = 0.0
     handoff: float = 0.0
+    finish: float | None = None
+    """Of a stage that was a scheduler's jobs: from the end of those that worked until it counted as published, and so
+    the queue and the work of the job that finished it, if there was one."""
     wait: float = 0.0
     """For a stage that it followed."""
     cpu: float | None = None
@@ -250,15 +255,17 @@ def _spent(seconds: Mapping[str, float], timing: Timing, copies: int, here: bool
     before = seconds.get("prepare", 0.0) + seconds.get("import", 0.0)
     load, save = seconds.get("load", 0.0) / sharing, seconds.get("save", 0.0) / sharing
     check, measured = seconds.get("check", 0.0), seconds.get("compute", 0.0)
-    handoff = save + check + timing.lag
-    if timing.tasks > 1:
+    handoff = save + check
+    if timing.tasks > 1 or timing.is_array:
         compute = measured / sharing
-        start = max(0.0, timing.life - load - compute - save - check - wait)
+        handoff = save  # what checks is the job that publishes
+        start = max(0.0, timing.life - load - compute - save - wait)
     else:
         if measured > 1.02 * sharing * total + 0.1:
             return None
         compute = max(0.0, total - wait - before - load - save - check)
         start = max(0.0, timing.life - total) + before
+    spent = {"load": load, "compute": compute, "wait": wait}
     if here:
-        return {"start": start + timing.queue, "load": load, "compute": compute, "handoff": handoff, "wait": wait}
-    return {"queue": timing.queue, "start": start, "load": load, "compute": compute, "handoff": handoff, "wait": wait}
+        return {**spent, "start": start + timing.queue, "handoff": handoff + timing.lag}
+    return {**spent, "queue": timing.queue, "start": start, "handoff": handoff, "finish": timing.lag}

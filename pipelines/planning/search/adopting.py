@@ -5,7 +5,7 @@ import random
 import statistics
 from dataclasses import dataclass
 
-from pipelines.planning.search.evaluation import ExpectedRun
+from pipelines.planning.search.evaluation import QUEUE, ExpectedRun
 
 DRAWS = 200
 FEW_DRAWS = 60
@@ -13,6 +13,9 @@ FEW_DRAWS = 60
 SURE = 0.95
 """The share of the draws in which the found plan has to be the faster one."""
 
+
+QUEUE_ERROR = 1.0
+"""The error of a scheduler's queue: what else is in it when a job comes nobody knows."""
 
 UNSEEN = 1.0
 """The error of stages in a layout that no run has shown, where nothing stated is larger. What is stated of scaled
@@ -48,12 +51,13 @@ def compare(found: ExpectedRun, fixed: ExpectedRun, *, seed: int = 0) -> PlanCom
     prediction's error as its standard deviation). Where both plans have a stage in the same layout the factor is the
     same in both, so that this error cancels; another layout of the stage has another factor, as if nothing that is
     wrong about the one were wrong about the other; if it was never seen, its error is at least UNSEEN.
-    What running in advance itself is wrong by (RUN_ERROR) is drawn for each plan.
+    What running in advance itself is wrong by (RUN_ERROR) is drawn for each plan, and a scheduler's queue (QUEUE_ERROR)
+    for both.
     """
     errors = errors_of(fixed)
     for shape, error in errors_of(found).items():
         if shape not in errors:
-            errors[shape] = error if shape in measured_of(found) else max(error, UNSEEN)
+            errors[shape] = error if shape in {QUEUE, *measured_of(found)} else max(error, UNSEEN)
     if found.section == fixed.section:
         return PlanComparison(0.0, 0.0, 0.0)
     chance = random.Random(f"runs {seed}")
@@ -76,6 +80,8 @@ def errors_of(run: ExpectedRun) -> dict[str, float]:
     for name, prediction in run.simulation.predictions.items():
         shape = run.shapes[name]
         found[shape] = max(found.get(shape, 0.0), prediction.error)
+        if prediction.queue:
+            found[QUEUE] = QUEUE_ERROR
     return found
 
 

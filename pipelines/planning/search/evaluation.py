@@ -17,14 +17,24 @@ from pipelines.graph import Graph, Node, Placement
 from pipelines.planning.cluster import Cluster
 from pipelines.planning.estimates import memory
 from pipelines.planning.memory import Device, size
-from pipelines.planning.placement import place, place_stage
+from pipelines.planning.placement import place, place_stage, written_sizes
 from pipelines.planning.prediction import Prediction, Predictor
 from pipelines.planning.preflight import device_mistakes, layout_requirements
-from pipelines.planning.scheduling import in_order, streams
-from pipelines.planning.search.layouts import Option, Options, RoleStages, calls_of, needed_memory
+from pipelines.planning.scheduling import Streams, in_order, streams
+from pipelines.planning.search.layouts import (
+    Option,
+    Options,
+    RoleStages,
+    calls_of,
+    calls_on_scheduler,
+    needed_memory,
+)
 from pipelines.planning.search.plans import WHOLE, PlanChoice, offsets
 from pipelines.planning.simulation import DriverCosts, Simulation, Surroundings, contention, simulate, unknown_in_words
 from pipelines.planning.strategies import placements
+
+QUEUE = "queue"
+"""What a scheduler's queue is called among the shapes, whose errors are drawn."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +52,36 @@ class SearchedRun:
     threads: int = 1
     """Of each process, on a machine without GPUs."""
     driver: DriverCosts = field(default=DriverCosts())
+    detached: bool = False
+    """Whether a scheduler's jobs are submitted all at once, and no driver stays."""
+
+    @functools.cached_property
+    def is_jobs(self) -> bool:
+        """Whether every stage that uses devices is a scheduler's jobs, so that no plan gives it devices."""
+        heavy = [node for node in self.graph.nodes.values() if node.stage.uses_devices(node.config)]
+        return bool(heavy) and not any(self.config.executor.entry(node).kind in HERE for node in heavy)
+
+    @functools.cached_property
+    def on_gpu(self) -> bool:
+        """Whether stages that use devices compute on GPUs."""
+        cluster = self.cluster_of(self.config)
+        if not self.is_jobs:
+            return cluster.gpus > 0
+        return cluster.scheduler_has_gpus and self.config.executor.asks_gpus
 
     def with_section(self, section: PlacementSection) -> RunConfig:
         """The config with another plan."""
         return self.config.model_copy(update={"placement": section})
 
     @functools.cached_property
-    def unrelated(self) -> dict[str, set[str]]:
-        """By stage those that it neither needs nor is needed by, so that both can run at the same time."""
+    def streams(self) -> Streams:
+        """Which stages follow which where they may."""
+        section = self.config.placement.model_copy(update={"streaming": True})
+        return streams(self.graph, self.with_section(section))
+
+    @functools.cached_property
+    def _unrelated(self) -> dict[str, set[str]]:
+        """By stage those that it neither needs nor is needed by."""
         before: dict[str, set[str]] = {}
         for node in self.graph.nodes.values():
             needs = [need for need in node.needs if need in before]
@@ -62,6 +94,18 @@ class SearchedRun:
             for name in names
         }
 
+    def beside(self, *, streaming: bool) -> Mapping[str, set[str]]:
+        """By stage those that can run at the same time: neither needs the other, or it follows it."""
+        return self._following if streaming else self._unrelated
+
+    @functools.cached_property
+    def _following(self) -> dict[str, set[str]]:
+        found = {name: set(others) for name, others in self._unrelated.items()}
+        for follower, (maker, _) in self.streams.items():
+            found[follower].add(maker)
+            found[maker].add(follower)
+        return found
+
 
 @dataclass(frozen=True)
 class ExpectedRun:
@@ -71,6 +115,8 @@ class ExpectedRun:
     simulation: Simulation
     shapes: Mapping[str, str]
     """By stage what decides the error of its prediction: its role and its layout."""
+    largest: int = 0
+    """Bytes on a device of the stage of a scheduler's jobs that takes most."""
 
     @property
     def seconds(self) -> float:
@@ -85,12 +131,12 @@ class ExpectedRun:
     @property
     def memory(self) -> int:
         """Bytes on the fullest device, of what is predicted."""
-        return max((peak for peak, _ in self.simulation.memory.values()), default=0)
+        return max((peak for peak, _ in self.simulation.memory.values()), default=self.largest)
 
     @property
     def idle(self) -> float:
         """The share of all devices' time in which no stage has them."""
-        if not self.simulation.cluster.is_divided:
+        if not self.simulation.cluster.is_divided and not self.simulation.cluster.executor.is_remote:
             return min(self.simulation.idle.values(), default=0.0)
         owned = self.simulation.owned_seconds
         return max(0.0, 1 - self.simulation.held_seconds / owned) if owned else 0.0
@@ -105,9 +151,14 @@ class ExpectedRun:
         return {basis: seconds / total for basis, seconds in sorted(found.items())} if total else {}
 
     def seconds_with(self, factors: Mapping[str, float]) -> float:
-        """Of the run, if stages of these shapes took so many times what is predicted."""
-        seen = self.simulation
-        scaled = {name: one.faster(1 - factors[self.shapes[name]]) for name, one in seen.predictions.items()}
+        """Of the run, if stages of these shapes took so many times what is predicted, and so did the queue."""
+        seen, queue = self.simulation, factors.get(QUEUE, 1.0)
+        scaled = {
+            name: replace(
+                one.faster(1 - factors[self.shapes[name]]), queue=queue * one.queue, finish=queue * one.finish
+            )
+            for name, one in seen.predictions.items()
+        }
         return simulate(seen.order, seen.cluster, scaled, seen.surroundings).total
 
 
@@ -135,8 +186,9 @@ def evaluate(setting: SearchedRun, section: PlacementSection) -> ExpectedRun:
         raise ImpossiblePlanError("async is for runs with a lag, which this one has not.")
     if section.strategy == "colocated" and not config.executor.warm:
         raise ImpossiblePlanError("colocated is for processes that stay, but executor.warm is false.")
-    cluster = setting.cluster_of(config)
-    on_gpu = cluster.gpus > 0
+    if section.streaming and setting.detached:
+        raise ImpossiblePlanError("placement.streaming takes a driver that stays.")
+    cluster, on_gpu, room_of_all = setting.cluster_of(config), setting.on_gpu, setting.device.bytes
     try:
         graph = place(setting.graph, cluster)
         for mistake in device_mistakes(graph, cluster):
@@ -159,11 +211,11 @@ def evaluate(setting: SearchedRun, section: PlacementSection) -> ExpectedRun:
             needed = 0  # what it takes is the machine's
         room = int((estimate.share if estimate is not None else 1.0) * setting.device.bytes)
         sizes[name] = needed
-        if needed > room and cluster.executor.entry(node).kind in HERE:
+        if needed > room and room_of_all and (setting.is_jobs or cluster.executor.entry(node).kind in HERE):
             raise ImpossiblePlanError(f"{name} needs {size(needed)} of {size(room)} on {setting.device.name}.")
     order = in_order(graph, config)
-    most = most_together(order, sizes, setting.unrelated, cluster, setting.device.bytes)
-    if most > setting.device.bytes:
+    most = most_together(order, sizes, setting.beside(streaming=section.streaming), cluster, room_of_all)
+    if most > room_of_all and not setting.is_jobs:
         raise ImpossiblePlanError(
             f"stages that may run at the same time need {size(most)} together of {size(setting.device.bytes)} on "
             f"{setting.device.name}."
@@ -173,7 +225,8 @@ def evaluate(setting: SearchedRun, section: PlacementSection) -> ExpectedRun:
             f"what stays loaded needs {size(kept)} together of {size(setting.device.bytes)} on {setting.device.name}."
         )
     surroundings = Surroundings(streams(graph, config), setting.driver, *contention(order, cluster, setting.threads))
-    return ExpectedRun(section, simulate(order, cluster, predictions, surroundings), shapes_of(graph))
+    largest = max(sizes.values(), default=0) if setting.is_jobs else 0
+    return ExpectedRun(section, simulate(order, cluster, predictions, surroundings), shapes_of(graph), largest)
 
 
 def shapes_of(graph: Graph) -> dict[str, str]:
@@ -191,7 +244,7 @@ def shape_of(node: Node) -> str:
 def most_together(
     order: Iterable[Node],
     sizes: Mapping[str, int],
-    unrelated: Mapping[str, set[str]],
+    beside: Mapping[str, set[str]],
     cluster: Cluster,
     room: int,
 ) -> int:
@@ -199,8 +252,11 @@ def most_together(
     machine where it has no GPU, or that of GPUs which several stages have at once. No more is found out than whether
     it is more than there is room for.
 
-    Stages that need each other never run at the same time, nor do those with a device in common that each has for
-    itself.
+    Stages that need each other never run at the same time unless one follows the other, nor do those with a device in
+    common that each has for itself.
+
+    Args:
+        beside: by stage those that can run at the same time (`SearchedRun.beside`).
     """
     if cluster.gpus and (cluster.is_divided or cluster.parallel == 1):
         return max(sizes.values(), default=0)
@@ -219,7 +275,7 @@ def most_together(
 
     def go_together(one: str, other: str) -> bool:
         mine, theirs = places[one], places[other]
-        if other not in unrelated[one] or mine is None or theirs is None:
+        if other not in beside[one] or mine is None or theirs is None:
             return False
         return not (mine.exclusive and theirs.exclusive and mine.devices and mine.bits & theirs.bits)
 
@@ -270,20 +326,23 @@ class PlanTable:
         self._seen: dict[tuple[str, int, bool], list[Option]] = {}
         self._clusters = {
             divided: setting.cluster_of(
-                setting.with_section(
-                    PlacementSection(
-                        strategy="interleaving" if divided else "flattening",
-                        streaming=setting.config.placement.streaming,
-                    )
-                )
+                setting.config
+                if setting.is_jobs
+                else setting.with_section(PlacementSection(strategy="interleaving" if divided else "flattening"))
             )
             for divided in (False, True)
         }
         whole = self._clusters[False]
-        self.devices = whole.devices
-        self.on_gpu = whole.gpus > 0
-        self.calls = calls_of(setting.graph, whole)
-        self.options = options or Options(setting.graph, whole, self._clusters[True], setting.device, setting.predictor)
+        self.devices = 0 if setting.is_jobs else whole.devices
+        """Of this machine, to divide."""
+        self.on_gpu = setting.on_gpu
+        if setting.is_jobs:
+            self.calls = calls_on_scheduler(setting.graph, place(setting.graph, whole), whole)
+        else:
+            self.calls = calls_of(setting.graph, whole)
+        self.options = options or Options(
+            setting.graph, whole, self._clusters[True], setting.device, setting.predictor, on_gpu=self.on_gpu
+        )
         self.evaluated = 0
         self.out_of_room = 0
         """Plans whose stages fit one by one, but not together."""
@@ -294,11 +353,12 @@ class PlanTable:
         for divided, cluster in self._clusters.items():
             given = placements(setting.graph, cluster)
             self._others[divided] = {
-                name: place_stage(node, given[name], {}, cluster)
+                name: place_stage(node, given[name], written_sizes(node, cluster.placement), cluster)
                 for name, node in setting.graph.nodes.items()
                 if node.role not in roles
             }
-        self.streams = streams(setting.graph, setting.config)
+        self.streams = setting.streams
+        """Which stages follow which in plans with streaming."""
         self._sizes: dict[str, int] = {}
         self.unknown: list[str] = []
         """Stages without devices of which nothing is known."""
@@ -314,8 +374,16 @@ class PlanTable:
         self._nodes: dict[tuple[str, Placement, tuple[tuple[str, object], ...]], Node] = {}
         self._costs: dict[PlanChoice, tuple[float, ...] | None] = {}
 
+    def can_stream(self, plan: PlanChoice) -> bool:
+        """Whether a stage can have devices beside the one that it follows."""
+        if not self.streams or self.setting.detached:
+            return False
+        return self.setting.is_jobs or plan.divided or self._clusters[False].parallel > 1
+
     def devices_of(self, plan: PlanChoice) -> list[tuple[int, ...]]:
         """What the plan gives each role."""
+        if self.setting.is_jobs:
+            return [tuple(range(call.asked or 0)) for call in self.calls]
         everything = tuple(range(self.devices))
         if not plan.divided:
             return [everything] * len(self.calls)
@@ -385,6 +453,10 @@ class PlanTable:
             option = next((one for one in options if one.layout == plan.layouts[number]), None)
             if option is None:
                 return None
+            if call.asked is not None:
+                for node, prediction in zip(option.nodes, option.predictions, strict=True):
+                    nodes[node.name], predictions[node.name] = node, prediction
+                continue
             numbers = devices if plan.divided or self.on_gpu else (0,)
             pool = "" if plan.places[number] == WHOLE or not plan.divided else str(plan.places[number])
             kind = option.nodes[0].placement.executor if option.nodes[0].placement else ""
@@ -396,10 +468,12 @@ class PlanTable:
                 nodes[node.name], predictions[node.name], sizes[node.name] = placed, prediction, option.memory
         order = [nodes[name] for name in self._order]
         room = self.setting.device.bytes
-        if most_together(order, sizes, self.setting.unrelated, cluster, room) > room:
+        beside = self.setting.beside(streaming=plan.streaming)
+        if not self.setting.is_jobs and most_together(order, sizes, beside, cluster, room) > room:
             self.out_of_room += 1
             return None
         shared = contention(order, cluster, self.setting.threads)
-        found = simulate(order, cluster, predictions, Surroundings(self.streams, self.setting.driver, *shared))
-        changes = sum(map(bool, plan.layouts)) + len(plan.pools)
+        following = self.streams if plan.streaming else {}
+        found = simulate(order, cluster, predictions, Surroundings(following, self.setting.driver, *shared))
+        changes = sum(map(bool, plan.layouts)) + len(plan.pools) + plan.streaming
         return round(found.total, 6), round(found.held_seconds, 6), plan.divided + changes

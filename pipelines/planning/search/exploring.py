@@ -24,6 +24,8 @@ STEPS = 100
 HOT, COLD = 0.05, 0.002
 """The share of the time by which a change for the worse is accepted with a probability of 1/e, in the first step of a
 chain and in the last one."""
+STREAMED = 50
+"""Of the simple plans, the best ones that are looked at with streaming too."""
 TRIED = 4
 """Layouts of a role that are tried in each place, in the end."""
 
@@ -61,10 +63,19 @@ def explore(table: PlanTable, *, seed: int = 0, seconds: float = math.inf, few: 
 
 
 def shapes(table: PlanTable) -> Iterator[PlanChoice]:
-    """All places, with the layouts left open."""
+    """All places, with streaming and without, with the layouts left open."""
+    for plan in _places(table):
+        yield plan
+        if table.can_stream(plan):
+            yield replace(plan, streaming=True)
+
+
+def _places(table: PlanTable) -> Iterator[PlanChoice]:
     count = len(table.calls)
     nothing: tuple[Layout, ...] = ((),) * count
     yield PlanChoice(False, (), (WHOLE,) * count, nothing)
+    if not table.devices:  # a scheduler's jobs have what they ask for
+        return
     yield PlanChoice(True, (), (WHOLE,) * count, nothing)
     for number in range(1, min(MOST_POOLS, table.devices, count) + 1):
         for pools in divisions(table.devices, number):
@@ -133,6 +144,10 @@ class _Search:
                 if plan is not None and (cost := self.note(plan)) is not None:
                     self.starts.append((cost, plan))
         self.starts.sort(key=lambda start: (start[0], repr(start[1])))
+        for _, plan in self.starts[:STREAMED]:
+            if self.table.can_stream(plan) and (cost := self.note(replace(plan, streaming=True))) is not None:
+                self.starts.append((cost, replace(plan, streaming=True)))
+        self.starts.sort(key=lambda start: (start[0], repr(start[1])))
 
     def _simple(self) -> Iterator[PlanChoice]:
         table = self.table
@@ -140,6 +155,8 @@ class _Search:
         nothing: tuple[Layout, ...] = ((),) * count
         whole = (WHOLE,) * count
         yield PlanChoice(False, (), whole, nothing)
+        if not table.devices:
+            return
         yield PlanChoice(True, (), whole, nothing)
         kinds = [call.workload for call in table.calls]
         scorers = [number for number, kind in enumerate(kinds) if kind == "scoring"]
@@ -178,9 +195,10 @@ class _Search:
     def _changed(self, plan: PlanChoice) -> PlanChoice | None:
         """A neighbour of a plan, by chance; None where the change is none."""
         chance, count = self._chance, len(self.table.calls)
-        change = chance.randrange(6)
+        streams = self.table.can_stream(plan)
+        change = chance.randrange(6 + streams)
         if not plan.divided:
-            change = chance.choice((1, 3))
+            change = chance.choice([1, *([3] if self.table.devices else []), *([6] if streams else [])])
         places = list(plan.places)
         pools = list(plan.pools)
         if change == 0:
@@ -218,10 +236,12 @@ class _Search:
             one, other = sorted(chance.sample(range(len(pools)), 2))
             pools[one] += pools.pop(other)
             places = [one if place == other else place - (place > other) for place in places]
-        else:
+        elif change == 5:
             one, other = chance.randrange(count), chance.randrange(count)
             places[one], places[other] = places[other], places[one]
-        return self._whole_of(PlanChoice(True, tuple(pools), tuple(places), plan.layouts))
+        else:
+            return replace(plan, streaming=not plan.streaming)
+        return self._whole_of(replace(plan, divided=True, pools=tuple(pools), places=tuple(places)))
 
     def _whole_of(self, plan: PlanChoice) -> PlanChoice | None:
         """A plan in its normal form, the pools by their sizes and none empty, each role in a layout that it can have;
@@ -232,11 +252,10 @@ class _Search:
             sizes[largest] += self.table.devices - sum(sizes.values())
         used = sorted(sizes, key=lambda pool: (-sizes[pool], pool))
         number = {pool: index for index, pool in enumerate(used)} | {WHOLE: WHOLE}
-        plan = PlanChoice(
-            True,
-            tuple(sizes[pool] for pool in used),
-            tuple(number[place] for place in plan.places),
-            plan.layouts,
+        plan = replace(
+            plan,
+            pools=tuple(sizes[pool] for pool in used),
+            places=tuple(number[place] for place in plan.places),
         )
         options = self.table.options_of(plan)
         if not all(options):
@@ -254,7 +273,8 @@ class _Search:
         return replace(plan, layouts=tuple(layouts))
 
     def climb(self) -> None:
-        """From the best plan on, every change of one role's place and layout, and of a pool's size, while any helps."""
+        """From the best plan on, every change of one role's place and layout, of a pool's size, and of streaming, while
+        any helps."""
         before = None
         while self.best is not None and self.best != before:
             before = self.best
@@ -264,6 +284,8 @@ class _Search:
                 self.note(plan)
 
     def _neighbours(self, plan: PlanChoice) -> Iterator[PlanChoice]:
+        if self.table.can_stream(plan):
+            yield replace(plan, streaming=not plan.streaming)
         for number in range(len(self.table.calls)):
             for place in range(WHOLE, len(plan.pools)) if plan.divided else (WHOLE,):
                 places = (*plan.places[:number], place, *plan.places[number + 1 :])
@@ -298,7 +320,8 @@ def bound(table: PlanTable) -> float:
     for name, prediction in table.fixed.items():
         seconds[name] = prediction.seconds
     for call in table.calls:
-        options = [option for exclusive in (False, True) for option in table.options.of(call, table.devices, exclusive)]
+        devices = table.devices if call.asked is None else call.asked
+        options = [option for exclusive in (False, True) for option in table.options.of(call, devices, exclusive)]
         for number, node in enumerate(call.nodes):
             seconds[node.name] = min((option.predictions[number].seconds for option in options), default=0.0)
     nodes = [replace(node, placement=None) for node in table.setting.graph.nodes.values()]

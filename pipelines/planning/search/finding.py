@@ -20,7 +20,7 @@ from pipelines.planning.search.evaluation import (
     evaluate,
 )
 from pipelines.planning.search.exploring import BestPlan, bound, explore
-from pipelines.planning.search.plans import fixed_section, section_of
+from pipelines.planning.search.plans import fixed_section, jobs_section, section_of
 from pipelines.text import lasting, plural
 
 AS_WRITTEN = "as written"
@@ -121,7 +121,12 @@ def _evaluated(setting: SearchedRun, table: PlanTable, finding: BestPlan) -> Exp
     """The plan that was found, as the section that says it."""
     if finding.plan is None:
         return None
-    return evaluate(setting, section_of(finding.plan, table.calls, setting.config.placement, setting.graph.lag))
+    plan = finding.plan
+    if setting.is_jobs:
+        section = jobs_section(plan, table.calls, setting.config.placement, streaming=plan.streaming)
+    else:
+        section = section_of(plan, table.calls, setting.graph.lag)
+    return evaluate(setting, section)
 
 
 def plans_of(
@@ -149,26 +154,23 @@ def taking(answer: SearchAnswer, name: str) -> SearchAnswer:
 
 
 def _require_pools_of_this_machine(setting: SearchedRun) -> None:
+    if setting.is_jobs:
+        return
     for name, pool in setting.config.placement.pools.items():
         if pool.partition or pool.nodes:
             raise UserError(
                 f"placement.pools.{name} has {'a partition' if pool.partition else 'nodes'} of a scheduler's cluster, "
-                "but the search is of devices of one machine. Take the pool out, or give the devices in a cluster file."
+                "but stages with a model run on this machine too, whose devices are searched. Take the pool out, let "
+                "all of these stages run by the scheduler, or give the devices in a cluster file."
             )
-    executor = setting.config.executor
-    nodes = setting.graph.nodes.values()
-    if not any(executor.entry(node).kind in HERE for node in nodes if node.stage.uses_devices(node.config)):
-        raise UserError(
-            f"every stage with a model runs by {executor.kind}, which decides what runs beside what; the search is of "
-            "devices of one machine. Set executor=local."
-        )
 
 
 def _fixed(setting: SearchedRun) -> tuple[dict[str, ExpectedRun], dict[str, str]]:
     base = setting.config.placement
-    sections = {str(strategy): fixed_section(strategy, base) for strategy in STRATEGIES}
-    written = base.model_copy(update={"prediction": None})
-    if written.pools or any(entry.pool for entry in written.stages.values()):
+    strategies = () if setting.is_jobs else STRATEGIES
+    sections = {str(strategy): fixed_section(strategy, base) for strategy in strategies}
+    written = base.model_copy(update={"expected": None})
+    if setting.is_jobs or written.pools or any(entry.pool for entry in written.stages.values()):
         sections[AS_WRITTEN] = written
     fixed, impossible = {}, {}
     for name, section in sections.items():
@@ -192,8 +194,9 @@ def _require_known(table: PlanTable) -> None:
     """Raise UserError where stages cannot be planned because nobody knows what they take in any layout."""
     missing = list(table.unknown)
     for call in table.calls:
-        everywhere = [table.options.of(call, table.devices, exclusive) for exclusive in (False, True)]
-        alone = table.options.of(call, 1, True)
+        devices = table.devices if call.asked is None else call.asked
+        everywhere = [table.options.of(call, devices, exclusive) for exclusive in (False, True)]
+        alone = table.options.of(call, 1, True) if call.asked is None else []
         if not any(everywhere) and not alone and table.options.without_cost(call):
             missing.append(call.nodes[-1].name)
     if missing:
@@ -256,11 +259,17 @@ def _draws_won(comparison: PlanComparison) -> str:
 def differences(adopted: ExpectedRun, other: ExpectedRun) -> list[str]:
     """What one plan does otherwise than another: by role where it runs and in which layout."""
     rows = []
+    if adopted.section.streaming != other.section.streaming:
+        rows.append(f"streaming: {_on(adopted.section.streaming)} instead of {_on(other.section.streaming)}")
     before, after = where(other), where(adopted)
     for role, now in after.items():
         if before.get(role) != now:
             rows.append(f"{role}: {now} instead of {before.get(role)}")
     return rows
+
+
+def _on(streaming: bool) -> str:
+    return "scorers start on finished shards" if streaming else "scorers wait for the whole generation"
 
 
 def where(run: ExpectedRun) -> dict[str, str]:
@@ -269,7 +278,10 @@ def where(run: ExpectedRun) -> dict[str, str]:
     for node in run.simulation.order:
         if not node.stage.uses_devices(node.config) or node.placement is None:
             continue
-        found[node.role] = f"{_devices(node.placement.devices, run)}{_layout(node)}"
+        if node.placement.executor in HERE:
+            found[node.role] = f"{_devices(node.placement.devices, run)}{_layout(node)}"
+        else:
+            found[node.role] = f"{node.placement.executor}{_layout(node)}"
     return found
 
 

@@ -1,6 +1,7 @@
 """The layouts of one stage: those that its model can take and its devices hold, with what they are expected to take."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from pipelines.graph import Graph, Node, Placement
 from pipelines.planning.cluster import Cluster
 from pipelines.planning.estimates import memory
 from pipelines.planning.memory import Device, model_paths
-from pipelines.planning.placement import place_stage
+from pipelines.planning.placement import place_stage, written_sizes
 from pipelines.planning.prediction import Prediction, Predictor
 from pipelines.planning.preflight import layout_requirements, origin_of
 
@@ -59,7 +60,9 @@ class RoleStages:
 
     role: str
     nodes: tuple[Node, ...]
-    """In a graph that is not placed."""
+    """In a graph that is not placed; those of a scheduler's jobs know where they go, which no plan changes."""
+    asked: int | None = None
+    """Devices that its jobs ask a scheduler for; None: a plan gives it devices of this machine."""
 
     @property
     def workload(self) -> str:
@@ -69,20 +72,47 @@ class RoleStages:
 
 def calls_of(graph: Graph, cluster: Cluster) -> list[RoleStages]:
     """The roles whose stages a plan can give devices of this machine."""
+    return [RoleStages(role, nodes) for role, nodes in _by_role(graph, cluster, here=True).items()]
+
+
+def calls_on_scheduler(graph: Graph, placed: Graph, cluster: Cluster) -> list[RoleStages]:
+    """The roles whose stages are jobs of a scheduler.
+
+    Args:
+        graph: not placed.
+        placed: the same as it is written.
+    """
+    found = []
+    for role, nodes in _by_role(graph, cluster, here=False).items():
+        there = tuple(replace(node, placement=placed.nodes[node.name].placement) for node in nodes)
+        found.append(RoleStages(role, there, asked=cluster.asked_of(placed.nodes[nodes[-1].name])))
+    return found
+
+
+def _by_role(graph: Graph, cluster: Cluster, *, here: bool) -> dict[str, tuple[Node, ...]]:
     found: dict[str, list[Node]] = {}
     for node in graph.nodes.values():
-        if node.stage.uses_devices(node.config) and cluster.executor.entry(node).kind in HERE:
+        if node.stage.uses_devices(node.config) and (cluster.executor.entry(node).kind in HERE) == here:
             found.setdefault(node.role, []).append(node)
-    return [RoleStages(role, tuple(nodes)) for role, nodes in found.items()]
+    return {role: tuple(nodes) for role, nodes in found.items()}
 
 
 class Options:
     """Finds the options of every role, each once."""
 
-    def __init__(self, graph: Graph, whole: Cluster, divided: Cluster, device: Device, predictor: Predictor) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        whole: Cluster,
+        divided: Cluster,
+        device: Device,
+        predictor: Predictor,
+        *,
+        on_gpu: bool,
+    ) -> None:
         self._graph = graph
         self._clusters = {False: whole, True: divided}
-        self._on_gpu = whole.gpus > 0
+        self._on_gpu = on_gpu
         self._device = device
         self._predictor = predictor
         self._found: dict[tuple[str, int, bool], list[Option]] = {}
@@ -90,6 +120,7 @@ class Options:
         self._usable: dict[tuple[str, int, int, int], bool] = {}
         self._labels = {name: node.stage.label(node.config) for name, node in graph.nodes.items()}
         self._others: dict[tuple[str, str], Graph] = {}
+        self._rooms: dict[str, int] = {}
         self.left_out: dict[str, Counter[str]] = {}
         """By role: how many layouts were left out, for which reasons, over all numbers of devices."""
         self.looked_at = 0
@@ -104,7 +135,9 @@ class Options:
             exclusive: whether it has them for itself; else they are all devices, for as many stages at once as the
                 cluster allows.
         """
-        key = (call.role, devices, exclusive)
+        key = (call.role, devices, exclusive and call.asked is None)
+        if key not in self._found and call.asked is not None:
+            self._found[key] = self._of_jobs(call, devices)
         if key not in self._found:
             given = self._given(call, devices, exclusive)
             found = [*filter(None, [self._as_written(call, given, devices)])]
@@ -114,6 +147,20 @@ class Options:
                 found += self._options(call, given, devices)
             self._found[key] = _best(found)
         return self._found[key]
+
+    def _of_jobs(self, call: RoleStages, devices: int) -> list[Option]:
+        """Those of a scheduler's jobs, which ask for what they ask for as written: nobody knows how long others would
+        wait. Of their layouts those of a training are changed; an array has as many copies as tasks."""
+        given = call.nodes[-1].placement
+        assert given is not None
+        written = self._as_written(call, given, devices)
+        found = [] if written is None else [written]
+        if self._device.bytes == 0 and written is not None:
+            self._rooms[call.role] = written.memory
+        if call.workload == "training" and (self._device.bytes or written is not None):
+            for used in counts(devices) if self._on_gpu else [devices]:
+                found += self._options(call, given, used)
+        return _best(found)
 
     def _exactly(self, call: RoleStages, used: int) -> list[Option]:
         """Those that use so many GPUs."""
@@ -152,7 +199,9 @@ class Options:
         return Placement(kind, numbers, exclusive=exclusive)
 
     def _place(self, node: Node, layout: Layout, given: Placement) -> Node:
-        return place_stage(node, given, dict(layout), self._clusters[given.exclusive])
+        cluster = self._clusters[given.exclusive]
+        written = written_sizes(node, cluster.placement) if given.executor not in HERE else {}
+        return place_stage(node, node.placement or given, {**written, **dict(layout)}, cluster)
 
     def _placed(self, call: RoleStages, layout: Layout, given: Placement) -> Node | None:
         try:
@@ -165,14 +214,14 @@ class Options:
         """A layout of the last stage of a role, if it can be."""
         reasons = self.left_out.setdefault(call.role, Counter())
         each = last.gpus if self._on_gpu else 1
-        if last.stage.layout(last.config).processes * max(1, each) > devices:
+        if call.asked is None and last.stage.layout(last.config).processes * max(1, each) > devices:
             reasons[TOO_FEW] += 1
             return None
         if not layout and not self._fits_layers(last):
             reasons[BEYOND_LAYERS] += 1
             return None
         estimate = memory(last, self._graph, on_gpu=self._on_gpu)
-        if estimate is not None and _total(estimate, self._on_gpu) > self._room(estimate):
+        if estimate is not None and _total(estimate, self._on_gpu) > self._room(call, estimate):
             reasons[NO_ROOM] += 1
             return None
         self.looked_at += 1
@@ -184,7 +233,7 @@ class Options:
         if needed is None:
             self.memory_unknown.add(call.role)
             return Option(layout, (last,), (prediction,), 0) if not layout else None
-        if needed > self._room(estimate):
+        if needed > self._room(call, estimate):
             reasons[NO_ROOM] += 1
             return None
         return Option(layout, (last,), (prediction,), needed)
@@ -208,7 +257,10 @@ class Options:
             self._others[node.name, label] = self._graph.with_nodes({**self._graph.nodes, node.name: node})
         return self._predictor.predict(node, self._others[node.name, label])
 
-    def _room(self, estimate: Memory | None) -> int:
+    def _room(self, call: RoleStages, estimate: Memory | None) -> float:
+        """Bytes that a stage may take; of jobs whose devices nobody knows what it takes as written."""
+        if call.asked is not None and not self._device.bytes:
+            return self._rooms.get(call.role, math.inf)
         return int((estimate.share if estimate is not None else 1.0) * self._device.bytes)
 
     def _is_usable(self, call: RoleStages) -> Callable[[int, int, int], bool]:

@@ -1,6 +1,7 @@
 """The file of a plan: the section `placement`, with what it is expected to take."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 
 from contracts import yaml_text
@@ -10,6 +11,7 @@ from pipelines.config.placement import ExpectationSection, ExpectedRoleSection, 
 from pipelines.config.run import RunConfig
 from pipelines.graph import Node
 from pipelines.planning.prediction import Basis, Prediction
+from pipelines.planning.search.adopting import QUEUE_ERROR
 from pipelines.planning.search.evaluation import ExpectedRun, SearchedRun
 from pipelines.planning.search.finding import SearchAnswer
 
@@ -57,23 +59,33 @@ def digest_of(config: RunConfig) -> str:
 
 
 def _by_role(run: ExpectedRun) -> dict[str, ExpectedRoleSection]:
-    members: dict[str, list[tuple[Node, Prediction]]] = {}
+    members: dict[str, list[Node]] = {}
     for node in sorted(run.simulation.order, key=lambda node: node.iteration or 0):
         if node.stage.uses_devices(node.config):
-            members.setdefault(node.role, []).append((node, run.simulation.predictions[node.name]))
-    return {role: _role(found) for role, found in members.items()}
+            members.setdefault(node.role, []).append(node)
+    return {role: _role(found, run) for role, found in members.items()}
 
 
-def _role(members: Sequence[tuple[Node, Prediction]]) -> ExpectedRoleSection:
-    seconds = [_rounded(prediction.seconds) for _, prediction in members]
+def _role(members: Sequence[Node], run: ExpectedRun) -> ExpectedRoleSection:
+    """Of its stages what a report measures: from when each is asked for to its end, with its time in a queue and in
+    which it waits for shards, and without the job that finishes it."""
+    known = [run.simulation.predictions[node.name] for node in members]
+    times = [run.simulation.times[node.name] for node in members]
+    seconds = [_rounded(span.end - span.asked - one.finish) for span, one in zip(times, known, strict=True)]
     while len(seconds) > 1 and abs(seconds[-1] - seconds[-2]) <= SAME * seconds[-1]:
         seconds.pop()
     return ExpectedRoleSection(
         seconds=seconds,
-        first=members[0][0].iteration or 0,
-        error=_rounded(max(prediction.error for _, prediction in members)),
-        basis=_worst(prediction.basis for _, prediction in members),
+        first=members[0].iteration or 0,
+        error=_rounded(max(map(_error, known))),
+        basis=_worst(one.basis for one in known),
     )
+
+
+def _error(one: Prediction) -> float:
+    """Of a stage with its time in a queue, as a share of both."""
+    whole = one.queue + one.seconds
+    return math.hypot(one.error * one.seconds, QUEUE_ERROR * one.queue) / whole if one.queue else one.error
 
 
 def _worst(bases: Iterable[Basis]) -> Basis:

@@ -31,6 +31,8 @@ class PlanChoice:
     """Of each role its pool, or WHOLE."""
     layouts: tuple[Layout, ...]
     """Of each role."""
+    streaming: bool = False
+    """Whether scorers start on the shards that their generation has finished so far."""
 
 
 def strategy_of(plan: PlanChoice, lag: int) -> Strategy:
@@ -42,8 +44,8 @@ def strategy_of(plan: PlanChoice, lag: int) -> Strategy:
     return "async" if lag else "separation"
 
 
-def section_of(plan: PlanChoice, calls: Sequence[RoleStages], base: PlacementSection, lag: int) -> PlacementSection:
-    """The section `placement` that says it, with what it leaves open as in `base`."""
+def section_of(plan: PlanChoice, calls: Sequence[RoleStages], lag: int) -> PlacementSection:
+    """The section `placement` that says it."""
     # A pool that is called as a kind would take the stages of that kind which are to be in none.
     names = [f"pool-{chr(ord('a') + number)}" for number in range(len(plan.pools))]
     stages: dict[str, Any] = {}
@@ -55,10 +57,24 @@ def section_of(plan: PlanChoice, calls: Sequence[RoleStages], base: PlacementSec
             entry["layout"] = {key: list(it) if isinstance(it, tuple) else it for key, it in plan.layouts[number]}
         if entry:
             stages[_key_of(call.role)] = entry
-    data: dict[str, Any] = {"strategy": strategy_of(plan, lag), "streaming": base.streaming}
+    data: dict[str, Any] = {"strategy": strategy_of(plan, lag), "streaming": plan.streaming}
     if plan.pools:
         data["pools"] = {names[number]: {"devices": size} for number, size in enumerate(plan.pools)}
     return validate(PlacementSection, {**data, "stages": stages}, "placement")
+
+
+def jobs_section(
+    plan: PlanChoice, calls: Sequence[RoleStages], base: PlacementSection, *, streaming: bool
+) -> PlacementSection:
+    """The section that says it of stages that are a scheduler's jobs: `base`, with other layouts and streaming."""
+    data = as_data(base.model_copy(update={"expected": None}))
+    stages: dict[str, Any] = data.setdefault("stages", {})
+    for call, layout in zip(calls, plan.layouts, strict=True):
+        if layout:
+            entry = stages.pop(_key_of(call.role), {})  # the last one holds
+            sizes = {key: list(it) if isinstance(it, tuple) else it for key, it in layout}
+            stages[_key_of(call.role)] = {**entry, "layout": {**entry.get("layout", {}), **sizes}}
+    return validate(PlacementSection, {**data, "streaming": streaming}, "placement")
 
 
 def _key_of(role: str) -> str:

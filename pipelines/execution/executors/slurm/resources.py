@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from contracts.declaration import Workload
-from pipelines.config.executor import ExecutorKind, ExecutorSection, StageSection
+from pipelines.config.executor import TASKS, ExecutorKind, ExecutorSection, StageSection
 from pipelines.config.selecting import ARRAYS
 from pipelines.graph import Graph, Node, Placement
 from pipelines.planning.estimates import memory
 
-TASKS = 4
 MINUTES: dict[Workload, int] = {"generation": 240, "scoring": 240, "training": 1440, "light": 30}
 CPUS_PER_GPU = 8
 LIGHT_GIB = 4
