@@ -508,6 +508,8 @@ def test_jobs_of_a_detached_run_add_what_they_took(tmp_path: Path, fake_cluster:
     rows = ProfileStore(tmp_path / "profiles").read()
     assert {found.id for found in rows} == {found.id for found in profiles_of(RunDirectory.existing(run.path))}
     assert {found.executor for found in rows} == {"slurm"}
+    assert all(found.finish is not None for found in rows)
+    assert min(found.finish or 0 for found in rows if found.role == "heldout/generation") > 0, "it has a job more"
     assert {found.role for found in rows} >= {"heldout/generation", "evaluation"}
     # Jobs are submitted at once and wait for each other, which is no time in a queue.
     events = RunDirectory.existing(run.path).events()
