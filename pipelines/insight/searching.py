@@ -110,7 +110,7 @@ def settings_of(
     """
     attached = _setting_of(config, iterations, machines, runs)
     kinds = {config.executor.entry(node).kind for node in attached.graph.nodes.values()}
-    if not attached.is_jobs or kinds & set(HERE) or any(gate.do == "rollback" for gate in config.gates.values()):
+    if not attached.is_jobs or kinds & set(HERE):
         return [attached]
     return [attached, _setting_of(config, iterations, machines, runs, detached=True)]
 

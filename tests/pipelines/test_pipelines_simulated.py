@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from small_stages import Clock, TimedStages, without_environments
+from small_stages import Clock, TimedStages, sleep, without_environments
 
 from contracts.artifacts import Artifact
 from pipelines.config.load import load_run_config
@@ -52,16 +52,16 @@ def drive(
     recipe: list[str] = PPO,
     iterations: int = 1,
     seconds: dict[str, float] = SECONDS,
-    clock: Clock,
+    clock: Clock | None = None,
 ) -> Found:
-    """Drive a run of such stages to its end."""
+    """Drive a run of such stages to its end; without a clock they are processes that sleep."""
     config = load_run_config(path, [*recipe, *overrides])
     graph = placed_graph(config, iterations)
     run = RunDirectory(config.run_directory)
     run.claim(config, path, iterations)
     site = Site(run, graph, config, ENTRY)
     driver = Driver(site, [])
-    driver.executors._made["local"] = TimedStages(site, seconds, clock.sleep)
+    driver.executors._made["local"] = TimedStages(site, seconds, clock.sleep if clock is not None else sleep)
     driver.drive()
     begun: dict[str, StageStarted] = {}
     spans: dict[str, tuple[float, float]] = {}
