@@ -1,13 +1,16 @@
 """Weights & Biases, online or offline."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
-import wandb
+sys.modules.setdefault("numpy", None)  # type: ignore[arg-type] # wandb does without it: a fifth of what it imports
 
-from contracts.points import Point
-from tracking.base import TrackedRun, axes
-from tracking.wandb_files import ERROR, FATAL, first_error, steps_in
+import wandb  # noqa: E402
+
+from contracts.points import Point  # noqa: E402
+from tracking.base import TrackedRun, axes  # noqa: E402
+from tracking.wandb_files import ERROR, FATAL, first_error, steps_in  # noqa: E402
 
 AXES = {"train/*": "global_step", "eval/*": "iteration", "data/*": "iteration", "system/*": "iteration"}
 """What metrics are plotted by, group by group; those of other trainings by the step of theirs."""

@@ -199,6 +199,21 @@ def test_a_tracker_that_cannot_write_says_so_and_gets_what_it_lacks_later(stream
 
 
 @pytest.mark.slow
+def test_trackio_has_every_point_once_on_a_file_system_of_the_network(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it writes files that its dashboard takes into the database at some time."""
+    monkeypatch.setenv("TRACKIO_STORAGE_MODE", "jsonl")
+    for _ in range(3):
+        stream.write(20)
+        stream.ends_well(stream.start("trackio"))
+    files = sorted((stream.run / "trackio").rglob("*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert sorted(row["step"] for row in rows) == list(range(stream.count))
+    assert len({row["run_id"] for row in rows}) == 1, "as several runs"
+
+
+@pytest.mark.slow
 def test_wandb_without_a_key_says_so(stream: Stream) -> None:
     stream.write(1)
     process = stream.start("wandb", mode="online")
