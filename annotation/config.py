@@ -19,7 +19,7 @@ class EvaluationConfig(StageConfig):
     rollouts: Path = input_path()
     """Rollouts of the policy on the held-out prompts."""
     scores: dict[str, Path] = input_path()
-    """Scores of these rollouts by scorer name; must hold `reward`, and `gold` where a gold scorer exists. Any further
+    """Scores of these rollouts by scorer name; must have `reward`, and `gold` if there is a gold scorer. Any further
     NAME gives the metric NAME_mean."""
     baseline: Path | None = input_path(None)
     """`reward` scores of the initial policy on the same prompts, for the win rate; None: this is the initial policy."""
@@ -28,10 +28,10 @@ class EvaluationConfig(StageConfig):
     iteration: int = identity(0, ge=0)
     """Number of the policy: 0 is the initial one."""
     diagnostics: bool = identity(False, later=True)
-    """Publish intervals of length and stop rate, the diversity of the answers, and the agreement of the scorers too:
+    """Publish intervals of length and stop rate, the diversity of the responses, and the agreement of the scorers too:
     docs/gates.md."""
     ensemble: list[str] = identity([], later=True)
-    """Scorers in `scores` that judge the same thing: how far they are apart is the reward's uncertainty."""
+    """Scorers in `scores` that score the same thing: their disagreement is the reward's uncertainty."""
     previous: Path | None = input_path(None)
     """`reward` scores of the policy before this one on the same prompts, for the win rate against that."""
 
@@ -66,14 +66,14 @@ class RlhflowImportConfig(StageConfig, ChatFields):
     code_version: ClassVar[int] = 2
 
     source: Path = input_path()
-    """JSONL with one {"prompt", "responses"} a line, or JSON {"type": "text_only", "instances": [...]}. A prompt is a
+    """JSONL with one {"prompt", "responses"} per line, or JSON {"type": "text_only", "instances": [...]}. A prompt is a
     list of messages, or a string that becomes one user message."""
     tokenizer: Path = input_path()
-    """Directory of the model whose chat template and tokens the rollouts get."""
+    """Directory of the model whose chat template and tokenizer are used for the rollouts."""
     answer_column: str | None = identity(None, later=True)
-    """Key of each row's known answer, for scorers that judge by it; RLHFlow's own files have none."""
+    """Key of each row's known answer, for scorers that use it; RLHFlow's own files have none."""
     iteration: int = identity(0, ge=0)
-    """Iteration that the rollouts are said to belong to."""
+    """Iteration to record for the rollouts."""
     shard_size: int = identity(1024, ge=1)
     """Prompts per shard."""
     max_dropped: float = identity(0.1, ge=0, le=1)
@@ -103,10 +103,10 @@ class CheckpointEvaluationSettings(Section):
     """file.py:function or package.module:function, called as function(checkpoint, output, **settings): directories of
     the model and for its files, both paths. It returns its metrics, numbers by name."""
     settings: dict[str, Any] = identity({})
-    """Its further keyword arguments."""
+    """Further keyword arguments of the function."""
     inputs: list[Path] | None = input_path(None, min_length=1)
-    """Files or directories that the function reads beside its own modules, handed to it as the keyword `inputs`. When
-    their content changes, the evaluations are made anew."""
+    """Files or directories that the function reads beside its own modules, passed as the keyword `inputs`. When their
+    content changes, the evaluations run again."""
 
 
 class CheckpointEvaluationConfig(CheckpointEvaluationSettings, StageConfig):
@@ -118,7 +118,7 @@ class CheckpointEvaluationConfig(CheckpointEvaluationSettings, StageConfig):
     checkpoint: Path = input_path()
     """Directory of the model."""
     needed: list[str] = runtime([])
-    """Metrics that the function has to return, because gates decide by them."""
+    """Metrics that the function has to return, because gates use them."""
 
     @property
     def keywords(self) -> dict[str, Any]:

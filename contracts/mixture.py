@@ -13,23 +13,23 @@ SOURCE = "source:"
 
 
 class CurriculumSettings(Section):
-    """Which prompts are answered again, by the scores of their answers in earlier iterations."""
+    """Which prompts are repeated, by the scores of their responses in earlier iterations."""
 
     measure: Literal["score", "pass_rate", "rank"] = identity("score")
-    """What `low` and `high` are about. score: the mean score of a prompt's answers. pass_rate: the share of them that
+    """What `low` and `high` apply to. score: the mean score of a prompt's responses. pass_rate: the share of them that
     score at least `passes`. rank: the share of its source's prompts whose mean score is lower; for rewards without a
-    scale of their own."""
+    fixed scale."""
     low: float | None = identity(None)
     """Prompts below it are too hard."""
     high: float | None = identity(None)
     """Prompts above it are too easy."""
     passes: float | None = identity(None)
-    """For measure=pass_rate: the score from which on an answer passes."""
+    """For measure=pass_rate: the score at which a response passes."""
     fresh: float = identity(0.5, ge=0, le=1)
-    """Share of the prompts of an iteration that are new, as long as the source has some; the others are those between
-    low and high, the longest unanswered first."""
+    """Share of new prompts in an iteration, as long as the source has some; the others are repeated prompts between low
+    and high, the least recently used first."""
     iterations: int | None = identity(None, ge=1)
-    """Look back so many iterations; what was answered before those only is new no more, and in no band."""
+    """Look back this many iterations; prompts sampled before that do not count as new, and are in no band."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -54,25 +54,24 @@ class DrawConfig(StageConfig):
     code_version: ClassVar[int] = 1
 
     sources: dict[str, Path] = input_path(min_length=1)
-    """Published prompts by names of yours, which become tags: source:NAME."""
+    """Published prompts by names of your choice, which become tags: source:NAME."""
     weights: dict[str, float] = identity({})
-    """How many prompts of each source are drawn, in proportion; 1 by default."""
+    """Sampling weight of each source; 1 by default."""
     count: int = identity(ge=1)
     """Number of prompts to draw."""
     after: Path | None = input_path(None)
-    """What was drawn before: it is gone on behind it. Each source is gone through in turn, and then from its beginning
-    again."""
+    """An earlier draw, to continue after it. Each source is read in order, and restarts at its end."""
     curriculum: CurriculumSettings | None = identity(None)
-    """Which prompts are drawn again, and that before a source is through."""
+    """Which prompts are repeated, before a source is exhausted."""
     history: list[Path] = input_path([])
-    """For the curriculum: published scores of earlier iterations, in their order."""
+    """For the curriculum: published scores of earlier iterations, in order."""
     replaces: list[Path] = input_path([])
-    """What was drawn for this iteration so far, to draw as many again as have no signal in their scores: whose answers'
-    scores are all equal or, with `margin`, differ by less. None is drawn where all have one."""
+    """The earlier draws for this iteration, to draw a replacement for each prompt without a signal: all scores are
+    equal or, with `margin`, differ by less. Nothing is drawn if every prompt has one."""
     judged: list[Path] = input_path([])
-    """Published scores of the answers to each of these draws."""
+    """Published scores of the responses to each of these draws."""
     margin: float = identity(0.0, ge=0)
-    """Least difference between the best and the worst score of a prompt's answers."""
+    """Minimum difference between the best and the worst score of a prompt's responses."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -23,32 +23,32 @@ class PromptsSettings(Section):
     """hf:ORG/NAME[:CONFIG][@REVISION], or a path: a save_to_disk directory, a .jsonl, .json, .csv, .tsv or .parquet
     file (all but the last also as .gz, .bz2, .xz or .zst), a directory of them, or a pattern (data/part-*.jsonl)."""
     split: str = identity("train")
-    """Split of a dataset that has several; files of a directory say theirs in their names."""
+    """Split of a data set that has several; files of a directory state theirs in their names."""
     column: str | None = identity(None)
-    """Column that holds the prompt; found by itself where it has one of the usual names (docs/stages.md)."""
+    """Column with the prompt; found automatically under one of the usual names (docs/stages.md)."""
     answer_column: str | None = identity(None)
-    """Column of known answers, for rule scorers; found by itself like the prompt's."""
+    """Column of known answers, for rule scorers; found automatically like the prompt's."""
     answer_after: str | None = identity(None, later=True, min_length=1)
-    """Keep of each answer what follows the last occurrence of this text, without blanks around it: "####" in GSM8K."""
+    """Keep of each answer what follows the last occurrence of this text, stripped: "####" in GSM8K."""
     id_column: str | None = identity(None)
-    """Column of identities to keep, by default prompt_id; without one, the identity is the hash of the conversation."""
+    """Column of ids to keep, by default prompt_id; without one, the id is the hash of the conversation."""
     columns: dict[Slot, str | None] = identity({}, later=True)
     """Columns of any of prompt, system, input, choices, answer, id, tags and tools, by name; `a.b` is the key b in the
     column a, and null reads none. For example {prompt: text, system: persona}."""
     system: str | None = identity(None)
-    """System message to put before every conversation that has none."""
+    """System message to prepend to every conversation that has none."""
     prefill: bool = identity(False, later=True)
-    """Keep an assistant's turn at the end of a conversation as the beginning of the answer, from which the policy goes
-    on; otherwise it is an answer, which is taken away."""
+    """Keep an assistant turn at the end of a conversation as the beginning of the response, which the policy continues;
+    otherwise the turn is removed."""
     limit: int | None = identity(None, ge=1)
-    """Keep only so many prompts."""
+    """Keep only this many prompts."""
     shuffle_seed: int | None = identity(None)
-    """Shuffle by this seed (random.Random, seeded by derive_seed) before the limit; None keeps the source's order."""
+    """Shuffle with this seed (random.Random, seeded by derive_seed) before the limit; None keeps the source's order."""
     duplicates: Literal["error", "drop"] = identity("error")
-    """What to do with a prompt that occurs again."""
+    """What to do with a duplicate prompt."""
     near_duplicates: float | None = identity(None, gt=0, le=1, later=True)
-    """Drop prompts that are at least so similar to an earlier one, or in a run to a held-out one: the share of their
-    word triples that both have (Jaccard), for example 0.7. They are counted, and not under max_dropped."""
+    """Drop prompts whose similarity to an earlier one, or in a run to a held-out one, is at least this: the Jaccard
+    similarity of word triples, for example 0.7. They are counted, but not under max_dropped."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the rows is dropped."""
 

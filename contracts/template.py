@@ -61,7 +61,7 @@ class ChatFields(TemplateSettings):
     """What a stage that renders conversations is told beside them."""
 
     date: Day = identity(None, later=True, pattern=DATE)
-    """The day (2025-07-31) that a chat template writes which asks for today's; required for such a template."""
+    """The date (2025-07-31) for a chat template that writes today's; required for such a template."""
 
 
 class ChatTemplate:

@@ -47,7 +47,7 @@ class WorldConfig(WorldSettings, StageConfig):
     code_version: ClassVar[int] = 1
 
     seed: int = identity(0, ge=0)
-    """Decides the initial weights, the demonstrations, and which prompt falls into which set."""
+    """Seed of the initial weights, the demonstrations, and the assignment of prompts to sets."""
 
 
 class Smollm2Config(StageConfig):

@@ -19,16 +19,16 @@ MAXIMUM_OF_VLLM = 2.0
 
 
 class GuidedSection(Section):
-    """The form that every answer is kept to: exactly one of these."""
+    """The output format of every response: exactly one of these."""
 
     json_schema: dict[str, Any] | None = identity(None)
-    """Answers are JSON that fits this schema."""
+    """Responses are JSON that fits this schema."""
     regex: str | None = identity(None, min_length=1)
-    """Answers match this regular expression as a whole."""
+    """Responses match this regular expression as a whole."""
     choice: list[Annotated[str, Field(min_length=1)]] | None = identity(None, min_length=1)
-    """Answers are one of these texts."""
+    """Responses are one of these texts."""
     grammar: str | None = identity(None, min_length=1)
-    """Answers are sentences of this grammar, in the EBNF of llama.cpp."""
+    """Responses are sentences of this grammar, in the EBNF of llama.cpp."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -57,14 +57,14 @@ class GuidedSection(Section):
 
 
 class ThinkingSection(Section):
-    """How long a model may think before it answers."""
+    """Limit of a model's reasoning before its answer."""
 
     tokens: int = identity(ge=0)
-    """Tokens of thoughts after which their end is forced; those of an answer are max_new_tokens with its thoughts."""
+    """Reasoning tokens after which the end of the reasoning is forced; max_new_tokens includes them."""
     start: str = identity("<think>", min_length=1)
-    """What the model or its template begins thoughts with."""
+    """The text with which the model or its template begins the reasoning."""
     end: str = identity("</think>", min_length=1)
-    """What ends them. A text before the mark itself is forced with it: "I have to answer now.</think>"."""
+    """The text that ends it. Text before the mark itself is forced with it: "I have to answer now.</think>"."""
 
 
 EngineArguments = Annotated[dict[str, Any], AfterValidator(checked_arguments)]
@@ -74,47 +74,47 @@ class GenerationSettings(Section):
     """Sampling settings."""
 
     k: int = identity(4, ge=1, le=65536)
-    """Answers per prompt."""
+    """Responses per prompt."""
     temperatures: list[float] = identity([1.0], min_length=1)
-    """Sampling temperatures; K is divided among them in equal parts, in order. 0 is greedy: one answer,
-    whose log-probabilities are the model's own in either logprob_mode."""
+    """Sampling temperatures; K is divided among them in equal parts, in order. 0 is greedy: one response, whose
+    log-probabilities are the model's own in either logprob_mode."""
     top_p: float = identity(1.0, gt=0, le=1)
     """Nucleus sampling: smallest set of tokens with at least this probability."""
     top_k: int = identity(0, ge=0)
-    """Sample among the k likeliest tokens; 0: no limit."""
+    """Sample among the k most likely tokens; 0: no limit."""
     min_p: float = identity(0.0, later=True, ge=0, le=1)
-    """Sample among the tokens that are at least this share as likely as the likeliest one; 0: no limit."""
+    """Sample among the tokens that are at least this share as likely as the most likely one; 0: no limit."""
     min_new_tokens: int = identity(0, later=True, ge=0)
-    """Tokens before which an answer cannot end: until then EOS is not sampled, and no text of `stop` counts."""
+    """Minimum response length in tokens: until then EOS is not sampled, and no text of `stop` counts."""
     repetition_penalty: float = identity(1.0, later=True, gt=0, le=10)
-    """Of the tokens in the prompt and the answer so far, logits above 0 are divided by this, others multiplied (Keskar
-    et al. 2019, arXiv 1909.05858); 1: none."""
+    """Of the tokens in the prompt and the response so far, logits above 0 are divided by this, others multiplied
+    (Keskar et al. 2019, arXiv 1909.05858); 1: none."""
     presence_penalty: float = identity(0.0, later=True, ge=-2, le=2)
-    """What is taken from the logits of tokens in the answer so far."""
+    """Subtracted from the logits of tokens in the response so far."""
     frequency_penalty: float = identity(0.0, later=True, ge=-2, le=2)
-    """The same for each time that the token is there."""
+    """The same for each occurrence of the token."""
     stop: list[Annotated[str, Field(min_length=1)]] = identity([], later=True)
-    """Texts that end an answer when it comes to one of them; such an answer has finish_reason "stop_string"."""
+    """Texts that end a response; its finish_reason is then "stop_string"."""
     include_stop: bool = identity(False, later=True)
-    """Keep the text that ended an answer in its `text`, for example where it is `</answer>`."""
+    """Keep the stop text in the response's `text`, for example `</answer>`."""
     guided: GuidedSection | None = identity(None, later=True)
-    """Keep answers to a form, token by token (vLLM's structured outputs): one of {json_schema: {...}}, {regex: "..."},
-    {choice: [...]}, {grammar: "..."}."""
+    """Constrain the output format (vLLM's structured outputs): one of {json_schema: {...}}, {regex: "..."}, {choice:
+    [...]}, {grammar: "..."}."""
     thinking: ThinkingSection | None = identity(None, later=True)
-    """Limit the thoughts of a model that thinks (vLLM): {tokens: 512}."""
+    """Limit the reasoning of a reasoning model (vLLM): {tokens: 512}."""
     engine_args: EngineArguments = identity({}, later=True)
-    """Further engine arguments of vLLM, by their names in Python: {enable_prefix_caching: false}. Those that the stage
+    """Further engine arguments of vLLM, by their Python names: {enable_prefix_caching: false}. Those that the stage
     sets itself are refused with the key to set instead."""
     max_new_tokens: int = identity(512, ge=1)
-    """Longest answer in tokens; longer ones are truncated and keep finish_reason "length"."""
+    """Maximum response length in tokens; longer ones are truncated and have finish_reason "length"."""
     max_prompt_tokens: int | None = identity(None, ge=1)
-    """Longer prompts are dropped and counted; by default what the model's context leaves beside max_new_tokens."""
+    """Longer prompts are dropped and counted; by default the model's context minus max_new_tokens."""
     refused: Literal["error", "drop"] = identity("error", later=True)
     """What to do with a prompt that the chat template refuses, for example for its system turn or two user turns in a
     row: stop with its message, or drop it and count it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = identity("auto")
-    """Number format of the engine; auto: bfloat16 on a GPU, and on a CPU that does not emulate it where the policy's
-    weights are in half precision; else float32."""
+    """Number format of the engine; auto: bfloat16 on a GPU, and on a CPU with native support if the policy's weights
+    are in half precision; else float32."""
     logprob_mode: Literal["processed", "raw"] = identity("processed")
     """Which behaviour log-probabilities to keep: of the sampled distribution, or of the model's own at T=1."""
     engine: Literal["vllm", "transformers"] = identity("vllm")
@@ -122,14 +122,14 @@ class GenerationSettings(Section):
     shard_size: int | None = identity(None, ge=1)
     """Prompts per shard, the unit of batch composition and of resuming; by default eight full batches of samples."""
     max_num_seqs: int = identity(256, ge=1)
-    """Maximum number of sequences that the engine batches."""
+    """Maximum number of sequences in the engine's batch."""
     tensor_parallel: int = identity(1, ge=1)
     """GPUs per replica (tensor parallel)."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the prompts is dropped."""
     fail_on_error: float = identity(0.0, ge=0, lt=1)
-    """Share of the prompts for which the engine may fail (an error or an inconsistent answer); they are dropped and
-    counted. 0: the first one stops the stage."""
+    """Share of the prompts on which the engine may fail (an error or an inconsistent response); they are dropped and
+    counted. 0: the first failure stops the stage."""
     replicas: int = runtime(1, ge=1)
     """Data-parallel copies of the engine; they share the shards dynamically. On a CPU each has OMP_NUM_THREADS threads:
     set it to the cores divided by the replicas."""
@@ -137,15 +137,15 @@ class GenerationSettings(Section):
     """OpenAI-compatible vLLM servers to start instead of in-process engines; 0: in-process. A server batches requests
     as they arrive, so the last bits of its log-probabilities can differ from one run to the next."""
     profile_shards: list[Annotated[int, Field(ge=0)]] = runtime([])
-    """Shards, counted from 0, of whose sampling the engine writes a trace of torch's profiler: docs/hooks.md. A shard
-    that was sampled before has none."""
+    """Shards, counted from 0, for which the engine writes a torch profiler trace: docs/hooks.md. A shard that was
+    sampled before has none."""
     startup_seconds: float = runtime(600.0, gt=0)
-    """Seconds that a server may take to become healthy."""
+    """Startup timeout of a server."""
     memory_utilization: float = runtime(0.9, gt=0, le=1)
     """Share of a GPU's memory for the engine."""
     kv_cache_mib: int | None = runtime(None, ge=1)
     """Size of the KV cache; on a GPU by default what memory_utilization leaves, on a CPU enough for max_num_seqs
-    sequences (at most 4 GiB). Less makes the engine evict sequences and compute them again."""
+    sequences (at most 4 GiB). With less the engine preempts sequences and recomputes them."""
 
     @property
     def departures(self) -> dict[str, Any]:
@@ -186,9 +186,9 @@ class GenerationConfig(GenerationSettings, ChatFields, StageConfig):
     seed: int = identity(0, ge=0)
     """Seed of the run; each sample's own seed is derived from it."""
     lengths: list[Path] = runtime([])
-    """Rollouts of earlier iterations, the latest first. Where several processes share the shards, those with the
-    longest answers are sampled first, by the lengths in the first of these that is there, so that no process is left
-    with a long one at the end."""
+    """Rollouts of earlier iterations, the latest first. If several processes share the shards, prompts with the longest
+    responses are sampled first, by the lengths in the first of these that is there, so that no process ends with a long
+    one."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -24,7 +24,7 @@ class WandbSettings(Section):
 
 
 class TrackioSettings(Section):
-    """trackio: a local database, which `trackio show` shows, or a Space of the Hub."""
+    """trackio: a local database, viewed with `trackio show`, or a Space of the Hub."""
 
     project: str = runtime("ratchet")
     """The project."""
@@ -57,8 +57,7 @@ class MlflowSettings(Section):
 
 
 class TrackingSection(Section):
-    """Trackers that show the run's metrics while it goes on; any of them, several at once. metrics.jsonl is written in
-    any case."""
+    """Trackers for the run's metrics; any of them, several at once. metrics.jsonl is always written."""
 
     wandb: WandbSettings | None = runtime(None)
     """Weights & Biases."""

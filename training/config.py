@@ -27,10 +27,10 @@ class CorrectionSection(Section):
     it made it: `training.correction` has the formulas."""
 
     level: Level = identity("token")
-    """What has a weight of its own: token, each token; sequence, each answer (the product of its tokens' weights);
-    geometric, each answer (their geometric mean)."""
+    """The level of the weights: token, each token; sequence, each response (the product of its tokens' weights);
+    geometric, each response (their geometric mean)."""
     treatment: Literal["truncate", "mask"] = identity("truncate")
-    """What becomes of a weight outside of the bounds: truncate, it is the bound; mask, it is 0."""
+    """What happens to a weight outside the bounds: truncate, it is clipped; mask, it becomes 0."""
     high: float = identity(2.0, gt=1)
     """Upper bound of the weights."""
     low: float = identity(0.0, ge=0, lt=1)
@@ -53,7 +53,7 @@ class TrainingSettings(Section):
     warmup_ratio: float = identity(0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from zero."""
     optimizer: Literal["adamw", "sgd"] = identity("adamw")
-    """sgd (no momentum) is for comparisons between parallel layouts."""
+    """sgd (no momentum) is for comparing parallel layouts."""
     weight_decay: float = identity(0.0, ge=0, le=1)
     """AdamW's decoupled weight decay."""
     adam_beta1: float = identity(0.9, ge=0, lt=1)
@@ -65,25 +65,25 @@ class TrainingSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = identity("auto")
     """Number format of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
     max_length: int | None = identity(None, ge=2)
-    """Longer sequences are dropped and counted, never cut; by default the model's context."""
+    """Longer sequences are dropped and counted, never truncated; by default the model's context."""
     frozen: list[str] = identity([])
     """Parameters whose name contains one of these are not trained, for example embed_tokens."""
     lora: LoraSection | None = identity(None)
-    """Train adapters instead: {rank: 16, alpha: 32}. The weights themselves stay in `dtype`, without fp32 copies."""
+    """Train LoRA adapters instead: {rank: 16, alpha: 32}. The base weights stay in `dtype`, without fp32 copies."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the rows is dropped."""
     micro_batch_tokens: int = runtime(16384, ge=1)
     """Tokens per forward and backward pass of one process, padding included."""
     packing: Literal["auto", "shared", "flat", "padded"] = runtime("auto")
     """shared: batches without padding, in which the prompt of several responses is computed once; flat: without
-    sharing; padded: for models that can compute neither; auto: the first of these that the model can."""
+    sharing; padded: for models that support neither; auto: the first of these that the model supports."""
     gradient_checkpointing: bool = runtime(False)
     """Recompute activations in the backward pass: less memory, more time."""
     parallel: ParallelConfig = runtime(ParallelConfig())
     """Parallel layout: processes and how the model is distributed over them, for example {dp: 4, zero: 3}."""
     profile_steps: list[Annotated[int, Field(ge=1)]] = runtime([])
-    """Optimizer steps, counted from 1, of which every rank writes a trace of torch's profiler, for example [3, 4]:
-    docs/hooks.md. A step that a resumed training has done already has none."""
+    """Optimizer steps, counted from 1, for which every rank writes a torch profiler trace, for example [3, 4]:
+    docs/hooks.md. Steps before a resume have none."""
     checkpoint_seconds: float = runtime(300.0, ge=0)
     """Seconds between saves of the training state, to resume from after a kill; 0: after every step."""
 
@@ -119,14 +119,14 @@ class TrainingConfig(TrainingSettings, StageConfig):
     model: Path = input_path()
     """Directory of the model to start from."""
     seed: int = identity(0, ge=0)
-    """Decides the order of the data and every initial value."""
+    """Seed of the data order and of every initialization."""
 
 
 class SftSettings(TrainingSettings):
     """Settings of supervised fine-tuning."""
 
     demonstrations: Path = input_path()
-    """Conversations that end with the assistant's answer, or prompts with their answers in columns of their own: a
+    """Conversations that end with the assistant's response, or prompts with their responses in separate columns: a
     file, a directory or a data set as the prompts stage reads them (docs/stages.md), of several splits `train`."""
 
 
@@ -141,8 +141,8 @@ class RewardSettings(TrainingSettings):
     """Settings of reward model training."""
 
     kind: Literal["bradley_terry", "pairwise"] = identity("bradley_terry")
-    """bradley_terry: a sequence classifier that scores one answer; pairwise: a causal language model that reads two and
-    says which is better."""
+    """bradley_terry: a sequence classifier that scores one response; pairwise: a causal language model that reads two
+    and says which is better."""
     eval_fraction: float = identity(0.1, ge=0, lt=1)
     """Share of the prompts whose pairs are held out to measure the accuracy."""
 
@@ -166,18 +166,18 @@ class PolicySettings(TrainingSettings):
     settings: dict[str, Any] = identity({})
     """The algorithm's own settings, for example {beta: 0.1}."""
     nll_coefficient: float = identity(0.0, ge=0)
-    """Weight of the chosen answers' mean token NLL that is added to the loss of an algorithm that reads pairs."""
+    """Weight of the chosen responses' mean token NLL that is added to the loss of an algorithm that reads pairs."""
     correction: CorrectionSection | None = identity(None, later=True)
-    """Correct for samples of another policy than the one that is trained (an older one, with `lag`), for algorithms
-    that read samples: {level: token, treatment: truncate, high: 2}."""
+    """Importance correction for off-policy samples (of an older policy, with `lag`), for algorithms that read samples:
+    {level: token, treatment: truncate, high: 2}."""
     inputs: list[Path] | None = input_path(None, min_length=1)
-    """For an algorithm of your own: files or directories that it reads beside its own modules. When their content
-    changes, the training is made anew."""
+    """For your own algorithm: files or directories that it reads beside its own modules. When their content changes,
+    the training runs again."""
     value_head: bool = identity(False)
     """Train a value head on the policy's own last hidden states, so that it is its own critic (a shared backbone), for
     algorithms that need values."""
     max_drift: float = runtime(0.1, gt=0)
-    """Stop when the log-probabilities of the engine that sampled differ from the trainer's by more than this (nats a
+    """Stop when the log-probabilities of the engine that sampled differ from the trainer's by more than this (nats per
     token, mean of the absolute differences)."""
 
 
@@ -188,14 +188,14 @@ class PolicyConfig(PolicySettings, TrainingConfig):
     code_version: ClassVar[int] = 2
 
     pairs: list[Path] = input_path([])
-    """Published pairs, of this iteration and of as many earlier ones as wanted, for algorithms that read pairs."""
+    """Published pairs, of this iteration and of any earlier ones, for algorithms that read pairs."""
     reference: list[Path] = input_path([])
     """Published reference log-probabilities (scores of the kind logprobs), one for each of `pairs`, for algorithms that
     need them."""
     experience: Path | None = input_path(None)
     """Published experience, for algorithms that read samples."""
     reference_model: Path | None = input_path(None)
-    """Directory of the reference policy, which is held beside the policy, for algorithms that compare their whole
+    """Directory of the reference policy, which is loaded beside the policy, for algorithms that compare full
     distributions."""
 
     @model_validator(mode="after")
@@ -291,10 +291,10 @@ class CriticSettings(TrainingSettings):
     """Settings of critic training."""
 
     learning_rate: float = identity(9e-6, gt=0)
-    """Peak learning rate; a critic's is several times a policy's (OpenRLHF's default)."""
+    """Peak learning rate; use several times the policy's (OpenRLHF's default)."""
     clip: float = identity(0.2, gt=0)
-    """The new value is at most this far from the old one, for the clipped term (arXiv 1707.06347, as in baselines). It
-    is in units of the reward: raise it where rewards are spread widely."""
+    """Value clipping: the new value is at most this far from the old one in the clipped term (arXiv 1707.06347, as in
+    baselines). It is in units of the reward: raise it for rewards with a large spread."""
 
 
 class CriticConfig(CriticSettings, TrainingConfig):
@@ -347,13 +347,13 @@ class ExperienceSettings(Section):
     """Settings of the experience stage: the KL penalty."""
 
     kl_coefficient: float | None = identity(None, ge=0)
-    """Weight of the penalty on the KL divergence from the reference, for algorithms that put it into the reward, with
-    kl_target its first value; 0.05 by default."""
+    """Weight of the penalty on the KL divergence from the reference, for algorithms that add it to the reward, with
+    kl_target its initial value; 0.05 by default."""
     kl_target: float | None = identity(None, gt=0)
     """KL divergence (nats per response) that the coefficient is adapted to (arXiv 1909.08593, section 2.2); by default
     it is fixed."""
     kl_horizon: float = identity(10000.0, gt=0)
-    """Responses until an adaptive coefficient follows in full; with more per iteration it follows at once."""
+    """Responses until an adaptive coefficient is fully adapted; with more per iteration it adapts at once."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the samples is dropped; those that the algorithm itself leaves out do not count."""
 
@@ -367,7 +367,7 @@ class ExperienceConfig(ExperienceSettings, StageConfig):
     algorithm: str = identity()
     """As for the policy's training: a name (ppo, grpo, rloo, ...), your own file (mine.py), or package.module."""
     settings: dict[str, Any] = identity({})
-    """The algorithm's own settings, the same as for the policy's training; those of its loss alone change nothing."""
+    """The algorithm's own settings, the same as for the policy's training; those of its loss have no effect here."""
     rollouts: Path = input_path()
     """Published rollouts, sampled from the policy's own distribution (temperature 1, no top_p or top_k), with its
     log-probabilities."""
@@ -380,11 +380,11 @@ class ExperienceConfig(ExperienceSettings, StageConfig):
     greedy: Path | None = input_path(None)
     """Scores of `greedy_rollouts` by the scorer of `rewards`, if needed."""
     greedy_rollouts: Path | None = input_path(None)
-    """Published answers of the same policy to the same prompts at temperature 0, if needed."""
+    """Published greedy responses of the same policy to the same prompts, at temperature 0, if needed."""
     previous: Path | None = input_path(None)
-    """The experience of the iteration before, from which an adaptive coefficient goes on."""
+    """The experience of the previous iteration, from which an adaptive coefficient continues."""
     inputs: list[Path] | None = input_path(None, min_length=1)
-    """As for the policy's training: what an algorithm of your own reads beside its own modules."""
+    """As for the policy's training: what your own algorithm reads beside its own modules."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -32,7 +32,7 @@ class ParallelConfig(Section):
     offload: list[Literal["optimizer", "param"]] = runtime([])
     """What DeepSpeed offloads to CPU memory."""
     nodes: int = runtime(1, ge=1)
-    """Machines, with the same number of processes on each; the command is started once on every one."""
+    """Number of machines, with the same number of processes on each; start the command once on every one."""
 
     @property
     def processes(self) -> int:

@@ -15,14 +15,14 @@ class PreferenceSettings(Section):
     """A set of preference pairs that people have: where it is, and which of it to take."""
 
     source: Path = input_path()
-    """hf:ORG/NAME[:CONFIG][@REVISION], or a path, as of prompts. The layouts of TRL, UltraFeedback and HH-RLHF are
-    read as they are: docs/data.md."""
+    """hf:ORG/NAME[:CONFIG][@REVISION], or a path, as for prompts. The layouts of TRL, UltraFeedback and HH-RLHF are
+    read without configuration: docs/data.md."""
     split: str = identity("train")
     """Split of a data set that has several."""
     columns: dict[PreferenceColumn, str | None] = identity({})
     """Columns with other names than usual, {chosen: better, rejected: worse}; null reads none."""
     limit: int | None = identity(None, ge=1)
-    """Keep only so many pairs, the first."""
+    """Keep only the first this many pairs."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the pairs is dropped."""
 
@@ -34,7 +34,7 @@ class PreferencesImportConfig(PreferenceSettings, ChatFields, StageConfig):
     code_version: ClassVar[int] = 1
 
     tokenizer: Path = input_path()
-    """Directory of the model whose chat template and tokens the answers get."""
+    """Directory of the model whose chat template and tokenizer are used for the responses."""
     exclude: list[Path] = input_path([])
     """Published prompts (held-out sets) that must not occur: pairs of these are dropped as held_out, which max_dropped
     does not count."""
@@ -59,16 +59,16 @@ class PairsSampleConfig(StageConfig):
     code_version: ClassVar[int] = 1
 
     rollouts: Path = input_path()
-    """Rollouts that the pairs were chosen among."""
+    """Rollouts from which the pairs were selected."""
     pairs: Path = input_path()
     """Published pairs."""
     share: float = identity(gt=0, le=1)
-    """Share of the pairs that is taken; with `beside`, the share that they then have of both together. Of two shares
-    with one seed, the pairs of the smaller one are all among those of the larger."""
+    """Share of the pairs to take; with `beside`, their share of both together. With one seed, the pairs of a smaller
+    share are a subset of those of a larger one."""
     beside: Path | None = input_path(None)
-    """Published pairs that these are to be mixed with."""
+    """Published pairs to mix these with."""
     seed: int = identity(0, ge=0)
-    """Which pairs are taken."""
+    """Seed of the selection."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -37,16 +37,16 @@ class SelectConfig(StageConfig):
     scores: list[Path] = input_path(min_length=1)
     """Published scores of each."""
     margin: float | None = identity(None, ge=0)
-    """Leave out prompts whose best and worst answer differ by less in their scores; with 0 those whose answers all
-    score the same. By default none is left out."""
+    """Exclude prompts whose best and worst response differ by less in their scores; 0 excludes those whose responses
+    all score the same. By default none is excluded."""
     earlier: list[Path] = input_path([])
-    """Published rollouts of earlier iterations, the latest first, of whose prompts some are taken, too."""
+    """Published rollouts of earlier iterations, the latest first, from which some prompts are replayed."""
     earlier_scores: list[Path] = input_path([])
     """Published scores of each of these."""
     shares: list[Annotated[float, Field(gt=0, le=1)]] = identity([])
-    """Share of the prompts that is taken of each of these."""
+    """Share of the prompts to take from each of these."""
     seed: int = identity(0, ge=0)
-    """Which of them are taken."""
+    """Seed of the selection."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -67,7 +67,7 @@ class SelectScoresConfig(StageConfig):
     rollouts: Path = input_path()
     """What `select` published."""
     rounds: list[Path] = input_path(min_length=1)
-    """All rollouts that it read."""
+    """All rollouts that `select` read."""
     scores: list[Path] = input_path(min_length=1)
     """The scores of each."""
     name: str = identity("reward", min_length=1)

@@ -20,27 +20,28 @@ class GateSettings(Section):
     """A condition on a held-out metric, and what is done where it holds."""
 
     metric: str = identity()
-    """The metric, as evaluations call it: response_length, kl, win_rate_previous; docs/gates.md lists all. Of
-    evaluations of your own NAME/METRIC."""
+    """The metric, as evaluations name it: response_length, kl, win_rate_previous; docs/gates.md lists all. For your own
+    evaluations NAME/METRIC."""
     above: float | None = identity(None, ge=-1e9, le=1e9)
-    """It holds where the metric is above this; give this or `below`."""
+    """The condition holds if the metric is above this; set this or `below`."""
     below: float | None = identity(None, ge=-1e9, le=1e9)
-    """It holds where the metric is below this."""
+    """The condition holds if the metric is below this."""
     relative_to: Basis | None = identity(None)
-    """The bound is a multiple of what the metric is for another policy: the initial one, the previous one, or the best
-    so far. For metrics that are never negative."""
+    """The bound is a multiple of the metric of another policy: the initial one, the previous one, or the best so far.
+    For metrics that are never negative."""
     difference_to: Basis | None = identity(None)
-    """The bound is a difference to what the metric is for another policy."""
+    """The bound is a difference to the metric of another policy."""
     interval: bool = identity(True)
-    """Hold only where the whole 95 % interval is beyond the bound, of metrics that have one; else the value counts."""
+    """Require the whole 95 % interval to be beyond the bound, for metrics that have one; otherwise only the value
+    counts."""
     patience: int = identity(1, ge=1)
-    """Iterations in a row for which it must hold before anything is done."""
+    """Consecutive iterations in which the condition must hold before the action."""
     first: int = identity(1, ge=1)
-    """The first iteration that it looks at: a later one lets a run go on that it has stopped."""
+    """The first iteration that it applies to: raise it to continue a run that it has stopped."""
     do: Literal["warn", "stop", "rollback"] = identity()
-    """Say so; or end the run; or have the next iteration start from the best policy so far."""
+    """Warn; or end the run; or have the next iteration start from the best policy so far."""
     at_most: int = identity(1, ge=1)
-    """Rollbacks by this gate; where it would be one more, it stops the run."""
+    """Maximum number of rollbacks by this gate; the next one stops the run instead."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -114,15 +115,15 @@ class GateConfig(StageConfig):
     conditions: dict[str, GateSettings] = identity(min_length=1)
     """The gates, by name."""
     iteration: int = identity(ge=1)
-    """Number of the policy that is judged."""
+    """Number of the evaluated policy."""
     evaluation: Path = input_path()
     """Its evaluation."""
     initial: Path = input_path()
     """The initial policy's."""
     earlier: Path | None = input_path(None)
-    """The decision after the iteration before; None: this is the first."""
+    """The decision after the previous iteration; None: this is the first."""
     evaluations: dict[str, Path] = input_path({})
-    """Evaluations of this policy by functions of the user's own, by the names by which gates ask for their metrics."""
+    """Your own evaluations of this policy, by the names that gates use."""
     initial_evaluations: dict[str, Path] = input_path({})
     """The same of the initial policy."""
 

@@ -14,32 +14,32 @@ from contracts.errors import did_you_mean
 
 
 class PairsSettings(Section):
-    """Settings of pair choice."""
+    """Settings of pair selection."""
 
     strategy: str = identity("max_min")
     """max_min, max_random, max_max, all, top_k_bottom_k, length_matched, correct_against_wrong or uncertainty, see
     docs/pairs.md; or a function of your own, file.py:function or package.module:function, called once per prompt as
     function(candidates, prompt, **settings), which returns pairs of sample indices."""
     settings: dict[str, Any] = identity({}, later=True)
-    """What the strategy can be told: {top: 2, bottom: 2} for top_k_bottom_k, {tolerance: 0.1} for length_matched,
-    {threshold: 0.5} for correct_against_wrong, {parts: [a, b], sure: false} for uncertainty; the further keyword
-    arguments of a function of your own."""
+    """The strategy's settings: {top: 2, bottom: 2} for top_k_bottom_k, {tolerance: 0.1} for length_matched, {threshold:
+    0.5} for correct_against_wrong, {parts: [a, b], sure: false} for uncertainty; the further keyword arguments of your
+    own function."""
     length_penalty: float = identity(0.0, ge=0)
-    """Subtracted from the score per response token, before anything is chosen."""
+    """Subtracted from the score per response token, before selection."""
     distinct: bool = identity(False, later=True)
-    """Of identical answers to a prompt, choose among the first alone; the others are counted. Without it only the pairs
-    of two identical answers are dropped."""
+    """Of identical responses to a prompt, keep only the first; the others are counted. Without it only pairs of two
+    identical responses are dropped."""
     margin: float = identity(0.0, ge=0)
     """Pairs whose scores differ by less are dropped and counted; ties always are."""
     margin_cap: float | None = identity(None, gt=0, later=True)
     """Pairs whose scores differ by more are dropped and counted."""
     per_prompt: int | None = identity(None, ge=1, later=True)
-    """Pairs of a prompt at most: those that the strategy prefers, of the ones that nothing else drops. By default all
-    that it proposes."""
+    """Maximum number of pairs per prompt: those that the strategy prefers, after all other filters. By default all that
+    it proposes."""
     max_dropped: float = identity(0.95, ge=0, le=1)
-    """Stop when a larger share of the pairs is dropped, those beyond per_prompt not counted."""
+    """Stop when a larger share of the pairs is dropped, not counting those beyond per_prompt."""
     seconds_per_prompt: float = runtime(60.0, gt=0)
-    """How long a function of your own may take for one prompt; then it is ended, which stops the stage."""
+    """Time limit of your own function for one prompt; exceeding it stops the stage."""
 
     @model_validator(mode="before")
     @classmethod
@@ -109,7 +109,7 @@ class PairsConfig(PairsSettings, StageConfig):
     scores: Path = input_path()
     """Published scores of those rollouts; the score that selects is the score that labels."""
     seed: int = identity(0, ge=0)
-    """Seed of what a strategy draws by chance."""
+    """Seed of random strategies."""
 
     def source_files(self) -> dict[str, Path]:
         """The file of a function of the user's own, and the user's own modules that it imports."""

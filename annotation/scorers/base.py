@@ -67,11 +67,11 @@ class ScorerSettings(Section):
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the completions is dropped."""
     fail_on_error: float = identity(0.0, ge=0, lt=1)
-    """Share of the completions whose judgement may fail (an exception, a score that is no finite number); they are
-    dropped and counted. 0: the first one stops the stage."""
+    """Share of the completions whose scoring may fail (an exception, a score that is not finite); they are dropped and
+    counted. 0: the first failure stops the stage."""
     environment: str = runtime("annotation")
-    """What it runs in, in a run: annotation, generation or training, or the name of one in environments.own. One
-    with engine=vllm runs in that of generation where nothing is said."""
+    """Environment of the scorer in a run: annotation, generation or training, or the name of one in environments.own.
+    By default a scorer with engine=vllm uses that of generation."""
 
     opened_by: ClassVar[str]
     """`module:function`, called with the config and an `Opening`; returns an `annotation.samples.Scorer`."""
@@ -196,15 +196,15 @@ class RewardScorerSettings(ScorerSettings):
     """Settings of scorers that give rewards."""
 
     missing_eos_penalty: float | None = identity(None, ge=0)
-    """Subtracted from the score of truncated answers."""
+    """Subtracted from the score of truncated responses."""
 
 
 class WorkerSettings(RewardScorerSettings):
     """Settings of scorers that judge in processes of their own, which may be killed."""
 
     seconds_per_sample: float | None = runtime(None, gt=0)
-    """How long the judgement of one completion may take. One that takes longer is ended, with all that it has started,
-    and counts as failed. By default executor.stall_seconds of a run."""
+    """Time limit for scoring one completion. After it the process is killed, with all its children, and the completion
+    counts as failed. By default executor.stall_seconds of a run."""
     replicas: int = runtime(1, ge=1)
     """Processes that share the completions."""
 
@@ -292,9 +292,9 @@ class ModelSettings(ScorerSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = identity("auto")
     """Number format of the model; auto: bfloat16 on a GPU, float32 on a CPU."""
     max_length: int | None = identity(None, ge=1)
-    """Longer inputs (in tokens) are dropped and counted, never cut; by default the model's context."""
+    """Longer inputs (in tokens) are dropped and counted, never truncated; by default the model's context."""
     batch_tokens: int = identity(16384, ge=1)
-    """Tokens per forward pass at most. On a CPU it takes 1024, which fit the caches, unless the answers to one prompt
+    """Maximum tokens per forward pass. On a CPU it takes 1024, which fit the caches, unless the responses to one prompt
     have more."""
     replicas: int = runtime(1, ge=1)
     """Processes that share the shards, one device each."""
@@ -401,7 +401,7 @@ class ScoreConfig(ScorerSettings, StageConfig):
     pairs: Path | None = input_path(None)
     """Published pairs: score only the completions that occur in them."""
     name: str = identity("reward", min_length=1)
-    """Name of the scorer, the column that its scores are known by."""
+    """Name of the scorer, under which its scores are reported."""
     reasons: Path | None = runtime(None)
     """File to which {"prompt_id", "sample", "reason"} of each completion that gets no score is appended, as JSONL."""
 
@@ -444,8 +444,8 @@ class ComparingSettings(ScorerSettings):
     """Settings of scorers that compare the answers to a prompt."""
 
     opponents: int | None = identity(None, ge=1)
-    """Answers that each is compared with; all others to the same prompt by default, which takes K (K - 1) forward
-    passes or requests."""
+    """Number of responses that each is compared with; all others to the same prompt by default, which takes K (K - 1)
+    forward passes or requests."""
 
     compares: ClassVar[bool] = True
 
@@ -459,7 +459,8 @@ class ComparingConfig(ComparingSettings, ScoreConfig):
     """Judge every completion by comparisons with others."""
 
     against: Path | None = input_path(None)
-    """Published rollouts whose answers to the same prompt each answer is compared with, instead of with each other."""
+    """Published rollouts whose responses to the same prompt each response is compared with, instead of with each
+    other."""
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:

@@ -21,19 +21,19 @@ class CodeSettings(WorkerSettings):
     """Settings of a verifier of code."""
 
     kind: Literal["code"] = identity()
-    """Whether the Python program in an answer passes the tests in the prompt's `answer`: Python with assertions, a JSON
-    list of such texts, or {"inputs": [...], "outputs": [...]}, texts for stdin and what is to be printed."""
+    """Whether the Python program in a response passes the tests in the prompt's `answer`: Python with assertions, a
+    JSON list of such texts, or {"inputs": [...], "outputs": [...]}, stdin and expected output."""
     partial: bool = identity(False)
-    """Give the share of tests that pass, instead of 1 where all do and else 0."""
+    """Score the share of tests that pass, instead of 1 if all do and else 0."""
     seconds: float = identity(10.0, gt=0)
-    """How long the program may run: with all its assertions, or with one input."""
+    """Time limit of the program: with all its assertions, or with one input."""
     memory_mib: int = identity(1024, ge=64)
-    """Memory of each of its processes, in MiB."""
+    """Memory limit of each of its processes, in MiB."""
     max_processes: int = identity(8, ge=2)
-    """Processes and threads that it may have at once."""
+    """Maximum number of its processes and threads."""
     isolation: Literal["full", "limits"] = identity("full")
-    """full: in namespaces of its own, without network and without writing files but its own; refused where the kernel
-    gives none. limits: only with limits of time, memory and processes."""
+    """full: in its own namespaces, without network and with writes only to its own files; refused if the kernel does
+    not support it. limits: only limits of time, memory and processes."""
 
     calls: ClassVar[str] = "annotation.scorers.code:CodeVerifier"
 

@@ -15,14 +15,14 @@ from contracts.records import SCORES
 
 
 class CombinedSettings(RewardScorerSettings):
-    """Settings of a score that is made of others."""
+    """Settings of a combined score."""
 
     kind: Literal["combined"] = identity()
     """An expression over the scores of other scorers."""
     expression: str = identity()
     """For example 0.7 * helpful + 0.3 * form - 0.001 * tokens: names of other scorers (their parts: helpful.clear),
-    tokens (the answer's), truncated (1 where it was cut off), + - * /, comparisons, and, or, not, A if B else C, and
-    functions. Answers that one of the scorers has not judged are dropped and counted."""
+    tokens (the response's), truncated (1 if it was truncated), + - * /, comparisons, and, or, not, A if B else C, and
+    functions. Responses that one of the scorers has not scored are dropped and counted."""
 
     opened_by: ClassVar[str] = "annotation.combining:Combined"
     follows_rollouts: ClassVar[bool] = False
@@ -60,7 +60,7 @@ class CombinedConfig(CombinedSettings, ScoreConfig):
     scores: dict[str, Path] = input_path({})
     """Published scores of the rollouts by the scorers that the expression names."""
     standards: dict[str, Path] = input_path({})
-    """Published scores by the scorers that it has in standard(...): by their mean and standard deviation."""
+    """Published scores of the scorers used in standard(...), for their mean and standard deviation."""
 
     @model_validator(mode="after")
     def _check_scores(self) -> Self:

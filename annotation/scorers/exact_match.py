@@ -22,17 +22,18 @@ class ExactMatchSettings(WorkerSettings):
     """Settings of a comparison with the known answer."""
 
     kind: Literal["exact_match"] = identity()
-    """Whether an answer is the prompt's `answer`, in whichever Unicode form: é may be one character or two, letters and
-    digits of full width are those of half width (NFKC); superscripts, subscripts and fractions stay what they are."""
+    """Whether a response equals the prompt's `answer`, in Unicode form NFKC: é may be one character or two, full-width
+    letters and digits equal half-width ones; superscripts, subscripts and fractions are kept."""
     extract: str | None = identity(None)
-    """A regular expression for what is compared: its last match in the response, or the match's first group; a response
-    without one is wrong. By default the whole response."""
+    """A regular expression for the text to compare: its last match in the response, or the match's first group; a
+    response without a match is wrong. By default the whole response."""
     extract_answer: str | None = identity(None)
-    """The same for the prompt's `answer`, for example "#### (.*)" for gsm8k; one without a match is not judged."""
+    """The same for the prompt's `answer`, for example "#### (.*)" for gsm8k; an answer without a match is not
+    scored."""
     ignore: list[Ignored] = identity(["case", "blanks"])
-    """What makes no difference: case; blanks, but for one between words; punctuation; the articles a, an, the."""
+    """Differences to ignore: case; whitespace, except one blank between words; punctuation; the articles a, an, the."""
     numbers: bool = identity(True)
-    """Compare as numbers what are numbers: 1,000 and $1000.00 are the same."""
+    """Compare numbers as numbers: 1,000 and $1000.00 are the same."""
 
     calls: ClassVar[str] = "annotation.scorers.exact_match:judge"
 

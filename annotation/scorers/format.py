@@ -11,13 +11,13 @@ GAP = "..."
 
 
 class FormatSettings(WorkerSettings):
-    """Settings of a wish for a form."""
+    """Settings of a format check."""
 
     kind: Literal["format"] = identity()
-    """Whether an answer has the form of a template."""
+    """Whether a response matches a template."""
     template: str = identity("<think>...</think><answer>...</answer>", min_length=1)
-    """The form: ... stands for any text, everything else for itself; between tags there may be blanks and newlines, and
-    each tag occurs as often as here. A template whose first tag the chat template has written begins with ..."""
+    """The form: ... stands for any text, everything else for itself; whitespace between tags is ignored, and each tag
+    occurs as often as here. If the chat template has already written the first tag, begin with ..."""
 
     calls: ClassVar[str] = "annotation.scorers.format:judge"
 

@@ -18,23 +18,23 @@ def _listed(value: Any) -> Any:
 
 
 class HttpSettings(RemoteSettings, RewardScorerSettings):
-    """Settings of a service."""
+    """Settings of an HTTP service."""
 
     kind: Literal["http"] = identity()
-    """A service that gives rewards for many answers at once."""
+    """A service that scores many responses per request."""
     url: Annotated[list[Url], BeforeValidator(_listed)] = runtime(min_length=1)
-    """Its address, or those of several equal ones, which share the work."""
+    """Its address, or those of several identical ones, which share the load."""
     service: str = identity(min_length=1)
-    """A name of what it computes, with its version: all that the stage key knows of it, wherever it runs. With another
-    one the scores are made anew."""
+    """A name with a version for what it computes: the only part of it in the stage key, wherever it runs. Changing it
+    recomputes the scores."""
     protocol: Literal["ratchet", "openrlhf"] = identity("ratchet")
-    """What is sent and replied: Ratchet's own, or that of OpenRLHF's reward.remote_url."""
+    """The request and response format: Ratchet's own, or that of OpenRLHF's reward.remote_url."""
     tokenizer: Path | None = input_path(None)
-    """For openrlhf: directory of the policy's tokenizer, which makes texts of its tokens."""
+    """For openrlhf: directory of the policy's tokenizer, to decode its tokens."""
     batch_size: int = runtime(16, ge=1)
-    """Answers in one request."""
+    """Responses per request."""
     judge_twice: int = runtime(0, ge=0)
-    """Answers of each shard that are sent a second time, to see whether the score is the same; if it is not, the stage
+    """Responses of each shard that are sent a second time, to check that the score is the same; if it is not, the stage
     stops."""
 
     opened_by: ClassVar[str] = "annotation.remote.service:RewardService"

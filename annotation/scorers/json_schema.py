@@ -12,15 +12,15 @@ FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 class JsonSchemaSettings(WorkerSettings):
-    """Settings of a wish for JSON."""
+    """Settings of a JSON check."""
 
     kind: Literal["json_schema"] = identity()
-    """Whether an answer is JSON that fits a JSON Schema."""
+    """Whether a response is JSON that fits a JSON Schema."""
     definition: dict[str, Any] | None = identity(None)
     """The JSON Schema (draft 2020-12 unless its $schema says another). By default that in the prompt's `answer`, as
-    text. It refers to nothing outside of itself."""
+    text. References outside of it are refused."""
     fenced: bool = identity(True)
-    """Take the first block between ``` for the answer, if there is one."""
+    """Use the first block between ```, if there is one."""
 
     calls: ClassVar[str] = "annotation.scorers.json_schema:JsonVerifier"
     further_libraries: ClassVar[tuple[str, ...]] = ("jsonschema",)

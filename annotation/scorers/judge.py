@@ -13,9 +13,9 @@ class RatingSettings(JudgeSettings, RewardScorerSettings):
     """Settings of a judge that rates."""
 
     kind: Literal["judge"] = identity()
-    """A language model behind an OpenAI-compatible endpoint, which rates each answer."""
+    """A language model behind an OpenAI-compatible endpoint, which rates each response."""
     lowest: int = identity(1)
-    """The worst rating; the score is the rating as it is, the mean of the votes."""
+    """The worst rating; the score is the rating itself, the mean of the votes."""
     highest: int = identity(10)
     """The best rating."""
 

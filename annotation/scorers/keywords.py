@@ -11,18 +11,18 @@ from contracts.config import identity
 
 
 class KeywordsSettings(WorkerSettings):
-    """Settings of a search for words."""
+    """Settings of a keyword check."""
 
     kind: Literal["keywords"] = identity()
-    """Which share of some words an answer says, and 0 if it says one of others."""
+    """The share of required words in a response, and 0 if it contains a forbidden one."""
     required: list[str] = identity([])
-    """Words or phrases that it is to say."""
+    """Required words or phrases."""
     forbidden: list[str] = identity([])
-    """Words or phrases that it is not to say."""
+    """Forbidden words or phrases."""
     case: bool = identity(False)
-    """Whether upper and lower case differ."""
+    """Whether matching is case-sensitive."""
     whole_words: bool = identity(True)
-    """Whether a word inside of a longer one does not count."""
+    """Whether to match whole words only."""
 
     calls: ClassVar[str] = "annotation.scorers.keywords:judge"
 

@@ -9,15 +9,15 @@ CODE = worded("^[a-z]{2,3}$", "an ISO 639 code in small letters, for example en"
 
 
 class LanguageSettings(WorkerSettings):
-    """Settings of a wish for a language."""
+    """Settings of a language check."""
 
     kind: Literal["language"] = identity()
-    """How probable it is that an answer is in a language, as py3langid has it; short texts are hard to tell. One
+    """The probability that a response is in a language, by py3langid; short texts are hard to classify. A response
     without a letter (numbers, brackets) is in none: it is dropped and counted as `unscored`."""
     language: str = identity(pattern=CODE)
     """The language: de, en, ja, zh, ..."""
     among: list[str] | None = identity(None, min_length=2)
-    """The languages that it may be in, which makes it easier to tell; by default all that py3langid knows."""
+    """The candidate languages, which makes it more accurate; by default all that py3langid knows."""
 
     calls: ClassVar[str] = "annotation.scorers.language:LanguageVerifier"
     further_libraries: ClassVar[tuple[str, ...]] = ("py3langid",)

@@ -9,18 +9,18 @@ from contracts.config import identity
 
 
 class LengthSettings(WorkerSettings):
-    """Settings of a wish for answers of some length."""
+    """Settings of a length check."""
 
     kind: Literal["length"] = identity()
-    """How long an answer is: 1 within a band, less outside of it."""
+    """The length of a response: 1 within a band, less outside it."""
     unit: Literal["tokens", "words", "characters"] = identity("tokens")
-    """What is counted. Tokens are the policy's, with the one that ends the answer."""
+    """What is counted. Tokens are the policy's, including the stop token."""
     low: int = identity(0, ge=0)
-    """The shortest length that is wanted."""
+    """The lower end of the band."""
     high: int | None = identity(None, ge=0)
-    """The longest length that is wanted; none by default."""
+    """The upper end of the band; none by default."""
     margin: int = identity(0, ge=0)
-    """Outside of the band the score falls from 1 to 0 over so many units; 0: at once."""
+    """Outside the band the score falls from 1 to 0 over this many units; 0: at once."""
 
     calls: ClassVar[str] = "annotation.scorers.length:judge"
 

@@ -16,7 +16,7 @@ LOGITS_AT_ONCE = 1 << 26
 
 
 class LogprobSettings(ModelSettings):
-    """Settings of a model whose log-probabilities are asked for."""
+    """Settings of a model for log-probabilities."""
 
     kind: Literal["logprobs"] = identity()
     """A language model's log-probabilities."""

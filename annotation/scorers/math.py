@@ -21,18 +21,18 @@ class MathSettings(WorkerSettings):
     """Whether the result of an answer equals the prompt's `answer` as mathematics: 1/2, 0.5 and \\frac{1}{2} are the
     same."""
     extract_answer: str | None = identity(None)
-    """A regular expression for what of the prompt's `answer` is the result, for example "#### (.*)" for gsm8k: its last
-    match, or the match's first group. By default the whole of it."""
+    """A regular expression for the result in the prompt's `answer`, for example "#### (.*)" for gsm8k: its last match,
+    or the match's first group. By default the whole of it."""
     digits: int = identity(6, ge=1, le=15)
-    """Digits after the point to which numbers are compared that are not exact."""
+    """Digits after the decimal point to which inexact numbers are compared."""
     fail_on_error: float = identity(0.1, ge=0, lt=1)
-    """Share of the completions whose judgement may fail, because it takes too long or too much memory; they are dropped
-    and counted. 0: the first one stops the stage."""
+    """Share of the completions whose scoring may fail, because it takes too long or too much memory; they are dropped
+    and counted. 0: the first failure stops the stage."""
     seconds_per_sample: float | None = runtime(10.0, gt=0)
-    """How long the judgement of one completion may take. One that takes longer is ended and counts as failed: there are
-    results, such as towers of powers, that no computer algebra comes to an end with."""
+    """Time limit for scoring one completion, after which it is killed and counts as failed: computer algebra does not
+    terminate on some results, such as towers of powers."""
     memory_gib: float = runtime(4.0, gt=0)
-    """Memory of a process that judges, in GiB; a judgement that takes more fails."""
+    """Memory limit of a scoring process, in GiB; a completion that needs more fails."""
 
     calls: ClassVar[str] = "annotation.scorers.math:MathVerifier"
     further_libraries: ClassVar[tuple[str, ...]] = ("latex2sympy2-extended", "math-verify", "sympy")

@@ -11,8 +11,8 @@ class PairwiseJudgeSettings(ComparingSettings, JudgeSettings):
     """Settings of a judge that compares."""
 
     kind: Literal["pairwise_judge"] = identity()
-    """A language model behind an OpenAI-compatible endpoint, by whose verdicts each answer has its mean probability to
-    be better than others."""
+    """A language model behind an OpenAI-compatible endpoint that compares responses; a response's score is its mean
+    probability to be better than others."""
 
     opened_by: ClassVar[str] = "annotation.remote.comparing:PairwiseJudge"
     template_names: ClassVar[tuple[str, ...]] = ("first", "second")

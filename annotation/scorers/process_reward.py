@@ -44,31 +44,31 @@ class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
     """Settings of a process reward model."""
 
     kind: Literal["process_reward"] = identity()
-    """A process reward model: a classifier of tokens with two labels, or a language model that says whether a step is
+    """A process reward model: a token classifier with two labels, or a language model that says whether a step is
     right."""
     separator: str = identity("\n\n", min_length=1)
-    """What is between two steps of an answer."""
+    """The separator between two steps of a response."""
     separator_pattern: str | None = identity(None, min_length=1)
-    """A regular expression (Python's) in its place."""
+    """A regular expression (Python's) instead of the separator."""
     keep_separators: bool = identity(default=False)
-    """Whether the model reads what is between the steps, behind the marker."""
+    """Whether the model reads the separators, after the marker."""
     layout: Literal["marker", "turns"] = identity("marker")
-    """How the model reads steps: one turn with the marker behind each step, or each step as a user's turn with `good`
-    as the reply."""
+    """How the model reads steps: one turn with the marker after each step, or each step as a user turn with `good` as
+    the reply."""
     marker: str | None = identity(None, min_length=1)
-    """For layout=marker: the token behind a step at which the model was trained to judge it, for example <extra_0>."""
+    """For layout=marker: the token after a step at which the model was trained to score it, for example <extra_0>."""
     good: str = identity("+", min_length=1)
-    """For a language model: the token by which it says that a step is right, and"""
+    """For a language model: the token for a correct step."""
     bad: str = identity("-", min_length=1)
-    """that it is wrong."""
+    """For a language model: the token for a wrong step."""
     aggregate: Literal["min", "product", "mean", "last", "sum"] = identity("min")
-    """What the score of an answer is, by the probabilities that its steps are right."""
+    """How the score of a response is computed from the probabilities that its steps are right."""
     differences: bool = identity(default=False)
-    """Whether a step's last token is rewarded by what the step adds to the probability of the step before it, instead
-    of by its own."""
+    """Reward a step's last token with the change of the probability from the previous step, instead of with the
+    probability itself."""
     tokenizer: Path | None = input_path(None)
-    """Directory of the policy's tokenizer, by which the last tokens of steps are found. In a run it is the policy's; by
-    default the model's own, if the policy has the same."""
+    """Directory of the policy's tokenizer, to locate the last tokens of steps. In a run it is the policy's; by default
+    the model's own, if the policy has the same."""
 
     reader: ClassVar[str] = "annotation.models.process_reward:ProcessRewardModel"
     checks: ClassVar[tuple[Callable[[ModelInfo], None], ...]] = (_require_steps, ModelInfo.require_chat_template)

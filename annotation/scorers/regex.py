@@ -11,7 +11,7 @@ from contracts.config import identity
 
 
 class RegexSettings(WorkerSettings):
-    """Settings of a search for a regular expression."""
+    """Settings of a regular expression check."""
 
     kind: Literal["regex"] = identity()
     """Whether a regular expression matches."""
@@ -19,11 +19,11 @@ class RegexSettings(WorkerSettings):
     """The regular expression, as Python's `re` has it; (?i) at its beginning ignores case, (?s) lets . match
     newlines."""
     match: Literal["anywhere", "whole"] = identity("anywhere")
-    """Where it has to match: anywhere in the answer, or the whole of it."""
+    """Where it has to match: anywhere in the response, or the whole of it."""
     found: float = identity(1.0)
-    """The score where it matches."""
+    """The score if it matches."""
     absent: float = identity(0.0)
-    """The score where it does not."""
+    """The score if it does not."""
 
     calls: ClassVar[str] = "annotation.scorers.regex:judge"
 

@@ -39,61 +39,61 @@ class RemoteSettings(ScorerSettings):
     """Settings of scorers that ask a server."""
 
     key_variable: str | None = runtime(None, min_length=1)
-    """Environment variable that holds the key (a bearer token) of the server; the key itself is written nowhere."""
+    """Environment variable with the key (a bearer token) of the server; the key itself is stored nowhere."""
     concurrency: int = runtime(16, ge=1)
-    """Requests under way at a time, all from one process."""
+    """Maximum number of concurrent requests, all from one process."""
     timeout: float = runtime(120.0, gt=0)
-    """Seconds for one request, until its last byte has come."""
+    """Seconds for one request, until the reply is complete."""
     retries: int = runtime(5, ge=0)
-    """How often a request is sent again that met no server, 429, 5xx, the timeout or a broken reply, after pauses that
-    double from 1 s on, or last as long as the server asks for (Retry-After)."""
+    """Retries of a request after a connection failure, 429, 5xx, a timeout or an incomplete reply, with exponential
+    backoff from 1 s, or as long as the server says (Retry-After)."""
 
 
 class JudgeSettings(RemoteSettings):
     """Settings of judges behind an OpenAI-compatible endpoint."""
 
     url: Url = runtime()
-    """The API's base, such as http://127.0.0.1:8000/v1; /chat/completions is asked. It is not in the stage key: the
-    same model may be served elsewhere."""
+    """The API's base URL, such as http://127.0.0.1:8000/v1; requests go to /chat/completions. It is not in the stage
+    key: the same model may be served elsewhere."""
     model: str = identity(min_length=1)
-    """The model's name there."""
+    """The model's name at the endpoint."""
     rubric: str | None = identity(None, min_length=1)
-    """What to judge by, in place of the built-in text's own words."""
+    """The criterion, instead of that of the built-in prompt."""
     template: str | None = identity(None, min_length=1)
-    """The whole question (Jinja), in place of the built-in text."""
+    """The whole question (Jinja), instead of the built-in prompt."""
     template_file: Path | None = input_path(None)
     """The same from a file."""
     instructions: str | None = identity(None, min_length=1)
     """A system message before it (Jinja)."""
     extraction: Literal["pattern", "json", "logprobs"] = identity("pattern")
-    """How the answer is read: by a pattern, as JSON, or as the mean of what could stand in the place of its one token,
-    by the probabilities (G-Eval)."""
+    """How the rating is read: by a pattern, as JSON, or as the mean of the possible values at one token, weighted by
+    their probabilities (G-Eval)."""
     pattern: str | None = identity(None, min_length=1)
-    """Regular expression whose first group is the judgement; its last place in the answer counts."""
+    """Regular expression whose first group is the judgement; its last match in the reply counts."""
     json_key: str = identity("judgement", min_length=1)
-    """Key of the JSON object that holds the judgement."""
+    """Key of the JSON object with the judgement."""
     temperature: float | None = identity(0.0, ge=0)
-    """Of the judge; null leaves it to the server, as for all three:"""
+    """Sampling temperature of the judge; null leaves it to the server, also for max_tokens and seed."""
     max_tokens: int | None = identity(1024, ge=1)
-    """Longest answer of the judge. One that is cut off is no judgement, unless it is read by logprobs."""
+    """Maximum length of the judge's reply. A truncated reply is not read, except with logprobs."""
     seed: int | None = identity(0, ge=0)
     """Seed of the first vote; each further request of the same question has another."""
     request: dict[str, Any] = identity({})
-    """Further keys of the request's body, such as {reasoning_effort: low, response_format: {type: json_object}}."""
+    """Further keys of the request body, such as {reasoning_effort: low, response_format: {type: json_object}}."""
     votes: int = identity(1, ge=1, le=MOST_VOTES)
-    """Answers to each question, whose mean counts."""
+    """Votes per question; the score is their mean."""
     asks: int = identity(3, ge=1, le=100)
-    """How often the same vote is asked for, until its answer has a judgement."""
+    """How often the same vote is requested, until the reply has a judgement."""
     cache: Path | None = runtime(None)
-    """Folder that keeps what was said, for all runs; by default ~/.cache/ratchet/answers ($RATCHET_HOME/answers)."""
+    """Folder of cached replies, for all runs; by default ~/.cache/ratchet/answers ($RATCHET_HOME/answers)."""
     max_tokens_total: int | None = runtime(None, ge=1)
-    """Stop the stage when it has paid for so many tokens, of questions and answers; nothing is lost."""
+    """Stop the stage when it has paid for this many tokens, of prompts and replies; nothing is lost."""
     max_cost: float | None = runtime(None, gt=0)
-    """The same for what it has cost, by the two prices."""
+    """The same as a cost, by the two prices."""
     price_prompt: float = runtime(0.0, ge=0)
-    """Price of a million tokens of questions."""
+    """Price of a million prompt tokens."""
     price_completion: float = runtime(0.0, ge=0)
-    """Price of a million tokens of answers."""
+    """Price of a million reply tokens."""
 
     template_names: ClassVar[tuple[str, ...]]
     """Variables that the question cannot do without."""

@@ -10,13 +10,13 @@ class RepetitionSettings(WorkerSettings):
     """Settings of a penalty for repetition."""
 
     kind: Literal["repetition"] = identity()
-    """From 0 to -1: the share of an answer's n-grams that it has said before, negative, as in arXiv 2502.03373."""
+    """From 0 to -1: minus the share of a response's n-grams that are repeated, as in arXiv 2502.03373."""
     n: int = identity(3, ge=1)
-    """Words or tokens of an n-gram."""
+    """Words or tokens per n-gram."""
     unit: Literal["words", "tokens"] = identity("words")
-    """What n-grams are of; tokens for languages without blanks between words."""
+    """The unit of n-grams; use tokens for languages without blanks between words."""
     weight: float = identity(1.0, gt=0)
-    """The penalty of an answer that says nothing else."""
+    """The penalty of a response that only repeats."""
 
     calls: ClassVar[str] = "annotation.scorers.repetition:judge"
 

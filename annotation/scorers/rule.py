@@ -18,19 +18,19 @@ class RuleSettings(WorkerSettings):
     """A Python function or class."""
     function: str = identity()
     """package.module:function or file.py:function. A function is called once per completion with the keywords messages,
-    response, finish_reason and answer, or, if it has the parameter `samples`, with a list of many; a class is opened
-    once and called likewise. It returns a number, a mapping with `score` and what else it has found, or None where it
-    cannot judge."""
+    response, finish_reason and answer, or, if it has the parameter `samples`, with a list of many; a class is
+    instantiated once and called likewise. It returns a number, a mapping with `score` and further results, or None if
+    it cannot score the response."""
     settings: dict[str, Any] = identity({}, later=True)
-    """Further keyword arguments of the function, or those that the class is opened with."""
+    """Further keyword arguments of the function, or of the class's constructor."""
     batch: int = identity(64, later=True, ge=1)
-    """Completions of a call, if it takes many; of an async function of one, how many calls are under way at once."""
+    """Completions per call of a batched function; the number of concurrent calls of an async function."""
     inputs: list[Path] | None = input_path(None, min_length=1)
     """Files, models or other directories that the function reads beside its own modules. When their content changes,
-    the scores are made anew. A function with a keyword `inputs` is given these paths."""
+    scores are recomputed. A function with a keyword `inputs` gets these paths."""
     judge_twice: int = runtime(0, ge=0)
-    """Completions of each shard that are judged a second time, to see whether the score is the same; if it is not, the
-    stage stops. 0 for judges that cost something or that may differ."""
+    """Completions of each shard that are scored a second time, to check that the score is the same; if it is not, the
+    stage stops. Use 0 for scorers that cost money or are not deterministic."""
 
     calls: ClassVar[str] = ""
     can_reward_tokens: ClassVar[bool] = True

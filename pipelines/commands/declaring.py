@@ -19,20 +19,20 @@ from pipelines.text import fits, stacked
 
 EXAMPLES = """\
 examples:
-  pipeline run quickstart --iters 2                 run a recipe, or continue it: the same command again
+  pipeline run quickstart --iters 2                 run a recipe; the same command resumes it
   pipeline run mine.yaml --dry-run seed=2           what would run, and why
-  pipeline status runs/quickstart                   how far it is; `pipeline runs` lists all
-  pipeline logs runs/quickstart --follow            what its stages print
+  pipeline status runs/quickstart                   progress; `pipeline runs` lists all
+  pipeline logs runs/quickstart --follow            output of its stages
   pipeline report runs/quickstart                   a page with curves and all samples
-  pipeline compare runs/a runs/b                    which is better, and by how much
+  pipeline compare runs/a runs/b                    which run is better, and by how much
 
 exit codes:
-  0 done    1 a stage or a check failed    2 a mistake of yours, in one message    3 stopped by a gate
+  0 done    1 a stage or a check failed    2 a user's mistake, in one message    3 stopped by a gate
   130 interrupted
 """
 GROUPS = {
-    "run": "run and continue",
-    "read": "look at runs",
+    "run": "run and resume",
+    "read": "inspect runs",
     "keep": "keep and publish",
     "prepare": "before a run",
 }
@@ -57,13 +57,13 @@ class CommandLine(Parser):
             lines.append(f"{title}:")
             lines += [f"  {name:<12}{text}" for name, (of, text) in HELP.items() if of == group]
             lines.append("")
-        lines += ["`pipeline COMMAND --help` says more of each.", "", EXAMPLES]
+        lines += ["For details: `pipeline COMMAND --help`.", "", EXAMPLES]
         return "\n".join(lines)
 
 
 HELP: dict[str, tuple[str, str]] = {}
 """Group and one line of help of every command."""
-PARSER = CommandLine(prog="pipeline", description="Iterative online RLHF: sample, score, train, and start again.")
+PARSER = CommandLine(prog="pipeline", description="Iterative online RLHF: sample, score, train, and repeat.")
 COMMANDS = PARSER.add_subparsers(required=True, metavar="COMMAND")
 
 
@@ -116,8 +116,8 @@ def command(
     for names, options in arguments:
         child.add_argument(*names, **options)
     if not any(options.get("nargs") == argparse.REMAINDER for _, options in arguments):
-        child.add_argument("--plain", action="store_true", help="no colours, no boxes, nothing drawn over: for logs")
-        child.add_argument("--quiet", action="store_true", help="only what went wrong, and the result")
+        child.add_argument("--plain", action="store_true", help="no colours, no boxes, no live updates: for logs")
+        child.add_argument("--quiet", action="store_true", help="only errors, and the result")
 
     def declare(perform: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
         child.set_defaults(command=perform)
@@ -128,7 +128,7 @@ def command(
 
 CONFIG = argument("config", help="the run's YAML file, or the name of a recipe (pipeline recipes)")
 OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="keys to set, like generation.k=8")
-ITERATIONS = argument("--iters", type=int, default=None, help="iterations to have in the end")
+ITERATIONS = argument("--iters", type=int, default=None, help="total number of iterations")
 RUN = argument("run", type=Path, help="the run's directory, for example runs/quickstart")
 JSON = argument("--json", action="store_true", help="print one JSON object")
 

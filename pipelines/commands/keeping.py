@@ -21,12 +21,14 @@ from pipelines.text import say
 
 @command(
     "gc",
-    "delete and compress what a run does not need, and say why the rest stays",
+    "delete and compress what a run does not need, and print why the rest stays",
     RUN,
-    argument("--keep", metavar="POLICY", help='whose weights stay: all, best or "last N"; else as the run says'),
-    argument("--compress", action="store_true", help="keep the rows of finished iterations compressed"),
-    argument("--superseded", action="store_true", help="delete what other keys had published"),
-    argument("--dry-run", action="store_true", help="say what would be done; change nothing"),
+    argument(
+        "--keep", metavar="POLICY", help='whose weights stay: all, best or "last N"; by default the setting of the run'
+    ),
+    argument("--compress", action="store_true", help="compress the rows of finished iterations"),
+    argument("--superseded", action="store_true", help="delete artifacts of old keys"),
+    argument("--dry-run", action="store_true", help="print what would be done; change nothing"),
     group="keep",
 )
 def _gc(options: argparse.Namespace) -> None:
@@ -41,9 +43,9 @@ def _gc(options: argparse.Namespace) -> None:
 
 @command(
     "pin",
-    "keep everything of a run, whatever gc or its retention say",
+    "protect a run from gc and retention",
     RUN,
-    argument("--off", action="store_true", help="no longer"),
+    argument("--off", action="store_true", help="unpin it"),
     group="keep",
 )
 def _pin(options: argparse.Namespace) -> None:
@@ -55,11 +57,11 @@ def _pin(options: argparse.Namespace) -> None:
 
 @command(
     "push",
-    "push what a run has published to the Hugging Face Hub",
+    "push a run's artifacts to the Hugging Face Hub",
     RUN,
-    argument("overrides", nargs="*", metavar="hub.key=value", help="instead of what the run's `hub` says"),
-    argument("--iteration", type=int, metavar="N", help="this iteration alone; 0: the initial policy"),
-    argument("--dry-run", action="store_true", help="say what would be pushed; change nothing"),
+    argument("overrides", nargs="*", metavar="hub.key=value", help="overrides of the run's `hub`"),
+    argument("--iteration", type=int, metavar="N", help="only this iteration; 0: the initial policy"),
+    argument("--dry-run", action="store_true", help="print what would be pushed; change nothing"),
     argument("--json", action="store_true", help="print one JSON list"),
     group="keep",
 )

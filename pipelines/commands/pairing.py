@@ -15,10 +15,10 @@ from pipelines.text import relative, say
 
 @command(
     "pairs",
-    "make the pairs of an iteration anew in another way, and show both side by side",
+    "build other pairs from an iteration's rollouts, and compare them with its own",
     RUN,
     argument("overrides", nargs="*", metavar="key=value", help="keys of `pairs`, like strategy=all; output=DIRECTORY"),
-    argument("--iteration", type=int, metavar="I", help="by default the last one whose answers are scored"),
+    argument("--iteration", type=int, metavar="I", help="by default the last one with scores"),
     JSON,
     group="read",
     keys=partial(describe, PairsSettings),

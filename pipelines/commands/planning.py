@@ -38,7 +38,7 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.plan import plan_run, read_run
 from pipelines.text import say
 
-PLAN_HELP = "who runs where and when, before it does"
+PLAN_HELP = "show, check, search and simulate plans: which stage runs where and when"
 HELP["plan"] = "prepare", PLAN_HELP
 PLAN = COMMANDS.add_parser("plan", help=PLAN_HELP, description=f"{PLAN_HELP.capitalize()}.").add_subparsers(
     required=True, metavar="COMMAND"
@@ -46,7 +46,9 @@ PLAN = COMMANDS.add_parser("plan", help=PLAN_HELP, description=f"{PLAN_HELP.capi
 SOURCE = argument("source", metavar="CONFIG|RUN", help="a YAML file, the name of a recipe, or a run's directory")
 CONFIG = argument("config", help="a YAML file, or the name of a recipe")
 CLUSTER = argument("--cluster", type=Path, metavar="FILE", help="a YAML file of machines; without it, this machine")
-RUNS = argument("--runs", type=Path, nargs="+", default=[], metavar="RUN", help="runs to learn from, beside all stored")
+RUNS = argument(
+    "--runs", type=Path, nargs="+", default=[], metavar="RUN", help="runs to learn from, beside the stored profiles"
+)
 
 
 def _planned(options: argparse.Namespace) -> tuple[RunConfig, Graph]:
@@ -60,7 +62,13 @@ def _planned(options: argparse.Namespace) -> tuple[RunConfig, Graph]:
 
 
 @command(
-    "show", "each stage's devices and layout, and a timeline of the run", SOURCE, OVERRIDES, ITERATIONS, JSON, of=PLAN
+    "show",
+    "show each stage's devices and layout, and a timeline of the run",
+    SOURCE,
+    OVERRIDES,
+    ITERATIONS,
+    JSON,
+    of=PLAN,
 )
 def _show(options: argparse.Namespace) -> None:
     config, graph = _planned(options)
@@ -72,7 +80,7 @@ def _show(options: argparse.Namespace) -> None:
         print_plan(make_console(), view)
 
 
-@command("check", "whether the devices, the models and the memory allow a plan", SOURCE, OVERRIDES, ITERATIONS, of=PLAN)
+@command("check", "check that a plan fits devices, models and memory", SOURCE, OVERRIDES, ITERATIONS, of=PLAN)
 def _check(options: argparse.Namespace) -> None:
     config, graph = _planned(options)
     say(make_console(), *check_plan(graph, config))
@@ -80,16 +88,16 @@ def _check(options: argparse.Namespace) -> None:
 
 @command(
     "search",
-    "which strategy, pools and layouts a run is expected to take least time with, and why",
+    "find the strategy, pools and layouts with the shortest expected time",
     CONFIG,
     OVERRIDES,
     ITERATIONS,
     CLUSTER,
     argument("--output", type=Path, metavar="FILE", help="write the plan there: FILE.yaml, for placement=FILE.yaml"),
-    argument("--seconds", type=float, default=60.0, metavar="S", help="after which the search ends (60)"),
-    argument("--seed", type=int, default=0, help="of the search, and of the draws of the errors"),
+    argument("--seconds", type=float, default=60.0, metavar="S", help="time limit of the search (60)"),
+    argument("--seed", type=int, default=0, help="seed of the search, and of the drawn errors"),
     argument("--take", metavar="PLAN", help="write this plan of the table: found, flattening, ..."),
-    argument("--lags", metavar="N,N", help="lags to plan for; by default that of the config: it changes the results"),
+    argument("--lags", metavar="N,N", help="lags to consider; by default the config's: a lag changes results"),
     RUNS,
     JSON,
     of=PLAN,
@@ -132,13 +140,13 @@ def _search(options: argparse.Namespace) -> None:
 
 @command(
     "simulate",
-    "how long a run takes, what it costs and what it waits for; exit code 1: it is not expected to finish",
+    "estimate time, cost and bottleneck of a run; exit code 1: it is not expected to finish",
     CONFIG,
     OVERRIDES,
     ITERATIONS,
     CLUSTER,
     argument("--draws", type=count, default=DRAWS, metavar="N", help=f"runs to draw for the interval ({DRAWS})"),
-    argument("--seed", type=int, default=0, help="of the draws"),
+    argument("--seed", type=int, default=0, help="seed of the draws"),
     RUNS,
     argument("--svg", type=Path, metavar="FILE", help="write the timeline as a picture"),
     JSON,

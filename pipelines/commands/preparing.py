@@ -24,7 +24,7 @@ from pipelines.environments.locked import NAMES, STAGES, describe_all, interpret
 
 @command(
     "doctor",
-    "what would go wrong in a run, before it starts",
+    "check a run for problems before it starts",
     CONFIG,
     OVERRIDES,
     ITERATIONS,
@@ -37,7 +37,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 @command(
     "recipes",
-    "the recipes that come with Ratchet, or the text of one",
+    "list the built-in recipes, or print one",
     argument("name", nargs="?", help="print this one: pipeline recipes smollm2 > mine.yaml"),
     group="prepare",
 )
@@ -47,14 +47,16 @@ def _recipes(options: argparse.Namespace) -> None:
 
 ENV_HELP = "build and list the stages' environments"
 HELP["env"] = "prepare", ENV_HELP
-ENVIRONMENTS = COMMANDS.add_parser("env", help=ENV_HELP).add_subparsers(required=True, metavar="COMMAND")
+ENVIRONMENTS = COMMANDS.add_parser("env", help=ENV_HELP, description=f"{ENV_HELP.capitalize()}.").add_subparsers(
+    required=True, metavar="COMMAND"
+)
 ENVIRONMENT = argument("name", metavar="NAME", help=", ".join(NAMES))
 VARIANT = argument("--variant", default="auto", choices=["auto", "cpu", "gpu"], help="auto: gpu if there is one")
 
 
 @command(
     "sync",
-    "build the environments that are missing",
+    "build missing environments",
     argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; by default those of stages"),
     VARIANT,
     of=ENVIRONMENTS,
@@ -75,7 +77,7 @@ def _python(options: argparse.Namespace) -> None:
 
 @command(
     "run",
-    "run `python ARGUMENTS` as a stage runs: there, with Ratchet's code",
+    "run `python ARGUMENTS` in a stage's environment, with Ratchet's code",
     ENVIRONMENT,
     argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="-m training --help"),
     VARIANT,
@@ -87,7 +89,7 @@ def _become(options: argparse.Namespace) -> None:
 
 @command(
     "completion",
-    "print what completes commands and options in a shell",
+    "print a shell completion script",
     argument("shell", choices=shtab.SUPPORTED_SHELLS, help='bash: eval "$(pipeline completion bash)" in ~/.bashrc'),
     group="prepare",
 )

@@ -41,13 +41,13 @@ LIST = "list"
 
 @command(
     "profile",
-    "how long stages take: fill in what no run has shown, by short runs; `profile list [RUN ...]` says what runs took",
+    "measure stages without a profile in short runs; `profile list [RUN ...]` shows what runs took",
     argument("source", metavar="CONFIG|list", help="the run's YAML file, the name of a recipe, or `list`"),
     OVERRIDES,
-    argument("--list", action="store_true", help="only say what is known, and what a short run would take"),
+    argument("--list", action="store_true", help="only show what is known, and what a short run would take"),
     argument("--prompts", type=count, default=PROMPTS, help=f"prompts of a short run; {PROMPTS} by default"),
     argument("--steps", type=count, default=STEPS, help=f"optimizer steps of its trainings; {STEPS} by default"),
-    argument("--all", action="store_true", help="run also what was run in another size or layout"),
+    argument("--all", action="store_true", help="also run stages known only in another size or layout"),
     JSON,
     group="prepare",
 )

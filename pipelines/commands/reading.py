@@ -31,7 +31,7 @@ from pipelines.run.directory import RunDirectory
 
 @command(
     "runs",
-    "all runs, with their state and latest metric",
+    "list runs, with their state and latest metric",
     argument("directory", nargs="?", type=Path, default=Path("runs"), help="where to look; by default ./runs"),
     JSON,
     group="read",
@@ -43,7 +43,7 @@ def _runs(options: argparse.Namespace) -> None:
         print_runs(make_console(), options.directory)
 
 
-@command("status", "how far a run is, and how long it will take", RUN, JSON, group="read")
+@command("status", "show a run's progress and remaining time", RUN, JSON, group="read")
 def _status(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(status_data(*opened(options.run)), indent=1))
@@ -53,12 +53,12 @@ def _status(options: argparse.Namespace) -> None:
 
 @command(
     "logs",
-    "the last lines of the logs of a stage, or of those that run or failed",
+    "show the log tail of a stage, or of those that are running or failed",
     RUN,
     argument("stage", nargs="?", help="a stage's name, for example iteration-001/training"),
-    argument("--lines", type=count, default=30, help="how many of each log"),
+    argument("--lines", type=count, default=30, help="lines per log"),
     argument("--part", help="of a stage of several jobs or nodes: task-0, node-1, publisher"),
-    argument("--follow", action="store_true", help="go on with what is added, until the stage or the run is over"),
+    argument("--follow", action="store_true", help="follow the output until the stage or the run ends"),
     group="read",
 )
 def _logs(options: argparse.Namespace) -> None:
@@ -70,11 +70,11 @@ def _logs(options: argparse.Namespace) -> None:
 
 @command(
     "report",
-    "what a run has done, as one page to read and to pass on",
+    "write a run's report, a self-contained page",
     RUN,
     argument("--output", type=Path, metavar="PAGE", help="where to write the page; by default RUN/report.html"),
     argument("--markdown", action="store_true", help="print it as Markdown instead"),
-    argument("--json", action="store_true", help="print what it says as one JSON object instead"),
+    argument("--json", action="store_true", help="print its data as one JSON object instead"),
     group="read",
 )
 def _report(options: argparse.Namespace) -> None:
@@ -83,9 +83,9 @@ def _report(options: argparse.Namespace) -> None:
 
 @command(
     "view",
-    "the report in a browser, anew whenever something happens in the run",
+    "serve the report in a browser, updated during the run",
     RUN,
-    argument("--port", type=int, help=f"of this machine; by default {PORT}, or any that is free"),
+    argument("--port", type=int, help=f"local port; by default {PORT}, or any free one"),
     group="read",
 )
 def _view(options: argparse.Namespace) -> None:
@@ -94,12 +94,17 @@ def _view(options: argparse.Namespace) -> None:
 
 @command(
     "compare",
-    "what differs between runs, and which policy is better by how much on the same held-out prompts",
+    "compare runs: config differences, and which policy is better by how much on the same held-out prompts",
     argument("runs", nargs="+", type=Path, help="the runs' directories; each is compared with the first"),
-    argument("--metric", help="shown by iteration: a name of eval/; by default the gold reward, or the reward"),
-    argument("--iteration", type=int, metavar="I", help="whose policies are compared; by default each run's last"),
+    argument(
+        "--metric",
+        help="the metric to show by iteration, a name under eval/; by default the gold reward, or the reward",
+    ),
+    argument("--iteration", type=int, metavar="I", help="iteration to compare; by default each run's last"),
     argument("--json", action="store_true", help="print everything as one JSON object"),
-    argument("--html", type=Path, metavar="PAGE", help="also write it as a page, with curves and answers side by side"),
+    argument(
+        "--html", type=Path, metavar="PAGE", help="also write it as a page, with curves and responses side by side"
+    ),
     group="read",
 )
 def _compare(options: argparse.Namespace) -> int:
@@ -122,9 +127,9 @@ def _compare(options: argparse.Namespace) -> int:
 
 @command(
     "trace",
-    "where a checkpoint, a pair or a prompt comes from",
+    "show the provenance of a checkpoint, a pair or a prompt",
     argument("what", metavar="CHECKPOINT|PAIR_ID|PROMPT_ID", help="a path in a run, an id, or a digest"),
-    argument("--run", type=Path, help="the run to look in; by default all below ./runs"),
+    argument("--run", type=Path, help="the run to search; by default all below ./runs"),
     argument("--json", action="store_true", help="print one JSON object"),
     group="read",
 )
@@ -134,8 +139,8 @@ def _trace(options: argparse.Namespace) -> None:
 
 @command(
     "verify",
-    "whether everything published is whole and fits together",
-    argument("run", type=Path, help="the run's directory, or that of one artifact"),
+    "check that all artifacts are intact and consistent",
+    argument("run", type=Path, help="the directory of a run, or of one artifact"),
     JSON,
     group="read",
 )

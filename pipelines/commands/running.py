@@ -55,14 +55,12 @@ from pipelines.text import plural, say
 
 @command(
     "run",
-    "run a configuration, or continue it",
+    "run a configuration, or resume it",
     CONFIG,
     OVERRIDES,
     ITERATIONS,
-    argument("--dry-run", action="store_true", help="say what would run, and why, and the memory it takes"),
-    argument(
-        "--force", action="append", default=[], metavar="STAGE", help="make it again: a name, or a pattern with *"
-    ),
+    argument("--dry-run", action="store_true", help="print what would run, why, and the memory it needs"),
+    argument("--force", action="append", default=[], metavar="STAGE", help="run it again: a name, or a pattern with *"),
     argument("--detach", action="store_true", help="submit all stages to Slurm at once and return"),
     argument(
         "--share",
@@ -70,7 +68,7 @@ from pipelines.text import plural, say
         default=[],
         type=Path,
         metavar="RUN",
-        help="take over from another run what comes out the same, instead of making it again",
+        help="reuse another run's artifacts with the same key",
     ),
     group="run",
     keys=lambda: "\n\n".join(
@@ -154,7 +152,7 @@ def dry_run(console: Console, options: argparse.Namespace) -> None:
 
 @command(
     "fork",
-    "a new run that shares the iterations before I with another one",
+    "create a run that shares the iterations before I with another one",
     RUN,
     argument("--from-iteration", type=int, required=True, metavar="I", help="the first that may differ"),
     argument("--name", help="the new run's name; by default RUN-from-I"),
@@ -171,7 +169,7 @@ def _fork(options: argparse.Namespace) -> None:
 
 @command(
     "sweep",
-    "run a grid of values, share what comes out the same, and compare the results",
+    "run a grid of values, sharing common stages, and compare the results",
     CONFIG,
     argument("overrides", nargs="*", metavar="key=value", help="key=[a,b] for the values of the grid; else one value"),
     ITERATIONS,
@@ -207,11 +205,11 @@ def _sweep(options: argparse.Namespace) -> int:
     return worst
 
 
-@command("attach", "watch a run that goes on by itself, from any node", RUN, group="run")
+@command("attach", "watch a detached run, from any node", RUN, group="run")
 def _attach(options: argparse.Namespace) -> None:
     attach(make_console(), *opened(options.run))
 
 
-@command("cancel", "end what works on a run, on whatever machine; what is finished stays", RUN, group="run")
+@command("cancel", "stop a run, on any machine; what is finished stays", RUN, group="run")
 def _cancel(options: argparse.Namespace) -> None:
     cancel(make_console(), *opened(options.run))

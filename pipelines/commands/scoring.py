@@ -34,12 +34,14 @@ Place = tuple[str, int]
 
 @command(
     "score",
-    "have a scorer of a run judge texts of yours; prints the rows with their scores as JSONL",
+    "score your own texts with a run's scorer; prints the rows with their scores as JSONL",
     CONFIG,
     argument("scorer", help="its name in the section `scorers`"),
-    argument("file", help='JSONL with {"prompt" or "messages", "response"} and perhaps "answer" a line; - reads stdin'),
+    argument(
+        "file", help='JSONL with {"prompt" or "messages", "response"}, optionally "answer", per line; - reads stdin'
+    ),
     OVERRIDES,
-    argument("--tokenizer", type=Path, metavar="MODEL", help="whose tokens the responses get; by default the policy's"),
+    argument("--tokenizer", type=Path, metavar="MODEL", help="tokenizer for the responses; by default the policy's"),
     group="read",
 )
 def _score(options: argparse.Namespace) -> int:

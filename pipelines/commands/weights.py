@@ -15,18 +15,16 @@ from reallocation.layouts import RankLayout
 from reallocation.resharding import reshard
 from reallocation.stored import StoredModel
 
-BASE = argument(
-    "--base", type=Path, metavar="MODEL", help="of an adapter: the model, where it does not say a directory"
-)
+BASE = argument("--base", type=Path, metavar="MODEL", help="base model of an adapter, if it does not name a directory")
 COMPARES = "training"
 """The environment whose numpy compares."""
 
 
 @command(
     "reshard",
-    "write a checkpoint with a set of files for each rank of a parallel layout, or back",
+    "shard a checkpoint for the ranks of a parallel layout, or merge it again",
     argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a model's directory, whole or in any layout"),
-    argument("--to", required=True, metavar="LAYOUT", help="like tp=4,pp=2; tp=1,pp=1: the whole checkpoint as it was"),
+    argument("--to", required=True, metavar="LAYOUT", help="like tp=4,pp=2; tp=1,pp=1: the whole original checkpoint"),
     argument("--output", type=Path, metavar="DIR", help="by default beside it, like NAME-tp4-pp2"),
     BASE,
     JSON,
@@ -62,7 +60,7 @@ def _reshard(options: argparse.Namespace) -> None:
 
 @command(
     "diff",
-    "which tensors of two checkpoints differ, and by how much; exit code 0: none, 1: some",
+    "compare the tensors of two checkpoints; exit code 0: the same, 1: different",
     argument("first", type=Path, metavar="CHECKPOINT", help="a model's directory, whole or in any layout"),
     argument("second", type=Path, metavar="CHECKPOINT", help="another one"),
     BASE,

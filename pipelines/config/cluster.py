@@ -9,49 +9,49 @@ from contracts.config import Section, read_yaml, runtime, validate
 
 
 class QueueSection(Section):
-    """How long a stage waits before it has its devices."""
+    """Queue time of a stage."""
 
     seconds: float = runtime(0.0, ge=0)
     """The median."""
     spread: float = runtime(0.0, ge=0, le=3)
-    """Standard deviation of its logarithm: with 0.7 one in six waits for more than twice as long."""
+    """Standard deviation of its logarithm: with 0.7 one in six waits more than twice as long."""
 
 
 class StragglersSection(Section):
-    """Stages that take longer, for no reason of theirs: a slow device, a file server that is busy."""
+    """Stages slowed down from outside: a slow device, a busy file server."""
 
     share: float = runtime(0.0, ge=0, le=1)
-    """How many of the stages."""
+    """Share of the stages."""
     factor: float = runtime(1.5, ge=1)
-    """How many times as long they compute."""
+    """Slowdown factor."""
 
 
 class MachinesSection(Section):
     """Machines of one kind, as one large one: stages are given parts of all of their GPUs."""
 
     machines: int = runtime(1, ge=1)
-    """How many."""
+    """Number of machines."""
     gpus: int = runtime(ge=1)
-    """GPUs of each."""
+    """GPUs per machine."""
     gpu: str = runtime(min_length=1)
-    """Their kind: the name of a data sheet (H100-SXM, A100-80), or as the driver calls it."""
+    """GPU model: the name of a data sheet (H100-SXM, A100-80), or the driver's name."""
     gib: float | None = runtime(None, gt=0)
-    """Memory of each GPU, in GiB; by default as its data sheet says."""
+    """Memory of each GPU, in GiB; by default from its data sheet."""
     link: float | None = runtime(None, gt=0)
-    """GB/s from a GPU to another one of its machine, in one direction; by default as the data sheet says."""
+    """GB/s between two GPUs of a machine, in one direction; by default from the data sheet."""
     network: float | None = runtime(None, gt=0)
-    """GB/s from a GPU to one of another machine; by default as such machines usually have."""
+    """GB/s between GPUs of two machines; by default as usual for such machines."""
     price: float | None = runtime(None, ge=0)
-    """Of one GPU for an hour."""
+    """Price of one GPU-hour."""
     currency: str = runtime("USD", min_length=1, max_length=8)
-    """Of the price."""
+    """Currency of the price."""
     queue: QueueSection = runtime(QueueSection())
-    """What each stage waits for a scheduler; a number is short for `seconds`."""
+    """Queue time of each stage; a number is short for `seconds`."""
     hours_between_failures: float | None = runtime(None, gt=0)
-    """Hours that one GPU works on average until something ends the stage on it: its failure, its machine's, a
-    preemption. Of 64 GPUs the first fails after a 64th of that. By default nothing fails."""
+    """Mean GPU-hours between failures that end a stage: of the GPU, its machine, or a preemption. With 64 GPUs the
+    first fails after a 64th of that. By default nothing fails."""
     stragglers: StragglersSection = runtime(StragglersSection())
-    """Stages that are slow."""
+    """Slow stages."""
 
     @field_validator("queue", mode="before")
     @classmethod

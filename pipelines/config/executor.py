@@ -56,7 +56,7 @@ OUR_DIRECTIVES = frozenset(
 
 
 class ResourcesSection(Section):
-    """What jobs ask of the scheduler; a key that is not set has the default of the stage's kind.
+    """Resources that jobs request from the scheduler; an unset key has the default of the stage's kind.
 
     The kinds: generation; scoring (with a model); training (policy, sft, reward model, critic); light (all others). A
     generation or a scoring is a job array, a training is one job over one or several nodes.
@@ -65,37 +65,37 @@ class ResourcesSection(Section):
     partition: str | None = runtime(None, min_length=1)
     """Partition, or several with commas; the cluster's default partition if not set."""
     account: str | None = runtime(None, min_length=1)
-    """Account that pays; the user's default account if not set."""
+    """Account to charge; the user's default account if not set."""
     qos: str | None = runtime(None, min_length=1)
     """Quality of service; the cluster's default if not set."""
     time: str | None = runtime(None)
     """Time limit of a job, as Slurm reads it: "2:00:00", "1-12:00:00", or "90" for minutes. By default 4 hours for
-    generation and scoring, 24 for training, 30 minutes for light stages. A stage that reaches its limit saves what it
-    has and goes on in another job."""
+    generation and scoring, 24 for training, 30 minutes for light stages. A stage that reaches its limit saves its state
+    and resumes in another job."""
     nodes: int | None = runtime(None, ge=1)
-    """Nodes of a training; 1 by default. No other stage runs on several."""
+    """Nodes of a training; 1 by default. Other stages run on one."""
     gpus: int | None = runtime(None, ge=0)
-    """GPUs: for a training of every node, for generation and scoring of every task of the array. For all stages: those
-    of a training's node (by default as many as `hardware` says, else none), and where there are any, a task has what
-    one replica of its model takes: tensor_parallel, or 1. Light stages have none unless their own entry says so."""
+    """GPUs: for a training per node, for generation and scoring per task of the array. In the section for all stages:
+    per node of a training (by default as many as `hardware` says, else none), and if there are any, a task gets those
+    of one replica of its model: tensor_parallel, or 1. Light stages have none unless their own entry says so."""
     gpu_type: str | None = runtime(None, pattern=worded("^[A-Za-z0-9_.-]+$", "letters, digits, _, . and -"))
-    """Which GPUs, on clusters that call them by type, for example h100; any if not set."""
+    """GPU type, on clusters that name them, for example h100; any if not set."""
     cpus: int | None = runtime(None, ge=1)
-    """CPU cores of a task or, in a training, of every node. By default 8 per GPU; without GPUs 1 for each of the
-    stage's processes there. Without GPUs their number changes the last bits of results, as threads sum in other
-    orders."""
+    """CPU cores per task or, in a training, per node. By default 8 per GPU; without GPUs 1 for each of the stage's
+    processes there. Without GPUs their number changes the last bits of results, because the order of summation depends
+    on the threads."""
     memory: str | None = runtime(None)
-    """Memory of a task or node: "64G", "512M", "0" for all of the node's. By default 4G for light stages, or what is
-    estimated for those that load a model, and what the cluster gives for all others."""
+    """Memory per task or node: "64G", "512M", "0" for all of the node's. By default 4G for light stages, or the
+    estimate for those that load a model, and the cluster's default for all others."""
     tasks: int | None = runtime(None, ge=1)
     """Tasks of the job array of a generation or a scoring, which share its shards; 4 by default."""
     setup: list[str] = runtime([])
     """Lines of bash at the beginning of every job, before Python starts, for example [module load cuda]."""
     directives: dict[str, str | int | float | bool | None] = runtime({})
-    """Further options of sbatch by their long names: {constraint: ib, exclusive: true, mail-type: END}; true is an
-    option without a value, false takes out one of a less special entry."""
+    """Further sbatch options by their long names: {constraint: ib, exclusive: true, mail-type: END}; true is an option
+    without a value, false removes one of a less specific entry."""
     requeue: bool = runtime(True)
-    """Let Slurm start a job again after a preemption or a node's failure. Without it Ratchet submits a new one."""
+    """Let Slurm requeue a job after a preemption or a node failure. Without it Ratchet submits a new one."""
 
     @property
     def minutes(self) -> int | None:
@@ -140,7 +140,7 @@ class StageSection(ResourcesSection):
     """The same for some stages, and where they run."""
 
     kind: ExecutorKind | None = runtime(None)
-    """local, slurm or inline, where these stages run elsewhere than the others."""
+    """local, slurm or inline, if these stages run elsewhere than the others."""
 
     @model_validator(mode="before")
     @classmethod
@@ -184,34 +184,34 @@ class ExecutorSection(Section):
     """Where stages run. A word is short for its `kind`: `executor: slurm`."""
 
     kind: ExecutorKind = runtime("local")
-    """local: each stage is a process on this machine; slurm: it is a job of a Slurm cluster, or an array of jobs;
-    inline: run by the driver itself, for debugging."""
+    """local: each stage is a process on this machine; slurm: it is a job of a Slurm cluster, or a job array; inline:
+    run by the driver itself, for debugging."""
     resources: ResourcesSection = runtime(ResourcesSection(), was="slurm")
-    """What all stages ask of the scheduler: {partition: gpu, account: rlhf, gpus: 8}. Light stages take from here only
-    `partition`, `account`, `qos`, `setup`, `directives` and `requeue`."""
+    """Resources that all stages request from the scheduler: {partition: gpu, account: rlhf, gpus: 8}. Light stages only
+    use `partition`, `account`, `qos`, `setup`, `directives` and `requeue` of these."""
     stages: dict[str, StageSection] = runtime({})
-    """The same for some stages, and `kind` where they run elsewhere: {training: {nodes: 2, gpus: 8}, light: local,
+    """The same for some stages, and `kind` if they run elsewhere: {training: {nodes: 2, gpus: 8}, light: local,
     "iteration-*/heldout/*": {partition: cpu}}. A key is generation, scoring, training or light, the role of a stage in
-    its iteration (reference), its name, or a pattern with *. Of several entries for a stage the later one holds, key by
-    key."""
+    its iteration (reference), its name, or a pattern with *. If several entries match a stage, the later one wins, key
+    by key."""
     parallel: int | None = runtime(None, ge=1)
-    """Stages without mutual dependency that may run at once; by default 1 with GPUs, else one per two cores, at
-    least 2; on Slurm all that are ready."""
+    """Maximum number of independent stages that run at once; by default 1 with GPUs, else one per two cores, at least
+    2; on Slurm all that are ready."""
     warm: bool = runtime(True)
-    """On this machine, pay nothing twice: stages of a locked environment are forked from a process that has imported
-    its libraries, and engines and scoring models stay loaded for the next stage that can use them. What is published
-    is the same without it."""
+    """Reuse processes on this machine: stages of a locked environment are forked from a process that has imported its
+    libraries, and engines and scoring models stay loaded for the next stage that can use them. Results are the same
+    without it."""
     retries: int = runtime(3, ge=0)
-    """How often a stage is tried again after a transient failure (a killed process, a lost connection, a stall). A
-    preempted stage is started again without limit, a mistake of the user's or a defect ends the run at once."""
+    """Retries of a stage after a transient failure (a killed process, a lost connection, a stall). A preempted stage is
+    restarted without limit; a user's mistake or a bug ends the run at once."""
     backoff_seconds: float = runtime(10.0, ge=0)
-    """Pause before the first new try; it doubles with each further one, up to ten minutes, and varies by half."""
+    """Pause before the first retry; it doubles with each further one, up to ten minutes, with 50 % jitter."""
     stall_seconds: float = runtime(3600.0, gt=0)
-    """A stage that says nothing for so long is ended, and tried again."""
+    """A stage without output for this long is killed and retried."""
     grace_seconds: float = runtime(DEFAULT_GRACE, ge=0)
-    """How long a stage that has to stop may go on with the shard or step in hand."""
+    """How long a stage that has to stop may take to finish the current shard or step."""
     check_space: bool = runtime(True)
-    """Start a stage only where the disk has room for what it is estimated to write."""
+    """Start a stage only if the disk has room for its estimated output."""
 
     @model_validator(mode="before")
     @classmethod

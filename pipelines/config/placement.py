@@ -17,18 +17,18 @@ SEPARATING: tuple[Strategy, ...] = ("separation", "async")
 
 
 class PoolSection(Section):
-    """Devices that only the stages of this pool are given. A number or a list is short for `devices`.
+    """Devices reserved for the stages of this pool. A number or a list is short for `devices`.
 
     `devices` are of this machine; `partition` and `nodes` are of a scheduler's cluster.
     """
 
     devices: int | list[int] | None = runtime(None)
-    """How many, or which ones, counted from 0: GPUs, or this machine's cores where it has none. Pools that say how many
-    take them in the order in which they are written, after those that say which."""
+    """How many, or which ones, counted from 0: GPUs, or this machine's cores if it has none. Pools with a number take
+    devices in the order in which they are written, after those that list theirs."""
     partition: str | None = runtime(None, min_length=1)
-    """Partition of the scheduler, where the jobs of these stages go."""
+    """Scheduler partition for the jobs of these stages."""
     nodes: str | None = runtime(None, min_length=1)
-    """Nodes of the scheduler's cluster that only these stages use, as it writes them: "gpu[01-04],gpu07"."""
+    """Cluster nodes reserved for these stages, in the scheduler's notation: "gpu[01-04],gpu07"."""
 
     @model_validator(mode="before")
     @classmethod
@@ -49,14 +49,13 @@ class PoolSection(Section):
 
 
 class LayoutSection(Section):
-    """How a stage is spread over its devices. A key that is not set is as the stage's own section says, or follows from
+    """Parallel layout of a stage on its devices. An unset key is that of the stage's own section, or follows from
     the number of devices."""
 
     dp: int | None = runtime(None, ge=1)
     """Data parallel size of a training."""
     tp: int | None = runtime(None, ge=1)
-    """Tensor parallel size of a training. That of a generation is part of what it computes:
-    generation.tensor_parallel."""
+    """Tensor parallel size of a training. That of a generation changes its result: set generation.tensor_parallel."""
     pp: int | None = runtime(None, ge=1)
     """Pipeline parallel size of a training."""
     sp: int | None = runtime(None, ge=1)
@@ -77,9 +76,9 @@ class StagePlacementSection(Section):
     """Where some stages run. A word is short for `pool`: {reference: scoring}."""
 
     pool: str | None = runtime(None)
-    """The pool whose devices they are given; by default the one that the strategy says."""
+    """The pool whose devices they use; by default the strategy's choice."""
     layout: LayoutSection = runtime(LayoutSection())
-    """How each is spread over them."""
+    """Parallel layout of each stage on them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -88,16 +87,16 @@ class StagePlacementSection(Section):
 
 
 class ExpectedRoleSection(Section):
-    """What the stages of one role are expected to take."""
+    """Expected times of the stages of one role."""
 
     seconds: list[float] = runtime(min_length=1)
-    """Of the stage in each iteration, the earliest first; the last one is that of all later ones."""
+    """Expected seconds of the stage in each iteration, the earliest first; the last one applies to all later ones."""
     first: int = runtime(0, ge=0)
     """The iteration of the first of them."""
     error: float = runtime(ge=0)
     """One standard deviation of that, as a share."""
     basis: Literal["measured", "scaled", "analytic"] = runtime()
-    """What it is known from: runs of stages alike, of others, or data sheets alone."""
+    """Basis of the prediction: runs of matching stages, of others, or data sheets only."""
 
     def seconds_of(self, iteration: int | None) -> float:
         """Of the stage in an iteration."""
@@ -106,7 +105,7 @@ class ExpectedRoleSection(Section):
 
 
 class ExpectationSection(Section):
-    """What a plan is expected to take, written by `pipeline plan search`; nobody has to."""
+    """Expected times of a plan, written by `pipeline plan search`; optional."""
 
     chosen: str = runtime()
     """found, or the strategy that it could not beat."""
@@ -117,15 +116,15 @@ class ExpectationSection(Section):
     iterations: int = runtime(ge=0)
     """Of the run."""
     lag: int = runtime(0, ge=0)
-    """With which it was planned."""
+    """The lag it was planned with."""
     devices: str = runtime()
-    """What it was planned for."""
+    """The devices it was planned for."""
     seed: int = runtime(0, ge=0)
     """Of the search."""
     config: str = runtime()
-    """Digest of what the run computes, for which it was planned."""
+    """Digest of the run's computation that it was planned for."""
     plan: str = runtime()
-    """Digest of the rest of this section: if keys of it are changed later, nothing of this holds."""
+    """Digest of the rest of this section: if you change keys of it later, the expectations no longer apply."""
     stages: dict[str, ExpectedRoleSection] = runtime({})
     """By role."""
 
@@ -135,22 +134,22 @@ class PlacementSection(Section):
     `placement: FILE.yaml` reads the section from a file."""
 
     strategy: Strategy = runtime("flattening")
-    """flattening: every stage on all devices, one after another; interleaving: stages that do not need each other at
-    the same time, on parts of the devices; separation: generation and scoring on one pool, training on another; async:
-    the same, with the generation of an iteration beside the training of the one before, for runs with a `lag`;
-    colocated: engine and trainer in turns on the same devices, the one asleep while the other works."""
+    """flattening: every stage on all devices, one after another; interleaving: independent stages at the same time, on
+    parts of the devices; separation: generation and scoring on one pool, training on another; async: the same, with the
+    generation of an iteration during the training of the previous one, for runs with a `lag`; colocated: engine and
+    trainer alternate on the same devices, one sleeping while the other works."""
     streaming: bool = runtime(False)
-    """Start a scoring on the shards that its generation has finished so far, where there is room beside it."""
+    """Start a scoring on the shards that its generation has finished so far, if there are devices for it."""
     pools: dict[str, PoolSection] = runtime({})
-    """Devices by names of yours: {generation: [0, 1], training: 2}. No two have one in common. A stage is in the pool
-    that its entry in `stages` names, else in the one that is called as its kind (generation, scoring, training), a
+    """Devices by names of your choice: {generation: [0, 1], training: 2}. Pools must not overlap. A stage is in the
+    pool that its entry in `stages` names, else in the one named like its kind (generation, scoring, training), a
     scoring else in that of generation."""
     stages: dict[str, StagePlacementSection] = runtime({})
     """Pool and layout of some stages: {reference: {pool: scoring}, generation: {layout: {tp: 2}}}. A key is generation,
-    scoring, training or light, the role of a stage in its iteration, its name, or a pattern with *. Of several entries
-    for a stage the later one holds, key by key."""
+    scoring, training or light, the role of a stage in its iteration, its name, or a pattern with *. If several entries
+    match a stage, the later one wins, key by key."""
     expected: ExpectationSection | None = runtime(None)
-    """What `pipeline plan search` expects it to take, for the report to compare with what it has taken."""
+    """The times that `pipeline plan search` expects, which the report compares with the measured ones."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

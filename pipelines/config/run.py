@@ -47,9 +47,9 @@ class RunConfig(Section):
     name: str = runtime(pattern=RUN)
     """Name of the run and of its directory."""
     directory: Path = runtime(Path("runs"))
-    """Directory that holds the runs."""
+    """Directory of the runs."""
     iterations: int = runtime(3, ge=0)
-    """Iterations to run when --iters does not say."""
+    """Number of iterations, unless --iters sets it."""
     seed: int = identity(0, ge=0)
     """Every seed of the run is derived from this one."""
     policy: str = identity()
@@ -58,78 +58,79 @@ class RunConfig(Section):
     """Variables for the policy's chat template, for example {enable_thinking: false}, wherever it is rendered. Those
     of a scorer are its own: scorers.NAME.chat_template_kwargs."""
     date: Day = identity(None, pattern=DATE)
-    """The day (2025-07-31) that chat templates write which ask for today's; by default that on which the run's
-    directory was made."""
+    """The date (2025-07-31) for chat templates that write today's; by default the day the run's directory was
+    created."""
     prompts: PromptsSection = identity()
-    """Training and held-out prompts (`train`, `heldout`), and how many an iteration takes (`per_iteration`)."""
+    """Training and held-out prompts (`train`, `heldout`), and the number per iteration (`per_iteration`)."""
     generation: GenerationSettings = identity({})
-    """How answers are sampled: the keys of `python -m generation --help`."""
+    """How responses are sampled: the keys of `python -m generation --help`."""
     scorers: dict[str, AnyScorer] = identity()
-    """Scorers by name. `reward` labels the pairs; `gold`, where there is one, only judges; others are reported."""
+    """Scorers by name. `reward` labels the pairs; `gold`, if there is one, only evaluates; others are reported."""
     pairs: PairsSettings = identity({})
-    """How pairs are chosen: the keys of `python -m annotation pairs --help`."""
+    """How pairs are selected: the keys of `python -m annotation pairs --help`."""
     training: PolicySettings = identity({})
     """How the policy is trained: the keys of `python -m training policy --help`."""
     experience: ExperienceSettings = identity({})
     """The KL penalty in the reward, for algorithms that train on samples (`kl_coefficient`, `kl_target`,
     `kl_horizon`): the keys of `python -m training experience --help`."""
     critic: CriticSection | None = identity(None)
-    """How the critic is trained, for algorithms that need values, and from what (`start`): the keys of `python -m
-    training critic --help`."""
+    """How the critic is trained, for algorithms that need values, and its initialization (`start`): the keys of `python
+    -m training critic --help`."""
     reference: Literal["initial", "previous", "ema"] = identity("initial")
-    """What the training is regularised towards: the initial policy, the last one (which with lag=0 is the one that
-    sampled), or an exponential moving average of all policies so far."""
+    """The reference model: the initial policy, the previous one (which with lag=0 is the one that sampled), or an
+    exponential moving average of all policies so far."""
     ema_decay: float = identity(0.9, ge=0, lt=1)
-    """Share of the old average that is kept when a new policy enters it, for reference=ema."""
+    """Decay of the moving average (the share of the old average that is kept), for reference=ema."""
     start: Literal["previous", "initial"] = identity("previous")
-    """Where the training of an iteration starts: at the last policy (warm start), or at the initial one."""
+    """Where the training of an iteration starts: from the last policy (warm start), or from the initial one."""
     lag: int = identity(0, ge=0)
-    """How many policies before the last one an iteration samples from: iteration i from policy i - 1 - lag, or from the
-    initial one. With 1 it samples while the iteration before still trains; docs/lag.md."""
+    """How many policies behind the last one an iteration samples from: iteration i from policy i - 1 - lag, or from the
+    initial one. With 1 it samples while the previous iteration is still training; docs/lag.md."""
     accumulate: bool = identity(False)
     """Train on the pairs of all iterations so far, not only of this one."""
     replay: ReplaySection | None = identity(None)
-    """Train on a part of the pairs (or samples) of earlier iterations as well, the smaller the older they are:
-    {iterations: 3, decay: 0.5}. docs/data.md."""
+    """Also train on some pairs (or samples) of earlier iterations, with a decaying share: {iterations: 3, decay: 0.5}.
+    docs/data.md."""
     offline: OfflineSection | None = identity(None)
-    """Train on preference pairs from elsewhere as well: {source: hf:ORG/NAME, share: 0.25}. docs/data.md."""
+    """Also train on offline preference pairs: {source: hf:ORG/NAME, share: 0.25}. docs/data.md."""
     evaluation: GenerationSettings = identity({})
-    """How held-out answers are sampled; keys that are not set are those of the section `generation`."""
+    """How held-out responses are sampled; unset keys are those of the section `generation`."""
     evaluations: dict[Annotated[str, Field(pattern=NAME)], EvaluationSection] = identity({})
-    """Evaluations of your own by names of yours, beside the one on held-out prompts, each a stage for every policy:
-    {lm_eval: {function: evals.py:run}}. Their metrics are eval/NAME/..."""
+    """Your own evaluations by name, beside the one on held-out prompts, each a stage for every policy: {lm_eval:
+    {function: evals.py:run}}. Their metrics are eval/NAME/..."""
     diagnostics: bool = identity(False)
-    """Have evaluations publish the diversity of the answers, the agreement of the scorers and the win rate against the
-    previous policy too; gates always do: docs/gates.md."""
+    """Also publish the diversity of the responses, the agreement of the scorers and the win rate against the previous
+    policy in evaluations; gates always do: docs/gates.md."""
     gates: dict[Annotated[str, Field(pattern=NAME)], GateSection] = identity({})
-    """Conditions on held-out metrics by names of yours, by which the run is warned of, stopped or taken back to its
-    best policy: {length: {metric: response_length, above: 1.5, relative_to: initial, do: stop}}."""
+    """Conditions on held-out metrics, by name, that warn, stop the run or roll it back to its best policy: {length:
+    {metric: response_length, above: 1.5, relative_to: initial, do: stop}}."""
     world: WorldSettings | None = identity(None)
-    """Make the toy task (data and an untrained model) first; refer to its files as world:NAME."""
+    """Generate the toy task (data and an untrained model) first; refer to its files as world:NAME."""
     sft: SftSettings | None = identity(None)
     """Fine-tune `policy` on demonstrations first; the result is the initial policy."""
     reward_model: RewardModelSection | None = identity(None)
-    """Train the model of the scorer `reward` first, or of a scorer that this is made of."""
+    """Train the model of the scorer `reward` first, or of a component of a combined `reward`."""
     changes: dict[int, dict[str, Any]] = identity({})
-    """Values that hold from an iteration on: {3: {training: {settings: {beta: 0.05}}}}. What another section
-    has taken from `generation` stays as it was there."""
+    """Values that apply from an iteration on: {3: {training: {settings: {beta: 0.05}}}}. Sections that have inherited
+    values from `generation` keep the old ones."""
     hardware: HardwareSection | None = runtime(None)
-    """GPUs that this is written for ({gpus: 8, gib: 80}); --dry-run estimates memory for them where there are none."""
+    """GPUs that this config is written for ({gpus: 8, gib: 80}); --dry-run estimates memory for them on machines
+    without GPUs."""
     environments: EnvironmentsSection = runtime(EnvironmentsSection())
-    """What `generation`, `annotation` and `training` run in, where it is not their locked environment."""
+    """Environments for `generation`, `annotation` and `training`, instead of their locked ones."""
     executor: ExecutorSection = runtime(ExecutorSection())
     """Where stages run (`kind`: local, slurm or inline), and how many at once (`parallel`)."""
     placement: PlacementSection = runtime(PlacementSection())
-    """Which devices each stage is given, and which stages run beside each other (`strategy`: flattening, interleaving,
+    """Which devices each stage uses, and which stages run side by side (`strategy`: flattening, interleaving,
     separation, async or colocated). Or the path of a YAML file with these keys."""
     retention: RetentionSection = runtime(RetentionSection())
-    """Whose weights stay on the disk (`keep`: all, best or "last N"), and whether rows are compressed (`compress`)."""
+    """Whose weights stay on disk (`keep`: all, best or "last N"), and whether rows are compressed (`compress`)."""
     hub: HubSection | None = runtime(None)
-    """Where on the Hugging Face Hub it is pushed to after every iteration (`model`, `pairs`, `rollouts`: ORG/NAME)."""
+    """Hugging Face Hub repos to push to after every iteration (`model`, `pairs`, `rollouts`: ORG/NAME)."""
     tracking: TrackingSection = runtime(TrackingSection())
-    """Trackers that show the metrics while the run goes on: wandb, trackio, tensorboard, mlflow."""
+    """Trackers for the metrics during the run: wandb, trackio, tensorboard, mlflow."""
     hooks: dict[Annotated[str, Field(pattern=NAME)], HookSettings] = runtime({})
-    """Functions of your own by names of yours, which are told what happens: {notify: {function: hooks.py:notify}}."""
+    """Your own functions, by name, that are called when something happens: {notify: {function: hooks.py:notify}}."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

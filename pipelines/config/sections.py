@@ -25,35 +25,35 @@ class MixedPromptsSettings(PromptsSettings):
     """One of several sets of training prompts."""
 
     weight: float = identity(1.0, gt=0)
-    """How many of an iteration's prompts are from this set, in proportion to the weights of the others."""
+    """Weight of this set in an iteration's prompts, relative to those of the others."""
 
 
 class DynamicSamplingSection(Section):
-    """Further prompts in the place of those from whose answers nothing can be learned."""
+    """Replaces prompts whose responses give no training signal."""
 
     rounds: int = identity(2, ge=1, le=20)
-    """How often further prompts are drawn in an iteration at most. What is lacking then is left out."""
+    """Maximum number of further draws in an iteration. What is missing then is left out."""
     margin: float = identity(0.0, ge=0)
-    """Least difference between the best and the worst score of a prompt's answers; 0: they are not all equal."""
+    """Minimum difference between the best and the worst score of a prompt's responses; 0: they are not all equal."""
 
 
 class PromptsSection(Section):
     """Where the prompts come from. No stage trains on the held-out ones."""
 
     train: PromptsSettings | None = identity(None)
-    """Prompts to learn from."""
+    """Training prompts."""
     mixture: dict[Annotated[str, Field(pattern=NAME)], MixedPromptsSettings] | None = identity(None, min_length=1)
-    """Or several sets of them by names of yours, of which every iteration has its share: {maths: {source: maths.jsonl,
+    """Or several sets of training prompts, by name, each with a share of every iteration: {maths: {source: maths.jsonl,
     weight: 2}, chat: {source: hf:ORG/NAME}}. docs/data.md."""
     heldout: PromptsSettings = identity()
-    """Prompts to judge by."""
+    """Held-out prompts, for evaluation."""
     per_iteration: int | None = identity(None, ge=1)
-    """Prompts per iteration, taken in turn from the training prompts; all of them by default."""
+    """Prompts per iteration, taken in order from the training prompts; all of them by default."""
     curriculum: CurriculumSettings | None = identity(None)
-    """Answer prompts again that were neither too hard nor too easy in earlier iterations, by their scores."""
+    """Repeat prompts that were neither too hard nor too easy in earlier iterations, by their scores."""
 
     dynamic_sampling: DynamicSamplingSection | None = identity(None)
-    """Draw further prompts in the place of those whose answers all score the same: {rounds: 2}."""
+    """Replace prompts whose responses all score the same by further ones: {rounds: 2}."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -91,13 +91,13 @@ class PromptsSection(Section):
 
 
 class ReplaySection(Section):
-    """Data of earlier iterations that an iteration is trained on, too."""
+    """Data of earlier iterations to train on as well."""
 
     iterations: int | None = identity(None, ge=1)
-    """Of so many iterations before it; of all by default."""
+    """Number of earlier iterations; all by default."""
     decay: float = identity(0.5, gt=0, le=1)
-    """Share of its pairs (or of its prompts with their samples) that is taken of the iteration before, of the one
-    before that the share of this share, and so on. 1 takes all of them."""
+    """Share of the previous iteration's pairs (or of its prompts with their samples), with this factor again for each
+    iteration before. 1 takes all of them."""
 
     def share(self, age: int) -> float:
         """The share that is taken of an iteration so many before the present one."""
@@ -105,38 +105,38 @@ class ReplaySection(Section):
 
 
 class OfflineSection(PreferenceSettings):
-    """Preference pairs from elsewhere that every iteration is trained on beside its own."""
+    """Offline preference pairs that every iteration trains on beside its own."""
 
     share: float = identity(0.25, gt=0, lt=1)
-    """What part they are of these and the iteration's own together, drawn anew for each iteration."""
+    """Their share of the training pairs together with the iteration's own, drawn again for each iteration."""
 
 
 class RewardModelSection(Section):
-    """Train the reward model first, on answers of the initial policy that another scorer labels."""
+    """Train the reward model first, on responses of the initial policy labelled by another scorer."""
 
     prompts: PromptsSettings = identity()
-    """Prompts whose answers are compared."""
+    """Prompts whose responses are compared."""
     label: str = identity("gold")
-    """Scorer that says which answer is better."""
+    """Scorer that labels which response is better."""
     generation: GenerationSettings = identity({})
-    """How the answers are sampled; keys that are not set are those of the section `generation`."""
+    """How the responses are sampled; unset keys are those of the section `generation`."""
     pairs: PairsSettings = identity({})
-    """How the pairs are chosen."""
+    """How the pairs are selected."""
     training: RewardSettings = identity({})
     """How the reward model is trained."""
 
 
 class CriticSection(CriticSettings):
-    """Train a critic beside the policy, for algorithms that need values."""
+    """Train a critic in parallel with the policy, for algorithms that need values."""
 
     start: str | None = identity(None)
-    """What the first critic is: reward_model (the model of the scorer `reward`), policy (the initial policy with a head
-    that says 0), or a directory or hf:ORG/NAME of a classifier with one label and the policy's tokenizer. By default
-    the reward model if there is one, else the policy."""
+    """Initialization of the first critic: reward_model (the model of the scorer `reward`), policy (the initial policy
+    with a zero-initialized head), or a directory or hf:ORG/NAME of a classifier with one label and the policy's
+    tokenizer. By default the reward model if there is one, else the policy."""
 
 
 class EnvironmentsSection(Section):
-    """What each kind of stage runs in; by default the locked environment of `pipeline env sync`."""
+    """The environment of each kind of stage; by default the locked one of `pipeline env sync`."""
 
     generation: EnvironmentConfig = runtime(EnvironmentConfig())
     """For `python -m generation`."""
@@ -147,7 +147,7 @@ class EnvironmentsSection(Section):
     tracking: EnvironmentConfig = runtime(EnvironmentConfig())
     """For the processes that feed trackers."""
     own: dict[Annotated[str, Field(pattern=NAME)], EnvironmentConfig] = runtime({})
-    """Environments of your own by names of yours, for `scorers` and `evaluations`: {lm-eval: {conda: lm-eval}}."""
+    """Your own environments, by name, for `scorers` and `evaluations`: {lm-eval: {conda: lm-eval}}."""
 
     @field_validator("own")
     @classmethod
@@ -168,12 +168,13 @@ class EnvironmentsSection(Section):
 
 
 class RetentionSection(Section):
-    """What stays on the disk while the run goes on; docs/concepts.md says what is never deleted."""
+    """What stays on disk during a run; docs/concepts.md says what is never deleted."""
 
     keep: str = runtime("all")
-    """Whose weights stay: all; best, of the checkpoints so far; or "last N". What is still needed stays in any case."""
+    """Whose weights stay: all; best, of the checkpoints so far; or "last N". Weights that are still needed always
+    stay."""
     compress: bool = runtime(False)
-    """Keep the rollouts and scores of finished iterations compressed."""
+    """Compress the rollouts and scores of finished iterations."""
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -191,7 +192,7 @@ RUN_NAME = "{name}"
 
 
 class HubSection(Section):
-    """What is pushed to the Hugging Face Hub after every iteration, and where to. A repo that is not there is made."""
+    """What is pushed to the Hugging Face Hub after every iteration, and to which repos. Missing repos are created."""
 
     model: str | None = runtime(None)
     """Repo (ORG/NAME) for the checkpoints: a commit and a tag iteration-N for each iteration. {name} in it stands for
@@ -199,15 +200,15 @@ class HubSection(Section):
     pairs: str | None = runtime(None)
     """Data set (ORG/NAME) for the preference pairs: a split iteration_N for each iteration."""
     rollouts: str | None = runtime(None)
-    """Data set (ORG/NAME) for all answers with their scores: a split iteration_N for each iteration."""
+    """Data set (ORG/NAME) for all responses with their scores: a split iteration_N for each iteration."""
     report: bool = runtime(True)
-    """Push the run's report, at the end, beside the first of these."""
+    """Push the run's report, at the end, to the first of these."""
     private: bool = runtime(True)
-    """Whether the repos that are made are private."""
+    """Whether new repos are private."""
     patience_seconds: float = runtime(600.0, ge=0)
-    """How long a push is tried again, while the Hub is out of reach or overloaded, before that is told."""
+    """How long a push is retried, while the Hub is unreachable or overloaded, before that is reported."""
     wait_seconds: float = runtime(600.0, ge=0)
-    """How long a finished run waits for what is still being pushed."""
+    """How long a finished run waits for pending uploads."""
 
     @field_validator("model", "pairs", "rollouts")
     @classmethod
@@ -234,7 +235,7 @@ class HubSection(Section):
 
 
 class HookSettings(Section):
-    """A function of the user's own that is told what happens in the run. Nothing that it does touches the run."""
+    """The user's own function, called when something happens in the run. It cannot affect the run."""
 
     function: str = runtime()
     """file.py:function or package.module:function, called as function(happening, run, **settings): what happened, as
@@ -242,21 +243,22 @@ class HookSettings(Section):
     kinds: list[Literal["run", "iteration", "stage", "step", "shard"]] = runtime(
         ["run", "iteration", "stage"], min_length=1
     )
-    """What it is told: of the run (started, finished, failed, stopped, interrupted, cancelled), of every iteration
-    whose policy is evaluated, of stages (started, published, failed), of optimizer steps, of shards of rows."""
+    """The events that it is called for: of the run (started, finished, failed, stopped, interrupted, cancelled), of
+    every iteration whose policy is evaluated, of stages (started, published, failed), of optimizer steps, of shards of
+    rows."""
     settings: dict[str, Any] = runtime({})
-    """Its further keyword arguments."""
+    """Further keyword arguments of the function."""
     grace_seconds: float = runtime(60.0, ge=0)
-    """How long the end of a command waits for it. What it has not been told then, the next command tells."""
+    """How long the end of a command waits for it. The next command makes the remaining calls."""
 
 
 class EvaluationSection(CheckpointEvaluationSettings):
-    """An evaluation of every policy by a function of the user's own, as a stage that publishes what it finds."""
+    """An evaluation of every policy by the user's own function, as a stage that publishes the metrics."""
 
     environment: str = runtime("annotation")
-    """What it runs in: annotation, generation or training, or the name of one in environments.own."""
+    """Its environment: annotation, generation or training, or the name of one in environments.own."""
     every: int = runtime(1, ge=1)
-    """Evaluate the initial policy, and that of every so many iterations."""
+    """Evaluate the initial policy, and every this many iterations."""
 
     @property
     def environment_key(self) -> str:
@@ -270,10 +272,10 @@ def environment_key(name: str) -> str:
 
 
 class GateSection(GateSettings):
-    """A condition on a held-out metric, what is done where it holds, and what a rollback changes."""
+    """A condition on a held-out metric, its action, and the changes of a rollback."""
 
     changes: dict[str, Any] = identity({})
-    """Values that hold after a rollback, as in the run's `changes`: {training: {settings: {beta: 0.3}}}."""
+    """Values that apply after a rollback, as in the run's `changes`: {training: {settings: {beta: 0.3}}}."""
 
     @model_validator(mode="after")
     def _check_changes(self) -> Self:
@@ -283,9 +285,9 @@ class GateSection(GateSettings):
 
 
 class HardwareSection(Section):
-    """What a configuration is written for."""
+    """The hardware that a configuration is written for."""
 
     gpus: int = runtime(ge=1)
-    """GPUs of one machine."""
+    """GPUs per machine."""
     gib: float = runtime(gt=0)
     """Memory of each, in GiB."""

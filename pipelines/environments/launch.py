@@ -52,23 +52,23 @@ scoring, whose temporaries are alike; training's are not, and would leave holes 
 
 
 class EnvironmentConfig(Section):
-    """What a kind of stage runs in; empty: its locked environment."""
+    """The environment of a kind of stage; empty: its locked one."""
 
     python: str | None = runtime(None, min_length=1)
-    """Path of an interpreter of your own, or its name on PATH, which the prologue may set; in a container or conda
+    """Path of your own interpreter, or its name on PATH, which the prologue may set; in a container or conda
     environment the name of its interpreter."""
     conda: str | None = runtime(None, min_length=1)
     """Name or prefix (a path) of a conda environment."""
     container: str | None = runtime(None, min_length=1)
     """Container image: a .sif file or docker://IMAGE for apptainer, an image name for docker or podman."""
     container_runtime: Literal["apptainer", "singularity", "docker", "podman"] | None = runtime(None)
-    """Program that runs the container; by default the first of these that is on PATH."""
+    """Container runtime; by default the first of these that is on PATH."""
     container_args: list[str] = runtime([])
-    """Further options for the container's program, for example [--bind, /data] or [-v, "/data:/data"]."""
+    """Further options for the container runtime, for example [--bind, /data] or [-v, "/data:/data"]."""
     prologue: str = runtime("")
     """Lines of bash to run before the stage, for example `module load cuda`."""
     variables: dict[str, str] = runtime({})
-    """Environment variables to set for the stage. PYTHONPATH: folders with modules of yours, after the libraries."""
+    """Environment variables to set for the stage. PYTHONPATH: folders with your own modules, after the libraries."""
 
     @property
     def is_locked(self) -> bool:

@@ -12,9 +12,9 @@ BEGIN = """\
 # Command line
 
 `pipeline COMMAND --help` says the same. A configuration (`CONFIG`) is a YAML file or the name of a
-[recipe](../recipes.md); `key=value` sets one of its [keys](configuration.md), and stands anywhere behind it.
-Every command has `--plain` (no colours, no boxes, nothing drawn over: for logs) and `--quiet` (only what went wrong,
-and the result), except those that hand their arguments on to another program.
+[recipe](../recipes.md); `key=value` sets one of its [keys](configuration.md), anywhere after it.
+Every command has `--plain` (no colours, no boxes, no live updates: for logs) and `--quiet` (only errors, and the
+result), except those that pass their arguments on to another program.
 
 """
 

@@ -24,18 +24,17 @@ BEGIN = """\
 
 A run is one YAML file; every key can also be set in the command, as `key=value` with dots between sections:
 `pipeline run quickstart training.learning_rate=1e-4`. A mistyped key is an error that names the nearest one.
-Keys of other tools, by what they are called here: [Coming from TRL, OpenRLHF or verl](../coming-from-trl.md).
+For the keys of other tools see [Coming from TRL, OpenRLHF or verl](../coming-from-trl.md).
 
-The role of a key says what a change of it does to what is published already ([stage keys](../concepts.md#stage-keys)):
+The role of a key says how a change affects published artifacts ([stage keys](../concepts.md#stage-keys)):
 
 | role | a change |
 |---|---|
-| identity | changes the result: the stages that it concerns run again |
-| input | is a path: they run again where its content is another |
-| runtime | changes where or how fast: what is published stays |
+| identity | changes the result: the affected stages run again |
+| input | is a path: they run again if its content has changed |
+| runtime | changes where or how fast stages run: what is published stays |
 
-The sections of a run come first, each once, whatever the number of places where it stands; behind them the keys that
-the stages have beside these when they run alone.
+The sections of a run come first, each documented once; after them the additional keys of single stages.
 
 """
 
@@ -55,14 +54,14 @@ def page() -> str:
         lines.append(f"## {titles[model]}\n")
         lines.append(f"{first_line(model)}\n")
         if len(paths) > 1:
-            lines.append("It stands in " + ", ".join(f"`{path}`" for path in paths) + ".\n")
+            lines.append("Used in " + ", ".join(f"`{path}`" for path in paths) + ".\n")
         lines += keys(model, titles)
     parts = {model: f"machines.{title_of(model, paths)}" for model, paths in found_places(MachinesSection).items()}
     lines += ["## Machines of a simulation\n", MACHINES, *table(MachinesSection, parts)]
     for model, title in parts.items():
         lines += [f"## {title}\n", f"{first_line(model)}\n", *table(model, parts)]
-    lines.append("## Stages alone\n")
-    lines.append("Keys that a stage has beside those of the sections above, for `python -m PACKAGE STAGE`.\n")
+    lines.append("## Single stages\n")
+    lines.append("Additional keys of a stage, beside those of the sections above, for `python -m PACKAGE STAGE`.\n")
     for package in PACKAGES:
         stages = stages_of(package)
         for command, stage in stages.items():
