@@ -47,10 +47,10 @@ class PooledSettings(ChatModelSettings):
     """Settings of scorers with a choice of what computes their model."""
 
     engine: Literal["transformers", "vllm"] = identity("transformers", later=True)
-    """What computes it: transformers' model, or vLLM's pooling engine, which runs in the environment of generation.
-    Their scores differ in the last digits, and vLLM's are compared with transformers' before any counts."""
+    """Engine for the model: transformers, or vLLM's pooling engine, which runs in the environment of generation. Their
+    scores differ in the last digits, and vLLM's are checked against transformers' at the start."""
     engine_args: Annotated[dict[str, Any], AfterValidator(_checked)] = identity({}, later=True)
-    """For engine=vllm: further arguments of its engine, by their names in Python."""
+    """For engine=vllm: further engine arguments, by their Python names."""
 
     pooled_as: ClassVar[str]
     """What vLLM computes it as, for messages."""
