@@ -10,7 +10,8 @@ nothing that another stage has computed is in it. Nothing is done here but impor
 
 A stage that has published and has opened something that is worth keeping (contracts/resident.py) does not end: its
 process waits for another stage of the same label, which then finds the engine or the model that it needs. No more than
-`MOST_WAITING` wait, and none where a stage that comes needs their memory or their device.
+`MOST_WAITING` wait, and none where a stage that comes needs their memory or their device. A stage's replicas are forks
+of the same process, with labels of their own (contracts/workers.py).
 
 A request is one line of JSON (`ForkRequest`) with the descriptor of the log; the answers are two lines: the process id
 and, in the end, the exit code, with the word "waits" behind it where the process stays. The fork ends with its
@@ -42,6 +43,9 @@ BEGIN_SECONDS = 5.0
 """How long a process that waits may take to answer a request before it counts as hung."""
 LARGEST = 1 << 20
 MOST_WAITING = 4
+"""Processes; the replicas of a stage count as one."""
+REPLICA = "#"
+"""In the label of a replica, before its number."""
 READY = ".ready"
 """Behind the name of the socket: a file that is there when the imports are done."""
 REFUSED = b"refused\n"
@@ -124,8 +128,10 @@ class _Server:
         """A child has finished its stage and stays; the one that waits longest makes way for it."""
         assert child.client is not None
         waiting = [other for other in self.children if other.client is None]
-        for other in waiting[: max(0, len(waiting) + 1 - MOST_WAITING)]:
-            self.end(other)
+        groups = list(dict.fromkeys(_group(other) for other in waiting if _group(other) != _group(child)))
+        for other in waiting:
+            if _group(other) in groups[: max(0, len(groups) + 1 - MOST_WAITING)]:
+                self.end(other)
         _answer(child.client, b"0 " + WAITS)
         child.client.close()
         child.client = None
@@ -212,13 +218,20 @@ class _Server:
 
     def release(self, keep: str = "") -> None:
         """End the processes that wait, but for those of a label."""
-        for child in [child for child in self.children if child.client is None and (not keep or child.label != keep)]:
-            self.end(child)
+        for child in list(self.children):
+            if child.client is None and not (keep and child.label.partition(REPLICA)[0] == keep):
+                self.end(child)
 
     def leave(self) -> None:
         """Whoever has started this process is gone: end with the last stage, which its supervisor ends in time."""
         self.leaves = True
         self.release()
+
+
+def _group(child: _Child) -> tuple[str, int]:
+    """What it has in common with the other replicas of its stage."""
+    label, replica, _ = child.label.partition(REPLICA)
+    return (label, 0) if replica else (label, child.pid)
 
 
 def _says_that_it_waits(channel: socket.socket | None) -> bool:

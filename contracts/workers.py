@@ -24,11 +24,14 @@ from contracts.attempt import ROLE
 from contracts.errors import TransientError, UserError
 from contracts.files import process_name, write_atomically
 from contracts.following import Source
+from contracts.forks import DOOR, LABEL, Process, fork, stays
 from contracts.locks import take_lock, try_lock
 from contracts.manifest import MANIFEST
 from contracts.processes import end_groups
 from contracts.publication import NAMED, Publication
 from contracts.stage import Context
+from contracts.versions import source_version
+from contracts.warm import REPLICA
 
 LOOK_SECONDS = 0.5
 """How often a worker looks at what others have finished."""
@@ -206,15 +209,14 @@ def _run_replicas(count: int, devices: int) -> None:
     """Start this very command `count` times as workers; the first failure ends the others."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = visible.split(",") if visible else [str(index) for index in range(count * devices)]
-    processes = []
+    processes: list[Process] = []
     for index in range(count):
         environment: dict[str, Any] = dict(os.environ)
         environment.update({ROLE: "replica", "RANK": str(index + 1), "WORLD_SIZE": str(count + 1)})
         environment["LOCAL_RANK"] = "0" if devices else str(index)
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[index * devices : (index + 1) * devices])
-        command = [sys.executable, *sys.orig_argv[1:]]
-        processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        processes.append(_start_replica(environment, index))
     try:
         while any(process.poll() is None for process in processes):
             failed = next((process for process in processes if process.poll() not in (None, 0)), None)
@@ -222,12 +224,32 @@ def _run_replicas(count: int, devices: int) -> None:
                 break
             time.sleep(0.1)
     finally:
-        end_groups(processes, stopping.grace_seconds() + 5)
+        end_groups([process for process in processes if not stays(process)], stopping.grace_seconds() + 5)
     codes = [process.returncode for process in processes]
     if UserError.exit_code in codes:
         raise UserError("a worker stopped; its message is above.")
     if any(codes):
         raise RuntimeError(f"workers ended with exit codes {codes}; the first failing worker's traceback is above")
+
+
+def _start_replica(environment: dict[str, str], index: int) -> Process:
+    """This command once more; where this stage was forked, by a fork that may have been this replica of an earlier one.
+
+    A fork waits for the next stage with what it has loaded, and its replicas do the same (contracts/warm.py).
+    """
+    command = [sys.executable, *sys.orig_argv[1:]]
+    door, label = os.environ.get(DOOR), os.environ.get(LABEL)
+    if door and label and "-m" in command:
+        package = command[command.index("-m") + 1].partition(".")[0]
+        with os.fdopen(os.dup(sys.stderr.fileno()), "wb") as log:
+            place = (environment, os.getcwd(), source_version(package), log)
+            forked = fork(Path(door), command, *place, 0.0, f"{label}{REPLICA}{index}")
+        if forked is not None:
+            if hasattr(os, "sched_setaffinity"):
+                with contextlib.suppress(ProcessLookupError):  # it has ended already
+                    os.sched_setaffinity(forked.pid, os.sched_getaffinity(0))
+            return forked
+    return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
 def _meet(context: Context) -> None:

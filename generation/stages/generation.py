@@ -126,8 +126,9 @@ class Generation(Stage[GenerationConfig]):
         return config.model_copy(update=sizes)
 
     def label(self, config: GenerationConfig) -> str:
-        """One engine for all that are sampled alike."""
-        return f"{config.engine} {config.dtype}" if max(config.replicas, config.servers) <= 1 else ""
+        """One engine, or as many, for all that are sampled alike."""
+        engines = max(config.replicas, config.servers, 1)
+        return f"{config.engine} {config.dtype}" + (f" in {engines}" if engines > 1 else "")
 
     def answers(self, config: GenerationConfig, outlook: Outlook) -> AnswerStats | None:
         """K to every prompt."""

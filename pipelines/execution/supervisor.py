@@ -33,11 +33,11 @@ from contracts.attempt import ATTEMPT, FAILURES, HEARTBEAT, STALL, reason, repor
 from contracts.errors import TransientError, UserError
 from contracts.files import write_atomically
 from contracts.following import FOLLOW, Maker, announcement
+from contracts.forks import DOOR, LABEL, Process, fork, stays
 from contracts.limits import limit_behind_signal
 from contracts.processes import end_groups, end_marked, kill, marked, start_time, wait_for_end
 from contracts.stopping import DEFAULT_GRACE, GRACE
 from contracts.surroundings import without_foreign
-from pipelines.execution.warm import ForkedProcess, Process, fork
 
 RUN = "RATCHET_RUN"
 """Environment variable of every process of a run: the run's directory. Orphans are found by it."""
@@ -130,7 +130,7 @@ def supervise(
                     break
                 wait_for_end([process.pid], POLL_SECONDS if request.driver else FAR_POLL_SECONDS)
         finally:
-            if not (isinstance(process, ForkedProcess) and process.poll() == 0 and process.waits):
+            if not stays(process):
                 end_groups([process], 0.0 if stalled else request.grace_seconds + 10)
             end_marked(f"{ATTEMPT}={folder}")
     code = process.returncode
@@ -181,7 +181,8 @@ def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[byte
         )
     if request.warm:
         place = (request.directory, request.warm_source, log)
-        forked = fork(Path(request.warm), request.argv, environment, *place, request.warm_seconds, request.label)
+        variables = {**environment, DOOR: request.warm, LABEL: request.label}
+        forked = fork(Path(request.warm), request.argv, variables, *place, request.warm_seconds, request.label)
         if forked is not None:
             return forked
     try:

@@ -1,33 +1,30 @@
 """Stages without the seconds that importing their libraries takes: see contracts/warm.py.
 
 The driver starts one process for each locked environment of which several stages are still to run, one stage ahead of
-the first that is to run now. A stage's supervisor asks it for a fork. Where none can be had (the process has died, or
-the source has changed) the stage is started as always: a warm process saves time, and nothing depends on it.
+the first that is to run now. A stage's supervisor asks it for a fork (contracts/forks.py), and so does a stage that has
+replicas. Where none can be had (the process has died, or the source has changed) the stage is started as always: a warm
+process saves time, and nothing depends on it.
 """
 
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, TypeAlias
 
 import msgspec
 
 from contracts.fingerprint import digest
+from contracts.forks import ANSWER_SECONDS
 from contracts.processes import end_groups, start_leader
-from contracts.warm import READY, REFUSED, RELEASED, WAITS, ForkRequest
+from contracts.warm import RELEASED, ForkRequest
 
-ANSWER_SECONDS = 20.0
-"""How long for an answer of a process that is ready."""
 END_SECONDS = 5.0
 LONGEST = 60
 """Bytes of a directory's path in which a socket can be made."""
-KILLED = -signal.SIGKILL
 
 
 class WarmProcesses:
@@ -94,79 +91,6 @@ class WarmProcesses:
             self._folder = None
 
 
-class ForkedProcess:
-    """A process that was forked, with what is asked of a `subprocess.Popen`."""
-
-    def __init__(self, connection: socket.socket, pid: int, more: bytes) -> None:
-        self._connection = connection
-        self._received = more
-        self.pid = pid
-        self.returncode: int | None = None
-        self.waits = False
-        """Whether its process has not ended with the stage, but waits for another one."""
-
-    def poll(self) -> int | None:
-        """Its exit code, as Popen's; None while it runs."""
-        if self.returncode is None:
-            with contextlib.suppress(BlockingIOError):
-                self._received += _some(self._connection) or b"\n"
-            line, end, _ = self._received.partition(b"\n")
-            if end:  # it ends with the process that it was forked from, which then says nothing
-                code, _, word = line.partition(b" ")
-                self.returncode = int(code) if code else KILLED
-                self.waits = word + b"\n" == WAITS
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        """Send it a signal."""
-        if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-
-Process: TypeAlias = subprocess.Popen[bytes] | ForkedProcess
-"""A process, however it was started."""
-
-
-def fork(
-    path: Path,
-    argv: list[str],
-    environment: Mapping[str, str],
-    directory: str,
-    source: str,
-    log: IO[bytes],
-    patience: float,
-    label: str = "",
-) -> ForkedProcess | None:
-    """Have a process forked from the one behind a socket; None where it cannot be.
-
-    Args:
-        argv: with the interpreter, as for a process that is started.
-        source: version of the package's source.
-        log: where its output goes.
-        patience: seconds that the imports of that process may still take; 0: they are not waited for.
-        label: of the stage, where it can use what another one of that label has left.
-    """
-    ready = path.with_name(f"{path.name}{READY}").exists()
-    if not ready and not patience:
-        return None
-    request = ForkRequest(argv[1:], dict(environment), directory, source, label)
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(ANSWER_SECONDS + (0.0 if ready else patience))
-    try:
-        connection.connect(str(path))
-        socket.send_fds(connection, [msgspec.json.encode(request) + b"\n"], [log.fileno()])
-        answer = connection.recv(64)
-    except OSError:  # it has died, also while it imported, or hangs
-        answer = b""
-    if not answer or answer == REFUSED:
-        connection.close()  # which ends what it may have forked all the same
-        return None
-    connection.setblocking(False)
-    pid, _, more = answer.partition(b"\n")
-    return ForkedProcess(connection, int(pid), more)
-
-
 def _new_folder() -> Path:
     """For sockets, whose paths have at most 107 bytes: where the one for temporary files is too long, in /tmp."""
     place = tempfile.gettempdir()
@@ -189,10 +113,3 @@ def _release(path: Path, keep: str) -> None:
 
 def _name(package: str, python: str, environment: Mapping[str, str]) -> str:
     return digest([package, python, sorted(environment.items())])[:12]
-
-
-def _some(connection: socket.socket) -> bytes:
-    try:
-        return connection.recv(64)
-    except ConnectionError:
-        return b""

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from contracts.artifacts import Artifact
+from contracts.forks import ForkedProcess, fork
 from contracts.ledger import Ledger
 from contracts.prompts import prompt_id
 from contracts.publication import Publication
 from contracts.records import PROMPTS, ROLLOUTS, Message, Prompt, Rollout
 from contracts.versions import source_version
-from pipelines.execution.warm import ForkedProcess, WarmProcesses, fork
+from pipelines.execution.warm import WarmProcesses
 
 WARM = WarmProcesses(Path(tempfile.mkdtemp(prefix="generation-tests-")))
 """Of this process."""

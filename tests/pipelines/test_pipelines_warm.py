@@ -15,8 +15,9 @@ import pytest
 from pipelines_cluster import wait_for
 from pipelines_smallest import FinishedRun, pipeline
 
-import pipelines.execution.warm
+from contracts import forks
 from contracts.artifacts import Artifact
+from contracts.forks import DOOR, KILLED, ForkedProcess, fork
 from contracts.manifest import MANIFEST
 from contracts.versions import source_version
 from contracts.warm import MOST_WAITING
@@ -25,7 +26,7 @@ from pipelines.execution.executors import local
 from pipelines.execution.executors.base import Site
 from pipelines.execution.executors.local import LocalExecutor
 from pipelines.execution.supervisor import AttemptRequest
-from pipelines.execution.warm import KILLED, ForkedProcess, WarmProcesses, fork
+from pipelines.execution.warm import WarmProcesses
 from pipelines.job import ENTRY
 from pipelines.planning.placement import placed_graph
 from pipelines.run.directory import RunDirectory
@@ -55,6 +56,20 @@ if what == "keep":
     value, start = resident.hold("thing", like=like, content=content, open_=lambda: [os.getpid()], update=how)
     print(json.dumps({"start": start, "value": value, "pid": os.getpid(), "whose": os.environ["WHOSE"]}))
     sys.exit(0)
+if what == "replicas":
+    from contracts import workers
+    from contracts.attempt import ROLE
+    from contracts.forks import LABEL
+
+    if ROLE not in os.environ:
+        os.environ[LABEL] = "r"
+        workers._run_replicas(int(rest[0]), 0)
+        sys.exit(0)
+    rank, cores = os.environ["RANK"], sorted(os.sched_getaffinity(0))
+    thing, start = resident.hold(rank, like="x", content=rest[1], open_=lambda: [os.getpid()], update=UPDATES["always"])
+    line = json.dumps({"rank": rank, "start": start, "opened": thing[0], "pid": os.getpid(), "cores": cores}) + "\\n"
+    os.write(2, line.encode())
+    sys.exit(int(rest[2]) if rank == "2" else 0)
 if what == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 raise ValueError(what)
@@ -205,6 +220,51 @@ def test_no_more_than_some_wait(warm: Warm) -> None:
     assert all(Path(f"/proc/{pid}").exists() for pid in pids[-MOST_WAITING:])
 
 
+def replicas(warm: Warm, count: int, content: str, code: int = 0) -> list[dict[str, Any]]:
+    """What the replicas of a stage say that fails if the second of them ends with a code."""
+    warm.environment[DOOR] = str(warm.path)
+    before = len(warm.log.read_text().splitlines()) if warm.log.exists() else 0
+    stage = warm.started("replicas", str(count), content, str(code), label="r")
+    assert (wait(stage) == 0) == (code == 0)
+    assert not stage.waits, "the stage itself has opened nothing"
+    lines = [line for line in warm.log.read_text().splitlines()[before:] if line.startswith("{")]
+    return sorted((json.loads(line) for line in lines), key=lambda said: str(said["rank"]))
+
+
+def test_replicas_stay_for_those_of_the_next_stage(warm: Warm) -> None:
+    first = replicas(warm, 2, "1")
+    assert [said["start"] for said in first] == ["loaded"] * 2
+    assert len({said["pid"] for said in first}) == 2
+    assert replicas(warm, 2, "2") == [{**said, "start": "updated"} for said in first]
+    os.kill(first[0]["pid"], signal.SIGKILL)
+    is_gone(first[0]["pid"])
+    third = replicas(warm, 2, "2")
+    assert [said["start"] for said in third] == ["loaded", "kept"]
+    assert third[1] == {**first[1], "start": "kept"}
+
+
+def test_replicas_count_as_one_of_those_that_wait(warm: Warm) -> None:
+    many = MOST_WAITING + 1
+    first = replicas(warm, many, "1")
+    others = [keep(warm, "x", "1", "always", label=label)["pid"] for label in "abc"]
+    assert replicas(warm, many, "1") == [{**said, "start": "kept"} for said in first]
+    keep(warm, "x", "1", "always", label="d")
+    assert is_gone(others[0])
+    assert all(Path(f"/proc/{pid}").exists() for pid in others[1:])
+    warm.processes.release(set(), "r")
+    assert [is_gone(pid) for pid in others] == [True] * 3
+    assert all(Path(f"/proc/{said['pid']}").exists() for said in first)
+    warm.processes.release(set(), "a")
+    assert all(is_gone(said["pid"]) for said in first)
+
+
+def test_a_replica_that_fails_ends_its_stage_and_the_next_starts_anew(warm: Warm) -> None:
+    first = replicas(warm, 2, "1")
+    replicas(warm, 2, "1", code=3)
+    assert is_gone(first[1]["pid"])
+    assert replicas(warm, 2, "1")[1]["start"] == "loaded"
+
+
 def test_several_at_once_with_their_own_ends(warm: Warm) -> None:
     stages = [warm.started("say", str(code)) for code in (0, 3)] + [warm.started("kill"), warm.started("nonsense")]
     assert [wait(stage) for stage in stages] == [0, 3, -signal.SIGKILL, 1]
@@ -319,7 +379,7 @@ def test_who_does_not_wait_for_the_imports_is_not_answered_later(
     warm.path = warm.processes.address("toy", sys.executable, warm.environment, str(tmp_path))
     assert warm.fork("say", "0", patience=0.0) is None
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.execution.warm, "ANSWER_SECONDS", 0.1)
+        patch.setattr(forks, "ANSWER_SECONDS", 0.1)
         assert warm.fork("say", "0", patience=0.1) is None
     release.touch()
     assert wait(warm.started("say", "0")) == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from contracts.forks import Process, fork
 from contracts.manifest import MANIFEST
 from contracts.versions import source_version
 from pipelines.environments.launch import stage_environment
@@ -17,7 +18,7 @@ from pipelines.environments.paths import source_root
 from pipelines.execution.attempts import stage_request, write_request
 from pipelines.execution.executors.base import Executor, Job, Site, supervisor_command
 from pipelines.execution.supervisor import RUN, AttemptRequest
-from pipelines.execution.warm import Process, WarmProcesses, devices_of, fork
+from pipelines.execution.warm import WarmProcesses, devices_of
 from pipelines.graph import Node, Placement
 from pipelines.machine import gpu_count, host_memory
 from pipelines.planning.cluster import threads_here
