@@ -24,6 +24,7 @@ OURS = {
     "logits_processors": "it would change what is sampled, and no record would say so",
     "reasoning_config": "set `thinking`",
     "profiler_config": "set `profile_shards`",
+    "worker_extension_cls": "it is how weights are updated in place",
     "runner": "the stage generates",
     "convert": "the stage generates",
     "trust_remote_code": "code of a model is never run",

@@ -5,11 +5,12 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from contracts import resident
-from contracts.artifacts import model_fingerprint
+from contracts.artifacts import input_damage, model_fingerprint
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Faults
@@ -22,7 +23,7 @@ from contracts.resident import Start
 from contracts.stage import Context, Outcome
 from contracts.workers import agree, share_shards
 from generation.config import GenerationConfig
-from generation.engine import EngineSettings, SamplingEngine, devices_per_replica, set_threads
+from generation.engine import EngineSettings, SamplingEngine, UpdateError, devices_per_replica, set_threads
 from generation.prompts import check_policy, prompt_ids, select_prompts
 from generation.rollouts import (
     Shard,
@@ -35,6 +36,7 @@ from generation.rollouts import (
     shard_metrics,
     summary,
 )
+from generation.vllm_engine import UpdatableEngine
 
 ENGINE_FIELDS = {
     *("engine", "logprob_mode", "max_num_seqs", "tensor_parallel", "memory_utilization", "kv_cache_mib"),
@@ -68,7 +70,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
         ModelInfo.read(config.policy).require_ids(max(largest, *tokenizer.stop_ids), "a prompt (or a stop token)")
     shards = cut(tokenized, config.shard_size or default_shard_size(config), longest_allowed)
     settings = _settings(config, context, tokenizer, shards, longest_allowed)
-    engine_facts = {"dtype": settings.dtype, "engine": config.engine, "threads": threads}
+    engine_facts: dict[str, Any] = {"dtype": settings.dtype, "engine": config.engine, "threads": threads}
 
     # Sampling: the shards are shared among the replicas.
     with contextlib.ExitStack() as stack:
@@ -79,9 +81,12 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
                 engine_facts["dtype"] = agree(context, "dtype", settings.dtype)
             decided = msgspec.structs.replace(settings, dtype=engine_facts["dtype"])
             engine, engine_facts["start"] = hold_engine(config, decided, fingerprint)
+            if isinstance(engine, UpdatableEngine) and engine.proof is not None:
+                engine_facts["read_back"] = engine.proof
             if resident.closes():
                 stack.callback(engine.close)
             load = {"load": time.perf_counter() - start}  # counted with the worker's first shard
+            load["weights"] = load["load"]  # what of it is no tokenizer's
 
             def make(name: str) -> None:
                 shard = by_name[name]
@@ -173,23 +178,26 @@ def hold_engine(config: GenerationConfig, settings: EngineSettings, fingerprint:
     settled = msgspec.to_builtins(msgspec.structs.replace(settings, log=Path()), enc_hook=str)
 
     def update(engine: SamplingEngine) -> None:
-        from generation.vllm_engine import VllmEngine
         from modeling.loading import check_weights
 
-        assert isinstance(engine, VllmEngine)  # what is kept has been made by the same config
+        assert isinstance(engine, UpdatableEngine)  # what is kept has been made by the same config
         check_weights(config.policy, "causal")
-        engine.update(config.policy)
+        try:
+            engine.update(config.policy)
+        except UpdateError as error:
+            if damage := input_damage(config.policy):
+                raise UserError(f"{config.policy} is damaged: {damage[0]}. Publish it again.") from error
+            raise
 
-    engine, start = resident.hold(
+    return resident.hold(
         "engine",
         like=digest([fields, settled, architecture]),
         content=fingerprint,
         open_=lambda: open_engine(config, settings),
         close=lambda engine: engine.close(),
         update=update if config.engine == "vllm" else None,
+        begin=lambda engine: engine.begin(),
     )
-    engine.begin()
-    return engine, start
 
 
 def open_engine(config: GenerationConfig, settings: EngineSettings) -> SamplingEngine:

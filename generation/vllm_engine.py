@@ -2,18 +2,22 @@
 
 import contextlib
 import json
-import math
+import multiprocessing
 import os
+import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from contracts import resident
 from contracts.architectures import context_switch
 from contracts.checkpoint_probe import Probe, probe_of
-from contracts.errors import UserError
+from contracts.errors import TransientError, UserError
+from contracts.fingerprint import digest
 from contracts.records import FinishReason
 from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, GenerationRequest, UpdateError
@@ -24,9 +28,89 @@ PROBE_EXACT = 1e-2
 PROBE_HALF = 1.0
 """The same in half precision, whose engine and trainer round differently (mean differences are a quarter of it)."""
 
+EXTENSION = "generation.weight_update.WeightUpdate"
+"""What vLLM adds to its workers."""
+WORKER = "VllmWorker"
+"""How the names of its processes begin."""
+PATIENCE = 120.0
+"""Seconds that workers may take for new weights, beside five times those that they took to start."""
 
-class VllmEngine:
-    """One in-process engine."""
+
+class UpdatableEngine(ABC):
+    """An engine of vLLM's, whose workers take other weights while they run, wherever they are."""
+
+    dtype: str
+    longest: int
+    """Tokens of a sequence."""
+    proof: str | None = None
+    """What was read back from it after its last update; None where it has the weights that it was loaded with."""
+
+    @abstractmethod
+    def ask(self, method: str, *arguments: str) -> list[Any]:
+        """Have every worker do something; what each of them returns.
+
+        Raises:
+            Exception: one of them has ended, does not answer, or failed.
+        """
+        ...
+
+    @abstractmethod
+    def says(self, ids: list[int]) -> list[float]:
+        """The log-probabilities of all tokens of a sequence but the first, given those before them."""
+        ...
+
+    @abstractmethod
+    def begin(self) -> None:
+        """A stage begins: forget cached prefixes. Their names come again, with other prompts or other weights.
+
+        Raises:
+            Exception: the engine does not work any more.
+        """
+        ...
+
+    def update(self, policy: Path) -> None:
+        """Reload all weights in place, and prove it.
+
+        Every weight is first set to NaN, so none of the old ones can stay unseen (vLLM leaves what a checkpoint lacks
+        as it was). Then the engine has to say of one sequence what the trainer said that made the checkpoint.
+
+        Raises:
+            UpdateError: the checkpoint has no such sequence, a weight was not loaded, or the engine says otherwise.
+        """
+        probe = probe_of(policy)
+        if probe is None:
+            raise UpdateError(f"nobody can tell whether the engine has the weights of {policy}")
+        found = self.ask("take_weights", str(policy))
+        lost = [name for worker in found for name in worker["lost"]]
+        if lost:
+            raise UpdateError(f"{policy} has no weights for {', '.join(lost[:3])}")
+        self.begin()
+        self._require(probe, policy)
+        self.proof = _fingerprint(found)
+
+    def _require(self, probe: Probe, policy: Path) -> None:
+        """Compare what the engine says of the sequence with what the trainer said."""
+        ids = [*probe.prompt_ids, *probe.response_ids][: self.longest - 1]
+        found = self.says(ids)[len(probe.prompt_ids) - 1 :]
+        difference = max((abs(one - other) for one, other in zip(found, probe.logprobs, strict=False)), default=0.0)
+        allowed = PROBE_EXACT if {probe.dtype, self.dtype} == {"float32"} else PROBE_HALF
+        if not difference <= allowed:
+            raise UpdateError(
+                f"with the weights of {policy} the engine's log-probabilities differ from the trainer's by "
+                f"{difference:.3g} nats, more than {allowed:g}"
+            )
+
+    def read_back(self) -> str:
+        """A fingerprint of what all workers compute with: the same for the same weights in the same layout."""
+        return _fingerprint(self.ask("read_weights"))
+
+
+def _fingerprint(workers: list[dict[str, Any]]) -> str:
+    return digest([worker["digest"] for worker in workers])
+
+
+class VllmEngine(UpdatableEngine):
+    """One engine in this process; with `tensor_parallel` its workers are processes of their own."""
 
     def __init__(self, config: GenerationConfig, settings: EngineSettings) -> None:
         # The scheduler runs in this process, so that a batch starts when all of its requests are there: with a
@@ -43,14 +127,18 @@ class VllmEngine:
             # processors of models that see or hear, and what looks at the text of answers.
             reads_text = bool(config.stop or config.guided or config.thinking)
             without = not (has_other_inputs(config.policy) or reads_text)
-            self._llm: Any = LLM(**engine_arguments(config, settings), skip_tokenizer_init=without)
+            start = time.monotonic()
+            with resident.outlasting():
+                self._llm: Any = LLM(**engine_arguments(config, settings), skip_tokenizer_init=without)
+        self._patience = PATIENCE + 5 * (time.monotonic() - start)
+        self._workers = [each for each in multiprocessing.active_children() if each.name.startswith(WORKER)]
         beat_with_every_step(self._llm)
         self._sampling_params: Any = SamplingParams
         self._structured_outputs: Any = StructuredOutputsParams
         self._guided = structured_outputs(config)
         self._refused: type[Exception] = VLLMValidationError
-        self._in_this_process = config.tensor_parallel == 1
-        self._longest: int = self._llm.llm_engine.model_config.max_model_len
+        self.dtype = settings.dtype
+        self.longest: int = self._llm.llm_engine.model_config.max_model_len
         self._stop_ids = list(settings.stop_ids)
 
     def generate(self, requests: Sequence[GenerationRequest], batch: str) -> list[list[Answer]]:
@@ -66,6 +154,10 @@ class VllmEngine:
         except self._refused as error:
             if self._guided:
                 raise UserError(f"guided: vLLM cannot keep answers to this form ({error}). Write another.") from error
+            raise
+        except Exception as error:
+            if dead := self._dead():
+                raise TransientError(f"a process of the engine was killed or has died: {dead}") from error
             raise
         return [
             [_answer(completion, request) for completion in output.outputs]
@@ -83,47 +175,28 @@ class VllmEngine:
             detokenize="stop" in parameters,
         )
 
-    def begin(self) -> None:
-        """Forget cached prefixes: their names come again in the next stage, with other prompts or other weights."""
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset its prefix cache")
+    def _dead(self) -> str:
+        """The workers that have ended, and how; one that is killed takes the others along."""
+        return ", ".join(f"{each.name} (exit code {each.exitcode})" for each in self._workers if not each.is_alive())
 
-    def update(self, policy: Path) -> None:
-        """Reload all weights in place, and prove it.
+    def ask(self, method: str, *arguments: str) -> list[Any]:
+        """Call a method of each worker."""
+        if dead := self._dead():
+            raise TransientError(f"a process of the engine was killed or has died: {dead}")
+        found: list[Any] = self._llm.collective_rpc(method, timeout=self._patience, args=arguments)
+        return found
 
-        Every weight is first set to NaN, so none of the old ones can stay unseen (vLLM leaves what a checkpoint lacks
-        as it was). Then the engine has to say of one sequence what the trainer said that made the checkpoint.
-
-        Raises:
-            UpdateError: the checkpoint has no such sequence, a weight was not loaded, or the engine says otherwise.
-        """
-        probe = probe_of(policy)
-        if probe is None or not self._in_this_process:
-            raise UpdateError(f"nobody can tell whether the engine has the weights of {policy}")
-        self._llm.collective_rpc(_poison)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(policy)})
-        self._llm.collective_rpc(_renew_head)
-        (left,) = self._llm.collective_rpc(_poisoned)
-        if left:
-            raise UpdateError(f"{policy} has no weights for {', '.join(left[:3])}")
-        self.begin()
-        self._require(probe, policy)
-
-    def _require(self, probe: Probe, policy: Path) -> None:
-        """Compare what the engine says of the sequence with what the trainer said."""
-        ids = [*probe.prompt_ids, *probe.response_ids][: self._longest - 1]
+    def says(self, ids: list[int]) -> list[float]:
+        """As a prompt of which the log-probabilities are asked."""
         params = self._sampling_params(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         (output,) = self._llm.generate([{"prompt_token_ids": ids}], [params], use_tqdm=False)
-        places = range(len(probe.prompt_ids), len(ids))
-        found = [output.prompt_logprobs[place][ids[place]].logprob for place in places]
-        difference = max((abs(one - other) for one, other in zip(found, probe.logprobs, strict=False)), default=0.0)
-        exact = {probe.dtype, str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")} == {"float32"}
-        allowed = PROBE_EXACT if exact else PROBE_HALF
-        if not difference <= allowed:
-            raise UpdateError(
-                f"with the weights of {policy} the engine's log-probabilities differ from the trainer's by "
-                f"{difference:.3g} nats, more than {allowed:g}"
-            )
+        return [output.prompt_logprobs[place][ids[place]].logprob for place in range(1, len(ids))]
+
+    def begin(self) -> None:
+        """Forget cached prefixes."""
+        self.ask("check_health")
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache")
 
     @contextlib.contextmanager
     def profile(self, name: str) -> Iterator[None]:
@@ -135,36 +208,9 @@ class VllmEngine:
             self._llm.stop_profile()
 
     def close(self) -> None:
-        """Nothing to end: the engine ends with this process."""
-
-
-def _poison(worker: Any) -> None:
-    """Set every weight to NaN."""
-    for weight in worker.get_model().parameters():
-        if weight.dtype.is_floating_point:
-            weight.data.fill_(math.nan)
-
-
-def _renew_head(worker: Any) -> None:
-    """Have embeddings and output matrices arrange their weights for their kernels once more.
-
-    On a CPU vLLM computes logits from a packed copy of the output matrix. Where that is tied to the embeddings, no
-    weight of its own is reloaded, and its copy would stay that of the old weights.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    for layer in worker.get_model().modules():
-        if isinstance(layer, VocabParallelEmbedding):
-            layer.quant_method.process_weights_after_loading(layer)
-
-
-def _poisoned(worker: Any) -> list[str]:
-    """The weights that hold a NaN."""
-    return [
-        name
-        for name, weight in worker.get_model().named_parameters()
-        if weight.dtype.is_floating_point and bool(weight.data.isnan().any())
-    ]
+        """End its workers; one in this process ends with it."""
+        if self._workers:
+            self._llm.llm_engine.engine_core.shutdown()
 
 
 def _answer(completion: Any, request: GenerationRequest) -> Answer:
@@ -229,6 +275,7 @@ def engine_arguments(config: GenerationConfig, settings: EngineSettings) -> dict
         "generation_config": "vllm",  # no sampling defaults of the model's: every parameter is ours
         "seed": 0,
         "use_tqdm_on_load": False,
+        "worker_extension_cls": EXTENSION,
     }
     if config.thinking is not None:
         marks = {"reasoning_start_str": config.thinking.start, "reasoning_end_str": config.thinking.end}

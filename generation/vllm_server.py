@@ -14,12 +14,17 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from contracts import resident
 from contracts.attempt import beat
+from contracts.errors import TransientError
 from contracts.faults import Fault
 from contracts.processes import end_groups
 from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, GenerationRequest
+from generation.server_key import KEY, RequireKey
 from generation.vllm_engine import (
+    PATIENCE,
+    UpdatableEngine,
     engine_arguments,
     reason_of,
     sampling_parameters,
@@ -33,20 +38,24 @@ PROFILE_SECONDS = 600.0
 """How long the server may take to write a trace."""
 
 
-class VllmServer:
+class VllmServer(UpdatableEngine):
     """Starts a server on a free loopback port, sends it requests, and stops it."""
 
     def __init__(self, config: GenerationConfig, settings: EngineSettings) -> None:
         set_environment(on_gpu=settings.on_gpu, parts=config.tensor_parallel)
-        self._log = settings.log
+        self._log = settings.log.open("w+b")  # it is read after its stage's directory has been renamed, too
         self._stop_ids = list(settings.stop_ids)
         self._guided = structured_outputs(config)
         self._model = str(config.policy)
         self._key = secrets.token_urlsafe(32)
         self._address = f"http://127.0.0.1:{_free_port()}"
-        self._process = self._start(engine_arguments(config, settings), on_gpu=settings.on_gpu)
+        arguments = engine_arguments(config, settings)
+        self.dtype, self.longest = settings.dtype, arguments["max_model_len"]
+        start = time.monotonic()
+        self._process = self._start(arguments, on_gpu=settings.on_gpu)
         try:
             self._wait_until_healthy(config.startup_seconds)
+            self._patience = PATIENCE + 5 * (time.monotonic() - start)
         except BaseException:
             self.close()
             raise
@@ -55,16 +64,18 @@ class VllmServer:
         arguments = {**arguments, "host": "127.0.0.1", "port": self._address.rpartition(":")[2]}
         flags = [flag for name, value in arguments.items() for flag in _flags(name.replace("_", "-"), value)]
         flags += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+        flags.append(f"--middleware={RequireKey.__module__}.{RequireKey.__name__}")
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
-        environment = {**os.environ, "VLLM_API_KEY": self._key}
+        # Its workers and caches are asked by paths that vLLM has for developers.
+        variables = {KEY: self._key, "VLLM_SERVER_DEV_MODE": "1"}
         if not on_gpu:
-            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # spares a process beside the engine's own
-        with self._log.open("wb") as log:
+            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # spares a process beside the engine's own
+        with resident.outlasting():
             return subprocess.Popen(
                 [sys.executable, "-m", "generation.guard", str(os.getpid()), *command],
-                env=environment,
+                env={**os.environ, **variables},
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=self._log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
@@ -140,31 +151,61 @@ class VllmServer:
 
     def _log_tail(self) -> str:
         """The first errors of the log, which name the cause, or its end where it has none."""
-        lines = [line[:300] for line in self._log.read_text(errors="replace").splitlines()]
+        content = os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0)
+        lines = [line[:300] for line in content.decode(errors="replace").splitlines()]
         errors = [line for line in lines if " ERROR " in line]
         return "\n".join(errors[:LOG_TAIL_LINES] or lines[-LOG_TAIL_LINES:])
 
+    def ask(self, method: str, *arguments: str) -> list[Any]:
+        """By HTTP, of its workers."""
+        body = {"method": method, "args": arguments, "timeout": self._patience}
+        found: list[Any] = self._post("/collective_rpc", body, self._patience)["results"]
+        return found
+
+    def says(self, ids: list[int]) -> list[float]:
+        """As a prompt of which the log-probabilities are asked."""
+        body = {"model": self._model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        (choice,) = self._post("/v1/completions", body, self._patience)["choices"]
+        return [choice["prompt_logprobs"][place][str(ids[place])]["logprob"] for place in range(1, len(ids))]
+
     def begin(self) -> None:
-        """Nothing is cached from one batch to the next."""
+        """Forget cached prefixes."""
+        if not self._post("/reset_prefix_cache", {}, self._patience)["success"]:
+            raise RuntimeError("vLLM's server did not reset its prefix cache")
 
     @contextlib.contextmanager
     def profile(self, name: str) -> Iterator[None]:
         """The same as in VllmEngine, asked for by HTTP."""
-        self._post("/start_profile", {"profile_prefix": name})
+        self._post("/start_profile", {"profile_prefix": name}, PROFILE_SECONDS)
         try:
             yield
         finally:
-            self._post("/stop_profile", {})
+            self._post("/stop_profile", {}, PROFILE_SECONDS)
 
-    def _post(self, path: str, body: dict[str, Any]) -> None:
+    def _post(self, path: str, body: dict[str, Any], seconds: float) -> Any:
+        """The JSON that the server answers; None where it answers nothing.
+
+        Raises:
+            TransientError: it is gone, or does not answer in time.
+            RuntimeError: it answers with an error.
+        """
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
         request = urllib.request.Request(f"{self._address}{path}", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=PROFILE_SECONDS):
-            pass
+        try:
+            with urllib.request.urlopen(request, timeout=seconds) as response:
+                return json.loads(response.read() or b"null")
+        except urllib.error.HTTPError as error:
+            problem = f"answered {error.code} to {path}: {error.read().decode(errors='replace')[:300]}"
+            raise RuntimeError(f"the vLLM server {problem}. From its log:\n{self._log_tail()}") from error
+        except OSError as error:
+            raise TransientError(
+                f"the vLLM server does not answer to {path} ({error}). From its log:\n{self._log_tail()}"
+            ) from error
 
     def close(self) -> None:
         """Stop the server and all of its processes."""
         end_groups([self._process], grace=10.0)
+        self._log.close()
 
 
 def _answers(choices: list[dict[str, Any]], request: GenerationRequest) -> list[Answer]:
