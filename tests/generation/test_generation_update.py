@@ -20,7 +20,7 @@ from generation.server_key import KEY, RequireKey
 from generation.vllm_engine import UpdatableEngine
 
 SCRIPT = """
-import json, sys
+import json, shutil, sys
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ old, folder = Path(sys.argv[1]), Path(sys.argv[2])
 
 
 def checkpoint(name, seed, tied):
-    path = folder / name
+    path = shutil.copytree(old, folder / name)  # with its tokenizer, which a server reads
     config = LlamaForCausalLM.from_pretrained(old).config
     config.tie_word_embeddings, config.max_position_embeddings = tied, 512
     torch.manual_seed(seed)
