@@ -87,21 +87,22 @@ def end_groups(processes: Sequence[GroupLeader], grace: float) -> None:
     start = time.monotonic()
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    _wait_until(lambda: all(process.poll() is not None for process in processes), grace)
+    wait_until(lambda: all(process.poll() is not None for process in processes), grace)
     patience = max(5.0, grace - (time.monotonic() - start))  # a leader such as `conda run` ends without its child
     for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
-        if _wait_until(lambda: all(_is_gone(process) for process in processes), seconds):
+        if wait_until(lambda: all(_is_gone(process) for process in processes), seconds):
             return
 
 
 def _is_gone(process: GroupLeader) -> bool:
-    return process.poll() is not None and not _group_exists(process.pid)
+    return process.poll() is not None and not group_exists(process.pid)
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait until something is so, and no longer than so many seconds; whether it is."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -110,7 +111,8 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def _group_exists(group: int) -> bool:
+def group_exists(group: int) -> bool:
+    """Whether any process is in a group."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

@@ -35,12 +35,14 @@ from pathlib import Path
 import msgspec
 
 from contracts import resident, surroundings
-from contracts.processes import die_with_parent, outlive_parent
+from contracts.processes import die_with_parent, group_exists, outlive_parent, wait_until
 from contracts.versions import source_version
 
 POLL_SECONDS = 0.05
 BEGIN_SECONDS = 5.0
 """How long a process that waits may take to answer a request before it counts as hung."""
+END_SECONDS = 10.0
+"""How long what a process that waits has started may take to end after it."""
 LARGEST = 1 << 20
 MOST_WAITING = 4
 """Processes; the replicas of a stage count as one."""
@@ -149,8 +151,12 @@ class _Server:
         self.children.remove(child)
 
     def end(self, child: _Child) -> None:
-        _kill(child.pid)
+        """Kill it, and wait for what it has started, which cleans up behind it: an engine's shared memory, for one."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
         _, status = os.waitpid(child.pid, 0)
+        wait_until(lambda: not group_exists(child.pid), END_SECONDS)
+        _kill(child.pid)
         self.forget(child, status)
 
     def answer(self) -> tuple[ForkRequest, socket.socket | None] | None:

@@ -70,6 +70,15 @@ if what == "replicas":
     line = json.dumps({"rank": rank, "start": start, "opened": thing[0], "pid": os.getpid(), "cores": cores}) + "\\n"
     os.write(2, line.encode())
     sys.exit(int(rest[2]) if rank == "2" else 0)
+if what == "tidy":
+    import subprocess
+
+    tidies = "import sys; print(flush=True); sys.stdin.read(); open(sys.argv[1], 'x').close()"
+    pipe = subprocess.PIPE
+    helper = subprocess.Popen([sys.executable, "-c", tidies, rest[0]], stdin=pipe, stdout=pipe)
+    helper.stdout.readline()
+    resident.hold("thing", like="x", content="1", open_=lambda: helper)
+    sys.exit(0)
 if what == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 raise ValueError(what)
@@ -203,6 +212,17 @@ def test_a_process_that_waits_and_dies_or_hangs_costs_a_start(warm: Warm, number
     second = keep(warm, "x", "1", "always")
     assert second["start"] == "loaded"
     assert is_gone(first["pid"])
+
+
+def test_what_a_process_has_started_cleans_up_behind_it(warm: Warm) -> None:
+    """Such as the process that gives shared memory back, which is in the same group."""
+    tidied = warm.folder / "tidied"
+    stage = warm.started("tidy", str(tidied), label="a")
+    assert wait(stage) == 0
+    assert stage.waits
+    warm.processes.release(set(), keep="")
+    assert is_gone(stage.pid)
+    assert tidied.exists()
 
 
 def test_what_is_kept_is_given_back(warm: Warm) -> None:
