@@ -185,8 +185,8 @@ if __name__ == "__main__":
 def test_engines_of_several_processes_take_two_policies_in_turn(
     shape: dict[str, int], last: int, steps: int, policy: Path, tmp_path: Path
 ) -> None:
-    """The third and the fourth engine to be asked are loaded anew, since a worker has died or stopped in the middle of
-    an update; they answer, and are read back, as those that were updated."""
+    """Where a worker dies or stops in the middle of an update, the engine is loaded anew; it then answers, and is read
+    back, as one that was updated."""
     pytest.importorskip("vllm", reason="vLLM is in the generation environment only", exc_type=ImportError)
     (tmp_path / "mortal.py").write_text(WORKERS)
     script, mark = tmp_path / "script.py", tmp_path / "mark"
