@@ -108,11 +108,10 @@ class Simulation:
 
     @functools.cached_property
     def owned_seconds(self) -> float:
-        """Device-seconds of all that the cluster has, until the end; where a scheduler has the devices, of those that
-        stages have."""
-        if self.cluster.executor.is_remote:
-            return self.held_seconds
-        return self.total * self.cluster.devices
+        """Device-seconds of all that this machine has, until the end, and of what stages have of a scheduler."""
+        jobs = [node for node in self.order if node.placement is not None and node.placement.executor not in HERE]
+        there = sum(self.times[node.name].held * self.devices_of(node) for node in jobs)
+        return there + (0.0 if self.cluster.executor.is_remote else self.total * self.cluster.devices)
 
     def devices_of(self, node: Node) -> int:
         """How many a stage has; of all that stages share, its part where as many run as may; of a scheduler what is

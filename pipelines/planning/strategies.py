@@ -73,6 +73,8 @@ def _pool_of(node: Node, cluster: Cluster) -> str | None:
         return GENERATION
     if section.strategy in SEPARATING:
         if section.pools and not section.pools.keys() & {GENERATION, SCORING, TRAINING}:
+            if cluster.executor.entry(node).kind not in HERE:  # it needs no device of this machine
+                return None
             raise UserError(
                 f"stage {node.name} is in none of the pools {', '.join(section.pools)}: with placement.strategy="
                 f"{section.strategy} every stage that computes is in one. Set placement.stages.{kind}=POOL, or call a "

@@ -37,7 +37,7 @@ from pipelines.planning.search.evaluation import (
 from pipelines.planning.search.exploring import bound, explore
 from pipelines.planning.search.finding import search_plan
 from pipelines.planning.search.layouts import BEYOND_LAYERS, NO_ROOM
-from pipelines.planning.search.plans import jobs_section, section_of
+from pipelines.planning.search.plans import PlanChoice, jobs_section, section_of
 from training.stages.critic import CRITIC
 from training.stages.policy import POLICY
 
@@ -271,6 +271,28 @@ def test_of_a_schedulers_jobs_it_finds_what_trying_all_layouts_finds(
     proposed = evaluate(setting, jobs_section(found.plan, table.calls, setting.config.placement, streaming=streaming))
     assert proposed.seconds == pytest.approx(least), "what it says is what the section says"
     assert proposed.memory <= 8 * GIB
+
+
+def test_stages_of_this_machine_are_searched_beside_those_of_a_scheduler(shared_smallest: Path) -> None:
+    measured = Measured({"generation": [4.0], "reward": [6.0, 3.5], "critic": [5.0, 3.0], "training": [5.0, 3.0]}, {})
+    setting = setting_of(shared_smallest, ("generation", "reward", "critic", "training"), measured, 2, 2, 8)
+    executor = validate(ExecutorSection, {"stages": {"generation": "slurm"}}, "executor")
+    setting = replace(
+        setting,
+        config=setting.config.model_copy(update={"executor": executor}),
+        cluster_of=lambda config: Cluster(config.executor, config.placement, 2, 2, parallel=1),
+    )
+    table = PlanTable(setting)
+    assert {call.role for call in table.calls} == {"reward", "critic", "training"}
+    plans = {
+        PlanChoice(True, (1, 1), places, tuple(option[0].layout for option in options))
+        for places in ((0, 1, 1), (1, 0, 0))
+        if (options := table.options_of(PlanChoice(True, (1, 1), places, ((),) * 3)))
+    }
+    for plan in plans:
+        cost = table.cost(plan)
+        assert cost is not None
+        assert evaluate(setting, section_of(plan, table.calls, 0)).seconds == pytest.approx(cost[0])
 
 
 def test_the_queue_of_every_job_and_of_those_that_finish_arrays_is_in_the_plan(shared_smallest: Path) -> None:
