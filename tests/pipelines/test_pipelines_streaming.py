@@ -356,10 +356,6 @@ def test_what_a_driver_killed_after_a_stage_has_not_cleaned_up_is_cleaned_by_the
     ("overrides", "message"),
     [
         ([], r"placement\.streaming is true.*takes a driver"),
-        (
-            ["placement.streaming=false", "gates.back={metric: reward_mean, below: 0.4, do: rollback}"],
-            r"gates\.back\.do is rollback.*takes a driver",
-        ),
         (["placement.streaming=false"], "stage reward runs on the executor local, which needs a process that stays"),
     ],
 )
