@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pipelines.execution import attempts
 from pipelines.execution.attempts import Retries, StageFailedError
 from pipelines.execution.driver import Driver
 from pipelines.execution.executors.base import Site
+from pipelines.execution.supervisor import RUN
 from pipelines.graph import Graph
 from pipelines.insight.display import Display
 from pipelines.insight.status import print_status
@@ -28,7 +31,7 @@ from pipelines.job import ENTRY
 from pipelines.planning.cluster import cluster_of
 from pipelines.planning.placement import place
 from pipelines.run.directory import CANCEL, RunDirectory
-from pipelines.run.events import Event, RunEnded, StageEvent, StageFailed, StagePublished, StageStarted
+from pipelines.run.events import Event, OrphanEnded, RunEnded, StageEvent, StageFailed, StagePublished, StageStarted
 
 INTERPRETER = """#!/usr/bin/env bash
 # An interpreter that misbehaves in its first {times} attempts at a stage.
@@ -129,6 +132,14 @@ def test_a_run_that_is_cancelled_from_anywhere_is_interrupted(tmp_path: Path, sm
     assert scene.attempts == 1
     (ended,) = [event for event in scene.events if isinstance(event, RunEnded)]
     assert ended.outcome == "interrupted"
+
+
+def test_what_a_killed_driver_has_left_is_ended_and_told(tmp_path: Path, smallest: Path) -> None:
+    scene = Scene(tmp_path, smallest, "true", times=0)
+    left = subprocess.Popen(["sleep", "1000"], env={**os.environ, RUN: str(scene.run.path)}, start_new_session=True)
+    scene.drive()
+    assert left.wait(200) < 0
+    assert [event.pid for event in scene.events if isinstance(event, OrphanEnded)] == [left.pid]
 
 
 def test_a_silent_stage_shows_where_it_stands_is_ended_and_tried_again(tmp_path: Path, smallest: Path) -> None:
