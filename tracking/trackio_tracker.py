@@ -83,7 +83,7 @@ class TrackioTracker:
         """Instead of trackio's own warning."""
         print(message, file=sys.stderr)
         if self._is_local or key.startswith(KEEPING):
-            self._failures.append(message)
+            self._failures.append(message.partition(" User code will continue")[0])  # none is here
 
     def _check(self) -> None:
         if self._failures:
