@@ -427,6 +427,7 @@ def test_what_was_answered_is_paid_for_once_however_often_the_stage_is_killed(tm
         server.asked.clear()
         argv = [sys.executable, "-m", "annotation", *command(tmp_path, rollouts, server, concurrency=4)]
         for number in kills:
+            wait_until(lambda: server.at_once == 0)
             server.replied.clear()
             replies = threading.Semaphore(7)
             stage = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -437,7 +438,6 @@ def test_what_was_answered_is_paid_for_once_however_often_the_stage_is_killed(tm
             replies.release(1000)
             stage.communicate(timeout=200)
             assert stage.returncode == (128 + number if number == signal.SIGTERM else -number)
-            wait_until(lambda: server.at_once == 0)
         ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr
     found = Artifact.open(tmp_path / "scores")
