@@ -1,6 +1,7 @@
 """Functions of the user's own: found without running them, and known by all of the user's code that they use."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,8 +93,9 @@ def test_a_module_that_is_called_like_a_librarys_is_named_by_its_file(project: P
     path.write_text("def judge(): ...\n")
     with pytest.raises(UserError, match="whose name a library has too") as caught:
         source_file(name)
-    by_file = str(caught.value).rpartition("write ")[2].rstrip(".")
-    assert source_file(by_file).resolve() == path.resolve()
+    by_file = re.search(r"write (\S+:\w+)", str(caught.value))
+    assert by_file is not None
+    assert source_file(by_file[1]).resolve() == path.resolve()
 
 
 @pytest.mark.parametrize("logged", [True, False])
