@@ -70,6 +70,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 f"{file} is damaged: {tensor.name} of shape {list(tensor.shape)} ({tensor.dtype}) takes {wanted} "
                 f"bytes, but has {tensor.end - tensor.start}. {AGAIN}"
             )
+    place = base
+    for tensor in sorted(found.values(), key=lambda each: (each.start, each.end)):
+        if tensor.start != place:
+            raise UserError(
+                f"{file} is damaged: {tensor.name} begins at byte {tensor.start}, and not at {place}, right behind "
+                f"what is before it. {AGAIN}"
+            )
+        place = tensor.end
     return found
 
 

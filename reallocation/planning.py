@@ -5,6 +5,7 @@ is between), and so is what two parts have in common. Each common block is one t
 distances, on both sides; where runs touch on both sides they are one.
 """
 
+import bisect
 import heapq
 import itertools
 from collections import defaultdict
@@ -132,28 +133,93 @@ def plan(
     from_process = tuple(source_processes or range(source.layout.ranks))
     to_process = tuple(target_processes or range(target.layout.ranks))
     found: list[tuple[int, Transfer]] = []
-    shared: list[tuple[int, Transfer, list[int]]] = []
+    shared: list[tuple[int, Transfer, list[tuple[int, int]]]] = []
+    queues: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     load: defaultdict[int, int] = defaultdict(int)
     for number, tensor in enumerate(tensors.values()):
         item = item_bytes(tensor.dtype)
         holders = replicas(tensor, source.parts(tensor.name))
-        for target_rank, wanted in sorted(target.parts(tensor.name).items()):
-            for part, ranks in holders.items():
-                own = [rank for rank in ranks if from_process[rank] == to_process[target_rank]]
-                for copy in common(part, wanted, item):
-                    transfer = copy._replace(source=(own or ranks)[0], target=target_rank, tensor=tensor.name)
-                    if own or len(ranks) == 1:
+        parts, ranks_of = PartIndex(list(holders)), list(holders.values())
+        queue_of = [queues.setdefault(tuple(ranks), [(0, rank) for rank in ranks]) for ranks in ranks_of]
+        own_of = [{from_process[rank]: rank for rank in reversed(ranks)} for ranks in ranks_of]
+        for target_rank, wanted in target.parts(tensor.name).items():
+            for held in parts.near(wanted):
+                ranks, own = ranks_of[held], own_of[held].get(to_process[target_rank])
+                for copy in common(parts.parts[held], wanted, item):
+                    transfer = copy._replace(
+                        source=ranks[0] if own is None else own, target=target_rank, tensor=tensor.name
+                    )
+                    if own is not None or len(ranks) == 1:
                         found.append((number, transfer))
-                        load[from_process[ranks[0]]] += 0 if own else transfer.bytes
+                        load[from_process[ranks[0]]] += transfer.bytes if own is None else 0
                     else:
-                        shared.append((number, transfer, ranks))
+                        shared.append((number, transfer, queue_of[held]))
     shared.sort(key=lambda each: (-each[1].bytes, each[0], each[1].target, each[1].target_start))
-    for number, transfer, ranks in shared:
-        chosen = min(ranks, key=lambda rank: (load[from_process[rank]], rank))
+    for number, transfer, queue in shared:
+        chosen = _least(queue, from_process, load)
         load[from_process[chosen]] += transfer.bytes
         found.append((number, transfer._replace(source=chosen)))
     found.sort(key=lambda each: (each[0], each[1].target, each[1].target_start))
     return ReallocationPlan(tuple(transfer for _, transfer in found), from_process, to_process)
+
+
+def _least(queue: list[tuple[int, int]], processes: Sequence[int], load: Mapping[int, int]) -> int:
+    """Of the ranks in a queue (load, rank) the one whose process has least to send, the first of equals. Loads only
+    grow, so what a queue says of a rank is never too much, and only the first has to be looked at."""
+    while queue[0][0] != load[processes[queue[0][1]]]:
+        rank = queue[0][1]
+        heapq.heapreplace(queue, (load[processes[rank]], rank))
+    return queue[0][1]
+
+
+class PartIndex:
+    """The distinct parts of a tensor in one layout, which are found by their places, however many there are.
+
+    Parts of the same columns are in the order of their rows, and columns in theirs.
+    """
+
+    def __init__(self, parts: Sequence[LocalPart]) -> None:
+        """Sort them; they overlap nowhere and none is empty (`replicas`)."""
+        self.parts = parts
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for number in sorted(range(len(parts)), key=lambda each: parts[each].start):
+            part = parts[number]
+            groups.setdefault((part.width, part.first, part.last), []).append(number)
+        self._groups = [groups[columns] for columns in sorted(groups)]
+        self._columns = sorted(groups)
+        self._spans = [[_span(parts[number]) for number in group] for group in self._groups]
+
+    def near(self, wanted: LocalPart) -> Iterator[int]:
+        """The numbers of all parts that have something in common with another layout's, and of few others: of those
+        with which only its first and last rows could have had.
+
+        Raises:
+            ValueError: the layouts cut the tensor along two dimensions.
+        """
+        if not wanted.elements or not self.parts:
+            return
+        low, high = _span(wanted)
+        groups = range(len(self._groups))
+        some = self.parts[0]
+        if some.cut_by_columns:
+            if wanted.cut_by_columns and wanted.width != some.width:
+                raise ValueError(f"a tensor is cut along two dimensions: {some}, {wanted}")
+            first, last = (wanted.first, wanted.last) if wanted.cut_by_columns else (0, some.width)
+            if low // some.width == (high - 1) // some.width:  # all of it is in one row
+                first, last = low % some.width, (high - 1) % some.width + 1
+            begin = bisect.bisect_right(self._columns, first, key=lambda each: each[2])
+            groups = range(begin, bisect.bisect_left(self._columns, last, key=lambda each: each[1]))
+        for group in groups:
+            spans = self._spans[group]
+            begin = bisect.bisect_right(spans, low, key=lambda each: each[1])
+            yield from self._groups[group][begin : bisect.bisect_left(spans, high, key=lambda each: each[0])]
+
+
+def _span(part: LocalPart) -> tuple[int, int]:
+    """Where the first element of a part is in the flattened tensor, and behind where its last one is."""
+    inner = part.last - part.first
+    first, last = (place // inner * part.width + part.first + place % inner for place in (part.start, part.end - 1))
+    return first, last + 1
 
 
 def replicas(tensor: GlobalTensor, parts: Mapping[int, LocalPart]) -> dict[LocalPart, list[int]]:
@@ -173,19 +239,13 @@ def replicas(tensor: GlobalTensor, parts: Mapping[int, LocalPart]) -> dict[Local
 
 
 def _overlap(parts: Sequence[LocalPart]) -> bool:
-    """Whether two parts have something in common."""
+    """Whether two parts have something in common, or columns that only overlap, as those of no layout do."""
     groups: dict[tuple[int, int, int], list[LocalPart]] = {}
     for part in sorted(parts, key=lambda part: part.start):
         groups.setdefault((part.width, part.first, part.last), []).append(part)
-    for group in groups.values():  # of the same columns: in order, none may begin before the end of the one before
-        if any(before.end > after.start for before, after in itertools.pairwise(group)):
-            return True
-    return any(
-        common(one, other, 1)
-        for columns, others in itertools.combinations(groups, 2)
-        if columns[0] != others[0] or max(columns[1], others[1]) < min(columns[2], others[2])
-        for one in groups[columns]
-        for other in groups[others]
+    columns = sorted(groups)
+    return any(before[0] != after[0] or before[2] > after[1] for before, after in itertools.pairwise(columns)) or any(
+        before.end > after.start for group in groups.values() for before, after in itertools.pairwise(group)
     )
 
 
@@ -254,15 +314,44 @@ def blocks(part: LocalPart, width: int) -> Iterator[Block]:
             yield Block(low, high, first + column, first + column_end, low * inner + column - part.start, inner)
 
 
+def interleaved(transfers: Sequence[Transfer]) -> Iterator[list[Transfer]]:
+    """Transfers to one target by place in it, in groups that follow each other: in every row of a group's, one run of
+    each transfer, one behind the other. Where they lie in another way, each run is a group."""
+    group: list[Transfer] = []
+    end = 0
+    for transfer in sorted(transfers, key=lambda each: each.target_start):
+        if group and transfer.target_start >= end:
+            yield from [group] if _alike(group) else _single_runs(group)
+            group = []
+        group.append(transfer)
+        end = max(end, transfer.target_end)
+    if group:
+        yield from [group] if _alike(group) else _single_runs(group)
+
+
+def _alike(group: Sequence[Transfer]) -> bool:
+    first = group[0]
+    ends = [each.target_start + each.length for each in group]
+    if first.rows == 1:
+        return len(group) == 1
+    return (
+        all((each.rows, each.target_stride) == (first.rows, first.target_stride) for each in group)
+        and ends[:-1] == [each.target_start for each in group[1:]]
+        and ends[-1] == first.target_start + first.target_stride
+    )
+
+
+def _single_runs(group: Sequence[Transfer]) -> Iterator[list[Transfer]]:
+    for target, number, source, length in heapq.merge(*(_numbered(*each) for each in enumerate(group))):
+        yield [group[number]._replace(rows=1, length=length, source_start=source, target_start=target)]
+
+
 def in_order(transfers: Sequence[Transfer]) -> Iterator[tuple[int, int, int, int]]:
-    """The runs of several transfers to one target by place: number of the transfer, then as `Transfer.runs`."""
-    if all(before.target_end <= after.target_start for before, after in itertools.pairwise(transfers)):
-        for number, transfer in enumerate(transfers):
-            for target, source, length in transfer.runs():
-                yield number, target, source, length
-        return
-    for target, number, source, length in heapq.merge(*(_numbered(*each) for each in enumerate(transfers))):
-        yield number, target, source, length
+    """The runs of several transfers to one target by place: the source, then as `Transfer.runs`."""
+    for group in interleaved(transfers):
+        for runs in zip(*(transfer.runs() for transfer in group), strict=True):
+            for transfer, (target, source, length) in zip(group, runs, strict=True):
+                yield transfer.source, target, source, length
 
 
 def _numbered(number: int, transfer: Transfer) -> Iterator[tuple[int, int, int, int]]:

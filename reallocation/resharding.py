@@ -14,30 +14,30 @@ import concurrent.futures
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
-import mmap
 import os
 import queue
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from contracts.errors import UserError
 from contracts.files import fsync, process_name, write_atomically
-from contracts.fingerprint import MODEL_FILES, PROCESSOR_FILES, RELEASED, digest, file_sha256
+from contracts.fingerprint import MODEL_FILES, PROCESSOR_FILES, RELEASED, digest
 from contracts.locks import LOCK, DirectoryLock
 from contracts.manifest import MANIFEST, read_manifest
 from contracts.publication import partial_directory
+from contracts.weights import StoredTensor
 from reallocation.layouts import REMAINDER, LocalPart, RankLayout, flat_part, require_complete
-from reallocation.planning import in_order, item_bytes
+from reallocation.planning import Transfer, interleaved, item_bytes
 from reallocation.stored import (
     ORIGIN,
     RECORD,
     DividedRecord,
-    HeldPart,
     StoredModel,
     header_bytes,
     rank_file,
@@ -48,17 +48,20 @@ FILE_BYTES = 5 << 30
 """Largest file of a rank, unless one tensor is larger."""
 PAGES = 64 << 10
 """Files are written by this many bytes, and where they lie alike copied: what the kernel moves at once (16 pages)."""
-BUFFER = 256 << 10
-"""Bytes that are written at once: whole pages, within a processor's cache."""
-SHORT = 64 << 10
-"""Ranges below this are taken from a map of their file, for which no call of the system is needed."""
+BUFFER = 64 << 10
+"""Bytes that are written at once: for more the kernel looks for larger blocks of free memory, which costs it more."""
 LONG = 128 << 10
 """Ranges from this on are copied by the kernel alone, where they lie as in the new file."""
-COPY_AT_ONCE = 64 << 20
+WINDOW = 512 << 10
+"""Bytes of rows that are read at once at most, where columns are cut out of them or put together to them."""
+GAP = 32 << 10
+"""Bytes between two runs of a row's columns that are read with them: a call of the system takes longer."""
+RANGES = os.sysconf("SC_IOV_MAX")
+"""Ranges of bytes that the kernel writes in one call."""
+COPY_AT_ONCE = 4 << 20
+HASHED_AT_ONCE = 1 << 20
 WRITERS = min(4, os.cpu_count() or 1)
 """Files that are written side by side."""
-KEPT = 8 << 20
-"""Bytes of a mapped file that stay with this process."""
 NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 """What file systems say that the kernel cannot copy between."""
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -90,6 +93,9 @@ class Resharded:
     """Files of the checkpoint that hold the weights in another format."""
     was_there: bool
     """Whether it had been written before."""
+    compared: int
+    """Files whose bytes are those that a run has published, by their SHA-256. Of the others names, shapes and sizes are
+    checked, and no bytes: nothing says what they should be."""
 
 
 def reshard(model: StoredModel, layout: RankLayout, target: Path) -> Resharded:
@@ -109,25 +115,27 @@ def reshard(model: StoredModel, layout: RankLayout, target: Path) -> Resharded:
     record, outputs = _divided(model, layout) if divided else (None, _whole(model))
     others, left_out = _others(model, divided)
     total = sum(output.bytes for output in outputs)
-    found = Resharded(
-        target, layout, len(outputs), total, layout.ranks if divided else 1, tuple(left_out), target.exists()
-    )
+    published = {} if divided else _published(model)
+    compared = sum(output.name in published for output in outputs)
+    ranks = layout.ranks if divided else 1
+    found = Resharded(target, layout, len(outputs), total, ranks, tuple(left_out), False, compared)
+    there = replace(found, was_there=True, compared=0)
     key = record.key if record is not None else _key(model, layout)
-    if found.was_there:
+    if target.exists():
         _require_same(target, record, outputs)
-        return found
+        return there
     directory = partial_directory(target, key)
     lock = DirectoryLock(directory, target)
     lock.when_free(lambda: lock.take(fcntl.LOCK_EX), 0)
     if target.exists():  # another process has made it meanwhile
         shutil.rmtree(directory)
         _require_same(target, record, outputs)
-        return found
+        return there
     for path in [*directory.rglob("*.tmp")]:
         path.unlink()
     missing = [output for output in outputs if not (directory / output.name).exists()]
     _require_room(directory, sum(output.bytes for output in missing))
-    _write_files(model, directory, missing, {} if divided else _published(model))
+    _write_files(model, directory, missing, published)
     for name, path in others.items():
         if not (directory / name).exists():
             with _new_file(directory / name) as scratch:
@@ -318,8 +326,8 @@ def _write_files(
         writer = writers.get()
         try:
             with _new_file(directory / output.name) as scratch:
-                writer.write(output, scratch)
-                if output.name in published and file_sha256(scratch) != published[output.name]:
+                found = writer.write(output, scratch, hashed=output.name in published)
+                if found != published.get(output.name):
                     raise UserError(
                         f"{output.name}, put together from the files of the ranks in {model.path}, is not the one that "
                         f"was published: its SHA-256 is not that in {ORIGIN}/{MANIFEST}. A rank's file was changed or "
@@ -339,37 +347,38 @@ class _Writer:
     """Writes files from the parts of a model, whose files it keeps open.
 
     What is to be written is collected in a buffer that fits into a processor's cache, and leaves it in whole pages of
-    the new file: the kernel is faster with that than with copying ranges that begin within a page.
+    the new file: the kernel is faster with that than with copying ranges that begin within a page. Columns are read
+    with the rows that they are in, many rows at once, and leave that buffer from where they are.
     """
 
     def __init__(self, model: StoredModel) -> None:
         self._model = model
         self._files: dict[Path, int] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
-        self._marks: dict[Path, int] = {}
-        """From where on the pages of a map may belong to this process."""
         self._buffer = memoryview(bytearray(BUFFER))
         self._used = 0
         self._room = BUFFER
         """Bytes after which the buffer leaves at the end of a page."""
+        self._window = memoryview(bytearray(WINDOW))
         self._target = -1
         self._written = 0
         """Where in the new file the buffer begins."""
+        self._hashing: _Hashing | None = None
 
     def __enter__(self) -> "_Writer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for mapped in self._maps.values():
-            mapped.close()
         for descriptor in self._files.values():
             os.close(descriptor)
 
-    def write(self, output: OutputFile, path: Path) -> None:
-        """Write one file."""
-        self._target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    def write(self, output: OutputFile, path: Path, *, hashed: bool) -> str | None:
+        """Write one file and flush it to the disk; its SHA-256, where that is wanted."""
         self._written = self._used = 0
-        try:
+        self._room = BUFFER
+        with contextlib.ExitStack() as stack:
+            self._target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            stack.callback(os.close, self._target)
+            self._hashing = stack.enter_context(_Hashing(self._target)) if hashed else None
             header = output.header.encode()
             self._take(memoryview(len(header).to_bytes(8, "little") + header))
             for name, part in output.items:
@@ -377,19 +386,45 @@ class _Writer:
             self._flush()
             if self._written != output.bytes:
                 raise RuntimeError(f"{path} has {self._written} bytes instead of {output.bytes}")
-        finally:
-            os.close(self._target)
+            os.fsync(self._target)
+            return self._hashing.result(self._written) if self._hashing is not None else None
 
     def _write_part(self, name: str, part: LocalPart) -> None:
-        sources, transfers = self._model.sources[name], self._model.transfers(name, part)
-        for number, _, begin, length in in_order(transfers):
-            source = sources[transfers[number].source]
-            start = source.stored.start + begin
-            if length < SHORT:
-                with self._mapped(source, start)[start : start + length] as view:
-                    self._take(view)
-            else:
-                self._copy(source, start, length)
+        sources = self._model.sources[name]
+        for group in interleaved(self._model.transfers(name, part)):
+            taken = [(transfer, sources[transfer.source].stored) for transfer in group]
+            row = sum(max(transfer.source_stride, transfer.length) for transfer in group)
+            apart = max(transfer.source_stride - transfer.length for transfer in group)
+            if group[0].rows > 1 and row <= WINDOW and apart <= GAP and len(group) <= RANGES:
+                self._write_rows(taken, row)
+                continue
+            for runs in zip(*(transfer.runs() for transfer in group), strict=True):
+                for (_, begin, length), (_, stored) in zip(runs, taken, strict=True):
+                    self._copy(stored, stored.start + begin, length)
+
+    def _write_rows(self, taken: Sequence[tuple[Transfer, StoredTensor]], row: int) -> None:
+        """Append rows, each made of one run of every transfer; `row` bytes are read for one."""
+        self._flush()
+        rows = taken[0][0].rows
+        written = taken[0][0].target_stride
+        several = max(1, min(WINDOW // row, BUFFER // written, RANGES // len(taken)))
+        for first in range(0, rows, several):
+            count = min(several, rows - first)
+            place, columns = 0, []
+            for transfer, stored in taken:
+                stride, length = transfer.source_stride, transfer.length
+                size = (count - 1) * stride + length
+                start = stored.start + transfer.source_start + first * stride
+                read_exactly(self._opened(stored), self._window[place : place + size], start, stored.file)
+                columns.append((place, stride, length))
+                place += size
+            self._write(
+                [
+                    self._window[begin + number * stride : begin + number * stride + length]
+                    for number in range(count)
+                    for begin, stride, length in columns
+                ]
+            )
 
     def _take(self, view: memoryview) -> None:
         """Append bytes."""
@@ -401,16 +436,16 @@ class _Writer:
         self._buffer[self._used : self._used + len(view)] = view
         self._used += len(view)
 
-    def _copy(self, source: HeldPart, start: int, length: int) -> None:
+    def _copy(self, stored: StoredTensor, start: int, length: int) -> None:
         """Append a range of a file: by the kernel alone where it lies as in the new file, which then may share it."""
-        descriptor = self._opened(source)
+        descriptor = self._opened(stored)
         if length >= LONG and (start - self._written - self._used) % PAGES == 0:
             ahead = -(self._written + self._used) % PAGES
-            self._read(descriptor, start, ahead, source.stored.file)
+            self._read(descriptor, start, ahead, stored.file)
             self._flush()
             copied = self._copy_range(descriptor, start + ahead, (length - ahead) // PAGES * PAGES)
             start, length = start + ahead + copied, length - ahead - copied
-        self._read(descriptor, start, length, source.stored.file)
+        self._read(descriptor, start, length, stored.file)
 
     def _read(self, descriptor: int, start: int, length: int, file: Path) -> None:
         while length:
@@ -434,29 +469,75 @@ class _Writer:
             if count == 0:  # reading will tell
                 break
             copied += count
-            self._written += count
+            self._go_on(count)
         return copied
 
     def _flush(self) -> None:
-        rest = self._buffer[: self._used]
-        while rest:
-            count = os.pwrite(self._target, rest, self._written)
-            rest, self._written = rest[count:], self._written + count
+        if self._used:
+            self._write([self._buffer[: self._used]])
         self._used, self._room = 0, BUFFER - self._written % PAGES
 
-    def _opened(self, source: HeldPart) -> int:
-        path = source.stored.file
+    def _write(self, ranges: Sequence[memoryview]) -> None:
+        left = sum(map(len, ranges))
+        while left:
+            count = os.pwritev(self._target, ranges, self._written)
+            left -= count
+            if left:  # the kernel has taken a part
+                ranges = list(_behind(ranges, count))
+            self._go_on(count)
+
+    def _go_on(self, count: int) -> None:
+        """Bytes have been written."""
+        self._written += count
+        if self._hashing is not None:
+            self._hashing.go_on(self._written)
+
+    def _opened(self, stored: StoredTensor) -> int:
+        path = stored.file
         if path not in self._files:
             self._files[path] = os.open(path, os.O_RDONLY)
         return self._files[path]
 
-    def _mapped(self, source: HeldPart, start: int) -> memoryview:
-        """A mapped file, which is to be read at `start`."""
-        path = source.stored.file
-        if path not in self._maps:
-            self._maps[path] = mmap.mmap(self._opened(source), 0, prot=mmap.PROT_READ)
-            self._marks[path] = start
-        if abs(start - self._marks[path]) > KEPT:
-            self._maps[path].madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache, not with this process
-            self._marks[path] = start
-        return memoryview(self._maps[path])
+
+def _behind(ranges: Sequence[memoryview], count: int) -> Iterator[memoryview]:
+    """What is left of some ranges without their first bytes."""
+    for view in ranges:
+        if count < len(view):
+            yield view[count:]
+        count = max(count - len(view), 0)
+
+
+class _Hashing:
+    """The SHA-256 of a file that is being written, by a thread that follows its end: nothing is read from the disk."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._digest = hashlib.sha256()
+        self._buffer = memoryview(bytearray(HASHED_AT_ONCE))
+        self._place = self._asked = 0
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "_Hashing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def go_on(self, end: int) -> None:
+        """Let it hash what is before `end`, once that is enough."""
+        if end - self._asked >= HASHED_AT_ONCE:
+            self._asked = end
+            self._thread.submit(self._hash, end)  # where it fails, `result` goes on, and fails as well
+
+    def result(self, end: int) -> str:
+        """Of all before `end`."""
+        self._thread.submit(self._hash, end).result()
+        return self._digest.hexdigest()
+
+    def _hash(self, end: int) -> None:
+        while self._place < end:
+            count = os.preadv(self._descriptor, [self._buffer[: end - self._place]], self._place)
+            if count == 0:
+                raise RuntimeError(f"a file ends before byte {end}, which was written")
+            self._digest.update(self._buffer[:count])
+            self._place += count

@@ -24,7 +24,7 @@ from contracts.fingerprint import ADAPTER
 from contracts.models import MASTER, VALUE_HEAD
 from contracts.weights import AGAIN, DIVIDED, StoredTensor, read_header, stored_tensors
 from reallocation.layouts import REMAINDER, Division, GlobalTensor, LocalPart, RankLayout, flat_part
-from reallocation.planning import Transfer, common, in_order, item_bytes, replicas
+from reallocation.planning import PartIndex, Transfer, common, in_order, item_bytes, replicas
 
 RECORD = DIVIDED
 ORIGIN = "origin"
@@ -120,6 +120,10 @@ class StoredModel:
         held = {int(rank): _rank_tensors(self.path, files) for rank, files in self.record.ranks.items()}
         return {name: tuple(self._held(tensor, division.parts(name), held)) for name, tensor in self.tensors.items()}
 
+    @cached_property
+    def _places(self) -> dict[str, PartIndex]:
+        return {name: PartIndex([each.part for each in held]) for name, held in self.sources.items()}
+
     def _held(
         self, tensor: GlobalTensor, parts: Mapping[int, LocalPart], held: Mapping[int, Mapping[str, StoredTensor]]
     ) -> Iterator[HeldPart]:
@@ -133,11 +137,11 @@ class StoredModel:
 
     def transfers(self, name: str, part: LocalPart) -> list[Transfer]:
         """What a part of a tensor is made from, by place in it; `source` counts the tensor's `sources`."""
-        tensor = self.tensors[name]
+        item, sources = item_bytes(self.tensors[name].dtype), self._places[name]
         found = [
             transfer._replace(source=number, tensor=name)
-            for number, source in enumerate(self.sources[name])
-            for transfer in common(source.part, part, item_bytes(tensor.dtype))
+            for number in sources.near(part)
+            for transfer in common(sources.parts[number], part, item)
         ]
         return sorted(found, key=lambda each: each.target_start)
 
@@ -150,7 +154,7 @@ class StoredModel:
         sources, transfers = self.sources[name], self.transfers(name, part)
         with _Opened(sources[transfer.source].stored.file for transfer in transfers) as files:
             for number, place, begin, length in in_order(transfers):
-                stored = sources[transfers[number].source].stored
+                stored = sources[number].stored
                 read_exactly(files[stored.file], into[place : place + length], stored.start + begin, stored.file)
 
     def value_head(self) -> StoredTensor | None:

@@ -45,6 +45,7 @@ def _reshard(options: argparse.Namespace) -> None:
     if options.json:
         told = {"output": str(target), "layout": str(layout), "files": found.files, "bytes": found.bytes}
         told |= {"ranks": found.ranks, "left_out": found.left_out, "was_there": found.was_there}
+        told |= {"compared": found.compared}
         spent = round(time.process_time() - begin, 3)
         print(json.dumps({**told, "seconds": round(seconds, 3), "cpu_seconds": spent}))
         return
@@ -54,6 +55,14 @@ def _reshard(options: argparse.Namespace) -> None:
     else:
         what = f"{plural(found.files, 'file')} for {plural(found.ranks, 'rank')}, {megabytes(found.bytes)}"
         say(console, f"{relative(target)}: {what} in {seconds:.1f} s")
+    if found.compared == found.files:
+        say(console, "every byte is as it was published, by the SHA-256 in the manifest")
+    else:
+        say(
+            console,
+            "names, shapes and sizes are checked, bytes are not: only when files of a run's checkpoint are made whole "
+            "again are there digests to compare them with",
+        )
     if found.left_out:
         say(console, f"left out, other formats of the weights: {', '.join(found.left_out)}")
 

@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from contracts.errors import UserError
+from reallocation import planning
 from reallocation.layouts import Division, GlobalTensor, LocalPart, RankLayout, layer_bounds, part_of
 from reallocation.planning import ReallocationPlan, common, in_order, plan
 
@@ -128,9 +129,10 @@ def test_runs_come_in_the_order_of_the_target(pair: tuple[Division, Division]) -
     found = plan(source.tensors, source, target)
     for (name, rank), group in itertools.groupby(found.transfers, key=lambda each: (each.tensor, each.target)):
         transfers, place = list(group), 0
-        for number, start, begin, length in in_order(transfers):
+        runs = {(transfer.source, *run) for transfer in transfers for run in transfer.runs()}
+        for source, start, begin, length in in_order(transfers):
             assert start == place
-            assert (start, begin, length) in set(transfers[number].runs())
+            assert (source, start, begin, length) in runs
             place += length
         assert place == 2 * target.parts(name)[rank].elements
 
@@ -183,6 +185,48 @@ def test_replicas_share_what_is_to_be_sent(replicas: int, targets: int, layers: 
     largest = max(2 * tensor.elements for tensor in tensors.values())
     assert found.moved == targets * sum(2 * tensor.elements for tensor in tensors.values())
     assert max(found.sent.values()) - min(found.sent[process] for process in range(replicas)) <= largest
+
+
+@pytest.mark.parametrize(
+    ("layouts", "name"),
+    [
+        (("dp=900,shard=flat", "dp=700,shard=flat"), "model.layers.0.mlp.down_proj.weight"),
+        (("dp=300,tp=4,shard=rows", "dp=700,tp=2,shard=rows"), "model.layers.0.mlp.down_proj.weight"),
+        (("dp=300,tp=4,shard=flat", "dp=700,shard=flat"), "model.layers.0.mlp.down_proj.weight"),
+        (("tp=1024,vocab=divided", "dp=1500,shard=rows"), "model.embed_tokens.weight"),
+    ],
+)
+@pytest.mark.parametrize("way", [1, -1], ids=["there", "back"])
+def test_parts_are_compared_with_those_that_are_near(
+    layouts: tuple[str, str], name: str, way: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How often grows with what is moved, not with the ranks of the one layout times those of the other."""
+    compared = 0
+
+    def counting(*parts: Any) -> Any:
+        nonlocal compared
+        compared += 1
+        return common(*parts)
+
+    monkeypatch.setattr(planning, "common", counting)
+    config = config_of(num_attention_heads=1024, num_key_value_heads=1024, intermediate_size=1024, hidden_size=1024)
+    shape = (1024, 1024) if "layers" in name else (65_536, 4)
+    tensors = {name: GlobalTensor(name, "BF16", shape)}
+    source, target = (Division(RankLayout.parse(text), config, tensors) for text in layouts[::way])
+    found = plan(tensors, source, target)
+    assert found.written == 2 * sum(part.elements for part in target.parts(name).values())
+    ranks = source.layout.ranks + target.layout.ranks
+    assert compared <= len(found.transfers) + ranks < source.layout.ranks * target.layout.ranks / 50
+
+
+def test_many_replicas_share_what_is_to_be_sent() -> None:
+    """Of 10,000, without looking at all of them for each of 10,000 targets: as many bytes from each."""
+    config, count = config_of(), 10_000
+    tensors = {"x": GlobalTensor("x", "BF16", (8,))}
+    source, target = (Division(RankLayout(dp=count), config, tensors) for _ in range(2))
+    found = plan(tensors, source, target, target_processes=range(count, 2 * count))
+    assert {found.sent[process] for process in range(count)} == {16}
+    assert [transfer.source for transfer in found.transfers] == list(range(count))
 
 
 def test_columns_are_one_transfer_and_contiguous_ranges_one_run() -> None:
