@@ -28,6 +28,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,9 @@ POLL_SECONDS = 0.05
 BEGIN_SECONDS = 5.0
 """How long a process that waits may take to answer a request before it counts as hung."""
 END_SECONDS = 10.0
-"""How long what a process that waits has started may take to end after it."""
+"""How long who asks for memory waits until what was started by those that are ended has ended, too."""
+LAST_SECONDS = 60.0
+"""How long that may take at all."""
 LARGEST = 1 << 20
 MOST_WAITING = 4
 """Processes; the replicas of a stage count as one."""
@@ -100,6 +103,8 @@ class _Server:
         with contextlib.suppress(OSError):  # who has started it has ended
             Path(f"{self.socket.getsockname()}{READY}").touch()
         self.children: list[_Child] = []
+        self.ending: dict[int, float] = {}
+        """Groups of processes that were ended, and when what is left of them is killed."""
         self.leaves = False
 
     def serve(self) -> tuple[ForkRequest, socket.socket | None]:
@@ -108,6 +113,7 @@ class _Server:
             ends = [end for child in self.children for end in child.ends()]
             doors = [] if self.leaves else [self.socket, sys.stdin]
             ready, _, _ = select.select([*doors, *ends], [], [], POLL_SECONDS)
+            self.tidy()
             if sys.stdin in ready:
                 self.leave()
             for child in list(self.children):
@@ -121,7 +127,7 @@ class _Server:
                 ended, status = os.waitpid(child.pid, os.WNOHANG)
                 if ended:
                     self.forget(child, status)
-            if self.leaves and not self.children:
+            if self.leaves and not self.children and not self.ending:
                 os._exit(0)
             if self.socket in ready and not self.leaves and (forked := self.answer()) is not None:
                 return forked
@@ -151,13 +157,22 @@ class _Server:
         self.children.remove(child)
 
     def end(self, child: _Child) -> None:
-        """Kill it, and wait for what it has started, which cleans up behind it: an engine's shared memory, for one."""
+        """Kill it; what it has started gets time to clean up behind it: an engine's workers give shared memory back."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, signal.SIGKILL)
         _, status = os.waitpid(child.pid, 0)
-        wait_until(lambda: not group_exists(child.pid), END_SECONDS)
-        _kill(child.pid)
         self.forget(child, status)
+        self.ending[child.pid] = time.monotonic() + LAST_SECONDS
+
+    def tidy(self) -> bool:
+        """Kill what is left of those that were ended, when its time is over; whether nothing is left."""
+        for group, deadline in list(self.ending.items()):
+            if time.monotonic() > deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
+            if not group_exists(group):
+                del self.ending[group]
+        return not self.ending
 
     def answer(self) -> tuple[ForkRequest, socket.socket | None] | None:
         """Answer one request; in the process that is forked for it, what it is to do and its channel."""
@@ -227,6 +242,7 @@ class _Server:
         for child in list(self.children):
             if child.client is None and not (keep and child.label.partition(REPLICA)[0] == keep):
                 self.end(child)
+        wait_until(self.tidy, END_SECONDS)
 
     def leave(self) -> None:
         """Whoever has started this process is gone: end with the last stage, which its supervisor ends in time."""
