@@ -142,6 +142,8 @@ def source_file(path: str) -> Path:
         UserError: there is no such module or file, it is no Python, or nothing in it has the function's name.
     """
     module_name, _, name = path.rpartition(":")
+    if not module_name and name.endswith(".py"):
+        raise UserError(f"cannot read the function {path!r}: write path/to/file.py:function, so {path}:NAME.")
     named = Path(module_name) if module_name.endswith(".py") else _module_file(module_name)
     file = named or Path(module_name or path)
     if not file.is_file():

@@ -240,7 +240,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
     for item in overrides:
         key, separator, text = item.partition("=")
         if not separator or not all(key.split(".")):
-            raise UserError(f"cannot read the override {item!r}: write key=value, for example training.beta=0.2.")
+            raise UserError(f"cannot read the override {item!r}: write key=value, for example seed=2.")
         try:
             value = yaml_text.load(text)
         except yaml_text.YamlError as error:

@@ -109,6 +109,7 @@ def prepare(*, stage: bool = True) -> None:
     """
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)  # until the command installs its own handler
+    open_closed_streams()
     sys.excepthook = _say_why
     importing()
     raise_open_files()
@@ -132,6 +133,28 @@ def imported() -> None:
     if not stays:
         gc.freeze()
     gc.set_threshold(*THRESHOLD)
+
+
+def open_closed_streams() -> None:
+    """Open the null device as each of standard input, output and error that this process was started without.
+
+    Otherwise the next file that is opened gets the number of a closed one, and what some process prints goes into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+
+
+def complain(message: str) -> None:
+    """Print an error where somebody can read it: the terminal may be closed by now, or the file's disk full."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        return
 
 
 def show_anything() -> None:

@@ -5,11 +5,12 @@ import sys
 import traceback
 
 from contracts.errors import RunStoppedError, UserError, as_user_error
-from contracts.surroundings import INTERRUPTED, PIPE_GONE, output_is_closed
+from contracts.surroundings import INTERRUPTED, PIPE_GONE, complain, output_is_closed
 from pipelines.commands import keeping, pairing, planning, preparing, profiling, reading, running, scoring, weights
 from pipelines.commands.declaring import PARSER, STYLE
 from pipelines.environments.locked import InstallError
 from pipelines.execution.attempts import StageFailedError
+from pipelines.lineage.verify import DamageError
 
 COMMANDS = (running, reading, pairing, scoring, keeping, weights, preparing, planning, profiling)
 """Where they are declared, in the order of the help."""
@@ -23,14 +24,14 @@ def main(argv: list[str] | None = None) -> int:
         options = parse(arguments)
         STYLE.plain, STYLE.quiet = getattr(options, "plain", False), getattr(options, "quiet", False)
         return int(options.command(options) or 0)
-    except (InstallError, StageFailedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InstallError, StageFailedError, DamageError) as error:
+        complain(f"error: {error}")
         return error.exit_code
     except RunStoppedError as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
+        complain(f"stopped: {stop}")
         return stop.exit_code
     except KeyboardInterrupt:
-        print("interrupted; the same command continues.", file=sys.stderr)
+        complain("interrupted; the same command continues.")
         return INTERRUPTED
     except BrokenPipeError:
         if output_is_closed():
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         if mistake is None:
             traceback.print_exc()
             return 1
-        print(f"error: {mistake}", file=sys.stderr)
+        complain(f"error: {mistake}")
         return UserError.exit_code
 
 

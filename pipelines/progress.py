@@ -1,8 +1,10 @@
 """Says on stderr how far something is that takes longer than a moment."""
 
 import sys
+import threading
 import time
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,6 +14,18 @@ PATIENCE = 1.5
 PAUSE = {True: 0.2, False: 5.0}
 """Seconds between two words, on a terminal and elsewhere."""
 CLEAR = "\r\x1b[2K"
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say what is waited for, if that takes longer than a moment."""
+    timer = threading.Timer(PATIENCE, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def tracked(items: Collection[T], what: str) -> Iterator[T]:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from contracts.config import describe
 from contracts.errors import RunStoppedError, UserError
+from contracts.manifest import MANIFEST
 from contracts.preflight import refuse
 from contracts.stage import require_space
 from contracts.surroundings import INTERRUPTED
@@ -131,8 +132,10 @@ def run_command(options: argparse.Namespace) -> None:
 
 def dry_run(console: Console, options: argparse.Namespace) -> None:
     """`pipeline run --dry-run`: what would run, and why, and what it takes."""
+    require_home()
     wanted = plan_run(options.config, options.overrides, options.iters, download=False)
     config, graph = wanted.config, wanted.graph
+    lenders = [opened(other)[1] for other in options.share]
     check_entries(graph, config)
     require_possible(graph, wanted.cluster)
     check_hooks(config)
@@ -142,6 +145,9 @@ def dry_run(console: Console, options: argparse.Namespace) -> None:
     say(console, *(f"{'reuse' if it.reuse else 'run':<6} {name}  ({it.reason})" for name, it in plan.items()))
     if (stop := stop_of(graph, reused(plan))) is not None:
         say(console, f"stopped: {stop.reason} Nothing of a later iteration is started.")
+    for other, lender in zip(options.share, lenders, strict=True):
+        found = sum(name in lender.nodes and (lender.nodes[name].output / MANIFEST).is_file() for name in graph.nodes)
+        say(console, f"{other} has published {found} of these stages; the run takes over those of the same key.")
     print_memory(console, graph, config)
     executors = Executors(Site(RunDirectory(config.run_directory), graph, config, ENTRY))
     if options.detach:

@@ -27,10 +27,10 @@ from pipelines.graph import Graph, Node
 from pipelines.insight.hooks.configured import hook_mistakes
 from pipelines.machine import cores, gpu_count, gpus, host_memory
 from pipelines.planning.entries import check_entries
-from pipelines.planning.estimates import GraphOutlook, published_bytes, scratch_bytes
+from pipelines.planning.estimates import context_uses, published_bytes, scratch_bytes
 from pipelines.planning.inspection import preflight
 from pipelines.planning.memory import estimated, grouped, model_paths, short, size
-from pipelines.planning.preflight import device_mistakes, input_mistakes, model_mistakes
+from pipelines.planning.preflight import context_mistakes, device_mistakes, input_mistakes, model_mistakes
 from pipelines.run.directory import RunDirectory
 from pipelines.run.plan import Plan
 from pipelines.text import plural
@@ -247,26 +247,14 @@ def check_models(plan: Plan) -> Iterator[Finding]:
 
 def _context(plan: Plan) -> Iterator[Finding]:
     """Whether prompt plus response fits the policy's context length, and training rows fit max_length."""
-    graph, longest = plan.graph, 0
-    findings: dict[str, Finding] = {}  # each once
-    for node in graph.nodes.values():
-        tokens, models = node.stage.tokens(node.config), model_paths(node)
-        if tokens is None or not models:
-            continue
-        prompt, answer = tokens
-        longest = max(longest, prompt + answer)
-        policy = GraphOutlook(graph).size_of(models[0])
-        if policy is None or policy.context is None:
-            continue
-        keys = f"max_prompt_tokens={prompt} and max_new_tokens={answer}" if prompt else f"max_new_tokens={answer}"
-        limit = f"the policy's context of {policy.context} tokens"
-        if max(prompt, 1) + answer <= policy.context:
-            findings[keys] = Finding("ok", f"{keys}: within {limit}")
-        elif graph.owner(models[0]) is not None:  # of models from outside `model_mistakes` has said it
-            fix = f"Lower them to {policy.context} tokens together."
-            findings[keys] = Finding("error", f"{keys}: more than {limit}", fix)
-    yield from findings.values()
-    limits = {node.stage.row_limit(node.config) for node in graph.nodes.values()}
+    for mistake in context_mistakes(plan.graph):
+        yield Finding("error", str(mistake))
+    fitting = {use.keys: use.context for use in context_uses(plan.graph) if use.tokens <= use.context}
+    for keys, context in fitting.items():
+        yield Finding("ok", f"{keys}: within the policy's context of {context} tokens")
+    stages = [(node.stage, node.config) for node in plan.graph.nodes.values()]
+    longest = max((sum(stage.tokens(config) or ()) for stage, config in stages), default=0)
+    limits = {stage.row_limit(config) for stage, config in stages}
     for shortest in sorted(limit for limit in limits if limit and limit < longest):
         found = f"max_length={shortest} of a training is less than the {longest} tokens that prompt and answer may have"
         fix = "Raise max_length, or lower generation.max_new_tokens: longer rows are dropped and counted."

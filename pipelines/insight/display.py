@@ -1,6 +1,9 @@
 """What the user sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
 
+import errno
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -30,6 +33,7 @@ class Display:
         self._run = run
         self._total = len(graph.nodes)
         self._quiet = quiet
+        self._is_gone = False
         self._remaining = Remaining(graph, cluster_of(run.config), streams(graph, run.config))
         self._running: dict[str, StageStarted] = {}
         self._words, self._told = "", -LOOK_SECONDS
@@ -42,11 +46,27 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
+        with self._unless_gone():
+            if self._live:
+                self._live.stop()
 
     def __call__(self, events: list[Event]) -> None:
         """Tell these events, and renew the table."""
+        if not self._is_gone:
+            with self._unless_gone():
+                self._tell(events)
+
+    @contextmanager
+    def _unless_gone(self) -> Iterator[None]:
+        """Print no more once the terminal is closed: nobody looks at it."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self._is_gone = True
+
+    def _tell(self, events: list[Event]) -> None:
         self._remaining.note(events)
         for event in events:
             self._note(event)

@@ -64,11 +64,17 @@ class Findings:
         return f"{what}, {plural(self.rows, 'row')} checked{released}: {found}"
 
 
+class DamageError(Exception):
+    """Something published is not whole."""
+
+    exit_code = 1
+
+
 def print_verification(console: Console, path: Path, *, as_json: bool = False) -> None:
     """Verify a run or an artifact and print the findings, problems first.
 
     Raises:
-        UserError: there are problems.
+        DamageError: there are problems.
     """
     findings = verify(path, None if as_json else console)
     if as_json:
@@ -80,7 +86,7 @@ def print_verification(console: Console, path: Path, *, as_json: bool = False) -
             console, *findings.problems, *warnings, *(f"note: {text}" for text in findings.notes), f"{path}: {findings}"
         )
     if findings.problems:
-        raise UserError(
+        raise DamageError(
             f"{path} is not whole. Delete the directory that holds a damaged or missing file and give the run's "
             "command again: it makes that anew, and reuses whatever does not depend on it."
         )
@@ -126,11 +132,20 @@ class _Verification:
         self.check_files(console)
         self.check_links()
         self.check_rows()
+        if self.whole_run:
+            problems += self.check_run()
         if self.whole_run and not self.driven:
             problems += wrong_metrics(self.index, [artifact for artifact in self.targets if self.is_readable(artifact)])
             problems += [f"{path}: files without a manifest.json" for path in unpublished(self.index.path)]
             self.findings.warnings += leftovers(self.index.path)
         return self.findings
+
+    def check_run(self) -> Iterator[str]:
+        """Check that the run's own record can be read."""
+        try:
+            _ = RunDirectory(self.index.path).iterations
+        except UserError as error:
+            yield str(error)
 
     def check_manifest(self, artifact: Artifact) -> Iterator[str]:
         """Check that a manifest is consistent in itself."""

@@ -1,5 +1,7 @@
 """How much memory and disk the stages of a graph take, before they run: by what their declarations say."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from contracts.model_size import Size
@@ -42,6 +44,33 @@ class GraphOutlook:
         """Preference pairs."""
         node = self.graph.maker(path)
         return node.stage.pairs(node.config, self) if node else None
+
+
+@dataclass(frozen=True)
+class ContextUse:
+    """The tokens that a stage asks of its model's context at most."""
+
+    keys: str
+    """What asks for them: keys of its config, with their values."""
+    tokens: int
+    context: int
+    """The tokens that the model can take."""
+    is_made: bool
+    """Whether a stage of the run makes the model."""
+
+
+def context_uses(graph: Graph) -> Iterator[ContextUse]:
+    """What each stage that generates asks of its model's context, where that is known before the run."""
+    outlook = GraphOutlook(graph)
+    for node in graph.nodes.values():
+        tokens, models = node.stage.tokens(node.config), node.stage.models(node.config)
+        policy = outlook.size_of(models[0].path) if tokens and models else None
+        if tokens is None or policy is None or policy.context is None:
+            continue
+        prompt, answer = tokens
+        keys = f"max_prompt_tokens={prompt} and max_new_tokens={answer}" if prompt else f"max_new_tokens={answer}"
+        is_made = graph.owner(models[0].path) is not None
+        yield ContextUse(keys, max(prompt, 1) + answer, policy.context, is_made)
 
 
 def disk_bytes(node: Node, graph: Graph) -> int:

@@ -32,6 +32,7 @@ from pipelines.environments.launch import ask, probe_versions
 from pipelines.environments.paths import home
 from pipelines.graph import Graph, Node
 from pipelines.planning.preflight import origin_of
+from pipelines.progress import waiting
 
 R = TypeVar("R", PreflightReport, SampledData)
 DRAWS = 16
@@ -56,7 +57,8 @@ def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
             ),
             asked,
         )  # fmt: skip
-        reports = dict(zip(asked, answers, strict=True))
+        with waiting(f"checking models and data in the environments of {', '.join(asked)}"):
+            reports = dict(zip(asked, answers, strict=True))
     for report in reports.values():
         findings += report.findings
     findings += differing_probes({name: report.probes for name, report in reports.items()})

@@ -17,6 +17,7 @@ from pipelines.environments.launch import launch_command, probe_versions
 from pipelines.environments.locked import TRACKING
 from pipelines.graph import Graph, Node
 from pipelines.planning.cluster import Cluster
+from pipelines.planning.estimates import context_uses
 from pipelines.progress import tracked
 from pipelines.text import plural
 
@@ -31,7 +32,7 @@ def require_possible(graph: Graph, cluster: Cluster, *, without_weights: bool = 
     Raises:
         UserError: the first mistake found.
     """
-    models = model_mistakes(graph, without_weights=without_weights)
+    models = itertools.chain(model_mistakes(graph, without_weights=without_weights), context_mistakes(graph))
     for mistake in itertools.chain(input_mistakes(graph), device_mistakes(graph, cluster), models):
         raise mistake
 
@@ -81,6 +82,14 @@ def model_mistakes(graph: Graph, *, without_weights: bool = False) -> Iterator[U
                 if str(error) not in known:
                     known.add(str(error))
                     yield error
+
+
+def context_mistakes(graph: Graph) -> Iterator[UserError]:
+    """What is asked of the context of models that the run makes, and is more than it; each once. `model_mistakes` says
+    it of models from outside."""
+    found = {use.keys: use.context for use in context_uses(graph) if use.is_made and use.tokens > use.context}
+    for keys, context in found.items():
+        yield UserError(f"{keys}: more than the policy's context of {context} tokens. Lower them to that together.")
 
 
 def device_mistakes(graph: Graph, cluster: Cluster) -> Iterator[UserError]:

@@ -20,6 +20,7 @@ from pipelines.iteration import build_graph
 from pipelines.run.decisions import SUPERSEDED
 from pipelines.run.directory import COMMITS, RunDirectory, recorded_commits
 from pipelines.run.sharing import link
+from pipelines.text import plural
 
 CONFIG = "config.yaml"
 OF_THE_RUN = frozenset({"environments", "executor", "hooks", "hub", "iterations", "retention", "tracking"})
@@ -37,7 +38,8 @@ def fork(source: RunDirectory, first: int, overrides: list[str], name: str | Non
     """
     last = source.iterations
     if not 1 <= first <= last + 1:
-        raise UserError(f"--from-iteration is {first}; {source.path.name} has {last} iterations: give 1 to {last + 1}.")
+        has = f"{source.path.name} has {plural(last, 'iteration')}"
+        raise UserError(f"--from-iteration is {first}; {has}: give 1 to {last + 1}.")
     if name is not None and (not name or Path(name).name != name):
         raise UserError(f"--name is {name!r}; give a plain name: the fork lies beside {source.path}.")
     target = source.path.parent / (name or _free_name(source.path, first))

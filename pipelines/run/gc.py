@@ -65,9 +65,9 @@ def collect(
         say(console, f"{step.verb:<8} {name}  {megabytes(size)}  ({step.reason})")
     if dry_run:
         more = f", and what compression saves of {megabytes(packed)}" if packed else ""
-        say(console, f"{megabytes(freed)} would be free{more}. Nothing was changed.")
+        say(console, f"{megabytes(freed)} would be freed{more}. Nothing was changed.")
     else:
-        say(console, f"{megabytes(freed)} are free.")
+        say(console, f"{megabytes(freed)} were freed.")
 
 
 def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> list[CollectionStep]:

@@ -142,6 +142,13 @@ def test_an_executor_is_one_file(example: Path, root: Path) -> None:
     drive(example, "executor=pbs", "executor.stages.light.cpus=2", PATH=path, PBS_HOME=str(programs))
     assert (example / "runs/example/prompts/manifest.json").is_file()
     assert (programs / "asked").read_text() == "-N prompts -l select=1:ncpus=2 -V\n"
+    refusing = example / "refusing"
+    refusing.mkdir()
+    (refusing / "qsub").write_text("#!/bin/sh\necho 'Unknown queue' >&2; exit 170\n")
+    (refusing / "qsub").chmod(0o755)
+    for said, path in (("qsub is not on PATH", "/nowhere"), ("170: Unknown queue", f"{refusing}:/bin")):
+        with pytest.raises(AssertionError, match=f"UserError: .*{said}"):
+            drive(example, "executor=pbs", "directory=other", PATH=path)
 
 
 def test_a_stage_is_one_file_and_a_line_in_the_recipe(example: Path, root: Path) -> None:

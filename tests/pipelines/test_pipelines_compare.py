@@ -138,7 +138,7 @@ def test_other_prompts_are_a_difference_and_no_comparison(
     ("options", "message"),
     [
         (["--iteration", "7"], "has evaluated no iteration 7 yet"),
-        (["--metric", "nothing"], "have no metric 'nothing'. Known: gold_reward_mean, reward_mean"),
+        (["--metric", "nothing"], "there is no metric 'nothing' in "),
     ],
 )
 def test_mistakes(smallest: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:

@@ -367,7 +367,7 @@ def test_gc_says_what_it_would_do_and_then_does_it(smallest: Path) -> None:
     after = contents(run.path)
     freed = [event["bytes"] for event in run.events() if event["event"] == "gc"]
     assert sum(freed) == size - sum(map(len, after.values()))
-    assert done[-1] == f"{sum(freed) / 1e6:.1f} MB are free."
+    assert done[-1] == f"{sum(freed) / 1e6:.1f} MB were freed."
     assert ("delete", ".trash-old") in words
     assert ("delete", abandoned.relative_to(run.path).as_posix()) in words
     assert ("release", "iteration-001/training") in words

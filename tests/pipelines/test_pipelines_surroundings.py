@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
@@ -218,6 +219,35 @@ def test_a_signal_while_it_starts(program: str, number: signal.Signals, delay: f
     _, said = process.communicate(timeout=200)
     assert "Traceback" not in said
     assert process.returncode in ((128 + number, 0) if number == signal.SIGINT else (128 + number, -number, 0)), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(closed: str, place: Path) -> None:
+    """A file that is opened does not get the number of a stream, and with it what is printed."""
+    for command, code in (([*COMMAND, "recipes"], 0), ([*COMMAND, "nosuch"], 2), (STAGE, 0)):
+        result = run(["bash", "-c", f'"$@" {closed}', "bash", *command])
+        assert "Traceback" not in result.stderr
+        assert result.returncode == code
+    assert (place / "out/manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed(smallest: Path) -> None:
+    """The run ends as by Ctrl-C, and what it could not print is no failure of its display."""
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *COMMAND, "run", str(smallest), "--iters", "0"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=smallest.parent, stdin=terminal, stdout=terminal,
+        stderr=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    begun = b""
+    while b"setup/world" not in begun:
+        begun += os.read(controller, 4096)
+    os.close(controller)  # the kernel sends SIGHUP to the terminal's session
+    assert process.wait(300) == 130
+    assert "listener failed" not in (smallest.parent / "runs/smallest/events.jsonl").read_text()
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_damage_is_told_in_one_message_and_stops_nothing(run: HandmadeRun, capsy
     torn, changed = run.path / "iteration-001/pairs" / MANIFEST, run.path / "iteration-002/training/config.json"
     torn.write_bytes(torn.read_bytes()[:100])
     changed.write_bytes(changed.read_bytes() + b" ")
-    assert main(["verify", str(run.path)]) == 2
+    assert main(["verify", str(run.path)]) == 1
     captured = capsys.readouterr()
     named = [line for line in captured.out.splitlines() if line.startswith((f"{torn} ", f"{changed}:"))]
     assert len(named) == 2
@@ -432,7 +432,7 @@ def test_relative_paths_do(
 ) -> None:
     monkeypatch.chdir(run.path.parent)
     (run.path / "iteration-001/pairs/train.parquet").unlink()
-    assert main(["verify", "handmade"]) == 2
+    assert main(["verify", "handmade"]) == 1
     assert capsys.readouterr().out.startswith("handmade/iteration-001/pairs/train.parquet: missing")
     monkeypatch.chdir(run.path / "iteration-002")
     assert verify(Path("training")).problems == []

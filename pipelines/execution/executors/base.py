@@ -8,6 +8,8 @@ shows one.
 
 import importlib
 import importlib.util
+import shlex
+import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -249,6 +251,23 @@ def executor_class(kind: str) -> type[Executor]:
     module = importlib.import_module(f"{name}.executor" if spec and spec.submodule_search_locations else name)
     classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Executor)]
     return next(value for value in classes if getattr(value, "kind", None) == kind)
+
+
+def output_of(command: list[str], text: str = "") -> str:
+    """What a scheduler's command prints, given some text to read.
+
+    Raises:
+        UserError: it is not on PATH, or it failed; with what it says.
+    """
+    try:
+        result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        where = "Start from a node of the cluster, or set executor=local."
+        raise UserError(f"{command[0]} is not on PATH. {where}") from error
+    if result.returncode:
+        said = "; ".join((result.stderr.strip() or result.stdout.strip()).splitlines())
+        raise UserError(f"`{shlex.join(command)}` failed with exit code {result.returncode}: {said}")
+    return result.stdout.strip()
 
 
 def supervisor_command(attempt: Path) -> list[str]:

@@ -19,7 +19,7 @@ def print_comparison(console: Console, found: Comparison, metric: str | None) ->
     metric = metric or judge_of(found.metrics)
     if metric not in found.metrics:
         known = ", ".join(sorted(found.metrics))
-        raise UserError(f"{' and '.join(found.runs)} have no metric {metric!r}. Known: {known}.")
+        raise UserError(f"there is no metric {metric!r} in {' or '.join(found.runs)}. Known: {known}.")
     if found.changes:
         table = Table(title="What differs in the configurations")
         for title in ("key", *found.runs):

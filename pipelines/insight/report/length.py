@@ -68,6 +68,12 @@ def length_statement(report: RunReport) -> Statement:
             f"Answers got {'longer' if grew else 'shorter'}, but not because the reward asks for it: {longer}, while "
             f"within a prompt length and reward hardly go together (at most {within:+.2f})."
         )
+    elif growth is None:
+        found.tone = "unclear"
+        found.answer = (
+            "Not known yet: no second policy has answered the held-out prompts. Within a prompt length and reward "
+            f"hardly go together (at most {within:+.2f})."
+        )
     else:
         found.tone = "good"
         found.answer = (
@@ -143,6 +149,6 @@ def _share(explained: float) -> str:
 def _cut_off(sets: list[SampleSet]) -> list[str]:
     last = sets[-1]
     if not last.samples or not last.truncated:
-        return ["No answer was cut off by the token limit."] if last.samples else []
+        return [f"No answer of {last.name} was cut off by the token limit."] if last.samples else []
     share = 100 * last.truncated / last.samples
     return [f"{share:.2g} % of the answers of {last.name} were cut off by the token limit."]

@@ -152,7 +152,7 @@ def _dropped(report: RunReport) -> Statement:
     worst = max(lines, key=_share)
     found.tone = "bad" if _share(worst) > 0.5 else "unclear" if _share(worst) > 0.1 else "good"
     much = {"good": "Little", "unclear": "Some", "bad": "Much"}[found.tone]
-    found.answer = f"{much}. Most was dropped by {_lost(worst)}."
+    found.answer = f"{much}. The largest share was dropped by {_lost(worst)}."
     found.details = [f"{_lost(line)}." for line in sorted(lines, key=_share, reverse=True)[1:6]]
     if len(lines) > 6:
         found.details.append(f"and {len(lines) - 6} further stages: see the funnel")
