@@ -158,8 +158,8 @@ def test_checks(paths: list[str], options: list[str], reports: Path) -> list[Che
 def groups(paths: list[str], seconds_of: Mapping[str, float], *, fast: bool) -> dict[tuple[str, str], list[str]]:
     """What one process runs: by a name and an environment, the tests' paths.
 
-    Most often it is a folder. By far the largest is divided in three: its tests of clusters share one, the others are
-    halved. In the fast loop, which has no real cluster, they are spread over all three, and the folders of the training
+    Most often it is a folder. By far the largest is divided: its tests of clusters share one group, the others are
+    spread over three. In the fast loop, which has no real cluster, all are spread, and the folders of the training
     environment are one group: importing its libraries takes longer than the tests of the small ones.
     """
     found: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
@@ -168,7 +168,7 @@ def groups(paths: list[str], seconds_of: Mapping[str, float], *, fast: bool) -> 
             if chosen := [path for path in paths if path.split("/")[1] == folder]:
                 found[folder, environment] = chosen
         elif folder == "pipelines":
-            parts = dict.fromkeys(["pipelines-1", "pipelines-2", *(["pipelines-3"] if fast else [])], 0.0)
+            parts = dict.fromkeys(["pipelines-1", "pipelines-2", "pipelines-3"], 0.0)
             files = sorted(path.relative_to(ROOT).as_posix() for path in (TESTS / folder).glob("test_*.py"))
             for file in sorted(files, key=lambda file: -seconds_of.get(file, 0.0)):
                 name = "pipelines-on-clusters"

@@ -155,6 +155,7 @@ def test_after_a_failure_nothing_waits_for_ever_and_the_same_command_goes_on(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("slurm", ["fake"], indirect=True)
 def test_a_gate_that_stops_ends_the_chain_and_it_is_not_submitted_again(tmp_path: Path, slurm: Slurm) -> None:
     run = SlurmRun.pretended(tmp_path, slurm)
     gate = {"metric": "reward_mean", "above": 0.4}  # it is 0.5 of every policy
@@ -190,7 +191,11 @@ def laptop(folder: Path, run: SlurmRun, iterations: int) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lag", "iterations"), [(0, 2), (1, 3)])
+@pytest.mark.parametrize(
+    ("slurm", "lag", "iterations"),
+    [("fake", 0, 2), pytest.param("real", 1, 3, marks=pytest.mark.cluster)],
+    indirect=["slurm"],
+)
 def test_a_gate_takes_a_chain_back_and_it_goes_on_by_itself(
     tmp_path: Path, slurm: Slurm, lag: int, iterations: int
 ) -> None:
@@ -228,6 +233,7 @@ os.replace = replace
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("slurm", ["fake"], indirect=True)
 def test_a_gates_job_that_ends_while_it_takes_the_run_back(tmp_path: Path, slurm: Slurm) -> None:
     """Some jobs are replaced, and others are not. Where its process is killed, the job starts it again, which does the
     rest; where the job itself is ended, Slurm cancels what waits for it, and the same command goes on."""
