@@ -24,6 +24,7 @@ import itertools
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -193,7 +194,7 @@ def policies(events: list[Event]) -> list[float]:
     ends = [
         event.time - start
         for event in events
-        if isinstance(event, StagePublished) and event.stage.endswith("/training")
+        if isinstance(event, StagePublished) and re.fullmatch(r"iteration-\d+/training", event.stage)
     ]
     return [end - before for before, end in itertools.pairwise([0.0, *sorted(ends)])]
 

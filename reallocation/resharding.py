@@ -10,11 +10,13 @@ does not grow with the model. What a crash can leave, and what the same command 
 A file gets its name when it is on the disk, and the directory when all of its files have.
 """
 
+import bisect
 import concurrent.futures
 import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -77,6 +79,18 @@ class OutputFile:
     items: tuple[tuple[str, LocalPart], ...]
     """Tensor and part of it, in the order of their places."""
     bytes: int
+
+
+@dataclass(frozen=True)
+class FileShare:
+    """What one writer writes of a file."""
+
+    header: bytes
+    """What is before the tensors; empty but at the beginning of the file."""
+    items: tuple[tuple[str, LocalPart], ...]
+    start: int
+    end: int
+    """Its bytes in the file: from `start` until before `end`."""
 
 
 @dataclass(frozen=True)
@@ -315,32 +329,58 @@ def _published(model: StoredModel) -> dict[str, str]:
 def _write_files(
     model: StoredModel, directory: Path, outputs: Sequence[OutputFile], published: Mapping[str, str]
 ) -> None:
-    """Write weights files, several side by side: a file system has one writer for each file at a time.
+    """Write weights files, several side by side, and few of them by several writers each: a file system has one writer
+    for each file at a time, but what the others write can be read meanwhile.
 
     Raises:
         UserError: a file is not the one whose SHA-256 is in `published`.
     """
     writers: queue.SimpleQueue[_Writer] = queue.SimpleQueue()
 
-    def write(output: OutputFile) -> None:
+    def write_share(share: FileShare, scratch: Path, *, hashed: bool) -> str | None:
         writer = writers.get()
         try:
-            with _new_file(directory / output.name) as scratch:
-                found = writer.write(output, scratch, hashed=output.name in published)
-                if found != published.get(output.name):
-                    raise UserError(
-                        f"{output.name}, put together from the files of the ranks in {model.path}, is not the one that "
-                        f"was published: its SHA-256 is not that in {ORIGIN}/{MANIFEST}. A rank's file was changed or "
-                        "damaged: divide the checkpoint again."
-                    )
+            return writer.write(share, scratch, hashed=hashed)
         finally:
             writers.put(writer)
+
+    def write(output: OutputFile) -> None:
+        hashed = output.name in published  # from its beginning to its end
+        parts = shares_of(model, output, 1 if hashed else max(1, WRITERS // len(outputs)))
+        with _new_file(directory / output.name) as scratch:
+            writing = [helpers.submit(write_share, part, scratch, hashed=hashed) for part in parts]
+            found, *_ = [share.result() for share in writing]
+            if found != published.get(output.name):
+                raise UserError(
+                    f"{output.name}, put together from the files of the ranks in {model.path}, is not the one that "
+                    f"was published: its SHA-256 is not that in {ORIGIN}/{MANIFEST}. A rank's file was changed or "
+                    "damaged: divide the checkpoint again."
+                )
 
     with contextlib.ExitStack() as stack:
         for _ in range(WRITERS):
             writers.put(stack.enter_context(_Writer(model)))
-        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(WRITERS))
-        list(pool.map(write, outputs))
+        helpers = stack.enter_context(concurrent.futures.ThreadPoolExecutor(WRITERS))
+        files = stack.enter_context(concurrent.futures.ThreadPoolExecutor(WRITERS))
+        list(files.map(write, outputs))
+
+
+def shares_of(model: StoredModel, output: OutputFile, count: int) -> list[FileShare]:
+    """Cut a file between tensors into at most `count` shares that are about as large."""
+    header = output.header.encode()
+    header = len(header).to_bytes(8, "little") + header
+    ends = list(
+        itertools.accumulate(
+            (part.elements * item_bytes(model.tensors[name].dtype) for name, part in output.items), initial=len(header)
+        )
+    )
+    wanted = [len(header) + (ends[-1] - len(header)) * number // count for number in range(1, count)]
+    cuts = sorted({0, *(bisect.bisect_left(ends, place) for place in wanted), len(output.items)})
+    pairs = list(itertools.pairwise(cuts)) or [(0, 0)]
+    return [
+        FileShare(b"" if first else header, output.items[first:last], ends[first] if first else 0, ends[last])
+        for first, last in pairs
+    ]
 
 
 class _Writer:
@@ -371,21 +411,20 @@ class _Writer:
         for descriptor in self._files.values():
             os.close(descriptor)
 
-    def write(self, output: OutputFile, path: Path, *, hashed: bool) -> str | None:
-        """Write one file and flush it to the disk; its SHA-256, where that is wanted."""
-        self._written = self._used = 0
-        self._room = BUFFER
+    def write(self, share: FileShare, path: Path, *, hashed: bool) -> str | None:
+        """Write a share of a file and flush it to the disk; the SHA-256 of a whole file, where that is wanted."""
+        self._written, self._used = share.start, 0
+        self._room = BUFFER - share.start % PAGES
         with contextlib.ExitStack() as stack:
-            self._target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._target = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             stack.callback(os.close, self._target)
             self._hashing = stack.enter_context(_Hashing(self._target)) if hashed else None
-            header = output.header.encode()
-            self._take(memoryview(len(header).to_bytes(8, "little") + header))
-            for name, part in output.items:
+            self._take(memoryview(share.header))
+            for name, part in share.items:
                 self._write_part(name, part)
             self._flush()
-            if self._written != output.bytes:
-                raise RuntimeError(f"{path} has {self._written} bytes instead of {output.bytes}")
+            if self._written != share.end:
+                raise RuntimeError(f"{path} was written until {self._written} instead of {share.end}")
             os.fsync(self._target)
             return self._hashing.result(self._written) if self._hashing is not None else None
 
