@@ -22,7 +22,7 @@ from contracts.models import ModelInfo
 from contracts.records import Schema
 from contracts.weights import read_header
 from pipelines.main import main
-from reallocation import resharding
+from reallocation import resharding, writing
 from reallocation.layouts import RankLayout
 from reallocation.resharding import reshard
 from reallocation.stored import RECORD, StoredModel
@@ -143,7 +143,7 @@ def test_long_and_short_ranges(
     for name, value in {
         "LONG": 600, "PAGES": 8, "BUFFER": 128, "COPY_AT_ONCE": 256, "WINDOW": window, "GAP": gap, "RANGES": 7,
     }.items():  # fmt: skip
-        monkeypatch.setattr(resharding, name, value)
+        monkeypatch.setattr(writing, name, value)
     model = write_checkpoint(tmp_path / "model", files=2)
     divided = to(model, "tp=4,pp=2", tmp_path / "divided")
     assert contents(to(divided, "tp=1", tmp_path / "back")) == contents(model)
@@ -155,14 +155,14 @@ def test_long_and_short_ranges(
 def test_a_file_that_is_cut_off_meanwhile(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = resharding._Writer.write
+    real = writing._Writer.write
 
     def write(self: Any, *arguments: Any, **options: Any) -> str | None:
         for path in model.glob("*.safetensors"):
             os.truncate(path, 5000)
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(resharding._Writer, "write", write)
+    monkeypatch.setattr(writing._Writer, "write", write)
     assert main(["reshard", str(model), "--to", "tp=2", "--output", str(tmp_path / "out")]) == 2
     assert "is cut off: it ends before byte" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -279,7 +279,7 @@ def test_another_process_that_writes_it_is_told(model: Path, tmp_path: Path, mon
             reshard(StoredModel(model), RankLayout(tp=2), tmp_path / "out")
         raise InterruptedError
 
-    monkeypatch.setattr(resharding._Writer, "write", meanwhile)
+    monkeypatch.setattr(writing._Writer, "write", meanwhile)
     with pytest.raises(InterruptedError):
         reshard(StoredModel(model), RankLayout(tp=2), tmp_path / "out")
 
