@@ -245,6 +245,8 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
             value = yaml_text.load(text)
         except yaml_text.YamlError as error:
             raise UserError(f"the value of {key!r} is not valid YAML: {reprlib.repr(text)}: {error}.") from error
+        if "#" in text and (value is None or (isinstance(value, str) and text.strip().startswith(value))):
+            value = text.strip()  # no comment, which nobody writes on a command line
         target = data
         *parents, last = key.split(".")
         for parent in parents:

@@ -107,6 +107,9 @@ class SourceRow:
                 return found[0]
         if found:
             raise UserError(f"{self.place}: several columns could be the prompt: {', '.join(found)}. Set column.")
+        if there := [name for name in self._candidates["prompt"] if name in self.values]:
+            what = "holds no prompt" if self.values[there[0]] is not None else "is null"
+            raise UserError(f"{self.place}: the column {there[0]!r} {what}. Remove the row, or set column to another.")
         raise UserError(
             f"{self.place}: no column {', '.join(NAMES['prompt'])}; found {', '.join(self.values) or 'none'}. Set "
             "column to the one that holds the prompt."

@@ -198,6 +198,8 @@ class PreferenceRow:
     def _conversation(self, column: PreferenceColumn, asked: tuple[Message, ...]) -> tuple[Message, ...]:
         """The whole conversation that ends with one of the answers, with the prompt in it or in a column of its own."""
         name, value = self._find(column)
+        if value is None and has(self.values, name):
+            raise UserError(f"{self.place}: the column {name!r} is null. Remove the row.")
         if value is None:
             raise UserError(
                 f"{self.place}: no column {name!r}; found {', '.join(self.values)}."

@@ -68,6 +68,7 @@ def _score(options: argparse.Namespace) -> int:
                 print(f"{node.output.name}: {ledger}", file=sys.stderr)
     not_imported = " or ".join(sorted(ledgers[0].dropped))
     for (_, row), place in zip(rows, places, strict=True):
+        row = {name: value for name, value in row.items() if name not in TOLD}
         print(json.dumps(row | _told(scores.get(place), reasons.get(place, not_imported)), ensure_ascii=False))
     return 0
 
@@ -162,6 +163,10 @@ def _reasons(nodes: list[Node]) -> dict[Place, str]:
                 found[place] = row["reason"] + (f" ({before[place]})" if place in before else "")
         found = before | found
     return found
+
+
+TOLD = ("score", "why", "parts", "extras")
+"""What is added to a row; what an earlier scorer has added to it goes."""
 
 
 def _told(score: Score | None, reason: str) -> dict[str, Any]:

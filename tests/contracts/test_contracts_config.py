@@ -98,3 +98,9 @@ def test_broken_yaml_names_the_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(UserError, match=r"c\.yaml"):
         read_yaml(tmp_path / "c.yaml")
+
+
+def test_a_number_sign_on_the_command_line_begins_no_comment() -> None:
+    given = ["answer_after=####", "name=a #b", "k=4", "stop=['#']", "nothing=null"]
+    read = {"answer_after": "####", "name": "a #b", "k": 4, "stop": ["#"], "nothing": None}
+    assert apply_overrides({}, given) == read

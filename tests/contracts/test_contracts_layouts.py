@@ -268,7 +268,9 @@ def test_any_column_can_be_named() -> None:
         ({"question": "a", "prompt_id": "\ud83d"}, "surrogate"),
         ({"question": "a", "tags": ["\ud83d"]}, "surrogate"),
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}, "different prompts"),
-        ({"chosen": "a", "rejected": "b"}, "no column"),
+        ({"chosen": "a", "rejected": "b"}, "the column 'chosen' holds no prompt"),
+        ({"prompt": None}, "the column 'prompt' is null"),
+        ({"other": "a"}, "no column"),
         ({"problem": "x", "messages": [user("a")]}, "messages, problem"),
     ],
 )

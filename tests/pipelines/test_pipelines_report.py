@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import handmade
@@ -19,8 +20,10 @@ from pipelines.commands.declaring import opened
 from pipelines.insight.report import keep as keep_module
 from pipelines.insight.report import page as page_module
 from pipelines.insight.report.command import write_report
-from pipelines.insight.report.gather import gather
+from pipelines.insight.report.data import LedgerLine
+from pipelines.insight.report.gather import BEFORE_SELECTION, gather, roles_of
 from pipelines.insight.report.keep import Keep
+from pipelines.insight.report.statements import dropped_statement
 from pipelines.insight.report.vocabulary import Vocabulary
 from pipelines.main import main
 
@@ -86,6 +89,29 @@ def test_reward_and_length(tmp_path: Path, length: Any, judge: Any, tone: str, s
     learning = report.statements[0]
     assert ("length may be all that it learned" in " ".join(learning.details)) is (tone == "bad")
     assert learning.answer.startswith("By its reward, yes." if tone == "bad" else ("Yes.", "Not that it shows."))
+
+
+def test_what_was_selected_of_the_answers_is_what_was_trained_on() -> None:
+    names = [(1, "generation"), (1, "selected/rollouts"), (2, "generation"), (2, "round-2/generation")]
+    nodes: Any = [SimpleNamespace(name=f"{number}/{role}", role=role, iteration=number) for number, role in names]
+    assert roles_of(nodes) == {
+        "1/generation": BEFORE_SELECTION,
+        "1/selected/rollouts": TRAINED,
+        "2/generation": TRAINED,
+        "2/round-2/generation": "round-2/generation",
+    }
+
+
+def test_what_was_dropped_is_less_what_was_to_be_left_out() -> None:
+    """The count, its share and its reasons are of the same rows."""
+    counts = {"tie": 5, "beyond_per_prompt": 40}
+    line = LedgerLine(
+        stage="iteration-001/pairs", iteration=1, role="pairs", unit="pairs", rows_in=100, kept=55, dropped=counts
+    )
+    report: Any = SimpleNamespace(ledgers=[line])
+    assert dropped_statement(report).answer == (
+        "Little. The largest share was dropped by iteration-001/pairs: 5 of 100 pairs (5 %), by reason: tie 5."
+    )
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,10 @@ def test_rows_come_back_in_their_order_with_scores(
     assert [row["score"] for row in found] == [pytest.approx(1.1), None, pytest.approx(0.2)]
     assert found[2]["parts"] == {"words": 2, "exact": 0}
     assert "parts" not in found[1]
+    told = texts(tmp_path, {**rows[0], "score": None, "why": "too_long", "extras": {"old": 1}, "parts": {"old": 1}})
+    assert main(["score", str(config), "reward", told, "--tokenizer", str(world)]) == 0
+    (again,) = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert again == found[0], "what an earlier scorer has said is gone"
     left = {path.name for path in tmp_path.iterdir()} - {"__pycache__"}
     assert left == {"rules.py", "run.yaml", "texts.jsonl"}
 

@@ -20,6 +20,7 @@ from pipelines.graph import Graph, Node
 from pipelines.insight.report.data import LedgerLine, PaidLine, RunReport, SampleSet, StageRow, TrainingCurves
 from pipelines.insight.report.expected import expected_lines, plan_statement
 from pipelines.insight.report.keep import Keep
+from pipelines.insight.report.length import TRAINED_ON
 from pipelines.insight.report.rows import SetSources
 from pipelines.insight.report.statements import statements
 from pipelines.insight.report.timing import devices_of, note_waits, stage_row, time_facts
@@ -31,6 +32,10 @@ from pipelines.run.points import latest
 
 Curves: TypeAlias = tuple[list[float], dict[str, list[float | None]]]
 LOG = "training-log.jsonl"
+SELECTED = (TRAINED_ON, "selected/rollouts", "replay/rollouts")
+"""Roles of what an iteration trains on: the last of them that it has."""
+BEFORE_SELECTION = "generation, before selection"
+"""What is said for the role of others."""
 MOST_CURVES = 6
 """Trainings of the same role whose curves are shown: the latest."""
 MOST_STEPS = 240
@@ -226,12 +231,13 @@ class _Gathering:
         for node in self.graph.nodes.values():
             if node.name in self.artifacts and "rollouts" in type(node.config).model_fields:
                 readers.setdefault(node.path("rollouts"), []).append(node)
-        for name, artifact in self.artifacts.items():
-            if artifact.manifest.schema == ROLLOUTS:
-                yield self.sources_of(self.graph.nodes[name], artifact, readers.get(artifact.path, []))
+        sampled = {name: it for name, it in self.artifacts.items() if it.manifest.schema == ROLLOUTS}
+        roles = roles_of([self.graph.nodes[name] for name in sampled])
+        for name, artifact in sampled.items():
+            yield self.sources_of(self.graph.nodes[name], roles[name], artifact, readers.get(artifact.path, []))
 
-    def sources_of(self, node: Node, rollouts: Artifact, readers: list[Node]) -> SetSources:
-        sources = SetSources(node.name, node.role, node.iteration, rollouts)
+    def sources_of(self, node: Node, role: str, rollouts: Artifact, readers: list[Node]) -> SetSources:
+        sources = SetSources(node.name, role, node.iteration, rollouts)
         for reader in readers:
             made = self.artifacts[reader.name]
             if made.manifest.inputs.get("rollouts") != rollouts.manifest.digest:
@@ -329,3 +335,16 @@ def _without_secrets(line: str) -> str:
 def _not_made(names: list[str], total: int) -> str:
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"{len(names)} of {total} stages are not published: {shown}"
+
+
+def roles_of(nodes: Iterable[Node]) -> dict[str, str]:
+    """By the names of stages that publish rollouts their roles, where `TRAINED_ON` is what an iteration trains on: with
+    dynamic sampling or replay that is what was selected, and what was sampled for it has another."""
+    found = {node.name: node.role for node in nodes}
+    last = {
+        node.iteration: node.name for role in SELECTED for node in nodes if node.role == role
+    }  # of several the latest
+    for node in nodes:
+        if node.role in SELECTED:
+            found[node.name] = TRAINED_ON if last[node.iteration] == node.name else BEFORE_SELECTION
+    return found

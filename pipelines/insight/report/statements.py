@@ -25,7 +25,7 @@ def statements(report: RunReport) -> list[Statement]:
     if learning.tone == "good" and length.tone == "bad":
         learning.tone, learning.answer = "unclear", learning.answer.replace("Yes.", "By its reward, yes.", 1)
         learning.details.insert(0, "But length may be all that it learned: see the next answer.")
-    return [*_failure(report), learning, length, _dropped(report), _time(report), *_signal(report)]
+    return [*_failure(report), learning, length, dropped_statement(report), _time(report), *_signal(report)]
 
 
 def _failure(report: RunReport) -> list[Statement]:
@@ -140,7 +140,8 @@ def _lag(report: RunReport) -> list[str]:
     ]
 
 
-def _dropped(report: RunReport) -> Statement:
+def dropped_statement(report: RunReport) -> Statement:
+    """What was dropped, less what was to be left out."""
     found = Statement(topic="dropped", question="What was dropped?", answer="")
     lines = [line for line in report.ledgers if _unintended(line)]
     if not report.ledgers:
@@ -169,9 +170,9 @@ def _unintended(line: LedgerLine) -> dict[str, int]:
 
 
 def _lost(line: LedgerLine) -> str:
-    reasons = sorted(line.dropped.items(), key=lambda item: -item[1])
+    reasons = sorted(_unintended(line).items(), key=lambda item: -item[1])
     told = ", ".join(f"{reason.replace('_', ' ')} {count}" for reason, count in reasons)
-    lost = f"{line.rows_in - line.kept} of {line.rows_in} {line.unit} ({100 * _share(line):.2g} %)"
+    lost = f"{sum(_unintended(line).values())} of {line.rows_in} {line.unit} ({100 * _share(line):.2g} %)"
     return f"{line.stage}: {lost}, by reason: {told}"
 
 
