@@ -15,6 +15,8 @@ LOCK = ".lock"
 """The file in a directory that is locked for all of it."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 POLL_SECONDS = 0.1
+MOST_FAILURES = 20
+"""How often a directory may not be there while it is made."""
 
 
 def take_lock(file: IO[Any], operation: int) -> None:
@@ -62,6 +64,7 @@ class DirectoryLock:
         self.directory = directory
         self.target = target
         self._file: IO[str] | None = None
+        self._failures = 0
 
     def take(self, operation: int) -> bool:
         """Make the directory and lock it (fcntl.LOCK_EX or LOCK_SH); False if the directory went meanwhile.
@@ -71,7 +74,7 @@ class DirectoryLock:
         """
         path = self.directory / LOCK
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self._make()
             self._file = path.open("a+")  # NFS gives a shared lock to readers only, an exclusive one to writers
             take_lock(self._file, operation)
             return path.exists() and os.path.samestat(os.fstat(self._file.fileno()), path.stat())
@@ -79,6 +82,19 @@ class DirectoryLock:
             if self.directory.is_file():
                 raise
             return False
+
+    def _make(self) -> None:
+        """Make the directory. That something on the way to it does not exist may be another process's doing, but not
+        again and again."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            self._failures += 1
+            if self._failures > MOST_FAILURES:
+                raise UserError(
+                    f"{self.target} cannot be made: {self.directory.parent} takes no directories. Choose another path."
+                ) from error
+            raise
 
     def when_free(self, take: Callable[[], bool], patience: float) -> None:
         """Call `take` until it has the lock.

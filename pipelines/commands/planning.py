@@ -105,6 +105,7 @@ def _check(options: argparse.Namespace) -> None:
 def _search(options: argparse.Namespace) -> None:
     if options.output is not None and options.output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output is {options.output}; a plan is a YAML file. Call it {options.output}.yaml.")
+    _require_folder("--output", options.output)
     if not options.seconds > 0:
         raise UserError(f"--seconds is {options.seconds:g}; it must be more than 0.")
     machines = read_machines(options.cluster) if options.cluster is not None else None
@@ -133,7 +134,8 @@ def _search(options: argparse.Namespace) -> None:
         say(console, f"With lag {views[taken].lag} it takes least; it changes what is computed (docs/lag.md).")
     if options.output is None:
         say(console, "Write it with --output plan.yaml, then:")
-    given = [*asked[taken], f"placement={options.output or 'plan.yaml'}"]
+    given = [*asked[taken], *([] if options.iters is None else ["--iters", str(options.iters)])]
+    given += [f"placement={options.output or 'plan.yaml'}"]
     given += ["--detach"] if views[taken].way == "detached" else []
     say(console, shlex.join(["pipeline", "run", options.config, *given]))
 
@@ -153,6 +155,7 @@ def _search(options: argparse.Namespace) -> None:
     of=PLAN,
 )
 def _simulate(options: argparse.Namespace) -> int:
+    _require_folder("--svg", options.svg)
     machines = read_machines(options.cluster) if options.cluster is not None else None
     wanted = plan_run(
         options.config,
@@ -170,3 +173,9 @@ def _simulate(options: argparse.Namespace) -> int:
     else:
         print_simulation(make_console(), view)
     return 0 if view.finishes else 1
+
+
+def _require_folder(option: str, file: Path | None) -> None:
+    """Raise UserError before the work whose result a file could not be written with."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UserError(f"{option} is {file}, but {file.parent} is not a directory. Make it, or choose another.")

@@ -29,9 +29,9 @@ class StragglersSection(Section):
 class MachinesSection(Section):
     """Machines of one kind, as one large one: stages are given parts of all of their GPUs."""
 
-    machines: int = runtime(1, ge=1)
+    machines: int = runtime(1, ge=1, le=10_000)
     """Number of machines."""
-    gpus: int = runtime(ge=1)
+    gpus: int = runtime(ge=1, le=1024)
     """GPUs per machine."""
     gpu: str = runtime(min_length=1)
     """GPU model: the name of a data sheet (H100-SXM, A100-80), or the driver's name."""

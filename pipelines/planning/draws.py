@@ -15,7 +15,7 @@ from pipelines.config.cluster import MachinesSection
 from pipelines.config.executor import ExecutorSection, pause_before
 from pipelines.graph import Graph, Node
 from pipelines.planning.estimates import GraphOutlook
-from pipelines.planning.prediction import Prediction
+from pipelines.planning.prediction import Prediction, drawn_factor
 from pipelines.planning.scheduling import StageWork
 from pipelines.planning.simulation import Simulation, kind_of
 
@@ -125,7 +125,7 @@ def _draw(
     for node, one in _known(simulation):
         kind = kind_of(node)
         if kind not in wrong:
-            wrong[kind] = math.exp(chance.gauss(0, math.log1p(one.error)))  # half of them less than 1, one in six above
+            wrong[kind] = drawn_factor(chance, one.error)
         factor, queue = wrong[kind], one.queue
         failures: tuple[tuple[float, float], ...] = ()
         compute, fixed = factor * one.compute, factor * (one.start + one.load)

@@ -1,5 +1,7 @@
 """What a stage is expected to take, and what that is known from."""
 
+import math
+import random
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
@@ -56,3 +58,10 @@ class Predictor(Protocol):
 
     def predict(self, node: Node, graph: Graph) -> Prediction | None:
         """What a placed stage is expected to take; None where it cannot be known, which nobody may count as nothing."""
+
+
+def drawn_factor(chance: random.Random, error: float) -> float:
+    """By what a prediction is multiplied in one drawn run: lognormal, with the mean 1 and its error as the standard
+    deviation."""
+    width = math.sqrt(math.log1p(error * error))
+    return math.exp(chance.gauss(0.0, 1.0) * width - width * width / 2)

@@ -1,10 +1,10 @@
 """Whether a found plan is better than a fixed strategy by more than the predictions may be wrong."""
 
-import math
 import random
 import statistics
 from dataclasses import dataclass
 
+from pipelines.planning.prediction import drawn_factor
 from pipelines.planning.search.evaluation import QUEUE, ExpectedRun
 
 DRAWS = 200
@@ -64,7 +64,7 @@ def compare(found: ExpectedRun, fixed: ExpectedRun, *, seed: int = 0) -> PlanCom
     pairs = []
     for factors in _draws(errors, seed):
         mine, other = found.seconds_with(factors), fixed.seconds_with(factors)
-        pairs.append(other * _factor(chance, RUN_ERROR) - mine * _factor(chance, RUN_ERROR))
+        pairs.append(other * drawn_factor(chance, RUN_ERROR) - mine * drawn_factor(chance, RUN_ERROR))
     wins = sum(pair > 0 for pair in pairs)
     return PlanComparison(fixed.seconds - found.seconds, statistics.pstdev(pairs), wins / len(pairs))
 
@@ -93,10 +93,4 @@ def measured_of(run: ExpectedRun) -> set[str]:
 
 def _draws(errors: dict[str, float], seed: int, count: int = DRAWS) -> list[dict[str, float]]:
     chance = random.Random(seed)
-    return [{shape: _factor(chance, errors[shape]) for shape in sorted(errors)} for _ in range(count)]
-
-
-def _factor(chance: random.Random, error: float) -> float:
-    """Lognormal, with the mean 1 and this standard deviation."""
-    width = math.sqrt(math.log1p(error * error))
-    return math.exp(chance.gauss(0.0, 1.0) * width - width * width / 2)
+    return [{shape: drawn_factor(chance, errors[shape]) for shape in sorted(errors)} for _ in range(count)]
