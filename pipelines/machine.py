@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, cores, memory."""
+"""The hardware of this machine: GPUs, cores, memory."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device as its driver sees it; sizes in bytes."""
+    """A GPU as its driver sees it; sizes in bytes."""
 
     name: str
     total: int
@@ -19,7 +19,7 @@ class Gpu:
 
 
 def gpu_count() -> int:
-    """GPUs that a process started from here would see; 0 without any, and where RATCHET_VARIANT=cpu ignores them."""
+    """Number of GPUs visible to a child process; 0 if RATCHET_VARIANT=cpu."""
     if os.environ.get("RATCHET_VARIANT") == "cpu":
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -34,7 +34,7 @@ def _listed_gpus() -> int:
 
 
 def _nvidia_smi(*arguments: str) -> list[str]:
-    """The lines that it prints; none where it fails or does not exist."""
+    """The lines that it prints; none if it fails or does not exist."""
     try:
         result = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -43,7 +43,7 @@ def _nvidia_smi(*arguments: str) -> list[str]:
 
 
 def gpus() -> list[Gpu]:
-    """The visible GPUs by nvidia-smi; empty where it does not say."""
+    """The visible GPUs according to nvidia-smi; empty if it gives no sizes."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     wanted = None if visible is None else tuple(name.strip() for name in visible.split(",") if name.strip())
     found: list[Gpu] = []
@@ -59,28 +59,27 @@ def gpus() -> list[Gpu]:
 
 
 def host_memory() -> int:
-    """Bytes of memory that processes can still have: what is free, within the limit of this control group."""
+    """Bytes of memory still available to processes, within the limits of this control group."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) << 10
     return min([available, *_memory_limits()])
 
 
 def device_names(devices: Iterable[int]) -> str:
-    """The GPUs with these numbers, counted among those that a process started from here would see, as
-    CUDA_VISIBLE_DEVICES names them."""
+    """CUDA_VISIBLE_DEVICES for the GPUs with these indices among those visible to this process."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = None if visible is None else [name for name in visible.split(",") if name not in ("", "-1")]
     return ",".join(names[device] if names else str(device) for device in devices)
 
 
 def core_numbers(devices: Iterable[int]) -> tuple[int, ...]:
-    """The cores with these numbers, counted among those that this process may use, as the system numbers them."""
+    """System-wide numbers of the cores with these indices among those that this process may use."""
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return tuple(usable[device] for device in devices if device < len(usable))
 
 
 def _memory_limits() -> Iterator[int]:
-    """Limits of this process's control groups (versions 1 and 2)."""
+    """Memory limits in bytes of this process's control groups (versions 1 and 2)."""
     try:
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -88,21 +87,21 @@ def _memory_limits() -> Iterator[int]:
     for _, controllers, group in groups:
         if controllers in ("", "memory"):
             name = "memory.limit_in_bytes" if controllers else "memory.max"
-            for folder in (Path(group), *Path(group).parents):  # in a container its own group is the root
+            for folder in (Path(group), *Path(group).parents):  # in a container its group is mounted as the root
                 with contextlib.suppress(OSError, ValueError):
                     yield int(Path(f"/sys/fs/cgroup/{controllers}/{folder}/{name}").read_text())
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_parallel(gpus: int | None = None) -> int:
-    """Stages at once: one where GPUs are, since a stage uses all of them; else two, or one per two cores.
+    """Default number of stages at once: 1 with GPUs, since a stage uses all; else one per two cores, at least 2.
 
     Args:
-        gpus: as if this machine had so many.
+        gpus: the number of GPUs to assume instead of this machine's.
     """
     if gpu_count() if gpus is None else gpus:
         return 1

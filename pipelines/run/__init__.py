@@ -1,1 +1,1 @@
-"""The directory of a run: what is in it, what has to be made, what may go."""
+"""The directory of a run: its layout, the decisions to reuse or run stages, events, and deletion."""

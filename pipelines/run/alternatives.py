@@ -1,8 +1,8 @@
-"""Other pairs of an iteration's answers than those that a run was trained on, in a place of their own.
+"""Builds other pairs from an iteration's rollouts and scores than those that the run trained on.
 
-    alternatives/iteration-001/top_k_bottom_k-1a2b3c4d/     by the strategy and the beginning of the stage key
+    alternatives/iteration-001/top_k_bottom_k-1a2b3c4d/     named by strategy and the first digits of the stage key
 
-They belong to no stage of the run: nothing of it reads them.
+No stage of the run reads them.
 """
 
 import os
@@ -33,53 +33,54 @@ from pipelines.text import numbers
 
 ROLE = "pairs"
 KEYS = (*PairsSettings.model_fields, "seed", "output")
-"""What can be set."""
+"""Keys that `pipeline pairs` accepts."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """Pairs that an iteration's answers can be made into."""
+    """Pairs built from an iteration's rollouts with some settings changed."""
 
     node: Node
-    """The run's own stage."""
+    """The run's own node that makes the iteration's pairs."""
     config: PairsConfig
     key: str
     changes: list[str]
-    """What makes a run's pairs be like these, as keys of a run; empty where nothing does."""
+    """Overrides with which a run would make these pairs, as keys of the run config; empty if there are none."""
     place: Path
-    """Where those of the iteration are that nobody has given another place."""
+    """Directory of the iteration's alternatives; those with an `output` of their own are elsewhere."""
 
     @property
     def iteration(self) -> int:
-        """The iteration whose answers they are of."""
+        """The iteration whose rollouts they are built from."""
         assert self.node.iteration is not None
         return self.node.iteration
 
     @property
     def path(self) -> Path:
-        """Where they are, or will be."""
+        """The directory that they are published in."""
         return self.config.output
 
     @property
     def is_own(self) -> bool:
-        """Whether they are the run's own."""
+        """Whether they are the pairs that the run itself made."""
         return self.path == self.node.output
 
     @property
     def is_published(self) -> bool:
-        """Whether they are there.
+        """Whether they are published.
 
         Raises:
-            UserError: something else is in their place.
+            UserError: the path is occupied by something else.
         """
         return is_published(self.path, self.key)
 
 
 def alternative(run: RunDirectory, graph: Graph, iteration: int | None, overrides: list[str]) -> Alternative:
-    """What `overrides` make of an iteration's pairs; by default of the last iteration that has answers and scores.
+    """The pairs that `overrides` give for an iteration; by default for the last one that has rollouts and scores.
 
     Raises:
-        UserError: the run makes no pairs, or not in this iteration, or has not got so far; or a key or value is wrong.
+        UserError: the run or this iteration makes no pairs, its inputs are not published yet, or a key or value is
+            wrong.
     """
     node = _node(run, graph, iteration)
     change = apply_overrides({}, overrides)
@@ -104,21 +105,21 @@ def alternative(run: RunDirectory, graph: Graph, iteration: int | None, override
     elif own == key or (own and not change):
         path, key = node.output, own
     else:
-        name = config.strategy.rpartition(":")[2]  # of a function of the user's own without its file
+        name = config.strategy.rpartition(":")[2]  # the name of a user's function, without its file
         path = place / f"{re.sub('[^A-Za-z0-9_]+', '_', name)}-{key[:8]}"
     given = [text for text in overrides if not text.startswith("output=")]
-    changes = [] if "seed" in change else [f"{ROLE}.{text}" for text in given]  # a run has its own seeds
+    changes = [] if "seed" in change else [f"{ROLE}.{text}" for text in given]  # a run derives its seeds itself
     return Alternative(node, config.model_copy(update={"output": path}), key, changes, place)
 
 
 def make(alternative: Alternative, run: RunDirectory, stdout: IO[str] | None) -> int:
-    """Run the stage, here and now; returns its exit code.
+    """Run the stage in the foreground. Returns its exit code.
 
     Args:
-        stdout: where it prints to; by default as this process.
+        stdout: where it prints; by default this process's standard output.
 
     Raises:
-        UserError: a strategy of the user's own cannot be called with its settings.
+        UserError: the user's strategy cannot be called with its settings.
     """
     node, config = alternative.node, alternative.config
     if config.is_own:
@@ -132,7 +133,7 @@ def make(alternative: Alternative, run: RunDirectory, stdout: IO[str] | None) ->
 
 
 def _require_callable(alternative: Alternative, run: RunDirectory) -> None:
-    """Have the stage's environment look at the strategy, as before a run."""
+    """Run the preflight check of the user's strategy in the stage's environment, as `pipeline run` does."""
     node, fields = alternative.node, alternative.config.model_dump(mode="json", exclude_unset=True)
     fields["output"] = "preflight"
     request = PreflightRequest((StageRequest(node.name, node.package, node.stage.command, fields, ()),))
@@ -143,7 +144,7 @@ def _require_callable(alternative: Alternative, run: RunDirectory) -> None:
 
 
 def _node(run: RunDirectory, graph: Graph, iteration: int | None) -> Node:
-    """The stage that makes an iteration's pairs, whose inputs are there."""
+    """The node that makes an iteration's pairs. Raises UserError if there is none or its inputs are missing."""
     last = max((node.iteration or 0 for node in graph.nodes.values()), default=0)
     made = {node.iteration or 0: node for node in graph.nodes.values() if _is_pairs(node)}
     if not made:
@@ -173,12 +174,12 @@ def _is_pairs(node: Node) -> bool:
 
 
 def _missing(node: Node) -> list[Path]:
-    """The inputs that are not there."""
+    """The inputs that are not published."""
     return [path for path in node.inputs if not (path / MANIFEST).is_file()]
 
 
 def pairs_of(alternative: Alternative) -> dict[str, Artifact]:
-    """The run's own pairs, where they are published, and these; of the run's own, all that were made beside them."""
+    """The run's own pairs if published, and `alternative`; for the run's own, all alternatives of its iteration."""
     own, folder = alternative.node.output, alternative.place
     others = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")) if alternative.is_own else [alternative.path]
     found = {"the run's": Artifact.open(own, PAIRS)} if (own / MANIFEST).is_file() else {}

@@ -1,4 +1,4 @@
-"""The decision whether a stage is reused or runs, and the reason in words."""
+"""Decides whether a stage is reused or runs, with the reason in words."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,22 +16,22 @@ from pipelines.graph import Graph, Node
 
 SUPERSEDED = "superseded"
 ALTERNATIVES = "alternatives"
-"""Folder of a run with other pairs than it was trained on; see pipelines/run/alternatives.py."""
+"""Folder of a run for pairs that it did not train on; see pipelines/run/alternatives.py."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a stage is reused, and why."""
+    """Whether a stage is reused or runs, and why."""
 
     reuse: bool
     reason: str
     key: str
-    """What is to be published; of a stage that follows another, whose key is not known yet, what its hidden directory
-    is named by."""
+    """The stage key to publish under. For a stage that follows another, the key is not known yet: equal to
+    `hidden_key`."""
     hidden_key: str = ""
-    """What the hidden directory is named by."""
+    """The key in the name of the hidden directory."""
     follows: dict[str, Maker] = field(default_factory=dict)
-    """Outputs that are not published yet and whose shards it reads as they are finished, with their makers."""
+    """Makers of the unpublished inputs whose shards the stage reads while they are produced, by input path."""
 
 
 def decide(
@@ -44,8 +44,8 @@ def decide(
     """Decide about a stage of the run in the directory `run` whose inputs are all published.
 
     Args:
-        where: the place at which an input lies now; for a dry run, which takes nothing back from superseded/.
-        again: why its weights are to be made again, where these were deleted (`why_again`).
+        where: maps an input's path to its present place; a dry run restores nothing from superseded/.
+        again: the reason to rebuild its deleted weights, if something needs them (`why_again`).
 
     Raises:
         UserError: an input does not exist.
@@ -83,17 +83,17 @@ def decide_to_follow(node: Node, versions: dict[str, str], maker: Node, making: 
 
 
 def may_come_out_as_before(maker: Node, key: str, run: Path) -> bool:
-    """Whether a stage runs under a key under which it has published before (`--force`): what reads it may be reused."""
+    """Whether a running stage has published under its key before (`--force`), so that its readers may be reused."""
     return any((run / SUPERSEDED / maker.name).glob(f"{key[:16]}*"))
 
 
 def why_again(reader: str) -> str:
-    """The reason for making a stage again whose weights were deleted."""
+    """The reason to rebuild a stage's deleted weights."""
     return f"its weights were deleted by gc and {reader} needs them"
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """How two sets of key parts differ, in words: "beta 0.1 → 0.2", "input pairs changed"."""
+    """Describe how two sets of key parts differ: "beta 0.1 → 0.2", "input pairs changed"."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for name in sorted({*old, *new}):
@@ -114,17 +114,17 @@ def _short(value: Any) -> str:
 
 
 def kept(run: Path, node: Node, key: str) -> Path:
-    """Where the output of a stage under a key is kept in superseded/."""
+    """The directory in superseded/ for a stage's output under a key."""
     return run / SUPERSEDED / node.name / key[:16]
 
 
 def lender_file(place: Path) -> Path:
-    """Where it is noted, for something in superseded/ that is another run's, whose it is."""
+    """The file that names the lending run, for an artifact in superseded/ that was shared by another run."""
     return place.with_name(f"{place.name}.run")
 
 
 def lender_of(place: Path) -> str | None:
-    """The run that something in superseded/ was shared by; None for what this run itself has made."""
+    """The run that an artifact in superseded/ was shared by; None if this run made it."""
     try:
         return lender_file(place).read_text()
     except FileNotFoundError:
@@ -138,8 +138,8 @@ def _last_kept(run: Path, node: Node) -> Path | None:
 
 
 def reads_what_is_there(node: Node, graph: Graph, manifest: Manifest) -> bool:
-    """Whether the inputs of a published stage are what its upstream stages have published now."""
+    """Whether a published stage read exactly what its upstream stages have published now."""
     known = {digest for value in manifest.inputs.values() for digest in (value if isinstance(value, list) else [value])}
     outputs = {graph.nodes[name].output for name in node.needs}
-    read = outputs.intersection(node.config.input_paths())  # not the single files of the toy task
+    read = outputs.intersection(node.config.input_paths())  # without the toy task's single files
     return all((path / MANIFEST).is_file() and Artifact.open(path).manifest.digest in known for path in read)

@@ -22,15 +22,15 @@ from pipelines.run.events import FILE, Event, EventStream
 
 PINNED = "pinned"
 UNPUBLISHED = ("logs", "hooks", "tracking")
-"""Folders in a run's directory that no stage publishes."""
+"""Folders of a run that hold no artifacts."""
 COMMITS = "hub"
-"""Entry of run.json: what the names of things on the Hub stand for."""
+"""Entry of run.json: the commits that names on the Hub resolve to."""
 CANCEL = "cancel"
-"""File that asks a run's driver to end, on whatever machine it is."""
+"""File that asks the run's driver to end, on any machine."""
 
 
 class RunDirectory:
-    """Everything of a run is below `path`; nothing of another run is."""
+    """The directory `path` of a run, which holds all of its artifacts, logs and events, and those of no other run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -39,7 +39,7 @@ class RunDirectory:
 
     @classmethod
     def existing(cls, path: Path) -> "RunDirectory":
-        """An existing run's directory, or a UserError."""
+        """The directory of an existing run; raises UserError if it is none."""
         cls(path).require_files()
         if not (path / "run.json").is_file():
             raise UserError(f"{path} is not the directory of a run (it has no run.json). Give the path runs/NAME.")
@@ -53,12 +53,13 @@ class RunDirectory:
                 raise UserError(f"{path} is no regular file, as a run's own {name} is. Move it away.")
 
     def claim(self, config: RunConfig, source: Path, iterations: int, commits: dict[str, str] | None = None) -> None:
-        """Create the directory, or take it over, and become the run's only driver until this process ends.
+        """Create the directory or open an existing run's, and become its only driver until this process ends.
 
-        `commits` is what the names of things on the Hub stand for in it.
+        Args:
+            commits: the commits that names on the Hub resolve to in this run.
 
         Raises:
-            UserError: it belongs to another config file, is no run's directory, or another driver is alive.
+            UserError: it belongs to another config file or is not a run's, or another driver is alive.
         """
         marker = self.path / "run.json"
         self.require_files()
@@ -88,19 +89,19 @@ class RunDirectory:
         write_atomically(self.path / "config.resolved.yaml", text.encode())
 
     def _is_run(self) -> bool:
-        """Whether a run's driver has been here, even where run.json was lost or not written yet, or nobody has."""
+        """Whether a driver has created it, even if run.json is lost or not written yet; true for an empty directory."""
         names = {path.name for path in self.path.iterdir()}
         begun = all(name == "lock" or name.startswith("run.json.") for name in names)
         return begun or names >= {"lock", "config.resolved.yaml"}
 
     def lock(self) -> None:
-        """Become the only one who changes the run until this process ends.
+        """Take the run's lock until this process ends; only its holder may change the run.
 
         Raises:
-            UserError: somebody else is.
+            UserError: another process holds it.
         """
         self._lock = (self.path / "lock").open("a+", encoding="utf-8", errors="replace")
-        deadline = time.monotonic() + 1.0  # `pipeline status` holds the lock for an instant to see whether it is free
+        deadline = time.monotonic() + 1.0  # `pipeline status` briefly takes the lock to see whether it is free
         while not try_lock(self._lock, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 self._lock.seek(0)
@@ -118,17 +119,17 @@ class RunDirectory:
         self.stream.drop_torn_line()
 
     def submitting(self) -> contextlib.AbstractContextManager[None]:
-        """Be the only one, on any machine, who submits jobs of the run, or changes what they wait for, or ends them."""
+        """A lock across machines for submitting the run's jobs, changing their dependencies, or ending them."""
         return locked(self.path / "submit.lock")
 
     def clear_scratch(self) -> None:
-        """Delete temporary files of killed processes; only while no process works on the run."""
+        """Delete temporary files of killed processes. Call it only while no process works on the run."""
         places = (self.path.glob("*.tmp"), self.path.glob("report.samples/*.tmp"), (self.path / "logs").rglob("*.tmp"))
         for path in [path for place in places for path in place]:
             path.unlink(missing_ok=True)
 
     def holder(self) -> str | None:
-        """The process that holds the run's lock, if any."""
+        """The process that holds the run's lock, or None."""
         if not (self.path / "lock").exists():
             return None
         with (self.path / "lock").open(encoding="utf-8", errors="replace") as file:
@@ -140,7 +141,7 @@ class RunDirectory:
         return (self.path / PINNED).exists()
 
     def pin(self, *, off: bool = False) -> None:
-        """Suspend retention and gc; `off`: resume them."""
+        """Suspend retention and gc, or resume them if `off`."""
         if off:
             (self.path / PINNED).unlink(missing_ok=True)
         else:
@@ -154,11 +155,11 @@ class RunDirectory:
 
     @property
     def iterations(self) -> int:
-        """Iterations that the last command asked for."""
+        """Number of iterations that the last command asked for."""
         return int(self._marked("iterations"))
 
     def _marked(self, name: str) -> Any:
-        """One entry of run.json."""
+        """Read one entry of run.json."""
         path = self.path / "run.json"
         try:
             return json.loads(path.read_text(encoding="utf-8"))[name]
@@ -176,22 +177,22 @@ class RunDirectory:
         return self.stream.read()
 
     def new_attempt(self, stage: str) -> Path:
-        """A fresh directory for the logs of one attempt at a stage."""
+        """Create the directory for the logs of a new attempt at a stage."""
         folder = self.path / "logs" / stage
         attempt = folder / f"attempt-{max(map(_number, self._attempts(stage)), default=0) + 1}"
         attempt.mkdir(parents=True)
         return attempt
 
     def stage_of(self, attempt: Path) -> str:
-        """The stage of an attempt."""
+        """The stage that an attempt belongs to."""
         return attempt.parent.relative_to(self.path / "logs").as_posix()
 
     def attempts(self, stage: str) -> list[Path]:
-        """The attempts at a stage, the latest last."""
+        """The attempts at a stage, oldest first."""
         return sorted((path for path in self._attempts(stage) if path.is_dir()), key=_number)
 
     def _attempts(self, stage: str) -> list[Path]:
-        """Whatever has the name of an attempt; people may have put other things beside them."""
+        """Paths named like attempts; logs/ may hold other files that users put there."""
         return [path for path in (self.path / "logs" / stage).glob("attempt-*") if path.name[8:].isdecimal()]
 
 
@@ -200,19 +201,19 @@ def _number(attempt: Path) -> int:
 
 
 def recorded_commits(config: RunConfig) -> dict[str, str] | None:
-    """What the names of things on the Hub stand for in a run: nothing yet, of a new one; None: it has no record."""
+    """The commits that the run's names on the Hub resolve to: {} for a new run, None if it did not record them."""
     marker = config.run_directory / "run.json"
     if not marker.is_file():
         return {}
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError:
-        return {}  # damaged, as `claim` says
+        return {}  # damaged: `claim` reports it
     return found.get(COMMITS) if isinstance(found, dict) else {}
 
 
 def dated(config: RunConfig) -> RunConfig:
-    """The config with its date: the user's, else that of the existing run, else today's."""
+    """The config with a date: the user's, else that of the existing run, else today's."""
     if config.date is not None:
         return config
     date = None

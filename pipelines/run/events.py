@@ -1,8 +1,8 @@
-"""What happens in a run, as one stream of typed events: events.jsonl in its directory.
+"""The events of a run, as a stream of typed records: events.jsonl in its directory.
 
-Whoever drives the run (a driver, the jobs of a detached run, a command) appends; everything that tells of a run reads:
-the live table, `status`, reports, listeners. Readers never touch the run. A new kind of event is a class here; its
-words are in pipelines/insight/wording.py.
+Whatever drives the run (a driver, the jobs of a detached run, a command) appends; everything that shows a run reads:
+the live table, `status`, reports, listeners. Readers change nothing in the run. A new kind of event is a class here;
+its wording is in pipelines/insight/wording.py.
 """
 
 import time
@@ -17,33 +17,33 @@ FILE = "events.jsonl"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
-    """Something that happened."""
+    """Base class of events."""
 
     time: float = 0.0
-    """When, in seconds since 1970; filled in when it is recorded."""
+    """Seconds since 1970; set when the event is recorded."""
 
 
 class RunStarted(Event, frozen=True, tag="run started"):
-    """A command begins to work on the run."""
+    """A command has begun to work on the run."""
 
     stages: int
-    """How many stages the run has for the iterations that are asked for."""
+    """Number of stages for the iterations asked for."""
     by: str
     """Process and machine."""
 
 
 class RunEnding(Event, frozen=True, tag="run ending"):
-    """The stages that still run are asked to stop."""
+    """The stages that still run were asked to stop."""
 
     stages: list[str]
     grace_seconds: float
 
 
 class RunEnded(Event, frozen=True, tag="run ended"):
-    """Nobody works on the run from now on: everything is published, or it stops where it is."""
+    """No process works on the run any more: everything is published, or it stopped early."""
 
     outcome: Literal["finished", "failed", "interrupted", "stopped"]
-    """Stopped: by a gate."""
+    """`stopped`: by a gate."""
 
 
 class RunCancelled(Event, frozen=True, tag="cancelled"):
@@ -54,67 +54,67 @@ class RunCancelled(Event, frozen=True, tag="cancelled"):
 
 
 class OrphanEnded(Event, frozen=True, tag="orphan ended"):
-    """A process that a killed driver had left was ended."""
+    """A process left by a killed driver was ended."""
 
     pid: int
 
 
 class StageEvent(Event, frozen=True):
-    """Something that happened to a stage."""
+    """Base class of events about one stage."""
 
     stage: str
-    """Its name."""
+    """The node's name."""
 
 
 class StageReused(StageEvent, frozen=True, tag="reused"):
-    """What is published already is what is asked for."""
+    """A published output has the wanted key, so that the stage does not run."""
 
     reason: str
     key: str
 
 
 class StageSubmitted(StageEvent, frozen=True, tag="submitted"):
-    """A stage of a detached run was handed to the scheduler."""
+    """A stage of a detached run was submitted to the scheduler."""
 
     attempt: str
     jobs: list[str]
 
 
 class StageStarted(StageEvent, frozen=True, tag="started"):
-    """An attempt at a stage begins."""
+    """An attempt at a stage has begun."""
 
     reason: str
     key: str
-    """Empty where it follows another stage, because it is known only when that has published."""
+    """Empty for a stage that follows another: its key is known only when the other has published."""
     attempt: str
     pool: str = ""
-    """The pool of devices that it was given a part of, where the plan has several."""
+    """The pool that its devices belong to, if the plan has several."""
     devices: list[int] | None = None
-    """The devices of this machine that it has for itself; None: it shares them, or a scheduler chooses."""
+    """This machine's devices that it has exclusively; None: shared, or chosen by a scheduler."""
 
 
 class StageWaits(StageEvent, frozen=True, tag="waits"):
-    """A stage that was started waits for something that may take long."""
+    """A started stage waits for something that may take long."""
 
     text: str
 
 
 class StagePublished(StageEvent, frozen=True, tag="published"):
-    """An attempt has published what the stage makes."""
+    """An attempt has published the stage's output."""
 
     key: str
     seconds: float = 0.0
-    """Since the attempt began."""
+    """Seconds since the attempt began."""
     ledger: str = ""
-    """What became of the rows, in words."""
+    """The output's ledger in words."""
 
 
 class GateDecided(StageEvent, frozen=True, tag="gate"):
-    """Gates have something to say of a policy."""
+    """Gates have warned about a policy, stopped the run or rolled it back."""
 
     action: Literal["go on", "stop", "rollback"]
     text: str
-    """A sentence for each gate that has."""
+    """One sentence per gate that was triggered."""
 
 
 class StageFailed(StageEvent, frozen=True, tag="failed"):
@@ -122,39 +122,39 @@ class StageFailed(StageEvent, frozen=True, tag="failed"):
 
     attempt: str
     kind: str
-    """Whose fault it was: user, transient, error, stopped."""
+    """Kind of failure: user, transient, error, stopped."""
     how: str
     retry_in: float | None
-    """Seconds until the next attempt; None: there is none."""
+    """Seconds until the next attempt; None if there is none."""
 
 
 class StageInvalidated(StageEvent, frozen=True, tag="invalidated"):
-    """A stage that was published already is to be decided about once more."""
+    """A published stage has to be decided about again."""
 
     reason: str
 
 
 class SourceChanged(StageEvent, frozen=True, tag="source changed"):
-    """A stage was made by other source code than when it was asked for."""
+    """A stage ran with other source code than at the time of its request."""
 
     asked: str
     ran: str
 
 
 class JobEnded(StageEvent, frozen=True, tag="job ended"):
-    """A job of a stage has ended otherwise than well, as the scheduler's accounting tells."""
+    """A job of a stage has ended abnormally, according to the scheduler's accounting."""
 
     job: str
     text: str
-    """What happened, in words."""
+    """How it ended, in words."""
     ended: float | None = None
-    """When, in seconds since 1970, where that is known."""
+    """Seconds since 1970, if known."""
     requeued: bool = False
     cancelled: bool = False
 
 
 class JobRequeued(StageEvent, frozen=True, tag="requeue"):
-    """A job has saved what it had and asked for another start."""
+    """A job has saved its state and asked to be requeued."""
 
     job: str
     host: str
@@ -162,7 +162,7 @@ class JobRequeued(StageEvent, frozen=True, tag="requeue"):
 
 
 class JobRestarted(StageEvent, frozen=True, tag="restart"):
-    """The process of a job ended before it had finished its work, and was started again."""
+    """The process of a job ended before its work was done and was started again."""
 
     job: str
     host: str
@@ -183,20 +183,20 @@ class RowsCompressed(StageEvent, frozen=True, tag="compress"):
 
 
 class RetentionHeld(Event, frozen=True, tag="retention held"):
-    """Retention does nothing, on purpose."""
+    """Retention is suspended on purpose."""
 
     reason: str
 
 
 class RetentionFailed(Event, frozen=True, tag="retention failed"):
-    """Something of retention failed; the run goes on."""
+    """A step of retention failed; the run continues."""
 
     what: str
     error: str
 
 
 class HubPushed(Event, frozen=True, tag="pushed"):
-    """Something is on the Hub, and the same as here."""
+    """Something was pushed to the Hub, or is there already with the same content."""
 
     repo: str
     kind: Literal["model", "dataset"]
@@ -206,14 +206,14 @@ class HubPushed(Event, frozen=True, tag="pushed"):
 
 
 class HubPushFailed(Event, frozen=True, tag="push failed"):
-    """Something is not on the Hub; the run goes on. Told once as long as nothing changes."""
+    """A push to the Hub failed; the run continues. Recorded once as long as the error stays the same."""
 
     repo: str
     kind: Literal["model", "dataset"]
     what: str
     error: str
     lasts: bool
-    """Whether somebody has to do something; else it is tried again."""
+    """Whether the user has to act; otherwise it is retried."""
 
 
 class Collected(Event, frozen=True, tag="gc"):
@@ -226,28 +226,28 @@ class Collected(Event, frozen=True, tag="gc"):
 
 
 class ListenerFailed(Event, frozen=True, tag="listener failed"):
-    """A listener failed and is not told any more; the run goes on."""
+    """A listener failed and is not called again; the run continues."""
 
     listener: str
     error: str
 
 
 class TrackerFailed(Event, frozen=True, tag="tracker failed"):
-    """A tracker gets nothing more from this command; the run goes on."""
+    """A tracker failed and gets no more metrics from this command; the run continues."""
 
     tracker: str
     error: str
 
 
 class HookFailed(Event, frozen=True, tag="hook failed"):
-    """A hook of the user's has failed, for the first time since the command began; the run goes on."""
+    """A user's hook failed for the first time in this command; the run continues."""
 
     hook: str
     error: str
 
 
 class Unreadable(Event, frozen=True, tag="unreadable"):
-    """A line that is no event of this version: left by a crash, by another version, or by somebody else."""
+    """A line that is not an event of this version: torn by a crash, or written by another version or program."""
 
 
 AnyEvent: TypeAlias = (
@@ -261,49 +261,49 @@ _DECODER: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
 
 class EventStream:
-    """The events of a run, on its disk."""
+    """The events of a run on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, event: Event) -> None:
-        """Record an event, also beside other machines that do."""
+        """Record an event; several machines may do so at once."""
         event = msgspec.structs.replace(event, time=round(time.time(), 3))
         with appending(self.path) as file:
             file.write(msgspec.json.encode(event) + b"\n")
 
     def drop_torn_line(self) -> None:
-        """Cut off the line that a killed process was writing, for whoever reads the file."""
+        """Remove the incomplete last line that a killed process left, so that other programs can read the file."""
         if self.path.exists():
             with appending(self.path):
                 pass
 
     def read(self) -> list[Event]:
-        """All of them, in order."""
+        """All events, in order."""
         return EventReader(self.path).news()
 
 
 def on_hub(events: list[Event]) -> set[tuple[str, str]]:
-    """What a run's events say is on the Hub: repos, and what of the run is there."""
+    """Pairs of repo and tag (or "report") that the events record as pushed."""
     return {(event.repo, event.what) for event in events if isinstance(event, HubPushed)}
 
 
 class EventReader:
-    """Reads a run's events as they come."""
+    """Reads a run's events incrementally."""
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
         self._path = path
         self._offset = path.stat().st_size if from_end and path.exists() else 0
 
     def news(self) -> list[Event]:
-        """The events since the last call; a line that is still being written comes with the next."""
+        """The events since the last call; a line that is still being written is returned by a later call."""
         content = whole_lines(self._path, self._offset)
         self._offset += len(content)
         return decode_events(content)
 
 
 def decode_events(content: bytes) -> list[Event]:
-    """The lines of events.jsonl."""
+    """Parse the lines of events.jsonl."""
     return [_decoded(line) for line in content.splitlines() if line.strip()]
 
 

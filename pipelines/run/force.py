@@ -1,7 +1,7 @@
-"""`--force STAGE`: make again what is published already. What was there moves to superseded/, as with any change.
+"""`pipeline run --force STAGE`: runs published stages again. Their old output moves to superseded/.
 
-A command that is killed and given again does not force twice: forced.json says what it has moved already, until a
-command has finished.
+A command that is killed and repeated does not force a stage twice: until a command has finished, forced.json records
+what was moved already.
 """
 
 import fnmatch
@@ -21,18 +21,18 @@ RECORD = "forced.json"
 
 
 class Forced(msgspec.Struct, frozen=True):
-    """What a stage had published before it was forced."""
+    """Identifies the output of a forced stage before it was moved."""
 
     digest: str
     inode: int
-    """Of its manifest. What was moved aside still exists, so that nothing made later can have the same."""
+    """Inode of its manifest. The moved output still exists, so that no later manifest has the same inode."""
 
 
 def resolve(graph: Graph, wanted: list[str]) -> list[str]:
-    """Names of stages from names, directories of several stages, or patterns with *.
+    """Expand names of stages, directories of several stages, and patterns with * into stage names.
 
     Raises:
-        UserError: one of them means no stage of the run.
+        UserError: one of them matches no stage of the run.
     """
     found: dict[str, None] = {}
     for text in wanted:
@@ -46,7 +46,7 @@ def resolve(graph: Graph, wanted: list[str]) -> list[str]:
 
 
 def set_aside(run: Path, graph: Graph, stages: list[str]) -> None:
-    """Move what these stages have published to superseded/, each once until `report_forced` has been reached."""
+    """Move the stages' published output to superseded/, each only once until `report_forced` is called."""
     record = _read(run)
     for name in stages:
         output = graph.nodes[name].output
@@ -54,7 +54,7 @@ def set_aside(run: Path, graph: Graph, stages: list[str]) -> None:
             continue
         manifest = Artifact.open(output).manifest
         if record.setdefault(name, _identity(output)) != _identity(output):
-            continue  # made again already, by this command before it was interrupted
+            continue  # this command ran it again before it was interrupted
         write_atomically(run / RECORD, msgspec.json.encode(record))
         folder = run / SUPERSEDED / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def set_aside(run: Path, graph: Graph, stages: list[str]) -> None:
 
 
 def report_forced(run: Path, graph: Graph) -> list[str]:
-    """After the run: for each forced stage whether its content came out the same; and forget about them."""
+    """For each forced stage, a line that tells whether its new output is identical; deletes the record."""
     lines = []
     for name, old in _read(run).items():
         if name not in graph.nodes or not (graph.nodes[name].output / MANIFEST).is_file():

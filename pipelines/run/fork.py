@@ -1,4 +1,4 @@
-"""`pipeline fork RUN --from-iteration I`: a new run that shares its past with another one, on the disk as well."""
+"""`pipeline fork RUN --from-iteration I`: a new run that shares earlier iterations with another by hard links."""
 
 import json
 import os
@@ -24,17 +24,17 @@ from pipelines.text import plural
 
 CONFIG = "config.yaml"
 OF_THE_RUN = frozenset({"environments", "executor", "hooks", "hub", "iterations", "retention", "tracking"})
-"""Keys that a fork may set which hold for the whole run, and change no result."""
+"""Keys that a fork may set for the whole run, because they change no result."""
 
 
 def fork(source: RunDirectory, first: int, overrides: list[str], name: str | None) -> tuple[Path, int]:
-    """Create the new run beside the old one; returns its directory and how many artifacts it has taken over.
+    """Create the new run next to the old one. Returns its directory and the number of shared artifacts.
 
-    Iterations before `first` are taken over as they are. Where values change, what comes out the same from there on
-    (the same key) is taken over as well; where none does, everything from there on is made again.
+    Iterations before `first` are linked as they are. If `overrides` change values, later artifacts are linked to
+    superseded/, where a stage with the same key reuses them; without overrides, all later stages run again.
 
     Raises:
-        UserError: the iteration or a key is none that a fork can start from, or the name is taken.
+        UserError: `first` is out of range, a key cannot change in a fork, or the name exists already.
     """
     last = source.iterations
     if not 1 <= first <= last + 1:
@@ -51,7 +51,7 @@ def fork(source: RunDirectory, first: int, overrides: list[str], name: str | Non
     work.mkdir()
     try:
         write_atomically(work / CONFIG, yaml_text.dump(settings).encode())
-        config = load_run_config(work / CONFIG, [])  # every mistake in the values, before anything is taken over
+        config = load_run_config(work / CONFIG, [])  # reports all mistakes in the values before anything is linked
         count = _take_over(source, build_graph(source.config, last), work, first, bool(overrides))
         record: dict[str, Any] = {"config": CONFIG, "source": str((target / CONFIG).absolute())}
         record |= {"iterations": config.iterations, "settings": config.settings()}
@@ -81,7 +81,7 @@ def _settings(config: RunConfig, iterations: int, first: int, overrides: list[st
         raise UserError(f"{min(unknown)!r} cannot change in a fork. What can: {known}. Else start a new run.")
     require_changeable(change, first)
     settings = {**config.settings(), "iterations": iterations}
-    settings.pop("hub", None)  # its repos are the old run's
+    settings.pop("hub", None)  # its repos belong to the old run
     settings = merge(settings, whole)
     changes = {start: _without(later, change) if start >= first else later for start, later in config.changes.items()}
     if change:
@@ -102,7 +102,7 @@ def _without(data: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def _take_over(source: RunDirectory, graph: Graph, work: Path, first: int, later_too: bool) -> int:
-    """Link what the old run has published; of later iterations to where it is found under its key."""
+    """Link the old run's artifacts: earlier iterations in place, later ones to superseded/. Returns how many."""
     count = 0
     for name, node in graph.nodes.items():
         if not (node.output / MANIFEST).is_file():

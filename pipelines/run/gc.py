@@ -1,4 +1,4 @@
-"""`pipeline gc RUN`: delete and compress what is no longer needed, and say why the rest is kept."""
+"""`pipeline gc RUN`: deletes and compresses what is no longer needed, and prints why the rest is kept."""
 
 import re
 import shutil
@@ -37,7 +37,7 @@ def collect(
     """Carry out `plan` and print it.
 
     Args:
-        busy: how many jobs work on the run elsewhere; asked when no driver does.
+        busy: counts the run's unfinished jobs on other machines; called if no driver holds the lock.
 
     Raises:
         UserError: the run is active, or something it depends on cannot be read.
@@ -74,7 +74,7 @@ def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> l
     """All steps for a run; changes nothing.
 
     Raises:
-        UserError: a manifest, or what another run reads, cannot be read.
+        UserError: a manifest, or the inputs of another run, cannot be read.
     """
     graph = whole_graph(run)
     found = [CollectionStep("delete", path, reason, own_bytes(_files_in(path))) for path, reason in leftovers(run.path)]
@@ -90,7 +90,7 @@ def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> l
 
 
 def perform(step: CollectionStep, run: RunDirectory) -> int:
-    """Carry out one step; returns the bytes freed."""
+    """Carry out one step. Returns the bytes freed."""
     if step.verb == "release":
         return release(Artifact.open(step.path), step.reason)
     if step.verb == "compress":
@@ -105,7 +105,7 @@ def perform(step: CollectionStep, run: RunDirectory) -> int:
 
 
 def whole_graph(run: RunDirectory) -> Graph:
-    """The graph of a run, with all iterations that it is configured for or has directories of."""
+    """The graph of a run with all iterations that it is configured for or has directories of."""
     count = run.iterations
     while (run.path / folder_of(count + 1)).is_dir():
         count += 1
@@ -113,7 +113,7 @@ def whole_graph(run: RunDirectory) -> Graph:
 
 
 def up_to_date(graph: Graph) -> set[str]:
-    """The published stages whose inputs are what their upstream stages have published now."""
+    """The published stages that read exactly what their upstream stages have published now."""
     found: set[str] = set()
     for node in graph.nodes.values():
         if not found.issuperset(node.needs) or not (node.output / MANIFEST).is_file():
@@ -124,7 +124,7 @@ def up_to_date(graph: Graph) -> set[str]:
 
 
 def leftovers(run: Path) -> Iterator[tuple[Path, str]]:
-    """Leftovers that nothing will read or resume, and why."""
+    """Files and directories that nothing will read or resume, each with the reason."""
     for path in sorted(run.glob(f"{TRASH}*")):
         yield path, "left by a command that was killed"
     for path in sorted(run.rglob("*.tmp")):
@@ -133,7 +133,7 @@ def leftovers(run: Path) -> Iterator[tuple[Path, str]]:
     for path in sorted(run.rglob(".*.partial-*")):
         name, _, key = path.name[1:].rpartition(".partial-")
         target = path.with_name(name)
-        # A released stage is made again under the key that it has.
+        # A released stage that runs again has the same key.
         again = (target / RELEASED).is_file() and Artifact.open(target).manifest.key[:16] == key
         if (target / MANIFEST).is_file() and not again:
             yield path, "begun under another key than what is published"

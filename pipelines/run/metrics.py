@@ -1,4 +1,4 @@
-"""Metrics of the iterations, derived from the published evaluations and from nothing else."""
+"""The metrics of iterations, derived from published evaluations alone."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ from contracts.manifest import MANIFEST
 from pipelines.graph import Graph, Node
 
 Z95 = 1.96
-"""Standard errors of a 95 % confidence interval, as in evaluations."""
+"""Half-width of a 95 % confidence interval in standard errors, as in evaluations."""
 COLUMNS = {
     "reward_mean": "reward",
     "reward_ci95": "± 95 %",
@@ -22,11 +22,11 @@ COLUMNS = {
     "response_length": "length",
     "stop_rate": "stop rate",
 }
-"""Names that a metric of an evaluation has, with their titles in tables."""
+"""Metrics of an evaluation, with their titles in tables."""
 
 
 def evaluations(graph: Graph) -> list[tuple[Path, dict[str, Any]]]:
-    """Each published evaluation of the graph, by iteration: the policy's directory and its metrics."""
+    """The published evaluations of the graph, by iteration: the policy's directory and its metrics."""
     found: list[tuple[Path, dict[str, Any]]] = []
     for node in graph.nodes.values():
         if node.stage.name == "evaluation" and (node.output / MANIFEST).is_file():
@@ -36,27 +36,27 @@ def evaluations(graph: Graph) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def policy_of(evaluation: Node, graph: Graph) -> Path:
-    """The policy that an evaluation judges."""
+    """The policy that an evaluation node evaluates."""
     sampler = graph.sampler(evaluation.path("rollouts"))
     assert sampler is not None
     return sampler.path("policy")
 
 
 def best_of(rows: list[tuple[Path, dict[str, Any]]], refused: Collection[int] = ()) -> tuple[Path, dict[str, Any]]:
-    """The best of `evaluations`, of those that no gate has refused: the initial policy is always among these."""
+    """The best of `evaluations` among the policies that no gate refused; the initial one never is."""
     judge = judge_of(rows[0][1])
     allowed = [row for row in rows if row[1]["iteration"] not in refused]
     return max(allowed or rows, key=lambda item: float(item[1][judge]))
 
 
 def is_further_scorer(name: str) -> bool:
-    """Whether a metric is the mean of a scorer beside `reward` and `gold`."""
+    """Whether a metric is the mean of a scorer other than `reward` and `gold`."""
     return name.endswith("_mean") and name not in COLUMNS
 
 
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of independent values, for example one difference for each prompt, and half its 95 % interval; infinite for
-    one value alone."""
+    """Mean of independent values (e.g. one difference per prompt) and half the width of its 95 % interval, which is
+    infinite for a single value."""
     if len(values) < 2:
         return values[0], math.inf
     return statistics.fmean(values), Z95 * statistics.stdev(values) / math.sqrt(len(values))

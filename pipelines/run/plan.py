@@ -1,4 +1,4 @@
-"""From the command line to a run's placed graph."""
+"""Turns a command line into a run's config and its placed graph."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,35 +21,35 @@ class Plan:
 
     source: str
     config: RunConfig
-    """What holds for all of it: with its date, with what sections take from each other, and models where they are."""
+    """The resolved config of the whole run: with its date, shared settings filled in, and local paths of models."""
     graph: Graph
     iterations: int
     commits: Commits | None = None
-    """What the names of things on the Hub stand for; None: the run is older than the record of that."""
+    """Commits that names on the Hub resolve to; None if the run is older than that record."""
 
     @property
     def cluster(self) -> Cluster:
-        """What this machine, and the scheduler of its config, give it."""
+        """The devices of this machine and of the config's scheduler."""
         return cluster_of(self.config)
 
     @property
     def parallel(self) -> int:
-        """Stages at once."""
+        """Maximum number of stages that run at once."""
         return self.cluster.parallel
 
     @property
     def warnings(self) -> list[str]:
-        """What is allowed, and hardly wanted."""
+        """Settings that are allowed but probably not intended."""
         found = (lag_beyond_run(self.graph), curriculum_beyond_run(self.config, self.iterations))
         return [warning for warning in found if warning is not None]
 
     @property
     def environments(self) -> list[str]:
-        """The kinds of environments that the stages need."""
+        """The environments that the stages need, by name."""
         return sorted({node.environment for node in self.graph.nodes.values()})
 
     def environment(self, name: str) -> EnvironmentConfig:
-        """What the config says of an environment."""
+        """The config of an environment."""
         return self.config.environments.of(name)
 
 
@@ -61,16 +61,16 @@ def plan_run(
     download: bool,
     cluster: Callable[[RunConfig], Cluster] = cluster_of,
 ) -> Plan:
-    """Read a configuration, and say which stages it asks for.
+    """Load a configuration and place the stages that it asks for.
 
     Args:
         source: the file, or the name of a recipe.
-        iterations: what --iters says.
-        download: get the models that are on the Hub; else those are used that are in the local cache.
-        cluster: what the stages are placed on.
+        iterations: value of --iters.
+        download: whether to download models from the Hub; otherwise those in the local cache are used.
+        cluster: returns the devices that the stages are placed on.
 
     Raises:
-        UserError: anything is wrong with it.
+        UserError: the configuration or the command line is wrong.
     """
     config, wanted, commits = read_run(source, overrides, iterations, download=download)
     return Plan(source, config, placed_graph(config, wanted, cluster(config)), wanted, commits)
@@ -79,10 +79,10 @@ def plan_run(
 def read_run(
     source: str, overrides: list[str], iterations: int | None, *, download: bool
 ) -> tuple[RunConfig, int, Commits | None]:
-    """The same config, how many iterations are wanted of it, and what names on the Hub stand for; nothing is placed.
+    """Load the config, the number of iterations, and the commits of names on the Hub, without placing stages.
 
     Raises:
-        UserError: anything is wrong with it.
+        UserError: the configuration or the command line is wrong.
     """
     config = dated(load_run_config(source, overrides))
     wanted = require_iterations(config, iterations)

@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run: the points of all its stages, each once, in the order in which they came."""
+"""metrics.jsonl of a run: the points of all its stages, each once, in order of arrival."""
 
 import math
 from collections.abc import Iterable
@@ -13,29 +13,29 @@ EVAL = "eval/"
 
 
 class PointStream:
-    """The points of a run, on its disk. Several processes, also on several machines, may record at once."""
+    """The points of a run on disk. Several processes on several machines may record at once."""
 
     def __init__(self, run: Path) -> None:
         self.path = run / METRICS
         self.known: set[tuple[str, str, str, int]] = set()
-        """Identities of the points that were there when this process looked last."""
+        """Identities of the points that this process has read or written."""
         self._offset = 0
         self._next = 0
         if self.path.exists():
             self._catch_up(self.path.read_bytes())
-            if self._offset and not self.known:  # of an earlier version: all of it is in the evaluations' manifests
+            if self._offset and not self.known:  # written by an earlier version; the evaluations' manifests have it all
                 self.path.unlink()
                 self._offset = 0
 
     def record(self, points: Iterable[Point]) -> None:
-        """Append those that are not there yet; their places in the stream are filled in, and what is no number left
-        out."""
+        """Append the points that are not there yet, numbered in the order of the stream and without values that are not
+        finite."""
         new = {point.identity: point for point in points if point.identity not in self.known}
         if not new:
             return
         with appending(self.path) as file:
             file.seek(self._offset)
-            self._catch_up(file.read())  # of others
+            self._catch_up(file.read())  # points of other processes
             lines: list[bytes] = []
             for point in new.values():
                 if point.identity not in self.known:
@@ -48,7 +48,7 @@ class PointStream:
             self._catch_up(content)
 
     def _catch_up(self, content: bytes) -> None:
-        """Take note of more of the file's content."""
+        """Register the points in further content of the file."""
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)
         for point in decode_points(whole):
@@ -57,7 +57,7 @@ class PointStream:
 
 
 def latest(points: Iterable[Point]) -> dict[str, list[Point]]:
-    """By stage, the points of its latest key: what holds, where a stage was made again."""
+    """The points of each stage under its latest key; points from before a stage ran again are left out."""
     found: dict[str, list[Point]] = {}
     for point in points:
         own = found.setdefault(point.stage, [])
@@ -68,5 +68,5 @@ def latest(points: Iterable[Point]) -> dict[str, list[Point]]:
 
 
 def is_evaluation(point: Point) -> bool:
-    """Whether a point has the metrics of an evaluation, rather than of one of the stages that it judges by."""
+    """Whether a point holds the metrics of an evaluation rather than of one of the stages that it reads."""
     return any(name.startswith(EVAL) and "/" not in name.removeprefix(EVAL) for name in point.metrics)

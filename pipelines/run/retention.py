@@ -1,14 +1,14 @@
-"""Retention: which checkpoints lose their weights, which rows are compressed, and why the others are kept.
+"""Retention: decides which checkpoints lose their weights and which rows are compressed, and why others are kept.
 
-A *released* checkpoint loses its weights and keeps everything else, above all its manifest, so that what was made from
-it is still reused. Before a stage that needs the weights runs, the driver runs the stage that made them once more.
+A *released* checkpoint has lost its weights and keeps everything else, in particular its manifest, so that artifacts
+made from it are still reused. If a stage needs the weights later, the driver first reruns the stage that made them.
 
-A kill at any instant leaves one of these, and each is cleaned up:
-  a released.json whose files are still there         the next time deletes them
-  FILE beside FILE.gz                                 the next time checks FILE.gz and deletes FILE
-  a scratch file, or a directory .trash-*             is deleted the next time, or by `pipeline gc`
+A kill at any instant leaves one of these states, and each is cleaned up:
+  a released.json whose files are still there         the next pass deletes the files
+  FILE next to FILE.gz                                the next pass checks FILE.gz and deletes FILE
+  a scratch file, or a directory .trash-*             the next pass or `pipeline gc` deletes it
 
-While a released stage runs once more, its old output is in superseded/, as after a change of its key.
+While a released stage runs again, its old output is in superseded/, as after a change of its key.
 """
 
 import gzip
@@ -52,7 +52,7 @@ CHUNK = 1 << 20
 
 
 def still_read(graph: Graph, published: Collection[str]) -> dict[str, str]:
-    """Each stage whose output is still an input of a stage to run, with the first such stage."""
+    """Each stage whose output is an input of a stage that is still to run, with the first such reader."""
     waiting = [node for node in graph.nodes.values() if node.name not in published]
     return {needed: node.name for node in reversed(waiting) for needed in node.needs}
 
@@ -63,7 +63,7 @@ def may_be_released(node: Node) -> bool:
 
 
 def unpushed(run: RunDirectory, graph: Graph, hub: HubSection | None) -> set[str]:
-    """The stages whose checkpoints are to be pushed to the Hub, and are not known to be there."""
+    """The training stages whose checkpoints have to be pushed to the Hub and are not recorded as pushed."""
     if hub is None or hub.model is None:
         return set()
     there = on_hub(run.events())
@@ -77,8 +77,8 @@ def why_kept(
     """For each checkpoint of an iteration that has its weights: why they are kept, or None if they may be deleted.
 
     Args:
-        published: names of the stages that will not run again as things stand.
-        waiting: names of those that are to be pushed first.
+        published: stages that will not run again as things stand.
+        waiting: stages whose checkpoints must be pushed first.
     """
     trained = [node for node in graph.nodes.values() if node.name in published and may_be_released(node)]
     policies, averages, critics = ([node.name for node in trained if node.role == role] for role in TRAINED)
@@ -105,7 +105,7 @@ def why_kept(
     reasons: dict[str, str | None] = {}
     for node in trained:
         artifact = Artifact.open(node.output)
-        if artifact.released and _weights(artifact):  # a kill came between the decision and the deletion
+        if artifact.released and _weights(artifact):  # killed between the decision and the deletion
             reasons[node.name] = None
         elif _weights(artifact):
             reasons[node.name] = "keep=all" if keep == "all" else causes.get(node.name)
@@ -117,7 +117,7 @@ def why_kept(
 
 
 def compressible(graph: Graph, published: Collection[str]) -> Iterator[tuple[Node, str | None]]:
-    """The rollouts, scores and experience not compressed yet, each with the reason to leave it so, or None."""
+    """The uncompressed rollouts, scores and experience, each with the reason to leave it uncompressed, or None."""
     readers = still_read(graph, published)
     trainings = {node.iteration: name for name, node in graph.nodes.items() if node.role == "training"}
     for name, node in graph.nodes.items():
@@ -139,13 +139,13 @@ def compressible(graph: Graph, published: Collection[str]) -> Iterator[tuple[Nod
 
 @dataclass(frozen=True)
 class CollectionStep:
-    """What to do with one path of a run, and why."""
+    """An action on one path of a run, and the reason for it."""
 
     verb: Literal["delete", "release", "compress", "keep"]
     path: Path
     reason: str
     bytes: int
-    """Disk space that its deletion frees."""
+    """Disk space in bytes that the action frees at most."""
 
 
 def steps(
@@ -163,9 +163,9 @@ def steps(
 
 
 def read_by_others(run: Path) -> dict[Path, str]:
-    """Paths inside a run that its sibling runs use as inputs, each with the name of such a run.
+    """Paths inside a run that other runs in the same folder use as inputs, each with the name of such a run.
 
-    What the other run has its own copy of does not count: a fork has one of what it took over.
+    An artifact that the other run has a copy of itself does not count, such as what a fork shares.
 
     Raises:
         UserError: the inputs of another run cannot be read.
@@ -190,7 +190,7 @@ def _has_own(run: Path, inside: Path) -> bool:
 
 
 def _names_in(run: Path) -> set[str]:
-    """Every string that may be a path in a run's config and in the inputs of its artifacts."""
+    """All strings in a run's config and in its artifacts' inputs that may be paths."""
     sources: list[Any] = []
     if (run / "config.resolved.yaml").is_file():
         sources.append(read_yaml(run / "config.resolved.yaml"))
@@ -202,7 +202,7 @@ def _names_in(run: Path) -> set[str]:
                 content = path.read_bytes()
                 sources.append(json.loads(content) if name == "run.json" else read_manifest(content).input_paths)
             except FileNotFoundError:
-                continue  # that run is being driven, and has just moved it
+                continue  # its driver has just moved it
             except ValueError as error:
                 raise UserError(
                     f"{path} is damaged, so that nobody knows what its run reads of {run.parent}: {error}. Delete it "
@@ -227,7 +227,7 @@ def plain_shards(artifact: Artifact) -> list[tuple[Path, File]]:
 
 
 def own_bytes(files: Iterable[Path]) -> int:
-    """Bytes that deleting files frees: none for a file with another hard link."""
+    """Bytes that deleting the files frees; a file with another hard link frees none."""
     found = [path.lstat() for path in files]
     return sum(status.st_size for status in found if status.st_nlink == 1)
 
@@ -236,7 +236,7 @@ def own_bytes(files: Iterable[Path]) -> int:
 
 
 def release(artifact: Artifact, reason: str) -> int:
-    """Record in released.json that a checkpoint's weights are deleted, and delete them; returns the bytes freed."""
+    """Record in released.json that a checkpoint's weights are deleted, and delete them. Returns the bytes freed."""
     _clear_scratch(artifact.path, RELEASED)
     if not artifact.released:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -250,7 +250,7 @@ def release(artifact: Artifact, reason: str) -> int:
 
 
 def compress(artifact: Artifact, stop: threading.Event | None = None) -> int:
-    """Replace the shards of an artifact by FILE.gz; returns the bytes freed. Returns early when `stop` is set.
+    """Replace the shards of an artifact by FILE.gz. Returns the bytes freed; stops early when `stop` is set.
 
     Raises:
         UserError: a file differs from the manifest; it is left as it is.
@@ -262,7 +262,7 @@ def compress(artifact: Artifact, stop: threading.Event | None = None) -> int:
         if _unpacked_sha256(target) != file.sha256:
             try:
                 packed = _pack(path, target, file.sha256, stop)
-            except OSError:  # a full disk gets its room back
+            except OSError:  # such as a full disk: free what was written
                 _clear_scratch(artifact.path, f"*{COMPRESSED}")
                 raise
             if not packed:
@@ -275,10 +275,10 @@ def compress(artifact: Artifact, stop: threading.Event | None = None) -> int:
 
 
 def _pack(path: Path, target: Path, sha256: str, stop: threading.Event | None) -> bool:
-    """Write FILE.gz under a temporary name, verify it and rename it; False if `stop` was set."""
+    """Write FILE.gz under a temporary name, verify and rename it. Returns False if `stop` was set."""
     scratch = target.with_name(f"{target.name}.{process_name()}.tmp")
     with path.open("rb") as source, scratch.open("wb") as packed:
-        # Without a name and a time in it, the same rows are the same bytes.
+        # Without file name and time in the header, equal rows give equal bytes.
         with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=6, mtime=0) as writer:
             while chunk := source.read(CHUNK):
                 if stop is not None and stop.is_set():
@@ -321,7 +321,7 @@ def released_inputs(node: Node, graph: Graph, where: Callable[[Path], Path] = la
 
 
 def made_again(graph: Graph, runs: Collection[str], where: Callable[[Path], Path]) -> dict[str, str]:
-    """The released stages that must run once more, with the reason, if the stages `runs` run."""
+    """The released stages that must run again if the stages `runs` do, each with the reason."""
     found: dict[str, str] = {}
     todo = list(runs)
     while todo:
@@ -337,7 +337,7 @@ def made_again(graph: Graph, runs: Collection[str], where: Callable[[Path], Path
 
 
 class Retention:
-    """Applies the section `retention` during a run; failures are recorded and do not end the run."""
+    """Applies the section `retention` during a run. Failures are recorded and do not end the run."""
 
     def __init__(
         self, run: RunDirectory, graph: Graph, section: RetentionSection, hub: HubSection | None = None
@@ -379,7 +379,7 @@ class Retention:
             self._failed("retention", error)
 
     def poll(self) -> bool:
-        """Record what the background thread has finished; returns whether it has more to do."""
+        """Record what the background thread has finished. Returns whether it has more to do."""
         for name, job in list(self._compressing.items()):
             if job.done():
                 del self._compressing[name]

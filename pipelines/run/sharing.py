@@ -1,4 +1,4 @@
-"""What runs share: published files never change, so another run has the same ones by hard links."""
+"""Shares published artifacts between runs by hard links, which is safe because published files never change."""
 
 import os
 import shutil
@@ -18,23 +18,24 @@ from pipelines.text import relative
 
 
 class Shared:
-    """What other runs have published, laid into a run's superseded/, where a stage finds it if its key is the same."""
+    """Offers artifacts of other runs for reuse: hard links in this run's superseded/, where a stage with the same key
+    finds them."""
 
     def __init__(self, run: Path, graph: Graph, but: Collection[str] = ()) -> None:
-        """Share the stages of `graph`, but for some that are to be made anew."""
+        """Offer artifacts for the stages of `graph`, except those in `but`, which have to run."""
         self._run = run
         self._nodes = {name: node for name, node in graph.nodes.items() if name not in but}
         self._linked: list[Path] = []
 
     def offer(self, other: Graph) -> None:
-        """Lay out what another run has published of the same stages."""
+        """Link the artifacts that another run has published for the same stages."""
         for name, node in self._nodes.items():
             theirs = other.nodes.get(name)
             if theirs is None or not (theirs.output / MANIFEST).is_file() or (theirs.output / RELEASED).exists():
                 continue
             place = kept(self._run, node, Artifact.open(theirs.output).manifest.key)
             if not place.exists() and not (node.output / MANIFEST).is_file():
-                scratch = Path(tempfile.mkdtemp(prefix=TRASH, dir=self._run))  # a kill leaves no half of it
+                scratch = Path(tempfile.mkdtemp(prefix=TRASH, dir=self._run))  # so that a kill leaves no partial copy
                 link(theirs.output, scratch / "linked")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(lender_file(place), str(relative(other.directory)).encode(), durable=False)
@@ -43,7 +44,7 @@ class Shared:
                 self._linked.append(place)
 
     def withdraw(self) -> int:
-        """Take away again what no stage has taken; returns how much was."""
+        """Remove the offered artifacts that no stage reused. Returns the number that were."""
         left = [place for place in self._linked if place.exists()]
         for place in left:
             discard(place, self._run)
@@ -51,7 +52,7 @@ class Shared:
 
 
 def link(source: Path, target: Path) -> None:
-    """The same files in another place: linked where the file system can, else copied. Published files never change."""
+    """Hard-link a directory's files to `target`, or copy them if the file system has no hard links."""
     for path in sorted(source.rglob("*")):
         copy = target / path.relative_to(source)
         if path.is_dir():

@@ -1,11 +1,10 @@
-"""superseded/ keeps what a stage published under other keys, and gives it back when that key is wanted again.
+"""Keeps what a stage published under other keys in superseded/, and restores it when that key is wanted again.
 
-    superseded/STAGE/KEY/            what STAGE had published under KEY; also what it had published without weights,
-                                     while these are made again
-    superseded/STAGE/KEY-forced-N/   what was made anew by --force
-    superseded/STAGE/KEY.run         where KEY/ was laid there by --share: whose it is
+    superseded/STAGE/KEY/            output of STAGE under KEY; also its output without weights, while these are rebuilt
+    superseded/STAGE/KEY-forced-N/   output that --force moved aside
+    superseded/STAGE/KEY.run         for an output offered by --share: the run that it belongs to
 
-Deletions go by way of .trash-*, so that nobody ever sees half of a directory.
+Directories are renamed to .trash-* before they are deleted, so that no process sees a partial directory.
 """
 
 import os
@@ -23,7 +22,7 @@ TRASH = ".trash-"
 
 
 def act_on(node: Node, decision: Decision, run: Path) -> None:
-    """Move a stage's old output aside before it runs, or move back the output that has the wanted key."""
+    """Move a stage's old output aside before it runs, or restore the output that has the wanted key."""
     if (node.output / MANIFEST).is_file():
         old = Artifact.open(node.output).manifest.key
         if old == decision.key and decision.reuse:
@@ -31,7 +30,7 @@ def act_on(node: Node, decision: Decision, run: Path) -> None:
             return
         aside = kept(run, node, old)
         aside.parent.mkdir(parents=True, exist_ok=True)
-        if aside.exists():  # of a released stage that was made again by a command that was killed
+        if aside.exists():  # a released output, replaced by a command that was killed
             discard(aside, run)
         os.rename(node.output, aside)
     if decision.reuse:
@@ -42,9 +41,9 @@ def act_on(node: Node, decision: Decision, run: Path) -> None:
 
 
 def drop_replaced(node: Node, key: str, run: Path) -> bool:
-    """After a released stage has run once more, delete its old output; returns whether the content is the same.
+    """Delete the old output of a released stage that has run again. Returns whether the new content is the same.
 
-    A stage that follows another may also make what is kept here: before the other's end nobody can tell.
+    A stage that follows another may also reproduce an output kept here: its key is known only when the other ends.
     """
     old = kept(run, node, key)
     if not old.exists():
@@ -56,13 +55,13 @@ def drop_replaced(node: Node, key: str, run: Path) -> bool:
 
 
 def drop_partials(node: Node) -> None:
-    """After a stage has published: delete the partial outputs of attempts under other keys."""
+    """Delete the partial outputs of attempts under other keys, after a stage has published."""
     for path in node.output.parent.glob(f".{node.output.name}.partial-*"):
         shutil.rmtree(path)
 
 
 def discard(directory: Path, run: Path) -> None:
-    """Delete a directory of a run atomically, by renaming it first; and the note whose it is, of what was shared."""
+    """Delete a directory of a run atomically by renaming it first, along with the file that names its lender."""
     lender_file(directory).unlink(missing_ok=True)
     trash = Path(tempfile.mkdtemp(prefix=TRASH, dir=run))
     os.rename(directory, trash / "discarded")
@@ -70,6 +69,6 @@ def discard(directory: Path, run: Path) -> None:
 
 
 def end_deletions(run: Path) -> None:
-    """After a kill: finish interrupted deletions."""
+    """Finish deletions that a kill interrupted."""
     for trash in run.glob(f"{TRASH}*"):
         shutil.rmtree(trash)

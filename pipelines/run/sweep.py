@@ -1,4 +1,4 @@
-"""`pipeline sweep CONFIG key=[a,b] ...`: the runs of a grid of values, and what they share."""
+"""`pipeline sweep CONFIG key=[a,b] ...`: the runs for a grid of values."""
 
 import itertools
 import json
@@ -12,12 +12,12 @@ from contracts.errors import UserError
 from contracts.nested import flat
 
 MOST = 256
-"""Runs of a sweep: more are a mistake of somebody's."""
+"""Maximum number of runs of a sweep; more are most likely a mistake."""
 
 PLACES = ("name", "directory")
-"""Keys that say where the runs are."""
+"""Keys that locate the runs and cannot be swept."""
 LONGEST = 100
-"""Characters of a run's name."""
+"""Maximum length of a run's name in characters."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class GridPoint:
 
 
 def grid(overrides: list[str]) -> list[GridPoint]:
-    """Every combination of the values of the keys that have a list, with the others as they are.
+    """Every combination of the values of the keys that have a list; the other overrides apply to all runs.
 
     Raises:
         UserError: no key has a list of values, or there are too many combinations.

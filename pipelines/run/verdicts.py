@@ -1,4 +1,4 @@
-"""What a command would do with each stage, as far as it is known in advance."""
+"""Predicts what a command will do with each stage, as far as that is known in advance."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,25 +15,25 @@ from pipelines.run.retention import made_again
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a stage is reused, and why."""
+    """Whether a stage is reused or runs, and why."""
 
     reuse: bool
     reason: str
     again: bool = False
-    """Its weights were deleted, and are needed."""
+    """It runs only because its weights were deleted and are needed."""
 
 
 def reused(plan: Mapping[str, Verdict]) -> set[str]:
-    """The stages that stay as they are."""
+    """The stages that are reused."""
     return {name for name, verdict in plan.items() if verdict.reuse}
 
 
 def verdicts(graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Verdict]:
-    """For every stage *reuse* or *run*, and why. What comes after a stage that runs may turn out to be reused."""
+    """Whether each stage is reused or runs, and why. A stage after one that runs may turn out to be reused."""
     certain: set[str] = set()
     runs: list[str] = []
     found: dict[str, Verdict] = {}
-    moved: dict[str, Path] = {}  # stages that would be taken back, and where they are now
+    moved: dict[str, Path] = {}  # present place of the outputs in superseded/ that would be restored
 
     def where(path: Path) -> Path:
         owner = graph.owner(path) if moved else None
