@@ -1,1 +1,1 @@
-"""Runs stages: the driver, supervisors, and the executors that put them somewhere."""
+"""Runs stages: the driver, supervisors, and executors."""

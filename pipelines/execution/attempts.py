@@ -1,4 +1,4 @@
-"""What an attempt at a stage needs before it starts, and the rules for retries."""
+"""Prepares attempts at a stage, and decides about retries."""
 
 import os
 import random
@@ -45,11 +45,11 @@ class Retries:
         self._chance = random.Random()
 
     def waits(self, stage: str) -> bool:
-        """Whether the pause before a retry is not over."""
+        """Whether a stage still pauses before its next attempt."""
         return time.monotonic() < self._until.get(stage, 0.0)
 
     def pause_after(self, stage: str, kind: FailureKind) -> float | None:
-        """Seconds until the next try, or None where there is to be none."""
+        """Count a failed attempt. Returns the seconds until the next one, or None if there is none."""
         if kind == "stopped":
             counted = self._preemptions
         elif kind == "transient" and self._transient[stage] < self.limit:
@@ -66,7 +66,7 @@ STAGE_CONFIG = "stage.yaml"
 
 
 def write_request(node: Node, attempt: Path, request: AttemptRequest) -> None:
-    """Write a stage's config and what a supervisor is to run into the attempt's directory."""
+    """Write a stage's config and a supervisor's request into the attempt's directory."""
     write_atomically(attempt / STAGE_CONFIG, yaml_text.dump(node.config.model_dump(mode="json")).encode())
     write_atomically(attempt / REQUEST, msgspec.json.encode(request))
 
@@ -74,11 +74,11 @@ def write_request(node: Node, attempt: Path, request: AttemptRequest) -> None:
 def stage_request(
     node: Node, attempt: Path, run: Path, config: RunConfig, threads: int, *, here: bool
 ) -> AttemptRequest:
-    """What a supervisor is to run for an attempt at a stage.
+    """The supervisor's request for an attempt at a stage.
 
     Args:
         threads: cores for each of the stage's processes.
-        here: it runs on this machine and ends with this process.
+        here: whether it runs on this machine and ends with this process.
     """
     path = attempt / STAGE_CONFIG
     environment = config.environments.of(node.environment)
@@ -86,7 +86,7 @@ def stage_request(
     variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))
     first_on_path, unset = "", []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not here:  # the node has a PATH and devices of its own
+    if not here:  # the node has its own PATH and devices
         unset = ["SUBMITIT_EXECUTOR", "SUBMITIT_FOLDER"]
         if "PATH" in variables and "PATH" not in environment.variables:
             first_on_path = variables.pop("PATH").partition(os.pathsep)[0]
@@ -96,7 +96,7 @@ def stage_request(
     if here and node.placement is not None and node.placement.exclusive:
         variables |= {"CUDA_VISIBLE_DEVICES": device_names(node.placement.devices)} if gpu_count() else {}
         cores = () if gpu_count() else core_numbers(node.placement.devices)
-    decision = decision_of(attempt)  # none yet in a detached run, in which nobody follows
+    decision = decision_of(attempt)  # None in a detached run, where no stage follows another
     return AttemptRequest(
         argv=argv,
         environment=variables,
@@ -114,7 +114,7 @@ def stage_request(
 
 
 def require_disk_space(node: Node, graph: Graph, config: RunConfig) -> None:
-    """Raise UserError when the disk has no room for what a stage is estimated to write."""
+    """Raise UserError if the disk has too little space for the estimated output of a stage."""
     run = graph.directory
     require_space(run, "directory")
     needed, free = disk_bytes(node, graph), shutil.disk_usage(run).free
@@ -135,5 +135,5 @@ def decision_of(attempt: Path) -> Decision | None:
     """The decision for an attempt; None if there is none yet."""
     try:
         return msgspec.json.decode((attempt / DECISION).read_bytes(), type=Decision)
-    except (OSError, ValueError):  # none yet, or it was damaged: the same is decided once more
+    except (OSError, ValueError):  # none yet, or damaged: the decision is repeated
         return None

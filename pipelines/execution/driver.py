@@ -1,4 +1,4 @@
-"""The driver: runs a graph's stages as soon as their inputs are published, each at most once."""
+"""The driver: runs the stages of a graph as soon as their inputs are published."""
 
 import contextlib
 import os
@@ -42,17 +42,17 @@ END_SECONDS = 20.0
 
 @dataclass
 class Running:
-    """A stage that an executor works on."""
+    """A stage that an executor is running."""
 
     node: Node
     attempt: Path
     job: Job
     decision: Decision
-    """What was decided before it."""
+    """The decision to run it."""
 
 
 class Driver:
-    """Drives one run. Its state is what is on the disk: killed at any instant, the same command continues."""
+    """Drives one run. Its state is on disk: if killed at any instant, the same command continues."""
 
     def __init__(self, site: Site, listeners: Sequence[Listen]) -> None:
         self.run, self.graph, self.config = site.run, site.graph, site.config
@@ -63,17 +63,17 @@ class Driver:
         self.cluster = cluster_of(self.config)
         self.published: set[str] = set()
         self.running: dict[str, Running] = {}
-        self.again: dict[str, str] = {}  # released stages that are to be made again, and why
+        self.again: dict[str, str] = {}  # released stages whose weights are rebuilt, with the reason
         self.stopped: GateDecision | None = None
-        self.left: set[str] = set()  # stages at work for iterations that a rollback has changed since
+        self.left: set[str] = set()  # running stages of iterations that a rollback has changed since
         self.ran = 0
 
     def drive(self) -> int:
-        """Publish every stage of the graph; returns how many had to be run.
+        """Publish every stage of the graph. Returns the number of stages that had to run.
 
         Raises:
-            UserError: a stage found a mistake of the user's.
-            StageFailedError: a stage failed otherwise.
+            UserError: a stage failed because of a user's mistake.
+            StageFailedError: a stage failed for another reason.
             RunStoppedError: a gate has stopped the run.
         """
         by = f"process {os.getpid()} on {socket.gethostname()}"
@@ -90,7 +90,7 @@ class Driver:
             ended = RunEnded(outcome="interrupted")
             raise
         finally:
-            with contextlib.suppress(OSError):  # a full disk is told by what it has stopped
+            with contextlib.suppress(OSError):  # a full disk has its own error message
                 self.run.record(ended)
             self.broadcast.close()
         if self.stopped:
@@ -98,7 +98,7 @@ class Driver:
         return self.ran
 
     def recover(self) -> None:
-        """See to what earlier commands have left: processes, jobs, scratch files."""
+        """Clean up what earlier commands left: processes, jobs, scratch files."""
         for pid in end_orphans(self.run.path):
             self.run.record(OrphanEnded(pid=pid))
         for executor in {*self.executors.used(), *self.executors.lasting()}:
@@ -107,13 +107,13 @@ class Driver:
         end_deletions(self.run.path)
 
     def publish_all(self) -> None:
-        """Run the stages, then what retention has left to do."""
+        """Run the stages, then finish the work of retention."""
         try:
             while not self.published.issuperset(node.name for node in self.order):
                 if (self.run.path / CANCEL).exists():  # by `pipeline cancel`, on any machine
                     raise KeyboardInterrupt
                 self.start_ready()
-                # Before it collects: one that ends from here on is waited for, and that wait is over at once.
+                # Before `collect_ended`: if one of these ends from here on, the wait below returns at once.
                 at_work = [running.job.pid for running in self.running.values() if not running.job.ended()]
                 before = len(self.running)
                 self.collect_ended()
@@ -131,13 +131,13 @@ class Driver:
             time.sleep(POLL_SECONDS)
 
     def start_ready(self) -> None:
-        """Reuse or start the stages whose inputs are published, the most urgent first, as many as may run.
+        """Reuse or start stages whose inputs are published, the most urgent first, as many as may run at once.
 
-        What those wait for that follow goes before all: it may have been killed, and they give their devices back when
-        it has published.
+        Makers that running stages follow come first: a killed maker has to restart, and its followers release their
+        devices only once it has published.
         """
         if self.left:
-            return  # what is at work may read what is to be made anew
+            return  # they may read artifacts that will be replaced
         turn = Turn(self.cluster, filter(None, (running.node.placement for running in self.running.values())))
         awaited = {path for running in self.running.values() for path in running.decision.follows}
         for node in sorted(self.order, key=lambda node: str(node.output) not in awaited):
@@ -149,12 +149,12 @@ class Driver:
                 if node.name not in self.running:
                     turn.release(node.placement)
                 if node.name in self.published and self.heed(node):
-                    return  # what was to follow is other than it was
+                    return  # the order of stages has changed
         if self.config.placement.streaming:
             self.start_followers(turn)
 
     def start_followers(self, turn: Turn) -> None:
-        """Start stages on what an input's maker has finished so far, on devices that no other stage can have now."""
+        """Start stages on the shards that an input's maker has finished, on devices that no other stage can use now."""
         for node in self.order:
             if node.name in self.published or node.name in self.running or self.lifecycle.retries.waits(node.name):
                 continue
@@ -166,7 +166,7 @@ class Driver:
                 self.start(node, decision)
 
     def maker_to_follow(self, node: Node) -> Running | None:
-        """The stage at work that a stage can follow, if it waits for nothing else."""
+        """The running stage that `node` can follow, or None; all its other inputs must be published."""
         followed = self.graph.followed(node)
         maker = None if followed is None else self.running.get(followed.name)
         if maker is None:
@@ -177,11 +177,11 @@ class Driver:
         return maker if has_begun(maker.attempt) and not again else None
 
     def may_start(self, node: Node) -> bool:
-        """Whether a stage has all that it needs but devices."""
+        """Whether a stage has everything it needs except devices."""
         return self.published.issuperset(node.needs) and not self.lifecycle.retries.waits(node.name)
 
     def reuse_or_start(self, node: Node) -> None:
-        """Decide about one stage and act on it."""
+        """Decide about one stage and act on the decision."""
         decision = self.lifecycle.decide(node, self.again.get(node.name))
         if not decision.reuse and self.make_inputs_again(node):
             return
@@ -192,7 +192,7 @@ class Driver:
         self.start(node, decision)
 
     def start(self, node: Node, decision: Decision) -> None:
-        """Begin an attempt at a stage, or adopt the one that an earlier command has left."""
+        """Begin an attempt at a stage, or adopt one that an earlier command left running."""
         executor = self.executors.of(node)
         job = executor.adopt(node, decision.key)
         if job is None:
@@ -205,21 +205,21 @@ class Driver:
         self.lifecycle.start(node, decision, attempt)
 
     def make_inputs_again(self, node: Node) -> bool:
-        """Have the stages run again whose deleted weights `node` needs; whether there are any to wait for."""
+        """Rerun the stages whose deleted weights `node` needs. Returns whether there are any."""
         released = released_inputs(node, self.graph)
         self.published.difference_update(self.lifecycle.invalidate(released, why_again(node.name)))
         self.again |= dict.fromkeys(released, why_again(node.name))
         return bool(released)
 
     def collect_ended(self) -> None:
-        """Take note of stages that have ended: published, to be tried again, or failed, which stops the run."""
+        """Handle stages that have ended: published, to be retried, or failed, which stops the run."""
         for running in list(self.running.values()):
             if not running.job.ended():
                 continue
             node, decision = running.node, running.decision
             published = appears(node.output / MANIFEST)
             if decision.follows and published and not self.published.issuperset(node.needs):
-                continue  # it has ended before its input's maker has: its turn comes then
+                continue  # ended before the maker of its input: handled after that
             del self.running[node.name]
             left = node.name in self.left
             self.left.discard(node.name)
@@ -234,14 +234,14 @@ class Driver:
             outdated = self.lifecycle.finalize(node, key, running.attempt)
             self.ran += 1
             self.again.pop(node.name, None)
-            if self.published.issuperset(node.needs) and not left:  # no input is about to change after all
+            if self.published.issuperset(node.needs) and not left:  # no input has been invalidated meanwhile
                 self.published.add(node.name)
             self.published.difference_update(outdated)
             self.lifecycle.retain(node, self.published)
             self.heed(node)
 
     def heed(self, node: Node) -> bool:
-        """Do as a gate has decided that is published now; whether that changes what is to be done after it."""
+        """Carry out a gate's published decision. Returns whether it changes the stages that run after it."""
         decision = decision_after(node)
         if decision is None:
             return False
@@ -249,21 +249,21 @@ class Driver:
             self.stopped = decision
             self.order = [other for other in self.order if (other.iteration or 0) <= decision.iteration]
             return True
-        if self.stopped is not None and decision.iteration == self.stopped.iteration:  # by what was made again
+        if self.stopped is not None and decision.iteration == self.stopped.iteration:  # the gate ran again
             self.stopped, self.order = None, in_order(self.graph, self.config)
         if self.graph.rollbacks.get(node.name) == (decision.start if decision.action == "rollback" else None):
             return False
         last = max(other.iteration or 0 for other in self.graph.nodes.values())
         self.graph.become(placed_graph(self.config, last, self.cluster))
         self.order = in_order(self.graph, self.config)
-        # With a lag some of a later iteration may be there, and other than it is to be: it is decided about once more.
+        # With a lag, artifacts of later iterations may exist that the rollback has outdated: decide about them again.
         later = {other.name for other in self.order if (other.iteration or 0) > decision.iteration}
         self.published -= later
         self.left = later & self.running.keys()
         return True
 
     def tell(self) -> None:
-        """Tell the listeners what is new, and where a stage that was started waits for something."""
+        """Pass new events to the listeners, including stages that wait for something."""
         for name, running in self.running.items():
             if text := running.job.news():
                 self.run.record(StageWaits(stage=name, text=text))
@@ -271,7 +271,7 @@ class Driver:
         self.broadcast.tell(self.lifecycle.untold())
 
     def fail(self, running: Running, ending: Ending) -> NoReturn:
-        """Stop the run with what the stage left as its reason."""
+        """Stop the run with the reason that the stage left."""
         name, log = running.node.name, log_of(running.attempt)
         program = ["python", "-m", "pipelines"] if sys.argv[0].endswith("__main__.py") else [sys.argv[0]]
         resume = f"Then continue with: {shlex.join([*program, *sys.argv[1:]])}"
@@ -281,7 +281,7 @@ class Driver:
         raise StageFailedError(f"stage {name} {ending.how}\n{reason.rstrip()}\n  log: {log}\n  {resume}", 1)
 
     def end_running(self) -> None:
-        """End the stages that still run: after a failure or an interrupt. What they published in part is kept."""
+        """End the running stages, after a failure or an interrupt. Their partial output is kept."""
         if not self.running:
             return
         grace = self.config.executor.grace_seconds
@@ -294,7 +294,7 @@ class Driver:
             deadline = time.monotonic() + grace + END_SECONDS
             while any(not running.job.ended() for running in self.running.values()) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
-        finally:  # also when interrupted once more
+        finally:  # also after a second interrupt
             end_orphans(self.run.path)
 
 

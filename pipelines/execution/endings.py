@@ -1,4 +1,4 @@
-"""How an attempt at a stage goes on and how it ended, by the files that its supervisors leave."""
+"""Progress and outcome of an attempt at a stage, from the files that its supervisors leave."""
 
 import json
 import re
@@ -13,28 +13,28 @@ from contracts.points import REPORTS, decode_reports
 from contracts.stopping import SIGNALS, TERMINAL
 
 PUBLISHER = "publisher"
-"""Folder of the supervisor that publishes what the tasks of an attempt have made."""
+"""Folder of the supervisor that publishes the output of an attempt's tasks."""
 PART = re.compile(rf"task-\d+|{PUBLISHER}")
 COUNTED = {"done": int, "total": int, "unit": str}
 LAST_BYTES = 1 << 14
-"""Of a file of reports; many times the length of one."""
+"""Bytes read from the end of a file of reports; many times the length of a report."""
 SEVERITY: dict[FailureKind, int] = {"user": 0, "transient": 1, "error": 2, "stopped": 3}
-"""Which of several failures explains the others: the lowest."""
+"""Order in which failures explain each other: the lowest is the cause."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt that published nothing ended."""
+    """Outcome of an attempt that published nothing."""
 
     kind: FailureKind
     how: str
-    """In words: "failed with exit code 1."."""
+    """The outcome in words: "failed with exit code 1."."""
     reason: str | None
-    """What the first failing process said, if it said anything."""
+    """The error message of the first failing process, if it left one."""
 
 
 def ending_of(attempt: Path) -> Ending:
-    """How an attempt that published nothing ended, and whose fault it was."""
+    """The outcome of an attempt that published nothing, with the kind of failure."""
     endings = [_ending_of_part(part) for part in parts_of(attempt)]
     bad = [ending for ending in endings if ending is not None]
     if not bad:
@@ -52,13 +52,13 @@ def has_begun(attempt: Path) -> bool:
 
 
 def parts_of(attempt: Path) -> list[Path]:
-    """The folders in which the supervisors of an attempt keep their files; tasks first."""
+    """The folders in which an attempt's supervisors keep their files, tasks first."""
     found = [path for path in attempt.iterdir() if PART.fullmatch(path.name)] if attempt.is_dir() else []
     return sorted(found, key=lambda path: (path.name == PUBLISHER, len(path.name), path.name)) or [attempt]
 
 
 def _ending_of_part(part: Path) -> Ending | None:
-    """How one supervisor's command ended; None if well."""
+    """The outcome of one supervisor's command; None if it succeeded."""
     failure = _first_failure([part])
     if not (part / "exit.json").exists():
         kind: FailureKind = "transient"
@@ -93,15 +93,16 @@ def _how(code: int, stalled: float | None) -> tuple[str, FailureKind]:
 
 
 def failure_of(attempt: Path) -> dict[str, Any] | None:
-    """The failure that a process of the attempt left and that explains the others.
+    """The failure record that explains the other failures of an attempt.
 
-    A mistake of the user's, or a transient failure of the machine, is the cause where there is one: what the other
-    processes say follows from it. Among several of a kind the first counts.
+    A user's mistake or a transient failure is the cause if there is one, since the messages of the other processes
+    follow from it. Among failures of the same kind the first counts.
     """
     tasks = [part for part in parts_of(attempt) if part.name != PUBLISHER]
     found, later = _first_failure(tasks), _first_failure([attempt / PUBLISHER])
+    # A transient failure of the publisher only says that output of the tasks is missing.
     if found is None or (found["kind"] == "stopped" and later is not None and later["kind"] != "transient"):
-        return later  # transient: what the tasks have not made is missing
+        return later
     return found
 
 
@@ -114,7 +115,7 @@ def _first_failure(parts: list[Path]) -> dict[str, Any] | None:
 
 
 def _read(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any] | None:
-    """A small file that a stage or its supervisor has left; None where it was torn, or is somebody else's."""
+    """Read a small file of a stage or its supervisor; None if it is torn or has other content."""
     try:
         record = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -123,12 +124,12 @@ def _read(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> dict[str
 
 
 def _is_record(value: Any, fields: Mapping[str, type | tuple[type, ...]]) -> TypeGuard[dict[str, Any]]:
-    """Whether something that was read is an object with these fields, of these types."""
+    """Whether a decoded value is an object with these fields of these types."""
     return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in fields.items())
 
 
 def log_of(attempt: Path) -> Path:
-    """The log to read first: of the part that failed, else of the last one that has any."""
+    """The log to read first: of the part that failed, else of the last part that has one."""
     parts = parts_of(attempt)
     failed = [part for part in parts if _ending_of_part(part) is not None and any(part.glob(FAILURES))]
     logged = [part for part in reversed(parts) if (part / "stage.log").is_file()]
@@ -136,7 +137,7 @@ def log_of(attempt: Path) -> Path:
 
 
 def progress_of(attempt: Path) -> str | None:
-    """How far an attempt says it is: "3/8 shards" or "3/8 shards, 17/64 samples of the next"; None: nothing yet."""
+    """Reported progress of an attempt: "3/8 shards" or "3/8 shards, 17/64 samples of the next"; None: nothing yet."""
     furthest = _furthest(attempt)
     if furthest is None:
         return None
@@ -146,13 +147,13 @@ def progress_of(attempt: Path) -> str | None:
 
 
 def share_of(attempt: Path) -> float:
-    """How much of its work an attempt says it has done, from 0 to 1."""
+    """The reported progress of an attempt as a fraction from 0 to 1."""
     furthest = _furthest(attempt)
     return furthest["done"] / furthest["total"] if furthest is not None and furthest["total"] else 0.0
 
 
 def latest_metrics(attempt: Path) -> dict[str, float]:
-    """What an attempt has reported last, by the stage's own names; nothing where it has not."""
+    """The metrics that an attempt reported last, by the stage's own names; empty if there are none."""
     files = list(attempt.rglob(REPORTS))
     if not files:
         return {}
@@ -169,7 +170,7 @@ def _furthest(attempt: Path) -> dict[str, Any] | None:
 
 
 def log_tail(attempt: Path) -> str:
-    """The end of what an attempt's stage has printed; where it has not even started, of what its jobs have."""
+    """The end of an attempt's stage log, or of its jobs' output if the stage did not start."""
     log = log_of(attempt)
     return "\n".join(tail(path) for path in [log, *sorted(attempt.glob("*_log.out"))][: 1 if log.is_file() else None])
 

@@ -1,14 +1,13 @@
 """The lifecycle of a stage, from the decision about it to retention.
 
-    decide      reuse what is published, or run, and why
-    act         make way for what it is to publish, or take back what fits
+    decide      reuse the published output, or run, and why
+    act         move the old output aside, or restore the one that fits
     start       an attempt begins
     finalize    an attempt has published
-    fail        an attempt has not: whether there is another one, and when
-    retain      delete and compress what is not needed any more
+    fail        an attempt has failed: whether and when to retry
+    retain      delete and compress what is no longer needed
 
-A driver that watches and the jobs of a detached run both go through this, on whichever machine they are; who waits for
-whom is their own affair.
+Both a driver and the jobs of a detached run go through it, on any machine. When a stage may start is up to them.
 """
 
 import contextlib
@@ -53,7 +52,7 @@ from pipelines.run.superseded import act_on, drop_partials, drop_replaced
 
 
 class Lifecycle:
-    """The lifecycle of a run's stages. All state is on the disk."""
+    """The lifecycle of a run's stages. All state is on disk."""
 
     def __init__(self, run: RunDirectory, graph: Graph, config: RunConfig) -> None:
         self.run = run
@@ -68,21 +67,21 @@ class Lifecycle:
         """Decide about a stage whose inputs are published.
 
         Args:
-            again: why its weights are to be made again, where these were deleted.
+            again: the reason to rebuild its deleted weights, if something needs them.
         """
         environment = self.config.environments.of(node.environment)
         return decide(node, probe_versions(environment, node.environment), self.run.path, again=again)
 
     def follow(self, node: Node, maker: Node, decision: Decision) -> Decision:
-        """The decision to start a stage beside the maker of one of its inputs, about which was decided before."""
+        """The decision to start a stage while the maker of one of its inputs runs, for which `decision` was made."""
         versions = probe_versions(self.config.environments.of(node.environment), node.environment)
         return decide_to_follow(node, versions, maker, Maker(decision.key, decision.hidden_key))
 
     def act(self, node: Node, decision: Decision) -> None:
-        """Move the old output of a stage aside before it runs, or reuse an output with the wanted key.
+        """Move a stage's old output aside before it runs, or reuse the output with the wanted key.
 
         Raises:
-            UserError: the disk has no room for what the stage is estimated to write.
+            UserError: the disk has too little space for the estimated output of the stage.
         """
         act_on(node, decision, self.run.path)
         if not decision.reuse:
@@ -91,23 +90,23 @@ class Lifecycle:
         event = StageReused(time=time.time(), stage=node.name, reason=decision.reason, key=decision.key)
         if self._recorded.get(node.name) == decision.key:
             self._untold.append(event)
-        else:  # also after a driver that was killed between a stage's end and what it does then
+        else:  # also if a driver was killed before `finalize`
             drop_partials(node)
             self.run.record(event)
 
     @functools.cached_property
     def _recorded(self) -> dict[str, str]:
-        """The key under which each stage is published, by the recorded events."""
+        """The key under which each stage was last published or reused, according to the events."""
         events = [event for event in self.run.events() if isinstance(event, StagePublished | StageReused)]
         return {event.stage: event.key for event in events}
 
     def untold(self) -> list[Event]:
-        """Events that say nothing new and are not recorded: stages that are reused once more."""
+        """Events that repeat recorded ones and are only shown: stages that are reused once more."""
         events, self._untold = self._untold, []
         return events
 
     def start(self, node: Node, decision: Decision, attempt: Path) -> None:
-        """An attempt at a stage begins."""
+        """Record that an attempt at a stage begins."""
         where = node.placement
         event = StageStarted(
             stage=node.name,
@@ -120,7 +119,7 @@ class Lifecycle:
         self.run.record(event)
 
     def begin_attempt(self, node: Node, decision: Decision) -> Path:
-        """A new attempt, with what was decided before it."""
+        """Create an attempt with the decision that led to it."""
         attempt = self.run.new_attempt(node.name)
         write_decision(attempt, decision)
         return attempt
@@ -129,11 +128,10 @@ class Lifecycle:
         """Record that an attempt has published.
 
         Returns:
-            The stages that may come out differently now: those after one whose deleted weights were made again, and
-            are other ones than before.
+            The stages that have to be decided about again, because rebuilt weights differ from those that they read.
 
         Raises:
-            StageFailedError: it is something else than was asked for.
+            StageFailedError: it was published under another key than asked for.
         """
         artifact = Artifact.open(node.output)
         if artifact.manifest.key != key:
@@ -144,7 +142,7 @@ class Lifecycle:
                 1,
             )
         drop_partials(node)
-        with contextlib.suppress(TransientError):  # the logs were deleted, and nobody knows what was asked for
+        with contextlib.suppress(TransientError):  # the request was deleted
             asked, ran = request_of(attempt).source, artifact.manifest.versions.get("ratchet", "")
             if ran != asked:
                 self.run.record(SourceChanged(stage=node.name, asked=asked, ran=ran))
@@ -157,15 +155,15 @@ class Lifecycle:
         return [] if drop_replaced(node, key, self.run.path) else self._invalidated(node)
 
     def _profile(self, node: Node, attempt: Path) -> None:
-        """Add what a stage took to the profiles, which are for predictions alone: where that fails it is told once, and
-        the run goes on."""
+        """Add a stage's timing to the profiles. These only serve predictions: an error is recorded once, and the run
+        continues."""
         if self._profiles is None:
             return
         try:
             self._profiles.add(node, attempt, time.time())
         except Exception as error:
             self._profiles = None
-            with contextlib.suppress(OSError):  # a full disk ends the run by itself, with its own words
+            with contextlib.suppress(OSError):  # a full disk ends the run with its own error message
                 self.run.record(ListenerFailed(listener="profiles", error=f"{type(error).__name__}: {error}"))
 
     def _invalidated(self, node: Node) -> list[str]:
@@ -177,7 +175,7 @@ class Lifecycle:
         return self.invalidate([name for name in self.graph.nodes if name in outdated - {node.name}], reason)
 
     def invalidate(self, stages: list[str], reason: str) -> list[str]:
-        """These stages are to be decided about once more, as far as they were published; returns them."""
+        """Record that these stages have to be decided about again, if they were published. Returns them."""
         for stage in stages:
             self._recorded.pop(stage, None)
             if (self.graph.nodes[stage].output / MANIFEST).is_file():
@@ -185,7 +183,7 @@ class Lifecycle:
         return stages
 
     def fail(self, node: Node, attempt: Path) -> tuple[Ending, float | None]:
-        """Record a failed attempt: how it ended, and the pause before a retry.
+        """Record a failed attempt. Returns its outcome and the pause before a retry.
 
         Raises:
             UserError: the disk is full.
@@ -198,7 +196,7 @@ class Lifecycle:
         return ending, pause
 
     def concerns_retention(self, node: Node) -> bool:
-        """Whether something may go, now that a stage is published."""
+        """Whether retention may delete or compress something now that this stage is published."""
         return may_be_released(node) or node.stage.name in ("evaluation", "checkpoint-evaluation")
 
     def retain(self, node: Node, published: Collection[str]) -> None:
@@ -208,8 +206,8 @@ class Lifecycle:
 
 
 def _begun(attempt: Path) -> float:
-    """When an attempt began: when its decision was written."""
+    """The time at which an attempt's decision was written."""
     try:
         return (attempt / DECISION).stat().st_mtime
-    except FileNotFoundError:  # somebody has deleted the logs
+    except FileNotFoundError:  # the logs were deleted
         return time.time()

@@ -1,4 +1,4 @@
-"""Listeners: told what happens in a run, as it is recorded. What they do can fail; the run goes on."""
+"""Calls listeners with the events of a run as they are recorded. A failing listener does not end the run."""
 
 import contextlib
 import functools
@@ -10,15 +10,15 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, EventReader, ListenerFailed
 
 Listen: TypeAlias = Callable[[list[Event]], None]
-"""Is told at once what has happened in a run, in order, and now and then that nothing has. Where it has a method
-`close`, that is called when nothing more will be told."""
+"""A callable that gets new events in order, and now and then an empty list. If it has a method `close`, that is called
+after the last events."""
 
 QUIET_SECONDS = 0.5
-"""How often listeners are told that nothing has happened."""
+"""Interval of the calls without events."""
 
 
 class Broadcast:
-    """Tells listeners what has been recorded since it was made, whoever has recorded it."""
+    """Passes events recorded since its creation to listeners, including those that other processes record."""
 
     def __init__(self, run: RunDirectory, listeners: Sequence[Listen]) -> None:
         self._run = run
@@ -27,11 +27,11 @@ class Broadcast:
         self._told = -QUIET_SECONDS
 
     def tell(self, also: Sequence[Event] = ()) -> None:
-        """Tell what is new, and now and then that nothing is: a display renews itself. One that fails is told no more,
-        which is recorded.
+        """Pass new events to the listeners, and now and then none, so that displays refresh. A listener that fails is
+        dropped and the failure recorded.
 
         Args:
-            also: what is not recorded, since the stream knows it already.
+            also: events that are not recorded because they repeat recorded ones.
         """
         events = [*also, *self._reader.news()]
         if events or time.monotonic() - self._told >= QUIET_SECONDS:
@@ -43,13 +43,13 @@ class Broadcast:
             self._guarded(listen, functools.partial(listen, events))
 
     def close(self) -> None:
-        """Tell what is new for the last time, and let each listener come to its end."""
+        """Pass the last events to the listeners and close those that have a method `close`."""
         self._tell(self._reader.news())
         closing = [(listen, close) for listen in self._listeners if (close := getattr(listen, "close", None))]
         for listen, close in closing:
             self._guarded(listen, close)
         self._listeners = [listen for listen in self._listeners if not hasattr(listen, "close")]
-        self._tell(self._reader.news())  # the others, what has happened meanwhile
+        self._tell(self._reader.news())  # events recorded meanwhile, for the others
 
     def _guarded(self, listen: Listen, call: Callable[[], None]) -> None:
         try:
@@ -58,5 +58,5 @@ class Broadcast:
             self._listeners.remove(listen)
             name = getattr(listen, "__qualname__", type(listen).__qualname__)
             said = ListenerFailed(listener=name, error=f"{type(error).__name__}: {error}")
-            with contextlib.suppress(OSError):  # a full disk ends the run by itself, with its own words
+            with contextlib.suppress(OSError):  # a full disk ends the run with its own error message
                 self._run.record(said)

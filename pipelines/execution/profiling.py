@@ -1,4 +1,4 @@
-"""From what runs leave to profiles: each stage's manifest, and what the driver and a supervisor saw of it."""
+"""Builds profiles from the files of runs: manifests, attempts, and the supervisors' records."""
 
 import json
 import os
@@ -30,18 +30,18 @@ THREADS = "OMP_NUM_THREADS"
 
 
 def timing_of(node: Node, graph: Graph, attempt: Path, published: float) -> Timing | None:
-    """What an attempt that has published took, by its files.
+    """The timing of an attempt that has published, from its files.
 
     Args:
-        published: when it counted as published.
+        published: time of publication in seconds since 1970.
 
     Returns:
-        None where its files are not there any more, or it went on with what an earlier one had made.
+        None if files are missing, or if the attempt continued an earlier one.
     """
     if _goes_on(attempt):
         return None
     try:
-        asked = min((attempt / name).stat().st_mtime for name in (DECISION, REQUEST))  # a job decides when it starts
+        asked = min((attempt / name).stat().st_mtime for name in (DECISION, REQUEST))  # a job decides at its start
         threads = request_of(attempt).environment.get(THREADS, "")
         parts = parts_of(attempt)
         ends = [json.loads((part / "exit.json").read_bytes()) for part in parts]
@@ -63,7 +63,7 @@ def timing_of(node: Node, graph: Graph, attempt: Path, published: float) -> Timi
 
 
 def _goes_on(attempt: Path) -> bool:
-    """Whether an earlier attempt may have made a part of what this one has published."""
+    """Whether an earlier attempt may have made a part of this attempt's output."""
     name, _, number = attempt.name.rpartition("-")
     before = attempt.with_name(f"{name}-{int(number) - 1}")
     mine, its = decision_of(attempt), decision_of(before)
@@ -71,7 +71,7 @@ def _goes_on(attempt: Path) -> bool:
 
 
 def profiles_of(run: RunDirectory) -> list[Profile]:
-    """What each stage of a run took that this run has made itself and that is still there."""
+    """The profiles of the stages that a run has executed itself and whose files still exist."""
     graph = placed_if_possible(build_graph(run.config, run.iterations), cluster_of(run.config))
     started: dict[str, tuple[str, float]] = {}
     published: dict[str, tuple[str, float]] = {}
@@ -98,7 +98,7 @@ def _profile(
 ) -> Profile | None:
     try:
         manifest = Artifact.open(node.output).manifest
-    except UserError:  # it was deleted, or is damaged: `verify` tells
+    except UserError:  # deleted or damaged; `verify` reports it
         return None
     timing = timing_of(node, graph, attempt, published)
     if timing is None:
@@ -107,7 +107,7 @@ def _profile(
 
 
 class ProfileRecorder:
-    """Adds what the stages of a run took to the store, as they are published."""
+    """Appends profiles of a run's stages to the store as they are published."""
 
     def __init__(self, graph: Graph, config: RunConfig) -> None:
         self._graph = graph
@@ -116,7 +116,7 @@ class ProfileRecorder:
         self._begun: dict[str, tuple[bool, bool]] = {}
 
     def add(self, node: Node, attempt: Path, published: float) -> None:
-        """Append what a stage took that has just been published.
+        """Append the profile of a stage that has just been published.
 
         Raises:
             OSError, TransientError: the store cannot be written.
@@ -124,7 +124,7 @@ class ProfileRecorder:
         store = ProfileStore()
         if not store.is_kept:
             return
-        if self._nodes is not self._graph.nodes:  # for the first time, or since the run was taken back
+        if self._nodes is not self._graph.nodes:  # on the first call, and after a rollback
             self._nodes, self._begun = self._graph.nodes, _beginnings(self._graph, self._config)
         profile = _profile(node, self._graph, attempt, published, self._config, self._begun[node.name])
         if profile is not None:
@@ -132,7 +132,7 @@ class ProfileRecorder:
 
 
 def threads_of(node: Node, config: RunConfig) -> int:
-    """Threads of each process of a stage on this machine, or of a scheduler's jobs."""
+    """Threads per process of a stage, on this machine or in a scheduler's jobs."""
     given = config.environments.of(node.environment).variables.get(THREADS) or os.environ.get(THREADS, "")
     if given.isdecimal():
         return int(given)
@@ -152,14 +152,14 @@ def predictor_for(
     stored: bool = True,
     detached: bool = False,
 ) -> ProfilePredictor:
-    """What predicts the stages of a run, by the store, by the run itself where it has begun, and by other runs.
+    """A predictor for a run's stages, from the store, the run itself if it has begun, and other runs.
 
     Args:
-        device: what stages with models compute on: a data sheet's name, or a GPU's or processor's own; by default what
-            this machine has, or where all of these stages are jobs of a scheduler what the latest of them had.
-        sheet: its data sheet, where it is not as it is usually built (other links).
+        device: device that stages with models compute on: the name of a data sheet, a GPU or a processor. By default
+            this machine's, or that of the latest job if all of these stages run as jobs of a scheduler.
+        sheet: its data sheet, if it differs from the standard one, for example in its links.
         stored: whether to read the store.
-        detached: whether a scheduler's jobs go on without a driver.
+        detached: whether the run is detached.
     """
     profiles = list(_profiles(config, runs, stored=stored))
     if not device and config.executor.is_remote:
@@ -178,7 +178,7 @@ def predictor_for(
 
 
 def device_of_jobs(profiles: Iterable[Profile], config: RunConfig) -> str:
-    """What the latest job that computed with a model had; empty where none has been seen."""
+    """The device of the latest job that computed with a model; empty if there is none."""
     kind = str(config.executor.kind)
     jobs = [row for row in profiles if row.executor == kind and row.work is not None]
     return max(jobs, key=lambda row: row.created).device if jobs else ""

@@ -1,19 +1,19 @@
-"""Runs one stage's command: in a process group of its own that always ends, with its outcome left on the disk.
+"""Runs one stage's command in its own process group, which always ends, and leaves the outcome on disk.
 
-The driver submits `supervise` to an executor and afterwards reads only files, so that it does not matter whether the
-two share a machine.
+The driver submits `supervise` to an executor and afterwards reads only files, so that the two need not share a
+machine.
 
 Files of an attempt (logs/<stage>/attempt-<n>/):
     request.json   what to run                     written by the driver
     stage.yaml     the stage's config              written by the driver
-    decision.json  what was decided before it      written by the driver, or by a detached run's first task
-    cancel         asks for the end                written by the driver
+    decision.json  the decision to run it          written by the driver, or by a detached run's first task
+    cancel         asks it to end                  written by the driver
     stage.log      its output
-    progress.json  how far it is                   written by the stage
+    progress.json  its progress                    written by the stage
     heartbeat      touched while it works          written by the stage
-    failure-*.json why a process of it failed      written by the stage
+    failure-*.json why one of its processes failed written by the stage
     exit.json      exit code and time              written last
-On a cluster several supervisors work on an attempt. The last five are then in a folder of each: task-<i>, publisher.
+On a cluster several supervisors work on an attempt, each with its own folder (task-<i>, publisher) for the last five.
 """
 
 import contextlib
@@ -40,47 +40,47 @@ from contracts.stopping import DEFAULT_GRACE, GRACE
 from contracts.surroundings import without_foreign
 
 RUN = "RATCHET_RUN"
-"""Environment variable of every process of a run: the run's directory. Orphans are found by it."""
+"""Environment variable of every process of a run: the run's directory, by which orphans are found."""
 POLL_SECONDS = 0.1
 FAR_POLL_SECONDS = 0.5
-"""Between two looks at files that a file server has to be asked about."""
+"""Interval for polling files on a file server."""
 REQUEST = "request.json"
 DECISION = "decision.json"
 
 
 class AttemptRequest(msgspec.Struct, frozen=True):
-    """What the driver asks a supervisor to do."""
+    """A driver's request to a supervisor."""
 
     argv: list[str]
     environment: dict[str, str]
-    """Variables to set on top of the inherited ones. Never holds a secret: it is written to disk."""
+    """Variables to set on top of the inherited ones. Never holds a secret, because it is written to disk."""
     unset: list[str]
     """Variables to remove from the inherited ones."""
     directory: str
     run: str
-    """The run's directory, whose driver ends what an earlier one has left on this machine; empty on a cluster."""
+    """The run's directory, by which its driver finds orphans on this machine; empty on a cluster."""
     driver: tuple[int, str] | None
-    """Process id and start time of the driver; the stage ends when it is gone. None: outlives the driver."""
+    """Process id and start time of the driver, with which the stage ends. None: the stage outlives the driver."""
     grace_seconds: float = DEFAULT_GRACE
-    """How long the stage may go on with what it has in hand when it is asked to stop."""
+    """How long the stage may continue with work in hand after it is asked to stop."""
     stall_seconds: float | None = None
-    """A stage that says nothing for so long is ended."""
+    """Time without output or heartbeat after which a stage is ended; None: no limit."""
     first_on_path: str = ""
     """A folder to put before the supervisor's own PATH."""
     source: str = ""
-    """Version of the stage's source when it was asked for; a job may start much later."""
+    """Source version of the stage at the time of the request; a job may start much later."""
     cores: tuple[int, ...] = ()
-    """The cores of this machine that the stage may use, where not all."""
+    """The cores of this machine that the stage may use; empty: all."""
     follows: dict[str, Maker] = {}
-    """The inputs that are still being made, by their paths."""
+    """Makers of the inputs that are still being produced, by input path."""
     warm: str = ""
-    """Socket of a process that has imported the stage's libraries, if there is one."""
+    """Socket of a warm process that has imported the stage's libraries; empty if there is none."""
     warm_source: str = ""
-    """Version of the source that it is to have imported."""
+    """Source version that the warm process must have imported."""
     warm_seconds: float = 0.0
-    """How long to wait for it."""
+    """How long to wait for the warm process."""
     label: str = ""
-    """Of stages that can use what one of them has loaded (contracts/declaration.py)."""
+    """Label of stages that can reuse what one of them has loaded (contracts/declaration.py)."""
 
 
 def supervise(
@@ -89,17 +89,17 @@ def supervise(
     variables: Mapping[str, str] | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Run the command of `attempt/request.json` to its end and return its exit code.
+    """Run the command of `attempt/request.json` to its end. Returns its exit code.
 
     Args:
-        part: the folder of this supervisor's own files in the attempt; by default the attempt itself.
+        part: the folder in the attempt for this supervisor's own files; by default the attempt itself.
         variables: further environment variables of the command.
-        asked_to_stop: whether the command is to be ended so that it can go on later. Then nothing is said of its end.
+        asked_to_stop: whether to end the command so that it can continue later; then no exit.json is written.
     """
     request = request_of(Path(attempt))
     folder = Path(attempt, part)
     folder.mkdir(exist_ok=True)
-    for path in [folder / "exit.json", *folder.glob(FAILURES)]:  # of what was interrupted here
+    for path in [folder / "exit.json", *folder.glob(FAILURES)]:  # left by an interrupted supervisor
         path.unlink(missing_ok=True)
     environment = {key: value for key, value in without_foreign(os.environ).items() if key not in request.unset}
     environment.update(request.environment)
@@ -141,13 +141,13 @@ def supervise(
         record = {"code": code, "started": start, "ended": start + time.monotonic() - begun}
         if stalled:
             record["stalled"] = request.stall_seconds
-        folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted the logs meanwhile
+        folder.mkdir(parents=True, exist_ok=True)  # the logs may have been deleted meanwhile
         write_atomically(folder / "exit.json", json.dumps(record).encode())
     return code
 
 
 def supervise_here(attempt: str) -> int:
-    """`supervise`, with what goes wrong outside of the stage's own process noted as the attempt's failure."""
+    """Call `supervise`, and record errors outside the stage's own process as the attempt's failure."""
     try:
         return supervise(attempt)
     except Exception as error:
@@ -158,10 +158,10 @@ def supervise_here(attempt: str) -> int:
 
 
 def request_of(attempt: Path) -> AttemptRequest:
-    """What was asked for in an attempt.
+    """The request of an attempt.
 
     Raises:
-        TransientError: nobody can read it any more; another attempt gets a request of its own.
+        TransientError: it cannot be read any more; another attempt gets a request of its own.
     """
     try:
         return msgspec.json.decode((attempt / REQUEST).read_bytes(), type=AttemptRequest)
@@ -170,7 +170,7 @@ def request_of(attempt: Path) -> AttemptRequest:
 
 
 def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[bytes]) -> Process:
-    """Start the stage's command, from a warm process if there is one.
+    """Start the stage's command, forked from a warm process if there is one.
 
     Raises:
         UserError: its program or its working directory does not exist any more.
@@ -200,13 +200,13 @@ def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[byte
 
 
 def keep_to(pid: int, cores: Iterable[int]) -> None:
-    """Have a process, and all that it starts from now on, compute on these cores alone."""
+    """Restrict a process, and processes that it starts from now on, to these cores."""
     with contextlib.suppress(ProcessLookupError):  # it has ended already
         os.sched_setaffinity(pid, cores)
 
 
 class Watch:
-    """Sees whether a stage still says anything: its heartbeat, or a line in its log."""
+    """Detects whether a stage is still active by its heartbeat and its log."""
 
     def __init__(self, attempt: Path) -> None:
         self._files = (attempt / HEARTBEAT, attempt / "stage.log")
@@ -214,7 +214,7 @@ class Watch:
         self._since = time.monotonic()
 
     def silent_seconds(self) -> float:
-        """Time since the last change, by this machine's clock alone: a file server may have another."""
+        """Seconds since the last change, by this machine's clock alone, since a file server's may differ."""
         seen = [modified for path in self._files if (modified := _modified(path)) is not None]
         if seen != self._seen:
             self._seen, self._since = seen, time.monotonic()
@@ -229,7 +229,7 @@ def _modified(path: Path) -> float | None:
 
 
 def show_tracebacks(attempt: str, leader: int) -> None:
-    """Have every process of a stalled attempt that can write where it stands to the log."""
+    """Have every process of a stalled attempt that handles SIGQUIT write its traceback to the log."""
     for pid in dict.fromkeys([leader, *marked(f"{ATTEMPT}={attempt}")]):
         if _answers(pid, signal.SIGQUIT):
             kill(pid, signal.SIGQUIT)
@@ -247,7 +247,7 @@ def _answers(pid: int, number: signal.Signals) -> bool:
 
 
 def process_identity(pid: int) -> tuple[int, str]:
-    """A process id with its start time, which together are never reused."""
+    """A process id with its start time; the combination is never reused."""
     return pid, start_time(pid)
 
 
@@ -257,7 +257,7 @@ def driver_lives(driver: tuple[int, str] | None) -> bool:
 
 
 def end_orphans(run: Path) -> list[int]:
-    """Kill the processes that a killed driver of this run has left on this machine. Call it under the run's lock."""
+    """Kill the processes that a killed driver of this run left on this machine. The caller holds the run's lock."""
     return end_marked(f"{RUN}={run}")
 
 

@@ -1,9 +1,9 @@
-"""Stages without the seconds that importing their libraries takes: see contracts/warm.py.
+"""Forks stages from processes that have imported their libraries already; see contracts/warm.py.
 
-The driver starts one process for each locked environment of which several stages are still to run, one stage ahead of
-the first that is to run now. A stage's supervisor asks it for a fork (contracts/forks.py), and so does a stage that has
-replicas. Where none can be had (the process has died, or the source has changed) the stage is started as always: a warm
-process saves time, and nothing depends on it.
+The driver starts one warm process for each locked environment that several stages still need, one stage before the
+first of them runs. A stage's supervisor asks it for a fork (contracts/forks.py), and so does a stage with replicas. If
+no fork is possible (the process has died, or the source has changed), the stage is started in the ordinary way: warm
+processes save time, and nothing depends on them.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from contracts.warm import RELEASED, ForkRequest
 
 END_SECONDS = 5.0
 LONGEST = 60
-"""Bytes of a directory's path in which a socket can be made."""
+"""Maximum length of a directory's path in bytes for a socket in it."""
 
 
 class WarmProcesses:
-    """The processes of one driver, which end with it."""
+    """The warm processes of one driver, which end with it."""
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
@@ -37,7 +37,7 @@ class WarmProcesses:
         self._devices: dict[str, set[str]] = {}
 
     def has(self, package: str, python: str, environment: Mapping[str, str]) -> bool:
-        """Whether there is a process that has imported what a package needs."""
+        """Whether a warm process exists for a package in this environment."""
         return _name(package, python, environment) in self._processes
 
     def address(
@@ -48,9 +48,9 @@ class WarmProcesses:
         directory: str,
         libraries: Iterable[str] = (),
     ) -> Path:
-        """Its socket; where there is none yet, one is started that imports what stages with these libraries need.
+        """The socket of a warm process, which is started if necessary and imports what stages with `libraries` need.
 
-        It belongs to that process alone: once it has died, nobody can connect, or is left waiting.
+        The socket belongs to that process alone: once it has died, connections fail at once instead of waiting.
         """
         name = _name(package, python, environment)
         self._folder = self._folder or _new_folder()
@@ -66,7 +66,7 @@ class WarmProcesses:
         return path
 
     def release(self, devices: set[str], keep: str) -> None:
-        """Have what these processes keep loaded on some devices given back, but for what stages of one label use.
+        """Have warm processes free what they keep loaded on some devices, except for stages with the label `keep`.
 
         Args:
             devices: names as in CUDA_VISIBLE_DEVICES; empty: all.
@@ -78,7 +78,7 @@ class WarmProcesses:
                 _release(self._folder / name, keep)
 
     def close(self) -> None:
-        """End them all."""
+        """End all warm processes."""
         for process in self._processes.values():
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
@@ -92,18 +92,18 @@ class WarmProcesses:
 
 
 def _new_folder() -> Path:
-    """For sockets, whose paths have at most 107 bytes: where the one for temporary files is too long, in /tmp."""
+    """Create a folder for sockets, whose paths have at most 107 bytes: in /tmp if the default is too long."""
     place = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="ratchet-warm-", dir=place if len(os.fsencode(place)) < LONGEST else "/tmp"))
 
 
 def devices_of(environment: Mapping[str, str]) -> set[str]:
-    """The GPUs that a process sees, where its environment says which."""
+    """The GPUs that a process sees, if its environment names them."""
     return set(filter(None, environment.get("CUDA_VISIBLE_DEVICES", "").split(",")))
 
 
 def _release(path: Path, keep: str) -> None:
-    """Have the processes ended that wait behind a socket; one that does not answer keeps what it has."""
+    """Ask the process behind a socket to end its idle forks; if it does not answer, it keeps them."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(ANSWER_SECONDS)
         connection.connect(str(path))

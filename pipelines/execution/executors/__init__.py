@@ -1,1 +1,1 @@
-"""Where stages run: one module for each kind of executor, found by its name (`executor: NAME`)."""
+"""The executors: one module per kind, found by its name (`executor: NAME`)."""

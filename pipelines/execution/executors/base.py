@@ -1,9 +1,9 @@
-"""What an executor is to the rest of Ratchet. Each is a module (or package) of this folder, named as its `kind`.
+"""The interface of executors. Each is a module or package of this folder, named as its `kind`.
 
-An executor starts `supervise` for an attempt at a stage, somewhere, and sees when that has ended. Everything else is
-on the disk: what to run (request.json), how it ended, what is published. So a scheduler takes one file here: a
-subclass of `Executor` that submits `supervisor_command(attempt)` and asks whether it still runs. docs/extending.md
-shows one.
+An executor starts `supervise` for an attempt at a stage on some machine and detects its end. Everything else is on
+disk: the request (request.json), the outcome, the published artifact. Supporting another scheduler therefore takes one
+file here: a subclass of `Executor` that submits `supervisor_command(attempt)` and asks whether it still runs; see
+docs/extending.md for an example.
 """
 
 import importlib
@@ -36,22 +36,22 @@ class Job(Protocol):
 
     @property
     def pid(self) -> int | None:
-        """The process on this machine with which it ends; None where there is none."""
+        """The process on this machine that the job ends with; None if there is none."""
         ...
 
     def ended(self) -> bool:
-        """Whether it runs no more, however it ended."""
+        """Whether it has ended, in success or failure."""
         ...
 
     def news(self) -> str | None:
-        """Why it does not run yet, where that is not only for a while; told whenever it changes."""
+        """The reason why it has not started, if that may last; None if it has not changed since the last call."""
         ...
 
     def clear(self) -> "list[JobEnded]":
-        """After the end: delete what the executor needed; what it has printed goes to the attempt's logs.
+        """Delete what the executor needed, after the end, and move the job's output to the attempt's logs.
 
         Returns:
-            What happened to it on the way that the run's report is to tell.
+            Events during the job's life that the run's report shows.
         """
         ...
 
@@ -61,16 +61,16 @@ class Job(Protocol):
 
 
 class Observation(Protocol):
-    """What an executor's jobs of a run do at this moment, for readers."""
+    """A snapshot of an executor's jobs for a run, for commands that show them."""
 
     @property
     def error(self) -> str | None:
-        """Why nothing is known of them, where the scheduler does not answer."""
+        """Why their state is unknown, if the scheduler does not answer."""
         ...
 
     @property
     def jobs(self) -> int:
-        """How many have not ended."""
+        """Number of jobs that have not ended."""
         ...
 
     def works_on(self, stage: str) -> bool:
@@ -78,19 +78,19 @@ class Observation(Protocol):
         ...
 
     def submitted(self, stage: str) -> bool:
-        """Whether the latest attempt at a stage was handed to this executor."""
+        """Whether the latest attempt at a stage was submitted to this executor."""
         ...
 
     def state(self, stage: str, progress: str | None) -> tuple[str, str] | None:
-        """State and detail of a stage whose jobs have not ended, or of which nothing is known; None: it has none."""
+        """State and detail of a stage whose jobs have not ended or are in an unknown state; None if it has none."""
         ...
 
     def unbegun(self, stage: str) -> tuple[str, str] | None:
-        """The same of a stage whose latest job has ended before its supervisor began."""
+        """State and detail of a stage whose latest job ended before its supervisor began."""
         ...
 
     def unheard(self) -> "list[JobEnded]":
-        """What happened to jobs of which nobody has taken note yet.
+        """Events of ended jobs that are not recorded yet.
 
         Raises:
             UserError: the scheduler's accounting does not answer.
@@ -99,95 +99,95 @@ class Observation(Protocol):
 
 
 class JobTask(Protocol):
-    """What a job does on its nodes, where that is more than to supervise an attempt."""
+    """A job's work on its nodes, if that is more than to supervise an attempt."""
 
     module: ClassVar[str]
-    """The module whose `perform(task, entry)` does it."""
+    """The module whose `perform(task, entry)` does the work."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What lies above the executors and is handed down to them: see pipelines/job.py."""
+    """Functions of the layers above the executors, passed down to them; see pipelines/job.py."""
 
     perform: Callable[[JobTask], None]
     """The function that a job runs."""
     listeners: "Callable[[RunDirectory, Graph], list[Listen]]"
-    """Makes those who are told what a job records."""
+    """Creates the listeners for what a job records."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """What an executor works for."""
+    """The run that an executor works for."""
 
     run: "RunDirectory"
     graph: "Graph"
     config: "RunConfig"
     entry: Entry | None = None
-    """None where nothing is submitted: for readers."""
+    """None for readers, which submit nothing."""
 
 
 class Executor(ABC):
-    """Starts supervisors of one kind, for one run. All but `submit` can stay as it is here."""
+    """Starts supervisors of one kind for one run. Subclasses have to define `submit` only."""
 
     kind: ClassVar[str]
-    """Its name: that of its module."""
+    """Its name, which is that of its module."""
     outlives_driver: ClassVar[bool] = False
-    """Whether its jobs go on when the driver has ended; the next command adopts them."""
+    """Whether its jobs continue after the driver has ended; the next command adopts them."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.run, self.graph, self.config = site.run, site.graph, site.config
 
     def entry(self, node: "Node") -> "StageSection":
-        """What the config asks of the executor for a stage: cores, GPUs, memory, time."""
+        """The resources that the config requests for a stage: cores, GPUs, memory, time."""
         return self.config.executor.entry(node)
 
     @abstractmethod
     def submit(self, node: "Node", attempt: Path) -> Job:
-        """Write the request into the attempt's directory, and have `supervise(attempt)` run, here or elsewhere."""
+        """Write the request into the attempt's directory, and have `supervise(attempt)` run on some machine."""
 
     def adopt(self, node: "Node", key: str) -> Job | None:
-        """The stage's latest attempt, if an earlier command began it under this key and it still goes on."""
+        """The stage's latest attempt, if an earlier command began it under this key and it has not ended."""
         return None
 
     def check(self) -> None:  # noqa: B027
-        """Before anything starts: raise UserError where this cannot run the stages that are to run here."""
+        """Raise UserError if this executor cannot run the stages assigned to it; called before anything starts."""
 
     def recover(self) -> None:  # noqa: B027
-        """Before a driver starts: see to what earlier commands have left."""
+        """Clean up what earlier commands left; called before a driver starts."""
 
     def close(self) -> None:  # noqa: B027
-        """After a driver's end: delete what is no longer needed."""
+        """Delete what is no longer needed; called after a driver's end."""
 
     def detach(self, console: "Console", plan: "dict[str, Verdict]") -> None:
-        """Have all stages of `plan` that are to run go on by themselves, without a driver."""
+        """Submit all stages of `plan` that have to run, so that they continue without a driver."""
         raise UserError(f"executor {self.kind} has no detached runs. Leave --detach out.")
 
     def require_no_detached_run(self, *, same_settings: bool) -> None:  # noqa: B027
-        """Raise UserError where the run goes on by itself already; with `same_settings` one with the same may."""
+        """Raise UserError if the run is detached already; with `same_settings`, only if its settings differ."""
 
     def write_dry_run(self, console: "Console", plan: "dict[str, Verdict]", *, detached: bool) -> None:  # noqa: B027
         """Write what would be submitted."""
 
     def observe(self, patience: float) -> Observation | None:
-        """What the run's jobs do; None where there are none that a driver does not see by itself.
+        """The state of the run's jobs; None if the executor has none that outlive a driver.
 
         Args:
-            patience: seconds for which a scheduler that does not answer is asked again.
+            patience: how many seconds to keep asking a scheduler that does not answer.
         """
         return None
 
     def logs(self, attempt: Path) -> list[Path]:
-        """What the jobs of an attempt have printed themselves."""
+        """Files with the output of an attempt's jobs outside the stage's own log."""
         return []
 
     def cancel(self) -> list[str]:
-        """End all jobs of the run; returns their ids."""
+        """End all jobs of the run. Returns their ids."""
         return []
 
 
 class Executors:
-    """The executors of a run, each made when it is needed first."""
+    """The executors of a run, each created on first use."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -200,24 +200,24 @@ class Executors:
         return self._made[kind]
 
     def of(self, node: "Node") -> Executor:
-        """Where a stage runs."""
+        """The executor that a stage runs on."""
         return self.named(str(self.site.config.executor.entry(node).kind))
 
     def used(self) -> list[Executor]:
-        """Every executor that a stage of the run needs, in the order of the stages."""
+        """The executors that the stages of the run need, in the order of the stages."""
         return list(dict.fromkeys(self.of(node) for node in self.site.graph.nodes.values()))
 
     def lasting(self) -> Iterator[Executor]:
-        """Every executor there is whose jobs outlive a driver: an earlier command may have used it."""
+        """All executors whose jobs outlive a driver: an earlier command may have used any of them."""
         from pipelines.config.executor import EXECUTORS
 
         return (self.named(kind) for kind in EXECUTORS if executor_class(kind).outlives_driver)
 
     def require_detachable(self, plan: "dict[str, Verdict]") -> None:
-        """Check that all that is to run can do so where no process stays.
+        """Check that all stages that have to run can do so without a driver.
 
         Raises:
-            UserError: a stage takes a driver.
+            UserError: a stage needs a driver.
             RunStoppedError: a gate has stopped the run.
         """
         from pipelines.run.gates import stop_of
@@ -240,12 +240,12 @@ class Executors:
                 )
 
     def made(self) -> list[Executor]:
-        """Those that were needed so far."""
+        """The executors created so far."""
         return list(self._made.values())
 
 
 def executor_class(kind: str) -> type[Executor]:
-    """The executor of a kind, of those that the config knows; of a package it is in the module `executor`."""
+    """The executor class of a kind that the config accepts; if the kind is a package, from its module `executor`."""
     name = f"{__package__}.{kind}"
     spec = importlib.util.find_spec(name)
     module = importlib.import_module(f"{name}.executor" if spec and spec.submodule_search_locations else name)
@@ -254,10 +254,10 @@ def executor_class(kind: str) -> type[Executor]:
 
 
 def output_of(command: list[str], text: str = "") -> str:
-    """What a scheduler's command prints, given some text to read.
+    """Standard output of a scheduler's command, given `text` as its standard input.
 
     Raises:
-        UserError: it is not on PATH, or it failed; with what it says.
+        UserError: it is not on PATH, or it failed; the message has its output.
     """
     try:
         result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
@@ -271,5 +271,5 @@ def output_of(command: list[str], text: str = "") -> str:
 
 
 def supervisor_command(attempt: Path) -> list[str]:
-    """The command that runs an attempt, on any machine that sees the run's directory."""
+    """The command that runs an attempt on any machine that sees the run's directory."""
     return [sys.executable, "-P", "-m", "pipelines.execution.supervisor", str(attempt)]

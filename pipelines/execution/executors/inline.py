@@ -1,4 +1,4 @@
-"""Threads of the driver, for debugging: one process less between you and the stage."""
+"""Runs supervisors in threads of the driver, which makes debugging easier."""
 
 import threading
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""This machine: each stage has a supervisor, which is a process of its own and ends with the driver.
+"""Runs stages on this machine: each has a supervisor, a process of its own that ends with the driver.
 
-With `executor.warm` supervisors and the stages of locked environments are forked from processes that have imported
-their libraries (pipelines/execution/warm.py); where that cannot be, they are started.
+With `executor.warm`, supervisors and the stages of locked environments are forked from processes that have imported
+their libraries (pipelines/execution/warm.py), and started in the ordinary way if that is not possible.
 """
 
 import os
@@ -26,16 +26,16 @@ from pipelines.planning.estimates import memory
 from pipelines.run.events import JobEnded
 
 WORTH_IT = 2
-"""Stages with models that are still to run, from which on their libraries are imported by a process of its own."""
+"""Minimum number of remaining stages with models for which a warm process is started."""
 IMPORT_SECONDS = 120.0
-"""How long a stage with a model waits for the imports: they take as long as its own would."""
+"""How long a stage with a model waits for the imports; its own would take as long."""
 START_SECONDS = 5.0
-"""How long a supervisor waits for its own."""
+"""How long a supervisor waits for its imports."""
 SUPERVISORS = "pipelines"
 
 
 def is_heavy(node: Node) -> bool:
-    """Whether a stage loads a model, and so imports what that takes."""
+    """Whether a stage loads a model, and therefore imports large libraries."""
     return bool(node.stage.models(node.config))
 
 
@@ -72,15 +72,16 @@ class LocalExecutor(Executor):
         return _ProcessJob(process, attempt, log)
 
     def write_request(self, node: Node, attempt: Path) -> None:
-        """Write what the attempt is to run."""
+        """Write the attempt's request."""
         self._import_ahead(node)
         request = stage_request(node, attempt, self.run.path, self.config, self._threads, here=True)
         write_request(node, attempt, self._warmed(node, request))
 
     def _import_ahead(self, started: Node) -> None:
-        """Have the libraries imported that the stage needs which is being started, or one that waits for it directly.
+        """Start importing the libraries of the stage being started, or of stages that depend on it directly.
 
-        So they are imported beside the stage before the first one that needs them; what is never reached costs nothing.
+        The imports thus run during the stage before the first that needs them, and stages that are never reached cost
+        nothing.
         """
         if self._warm is None:
             return
@@ -97,15 +98,15 @@ class LocalExecutor(Executor):
                     request = stage_request(left[0], *where, here=True)
                     libraries = {name for node in left for name in node.stage.libraries(node.config)}
                     self._address(left[0], request, libraries)
-                del self._heavy[place]  # decided: with fewer now, there will not be more later
+                del self._heavy[place]  # there will not be more stages later
 
     def _preloads(self, node: Node) -> bool:
-        """Whether the libraries of a stage's environment can be imported by a process of its own."""
+        """Whether a warm process can import the libraries of a stage's environment."""
         locked = self.config.environments.of(node.environment).is_locked
         return locked and (source_root() / node.environment / "preload.py").is_file()
 
     def _address(self, node: Node, request: AttemptRequest, libraries: set[str] | None = None) -> Path | None:
-        """The socket of the process that a stage is forked from; one that imports `libraries` is started if wanted."""
+        """The socket of the warm process for a stage, or None; with `libraries` it is started if necessary."""
         assert self._warm is not None
         environment = {**stage_environment(request.environment), RUN: str(self.run.path)}
         if libraries is None and not self._warm.has(node.environment, request.argv[0], environment):
@@ -114,7 +115,7 @@ class LocalExecutor(Executor):
         return self._warm.address(*place, sorted(libraries or ()))
 
     def _warmed(self, node: Node, request: AttemptRequest) -> AttemptRequest:
-        """The same request, with the process that the stage is forked from where there is one."""
+        """The request with the warm process that the stage is forked from, if there is one."""
         if self._warm is None or not self._preloads(node):
             return request
         path = self._address(node, request)
@@ -130,7 +131,7 @@ class LocalExecutor(Executor):
         )
 
     def _make_room(self, node: Node, request: AttemptRequest) -> None:
-        """Have the memory given back that a stage needs and that models of other stages hold."""
+        """Have warm processes free the memory that the stage needs and that models of other stages hold."""
         assert self._warm is not None
         if not is_heavy(node):
             return
@@ -141,12 +142,12 @@ class LocalExecutor(Executor):
 
 
 def _own_gpus(node: Node) -> Placement | None:
-    """What a stage is given that sees GPUs of its own, which a process that it is forked from must see as well."""
+    """The placement of a stage that sees GPUs of its own, which a warm process for it must see as well."""
     return node.placement if node.placement is not None and node.placement.exclusive and gpu_count() else None
 
 
 class JobHere:
-    """A supervisor on this machine, which looks for a request to end."""
+    """A supervisor on this machine. It is asked to end by a file."""
 
     pid: int | None = None
 
@@ -154,15 +155,15 @@ class JobHere:
         self._attempt = attempt
 
     def news(self) -> str | None:
-        """Nothing: it starts at once."""
+        """None: it starts at once."""
         return None
 
     def clear(self) -> list[JobEnded]:
-        """Nothing is left."""
+        """Nothing to delete or report."""
         return []
 
     def cancel(self) -> None:
-        """Ask the supervisor to end, also where somebody has deleted the logs meanwhile."""
+        """Ask the supervisor to end, even if the logs were deleted meanwhile."""
         self._attempt.mkdir(parents=True, exist_ok=True)
         (self._attempt / "cancel").touch()
 
@@ -178,6 +179,6 @@ class _ProcessJob(JobHere):
         return self._process.poll() is not None
 
     def clear(self) -> list[JobEnded]:
-        if (self._attempt / "exit.json").exists():  # else what it has said is the only reason that is known
+        if (self._attempt / "exit.json").exists():  # otherwise its log is the only explanation
             self._log.unlink(missing_ok=True)
         return []
