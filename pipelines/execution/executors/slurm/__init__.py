@@ -1,1 +1,1 @@
-"""Stages as Slurm jobs."""
+"""Runs stages as Slurm jobs."""

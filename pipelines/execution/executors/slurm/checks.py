@@ -1,4 +1,4 @@
-"""What can be found wrong with the use of Slurm before anything is submitted."""
+"""Checks for mistakes in the use of Slurm before anything is submitted."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ ANSWER_SECONDS = 120
 
 
 def check_slurm(executor: ExecutorSection, graph: Graph) -> None:
-    """Check that this machine belongs to a Slurm cluster that can run what the stages ask for.
+    """Check that this machine belongs to a Slurm cluster that can satisfy the stages' requests.
 
     Raises:
         UserError: the first mistake found.
@@ -40,7 +40,7 @@ def check_slurm(executor: ExecutorSection, graph: Graph) -> None:
 
 
 def _check_partition(stage: str, resources: Resources, partitions: dict[str, int | None]) -> None:
-    """Raise UserError where a stage's partition does not exist, or allows less time than the stage asks for."""
+    """Raise UserError if a stage's partition does not exist, or its time limit is below the stage's request."""
     names = resources.partition.split(",") if resources.partition else [""]
     for name in names:
         if name not in partitions:
@@ -49,7 +49,7 @@ def _check_partition(stage: str, resources: Resources, partitions: dict[str, int
             raise UserError(f"{stage}: {found}. Set executor.resources.partition to one of {known}.")
     limits = [partitions[name] for name in names]
     longest = max((limit for limit in limits if limit is not None), default=0)
-    # A quality of service can allow more than the partition does.
+    # A quality of service may exceed the limit of the partition.
     if None not in limits and resources.minutes > longest and resources.qos is None:
         shown = f"the partition {resources.partition}" if resources.partition else "the default partition"
         raise UserError(
@@ -60,7 +60,7 @@ def _check_partition(stage: str, resources: Resources, partitions: dict[str, int
 
 
 def _partitions() -> dict[str, int | None]:
-    """Every partition's longest time in minutes, None where it is not limited; the default one also as \"\"."""
+    """Time limit of each partition in minutes, None if unlimited; the default partition also under the key \"\"."""
     found: dict[str, int | None] = {}
     fix = f"Ask those who run the cluster, {LOCAL}."
     for line in _ask("sinfo", "--all", "--noheader", "--format=%P|%l", fix=fix).splitlines():
@@ -72,7 +72,7 @@ def _partitions() -> dict[str, int | None]:
 
 
 def _ask(*command: str, fix: str) -> str:
-    """What a command of Slurm's prints, or a UserError with what it says and how to fix it."""
+    """Standard output of a Slurm command; raises UserError with its message and `fix` if it fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS)
     except subprocess.TimeoutExpired as error:

@@ -1,11 +1,10 @@
-"""A run without a driver: all of its stages' jobs are submitted at once, each waiting for those that it needs.
+"""Runs without a driver: all jobs are submitted at once, each with dependencies on the jobs that it needs.
 
-No process stays behind. Before a stage works, its first job decides, as a driver would, whether it can be reused
-(`prepare`). After it, its last job takes note of what it has published, or has it tried again (`finalize`): it submits
-the next attempt, and makes those who wait for this one wait for that. Where nothing can be tried again it fails, and
-Slurm cancels whatever waits for it. The last job of a gate that takes the run back does what the command does that has
-submitted the others: later iterations are other ones now, and the jobs that would make what they were are replaced. All
-of this is done under one file lock, and from what is on the disk.
+No process stays behind. A stage's first job decides as a driver would whether the stage can be reused (`prepare`). Its
+last job records what was published, or retries the stage (`finalize`): it submits the next attempt and moves the
+dependencies of later jobs to it. If no retry is possible it fails, and Slurm cancels the jobs that depend on it. The
+last job of a gate that rolls the run back acts like the submitting command: it replaces the jobs of later iterations,
+which now start from another policy. All of this happens under one file lock and relies only on files.
 """
 
 import sys
@@ -54,13 +53,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 AGAIN = "again"
-"""Mark of an attempt that makes weights again that were deleted; it says why."""
+"""File in an attempt that rebuilds deleted weights; it holds the reason."""
 CONTINUES = "continues"
-"""Mark of an attempt that a finishing job has submitted."""
+"""File in an attempt that was submitted by a finishing job."""
 
 
 def detach(console: "Console", site: Site, plan: dict[str, Verdict]) -> None:
-    """Submit all that is to be done, and say how to follow it."""
+    """Submit all stages that have to run, and print how to follow them."""
     run, graph = site.run, site.graph
     if not scheduler.queue(run.path):
         end_orphans(run.path)
@@ -85,7 +84,7 @@ def detach(console: "Console", site: Site, plan: dict[str, Verdict]) -> None:
 
 
 def submit_all(site: Site, plan: dict[str, Verdict]) -> dict[str, Jobs]:
-    """Submit every stage that is to run and has no jobs yet; returns the new jobs by stage, in order."""
+    """Submit the stages that have to run and have no jobs yet. Returns the new jobs by stage, in order."""
     run, graph = site.run, site.graph
     with run.submitting():
         live = end_unknown(run.path)
@@ -95,10 +94,10 @@ def submit_all(site: Site, plan: dict[str, Verdict]) -> dict[str, Jobs]:
 
 
 def submit_missing(site: Site, plan: dict[str, Verdict], live: set[str]) -> dict[str, Jobs]:
-    """The same, for who is the only one that submits: killed at any instant, once more does the rest.
+    """`submit_all` for a caller that holds the submit lock. If killed at any instant, another call does the rest.
 
-    Jobs that would make something else than the graph says now, or wait for such, are cancelled first; what takes their
-    place waits until they have ended.
+    Jobs that are outdated or depend on outdated ones are cancelled first; their replacements wait until they have
+    ended.
 
     Args:
         live: the ids of the run's jobs that have not ended.
@@ -109,7 +108,7 @@ def submit_missing(site: Site, plan: dict[str, Verdict], live: set[str]) -> dict
     cancel_strays(site, live)
     for node in graph.nodes.values():
         if plan[node.name].reuse:
-            if not (node.output / MANIFEST).is_file():  # it lies in superseded/
+            if not (node.output / MANIFEST).is_file():  # it is in superseded/
                 lifecycle.act(node, lifecycle.decide(node))
             continue
         behind: list[str] = []
@@ -138,7 +137,7 @@ def submit_missing(site: Site, plan: dict[str, Verdict], live: set[str]) -> dict
 
 
 def cancel_strays(site: Site, live: set[str]) -> None:
-    """End the jobs of stages that the graph has not any more."""
+    """End the jobs of stages that are no longer in the graph."""
     run = site.run
     attempts = [path.parent for path in (run.path / "logs").rglob(RECORD)]
     strays = [jobs_of(attempt) for attempt in attempts if run.stage_of(attempt) not in site.graph.nodes]
@@ -146,27 +145,27 @@ def cancel_strays(site: Site, live: set[str]) -> None:
 
 
 def is_current(node: Node, attempt: Path) -> bool:
-    """Whether an attempt is to make what the stage is to make now."""
+    """Whether an attempt's config is that of the stage in the present graph."""
     path = attempt / STAGE_CONFIG
     try:
         asked = validate(node.stage.config, read_yaml(path), str(path))
-    except UserError:  # another stage had this name, or its logs were deleted or damaged
+    except UserError:  # made for another stage of this name, or deleted or damaged
         return False
     return all(asked.select(role) == node.config.select(role) for role in (Role.IDENTITY, Role.INPUT))
 
 
 def predecessors(run: RunDirectory, node: Node, live: set[str]) -> tuple[str, ...]:
-    """The jobs that a stage has to wait for: the last ones of the stages that it needs, if they are under way."""
+    """The unfinished last jobs of the stages that a node needs, as dependencies for its own."""
     found = [jobs.last for name in node.needs if (jobs := last_jobs(run, name)) is not None]
     return tuple(dict.fromkeys(id for id in found if id in live))
 
 
-# On the nodes.
+# Inside jobs.
 
 
 @dataclass(frozen=True)
 class Here:
-    """Where a job of a detached run stands."""
+    """The run, stage and attempt that a job of a detached run works on."""
 
     site: Site
     lifecycle: Lifecycle
@@ -175,7 +174,7 @@ class Here:
 
     @classmethod
     def of(cls, task: SlurmTask, entry: Entry) -> "Here":
-        """Read everything anew from the disk."""
+        """Load it from disk."""
         run = RunDirectory(Path(task.run))
         config = run.config
         graph = placed_graph(config, run.iterations)
@@ -184,7 +183,7 @@ class Here:
 
 
 def prepare(task: SlurmTask, entry: Entry) -> Decision:
-    """Decide about a stage whose inputs are published, once for all tasks of its array and all their starts."""
+    """Decide about a stage whose inputs are published, once for all tasks of its array and all their restarts."""
     attempt = Path(task.attempt)
     with locked(attempt / "prepare.lock"):
         decision = decision_of(attempt)
@@ -212,15 +211,15 @@ def _prepare(here: Here) -> Decision:
 
 
 def finalize(task: SlurmTask, entry: Entry) -> int:
-    """After a stage's jobs: take note of what it has published, or have it tried again, or fail.
+    """Record a stage's output after its jobs have ended, retry the stage, or fail.
 
     Returns:
-        The exit code (node.py), by which Slurm lets those go on that wait for it, or cancels them.
+        The exit code (task.py), by which Slurm starts or cancels the jobs that depend on this one.
     """
     here = Here.of(task, entry)
     run, graph, node, attempt = here.site.run, here.site.graph, here.node, here.attempt
     broadcast = Broadcast(run, entry.listeners(run, graph))
-    with run.submitting():  # who submitted this job notes its id meanwhile
+    with run.submitting():  # the submitting command may still be recording the job ids
         jobs = jobs_of(attempt)
     if jobs is None:
         print(f"{run.path}: the command that submitted this job was killed. Give it again.", file=sys.stderr)
@@ -262,7 +261,7 @@ def _published(here: Here, decision: Decision) -> int:
 
 
 def _retain(here: Here) -> None:
-    """Delete and compress what is not needed any more, one job of the run at a time."""
+    """Apply retention; only one job of the run does so at a time."""
     graph, retention = here.site.graph, here.lifecycle.retention
     published = {name for name, node in graph.nodes.items() if (node.output / MANIFEST).is_file()}
     with locked(here.site.run.path / "retention.lock"), retention:
@@ -272,7 +271,7 @@ def _retain(here: Here) -> None:
 
 
 def _again(here: Here) -> int:
-    """Try the stage again in another job, if that can help, with the dependents waiting for it; else fail."""
+    """Retry the stage in another job that its dependents then wait for, or fail if a retry cannot help."""
     run, node, attempt = here.site.run, here.node, here.attempt
     if (run.path / CANCEL).exists():
         print(f"stage {node.name}: the run was cancelled", file=sys.stderr)
@@ -287,7 +286,7 @@ def _again(here: Here) -> int:
         return UserError.exit_code if ending.kind == "user" else FAILED
     print(f"stage {node.name} {ending.how} Once more in {pause:.0f} s.")
     latest = run.attempts(node.name)[-1]
-    if latest == attempt or jobs_of(latest) is None:  # else this job was killed just after, and started again
+    if latest == attempt or jobs_of(latest) is None:  # otherwise this job was killed after submitting, and restarted
         following = run.new_attempt(node.name)
         (following / CONTINUES).touch()
         request_for(node, following, here.site)
@@ -307,7 +306,7 @@ def _again(here: Here) -> int:
 
 
 def attempts_since_command(run: RunDirectory, stage: str) -> list[Path]:
-    """The attempts at a stage since a command was given last."""
+    """The attempts at a stage since the last command."""
     attempts = run.attempts(stage)
     first = max((number for number, path in enumerate(attempts) if not (path / CONTINUES).exists()), default=0)
     return attempts[first:]

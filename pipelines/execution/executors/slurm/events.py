@@ -1,4 +1,4 @@
-"""What happened to jobs on the cluster, as accounting tells it afterwards."""
+"""Events of jobs that ended abnormally, from Slurm's accounting."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from pipelines.run.events import JobEnded
 
 ACCOUNTING = "accounting.json"
 ACCOUNTING_PATIENCE = 60.0
-"""Seconds for which an accounting that does not answer is asked again: what it says decides nothing."""
+"""Seconds to keep asking an accounting that does not answer; no decision depends on it."""
 
 WORDS = {
     "NODE_FAIL": "its node failed",
@@ -27,18 +27,18 @@ WORDS = {
     "CANCELLED": "cancelled",
     "FAILED": "failed",
 }
-"""States that a report tells, in words; not that a job ended well."""
+"""Wording of the states that a report shows; jobs that ended well are not shown."""
 
 
 def outcome_of(stage: str, attempt: Path, tasks: dict[str, int], *, published: bool) -> list[JobEnded]:
-    """What happened to the jobs of an attempt that has ended; kept in accounting.json beside its logs.
+    """Events of the jobs of an ended attempt; their records are saved as accounting.json next to its logs.
 
-    A run does not wait for an accounting that does not answer: without this file, later commands ask it again.
+    If accounting does not answer, the run continues; without the file, later commands ask again.
 
     Args:
-        tasks: how many tasks a job has, by its id.
-        published: the attempt was successful. Then nobody waits for accounting, which is a second late: what happened
-            on the way is longer ago.
+        tasks: number of tasks by job id.
+        published: whether the attempt succeeded. If so, it does not wait for records that lag behind: events before the
+            success are older.
     """
     seconds, patience = (0.0, 0.0) if published else (scheduler.ACCOUNTING_LAG_SECONDS, ACCOUNTING_PATIENCE)
     try:
@@ -66,14 +66,14 @@ def _events(stage: str, records: list[scheduler.JobRecord]) -> list[JobEnded]:
             cancelled=record.word == "CANCELLED",
         )
         for record in records
-        if record.word in WORDS and record.state != "CANCELLED"  # by Slurm itself, since what it waited for failed
+        if record.word in WORDS and record.state != "CANCELLED"  # cancelled by Slurm because a dependency failed
     ]
 
 
 def _timestamp(end: str) -> float | None:
     try:
         return datetime.fromisoformat(end).timestamp()
-    except ValueError:  # one that has no end
+    except ValueError:  # not ended
         return None
 
 
@@ -86,14 +86,14 @@ def _in_words(record: scheduler.JobRecord) -> str:
 
 
 def unaccounted(run: RunDirectory, live: set[str]) -> dict[Path, Jobs]:
-    """The attempts whose jobs have ended without anybody having learned what had happened to them."""
+    """The attempts whose jobs have ended but whose accounting was never saved."""
     attempts = [path.parent for path in sorted((run.path / "logs").rglob(RECORD))]
     missing = {path: jobs for path in attempts if not (path / ACCOUNTING).exists() and (jobs := jobs_of(path))}
     return {path: jobs for path, jobs in missing.items() if not live.intersection(jobs.ids)}
 
 
 def record_missed(run: RunDirectory, live: set[str]) -> None:
-    """Before a run goes on: take note of what happened to jobs that ended without a driver or a finishing job."""
+    """Record the events of jobs that ended without a driver or finishing job, before a run continues."""
     found = unaccounted(run, live)
     records = scheduler.complete_history({id: count for jobs in found.values() for id, count in jobs.tasks.items()})
     for attempt, jobs in found.items():
@@ -103,7 +103,7 @@ def record_missed(run: RunDirectory, live: set[str]) -> None:
 
 
 def missed(run: RunDirectory, live: set[str], patience: float) -> list[JobEnded]:
-    """The same, without taking note of it.
+    """The events that `record_missed` would record, without recording them.
 
     Raises:
         UserError: accounting has not answered for `patience` seconds, or there is none here.

@@ -1,6 +1,6 @@
-"""Slurm, to the rest of Ratchet: under a driver that watches, and for runs that go on without one.
+"""The executor for Slurm, for runs with a driver and for detached ones.
 
-Jobs outlive the driver. The next command adopts those that still go on.
+Jobs outlive the driver; the next command adopts those that have not ended.
 """
 
 import time
@@ -37,19 +37,19 @@ from pipelines.run.verdicts import Verdict
 from pipelines.text import plural
 
 SHORTEST, LONGEST = 1.0, 20.0
-"""Seconds between two questions to Slurm's controller."""
+"""Bounds in seconds for the interval between queries of Slurm's controller."""
 ORDINARY = frozenset("None Resources Priority Dependency BeginTime JobArrayTaskLimit Cleaning Prolog".split())
-"""Reasons of a pending job that go away by themselves."""
+"""Reasons of pending jobs that pass on their own."""
 HOPELESS = frozenset(
     "PartitionConfig PartitionNodeLimit PartitionTimeLimit BadConstraints InvalidAccount InvalidQOS".split()
 )
 """Reasons for which a job can never start."""
 WAITS = ("Dependency", "BeginTime", "DependencyNeverSatisfied")
-"""Reasons of a job that waits for others, not for room."""
+"""Reasons of a job that waits for other jobs or a time, not for resources."""
 
 
 class SlurmExecutor(Executor):
-    """Submits the jobs of stages, and looks after them."""
+    """Submits the jobs of stages, and follows their state."""
 
     kind = "slurm"
     outlives_driver = True
@@ -65,13 +65,13 @@ class SlurmExecutor(Executor):
         return self._watched
 
     def check(self) -> None:
-        """Check that this machine belongs to a cluster that can run what the stages ask for."""
+        """Check that this machine belongs to a cluster that can satisfy the stages' requests."""
         check_slurm(self.config.executor, self.graph)
 
     def recover(self) -> None:
-        """Record what happened to jobs that have ended, and cancel those of stages that do not run here any more.
+        """Record the events of ended jobs, and cancel jobs of stages that are now assigned to another executor.
 
-        The others are adopted when their turn comes.
+        The other jobs are adopted when their stages are due.
         """
         unfinished = unfinished_jobs(self.run, self.graph)
         if not unfinished:
@@ -87,14 +87,14 @@ class SlurmExecutor(Executor):
         scheduler.cancel(sorted(strays & live))
 
     def submit(self, node: Node, attempt: Path) -> Job:
-        """Submit what works on the attempt."""
+        """Submit the jobs of an attempt."""
         request_for(node, attempt, self.site)
         jobs = submit(node, attempt, self.site)
         self._queue.expect(jobs)
         return AttachedJob(node, jobs, attempt, self._queue)
 
     def adopt(self, node: Node, key: str) -> Job | None:
-        """The latest attempt's jobs, if they have not ended. Those that make something else are cancelled."""
+        """The latest attempt's jobs, if they have not ended. Jobs under another key are cancelled."""
         attempts = self.run.attempts(node.name)
         jobs = jobs_of(attempts[-1]) if attempts else None
         if jobs is None or not self._queue.live.intersection(jobs.ids):
@@ -106,11 +106,11 @@ class SlurmExecutor(Executor):
         return AttachedJob(node, jobs, attempts[-1], self._queue)
 
     def detach(self, console: Console, plan: dict[str, Verdict]) -> None:
-        """Submit everything at once, each stage's jobs waiting for those that it needs."""
+        """Submit all stages at once, with dependencies between their jobs."""
         detached.detach(console, self.site, plan)
 
     def require_no_detached_run(self, *, same_settings: bool) -> None:
-        """Check that no detached run's jobs are under way."""
+        """Check that no detached run's jobs are unfinished."""
         mine = {id for jobs in unfinished_jobs(self.run, self.graph).values() if jobs.detached for id in jobs.ids}
         ids = sorted(scheduler.live_ids(self.run.path) & mine, key=int) if mine else []
         if not ids or (same_settings and self.run.config.settings() == self.config.settings()):
@@ -122,12 +122,12 @@ class SlurmExecutor(Executor):
         )
 
     def write_dry_run(self, console: Console, plan: dict[str, Verdict], *, detached: bool) -> None:
-        """Write the batch scripts, and print what they ask for."""
+        """Write the batch scripts, and print the resources that they request."""
         runs = {name: verdict.reason for name, verdict in plan.items() if not verdict.reuse}
         write_dry_run(console, self.graph, self.config, runs, detached=detached)
 
     def observe(self, patience: float) -> "SlurmObservation":
-        """What is queued; the cluster is not asked where there can be nothing."""
+        """The queue's state; the cluster is not asked if the run has no unfinished jobs."""
         queued, error = [], None
         try:
             if unfinished_jobs(self.run, self.graph):
@@ -137,11 +137,11 @@ class SlurmExecutor(Executor):
         return SlurmObservation(self.run, queued, error, patience)
 
     def logs(self, attempt: Path) -> list[Path]:
-        """What the jobs of an attempt have printed themselves."""
+        """Files with the output of an attempt's jobs."""
         return job_logs(attempt, self.run.path)
 
     def cancel(self) -> list[str]:
-        """End all jobs of the run."""
+        """End all jobs of the run. Returns their ids."""
         if not unfinished_jobs(self.run, self.graph):
             return []
         ids = sorted(scheduler.live_ids(self.run.path), key=int)
@@ -150,7 +150,7 @@ class SlurmExecutor(Executor):
 
 
 class Queue:
-    """The run's jobs that have not ended: asked for often at first, and less often the longer nothing changes."""
+    """The run's unfinished jobs, polled at intervals that grow while nothing changes."""
 
     def __init__(self, run: Path, live: set[str]) -> None:
         self.run = run
@@ -159,12 +159,12 @@ class Queue:
         self.reasons: dict[str, str] = {}
 
     def expect(self, jobs: Jobs) -> None:
-        """Jobs that were submitted just now."""
+        """Add jobs that were just submitted."""
         self.live = self.live | set(jobs.ids)
         self._changed = self._asked = time.monotonic()
 
     def poll(self) -> None:
-        """Ask again if it is time to."""
+        """Query the controller again if the interval is over."""
         now = time.monotonic()
         if now - self._asked < min(LONGEST, max(SHORTEST, (now - self._changed) / 10)):
             return
@@ -192,12 +192,12 @@ class AttachedJob:
         self._said = attempt / (PUBLISHER if jobs.finish else "task-0") / "exit.json"
 
     def ended(self) -> bool:
-        """By its last supervisor's word, or because Slurm has it no longer."""
+        """Whether its last supervisor has written exit.json, or Slurm no longer lists its last job."""
         self._queue.poll()
         return self._said.exists() or self._jobs.last not in self._queue.live
 
     def news(self) -> str | None:
-        """That Slurm does not start a job, for a reason that may last."""
+        """The reason why Slurm does not start a job, if it may last."""
         for id in self._jobs.ids:
             reason = self._queue.reasons.get(id, "None")
             if reason != self._told and reason not in ORDINARY:
@@ -206,18 +206,18 @@ class AttachedJob:
         return None
 
     def clear(self) -> list[JobEnded]:
-        """Keep what the jobs have printed where there is no other log."""
+        """Keep the jobs' output in the attempt. Returns their events."""
         keep_output(self._attempt, self._queue.run)
         published = appears(self._node.output / MANIFEST)
         return outcome_of(self._node.name, self._attempt, self._jobs.tasks, published=published)
 
     def cancel(self) -> None:
-        """End the jobs, wherever they are."""
+        """End the jobs."""
         scheduler.cancel(self._jobs.ids)
 
 
 class SlurmObservation:
-    """What is queued for a run, and what is known of jobs that have ended."""
+    """A snapshot of a run's queued jobs, with the records of ended ones."""
 
     def __init__(self, run: RunDirectory, queued: list[scheduler.Queued], error: str | None, patience: float) -> None:
         self.error = error
@@ -227,7 +227,7 @@ class SlurmObservation:
 
     @property
     def jobs(self) -> int:
-        """How many have not ended; an array is one."""
+        """Number of unfinished jobs; an array counts as one."""
         return len({job.base for job in self._queued})
 
     def works_on(self, stage: str) -> bool:
@@ -243,7 +243,7 @@ class SlurmObservation:
         return [job for job in self._queued if jobs is not None and job.base in jobs.ids]
 
     def state(self, stage: str, progress: str | None) -> tuple[str, str] | None:
-        """State and detail of a stage whose jobs are queued or run."""
+        """State and detail of a stage whose jobs are queued or running."""
         if self.error is not None:
             jobs = last_jobs(self._run, stage)
             said = filter(None, [progress, f"job {', '.join(jobs.ids)}" if jobs else None])
@@ -263,7 +263,7 @@ class SlurmObservation:
         return "waiting" if reasons <= set(WAITS) else "queued", f"{before}{detail}"
 
     def unbegun(self, stage: str) -> tuple[str, str] | None:
-        """That the latest jobs of a stage ended before it began, and what they have said."""
+        """State and detail of a stage whose latest jobs ended before it began, with their error message."""
         attempts = self._run.attempts(stage)
         ended = jobs_of(attempts[-1]) if attempts else None
         if ended is None or parts_of(attempts[-1]) != [attempts[-1]]:
@@ -276,5 +276,5 @@ class SlurmObservation:
         return "interrupted", text
 
     def unheard(self) -> list[JobEnded]:
-        """What happened to jobs that have ended without anybody having learned of it."""
+        """Events of ended jobs that are not recorded yet."""
         return missed(self._run, {job.base for job in self._queued}, self._patience)

@@ -1,11 +1,11 @@
-"""The jobs of one attempt at a stage, and how they are submitted. What they do on their nodes: node.py.
+"""The jobs of one attempt at a stage, and their submission. Their work on the nodes is in node.py.
 
     W   works: one supervisor per task of an array, or per node
-    F   finishes, after W has ended in whatever way: publishes what an array's tasks have made; in a detached run
-        it also finalizes (detached.py), and so do the stages that are too small for a job W of their own
+    F   finishes, after W has ended in success or failure: publishes the output of an array's tasks; in a detached run
+        it also finalizes (detached.py). Light stages of a detached run do all of this in a single job.
 
-submitit passes a job on as a pickle in a private folder outside of the run directory. A job that is requeued, by Slurm
-or by itself, starts again from that pickle: everything else is on the disk.
+submitit stores a job as a pickle in a private folder outside of the run directory. A job that is requeued, by Slurm or
+on its own request, starts again from that pickle; all other state is on disk.
 """
 
 import contextlib
@@ -35,38 +35,38 @@ RECORD = "jobs.json"
 
 
 class Jobs(msgspec.Struct, frozen=True):
-    """What was submitted for an attempt, as jobs.json in its folder says."""
+    """The jobs submitted for an attempt, stored as jobs.json in its folder."""
 
     work: str
     """W's id."""
     finish: str | None
-    """F's id, where there is one."""
+    """F's id, if there is such a job."""
     detached: bool
-    """Whether they finalize by themselves; otherwise a driver does."""
+    """Whether the jobs finalize the stage; otherwise a driver does."""
     array: int = 1
-    """How many tasks W has."""
+    """Number of W's tasks."""
 
     @property
     def ids(self) -> list[str]:
-        """All of them, in the order in which they run."""
+        """The jobs' ids, in the order in which they run."""
         return [self.work, *([self.finish] if self.finish else [])]
 
     @property
     def tasks(self) -> dict[str, int]:
-        """How many tasks each of them has, by id."""
+        """Number of tasks by job id."""
         return {id: self.array if id == self.work else 1 for id in self.ids}
 
     @property
     def last(self) -> str:
-        """The one after which the attempt is over; what later stages wait for in a detached run."""
+        """The job whose end is the end of the attempt; later stages of a detached run depend on it."""
         return self.ids[-1]
 
 
 def jobs_of(attempt: Path) -> Jobs | None:
-    """The jobs of an attempt, if any were submitted."""
+    """The jobs of an attempt; None if none were submitted."""
     try:
         return msgspec.json.decode((attempt / RECORD).read_bytes(), type=Jobs)
-    except (OSError, ValueError):  # none, or damaged: jobs that nobody knows are cancelled, and submitted once more
+    except (OSError, ValueError):  # none, or damaged: unrecorded jobs are cancelled and submitted again
         return None
 
 
@@ -77,15 +77,15 @@ def last_jobs(run: RunDirectory, stage: str) -> Jobs | None:
 
 
 def unfinished_jobs(run: RunDirectory, graph: Graph) -> dict[str, Jobs]:
-    """The latest jobs of those stages that have published nothing; they may have ended."""
+    """The latest jobs of stages that have published nothing; the jobs may have ended."""
     missing = [name for name, node in graph.nodes.items() if not (node.output / MANIFEST).is_file()]
     return {name: jobs for name in missing if (jobs := last_jobs(run, name)) is not None}
 
 
 def end_unknown(run: Path) -> set[str]:
-    """Cancel what was submitted for a run by a command that was killed before it had noted the ids.
+    """Cancel the run's jobs whose ids a killed command did not record.
 
-    Nobody else may be submitting for it meanwhile.
+    The caller holds the submit lock, so that no other process is submitting jobs of the run.
 
     Returns:
         The ids of the run's other jobs that have not ended.
@@ -115,12 +115,12 @@ def submit(
     behind: Collection[str] = (),
     pause: float | None = None,
 ) -> Jobs:
-    """Submit the jobs of an attempt whose request is written, and note their ids in its folder.
+    """Submit the jobs of an attempt whose request is written, and record their ids in its folder.
 
     Args:
-        detached: they finish the stage by themselves.
-        after: jobs that have to succeed before.
-        behind: jobs that have to end before, in whatever way.
+        detached: whether the jobs finalize the stage themselves.
+        after: jobs that must succeed before.
+        behind: jobs that must end before, in success or failure.
         pause: seconds to wait before the start.
     """
     success = [f"afterok:{':'.join(after)}"] if after else []
@@ -144,7 +144,7 @@ def _submit(
     detached: bool,
     pause: float | None = None,
 ) -> str:
-    """Submit one job; returns its id."""
+    """Submit one job. Returns its id."""
     assert site.entry is not None, "a reader submits nothing"
     perform, run, resources = site.entry.perform, site.run.path, job.resources
     array = resources.tasks if resources.is_array else 0
@@ -157,7 +157,7 @@ def _submit(
     slurm = job.executor(folder, run, node.name, site.config.executor, dependency, pause or 0.0, outside)
 
     def hand_over() -> str:
-        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # sbatch's message is in the error, too
+        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # the error contains sbatch's message
             if array > 1:
                 return str(slurm.map_array(perform, [task] * array)[0].job_id)
             return str(slurm.submit(perform, task).job_id)
@@ -167,7 +167,7 @@ def _submit(
 
 @contextlib.contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Remove the variables that describe this job, so that a job submits others as from a login node."""
+    """Remove the variables that describe the current job, so that a job submits others like a login node does."""
     kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with submitit.helpers.clean_env((ROLE, ATTEMPT)):
         os.environ.update(kept)
@@ -195,7 +195,7 @@ def keep_output(attempt: Path, run: Path) -> None:
 
 
 def job_logs(attempt: Path, run: Path) -> list[Path]:
-    """The output of an attempt's jobs, outside of the stage's own log."""
+    """Files with the output of an attempt's jobs, outside the stage's own log."""
     folders = [slurm_folder(run) / f"{name_of(attempt)}-{step}" for step in ("work", "finish")]
     found = {path.name: path for folder in (attempt, *folders) for path in sorted(folder.glob("*_log.out"))}
     return list(found.values())

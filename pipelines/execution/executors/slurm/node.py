@@ -1,6 +1,6 @@
-"""What a job does on its nodes.
+"""The work of a job on its nodes.
 
-Every task of every array starts with this, so it imports as little as it can.
+Every task of every array imports this module first, so it imports as little as possible.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from pipelines.execution.supervisor import DECISION, supervise
 RENDEZVOUS_SECONDS = 300.0
 """How long the nodes of a job wait for the first of them."""
 SIGNAL_MARGIN_SECONDS = 150.0
-"""Slurm's preemption signal comes at most so long before the end of the grace period: a margin, and the grid of its
-clock."""
+"""Maximum time in seconds between Slurm's preemption signal and the start of the grace period: our margin, and the
+granularity of Slurm's clock."""
 
 
 def perform(task: SlurmTask, entry: Entry) -> None:
-    """What a job runs on each of its nodes."""
+    """Run a job's duties on one of its nodes."""
     _record_restart(task)
     code = 0
     for duty in task.duties:
@@ -59,7 +59,7 @@ def _record_restart(task: SlurmTask) -> None:
 
 
 def _guarded(duty: Duty, task: SlurmTask, entry: Entry) -> int:
-    """Run one duty; what goes wrong outside of the stage's own process is noted as its failure."""
+    """Run one duty. Errors outside the stage's own process are recorded as its failure."""
     part = Path(task.attempt, PUBLISHER if duty != "work" else f"task-{_index(task)}")
     try:
         if duty != "finalize":
@@ -75,15 +75,15 @@ def _guarded(duty: Duty, task: SlurmTask, entry: Entry) -> int:
 
 
 def _run_command(task: SlurmTask, part: str, entry: Entry) -> int:
-    """Run the stage's command, or this process's share of it; ask for a requeue where it has to stop before its end."""
+    """Run the stage's command, or this process's share of it. If it has to stop early, ask for a requeue."""
     stop = StopRequest()
-    code = 128 + signal.SIGUSR2  # of a stage that has to stop before its beginning
+    code = 128 + signal.SIGUSR2  # for a stage that has to stop before it starts
     try:
         if not stop() and task.detached and _is_reused(task, entry):
             return 0
         if not stop():
             code = supervise(task.attempt, part, {ROLE: "publisher"} if part == PUBLISHER else _variables(task), stop)
-    except TransientError:  # also where the signal has ended what was asked something
+    except TransientError:  # also if the signal ended a program that was asked
         if not stop() and _preemption(scheduler.details(submitit.JobEnvironment().job_id)) is None:
             raise
     if not stop() and code not in {128 + number for number in SIGNALS}:
@@ -92,9 +92,9 @@ def _run_command(task: SlurmTask, part: str, entry: Entry) -> int:
     known = scheduler.details(job.job_id)
     reason = _why_stopped(known, task.grace) if stop() else _preemption(known)
     if reason is None:
-        return code  # by scancel
+        return code  # cancelled by scancel
     if job.global_rank > 0:
-        return 0  # the first node asks for the requeue, and must not be ended by this one before
+        return 0  # the first node asks for the requeue; an error here would end it before
     if reason == "time limit":
         require_progress(Path(task.attempt, part), task.stage, known.get("TimeLimit", ""))
     from pipelines.run.directory import RunDirectory
@@ -105,7 +105,7 @@ def _run_command(task: SlurmTask, part: str, entry: Entry) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, and Slurm would have to kill this process
     try:
         scheduler.requeue(job.job_id)
-    except scheduler.SchedulerError as error:  # this cluster has it turned off
+    except scheduler.SchedulerError as error:  # requeueing is turned off on this cluster
         print(f"not requeued, so that another job has to be submitted: {error}", file=sys.stderr)
         return code
     while True:
@@ -113,8 +113,8 @@ def _run_command(task: SlurmTask, part: str, entry: Entry) -> int:
 
 
 def _is_reused(task: SlurmTask, entry: Entry) -> bool:
-    """Whether the stage has nothing to do, which the first of its tasks decides for all."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: the same once more
+    """Whether the stage is reused, which the first of its tasks decides for all."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: decide again
         return bool(json.loads(Path(task.attempt, DECISION).read_bytes())["reuse"])
     from pipelines.execution.executors.slurm.detached import prepare
 
@@ -122,7 +122,7 @@ def _is_reused(task: SlurmTask, entry: Entry) -> bool:
 
 
 class StopRequest:
-    """Whether Slurm has sent the signal that precedes the time limit or a preemption, since the job's beginning."""
+    """Whether Slurm has sent its preemption signal, before a time limit or a preemption, since the job started."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -130,7 +130,7 @@ class StopRequest:
             signal.signal(number, self._note)
         signal.pthread_sigmask(
             signal.SIG_UNBLOCK, PREEMPTION_SIGNALS
-        )  # pipelines/execution/executors/slurm/start.py has held them back
+        )  # start.py has blocked them
 
     def __call__(self) -> bool:
         return self._asked
@@ -140,7 +140,7 @@ class StopRequest:
 
 
 def _preemption(known: dict[str, str]) -> str | None:
-    """That Slurm takes the nodes of a job with these details for another one, if it does."""
+    """\"preempted\" if Slurm is preempting the job with these details, else None."""
     return None if known.get("PreemptTime", "None") in ("None", "Unknown", "N/A") else "preempted"
 
 
@@ -155,7 +155,7 @@ def _why_stopped(known: dict[str, str], grace: float) -> str:
 
 
 def require_progress(part: Path, stage: str, limit: str) -> None:
-    """Raise UserError where a stage has reached its time limit twice without getting further in between."""
+    """Raise UserError if a stage has reached its time limit twice without progress in between."""
     mark, progress = part / "limit.json", part / PROGRESS
     now = progress.read_bytes() if progress.exists() else b""
     if mark.exists() and mark.read_bytes() == now:
@@ -164,7 +164,7 @@ def require_progress(part: Path, stage: str, limit: str) -> None:
             "executor.resources.time, or that of its entry in executor.stages; for a training also lower "
             "checkpoint_seconds."
         )
-    part.mkdir(exist_ok=True)  # it may have been stopped before its beginning
+    part.mkdir(exist_ok=True)  # the stage may have been stopped before it started
     write_atomically(mark, now)
 
 
@@ -174,7 +174,7 @@ def _index(task: SlurmTask) -> int:
 
 
 def _variables(task: SlurmTask) -> dict[str, str]:
-    """What tells the stage's command which of several it is."""
+    """Environment variables that give this process its rank among the stage's tasks or nodes."""
     index = _index(task)
     if task.array:
         return {ROLE: "task", "RANK": str(index + 1), "WORLD_SIZE": str(task.array + 1)}
@@ -185,7 +185,7 @@ def _variables(task: SlurmTask) -> dict[str, str]:
 
 
 def _rendezvous(task: SlurmTask, index: int) -> str:
-    """host:port of the first node, which chooses a free port and leaves it in a file for the others."""
+    """host:port of the first node, which picks a free port and writes it to a file for the others."""
     start = re.sub(r"\W", "-", f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}")
     path = Path(task.attempt, f"rendezvous-{start}")
     if index == 0:

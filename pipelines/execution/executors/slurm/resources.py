@@ -1,4 +1,4 @@
-"""What a stage asks of Slurm, with every default filled in, and as submitit's parameters."""
+"""A stage's resource request to Slurm, with all defaults filled in, and as submitit's parameters."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,36 +15,35 @@ MINUTES: dict[Workload, int] = {"generation": 240, "scoring": 240, "training": 1
 CPUS_PER_GPU = 8
 LIGHT_GIB = 4
 ROOM = 1.25
-"""Memory that is asked for, over what is estimated."""
+"""Requested memory as a multiple of the estimate."""
 MARGIN_SECONDS = 60
-"""Slurm enforces time limits on a grid of up to so many seconds."""
+"""Slurm checks time limits at intervals of up to this many seconds."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the job of a stage asks of Slurm; for a stage that runs elsewhere `kind` and `executor` alone mean
-    something."""
+    """A stage's resource request to Slurm. For a stage on another executor only `kind` and `executor` are set."""
 
     kind: Workload
     executor: ExecutorKind
     tasks: int = 1
-    """Tasks of its job array; 1 for stages that are no array."""
+    """Tasks of its job array; 1 if it is no array."""
     nodes: int = 1
-    """Nodes of one job."""
+    """Nodes per job."""
     gpus: int = 0
-    """On each node of the job, or of the array's task."""
+    """GPUs per node of the job, or per task of the array."""
     gpu_type: str | None = None
     cpus: int = 1
-    """CPU cores on each of them."""
+    """CPU cores per node or task."""
     processes: int = 1
-    """Processes of the stage on each of them: each has cpus // processes cores."""
+    """Processes of the stage per node or task; each gets cpus // processes cores."""
     minutes: int = 0
     """Time limit."""
     memory: str | None = None
-    """On each node: "64G"; None: what the cluster gives."""
+    """Memory per node, such as "64G"; None: the cluster's default."""
     partition: str | None = None
     pool_nodes: str | None = None
-    """The nodes of the pool that the plan gives it, as Slurm writes them; None: any."""
+    """Nodes of the stage's pool, as Slurm writes them; None: any."""
     account: str | None = None
     qos: str | None = None
     setup: tuple[str, ...] = ()
@@ -53,15 +52,15 @@ class Resources:
 
     @property
     def is_array(self) -> bool:
-        """Whether it is a job array, with a finishing job after it."""
+        """Whether it is a job array, followed by a finishing job."""
         return self.executor == "slurm" and self.kind in ARRAYS
 
 
 def resources_of(node: Node, executor: ExecutorSection, graph: Graph | None = None) -> Resources:
-    """What a stage asks for.
+    """A stage's resource request.
 
     Args:
-        graph: for the memory of light stages that load a model, which is estimated.
+        graph: used to estimate the memory of light stages that load a model.
     """
     entry, kind = executor.entry(node), node.workload
     assert entry.kind is not None
@@ -84,7 +83,7 @@ def resources_of(node: Node, executor: ExecutorSection, graph: Graph | None = No
 
 
 def finishing(executor: ExecutorSection) -> Resources:
-    """What the small job asks for that ends a heavy stage: the same as a light stage, on Slurm in any case."""
+    """The request of the small job that finishes a heavy stage: like that of a light stage, and always on Slurm."""
     entry = executor.finishing_entry().model_copy(update={"kind": "slurm"})
     return _filled(entry, "light", cpus=entry.cpus or 1, gpus=0, memory=entry.memory or f"{LIGHT_GIB}G")
 
@@ -107,7 +106,7 @@ def _filled(entry: StageSection, kind: Workload, placement: Placement | None = N
 
 
 def _light_memory(node: Node, graph: Graph | None) -> str:
-    """Memory of a light stage: enough for the model or the numbers that it loads, where their size is known."""
+    """Memory of a light stage: enough for the model or arrays that it loads, if their size is known."""
     need = memory(node, graph, on_gpu=False) if graph is not None else None
     estimated = math.ceil(ROOM * need.total / (1 << 30)) if need is not None else 0
     return f"{max(LIGHT_GIB, estimated)}G"
@@ -128,13 +127,12 @@ def submitit_parameters(
 
     Args:
         name: the job's name.
-        comment: what its run is known by on the cluster.
-        grace_seconds: how long before the end the job is told; some more, because Slurm is not so exact.
-        dependency: as sbatch takes it, for example afterok:17:18. When it can no longer be fulfilled, Slurm cancels the
-            job.
-        begin: seconds from now before which it does not start.
-        teardown: lines of bash after the job's process has ended.
-        exclude: nodes that it must not run on, beside those that `directives` name.
+        comment: identifies the job's run on the cluster.
+        grace_seconds: how long before the time limit the job is signalled; a margin is added, as Slurm is not exact.
+        dependency: in sbatch's syntax, such as afterok:17:18. If it can no longer be fulfilled, Slurm cancels the job.
+        begin: delay in seconds before it may start.
+        teardown: lines of bash to run after the job's process has ended.
+        exclude: nodes that it must not run on, in addition to those that `directives` exclude.
     """
     further: dict[str, Any] = {"requeue" if resources.requeue else "no-requeue": True}
     if dependency:
@@ -144,7 +142,7 @@ def submitit_parameters(
     parameters: dict[str, Any] = {
         "job_name": name,
         "comment": comment,
-        "wckey": None,  # submitit's own is refused where such keys are checked
+        "wckey": None,  # some clusters refuse submitit's default
         "time": resources.minutes,
         "nodes": resources.nodes,
         "ntasks_per_node": 1,
@@ -155,7 +153,7 @@ def submitit_parameters(
         "qos": resources.qos,
         "setup": list(resources.setup) or None,
         "teardown": list(teardown) or None,
-        "signal_delay_s": min(math.ceil(grace_seconds) + MARGIN_SECONDS, resources.minutes * 30),  # or half of its time
+        "signal_delay_s": min(math.ceil(grace_seconds) + MARGIN_SECONDS, resources.minutes * 30),  # or half the time
         "dependency": dependency,
         "array_parallelism": resources.tasks,
         "stderr_to_stdout": True,
@@ -173,6 +171,6 @@ def submitit_parameters(
 
 
 def device_hours(resources: Resources) -> float:
-    """GPU-hours that a stage asks for, without GPUs CPU-hours: at most, since it is by the time limits."""
+    """GPU-hours (without GPUs CPU-hours) that a stage requests; an upper bound, because it counts whole time limits."""
     each = resources.gpus or resources.cpus
     return resources.tasks * resources.nodes * each * resources.minutes / 60

@@ -1,7 +1,7 @@
-"""Slurm's own commands: what is queued, what has become of a job, and acting on jobs.
+"""Slurm's own commands: the queue, the records of ended jobs, and actions on jobs.
 
-A controller that does not answer (it is being restarted, or busy) is asked again for a while: nothing is decided
-without an answer.
+A controller that does not answer (restarting, or busy) is asked again for a while: nothing is decided without an
+answer.
 """
 
 import os
@@ -20,10 +20,10 @@ from contracts.errors import UserError
 from contracts.fingerprint import digest
 
 PATIENCE = 600.0
-"""Seconds for which a controller that does not answer is asked again."""
+"""Seconds to keep asking a controller that does not answer."""
 PAUSE = 5.0
 ACCOUNTING_LAG_SECONDS = 10.0
-"""How long accounting may take to learn of the end of a job."""
+"""How long accounting may take to record the end of a job."""
 SILENT = (
     "unable to contact slurm controller",
     "socket timed out",
@@ -40,20 +40,20 @@ SILENT = (
     "munge",
     "authentication",
 )
-"""What the commands say when the controller, the accounting or munge does not answer, or a clock has been set."""
+"""Messages of commands when the controller, accounting or munge does not answer, or a clock was changed."""
 LIVE = {"PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "RESIZING"}
 """States of jobs that have not ended."""
 
 
 class SchedulerError(UserError):
-    """A command of Slurm's failed: it says why, and most often it is a limit or a name that the cluster refuses."""
+    """A Slurm command failed with an error message, most often about a limit or a name that the cluster refuses."""
 
 
 class Queued(msgspec.Struct, frozen=True):
     """A job, or a task of an array, that has not ended."""
 
     id: str
-    """As Slurm writes it: 12, 12_3, or 12_[4-7] for tasks that have not started."""
+    """In Slurm's notation: 12, 12_3, or 12_[4-7] for tasks that have not started."""
     base: str
     """Id of the job or of the whole array."""
     state: str
@@ -63,13 +63,13 @@ class Queued(msgspec.Struct, frozen=True):
 
 
 class JobRecord(msgspec.Struct, frozen=True):
-    """One start of a job or of a task of an array, as accounting knows it; one that was requeued has several."""
+    """One start of a job or of an array's task, as recorded by accounting; after a requeue there are several."""
 
     id: str
     state: str
     """COMPLETED, FAILED, CANCELLED by 1000, NODE_FAIL, PREEMPTED, REQUEUED, TIMEOUT, OUT_OF_MEMORY, ..."""
     code: str
-    """Exit code and signal, for example 1:0."""
+    """Exit code and signal, such as 1:0."""
     nodes: str
     start: str
     end: str
@@ -82,12 +82,12 @@ class JobRecord(msgspec.Struct, frozen=True):
 
     @property
     def word(self) -> str:
-        """The state without who caused it."""
+        """The state without the user who caused it."""
         return self.state.split()[0]
 
 
 def mark_of(run: Path) -> str:
-    """What every job of a run carries as its comment, by which it is known on the cluster."""
+    """The comment of a run's jobs, which identifies them on the cluster."""
     return f"ratchet-{digest(str(run.resolve()))[:16]}"
 
 
@@ -99,12 +99,12 @@ def queue(run: Path, patience: float = PATIENCE) -> list[Queued]:
     return [
         Queued(id, base, state, reason, name, nodes)
         for comment, id, base, state, reason, nodes, name in rows
-        if wanted in comment  # to which a cluster may add
+        if wanted in comment  # clusters may append to comments
     ]
 
 
 def nodes_outside(wanted: str) -> list[str]:
-    """The cluster's nodes but these: a job asks for all that its `--nodelist` names, and so a pool is what it excludes.
+    """The cluster's nodes except `wanted`. Pools exclude nodes, because a job gets all that its `--nodelist` names.
 
     Raises:
         UserError: the cluster has no such node.
@@ -119,12 +119,12 @@ def nodes_outside(wanted: str) -> list[str]:
 
 
 def live_ids(run: Path) -> set[str]:
-    """Their ids; of an array's tasks that of the array."""
+    """The ids of the run's unfinished jobs; for tasks of an array, that of the array."""
     return {job.base for job in queue(run)}
 
 
 def history(ids: list[str], patience: float) -> list[JobRecord]:
-    """What accounting knows of jobs, each of their starts, in order of time. It lags behind by a second or so."""
+    """The accounting records of jobs, one per start, ordered by time. They lag behind by about a second."""
     if not ids:
         return []
     fields = "JobID,State,ExitCode,NodeList,Start,End,JobName"
@@ -137,12 +137,12 @@ def history(ids: list[str], patience: float) -> list[JobRecord]:
 def complete_history(
     tasks: dict[str, int], seconds: float = ACCOUNTING_LAG_SECONDS, patience: float = PATIENCE
 ) -> list[JobRecord]:
-    """`history` of jobs that have ended, as soon as accounting knows that they have, or after some time without.
+    """`history` of jobs that have ended, once accounting has recorded their ends or after `seconds`.
 
     Args:
-        tasks: how many tasks a job has, by its id; 1 for what is no array. The job that asks has not ended: what is
-            known of its earlier starts counts.
-        patience: for how long an accounting that does not answer is asked again.
+        tasks: number of tasks by job id; 1 if it is no array. The calling job itself has not ended; its earlier starts
+            count.
+        patience: how many seconds to keep asking an accounting that does not answer.
     """
     own = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
     deadline = time.monotonic() + seconds
@@ -157,13 +157,13 @@ def complete_history(
 
 
 def details(job: str) -> dict[str, str]:
-    """What the controller knows of a job that has not ended, by `scontrol show job`'s names."""
+    """The controller's details of an unfinished job, by the names of `scontrol show job`."""
     text = call("scontrol", "--oneliner", "show", "job", job)
     return dict(item.partition("=")[::2] for item in text.split() if "=" in item)
 
 
 def cancel(ids: list[str]) -> None:
-    """End jobs, running or not; those that have ended already are left alone."""
+    """End jobs, running or not. Jobs that have ended are ignored."""
     if ids:
         call("scancel", "--quiet", *ids)
 
@@ -174,12 +174,12 @@ def requeue(job: str) -> None:
 
 
 def set_dependency(job: str, dependency: str) -> None:
-    """Have a job that has not started wait for others than before."""
+    """Replace the dependencies of a job that has not started."""
     call("scontrol", "update", f"JobId={job}", f"Dependency={dependency}")
 
 
 def seconds_left(known: dict[str, str]) -> float | None:
-    """Until the time limit of a job with these `details`."""
+    """Seconds until the time limit of a job with these `details`; None if unknown."""
     try:
         return (datetime.fromisoformat(known["EndTime"]) - datetime.now()).total_seconds()
     except (KeyError, ValueError):  # "Unknown"
@@ -187,11 +187,11 @@ def seconds_left(known: dict[str, str]) -> float | None:
 
 
 def call(*command: str, patience: float = PATIENCE) -> str:
-    """What one of Slurm's commands prints.
+    """Standard output of a Slurm command.
 
     Raises:
-        UserError: the command is not there.
-        SchedulerError: it failed, or nobody answered for `patience` seconds.
+        UserError: the command does not exist.
+        SchedulerError: it failed, or the scheduler did not answer for `patience` seconds.
     """
 
     def ask() -> str:
@@ -208,10 +208,10 @@ def call(*command: str, patience: float = PATIENCE) -> str:
 
 
 def patiently(what: str, act: Callable[[], str], patience: float = PATIENCE) -> str:
-    """Run one of Slurm's commands, again and again as long as nobody answers.
+    """Run a Slurm command, and repeat it as long as the scheduler does not answer.
 
     Raises:
-        SchedulerError: it failed, or nobody answered for `patience` seconds.
+        SchedulerError: it failed, or the scheduler did not answer for `patience` seconds.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -230,6 +230,6 @@ def patiently(what: str, act: Callable[[], str], patience: float = PATIENCE) -> 
 
 
 def _plain() -> dict[str, Any]:
-    """This process's environment without what changes the output of Slurm's commands."""
+    """This process's environment without variables that change the output of Slurm's commands."""
     formats = ("SQUEUE_", "SACCT_", "SCONTROL_", "SCANCEL_", "SLURM_TIME_FORMAT")
     return {name: value for name, value in os.environ.items() if not name.startswith(formats)}

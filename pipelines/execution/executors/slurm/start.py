@@ -1,20 +1,20 @@
-"""The first that a job's Python runs: it holds back Slurm's preemption signals until the job can answer them.
+"""The entry point of a job: blocks Slurm's preemption signals until the job can handle them.
 
-One that comes while Python still loads libraries would end the process. submitit's own answer to it, before ours is
-there, would write the job's pickle anew, and a kill in that instant would lose the job.
+A signal while Python still loads libraries would end the process. submitit's own handler, active until ours is set,
+would rewrite the job's pickle, and a kill in that instant would lose the job.
 """
 
 import gc
 import signal
 
 PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
-"""What Slurm is asked to send before a time limit or a preemption."""
+"""Signals that Slurm is asked to send before a time limit or a preemption."""
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
     from contracts.surroundings import THRESHOLD_OF_IMPORTS
 
-    gc.set_threshold(*THRESHOLD_OF_IMPORTS)  # to the end: a job's own work is light, and imports much of it late
+    gc.set_threshold(*THRESHOLD_OF_IMPORTS)  # never reset: a job's own work is light, and much of it is imported late
     from submitit.core.submission import submitit_main
 
     try:

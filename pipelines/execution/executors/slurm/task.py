@@ -1,4 +1,4 @@
-"""What a job is to do, and how it tells Slurm how that went."""
+"""The description of a job's work, and its exit codes for Slurm."""
 
 import math
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ Duty = Literal["work", "publish", "finalize"]
 FAILED = 70
 """Exit code of a job whose stage has failed for good (EX_SOFTWARE)."""
 TRY_AGAIN = 75
-"""Exit code of a job whose stage is tried again by another one (EX_TEMPFAIL)."""
+"""Exit code of a job whose stage is retried by another job (EX_TEMPFAIL)."""
 FINALIZED = (0, UserError.exit_code, RunStoppedError.exit_code, FAILED, TRY_AGAIN)
-"""Exit codes of a job that has finalized its stage. Any other is a transient failure of the job's own."""
+"""Exit codes of a job that has finalized its stage. Any other is a transient failure of the job itself."""
 ENDED = "RATCHET_ENDED"
-"""Environment variable: the exit codes of those processes of this job that ended before they had finalized."""
+"""Environment variable: exit codes of the processes of this job that ended before finalizing."""
 
 
 @dataclass(frozen=True)
 class SlurmTask:
-    """What a job does."""
+    """A job's work: a stage, an attempt, and its duties."""
 
     module: ClassVar[str] = "pipelines.execution.executors.slurm.node"
 
@@ -28,24 +28,24 @@ class SlurmTask:
     attempt: str
     duties: tuple[Duty, ...]
     array: int = 0
-    """Tasks of the array that it is one of; 0: none."""
+    """Number of tasks of its array; 0 if it is no array."""
     nodes: int = 1
     detached: bool = False
-    """Whether it decides and finishes the stage by itself, without a driver."""
+    """Whether the run has no driver, so that the job decides about the stage and finalizes it."""
     grace: float = 0.0
-    """Seconds that the stage may take to stop; Slurm's preemption signal comes that long, and some more, before the
-    time limit."""
+    """Seconds that the stage may take to stop. Slurm's preemption signal comes that long and a margin before the time
+    limit."""
 
 
 def start_again(retries: int, pause: float) -> list[str]:
-    """Lines of bash after the process of a job that finalizes a stage of a detached run.
+    """Lines of bash to run after the process of a job that finalizes a stage of a detached run.
 
-    Nobody else looks after that stage, and where its job fails, Slurm cancels all that wait for it. So where the
-    process ends without having finalized (killed, not launched, no answer of the scheduler's), the job starts it again.
+    No other process looks after that stage, and if its job fails, Slurm cancels all jobs that depend on it. So if
+    the process ends without finalizing (killed, not launched, no answer from the scheduler), it is restarted.
 
     Args:
-        retries: how often.
-        pause: seconds before each.
+        retries: maximum number of restarts.
+        pause: seconds before each restart.
     """
     return [
         "code=$?",
