@@ -1,1 +1,1 @@
-"""The commands of `pipeline`, each declared where it is carried out."""
+"""The commands of `pipeline`, each declared next to its implementation."""

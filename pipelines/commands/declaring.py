@@ -1,4 +1,4 @@
-"""How a command of `pipeline` is declared, and what several have alike."""
+"""Declares the commands of `pipeline`, with shared arguments and the console."""
 
 import argparse
 from collections.abc import Callable
@@ -39,10 +39,10 @@ GROUPS = {
 
 
 class CommandLine(Parser):
-    """The parser of `pipeline`, whose help has the commands in groups."""
+    """The parser of `pipeline`, whose help lists the commands in groups."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """As argparse does, but with the nearest names instead of all."""
+        """Like argparse's check, but suggest the closest names instead of listing all."""
         if action.choices is not None and value not in action.choices:
             known = sorted(map(str, action.choices))
             hint = did_you_mean(str(value), known, 2) or f" Known: {', '.join(known)}."
@@ -62,34 +62,34 @@ class CommandLine(Parser):
 
 
 HELP: dict[str, tuple[str, str]] = {}
-"""Group and one line of help of every command."""
+"""Group and one-line help of each command."""
 PARSER = CommandLine(prog="pipeline", description="Iterative online RLHF: sample, score, train, and repeat.")
 COMMANDS = PARSER.add_subparsers(required=True, metavar="COMMAND")
 
 
 @dataclass
 class Style:
-    """How a command prints."""
+    """Output settings of a command."""
 
     plain: bool = False
-    """No colours, no boxes, nothing that is drawn over."""
+    """No colours, no boxes, no live updates."""
     quiet: bool = False
-    """Only what went wrong, and the result."""
+    """Only errors and the result."""
 
 
 STYLE = Style()
-"""That of this process."""
+"""The settings of this process."""
 
 
 def count(text: str) -> int:
-    """The type of an argument that says how many: a whole number from 1 on."""
+    """Parse a command-line argument that must be a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)
 
 
 def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """An argument of a command, as argparse takes it."""
+    """An argument of a command, for `add_argument`."""
     return names, settings
 
 
@@ -102,12 +102,12 @@ def command(
     keys: Callable[[], str] | None = None,
     **settings: Any,
 ) -> Any:
-    """Declare the function below as a command. It returns the exit code; None is 0.
+    """Declare the decorated function as a command. It returns the exit code; None is 0.
 
     Args:
         group: one of GROUPS.
-        of: where it belongs, if it is a part of another command.
-        keys: the configuration's keys, for the end of its help.
+        of: the parent command's subparsers, for a subcommand.
+        keys: returns the configuration's keys, which its help appends.
     """
     child = of.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", **settings)
     child.keys = keys
@@ -134,10 +134,10 @@ JSON = argument("--json", action="store_true", help="print one JSON object")
 
 
 class Screen(Console):
-    """Standard output. That nobody reads it any more is said like any other failure, and `main` answers it."""
+    """Standard output. A closed pipe raises BrokenPipeError, which `main` handles like any other failure."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich does, with tables that are plain where the style is, and stacked where they do not fit."""
+        """Print as rich does, with ASCII tables in plain style, and stacked rows where a table does not fit."""
         super().print(*map(self._as_it_fits, objects), **options)
 
     def _as_it_fits(self, shown: Any) -> Any:
@@ -148,12 +148,12 @@ class Screen(Console):
         return shown if fits(self, shown) else stacked(self, shown)
 
     def on_broken_pipe(self) -> None:
-        """Instead of an exit with another code than `main` gives."""
+        """Raise BrokenPipeError, where rich would exit with an exit code of its own."""
         raise BrokenPipeError
 
 
 def make_console(**options: Any) -> Screen:
-    """Standard output; wide enough for the tables where it is not a terminal."""
+    """A console for standard output, wide enough for tables if that is not a terminal."""
     if STYLE.plain:
         options |= {"no_color": True, "force_terminal": False}
     console = Screen(**options)
@@ -161,6 +161,6 @@ def make_console(**options: Any) -> Screen:
 
 
 def opened(path: Path) -> tuple[RunDirectory, Graph]:
-    """An existing run, and the stages that its last command asked for."""
+    """Open an existing run, with the graph of stages that its last command asked for."""
     run = RunDirectory.existing(path)
     return run, build_graph(run.config, run.iterations)

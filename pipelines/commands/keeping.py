@@ -1,4 +1,4 @@
-"""Commands that decide what of a run stays, and where else it goes: gc, pin, push."""
+"""Commands that keep, delete and publish artifacts: gc, pin, push."""
 
 import argparse
 from functools import partial

@@ -1,4 +1,4 @@
-"""The command that makes an iteration's pairs in another way: pairs."""
+"""The command `pairs`: builds other pairs from an iteration's rollouts."""
 
 import argparse
 import shlex

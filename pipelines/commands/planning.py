@@ -1,4 +1,4 @@
-"""Commands that say who runs where and when, and how long that takes: plan."""
+"""The command `plan`: shows, checks, searches and simulates plans."""
 
 import argparse
 import shlex
@@ -176,6 +176,6 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _require_folder(option: str, file: Path | None) -> None:
-    """Raise UserError before the work whose result a file could not be written with."""
+    """Raise UserError before a long computation if its result could not be written to the file."""
     if file is not None and not file.absolute().parent.is_dir():
         raise UserError(f"{option} is {file}, but {file.parent} is not a directory. Make it, or choose another.")

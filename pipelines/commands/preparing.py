@@ -1,4 +1,4 @@
-"""Commands before a run: doctor, recipes, env."""
+"""Commands that prepare a run: doctor, recipes, env, completion."""
 
 import argparse
 from functools import partial

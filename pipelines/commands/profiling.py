@@ -1,4 +1,4 @@
-"""Commands that say how long stages take, and find it out: profile."""
+"""The command `profile`: shows how long stages take, and measures it."""
 
 import argparse
 import shutil
@@ -102,7 +102,7 @@ def _profile(options: argparse.Namespace) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    """What stages took, by the store, or by the directories of runs."""
+    """Print the profiles in the store, or those of the given runs."""
     runs = [RunDirectory.existing(Path(path)) for path in options.overrides]
     rows: list[Profile] = [row for run in runs for row in profiles_of(run)] if runs else ProfileStore().read()
     if options.json:

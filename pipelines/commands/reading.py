@@ -1,4 +1,4 @@
-"""Commands that read a run: status, logs, report, view, compare, trace, verify."""
+"""Commands that read a run: runs, status, logs, report, view, compare, trace, verify."""
 
 import argparse
 import json
@@ -110,7 +110,7 @@ def _view(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> int:
     runs, damaged = [], {}
     for path in options.runs:
-        RunDirectory.existing(path)  # no run at all is a mistake
+        RunDirectory.existing(path)  # a path that is no run is a user's mistake
         try:
             runs.append(opened(path))
         except UserError as error:

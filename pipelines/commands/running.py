@@ -1,4 +1,4 @@
-"""Commands that make a run go on: run, fork, sweep, attach, cancel."""
+"""Commands that start, continue or stop runs: run, fork, sweep, attach, cancel."""
 
 import argparse
 import os
@@ -131,7 +131,7 @@ def run_command(options: argparse.Namespace) -> None:
 
 
 def dry_run(console: Console, options: argparse.Namespace) -> None:
-    """`pipeline run --dry-run`: what would run, and why, and what it takes."""
+    """`pipeline run --dry-run`: print what would run and why, and the memory it needs."""
     require_home()
     wanted = plan_run(options.config, options.overrides, options.iters, download=False)
     config, graph = wanted.config, wanted.graph
@@ -186,7 +186,7 @@ def _fork(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> int:
     points = grid(options.overrides)
     console = make_console(stderr=options.json)
-    for point in points:  # every mistake before the first run
+    for point in points:  # reports all mistakes before the first run
         base = load_run_config(options.config, point.overrides)
     folder = base.directory / f"{base.name}-sweep"
     done: list[Path] = []
@@ -200,7 +200,7 @@ def _sweep(options: argparse.Namespace) -> int:
         command += [f"--{name}" for name in ("plain", "quiet") if getattr(options, name)]
         code = subprocess.run(command, check=False, stdout=sys.stderr if options.json else None).returncode
         if code in (UserError.exit_code, INTERRUPTED):
-            return code  # it would be the same with the others, or is not wanted
+            return code  # the other runs would fail in the same way, or were interrupted
         worst = code or worst
         if code in (0, RunStoppedError.exit_code):
             done.append(folder / point.name)

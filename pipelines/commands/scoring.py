@@ -1,4 +1,4 @@
-"""The command that has a scorer of a run judge texts of the user's: score."""
+"""The command `score`: scores a user's texts with one of the run's scorers."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ from pipelines.run.plan import read_run
 
 ANSWER = "answer"
 Place = tuple[str, int]
-"""Of an answer among the imported ones: prompt_id and sample."""
+"""prompt_id and sample of a response among the imported ones."""
 
 
 @command(
@@ -74,7 +74,7 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The user's rows with their places."""
+    """The user's rows, each with its file and line for error messages."""
     path = Path("/dev/stdin" if source == "-" else source)
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a JSONL file, or - for standard input.")
@@ -86,7 +86,7 @@ def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _write(rows: list[tuple[str, dict[str, Any]]], target: Path) -> list[Place]:
-    """Write them as RLHFlow has them, the answers to a prompt together; returns where each will be."""
+    """Write the rows in RLHFlow's format, grouped by prompt. Returns where each response will be."""
     if not rows:
         raise UserError("there are no rows to score.")
     prompts: dict[str, dict[str, Any]] = {}
@@ -105,10 +105,10 @@ def _write(rows: list[tuple[str, dict[str, Any]]], target: Path) -> list[Place]:
 
 
 def _stages(config: RunConfig, scorer: str, tokenizer: Path | None, folder: Path, overrides: list[str]) -> list[Node]:
-    """The import, and the scorer after those that it is made of.
+    """The nodes of the import, the scorers that `scorer` is composed of, and `scorer` itself.
 
-    What a run allows to be dropped of its own answers says nothing about texts of the user's: all of them may be,
-    unless the command line says otherwise.
+    The run's limits on dropped rows are meant for its own responses: here all rows may be dropped, unless the command
+    line sets a limit.
     """
     recipe = Recipe(config)
     recipe.prepare()
@@ -138,7 +138,7 @@ def _stages(config: RunConfig, scorer: str, tokenizer: Path | None, folder: Path
 
 
 def _run(node: Node, config: RunConfig) -> int:
-    """Run a stage here and now; returns its exit code. What it says goes to standard error."""
+    """Run a stage in the foreground, printing to standard error. Returns its exit code."""
     fields: Mapping[str, Any] = node.config.model_dump(mode="json", exclude_unset=True)
     argv = [*node.argv, *(f"{name}={json.dumps(value)}" for name, value in fields.items())]
     command, variables = launch_command(config.environments.of(node.environment), node.environment, argv)
@@ -148,12 +148,12 @@ def _run(node: Node, config: RunConfig) -> int:
 
 
 def _reasons_file(node: Node) -> Path:
-    """Where a scorer writes why it has not judged an answer."""
+    """The file in which a scorer records why it has not scored a response."""
     return node.output.with_name(f"{node.output.name}.reasons.jsonl")
 
 
 def _reasons(nodes: list[Node]) -> dict[Place, str]:
-    """Why the last scorer has not judged an answer, with what those that it is made of say about it."""
+    """Why the last scorer has not scored a response, with the reasons of the scorers that it is composed of."""
     found: dict[Place, str] = {}
     for node in nodes:
         before, found = found, {}
@@ -166,11 +166,11 @@ def _reasons(nodes: list[Node]) -> dict[Place, str]:
 
 
 TOLD = ("score", "why", "parts", "extras")
-"""What is added to a row; what an earlier scorer has added to it goes."""
+"""Columns that the command adds to a row; those of an earlier call are replaced."""
 
 
 def _told(score: Score | None, reason: str) -> dict[str, Any]:
-    """A judgement; where there is none, the score is null, and `why` says the reason."""
+    """The columns for a score; without one, `score` is null and `why` gives the reason."""
     if score is None:
         return {"score": None, "why": reason}
     return {"score": score.score} | {name: found for name in ("parts", "extras") if (found := getattr(score, name))}

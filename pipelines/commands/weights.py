@@ -17,7 +17,7 @@ from reallocation.stored import StoredModel
 
 BASE = argument("--base", type=Path, metavar="MODEL", help="base model of an adapter, if it does not name a directory")
 COMPARES = "training"
-"""The environment whose numpy compares."""
+"""The environment whose numpy does the comparison."""
 
 
 @command(
@@ -78,7 +78,7 @@ def _reshard(options: argparse.Namespace) -> None:
 )
 def _diff(options: argparse.Namespace) -> int:
     for path in (options.first, options.second):
-        StoredModel(path, base=options.base)  # its mistakes are told here
+        StoredModel(path, base=options.base)  # reports mistakes before the environment starts
     paths = [str(path.absolute()) for path in (options.first, options.second, options.base) if path is not None]
     found = json.loads(ask(EnvironmentConfig(), COMPARES, ["-m", "reallocation", *paths], "compare checkpoints"))
     differences = found["differences"]

@@ -1,1 +1,1 @@
-"""`pipeline doctor`: what would stop a run after hours, found before it starts."""
+"""`pipeline doctor`: finds problems before a run starts that would stop it after hours."""

