@@ -1,1 +1,1 @@
-"""What stages run in: locked environments, or the user's own."""
+"""The environments that stages run in: locked ones, or the user's own."""

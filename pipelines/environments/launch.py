@@ -1,4 +1,4 @@
-"""How a stage is launched: in its locked environment, or in the user's interpreter, conda environment or container."""
+"""Builds the command that runs Python in a locked environment, or in a user's interpreter, conda or container."""
 
 import functools
 import json
@@ -40,15 +40,15 @@ PASSED_ON = (
 
 
 OWN = "own."
-"""What the keys of the user's own environments begin with."""
+"""Prefix of the keys of the user's own environments."""
 
 KEEP_FREED = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
-"""Has glibc keep the memory of large temporaries, which it would give back and have zeroed again for every batch. For
-scoring, whose temporaries are alike; training's are not, and would leave holes that make its peak higher."""
+"""Make glibc keep the memory of large temporaries instead of returning it and zeroing it again for every batch. Only
+for scoring, whose temporaries have similar sizes; in training, holes between them would raise its peak."""
 
 
 class EnvironmentConfig(Section):
@@ -72,7 +72,7 @@ class EnvironmentConfig(Section):
 
     @property
     def is_locked(self) -> bool:
-        """Whether it is the locked environment, and nothing has to be done before."""
+        """Whether it is the locked environment, without a prologue."""
         return not (self.python or self.conda or self.container or self.prologue)
 
     @model_validator(mode="after")
@@ -92,15 +92,15 @@ class EnvironmentConfig(Section):
 
 
 def launch_command(environment: EnvironmentConfig, name: str, argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """How to run `python ARGV` in an environment.
+    """The command that runs `python ARGV` in an environment.
 
     Args:
-        name: generation, annotation or training: the locked environment where `environment` names no other; or
-            own.NAME, which always does.
+        name: generation, annotation or training, whose locked environment is used if `environment` specifies no other;
+            or own.NAME, which always specifies one.
         argv: arguments after `python`.
 
     Returns:
-        The command, and the variables to set for it on top of those of this process.
+        The command, and the variables to set for it on top of this process's.
 
     Raises:
         UserError: the environment, or a program that it needs, does not exist.
@@ -114,9 +114,9 @@ def launch_command(environment: EnvironmentConfig, name: str, argv: list[str]) -
         command = [_own_python(environment, name)]
     else:
         python = interpreter(name)
-        # Programs of the environment that its libraries call, such as ninja.
+        # For programs of the environment that its libraries call, such as ninja.
         variables.setdefault("PATH", f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
-        variables.setdefault("VIRTUAL_ENV", str(python.parent.parent))  # not the one that the driver was started in
+        variables.setdefault("VIRTUAL_ENV", str(python.parent.parent))  # instead of the driver's
         command = [str(python)]
     if environment.container or environment.conda:
         command.append(environment.python or "python")
@@ -127,7 +127,7 @@ def launch_command(environment: EnvironmentConfig, name: str, argv: list[str]) -
 
 
 def _variables(environment: EnvironmentConfig, name: str) -> dict[str, str]:
-    """A stage's environment variables: defaults, overridden by the user's own; PYTHONPATH; those of the config."""
+    """Environment variables of a stage: defaults, overridden by the user's environment; PYTHONPATH; the config's."""
     defaults = {
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -140,7 +140,7 @@ def _variables(environment: EnvironmentConfig, name: str) -> dict[str, str]:
             defaults |= KEEP_FREED
     variables = {name: os.environ.get(name, value) for name, value in defaults.items()}
     theirs = dict(environment.variables)
-    users = [os.getcwd()]  # the driver's own settings are in the first of these, once it is prepared
+    users = [os.getcwd()]  # in a prepared driver, USER_PATH has its original PYTHONPATH
     for paths in (os.environ.get(USER_PATH, ""), os.environ.get("PYTHONPATH", ""), theirs.pop("PYTHONPATH", "")):
         users += [os.path.abspath(path) for path in paths.split(os.pathsep) if path]
     code = str(code_path())
@@ -149,13 +149,13 @@ def _variables(environment: EnvironmentConfig, name: str) -> dict[str, str]:
 
 
 def stage_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a stage's process: this one's, without what belongs to its interpreter, and `variables`."""
+    """The environment of a stage's process: this process's without its interpreter's variables, plus `variables`."""
     return {**without_foreign(os.environ), **variables}
 
 
 def _own_python(environment: EnvironmentConfig, name: str) -> str:
     python = os.path.expanduser(environment.python or "")
-    if os.sep in python:  # a link stays one: it is what makes a virtual environment
+    if os.sep in python:  # links are kept: a virtual environment's interpreter is one
         python = os.path.abspath(python)
     if not environment.prologue and shutil.which(python) is None:
         raise UserError(
@@ -179,15 +179,15 @@ def _container(environment: EnvironmentConfig, variables: dict[str, str]) -> lis
     if program is None:
         raise UserError(f"container {image!r}: found none of {', '.join(candidates)} on PATH. Install one.")
     here, code, gpu = os.getcwd(), str(code_path()), resolve_variant() == "gpu"
-    if program in ("apptainer", "singularity"):  # they hand on all variables
+    if program in ("apptainer", "singularity"):  # these pass on all variables
         command = [program, "exec", *(["--nv"] if gpu else []), "--bind", here, "--bind", code, "--pwd", here]
         return [*command, *environment.container_args, image]
     command = [program, "run", "--rm", "--init", "--interactive", "--ipc=host", "--network=host"]
     command += _gpu_options(program, gpu)
-    # As this user, so that what is published belongs to them (podman maps the user by itself).
+    # As this user, who then owns what is published (podman maps the user on its own).
     command += ["--user", f"{os.getuid()}:{os.getgid()}"] if program == "docker" else ["--userns=keep-id"]
     command += ["-v", f"{here}:{here}", "-v", f"{code}:{code}", "-w", here]
-    for name in [*variables, *PASSED_ON]:  # by name: the values come from the program's own environment
+    for name in [*variables, *PASSED_ON]:  # by name: the program takes the values from its own environment
         command += ["-e", name]
     return [*command, *environment.container_args, image]
 
@@ -199,7 +199,7 @@ def _gpu_options(program: str, gpu: bool) -> list[str]:
 
 
 def probe_versions(environment: EnvironmentConfig, name: str) -> dict[str, str]:
-    """Library versions of an environment, as they enter stage keys; cached per process.
+    """Versions of an environment's libraries, as they enter stage keys; cached per process.
 
     Raises:
         UserError: the environment cannot run Ratchet's code.
@@ -228,7 +228,7 @@ def ask(
     """Run `python ARGV` in an environment and return the last line that it prints.
 
     Args:
-        what: what it was to do, for the error message.
+        what: the purpose, for the error message.
         request: its standard input.
         fix: appended to the error message.
 
@@ -254,7 +254,7 @@ def requirements(name: str) -> Path:
 
 
 def _package(name: str) -> str:
-    """The package whose stages run in an environment; in one of the user's own it is annotation's."""
+    """The package whose stages run in an environment; annotation for the user's own environments."""
     return "annotation" if name.startswith(OWN) else name
 
 

@@ -1,8 +1,8 @@
-"""The stages' locked environments: where they are, whether they are complete, and how they are built.
+"""The stages' locked environments: their location, their state, and how they are built.
 
-An environment is known by the content of its lock and by the Python version, so every checkout and installation with
-the same lock uses the same one, and a changed lock makes a new one. It holds no Ratchet: the code comes from the one in
-use, by PYTHONPATH. A mark, written last, says that it is complete; what a kill leaves is built again.
+An environment is identified by the content of its lock and the Python version, so that all checkouts and installations
+with the same lock share it, and a changed lock makes a new one. It does not contain Ratchet: the code in use is added
+by PYTHONPATH. A marker file, written last, says that it is complete; what a killed build leaves is built again.
 """
 
 import concurrent.futures
@@ -29,7 +29,7 @@ from pipelines.machine import gpu_count
 
 STAGES = ("generation", "annotation", "training")
 TRACKING = "tracking"
-"""What the trackers' processes run in: only where the config has trackers, and the same with and without GPUs."""
+"""The environment of the trackers' processes: only for configs with trackers, and the same with and without GPUs."""
 NAMES = (*STAGES, TRACKING)
 VARIANT = "RATCHET_VARIANT"
 MARK = "ratchet-complete"
@@ -59,12 +59,12 @@ class Locked:
 
     @property
     def label(self) -> str:
-        """Its name, with its variant where there are several."""
+        """Its name, with its variant if it has several."""
         return self.name if self.name == TRACKING else f"{self.name}-{self.variant}"
 
     @property
     def lock(self) -> Path:
-        """The file of its versions.
+        """The lock file, which lists its versions.
 
         Raises:
             UserError: it does not exist.
@@ -84,7 +84,7 @@ class Locked:
 
     @property
     def directory(self) -> Path:
-        """Its directory, whether it is built or not."""
+        """Its directory, which may not be built yet."""
         digest = hashlib.sha256("\n".join(self.requirements).encode()).hexdigest()
         python = f"py{sys.version_info.major}{sys.version_info.minor}"
         return home() / "environments" / f"{self.label}-{python}-{digest[:12]}"
@@ -96,12 +96,12 @@ class Locked:
 
     @property
     def complete(self) -> bool:
-        """Whether it is built; without its base Python it is not."""
+        """Whether it is built, and the Python that it is based on still exists."""
         return (self.directory / MARK).is_file() and self.python.exists()
 
 
 def resolve_variant(variant: str = "auto") -> Variant:
-    """cpu or gpu: by the argument, else by RATCHET_VARIANT, else by whether GPUs are visible.
+    """cpu or gpu: the argument, else RATCHET_VARIANT, else gpu if GPUs are visible.
 
     Raises:
         UserError: it is something else.
@@ -115,10 +115,10 @@ def resolve_variant(variant: str = "auto") -> Variant:
 
 
 def known(name: str) -> str:
-    """`name`, if such an environment exists.
+    """Return `name` if such an environment exists.
 
     Raises:
-        UserError: it is not.
+        UserError: it does not.
     """
     if name not in NAMES:
         raise UserError(f"environment {name!r} does not exist. Known: {', '.join(NAMES)}.")
@@ -142,7 +142,7 @@ def interpreter(name: str, variant: str = "auto") -> Path:
 
 
 def describe_all(variant: str) -> Iterator[str]:
-    """A line for every environment: those in use, and what else was built."""
+    """One line per environment: those in use, and others that were built."""
     current = [Locked(name, resolve_variant(variant)) for name in NAMES]
     for locked in current:
         state = "ready" if locked.complete else "not built"
@@ -154,7 +154,7 @@ def describe_all(variant: str) -> Iterator[str]:
 
 
 def sync(names: list[str], variant: str = "auto", say: Callable[[str], None] = print) -> list[Locked]:
-    """Build the missing environments concurrently; returns all of them.
+    """Build the missing environments concurrently. Returns all of them.
 
     Raises:
         UserError: there is no environment of that name, or no such variant.
@@ -174,8 +174,8 @@ def sync(names: list[str], variant: str = "auto", say: Callable[[str], None] = p
             try:
                 jobs = [pool.submit(_build, locked, pip, say, stop) for locked in missing]
                 while concurrent.futures.wait(jobs, POLL_SECONDS).not_done:
-                    pass  # a signal that comes just before an endless wait would be looked at only after it
-            except BaseException:  # an interrupt reaches the command that runs, or none, between two of them
+                    pass  # with a timeout: a signal just before an endless wait would be handled only after it
+            except BaseException:  # an interrupt between two commands reaches neither of them
                 stop.set()
                 raise
         for job in jobs:
@@ -194,13 +194,13 @@ def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None], stop
         requirements = locked.requirements
         say(f"{locked.name}: installing {len(requirements)} packages ({locked.variant}) into {locked.directory}")
         environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        # Beside the environments, so that files are linked, not copied: torch is unpacked once for all of them.
+        # Next to the environments, so that files are hard-linked: torch is unpacked once for all of them.
         environ.setdefault("UV_CACHE_DIR", str(home() / "uv"))
         environ |= uv_variables(pip, environ, locked.variant)
         run = functools.partial(_run, environ=environ, locked=locked, held=held, stop=stop)
         uv = _find_uv()
         run([uv, "venv", "--python", sys.executable, "--no-project", str(locked.directory)])
-        # Compiled now: the first stages would wait for it, and nothing writes into an environment later.
+        # Compile now: otherwise the first stages would wait for it. Nothing writes into an environment later.
         install = [uv, "pip", "install", "--python", str(locked.python), "--no-deps", "--compile-bytecode"]
         run([*install, *uv_options(pip), "-r", str(locked.lock)])
         try:
@@ -214,7 +214,7 @@ def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None], stop
 
 @contextlib.contextmanager
 def _lock(locked: Locked, say: Callable[[str], None]) -> Iterator[int]:
-    """Lock an environment while it is built; the lock ends with the last process that holds the descriptor."""
+    """Lock an environment while it is built. The lock ends with the last process that holds the descriptor."""
     path = locked.directory.with_name(f".{locked.directory.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -250,7 +250,7 @@ def _run(command: list[str], environ: dict[str, str], locked: Locked, held: int,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # The lock goes to the child as well: if only this process is killed, nobody builds beside the child.
+        # The child inherits the lock: if only this process is killed, no other process builds next to the child.
         pass_fds=[held],
     )
     output: bytes | None = None

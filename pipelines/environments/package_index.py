@@ -1,4 +1,4 @@
-"""Where packages come from: what pip is configured to use, told to uv, which does not read pip's configuration."""
+"""Passes pip's configuration of package indexes on to uv, which does not read it."""
 
 import ast
 import subprocess
@@ -9,15 +9,15 @@ INDEX_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX", "UV_EXTRA_IND
 
 
 def pip_settings() -> dict[str, str]:
-    """pip's settings for `pip install` in force here (files and PIP_* variables), by option name."""
+    """The settings (files and PIP_* variables) that `pip install` uses here, by option name."""
     command = [sys.executable, "-m", "pip", "config", "list", "--disable-pip-version-check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    # An environment without pip, such as one that uv made, has no pip configuration worth following.
+    # In an environment without pip, such as one made by uv, there is no pip configuration to follow.
     return parse_settings(result.stdout) if result.returncode == 0 else {}
 
 
 def parse_settings(listing: str) -> dict[str, str]:
-    """Read the output of `pip config list`; the section `install` overrides `global`, and PIP_* variables both."""
+    """Parse the output of `pip config list`; the section `install` overrides `global`, and PIP_* variables both."""
     sections: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
     for line in listing.splitlines():
         name, separator, value = line.partition("=")
@@ -28,13 +28,13 @@ def parse_settings(listing: str) -> dict[str, str]:
 
 
 def uv_variables(pip: Mapping[str, str], environ: Mapping[str, str], variant: str) -> dict[str, str]:
-    """Variables that make uv look where pip looks. What is set in `environ` for uv already stays as it is.
+    """Variables that make uv use pip's indexes and network settings. Variables already in `environ` are left out.
 
-    Where no index is configured at all, the CPU build of torch comes from PyTorch's own index, which uv knows: the
-    public index has only the build that needs CUDA's libraries.
+    If no index is configured at all, the CPU build of torch comes from PyTorch's own index, which uv knows: the public
+    index only has the build that needs CUDA's libraries.
     """
     found = {"UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"}
-    # As pip does it: the best version of all indexes, not the first index that knows the name.
+    # As pip does: the best version of all indexes, not the first index that has the name.
     found["UV_INDEX_STRATEGY"] = "unsafe-best-match"
     if not any(name in environ for name in INDEX_VARIABLES):
         if "index-url" in pip:
@@ -61,5 +61,5 @@ def uv_variables(pip: Mapping[str, str], environ: Mapping[str, str], variant: st
 
 
 def uv_options(pip: Mapping[str, str]) -> list[str]:
-    """What of pip's settings uv takes as an option of its command only."""
+    """Those of pip's settings that uv accepts only as command-line options."""
     return ["--no-index"] if pip.get("no-index", "").lower() in ("1", "true", "yes", "on") else []

@@ -17,7 +17,7 @@ HOME = "RATCHET_HOME"
 UNUSED_SECONDS = 60 * 24 * 3600.0
 """How long an unused copy of the code is kept."""
 IN_WHEEL = "pipelines/configs"
-"""Where pyproject.toml puts the folder configs/ in a wheel."""
+"""The place of the folder configs/ in a wheel, as set in pyproject.toml."""
 
 
 def home() -> Path:
@@ -40,12 +40,12 @@ def require_home() -> None:
 
 
 def source_root() -> Path:
-    """The directory that holds Ratchet's packages."""
+    """The directory that contains Ratchet's packages."""
     return Path(contracts.__file__).resolve().parent.parent
 
 
 def is_installed() -> bool:
-    """Whether Ratchet is installed, not run from a checkout."""
+    """Whether Ratchet is installed rather than run from a checkout."""
     return (source_root() / IN_WHEEL).is_dir()
 
 
@@ -55,7 +55,7 @@ def configs() -> Path:
 
 
 def packaged(name: str) -> Path:
-    """The file that a config calls `ratchet:NAME`: below `configs`, wherever that is.
+    """The file below `configs` that a config calls `ratchet:NAME`.
 
     Raises:
         UserError: there is none of that name.
@@ -68,10 +68,10 @@ def packaged(name: str) -> Path:
 
 
 def code_path() -> Path:
-    """A directory with the code of the stages, for PYTHONPATH, and without the driver's libraries.
+    """A directory for PYTHONPATH with the stages' code and without the driver's libraries.
 
-    A checkout is one. Of installed packages it is a copy, which a container can mount, and which stays as it is when
-    Ratchet is upgraded while a run goes on.
+    A checkout is used as it is. Installed packages are copied, so that a container can mount the copy, and that it does
+    not change when Ratchet is upgraded during a run.
     """
     return _copied(source_root()) if is_installed() else source_root()
 
@@ -93,7 +93,7 @@ def _copied(root: Path) -> Path:
             try:
                 Path(folder, version).rename(copy)
             except OSError:
-                if not copy.is_dir():  # else another process, or thread, was faster
+                if not copy.is_dir():  # otherwise another process or thread was faster
                     raise
     os.utime(copy)
     delete_unused(copy.parent)
@@ -101,10 +101,10 @@ def _copied(root: Path) -> Path:
 
 
 def delete_unused(copies: Path) -> None:
-    """Delete the copies of the code that have not been used for UNUSED_SECONDS; their stages have ended."""
+    """Delete copies of the code that have not been used for UNUSED_SECONDS; their stages have ended."""
     for path in copies.iterdir():
         if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
             trash = Path(tempfile.mkdtemp(dir=copies, prefix="."))
             with contextlib.suppress(OSError):  # another process was faster
-                path.rename(trash / path.name)  # at once: whoever needs it now makes it anew
+                path.rename(trash / path.name)  # atomic: a process that needs the copy now makes a new one
             shutil.rmtree(trash, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Where published things come from, and whether they still are what was published: `trace` and `verify`."""
+"""Provenance and integrity of artifacts: `pipeline trace` and `pipeline verify`."""

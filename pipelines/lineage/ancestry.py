@@ -17,7 +17,7 @@ from training.registry import describe
 def ancestry(home: Index, target: Artifact) -> dict[str, Any]:
     """An artifact and its ancestors: `artifacts` by name, each with its inputs, the target first.
 
-    For each input it is told whether it is still what was read.
+    Each input tells whether it is still what was read.
     """
 
     def name_of(index: Index, artifact: Artifact) -> str:
@@ -37,7 +37,7 @@ def ancestry(home: Index, target: Artifact) -> dict[str, Any]:
 
 
 def _input(index: Index, link: Link) -> tuple[dict[str, Any], tuple[Index, Artifact] | None]:
-    """An input as plain data, and the artifact behind it, if any."""
+    """An input as plain data, and the artifact that it belongs to, if any."""
     found = index.find(link)
     entry: dict[str, Any] = {"name": link.name, "digest": link.digest, "path": link.path, "place": str(found.place)}
     entry |= {name: getattr(found, name) for name in ("state", "part", "now", "again", "error")}
@@ -48,7 +48,7 @@ def _input(index: Index, link: Link) -> tuple[dict[str, Any], tuple[Index, Artif
 
 
 def description(artifact: Artifact) -> dict[str, Any]:
-    """How an artifact was made, by its manifest."""
+    """How an artifact was made, from its manifest."""
     manifest = artifact.manifest
     parts = manifest.key_parts
     config = dict(parts.get("config", {}))
@@ -78,7 +78,7 @@ def _settings(stage: str, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     declared = all_stages().get(stage)
     fields = declared.config.model_fields if declared else {}
     for name, value in config.items():
-        if name == "settings":  # of an algorithm
+        if name == "settings":  # an algorithm's settings
             yield from _unlike_default(config.get("algorithm", ""), value)
             continue
         field = fields.get(name)
@@ -96,9 +96,9 @@ def _unlike_default(algorithm: str, settings: dict[str, Any]) -> Iterator[tuple[
 
 
 def _sources(config: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
-    """The user's own source files, and whether each has changed since."""
+    """The user's own source files, with whether each has changed since."""
     files: dict[str, Path] = {}
-    function = config.get("function") or config.get("strategy")  # of a scorer, an evaluation; of pairs
+    function = config.get("function") or config.get("strategy")  # of a scorer or an evaluation; of pairs
     with contextlib.suppress(UserError):
         if digests and function:
             files = source_files(function)

@@ -1,6 +1,6 @@
-"""Cross-checks of rows: scores, pairs and experience against their rollouts, and rollouts against their policy.
+"""Cross-checks rows: scores, pairs and experience against their rollouts, and rollouts against their policy.
 
-Everything derived from one rollouts artifact is read in parallel with it, one shard of rollouts in memory at a time.
+All artifacts derived from the same rollouts are read in parallel with them, one shard of rollouts in memory at a time.
 """
 
 import json
@@ -79,7 +79,7 @@ def _scores_of(shard: Path, rows: dict[str, Rollout]) -> Iterator[str]:
 
 
 class _Reader:
-    """Reads pairs or experience in step with the rollouts from which they were made."""
+    """Reads pairs or experience in step with the rollouts that they were made from."""
 
     def __init__(self, artifact: Artifact) -> None:
         self.path = artifact.shards[0] if artifact.shards else artifact.path

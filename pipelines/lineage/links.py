@@ -1,7 +1,7 @@
-"""The artifacts of a run, and where the input behind each link of their manifests is now.
+"""The artifacts of a run, and the present location of the inputs that their manifests link to.
 
-A manifest records the digest and the path of every input. The digest decides; the path is a hint, also in a run that
-was moved, copied or forked since, and for what is in superseded/.
+A manifest records the digest and the path of every input. The digest decides, and the path is a hint, so that links
+also work for artifacts in superseded/ and in runs that were moved, copied or forked since.
 """
 
 import os
@@ -25,30 +25,30 @@ class Link:
     """One input of an artifact, as its manifest records it."""
 
     name: str
-    """The input's name; of a list with several, NAME[0], NAME[1] and so on."""
+    """The input's name; NAME[0], NAME[1] and so on for elements of a list."""
     digest: str
     path: str
-    """Where it was: absolute, or as the user gave it, or hf:ORG/NAME."""
+    """Its former path: absolute, or as the user gave it, or hf:ORG/NAME."""
     read: str
-    """When its reader was published."""
+    """Time of publication of the artifact that read it."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Where the input behind a link is now."""
+    """The present location of the input behind a link."""
 
     state: Literal["same", "replaced", "changed", "gone", "damaged"]
-    """same: at its recorded path; replaced: found elsewhere in the run, by its digest; changed: the recorded path has
+    """same: at its recorded path; replaced: elsewhere in the run, found by its digest; changed: the recorded path has
     other content; gone: nothing is there; damaged: it cannot be read."""
     link: Link
     place: Path
-    """The directory or file that holds it; for `gone`, where it was looked for."""
+    """The directory or file that holds it; for `gone`, where it was expected."""
     artifact: Artifact | None = None
     """The artifact that it is or is part of, if any."""
     part: str = ""
     """The file or folder within the artifact, if it is not all of it."""
     now: str | None = None
-    """The digest of what is at its recorded path, if it differs."""
+    """Digest of the present content of its recorded path, if it differs."""
     inside: bool = True
     """Whether its recorded path is in the run."""
     again: bool = False
@@ -72,13 +72,13 @@ def _listed(value: Any) -> list[Any]:
 
 
 def fingerprint_of(files: dict[str, str]) -> str:
-    """`weights_fingerprint` of a model directory from the SHA-256 of its files by name."""
+    """`weights_fingerprint` of a model directory, from the SHA-256 of its files by name."""
     counted = {name for name in files if "/" not in name and (name.endswith(".safetensors") or name in MODEL_FILES)}
     return digest({name: files[name] for name in counted})
 
 
 def part_digest(manifest: Manifest, part: str) -> str | None:
-    """`input_digest` of an artifact, or of a file or folder in it, by its manifest; None if it has no such part."""
+    """`input_digest` of an artifact, or of a file or folder in it, from its manifest; None if it has no such part."""
     if not part:
         return manifest.digest
     files = {file.path: file.sha256 for file in manifest.files}
@@ -101,20 +101,20 @@ def model_of(found: Found) -> str | None:
 
 
 def run_of(path: Path) -> Path | None:
-    """The run's directory that holds `path`, if any."""
+    """The run's directory that contains `path`, if any."""
     return next((parent for parent in [path, *path.parents] if (parent / RUN).is_file()), None)
 
 
 class Index:
-    """The artifacts below a directory by their names (paths below it), those in alternatives/ and superseded/ too."""
+    """The artifacts below a directory by name (path below it), including those in alternatives/ and superseded/."""
 
     def __init__(self, path: Path) -> None:
         """Read all manifests below `path`, a run's directory or any other that holds artifacts."""
         self.path = path
         self.artifacts: dict[str, Artifact] = {}
-        """Those in alternatives/, then those in superseded/, last."""
+        """Artifacts by name; those in alternatives/, then those in superseded/, come last."""
         self.damaged: dict[str, UserError] = {}
-        """Directories whose manifest cannot be read, by name."""
+        """Errors of directories whose manifest cannot be read, by name."""
         self._by_digest: dict[str, Artifact] = {}
         self._versions: dict[str, list[Artifact]] = {}
         """All outputs of each stage: the present one, and those in superseded/."""
@@ -170,8 +170,8 @@ class Index:
         return None
 
     def _find_outside(self, link: Link, inner: tuple[str, str] | None) -> Found:
-        """Find what no stage of the run has made: a user's file, a model, an artifact of another run."""
-        # What lay in the run has to be in the run, not in a former directory of it that is still there.
+        """Find an input that no stage of the run made: a user's file, a model, an artifact of another run."""
+        # An input that was in the run has to be in the run now, not in a former directory of it that still exists.
         place = Path(link.path) if inner is None else self.path / inner[0] / inner[1]
         if not link.path.startswith("hf:") and not is_there(place):
             return Found("gone", link, place, inside=inner is not None)
@@ -184,7 +184,7 @@ class Index:
         return Found("changed", link, place, artifact, now=now, inside=False)
 
     def inner(self, recorded: str) -> tuple[str, str] | None:
-        """A recorded path as the name of an artifact and a part of it; None if it was not in the run."""
+        """Resolve a recorded path to an artifact's name and a part of it; None if it was not in the run."""
         path = Path(recorded)
         for root in self._roots:
             if path.is_relative_to(root):
@@ -193,7 +193,7 @@ class Index:
         return None
 
     def _split(self, path: Path) -> tuple[str, str] | None:
-        """A path below the run as an artifact's name and a part of it."""
+        """Split a path below the run into an artifact's name and a part of it."""
         for candidate in [path, *path.parents]:
             if candidate.as_posix() in self._names:
                 part = path.relative_to(candidate).as_posix()
@@ -204,7 +204,7 @@ class Index:
         """The run's directories: the present one, and former ones.
 
         In a run that was moved or forked, recorded paths lie below its former directory. It is recognised by inputs
-        whose content is at the same relative path now.
+        whose content is now at the same relative path.
         """
         roots = {self.path.absolute(): None}
         for artifact in self.artifacts.values():
@@ -218,28 +218,28 @@ class Index:
         return list(roots)
 
     def _with_part(self, name: str, part: str, wanted: str) -> list[Artifact]:
-        """The outputs of a stage, now and in superseded/, with this digest for a part."""
+        """The outputs of a stage, now and in superseded/, in which a part has this digest."""
         return [found for found in self._versions.get(name, []) if part_digest(found.manifest, part) == wanted]
 
 
 def _version_read(versions: list[Artifact], link: Link) -> Artifact:
-    """Of several artifacts with the content of a link, the one that was read: the newest not newer than its reader."""
+    """Of several artifacts with a link's content, the one that was read: the newest not newer than its reader."""
     earlier = [version for version in versions if version.manifest.created <= link.read]
     return max(earlier or versions, key=lambda version: version.manifest.created)
 
 
 def is_superseded(name: str) -> bool:
-    """Whether an artifact is in superseded/, by its name."""
+    """Whether the artifact of this name is in superseded/."""
     return original_name(name) != name
 
 
 def is_alternative(name: str) -> bool:
-    """Whether an artifact is in alternatives/, where nothing of the run reads it, by its name."""
+    """Whether the artifact of this name is in alternatives/, which no stage of the run reads."""
     return Path(name).parts[:1] == (ALTERNATIVES,)
 
 
 def original_name(name: str) -> str:
-    """The stage of an artifact: superseded/STAGE/KEY is of STAGE."""
+    """The stage of an artifact, by name: superseded/STAGE/KEY belongs to STAGE."""
     path = Path(name)
     return path.relative_to(SUPERSEDED).parent.as_posix() if path.parts[:1] == (SUPERSEDED,) else name
 

@@ -38,7 +38,7 @@ RECORDS: dict[Schema, type[Any]] = {
 """Record type of the rows, by schema."""
 OF_A_PAIR = ("pair_id", "iteration", "chosen_sample", "rejected_sample", "margin")
 TAKES = {"select": ("rounds", "earlier"), "draw": ("sources",)}
-"""Stages that publish rows of others as they are, with the inputs in which these are."""
+"""Stages that publish rows of other stages unchanged, with the inputs that these rows come from."""
 
 
 class OriginRow(NamedTuple):
@@ -47,7 +47,7 @@ class OriginRow(NamedTuple):
     artifact: Artifact
     shard: str
     number: int
-    """Among all rows of the artifact, from 1."""
+    """Its number among all rows of the artifact, from 1."""
     record: Any
 
 
@@ -55,7 +55,7 @@ class Search:
     """Searches the artifacts of one run for rows."""
 
     def __init__(self, index: Index, unread: list[str]) -> None:
-        """Files that could not be searched are added to `unread`, with the reason."""
+        """Files that cannot be searched are appended to `unread`, with the reason."""
         self.index = index
         self.unread = unread
 
@@ -86,11 +86,11 @@ class Search:
             yield from self._rows_in(artifact, field, value)
 
     def _row_in(self, found: Found | None, field: str, value: str) -> OriginRow | None:
-        """The first row with this value of an artifact that was found."""
+        """The first row with this value in an artifact that was found."""
         return next(self._rows_in(found.artifact, field, value), None) if found and found.artifact else None
 
     def _made_as(self, row: OriginRow) -> OriginRow:
-        """The row where it was made, of one that a stage has taken over from others (`TAKES`)."""
+        """The row in the artifact where it was made, for a row that a stage has copied (`TAKES`)."""
         links = [link for link in links_of(row.artifact.manifest) if link.name.startswith(self._takes(row))]
         for found in map(self.index.find, links):
             usable = found if found.state in ("same", "replaced") else None
@@ -106,7 +106,7 @@ class Search:
         return TAKES.get(row.artifact.manifest.stage, ())
 
     def _rows_in(self, artifact: Artifact, field: str, value: str, shard: str | None = None) -> Iterator[OriginRow]:
-        """The rows of an artifact, or of one shard, with this value; only lines that hold it are decoded."""
+        """The rows of an artifact, or of one shard, with this value; only lines that contain it are decoded."""
         needle, before = msgspec.json.encode(value), 0
         for file in artifact.manifest.files:
             if not file.path.startswith("shard-") or shard not in (None, file.path):
@@ -127,7 +127,7 @@ class Search:
         return [artifact for artifact in self.index.artifacts.values() if artifact.manifest.schema == schema]
 
     def _pair(self, row: OriginRow) -> dict[str, Any]:
-        """Prompt, responses, scores and policy of a pair, and what was trained on it."""
+        """Prompt, responses, scores and policy of a pair, and the checkpoints trained on it."""
         index, pair = self.index, row.record
         sampled = self._row_in(index.input_of(row.artifact, "rollouts"), "prompt_id", pair.prompt_id)
         origin = self._made_as(sampled) if sampled else None
@@ -169,7 +169,7 @@ class Search:
         }
 
     def _imported(self, row: OriginRow) -> dict[str, Any]:
-        """The import of a prompt."""
+        """The imported row and source of a prompt."""
         source = next((link for link in links_of(row.artifact.manifest) if link.name == "source"), None)
         return {
             "prompts": self.index.name_of(row.artifact),
@@ -204,8 +204,8 @@ class Search:
     def _scores_of(self, sampled: OriginRow, pairs: Artifact | None) -> Iterator[tuple[str, dict[int, float]]]:
         """The scores of a rollout by each scorer, by sample.
 
-        Of scores in superseded/, only those from which the pairs were chosen count. To a scorer's name that occurs
-        twice its artifact is added.
+        Scores in superseded/ count only if the pairs were chosen by them. If a scorer's name occurs twice, its artifact
+        is added to the name.
         """
         rollouts, prompt = sampled.artifact.manifest.digest, sampled.record.prompt_id
         read = pairs.manifest.inputs.get("scores") if pairs else None
@@ -240,7 +240,7 @@ class Search:
         }
 
     def _used_by(self, artifact: Artifact) -> list[str]:
-        """The checkpoints trained on this artifact; not those trained on another with the same content."""
+        """The checkpoints trained on this artifact, but not on another with the same content."""
 
         def leads_here(links: Iterable[Link]) -> bool:
             found = (self.index.find(link) for link in links if link.digest == artifact.manifest.digest)
@@ -250,7 +250,7 @@ class Search:
 
 
 def _sampling_of(answer: Completion | None) -> dict[str, Any]:
-    """How a response was sampled; None if its rollouts are gone."""
+    """How a response was sampled; values are None if its rollouts are gone."""
     if answer is None:
         return {"tokens": None, "seed": None, "sampling": None, "mean_logprob": None}
     return {
@@ -262,5 +262,5 @@ def _sampling_of(answer: Completion | None) -> dict[str, Any]:
 
 
 def _scorer_of(scores: Artifact) -> str:
-    """The name of the scorer."""
+    """The name of the scorer of these scores."""
     return str(scores.manifest.facts.get("scorer") or scores.manifest.key_parts.get("config", {}).get("name", "score"))

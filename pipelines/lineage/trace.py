@@ -1,4 +1,4 @@
-"""`pipeline trace`: where a checkpoint, a pair or a prompt comes from, back to prompts, seeds, weights and versions."""
+"""`pipeline trace`: the provenance of a checkpoint, a pair or a prompt, back to prompts, seeds, weights, versions."""
 
 import json
 import re
@@ -26,7 +26,7 @@ FORMS = (
 
 
 def print_trace(console: Console, what: str, run: Path | None, *, as_json: bool) -> None:
-    """Print where `what` comes from, as a tree or as one JSON object."""
+    """Print the provenance of `what`, as a tree or as one JSON object."""
     found = trace(what, run)
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
@@ -35,11 +35,11 @@ def print_trace(console: Console, what: str, run: Path | None, *, as_json: bool)
 
 
 def trace(what: str, run: Path | None = None) -> dict[str, Any]:
-    """Where something comes from, as plain data with its `kind`: artifact, outside, pair or prompt.
+    """The provenance of something, as plain data with its `kind`: artifact, outside, pair or prompt.
 
     Args:
         what: path of an artifact or of something in it, the beginning of a digest, a pair_id or a prompt_id.
-        run: where to look; by default in every run below ./runs.
+        run: where to search; by default in every run below ./runs.
 
     Raises:
         UserError: nothing is known by that name.
@@ -64,13 +64,13 @@ def trace(what: str, run: Path | None = None) -> dict[str, Any]:
 
 
 def runs_here() -> list[Path]:
-    """The run of the working directory, if any, and the runs below ./runs."""
+    """The run that contains the working directory, if any, and the runs below ./runs."""
     here = run_of(Path.cwd())
     return [*([here] if here else []), *(path.parent for path in sorted(Path("runs").absolute().glob(f"*/{RUN}")))]
 
 
 def _by_digest(indexes: list[Index], prefix: str) -> dict[str, Any] | None:
-    """The artifacts and inputs whose digest, key or (checkpoints) weights fingerprint begins with `prefix`."""
+    """The artifacts and inputs whose digest, key or (for checkpoints) weights fingerprint begins with `prefix`."""
     found: list[tuple[Index, Artifact]] = []
     outside: dict[str, list[tuple[Link, str]]] = {}
     for index in indexes:

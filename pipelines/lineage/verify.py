@@ -42,13 +42,13 @@ SHOWN = 5
 
 @dataclass
 class Findings:
-    """What was checked and found; every line begins with the path that it is about."""
+    """Counts and findings of a verification; every line begins with the path that it is about."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     """Files that nothing reads or cleans up."""
     notes: list[str] = field(default_factory=list)
-    """What could not be checked, and other remarks."""
+    """Checks that were not possible, and other remarks."""
     artifacts: int = 0
     files: int = 0
     bytes: int = 0
@@ -65,7 +65,7 @@ class Findings:
 
 
 class DamageError(Exception):
-    """Something published is not whole."""
+    """A published artifact is damaged or incomplete."""
 
     exit_code = 1
 
@@ -141,7 +141,7 @@ class _Verification:
         return self.findings
 
     def check_run(self) -> Iterator[str]:
-        """Check that the run's own record can be read."""
+        """Check that run.json can be read."""
         try:
             _ = RunDirectory(self.index.path).iterations
         except UserError as error:
@@ -191,7 +191,7 @@ class _Verification:
                 findings.bytes += file.bytes
                 findings.rows += rows
                 progress.advance(task, file.bytes)
-                if problem and (artifact.path / MANIFEST).exists():  # else the driver has moved it meanwhile
+                if problem and (artifact.path / MANIFEST).exists():  # otherwise the driver has moved it meanwhile
                     findings.problems.append(problem)
                     self.broken.add(artifact.path)
 
@@ -204,7 +204,7 @@ class _Verification:
             reader = self.index.name_of(artifact)
             for link in links_of(artifact.manifest):
                 found, text = self.index.find(link), ""
-                if found.state == "damaged" and not found.inside:  # else the artifact itself is told
+                if found.state == "damaged" and not found.inside:  # otherwise the artifact itself is reported
                     text = f"{link.path}: {found.error}"
                 elif found.state == "changed":
                     text = f"{found.place}: it has changed (its digest is {found.now:.12}, was {link.digest:.12})"
@@ -214,7 +214,7 @@ class _Verification:
                     text = f"{found.place}: it is what was read, and no more what the run has at {link.path}"
                 if text:
                     serious = found.state in ("changed", "damaged") or (found.state == "gone" and found.inside)
-                    serious = serious and not is_alternative(reader)  # what the run has made since is no mistake
+                    serious = serious and not is_alternative(reader)  # the run may have replaced their inputs since
                     (problems if serious else notes).setdefault(text, []).append(f"{link.name} of {reader}")
                 if not found.inside and found.state == "same" and found.artifact:
                     outside.add(found.place)
@@ -284,7 +284,7 @@ def examine(artifact: Artifact, file: File) -> tuple[int, str | None]:
 
 
 def count_rows(path: Path) -> int:
-    """Rows of a JSONL file."""
+    """Number of rows of a JSONL file."""
     with open_stored(path) as lines:
         return sum(1 for line in lines if line.strip())
 
@@ -300,16 +300,16 @@ def strays(artifact: Artifact) -> list[str]:
 
 
 def unpublished(run: Path) -> Iterator[Path]:
-    """Directories of a run that hold files but no manifest."""
+    """Directories of a run that contain files but no manifest."""
     for folder, subfolders, files in os.walk(run):
         here = Path(folder)
         if (here / MANIFEST).is_file():
             subfolders.clear()
             continue
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        if here == run:  # as the report's texts of samples
+        if here == run:  # *.samples: texts of samples, for the report
             subfolders[:] = [name for name in subfolders if name not in UNPUBLISHED and not name.endswith(".samples")]
-        lent = {lender_file(here / name).name for name in subfolders}  # by --share, until a stage takes it
+        lent = {lender_file(here / name).name for name in subfolders}  # offered by --share, until a stage reuses it
         if here != run and (not lent.issuperset(files) or MANIFEST in subfolders):
             yield here
             subfolders.clear()

