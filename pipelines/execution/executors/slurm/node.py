@@ -128,9 +128,7 @@ class StopRequest:
         self._asked = False
         for number in PREEMPTION_SIGNALS:
             signal.signal(number, self._note)
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, PREEMPTION_SIGNALS
-        )  # start.py has blocked them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PREEMPTION_SIGNALS)  # start.py has blocked them
 
     def __call__(self) -> bool:
         return self._asked
