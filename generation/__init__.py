@@ -1,1 +1,1 @@
-"""Policy and prompts in, rollouts out."""
+"""Samples responses to prompts from the policy, and publishes them as rollouts."""

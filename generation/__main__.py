@@ -3,7 +3,7 @@
 import os
 import sys
 
-# Ours before anything in the working directory that is called the same.
+# Ratchet's packages take precedence over modules of the same name in the working directory.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from contracts import surroundings
 

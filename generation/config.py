@@ -12,14 +12,14 @@ from contracts.template import ChatFields
 from generation.engine_args import checked_arguments
 
 MINIMUM_TEMPERATURE = 0.01
-"""vLLM silently raises what lies between 0 and this."""
+"""vLLM silently raises temperatures between 0 and this one."""
 MAXIMUM_TEMPERATURE = 10.0
 MAXIMUM_OF_VLLM = 2.0
-"""vLLM refuses requests of a higher temperature."""
+"""vLLM refuses requests with a higher temperature."""
 
 
 class GuidedSection(Section):
-    """The output format of every response: exactly one of these."""
+    """Constraint on the output format of every response: exactly one of these."""
 
     json_schema: dict[str, Any] | None = identity(None)
     """Responses are JSON that fits this schema."""
@@ -46,12 +46,12 @@ class GuidedSection(Section):
 
     @property
     def form(self) -> tuple[str, Any]:
-        """The one that is set: its name and value."""
+        """Name and value of the field that is set."""
         return next((name, value) for name in type(self).model_fields if (value := getattr(self, name)) is not None)
 
     @property
     def label(self) -> str:
-        """What records say of it."""
+        """Short form for the records: the field's name and a digest of its value."""
         name, value = self.form
         return f"{name} {digest(value)[:16]}"
 
@@ -64,7 +64,8 @@ class ThinkingSection(Section):
     start: str = identity("<think>", min_length=1)
     """The text with which the model or its template begins the reasoning."""
     end: str = identity("</think>", min_length=1)
-    """The text that ends it. Text before the mark itself is forced with it: "I have to answer now.</think>"."""
+    """The text that ends the reasoning. It may begin with words before the mark, which are forced as well: "I have to
+    answer now.</think>"."""
 
 
 EngineArguments = Annotated[dict[str, Any], AfterValidator(checked_arguments)]
@@ -85,14 +86,14 @@ class GenerationSettings(Section):
     min_p: float = identity(0.0, later=True, ge=0, le=1)
     """Sample among the tokens that are at least this share as likely as the most likely one; 0: no limit."""
     min_new_tokens: int = identity(0, later=True, ge=0)
-    """Minimum response length in tokens: until then EOS is not sampled, and no text of `stop` counts."""
+    """Minimum response length in tokens: until then EOS is not sampled, and texts of `stop` do not end the response."""
     repetition_penalty: float = identity(1.0, later=True, gt=0, le=10)
-    """Of the tokens in the prompt and the response so far, logits above 0 are divided by this, others multiplied
-    (Keskar et al. 2019, arXiv 1909.05858); 1: none."""
+    """For tokens that are in the prompt or the response so far, positive logits are divided by this number and others
+    are multiplied by it (Keskar et al. 2019, arXiv 1909.05858); 1: no penalty."""
     presence_penalty: float = identity(0.0, later=True, ge=-2, le=2)
-    """Subtracted from the logits of tokens in the response so far."""
+    """Number that is subtracted from the logits of tokens in the response so far."""
     frequency_penalty: float = identity(0.0, later=True, ge=-2, le=2)
-    """The same for each occurrence of the token."""
+    """Number that is subtracted from a token's logit for each of its occurrences in the response so far."""
     stop: list[Annotated[str, Field(min_length=1)]] = identity([], later=True)
     """Texts that end a response; its finish_reason is then "stop_string"."""
     include_stop: bool = identity(False, later=True)
@@ -103,22 +104,22 @@ class GenerationSettings(Section):
     thinking: ThinkingSection | None = identity(None, later=True)
     """Limit the reasoning of a reasoning model (vLLM): {tokens: 512}."""
     engine_args: EngineArguments = identity({}, later=True)
-    """Further engine arguments of vLLM, by their Python names: {enable_prefix_caching: false}. Those that the stage
-    sets itself are refused with the key to set instead."""
+    """Further engine arguments of vLLM, by their Python names: {enable_prefix_caching: false}. Arguments that the stage
+    sets itself are refused; the message names the key to set instead."""
     max_new_tokens: int = identity(512, ge=1)
     """Maximum response length in tokens; longer ones are truncated and have finish_reason "length"."""
     max_prompt_tokens: int | None = identity(None, ge=1)
     """Longer prompts are dropped and counted; by default the model's context minus max_new_tokens."""
     refused: Literal["error", "drop"] = identity("error", later=True)
-    """What to do with a prompt that the chat template refuses, for example for its system turn or two user turns in a
-    row: stop with its message, or drop it and count it."""
+    """Treatment of prompts that the chat template refuses, for example because of a system turn or two user turns in a
+    row: stop with the template's message, or drop and count them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = identity("auto")
     """Number format of the engine; auto: bfloat16 on a GPU, and on a CPU with native support if the policy's weights
     are in half precision; else float32."""
     logprob_mode: Literal["processed", "raw"] = identity("processed")
-    """Which behaviour log-probabilities to keep: of the sampled distribution, or of the model's own at T=1."""
+    """Behaviour log-probabilities to record: those of the sampled distribution, or of the model's own (T=1)."""
     engine: Literal["vllm", "transformers"] = identity("vllm")
-    """transformers is for platforms without vLLM: same records, slower."""
+    """Inference engine; transformers is for platforms without vLLM: the same records, but slower."""
     shard_size: int | None = identity(None, ge=1)
     """Prompts per shard, the unit of batch composition and of resuming; by default eight full batches of samples."""
     max_num_seqs: int = identity(256, ge=1)
@@ -137,8 +138,8 @@ class GenerationSettings(Section):
     """OpenAI-compatible vLLM servers to start instead of in-process engines; 0: in-process. A server batches requests
     as they arrive, so the last bits of its log-probabilities can differ from one run to the next."""
     profile_shards: list[Annotated[int, Field(ge=0)]] = runtime([])
-    """Shards, counted from 0, for which the engine writes a torch profiler trace: docs/hooks.md. A shard that was
-    sampled before has none."""
+    """Shards, counted from 0, for which the engine writes a torch profiler trace: docs/hooks.md. Shards that an earlier
+    attempt sampled are not traced again."""
     startup_seconds: float = runtime(600.0, gt=0)
     """Startup timeout of a server."""
     memory_utilization: float = runtime(0.9, gt=0, le=1)
@@ -149,8 +150,10 @@ class GenerationSettings(Section):
 
     @property
     def departures(self) -> dict[str, Any]:
-        """The settings by which answers are not samples of the policy's own distribution; none where they are. What
-        ends an answer (`stop`, max_new_tokens) changes no token's probability."""
+        """The settings that make answers deviate from the policy's own distribution; empty if none does.
+
+        `stop` and max_new_tokens only end answers, and change no token's probability.
+        """
         fields = GenerationSettings.model_fields
         changed = {name: value for name in DISTRIBUTION if (value := getattr(self, name)) != fields[name].default}
         return {name: _as_data(value) for name, value in changed.items()}
@@ -187,8 +190,8 @@ class GenerationConfig(GenerationSettings, ChatFields, StageConfig):
     """Seed of the run; each sample's own seed is derived from it."""
     lengths: list[Path] = runtime([])
     """Rollouts of earlier iterations, the latest first. If several processes share the shards, prompts with the longest
-    responses are sampled first, by the lengths in the first of these that is there, so that no process ends with a long
-    one."""
+    responses in the first rollouts that exist are sampled first, so that no process is left with a long one at the
+    end."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -35,11 +35,11 @@ class Answer(msgspec.Struct, frozen=True):
     finish_reason: FinishReason
     seed: int
     stop_string: str | None = None
-    """The text that ended it, if `finish_reason` is "stop_string"; the last token completes it."""
+    """The stop string that ended the response, if `finish_reason` is "stop_string"; the last token completes it."""
 
 
 class EngineSettings(msgspec.Struct, frozen=True):
-    """What an engine needs in addition to the stage's config."""
+    """Settings that an engine needs in addition to the stage's config."""
 
     stop_ids: tuple[int, ...]
     """Token ids that end an answer."""
@@ -51,11 +51,11 @@ class EngineSettings(msgspec.Struct, frozen=True):
     log: Path
     """Log file of a server."""
     traces: Path | None = None
-    """Folder for traces, where any are wanted."""
+    """Folder for profiler traces, if any are to be written."""
 
 
 class UpdateError(Exception):
-    """An engine that is loaded cannot take other weights, or nobody can tell whether it did."""
+    """The weights of a loaded engine could not be updated, or the update could not be verified."""
 
 
 class SamplingEngine(Protocol):
@@ -69,12 +69,11 @@ class SamplingEngine(Protocol):
         ...
 
     def begin(self) -> None:
-        """A stage begins: forget what earlier ones have left in caches."""
+        """Prepare for a new stage: clear the caches of earlier ones."""
         ...
 
     def profile(self, name: str) -> AbstractContextManager[None]:
-        """Write a trace of what is sampled inside into the settings' folder for traces, in files whose names begin
-        with `name`."""
+        """Context that writes profiler traces into `EngineSettings.traces`, in files whose names begin with `name`."""
         ...
 
     def close(self) -> None:
@@ -85,8 +84,8 @@ class SamplingEngine(Protocol):
 def set_threads(parts: int) -> str:
     """Set OMP_NUM_THREADS to the number of cores, unless the user has set it; returns it. Call it before torch loads.
 
-    Without it, vLLM's throughput on a CPU drops to a fifth. CPU results depend on it in their last bits, so it must not
-    depend on the number of replicas, which do not change the bytes; the `parts` of an engine, its processes, do.
+    Without it, vLLM's throughput on a CPU drops to a fifth. The last bits of CPU results depend on it. So it must not
+    depend on the number of replicas, which may not change results; it depends on `parts`, an engine's processes.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // parts)

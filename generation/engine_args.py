@@ -1,4 +1,4 @@
-"""`engine_args`: the way through to vLLM's engine arguments, and which of them are not the user's to set."""
+"""Validates `engine_args`, which are passed on to vLLM; some arguments can only be set by the stage itself."""
 
 from typing import Any
 
@@ -34,9 +34,13 @@ OURS = {
     "port": "servers take a free port",
     "api_key": "every server has a random one",
 }
-"""Arguments that the stage sets itself or does not let through, and why."""
+"""Arguments that the stage sets itself or does not support, with the reason."""
 
 
 def checked_arguments(value: dict[str, Any]) -> dict[str, Any]:
-    """A config's `engine_args`, or a ValueError where one of them is not the user's to set."""
+    """Return a config's `engine_args`.
+
+    Raises:
+        ValueError: one of them can only be set by the stage.
+    """
     return engine_args.checked_arguments(value, OURS)

@@ -1,9 +1,9 @@
-"""Run a command, and end it and everything it started when this process's parent ends, however it ends.
+"""Runs a command in a process group that is killed when the command or this process's parent ends, for any reason.
 
     python -m generation.guard PARENT_PID COMMAND...
 
-A killed vLLM server leaves its engine process behind, which holds the device. This process leads the group of both:
-the kernel sends it a SIGTERM when the parent dies, and it ends the group.
+A vLLM server that is killed leaves its engine process behind, which keeps the device. This process leads the group of
+both: when the parent dies, the kernel sends it a SIGTERM, and it kills the group.
 """
 
 import os
@@ -15,11 +15,11 @@ from typing import Any
 from contracts.processes import die_with_parent
 
 GRACE = 5.0
-"""Seconds that the command has to end by itself."""
+"""Seconds that the command has to exit after SIGTERM, before its group is killed."""
 
 
 def main() -> None:
-    """Never returns: ends with its group."""
+    """Run the command; never returns, because this process is killed with its group."""
     signal.signal(signal.SIGTERM, _stop)
     die_with_parent(int(sys.argv[1]), signal.SIGTERM)
     process = subprocess.Popen(sys.argv[2:])

@@ -1,4 +1,4 @@
-"""What the generation stage would refuse, before it starts. See contracts/preflight.py."""
+"""Preflight checks of the generation stage; see contracts/preflight.py."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from modeling.loading import check_weights
 
 
 def check(stage: Inspected) -> Iterator[Finding]:
-    """The policy, as an engine will read it, and the prompts, as its chat template renders them."""
+    """Check the policy as an engine reads it, and render prompts with its chat template."""
     config: GenerationConfig = stage.config
     if (config.policy / "config.json").is_file():
         check_policy(config)

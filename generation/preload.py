@@ -1,4 +1,4 @@
-"""What the stages of this package import, for the process that they are forked from (contracts/warm.py)."""
+"""Imports the generation stage's libraries in the process that the stage is forked from (contracts/warm.py)."""
 
 import importlib.util
 import os
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 
 def preload(libraries: Sequence[str]) -> None:
-    """Import it, with the variables that it is always imported with."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # opens no device: a fork could not open it again
+    """Set the environment variables that must precede the imports, and import the libraries."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # opens no device, which a fork could not open again
     import torch
 
     from modeling.preload import preload as preload_modeling

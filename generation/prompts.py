@@ -1,4 +1,4 @@
-"""Selecting prompts and rendering them as token ids."""
+"""Selects prompts, and renders them as token ids."""
 
 from contracts.artifacts import Artifact
 from contracts.chat import ChatTokenizer
@@ -12,11 +12,11 @@ from modeling.vllm_process import require_head_width
 
 
 def check_policy(config: GenerationConfig) -> int | None:
-    """Check what can be checked without torch; return the longest prompt that fits (tokens), None if unlimited.
+    """Check the policy without torch; returns the maximum prompt length in tokens, None if it is unlimited.
 
     Raises:
-        UserError: no causal language model, no chat template, heads that vLLM cannot compute here, or lengths beyond
-            the model's context.
+        UserError: it is not a causal language model, has no chat template or heads that vLLM cannot compute here, or
+            the lengths exceed its context.
     """
     info = ModelInfo.read(config.policy)
     info.require_causal()
@@ -34,7 +34,9 @@ def check_policy(config: GenerationConfig) -> int | None:
 
 
 def select_prompts(config: GenerationConfig) -> list[Prompt]:
-    """`count` prompts from `start` on, going round at the end of the set; none of a draw that has nothing to replace.
+    """Select `count` prompts from `start` on, wrapping around at the end of the set.
+
+    Empty for a draw of dynamic sampling in which no prompt had to be replaced.
 
     Raises:
         UserError: nothing is published there, there are no prompts, or fewer than `count`.
@@ -51,17 +53,19 @@ def select_prompts(config: GenerationConfig) -> list[Prompt]:
             f"count={count} is more than the {total} prompts of {config.prompts}, and no prompt is used twice "
             "in one stage. Lower count (in a run: prompts.per_iteration), or raise k for more answers per prompt."
         )
-    # A set may be larger than memory; what one stage samples from is not.
+    # The set may be larger than memory, but the selection is not.
     places = ((place - config.start) % total for place in range(total))
     chosen = {place: prompt for place, prompt in zip(places, artifact.rows(Prompt), strict=True) if place < count}
     return [chosen[place] for place in range(count)]
 
 
 def prompt_ids(tokenizer: ChatTokenizer, prompt: Prompt, *, drop: bool = False) -> tuple[int, ...] | None:
-    """The conversation rendered by the policy's chat template, with the generation prompt, as token ids.
+    """Render a conversation as token ids with the policy's chat template, including the generation prompt.
 
     Args:
-        drop: return None where the template refuses it.
+        tokenizer: the policy's.
+        prompt: the prompt.
+        drop: return None if the template refuses the conversation, instead of raising.
     """
     what = f"prompt {prompt.prompt_id}"
     try:

@@ -1,4 +1,4 @@
-"""From prompts to requests, and from answers to the published records. Pure functions."""
+"""Builds requests from prompts, and the published records from answers. Pure functions, given an engine."""
 
 import math
 import statistics
@@ -23,30 +23,33 @@ REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 
 
 ANCHOR = 8
-"""Tokens of a beginning that are read with the answer, for the blank between them."""
+"""Last tokens of a prefill that are decoded together with the answer, so that the space between them is right."""
 
 
 class Shard(msgspec.Struct, frozen=True):
-    """Consecutive prompts that are sampled as one batch and published as one file."""
+    """Consecutive prompts that are sampled as one batch, and published as one file."""
 
     name: str
     prompts: tuple[tuple[Prompt, tuple[int, ...]], ...]
-    """The prompts that fit, with their token ids."""
+    """The prompts that are not dropped, with their token ids."""
     ledger: Ledger
 
 
 def default_shard_size(config: GenerationConfig) -> int:
-    """Prompts per shard: eight full batches of samples, so that the tail of the last one costs little.
+    """Default number of prompts per shard: eight full batches of samples, so that the partial batch at the end costs
+    little.
 
-    It depends on what the stage computes alone, never on the machine: the shard decides what is batched with what,
-    and so the last bits of the results.
+    It depends only on the identity of the stage, never on the machine: the shard decides which prompts are batched
+    together, and so the last bits of the results.
     """
     return max(1, 8 * config.max_num_seqs // config.k)
 
 
 def cut(prompts: Sequence[tuple[Prompt, tuple[int, ...] | None]], size: int, longest: int | None) -> list[Shard]:
-    """Cut the prompts into shards of `size` (the last one has the rest); drop those that were refused (None), and those
-    of more than `longest` tokens."""
+    """Cut the prompts into shards of `size`; the last one may be smaller.
+
+    Prompts that the chat template refused (None) and those of more than `longest` tokens are dropped, and counted.
+    """
     shards = []
     for number, start in enumerate(range(0, len(prompts), size)):
         chunk = prompts[start : start + size]
@@ -61,7 +64,7 @@ def cut(prompts: Sequence[tuple[Prompt, tuple[int, ...] | None]], size: int, lon
 
 
 def answer_lengths(rollouts: Sequence[Path]) -> dict[str, float]:
-    """Mean tokens of the answers to each prompt, by its id, in the first of some rollouts that are there and whole."""
+    """Mean answer length in tokens by prompt id, from the first of the rollouts that is published and not released."""
     for path in rollouts:
         if (path / MANIFEST).is_file() and not (artifact := Artifact.open(path, ROLLOUTS)).released:
             return {
@@ -72,8 +75,7 @@ def answer_lengths(rollouts: Sequence[Path]) -> dict[str, float]:
 
 
 def longest_first(shards: Sequence[Shard], lengths: Mapping[str, float]) -> list[str]:
-    """The shards' names, those first whose answers are expected to have most tokens; a prompt of which nothing is known
-    counts as the mean of the others."""
+    """The shards' names in descending order of expected answer tokens; unknown prompts get the mean of `lengths`."""
     usual = statistics.fmean(lengths.values()) if lengths else 1.0
     expected = {
         shard.name: sum(lengths.get(prompt.prompt_id, usual) for prompt, _ in shard.prompts) for shard in shards
@@ -82,7 +84,7 @@ def longest_first(shards: Sequence[Shard], lengths: Mapping[str, float]) -> list
 
 
 def requests_of(prompt: Prompt, ids: tuple[int, ...], config: GenerationConfig) -> list[GenerationRequest]:
-    """One request per temperature, each for its part of the K answers."""
+    """Build one request per temperature, each for an equal part of the K answers."""
     requests = []
     for group, temperature in enumerate(config.temperatures):
         greedy = temperature == 0
@@ -99,7 +101,7 @@ def requests_of(prompt: Prompt, ids: tuple[int, ...], config: GenerationConfig) 
 
 
 def _further(config: GenerationConfig, *, greedy: bool) -> dict[str, Any]:
-    """The other sampling parameters that are set: what changes nothing is not recorded."""
+    """The optional sampling parameters that are set; those without effect are not recorded."""
     found: dict[str, Any] = {}
     if config.min_p and not greedy:
         found["min_p"] = config.min_p
@@ -123,9 +125,13 @@ def sample_shard(
     """Sample one shard; the rows are in the order of the prompts, without those that failed.
 
     Args:
+        shard: the prompts.
+        engine: the engine with the policy.
+        tokenizer: the policy's.
+        config: the stage's config.
         policy: fingerprint of the weights in `engine`.
     """
-    # Long prompts first: their prefill is dear, and what is left at the end should be short.
+    # Long prompts first: their prefill is expensive, and the requests left at the end should be short.
     order = sorted(range(len(shard.prompts)), key=lambda index: -len(shard.prompts[index][1]))
     requests = [request for index in order for request in requests_of(*shard.prompts[index], config)]
     answers = engine.generate(requests, shard.name)
@@ -196,7 +202,7 @@ def _completions(
 
 
 def _text(answer: Answer, tokenizer: ChatTokenizer, begun: Sequence[int], *, include_stop: bool) -> str:
-    """An answer's text, up to the stop string if one ended it; `begun`: behind these tokens of a beginning."""
+    """The text of an answer that follows the tokens `begun` of a prefill, up to the stop string if one ended it."""
     text = tokenizer.text(answer.response_ids, begun)
     if answer.stop_string is None:
         return text
@@ -211,7 +217,7 @@ def _text(answer: Answer, tokenizer: ChatTokenizer, begun: Sequence[int], *, inc
 
 
 def check_answer(answer: Answer, max_tokens: int, stop_ids: Sequence[int]) -> None:
-    """Raise RuntimeError where an engine's answer contradicts itself: nothing of that kind may reach a trainer."""
+    """Raise RuntimeError if an engine's answer is inconsistent, so that it never reaches a training."""
     ids = answer.response_ids
     stops = [position for position, token in enumerate(ids) if token in stop_ids]
     expected = [len(ids) - 1] if answer.finish_reason == "stop" else []
@@ -235,7 +241,7 @@ def check_answer(answer: Answer, max_tokens: int, stop_ids: Sequence[int]) -> No
 
 
 def shard_facts(rollouts: Sequence[Rollout]) -> dict[str, int]:
-    """Counts of one shard, which `summary` adds up."""
+    """Counts of one shard, which `summary` sums."""
     completions = [completion for rollout in rollouts for completion in rollout.completions]
     by_string = sum(completion.finish_reason == "stop_string" for completion in completions)
     return {
@@ -248,7 +254,7 @@ def shard_facts(rollouts: Sequence[Rollout]) -> dict[str, int]:
 
 
 def shard_metrics(facts: dict[str, int], seconds: float) -> dict[str, float]:
-    """The metrics of one shard that was sampled in `seconds`; none where it has no answer."""
+    """Metrics of a shard that was sampled in `seconds`; empty if it has no answers."""
     if not facts["completions"]:
         return {}
     means = {name: value for name, value in summary([facts]).items() if isinstance(value, float)}
@@ -256,7 +262,7 @@ def shard_metrics(facts: dict[str, int], seconds: float) -> dict[str, float]:
 
 
 def summary(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The stage's facts from those of its shards: counts, mean response length (tokens) and stop rate."""
+    """Facts of the stage, from those of its shards: counts, mean response length (tokens) and stop rate."""
     names = dict.fromkeys(name for facts in shards for name in facts if name != "failures")
     totals = {name: sum(facts.get(name, 0) for facts in shards) for name in names}
     return {

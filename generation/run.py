@@ -1,4 +1,4 @@
-"""The generation stage, from top to bottom."""
+"""The generation stage: samples K answers to every selected prompt and publishes them."""
 
 import contextlib
 import json
@@ -42,24 +42,25 @@ ENGINE_FIELDS = {
     *("engine", "logprob_mode", "max_num_seqs", "tensor_parallel", "memory_utilization", "kv_cache_mib"),
     *("stop", "guided", "thinking", "engine_args"),
 }
-"""What of the config an engine is made with, beside its settings."""
+"""Config fields that, in addition to `EngineSettings`, determine an engine."""
 UNREAD = ("_name_or_path", "transformers_version")
-"""Entries of config.json that say nothing of the architecture."""
+"""Entries of config.json that do not describe the architecture."""
 NOTHING = {"completions": 0, "stopped": 0, "response_tokens": 0, "prompt_tokens": 0}
-"""What is told of a draw in which nothing had to be replaced."""
+"""Facts of a stage without prompts: after a draw of dynamic sampling in which no prompt had to be replaced."""
 LENGTH_STEP = 128
-"""Tokens to which the longest sequence is rounded up, so that stages whose prompts differ a little share an engine."""
+"""The maximum sequence length is rounded up to a multiple of this, so that stages with similar prompts can share an
+engine."""
 
 
 def run(config: GenerationConfig, context: Context) -> Outcome:
-    """Sample K answers to every selected prompt."""
-    # The user's mistakes, before anything large is loaded.
+    """Run the stage `generation`."""
+    # Checks for user's mistakes, before anything large is loaded.
     longest_allowed = check_policy(config)
     prompts = select_prompts(config)
     if not prompts:
         return Outcome("prompts", NOTHING, model_fingerprint(config.policy))
 
-    # The chat template, once; token ids from here on.
+    # The chat template is applied once; only token ids are used from here on.
     threads = set_threads(config.tensor_parallel)
     with context.timed("load"):
         tokenizer = ChatTokenizer(config.policy, config.chat_template_kwargs, config.date)
@@ -86,7 +87,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
             if resident.closes():
                 stack.callback(engine.close)
             load = {"load": time.perf_counter() - start}  # counted with the worker's first shard
-            load["weights"] = load["load"]  # what of it is no tokenizer's
+            load["weights"] = load["load"]  # the part of `load` without the tokenizer
 
             def make(name: str) -> None:
                 shard = by_name[name]
@@ -119,7 +120,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
         return Outcome("prompts")
 
     receipts = [receipt for _, receipt in sorted(context.publication.receipts().items())]
-    engine_facts |= receipts[0].facts.get("settled", {})  # of the process that sampled, which may have been elsewhere
+    engine_facts |= receipts[0].facts.get("settled", {})  # of the process that sampled, perhaps on another machine
     made = [{name: fact for name, fact in receipt.facts.items() if name != "settled"} for receipt in receipts]
     faults = Faults(config.fail_on_error)
     faults.messages = [message for facts in made for message in facts.get("failures", [])]
@@ -140,7 +141,11 @@ def _settings(
     shards: list[Shard],
     longest_allowed: int | None,
 ) -> EngineSettings:
-    """The engine's settings; UserError if too few prompts are left."""
+    """The engine's settings.
+
+    Raises:
+        UserError: no prompt is left, or too many were dropped.
+    """
     ledger = merge((shard.ledger for shard in shards), "prompts")
     lengths = [len(ids) for shard in shards for _, ids in shard.prompts]
     if not lengths:
@@ -149,7 +154,7 @@ def _settings(
             "by the chat template). Raise max_prompt_tokens, lower max_new_tokens, or use another model or prompts."
         )
     ledger.stop_above(config.max_dropped, f"prompts of {config.prompts} (too_long: more than {longest_allowed} tokens)")
-    # A replica or a task is given the devices of one engine; a publisher loads none, and may run where there is no GPU.
+    # A replica or a task has the devices of one engine. A publisher loads no engine, and may have no GPU.
     alone = config if context.role is None else config.model_copy(update={"replicas": 1, "servers": 0})
     on_gpu = context.role != "publisher" and devices_per_replica(alone) > 0
     return EngineSettings(
@@ -163,24 +168,27 @@ def _settings(
 
 
 def _rounded(length: int, context: int | None) -> int:
-    """A length in whole steps, as far as the model's context reaches."""
+    """Round a length up to a multiple of LENGTH_STEP, but not beyond the model's context."""
     whole = -(-length // LENGTH_STEP) * LENGTH_STEP
     return whole if context is None else max(length, min(whole, context))
 
 
 def hold_engine(config: GenerationConfig, settings: EngineSettings, fingerprint: str) -> tuple[SamplingEngine, Start]:
-    """The engine with the policy, which the last stage of this process may have left with the same or other weights."""
+    """Return an engine with the policy's weights: a new one, or the one that an earlier stage left in this process.
+
+    The weights of an engine of the same architecture and settings are updated in place.
+    """
     fields = config.model_dump(mode="json", include=ENGINE_FIELDS)
     model = json.loads((config.policy / "config.json").read_bytes())
     architecture = {name: value for name, value in model.items() if name not in UNREAD}
-    if config.stop or config.guided or config.thinking:  # it reads texts, by the tokenizer with which it was opened
+    if config.stop or config.guided or config.thinking:  # the engine decodes text with the tokenizer it was opened with
         architecture["tokenizer"] = file_sha256(config.policy / "tokenizer.json")
     settled = msgspec.to_builtins(msgspec.structs.replace(settings, log=Path()), enc_hook=str)
 
     def update(engine: SamplingEngine) -> None:
         from modeling.loading import check_weights
 
-        assert isinstance(engine, UpdatableEngine)  # what is kept has been made by the same config
+        assert isinstance(engine, UpdatableEngine)  # a kept engine was opened with the same `engine` setting
         check_weights(config.policy, "causal")
         try:
             engine.update(config.policy)
@@ -201,14 +209,14 @@ def hold_engine(config: GenerationConfig, settings: EngineSettings, fingerprint:
 
 
 def open_engine(config: GenerationConfig, settings: EngineSettings) -> SamplingEngine:
-    """Load the policy into the engine that `config` names, after checking that its weights are complete."""
+    """Open the engine that the config selects, after checking that the policy's weights are complete."""
     from modeling.loading import check_weights
 
     if config.engine == "transformers":
         from generation.transformers_engine import TransformersEngine
 
         return TransformersEngine(config, settings)
-    # vLLM leaves weights that the checkpoint lacks uninitialised, without an error.
+    # vLLM silently leaves weights uninitialised that the checkpoint lacks.
     check_weights(config.policy, "causal")
     if config.servers:
         from generation.vllm_server import VllmServer

@@ -1,6 +1,6 @@
-"""Nothing of a vLLM server of ours is for anybody else: not even its state, by which weights are updated.
+"""ASGI middleware that protects all paths of our vLLM servers with a key, including those that update weights.
 
-vLLM asks for the key before `/v1` alone. This is an ASGI middleware, which the server is told to load.
+vLLM itself only protects `/v1`. The server loads the middleware by its command line.
 """
 
 import hmac
@@ -10,20 +10,20 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 KEY = "VLLM_API_KEY"
-"""Environment variable with the key of the server."""
+"""Environment variable with the server's key."""
 OPEN = "/health"
-"""Asked before the server can know anybody."""
+"""The only path that needs no key: the health check."""
 
 
 class RequireKey:
-    """Answers 401 to whoever does not have the key."""
+    """Answers requests without the key with 401."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
         self._wanted = f"Bearer {os.environ[KEY]}".encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """Pass on what is allowed."""
+        """Pass a request on if it has the key or needs none."""
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
         known = hmac.compare_digest(given, self._wanted)
         if scope["type"] not in ("http", "websocket") or scope["path"] == OPEN or known:

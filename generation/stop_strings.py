@@ -1,26 +1,28 @@
-"""Texts that end an answer: found while it is sampled, and taken from its text. Pure but for the tokenizer.
+"""Detects stop strings while an answer is sampled, and cuts the answer's text at them. Pure except for the tokenizer.
 
 The rule is vLLM's (vllm/v1/engine/detokenizer.py), so that both engines end an answer at the same token: the text is
-that of the tokens behind the prompt without special tokens, and the answer ends with the token that completes a stop
-string, of several that which is complete first.
+that of the tokens after the prompt, without special tokens, and the answer ends with the token that completes a stop
+string; of several, the one that is complete first counts.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 HALF = "\ufffd"
-"""What tokenizers write for bytes that are no character yet."""
+"""Replacement character, to which tokenizers decode an incomplete UTF-8 sequence."""
 
 
 class StopStrings:
-    """Watches one answer."""
+    """Detects stop strings in one answer."""
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str], min_tokens: int) -> None:
-        """Begin behind a prompt.
+        """Start at the end of a prompt.
 
         Args:
-            tokenizer: of the library tokenizers.
-            min_tokens: what the first so many tokens complete is no end.
+            tokenizer: a tokenizer of the library `tokenizers`.
+            prompt_ids: token ids of the prompt.
+            stop: the stop strings.
+            min_tokens: stop strings that are completed within this many tokens are ignored.
         """
         from tokenizers.decoders import DecodeStream
 
@@ -32,7 +34,7 @@ class StopStrings:
         self._kept = max(map(len, stop)) - 1
 
     def add(self, token: int) -> str | None:
-        """The stop string that a further token completes, or None."""
+        """Add the next token; returns the stop string that it completes, or None."""
         new = self._stream.step(self._tokenizer, token) or ""
         self._left -= 1
         before, self._text = len(self._text), self._text + new
@@ -42,7 +44,7 @@ class StopStrings:
 
 
 def first_complete(text: str, stop: Sequence[str], known: int) -> str | None:
-    """The first stop string to be complete beyond the first `known` characters of a text; None: there is none."""
+    """The stop string that ends first after the first `known` characters of a text, or None."""
     ends = [
         (start + len(one), place, one)
         for place, one in enumerate(stop)
@@ -52,14 +54,16 @@ def first_complete(text: str, stop: Sequence[str], known: int) -> str | None:
 
 
 def cut(text: str, before: str, stop: str, *, include: bool) -> str | None:
-    """The text of an answer up to the stop string with which it ends; None where it is not in it.
+    """Cut an answer's text at the stop string that ended it; None if the text does not contain it.
 
     Args:
+        text: the answer's text.
         before: the text without the last token, which completed the stop string.
-        include: with the stop string.
+        stop: the stop string.
+        include: whether to keep the stop string.
     """
     known = len(before.rstrip(HALF))
     start = text.find(stop, max(0, known - len(stop) + 1))
     if start < 0 and stop.startswith(" ") and text.startswith(stop.lstrip(" ")):
-        start, stop = 0, stop.lstrip(" ")  # decoders of SentencePiece leave the first blank of a text out
+        start, stop = 0, stop.lstrip(" ")  # SentencePiece decoders omit a leading space
     return None if start < 0 else text[: start + len(stop) * include]

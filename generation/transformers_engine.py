@@ -1,8 +1,8 @@
-"""Sampling with transformers alone, for platforms without vLLM.
+"""Sampling engine on transformers alone, for platforms without vLLM.
 
-Prompts of a batch are padded on the left and computed once each; their caches are repeated for the n answers. Every
-answer draws from a random generator of its own, so its tokens do not depend on what else is in the batch, up to the
-last bits of the model's logits.
+The prompts of a batch are padded on the left and prefilled once each; their caches are repeated for the n answers. Each
+answer has its own random generator, so its tokens do not depend on the rest of the batch, except for the last bits of
+the model's logits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from modeling.tracing import traced
 
 
 class TransformersEngine:
-    """One model on one device (or spread over the visible GPUs, where tensor_parallel asks for several)."""
+    """One model on one device, or with tensor_parallel > 1 spread over the visible GPUs."""
 
     def __init__(self, config: GenerationConfig, settings: EngineSettings) -> None:
         self._device = "cuda" if settings.on_gpu else "cpu"
@@ -66,7 +66,7 @@ class TransformersEngine:
         cache.batch_select_indices(rows_of_prompts)
         logits_BV, mask_BL = logits_PV[rows_of_prompts], mask_PL[rows_of_prompts]
 
-        # Decode: `alive` are the rows of the chunk that the batch still holds.
+        # Decode: `alive` are the rows of the chunk that are still being sampled.
         tokens: list[list[int]] = [[] for _ in chunk]
         logprobs: list[list[float]] = [[] for _ in chunk]
         ends: list[FinishReason] = ["length"] * len(chunk)
@@ -102,18 +102,18 @@ class TransformersEngine:
         return StopStrings(self._tokenizer, prompt_ids, stop, min_tokens) if stop else None
 
     def begin(self) -> None:
-        """Nothing is cached from one batch to the next."""
+        """Do nothing: no cache outlives a batch."""
 
     def profile(self, name: str) -> AbstractContextManager[None]:
-        """Torch's profiler."""
+        """Trace with torch's profiler."""
         assert self._traces is not None
         return traced(self._traces / f"{name}-{process_name()}.json.gz")
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there are no other processes."""
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask, padded on the left; what the padding is makes no difference, it is masked."""
+        """Token ids and mask, padded on the left; the padding's token id does not matter, because it is masked."""
         length = max(map(len, prompts))
         ids = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -137,7 +137,7 @@ class TransformersEngine:
 class _Sampler:
     """Draws the next token of each row by inverting its cumulative distribution.
 
-    The order is vLLM's: the least number of tokens, penalties, temperature, min-p, top-k, nucleus.
+    The order of the steps is vLLM's: minimum length, penalties, temperature, min-p, top-k, nucleus.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class _Sampler:
         temperatures = torch.tensor([one.temperature for one in sampling], device=device)
         self._greedy_B = temperatures == 0
         self._temperature_B = torch.where(self._greedy_B, 1.0, temperatures)
-        # The same for all rows but the greedy ones, for which the filters make no difference to the token.
+        # The same for all rows except greedy ones, whose token the filters do not change.
         self._top_p = min(one.top_p for one in sampling)
         self._top_k = max(one.top_k for one in sampling)
         self._min_p = max(one.min_p or 0.0 for one in sampling)
@@ -167,14 +167,14 @@ class _Sampler:
         self._frequency = sampling[0].frequency_penalty or 0.0
         self._penalises = (self._repetition, self._presence, self._frequency) != (1.0, 0.0, 0.0)
         steps = max(one.max_tokens for one in sampling)
-        # Always on the CPU, so that a GPU draws the same numbers.
+        # Drawn on the CPU in any case, so that they are the same on a GPU.
         draws = [
             torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
         ]
         self._uniform_BT = torch.stack(draws).to(device)
 
     def __call__(self, logits_BV: torch.Tensor, rows: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and their log-probabilities; `rows` says which of the samples the logits are of."""
+        """Sample tokens, and return them with their log-probabilities; `rows` are the samples' indices."""
         own_BV = logits_BV
         greedy_B1 = self._greedy_B[rows, None]
         if step < self._min_tokens:
@@ -185,7 +185,7 @@ class _Sampler:
         processed_BV = torch.where(greedy_B1, logits_BV, self._filter(scaled_BV)).log_softmax(-1)
         cumulative_BV = processed_BV.double().exp().cumsum(-1)
         total_B1 = cumulative_BV[:, -1:]
-        # Below the total, so that the token found has a probability above zero.
+        # Below the total, so that the sampled token has a probability above zero.
         threshold_B1 = torch.minimum(
             self._uniform_BT[rows, step, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1))
         )
@@ -197,8 +197,8 @@ class _Sampler:
         return token_B1.squeeze(1), kept_BV.gather(1, token_B1).squeeze(1)
 
     def _penalise(self, logits_BV: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Repetition (Keskar et al. 2019, arXiv 1909.05858) of tokens in prompt and answer, presence and frequency in
-        the answer (the OpenAI API's)."""
+        """Apply the repetition penalty (Keskar et al. 2019, arXiv 1909.05858) to tokens in prompt and answer, and the
+        OpenAI API's presence and frequency penalties to those in the answer."""
         if self._counts_NV is None or self._in_prompt_NV is None:
             shape = (len(self._prompts), logits_BV.shape[1])
             self._counts_NV = logits_BV.new_zeros(shape)
@@ -213,8 +213,8 @@ class _Sampler:
         return logits_BV - self._frequency * counts_BV - self._presence * (counts_BV > 0)
 
     def _filter(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Min-p (arXiv 2407.01082), top-k, then nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751) among what is
-        left."""
+        """Apply min-p (arXiv 2407.01082), top-k and nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751), in this
+        order."""
         if self._min_p:
             probability_BV = logits_BV.softmax(-1)
             least_B1 = self._min_p * probability_BV.amax(-1, keepdim=True)
@@ -225,7 +225,7 @@ class _Sampler:
         if self._top_p < 1:
             sorted_BV, order_BV = logits_BV.sort(descending=True)
             probability_BV = sorted_BV.softmax(-1)
-            # A token stays where those before it do not reach top_p yet; the first always does.
+            # A token is kept if the more likely ones do not reach top_p; the first always is.
             beyond_BV = probability_BV.cumsum(-1) - probability_BV >= self._top_p
             logits_BV = logits_BV.masked_fill(torch.zeros_like(beyond_BV).scatter(1, order_BV, beyond_BV), -torch.inf)
         return logits_BV

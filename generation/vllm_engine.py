@@ -1,4 +1,4 @@
-"""vLLM inside this process, and the arguments that every vLLM of this package is started with."""
+"""Sampling engine on vLLM in this process, and the arguments and in-place weight updates shared with the server."""
 
 import contextlib
 import json
@@ -24,58 +24,59 @@ from generation.engine import Answer, EngineSettings, GenerationRequest, UpdateE
 from modeling.vllm_process import CPU_BLOCK, CPU_STEP, beat_with_every_step, set_environment
 
 PROBE_EXACT = 1e-2
-"""Nats by which a log-probability may differ from the trainer's, in float32."""
+"""Maximum difference between the engine's and the trainer's log-probability of a token in float32 (nats)."""
 PROBE_HALF = 1.0
-"""The same in half precision, whose engine and trainer round differently (mean differences are a quarter of it)."""
+"""The same in half precision, where engine and trainer round differently (mean differences are a quarter of it)."""
 
 EXTENSION = "generation.weight_update.WeightUpdate"
-"""What vLLM adds to its workers."""
+"""Class whose methods vLLM adds to its workers."""
 WORKER = "VllmWorker"
-"""How the names of its processes begin."""
+"""Name prefix of vLLM's worker processes."""
 PATIENCE = 120.0
-"""Seconds that workers may take for new weights, beside five times those that they took to start."""
+"""Seconds that workers may take to update weights, in addition to five times their startup time."""
 
 
 class UpdatableEngine(ABC):
-    """An engine of vLLM's, whose workers take other weights while they run, wherever they are."""
+    """A vLLM engine, in this process or a server, whose weights can be updated in place."""
 
     dtype: str
     longest: int
-    """Tokens of a sequence."""
+    """Maximum tokens of a sequence."""
     proof: str | None = None
-    """What was read back from it after its last update; None where it has the weights that it was loaded with."""
+    """Fingerprint of the weights that were read back after the last update; None before the first update."""
 
     @abstractmethod
     def ask(self, method: str, *arguments: str) -> list[Any]:
-        """Have every worker do something; what each of them returns.
+        """Call a method of `WeightUpdate` in every worker, and return the results.
 
         Raises:
-            Exception: one of them has ended, does not answer, or failed.
+            Exception: a worker has ended, does not answer, or failed.
         """
         ...
 
     @abstractmethod
     def says(self, ids: list[int]) -> list[float]:
-        """The log-probabilities of all tokens of a sequence but the first, given those before them."""
+        """Log-probabilities of all tokens of a sequence but the first, given the tokens before them."""
         ...
 
     @abstractmethod
     def begin(self) -> None:
-        """A stage begins: forget cached prefixes. Their names come again, with other prompts or other weights.
+        """Prepare for a new stage: clear the prefix cache, because cache salts repeat, with other prompts or weights.
 
         Raises:
-            Exception: the engine does not work any more.
+            Exception: the engine no longer works.
         """
         ...
 
     def update(self, policy: Path) -> None:
-        """Reload all weights in place, and prove it.
+        """Reload all weights in place, and verify them.
 
-        Every weight is first set to NaN, so none of the old ones can stay unseen (vLLM leaves what a checkpoint lacks
-        as it was). Then the engine has to say of one sequence what the trainer said that made the checkpoint.
+        Every weight is first set to NaN, so that no old one remains unnoticed: vLLM keeps weights that the checkpoint
+        lacks. Then the engine must compute the same log-probabilities of one sequence as the trainer that published the
+        checkpoint.
 
         Raises:
-            UpdateError: the checkpoint has no such sequence, a weight was not loaded, or the engine says otherwise.
+            UpdateError: the checkpoint has no such sequence, a weight was not loaded, or log-probabilities differ.
         """
         probe = probe_of(policy)
         if probe is None:
@@ -89,7 +90,7 @@ class UpdatableEngine(ABC):
         self.proof = _fingerprint(found)
 
     def _require(self, probe: Probe, policy: Path) -> None:
-        """Compare what the engine says of the sequence with what the trainer said."""
+        """Compare the engine's log-probabilities of the probe with the trainer's."""
         ids = [*probe.prompt_ids, *probe.response_ids][: self.longest - 1]
         found = self.says(ids)[len(probe.prompt_ids) - 1 :]
         difference = max((abs(one - other) for one, other in zip(found, probe.logprobs, strict=False)), default=0.0)
@@ -101,7 +102,7 @@ class UpdatableEngine(ABC):
             )
 
     def read_back(self) -> str:
-        """A fingerprint of what all workers compute with: the same for the same weights in the same layout."""
+        """Fingerprint of the weights that the workers compute with: equal for equal weights in the same layout."""
         return _fingerprint(self.ask("read_weights"))
 
 
@@ -110,11 +111,11 @@ def _fingerprint(workers: list[dict[str, Any]]) -> str:
 
 
 class VllmEngine(UpdatableEngine):
-    """One engine in this process; with `tensor_parallel` its workers are processes of their own."""
+    """A vLLM engine in this process; with `tensor_parallel` > 1 its workers are other processes."""
 
     def __init__(self, config: GenerationConfig, settings: EngineSettings) -> None:
-        # The scheduler runs in this process, so that a batch starts when all of its requests are there: with a
-        # process of its own, what is batched together would depend on how fast they arrive.
+        # The scheduler runs in this process, so that a batch starts when all of its requests have been added: in
+        # another process, batching would depend on how fast they arrive.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         set_environment(on_gpu=settings.on_gpu, parts=config.tensor_parallel)
         with warnings.catch_warnings():
@@ -123,8 +124,8 @@ class VllmEngine(UpdatableEngine):
             from vllm.exceptions import VLLMValidationError
             from vllm.sampling_params import StructuredOutputsParams
 
-            # Ids in, ids out: how vLLM would read the tokenizer does not matter. Its server needs one, and so do the
-            # processors of models that see or hear, and what looks at the text of answers.
+            # The engine gets and returns token ids, so it needs no tokenizer, except for multimodal models (their
+            # processors) and for settings that look at the text of answers. vLLM's server always needs one.
             reads_text = bool(config.stop or config.guided or config.thinking)
             without = not (has_other_inputs(config.policy) or reads_text)
             start = time.monotonic()
@@ -145,8 +146,8 @@ class VllmEngine(UpdatableEngine):
         """Answer all requests as one batch."""
         try:
             outputs = self._llm.generate(
-                # The salt keeps cached prefixes from one batch to the next apart: a hit computes the first token from
-                # other partial sums than a miss does.
+                # The salt prevents hits in the prefix cache between batches: after a hit, the first token is computed
+                # from other partial sums than after a miss.
                 [{"prompt_token_ids": list(request.prompt_ids), "cache_salt": batch} for request in requests],
                 [self._params(request) for request in requests],
                 use_tqdm=False,
@@ -170,13 +171,13 @@ class VllmEngine(UpdatableEngine):
             parameters["structured_outputs"] = self._structured_outputs(**self._guided)
         return self._sampling_params(
             **parameters,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # only that of the sampled token
             flat_logprobs=True,
             detokenize="stop" in parameters,
         )
 
     def _dead(self) -> str:
-        """The workers that have ended, and how; one that is killed takes the others along."""
+        """Names and exit codes of dead workers; if one is killed, vLLM ends the others as well."""
         return ", ".join(f"{each.name} (exit code {each.exitcode})" for each in self._workers if not each.is_alive())
 
     def ask(self, method: str, *arguments: str) -> list[Any]:
@@ -187,20 +188,20 @@ class VllmEngine(UpdatableEngine):
         return found
 
     def says(self, ids: list[int]) -> list[float]:
-        """As a prompt of which the log-probabilities are asked."""
+        """Computed as the log-probabilities of a prompt."""
         params = self._sampling_params(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         (output,) = self._llm.generate([{"prompt_token_ids": ids}], [params], use_tqdm=False)
         return [output.prompt_logprobs[place][ids[place]].logprob for place in range(1, len(ids))]
 
     def begin(self) -> None:
-        """Forget cached prefixes."""
+        """Clear the prefix cache."""
         self.ask("check_health")
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
 
     @contextlib.contextmanager
     def profile(self, name: str) -> Iterator[None]:
-        """vLLM's own use of torch's profiler: a trace of each of its workers."""
+        """Trace each worker with vLLM's integration of torch's profiler."""
         self._llm.start_profile(profile_prefix=name)
         try:
             yield
@@ -208,7 +209,7 @@ class VllmEngine(UpdatableEngine):
             self._llm.stop_profile()
 
     def close(self) -> None:
-        """End its workers; one in this process ends with it."""
+        """Stop the worker processes; a worker in this process ends with it."""
         if self._workers:
             self._llm.llm_engine.engine_core.shutdown()
 
@@ -218,23 +219,23 @@ def _answer(completion: Any, request: GenerationRequest) -> Answer:
     if list(ids) != list(completion.logprobs.token_ids):
         raise RuntimeError("vLLM returned log-probabilities of other tokens than it sampled")
     reason, stop_string = reason_of(completion.finish_reason, completion.stop_reason)
-    # vLLM runs n > 1 as n requests of their own, with the seeds seed, seed + 1, … (vllm/v1/engine/parallel_sampling.py)
+    # vLLM runs n > 1 as n separate requests, with the seeds seed, seed + 1, … (vllm/v1/engine/parallel_sampling.py)
     return Answer(ids, tuple(completion.logprobs.logprobs), reason, request.seed + completion.index, stop_string)
 
 
 def reason_of(finish_reason: FinishReason, stop_reason: int | str | None) -> tuple[FinishReason, str | None]:
-    """Why an answer ended, and the stop string if it was one: vLLM says "stop" of that as well."""
+    """The finish reason, and the stop string if one ended the answer, for which vLLM also reports "stop"."""
     return ("stop_string", stop_reason) if isinstance(stop_reason, str) else (finish_reason, None)
 
 
 def sampling_parameters(request: GenerationRequest, stop_ids: list[int]) -> dict[str, Any]:
-    """What vLLM is told of a request, in process and by HTTP: every parameter, so that no default is used."""
+    """vLLM's sampling parameters for a request, in process or by HTTP: all of them, so that no default is used."""
     sampling = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in msgspec.structs.asdict(request.sampling).items()
         if value is not msgspec.UNSET
     }
-    sampling.pop("guided", None)  # what it stands for is the config's
+    sampling.pop("guided", None)  # only a label; see `structured_outputs`
     if "thinking_tokens" in sampling:
         sampling["thinking_token_budget"] = sampling.pop("thinking_tokens")
     return {
@@ -242,7 +243,7 @@ def sampling_parameters(request: GenerationRequest, stop_ids: list[int]) -> dict
         "seed": request.seed,
         **sampling,
         "stop_token_ids": stop_ids,
-        "ignore_eos": True,  # the stop ids above are the whole rule, the same for every engine
+        "ignore_eos": True,  # only the stop ids above end an answer, in every engine
     }
 
 
@@ -255,14 +256,14 @@ def structured_outputs(config: GenerationConfig) -> dict[str, Any]:
 
 
 def has_other_inputs(model: Path) -> bool:
-    """Whether a model may take more than text: its config.json holds configurations of parts."""
+    """Whether a model may be multimodal: its config.json has sections for parts."""
     settings = json.loads((model / "config.json").read_text())
     return any(name.endswith("_config") and isinstance(value, dict) for name, value in settings.items())
 
 
 def engine_arguments(config: GenerationConfig, settings: EngineSettings) -> dict[str, Any]:
     """vLLM's engine arguments, for `LLM(...)` and for the server's command line."""
-    # It takes longrope's long factors only where it is prepared for sequences that need them.
+    # vLLM uses longrope's long factors only if max_model_len needs them.
     model: dict[str, Any] = json.loads((config.policy / "config.json").read_text())
     longest = max(settings.max_length, (context_switch(model) or 0) + 1)
     arguments: dict[str, Any] = {
@@ -272,7 +273,7 @@ def engine_arguments(config: GenerationConfig, settings: EngineSettings) -> dict
         "max_num_seqs": config.max_num_seqs,
         "tensor_parallel_size": config.tensor_parallel,
         "logprobs_mode": f"{config.logprob_mode}_logprobs",
-        "generation_config": "vllm",  # no sampling defaults of the model's: every parameter is ours
+        "generation_config": "vllm",  # ignores the model's sampling defaults
         "seed": 0,
         "use_tqdm_on_load": False,
         "worker_extension_cls": EXTENSION,
@@ -284,7 +285,7 @@ def engine_arguments(config: GenerationConfig, settings: EngineSettings) -> dict
         arguments["profiler_config"] = {
             "profiler": "torch",
             "torch_profiler_dir": str(settings.traces.absolute()),
-            "torch_profiler_with_stack": False,  # it would take longer than what is to be measured
+            "torch_profiler_with_stack": False,  # it would take longer than the work to be measured
             "ignore_frontend": True,
         }
     if config.kv_cache_mib is not None:
@@ -295,17 +296,17 @@ def engine_arguments(config: GenerationConfig, settings: EngineSettings) -> dict
         arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(config, settings)
     if not settings.on_gpu:
         arguments["enforce_eager"] = True
-        # A prompt in two pieces needs a rewind of its random generator, which generators on a CPU refuse
-        # ("CPU Generator does not use offset").
+        # A chunked prompt needs its random generator rewound, which CPU generators do not support ("CPU Generator does
+        # not use offset").
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(CPU_STEP, longest, config.max_num_seqs)
     return arguments | config.engine_args
 
 
 def cpu_kv_cache_bytes(config: GenerationConfig, settings: EngineSettings) -> int:
-    """A KV cache for `max_num_seqs` sequences of the greatest length in each process, between 64 MiB and 4 GiB.
+    """Bytes of a KV cache for `max_num_seqs` sequences of maximum length in each process, between 64 MiB and 4 GiB.
 
-    With room for all of them, no sequence is evicted and computed again.
+    With room for all of them, no sequence is preempted and recomputed.
     """
     model: dict[str, Any] = json.loads((config.policy / "config.json").read_bytes())
     model = model.get("text_config", model)

@@ -1,4 +1,4 @@
-"""vLLM behind its OpenAI-compatible server: one server of our own, for this process alone."""
+"""Sampling engine on a vLLM OpenAI-compatible server, which this process starts for itself alone."""
 
 import asyncio
 import contextlib
@@ -33,9 +33,9 @@ from generation.vllm_engine import (
 from modeling.vllm_process import set_environment
 
 LOG_TAIL_LINES = 40
-"""Lines of the server's log that an error shows."""
+"""Lines of the server's log in error messages."""
 PROFILE_SECONDS = 600.0
-"""How long the server may take to write a trace."""
+"""Timeout of the server for writing a trace."""
 
 
 class VllmServer(UpdatableEngine):
@@ -43,7 +43,7 @@ class VllmServer(UpdatableEngine):
 
     def __init__(self, config: GenerationConfig, settings: EngineSettings) -> None:
         set_environment(on_gpu=settings.on_gpu, parts=config.tensor_parallel)
-        self._log = settings.log.open("w+b")  # it is read after its stage's directory has been renamed, too
+        self._log = settings.log.open("w+b")  # kept open, to be read even after the stage's directory has been renamed
         self._stop_ids = list(settings.stop_ids)
         self._guided = structured_outputs(config)
         self._model = str(config.policy)
@@ -66,10 +66,10 @@ class VllmServer(UpdatableEngine):
         flags += ["--disable-log-stats", "--disable-uvicorn-access-log"]
         flags.append(f"--middleware={RequireKey.__module__}.{RequireKey.__name__}")
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
-        # Its workers and caches are asked by paths that vLLM has for developers.
+        # Workers and caches are reached by paths that exist in development mode only.
         variables = {KEY: self._key, "VLLM_SERVER_DEV_MODE": "1"}
         if not on_gpu:
-            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # spares a process beside the engine's own
+            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # saves a process
         with resident.outlasting():
             return subprocess.Popen(
                 [sys.executable, "-m", "generation.guard", str(os.getpid()), *command],
@@ -84,7 +84,7 @@ class VllmServer(UpdatableEngine):
         """Poll /health.
 
         Raises:
-            RuntimeError: the server ended, or the time is over.
+            RuntimeError: the server exited, or the time is over.
         """
         deadline = time.monotonic() + seconds
         while not self._healthy():
@@ -150,32 +150,32 @@ class VllmServer(UpdatableEngine):
         }
 
     def _log_tail(self) -> str:
-        """The first errors of the log, which name the cause, or its end where it has none."""
+        """The first errors in the log, which name the cause; without errors, its last lines."""
         content = os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0)
         lines = [line[:300] for line in content.decode(errors="replace").splitlines()]
         errors = [line for line in lines if " ERROR " in line]
         return "\n".join(errors[:LOG_TAIL_LINES] or lines[-LOG_TAIL_LINES:])
 
     def ask(self, method: str, *arguments: str) -> list[Any]:
-        """By HTTP, of its workers."""
+        """Call a method of each worker by HTTP."""
         body = {"method": method, "args": arguments, "timeout": self._patience}
         found: list[Any] = self._post("/collective_rpc", body, self._patience)["results"]
         return found
 
     def says(self, ids: list[int]) -> list[float]:
-        """As a prompt of which the log-probabilities are asked."""
+        """Computed as the log-probabilities of a prompt."""
         body = {"model": self._model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         (choice,) = self._post("/v1/completions", body, self._patience)["choices"]
         return [choice["prompt_logprobs"][place][str(ids[place])]["logprob"] for place in range(1, len(ids))]
 
     def begin(self) -> None:
-        """Forget cached prefixes."""
+        """Clear the prefix cache."""
         if not self._post("/reset_prefix_cache", {}, self._patience)["success"]:
             raise RuntimeError("vLLM's server did not reset its prefix cache")
 
     @contextlib.contextmanager
     def profile(self, name: str) -> Iterator[None]:
-        """The same as in VllmEngine, asked for by HTTP."""
+        """Trace each worker with vLLM's integration of torch's profiler, controlled by HTTP."""
         self._post("/start_profile", {"profile_prefix": name}, PROFILE_SECONDS)
         try:
             yield
@@ -183,11 +183,11 @@ class VllmServer(UpdatableEngine):
             self._post("/stop_profile", {}, PROFILE_SECONDS)
 
     def _post(self, path: str, body: dict[str, Any], seconds: float) -> Any:
-        """The JSON that the server answers; None where it answers nothing.
+        """Post JSON, and return the JSON response; None for an empty one.
 
         Raises:
-            TransientError: it is gone, or does not answer in time.
-            RuntimeError: it answers with an error.
+            TransientError: the server has exited, or does not respond in time.
+            RuntimeError: it responds with an error.
         """
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
         request = urllib.request.Request(f"{self._address}{path}", json.dumps(body).encode(), headers)

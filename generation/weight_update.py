@@ -1,7 +1,7 @@
-"""New weights in the workers of a vLLM engine, in place, and what their layers then compute with.
+"""Worker extension of vLLM: replaces a worker's weights in place, and reads back what its layers compute with.
 
-Runs in the workers, which may be processes of their own: an engine is told to load this module (`EXTENSION` in
-generation/vllm_engine.py), and asks all of them by the names of the methods.
+It runs in the workers, which may be separate processes: vLLM loads this class by name (`EXTENSION` in
+generation/vllm_engine.py), and the engine calls its methods in all workers by name.
 """
 
 import hashlib
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 COLUMNS = 32
-"""Of each matrix, read back from the layer that computes with it."""
+"""Number of columns of each matrix that are read back from its layer."""
 SAMPLED = 4096
-"""Of the numbers of any other parameter."""
+"""Maximum number of values that are read back of any other parameter."""
 
 
 class WeightUpdate:
-    """What every worker can do besides what vLLM has it do."""
+    """Methods that vLLM adds to its worker class."""
 
     def take_weights(self, policy: str) -> dict[str, Any]:
-        """Reload all weights from a checkpoint directory, and say what `read_weights` says.
+        """Reload all weights from a checkpoint directory; returns the result of `read_weights`.
 
-        vLLM maps the files, and copies from them what this worker has of each tensor, one layer after the other; so
-        no worker holds more than its own part. Everything is first set to NaN, so that nothing old can stay unseen.
+        vLLM maps the files, and copies this worker's shard of each tensor, layer by layer, so no worker holds more than
+        its own shard. All weights are first set to NaN, so that no old one remains unnoticed.
         """
         worker: Any = self
         model = worker.get_model()
@@ -35,8 +35,11 @@ class WeightUpdate:
         return self.read_weights()
 
     def read_weights(self) -> dict[str, Any]:
-        """`lost`: names of layers and parameters that are not all numbers. `digest`: SHA-256 of what was read back, the
-        same for the same part of the same weights, however they came here."""
+        """Read back what the layers compute with.
+
+        Returns `lost`: names of layers and parameters with values that are not finite; and `digest`: SHA-256 of the
+        values, equal for equal shards of equal weights, whether loaded or updated.
+        """
         worker: Any = self
         lost: list[str] = []
         found = hashlib.sha256()
@@ -49,25 +52,25 @@ class WeightUpdate:
 
 
 def _poison(model: Any) -> None:
-    """Set every weight to NaN, and what is computed with packed copies of them."""
+    """Set every weight to NaN, and make layers with packed copies of their weights return NaN."""
     for weight in model.parameters():
         if weight.dtype.is_floating_point:
             weight.data.fill_(math.nan)
-    for layer in model.modules():  # on a CPU layers keep packed copies alone, behind this function
+    for layer in model.modules():  # on a CPU this function has a packed copy, and the layer no other weights
         if hasattr(layer, "cpu_linear"):
             layer.cpu_linear = _without_weights
 
 
 def _without_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of a layer that has lost its weights, and was given no others."""
+    """Stands in for a layer's function until new weights are loaded."""
     return torch.full_like(x, math.nan)
 
 
 def _renew_heads(model: Any) -> None:
-    """Have embeddings and output matrices arrange their weights for their kernels once more.
+    """Make embeddings and output matrices rebuild the packed weights of their kernels.
 
-    On a CPU vLLM computes logits from a packed copy of the output matrix. Where that is tied to the embeddings, no
-    weight of its own is reloaded, and its copy would stay that of the old weights.
+    On a CPU vLLM computes logits from a packed copy of the output matrix. If that is tied to the embedding, no weight
+    of its own is reloaded, and the copy would remain that of the old weights.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -77,9 +80,9 @@ def _renew_heads(model: Any) -> None:
 
 
 def _read_back(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Columns of each matrix, as its layer computes them, and numbers of every other parameter.
+    """Yield columns of each matrix, as its layer computes them, and values of every other parameter.
 
-    A layer answers a unit vector with a column of its matrix, exactly; and with NaN where any number of a row is NaN.
+    For a unit vector a layer returns exactly a column of its matrix, with NaN in every row that contains a NaN.
     """
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -98,7 +101,7 @@ def _read_back(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _columns(layer: Any, width: int) -> Tensor:
-    """[COLUMNS, outputs]: some columns of a layer's matrix."""
+    """Some columns of a layer's matrix, [COLUMNS, outputs]."""
     weight = next(layer.parameters())
     places = torch.arange(COLUMNS, device=weight.device) * width // COLUMNS
     vectors = torch.zeros(COLUMNS, width, dtype=layer.params_dtype, device=weight.device)
@@ -109,7 +112,7 @@ def _columns(layer: Any, width: int) -> Tensor:
 
 
 def _numbers(weight: Tensor) -> Tensor:
-    """Some numbers of a parameter, all of a small one; all NaN where any of it is not finite."""
+    """At most SAMPLED values of a parameter; a single NaN if any of its values is not finite."""
     if not bool(weight.isfinite().all()):
         return torch.full((1,), math.nan)
     flat = weight.reshape(-1)

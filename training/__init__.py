@@ -1,1 +1,1 @@
-"""Pairs or demonstrations in, a checkpoint out."""
+"""Trains models on demonstrations, pairs or scored samples, and publishes them as checkpoints."""

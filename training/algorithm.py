@@ -1,4 +1,4 @@
-"""The interface of an algorithm: a Python file with a loss, and the batch types that the loss is called with.
+"""Defines the interface of algorithms: a Python file with a loss, and the batch types that the loss is called with.
 
 An algorithm that learns from preference pairs:
 
@@ -21,7 +21,7 @@ The keyword arguments are the algorithm's settings; LIMITS restricts their value
 read without running the file, so they must be literals. NEEDS may contain:
 
     reference        pairs, samples   log-probabilities of the responses under the reference policy
-    reference_model  pairs, samples   the reference policy itself, beside the policy: divergences of whole distributions
+    reference_model  pairs, samples   the reference policy itself: divergences between full distributions
     tokens           pairs            log-probabilities per token, instead of sums per answer only
     entropy          pairs            entropy of the policy's distribution at each token; samples always have it
     collision        pairs            see `Answers.log_collision`
@@ -60,7 +60,7 @@ Statistics = dict[str, float | Tensor]
 
 
 def lacking(need: str) -> UserError:
-    """The error for an algorithm that uses an input which its NEEDS do not list."""
+    """The error for an algorithm that uses an input that its NEEDS do not list."""
     return UserError(f'the algorithm uses what its NEEDS do not ask for. Add "{need}" to NEEDS in its file.')
 
 
@@ -101,13 +101,13 @@ class Answers:
     truncated: Tensor | None = None
     """Whether the answer was cut off by the token limit (`finish_reason` is "length"). [P], booleans"""
     logprobs: Tensor | None = None
-    """Of each token under the policy, with gradient; with "tokens". [N]"""
+    """Log-probability of each token under the policy, with gradient; with "tokens". [N]"""
     reference: Tensor | None = None
-    """Of each token under the reference policy; with "tokens". [N]"""
+    """Log-probability of each token under the reference policy; with "tokens". [N]"""
     entropy: Tensor | None = None
-    """Of the policy's distribution at each token (nats), with gradient; with "entropy". [N]"""
+    """Entropy of the policy's distribution at each token (nats), with gradient; with "entropy". [N]"""
     kl_to_reference: Tensor | None = None
-    """KL(pi || pi_ref) of the whole distributions at each token, with gradient; with "reference_model". [N]"""
+    """KL(pi || pi_ref) between the full distributions at each token, with gradient; with "reference_model". [N]"""
     kl_from_reference: Tensor | None = None
     """KL(pi_ref || pi), likewise. [N]"""
     seeds: Sequence[int] = ()
@@ -148,22 +148,22 @@ class Answers:
 
 @dataclass(frozen=True)
 class Pairs:
-    """P preference pairs of an optimizer step."""
+    """A micro-batch of P preference pairs."""
 
     chosen: Answers
     rejected: Answers
     weights: Tensor
     """1, or 0 for a filler, [P]."""
     total: int
-    """Pairs of the optimizer step."""
+    """Number of pairs in the optimizer step."""
     chosen_tokens: int
-    """Response tokens of all chosen answers of the optimizer step."""
+    """Number of tokens in all chosen answers of the optimizer step."""
     statistics: Statistics = field(default_factory=dict)
     """Step-wide values from the algorithm's `statistics` and `update`."""
     step: int = 0
     """Optimizer step, counted from 0."""
     steps: int = 1
-    """Optimizer steps of the whole training."""
+    """Number of optimizer steps in the training."""
     places: Tensor | None = None
     """Index of each pair within the step; None if the micro-batch is the whole step. [P], integers"""
     tags: Sequence[tuple[str, ...]] = ()
@@ -178,7 +178,7 @@ class Pairs:
         return _gather(self.weights * values, self.places, self.total)
 
     def own(self, values: Tensor) -> Tensor:
-        """Of a vector with one value for each pair of the step, those of these pairs, [total] -> [P]."""
+        """Select this micro-batch's values from a vector with one value per pair of the step, [total] -> [P]."""
         return values if self.places is None else values.to(self.places.device)[self.places]
 
     def tagged(self, tag: str) -> Tensor:
@@ -190,7 +190,7 @@ class Pairs:
         return -(self.weights * self.chosen.logp).sum() / max(self.chosen_tokens, 1)
 
     def rewards(self, chosen: Tensor, rejected: Tensor) -> Metrics:
-        """The usual metrics of preference losses (as TRL's rewards/*), from the implicit rewards, [P] each."""
+        """The usual metrics of preference losses (TRL's rewards/*), from the implicit rewards, [P] each."""
         chosen, rejected = chosen.detach(), rejected.detach()
         return {
             "accuracy": self.mean((chosen > rejected).float()),
@@ -202,30 +202,30 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Samples:
-    """S responses with N tokens in all; tensors of shape [N] concatenate the responses' tokens."""
+    """A micro-batch of S responses with N tokens in all; tensors of shape [N] concatenate the responses' tokens."""
 
     logprobs: Tensor
     """Log-probability of each token under the policy (nats), with gradient. [N]"""
     entropy: Tensor
-    """Of the policy's distribution at each token (nats), with gradient. [N]"""
+    """Entropy of the policy's distribution at each token (nats), with gradient. [N]"""
     proximal: Tensor
     """Log-probabilities under the policy at the start of this training, computed by the trainer. [N]"""
     behaviour: Tensor
     """Log-probabilities under the policy that sampled, as the generation engine reported them. [N]"""
     advantages: Tensor
-    """As returned by the algorithm's `advantages`, times the weights of the importance correction, if any. [N]"""
+    """Results of the algorithm's `advantages`, times the weights of the importance correction, if any. [N]"""
     lengths: Tensor
     """Tokens of each response, at least 1. [S], integers"""
     weights: Tensor
     """1, or 0 for a filler. [S]"""
     total: int
-    """Responses of the optimizer step."""
+    """Number of responses in the optimizer step."""
     total_tokens: int
-    """Response tokens of the optimizer step."""
+    """Number of response tokens in the optimizer step."""
     reference: Tensor | None = None
     """Log-probabilities under the reference policy, if the algorithm needs them. [N]"""
     values: Tensor | None = None
-    """The value head's predictions, with gradient, where policy and critic share a backbone. [N]"""
+    """The value head's predictions, with gradient, if policy and critic share a backbone. [N]"""
     old_values: Tensor | None = None
     """The critic's predictions before this training. [N]"""
     returns: Tensor | None = None
@@ -238,17 +238,17 @@ class Samples:
     """Index of each response's prompt within this micro-batch, which has all responses to a prompt or none.
     [S], integers in ascending order"""
     total_prompts: int = 1
-    """Prompts of the optimizer step."""
+    """Number of prompts in the optimizer step."""
     truncated: Tensor | None = None
     """Whether the response was cut off by the token limit (`finish_reason` is "length"). [S], booleans"""
     kl_to_reference: Tensor | None = None
-    """KL(pi || pi_ref) of the whole distributions at each token, with gradient; with "reference_model". [N]"""
+    """KL(pi || pi_ref) between the full distributions at each token, with gradient; with "reference_model". [N]"""
     kl_from_reference: Tensor | None = None
     """KL(pi_ref || pi), likewise. [N]"""
     step: int = 0
     """Optimizer step, counted from 0."""
     steps: int = 1
-    """Optimizer steps of the whole training."""
+    """Number of optimizer steps in the training."""
     places: Tensor | None = None
     """Index of each response within the step; None if the micro-batch is the whole step. [S], integers"""
     tags: Sequence[tuple[str, ...]] = ()
@@ -257,7 +257,7 @@ class Samples:
     """Each response's random seed for this step."""
 
     def sum_by_response(self, values: Tensor) -> Tensor:
-        """[N] -> [S]"""
+        """The sum over each response's tokens, [N] -> [S]."""
         return sum_by_response(values, self.lengths)
 
     @property
@@ -284,7 +284,7 @@ class Samples:
         return _gather(self.weights * values, self.places, self.total)
 
     def own(self, values: Tensor) -> Tensor:
-        """Of a vector with one value for each response of the step, those of these responses, [total] -> [S]."""
+        """Select this micro-batch's values from a vector with one value per response of the step, [total] -> [S]."""
         return values if self.places is None else values.to(self.places.device)[self.places]
 
     def tagged(self, tag: str) -> Tensor:
@@ -306,18 +306,18 @@ def _tagged(tags: Sequence[tuple[str, ...]], tag: str, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class Step:
-    """A whole optimizer step, as `update` sees it: called once, before the loss, with equal values in every process."""
+    """The argument of `update`, which runs once per optimizer step: step-wide values, equal in every process."""
 
     step: int
     """Optimizer step, counted from 0."""
     steps: int
-    """Optimizer steps of the whole training."""
+    """Number of optimizer steps in the training."""
     statistics: Statistics
     """The summed metrics of `statistics`; vectors are in fp64 on the CPU."""
     state: dict[str, float]
     """What `update` returned for the names in STATE in the previous step; in the first step the values in STATE."""
     generator: torch.Generator
-    """For random decisions: seeded alike in every process, and differently in each step."""
+    """Random generator, seeded the same in every process and differently in each step."""
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class Advantages:
-    """What an algorithm's `advantages` returns."""
+    """The result of an algorithm's `advantages`."""
 
     advantages: Tensor
     """Advantage of each token. [N]"""

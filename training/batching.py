@@ -1,8 +1,8 @@
 """Assigns rows to optimizer steps, data parallel ranks and micro-batches. Pure functions.
 
-The optimizer steps depend on the data and on (seed, epoch) alone. How a step is divided over processes and
+The optimizer steps depend only on the data and on (seed, epoch). How a step is divided over processes and
 micro-batches depends on the number of processes and the token budget, and must not change its result: every row
-occurs once with weight 1, and every normaliser is known from the step itself.
+occurs once with weight 1, and every normaliser is computed from the rows of the step.
 """
 
 import math
@@ -21,7 +21,7 @@ class MicroBatchRows:
 
     rows: tuple[int, ...]
     weight: float = 1.0
-    """0 for a filler: computed because every process must take part in every collective, and without effect."""
+    """0 for a filler, which has no effect; it exists because every process must take part in every collective."""
 
 
 def count_steps(rows: int, global_batch: int, epochs: int, max_steps: int | None) -> int:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from training.loop import FinalReport
 
 BINS = 10
-"""Of equal width, from confidence 0.5 to 1."""
+"""Number of bins, which divide the confidences from 0.5 to 1 equally."""
 FILE = "calibration.jsonl"
 
 
@@ -18,27 +18,27 @@ class Bin(msgspec.Struct):
 
     low: float
     high: float
-    """Confidence at its edges."""
+    """Confidence at the edges of the bin."""
     count: int
     confidence: float | None
-    """Mean of the model's probability for the answer that it prefers; None where there is no pair."""
+    """Mean probability that the model gives to the answer it prefers; None for an empty bin."""
     accuracy: float | None
-    """Share of the pairs in which that is the better answer; a tie is half right."""
+    """Share of the pairs in which the preferred answer is the better one; a tie counts as half."""
 
 
 def judgements(scores: NDArray[np.float32], *, orders: int) -> FinalReport:
-    """Metrics of held-out pairs.
+    """Evaluate a reward model on held-out pairs.
 
     Args:
-        scores: of the better and of the worse answer, [pairs * orders, 2].
-        orders: 1, or 2 where a pair is asked with the better answer in front and then with the worse one in front; the
-            probability that the better one wins is then the mean of both.
+        scores: scores of the better and the worse answer of each pair, [pairs * orders, 2].
+        orders: 1; or 2 if each pair is scored twice, with the better answer first and then with the worse one first.
+            The probability that the better answer wins is then the mean of both.
 
     Returns:
         Metrics (loss, accuracy, chosen_score, rejected_score and margin as in training; ties: share of the pairs
-        without a preference, which are not accurate; ece: the expected calibration error of Guo et al. 2017, arXiv
-        1706.04599, eq. 3, in which p = sigmoid(margin) and the confidence is max(p, 1 - p)) and its bins. With two
-        orders also the accuracy in each, and consistency: the share of pairs in which both name the same answer.
+        without a preference, which count as wrong; ece: the expected calibration error of Guo et al. 2017, arXiv
+        1706.04599, eq. 3, with p = sigmoid(margin) and the confidence max(p, 1 - p)) and its bins. With two orders also
+        the accuracy in each, and consistency: the share of pairs in which both orders prefer the same answer.
     """
     chosen, rejected = scores.astype(np.float64).T
     margins = (chosen - rejected).reshape(-1, orders)
@@ -64,7 +64,7 @@ def judgements(scores: NDArray[np.float32], *, orders: int) -> FinalReport:
 
 
 def calibrate(p: NDArray[np.float64]) -> list[Bin]:
-    """Bins of the probabilities that the better answers win."""
+    """Sort pairs into bins by confidence; `p` is the probability that the better answer wins, [pairs]."""
     confidence = np.maximum(p, 1 - p)
     right = np.where(p == 0.5, 0.5, p > 0.5)
     place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)

@@ -1,4 +1,4 @@
-"""The published checkpoint: one way to write it under every parallel layout, validated before it is handed on."""
+"""Writes the published checkpoint, the same way under every parallel layout, and validates the files."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from modeling.loading import Shapes
 from modeling.master import BELONGS_TO, Start, belonging, has_rest, split
 
 SHARD_BYTES = 5 << 30
-"""Largest weights file."""
+"""Maximum size of a weights file."""
 
 
 def save_checkpoint(
@@ -42,21 +42,22 @@ def save_checkpoint(
 ) -> dict[str, Any]:
     """Write and commit weights, configuration and tokenizer. Tied weights are stored once.
 
-    In bfloat16, what is missing to fp32 is stored beside the weights, for the next training (`modeling/master.py`).
+    For bfloat16, the remainders to fp32 are stored in further files, for the next training (`modeling/master.py`).
 
     Args:
         state: gathered weights by the names of `shapes`, tied ones under both names; in fp32 where they were trained.
         model: the transformers model they belong to.
         start: directory of the model that training began with; its tokenizer files are copied byte for byte.
-        shapes: what the architecture consists of.
+        shapes: name and shape of every tensor of the architecture.
         dtype: number format to store.
         changes: entries of `config.json` that training changed.
-        unit: of the publication's ledger.
+        unit: unit of the publication's ledger.
+        value_head: weight of the value head of a policy that is its own critic, [1, hidden size].
         tokenizer: directory whose tokenizer files are copied instead of those of `start`.
-        value_head: of a policy that is its own critic, [1, hidden size].
+        shard_bytes: maximum size of a weights file.
 
     Returns:
-        Facts for the manifest: in bfloat16, how much of what training has changed is left of it (`update_kept`).
+        Facts for the manifest: for bfloat16, how much of the training's update survives rounding (`update_kept`).
 
     Raises:
         RuntimeError: a tensor is missing, empty, of another shape, or not finite, or tied weights differ.
@@ -117,7 +118,7 @@ def _stored_once(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def _halves(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state on the CPU in bfloat16, and the nonzero remainders to fp32."""
+    """Split the state into bfloat16 tensors on the CPU and their nonzero remainders to fp32."""
     upper: dict[str, Tensor] = {}
     rests: dict[str, Tensor] = {}
     for name, tensor in sorted(state.items()):
@@ -132,7 +133,7 @@ def _halves(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def _update_kept(start: Path, whole: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, Any]:
-    """How much of the training's update survives in the stored bfloat16 weights, over tensors in both checkpoints.
+    """Measure how much of the training's update survives in bfloat16, over the tensors that both checkpoints have.
 
     norm: u · v / u · u, for the update u of the fp32 weights and the change v of the bfloat16 weights: 1 if nothing is
     lost. weights: the share of updated fp32 weights whose bfloat16 value has changed.
@@ -171,7 +172,7 @@ def _commit(publication: Publication, name: str, group: dict[str, Tensor], unit:
 
 
 def _separate(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors on the CPU in the stored dtype, without shared memory (tied weights share it)."""
+    """Copy tensors to the CPU in the stored dtype, without the memory sharing of tied weights."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in sorted(state.items()):
@@ -182,7 +183,7 @@ def _separate(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def _index(tensors: dict[str, Tensor], shard_bytes: int) -> Iterator[tuple[str, str]]:
-    """Each tensor's name and its file."""
+    """Yield each tensor's name with the name of its file."""
     numbers: list[int] = []
     used = 0
     for tensor in tensors.values():
@@ -205,13 +206,13 @@ def _save(group: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> Non
     try:
         save_file(group, path, metadata)
     except SafetensorError as error:
-        if found := re.search(r"os error (\d+)", str(error)):  # such as a full disk, in safetensors' own words
+        if found := re.search(r"os error (\d+)", str(error)):  # a full disk, for example
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise
 
 
 def _validate(path: Path, expected: dict[str, Tensor]) -> None:
-    """Read the file back and verify it: equal to what was written, not empty, finite."""
+    """Read the file back and verify that its tensors are the written ones, not empty, and finite."""
     with safe_open(path, "pt") as file:
         if set(file.keys()) != set(expected):
             raise RuntimeError(f"{path.name} does not hold the tensors that were written")
@@ -226,8 +227,8 @@ def _validate(path: Path, expected: dict[str, Tensor]) -> None:
 def _config(start: Path, config: Any, dtype: torch.dtype, changes: dict[str, Any]) -> dict[str, Any]:
     """The initial model's `config.json` with the changes, readable by transformers 4 and 5.
 
-    transformers 4 looks for `torch_dtype` and for the rotary embedding's settings in `rope_theta` and `rope_scaling`;
-    without them it silently assumes float32 and 10000.
+    transformers 4 reads the dtype from `torch_dtype`, and the rotary embedding's settings from `rope_theta` and
+    `rope_scaling`; without them it silently assumes float32 and 10000.
     """
     data: dict[str, Any] = json.loads((start / "config.json").read_bytes())
     name = str(dtype).removeprefix("torch.")
@@ -243,7 +244,7 @@ def _config(start: Path, config: Any, dtype: torch.dtype, changes: dict[str, Any
 def _copy(publication: Publication, source: Path, unit: str) -> None:
     if source.name == "tokenizer_config.json":
         data = json.loads(source.read_bytes())
-        if data.get("tokenizer_class") == "TokenizersBackend":  # a name that only transformers 5 knows
+        if data.get("tokenizer_class") == "TokenizersBackend":  # unknown to transformers 4
             _write_json(publication, source.name, {**data, "tokenizer_class": "PreTrainedTokenizerFast"}, unit)
             return
     shutil.copyfile(source, publication.scratch(source.name))

@@ -1,4 +1,4 @@
-"""Inputs of the experience stage: joins rollouts and scores, verifies that they belong together, into flat arrays."""
+"""Joins rollouts and scores into flat arrays for the experience stage, and verifies that they belong together."""
 
 from array import array
 from collections.abc import Iterator
@@ -24,21 +24,21 @@ class Columns:
     """The usable samples, concatenated in flat arrays."""
 
     keys: list[tuple[str, int]] = field(default_factory=list)
-    """(prompt_id, sample) of each."""
+    """(prompt_id, sample) of each sample."""
     prompts: "array[int]" = field(default_factory=lambda: array("q"))
     """Index of each sample's prompt, from 0."""
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
     rewards: "array[float]" = field(default_factory=lambda: array("d"))
     tokens: "dict[str, array[float]]" = field(default_factory=dict)
-    """behaviour, and reference, values and token_rewards if the algorithm needs them: one number per response token."""
+    """Columns with one number per response token: behaviour; reference, values and token_rewards if needed."""
     greedy: "array[float] | None" = None
     truncated: list[bool] = field(default_factory=list)
-    """Whether each was cut off by the token limit."""
+    """Whether each sample was cut off by the token limit."""
     tags: list[tuple[str, ...]] = field(default_factory=list)
     """Tags of each sample's prompt."""
 
     def experience(self, kl_coefficient: float) -> "WatchedExperience":
-        """As tensors that share the arrays' memory."""
+        """The samples as tensors that share the arrays' memory."""
         tokens = {name: _tensor(column) for name, column in self.tokens.items()}
         return WatchedExperience(
             rewards=_tensor(self.rewards),
@@ -53,7 +53,7 @@ class Columns:
 
 
 class WatchedExperience(algorithm.Experience):
-    """Records whether the algorithm reads `kl_coefficient`."""
+    """An experience that records in `penalised` whether the algorithm reads `kl_coefficient`."""
 
     penalised = False
 
@@ -72,7 +72,7 @@ def collect(config: ExperienceConfig, rollouts: Artifact, description: registry.
     """Read and join everything; unusable samples are dropped and counted.
 
     Raises:
-        UserError: what is given does not speak of the same tokens, or too few samples can be used.
+        UserError: the inputs are not of the same samples and tokens, or too many samples are unusable.
     """
     sources = Sources(config, rollouts)
     rewarded = ["token_rewards"] if "token_rewards" in description.needs else []
@@ -106,7 +106,7 @@ def collect(config: ExperienceConfig, rollouts: Artifact, description: registry.
 
 
 class Sources:
-    """The joined inputs; every method raises a UserError if they do not belong together."""
+    """The artifacts to join; every method raises a UserError if they do not belong together."""
 
     def __init__(self, config: ExperienceConfig, rollouts: Artifact) -> None:
         paths = {"rewards": config.rewards, "reference": config.reference, "values": config.values}
@@ -122,7 +122,7 @@ class Sources:
             self.greedy = dict(self._read_greedy(sampled, Artifact.open(config.greedy, SCORES)))
 
     def why_unusable(self, rollout: Rollout, completion: Completion, found: dict[str, ScoresBySample]) -> str | None:
-        """Why a sample is dropped, if it is: it has no score, or no tokens."""
+        """The ledger's reason to drop a sample, which has no tokens or lacks a score; None to keep it."""
         if not completion.response_ids:
             return "empty"
         missing = next((name for name in self.scores if completion.sample not in found[name]), None)
@@ -142,7 +142,7 @@ class Sources:
     def tokens(
         self, rollout: Rollout, completion: Completion, found: dict[str, ScoresBySample]
     ) -> Iterator[tuple[str, tuple[float, ...]]]:
-        """A sample's columns with one number per response token."""
+        """Yield a sample's columns with one number per response token, by name."""
         where = f"prompt {rollout.prompt_id}, sample {completion.sample}"
         yield "behaviour", self._behaviour(rollout, completion, where)
         for name in self.per_token:
@@ -189,7 +189,7 @@ class Sources:
             )
 
     def _behaviour(self, rollout: Rollout, completion: Completion, where: str) -> tuple[float, ...]:
-        """Log-probabilities under the policy's own distribution, which must be the sampled one."""
+        """The sampling policy's log-probabilities; the sample must be from its own, unmodified distribution."""
         where, sampling = f"{self.rollouts.path}: {where}", completion.sampling
         if rollout.policy == IMPORTED or sampling is None or not completion.logprobs:
             raise UserError(
@@ -216,7 +216,7 @@ class Sources:
             )
 
     def _read_greedy(self, sampled: Artifact, scores: Artifact) -> Iterator[tuple[str, tuple[tuple[int, ...], float]]]:
-        """Each prompt's greedy answer, after checking that it is greedy, and has the same policy and scorer."""
+        """Yield each prompt's greedy answer, after checking that it is greedy and has the same policy and scorer."""
         if _judge_of(scores) != _judge_of(self.scores["rewards"]):
             raise UserError(
                 f"greedy={scores.path} and rewards={self.scores['rewards'].path} are not by the same scorer, so they "

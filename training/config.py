@@ -12,7 +12,7 @@ from training.registry import BUILT_IN, Description, Level, check_settings, desc
 
 
 class LoraSection(Section):
-    """Train low-rank adapters instead of the weights (LoRA, arXiv 2106.09685); the checkpoint has them merged."""
+    """Train low-rank adapters instead of the weights (LoRA, arXiv 2106.09685); they are merged into the checkpoint."""
 
     rank: int = identity(16, ge=1)
     """Rank of the adapters."""
@@ -23,14 +23,14 @@ class LoraSection(Section):
 
 
 class CorrectionSection(Section):
-    """Weigh what is learned from each answer by how likely the policy makes it, over how likely the one that sampled
-    it made it: `training.correction` has the formulas."""
+    """Importance correction: weight each answer's advantages by its probability under the policy, divided by that under
+    the policy that sampled it. `training.correction` has the formulas."""
 
     level: Level = identity("token")
     """The level of the weights: token, each token; sequence, each response (the product of its tokens' weights);
     geometric, each response (their geometric mean)."""
     treatment: Literal["truncate", "mask"] = identity("truncate")
-    """What happens to a weight outside the bounds: truncate, it is clipped; mask, it becomes 0."""
+    """Treatment of weights outside the bounds: truncate, they are clipped; mask, they are set to 0."""
     high: float = identity(2.0, gt=1)
     """Upper bound of the weights."""
     low: float = identity(0.0, ge=0, lt=1)
@@ -69,7 +69,8 @@ class TrainingSettings(Section):
     frozen: list[str] = identity([])
     """Parameters whose name contains one of these are not trained, for example embed_tokens."""
     lora: LoraSection | None = identity(None)
-    """Train LoRA adapters instead: {rank: 16, alpha: 32}. The base weights stay in `dtype`, without fp32 copies."""
+    """Train LoRA adapters instead of the weights: {rank: 16, alpha: 32}. The base weights stay in `dtype`, without fp32
+    copies."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the rows is dropped."""
     micro_batch_tokens: int = runtime(16384, ge=1)
@@ -83,7 +84,7 @@ class TrainingSettings(Section):
     """Parallel layout: processes and how the model is distributed over them, for example {dp: 4, zero: 3}."""
     profile_steps: list[Annotated[int, Field(ge=1)]] = runtime([])
     """Optimizer steps, counted from 1, for which every rank writes a torch profiler trace, for example [3, 4]:
-    docs/hooks.md. Steps before a resume have none."""
+    docs/hooks.md. Steps that a resumed training skips are not traced."""
     checkpoint_seconds: float = runtime(300.0, ge=0)
     """Seconds between saves of the training state, to resume from after a kill; 0: after every step."""
 
@@ -114,7 +115,7 @@ class TrainingSettings(Section):
 
 
 class TrainingConfig(TrainingSettings, StageConfig):
-    """What every algorithm shares: optimizer, schedule, batching, launch."""
+    """Config fields that all training stages share: the settings, the initial model and the seed."""
 
     model: Path = input_path()
     """Directory of the model to start from."""
@@ -127,7 +128,8 @@ class SftSettings(TrainingSettings):
 
     demonstrations: Path = input_path()
     """Conversations that end with the assistant's response, or prompts with their responses in separate columns: a
-    file, a directory or a data set as the prompts stage reads them (docs/stages.md), of several splits `train`."""
+    file, a directory or a data set in any format that the prompts stage reads (docs/stages.md). Of a data set with
+    several splits, `train` is used."""
 
 
 class SftConfig(SftSettings, TrainingConfig, ChatFields):
@@ -171,8 +173,8 @@ class PolicySettings(TrainingSettings):
     """Importance correction for off-policy samples (of an older policy, with `lag`), for algorithms that read samples:
     {level: token, treatment: truncate, high: 2}."""
     inputs: list[Path] | None = input_path(None, min_length=1)
-    """For your own algorithm: files or directories that it reads beside its own modules. When their content changes,
-    the training runs again."""
+    """For your own algorithm: files or directories that it reads in addition to its modules. When their content
+    changes, the training runs again."""
     value_head: bool = identity(False)
     """Train a value head on the policy's own last hidden states, so that it is its own critic (a shared backbone), for
     algorithms that need values."""
@@ -195,13 +197,13 @@ class PolicyConfig(PolicySettings, TrainingConfig):
     experience: Path | None = input_path(None)
     """Published experience, for algorithms that read samples."""
     reference_model: Path | None = input_path(None)
-    """Directory of the reference policy, which is loaded beside the policy, for algorithms that compare full
+    """Directory of the reference policy, which is loaded together with the policy, for algorithms that compare full
     distributions."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         description = describe(self.algorithm)
-        # With every default, because that is what is computed.
+        # Including all defaults, so that the stage key has the values that are used.
         object.__setattr__(self, "settings", check_settings(description, self.settings))
         _check_inputs(self.algorithm, self.inputs)
         require_correctable(description, self)
@@ -239,15 +241,15 @@ class PolicyConfig(PolicySettings, TrainingConfig):
         require_whole_model(self.algorithm, needed, self.parallel)
 
     def source_files(self) -> dict[str, Path]:
-        """The user's own algorithm and what it imports; built-in ones belong to `code_version`."""
+        """Source files of the user's own algorithm and of its imports; built-in algorithms count by `code_version`."""
         return {} if self.algorithm in BUILT_IN else describe(self.algorithm).sources
 
 
 def require_whole_model(algorithm: str, needed: bool, parallel: ParallelConfig) -> None:
-    """Refuse a layout under which no process holds the whole policy, where a reference model is needed beside it.
+    """Check that every process holds the whole policy if the algorithm needs a reference model.
 
     Raises:
-        ValueError: it is such a layout.
+        ValueError: the layout divides the policy.
     """
     if needed and (parallel.is_native or parallel.zero == 3):
         raise ValueError(
@@ -257,10 +259,10 @@ def require_whole_model(algorithm: str, needed: bool, parallel: ParallelConfig) 
 
 
 def require_correctable(description: Description, settings: PolicySettings) -> None:
-    """Refuse an importance correction that an algorithm cannot have, or has already.
+    """Check that the algorithm supports the configured importance correction.
 
     Raises:
-        ValueError: it is such a correction.
+        ValueError: it does not, or it corrects on its own.
     """
     if settings.correction is None:
         return
@@ -308,7 +310,7 @@ class CriticConfig(CriticSettings, TrainingConfig):
 
 
 class ValueHeadConfig(StageConfig):
-    """Make an untrained critic: a model's weights with a value head of zeros."""
+    """Create an untrained critic: a model's weights with a value head of zeros."""
 
     stage: ClassVar[str] = "value-head"
     code_version: ClassVar[int] = 1
@@ -318,7 +320,7 @@ class ValueHeadConfig(StageConfig):
 
 
 class MergeConfig(StageConfig):
-    """Merge an adapter that PEFT has written into its model, which can then be a policy or a reward model."""
+    """Merge a PEFT adapter into its model; the result can be a policy or a reward model."""
 
     stage: ClassVar[str] = "merge"
     code_version: ClassVar[int] = 1
@@ -347,8 +349,8 @@ class ExperienceSettings(Section):
     """Settings of the experience stage: the KL penalty."""
 
     kl_coefficient: float | None = identity(None, ge=0)
-    """Weight of the penalty on the KL divergence from the reference, for algorithms that add it to the reward, with
-    kl_target its initial value; 0.05 by default."""
+    """Weight of the penalty on the KL divergence from the reference, for algorithms that add it to the reward; 0.05 by
+    default. With kl_target it is the initial weight."""
     kl_target: float | None = identity(None, gt=0)
     """KL divergence (nats per response) that the coefficient is adapted to (arXiv 1909.08593, section 2.2); by default
     it is fixed."""
@@ -365,7 +367,8 @@ class ExperienceConfig(ExperienceSettings, StageConfig):
     code_version: ClassVar[int] = 1
 
     algorithm: str = identity()
-    """As for the policy's training: a name (ppo, grpo, rloo, ...), your own file (mine.py), or package.module."""
+    """The same as for the policy's training: a name (ppo, grpo, rloo, ...), your own file (mine.py), or
+    package.module."""
     settings: dict[str, Any] = identity({})
     """The algorithm's own settings, the same as for the policy's training; those of its loss have no effect here."""
     rollouts: Path = input_path()
@@ -384,7 +387,7 @@ class ExperienceConfig(ExperienceSettings, StageConfig):
     previous: Path | None = input_path(None)
     """The experience of the previous iteration, from which an adaptive coefficient continues."""
     inputs: list[Path] | None = input_path(None, min_length=1)
-    """As for the policy's training: what your own algorithm reads beside its own modules."""
+    """The same as for the policy's training: files that your own algorithm reads in addition to its modules."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -392,7 +395,7 @@ class ExperienceConfig(ExperienceSettings, StageConfig):
         settings = check_settings(description, self.settings)
         if description.reads != "samples":
             raise ValueError(f"algorithm={self.algorithm} reads pairs, not samples, and needs no experience.")
-        # With every default, and without those of the loss, because that is what is computed.
+        # Including all defaults, but without the settings of the loss, which this stage does not use.
         object.__setattr__(self, "settings", description.arguments("advantages", settings))
         _check_inputs(self.algorithm, self.inputs)
         for name, need in (
@@ -420,5 +423,5 @@ class ExperienceConfig(ExperienceSettings, StageConfig):
         return self
 
     def source_files(self) -> dict[str, Path]:
-        """The user's own algorithm and what it imports; built-in ones belong to `code_version`."""
+        """Source files of the user's own algorithm and of its imports; built-in algorithms count by `code_version`."""
         return {} if self.algorithm in BUILT_IN else describe(self.algorithm).sources

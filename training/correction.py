@@ -1,26 +1,26 @@
-"""Importance correction: weights for samples of another policy than the one whose training they begin.
+"""Importance correction: weights for samples of another policy than the one that is trained on them.
 
-With l_t = log pi(y_t | ...) - log mu(y_t | ...) for each of an answer's T tokens, pi the policy at the beginning of the
-training (`proximal`, computed by the trainer) and mu the one that sampled (`behaviour`, told by its engine), a token's
-ratio is
+With l_t = log pi(y_t | ...) - log mu(y_t | ...) for each of an answer's T tokens, pi the policy at the start of the
+training (`proximal`, computed by the trainer) and mu the one that sampled (`behaviour`, reported by its engine), the
+ratio of a token is
 
     token      exp(l_t)
     sequence   exp(sum_t l_t)        the same for all tokens of the answer
     geometric  exp(sum_t l_t / T)    likewise
 
 The product over a sequence is the importance weight of an answer: its estimate is unbiased, with a variance that grows
-exponentially in T. A token's own ratio has little variance and is biased, since it takes what came before as given
-(Precup, Sutton, Singh 2000, "Eligibility traces for off-policy policy evaluation"). The geometric mean says the same of
-answers of every length (GSPO, arXiv 2507.18071, eq. 7). The weight of a ratio r is
+exponentially in T. A single token's ratio has little variance but is biased, since it ignores the ratio of the prefix
+(Precup, Sutton, Singh 2000, "Eligibility traces for off-policy policy evaluation"). The geometric mean is comparable
+between answers of different lengths (GSPO, arXiv 2507.18071, eq. 7). The weight of a ratio r is
 
     truncate   min(max(r, low), high)           truncated importance sampling (Ionides 2008, "Truncated importance
                                                 sampling"; Yao et al. 2025, "Your efficient RL framework secretly brings
                                                 you off-policy RL training")
     mask       r if low <= r <= high, else 0    masked importance sampling (IcePop; Ring-1T, arXiv 2510.18855)
 
-It has no gradient and multiplies the advantages, so that it weighs what is learned from the reward: a clipped surrogate
-min(r A, clip(r) A) is linear in a weight of A that is not negative. What the loss has beside it (a divergence from the
-reference, entropy, the value loss) is as it was. TRL's `vllm_importance_sampling_mode` does the same.
+The weight has no gradient and multiplies the advantages. This scales what is learned from the reward: a clipped
+surrogate min(r A, clip(r) A) is linear in a nonnegative weight of A. Other terms of the loss (a divergence from the
+reference, entropy, the value loss) are not weighted. TRL's `vllm_importance_sampling_mode` does the same.
 """
 
 from typing import TypeAlias
@@ -33,18 +33,17 @@ from training.config import CorrectionSection
 
 Numbers: TypeAlias = NDArray[np.float64]
 LOG_RATIO_LIMIT = 20.0
-"""As that of `training.algorithms.parts.ratio`: ratios are between e^-20 and e^20."""
+"""Ratios are clipped to e^-20 to e^20, as in `training.algorithms.parts.ratio`."""
 TREATED = {"truncate": "truncated", "mask": "masked"}
 
 
 def correct(responses: list[Response], section: CorrectionSection) -> dict[str, float]:
-    """Multiply the advantages of all responses by their weights, and say what these are like.
+    """Multiply the advantages of all responses by their weights, and compute metrics of the weights.
 
     Returns:
-        correction_weight: mean of the weights; correction_truncated or correction_masked: the share of the ratios
-        outside of the bounds; correction_effective: the effective sample size over the number of samples, (sum w)^2 /
-        (n sum w^2) (Kish 1965), 0 where every weight is 0. Each is over all tokens, or over all answers where an answer
-        has one weight.
+        correction_weight: mean of the weights; correction_truncated or correction_masked: share of the ratios outside
+        of the bounds; correction_effective: effective sample size over the number of samples, (sum w)^2 / (n sum w^2)
+        (Kish 1965), 0 if every weight is 0. Each is over all tokens at level "token", otherwise over all answers.
     """
     logs = [response.tokens["proximal"].astype(float) - response.tokens["behaviour"] for response in responses]
     ratios = [ratios_of(each, section.level) for each in logs]
@@ -55,7 +54,7 @@ def correct(responses: list[Response], section: CorrectionSection) -> dict[str, 
 
 
 def ratios_of(logs: Numbers, level: str) -> Numbers:
-    """The ratios of an answer with the log-ratios `logs` of its tokens: one for each token, or one alone. [T] or [1]"""
+    """Ratios of an answer, from its tokens' log-ratios `logs`: one per token, [T], or one for the whole answer, [1]."""
     if level != "token":
         logs = (logs.sum() if level == "sequence" else logs.mean()).reshape(1)
     found: Numbers = np.exp(logs.clip(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
@@ -63,14 +62,14 @@ def ratios_of(logs: Numbers, level: str) -> Numbers:
 
 
 def weights_of(ratios: Numbers, section: CorrectionSection) -> Numbers:
-    """The weights of ratios, of their shape."""
+    """Weights for the ratios, of the same shape."""
     if section.treatment == "truncate":
         return ratios.clip(section.low, section.high)
     return np.where(_outside(ratios, section), 0.0, ratios)
 
 
 def summary(ratios: Numbers, weights: Numbers, section: CorrectionSection) -> dict[str, float]:
-    """The figures that `correct` returns."""
+    """The metrics that `correct` returns."""
     squares = float(np.square(weights).sum()) * len(weights)
     return {
         "correction_weight": float(weights.mean()),

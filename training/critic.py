@@ -1,4 +1,4 @@
-"""The critic of PPO: a sequence classifier that is read at every token, trained on the returns of an experience."""
+"""Trains the critic of PPO, a sequence classifier that is read at every token, on the returns of an experience."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ from training.models import classifier_changes
 
 
 def run(config: CriticConfig, context: Context) -> Outcome:
-    """The stage `critic`."""
+    """Run the stage `critic`."""
     info = ModelInfo.read(config.model)
     info.require_classifier_start()
     model_config = read_config(config.model)
@@ -69,7 +69,7 @@ def critic_loss(config: CriticConfig) -> Loss:
 
 
 def value_rows(config: CriticConfig) -> Iterator[Row]:
-    """Prompts with their samples, the critic's old values and its targets.
+    """Yield prompts with their samples, the critic's old values and its targets.
 
     Raises:
         UserError: the experience has no values or returns.

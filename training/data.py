@@ -1,4 +1,4 @@
-"""Training rows from published artifacts: read, checked and counted."""
+"""Reads training rows from published artifacts; checks and counts them."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ Known = tuple[Mapping[str, float], dict[str, Floats]]
 
 
 def pair_row(pair: Pair, chosen: Known = ({}, {}), rejected: Known = ({}, {})) -> Row:
-    """The chosen and the rejected answer to a prompt; truncated answers get no EOS here or anywhere else."""
+    """A row with the chosen and the rejected answer to a prompt. Truncated answers never get an EOS."""
 
     def response(ids: tuple[int, ...], score: float, finish_reason: FinishReason, known: Known) -> Response:
         numbers, tokens = known
@@ -36,15 +36,15 @@ def pair_row(pair: Pair, chosen: Known = ({}, {}), rejected: Known = ({}, {})) -
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """All pairs of a published stage."""
+    """Read all pairs of a published artifact."""
     return list(Artifact.open(path, PAIRS).rows(Pair))
 
 
 def length_limit(config: TrainingConfig, info: ModelInfo) -> int | None:
-    """The longest usable sequence, from the config or the model's context.
+    """Maximum sequence length in tokens: the config's, by default the model's context; None without a limit.
 
     Raises:
-        UserError: `max_length` is beyond the context.
+        UserError: `max_length` exceeds the context.
     """
     if config.max_length is not None:
         info.require_length(config.max_length, "max_length")
@@ -57,13 +57,15 @@ def usable(
     """The rows to train on; the others are dropped and counted in `ledger` as too_long or empty.
 
     Args:
-        limit: longest sequence in tokens.
-        vocabulary: number of token ids that the model knows.
-        max_dropped: highest share of dropped rows, reasons counted before included.
+        rows: all rows.
+        ledger: counts the rows; it may already contain dropped ones.
+        limit: maximum sequence length in tokens.
+        vocabulary: size of the model's vocabulary.
+        max_dropped: maximum share of dropped rows, including those already in the ledger.
         what: name of the data for messages.
 
     Raises:
-        UserError: too many rows are dropped, none is left, or a row holds a token that the model does not know.
+        UserError: too many rows are dropped, none is left, or a row has a token id outside of the vocabulary.
     """
     kept: list[Row] = []
     for row in rows:

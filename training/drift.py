@@ -1,4 +1,4 @@
-"""Drift between trainer and engine: compares the trainer's log-probabilities with those reported at sampling."""
+"""Measures the drift between the trainer's log-probabilities and those that the generation engine reported."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from training.engines.base import TrainingEngine
 from training.loop import make_micro_batches
 
 RATIO = (0.9, 1.1)
-"""Importance ratios outside of this range are counted."""
+"""Tokens with an importance ratio outside of this range are counted."""
 
 
 def measure_drift(rows: list[Row], engine: TrainingEngine, packing: Packing, budget: int) -> dict[str, Any]:
-    """Set every response's `proximal` log-probabilities, under the engine's model; compare them with `behaviour`.
+    """Compute every response's `proximal` log-probabilities with the engine, and compare them with `behaviour`.
 
     Returns:
         mean: of |log p_trainer - log p_engine| over the tokens (nats); p95: its 95th percentile; outside: the share of

@@ -1,4 +1,4 @@
-"""An exponential moving average of policies: a reference that follows slowly."""
+"""Computes an exponential moving average of policies, for use as a slowly changing reference."""
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,10 +16,10 @@ from training.config import EmaConfig
 
 @torch.no_grad()
 def run(config: EmaConfig, context: Context) -> Outcome:
-    """Publish decay · average + (1 - decay) · model, computed in float32 and stored like `model`.
+    """Publish decay · average + (1 - decay) · model, computed in float32 and stored in the dtype of `model`.
 
     Raises:
-        UserError: the two are not of one architecture.
+        UserError: the two models have different architectures.
     """
     logging.disable_progress_bar()
     for path in (config.average, config.model):

@@ -1,7 +1,7 @@
-"""How much memory and disk a training takes, before it runs. Arithmetic on configs and sizes; no torch.
+"""Estimates the memory and disk space of a training from configs and model sizes alone; no torch.
 
-P is a model's number of parameters, T how many of them are trained, N the tokens of a batch, V the vocabulary, h the
-hidden size, i the width of the feed-forward layers, q and k those of queries and keys, a the bytes of a number.
+P is a model's number of parameters, T how many of them are trained, N the tokens of a batch, V the vocabulary size, h
+the hidden size, i the width of the feed-forward layers, q and k those of queries and keys, a the bytes per number.
 """
 
 from dataclasses import dataclass
@@ -15,75 +15,84 @@ from training.config import TrainingConfig
 HEAD_CHUNK = 2048
 """Positions whose logits exist at once in training (modeling/logprobs.py)."""
 REFERENCE_CHUNK = 512
-"""Those of a reference model beside the policy (modeling/divergence.py)."""
+"""Positions whose logits exist at once in a reference model loaded with the policy (modeling/divergence.py)."""
 PADDING_SHARE = 1.25
-"""Padding of the groups of sequences that attention takes flat batches apart into (modeling/packing.py)."""
+"""Ratio of padded to actual tokens in the groups that attention splits flat batches into (modeling/packing.py)."""
 BUCKET = 500_000_000
-"""Numbers in DeepSpeed's buffer for the gradients under way (reduce_bucket_size)."""
+"""Numbers in DeepSpeed's buffer for gradients that are being reduced (reduce_bucket_size)."""
 
 
 @dataclass(frozen=True)
 class LongestRow:
-    """The largest row that a training may meet: one prompt with its answers, which are never divided."""
+    """The size of a row: one prompt with its answers, which are never split over micro-batches."""
 
     prompt: int
-    """Tokens, and so is:"""
+    """Tokens of the prompt."""
     answer: int
+    """Tokens of each answer."""
     sequences: int
+    """Number of answers."""
 
     @property
     def flat(self) -> int:
-        """Tokens of the sequences, the prompt counted with each."""
+        """Tokens in flat packing, which repeats the prompt for each answer."""
         return self.sequences * (self.prompt + self.answer)
 
     @property
     def shared(self) -> int:
-        """The same with the prompt counted once."""
+        """Tokens in shared packing, which has the prompt once."""
         return self.prompt + self.sequences * self.answer
 
 
 def training_memory(
     config: TrainingConfig, size: Size, row: LongestRow | None, *, on_gpu: bool, with_reference: bool = False
 ) -> Memory:
-    """Memory of a training process; `row` is the largest one, if known. A `size` with a score head trains that head.
+    """Estimate the memory of a training process.
 
-    P and T are what the process's stage has of the model: all of it, or with pp and tp its layers' part and, in the
-    first or the last stage, one matrix of the vocabulary. a is 2 under bf16, else 4.
+    Args:
+        config: the training.
+        size: of the model; the head of a classifier is trained.
+        row: the largest row, if known.
+        on_gpu: whether it trains on a GPU.
+        with_reference: whether a reference model is loaded with the policy.
+
+    P and T count the process's own part of the model: all of it, or with pp and tp its share of the layers and, in the
+    first and last stage, one matrix of the vocabulary. a is 2 under bf16, else 4.
 
     Without sharding every process holds fp32 weights (4 P), their gradients (4 T), AdamW's moments (8 T; SGD has
-    none), for plain data parallelism DDP's buckets (4 T), and under bf16 autocast bf16 copies of the weights (2 P).
+    none), under plain data parallelism DDP's buckets (4 T), and under bf16 autocast bf16 copies of the weights (2 P).
 
-    With LoRA, T is the adapters' numbers, r (in + out) for each adapted layer, and the head of a classifier. The
-    weights lie there in a bytes (a P) and have no copies; adapters in fp32 (4 T) with copies, gradients and moments.
+    With LoRA, T counts the adapters, r (in + out) for each adapted layer, and the head of a classifier. The base
+    weights take a bytes each (a P) and have no copies; the adapters are fp32 (4 T), with copies, gradients and moments.
 
-    fsdp2 divides these by n = dp · sp. It computes with two layers and the vocabulary's matrices whole, in a bytes;
-    with pp it holds the whole stage so during a step, and fp32 gradients of all of it.
+    fsdp2 divides these by n = dp · sp. While it computes, two layers and the vocabulary's matrices are unsharded, in a
+    bytes per number; with pp the whole stage is, for a whole step, with fp32 gradients of all of it.
 
-    With DeepSpeed: weights a (P + adapters), gradients a·T and, in fp32 for the processes' shares of the optimizer
-    step, master weights, moments and gradients (4 + 8 + 4) T / n. ZeRO-2 divides the gradients by n as well, ZeRO-3 the
-    weights too, but holds two layers and the embedding whole while it works on them. Gradients under way:
-    a · min(T, 5e8). What is offloaded is not on a GPU.
+    With DeepSpeed: weights a (P + adapters), gradients a·T, and in fp32 the process's share of the master weights,
+    moments and gradients of the optimizer step, (4 + 8 + 4) T / n. ZeRO-2 divides the gradients by n as well; ZeRO-3
+    also the weights, of which two layers and the embedding are unsharded at a time. Gradients being reduced:
+    a · min(T, 5e8). Offloaded parts take no GPU memory.
 
-    Activations of a layer, for each token: c h + (4 a·i + a·q + u · 2 a (q + k)) / tp bytes: residual stream, norms and
-    what the projections read (c: 24, and 2 more under bf16; 8 less with LoRA, which adds 7 a·r); the feed-forward part;
-    attention's output, and its queries, outputs, keys and values, taken apart into whole sequences: u is how many
-    tokens these have for each of the batch (those of a row, the prompt counted with each answer, over those of the row
-    as it is packed), with up to a quarter of padding. All layers keep them until the backward pass, or with
-    gradient_checkpointing only their inputs (4 h) while one layer is computed again; the backward pass holds a quarter
-    of a layer besides, embedding and last norm 12 h. Counted on Llama, by what autograd saves; on a CPU half as much
-    again (with checkpointing 1.4 times as much again) for the holes that malloc leaves between them.
+    Activations of a layer, per token: c h + (4 a·i + a·q + u · 2 a (q + k)) / tp bytes: the residual stream, norms and
+    inputs of the projections (c: 24, and 2 more under bf16; 8 less with LoRA, which adds 7 a·r); the feed-forward part;
+    attention's output; and its queries, outputs, keys and values, split into whole sequences. These have u tokens for
+    each token of the batch (a row's tokens with the prompt repeated for each answer, over those of the row as packed),
+    with up to a quarter of padding. Activations of all layers are kept until the backward pass; with
+    gradient_checkpointing only the layers' inputs are (4 h), while one layer is recomputed. The backward pass needs
+    another quarter of a layer; embedding and last norm need 12 h. Measured on Llama as the tensors that autograd saves;
+    on a CPU times 1.5 (with checkpointing 2.4) for malloc's fragmentation.
 
-    The tokens are those of one micro-batch: micro_batch_tokens (a shared prompt counts once), but no more than the
-    replica's part of a global batch, and no less than one row; sp divides them. With pp the first stage has pp
-    micro-batches in flight, in a pp-th of the layers.
+    The tokens are those of one micro-batch: micro_batch_tokens (a shared prompt counts once), but at most the
+    replica's part of a global batch and at least one row, divided by sp. With pp the first stage has pp micro-batches
+    in flight, each in a pp-th of the layers.
 
-    Logits exist for at most 2048 positions at once, as three fp32 tensors in the backward pass, beside the head's fp32
-    gradient (not with LoRA) and its copies (modeling/logprobs.py). Bradley-Terry reward models and critics have none.
-    A reference model beside the policy adds its weights, in the policy's format, and six fp32 tensors of the logits of
+    Logits exist for at most 2048 positions at once, as three fp32 tensors in the backward pass, in addition to the
+    head's fp32 gradient (not with LoRA) and its copies (modeling/logprobs.py). Bradley-Terry reward models and critics
+    have none. A reference model adds its weights, in the policy's number format, and six fp32 tensors of the logits of
     512 positions (modeling/divergence.py).
 
-    When activations and logits are gone, AdamW's step on a GPU takes 4 T / n for its denominators, and the hand-off of
-    merged adapters another a·P: where that is more than they were, the rest is `step`.
+    Once activations and logits are freed, AdamW's step on a GPU needs 4 T / n for its denominators, and merging the
+    adapters into the published weights needs a·P: what exceeds the activations and logits is counted as `step`.
     """
     number = number_bytes(config, on_gpu)
     parallel, is_classifier = config.parallel, size.classifier
@@ -146,14 +155,14 @@ def training_memory(
 
 
 def trained_numbers(config: TrainingConfig, size: Size) -> int:
-    """T: numbers that a training changes."""
+    """T: the number of trained parameters."""
     if config.lora is None:
         return size.trained(config.frozen)
     return _adapter_numbers(config, size) + (size.hidden if size.classifier else 0)
 
 
 def _adapter_numbers(config: TrainingConfig, size: Size) -> int:
-    """Numbers in all adapters; a target that is none of a Llama's layers counts as all of them."""
+    """Parameters of all adapters; a target that is not a layer of Llama is counted as all layers."""
     if config.lora is None:
         return 0
     h, i, q, k = size.hidden, size.intermediate, size.query_width, size.key_width
@@ -167,7 +176,7 @@ def _adapter_numbers(config: TrainingConfig, size: Size) -> int:
 
 
 def _micro_batch(config: TrainingConfig, size: Size, row: LongestRow | None) -> tuple[int, float]:
-    """Tokens of the largest micro-batch in a process, and for each how many attention works on."""
+    """Tokens of the largest micro-batch in a process, and attention's number of tokens for each of them."""
     packs = config.packing != "padded" and (config.packing != "auto" or size.model_type in FLAT)
     shares = packs and config.packing != "flat"
     tokens, apart = config.micro_batch_tokens, PADDING_SHARE if packs else 1.0
@@ -179,7 +188,7 @@ def _micro_batch(config: TrainingConfig, size: Size, row: LongestRow | None) -> 
 
 
 def longest_of(answers: list[AnswerStats], sequences: int, limit: int | None) -> LongestRow | None:
-    """The largest row of so many answers to one prompt; longer sequences than `limit` are dropped."""
+    """The largest possible row of `sequences` answers to one prompt; sequences above `limit` tokens are dropped."""
     if not answers:
         return LongestRow(0, limit, sequences) if limit else None
     answer = max(found.longest_answer for found in answers)
@@ -191,11 +200,11 @@ def longest_of(answers: list[AnswerStats], sequences: int, limit: int | None) ->
 
 
 def number_bytes(config: TrainingConfig, on_gpu: bool) -> int:
-    """Bytes of a number that training computes with and publishes: `auto` is bf16 on a GPU, fp32 on a CPU."""
+    """Bytes per number in computation and in the checkpoint: `auto` is bf16 on a GPU, fp32 on a CPU."""
     return 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu) else 4
 
 
 def model_bytes(output: Path, outlook: Outlook) -> int | None:
-    """Bytes of a model that is published in float32, with its tokenizer; None where its size is not known."""
+    """Bytes of a model published in float32 with its tokenizer; None if its size is unknown."""
     size = outlook.size_of(output)
     return None if size is None else size.checkpoint_bytes(4) + STAGE

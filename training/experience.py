@@ -1,7 +1,7 @@
-"""The experience stage: scored samples in, advantages and returns for every response token out.
+"""The experience stage: computes advantages and returns for every response token from scored samples.
 
-All samples of an iteration are looked at together, in fp64 on the CPU, in flat arrays: what an algorithm normalises by
-(the whole batch, or all answers to a prompt) is then the same however the training divides its work.
+All samples of an iteration are processed together, in fp64 on the CPU, in flat arrays: normalisation over the whole
+batch, or over all answers to a prompt, then does not depend on how the training divides its work.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ from training.config import ExperienceConfig
 
 SHARD = "shard-00000.jsonl"
 KL_COEFFICIENT = 0.05
-"""The default, as in TRL's PPO."""
+"""The default coefficient, as in TRL's PPO."""
 LARGEST_ERROR = 0.2
-"""The relative distance of the KL divergence from its target that an adaptive coefficient answers to at most."""
+"""Bound on the KL divergence's relative distance from its target, by which an adaptive coefficient changes."""
 
 
 def run(config: ExperienceConfig, context: Context) -> Outcome:
-    """Join rollouts and scores, check that they belong together, call the algorithm's `advantages`, publish."""
+    """Join rollouts and scores, check that they belong together, call the algorithm's `advantages`, and publish."""
     description = registry.describe(config.algorithm)
     coefficient = 0.0
     if "reference" in description.needs:
@@ -63,18 +63,18 @@ def run(config: ExperienceConfig, context: Context) -> Outcome:
 
 
 def first_coefficient(config: ExperienceConfig) -> float:
-    """The initial coefficient, without a previous iteration."""
+    """The KL coefficient of the first iteration."""
     return KL_COEFFICIENT if config.kl_coefficient is None else config.kl_coefficient
 
 
 def adapted(config: ExperienceConfig, previous: Path) -> float:
-    """The adapted coefficient, given the previous iteration's KL divergence (Ziegler et al. 2019, section 2.2).
+    """Adapt the coefficient to the previous iteration's KL divergence (Ziegler et al. 2019, section 2.2).
 
-    coefficient · (1 + clip(KL / target - 1, -0.2, 0.2) · min(1, samples / horizon)). That is their rule for a batch of
-    so many samples; the minimum keeps the change below a fifth where an iteration has more than their horizon.
+    coefficient · (1 + clip(KL / target - 1, -0.2, 0.2) · min(1, samples / horizon)). This is the paper's rule, with the
+    iteration as the batch; the minimum limits the change to a fifth if an iteration has more samples than the horizon.
 
     Raises:
-        UserError: that experience knows no KL divergence.
+        UserError: the previous experience has no KL divergence.
     """
     assert config.kl_target is not None
     facts = Artifact.open(previous, EXPERIENCE).manifest.facts
@@ -123,7 +123,7 @@ def require_sound(
 def records(
     rollouts: Artifact, columns: Columns, experience: algorithm.Experience, found: algorithm.Advantages, kept: Tensor
 ) -> Iterator[ExperienceRow]:
-    """The published rows, in the order of the rollouts, which are read again for their token ids."""
+    """Yield the rows to publish, in the order of the rollouts, which are read again for their token ids."""
     per_token = {
         name: tensor
         for name, tensor in (
@@ -169,14 +169,13 @@ def records(
 
 
 def summary(experience: WatchedExperience, found: algorithm.Advantages, kept: Tensor, truncated: int) -> dict[str, Any]:
-    """What the report says of an experience: of all usable samples, but of the advantages only where they are kept.
+    """Facts for the manifest and the report: statistics over all usable samples, of advantages over the kept ones.
 
     `kl` is the mean over the responses of the sum over their tokens of behaviour - reference (nats), an unbiased
     estimate of the divergence of the sampling policy from the reference; None without a reference. `kl_coefficient` is
-    None for algorithms that put no penalty into the reward. `zero_variance_prompts` counts those with several responses
-    and the same reward for all of them.
-    `explained_variance` is 1 - Var(returns - values) / Var(returns): 1 for a critic that foresees everything, 0 for one
-    that knows the mean.
+    None for algorithms that put no penalty into the reward. `zero_variance_prompts` counts the prompts with several
+    responses that all have the same reward. `explained_variance` is 1 - Var(returns - values) / Var(returns): 1 for a
+    critic that predicts all returns exactly, 0 for one that predicts their mean.
     """
     rewards, lengths, prompts = experience.rewards, experience.lengths.double(), experience.prompts
     groups = int(prompts[-1]) + 1

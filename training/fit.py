@@ -47,9 +47,9 @@ class TrainingTask:
     ledger: Ledger
     learning: Learning
     load: Callable[[torch.dtype, bool], Any]
-    """Loads the transformers model in a number format; or all but its weights, if that is true."""
+    """`load(dtype, empty)` returns the transformers model, without its weights if `empty`."""
     wrap: Callable[[Any], Trained]
-    """Wraps it with the head that the loss needs."""
+    """Wraps the model with the head that the loss needs."""
     auto: Any
     """The transformers auto class of the published model."""
     model_config: Any
@@ -81,8 +81,8 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
             check_weights(config.model, "causal" if task.auto is AutoModelForCausalLM else "classifier")
         engine = start(config, dtype)
         # Without fp32 master weights in the engine, the weights are fp32 and bf16 is autocast: at the learning rates of
-        # preference learning an update is smaller than the last bit of a bf16 weight. With adapters, which are fp32,
-        # the base weights are frozen.
+        # preference learning an update is smaller than the last bit of a bf16 weight. With LoRA only the adapters,
+        # which are fp32, are updated.
         begin = Start(config.model)
         by_slices = reads_slices(config)
         model = task.load(dtype if engine.master_copies or config.lora else torch.float32, by_slices)
@@ -169,21 +169,23 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
 
 
 def _begin_exactly(begin: Start, engine: TrainingEngine, dtype: torch.dtype) -> str:
-    """Restore the master weights of the last training in an engine that has made its own from bfloat16; returns the
-    precision that this training starts from."""
+    """Restore the previous training's fp32 weights in an engine that has initialized its master weights from bfloat16.
+
+    Returns the precision of the weights that this training starts from.
+    """
     if not begin.has_rests or not engine.master_copies or dtype == torch.float32:
         return begin.precision
     names = {name: name.removeprefix("model.") for name in engine.trained_shapes()}
     known = {name: stored for name, stored in names.items() if stored in begin.tensors}
     if any(name.startswith("model.") and name not in known for name in names):
-        return "bfloat16"  # an architecture whose tensors have other names in memory than in files
+        return "bfloat16"  # this architecture's tensors have other names in memory than in files
     for name, stored in known.items():
         engine.set_weights(name, begin.read(stored))
     return "float32"
 
 
 def _exact(begin: Start, name: str, tensor: Tensor) -> Tensor:
-    """The initial fp32 weight, if a frozen weight is bfloat16 and unchanged: keeps its remainder to fp32."""
+    """The initial fp32 value of a frozen bfloat16 weight, with its remainder to fp32; any other tensor unchanged."""
     stored = name.replace(".base_layer.", ".")
     if tensor.dtype != torch.bfloat16 or stored not in begin.tensors or begin.tensors[stored].shape != tensor.shape:
         return tensor
@@ -192,7 +194,7 @@ def _exact(begin: Start, name: str, tensor: Tensor) -> Tensor:
 
 
 def _gather(engine: TrainingEngine, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights in the main process; the engine's fp32 master weights, where it keeps them."""
+    """All weights, in the main process; the engine's fp32 master weights if it has them."""
     gathered = engine.whole_weights()
     if engine.master_copies and dtype != torch.float32:
         for name in engine.trained_shapes():
@@ -221,7 +223,7 @@ def _final(log: list[Line]) -> Line:
 def make_optimizer(
     config: TrainingConfig, parameters: list[nn.Parameter], *, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """The optimizer of a training; `fused` kernels do not work on DTensors."""
+    """Create the optimizer; fused kernels are only used without DTensors, which they do not support."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate)
     fused = fused and not any(isinstance(parameter, DTensor) for parameter in parameters)

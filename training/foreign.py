@@ -1,7 +1,7 @@
-"""A layout that an accelerate or DeepSpeed file describes, in the words of `parallel`: `parallel: my-accelerate.yaml`.
+"""Converts an accelerate or DeepSpeed config file into the section `parallel`: `parallel: my-accelerate.yaml`.
 
-Taken is what says how a model is spread. A file that says more, what a step learns from or how far it goes, is refused
-with the keys that say it here: a result never depends on a file beside the configuration.
+Only the parallel layout is read. A file with settings that affect results (batch size, optimizer, precision) is refused
+with the names of the keys to set instead: a result never depends on a file outside of the config.
 """
 
 from pathlib import Path
@@ -18,18 +18,19 @@ NEUTRAL = frozenset(
     "communication_data_type prescale_gradients dump_state flops_profiler comms_logger memory_breakdown checkpoint "
     "zero_stage deepspeed_multinode_launcher deepspeed_hostfile deepspeed_moe_layer_cls_names".split()
 )
-"""Keys that say the layout, or nothing that a result depends on; and the beginnings of such keys:"""
+"""Keys that describe the layout, or do not affect results."""
 BEGINNINGS = ("tpu_", "zero3_", "fsdp_", "offload_")
+"""Prefixes of further such keys."""
 TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "DEEPSPEED", "FSDP")
 SHARED = {"FULL_SHARD": "fsdp2", "1": "fsdp2", "SHARD_GRAD_OP": 2, "2": 2, "NO_SHARD": 0, "3": 0}
-"""FSDP's sharding strategies, by name and number."""
+"""The value of `zero` for each of FSDP's sharding strategies, by name and number."""
 
 
 def read_layout(path: Path) -> dict[str, Any]:
-    """The fields of `parallel` that a file stands for.
+    """Read the fields of `parallel` from a file.
 
     Raises:
-        UserError: it cannot be read, describes what Ratchet does not have, or says more than a layout.
+        UserError: it cannot be read, describes a layout that Ratchet does not support, or has other settings.
     """
     data = read_yaml(path)
     if "distributed_type" in data or "compute_environment" in data:
@@ -118,7 +119,7 @@ def _number(section: dict[str, Any], name: str, default: int) -> int:
 
 
 def _further(data: dict[str, Any]) -> list[str]:
-    """What a file says beside the layout, in our keys; "auto" says nothing."""
+    """Ratchet's keys for a file's settings other than the layout; "auto" counts as not set."""
     more: list[str] = []
     for name, value in data.items():
         if name in NEUTRAL or name.startswith(BEGINNINGS) or value in ("auto", None, {}, []):

@@ -1,8 +1,8 @@
-"""Starts the ranks of a training: the same command again under `accelerate launch`.
+"""Starts the ranks of a training, each with the same command, under `accelerate launch`.
 
-    python -m training policy …            the parent: no torch, starts
-      python -m training.launch …       `accelerate launch` with its exit codes corrected, starts
-        python -m training policy …        one process per rank
+    python -m training policy …            the parent, without torch, starts
+      python -m training.launch …            `accelerate launch`, with exit codes corrected, which starts
+        python -m training policy …            one process per rank
 
 Exit codes of ranks propagate to the parent: 2 is a user's mistake, 143 a stop by SIGTERM. Stop requests propagate to
 all ranks, and each process dies with its parent.
@@ -35,11 +35,11 @@ from training.nodes import Nodes, Rendezvous
 from training.parallel import ParallelConfig, check_layout
 
 PLAIN = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": 1, "machine_rank": 0}
-"""DDP. On CPUs as well, with use_cpu: under MULTI_CPU accelerate starts a single process only."""
+"""Launcher settings for DDP. Also used on CPUs, with use_cpu: under MULTI_CPU accelerate starts a single process."""
 RENDEZVOUS_SECONDS = 60
-"""Timeout of torch's rendezvous, once all nodes are there."""
+"""Timeout of torch's rendezvous, which starts when all nodes have joined."""
 LAUNCHER = "RATCHET_LAUNCHER"
-"""Environment variable of a rank: the process id of its launcher."""
+"""Environment variable that tells a rank the process id of its launcher."""
 
 
 def launch(config: TrainingConfig) -> bool:
@@ -66,7 +66,7 @@ def launch(config: TrainingConfig) -> bool:
         try:
             code = process.wait()
         finally:
-            with stopping.deferred():  # asked a second time, it goes on waiting for the ranks
+            with stopping.deferred():  # a second stop request does not end the wait for the ranks
                 end_groups([process], stopping.grace_seconds() + 5)
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
@@ -89,7 +89,7 @@ def refuse_lone_process() -> None:
 
 
 def _words_of(process: int) -> list[str]:
-    """The command line of a process; empty if the system does not tell."""
+    """The command line of a process; empty where /proc does not have it."""
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -137,24 +137,24 @@ def launcher_settings(parallel: ParallelConfig) -> dict[str, Any]:
             "zero3_save_16bit_model": whole,  # the published checkpoint is gathered from all processes
             "offload_optimizer_device": "cpu" if "optimizer" in parallel.offload else "none",
             "offload_param_device": "cpu" if "param" in parallel.offload else "none",
-            "gradient_accumulation_steps": 1,  # training decides by itself where a step ends
+            "gradient_accumulation_steps": 1,  # the training loop accumulates
             "deepspeed_multinode_launcher": "standard",
         },
     }
 
 
 def die_with_launcher() -> None:
-    """In a rank started by `launch`: exit when the launcher exits, even if it already has."""
+    """Make a rank started by `launch` exit when the launcher exits, even if it already has."""
     if launcher := os.environ.get(LAUNCHER):
         die_with_parent(int(launcher))
 
 
 @contextlib.contextmanager
 def leaves_without_teardown() -> Iterator[None]:
-    """Exit a rank immediately once its work is done and flushed.
+    """Exit a rank immediately after its work, with all output flushed.
 
-    Destroying a process group at exit aborts now and then (gloo and DeepSpeed: 2 of 10 runs), after everything has
-    been published.
+    Destroying a process group at exit sometimes aborts the process (gloo and DeepSpeed: 2 of 10 runs), after everything
+    has been published.
     """
     code = 1
     try:
@@ -171,7 +171,7 @@ def leaves_without_teardown() -> Iterator[None]:
 
 
 def main() -> int:
-    """The middle process: `accelerate launch`."""
+    """Run `accelerate launch` in the middle process, and return the exit code of the training."""
     parent, stage, directory = sys.argv[1:]
     die_with_parent(int(parent))
     stopping.listen()
@@ -215,9 +215,9 @@ def main() -> int:
         nodes = Nodes(
             Rendezvous.read(parallel), parallel.nodes, f"{stage} {config['output']}, parallel {parallel}", end_ranks
         )
-        # Waiting for the others at the end, torch's launcher would hear no signal, and only for five minutes.
+        # At the end torch's launcher would wait for the other nodes for at most five minutes, ignoring signals.
         LocalElasticAgent._exit_barrier = lambda agent: None  # type: ignore[method-assign]
-        accelerate.utils.launch.is_port_in_use = lambda port: False  # it is, by our store, which torch shares
+        accelerate.utils.launch.is_port_in_use = lambda port: False  # our store uses it, and torch shares the store
         try:
             nodes.join()
         except (UserError, TransientError) as error:
@@ -228,12 +228,12 @@ def main() -> int:
         words += ["--rdzv_conf", f"timeout={RENDEZVOUS_SECONDS}"]
     words += ["-m", "training", stage, "--config", str(folder / "stage.json")]
     arguments = launch_command_parser().parse_args(words)
-    # torch's handlers would let go of the ranks when a second signal comes, as it does where all processes get one.
+    # At a second signal, usual where all processes of a job get one, torch's handlers would abandon the ranks.
     arguments.signals_to_handle = "SIGINT"
     arguments.shutdown_timeout = math.ceil(stopping.grace_seconds()) + 2
 
     def pass_on(number: int, frame: Any) -> None:
-        """Make torch's launcher forward the signal to all ranks and wait for them; once only."""
+        """Make torch's launcher forward the first signal to all ranks and wait for them; ignore further ones."""
         stopping.ignore()
         if nodes is not None:
             nodes.ask_to_stop(number)
@@ -264,7 +264,7 @@ def _codes_of(failures: dict[int, Any]) -> set[int]:
     """The exit codes of the failed ranks, from torch's error files."""
     first = min(failure.timestamp for failure in failures.values())
     for rank, failure in failures.items():
-        # Those that followed the first were ended by the launcher itself.
+        # Ranks that were killed later than the first failure were ended by the launcher itself.
         if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM and failure.timestamp <= first + 1:
             text = f"process {rank} of the training was killed by signal {-failure.exitcode}"
             print(text, file=sys.stderr)
@@ -273,13 +273,13 @@ def _codes_of(failures: dict[int, Any]) -> set[int]:
 
 
 def exit_code(codes: set[int], stop: int = 0) -> int:
-    """The exit code of a training whose ranks exited with `codes`; `stop`: whether they were asked to."""
+    """The exit code of a training whose ranks exited with `codes`; `stop`: the signal that asked them to, or 0."""
     bad = codes - {0}
     if not bad or UserError.exit_code in bad:
         return UserError.exit_code if bad else 0
     if stop:
         return 128 + stop
-    # A rank that heard of the stop from another one leaves as if by SIGTERM, which has the highest number.
+    # A rank that learned of the stop from another one exits as if by SIGTERM, which has the highest number.
     return min(bad) if bad <= {128 + number for number in stopping.SIGNALS} else 1
 
 

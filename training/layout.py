@@ -1,4 +1,4 @@
-"""What packing a training gets, by its model's config.json alone."""
+"""Chooses the packing of a training by its model's config.json alone."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -9,9 +9,10 @@ from training.config import TrainingConfig
 
 
 def packing_of(config: TrainingConfig, settings: Mapping[str, Any]) -> Literal["shared", "flat", "padded"]:
-    """How the batches of a training are packed.
+    """The packing of a training's batches.
 
     Args:
+        config: the training.
         settings: the model's config.json.
 
     Raises:

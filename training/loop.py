@@ -1,4 +1,4 @@
-"""The training loop: one for every algorithm and every parallel layout."""
+"""The training loop, the same for every algorithm and every parallel layout."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -36,11 +36,11 @@ class Totals:
     tokens: int
     """Response tokens of all rows."""
     first_tokens: int
-    """Response tokens of each row's first response: of the demonstration, or of the chosen answer."""
+    """Tokens of each row's first response: the demonstration, or the chosen answer."""
 
     @classmethod
     def of(cls, rows: list[Row]) -> "Totals":
-        """The totals of one global batch."""
+        """Compute the totals of a global batch."""
         return cls(
             len(rows),
             sum(len(row.responses) for row in rows),
@@ -51,7 +51,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch as a loss sees it: rows of one optimizer step, packed for one forward pass, in packing order."""
+    """The input of a loss besides the model's outputs: rows of one optimizer step, in the order of packing."""
 
     rows: list[Row]
     batch: Packed
@@ -95,7 +95,7 @@ class MicroBatch:
         return torch.full((count,), self.weight, device=self.batch.lengths.device)
 
     def sum_by_response(self, values: Tensor) -> Tensor:
-        """[N] -> [S]: the sum over each response's tokens."""
+        """The sum over each response's tokens, [N] -> [S]."""
         return sum_by_response(values, self.batch.lengths)
 
 
@@ -107,7 +107,7 @@ step was divided."""
 
 @dataclass(frozen=True)
 class Learning:
-    """What a training learns from."""
+    """The data and the loss of a training."""
 
     rows: list[Row]
     loss: Loss
@@ -125,16 +125,16 @@ class FinalReport:
 
     metrics: dict[str, float]
     files: dict[str, list[Any]]
-    """Rows to publish beside the checkpoint, by the file's name."""
+    """Rows of further files to publish with the checkpoint, by file name."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out rows and how the final model is evaluated on them."""
+    """Held-out rows, and the evaluation of the final model on them."""
 
     rows: list[Row]
     scores: Callable[[Outputs, MicroBatch], Tensor]
-    """Two numbers for each of a micro-batch's rows, [rows, 2]."""
+    """Computes two scores for each row of a micro-batch, [rows, 2]."""
     report: Callable[[NDArray[np.float32]], FinalReport]
     """Builds the report from the scores of all rows, in row order, [rows, 2]."""
 
@@ -164,7 +164,7 @@ def train(
     split = partial(make_micro_batches, engine=engine, budget=config.micro_batch_tokens, packing=packing)
 
     def add_gradients(batch: tuple[int, ...], step: int) -> tuple[Metrics, Statistics]:
-        """Accumulate the gradients of one step; its state is what the previous step's `update` returned."""
+        """Accumulate the gradients of one step; the algorithm's state comes from the previous step's log line."""
         seed = derive_seed("algorithm", config.seed, step)
         micro_batches = [replace(micro_batch, step=step, steps=total, seed=seed) for micro_batch in split(rows, batch)]
         before = {name: log[step - 1][name] for name in learning.state} if step else learning.state
@@ -185,7 +185,7 @@ def train(
         with _profiled(context, step + 1) if step + 1 in config.profile_steps else nullcontext():
             metrics, decided = add_gradients(batch, step)
             norm = engine.clip(config.max_grad_norm)
-            # DeepSpeed has already stepped here, so this check stops before the bad weights are saved.
+            # DeepSpeed has already stepped here; the check still comes before the bad weights are saved.
             _require_finite(norm, step, [rows[index].row_id for index in batch])
             engine.step()
         # All processes must agree on saving and stopping: the flags are reduced together with the metrics.
@@ -216,7 +216,7 @@ def measure(
     state: TrainingState,
     log: list[Line],
 ) -> FinalReport:
-    """Evaluate the trained model; its metrics are added to the last line of `log`. Stop requests: as in `train`."""
+    """Evaluate the trained model and add its metrics to the last line of `log`. Stop requests: as in `train`."""
     rows = held_out.rows
     places = {id(row): place for place, row in enumerate(rows)}
     found = torch.zeros(len(rows), 2)
@@ -241,7 +241,7 @@ def measure(
 def make_micro_batches(
     rows: list[Row], batch: tuple[int, ...] | None = None, *, engine: TrainingEngine, budget: int, packing: Packing
 ) -> list[MicroBatch]:
-    """This replica's micro-batches of one optimizer step, or of all rows."""
+    """Build this replica's micro-batches of one optimizer step, or of all rows."""
     batch = tuple(range(len(rows))) if batch is None else batch
     totals = Totals.of([rows[index] for index in batch])
     counts = [len(rows[index].responses) for index in batch]
@@ -279,7 +279,7 @@ def _generator(seed: int) -> torch.Generator:
 def _add_gradients(
     engine: TrainingEngine, learning: Learning, micro_batches: list[MicroBatch], step: Step
 ) -> tuple[Metrics, Statistics]:
-    """Accumulate the gradients of a step; returns this replica's share of its metrics, and what `update` returned."""
+    """Accumulate the gradients of a step; returns this replica's share of its metrics, and the result of `update`."""
     decided: Statistics = {}
     if learning.statistics is not None:
         step.statistics.update(engine.add_up(evaluate(engine, micro_batches, learning.statistics)))
@@ -297,7 +297,7 @@ def _add_gradients(
 
 
 def _leave(engine: TrainingEngine, state: TrainingState, log: list[Line]) -> NoReturn:
-    """Save and exit. All processes exit together: a launcher kills the rest as soon as one is gone."""
+    """Save and exit. All processes exit together: the launcher kills the others as soon as one has exited."""
     state.save(log)
     engine.barrier()
     stopping.leave()

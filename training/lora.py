@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685) by peft, merged into the weights for the hand-off.
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685) by peft; they are merged into the published weights.
 
 W' = W + (alpha / rank) B A          A [rank, in], B [out, rank]; B begins as zero
 """
@@ -14,17 +14,17 @@ from training.config import LoraSection
 
 ADAPTER = "default"
 HEAD = "score."
-"""Beginning of the names of a classifier's own parameters, which are new and trained whole."""
+"""Name prefix of a classifier's head, which is new and trained in full."""
 
 
 def add_adapters(model: Any, section: LoraSection, seed: int) -> frozenset[str]:
-    """Put adapters into a transformers model; they (fp32) and a classifier's head are all that is trained.
+    """Insert adapters into a transformers model; only they (in fp32) and a classifier's head are trained.
 
-    Returns the names of the adapted layers whose weights are [in, out] instead of [out, in], as GPT-2's Conv1D has
-    them; the weights alone do not say it where they are square.
+    Returns the names of the adapted layers whose weights are [in, out] instead of [out, in], such as GPT-2's Conv1D;
+    the shape of square weights does not show it.
 
     Raises:
-        UserError: the targets name no layer that can be adapted, or one whose adapter would not count.
+        UserError: the targets match no layer that can be adapted, or the LM head.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -58,12 +58,12 @@ def add_adapters(model: Any, section: LoraSection, seed: int) -> frozenset[str]:
 def merge_adapters(
     weights: dict[str, Tensor], section: LoraSection, transposed: frozenset[str] = frozenset()
 ) -> dict[str, Tensor]:
-    """Weights with the names of the model without adapters, which are added to what they adapt, in fp32.
+    """Merge the adapters into the weights that they adapt, in fp32; returns the weights by the original model's names.
 
     Args:
-        weights: by the names of the model with adapters.
-        section: what `add_adapters` was given.
-        transposed: what it returned.
+        weights: weights by the names of the model with adapters.
+        section: the section that `add_adapters` was called with.
+        transposed: the result of `add_adapters`.
     """
     merged: dict[str, Tensor] = {}
     for name, tensor in weights.items():

@@ -1,4 +1,4 @@
-"""An adapter that PEFT has written, merged into its model: a checkpoint like any other."""
+"""Merges a PEFT adapter into its model, and publishes the result as a checkpoint like any other."""
 
 import json
 import warnings
@@ -23,20 +23,20 @@ from training.models import classifier_changes
 
 WEIGHTS = "adapter_model.safetensors"
 VOCABULARY = ("embed_tokens", "wte", "embed_in", "lm_head", "embed_out")
-"""Modules whose rows are the words of the vocabulary."""
+"""Modules whose weights have one row per token of the vocabulary."""
 TOLERANCE = 1e-3
-"""Nats by which log-probabilities may differ in float32 after the merge."""
+"""Maximum difference of log-probabilities in float32 before and after the merge, in nats."""
 
 
 @torch.no_grad()
 def run(config: MergeConfig, context: Context) -> Outcome:
-    """Publish the model with the adapter merged into it in float32, stored in bfloat16 where the model is.
+    """Publish the model with the adapter merged into it in float32, and stored in bfloat16 if the model is.
 
-    With the adapter's own tokenizer where it has one. Log-probabilities of some tokens are compared before and after
-    the merge, and once more after the checkpoint was read back.
+    The tokenizer is the adapter's if it has one. Log-probabilities of some tokens are compared before and after the
+    merge, and again with the checkpoint as read back.
 
     Raises:
-        UserError: one of the two is damaged, they do not belong together, or the adapter cannot be merged.
+        UserError: model or adapter is damaged, they do not belong together, or the adapter cannot be merged.
     """
     logging.disable_progress_bar()
     settings, tensors = read_adapter(config.adapter)
@@ -81,10 +81,10 @@ def run(config: MergeConfig, context: Context) -> Outcome:
 
 
 def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """An adapter's settings, and the names of its tensors with their shapes.
+    """Read an adapter's settings, and the shapes of its tensors by name.
 
     Raises:
-        UserError: it is none that PEFT has written, or is damaged.
+        UserError: it is not a PEFT adapter, or is damaged.
     """
     if not (adapter / ADAPTER).is_file():
         raise UserError(f"{adapter} is no adapter: it has no {ADAPTER}. Give the directory that PEFT has written.")
@@ -102,7 +102,7 @@ def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ..
         with safe_open(adapter / WEIGHTS, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             broken = [name for name in shapes if not file.get_tensor(name).isfinite().all()]
-    except Exception as error:  # safetensors has one type for all
+    except Exception as error:  # safetensors raises one type for everything
         raise UserError(f"{adapter / WEIGHTS} is cut off or damaged: {error}. Save the adapter again.") from error
     if broken:
         raise UserError(f"{adapter / WEIGHTS}: {broken[0]} has values that are no numbers (NaN or infinite).")
@@ -112,14 +112,17 @@ def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ..
 
 
 def _load(model: Path, is_classifier: bool) -> Any:
-    """A model in float32, with what bfloat16 has left out where that was handed on."""
+    """Load a model in float32, including the remainders of bfloat16 weights if the checkpoint has them."""
     if is_classifier:
         return load_reward(model, torch.float32, 0, master=True).eval()
     return load_causal(model, torch.float32, master=True).eval()
 
 
 def _fit_vocabulary(model: Any, tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Give a model as many words as the adapter saved, and apart what it changes of tied matrices."""
+    """Resize the vocabulary to that of the adapter, and untie the LM head if the adapter changes it or the embedding.
+
+    Returns the resulting changes to config.json.
+    """
     touched = [name for name in tensors if any(f".{part}." in name for part in VOCABULARY)]
     changes: dict[str, Any] = {}
     words = {tensors[name][0] for name in touched if name.endswith(".weight") and "lora_" not in name}
@@ -135,7 +138,7 @@ def _fit_vocabulary(model: Any, tensors: dict[str, tuple[int, ...]]) -> dict[str
 
 
 def _attach(model: Any, config: MergeConfig, names: set[str]) -> Any:
-    """The model with its adapter, every tensor of which has found its place."""
+    """Attach the adapter to the model, and check that every tensor of it was used."""
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
@@ -159,7 +162,7 @@ def _attach(model: Any, config: MergeConfig, names: set[str]) -> Any:
 
 
 def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
-    """Of all words after each of `ids`; of a classifier its scores."""
+    """Log-probabilities of all tokens after each of `ids`; for a classifier its scores."""
     logits: Tensor = model(input_ids=ids[:1]).logits if model.config.pad_token_id is None else model(ids).logits
     return logits if logits.dim() == 2 else logits.log_softmax(-1)
 

@@ -1,4 +1,4 @@
-"""Preparing the initial model of a training: dtype, config.json, trainable parameters."""
+"""Prepares the initial model of a training: dtype, config.json, trainable parameters."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def pick_dtype(config: TrainingConfig) -> torch.dtype:
 
 
 def classifier_changes(model: Path, model_config: Any) -> dict[str, Any]:
-    """The changes to config.json when a causal model becomes a sequence classifier with one label."""
+    """The changes to config.json that turn a causal model into a sequence classifier with one label."""
     return {
         "architectures": [AutoModelForSequenceClassification._model_mapping[type(model_config)].__name__],
         "id2label": {"0": "LABEL_0"},
@@ -30,7 +30,7 @@ def classifier_changes(model: Path, model_config: Any) -> dict[str, Any]:
 
 
 def padding_token(model: Path, model_config: Any) -> int:
-    """A padding token id; transformers' classifiers refuse batches without one."""
+    """The padding token id, or else EOS; transformers' classifiers refuse batches without a padding token."""
     if model_config.pad_token_id is not None:
         return int(model_config.pad_token_id)
     tokenizer = load_tokenizer(model)
@@ -44,10 +44,10 @@ def padding_token(model: Path, model_config: Any) -> int:
 
 
 def set_trainable(model: Any, frozen: list[str]) -> None:
-    """Freeze every parameter whose name contains one of `frozen`, and what is neither language model nor head.
+    """Freeze parameters whose name contains one of `frozen`, and those outside of the language model and its head.
 
     Raises:
-        UserError: one of them names no parameter, or nothing is left to train.
+        UserError: one of them matches no parameter, or nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     for part in frozen:
@@ -62,7 +62,7 @@ def set_trainable(model: Any, frozen: list[str]) -> None:
 
 
 def other_inputs(model: Any) -> list[nn.Parameter]:
-    """Parameters that are not used for text, such as a vision tower's."""
+    """Parameters that text does not use, such as those of a vision tower."""
     if model.config.get_text_config() is model.config:
         return []
     parts = [model.get_decoder(), model.get_output_embeddings(), getattr(model, "score", None)]

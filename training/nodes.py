@@ -1,8 +1,8 @@
 """Coordination of a multi-node training's launchers: rendezvous, stop requests, exit codes and lost nodes.
 
 Node 0 serves a torch `TCPStore`, at the port that torch's own rendezvous uses afterwards. Twice a second each node
-writes its state there and reads the others'. torch's ranks would wait for a lost node until the timeout of a
-collective; here a node without a sign of life for LOST_SECONDS is lost, and if node 0 is lost, all are.
+writes its state there and reads the others'. On their own, torch's ranks would wait for a lost node until a collective
+times out. Here a node is lost after LOST_SECONDS without a heartbeat; if node 0 is lost, all nodes are.
 """
 
 import errno
@@ -103,10 +103,10 @@ class Nodes:
     """All nodes of a training, as seen by one node's launcher."""
 
     def __init__(self, rendezvous: Rendezvous, count: int, training: str, end_processes: Callable[[], None]) -> None:
-        """Does not connect yet; see `join`.
+        """Prepare the coordination; `join` connects.
 
         Args:
-            rendezvous: of this node.
+            rendezvous: this node's.
             count: number of nodes.
             training: identifies the training; nodes of another one are refused.
             end_processes: asks this node's ranks to exit; called every second while another node has failed.
@@ -138,11 +138,11 @@ class Nodes:
         return [state.host if state else "" for state in self._known]
 
     def join(self) -> None:
-        """Wait until all nodes are here.
+        """Wait until all nodes have joined.
 
         Raises:
             UserError: this node does not belong to the others, or the port is taken.
-            TransientError: not all came.
+            TransientError: some did not join in time.
             Stopped: one of the nodes was asked to stop.
         """
         self._talk.start()
@@ -184,9 +184,9 @@ class Nodes:
             self.stop = self._own.stop = number
 
     def finish(self, codes: set[int]) -> set[int]:
-        """Tell how this node's processes have ended, wait for those of the others, and return all exit codes.
+        """Publish the exit codes of this node's ranks, wait for those of the other nodes, and return all of them.
 
-        Nobody waits long for others once a node has failed or was asked to stop. A lost node counts as 1.
+        The wait is limited once a node has failed or was asked to stop. A lost node counts as exit code 1.
         """
         self.finishing, self._ended = True, time.monotonic()
         self.ends[self.rendezvous.node] = self._own.codes = sorted(codes)
@@ -194,7 +194,7 @@ class Nodes:
         while len(self.ends) < self.count and time.monotonic() < limit:
             if limit == math.inf and (self.stop or any(end != [0] for end in list(self.ends.values()))):
                 limit = time.monotonic() + stopping.grace_seconds() + END_SECONDS
-            beat()  # what the others still do is their own to watch
+            beat()  # the other launchers watch their own ranks
             time.sleep(0.05)
         self._leave()
         self._tell_of_others()
@@ -222,7 +222,7 @@ class Nodes:
             else:
                 text = f"{name} is lost: it was killed, or cannot be reached any more"
             print(f"error: {text}", file=sys.stderr)
-            # Its loss explains how this node's ranks ended, unless it was still there after them.
+            # A node that was lost before this node's ranks exited is the reason that they failed.
             if not codes and self._heard[node] < self._ended:
                 report_failure("transient", text)
 
@@ -233,7 +233,7 @@ class Nodes:
         return not self.stop and any(end != [0] for end in others)
 
     def _watch(self) -> None:
-        """Thread that reacts to the other nodes' states."""
+        """Loop of the thread that reacts to the other nodes' states."""
         failed_at = math.inf
         pressed = 0.0
         while True:
@@ -254,13 +254,13 @@ class Nodes:
                     pressed = now
                     self._end_processes()
                 if now - failed_at > stopping.grace_seconds() + END_SECONDS:
-                    os._exit(1)  # blocked inside of a library; the processes below die with this one
+                    os._exit(1)  # the main thread is blocked inside a library; child processes die with this one
             time.sleep(0.05)
 
     # The store
 
     def _exchange(self) -> None:
-        """Thread that talks to the store, because calls block for ever if node 0 hangs."""
+        """Loop of the thread that talks to the store: its calls block forever if node 0 hangs."""
         from torch.distributed import DistError
 
         while self._refusal is None:
@@ -334,7 +334,7 @@ def _wait_for_port(port: int) -> None:
     """Wait until an earlier attempt has released the port.
 
     Raises:
-        UserError: nobody does.
+        UserError: the port is still in use after PORT_SECONDS.
     """
     deadline = time.monotonic() + PORT_SECONDS
     while True:

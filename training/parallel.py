@@ -12,7 +12,7 @@ from contracts.models import architecture_of
 from training.foreign import read_layout
 
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
-"""Architectures whose layers tensor and pipeline parallelism know, by the beginnings of their classes' names."""
+"""Architectures that tensor, pipeline and sequence parallelism support, by the prefixes of their class names."""
 HEADS = ("ForCausalLM", "ForSequenceClassification")
 
 
@@ -55,13 +55,13 @@ class ParallelConfig(Section):
         return self.tp > 1 or self.pp > 1 or self.sp > 1
 
     def __str__(self) -> str:
-        """The keys without defaults, for messages."""
+        """The keys that differ from their defaults, for messages."""
         return " ".join(f"{name}={value}" for name, value in self.model_dump(exclude_defaults=True).items()) or "dp=1"
 
     @model_validator(mode="before")
     @classmethod
     def _read_file(cls, value: Any) -> Any:
-        """Replace the path of an accelerate or DeepSpeed file by its layout."""
+        """Replace the path of an accelerate or DeepSpeed file by the layout in it."""
         try:
             return read_layout(Path(value)) if isinstance(value, str | Path) else value
         except UserError as error:
@@ -99,7 +99,7 @@ def check_layout(parallel: ParallelConfig, model: Path) -> None:
     """Check that a model supports the layout, by its config.json alone.
 
     Raises:
-        UserError: it is no model, or cannot; the message says which number is in the way.
+        UserError: it is not a model, or does not support the layout; the message names the number that prevents it.
     """
     if not parallel.is_divided:
         return

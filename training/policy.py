@@ -1,4 +1,4 @@
-"""Training the policy, by any algorithm: on preference pairs, or on scored samples of its own."""
+"""Trains the policy by any algorithm, on preference pairs or on scored samples."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -34,11 +34,11 @@ from training.registry import Description, describe, load
 
 Reference = dict[tuple[str, int], Score]
 RESERVED = {"step", "learning_rate", "grad_norm", "due", "stop"}
-"""Names that a line of the training log has beside an algorithm's metrics."""
+"""Names in a line of the training log that an algorithm's metrics must not use."""
 
 
 def run(config: PolicyConfig, context: Context) -> Outcome:
-    """The stage `policy`."""
+    """Run the stage `policy`."""
     info = ModelInfo.read(config.model)
     info.require_causal()
     description = describe(config.algorithm)
@@ -75,10 +75,10 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
 
 
 def load_reference(config: PolicyConfig, policy: Any) -> Any:
-    """The reference model beside the policy, in its number format and with its attention; None where none is needed.
+    """Load the reference model, with the policy's number format and attention; None if the algorithm needs none.
 
     Raises:
-        UserError: it has another vocabulary than the policy, or cannot compute the policy's batches.
+        UserError: its vocabulary differs from the policy's, or it cannot compute the policy's batches.
     """
     if config.reference_model is None:
         return None
@@ -100,7 +100,7 @@ def load_reference(config: PolicyConfig, policy: Any) -> Any:
 
 
 def learning(config: PolicyConfig, description: Description, rows: list[Row]) -> Learning:
-    """What the algorithm's functions make of the rows."""
+    """Wrap the algorithm's functions for the training loop: they get views of micro-batches, and are checked."""
     module, settings = load(config.algorithm), config.settings
     view = views.pairs if description.reads == "pairs" else views.samples
 
@@ -142,12 +142,12 @@ def learning(config: PolicyConfig, description: Description, rows: list[Row]) ->
 
 
 def _whole(micro_batch: MicroBatch, description: Description) -> int:
-    """The length of a vector with one number for each pair or response of the step."""
+    """Length of a vector with one number per pair or response of the step."""
     return micro_batch.totals.rows if description.reads == "pairs" else micro_batch.totals.responses
 
 
 def _require_decided(found: Any, what: str, state: Mapping[str, float]) -> Statistics:
-    """Raise UserError unless `update` has returned finite numbers, or vectors, and all names of STATE among them."""
+    """Raise UserError unless `update` returned finite numbers or vectors, including all names in STATE."""
     if not isinstance(found, dict):
         raise UserError(f"{what} must return a dict of numbers and vectors; found {type(found).__name__}.")
     decided: Statistics = {}
@@ -171,9 +171,9 @@ def _require_decided(found: Any, what: str, state: Mapping[str, float]) -> Stati
 
 
 def _require_metrics(found: Any, what: str, names: set[str], whole: int | None = None) -> Metrics:
-    """Raise UserError unless an algorithm has returned scalars by name, and a loss that can be learned from.
+    """Raise UserError unless an algorithm returned scalars by name, including `names`, and a loss with a gradient.
 
-    With `whole` vectors of that length will do as well.
+    Vectors of length `whole` are accepted as well, if it is given.
     """
     if not isinstance(found, dict) or not names <= found.keys():
         shown = sorted(found) if isinstance(found, dict) else type(found).__name__
@@ -192,7 +192,13 @@ def _require_metrics(found: Any, what: str, names: set[str], whole: int | None =
 def _compare(
     config: PolicyConfig, rows: list[Row], samplers: set[str], engine: TrainingEngine, packing: Packing
 ) -> dict[str, Any]:
-    """Compute `proximal` for all rows, compare it with what the engine reported when it sampled, and correct for it."""
+    """Compute `proximal` for all rows, check its drift from the generation engine's log-probabilities, and correct it.
+
+    Returns facts for the manifest.
+
+    Raises:
+        UserError: the samples are from this very policy, but the drift exceeds `max_drift`.
+    """
     fresh = samplers == {model_fingerprint(config.model)}
     drift = measure_drift(rows, engine, packing, config.micro_batch_tokens)
     if fresh and drift["mean"] > config.max_drift:
@@ -208,10 +214,10 @@ def _compare(
 
 
 def sample_rows(config: PolicyConfig, samplers: set[str]) -> Iterator[Row]:
-    """Prompts with their samples, from published experience; `samplers` gets the policies that they are of.
+    """Yield prompts with their samples from published experience; adds the policies that sampled them to `samplers`.
 
     Raises:
-        UserError: the experience is another algorithm's.
+        UserError: the experience was computed by another algorithm.
     """
     assert config.experience is not None
     artifact = Artifact.open(config.experience, EXPERIENCE)
@@ -235,7 +241,7 @@ def _response(sample: ExperienceSample) -> Response:
 
 
 def pair_rows(config: PolicyConfig, description: Description) -> Iterator[Row]:
-    """Published pairs, with reference log-probabilities where the algorithm needs them: their sums, or all of them."""
+    """Yield published pairs, with reference log-probabilities (sums, or also per token) if the algorithm needs them."""
     if "reference" not in description.needs:
         yield from (pair_row(pair) for path in config.pairs for pair in read_pairs(path))
         return
@@ -244,10 +250,10 @@ def pair_rows(config: PolicyConfig, description: Description) -> Iterator[Row]:
 
 
 def referenced_pairs(pairs: Path, reference: Path, *, tokens: bool) -> Iterator[Row]:
-    """Published pairs with the summed reference log-probabilities of both answers; with `tokens` those of each, too.
+    """Yield published pairs with the summed reference log-probabilities of both answers, if `tokens` also per token.
 
     Raises:
-        UserError: an answer has no reference value, two of them, or one of another length.
+        UserError: an answer has no reference log-probabilities, has them twice, or their number is not its length.
     """
     known = _read_reference(reference)
     for pair in read_pairs(pairs):

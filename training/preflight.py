@@ -1,4 +1,4 @@
-"""What the stages of training would refuse, before anything runs. See contracts/preflight.py."""
+"""Preflight checks of the training stages; see contracts/preflight.py."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from training.layout import packing_of
 
 
 def check_training(stage: Inspected) -> Iterator[Finding]:
-    """The model that a training starts from, what is trained of it, and demonstrations, where these are the user's."""
+    """Check the initial model, its trainable parameters, and the user's demonstrations if there are any."""
     config: TrainingConfig = stage.config
     if not (config.model / "config.json").is_file():
         return
@@ -32,7 +32,7 @@ def check_training(stage: Inspected) -> Iterator[Finding]:
 
 
 def check_new_critic(stage: Inspected) -> Iterator[Finding]:
-    """The model that is to become a critic."""
+    """Check the model that becomes a critic."""
     config: ValueHeadConfig = stage.config
     if (config.model / "config.json").is_file():
         yield _whole(config.model, classifies=True)
@@ -40,7 +40,7 @@ def check_new_critic(stage: Inspected) -> Iterator[Finding]:
 
 
 def check_average(stage: Inspected) -> Iterator[Finding]:
-    """The two models that are averaged."""
+    """Check the two models that are averaged."""
     config: EmaConfig = stage.config
     for model in (config.average, config.model):
         if (model / "config.json").is_file():
@@ -48,11 +48,11 @@ def check_average(stage: Inspected) -> Iterator[Finding]:
 
 
 def _whole(model: Path, *, classifies: bool) -> Finding:
-    from modeling.loading import check_weights  # torch is not loaded where there is nothing to look at
+    from modeling.loading import check_weights  # imported late: loads torch
     from modeling.master import Start
 
     check_weights(model, "classifier" if classifies else "causal")
-    Start(model)  # its two halves belong together
+    Start(model)  # checks that the remainders belong to the weights
     return Finding("ok", f"{model}: it holds the weights of its architecture, all of them finite")
 
 
@@ -65,7 +65,7 @@ def _note_tokenizer(stage: Inspected, model: Path) -> None:
 
 
 def check_trained(config: TrainingConfig, *, classifies: bool) -> None:
-    """Raise UserError where the config freezes, adapts or pads what the model does not have."""
+    """Raise UserError if the config freezes or adapts parameters, or needs a head or token, that the model lacks."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from modeling.loading import empty_model, read_config
@@ -85,7 +85,7 @@ def check_trained(config: TrainingConfig, *, classifies: bool) -> None:
 
 
 def check_demonstrations(stage: Inspected, config: SftConfig) -> Iterator[Finding]:
-    """The demonstrations, as the chat template of the model renders them."""
+    """Render the demonstrations with the model's chat template, and report those that would be dropped."""
     from contracts.chat import ChatTokenizer
     from training.sft import tokenized
 

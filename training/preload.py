@@ -1,10 +1,10 @@
-"""What the stages of this package import, for the process that they are forked from (contracts/warm.py)."""
+"""Imports the training stages' libraries in the process that the stages are forked from (contracts/warm.py)."""
 
 from collections.abc import Sequence
 
 
 def preload(libraries: Sequence[str]) -> None:
-    """Import it, whatever their libraries."""
+    """Import the modules of all training stages, regardless of `libraries`."""
     from modeling.preload import preload as preload_modeling
 
     preload_modeling()

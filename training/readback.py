@@ -1,7 +1,7 @@
-"""What is published is what was trained: read back from the disk, it says the same of some rows.
+"""Verifies a checkpoint: read back from disk, it must compute the same outputs for some rows as the trained module.
 
-The loss of a training is of the module in memory. What may go wrong behind it (gathering, merging, renaming, tying,
-writing) shows in nothing but the checkpoint itself.
+The loss only shows that the module in memory is right. Errors in gathering, merging, renaming, tying or writing the
+weights only show in the checkpoint itself.
 """
 
 from collections.abc import Callable
@@ -21,16 +21,16 @@ from training.engines.base import Outputs, TrainingEngine
 
 ROWS = 3
 TOKENS = 32
-"""Of a prompt and of a response, so that even a large model reads them in seconds on a CPU."""
+"""Maximum tokens of a prompt, and of a response, so that even a large model takes only seconds on a CPU."""
 NAMES = ("logprobs", "scores", "values")
 EXACT = 1e-3
-"""How far fp32 outputs may differ, relative to the largest: other kernels, other orders of sums."""
+"""Maximum difference of fp32 outputs, relative to the largest output: kernels and the order of sums differ."""
 NOISE = 3.0
-"""How many times its own rounding noise a model in bfloat16 may differ; the noise is measured."""
+"""Maximum difference of bfloat16 outputs, as a multiple of the model's own rounding noise, which is measured."""
 
 
 def probes(rows: list[Row]) -> list[Row]:
-    """Some rows, cut short."""
+    """Select a few rows, truncated to TOKENS."""
     return [
         Row(
             row.row_id,
@@ -42,7 +42,7 @@ def probes(rows: list[Row]) -> list[Row]:
 
 
 def say(engine: TrainingEngine, rows: list[Row], packing: Packing) -> Outputs:
-    """What the trained module says of them; every process calls it."""
+    """Compute the trained module's outputs for the rows; every process calls it."""
     return {
         name: value.detach().float().cpu()
         for name, value in engine.forward(pack(rows, packing, engine.device)).items()
@@ -59,13 +59,15 @@ def require_same(
     dtype: torch.dtype,
     read: Callable[[Path], Trained],
 ) -> dict[str, Any]:
-    """Read the checkpoint in `directory` by `read`, in fp32 on the CPU, and compare; returns facts for the manifest.
+    """Read the checkpoint in `directory` with `read`, in fp32 on the CPU, and compare its outputs with `expected`.
+
+    Returns facts for the manifest.
 
     Raises:
-        RuntimeError: it says something else than the trained module, whose outputs are `expected`.
+        RuntimeError: its outputs differ from those of the trained module by more than rounding explains.
     """
     if is_deepspeed_zero3_enabled():
-        unset_hf_deepspeed_config()  # transformers would spread the model over processes that are gone
+        unset_hf_deepspeed_config()  # transformers would shard the model over processes that have exited
     module = read(directory)
     module.eval()
     if packing != "padded":
@@ -96,7 +98,7 @@ def require_same(
 
 
 def probe(rows: list[Row], said: Outputs, dtype: torch.dtype) -> Probe | None:
-    """The first of the rows with what the trained module says of it; None where it gives no log-probabilities."""
+    """The first row with its log-probabilities under the trained module; None if the module computes none."""
     if "logprobs" not in said:
         return None
     prompt, response = rows[0].prompt, rows[0].responses[0].ids

@@ -1,6 +1,6 @@
-"""The algorithms that can be named in a configuration: read without running them, checked, and loaded.
+"""Finds the algorithm that a config names, reads its declarations from the source, checks settings, and loads it.
 
-Only `load` imports an algorithm, which needs torch; the rest runs in the driver too.
+Only `load` imports an algorithm, which needs torch; everything else also runs in the driver.
 """
 
 import ast
@@ -25,10 +25,10 @@ NEEDS_OF = {
     "samples": ("reference", "reference_model", "values", "greedy", "token_rewards"),
 }
 PENALTIES = {"penalised_rewards", "kl_penalties"}
-"""Functions of `training/algorithms/parts.py` with the KL penalty in the reward."""
+"""Functions of `training/algorithms/parts.py` that put a KL penalty into the reward."""
 FUNCTIONS = ("loss", "statistics", "update", "advantages")
 Level: TypeAlias = Literal["token", "sequence", "geometric"]
-"""What has a weight of its own in an importance correction: see `training.config.CorrectionSection`."""
+"""The unit that an importance correction gives a weight to: see `training.config.CorrectionSection`."""
 Limits = Annotated[str, StringConstraints(pattern=f"^{LIMIT}(,{LIMIT})*$")]
 STRICT = ConfigDict(strict=True)
 CONSTANTS: dict[str, tuple[TypeAdapter[Any], str]] = {
@@ -42,15 +42,15 @@ CONSTANTS: dict[str, tuple[TypeAdapter[Any], str]] = {
         'CORRECTIONS = ("sequence", "geometric")',
     ),
 }
-"""What an algorithm declares beside its functions, and how it is written."""
+"""The constants that an algorithm may declare: type, and an example for messages."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What an algorithm's source says about it."""
+    """The declarations of an algorithm, as read from its source."""
 
     algorithm: str
-    """As it is named in the configuration."""
+    """Its name in the config."""
     reads: str
     """`pairs` or `samples`."""
     needs: tuple[str, ...]
@@ -60,15 +60,15 @@ class Description:
     sources: dict[str, Path]
     """The files that define it: its own, and the user's own modules that it imports."""
     state: dict[str, float]
-    """What `update` keeps from one optimizer step to the next, with its first values."""
+    """Initial values of the state that `update` carries from one optimizer step to the next."""
     compares_answers: bool = False
-    """Whether it looks at which responses answer the same prompt, of which there must then be several."""
+    """Whether it compares the responses to a prompt, so that each prompt needs several."""
     off_policy: bool = False
-    """Whether it learns rightly from answers of an older policy than the one that is trained."""
+    """Whether it is correct for answers of an older policy than the one that is trained."""
     corrections: tuple[str, ...] = ()
-    """The levels of the importance corrections by which it can learn from them otherwise."""
+    """Levels of importance correction that make it correct for such answers, if `off_policy` is false."""
     penalises_divergence: bool = True
-    """Whether its `advantages` has a KL penalty in the reward; of the user's own, only a run can tell."""
+    """Whether its `advantages` puts a KL penalty into the reward; true for the user's own, as only a run can tell."""
 
     @property
     def needs_reference(self) -> bool:
@@ -81,22 +81,22 @@ class Description:
         return {name: setting.default for name, setting in self.settings.items()}
 
     def arguments(self, function: str, settings: Mapping[str, Value]) -> dict[str, Value]:
-        """Those of `settings` that `function` takes."""
+        """Select the settings that `function` takes."""
         return {name: settings[name] for name in self.functions[function]}
 
 
 def describe(algorithm: str) -> Description:
-    """Read an algorithm's source: `dpo`, `path/to/mine.py` or `package.mine`.
+    """Read the source of an algorithm: `dpo`, `path/to/mine.py` or `package.mine`.
 
     Raises:
-        UserError: there is no such algorithm, or its source does not say what `training/algorithm.py` asks for.
+        UserError: there is no such algorithm, or it does not follow `training/algorithm.py`.
     """
     return _described_once(algorithm) if algorithm in BUILT_IN else _described(algorithm)
 
 
 @functools.cache
 def _described_once(algorithm: str) -> Description:
-    """A long run asks for each stage, and an algorithm of ours does not change meanwhile."""
+    """Cached description of a built-in algorithm, whose source does not change during a run."""
     return _described(algorithm)
 
 
@@ -178,7 +178,7 @@ def _described(algorithm: str) -> Description:
 
 
 def check_settings(description: Description, given: Mapping[str, Any]) -> dict[str, Value]:
-    """All settings of an algorithm: the given ones, and the defaults of the others.
+    """Validate settings, and add the defaults of the others.
 
     Raises:
         UserError: there is no such setting, or a value has the wrong type, is not finite or outside of its limits.
@@ -229,14 +229,14 @@ def _file(algorithm: str) -> Path:
 
 
 def _sources(source: "_Source") -> dict[str, Path]:
-    """The files that define an algorithm. What it imports of Ratchet itself is known by the stages' code versions."""
+    """The source files of an algorithm. Imports from Ratchet itself are covered by the stages' code versions."""
     others = {} if source.algorithm in BUILT_IN else source_files(f"{source.algorithm}:loss")
     return {"algorithm": source.file} | {name: file for name, file in others.items() if name != "function"}
 
 
 @functools.lru_cache(maxsize=256)
 def _parsed(file: Path, version: tuple[int, ...]) -> ast.Module:
-    """A file as it is at a version of its content."""
+    """Parse a file; `version` is the cache key, which changes with its content."""
     return ast.parse(file.read_bytes(), str(file))
 
 
@@ -244,11 +244,11 @@ def _parsed(file: Path, version: tuple[int, ...]) -> ast.Module:
 class _Function:
     node: ast.FunctionDef
     source: "_Source"
-    """Where it is defined."""
+    """The file that defines it."""
 
 
 def _attributes(function: _Function | None) -> set[str]:
-    """The names of all attributes that a function looks at."""
+    """Names of all attributes that a function accesses."""
     nodes = [] if function is None else ast.walk(function.node)
     return {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
@@ -267,7 +267,7 @@ class _Source:
             raise UserError(f"{self.what} is not valid Python: {error}.") from error
 
     def constant(self, name: str, default: Any = ...) -> Any:
-        """The value of READS, NEEDS or another constant, which is written out; `default` where it may be missing."""
+        """The literal value of READS, NEEDS or another constant; if it is missing, `default` unless that is `...`."""
         declared, example = CONSTANTS[name]
         for node in reversed(self.body):
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -286,7 +286,7 @@ class _Source:
         raise UserError(f"{self.what}: {name} is missing; write {example} at the top level.")
 
     def function(self, name: str) -> _Function | None:
-        """A function that the file defines, or imports by `from module import name`."""
+        """Find a function that the file defines, or imports by `from module import name`."""
         for node in reversed(self.body):
             if isinstance(node, ast.FunctionDef) and node.name == name:
                 return _Function(node, self)
@@ -326,7 +326,7 @@ def _names(*targets: ast.expr | None) -> list[str]:
 
 
 def _elsewhere(name: str, known: Any) -> str:
-    """What other tools' name of a setting is called here, or the setting that is spelled most like it."""
+    """A hint for an unknown setting: Ratchet's name for another framework's setting, or the most similar name."""
     if (nearest := did_you_mean(name, known)) or (entry := other_names.find(name)) is None:
         return nearest
     if not entry.ours:

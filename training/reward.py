@@ -1,4 +1,4 @@
-"""Reward models, trained on pairs: a Bradley-Terry model, or a language model that compares two answers."""
+"""Trains reward models on pairs: a Bradley-Terry model, or a language model that compares two answers."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,11 +27,11 @@ from training.loop import HeldOut, Learning, MicroBatch
 from training.models import classifier_changes
 
 MakeRows = Callable[[Pair, bool], tuple[Row, ...]]
-"""The rows of a pair, of one that is trained on or of one that is held out (the second argument)."""
+"""`make(pair, held_out)` returns the rows of a pair, which depend on whether it is held out."""
 
 
 def run(config: RewardConfig, context: Context) -> Outcome:
-    """The stage `reward`."""
+    """Run the stage `reward`."""
     info = ModelInfo.read(config.model)
     pairwise = config.kind == "pairwise"
     if pairwise:
@@ -96,18 +96,18 @@ def run(config: RewardConfig, context: Context) -> Outcome:
 
 
 def answer_rows(pair: Pair, held_out: bool) -> tuple[Row, ...]:
-    """For a Bradley-Terry model: both answers, each to be read at its last token."""
+    """The row of a pair for a Bradley-Terry model: both answers, each of which is scored at its last token."""
     return (pair_row(pair),)
 
 
 def question_rows(pair: Pair, held_out: bool, *, chat: PairwiseChat, seed: int) -> tuple[Row, ...]:
-    """For a pairwise model: the question, to be answered by the label of the chosen answer and not by the other's.
+    """The rows of a pair for a pairwise model: the question which answer is better, and the right and the wrong label.
 
-    Which answer comes first is decided by the seed and the pair's id. A pair that is held out is asked in both orders,
-    first with the chosen answer in front.
+    The seed and the pair's id decide which answer comes first. A held-out pair is asked in both orders, with the chosen
+    answer first and then with the rejected one first.
 
     Raises:
-        UserError: the pair does not say what the answers are answers to.
+        UserError: the pair does not have the conversation that was answered.
     """
     if not pair.messages:
         raise UserError(
@@ -126,8 +126,7 @@ def _question_row(pair: Pair, chat: PairwiseChat, chosen_first: bool) -> Row:
 
 
 def both_scores(outputs: Outputs, micro_batch: MicroBatch) -> Tensor:
-    """The score of the better and of the worse answer of each row, [rows, 2]; of a pairwise model the log-probability
-    of the label that names it."""
+    """Scores of each row's better and worse answer, [rows, 2]; a pairwise model's are the labels' log-probabilities."""
     return (outputs["scores"] if "scores" in outputs else outputs["logprobs"]).view(-1, 2)
 
 
@@ -154,6 +153,6 @@ def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def held_out_prompts(prompts: set[str], fraction: float, seed: int) -> set[str]:
-    """The share `fraction` of the prompts, decided by the seed and each prompt's id."""
+    """Select the share `fraction` of the prompts, depending on the seed and each prompt's id alone."""
     order = sorted(prompts, key=lambda prompt: (derive_seed("held out", seed, prompt), prompt))
     return set(order[: round(fraction * len(order))])

@@ -1,4 +1,4 @@
-"""The learning rate of each step."""
+"""Learning rate schedules."""
 
 import math
 from typing import Literal
@@ -7,10 +7,10 @@ from typing import Literal
 def learning_rate(
     step: int, total: int, *, peak: float, shape: Literal["cosine", "linear", "constant"], warmup_ratio: float
 ) -> float:
-    """The rate of step `step` (from 0) of `total`.
+    """The learning rate of step `step` (from 0) of `total`.
 
-    It rises linearly over the warm-up without wasting a step at zero, is at `peak` in the first step after it, and
-    would reach zero one step after the last (cosine, linear).
+    It rises linearly over the warm-up, whose first step is already above zero, is `peak` in the first step after it,
+    and would reach zero one step after the last (cosine, linear).
     """
     warmup = math.ceil(warmup_ratio * total) if total > 1 else 0
     if step < warmup:

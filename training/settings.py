@@ -1,4 +1,4 @@
-"""The settings of an algorithm: the keyword arguments of its functions, read from the source, with what they may be."""
+"""Reads an algorithm's settings, the keyword arguments of its functions, from its source, and checks their values."""
 
 import ast
 import functools
@@ -16,7 +16,7 @@ Value = bool | int | float | str | None
 _CONSTANT = r"(?:'[^'\\]*'|-?\d+|True|False|None)"
 _SIMPLE = rf"(?:bool|int|float|str|None|Literal\[{_CONSTANT}(?:, {_CONSTANT})*\])"
 TYPE = re.compile(rf"{_SIMPLE}(?: \| {_SIMPLE})*")
-"""Annotations that are checked; of another one, anything is taken."""
+"""Annotations that are checked; with any other annotation, every simple value is accepted."""
 COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 LIMIT = r"\s*(>=|<=|>|<)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*"
 
@@ -27,15 +27,15 @@ class Setting:
 
     default: Value
     type: str = "bool | int | float | str | None"
-    """Its annotation."""
+    """The annotation, as source text."""
     limits: str = ""
-    """What a number must be, as LIMITS has it: `> 0, <= 1`; empty: anything finite."""
+    """Bounds of a number, as in LIMITS: `> 0, <= 1`; empty: any finite number."""
 
     def check(self, value: Any) -> Value:
-        """The value, of this setting's type.
+        """Return the value as this setting's type.
 
         Raises:
-            ValueError: it is none of this setting; says what is.
+            ValueError: the value has the wrong type or is out of bounds; the message says what is allowed.
         """
         try:
             found: Value = _adapter(self.type).validate_python(value)
@@ -51,15 +51,15 @@ class Setting:
 
 @functools.cache
 def _adapter(text: str) -> TypeAdapter[Any]:
-    # A TYPE, and nothing else.
+    # `text` matches TYPE, so eval is safe.
     return TypeAdapter(eval(text, {"Literal": Literal}), config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def settings_of(what: str, node: ast.FunctionDef) -> Iterator[tuple[str, Setting]]:
-    """The settings of a function.
+    """Yield the settings of a function by name.
 
     Raises:
-        UserError: they are not written out so that they can be read.
+        UserError: the function's signature is wrong, or a default is missing, not a literal or invalid.
     """
     arguments = node.args
     if len(arguments.posonlyargs + arguments.args) != 1 or arguments.vararg or arguments.kwarg:
@@ -90,9 +90,9 @@ def settings_of(what: str, node: ast.FunctionDef) -> Iterator[tuple[str, Setting
 
 
 def _type_of(node: ast.expr | None, default: Value) -> str:
-    """A setting's annotation; where there is none of the simple ones, that of any simple value."""
+    """A setting's annotation if it matches TYPE; otherwise that of any simple value."""
     if node is None and default is not None:
-        # A default of 1 does not say that 0.5 is wrong.
+        # A default of 1 does not mean that 0.5 is wrong.
         return "float" if type(default) is int else type(default).__name__
     text = "" if node is None else ast.unparse(node).replace("typing.", "")
     return text if TYPE.fullmatch(text) else Setting.type

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: imitate the last answer of each demonstration."""
+"""Supervised fine-tuning on the last answer of each demonstration."""
 
 from collections.abc import Iterable, Iterator
 
@@ -21,7 +21,7 @@ from training.loop import Learning, MicroBatch
 
 
 def run(config: SftConfig, context: Context) -> Outcome:
-    """The stage `sft`."""
+    """Run the stage `sft`."""
     info = ModelInfo.read(config.model)
     info.require_causal()
     info.require_chat_template()
@@ -59,14 +59,14 @@ def sft_loss(outputs: Outputs, micro_batch: MicroBatch) -> Metrics:
 
 
 def tokenized(conversations: Iterable[DemonstrationRow], chat: ChatTokenizer, ledger: Ledger) -> Iterator[Row]:
-    """Demonstrations as token ids: the chat template applied once, the loss on the last answer only.
+    """Tokenize demonstrations with the chat template; the last answer is the response, which the loss is computed on.
 
-    A response ends with the token that ends generation. What the template writes behind it is cut off, and where the
-    template writes none it is appended, so that the model learns to stop exactly where the engine stops. Rows without
-    an answer (no_answer, empty_answer), and those that `ChatTokenizer.answered` gives a reason for, are dropped.
+    A response ends with the token that ends generation: text that the template adds after it is cut off, and a missing
+    one is appended, so that the model learns to stop exactly where the engine stops. Rows without an answer (no_answer,
+    empty_answer) are dropped, and those that `ChatTokenizer.answered` rejects with a reason.
 
     Raises:
-        UserError: the template refuses a conversation, or leaves some of it out.
+        UserError: the template refuses a conversation, or omits a part of it.
     """
     for number, conversation in enumerate(conversations, 1):
         messages = conversation.messages

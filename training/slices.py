@@ -1,4 +1,4 @@
-"""Reading a model's weights where they are used: each process its own slices, so that none holds the whole model."""
+"""Reads only a process's own slices of a model's weights, so that no process holds the whole model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,40 +18,41 @@ from training.config import TrainingConfig
 from training.parallel import HEADS, LLAMA_LIKE
 
 PIECE = 1 << 20
-"""Elements that are read at once."""
+"""Maximum number of elements to read at once."""
 
 
 def reads_slices(config: TrainingConfig) -> bool:
-    """Whether the processes of a training read their own slices instead of loading the whole model first.
+    """Whether each process of a training reads only its own slices, instead of loading the whole model first.
 
-    The native engine does, of the architectures that it divides; adapters need the layers that they are put into.
+    It does with the native engine and the architectures that this engine can shard, unless there are adapters, which
+    are inserted into loaded layers.
     """
     known = ModelInfo.read(config.model).architecture in {family + head for family in LLAMA_LIKE for head in HEADS}
     return config.parallel.is_native and config.parallel.processes > 1 and config.lora is None and known
 
 
 class WeightSlices:
-    """The weights of a model directory, with the remainders to fp32 where it has them."""
+    """The weights of a model directory, with their remainders to fp32 if it has them."""
 
     def __init__(self, model: Path) -> None:
         """Read the headers.
 
         Raises:
-            UserError: it is no model, or its remainders belong to other weights.
+            UserError: it is not a model, or its remainders belong to other weights.
         """
         self._stored = StoredModel(model)
         self._exact = Start(model).has_rests
 
     def read(self, names: Sequence[str], part: LocalPart, into: Tensor) -> None:
-        """Fill a process's part of a parameter, a piece after the other.
+        """Fill a process's shard of a parameter, piece by piece.
 
         Args:
-            names: of the parameter in the trained module, where the model is called `model`; tied ones have several.
-            part: what the process has of it.
-            into: contiguous; in float32 it gets the master weights of the last training.
+            names: names of the parameter in the trained module, with the prefix `model.`; tied ones have several.
+            part: the process's shard.
+            into: contiguous tensor to fill; one in float32 gets the previous training's master weights.
 
         Raises:
-            RuntimeError: the files have no such tensor, which the check of the loaded model has let pass.
+            RuntimeError: the files have no such tensor, although the model passed `check_weights`.
         """
         known = (name.removeprefix("model.") for name in names)
         found = next((name for name in known if name in self._stored.tensors), None)
@@ -74,7 +75,7 @@ class WeightSlices:
 
 
 def _pieces(part: LocalPart) -> Iterator[tuple[LocalPart, int, int]]:
-    """A part in pieces, and where each begins and ends in it."""
+    """Split a shard into pieces of at most PIECE elements, each with its start and end in the shard."""
     for start in range(0, part.elements, PIECE):
         end = min(start + PIECE, part.elements)
         yield replace(part, shape=(end - start,), start=part.start + start, end=part.start + end), start, end

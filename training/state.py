@@ -1,9 +1,9 @@
-"""Going on with a training that was stopped or killed: weights, moments and log in one file, under every launch.
+"""Saves the training state, from which a stopped or killed training resumes: weights, moments and log in one file.
 
-The file holds whole fp32 tensors by parameter name, so that a training may go on with another number of processes or
-another ZeRO stage. It is replaced by one rename: a crash leaves the last file or the one before it. Nothing in the loop
-is random, so with the same layout a continued training equals an uninterrupted one, bit for bit wherever the arithmetic
-repeats itself. safetensors and JSON only: no pickle is ever read.
+The file holds unsharded fp32 tensors by parameter name, so a training may resume with another number of processes or
+another ZeRO stage. It is replaced atomically: a crash leaves either the new file or the previous one. The loop draws no
+random numbers that depend on its past, so with the same layout a resumed training equals an uninterrupted one, bit for
+bit if the kernels are deterministic. safetensors and JSON only: no pickle is ever read.
 """
 
 import errno
@@ -30,24 +30,25 @@ from training.engines.base import TrainingEngine
 
 WEIGHTS = "weights"
 LOG = "log"
-"""Name of the log, as JSON, which may become longer than a safetensors header."""
+"""Name of the tensor with the log as JSON, which may become longer than a safetensors header."""
 CHECKSUM = "crc32"
-"""Name of the file's last four bytes: the checksum of all that precedes them."""
+"""Name of the tensor with the file's last four bytes: the checksum of everything before them."""
 CHUNK = 16 << 20
 
 Line = dict[str, float | int]
 
 
 class TrainingState:
-    """The saved state of one training. Every process calls its methods at the same steps; rank 0 writes."""
+    """The saved state of one training. Every process calls the methods at the same steps; rank 0 writes the file."""
 
     def __init__(self, path: Path, engine: TrainingEngine, *, moments: tuple[str, ...], seconds: float) -> None:
-        """Take what `engine` has prepared.
+        """Prepare to save the state of `engine`; does not read or write anything yet.
 
         Args:
-            path: lies in the stage's hidden directory, which only this very configuration uses.
-            moments: names of what the optimizer keeps for every weight.
-            seconds: how old the saved state may become.
+            path: the file, in the stage's hidden directory, which belongs to this configuration alone.
+            engine: holds model and optimizer, after `prepare`.
+            moments: names of the optimizer's moments.
+            seconds: maximum age of the saved state.
         """
         self.path = path
         self.resumed_steps = 0
@@ -59,24 +60,24 @@ class TrainingState:
 
     @property
     def due(self) -> bool:
-        """Whether the time to save has come, by the clock of rank 0; False in the other processes."""
+        """Whether it is time to save, by the clock of rank 0; False in the other processes."""
         return self._engine.is_main and time.monotonic() - self._saved >= self._seconds
 
     def save(self, log: list[Line]) -> None:
-        """Replace the saved state by the present one, after the steps of `log`.
+        """Replace the saved state by the current one, after the steps of `log`.
 
         Raises:
-            OSError: there is no room for it; the one before stays.
+            OSError: there is no room for it; the previous one is kept.
         """
         if self._engine.is_main:
             _write(self.path, self._shapes(), self._tensors(), json.dumps(log).encode())
         else:
-            for _ in self._tensors():  # the main process may need this one's parts
+            for _ in self._tensors():  # the main process gathers from this one
                 beat()
         self._saved = time.monotonic()
 
     def read(self) -> list[Line]:
-        """The log of the steps that the saved state holds; empty where there is none, or none that is whole.
+        """Read the log of the saved state; empty if there is no state, or if it is damaged.
 
         Raises:
             UserError: it is the state of another model.
@@ -91,11 +92,11 @@ class TrainingState:
         return log if agreed["readers"] == self._engine.replicas else []
 
     def restore(self, log: list[Line]) -> None:
-        """Put the saved state, which `read` found with this log, into the model and the optimizer."""
+        """Load the saved state into model and optimizer; `log` is the result of `read`."""
         with safe_open(self.path, "pt") as file:
             for name in self._names:
                 beat()
-                # Copies, so that nothing keeps the file's blocks on the disk when it has been replaced.
+                # Copies: mapped tensors would keep the file's blocks on disk after it has been replaced.
                 tensors = {
                     state_name: file.get_tensor(f"{state_name}/{name}").clone() for state_name in self._state_names
                 }
@@ -121,13 +122,13 @@ class TrainingState:
         return {f"{state_name}/{name}": shape for name, shape in shapes.items() for state_name in self._state_names}
 
     def _tensors(self) -> Iterator[Tensor]:
-        """The whole tensors, in the order of `_shapes`."""
+        """Gather the unsharded tensors one by one, in the order of `_shapes`."""
         for name in self._names:
             yield from self._engine.read(name, self._state_names)
 
 
 def _write(path: Path, shapes: Shapes, tensors: Iterable[Tensor], log: bytes) -> None:
-    """Write fp32 tensors of these shapes as a safetensors file, with one of them at a time in this process's memory."""
+    """Write fp32 tensors of these shapes as a safetensors file, one tensor at a time to save memory."""
     entries: dict[str, Any] = {}
     end = 0
     for name, shape in {**shapes, LOG: (len(log),), CHECKSUM: (4,)}.items():
@@ -159,12 +160,12 @@ def _write(path: Path, shapes: Shapes, tensors: Iterable[Tensor], log: bytes) ->
 
 
 def _numbers(tensor: Tensor) -> Any:
-    """What a file can write of a tensor."""
+    """A tensor's fp32 values on the CPU, as an array that a file can write."""
     return tensor.detach().to("cpu", torch.float32).contiguous().flatten().numpy()
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file ends with the checksum of all that precedes it."""
+    """Whether a file ends with the checksum of everything before it."""
     left, checksum = path.stat().st_size - 4, 0
     with path.open("rb") as file:
         while left > 0 and (data := file.read(min(left, CHUNK))):

@@ -1,4 +1,4 @@
-"""A critic that knows nothing yet: where there is no reward model to start from, the policy with a head of zeros."""
+"""Creates an untrained critic, a policy with a value head of zeros, for runs without a reward model to start from."""
 
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -16,12 +16,12 @@ from training.models import classifier_changes
 
 @torch.no_grad()
 def run(config: ValueHeadConfig, context: Context) -> Outcome:
-    """Publish the model as a sequence classifier whose one label is 0 for every input, stored like the model.
+    """Publish the model as a sequence classifier with one label, whose score is 0 for every input; keeps the dtype.
 
-    A random head would give the first advantages a noise as large as the rewards themselves.
+    A random head would add noise as large as the rewards to the first advantages.
 
     Raises:
-        UserError: the model is no causal language model, or its architecture has no linear head as a classifier.
+        UserError: the model is not a causal language model, or its classifier has no linear head.
     """
     logging.disable_progress_bar()
     ModelInfo.read(config.model).require_causal()

@@ -1,4 +1,4 @@
-"""A micro-batch as an algorithm sees it: `Pairs` or `Samples`, from the model's outputs and the rows."""
+"""Builds the batch types of algorithms, `Pairs` and `Samples`, from the model's outputs and a micro-batch."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from training.engines.base import Outputs
 from training.loop import MicroBatch
 
 DIVERGENCES = ("kl_to_reference", "kl_from_reference")
-"""Outputs that a reference model beside the policy gives."""
+"""Outputs that need a reference model loaded with the policy."""
 
 
 def pairs(outputs: Outputs, micro_batch: MicroBatch, needs: tuple[str, ...]) -> Pairs:
-    """Of rows with a chosen and a rejected answer."""
+    """Build `Pairs` from rows with a chosen and a rejected answer."""
     logp = micro_batch.sum_by_response(outputs["logprobs"])
     collision = micro_batch.sum_by_response(outputs["log_collision"]) if "collision" in needs else None
     reference = micro_batch.numbers("reference").to(logp.dtype) if "reference" in needs else None
@@ -60,14 +60,14 @@ def pairs(outputs: Outputs, micro_batch: MicroBatch, needs: tuple[str, ...]) -> 
 
 
 def _tokens_of_side(micro_batch: MicroBatch, side: int) -> Tensor:
-    """Where the tokens of all chosen (0) or all rejected (1) answers are among those of the micro-batch."""
+    """Indices of the tokens of all chosen (0) or all rejected (1) answers among those of the micro-batch."""
     lengths = [len(response.ids) for row in micro_batch.rows for response in row.responses]
     owners = np.repeat(np.arange(len(lengths)), lengths)
     return torch.from_numpy(np.flatnonzero(owners % 2 == side)).to(micro_batch.batch.lengths.device)
 
 
 def samples(outputs: Outputs, micro_batch: MicroBatch, needs: tuple[str, ...]) -> Samples:
-    """Of rows with the responses to one prompt each."""
+    """Build `Samples` from rows with all responses to one prompt each."""
     tokens = {name: micro_batch.tokens(name) for name in micro_batch.rows[0].responses[0].tokens}
     lengths = micro_batch.batch.lengths
     reference = tokens["reference"] if "reference" in needs else outputs.get("reference")

@@ -1,4 +1,4 @@
-"""K answers to every prompt, sampled from the current policy."""
+"""Declares the stage `generation`, which samples K answers to every prompt from the current policy."""
 
 import functools
 import json
@@ -18,14 +18,14 @@ from contracts.records import ROLLOUTS
 from generation.config import GenerationConfig
 
 UNSEEN = 2048
-"""Bytes of a prompt that nobody has seen yet."""
+"""Assumed bytes per prompt while the prompts are unknown."""
 
 
 def check_split(parts: int, model: Path) -> None:
-    """Check that an engine can split a model's attention, by its config.json alone.
+    """Check that tensor parallelism can split a model's attention heads, by its config.json alone.
 
     Raises:
-        UserError: it cannot; the message says which number is in the way.
+        UserError: it cannot; the message names the number that prevents it.
     """
     if parts == 1:
         return
@@ -45,7 +45,7 @@ def check_split(parts: int, model: Path) -> None:
 
 @dataclass(frozen=True)
 class Generation(Stage[GenerationConfig]):
-    """The sampling of answers."""
+    """Sampling of answers."""
 
     layout_keys: tuple[str, ...] = ("replicas",)
     memory_fix: str = "Raise generation.tensor_parallel, lower generation.max_num_seqs, or free memory."
@@ -62,16 +62,16 @@ class Generation(Stage[GenerationConfig]):
         return (ModelUse(config.policy, checks, functools.partial(check_split, config.tensor_parallel)),)
 
     def libraries(self, config: GenerationConfig) -> tuple[str, ...]:
-        """Those of its engine."""
+        """Libraries of the engine."""
         return ("torch", "transformers", *(["vllm"] if config.engine == "vllm" else []))
 
     def memory(self, config: GenerationConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
-        """That of one replica."""
+        """Memory of one replica."""
         size = outlook.size_of(config.policy)
         return None if size is None else generation_memory(config, size, self.answers(config, outlook), on_gpu=on_gpu)
 
     def operations(self, config: GenerationConfig, outlook: Outlook, *, on_gpu: bool) -> Operations | None:
-        """Each prompt is read once for all its answers, which are sampled max_num_seqs at a time."""
+        """One prefill per prompt, and decoding of all answers, at most max_num_seqs at a time."""
         size, answers = outlook.size_of(config.policy), self.answers(config, outlook)
         if size is None or answers is None:
             return None
@@ -91,8 +91,10 @@ class Generation(Stage[GenerationConfig]):
         )
 
     def published_bytes(self, config: GenerationConfig, outlook: Outlook) -> int | None:
-        """prompts · (8 · text + 512) + prompts · K · (max_new_tokens · 40 + 256): a token is an id (7), a
-        log-probability (24) and text (9)."""
+        """prompts · (8 · text + 512) + prompts · K · (max_new_tokens · 40 + 256).
+
+        A token has an id (7 bytes), a log-probability (24) and text (9).
+        """
         answers = self.answers(config, outlook)
         if answers is None:
             return None
@@ -100,38 +102,38 @@ class Generation(Stage[GenerationConfig]):
         return answers.prompt_bytes + answer_bytes + answers.shards * FILE + STAGE
 
     def workload(self, config: GenerationConfig) -> Workload:
-        """Its tasks share the shards."""
+        """Generation: any number of tasks share the shards."""
         return "generation"
 
     def gpus(self, config: GenerationConfig) -> int:
-        """Those of all servers, or of an engine."""
+        """GPUs of all servers, or of one in-process engine."""
         return config.tensor_parallel * max(1, config.servers)
 
     def layout(self, config: GenerationConfig) -> ProcessLayout:
-        """Replicas, each of which is spread over tensor_parallel devices."""
+        """Replicas, each on tensor_parallel devices."""
         talk = f"servers={config.servers}" if config.servers else ""
         if not talk and config.tensor_parallel > 1:
             talk = f"tensor_parallel={config.tensor_parallel}"
         return ProcessLayout(config.replicas, together=config.tensor_parallel, talk=talk)
 
     def spread(self, config: GenerationConfig, devices: int, nodes: int | None = None) -> GenerationConfig:
-        """As many replicas as the devices hold."""
+        """The config with as many replicas as fit on the devices, unless it sets `replicas` or `servers`."""
         replicas = devices // config.tensor_parallel
         if replicas <= 1 or config.servers or "replicas" in config.model_fields_set:
             return config
         return config.model_copy(update={"replicas": replicas})
 
     def laid_out(self, config: GenerationConfig, sizes: Mapping[str, Any]) -> GenerationConfig:
-        """So many replicas."""
+        """The config with this number of replicas."""
         return config.model_copy(update=sizes)
 
     def label(self, config: GenerationConfig) -> str:
-        """One engine, or as many, for all that are sampled alike."""
+        """The same for all stages with this engine, dtype and number of engines, which can share them."""
         engines = max(config.replicas, config.servers, 1)
         return f"{config.engine} {config.dtype}" + (f" in {engines}" if engines > 1 else "")
 
     def answers(self, config: GenerationConfig, outlook: Outlook) -> AnswerStats | None:
-        """K to every prompt."""
+        """K answers to every prompt."""
         prompts = outlook.rows_of(config.prompts)
         size = outlook.size_of(config.policy)
         limits = [config.max_prompt_tokens] if config.max_prompt_tokens is not None else []
@@ -150,23 +152,25 @@ class Generation(Stage[GenerationConfig]):
         return AnswerStats(RowStats(count, share, prompts.longest), config.k, longest, config.max_new_tokens, shards)
 
     def tokens(self, config: GenerationConfig) -> tuple[int, int]:
-        """What it is told."""
+        """The config's limits."""
         return config.max_prompt_tokens or 0, config.max_new_tokens
 
 
 def number_bytes(config: GenerationConfig, *, on_gpu: bool) -> int:
-    """Bytes of a number that the engine computes with."""
+    """Bytes per number in the engine's dtype."""
     return {"float32": 4, "bfloat16": 2, "float16": 2}.get(config.dtype, 2 if on_gpu else 4)
 
 
 def generation_memory(config: GenerationConfig, size: Size, answers: AnswerStats | None, *, on_gpu: bool) -> Memory:
-    """Memory of one replica, on each of its t = tensor_parallel devices, or in each of its processes on a CPU.
+    """Estimate the memory of one replica, on each of its t = tensor_parallel devices, or on a CPU in each process.
 
-    Weights a·P / t. KV cache: on a GPU vLLM fills what memory_utilization leaves, and needs room for the longest
-    sequence at least (2 · layers · k · a bytes a token, over t); on a CPU for max_num_seqs of them, between 64 MiB and
-    4 GiB (generation/vllm_engine.py), over t as well, or kv_cache_mib. transformers' cache grows to a batch of
-    max_num_seqs, and for an instant twice, because its tensors are copied to grow. Logits of max_num_seqs positions,
-    which the sampler holds in several copies, fp64 among them: 32 bytes each.
+    P is the number of parameters, a the bytes per number, and k the width of the keys.
+
+    Weights: a·P / t. KV cache: vLLM on a GPU uses the memory that memory_utilization leaves, but needs at least room
+    for the longest sequence (2 · layers · k · a / t bytes per token); on a CPU it has room for max_num_seqs sequences,
+    between 64 MiB and 4 GiB (generation/vllm_engine.py), unless kv_cache_mib is set. The cache of transformers grows to
+    a batch of max_num_seqs, twice that while its tensors are copied to grow. Logits: max_num_seqs positions at 32 bytes
+    per token of the vocabulary, because the sampler has several copies, some in fp64.
     """
     number = number_bytes(config, on_gpu=on_gpu)
     batch, longest = config.max_num_seqs, size.context or 4096

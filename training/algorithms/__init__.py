@@ -1,1 +1,1 @@
-"""The algorithms, one file each; `training/algorithm.py` says what such a file holds."""
+"""The built-in algorithms, one file each; `training/algorithm.py` defines their interface."""

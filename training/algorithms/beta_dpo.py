@@ -5,13 +5,13 @@ and of its standard deviation,
 
     M_0 <- momentum M_0 + (1 - momentum) mean(M),    sigma <- momentum sigma + (1 - momentum) std(M),
 
-begin at 0. Of the step's pairs the share `filtering` is left out: those that are trained on are drawn without
-replacement with probabilities as exp(-(M - M_0)^2 / (2 sigma^2)). Over these, averaged:
+start at 0. The share `filtering` of the step's pairs is left out: those to train on are drawn without replacement, with
+probabilities proportional to exp(-(M - M_0)^2 / (2 sigma^2)). The loss is the mean over these of
 
     -log sigmoid(beta_step M),    beta_step = max(beta (1 + alpha (mean(M) - M_0)), 0.001)
 
-where mean(M) is that of the drawn pairs, as in the authors' code. sigma counts as 0.01 nats at least: below that, while
-the policy is still the reference, gaps are rounding errors, which must not decide what is left out.
+where mean(M) is that of the drawn pairs, as in the authors' code. sigma is at least 0.01 nats: while the policy still
+equals the reference, gaps are rounding errors, which must not decide what is left out.
 """
 
 import torch
@@ -34,7 +34,7 @@ def statistics(batch: Pairs) -> Metrics:
 def update(
     step: Step, *, beta: float = 0.1, alpha: float = 0.6, filtering: float = 0.2, momentum: float = 0.9
 ) -> Statistics:
-    """alpha: how far beta follows the gap; filtering: share left out; momentum: of the moving averages."""
+    """alpha: how far beta follows the gap; filtering: share left out; momentum: that of the moving averages."""
     gaps = torch.as_tensor(step.statistics["gaps"])
     new = {"gap_mean": gaps.mean(), "gap_std": gaps.std() if len(gaps) > 1 else gaps.new_zeros(())}
     kept = {name: momentum * step.state[name] + (1 - momentum) * float(value) for name, value in new.items()}

@@ -1,12 +1,12 @@
 """Clipped importance sampling policy optimisation (CISPO; MiniMax-M1 2025, arXiv 2506.13585, eq. 4 and 5): no critic.
 
-PPO's clipping takes the gradient of clipped tokens away; here only their weight is clipped, and every token is learned
-from. With ratio = pi / pi_proximal, held constant in the gradient, and GRPO's advantages A:
+PPO's clipping removes the gradient of clipped tokens; here only their weight is clipped, and every token contributes.
+With ratio = pi / pi_proximal, held constant in the gradient, and GRPO's advantages A:
 
     -clip(ratio, 1 - clip_low, 1 + clip_high) A log pi
 
-averaged over all tokens of the step. As in the paper there is no KL term, and by default no lower bound; the default of
-the upper one, a weight of at most 5, is that of ScaleRL (arXiv 2510.13786).
+averaged over all tokens of the step. As in the paper there is no KL term, and by default no lower bound; the default
+upper bound, a weight of 5, is that of ScaleRL (arXiv 2510.13786).
 """
 
 from training.algorithm import Metrics, Samples

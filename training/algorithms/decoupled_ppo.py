@@ -1,6 +1,6 @@
 """PPO for stale samples, decoupled (Hilton et al. 2021, arXiv 2110.00641; AReaL, arXiv 2505.24298, eq. 5).
 
-The policy is kept near the proximal policy (the trainer's own at the start of this training), whatever policy sampled:
+The policy is kept near the proximal policy (the policy at the start of this training), no matter which policy sampled:
 
     -pi_proximal / pi_behaviour  min(ratio A, clip(ratio, 1 - clip, 1 + clip) A),    ratio = pi / pi_proximal
 
@@ -33,7 +33,7 @@ def loss(
     value_coefficient: float = 0.1,
     value_clip: float = 0.2,
 ) -> Metrics:
-    """clip: how far a ratio counts; behaviour_cap: greatest weight of a token that is learned from."""
+    """clip: how far a ratio counts; behaviour_cap: tokens with a greater weight than this are left out."""
     ratios = parts.ratio(batch.logprobs, batch.proximal)
     losses, clipped = parts.clipped_surrogate(ratios, batch.advantages, clip, clip)
     weights = parts.ratio(batch.proximal, batch.behaviour).detach()

@@ -5,7 +5,7 @@ loss
 
     -min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A)
 
-is added up over each response's tokens and divided by the constant `max_tokens`, not by the response's own length, and
+is summed over each response's tokens and divided by the constant `max_tokens`, not by the response's own length, and
 then averaged over responses. There is no KL term, as in the paper.
 """
 
@@ -30,7 +30,7 @@ def loss(
     clip_high: float | None = None,
     importance_cap: float = 0.0,
 ) -> Metrics:
-    """max_tokens: by habit the longest response allowed; clip, clip_high: how far a ratio counts, down and up."""
+    """max_tokens: usually the maximum response length; clip, clip_high: how far a ratio counts, down and up."""
     ratios = parts.ratio(batch.logprobs, batch.proximal)
     losses, clipped = parts.clipped_surrogate(ratios, batch.advantages, clip, clip if clip_high is None else clip_high)
     losses = losses * parts.importance_weight(batch.proximal, batch.behaviour, importance_cap)

@@ -4,7 +4,7 @@ A response's advantage, at each of its tokens, is its reward relative to those o
 
     A = (R - mean of the group) / (standard deviation of the group + 1e-4)
 
-(the unbiased deviation, as in TRL; 0 for a response that is alone), and the loss, with ratio = pi / pi_proximal,
+(the unbiased deviation, as in TRL; 0 for a group of one), and the loss, with ratio = pi / pi_proximal,
 
     -min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A) + beta KL(pi || pi_ref)
 

@@ -15,6 +15,6 @@ LIMITS = {"beta": "> 0"}
 
 
 def loss(batch: Pairs, *, beta: float = 0.1) -> Metrics:
-    """beta: inverse of the margin that is asked for, in nats."""
+    """beta: inverse of the target margin, in nats."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     return {"loss": batch.mean(relu(1 - (chosen - rejected))), **batch.rewards(chosen, rejected)}

@@ -13,7 +13,7 @@ LIMITS = {"beta": "> 0"}
 
 
 def loss(batch: Pairs, *, beta: float = 0.1) -> Metrics:
-    """beta: the margin that is asked for is 1 / (2 beta) nats per token."""
+    """beta: the target margin is 1 / (2 beta) nats per token."""
     chosen = batch.chosen.log_ratio / batch.chosen.length.clamp(min=1)
     rejected = batch.rejected.log_ratio / batch.rejected.length.clamp(min=1)
     losses = (chosen - rejected - 1 / (2 * beta)) ** 2

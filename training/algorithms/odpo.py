@@ -19,7 +19,7 @@ LIMITS = {"beta": "> 0", "alpha": ">= 0"}
 
 
 def loss(batch: Pairs, *, beta: float = 0.1, alpha: float = 1.0, f: Literal["log", "identity"] = "log") -> Metrics:
-    """beta: strength of the pull towards the reference; alpha: weight of the offset; f: of the scores' difference."""
+    """beta: strength of the pull towards the reference; alpha: weight of the offset; f: function of the scores."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     difference = batch.chosen.score - batch.rejected.score
     offset = alpha * (difference.clamp(min=1e-6).log() if f == "log" else difference)

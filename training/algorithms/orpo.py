@@ -4,7 +4,7 @@ With p = exp(log pi(y|x) / |y|), odds = p / (1 - p), and the negative log-likeli
 
     NLL_w - lam log sigmoid(log(odds_w / odds_l))
 
-NLL is the mean over all chosen tokens of the step (TRL's includes those of the prompt). p is cut at 1 - 1e-6.
+NLL is the mean over all chosen tokens of the step (TRL's includes those of the prompt). p is at most 1 - 1e-6.
 """
 
 import torch

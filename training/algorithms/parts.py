@@ -1,4 +1,4 @@
-"""What several algorithms are made of. Shapes: S responses, N tokens, those of one response after the other."""
+"""Building blocks of several algorithms. Shapes: S responses, N tokens (those of all responses, concatenated)."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from training.algorithm import Experience, Metrics, Samples, lacking, owners
 
 LOG_RATIO_LIMIT = 20.0
-"""Log-ratios of probabilities are cut here before the exponential, which is infinite in fp32 from 89 on."""
+"""Log-ratios are clamped to this magnitude before the exponential, which overflows in fp32 at 89."""
 
 
 def penalised_rewards(experience: Experience) -> Tensor:
@@ -32,8 +32,8 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: flo
     A_t = delta_t + gamma lam A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t; after the last token V and A are 0.
 
     Args:
-        rewards: of each token, [N].
-        values: of the state in which each token was chosen, [N].
+        rewards: reward of each token, [N].
+        values: value of the state in which each token was chosen, [N].
         lengths: tokens of each response, at least 1, [S].
     """
     response = owners(lengths, len(rewards))
@@ -51,18 +51,18 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: flo
 
 
 def discounted_sums(rewards: Tensor, lengths: Tensor, gamma: float) -> Tensor:
-    """Sum over the tokens from this one on of gamma^distance times their reward, [N]."""
+    """Discounted sum of the rewards from each token on, [N]."""
     return gae(rewards, torch.zeros_like(rewards), lengths, gamma, 1.0)
 
 
 def whiten(values: Tensor) -> Tensor:
-    """To mean 0 and variance 1 over all elements, as TRL's PPO did (unbiased variance + 1e-8); 0 if all are equal."""
+    """Normalise to mean 0 and variance 1 as in TRL's PPO (unbiased variance + 1e-8); 0 if all values are equal."""
     centred = values - values.mean()
     return centred * torch.rsqrt(centred.square().sum() / max(len(values) - 1, 1) + 1e-8)
 
 
 def group_sums(values: Tensor, groups: Tensor) -> Tensor:
-    """For each response the sum over its group, [S]; `groups` numbers them from 0 on."""
+    """For each response the sum over its group, [S]; `groups` are indices from 0."""
     return values.new_zeros(int(groups.max()) + 1).index_add(0, groups, values)[groups]
 
 
@@ -77,33 +77,34 @@ def over_group_mean(values: Tensor, groups: Tensor) -> Tensor:
 
 
 def over_other_mean(values: Tensor, groups: Tensor) -> Tensor:
-    """Each value less the mean of the others of its group ("leave one out"), [S]; 0 for one that is alone."""
+    """Each value less the mean of the others in its group ("leave one out"), [S]; 0 in a group of one."""
     sizes = group_sizes(groups)
     return over_group_mean(values, groups) * sizes / (sizes - 1).clamp(min=1)
 
 
 def group_std(values: Tensor, groups: Tensor) -> Tensor:
-    """For each response the standard deviation of its group (unbiased), [S]; 0 for one that is alone."""
+    """For each response the (unbiased) standard deviation of its group, [S]; 0 in a group of one."""
     squares = over_group_mean(values, groups).square()
     return (group_sums(squares, groups) / (group_sizes(groups) - 1).clamp(min=1)).sqrt()
 
 
 def ratio(logprobs: Tensor, old: Tensor) -> Tensor:
-    """pi / pi_old from log-probabilities, of their shape; between e^-20 and e^20, with gradient 0 outside."""
+    """pi / pi_old from log-probabilities, of the same shape; clamped to e^-20 to e^20, with gradient 0 outside."""
     return (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 def clipped_surrogate(ratios: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """The loss of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7) and where clipping decides it.
+    """PPO's loss (Schulman et al. 2017, arXiv 1707.06347, eq. 7), and where it is clipped.
 
-    -min(ratio A, clip(ratio, 1 - low, 1 + high) A), of the shape of `ratios`, and as 0 or 1 whether the second is less.
+    -min(ratio A, clip(ratio, 1 - low, 1 + high) A), and 1 where the second term is less, else 0; both of the shape of
+    `ratios`.
     """
     free, clipped = -ratios * advantages, -ratios.clamp(1 - low, 1 + high) * advantages
     return torch.maximum(free, clipped), (clipped > free).to(ratios.dtype)
 
 
 def importance_weight(proximal: Tensor, behaviour: Tensor, cap: float) -> Tensor | float:
-    """min(pi_proximal / pi_behaviour, cap) without gradient, of their shape; 1 where `cap` is 0.
+    """min(pi_proximal / pi_behaviour, cap) without gradient, of their shape; 1 if `cap` is 0.
 
     It corrects for an engine whose probabilities differ from the trainer's: truncated importance sampling (Ionides
     2008; Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
@@ -112,9 +113,9 @@ def importance_weight(proximal: Tensor, behaviour: Tensor, cap: float) -> Tensor
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Estimate of KL(pi || pi_ref) per token from one sample of pi, never below 0: "k3", http://joschu.net/blog/kl-approx.html.
+    """Nonnegative estimate "k3" of KL(pi || pi_ref) per token, from a sample of pi.
 
-    pi_ref / pi - log(pi_ref / pi) - 1, of the shape of `logprobs`.
+    pi_ref / pi - log(pi_ref / pi) - 1, of the shape of `logprobs` (http://joschu.net/blog/kl-approx.html).
     """
     log_ratio = (reference - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return torch.expm1(log_ratio) - log_ratio
@@ -130,7 +131,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 
 def policy_metrics(batch: Samples, ratio: Tensor, clip_fraction: Tensor | None = None) -> Metrics:
-    """What people watch a policy's training by; `ratio` and `clip_fraction` are shares in their means, []."""
+    """The usual metrics of policy training; `ratio` and `clip_fraction` are shares of the step's means, []."""
     return {
         **({} if clip_fraction is None else {"clip_fraction": clip_fraction}),
         "ratio": ratio.detach(),
@@ -146,7 +147,7 @@ def actor_critic(
     value_coefficient: float = 0.0,
     value_clip: float = 0.0,
 ) -> Metrics:
-    """A policy's loss less the entropy bonus, and plus the value loss if policy and critic share a backbone.
+    """The policy loss minus the entropy bonus, plus the value loss if policy and critic share a backbone.
 
     (arXiv 1707.06347, eq. 9.)
     """

@@ -6,9 +6,9 @@ ratio = pi / pi_proximal,
 
     -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) - entropy_coefficient H
 
-averaged over tokens. Where policy and critic share a backbone, value_coefficient times the clipped value loss joins it;
-else the critic learns `returns` on its own. A truncated response ends like any other: its reward comes with the last
-token, and nothing is bootstrapped from the state after it (as TRL and OpenRLHF do).
+averaged over tokens. If policy and critic share a backbone, value_coefficient times the clipped value loss is added;
+otherwise the critic is trained on `returns` separately. A truncated response is treated like any other: its reward is
+at the last token, and the value after it is 0 instead of bootstrapped (as in TRL and OpenRLHF).
 """
 
 from training.algorithm import Advantages, Experience, Metrics, Samples
@@ -28,7 +28,7 @@ LIMITS = {
 
 
 def advantages(experience: Experience, *, gamma: float = 1.0, lam: float = 0.95, whiten: bool = True) -> Advantages:
-    """gamma: discount per token; lam: GAE's trade of variance (1) for bias (0); whiten: to mean 0 and variance 1."""
+    """gamma: discount per token; lam: GAE's, from bias (0) to variance (1); whiten: to mean 0 and variance 1."""
     assert experience.values is not None
     rewards = parts.penalised_rewards(experience)
     found = parts.gae(rewards, experience.values, experience.lengths, gamma, lam)

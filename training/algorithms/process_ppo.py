@@ -1,7 +1,7 @@
-"""PPO on rewards of tokens, such as those at the ends of steps (Math-Shepherd, Wang et al. 2024, arXiv 2312.08935).
+"""PPO on token rewards, such as those at the ends of steps (Math-Shepherd, Wang et al. 2024, arXiv 2312.08935).
 
-A token's reward is the scorer's reward for it, less kl_coefficient (log pi - log pi_ref): the answer's own reward,
-which `ppo` gives to its last token, is not counted beside them. All else is as in `ppo`.
+A token's reward is the scorer's reward for it, less kl_coefficient (log pi - log pi_ref). The reward of the whole
+answer, which `ppo` adds at the last token, is not used. Everything else is as in `ppo`.
 """
 
 from training.algorithm import Advantages, Experience
@@ -22,7 +22,7 @@ LIMITS = {
 
 
 def advantages(experience: Experience, *, gamma: float = 1.0, lam: float = 0.95, whiten: bool = True) -> Advantages:
-    """gamma: discount per token; lam: GAE's trade of variance (1) for bias (0); whiten: to mean 0 and variance 1."""
+    """gamma: discount per token; lam: GAE's, from bias (0) to variance (1); whiten: to mean 0 and variance 1."""
     assert experience.values is not None
     assert experience.token_rewards is not None
     rewards = parts.kl_penalties(experience) + experience.token_rewards

@@ -1,6 +1,6 @@
 """Reward ranked fine-tuning (RAFT; Dong et al. 2023, arXiv 2304.06767): supervised training on the best of K.
 
-Of each prompt's responses the one with the greatest reward is kept (of equals the first), and the loss is
+The response with the greatest reward to each prompt is kept (the first of equal ones), and the loss is
 
     -log pi(y_t)    averaged over the tokens of the kept responses.
 """
@@ -16,7 +16,7 @@ CORRECTIONS = ()
 
 
 def advantages(experience: Experience) -> Advantages:
-    """1 at every token; of each prompt's responses the best is kept."""
+    """1 at every token; only the best response to each prompt is kept."""
     rewards, prompts = experience.rewards, experience.prompts
     count, numbers = int(prompts.max()) + 1, torch.arange(len(rewards))
     best = rewards.new_full((count,), -torch.inf).scatter_reduce(0, prompts, rewards, "amax")[prompts]

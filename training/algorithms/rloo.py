@@ -1,7 +1,7 @@
 """REINFORCE leave-one-out (RLOO; Ahmadian et al. 2024, arXiv 2402.14740, eq. 5 and 7): no critic.
 
-A whole response is one action. Its reward R - kl_coefficient sum_t (log pi - log pi_ref) is compared with the mean of
-the others of its group (0 for a response that is alone). With ratio = pi(y|x) / pi_proximal(y|x),
+A whole response is one action. Its advantage A is its reward R - kl_coefficient sum_t (log pi - log pi_ref) less the
+mean reward of the others in its group (0 in a group of one). With ratio = pi(y|x) / pi_proximal(y|x),
 
     -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)
 
@@ -29,7 +29,7 @@ def advantages(experience: Experience) -> Advantages:
 def loss(batch: Samples, *, clip: float = 0.2, importance_cap: float = 0.0) -> Metrics:
     """clip: how far the ratio of a response counts; importance_cap: corrects for the generation engine, by response."""
     ratios = parts.ratio(batch.sum_by_response(batch.logprobs), batch.sum_by_response(batch.proximal))
-    # One advantage per response: that of its last token.
+    # A response has the same advantage at every token: take that of its last.
     losses, clipped = parts.clipped_surrogate(ratios, batch.advantages[batch.lengths.cumsum(0) - 1], clip, clip)
     weights = parts.importance_weight(
         batch.sum_by_response(batch.proximal), batch.sum_by_response(batch.behaviour), importance_cap

@@ -1,7 +1,7 @@
 """DPO with down-sampled tokens (SamPO; Lu et al. 2024, arXiv 2406.10957): length alone earns nothing.
 
-Of the longer answer of a pair as many tokens count as the shorter one has, drawn at random in each step. With h the sum
-of their log-ratios:
+Only as many tokens of a pair's longer answer count as the shorter one has, drawn at random in each step. With h the sum
+of the log-ratios of the tokens that count:
 
     -log sigmoid(beta (h_w - h_l))
 """

@@ -15,6 +15,6 @@ LIMITS = {"beta": "> 0", "gamma": ">= 0"}
 
 
 def loss(batch: Pairs, *, beta: float = 2.0, gamma: float = 1.0) -> Metrics:
-    """beta: scale of the rewards; gamma: margin between them that is asked for (the paper: 0.3 to 0.8 times beta)."""
+    """beta: scale of the rewards; gamma: target margin between them (the paper: 0.3 to 0.8 times beta)."""
     chosen, rejected = beta * batch.chosen.mean_logp, beta * batch.rejected.mean_logp
     return {"loss": batch.mean(-logsigmoid(chosen - rejected - gamma)), **batch.rewards(chosen, rejected)}

@@ -1,11 +1,11 @@
 """Weighted preference optimisation (WPO; Zhou et al. 2024, arXiv 2406.11827, eq. 2): DPO as if on-policy.
 
-Each pair weighs w(y_w) w(y_l), where w(y) says how likely the policy is to write y, "sampled alignment":
+Each pair has the weight w(y_w) w(y_l), where w(y) measures how likely the policy is to sample y ("sampled alignment"):
 
     log w(y) = 1/|y| sum_t (log pi(y_t) - log sum_v pi(v)^2)
     -w(y_w) w(y_l) log sigmoid(beta d),    d = log-ratio of the chosen minus log-ratio of the rejected answer
 
-The weights have no gradient and are at most `cap`, 1 in the authors' code; TRL's have no limit: `cap: 0`.
+The weights have no gradient and are at most `cap`, which is 1 in the authors' code; TRL has no limit (`cap: 0`).
 """
 
 from torch import Tensor
@@ -20,7 +20,7 @@ LIMITS = {"beta": "> 0", "cap": ">= 0"}
 
 
 def loss(batch: Pairs, *, beta: float = 0.1, cap: float = 1.0) -> Metrics:
-    """beta: strength of the pull towards the reference; cap: greatest weight of a pair, 0 for no limit."""
+    """beta: strength of the pull towards the reference; cap: maximum weight of a pair, 0 for no limit."""
     chosen, rejected = beta * batch.chosen.log_ratio, beta * batch.rejected.log_ratio
     weights = (log_weight(batch.chosen) + log_weight(batch.rejected)).clamp(max=LOG_RATIO_LIMIT).exp()
     weights = weights.clamp(max=cap) if cap else weights

@@ -1,4 +1,4 @@
-"""How a model is spread over processes; `base.py` says what the training loop asks of an engine."""
+"""Training engines, which distribute a model over processes; `base.py` has their interface."""
 
 import torch
 
@@ -7,7 +7,11 @@ from training.engines.base import TrainingEngine
 
 
 def start(config: TrainingConfig, dtype: torch.dtype) -> TrainingEngine:
-    """Join the other processes, in the parallel layout that was asked for and no other."""
+    """Create the engine for the config's parallel layout, and join the other processes.
+
+    Raises:
+        UserError: the processes that run have another layout.
+    """
     if config.parallel.is_native:
         from training.engines.native import NativeEngine
 

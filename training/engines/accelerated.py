@@ -1,4 +1,4 @@
-"""A single process, DDP, or DeepSpeed ZeRO, through accelerate."""
+"""Training engine on accelerate: a single process, DDP, or DeepSpeed ZeRO."""
 
 import contextlib
 import os
@@ -24,14 +24,14 @@ class AcceleratedEngine(TrainingEngine):
     """Data parallelism: every process has the whole model, or its ZeRO shard, and computes its own micro-batches."""
 
     def __init__(self, config: TrainingConfig, dtype: torch.dtype) -> None:
-        """Set up accelerate, and verify that the layout is the one that was asked for.
+        """Set up accelerate, and verify that it runs the configured layout.
 
-        accelerate falls back without a word: to one process (distributed_type MULTI_CPU, or --cpu --num_processes N),
-        and from DeepSpeed to plain data parallelism (`Accelerator(cpu=True)`). The results are right in either case, so
-        only asking it afterwards shows what really runs.
+        accelerate falls back silently: to one process (distributed_type MULTI_CPU, or --cpu --num_processes N), and
+        from DeepSpeed to plain data parallelism (`Accelerator(cpu=True)`). The results are right in either case, so
+        only its own state shows what really runs.
 
         Raises:
-            UserError: the number of processes or the ZeRO stage is another than the config declares.
+            UserError: the number of processes or the ZeRO stage differs from the config's.
         """
         self.accelerator = _start(config, dtype)
         self.zero = _zero_stage(self.accelerator)
@@ -70,7 +70,7 @@ class AcceleratedEngine(TrainingEngine):
         return outputs
 
     def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
-        """Gradients are reduced in the backward pass of the last micro-batch."""
+        """Accumulate gradients; they are reduced in the backward pass of the last micro-batch."""
         metrics: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             beat()
@@ -83,7 +83,7 @@ class AcceleratedEngine(TrainingEngine):
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
-        """Forward passes only."""
+        """Sum the shares over forward passes without gradients."""
         metrics: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             beat()
@@ -91,16 +91,16 @@ class AcceleratedEngine(TrainingEngine):
         return metrics
 
     def clip(self, max_norm: float) -> float:
-        """Under DeepSpeed only reads the norm: `backward` has clipped and stepped already."""
+        """Clip the gradients; under DeepSpeed `backward` has done that already, and only the norm is read."""
         return float(self.accelerator.clip_grad_norm_(self.prepared.parameters(), max_norm))
 
     def step(self) -> None:
-        """Under DeepSpeed, `accumulate` has done the step already."""
+        """Step the optimizer; under DeepSpeed `accumulate` has done that already, and this does nothing."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def sum(self, values: Tensor) -> Tensor:
-        """One all-reduce."""
+        """All-reduce (sum) a tensor."""
         total: Tensor = self.accelerator.reduce(values.to(self.device), "sum")
         return total.cpu()
 
@@ -109,9 +109,9 @@ class AcceleratedEngine(TrainingEngine):
         self.accelerator.wait_for_everyone()
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """Under ZeRO-3 gathered by all processes, for rank 0 alone.
+        """The state dict; under ZeRO-3 gathered from all processes, on rank 0 only.
 
-        Only under DeepSpeed by accelerate's own function, which imports DeepSpeed (2 s) wherever it is installed.
+        accelerate's own function is used under DeepSpeed only: it imports DeepSpeed (2 s) wherever it is installed.
         """
         weights: dict[str, Tensor] = (
             self.accelerator.get_state_dict(self.prepared) if self.zero else self.module.state_dict()
@@ -119,23 +119,23 @@ class AcceleratedEngine(TrainingEngine):
         return weights
 
     def trained_shapes(self) -> Shapes:
-        """By the module's parameter names."""
+        """Unsharded shapes by the module's parameter names."""
         return {name: zero.whole_shape(parameter) for name, parameter in self.parameters.items()}
 
     def read(self, name: str, state_names: tuple[str, ...]) -> list[Tensor]:
-        """Unsharded tensors; under ZeRO gathered by all processes."""
+        """Unsharded weights and moments; under ZeRO gathered from all processes."""
         parameter = self.parameters[name]
         if self.zero:
             return [
                 zero.get_weights(parameter),
                 *(zero.get_moment(parameter, state_name) for state_name in state_names[1:]),
             ]
-        # A parameter that no loss has reached yet has no moments.
+        # A parameter that has had no gradient yet has no moments.
         state = self.optimizer.state[parameter]
         return [parameter, *(state.get(state_name, torch.zeros_like(parameter)) for state_name in state_names[1:])]
 
     def set_weights(self, name: str, weights: Tensor) -> None:
-        """DeepSpeed's master weights, if it keeps them; otherwise the module's weights."""
+        """Replace DeepSpeed's master weights, if it keeps them; otherwise the module's weights."""
         parameter = self.parameters[name]
         if self.zero:
             zero.set_weights(parameter, weights)
@@ -144,7 +144,7 @@ class AcceleratedEngine(TrainingEngine):
             parameter.copy_(weights)
 
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
-        """Under DeepSpeed after a step, which creates the optimizer's moments."""
+        """Replace weights and moments; under DeepSpeed a step must have created the moments."""
         parameter = self.parameters[name]
         weights, *moments = tensors.items()
         if self.zero:
@@ -159,7 +159,7 @@ class AcceleratedEngine(TrainingEngine):
             self.optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
 
     def _exchange(self, last: bool) -> Any:
-        """Reduce gradients (and, under DeepSpeed, clip and step) with the last micro-batch only (no_sync)."""
+        """Context that reduces gradients (and, under DeepSpeed, clips and steps) for the last micro-batch only."""
         self.accelerator.sync_gradients = last
         return contextlib.nullcontext() if last or self.zero else self.accelerator.no_sync(self.prepared)
 
@@ -171,7 +171,7 @@ def _start(config: TrainingConfig, dtype: torch.dtype) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     accelerator = Accelerator(
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
-        # With cpu=True accelerate ignores DeepSpeed; without it and without a backend named, it counts one process.
+        # With cpu=True accelerate ignores DeepSpeed; without it and without a named backend, it assumes one process.
         cpu=on_cpu and not deepspeed,
         kwargs_handlers=[
             InitProcessGroupKwargs(backend="gloo" if on_cpu and deepspeed else None, timeout=COLLECTIVE_DEADLINE)
@@ -191,10 +191,10 @@ def _start(config: TrainingConfig, dtype: torch.dtype) -> Accelerator:
     if found:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = 1  # only used for DeepSpeed's throughput log
-        settings["gradient_accumulation_steps"] = 1  # the loop decides where a step ends
+        settings["gradient_accumulation_steps"] = 1  # the training loop accumulates
         settings["gradient_clipping"] = config.max_grad_norm
         settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-        # DeepSpeed's own optimizer for the CPU knows Adam alone, and is compiled in minutes.
+        # DeepSpeed's own CPU optimizer supports only Adam, and takes minutes to compile.
         settings["zero_force_ds_cpu_optimizer"] = config.optimizer == "adamw" and not on_cpu
     return accelerator
 
@@ -207,7 +207,7 @@ def _zero_stage(accelerator: Accelerator) -> int:
 
 
 def _offloaded(accelerator: Accelerator) -> list[str]:
-    """What DeepSpeed keeps in the machine's memory."""
+    """What DeepSpeed offloads to CPU memory: "optimizer", "param"."""
     if not _zero_stage(accelerator):
         return []
     settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
@@ -216,7 +216,7 @@ def _offloaded(accelerator: Accelerator) -> list[str]:
 
 
 def _require_no_compiler() -> None:
-    """DeepSpeed would compile a shared-memory collective for CPUs (minutes, g++); gloo gives the same bits."""
+    """Keep DeepSpeed from compiling its shared-memory collective for CPUs (minutes, g++); gloo gives the same bits."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -117,14 +117,14 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def whole_weights(self) -> dict[str, Tensor]:
-        """All weights of the module by name, unsharded; only valid in the main process."""
+        """Gather all weights of the module by name, unsharded; only valid in the main process."""
 
     # Saving and restoring the training state: unsharded fp32 tensors of each trained parameter.
 
     needs_a_step_before_write: bool = False
     """Whether `write` needs a previous optimizer step (whose result it overwrites)."""
     master_copies: bool = False
-    """Whether the engine keeps fp32 master weights itself, so that the model is loaded in the training's dtype."""
+    """Whether the engine keeps fp32 master weights itself, so that the model is loaded in the training dtype."""
 
     @abstractmethod
     def trained_shapes(self) -> Shapes:

@@ -1,7 +1,7 @@
-"""Data, tensor, pipeline and sequence parallelism, and FSDP2, with torch's own building blocks.
+"""Training engine on torch's own parallelism: data, tensor, pipeline and sequence parallel, and FSDP2.
 
-The processes form a mesh [pp, dp · sp, tp]. Each has its shard of the model, and reads no more than that where it can
-(`training/slices.py`):
+The processes form a mesh [pp, dp · sp, tp]. Each holds its shard of the model, and reads only that from the files if it
+can (`training/slices.py`):
 
     pp  a pipeline stage keeps some layers; the first also the embedding, the last the final norm and the head.
         `torch.distributed.pipelining` runs the 1F1B schedule.
@@ -10,8 +10,8 @@ The processes form a mesh [pp, dp · sp, tp]. Each has its shard of the model, a
     sp  the processes of a group split each micro-batch's tokens; see `sequence.py`.
     dp  the processes of dp and sp have the same weights (zero 0), or a shard of each (fsdp2: `fully_shard`).
 
-Under pipeline parallelism a tied head exists twice: the first and the last stage sum both gradients, so that the copies
-stay equal.
+Under pipeline parallelism a tied head exists twice: the first and the last stage sum their gradients, so that the
+copies stay equal.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from training.parallel import ParallelConfig
 from training.slices import WeightSlices
 
 WAVE = 4
-"""Micro-batches per pipeline stage in one forward-only schedule, each of which has buffers."""
+"""Micro-batches per pipeline stage in one forward-only schedule; each needs its own buffers."""
 
 
 class NativeEngine(TrainingEngine):
@@ -101,11 +101,11 @@ class NativeEngine(TrainingEngine):
         return int(self._mesh.mesh[stage, data, part])
 
     def _group(self, members: list[list[int]]) -> Any:
-        """The group that this process belongs to, if any; every process must create all groups."""
+        """Create all groups, as every process must, and return the one that this process belongs to, if any."""
         groups = [dist.new_group(ranks, timeout=COLLECTIVE_DEADLINE) for ranks in members]
         return next((group for group, ranks in zip(groups, members, strict=True) if self.rank in ranks), None)
 
-    # Spreading the model
+    # Sharding the model
 
     def prepare(
         self,
@@ -198,7 +198,7 @@ class NativeEngine(TrainingEngine):
         return received
 
     def _shard(self, layers: Any, casts: bool) -> None:
-        """Under pipeline parallelism FSDP2 keeps weights unsharded from a step's first micro-batch to its last."""
+        """Apply FSDP2; with pipeline parallelism weights stay unsharded from a step's first micro-batch to its last."""
         precision = MixedPrecisionPolicy(
             param_dtype=self._dtype if casts else None,
             reduce_dtype=torch.float32 if casts else None,
@@ -214,22 +214,22 @@ class NativeEngine(TrainingEngine):
                 each.set_force_sum_reduction_for_comms(True)
 
     def _allocate(self) -> set[nn.Parameter]:
-        """Give every parameter on the meta device memory for what this process has of it; returns these parameters."""
+        """Allocate memory for this process's shard of every parameter on the meta device; returns these parameters."""
         made: dict[nn.Parameter, nn.Parameter] = {}
         for each in self._stage.modules():
             for name, parameter in each._parameters.items():
                 if parameter is None or not parameter.is_meta:
                     continue
-                if parameter not in made:  # which tied ones share
+                if parameter not in made:  # tied parameters share one
                     empty = torch.empty_like(parameter, device=self.device)
                     made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 each._parameters[name] = made[parameter]
         if self._sharded:
-            self._stage._apply(lambda tensor: tensor)  # FSDP2 looks for its parameters anew
+            self._stage._apply(lambda tensor: tensor)  # makes FSDP2 look up its parameters again
         return set(made.values())
 
     def _local_part(self, part: DividedParameter) -> LocalPart:
-        """What this process has of a parameter, as `_slice` takes it of the unsharded tensor."""
+        """Describe this process's shard of a parameter: the one that `_slice` cuts out of the unsharded tensor."""
         cut = None
         if self._parallel.tp > 1 and part.tensor_dim is not None:
             width = part.shape[part.tensor_dim] // self._parallel.tp
@@ -249,7 +249,7 @@ class NativeEngine(TrainingEngine):
         raise RuntimeError(f"the parallel layout is wrong: {part.names[0]} is missing in process {self.rank}")
 
     def _require_layout(self) -> None:
-        """Verify the sharding of the parameters themselves: libraries fall back silently."""
+        """Verify how the parameters are really sharded: libraries fall back silently."""
         own = {id(part.local) for part in self._parts.values() if part.local is not None}
         strays = [name for name, value in self._stage.module.named_parameters() if id(value) not in own]
         if strays:
@@ -282,7 +282,7 @@ class NativeEngine(TrainingEngine):
             },
         }
 
-    # Computing
+    # Forward and backward passes
 
     def forward(self, batch: Packed) -> Outputs:
         """The outputs of one micro-batch, broadcast by the last pipeline stage."""
@@ -304,7 +304,7 @@ class NativeEngine(TrainingEngine):
         return outputs
 
     def evaluate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
-        """All processes must have the same number of micro-batches, as in `accumulate`."""
+        """Sum the shares without gradients; as in `accumulate`, all processes must have equally many micro-batches."""
         metrics: dict[str, Tensor] = {}
 
         def measure(outputs: Outputs, number: int) -> Tensor:
@@ -316,7 +316,7 @@ class NativeEngine(TrainingEngine):
 
     @torch.no_grad()
     def _pass(self, batches: Sequence[Packed], finish: Callable[[Outputs, int], Tensor]) -> None:
-        """Compute micro-batches without gradients."""
+        """Run micro-batches without gradients, and call `finish` with the outputs of each in the last stage."""
         several = 1 if self._parallel.pp == 1 else WAVE * self._parallel.pp
         for start in range(0, len(batches), several):
             self._stage.batches = batches[start : start + several]
@@ -325,10 +325,10 @@ class NativeEngine(TrainingEngine):
                 self._stage(number=0)
             else:
                 self._run(len(self._stage.batches), trains=False)
-        self._reshard()  # what a pass without a backward leaves whole
+        self._reshard()  # without a backward pass FSDP2 leaves some weights unsharded
 
     def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
-        """FSDP2 reduces gradients after every micro-batch (under pp after the last); otherwise `clip` reduces them."""
+        """Accumulate gradients; FSDP2 reduces them after each micro-batch (with pp the last), otherwise `clip` does."""
         metrics: dict[str, Tensor] = {}
 
         def finish(outputs: Outputs, number: int) -> Tensor:
@@ -345,7 +345,7 @@ class NativeEngine(TrainingEngine):
                 self._stage(number=number).backward()
         else:
             waiting = {part.local: part.local.grad for part in self._trained() if part.local is not None}
-            for parameter in waiting:  # a new schedule of torch's wipes gradients out
+            for parameter in waiting:  # building a schedule makes torch clear the gradients
                 parameter.grad = None
             self._run(max(len(batches), self._parallel.pp), trains=True)
             for parameter, gradient in waiting.items():
@@ -354,7 +354,7 @@ class NativeEngine(TrainingEngine):
         return self._agree(metrics)
 
     def _run(self, count: int, *, trains: bool) -> None:
-        """Run the pipeline schedule for `count` micro-batches; it is built for their number and shape."""
+        """Run a pipeline schedule over `count` micro-batches; it is rebuilt when their number or shape changes."""
         width = max(map(self._stage.tokens, self._stage.batches))
         self._width = max(self._width, width)
         self._stage.width = self._width
@@ -405,14 +405,14 @@ class NativeEngine(TrainingEngine):
         dist.broadcast_object_list(box, group=self._groups["pp"], group_src=self._parallel.pp - 1, device=self.device)
         return box[0]
 
-    # Updating
+    # Optimizer step
 
     def _trained(self) -> Iterator[DividedParameter]:
         yield from (part for part in self._parts.values() if part.trained)
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Reduce gradients over the other processes, once per step."""
+        """Sum the gradients over all processes that hold the same weights, once per step."""
         if self._exchanged:
             return
         for part in self._trained():
@@ -431,7 +431,7 @@ class NativeEngine(TrainingEngine):
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> float:
-        """The global norm; every element of the model counts once."""
+        """Clip the gradients to the global norm, in which every element of the model counts once."""
         self._exchange()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         gradients = []
@@ -459,13 +459,13 @@ class NativeEngine(TrainingEngine):
         )
 
     def step(self) -> None:
-        """One optimizer step."""
+        """Run one optimizer step."""
         self._exchange()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def sum(self, values: Tensor) -> Tensor:
-        """Summed over all processes and divided by the processes per replica, which hold equal values."""
+        """Sum over the replicas: over all processes, divided by the processes per replica, which hold equal values."""
         total = values.to(self.device, copy=True)
         dist.all_reduce(total)
         return (total * self.replicas / self.world_size).to(values.dtype).cpu()
@@ -474,10 +474,10 @@ class NativeEngine(TrainingEngine):
         """Wait for all processes."""
         dist.barrier()
 
-    # Whole tensors
+    # Unsharded tensors
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """All weights on the CPU of the main process; empty elsewhere."""
+        """Gather all weights on the CPU of the main process; empty in the others."""
         weights: dict[str, Tensor] = dict(self._buffers) if self.is_main else {}
         for part in self._parts.values():
             beat()
@@ -487,11 +487,11 @@ class NativeEngine(TrainingEngine):
         return {name: weights[name] for name in self._names} if self.is_main else {}
 
     def trained_shapes(self) -> Shapes:
-        """By the first of a parameter's names."""
+        """Unsharded shapes by the first of a parameter's names."""
         return {name: part.shape for name, part in self._parts.items() if part.trained}
 
     def read(self, name: str, state_names: tuple[str, ...]) -> list[Tensor]:
-        """Unsharded tensors in the main process, empty ones elsewhere."""
+        """Gather weights and moments in the main process; empty tensors in the others."""
         part = self._parts[name]
         tensors: list[Tensor] = []
         for number, state_name in enumerate(state_names):
@@ -504,14 +504,14 @@ class NativeEngine(TrainingEngine):
 
     @torch.no_grad()
     def set_weights(self, name: str, weights: Tensor) -> None:
-        """Every process takes its slice."""
+        """Copy this process's slice of the unsharded weights."""
         part = self._parts[name]
         if part.local is not None:
             local(part.local).copy_(self._slice(part, weights))
 
     @torch.no_grad()
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
-        """Every process takes its slice of the unsharded tensors; the first is the weights."""
+        """Copy this process's slices of the unsharded tensors; the first is the weights."""
         part = self._parts[name]
         if part.local is None:
             return
@@ -525,7 +525,7 @@ class NativeEngine(TrainingEngine):
 
     @torch.no_grad()
     def _gather(self, part: DividedParameter, mine: Tensor | None) -> Tensor | None:
-        """The unsharded tensor in the main process, None elsewhere; `mine` is this process's shard."""
+        """Gather the unsharded tensor in the main process, None in the others; `mine` is this process's shard."""
         stage = part.stages[0]
         found = None
         if self._stage_number == stage:
@@ -540,13 +540,13 @@ class NativeEngine(TrainingEngine):
         return found if self.is_main else None
 
     def _join(self, part: DividedParameter, mine: Tensor | None) -> Tensor:
-        """The inverse of `_slice`, among the processes of one pipeline stage."""
+        """Gather the unsharded tensor within a pipeline stage: the inverse of `_slice`."""
         found = local(mine).detach().contiguous()
         parts = self._parallel.tp if part.tensor_dim is not None else 1
         if self._sharded:
             length = part.shape[0] // (parts if part.tensor_dim == 0 else 1)
             count = self._mesh["data"].size()
-            longest = -(-length // count)  # as `chunk` has it: all are that long but the last ones
+            longest = -(-length // count)  # `chunk` makes all shards that long, except the last ones
             found = torch.cat([found, found.new_zeros(longest - len(found), *found.shape[1:])])
             found = torch.cat(all_gather(found, count, self._groups["data"]))[:length]
         if parts > 1:

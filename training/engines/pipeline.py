@@ -1,4 +1,4 @@
-"""What a stage of the native engine's pipeline computes of micro-batches."""
+"""The module that a pipeline stage of the native engine runs on micro-batches."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from training.engines.sequence import Sequences
 
 
 class Passed(nn.Module):
-    """Stands for a layer of another stage."""
+    """Placeholder for a layer of another stage."""
 
     def forward(self, hidden: Tensor, **_: Any) -> Tensor:
         return hidden
 
 
 class Received(nn.Module):
-    """Stands for the embedding in stages behind the first: what the stage before has sent."""
+    """Placeholder for the embedding in all stages but the first: returns the previous stage's hidden states."""
 
     hidden: Tensor
 
@@ -30,7 +30,7 @@ class Received(nn.Module):
 
 
 class StageModule(nn.Module):
-    """What one stage computes of the micro-batches in `batches`: hidden states, and the last one `finish`."""
+    """Runs one stage's layers on the micro-batches in `batches`; the last stage also applies the head and `finish`."""
 
     def __init__(
         self,
@@ -47,19 +47,20 @@ class StageModule(nn.Module):
         self.last = last
         self.sequences = sequences
         self.dtype = dtype
-        """Of the hidden states that travel between stages."""
+        """Number format of the hidden states that are sent between stages."""
         self.autocast = autocast
         self.batches: Sequence[Packed] = ()
         self.start = 0
-        """Number of the first of them."""
+        """Number of the first micro-batch in `batches`."""
         self.width = 0
-        """Tokens that travel between stages: of the largest micro-batch, so that all have one shape."""
+        """Tokens of the largest micro-batch, to which hidden states are padded so that all are sent in one shape."""
         self.finish: Callable[[Outputs, int], Tensor] = lambda outputs, number: torch.zeros(())
 
     def forward(self, *hidden: Tensor, number: Tensor | int) -> Tensor:
-        """The hidden states of micro-batch `number`, [width, hidden size], in the first stage from its token ids.
+        """The hidden states of micro-batch `number` after this stage, [width, hidden size].
 
-        In the last stage what `finish` returns, a scalar.
+        Computed from the previous stage's `hidden`, in the first stage from token ids. The last stage returns the
+        scalar of `finish` instead.
         """
         beat()
         batch = self.batches[int(number) % len(self.batches)]
@@ -75,7 +76,7 @@ class StageModule(nn.Module):
         return nn.functional.pad(found.to(self.dtype), (0, 0, 0, self.width - tokens))
 
     def tokens(self, batch: Packed) -> int:
-        """Tokens of a micro-batch that this process computes."""
+        """Number of a micro-batch's tokens that this process computes."""
         return batch.input_ids.numel() if self.sequences is None else self.sequences.tokens(batch)
 
     def _casting(self, device: torch.device) -> Any:

@@ -1,8 +1,8 @@
-"""Sequence parallelism for flat batches: every process has some of a micro-batch's tokens, attention some of the heads.
+"""Sequence parallelism for flat batches: each process computes a part of a micro-batch's tokens.
 
-Around attention the processes of a group exchange tokens against heads (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv
-2309.14509): each then has all tokens of its heads, and takes the sequences apart as `modeling/attention.py` does. All
-else in a layer works token by token. Before the head the hidden states of all tokens come together again.
+For attention, the processes of a group exchange tokens for heads with an all-to-all (DeepSpeed-Ulysses, Jacobs et al.
+2023, arXiv 2309.14509): each then has all tokens of some heads, and runs `modeling/attention.py` on them. Everything
+else in a layer works token by token. Before the LM head the hidden states of all tokens are gathered.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ NAME = "packed_sequence_parallel"
 
 
 class Sequences:
-    """The processes that share micro-batches; `attend_spread` asks `current`."""
+    """A group of processes that share each micro-batch; attention finds this process's group in `current`."""
 
     current: "Sequences"
 
@@ -30,12 +30,15 @@ class Sequences:
         Sequences.current = self
 
     def tokens(self, batch: Packed) -> int:
-        """Tokens of a micro-batch in each process, the last one's padded."""
+        """Number of a micro-batch's tokens in each process, including the last one's padding."""
         return -(-int(batch.input_ids.numel()) // int(self.size))
 
     def part(self, batch: Packed) -> Packed:
-        """The same micro-batch with this process's tokens only; its plan is of the whole. It is a flat one: the
-        config refuses parallel.sp with packing=padded, and `check_layout` other models than those that compute such."""
+        """The micro-batch with this process's tokens only, and the attention plan of the whole micro-batch.
+
+        It is always flat: the config refuses parallel.sp with packing=padded, and `check_layout` models without flat
+        batches.
+        """
         count = self.tokens(batch)
         missing = count * self.size - batch.input_ids.numel()
         mine = slice(self.rank * count, (self.rank + 1) * count)
@@ -43,7 +46,7 @@ class Sequences:
         return batch._replace(input_ids=ids[:, mine], position_ids=places[:, mine])
 
     def join(self, hidden: Tensor, batch: Packed) -> Tensor:
-        """The hidden states of all tokens, [T, hidden size], from those of every process."""
+        """Gather the hidden states of all tokens, [T, hidden size]."""
         whole: Tensor = _Join.apply(hidden, self)  # type: ignore[no-untyped-call]
         return whole[: batch.input_ids.numel()]
 
@@ -55,7 +58,7 @@ def _exchange(parts: Tensor, group: Any) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """[size, ...]: part i goes to process i, and comes from there. Twice is none, so it is its own derivative."""
+    """All-to-all of [size, ...]: part i is exchanged with process i. It is its own inverse, and so its own gradient."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:
@@ -68,7 +71,11 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """All processes' rows. Each computes the same loss from them, divided by their number: so it knows its gradient."""
+    """All-gather of all processes' rows.
+
+    Each process computes the same loss from them, divided by the number of processes, so the gradient of its own rows
+    is its part of the gradient times that number: no collective is needed.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sequences: Sequences) -> Tensor:
@@ -93,7 +100,7 @@ def attend_spread(
     plan: PackingPlan,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """As `attend`, for tensors of this process's C tokens, [1, heads, C, head size]."""
+    """`modeling.attention.attend` for tensors of this process's C tokens, [1, heads, C, head size]."""
     sequences = Sequences.current
     size, count = sequences.size, query.shape[2]
     spread = []

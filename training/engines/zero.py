@@ -1,4 +1,7 @@
-"""What DeepSpeed keeps of a parameter, as whole tensors. All processes call these functions, in the same order."""
+"""Reads and writes DeepSpeed's weights and moments as unsharded tensors.
+
+All processes call these functions, in the same order.
+"""
 
 from typing import Any
 
@@ -7,7 +10,7 @@ from torch import Tensor, nn
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of the whole parameter; ZeRO-3 leaves an empty tensor in its place."""
+    """The unsharded shape of a parameter; under ZeRO-3 the parameter itself is an empty tensor."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -18,12 +21,12 @@ def get_weights(parameter: nn.Parameter) -> Tensor:
     weights: Tensor = safe_get_full_fp32_param(parameter)
     if _is_partitioned(parameter):
         return weights
-    # ZeRO-1 and ZeRO-2 add up the parts of all processes, and -0.0 + 0.0 is 0.0; the weights in use know the sign.
+    # ZeRO-1 and ZeRO-2 sum the shards of all processes, and -0.0 + 0.0 is 0.0; the model's weights have the sign.
     return weights.copysign(parameter.detach())
 
 
 def set_weights(parameter: nn.Parameter, weights: Tensor) -> None:
-    """Replace the master weights, and the weights in use, which DeepSpeed would only renew in its next step."""
+    """Replace the master weights and the model's weights, which DeepSpeed would only update in its next step."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_full_fp32_param
 
@@ -48,12 +51,12 @@ def set_moment(parameter: nn.Parameter, moment: str, value: Tensor) -> None:
 
 
 def set_steps(optimizer: Any, steps: int) -> None:
-    """Have the optimizer (as accelerate prepared it) count `steps` steps as done."""
+    """Set the step count of the optimizer that accelerate has prepared."""
     for state in optimizer.optimizer.optimizer.state.values():
         if "step" in state:
             state["step"] = torch.full_like(state["step"], steps) if torch.is_tensor(state["step"]) else steps
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 has spread the parameter over the processes."""
+    """Whether ZeRO-3 has sharded the parameter."""
     return hasattr(parameter, "ds_id")

@@ -1,4 +1,4 @@
-"""The critic, trained on the returns of an experience."""
+"""Declares the stage `critic`, which trains a critic on the returns of an experience."""
 
 from dataclasses import dataclass
 
@@ -11,28 +11,28 @@ from training.stages.trainer import Training, longest_experience, mean_of
 
 @dataclass(frozen=True)
 class CriticTraining(Training[CriticConfig]):
-    """The training of a critic."""
+    """Training of a critic."""
 
     def row_count(self, config: CriticConfig, outlook: Outlook) -> int | None:
-        """Prompts of the experience."""
+        """Number of prompts in the experience."""
         answers = outlook.answers_of(config.experience)
         return None if answers is None else answers.prompts.count
 
     def longest_row(self, config: CriticConfig, outlook: Outlook) -> LongestRow | None:
-        """A prompt with its answers."""
+        """The longest prompt with all of its answers."""
         return longest_experience(outlook.answers_of(config.experience), config.max_length)
 
     def mean_row(self, config: CriticConfig, outlook: Outlook) -> LongestRow | None:
-        """A prompt with its answers."""
+        """A prompt of mean length with all of its answers."""
         answers = outlook.answers_of(config.experience)
         return mean_of(answers, answers.k if answers else 1, config.max_length)
 
     def has_score_head(self, config: CriticConfig) -> bool:
-        """It gives the value of every token."""
+        """True: the head returns the value of each token."""
         return True
 
     def row_limit(self, config: CriticConfig) -> int | None:
-        """As it is told."""
+        """The config's `max_length`."""
         return config.max_length
 
 

@@ -1,4 +1,4 @@
-"""An average of the policies."""
+"""Declares the stage `ema`, which updates a moving average of the policies."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,27 +12,27 @@ from training.estimates import model_bytes
 
 @dataclass(frozen=True)
 class Averaging(Stage[EmaConfig]):
-    """The moving of an average of weights towards a model."""
+    """Update of a moving average of weights with a model."""
 
     def models(self, config: EmaConfig) -> tuple[ModelUse, ...]:
-        """Both that are averaged."""
+        """The current average and the model to add."""
         return ModelUse(config.average), ModelUse(config.model)
 
     def libraries(self, config: EmaConfig) -> tuple[str, ...]:
-        """Those that load a model."""
+        """Libraries that load a model."""
         return ("torch", "transformers")
 
     def memory(self, config: EmaConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
-        """Both, and the new average."""
+        """Three models in fp32: the current average, the model to add and the new average."""
         size = outlook.size_of(config.model)
         return None if size is None else Memory({"weights": 3 * 4 * size.parameters, "process": PROCESS}, 1)
 
     def published_bytes(self, config: EmaConfig, outlook: Outlook) -> int | None:
-        """P · 4 and the tokenizer."""
+        """Four bytes per parameter, and the tokenizer."""
         return model_bytes(config.output, outlook)
 
     def origin(self, config: EmaConfig) -> Path | None:
-        """The model that enters the average."""
+        """The model to add."""
         return config.model
 
 

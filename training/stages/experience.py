@@ -1,4 +1,4 @@
-"""Experience: scored samples as an algorithm trains on them."""
+"""Declares the stage `experience`, which turns scored samples into what an algorithm trains on."""
 
 from dataclasses import dataclass
 
@@ -8,31 +8,31 @@ from contracts.records import EXPERIENCE
 from training.config import ExperienceConfig
 
 COLUMNS = 20
-"""Numbers for each response token that the stage holds at once, those of GAE among them."""
+"""Numbers per response token that the stage holds in memory at once, including the intermediate results of GAE."""
 
 
 @dataclass(frozen=True)
 class ExperienceMaking(Stage[ExperienceConfig]):
-    """The making of experience."""
+    """Computation of advantages and returns."""
 
     memory_fix: str = "Lower prompts.per_iteration, generation.k or generation.max_new_tokens, or free memory."
 
     def libraries(self, config: ExperienceConfig) -> tuple[str, ...]:
-        """Those that compute advantages."""
+        """The library that computes advantages."""
         return ("torch",)
 
     def answers(self, config: ExperienceConfig, outlook: Outlook) -> AnswerStats | None:
-        """Those of the rollouts: one row for each prompt."""
+        """The answers of the rollouts: one row per prompt."""
         return outlook.answers_of(config.rollouts)
 
     def memory(self, config: ExperienceConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
-        """All numbers at once."""
+        """The numbers of all samples, which are in memory at once."""
         answers = self.answers(config, outlook)
         tokens = answers.count * answers.longest_answer if answers else 0
         return Memory({"numbers per token": COLUMNS * 8 * tokens, "process": PROCESS}, 1) if answers else None
 
     def published_bytes(self, config: ExperienceConfig, outlook: Outlook) -> int | None:
-        """prompts · (8 · text + 512) + answers · (256 + max_new_tokens · (7 + 24 · c)), with c numbers a token."""
+        """prompts · (8 · text + 512) + answers · (256 + max_new_tokens · (7 + 24 · c)); c: numbers per token."""
         answers = self.answers(config, outlook)
         if answers is None:
             return None

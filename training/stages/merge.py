@@ -1,4 +1,4 @@
-"""An adapter, merged into its model."""
+"""Declares the stage `merge`, which merges a PEFT adapter into its model."""
 
 from contracts.declaration import Stage
 from contracts.records import CHECKPOINT

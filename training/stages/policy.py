@@ -1,4 +1,4 @@
-"""The policy, trained by an algorithm on pairs or on experience."""
+"""Declares the stage `policy`, which trains the policy by an algorithm, on pairs or on experience."""
 
 from dataclasses import dataclass
 
@@ -20,35 +20,35 @@ from training.stages.trainer import (
 
 @dataclass(frozen=True)
 class PolicyTraining(Training[PolicyConfig]):
-    """The training of the policy."""
+    """Training of the policy."""
 
     def row_count(self, config: PolicyConfig, outlook: Outlook) -> int | None:
-        """Pairs, or prompts of the experience."""
+        """Number of pairs, or of prompts in the experience."""
         if config.experience is None:
             return count_of_pairs(all_pairs(config.pairs, outlook))
         answers = outlook.answers_of(config.experience)
         return None if answers is None else answers.prompts.count
 
     def longest_row(self, config: PolicyConfig, outlook: Outlook) -> LongestRow | None:
-        """A pair, or a prompt with its answers."""
+        """The longest pair, or the longest prompt with all of its answers."""
         if config.experience is None:
             return longest_pair(all_pairs(config.pairs, outlook), config.max_length)
         return longest_experience(outlook.answers_of(config.experience), config.max_length)
 
     def mean_row(self, config: PolicyConfig, outlook: Outlook) -> LongestRow | None:
-        """A pair, or a prompt with its answers."""
+        """A pair, or a prompt with all of its answers; the prompt has the mean length."""
         if config.experience is None:
             return mean_pair(all_pairs(config.pairs, outlook), config.max_length)
         answers = outlook.answers_of(config.experience)
         return mean_of(answers, answers.k if answers else 1, config.max_length)
 
     def models(self, config: PolicyConfig) -> tuple[ModelUse, ...]:
-        """The policy, and the reference that is held beside it."""
+        """The policy, and the reference model if the algorithm needs one."""
         beside = [ModelUse(config.reference_model)] if config.reference_model is not None else []
         return (*super().models(config), *beside)
 
     def memory(self, config: PolicyConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
-        """That of one process, the reference with it."""
+        """Memory of one process, including the reference model."""
         size = outlook.size_of(config.model)
         if size is None:
             return None
@@ -56,7 +56,7 @@ class PolicyTraining(Training[PolicyConfig]):
         return training_memory(config, size, row, on_gpu=on_gpu, with_reference=beside)
 
     def row_limit(self, config: PolicyConfig) -> int | None:
-        """As it is told."""
+        """The config's `max_length`."""
         return config.max_length
 
 

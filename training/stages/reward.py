@@ -1,4 +1,4 @@
-"""A reward model, trained on preference pairs."""
+"""Declares the stage `reward`, which trains a reward model on preference pairs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from training.stages.trainer import Training, all_pairs, count_of_pairs, longest
 
 @dataclass(frozen=True)
 class RewardTraining(Training[RewardConfig]):
-    """The training of a reward model."""
+    """Training of a reward model."""
 
     def row_count(self, config: RewardConfig, outlook: Outlook) -> int | None:
-        """Pairs."""
+        """Number of pairs."""
         return count_of_pairs(all_pairs(config.pairs, outlook))
 
     def longest_row(self, config: RewardConfig, outlook: Outlook) -> LongestRow | None:
-        """A pair; a pairwise model is asked which of both is better, in either order, and answers with one token."""
+        """The longest pair; for a pairwise model the longest question, whose two answers are one token each."""
         pairs, limit = all_pairs(config.pairs, outlook), config.max_length
         questions = [found.answers.question_tokens for found in pairs if found is not None]
         if config.kind == "pairwise" and questions:
@@ -28,22 +28,22 @@ class RewardTraining(Training[RewardConfig]):
         return longest_pair(pairs, limit)
 
     def mean_row(self, config: RewardConfig, outlook: Outlook) -> LongestRow | None:
-        """A pair; a pairwise model reads both answers twice, in either order."""
+        """A pair whose prompt has the mean length; for a pairwise model the question with both answers."""
         row = mean_pair(all_pairs(config.pairs, outlook), config.max_length)
         if row is None or config.kind == "bradley_terry":
             return row
         return LongestRow(row.prompt + 2 * row.answer, 1, 2)
 
     def reads_as(self, config: RewardConfig) -> tuple[Callable[[ModelInfo], None], ...]:
-        """A pairwise model is asked in a conversation."""
+        """A chat template, in which a pairwise model is asked its questions."""
         return (ModelInfo.require_chat_template,) if config.kind == "pairwise" else ()
 
     def has_score_head(self, config: RewardConfig) -> bool:
-        """A Bradley-Terry model gives a number; a pairwise one answers in words."""
+        """True for a Bradley-Terry model, which returns a score; a pairwise model answers with a token."""
         return config.kind == "bradley_terry"
 
     def row_limit(self, config: RewardConfig) -> int | None:
-        """As it is told."""
+        """The config's `max_length`."""
         return config.max_length
 
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on demonstrations."""
+"""Declares the stage `sft`, supervised fine-tuning on demonstrations."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from training.stages.trainer import Training
 
 @dataclass(frozen=True)
 class Imitation(Training[SftConfig]):
-    """The imitation of demonstrations."""
+    """Supervised fine-tuning."""
 
     def row_count(self, config: SftConfig, outlook: Outlook) -> int | None:
-        """Demonstrations."""
+        """Number of demonstrations."""
         rows = outlook.rows_of(config.demonstrations)
         return None if rows is None else rows.count
 
     def mean_row(self, config: SftConfig, outlook: Outlook) -> LongestRow | None:
-        """One demonstration."""
+        """A demonstration of mean length."""
         rows = outlook.rows_of(config.demonstrations)
         if rows is None:
             return None
@@ -28,7 +28,7 @@ class Imitation(Training[SftConfig]):
         return LongestRow(0, min(tokens, config.max_length or tokens), 1)
 
     def longest_row(self, config: SftConfig, outlook: Outlook) -> LongestRow | None:
-        """One demonstration."""
+        """The longest demonstration."""
         rows = outlook.rows_of(config.demonstrations)
         longest = rows.longest_tokens if rows else config.max_length
         return None if longest is None else LongestRow(0, min(longest, config.max_length or longest), 1)

@@ -1,4 +1,4 @@
-"""What all trainings declare alike."""
+"""Base class of the declarations of all training stages."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,14 +19,14 @@ T = TypeVar("T", bound=TrainingConfig)
 
 PARALLEL = ("dp", "tp", "pp", "sp", "zero", "offload")
 OWN = ("micro_batch_tokens", "gradient_checkpointing")
-"""Keys of a layout, in the section `parallel` and beside it."""
+"""Layout keys outside of the section `parallel`."""
 LINE = 512
-"""Bytes of an optimizer step in the training log."""
+"""Bytes of an optimizer step's line in the training log."""
 
 
 @dataclass(frozen=True)
 class Training(Stage[T]):
-    """A stage that trains a model. What differs is what it reads: `row_count` and `longest_row`."""
+    """A stage that trains a model. Subclasses describe its rows: `row_count`, `longest_row` and `mean_row`."""
 
     launch: str | None = "training.launch:launch"
     is_worker_node: str | None = "training.launch:is_worker_node"
@@ -39,35 +39,35 @@ class Training(Stage[T]):
     )
 
     def row_count(self, config: T, outlook: Outlook) -> int | None:
-        """Rows that an epoch has."""
+        """Number of rows in an epoch; None if unknown."""
         raise NotImplementedError
 
     def longest_row(self, config: T, outlook: Outlook) -> LongestRow | None:
-        """The largest row that it may meet, where its data tell."""
+        """The largest row that may occur; None if unknown."""
         raise NotImplementedError
 
     def mean_row(self, config: T, outlook: Outlook) -> LongestRow | None:
-        """A row as it is in the mean: a prompt of mean length, and answers as long as allowed."""
+        """A typical row: a prompt of mean length, and answers as long as allowed; None if unknown."""
         raise NotImplementedError
 
     def models(self, config: T) -> tuple[ModelUse, ...]:
-        """The model that it trains."""
+        """The initial model."""
         start = ModelInfo.require_classifier_start if self.has_score_head(config) else ModelInfo.require_causal
         fits = functools.partial(_require_length, tokens=config.max_length or 1)
         checks: tuple[Callable[[ModelInfo], None], ...] = (start, *self.reads_as(config), fits)
         return (ModelUse(config.model, checks, functools.partial(check_layout, config.parallel)),)
 
     def reads_as(self, config: T) -> tuple[Callable[[ModelInfo], None], ...]:
-        """What else its model must be."""
+        """Further requirements on the model, depending on how the stage presents its data."""
         return ()
 
     def libraries(self, config: T) -> tuple[str, ...]:
-        """Those of its launcher."""
+        """Libraries of the model and of its launcher."""
         deepspeed = ["deepspeed"] if config.parallel.deepspeed_stage else []
         return ("torch", "transformers", "accelerate", *deepspeed)
 
     def memory(self, config: T, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
-        """That of one process."""
+        """Memory of one process."""
         size = outlook.size_of(config.model)
         if size is None:
             return None
@@ -75,7 +75,7 @@ class Training(Stage[T]):
         return training_memory(config, size, self.longest_row(config, outlook), on_gpu=on_gpu)
 
     def operations(self, config: T, outlook: Outlook, *, on_gpu: bool) -> Operations | None:
-        """Epochs over rows of mean length, in steps of a global batch."""
+        """Forward and backward passes over typical rows, in steps of a global batch."""
         size, row = outlook.size_of(config.model), self.mean_row(config, outlook)
         rows, steps = self.row_count(config, outlook), self.steps(config, outlook)
         if size is None or row is None or rows is None or steps is None:
@@ -109,36 +109,36 @@ class Training(Stage[T]):
         )
 
     def published_bytes(self, config: T, outlook: Outlook) -> int | None:
-        """P · 4 (in bf16 2, and 2 for what is missing to fp32), the tokenizer, and 512 for each step's log line."""
+        """Four bytes per parameter (bf16: 2, and 2 for the remainders to fp32), the tokenizer, and the training log."""
         size = outlook.size_of(config.output)
         return None if size is None else size.checkpoint_bytes(4) + LINE * (self.steps(config, outlook) or 0) + STAGE
 
     def scratch_bytes(self, config: T, outlook: Outlook) -> int:
-        """The state that it can go on from after a kill: T parameters and AdamW's two moments in fp32 (12 T; 4 T for
-        SGD), and for an instant twice that, because the file is replaced by a whole new one."""
+        """The training state: T trained parameters and AdamW's two moments in fp32 (12 T; 4 T for SGD). Twice that
+        while it is saved, because the new file replaces the old one only when it is complete."""
         size = outlook.size_of(config.output)
         return 2 * (12 if config.optimizer == "adamw" else 4) * trained_numbers(config, size) if size else 0
 
     def steps(self, config: T, outlook: Outlook) -> int | None:
-        """Optimizer steps, at most."""
+        """Maximum number of optimizer steps; None if unknown."""
         if config.max_steps is not None:
             return config.max_steps
         rows = self.row_count(config, outlook)
         return None if rows is None else config.epochs * -(-rows // config.global_batch)
 
     def workload(self, config: T) -> Workload:
-        """One job."""
+        """Training: one job."""
         return "training"
 
     def layout(self, config: T) -> ProcessLayout:
-        """What `parallel` says."""
+        """The layout of the section `parallel`."""
         parallel = config.parallel
         talk = f"parallel: {parallel}" if parallel.processes > 1 or parallel.deepspeed_stage else ""
         fixed = "nodes" in parallel.model_fields_set
         return ProcessLayout(parallel.processes, parallel.nodes, fixed, str(parallel), parallel.processes, talk)
 
     def spread(self, config: T, devices: int, nodes: int | None = None) -> T:
-        """Data parallelism over what tp, pp and sp leave."""
+        """The config with data parallelism over the devices that tp, pp and sp leave, unless it sets `dp`."""
         parallel = config.parallel
         update = {} if nodes is None else {"nodes": nodes}
         dp = devices // (parallel.tp * parallel.pp * parallel.sp)
@@ -147,15 +147,15 @@ class Training(Stage[T]):
         return config.model_copy(update={"parallel": parallel.model_copy(update=update)}) if update else config
 
     def laid_out(self, config: T, sizes: Mapping[str, Any]) -> T:
-        """With these in its `parallel`, and beside it; what the other settings do not allow is refused as ever."""
+        """The config with these sizes, in the section `parallel` or outside of it, validated like any config."""
         parallel = config.parallel.model_dump(exclude_unset=True)
         parallel |= {key: size for key, size in sizes.items() if key in PARALLEL}
         own = {key: size for key, size in sizes.items() if key in OWN}
-        validate(ParallelConfig, parallel, "layout")  # says what is wrong by the layout's own names
+        validate(ParallelConfig, parallel, "layout")  # so that errors name the layout's keys
         return validate(type(config), config.model_dump(exclude_unset=True) | own | {"parallel": parallel}, "layout")
 
     def origin(self, config: T) -> Path | None:
-        """The model that it trains."""
+        """The initial model."""
         return config.model
 
 
@@ -164,23 +164,23 @@ def _require_length(model: ModelInfo, tokens: int) -> None:
 
 
 def all_pairs(paths: list[Path], outlook: Outlook) -> list[PairStats | None]:
-    """What is known of each."""
+    """Estimates of the pairs at each path; None for those that are unknown."""
     return [outlook.pairs_of(path) for path in paths]
 
 
 def count_of_pairs(pairs: list[PairStats | None]) -> int | None:
-    """Of all together; None where it is not known of one."""
+    """Total number of pairs; None if one of the counts is unknown."""
     known = [found.count for found in pairs if found is not None]
     return sum(known) if len(known) == len(pairs) else None
 
 
 def longest_pair(pairs: list[PairStats | None], limit: int | None) -> LongestRow | None:
-    """The largest pair, where it is known of any."""
+    """The largest of the known pairs."""
     return longest_of([found.answers for found in pairs if found is not None], 2, limit)
 
 
 def mean_of(answers: AnswerStats | None, sequences: int, limit: int | None) -> LongestRow | None:
-    """So many answers to a prompt of mean length; longer sequences than `limit` are dropped."""
+    """A row with `sequences` answers to a prompt of mean length, each of at most `limit` tokens."""
     if answers is None:
         return None
     answer = min(answers.longest_answer, limit or answers.longest_answer)
@@ -188,11 +188,11 @@ def mean_of(answers: AnswerStats | None, sequences: int, limit: int | None) -> L
 
 
 def mean_pair(pairs: list[PairStats | None], limit: int | None) -> LongestRow | None:
-    """A pair in the mean, by the first set of which anything is known."""
+    """A pair whose prompt has the mean length, estimated from the first known set of pairs."""
     known = next((found for found in pairs if found is not None), None)
     return None if known is None else mean_of(known.answers, 2, limit)
 
 
 def longest_experience(answers: AnswerStats | None, limit: int | None) -> LongestRow | None:
-    """The largest row of an experience: all answers to a prompt."""
+    """The largest row of an experience: the longest prompt with all of its answers."""
     return longest_of([answers] if answers else [], answers.k if answers else 2, limit)

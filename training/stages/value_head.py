@@ -1,4 +1,4 @@
-"""A critic that knows nothing yet: a model with a head that says 0."""
+"""Declares the stage `value-head`, which creates an untrained critic: a model with a value head of zeros."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,31 +13,31 @@ from training.estimates import model_bytes
 
 @dataclass(frozen=True)
 class NewCritic(Stage[ValueHeadConfig]):
-    """The making of an untrained critic."""
+    """Creation of an untrained critic."""
 
     def models(self, config: ValueHeadConfig) -> tuple[ModelUse, ...]:
-        """The model that gets the head."""
+        """The model to which the head is added."""
         return (ModelUse(config.model, (ModelInfo.require_causal,)),)
 
     def libraries(self, config: ValueHeadConfig) -> tuple[str, ...]:
-        """Those that load a model."""
+        """Libraries that load a model."""
         return ("torch", "transformers")
 
     def memory(self, config: ValueHeadConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
-        """Its weights, read and to be written."""
+        """Two copies of the weights in fp32: as read, and as written."""
         size = outlook.size_of(config.model)
         return None if size is None else Memory({"weights": 2 * 4 * size.parameters, "process": PROCESS}, 1)
 
     def published_bytes(self, config: ValueHeadConfig, outlook: Outlook) -> int | None:
-        """P · 4 and the tokenizer."""
+        """Four bytes per parameter, and the tokenizer."""
         return model_bytes(config.output, outlook)
 
     def origin(self, config: ValueHeadConfig) -> Path | None:
-        """The model that gets the head."""
+        """The model to which the head is added."""
         return config.model
 
     def has_score_head(self, config: ValueHeadConfig) -> bool:
-        """It gives the value of every token."""
+        """True: the head returns the value of each token."""
         return True
 
 
