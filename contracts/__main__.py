@@ -1,9 +1,9 @@
-"""`python -m contracts {prompts,draw}`: import prompts from where they are; draw those of an iteration."""
+"""`python -m contracts {prompts,draw}`: imports a prompt set; draws the prompts of an iteration."""
 
 import os
 import sys
 
-# Ours before anything in the working directory that is called the same.
+# Ratchet's packages take precedence over modules of the same name in the working directory.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from contracts import surroundings
 

@@ -1,7 +1,7 @@
-"""Which causal language models are computed right, and how their batches are packed; by config.json alone.
+"""Decides from config.json whether a causal language model is supported, and how its batches are packed.
 
-A test makes a tiny model of every architecture in this table and compares engine, annotation and trainer with the
-model's own forward pass. What is not in the table is measured where it is loaded (`modeling/probe.py`).
+A test builds a tiny model of every architecture in this table and compares engine, annotation and trainer with the
+model's own forward pass. An architecture that is not in the table is measured when it is loaded (`modeling/probe.py`).
 """
 
 from collections.abc import Mapping
@@ -16,47 +16,47 @@ FLAT = frozenset(
     "llama minicpm3 minimax_m2 ministral ministral3 mistral mixtral nanochat olmo olmo2 olmo3 olmoe opt persimmon phi "
     "phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2 vaultgemma".split()
 )
-"""Model types whose attention is ours: batches without padding, in which a shared prompt is computed once."""
+"""Model types that run with Ratchet's attention: batches without padding, in which a shared prompt is computed once."""
 PADDED = frozenset(
     "bloom codegen doge falcon gpt_neo gpt_neox_japanese gptj llama4_text mpt nemotron phimoe stablelm xglm".split()
 )
-"""Model types whose attention is their own: one sequence a line, padded on the right."""
+"""Model types that run with their own attention: one sequence per row, padded on the right."""
 RECURRENT = frozenset(
     "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 mamba mamba2 minimax olmo_hybrid qwen3_5_moe_text "
     "qwen3_5_text qwen3_next recurrent_gemma".split()
 )
-"""The same for layers that carry a state from token to token; of the engines only vLLM samples from them."""
+"""Model types with layers that carry a state from token to token; of the engines, only vLLM can sample from them."""
 CONDITIONAL = frozenset({"gemma3"})
-"""Model types with a vision tower that can be trained on text: what is not language model is frozen."""
+"""Model types with a vision tower that can be trained on text; everything but the language model is frozen."""
 ENCODERS = frozenset(
     "albert bert bert-generation big_bird camembert data2vec-text deberta deberta-v2 distilbert electra ernie "
     "megatron-bert mobilebert modernbert mpnet reformer rembert roberta roberta-prelayernorm roc_bert roformer xlm "
     "xlm-roberta xlm-roberta-xl xlnet xmod".split()
 )
-"""Model types that see what comes after a token, or were made for that."""
+"""Model types with bidirectional attention, or that were designed for it."""
 REFUSED = {
     "modernbert-decoder": "puts layers of its own between its last hidden states and its logits",
     "openai-gpt": "keeps no cache, so no engine can sample from it",
     "rwkv": "carries a state from token to token that padding changes, and no engine samples from it right",
 }
-"""Model types that are computed wrong somewhere, and why."""
+"""Model types that some stage would compute incorrectly, with the reason as it appears in the message."""
 OWN_ATTENTION = ("full_attention", "sliding_attention")
-"""Kinds of layers that flat batches are right with; others of the same model type (convolutions, chunks) are not."""
+"""Layer types that flat batches support; models of a flat type with other layers (convolutions, chunks) are padded."""
 
 Support = Literal["flat", "padded", "recurrent", "measured"]
 
 
 def text_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config.json that speaks of the language model."""
+    """The part of a config.json that describes the language model."""
     found = config.get("text_config")
     return found if isinstance(found, Mapping) else config
 
 
 def support_of(config: Mapping[str, Any]) -> Support:
-    """How a causal language model is computed; `measured`: nothing is known of it.
+    """How a causal language model is computed; `measured` if the architecture is unknown.
 
     Raises:
-        UserError: it cannot be computed right.
+        UserError: it is known not to be supported.
     """
     require_supported(config)
     text = text_settings(config)
@@ -70,11 +70,11 @@ def support_of(config: Mapping[str, Any]) -> Support:
 
 
 def require_supported(config: Mapping[str, Any], what: str = "the model") -> None:
-    """Raise UserError when it is known that a model cannot be sampled from, scored with and trained.
+    """Raise UserError if a model is known not to work for sampling, scoring and training.
 
     Args:
         config: its config.json.
-        what: names the model in the message.
+        what: the model's name for the message.
     """
     model_type = str(config.get("model_type", ""))
     text = str(text_settings(config).get("model_type") or model_type)
@@ -96,9 +96,9 @@ def require_supported(config: Mapping[str, Any], what: str = "the model") -> Non
 
 
 def context_switch(config: Mapping[str, Any]) -> int | None:
-    """Tokens beyond which a model with longrope takes its long factors, where its context is longer; else None.
+    """The length beyond which a model with longrope uses its long factors; None if its context is not longer than that.
 
-    Every stage then takes them for every sequence (`modeling/rope.py`).
+    Every stage uses the long factors of such a model for all sequences (`modeling/rope.py`).
     """
     text = text_settings(config)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}

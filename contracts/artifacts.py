@@ -1,7 +1,7 @@
-"""Reading published directories (artifacts): the manifest is the only source of truth.
+"""Reads and verifies published directories (artifacts); the manifest is the only source of truth.
 
 `pipeline gc` may compress an artifact's rows (FILE.gz instead of FILE) and delete files, which it then lists in
-`released.json`. The manifest stays, so that a stage whose files were deleted is still known as published.
+`released.json`. The manifest stays, so that a stage whose files were deleted still counts as published.
 """
 
 import gzip
@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 class Artifact:
-    """A published directory, opened by its manifest."""
+    """A published directory with its manifest."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -36,7 +36,7 @@ class Artifact:
         """Open a published directory.
 
         Raises:
-            UserError: nothing is published there, or the artifact has none of `schemas`.
+            UserError: nothing is published there, or the artifact's schema is none of `schemas`.
         """
         try:
             manifest = _manifest_in(path)
@@ -55,7 +55,7 @@ class Artifact:
         return [self.path / file.path for file in self.manifest.files if file.path.startswith("shard-")]
 
     def rows(self, record_type: type[R]) -> Iterator[R]:
-        """All records, in order."""
+        """Read all records, in order."""
         for shard in self.shards:
             yield from read_jsonl(shard, record_type)
 
@@ -89,7 +89,7 @@ class Artifact:
 
     @property
     def released(self) -> frozenset[str]:
-        """Names of the files that `pipeline gc` deleted."""
+        """Names of the files that `pipeline gc` has deleted."""
         path = self.path / RELEASED
         if not path.is_file():
             return frozenset()
@@ -100,7 +100,7 @@ class Artifact:
 
 
 def _manifest_in(path: Path) -> Manifest:
-    """The manifest of a directory.
+    """Read the manifest of a directory.
 
     Raises:
         FileNotFoundError: it has none.
@@ -121,7 +121,7 @@ def artifact_of(path: Path) -> Artifact | None:
 
 
 def _is_manifest(file: Path) -> bool:
-    """Whether a manifest.json is an artifact's, perhaps a damaged one: other tools use the name too."""
+    """Whether a manifest.json belongs to an artifact, perhaps a damaged one; other tools use the name too."""
     try:
         data = json.loads(file.read_bytes())
     except ValueError:
@@ -139,7 +139,7 @@ def is_published(target: Path, key: str) -> bool:
         if MANIFEST not in os.listdir(target):
             raise NotADirectoryError
         found = _manifest_in(target)
-    except FileNotFoundError:  # also where somebody sets it aside meanwhile
+    except FileNotFoundError:  # or another process has just moved it away
         return False
     except (NotADirectoryError, IsADirectoryError) as error:
         raise UserError(
@@ -154,21 +154,21 @@ def is_published(target: Path, key: str) -> bool:
 
 
 def model_fingerprint(model: Path) -> str:
-    """`weights_fingerprint`; for a published checkpoint the recorded one, since its files are verified elsewhere."""
+    """The fingerprint of a model; for a published checkpoint, the recorded one: its files are verified elsewhere."""
     if (model / MANIFEST).is_file() and (recorded := Artifact.open(model).manifest.weights):
         return recorded
     return weights_fingerprint(model)
 
 
 def input_digest(source: Path | str) -> str:
-    """Digest of an input's content: an artifact, a file, a model or any other directory; of a Hub id, its name.
+    """Digest of an input's content: an artifact, a file, a model or any other directory; for a Hub id, of its name.
 
     Raises:
         UserError: the path does not exist.
     """
     if str(source).startswith("hf:"):
         place = re.split("[:@]", str(source).removeprefix("hf:"))[0]
-        local = place.startswith(("/", ".")) and Path(place).is_dir()  # as `datasets` reads it from there
+        local = place.startswith(("/", ".")) and Path(place).is_dir()  # then `datasets` reads that directory
         return digest([str(source), input_digest(place)] if local else str(source))
     path = Path(source)
     if (path / MANIFEST).is_file():
@@ -189,7 +189,7 @@ def input_digest(source: Path | str) -> str:
 
 
 def input_damage(source: Path) -> list[str]:
-    """The differences between a stage's input and its manifest, deleted files included; none for unpublished inputs."""
+    """The differences between a stage's input and its manifest, including deleted files; none if it is no artifact."""
     artifact = artifact_of(source)
     if artifact is None:
         return []

@@ -1,4 +1,4 @@
-"""What a supervised stage reports in its attempt's directory: heartbeats, progress, and the reason of a failure.
+"""Reports heartbeats, progress, metrics and failures of a supervised stage in the directory of its attempt.
 
 A stage that is run by hand has no such directory and reports nothing.
 """
@@ -23,10 +23,10 @@ from contracts.points import REPORTS, Report, Unit
 ATTEMPT = "RATCHET_ATTEMPT"
 """Environment variable: the directory of the attempt."""
 ROLE = "RATCHET_ROLE"
-"""Environment variable: this process's role in a stage that works in shards (`contracts.stage.WorkerRole`); unset:
-everything."""
+"""Environment variable: this process's role in a stage that works in shards (`contracts.stage.WorkerRole`); if unset,
+the process does everything."""
 STALL = "RATCHET_STALL_SECONDS"
-"""Environment variable: seconds without a heartbeat after which this stage is killed; unset: never."""
+"""Environment variable: seconds without a heartbeat after which this stage is killed; if unset, it never is."""
 HEARTBEAT = "heartbeat"
 PROGRESS = "progress.json"
 FAILURES = "failure-*.json"
@@ -62,7 +62,7 @@ def report_progress(done: int, total: int, unit: str) -> None:
 
 
 def report_within(done: int, total: int, unit: str) -> None:
-    """Report progress within the current unit of `report_progress`, where that progress survives a kill."""
+    """Report progress within the current unit of `report_progress`; call it only if that progress survives a kill."""
     if _progress:  # otherwise another process of this stage reports
         _progress["within"] = {"done": done, "total": total, "unit": unit}
         _write_progress()
@@ -78,10 +78,10 @@ def _write_progress(*, at_once: bool = False) -> None:
 
 
 def report_metrics(unit: Unit, number: int, metrics: Mapping[str, float]) -> None:
-    """Report metrics of a step (from 1) or a shard (from 0), at once; cheap enough for every step.
+    """Report the metrics of a step (from 1) or a shard (from 0) immediately; cheap enough for every step.
 
-    To be called before the step or shard is saved: then no kill can leave one that was never reported. One that is made
-    again is reported again, with the same numbers.
+    Call it before the step or shard is saved, so that a kill cannot leave one that was never reported. A step or shard
+    that is recomputed is reported again, with the same numbers.
     """
     attempt = os.environ.get(ATTEMPT)
     if attempt:
@@ -102,9 +102,9 @@ def report_failure(kind: FailureKind, text: str, folder: Path | None = None) -> 
 
 
 def fail(error: BaseException) -> int:
-    """Report on stderr and in the attempt's directory why this process fails; returns its exit code.
+    """Report on stderr and in the attempt's directory why this process fails; return its exit code.
 
-    A traceback is shown for bugs, and for transient failures that have no message of their own.
+    A traceback is shown for bugs, and for transient failures without a message of their own.
     """
     stopping.ignore()  # other ranks, the launcher and the scheduler may all send further stop signals
     code, kind, text = reason(error)

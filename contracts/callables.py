@@ -1,9 +1,9 @@
-"""Functions of the user's own, named in a config by a file or by an import path.
+"""Finds and loads the user's own functions, which a config names by file or by import path.
 
-`path/to/file.py:function` is that file, whatever it is called; a relative path starts in the directory in which the
-command was given. `package.module:function` is what Python finds: a package of Ratchet's, else a library of the
-environment, else a module in that directory, else one on PYTHONPATH. So a file of the user's never takes the place of a
-library's module; one that has such a name is named by its path.
+`path/to/file.py:function` always means that file; a relative path is relative to the working directory of the command.
+`package.module:function` is resolved by Python: first among Ratchet's packages, then in the libraries of the
+environment, the working directory, and PYTHONPATH. So a user's file never shadows a module of a library; a file with
+such a name must be given by its path.
 """
 
 import ast
@@ -35,7 +35,7 @@ OWN_PACKAGES = (
     "tracking",
     "training",
 )
-"""Ratchet's own, in whose place nothing of the user's is ever taken."""
+"""Ratchet's packages, which the user's modules never shadow."""
 
 
 @functools.cache
@@ -57,13 +57,13 @@ def load_callable(path: str) -> Callable[..., Any]:
 
 
 def load_module(name: str, what: str) -> Any:
-    """Import `package.module` or `path/to/file.py`; `what` stands for it in the message.
+    """Import `package.module` or `path/to/file.py`; messages call it `what`.
 
-    It can import the modules in the working directory and those beside the file. Installed libraries come first, so
-    that a file cannot take the place of one of theirs.
+    The module can itself import modules from the working directory and from the directory of the file. Installed
+    libraries come first, so that a file cannot shadow one of their modules.
 
     Raises:
-        UserError: it does not exist, or fails when it is imported.
+        UserError: it does not exist, or its import fails.
     """
     sys.path += [str(folder) for folder in _folders(name) if str(folder) not in sys.path]
     try:
@@ -92,13 +92,16 @@ def _load_file(path: Path, what: str) -> Any:
 
 @contextlib.contextmanager
 def blamed(what: str) -> Iterator[None]:
-    """Has what a function of the user's raises inside told as their mistake, with its place; `what` begins the message.
+    """Report exceptions of a user's function that is called inside as the user's mistake, with file and line.
 
-    What may go away by itself, and a request to stop, stay what they are. The traceback is printed where that goes to a
-    log, and not on a terminal.
+    Transient failures and stop requests are raised unchanged. The traceback is printed to the log of a supervised
+    stage, but not to a terminal.
+
+    Args:
+        what: the beginning of the message.
 
     Raises:
-        UserError: it failed.
+        UserError: the function failed.
     """
     try:
         yield
@@ -115,14 +118,14 @@ def blamed(what: str) -> Iterator[None]:
 
 
 def place_of(error: BaseException) -> str:
-    """Where an error comes from, as " (FILE, line N)": the innermost line of the user's own, where there is one."""
+    """The origin of an error as " (FILE, line N)": the innermost line in the user's own code, if there is one."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not _is_installed(frame.filename)]
     return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in (own or frames)[-1:])
 
 
 def _is_installed(file: str) -> bool:
-    """Whether a file is Python's, a library's or Ratchet's."""
+    """Whether a file belongs to Python, a library or Ratchet."""
     return file.startswith(("<", *_installed_folders()))
 
 
@@ -134,12 +137,12 @@ def _installed_folders() -> tuple[str, ...]:
 
 
 def source_file(path: str) -> Path:
-    """The source file of `package.module:function` or `file.py:function`, found and checked without running it.
+    """Find the source file of `package.module:function` or `file.py:function`, and check it without running it.
 
-    Its content enters the stage key, so that an edit of the function is seen.
+    Its content enters the stage key, so that an edit of the function is noticed.
 
     Raises:
-        UserError: there is no such module or file, it is no Python, or nothing in it has the function's name.
+        UserError: the module or file does not exist, is not valid Python, or does not define the function's name.
     """
     module_name, _, name = path.rpartition(":")
     if not module_name and name.endswith(".py"):
@@ -158,7 +161,7 @@ def source_file(path: str) -> Path:
 
 
 def _module_file(name: str) -> Path | None:
-    """The source of a module, where Python finds it in the stage, which has the working directory on its path."""
+    """The source file of a module, as a stage would find it with the working directory on its path."""
     if not name:
         return None
     try:
@@ -181,13 +184,13 @@ def _advice(module: str, name: str) -> str:
 
 
 def source_files(path: str) -> dict[str, Path]:
-    """The source of `package.module:function` or `file.py:function`, and of the user's modules that it imports.
+    """Find the source files of `package.module:function` or `file.py:function`, and of the user's modules it imports.
 
-    These are the ones in the working directory, which driver and stage have in common, and beside the file. Libraries
-    are known by their versions, and Ratchet's own packages by the stages' code versions.
+    The user's modules are those in the working directory, which is the same for driver and stages, and those in the
+    directory of the file. Libraries enter the stage key by their versions, Ratchet's packages by `code_version`.
 
     Raises:
-        UserError: as `source_file`.
+        UserError: as in `source_file`.
     """
     found = {"function": source_file(path)}
     todo = list(found.values())
@@ -205,22 +208,22 @@ def source_files(path: str) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class _Outline:
-    """What of a source file matters here."""
+    """The names and imports of a source file."""
 
     names: frozenset[str]
-    """All that it defines or imports, anywhere in it."""
+    """All names that it defines or imports, in any scope."""
     imports: tuple[tuple[int, tuple[str, ...]], ...]
-    """For each import how many folders up it starts (0: in the working directory), and the modules that it may name."""
+    """For each import, its level (number of leading dots; 0 if absolute) and the modules that it may refer to."""
 
 
 def _folders(module: str) -> list[Path]:
-    """Where the user's own modules are looked for: in the working directory, and beside a file that is named."""
+    """The directories of the user's own modules: the working directory, and the directory of a named file."""
     beside = [Path(module).absolute().parent] if module.endswith(".py") else []
     return list(dict.fromkeys([Path.cwd(), *beside]))
 
 
 def _own_imports(file: Path, outline: _Outline, folders: list[Path]) -> Iterator[tuple[str, Path]]:
-    """Name and file of each module of the user's own that a source imports, anywhere in it."""
+    """Yield name and file of each of the user's own modules that a source file imports, in any scope."""
     for level, imports in outline.imports:
         starts = [file.absolute().parents[level - 1]] if level else folders
         for name in dict.fromkeys(part for imported in imports for part in _with_parents(imported)):
@@ -229,13 +232,13 @@ def _own_imports(file: Path, outline: _Outline, folders: list[Path]) -> Iterator
 
 
 def _with_parents(name: str) -> list[str]:
-    """`a.b.c` with the packages that are imported on the way to it: a, a.b, a.b.c."""
+    """A module with its parent packages, which are imported before it: a, a.b, a.b.c for `a.b.c`."""
     parts = name.split(".")
     return [".".join(parts[: end + 1]) for end in range(len(parts)) if name]
 
 
 def _first_module(name: str, folders: list[Path]) -> Iterator[tuple[str, Path]]:
-    """The file of a module in the first folder that has it; a package's empty `__init__.py` says nothing."""
+    """Yield the file of a module in the first folder that has it; an empty `__init__.py` is skipped."""
     for folder in folders:
         place = folder.joinpath(*name.split("."))
         for candidate in (place / "__init__.py", place.with_suffix(".py")):
@@ -246,10 +249,10 @@ def _first_module(name: str, folders: list[Path]) -> Iterator[tuple[str, Path]]:
 
 
 def _outline_of(file: Path, path: str) -> _Outline:
-    """The outline of a file, which is read again when it has changed.
+    """The outline of a file, cached until the file changes.
 
     Raises:
-        UserError: it is not Python.
+        UserError: it is not valid Python.
     """
     status = file.stat()
     try:

@@ -1,6 +1,6 @@
-"""Conversations to token ids and back: the chat template applied once, by the tokenizer that owns it.
+"""Converts conversations to token ids and back, with the chat template applied once by the model's own tokenizer.
 
-Imported late by those who need it: transformers is loaded with the first tokenizer, and not everywhere installed.
+Import this module late: it loads transformers with the first tokenizer, which is not installed everywhere.
 """
 
 import functools
@@ -33,20 +33,20 @@ from contracts.turns import (
 Tools = JsonObjects | msgspec.UnsetType
 THINK = "<think>"
 WAYS: tuple[dict[str, bool], ...] = ({}, {"parts": True}, {"arguments_as_text": True})
-"""How turns can be handed to a template (`as_template_sees`), in the order in which this is tried."""
+"""Formats in which a template may expect turns (arguments of `as_template_sees`), in the order of the attempts."""
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
-"""Private characters around what is to be read as text, between the template and the tokenizer."""
+"""Private-use characters that enclose special tokens which the tokenizer must read as text."""
 SLOT, SLOT_END = "\ue0f2", "\ue0f3"
-"""The same around the number of a slot, where token ids go (`ChatTokenizer.filled`)."""
+"""Private-use characters that enclose the number of a slot, which token ids replace (`ChatTokenizer.filled`)."""
 
 
 def slot(number: int) -> str:
-    """What stands in a turn's text where token ids go that nobody's text can make."""
+    """A placeholder in a turn's text for token ids that no text can produce."""
     return f"{SLOT}{number}{SLOT_END}"
 
 
 def without_slots(text: str) -> str:
-    """A text of others, in which nothing can be taken for a slot."""
+    """Remove the characters of slots from a text, so that nothing in it can be mistaken for a slot."""
     return _without(text, SLOT, SLOT_END)
 
 
@@ -54,23 +54,23 @@ class Answered(msgspec.Struct, frozen=True):
     """A conversation that ends with an answer, as token ids."""
 
     prompt: list[int]
-    """As generation makes them, up to where the answer begins."""
+    """The prompt's tokens as in generation, up to where the answer begins."""
     response: list[int]
-    """The answer, with the token that ends it."""
+    """The answer's tokens, including the one that ends it."""
 
 
 class ChatTokenizer:
     """The tokenizer of a model directory, and its chat template if it has one."""
 
     def __init__(self, path: Path, variables: dict[str, Any] | None = None, date: str | None = None) -> None:
-        """Load it.
+        """Load the tokenizer.
 
         Args:
             variables: `chat_template_kwargs` of a config.
-            date: the day that the template is told to be today.
+            date: the date that the template sees as today's.
 
         Raises:
-            UserError: the directory holds no tokenizer that all environments read alike.
+            UserError: the directory has no tokenizer that all environments read alike.
         """
         self.path = path
         self.tokenizer: Any = load_tokenizer(path)
@@ -78,12 +78,12 @@ class ChatTokenizer:
         self.variables = variables
         self.date = date
         self.counts: Counter[str] = Counter()
-        """What was done to conversations that somebody should know of."""
+        """Counts of changes to conversations that the user should know about."""
         self._ways: dict[Any, dict[str, bool]] = {}
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
-        """The chat template, or a UserError where there is none."""
+        """The chat template; UserError if there is none."""
         return ChatTemplate(self.path, self.variables, self.date)
 
     def conversation(
@@ -94,14 +94,17 @@ class ChatTokenizer:
         for_answer: bool = False,
         what: str = "a conversation",
     ) -> list[int]:
-        """Token ids of a conversation; `for_answer` ends them where the assistant's answer begins, or, where the last
-        turn is an assistant's, behind its text, which the answer goes on from (prefill).
+        """Token ids of a conversation; with `for_answer`, up to where the assistant's answer begins or, if the last
+        turn is an assistant's (prefill), up to the end of its text.
 
-        The text of special tokens inside a turn is read as text, and counted (`counts`).
+        Special tokens that are written inside a turn are read as text, and counted (`counts`).
+
+        Args:
+            what: the conversation's name for messages.
 
         Raises:
-            UserError: the template refuses the conversation, which `what` names, leaves some of it out, or begins it
-                with two BOS tokens; or a turn is a whole conversation that was rendered already.
+            UserError: the template refuses the conversation, drops a part of it, or begins it with two BOS tokens; or a
+                turn is a whole conversation that was rendered already.
         """
         if for_answer and messages and messages[-1].role == "assistant":
             return self._begun(messages, tools, what)
@@ -111,12 +114,13 @@ class ChatTokenizer:
     def filled(
         self, messages: Sequence[Message], ids: Sequence[int], *, tools: Tools = msgspec.UNSET, what: str
     ) -> tuple[list[int], dict[int, int]]:
-        """Token ids of a conversation with `ids` in every `slot` of its turns' texts.
+        """Token ids of a conversation, with `ids` in place of every `slot` in its turns' texts.
 
-        What is between two slots is tokenized apart, so that nothing that a text says merges with them.
+        The text between two slots is tokenized separately, so that it cannot merge with the ids.
 
         Returns:
-            The ids, and by the number of each slot where its own begin; those that the template leaves out are absent.
+            The ids, and the index at which those of each slot begin, by its number; slots that the template drops are
+            absent.
 
         Raises:
             UserError: as in `conversation`.
@@ -131,10 +135,10 @@ class ChatTokenizer:
         return self._begins_once(found, what), begins
 
     def _begun(self, messages: Sequence[Message], tools: Tools, what: str) -> list[int]:
-        """Token ids of a conversation up to the end of the answer's beginning, its last turn.
+        """Token ids of a conversation up to the end of its prefill, the last turn.
 
         Raises:
-            UserError: as in `conversation`; or the beginning has tool calls, or a token that ends answers.
+            UserError: as in `conversation`; or the prefill has tool calls or a stop token.
         """
         *before, last = messages
         said = [last.content, *texts_in(last.reasoning_content)]
@@ -147,11 +151,11 @@ class ChatTokenizer:
         return self._ids(prompt + self._beginning(prompt, safe, last, tools, what), what)
 
     def _beginning(self, prompt: str, before: Sequence[Message], last: Message, tools: Tools, what: str) -> str:
-        """What follows a prompt's text where the answer begins with `last`: what the template writes before such a
-        turn, and its text."""
+        """The text that follows the rendered prompt if the answer begins with the prefill `last`: the template's text
+        before such a turn, and the turn's own."""
         bare = prompt.rstrip()
         thinking = bare.endswith(THINK)
-        if last.content.lstrip().startswith(THINK):  # thoughts that go on: no template can say that of a turn
+        if last.content.lstrip().startswith(THINK):  # unfinished thoughts, which no template can render
             text = last.content.lstrip()
             return text.removeprefix(THINK).removeprefix(prompt[len(bare) :]) if thinking else text
         thoughts = "" if last.reasoning_content is msgspec.UNSET else last.reasoning_content
@@ -176,16 +180,16 @@ class ChatTokenizer:
     def answered(
         self, messages: Sequence[Message], *, tools: Tools = msgspec.UNSET, what: str = "a conversation"
     ) -> Answered | str:
-        """Token ids of the conversation before its last turn, which is an assistant's, and of that turn as an answer.
+        """Token ids of a conversation that ends with an assistant's turn: those of the prompt, and those of the answer.
 
-        The prompt is what generation makes, and the answer what the template writes behind it, up to the token that
-        ends it. Where the template writes other things there (models that think), or where the first characters of the
-        answer would merge with the last of the prompt, the answer is tokenized apart.
+        The prompt is the same as in generation, and the answer is what the template writes after it, up to the token
+        that ends it. If the template writes anything else there (reasoning models), or if the first characters of the
+        answer would merge with the last ones of the prompt, the answer is tokenized separately.
 
         Returns:
-            The ids, or why there are none: "stop_inside" (the answer holds a token that ends answers), "no_thinking"
-            (the prompt has begun to think for the model, the answer has no thoughts), "left_out" (the template leaves
-            out the thoughts or tool calls of the answer).
+            The ids, or the reason why there are none: "stop_inside" (the answer contains a stop token), "no_thinking"
+            (the prompt ends with <think>, but the answer has no thoughts), "left_out" (the template drops the answer's
+            thoughts or tool calls).
 
         Raises:
             UserError: as in `conversation`.
@@ -202,7 +206,7 @@ class ChatTokenizer:
         prompt = self._ids(prompt_text, what)
         try:
             full_text = self.render([*before, last], tools=tools, what=what)
-        except UserError:  # Mistral's, for example, leaves the system's turn out where the user's is not the last
+        except UserError:  # Mistral's template, for example, drops the system turn unless the last turn is the user's
             full_text = ""
         tail = full_text.removeprefix(prompt_text) if full_text.startswith(prompt_text) else ""
         if tail and self._holds(last, tail) and not _thinks_twice(last.content, tail):
@@ -225,7 +229,7 @@ class ChatTokenizer:
         for_answer: bool = False,
         what: str = "a conversation",
     ) -> str:
-        """The text of a conversation, checked to hold all that went into it.
+        """Render a conversation as text, and check that no turn, tool call or tool is missing.
 
         Raises:
             UserError: as in `conversation`.
@@ -253,28 +257,28 @@ class ChatTokenizer:
 
     @property
     def vocabulary(self) -> str:
-        """Digest of what each token id stands for; two models with the same one can read each other's ids."""
+        """Digest of the mapping from tokens to ids; models with equal digests can read each other's ids."""
         return digest(self.tokenizer.get_vocab())
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all that makes ids of conversations and text of ids: of tokenizer.json with its normalizer,
-        pre-tokenizer and decoder, of the templates, the special tokens and the stop ids."""
+        """Digest of everything that affects encoding and decoding: tokenizer.json with its normalizer, pre-tokenizer
+        and decoder, the templates, the special tokens and the stop ids."""
         backend = msgspec.json.decode(self.tokenizer.backend_tokenizer.to_str())
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
         return digest([backend, special, template_texts(self.path), list(self.stop_ids)])
 
     @property
     def begin_id(self) -> int | None:
-        """The token that only ever begins; None where there is none, or where it ends answers as well (GPT-2)."""
+        """The BOS token; None if there is none, or if it is a stop token as well (GPT-2)."""
         begin: int | None = self.tokenizer.bos_token_id
         return None if begin in self.stop_ids else begin
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the tokenizer's EOS first, then those of generation_config.json (or config.json).
+        """The stop tokens: the tokenizer's EOS first, then those of generation_config.json (or config.json).
 
-        Empty for a model that never answers, such as a reward model.
+        May be empty for a model that does not generate, such as a reward model.
         """
         end = self.tokenizer.eos_token_id
         found = [] if end is None else [int(end)]
@@ -292,13 +296,13 @@ class ChatTokenizer:
 
     @functools.cached_property
     def end_id(self) -> int:
-        """The token that ends an answer, the template's way: the first stop token that it writes behind one, else the
-        first of all."""
+        """The token that ends an answer in the template: the first stop token that it writes after one, or else the
+        first of all stop tokens."""
         behind = self._behind(self._sample.rpartition(mark(1))[2])
         return next((token for token in behind if token in self.stop_ids), self.stop_ids[0])
 
     def require_stop(self) -> None:
-        """Raise UserError unless there is a token that ends an answer."""
+        """Raise UserError if there are no stop tokens."""
         if not self.stop_ids:
             raise UserError(
                 f"{self.path} names no EOS token, so no answer could ever end. Set eos_token in its "
@@ -306,14 +310,14 @@ class ChatTokenizer:
             )
 
     def following(self, text: str) -> list[int]:
-        """Token ids of a text that follows another; special tokens in it are read as such."""
+        """Token ids of a text that continues another one; special tokens in it are read as such."""
         return self._behind(text)
 
     def text(self, response_ids: Sequence[int], behind: Sequence[int] = ()) -> str:
-        """A response without its stop token and other special tokens.
+        """Decode a response without its stop token and other special tokens.
 
         Args:
-            behind: the tokens before it, where it goes on with a text: decoders leave the first blank of a text out.
+            behind: the preceding tokens, if the response continues a text; otherwise decoders may drop its first space.
         """
         ids = list(response_ids)
         if ids and ids[-1] in self.stop_ids:
@@ -344,12 +348,12 @@ class ChatTokenizer:
             ) from error
 
     def _way(self, messages: Sequence[Message], tools: Tools, for_answer: bool, what: str) -> dict[str, bool]:
-        """How such turns have to be handed to the template, so that it writes all of them.
+        """The format in which the template expects such turns, so that it drops none of them.
 
-        Tried once for each sequence of roles, with words that no template has in the place of the texts.
+        It is determined once per sequence of roles, with markers in place of the texts.
 
         Raises:
-            UserError: it leaves some turn out either way.
+            UserError: the template drops a turn in every format.
         """
         shape = tuple((message.role, not message.content.strip(), bool(message.tool_calls)) for message in messages)
         known = (shape, tools is msgspec.UNSET, for_answer)
@@ -379,7 +383,7 @@ class ChatTokenizer:
         raise problem
 
     def _refuse_rendered(self, messages: Sequence[Message], what: str) -> None:
-        """Raise UserError where a user's turn is a conversation that this template has rendered already."""
+        """Raise UserError if a user's turn is a conversation that was already rendered with this template."""
         openings, ends = self._surroundings
         if not openings or not ends:
             return
@@ -396,7 +400,7 @@ class ChatTokenizer:
 
     @functools.cached_property
     def _surroundings(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The first words of rendered conversations, and what follows the text of a user's turn at their end."""
+        """The first words of rendered conversations, and the texts that follow a user's last turn."""
         openings: set[str] = set()
         ends: set[str] = set()
         begin = self.tokenizer.bos_token or ""
@@ -406,7 +410,7 @@ class ChatTokenizer:
                 try:
                     way = self._first_way(turns, msgspec.UNSET, for_answer, "a conversation")
                     text = self._rendered(turns, msgspec.UNSET, for_answer, "a conversation", **way)
-                except UserError:  # it knows no system turn
+                except UserError:  # the template does not support a system turn
                     continue
                 openings.update(text.partition(mark(0))[0].strip().removeprefix(begin).split()[:1])
                 ends.add(text.rpartition(mark(len(turns) - 1))[2].strip())
@@ -414,19 +418,19 @@ class ChatTokenizer:
 
     @functools.cached_property
     def _sample(self) -> str:
-        """A question with its answer, both of them marks."""
+        """A rendered question with its answer, both of which are markers."""
         return self.render(with_marks([Message("user", "?"), Message("assistant", "!")]))
 
     @functools.cached_property
     def _lead(self) -> str:
-        """The white space that the template writes before an answer."""
+        """The whitespace that the template writes before an answer."""
         before = self._sample.rpartition(mark(1))[0]
         prompt = self.render(with_marks([Message("user", "?")]), for_answer=True)
         lead = before.removeprefix(prompt)
         return lead if before.startswith(prompt) and not lead.strip() else ""
 
     def _holds(self, answer: Message, text: str) -> bool:
-        """Whether a text holds all of an answer: its content, thoughts and calls."""
+        """Whether a text contains all of an answer: its content, thoughts and tool calls."""
         thoughts = "" if answer.reasoning_content is msgspec.UNSET else answer.reasoning_content
         return occurs(answer.content, text) and occurs(thoughts, text) and lost_call([answer], text) is None
 
@@ -446,7 +450,7 @@ class ChatTokenizer:
         return ids
 
     def _encode(self, text: str, *, as_text: bool = False) -> list[int]:
-        """Token ids of a text; `as_text`: of special tokens in it, those of their characters."""
+        """Token ids of a text; with `as_text`, special tokens in it are encoded as plain characters."""
         if OPEN in text:
             first, *others = re.split(f"{OPEN}(.*?){CLOSE}", text, flags=re.DOTALL)
             ids = self._encode(_without(first, OPEN, CLOSE))
@@ -467,7 +471,7 @@ class ChatTokenizer:
         return ids
 
     def _behind(self, text: str, *, as_text: bool = False) -> list[int]:
-        """Token ids of a text that follows another: without what some tokenizers put before the first word."""
+        """Token ids of a text that continues another one, without the prefix that some tokenizers add at the start."""
         if not text:
             return []
         newline, both = self._encode("\n"), self._encode("\n" + text, as_text=as_text)
@@ -476,7 +480,7 @@ class ChatTokenizer:
         )
 
     def _safe(self, messages: Sequence[Message], tools: Tools) -> tuple[list[Message], Tools]:
-        """The same turns and tools, with special tokens in their texts marked as text."""
+        """Mark special tokens in the texts of turns and tools as plain text."""
         given: Any = [msgspec.structs.asdict(message) for message in messages]
         if not any(map(self._control_text.search, texts_in([given, tools]))):
             return list(messages), tools
@@ -484,7 +488,7 @@ class ChatTokenizer:
         return [Message(**self._marked(turn)) for turn in given], self._marked(tools)
 
     def _marked(self, value: Any) -> Any:
-        """A value with the special tokens in all of its texts marked as text."""
+        """Mark the special tokens in all strings of a nested value as plain text."""
         if isinstance(value, str):
             return self._control_text.sub(f"{OPEN}\\g<0>{CLOSE}", _without(value, OPEN, CLOSE))
         if isinstance(value, dict):
@@ -495,7 +499,7 @@ class ChatTokenizer:
 
     @functools.cached_property
     def _control(self) -> dict[int, str]:
-        """Tokens that steer a model: the special ones, and those that end an answer."""
+        """The control tokens by id: special tokens and stop tokens."""
         decoder = self.tokenizer.added_tokens_decoder
         return {key: token.content for key, token in decoder.items() if token.special or key in self.stop_ids}
 
@@ -514,8 +518,8 @@ class ChatTokenizer:
 
 
 def _apart(prompt: str, answer: Message) -> str:
-    """What an answer adds to a prompt that may have begun to think for the model (`<think>` at its end), where the
-    template does not say it; or why that cannot be told."""
+    """The text of an answer to a prompt that may end with `<think>`, for templates that do not render it after the
+    prompt; or the reason why there is none (see `ChatTokenizer.answered`)."""
     thoughts = "" if answer.reasoning_content is msgspec.UNSET else answer.reasoning_content
     begun = prompt.rstrip()
     if not begun.endswith(THINK):
@@ -531,7 +535,7 @@ def _apart(prompt: str, answer: Message) -> str:
 
 
 def _thinks_twice(answer: str, tail: str) -> bool:
-    """Whether a template has written thoughts of its own before an answer that has its thoughts in its text."""
+    """Whether a template has written an extra thinking block before an answer that contains its thoughts already."""
     return THINK_END in answer and tail.count(THINK_END) > answer.count(THINK_END)
 
 

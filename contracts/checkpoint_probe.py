@@ -1,4 +1,7 @@
-"""What a trainer said of one sequence when it published a checkpoint: whoever loads it can be compared with that."""
+"""Reads the probe of a checkpoint: log-probabilities that the trainer computed for one sequence when it published.
+
+Whoever loads the checkpoint can compare its own log-probabilities with them.
+"""
 
 from pathlib import Path
 
@@ -8,7 +11,7 @@ from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST
 
 FACT = "probe"
-"""Name of the fact in the manifest of a checkpoint; like all facts it is no part of the content."""
+"""Name of the fact in a checkpoint's manifest; like all facts, it is not part of the content digest."""
 
 
 class Probe(msgspec.Struct, frozen=True):
@@ -18,11 +21,11 @@ class Probe(msgspec.Struct, frozen=True):
     response_ids: list[int]
     logprobs: list[float]
     dtype: str
-    """Number format that the trainer computed them in."""
+    """The dtype in which the trainer computed them."""
 
 
 def probe_of(model: Path) -> Probe | None:
-    """The probe of a published checkpoint; None where there is none."""
+    """The probe of a published checkpoint, or None."""
     if not (model / MANIFEST).is_file():
         return None
     found = Artifact.open(model).manifest.facts.get(FACT)

@@ -1,8 +1,11 @@
-"""Stage configs: every field is declared *identity*, *input* or *runtime*, and unknown keys are errors.
+"""Base classes and parsing of stage configs, where every field is declared *identity*, *input* or *runtime*.
 
-identity  changes what is computed: part of the stage key.
-input     a path to an artifact or a model: its content's digest, not its name, is part of the stage key.
-runtime   where and how fast: devices, batch shapes that do not change results, output paths. Not in the key.
+identity  changes the result: its value is part of the stage key.
+input     a path to an artifact or a model: the digest of its content, not its name, is part of the stage key.
+runtime   where and how fast the stage runs (devices, batch shapes that do not change results, output paths): not in
+          the key.
+
+Unknown keys are errors.
 """
 
 import argparse
@@ -32,7 +35,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Role(StrEnum):
-    """What a config field means for the stage key."""
+    """The role of a config field in the stage key."""
 
     IDENTITY = "identity"
     INPUT = "input"
@@ -40,40 +43,40 @@ class Role(StrEnum):
 
 
 def identity(default: Any = ..., *, later: bool = False, was: str = "", **constraints: Any) -> Any:
-    """A field that changes what is computed.
+    """Declare a field that changes the result.
 
     Args:
-        later: added after stage keys were published; left out of the key while it has its default, which must compute
-            what was computed before.
-        was: former names of the key in the same section, separated by blanks; a config that uses one is refused with
-            the new name.
+        later: whether the field was added after stage keys were published. It is then left out of the key while it has
+            its default, which must give the same result as before.
+        was: former names of the key in the same section, separated by spaces; a config that uses one is refused with a
+            message that gives the new name.
     """
     extra: dict[str, Any] = {"role": Role.IDENTITY, "later": later, "was": was}
     return Field(default, json_schema_extra=extra, validate_default=True, **constraints)
 
 
 def input_path(default: Any = ..., *, was: str = "", **constraints: Any) -> Any:
-    """A field that holds the path(s) of artifacts or models: `Path`, `list[Path]`, `dict[str, Path]` or None."""
+    """Declare a field with the paths of artifacts or models: `Path`, `list[Path]`, `dict[str, Path]` or None."""
     return Field(default, json_schema_extra={"role": Role.INPUT, "was": was}, **constraints)
 
 
 def runtime(default: Any = ..., *, was: str = "", **constraints: Any) -> Any:
-    """A field that changes where or how fast, but not what is computed."""
+    """Declare a field that changes where or how fast a stage runs, but not its result."""
     extra: dict[str, Any] = {"role": Role.RUNTIME, "was": was}
     return Field(default, json_schema_extra=extra, validate_default=True, **constraints)
 
 
 def _declared(field: FieldInfo) -> dict[str, Any]:
-    """The arguments of `identity`, `input_path` or `runtime`."""
+    """The arguments with which `identity`, `input_path` or `runtime` declared a field."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 IN_WORDS: dict[str, str] = {}
-"""What texts that fit a pattern are made of, by pattern."""
+"""Descriptions of the texts that match a pattern, by pattern."""
 
 
 def worded(pattern: str, words: str) -> str:
-    """A pattern for texts of the user's, with what it allows in words, for who is refused by it."""
+    """Register a description of a pattern, for the message to a user whose text does not match; return the pattern."""
     IN_WORDS[pattern] = words
     return pattern
 
@@ -90,7 +93,7 @@ class Section(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a class that has an unclassified field."""
+        """Raise TypeError for a class with a field that has no role."""
         super().__pydantic_init_subclass__(**kwargs)
         for name, field in cls.model_fields.items():
             if "role" not in _declared(field):
@@ -99,7 +102,7 @@ class Section(BaseModel):
 
     @classmethod
     def variants(cls) -> "Mapping[str, type[Section]]":
-        """Where the keys differ by the key `kind`: the classes that read them, by its values."""
+        """For a section whose keys depend on its key `kind`: the classes for its values."""
         return {}
 
     def select(self, role: Role) -> dict[str, Any]:
@@ -139,13 +142,13 @@ class StageConfig(Section):
     stage: ClassVar[str]
     code_version: ClassVar[int]
     further_libraries: ClassVar[tuple[str, ...]] = ()
-    """Those of `contracts.versions.FURTHER` whose versions decide its result."""
+    """Libraries of `contracts.versions.FURTHER` whose versions affect the stage's result."""
 
     output: Path = runtime()
-    """Directory to publish; must not exist yet, or hold what this very configuration makes."""
+    """Directory to publish; must not exist yet, unless it was published from this configuration."""
 
     def input_paths(self) -> list[Path]:
-        """All inputs."""
+        """The paths of all inputs."""
         return [Path(path) for path in leaves(self.select(Role.INPUT)) if path is not None]
 
     def source_files(self) -> dict[str, Path]:
@@ -153,12 +156,12 @@ class StageConfig(Section):
         return {}
 
     def asked_servers(self) -> list[str]:
-        """Addresses of servers that this stage asks, and preflight before it."""
+        """URLs of the servers that this stage sends requests to, as does its preflight."""
         return []
 
 
 def describe(model: type[BaseModel]) -> str:
-    """A configuration's first line and its keys with their meaning and default, required ones first, for --help."""
+    """Describe a configuration for --help: its summary, and its keys with meaning and default, required ones first."""
     lines = [_first_line(model)]
     meanings = docstrings(model)
     for key, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
@@ -177,12 +180,12 @@ def _first_line(model: type[BaseModel]) -> str:
 
 
 NOT_OURS = ("builtins", "msgspec", "pydantic")
-"""Packages whose classes have no keys of ours."""
+"""Packages whose classes declare no config keys."""
 
 
 def docstrings(kind: type) -> dict[str, str]:
-    """The text below each field of a config or record, from the source: read when it is to be shown, since every
-    process defines configs."""
+    """The docstring of each field of a config or record. They are parsed from the source only when they are shown,
+    because every process defines configs."""
     bases = [base for base in reversed(kind.__mro__) if base.__module__.partition(".")[0] not in NOT_OURS]
     return {field: said for base in bases for field, said in _own_docstrings(base).items()}
 
@@ -200,7 +203,7 @@ def _own_docstrings(base: type) -> dict[str, str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose --help ends with the text that `keys` returns, which is made only for that."""
+    """A parser whose --help ends with the text that `keys` returns; it is called for --help only."""
 
     keys: Callable[[], str] | None = None
 
@@ -211,7 +214,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping, or a UserError that names file and line."""
+    """Read a YAML mapping; raise UserError with file and line if that fails."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"config file {path} is no regular file; name a YAML file.")
     try:
@@ -235,7 +238,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Set `a.b=value` items (values in YAML) in a nested mapping, which is copied."""
+    """Copy a nested mapping, and set `a.b=value` items (values in YAML) in the copy."""
     data = json.loads(json.dumps(data, default=str))
     for item in overrides:
         key, separator, text = item.partition("=")
@@ -246,7 +249,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
         except yaml_text.YamlError as error:
             raise UserError(f"the value of {key!r} is not valid YAML: {reprlib.repr(text)}: {error}.") from error
         if "#" in text and (value is None or (isinstance(value, str) and text.strip().startswith(value))):
-            value = text.strip()  # no comment, which nobody writes on a command line
+            value = text.strip()  # nobody writes a comment on the command line, so `#` belongs to the value
         target = data
         *parents, last = key.split(".")
         for parent in parents:
@@ -261,7 +264,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
 
 
 def validate(model: type[M], data: dict[str, Any], source: str) -> M:
-    """Build `model` from `data`, or raise one UserError that lists every mistake with its place and its fix."""
+    """Build `model` from `data`; raise one UserError that lists all mistakes with their places and fixes."""
     refuse_secrets(data, source)
     chosen = variant(model, data, source)
     try:
@@ -272,10 +275,10 @@ def validate(model: type[M], data: dict[str, Any], source: str) -> M:
 
 
 def variant(model: type[M], data: Mapping[str, Any], source: str) -> type[M]:
-    """The class that reads `data`: `model`, or that of its variants which the key `kind` names.
+    """The class for `data`: `model`, or the one of its variants that the key `kind` selects.
 
     Raises:
-        UserError: it names none.
+        UserError: `kind` is missing or unknown.
     """
     variants: Any = model.variants() if issubclass(model, Section) else {}
     if variants and (kind := data.get("kind")) not in variants:
@@ -292,7 +295,7 @@ def _no_such_kind(place: str, kind: Any, known: Iterable[str]) -> str:
 
 
 def _explain(model: type[BaseModel], problem: Any, among: type[BaseModel]) -> str:
-    """A mistake in words; `among`: where `model` is a variant, the class that has them."""
+    """Explain a validation error; `among` is the class that has `model` as a variant, or `model` itself."""
     location, tag = _untagged(model, problem["loc"])
     place = ".".join(map(str, location))
     if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
@@ -319,7 +322,7 @@ def _explain(model: type[BaseModel], problem: Any, among: type[BaseModel]) -> st
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("model_type", "model_attributes_type") and location:
         message = f"it is a section; its keys are {', '.join(sorted(fields_at(model, problem['loc'])))}"
-    if location[-1:] == ["[key]"]:  # a name that the user has given, of which the path has the value already
+    if location[-1:] == ["[key]"]:  # an invalid key of a dict, which pydantic puts into the location as well
         place = ".".join(map(str, location[:-2]))
         is_number = problem["type"] == "int_parsing"
         shown = f"{place}: {reprlib.repr(problem['input'])} is no {'number' if is_number else 'name'}: "
@@ -328,13 +331,13 @@ def _explain(model: type[BaseModel], problem: Any, among: type[BaseModel]) -> st
         shown = f"{place!r} is {reprlib.repr(problem['input'])}: "
     if problem["type"] == "string_pattern_mismatch" and (words := IN_WORDS.get(problem["ctx"]["pattern"])):
         message = f"write {words}"
-    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # a section's own check names its keys
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # a section's own check names the keys
         shown = f"{place}: " if place else ""
     return f"{shown}{message}" + ("" if message.endswith(".") else ".")
 
 
 def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any) -> list[str]:
-    """Hints for a key of another tool: the name that Ratchet has for it; empty if the key is unknown there too."""
+    """Hints for a key of another tool, with Ratchet's name for it; empty if no tool has such a key."""
     here = fields_at(model, parents)
     if difflib.get_close_matches(last, here, n=1, cutoff=0.85):
         return []
@@ -344,7 +347,7 @@ def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any
             continue
         said = "" if name == last else f"{name!r}: "
         if entry.ours:
-            # The section of the run's config that a key is in, or another section that has the key too.
+            # Shorten the path of the run's config to the section that is being validated.
             path = entry.ours.split(".")
             for start in range(len(path)):
                 if path[start] in here and path[start] != last:
@@ -360,9 +363,9 @@ def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any
 
 
 def fields_at(model: type[BaseModel], location: Sequence[Any]) -> dict[str, FieldInfo]:
-    """The fields of the section at `location`, looking into unions, lists and dictionaries.
+    """The fields of the section at `location`, inside unions, lists and dictionaries too.
 
-    The tag of a union, as pydantic puts it into a location, stands for the section that has it.
+    A union's tag, which pydantic puts into the location, selects the section with that tag.
     """
     found: list[Any] = [model]
     for part in location:
@@ -371,7 +374,7 @@ def fields_at(model: type[BaseModel], location: Sequence[Any]) -> dict[str, Fiel
 
 
 def _step(candidates: list[Any], part: Any) -> tuple[list[Any], bool]:
-    """What `part` leads to from some types; and whether it is no key, but the tag of a union."""
+    """The types that `part` of a location leads to, and whether it is the tag of a union instead of a key."""
     inside = [annotation for candidate in candidates for annotation in _members(candidate)]
     sections = [candidate for candidate in inside if _is_model(candidate)]
     if tagged := [section for section in sections if len(sections) > 1 and part in _tags(section)]:
@@ -384,7 +387,7 @@ def _step(candidates: list[Any], part: Any) -> tuple[list[Any], bool]:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """A type, or those of a union."""
+    """The types of a union, or the type itself."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -397,13 +400,13 @@ def _is_model(annotation: Any) -> bool:
 
 
 def _tags(section: type[BaseModel]) -> tuple[str, ...]:
-    """The values of its field `kind`, by which a union chooses it."""
+    """The values of a section's field `kind`, which are its tags in a union."""
     kind = section.model_fields.get("kind")
     return get_args(kind.annotation) if kind is not None and get_origin(kind.annotation) is Literal else ()
 
 
 def _untagged(model: type[BaseModel], location: Sequence[Any]) -> tuple[list[Any], str]:
-    """A location as the user has written it, and the last tag that was in it."""
+    """A location without the tags of unions, as the user wrote it, and the last of these tags."""
     found: list[Any] = [model]
     written, tag = [], ""
     for part in location:
@@ -416,7 +419,7 @@ def _untagged(model: type[BaseModel], location: Sequence[Any]) -> tuple[list[Any
 
 
 def _kinds(model: type[BaseModel], location: Sequence[Any]) -> dict[str, type[BaseModel]]:
-    """The sections of the union on the way to `location`, by their tags."""
+    """The sections of the last union on the path to `location`, by their tags."""
     found: list[Any] = [model]
     union: list[Any] = []
     for part in location:

@@ -1,5 +1,7 @@
-"""Conversations as people have them, read as messages: OpenAI's turns and ShareGPT's, Anthropic's transcripts, text in
-parts, tools and their calls. What cannot be read is refused with its place; nothing is left out without being counted.
+"""Reads conversations of various formats as messages: OpenAI's and ShareGPT's turns, Anthropic's transcripts, content
+in parts, tools and tool calls.
+
+Data that cannot be read is an error that names its place; fields that are not read are counted.
 """
 
 import json
@@ -19,9 +21,9 @@ ROLES = {
     "assistant": ("gpt", "chatgpt", "bot", "bing", "bard", "model"),
     "tool": ("function", "function_response", "observation"),
 }
-"""The roles of messages, each with the names that it has elsewhere (`developer` is OpenAI's new name of the system)."""
+"""The roles of messages, each with its names in other formats (`developer` is OpenAI's new name for system)."""
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""Names of what an assistant thought, which is kept as `reasoning_content`."""
+"""Keys for an assistant's reasoning, which is stored as `reasoning_content`."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 _ROLES = {name: role for role, others in ROLES.items() for name in (role, *others)}
@@ -31,16 +33,16 @@ _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 
 
 def read_messages(value: Any, place: str, column: str, unread: set[str]) -> tuple[Message, ...]:
-    """The messages in one column: a text, which the user says, or a list of turns, also as JSON text.
+    """Read the messages of one column: a text, which becomes the user's turn, a transcript, or a list of turns.
 
     Args:
-        value: what stands there; the JSON text of a list counts as the list.
-        place: where that is, for messages.
+        value: the column's value; a list may also be given as its JSON text.
+        place: the file and row, for messages.
         column: the column's name.
-        unread: gets the names of what the turns hold beside what is read ("messages.weight").
+        unread: receives the names of the turns' fields that are not read ("messages.weight").
 
     Raises:
-        UserError: it is no conversation, or holds what is no text; names the place.
+        UserError: it is not a conversation, or has content other than text; the message names the place.
     """
     where = f"{place}, column {column!r}"
     if isinstance(value, str):
@@ -62,9 +64,9 @@ def read_messages(value: Any, place: str, column: str, unread: set[str]) -> tupl
 
 
 def read_transcript(text: str) -> tuple[Message, ...]:
-    """The turns of a text in the form of Anthropic's HH-RLHF ("\\n\\nHuman: ...\\n\\nAssistant: ..."), else none.
+    """Read a transcript as in Anthropic's HH-RLHF ("\\n\\nHuman: ...\\n\\nAssistant: ..."); empty for any other text.
 
-    An assistant's last turn without words, which only says who is next, is no turn.
+    An empty last turn of the assistant, which only says who is next, is left out.
     """
     if not text.startswith("\n\nHuman:") or "\n\nAssistant:" not in text:
         return ()
@@ -77,8 +79,7 @@ def read_transcript(text: str) -> tuple[Message, ...]:
 
 
 def with_answer(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
-    """A conversation and an answer to it. Where the answer had begun (the last turn is an assistant's), it goes on
-    there, and both are one turn."""
+    """Append an answer to a conversation; if the conversation ends with a prefill, extend that turn."""
     *before, last = messages
     if last.role != "assistant":
         return (*messages, Message("assistant", text))
@@ -86,27 +87,28 @@ def with_answer(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
 
 
 def without_beginning(messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
-    """A conversation without the beginning of the answer, and that; "" where it has not begun."""
+    """Split a conversation into the turns before its prefill and the prefill's text, "" if it has none."""
     begun = bool(messages) and messages[-1].role == "assistant"
     return (messages[:-1], messages[-1].content) if begun else (messages, "")
 
 
 def read_tools(value: Any, place: str) -> JsonObjects | UnsetType:
-    """The tools that an assistant may call, from a list of descriptions or its JSON text.
+    """Read the tools that an assistant may call from a list of descriptions or its JSON text.
 
-    A key without a value (null) is left out: tables fill up with them what another row has.
+    Keys with the value null are left out, because tables add them for keys that only other rows have.
 
     Raises:
-        UserError: it is no list of objects with names; names the place.
+        UserError: it is not a list of objects with names; the message names the place.
     """
     return tuple(_functions(value, place, "tool")) or UNSET
 
 
 def read_calls(value: Any, place: str) -> JsonObjects | UnsetType:
-    """The calls of an assistant's turn; arguments that are a JSON text become what it says.
+    """Read the tool calls of an assistant's turn; arguments that are given as JSON text are parsed.
 
     Raises:
-        UserError: it is no list of objects with names, or arguments are no JSON object; names the place.
+        UserError: it is not a list of objects with names, or arguments are not a JSON object; the message names the
+            place.
     """
     calls = list(_functions(value, place, "tool call"))
     for number, call in enumerate(calls):
@@ -147,10 +149,10 @@ def _message(turn: Any, place: str, column: str, unread: set[str]) -> Message:
 
 
 def _written_turns(text: str, place: str) -> list[Any] | None:
-    """The turns in a text that is the JSON of a conversation, as tables hold it; None: it is another text.
+    """Parse a text that is a conversation as JSON, as in tables; None if it is any other text.
 
     Raises:
-        UserError: it is Python's text of one, as pandas writes it into CSV.
+        UserError: it is the Python repr of a conversation, as pandas writes it into CSV.
     """
     if not (_WRITTEN.match(text) and text.rstrip().endswith("]")):
         return None
@@ -165,7 +167,7 @@ def _written_turns(text: str, place: str) -> list[Any] | None:
 
 
 def _text(content: Any, place: str) -> str:
-    """The text of a content, which may be in parts."""
+    """The text of a message's content, which may be a list of parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -186,8 +188,8 @@ def _part(part: Any, place: str) -> str:
 
 
 def _functions(value: Any, place: str, what: str) -> Iterator[dict[str, Any]]:
-    """Descriptions or calls in OpenAI's form, {type: function, function: {name, ...}}, also where only the inner object
-    is given."""
+    """Yield descriptions or calls in OpenAI's format, {type: function, function: {name, ...}}; the inner object alone
+    is accepted too."""
     value = _parsed(value, f"{place}, {what}s")
     for item in value if isinstance(value, list | tuple) else [value]:
         item = _parsed(item, f"{place}, {what}s")
@@ -201,7 +203,7 @@ def _functions(value: Any, place: str, what: str) -> Iterator[dict[str, Any]]:
 
 
 def _parsed(value: Any, place: str) -> Any:
-    """What a JSON text says; anything else as it is."""
+    """Parse a JSON text; return any other value as it is."""
     if not isinstance(value, str):
         return value
     try:

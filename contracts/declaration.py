@@ -1,4 +1,4 @@
-"""The declaration of a stage: everything that the driver, `doctor` and schedulers need to know about it. No torch.
+"""Declares stages: everything that the driver, `doctor` and schedulers need to know about a stage, without torch.
 
 A package declares its stages in the modules of `PACKAGE/stages/`. `python -m PACKAGE` finds them there, and so does the
 driver, which imports nothing else of the stage. docs/extending.md shows how to add one.
@@ -34,7 +34,7 @@ class ModelUse:
     checks: tuple[Callable[[ModelInfo], None], ...] = ()
     """Each raises UserError if the model does not meet it."""
     of_layers: Callable[[Path], None] | None = None
-    """A check of the architecture alone, so it can also be applied to the model that this one is trained from."""
+    """A check of the architecture alone, so that it can also be applied to the model that this one is trained from."""
     ids_of: Path | None = None
     """Rollouts whose token ids the model reads: its vocabulary must be that of the policy that sampled them."""
 
@@ -84,11 +84,11 @@ class Stage(Generic[C]):
     conversations: str | None = None
     """The config field with the path of the user's conversations, some of which preflight renders."""
     step_log: str = ""
-    """The published file that has the metrics of every optimizer step, a JSON object a line; of trainings."""
+    """For training stages: the published file with the metrics of every optimizer step, one JSON object per line."""
     layout_keys: tuple[str, ...] = ()
-    """Keys of `placement.stages.KEY.layout` that it has; see `laid_out`."""
+    """Keys of `placement.stages.KEY.layout` that it supports; see `laid_out`."""
     memory_fix: str = "Free memory, or take a smaller model."
-    """The advice given when it does not fit into memory."""
+    """Advice for the case that it does not fit into memory."""
 
     def __post_init__(self) -> None:
         """Fill in the defaults that depend on other fields."""
@@ -105,7 +105,7 @@ class Stage(Generic[C]):
         """The package that implements it."""
         return self.run.partition(".")[0]
 
-    # What it needs.
+    # Its requirements.
 
     def models(self, config: C) -> tuple[ModelUse, ...]:
         """The models that it reads; conversations are rendered for the first."""
@@ -120,7 +120,7 @@ class Stage(Generic[C]):
         return None
 
     def operations(self, config: C, outlook: Outlook, *, on_gpu: bool) -> Operations | None:
-        """What it computes with its model, as planned; None if it has no model, or too little is known."""
+        """The planned computation with its model; None if it has no model, or too little is known."""
         return None
 
     def published_bytes(self, config: C, outlook: Outlook) -> int | None:
@@ -134,20 +134,21 @@ class Stage(Generic[C]):
     # Where it runs.
 
     def follows(self, config: C) -> str | None:
-        """The field of the input whose shards it can read while the stage that makes it still runs; None: none.
+        """The field of the input whose shards it can read while the stage that makes that input still runs, if any.
 
-        Such a stage makes one shard of each shard of that input, which it reads through `contracts.following.Source`
-        and shares by `contracts.workers.share_shards`; other files it makes afterwards.
+        Such a stage computes one shard from each shard of that input, which it reads through
+        `contracts.following.Source` and distributes with `contracts.workers.share_shards`; it writes any other files
+        afterwards.
         """
         return None
 
     def workload(self, config: C) -> Workload:
-        """How it is scheduled."""
+        """The kind of scheduling that it needs."""
         return "light"
 
     def uses_devices(self, config: C) -> bool:
-        """Whether it computes on the devices that it is given, so that nobody else may at the time; else it runs beside
-        those that do."""
+        """Whether it computes on its devices, so that no other stage may use them at the same time; if not, it runs
+        next to stages that do."""
         return self.workload(config) != "light"
 
     def gpus(self, config: C) -> int:
@@ -155,31 +156,31 @@ class Stage(Generic[C]):
         return 1
 
     def layout(self, config: C) -> ProcessLayout:
-        """How it is distributed."""
+        """Its distribution over processes."""
         return ProcessLayout()
 
     def spread(self, config: C, devices: int, nodes: int | None = None) -> C:
-        """The config for so many devices of one machine, or of `nodes`, unless the user's config sets the number of
-        processes."""
+        """The config for `devices` devices in total, on one machine or on `nodes`, unless the user's config sets the
+        number of processes."""
         return config
 
     def laid_out(self, config: C, sizes: Mapping[str, Any]) -> C:
-        """The config with these sizes of a layout, by names in `layout_keys`.
+        """The config with the given layout sizes, by names in `layout_keys`.
 
         Raises:
-            UserError: they do not go together.
+            UserError: the sizes are incompatible.
         """
         return config
 
     def label(self, config: C) -> str:
-        """Stages of one label can follow one another in a process that keeps what they load (contracts/resident.py);
-        empty: nothing is worth keeping."""
+        """Stages with the same label can run one after another in a process that keeps what they load
+        (contracts/resident.py); empty if nothing is worth keeping."""
         return ""
 
-    # What its output holds.
+    # Its output.
 
     def origin(self, config: C) -> Path | None:
-        """The model from which its output (a model) is trained, and whose architecture it has; None without one."""
+        """For an output that is a model: the model that it is trained from, whose architecture it has; else None."""
         return None
 
     def has_score_head(self, config: C) -> bool:

@@ -1,4 +1,4 @@
-"""Demonstrations from the rows that people have: conversations that end with the answer to imitate."""
+"""Reads demonstrations, conversations that end with the answer to imitate, from data sets of various layouts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from contracts.sources import read_rows
 
 
 class DemonstrationRow(msgspec.Struct):
-    """One demonstration, as it was found: it may end with something else than an answer."""
+    """One demonstration as it was read; its last message may not be an answer."""
 
     messages: tuple[Message, ...]
     prompt_id: str | None = None
@@ -26,22 +26,22 @@ class DemonstrationRow(msgspec.Struct):
 
 
 def read_demonstrations(source: Path) -> "Demonstrations":
-    """The demonstrations of a file, a directory, a dataset or a published stage."""
+    """Open the demonstrations of a file, a directory, a data set or an artifact."""
     return Demonstrations(source)
 
 
 class Demonstrations:
-    """The demonstrations of one source, and which of its columns were not read."""
+    """The demonstrations of one source, with counts of the columns that were not read."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
         self.layout = Layout({})
 
     def __iter__(self) -> Iterator[DemonstrationRow]:
-        """All of them, in the order of the source.
+        """Yield all demonstrations, in the order of the source.
 
         Raises:
-            UserError: the source cannot be read, or a row is no conversation; names the place.
+            UserError: the source cannot be read, or a row is not a conversation; the message names the place.
         """
         if (self.source / MANIFEST).is_file():
             Artifact.open(self.source, DEMONSTRATIONS)
@@ -49,7 +49,7 @@ class Demonstrations:
             yield self.read(values, place)
 
     def read(self, values: dict[str, Any], place: str) -> DemonstrationRow:
-        """The conversation of one row, with the answer from a column of its own where there is one."""
+        """Read the conversation of one row, including the answer if that is in a column of its own."""
         row = self.layout.row(values, place)
         column, messages = row.prompt()
         choices: dict[str, str] = {}
@@ -69,7 +69,7 @@ class Demonstrations:
 
 
 def _response(row: SourceRow, column: str, choices: dict[str, str]) -> tuple[Message, ...]:
-    """The answer in a column of its own, to a question also the known one; nothing where there is none."""
+    """The answer from a column of its own, for a question also the known answer; empty if there is none."""
     name, value = row.find("response")
     if name and not isinstance(value, str):
         return read_messages(value, row.place, name, row.unread)

@@ -1,4 +1,4 @@
-"""The draw stage: which prompts an iteration answers."""
+"""The draw stage: selects the prompts of an iteration."""
 
 import itertools
 from collections import Counter
@@ -21,35 +21,36 @@ STATE = "sources.json"
 
 
 class SourceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How far a source has been gone through, by this draw and all before it."""
+    """How far a source has been read, by this draw and all earlier ones."""
 
     taken: int = 0
-    """Prompts that were drawn, again and again ones too."""
+    """Number of prompts drawn, with repetitions."""
     position: int = 0
-    """Place of the next prompt in the source, from 0; beyond its end where it has been through."""
+    """Index of the next prompt in the source, from 0; it keeps growing when the source restarts."""
 
 
 class LastAnswers(NamedTuple):
-    """What earlier iterations say of a prompt."""
+    """The scores of a prompt's most recent answers in earlier iterations."""
 
     iteration: int
-    """The last that has answered it, counted in the history."""
+    """The iteration of the answers, as an index into the history."""
     scores: tuple[float, ...]
-    """Of those answers."""
+    """The scores of these answers."""
 
 
 @dataclass
 class Picked:
-    """What is drawn of one source."""
+    """The prompts drawn from one source."""
 
     prompts: list[Prompt]
     counts: Counter[str]
-    """Of the prompts that are drawn: new, again, beyond_band. Of those that are not: too_hard, too_easy."""
+    """Counts of drawn prompts (new, again, beyond_band) and of those that were not drawn (too_hard, too_easy)."""
     position: int
+    """The new position in the source."""
 
 
 def run(config: DrawConfig, context: Context) -> Outcome:
-    """Publish the prompts that are drawn, with how far each source has been gone through."""
+    """Publish the drawn prompts, and how far each source has been read."""
     sources, duplicates = _read_sources(config.sources)
     before = _read_state(config.after)
     answered = read_history(config.history)
@@ -87,14 +88,14 @@ def run(config: DrawConfig, context: Context) -> Outcome:
     return Outcome("prompts", facts, note=_note(config, picked, answered))
 
 
-# What is there.
+# Sources and history.
 
 
 def _read_sources(paths: Mapping[str, Path]) -> tuple[dict[str, list[Prompt]], int]:
-    """The prompts of each source by its name, and how many are left out because a source before it has them, too.
+    """Read the prompts of each source by name, without those of an earlier source; also return how many those are.
 
     Raises:
-        UserError: a source is empty.
+        UserError: a source has no prompts of its own.
     """
     seen: set[str] = set()
     sources: dict[str, list[Prompt]] = {}
@@ -123,7 +124,7 @@ def _read_state(path: Path | None) -> dict[str, SourceState]:
 
 
 def read_history(paths: Iterable[Path]) -> dict[str, LastAnswers]:
-    """The last answers to each prompt in published scores, which are given in the order of the iterations."""
+    """The scores of the most recent answers to each prompt, from published scores in the order of the iterations."""
     found: dict[str, LastAnswers] = {}
     for iteration, path in enumerate(paths):
         found |= {name: LastAnswers(iteration, tuple(values)) for name, values in scores_by_prompt(path).items()}
@@ -131,7 +132,7 @@ def read_history(paths: Iterable[Path]) -> dict[str, LastAnswers]:
 
 
 def scores_by_prompt(path: Path) -> dict[str, list[float]]:
-    """The published scores of the answers to each prompt."""
+    """Read the published scores of each prompt's answers."""
     scores: dict[str, list[float]] = {}
     for score in Artifact.open(path, SCORES).rows(Score):
         scores.setdefault(score.prompt_id, []).append(score.score)
@@ -141,9 +142,9 @@ def scores_by_prompt(path: Path) -> dict[str, list[float]]:
 def _still_wanted(
     config: DrawConfig, sources: Mapping[str, Sequence[Prompt]], before: Mapping[str, SourceState]
 ) -> tuple[set[str], list[str]]:
-    """The prompts that the iteration has by now, and the source of each that is to be drawn.
+    """The ids of the prompts that the iteration has already, and the sources of the prompts to draw, one name each.
 
-    Each source replaces its own, so that a mixture stays what it is.
+    A prompt is replaced from its own source, so that the proportions of a mixture stay the same.
     """
     if not config.replaces:
         weights = {name: config.weights.get(name, 1.0) for name in sources}
@@ -157,11 +158,11 @@ def _still_wanted(
     return {name for names in draws for name in names}, sorted(lacking.elements())
 
 
-# What is drawn of one source.
+# Drawing from one source.
 
 
 def in_turn(prompts: Sequence[Prompt], position: int, wanted: int, used: Collection[str] = frozenset()) -> Picked:
-    """The next ones, from the beginning again at the end, without those that are `used`."""
+    """Draw the next prompts that are not in `used`; at its end, the source restarts."""
     found: list[Prompt] = []
     counts: Counter[str] = Counter()
     while len(found) < wanted:
@@ -181,10 +182,11 @@ def by_difficulty(
     answered: Mapping[str, LastAnswers],
     used: Collection[str] = frozenset(),
 ) -> Picked:
-    """New prompts in turn and known ones within the band, as many of each as the settings say.
+    """Draw new prompts in order, and known ones within the band, in the proportion that the settings say.
 
-    Where there are not enough of one kind there are more of the other. What is then still wanting are prompts out of
-    the band, the nearest first, and last those that were drawn and have no scores yet. The longest unanswered go first.
+    If there are too few of one kind, more of the other are drawn; then prompts outside the band, the nearest first; and
+    last, prompts that were drawn before and have no scores yet. Of equally suitable prompts, those that were answered
+    the longest ago go first.
     """
     known = difficulties(prompts, settings, answered)
     new = prompts[position:]
@@ -219,7 +221,7 @@ def by_difficulty(
 def difficulties(
     prompts: Sequence[Prompt], settings: CurriculumSettings, answered: Mapping[str, LastAnswers]
 ) -> dict[str, float]:
-    """Of each prompt that was answered, by its identity, what the band is about; the larger, the easier."""
+    """The measure that the band applies to, by prompt id, of each prompt that was answered; larger means easier."""
     found = {prompt.prompt_id: answered[prompt.prompt_id].scores for prompt in prompts if prompt.prompt_id in answered}
     if settings.measure == "pass_rate":
         bar = settings.passes
@@ -237,7 +239,7 @@ def difficulties(
 
 
 def _distance(value: float, settings: CurriculumSettings) -> float:
-    """How far a prompt is out of the band: below 0 where it is too hard, 0 within."""
+    """How far a prompt is outside the band: negative if it is too hard, positive if too easy, 0 inside."""
     if settings.low is not None and value < settings.low:
         return value - settings.low
     if settings.high is not None and value > settings.high:
@@ -245,7 +247,7 @@ def _distance(value: float, settings: CurriculumSettings) -> float:
     return 0.0
 
 
-# What is told of it.
+# The manifest and the output.
 
 
 def _tagged(prompt: Prompt, source: str | None) -> Prompt:
@@ -253,7 +255,7 @@ def _tagged(prompt: Prompt, source: str | None) -> Prompt:
 
 
 def _facts(sources: Mapping[str, Sequence[Prompt]], picked: Mapping[str, Picked]) -> dict[str, Any]:
-    """Counts of what was drawn, by source where there are several."""
+    """Counts of the drawn prompts, by source if there are several."""
 
     def of(name: str, prefix: str) -> Iterator[tuple[str, int]]:
         found = picked.get(name, Picked([], Counter(), 0))
@@ -266,7 +268,7 @@ def _facts(sources: Mapping[str, Sequence[Prompt]], picked: Mapping[str, Picked]
 
 
 def _note(config: DrawConfig, picked: Mapping[str, Picked], answered: Mapping[str, LastAnswers]) -> str:
-    """What the stage's last line says beside the ledger."""
+    """The text that the stage's last line of output adds to the ledger."""
     parts = []
     if len(config.sources) > 1:
         parts.append("by source: " + ", ".join(f"{name} {len(found.prompts)}" for name, found in picked.items()))

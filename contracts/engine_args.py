@@ -1,4 +1,4 @@
-"""`engine_args`: the way through to vLLM's engine arguments, whichever stage has an engine. No torch, no vLLM."""
+"""Checks `engine_args`, which a stage with an engine passes through to vLLM. Imports neither torch nor vLLM."""
 
 import ast
 import functools
@@ -11,10 +11,10 @@ from contracts.errors import UserError, did_you_mean
 
 
 def checked_arguments(value: dict[str, Any], ours: Mapping[str, str]) -> dict[str, Any]:
-    """A config's `engine_args`, or a ValueError where one of them is not the user's to set.
+    """Return a config's `engine_args`; raise ValueError if the user may not set one of them.
 
     Args:
-        ours: the arguments that a stage sets itself or does not let through, and why.
+        ours: the arguments that the stage sets itself or does not pass through, with the reasons.
     """
     for name in value:
         if "-" in name or not name.isidentifier():
@@ -25,7 +25,7 @@ def checked_arguments(value: dict[str, Any], ours: Mapping[str, str]) -> dict[st
 
 
 def require_known(arguments: dict[str, Any]) -> None:
-    """Raise UserError where the installed vLLM has no such argument."""
+    """Raise UserError if the installed vLLM lacks one of the arguments."""
     known = _installed_arguments()
     if known and (unknown := [name for name in arguments if name not in known]):
         raise UserError(
@@ -36,7 +36,7 @@ def require_known(arguments: dict[str, Any]) -> None:
 
 @functools.cache
 def _installed_arguments() -> tuple[str, ...]:
-    """The fields of vLLM's EngineArgs, by its source: importing it takes seconds. Empty where that is not found."""
+    """The fields of vLLM's EngineArgs, parsed from its source, because an import takes seconds; empty if not found."""
     found = importlib.util.find_spec("vllm")
     source = Path(found.origin).parent / "engine" / "arg_utils.py" if found and found.origin else Path()
     if not source.is_file():

@@ -1,4 +1,4 @@
-"""The kinds of failure: a user's mistake, a transient failure, or a bug."""
+"""Classifies failures as a user's mistake, a transient failure or a bug."""
 
 import difflib
 import errno
@@ -49,16 +49,16 @@ TRANSIENT_NAMES = (
 
 
 class UserError(Exception):
-    """A mistake that the user can fix: one message naming the thing, the value and the fix; exit code 2.
+    """A mistake that the user can fix: one message with the thing, the value and the fix; exit code 2.
 
-    Every other exception is a bug or a transient failure; it exits with 1, bugs with a traceback.
+    Every other exception is a bug or a transient failure, with exit code 1; a bug also shows its traceback.
     """
 
     exit_code = 2
 
 
 class TransientError(Exception):
-    """A transient failure: a retry of the same command may well succeed. One message, no traceback; exit code 1."""
+    """A transient failure: a retry of the same command is likely to succeed. One message, no traceback; exit code 1."""
 
 
 class RunStoppedError(Exception):
@@ -100,7 +100,7 @@ def system_code(error: BaseException) -> int | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a retry may well succeed: a lost connection, device, peer or file server."""
+    """Whether a retry is likely to succeed: a connection, device, peer or file server was lost."""
     if isinstance(error, TransientError | ConnectionError | TimeoutError):
         return True
     if system_code(error) in TRANSIENT_CODES:
@@ -109,6 +109,6 @@ def is_transient(error: BaseException) -> bool:
 
 
 def did_you_mean(wrong: str, known: Iterable[str], most: int = 1) -> str:
-    """A hint at the known names nearest to a wrong one, " Did you mean 'x' or 'y'?"; empty if none is near."""
+    """A hint at the known names closest to a wrong one, " Did you mean 'x' or 'y'?"; empty if none is close."""
     near = difflib.get_close_matches(wrong, list(known), n=most, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

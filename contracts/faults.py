@@ -1,4 +1,4 @@
-"""Samples that could not be computed: tolerated up to the share `fail_on_error`, and counted in every case."""
+"""Tolerates samples that could not be computed, up to the share `fail_on_error`; all of them are counted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from contracts.errors import TransientError, UserError
 from contracts.ledger import Ledger
 
 FAILED = "failed"
-"""Reason in the drop ledger."""
+"""Their reason in the drop ledger."""
 SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why one sample has no result, in place of that result."""
+    """The error of a sample that has no result; takes the place of the result."""
 
     error: Exception
 
@@ -22,24 +22,24 @@ class Faults:
     """The faults of a stage, or of one of its shards."""
 
     def __init__(self, limit: float) -> None:
-        """`limit`: share of the samples that may fail; 0: the first fault ends the stage with its own error."""
+        """`limit`: share of the samples that may fail; if 0, the first fault ends the stage with its own error."""
         self.limit = limit
         self.messages: list[str] = []
         """The first few, for the manifest."""
 
     def add(self, fault: Fault) -> None:
-        """Take note of a fault, or raise its error where none is tolerated."""
+        """Record a fault, or raise its error if none is tolerated."""
         if self.limit == 0:
             raise fault.error
         if len(self.messages) < SHOWN:
             self.messages.append(f"{type(fault.error).__name__}: {fault.error}")
 
     def facts(self) -> dict[str, list[str]]:
-        """For the manifest: the first few messages, where there are any."""
+        """Facts for the manifest: the first few messages, if there are any."""
         return {"failures": self.messages[:SHOWN]} if self.messages else {}
 
     def require_few(self, ledger: Ledger) -> None:
-        """Raise UserError when a larger share than the limit has failed."""
+        """Raise UserError if a larger share than the limit has failed."""
         failed = ledger.dropped.get(FAILED, 0)
         if failed > self.limit * ledger.rows_in:
             raise UserError(
@@ -49,19 +49,19 @@ class Faults:
 
 
 class Tolerance:
-    """Ends a stage as soon as more has failed than may, where each failure costs time or money."""
+    """Ends a stage as soon as too many samples have failed, for stages where each failure costs time or money."""
 
     def __init__(self, limit: float, total: Callable[[], float]) -> None:
-        """`limit` as for `Faults`; `total`: how many samples there are, as far as is known."""
+        """`limit` as for `Faults`; `total` returns the number of samples, as far as it is known."""
         self.limit, self.total = limit, total
         self.failed = 0
 
     def bear(self, fault: Fault) -> None:
-        """Take note of a failure.
+        """Record a failure.
 
         Raises:
-            Exception: its own error, where none is tolerated.
-            TransientError: too many have failed, and the last in a way that may pass.
+            Exception: the failure's own error, if none is tolerated.
+            TransientError: too many have failed, and the last failure is transient.
             UserError: too many have failed.
         """
         if self.limit == 0:

@@ -1,4 +1,4 @@
-"""What the columns of a row say beside its prompt: system message, text, choices, tools, answer and tags."""
+"""Reads the fields of a row other than its prompt: system message, input text, choices, tools, answer and tags."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from contracts.records import JsonObjects, Message
 
 
 def half_a_character(place: str, error: UnicodeEncodeError) -> UserError:
-    """The user's mistake where a text holds half of a surrogate pair."""
+    """The error for a text that contains half of a surrogate pair."""
     around = error.object[max(0, error.start - 20) : error.end + 20]
     return UserError(
         f"{place}: {around!r} holds half of a surrogate pair, which is no text: it was cut in the middle of a "
@@ -25,10 +25,10 @@ def half_a_character(place: str, error: UnicodeEncodeError) -> UserError:
 
 
 def with_system(row: SourceRow, messages: tuple[Message, ...], default: str | None = None) -> tuple[Message, ...]:
-    """The conversation with the row's system message, or else with `default`, where it has none of its own.
+    """Add the row's system message, or else `default`, to a conversation that has none of its own.
 
     Raises:
-        UserError: it has another one of its own, or the row's is no text; names the place.
+        UserError: the conversation has a different one, or the row's is not text; the message names the place.
     """
     name, text = row.find("system")
     if text is not None and not isinstance(text, str):
@@ -47,7 +47,7 @@ def with_system(row: SourceRow, messages: tuple[Message, ...], default: str | No
 
 
 def tools_of(row: SourceRow) -> JsonObjects | UnsetType:
-    """The tools that the assistant may call; UserError where they are no list of descriptions."""
+    """The tools that the assistant may call; UserError if they are not a list of descriptions."""
     name, described = row.find("tools")
     return read_tools(described, f"{row.place}, column {name!r}") if described else UNSET
 
@@ -55,7 +55,7 @@ def tools_of(row: SourceRow) -> JsonObjects | UnsetType:
 def with_input(
     row: SourceRow, column: str, messages: tuple[Message, ...]
 ) -> tuple[tuple[Message, ...], dict[str, str]]:
-    """A question with the text that it is about and with its choices, and those by their letters."""
+    """Append the row's input text and choices to the question; also return the choices by their letters."""
     question = messages[-1]
     named = row.layout.named
     name, text = row.find("input") if column != "prompt" or "input" in named else ("", None)
@@ -76,7 +76,7 @@ def with_input(
 
 
 def _choices(row: SourceRow) -> dict[str, str]:
-    """The choices of a question by their letters: of a list, an object, or ARC's {text: [...], label: [...]}."""
+    """The choices of a question by their letters, from a list, an object, or ARC's {text: [...], label: [...]}."""
     name, found = row.find("choices")
     if isinstance(found, dict) and isinstance(found.get("text"), list) and isinstance(found.get("label"), list):
         pairs = list(zip(map(str, found["label"]), found["text"], strict=False))
@@ -96,7 +96,7 @@ def _choices(row: SourceRow) -> dict[str, str]:
 
 
 def answer_of(row: SourceRow, choices: dict[str, str]) -> str | None:
-    """The known answer as a text: what is no text as JSON, the index of a choice as its letter."""
+    """The known answer as text: the letter for the index of a choice, JSON for other values that are not text."""
     name, value = row.find("answer")
     if value is None or isinstance(value, str):
         return value
@@ -115,14 +115,14 @@ def answer_of(row: SourceRow, choices: dict[str, str]) -> str | None:
 
 
 def _plain(value: Any) -> str:
-    """Dates and decimal numbers of a table as text."""
+    """Convert a table's dates and decimal numbers to text."""
     if isinstance(value, bytes):
         raise TypeError("it holds bytes")
     return str(value)
 
 
 def tags_of(row: SourceRow) -> tuple[str, ...]:
-    """The row's tags; a text is one."""
+    """The row's tags; a string counts as one tag."""
     name, tags = row.find("tags")
     tags = [tags] if isinstance(tags, str) else tags or []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):

@@ -1,4 +1,4 @@
-"""Files that several processes, also on several machines, write and wait for."""
+"""Helpers for files that several processes, possibly on several machines, write and wait for."""
 
 import contextlib
 import os
@@ -7,8 +7,10 @@ from pathlib import Path
 
 
 def matches(pattern: Path) -> list[Path]:
-    """The files whose paths fit a pattern with `*`, `?`, `[...]` or `**`, in the order of their names; none where it is
-    no pattern, or there is something of just this name."""
+    """The files that match a pattern with `*`, `?`, `[...]` or `**`, sorted by name.
+
+    Empty if it is not a pattern, or if a path with exactly this name exists.
+    """
     first = next((place for place, part in enumerate(pattern.parts) if any(sign in part for sign in "*?[")), None)
     if first is None or pattern.exists():
         return []
@@ -17,12 +19,13 @@ def matches(pattern: Path) -> list[Path]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is such a path, or a file that fits it as a pattern."""
+    """Whether the path exists, or matches files as a pattern."""
     return path.exists() or bool(matches(path))
 
 
 def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Replace a small file so that a reader sees the old or the new content; if `durable`, also after a power cut."""
+    """Replace a small file so that a reader sees either the old or the new content; if `durable`, even after a power
+    failure."""
     scratch = path.with_name(f"{path.name}.{process_name()}.tmp")
     try:
         with scratch.open("wb") as file:
@@ -48,9 +51,9 @@ def fsync(path: Path) -> None:
 
 
 def appears(path: Path) -> bool:
-    """Whether a file is there that another machine may have written just now.
+    """Whether a file exists that another machine may have written just now.
 
-    A file server's client may remember for up to a minute that it was not, unless it lists the folders.
+    An NFS client may cache for up to a minute that it did not exist, unless the parent directories are listed.
     """
     if not path.exists():
         for folder in (path.parent.parent, path.parent):
@@ -60,5 +63,5 @@ def appears(path: Path) -> bool:
 
 
 def process_name(pid: int | None = None) -> str:
-    """What tells a process, by default this one, from all others on all machines that share a file system."""
+    """A name for a process, by default this one, that is unique among the machines that share a file system."""
     return f"{socket.gethostname()}-{pid or os.getpid()}"

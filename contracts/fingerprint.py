@@ -1,4 +1,4 @@
-"""Digests: of bytes, of canonical data, and of the weights of a model."""
+"""Computes digests of files, of plain data, and of models."""
 
 import hashlib
 import json
@@ -24,16 +24,16 @@ TOKENIZER_FILES = (
 ADAPTER = "adapter_config.json"
 """Marks a directory written by PEFT."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""What engines read of models with other inputs beside text; handed on by training, and no part of the fingerprint."""
+"""Files that engines read for models with inputs other than text; training copies them, fingerprints omit them."""
 RELEASED = "released.json"
-"""Lists the files of a published directory that `pipeline gc` has deleted."""
+"""Name of the list of files that `pipeline gc` has deleted from a published directory."""
 MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 STABLE_NANOSECONDS = 2_000_000_000
-"""Nanoseconds for which a file has to be unchanged for its digest to be kept: clocks of file systems are coarse."""
+"""A digest is cached only if its file has been unchanged for this long, because file systems' clocks are coarse."""
 _known: dict[tuple[tuple[str | int, ...], ...], str] = {}
-"""Fingerprints that this process has made of files that have not changed since."""
+"""This process's cache of fingerprints, by the states of the files."""
 
 
 def digest(data: Any) -> str:
@@ -52,8 +52,8 @@ def weight_files(model: Path) -> list[Path]:
     """The safetensors files of a model directory, sorted.
 
     Raises:
-        UserError: the directory is missing, is no model, has lost its weights or some of them, or holds them in another
-            format only.
+        UserError: the directory does not exist, is not a model, lacks some or all of its weights, or has them only in
+            another format.
     """
     if model.is_file():
         raise UserError(f"model {model} is a file. Give the directory written by save_pretrained.")
@@ -85,7 +85,7 @@ def weight_files(model: Path) -> list[Path]:
 
 
 def _base_of(adapter: Path) -> str | None:
-    """The model that an adapter says it belongs to."""
+    """The base model that an adapter's config names."""
     try:
         found = json.loads(adapter.read_text()).get("base_model_name_or_path")
     except (ValueError, AttributeError):
@@ -96,8 +96,8 @@ def _base_of(adapter: Path) -> str | None:
 def weights_fingerprint(model: Path) -> str:
     """Digest of a model's weights, configuration and tokenizer.
 
-    It is what "the same policy" means everywhere: in stage keys, in every rollout, and when an engine's loaded
-    weights are checked. The directory's name does not matter.
+    It identifies a policy everywhere: in stage keys, in every rollout, and when the weights that an engine has loaded
+    are checked. It does not depend on the directory's name.
     """
     files = [*weight_files(model), *(model / name for name in MODEL_FILES if (model / name).is_file())]
     states = tuple((file.name, *_state(file)) for file in files)
@@ -110,6 +110,6 @@ def weights_fingerprint(model: Path) -> str:
 
 
 def _state(file: Path) -> tuple[int, int, int, int, int]:
-    """What changes with a file's content: its place on the disk, its size, and when it was changed."""
+    """The metadata that changes with a file's content: device and inode, size, and modification times."""
     found = file.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, max(found.st_mtime_ns, found.st_ctime_ns)

@@ -1,12 +1,13 @@
-"""Streaming: a stage reads an input shard by shard as it is finished, while the stage that makes it still runs.
+"""Streaming: a stage reads an input's shards as they are finished, while the stage that makes the input still runs.
 
-A receipt in the hidden directory of the maker says that a shard is finished, and what its bytes are. What is made from
-it bears that in its own receipt (`made_from`), and is made again where the input is published with other bytes. So it
-does not matter who is killed when, and nothing is published that was not made from what its inputs' digests say.
+A receipt in the maker's hidden directory says that a shard is finished, and has its digest. The receipt of a shard that
+is computed from it records this digest (`made_from`); if the input is published with a different one, the shard is
+recomputed. So either stage may be killed at any time, and everything that is published was computed from inputs with
+the digests in its manifest.
 
-A stage key holds the digests of all inputs, so that of a stage that follows is not known before its input is published.
-Its hidden directory is therefore named by another key, in which the key of that input stands for its content: whether
-an attempt follows or finds everything published, it finds what earlier attempts have finished.
+A stage key contains the digests of all inputs, so the key of a following stage is unknown until its input is published.
+Therefore its hidden directory is named by a different key, in which the input's stage key stands for its content. So
+every attempt finds the shards that earlier attempts have finished, whether the input is published by then or not.
 """
 
 import hashlib
@@ -31,33 +32,33 @@ from contracts.records import Schema
 
 R = TypeVar("R")
 FOLLOW = "RATCHET_FOLLOW"
-"""Environment variable: the inputs that are not published yet and that this stage may follow (`announcement`)."""
+"""Environment variable: the unpublished inputs that this stage may follow (`announcement`)."""
 LOOK_SECONDS = 0.2
-"""How often a stage that waits looks for another shard."""
+"""Interval at which a waiting stage looks for another shard."""
 
 
 class Maker(msgspec.Struct, frozen=True):
-    """A stage that is at work on an input."""
+    """A running stage that makes an input of another one."""
 
     key: str
-    """What it will publish."""
+    """The stage key under which it will publish."""
     hidden_key: str
-    """What its hidden directory is named by."""
+    """The key that names its hidden directory."""
 
 
 def announcement(makers: Mapping[str, Maker]) -> str:
-    """The value of `FOLLOW` for makers by the path of what they will publish."""
+    """The value of `FOLLOW` for makers, by the path at which each will publish."""
     return msgspec.json.encode(makers).decode()
 
 
 def maker_of(path: Path) -> Maker | None:
-    """The stage that makes an input now, as far as this process was told."""
+    """The running stage that makes an input, according to `FOLLOW`; None if there is none."""
     announced = os.environ.get(FOLLOW)
     return msgspec.json.decode(announced, type=dict[str, Maker]).get(str(path)) if announced else None
 
 
 def maker_key(path: Path) -> str | None:
-    """The key under which an input is published, or is being made; None where it is no artifact."""
+    """The stage key of an input that is published or is being made; None if it is not an artifact."""
     if (path / MANIFEST).is_file():
         return Artifact.open(path).manifest.key
     maker = maker_of(path)
@@ -65,11 +66,12 @@ def maker_key(path: Path) -> str | None:
 
 
 def hidden_key(parts: Mapping[str, Any], field: str | None, maker: str | None) -> str:
-    """What the hidden directory of a stage is named by, given what its stage key is a digest of.
+    """The key that names a stage's hidden directory.
 
     Args:
-        field: the input that it can follow, if any.
-        maker: the key of that input; None where it is no artifact.
+        parts: the data that the stage key is a digest of.
+        field: the input that the stage can follow, if any.
+        maker: the stage key of that input; None if it is not an artifact.
     """
     if field is None or maker is None:
         return digest(parts)
@@ -77,14 +79,14 @@ def hidden_key(parts: Mapping[str, Any], field: str | None, maker: str | None) -
 
 
 class MadeFrom:
-    """Whether a shard was made from the shard of the same name that an input is published with."""
+    """Checks whether a shard was computed from the published content of the input's shard with the same name."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._published: dict[str, str] | None = None
 
     def __call__(self, receipt: Receipt) -> bool:
-        """True as long as the input is not published: nobody knows."""
+        """Whether the receipt names the published digest; also true as long as the input is not published."""
         if self._published is None and (self._path / MANIFEST).is_file():
             self._published = {file.path: file.sha256 for file in Artifact.open(self._path).manifest.files}
         if self._published is None:
@@ -93,13 +95,13 @@ class MadeFrom:
 
 
 class Source:
-    """The shards of an input that is published, or that a stage still makes which this one may follow."""
+    """The shards of an input that is published, or is still being made by a stage that this one follows."""
 
     def __init__(self, path: Path, *schemas: Schema) -> None:
-        """`schemas`: those that it may have.
+        """Open an input, which must have one of `schemas`.
 
         Raises:
-            UserError: nothing is published there, and nobody makes it.
+            UserError: nothing is published at `path`, and no running stage makes it.
         """
         self.path = path
         self._schemas = schemas
@@ -110,10 +112,10 @@ class Source:
         self.look()
 
     def look(self) -> bool:
-        """Whether it is published by now.
+        """Look whether the input is published by now.
 
         Raises:
-            TransientError: under another key than was announced.
+            TransientError: it is published under a different key than was announced.
         """
         if self._artifact is None and (self._maker is None or appears(self.path / MANIFEST)):
             artifact = Artifact.open(self.path, *self._schemas)
@@ -126,23 +128,24 @@ class Source:
         return self._artifact is not None
 
     def wait(self) -> None:
-        """Let a moment pass until the next look."""
+        """Wait for a moment before the next look."""
         beat()
         time.sleep(LOOK_SECONDS)
 
     @property
     def whole(self) -> bool:
-        """Whether it was published at the last look."""
+        """Whether the input was published at the last look."""
         return self._artifact is not None
 
     @property
     def artifact(self) -> Artifact:
-        """What is published; only where it is."""
+        """The published input; only if `whole`."""
         assert self._artifact is not None
         return self._artifact
 
     def names(self) -> list[str]:
-        """The shards that can be read: those found finished so far; once it is published all, the largest first."""
+        """Names of the shards that can be read: those that are finished so far, or all once the input is published,
+        largest first."""
         if self._artifact is not None:
             sizes = {file.path: file.bytes for file in self._artifact.manifest.files}
             return sorted((shard.name for shard in self._artifact.shards), key=lambda name: (-sizes[name], name))
@@ -150,14 +153,14 @@ class Source:
             if name.startswith("shard-") and name not in self._intact:
                 receipt, content = receipt_in(self._hidden, name), self._content(name)
                 if receipt is not None and content is not None and _sha256(content) == receipt.file.sha256:
-                    self._intact[name] = receipt.file.sha256  # else its maker will see it, and make it again
+                    self._intact[name] = receipt.file.sha256  # otherwise the maker will notice, and make it again
         return list(self._intact)
 
     def rows(self, name: str, record_type: type[R]) -> list[R]:
-        """The records of one shard.
+        """Read the records of one shard.
 
         Raises:
-            TransientError: it is not what it was when it was found.
+            TransientError: its content has changed since it was found.
         """
         if self._artifact is not None:
             self._read[name] = next(file.sha256 for file in self._artifact.manifest.files if file.path == name)
@@ -169,7 +172,7 @@ class Source:
         return list(decode_jsonl(self.path / name, io.BytesIO(content), record_type))
 
     def made_from(self, name: str) -> str | None:
-        """SHA-256 of a shard as it was read: what another one of the same name is made from."""
+        """SHA-256 of the input's shard `name` as it was read, for the receipt of the shard that is computed from it."""
         if name.startswith("shard-") and name not in self._read:
             raise AssertionError(f"{name} is made from {self.path / name}, which was not read through Source.rows")
         return self._read.get(name)
@@ -180,7 +183,7 @@ class Source:
         return partial_directory(self.path, self._maker.hidden_key)
 
     def _content(self, name: str) -> bytes | None:
-        for folder in (self._hidden, self.path):  # it may be published in between
+        for folder in (self._hidden, self.path):  # it may be published between the two
             try:
                 return (folder / name).read_bytes()
             except (FileNotFoundError, NotADirectoryError):

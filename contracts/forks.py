@@ -1,4 +1,4 @@
-"""Asking a process that has imported a package's libraries for a fork (contracts/warm.py): the side of who asks."""
+"""Requests forks from a warm process, which has imported a package's libraries: the client of contracts/warm.py."""
 
 import contextlib
 import os
@@ -14,16 +14,16 @@ import msgspec
 from contracts.warm import READY, REFUSED, WAITS, ForkRequest
 
 DOOR = "RATCHET_WARM"
-"""Environment variable: the socket of the process that a stage was forked from, for what it starts itself."""
+"""Environment variable: the socket of the process that a stage was forked from, so that the stage can fork replicas."""
 LABEL = "RATCHET_WARM_LABEL"
 """Environment variable: the stage's label."""
 ANSWER_SECONDS = 20.0
-"""How long for an answer of a process that is ready."""
+"""How long to wait for the answer of a process that is ready."""
 KILLED = -signal.SIGKILL
 
 
 class ForkedProcess:
-    """A process that was forked, with what is asked of a `subprocess.Popen`."""
+    """A forked process, with the part of the interface of `subprocess.Popen` that is needed."""
 
     def __init__(self, connection: socket.socket, pid: int, more: bytes) -> None:
         self._connection = connection
@@ -31,33 +31,33 @@ class ForkedProcess:
         self.pid = pid
         self.returncode: int | None = None
         self.waits = False
-        """Whether its process has not ended with the stage, but waits for another one."""
+        """Whether the process waits for another stage, instead of having exited."""
 
     def poll(self) -> int | None:
-        """Its exit code, as Popen's; None while it runs."""
+        """The exit code, as in Popen; None while the stage runs."""
         if self.returncode is None:
             with contextlib.suppress(BlockingIOError):
                 self._received += _some(self._connection) or b"\n"
             line, end, _ = self._received.partition(b"\n")
-            if end:  # it ends with the process that it was forked from, which then says nothing
+            if end:  # an empty line: it was killed together with the process that it was forked from
                 code, _, word = line.partition(b" ")
                 self.returncode = int(code) if code else KILLED
                 self.waits = word + b"\n" == WAITS
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send it a signal, if it runs."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
 
 Process: TypeAlias = subprocess.Popen[bytes] | ForkedProcess
-"""A process, however it was started."""
+"""A process, started or forked."""
 
 
 def stays(process: Process) -> bool:
-    """Whether a process has ended its stage well, and waits for another one."""
+    """Whether a process has finished its stage successfully and waits for another one."""
     return isinstance(process, ForkedProcess) and process.poll() == 0 and process.waits
 
 
@@ -71,14 +71,15 @@ def fork(
     patience: float,
     label: str = "",
 ) -> ForkedProcess | None:
-    """Have a process forked from the one behind a socket; None where it cannot be.
+    """Request a fork from the warm process that listens on a socket; None if that is not possible.
 
     Args:
-        argv: with the interpreter, as for a process that is started.
+        path: the socket.
+        argv: the command, beginning with the interpreter, as for a process that is started.
         source: version of the package's source.
-        log: where its output goes.
-        patience: seconds that the imports of that process may still take; 0: they are not waited for.
-        label: of the stage, where it can use what another one of that label has left.
+        log: receives the output.
+        patience: seconds to wait for the imports of the warm process; 0: do not wait for them.
+        label: the stage's label, if it can use an engine or model that a stage of the same label has left.
     """
     ready = path.with_name(f"{path.name}{READY}").exists()
     if not ready and not patience:
@@ -90,10 +91,10 @@ def fork(
         connection.connect(str(path))
         socket.send_fds(connection, [msgspec.json.encode(request) + b"\n"], [log.fileno()])
         answer = connection.recv(64)
-    except OSError:  # it has died, also while it imported, or hangs
+    except OSError:  # it has died, perhaps during the imports, or hangs
         answer = b""
     if not answer or answer == REFUSED:
-        connection.close()  # which ends what it may have forked all the same
+        connection.close()  # this also ends a fork that it may have made nevertheless
         return None
     connection.setblocking(False)
     pid, _, more = answer.partition(b"\n")

@@ -1,6 +1,6 @@
-"""The files that rows are read from: JSON Lines, JSON, CSV and Parquet, the texts also compressed.
+"""Reads rows from JSON Lines, JSON, CSV, TSV and Parquet files; the text formats may be compressed.
 
-Every row comes with its place, and what is damaged is named by file and row.
+Every row comes with its place, and errors name the damaged file and row.
 """
 
 import bz2
@@ -20,10 +20,10 @@ from contracts.errors import UserError
 from contracts.jsonl import COMPRESSED
 
 Row = tuple[str, dict[str, Any]]
-"""Where the row stands, for messages ("file.jsonl, line 3"), and its columns."""
+"""The place of a row, for messages ("file.jsonl, line 3"), and its columns."""
 
 WRAPPERS = ("data", "rows", "instances", "examples", "items", "records")
-"""Keys under which a JSON file may hold the list of its rows."""
+"""Keys under which a JSON file may contain its list of rows."""
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "eval"}
 BOM = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
@@ -32,26 +32,27 @@ AGAIN = "Download or write it again."
 
 
 def is_readable(path: Path) -> bool:
-    """Whether a file's name ends as one that can be read."""
+    """Whether a file can be read, judging by its suffix."""
     return format_of(path) in READERS
 
 
 def suffixes() -> tuple[str, ...]:
-    """How the names of files that can be read end."""
+    """The suffixes of files that can be read."""
     return tuple(READERS)
 
 
 def format_of(path: Path) -> str:
-    """The end of a file's name without that of its compression: ".jsonl"; Parquet compresses by itself."""
+    """The suffix of a file's name without that of its compression, such as ".jsonl"; empty for Parquet files that are
+    compressed again, which are not supported."""
     found = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
     return "" if path.suffix in OPENERS and found == ".parquet" else found
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """The rows of a file.
+    """Yield the rows of a file.
 
     Raises:
-        UserError: the file is of no known format, or damaged; names the file and the row.
+        UserError: the file's format is unknown, or it is damaged; the message names the file and the row.
     """
     reader = READERS.get(format_of(path))
     if reader is None:
@@ -66,7 +67,7 @@ def read_file(path: Path) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
-    """What libraries raise of a file's content, as the user's mistake; what the system raises of its disk stays."""
+    """Turn exceptions of libraries about a file's content into UserErrors; errors of the disk are raised unchanged."""
     try:
         yield
     except (EOFError, zlib.error, lzma.LZMAError) as error:
@@ -136,7 +137,7 @@ def _decode(content: bytes, place: str, hint: str) -> Any:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """JSON Lines, or one JSON document: a list of rows, an object that holds one, or a single row."""
+    """Read JSON Lines, or one JSON document: a list of rows, an object that contains such a list, or a single row."""
     hint = "Each line must be one JSON object, with each key once."
     with _open(path) as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
@@ -151,7 +152,7 @@ def _json(path: Path) -> Iterator[Row]:
             return
         try:
             row = _decode(first, f"{path}, line {number}", hint)
-        except UserError as error:  # a line, or the beginning of a document
+        except UserError as error:  # a damaged line, or the beginning of a document of several lines
             try:
                 document = _decode(first + file.read(), str(path), AGAIN)
             except UserError:
@@ -169,7 +170,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _rows(path: Path, document: Any) -> Iterator[Row]:
-    """The rows of a whole JSON document."""
+    """Yield the rows of a JSON document."""
     where = ""
     if isinstance(document, dict):
         tables = [name for name, value in document.items() if _is_table(value)]
@@ -198,7 +199,7 @@ def _checked(row: Any, place: str) -> Row:
 
 
 def _table(path: Path, delimiter: str) -> Iterator[Row]:
-    """Rows of texts under a header; an empty cell is no value."""
+    """Read rows of text cells below a header; an empty cell is None."""
     csv.field_size_limit(1 << 30)
     with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         rows = csv.reader(text, delimiter=delimiter, strict=True)
@@ -268,7 +269,7 @@ def _has_parquet_ends(path: Path) -> bool:
 
 
 BATCH = 8192
-"""Rows of a Parquet file that are in memory at a time."""
+"""Number of rows of a Parquet file in memory at a time."""
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _json,
     ".json": _json,

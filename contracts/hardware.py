@@ -1,4 +1,4 @@
-"""What a stage ran on, and how much of it it took, for its manifest. No torch is imported here."""
+"""Records the hardware that a stage ran on, and its peak usage, for the manifest. Does not import torch."""
 
 import contextlib
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 VARIANT = "RATCHET_VARIANT"
-"""Environment variable: cpu where GPUs are to be left alone."""
+"""Environment variable: `cpu` if GPUs must not be used."""
 _children_before, _cpu_before = 0, 0.0
 
 
 def hardware() -> dict[str, Any]:
-    """The machine, the model of its processor and of its GPU where there is one, and what was taken of them.
+    """Describe the machine, its CPU, its GPU if there is one, and the resources that were used.
 
-    `cpu_seconds` is the processors' time of this process, and of those that it has waited for, since `begin_measuring`.
-    `peak_bytes` is the largest resident size of this process since `begin_measuring`, or of one that it has waited for;
-    `gpu_peak_bytes` what torch held at most of the fullest GPU in this process.
+    `cpu_seconds` is the CPU time since `begin_measuring` of this process and of its children that have ended.
+    `peak_bytes` is the largest resident size since `begin_measuring` of this process or of such a child;
+    `gpu_peak_bytes` is the most memory that torch has reserved in this process on one GPU.
     """
     found: dict[str, Any] = {
         "host": socket.gethostname(),
@@ -37,7 +37,7 @@ def hardware() -> dict[str, Any]:
 
 
 def begin_measuring() -> None:
-    """Measure from now on: a process may have worked on another stage before."""
+    """Start measuring now, because the process may have run another stage before."""
     global _children_before, _cpu_before
     _cpu_before = _cpu_seconds()
     _children_before = _largest(resource.RUSAGE_CHILDREN)
@@ -49,12 +49,12 @@ def begin_measuring() -> None:
 
 
 def processor() -> str:
-    """The model of the processor as the system calls it; empty where it does not."""
+    """The model name of the CPU according to the system; empty if unknown."""
     return _field(Path("/proc/cpuinfo"), "model name")
 
 
 def gpu() -> str:
-    """The model of the first GPU that this process may see, as its driver calls it; empty without one."""
+    """The model name of the first visible GPU according to its driver; empty if there is none."""
     if os.environ.get(VARIANT) == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return ""
     for place in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
@@ -65,7 +65,7 @@ def gpu() -> str:
 
 
 def _field(path: Path, name: str) -> str:
-    """What stands behind a name and a colon in a file of the system's."""
+    """The value in the line `NAME: VALUE` of a system file."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -96,6 +96,6 @@ def _gpu_peak() -> int:
 
 
 def _cuda() -> Any:
-    """torch.cuda where this process computes with it."""
+    """torch.cuda if this process has initialized it, else None."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None

@@ -1,4 +1,4 @@
-"""The prompts stage: from the rows that people have to prompts, each with the hash of its content as its identity."""
+"""The prompts stage: reads rows of various layouts as prompts, each identified by the hash of its content."""
 
 import random
 from array import array
@@ -21,7 +21,7 @@ from contracts.spool import Spool
 from contracts.stage import Context, Outcome
 
 INTENDED = ("held_out", "near_held_out", "near_duplicate")
-"""Reasons of what is left out because the config says so."""
+"""Reasons for drops that the config asks for, which do not count as losses."""
 SHARD = "shard-00000.jsonl"
 HEX = set("0123456789abcdef")
 
@@ -29,7 +29,7 @@ HEX = set("0123456789abcdef")
 def run(config: PromptsConfig, context: Context) -> Outcome:
     """Publish the prompts of a source, each once.
 
-    The rows may be more than fit into memory: it holds some numbers of each, and the prompts wait on the disk.
+    The source may be larger than memory, which holds only a few numbers per row; the prompts are spooled to the disk.
     """
     held_out = [held for path in config.exclude for held in Artifact.open(path, PROMPTS).rows(Prompt)]
     excluded = {prompt_id(held.messages, held.tools) for held in held_out}
@@ -43,7 +43,7 @@ def run(config: PromptsConfig, context: Context) -> Outcome:
             if prompt is None:
                 ledger.drop("empty")
                 continue
-            # A given identity that repeats is as wrong as a conversation that does.
+            # A repeated id in the source is as wrong as a repeated conversation.
             known, identity = _number(content), _number(prompt.prompt_id)
             if known in contents or identity in identities:
                 if config.duplicates == "error":
@@ -78,13 +78,13 @@ def run(config: PromptsConfig, context: Context) -> Outcome:
 
 
 def _number(identity: str) -> int:
-    """64 bits for an identity: those of a conversation's hash, or of the hash of another text."""
+    """A prompt id as 64 bits: the bits of a conversation's hash, or those of the hash of any other id."""
     own = len(identity) == 16 and set(identity) <= HEX
     return int(identity, 16) if own else int(digest(identity)[:16], 16)
 
 
 def _duplicate(config: PromptsConfig, column: str, content: str, identity: str, place: str) -> UserError:
-    """The mistake of a prompt that occurs again; where it was first is looked for in the source once more."""
+    """The error for a duplicate prompt; reads the source again to find its first occurrence."""
     reader = PromptReader(config)
     for earlier, row in read_rows(str(config.source), config.split):
         prompt, known, _ = reader.read(row, earlier)
@@ -97,7 +97,7 @@ def _duplicate(config: PromptsConfig, column: str, content: str, identity: str, 
 
 
 def _check_losses(config: PromptsConfig, ledger: Ledger) -> None:
-    """Stop where too much was lost; what was held out on purpose is no loss."""
+    """Raise UserError if too many rows were dropped, not counting the reasons in `INTENDED`."""
     if not ledger.kept:
         raise UserError(f"{config.source} holds no usable prompt: {ledger}.")
     lost = {reason: count for reason, count in ledger.dropped.items() if reason not in INTENDED}
@@ -107,33 +107,33 @@ def _check_losses(config: PromptsConfig, ledger: Ledger) -> None:
 
 
 class Imported(NamedTuple):
-    """What one row is."""
+    """The result of reading one row."""
 
     prompt: Prompt | None
-    """None: it is empty."""
+    """None if the row is empty."""
     content: str
-    """The hash of its conversation."""
+    """The hash of the conversation."""
     turns_removed: int
-    """Trailing assistant turns that were taken away."""
+    """Number of trailing assistant turns that were removed."""
 
 
 class PromptReader:
-    """Reads the rows of one source as prompts, and counts the columns that it does not read."""
+    """Reads the rows of one source as prompts, and counts the columns that are not read."""
 
     def __init__(self, config: PromptsConfig) -> None:
         self.system = config.system
         self.prefill = config.prefill
         self.answer_after = config.answer_after
         self.answered = 0
-        """Rows so far with a known answer."""
+        """Number of rows so far that have a known answer."""
         self.layout = Layout(config.named_columns())
         self.id_column = self.layout.named.get("id") or "prompt_id"
 
     def read(self, values: dict[str, Any], place: str) -> "Imported":
-        """The prompt of one row.
+        """Read the prompt of one row.
 
         Raises:
-            UserError: the row has no prompt column, several, or one of the wrong form; names the place.
+            UserError: the row has no prompt column, several, or an invalid one; the message names the place.
         """
         row = self.layout.row(values, place)
         column, conversation = row.prompt()
@@ -172,9 +172,9 @@ class PromptReader:
         return Imported(prompt, content, removed)
 
     def require_named(self, source: str) -> None:
-        """Raise UserError where a column is named that no row has had, or `answer_after` is set and none has an answer.
+        """Raise UserError if no row has a column that the config names, or any answer although `answer_after` is set.
 
-        Called when all rows were read.
+        Call it after all rows were read.
         """
         self.layout.require_named(source)
         if self.answer_after is not None and self.layout.rows and not self.answered:

@@ -1,4 +1,4 @@
-"""Rollouts and their scores, joined by (`prompt_id`, sample), one shard in memory at a time."""
+"""Joins rollouts with their scores by (`prompt_id`, sample), with one shard in memory at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +13,13 @@ from contracts.records import Rollout, Score
 ScoresBySample = dict[int, Score]
 
 WITHOUT_EFFECT = ("name", "max_dropped", "fail_on_error", "batch_tokens", "dtype", "max_length", "opponents", "date")
-"""Keys of a scorer's config with which its scores still mean the same."""
+"""Keys of a scorer's config that do not change what its scores mean."""
 
 
 def require_made_from(rollouts: Artifact, derived: Artifact) -> None:
     """Raise UserError unless `derived` (scores or pairs) was made from exactly these rollouts.
 
-    Ids alone would not tell: every iteration has samples 0 to K-1 of the same prompts.
+    Comparing ids would not be enough: every iteration has samples 0 to K-1 of the same prompts.
     """
     if derived.manifest.inputs.get("rollouts") != rollouts.manifest.digest:
         raise UserError(
@@ -29,15 +29,15 @@ def require_made_from(rollouts: Artifact, derived: Artifact) -> None:
 
 
 JUDGED = frozenset({"rollouts", "pairs", "against"})
-"""Inputs of a scorer that are what it judges."""
+"""Inputs of a scorer that are the data to score."""
 PARTS = "scores"
-"""Its input with the scores that its own are made of."""
+"""The input of a scorer that combines other scores."""
 
 
 def scorer_of(scores: Artifact) -> list[Any]:
-    """What decides a scorer's judgement: scores of two artifacts can be compared if it is the same.
+    """Everything that identifies a scorer; the scores of two artifacts are comparable if it is equal.
 
-    Of scores that are made of others it is what decides these, as far as they are still where they were.
+    For scores that combine others, it includes those scorers, as long as their artifacts still exist at their paths.
     """
     parts = scores.manifest.key_parts
     config = {name: value for name, value in parts.get("config", {}).items() if name not in WITHOUT_EFFECT}
@@ -52,10 +52,10 @@ def scorer_of(scores: Artifact) -> list[Any]:
 
 
 def join(rollouts: Artifact, scores: dict[str, Artifact]) -> Iterator[tuple[Rollout, dict[str, ScoresBySample]]]:
-    """Each rollout with its scores by scorer name and sample; samples that a scorer dropped are absent there.
+    """Yield each rollout with its scores by scorer name and sample; samples that a scorer dropped are absent there.
 
     Raises:
-        UserError: scores of other rollouts, a score without its completion, or a prompt that occurs twice.
+        UserError: scores belong to other rollouts, a score has no completion, or a prompt occurs twice.
     """
     for artifact in scores.values():
         require_made_from(rollouts, artifact)
@@ -88,7 +88,7 @@ def _orphan(scores: Artifact, prompt_id: str, sample: int, rollouts: Artifact) -
 
 
 def scores_of_shard(scores: Artifact, shard: str) -> dict[str, ScoresBySample]:
-    """The scores of one shard by prompt and sample.
+    """Read the scores of one shard, by prompt and sample.
 
     Raises:
         UserError: there is no such shard, or a sample is scored twice.

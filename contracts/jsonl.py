@@ -1,4 +1,4 @@
-"""JSONL: one record a line, typed, streamed, strict."""
+"""Reads and writes JSONL files: one typed record per line, streamed, with strict validation."""
 
 import contextlib
 import gzip
@@ -14,13 +14,13 @@ from contracts.errors import UserError
 
 R = TypeVar("R")
 COMPRESSED = ".gz"
-"""What is appended to the name of a file that is kept compressed."""
+"""Suffix that is appended to the name of a compressed file."""
 
 _encoder = msgspec.json.Encoder()
 
 
 def encode(record: Any) -> bytes:
-    """One record as a line of UTF-8 JSON with its newline; floats keep every bit."""
+    """Encode one record as a line of UTF-8 JSON with its newline; floats round-trip exactly."""
     return _encoder.encode(record) + b"\n"
 
 
@@ -37,7 +37,7 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> int:
 
 
 def open_stored(path: Path) -> BinaryIO:
-    """A file's content, whether it is kept as PATH or compressed as PATH.gz."""
+    """Open a file that is stored as PATH, or compressed as PATH.gz."""
     compressed = path.with_name(path.name + COMPRESSED)
     if compressed.is_file() and not path.exists():
         return gzip.open(compressed)  # type: ignore[return-value]
@@ -55,11 +55,11 @@ def _damage_told(path: Path) -> Iterator[None]:
 def read_jsonl(path: Path, record_type: type[R], *, tolerate_torn_tail: bool = False) -> Iterator[R]:
     """Read records of type `record_type` one by one, from PATH.gz if PATH does not exist.
 
-    `tolerate_torn_tail`: a last line without a newline, as a killed writer leaves it, ends the file quietly; use it
-    only on append-only logs, never on published files, where it is damage like any other.
+    `tolerate_torn_tail`: ignore a last line without a newline, as a killed writer leaves it; use it only on append-only
+    logs, never on published files, where such a line is damage.
 
     Raises:
-        UserError: a line that is not a valid record; names the file, the line and what is wrong with it.
+        UserError: a line is not a valid record; the message names the file, the line and the problem.
     """
     with open_stored(path) as file, _damage_told(path):
         yield from decode_jsonl(path, file, record_type, tolerate_torn_tail=tolerate_torn_tail)
@@ -68,7 +68,7 @@ def read_jsonl(path: Path, record_type: type[R], *, tolerate_torn_tail: bool = F
 def decode_jsonl(
     path: Path, lines: Iterable[bytes], record_type: type[R], *, tolerate_torn_tail: bool = False
 ) -> Iterator[R]:
-    """The same of lines that were read already; `path` is where, for messages."""
+    """Decode records, as `read_jsonl` does, from lines in memory; `path` names their file in messages."""
     decoder = msgspec.json.Decoder(record_type)
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n") and tolerate_torn_tail:

@@ -1,7 +1,6 @@
-"""Which columns of people's data sets hold what, by name, and how a row of them is read.
+"""Finds the columns of a data set that hold the prompt, the answer and so on, by their usual names or by the config.
 
-A column is found by its name or named in the config, also inside another one ("reward_model.ground_truth"). What is not
-read is counted by column.
+A column may be nested in another one ("reward_model.ground_truth"). Columns that are not read are counted.
 """
 
 from collections import Counter
@@ -14,10 +13,10 @@ from contracts.records import Message
 
 Slot = Literal["prompt", "system", "input", "choices", "answer", "id", "tags", "tools"]
 Field = Slot | Literal["response"]
-"""What a column can hold; only demonstrations read the response."""
+"""The roles that a column can have; only demonstrations read the response."""
 
 CONVERSATIONS = ("messages", "context_messages", "conversations", "conversation")
-"""Columns that hold a conversation; beside them, a column of TEXTS repeats a part of it."""
+"""Names of columns that hold a conversation; if there is also a column of TEXTS, that repeats a part of it."""
 TEXTS = ("prompt", "question", "instruction", "problem", "query")
 NAMES: dict[Field, tuple[str, ...]] = {
     "prompt": (*CONVERSATIONS, *TEXTS, "chosen"),
@@ -30,15 +29,16 @@ NAMES: dict[Field, tuple[str, ...]] = {
     "tools": ("tools", "functions"),
     "response": ("output", "response", "completion"),
 }
-"""The columns that are found by themselves, the first with a value. A prompt in one of TEXTS but `prompt` has `input`,
-one in any of them `choices`; `chosen` (with `rejected`) is a conversation of which the last answer is taken away."""
+"""The column names that are recognized for each slot; the first one with a value is read. `input` is read with a prompt
+in one of TEXTS other than `prompt`, and `choices` with a prompt in any of TEXTS; `chosen` (next to `rejected`) is a
+conversation whose last answer is removed."""
 
 Columns = Mapping[Field, str | None]
 SHOWN = 8
 
 
 class SourceRow:
-    """One row of a data set: which of its columns were read."""
+    """One row of a data set, which keeps track of the columns that were read."""
 
     def __init__(self, layout: "Layout", values: dict[str, Any], place: str) -> None:
         self.layout = layout
@@ -49,26 +49,26 @@ class SourceRow:
         self._candidates = layout.candidates(values)
 
     def find(self, slot: Field) -> tuple[str, Any]:
-        """The column of a slot and its value: ("", None) where there is none. It counts as read."""
+        """Find the column of a slot, mark it as read, and return its name and value; ("", None) if there is none."""
         for name in self._candidates[slot]:
             if (value := look_up(self.values, name)) is not None:
                 return self.read(name), value
         return "", None
 
     def read(self, name: str) -> str:
-        """Note that a column was read."""
+        """Mark a column as read."""
         self._read.add(name)
         return name
 
     def forget(self, name: str) -> None:
-        """Take back that a column was read: it holds something else than what was looked for."""
+        """Mark a column as not read after all, because it holds something else than expected."""
         self._read.discard(name)
 
     def prompt(self) -> tuple[str, tuple[Message, ...]]:
-        """The column of the prompt, and its conversation.
+        """Find the column of the prompt, and read its conversation.
 
         Raises:
-            UserError: there is none, there are several, or what is there is no conversation.
+            UserError: there is none, there are several, or the value is not a conversation.
         """
         name = self.layout.named.get("prompt") or self._find_prompt()
         value = look_up(self.values, name)
@@ -94,14 +94,14 @@ class SourceRow:
     def _find_prompt(self) -> str:
         found = [name for name in self._candidates["prompt"] if self.values[name] is not None]
         if "chosen" in found and (len(found) > 1 or isinstance(self.values["chosen"], str)):
-            # Beside a prompt it is the answer; alone, a text without turns does not say what was asked.
+            # Next to a prompt it is the answer; alone, a text without turns does not contain the prompt.
             messages = read_messages(self.values["chosen"], self.place, "chosen", set()) if len(found) == 1 else ()
             if len(messages) < 2:
                 found.remove("chosen")
         if len(found) == 1:
             return found[0]
         if found and found[0] in CONVERSATIONS and isinstance(self.values[found[0]], list):
-            # Chat data sets carry the text of the prompt beside the conversation that it begins.
+            # Chat data sets have the text of the prompt in a column next to the conversation that it begins.
             others = [name for name in found[1:] if not isinstance(self.values[name], str)]
             if not others and (found[1:] == ["prompt"] or self._contains(found[0], found[1:])):
                 return found[0]
@@ -121,7 +121,7 @@ class SourceRow:
         return all(self.values[name].strip() in said for name in texts)
 
     def close(self) -> set[str]:
-        """The names of the columns with a value that were not read."""
+        """Return the names of the columns that have a value and were not read."""
         tops = {name.partition(".")[0] for name in self._read if name not in self.values}
         for name, value in self.values.items():
             if value is None or name in self._read:
@@ -135,7 +135,7 @@ class SourceRow:
 
 
 class Layout:
-    """The columns of one data set: those named in the config, those found, and the count of those not read."""
+    """The columns of one data set: those named in the config, those found, and counts of those not read."""
 
     def __init__(self, named: Columns) -> None:
         self.named = named
@@ -146,14 +146,14 @@ class Layout:
         self._candidates: dict[tuple[str, ...], dict[Field, tuple[str, ...]]] = {}
 
     def row(self, values: dict[str, Any], place: str) -> SourceRow:
-        """A row of the data set, to be read."""
+        """Begin to read a row of the data set."""
         self.rows += 1
         if self._missing:
             self._note(values)
         return SourceRow(self, values, place)
 
     def done(self, row: SourceRow) -> None:
-        """Count what was not read of a row."""
+        """Finish a row: count the columns that were not read."""
         self.unread.update(row.close())
 
     @property
@@ -163,17 +163,17 @@ class Layout:
 
     @property
     def note(self) -> str:
-        """The same in words, for a stage's last line."""
+        """The columns that were not read as text, for a stage's last line of output."""
         columns = self.not_read
         shown = [f"{name} ({rows})" for name, rows in list(columns.items())[:SHOWN]]
         more = f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
         return f"not read: {', '.join(shown)}{more}" if shown else ""
 
     def candidates(self, values: dict[str, Any]) -> dict[Field, tuple[str, ...]]:
-        """For each slot the columns to look at in a row of these columns, in their order."""
+        """The columns of a row that may fill each slot, in order of preference."""
         columns = tuple(values)
         if columns not in self._candidates:
-            if len(self._candidates) > 1000:  # rows of ever other columns
+            if len(self._candidates) > 1000:  # the columns differ from row to row
                 self._candidates.clear()
             self._candidates[columns] = {slot: self._names(slot, values) for slot in NAMES}
         return self._candidates[columns]
@@ -185,7 +185,7 @@ class Layout:
         return () if name is None else (name,)
 
     def require_named(self, source: str) -> None:
-        """Raise UserError when a column was named in the config, and no row has a value there."""
+        """Raise UserError if the config names a column in which no row has a value."""
         for slot, name in self._missing.items():
             if self.rows:
                 raise UserError(
@@ -204,7 +204,7 @@ class Layout:
 
 
 def look_up(values: dict[str, Any], name: str) -> Any:
-    """The value of a column, or of a key inside one ("reward_model.ground_truth"); None where there is none."""
+    """The value of a column, or of a key inside one ("reward_model.ground_truth"); None if there is none."""
     if name in values or "." not in name:
         return values.get(name)
     value: Any = values
@@ -214,14 +214,14 @@ def look_up(values: dict[str, Any], name: str) -> Any:
 
 
 def has(values: dict[str, Any], name: str) -> bool:
-    """Whether there is such a column, with a value or without."""
+    """Whether a column or nested key exists, even without a value."""
     parent, _, key = name.rpartition(".")
     above = look_up(values, parent) if parent else None
     return name in values or (isinstance(above, dict) and key in above)
 
 
 def without_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """A conversation without the assistant's turns at its end."""
+    """Remove the assistant's turns at the end of a conversation."""
     kept = len(messages)
     while kept and messages[kept - 1].role == "assistant":
         kept -= 1

@@ -1,4 +1,4 @@
-"""The drop ledger: what came in is what was kept plus what was dropped, by reason."""
+"""The drop ledger: counts the rows that came in, were kept, and were dropped, by reason."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from contracts.errors import UserError
 
 
 class Ledger(msgspec.Struct):
-    """Counts of one stage's units (prompts, samples, pairs), with the identity `rows_in = kept + dropped`."""
+    """Counts of one stage's units (prompts, samples, pairs); always `rows_in = kept + dropped`."""
 
     unit: str
     rows_in: int = 0
@@ -28,13 +28,13 @@ class Ledger(msgspec.Struct):
             self.dropped[reason] = self.dropped.get(reason, 0) + count
 
     def leave_out(self, reason: str, count: int) -> None:
-        """Count units as dropped that were counted as kept before."""
+        """Recount kept units as dropped for `reason`."""
         self.rows_in -= count
         self.kept -= count
         self.drop(reason, count)
 
     def check(self) -> None:
-        """Raise AssertionError unless the counts add up: a defect of the stage, not of the data."""
+        """Raise AssertionError unless the counts add up: that is a bug in the stage, not a problem of the data."""
         total = self.kept + sum(self.dropped.values())
         if self.rows_in != total:
             raise AssertionError(f"{self.unit}: {self.rows_in} in, but {total} kept or dropped")
@@ -42,9 +42,10 @@ class Ledger(msgspec.Struct):
     def stop_above(
         self, limit: float, what: str, besides: str | None = None, fixes: Mapping[str, str] | None = None
     ) -> None:
-        """Raise UserError when more than the share `limit` was dropped, `besides` the reason that has its own limit.
+        """Raise UserError if a larger share than `limit` was dropped, not counting the reason `besides`, which has its
+        own limit.
 
-        `fixes`: what to do about some reasons; told of the most frequent one.
+        `fixes`: advice by reason; the message includes that for the most frequent one.
         """
         counted = {reason: count for reason, count in self.dropped.items() if reason != besides}
         if self.rows_in and sum(counted.values()) > limit * self.rows_in:

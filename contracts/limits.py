@@ -1,4 +1,4 @@
-"""The limits that a shell or a scheduler sets on a process (ulimit), as the reason of what goes wrong under them."""
+"""Explains errors that are caused by resource limits (ulimit) which a shell or a scheduler has set on the process."""
 
 import errno
 import os
@@ -6,11 +6,11 @@ import resource
 import signal
 
 TOO_LITTLE_MEMORY = ("allocate memory", "failed to map segment", "can't start new thread", "bad_alloc")
-"""What libraries say where the system has refused them memory."""
+"""Parts of the messages of libraries whose allocation has failed."""
 
 
 def limit_behind(error: BaseException) -> str | None:
-    """What to say of an error that one of this process's limits explains; None for every other."""
+    """The message for an error that one of this process's limits explains; None for any other error."""
     code = error.errno if isinstance(error, OSError) else None
     text = str(error)
     if code == errno.EMFILE or "(os error 24)" in text:
@@ -22,7 +22,7 @@ def limit_behind(error: BaseException) -> str | None:
 
 
 def limit_behind_signal(number: int) -> str | None:
-    """The same of a process that a signal has ended, under the limits of this one."""
+    """The message for a process that a signal ended, if one of the limits that it shares with this one explains it."""
     if number == signal.SIGXFSZ:
         return _message(resource.RLIMIT_FSIZE, "write {} bytes to one file", "-f unlimited")
     if number == signal.SIGXCPU:
@@ -31,7 +31,7 @@ def limit_behind_signal(number: int) -> str | None:
 
 
 def raise_open_files() -> None:
-    """Let this process and its children open as many files as it may allow itself."""
+    """Raise the soft limit of open files, of this process and its children, to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -52,7 +52,7 @@ def _message(limit: int, what: str, option: str) -> str | None:
 
 
 def explain_and_leave(error: BaseException) -> None:
-    """End this process with the message and exit code 2 where a limit explains an error that nobody has answered."""
+    """Exit with a message and code 2 if a limit explains this uncaught error; otherwise return."""
     if message := limit_behind(error):
         os.write(2, f"error: {message}\n".encode())
         os._exit(2)

@@ -1,4 +1,4 @@
-"""Locks of files, by which processes on all machines of a file system keep out of each other's way."""
+"""File locks, by which processes on all machines that share a file system exclude each other."""
 
 import contextlib
 import errno
@@ -12,19 +12,19 @@ from typing import IO, Any
 from contracts.errors import TransientError, UserError
 
 LOCK = ".lock"
-"""The file in a directory that is locked for all of it."""
+"""Name of the file whose lock stands for the whole directory."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 POLL_SECONDS = 0.1
 MOST_FAILURES = 20
-"""How often a directory may not be there while it is made."""
+"""How often the creation of a directory may fail because a parent is missing."""
 
 
 def take_lock(file: IO[Any], operation: int) -> None:
-    """Lock an open file (fcntl.LOCK_EX or LOCK_SH) without waiting; the lock dies with its holder.
+    """Lock an open file (fcntl.LOCK_EX or LOCK_SH) without waiting; the lock ends with the process that holds it.
 
     Raises:
         BlockingIOError: another process holds it.
-        UserError: the file system has no locks.
+        UserError: the file system does not support locks.
     """
     try:
         fcntl.flock(file, operation | fcntl.LOCK_NB)
@@ -39,7 +39,7 @@ def take_lock(file: IO[Any], operation: int) -> None:
 
 
 def try_lock(file: IO[Any], operation: int) -> bool:
-    """Take a lock, or say at once that somebody else holds it."""
+    """Try to lock an open file; False if another process holds the lock."""
     try:
         take_lock(file, operation)
     except BlockingIOError:
@@ -49,7 +49,7 @@ def try_lock(file: IO[Any], operation: int) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock, waiting for it."""
+    """Wait for a file's lock, and hold it inside the block."""
     with path.open("a+") as file:
         while not try_lock(file, fcntl.LOCK_EX):
             time.sleep(0.05)
@@ -57,17 +57,17 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class DirectoryLock:
-    """The lock of a directory in which something is made; it dies with its holder."""
+    """The lock of a directory in which an artifact is written; it ends with the process that holds it."""
 
     def __init__(self, directory: Path, target: Path) -> None:
-        """`target` is what is made there, for messages."""
+        """`target` is the artifact that is written there, for messages."""
         self.directory = directory
         self.target = target
         self._file: IO[str] | None = None
         self._failures = 0
 
     def take(self, operation: int) -> bool:
-        """Make the directory and lock it (fcntl.LOCK_EX or LOCK_SH); False if the directory went meanwhile.
+        """Create the directory and lock it (fcntl.LOCK_EX or LOCK_SH); False if it was removed in the meantime.
 
         Raises:
             BlockingIOError: another process holds it.
@@ -84,8 +84,7 @@ class DirectoryLock:
             return False
 
     def _make(self) -> None:
-        """Make the directory. That something on the way to it does not exist may be another process's doing, but not
-        again and again."""
+        """Create the directory. A parent may be missing because another process is removing it, but not repeatedly."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as error:
@@ -97,15 +96,15 @@ class DirectoryLock:
             raise
 
     def when_free(self, take: Callable[[], bool], patience: float) -> None:
-        """Call `take` until it has the lock.
+        """Call `take` until it has taken the lock.
 
         Args:
-            take: as this lock's own.
+            take: like the method `take` of this class.
             patience: seconds to wait for another process.
 
         Raises:
-            UserError: another process holds it, and there is no patience.
-            TransientError: it still does when the patience has run out.
+            UserError: another process holds the lock, and `patience` is 0.
+            TransientError: another process still holds the lock after `patience`.
         """
         start, told = time.monotonic(), False
         while True:

@@ -1,4 +1,4 @@
-"""The manifest of a published directory, and the list of files that `pipeline gc` deleted from it."""
+"""Reads and writes the manifest of an artifact, and the list of files that `pipeline gc` has deleted from it."""
 
 import hashlib
 from pathlib import PurePosixPath
@@ -30,7 +30,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: str
     """The stage key: same key, same content."""
     key_parts: dict[str, Any]
-    """What the key is a digest of, to explain why two keys differ."""
+    """The data that the key is a digest of, to explain why two keys differ."""
     digest: str
     """Digest of the schema and the files alone; stage keys downstream use it."""
     inputs: dict[str, Any]
@@ -43,10 +43,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Fingerprint of a checkpoint's weights, or of the weights that generated the rows."""
     versions: dict[str, str]
     hardware: dict[str, Any]
-    """What it ran on, and how much of it it took (contracts/hardware.py)."""
+    """The hardware that it ran on, and its peak usage (contracts/hardware.py)."""
     seconds: dict[str, float]
-    """Where the time went: prepare (keys, locks), import, load, compute, wait (for shards of a stage that it followed),
-    save, check (until the bytes of its inputs were read); total has all of it."""
+    """Time by phase: prepare (keys, locks), import, load, compute, wait (for shards of a stage that it follows), save,
+    check (until the inputs are verified); total covers everything."""
     facts: dict[str, Any]
     """The stage's own results, for example its metrics."""
     created: str
@@ -68,7 +68,7 @@ D = TypeVar("D", Manifest, Released)
 
 
 def read_manifest(content: bytes) -> Manifest:
-    """The manifest in a manifest.json.
+    """Decode a manifest.json.
 
     Raises:
         ValueError: it is not a manifest, its checksum is wrong, or it lists a file outside of its directory.
@@ -81,7 +81,7 @@ def read_manifest(content: bytes) -> Manifest:
 
 
 def checked(content: bytes, record_type: type[D]) -> D:
-    """The record in a file with a checksum of its own; ValueError if it cannot be decoded or the checksum is wrong."""
+    """Decode a record that holds its own checksum; ValueError if it cannot be decoded or the checksum is wrong."""
     record = msgspec.json.decode(content, type=record_type)
     blank = content.replace(b'"checksum": "%s"' % record.checksum.encode(), b'"checksum": ""')
     if hashlib.sha256(blank).hexdigest() != record.checksum:
@@ -90,7 +90,7 @@ def checked(content: bytes, record_type: type[D]) -> D:
 
 
 def with_checksum(record: Manifest | Released) -> bytes:
-    """The file's bytes, with their checksum in the record."""
+    """Encode a record together with its own checksum."""
 
     def text(checksum: str) -> bytes:
         found = msgspec.structs.replace(record, checksum=checksum)
@@ -100,5 +100,5 @@ def with_checksum(record: Manifest | Released) -> bytes:
 
 
 def content_digest(schema: Schema, files: tuple[File, ...]) -> str:
-    """Digest of an artifact's content: its schema and files, independent of when, where and how fast it was made."""
+    """Digest of an artifact's content, its schema and files; when, where and how fast it was computed do not enter."""
     return digest({"schema": [schema.name, schema.version], "files": sorted((f.path, f.sha256) for f in files)})

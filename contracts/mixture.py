@@ -1,4 +1,4 @@
-"""Which prompts an iteration answers, drawn from one or several prompt sets, as a stage of its own."""
+"""Configuration of the draw stage, which selects the prompts of an iteration from one or several prompt sets."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from pydantic import model_validator
 from contracts.config import Section, StageConfig, identity, input_path
 
 SOURCE = "source:"
-"""What the tags begin with that say of which set of a mixture a prompt is."""
+"""Prefix of the tag that names the set of a mixture which a prompt comes from."""
 
 
 class CurriculumSettings(Section):
@@ -92,10 +92,10 @@ class DrawConfig(StageConfig):
 
 
 def signal(scores: Sequence[float], margin: float) -> str | None:
-    """Why nothing can be learned from comparing the answers to a prompt, by their scores; None where something can.
+    """The reason why the scores of a prompt's answers carry no learning signal; None if they carry one.
 
-    That is what dynamic sampling leaves out (DAPO, arXiv 2503.14476, section 3.2): where all answers are right, or all
-    are wrong, no answer has an advantage.
+    Dynamic sampling replaces such prompts (DAPO, arXiv 2503.14476, section 3.2): if all answers are right, or all are
+    wrong, no answer has an advantage.
     """
     if len(scores) < 2:
         return "too_few_scores"
@@ -106,12 +106,13 @@ def signal(scores: Sequence[float], margin: float) -> str | None:
 
 
 def shares(weights: Mapping[str, float], taken: Mapping[str, int], count: int) -> list[str]:
-    """The source of each of the next `count` prompts, by name.
+    """The names of the sources of the next `count` prompts, in order.
 
-    Each next one is of the source that is furthest behind its share of all so far, the first by name of several.
+    Each prompt comes from the source that is furthest behind its share of all prompts so far; ties go to the first by
+    name.
 
     Args:
-        taken: prompts of each source so far.
+        taken: number of prompts drawn from each source so far.
     """
     names = sorted(weights)
     total, drawn = sum(weights.values()), {name: taken.get(name, 0) for name in names}
@@ -124,7 +125,7 @@ def shares(weights: Mapping[str, float], taken: Mapping[str, int], count: int) -
 
 
 def too_few_prompts(name: str, there: int, count: int, wanted: int) -> str:
-    """What is wrong with a source that has fewer prompts than an iteration of `count` takes of it."""
+    """The message for a source that has fewer prompts than an iteration of `count` prompts takes from it."""
     return (
         f"source {name} has {there} prompts, but its share of count={count} is {wanted}, and no prompt is answered "
         "twice in one iteration. Lower its weight or the count (in a run: prompts.per_iteration), or take more prompts "

@@ -1,4 +1,4 @@
-"""A model's measures, from what its config.json says. No torch."""
+"""Computes a model's dimensions and parameter count from its config.json. Does not import torch."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -6,46 +6,46 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Size:
-    """A model's measures."""
+    """The dimensions of a model."""
 
     parameters: int
-    """P: a tied LM head, which is the embedding, counts once."""
+    """P, the number of parameters; a tied LM head counts once, with the embedding."""
     hidden: int
     layers: int
     intermediate: int
-    """Width of the feed-forward layers that one token passes."""
+    """Width of the feed-forward layers that one token passes through."""
     query_width: int
-    """Attention heads times their width."""
+    """Number of attention heads times the width of a head."""
     key_width: int
-    """Key-value heads times the width of a head."""
+    """Number of key-value heads times the width of a head."""
     vocabulary: int
     tied: bool
     context: int | None = None
     other_files: int = 64 << 10
-    """Bytes of configuration and tokenizer."""
+    """Bytes of the configuration and tokenizer files."""
     tensors: dict[str, int] = field(default_factory=dict, hash=False)
-    """Numbers in each tensor by name; empty where there are no weights to look at."""
+    """Number of elements of each tensor, by name; empty if no weights were read."""
     model_type: str = "llama"
-    """The architecture, as config.json names it."""
+    """The architecture's `model_type` in config.json."""
     classifier: bool = False
-    """Whether it gives one score per sequence instead of having an LM head."""
+    """Whether it has a head with one score per sequence instead of an LM head."""
 
     def trained(self, frozen: list[str]) -> int:
-        """T: the parameters whose names contain none of `frozen`; all where the names are not known."""
+        """T, the number of parameters whose names contain none of `frozen`; all parameters if the names are unknown."""
         tensors = {name: count for name, count in self.tensors.items() if not (self.tied and is_head(name))}
         return self.parameters - sum(count for name, count in tensors.items() if any(part in name for part in frozen))
 
     @property
     def cache_numbers(self) -> int:
-        """Numbers in the KV cache for each token: 2 · layers · key-value heads · width of a head."""
+        """Elements of the KV cache per token: 2 · layers · key-value heads · width of a head."""
         return 2 * self.layers * self.key_width
 
     def checkpoint_bytes(self, number: int) -> int:
-        """Bytes of a published checkpoint with numbers of so many bytes: weights, their index, tokenizer."""
+        """Bytes of a published checkpoint (weights, index, tokenizer) with `number` bytes per parameter."""
         return number * self.parameters + 128 * len(self.tensors) + self.other_files
 
     def as_classifier(self) -> "Size":
-        """The same with one score per sequence instead of an LM head."""
+        """The same model with one score per sequence instead of an LM head."""
         if self.classifier:
             return self
         head = 0 if self.tied else self.vocabulary * self.hidden
@@ -53,14 +53,14 @@ class Size:
 
 
 def size_by(config: dict[str, Any]) -> Size:
-    """The measures by a model's config.json.
+    """Compute a model's dimensions from its config.json.
 
-    The counts are those of a Llama: each layer has 2 h·q + 2 h·k (attention, of query width q and key width k), 3 h·i
-    (feed-forward, times the experts) and 2 h (norms), and embedding, final norm and LM head are 2 V·h + h, or V·h + h
-    where the head is tied.
+    Parameters are counted as for a Llama: each layer has 2 h·q + 2 h·k (attention, with query width q and key width k),
+    3 h·i (feed-forward, times the number of experts) and 2 h (norms); the embedding, the final norm and the LM head
+    have 2 V·h + h, or V·h + h if the head is tied.
 
     Raises:
-        KeyError, TypeError, ValueError, ZeroDivisionError: it is the config of something else.
+        KeyError, TypeError, ValueError, ZeroDivisionError: it is not the config of a language model.
     """
 
     def first(*names: str) -> Any:

@@ -1,4 +1,4 @@
-"""What can be known of a model directory without torch."""
+"""Reads and checks a model directory's configuration, without torch."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,11 @@ from contracts.fingerprint import weight_files
 from contracts.tokenizer import OTHER_VOCABULARIES, require_tokenizer
 
 VALUE_HEAD = "value_head/model.safetensors"
-"""File of a policy that is its own critic: one tensor `weight` [1, hidden size]; engines do not see it there."""
+"""File of a policy that is its own critic: one tensor `weight` [1, hidden size]; engines do not load it."""
 MASTER = "master"
-"""Folder of a checkpoint in bfloat16 with what is missing to the fp32 that training ended with, for the next one."""
+"""Folder of a bfloat16 checkpoint with the difference to training's final fp32 weights, for the next training."""
 PROCESS_MODEL = "Qwen2ForProcessRewardModel"
-"""The class of Qwen2.5-Math-PRM, a token classifier whose head has two layers; transformers has none of that name."""
+"""The class of Qwen2.5-Math-PRM, a token classifier whose head has two layers; transformers does not have it."""
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", PROCESS_MODEL)
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
@@ -28,21 +28,21 @@ class ModelInfo(msgspec.Struct, frozen=True):
     architecture: str
     context_length: int | None
     labels: int | None
-    """Outputs of a classifier, of sequences or of tokens; None for other models."""
+    """Number of outputs of a sequence or token classifier; None for other models."""
     has_chat_template: bool
     settings: dict[str, Any]
-    """The config.json."""
+    """The content of config.json."""
     quantised: str | None = None
-    """How the weights are quantised; None: not."""
+    """The quantisation method of the weights, if any."""
     vocabulary_size: int | None = None
-    """Token ids that the embedding knows."""
+    """Number of rows of the embedding."""
 
     @classmethod
     def read(cls, path: Path) -> "ModelInfo":
         """Read a model directory.
 
         Raises:
-            UserError: it does not exist, is no model, has no safetensors weights or not all of them, or quantised ones.
+            UserError: it does not exist, is not a model, lacks some or all of its weights, or they are quantised.
         """
         weight_files(path)
         config = _read_json(path / "config.json")
@@ -70,7 +70,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
         return found
 
     def require_causal(self) -> None:
-        """Raise UserError unless this is a causal language model that every stage can compute."""
+        """Raise UserError unless this is a causal language model that all stages support."""
         require_supported(self.settings, str(self.path))
         if not self.architecture.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
             raise UserError(
@@ -78,7 +78,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
             )
 
     def require_plain_weights(self) -> None:
-        """Raise UserError where the weights are quantised: nothing here computes with such, or trains them."""
+        """Raise UserError if the weights are quantised, which no stage supports."""
         if self.quantised is not None:
             raise UserError(
                 f"{self.path} is a quantised checkpoint (quantization_config: {self.quantised}), whose weights cannot "
@@ -88,11 +88,11 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
     @property
     def support(self) -> Support:
-        """How a causal language model is computed, and its batches packed."""
+        """How this causal language model is computed, and its batches are packed."""
         return support_of(self.settings)
 
     def require_engine(self, engine: str) -> None:
-        """Raise UserError when an engine cannot sample from this causal language model."""
+        """Raise UserError if an engine cannot sample from this causal language model."""
         if engine == "transformers" and self.support == "recurrent":
             raise UserError(
                 f"engine=transformers cannot sample from {self.path} ({self.architecture}): its layers carry a state "
@@ -114,7 +114,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
             )
 
     def require_classifier_start(self) -> None:
-        """Raise UserError unless a classifier with one label can be trained from this: it is one, or a causal model."""
+        """Raise UserError unless this is a classifier with one label or a causal language model, which both can be the
+        start of a classifier's training."""
         if self.labels is None:
             self.require_causal()
         else:
@@ -132,7 +133,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
     @property
     def classifies_tokens(self) -> bool:
-        """Whether it gives labels to tokens, and not to whole sequences."""
+        """Whether this is a classifier of tokens instead of whole sequences."""
         return self.labels is not None and not self.architecture.endswith("ForSequenceClassification")
 
     @property
@@ -141,7 +142,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
         return (self.path / VALUE_HEAD).is_file()
 
     def require_ids(self, largest: int, what: str) -> None:
-        """Raise UserError where a token id lies outside of the model's embedding."""
+        """Raise UserError if the largest token id of `what` lies outside of the model's embedding."""
         if self.vocabulary_size is not None and largest >= self.vocabulary_size:
             raise UserError(
                 f"{what} holds the token id {largest}, but the embedding of {self.path} has only "
@@ -151,7 +152,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
             )
 
     def require_length(self, tokens: int, what: str) -> None:
-        """Raise UserError when `tokens` do not fit the model's context."""
+        """Raise UserError if `tokens`, the value of the config key `what`, exceed the model's context."""
         if self.context_length is not None and tokens > self.context_length:
             raise UserError(
                 f"{what} is {tokens} tokens, but the context of {self.path} is {self.context_length} "
@@ -160,16 +161,16 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 def architecture_of(path: Path) -> str:
-    """The class that a model's weights are of, by its config.json alone.
+    """The name of a model's class, from its config.json alone.
 
     Raises:
-        UserError: it is no config.json of a model.
+        UserError: config.json does not name one.
     """
     return _architecture(path, _read_json(path / "config.json"))
 
 
 def _architecture(path: Path, config: dict[str, Any]) -> str:
-    """The class that the weights were saved of."""
+    """The first class that `architectures` lists."""
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise UserError(

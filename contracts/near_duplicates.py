@@ -1,9 +1,9 @@
-"""Prompts that say almost the same: by how many of their word triples two have in common.
+"""Finds near-duplicate prompts by the Jaccard similarity of their word triples.
 
-Similarity is Jaccard's: the triples that both have, divided by those that either has. It is computed exactly. Two
-texts whose similarity is at least t have one of the first n - ceil(t n) + 1 of n triples in common, in whatever order
-all texts agree on (prefix filtering, Bayardo et al. 2007, "Scaling up all pairs similarity search"); the order here is
-the rarest first, so that few others have to be looked at.
+The similarity is the number of triples that both texts have, divided by the number that either has, and is computed
+exactly. Under any fixed order of all triples, two texts whose similarity is at least t share one of the first
+n - ceil(t n) + 1 of their n triples (prefix filtering, Bayardo et al. 2007, "Scaling up all pairs similarity search");
+the order here is rarest first, so that few candidates have to be compared.
 """
 
 import math
@@ -15,18 +15,18 @@ from collections.abc import Iterable
 from contracts.records import Prompt
 
 WIDTH = 3
-"""Words in a row."""
+"""Number of consecutive words in a gram."""
 _EAST_ASIAN = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_EAST_ASIAN}]|[^\W{_EAST_ASIAN}]+")
-"""A word, or one character of a script that has no blanks between them."""
+"""A word, or a single character of a script that is written without spaces."""
 
 Grams = frozenset[tuple[str, ...]]
 
 
 def grams_of(prompt: Prompt) -> Grams:
-    """The word triples of a conversation, without its system message, whatever its case, signs and width of letters.
+    """The word triples of a conversation without its system message, ignoring case, punctuation and character width.
 
-    Of fewer words it is all of them as one.
+    A text of fewer than three words is a single gram.
     """
     text = "\n".join(message.content for message in prompt.messages if message.role != "system")
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
@@ -34,15 +34,15 @@ def grams_of(prompt: Prompt) -> Grams:
 
 
 def similarity(one: Grams, other: Grams) -> float:
-    """Jaccard's, from 0 to 1."""
+    """The Jaccard similarity, from 0 to 1."""
     return len(one & other) / len(one | other)
 
 
 def near_duplicates(prompts: Iterable[Prompt], held_out: Iterable[Prompt], threshold: float) -> dict[int, str]:
-    """Which prompts are at least so similar to one that is held out, or to an earlier one that is kept.
+    """Find the prompts whose similarity to a held-out prompt, or to an earlier one that is kept, reaches `threshold`.
 
     Returns:
-        Their indices, with why they are dropped: near_held_out, or near_duplicate.
+        Their indices with the reason to drop them, near_held_out or near_duplicate.
     """
     others = [grams_of(prompt) for prompt in held_out]
     own = [grams_of(prompt) for prompt in prompts]

@@ -1,16 +1,16 @@
-"""Nested data: what YAML and JSON files hold."""
+"""Walks and flattens nested data as it comes from YAML and JSON files."""
 
 from collections.abc import Iterator
 from typing import Any
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Every value within that is no dict and no list, in order."""
+    """Yield every value inside that is neither a dict nor a list, in order."""
     yield from (leaf for _, leaf in placed_leaves(value))
 
 
 def placed_leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """The same with the place of each, such as `scorers.reward.inputs.0`."""
+    """Yield the leaves of `value` with their dotted paths, such as `scorers.reward.inputs.0`."""
     if isinstance(value, dict | list | tuple):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from placed_leaves(item, f"{place}.{key}" if place else str(key))
@@ -19,7 +19,7 @@ def placed_leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The same without nested dicts: their keys are joined by dots."""
+    """Flatten nested dicts into one, with keys joined by dots."""
     found: dict[str, Any] = {}
     for name, item in value.items():
         found |= flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}

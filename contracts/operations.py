@@ -1,4 +1,4 @@
-"""What a stage computes with its model, as planned: the numbers from which its time is predicted. No torch."""
+"""The planned computation of a stage with its model, from which its time is predicted. Does not import torch."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -7,7 +7,7 @@ from contracts.model_size import Size
 
 OperationKind: TypeAlias = Literal["sampling", "scoring", "training"]
 BYTES_PER_TOKEN = 4
-"""Bytes of a text for each of its tokens, as is usual for English."""
+"""Bytes of text per token, as is typical of English."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class ModelLayout:
     """How a model is spread over processes, one device each."""
 
     dp: int = 1
-    """Copies: data parallel, or replicas of an engine or of a scorer."""
+    """Number of copies: data parallel ranks, or replicas of an engine or of a scorer."""
     tp: int = 1
     pp: int = 1
     sp: int = 1
@@ -26,48 +26,48 @@ class ModelLayout:
 
     @property
     def processes(self) -> int:
-        """All of them."""
+        """The total number of processes."""
         return self.dp * self.tp * self.pp * self.sp
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What a stage computes with its model. Counts are those of the plan: answers are taken to be as long as allowed,
-    prompts to have their mean length, four bytes a token."""
+    """The planned computation of a stage with its model. Counts assume answers of the maximum length, and prompts of
+    their mean length at four bytes per token."""
 
     kind: OperationKind
     model: Size
     number: int
-    """Bytes of a number that is computed with."""
+    """Bytes per number of the dtype that is computed in."""
     layout: ModelLayout
     sequences: int
-    """Answers, or rows of a training."""
+    """Number of answers, or of a training's rows."""
     prompt_tokens: int
-    """Tokens of prompts; one that several answers share counts once where it is computed once."""
+    """Prompt tokens; a prompt that several answers share counts once if it is computed once."""
     answer_tokens: int
     length: int
-    """Tokens that attention looks back on from the last token of a sequence."""
+    """Tokens that the last token of a sequence attends to."""
     logits: int
-    """Positions whose logits are computed."""
+    """Number of positions whose logits are computed."""
     batch: int
-    """Sequences at a time in one copy (sampling), or tokens of a forward pass (otherwise)."""
+    """Concurrent sequences in one copy (sampling), or tokens of a forward pass (otherwise)."""
     passes: int = 1
-    """Epochs."""
+    """Number of epochs."""
     steps: int = 0
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     trained: int = 0
-    """Parameters that are trained."""
+    """Number of trained parameters."""
     recomputes: bool = False
-    """Whether activations are computed again in the backward pass."""
+    """Whether activations are recomputed in the backward pass."""
     beside: int = 0
-    """Further models of the same shape that only look at the same tokens."""
+    """Number of further models of the same shape that only do forward passes over the same tokens."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of a pass."""
+        """Tokens of one pass."""
         return self.prompt_tokens + self.answer_tokens
 
 
 def shape_of(size: Size) -> Size:
-    """A model's measures without those of its files."""
+    """A model's dimensions, without the details of its files."""
     return replace(size, tensors={}, other_files=0, context=None)

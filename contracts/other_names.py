@@ -1,7 +1,7 @@
-"""What the keys of TRL, transformers, PEFT, accelerate, OpenRLHF and verl are called here: one table.
+"""Maps config keys of TRL, transformers, PEFT, accelerate, OpenRLHF and verl to those of Ratchet.
 
-An unknown key's error looks here before it guesses by spelling; docs/coming-from-trl.md shows the table, which
-`python -m contracts.other_names` prints.
+The message for an unknown key uses this table before it suggests keys with a similar spelling. docs/coming-from-trl.md
+shows the table, which `python -m contracts.other_names` prints.
 """
 
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Other:
-    """One thing that several tools name differently."""
+    """The names of one setting in several tools."""
 
     trl: str
-    """Names in TRL, transformers' TrainingArguments, PEFT or accelerate, with blanks between them."""
+    """Names in TRL, transformers' TrainingArguments, PEFT or accelerate, separated by spaces."""
     others: str
-    """In OpenRLHF and verl; of nested ones the last parts that tell them apart."""
+    """Names in OpenRLHF and verl, separated by spaces; nested names are shortened to an unambiguous end."""
     ours: str
-    """Keys of a run's configuration, with blanks between them; empty where there is none."""
+    """Keys of a run's config, separated by spaces; empty if there is no such key."""
     note: str
-    """What to do, or what is different: sentences."""
+    """Sentences on what to do, or what is different."""
 
     @property
     def names(self) -> list[str]:
@@ -194,7 +194,7 @@ TABLE = (
 
 
 def flat(name: str, value: Any) -> Iterator[str]:
-    """The dotted names of all values below a key."""
+    """Yield the dotted names of all values below a key."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from flat(f"{name}.{key}", item)
@@ -203,7 +203,7 @@ def flat(name: str, value: Any) -> Iterator[str]:
 
 
 def find(name: str) -> Other | None:
-    """The entry of a key, of which the longest end counts that the table has."""
+    """The entry for a key, found by the longest suffix of its dotted name that is in the table."""
     parts = name.lower().lstrip("-").replace("-", "_").split(".")
     for start in range(len(parts)):
         if (found := _BY_NAME.get(".".join(parts[start:]))) is not None:

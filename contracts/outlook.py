@@ -1,8 +1,8 @@
-"""What a run will make, before it is made: how much data, how large models. No torch.
+"""Estimates, before a run starts, of its amounts of data and sizes of models. Does not import torch.
 
-A stage declares how much it makes of what it reads (`contracts.declaration`), and asks an `Outlook` for what other
-stages make. What cannot be known yet (a data set on the Hub), or cannot be read, is None; what is wrong with it is for
-others to say.
+A stage declares how much it publishes given its inputs (`contracts.declaration`), and asks an `Outlook` about the
+outputs of other stages. An estimate that cannot be made yet (a data set on the Hub), or whose data cannot be read, is
+None; reporting what is wrong with the data is left to other checks.
 """
 
 from dataclasses import dataclass
@@ -19,59 +19,60 @@ from contracts.splits import choose_files
 PROCESS = 640 << 20
 """Memory of Python, torch and its kernels in one process."""
 TEMPLATE_TOKENS = 64
-"""Tokens that a chat template adds to a prompt, generously."""
+"""Upper estimate of the tokens that a chat template adds to a prompt."""
 FILE = 8 << 10
-"""A small file on the disk, with its receipt and the rest of its last block."""
+"""Bytes of a small file on the disk, with its receipt and the unused rest of its last block."""
 STAGE = 64 << 10
-"""Manifest, logs and the small files of a stage."""
+"""Bytes of a stage's manifest, logs and small files."""
 ID, LOGPROB, TEXT = 7, 24, 9
-"""Bytes of a token in JSON: as an id with its comma, as a log-probability, and as text."""
+"""Bytes of a token in JSON: as an id with its comma, as a log-probability, as text."""
 SAMPLE = 256
-"""Bytes that an answer, or the score of one, has beside its tokens."""
+"""Bytes of an answer, or of its score, in addition to the tokens."""
 ROLLOUT = 512
-"""The same for a prompt with its answers."""
+"""Bytes of a prompt with its answers in addition to their tokens."""
 LINES = (".jsonl", ".json", ".csv", ".tsv")
-"""Files with a row a line; a `.json` may also be one list of many."""
+"""Suffixes of files with one row per line; a `.json` may also be a single list of rows."""
 COMPRESSED = (4, 200)
-"""A Parquet or Arrow file stands for so many times its size as JSONL, in rows of so many bytes."""
+"""Estimate for Parquet and Arrow files: their size as JSONL relative to the file, and the bytes of a row."""
 
 
 @dataclass(frozen=True)
 class RowStats:
-    """How much data there is."""
+    """The amount of data: number and size of rows."""
 
     count: int
     bytes: int
-    """As JSONL."""
+    """Total bytes as JSONL."""
     longest: int
     """Bytes of the longest row."""
 
     @property
     def longest_tokens(self) -> int:
-        """Tokens of the longest row in a chat template: of two bytes each, where four are usual."""
+        """Upper estimate of the tokens of the longest row in a chat template, at two bytes per token (usual: four)."""
         return self.longest // 2 + TEMPLATE_TOKENS
 
 
 @dataclass(frozen=True)
 class AnswerStats:
-    """How many answers there are, and how long."""
+    """The number and the lengths of answers."""
 
     prompts: RowStats
     k: int
     longest_prompt: int
-    """Tokens, and so is:"""
+    """Maximum tokens of a prompt."""
     longest_answer: int
+    """Maximum tokens of an answer."""
     shards: int = 1
-    """Files that they are published in."""
+    """Number of files in which they are published."""
 
     @property
     def count(self) -> int:
-        """Answers to all prompts."""
+        """Number of answers to all prompts."""
         return self.prompts.count * self.k
 
     @property
     def mean_prompt(self) -> int:
-        """Tokens of a prompt in the mean."""
+        """Mean tokens of a prompt."""
         mean = self.prompts.bytes // (BYTES_PER_TOKEN * max(1, self.prompts.count))
         return max(1, min(mean, self.longest_prompt))
 
@@ -82,18 +83,18 @@ class AnswerStats:
 
     @property
     def question_tokens(self) -> int:
-        """Tokens of the longest question which of two answers is better."""
+        """Tokens of the longest question to a pairwise model: a prompt with two answers."""
         return self.longest + self.longest_answer + TEMPLATE_TOKENS
 
     @property
     def prompt_bytes(self) -> int:
-        """Bytes of all prompts as rows with token ids: these take 7 for each byte of text at most."""
+        """Bytes of all prompts as rows with token ids, which take at most 7 per byte of text."""
         return (1 + ID) * self.prompts.bytes + self.prompts.count * ROLLOUT
 
 
 @dataclass(frozen=True)
 class PairStats:
-    """How many preference pairs there are at most, and of which answers."""
+    """The maximum number of preference pairs, and the answers that they are made of."""
 
     count: int
     answers: AnswerStats
@@ -101,44 +102,45 @@ class PairStats:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory that a stage takes, of a GPU where there is one, of the machine elsewhere."""
+    """Memory that a stage needs: GPU memory if it runs on GPUs, else main memory."""
 
     parts: dict[str, int]
-    """Bytes of one process, on one device, by what they are for."""
+    """Bytes of one process, on one device, by purpose."""
     processes: int
-    """Processes at the same time; each has its devices for itself, but they share the machine's memory."""
+    """Number of concurrent processes; each has its own devices, but they share the machine's main memory."""
     share: float = 1.0
-    """The part of a device that the stage takes for itself and stays within."""
+    """Share of a device's memory that the stage reserves and does not exceed."""
 
     @property
     def total(self) -> int:
-        """Bytes of one process."""
+        """Total bytes of one process."""
         return sum(self.parts.values())
 
     @property
     def states(self) -> int:
-        """The part that no batch size changes."""
+        """Bytes of one process that do not depend on batch sizes."""
         return sum(self.parts.get(name, 0) for name in ("weights", "gradients", "optimizer"))
 
 
 class Outlook(Protocol):
-    """What is known of what a path will hold, whichever stage makes it; of what is there already, by looking."""
+    """Answers what a path will contain: from the declaration of the stage that publishes there, or from the files."""
 
     def size_of(self, model: Path) -> Size | None:
-        """A model's measures."""
+        """Dimensions of a model."""
 
     def rows_of(self, path: Path, split: str = "train") -> RowStats | None:
-        """Rows of prompts or demonstrations; `split` of data from outside of the run."""
+        """Rows of prompts or demonstrations; `split` applies to data from outside the run."""
 
     def answers_of(self, path: Path) -> AnswerStats | None:
-        """The answers in rollouts, or of which an experience is made."""
+        """The answers in rollouts, or those that experience is built from."""
 
     def pairs_of(self, path: Path) -> PairStats | None:
-        """Preference pairs."""
+        """The preference pairs."""
 
 
 def measure(source: Path, split: str = "train") -> RowStats | None:
-    """Rows in a file, a directory's files of one split or a published artifact, of a large file by its first MiB."""
+    """Measure a file, a directory's files of one split, or an artifact; large files are extrapolated from their first
+    MiB."""
     if source.is_file():
         files = [source]
     elif (source / MANIFEST).is_file():
@@ -147,7 +149,7 @@ def measure(source: Path, split: str = "train") -> RowStats | None:
         files = sorted(source.rglob("*.arrow"))
         try:
             files = files or choose_files(source, split)
-        except UserError:  # which the stage tells
+        except UserError:  # the stage itself reports it
             return None
     elif not (files := matches(source)):
         return None

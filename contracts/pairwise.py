@@ -1,8 +1,8 @@
-"""How a pairwise preference model is asked which of two answers is better.
+"""Builds the input of a pairwise preference model, which predicts which of two answers is better.
 
 The whole conversation and both answers become the text of one user message, the model's own chat template is applied
-to that message once, and the next token, one of two labels, is the judgement. The text is that of RLHFlow's pairwise
-preference models (Dong et al. 2024, arXiv 2405.07863, section 2.2), so that theirs can be asked as well.
+to that message once, and the next token, one of two labels, is the verdict. The format is that of RLHFlow's pairwise
+preference models (Dong et al. 2024, arXiv 2405.07863, section 2.2), so that these can be used as they are.
 """
 
 import functools
@@ -19,14 +19,14 @@ from contracts.errors import UserError
 from contracts.records import Message
 
 LABELS = ("A", "B")
-"""What the model says: the first answer is better, or the second."""
+"""The labels that the model predicts: the first answer is better, or the second."""
 
 
 def question(messages: Sequence[Message], first: str, second: str, tools: Tools = msgspec.UNSET) -> str:
     """The text of the user message: the turns of the conversation, then both answers.
 
-    Tools come first, as a turn of their own, and tool calls behind the text of theirs, both of them as JSON. A
-    beginning that both answers share, as the last turn, is part of either.
+    Tools come first, as a turn of their own; tool calls follow the text of their turn; both are written as JSON. A
+    prefill (the last turn) is prepended to both answers.
     """
     messages, begun = without_beginning(messages)
     first, second = begun + first, begun + second
@@ -46,7 +46,7 @@ class PairwiseChat:
     def token_ids(
         self, messages: Sequence[Message], first: str, second: str, what: str, tools: Tools = msgspec.UNSET
     ) -> list[int]:
-        """Token ids of the question, which `what` names, up to where the label follows.
+        """Token ids of the question up to where the label follows; `what` names it in messages.
 
         Raises:
             UserError: the chat template refuses a user message, or begins with two BOS tokens.
@@ -56,10 +56,10 @@ class PairwiseChat:
 
     @functools.cached_property
     def label_ids(self) -> tuple[int, int]:
-        """The token of each label, in the form (" A" or "A") that is one token directly behind the generation prompt.
+        """The token ids of the labels, in the form ("A" or " A") that is a single token after the generation prompt.
 
         Raises:
-            UserError: in neither form are both labels single tokens, each one's own.
+            UserError: in neither form are the labels two different single tokens.
         """
         tokenizer = self.chat.tokenizer
         prompt = self.chat.render([Message("user", "?")], for_answer=True)

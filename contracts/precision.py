@@ -1,21 +1,21 @@
-"""Which number format `dtype: auto` stands for: one that the device computes in by itself, and exact enough."""
+"""Resolves `dtype: auto` to a dtype that the device supports natively and that is precise enough."""
 
 import json
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""What Linux calls the instructions of x86 (AVX512-BF16, AMX) and of ARM that multiply bfloat16."""
+"""Linux's names of the x86 (AVX512-BF16, AMX) and ARM instructions that multiply bfloat16."""
 HALF = ("bfloat16", "float16")
 
 
 def resolve_dtype(asked: str, *, on_gpu: bool, sampled: Path | None = None) -> str:
-    """The number format of a model that a stage has asked for.
+    """Resolve the `dtype` of a stage's config for a model.
 
-    `auto` is bfloat16 on a GPU. On a CPU it is float32: what is trained, and the log-probabilities that training
-    compares with its own, would lose too much. A model that is only sampled from is computed in bfloat16 where the
-    processor does that by itself, which emulation is several times slower than, and where the model's weights are
-    stored in a half precision: then they are the same numbers.
+    `auto` is bfloat16 on a GPU. On a CPU it is float32, because training, and the log-probabilities that training
+    compares with its own, would lose too much precision. A model that is only sampled from is computed in bfloat16 if
+    the CPU supports that natively (emulation is several times slower) and the weights are stored in half precision, so
+    that nothing is lost by loading them.
 
     Args:
         sampled: the directory of a model that is only sampled from.
@@ -28,7 +28,7 @@ def resolve_dtype(asked: str, *, on_gpu: bool, sampled: Path | None = None) -> s
 
 
 def computes_bfloat16() -> bool:
-    """Whether this machine's processor multiplies bfloat16 by itself; False where nobody knows."""
+    """Whether this machine's CPU multiplies bfloat16 natively; False if that is unknown."""
     try:
         lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -38,7 +38,7 @@ def computes_bfloat16() -> bool:
 
 
 def stored_dtype(model: Path) -> str:
-    """The number format of a model's weights, as its config.json says; "unknown" where it does not."""
+    """The dtype of a model's weights according to its config.json; "unknown" if it has none."""
     try:
         config = json.loads((model / "config.json").read_bytes())
     except (OSError, ValueError):

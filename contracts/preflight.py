@@ -30,7 +30,7 @@ Level = Literal["ok", "warning", "error"]
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """The result of one check."""
+    """One result of a check."""
 
     level: Level
     found: str
@@ -40,7 +40,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Conversation(msgspec.Struct, frozen=True):
-    """A conversation of the user's, picked to cover what the run will render: see `contracts.sampling`."""
+    """A conversation from the user's data, picked to cover what the run will render; see `contracts.sampling`."""
 
     place: str
     """File and line, for messages: "prompts.jsonl, line 3"."""
@@ -103,7 +103,7 @@ class Inspected:
 
 
 def findings_of(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """What a check yields; an error that stops it becomes a finding, so that the other checks still run."""
+    """Collect the findings of a check; an error that stops it becomes a finding, so that the other checks still run."""
     found: list[Finding] = []
     try:
         found.extend(check())
@@ -142,7 +142,7 @@ def serve() -> None:
 
 
 def refuse(findings: list[Finding]) -> None:
-    """Raise UserError where there are errors, with all of them."""
+    """Raise UserError with all errors among the findings, if there are any."""
     wrong = [finding for finding in findings if finding.level == "error"]
     errors = [f"{finding.found} {finding.fix or ''}".rstrip() for finding in wrong]
     if len(errors) == 1:

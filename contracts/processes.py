@@ -1,4 +1,4 @@
-"""Owning the processes that one starts: they end when their parent ends."""
+"""Starts, watches and ends child processes, such that they end when their parent ends."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ AN_INSTANT = 0.01
 
 
 def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
-    """Ask the kernel to send this process the signal `number` when its parent dies (Linux; elsewhere: nothing).
+    """Ask the kernel to send this process the signal `number` when its parent dies (no effect outside of Linux).
 
     `parent`: the expected parent's pid; if it is gone already, exit at once.
     """
@@ -28,21 +28,21 @@ def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> 
 
 
 def outlive_parent() -> None:
-    """Take back what `die_with_parent` has asked for."""
+    """Undo `die_with_parent`."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, 0)
 
 
 class GroupLeader(Protocol):
-    """A process that leads a group of its own: what of `subprocess.Popen` is needed to end it."""
+    """A process that leads its own process group, with the part of `subprocess.Popen` that is needed to end it."""
 
     @property
     def pid(self) -> int:
-        """Its id."""
+        """The process id."""
         ...
 
     def poll(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """The exit code; None while it runs."""
         ...
 
     def send_signal(self, number: int, /) -> None:
@@ -57,12 +57,12 @@ def start_leader(
     directory: str | None = None,
     descriptors: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
-    """Start a process whose stdin ends with this process, however that ends, and whose output is appended to `log`.
+    """Start a process whose stdin is closed when this process ends in any way, and whose output is appended to `log`.
 
-    It leads a group of its own, so a key of the terminal does not end it.
+    It leads its own process group, so Ctrl-C in the terminal does not end it.
 
     Args:
-        descriptors: files that it finds open, under the same numbers.
+        descriptors: file descriptors that it inherits, with the same numbers.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -79,16 +79,16 @@ def start_leader(
 
 
 def end_groups(processes: Sequence[GroupLeader], grace: float) -> None:
-    """End processes that lead their own groups, and all of those groups.
+    """End processes that lead their own groups, and all processes of these groups.
 
-    First the leaders alone are asked (SIGTERM), who may take `grace` seconds to finish what they have in hand with the
-    help of their children; then what is left of the groups is asked; at last it is killed.
+    First, SIGTERM goes to the leaders alone, which have `grace` seconds to finish their current work with the help of
+    their children; then to the remaining processes of the groups; in the end these are killed.
     """
     start = time.monotonic()
     for process in processes:
         process.send_signal(signal.SIGTERM)
     wait_until(lambda: all(process.poll() is not None for process in processes), grace)
-    patience = max(5.0, grace - (time.monotonic() - start))  # a leader such as `conda run` ends without its child
+    patience = max(5.0, grace - (time.monotonic() - start))  # a leader such as `conda run` may end before its child
     for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -102,7 +102,7 @@ def _is_gone(process: GroupLeader) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait until something is so, and no longer than so many seconds; whether it is."""
+    """Wait until a condition holds, but at most `seconds`; return whether it holds."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -112,7 +112,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def group_exists(group: int) -> bool:
-    """Whether any process is in a group."""
+    """Whether a process group has any processes."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -123,8 +123,7 @@ def group_exists(group: int) -> bool:
 
 
 def wait_for_end(pids: Iterable[int], seconds: float) -> None:
-    """Wait until one of these processes has ended, but no longer than so many seconds; of one that is there no more,
-    for an instant."""
+    """Wait until one of the processes ends, but at most `seconds`; only for an instant if one has ended already."""
     opened: list[int] = []
     try:
         for pid in pids if hasattr(os, "pidfd_open") else ():
@@ -139,7 +138,7 @@ def wait_for_end(pids: Iterable[int], seconds: float) -> None:
 
 
 def start_time(pid: int) -> str:
-    """When a process began, in the clock of its machine; "gone" where it has ended. With its id it is never reused."""
+    """The start time of a process, which makes its id unique on the machine; "gone" if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -148,12 +147,12 @@ def start_time(pid: int) -> str:
 
 
 def marked(mark: str) -> list[int]:
-    """The processes on this machine, but this one, that have the variable NAME=VALUE in their environment."""
+    """The other processes on this machine that have the variable `mark` (NAME=VALUE) in their environment."""
     found: list[int] = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:  # ended meanwhile, or another user's
+        except OSError:  # it has just ended, or belongs to another user
             continue
         if mark.encode() in variables and int(folder.name) != os.getpid():
             found.append(int(folder.name))
@@ -161,7 +160,7 @@ def marked(mark: str) -> list[int]:
 
 
 def end_marked(mark: str) -> list[int]:
-    """Kill the processes that have a variable in their environment, and wait until they are gone."""
+    """Kill the processes that have the variable `mark` in their environment, and wait until they are gone."""
     found = marked(mark)
     for pid in found:
         kill(pid, signal.SIGKILL)
@@ -172,6 +171,6 @@ def end_marked(mark: str) -> list[int]:
 
 
 def kill(pid: int, number: signal.Signals) -> None:
-    """Send a signal to a process, if it is there."""
+    """Send a signal to a process, if it exists."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)

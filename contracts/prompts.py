@@ -1,4 +1,4 @@
-"""Prompts: import of what people have, as a stage of its own."""
+"""The configuration of the prompts stage, which imports a prompt set, and the ids of prompts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from contracts.layouts import Columns, Slot
 from contracts.records import JsonObjects, Message
 
 SHORT: dict[str, Slot] = {"column": "prompt", "answer_column": "answer", "id_column": "id"}
-"""Keys that name one column each, and which."""
+"""Config keys that name one column each, with the slot that it fills."""
 
 
 class PromptsSettings(Section):
@@ -60,7 +60,7 @@ class PromptsSettings(Section):
         return self
 
     def named_columns(self) -> Columns:
-        """The columns that are named, by what they hold."""
+        """The columns that the config names, by slot."""
         short = [(slot, name) for key, slot in SHORT.items() if (name := getattr(self, key))]
         return dict([*short, *self.columns.items()])
 
@@ -77,6 +77,6 @@ class PromptsConfig(PromptsSettings, StageConfig):
 
 
 def prompt_id(messages: Sequence[Message], tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET) -> str:
-    """The identity of a prompt: 16 hex digits of the hash of its conversation, with its tools where it has some."""
+    """The id of a prompt: 16 hex digits of the hash of its conversation and, if it has any, its tools."""
     turns = [msgspec.to_builtins(message) for message in messages]
     return digest(turns if tools is msgspec.UNSET else {"messages": turns, "tools": tools})[:16]

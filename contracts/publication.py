@@ -1,16 +1,16 @@
-"""Writing an artifact: shards with receipts, then a manifest, then one rename.
+"""Writes and publishes an artifact: shards with receipts, then a manifest, then one rename.
 
-A stage writes into a hidden directory beside its target, shard by shard. Each finished shard gets a receipt, so
-that a killed stage loses the shard in hand and nothing else. `publish` checks the counts, writes `manifest.json`
+A stage writes into a hidden directory next to its target, shard by shard. Each finished shard gets a receipt, so
+that a killed stage loses its current shard and nothing else. `publish` checks the counts, writes `manifest.json`
 last, flushes everything to the disk and renames.
 
-What a crash can leave, and what the next attempt does with it:
-  hidden directory, shards with receipts           keeps them, makes the rest
+States that a crash can leave, and what the next attempt does:
+  hidden directory, shards with receipts           keeps them, computes the rest
   a `*.tmp` file, or a shard without its receipt   deletes it
   hidden directory with a manifest                 finishes the rename
-  the target                                       nothing left to do
+  the target                                       nothing
 
-A stage may read the finished shards of another while that one still makes the rest (contracts/following.py).
+A stage may read the finished shards of another while that one still computes the rest (contracts/following.py).
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from contracts.records import Schema
 WORTH_KEEPING = ("*.safetensors", "judged-*.jsonl", "paid-*.jsonl")
 """Files of the folder `state` that are kept after a user's mistake, because they were expensive to compute."""
 NAMED = 3
-"""How many shards a message names."""
+"""Maximum number of shards that a message names."""
 
 
 class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,11 +49,11 @@ class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seconds: dict[str, float] = {}
     facts: dict[str, Any] = {}
     made_from: str | None = None
-    """SHA-256 of the shard that it was made from, of an input that is read shard by shard."""
+    """SHA-256 of the input shard that it was computed from, for an input that is read shard by shard."""
 
 
 class Publication:
-    """The one way to publish: shards with receipts, then a manifest, then a rename."""
+    """The only way to publish: shards with receipts, then a manifest, then a rename."""
 
     def __init__(
         self,
@@ -68,16 +68,16 @@ class Publication:
         """Prepare to publish under a stage key.
 
         Args:
-            key: None as long as it is not known (contracts/following.py).
-            hidden_key: what the hidden directory is named by; by default the key.
-            fits: whether a finished shard was made from what the stage reads now; None: the key tells.
+            key: None as long as it is unknown (contracts/following.py).
+            hidden_key: the key that names the hidden directory; by default `key`.
+            fits: whether a finished shard was computed from the stage's current input; None if the key implies it.
         """
         self.target = target
         self.schema = schema
         self.stage = stage
         self.key = key
         self.made_from: Callable[[str], str | None] = lambda name: None
-        """What each shard is made from, for its receipt."""
+        """Returns, for a shard's receipt, the digest of the input shard that it was computed from."""
         self.directory = partial_directory(target, hidden_key or key or "")
         self._fits = fits
         self._lock = DirectoryLock(self.directory, target)
@@ -99,7 +99,7 @@ class Publication:
                 self._clear_leftovers(self._intact)
 
     def join(self, patience: float) -> None:
-        """Create the hidden directory, or share it with other tasks that make shards and do not publish.
+        """Create the hidden directory, or share it with other tasks that compute shards and do not publish.
 
         The first task cleans up what a crash left. File contents are verified later, by the publisher, because other
         tasks would have to wait here.
@@ -119,12 +119,12 @@ class Publication:
         """Whether a file differs from an existing manifest, for example after a power failure."""
         path = self.directory / MANIFEST
         found = Artifact(self.directory, read_manifest(path.read_bytes())).damage()
-        return bool(found) and path.exists()  # it was not renamed meanwhile
+        return bool(found) and path.exists()  # and it was not renamed in the meantime
 
     def _clear_leftovers(self, intact: Callable[[Receipt], bool] = lambda receipt: True) -> None:
         """Delete scratch files, files without a receipt or that are not `intact`, and receipts without such a file.
 
-        The same for what does not fit what the stage reads now.
+        Shards that were computed from a different input are deleted as well.
         """
         self.drop_misfits()
         known = {name for name, receipt in self.receipts().items() if intact(receipt)}
@@ -135,10 +135,12 @@ class Publication:
                 path.unlink()
 
     def drop_misfits(self) -> list[str]:
-        """Delete the finished shards that were made from something else than what the stage reads now, and say so.
+        """Delete the finished shards that were computed from a different input than the current one, and print that.
+
+        The caller must be the only process that computes shards.
 
         Returns:
-            Their names. Whoever calls is the only one that makes shards.
+            The names of the deleted shards.
         """
         if self._fits is None:
             return []
@@ -156,13 +158,13 @@ class Publication:
 
     @property
     def state(self) -> Path:
-        """A folder for state to resume from after a kill; never published."""
+        """The folder for state from which a killed stage resumes; it is never published."""
         path = self.directory / "state"
         path.mkdir(exist_ok=True)
         return path
 
     def receipts(self) -> dict[str, Receipt]:
-        """Receipts of the finished files by name; a file whose receipt or content is incomplete is not finished."""
+        """Receipts of the finished files by name; files whose receipt or content is incomplete are left out."""
         found = (_read_receipt(path) for path in sorted(self.directory.glob(_receipt_name("*"))))
         return {receipt.file.path: receipt for receipt in found if receipt is not None}
 
@@ -281,7 +283,7 @@ class Publication:
                 self.discard()
 
     def abandon(self) -> None:
-        """After a user's mistake: delete the hidden directory, unless it has finished shards or valuable state."""
+        """After a user's mistake: delete the hidden directory, unless it has finished shards or state worth keeping."""
         worth = (path for pattern in WORTH_KEEPING for path in (self.directory / "state").glob(pattern))
         if not self.receipts() and not any(worth):
             self.discard()
@@ -307,11 +309,11 @@ def receipt_in(directory: Path, name: str) -> Receipt | None:
 
 
 def finished_in(directory: Path) -> list[str]:
-    """Names of the files in a hidden directory that have a receipt, in their order; from one listing."""
+    """Sorted names of the files in a hidden directory that have a receipt, from one directory listing."""
     prefix, suffix = _receipt_name("*").split("*")
     try:
         there = os.listdir(directory)
-    except FileNotFoundError:  # not begun, or published meanwhile
+    except FileNotFoundError:  # not begun yet, or published in the meantime
         return []
     found = (name[len(prefix) : -len(suffix)] for name in there if name.startswith(prefix) and name.endswith(suffix))
     return sorted(found)

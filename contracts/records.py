@@ -1,7 +1,7 @@
-"""The records that pass between stages. Token ids are the truth; text is there for people.
+"""Defines the records that pass between stages. Token ids are authoritative; text is for people.
 
-Each record is one JSON object on one line. Unknown fields are an error, so that a file of another version is
-never half understood.
+Each record is one JSON object on one line. Unknown fields are an error, so that a file of another version is never
+read in part.
 """
 
 from typing import Any, Literal
@@ -9,12 +9,12 @@ from typing import Any, Literal
 import msgspec
 
 FinishReason = Literal["stop", "stop_string", "length"]
-"""Why an answer ends: with a token that ends answers, with one of the texts of `stop`, or at the token limit."""
+"""Why an answer ended: with a stop token, with one of the texts of `stop`, or at the token limit."""
 LogprobMode = Literal["raw", "processed"]
 
 
 class Schema(msgspec.Struct, frozen=True):
-    """Name and version of what an artifact holds, as written into its manifest."""
+    """Name and version of the format of an artifact's content, as written into its manifest."""
 
     name: str
     version: int
@@ -37,7 +37,7 @@ JsonObjects = tuple[dict[str, Any], ...]
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=False):
-    """Base of every record. A field that may be `UNSET` is left out of the file where it is."""
+    """Base of every record. A field that is `UNSET` is left out of the file."""
 
 
 class Message(Record, frozen=True):
@@ -45,16 +45,16 @@ class Message(Record, frozen=True):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
-    """May be empty where an assistant's turn has `tool_calls`."""
+    """Text; may be empty in an assistant's turn with `tool_calls`."""
     reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
-    """What an assistant thought before it answered."""
+    """Reasoning of the assistant before its answer."""
     tool_calls: JsonObjects | msgspec.UnsetType = msgspec.UNSET
-    """What an assistant calls: `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with `id` where
-    the calls have one."""
+    """Tool calls of an assistant: `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with `id` if
+    the call has one."""
     tool_call_id: str | msgspec.UnsetType = msgspec.UNSET
-    """The call that a tool's turn answers."""
+    """Id of the call that a tool's turn answers."""
     name: str | msgspec.UnsetType = msgspec.UNSET
-    """Who speaks: a tool, or one of several users."""
+    """Name of the speaker: a tool, or one of several users."""
 
 
 class Prompt(Record, frozen=True):
@@ -67,11 +67,12 @@ class Prompt(Record, frozen=True):
     """A known answer, for rule scorers."""
     tags: tuple[str, ...] = ()
     tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET
-    """What the assistant may call: `{"type": "function", "function": {"name": ..., "parameters": JSON Schema}}`."""
+    """Tools that the assistant may call:
+    `{"type": "function", "function": {"name": ..., "parameters": JSON Schema}}`."""
 
 
 class Sampling(Record, frozen=True):
-    """The sampling parameters of one completion. Those that may be `UNSET` change nothing where they are."""
+    """The sampling parameters of one completion. Parameters that are `UNSET` had no effect."""
 
     temperature: float
     top_p: float
@@ -79,21 +80,21 @@ class Sampling(Record, frozen=True):
     max_tokens: int
     min_p: float | msgspec.UnsetType = msgspec.UNSET
     min_tokens: int | msgspec.UnsetType = msgspec.UNSET
-    """Tokens before which the answer could not end."""
+    """Minimum length of the answer in tokens."""
     repetition_penalty: float | msgspec.UnsetType = msgspec.UNSET
     presence_penalty: float | msgspec.UnsetType = msgspec.UNSET
     frequency_penalty: float | msgspec.UnsetType = msgspec.UNSET
     stop: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
-    """Texts with which the answer ended, if it came to one of them."""
+    """Texts that end the answer where they occur in it."""
     guided: str | msgspec.UnsetType = msgspec.UNSET
-    """What kept the answer to a form: its kind and the first 16 hex digits of its digest ("regex 0f..."); the form
-    itself is in the manifest's configuration."""
+    """The constraint of guided decoding: its kind and the first 16 hex digits of its digest ("regex 0f..."); the
+    constraint itself is in the manifest's configuration."""
     thinking_tokens: int | msgspec.UnsetType = msgspec.UNSET
-    """Tokens of thoughts after which their end was forced."""
+    """Maximum tokens of reasoning, after which its end was forced."""
 
     def departures(self) -> str:
-        """In what it was not the policy's own distribution that was sampled from ("temperature=0.7, min_p=0.1"); empty
-        where it was. How long an answer may be and what ends it change no token's probability."""
+        """The parameters by which the sampled distribution differs from the policy's own ("temperature=0.7, top_k=5"),
+        or "". The maximum length and the stop texts do not count, because they change no token's probability."""
         own: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         values = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not msgspec.UNSET}
         free = ("max_tokens", "stop")
@@ -111,18 +112,18 @@ class Completion(Record, frozen=True):
     sample: int
     """Index among the K completions of the prompt."""
     response_ids: tuple[int, ...]
-    """The tokens that were sampled, and no other. Ends with the EOS (or end-of-turn) token exactly when `finish_reason`
-    is "stop", and with the token that completed the text when it is "stop_string"."""
+    """Exactly the sampled tokens. The last one is the EOS (or end-of-turn) token if and only if `finish_reason` is
+    "stop", and the token that completed the stop string if it is "stop_string"."""
     text: str
-    """The response without special tokens, and up to the text that ended it."""
+    """The response without special tokens, up to the stop string if that ended it."""
     finish_reason: FinishReason
-    """"length": truncated by the token limit; such an answer carries no EOS. "stop_string": whole, and without EOS."""
+    """"length": truncated by the token limit, without EOS. "stop_string": complete, without EOS."""
     logprobs: tuple[float, ...]
-    """Natural log-probability of each response token under the policy that sampled it; empty: unknown."""
+    """Natural log-probability of each response token under the policy that sampled it; empty if unknown."""
     seed: int | None
-    """None: unknown, for answers that were imported."""
+    """Sampling seed; None (unknown) for imported answers."""
     sampling: Sampling | None
-    """None: unknown, for answers that were imported."""
+    """Sampling parameters; None (unknown) for imported answers."""
 
 
 class Rollout(Record, frozen=True):
@@ -131,39 +132,40 @@ class Rollout(Record, frozen=True):
     prompt_id: str
     messages: tuple[Message, ...]
     prompt_ids: tuple[int, ...]
-    """The tokens that the engine was given: the chat template applied once."""
+    """The tokens that the engine received: the conversation in the chat template, applied once."""
     completions: tuple[Completion, ...]
     policy: str
-    """Fingerprint of the weights that sampled; "imported" for answers that came from elsewhere."""
+    """Fingerprint of the weights that sampled the completions; "imported" if they come from elsewhere."""
     iteration: int
     logprob_mode: LogprobMode
-    """"processed": of the distribution sampled from (after temperature, top-k, top-p); "raw": of the model's own."""
+    """"processed": log-probabilities of the distribution sampled from (after temperature, top-k, top-p); "raw": of the
+    model's own distribution."""
     answer: str | None = None
     tags: tuple[str, ...] = ()
     tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET
-    """As in the prompt."""
+    """The prompt's tools."""
 
 
 class Score(Record, frozen=True):
-    """One scorer's judgement of one completion, keyed by (`prompt_id`, `sample`)."""
+    """One scorer's score of one completion, keyed by (`prompt_id`, `sample`)."""
 
     prompt_id: str
     sample: int
     score: float
-    """A reward, the summed log-probability of the response (nats), or a critic's value of the prompt: of the state
-    before the first response token."""
+    """A reward, the summed log-probability of the response (nats), or a critic's value of the state before the first
+    response token, that is, of the prompt."""
     token_logprobs: tuple[float, ...] | None = None
     """For the scorer kind `logprobs`: one number per response token (nats)."""
     token_values: tuple[float, ...] | None = None
-    """For the scorer kind `values`: for each response token, the critic's value of the state in which it was chosen, so
-    of the prompt and the response tokens before it."""
+    """For the scorer kind `values`: for each response token, the critic's value of the state before it, which consists
+    of the prompt and the preceding response tokens."""
     token_rewards: tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
-    """For scorers that judge token by token: one reward per response token, for algorithms that learn from these."""
+    """For scorers that score every token: one reward per response token, for algorithms that use token rewards."""
     parts: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
-    """Numbers by name that the score was made of, or that were found beside it; not all samples need to have the same.
-    Names are those of Python variables."""
+    """Named numbers that the score is composed of, or that the scorer reports in addition; samples may have different
+    parts. Names are valid Python identifiers."""
     extras: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
-    """What else is worth showing, as JSON by name: an extracted answer, an explanation. Nothing computes with it."""
+    """Named JSON values for display only, such as an extracted answer or an explanation."""
 
 
 class Pair(Record, frozen=True):
@@ -183,22 +185,22 @@ class Pair(Record, frozen=True):
     chosen_finish_reason: FinishReason
     rejected_finish_reason: FinishReason
     chosen_score: float
-    """The score that selected, which is the score that labels."""
+    """The score by which the pair was selected, which is also the one that labels it."""
     rejected_score: float
     margin: float
     """`chosen_score - rejected_score`, never negative."""
     strategy: str
     iteration: int
     messages: tuple[Message, ...] = ()
-    """The conversation that was answered; empty in pairs that were made before it was kept."""
+    """The conversation that was answered; empty in pairs of earlier versions, which did not store it."""
     tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET
-    """As in the prompt."""
+    """The prompt's tools."""
     tags: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
-    """Of the prompt, where it has some."""
+    """The prompt's tags, if it has any."""
 
 
 class ExperienceSample(Record, frozen=True):
-    """One answer, and how much better than expected each of its tokens was. Every tuple has one number per token."""
+    """One answer with the advantages of its tokens. Every tuple has one number per response token."""
 
     sample: int
     """Index among the completions of the prompt, as in the rollouts."""
@@ -206,24 +208,24 @@ class ExperienceSample(Record, frozen=True):
     finish_reason: FinishReason
     reward: float
     behaviour: tuple[float, ...]
-    """Log-probabilities of the policy that sampled, as its engine reported them (nats)."""
+    """Log-probabilities under the policy that sampled the answer, as its engine reported them (nats)."""
     advantages: tuple[float, ...]
     reference: tuple[float, ...] | None = None
-    """Log-probabilities under the reference policy (nats), where the algorithm needs them."""
+    """Log-probabilities under the reference policy (nats), if the algorithm needs them."""
     values: tuple[float, ...] | None = None
-    """The critic's, before it is trained on this: of the state in which each token was chosen."""
+    """The critic's value of the state before each token, before the critic is trained on this sample."""
     returns: tuple[float, ...] | None = None
-    """What the critic is to learn instead of `values`."""
+    """Targets of the critic for `values`."""
 
 
 class ExperienceRow(Record, frozen=True):
-    """The answers to one prompt that are trained on; prompts of which none is left have no row."""
+    """The answers to one prompt that are trained on; prompts without any such answer have no row."""
 
     prompt_id: str
     prompt_ids: tuple[int, ...]
     samples: tuple[ExperienceSample, ...]
     policy: str
-    """Fingerprint of the weights that sampled."""
+    """Fingerprint of the weights that sampled the answers."""
     iteration: int
     tags: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
-    """Of the prompt, where it has some."""
+    """The prompt's tags, if it has any."""

@@ -1,8 +1,8 @@
-"""What a process keeps from one stage to the next: an engine, a model.
+"""Keeps an engine or a model in memory from one stage to the next.
 
-Only a warm process (contracts/warm.py) keeps anything; in every other one `hold` opens what it is asked for. Nothing
-that is kept decides what a stage publishes: the next stage is given it only where it would open the same, or where it
-can be updated to the same and this is proven.
+Only a forked process (contracts/warm.py) keeps anything; in all others, `hold` always opens a new object. Reuse never
+affects what a stage publishes: a stage gets a kept object only if it would open an identical one, or if the object can
+be updated to be identical, which is verified.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from contracts.errors import UserError
 T = TypeVar("T")
 
 Start: TypeAlias = Literal["loaded", "updated", "kept"]
-"""How a stage came to its engine or model: loaded it, updated the weights of one that was there, or found it ready."""
+"""How a stage got its engine or model: loaded it, updated the weights of a kept one, or reused a kept one unchanged."""
 
 
 @dataclass
@@ -36,13 +36,13 @@ _allowed = False
 
 
 def allow() -> None:
-    """From now on this process keeps what its stages open."""
+    """Let this process keep, from now on, what its stages open."""
     global _allowed
     _allowed = True
 
 
 def any_held() -> bool:
-    """Whether it keeps anything, so that it is worth to be given another stage."""
+    """Whether this process keeps anything, so that it is worth running another stage in it."""
     return bool(_residents)
 
 
@@ -56,19 +56,19 @@ def hold(
     update: Callable[[T], None] | None = None,
     begin: Callable[[T], None] = lambda value: None,
 ) -> tuple[T, Start]:
-    """What this process keeps under a name, where it fits, or else a new one, which is kept from now on.
+    """Return the object that this process keeps under `name` if it matches, else open a new one and keep that.
 
     Args:
-        like: all that an update cannot change, as one string.
-        content: the rest, for example the fingerprint of the weights.
-        open_: makes a new one.
-        close: ends one for which there is no use any more.
-        update: gives one that is alike the wanted content, and raises where it cannot prove that it did. Then, and
-            after any other error of its own, a new one is made.
-        begin: makes one that was there ready for another stage, and raises where it does not work any more.
+        like: identifies everything that an update cannot change.
+        content: identifies the rest, for example by the fingerprint of the weights.
+        open_: opens a new object.
+        close: closes an object that is no longer needed.
+        update: updates an object with the same `like` to the wanted content, and raises if it cannot verify that this
+            succeeded; after any error but a UserError, a new object is opened.
+        begin: prepares a kept object for another stage, and raises if it no longer works.
 
     Raises:
-        UserError: by `update`, of what would be wrong with a new one, too.
+        UserError: raised by `update`, for a mistake that a new object would have as well.
     """
     found = _residents.pop(name, None)
     if found is not None and found.like == like:
@@ -97,15 +97,16 @@ def hold(
 
 
 def closes() -> bool:
-    """Whether a stage has to close what it has opened when it ends, because nobody keeps it."""
+    """Whether a stage has to close what it has opened when it ends, because the process does not keep it."""
     return not _allowed
 
 
 @contextlib.contextmanager
 def outlasting() -> Iterator[None]:
-    """What is started inside stays as long as this process, though the attempt ends: it is not marked as a part of it.
+    """Let processes that are started inside outlive the attempt, until this process ends.
 
-    A supervisor ends all that carries the mark (`contracts.processes.end_marked`).
+    They do not inherit the attempt's variable, by which a supervisor finds the processes that it kills
+    (`contracts.processes.end_marked`).
     """
     mark = os.environ.pop(ATTEMPT, None) if _allowed else None
     try:

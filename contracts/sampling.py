@@ -1,7 +1,7 @@
-"""`python -m contracts.sampling`: conversations of the user's own data, a few of every kind that occurs.
+"""`python -m contracts.sampling`: picks a few conversations of every kind that occurs in the user's data.
 
 Preflight renders them with every model that will read the data. All rows of a source are read, up to `ROWS`, so that a
-role, a tool or a turn that one row in a thousand has is met before the run and not in it.
+role, a tool or a kind of turn that occurs once in a thousand rows is found before the run instead of during it.
 """
 
 import contextlib
@@ -25,34 +25,34 @@ from contracts.records import JsonObjects, Message
 from contracts.sources import HUB, read_rows
 
 ROWS = 200_000
-"""Rows of a source that are looked at."""
+"""Maximum number of rows to read from a source."""
 EACH = 2
-"""Conversations that are kept of each kind: the first ones. Beside them the longest of all is kept."""
+"""Number of conversations to keep of each kind, the first ones; the longest of all is kept as well."""
 KINDS = 24
 
 
 class SamplingRequest(msgspec.Struct, frozen=True):
-    """What is asked: stages that read data of the user's (`prompts`, `sft`)."""
+    """The request: stages that read the user's data (`prompts`, `sft`)."""
 
     stages: tuple[StageRequest, ...]
 
 
 class SampledData(msgspec.Struct):
-    """What is answered."""
+    """The answer."""
 
     findings: list[Finding] = msgspec.field(default_factory=list)
-    """What is wrong with the data."""
+    """Problems of the data."""
     conversations: list[Conversation] = msgspec.field(default_factory=list)
     unanswered: list[str] = msgspec.field(default_factory=list)
-    """Names of those stages that read prompts, none of which has a known answer."""
+    """Names of the stages whose prompts have no known answers at all."""
     counts: dict[str, int] = msgspec.field(default_factory=dict)
-    """How many different prompts those stages find, by their names, where all rows were looked at."""
+    """Number of distinct prompts by stage name; absent if not all rows were read."""
     unread: list[str] = msgspec.field(default_factory=list)
-    """Names of those stages whose source is on the Hub, and not in the local cache."""
+    """Names of the stages whose source is on the Hub and not in the local cache."""
 
 
 def sample(request: SamplingRequest) -> SampledData:
-    """A few conversations of each source, and what is wrong with it."""
+    """Pick a few conversations of each source, and collect the problems of its data."""
     answer = SampledData()
     sources: dict[str, Iterator[Conversation]] = {}
     for stage in request.stages:
@@ -69,7 +69,7 @@ def sample(request: SamplingRequest) -> SampledData:
 
 
 def of_each_kind(conversations: Iterator[Conversation]) -> list[Conversation]:
-    """The first `EACH` of every kind of conversation, and the longest of all."""
+    """The first `EACH` conversations of every kind, and the longest of all."""
     kinds: dict[Any, list[Conversation]] = {}
     longest: tuple[int, Conversation | None] = (-1, None)
     for conversation in conversations:
@@ -86,8 +86,8 @@ def of_each_kind(conversations: Iterator[Conversation]) -> list[Conversation]:
 
 
 def _kind(conversation: Conversation) -> Any:
-    """What a chat template may treat differently: the roles in their order, runs of turns cut short, and what turns
-    have beside text."""
+    """The properties of a conversation that a chat template may treat differently: the first and the last turn, the
+    pairs of adjacent turns, the fields that turns have besides text, and whether there are tools."""
     turns = tuple((message.role, not message.content.strip(), _extras(message)) for message in conversation.messages)
     return turns[:1], frozenset(itertools.pairwise(turns)), turns[-1:], conversation.tools is not None
 
@@ -106,7 +106,7 @@ def _prompts(stage: StageRequest, data: SampledData) -> Iterator[Conversation]:
     if source.startswith(HUB):
         try:
             rows = [*itertools.islice(rows, ROWS)]
-        except UserError:  # what is wrong with it, the stage tells that may ask the Hub
+        except UserError:  # the stage itself may access the Hub, and then reports what is wrong
             data.unread.append(stage.name)
             return
     different, answered = set(), 0
@@ -134,7 +134,7 @@ def _known(tools: JsonObjects | msgspec.UnsetType) -> JsonObjects | None:
 
 
 def main() -> None:
-    """Answer the request on standard input; what is on the Hub is looked for in the local cache alone."""
+    """Answer the request on standard input; data sets of the Hub are read from the local cache only."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     with contextlib.redirect_stdout(sys.stderr):
         answer = sample(msgspec.json.decode(sys.stdin.buffer.read(), type=SamplingRequest))

@@ -1,4 +1,4 @@
-"""Secrets stay in the environment: a configuration ends up in files, logs and process lists."""
+"""Refuses secrets in configurations, because these end up in files, logs and process lists."""
 
 import re
 from typing import Any
@@ -9,13 +9,13 @@ from contracts.nested import placed_leaves
 TOKEN = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16})"
 )
-"""Forms of the tokens of well-known services."""
+"""Formats of the tokens of well-known services."""
 NAME = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_key)$", re.IGNORECASE)
 """Names of keys and variables that hold secrets."""
 
 
 def refuse_secrets(data: Any, source: str) -> None:
-    """Raise UserError, without showing it, where a value looks like a secret or is called one."""
+    """Raise UserError if a value looks like a secret or its key is named like one; the value itself is not shown."""
     for place, value in placed_leaves(data):
         named = value and not isinstance(value, bool) and NAME.search(place.rpartition(".")[2])
         if named or TOKEN.search(str(value)):

@@ -1,10 +1,10 @@
-"""One seed per (run, iteration, prompt, sample), derived, never drawn."""
+"""Derives a seed per (run, iteration, prompt, sample) by hashing; no seed depends on the order of the work."""
 
 import hashlib
 
 
 def derive_seed(*parts: str | int) -> int:
-    """A seed in [0, 2**31 - 1 - 2**16) from a path of names and numbers.
+    """Hash a path of names and numbers to a seed in [0, 2**31 - 1 - 2**16).
 
     The range leaves room for `seed + sample`, and fits every random generator in use.
     """

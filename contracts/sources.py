@@ -1,4 +1,4 @@
-"""Rows from what people have: a Hub dataset, a save_to_disk directory, files and directories of files, an artifact."""
+"""Reads rows from a Hub data set, a save_to_disk directory, files, directories of files, or an artifact."""
 
 import json
 from collections.abc import Iterator
@@ -17,10 +17,11 @@ INFO, STATE, SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 
 
 def read_rows(source: str, split: str) -> Iterator[Row]:
-    """All rows of one split of a source, in its order.
+    """Yield all rows of one split of a source, in its order.
 
     Raises:
-        UserError: there is nothing to read, no such split, or a file is damaged; names the file and the row.
+        UserError: there is nothing to read, the split does not exist, or a file is damaged; the message names the file
+            and the row.
     """
     if source.startswith(HUB):
         yield from _hub(source, split)
@@ -57,14 +58,14 @@ def read_rows(source: str, split: str) -> Iterator[Row]:
 
 
 def hub_parts(source: str) -> tuple[str, str | None, str | None]:
-    """Name, configuration and revision of `hf:NAME[:CONFIG][@REVISION]`; the name may be a directory's."""
+    """Split `hf:NAME[:CONFIG][@REVISION]` into name, configuration and revision; the name may be a local directory."""
     rest, _, revision = source.removeprefix(HUB).partition("@")
     name, _, config = rest.partition(":")
     return name, config or None, revision or None
 
 
 def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
-    """Rows of what `datasets` has written by save_to_disk."""
+    """Yield the rows of a directory that `datasets` wrote with save_to_disk."""
     if (path / SPLITS).is_file():
         splits = _read_json(path / SPLITS).get("splits")
         if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
@@ -85,7 +86,7 @@ def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        # The files are whole, so it is what dataset_info.json and state.json say of them.
+        # The files are intact, so dataset_info.json or state.json must be wrong.
         raise UserError(
             f"{path / INFO} or {STATE} does not fit the data: {type(error).__name__}: {first_line(error)}. {AGAIN}"
         ) from error
@@ -106,7 +107,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _require_whole(path: Path) -> None:
-    """Raise UserError unless an Arrow file is there with all its rows."""
+    """Raise UserError unless an Arrow file exists and all its batches can be read."""
     import pyarrow
 
     if not path.is_file():

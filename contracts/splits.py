@@ -1,4 +1,4 @@
-"""Which files of a directory belong to which split of a data set: their names say so, as on the Hub."""
+"""Assigns the files of a directory to the splits of a data set by their names, as the Hub does."""
 
 import re
 from collections.abc import Iterable
@@ -13,9 +13,9 @@ KEYWORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Words by which a file or a folder names a split."""
+"""Words in the name of a file or folder that denote a split."""
 ANY = ("data", "part", "shard", "chunk", "file", "rows", "default")
-"""Words in front of a file's number that name no split ("part-00000-of-00008.parquet")."""
+"""Words before a file's number that do not denote a split ("part-00000-of-00008.parquet")."""
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 _NUMBERED = re.compile(r"(\w+)-\d{5}-of-\d{5}")
@@ -23,7 +23,7 @@ _WORD = {word: split for split, words in KEYWORDS.items() for word in words}
 
 
 def split_of(path: Path) -> str | None:
-    """The split that a file's name or one of its folders' says ("data/train-00000-of-00001.parquet"), or None."""
+    """The split that the name of a file or parent folder denotes ("data/train-00000-of-00001.parquet"), or None."""
     stem = path.name.partition(".")[0]
     numbered = _NUMBERED.match(stem)
     if numbered and numbered[1].lower() not in ANY:
@@ -41,15 +41,15 @@ def split_of(path: Path) -> str | None:
 
 
 def named(split: str) -> str:
-    """A split's name, one for all that mean the same."""
+    """The canonical name of a split: "validation" for "val" and "dev"."""
     return _WORD.get(split.lower(), split)
 
 
 def choose_files(directory: Path, split: str) -> list[Path]:
-    """The files of a split in a directory, in the order of their names.
+    """The files of a split in a directory, sorted by name.
 
     Raises:
-        UserError: there are none, or it cannot be said which; says what there is.
+        UserError: there are none, or they are ambiguous; the message lists what there is.
     """
     found = sorted(
         path.relative_to(directory)
@@ -81,7 +81,7 @@ def choose_files(directory: Path, split: str) -> list[Path]:
 
 
 def require_split_of_file(path: Path, split: str) -> None:
-    """Raise UserError when a split is asked for that a single file does not say it is."""
+    """Raise UserError if a split other than train is requested that the file's name does not denote."""
     if named(split) not in ("train", split_of(Path(path.name))):
         raise UserError(
             f"{path} is one file, and split={split} chooses among files or the splits of a data set. Remove split, or "
@@ -90,10 +90,10 @@ def require_split_of_file(path: Path, split: str) -> None:
 
 
 def _only_folder(directory: Path, found: Iterable[Path]) -> Path | None:
-    """The one folder that holds all the files, if that is neither a split's nor `data`.
+    """The single folder that holds all the files, unless it is `data` or denotes a split.
 
     Raises:
-        UserError: several folders hold what may be the configurations of a data set, or its README names several.
+        UserError: several folders may be configurations of a data set, or its README lists several configurations.
     """
     tops = {path.parts[0] if len(path.parts) > 1 else "" for path in found}
     folders = sorted(top for top in tops if top and top != "data" and split_of(Path(top) / "x") is None)
@@ -113,13 +113,13 @@ def _only_folder(directory: Path, found: Iterable[Path]) -> Path | None:
 
 
 def _configurations(readme: Path) -> list[str]:
-    """The configurations that the header of a data set's README lists."""
+    """The configurations that the YAML header of a data set's README lists."""
     if not readme.is_file():
         return []
     _, *header = re.split(r"^---\s*$", readme.read_text(errors="replace"), maxsplit=2, flags=re.MULTILINE)
     try:
         listed = (yaml_text.load(header[0]) or {}).get("configs") if len(header) > 1 else None
-    except (yaml_text.YamlError, AttributeError):  # a README says what it likes
+    except (yaml_text.YamlError, AttributeError):  # a README may contain anything
         return []
     return [str(entry["config_name"]) for entry in listed or [] if isinstance(entry, dict) and "config_name" in entry]
 

@@ -1,4 +1,4 @@
-"""Rows that wait on the disk until their order is known."""
+"""Keeps records on the disk until their final order is known."""
 
 import os
 import tempfile
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 class Spool:
-    """Records in a file without a name, which goes away with the process; memory holds 8 bytes of each."""
+    """Records in an unnamed temporary file, deleted when the process ends; memory holds 8 bytes per record."""
 
     def __init__(self, directory: Path) -> None:
         self._file: BinaryIO = tempfile.TemporaryFile(dir=directory)  # type: ignore[assignment] # noqa: SIM115 (it is one)
@@ -35,12 +35,12 @@ class Spool:
         self._end += self._file.write(encode(record))
 
     def records(self, record_type: type[R]) -> Iterator[R]:
-        """All records, in the order in which they came."""
+        """Read all records, in the order in which they were added."""
         self._file.seek(0)
         yield from decode_jsonl(Path("spool"), self._file, record_type)
 
     def write(self, path: Path, order: Iterable[int]) -> None:
-        """Write the records of these numbers to a new JSONL file, in this order, and flush it to the disk."""
+        """Write the records at the indices `order`, in that order, to a new JSONL file, and flush it to the disk."""
         with path.open("wb") as target:
             for number in order:
                 self._file.seek(self._begins[number])

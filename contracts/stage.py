@@ -1,6 +1,6 @@
-"""How every stage runs: read the config, compute the stage key, reuse or compute, publish.
+"""Runs a stage from the command line: reads the config, computes the stage key, reuses or computes, publishes.
 
-The same command line serves a person, a bash script and the driver:
+People, bash scripts and the driver use the same command line:
 
     python -m generation --config generation.yaml policy=models/sft output=out seed=1
 """
@@ -44,15 +44,15 @@ LOCK_SECONDS = 120.0
 machine's lock (90 s with NFS)."""
 
 WorkerRole = Literal["replica", "task", "publisher"]
-"""replica: makes shards for its parent process. task: one of several independent jobs that share the stage's shards.
-publisher: publishes the shards that tasks have made, and makes none."""
+"""replica: computes shards for its parent process. task: one of several independent jobs that share the stage's shards.
+publisher: publishes the shards that tasks have computed, and computes none."""
 
 
 class Outcome(msgspec.Struct):
     """The result of a stage's `run`, for its manifest."""
 
     unit: str
-    """What the ledger counts: prompts, samples, pairs."""
+    """The unit that the ledger counts: prompts, samples, pairs."""
     facts: dict[str, Any] = {}
     weights: str | None = None
     note: str = ""
@@ -60,7 +60,7 @@ class Outcome(msgspec.Struct):
 
 
 class Context:
-    """What a stage's `run` gets besides its config."""
+    """Passed to a stage's `run` along with its config: the publication, this process's role, timers and reports."""
 
     def __init__(self, publication: Publication, rank: int, world_size: int, role: WorkerRole | None = None) -> None:
         self.publication = publication
@@ -76,8 +76,8 @@ class Context:
 
     @property
     def traces(self) -> Path:
-        """Folder for profiler traces: in the attempt's directory, or beside the output of a stage that is run by hand.
-        They are never published."""
+        """Folder for profiler traces: in the attempt's directory, or next to the output of a stage that is run by hand.
+        Traces are never published."""
         attempt, target = os.environ.get(ATTEMPT), self.publication.target
         return Path(attempt, "traces") if attempt else target.with_name(f"{target.name}.traces")
 
@@ -101,7 +101,7 @@ class Context:
             report_metrics("step", step, metrics)
 
     def report_shard(self, name: str, metrics: Mapping[str, float]) -> None:
-        """Report the metrics of a shard that this process has made, before it is committed."""
+        """Report the metrics of a shard that this process has computed, before it is committed."""
         report_metrics("shard", int(Path(name).stem.rpartition("-")[2]), metrics)
 
 
@@ -114,8 +114,8 @@ def key_parts(
     """Everything that the stage key depends on; stored in the manifest, to explain why two keys differ.
 
     Args:
-        where: maps an input's path in the config to where it is now.
-        followed: the input that is not published yet, which is left out.
+        where: maps an input's path in the config to its current path.
+        followed: the input that is not published yet; it is left out.
     """
     inputs = {name: value for name, value in _flat(config.select(Role.INPUT)).items() if name != followed}
     others = set(FURTHER).difference(config.further_libraries)
@@ -156,7 +156,7 @@ def main(stages: dict[str, Stage[Any]], package: str, argv: list[str] | None = N
     except (Exception, KeyboardInterrupt, stopping.Stopped) as error:
         gone = isinstance(error, BrokenPipeError) and surroundings.output_is_closed()
         code = surroundings.PIPE_GONE if gone else fail(stopping.explained(error))
-    except SystemExit as end:  # of argparse, or of a launcher whose processes have reported why they failed
+    except SystemExit as end:  # from argparse, or from a launcher whose processes have reported why they failed
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(bool(end.code))
@@ -164,13 +164,13 @@ def main(stages: dict[str, Stage[Any]], package: str, argv: list[str] | None = N
 
 
 def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
-    """Publish what `config` describes, or reuse what is published; None in processes that do not publish."""
+    """Compute and publish the output of a stage, or reuse it; returns None in processes that do not publish."""
     start = time.perf_counter()
     begin_measuring()
-    source = source_version(stage.run.partition(".")[0])  # before it is loaded
+    source = source_version(stage.run.partition(".")[0])  # before the code is loaded
     field = stage.follows(config)
     path = None if field is None else Path(getattr(config, field))
-    # The input that is not published yet, and whose digest, and so this stage's key, is known only in the end.
+    # The field of an input that is not published yet; its digest, and so this stage's key, is known only at the end.
     followed = field if path is not None and maker_of(path) is not None and not appears(path / MANIFEST) else None
     parts = key_parts(config, installed_versions(), followed=followed)
     key = None if followed else stage_key(parts)
@@ -224,7 +224,7 @@ def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
             if followed and path is not None:
                 InputCheck([path]).require_whole()
         if followed and path is not None:
-            given = dict.fromkeys(_flat(config.select(Role.INPUT)))  # in their order
+            given = dict.fromkeys(_flat(config.select(Role.INPUT)))  # keeps the order of the inputs
             parts["inputs"] = {**given, **parts["inputs"], followed: input_digest(path)}
             publication.key = stage_key(parts)
             if _is_published(publication):
@@ -274,7 +274,7 @@ def _reuse(stage: Stage[Any], context: Context) -> Artifact:
 class InputCheck:
     """Verifies the published inputs of a stage against their manifests, in a thread while the stage computes.
 
-    So corruption cannot spread from stage to stage, at no extra time: hashing is faster than loading a model.
+    So corruption cannot spread from stage to stage. This takes no extra time: hashing is faster than loading a model.
     """
 
     def __init__(self, paths: list[Path]) -> None:
@@ -292,7 +292,7 @@ class InputCheck:
             self._error = error
 
     def require_whole(self) -> None:
-        """Wait for the check.
+        """Wait for the end of the check.
 
         Raises:
             UserError: an input is damaged, or files that this stage needs were deleted by `pipeline gc`.
@@ -325,13 +325,13 @@ def _parse(stages: dict[str, Stage[Any]], package: str, argv: list[str]) -> tupl
 
 
 def _describe(stages: dict[str, Stage[Any]], chosen: str | None) -> str:
-    """The keys of the chosen stage, or of all."""
+    """Describe the keys of the chosen stage, or of all stages."""
     shown = {chosen: stages[chosen]} if chosen in stages else stages
     return "\n".join(f"{name}: {describe(stage.config)}" for name, stage in shown.items())
 
 
 def require_space(directory: Path, key: str) -> None:
-    """Raise UserError when the disk of an existing directory is full; `key` is the config key that names another."""
+    """Raise UserError if the disk of an existing directory is full; `key` is the config key of the directory."""
     free = shutil.disk_usage(directory).free
     if free < MINIMUM_FREE:
         raise UserError(

@@ -1,8 +1,8 @@
-"""A stage that is asked to stop: it saves what it has in hand, if it can do so in its grace period, and leaves.
+"""Stops a stage on request: it finishes its current shard or step if the grace period allows that, and exits.
 
-SIGTERM comes from a person, a driver or a scheduler; SIGUSR1 and SIGUSR2 are what schedulers send some time before they
-take a machine away; SIGINT and SIGHUP come from the terminal of a stage that was started by hand. Nothing is lost
-whichever way it ends: a finished shard stays, and so does the last saved step.
+SIGTERM comes from a person, a driver or a scheduler; SIGUSR1 and SIGUSR2 come from schedulers some time before they
+take a machine away; SIGINT and SIGHUP come from the terminal of a stage that was started by hand. However the stage
+ends, finished shards and the last saved step are kept.
 """
 
 import contextlib
@@ -13,16 +13,16 @@ from types import FrameType
 from typing import NoReturn
 
 GRACE = "RATCHET_GRACE_SECONDS"
-"""Environment variable: how long a stage that was asked to stop may go on with what it has in hand."""
+"""Environment variable: seconds that a stage which was asked to stop may spend on finishing its current work."""
 DEFAULT_GRACE = 20.0
 MESSAGE = "was asked to stop, and did; what it had finished is kept, and the same command continues"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TERMINAL = (signal.SIGINT, signal.SIGHUP)
-"""What a terminal sends to everything that was started in it; `nohup`, or a shell's `&`, has it ignored."""
+"""Signals that a terminal sends to all processes started in it; under `nohup`, or a shell's `&`, they are ignored."""
 
 
 class Stopped(SystemExit):
-    """The end of a stage that was asked to stop; its code is 128 + the signal's number, as in a shell."""
+    """Ends a stage that was asked to stop; its code is 128 + the signal's number, as in a shell."""
 
 
 _requested: signal.Signals | None = None
@@ -35,7 +35,7 @@ def grace_seconds() -> float:
 
 
 def listen() -> None:
-    """From now on, answer the signals that ask for a stop."""
+    """Install handlers for the signals that request a stop."""
     for number in SIGNALS:
         signal.signal(number, _answer)
     for number in heeded(TERMINAL):
@@ -44,7 +44,7 @@ def listen() -> None:
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Answer those signals inside, and nowhere else: for commands that others may call from Python."""
+    """Handle stop signals inside the block only, for commands that may also be called from Python."""
     global _requested
     before = {number: signal.getsignal(number) for number in (*SIGNALS, *TERMINAL)}
     listen()
@@ -57,24 +57,25 @@ def listening() -> Iterator[None]:
 
 
 def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Those signals that whoever started this process has not had ignored."""
+    """The signals that this process has not inherited as ignored."""
     return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def ignore() -> None:
-    """From now on, answer no request: the process is leaving already, and has to say why."""
+    """Ignore further stop requests, because the process is exiting already and has to report why."""
     signal.setitimer(signal.ITIMER_REAL, 0)
-    for number in (*SIGNALS, *TERMINAL):  # not SIG_IGN: of a signal that has just come, Python would print a traceback
+    for number in (*SIGNALS, *TERMINAL):  # not SIG_IGN: Python would print a traceback for a signal that just arrived
         signal.signal(number, lambda number, frame: None)
 
 
 def requested() -> bool:
-    """Whether a stop was asked for; to be looked at inside `deferred`."""
+    """Whether a stop was requested; for use inside `deferred`."""
     return _requested is not None
 
 
 def explained(error: BaseException) -> BaseException:
-    """What a process ends by; after Ctrl-C, which has ended its children as well, that is the stop."""
+    """The reason why a process ends: the requested stop after Ctrl-C or SIGHUP, which also ended its children and so
+    may have caused `error`; otherwise `error` itself."""
     if isinstance(error, KeyboardInterrupt):
         return Stopped(128 + signal.SIGINT)
     if _requested in TERMINAL and not isinstance(error, Stopped):
@@ -83,13 +84,13 @@ def explained(error: BaseException) -> BaseException:
 
 
 def leave() -> NoReturn:
-    """End the stage: everything worth keeping is on the disk."""
+    """End the stage; everything worth keeping must be on the disk."""
     raise Stopped(128 + int(_requested or signal.SIGTERM))
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """A request that comes inside waits for the block's end, but no longer than the grace period."""
+    """Delay a stop that is requested inside until the end of the block, but no longer than the grace period."""
     global _deferred
     _deferred += 1
     try:
@@ -102,7 +103,7 @@ def deferred() -> Iterator[None]:
 
 def _answer(number: int, frame: FrameType | None) -> None:
     global _requested
-    again = _requested is not None and number == signal.SIGINT  # somebody at a terminal does not want to wait
+    again = _requested is not None and number == signal.SIGINT  # the user does not want to wait
     _requested = _requested or signal.Signals(number)
     if again or not _deferred:
         leave()

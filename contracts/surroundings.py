@@ -4,7 +4,7 @@ Ratchet's and the libraries' modules take precedence over files of the same name
 PYTHONPATH, which stay importable after them. Rank variables are honoured if a launcher has set them, and ignored if a
 notebook or a cluster's prologue left them behind. Output that a terminal cannot show is replaced.
 
-Imports only what Python has loaded already, or modules of this package.
+Imports only modules that Python has loaded already, and modules of this package.
 """
 
 import gc
@@ -22,7 +22,7 @@ USER_PATH = "RATCHET_PYTHONPATH"
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 """The directory that holds Ratchet's packages."""
 INSTALLED = os.path.basename(ROOT) in ("site-packages", "dist-packages")
-"""Whether they lie among other libraries, which every process of the same interpreter finds by itself."""
+"""Whether Ratchet is installed among other libraries, where every process of the same interpreter finds it."""
 PYTHON_KEPT = (
     "PYTHONDONTWRITEBYTECODE",
     "PYTHONFAULTHANDLER",
@@ -88,12 +88,11 @@ EVIDENCE = (
 )
 """Rank and world size as set by srun and mpirun."""
 THRESHOLD = gc.get_threshold()
-"""When Python looks for garbage by default."""
+"""Python's default thresholds of garbage collection."""
 THRESHOLD_OF_IMPORTS = (200_000, 10, 10)
-"""The same while libraries are imported: what they make stays, and looking through it again and again takes a sixth of
-the time."""
+"""Thresholds during imports: the objects of libraries stay, and collecting among them takes a sixth of the time."""
 stays = False
-"""Whether this process runs one stage after another, and so has to find the garbage of the last one."""
+"""Whether this process runs one stage after another, so that the garbage of the previous stage must be collected."""
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_GONE = 128 + signal.SIGPIPE
 NO_DIRECTORY = "the working directory does not exist any more. Change to one that does, for example with `cd`."
@@ -102,10 +101,11 @@ NO_DIRECTORY = "the working directory does not exist any more. Change to one tha
 def prepare(*, stage: bool = True) -> None:
     """Prepare this process and its future children: signals, limits, output, import paths, launcher variables.
 
-    Call `imported` when the libraries are there.
+    Call `imported` after the libraries are imported.
 
     Args:
-        stage: a launcher may have started this process as one of several; the driver is always alone.
+        stage: whether this is a stage, which a launcher may have started as one of several processes; the driver is
+            always a single process.
     """
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)  # until the command installs its own handler
@@ -124,21 +124,21 @@ def prepare(*, stage: bool = True) -> None:
 
 
 def importing() -> None:
-    """Hardly look for garbage until `imported` is called."""
+    """Collect garbage rarely, until `imported` is called."""
     gc.set_threshold(*THRESHOLD_OF_IMPORTS)
 
 
 def imported() -> None:
-    """Look for garbage as Python does by default from now on, but not among what was imported."""
+    """Return to Python's default garbage collection, but exempt the imported objects."""
     if not stays:
         gc.freeze()
     gc.set_threshold(*THRESHOLD)
 
 
 def open_closed_streams() -> None:
-    """Open the null device as each of standard input, output and error that this process was started without.
+    """Open the null device for each of standard input, output and error that is closed when this process starts.
 
-    Otherwise the next file that is opened gets the number of a closed one, and what some process prints goes into it.
+    Otherwise the next file that is opened would get the descriptor of a closed one, and prints would go into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -150,7 +150,7 @@ def open_closed_streams() -> None:
 
 
 def complain(message: str) -> None:
-    """Print an error where somebody can read it: the terminal may be closed by now, or the file's disk full."""
+    """Print an error to stderr if possible: the terminal may be closed by now, or the disk of its file full."""
     try:
         print(message, file=sys.stderr, flush=True)
     except OSError:
@@ -197,7 +197,7 @@ def _order_paths() -> None:
         users.append(os.getcwd())
     users = [path for path in dict.fromkeys(map(os.path.abspath, users)) if not _same(path, ROOT)]
     ours = [path for path in sys.path if path and os.path.abspath(path) not in users]
-    if INSTALLED:  # where it is among the libraries, after Python's own modules, not where the entry point has put it
+    if INSTALLED:  # keep its place among the libraries, after Python's own modules, not the one the entry point gave it
         ours = list(reversed(dict.fromkeys(reversed(ours))))
     else:
         ours = [ROOT, *(path for path in dict.fromkeys(ours) if not _same(path, ROOT))]
@@ -210,7 +210,7 @@ def _order_paths() -> None:
 def python_variables(code: str | None, users: list[str]) -> dict[str, str]:
     """The variables by which a Python process finds Ratchet's code first and the user's modules last.
 
-    `code` is None where the process's interpreter finds the code by itself.
+    `code` is the directory of Ratchet's packages, or None if the process's interpreter finds them on its own.
     """
     return {
         **({} if code is None else {"PYTHONPATH": code}),

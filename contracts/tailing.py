@@ -1,4 +1,4 @@
-"""Files of lines that several processes append to and read, until the process that has started this one ends."""
+"""Appends to and follows line-based files that several processes share, until the parent process ends."""
 
 import contextlib
 import fcntl
@@ -16,11 +16,12 @@ from contracts.locks import try_lock
 
 @contextlib.contextmanager
 def appending(path: Path, patience: float = float("inf")) -> Iterator[IO[bytes]]:
-    """A file of lines, to be appended to beside other machines that do; a line that a killed process was writing is
-    cut off first.
+    """Open a file of lines for appending, locked against other processes and machines.
+
+    An unfinished last line, left by a killed process, is removed first.
 
     Raises:
-        TransientError: another process has had it for more than `patience` seconds.
+        TransientError: another process has held the lock for more than `patience` seconds.
     """
     with path.open("a+b") as file:
         deadline = time.monotonic() + patience
@@ -37,7 +38,7 @@ def appending(path: Path, patience: float = float("inf")) -> Iterator[IO[bytes]]
 
 
 def whole_lines(path: Path, offset: int) -> bytes:
-    """The lines behind `offset` that were written to their ends; nothing where there is no file yet."""
+    """The complete lines after `offset`; nothing if the file does not exist yet."""
     try:
         with path.open("rb") as file:
             file.seek(offset)
@@ -48,7 +49,7 @@ def whole_lines(path: Path, offset: int) -> bytes:
 
 
 def end_of_input() -> threading.Event:
-    """An event that is set when stdin ends, by whatever end of the process that holds its other side."""
+    """An event that is set when stdin is closed: the process at its other end has exited, in whatever way."""
     ended = threading.Event()
 
     def read() -> None:

@@ -1,9 +1,9 @@
-"""A model's chat template: read from its directory, rendered here, whatever libraries are installed.
+"""Reads and renders a model's chat template, independently of the installed libraries.
 
-transformers renders templates too, but not the same way in all its versions, and by the clock of the machine. Here a
-template sees what the field's templates expect (transformers' documentation of chat templates: `messages`, `tools`,
-`documents`, `add_generation_prompt`, the special tokens by name, `raise_exception`, `strftime_now`, the tag
-`generation`), and the date that it is given. Needs jinja2, which is loaded late.
+transformers renders templates too, but differently from version to version, and with the machine's clock. Here a
+template gets what transformers' documentation of chat templates promises (`messages`, `tools`, `documents`,
+`add_generation_prompt`, the special tokens by name, `raise_exception`, `strftime_now`, the tag `generation`), and the
+date is an argument. Needs jinja2, which is imported on first use.
 """
 
 import datetime
@@ -22,19 +22,19 @@ from contracts.records import Message
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 OURS = frozenset({"messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception", *NAMED_TOKENS})
-"""Variables of a template that are not the user's to set."""
+"""Variables of a template that the user may not set."""
 DATE = worded(r"^\d{4}-\d{2}-\d{2}$", "a day like 2025-07-31")
 
 
 def checked_variables(value: dict[str, Any]) -> dict[str, Any]:
-    """`chat_template_kwargs`, or a ValueError where they would replace what is not the user's to set."""
+    """Return `chat_template_kwargs`; raise ValueError if they set a reserved variable."""
     if taken := sorted(OURS & value.keys()):
         raise ValueError(f"{taken[0]} is set by Ratchet, from the data and the tokenizer. Take it out.")
     return value
 
 
 def checked_date(value: str | None) -> str | None:
-    """A date, or a ValueError where there is no such day."""
+    """Return the date; raise ValueError if it does not exist."""
     if value is not None:
         try:
             datetime.date.fromisoformat(value)
@@ -44,13 +44,13 @@ def checked_date(value: str | None) -> str | None:
 
 
 Variables = Annotated[dict[str, Any], AfterValidator(checked_variables)]
-"""A config's `chat_template_kwargs`."""
+"""The type of a config's `chat_template_kwargs`."""
 Day = Annotated[str | None, AfterValidator(checked_date)]
-"""A config's `date`; its field has the pattern `DATE`."""
+"""The type of a config's `date`; its field has the pattern `DATE`."""
 
 
 class TemplateSettings(Section):
-    """Settings of how a model's conversations are rendered."""
+    """Settings of the rendering of a model's conversations."""
 
     chat_template_kwargs: Variables = identity({}, later=True)
     """Variables for the model's chat template, for example {enable_thinking: false} or {date_string: 26 Jul 2024};
@@ -58,7 +58,7 @@ class TemplateSettings(Section):
 
 
 class ChatFields(TemplateSettings):
-    """What a stage that renders conversations is told beside them."""
+    """Config keys of a stage that renders conversations."""
 
     date: Day = identity(None, later=True, pattern=DATE)
     """The date (2025-07-31) for a chat template that writes today's; required for such a template."""
@@ -70,15 +70,15 @@ class ChatTemplate:
     def __init__(
         self, path: Path, variables: dict[str, Any] | None = None, date: str | None = None, *, text: str | None = None
     ) -> None:
-        """Read it.
+        """Read the template.
 
         Args:
             variables: `chat_template_kwargs`.
-            date: what the template is told to be today.
-            text: the template, if it is not the directory's.
+            date: the date that the template sees as today's.
+            text: a template to use instead of the directory's.
 
         Raises:
-            UserError: there is none, it is no template, or it reads none of the `variables`.
+            UserError: there is no template, it has a syntax error, or it does not read one of `variables`.
         """
         self.path = path
         self.texts = template_texts(path) if text is None else {"default": text}
@@ -102,10 +102,10 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None, for_answer: bool
     ) -> str:
-        """The text of a conversation; `for_answer` ends it where the assistant's answer begins.
+        """Render a conversation; with `for_answer`, up to where the assistant's answer begins.
 
         Raises:
-            UserError: the template refuses it, fails, or asks for today's date where none was given.
+            UserError: the template refuses the conversation, fails, or reads today's date and none was given.
         """
         from jinja2 import TemplateError
 
@@ -122,22 +122,22 @@ class ChatTemplate:
         except UserError:
             raise
         except TemplateError as error:
-            # Templates refuse in their own words (jinja's raise_exception), for example a system turn.
+            # Templates refuse conversations with messages of their own (raise_exception), for example a system turn.
             raise TemplateRefusedError(str(error)) from error
-        except Exception as error:  # templates are programs of others
+        except Exception as error:  # a template is arbitrary code
             raise TemplateRefusedError(
                 f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
             ) from error
 
     def reads_clock(self) -> bool:
-        """Whether it asks for today's date, in any of the conversations that are tried."""
+        """Whether the template reads today's date in any of several trial conversations."""
         self._clock_read = False
         date, self.date = self.date, self.date or "2000-01-01"
         try:
             for messages, tools in _trials():
                 try:
                     self.render(messages, tools=tools, for_answer=True)
-                except TemplateRefusedError:  # of a role that it does not know, for example
+                except TemplateRefusedError:  # for example because of an unknown role
                     continue
         finally:
             self.date = date
@@ -162,11 +162,11 @@ class ChatTemplate:
 
     @functools.cached_property
     def _read(self) -> dict[str, set[str]]:
-        """Variables that each template reads from outside."""
+        """The variables that each template reads."""
         from jinja2.meta import find_undeclared_variables
 
         environment = _environment()
-        _ = self._compiled  # a syntax error is explained there
+        _ = self._compiled  # raises a UserError for a syntax error
         return {name: find_undeclared_variables(environment.parse(text)) for name, text in self.texts.items()}
 
     def _today(self, format: str) -> str:
@@ -181,18 +181,18 @@ class ChatTemplate:
 
 
 def reads_clock(path: Path, variables: dict[str, Any] | None = None) -> bool:
-    """Whether the chat template of a model directory, given these variables, asks for today's date."""
+    """Whether the chat template of a model directory, given these variables, reads today's date."""
     if not any("strftime_now" in text for text in template_texts(path).values()):
         return False
     return ChatTemplate(path, variables).reads_clock()
 
 
 class TemplateRefusedError(UserError):
-    """A template refuses a conversation, fails at it, or leaves some of it out."""
+    """A template refuses a conversation, fails on it, or drops a part of it."""
 
 
 def template_texts(path: Path) -> dict[str, str]:
-    """The chat templates of a model directory by name; `default` is the one that is used."""
+    """Read the chat templates of a model directory, by name; `default` is used unless tools have one of their own."""
     config = read_json(path / "tokenizer_config.json")
     found = config.get("chat_template")
     texts = {}
@@ -218,7 +218,7 @@ def template_texts(path: Path) -> dict[str, str]:
 
 
 def special_tokens(path: Path) -> dict[str, str]:
-    """The special tokens of a model directory that have a name, like eos_token."""
+    """Read the special tokens of a model directory that have a name, like eos_token."""
     found: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         config = read_json(path / file)
@@ -236,12 +236,12 @@ def special_tokens(path: Path) -> dict[str, str]:
 def as_template_sees(
     messages: Sequence[Message], *, parts: bool = False, arguments_as_text: bool = False
 ) -> list[dict[str, Any]]:
-    """Turns as a template reads them.
+    """Convert messages to the dicts that a template reads.
 
     Args:
-        parts: content as a list of parts, as templates of vision models want it.
-        arguments_as_text: arguments of tool calls as JSON in a text, as some templates want them; most write an object
-            as JSON.
+        parts: pass content as a list of parts, as templates of vision models expect.
+        arguments_as_text: pass the arguments of tool calls as JSON text, as some templates expect; most expect an
+            object, which they write as JSON themselves.
     """
     turns = []
     for message in messages:
@@ -249,7 +249,7 @@ def as_template_sees(
         if parts:
             turn["content"] = [{"type": "text", "text": message.content}]
         if "reasoning_content" in turn:
-            turn["thinking"] = turn["reasoning_content"]  # gpt-oss's name for it
+            turn["thinking"] = turn["reasoning_content"]  # the name in gpt-oss's template
         if "tool_calls" in turn:
             turn["tool_calls"] = [_call(call, as_text=arguments_as_text) for call in turn["tool_calls"]]
         turns.append(turn)
@@ -257,7 +257,7 @@ def as_template_sees(
 
 
 def _call(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
-    """A tool call with its arguments in the form that is wanted."""
+    """Convert a tool call's arguments to text or to an object."""
     function = call.get("function")
     if not isinstance(function, dict) or "arguments" not in function:
         return call
@@ -273,7 +273,7 @@ def _call(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model directory; nothing where there is no such file."""
+    """Read a JSON object from a model directory; empty if the file does not exist."""
     if not path.is_file():
         return {}
     try:
@@ -287,13 +287,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def _environment_class() -> Any:
-    """The sandbox of templates, made late, because jinja2 is loaded with the first template."""
+    """The class of the templates' sandbox; a function, because jinja2 is imported with the first template."""
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks what an assistant wrote; it changes nothing in the text."""
+        """Implements `{% generation %}`, which marks an assistant's text without changing it."""
 
         tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
 
@@ -331,7 +331,7 @@ def _environment() -> Any:
 
 
 def _trials() -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
-    """Conversations whose renderings show together what a template asks for."""
+    """Conversations that together exercise the branches of a template."""
     system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}
     turns = [user, {"role": "assistant", "content": "Hi."}, user]
     parameters = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}

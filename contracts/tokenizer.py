@@ -1,8 +1,8 @@
-"""One tokenization everywhere: that of tokenizer.json, whatever class tokenizer_config.json names.
+"""Loads tokenizers from tokenizer.json alone, regardless of the class that tokenizer_config.json names.
 
-transformers rebuilds pre-tokenizer and decoder from the class name, differently from version to version: a byte-level
-BPE under the name LlamaTokenizerFast loses its spaces in one and keeps them in the next. Here the file is loaded as it
-is, and the special tokens are those that the directory names.
+transformers rebuilds the pre-tokenizer and the decoder from the class name, differently from version to version: a
+byte-level BPE named LlamaTokenizerFast loses its spaces in one version and keeps them in the next. Here the file is
+loaded as it is, with the special tokens that the directory names, so that all environments tokenize alike.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ OTHER_VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.mode
 
 
 def require_tokenizer(path: Path) -> None:
-    """Raise UserError unless a model directory has a tokenizer that is the same everywhere."""
+    """Raise UserError unless a model directory has a tokenizer.json, which all environments read alike."""
     if (path / "tokenizer.json").is_file():
         return
     other = next((name for name in OTHER_VOCABULARIES if (path / name).is_file()), None)
@@ -31,19 +31,19 @@ def require_tokenizer(path: Path) -> None:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model directory, as an object of transformers' PreTrainedTokenizerFast.
+    """Load the tokenizer of a model directory as a transformers PreTrainedTokenizerFast.
 
-    Truncation and padding that the file has switched on are switched off, and decoding leaves spaces as they are.
+    Truncation and padding are disabled even if the file enables them, and decoding does not clean up spaces.
 
     Raises:
-        UserError: it has no tokenizer.json, or one that cannot be read.
+        UserError: there is no tokenizer.json, or it cannot be read.
     """
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
     require_tokenizer(path)
-    logging.set_verbosity_error()  # it warns of conversations beyond the context, which are counted by the stages
+    logging.set_verbosity_error()  # it warns about conversations longer than the context, which the stages count
     config = read_json(path / "tokenizer_config.json")
     named = {name: token for name, token in special_tokens(path).items() if name in NAMED_TOKENS}
     extra = [_content(token) for token in _extra(path, config)]
@@ -58,7 +58,7 @@ def load_tokenizer(path: Path) -> Any:
             **named,
         )
     except Exception as error:
-        if type(error) is not Exception:  # what the tokenizers library raises
+        if type(error) is not Exception:  # the tokenizers library raises plain Exception
             raise
         raise UserError(
             f"{file} cannot be read as a tokenizer: {error}. Download or save the tokenizer again."
@@ -69,7 +69,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _extra(path: Path, config: dict[str, Any]) -> list[Any]:
-    """Special tokens without a name."""
+    """The special tokens that have no name."""
     for found in (config, read_json(path / "special_tokens_map.json")):
         for name in ("additional_special_tokens", "extra_special_tokens"):
             value = found.get(name)

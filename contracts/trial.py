@@ -1,6 +1,6 @@
-"""Looks at a function of the user's before anything runs: it is imported, and its signature compared with its call.
+"""Checks a user's function before the run starts: imports it, and compares its signature with how it will be called.
 
-In a process of its own: what a module does when it is imported may hang, or end the process.
+This happens in a process of its own, because importing a module may hang or end the process.
 """
 
 import contextlib
@@ -15,34 +15,34 @@ from contracts.callables import load_callable, source_file
 from contracts.errors import UserError, as_user_error, did_you_mean
 
 IMPORT_SECONDS = 60.0
-"""How long a function may take to be imported until it is no longer waited for."""
+"""How long to wait for the import of a function."""
 
 
 class Call(msgspec.Struct, frozen=True):
-    """How a function is going to be called."""
+    """A function, and the arguments with which it will be called."""
 
     function: str
     """`package.module:function` or `file.py:function`."""
     given: tuple[str, ...]
-    """Names of what it is given in order."""
+    """Names of the positional arguments."""
     keywords: tuple[str, ...]
-    """Names of its settings."""
+    """Names of the keyword arguments, which are the function's settings."""
 
     @property
     def shown(self) -> str:
-        """As it would be written: name(given, keyword=...)."""
+        """The call as source code: name(given, keyword=...)."""
         name = self.function.rpartition(":")[2]
         return f"{name}({', '.join([*self.given, *(f'{keyword}=...' for keyword in self.keywords)])})"
 
 
 def mistake_in(call: Call, seconds: float = IMPORT_SECONDS) -> str | None:
-    """What is wrong with a call; None where nothing is, or where the function was not imported after `seconds`: then
-    nobody knows yet, and it may have much to load."""
+    """Describe what is wrong with a call; None if nothing is, or if the import takes longer than `seconds`, since the
+    module may just have much to load."""
     try:
         source_file(call.function)
     except UserError as error:
         return str(error)
-    # As this process finds its modules, wherever it was started: a user's files may be named like libraries.
+    # With the module search path of this process, because a user's files may be named like libraries.
     code = f"import sys; sys.path[:] = {sys.path!r}; from contracts.trial import main; main()"
     try:
         result = subprocess.run(
@@ -64,11 +64,11 @@ def mistake_in(call: Call, seconds: float = IMPORT_SECONDS) -> str | None:
 
 
 def main() -> None:
-    """Answer about the call on stdin, in the last line of stdout; what the module prints goes to stderr."""
+    """Check the call on stdin, and write the answer as the last line of stdout; output of the module goes to stderr."""
     call = msgspec.json.decode(sys.stdin.buffer.read(), type=Call)
     with contextlib.redirect_stdout(sys.stderr):
         found = _mistake(call)
-    with contextlib.suppress(BrokenPipeError):  # whoever has asked was killed
+    with contextlib.suppress(BrokenPipeError):  # the parent was killed
         os.write(sys.stdout.fileno(), msgspec.json.encode(found) + b"\n")
 
 

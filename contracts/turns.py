@@ -1,8 +1,8 @@
-"""What goes into a chat template must come out: whether the text of every turn occurs in the rendering.
+"""Checks that a rendered conversation contains the text of every turn that was given to the chat template.
 
-Templates leave turns out without an error: of roles that they have no branch for, of content that is no list of parts,
-of tools. Two ways of a template are not losses: white space at the ends of a turn, and what an assistant thought
-(`<think>...</think>`, `reasoning_content`) before an answer, which templates of reasoning models leave out on purpose.
+Templates drop turns without an error: turns of roles that they have no branch for, content that is not a list of parts,
+tools. Two differences do not count as losses: whitespace at the ends of a turn, and an assistant's thoughts before an
+answer (`<think>...</think>`, `reasoning_content`), which templates of reasoning models drop on purpose.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ THINK_END = "</think>"
 
 
 def with_marks(messages: Sequence[Message]) -> list[Message]:
-    """The turns with a word of its own in the place of each text that is not empty."""
+    """Replace each turn's text, unless it is empty, by a unique marker."""
     return [
         msgspec.structs.replace(message, content=mark(place) if message.content.strip() else message.content)
         for place, message in enumerate(messages)
@@ -26,22 +26,22 @@ def with_marks(messages: Sequence[Message]) -> list[Message]:
 
 
 def mark(place: int) -> str:
-    """A word that no template has, for the turn at `place`."""
+    """The marker of the turn at index `place`: a word that occurs in no template."""
     return f"qzturn{place}xk"
 
 
 def missing_marks(messages: Sequence[Message], rendered: str) -> list[int]:
-    """Places of turns of `with_marks` that are not in the rendering."""
+    """Indices of the turns of `with_marks` whose markers are missing in the rendering."""
     return [place for place, message in enumerate(messages) if message.content.strip() and mark(place) not in rendered]
 
 
 def shows_python(rendered: str) -> bool:
-    """Whether a template has written a list of parts as such, instead of the text in it."""
+    """Whether a template has printed a list of parts as a Python or JSON object instead of its text."""
     return "{'type'" in rendered or '{"type": "text"' in rendered
 
 
 def lost(messages: Sequence[Message], rendered: str) -> int | None:
-    """The place of the first turn whose text does not occur in what was rendered; None where there is none."""
+    """Index of the first turn whose text is missing in the rendering; None if none is."""
     for place, message in enumerate(messages):
         if not occurs(message.content, rendered, thinks=message.role == "assistant"):
             return place
@@ -49,7 +49,7 @@ def lost(messages: Sequence[Message], rendered: str) -> int | None:
 
 
 def lost_call(messages: Sequence[Message], rendered: str) -> str | None:
-    """What a rendering lacks of the turns' tool calls: the name of a function, or the text of an argument."""
+    """The first part of the turns' tool calls (a function's name or an argument's text) that the rendering lacks."""
     for message in messages:
         if message.tool_calls is msgspec.UNSET:
             continue
@@ -61,7 +61,7 @@ def lost_call(messages: Sequence[Message], rendered: str) -> str | None:
 
 
 def lost_tool(tools: JsonObjects, rendered: str) -> str | None:
-    """The name of a tool that a rendering lacks."""
+    """The name of the first tool that the rendering lacks."""
     for tool in tools:
         name = tool.get("function", tool).get("name")
         if isinstance(name, str) and name not in rendered:
@@ -70,8 +70,7 @@ def lost_tool(tools: JsonObjects, rendered: str) -> str | None:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """All texts in a tool call, or in what has tool calls in it: names, and what is in the arguments, which may be
-    JSON in a text."""
+    """Yield all strings in a value that is or contains tool calls: names and arguments, which may be JSON strings."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key == "arguments" and isinstance(item, str):
@@ -86,14 +85,14 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def occurs(text: str, rendered: str, *, thinks: bool = False) -> bool:
-    """Whether a text is in a rendering; `thinks`: what is before its last `</think>` may be missing."""
+    """Whether a text occurs in a rendering; `thinks`: the part up to its last `</think>` may be missing."""
     if text in rendered or text.strip() in rendered:
         return True
     forms = [text]
     if thinks and THINK_END in text:
         forms.append(text.rpartition(THINK_END)[2])
     bare = _bare(rendered)
-    # Llama 3.1 and gpt-oss write what a tool said as JSON.
+    # Llama 3.1 and gpt-oss write the output of a tool as JSON.
     return any(
         _bare(form) in bare or any(_bare(json.dumps(form, ensure_ascii=ascii)[1:-1]) in bare for ascii in (False, True))
         for form in forms

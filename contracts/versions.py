@@ -1,4 +1,4 @@
-"""Versions of what decides what a stage computes."""
+"""Versions of the libraries and of the source code that determine a stage's results."""
 
 from importlib import metadata
 from pathlib import Path
@@ -24,11 +24,11 @@ LIBRARIES = (
 )
 
 FURTHER = ("jsonschema", "latex2sympy2-extended", "math-verify", "py3langid", "sympy")
-"""Libraries that decide results of few stages, whose configs name them (`StageConfig.further_libraries`)."""
+"""Libraries that affect the results of a few stages only, whose configs name them (`StageConfig.further_libraries`)."""
 
 
 def installed_versions() -> dict[str, str]:
-    """Installed version of each library of this interpreter that can change results, by name."""
+    """Versions, by name, of the installed libraries that can change results."""
     found: dict[str, str] = {}
     for name in (*LIBRARIES, *FURTHER):
         try:
@@ -39,11 +39,10 @@ def installed_versions() -> dict[str, str]:
 
 
 def source_version(package: str) -> str:
-    """A short digest of Ratchet's own source that makes a stage: of contracts/, modeling/, reallocation/ and its
-    package.
+    """A short digest of Ratchet's source that a stage runs: contracts/, modeling/, reallocation/ and its package.
 
-    It is told, so that what ran can be found again, and is no part of a stage key: there `code_version` says whether
-    an edit changes results.
+    It is recorded, so that the code that ran can be identified, but is not part of a stage key: there, `code_version`
+    says whether an edit changes results.
     """
     root = Path(__file__).parents[1]
     files = [

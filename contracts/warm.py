@@ -1,22 +1,22 @@
-"""Processes that have imported a package's libraries, from which its stages are forked: importing them takes seconds.
+"""Forks stages from a warm process, which has imported their package's libraries already, because imports take seconds.
 
     python -m contracts.warm PACKAGE DESCRIPTOR [LIBRARY ...]
 
 imports what `PACKAGE/preload.py` imports for stages that need these libraries, and forks a process for each request
-that comes by a Unix socket. Whoever starts it has made the socket and gives it the descriptor: a request may come
-before the imports are done, and who waits for an answer learns at once that this process has died. A fork is
-`python -m PACKAGE ...` in every respect: its arguments, variables, directory and output are those of the request, and
-nothing that another stage has computed is in it. Nothing is done here but imports: no thread runs, no device is opened.
+on a Unix socket. The parent creates the socket and passes its descriptor, so that a request may be sent before the
+imports are done, and a client that waits for an answer notices immediately if this process dies. A fork is equivalent
+to `python -m PACKAGE ...`: its arguments, variables, directory and output are those of the request, and it contains no
+results of other stages. The warm process does nothing but imports: it runs no thread and opens no device.
 
-A stage that has published and has opened something that is worth keeping (contracts/resident.py) does not end: its
-process waits for another stage of the same label, which then finds the engine or the model that it needs. No more than
-`MOST_WAITING` wait, and none where a stage that comes needs their memory or their device. A stage's replicas are forks
-of the same process, with labels of their own (contracts/workers.py).
+A stage that has published, and has opened something worth keeping (contracts/resident.py), does not exit: its process
+waits for another stage with the same label, which then finds the engine or the model that it needs. At most
+`MOST_WAITING` processes wait; they are ended when an incoming stage needs their memory or their device. A stage's
+replicas are forks of the same process, with labels of their own (contracts/workers.py).
 
-A request is one line of JSON (`ForkRequest`) with the descriptor of the log; the answers are two lines: the process id
-and, in the end, the exit code, with the word "waits" behind it where the process stays. The fork ends with its
-connection and with this process, which ends when its stdin has ended and no stage runs any more; while it imports, it
-is killed when its parent ends.
+A request is one line of JSON (`ForkRequest`), sent with the descriptor of the log. There are two lines of answer: the
+process id and, at the end, the exit code, followed by "waits" if the process stays. A fork ends with its connection and
+with the warm process, which exits when its stdin is closed and no stage runs any more; during the imports, it is killed
+when its parent ends.
 """
 
 import contextlib
@@ -41,18 +41,18 @@ from contracts.versions import source_version
 
 POLL_SECONDS = 0.05
 BEGIN_SECONDS = 5.0
-"""How long a process that waits may take to answer a request before it counts as hung."""
+"""How long a waiting process may take to answer a request before it counts as hung."""
 END_SECONDS = 10.0
-"""How long who asks for memory waits until what was started by those that are ended has ended, too."""
+"""How long a request to free memory waits for the child processes of the ended ones to exit."""
 LAST_SECONDS = 60.0
-"""How long that may take at all."""
+"""Time after which remaining child processes of an ended one are killed."""
 LARGEST = 1 << 20
 MOST_WAITING = 4
-"""Processes; the replicas of a stage count as one."""
+"""Maximum number of waiting processes; the replicas of a stage count as one."""
 REPLICA = "#"
-"""In the label of a replica, before its number."""
+"""Separates the label of a stage from the number of a replica."""
 READY = ".ready"
-"""Behind the name of the socket: a file that is there when the imports are done."""
+"""Suffix, after the socket's name, of the file that exists when the imports are done."""
 REFUSED = b"refused\n"
 RELEASED = b"released\n"
 WAITS = b"waits\n"
@@ -60,16 +60,16 @@ BEGUN = b"begun\n"
 
 
 class ForkRequest(msgspec.Struct):
-    """A stage to be run; without arguments, a request to end the processes that wait, but for those of the label."""
+    """A request to run a stage; without arguments, a request to end all waiting processes with a different label."""
 
     argv: list[str]
-    """After `python`: -m MODULE ..."""
+    """The arguments after `python`: -m MODULE ..."""
     environment: dict[str, str]
     directory: str
     source: str
-    """Version of the package's source that is wanted."""
+    """The expected version of the package's source."""
     label: str = ""
-    """Stages of the same label can use what one of them has opened; empty: a process of its own."""
+    """Stages with the same label can use what one of them has opened; if empty, the stage gets a new process."""
 
 
 @dataclass(eq=False)
@@ -77,14 +77,14 @@ class _Child:
     pid: int
     label: str
     channel: socket.socket | None
-    """By which it says that it waits, and is given another stage; None without a label."""
+    """Connection by which it says that it waits, and receives its next stage; None without a label."""
     client: socket.socket | None
-    """Who has asked for the stage that it runs; None while it waits."""
+    """Connection to the client that requested its stage; None while it waits."""
     end: int | None
-    """A descriptor that can be read when it has ended, where the system has such."""
+    """A pidfd, which becomes readable when it ends; None if the system has none."""
 
     def ends(self) -> Iterator["socket.socket | int"]:
-        """All that tells of it."""
+        """The sockets and descriptors to watch for events of this process."""
         return (end for end in (self.client, self.channel, self.end) if end is not None)
 
 
@@ -93,22 +93,22 @@ class _Server:
         die_with_parent()
         self.socket = socket.socket(fileno=descriptor)
         self.socket.set_inheritable(False)
-        self.source = source_version(package)  # before anything of it is imported
+        self.source = source_version(package)  # before any of it is imported
         gc.disable()
         importlib.import_module(f"{package}.preload").preload(libraries)
         gc.collect()
-        gc.freeze()  # what is there stays shared with the processes that are forked
+        gc.freeze()  # keeps the memory of the imports shared with the forks
         gc.enable()
-        outlive_parent()  # its stdin tells of its parent's end from now on
-        with contextlib.suppress(OSError):  # who has started it has ended
+        outlive_parent()  # from now on, the end of stdin signals the end of the parent
+        with contextlib.suppress(OSError):  # the parent has ended
             Path(f"{self.socket.getsockname()}{READY}").touch()
         self.children: list[_Child] = []
         self.ending: dict[int, float] = {}
-        """Groups of processes that were ended, and when what is left of them is killed."""
+        """Process groups that were ended, with the time at which their remaining processes are killed."""
         self.leaves = False
 
     def serve(self) -> tuple[ForkRequest, socket.socket | None]:
-        """Answer requests; returns in each process that is forked, with what it is to do and its channel."""
+        """Answer requests; returns only in a forked process, with its request and its channel."""
         while True:
             ends = [end for child in self.children for end in child.ends()]
             doors = [] if self.leaves else [self.socket, sys.stdin]
@@ -117,10 +117,10 @@ class _Server:
             if sys.stdin in ready:
                 self.leave()
             for child in list(self.children):
-                if child not in self.children:  # another one took its place
+                if child not in self.children:  # it was ended to make room for another one
                     continue
                 if child.client is not None:
-                    if child.client in ready and not child.client.recv(1):  # whoever has asked is gone
+                    if child.client in ready and not child.client.recv(1):  # the client is gone
                         _kill(child.pid)
                     if child.channel in ready and _says_that_it_waits(child.channel):
                         self.let_wait(child)
@@ -133,7 +133,7 @@ class _Server:
                 return forked
 
     def let_wait(self, child: _Child) -> None:
-        """A child has finished its stage and stays; the one that waits longest makes way for it."""
+        """Let a child that has finished its stage wait; if too many wait, end those that have waited longest."""
         assert child.client is not None
         waiting = [other for other in self.children if other.client is None]
         groups = list(dict.fromkeys(_group(other) for other in waiting if _group(other) != _group(child)))
@@ -143,7 +143,7 @@ class _Server:
         _answer(child.client, b"0 " + WAITS)
         child.client.close()
         child.client = None
-        self.children.remove(child)  # to the end: in the order in which they began to wait
+        self.children.remove(child)  # move it to the end: waiting children are in the order in which they began to wait
         self.children.append(child)
 
     def forget(self, child: _Child, status: int) -> None:
@@ -157,7 +157,7 @@ class _Server:
         self.children.remove(child)
 
     def end(self, child: _Child) -> None:
-        """Kill it; what it has started gets time to clean up behind it: an engine's workers give shared memory back."""
+        """Kill a child; its own child processes get time to clean up, since an engine's workers free shared memory."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, signal.SIGKILL)
         _, status = os.waitpid(child.pid, 0)
@@ -165,7 +165,7 @@ class _Server:
         self.ending[child.pid] = time.monotonic() + LAST_SECONDS
 
     def tidy(self) -> bool:
-        """Kill what is left of those that were ended, when its time is over; whether nothing is left."""
+        """Kill remaining processes of ended groups whose time is over; return whether none are left."""
         for group, deadline in list(self.ending.items()):
             if time.monotonic() > deadline:
                 with contextlib.suppress(ProcessLookupError):
@@ -175,15 +175,15 @@ class _Server:
         return not self.ending
 
     def answer(self) -> tuple[ForkRequest, socket.socket | None] | None:
-        """Answer one request; in the process that is forked for it, what it is to do and its channel."""
+        """Answer one request; returns None, except in the forked process, which gets its request and its channel."""
         connection, _ = self.socket.accept()
         request, log = _received(connection)
-        if request is not None and _is_closed(connection):  # nobody waits for it any more
+        if request is not None and _is_closed(connection):  # the client no longer waits
             request = None
         if request is not None and not request.argv:
             self.release(request.label)
             _answer(connection, RELEASED)
-        elif request is None or request.source != self.source:  # it has changed since, and must be imported anew
+        elif request is None or request.source != self.source:  # the source has changed since it was imported
             _answer(connection, REFUSED)
         elif self.hand_over(request, connection, log):
             os.close(log)
@@ -196,7 +196,7 @@ class _Server:
         return None
 
     def hand_over(self, request: ForkRequest, connection: socket.socket, log: int) -> bool:
-        """Give a stage to a process that waits for one of its label; whether there was one."""
+        """Pass a stage to a process that waits with the same label; return whether there was one."""
         waiting = (child for child in self.children if child.client is None and child.label == request.label)
         child = next(waiting, None) if request.label else None
         if child is None or child.channel is None:
@@ -238,20 +238,20 @@ class _Server:
         return request, theirs
 
     def release(self, keep: str = "") -> None:
-        """End the processes that wait, but for those of a label."""
+        """End the waiting processes, except those with the label `keep`."""
         for child in list(self.children):
             if child.client is None and not (keep and child.label.partition(REPLICA)[0] == keep):
                 self.end(child)
         wait_until(self.tidy, END_SECONDS)
 
     def leave(self) -> None:
-        """Whoever has started this process is gone: end with the last stage, which its supervisor ends in time."""
+        """Exit once the running stages have ended, because the parent is gone; their supervisors end them in time."""
         self.leaves = True
         self.release()
 
 
 def _group(child: _Child) -> tuple[str, int]:
-    """What it has in common with the other replicas of its stage."""
+    """An id that a child shares with the other replicas of its stage, and with no other child."""
     label, replica, _ = child.label.partition(REPLICA)
     return (label, 0) if replica else (label, child.pid)
 
@@ -273,7 +273,7 @@ def _is_closed(connection: socket.socket) -> bool:
 
 
 def _received(connection: socket.socket) -> tuple[ForkRequest | None, int]:
-    """A request, and the descriptor of its log; None where it is none."""
+    """Receive a request and the descriptor of its log; None if the request is invalid."""
     connection.settimeout(5.0)
     try:
         return _read(connection)
@@ -292,7 +292,7 @@ def _read(connection: socket.socket) -> tuple[ForkRequest, int]:
 
 
 def _become(request: ForkRequest, log: int) -> None:
-    """Make this process what a new one would be."""
+    """Give this process the arguments, environment, directory and streams that a new one would have."""
     null = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, null), (1, log), (2, log)):
         os.dup2(source, target)
@@ -306,7 +306,7 @@ def _become(request: ForkRequest, log: int) -> None:
 
 
 def _answer(connection: socket.socket, line: bytes) -> None:
-    with contextlib.suppress(OSError):  # whoever has asked is gone
+    with contextlib.suppress(OSError):  # the client is gone
         connection.sendall(line)
 
 
@@ -319,7 +319,7 @@ def _kill(pid: int) -> None:
 
 
 def _run(request: ForkRequest) -> int | str | None:
-    """Run a stage as its package's main module; returns what it ends with."""
+    """Run a stage as its package's main module; return its exit code."""
     try:
         module = request.argv[request.argv.index("-m") + 1]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -329,14 +329,14 @@ def _run(request: ForkRequest) -> int | str | None:
 
 
 def _next(channel: socket.socket) -> ForkRequest:
-    """Wait for another stage; this process ends where there is none any more."""
+    """Wait for another stage; exit if the connection is closed."""
     channel.sendall(WAITS)
     try:
         request, log = _read(channel)
     except (OSError, ValueError, IndexError):
         os._exit(0)
     channel.sendall(BEGUN)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the last stage has ignored it when it ended
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the previous stage ignored it when it ended
     _become(request, log)
     return request
 

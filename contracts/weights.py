@@ -1,4 +1,4 @@
-"""What the safetensors files of a model directory hold, by their headers alone. No torch, no numpy, no weights read."""
+"""Reads and verifies the headers of a model directory's safetensors files, without torch or numpy, and no weights."""
 
 import json
 import math
@@ -11,14 +11,14 @@ from contracts.errors import UserError
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-"""Says which tensor is in which file, where a model has several."""
+"""The index of a model with several files: which tensor is in which file."""
 DIVIDED = "reallocation.json"
-"""Marks a checkpoint that `pipeline reshard` has divided."""
+"""Marks a checkpoint that `pipeline reshard` has divided by rank."""
 AGAIN = "Download or save it again."
 LFS = b"version https://git-lfs"
-"""How a file begins that stands for one which Git LFS has not fetched."""
+"""The beginning of a Git LFS pointer file, whose content has not been fetched."""
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
-"""Of one number of each format; of the others, 1."""
+"""Bytes per number of each dtype; 1 for all others."""
 
 
 class StoredTensor(msgspec.Struct, frozen=True):
@@ -26,19 +26,19 @@ class StoredTensor(msgspec.Struct, frozen=True):
 
     name: str
     dtype: str
-    """In safetensors' words: F32, BF16, ..."""
+    """The dtype as safetensors names it: F32, BF16, ..."""
     shape: tuple[int, ...]
     file: Path
     start: int
-    """Where its bytes begin in the file."""
+    """Offset of its first byte in the file."""
     end: int
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file.
+    """Read the tensors' metadata from a safetensors file.
 
     Raises:
-        UserError: it has no header, or not the bytes that the header speaks of.
+        UserError: it has no header, or its size does not match the header.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -82,11 +82,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def stored_tensors(model: Path) -> dict[str, StoredTensor]:
-    """The tensors that a loader reads from a model directory: of model.safetensors, or of the files that the index
-    names.
+    """The tensors that a loader reads from a model directory: those of model.safetensors, or of the files in the index.
 
     Raises:
-        UserError: a file is missing or damaged, or the index is, or it names a tensor that its file does not hold.
+        UserError: a file or the index is missing or damaged, or the index names a tensor that its file does not hold.
     """
     if (model / WHOLE).is_file():
         return read_header(model / WHOLE)

@@ -1,11 +1,11 @@
-"""Several processes that share a list of shards, and nothing else: no collective, no barrier.
+"""Distributes the shards of a stage over several processes, which share nothing else: no collective, no barrier.
 
-A process takes the first shard that is neither finished nor claimed. A claim is a file lock, so it ends with its
-holder; a killed worker costs the shard in its hand.
+A process takes the first shard that is neither finished nor claimed. A claim is a file lock, so it ends with the
+process that holds it; a killed worker loses only its current shard.
 
-The processes are one machine's, started by `share_shards` itself or by a launcher, and the first one publishes. Or
-they are tasks on any machines that share the file system: each may start, end and be killed at any instant, and when
-all have ended, a publisher publishes. RATCHET_ROLE says which of these a process is (contracts/stage.py).
+The processes either run on one machine, started by `share_shards` itself or by a launcher, and the first one publishes;
+or they are tasks on any machines that share the file system, where each may start, end and be killed at any time, and
+after all have ended, a publisher publishes. RATCHET_ROLE says which of these a process is (contracts/stage.py).
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from contracts.versions import source_version
 from contracts.warm import REPLICA
 
 LOOK_SECONDS = 0.5
-"""How often a worker looks at what others have finished."""
+"""Interval at which a worker looks for shards that others have finished."""
 
 
 def share_shards(
@@ -45,21 +45,21 @@ def share_shards(
     replicas: int = 1,
     devices: int = 0,
 ) -> None:
-    """Make all `shards`, in this process or in several, and return when each has its receipt.
+    """Compute all `shards`, in this process or in several, and return when each has its receipt.
 
     A process that does not publish returns when there is no shard left for it.
 
     Args:
-        shards: file names, the largest first where that is known; or an input of whose shards one each is made, as
-            they are finished where its maker still runs.
-        open_worker: loads what a worker needs (an engine, a model) and returns the function that makes and commits
-            one shard. Not called where nothing is missing; where shards are still to come, before the first of them.
-        replicas: processes to start. Under a launcher that set RANK and WORLD_SIZE (accelerate, torchrun), its
-            processes are the workers and none is started here; nor by a process with a role.
-        devices: accelerators per replica; 0 leaves the visible devices as they are.
+        shards: file names, largest first if the sizes are known; or an input, from each of whose shards one shard is
+            computed, as soon as it is finished if the input is still being made.
+        open_worker: loads what a worker needs (an engine, a model) and returns the function that computes and commits
+            one shard. Not called if no shard is missing; called early if further shards are still expected.
+        replicas: number of processes to start. Under a launcher that sets RANK and WORLD_SIZE (accelerate, torchrun),
+            its processes are the workers, and none are started here; nor are any by a process with a role.
+        devices: accelerators per replica; 0 leaves the visible devices unchanged.
 
     Raises:
-        TransientError: in a publisher: a shard is missing.
+        TransientError: this process is a publisher, and a shard is missing.
     """
     if context.world_size > 1 and context.role is None:
         _meet(context)
@@ -87,46 +87,46 @@ def share_shards(
 
 
 class Work:
-    """The shards that are to be made: a list, or as many as an input has by now."""
+    """The shards to compute: a fixed list, or one per shard that an input has so far."""
 
     def __init__(self, shards: list[str] | Source) -> None:
         self._shards = shards
 
     @property
     def whole(self) -> bool:
-        """Whether all are known."""
+        """Whether all shards are known."""
         return not isinstance(self._shards, Source) or self._shards.whole
 
     def look(self) -> None:
-        """See whether all are known by now."""
+        """Look whether all shards are known by now."""
         if isinstance(self._shards, Source):
             self._shards.look()
 
     def names(self) -> list[str]:
-        """Those that are known, in the order in which they are to be made."""
+        """The known shards, in the order in which to compute them."""
         return self._shards.names() if isinstance(self._shards, Source) else self._shards
 
     def total(self, names: list[str]) -> int:
-        """How many there will be, at least: of an input that is still being made, one more."""
+        """Minimum total number of shards: one more than is known if the input is still being made."""
         return len(names) + (not self.whole)
 
     def wait(self, context: Context) -> None:
-        """Let a moment pass until more may be known."""
+        """Wait for a moment before the next look."""
         assert isinstance(self._shards, Source)
         with context.timed("wait"):
             self._shards.wait()
 
     def require_whole(self) -> None:
-        """Raise TransientError unless all are known."""
+        """Raise TransientError unless all shards are known."""
         self.look()
         if isinstance(self._shards, Source) and not self._shards.whole:
             raise TransientError(f"{self._shards.path} is not published; the stage that makes it ended without it.")
 
 
 def agree(context: Context, name: str, value: str) -> str:
-    """One value for all processes that make shards of a stage, on whatever machines: that of the first.
+    """Agree on one value among all processes of a stage, on any machines: that of the first process to call this.
 
-    It holds until the stage has published, so that one that is interrupted and goes on elsewhere stays what it was.
+    The value stays the same until the stage has published, even if the stage is interrupted and continues elsewhere.
     """
     folder = context.publication.directory / "state"
     path = folder / f"agreed-{name}"
@@ -157,16 +157,16 @@ def _published(publication: Publication) -> bool:
 
 
 def _work(context: Context, work: Work, open_worker: Callable[[], Callable[[str], None]]) -> None:
-    """Make shards as long as one is left that is neither finished nor claimed, or is still to come."""
+    """Compute shards until all are finished or claimed, and no further ones are expected."""
     publication = context.publication
     claims = publication.directory / "state"
-    if context.publishes or context.role is not None:  # else rank 0 makes it, and may have renamed it
+    if context.publishes or context.role is not None:  # otherwise rank 0 creates it, and may have renamed it already
         claims = publication.state
     make: Callable[[str], None] | None = None
     found_work = True
-    while found_work or not work.whole:  # again after the last one: another process may have died meanwhile
+    while found_work or not work.whole:  # look again after the last one: another process may have died meanwhile
         if not found_work:
-            make = make or open_worker()  # what it loads is there when the next shard is
+            make = make or open_worker()  # so that everything is loaded when the next shard is ready
             work.wait(context)
         found_work = False
         looked = -math.inf
@@ -181,7 +181,7 @@ def _work(context: Context, work: Work, open_worker: Callable[[], Callable[[str]
                 continue
             try:
                 with _claim(claims, name) as mine:
-                    # Only now: a file server's client may remember for a while that a file was not there.
+                    # Check the receipt after the claim: an NFS client may cache for a while that it did not exist.
                     if mine and publication.receipt(name) is None and not _published(publication):
                         make = make or open_worker()
                         with stopping.deferred():
@@ -206,7 +206,7 @@ def _claim(claims: Path, name: str) -> Iterator[bool]:
 
 
 def _run_replicas(count: int, devices: int) -> None:
-    """Start this very command `count` times as workers; the first failure ends the others."""
+    """Start this command `count` times as workers; the first failure ends the others."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = visible.split(",") if visible else [str(index) for index in range(count * devices)]
     processes: list[Process] = []
@@ -233,9 +233,10 @@ def _run_replicas(count: int, devices: int) -> None:
 
 
 def _start_replica(environment: dict[str, str], index: int) -> Process:
-    """This command once more; where this stage was forked, by a fork that may have been this replica of an earlier one.
+    """Start this command again as a replica; if this stage was forked, fork the replica too.
 
-    A fork waits for the next stage with what it has loaded, and its replicas do the same (contracts/warm.py).
+    A forked replica may be one that has run the same replica of an earlier stage, and waits for the next one with the
+    engine or model that it has loaded (contracts/warm.py).
     """
     command = [sys.executable, *sys.orig_argv[1:]]
     door, label = os.environ.get(DOOR), os.environ.get(LABEL)
@@ -253,18 +254,18 @@ def _start_replica(environment: dict[str, str], index: int) -> Process:
 
 
 def _meet(context: Context) -> None:
-    """Under a launcher: wait until rank 0 has cleared what a crash left, before writing anything."""
+    """Under a launcher, wait until rank 0 has cleaned up after an earlier crash, before anything is written."""
     publication = context.publication
     mark = f"begun-{process_name(os.getppid())}"
     if context.rank == 0:
         (publication.state / mark).touch()
-    else:  # rank 0 may not have made the directory yet, or have finished and renamed it already
+    else:  # rank 0 may not have created the directory yet, or may have finished and renamed it already
         begun = publication.directory / "state" / mark
         _wait(lambda: begun.exists() or publication.target.exists(), "rank 0 to begin", 300)
 
 
 def _wait_for_all(context: Context, work: Work) -> None:
-    """Rank 0 waits for the others' last shards, as long as some other process still works on them."""
+    """In rank 0, wait for the last shards of the other processes, as long as these still work on them."""
     work.look()
     missing = work.names()
     while missing := _missing(context.publication, missing):

@@ -1,7 +1,7 @@
-"""All YAML that Ratchet reads and writes, of which little is read: mappings, lists, text, numbers, true, false, null.
+"""Reads and writes a subset of YAML: mappings, lists, text, numbers, true, false and null.
 
-It is YAML 1.2, as ruamel.yaml reads it: `1e-5` is a number, `no`, `on` and `12:30` are text, no key occurs twice. Two
-things are added. A date is text. Aliases may repeat what is written, up to a limit, and never contain themselves.
+It is YAML 1.2 as ruamel.yaml reads it: `1e-5` is a number; `no`, `on` and `12:30` are text; duplicate keys are errors.
+There are two differences: dates are text, and aliases are expanded up to a limit and must not contain themselves.
 """
 
 import io
@@ -17,17 +17,17 @@ from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
 
 MOST_VALUES = 200_000
-"""Values of one text with all aliases written out."""
+"""Maximum number of values in one document, with all aliases expanded."""
 MOST_LEVELS = 64
-"""Lists and mappings in each other."""
+"""Maximum nesting depth of lists and mappings."""
 MOST_DIGITS = 400
-"""Digits of a number; the largest that a computer calculates with has 309."""
+"""Maximum number of digits in a number; the largest double has 309."""
 MOST_BYTES = 16 << 20
 
 TAG = "tag:yaml.org,2002:"
 READ = {f"{TAG}{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
 TEXT = {f"{TAG}timestamp", f"{TAG}value"}
-"""What YAML takes for something else: a date, and `=`."""
+"""Tags that YAML gives to a date and to `=`, which are read as text."""
 KEYS = {f"{TAG}str", f"{TAG}int", f"{TAG}merge"}
 
 IN_WORDS = {
@@ -39,7 +39,7 @@ IN_WORDS = {
 
 
 class YamlError(Exception):
-    """Text that cannot be read, with the reason; `line` counts from 1, where it is known."""
+    """The reason why a text cannot be read; `line` counts from 1, and is None if unknown."""
 
     def __init__(self, reason: str, line: int | None = None) -> None:
         super().__init__(reason)
@@ -47,10 +47,10 @@ class YamlError(Exception):
 
 
 def load(text: str) -> Any:
-    """The plain data that a text stands for; all keys are text.
+    """Parse a document into plain data; all keys are text.
 
     Raises:
-        YamlError: it is no YAML, or has what this module does not read.
+        YamlError: it is not valid YAML, or uses a feature that is not supported.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.max_depth = MOST_LEVELS
@@ -65,16 +65,16 @@ def load(text: str) -> Any:
         for found, plain in IN_WORDS.items():
             reason = re.sub(found, plain, reason, flags=re.DOTALL)
         raise YamlError(reason, error.problem_mark.line + 1 if error.problem_mark else None) from error
-    except (ValueError, LookupError) as error:  # of a tag (!!int x) that does not fit
+    except (ValueError, LookupError) as error:  # from a tag that does not fit its value (!!int x)
         raise YamlError(str(error)) from error
 
 
 class _Composer(Composer):
-    """Composes what is read here, and no more than that."""
+    """A composer that refuses unsupported nodes."""
 
     def get_single_node(self) -> Node | None:
-        """The whole text as nodes."""
-        self.warn_double_anchors = False  # the later one holds
+        """Compose and check the whole document."""
+        self.warn_double_anchors = False  # the later anchor counts
         node: Node | None = super().get_single_node()
         if node is not None:
             _check(node, {})
@@ -82,7 +82,7 @@ class _Composer(Composer):
 
 
 def _check(node: Node, sizes: dict[Node, tuple[int, int] | None]) -> tuple[int, int]:
-    """How many values a node stands for, and how many levels of them; refuses what is not read, or is too much."""
+    """Count the values and levels of a node with its aliases expanded; refuse unsupported nodes and excessive sizes."""
     if node in sizes:
         if (known := sizes[node]) is None:
             raise _problem("an alias (*) contains itself, inside of what it repeats. Write it out", node)
@@ -118,7 +118,7 @@ def _problem(text: str, node: Node) -> MarkedYAMLError:
 
 
 def dump(data: Any) -> str:
-    """Plain data as text that readers of YAML 1.2 and 1.1 take for the same, in the order that it has."""
+    """Write plain data, in its order, as YAML that parsers of versions 1.1 and 1.2 read alike."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.version = (1, 1)
@@ -130,14 +130,14 @@ def dump(data: Any) -> str:
 
 
 class _Representer(SafeRepresenter):
-    """Puts text into quotes that YAML 1.2 would take for something else, too; no aliases."""
+    """Also quotes text that YAML 1.2 would not read as text, and writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Whether to write a value out each time that it occurs."""
+        """Always true: a repeated value is written out each time."""
         return True
 
     def represent_text(self, data: str) -> ScalarNode:
-        """Text, which `dump` keeps from being something else in YAML 1.1."""
+        """Quote text that YAML 1.2 would not read as text; `dump` takes care of YAML 1.1."""
         is_plain = VersionedResolver((1, 2)).resolve(ScalarNode, data, (True, False)) == f"{TAG}str"
         style = '"' if not data.isprintable() else None if is_plain else "'"
         return self.represent_scalar(f"{TAG}str", data, style=style)

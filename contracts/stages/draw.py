@@ -1,4 +1,4 @@
-"""The prompts of an iteration, drawn from prompt sets."""
+"""Declares the draw stage: the prompts of an iteration, drawn from prompt sets."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,10 @@ from contracts.records import PROMPTS
 
 @dataclass(frozen=True)
 class PromptDraw(Stage[DrawConfig]):
-    """The choice of an iteration's prompts."""
+    """The stage that draws an iteration's prompts."""
 
     def rows(self, config: DrawConfig, path: Path, outlook: Outlook) -> RowStats | None:
-        """So many as it is told, of the mean length of all."""
+        """`count` rows of the mean length of all sources' rows."""
         sources = [outlook.rows_of(source) for source in config.sources.values()]
         known = [source for source in sources if source is not None]
         if len(known) < len(sources):
@@ -23,7 +23,7 @@ class PromptDraw(Stage[DrawConfig]):
         return RowStats(config.count, size * config.count // max(1, rows), max(source.longest for source in known))
 
     def published_bytes(self, config: DrawConfig, outlook: Outlook) -> int | None:
-        """The rows' bytes."""
+        """Bytes of the rows and of a stage's other files."""
         rows = outlook.rows_of(config.output)
         return None if rows is None else rows.bytes + STAGE
 

@@ -1,4 +1,4 @@
-"""Prompts, imported from where they are."""
+"""Declares the prompts stage: the import of a prompt set."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +9,15 @@ from contracts.prompts import PromptsConfig
 from contracts.records import PROMPTS
 
 PROMPT = 160
-"""Bytes that a published prompt has beside its text."""
+"""Bytes of a published prompt in addition to its text."""
 
 
 @dataclass(frozen=True)
 class PromptImport(Stage[PromptsConfig]):
-    """The import of prompts."""
+    """The stage that imports prompts."""
 
     def rows(self, config: PromptsConfig, path: Path, outlook: Outlook) -> RowStats | None:
-        """Those of the source, up to the limit; where nobody knows it (on the Hub) as many as are there already."""
+        """Rows of the source up to `limit`; for a source on the Hub, rows of the output if it exists already."""
         source = outlook.rows_of(config.source, config.split) or measure(path)
         if source is None:
             return None
@@ -27,7 +27,7 @@ class PromptImport(Stage[PromptsConfig]):
         return RowStats(count, share + count * (PROMPT + system), source.longest + system)
 
     def published_bytes(self, config: PromptsConfig, outlook: Outlook) -> int | None:
-        """The source's bytes, and 160 a row."""
+        """Bytes of the rows and of a stage's other files."""
         prompts = outlook.rows_of(config.output)
         return None if prompts is None else prompts.bytes + STAGE
 
