@@ -1,10 +1,10 @@
-"""`python -m annotation {score,pairs,evaluate,evaluate-checkpoint,rlhflow-export,rlhflow-import,rlhflow-scores,
-preferences-import,preferences-scores,pairs-sample,select,select-scores}`."""
+"""Entry point of the annotation stages: `python -m annotation {score,pairs,evaluate,evaluate-checkpoint,rlhflow-export,
+rlhflow-import,rlhflow-scores,preferences-import,preferences-scores,pairs-sample,select,select-scores}`."""
 
 import os
 import sys
 
-# Ours before anything in the working directory that is called the same.
+# Ratchet's packages take precedence over modules of the same name in the working directory.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from contracts import surroundings
 

@@ -1,4 +1,4 @@
-"""The scorer kind `combined`: joins published scores and computes an expression of them. Needs no torch."""
+"""The scorer kind `combined`: joins published scores and evaluates an expression over them. Needs no torch."""
 
 import itertools
 import math
@@ -14,11 +14,11 @@ from contracts.faults import Fault
 from contracts.joining import scores_of_shard
 from contracts.records import SCORES, Score
 
-Judged = Score | str | Fault
+ScoreOrReason = Score | str | Fault
 
 
 class Combined:
-    """Computes the expression for the answers to each prompt."""
+    """Evaluates the expression for the answers to each prompt."""
 
     def __init__(self, config: CombinedConfig, opening: Opening) -> None:
         self.expression = Expression(config.expression)
@@ -29,23 +29,24 @@ class Combined:
         self.facts: dict[str, str] = {}
         self.counts: dict[str, int] = {}
 
-    def __call__(self, samples: list[Sample]) -> list[Judged]:
-        """One score per sample, with what it was made of; "no_NAME" where a scorer has not judged it."""
+    def __call__(self, samples: list[Sample]) -> list[ScoreOrReason]:
+        """One score per sample, with the values of the expression's names as parts; "no_NAME" if a scorer has no score
+        for the sample."""
         columns = {name: scores_of_shard(artifact, self.shard()) for name, artifact in self.scores.items()}
-        found: list[Judged] = []
+        found: list[ScoreOrReason] = []
         for prompt, group in itertools.groupby(samples, key=lambda sample: sample.rollout.prompt_id):
             scores = {name: column.get(prompt, {}) for name, column in columns.items()}
-            found += self._judge(list(group), scores)
+            found += self._evaluate(list(group), scores)
         return found
 
-    def _judge(self, samples: list[Sample], scores: dict[str, dict[int, Score]]) -> list[Judged]:
+    def _evaluate(self, samples: list[Sample], scores: dict[str, dict[int, Score]]) -> list[ScoreOrReason]:
         rows = [self._row(sample, scores) for sample in samples]
         complete = [row for row in rows if not isinstance(row, str)]
         if not complete:
             return [row for row in rows if isinstance(row, str)]
         columns = {name: [row[name] for row in complete] for name in complete[0]}
         values = enumerate(self.expression.compute(columns, self.standards))
-        found: list[Judged] = []
+        found: list[ScoreOrReason] = []
         for sample, row in zip(samples, rows, strict=True):
             if isinstance(row, str):
                 found.append(row)
@@ -62,7 +63,7 @@ class Combined:
         return found
 
     def _row(self, sample: Sample, scores: dict[str, dict[int, Score]]) -> dict[str, float] | str:
-        """What the expression's names stand for, or the reason why one stands for nothing."""
+        """The values of the expression's names for one sample, or the reason for which one has no value."""
         completion = sample.completion
         row = {"tokens": float(len(completion.response_ids)), "truncated": float(completion.finish_reason == "length")}
         for written, (name, part) in self.expression.names.items():
@@ -75,7 +76,7 @@ class Combined:
 
 
 def _plain(written: str) -> str:
-    """A name as that of a part: helpful.clear is helpful_clear."""
+    """The part name for a name in the expression: helpful_clear for helpful.clear."""
     return written.replace(".", "_")
 
 
@@ -83,7 +84,7 @@ def _standard(config: CombinedConfig, name: str) -> tuple[float, float]:
     """Mean and standard deviation of published scores.
 
     Raises:
-        UserError: they do not differ.
+        UserError: all scores are equal.
     """
     scores = Artifact.open(config.standards[name], SCORES)
     values = [score.score for score in scores.rows(Score)]

@@ -1,4 +1,4 @@
-"""Configurations of annotation's stages but for scores (annotation/scorers/) and pairs (annotation/pairing/)."""
+"""Configurations of the annotation stages, except `score` (annotation/scorers/) and `pairs` (annotation/pairing/)."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -11,7 +11,7 @@ from contracts.template import ChatFields
 
 
 class EvaluationConfig(StageConfig):
-    """Judge a policy by its answers to held-out prompts."""
+    """Evaluate a policy on its responses to held-out prompts."""
 
     stage: ClassVar[str] = "evaluation"
     code_version: ClassVar[int] = 1
@@ -43,7 +43,9 @@ class EvaluationConfig(StageConfig):
             raise ValueError(f"ensemble names {missing[0]!r}, but scores holds only {', '.join(sorted(self.scores))}.")
         for name in self.scores:
             if name in ("reference", "gold_reward") or not name.isidentifier():
-                raise ValueError(f"scores.{name}: this name is taken or has other signs than letters, digits and _.")
+                raise ValueError(
+                    f"scores.{name}: this name is taken, or has characters other than letters, digits and _."
+                )
         return self
 
 

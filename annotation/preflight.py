@@ -1,4 +1,5 @@
-"""What the stages of annotation would refuse, before anything runs. See contracts/preflight.py."""
+"""Preflight checks of the annotation stages: report what a stage would refuse, before anything runs. See
+contracts/preflight.py."""
 
 import functools
 from collections.abc import Iterator
@@ -11,20 +12,20 @@ from contracts.trial import Call, mistake_in
 
 
 def check_scorer(stage: Inspected) -> Iterator[Finding]:
-    """What a kind of scorer would refuse."""
+    """Run the checks of a scorer's kind."""
     config: ScoreConfig = stage.config
     yield from config.preflight(stage)
 
 
 def check_evaluation(stage: Inspected) -> Iterator[Finding]:
-    """The function of an evaluation of the user's own, imported, and whether it can be called."""
+    """Import the function of a user's own evaluation, and check that its signature fits the call."""
     config: CheckpointEvaluationConfig = stage.config
     if mistake := _mistake_in(Call(config.function, ("checkpoint", "output"), tuple(config.keywords))):
         yield Finding("error", mistake)
 
 
 def check_pairs(stage: Inspected) -> Iterator[Finding]:
-    """A strategy of the user's own, imported, and whether it can be called."""
+    """Import a user's own pair strategy, and check that its signature fits the call."""
     config: PairsConfig = stage.config
     if config.is_own and (
         mistake := _mistake_in(Call(config.strategy, ("candidates", "prompt"), tuple(config.settings)))

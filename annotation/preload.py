@@ -1,4 +1,4 @@
-"""What the stages of this package import, for the process that they are forked from (contracts/warm.py)."""
+"""Imports the libraries of the annotation stages in the process that they are forked from (contracts/warm.py)."""
 
 import contextlib
 import importlib
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def preload(libraries: Sequence[str]) -> None:
-    """Import it; the variables of vLLM come first, where that is among their libraries."""
+    """Import the libraries that the stages use; if vLLM is among them, set its environment variables first."""
     if "vllm" in libraries:
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # opens no device: a fork could not open it again
         import torch

@@ -1,11 +1,11 @@
-"""Rollouts with their scores as Parquet: `python -m annotation.rollouts_parquet`.
+"""Writes rollouts with their scores as Parquet: `python -m annotation.rollouts_parquet`.
 
-Each line of stdin is a request, {"rollouts": ARTIFACT, "scores": {SCORER: ARTIFACT}, "target": FILE}. Its answer, a
-line of stdout, comes when the file is there: null, or what the user has to fix.
+Each line of stdin is a request, {"rollouts": ARTIFACT, "scores": {SCORER: ARTIFACT}, "target": FILE}. When the file is
+written, the reply is printed to stdout as one line: null, or the message of an error that the user has to fix.
 
-A row is a prompt with its answers, as in the JSONL, and `scores`: of each scorer one number for each answer, null where
-it has none; where scores have parts, `score_parts` has the same of each part of each scorer. What a table cannot hold,
-such as tools, is its JSON text, as in the Parquet file of pairs.
+A row is a prompt with its answers, as in the JSONL, plus `scores`: for each scorer, one number per answer, null if the
+answer has no score. If scores have parts, `score_parts` holds the same for each part of each scorer. Values that a
+table cannot hold, such as tools, are stored as JSON text, as in the Parquet file of pairs.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _FURTHER_SAMPLING = {
     "guided": pa.string(),
     "thinking_tokens": pa.int32(),
 }
-"""Columns that are there only where they occur."""
+"""Sampling parameters that get a column only if a completion has them."""
 _COMPLETION = {
     "sample": pa.int32(),
     "response_ids": IDS,
@@ -52,9 +52,9 @@ def write(rollouts: Path, scores: Mapping[str, Path], target: Path) -> None:
     """Write a Parquet file; the same artifacts give the same bytes.
 
     Args:
-        rollouts: an artifact.
-        scores: artifacts with scores of it, by scorer.
-        target: the file.
+        rollouts: a rollouts artifact.
+        scores: score artifacts of these rollouts, by scorer.
+        target: the file to write.
     """
     artifact = Artifact.open(rollouts, ROLLOUTS)
     found = {name: _scores(path) for name, path in scores.items()}
@@ -74,8 +74,8 @@ def write(rollouts: Path, scores: Mapping[str, Path], target: Path) -> None:
 
 
 def schema_of(further: set[str], scorers: list[str], parts: Mapping[str, Sequence[str]] | None = None) -> pa.Schema:
-    """The columns of rollouts in which `further` occurs (fields of messages and of sampling, the tools), scored by
-    these, whose scores are made of `parts`."""
+    """The columns for rollouts with the optional fields `further` (of messages, of sampling, and the tools), with
+    scores by `scorers` that have these `parts`."""
     sampling = {**_SAMPLING, **{name: held for name, held in _FURTHER_SAMPLING.items() if name in further}}
     tools = {TOOLS: pa.string()} if TOOLS in further else {}
     numbers = pa.list_(pa.float64())
@@ -100,7 +100,7 @@ def schema_of(further: set[str], scorers: list[str], parts: Mapping[str, Sequenc
 
 
 Scores = Mapping[tuple[str, int], Score]
-"""By prompt and sample."""
+"""Scores by prompt id and sample index."""
 
 
 def _groups(artifact: Artifact, scores: Mapping[str, Scores]) -> Iterator[list[dict[str, Any]]]:
@@ -135,10 +135,10 @@ def _part(score: Score | None, name: str) -> float | None:
 
 
 class WithoutPandas(importlib.abc.MetaPathFinder):
-    """Hides pandas, which pyarrow would import to see whether a list of rows is one of its tables."""
+    """Import hook that hides pandas, which pyarrow would import only to check whether a list is a DataFrame."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: object = None) -> None:
-        """Refuse it."""
+        """Raise ModuleNotFoundError for pandas."""
         if name == "pandas":
             raise ModuleNotFoundError("pandas is not needed here", name=name)
 

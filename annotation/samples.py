@@ -1,4 +1,4 @@
-"""The interface of scorers."""
+"""The interface of scorers: a `Scorer` turns the `Sample`s of a shard into scores."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -23,12 +23,12 @@ class Sample(NamedTuple):
         extras: Mapping[str, Any] | None = None,
         **tokens: tuple[float, ...],
     ) -> Score:
-        """The record of this sample's score.
+        """The score record of this sample.
 
         Args:
-            score: the number.
-            parts: numbers by name that it was made of.
-            extras: what else is worth showing, as JSON by name.
+            score: the score.
+            parts: named numbers that the score is composed of.
+            extras: further named JSON values to store with it, such as an explanation.
             tokens: token_logprobs, token_values or token_rewards, if known.
         """
         return Score(
@@ -46,14 +46,14 @@ class Sample(NamedTuple):
 
 
 class Scorer(Protocol):
-    """A scorer with its model or function loaded."""
+    """A scorer whose model or function is loaded."""
 
     facts: dict[str, str]
     """Facts for the manifest: dtype and device."""
     counts: dict[str, int]
-    """Additional counts for the manifest, of the last shard."""
+    """Additional counts of the last shard, for the manifest."""
     unread: str = ""
-    """Of judges: what one has said of the last shard that is no judgement, in words."""
+    """For judges: a description of a reply in the last shard from which no score could be read."""
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """Score the samples of one shard, in order; a string is the reason why a sample is dropped."""

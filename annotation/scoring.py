@@ -1,4 +1,4 @@
-"""The score stage: every completion, one scorer, one shard of scores for each shard of rollouts."""
+"""The score stage: scores every completion with one scorer, and writes one shard of scores per shard of rollouts."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ from contracts.workers import share_shards
 
 
 def run(config: ScoreConfig, context: Context) -> Outcome:
-    """Score the rollouts shard by shard; shards are shared among replicas and survive a kill."""
+    """Score the rollouts shard by shard. Replicas share the shards, and finished shards survive a kill."""
     rollouts = Source(config.rollouts, ROLLOUTS)
     wanted = _samples_in_pairs(config, rollouts)
 
@@ -39,7 +39,7 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
         return _count(rollouts.artifact, wanted)
 
     config.examine()
-    if rollouts.whole:  # else it is told at the end
+    if rollouts.whole:  # otherwise it is called at the end
         known()
 
     def open_worker() -> Callable[[str], None]:
@@ -48,7 +48,7 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
         opening = Opening(
             context.publication.state, lambda: all_samples() if rollouts.whole else math.inf, lambda: shard
         )
-        surroundings.importing()  # what the scorer needs: of models most of what a stage imports at all
+        surroundings.importing()  # for models, the scorer's imports are most of the stage's
         scorer: Scorer = load(config.opened_by)(config, opening)
         surroundings.imported()
         seconds = {"load": time.perf_counter() - start}
@@ -57,9 +57,9 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
             nonlocal shard
             start, shard = time.perf_counter(), name
             samples = _read_samples(rollouts, name, wanted)
-            scores, ledger, faults = _judge(config, scorer, samples)
+            scores, ledger, faults = _score_samples(config, scorer, samples)
             seconds["compute"] = time.perf_counter() - start
-            if "wait" in context.seconds:  # also where another process publishes
+            if "wait" in context.seconds:  # recorded even if another process publishes
                 seconds["wait"] = context.seconds.pop("wait")
             total = math.fsum(score.score for score in scores)
             facts = {**scorer.facts, "counts": scorer.counts, "score_sum": total, **faults.facts()}
@@ -81,7 +81,7 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
 
 
 def _samples_in_pairs(config: ScoreConfig, rollouts: Source) -> set[tuple[str, int]] | None:
-    """The (prompt_id, sample) keys that occur in the pairs, or None for "all"."""
+    """The (prompt_id, sample) keys that occur in the pairs; None: score all samples."""
     if config.pairs is None:
         return None
     pairs = Artifact.open(config.pairs, PAIRS)
@@ -114,14 +114,14 @@ def _read_samples(rollouts: Source, shard: str, wanted: set[tuple[str, int]] | N
 
 
 def _count(rollouts: Artifact, wanted: set[tuple[str, int]] | None) -> int:
-    """How many samples the stage judges."""
+    """Number of samples that the stage scores."""
     if wanted is not None:
         return len(wanted)
     return sum(len(rollout.completions) for rollout in rollouts.rows(Rollout))
 
 
 def _sums_of_sources(samples: list[Sample], scores: list[Score]) -> dict[str, tuple[float, int]]:
-    """Sum and count of the scores of each set of a mixture, as `NAME/score`."""
+    """Sum and count of the scores per prompt set of a mixture, keyed `NAME/score`."""
     sources = {
         sample.rollout.prompt_id: tag.removeprefix(SOURCE)
         for sample in samples
@@ -136,7 +136,7 @@ def _sums_of_sources(samples: list[Sample], scores: list[Score]) -> dict[str, tu
 
 
 def _sums_of_parts(scores: list[Score]) -> dict[str, tuple[float, int]]:
-    """Sum and count of each part that scores have, by its name."""
+    """Sum and count of each part of the scores, by the part's name."""
     found: dict[str, list[float]] = {}
     for score in scores:
         for name, value in (score.parts or {}).items():
@@ -145,21 +145,22 @@ def _sums_of_parts(scores: list[Score]) -> dict[str, tuple[float, int]]:
 
 
 def _not_finite(score: Score) -> str | None:
-    """What in a score is no finite number, in words."""
+    """A description of the first number in a score that is not finite, or None."""
     parts = {"": score.score, **(score.parts or {})}
     return next((f"{value} as {name or 'score'}" for name, value in parts.items() if not math.isfinite(value)), None)
 
 
 def _penalised(score: Score, penalty: float) -> Score:
-    """A score less the penalty of an answer without an end, which its last token pays where tokens have rewards."""
+    """Subtract the penalty for a truncated response from its score, and from the reward of its last token if tokens
+    have rewards."""
     changes: dict[str, Any] = {"score": score.score - penalty}
     if score.token_rewards:
         changes["token_rewards"] = (*score.token_rewards[:-1], score.token_rewards[-1] - penalty)
     return msgspec.structs.replace(score, **changes)
 
 
-def _judge(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -> tuple[list[Score], Ledger, Faults]:
-    """Scores of the samples that could be judged, and the count of the others by reason."""
+def _score_samples(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -> tuple[list[Score], Ledger, Faults]:
+    """The scores of the samples that could be scored, and a ledger that counts the others by reason."""
     ledger = Ledger("samples")
     faults = Faults(config.fail_on_error)
     penalty = config.missing_eos_penalty if isinstance(config, RewardScorerSettings) else None
@@ -192,7 +193,7 @@ def _judge(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -> tuple[
 
 
 def _means_of_parts(shards: Iterable[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """NAME_mean of each part, over the samples that have it, from the sums of all shards."""
+    """NAME_mean of each part over the samples that have it, computed from the sums of all shards."""
     found: dict[str, list[tuple[float, int]]] = {}
     for sums in shards:
         for name, entry in sums.items():

@@ -1,1 +1,1 @@
-"""Answers, pairs and scores that are put together, imported or exported."""
+"""Imports, exports, mixes and selects answers, pairs and scores."""

@@ -1,4 +1,4 @@
-"""Configurations of stages that make a training set of pairs from more than the present iteration's."""
+"""Configurations of the stages that mix offline pairs and pairs of earlier iterations into the training set."""
 
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -12,7 +12,7 @@ PreferenceColumn = Literal["prompt", "chosen", "rejected", "chosen_score", "reje
 
 
 class PreferenceSettings(Section):
-    """A set of preference pairs that people have: where it is, and which of it to take."""
+    """An existing set of preference pairs: where it is, and which part of it to use."""
 
     source: Path = input_path()
     """hf:ORG/NAME[:CONFIG][@REVISION], or a path, as for prompts. The layouts of TRL, UltraFeedback and HH-RLHF are
@@ -28,7 +28,7 @@ class PreferenceSettings(Section):
 
 
 class PreferencesImportConfig(PreferenceSettings, ChatFields, StageConfig):
-    """Read the answers of preference pairs as rollouts, tokenized as a model's chat template has them."""
+    """Read the answers of preference pairs as rollouts, tokenized with a model's chat template."""
 
     stage: ClassVar[str] = "preferences-import"
     code_version: ClassVar[int] = 1

@@ -1,7 +1,7 @@
-"""Pairs as a Hugging Face dataset: one Parquet file with the same rows and columns as the JSONL.
+"""Writes pairs as a Hugging Face dataset: one Parquet file with the same rows and columns as the JSONL.
 
-A table has the same columns in every row, and objects the same keys. So what only some conversations have (tools, and
-what turns hold beside role and content) has columns only where it occurs, and objects are their JSON text.
+In a table every row has the same columns, and every object the same keys. So optional fields (tools, tags, and fields
+of turns other than role and content) get a column only if they occur, and objects are stored as JSON text.
 """
 
 import json
@@ -42,21 +42,21 @@ TOOLS, TAGS = "tools", "tags"
 
 
 def schema_of(further: Collection[str]) -> pa.Schema:
-    """The columns of pairs in which `further` occurs: fields of messages, the tools, or the tags."""
+    """The columns for pairs with the optional fields `further`: fields of messages, the tools, or the tags."""
     tools = {TOOLS: pa.string()} if TOOLS in further else {}
     tags = {TAGS: pa.list_(pa.string())} if TAGS in further else {}
     return pa.schema({**_COLUMNS, "messages": pa.list_(turn_of(further)), **tools, **tags})
 
 
 def turn_of(further: Collection[str]) -> pa.StructType:
-    """One turn of a conversation."""
+    """The type of one turn of a conversation."""
     return pa.struct(
         {name: pa.string() for name in ("role", "content", *(name for name in FURTHER if name in further))}
     )
 
 
 def further_of(rollout: Rollout) -> set[str]:
-    """What a conversation has beside the roles and texts of its turns."""
+    """The optional fields that a rollout's conversation has: fields of turns, the tools and the tags."""
     found = {name for turn in rollout.messages for name in FURTHER if getattr(turn, name) is not msgspec.UNSET}
     return found | ({TOOLS} if rollout.tools is not msgspec.UNSET else set()) | ({TAGS} if rollout.tags else set())
 
@@ -81,7 +81,7 @@ class PairsParquet:
         del self._rows[:count]
 
     def __enter__(self) -> "PairsParquet":
-        """Begin writing."""
+        """Return the writer."""
         return self
 
     def __exit__(
@@ -94,7 +94,7 @@ class PairsParquet:
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of pairs or rollouts whose lists of objects are their JSON text."""
+    """A row of pairs or rollouts with its lists of objects (tools and tool calls) encoded as JSON text."""
     for holder, name in ((row, TOOLS), *((turn, "tool_calls") for turn in row["messages"])):
         if name in holder:
             holder[name] = json.dumps(holder[name], ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Import of preference pairs that people have, as rollouts with two answers each and the scores of these.
+"""Imports existing preference pairs as rollouts with two answers each, and as scores of these answers.
 
-From there on they are chosen, referenced and trained on like any others. What the data do not say is recorded as
-unknown, as of other imported answers: log-probabilities, sampling parameters, seeds, the policy.
+From there on they are paired, scored by the reference model and trained on like any others. What the data do not say is
+recorded as unknown, as for all imported answers: log-probabilities, sampling parameters, seeds, the policy.
 """
 
 import math
@@ -35,21 +35,21 @@ NAMES: dict[PreferenceColumn, tuple[str, ...]] = {
     "chosen_score": ("score_chosen", "chosen_score"),
     "rejected_score": ("score_rejected", "rejected_score"),
 }
-"""The columns that are found by themselves, the first that is there."""
+"""Column names that are recognised without configuration; the first one that exists is used."""
 CHOSEN, REJECTED = 0, 1
-"""The samples of a pair's answers."""
+"""Sample indices of a pair's answers."""
 
 
 class Preference(NamedTuple):
-    """One pair as it was found."""
+    """One pair as read from the data."""
 
-    identity: str
-    """Of its prompt, with a number from the second pair of a prompt on."""
+    prompt_id: str
+    """The prompt's id; from its second pair on with a numeric suffix."""
     messages: tuple[Message, ...]
     answers: tuple[Message, Message]
-    """The better one first."""
+    """The chosen answer and the rejected one."""
     scores: tuple[float, float]
-    """1 and 0 where the data have none."""
+    """Scores of the two answers; 1 and 0 if the data have none."""
 
 
 def run_import(config: PreferencesImportConfig, context: Context) -> Outcome:
@@ -85,7 +85,7 @@ def run_import(config: PreferencesImportConfig, context: Context) -> Outcome:
 
 
 def _check_losses(config: PreferencesImportConfig, dropped: Ledger, kept: int) -> None:
-    """Stop where too much was lost; what was left out on purpose is no loss."""
+    """Raise UserError if too many pairs were dropped; pairs that were left out on purpose do not count."""
     if not kept:
         raise UserError(f"{config.source} holds no usable pair: {dropped}.")
     lost = Ledger("pairs")
@@ -99,7 +99,7 @@ def _check_losses(config: PreferencesImportConfig, dropped: Ledger, kept: int) -
 def run_scores(config: PreferencesScoresConfig, context: Context) -> Outcome:
     """Publish the scores of both answers of every pair that was imported."""
     rollouts = Artifact.open(config.rollouts, ROLLOUTS)
-    found = {pair.identity: pair.scores for pair in read_preferences(config) if isinstance(pair, Preference)}
+    found = {pair.prompt_id: pair.scores for pair in read_preferences(config) if isinstance(pair, Preference)}
     for shard in rollouts.shards:
         scores = []
         for rollout in read_jsonl(shard, Rollout):
@@ -117,16 +117,16 @@ def run_scores(config: PreferencesScoresConfig, context: Context) -> Outcome:
 
 
 def _rollout(chat: Any, pair: Preference) -> Rollout | str:
-    """A pair as token ids, its answers ended as the template ends them, or why there are none."""
+    """Tokenize a pair, with its answers ended as the chat template ends them; or the reason why it cannot be."""
     completions, prompt = [], []
     for sample, answer in enumerate(pair.answers):
-        answered = chat.answered([*pair.messages, answer], what=f"pair {pair.identity}")
+        answered = chat.answered([*pair.messages, answer], what=f"pair {pair.prompt_id}")
         if isinstance(answered, str):
             return answered
         prompt, ids = answered.prompt, tuple(answered.response)
         completions.append(Completion(sample, ids, answer.content, "stop", logprobs=(), seed=None, sampling=None))
     return Rollout(
-        prompt_id=pair.identity,
+        prompt_id=pair.prompt_id,
         messages=pair.messages,
         prompt_ids=tuple(prompt),
         completions=tuple(completions),
@@ -140,7 +140,7 @@ def _rollout(chat: Any, pair: Preference) -> Rollout | str:
 
 
 def read_preferences(settings: PreferenceSettings) -> Iterator[Preference | str]:
-    """The pairs of a source, in its order; for those that cannot be used, why not.
+    """The pairs of a source, in its order; for a row that cannot be used, the reason.
 
     Raises:
         UserError: the source cannot be read, or a row is no pair; names the place.
@@ -154,9 +154,9 @@ def read_preferences(settings: PreferenceSettings) -> Iterator[Preference | str]
         found = PreferenceRow(values, place, settings.columns).read()
         if not isinstance(found, str):
             kept += 1
-            times[found.identity] += 1
-            if (number := times[found.identity]) > 1:
-                found = found._replace(identity=f"{found.identity}-{number}")
+            times[found.prompt_id] += 1
+            if (number := times[found.prompt_id]) > 1:
+                found = found._replace(prompt_id=f"{found.prompt_id}-{number}")
         yield found
 
 
@@ -169,7 +169,7 @@ class PreferenceRow:
         self.columns = columns
 
     def read(self) -> Preference | str:
-        """The pair, or why it cannot be used."""
+        """The pair, or the reason why it cannot be used."""
         asked = self._prompt()
         (*before, better), (*other, worse) = (self._conversation(column, asked) for column in ("chosen", "rejected"))
         if before != other:
@@ -191,12 +191,12 @@ class PreferenceRow:
         return Preference(prompt_id(messages), messages, (better, worse), scores or (1.0, 0.0))
 
     def _prompt(self) -> tuple[Message, ...]:
-        """What the column of the prompt says, if there is one."""
+        """The messages in the prompt column, if there is one."""
         name, value = self._find("prompt")
         return () if value is None else read_messages(value, self.place, name, set())
 
     def _conversation(self, column: PreferenceColumn, asked: tuple[Message, ...]) -> tuple[Message, ...]:
-        """The whole conversation that ends with one of the answers, with the prompt in it or in a column of its own."""
+        """The whole conversation that ends with one of the answers; the prompt is part of the column or has its own."""
         name, value = self._find(column)
         if value is None and has(self.values, name):
             raise UserError(f"{self.place}: the column {name!r} is null. Remove the row.")
@@ -223,7 +223,7 @@ class PreferenceRow:
         return turns or (Message("user", ""),)
 
     def _scores(self) -> tuple[float, float] | None:
-        """Those of both answers, where the data have them."""
+        """The scores of both answers, if the data have them."""
         found = [self._find(column) for column in ("chosen_score", "rejected_score")]
         if all(value is None for _, value in found):
             return None
@@ -236,7 +236,7 @@ class PreferenceRow:
         return float(found[0][1]), float(found[1][1])
 
     def _find(self, column: PreferenceColumn) -> tuple[str, Any]:
-        """The name of a column and its value; None where there is none."""
+        """The name of a column and its value; the value is None if there is no such column."""
         if column in self.columns:
             name = self.columns[column]
             if name is not None and not has(self.values, name):

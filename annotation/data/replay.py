@@ -1,4 +1,4 @@
-"""The stage pairs-sample: a random part of published pairs, to be trained on beside others."""
+"""The stage pairs-sample: draws a random part of published pairs, to be mixed into the training set."""
 
 from annotation.data.mixing import PairsSampleConfig
 from contracts.artifacts import Artifact
@@ -13,7 +13,7 @@ SHARD = "shard-00000.jsonl"
 
 
 def run(config: PairsSampleConfig, context: Context) -> Outcome:
-    """Publish the pairs that are taken, in their order."""
+    """Publish the drawn pairs, in their original order."""
     source = Artifact.open(config.pairs, PAIRS)
     require_made_from(Artifact.open(config.rollouts, ROLLOUTS), source)
     pairs = list(source.rows(Pair))
@@ -21,17 +21,17 @@ def run(config: PairsSampleConfig, context: Context) -> Outcome:
         raise UserError(f"{config.pairs} holds no pairs, of which some are to be taken.")
     wanted = _wanted(config, len(pairs))
     order = sorted(range(len(pairs)), key=lambda number: digest([config.seed, pairs[number].pair_id]))
-    taken = sorted(order[:wanted])
+    drawn = sorted(order[:wanted])
     ledger = Ledger("pairs")
-    ledger.keep(len(taken))
-    ledger.drop("not_drawn", len(pairs) - len(taken))
-    context.publication.write_rows(SHARD, [pairs[number] for number in taken], ledger)
+    ledger.keep(len(drawn))
+    ledger.drop("not_drawn", len(pairs) - len(drawn))
+    context.publication.write_rows(SHARD, [pairs[number] for number in drawn], ledger)
     return Outcome("pairs", {"wanted": wanted}, source.manifest.weights)
 
 
-def _wanted(config: PairsSampleConfig, there: int) -> int:
-    """How many pairs to take, one at least; of these there may be fewer."""
+def _wanted(config: PairsSampleConfig, available: int) -> int:
+    """Number of pairs to draw, at least one; the artifact may hold fewer."""
     if config.beside is None:
-        return max(1, round(config.share * there))
+        return max(1, round(config.share * available))
     others = Artifact.open(config.beside, PAIRS).manifest.ledger.kept
     return max(1, round(others * config.share / (1 - config.share)))

@@ -1,8 +1,8 @@
-"""Exchange with RLHFlow: `{"prompt": [messages], "responses": [texts], "rewards": [numbers]}`.
+"""Imports and exports RLHFlow's format: `{"prompt": [messages], "responses": [texts], "rewards": [numbers]}`.
 
 Its files hold text only. An import tokenizes each prompt and each response once, ends every response as the chat
-template ends an answer, and gives it finish_reason "stop": the files do not say which answers were truncated. What else
-they do not say is recorded as unknown: log-probabilities, sampling parameters, seeds, the policy.
+template ends an answer, and sets finish_reason "stop", as the files do not say which answers were truncated. Everything
+else that they do not say is recorded as unknown: log-probabilities, sampling parameters, seeds, the policy.
 """
 
 import math
@@ -38,16 +38,16 @@ class RlhflowRow(msgspec.Struct, frozen=True, omit_defaults=True):
     responses: tuple[str, ...]
     rewards: tuple[float | None, ...] | None = None
     tools: JsonObjects | UnsetType = UNSET
-    """Not RLHFlow's own, and only there where the prompt has tools."""
+    """Extension of RLHFlow's format; present only if the prompt has tools."""
     answer: str | None = None
-    """Nor is this."""
+    """Extension of RLHFlow's format: the prompt's known answer."""
 
 
 Answers = tuple[tuple[str, ...], tuple[float | None, ...] | None]
 
 
 class RlhflowFile:
-    """The rows of a file of RLHFlow's, and which of their keys were not read."""
+    """Reads the rows of an RLHFlow file, and records which of their keys were not read."""
 
     def __init__(self, path: Path, answer_column: str | None = None) -> None:
         self.path = path
@@ -55,10 +55,10 @@ class RlhflowFile:
         self.layout = Layout({"prompt": "prompt"})
 
     def rows(self) -> Iterator[tuple[str, RlhflowRow]]:
-        """All rows with their places, of either format: JSON Lines, or the JSON file with `instances`.
+        """All rows with their places, in either format: JSON Lines, or one JSON file with `instances`.
 
         Raises:
-            UserError: the file is missing, empty or damaged, or a row is not in the format; names the place.
+            UserError: the file is missing, empty or damaged, or a row has the wrong format; names the place.
         """
         if not self.path.is_file():
             raise UserError(f"source {self.path} is not a file. Give the .json or .jsonl file that RLHFlow wrote.")
@@ -144,7 +144,7 @@ def run_import(config: RlhflowImportConfig, context: Context) -> Outcome:
 
 
 def _rollout(config: RlhflowImportConfig, chat: Any, key: str, row: RlhflowRow, ledger: Ledger) -> Rollout | None:
-    """A row as token ids, its answers ended as the template ends them; None where no answer can be."""
+    """Tokenize a row, with its answers ended as the chat template ends them; None if that fails for all answers."""
     prompt: list[int] = []
     completions = []
     for sample, text in enumerate(row.responses):

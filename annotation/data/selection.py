@@ -1,7 +1,8 @@
-"""The stages that put answers together which are trained on at once, and their scores.
+"""The stages `select` and `select-scores`: gather the answers of one training set from several rollouts, and their
+scores.
 
-Dynamic sampling selects, of several rounds, the prompts whose answers can be compared; replay adds some of earlier
-iterations.
+Dynamic sampling selects, from several rounds, the prompts whose answers differ in their scores; replay adds prompts of
+earlier iterations.
 """
 
 import statistics
@@ -23,7 +24,7 @@ from contracts.records import ROLLOUTS, SCORES, Rollout, Score
 from contracts.stage import Context, Outcome
 
 CARRIED = ("bos_token_id", "vocabulary", "tokenizer")
-"""Facts of rollouts that hold for a part of them, too."""
+"""Facts of rollouts that also hold for a selection from them."""
 
 
 class SelectConfig(StageConfig):
@@ -75,7 +76,7 @@ class SelectScoresConfig(StageConfig):
 
 
 def run(config: SelectConfig, context: Context) -> Outcome:
-    """Publish the selected prompts with their answers, a shard for each of the rollouts that were read."""
+    """Publish the selected prompts with their answers, one shard for each rollouts artifact that was read."""
     first = Artifact.open(config.rounds[0], ROLLOUTS)
     seen: set[str] = set()
     parts = [_with_signal(config, *paths) for paths in zip(config.rounds, config.scores, strict=True)]
@@ -107,7 +108,7 @@ def run(config: SelectConfig, context: Context) -> Outcome:
 
 
 def _with_signal(config: SelectConfig, path: Path, scores: Path) -> tuple[list[Rollout], Ledger]:
-    """The prompts of one round that are not left out by the scores of their answers."""
+    """The prompts of one round whose answers' scores differ enough, and a ledger of the others."""
     ledger, rows = Ledger("prompts"), []
     for rollout, found in join(Artifact.open(path, ROLLOUTS), {"scores": Artifact.open(scores, SCORES)}):
         values = [score.score for score in found["scores"].values()]
@@ -121,9 +122,9 @@ def _with_signal(config: SelectConfig, path: Path, scores: Path) -> tuple[list[R
 
 
 def _part(rollouts: Artifact, share: float, seed: int, seen: set[str]) -> tuple[list[Rollout], Ledger]:
-    """A share of the prompts of an earlier iteration, without those that are `seen`: no prompt occurs twice.
+    """Draw a share of the prompts of an earlier iteration, without those in `seen`, so that no prompt occurs twice.
 
-    Of two shares with one seed, the prompts of the smaller one are all among those of the larger.
+    With the same seed, the prompts of a smaller share are a subset of those of a larger one.
     """
     rows = list(rollouts.rows(Rollout))
     order = sorted(range(len(rows)), key=lambda number: digest([seed, rows[number].prompt_id, rows[number].iteration]))
@@ -139,7 +140,7 @@ def _part(rollouts: Artifact, share: float, seed: int, seen: set[str]) -> tuple[
 
 
 def run_scores(config: SelectScoresConfig, context: Context) -> Outcome:
-    """Publish the scores, a shard for each shard of the selected rollouts."""
+    """Publish the scores, one shard for each shard of the selected rollouts."""
     rollouts = Artifact.open(config.rollouts, ROLLOUTS)
     first = Artifact.open(config.scores[0], SCORES)
     known = {(rollout.iteration, rollout.prompt_id): scores for rollout, scores in _scored(config)}
@@ -159,7 +160,7 @@ def run_scores(config: SelectScoresConfig, context: Context) -> Outcome:
 
 
 def _scored(config: SelectScoresConfig) -> Iterator[tuple[Rollout, list[Score]]]:
-    """All prompts with the scores of their answers, by sample."""
+    """All prompts with their answers' scores, sorted by sample."""
     for path, scores in zip(config.rounds, config.scores, strict=True):
         for rollout, found in join(Artifact.open(path, ROLLOUTS), {"scores": Artifact.open(scores, SCORES)}):
             yield rollout, [score for _, score in sorted(found["scores"].items())]

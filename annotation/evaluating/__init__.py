@@ -1,1 +1,1 @@
-"""How good a policy is, with intervals."""
+"""Evaluates policies: metrics with confidence intervals."""

@@ -1,4 +1,4 @@
-"""The evaluate-checkpoint stage: a function of the user's own on a checkpoint. Needs no torch."""
+"""The evaluate-checkpoint stage: calls a user's own function on a checkpoint. Needs no torch."""
 
 import math
 import shutil
@@ -20,13 +20,13 @@ from contracts.stage import Context, Outcome
 UNIT = "evaluations"
 METRICS_FILE = "evaluation.json"
 FILES = "files"
-"""Folder of what the function has written."""
+"""Folder of the files that the function writes."""
 
 
 def run(config: CheckpointEvaluationConfig, context: Context) -> Outcome:
-    """Publish `evaluation.json`, which is also the manifest's facts["metrics"], and what the function has written.
+    """Publish `evaluation.json`, which is also the manifest's facts["metrics"], and the files that the function wrote.
 
-    A kill while files are published loses nothing: then the function has returned, and is not called again.
+    After a kill while files are published, the function is not called again, since it has already returned.
     """
     publication = context.publication
     output, returned = publication.state / FILES, publication.state / METRICS_FILE
@@ -46,7 +46,7 @@ def run(config: CheckpointEvaluationConfig, context: Context) -> Outcome:
         ledger.keep()
         _publish(publication, returned, METRICS_FILE, ledger)
     metrics = msgspec.json.decode((publication.directory / METRICS_FILE).read_bytes())
-    _require_needed(config, metrics)  # last, so that what was computed is not computed again
+    _require_needed(config, metrics)  # last, so that the results are kept if it fails
     return Outcome(UNIT, {"metrics": metrics})
 
 
@@ -61,15 +61,15 @@ def _require_needed(config: CheckpointEvaluationConfig, metrics: Mapping[str, fl
 
 
 def _publish(publication: Publication, path: Path, name: str, ledger: Ledger) -> None:
-    shutil.copyfile(path, publication.scratch(name))  # also where it is a link
+    shutil.copyfile(path, publication.scratch(name))  # follows links
     publication.commit(name, ledger)
 
 
 def _evaluate(function: Any, config: CheckpointEvaluationConfig, output: Path) -> dict[str, float]:
-    """What the function returns.
+    """Call the function, and return its metrics.
 
     Raises:
-        UserError: it fails, or returns anything but metrics.
+        UserError: it fails, or returns something other than metrics.
     """
     what = f"function {config.function!r}"
     with blamed(f"{what} failed on {config.checkpoint}"):

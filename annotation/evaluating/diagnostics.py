@@ -1,7 +1,7 @@
-"""Diagnostics of a policy's answers that no scorer's mean shows: how diverse they are, and whether scorers agree.
+"""Computes diagnostics of a policy's answers that mean scores do not show: their diversity, and scorer agreement.
 
-All of it is of token ids and scores alone, in arrays of all answers or of one prompt's. docs/gates.md has the
-definitions.
+All are computed from token ids and scores, in arrays over all answers or over those to one prompt. docs/gates.md has
+the definitions.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 ORDERS = (1, 2, 3)
 """The n of distinct-n."""
 OVERLAP = 2
-"""The n of the n-grams by which two answers are compared."""
+"""The n of the n-grams for the similarity of two answers."""
 
 
 def diversity(answers: Sequence[Sequence[Completion]]) -> dict[str, float | None]:
-    """Metrics distinct_1 to distinct_3 of all answers, and self_similarity of those to the same prompt.
+    """The metrics distinct_1 to distinct_3 over all answers, and self_similarity of the answers to the same prompt.
 
     Args:
-        answers: the answers to each prompt. The token that ends an answer is in none of its n-grams.
+        answers: the answers to each prompt. The stop token is not part of an answer's n-grams.
     """
     flat = [answer for given in answers for answer in given]
     ids = [answer.response_ids[: len(answer.response_ids) - (answer.finish_reason == "stop")] for answer in flat]
@@ -40,9 +40,9 @@ def diversity(answers: Sequence[Sequence[Completion]]) -> dict[str, float | None
 
 
 def n_grams(ids: Sequence[Sequence[int]], n: int) -> tuple[Array, Array]:
-    """All n-grams of some answers: a number that is the same for the same tokens, and the answer that each is in.
+    """All n-grams of some answers, as two arrays: an id per n-gram, equal for equal tokens, and its answer's index.
 
-    Distinct-n (Li et al. 2016, arXiv 1510.03055) is the share of different ones among them.
+    Distinct-n (Li et al. 2016, arXiv 1510.03055) is the number of distinct ids divided by that of all n-grams.
     """
     lengths = np.array([len(answer) for answer in ids], dtype=np.int64)
     tokens = np.fromiter((token for answer in ids for token in answer), np.int64, int(lengths.sum()))
@@ -50,19 +50,19 @@ def n_grams(ids: Sequence[Sequence[int]], n: int) -> tuple[Array, Array]:
     _, tokens = np.unique(tokens, return_inverse=True)
     count = max(0, len(tokens) - n + 1)
     grams, known = tokens[:count], int(tokens.max(initial=0)) + 1
-    for offset in range(1, n):  # an n-gram is an (n-1)-gram and the token behind it
+    for offset in range(1, n):  # an n-gram is an (n-1)-gram and the token after it
         _, grams = np.unique(grams * known + tokens[offset : offset + count], return_inverse=True)
     inside = owner[:count] == owner[n - 1 : n - 1 + count]
     return grams[inside], owner[:count][inside]
 
 
 def _similarities(ids: Sequence[Sequence[int]]) -> list[float]:
-    """Of every pair of answers to a prompt: ROUGE-2 F1 (Lin 2004) of token ids, which is twice the bigrams that both
-    have over all that they have. Without any bigram: whether the answers are the same."""
+    """ROUGE-2 F1 (Lin 2004) of token ids for every pair of answers to a prompt: twice the number of shared bigrams,
+    divided by the number of bigrams in both. If neither has a bigram: 1 if the answers are equal, else 0."""
     grams, owner = n_grams(ids, OVERLAP)
     order = np.lexsort((grams, owner))
     grams, owner = grams[order], owner[order]
-    # A bigram's second occurrence in an answer is another one than its first: the overlap of bags is that of sets.
+    # Each further occurrence of a bigram in an answer counts as a distinct item, so that set overlap is bag overlap.
     new = np.r_[True, (grams[1:] != grams[:-1]) | (owner[1:] != owner[:-1])][: len(grams)]
     starts = np.flatnonzero(new)
     occurrence = np.arange(len(grams)) - np.repeat(starts, np.diff(np.r_[starts, len(grams)]))
@@ -78,14 +78,14 @@ def _similarities(ids: Sequence[Sequence[int]]) -> list[float]:
 
 
 def agreement(pairs: Sequence[Sequence[tuple[float, float]]]) -> tuple[float | None, float | None, float | None]:
-    """How two scorers agree about the same answers: Spearman's rho over all answers, and Kendall's tau-b among the
-    answers to a prompt, as the mean over prompts with its 95 % interval.
+    """Agreement of two scorers on the same answers: Spearman's rho over all answers, and Kendall's tau-b among the
+    answers to each prompt, averaged over prompts, with its 95 % interval.
 
     Args:
-        pairs: of each prompt, both scores of each answer.
+        pairs: for each prompt, the two scores of each answer.
 
     Returns:
-        rho, tau, half width of tau's interval; None where a scorer's scores are all the same.
+        rho, tau, half width of tau's interval; None if one scorer's scores are all equal.
     """
     scores = np.array([pair for prompt in pairs for pair in prompt], dtype=np.float64).reshape(-1, 2)
     taus = [
@@ -96,7 +96,7 @@ def agreement(pairs: Sequence[Sequence[tuple[float, float]]]) -> tuple[float | N
 
 
 def _spearman(scores: Array) -> float | None:
-    """Pearson's correlation of the ranks, where equal scores share the mean of theirs (Spearman 1904)."""
+    """Pearson's correlation of the ranks; equal scores share their mean rank (Spearman 1904)."""
     ranks = np.stack([_ranks(column) for column in scores.T]) - (len(scores) - 1) / 2
     spread = float(np.prod((ranks**2).sum(axis=1)))
     return None if spread == 0 else float(ranks[0] @ ranks[1] / np.sqrt(spread))
@@ -110,8 +110,8 @@ def _ranks(values: Array) -> Array:
 
 
 def _kendall(scores: Array) -> float | None:
-    """Tau-b (Kendall 1945): concordant less discordant pairs, over the root of the product of the pairs that either
-    scorer tells apart."""
+    """Tau-b (Kendall 1945): concordant minus discordant pairs, divided by the square root of the product of the numbers
+    of pairs that each scorer does not tie."""
     one, other = (np.sign(column[:, None] - column[None, :]) for column in scores.T)
-    told = float(np.abs(one).sum() * np.abs(other).sum())
-    return None if told == 0 else float((one * other).sum() / np.sqrt(told))
+    untied = float(np.abs(one).sum() * np.abs(other).sum())
+    return None if untied == 0 else float((one * other).sum() / np.sqrt(untied))

@@ -1,4 +1,4 @@
-"""Means and 95 % intervals of samples that come in clusters: the K answers of a prompt are not independent."""
+"""Computes means and 95 % intervals of clustered samples, as the K answers to a prompt are not independent."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Estimate(NamedTuple):
-    """A mean and the half width of its 95 % interval; None where it cannot be told."""
+    """A mean and the half width of its 95 % interval; None if it cannot be computed."""
 
     mean: float | None
     ci95: float | None
@@ -15,13 +15,13 @@ class Estimate(NamedTuple):
 def clustered(clusters: Sequence[Sequence[float]]) -> Estimate:
     """Mean over all values, with an interval that treats each cluster (prompt) as one draw.
 
-    With G clusters, N values x_gk in all and their mean m, the residual sum of a cluster is r_g = sum_k (x_gk - m),
+    With G clusters, N values x_gk in total and their mean m, the residual sum of a cluster is r_g = sum_k (x_gk - m),
     and
 
         half width = 1.96 * sqrt(G / (G - 1) * sum_g r_g^2) / N
 
     (Liang and Zeger 1986, the cluster-robust standard error of a mean). With one value per cluster that is the usual
-    1.96 s / sqrt(N). With fewer than two clusters there is no interval. Empty clusters are left out.
+    1.96 s / sqrt(N). With fewer than two clusters there is no interval. Empty clusters are ignored.
     """
     filled = [values for values in clusters if values]
     count = sum(map(len, filled))

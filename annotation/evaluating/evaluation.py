@@ -1,4 +1,4 @@
-"""The evaluate stage: how good a policy's answers to held-out prompts are, and how far it has moved."""
+"""The evaluate stage: measures the quality of a policy's answers to held-out prompts, and its KL divergence."""
 
 import math
 import statistics
@@ -27,7 +27,7 @@ Row = tuple[Rollout, dict[str, ScoresBySample]]
 def run(config: EvaluationConfig, context: Context) -> Outcome:
     """Publish `evaluation.json`, which is also the manifest's facts["metrics"].
 
-    The ledger counts samples by the scorer `reward`; NAME_unscored counts what each scorer left out.
+    The ledger counts samples scored by `reward`; NAME_unscored counts the samples that each scorer left out.
     """
     rollouts = Artifact.open(config.rollouts, ROLLOUTS)
     scores = {name: Artifact.open(path, SCORES) for name, path in sorted(config.scores.items())}
@@ -82,10 +82,10 @@ def _named(name: str, estimate: Estimate) -> dict[str, float | None]:
 
 
 def _win_rate(config: EvaluationConfig, rewards: Artifact, rows: list[Row]) -> dict[str, Any]:
-    """Mean over the prompts of the share of cross pairs that this policy's answers win against the baseline's.
+    """Mean over prompts of the share of cross pairs in which this policy's answer wins against the baseline's.
 
-    Scores of kinds that compare are probabilities to win already: the win rate is their mean, if the answers that they
-    were compared with are the baseline's.
+    Scores of kinds that compare answers are win probabilities already: the win rate is their mean, provided that they
+    were compared with the baseline's answers.
     """
     if config.baseline is None:
         return {"win_rate": 0.5, "win_rate_ci95": 0.0, "win_rate_prompts": len(rows)}
@@ -112,7 +112,8 @@ def _win_rate(config: EvaluationConfig, rewards: Artifact, rows: list[Row]) -> d
 
 
 def _win_shares(rewards: Artifact, others: Artifact, rows: list[Row]) -> list[list[float]]:
-    """For each prompt that both have scored answers to, the share of cross pairs that this policy's win."""
+    """For each prompt with scored answers of both policies, the share of cross pairs in which this policy's answer
+    wins."""
     _require_same_scorer(rewards, others)
     theirs: dict[str, list[float]] = {}
     for score in others.rows(Score):
@@ -125,7 +126,7 @@ def _win_shares(rewards: Artifact, others: Artifact, rows: list[Row]) -> list[li
 
 
 def _uncertainty(rows: list[Row], ensemble: list[str]) -> dict[str, float | None]:
-    """Mean over answers of the standard deviation (n in the denominator) of an ensemble's scores."""
+    """Standard deviation (n in the denominator) of an ensemble's scores of an answer, averaged over answers."""
     spreads = [
         [
             statistics.pstdev(found[name][sample].score for name in ensemble)
@@ -139,7 +140,7 @@ def _uncertainty(rows: list[Row], ensemble: list[str]) -> dict[str, float | None
 
 
 def _diagnostics(rows: list[Row], scorers: Iterable[str]) -> dict[str, Any]:
-    """What gates and a suspicious reader want to know beside the usual metrics."""
+    """Further metrics for gates and for detecting reward hacking: intervals, diversity and scorer agreement."""
     answers = [rollout.completions for rollout, _ in rows]
     lengths = clustered([[len(answer.response_ids) for answer in given] for given in answers])
     stops = clustered([[float(answer.finish_reason == "stop") for answer in given] for given in answers])
@@ -170,8 +171,8 @@ def _require_same_scorer(ours: Artifact, theirs: Artifact) -> None:
 def _kl(config: EvaluationConfig, rows: list[Row]) -> dict[str, Any]:
     """KL(policy || initial policy) per response in nats: mean over samples of sum_t (logp_policy - logp_reference).
 
-    That is unbiased for samples of the policy itself, so it exists only for plain sampling at temperature 1. There,
-    "raw" and "processed" log-probabilities are the same.
+    The estimate is unbiased only for samples from the policy's own distribution, so it is computed only for plain
+    sampling at temperature 1, where "raw" and "processed" log-probabilities are equal.
     """
     names = ("kl", "kl_ci95", "kl_reason", "reference_unscored")
     if config.reference is None:

@@ -1,4 +1,4 @@
-"""Configuration of gates, and of the stage that decides by them."""
+"""Configuration of gates and of the gate stage."""
 
 import math
 from pathlib import Path
@@ -9,15 +9,15 @@ from pydantic import model_validator
 from contracts.config import Section, StageConfig, identity, input_path
 
 Basis: TypeAlias = Literal["initial", "previous", "best"]
-"""A policy that another is compared with: the initial one, the one that it follows, or the best before it."""
+"""The policy to compare with: the initial one, the previous one, or the best one so far."""
 SHARES = ("win_rate", "win_rate_previous", "stop_rate", "distinct_1", "distinct_2", "distinct_3", "self_similarity")
-"""Metrics from 0 to 1."""
+"""Metrics in [0, 1]."""
 CORRELATIONS = ("spearman_", "kendall_")
-"""Beginnings of metrics from -1 to 1."""
+"""Prefixes of metrics in [-1, 1]."""
 
 
 class GateSettings(Section):
-    """A condition on a held-out metric, and what is done where it holds."""
+    """A condition on a held-out metric, and the action if it holds."""
 
     metric: str = identity()
     """The metric, as evaluations name it: response_length, kl, win_rate_previous; docs/gates.md lists all. For your own
@@ -59,28 +59,28 @@ class GateSettings(Section):
 
     @property
     def meaningless(self) -> str | None:
-        """Why its bound means nothing; None where it does. Asked when the metric is known to exist, and not before."""
+        """Why its bound is meaningless, or None. Checked only when the metric is known to exist."""
         if self.relative_to and range_of(self.metric)[0] < 0:
             return f"{self.metric} can be negative, and a multiple of it means nothing. Use difference_to."
         return None
 
     @property
     def bound(self) -> float:
-        """Beyond what it holds."""
+        """The value of `above` or `below`."""
         return self.above if self.above is not None else self.below or 0.0
 
     @property
     def basis(self) -> Basis | None:
-        """The policy that is compared with."""
+        """The policy to compare with, if any."""
         return self.relative_to or self.difference_to
 
     @property
     def evaluation(self) -> str | None:
-        """The evaluation of the user's own whose metric it is about."""
+        """Name of the user's own evaluation that the metric is from, if it is from one."""
         return self.metric.partition("/")[0] if "/" in self.metric else None
 
     def require_possible(self, low: float, high: float) -> None:
-        """Raise ValueError if no value of the metric from `low` to `high` can be beyond the bound."""
+        """Raise ValueError if no value of the metric in [`low`, `high`] can be beyond the bound."""
         if self.difference_to:
             low, high = low - high, high - low
         elif self.relative_to:
@@ -98,7 +98,7 @@ class GateSettings(Section):
 
 
 def range_of(metric: str) -> tuple[float, float]:
-    """The least and the greatest value of a metric."""
+    """Minimum and maximum of a metric."""
     if metric in SHARES:
         return 0.0, 1.0
     if metric.startswith(CORRELATIONS):
@@ -107,7 +107,7 @@ def range_of(metric: str) -> tuple[float, float]:
 
 
 class GateConfig(StageConfig):
-    """Decide by the gates how a run goes on after an iteration."""
+    """Decide by the gates how a run continues after an iteration."""
 
     stage: ClassVar[str] = "gate"
     code_version: ClassVar[int] = 1
@@ -135,5 +135,5 @@ class GateConfig(StageConfig):
         return self
 
     def asks(self, gate: GateSettings) -> bool:
-        """Whether a gate has anything to decide by: evaluations of the user's own may leave iterations out."""
+        """Whether a gate's metric is measured in this iteration; a user's own evaluation may skip iterations."""
         return gate.evaluation is None or gate.evaluation in self.evaluations

@@ -1,4 +1,4 @@
-"""What gates decide after an iteration: a pure function of metrics and of what was decided before."""
+"""Decides by the gates how a run continues: a pure function of metrics and of the previous decision."""
 
 import json
 import math
@@ -15,52 +15,55 @@ from contracts.records import GATE
 
 FILE = "gate.json"
 JUDGES = ("gold_reward_mean", "reward_mean")
-"""Metrics by which the best policy is chosen: the first that there is."""
+"""Metrics that rank policies; the first one that exists is used."""
 
 
 class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The metrics of a policy that gates ask for: each with half its 95 % interval, 0 where it has none."""
+    """A policy's values of the metrics that gates use, each with the half width of its 95 % interval (0 if none)."""
 
     iteration: int
     values: dict[str, tuple[float, float] | None]
 
     @classmethod
     def of(cls, metrics: Mapping[str, Any], config: GateConfig) -> "Measured":
-        """Those of an evaluation."""
+        """Select the metrics from those of an evaluation."""
         names = sorted({*JUDGES, *(gate.metric for gate in config.conditions.values())})
         return cls(int(metrics["iteration"]), {name: _value(metrics, name) for name in names})
 
 
 class GateDecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a run goes on after an iteration, with all that the next decision has to know."""
+    """How a run continues after an iteration, with the state that the next decision needs."""
 
     iteration: int
     action: Literal["go on", "stop", "rollback"]
     start: int
     """The iteration whose policy the next one starts from."""
     gate: str | None
-    """The one that has decided."""
+    """The gate that decided."""
     reason: str | None
-    """Why, in one sentence."""
+    """The reason, in one sentence."""
     warnings: dict[str, str]
-    """What gates have to say beside that, by their names."""
+    """Messages of other gates, by their names."""
     holds: dict[str, bool | None]
-    """Whether each gate's condition holds for this policy; None: its metric is not known, or not of this iteration."""
+    """Whether each gate's condition holds for this policy; None: its metric is unknown or was not measured in this
+    iteration."""
     refused: bool
-    """Whether one holds that stops or rolls back, so that this policy is not the best whatever its reward."""
+    """Whether the condition of a gate that stops or rolls back holds; this policy is then never the best, regardless of
+    its reward."""
     streaks: dict[str, int]
-    """For how many iterations in a row each has held, since the last rollback; of those that it has a metric of."""
+    """For each gate, the consecutive iterations since the last rollback in which its condition held, not counting
+    iterations without its metric."""
     rollbacks: dict[str, int]
-    """How often each has rolled back."""
+    """Number of rollbacks by each gate."""
     initial: Measured
     last: Measured
     """The policy that the next iteration starts from."""
     best: Measured
-    """The best so far."""
+    """The best policy so far."""
 
     @property
     def text(self) -> str:
-        """All that the gates have to say, a sentence for each that has."""
+        """The reason and all warnings, one sentence each."""
         warned = [
             f"the gate {name} warns of {_policy(self.iteration)}: {text}." for name, text in self.warnings.items()
         ]
@@ -68,12 +71,12 @@ class GateDecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def judge_of(metrics: Mapping[str, Any]) -> str:
-    """The metric that decides which policy is best: the gold reward where there is one."""
+    """The metric that policies are ranked by: the gold reward if there is one, otherwise the reward."""
     return next((name for name in JUDGES[:-1] if metrics.get(name) is not None), JUDGES[-1])
 
 
 def published_decision(config: GateConfig) -> GateDecision | None:
-    """What was decided under just these gates; None where nothing is published, or something else."""
+    """The published decision, if it was made with exactly this config's gates; otherwise None."""
     try:
         artifact = Artifact.open(config.output, GATE)
     except UserError:
@@ -87,7 +90,8 @@ def published_decision(config: GateConfig) -> GateDecision | None:
 def decide(config: GateConfig, initial: Measured, now: Measured, earlier: GateDecision | None) -> GateDecision:
     """Decide after an iteration.
 
-    Stopping goes before rolling back, and that before warnings; among gates of one kind the first by name decides.
+    Stopping takes precedence over rolling back, and rolling back over warnings; among gates with the same action the
+    first by name decides.
     """
     gates = dict(sorted(config.conditions.items()))
     judge = judge_of(initial.values)
@@ -156,17 +160,17 @@ STOP, ROLLBACK, WARN = 0, 1, 2
 
 
 def _does(gate: GateSettings, rollbacks: int) -> int:
-    """What a gate does where it holds, the gravest first."""
+    """The action of a gate whose condition holds, as a rank: the most severe first."""
     if gate.do == "rollback":
         return ROLLBACK if rollbacks < gate.at_most else STOP
     return STOP if gate.do == "stop" else WARN
 
 
 def _holds(gate: GateSettings, now: Measured, bases: Mapping[Basis, Measured]) -> tuple[bool | None, str]:
-    """Whether a condition holds, and the comparison in words.
+    """Whether a gate's condition holds (None: unknown), and a description of the comparison.
 
-    With a basis, the two policies' intervals count as independent: half the interval of x - f y is then
-    sqrt(h_x^2 + f^2 h_y^2), which is too wide where both answered the same prompts, and so never acts too early.
+    With a basis, the two policies' intervals are treated as independent: the half width for x - f y is then
+    sqrt(h_x^2 + f^2 h_y^2). That is conservative if both answered the same prompts, so a gate never acts too early.
     """
     measured = now.values[gate.metric]
     basis = bases[gate.basis].values[gate.metric] if gate.basis else (0.0, 0.0)
@@ -192,7 +196,7 @@ def _bound_in_words(gate: GateSettings, basis: tuple[float, float], bases: Mappi
 
 
 def _better(one: Measured, other: Measured, judge: str) -> Measured:
-    """The better of two, the earlier one where they are equal or nobody knows."""
+    """The better of two policies; `other`, the earlier one, if they are equal or cannot be compared."""
     new, old = one.values[judge], other.values[judge]
     if new is None or old is None:
         return one if old is None and new is not None else other

@@ -1,4 +1,4 @@
-"""The gate stage: how a run goes on after an iteration, as a published fact."""
+"""The gate stage: publishes the decision how a run continues after an iteration."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +29,7 @@ def run(config: GateConfig, context: Context) -> Outcome:
 
 
 def decision_of(config: GateConfig) -> GateDecision:
-    """The decision by what is published."""
+    """The decision, computed from the published evaluations and the previous decision."""
     initial = Measured.of(_metrics(config.initial, config.initial_evaluations), config)
     now = Measured.of(_metrics(config.evaluation, config.evaluations), config)
     earlier = None
@@ -39,7 +39,7 @@ def decision_of(config: GateConfig) -> GateDecision:
 
 
 def _metrics(evaluation: Path, own: Mapping[str, Path]) -> dict[str, Any]:
-    """What evaluations say of a policy; those of the user's own as NAME/METRIC."""
+    """All metrics of a policy; those of a user's own evaluation are named NAME/METRIC."""
     found = dict(Artifact.open(evaluation, EVALUATION).manifest.facts["metrics"])
     for name, path in own.items():
         metrics = Artifact.open(path, CHECKPOINT_EVALUATION).manifest.facts["metrics"]

@@ -1,1 +1,1 @@
-"""Models that score: how they are loaded, how they read answers, and what each kind of them says."""
+"""Scorers with a model: loading, batching, forward passes, and one module for each kind."""

@@ -1,4 +1,4 @@
-"""Batches under a token budget: of rows that share their prompts, or of padded sequences of similar length."""
+"""Builds batches under a token budget: flat batches of rows that share prompts, or padded ones of similar lengths."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,28 +13,29 @@ from modeling.rows import Response, Row, token_ids
 
 T = TypeVar("T")
 GATHERED = 4
-"""Attention gathers keys and values of whole sequences, prompts included: at most this many times the budget."""
+"""Limit on the keys and values that attention gathers for whole sequences, prompts included, in multiples of the token
+budget."""
 
 
 class Piece(NamedTuple):
-    """A row, or as many of its responses as fit a forward pass."""
+    """A row, or a part of one with as many of its responses as fit a forward pass."""
 
     place: int
-    """Of its row among all."""
+    """Index of the row."""
     first: int
-    """The first of its responses."""
+    """Index of the piece's first response in the row."""
     row: Row
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Divide the sequences into batches of at most `budget` tokens, padding included.
+    """Divide sequences into batches of at most `budget` tokens, padding included.
 
     Args:
-        lengths: tokens of each sequence.
-        budget: rows times the longest row of a batch; a longer sequence makes a batch of its own.
+        lengths: number of tokens of each sequence.
+        budget: maximum of rows times the longest row of a batch; a longer sequence gets a batch of its own.
 
     Returns:
-        Indices into `lengths`, longest first, so that a batch that does not fit the memory fails at once.
+        Indices into `lengths`, longest first, so that a batch that does not fit into memory fails at once.
     """
     result: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -49,11 +50,11 @@ def row_batches(rows: Sequence[Row], budget: int, limit: int) -> list[list[Piece
     """Divide rows into flat batches in which each prompt occurs once.
 
     Args:
-        budget: tokens of a batch; a row with more makes a batch of its own.
-        limit: tokens that a row may have, which is divided where it has more, its prompt being computed again.
+        budget: maximum tokens of a batch; a row with more gets a batch of its own.
+        limit: maximum tokens of a row; a row with more is split, and its prompt computed again for each piece.
 
     Returns:
-        Batches of rows with similar lengths, longest first. Each response is in one of them.
+        Batches of rows with similar lengths, longest first. Each response is in exactly one of them.
     """
     pieces = [piece for index, row in enumerate(rows) for piece in _pieces(index, row, limit)]
     result: list[list[Piece]] = []
@@ -84,7 +85,8 @@ def _pieces(index: int, row: Row, limit: int) -> Iterator[Piece]:
 
 
 def shared_row(sequences: Sequence[Sequence[int]], most: int | None = None) -> Row:
-    """Sequences as one row, whose prompt is the beginning that they have in common, of at most `most` tokens."""
+    """A row whose prompt is the common prefix of the sequences, of at most `most` tokens, and whose responses are the
+    rest of each."""
     ids = [token_ids(sequence) for sequence in sequences]
     shortest = min([*map(len, ids), *([] if most is None else [most])])
     differs = np.zeros(shortest, dtype=bool)
@@ -95,12 +97,12 @@ def shared_row(sequences: Sequence[Sequence[int]], most: int | None = None) -> R
 
 
 def by_rollout(samples: Sequence[Sample]) -> list[list[int]]:
-    """Indices of samples, together where they are of one rollout."""
+    """Indices of the samples, grouped by rollout."""
     return [list(group) for _, group in groupby(range(len(samples)), key=lambda index: id(samples[index].rollout))]
 
 
 def chunks(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator[list[T]]:
-    """Consecutive items, of at least `least` together."""
+    """Divide items into consecutive chunks with a total size of at least `least`; the last one may be smaller."""
     chunk: list[T] = []
     total = 0
     for item in items:
@@ -114,7 +116,7 @@ def chunks(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before it is used."""
+    """Prefetch: yield the same items, computing each in a thread while the previous one is in use."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, items, None)
         while (item := coming.result()) is not None:

@@ -1,8 +1,8 @@
-"""Which answers to a prompt are compared with which, and what an answer's comparisons make its score. No torch.
+"""Selects which answers to a prompt are compared, and turns the results into scores. Needs no torch.
 
-An answer's score is its probability to be better than another one, in [0, 1], averaged over the answers that it is
-compared with. Both orders of every two answers are asked, and averaged, so that a liking of whoever compares for the
-first or the second place cancels.
+An answer's score is the probability that it is better than another one, in [0, 1], averaged over the answers that it is
+compared with. Every two answers are compared in both orders and the results averaged, which cancels a position bias of
+the model or judge.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,26 +14,26 @@ from contracts.faults import Fault
 from contracts.records import ROLLOUTS, Rollout, Score
 
 Contest = tuple[str, str, str]
-"""A prompt's id and two different answers to it, in alphabetical order: whoever asks, it is held once."""
+"""A prompt's id and two different answers to it, in alphabetical order, so that both answers share one contest."""
 Result = float | str | Fault
-"""The probability that the first answer is better, or why nobody knows."""
+"""The probability that the first answer is better, or the reason for which it is unknown."""
 
 
 class Contests:
     """The contests of each sample, against the other answers to its prompt or against those of other rollouts."""
 
     def __init__(self, opponents: int | None, against: Path | None) -> None:
-        """`opponents`: answers that each is compared with; None: all. `against`: published rollouts."""
+        """`opponents`: number of answers that each is compared with; None: all. `against`: published rollouts."""
         self.opponents = opponents
         self.against = None if against is None else _answers(against)
 
     def of(self, samples: Sequence[Sample]) -> list[list[str]]:
-        """The answers that each sample is compared with, its own text among them where others say the same."""
+        """The answers that each sample is compared with. They include its own text if another sample has the same."""
         return list(self._rivals(samples))
 
     def _rivals(self, samples: Sequence[Sample]) -> Iterator[list[str]]:
-        """With fewer opponents than there are, a sample's nearest neighbours in the ring of the prompt's answers: that
-        of two answers each is mostly the other's opponent halves the comparisons."""
+        """The opponents of each sample. If they are limited, these are its nearest neighbours in the ring of the
+        prompt's answers: opponents are then mostly mutual, which halves the number of comparisons."""
         if self.against is not None:
             for sample in samples:
                 yield self.against.get(sample.rollout.prompt_id, [])[: self.opponents]
@@ -49,7 +49,7 @@ class Contests:
 
 
 def wanted(samples: Sequence[Sample], rivals: Sequence[Sequence[str]]) -> dict[Contest, Sample]:
-    """All contests, each with the first sample that takes part in it; none between equal answers."""
+    """All contests, each with the first sample that takes part in it; identical answers have no contest."""
     found: dict[Contest, Sample] = {}
     for sample, others in zip(samples, rivals, strict=True):
         for other in others:
@@ -59,15 +59,16 @@ def wanted(samples: Sequence[Sample], rivals: Sequence[Sequence[str]]) -> dict[C
 
 
 def contest(sample: Sample, other: str) -> Contest:
-    """That of a sample and another answer."""
+    """The contest of a sample and another answer."""
     first, second = sorted((sample.completion.text, other))
     return sample.rollout.prompt_id, first, second
 
 
 def score(sample: Sample, others: Sequence[str], results: Mapping[Contest, Result]) -> Score | str | Fault:
-    """A sample's mean chance; identical answers tie. Without any, the reason of its first contest, or "no_opponent".
+    """A sample's mean probability to win; identical answers tie.
 
-    A comparison that fails, fails for both.
+    If no contest has a result, the reason why one of them has none, or "no_opponent". A comparison that fails makes
+    both of its samples fail.
     """
     chances: list[float] = []
     reason = "no_opponent"
@@ -84,6 +85,6 @@ def score(sample: Sample, others: Sequence[str], results: Mapping[Contest, Resul
 
 
 def _answers(path: Path) -> dict[str, list[str]]:
-    """The answers in published rollouts, by their prompts."""
+    """The answers in published rollouts, by prompt id."""
     rows = Artifact.open(path, ROLLOUTS).rows(Rollout)
     return {row.prompt_id: [completion.text for completion in row.completions] for row in rows}

@@ -1,4 +1,4 @@
-"""How annotation loads models and tokenizers: one device policy, one dtype policy."""
+"""Loads models for scoring: chooses device and dtype, and keeps a loaded scorer for the next stage of the process."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def accelerators() -> int:
-    """Devices that this process can see beside the CPU."""
+    """Number of accelerators that are visible to this process."""
     return int(torch.cuda.device_count())
 
 
@@ -34,7 +34,7 @@ def load_model(config: ModelSettings, load: Callable[[Path, torch.dtype], Any]) 
     has it (Gemma 2 does not).
 
     Raises:
-        UserError: the checkpoint lacks weights that the model needs, which would be drawn at random.
+        UserError: the checkpoint lacks weights of the model, which would be initialised at random.
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if accelerators() else torch.device("cpu")
     name = resolve_dtype(config.dtype, on_gpu=accelerators() > 0)
@@ -44,7 +44,7 @@ def load_model(config: ModelSettings, load: Callable[[Path, torch.dtype], Any]) 
 
 
 def open_model(config: ModelSettings, opening: Opening) -> Scorer:
-    """A scorer with its model, which the last stage of this process may have loaded."""
+    """A scorer with its model loaded; a model that the previous stage of this process loaded is reused."""
     longest = config.longest
     fields = config.model_dump(mode="json", exclude={"output", "rollouts", "pairs", "model", "against"})
     inputs = {"model": str(config.model), "weights": model_fingerprint(config.model) if config.model else None}
@@ -62,12 +62,12 @@ def open_model(config: ModelSettings, opening: Opening) -> Scorer:
 
 
 def compute_facts(model: Any) -> dict[str, str]:
-    """For the manifest: number format and kind of device."""
+    """Facts for the manifest: dtype and device type."""
     return {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
 
 
 def pad_right(sequences: list[list[int]], pad: int, device: Any) -> tuple[Any, Any]:
-    """Sequences as `(input_ids [B, T], attention_mask [B, T])`, padded at the right."""
+    """Pad sequences on the right: `(input_ids [B, T], attention_mask [B, T])`."""
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), pad, dtype=torch.long)
     mask = torch.zeros((len(sequences), longest), dtype=torch.long)

@@ -10,7 +10,7 @@ from contracts.records import Score
 from modeling.loading import load_causal
 
 CPU_LOGITS = 1 << 22
-"""Logits in memory at a time on a CPU."""
+"""Maximum number of logits in memory at a time on a CPU."""
 
 
 class LogprobModel(TokenScorer):
@@ -23,7 +23,7 @@ class LogprobModel(TokenScorer):
         self.share_prompts_before_head()
 
     def judge(self, sample: Sample, numbers: list[float]) -> Score:
-        """The sum."""
+        """The score record: the sum of the log-probabilities, and each of them."""
         return sample.scored(math.fsum(numbers), token_logprobs=tuple(numbers))
 
     def packed_tokens(self, states: Any, targets: Any) -> list[float]:
@@ -34,7 +34,7 @@ class LogprobModel(TokenScorer):
         return flat
 
     def numbers(self, batch: Batch) -> list[float]:
-        """The same."""
+        """Log-probability of each response token of a padded batch."""
         backbone, outputs, hidden_NH = self.run_backbone(batch)
         labels_N = batch.input_ids[batch.rows, batch.targets]
         flat: list[float] = []

@@ -1,6 +1,6 @@
-"""The scorer kind `pairwise`: a causal language model that says which of two answers to a prompt is better.
+"""The scorer kind `pairwise`: runs a causal language model that says which of two answers to a prompt is better.
 
-contracts/pairwise.py says how it is asked, annotation/models/contests.py what its answers make a score.
+contracts/pairwise.py defines the model's input, annotation/models/contests.py how results become scores.
 """
 
 from collections.abc import Iterator
@@ -44,8 +44,9 @@ class PairwiseModel(ModelReader):
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """One score per sample.
 
-        Reasons for which a sample is dropped: "too_long" where no comparison fits the limit (where some do, its score
-        is their mean), "no_opponent" where its prompt has no other answer. A comparison that fails, fails for both.
+        Reasons for which a sample is dropped: "too_long" if none of its comparisons fits the limit (if some do, its
+        score is their mean), "no_opponent" if its prompt has no other answer. A comparison that fails makes both of its
+        samples fail.
         """
         self.chat.chat.counts.clear()
         rivals = self.contests.of(samples)
@@ -75,8 +76,8 @@ class PairwiseModel(ModelReader):
     def _questions(
         self, wanted: dict[Contest, Rollout], results: dict[Contest, Result]
     ) -> Iterator[tuple[list[tuple[Contest, int]], Row]]:
-        """The questions about each prompt with the contest that each is of and its order, 0 or 1; those that cannot be
-        asked go to `results`."""
+        """The model's inputs for each prompt as rows, each input with its contest and order (0 or 1); contests without
+        valid inputs get a reason or fault in `results`."""
         for _, contests in groupby(wanted, key=lambda contest: contest[0]):
             asked: dict[tuple[Contest, int], list[int]] = {}
             for contest in contests:
@@ -93,7 +94,7 @@ class PairwiseModel(ModelReader):
             yield from _shared_rows(asked)
 
     def _token_ids(self, rollout: Rollout, contest: Contest) -> list[list[int]]:
-        """The question in both orders."""
+        """The model's input for a contest, in both orders."""
         _, first, second = contest
         what = f"two answers to prompt {rollout.prompt_id}"
         return [
@@ -102,11 +103,11 @@ class PairwiseModel(ModelReader):
         ]
 
     def packed_numbers(self, batch: Packed, hidden: Any) -> list[float]:
-        """log p(A) - log p(B) of the token that follows each sequence."""
+        """log p(A) - log p(B) for the token that follows each sequence of a flat batch."""
         return self._differences(self.head.logits(hidden))
 
     def padded_numbers(self, sequences: list[list[int]], sizes: list[int]) -> list[float]:
-        """The same."""
+        """log p(A) - log p(B) for the token that follows each sequence of a padded batch."""
         input_ids_BT, mask_BT = pad_right(sequences, 0, self.model.device)
         backbone, outputs = run_backbone(self.model, input_ids_BT, mask_BT)
         rows_B = torch.arange(len(sequences), device=mask_BT.device)
@@ -120,8 +121,8 @@ class PairwiseModel(ModelReader):
 
 
 def _shared_rows(asked: dict[tuple[Contest, int], list[int]]) -> list[tuple[list[tuple[Contest, int]], Row]]:
-    """Questions about one prompt as rows: all of them in one, or those with the same answer in the first place,
-    whichever leaves fewer tokens to compute."""
+    """The inputs of one prompt as rows: all in one row, or one row per answer in the first position, whichever takes
+    fewer tokens."""
     if not asked:
         return []
     by_first: dict[str, list[tuple[Contest, int]]] = {}

@@ -1,5 +1,4 @@
-"""Reward models and pairwise models on vLLM's pooling engine, which has to say what transformers says before it is
-believed."""
+"""Runs reward models and pairwise models on vLLM's pooling engine, after a check that it agrees with transformers."""
 
 import functools
 import gc
@@ -39,26 +38,26 @@ from modeling.rows import Row
 from modeling.vllm_process import CPU_STEP, beat_with_every_step, set_environment
 
 TRIED = (3, 40, 129, 300)
-"""Tokens of the sequences that both engines score when one is opened, beside a conversation."""
+"""Lengths of the random sequences that both engines score in the parity check, in addition to a conversation."""
 CONVERSATION = (Message("user", "What is the capital of France?"), Message("assistant", "It is Paris."))
 TOLERANCE = 1e-3
-"""How far their scores may differ in float32, relative to the largest one (to 1 at least); in half precision it is that
-of reading.py."""
+"""Maximum difference of their scores in float32, relative to the largest one (to at least 1); in half precision
+`HALF_TOLERANCE` of reading.py."""
 
 
 class PooledRewardModel(RewardModel):
-    """The same conversations and scores as a `RewardModel`, by vLLM."""
+    """A `RewardModel` whose scores are computed by vLLM."""
 
     def __init__(self, config: RewardModelConfig, longest: int | None) -> None:
         assert config.model is not None
         self.path, self.longest, self.budget, self.counts = config.model, longest, config.batch_tokens, {}
         self.chat = ChatTokenizer(config.model, config.chat_template_kwargs, config.date)
-        judged = _Judged(load_classifier, own_rewards, self.chat.conversation(CONVERSATION), {})
-        self.engine = PoolingEngine(config, longest, judged)
+        spec = _ModelSpec(load_classifier, own_rewards, self.chat.conversation(CONVERSATION), {})
+        self.engine = PoolingEngine(config, longest, spec)
         self.facts = self.engine.facts
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """As a `RewardModel`."""
+        """Score like a `RewardModel`, starting with an empty prefix cache."""
         self.engine.forget()
         return super().__call__(samples)
 
@@ -68,8 +67,8 @@ class PooledRewardModel(RewardModel):
 
 
 class PooledPairwiseModel(PairwiseModel):
-    """The same questions and scores as a `PairwiseModel`, by vLLM, which makes the rows of the head that belong to the
-    two labels a classifier."""
+    """A `PairwiseModel` whose scores are computed by vLLM, as a classifier built from the LM head's rows for the two
+    labels."""
 
     def __init__(self, config: PairwiseConfig, longest: int | None) -> None:
         assert config.model is not None
@@ -80,55 +79,55 @@ class PooledPairwiseModel(PairwiseModel):
         asked, first = CONVERSATION
         question = self.chat.token_ids([asked], first.content, "I do not know.", what="two answers")
         names = self.chat.chat.tokenizer.convert_ids_to_tokens([*labels])
-        overrides = {"method": "from_2_way_softmax", "classifier_from_token": names[::-1]}  # the second less the first
-        judged = _Judged(_load_plain, functools.partial(_differences, labels), question, overrides)
-        self.engine = PoolingEngine(config, longest, judged)
+        overrides = {"method": "from_2_way_softmax", "classifier_from_token": names[::-1]}  # second minus first
+        spec = _ModelSpec(_load_plain, functools.partial(_differences, labels), question, overrides)
+        self.engine = PoolingEngine(config, longest, spec)
         self.facts = self.engine.facts
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """As a `PairwiseModel`."""
+        """Score like a `PairwiseModel`, starting with an empty prefix cache."""
         self.engine.forget()
         return super().__call__(samples)
 
     def read(self, rows: Sequence[Row]) -> list[Numbers]:
-        """log p(A) - log p(B) behind all rows' responses."""
+        """log p(A) - log p(B) for the token after each response."""
         return self.engine.read(rows)
 
 
 def open_reward_model(config: RewardModelConfig, longest: int | None) -> RewardModel:
-    """The reader of a reward model by its engine."""
+    """Open a reward model on the configured engine."""
     return (PooledRewardModel if config.engine == "vllm" else RewardModel)(config, longest)
 
 
 def open_pairwise(config: PairwiseConfig, longest: int | None) -> PairwiseModel:
-    """The reader of a pairwise model by its engine."""
+    """Open a pairwise model on the configured engine."""
     return (PooledPairwiseModel if config.engine == "vllm" else PairwiseModel)(config, longest)
 
 
-class _Judged(NamedTuple):
-    """How transformers gives a number for a sequence, and what vLLM has to know for the same one."""
+class _ModelSpec(NamedTuple):
+    """How transformers computes a model's number for a sequence, and what vLLM needs to compute the same."""
 
     load: Callable[[Path, torch.dtype], Any]
     numbers: Callable[[Any, list[list[int]]], list[float]]
-    """Of a model, for whole sequences."""
+    """Function of the model and token sequences, which returns one number per sequence."""
     tried: list[int]
-    """A sequence of the kind that it is given."""
+    """A typical input, for the parity check."""
     overrides: dict[str, Any]
-    """Of the model's configuration, for vLLM."""
+    """vLLM's `hf_overrides` of the model's configuration."""
 
 
 class PoolingEngine:
-    """vLLM with a model that gives each sequence a number, when it has said the same as transformers.
+    """vLLM with a model that computes one number per sequence, checked against transformers when it is opened.
 
-    All sequences of a shard are given to the engine in the same order, and what it keeps of the beginnings that they
-    share is forgotten before the next shard, so that numbers do not depend on what was computed before.
+    The sequences of a shard are passed to the engine in a fixed order, and its prefix cache is reset before each shard,
+    so that results do not depend on what was computed before.
     """
 
-    def __init__(self, config: PooledSettings, longest: int | None, judged: _Judged) -> None:
-        """Open it.
+    def __init__(self, config: PooledSettings, longest: int | None, spec: _ModelSpec) -> None:
+        """Open the engine, and compare it with transformers.
 
         Raises:
-            UserError: vLLM cannot compute the model, or gives other numbers.
+            UserError: vLLM does not support the model, or its results differ.
         """
         assert config.model is not None
         if accelerators() > 1 and int(os.environ.get("LOCAL_RANK", "0")):
@@ -137,13 +136,13 @@ class PoolingEngine:
                 "Set replicas=N instead of starting them with a launcher."
             )
         self.path = config.model
-        tried = [sequence[:longest] for sequence in (*self._drawn(), judged.tried)]
-        expected, dtype = _by_transformers(config, tried, judged)
-        self._open(config, _arguments(config, longest, dtype, judged.overrides), dtype)
+        tried = [sequence[:longest] for sequence in (*self._drawn(), spec.tried)]
+        expected, dtype = _by_transformers(config, tried, spec)
+        self._open(config, _arguments(config, longest, dtype, spec.overrides), dtype)
         self._require_parity(tried, expected, dtype)
 
     def forget(self) -> None:
-        """Forget what is kept of earlier sequences."""
+        """Reset the prefix cache."""
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
 
@@ -161,13 +160,13 @@ class PoolingEngine:
         return [float(output.outputs.probs[0]) for output in outputs]
 
     def _drawn(self) -> list[list[int]]:
-        """Sequences of tokens drawn at random."""
+        """Sequences of random tokens, of the lengths in `TRIED`."""
         size = int(AutoConfig.from_pretrained(self.path, local_files_only=True).get_text_config().vocab_size)
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(0, size, (tokens,), generator=generator).tolist() for tokens in TRIED]
 
     def _open(self, config: PooledSettings, arguments: dict[str, Any], dtype: str) -> None:
-        # The scheduler runs in this process, so that what is computed together does not depend on time.
+        # The scheduler runs in this process, so that the composition of batches does not depend on timing.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         set_environment(on_gpu=torch.cuda.is_available())
         with warnings.catch_warnings():
@@ -179,7 +178,7 @@ class PoolingEngine:
                 self.llm: Any = vllm.LLM(**arguments)
             except torch.OutOfMemoryError:
                 raise
-            except (ValueError, RuntimeError, AttributeError) as error:  # it makes a classifier of what is named so
+            except (ValueError, RuntimeError, AttributeError) as error:  # vLLM's conversion to a classifier failed
                 raise UserError(
                     f"vLLM {vllm.__version__} cannot compute {self.path} as {config.pooled_as}: {_first_line(error)}. "
                     "Set engine=transformers."
@@ -193,10 +192,10 @@ class PoolingEngine:
         }
 
     def _require_parity(self, tried: list[list[int]], expected: list[float], dtype: str) -> None:
-        """Compare what the engine says with what transformers has said.
+        """Compare the engine's results with those of transformers.
 
         Raises:
-            UserError: one of the numbers is another.
+            UserError: a result differs by more than the tolerance.
         """
         found = self.numbers(tried)
         allowed = (TOLERANCE if dtype == "float32" else HALF_TOLERANCE) * max(1.0, *map(abs, expected))
@@ -212,13 +211,13 @@ class PoolingEngine:
 
 
 @torch.inference_mode()
-def _by_transformers(config: ModelSettings, sequences: list[list[int]], judged: _Judged) -> tuple[list[float], str]:
-    """The numbers of sequences one by one, and the number format; nothing of the model stays in memory."""
-    model = load_model(config, judged.load)
+def _by_transformers(config: ModelSettings, sequences: list[list[int]], spec: _ModelSpec) -> tuple[list[float], str]:
+    """The model's number for each sequence, computed one at a time, and its dtype; the model is freed afterwards."""
+    model = load_model(config, spec.load)
     numbers = []
     for sequence in sequences:
         beat()
-        numbers += judged.numbers(model, [sequence])
+        numbers += spec.numbers(model, [sequence])
     dtype = str(model.dtype).removeprefix("torch.")
     del model
     gc.collect()
@@ -227,10 +226,10 @@ def _by_transformers(config: ModelSettings, sequences: list[list[int]], judged: 
 
 
 def _load_plain(path: Path, dtype: torch.dtype) -> Any:
-    """A language model of whose head vLLM makes a classifier.
+    """Load a language model whose head vLLM can turn into a classifier.
 
     Raises:
-        UserError: its logits are more than products with that head, which the classifier's are not.
+        UserError: its LM head has a bias, or its logits are scaled or capped, which vLLM's classifier ignores.
     """
     model = load_causal(path, dtype)
     biased = getattr(model.get_output_embeddings(), "bias", None) is not None
@@ -243,7 +242,7 @@ def _load_plain(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _differences(labels: tuple[int, int], model: Any, sequences: list[list[int]]) -> list[float]:
-    """log p(A) - log p(B) of the token that follows each sequence, by the model's own forward pass."""
+    """log p(A) - log p(B) for the token that follows each sequence, from the model's own forward pass."""
     logits = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].float() for ids in sequences]
     return [float(each[labels[0]] - each[labels[1]]) for each in logits]
 
@@ -252,7 +251,7 @@ def _arguments(config: PooledSettings, longest: int | None, dtype: str, override
     """vLLM's engine arguments."""
     assert config.model is not None
     settings: dict[str, Any] = json.loads((config.model / "config.json").read_bytes())
-    # It takes longrope's long factors only where it is prepared for sequences that need them.
+    # vLLM uses longrope's long factors only if max_model_len exceeds the original context.
     most = max(longest or 0, (context_switch(settings) or -1) + 1)
     size = size_by(dict(text_settings(settings)))
     number = 4 if dtype == "float32" else 2
@@ -279,7 +278,7 @@ def _arguments(config: PooledSettings, longest: int | None, dtype: str, override
 
 
 def _distance(one: float, other: float) -> float:
-    """Infinite where one of them is no number."""
+    """Absolute difference; infinite if either number is NaN."""
     return math.inf if math.isnan(one - other) else abs(one - other)
 
 

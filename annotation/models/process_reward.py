@@ -1,9 +1,9 @@
-"""The scorer kind `process_reward`: a model that judges each step of an answer.
+"""The scorer kind `process_reward`: runs a model that scores each step of an answer.
 
-Two sorts of models are read, both of them behind each step: classifiers of tokens with two labels, the second of which
-is "right" (Qwen2.5-Math-PRM, Zhang et al. 2025, arXiv 2501.07301; TRL's PRMTrainer), and language models by what they
-would say next, right or wrong (Math-Shepherd, Wang et al. 2024, arXiv 2312.08935; RLHFlow's). A step's score is the
-probability of right over that of both.
+Two types of models are supported, and both are read after each step: token classifiers with two labels, the second of
+which is "right" (Qwen2.5-Math-PRM, Zhang et al. 2025, arXiv 2501.07301; TRL's PRMTrainer), and language models, whose
+next token is a label for right or wrong (Math-Shepherd, Wang et al. 2024, arXiv 2312.08935; RLHFlow's). A step's score
+is the probability of right, normalised over the two labels.
 """
 
 import math
@@ -33,13 +33,13 @@ from modeling.rows import Row
 
 
 class _Asked(NamedTuple):
-    """A sample's question, and what becomes of the answers."""
+    """The model's input for a sample, and the tokens that its steps' scores are assigned to."""
 
     sample: int
-    """Its place among all."""
+    """Index of the sample."""
     question: StepQuestion
     rewarded: list[int]
-    """The policy's last token of each step."""
+    """For each step, the index of the policy's token that ends it."""
 
 
 class ProcessRewardModel(ModelReader):
@@ -51,7 +51,7 @@ class ProcessRewardModel(ModelReader):
         self.config = config
         self.steps = StepChat(config, config.date)
         self.policy = PolicyTokens(ChatTokenizer(config.tokenizer) if config.tokenizer else self.steps.chat)
-        _ = self.steps.inserted  # there is such a token
+        _ = self.steps.inserted  # raises an error if there is no such token
         is_causal = config.loaded_as() == "causal"
         super().__init__(config, longest, load_causal if is_causal else load_token_classifier)
         self.labels: list[int] | None = None
@@ -61,10 +61,10 @@ class ProcessRewardModel(ModelReader):
         self.share_prompts()
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """One score per sample, with those of its steps.
+        """One score per sample, with the scores of its steps.
 
-        Reasons for which a sample is dropped: "too_long" where the conversation exceeds the limit, "empty" where there
-        is no token that could be rewarded, "unread_steps", "unplaced_steps".
+        Reasons for which a sample is dropped: "too_long" if the conversation exceeds the limit, "empty" if there is no
+        token that could be rewarded, "unread_steps", "unplaced_steps".
         """
         self.steps.chat.counts.clear()
         results: list[Score | str | Fault] = ["too_long"] * len(samples)
@@ -80,7 +80,8 @@ class ProcessRewardModel(ModelReader):
         return results
 
     def _rows(self, samples: list[Sample], results: list[Score | str | Fault]) -> Iterator[tuple[list[_Asked], Row]]:
-        """The questions about each prompt that fit the limit; reasons and faults go to `results`."""
+        """The model's inputs for each prompt that fit the limit, as rows; the other samples get a reason or fault in
+        `results`."""
         for indices in by_rollout(samples):
             group: list[_Asked] = []
             for index in indices:
@@ -95,7 +96,7 @@ class ProcessRewardModel(ModelReader):
                 else:
                     group.append(found)
             if group:
-                # What is read must not be shared, so that each response has it.
+                # Positions whose outputs are read must be in the responses, not in the shared prompt.
                 first = min(asked.question.places[0] for asked in group)
                 yield group, shared_row([asked.question.ids for asked in group], most=first)
 
@@ -123,14 +124,14 @@ class ProcessRewardModel(ModelReader):
         )
 
     def packed_numbers(self, batch: Packed, hidden: Any) -> list[float]:
-        """The log-odds that a step is right which ends with a token, for each response token."""
-        # The states at the tokens themselves: those before the next ones, and the last of each sequence.
+        """For each response token, the log-odds that a step which ends with it is right."""
+        # The states at the tokens themselves: each is the state before the next token, or the last of its sequence.
         places = batch.positions.roll(-1)
         places[batch.lengths.cumsum(0) - 1] = batch.last
         return self._log_odds(hidden[places])
 
     def padded_numbers(self, sequences: list[list[int]], sizes: list[int]) -> list[float]:
-        """The same."""
+        """For each response token of a padded batch, the log-odds that a step which ends with it is right."""
         input_ids_BT, mask_BT = pad_right(sequences, 0, self.model.device)
         _, outputs = run_backbone(self.model, input_ids_BT, mask_BT)
         states = [
@@ -142,7 +143,7 @@ class ProcessRewardModel(ModelReader):
     def _log_odds(self, states: Any) -> list[float]:
         if self.labels is None:
             logits_N2 = self.model.score(states).float()
-        else:  # only two rows of the head are needed
+        else:  # only the two labels' rows of the LM head are needed
             head = self.model.get_output_embeddings()
             bias = getattr(head, "bias", None)
             linear = nn.functional.linear(states, head.weight[self.labels], None if bias is None else bias[self.labels])

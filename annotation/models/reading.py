@@ -1,8 +1,8 @@
-"""How models of scorers read: the answers to a prompt in one pass, which computes the beginning that they share once.
+"""Runs the forward passes of scorer models: all answers to a prompt in one pass, with the shared prefix computed once.
 
-Architectures that `modeling/` has an attention for (contracts/architectures.py) read flat batches without padding. All
-others, and those that turn out to give other numbers so, read padded batches with the model's own forward pass. What is
-read so is decided once, when the model is opened, by its architecture and by computing a few sequences both ways.
+Architectures for which `modeling/` has packed attention (contracts/architectures.py) use flat batches without padding.
+All others, and those whose results differ in flat batches, use padded batches and the model's own forward pass. The
+choice is made once, when the model is opened, by its architecture and by computing a few sequences both ways.
 """
 
 import functools
@@ -29,26 +29,26 @@ from modeling.probe import length_of
 from modeling.rows import Response, Row, token_ids
 
 BATCHES = 8
-"""Batches whose conversations are tokenized together, while those before them are computed."""
+"""Number of batches that are tokenized ahead as one chunk, while the previous chunk is computed."""
 PROBE = ((5, (1, 6, 3)), (8, (2, 4)))
-"""Tokens of the prompts, and of the answers to each, that a model reads both ways when it is opened."""
+"""Lengths of the prompts, and of the answers to each, that are computed both ways when a model is opened."""
 TOLERANCE = {torch.float32: 1e-4}
-"""How far these may differ, relative to the largest number (to 1 at least)."""
+"""Maximum difference of the two results, relative to the largest number (to at least 1), by dtype."""
 HALF_TOLERANCE = 0.1
-"""The same in bfloat16, whose own error is not much smaller; a wrong mask or position is far beyond it."""
+"""The tolerance in bfloat16, whose rounding error is not much smaller; a wrong mask or position exceeds it by far."""
 
 Numbers = list[list[float]]
-"""Of each response of a row: one number, or one for each of its tokens."""
+"""The results for a row: for each response, one number or one per token."""
 
 
 class ModelReader:
-    """A model that gives numbers for sequences: one for each, or one for each response token."""
+    """A model that computes numbers for sequences: one per sequence, or one per response token."""
 
     per_token: ClassVar[bool] = False
     only_last: ClassVar[bool] = False
-    """It reads the last token of each sequence alone: `packed_numbers` is given the states of these."""
+    """Whether only the last token of each sequence is read; `packed_numbers` then gets only these tokens' states."""
     head: Any
-    """What turns hidden states into the numbers, where prompts are shared."""
+    """The head that turns hidden states into numbers, if prompts are shared."""
 
     def __init__(self, config: ModelSettings, longest: int | None, load: Callable[[Path, torch.dtype], Any]) -> None:
         self.path = config.model
@@ -68,12 +68,12 @@ class ModelReader:
         self.counts: dict[str, int] = {}
 
     def read(self, rows: Sequence[Row]) -> list[Numbers]:
-        """The numbers of all rows' responses."""
+        """The numbers for all responses of all rows."""
         found: list[Numbers] = self._shared(rows) if self.shares else self._padded(rows)
         return found
 
     def packed_numbers(self, batch: Packed, hidden: Any) -> list[float]:
-        """What the model says of a flat batch, one response after the other.
+        """The numbers for a flat batch, one response after the other.
 
         Args:
             hidden: last hidden states, [tokens, hidden size]; with `only_last` [sequences, hidden size].
@@ -81,28 +81,28 @@ class ModelReader:
         raise NotImplementedError
 
     def padded_numbers(self, sequences: list[list[int]], sizes: list[int]) -> list[float]:
-        """The same of whole sequences, by the model's own forward pass.
+        """The numbers for whole sequences, computed as a padded batch with the model's own forward pass.
 
         Args:
-            sizes: response tokens of each.
+            sizes: number of response tokens of each sequence.
         """
         raise NotImplementedError
 
     def share_prompts_before_head(self) -> None:
-        """`share_prompts` for models that are read through their LM head, where its logits are understood."""
+        """`share_prompts` for models that are read through their LM head, if how they compute logits is known."""
         try:
             shape = head_shape(self.model)
-        except UserError:  # its own forward pass knows
+        except UserError:  # only the model's own forward pass computes them
             return
         self.head = LogprobHead(self.model.get_output_embeddings(), shape)
         self.share_prompts()
 
     def share_prompts(self) -> None:
-        """Read flat batches from now on, if the model gives the same numbers for them."""
+        """Use flat batches from now on, if the model's results for them are the same as for padded ones."""
         config = self.model.config
         try:
             known = support_of(config.to_dict()) == "flat"
-        except UserError:  # as a policy; of reward models there are encoders as well
+        except UserError:  # not supported as a policy: reward models may also be encoders
             known = False
         if not known:
             return
@@ -123,7 +123,7 @@ class ModelReader:
             if self._decoder is not None:
                 self.facts["layers"] = "onednn"
             return
-        if self._decoder is not None:  # which has taken the model apart
+        if self._decoder is not None:  # it has modified the model, so load it again
             self._decoder = None
             self.model = self._load()
             return
@@ -156,7 +156,7 @@ class ModelReader:
         return results
 
     def _states(self, packed: Packed) -> Any:
-        """Last hidden states of a flat batch, as `packed_numbers` is given them."""
+        """Last hidden states of a flat batch, as `packed_numbers` expects them."""
         if self._decoder is not None:
             return self._decoder(packed, only_last=self.only_last)
         states = Trained(self.model).hidden(packed)

@@ -1,4 +1,4 @@
-"""The scorer kind `reward_model`: a Bradley-Terry model, read at the last token of the conversation."""
+"""The scorer kind `reward_model`: runs a Bradley-Terry model, which is read at the last token of the conversation."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -32,7 +32,7 @@ class RewardModel(ModelReader):
             self.share_prompts()
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """One score per sample; "too_long" where the conversation exceeds the limit."""
+        """One score per sample; "too_long" if the conversation exceeds the limit."""
         self.chat.counts.clear()
         results: list[Score | str | Fault] = ["too_long"] * len(samples)
         conversations = self._conversations(samples, results)
@@ -47,7 +47,8 @@ class RewardModel(ModelReader):
     def _conversations(
         self, samples: list[Sample], results: list[Score | str | Fault]
     ) -> Iterator[tuple[list[int], Row]]:
-        """Indices and conversations of the samples of each prompt that fit the limit; faults go to `results`."""
+        """For each prompt, the indices of the samples that fit the limit, and their conversations as a row; faults go
+        to `results`."""
         for indices in by_rollout(samples):
             fitting: dict[int, list[int]] = {}
             for index in indices:
@@ -70,22 +71,22 @@ class RewardModel(ModelReader):
             raise UserError(f"{sample}: {error}") from error
 
     def packed_numbers(self, batch: Packed, hidden: Any) -> list[float]:
-        """The head's, at the last tokens."""
+        """Rewards: the classification head's output at the last token of each sequence."""
         rewards: list[float] = self.model.score(hidden)[:, 0].float().tolist()
         return rewards
 
     def padded_numbers(self, sequences: list[list[int]], sizes: list[int]) -> list[float]:
-        """Those of the model.
-
-        The classification heads of transformers read the right-most token that differs from `pad_token_id`. Where the
-        padding is the end-of-turn token, that is the last token but one. Padding with a token that ends none of these
-        sequences, and saying so, makes it the last real token, whatever the tokenizer's padding is.
-        """
+        """Rewards from the model's own forward pass (`own_rewards`)."""
         return own_rewards(self.model, sequences)
 
 
 def own_rewards(model: Any, sequences: list[list[int]]) -> list[float]:
-    """What transformers' own forward pass gives whole sequences."""
+    """Rewards of whole sequences, computed by transformers' own forward pass.
+
+    The classification heads of transformers read the right-most token that differs from `pad_token_id`. If the padding
+    token is the end-of-turn token, that is the second to last token. Setting `pad_token_id` to a token that ends none
+    of these sequences makes it the last real token, regardless of the tokenizer's padding token.
+    """
     last = {sequence[-1] for sequence in sequences}
     pad = next(token for token in range(len(last) + 1) if token not in last)
     model.config.get_text_config().pad_token_id = pad

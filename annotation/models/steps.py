@@ -1,5 +1,6 @@
-"""The steps of an answer: where they are in its text, how a model is asked about them, and with which of the policy's
-tokens each ends. No torch.
+"""Splits answers into steps, builds the model inputs that score them, and finds the policy's tokens that end them.
+
+Needs no torch.
 """
 
 import functools
@@ -19,27 +20,27 @@ from contracts.preflight import Finding
 from contracts.records import Message
 
 ANCHOR = 8
-"""Tokens of a beginning that an answer is decoded with, where it goes on from one."""
+"""Number of preceding tokens that a response is decoded with, if it continues a beginning of an answer."""
 
 
 class StepSpan(NamedTuple):
-    """A step of an answer, without the white space around it: characters from `start` to `end`."""
+    """A step of an answer, without surrounding whitespace: the characters from `start` to `end`."""
 
     start: int
     end: int
 
 
 class StepQuestion(NamedTuple):
-    """What a model reads of a sample."""
+    """The model's input for a sample."""
 
     ids: list[int]
-    """Up to the last token that is read."""
+    """Token ids, up to the last position whose output is read."""
     places: list[int]
-    """Of each step, the token that is read, in ascending order."""
+    """For each step, the position whose output is read, in ascending order."""
 
 
 def divide(text: str, separator: re.Pattern[str]) -> list[StepSpan]:
-    """The steps of an answer. Blank ones are none; a text without any is one step, which may be empty."""
+    """The steps of an answer. Blank ones are skipped; a text without any step is one empty step."""
     bounds = [0, *(bound for found in separator.finditer(text) for bound in found.span()), len(text)]
     steps: list[StepSpan] = []
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
@@ -51,7 +52,7 @@ def divide(text: str, separator: re.Pattern[str]) -> list[StepSpan]:
 
 
 def aggregated(scores: Sequence[float], how: str) -> float:
-    """One number by those of all steps."""
+    """Aggregate the scores of all steps into one number, by the method `how`."""
     if how == "last":
         return scores[-1]
     if how == "min":
@@ -64,13 +65,14 @@ def aggregated(scores: Sequence[float], how: str) -> float:
 def token_rewards(
     scores: Sequence[float], places: Sequence[int], tokens: int, *, differences: bool
 ) -> tuple[float, ...]:
-    """A reward for each token of an answer: 0, but at the last token of each step.
+    """A reward for each token of an answer: 0, except at the last token of each step.
 
     Args:
-        scores: of each step.
-        places: its last token.
-        tokens: of the answer.
-        differences: what each step adds to the score of the one before it (to 0 for the first), instead of its own.
+        scores: score of each step.
+        places: index of each step's last token.
+        tokens: number of tokens of the answer.
+        differences: reward a step with its score minus the previous step's (minus 0 for the first), instead of with its
+            score.
     """
     rewards = [0.0] * tokens
     before = 0.0
@@ -81,7 +83,7 @@ def token_rewards(
 
 
 class StepChat:
-    """The tokenizer of a process reward model, and how it is asked."""
+    """Builds the inputs of a process reward model with its tokenizer and chat template."""
 
     def __init__(self, config: ProcessRewardSettings, date: str | None = None) -> None:
         assert config.model is not None
@@ -90,7 +92,7 @@ class StepChat:
 
     @functools.cached_property
     def label_ids(self) -> tuple[int, int]:
-        """The tokens for a wrong and a right step."""
+        """The label tokens for a wrong and for a right step."""
         bad, good = self._token("bad", self.config.bad), self._token("good", self.config.good)
         if bad == good:
             raise UserError(f"good={self.config.good!r} and bad={self.config.bad!r} are the same token.")
@@ -98,7 +100,7 @@ class StepChat:
 
     @functools.cached_property
     def inserted(self) -> int:
-        """The token behind each step."""
+        """The token that is inserted after each step."""
         if self.config.layout == "turns":
             return self.label_ids[1]
         assert self.config.marker is not None
@@ -115,10 +117,10 @@ class StepChat:
         return ids[0]
 
     def question(self, sample: Sample, steps: Sequence[StepSpan]) -> StepQuestion | None:
-        """What is read of a sample; None where the template leaves out some of its steps.
+        """The model's input for a sample; None if the chat template leaves out some of its steps.
 
         Raises:
-            UserError: the template refuses the conversation.
+            UserError: the template rejects the conversation.
         """
         rollout, text = sample.rollout, sample.completion.text
         messages = [msgspec.structs.replace(each, content=without_slots(each.content)) for each in rollout.messages]
@@ -137,7 +139,7 @@ class StepChat:
         return StepQuestion(ids[: places[-1] + 1], places)
 
     def _marked(self, messages: Sequence[Message], text: str, steps: Sequence[StepSpan]) -> tuple[Message, ...]:
-        """The answer with a slot behind each step."""
+        """The conversation with a slot after each step of the answer."""
         pieces: list[str] = []
         for number, step in enumerate(steps):
             if pieces and self.config.keep_separators:
@@ -147,7 +149,8 @@ class StepChat:
 
     @staticmethod
     def _turns(messages: Sequence[Message], said: Sequence[str]) -> list[Message]:
-        """Each step said by the user, the first of them behind the question, and answered by a slot."""
+        """The conversation with each step as a user turn, the first one appended to the prompt, and a slot as the
+        reply."""
         before, begun = without_beginning(messages)
         first, *others = said
         first = begun + first
@@ -163,10 +166,10 @@ class StepChat:
 
 
 def tokens_found(config: ProcessRewardSettings) -> Finding:
-    """That a model's tokenizer has the tokens that it is asked by.
+    """Check that the marker and the labels are tokens of the model's tokenizer.
 
     Raises:
-        UserError: it has not.
+        UserError: one is not.
     """
     chat = StepChat(config)
     name = repr(chat.chat.tokenizer.convert_ids_to_tokens(chat.inserted))
@@ -179,16 +182,16 @@ def tokens_found(config: ProcessRewardSettings) -> Finding:
 
 
 class PolicyTokens:
-    """Finds the policy's tokens by the text that they make."""
+    """Maps positions in an answer's text to the policy's tokens."""
 
     def __init__(self, chat: ChatTokenizer) -> None:
         self.chat = chat
 
     def last_of(self, sample: Sample, steps: Sequence[StepSpan]) -> list[int] | None:
-        """Of each step, the stored token with which its text is complete; None where that cannot be told.
+        """For each step, the index of the stored token that completes its text; None if it cannot be determined.
 
-        The text of the first tokens, as many as it takes, is compared with the answer's, so that it does not matter how
-        characters are divided among tokens. An empty step ends with the answer's last token.
+        The search compares decoded prefixes of the tokens with the answer's text, so it does not matter how characters
+        are divided among tokens. An empty step ends with the answer's last token.
         """
         ids, text = sample.completion.response_ids, sample.completion.text
         messages, prompt = sample.rollout.messages, sample.rollout.prompt_ids

@@ -1,4 +1,4 @@
-"""What scorers of the stored token ids share: their rows, and the positions whose outputs speak of response tokens."""
+"""Base class of scorers that read the stored token ids, and compute a number for each response token."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,29 +18,29 @@ from modeling.rows import Response, Row, token_ids
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences of at most T tokens, with the places of their N response tokens, one answer after the other."""
+    """B sequences of at most T tokens, with the positions of their N response tokens, one answer after the other."""
 
     input_ids: Any
-    """[B, T], padded at the right; so is:"""
+    """Token ids, padded on the right, [B, T]."""
     mask: Any
+    """Attention mask, [B, T]."""
     rows: Any
     """Row of each response token, [N]."""
     targets: Any
-    """Position of each response token; what the model makes of the state before it is its output one position
-    earlier. [N]"""
+    """Position of each response token, [N]; the output that predicts it is one position earlier."""
 
 
 def run_backbone(model: Any, input_ids: Any, mask: Any) -> tuple[Any, Any]:
-    """The model without its head, and what it puts out for a batch [B, T]."""
+    """The model without its head, and its outputs for a batch [B, T]."""
     backbone = backbone_of(model)
     return backbone, backbone(input_ids=input_ids, attention_mask=mask, use_cache=False)
 
 
 def head_logits(model: Any, backbone: Any, outputs: Any, hidden_CH: Any) -> Any:
-    """Logits `[C, V]` of chosen positions, by their last hidden states.
+    """Logits `[C, V]` of selected positions, computed from their last hidden states.
 
-    Some architectures scale or cap what their output matrix gives (Cohere, Granite, Gemma), so the model's own
-    forward computes them, with a backbone that answers with these positions instead of running again.
+    Some architectures scale or cap their logits (Cohere, Granite, Gemma), so the model's own forward pass computes
+    them, with a backbone that returns these states instead of running again.
     """
     outputs.last_hidden_state = hidden_CH[None]
     backbone.forward = lambda *args, **kwargs: outputs
@@ -51,12 +51,12 @@ def head_logits(model: Any, backbone: Any, outputs: Any, hidden_CH: Any) -> Any:
 
 
 class TokenScorer(ModelReader):
-    """Judges the stored ids, prompt and response as they are, without a chat template."""
+    """Scores the stored token ids of prompt and response as they are, without a chat template."""
 
     per_token: ClassVar[bool] = True
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """One score per sample; "too_long" where prompt and response exceed the limit."""
+        """One score per sample; "too_long" if prompt and response exceed the limit."""
         results: list[Score | str | Fault] = ["too_long"] * len(samples)
         chosen: list[list[int]] = []
         rows: list[Row] = []
@@ -77,11 +77,11 @@ class TokenScorer(ModelReader):
         return results
 
     def packed_numbers(self, batch: Packed, hidden: Any) -> list[float]:
-        """What is said of each response token, by the state before it."""
+        """The number for each response token of a flat batch."""
         return self.packed_tokens(hidden[batch.positions], batch.targets)
 
     def padded_numbers(self, sequences: list[list[int]], sizes: list[int]) -> list[float]:
-        """The same."""
+        """The number for each response token of a padded batch."""
         device = self.model.device
         rows = [row for row, size in enumerate(sizes) for _ in range(size)]
         targets = [
@@ -97,18 +97,18 @@ class TokenScorer(ModelReader):
         return self.numbers(batch)
 
     def run_backbone(self, batch: Batch) -> tuple[Any, Any, Any]:
-        """The model without its head, what it puts out, and its last hidden state before each token [N, H]."""
+        """The model without its head, its outputs, and the last hidden state before each response token [N, H]."""
         backbone, outputs = run_backbone(self.model, batch.input_ids, batch.mask)
         return backbone, outputs, outputs.last_hidden_state[batch.rows, batch.targets - 1]
 
     def packed_tokens(self, states: Any, targets: Any) -> list[float]:
-        """What the model says of N tokens, by the last hidden states before them [N, hidden size]."""
+        """The numbers for N response tokens, given the last hidden states before them [N, hidden size]."""
         raise NotImplementedError
 
     def numbers(self, batch: Batch) -> list[float]:
-        """The same of a padded batch."""
+        """The numbers for the response tokens of a padded batch."""
         raise NotImplementedError
 
     def judge(self, sample: Sample, numbers: list[float]) -> Score | str:
-        """A sample's score by the numbers of its tokens, or the reason for which it is dropped."""
+        """A sample's score, given the numbers for its tokens, or the reason for which it is dropped."""
         raise NotImplementedError

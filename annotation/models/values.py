@@ -1,10 +1,10 @@
-"""The scorer kind `values`: what a critic expects of each state that the policy chose a token in.
+"""The scorer kind `values`: runs a critic, which predicts the return of each state in which the policy chose a token.
 
-A critic is a sequence classifier with one label, as reward models are, and its linear head `score` reads every position
-instead of the last one. The value of response token t is score(h), h being the last hidden state at position t - 1 of
-prompt and response together: the state in which the token was chosen, which the token itself is no part of. So the
-first value belongs to the prompt alone. It is the sample's score. A policy that is its own critic has such a head
-beside its weights.
+A critic is a sequence classifier with one label, like a reward model, except that its linear head `score` is applied at
+every position instead of the last one. The value of response token t is score(h), with h the last hidden state at
+position t - 1 of prompt and response together: the state in which the token was chosen, which does not contain the
+token. So the first value is that of the prompt; it is the sample's score. A policy that is its own critic stores such a
+head next to its weights.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ class ValueModel(TokenScorer):
         self.share_prompts()
 
     def judge(self, sample: Sample, numbers: list[float]) -> Score | str:
-        """The value of the prompt, with those of all tokens; "empty" where there are none."""
+        """The value of the prompt, with the values of all response tokens; "empty" if there are none."""
         return sample.scored(numbers[0], token_values=tuple(numbers)) if numbers else "empty"
 
     def packed_tokens(self, states: Any, targets: Any) -> list[float]:
@@ -48,6 +48,6 @@ class ValueModel(TokenScorer):
         return values
 
     def numbers(self, batch: Batch) -> list[float]:
-        """The same."""
+        """Value of the state before each response token of a padded batch."""
         _, _, hidden_NH = self.run_backbone(batch)
         return self.packed_tokens(hidden_NH, batch.targets)

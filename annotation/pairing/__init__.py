@@ -1,1 +1,1 @@
-"""Which answers to a prompt become preference pairs. No torch."""
+"""Selects preference pairs among the answers to each prompt. Needs no torch."""

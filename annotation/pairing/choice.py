@@ -1,4 +1,4 @@
-"""The choice of a prompt's pairs: what a strategy proposes, and what holds for every strategy. A pure function."""
+"""Selects the pairs of one prompt: calls a strategy, and applies the rules that hold for all strategies."""
 
 import contextlib
 import itertools
@@ -21,18 +21,18 @@ BELOW_MARGIN = "below_margin"
 ABOVE_MARGIN_CAP = "above_margin_cap"
 NONE_PROPOSED = "none_proposed"
 BEYOND_LIMIT = "beyond_per_prompt"
-"""More pairs than wanted: no loss, so that `max_dropped` does not count them."""
+"""Reason for pairs beyond `per_prompt`. They are dropped on purpose, so `max_dropped` does not count them."""
 REASON = re.compile("[a-z][a-z0-9_]{0,39}")
 
 
 class Choice(NamedTuple):
-    """The pairs of one prompt, and the number of pairs that were dropped, by reason."""
+    """The pairs of one prompt, and the number of dropped pairs by reason."""
 
     pairs: list[tuple[Candidate, Candidate]]
-    """(chosen, rejected), by the rank of the chosen answer, then of the rejected one."""
+    """(chosen, rejected) pairs, sorted by the rank of the chosen answer, then by that of the rejected one."""
     dropped: dict[str, int]
     repeated: int = 0
-    """Answers that were left out because another one is the same."""
+    """Number of answers that were left out because they repeat another one."""
 
 
 def choose(
@@ -49,16 +49,15 @@ def choose(
 ) -> Choice:
     """Choose the pairs of one prompt.
 
-    The candidates are ranked by score, equal scores by sample index; with `distinct`, of identical answers only the
-    first sample counts. A pair that the strategy proposes is dropped when its answers are identical, its scores are
-    equal, or they differ by less than `margin` or more than `margin_cap`; of the others those stay that were proposed
-    first, at most `per_prompt`. Where the strategy cannot propose one (for fewer than two candidates, or for a reason
-    of its own), that counts as one dropped pair, so that for every prompt
-    `max(1, proposed pairs) = len(pairs) + sum(dropped)`. `what` is the strategy's name in messages,
-    and `seconds` how long it may take.
+    The candidates are ranked by score, ties by sample index; with `distinct`, only the first of identical answers is a
+    candidate. A proposed pair is dropped if its answers are identical, its scores are equal, or they differ by less
+    than `margin` or more than `margin_cap`. Of the remaining pairs, the first `per_prompt` in the strategy's order are
+    kept. If the strategy proposes none (because there are fewer than two candidates, or for a reason of its own), that
+    counts as one dropped pair, so that for every prompt `max(1, proposed pairs) = len(pairs) + sum(dropped)`. `what`
+    is the strategy's name in messages, and `seconds` its time limit.
 
     Raises:
-        UserError: the strategy fails, takes longer, or proposes what is no pair of these candidates.
+        UserError: the strategy fails, exceeds its time limit, or proposes something that is no pair of candidates.
     """
     if len(candidates) < 2:
         return Choice([], {TOO_FEW: 1})
@@ -87,7 +86,7 @@ def choose(
 
 
 def _without_repetitions(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Of each answer the first sample: the one with the best score would be the one with the luckiest judgement."""
+    """Keep the first sample of each distinct answer. Keeping the one with the best score would favour scoring noise."""
     by_sample = sorted(candidates, key=lambda candidate: candidate.sample, reverse=True)
     return list({candidate.response_ids: candidate for candidate in by_sample}.values())
 
@@ -105,14 +104,15 @@ def _fault(chosen: Candidate, rejected: Candidate, margin: float, margin_cap: fl
 
 
 class _OverdueError(BaseException):
-    """Raised in a strategy, which is to go past what it catches itself."""
+    """Raised inside a strategy that exceeds its time limit; no Exception, so that its own handlers do not catch it."""
 
 
 @contextlib.contextmanager
 def _within(seconds: float | None, what: str) -> Iterator[None]:
-    """End what takes longer, by a signal: between two steps of Python's, which an endless loop has enough of.
+    """Interrupt the block with a signal after `seconds`, and raise a UserError.
 
-    What never gets to one, a call of a library's, the supervisor ends when it counts as hung.
+    Python handles signals between two bytecode instructions, which interrupts an endless loop. A library call that does
+    not return is not interrupted; the supervisor kills the stage when it counts as stalled.
     """
     if seconds is None:
         yield
@@ -124,7 +124,7 @@ def _within(seconds: float | None, what: str) -> Iterator[None]:
         pause = seconds
         while not done.wait(pause):
             signal.pthread_kill(caller, signaled)
-            pause = 1.0  # again, where it was caught
+            pause = 1.0  # signal again, in case the strategy caught the exception
 
     def end(number: int, frame: FrameType | None) -> None:
         if not done.is_set():
@@ -153,12 +153,12 @@ def _proposed(
     what: str,
     seconds: float | None,
 ) -> list[Samples] | str:
-    """What a strategy returns, checked; a word for the reason where that is no pair."""
+    """Call the strategy and check its result: sample index pairs, or the reason for which there are none."""
     with _within(seconds, f"{what}, prompt {prompt.prompt_id}"), blamed(f"{what} failed on prompt {prompt.prompt_id}"):
         returned: Any = propose(list(ranked), prompt)
         found = returned
         if isinstance(returned, Iterable) and not isinstance(returned, str):
-            found = list(itertools.islice(returned, len(ranked) ** 2))  # more than there are, of what has no end
+            found = list(itertools.islice(returned, len(ranked) ** 2))  # bounded, in case the iterator is endless
     what = f"{what}, prompt {prompt.prompt_id}"
     if isinstance(found, str):
         if not REASON.fullmatch(found):
@@ -181,13 +181,13 @@ def _proposed(
 
 
 def _checked(item: Any, scores: dict[int, float], what: str) -> Samples:
-    """A pair as sample indices.
+    """A proposed pair as two ints.
 
     Raises:
-        UserError: it is none of these candidates', or the score does not prefer the chosen one.
+        UserError: it is no pair of two candidates, or the chosen one scores lower than the rejected one.
     """
     try:
-        better, worse = (operator.index(sample) for sample in item)  # also of numpy
+        better, worse = (operator.index(sample) for sample in item)  # accepts numpy integers
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{what}: it returned {item!r:.80} where a pair (chosen, rejected) of sample indices is wanted, such as "

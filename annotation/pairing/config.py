@@ -44,7 +44,7 @@ class PairsSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "function" in data:  # as scorers have it
+        if isinstance(data, dict) and "function" in data:  # the key that scorers use
             raise ValueError(f"there is no key function: one of your own is a strategy, strategy={data['function']}.")
         return data
 
@@ -70,16 +70,16 @@ class PairsSettings(Section):
 
     @property
     def is_own(self) -> bool:
-        """Whether the strategy is a function of the user's own."""
+        """Whether the strategy is a user's own function."""
         return self.strategy not in STRATEGIES
 
     @property
     def recorded(self) -> str:
-        """What pairs are said to be chosen by: a file of the user's own without its folders."""
+        """The strategy's name as recorded in pairs; the folders of a user's own file are left out."""
         return self.strategy.rpartition("/")[2] if self.is_own else self.strategy
 
     def most(self, answers: int) -> int:
-        """Pairs at most of so many answers to a prompt."""
+        """Maximum number of pairs for a prompt with this many answers."""
         most = every_pair(answers, self.settings)
         if not self.is_own:
             strategy = STRATEGIES[self.strategy]
@@ -87,10 +87,10 @@ class PairsSettings(Section):
         return most if self.per_prompt is None else min(most, self.per_prompt)
 
     def load(self) -> Callable[[list[Candidate], Asked], Proposal]:
-        """The strategy with its settings.
+        """The strategy function, bound to its settings.
 
         Raises:
-            UserError: it is a function that cannot be imported.
+            UserError: the user's own function cannot be imported.
         """
         if self.is_own:
             return functools.partial(load_callable(self.strategy), **self.settings)
@@ -112,5 +112,5 @@ class PairsConfig(PairsSettings, StageConfig):
     """Seed of random strategies."""
 
     def source_files(self) -> dict[str, Path]:
-        """The file of a function of the user's own, and the user's own modules that it imports."""
+        """The file of a user's own strategy, and the user's own modules that it imports."""
         return source_files(self.strategy) if self.is_own else {}

@@ -1,4 +1,4 @@
-"""The pairs stage: scored rollouts in, preference pairs out, as JSONL and as a dataset in Parquet."""
+"""The pairs stage: turns scored rollouts into preference pairs, published as JSONL and as a Parquet dataset."""
 
 import functools
 import os
@@ -25,7 +25,7 @@ from contracts.stage import Context, Outcome
 SHARD = "shard-00000.jsonl"
 DATASET = "train.parquet"
 TRIED_TWICE = 16
-"""Prompts that a strategy of the user's own is asked about twice, since chance and memory would go unnoticed."""
+"""Number of prompts for which a user's own strategy is called twice, to detect randomness and state between calls."""
 
 
 def run(config: PairsConfig, context: Context) -> Outcome:
@@ -101,7 +101,7 @@ def _require_same(first: Choice, second: Choice, config: PairsConfig, rollout: R
 
 
 def _candidates(config: PairsConfig, rollout: Rollout, scores: ScoresBySample, bos: int | None) -> list[Candidate]:
-    """The scored completions; the length penalty enters here, before anything is chosen.
+    """The scored completions of a prompt, with the length penalty subtracted from their scores.
 
     A completion in which the policy sampled BOS is left out, so that no trained sequence has it twice.
     """
@@ -155,7 +155,7 @@ def _records(config: PairsConfig, rollout: Rollout, pairs: list[tuple[Candidate,
 
 
 class Summary:
-    """What the report says of the pairs: margins, lengths, truncation, and whether the reward grows with length."""
+    """Statistics of the pairs for the report: margins, lengths, truncation, and correlation of reward and length."""
 
     def __init__(self) -> None:
         self._pairs: dict[str, list[float]] = {
@@ -184,10 +184,10 @@ class Summary:
             self._pairs["rejected_tokens"].append(float(len(pair.rejected_ids)))
 
     def facts(self) -> dict[str, Any]:
-        """Means over the pairs; shares and the correlation over all completions.
+        """Means over the pairs; rates and the correlation over all completions.
 
-        `reward_length_correlation` is Pearson's, between the score that selects and the length in tokens of all
-        scored completions; None where one of them is constant.
+        `reward_length_correlation` is Pearson's correlation between the score that pairs are selected by and the
+        length in tokens, over all candidates; None if either is constant.
         """
         correlation = None
         if len(set(self._scores)) > 1 and len(set(self._lengths)) > 1:

@@ -1,10 +1,10 @@
-"""The strategies by which pairs are chosen: pure functions of the candidates of one prompt.
+"""The built-in pair strategies: pure functions of the candidates of one prompt.
 
 A strategy is a function `strategy(candidates, prompt, *, setting=default, ...)`. It gets at least two candidates, best
-first, and returns (chosen, rejected) pairs of their sample indices, those that it prefers first; or, where it finds
-none, a word for the reason, which the ledger counts. Those of this module are named in the config; one of the user's
-own is given by its file or import path, and is no different. What holds for all of them (margins, limits, what is
-dropped) is in `annotation.pairing.choice`.
+first, and returns (chosen, rejected) pairs of their sample indices in order of preference; or, if it finds none, a word
+for the reason, which the ledger counts. The config names a built-in strategy, or the file or import path of a user's
+own, which has the same interface. The rules that hold for all strategies (margins, limits, dropped pairs) are in
+`annotation.pairing.choice`.
 """
 
 import inspect
@@ -21,9 +21,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from contracts.errors import UserError, did_you_mean
 
 Samples: TypeAlias = tuple[int, int]
-"""Sample indices of the chosen and of the rejected answer."""
+"""Sample indices of the chosen and the rejected answer."""
 Proposal: TypeAlias = Iterable[Samples] | str
-"""What a strategy returns."""
+"""The return value of a strategy: pairs, or the reason for which there are none."""
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Several = Annotated[list[str], Field(min_length=2)]
@@ -35,18 +35,18 @@ ALL_WRONG = "all_wrong"
 
 
 class Candidate(NamedTuple):
-    """A scored answer, as strategies see it."""
+    """A scored answer, as passed to strategies."""
 
     sample: int
-    """Its index among the answers to the prompt."""
+    """Index among the answers to the prompt."""
     response_ids: tuple[int, ...]
     score: float
-    """The score that selects, which is the one that labels: the length penalty is in it already."""
+    """The score that pairs are selected and labelled by, with the length penalty already subtracted."""
     text: str = ""
     finish_reason: str = "stop"
-    """As in the rollouts; "length": it was cut off by the token limit."""
+    """The finish reason in the rollouts; "length": truncated by the token limit."""
     parts: Mapping[str, float] = MappingProxyType({})
-    """Numbers by name that the scorer says its score was made of."""
+    """The parts of the score, by name."""
 
 
 class Asked(NamedTuple):
@@ -55,32 +55,32 @@ class Asked(NamedTuple):
     prompt_id: str
     messages: list[dict[str, Any]]
     answer: str | None
-    """The known answer, where the prompt has one."""
+    """The prompt's known answer, if it has one."""
     tags: list[str]
     seed: int
-    """For what is drawn by chance: another one for each prompt and iteration of a run."""
+    """Seed for random choices; differs between prompts and between the iterations of a run."""
 
 
 @dataclass(frozen=True)
 class PairStrategy:
-    """A strategy of this module."""
+    """A built-in strategy."""
 
     name: str
     propose: Callable[..., Proposal]
     most: Callable[[int, Mapping[str, Any]], int]
-    """How many pairs it proposes at most of so many answers to a prompt, with all its settings: for estimates."""
+    """Maximum number of pairs that it proposes, given the number of answers and all its settings; for estimates."""
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """Its settings."""
+        """The keyword-only parameters of the function: its settings."""
         found = inspect.signature(self.propose).parameters.items()
         return {name: parameter for name, parameter in found if parameter.kind is parameter.KEYWORD_ONLY}
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings: the given ones, and the defaults of the others.
+        """All settings: the given ones, and defaults for the rest.
 
         Raises:
-            ValueError: there is no such setting, or it has another type or lies outside of its bounds.
+            ValueError: a setting does not exist, has the wrong type or is out of bounds.
         """
         known = self.parameters
         checked = {name: parameter.default for name, parameter in known.items()}
@@ -100,11 +100,11 @@ class PairStrategy:
 
 
 STRATEGIES: dict[str, PairStrategy] = {}
-"""By name, as in the config."""
+"""The built-in strategies by the name that the config uses."""
 
 
 def every_pair(answers: int, settings: Mapping[str, Any]) -> int:
-    """Each of so many answers with each other one."""
+    """Number of unordered pairs of `answers` answers."""
     return answers * (answers - 1) // 2
 
 
@@ -124,13 +124,13 @@ def _one(answers: int, settings: Mapping[str, Any]) -> int:
 
 @_strategy("max_min", _one)
 def max_min(candidates: Sequence[Candidate], prompt: Asked) -> Proposal:
-    """The best against the worst: of N answers, West-of-N (arXiv 2401.12086)."""
+    """The best against the worst of N answers: West-of-N (arXiv 2401.12086)."""
     return [(candidates[0].sample, candidates[-1].sample)]
 
 
 @_strategy("max_random", _one)
 def max_random(candidates: Sequence[Candidate], prompt: Asked) -> Proposal:
-    """The best against another one, drawn by the seed, as in Zephyr (arXiv 2310.16944)."""
+    """The best against a random other answer, drawn with the prompt's seed, as in Zephyr (arXiv 2310.16944)."""
     best, *others = candidates
     return [(best.sample, others[prompt.seed % len(others)].sample)]
 
@@ -143,13 +143,13 @@ def max_max(candidates: Sequence[Candidate], prompt: Asked) -> Proposal:
 
 @_strategy("all")
 def all_pairs(candidates: Sequence[Candidate], prompt: Asked) -> Proposal:
-    """Every two, as in InstructGPT (arXiv 2203.02155), those with the largest margin first."""
+    """Every pair of answers, as in InstructGPT (arXiv 2203.02155), largest margin first."""
     return _samples(sorted(_pairs(candidates), key=_margin, reverse=True))
 
 
 @_strategy("top_k_bottom_k", lambda answers, its: min(every_pair(answers, its), its["top"] * its["bottom"]))
 def top_k_bottom_k(candidates: Sequence[Candidate], prompt: Asked, *, top: Count = 2, bottom: Count = 2) -> Proposal:
-    """Each of the `top` best against each of the `bottom` worst, those with the largest margin first."""
+    """Each of the `top` best against each of the `bottom` worst, largest margin first."""
     count = len(candidates)
     ranks = itertools.product(range(min(top, count)), range(max(0, count - bottom), count))
     found = [(candidates[better], candidates[worse]) for better, worse in ranks if better < worse]
@@ -158,16 +158,16 @@ def top_k_bottom_k(candidates: Sequence[Candidate], prompt: Asked, *, top: Count
 
 @_strategy("length_matched")
 def length_matched(candidates: Sequence[Candidate], prompt: Asked, *, tolerance: Share = 0.1) -> Proposal:
-    """Pairs in which the shorter answer lacks at most the share `tolerance` of the longer one's tokens, those with the
-    largest margin first: length then hardly tells chosen from rejected (balanced pairs: arXiv 2310.03716)."""
+    """Pairs of similar length: the shorter answer is shorter than the longer one by at most the fraction `tolerance`.
+    Largest margin first. Length then hardly predicts which answer was chosen (balanced pairs: arXiv 2310.03716)."""
     matched = [pair for pair in _pairs(candidates) if _difference(*pair) <= tolerance]
     return _samples(sorted(matched, key=_margin, reverse=True)) or UNMATCHED
 
 
 @_strategy("correct_against_wrong", lambda answers, its: answers * answers // 4)
 def correct_against_wrong(candidates: Sequence[Candidate], prompt: Asked, *, threshold: float = 0.5) -> Proposal:
-    """Answers with a score of at least `threshold` against those below it, as in iterative reasoning preference
-    optimization (arXiv 2404.19733): the best with the worst first, and no answer twice before it has to be."""
+    """Answers with a score of at least `threshold` against answers below it, as in iterative reasoning preference
+    optimization (arXiv 2404.19733). Best against worst first; no answer is reused before it has to be."""
     correct = [candidate for candidate in candidates if candidate.score >= threshold]
     wrong = [candidate for candidate in reversed(candidates) if candidate.score < threshold]
     if not wrong:
@@ -184,12 +184,12 @@ def correct_against_wrong(candidates: Sequence[Candidate], prompt: Asked, *, thr
 def uncertainty(
     candidates: Sequence[Candidate], prompt: Asked, *, parts: Several | None = None, sure: bool = False
 ) -> Proposal:
-    """Every two, those first that the scorer can hardly tell apart; with `sure`, those last.
+    """Every pair of answers, the ones that the scorer is least certain about first; with `sure`, last.
 
-    What it is sure of is the margin: by Bradley and Terry its preference is sigmoid(margin), which is nearest to 1/2
-    where the margin is small (certainty of a preference model: arXiv 2402.08114). Where the score was made of several
-    judgements of the same thing (an ensemble's, a judge's votes), `parts` names them; then it is the mean of their
-    margins, divided by their standard deviation: how much they agree.
+    Certainty is measured by the margin: under Bradley-Terry the preference probability is sigmoid(margin), which is
+    close to 1/2 for small margins (certainty of a preference model: arXiv 2402.08114). If the score is composed of
+    several scores of the same quality (an ensemble's, a judge's votes), `parts` names them; certainty is then the mean
+    of their margins divided by the standard deviation of their margins.
 
     Raises:
         UserError: a score has no such part.
@@ -218,7 +218,7 @@ def _agreement(margins: list[float]) -> float:
 
 
 def _pairs(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Candidate]]:
-    """Every candidate with every later one."""
+    """All pairs of a candidate with a lower-ranked one."""
     return itertools.combinations(candidates, 2)
 
 
@@ -231,6 +231,6 @@ def _margin(pair: tuple[Candidate, Candidate]) -> float:
 
 
 def _difference(one: Candidate, other: Candidate) -> float:
-    """What the shorter answer lacks, as a share of the longer one."""
+    """Difference of the two lengths, as a fraction of the longer one."""
     shorter, longer = sorted((len(one.response_ids), len(other.response_ids)))
     return 1 - shorter / longer if longer else 0.0

@@ -1,1 +1,1 @@
-"""Scorers that ask a server: a judge behind an OpenAI-compatible endpoint, or a service that gives rewards."""
+"""Scorers that call a server: a judge behind an OpenAI-compatible endpoint, or an HTTP service that returns rewards."""

@@ -1,9 +1,9 @@
-"""What judges have said, kept by what they were asked, so that no answer is ever paid for twice.
+"""A cache of judges' replies, so that no reply is ever paid for twice.
 
-One file for each answer, named by the hash of the request without the address that it is sent to: the model's name, the
-messages and the sampling parameters, and how often it was asked before in vain. A file appears by a rename, so any
-number of processes of any number of runs share a folder, and one that is killed leaves whole files only. What cannot be
-read (a disk that lost power) is as good as not there.
+There is one file per reply, named by a hash of the request (the model's name, the messages, the sampling parameters and
+the number of earlier attempts) but not of the URL. Files appear by a rename, so any number of processes and runs can
+share a folder, and a killed process leaves only complete files. A file that cannot be read (after a power loss) counts
+as missing.
 """
 
 import json
@@ -22,47 +22,47 @@ FORMAT = 1
 
 
 class Token(msgspec.Struct, array_like=True, frozen=True):
-    """One token of an answer, and what could have stood in its place, with log-probabilities (nats)."""
+    """One token of a reply, and the most likely alternatives with their log-probabilities (nats)."""
 
     text: str
     top: list[tuple[str, float]]
 
 
 class Said(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a judge has said."""
+    """A judge's reply."""
 
     text: str
     finish_reason: str | None
     prompt_tokens: int
     completion_tokens: int
     tokens: list[Token] | None = None
-    """Where log-probabilities were asked for."""
+    """The reply's tokens, if log-probabilities were requested."""
 
 
 class AnswerCache:
-    """A folder with answers."""
+    """A folder of cached replies."""
 
     def __init__(self, folder: Path | None) -> None:
-        """None: `answers` in the folder of Ratchet's own files."""
+        """`folder` None: `answers` in Ratchet's home directory."""
         self.folder = folder or Path(os.environ.get(HOME) or "~/.cache/ratchet").expanduser() / "answers"
 
     @staticmethod
     def key(body: dict[str, Any], ask: int) -> str:
-        """Of a request that is sent for the `ask`-th time, from 0 on."""
+        """The cache key of a request on its attempt number `ask`, from 0."""
         return digest({"format": FORMAT, "body": body, "ask": ask})
 
     def get(self, key: str) -> Said | None:
-        """What was said, if it is known."""
+        """The cached reply, or None."""
         try:
             return msgspec.json.decode(self._path(key).read_bytes(), type=Said)
         except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
             return None
 
     def put(self, key: str, said: Said) -> None:
-        """Keep what was said.
+        """Store a reply.
 
         Raises:
-            UserError: the folder cannot be written to.
+            UserError: the folder is not writable.
         """
         path = self._path(key)
         try:
@@ -79,10 +79,10 @@ class AnswerCache:
 
 
 def said_in(reply: Any) -> Said:
-    """What is said in a reply to `/chat/completions`.
+    """Parse the response body of `/chat/completions`.
 
     Raises:
-        ValueError: it is no such reply; says what is missing.
+        ValueError: it is not a valid response; the message says what is missing.
     """
     try:
         choice = reply["choices"][0]

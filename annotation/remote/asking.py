@@ -1,4 +1,4 @@
-"""What all judges behind an endpoint share: requests, answers that are kept, and what they cost."""
+"""Sends questions to a judge's endpoint, with votes, cached replies, retries of unreadable replies, and a budget."""
 
 import asyncio
 import functools
@@ -20,55 +20,55 @@ from contracts.faults import Fault, Tolerance
 from contracts.records import Message, Rollout
 
 TOP = 20
-"""Alternatives of each token, where log-probabilities are asked for: as many as servers give."""
+"""`top_logprobs` of a request: the most alternatives per token that servers return."""
 
 
 FIRST = 16
-"""Judgements after which a stage ends, if none of them could be read: neither will the others, and each costs."""
+"""If none of this many first judgements can be read, the stage stops, since further ones would only cost money."""
 TOLERANT = 0.5
-"""From this max_dropped on it does not."""
+"""With a max_dropped of at least this, it goes on all the same."""
 READ = "judged"
-"""Name of a file among the stage's state: a judgement could be read, whatever was killed since."""
+"""Name of a marker file in the stage's state: a judgement has been read, by this process or an earlier one."""
 SHOWN = 200
-"""Characters of a reply that a message shows."""
+"""Maximum characters of a reply in a message."""
 
 
 @dataclass(frozen=True)
 class Inquiry:
-    """One thing to ask, as often as there are votes."""
+    """One question to the judge, which is asked once per vote."""
 
     sample: Sample
-    """For whose sake it is asked."""
+    """The sample that it is about; of a comparison, the first one."""
     messages: list[dict[str, str]]
 
 
 @dataclass
 class Judged:
-    """What came of an inquiry."""
+    """The result of an inquiry."""
 
     votes: list[tuple[float, str] | None]
-    """What each vote said, as a number and as its text; None without a reading."""
+    """For each vote, the number that was read and the text of the reply; None if no number could be read."""
     fault: Fault | None = None
-    """The first failure."""
+    """The first request that failed."""
 
     @property
     def values(self) -> list[float]:
-        """The numbers of those votes that have one."""
+        """The numbers of the votes that have one."""
         return [vote[0] for vote in self.votes if vote is not None]
 
     @property
     def said(self) -> list[str]:
-        """The texts of these."""
+        """The texts of the votes that have a number."""
         return [vote[1] for vote in self.votes if vote is not None]
 
     @property
     def mean(self) -> float:
-        """Of the votes."""
+        """Mean of the votes' numbers."""
         return sum(self.values) / len(self.values)
 
 
 class Asker:
-    """Asks inquiries at a config's endpoint, and reads what is said."""
+    """Sends inquiries to the configured endpoint, and reads numbers from the replies."""
 
     def __init__(self, config: JudgeSettings, reading: Reading, opening: Opening) -> None:
         self.config, self.reading = config, reading
@@ -82,18 +82,18 @@ class Asker:
         self.tolerance = Tolerance(config.fail_on_error, opening.samples)
         self.counts: dict[str, int] = {}
         self.unread = ""
-        """What was said that could not be read, in the last shard; empty where all could."""
+        """Description of a reply in the last shard that could not be read; empty if all could."""
         self._mark = opening.state / READ
         self._any_read = self._mark.exists()
         self._failed = 0
         self._under_way: dict[str, asyncio.Future[Said]] = {}
 
     def ask(self, inquiries: Sequence[Inquiry], samples: Sequence[Sample]) -> list[Judged]:
-        """Ask everything; `samples` are all of the shard, for the counts.
+        """Send all inquiries and return their results; `samples` are all samples of the shard, for the counts.
 
         Raises:
-            UserError: every request would fail, a limit is reached, or more fails than may.
-            TransientError: the endpoint cannot be asked now, and no failure is tolerated.
+            UserError: every request would fail, a budget is used up, or more requests failed than are tolerated.
+            TransientError: the endpoint is unavailable, and no failure is tolerated.
         """
         votes = self.config.votes
         found: list[list[tuple[float, str] | None]] = [[None] * votes for _ in inquiries]
@@ -141,7 +141,7 @@ class Asker:
             self._mark.touch()
 
     def _note_unread(self, inquiry: Inquiry, said: Said) -> None:
-        """Raise where nothing could be read from the beginning."""
+        """Raise if none of the first judgements could be read."""
         self._failed += 1
         if not self._any_read and self._failed >= FIRST and self.config.max_dropped < TOLERANT:
             raise _FinalError(
@@ -152,7 +152,8 @@ class Asker:
             )
 
     def _quoted(self, inquiry: Inquiry, said: Said) -> str:
-        """A reply that could not be read, shortened and without the key, and what to do about it."""
+        """The beginning of a message: a reply that could not be read, shortened and without the key, and how to fix
+        it."""
         text, form = self.client.hidden(said.text), self.config.extraction
         shown = f"{text[:SHOWN]!r}{'...' if len(text) > SHOWN else ''}" if text else "nothing"
         if said.finish_reason == "length" and form != "logprobs":
@@ -164,7 +165,8 @@ class Asker:
         return f"Of {inquiry.sample}, for example, the judge says {shown}{ending} {fix}, take another model"
 
     async def _vote(self, inquiry: Inquiry, vote: int) -> tuple[float, str] | Said:
-        """A reading and its text; an answer without one is asked for again, and the last of these is returned."""
+        """The number and text of a vote. A reply without a number is requested again, up to `asks` times in all; then
+        the last reply is returned."""
         for ask in range(self.config.asks):
             said = await self._say(inquiry, vote + MOST_VOTES * ask)
             self.counts["answers"] += 1
@@ -175,7 +177,7 @@ class Asker:
         return said
 
     async def _say(self, inquiry: Inquiry, number: int) -> Said:
-        """The answer of this number: one that is kept, one that is being waited for, or a new one."""
+        """The reply of this number: from the cache, from an identical request in flight, or from a new request."""
         body = _body(self.config, inquiry.messages, number)
         key = self.answers.key(body, number)
         if (said := self.answers.get(key)) is not None:
@@ -187,7 +189,7 @@ class Asker:
             said = await self._pay(key, inquiry.sample, body)
         except BaseException as error:
             future.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
-            future.exception()  # whether or not somebody waits for it
+            future.exception()  # marks it as retrieved, as perhaps nobody waits for it
             raise
         finally:
             del self._under_way[key]
@@ -203,7 +205,7 @@ class Asker:
 
 
 class _FinalError(Exception):
-    """Around an error that ends the stage, and is no fault of the sample at hand."""
+    """Wraps an error that ends the stage, because it is not about the current sample."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -218,7 +220,7 @@ def _finally(do: Callable[[], None]) -> None:
 
 
 def _body(config: JudgeSettings, messages: list[dict[str, str]], number: int) -> dict[str, Any]:
-    """The request; each of the same question's is of another number."""
+    """The request body; requests for the same question differ in `number`."""
     body = {
         "model": config.model,
         "messages": messages,
@@ -239,10 +241,10 @@ def _said(reply: Any) -> Said:
 
 
 def check_question(config: JudgeSettings) -> None:
-    """Ask about an example.
+    """Render a judge's question for an example.
 
     Raises:
-        UserError: the question cannot be asked, or does not say what it is about.
+        UserError: the template fails, or does not show the answers that the judge is to score.
     """
     from annotation.remote.templates import COMPARE, RATE
 

@@ -1,9 +1,9 @@
-"""Requests to one server, many at a time in one process: with a deadline each, retries, and errors in words.
+"""An async HTTP client for scorers: concurrent requests in one process, with a deadline each, retries and clear errors.
 
-What a server does wrong is one of three things. What every request would meet (a key that is refused, a path that does
-not exist, a redirect) is a `WrongEndpointError` at once. What may pass (no connection, 429, 5xx, a deadline, a reply
-that is cut off) is asked again after a growing, jittered pause, or the one that the server names, and is a
-`TransientError` in the end. What lies in the request, or in what is said of it, is a `UserError`: its samples' fault.
+Errors are of three types. An error that every request would meet (a rejected key, a path that does not exist, a
+redirect) is a `WrongEndpointError` at once. An error that may pass (no connection, 429, 5xx, a timeout, a truncated
+reply) is retried after an exponential, jittered pause, or after the pause that the server asks for, and is a
+`TransientError` in the end. An error of one request or of its reply is a `UserError`, which makes its samples fail.
 """
 
 import asyncio
@@ -22,24 +22,24 @@ from contracts.attempt import beat
 from contracts.errors import TransientError, UserError
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-"""Seconds before the first and the last retries; they double in between, and up to half of each is left to chance."""
+"""First and longest pause before a retry, in seconds; pauses double, and up to half of each is random."""
 LONGEST_WAIT = 600.0
-"""Seconds that a server may ask to be left alone (Retry-After); one that asks for more is given up for now."""
+"""Longest Retry-After that is waited for, in seconds; if a server asks for more, the request fails."""
 LOOK_SECONDS = 0.25
-"""How often whoever waits looks whether the stage is to stop."""
+"""Interval at which waiting tasks check whether the stage is to stop, in seconds."""
 MOST_BYTES = 64 << 20
-"""Of a reply; more is no judgement."""
+"""Maximum size of a reply."""
 SHOWN = 200
-"""Signs of a reply that a message shows."""
+"""Maximum characters of a reply in a message."""
 CONNECT_SECONDS = 10.0
 AGAIN = frozenset({408, 409, 425, 429})
-"""Statuses below 500 that may pass."""
+"""Statuses below 500 that are retried."""
 FOR_ALL = frozenset({401, 402, 403, 404, 405, 410, 501})
 """Statuses that every request would meet."""
 
 
 class WrongEndpointError(UserError):
-    """What every request to this server would meet."""
+    """An error that every request to this server would meet."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -47,37 +47,37 @@ class WrongEndpointError(UserError):
 
 
 class BadReplyError(UserError):
-    """A reply that is not what was asked for: a page, something cut off, another number of results than of samples."""
+    """A reply of the wrong form: an HTML page, truncated JSON, or the wrong number of results."""
 
 
 class ServerError(TransientError):
-    """A status that says that the server failed on what it was sent."""
+    """A 5xx status that suggests that the server failed on the content of the request."""
 
 
-class Halted(Exception):  # noqa: N818 - no error: somebody else has one
-    """The stage is to stop, and this request has not been sent."""
+class Halted(Exception):  # noqa: N818 - not an error: another request has raised one
+    """The stage is stopping, and this request was not sent."""
 
 
 class Client:
-    """An HTTP client for one or several equal servers."""
+    """An HTTP client for one server, or for several identical ones."""
 
     def __init__(self, urls: list[str], *, key_variable: str | None, timeout: float, retries: int) -> None:
-        """Args are those of `RemoteSettings`.
+        """For the arguments see `RemoteSettings`.
 
         Raises:
-            UserError: the variable with the key is not set.
+            UserError: the environment variable with the key is not set.
         """
         self.urls, self.timeout, self.retries = urls, timeout, retries
         self.retried = 0
-        """Requests that were sent again."""
+        """Number of retries."""
         self.halted = False
-        """Set by `work`: send nothing more."""
+        """Set by `work`: no further requests are sent."""
         self._key = secret(key_variable)
         self._resume = 0.0
         self._next = 0
 
     async def __aenter__(self) -> Self:
-        """Open it."""
+        """Open the HTTP session."""
         httpx2 = _library()
         direct: dict[str, Any] = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -86,26 +86,26 @@ class Client:
             timeout=httpx2.Timeout(None, connect=min(CONNECT_SECONDS, self.timeout)),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=100),
             follow_redirects=False,
-            mounts=direct,  # a proxy is for what lies behind it
+            mounts=direct,  # no proxy for local servers
         )
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close it."""
+        """Close the HTTP session."""
         await self._http.aclose()
 
     async def ask(self, method: str, path: str, body: Any, check: Callable[[Any], Any]) -> Any:
-        """What `check` makes of the JSON that the server replies.
+        """Send a request, and return what `check` returns for the JSON of the reply.
 
         Args:
-            check: raises `BadReplyError` where the reply is not what was asked for.
+            check: converts the reply; raises `BadReplyError` if it has the wrong form.
 
         Raises:
-            Halted: it was not sent.
-            TransientError: it failed in a way that may pass, and did not.
-            UserError: it failed otherwise.
+            Halted: the request was not sent, because the stage is stopping.
+            TransientError: all retries failed with errors that may pass.
+            UserError: any other failure.
         """
         pause = FIRST_PAUSE
         for left in range(self.retries, -1, -1):
@@ -133,7 +133,7 @@ class Client:
                 ) from error
             self.retried += 1
             wait = max(pause * random.uniform(0.5, 1.0), asked_for or 0.0)
-            if asked_for is not None:  # holds for all that would be sent to it
+            if asked_for is not None:  # applies to all requests
                 self._resume = max(self._resume, time.monotonic() + asked_for)
             await self._wait_until(time.monotonic() + wait)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -148,12 +148,12 @@ class Client:
         raise Halted
 
     async def _send(self, method: str, url: str, body: Any) -> tuple[int, Any, bytes]:
-        """Status, headers and body of a reply that has come whole and in time."""
+        """Send a request once; returns status, headers and body of a reply that arrived complete and in time."""
         httpx2 = _library()
         content = None if body is None else json.dumps(body, ensure_ascii=False).encode(errors="replace")
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
-            async with asyncio.timeout(self.timeout):  # of all, however slowly it comes
+            async with asyncio.timeout(self.timeout):  # for the whole reply, even if it keeps arriving slowly
                 async with self._http.stream(method, url, content=content, headers=headers) as reply:
                     received = bytearray()
                     async for part in reply.aiter_bytes():
@@ -192,15 +192,15 @@ class Client:
         return f": {text[:SHOWN]}{'...' if len(text) > SHOWN else ''}" if text else ""
 
     def hidden(self, text: str) -> str:
-        """A text without the key."""
+        """A text with the key redacted."""
         return text.replace(self._key, "***") if self._key else text
 
 
 def work(client: Client, count: int, do: Callable[[int], Awaitable[None]], concurrency: int) -> None:
-    """Have `do` called with the numbers below `count`, so many at a time.
+    """Run `do` for each number below `count`, at most `concurrency` at a time.
 
-    When one raises, or the stage is asked to stop, no more are begun, and those under way come to their end: they may
-    have been paid for.
+    When one raises an error, or the stage is asked to stop, no more are started, and those in progress are completed,
+    as they may have been paid for.
     """
     asyncio.run(_work(client, count, do, concurrency))
 
@@ -235,10 +235,10 @@ async def _work(client: Client, count: int, do: Callable[[int], Awaitable[None]]
 
 
 def secret(variable: str | None) -> str | None:
-    """The key in an environment variable; None where none is named.
+    """The key in an environment variable; None if `variable` is None.
 
     Raises:
-        UserError: it is not set, or cannot be sent.
+        UserError: the variable is not set, or its value cannot be sent in a header.
     """
     if variable is None:
         return None
@@ -274,7 +274,7 @@ def _parsed(url: str, headers: Any, content: bytes, hidden: Callable[[str], str]
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds for which a server asks to be left alone: a number, or a date (RFC 9110, 10.2.3)."""
+    """The Retry-After header in seconds, whether it is a number or a date (RFC 9110, 10.2.3)."""
     text = str(headers.get("retry-after", "")).strip()
     if not text:
         return None
@@ -289,7 +289,7 @@ def _retry_after(headers: Any) -> float | None:
 
 
 def is_reachable(url: str, seconds: float) -> str | None:
-    """Why nothing listens at the address of a URL; None where something does."""
+    """Try to connect to a URL's host; returns the error, or None if a server listens."""
     import socket
 
     parts = urlsplit(url)

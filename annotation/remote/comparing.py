@@ -1,6 +1,6 @@
-"""The scorer kind `pairwise_judge`: a model behind an endpoint says which of two answers is better.
+"""The scorer kind `pairwise_judge`: asks a model behind an endpoint which of two answers is better.
 
-annotation/models/contests.py says which are compared, and what that makes a score.
+annotation/models/contests.py selects the comparisons, and turns their results into scores.
 """
 
 import msgspec
@@ -18,7 +18,7 @@ from contracts.faults import Fault
 from contracts.records import Score
 
 VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
-"""How much better the first answer is."""
+"""Value of each verdict: the probability that the first answer is better."""
 
 
 class PairwiseJudge:
@@ -37,8 +37,8 @@ class PairwiseJudge:
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """One score per sample.
 
-        Reasons for which a sample is dropped: "no_judgement" where no comparison has verdicts in both orders (where
-        some have, its score is their mean), "no_opponent" where its prompt has no other answer.
+        Reasons for which a sample is dropped: "no_judgement" if no comparison has verdicts in both orders (if some do,
+        its score is their mean), "no_opponent" if its prompt has no other answer.
         """
         rivals = self.contests.of(samples)
         faults: dict[Contest, Fault] = {}
@@ -77,14 +77,14 @@ def _result(forwards: Judged, backwards: Judged) -> Result:
 
 
 def _leaning(judged: Judged) -> int:
-    """1 towards the answer that was asked about first, -1 towards the other, 0 where they tie."""
+    """1 if the verdicts favour the answer shown first, -1 if they favour the other, 0 for a tie."""
     return (judged.mean > 0.5) - (judged.mean < 0.5)
 
 
 def _with_explanation(
     found: Score | str | Fault, sample: Sample, others: list[str], judged: dict[Contest, tuple[Judged, Judged]]
 ) -> Score | str | Fault:
-    """A score with what was said of the sample's first contest, in which it is answer A."""
+    """A score with the judge's explanation of the sample's first contest, in the order that shows the sample as A."""
     if not isinstance(found, Score):
         return found
     for other in others:

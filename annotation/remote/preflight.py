@@ -1,4 +1,4 @@
-"""What a run would meet at a server that its scorers ask, looked at before it starts."""
+"""Preflight checks of the servers that scorers call, before a run starts."""
 
 import asyncio
 import json
@@ -16,14 +16,14 @@ NAMED = 5
 
 
 def check_judge(config: JudgeSettings) -> Iterator[Finding]:
-    """The question of a judge, its key, and whether its endpoint serves the model."""
+    """Check a judge's question template and key, and whether its endpoint serves the model."""
     check_question(config)
     secret(config.key_variable)
     later = "It may be started later; the stage waits for it as long as retries allows."
     try:
         served = asyncio.run(_models(config))
     except WrongEndpointError as error:
-        unasked = error.status in (404, 405, 501)  # not all servers tell their models
+        unasked = error.status in (404, 405, 501)  # not all servers list their models
         yield Finding("warning" if unasked else "error", str(error))
         return
     except TransientError as error:
@@ -55,7 +55,7 @@ def _names(reply: Any) -> list[str]:
 
 
 def check_service(config: RemoteSettings, urls: list[str]) -> Iterator[Finding]:
-    """The key of a service, and whether somebody listens at its addresses."""
+    """Check a service's key, and whether a server listens at each of its URLs."""
     secret(config.key_variable)
     for url in urls:
         if problem := is_reachable(url, SECONDS):

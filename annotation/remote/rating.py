@@ -1,4 +1,4 @@
-"""The scorer kind `judge`: a model behind an endpoint rates each answer."""
+"""The scorer kind `judge`: asks a model behind an endpoint to rate each answer."""
 
 from annotation.remote.asking import Asker, Inquiry, Judged, question_of
 from annotation.remote.readings import RATING, Reading
@@ -13,7 +13,7 @@ from contracts.records import Score
 
 
 class RatingJudge:
-    """Asks for a rating of each answer."""
+    """Asks a judge to rate each answer."""
 
     def __init__(self, config: RatingSettings, opening: Opening) -> None:
         scale = (config.lowest, config.highest)
@@ -25,7 +25,7 @@ class RatingJudge:
         self.unread = ""
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """One score per sample: the mean of its votes; "no_judgement" where none of them has a rating."""
+        """One score per sample: the mean of its votes; "no_judgement" if none of them has a rating."""
         faults: dict[int, Fault] = {}
         inquiries: dict[int, Inquiry] = {}
         for index, sample in enumerate(samples):

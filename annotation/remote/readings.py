@@ -1,6 +1,6 @@
-"""How a judge's answer is read: a rating or a verdict by a pattern, from JSON, or from the probabilities of its token.
+"""Reads a rating or verdict from a judge's reply: by a pattern, from JSON, or from the probabilities of its token.
 
-A reading is a number, or None where the answer holds none: then it is no judgement, and never a bad one.
+The result is a number, or None if the reply has none. A reply without a judgement is never scored as a bad one.
 """
 
 import json
@@ -16,28 +16,28 @@ RATING = rf"(?i)\brating\b{_BETWEEN}(-?\d+(?:\.\d+)?)(?![\d.]*\d)"
 VERDICT = rf"(?i:\bverdict\b{_BETWEEN}(?:answer\s+)?)(A|B|(?i:tie))\b(?!\s+(?i:tie))"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 THOUGHT = "</think>"
-"""Ends what a judge thinks aloud before it answers."""
+"""Ends the reasoning of a thinking model, which is not searched."""
 
 
 class Reading:
-    """Reads answers of one form."""
+    """Reads replies of one form."""
 
     def __init__(self, form: str, pattern: str, key: str, values: Mapping[str, float] | tuple[float, float]) -> None:
-        """Prepare.
+        """Compile the pattern.
 
         Args:
-            form: pattern, json or logprobs.
-            pattern: what finds the rating; its first group, at its last place in the answer.
-            key: of the JSON object that holds it.
-            values: what a verdict counts, by its name in small letters; or the lowest and the highest rating.
+            form: `pattern`, `json` or `logprobs`.
+            pattern: regular expression whose first group is the judgement; its last match in the reply counts.
+            key: key of the JSON object with the judgement.
+            values: the value of each verdict, by its name in lower case; or the lowest and the highest rating.
         """
         self.form, self.pattern, self.key, self.values = form, re.compile(pattern), key, values
 
     def __call__(self, said: Said) -> float | None:
-        """What an answer says."""
+        """The number in a reply, or None."""
         if self.form == "logprobs":
             return self._expected(said.tokens or [])
-        if said.finish_reason == "length":  # it had not come to its judgement
+        if said.finish_reason == "length":  # truncated before its judgement
             return None
         if self.form == "json":
             return self._value(_from_json(said.text, self.key))
@@ -45,7 +45,8 @@ class Reading:
         return None if found is None else self._value(found[0])
 
     def _find(self, text: str) -> tuple[str, int] | None:
-        """The rating's text and place: behind what the judge thinks, at the last place, or all that it says."""
+        """Text and position of the judgement: the pattern's last match after the reasoning, or else the whole rest of
+        the reply if that is a valid value."""
         begin = text.rfind(THOUGHT) + 1
         places = list(self.pattern.finditer(text, begin))
         if places and places[-1][1] is not None:
@@ -55,7 +56,7 @@ class Reading:
         return (bare, text.rindex(bare)) if self._value(bare) is not None else None
 
     def _value(self, text: Any) -> float | None:
-        """What a rating's text counts; None where it is none, or off the scale."""
+        """The number for a judgement's text; None if it is not a valid verdict or rating, or is off the scale."""
         if isinstance(self.values, Mapping):
             return self.values.get(str(text).strip().lower())
         if isinstance(text, bool) or not NUMBER.fullmatch(str(text).strip()):
@@ -64,10 +65,10 @@ class Reading:
         return value if low <= (value := float(text)) <= high else None
 
     def _expected(self, tokens: list[Token]) -> float | None:
-        """The mean of what could stand in the rating's place, by probability, of what would be a rating.
+        """The expected value over the alternatives to the rating's token that are valid ratings.
 
-        As in G-Eval (Liu et al. 2023, arXiv 2303.16634, section 2.3), normalised over the ratings. Each must be one
-        token, with or without a blank before it.
+        As in G-Eval (Liu et al. 2023, arXiv 2303.16634, section 2.3), with probabilities normalised over the valid
+        ratings. Each rating must be a single token, with or without a leading blank.
         """
         found = self._find("".join(token.text for token in tokens))
         if found is None:
@@ -77,7 +78,7 @@ class Reading:
             end += len(token.text)
             if found[1] < end:
                 break
-        if _word(token.text) != found[0]:  # a token that holds more, or less
+        if _word(token.text) != found[0]:  # the rating is not exactly one token
             return None
         weights: dict[float, list[float]] = {}
         for text, logprob in token.top:
@@ -90,12 +91,12 @@ class Reading:
 
 
 def _word(token: str) -> str:
-    """A token's text without the blank before it, however its tokenizer writes that."""
+    """A token's text without the leading blank, in any tokenizer's notation."""
     return token.strip(" \n\t▁Ġ")
 
 
 def _from_json(text: str, key: str) -> Any:
-    """The value of a key in the last JSON object of a text that has it, also between other words."""
+    """The value of a key in the last JSON object that has it, after the reasoning; other text around it is ignored."""
     decoder = json.JSONDecoder()
     found, place = None, text.rfind(THOUGHT) + 1
     while (place := text.find("{", place)) >= 0:

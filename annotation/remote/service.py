@@ -1,8 +1,8 @@
-"""The scorer kind `http`: a service gives rewards for many answers at once.
+"""The scorer kind `http`: sends batches of answers to a service that returns rewards.
 
-What Ratchet's own protocol sends and takes is in docs/scorers.md; that of OpenRLHF is what its trainer sends to
-`reward.remote_url` and its `serve_rm` replies: `{"query", "prompts", "labels"}`, lists of texts, and `{"rewards"}`, a
-list of numbers, with `scores` and `extra_logs` beside it.
+Ratchet's own protocol is documented in docs/scorers.md. OpenRLHF's is that of its `reward.remote_url`: the request has
+`{"query", "prompts", "labels"}`, lists of texts, and the reply of `serve_rm` has `{"rewards"}`, a list of numbers, plus
+`scores` and `extra_logs`.
 """
 
 import json
@@ -25,11 +25,11 @@ from contracts.records import Score
 
 Body = Callable[[Sequence[Sample]], dict[str, Any]]
 Read = Callable[[Any, int], list[Any]]
-"""Of a reply for so many samples, what is said of each."""
+"""Reads a reply for the given number of samples: one value for each."""
 
 
 class RewardService:
-    """Sends answers in batches, always the same ones, so that a kill changes nothing."""
+    """Sends answers in fixed batches, so that a kill does not change them."""
 
     def __init__(self, config: HttpSettings, opening: Opening) -> None:
         self.config = config
@@ -43,7 +43,7 @@ class RewardService:
         self.counts: dict[str, int] = {}
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """One score per sample; "unscored" where the service says null."""
+        """One score per sample; "unscored" if the service returns null."""
         size = self.config.batch_size
         batches = [range(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
         with self.journals.of(samples) as (results, note):
@@ -64,7 +64,7 @@ class RewardService:
     async def _send(
         self, samples: Sequence[Sample], batch: range, note: Callable[[dict[int, Judgement]], None]
     ) -> None:
-        """Have a batch judged; where the service fails on it, its halves, so that only who is to blame fails."""
+        """Score a batch. If the service fails on it, send its halves, so that only the samples that cause it fail."""
         asked = [samples[index] for index in batch]
         try:
             said = await self.client.ask("POST", "", self.body(asked), lambda reply: self.read(reply, len(asked)))
@@ -94,7 +94,7 @@ class RewardService:
         """Send the first answers again.
 
         Raises:
-            UserError: a judgement is another one.
+            UserError: a score differs.
         """
         again: dict[int, Judgement] = {}
         self._ask(samples, batches, again.update)
@@ -133,7 +133,7 @@ def _scores(reply: Any, count: int) -> list[Any]:
 
 
 class OpenRlhfTexts:
-    """Makes texts of the policy's tokens, special tokens included, as OpenRLHF's trainer sends them."""
+    """Decodes the policy's tokens to texts with special tokens, as OpenRLHF's trainer sends them."""
 
     def __init__(self, config: HttpSettings) -> None:
         from contracts.tokenizer import load_tokenizer
@@ -142,7 +142,7 @@ class OpenRlhfTexts:
         self._tokenizer = load_tokenizer(config.tokenizer)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """The request."""
+        """The request body for a batch."""
         prompts = [list(sample.rollout.prompt_ids) for sample in samples]
         queries = [[*ids, *sample.completion.response_ids] for ids, sample in zip(prompts, samples, strict=True)]
         labels = ["" if sample.rollout.answer is None else sample.rollout.answer for sample in samples]
@@ -154,7 +154,7 @@ class OpenRlhfTexts:
 
 
 def _rewards(reply: Any, count: int) -> list[Any]:
-    """Rewards, with the logs that have a number for each of them as parts."""
+    """The rewards; entries of `extra_logs` with one number per reward become parts."""
     rewards = reply.get("rewards", reply.get("scores")) if isinstance(reply, dict) else None
     if rewards is None:
         raise BadReplyError(f"the service replied {_shown(reply)}, and not an object with the list `rewards`.")
@@ -174,7 +174,7 @@ def _rewards(reply: Any, count: int) -> list[Any]:
 
 
 def _alone(value: Any) -> Any:
-    """A number that stands in a list of its own."""
+    """Unwrap a list of one number."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 

@@ -1,4 +1,4 @@
-"""What a stage has paid for: counted by sample, written down at once, and held below its limits."""
+"""Records the tokens that a stage has paid for, by sample, and enforces its budget."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,16 +14,16 @@ from contracts.files import process_name
 PATTERN = "paid-*.jsonl"
 MILLION = 1_000_000
 Entry = tuple[str, int, int, int]
-"""prompt_id and sample for whose sake it was asked, prompt_tokens, completion_tokens."""
+"""prompt_id and sample index of the sample, prompt_tokens, completion_tokens."""
 
 
 class Spending:
-    """The payments of a stage, which survive its end in the folder `state` of what it publishes."""
+    """The payments of a stage, recorded in the folder `state` of its artifact, so that they survive a kill."""
 
     def __init__(
         self, state: Path, *, max_tokens: int | None, max_cost: float | None, prices: tuple[float, float]
     ) -> None:
-        """`prices`: of a million tokens of prompts and of answers."""
+        """`prices`: prices of a million prompt tokens and of a million completion tokens."""
         self.max_tokens, self.max_cost, self.prices = max_tokens, max_cost, prices
         self._path = state / PATTERN.replace("*", process_name())
         self._paid: list[Entry] = list(whole_lines(state, PATTERN, Entry))
@@ -31,7 +31,7 @@ class Spending:
         self.completion_tokens = sum(entry[3] for entry in self._paid)
 
     def require_left(self) -> None:
-        """Raise UserError where a limit is reached."""
+        """Raise UserError if a limit is reached."""
         tokens = self.prompt_tokens + self.completion_tokens
         spent = cost(self.prompt_tokens, self.completion_tokens, self.prices)
         if self.max_tokens is not None and tokens >= self.max_tokens:
@@ -46,10 +46,10 @@ class Spending:
         )
 
     def add(self, sample: Sample, said: Said) -> None:
-        """Write down that an answer was paid for.
+        """Record the payment for a reply.
 
         Raises:
-            UserError: there is a limit, and the server does not say what it took.
+            UserError: there is a limit, and the server does not report token usage.
         """
         entry = (sample.rollout.prompt_id, sample.completion.sample, said.prompt_tokens, said.completion_tokens)
         with self._path.open("ab") as file:
@@ -65,7 +65,7 @@ class Spending:
             )
 
     def counts(self, samples: Iterable[Sample]) -> dict[str, int]:
-        """What was paid for these samples, for the manifest."""
+        """The payments for these samples, as counts for the manifest."""
         asked = {(sample.rollout.prompt_id, sample.completion.sample) for sample in samples}
         paid = [entry for entry in self._paid if entry[:2] in asked]
         return {
@@ -76,5 +76,5 @@ class Spending:
 
 
 def cost(prompt_tokens: int, completion_tokens: int, prices: tuple[float, float]) -> float:
-    """What tokens cost at these prices of a million."""
+    """Cost of tokens, at prices per million."""
     return (prompt_tokens * prices[0] + completion_tokens * prices[1]) / MILLION

@@ -1,4 +1,4 @@
-"""What judges are asked, and how: the built-in questions, and templates of the user's own (Jinja, in its sandbox)."""
+"""Renders the prompts of judges: the built-in ones, and users' own Jinja templates, in Jinja's sandbox."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -78,24 +78,24 @@ Verdict: tie{% endif %}"""
 
 
 class Question:
-    """The messages that a judge is sent, but for what it is asked about."""
+    """A judge's prompt template: compiled, and with the variables that are the same for all answers."""
 
     def __init__(self, template: str, system: str | None, known: Mapping[str, Any]) -> None:
-        """Prepare.
+        """Compile the templates.
 
         Args:
-            template: of the user's message.
+            template: template of the user message.
             system: template of a system message before it.
-            known: variables that are the same for all.
+            known: variables that are the same for all answers.
 
         Raises:
-            UserError: a template is none.
+            UserError: a template has a syntax error.
         """
         from jinja2 import StrictUndefined, TemplateSyntaxError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
-        environment.filters["tojson"] = _json  # as it is, not for a page
+        environment.filters["tojson"] = _json  # Jinja's own escapes HTML
         self._known = dict(known)
         try:
             self._parts = [
@@ -107,10 +107,10 @@ class Question:
             raise UserError(f"the judge's template, line {error.lineno}: {error.message}. Correct it.") from error
 
     def messages(self, rollout: Rollout, **asked: Any) -> list[dict[str, str]]:
-        """The messages about an answer or two.
+        """The messages to the judge, about one answer or two.
 
         Raises:
-            UserError: the template has a variable that is unknown, or fails on these values.
+            UserError: the template uses an unknown variable, or fails on these values.
         """
         turns, begun = without_beginning(rollout.messages)
         asked |= {name: begun + asked[name] for name in ("response", "first", "second") if name in asked}
@@ -126,7 +126,7 @@ class Question:
         }
         try:
             return [{"role": role, "content": template.render(values)} for role, template in self._parts]
-        except Exception as error:  # whatever an expression of the user's raises
+        except Exception as error:  # a template's expressions may raise anything
             raise UserError(
                 f"the judge's template failed: {type(error).__name__}: {error}. Its variables are "
                 f"{', '.join(sorted(values))}."
@@ -134,8 +134,8 @@ class Question:
 
 
 def conversation(messages: Sequence[Message], tools: Any = msgspec.UNSET) -> str:
-    """The turns of a conversation as text, each under the name of its role; tools first, and calls behind their turn,
-    as JSON."""
+    """A conversation as text: the tools as JSON, then each turn under its role's name, followed by its tool calls as
+    JSON."""
     turns = [f"tools:\n{_json(tools)}"] if tools else []
     for message in messages:
         calls = [_json(message.tool_calls)] if message.tool_calls else []

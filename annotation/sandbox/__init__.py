@@ -1,1 +1,1 @@
-"""Where programs that a model has written are run: in a process that can do little."""
+"""Runs programs that a model has written, in a confined process."""

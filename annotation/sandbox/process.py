@@ -1,5 +1,4 @@
-"""Runs a model's code in a process that can do little (annotation/sandbox/program.py) and is ended with all that
-it has started."""
+"""Runs a model's code in a confined process (annotation/sandbox/program.py), and kills it with all its descendants."""
 
 import contextlib
 import functools
@@ -19,55 +18,55 @@ from pathlib import Path
 
 PROGRAM = Path(__file__).with_name("program.py")
 UNCONFINED = 97
-"""Its exit code where namespaces cannot be had."""
+"""Exit code of the program if the kernel does not grant namespaces."""
 REPORT = 3
 MOST_OUTPUT = 1 << 20
-"""Bytes of stdout, stderr or reports, after which it is ended."""
+"""Maximum bytes of stdout, of stderr or of reports; a program that writes more is killed."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What code may take."""
+    """Resource limits for a program."""
 
     seconds: float
-    """Of the clock."""
+    """Wall-clock time."""
     memory_bytes: int
-    """Of each process."""
+    """Memory of each process."""
     processes: int
-    """At once, threads included."""
+    """Maximum number of processes and threads at a time."""
     file_bytes: int = 16 << 20
-    """Of all its files, and as many of its shared memory."""
+    """Total size of its files; the same limit holds for its shared memory."""
     namespaces: bool = True
-    """Whether it is kept from the network, from other processes and from writing files; else only by its user's
-    rights."""
+    """Whether namespaces keep it from the network, from other processes and from writing files. If not, only its user's
+    permissions do."""
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What has become of it."""
+    """The result of running a program."""
 
     code: int | None
-    """Exit code, 128 + N where signal N has ended it; None: it took too long or said too much."""
+    """Exit code, 128 + N after signal N; None: it exceeded the time or output limit."""
     passed: tuple[int, ...]
-    """Numbers of the tests that have passed."""
+    """Numbers of the tests that passed."""
     failed: tuple[int, ...]
-    """Numbers of those that have failed by an exception."""
+    """Numbers of the tests that raised an exception."""
     begun: int
-    """How many have begun: all, unless the program has ended first."""
+    """How many tests began: all, unless the program ended before."""
     stdout: str
     stderr: str
     seconds: float
 
 
 class UnconfinedError(Exception):
-    """Namespaces cannot be had on this machine."""
+    """The kernel does not grant namespaces on this machine."""
 
 
 def run(code: str, limits: Limits, tests: Sequence[str] = (), stdin: str = "") -> Ran:
-    """Execute code, and each of `tests` in what it has defined.
+    """Execute code, then each of `tests` in the code's global namespace.
 
     Raises:
-        UnconfinedError: `limits` ask for namespaces, and the kernel gives none.
+        UnconfinedError: `limits` ask for namespaces, and the kernel does not grant them.
     """
     folder = tempfile.mkdtemp(prefix="ratchet-code-")
     nonce = secrets.token_hex(16)
@@ -87,7 +86,7 @@ def _run(task: bytes, folder: str, nonce: str, limits: Limits) -> Ran:
     read, write = os.pipe()
     started = time.monotonic()
     environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
-    # Its standard descriptors are pipes, and REPORT is the end of `read`; nothing else of ours is open in it.
+    # The process inherits only its standard streams, which are pipes, and REPORT, the write end of the report pipe.
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", "-B", "-c", _START, str(write), str(PROGRAM)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -97,23 +96,25 @@ def _run(task: bytes, folder: str, nonce: str, limits: Limits) -> Ran:
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
-    said: dict[int, bytearray] = {one: bytearray() for one in (process.stdout.fileno(), process.stderr.fileno(), read)}
+    output: dict[int, bytearray] = {
+        one: bytearray() for one in (process.stdout.fileno(), process.stderr.fileno(), read)
+    }
     try:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(task)
             process.stdin.close()
-        whole = _listen(process, said, started + limits.seconds)
+        whole = _listen(process, output, started + limits.seconds)
     finally:
         _end(process)
         os.close(read)
-    out, errors, reports = (bytes(text).decode(errors="replace") for text in said.values())
+    out, errors, reports = (bytes(text).decode(errors="replace") for text in output.values())
     for stream in (process.stdout, process.stderr):
         stream.close()
     if process.returncode == UNCONFINED and not reports:
         raise UnconfinedError(errors.strip())
-    told = [line.split() for line in reports.splitlines() if line.startswith(f"{nonce} ")]
+    lines = [line.split() for line in reports.splitlines() if line.startswith(f"{nonce} ")]
     begun, passed, failed = (
-        tuple(int(number) for _, number, what in told if what == one) for one in ("begun", "passed", "failed")
+        tuple(int(number) for _, number, event in lines if event == one) for one in ("begun", "passed", "failed")
     )
     code = process.returncode if whole else None
     return Ran(code, passed, failed, len(begun), out, errors, time.monotonic() - started)
@@ -124,25 +125,25 @@ _START = f"import os, runpy, sys; os.dup2(int(sys.argv[1]), {REPORT}); os.closer
 )
 
 
-def _listen(process: "subprocess.Popen[bytes]", said: dict[int, bytearray], deadline: float) -> bool:
-    """Read what it says until it ends; False where it takes too long or says too much."""
+def _listen(process: "subprocess.Popen[bytes]", output: dict[int, bytearray], deadline: float) -> bool:
+    """Read its output until it ends; False if it exceeds the time or output limit."""
     with selectors.DefaultSelector() as selector:
-        for descriptor in said:
+        for descriptor in output:
             selector.register(descriptor, selectors.EVENT_READ)
         while selector.get_map():
             left = deadline - time.monotonic()
-            if left <= 0 or any(len(text) > MOST_OUTPUT for text in said.values()):
+            if left <= 0 or any(len(text) > MOST_OUTPUT for text in output.values()):
                 return False
             for key, _ in selector.select(min(left, 0.1)):
                 if part := os.read(key.fd, 1 << 16):
-                    said[key.fd] += part
+                    output[key.fd] += part
                 else:
                     selector.unregister(key.fd)
-            if process.poll() is not None:  # what it has started may hold the pipes
-                for descriptor in said:
+            if process.poll() is not None:  # its descendants may still hold the pipes open
+                for descriptor in output:
                     os.set_blocking(descriptor, False)
-                    with contextlib.suppress(BlockingIOError):  # also where all was read
-                        said[descriptor] += os.read(descriptor, MOST_OUTPUT)
+                    with contextlib.suppress(BlockingIOError):  # nothing is left to read
+                        output[descriptor] += os.read(descriptor, MOST_OUTPUT)
                 return True
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(0.0, deadline - time.monotonic()))
@@ -151,8 +152,8 @@ def _listen(process: "subprocess.Popen[bytes]", said: dict[int, bytearray], dead
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill it with its group. In namespaces of its own this ends all that it has started; else what has left the group
-    is found among this process's children, whose parents have died."""
+    """Kill its process group. In its own PID namespace this ends all descendants. Without one, descendants that left
+    the group become children of this process when their parents die (`adopt_orphans`), and are killed here."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -170,7 +171,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of whatever the processes of this one leave behind (man 2 PR_SET_CHILD_SUBREAPER)."""
+    """Make orphaned descendants children of this process (man 2 PR_SET_CHILD_SUBREAPER)."""
     import ctypes
 
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
@@ -185,7 +186,7 @@ def _children() -> list[int]:
 
 @functools.cache
 def lack_of_namespaces() -> str | None:
-    """Why code cannot be confined here; None where it can."""
+    """Why code cannot be confined by namespaces on this machine; None if it can."""
     try:
         ran = run("print(1)", Limits(20, 512 << 20, 4))
     except UnconfinedError as error:

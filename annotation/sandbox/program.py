@@ -1,10 +1,10 @@
-"""Runs a model's code where it can do little: the program that annotation/sandbox/process.py starts by its path.
+"""Confines itself and executes a model's code: the program that annotation/sandbox/process.py starts by its path.
 
-It reads one JSON object from stdin, gives up what it may, and forks; the child executes the code. Standard library
-only, and nothing of Ratchet: what is imported here is what the code finds imported.
+It reads one JSON object from stdin, drops its privileges, and forks; the child executes the code. It imports only the
+standard library, and nothing of Ratchet, since the code sees the modules that are imported here.
 
-What it gives up: the network, other processes, and all files for writing (user, network, PID, IPC and mount namespaces;
-man 7 namespaces), the rights of root, and more than some memory, CPU time, processes and bytes of files (man 2
+It gives up the network, other processes, and writing to files (user, network, PID, IPC and mount namespaces; man 7
+namespaces), the privileges of root, and limits its memory, CPU time, number of processes and size of files (man 2
 setrlimit).
 """
 
@@ -27,19 +27,19 @@ AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1
 CAPABILITY_VERSION_3 = 0x20080522
 NOBODY = 65534
 SHARED_MEMORY = "/dev/shm"
-"""Where the C library makes semaphores, which multiprocessing needs."""
+"""Directory in which the C library creates semaphores, which multiprocessing needs."""
 REPORT = 3
-"""Descriptor on which it tells of the tests."""
+"""File descriptor on which it reports the results of tests."""
 UNCONFINED = 97
-"""Exit code where namespaces are asked for and cannot be had."""
+"""Exit code if namespaces are requested and the kernel does not grant them."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    """Confine this process, run the code, end as it ended."""
+    """Confine this process, run the code, and exit with its exit code."""
     task = json.loads(sys.stdin.buffer.read())
-    if os.geteuid() == 0:  # the limit of processes does not hold for root
+    if os.geteuid() == 0:  # root is exempt from the limit on processes
         keep_library()
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -54,10 +54,10 @@ def main() -> None:
             os._exit(UNCONFINED)
     drop_capabilities()
     os.chdir(task["folder"])
-    first = os.fork()  # of its namespace, whose end is the end of all the others
+    first = os.fork()  # PID 1 of the namespace: when it exits, the kernel kills all other processes in it
     if first == 0:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        child = os.fork()  # signals that the code sends itself would not end the first one
+        child = os.fork()  # PID 1 would ignore fatal signals that the code sends to itself
         if child == 0:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             limit(task)
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def end_like(child: int) -> NoReturn:
-    """Wait for a process, and end with its exit code; 128 + N where signal N has ended it."""
+    """Wait for a process, and exit with its exit code, or with 128 + N if signal N ended it."""
     os.close(REPORT)
     os.closerange(0, 2)
     _, status = os.waitpid(child, 0)
@@ -75,9 +75,10 @@ def end_like(child: int) -> NoReturn:
 
 
 def keep_library() -> None:
-    """Let the standard library be found by descriptors: its folders may be below one that only root may enter."""
+    """Make the standard library importable through open descriptors, as it may lie in a directory that only root may
+    enter."""
     found = {path: f"/proc/self/fd/{os.open(path, os.O_PATH)}" for path in sys.path if os.path.isdir(path)}
-    for module in list(sys.modules.values()):  # packages that are imported already look for their modules themselves
+    for module in list(sys.modules.values()):  # packages that are already imported find submodules by `__path__`
         if hasattr(module, "__path__"):
             module.__path__ = [_below(place, found) for place in module.__path__]
     sys.path[:] = found.values()
@@ -85,16 +86,16 @@ def keep_library() -> None:
 
 
 def _below(place: str, folders: dict[str, str]) -> str:
-    """A package's folder by the descriptor of the innermost folder that it lies in."""
+    """A package's directory, relative to the descriptor of the innermost directory that contains it."""
     inner = max((path for path in folders if place.startswith(f"{path}/")), key=len, default=None)
     return place if inner is None else folders[inner] + place[len(inner) :]
 
 
 def leave_namespaces(folder: str, size: int) -> None:
-    """Into namespaces of its own, in which only `folder` and /dev/shm can be written to, empty ones in memory.
+    """Move to new namespaces, in which only `folder` and /dev/shm are writable, as empty in-memory file systems.
 
     Raises:
-        OSError: the kernel does not let it.
+        OSError: the kernel does not permit it.
     """
     uid, gid = os.getuid(), os.getgid()
     called(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC), "unshare")
@@ -113,20 +114,21 @@ def leave_namespaces(folder: str, size: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """Those that a namespace's maker has in it, by which it could undo what was done (man 2 capset)."""
+    """Drop the capabilities that a process has in a namespace that it created, with which it could undo the
+    confinement (man 2 capset)."""
     header, none = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
     called(libc.capset(ctypes.byref(header), ctypes.byref(none)), "capset")
 
 
 def called(result: int, name: str) -> None:
-    """Raise OSError where a call of the C library has failed."""
+    """Raise OSError if a call of the C library failed."""
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
 def limit(task: dict[str, Any]) -> None:
-    """What the code may take."""
+    """Set the resource limits of the code."""
     limits = {
         resource.RLIMIT_CPU: task["cpu_seconds"],
         resource.RLIMIT_AS: task["memory_bytes"],
@@ -140,7 +142,7 @@ def limit(task: dict[str, Any]) -> None:
 
 
 def others() -> int:
-    """Threads of this user, which the limit of processes counts where there is no namespace."""
+    """Number of this user's threads, which count towards the limit on processes if there is no user namespace."""
     count = 0
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -151,7 +153,7 @@ def others() -> int:
 
 
 def run(task: dict[str, Any]) -> None:
-    """Execute the code, then the tests, and tell of each that it has begun, passed or failed."""
+    """Execute the code, then the tests, and report for each test that it has begun, and that it passed or failed."""
     report, nonce = os.dup(REPORT), task["nonce"]
     os.set_inheritable(report, False)
     os.close(REPORT)
@@ -162,26 +164,26 @@ def run(task: dict[str, Any]) -> None:
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.setrecursionlimit(10_000)
     code, tests, program = task["code"], task["tests"], types.ModuleType("__main__")
-    sys.modules["__main__"] = program  # where pickle and dataclasses look for what it defines
+    sys.modules["__main__"] = program  # where pickle and dataclasses look up the code's definitions
     confined = vars(program)
     confined["__builtins__"] = __builtins__
     ended = 0
 
-    def tell(number: int, what: str) -> None:
-        os.write(report, f"{nonce} {number} {what}\n".encode())
+    def report_event(number: int, event: str) -> None:
+        os.write(report, f"{nonce} {number} {event}\n".encode())
 
     try:
         exec(compile(code, "answer.py", "exec"), confined)
         for number, test in enumerate(tests):
-            tell(number, "begun")
+            report_event(number, "begun")
             try:
                 exec(compile(test, f"test {number}", "exec"), confined)
-                tell(number, "passed")
+                report_event(number, "passed")
             except AssertionError as error:
-                tell(number, "failed")
+                report_event(number, "failed")
                 print(f"test {number} failed: {error}", file=sys.stderr)
             except Exception as error:
-                tell(number, "failed")
+                report_event(number, "failed")
                 print(f"test {number}: {type(error).__name__}: {error}", file=sys.stderr)
     except SystemExit as error:
         ended = error.code if isinstance(error.code, int) else int(error.code is not None)

@@ -1,4 +1,4 @@
-"""The kinds of scorers: one file each. `SETTINGS` and `CONFIGS` have their classes by the kind's name."""
+"""Registry of the scorer kinds, one module each: `SETTINGS` and `CONFIGS` map a kind's name to its classes."""
 
 import importlib
 import pkgutil
@@ -10,9 +10,9 @@ from annotation.scorers.base import ScoreConfig, ScorerSettings
 from contracts.config import validate
 
 SETTINGS: dict[str, type[ScorerSettings]] = {}
-"""What stands in a run's section `scorers`, by kind."""
+"""Settings classes for a run's section `scorers`, by kind."""
 CONFIGS: dict[str, type[ScoreConfig]] = {}
-"""The config of the stage, by kind."""
+"""Config classes of the score stage, by kind."""
 
 
 def _register() -> None:
@@ -35,9 +35,9 @@ else:
 
 
 def score_config(**fields: Any) -> ScoreConfig:
-    """The config of a stage that scores, of the kind that `fields` name.
+    """The score stage's config, of the kind given in `fields`.
 
     Raises:
-        UserError: a field is wrong.
+        UserError: a field is invalid.
     """
     return validate(ScoreConfig, fields, "score")

@@ -1,7 +1,7 @@
-"""What all kinds of scorers have in common: settings, and what stage, driver and `doctor` ask of them. No torch.
+"""Base classes of all scorer kinds: shared settings, and the methods that the stage, the driver and `doctor` call.
 
-A kind is one file in this folder with two classes: its settings, which stand in a run's section `scorers`, and the
-config of its stage, which adds what it reads. docs/extending.md shows how to add one.
+A kind is one module in this folder with two classes: its settings, for a run's section `scorers`, and the config of its
+stage, which adds the input paths. docs/extending.md shows how to add one. Nothing here needs torch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,16 +31,15 @@ FORMER_FIELDS = {
     "function": None, "opponents": None, "dtype": "auto", "max_length": None, "missing_eos_penalty": None,
     "batch_tokens": 16384,
 }  # fmt: skip
-"""Of the time when all kinds had the fields of all: with these their stage keys stay what they were."""
-
-
+"""Fields that every kind had in earlier versions. They still enter the stage key with these values, so that keys do not
+change."""
 CPU_TOKENS = 1024
-"""Tokens of a forward pass on a CPU, where larger ones are no faster and leave its caches."""
+"""Tokens per forward pass on a CPU; larger passes are no faster there, since they exceed its caches."""
 NO_ANSWER = "no_answer"
-"""Reason in the drop ledger: the prompt has no `answer`, by which its completions would be judged."""
+"""Reason in the drop ledger: the prompt has no `answer` to compare its completions with."""
 
 MOST_SHOWN = 300
-"""Characters of a scorer's settings in a message."""
+"""Maximum length of a scorer's settings in a message, in characters."""
 ANSWER_FIX = (
     "Name the column that holds it where the prompts are imported (answer_column=COLUMN; in a run "
     "prompts.train.answer_column and prompts.heldout.answer_column), take another kind"
@@ -49,21 +48,21 @@ ANSWER_FIX = (
 
 @dataclass(frozen=True)
 class Opening:
-    """What a scorer is opened with, besides its settings."""
+    """Arguments for opening a scorer, in addition to its config."""
 
     state: Path
-    """A folder that outlives a kill (`Publication.state`)."""
+    """A folder that survives a kill (`Publication.state`)."""
     samples: Callable[[], float]
-    """The stage's number of samples; without a limit as long as it is not known."""
+    """Returns the stage's number of samples; infinity while it is not known."""
     shard: Callable[[], str] = str
-    """The name of the shard that is being judged."""
+    """Returns the name of the shard that is being scored."""
 
 
 class ScorerSettings(Section):
     """Settings that every kind of scorer has."""
 
     kind: str = identity()
-    """How answers are judged: the name of a file in annotation/scorers/."""
+    """How responses are scored: the name of a module in annotation/scorers/."""
     max_dropped: float = identity(0.1, ge=0, le=1)
     """Stop when a larger share of the completions is dropped."""
     fail_on_error: float = identity(0.0, ge=0, lt=1)
@@ -78,29 +77,30 @@ class ScorerSettings(Section):
     workload: ClassVar[Workload] = "light"
     """How its stage is scheduled."""
     renders: ClassVar[bool] = False
-    """Whether it renders conversations by the chat template of its model."""
+    """Whether it renders conversations with its model's chat template."""
     compares: ClassVar[bool] = False
-    """Whether it compares the answers to a prompt, of which there must be two then; else it judges them singly."""
+    """Whether it compares the answers to a prompt with each other, which takes two or more; if not, it scores each
+    answer on its own."""
     follows_rollouts: ClassVar[bool] = True
-    """Whether it can judge rollouts while they are being made."""
+    """Whether it can score rollouts while they are still being generated."""
     trained_as: ClassVar[str] = ""
-    """The `reward_model.training.kind` that trains its model; empty: none does."""
+    """The `reward_model.training.kind` that trains its model; empty: its model cannot be trained."""
     starts_critic: ClassVar[bool] = False
-    """Whether a critic can start from its model."""
+    """Whether a critic can be initialised from its model."""
     reads_tokens: ClassVar[bool] = False
-    """Whether it judges token by token, reading the stored ids."""
+    """Whether it scores token by token, reading the stored ids."""
     rewards_tokens: ClassVar[bool] = False
-    """Whether it always gives a reward for each token."""
+    """Whether it always returns a reward for each token."""
     can_reward_tokens: ClassVar[bool] = False
-    """Whether it may give one."""
+    """Whether it may return a reward for each token."""
     places_rewards: ClassVar[bool] = False
-    """Whether it finds the policy's tokens in their text, for which it needs the policy's tokenizer."""
+    """Whether it maps positions in the text to the policy's tokens, which requires the policy's tokenizer."""
     keyed_with_former_fields: ClassVar[bool] = False
     """See `FORMER_FIELDS`."""
 
     @property
     def runs_in(self) -> str:
-        """The environment that its stage runs in, in a run."""
+        """The environment of its stage in a run."""
         return self.environment
 
     @property
@@ -110,12 +110,12 @@ class ScorerSettings(Section):
 
     @property
     def ensemble(self) -> list[str]:
-        """Those of them that judge the same thing, so that their spread says how uncertain the score is."""
+        """The scorers in `parts` that score the same quality, so that their spread measures the score's uncertainty."""
         return []
 
     @property
     def standardised(self) -> list[str]:
-        """Those of them whose scores of the initial policy's held-out answers it reads as well."""
+        """The scorers in `parts` whose scores of the initial policy's held-out answers it also reads."""
         return []
 
     @property
@@ -125,58 +125,59 @@ class ScorerSettings(Section):
 
     @property
     def processes(self) -> int:
-        """All its processes."""
+        """Total number of scoring processes."""
         return self.replicas_of_shards
 
     @property
     def model_path(self) -> Path | None:
-        """Its model."""
+        """Directory of its model, if it has one."""
         return None
 
     @property
     def shown(self) -> str:
-        """What judges, for messages."""
+        """The scorer's name in messages."""
         return self.kind
 
     def examine(self) -> None:
-        """Check what can be checked without opening it.
+        """Check everything that can be checked without opening the scorer.
 
         Raises:
-            UserError: it cannot judge.
+            UserError: it cannot score.
         """
 
     def facts_of(self, rollouts: Artifact) -> dict[str, str]:
-        """Facts for the manifest about the rollouts as this scorer reads them.
+        """Facts for the manifest about how this scorer reads the rollouts.
 
         Raises:
-            UserError: it cannot judge these.
+            UserError: it cannot score these rollouts.
         """
         return {}
 
     def summary(self, counts: Mapping[str, int]) -> dict[str, Any]:
-        """Facts for the manifest, from the counts of all shards (`Scorer.counts`)."""
+        """Facts for the manifest, computed from the counts of all shards (`Scorer.counts`)."""
         return {}
 
     @property
     def reads_answer(self) -> bool:
-        """Whether it judges by the prompt's known `answer`, and cannot do without one."""
+        """Whether it requires the prompt's known `answer`."""
         return False
 
     def fixes(self, unread: str) -> dict[str, str]:
-        """What to do about what was dropped, by reason; goes on with "or raise max_dropped".
+        """Advice for the error about too many dropped samples, by reason; the message continues with "or raise
+        max_dropped".
 
         Args:
-            unread: what a judge has said that is no judgement (`Scorer.unread`).
+            unread: description of a judge's reply from which no score could be read (`Scorer.unread`).
         """
         return {NO_ANSWER: f"{self.needs_answer}, of which there is none. {ANSWER_FIX},"} if self.reads_answer else {}
 
     @property
     def needs_answer(self) -> str:
-        """The beginning of what is said where prompts have no answer."""
+        """The beginning of the message about prompts without an answer."""
         return f"kind={self.kind} judges by the prompt's known `answer`"
 
     def preflight(self, stage: Inspected) -> Iterator[Finding]:
-        """What it would refuse, in its environment, before a run begins."""
+        """Check, in the scorer's environment and before a run begins, for everything that it would refuse."""
         return iter(())
 
     def models(self, rollouts: Path) -> tuple[ModelUse, ...]:
@@ -188,19 +189,19 @@ class ScorerSettings(Section):
         return ()
 
     def memory(self, size: Size, answers: AnswerStats | None, *, on_gpu: bool) -> dict[str, int]:
-        """Bytes that one process takes for a model of this size, by what for."""
+        """Estimated memory of one process for a model of this size: bytes by purpose."""
         return {}
 
 
 class RewardScorerSettings(ScorerSettings):
-    """Settings of scorers that give rewards."""
+    """Settings of scorers whose scores are rewards."""
 
     missing_eos_penalty: float | None = identity(None, ge=0)
     """Subtracted from the score of truncated responses."""
 
 
 class WorkerSettings(RewardScorerSettings):
-    """Settings of scorers that judge in processes of their own, which may be killed."""
+    """Settings of scorers that run in worker processes, which can be killed."""
 
     seconds_per_sample: float | None = runtime(None, gt=0)
     """Time limit for scoring one completion. After it the process is killed, with all its children, and the completion
@@ -210,31 +211,31 @@ class WorkerSettings(RewardScorerSettings):
 
     opened_by: ClassVar[str] = "annotation.workers.rule:Rule"
     calls: ClassVar[str]
-    """`module:function` of what judges; annotation/workers/worker.py says how it is called."""
+    """`module:function` of the scoring function or class; annotation/workers/worker.py defines how it is called."""
     further_libraries: ClassVar[tuple[str, ...]] = ()
-    """Libraries that decide its judgement (`StageConfig.further_libraries`)."""
+    """Libraries that its scores depend on (`StageConfig.further_libraries`)."""
 
     @property
     def processes(self) -> int:
-        """Which judge, of one job."""
+        """Number of worker processes; all belong to one job."""
         return self.replicas
 
     def libraries(self) -> tuple[str, ...]:
-        """Those that it judges with."""
+        """The libraries that its scores depend on."""
         return self.further_libraries
 
     def preflight(self, stage: Inspected) -> Iterator[Finding]:
-        """That its libraries are installed."""
+        """Check that its libraries are installed."""
         if missing := self.missing_libraries():
             yield Finding("error", missing)
 
     def examine(self) -> None:
-        """That its libraries are installed."""
+        """Check that its libraries are installed."""
         if missing := self.missing_libraries():
             raise UserError(missing)
 
     def missing_libraries(self) -> str | None:
-        """What is said where one is not installed here."""
+        """The message about a library that is not installed in this environment, or None."""
         for name in self.further_libraries:
             try:
                 metadata.version(name)
@@ -246,12 +247,12 @@ class WorkerSettings(RewardScorerSettings):
 
     @property
     def called(self) -> str:
-        """What judges."""
+        """`module:function` of the scoring function or class."""
         return self.calls
 
     @property
     def title(self) -> str:
-        """What judges, for messages about a judgement: the kind, with what it was given that is no default."""
+        """The scorer's name in messages about a score: the kind, with the settings that differ from the defaults."""
         fields = type(self).model_fields
         shown = ", ".join(
             f"{name}={value if isinstance(value, str) and value.isprintable() else repr(value)}"
@@ -264,28 +265,28 @@ class WorkerSettings(RewardScorerSettings):
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """Its further keyword arguments: the fields that only this kind has."""
+        """Further keyword arguments of the scoring function: the fields that only this kind has."""
         others = WorkerSettings.model_fields.keys() | ScoreConfig.model_fields.keys()
         return {name: getattr(self, name) for name in type(self).model_fields if name not in others}
 
     @property
     def read(self) -> list[Path] | None:
-        """Paths of the user's that it reads."""
+        """The user's paths that it reads."""
         return None
 
     @property
     def at_once(self) -> int:
-        """Answers of a call, if it takes many."""
+        """Answers per call, if the function takes several."""
         return 1
 
     @property
     def checked_twice(self) -> int:
-        """Answers of each shard that are judged a second time, which must give the same."""
+        """Number of answers per shard that are scored a second time, to check that the score is the same."""
         return 0
 
 
 class ModelSettings(ScorerSettings):
-    """Settings of scorers with a model of their own."""
+    """Settings of scorers that load a model."""
 
     model: Path | None = input_path(None)
     """Directory of the model."""
@@ -303,20 +304,20 @@ class ModelSettings(ScorerSettings):
     keyed_with_former_fields: ClassVar[bool] = True
     opened_by: ClassVar[str] = "annotation.models.loading:open_model"
     reader: ClassVar[str]
-    """`module:class` of what reads the model, called with the config and the largest number of tokens of an input."""
+    """`module:class` of the scorer, called with the config and the maximum number of tokens of an input."""
     checks: ClassVar[tuple[Callable[[ModelInfo], None], ...]] = ()
-    """What the model must be."""
+    """Requirements on the model, each a function that raises a UserError if it is not met."""
     as_classifier: ClassVar[bool] = False
-    """Whether it is loaded with a classification head for sequences."""
+    """Whether the model is loaded as a sequence classifier."""
 
     @property
     def replicas_of_shards(self) -> int:
-        """One device each."""
+        """Processes that share the shards, one device each."""
         return self.replicas
 
     @property
     def model_path(self) -> Path | None:
-        """The directory."""
+        """Directory of the model."""
         return self.model
 
     @property
@@ -326,12 +327,12 @@ class ModelSettings(ScorerSettings):
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest input."""
+        """Maximum number of tokens of an input; None: unlimited."""
         assert self.model is not None
         return self.max_length or ModelInfo.read(self.model).context_length
 
     def examine(self) -> None:
-        """That the model is one that it can read."""
+        """Check that the model is of a supported type, and that its context holds max_length tokens."""
         assert self.model is not None
         info = ModelInfo.read(self.model)
         for check in self.checks:
@@ -340,10 +341,10 @@ class ModelSettings(ScorerSettings):
             info.require_length(self.max_length, "max_length")
 
     def preflight(self, stage: Inspected) -> Iterator[Finding]:
-        """The model, and the prompts as its template renders them."""
+        """Check the model, and render the prompts with its chat template."""
         if self.model is None or not (self.model / "config.json").is_file():
             return
-        from modeling.inspect import examine_model  # torch and transformers are not loaded for rules alone
+        from modeling.inspect import examine_model  # scorers without a model do not load torch and transformers
         from modeling.loading import check_weights
 
         renders: Renders = ("comparisons" if self.compares else "answers") if self.renders else "nothing"
@@ -351,22 +352,22 @@ class ModelSettings(ScorerSettings):
         check_weights(self.model, self.loaded_as())
 
     def loaded_as(self) -> "LoadedAs":
-        """What the model is loaded as."""
+        """The class of model to load: a causal language model or a classifier."""
         return "classifier" if self.as_classifier else "causal"
 
     def models(self, rollouts: Path) -> tuple[ModelUse, ...]:
-        """Its own, which is given token ids where it reads no text."""
+        """Its model; if it reads token ids instead of text, with the rollouts that they are from."""
         if self.model is None:
             return ()
         return (ModelUse(self.model, self.checks, ids_of=rollouts if self.reads_tokens else None),)
 
     def libraries(self) -> tuple[str, ...]:
-        """Those that load a model."""
+        """The libraries that load a model."""
         return ("torch", "transformers")
 
     def memory(self, size: Size, answers: AnswerStats | None, *, on_gpu: bool) -> dict[str, int]:
-        """Weights a·P, and one layer's work on N = batch_tokens tokens (on a CPU fewer) without gradients: N · (16 h +
-        a · (2 (q + k) + 3 i))."""
+        """Weights a·P, and one layer's activations without gradients for N = batch_tokens tokens (fewer on a CPU):
+        N · (16 h + a · (2 (q + k) + 3 i)), with a bytes per number."""
         number = self.bytes_per_number(on_gpu=on_gpu)
         tokens = self.tokens_at_once(answers, on_gpu=on_gpu)
         wide = size.query_width + size.key_width
@@ -374,11 +375,12 @@ class ModelSettings(ScorerSettings):
         return {"weights": size.parameters * number, "activations": tokens * layer}
 
     def bytes_per_number(self, *, on_gpu: bool) -> int:
-        """Of its number format."""
+        """Bytes of a number in the model's dtype."""
         return {"float32": 4, "bfloat16": 2}.get(self.dtype, 2 if on_gpu else 4)
 
     def tokens_at_once(self, answers: AnswerStats | None, *, on_gpu: bool) -> int:
-        """Most tokens of a forward pass: on a CPU no more than fit its caches, but a prompt with all its answers."""
+        """Maximum tokens of a forward pass: on a CPU as many as fit its caches, or a prompt with all its answers if
+        that is more."""
         if answers is None:
             return self.batch_tokens
         together, everything = self.tokens_of(answers)
@@ -386,12 +388,12 @@ class ModelSettings(ScorerSettings):
         return min(most, everything)
 
     def tokens_of(self, answers: AnswerStats) -> tuple[int, int]:
-        """Tokens of what is computed together of a prompt, at most, and of all."""
+        """Maximum tokens that are computed together for one prompt, and the tokens of all answers."""
         return answers.longest_prompt + answers.k * answers.longest_answer, answers.count * answers.longest
 
 
 class ScoreConfig(ScorerSettings, StageConfig):
-    """Judge every completion with one scorer."""
+    """Score every completion with one scorer."""
 
     stage: ClassVar[str] = "score"
     code_version: ClassVar[int] = 1
@@ -407,19 +409,19 @@ class ScoreConfig(ScorerSettings, StageConfig):
 
     @classmethod
     def variants(cls) -> Mapping[str, type[Section]]:
-        """One for each kind of scorer."""
+        """The config class of each scorer kind."""
         from annotation.scorers import CONFIGS
 
         return CONFIGS if cls is ScoreConfig else {}
 
     def select(self, role: Role) -> dict[str, Any]:
-        """The fields of one role, with those that kinds had before each had its own."""
+        """The fields of one role; for the stage key, with `FORMER_FIELDS` where the kind needs them."""
         chosen = super().select(role)
         return {**FORMER_FIELDS, **chosen} if role is Role.IDENTITY and self.keyed_with_former_fields else chosen
 
 
 class ModelScoreConfig(ModelSettings, ScoreConfig):
-    """Judge every completion with a model."""
+    """Score every completion with a model."""
 
     code_version: ClassVar[int] = 3
 
@@ -431,13 +433,13 @@ class ModelScoreConfig(ModelSettings, ScoreConfig):
 
 
 class ChatModelSettings(ModelSettings, TemplateSettings):
-    """Settings of scorers whose model reads conversations in its own chat template."""
+    """Settings of scorers whose model reads conversations, rendered with its own chat template."""
 
     renders: ClassVar[bool] = True
 
 
 class ChatScoreConfig(ChatModelSettings, ChatFields, ModelScoreConfig):
-    """Judge every completion with a model that reads conversations."""
+    """Score every completion with a model that reads conversations."""
 
 
 class ComparingSettings(ScorerSettings):
@@ -456,7 +458,7 @@ class ComparingSettings(ScorerSettings):
 
 
 class ComparingConfig(ComparingSettings, ScoreConfig):
-    """Judge every completion by comparisons with others."""
+    """Score every completion by comparisons with others."""
 
     against: Path | None = input_path(None)
     """Published rollouts whose responses to the same prompt each response is compared with, instead of with each
@@ -471,10 +473,10 @@ class ComparingConfig(ComparingSettings, ScoreConfig):
         return self
 
     def facts_of(self, rollouts: Artifact) -> dict[str, str]:
-        """Whose answers the samples are compared with, where these are not their own.
+        """The digest of the rollouts that the samples are compared with, if `against` is set.
 
         Raises:
-            UserError: there is nothing to compare them with.
+            UserError: there are no answers to compare with.
         """
         if self.against is not None:
             return {"against": Artifact.open(self.against, ROLLOUTS).manifest.digest}

@@ -1,4 +1,4 @@
-"""Verifier of code: whether an answer's program passes tests, in a sandbox."""
+"""The scorer kind `code`: runs the program in an answer against tests, in a sandbox."""
 
 import re
 import warnings
@@ -18,7 +18,7 @@ MOST_SHOWN = 500
 
 
 class CodeSettings(WorkerSettings):
-    """Settings of a verifier of code."""
+    """Settings of a code verifier."""
 
     kind: Literal["code"] = identity()
     """Whether the Python program in a response passes the tests in the prompt's `answer`: Python with assertions, a
@@ -38,12 +38,12 @@ class CodeSettings(WorkerSettings):
     calls: ClassVar[str] = "annotation.scorers.code:CodeVerifier"
 
     def preflight(self, stage: Inspected) -> Iterator[Finding]:
-        """That programs can be confined here."""
+        """Check that this machine can run programs in the configured isolation."""
         if lack := self._lack():
             yield Finding("error", lack)
 
     def examine(self) -> None:
-        """That programs can be confined here."""
+        """Check that this machine can run programs in the configured isolation."""
         if lack := self._lack():
             raise UserError(lack)
 
@@ -59,16 +59,16 @@ class CodeSettings(WorkerSettings):
 
     @property
     def reads_answer(self) -> bool:
-        """Always."""
+        """Whether it requires the prompt's known `answer`: always."""
         return True
 
 
 class CodeConfig(CodeSettings, ScoreConfig):
-    """Judge every completion by tests of its program."""
+    """Score every completion by running its program against tests."""
 
 
 class CodeVerifier:
-    """Runs programs."""
+    """Runs the programs in answers against the tests of their prompts."""
 
     def __init__(
         self,
@@ -84,7 +84,8 @@ class CodeVerifier:
         adopt_orphans()
 
     def __call__(self, *, response: str, answer: str | None, **others: Any) -> dict[str, Any] | None:
-        """A score from 0 to 1, the part `passed` and how it ended; None where the prompt has no tests."""
+        """A score from 0 to 1, the part `passed` (share of passed tests) and how the program ended; None if the prompt
+        has no tests."""
         if answer is None or not answer.strip():
             return None
         blocks = BLOCK.findall(response)
@@ -94,7 +95,7 @@ class CodeVerifier:
         return {"score": share if self.partial else float(share == 1), "passed": share, "ended": ended}
 
     def _examine(self, code: str, answer: str) -> tuple[list[bool], str]:
-        """Which tests have passed, and how the first that has not, or the last one, ended."""
+        """Whether each test passed, and how the program ended: in the first failed test, or else in the last one."""
         tests = _tests(answer)
         if isinstance(tests, list):
             ran = run(code, self.limits, tests)
@@ -108,10 +109,10 @@ class CodeVerifier:
 
 
 def _tests(answer: str) -> list[str] | dict[str, list[str]]:
-    """Texts of assertions, or inputs with their outputs.
+    """The tests in an answer: Python texts with assertions, or inputs with their expected outputs.
 
     Raises:
-        UserError: it is JSON of another form, or a test is no Python.
+        UserError: the answer is JSON of another form, or a test is not valid Python.
     """
     try:
         found = msgspec.json.decode(answer)
@@ -131,10 +132,10 @@ def _tests(answer: str) -> list[str] | dict[str, list[str]]:
 
 
 def _compiled(answer: str, tests: list[str]) -> list[str]:
-    """The same tests.
+    """Check that the tests compile, and return them.
 
     Raises:
-        UserError: one is no Python, and would fail every program.
+        UserError: a test is not valid Python, so that every program would fail it.
     """
     for number, test in enumerate(tests):
         try:
@@ -151,12 +152,12 @@ def _is_text(value: Any) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    """Without blanks at the ends of lines and empty lines at the end."""
+    """Lines of a text without trailing whitespace and trailing empty lines."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
 def _ending(ran: Ran, tests: int = 0) -> str:
-    """In words; that a program has left is no good end where tests were still to come."""
+    """A description of how a program ended; an exit before all of its tests began is not "ok"."""
     last = (ran.stderr.strip().splitlines() or [""])[-1][:MOST_SHOWN]
     if ran.code is None:
         return f"ended after {ran.seconds:.0f} s" if ran.seconds > 0.5 else "said too much"

@@ -1,4 +1,4 @@
-"""Combined: an expression over the scores of other scorers, of which every answer's parts are stored."""
+"""The scorer kind `combined`: an expression over the scores of other scorers, which are stored as parts."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -40,12 +40,12 @@ class CombinedSettings(RewardScorerSettings):
 
     @property
     def ensemble(self) -> list[str]:
-        """Those that the expression averages, or takes the least or a lower bound of."""
+        """The scorers that the expression averages, or takes the minimum or a lower bound of."""
         return Expression(self.expression).ensemble
 
     @property
     def standardised(self) -> list[str]:
-        """Those whose scores of the initial policy it reads as well."""
+        """The scorers in standard(...), whose scores of the initial policy it also reads."""
         return sorted(Expression(self.expression).standardised)
 
     @property
@@ -55,7 +55,7 @@ class CombinedSettings(RewardScorerSettings):
 
 
 class CombinedConfig(CombinedSettings, ScoreConfig):
-    """Judge every completion by an expression over its scores."""
+    """Score every completion by an expression over its scores."""
 
     scores: dict[str, Path] = input_path({})
     """Published scores of the rollouts by the scorers that the expression names."""
@@ -76,10 +76,10 @@ class CombinedConfig(CombinedSettings, ScoreConfig):
         return self
 
     def facts_of(self, rollouts: Artifact) -> dict[str, Any]:
-        """Nothing.
+        """Check the scores that the expression reads; adds no facts.
 
         Raises:
-            UserError: scores are of other rollouts, or have no part that the expression names.
+            UserError: scores are of other rollouts, or lack a part that the expression names.
         """
         opened = {name: Artifact.open(self.scores[name], SCORES) for name in self.parts}
         for scores in opened.values():

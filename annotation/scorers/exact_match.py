@@ -1,4 +1,4 @@
-"""Exact match: whether an answer is the prompt's known one."""
+"""The scorer kind `exact_match`: whether an answer equals the prompt's known one."""
 
 import functools
 import itertools
@@ -44,12 +44,12 @@ class ExactMatchSettings(WorkerSettings):
 
     @property
     def reads_answer(self) -> bool:
-        """Always."""
+        """Whether it requires the prompt's known `answer`: always."""
         return True
 
 
 class ExactMatchConfig(ExactMatchSettings, ScoreConfig):
-    """Judge every completion by the known answer."""
+    """Score every completion by comparison with the known answer."""
 
 
 def judge(
@@ -62,7 +62,7 @@ def judge(
     numbers: bool,
     **others: Any,
 ) -> dict[str, Any] | None:
-    """1 or 0, and what was compared; None where the prompt has no answer."""
+    """1 or 0, and the text that was extracted; None if the prompt has no answer."""
     known = answer if answer is None else last_match(extract_answer, answer)
     if known is None:
         return None
@@ -78,7 +78,8 @@ def judge(
 
 
 def last_match(pattern: str | None, text: str) -> str | None:
-    """The last match of a pattern, or its first group; the text itself without a pattern."""
+    """The last match of a pattern, or that match's first group; None if there is no match. Without a pattern, the text
+    itself."""
     if pattern is None:
         return text
     matches = list(_compiled(pattern).finditer(text))
@@ -88,10 +89,8 @@ def last_match(pattern: str | None, text: str) -> str | None:
 
 
 def unified(text: str) -> str:
-    """A text in one Unicode form: NFKC, but for superscripts, subscripts and fractions, with which 10² would be 102.
-
-    Unicode Standard Annex 15.
-    """
+    """A text in Unicode normalisation form NFKC (Unicode Standard Annex 15), except superscripts, subscripts and
+    fractions, since NFKC turns 10² into 102."""
     if text.isascii():
         return text
     runs = ((apart, "".join(run)) for apart, run in itertools.groupby(text, _stays_apart))
@@ -105,7 +104,7 @@ def _stays_apart(letter: str) -> bool:
 
 
 def normalised(text: str, ignore: list[Ignored]) -> str:
-    """A text without what makes no difference."""
+    """A text without the differences to ignore."""
     if "case" in ignore:
         text = text.casefold()
     if "punctuation" in ignore:
@@ -116,7 +115,7 @@ def normalised(text: str, ignore: list[Ignored]) -> str:
 
 
 def number(text: str) -> Decimal | None:
-    """A text as a number, if it is one."""
+    """The number that a text denotes, or None."""
     plain = text.strip().rstrip(".").replace(",", "").lstrip("$€£").removesuffix("%")
     try:
         found = Decimal(plain)

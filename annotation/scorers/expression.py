@@ -1,8 +1,9 @@
-"""Expressions over scores: `0.7 * helpful + 0.3 * form - 0.001 * tokens`. Read as Python's syntax; nothing is executed.
+"""Parses and evaluates expressions over scores: `0.7 * helpful + 0.3 * form - 0.001 * tokens`.
 
-An expression is computed for the answers to one prompt at a time: each name stands for a list with one number for each
-of them, and functions that normalise compare these. What is true is greater than 0; comparisons, `and`, `or` and `not`
-give 1 or 0. What cannot be computed (a division by 0) is not a number, and its answer has no score.
+The syntax is Python's, but no code is executed. An expression is evaluated for all answers to one prompt at once: each
+name stands for a column with one number per answer, and `zscore` and `rank` normalise over a column. A value is true if
+it is greater than 0; comparisons, `and`, `or` and `not` give 1 or 0. A value that cannot be computed (a division by 0)
+is NaN, and its answer gets no score.
 """
 
 import ast
@@ -15,11 +16,11 @@ from dataclasses import dataclass
 Column = list[float]
 
 LONGEST = 2000
-"""Characters of an expression."""
+"""Maximum length of an expression, in characters."""
 DEEPEST = 50
-"""Operations within each other."""
+"""Maximum nesting depth of operations."""
 OWN = ("tokens", "truncated")
-"""Names that stand for the answer's own: how many tokens it has, and whether it was cut off (1 or 0)."""
+"""Names for properties of the answer itself: its number of tokens, and whether it was truncated (1 or 0)."""
 
 
 def _divided(one: float, other: float) -> float:
@@ -56,13 +57,13 @@ OPERATIONS: dict[type, Callable[..., float]] = {
 
 
 def lower_bound(deviations: float, *values: float) -> float:
-    """Mean less so many standard deviations of an ensemble (with n in the denominator): what all agree on."""
+    """The mean of an ensemble minus `deviations` standard deviations (n in the denominator), a conservative score."""
     return statistics.fmean(values) - deviations * statistics.pstdev(values)
 
 
 def overlong(length: float, most: float, cache: float) -> float:
-    """Soft punishment of answers that are too long (DAPO, arXiv 2503.14476, equation 13): 0 up to most - cache, then
-    falling to -1 at most."""
+    """Soft overlong penalty (DAPO, arXiv 2503.14476, equation 13): 0 up to a length of most - cache, from there falling
+    linearly to -1 at `most`."""
     if length <= most - cache:
         return 0.0
     return max(-1.0, (most - cache - length) / cache) if cache > 0 else -1.0
@@ -70,7 +71,7 @@ def overlong(length: float, most: float, cache: float) -> float:
 
 @dataclass(frozen=True)
 class Function:
-    """A function of numbers: how many it takes, and what it computes."""
+    """A scalar function: the minimum and maximum number of arguments, and the implementation."""
 
     least: int
     most: int | None
@@ -91,18 +92,19 @@ FUNCTIONS = {
     "tanh": Function(1, 1, math.tanh),
     "overlong": Function(3, 3, overlong),
 }
-"""Of the numbers of one answer."""
+"""Functions of the numbers of one answer."""
 
 
 def zscore(values: Column) -> Column:
-    """Distance from the mean in standard deviations (n - 1 in the denominator); 0 where all are equal."""
+    """Distances from the mean in standard deviations (n - 1 in the denominator); 0 if all values are equal."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     mean = statistics.fmean(values)
     return [(value - mean) / spread if spread else 0.0 for value in values]
 
 
 def rank(values: Column) -> Column:
-    """Share of the others that are lower, ties counting half: from 0 to 1; 0.5 for one alone."""
+    """For each value, the share of the other values that are lower, from 0 to 1; ties count half. A single value
+    gets 0.5."""
     if len(values) < 2:
         return [0.5] * len(values)
     lower = [sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values]
@@ -110,20 +112,20 @@ def rank(values: Column) -> Column:
 
 
 GROUP_FUNCTIONS: dict[str, Callable[[Column], Column]] = {"zscore": zscore, "rank": rank}
-"""Of the numbers of all answers to a prompt."""
+"""Functions of the numbers of all answers to a prompt."""
 STANDARD = "standard"
-"""`standard(NAME)`: a scorer's score by the mean and standard deviation of published scores."""
+"""`standard(NAME)`: a scorer's score, standardised by the mean and standard deviation of published scores."""
 KNOWN = sorted([*FUNCTIONS, *GROUP_FUNCTIONS, STANDARD])
 
 
 class Expression:
-    """A checked expression."""
+    """A parsed and checked expression."""
 
     def __init__(self, text: str) -> None:
-        """Read it.
+        """Parse and check `text`.
 
         Raises:
-            ValueError: it is none, or has something in it that is not allowed.
+            ValueError: it is not an expression, or contains something that is not allowed.
         """
         if len(text) > LONGEST:
             raise ValueError(f"an expression of {len(text)} characters; it may have {LONGEST}.")
@@ -135,9 +137,9 @@ class Expression:
         self.text = text
         self._tree = tree
         self.names: dict[str, tuple[str, str | None]] = {}
-        """Names of scorers in it as they are written (`helpful`, `helpful.clear`): the scorer, and the part."""
+        """The (scorer, part) that each name in the expression (`helpful`, `helpful.clear`) refers to."""
         self.standardised: set[str] = set()
-        """Scorers whose published scores it compares with."""
+        """Scorers whose published scores it needs, for `standard`."""
         self._check(tree, 0)
         if not self.names:
             raise ValueError("no scorer's name in it, so every answer would be judged by its length alone at best.")
@@ -201,13 +203,13 @@ class Expression:
 
     @property
     def scorers(self) -> list[str]:
-        """The scorers that it names, in its order."""
+        """The scorers that the expression names, in order of appearance."""
         return list(dict.fromkeys(scorer for scorer, _ in self.names.values()))
 
     @property
     def ensemble(self) -> list[str]:
-        """The scorers that are averaged or bounded as judgements of the same thing: all that the first mean, min or
-        lower_bound over two or more scorers' whole scores names."""
+        """The scorers that form an ensemble: those in the first mean, min or lower_bound over the whole scores of two
+        or more scorers."""
         for node in ast.walk(self._tree):
             match node:
                 case ast.Call(func=ast.Name(id="mean" | "min" | "lower_bound"), args=given):
@@ -217,17 +219,18 @@ class Expression:
         return []
 
     def compute(self, columns: Mapping[str, Column], standards: Mapping[str, tuple[float, float]]) -> Column:
-        """One number for each answer to a prompt; not a number where there is none.
+        """One number for each answer to a prompt; NaN if it cannot be computed.
 
         Args:
-            columns: the numbers of all answers by name, as `names` and `OWN` have them.
-            standards: mean and standard deviation by scorer, of those in `standardised`.
+            columns: for each name in `names` and `OWN`, one number per answer.
+            standards: mean and standard deviation of each scorer in `standardised`.
         """
         size = len(next(iter(columns.values())))
         return self._column(self._tree, columns, standards, size)
 
     def why_not(self, columns: Mapping[str, Column], standards: Mapping[str, tuple[float, float]], place: int) -> str:
-        """What in it has no finite value for the answer at a place, in words; args are those of `compute`."""
+        """Explain which subexpression has no finite value for the answer at index `place`; for the other arguments see
+        `compute`."""
         size = len(next(iter(columns.values())))
 
         def value(node: ast.expr) -> float:
@@ -287,7 +290,7 @@ class Expression:
 
 
 def cycle_in(parts: Mapping[str, list[str]]) -> list[str] | None:
-    """A way from a scorer through what it is made of back to it; None where there is none."""
+    """A cycle among combined scorers, as a path from a scorer through the scorers it reads back to itself, or None."""
 
     def ways(name: str, way: list[str]) -> Iterator[list[str]]:
         if name in way:

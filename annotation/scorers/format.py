@@ -1,4 +1,4 @@
-"""Format: whether an answer has the form of a template such as <think>...</think><answer>...</answer>."""
+"""The scorer kind `format`: whether an answer matches a template such as <think>...</think><answer>...</answer>."""
 
 import functools
 import re
@@ -23,11 +23,11 @@ class FormatSettings(WorkerSettings):
 
 
 class FormatConfig(FormatSettings, ScoreConfig):
-    """Judge every completion by its form."""
+    """Score every completion by its format."""
 
 
 def judge(*, response: str, template: str, **others: Any) -> dict[str, float]:
-    """1 or 0; the part `tags` is the share of the template's tags that occur as often as they should."""
+    """1 or 0, and the part `tags`: the share of the template's tags that occur as often as in the template."""
     pattern, tags = _compiled(template)
     right = [response.count(tag) == template.count(tag) for tag in tags]
     fits = all(right) and pattern.fullmatch(response) is not None
@@ -42,6 +42,6 @@ def _compiled(template: str) -> tuple[re.Pattern[str], list[str]]:
 
 
 def _literal(text: str) -> str:
-    """As a pattern; blanks stand for any blanks, and there may be some between tags."""
+    """The regular expression for literal text: any whitespace matches any whitespace, and may occur between tags."""
     words = re.split(r"\s+|(?<=>)(?=<)", text)
     return r"\s*".join(map(re.escape, words))

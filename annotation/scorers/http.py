@@ -1,4 +1,4 @@
-"""A service that gives rewards for many answers at once, by HTTP."""
+"""The scorer kind `http`: a service that scores batches of answers over HTTP."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,21 +51,21 @@ class HttpSettings(RemoteSettings, RewardScorerSettings):
 
     @property
     def shown(self) -> str:
-        """The service."""
+        """Name of the service."""
         return self.service
 
     def asked_servers(self) -> list[str]:
-        """All addresses."""
+        """The URLs that requests go to."""
         return self.url
 
     def preflight(self, stage: Inspected) -> Iterator[Finding]:
-        """The key, and whether somebody listens."""
+        """Check the key, and whether a server listens at each URL."""
         yield from load("annotation.remote.preflight:check_service")(self, self.url)
 
     def summary(self, counts: Mapping[str, int]) -> dict[str, Any]:
-        """That nobody promises the same again."""
+        """A fact that repeatability depends on the service."""
         return {"repeatable": "as far as the service is"}
 
 
 class HttpConfig(HttpSettings, ScoreConfig):
-    """Have every completion judged by a service."""
+    """Score every completion with a service."""

@@ -1,4 +1,4 @@
-"""JSON Schema: whether an answer is JSON of a shape."""
+"""The scorer kind `json_schema`: whether an answer is JSON that fits a schema."""
 
 import re
 from typing import Any, ClassVar, Literal
@@ -26,18 +26,18 @@ class JsonSchemaSettings(WorkerSettings):
     further_libraries: ClassVar[tuple[str, ...]] = ("jsonschema",)
 
     def examine(self) -> None:
-        """That the definition is a JSON Schema."""
+        """Check that the definition is a JSON Schema."""
         super().examine()
         JsonVerifier(definition=self.definition, fenced=self.fenced)
 
     @property
     def reads_answer(self) -> bool:
-        """Unless there is a definition for all."""
+        """Whether it requires the prompt's known `answer`: if there is no common definition."""
         return self.definition is None
 
 
 class JsonSchemaConfig(JsonSchemaSettings, ScoreConfig):
-    """Judge every completion by a JSON Schema."""
+    """Score every completion by a JSON Schema."""
 
 
 class JsonVerifier:
@@ -49,7 +49,7 @@ class JsonVerifier:
         self.validator = None if definition is None else _validator(definition)
 
     def __call__(self, *, response: str, answer: str | None, **others: Any) -> dict[str, Any] | None:
-        """1 or 0, the part `parses`, and what is wrong; None where there is no schema."""
+        """1 or 0, the part `parses`, and the first validation error; None if there is no schema."""
         validator = self.validator
         if validator is None:
             if answer is None:
@@ -68,10 +68,10 @@ class JsonVerifier:
 
 
 def _validator(definition: Any) -> Any:
-    """What validates.
+    """A validator for the schema; references to other documents are refused.
 
     Raises:
-        UserError: it is no JSON Schema.
+        UserError: the definition is not a JSON Schema.
     """
     import jsonschema
     import referencing

@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible endpoint that rates each answer."""
+"""The scorer kind `judge`: a language model behind an OpenAI-compatible endpoint rates each answer."""
 
 from typing import ClassVar, Literal, Self
 

@@ -1,4 +1,4 @@
-"""Keywords: whether an answer says some words, and does not say others."""
+"""The scorer kind `keywords`: whether an answer contains required words and avoids forbidden ones."""
 
 import functools
 import re
@@ -36,13 +36,13 @@ class KeywordsSettings(WorkerSettings):
 
 
 class KeywordsConfig(KeywordsSettings, ScoreConfig):
-    """Judge every completion by the words that it says."""
+    """Score every completion by the words that it contains."""
 
 
 def judge(
     *, response: str, required: list[str], forbidden: list[str], case: bool, whole_words: bool, **others: Any
 ) -> dict[str, Any]:
-    """The share of required words, or 0 where a forbidden one occurs."""
+    """The share of required words that occur, or 0 if a forbidden one occurs."""
     missing = [word for word in required if not _pattern(word, case, whole_words).search(response)]
     said = [word for word in forbidden if _pattern(word, case, whole_words).search(response)]
     share = 1 - len(missing) / len(required) if required else 1.0

@@ -1,4 +1,4 @@
-"""Language: whether an answer is in a language."""
+"""The scorer kind `language`: the probability that an answer is in a given language."""
 
 from typing import Any, ClassVar, Literal
 
@@ -23,17 +23,17 @@ class LanguageSettings(WorkerSettings):
     further_libraries: ClassVar[tuple[str, ...]] = ("py3langid",)
 
     def examine(self) -> None:
-        """That the languages are known."""
+        """Check that py3langid knows the languages."""
         super().examine()
         LanguageVerifier(language=self.language, among=self.among)
 
 
 class LanguageConfig(LanguageSettings, ScoreConfig):
-    """Judge every completion by its language."""
+    """Score every completion by its language."""
 
 
 class LanguageVerifier:
-    """Tells languages."""
+    """Identifies the language of answers."""
 
     def __init__(self, *, language: str, among: list[str] | None) -> None:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -49,7 +49,7 @@ class LanguageVerifier:
             self.identifier.set_languages(sorted({language, *among}))
 
     def __call__(self, *, response: str, **others: Any) -> dict[str, Any] | None:
-        """The probability of the language, and which one is the most probable; None for an empty answer."""
+        """The probability of the language, and the most probable one; None for an answer without letters."""
         if not any(letter.isalpha() for letter in response):
             return None
         ranked = dict(self.identifier.rank(response))

@@ -1,4 +1,4 @@
-"""Length: whether an answer is as long as is wanted."""
+"""The scorer kind `length`: whether the length of an answer lies within a band."""
 
 from typing import Any, ClassVar, Literal, Self
 
@@ -32,7 +32,7 @@ class LengthSettings(WorkerSettings):
 
 
 class LengthConfig(LengthSettings, ScoreConfig):
-    """Judge every completion by its length."""
+    """Score every completion by its length."""
 
 
 def judge(

@@ -1,4 +1,4 @@
-"""Log-probabilities of the stored tokens under a causal language model."""
+"""The scorer kind `logprobs`: log-probabilities of the stored tokens under a causal language model."""
 
 from collections.abc import Callable
 from typing import ClassVar, Literal
@@ -12,11 +12,11 @@ from contracts.models import ModelInfo
 from contracts.outlook import AnswerStats
 
 LOGITS_AT_ONCE = 1 << 26
-"""Logits (positions times vocabulary) in memory at a time: 256 MiB in float32."""
+"""Maximum number of logits (positions times vocabulary) in memory at a time: 256 MiB in float32."""
 
 
 class LogprobSettings(ModelSettings):
-    """Settings of a model for log-probabilities."""
+    """Settings of a scorer that computes log-probabilities."""
 
     kind: Literal["logprobs"] = identity()
     """A language model's log-probabilities."""
@@ -26,12 +26,12 @@ class LogprobSettings(ModelSettings):
     reads_tokens: ClassVar[bool] = True
 
     def facts_of(self, rollouts: Artifact) -> dict[str, str]:
-        """The vocabulary, where both are known to have the same."""
+        """The vocabulary, if the model is known to share it with the policy."""
         assert self.model is not None
         return shared_vocabulary(self.model, rollouts, required=False)
 
     def memory(self, size: Size, answers: AnswerStats | None, *, on_gpu: bool) -> dict[str, int]:
-        """With up to 2^26 logits in three copies."""
+        """Memory of the model, plus up to 2^26 logits in three copies."""
         logits = min(LOGITS_AT_ONCE, self.tokens_at_once(answers, on_gpu=on_gpu) * size.vocabulary)
         return super().memory(size, answers, on_gpu=on_gpu) | {
             "logits": logits * (8 + self.bytes_per_number(on_gpu=on_gpu))

@@ -1,4 +1,4 @@
-"""Verifier of mathematics: whether an answer's result equals the known one, by math-verify."""
+"""The scorer kind `math`: whether an answer's result equals the known one, checked with math-verify."""
 
 import logging
 import resource
@@ -15,7 +15,7 @@ MARKED = ("$", r"\boxed", r"\(", r"\[")
 
 
 class MathSettings(WorkerSettings):
-    """Settings of a verifier of mathematics."""
+    """Settings of a math verifier."""
 
     kind: Literal["math"] = identity()
     """Whether the result of an answer equals the prompt's `answer` as mathematics: 1/2, 0.5 and \\frac{1}{2} are the
@@ -44,33 +44,33 @@ class MathSettings(WorkerSettings):
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """Those of `MathVerifier`."""
+        """The arguments of `MathVerifier`."""
         return {"extract_answer": self.extract_answer, "digits": self.digits, "memory_gib": self.memory_gib}
 
     @property
     def reads_answer(self) -> bool:
-        """Always."""
+        """Whether it requires the prompt's known `answer`: always."""
         return True
 
 
 class MathConfig(MathSettings, ScoreConfig):
-    """Judge every completion by its mathematical result."""
+    """Score every completion by its mathematical result."""
 
 
 class MathVerifier:
-    """Verifies results. Its own deadlines are switched off: this process is ended from outside, whatever it is in."""
+    """Verifies results. The time limits of math-verify are off, since the pool kills this process when it is late."""
 
     def __init__(self, *, extract_answer: str | None, digits: int, memory_gib: float) -> None:
         import math_verify
 
-        logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it complains of every answer that is none
+        logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns about every answer that it cannot parse
         most = int(memory_gib * (1 << 30))
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         self.library, self.extract_answer, self.digits = math_verify, extract_answer, digits
         self.known: dict[str, list[Any]] = {}
 
     def __call__(self, *, response: str, answer: str | None, **others: Any) -> dict[str, Any] | None:
-        """1 or 0, the part `parsed` and what was found; None where the prompt has no answer, or none that is one."""
+        """1 or 0, the part `parsed` and the extracted result; None if the prompt has no answer that can be parsed."""
         if answer is None:
             return None
         if answer not in self.known:

@@ -1,4 +1,4 @@
-"""A pairwise preference model: a causal language model that says which of two answers to a prompt is better."""
+"""The scorer kind `pairwise`: a causal language model that says which of two answers to a prompt is better."""
 
 from collections.abc import Callable
 from typing import ClassVar, Literal
@@ -26,17 +26,17 @@ class PairwiseSettings(ComparingSettings, PooledSettings):
     trained_as: ClassVar[str] = "pairwise"
 
     def memory(self, size: Size, answers: AnswerStats | None, *, on_gpu: bool) -> dict[str, int]:
-        """With the logits of the last token of each question, which has 64 tokens at least."""
+        """Memory of the model, plus the logits of the last token of each comparison, which has at least 64 tokens."""
         logits = -(-self.tokens_at_once(answers, on_gpu=on_gpu) // TEMPLATE_TOKENS) * size.vocabulary
         return super().memory(size, answers, on_gpu=on_gpu) | {
             "logits": logits * (4 + self.bytes_per_number(on_gpu=on_gpu))
         }
 
     def tokens_of(self, answers: AnswerStats) -> tuple[int, int]:
-        """Those of the questions about a prompt, and of all questions."""
+        """Tokens of the comparisons for one prompt, and of all comparisons."""
         of_prompt = answers.k * (self.opponents or max(1, answers.k - 1)) * answers.question_tokens
         return of_prompt, answers.prompts.count * of_prompt
 
 
 class PairwiseConfig(PairwiseSettings, ComparingConfig, ChatScoreConfig):
-    """Judge every completion with a pairwise preference model."""
+    """Score every completion with a pairwise preference model."""

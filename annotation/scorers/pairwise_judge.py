@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible endpoint that says which of two answers is better."""
+"""The scorer kind `pairwise_judge`: a language model behind an OpenAI-compatible endpoint compares two answers."""
 
 from typing import ClassVar, Literal
 

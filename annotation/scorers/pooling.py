@@ -1,4 +1,4 @@
-"""Scorers whose model vLLM's pooling engine can compute in the place of transformers."""
+"""Settings of scorers whose model can run on vLLM's pooling engine instead of transformers."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -30,13 +30,13 @@ OURS = {
     "trust_remote_code": "code of a model is never run",
     "seed": "nothing is drawn",
 }
-"""Arguments that the stage sets itself or does not let through, and why."""
+"""Engine arguments that the user cannot set, with the reason."""
 MOST_SEQUENCES = 256
-"""Sequences that an engine of vLLM computes at a time."""
+"""Maximum number of sequences that vLLM computes at a time."""
 BLOCK = 128
-"""Tokens of a block of its KV cache, on a CPU; fewer elsewhere."""
+"""Tokens per block of vLLM's KV cache on a CPU; on other devices blocks are smaller."""
 LEAST_CACHE = 64 << 20
-"""Bytes of its KV cache."""
+"""Minimum size of vLLM's KV cache, in bytes."""
 
 
 def _checked(value: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def _checked(value: dict[str, Any]) -> dict[str, Any]:
 
 
 class PooledSettings(ChatModelSettings):
-    """Settings of scorers with a choice of what computes their model."""
+    """Settings of scorers with a choice of engine for their model."""
 
     engine: Literal["transformers", "vllm"] = identity("transformers", later=True)
     """Engine for the model: transformers, or vLLM's pooling engine, which runs in the environment of generation. Their
@@ -53,7 +53,7 @@ class PooledSettings(ChatModelSettings):
     """For engine=vllm: further engine arguments, by their Python names."""
 
     pooled_as: ClassVar[str]
-    """What vLLM computes it as, for messages."""
+    """What the model is to vLLM, for messages: "a reward model"."""
 
     @model_validator(mode="after")
     def _check_engine(self) -> Self:
@@ -63,12 +63,12 @@ class PooledSettings(ChatModelSettings):
 
     @property
     def runs_in(self) -> str:
-        """Where vLLM is, if nothing else is said."""
+        """The environment of its stage; with vLLM by default that of generation, where vLLM is installed."""
         named = "environment" in self.model_fields_set
         return "generation" if self.engine == "vllm" and not named else self.environment
 
     def examine(self) -> None:
-        """And that vLLM can compute it."""
+        """Check the model, and that vLLM supports it."""
         super().examine()
         if self.engine == "vllm":
             assert self.model is not None
@@ -76,18 +76,18 @@ class PooledSettings(ChatModelSettings):
             require_known(self.engine_args)
 
     def preflight(self, stage: Inspected) -> Iterator[Finding]:
-        """And that vLLM can compute it."""
+        """Check the model, and that vLLM supports it."""
         yield from super().preflight(stage)
         if self.engine == "vllm" and self.model is not None and (self.model / "config.json").is_file():
             self.examine()
             yield Finding("ok", f"{self.model}: vLLM knows its architecture as {self.pooled_as}")
 
     def libraries(self) -> tuple[str, ...]:
-        """And its engine."""
+        """The libraries of the model and of its engine."""
         return (*super().libraries(), *(["vllm"] if self.engine == "vllm" else []))
 
     def memory(self, size: Size, answers: AnswerStats | None, *, on_gpu: bool) -> dict[str, int]:
-        """With vLLM's KV cache. What transformers takes for the comparison is freed before."""
+        """Memory of the model, plus vLLM's KV cache. The transformers model for the parity check is freed before."""
         parts = super().memory(size, answers, on_gpu=on_gpu)
         if self.engine == "vllm":
             longest = self.max_length or size.context or self.batch_tokens
@@ -96,10 +96,10 @@ class PooledSettings(ChatModelSettings):
 
 
 def cache_bytes(size: Size, longest: int, batch_tokens: int, number: int) -> int:
-    """Bytes of a KV cache that holds the sequences of a forward pass, or one of the longest.
+    """Bytes of a KV cache that holds the sequences of a forward pass, or the longest sequence if that is more.
 
     Args:
-        number: bytes of a number.
+        number: bytes per number.
     """
     tokens = max(longest, batch_tokens) + MOST_SEQUENCES * BLOCK
     return max(LEAST_CACHE, size.cache_numbers * number * tokens)

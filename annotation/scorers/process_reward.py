@@ -1,4 +1,4 @@
-"""A process reward model: one that judges each step of an answer, read behind the step."""
+"""The scorer kind `process_reward`: a process reward model, which scores each step of an answer after the step."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 UNREAD_STEPS = "unread_steps"
 """Reason in the drop ledger: the model's chat template leaves out some of the answer's steps."""
 UNPLACED_STEPS = "unplaced_steps"
-"""Reason in the drop ledger: no token of the policy is known to end one of the steps."""
+"""Reason in the drop ledger: for one of the steps, no token of the policy could be found that ends it."""
 
 
 def _require_steps(model: ModelInfo) -> None:
@@ -94,16 +94,16 @@ class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
 
     @property
     def pattern(self) -> re.Pattern[str]:
-        """What separates steps."""
+        """The regular expression that separates steps."""
         return re.compile(re.escape(self.separator) if self.separator_pattern is None else self.separator_pattern)
 
     def loaded_as(self) -> "LoadedAs":
-        """By what it was saved as."""
+        """The class of model to load, as its checkpoint says."""
         assert self.model is not None
         return "token classifier" if ModelInfo.read(self.model).classifies_tokens else "causal"
 
     def examine(self) -> None:
-        """That the model is one that it can read, in this layout."""
+        """Check that the model is of a supported type, and fits the layout."""
         super().examine()
         if self.layout == "turns" and self.loaded_as() == "token classifier":
             raise UserError(
@@ -112,17 +112,17 @@ class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
             )
 
     def preflight(self, stage: Inspected) -> Iterator[Finding]:
-        """And that marker and labels are tokens."""
+        """Check the model, and that the marker and the labels are single tokens."""
         yield from super().preflight(stage)
         if self.model is not None and (self.model / "config.json").is_file():
             self.examine()
             yield load("annotation.models.steps:tokens_found")(self)
 
     def facts_of(self, rollouts: Artifact) -> dict[str, str]:
-        """The vocabulary of the tokens that are rewarded.
+        """The vocabulary of the policy's tokens, which the rewards are assigned to.
 
         Raises:
-            UserError: it is not that of the tokenizer.
+            UserError: the tokenizer has another vocabulary.
         """
         from contracts.chat import ChatTokenizer
 
@@ -138,7 +138,7 @@ class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
         return {"vocabulary": found}
 
     def fixes(self, unread: str) -> dict[str, str]:
-        """Of steps."""
+        """Advice about dropped samples, by reason, including the reasons about steps."""
         return super().fixes(unread) | {
             UNREAD_STEPS: f"The chat template of {self.model} leaves out steps, as some do with thoughts. Take another "
             "template (chat_template.jinja),",
@@ -148,4 +148,4 @@ class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
 
 
 class ProcessRewardConfig(ProcessRewardSettings, ChatScoreConfig):
-    """Judge every step of every completion with a process reward model."""
+    """Score every step of every completion with a process reward model."""

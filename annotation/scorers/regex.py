@@ -1,4 +1,4 @@
-"""Regular expression: whether an answer has something in it."""
+"""The scorer kind `regex`: whether an answer matches a regular expression."""
 
 import functools
 import re
@@ -34,14 +34,14 @@ class RegexSettings(WorkerSettings):
 
 
 class RegexConfig(RegexSettings, ScoreConfig):
-    """Judge every completion by a regular expression."""
+    """Score every completion by a regular expression."""
 
 
 def checked(pattern: str) -> str:
-    """The same pattern.
+    """Check that a pattern is a regular expression, and return it.
 
     Raises:
-        ValueError: it is no regular expression.
+        ValueError: it is not.
     """
     try:
         re.compile(pattern)
@@ -53,7 +53,7 @@ def checked(pattern: str) -> str:
 def judge(
     *, response: str, pattern: str, match: str, found: float, absent: float, **others: Any
 ) -> dict[str, float | str | None]:
-    """`found` or `absent`, and what has matched."""
+    """The score `found` or `absent`, with the named groups of the match or else its text."""
     compiled = _compiled(pattern)
     place = compiled.search(response) if match == "anywhere" else compiled.fullmatch(response)
     if place is None:

@@ -1,4 +1,4 @@
-"""What scorers that ask a server have in common: where it is, how it is asked, and for judges what it may cost."""
+"""Settings shared by scorers that call a server: its address, request limits, and for judges prompts and budgets."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -15,12 +15,16 @@ from contracts.preflight import Finding, Inspected
 
 MOST_VOTES = 1000
 NO_JUDGEMENT = "no_judgement"
-"""Reason in the drop ledger: no reply of the judge could be read."""
+"""Reason in the drop ledger: no score could be read from the judge's replies."""
 COMPLETIONS = "/chat/completions"
 
 
 def checked_url(value: str) -> str:
-    """An address, or a ValueError where it is none, or says more than where a server is."""
+    """Check a URL, and return it without a trailing slash.
+
+    Raises:
+        ValueError: it is not an HTTP URL, or contains credentials.
+    """
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("it is no address. Write one like http://127.0.0.1:8000/v1.")
@@ -36,7 +40,7 @@ Url = Annotated[str, AfterValidator(checked_url)]
 
 
 class RemoteSettings(ScorerSettings):
-    """Settings of scorers that ask a server."""
+    """Settings of scorers that call a server."""
 
     key_variable: str | None = runtime(None, min_length=1)
     """Environment variable with the key (a bearer token) of the server; the key itself is stored nowhere."""
@@ -96,7 +100,7 @@ class JudgeSettings(RemoteSettings):
     """Price of a million reply tokens."""
 
     template_names: ClassVar[tuple[str, ...]]
-    """Variables that the question cannot do without."""
+    """Variables that the question must use."""
 
     @model_validator(mode="after")
     def _check_judge(self) -> Self:
@@ -122,38 +126,38 @@ class JudgeSettings(RemoteSettings):
         return self
 
     def asked_servers(self) -> list[str]:
-        """The endpoint."""
+        """The URLs that requests go to."""
         return [self.url]
 
     @property
     def base(self) -> str:
-        """The endpoint's address, without the path of what is asked."""
+        """The API's base URL, without the path of the request."""
         return self.url.removesuffix(COMPLETIONS)
 
     @property
     def prices(self) -> tuple[float, float]:
-        """Of a million tokens of questions and answers."""
+        """Prices of a million prompt tokens and a million reply tokens."""
         return self.price_prompt, self.price_completion
 
     @property
     def shown(self) -> str:
-        """The model."""
+        """Name of the model."""
         return self.model
 
     def examine(self) -> None:
-        """The question."""
+        """Check the question's template."""
         load("annotation.remote.asking:check_question")(self)
 
     def preflight(self, stage: Inspected) -> Iterator[Finding]:
-        """The question, the key, and what the endpoint serves."""
+        """Check the question's template and the key, and whether the endpoint serves the model."""
         yield from load("annotation.remote.preflight:check_judge")(self)
 
     def fixes(self, unread: str) -> dict[str, str]:
-        """What was said, and how it would be read."""
+        """Advice about replies that could not be read: an example, and how to fix it."""
         return {NO_JUDGEMENT: f"{unread},"} if unread else {}
 
     def summary(self, counts: Mapping[str, int]) -> dict[str, Any]:
-        """What it has cost, and that nobody promises the same again."""
+        """The cost, if there are prices, and a fact that only the cached replies are repeatable."""
         facts: dict[str, Any] = {"repeatable": "by the answers that are kept; a judge that is asked anew may say else"}
         if sum(self.prices):
             tokens = (counts.get("prompt_tokens_paid", 0), counts.get("completion_tokens_paid", 0))

@@ -1,4 +1,4 @@
-"""Repetition: how much of an answer it has said before."""
+"""The scorer kind `repetition`: a penalty for the share of an answer's n-grams that are repeated."""
 
 from typing import Any, ClassVar, Literal
 
@@ -7,7 +7,7 @@ from contracts.config import identity
 
 
 class RepetitionSettings(WorkerSettings):
-    """Settings of a penalty for repetition."""
+    """Settings of a repetition penalty."""
 
     kind: Literal["repetition"] = identity()
     """From 0 to -1: minus the share of a response's n-grams that are repeated, as in arXiv 2502.03373."""
@@ -22,11 +22,11 @@ class RepetitionSettings(WorkerSettings):
 
 
 class RepetitionConfig(RepetitionSettings, ScoreConfig):
-    """Judge every completion by its repetitions."""
+    """Score every completion by its repetitions."""
 
 
 def judge(*, response: str, response_ids: list[int], n: int, unit: str, weight: float, **others: Any) -> float:
-    """- weight · (1 - distinct n-grams / n-grams); 0 for answers that are too short for two."""
+    """-weight · (1 - distinct n-grams / n-grams); 0 for answers that are too short to have an n-gram."""
     said: list[Any] = response.lower().split() if unit == "words" else response_ids
     grams = [tuple(said[start : start + n]) for start in range(len(said) - n + 1)]
     return -weight * (1 - len(set(grams)) / len(grams)) if grams else 0.0

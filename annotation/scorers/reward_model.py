@@ -1,4 +1,5 @@
-"""A Bradley-Terry model: a sequence classifier with one label, read at the last token of the conversation."""
+"""The scorer kind `reward_model`: a Bradley-Terry model, which is a sequence classifier with one label, read at the
+last token of the conversation."""
 
 from collections.abc import Callable
 from typing import ClassVar, Literal
@@ -27,4 +28,4 @@ class RewardModelSettings(RewardScorerSettings, PooledSettings):
 
 
 class RewardModelConfig(RewardModelSettings, ChatScoreConfig):
-    """Judge every completion with a Bradley-Terry model."""
+    """Score every completion with a Bradley-Terry model."""

@@ -1,4 +1,4 @@
-"""A Python function or class of the user's own, called in processes of its own."""
+"""The scorer kind `rule`: a user's own Python function or class, called in worker processes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,37 +38,37 @@ class RuleSettings(WorkerSettings):
 
     @property
     def called(self) -> str:
-        """The function."""
+        """Path of the function or class."""
         return self.function
 
     @property
     def title(self) -> str:
-        """The function."""
+        """The function's name in messages."""
         return f"function {self.function!r}"
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """Those in `settings`."""
+        """Further keyword arguments of the function, or of the class's constructor: its `settings`."""
         return self.settings
 
     @property
     def read(self) -> list[Path] | None:
-        """The inputs."""
+        """The user's paths that it reads."""
         return self.inputs
 
     @property
     def at_once(self) -> int:
-        """A batch."""
+        """Answers per call, if the function takes several."""
         return self.batch
 
     @property
     def checked_twice(self) -> int:
-        """As configured."""
+        """Number of answers per shard that are scored a second time."""
         return self.judge_twice
 
     @property
     def shown(self) -> str:
-        """The function."""
+        """The function's path."""
         return self.function
 
     def source_files(self) -> dict[str, Path]:
@@ -76,11 +76,11 @@ class RuleSettings(WorkerSettings):
         return source_files(self.function)
 
     def preflight(self, stage: Inspected) -> Iterator[Finding]:
-        """The function, imported as the stage will."""
+        """Import the function as the stage will."""
         late = load("annotation.workers.rule:check_function")(self)
         if late is not None:
             yield Finding("warning", late)
 
 
 class RuleConfig(RuleSettings, ScoreConfig):
-    """Judge every completion with a Python function."""
+    """Score every completion with a Python function."""

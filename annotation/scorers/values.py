@@ -1,4 +1,4 @@
-"""A critic's value of the state before each response token."""
+"""The scorer kind `values`: a critic's value of the state before each response token."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -29,15 +29,15 @@ class ValueSettings(ModelSettings):
     reads_tokens: ClassVar[bool] = True
 
     def loaded_as(self) -> "LoadedAs":
-        """A classifier, unless it is a policy with a head beside its weights."""
+        """The class of model to load: a classifier, unless it is a policy with a separate value head."""
         assert self.model is not None
         return "causal" if ModelInfo.read(self.model).has_value_head else "classifier"
 
     def facts_of(self, rollouts: Artifact) -> dict[str, str]:
-        """The vocabulary, which both must have."""
+        """The vocabulary, which the critic must share with the policy."""
         assert self.model is not None
         return shared_vocabulary(self.model, rollouts, required=True)
 
 
 class ValueConfig(ValueSettings, ModelScoreConfig):
-    """Ask a critic for the value of every state."""
+    """Compute a critic's value of every state."""

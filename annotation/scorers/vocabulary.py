@@ -1,4 +1,5 @@
-"""Whether a model that is given stored token ids reads them as the policy that sampled them. No torch."""
+"""Checks that a model which reads stored token ids has the vocabulary of the policy that sampled them. Needs no
+torch."""
 
 from pathlib import Path
 
@@ -8,13 +9,13 @@ from contracts.models import ModelInfo
 
 
 def shared_vocabulary(model: Path, rollouts: Artifact, *, required: bool) -> dict[str, str]:
-    """The fact that a model means the same by token ids as the policy that sampled; empty where it cannot be known.
+    """The fact `vocabulary` if the model has the vocabulary of the policy that sampled; empty if that is not known.
 
     Args:
-        required: refuse what cannot be known.
+        required: raise an error if it is not known.
 
     Raises:
-        UserError: it does not, or it cannot be known and is required.
+        UserError: the vocabularies differ, or it is required to know and not known.
     """
     policy = rollouts.manifest.facts.get("vocabulary")
     known = policy is not None and ModelInfo.read(model).has_tokenizer

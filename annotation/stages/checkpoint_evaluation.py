@@ -1,4 +1,4 @@
-"""A checkpoint, evaluated by a function of the user's own."""
+"""Declares the stage `evaluate-checkpoint`: evaluates a checkpoint with a user's own function."""
 
 from dataclasses import dataclass
 
@@ -10,25 +10,25 @@ from contracts.records import CHECKPOINT_EVALUATION
 
 @dataclass(frozen=True)
 class CheckpointEvaluation(Stage[CheckpointEvaluationConfig]):
-    """An evaluation of the user's own. Nothing is known of its function but that it reads the checkpoint."""
+    """A user's own evaluation. Its function is unknown, except that it reads the checkpoint."""
 
     def uses_devices(self, config: CheckpointEvaluationConfig) -> bool:
-        """Its function may."""
+        """Whether it needs devices: always, since its function may use them."""
         return True
 
     def models(self, config: CheckpointEvaluationConfig) -> tuple[ModelUse, ...]:
-        """The checkpoint."""
+        """The models that it reads: the checkpoint."""
         return (ModelUse(config.checkpoint),)
 
     def memory(self, config: CheckpointEvaluationConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
-        """The weights alone, as they are loaded most often: a·P."""
+        """Memory of the weights in the usual dtype, a·P; what else the function needs is unknown."""
         size = outlook.size_of(config.checkpoint)
         if size is None:
             return None
         return Memory({"weights": size.parameters * (2 if on_gpu else 4), "process": PROCESS}, processes=1)
 
     def published_bytes(self, config: CheckpointEvaluationConfig, outlook: Outlook) -> int:
-        """Its metrics; the function's files are not known."""
+        """Size of its metrics; that of the function's files is unknown."""
         return STAGE
 
 

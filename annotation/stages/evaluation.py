@@ -1,4 +1,4 @@
-"""A policy, judged by what it answered to held-out prompts."""
+"""Declares the stage `evaluate`: evaluates a policy by its answers to held-out prompts."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from contracts.records import EVALUATION
 
 @dataclass(frozen=True)
 class Evaluation(Stage[EvaluationConfig]):
-    """The judgement of a policy."""
+    """The evaluation of a policy by its scores."""
 
     def published_bytes(self, config: EvaluationConfig, outlook: Outlook) -> int:
-        """Its metrics."""
+        """Size of its metrics."""
         return STAGE
 
 

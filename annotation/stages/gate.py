@@ -1,4 +1,4 @@
-"""What gates decide after an iteration."""
+"""Declares the stage `gate`: decides by the gates how a run continues after an iteration."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from contracts.records import GATE
 
 @dataclass(frozen=True)
 class Gate(Stage[GateConfig]):
-    """The decision how a run goes on."""
+    """The decision how a run continues."""
 
     def published_bytes(self, config: GateConfig, outlook: Outlook) -> int:
-        """A few numbers."""
+        """Size of the decision, which has only a few numbers."""
         return STAGE
 
 

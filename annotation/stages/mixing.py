@@ -1,4 +1,4 @@
-"""Pairs from elsewhere and from earlier iterations, to be trained on beside those of the present one."""
+"""Declares the stages that mix offline pairs and pairs of earlier iterations into the training set."""
 
 from dataclasses import dataclass
 
@@ -14,38 +14,38 @@ class PreferencesImport(Stage[PreferencesImportConfig]):
     """The import of preference pairs."""
 
     def models(self, config: PreferencesImportConfig) -> tuple[ModelUse, ...]:
-        """The one whose chat template and tokens the answers get."""
+        """The model whose chat template and tokenizer are used for the answers."""
         return (ModelUse(config.tokenizer, (ModelInfo.require_causal, ModelInfo.require_chat_template)),)
 
     def answers(self, config: PreferencesImportConfig, outlook: Outlook) -> AnswerStats | None:
-        """Two of each row, where the source can be looked at."""
+        """Two answers per row, if the source can be read."""
         rows = outlook.rows_of(config.source, config.split)
         if rows is None:
             return None
         return AnswerStats(rows, 2, rows.longest_tokens, rows.longest_tokens, -(-rows.count // config.shard_size))
 
     def published_bytes(self, config: PreferencesImportConfig, outlook: Outlook) -> int | None:
-        """Text and token ids of the source."""
+        """Size of the source's texts and token ids."""
         answers = self.answers(config, outlook)
         return None if answers is None else 2 * answers.prompt_bytes + answers.shards * FILE + STAGE
 
 
 @dataclass(frozen=True)
 class PreferencesScores(Stage[PreferencesScoresConfig]):
-    """The import of the preferences."""
+    """The import of preferences as scores."""
 
     def published_bytes(self, config: PreferencesScoresConfig, outlook: Outlook) -> int | None:
-        """256 an answer."""
+        """256 bytes per answer."""
         answers = outlook.answers_of(config.rollouts)
         return None if answers is None else answers.count * SAMPLE + answers.shards * FILE + STAGE
 
 
 @dataclass(frozen=True)
 class PairsSample(Stage[PairsSampleConfig]):
-    """The choice of a part of pairs."""
+    """A random part of published pairs."""
 
     def pairs(self, config: PairsSampleConfig, outlook: Outlook) -> PairStats | None:
-        """The share of all; beside others, in proportion to these."""
+        """A share of all pairs; with `beside`, in proportion to those."""
         found = outlook.pairs_of(config.pairs)
         if found is None:
             return None
@@ -56,7 +56,7 @@ class PairsSample(Stage[PairsSampleConfig]):
         return PairStats(min(found.count, max(1, round(wanted))), found.answers)
 
     def published_bytes(self, config: PairsSampleConfig, outlook: Outlook) -> int | None:
-        """As large a part of the pairs' own bytes."""
+        """The same share of the bytes of the published pairs."""
         found, maker = self.pairs(config, outlook), outlook.pairs_of(config.pairs)
         if found is None or maker is None:
             return None

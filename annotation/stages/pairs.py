@@ -1,4 +1,4 @@
-"""Preference pairs, chosen by scores."""
+"""Declares the stage `pairs`: selects preference pairs by scores."""
 
 from dataclasses import dataclass
 
@@ -8,22 +8,22 @@ from contracts.outlook import ID, STAGE, TEXT, Outlook, PairStats
 from contracts.records import PAIRS
 
 PAIR = 640
-"""Bytes that a pair has beside its tokens."""
+"""Bytes of a pair, not counting its tokens and texts."""
 
 
 @dataclass(frozen=True)
 class PairChoice(Stage[PairsConfig]):
-    """The choice of pairs."""
+    """The selection of preference pairs."""
 
     def pairs(self, config: PairsConfig, outlook: Outlook) -> PairStats | None:
-        """What the strategy proposes for each prompt at most, up to per_prompt."""
+        """For each prompt the maximum that the strategy proposes, up to per_prompt."""
         answers = outlook.answers_of(config.rollouts)
         if answers is None:
             return None
         return PairStats(answers.prompts.count * config.most(answers.k), answers)
 
     def published_bytes(self, config: PairsConfig, outlook: Outlook) -> int | None:
-        """2 · pairs · (9 · prompt + 2 · max_new_tokens · 16 + 640): as JSONL and as Parquet."""
+        """2 · pairs · (9 · prompt + 2 · max_new_tokens · 16 + 640) bytes, for JSONL and Parquet."""
         pairs = self.pairs(config, outlook)
         if pairs is None:
             return None

@@ -1,4 +1,4 @@
-"""Exchange of answers and rewards with RLHFlow."""
+"""Declares the stages that export and import answers and rewards in RLHFlow's format."""
 
 from annotation.config import RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig
 from annotation.data.rlhflow import RLHFLOW

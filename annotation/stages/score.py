@@ -1,4 +1,5 @@
-"""One scorer's judgement of every answer. What a kind of scorer needs, its own file says (annotation/scorers/)."""
+"""Declares the stage `score`: scores every answer with one scorer. Each kind's own requirements are declared in its
+module (annotation/scorers/)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,25 +15,25 @@ from contracts.records import SCORES
 
 @dataclass(frozen=True)
 class Scoring(Stage[ScoreConfig]):
-    """The judgement of answers by a scorer."""
+    """The scoring of answers by a scorer of any kind."""
 
     layout_keys: tuple[str, ...] = ("replicas",)
     memory_fix: str = "Lower the scorer's batch_tokens or replicas, or take a smaller model."
 
     def models(self, config: ScoreConfig) -> tuple[ModelUse, ...]:
-        """The scorer's."""
+        """The models of the scorer."""
         return config.models(config.rollouts)
 
     def libraries(self, config: ScoreConfig) -> tuple[str, ...]:
-        """The scorer's."""
+        """The libraries of the scorer."""
         return config.libraries()
 
     def follows(self, config: ScoreConfig) -> str | None:
-        """The rollouts, unless it reads pairs or scores, which were made of all of them."""
+        """The input that it can stream: the rollouts, unless it also reads pairs or scores made from all of them."""
         return "rollouts" if config.pairs is None and config.follows_rollouts else None
 
     def memory(self, config: ScoreConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
-        """That of one replica with its model."""
+        """Memory of one replica with its model."""
         size = outlook.size_of(config.model_path) if config.model_path else None
         if size is None:
             return None
@@ -40,8 +41,8 @@ class Scoring(Stage[ScoreConfig]):
         return Memory({**parts, "process": PROCESS}, config.replicas_of_shards)
 
     def operations(self, config: ScoreConfig, outlook: Outlook, *, on_gpu: bool) -> Operations | None:
-        """A forward pass over the answers, or over those in pairs; where answers are compared, over each comparison in
-        both orders. The prompt of several answers is read once."""
+        """A forward pass over the answers, or only over those in pairs; if answers are compared, over each comparison
+        in both orders. A prompt is computed once for all its answers."""
         size = outlook.size_of(config.model_path) if config.model_path else None
         answers = outlook.answers_of(config.rollouts)
         if size is None or answers is None or not isinstance(config, ModelSettings):
@@ -66,8 +67,8 @@ class Scoring(Stage[ScoreConfig]):
         )
 
     def published_bytes(self, config: ScoreConfig, outlook: Outlook) -> int | None:
-        """answers · 256, and where each token has a number (log-probabilities, values, rewards of steps)
-        max_new_tokens · 24 an answer."""
+        """answers · 256 bytes, plus max_new_tokens · 24 bytes per answer if each token has a number (log-probabilities,
+        values, step rewards)."""
         answers = outlook.answers_of(config.rollouts)
         if answers is None:
             return None
@@ -78,15 +79,16 @@ class Scoring(Stage[ScoreConfig]):
         return count * (SAMPLE + tokens) + answers.shards * FILE + STAGE
 
     def workload(self, config: ScoreConfig) -> Workload:
-        """The scorer's: without a model it is one job."""
+        """The scorer's workload; without a model it is one job."""
         return config.workload
 
     def layout(self, config: ScoreConfig) -> ProcessLayout:
-        """Replicas."""
+        """One process per replica."""
         return ProcessLayout(config.processes)
 
     def label(self, config: ScoreConfig) -> str:
-        """One process for each model."""
+        """The kind and its model, so that consecutive stages with the same ones share a process that keeps the model
+        loaded; empty without a model or with several replicas."""
         path = config.model_path
         return f"{config.kind} {path}" if path is not None and config.replicas_of_shards == 1 else ""
 
@@ -97,7 +99,7 @@ class Scoring(Stage[ScoreConfig]):
         return self.laid_out(config, {"replicas": devices})
 
     def laid_out(self, config: ScoreConfig, sizes: Mapping[str, Any]) -> ScoreConfig:
-        """So many replicas."""
+        """The config with the given number of replicas."""
         if unknown := sorted(sizes.keys() - config.roles):
             raise UserError(f"a scorer of the kind {config.kind} has no {unknown[0]}. Take it out of the layout.")
         return config.model_copy(update=sizes)

@@ -1,4 +1,4 @@
-"""Dynamic sampling: the answers that can be compared, of several rounds, and their scores."""
+"""Declares the stages of dynamic sampling, which select answers from several rounds, and their scores."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,11 @@ class Selection(Stage[SelectConfig]):
     """The selection of prompts by the scores of their answers."""
 
     def answers(self, config: SelectConfig, outlook: Outlook) -> AnswerStats | None:
-        """As many as of the first round, at most."""
+        """At most as many answers as in the first round."""
         return outlook.answers_of(config.rounds[0])
 
     def published_bytes(self, config: SelectConfig, outlook: Outlook) -> int | None:
-        """What the first round takes."""
+        """Size of the first round."""
         answers = self.answers(config, outlook)
         if answers is None:
             return None
@@ -30,7 +30,7 @@ class ScoreSelection(Stage[SelectScoresConfig]):
     """The scores of the answers that were selected."""
 
     def published_bytes(self, config: SelectScoresConfig, outlook: Outlook) -> int | None:
-        """256 an answer."""
+        """256 bytes per answer."""
         answers = outlook.answers_of(config.rollouts)
         return None if answers is None else answers.count * SAMPLE + len(config.scores) * FILE + STAGE
 

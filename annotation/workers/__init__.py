@@ -1,1 +1,1 @@
-"""Scorers that judge in processes of their own, which may hang, crash or be hostile."""
+"""Runs scoring functions in worker processes, since they may hang, crash or be hostile."""

@@ -1,8 +1,8 @@
-"""Judgements of a shard that is not finished, kept so that what was paid for is not paid again after a kill.
+"""Journals the scores of an unfinished shard, so that a stage does not recompute (or pay for) them after a kill.
 
-They are in the folder `state` of what is being published, which is one stage key's own, so a judgement by another
-function, or with other inputs, is never found there. The files of a shard are known by what its samples say. Each
-process writes one of its own, and lines that a kill has torn are passed over.
+A journal lies in the folder `state` of the artifact that is being published. That folder belongs to one stage key, so
+scores of another function, or with other inputs, are never found there. A shard's files are named by a hash of its
+samples. Each process writes its own file, and lines that a kill has truncated are skipped.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from contracts.faults import Fault, Tolerance
 from contracts.files import process_name
 
 WORTH_SECONDS = 0.5
-"""Judgements that took less in all are not worth keeping when the stage ends by the user's mistake."""
+"""When the stage ends with a user's mistake, a journal that took less time than this to fill is deleted."""
 
 Known = float | TokenRewards | Told | None
 Entry = tuple[int, Known]
-"""The sample's index in its shard, and its score; None: the function cannot judge."""
+"""The sample's index in its shard, and its score; None: the function cannot score it."""
 
 
 class Journal:
-    """What is known of one shard's samples, and a file to which more is added."""
+    """The known scores of one shard's samples, and a file to which new ones are appended."""
 
     def __init__(self, state: Path, samples: Sequence[Sample]) -> None:
         content = [(rollout.prompt_id, completion.sample, completion.text) for rollout, completion in samples]
@@ -40,28 +40,28 @@ class Journal:
         self._began = self._added = time.monotonic()
 
     def known(self) -> dict[int, Known]:
-        """Judgements by index that this or an earlier process has left."""
+        """Scores by sample index that this process or an earlier one has journaled."""
         return dict(whole_lines(self._state, f"{self._name}-*.jsonl", Entry))
 
     def add(self, judgements: Mapping[int, Known]) -> None:
-        """Write judgements down: they survive this process from here on."""
+        """Append scores to the file; from then on they survive this process."""
         if judgements:
             with self._path.open("ab") as file:
                 file.write(b"".join(msgspec.json.encode(entry) + b"\n" for entry in judgements.items()))
             self._added = time.monotonic()
 
     def forget(self) -> None:
-        """What this process has written is in a finished shard by now."""
+        """Delete this process's file, when its shard is finished."""
         self._path.unlink(missing_ok=True)
 
     def forget_cheap(self) -> None:
-        """Leave nothing of judgements that are sooner made again than looked for."""
+        """Delete this process's file if its scores are quick to recompute."""
         if self._added - self._began < WORTH_SECONDS:
             self.forget()
 
 
 class ShardJournals:
-    """The judgements of one shard after another: what is known of it, and what comes, written down as it comes."""
+    """The journals of one shard after another."""
 
     def __init__(self, state: Path, tolerance: Tolerance) -> None:
         self._state, self._tolerance = state, tolerance
@@ -69,12 +69,14 @@ class ShardJournals:
 
     @contextlib.contextmanager
     def of(self, samples: Sequence[Sample]) -> Iterator[tuple[dict[int, Judgement], Note]]:
-        """Judgements by index, and the function that adds to them; that it is called says that the one before is over.
+        """Open a shard's journal, and delete that of the previous shard, which is finished.
+
+        Yields the known scores by sample index, and a function that adds new ones and journals them.
 
         Raises:
-            UserError, TransientError: more samples have failed than may.
+            UserError, TransientError: more samples have failed than are tolerated.
         """
-        if self._last is not None:  # its shard is finished
+        if self._last is not None:
             self._last.forget()
         self._last = journal = Journal(self._state, samples)
         results: dict[int, Judgement] = dict(journal.known())
@@ -95,7 +97,7 @@ class ShardJournals:
 
 
 def whole_lines(folder: Path, pattern: str, kind: Any) -> Iterator[Any]:
-    """The lines of some JSONL files that processes have added to, but for those that a kill has torn."""
+    """The decoded lines of all JSONL files in `folder` that match `pattern`, except lines that a kill has truncated."""
     decoder = msgspec.json.Decoder(kind)
     for path in sorted(folder.glob(pattern)):
         for line in path.read_bytes().splitlines(keepends=True):

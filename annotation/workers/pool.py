@@ -1,7 +1,8 @@
 """A pool of processes that run a user's scoring function (annotation/workers/worker.py), with time limits and retries.
 
-Samples are sent in batches of about a tenth of a second of work: a fast function has little overhead, and a slow one
-has its samples spread over all workers. Answers come one by one, so that the sample being judged is always known.
+Samples are sent in batches of about a tenth of a second of work, so that fast functions have little overhead and the
+samples of slow ones are spread over all workers. Results arrive one by one, so that the pool always knows which sample
+a worker is scoring.
 """
 
 import math
@@ -23,16 +24,16 @@ from contracts.errors import UserError
 from contracts.faults import Fault
 
 NAP_SECONDS = 0.002
-"""Pause before reading a worker's answers while it has many samples, so that they are read together."""
+"""Pause before reading the results of a worker that has many samples, so that several are read at once."""
 
 Judgement = float | TokenRewards | Told | None | Fault
-"""A score; None: the function cannot process the sample; or why it failed."""
+"""A function's result for a sample: a score; None: it cannot score the sample; or the failure."""
 Note = Callable[[dict[int, Judgement]], None]
-"""Called with new judgements, by sample index, as soon as they arrive."""
+"""Callback for new results, by sample index, called as soon as they arrive."""
 
 
 class LateError(UserError):
-    """The import of a function takes longer than its limit."""
+    """The import of a function exceeds its time limit."""
 
 
 def stall_seconds() -> float | None:
@@ -42,7 +43,7 @@ def stall_seconds() -> float | None:
 
 
 class FunctionPool:
-    """Up to `count` workers, which live as long as this object: a function keeps what it has loaded."""
+    """Up to `count` workers, which live as long as this object, so that a function keeps what it has loaded."""
 
     def __init__(
         self,
@@ -57,21 +58,21 @@ class FunctionPool:
         load_limit: float | None = None,
         opens: bool = True,
     ) -> None:
-        """Start one, and wait until it has loaded the function.
+        """Start one worker, and wait until it has loaded the function.
 
         Args:
-            path: the function, or the class.
+            path: path of the function or class.
             inputs: paths that it reads.
-            settings: keyword arguments of the function, or of the class.
-            title: what judges, for messages; by default the function.
-            count: processes.
-            batch: answers of a call, if it takes many at once.
-            limit: seconds that the judgement of one answer may take.
-            load_limit: seconds that the import, and the opening of a class, may take.
-            opens: whether a class is opened, or only looked at.
+            settings: keyword arguments of the function, or of the class's constructor.
+            title: the function's name in messages; by default its path.
+            count: maximum number of processes.
+            batch: answers per call, if the function takes several.
+            limit: time limit for scoring one answer, in seconds.
+            load_limit: time limit for the import, and for instantiating a class, in seconds.
+            opens: whether a class is instantiated, or only its signature checked.
 
         Raises:
-            LateError: the import takes longer.
+            LateError: the import exceeds its time limit.
             UserError: the function cannot be loaded, or its signature does not fit.
         """
         self.title = title or f"function {path!r}"
@@ -86,9 +87,9 @@ class FunctionPool:
         self.takes_many = self.running[0].takes_many
 
     def judge(self, samples: Sequence[Sample], note: Note) -> None:
-        """Have all samples judged, in any order.
+        """Score all samples, in any order, and pass the results to `note`.
 
-        If the stage is asked to stop, it leaves when those in hand are judged.
+        If the stage is asked to stop, it exits once the samples that workers already have are scored.
         """
         todo = deque(range(len(samples)))
         while any(process.pending for process in self.running) or (todo and not stopping.requested()):
@@ -101,7 +102,7 @@ class FunctionPool:
     def _hand_over(self, samples: Sequence[Sample], todo: deque[int]) -> None:
         """Send samples to every idle worker, and start missing workers."""
         for process in [process for process in self.running if not process.busy]:
-            if process.has_ended():  # with nothing in hand, so no sample is to blame
+            if process.has_ended():  # it was idle, so no sample is to blame
                 process.kill()
                 self.running.remove(process)
             elif todo:
@@ -122,7 +123,7 @@ class FunctionPool:
         select.select(busy, [], [], LOOK_SECONDS)
         beat()
         for process in busy:
-            ended = process.has_ended()  # asked first: what it has said before is read now
+            ended = process.has_ended()  # checked first, so that results sent before its end are still read
             found: dict[int, Judgement] = {}
             for answer in process.answers():
                 self._take(process, answer, samples, todo, found)
@@ -168,11 +169,11 @@ class FunctionPool:
         note: Note,
         late: float | None = None,
     ) -> None:
-        """The current sample has failed; the worker's other samples go to other workers."""
+        """Remove a worker that ended or is late: its current sample fails, and its other samples are queued again."""
         process.kill()
         self.running.remove(process)
         if late is None:
-            time.sleep(2 * LOOK_SECONDS)  # who kills all processes of a job may be about to kill this one
+            time.sleep(2 * LOOK_SECONDS)  # if all processes of the job are being killed, this one's signal may follow
             if stopping.requested():
                 stopping.leave()
         what = self.title
@@ -185,7 +186,7 @@ class FunctionPool:
             raise UserError(
                 f"{what} ended the process that imports it: {process.how_it_ended()}. Fix what runs on import."
             )
-        if not process.pending:  # it ended after its work; another one is started where it is needed
+        if not process.pending:  # it ended when its samples were done; another worker is started if needed
             return
         index = process.pending.popleft()
         together = [index, *process.pending] if process.takes_many else [index]

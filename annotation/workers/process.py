@@ -1,4 +1,4 @@
-"""One worker process of a user's scoring function, as seen by the stage: samples sent, answers received."""
+"""The stage's side of a worker process: starts it, sends it samples, and receives results."""
 
 import contextlib
 import os
@@ -19,12 +19,12 @@ from contracts import stopping
 from contracts.errors import TransientError
 
 BUNCH_SECONDS = 0.1
-"""Target duration of one batch of samples."""
+"""Target duration of one batch of samples, in seconds."""
 LARGEST_BUNCH = 4096
 LOOK_SECONDS = 0.2
-"""How often a silent worker is checked."""
+"""Interval at which a silent worker is checked, in seconds."""
 LEAVE_SECONDS = 5.0
-"""How long a worker may take to exit when everything is judged: it may have something to save."""
+"""Time limit for a worker to exit when all samples are scored, as it may have something to save."""
 
 
 class FunctionProcess:
@@ -33,12 +33,12 @@ class FunctionProcess:
     def __init__(self, task: RuleTask) -> None:
         self.path = task.path
         self.pending: deque[int] = deque()
-        """Indices of the samples sent and not answered, the one being judged first."""
+        """Indices of the samples that were sent and have no result yet; the first one is being scored."""
         self.ready = False
         self.takes_many = False
-        """Whether it judges batches as a whole, as it says when it is ready."""
+        """Whether the function takes a whole batch; the worker reports this when it is ready."""
         self.waited = 0.0
-        """Seconds since the last answer, without those in which this process was stopped itself."""
+        """Seconds since the last result, not counting time in which this process itself was suspended."""
         self._bunch = 1
         self._handed = 0
         self._began = 0.0
@@ -47,7 +47,8 @@ class FunctionProcess:
         self._alive_when_silenced = False
         self._looked = time.monotonic()
         ours, theirs = socket.socketpair()
-        # As this process finds its modules, wherever it was started: a user's files may be named like libraries.
+        # The worker gets this process's sys.path instead of its working directory, as a user's files may be named like
+        # libraries.
         call = f"from annotation.workers.worker import main; main({theirs.fileno()})"
         code = f"import sys; sys.path[:] = {sys.path!r}; {call}"
         with theirs:
@@ -60,11 +61,11 @@ class FunctionProcess:
         self._send(task)
 
     def fileno(self) -> int:
-        """For `select`."""
+        """File descriptor of the connection, for `select`."""
         return self.connection.fileno()
 
     def hand_over(self, samples: Sequence[Sample], todo: deque[int], batch: int) -> None:
-        """Send the next samples, `batch` of them if they are judged as a whole."""
+        """Send the next samples: `batch` of them if the function takes a whole batch, or else an adaptive number."""
         count = min(batch if self.takes_many else self._bunch, len(todo))
         self.pending.extend(todo.popleft() for _ in range(count))
         self._handed, self._began, self.waited = count, time.monotonic(), 0.0
@@ -72,11 +73,11 @@ class FunctionProcess:
         self._send([_request(samples[index]) for index in self.pending])
 
     def _send(self, message: object) -> None:
-        with contextlib.suppress(OSError):  # it has ended, which is seen when it is looked at
+        with contextlib.suppress(OSError):  # it has ended, which `has_ended` will find
             self.connection.sendall(msgspec.json.encode(message) + b"\n")
 
     def answers(self) -> list[Answer]:
-        """The answers that have arrived; restarts the worker's clock."""
+        """The results that have arrived; if there are any, the worker's time limit starts anew."""
         now = time.monotonic()
         self.waited += min(now - self._looked, 5 * LOOK_SECONDS)
         self._looked = now
@@ -106,7 +107,7 @@ class FunctionProcess:
         return self._silenced or self.process.poll() is not None
 
     def adapt(self, todo: deque[int], *, given_back: bool) -> None:
-        """Take back the samples that it has not started, and adapt the size of its next batch."""
+        """Queue the samples again that it has not started, and adapt the size of its next batch."""
         done = self._handed - len(self.pending)
         todo.extendleft(reversed(self.pending))
         self.pending.clear()
@@ -117,12 +118,12 @@ class FunctionProcess:
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is awaited."""
+        """Whether a result is awaited."""
         return not self.ready or bool(self.pending)
 
     @property
     def many(self) -> bool:
-        """Whether so many samples are in hand that their answers had better be read together."""
+        """Whether it has so many samples that their results are better read several at once."""
         return len(self.pending) > 32
 
     def kill(self) -> None:
@@ -138,17 +139,17 @@ class FunctionProcess:
         time.sleep(LOOK_SECONDS)
 
     def wait(self) -> None:
-        """Close its connection and let it exit; kill it if it is judging a sample."""
+        """Let it exit, after its connection was closed; kill it if it is scoring a sample or does not exit in time."""
         if not self.busy:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(LEAVE_SECONDS)
         self.kill()
 
     def how_it_ended(self) -> str:
-        """In words.
+        """A description of how it ended.
 
         Raises:
-            TransientError: by a signal from outside.
+            TransientError: a preemption signal ended it.
         """
         code = self.process.returncode
         if self._silenced and self._alive_when_silenced:
@@ -163,7 +164,7 @@ class FunctionProcess:
 
 
 def _descriptor(stream: TextIO) -> int | None:
-    """Where this process prints to by now; None: where it began to."""
+    """The file descriptor that this process prints to now; None: the one it was started with."""
     try:
         return stream.fileno()
     except (OSError, ValueError):

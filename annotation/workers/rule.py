@@ -1,6 +1,4 @@
-"""Scorers that judge in processes of their own: a user's function or class, and the kinds that are made like one.
-Needs no torch.
-"""
+"""Scorers that run in worker processes: the kind `rule`, and built-in kinds with the same interface. Needs no torch."""
 
 import functools
 import math
@@ -19,11 +17,11 @@ from contracts.faults import Fault, Tolerance
 from contracts.records import Score
 
 IMPORT_SECONDS = 60.0
-"""How long a function may take to be imported until it is no longer waited for."""
+"""Time limit for importing a function in a preflight check."""
 
 
 class Rule:
-    """Has the configured function called in processes of its own."""
+    """Calls the configured function in worker processes."""
 
     def __init__(self, config: WorkerSettings, opening: Opening) -> None:
         stall = stall_seconds()
@@ -40,7 +38,8 @@ class Rule:
         self.counts: dict[str, int] = {}
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """One score per sample; "unscored" where the function returns None, "no_answer" if for want of an answer."""
+        """One score per sample; "unscored" if the function returns None, "no_answer" if it needs an answer and the
+        prompt has none."""
         with self.journals.of(samples) as (results, note):
             left = [index for index in range(len(samples)) if not results.keys() >= self._batch_of(index, samples)]
             self.pool.judge(
@@ -56,15 +55,15 @@ class Rule:
         ]
 
     def _batch_of(self, index: int, samples: Sequence[Sample]) -> set[int]:
-        """The samples that are judged in one call: always the same, so that a kill changes nothing."""
+        """The samples that share a call with this one; batches are fixed, so that a kill does not change them."""
         start = index - index % self.at_once
         return set(range(start, min(start + self.at_once, len(samples))))
 
     def _require_same(self, samples: Sequence[Sample], results: dict[int, Judgement]) -> None:
-        """Judge the first ones again.
+        """Score the first samples again.
 
         Raises:
-            UserError: a judgement is another one.
+            UserError: a score differs.
         """
         count = min(self.checked_twice, len(samples))
         again: dict[int, Judgement] = {}
@@ -79,12 +78,12 @@ class Rule:
 
 
 def check_function(config: WorkerSettings, seconds: float = IMPORT_SECONDS) -> str | None:
-    """Import what a scorer calls as the stage will, in a process that is ended after `seconds`; open nothing.
+    """Import a scorer's function as the stage will, in a process that is killed after `seconds`; instantiate nothing.
 
-    Returns a warning where it was not imported by then; it may have much to load.
+    Returns a warning if it was not imported in time; it may have much to load.
 
     Raises:
-        UserError: it cannot be imported, or not be called as it will be.
+        UserError: it cannot be imported, or its signature does not fit.
     """
     read = None if config.read is None else tuple(config.read)
     return _check(config.called, read, msgspec.json.encode(config.keywords, order="sorted"), seconds)
@@ -100,14 +99,14 @@ def _check(path: str, inputs: tuple[Path, ...] | None, settings: bytes, seconds:
 
 
 def in_words(judgement: Judgement) -> str:
-    """A judgement, for messages."""
+    """A result, for messages."""
     if isinstance(judgement, Told):
         return f"{in_words(judgement.score)} with {judgement.parts | judgement.extras}"
     return str(judgement.rewards if isinstance(judgement, TokenRewards) else judgement)
 
 
 def result_of(sample: Sample, judgement: Judgement) -> Score | str | Fault:
-    """The record of a judgement; "unscored" of none."""
+    """The score record of a result; "unscored" if it is None."""
     if judgement is None:
         return "unscored"
     if isinstance(judgement, Fault):

@@ -1,4 +1,4 @@
-"""Where a user's coroutines stand: a stack dump of the process that runs them shows its event loop alone."""
+"""Dumps the stacks of a user's coroutines; a stack dump of the process shows only its event loop."""
 
 import asyncio
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def show_waiting(number: int, frame: FrameType | None) -> None:
-    """Handle a signal: write the stacks of the coroutines under way to stderr, if there are any."""
+    """Signal handler: write the stacks of the running coroutines to stderr, if there are any."""
     try:
         tasks = asyncio.all_tasks()
     except RuntimeError:  # no event loop runs
@@ -18,7 +18,7 @@ def show_waiting(number: int, frame: FrameType | None) -> None:
 
 
 def stacks(tasks: "Iterable[asyncio.Task[Any]]") -> str:
-    """The stacks of coroutines, each with how many stand there, as faulthandler writes those of threads."""
+    """The distinct stacks of the tasks' coroutines, each with its number of occurrences, in faulthandler's format."""
     found = Counter(_stack(task.get_coro()) for task in tasks)
     return "\n".join(
         f"Coroutines that wait here: {count} (most recent call first):\n{stack}"
@@ -28,7 +28,7 @@ def stacks(tasks: "Iterable[asyncio.Task[Any]]") -> str:
 
 
 def _stack(coroutine: Any) -> str:
-    """Down to what it awaits in the end, which is no coroutine: a future."""
+    """The stack of a coroutine and of the coroutines that it awaits, down to the future that they all wait for."""
     lines: list[str] = []
     while (frame := getattr(coroutine, "cr_frame", None)) is not None:
         code = frame.f_code

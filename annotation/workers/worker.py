@@ -1,8 +1,8 @@
 """The worker process that runs a user's scoring function, which may exit, crash or hang without affecting the stage.
 
-It reads JSON lines from a socket: first the function to load, then bunches of samples. It answers with one line per
-sample, immediately, so that the stage always knows which sample is being judged. A function that takes many answers at
-once is given a whole batch with every line, and what becomes of a call becomes of all its answers.
+It reads JSON lines from a socket: first the function to load, then batches of samples. It replies with one line per
+sample, immediately, so that the stage always knows which sample is being scored. A function that takes several answers
+at once is given the whole batch of a line; if such a call fails, all its answers fail.
 """
 
 import asyncio
@@ -31,31 +31,31 @@ from contracts.processes import die_with_parent
 from contracts.stopping import SIGNALS
 
 GIVEN = ("messages", "response", "finish_reason", "answer")
-"""The keyword arguments of every function of one answer."""
+"""Keyword arguments of every function that scores one answer."""
 IF_NAMED = ("tags", "tools", "inputs", "response_ids")
 """Keyword arguments that are passed only if the function has parameters of these names."""
 BATCH = "samples"
-"""The parameter that makes a function one of many answers at once."""
+"""Name of the parameter that makes a function a batched one."""
 SCORE = "score"
 HAND_BACK_SECONDS = 0.25
-"""Samples of a batch that are not started within this time are returned, for other workers to judge."""
+"""Samples of a batch that are not started within this time are returned, for other workers to score."""
 MOST_BYTES = 1 << 16
-"""Of the JSON of what is told beside a score."""
+"""Maximum size of the further results that are stored with a score, in bytes of JSON."""
 
 
 class RuleTask(msgspec.Struct):
-    """The first line: what to load, and with which settings."""
+    """The first line that a worker reads: the function to load, and its settings."""
 
     path: str
     inputs: list[str] | None
     parent: int
     settings: dict[str, Any] = {}
     opens: bool = True
-    """Whether a class is opened, or only looked at."""
+    """Whether a class is instantiated, or only its signature checked."""
 
 
 class Failed(msgspec.Struct, array_like=True, tag=True):
-    """Why a sample has no judgement: the text before and after the sample's name."""
+    """Why a sample has no score: the message before and after the sample's name."""
 
     before: str
     after: str
@@ -68,7 +68,7 @@ class TokenRewards(msgspec.Struct, array_like=True, tag=True):
 
 
 class Told(msgspec.Struct, array_like=True, tag=True):
-    """A judgement with what was found beside it."""
+    """A score with the further results that were returned with it."""
 
     score: float | TokenRewards
     parts: dict[str, float]
@@ -76,7 +76,7 @@ class Told(msgspec.Struct, array_like=True, tag=True):
 
 
 class GivenAnswer(msgspec.Struct, array_like=True):
-    """An answer, as a function of many at once is given it."""
+    """An answer, as passed to a batched function."""
 
     messages: list[dict[str, Any]]
     response: str
@@ -90,12 +90,12 @@ class GivenAnswer(msgspec.Struct, array_like=True):
 
 
 Answer = float | TokenRewards | Told | None | bool | Failed
-"""A judgement; None: the function cannot judge the sample; True: the remaining samples are returned. The first one is
-whether the function judges many answers at once."""
+"""A line that a worker sends: a score; None: the function cannot score the sample; True: the remaining samples are
+returned. The first line says whether the function takes a whole batch."""
 
 
 def main(descriptor: int) -> NoReturn:
-    """Judge samples from the socket until it is closed."""
+    """Score samples from the socket until it is closed."""
     me = os.getpid()
     os.set_inheritable(descriptor, False)
     connection = socket.socket(fileno=descriptor)
@@ -132,9 +132,10 @@ def main(descriptor: int) -> NoReturn:
 
 
 def _set_up_process() -> None:
-    """Set up signals and output as a user's function expects them.
+    """Set up signals and output for the user's function.
 
-    A preemption signal goes to all processes of a job; the stage handles it, and may finish its current work first.
+    A preemption signal goes to all processes of a job. The worker ignores it, since the stage handles it, and may
+    finish its current work first.
     """
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: None)
@@ -143,7 +144,7 @@ def _set_up_process() -> None:
     signal.signal(signal.SIGQUIT, show_waiting)
     faulthandler.register(signal.SIGQUIT, all_threads=True, chain=True)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # its output goes to the log and must not fail
+        if isinstance(stream, io.TextIOWrapper):  # the function's output goes to the log, and must not fail
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
@@ -154,21 +155,21 @@ def _restore_signals() -> None:
 
 @dataclass
 class Loaded:
-    """What was loaded, and how it is called."""
+    """A loaded function, and how to call it."""
 
     function: Callable[..., Any]
     is_async: bool
     by_batch: bool
-    """Whether one call is given many answers."""
+    """Whether one call takes a whole batch."""
     named: frozenset[str]
-    """Which of `IF_NAMED` it takes."""
+    """The keywords of `IF_NAMED` that it takes."""
     further: dict[str, Any]
     """Further keyword arguments of every call."""
     run: Callable[[Coroutine[Any, Any, Any]], Any]
 
     @property
     def takes_many(self) -> bool:
-        """Whether it is given many answers at once: in one call, or in calls that are under way together."""
+        """Whether it is given a whole batch: in one call, or in concurrent calls if it is async."""
         return self.by_batch or self.is_async
 
     def keywords(self, one: GivenAnswer) -> dict[str, Any]:
@@ -178,7 +179,7 @@ class Loaded:
 
 
 def _load(task: RuleTask) -> Loaded:
-    """The function, or the class, opened with its settings.
+    """Load the function, or load the class and instantiate it with its settings.
 
     Raises:
         UserError: it cannot be imported, or its signature does not fit.
@@ -223,7 +224,7 @@ def _callee(
 ) -> Loaded:
     if inspect.isasyncgenfunction(function):
         raise UserError(f"{what} is an async generator; return its results instead.")
-    method = inspect.getattr_static(type(function), "__call__", None)  # of an object that can be called
+    method = inspect.getattr_static(type(function), "__call__", None)  # `function` may be a callable object
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(method)
     if signature is None:  # functions written in C may have none
         return Loaded(function, is_async, False, frozenset(), settings, run)
@@ -286,7 +287,7 @@ def _judge(loaded: Loaded, one: GivenAnswer) -> Answer:
 
 
 def _judge_all(loaded: Loaded, given: list[GivenAnswer]) -> list[Answer]:
-    """Of answers that are judged together."""
+    """The results of a batch that is scored together."""
     of_many = f"a batch of {len(given)} answers with "
     try:
         if not loaded.by_batch:
@@ -297,7 +298,7 @@ def _judge_all(loaded: Loaded, given: list[GivenAnswer]) -> list[Answer]:
             found = loaded.run(found)
     except BaseException as error:
         return [_failure(error, of_many)] * len(given)
-    if hasattr(found, "tolist"):  # an array of numbers
+    if hasattr(found, "tolist"):  # a NumPy array or a tensor
         found = found.tolist()
     if not isinstance(found, list | tuple):
         return [
@@ -326,13 +327,13 @@ def _result_of(loaded: Loaded, one: GivenAnswer, value: Any) -> Answer:
 def _failure(error: BaseException, of_many: str) -> Failed:
     if isinstance(error, OverflowError) and not of_many:
         return Failed("gave a number too large for a float for", f": {error}.")
-    # A mistake that a kind of Ratchet's own tells needs no place; it is in what it was given.
+    # A UserError of a built-in kind is about its inputs, so its place in the code is not shown.
     said = _text(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_text(error)}{place_of(error)}."
     return Failed(f"failed on {of_many}".rstrip(), f": {said}")
 
 
 def answer_of(value: Any, one: GivenAnswer, *, tokens: bool) -> Answer:
-    """What a function has returned for an answer; `tokens`: this may be a list of rewards for them."""
+    """Check and convert a function's return value for an answer. With `tokens` it may be a list of token rewards."""
     if value is None:
         return None
     value = _plain(value)
@@ -351,7 +352,7 @@ def answer_of(value: Any, one: GivenAnswer, *, tokens: bool) -> Answer:
 
 
 def _told(value: Mapping[Any, Any], one: GivenAnswer, *, tokens: bool) -> Answer:
-    """A score with what stands beside it: numbers are parts, everything else is shown."""
+    """Convert a returned mapping: numbers besides the score become parts, all other values extras."""
     if SCORE not in value:
         return Failed(
             f"returned a mapping without {SCORE!r} for", f"; it has {', '.join(map(repr, value)) or 'nothing'}."
@@ -394,7 +395,8 @@ def _token_rewards(values: Sequence[Any], tokens: int) -> Answer:
 
 
 def _plain(value: Any) -> Any:
-    """The number in an array of no dimensions, as the libraries of arrays give a sum or a mean; else the same."""
+    """The number in a zero-dimensional array, which NumPy and torch return for a sum or a mean; other values as they
+    are."""
     if isinstance(value, Real) or getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
         return value
     number = value.item()
