@@ -1,1 +1,1 @@
-"""What a run will take, and what would go wrong, before it starts."""
+"""Planning before a run starts: placement, estimates of memory and disk, simulation, search, and preflight checks."""

@@ -1,4 +1,5 @@
-"""What a run's stages can be given: devices of this machine, and a scheduler's cluster."""
+"""Describes the hardware that the stages of a run can be placed on: this machine's devices, and a scheduler's
+cluster."""
 
 import os
 from collections.abc import Sequence
@@ -16,44 +17,43 @@ from pipelines.machine import cores, default_parallel, gpu_count
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a run's stages can be given."""
+    """The hardware and limits that stages are placed and scheduled by."""
 
     executor: ExecutorSection
     placement: PlacementSection
     gpus: int
     """GPUs of this machine."""
     cores: int
-    """Cores of this machine, which are the devices of pools where it has no GPU."""
+    """Cores of this machine, which are the devices if it has no GPUs."""
     parallel: int
-    """Stages at once, where no scheduler and no pool of devices decides."""
+    """Maximum number of stages at once on devices that are not exclusive to a stage."""
     scheduler_has_gpus: bool = True
-    """Whether what is asked of a scheduler may have GPUs."""
+    """Whether jobs may request GPUs from the scheduler."""
     machines: int = 1
-    """Machines that the GPUs are in, the first of them in the first one, where several are planned for as one."""
+    """Machines that the GPUs are distributed over, in order, if several machines are planned for as one."""
 
     @property
     def devices(self) -> int:
-        """Devices of this machine that stages can be given parts of."""
+        """Number of this machine's devices that stages can be assigned."""
         return self.gpus or self.cores
 
     @property
     def unit(self) -> str:
-        """What they are."""
+        """The kind of these devices: GPU or core."""
         return "GPU" if self.gpus else "core"
 
     @property
     def is_divided(self) -> bool:
-        """Whether the strategy gives stages parts of this machine."""
+        """Whether the strategy assigns stages parts of this machine."""
         return self.placement.strategy not in WHOLE
 
     def machines_of(self, devices: Sequence[int]) -> int:
-        """How many machines these devices are in."""
+        """The number of machines that these devices are in."""
         each = max(1, self.devices // self.machines)
         return len({device // each for device in devices})
 
     def asked_of(self, node: Node) -> int:
-        """Devices that a stage's jobs have of a scheduler: GPUs, or where they ask for none one core for each of its
-        processes."""
+        """Devices that a stage's jobs request from a scheduler: GPUs, or without any one core per process."""
         entry, layout = self.executor.entry(node), node.stage.layout(node.config)
         gpus = (entry.gpus or 0) if self.scheduler_has_gpus else 0
         if node.workload in ARRAYS:
@@ -61,24 +61,25 @@ class Cluster:
         return (entry.nodes or layout.nodes) * gpus or layout.processes
 
     def shares(self, placement: Placement) -> int | None:
-        """Stages that may have a device of these at once; None: any number, because a scheduler decides."""
+        """Maximum number of stages that may use one of these devices at once; None: no limit, because a scheduler
+        decides."""
         if placement.executor not in HERE:
             return self.executor.parallel
         return 1 if placement.exclusive and placement.devices else self.parallel
 
 
 def threads_here(executor: ExecutorSection) -> int:
-    """Threads of each process of a stage on this machine, where nobody says."""
+    """Default number of threads of each process of a stage on this machine."""
     return max(1, (os.cpu_count() or 1) // (executor.parallel or default_parallel()))
 
 
 def cluster_as_written(config: RunConfig) -> Cluster:
-    """What a run will have: this machine, or the GPUs that its config is written for (`hardware`) where it has none."""
+    """The cluster of a run: this machine, with the GPUs of the config's `hardware` if it has none."""
     return cluster_of(config, gpu_count() or (config.hardware.gpus if config.hardware is not None else 0))
 
 
 def config_on_machines(config: RunConfig) -> RunConfig:
-    """The config of a run on machines that there are not yet: see `cluster_of_machines`."""
+    """The config of a run simulated on other machines: see `cluster_of_machines`."""
     kept = {key: getattr(config.executor, key) for key in ("retries", "backoff_seconds")}
     if config.executor.uses_scheduler:
         kept["warm"] = False
@@ -88,19 +89,19 @@ def config_on_machines(config: RunConfig) -> RunConfig:
 
 
 def cluster_of_machines(config: RunConfig, section: MachinesSection) -> Cluster:
-    """What a run would have on machines that there are not yet.
+    """The cluster of a run simulated on other machines.
 
-    All of them are one large machine, whose stages are processes of it, whatever `executor` says of a scheduler: that
-    is what strategies and pools divide. What a scheduler adds, the time in its queue, is in the section.
+    All machines form one large machine whose stages are local processes, even if `executor` names a scheduler, because
+    strategies and pools divide the devices of one machine. The scheduler's queue times are in the section instead.
     """
     return replace(cluster_of(config_on_machines(config), section.total), machines=section.machines)
 
 
 def cluster_of(config: RunConfig, gpus: int | None = None) -> Cluster:
-    """What a run has: this machine, and the scheduler that its config names.
+    """The cluster of a run: this machine, and the scheduler that its config names.
 
     Args:
-        gpus: as if this machine had so many.
+        gpus: number of GPUs to assume instead of this machine's.
     """
     gpus = gpu_count() if gpus is None else gpus
     placement = config.placement

@@ -1,9 +1,9 @@
-"""A simulated run many times, with what may go otherwise: queues, slow stages, failures, wrong predictions.
+"""Simulates a run many times with random queue times, slow stages, failures and prediction errors.
 
-What is assumed: how wrong a prediction is, is the same for all stages of a kind in a run (whoever knows too little of
-trainings is wrong in each of them). Queues, slow stages and failures are independent of each other; failures come at a
-constant rate for each device. A failed stage gives its devices back, waits as `executor.backoff_seconds` says, and goes
-on from what it had finished: whole shards, or the last training state that it saved.
+The prediction error is the same for all stages of a kind in one simulated run: what makes the prediction for one
+training wrong makes it wrong for all. Queue times, slow stages and failures are independent; failures occur at a
+constant rate per device. A failed stage releases its devices, waits according to `executor.backoff_seconds`, and
+continues after the work that it had finished: whole shards, or the last saved training state.
 """
 
 import math
@@ -20,38 +20,37 @@ from pipelines.planning.scheduling import StageWork
 from pipelines.planning.simulation import Simulation, kind_of
 
 OUTSIDE = 0.1
-"""Share of the draws below an interval, and share above it."""
+"""Share of the draws below an interval, and of those above it."""
 MOST_ATTEMPTS = 1000
-"""Of a stage in a draw: with more it never ends."""
+"""Maximum number of attempts of a stage in one draw; a stage with more would never end."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What came out, each in ascending order."""
+    """The results of many simulated runs; lists are in ascending order."""
 
     totals: list[float]
     """Seconds of the run."""
     held: list[float]
-    """Device-seconds in which stages have devices, failed attempts too."""
+    """Device-seconds that stages hold, including those of failed attempts."""
     failures: float
-    """Attempts that fail in a run, on average."""
+    """Average number of failed attempts per run."""
     stopped: float
-    """Share of the runs in which a stage fails more often than it is tried again, and the command has to be given
-    once more."""
+    """Share of the runs in which a stage exceeds its retries, so that the user has to restart the command."""
 
     @property
     def finishes(self) -> bool:
-        """Whether most of them come to their end by themselves; what the others take is no time of a run."""
+        """Whether most runs end without a restart; otherwise their times mean nothing."""
         return self.stopped <= 0.5
 
     @property
     def median(self) -> float:
-        """Seconds: half of the runs take longer."""
+        """The median time of a run, in seconds."""
         return _quantile(self.totals, 0.5)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Seconds between which eight of ten runs are."""
+        """The interval in seconds that contains 80 % of the runs."""
         return _quantile(self.totals, OUTSIDE), _quantile(self.totals, 1 - OUTSIDE)
 
 
@@ -63,7 +62,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 
 def pieces_of(node: Node, graph: Graph, prediction: Prediction) -> float:
-    """Seconds of computing after which a stage has something finished that a further attempt does not make again."""
+    """Seconds of computation between two points from which a further attempt can resume."""
     saves = getattr(node.config, "checkpoint_seconds", None)
     if saves is not None:
         return float(saves)
@@ -84,15 +83,15 @@ def draw_runs(
     count: int,
     seed: int,
 ) -> Draws:
-    """Simulate a run so many times.
+    """Simulate a run `count` times.
 
     Args:
-        simulation: the run in which all goes as predicted.
+        simulation: the run without random effects.
         graph: its stages.
-        executor: how often, and after what pause, a failed stage is tried again.
-        machines: what goes otherwise; None: nothing but that predictions are wrong.
-        count: how many times.
-        seed: of the draws: the same gives the same.
+        executor: how many times, and after what pause, a failed stage is retried.
+        machines: the distributions of queue times, slow stages and failures; None: only predictions vary.
+        count: the number of runs.
+        seed: the seed of the random numbers; the same seed gives the same result.
     """
     chance = random.Random(seed)
     pieces = {node.name: pieces_of(node, graph, one) for node, one in _known(simulation)}
@@ -119,7 +118,7 @@ def _draw(
     pieces: Mapping[str, float],
     chance: random.Random,
 ) -> dict[str, StageWork]:
-    """What each stage takes in one run."""
+    """The work of each stage in one run."""
     works = {name: StageWork(0.0) for name in simulation.unknown}
     wrong: dict[str, float] = {}
     for node, one in _known(simulation):
@@ -153,7 +152,8 @@ def _fail(
     executor: ExecutorSection,
     chance: random.Random,
 ) -> tuple[tuple[tuple[float, float], ...], float]:
-    """The attempts at a stage that fail, and what the last one has still to compute."""
+    """The failed attempts at a stage (seconds until each fails, and of the pause after it), and what is left for the
+    last one."""
     failures: list[tuple[float, float]] = []
     while (at := chance.expovariate(1 / between)) < fixed + compute + handoff and len(failures) < MOST_ATTEMPTS:
         done = min(compute, max(0.0, at - fixed))

@@ -1,4 +1,5 @@
-"""What the entries of executor.stages and placement.stages are for, and what follows from where stages run."""
+"""Checks that the entries of executor.stages and placement.stages match stages, and chooses between CPU and GPU
+environments."""
 
 import os
 from collections.abc import Iterable
@@ -12,8 +13,8 @@ from pipelines.graph import Graph
 
 
 def check_entries(graph: Graph, config: RunConfig) -> None:
-    """Raise UserError where an entry of executor.stages or placement.stages is for no stage of the run, or for none
-    that has its keys."""
+    """Raise UserError if an entry of executor.stages or placement.stages matches no stage of the run, or none that its
+    keys apply to."""
     _require_stages(graph, config.executor.stages, "executor.stages")
     _require_stages(graph, config.placement.stages, "placement.stages")
     for pattern, entry in config.executor.stages.items():
@@ -39,7 +40,7 @@ def check_entries(graph: Graph, config: RunConfig) -> None:
 
 
 def _require_stages(graph: Graph, keys: Iterable[str], section: str) -> None:
-    """Raise UserError where a key of a section is for no stage of the run; kinds are known whether any is of them."""
+    """Raise UserError if a key of a section matches no stage of the run; names of kinds are always valid."""
     for key in keys:
         if key in KINDS or any(is_named(node, key) for node in graph.nodes.values()):
             continue
@@ -52,9 +53,10 @@ def _require_stages(graph: Graph, keys: Iterable[str], section: str) -> None:
 
 
 def choose_variant(executor: ExecutorSection) -> None:
-    """Decide between the cpu and the gpu environments by what is asked of Slurm, not by the GPUs of this machine.
+    """Choose the cpu or gpu environments by the resources requested from Slurm, not by this machine's GPUs.
 
-    Sets RATCHET_VARIANT, which the jobs inherit, where the user has not, and as far as all heavy stages run on Slurm.
+    Sets RATCHET_VARIANT, which jobs inherit, unless the user has set it, and only if stages use Slurm: gpu if any
+    requests GPUs, cpu if none does and all heavy ones run there.
     """
     if not executor.uses_scheduler or os.environ.get(VARIANT, "auto") not in ("", "auto"):
         return

@@ -1,4 +1,4 @@
-"""How much memory and disk the stages of a graph take, before they run: by what their declarations say."""
+"""Estimates the memory and disk space of the stages of a graph before they run, from their declarations."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +12,14 @@ from pipelines.planning.sizes import read_size
 
 
 class GraphOutlook:
-    """What a graph's stages say of what they make (`contracts.outlook.Outlook`)."""
+    """Answers questions about artifacts that do not exist yet, from the stages of a graph
+    (`contracts.outlook.Outlook`)."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
 
     def size_of(self, model: Path) -> Size | None:
-        """The measures of a model: what a stage of the graph makes has those of the model that it starts from."""
+        """The size of a model; one trained in the graph has the size of the model that it starts from."""
         start, becomes_classifier = self.graph.origin(model)
         size = self.graph.known(("size", start), lambda: self._size(start))
         return size.as_classifier() if size and becomes_classifier else size
@@ -28,7 +29,7 @@ class GraphOutlook:
         return read_size(start) if node is None else node.stage.size(node.config)
 
     def rows_of(self, path: Path, split: str = "train") -> RowStats | None:
-        """Rows of prompts or demonstrations, before they are made; None where only the Hub knows."""
+        """Estimate of a set of prompts or demonstrations, also before it is made; None if only the Hub knows."""
         return self.graph.known(("rows", path, split), lambda: self._rows(path, split))
 
     def _rows(self, path: Path, split: str) -> RowStats | None:
@@ -36,31 +37,31 @@ class GraphOutlook:
         return measure(path, split) if node is None else node.stage.rows(node.config, path, self) or measure(path)
 
     def answers_of(self, path: Path) -> AnswerStats | None:
-        """The answers in rollouts, or of which an experience is made."""
+        """Estimate of the answers in rollouts, or in the rollouts that an experience is made from."""
         node = self.graph.maker(path)
         return node.stage.answers(node.config, self) if node else None
 
     def pairs_of(self, path: Path) -> PairStats | None:
-        """Preference pairs."""
+        """Estimate of preference pairs."""
         node = self.graph.maker(path)
         return node.stage.pairs(node.config, self) if node else None
 
 
 @dataclass(frozen=True)
 class ContextUse:
-    """The tokens that a stage asks of its model's context at most."""
+    """The maximum number of tokens of a stage's sequences, and the context of its model."""
 
     keys: str
-    """What asks for them: keys of its config, with their values."""
+    """The config keys that set the maximum, with their values."""
     tokens: int
     context: int
-    """The tokens that the model can take."""
+    """Maximum number of tokens of the model's context."""
     is_made: bool
-    """Whether a stage of the run makes the model."""
+    """Whether the model is made in the run."""
 
 
 def context_uses(graph: Graph) -> Iterator[ContextUse]:
-    """What each stage that generates asks of its model's context, where that is known before the run."""
+    """The context use of each stage that samples, as far as it is known before the run."""
     outlook = GraphOutlook(graph)
     for node in graph.nodes.values():
         tokens, models = node.stage.tokens(node.config), node.stage.models(node.config)
@@ -74,24 +75,24 @@ def context_uses(graph: Graph) -> Iterator[ContextUse]:
 
 
 def disk_bytes(node: Node, graph: Graph) -> int:
-    """Bytes that a stage may need on the disk: what it publishes, and what it keeps while it runs.
+    """Bytes of disk space that a stage may need: its output, and its temporary files.
 
-    Where the size of its inputs cannot be known, as little as any stage must have (contracts.stage.MINIMUM_FREE).
+    If the size of its inputs is not known, the minimum for any stage (contracts.stage.MINIMUM_FREE).
     """
     published = published_bytes(node, graph)
     return MINIMUM_FREE if published is None else published + scratch_bytes(node, graph)
 
 
 def published_bytes(node: Node, graph: Graph) -> int | None:
-    """Bytes that a stage publishes, rather too many than too few; None where that cannot be known."""
+    """Bytes that a stage publishes, rounded up; None if unknown."""
     return node.stage.published_bytes(node.config, GraphOutlook(graph))
 
 
 def scratch_bytes(node: Node, graph: Graph) -> int:
-    """Bytes that a stage needs while it runs and gives back."""
+    """Bytes of temporary files, which are deleted when the stage ends."""
     return node.stage.scratch_bytes(node.config, GraphOutlook(graph))
 
 
 def memory(node: Node, graph: Graph, *, on_gpu: bool) -> Memory | None:
-    """Memory of a stage; None for those that take little, and where the model's size is not known."""
+    """Memory of a stage; None if it takes little, or its model's size is not known."""
     return node.stage.memory(node.config, GraphOutlook(graph), on_gpu=on_gpu)

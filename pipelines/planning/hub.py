@@ -1,9 +1,10 @@
-"""Models and data sets named by a Hub id, hf:ORG/NAME[@REVISION]: what the name stands for, and where that is.
+"""Resolves models and data sets on the Hub, hf:ORG/NAME[@REVISION], to local directories and commits.
 
-A run keeps the commits that it was made with: a tag or a branch that moves later changes nothing in it. Models are
-downloaded once, then a directory like any other; data sets are read by the stage that imports them, at their commit.
+A run records the commits that it was made with, so that a branch or tag that moves later does not change it. Models are
+downloaded once and then used like any other directory; data sets are read, at their commit, by the stage that imports
+them.
 
-The Hub's library is loaded where something is on the Hub: it takes longer to load than all of this command.
+huggingface_hub is imported only if something is on the Hub, because that takes longer than the rest of the command.
 """
 
 import contextlib
@@ -22,32 +23,32 @@ MODEL_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt",
 COMMIT = re.compile("[0-9a-f]{40}")
 Kind = Literal["model", "dataset"]
 Commits = dict[str, str]
-"""By kind and name ("model hf:ORG/NAME@REVISION"), the commit that it stands for."""
+"""The resolved commits, by kind and reference ("model hf:ORG/NAME@REVISION")."""
 
 
 class OnHub:
-    """What the names of things on the Hub stand for, in one run."""
+    """Resolves the Hub references of one run."""
 
     def __init__(self, commits: Commits | None, *, download: bool) -> None:
-        """Without a record of commits (of runs from before there was one), data sets stay as they are named.
+        """Use and extend a run's record of commits.
 
         Args:
-            commits: what the run was made with.
-            download: ask the Hub, and get the models; else only the local cache is looked at.
+            commits: the record; None, for runs of versions that kept none: data sets are not resolved.
+            download: whether to query the Hub and download models; otherwise only the local cache is read.
         """
         self.commits = commits
         self.download = download
 
     def locate(self, config: RunConfig) -> RunConfig:
-        """The same configuration with every model at its directory, and every data set at its commit.
+        """Replace every model in the config by its directory, and every data set's name by one with its commit.
 
         Raises:
-            UserError: the Hub does not have it, or does not show it.
+            UserError: something does not exist on the Hub, or is not accessible.
         """
         return _with_data(_with_models(config, self.model), self.data)
 
     def model(self, reference: str) -> str:
-        """The directory of a model on the Hub; of others, and of one that is not there, what it was."""
+        """The directory of a model on the Hub; the reference itself if it is not on the Hub, or not in the cache."""
         if not reference.startswith(HUB):
             return reference
         from huggingface_hub import snapshot_download
@@ -75,7 +76,7 @@ class OnHub:
         return directory
 
     def data(self, source: str) -> str:
-        """A data set on the Hub, named by its commit, where that can be found out; others as they are."""
+        """A data set on the Hub named with its commit, if that can be resolved; other sources unchanged."""
         name, part, revision = hub_parts(source)
         if not source.startswith(HUB) or self.commits is None or name.startswith(("/", ".")):
             return source
@@ -102,18 +103,18 @@ class OnHub:
 
 
 def name_and_revision(reference: str | Path) -> tuple[str, str | None]:
-    """What hf:ORG/NAME[@REVISION] names."""
+    """The name and revision in hf:ORG/NAME[@REVISION]."""
     name, _, revision = str(reference).removeprefix(HUB).partition("@")
     return name, revision or None
 
 
 def _at(paths: Any, place: Callable[[str], str]) -> Any:
-    """A path, or a list of some, where `place` says."""
+    """Apply `place` to a path, or to each path of a list."""
     return [_at(path, place) for path in paths] if isinstance(paths, list) else Path(place(paths))
 
 
 def _with_models(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
-    """The same configuration with every model where `place` says."""
+    """Apply `place` to every model in the config."""
     scorers = {}
     for name, scorer in config.scorers.items():
         named = {field: value for field, value in scorer.select(Role.INPUT).items() if value is not None}
@@ -123,9 +124,9 @@ def _with_models(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
         placed = [Path(place(str(path))) for path in inputs]
         changes["training"] = config.training.model_copy(update={"inputs": placed})
     critic = config.critic
-    if critic is not None and critic.start:  # else it stays a key that the user has not set
+    if critic is not None and critic.start:  # otherwise the key must stay unset
         changes["critic"] = critic.model_copy(update={"start": place(critic.start)})
-    if config.changes:  # of what can change, only models are on the Hub
+    if config.changes:  # of the keys that can change, only models can be on the Hub
         changes["changes"] = {start: _placed(change, place) for start, change in config.changes.items()}
     return config.model_copy(update=changes)
 
@@ -139,7 +140,7 @@ def _placed(value: Any, place: Callable[[str], str]) -> Any:
 
 
 def _with_data(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
-    """The same configuration with every data set named as `place` says."""
+    """Apply `place` to every data set in the config."""
 
     def placed(section: Any, key: str) -> Any:
         source = getattr(section, key)
@@ -166,7 +167,7 @@ def _with_data(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
 
 @contextlib.contextmanager
 def _explained(kind: Kind, reference: str, name: str, revision: str | None) -> Iterator[None]:
-    """What the Hub's library raises, as one message with the fix."""
+    """Turn errors of huggingface_hub into one message with the fix."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -205,12 +206,12 @@ def _explained(kind: Kind, reference: str, name: str, revision: str | None) -> I
         ) from error
     except OSError as error:
         if error.errno is not None:
-            raise  # of the disk here
+            raise  # an error of the local disk
         raise UserError(f"{what} could not be downloaded: {str(error).splitlines()[0]}") from error
 
 
 def _revisions(kind: Kind, name: str) -> str:
-    """What revisions there are, in words."""
+    """The revisions of a repo, for a message."""
     from huggingface_hub import HfApi
 
     refs = HfApi().list_repo_refs(name, repo_type=kind)

@@ -1,7 +1,7 @@
-"""Preflight, the driver's half: every environment is asked what its stages would refuse, before the first one starts.
+"""The driver's part of preflight: asks every environment what its stages would refuse, before the first one starts.
 
-What was found right is remembered by the state of the files that were looked at, so that the same command costs nothing
-again.
+Results without errors are cached, keyed by the state of the files that were read, so that repeating a command costs
+nothing.
 """
 
 import concurrent.futures
@@ -36,7 +36,7 @@ from pipelines.progress import waiting
 
 R = TypeVar("R", PreflightReport, SampledData)
 DRAWS = 16
-"""Iterations whose draws are looked at: what they take of each set differs by one prompt at most."""
+"""Number of iterations whose draws are checked; what they take of each set differs by one prompt at most."""
 OF_THE_PLACE = ("output", "seed", "iteration", "start", "count", "lengths")
 """Fields that do not matter to preflight; stages that differ only in these are checked once."""
 
@@ -68,10 +68,10 @@ def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
 
 
 def differing_probes(probes: dict[str, dict[str, Any]]) -> list[Finding]:
-    """Models whose tokenizer two environments read differently.
+    """Find models whose tokenizer two environments read differently.
 
     Args:
-        probes: by environment and model, what it makes of the same texts.
+        probes: by environment and model, the result of tokenizing the same texts.
     """
     findings = []
     for model in dict.fromkeys(model for made in probes.values() for model in made):
@@ -93,10 +93,10 @@ def differing_probes(probes: dict[str, dict[str, Any]]) -> list[Finding]:
 
 
 def differing_vocabularies(graph: Graph, known: dict[str, str]) -> list[Finding]:
-    """References and critics that would get token ids of another vocabulary.
+    """Find reference models and critics that would read token ids of another vocabulary.
 
     Args:
-        known: by a model's path, the digest of what each token id stands for.
+        known: by the path of a model, the digest of its vocabulary.
     """
     told: dict[tuple[Path, Path], Finding] = {}
     for node in graph.nodes.values():
@@ -121,7 +121,7 @@ def _shown(probe: dict[str, Any]) -> str:
 
 
 def requests_of(graph: Graph, environment: str) -> tuple[StageRequest, ...]:
-    """The stages of an environment that read something external, without duplicates."""
+    """The stages of an environment that read external files or ask servers, without duplicates."""
     found: dict[str, StageRequest] = {}
     for node in graph.nodes.values():
         if node.environment == environment and node.stage.preflight and reads_from_outside(node, graph):
@@ -131,11 +131,11 @@ def requests_of(graph: Graph, environment: str) -> tuple[StageRequest, ...]:
 
 
 def reads_from_outside(node: Node, graph: Graph) -> bool:
-    """Whether a node reads anything that exists before the run, or asks a server."""
+    """Whether a node reads anything that exists before the run, or sends requests to a server."""
     try:
         if node.config.source_files() or node.config.asked_servers():
             return True
-    except UserError:  # which `input_mistakes` tells
+    except UserError:  # reported by `input_mistakes`
         return False
     return any(
         is_there(origin_of(path, graph)) and graph.owner(origin_of(path, graph)) is None
@@ -144,7 +144,8 @@ def reads_from_outside(node: Node, graph: Graph) -> bool:
 
 
 def request_of(node: Node, graph: Graph) -> StageRequest:
-    """A node's config, as it is sent to its environment."""
+    """A node's config as it is sent to its environment: inputs made in the run are replaced by what is known of
+    them."""
     config = node.config.model_dump(mode="json")
     made = []
     for field, value in node.config.select(Role.INPUT).items():
@@ -168,14 +169,15 @@ def _replaced(value: Any, graph: Graph) -> Any:
 
 
 def _known(path: Path, graph: Graph) -> str:
-    """The path, the model that it will be trained from, or the kind of stage that makes it."""
+    """The path; for a model trained in the run the model that it starts from, and for other artifacts the kind of their
+    stage."""
     origin = origin_of(path, graph)
     owner = graph.owner(origin)
     return str(origin) if owner is None else f"made-by/{graph.nodes[owner].stage.name}"
 
 
 def _is_usable(environments: EnvironmentsSection, name: str) -> bool:
-    """Whether an environment can be asked; what is wrong with one that cannot, `check_environments` tells."""
+    """Whether an environment can be used; if not, `check_environments` reports why."""
     try:
         probe_versions(environments.of(name), name)
     except (UserError, OSError):
@@ -184,7 +186,7 @@ def _is_usable(environments: EnvironmentsSection, name: str) -> bool:
 
 
 def with_system_message(graph: Graph) -> Iterator[Conversation]:
-    """A conversation for each system message in the run's config."""
+    """Yield a conversation for each system message in the run's config."""
     for node in graph.nodes.values():
         if (system := getattr(node.config, "system", None)) is not None:
             messages = (Message("system", system), Message("user", "What is the capital of France?"))
@@ -192,7 +194,7 @@ def with_system_message(graph: Graph) -> Iterator[Conversation]:
 
 
 def _sample(graph: Graph, environments: EnvironmentsSection) -> SampledData:
-    """Conversations sampled from the user's local data."""
+    """Sample conversations from the user's local data, in the annotation environment."""
     requests: dict[str, StageRequest] = {}
     for node in graph.nodes.values():
         path = node.path(node.stage.conversations) if node.stage.conversations else None
@@ -206,7 +208,7 @@ def _sample(graph: Graph, environments: EnvironmentsSection) -> SampledData:
 
 
 def _is_in_cache(source: Path) -> bool:
-    """Whether a data set of the Hub may be in the local cache, so that it is worth looking."""
+    """Whether a data set on the Hub may be in the local cache, so that it is worth reading."""
     if not str(source).startswith(HUB):
         return False
     name = hub_parts(str(source))[0]
@@ -218,15 +220,15 @@ def _is_in_cache(source: Path) -> bool:
 
 
 def _data_of(stage: StageRequest) -> str:
-    """Equal for stages that read the same rows in the same way."""
+    """A digest that is equal for stages that read the same rows in the same way."""
     return digest([stage.command, stage.config])
 
 
 def without_answers(graph: Graph, unanswered: list[str]) -> Iterator[Finding]:
-    """Scorers that judge by known answers, on prompts none of which has one.
+    """Find scorers that need known answers, but score prompts without any.
 
     Args:
-        unanswered: names of stages that read such prompts, one for all that read the same.
+        unanswered: names of stages that read such prompts; one of those that read the same rows.
     """
     lacking = {_data_of(request_of(graph.nodes[name], graph)) for name in unanswered}
     lacks: dict[str, bool] = {}
@@ -237,7 +239,7 @@ def without_answers(graph: Graph, unanswered: list[str]) -> Iterator[Finding]:
         sets = _prompt_sets(graph.sampler(config.rollouts), graph)
         for made in sets:
             if made.name not in lacks:
-                of_world = _world_file(made, graph) is not None  # whose prompts have no answers
+                of_world = _world_file(made, graph) is not None  # the toy task's prompts have no answers
                 lacks[made.name] = of_world or _data_of(request_of(made, graph)) in lacking
         if sets and all(lacks[made.name] for made in sets):
             names = " and ".join(_world_file(made, graph) or str(made.path("source")) for made in sets)
@@ -246,10 +248,10 @@ def without_answers(graph: Graph, unanswered: list[str]) -> Iterator[Finding]:
 
 
 def too_few(graph: Graph, counts: dict[str, int]) -> Iterator[Finding]:
-    """Sets of prompts that are too small for what iterations draw of them.
+    """Find sets of prompts that are too small for the draws of an iteration.
 
     Args:
-        counts: how many different prompts the stages find that import them, by name, as far as is known.
+        counts: by stage, as far as known, the number of different prompts that it imports.
     """
     known = {_data_of(request_of(graph.nodes[name], graph)): count for name, count in counts.items()}
     taken: Counter[str] = Counter()
@@ -268,7 +270,7 @@ def too_few(graph: Graph, counts: dict[str, int]) -> Iterator[Finding]:
 
 
 def _count_of(made: Node, graph: Graph, known: dict[str, int]) -> int | None:
-    """How many prompts a set has at most; None: nobody knows."""
+    """The maximum number of prompts in a set; None if unknown."""
     if (file := _world_file(made, graph)) is None:
         return known.get(_data_of(request_of(made, graph)))
     world = graph.nodes[graph.owner(made.path("source")) or ""].config
@@ -277,7 +279,7 @@ def _count_of(made: Node, graph: Graph, known: dict[str, int]) -> int | None:
 
 
 def _world_file(made: Node, graph: Graph) -> str | None:
-    """The file of the toy task that a stage imports; None: it imports something else."""
+    """The file of the toy task that a stage imports; None if it imports something else."""
     path = made.path("source")
     owner = None if path is None else graph.owner(path)
     if path is None or owner is None or graph.nodes[owner].config.stage != "world":
@@ -286,7 +288,7 @@ def _world_file(made: Node, graph: Graph) -> str | None:
 
 
 def _prompt_sets(sampled: Node | None, graph: Graph) -> list[Node]:
-    """The stages that import the prompts that are answered; none where they cannot be told."""
+    """The stages that import the prompts of a sampling stage; empty if they are not known."""
     if sampled is None or "prompts" not in type(sampled.config).model_fields:
         return []
     drawn = graph.maker(sampled.path("prompts"))
@@ -297,24 +299,24 @@ def _prompt_sets(sampled: Node | None, graph: Graph) -> list[Node]:
 
 
 def _sources(graph: Graph, environment: str) -> list[Path]:
-    """The user's own source files that the stages of an environment run."""
+    """The user's own source files that the stages of an environment execute."""
     found: set[Path] = set()
     for node in graph.nodes.values():
         if node.environment == environment:
-            with contextlib.suppress(UserError):  # which `input_mistakes` tells
+            with contextlib.suppress(UserError):  # reported by `input_mistakes`
                 found |= {path.absolute() for path in node.config.source_files().values()}
     return sorted(found)
 
 
 def _servers(graph: Graph, environment: str) -> list[str]:
-    """The servers that the stages of an environment ask, of which nobody knows whether they are what they were."""
+    """The servers that the stages of an environment send requests to; their state cannot be part of a cache key."""
     return [
         url for node in graph.nodes.values() if node.environment == environment for url in node.config.asked_servers()
     ]
 
 
 def _state(path: Path) -> Any:
-    """The state of a file or directory, by which changes are detected: names, sizes, times."""
+    """The state of a file or directory for detecting changes: names, sizes, times."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
@@ -330,10 +332,10 @@ def _answer(
     *,
     keep: bool = True,
 ) -> R:
-    """The reply of `python -m MODULE`, cached while nothing has changed, unless told not to `keep` it.
+    """The reply of `python -m MODULE`, cached until one of the files changes, unless `keep` is false.
 
     Args:
-        sources: files that it reads beside those that the stages' configs name.
+        sources: files that it reads in addition to those named in the stages' configs.
 
     Raises:
         UserError: the environment cannot run it.

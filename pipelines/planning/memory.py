@@ -1,4 +1,4 @@
-"""Memory estimates of a run's stages, and their report in a dry run."""
+"""Compares the memory estimates of a run's stages with the devices, and prints them in a dry run."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from pipelines.text import say
 
 
 def estimated(graph: Graph, *, on_gpu: bool) -> tuple[dict[str, Memory], dict[str, list[Path]]]:
-    """The estimated memory of each placed node; for those without an estimate, the models of unknown size."""
+    """The estimated memory of each placed node, and for nodes without an estimate the models whose size is unknown."""
     needs: dict[str, Memory] = {}
     unknown: dict[str, list[Path]] = {}
     outlook = GraphOutlook(graph)
@@ -37,16 +37,16 @@ def estimated(graph: Graph, *, on_gpu: bool) -> tuple[dict[str, Memory], dict[st
 
 @dataclass(frozen=True)
 class Device:
-    """A device with which estimates are compared."""
+    """A device that estimates are compared with."""
 
     name: str
     bytes: int
     gpus: int
-    """0: the machine itself."""
+    """Number of GPUs; 0 for the CPU."""
 
 
 def device_of(config: RunConfig) -> Device:
-    """The smallest GPU of this machine; where it has none, what the configuration is written for, or the machine."""
+    """The smallest GPU of this machine; without any, the GPU of the config's `hardware`, or else the CPU."""
     listed = gpus() if gpu_count() else []
     if listed:
         smallest = min(gpu.total for gpu in listed)
@@ -59,7 +59,7 @@ def device_of(config: RunConfig) -> Device:
 
 
 def require_memory(graph: Graph, config: RunConfig, device: Device, needs: Mapping[str, Memory]) -> None:
-    """Raise UserError where a stage of this machine, or of one that is planned for as it, has too little memory."""
+    """Raise UserError if a stage on this machine, or on machines planned for as one, needs more memory than it has."""
     for name, need in needs.items():
         room = int(need.share * device.bytes)
         wanted = need.total * (1 if device.gpus else need.processes)
@@ -71,7 +71,7 @@ def require_memory(graph: Graph, config: RunConfig, device: Device, needs: Mappi
 
 
 def print_memory(console: Console, graph: Graph, config: RunConfig) -> None:
-    """For every stage with a model its peak on a device, what it is made of, the largest first, and whether it fits."""
+    """Print for every stage with a model its peak memory, the parts of it, the largest first, and whether it fits."""
     device = device_of(config)
     placed = place(graph, cluster_of(config, device.gpus))
     needs, unknown = estimated(placed, on_gpu=device.gpus > 0)
@@ -90,7 +90,7 @@ def print_memory(console: Console, graph: Graph, config: RunConfig) -> None:
 
 
 def _by_models(unknown: dict[str, list[Path]]) -> Iterator[tuple[list[Path], list[str]]]:
-    """Stages without an estimate, grouped by the models of unknown size."""
+    """Group stages without an estimate by the models whose size is unknown."""
     groups: dict[tuple[Path, ...], list[str]] = {}
     for name, models in unknown.items():
         groups.setdefault(tuple(models), []).append(name)
@@ -106,7 +106,7 @@ def _why_unknown(model: Path) -> str:
 
 
 def grouped(needs: dict[str, Memory]) -> Iterator[tuple[list[str], Memory]]:
-    """Stages grouped by equal estimates, across iterations."""
+    """Group stages with equal estimates, across iterations."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, need in needs.items():
         groups.setdefault((name.rpartition("/")[2], str(need)), []).append(name)
@@ -120,7 +120,7 @@ def model_paths(node: Node) -> list[Path]:
 
 
 def short(names: list[str]) -> str:
-    """The first names, and the number of the others."""
+    """The first two names, and the number of the others."""
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 

@@ -1,7 +1,7 @@
-"""Placement: a pass over a run's graph that gives every stage devices, and spreads it over them.
+"""Places the stages of a run's graph: assigns devices to each, and its layout on them.
 
-Nothing of it changes what is computed, so nothing of it is in a stage's key. By default a stage has all devices of the
-place where it runs, one stage after another.
+Placement does not change results, so it does not enter stage keys. By default a stage has all devices of its machine,
+and stages run one after another.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ from pipelines.text import plural
 
 
 def place(graph: Graph, cluster: Cluster) -> Graph:
-    """The same graph, with devices for every stage and each spread over its own.
+    """Place every stage of a graph.
 
     Raises:
-        UserError: a stage cannot be spread over what there is, or what is asked of a scheduler; or the pools ask for
-            more than there is.
+        UserError: a stage does not fit on its devices or on those requested from a scheduler; or the pools ask for more
+            devices than there are.
     """
     given = placements(graph, cluster)
     sizes = {name: written_sizes(node, cluster.placement) for name, node in graph.nodes.items()}
@@ -35,10 +35,10 @@ def place(graph: Graph, cluster: Cluster) -> Graph:
 
 
 def place_stage(node: Node, given: Placement, sizes: Mapping[str, Any], cluster: Cluster) -> Node:
-    """One stage on the devices that it is given, in a layout of these sizes.
+    """Place one stage on its devices, with the sizes of its layout.
 
     Raises:
-        UserError: it cannot be spread over them, or the sizes do not go together.
+        UserError: the layout does not fit on the devices, or its sizes contradict each other.
     """
     node = replace(node, config=_laid_out(node, sizes), placement=given)
     entry = cluster.executor.entry(node)
@@ -47,7 +47,8 @@ def place_stage(node: Node, given: Placement, sizes: Mapping[str, Any], cluster:
 
 
 def placed_if_possible(graph: Graph, cluster: Cluster) -> Graph:
-    """The same; for readers on a machine without the devices of the plan, the graph as it is."""
+    """Place a graph, or return it unplaced if this machine does not have the devices of the plan, for commands that
+    only read."""
     try:
         return place(graph, cluster)
     except UserError:
@@ -55,16 +56,16 @@ def placed_if_possible(graph: Graph, cluster: Cluster) -> Graph:
 
 
 def placed_graph(config: RunConfig, iterations: int, cluster: Cluster | None = None) -> Graph:
-    """The stages of a run, placed on what it has, or on another cluster.
+    """Build the graph of a run and place it on its own or another cluster.
 
     Raises:
-        UserError: the recipe or a stage's config is wrong, or a stage cannot be placed.
+        UserError: the config of the run or of a stage is invalid, or a stage cannot be placed.
     """
     return place(build_graph(config, iterations), cluster or cluster_of(config))
 
 
 def written_sizes(node: Node, placement: PlacementSection) -> dict[str, Any]:
-    """The layout that the plan's entries say of a stage, of what it has."""
+    """The sizes of a stage's layout in the plan's entries, as far as the stage has them."""
     sizes: dict[str, Any] = {}
     for entry in entries_of(node, placement.stages):
         sizes |= entry.layout.model_dump(exclude_unset=True, exclude_none=True)
@@ -80,7 +81,7 @@ def _laid_out(node: Node, sizes: Mapping[str, Any]) -> StageConfig:
 
 
 def _here(node: Node, cluster: Cluster) -> StageConfig:
-    """A stage over its devices of this machine, or of those that are planned for as one."""
+    """The config of a stage on this machine, or on machines planned for as one."""
     layout = node.stage.layout(node.config)
     if layout.nodes > cluster.machines > 1:
         raise UserError(
@@ -110,7 +111,7 @@ def _here(node: Node, cluster: Cluster) -> StageConfig:
 
 
 def _over_machines(node: Node, config: StageConfig, cluster: Cluster) -> StageConfig:
-    """A training with the number of machines that its processes are in."""
+    """Set the number of machines that the processes of a training are on."""
     layout = node.stage.layout(config)
     if cluster.machines == 1 or node.workload != "training" or layout.fixed_nodes:
         return config
@@ -123,7 +124,7 @@ def _over_machines(node: Node, config: StageConfig, cluster: Cluster) -> StageCo
 
 
 def _on_scheduler(node: Node, entry: StageSection, cluster: Cluster) -> StageConfig:
-    """A stage over what is asked of a scheduler for it."""
+    """The config of a stage on the devices that its jobs request from a scheduler."""
     gpus = (entry.gpus or 0) if cluster.scheduler_has_gpus else 0
     if node.workload == "training":
         return _over_nodes(node, entry.nodes, gpus)
@@ -144,7 +145,7 @@ def _on_scheduler(node: Node, entry: StageSection, cluster: Cluster) -> StageCon
 
 
 def _over_nodes(node: Node, nodes: int | None, gpus: int) -> StageConfig:
-    """A training over machines with `gpus` each; without any, as many processes as the config says."""
+    """The config of a training on machines with `gpus` each; without GPUs with as many processes as the config says."""
     layout = node.stage.layout(node.config)
     if nodes is not None and layout.fixed_nodes and nodes != layout.nodes:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a stage is expected to take, and what that is known from."""
+"""The predicted times and memory of a stage, and the interface of predictors."""
 
 import math
 import random
@@ -8,41 +8,41 @@ from typing import Literal, Protocol, TypeAlias
 from pipelines.graph import Graph, Node
 
 Basis: TypeAlias = Literal["measured", "scaled", "analytic"]
-"""measured: stages alike in all that counts were run; scaled: a measured rate, for another number of tokens or another
-layout; analytic: a roofline of the model's operations and bytes on the hardware's data sheet, no run at all."""
+"""measured: from runs of matching stages; scaled: a measured rate, for another amount of work or another layout;
+analytic: a roofline of the model's operations and bytes on the hardware's data sheet, without any run."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one stage is expected to take."""
+    """The predicted times, in seconds, and memory of one stage."""
 
     compute: float
-    """Seconds, and so are the others."""
+    """Computing."""
     load: float
-    """Reading weights, building engines."""
+    """Loading weights, building engines."""
     start: float
-    """Processes and imports."""
+    """Starting processes, importing libraries."""
     handoff: float
     """Saving, checking and publishing."""
     queue: float
     """Waiting for a scheduler."""
     memory: int | None
-    """Bytes on its fullest device at the peak; None where that is not known."""
+    """Peak bytes on its fullest device; None if not known."""
     basis: Basis
     error: float
-    """One standard deviation of the whole, as a share of it."""
+    """One standard deviation of `seconds`, as a share of it."""
     source: str
-    """In words: how many runs, or whose data sheet."""
+    """The source in words: the number of runs, or the data sheet."""
     finish: float = 0.0
-    """Seconds after it has given its devices back, until a further job has published what it has made."""
+    """From the release of its devices until a further job has published the output."""
 
     @property
     def seconds(self) -> float:
-        """In which the stage has its devices."""
+        """Time in which the stage holds its devices."""
         return self.start + self.load + self.compute + self.handoff
 
     def faster(self, share: float) -> "Prediction":
-        """The same in so much less of the time."""
+        """The prediction with all times reduced by a share."""
         left = 1 - share
         return replace(
             self,
@@ -54,14 +54,13 @@ class Prediction:
 
 
 class Predictor(Protocol):
-    """Knows some hardware, and what stages took on it or would take."""
+    """Predicts stages on particular hardware."""
 
     def predict(self, node: Node, graph: Graph) -> Prediction | None:
-        """What a placed stage is expected to take; None where it cannot be known, which nobody may count as nothing."""
+        """Predict a placed stage. None means unknown, which must never be counted as zero."""
 
 
 def drawn_factor(chance: random.Random, error: float) -> float:
-    """By what a prediction is multiplied in one drawn run: lognormal, with the mean 1 and its error as the standard
-    deviation."""
+    """A random factor for a prediction: lognormal with mean 1, and the prediction's error as its standard deviation."""
     width = math.sqrt(math.log1p(error * error))
     return math.exp(chance.gauss(0.0, 1.0) * width - width * width / 2)

@@ -1,4 +1,4 @@
-"""Checks of a run's inputs and models before the first stage starts."""
+"""Checks a run's inputs, models and devices before the first stage starts."""
 
 import functools
 import itertools
@@ -23,11 +23,11 @@ from pipelines.text import plural
 
 
 def require_possible(graph: Graph, cluster: Cluster, *, without_weights: bool = False) -> None:
-    """Refuse a placed graph that could not be run: what it reads does not exist, a layout takes more GPUs than there
-    are, or a model does not meet its requirements.
+    """Refuse a placed graph that cannot run: an input does not exist, a layout takes more GPUs than there are, or a
+    model does not meet its requirements.
 
     Args:
-        without_weights: as of `model_mistakes`.
+        without_weights: as for `model_mistakes`.
 
     Raises:
         UserError: the first mistake found.
@@ -38,7 +38,7 @@ def require_possible(graph: Graph, cluster: Cluster, *, without_weights: bool = 
 
 
 def check_environments(graph: Graph, config: RunConfig) -> None:
-    """Raise UserError when an environment that a stage or a tracker needs is not there or cannot run it."""
+    """Raise UserError if an environment that a stage or a tracker needs is missing or cannot run it."""
     for name in sorted({node.environment for node in graph.nodes.values()}):
         probe_versions(config.environments.of(name), name)
     if config.tracking.chosen:
@@ -46,7 +46,7 @@ def check_environments(graph: Graph, config: RunConfig) -> None:
 
 
 def input_mistakes(graph: Graph) -> Iterator[UserError]:
-    """Every external input and every function of the user's that does not exist; each once."""
+    """Yield an error for every external input and every function of the user that does not exist, once each."""
     seen = set()
     functions = set()
     for node in tracked(graph.nodes.values(), "checking what the stages read"):
@@ -67,11 +67,11 @@ def input_mistakes(graph: Graph) -> Iterator[UserError]:
 
 
 def model_mistakes(graph: Graph, *, without_weights: bool = False) -> Iterator[UserError]:
-    """Every requirement that an external model does not meet; each once.
+    """Yield an error for every requirement that an external model does not meet, once each.
 
     Args:
-        graph: the run's.
-        without_weights: of a model without weights ask only what its shape decides, as where a run is only simulated.
+        graph: the graph of the run.
+        without_weights: for models without weights check only their shape, for runs that are only simulated.
     """
     known = set()
     for node in tracked(graph.nodes.values(), "checking the models"):
@@ -85,18 +85,18 @@ def model_mistakes(graph: Graph, *, without_weights: bool = False) -> Iterator[U
 
 
 def context_mistakes(graph: Graph) -> Iterator[UserError]:
-    """What is asked of the context of models that the run makes, and is more than it; each once. `model_mistakes` says
-    it of models from outside."""
+    """Yield an error for every stage whose sequences exceed the context of a model made in the run, once each. External
+    models are checked by `model_mistakes`."""
     found = {use.keys: use.context for use in context_uses(graph) if use.is_made and use.tokens > use.context}
     for keys, context in found.items():
         yield UserError(f"{keys}: more than the policy's context of {context} tokens. Lower them to that together.")
 
 
 def device_mistakes(graph: Graph, cluster: Cluster) -> Iterator[UserError]:
-    """Every stage of a placed graph whose layout takes more GPUs than it has.
+    """Yield an error for every stage of a placed graph whose layout takes more GPUs than it has.
 
-    One in a part of the machine is refused when it is placed; where stages have all of it, a layout that is written for
-    another machine still has its place in the graph.
+    Where stages have parts of the machine, this is refused during placement. Where each has all of it, a layout for
+    another machine can be placed, and is found here.
     """
     for node in graph.nodes.values():
         if not cluster.gpus or cluster.is_divided or cluster.executor.entry(node).kind not in HERE:
@@ -119,14 +119,14 @@ def _keys_of(node: Node) -> str:
 
 
 def _requirements(node: Node, graph: Graph, without_weights: bool) -> Iterator[Callable[[], object]]:
-    """The requirements of a node's external models that exist, as functions that raise UserError."""
+    """The requirements of a node's existing external models, as functions that raise UserError."""
     for use in node.stage.models(node.config):
         only_shape = without_weights and not any(use.path.glob("*.safetensors"))
         if graph.owner(use.path) is None and use.path.exists() and not only_shape:
             try:
                 model = ModelInfo.read(use.path)
             except UserError:
-                yield functools.partial(ModelInfo.read, use.path)  # which says what is wrong
+                yield functools.partial(ModelInfo.read, use.path)  # raises the error again
                 continue
             if isinstance(node.config, ChatFields) and node.config.chat_template_kwargs:
                 yield functools.partial(ChatTemplate, use.path, node.config.chat_template_kwargs)
@@ -137,12 +137,12 @@ def _requirements(node: Node, graph: Graph, without_weights: bool) -> Iterator[C
 
 
 def layout_requirements(use: ModelUse, graph: Graph) -> Iterator[Callable[[], object]]:
-    """What a stage's layout asks of a model's layers, as far as a config.json is there."""
+    """The requirements of a stage's layout on a model's layers, if there is a config.json."""
     start = origin_of(use.path, graph)
     if use.of_layers is not None and (start / "config.json").is_file():
         yield functools.partial(use.of_layers, start)
 
 
 def origin_of(model: Path, graph: Graph) -> Path:
-    """The external model from which a model is trained, through all stages of the run; it has the same layers."""
+    """The external model that a model is trained from, through all stages of the run; it has the same layers."""
     return graph.origin(model)[0]

@@ -1,4 +1,4 @@
-"""Which stages start when: the rule by which the driver starts them, and a run in advance by the same rule."""
+"""Decides which stages start when: the driver's scheduling rule, and a simulation of a run by the same rule."""
 
 import heapq
 import math
@@ -12,33 +12,33 @@ from pipelines.planning.cluster import Cluster
 from pipelines.planning.estimates import GraphOutlook
 
 Device = tuple[str, int]
-"""One device of an executor's."""
+"""A device: its executor, and its number."""
 Streams = Mapping[str, tuple[str, float]]
-"""By stages that follow another one: which, and the share of their own time that is left when that one has ended."""
+"""By stages that stream from another one: its name, and the share of their own time that remains after it has ended."""
 LOCAL = "local"
 QUEUED, PAUSED, FINISHING = "queued", "paused", "finishing"
 BESIDE = -1
-"""Stands for the device of stages that are given none."""
+"""The device number of stages without devices."""
 
 
 class Turn:
-    """Answers for one stage after another, the most urgent first, whether it may start beside those that run.
+    """Decides for one stage after another, the most urgent first, whether it may start next to the running ones.
 
-    Devices that an urgent stage waits for are given to no later one: else stages that need few would for ever keep out
-    one that needs many.
+    Devices that an urgent stage waits for are not given to later ones. Otherwise stages that need few devices could
+    delay forever one that needs many.
     """
 
     def __init__(self, cluster: Cluster, taken: Iterable[Placement] = ()) -> None:
         self._cluster = cluster
         self._most = cluster.executor.parallel if cluster.is_divided else None
         self._stages = 0
-        self._taken: dict[str, list[int]] = {}  # bit d of the k-th, by executor: more than k stages have device d
+        self._taken: dict[str, list[int]] = {}  # by executor; bit d of mask k: more than k stages have device d
         self._kept: dict[str, int] = {}
         for placement in taken:
             self.take(placement)
 
     def admits(self, placement: Placement) -> bool:
-        """Whether a stage may start now; if so it has started."""
+        """Whether a stage may start now; if so, it takes its devices."""
         shares = self._cluster.shares(placement)
         if shares is not None:
             taken, kept = self._taken.get(placement.executor, ()), self._kept.get(placement.executor, 0)
@@ -50,7 +50,7 @@ class Turn:
         return True
 
     def release(self, placement: Placement) -> None:
-        """A stage that was admitted needs its devices no more."""
+        """Release the devices of a stage."""
         self._stages -= 1
         bits = placement.bits
         taken = self._taken[placement.executor]
@@ -60,7 +60,7 @@ class Turn:
             bits ^= here
 
     def start_again(self) -> None:
-        """Ask anew, from the most urgent stage on: nothing is kept for any yet."""
+        """Start another pass from the most urgent stage on: drop the reservations of devices for waiting stages."""
         self._kept.clear()
 
     def take(self, placement: Placement) -> None:
@@ -78,15 +78,16 @@ def _devices(placement: Placement) -> list[Device]:
 
 
 def in_order(graph: Graph, config: RunConfig) -> list[Node]:
-    """The stages, the most urgent first: those that the longest chain of others waits for.
+    """The stages, those with the longest chain of dependents first.
 
-    Where retention deletes weights once their policy is judged, one iteration is finished after another.
+    If retention deletes weights after their policy is evaluated, the order is that of the iterations, so that one is
+    finished after another.
     """
     return graph.by_urgency() if config.retention.keep == "all" else list(graph.nodes.values())
 
 
 def streams(graph: Graph, config: RunConfig) -> Streams:
-    """Which stages follow which: the last shard's part of its work is left to one when the other has ended."""
+    """The stages that stream from others; after the other stage has ended, the work on its last shard remains."""
     found = {}
     for node in graph.nodes.values() if config.placement.streaming else ():
         maker = graph.followed(node)
@@ -97,31 +98,31 @@ def streams(graph: Graph, config: RunConfig) -> Streams:
 
 
 class StageWork(NamedTuple):
-    """What a stage takes."""
+    """The time and shared resources that a stage needs."""
 
     seconds: float
-    """In which it has its devices, if nothing slows it."""
+    """Seconds on its devices, if nothing slows it down."""
     queue: float = 0.0
-    """Seconds that it waits for a scheduler before."""
+    """Seconds in a scheduler's queue before that."""
     demand: float = 0.0
-    """How much of what all stages share (cores, say) it uses."""
+    """How much of the shared resource (such as cores) it uses."""
     failures: tuple[tuple[float, float], ...] = ()
-    """Attempts that fail before the one that does not: seconds until each does, and of the pause after it."""
+    """Failed attempts before the successful one: seconds until the failure, and seconds of the pause after it."""
     finish: float = 0.0
-    """Seconds after it has given its devices back, until a further job has published what it has made."""
+    """Seconds from the release of its devices until a further job has published the output."""
 
 
 class StageTimes(NamedTuple):
-    """When a stage does what, in seconds from the beginning."""
+    """The times of a stage, in seconds from the beginning."""
 
     asked: float
-    """The driver starts it."""
+    """When the driver starts it."""
     start: float
-    """It has its devices."""
+    """When it gets its devices."""
     end: float
-    """It is published, and the driver knows."""
+    """When it is published, and the driver has seen that."""
     held: float
-    """Seconds in between in which it had its devices: all of them, but for the pauses after attempts that failed."""
+    """Seconds in which it held its devices: from start to end without the pauses after failed attempts."""
 
 
 def schedule(
@@ -132,15 +133,15 @@ def schedule(
     done: Collection[str] = (),
     streams: Streams = MappingProxyType({}),
 ) -> dict[str, tuple[float, float]]:
-    """When each stage starts and ends, in seconds from now, if it takes as long as expected.
+    """The start and end of each stage in seconds from now, if all take as long as expected.
 
     Args:
         nodes: the stages of a placed graph, the most urgent first.
-        cluster: what they run on.
-        seconds: what each still takes.
-        running: stages that have their devices already.
+        cluster: the hardware and limits.
+        seconds: remaining seconds of each stage.
+        running: stages that hold their devices already.
         done: stages that are published.
-        streams: stages that start on what another one has finished so far, on devices that nobody else can have then.
+        streams: stages that start on the shards that another one has finished so far, on devices that are free then.
     """
     nodes = list(nodes)
     works = {node.name: StageWork(seconds[node.name]) for node in nodes if node.name not in done}
@@ -159,18 +160,17 @@ def course(
     start_seconds: float = 0.0,
     end_seconds: float = 0.0,
 ) -> dict[str, StageTimes]:
-    """A run in advance, from one event to the next: what the driver does when, with stages that do as `works` says.
+    """Simulate a run from event to event: what the driver does when, with stages that take what `works` says.
 
     Args:
         nodes: the stages of a placed graph, the most urgent first.
-        cluster: what they run on.
-        works: what each still takes; a stage that is not in it is published.
-        running: stages that have their devices already.
+        cluster: the hardware and limits.
+        works: the remaining work of each stage; stages that are not in it are published.
+        running: stages that hold their devices already.
         streams: as for `schedule`.
-        room: how much there is of what stages share. Where those at work demand more, each gets its part, and all are
-            slower by the same factor.
-        start_seconds: what the driver takes to start a stage; meanwhile it starts no other.
-        end_seconds: what it takes to take note of the end of one.
+        room: the amount of the shared resource. If the running stages demand more, all slow down by the same factor.
+        start_seconds: time that the driver takes to start a stage, during which it starts no other.
+        end_seconds: time that the driver takes to handle the end of a stage.
     """
     left = [node for node in nodes if node.name in works]
     rank = {node.name: number for number, node in enumerate(left)}
@@ -187,11 +187,11 @@ def course(
 
     turn = Turn(cluster)
     now = effort = (
-        0.0  # effort: what a stage has done by now that has always worked; less than `now` once all are slowed
+        0.0  # effort: seconds of work done by a stage that has always run; less than `now` after any slowdown
     )
     rate, demanded = 1.0, 0.0
-    ends: list[tuple[float, int]] = []  # of attempts, by effort
-    timers: list[tuple[float, int, str]] = []  # of queues, pauses and jobs that finish a stage, by the clock
+    ends: list[tuple[float, int]] = []  # ends of attempts, in effort
+    timers: list[tuple[float, int, str]] = []  # ends of queueing, of pauses and of finalizing jobs, in time
     idle = [True] * len(left)
     asked: dict[int, float] = {}
     begun: dict[int, float] = {}
@@ -201,7 +201,7 @@ def course(
     failures = [list(one.failures) for one in work]
     at_work: set[int] = set()
     found: dict[str, StageTimes] = {}
-    ready: dict[Placement, list[int]] = {}  # of stages with the same devices the most urgent starts first
+    ready: dict[Placement, list[int]] = {}  # heaps: among stages with the same devices the most urgent starts first
     lines = [ready.setdefault(place, []) for place in places]
 
     def pass_time(seconds: float) -> None:
@@ -230,7 +230,7 @@ def course(
             demand(work[number].demand)
         if failures[number]:
             heapq.heappush(ends, (effort + failures[number][0][0], number))
-        elif waiting[number] and maker[number] in at_work:  # it follows, and cannot end before its maker has
+        elif waiting[number] and maker[number] in at_work:  # it streams, and cannot end before its maker does
             followed.setdefault(maker[number], []).append((effort, number))  # type: ignore[arg-type]
         else:
             heapq.heappush(ends, (effort + work[number].seconds, number))
@@ -257,7 +257,7 @@ def course(
         for start_effort, follower in followed.pop(number, ()):
             seconds = work[follower].seconds
             least = reached[number] + streams[left[follower].name][1] * seconds
-            least = max(least, effort) if work[number].finish else least  # it publishes when its maker has
+            least = max(least, effort) if work[number].finish else least  # not before its maker is published
             heapq.heappush(ends, (max(start_effort + seconds, least), follower))
         for dependent in dependents[number]:
             waiting[dependent] -= 1
@@ -291,7 +291,7 @@ def course(
                 start(number)
         if not ends and not timers:
             return found
-        if not ((ends and ends[0][0] <= effort) or (timers and timers[0][0] <= now)):  # it waits for what comes next
+        if not ((ends and ends[0][0] <= effort) or (timers and timers[0][0] <= now)):  # advance to the next event
             until = now + (ends[0][0] - effort) / rate if ends else math.inf
             if timers and timers[0][0] < until:
                 effort += (timers[0][0] - now) * rate
@@ -314,18 +314,19 @@ def course(
 
 
 def _placement_of(node: Node) -> Placement:
-    """Where a stage runs; of one that is not placed, because another machine has its devices, as by default."""
+    """The placement of a stage. A stage is not placed if another machine has its devices; then one local device is
+    assumed."""
     return node.placement or Placement(LOCAL, (0,))
 
 
 def critical_path(
     nodes: Iterable[Node], seconds: Mapping[str, float], streams: Streams = MappingProxyType({})
 ) -> list[str]:
-    """The chain of stages, each needing the one before, that takes longest: no plan makes a run shorter.
+    """The longest chain of stages that need each other: no plan makes a run shorter.
 
     Args:
-        nodes: in an order in which none comes before what it needs.
-        seconds: what each takes; a stage that is not in it is done.
+        nodes: the stages, each after those that it needs.
+        seconds: seconds of each stage; stages that are not in it are done.
         streams: as for `schedule`.
     """
     ends, before = _earliest(nodes, seconds, streams)
@@ -340,7 +341,7 @@ def critical_path(
 def _earliest(
     nodes: Iterable[Node], seconds: Mapping[str, float], streams: Streams
 ) -> tuple[dict[str, float], dict[str, str | None]]:
-    """When each stage ends if every one has devices as soon as it can start, and which one it has waited for last."""
+    """The end of each stage if none ever waits for devices, and the stage that it waited for last."""
     starts: dict[str, float] = {}
     ends: dict[str, float] = {}
     before: dict[str, str | None] = {}
@@ -364,7 +365,7 @@ def _earliest(
 
 
 def shortest(nodes: Iterable[Node], seconds: Mapping[str, float], streams: Streams = MappingProxyType({})) -> float:
-    """The time below which no order of the stages comes: the critical path, or what one device has to do."""
+    """A lower bound of the time of a run in any order: the critical path, or the total work of one device."""
     nodes = list(nodes)
     work: dict[Device, float] = {}
     for node in nodes:

@@ -1,8 +1,8 @@
-"""A run in advance: how long it takes, what it costs, what it waits for, by what its stages are expected to take.
+"""Simulates a run: how long it takes, what it costs, and what it waits for, from predictions for its stages.
 
-Who runs when is decided by the rule by which the driver decides it (pipelines/planning/scheduling.py), on the graph and
-the devices that the driver would have. What stages take comes from elsewhere (pipelines/planning/prediction.py). One of
-which that is not known is never counted as nothing: a simulation without it is refused, or is a bound and says so.
+The simulation uses the driver's scheduling rule (pipelines/planning/scheduling.py), its graph and its devices. The
+predictions come from pipelines/planning/prediction.py. A stage without one is never counted as zero: the simulation is
+refused, or its result is marked as a lower bound.
 """
 
 import functools
@@ -19,34 +19,34 @@ from pipelines.planning.prediction import Prediction, Predictor
 from pipelines.planning.scheduling import StageTimes, StageWork, Streams, course
 
 SHOWN = 3
-"""Stages that a message names."""
+"""Maximum number of stages that a message names."""
 
 
 @dataclass(frozen=True)
 class DriverCosts:
-    """What the driver itself takes, in seconds."""
+    """Time that the driver itself takes, in seconds."""
 
     start: float = 0.0
-    """To start a stage, after it could."""
+    """To start a stage that can start."""
     end: float = 0.0
-    """To see that one has ended, to check what it has published, and to say so."""
+    """To notice the end of a stage, check its output and record it."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What else decides when stages start and end, beside their order, their devices and what they take."""
+    """What determines a schedule in addition to the stages' order, devices and times."""
 
     streams: Streams = field(default_factory=dict)
-    """Which stages follow which (`scheduling.streams`)."""
+    """The stages that stream from others (`scheduling.streams`)."""
     driver: DriverCosts = DriverCosts()
-    """What the driver takes between them."""
+    """The driver's own time."""
     demands: Mapping[str, float] = field(default_factory=dict)
-    """Of what stages share (`contention`), how much each uses; without it they do not slow each other."""
+    """How much each stage uses of the shared resource (`contention`); empty: stages do not slow each other down."""
     room: float = math.inf
-    """How much there is of it."""
+    """The amount of the shared resource."""
 
     def course(self, order: Sequence[Node], cluster: Cluster, works: Mapping[str, StageWork]) -> dict[str, StageTimes]:
-        """When each of the stages does what."""
+        """The times of each stage."""
         return course(
             order,
             cluster,
@@ -60,18 +60,18 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class PathStep:
-    """A stage on the way from the beginning to the end on which nothing waits but for the one before."""
+    """A stage on the critical path of a simulated run."""
 
     stage: str
     waits_for: str
-    """What it began after: inputs, devices, or nothing."""
+    """What it waited for: inputs, devices, or nothing."""
     seconds: float
-    """From when it could start to its end."""
+    """Seconds from the end of the stage before it to its own."""
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """A run as it is expected to be. What is not needed is not computed."""
+    """A simulated run; statistics are computed on demand."""
 
     order: Sequence[Node]
     """The stages of a placed graph, the most urgent first."""
@@ -80,42 +80,42 @@ class Simulation:
     times: Mapping[str, StageTimes]
     surroundings: Surroundings = Surroundings()
     unknown: tuple[str, ...] = ()
-    """Stages that it lets take no time, because nothing is known of them: all that it says is a bound from below."""
+    """Stages that take no time here because nothing is known of them; if there are any, all results are lower
+    bounds."""
 
     @functools.cached_property
     def total(self) -> float:
-        """Seconds from the beginning to the end."""
+        """Seconds from the beginning of the run to its end."""
         return max((times.end for times in self.times.values()), default=0.0)
 
     @functools.cached_property
     def iterations(self) -> list[float]:
-        """Seconds from one policy to the next: of each iteration, from the end of the training before it (or from the
-        beginning of the run) to that of its own."""
+        """Seconds from one policy to the next: from the end of the previous training (or the beginning) to that of the
+        iteration's own."""
         ends = {node.iteration or 0: self.times[node.name].end for node in self.order if node.role == "training"}
         whole = [0.0, *(ends[number] for number in sorted(ends))]
         return [end - before for before, end in itertools.pairwise(whole)]
 
     @functools.cached_property
     def held_seconds(self) -> float:
-        """Device-seconds in which stages have devices."""
+        """Device-seconds that stages hold."""
         return sum(self.times[node.name].held * self.devices_of(node) for node in self.order)
 
     @functools.cached_property
     def computing_seconds(self) -> float:
-        """Device-seconds of these in which they compute: neither start, nor load, nor publish."""
+        """The part of `held_seconds` in which stages compute, without starting, loading and publishing."""
         known = ((node, self.predictions.get(node.name)) for node in self.order)
         return sum(one.compute * self.devices_of(node) for node, one in known if one is not None)
 
     @functools.cached_property
     def owned_seconds(self) -> float:
-        """Device-seconds of all that this machine has, until the end, and of what stages have of a scheduler."""
+        """Device-seconds of this machine's devices over the whole run, plus those that jobs hold on a scheduler."""
         jobs = [node for node in self.order if node.placement is not None and node.placement.executor not in HERE]
         there = sum(self.times[node.name].held * self.devices_of(node) for node in jobs)
         return there + (0.0 if self.cluster.executor.is_remote else self.total * self.cluster.devices)
 
     def devices_of(self, node: Node) -> int:
-        """How many a stage has; of all that stages share, its part where as many run as may; of a scheduler what is
-        asked for it."""
+        """The number of devices that a stage holds, or requests from a scheduler."""
         placement = node.placement
         if placement is None or not node.stage.uses_devices(node.config):
             return 0
@@ -123,8 +123,8 @@ class Simulation:
 
     @functools.cached_property
     def memory(self) -> dict[int, tuple[int, str]]:
-        """By device the most bytes that stages have on it at any time, and the stage that takes most of them then; on a
-        machine without GPUs, by -1 those of all processes together."""
+        """By device, the peak bytes of the stages on it, and the stage that takes most at the peak; without GPUs, under
+        -1 those of all processes together."""
         on_gpu = self.cluster.gpus > 0
         groups: dict[Placement, list[tuple[float, float, int, str]]] = {}
         for node in self.order:
@@ -144,14 +144,14 @@ class Simulation:
         return found
 
     def breaking(self, room: int) -> tuple[str, int] | None:
-        """The stage with which more than so many bytes are wanted on one device (or of a machine without GPUs), and how
-        many; None: it is never more."""
+        """The stage that exceeds `room` bytes on one device (or of a machine without GPUs), and the peak; None if none
+        does."""
         peak, stage = max(self.memory.values(), default=(0, ""))
         return (stage, peak) if peak > room else None
 
     @functools.cached_property
     def idle(self) -> dict[str, float]:
-        """By pool ("": devices of none) the share of the time in which its devices are no stage's."""
+        """By pool ("": devices in no pool), the share of the time in which its devices are idle."""
         lines: dict[str, list[tuple[Node, int]]] = {}
         for node in self.order:
             if (count := self.devices_of(node)) and node.placement is not None and node.placement.executor in HERE:
@@ -170,8 +170,8 @@ class Simulation:
 
     @functools.cached_property
     def path(self) -> list[PathStep]:
-        """The stages that the end has waited for, from the beginning on: each began when the one before had ended,
-        because it reads what that one made or because it needed its devices."""
+        """The critical path from the beginning to the end: each stage began when the one before had ended, because it
+        reads its output or needed its devices."""
         nodes = {node.name: node for node in self.order}
         found: list[PathStep] = []
         name = max(self.times, key=lambda name: self.times[name].end, default=None)
@@ -205,7 +205,7 @@ class Simulation:
 
     @functools.cached_property
     def path_by_kind(self) -> dict[str, float]:
-        """Seconds of `path` by what stages are for (their role; of rounds and held-out answers its last part)."""
+        """Seconds of `path` by kind of stage (`kind_of`), the largest first."""
         nodes = {node.name: node for node in self.order}
         found: dict[str, float] = {}
         for step in self.path:
@@ -215,15 +215,15 @@ class Simulation:
 
 
 HOST = Placement("", (-1,))
-"""Stands for the memory of a machine without GPUs."""
+"""Placeholder for the memory of a machine without GPUs."""
 
 
 def _peak(stages: list[tuple[float, float, int, str]]) -> tuple[int, str]:
-    """The most that these have at the same time, and the one that has most of it then."""
+    """The maximum sum of sizes at any time, and the largest member then."""
     changes = sorted(
         [(start, 1, size, name) for start, end, size, name in stages if end > start]
         + [(end, 0, size, name) for start, end, size, name in stages if end > start]
-    )  # what ends goes before what starts
+    )  # at equal times ends come before starts
     peak, now, largest = 0, 0, ""
     here: dict[str, int] = {}
     for _, begins, size, name in changes:
@@ -239,18 +239,18 @@ def _peak(stages: list[tuple[float, float, int, str]]) -> tuple[int, str]:
 
 
 def kind_of(node: Node) -> str:
-    """What a stage is for, in a word that all iterations share: generation, reward, training."""
+    """The kind of a stage in a word, the same in all iterations: generation, reward, training."""
     return node.role.rpartition("/")[2] if node.iteration is not None else node.stage.name
 
 
 def predict_all(graph: Graph, predictor: Predictor) -> dict[str, Prediction]:
-    """What is known of the stages of a placed graph; the others are not in it."""
+    """The predictions for the stages of a placed graph; stages without one are left out."""
     found = {name: predictor.predict(node, graph) for name, node in graph.nodes.items()}
     return {name: one for name, one in found.items() if one is not None}
 
 
 def with_queue(predictions: Mapping[str, Prediction], order: Iterable[Node], seconds: float) -> dict[str, Prediction]:
-    """The same, with what stages that use devices wait for a scheduler of which nothing else is known."""
+    """Set the queue time of the stages that use devices."""
     queued = {node.name for node in order if seconds and node.stage.uses_devices(node.config)}
     return {name: replace(one, queue=seconds) if name in queued else one for name, one in predictions.items()}
 
@@ -263,17 +263,17 @@ def simulate(
     *,
     bound: bool = False,
 ) -> Simulation:
-    """Run the stages of a placed graph in advance, each in the time that is predicted for it.
+    """Simulate the stages of a placed graph with their predicted times.
 
     Args:
         order: the stages, the most urgent first (`scheduling.in_order`).
-        cluster: what they are placed on.
-        predictions: what each takes, by name.
-        surroundings: what else decides.
-        bound: let stages that nothing is known of take no time, and call what comes out a bound.
+        cluster: the cluster that they are placed on.
+        predictions: predictions by stage.
+        surroundings: streaming, driver costs and contention.
+        bound: let stages without a prediction take no time, which makes the result a lower bound.
 
     Raises:
-        UserError: nothing is known of a stage, and no bound is asked for.
+        UserError: a stage has no prediction, and `bound` is false.
     """
     unknown = tuple(node.name for node in order if node.name not in predictions)
     if unknown and not bound:
@@ -287,9 +287,9 @@ def simulate(
 
 
 def gains(simulation: Simulation, faster: float = 0.1) -> dict[str, float]:
-    """By kind of stage the share of the run's time that is spared where they take a tenth less; the largest first.
+    """By kind of stage, the share of the run's time that is saved if these stages take 10 % less, the largest first.
 
-    Those are the bottleneck on which most of the run waits: what has time to spare gains nothing.
+    Kinds with a large gain are the bottleneck; those that have slack gain nothing.
     """
     nodes = {node.name: node for node in simulation.order}
     found = {}
@@ -304,7 +304,7 @@ def gains(simulation: Simulation, faster: float = 0.1) -> dict[str, float]:
 
 
 def unknown_in_words(unknown: Sequence[str]) -> str:
-    """What has to be done to know what some stages take."""
+    """A message that names the stages without a prediction, and says what to do about it."""
     more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
     return (
         f"nothing is known of what {', '.join(unknown[:SHOWN])}{more} take{'s' * (len(unknown) == 1)}. Run the stage "
@@ -316,10 +316,10 @@ def unknown_in_words(unknown: Sequence[str]) -> str:
 def contention(
     order: Iterable[Node], cluster: Cluster, threads: int | Callable[[Node], int]
 ) -> tuple[dict[str, float], float]:
-    """How much stages use of what they share, and how much there is of it.
+    """How much each stage uses of a shared resource, and how much there is of it.
 
-    On a machine without GPUs: its cores, of which each process of a stage without cores of its own uses as many as it
-    has threads. On one with GPUs, where several stages may have all of them at once (`executor.parallel`): the GPUs.
+    Without GPUs the resource is the machine's cores: each process of a stage uses as many as it has threads. With GPUs
+    that several stages may use at once (`executor.parallel`), it is the GPUs.
     """
     if cluster.is_divided:
         return {}, math.inf

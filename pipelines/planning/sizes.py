@@ -1,4 +1,4 @@
-"""The measures of models that are there, from the headers of their files. No torch."""
+"""Reads the sizes of existing models from their config.json and file headers, without torch."""
 
 import json
 import math
@@ -12,10 +12,9 @@ from pipelines.planning.hub import name_and_revision
 
 
 def read_size(model: Path) -> Size | None:
-    """The measures of a model directory: shapes by config.json, counts by the headers of its safetensors files.
+    """The size of a model: shapes from config.json, parameter counts from the headers of its safetensors files.
 
-    Of a model on the Hub (hf:ORG/NAME) the config.json in the local cache
-    will do.
+    For a model on the Hub (hf:ORG/NAME), a config.json in the local cache is enough. None if the size cannot be read.
     """
     file = config_file(model)
     config = _read_json(file) if file else None
@@ -37,7 +36,7 @@ def read_size(model: Path) -> Size | None:
     if not tensors:
         is_classifier = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
         return size.as_classifier() if is_classifier else size
-    if "tie_word_embeddings" not in text:  # the default is another for each architecture
+    if "tie_word_embeddings" not in text:  # its default depends on the architecture
         size = replace(size, tied=not any(map(is_head, tensors)))
     head = sum(count for name, count in tensors.items() if is_head(name)) if size.tied else 0
     total = sum(tensors.values())
@@ -46,10 +45,11 @@ def read_size(model: Path) -> Size | None:
 
 
 def config_file(model: Path) -> Path | None:
-    """The config.json of a model directory, or of hf:ORG/NAME[@REVISION] in the local cache; None if not there."""
+    """The config.json of a model directory, or of hf:ORG/NAME[@REVISION] in the local cache; None if it is not
+    there."""
     if not str(model).startswith("hf:"):
         return model / "config.json"
-    from huggingface_hub import try_to_load_from_cache  # only here: it takes long to load
+    from huggingface_hub import try_to_load_from_cache  # slow to import, so only if needed
     from huggingface_hub.errors import HFValidationError
 
     name, revision = name_and_revision(model)
@@ -61,7 +61,7 @@ def config_file(model: Path) -> Path | None:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is none to read: what is wrong with it is not for an estimate to say."""
+    """Read a JSON object; None if it cannot be read. Errors are not reported by an estimate."""
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -70,7 +70,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _header(file: Path) -> dict[str, int] | None:
-    """Numbers in each tensor of a safetensors file, from its header; None where it is damaged."""
+    """The number of elements of each tensor of a safetensors file, from its header; None if it is damaged."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

@@ -1,10 +1,10 @@
-"""The strategies: which devices each stage of a graph is given, by the section `placement`.
+"""Assigns devices to the stages of a graph according to the section `placement`.
 
-flattening    all devices of the machine; as many stages at once as `executor.parallel` says
+flattening    every stage all devices of the machine; `executor.parallel` limits how many run at once
 colocated     the same
-interleaving  generation and training all devices, exclusively; scorers that need the same answers a part each
-separation    generation and scoring one pool, training another
-async         the same; what lets them overlap is the run's `lag`
+interleaving  generation and training all devices, exclusively; scorers of the same answers a part each
+separation    generation and scoring on one pool, training on another
+async         the same; the run's `lag` lets them overlap
 """
 
 from collections.abc import Iterable
@@ -21,10 +21,10 @@ GENERATION, SCORING, TRAINING = "generation", "scoring", "training"
 
 
 def placements(graph: Graph, cluster: Cluster) -> dict[str, Placement]:
-    """The devices of every stage.
+    """The devices of every stage, by name.
 
     Raises:
-        UserError: the pools ask for more than there is, or a stage is in none.
+        UserError: the pools ask for more devices than there are, or a stage is in no pool.
     """
     kinds = {name: str(cluster.executor.entry(node).kind) for name, node in graph.nodes.items()}
     if not cluster.is_divided:
@@ -57,7 +57,7 @@ def placements(graph: Graph, cluster: Cluster) -> dict[str, Placement]:
 
 
 def _pool_of(node: Node, cluster: Cluster) -> str | None:
-    """The pool that a stage is in: by its entry, by its kind, or by the strategy; None: it has none."""
+    """The pool of a stage: by its entry, its kind, or the strategy; None if it is in none."""
     section = cluster.placement
     named = None
     for entry in entries_of(node, section.stages):
@@ -85,10 +85,10 @@ def _pool_of(node: Node, cluster: Cluster) -> str | None:
 
 
 def _devices_of_pools(wanted: Iterable[str | None], cluster: Cluster) -> dict[str, tuple[int, ...]]:
-    """The devices of the pools that say which or how many, and of those that stages of this machine need: what is left.
+    """The devices of the pools that set them, and of the other pools of local stages, which share the rest.
 
     Raises:
-        UserError: there are not as many.
+        UserError: there are too few devices.
     """
     there, unit, sections = cluster.devices, cluster.unit, cluster.placement.pools
     has = f"this machine has {plural(there, unit)}" + ("" if cluster.gpus else " and no GPU")
@@ -121,9 +121,10 @@ def _devices_of_pools(wanted: Iterable[str | None], cluster: Cluster) -> dict[st
 
 
 def _parts(graph: Graph, nodes: list[Node], cluster: Cluster) -> dict[str, tuple[int, ...]]:
-    """Parts of the machine for scorers of the same answers, which may so run at the same time.
+    """Parts of the machine for the scorers of the same answers, so that they can run at the same time.
 
-    The first of them get the larger parts; where they are more than the devices, each has one, and some take turns.
+    The first scorers get the larger parts. If there are more scorers than devices, each gets one device, and some take
+    turns.
     """
     alike: dict[int | None, list[Node]] = {}
     for node in graph.nodes.values():
@@ -147,8 +148,7 @@ def _parts(graph: Graph, nodes: list[Node], cluster: Cluster) -> dict[str, tuple
 
 
 def _levels(start: str | None, nodes: list[Node]) -> dict[str, int]:
-    """How many stages lie between one and those that come after it; of two with the same number neither needs the
-    other."""
+    """The distance of each stage from `start`, in stages; stages at the same distance do not depend on each other."""
     found = {} if start is None else {start: 0}
     for node in nodes:
         if before := [found[need] for need in node.needs if need in found]:

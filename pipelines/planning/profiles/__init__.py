@@ -1,1 +1,1 @@
-"""What stages took, and what they would take: profiles of runs, data sheets of devices, and predictions by both."""
+"""Predictions of the times and memory of stages, from profiles of earlier runs and data sheets of devices."""

@@ -1,8 +1,8 @@
-"""What stages would take by the operations and bytes of their models and a device's data sheet: a roofline.
+"""Estimates the times of stages from the operations and bytes of their models and a device's data sheet: a roofline.
 
-A part of the work takes as long as its operations at the share of the peak that such work reaches, or as its bytes at
-the share of the bandwidth, whichever is longer (Williams, Waterman, Patterson 2009). Nothing here has been measured on
-the device, and nothing is known of what shares it.
+A part of the work takes as long as its operations at an achievable share of peak compute, or as its bytes at an
+achievable share of the bandwidth, whichever is longer (Williams, Waterman, Patterson 2009). Nothing here was measured
+on the device, and contention is not included.
 
 P is a model's number of parameters, M those of its layers' matrices, V the vocabulary, h the hidden size, q and k the
 widths of queries and keys, i that of the feed-forward layers, a the bytes of a number.
@@ -16,36 +16,36 @@ from contracts.operations import Operations
 from pipelines.planning.profiles.datasheets import DataSheet
 
 COMPUTE_SHARE = 0.4
-"""Of the peak that large matrix products reach in training: 44 % to 52 % in Megatron-LM (arXiv 2104.04473, table 1),
-less in small models."""
+"""The share of peak compute that training reaches: 44 % to 52 % in Megatron-LM (arXiv 2104.04473, table 1), less in
+small models."""
 BANDWIDTH_SHARE = 0.6
-"""Of the memory's bandwidth that decoding reaches."""
+"""The share of the memory bandwidth that decoding reaches."""
 LINK_SHARE = 0.7
-"""Of the links' bandwidth that collectives reach."""
+"""The share of the link bandwidth that collectives reach."""
 DISPATCH_SECONDS = {True: 60e-6, False: 150e-6}
-"""For each layer and pass, on a GPU and on a CPU, however small the batch: a dozen kernels of 5 us, or of 12 us."""
+"""Launch overhead of each layer and pass, on a GPU and on a CPU: a dozen kernels of 5 us, or of 12 us."""
 COLLECTIVE_SECONDS = 20e-6
-"""For each collective, however small."""
+"""Latency of each collective."""
 OPTIMIZER_BYTES = {True: 28, False: 12}
-"""Of each parameter in an optimizer step: AdamW reads weight, gradient and two moments and writes three of them, fp32;
-plain gradient descent reads two and writes one."""
+"""Bytes per parameter in an optimizer step: AdamW reads weight, gradient and two moments and writes three of them, in
+fp32; plain gradient descent reads two and writes one."""
 START_SECONDS = {"generation": 15.0, "annotation": 5.0, "training": 5.0}
-"""Process and imports of a stage, by its package; a light stage's own are LIGHT_START_SECONDS."""
+"""Starting the process of a stage and its imports, by package; light stages take LIGHT_START_SECONDS."""
 LIGHT_START_SECONDS = 1.0
 ENGINE_SECONDS = {True: 30.0, False: 5.0}
-"""Building an engine beside reading its weights, on a GPU (with its graphs) and on a CPU."""
+"""Building an engine in addition to reading its weights, on a GPU (with CUDA graphs) and on a CPU."""
 HANDOFF_SECONDS = 0.5
 """Publishing small files."""
 FIRST_SECONDS = 0.3
-"""What a stage with a model computes for however little it has to do: its first passes, its own small files. By the
-processors' seconds of the quickstart's reward model for 256 to 3072 answers (`pipeline profile list RUN --json`)."""
+"""Minimum compute time of a stage with a model: its first passes, small files. From the CPU seconds of the quickstart's
+reward model for 256 to 3072 answers (`pipeline profile list RUN --json`)."""
 LIGHT_SECONDS, ROW_SECONDS = 0.2, 3e-5
-"""What a light stage computes for, and for each of its rows: by those of its rules for 256 to 6144 answers."""
+"""Compute time of a light stage, in total and per row, from those of the quickstart's rules for 256 to 6144 answers."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, by what they are for."""
+    """Seconds of a stage by phase."""
 
     start: float
     load: float
@@ -54,7 +54,8 @@ class Costs:
 
 
 def matrices(size: Size) -> int:
-    """M: numbers in the matrices that every token passes, without the vocabulary's: 2 h q + 2 h k + 3 h i a layer."""
+    """M: parameters in the matrices that every token passes, without the vocabulary's: 2 h q + 2 h k + 3 h i a
+    layer."""
     layer = 2 * size.hidden * (size.query_width + size.key_width) + 3 * size.hidden * size.intermediate
     return size.layers * layer
 
@@ -67,7 +68,7 @@ def forward_operations(size: Size, tokens: int, length: int, logits: int) -> flo
 
 
 def compute_seconds(work: Operations, sheet: DataSheet) -> float:
-    """What a stage computes for, by its kind, on devices of one kind."""
+    """Compute time of a stage."""
     if work.kind == "training":
         return FIRST_SECONDS + training_seconds(work, sheet)
     if work.kind == "sampling":
@@ -84,7 +85,7 @@ def _collective(moved: float, sheet: DataSheet, *, far: bool = False) -> float:
 
 
 def scoring_seconds(work: Operations, sheet: DataSheet) -> float:
-    """Forward passes of `batch` tokens, over all copies: each reads the weights once."""
+    """Compute time of forward passes of `batch` tokens, divided over all copies; each pass reads the weights once."""
     size, copies = work.model, max(1, work.layout.dp)
     passes = math.ceil(work.tokens / max(1, work.batch) / copies)
     operations = forward_operations(size, work.tokens, work.length, work.logits) / copies
@@ -93,7 +94,7 @@ def scoring_seconds(work: Operations, sheet: DataSheet) -> float:
 
 
 def prefill_seconds(work: Operations, sheet: DataSheet) -> float:
-    """The prompts' forward passes, of 2048 tokens at least, in each copy."""
+    """Compute time of the prompts' forward passes in each copy, of at least 2048 tokens each."""
     size, layout = work.model, work.layout
     copies, parts = max(1, layout.dp), max(1, layout.tp)
     tokens = work.prompt_tokens / copies
@@ -107,10 +108,10 @@ def prefill_seconds(work: Operations, sheet: DataSheet) -> float:
 
 
 def decode_seconds(work: Operations, sheet: DataSheet) -> float:
-    """Sampling, a token of `batch` sequences at a time: each such step reads the weights, and the keys and values of
-    all its sequences, half as many as they have in the end."""
+    """Compute time of decoding `batch` sequences at a time: each step reads the weights and the keys and values of all
+    sequences, on average half of their final number."""
     size, layout = work.model, work.layout
-    copies, parts = max(1, min(layout.dp, work.sequences)), max(1, layout.tp)  # no copy samples a part of an answer
+    copies, parts = max(1, min(layout.dp, work.sequences)), max(1, layout.tp)  # copies do not share a sequence
     batch = max(1, work.batch)
     steps = math.ceil(work.answer_tokens / copies / batch)
     operations = forward_operations(size, batch, work.length, batch) / parts
@@ -123,27 +124,28 @@ def decode_seconds(work: Operations, sheet: DataSheet) -> float:
 
 
 def _all_reduce(moved: float, parts: int, sheet: DataSheet, *, far: bool = False) -> float:
-    """A ring's: 2 (n - 1) / n of the bytes pass each process."""
+    """Time of a ring all-reduce: 2 (n - 1) / n of the bytes pass each process."""
     return _collective(2 * (parts - 1) / parts * moved, sheet, far=far)
 
 
 def training_seconds(work: Operations, sheet: DataSheet) -> float:
-    """Optimizer steps: forward and backward passes of their micro-batches, gradients reduced, the optimizer's own step.
+    """Compute time of optimizer steps: forward and backward passes of micro-batches, gradient reduction, optimizer
+    update.
 
-    The backward pass takes twice the operations of the forward pass, or once where few parameters are trained
-    (adapters); activations that are computed again take one more. Tensor parallelism: four all-reduces of the
-    micro-batch's h a bytes a layer, two of them again where activations are computed again (Megatron-LM, arXiv
-    1909.08053). Pipeline parallelism of p stages: (p - 1) / (m + p - 1) of the time is a bubble, with m micro-batches
-    (GPipe, arXiv 1811.06965). Data parallelism: an all-reduce of 4 T bytes a step; ZeRO-3 and fsdp2 gather weights in
-    each pass and scatter gradients, half as much again (ZeRO, arXiv 1910.02054). Sequence parallelism: four exchanges
-    of all tokens a layer and pass (DeepSpeed Ulysses, arXiv 2309.14509). Offload: what is updated goes to the
-    machine's memory and back by PCIe in every step, with offloaded weights also in every pass.
+    The backward pass takes twice the operations of the forward pass, or as many if few parameters are trained
+    (adapters); activation recomputation takes one more forward pass. Tensor parallelism: four all-reduces of the
+    micro-batch's h a bytes a layer, and two more with recomputation (Megatron-LM, arXiv 1909.08053). Pipeline
+    parallelism of p stages: (p - 1) / (m + p - 1) of the time is a bubble, with m micro-batches (GPipe, arXiv
+    1811.06965). Data parallelism: an all-reduce of 4 T bytes a step; ZeRO-3 and fsdp2 gather weights in each pass and
+    scatter gradients, half as much again (ZeRO, arXiv 1910.02054). Sequence parallelism: four exchanges of all tokens a
+    layer and pass (DeepSpeed Ulysses, arXiv 2309.14509). Offload: optimizer states move to CPU memory and back over
+    PCIe in every step, and offloaded weights in every pass.
     """
     size, layout, steps = work.model, work.layout, max(1, work.steps)
     dp, tp, pp, sp = (max(1, part) for part in (layout.dp, layout.tp, layout.pp, layout.sp))
     sharing = dp * sp
     far = layout.nodes > 1 or layout.processes > sheet.devices
-    tokens = work.passes * work.tokens / steps / dp / sp  # of a step in one process
+    tokens = work.passes * work.tokens / steps / dp / sp  # per step and process
     micro = max(1, math.ceil(tokens * sp / max(1, work.batch)))
     few = work.trained < size.parameters / 10
     factor = (2 if few else 3) + work.recomputes
@@ -181,27 +183,31 @@ def training_seconds(work: Operations, sheet: DataSheet) -> float:
 
 
 def load_seconds(work: Operations, sheet: DataSheet) -> float:
-    """Reading the weights from a disk, and moving them to the device; of a sampling, building its engine."""
+    """Time to read the weights from disk and move them to the device, and for sampling to build the engine."""
     held = work.model.parameters * work.number / max(1, work.layout.tp) / max(1, work.layout.pp)
     seconds = (1 + work.beside) * (held / sheet.disk + held / sheet.pcie)
     return seconds + (ENGINE_SECONDS[sheet.is_gpu] if work.kind == "sampling" else 0.0)
 
 
 def handoff_seconds(work: Operations, sheet: DataSheet) -> float:
-    """Writing what is published: of a training its weights, which are read again to compare them."""
+    """Time to write the output; a training's weights are read again to verify them."""
     if work.kind != "training":
         return HANDOFF_SECONDS
     return HANDOFF_SECONDS + 2 * work.model.parameters * work.number / sheet.disk
 
 
 def model_costs(work: Operations, package: str, sheet: DataSheet) -> Costs:
-    """What a stage with a model takes that starts from nothing."""
+    """Times of a stage with a model from a cold start."""
     start = START_SECONDS.get(package, LIGHT_START_SECONDS)
     return Costs(start, load_seconds(work, sheet), compute_seconds(work, sheet), handoff_seconds(work, sheet))
 
 
 def light_costs(rows: int, written: int, sheet: DataSheet) -> Costs:
-    """What a stage takes that computes with no model, for so many rows, and for so many bytes of a model that it makes,
-    and of one that it reads for it."""
+    """Times of a stage without a model.
+
+    Args:
+        rows: rows that it processes.
+        written: bytes of the model that it reads and the one that it makes, each; 0 if it makes none.
+    """
     moving = written / sheet.disk
     return Costs(LIGHT_START_SECONDS, moving, LIGHT_SECONDS + rows * ROW_SECONDS, HANDOFF_SECONDS + moving)

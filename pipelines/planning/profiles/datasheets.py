@@ -1,4 +1,4 @@
-"""The devices of datasheets.yaml, and which of them this machine has."""
+"""Reads the data sheets of devices (datasheets.yaml) and finds the one of a device by its name."""
 
 import functools
 import itertools
@@ -16,44 +16,44 @@ from pipelines.machine import gpu_count, gpus
 FILE = Path(__file__).with_name("datasheets.yaml")
 CPU = "CPU"
 VENDOR = "nvidia "
-"""How drivers begin the name of a GPU."""
+"""Prefix of GPU names as reported by the driver."""
 
 
 @dataclass(frozen=True)
 class DataSheet:
-    """One device; rates are bytes or operations a second, of links in one direction."""
+    """The data sheet of one device; rates are bytes or operations per second, of links in one direction."""
 
     name: str
     bf16: float
     fp32: float
     memory: int
     bandwidth: float
-    """Of its own memory."""
+    """Bandwidth of its own memory."""
     link: float
-    """To the others of its machine."""
+    """To another device of its machine."""
     pcie: float
-    """To the machine's memory."""
+    """To CPU memory."""
     network: float
-    """To other machines, for each device."""
+    """To other machines, per device."""
     disk: float
     devices: int
-    """Of a machine, as they are usually built."""
+    """Devices per machine, as usually built."""
     source: str
     matches: tuple[str, ...] = ()
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it is no core of a CPU."""
+        """Whether the device is a GPU, not a CPU core."""
         return self.name != CPU
 
     def rate(self, number: int) -> float:
-        """Operations a second on numbers of so many bytes."""
+        """Operations per second on numbers of `number` bytes."""
         return self.bf16 if number <= 2 else self.fp32
 
 
 @functools.cache
 def data_sheets() -> dict[str, DataSheet]:
-    """All of them by name."""
+    """All data sheets by name."""
     found: dict[str, Any] = read_yaml(FILE)
     rates = ("bf16", "fp32", "bandwidth", "link", "pcie", "network", "disk")
     return {
@@ -70,7 +70,7 @@ def data_sheets() -> dict[str, DataSheet]:
 
 
 def data_sheet(name: str) -> DataSheet:
-    """The one of a name, or of a device as its driver calls it; upper and lower case are one.
+    """The data sheet of this name, or of a device as its driver calls it; case is ignored.
 
     Raises:
         UserError: there is none.
@@ -92,7 +92,7 @@ def data_sheet(name: str) -> DataSheet:
 
 
 def sheet_of_machines(machines: MachinesSection) -> DataSheet:
-    """The data sheet of a cluster's GPUs, with what its file says else.
+    """The data sheet of a cluster's GPUs, with the values that its file overrides.
 
     Raises:
         UserError: there is none.
@@ -108,29 +108,29 @@ def sheet_of_machines(machines: MachinesSection) -> DataSheet:
 
 
 def matching(device: str) -> DataSheet | None:
-    """The data sheet of a device by the name that its driver gives; None where there is none."""
+    """The data sheet of a device by the name that its driver reports; None if there is none."""
     fits = [(len(part), sheet) for sheet in data_sheets().values() for part in sheet.matches if _has(device, part)]
     return max(fits, key=lambda fit: fit[0])[1] if fits else None
 
 
 def _has(device: str, part: str) -> bool:
-    """Whether a name has these words, not as a part of others: an H1000 is no H100."""
+    """Whether a name contains these words as whole words: an H1000 is no H100."""
     return re.search(rf"(?<![^\W_]){re.escape(part)}(?![^\W_])", device, re.IGNORECASE) is not None
 
 
 def name_of(device: str) -> str:
-    """What a device is called here: by its data sheet where it is a GPU that has one, else as its driver calls it."""
+    """The name of a device in profiles: that of its data sheet for a known GPU, else the driver's."""
     sheet = matching(device)
     return device if sheet is None else sheet.name
 
 
 def device_here() -> str:
-    """What this machine computes on, as profiles name it: its first GPU, else its processor."""
+    """The device of this machine as the driver calls it: its first GPU, else its processor."""
     if gpu_count() and (listed := gpus()):
         return listed[0].name
     return processor() or CPU
 
 
 def sheet_of(device: str) -> DataSheet:
-    """The data sheet of a device as profiles name it; a core's where it is no GPU that is known."""
+    """The data sheet of a device by its name in profiles; that of a CPU core if it is no known GPU."""
     return data_sheets().get(device) or matching(device) or data_sheets()[CPU]

@@ -1,11 +1,10 @@
-"""Predictions of what stages take: by runs of stages alike where there are any, else by data sheets.
+"""Predicts the times of stages from profiles of matching stages, or else from data sheets.
 
-    measured   the median of stages alike in all that counts: name, what they compute with which model, how much of it,
-               layout, device and threads
-    scaled     of the nearest ones: their time, times the ratio of the analytic costs of both (analytic.py)
-    analytic   the costs themselves
+    measured   the median of matching stages: same stage, model, amount of work, layout, device and threads
+    scaled     the times of the nearest ones, scaled by the ratio of the analytic costs of both (analytic.py)
+    analytic   the analytic costs themselves
 
-How wrong each of these is, is computed from the profiles: each group of stages alike is predicted from the others, as
+The errors of all three are computed from the profiles: each group of matching stages is predicted from the others, as
 if it had never run, and analytically.
 """
 
@@ -30,22 +29,22 @@ from pipelines.planning.profiles.store import latest_of_each
 from pipelines.text import plural
 
 NEAREST = 8
-"""Runs that a prediction is made from at most: the nearest, the latest of these."""
+"""Maximum number of runs that a prediction is made from: the nearest ones, and the latest of these."""
 FEW = 3
-"""Predictions that can be compared with what was measured, below which their error is not known."""
+"""Minimum number of comparisons with measurements from which an error is computed."""
 ASSUMED: dict[Basis, float] = {"measured": 0.3, "scaled": 0.5, "analytic": 1.0}
-"""What is assumed of the error then."""
+"""The assumed error if there are fewer."""
 SPREAD = 1.5
-"""How many times as much the largest amount must be as the smallest, for a line through them."""
+"""Minimum ratio of the largest to the smallest amount of work for fitting a line."""
 QUEUE_SECONDS = 60.0
-"""What a scheduler is assumed to take where no job of it has been seen."""
+"""Assumed queue time of a scheduler without profiled jobs."""
 FINISH_SECONDS = QUEUE_SECONDS + analytic.LIGHT_START_SECONDS
-"""The same for the job that finishes a stage: its queue, and the start of its process."""
+"""Assumed time of the job that finalizes a stage: its queue time, and the start of its process."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What of a stage decides how long it takes."""
+    """The properties of a stage that decide how long it takes."""
 
     stage: str
     variant: str
@@ -63,13 +62,13 @@ class Task:
 
     @property
     def kind(self) -> tuple[str, str]:
-        """Stages of the same kind are compared."""
+        """The kind of the stage; only profiles of the same kind are used for its prediction."""
         return self.stage, self.variant
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """A prediction of what a stage takes, as phases."""
+    """Predicted times of a stage by phase."""
 
     costs: Costs
     basis: Basis
@@ -78,7 +77,7 @@ class _Judged:
 
 
 class ProfilePredictor:
-    """Predicts by profiles and, where there are none, by a data sheet (`pipelines.planning.prediction.Predictor`)."""
+    """Predicts from profiles or, without any, from a data sheet (`pipelines.planning.prediction.Predictor`)."""
 
     def __init__(
         self,
@@ -93,19 +92,20 @@ class ProfilePredictor:
         cores: int | None = None,
         detached: bool = False,
     ) -> None:
-        """Know some profiles.
+        """Use some profiles.
 
         Args:
-            profiles: in any order; a stage that occurs twice counts once.
-            device: what stages with models compute on: a GPU or a processor as profiles name it, or a data sheet's.
-            processor: what others compute on, beside a GPU; empty where that is not known.
-            sheet: its data sheet, where it is not as it is usually built.
-            threads: of each process of a stage, on a CPU.
-            parallel: stages at once, of which each may have to load what a later one finds there.
-            warm: whether later stages find what earlier ones have loaded (executor.warm).
-            cores: that the processes of a stage share while they start; None: each has enough.
-            detached: whether no driver takes note of the end of a scheduler's jobs, so that a training has a further
-                job that does, as arrays have in any case.
+            profiles: in any order; duplicates count once.
+            device: the device of stages with models: a GPU or a processor as profiles name it, or the name of a data
+                sheet.
+            processor: the processor of other stages on a machine with GPUs; empty if not known.
+            sheet: the device's data sheet, if its machine is not built as usual.
+            threads: threads of each process of a stage on a CPU.
+            parallel: maximum number of stages at once; each of them may have to load what a later one reuses.
+            warm: whether later stages reuse what earlier ones have loaded (executor.warm).
+            cores: cores that the processes of a stage share while they start; None: no contention.
+            detached: whether no driver handles the end of a scheduler's jobs, so that trainings also have a further job
+                that does, like arrays always have.
         """
         self.device = name_of(device)
         self.sheet = sheet or sheet_of(device)
@@ -119,8 +119,8 @@ class ProfilePredictor:
         for row in reversed(latest_of_each(profiles)):
             if row.executor not in HERE:
                 if row.finish is None:
-                    continue  # of an earlier version, which has another job's queue in its start
-                row = msgspec.structs.replace(row, first=True, expected=True)  # each job has processes of its own
+                    continue  # written by an earlier version, whose `start` includes the queue of another job
+                row = msgspec.structs.replace(row, first=True, expected=True)  # jobs do not share processes
             row = msgspec.structs.replace(row, device=name_of(row.device))
             self._rows.setdefault((row.stage, row.variant), []).append(row)
         self._known: dict[Task, tuple[_Judged, float, str] | None] = {}
@@ -129,7 +129,7 @@ class ProfilePredictor:
         self._begun: WeakKeyDictionary[Graph, dict[str, tuple[bool, bool]]] = WeakKeyDictionary()
 
     def predict(self, node: Node, graph: Graph) -> Prediction | None:
-        """What a placed stage is expected to take; None where it cannot be known."""
+        """Predict a placed stage; None if too little is known."""
         task = self.task_of(node, graph)
         if task not in self._known:
             self._known[task] = self._judged(task)
@@ -137,7 +137,7 @@ class ProfilePredictor:
             return None
         judged, error, source = found
         if judged.basis == "analytic" and task.work is None and task.bytes is None and node.stage.models(node.config):
-            return None  # its model's shape is not known: its rows say nothing of what it takes
+            return None  # without the model's shape, the number of rows does not determine the time
         costs, peak = judged.costs, judged.memory
         if peak is None:
             peak = amount_of(node, graph, on_gpu=self.sheet.is_gpu).memory
@@ -155,11 +155,11 @@ class ProfilePredictor:
         )
 
     def has_seen(self, executor: str) -> bool:
-        """Whether any stage is known that has run there."""
+        """Whether there is a profile of any stage on this executor."""
         return any(row.executor == executor for rows in self._rows.values() for row in rows)
 
     def task_of(self, node: Node, graph: Graph) -> Task:
-        """What of a placed stage decides how long it takes."""
+        """The properties of a placed stage that decide how long it takes."""
         amount = amount_of(node, graph, on_gpu=self.sheet.is_gpu)
         executor = node.placement.executor if node.placement is not None else "local"
         if (begun := self._begun.get(graph)) is None:
@@ -200,10 +200,11 @@ class ProfilePredictor:
             said = f"by {plural(judged.runs, 'run')} {of}"
         return judged, error, f"{said}; {how}"
 
-    # By rows
+    # From profiles
 
     def _by_rows(self, task: Task, rows: Sequence[Profile]) -> _Judged | None:
-        """The median of the nearest rows of a kind, each times the ratio of the costs."""
+        """Predict from the nearest profiles of a kind: the median of their times, each scaled by the ratio of the
+        costs."""
         tiers: dict[int, list[Profile]] = {}
         for row in rows:
             if (tier := _tier(task, row)) is not None:
@@ -229,8 +230,8 @@ class ProfilePredictor:
 
     @staticmethod
     def _compute(near: Sequence[Profile], ratios: Sequence[Costs], tier: int) -> float:
-        """The median of what stages computed for, each times its ratio; where only their amounts differ, and differ
-        enough among them, by the line through them, because a part of it is the same for any amount."""
+        """The median of the scaled compute times. If only the amounts of work differ, and differ enough, a line is
+        fitted instead, because a part of the time is the same for any amount."""
         amounts = [1 / ratio.compute for ratio in ratios]
         if tier == 1 and max(amounts) > SPREAD * min(amounts):
             fixed, rate = _line(amounts, [row.compute for row in near])
@@ -238,25 +239,25 @@ class ProfilePredictor:
         return _median(row.compute * ratio.compute for row, ratio in zip(near, ratios, strict=True))
 
     def _load(self, task: Task, near: Sequence[Profile], rows: Sequence[Profile]) -> float:
-        """What stages took to load that had to, as this one has to, or that found what they needed.
+        """The load time of stages that also had to load their model or engine, or that also reused it, like this one.
 
         Args:
-            rows: all that say something of it, the most alike first.
+            rows: all profiles that may be used, the most similar first.
         """
         alike = _begun_as(task, near) or _begun_as(task, rows)[:NEAREST]
         load = _median(
             row.load * self._ratios(task, row).load * self._crowding(task) / self._crowding(row)
             for row in alike or near
         )
-        if not alike and task.loaded and task.work is not None:  # it was there each time
+        if not alike and task.loaded and task.work is not None:  # none of the profiles includes loading
             return max(load, self._cost(task.work, task).load)
         return load
 
     def _start(self, task: Task, near: Sequence[Profile]) -> float:
-        """What stages took to start that were the first of their environment as this one, or were not.
+        """The start time of stages that were first in their environment, or were not, like this one.
 
-        A stage of one process is forked from one that has imported what it needs; several import it anew, each for
-        itself, so that neither says anything of the other.
+        A stage with one process is forked from one that has imported its libraries; several processes import them
+        themselves. So neither case predicts the other.
         """
         several = _processes(task) > 1
         of_package = [row for rows in self._rows.values() for row in rows if row.package == task.package]
@@ -270,11 +271,11 @@ class ProfilePredictor:
         return known * self._crowding(task)
 
     def _crowding(self, one: Task | Profile) -> float:
-        """How many processes of a stage share a core while they start."""
+        """The number of processes of a stage per core while they start, at least 1."""
         return 1.0 if self._cores is None else max(1.0, _processes(one) / self._cores)
 
     def _ratios(self, task: Task, row: Profile) -> Costs:
-        """Of the costs of a stage to those of a row."""
+        """The ratios of the costs of a stage to those of a profile."""
         if task.work is None or row.work is None:
             if bool(task.rows) != bool(row.rows) or bool(task.bytes) != bool(row.bytes):
                 return Costs(1.0, 1.0, 1.0, 1.0)
@@ -290,13 +291,13 @@ class ProfilePredictor:
         return abs(math.log(max(ratios.compute, 1e-9)))
 
     def _queue(self, task: Task) -> float:
-        """What jobs of stages alike have waited, which asked for as much; else all jobs of the scheduler."""
+        """The median queue time of jobs of the same stage, which request as much; else of all jobs of the scheduler."""
         jobs = [row for rows in self._rows.values() for row in rows if row.executor == task.executor]
         alike = [row for row in jobs if row.stage == task.stage]
         return _median(row.queue for row in alike or jobs) if jobs else QUEUE_SECONDS
 
     def _finish(self, task: Task) -> float:
-        """What the jobs took that published what tasks had made; those that finish trainings are alike."""
+        """The median time of jobs that publish what tasks have made; those that finalize trainings are similar."""
         waits = [
             row.finish
             for rows in self._rows.values()
@@ -305,7 +306,7 @@ class ProfilePredictor:
         ]
         return _median(waits) if waits else FINISH_SECONDS
 
-    # By a data sheet
+    # From a data sheet
 
     def _by_sheet(self, task: Task) -> _Judged | None:
         if task.work is not None:
@@ -323,10 +324,10 @@ class ProfilePredictor:
             self._costs[key] = analytic.model_costs(work, task.package, _with_threads(self.sheet, task.threads))
         return self._costs[key]
 
-    # How wrong they are
+    # Prediction errors
 
     def _all_errors(self) -> dict[Basis, dict[str, list[float]]]:
-        """(measured - predicted) / predicted by basis and stage, each row predicted from the others."""
+        """(measured - predicted) / predicted, by basis and stage, each profile predicted from the others."""
         if self._errors is not None:
             return self._errors
         errors: dict[Basis, dict[str, list[float]]] = {"measured": {}, "scaled": {}, "analytic": {}}
@@ -352,8 +353,8 @@ def _task_of(row: Profile) -> Task:
 
 
 def _tier(task: Task, row: Profile) -> int | None:
-    """How unlike a row is: 0, alike in all that counts; 1, another amount; 2, another layout or number of threads, or
-    for stages without a model another device; 3, another model; None: it says nothing of it."""
+    """The dissimilarity of a profile: 0, it matches; 1, another amount of work; 2, another layout or number of threads,
+    or for stages without a model another device; 3, another model; None: it cannot be used."""
     if (task.work is None) != (row.work is None):
         return None
     if task.work is None or row.work is None:
@@ -377,14 +378,14 @@ def _processes(one: Task | Profile) -> int:
 
 
 def _begun_as(task: Task, rows: Sequence[Profile]) -> list[Profile]:
-    """The rows that had to load what they compute with, or found it, as the task is expected to; where there are none,
-    those of which the same was expected: not every engine can be given other weights."""
+    """The profiles that loaded their model or engine, or reused it, as the task will. If there are none, those that
+    were expected to: not every engine can be given other weights."""
     found = [row for row in rows if row.loaded == task.loaded]
     return found or [row for row in rows if row.expected == task.loaded]
 
 
 def _with_threads(sheet: DataSheet, threads: int) -> DataSheet:
-    """So many cores of a CPU, which the sheet has one of; a GPU as it is."""
+    """The data sheet of `threads` CPU cores instead of one; that of a GPU unchanged."""
     if sheet.is_gpu or threads <= 1:
         return sheet
     times = float(threads)
@@ -392,7 +393,8 @@ def _with_threads(sheet: DataSheet, threads: int) -> DataSheet:
 
 
 def _line(amounts: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """The seconds for no amount and for each unit of it, neither below 0, by least squares of the relative errors."""
+    """Fit seconds = fixed + rate * amount, neither below 0, by least squares of the relative errors. Returns (fixed,
+    rate)."""
     weights = [1 / max(value, 1e-3) ** 2 for value in seconds]
     total = math.fsum(weights)
     mean_x = math.fsum(w * x for w, x in zip(weights, amounts, strict=True)) / total

@@ -1,4 +1,4 @@
-"""What one stage took, as a row of the profiles: what it was, what it ran on, and where its time went."""
+"""Builds the profile of a published stage: what it computed, on which device, and where its time went."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,99 +18,101 @@ from pipelines.planning.estimates import GraphOutlook, memory
 from pipelines.planning.profiles.datasheets import device_here, matching
 
 VERSION = 1
-"""Of the rows; others are not read."""
+"""Version of the profiles' format; profiles of other versions are not read."""
 VARIANTS = ("kind", "function", "algorithm", "engine")
-"""Fields that tell stages of one name apart that compute something else."""
+"""Config fields that distinguish stages of one name with different computations."""
 COUNTS = ("completions", "prompt_tokens", "response_tokens", "tokens", "steps", "resumed_steps")
-"""Facts of manifests that count what was computed."""
+"""Facts in manifests that count what was computed."""
 LIBRARIES = ("ratchet", "torch", "vllm", "transformers", "deepspeed")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What the driver and a supervisor saw of an attempt, in seconds."""
+    """Times of an attempt as the driver and a supervisor measured them, in seconds."""
 
     queue: float
-    """Until its first process was started."""
+    """From its submission to the start of its first process."""
     life: float
-    """From then to the end of its last one, without the job that publishes what tasks have made."""
+    """From there to the end of its last process, without the job that publishes what tasks have made."""
     lag: float
-    """From then until it counted as published."""
+    """From there until it was recorded as published."""
     tasks: int = 1
-    """Jobs that shared its shards."""
+    """Number of jobs that shared its shards."""
     is_array: bool = False
-    """Whether a job of its own has published what the tasks made."""
+    """Whether a separate job published what the tasks made."""
     threads: int = 0
     """OMP_NUM_THREADS; 0: not known."""
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One published stage."""
+    """The profile of one published stage; times in seconds."""
 
     version: int
     id: str
-    """The manifest's checksum: the same stage counts once, wherever it is met."""
+    """The manifest's checksum, so that the same stage counts once."""
     created: str
     stage: str
     variant: str = ""
     code: int = 0
-    """Version of what it computes."""
+    """Version of the stage's code."""
     role: str = ""
     package: str = ""
     executor: str = "local"
     device: str = ""
-    """A GPU or a processor as its driver names it."""
+    """The GPU as its driver names it, or the processor."""
     threads: int = 0
-    """Of each process on a CPU; 0 on a GPU, and where it is not known."""
+    """Threads of each process on a CPU; 0 on a GPU, and if not known."""
     versions: dict[str, str] = {}
     work: Operations | None = None
-    """What it was planned to compute with a model."""
+    """The planned computation with a model."""
     rows: int = 0
-    """What it was planned to work through, of stages that compute with no model."""
+    """The planned number of rows, of stages without a model."""
     bytes: int = 0
-    """Of the model that such a stage makes."""
+    """Bytes of the model that such a stage makes."""
     counts: dict[str, int] = {}
-    """What it did compute."""
+    """Counts of what it actually computed."""
     first: bool = False
-    """Whether no other stage of its environment came before it in its run, so that libraries were imported for it."""
+    """Whether it was the first stage of its environment in its run, so that libraries were imported for it."""
     loaded: bool = True
-    """Whether it loaded what it computes with, and found nothing that an earlier stage had left."""
+    """Whether it loaded its model or engine itself, instead of reusing one that an earlier stage had left in its
+    process."""
     expected: bool = True
-    """Whether it was expected to, by the stages that came before it."""
+    """Whether it was expected to load it, given the stages before it."""
     queue: float = 0.0
     start: float = 0.0
     load: float = 0.0
     compute: float = 0.0
     handoff: float = 0.0
     finish: float | None = None
-    """Of a stage that was a scheduler's jobs: from the end of those that worked until it counted as published, and so
-    the queue and the work of the job that finished it, if there was one."""
+    """For stages run as a scheduler's jobs: from the end of the working jobs to the publication, including queue and
+    work of the job that finalized it, if there was one."""
     wait: float = 0.0
-    """For a stage that it followed."""
+    """Time it waited for shards of the stage that it streams from."""
     cpu: float | None = None
-    """Seconds of processors: without what other programs took of the wall's."""
+    """CPU seconds, which do not include what other programs took."""
     memory: int | None = None
-    """Bytes at the peak, of the fullest device or, on a CPU, process."""
+    """Peak bytes of the fullest device or, on a CPU, process."""
 
     @property
     def seconds(self) -> float:
-        """In which it had its devices."""
+        """Time in which it held its devices."""
         return self.start + self.load + self.compute + self.handoff
 
     @property
     def alike(self) -> tuple[Any, ...]:
-        """What stages have in common that are expected to take as long."""
+        """The fields that are equal for stages that are expected to take equally long."""
         what = (self.stage, self.variant, self.code, self.executor, self.device, self.threads)
         return *what, self.work, self.rows, self.bytes, self.first, self.loaded
 
 
 def variant_of(config: StageConfig) -> str:
-    """What tells stages of one name apart."""
+    """The values that distinguish stages of one name with different computations."""
     return " ".join(str(value) for name in VARIANTS if (value := getattr(config, name, None)) is not None)
 
 
 def planned_rows(node: Node, outlook: Outlook) -> int | None:
-    """What a stage has to work through: the most that is known of what it makes and reads; None where nothing is."""
+    """The number of rows that a stage processes: the largest number known of its output and inputs; None if none is
+    known."""
     made = [node.stage.answers(node.config, outlook), node.stage.pairs(node.config, outlook)]
     counts = [found.count for found in made if found is not None]
     if (rows := node.stage.rows(node.config, node.output, outlook)) is not None:
@@ -127,23 +129,23 @@ def planned_rows(node: Node, outlook: Outlook) -> int | None:
 
 @dataclass(frozen=True)
 class Amount:
-    """What a stage has to do, wherever it does it."""
+    """The work of a stage, independent of where it runs."""
 
     variant: str
     work: Operations | None
     rows: int | None
-    """Of stages that compute with no model; None where that is not known."""
+    """Rows of a stage without a model; None if not known."""
     bytes: int | None
-    """Of the model that such a stage makes; None where it makes none, or that is not known."""
+    """Bytes of the model that such a stage makes; None if it makes none, or not known."""
     memory: int | None
-    """Bytes that it is estimated to take on a device; None where that is little, or not known."""
+    """Estimated bytes on a device; None if small or not known."""
 
 
 def amount_of(node: Node, graph: Graph, *, on_gpu: bool) -> Amount:
-    """What a stage has to do; found once for each of its layouts, in a graph and in others of the same stages."""
+    """The work of a stage, cached by layout for a graph and its copies."""
     seen = graph.known(("amounts", node.name, on_gpu), dict[str, Amount])
     assert seen is not None
-    text = node.config.model_dump_json()  # a search has thousands of layouts of one stage
+    text = node.config.model_dump_json()  # a search tries thousands of layouts of one stage
     if (known := seen.get(text)) is not None:
         return known
     outlook = GraphOutlook(graph)
@@ -158,8 +160,11 @@ def amount_of(node: Node, graph: Graph, *, on_gpu: bool) -> Amount:
 
 
 def beginnings(graph: Graph, parallel: int) -> dict[str, tuple[bool, bool]]:
-    """Of each stage whether it is the first of its environment, and whether it has to load what it computes with: where
-    no stage that it waits for leaves that to it, and no more have come before than run at once."""
+    """By stage: whether it is the first of its environment, and whether it has to load its model or engine.
+
+    It does not have to if a stage that it waits for leaves it loaded, or at least as many stages with the same label
+    come before as run at once.
+    """
     firsts: dict[str, str] = {}
     left: dict[str, frozenset[str]] = {}
     had: Counter[str] = Counter()
@@ -179,12 +184,12 @@ def beginnings(graph: Graph, parallel: int) -> dict[str, tuple[bool, bool]]:
 def profile_of(
     node: Node, graph: Graph, manifest: Manifest, timing: Timing, executor: str, begun: tuple[bool, bool]
 ) -> Profile | None:
-    """The row of a published stage; None where its times are not those of the whole of it.
+    """The profile of a published stage; None if its times do not cover all of its work.
 
     Args:
-        node: as it was placed.
-        executor: where it ran.
-        begun: what `beginnings` says of it.
+        node: the stage as it was placed.
+        executor: the executor that ran it.
+        begun: the entry of the stage in `beginnings`.
     """
     first, expected = begun
     seconds, facts = manifest.seconds, manifest.facts
@@ -228,7 +233,7 @@ def _counts(facts: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _on_gpu(node: Node, manifest: Manifest) -> bool:
-    """Whether it computed on a GPU: by its own facts, else by what its machine had."""
+    """Whether a stage computed on a GPU: by its own facts, else by its machine."""
     if manifest.facts.get("device") is not None:
         return str(manifest.facts["device"]) != "cpu"
     return bool(manifest.hardware.get("gpu")) and bool(node.stage.models(node.config))
@@ -245,10 +250,10 @@ def _device(manifest: Manifest, *, on_gpu: bool) -> str:
 
 
 def _spent(seconds: Mapping[str, float], timing: Timing, copies: int, here: bool) -> dict[str, float] | None:
-    """Seconds by what they were for; None where receipts of an attempt that was killed have a part in them.
+    """Seconds by phase; None if they include receipts of a killed attempt.
 
-    What several copies or tasks measured is a sum over them. Among the copies of one process the slowest one's wait is
-    a part of computing; among tasks, which start when a scheduler lets them, a part of their start.
+    What several copies or tasks measured is a sum over them. Among the copies of one process, waiting for the slowest
+    one counts as computing; among tasks, which start when a scheduler starts them, it counts as starting.
     """
     sharing = max(1, copies, timing.tasks)
     total, wait = seconds.get("total", 0.0), seconds.get("wait", 0.0)
@@ -258,7 +263,7 @@ def _spent(seconds: Mapping[str, float], timing: Timing, copies: int, here: bool
     handoff = save + check
     if timing.tasks > 1 or timing.is_array:
         compute = measured / sharing
-        handoff = save  # what checks is the job that publishes
+        handoff = save  # the check is done by the job that publishes
         start = max(0.0, timing.life - load - compute - save - wait)
     else:
         if measured > 1.02 * sharing * total + 0.1:

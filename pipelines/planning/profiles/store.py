@@ -1,8 +1,7 @@
-"""The store of profiles in RATCHET_HOME: a file of lines for each device, to which every run appends what its stages
-took.
+"""The store of profiles in RATCHET_HOME: one JSON Lines file per device, to which every run appends its stages.
 
-Nobody has to keep it: without it predictions stand on data sheets and on the runs that are named. A line is written
-once for a stage, however often it is met; lines that cannot be read are passed over, whoever has left them.
+The store is a cache: without it, predictions use data sheets and the runs that are named. A stage is written once, even
+if it is seen again; unreadable lines are skipped.
 """
 
 import os
@@ -20,14 +19,14 @@ from pipelines.environments.paths import home
 from pipelines.planning.profiles.rows import VERSION, Profile
 
 FOLDER = "RATCHET_PROFILES"
-"""Environment variable: where profiles are, if not in RATCHET_HOME; off: none are kept."""
+"""Environment variable: the directory of the profiles, if not in RATCHET_HOME; off: keep none."""
 OFF = "off"
 PATIENCE = 5.0
-"""Seconds that a run waits for another one that appends."""
+"""Seconds that a run waits while another one appends."""
 MOST_BYTES = 8 << 20
-"""Size from which a file is cut down to the latest stages of each kind."""
+"""Size above which a file is reduced to the latest profiles of each kind."""
 KEPT = 12
-"""How many of stages alike in all that counts."""
+"""How many profiles of equal stages (`Profile.alike`) are kept."""
 _DECODER = msgspec.json.Decoder(Profile)
 
 
@@ -35,27 +34,27 @@ class ProfileStore:
     """The profiles of all runs on this machine, or on all that share its RATCHET_HOME."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Where they are: by default where the environment says."""
+        """Use a directory; by default the one that the environment says."""
         given = os.environ.get(FOLDER, "")
         self.folder = folder or (Path(given) if given and given != OFF else home() / "profiles")
         self.is_kept = folder is not None or given != OFF
 
     def read(self) -> list[Profile]:
-        """All of them, of every device; nothing where there is no store, or none that can be read."""
+        """Read all profiles of every device; empty if there is no readable store."""
         found: list[Profile] = []
         if self.is_kept and self.folder.is_dir():
             for path in sorted(self.folder.glob("*.jsonl")):
                 try:
                     found += decode_profiles(path.read_bytes())
-                except OSError:  # of another user, or on a file server that does not answer
+                except OSError:  # another user's, or on a file server that does not respond
                     continue
         return found
 
     def append(self, profiles: Iterable[Profile]) -> int:
-        """Append those that are not there yet; returns how many these were.
+        """Append profiles that are not in the store yet. Returns the number that were not.
 
         Raises:
-            OSError, TransientError: they cannot be written, which is no reason to end anything.
+            OSError, TransientError: they cannot be written; callers should go on without them.
         """
         count = 0
         by_device: dict[str, list[Profile]] = {}
@@ -78,7 +77,7 @@ class ProfileStore:
 
 
 def decode_profiles(content: bytes) -> list[Profile]:
-    """The rows of a file; lines that are torn or of another version are left out."""
+    """The profiles in a file; incomplete lines and those of another version are skipped."""
     return list(_decoded(content))
 
 
@@ -93,7 +92,7 @@ def _decoded(content: bytes) -> Iterator[Profile]:
 
 
 def latest_of_each(profiles: Iterable[Profile], kept: int = KEPT) -> list[Profile]:
-    """The latest ones of stages alike in all that counts, each once, the oldest first."""
+    """The latest `kept` profiles of each group of equal stages, without duplicates, the oldest first."""
     counts: Counter[Any] = Counter()
     found: list[Profile] = []
     for row in sorted({row.id: row for row in profiles}.values(), key=lambda row: row.created, reverse=True):

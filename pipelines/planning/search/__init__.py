@@ -1,1 +1,1 @@
-"""The search of plans: which strategy, pools and layouts a run is expected to take least time with."""
+"""Searches for the plan of a run (strategy, pools, layouts) that is expected to take the least time."""

@@ -1,4 +1,5 @@
-"""Whether a found plan is better than a fixed strategy by more than the predictions may be wrong."""
+"""Compares plans under random prediction errors, to decide whether a found plan is really faster than a fixed
+strategy."""
 
 import random
 import statistics
@@ -9,50 +10,49 @@ from pipelines.planning.search.evaluation import QUEUE, ExpectedRun
 
 DRAWS = 200
 FEW_DRAWS = 60
-"""The same for the error of one plan, which decides nothing."""
+"""Number of draws for the error of one plan, which is only reported."""
 SURE = 0.95
-"""The share of the draws in which the found plan has to be the faster one."""
+"""Minimum share of the draws in which the found plan must be faster to be chosen."""
 
 
 QUEUE_ERROR = 1.0
-"""The error of a scheduler's queue: what else is in it when a job comes nobody knows."""
+"""The error of a scheduler's queue time: its other jobs are not known in advance."""
 
 UNSEEN = 1.0
-"""The error of stages in a layout that no run has shown, where nothing stated is larger. What is stated of scaled
-predictions was measured between sizes of one layout: it says nothing of another one, whose processes may start anew,
-load more than once, or wait for each other."""
+"""Minimum error of stages in a layout that no run has used. The stated error of scaled predictions was measured between
+sizes of one layout; it says nothing about another one, whose processes may not be reused, load more than once, or wait
+for each other."""
 
 RUN_ERROR = 0.025
-"""One standard deviation of what a run in advance is wrong by where all of its stages take what is predicted: 19 of 20
-drawn plans were within 5 % (benchmarks/simulation.py)."""
+"""One standard deviation of the simulation's own error if all stages take the predicted time: 19 of 20 random plans
+were within 5 % (benchmarks/simulation.py)."""
 
 
 @dataclass(frozen=True)
 class PlanComparison:
-    """Two plans, by what is predicted and by how far predictions may be wrong."""
+    """The expected difference between two plans, and its uncertainty."""
 
     gain: float
-    """Seconds by which the first is expected to be faster."""
+    """Seconds by which the first plan is expected to be faster."""
     error: float
-    """One standard deviation of that."""
+    """One standard deviation of the gain."""
     chance: float
-    """The share of the draws in which it is."""
+    """The share of the draws in which the first plan is faster."""
 
     @property
     def is_sure(self) -> bool:
-        """Whether that is enough to choose it."""
+        """Whether the first plan is faster with enough certainty to be chosen."""
         return self.gain > 0 and self.chance >= SURE
 
 
 def compare(found: ExpectedRun, fixed: ExpectedRun, *, seed: int = 0) -> PlanComparison:
-    """Run both many times in advance, with stages that take more or less than predicted.
+    """Simulate both plans many times, with random prediction errors.
 
-    In each draw what all stages of a role take in one layout is multiplied by one factor (lognormal, mean 1, with the
-    prediction's error as its standard deviation). Where both plans have a stage in the same layout the factor is the
-    same in both, so that this error cancels; another layout of the stage has another factor, as if nothing that is
-    wrong about the one were wrong about the other; if it was never seen, its error is at least UNSEEN.
-    What running in advance itself is wrong by (RUN_ERROR) is drawn for each plan, and a scheduler's queue (QUEUE_ERROR)
-    for both.
+    In each draw, one factor multiplies the times of all stages of a role in one layout (lognormal, mean 1, the
+    prediction's error as standard deviation). Stages with the same layout in both plans have the same factor in both,
+    so that their errors cancel. Stages with different layouts have independent factors; in a layout that no run has
+    used, the error is at least UNSEEN. The error of the simulation itself (RUN_ERROR) is drawn for each plan, and that
+    of a scheduler's queue (QUEUE_ERROR) for both together.
     """
     errors = errors_of(fixed)
     for shape, error in errors_of(found).items():
@@ -70,12 +70,12 @@ def compare(found: ExpectedRun, fixed: ExpectedRun, *, seed: int = 0) -> PlanCom
 
 
 def error_of(run: ExpectedRun, *, seed: int = 0) -> float:
-    """One standard deviation of what a plan is expected to take, in seconds, by the same draws."""
+    """One standard deviation of a plan's expected time, in seconds, by the same draws."""
     return statistics.pstdev([run.seconds_with(factors) for factors in _draws(errors_of(run), seed, FEW_DRAWS)])
 
 
 def errors_of(run: ExpectedRun) -> dict[str, float]:
-    """By shape the largest error of its predictions."""
+    """The largest error of the predictions of each shape."""
     found: dict[str, float] = {}
     for name, prediction in run.simulation.predictions.items():
         shape = run.shapes[name]
@@ -86,7 +86,7 @@ def errors_of(run: ExpectedRun) -> dict[str, float]:
 
 
 def measured_of(run: ExpectedRun) -> set[str]:
-    """The shapes of which all predictions are those of stages alike."""
+    """The shapes whose predictions are all measured."""
     shapes = set(run.shapes.values())
     return shapes - {run.shapes[name] for name, one in run.simulation.predictions.items() if one.basis != "measured"}
 

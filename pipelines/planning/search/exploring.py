@@ -1,7 +1,7 @@
-"""The search: all plans where they are few, else Markov chains from the best simple ones (as ReaL, arXiv 2406.14088,
-section 5.2), and from where they end every single change that helps.
+"""Explores the space of plans: exhaustively if it is small, else by Markov chains from the best simple plans (as in
+ReaL, arXiv 2406.14088, section 5.2) and hill climbing from the best plan that they find.
 
-The same seed gives the same plan, unless the time is over before the chains are.
+The same seed gives the same plan, unless the time limit ends the chains.
 """
 
 import itertools
@@ -17,40 +17,40 @@ from pipelines.planning.search.layouts import Layout
 from pipelines.planning.search.plans import MOST_POOLS, WHOLE, PlanChoice, divisions
 
 FEW_PLANS = 2000
-"""So many are all looked at."""
+"""Up to this many plans are all evaluated."""
 CHAINS = 6
 STEPS = 100
-"""Of a chain, for each role."""
+"""Steps of a chain, per role."""
 HOT, COLD = 0.05, 0.002
-"""The share of the time by which a change for the worse is accepted with a probability of 1/e, in the first step of a
-chain and in the last one."""
+"""Relative increase of the time that is accepted with probability 1/e, in the first step of a chain and in the last
+one."""
 STREAMED = 50
-"""Of the simple plans, the best ones that are looked at with streaming too."""
+"""Number of the best simple plans that are also evaluated with streaming."""
 TRIED = 4
-"""Layouts of a role that are tried in each place, in the end."""
+"""Number of layouts of a role that hill climbing tries in another place."""
 
 
 @dataclass(frozen=True)
 class BestPlan:
-    """What a search has come to."""
+    """The result of an exploration."""
 
     plan: PlanChoice | None
-    """The best one; None: there is none that can be."""
+    """The best plan; None if none is possible."""
     space: int | None
-    """How many plans there are, where all were looked at."""
+    """The number of plans, if all were evaluated; else None."""
     evaluated: int
     seconds: float
     in_time: bool
-    """Whether it came to its end before the time was over."""
+    """Whether it ended before the time limit."""
 
 
 def explore(table: PlanTable, *, seed: int = 0, seconds: float = math.inf, few: int = FEW_PLANS) -> BestPlan:
-    """Find the plan that takes least.
+    """Find the fastest plan.
 
     Args:
-        seed: of the chains.
-        seconds: after which it ends with the best one so far.
-        few: so many plans are all looked at.
+        seed: seed of the chains.
+        seconds: time limit, after which the best plan so far is returned.
+        few: up to this many plans are all evaluated.
     """
     began = time.monotonic()
     search = _Search(table, random.Random(seed), began + seconds)
@@ -63,7 +63,7 @@ def explore(table: PlanTable, *, seed: int = 0, seconds: float = math.inf, few: 
 
 
 def shapes(table: PlanTable) -> Iterator[PlanChoice]:
-    """All places, with streaming and without, with the layouts left open."""
+    """All combinations of pools and places, with and without streaming; layouts are left open."""
     for plan in _places(table):
         yield plan
         if table.can_stream(plan):
@@ -74,7 +74,7 @@ def _places(table: PlanTable) -> Iterator[PlanChoice]:
     count = len(table.calls)
     nothing: tuple[Layout, ...] = ((),) * count
     yield PlanChoice(False, (), (WHOLE,) * count, nothing)
-    if not table.devices:  # a scheduler's jobs have what they ask for
+    if not table.devices:  # a scheduler's jobs have the devices that they request
         return
     yield PlanChoice(True, (), (WHOLE,) * count, nothing)
     for number in range(1, min(MOST_POOLS, table.devices, count) + 1):
@@ -94,7 +94,8 @@ class _Search:
         self._deadline = deadline
 
     def look_at_all(self, few: int) -> int | None:
-        """Evaluate every plan, if they are few: how many there were; else None, and nothing is evaluated."""
+        """Evaluate every plan if there are at most `few`. Returns their number; None, without evaluating any, if there
+        are more."""
         all_shapes = list(itertools.islice(shapes(self.table), few + 1))
         if len(all_shapes) > few:
             return None
@@ -118,24 +119,25 @@ class _Search:
         return cost
 
     def _before(self, plan: PlanChoice) -> bool:
-        """Of plans that cost the same always the same one, in whichever order they are looked at."""
+        """Whether a plan precedes the best one in a fixed order, so that ties do not depend on the order of
+        evaluation."""
         return self.best is None or repr(plan) < repr(self.best)
 
     def is_over(self) -> bool:
-        """Whether the time is."""
+        """Whether the time limit is reached."""
         if time.monotonic() > self._deadline:
             self.in_time = False
         return not self.in_time
 
     def fastest(self, plan: PlanChoice) -> PlanChoice | None:
-        """A plan's places with the fastest layout of each role; None where one has none."""
+        """A plan with the fastest layout of each role; None if a role has none."""
         options = self.table.options_of(plan)
         if not all(options):
             return None
         return replace(plan, layouts=tuple(one[0].layout for one in options))
 
     def look_at_starts(self) -> None:
-        """The strategies by themselves, and with every division of the devices by kinds."""
+        """Evaluate the plain strategies, and every division of the devices by kinds of stages, as starts of chains."""
         self.starts: list[tuple[tuple[float, ...], PlanChoice]] = []
         for shape in self._simple():
             if self.is_over() and self.best is not None:
@@ -175,7 +177,7 @@ class _Search:
                 yield PlanChoice(True, pools, tuple(turns.get(role, WHOLE) for role in range(count)), nothing)
 
     def run_chains(self) -> None:
-        """Markov chains from the best starts, which are the colder the longer they run."""
+        """Run Markov chains from the best starts, with falling temperature."""
         steps = STEPS * max(1, len(self.table.calls))
         starts = [plan for _, plan in self.starts]
         firsts = list({(plan.divided, plan.pools): plan for plan in reversed(starts)}.values())[::-1][:CHAINS]
@@ -193,7 +195,7 @@ class _Search:
                     now, cost = proposed, other
 
     def _changed(self, plan: PlanChoice) -> PlanChoice | None:
-        """A neighbour of a plan, by chance; None where the change is none."""
+        """A random neighbour of a plan; None if the change is not possible."""
         chance, count = self._chance, len(self.table.calls)
         streams = self.table.can_stream(plan)
         change = chance.randrange(6 + streams)
@@ -214,7 +216,7 @@ class _Search:
                 return None
             pools[giver] -= step
             pools[taker] += step
-        elif change == 3:  # one pool more
+        elif change == 3:  # split a pool
             if len(pools) >= min(MOST_POOLS, self.table.devices, count):
                 return None
             if not pools:
@@ -230,7 +232,7 @@ class _Search:
             for number in chance.sample(range(count), chance.randint(1, count)):
                 if places[number] in (large, WHOLE):
                     places[number] = len(pools) - 1
-        elif change == 4:  # two in one
+        elif change == 4:  # merge two pools
             if len(pools) < 2:
                 return None
             one, other = sorted(chance.sample(range(len(pools)), 2))
@@ -244,8 +246,8 @@ class _Search:
         return self._whole_of(replace(plan, divided=True, pools=tuple(pools), places=tuple(places)))
 
     def _whole_of(self, plan: PlanChoice) -> PlanChoice | None:
-        """A plan in its normal form, the pools by their sizes and none empty, each role in a layout that it can have;
-        None where one has none."""
+        """Normalize a plan: pools sorted by size, none empty, and a possible layout for each role; None if a role has
+        none."""
         sizes = {pool: plan.pools[pool] for pool in set(plan.places) - {WHOLE}}
         if sizes:
             largest = max(sizes, key=lambda pool: (sizes[pool], -pool))
@@ -273,8 +275,8 @@ class _Search:
         return replace(plan, layouts=tuple(layouts))
 
     def climb(self) -> None:
-        """From the best plan on, every change of one role's place and layout, of a pool's size, and of streaming, while
-        any helps."""
+        """Hill climbing from the best plan: change one role's place and layout, the sizes of pools, or streaming, until
+        nothing helps."""
         before = None
         while self.best is not None and self.best != before:
             before = self.best
@@ -314,8 +316,7 @@ class _Search:
 
 
 def bound(table: PlanTable) -> float:
-    """Seconds below which no plan of the space comes: the critical path, each stage in its fastest layout on all
-    devices or fewer."""
+    """A lower bound in seconds of all plans: the critical path with each stage in its fastest layout."""
     seconds: dict[str, float] = {}
     for name, prediction in table.fixed.items():
         seconds[name] = prediction.seconds

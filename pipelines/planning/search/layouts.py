@@ -1,4 +1,4 @@
-"""The layouts of one stage: those that its model can take and its devices hold, with what they are expected to take."""
+"""Enumerates the possible layouts of stages, with predictions: those that the model allows and that fit into memory."""
 
 import itertools
 import math
@@ -19,13 +19,14 @@ from pipelines.planning.prediction import Prediction, Predictor
 from pipelines.planning.preflight import layout_requirements, origin_of
 
 Layout: TypeAlias = tuple[tuple[str, Any], ...]
-"""Sizes of a layout by key, in the order of their names; empty: as the stage's own section says, over its devices."""
+"""The sizes of a layout as sorted (key, size) pairs; empty: those of the stage's own section, adapted to its
+devices."""
 MOST = 8
-"""Layouts of a stage that are kept for a number of devices, those that take least time."""
+"""Maximum number of layouts of a stage that are kept for a number of devices, the fastest ones."""
 FEW = 16
-"""Devices of which all numbers of processes that divide them are looked at."""
+"""Up to this many devices, all their divisors are tried as numbers of processes."""
 MICRO_BATCHES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the micro-batch that the config says."""
+"""Sizes of the micro-batch that are tried, relative to the config's."""
 BEYOND_LAYERS, NO_ROOM, NO_COST, TOO_FEW, REFUSED = (
     "the model's layers or heads cannot be divided so",
     "no room in memory",
@@ -33,54 +34,54 @@ BEYOND_LAYERS, NO_ROOM, NO_COST, TOO_FEW, REFUSED = (
     "more processes than devices",
     "other settings or the number of devices do not allow it",
 )
-"""Why layouts are left out."""
+"""Reasons for leaving a layout out."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One layout of the stages of a role on so many devices."""
+    """One layout of a role's stages on a number of devices."""
 
     layout: Layout
     nodes: tuple[Node, ...]
-    """Its stages in this layout."""
+    """The role's stages in this layout."""
     predictions: tuple[Prediction, ...]
-    """Of each of them."""
+    """The prediction for each of them."""
     memory: int
-    """Bytes on its fullest device; of a machine without GPUs those of all its processes."""
+    """Bytes on the fullest device; without GPUs, those of all its processes."""
 
     @property
     def seconds(self) -> float:
-        """Of all its stages."""
+        """Seconds of all its stages together."""
         return sum(prediction.seconds for prediction in self.predictions)
 
 
 @dataclass(frozen=True)
 class RoleStages:
-    """The stages of one role, which a plan gives the same devices and layout."""
+    """The stages of one role, which have the same devices and layout in a plan."""
 
     role: str
     nodes: tuple[Node, ...]
-    """In a graph that is not placed; those of a scheduler's jobs know where they go, which no plan changes."""
+    """The stages; not placed, unless they are a scheduler's jobs, whose placement plans do not change."""
     asked: int | None = None
-    """Devices that its jobs ask a scheduler for; None: a plan gives it devices of this machine."""
+    """Devices that its jobs request from a scheduler; None: plans assign devices of this machine."""
 
     @property
     def workload(self) -> str:
-        """Their kind."""
+        """The workload of the stages."""
         return self.nodes[0].workload
 
 
 def calls_of(graph: Graph, cluster: Cluster) -> list[RoleStages]:
-    """The roles whose stages a plan can give devices of this machine."""
+    """The roles whose stages run on this machine, so that plans assign their devices."""
     return [RoleStages(role, nodes) for role, nodes in _by_role(graph, cluster, here=True).items()]
 
 
 def calls_on_scheduler(graph: Graph, placed: Graph, cluster: Cluster) -> list[RoleStages]:
-    """The roles whose stages are jobs of a scheduler.
+    """The roles whose stages are a scheduler's jobs.
 
     Args:
-        graph: not placed.
-        placed: the same as it is written.
+        graph: the graph, not placed.
+        placed: the same graph, placed as the config says.
     """
     found = []
     for role, nodes in _by_role(graph, cluster, here=False).items():
@@ -98,7 +99,7 @@ def _by_role(graph: Graph, cluster: Cluster, *, here: bool) -> dict[str, tuple[N
 
 
 class Options:
-    """Finds the options of every role, each once."""
+    """Finds and caches the layout options of every role."""
 
     def __init__(
         self,
@@ -122,18 +123,18 @@ class Options:
         self._others: dict[tuple[str, str], Graph] = {}
         self._rooms: dict[str, int] = {}
         self.left_out: dict[str, Counter[str]] = {}
-        """By role: how many layouts were left out, for which reasons, over all numbers of devices."""
+        """By role, how many layouts were left out for each reason, over all numbers of devices."""
         self.looked_at = 0
-        """Layouts whose cost was asked for."""
+        """Number of layouts that were predicted."""
         self.memory_unknown: set[str] = set()
-        """Roles whose memory is not known, which keep the layout that the config says."""
+        """Roles whose memory is not known, for which only the config's layout is considered."""
 
     def of(self, call: RoleStages, devices: int, exclusive: bool) -> list[Option]:
-        """What a role can be on so many devices, the fastest first.
+        """The layout options of a role on a number of devices, the fastest first.
 
         Args:
-            exclusive: whether it has them for itself; else they are all devices, for as many stages at once as the
-                cluster allows.
+            exclusive: whether it has them exclusively; otherwise they are all devices, shared by as many stages at once
+                as the cluster allows.
         """
         key = (call.role, devices, exclusive and call.asked is None)
         if key not in self._found and call.asked is not None:
@@ -141,7 +142,7 @@ class Options:
         if key not in self._found:
             given = self._given(call, devices, exclusive)
             found = [*filter(None, [self._as_written(call, given, devices)])]
-            if self._on_gpu:  # a stage that uses fewer than it is given takes what it takes on those
+            if self._on_gpu:  # a stage may use fewer GPUs than it is given
                 found += [option for used in counts(devices) for option in self._exactly(call, used)]
             else:
                 found += self._options(call, given, devices)
@@ -149,8 +150,8 @@ class Options:
         return self._found[key]
 
     def _of_jobs(self, call: RoleStages, devices: int) -> list[Option]:
-        """Those of a scheduler's jobs, which ask for what they ask for as written: nobody knows how long others would
-        wait. Of their layouts those of a training are changed; an array has as many copies as tasks."""
+        """The layout options of a scheduler's jobs. The requested resources stay as written, because queue times for
+        others are not known; only the layouts of trainings vary, since an array has one copy per task."""
         given = call.nodes[-1].placement
         assert given is not None
         written = self._as_written(call, given, devices)
@@ -163,7 +164,7 @@ class Options:
         return _best(found)
 
     def _exactly(self, call: RoleStages, used: int) -> list[Option]:
-        """Those that use so many GPUs."""
+        """The layout options that use exactly this many GPUs."""
         if (call.role, used) not in self._exact:
             self._exact[call.role, used] = self._options(call, self._given(call, used, True), used)
         return self._exact[call.role, used]
@@ -174,7 +175,7 @@ class Options:
         return self._whole(call, found, given) if found is not None else None
 
     def _options(self, call: RoleStages, given: Placement, devices: int) -> list[Option]:
-        """The best of all layouts that are not the one as written."""
+        """The best layouts other than the config's."""
         found: list[Option] = []
         last = call.nodes[-1]
         for sizes in _spreads(last, devices, self._is_usable(call), on_gpu=self._on_gpu):
@@ -190,7 +191,7 @@ class Options:
         return [*filter(None, (self._whole(call, option, given) for option in _best(found)))]
 
     def without_cost(self, call: RoleStages) -> bool:
-        """Whether layouts of a role were left out because nobody knows what they take."""
+        """Whether layouts of a role were left out because they have no prediction."""
         return self.left_out.get(call.role, Counter())[NO_COST] > 0
 
     def _given(self, call: RoleStages, devices: int, exclusive: bool) -> Placement:
@@ -211,7 +212,7 @@ class Options:
             return None
 
     def _option(self, call: RoleStages, layout: Layout, last: Node, devices: int) -> Option | None:
-        """A layout of the last stage of a role, if it can be."""
+        """The option of a layout for the last stage of a role; None if it is not possible."""
         reasons = self.left_out.setdefault(call.role, Counter())
         each = last.gpus if self._on_gpu else 1
         if call.asked is None and last.stage.layout(last.config).processes * max(1, each) > devices:
@@ -239,7 +240,7 @@ class Options:
         return Option(layout, (last,), (prediction,), needed)
 
     def _whole(self, call: RoleStages, option: Option, given: Placement) -> Option | None:
-        """The same for all stages of the role."""
+        """Extend an option from the last stage to all stages of the role; None if one has no prediction."""
         nodes = [self._place(node, option.layout, given) for node in call.nodes[:-1]]
         known = [self._predicted(node) for node in nodes]
         predictions = tuple(prediction for prediction in known if prediction is not None)
@@ -249,7 +250,7 @@ class Options:
         return replace(option, nodes=(*nodes, *option.nodes), predictions=(*predictions, *option.predictions))
 
     def _predicted(self, node: Node) -> Prediction | None:
-        """What a stage is expected to take in a graph where it leaves loaded what it does in its layout."""
+        """The prediction for a stage in a graph where it has this layout, which decides what it leaves loaded."""
         label = node.stage.label(node.config)
         if label == self._labels[node.name]:
             return self._predictor.predict(node, self._graph)
@@ -258,14 +259,14 @@ class Options:
         return self._predictor.predict(node, self._others[node.name, label])
 
     def _room(self, call: RoleStages, estimate: Memory | None) -> float:
-        """Bytes that a stage may take; of jobs whose devices nobody knows what it takes as written."""
+        """Bytes that a stage may take; for jobs on unknown devices, what it takes as written."""
         if call.asked is not None and not self._device.bytes:
             return self._rooms.get(call.role, math.inf)
         return int((estimate.share if estimate is not None else 1.0) * self._device.bytes)
 
     def _is_usable(self, call: RoleStages) -> Callable[[int, int, int], bool]:
-        """Whether the layers of a role's models can be divided by tp, pp and sp; of a model that is not there yet
-        nobody knows."""
+        """A predicate for whether the layers of a role's models can be divided by tp, pp and sp; false for models that
+        do not exist yet."""
 
         def is_usable(tp: int, pp: int, sp: int) -> bool:
             key = (call.role, tp, pp, sp)
@@ -300,7 +301,7 @@ class Options:
 
 
 def _best(options: list[Option]) -> list[Option]:
-    """The fastest, the one as written among the first of those that are as fast, and the one with the least memory."""
+    """The fastest options, the config's layout, and the option with the least memory."""
     ordered = sorted(options, key=lambda option: (option.seconds, option.layout != (), str(option.layout)))
     unlike = {option.layout: option for option in ordered}
     ordered = list(unlike.values())
@@ -310,13 +311,13 @@ def _best(options: list[Option]) -> list[Option]:
 
 
 def _total(estimate: Memory, on_gpu: bool) -> int:
-    """Bytes on the fullest device; of all processes where there is no GPU."""
+    """Bytes on the fullest device; without GPUs, those of all processes."""
     return estimate.total * (1 if on_gpu else estimate.processes)
 
 
 def needed_memory(estimate: Memory | None, prediction: Prediction, node: Node, on_gpu: bool) -> int | None:
-    """Bytes on the fullest device, or of all processes on a machine without GPUs: the larger of what is estimated and
-    what was seen; None where neither is known, of a stage with a model."""
+    """Bytes on the fullest device, or of all processes on a machine without GPUs: the larger of the estimate and the
+    measurement. None for a stage with a model if neither is known."""
     known = [] if estimate is None else [_total(estimate, on_gpu)]
     if prediction.memory is not None:
         known.append(prediction.memory * (1 if on_gpu else node.stage.layout(node.config).processes))
@@ -326,8 +327,8 @@ def needed_memory(estimate: Memory | None, prediction: Prediction, node: Node, o
 
 
 def counts(most: int) -> list[int]:
-    """Numbers of processes up to `most` that are looked at: the powers of 2, and of few devices all that divide; of
-    many the largest with three binary digits that are not 0 (84: 80)."""
+    """Numbers of processes up to `most` to try: powers of 2; up to FEW also all divisors; above also the largest number
+    with three significant bits (84: 80)."""
     found = {1 << power for power in range(most.bit_length())} if most else set()
     if most <= FEW:
         return sorted(found | {count for count in range(1, most + 1) if most % count == 0})
@@ -338,7 +339,7 @@ def counts(most: int) -> list[int]:
 def _spreads(
     node: Node, devices: int, is_usable: Callable[[int, int, int], bool], *, on_gpu: bool
 ) -> Iterator[dict[str, Any]]:
-    """Processes of a stage: on all of the GPUs, or on some of the cores."""
+    """Yield the process layouts of a stage: on all of the GPUs, or on some of the cores."""
     keys = node.stage.layout_keys
     if "replicas" in keys:
         most = devices // max(1, node.gpus if on_gpu else 1)
@@ -349,7 +350,7 @@ def _spreads(
 
 
 def _batches(node: Node) -> Iterator[dict[str, Any]]:
-    """What a training's processes compute at once."""
+    """Yield the micro-batch sizes of a training, with and without gradient checkpointing."""
     if "micro_batch_tokens" not in node.stage.layout_keys:
         yield {}
         return
@@ -360,7 +361,7 @@ def _batches(node: Node) -> Iterator[dict[str, Any]]:
 
 
 def _parallel(devices: int, is_usable: Callable[[int, int, int], bool], *, on_gpu: bool) -> Iterator[dict[str, Any]]:
-    """Sizes of a training's section `parallel`: of all GPUs, or of some of the cores."""
+    """Yield the sizes of a training's section `parallel`: for all GPUs, or for some of the cores."""
     for tp, pp, sp in itertools.product(counts(min(devices, 8)), counts(min(devices, 16)), counts(min(devices, 8))):
         together = tp * pp * sp
         if together > devices or (on_gpu and devices % together) or (together > 1 and not is_usable(tp, pp, sp)):

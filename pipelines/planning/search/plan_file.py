@@ -1,4 +1,4 @@
-"""The file of a plan: the section `placement`, with what it is expected to take."""
+"""Writes the file of a plan: the section `placement` with its expected times."""
 
 import json
 import math
@@ -16,13 +16,13 @@ from pipelines.planning.search.evaluation import ExpectedRun, SearchedRun
 from pipelines.planning.search.finding import SearchAnswer
 
 SAME = 0.001
-"""Share by which the times of two iterations may differ and be written as one."""
+"""Relative difference up to which the times of two iterations are written as one."""
 WORST: tuple[Basis, ...] = ("analytic", "scaled", "measured")
-"""What predictions stand on, the least certain first."""
+"""Bases of predictions, the least certain first."""
 
 
 def planned_section(answer: SearchAnswer, setting: SearchedRun, seed: int) -> PlacementSection:
-    """The plan to take, with what is expected of it."""
+    """The section of the adopted plan, with its expected times."""
     run = answer.adopted
     expected = {
         "chosen": answer.name,
@@ -40,10 +40,10 @@ def planned_section(answer: SearchAnswer, setting: SearchedRun, seed: int) -> Pl
 
 
 def plan_text(section: PlacementSection, command: str) -> str:
-    """The file's content.
+    """The content of a plan file.
 
     Args:
-        command: by which it was found.
+        command: the command that found the plan.
     """
     data = section.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     lines = [f"# Written by: {command}", "# Read by: placement: FILE.yaml, or placement=FILE.yaml on a command line."]
@@ -53,7 +53,7 @@ def plan_text(section: PlacementSection, command: str) -> str:
 
 
 def digest_of(config: RunConfig) -> str:
-    """Of what a run computes, beside the day that it is made on."""
+    """Digest of the config fields that determine a run's results, without its date."""
     there = {key: value for key, value in config.select(Role.IDENTITY).items() if key != "date"}
     return digest(json.loads(json.dumps(there, default=str)))
 
@@ -67,8 +67,8 @@ def _by_role(run: ExpectedRun) -> dict[str, ExpectedRoleSection]:
 
 
 def _role(members: Sequence[Node], run: ExpectedRun) -> ExpectedRoleSection:
-    """Of its stages what a report measures: from when each is asked for to its end, with its time in a queue and in
-    which it waits for shards, and without the job that finishes it."""
+    """Expected times of a role as a report measures them: from the start of a stage by the driver to its end, including
+    queue time and waiting for shards, without the job that finalizes it."""
     known = [run.simulation.predictions[node.name] for node in members]
     times = [run.simulation.times[node.name] for node in members]
     seconds = [_rounded(span.end - span.asked - one.finish) for span, one in zip(times, known, strict=True)]
@@ -83,7 +83,7 @@ def _role(members: Sequence[Node], run: ExpectedRun) -> ExpectedRoleSection:
 
 
 def _error(one: Prediction) -> float:
-    """Of a stage with its time in a queue, as a share of both."""
+    """The error of a stage including its queue time, as a share of both."""
     whole = one.queue + one.seconds
     return math.hypot(one.error * one.seconds, QUEUE_ERROR * one.queue) / whole if one.queue else one.error
 

@@ -1,8 +1,8 @@
-"""Plans: which pools there are, where the stages of every role run, and in which layouts.
+"""Represents the plans of the search: the pools, and the place and layout of the stages of every role.
 
-A plan is what the section `placement` can say: all stages on all devices (flattening), or pools of devices that lie
-beside each other, with some roles outside of them on the whole machine (interleaving), or with all roles in one
-(separation; async in a run with a lag, which is the same rule). Colocated is flattening with processes that stay.
+A plan is anything that the section `placement` can express: all stages on all devices (flattening); or contiguous pools
+of devices, either with some roles outside of them on the whole machine (interleaving), or with every role in a pool
+(separation, called async in a run with a lag). Colocated is flattening with processes that stay loaded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,28 +15,28 @@ from pipelines.config.selecting import KINDS
 from pipelines.planning.search.layouts import FEW, Layout, RoleStages
 
 WHOLE = -1
-"""The place of a role that is in no pool."""
+"""The place of a role that is in no pool, on the whole machine."""
 MOST_POOLS = 4
 
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """One point of the space."""
+    """One plan of the search space."""
 
     divided: bool
-    """Whether stages have devices for themselves: all strategies but flattening and colocated."""
+    """Whether stages have devices exclusively, as in all strategies but flattening and colocated."""
     pools: tuple[int, ...]
-    """Devices of each, the largest first."""
+    """Number of devices of each pool, the largest first."""
     places: tuple[int, ...]
-    """Of each role its pool, or WHOLE."""
+    """The pool of each role, or WHOLE."""
     layouts: tuple[Layout, ...]
-    """Of each role."""
+    """The layout of each role."""
     streaming: bool = False
     """Whether scorers start on the shards that their generation has finished so far."""
 
 
 def strategy_of(plan: PlanChoice, lag: int) -> Strategy:
-    """What the section calls it."""
+    """The strategy of a plan in the section `placement`."""
     if not plan.divided:
         return "flattening"
     if WHOLE in plan.places or not plan.pools:
@@ -45,8 +45,8 @@ def strategy_of(plan: PlanChoice, lag: int) -> Strategy:
 
 
 def section_of(plan: PlanChoice, calls: Sequence[RoleStages], lag: int) -> PlacementSection:
-    """The section `placement` that says it."""
-    # A pool that is called as a kind would take the stages of that kind which are to be in none.
+    """The section `placement` of a plan."""
+    # A pool named like a kind would also take the stages of that kind that are to be in no pool.
     names = [f"pool-{chr(ord('a') + number)}" for number in range(len(plan.pools))]
     stages: dict[str, Any] = {}
     for number, call in enumerate(calls):
@@ -66,24 +66,24 @@ def section_of(plan: PlanChoice, calls: Sequence[RoleStages], lag: int) -> Place
 def jobs_section(
     plan: PlanChoice, calls: Sequence[RoleStages], base: PlacementSection, *, streaming: bool
 ) -> PlacementSection:
-    """The section that says it of stages that are a scheduler's jobs: `base`, with other layouts and streaming."""
+    """The section `placement` of a plan for a scheduler's jobs: `base` with other layouts and streaming."""
     data = as_data(base.model_copy(update={"expected": None}))
     stages: dict[str, Any] = data.setdefault("stages", {})
     for call, layout in zip(calls, plan.layouts, strict=True):
         if layout:
-            entry = stages.pop(_key_of(call.role), {})  # the last one holds
+            entry = stages.pop(_key_of(call.role), {})  # moved to the end, where it overrides the others
             sizes = {key: list(it) if isinstance(it, tuple) else it for key, it in layout}
             stages[_key_of(call.role)] = {**entry, "layout": {**entry.get("layout", {}), **sizes}}
     return validate(PlacementSection, {**data, "streaming": streaming}, "placement")
 
 
 def _key_of(role: str) -> str:
-    """A key that names this role alone: `training` would name all stages of that kind."""
+    """A key that matches only this role: `training` would match all stages of that kind."""
     return f"[{role[0]}]{role[1:]}" if role in KINDS else role
 
 
 def fixed_section(strategy: Strategy, base: PlacementSection) -> PlacementSection:
-    """A strategy as it is by itself, with the layouts that the user has set."""
+    """The section of a plain strategy, with the layouts that the user has set."""
     stages = {key: {"layout": entry.layout.model_dump(exclude_unset=True)} for key, entry in base.stages.items()}
     return validate(
         PlacementSection, {"strategy": strategy, "streaming": base.streaming, "stages": stages}, "placement"
@@ -91,12 +91,12 @@ def fixed_section(strategy: Strategy, base: PlacementSection) -> PlacementSectio
 
 
 def as_data(section: PlacementSection) -> dict[str, Any]:
-    """What is set in it."""
+    """The keys that are set in a section, as plain data."""
     return section.model_dump(mode="json", exclude_unset=True, exclude_none=True)
 
 
 def sizes_of(devices: int) -> list[int]:
-    """How many devices a pool may have: of few devices any number; of more, powers of 2 and sixteenths."""
+    """Possible sizes of a pool: any for few devices, else powers of 2 and sixteenths."""
     if devices <= FEW:
         return list(range(1, devices))
     found = {1 << power for power in range(devices.bit_length())}
@@ -105,7 +105,7 @@ def sizes_of(devices: int) -> list[int]:
 
 
 def divisions(devices: int, pools: int) -> Iterator[tuple[int, ...]]:
-    """All ways to divide the devices into so many pools, the larger first; what others leave, the last one has."""
+    """All divisions of the devices into `pools` pools, the largest first; the last one gets the rest."""
     sizes = sizes_of(devices)
 
     def divide(left: int, most: int, count: int) -> Iterator[tuple[int, ...]]:
@@ -122,7 +122,7 @@ def divisions(devices: int, pools: int) -> Iterator[tuple[int, ...]]:
 
 
 def offsets(pools: Sequence[int]) -> list[tuple[int, ...]]:
-    """The devices of each pool: they lie beside each other, in this order."""
+    """The devices of each pool: contiguous, in this order."""
     found, start = [], 0
     for size in pools:
         found.append(tuple(range(start, start + size)))
