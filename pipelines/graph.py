@@ -1,4 +1,4 @@
-"""The graph of a run: stages, and which of them need which others' outputs."""
+"""The graph of a run: its stages, and which of them read the outputs of which others."""
 
 import copy
 import functools
@@ -15,72 +15,72 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Placement:
-    """Devices that a stage is given."""
+    """The devices assigned to a stage."""
 
     executor: str
-    """What it runs on, and so whose devices."""
+    """The executor that runs the stage, whose devices these are."""
     devices: tuple[int, ...]
-    """Counted from 0; none: it computes beside those that have some."""
+    """Device numbers from 0; empty: the stage needs no device and runs next to those that do."""
     pool: str = ""
-    """Their pool, where the plan has several."""
+    """The pool that the devices belong to, if the plan has several."""
     exclusive: bool = False
-    """Whether it sees these alone, and nobody else computes on them at the time."""
+    """Whether the stage sees only these devices, and no other stage uses them at the same time."""
     partition: str | None = None
-    """Where a scheduler is to run it."""
+    """The scheduler partition for its jobs."""
     nodes: str | None = None
-    """The nodes of a scheduler's cluster that it is to run on, as the scheduler writes them."""
+    """The cluster nodes for its jobs, in the scheduler's notation."""
 
     @functools.cached_property
     def bits(self) -> int:
-        """A number with bit 1 + d for each device d; bit 0 for stages that are given none."""
+        """The devices as a bit mask: bit 1 + d for device d; bit 0 for a stage without devices."""
         return sum(2 << device for device in self.devices) or 1
 
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of a run."""
+    """One occurrence of a stage in a run."""
 
     name: str
-    """Path of its output below the run directory, for example iteration-001/training."""
+    """Path of its output relative to the run directory, for example iteration-001/training."""
     stage: Stage[Any]
-    """What kind of stage it is."""
+    """The declaration of its stage."""
     config: StageConfig
     inputs: tuple[Path, ...] = field(compare=False)
-    """All that it reads."""
+    """Every path that it reads."""
     needs: tuple[str, ...] = field(compare=False)
-    """Names of the nodes that it waits for: those whose outputs it reads, and gates."""
+    """Names of the nodes that it waits for: the producers of its inputs, and gates."""
     iteration: int | None
-    """The iteration that it belongs to; None for what is made once, before the first one."""
+    """Its iteration; None for artifacts made once, before the first iteration."""
     role: str
-    """What it is for there: "training", "reward", "heldout/reward". Several may be of one stage."""
+    """Its purpose in the iteration: "training", "reward", "heldout/reward". Several roles may use one stage."""
 
     environment: str = ""
-    """The environment that it runs in."""
+    """Name of the environment that it runs in."""
     placement: Placement | None = field(default=None, compare=False)
-    """None in a graph that is not placed."""
+    """Its devices; None in a graph that is not placed."""
 
     @property
     def workload(self) -> Workload:
-        """What it is to a scheduler."""
+        """How the node is scheduled."""
         return self.stage.workload(self.config)
 
     @property
     def gpus(self) -> int:
-        """GPUs that one replica takes, where there are any."""
+        """GPUs per replica, on machines that have GPUs."""
         return self.stage.gpus(self.config)
 
     @property
     def package(self) -> str:
-        """The package that is run: python -m PACKAGE COMMAND."""
+        """The package that implements the stage, as in python -m PACKAGE COMMAND."""
         return self.stage.package
 
     @property
     def output(self) -> Path:
-        """The directory that it publishes."""
+        """The directory that the node publishes."""
         return self.config.output
 
     def external_inputs(self, graph: "Graph") -> list[Path]:
-        """The inputs that no stage of the graph makes."""
+        """The inputs that no node of the graph produces."""
         return [path for path in self.inputs if graph.owner(path) is None]
 
     @property
@@ -89,22 +89,22 @@ class Node:
         return ["-m", self.package, *([self.stage.command] if self.stage.command != self.package else [])]
 
     def path(self, field: str) -> Path:
-        """The path in one of its config's fields."""
+        """The path in a field of the node's config."""
         return Path(getattr(self.config, field))
 
 
 class Graph:
-    """Stages in the order in which they were added; an output is known by its path before it exists."""
+    """Nodes in the order in which they were added. A node's output is known by its path before it exists."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.nodes: dict[str, Node] = {}
         self.lag = 0
-        """How many policies before the last one further iterations sample from at most."""
+        """By how many policies sampling lags behind at most, in further iterations."""
         self.gates: dict[int, str] = {}
-        """The stage that decides whether an iteration may begin, for those that have one."""
+        """By iteration, the gate that decides whether it may begin, if there is one."""
         self.rollbacks: dict[str, int] = {}
-        """Such stages that have taken the run back, by what is published, and the iteration that it goes on from."""
+        """Gates whose published decision is a rollback, each with the iteration that the run continues from."""
         self._owners: dict[Path, str] = {}
         self._origins: dict[Path, tuple[Path, bool]] = {}
         self._known: dict[Hashable, Any] = {}
@@ -119,15 +119,15 @@ class Graph:
         environment: str | None = None,
         after: str | None = None,
     ) -> Path:
-        """Add a stage and return the path of its output, to be given to the stages that read it.
+        """Add a stage and return the path of its output, which the stages that read it are given.
 
         Args:
             stage: its declaration.
-            role: what it is for, and so its place in the iteration's directory; in the run's, where it has none.
-            fields: of its config, without `output`.
-            iteration: the one that it belongs to, if any.
-            environment: what it runs in, if not in what stages of its kind do.
-            after: a stage that it waits for without reading it, beside the one in `gates`.
+            role: its purpose, and so its path in the iteration's directory, or in the run's if it has no iteration.
+            fields: its config without `output`.
+            iteration: the iteration that it belongs to, if any.
+            environment: the environment that it runs in, if not its stage's usual one.
+            after: a node that it waits for without reading its output, in addition to the gate in `gates`.
 
         Raises:
             UserError: the stage's config refuses the values.
@@ -145,17 +145,18 @@ class Graph:
         return output
 
     def with_nodes(self, nodes: dict[str, Node]) -> "Graph":
-        """The same graph with nodes that differ in nothing that decides what they compute."""
-        other = copy.copy(self)  # with all that is known of paths
+        """Copy the graph with other nodes, which must differ only in what does not change results, such as
+        placement."""
+        other = copy.copy(self)  # shares everything cached about paths
         other.nodes = nodes
         return other
 
     def become(self, other: "Graph") -> None:
-        """Take over all of another graph, for whoever has this one."""
+        """Replace this graph's contents by another's, for everything that holds a reference to it."""
         vars(self).update(vars(other))
 
     def owner(self, path: Path) -> str | None:
-        """The node that makes `path`, which may be a file inside its output."""
+        """Name of the node that produces `path`, which may be a file in its output; None if no node does."""
         if (known := self._owners.get(path)) is not None:
             return known
         if not path.is_relative_to(self.directory):
@@ -168,18 +169,18 @@ class Graph:
         return None
 
     def maker(self, path: Path) -> Node | None:
-        """The same as a node."""
+        """The node that produces `path`; None if no node does."""
         name = self.owner(path)
         return self.nodes[name] if name else None
 
     def followed(self, node: "Node") -> "Node | None":
-        """The stage whose shards a stage can read while it still runs; None where it can follow none."""
+        """The node whose shards `node` can read while they are still being produced; None if there is none."""
         field = node.stage.follows(node.config)
         maker = None if field is None else self.maker(node.path(field))
         return maker if maker is not None and field is not None and maker.output == node.path(field) else None
 
     def sampler(self, rollouts: Path) -> Node | None:
-        """The stage that sampled rollouts, whatever has filtered them since; None where it is none of the graph's."""
+        """The node that sampled `rollouts`, through all later filtering; None if it is not in the graph."""
         node = self.maker(rollouts)
         while node is not None:
             if "rollouts" in type(node.config).model_fields:
@@ -191,9 +192,9 @@ class Graph:
         return node
 
     def origin(self, model: Path) -> tuple[Path, bool]:
-        """The model that a model is made from through all stages of the run, with the same layers.
+        """The model that `model` is derived from through all stages of the run, with the same architecture.
 
-        And whether one of these stages gives it a score head.
+        Also returns whether one of these stages gives it a score head.
         """
         chain: list[tuple[Path, bool]] = []
         while (found := self._origins.get(model)) is None:
@@ -209,13 +210,13 @@ class Graph:
         return found
 
     def known(self, what: Hashable, find: Callable[[], T | None]) -> T | None:
-        """What `find` says, which is asked once; again only while it says that nothing is known yet."""
+        """The result of `find`, cached under the key `what`. None is not cached: nothing is known yet."""
         if (found := self._known.get(what)) is None:
             found = self._known[what] = find()
         return found  # type: ignore[no-any-return]
 
     def by_urgency(self) -> list[Node]:
-        """The stages, those first that the longest chain of others waits for: training before evaluation."""
+        """The nodes, those with the longest chain of dependents first: training before evaluation."""
         chain = dict.fromkeys(self.nodes, 0)
         for node in reversed(self.nodes.values()):
             for needed in node.needs:
@@ -229,12 +230,12 @@ def folder_of(iteration: int) -> str:
 
 
 def tag_of(iteration: int) -> str:
-    """What an iteration's tag on the Hub is called."""
+    """The name of an iteration's tag on the Hub."""
     return f"iteration-{iteration}"
 
 
 def sampled_from(iteration: int, lag: int) -> int:
-    """The iteration whose policy another one samples from; 0 is the initial policy."""
+    """The iteration whose policy `iteration` samples from; 0 is the initial policy."""
     return max(0, iteration - 1 - lag)
 
 

@@ -1,4 +1,4 @@
-"""The recipe of a run, as a graph of stages. `improve` is the loop's body: one iteration."""
+"""Builds the graph of a run from its config. `improve` is the loop's body: one iteration."""
 
 from pathlib import Path
 from typing import Any
@@ -32,41 +32,42 @@ from training.stages.value_head import VALUE_HEAD
 
 
 def build_graph(config: RunConfig, iterations: int) -> Graph:
-    """The stages of a run, from what has to be made before the first iteration to the last evaluation.
+    """Build the graph of a run, from the stages before the first iteration to the last evaluation.
 
-    Where gates have taken the run back, which their published decisions say, it goes on from there.
+    After a rollback, recorded in published gate decisions, the graph continues from the policy that the run went back
+    to.
 
-    Nothing in it depends on devices; `pipelines.planning.placement` gives each stage its own.
+    Nothing in the graph depends on devices; `pipelines.planning.placement` assigns them.
     """
     return Recipe(config).build(iterations)
 
 
 LEFT = ("average", "answers", "pairs", "experience", "critic", "has_value_head", "heldout_answers")
-"""What of a recipe's state an iteration leaves to the next one, beside its policy."""
+"""The attributes of a recipe that an iteration passes on to the next one, in addition to its policy."""
 
 
 class Recipe(RunStages):
-    """Adds all of a run's stages to its graph; every method returns the paths of what its stages will publish."""
+    """Adds all stages of a run to its graph; every method returns the paths that its stages will publish."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        self.taken = 0  # training prompts that earlier iterations have taken
+        self.taken = 0  # training prompts used by earlier iterations
         self.policies: list[Path] = []  # the initial policy, and that of every iteration so far
-        self.drawn: Path | None = None  # the prompts of the last iteration, where they are drawn
-        self.evaluations: list[Path] = []  # of the initial policy, and of that of every iteration so far
-        self.heldout_answers: Path | None = None  # of the last policy to held-out prompts
-        self.heldout_rewards: dict[Path, tuple[dict[str, Any], Path]] = {}  # of such answers, and what scored them
-        self.rewards: list[list[Path]] = []  # the scores of every iteration so far, of each of its rounds
-        self.answers: list[tuple[Path, Path]] = []  # that every iteration so far trains on, and their scores
+        self.drawn: Path | None = None  # the prompts drawn last, if prompts are drawn
+        self.evaluations: list[Path] = []  # evaluations of `policies`
+        self.heldout_answers: Path | None = None  # the last policy's answers to held-out prompts
+        self.heldout_rewards: dict[Path, tuple[dict[str, Any], Path]] = {}  # by answers: the scorers, and their scores
+        self.rewards: list[list[Path]] = []  # by iteration, the scores of each sampling round
+        self.answers: list[tuple[Path, Path]] = []  # by iteration, the answers to train on, and their scores
         self.pairs: list[Path] = []
         self.references: dict[tuple[Path, Path], Path] = {}
         self.experience: Path | None = None
         self.critic: Path | None = None
         self.has_value_head = False  # whether the policy was trained as its own critic
-        self.left: list[dict[str, Any]] = []  # what every iteration has left, if the run can be taken back to it
+        self.left: list[dict[str, Any]] = []  # the state after every iteration, which a rollback restores
 
     def build(self, iterations: int) -> Graph:
-        """Set up, then improve the policy `iterations` times; judge the initial policy and every later one."""
+        """Set up, then improve the policy `iterations` times; evaluate the initial policy and every later one."""
         self.prepare()
         self.average = self.initial
         self.policies = [self.initial]
@@ -87,11 +88,11 @@ class Recipe(RunStages):
         return self.graph
 
     def leave(self) -> None:
-        """Note what an iteration leaves to the next one."""
+        """Record the state after an iteration, so that a rollback can restore it."""
         self.left.append({name: getattr(self, name) for name in LEFT} | {"policy": self.policies[-1]})
 
     def decide(self, iteration: int) -> None:
-        """Have the gates decide after an iteration; what they have decided already holds for those after it."""
+        """Add an iteration's gate stage. If its decision is already published and is a rollback, restore that state."""
         conditions = {name: condition(gate) for name, gate in self.run.gates.items()}
         fields: dict[str, Any] = {"conditions": conditions, "iteration": iteration}
         fields |= {"initial": self.evaluations[0], "evaluation": self.evaluations[iteration]}
@@ -109,7 +110,7 @@ class Recipe(RunStages):
             return
         self.graph.rollbacks[name] = decision.start
         left = dict(self.left[decision.start])
-        # With a lag, later iterations sample from those, too, which are left behind.
+        # With a lag, later iterations would also sample from the abandoned policies.
         abandoned = slice(decision.start + 1, iteration + 1)
         self.policies[abandoned] = [left.pop("policy")] * (iteration - decision.start)
         vars(self).update(left)
@@ -117,16 +118,16 @@ class Recipe(RunStages):
         self.run = self.run.with_change(iteration + 1, self.run.gates[decision.gate].changes)
 
     def own_evaluations(self, iteration: int) -> dict[str, Path]:
-        """The user's own evaluations of an iteration's policy that gates decide by."""
+        """The user's own evaluations of an iteration's policy that gates refer to, by name."""
         asked = sorted({gate.evaluation for gate in self.run.gates.values() if gate.evaluation is not None})
         nodes = {name: self.graph.nodes.get(name_of(iteration, f"evaluations/{name}")) for name in asked}
         return {name: node.output for name, node in nodes.items() if node is not None}
 
     def improve(self, iteration: int) -> Path:
-        """One iteration: sample, score, make of it what the algorithm reads, train. Returns the next policy.
+        """Add one iteration: sample, score, build the algorithm's training data, train. Returns the next policy.
 
-        With a lag the policy that samples is older than the one that is trained, so that its answers can be had while
-        the last iterations' policies are still in training.
+        With a lag the policy that samples is older than the one that is trained, so that its answers can be sampled
+        while the policies of the last iterations are still in training.
         """
         config = self.config
         policy, sampler = self.policies[-1], self.policies[sampled_from(iteration, config.lag)]
@@ -159,9 +160,9 @@ class Recipe(RunStages):
         return trained
 
     def prompts_of(self, iteration: int) -> tuple[Path, dict[str, Any]]:
-        """Where an iteration's prompts are, and which of those: the next ones in turn, unless they have to be drawn.
+        """The path of an iteration's prompts, and which of them to take: the next ones in order, unless they are drawn.
 
-        A curriculum knows the scores of iterations whose training the sampling waits for anyway.
+        A curriculum reads only the scores of iterations whose training the sampling waits for anyway.
         """
         section = self.config.prompts
         count = section.per_iteration
@@ -172,7 +173,7 @@ class Recipe(RunStages):
         return self.draw("prompts", iteration), {}
 
     def draw(self, role: str, iteration: int, **further: Any) -> Path:
-        """Draw prompts, behind those that were drawn last."""
+        """Add a draw of prompts, which continues after the last one."""
         section = self.config.prompts
         fields: dict[str, Any] = {"sources": self.train_prompts, "count": section.per_iteration, "after": self.drawn}
         if section.mixture:
@@ -187,10 +188,10 @@ class Recipe(RunStages):
     def replace_prompts(
         self, iteration: int, sampler: Path, prompts: Path, rollouts: Path, rewards: Path
     ) -> tuple[Path, Path]:
-        """Dynamic sampling: further rounds of sampling and scoring, each of as many prompts as have no signal so far.
+        """Add rounds of dynamic sampling: each samples and scores as many further prompts as lack a training signal.
 
-        A round in which none is lacking is empty, and costs nothing. Returns the answers that have a signal, and their
-        scores.
+        A round in which no prompt lacks one is empty, and costs nothing. Returns the answers that have a signal, and
+        their scores.
         """
         section = self.config.prompts.dynamic_sampling
         assert section is not None
@@ -205,7 +206,7 @@ class Recipe(RunStages):
         return self.select("selected", iteration, fields)
 
     def select(self, role: str, iteration: int, fields: dict[str, Any]) -> tuple[Path, Path]:
-        """Some of the answers in several rollouts, and their scores."""
+        """Select some of the answers in several rollouts. Returns them, and their scores."""
         selected = self.graph.add(SELECT, f"{role}/rollouts", fields, iteration=iteration)
         gather = {
             "rollouts": selected,
@@ -215,7 +216,7 @@ class Recipe(RunStages):
         return selected, self.graph.add(SELECT_SCORES, f"{role}/reward", gather, iteration=iteration)
 
     def replay_answers(self, section: ReplaySection, iteration: int) -> tuple[Path, Path]:
-        """An iteration's answers with some of earlier iterations, and their scores."""
+        """An iteration's answers together with some of earlier iterations, and their scores."""
         rollouts, rewards = self.answers[-1]
         earlier = self.answers[:-1][::-1][: section.iterations]
         if not earlier:
@@ -231,12 +232,12 @@ class Recipe(RunStages):
         return self.select("replay", iteration, fields)
 
     def inputs(self) -> dict[str, Any]:
-        """What the user's own algorithm reads beside its modules, wherever a stage runs it."""
+        """The extra inputs of the user's own algorithm, for every stage that runs it."""
         paths = self.config.training.inputs
         return {"inputs": [self.locate(path) for path in paths]} if paths else {}
 
     def pair_data(self, iteration: int, rollouts: Path, rewards: Path, anchor: Path) -> dict[str, Any]:
-        """Preference pairs, with their reference if the algorithm needs one: what the policy is trained on."""
+        """The training data of an algorithm that reads pairs: the pairs, and reference log-probabilities if needed."""
         config = self.config
         pairs = self.choose("pairs", rollouts, rewards, config.pairs, iteration)
         self.pairs = [*self.pairs, pairs] if config.accumulate or config.replay else [pairs]
@@ -251,7 +252,7 @@ class Recipe(RunStages):
         return {"pairs": chosen, "reference": [self.reference_of(made, anchor, iteration) for made in chosen]}
 
     def replay(self, section: ReplaySection, iteration: int) -> list[Path]:
-        """A part of the pairs of each earlier iteration, the oldest first; those themselves where it is all of them."""
+        """A share of the pairs of each earlier iteration, oldest first; the pairs themselves if the share is 1."""
         found = []
         for made in self.pairs[:-1]:
             earlier = self.graph.maker(made)
@@ -263,7 +264,7 @@ class Recipe(RunStages):
             if section.decay == 1:
                 found.append(made)
                 continue
-            # With one seed whatever the iteration, so that what is taken later was taken before, too.
+            # The seed does not depend on `iteration`, so that a smaller share later is a subset of a larger one before.
             fields = {"rollouts": earlier.path("rollouts"), "pairs": made, "share": section.share(age)}
             fields["seed"] = derive_seed(self.config.seed, earlier.iteration, "replay")
             role = f"replay-of-{folder_of(earlier.iteration)}"
@@ -271,9 +272,9 @@ class Recipe(RunStages):
         return found
 
     def reference_of(self, pairs: Path, anchor: Path, iteration: int) -> Path:
-        """Reference log-probabilities of pairs, made anew only where the reference has changed since.
+        """Reference log-probabilities of pairs, recomputed only if the reference model has changed since.
 
-        Of a part of some pairs those of all of them will do, where they are known.
+        For a sample of some pairs those of all of them are used, if they exist.
         """
         chosen = self.graph.maker(pairs)
         assert chosen is not None
@@ -287,7 +288,7 @@ class Recipe(RunStages):
         return self.references[pairs, anchor]
 
     def offline_pairs(self, section: OfflineSection, iteration: int, pairs: Path) -> Path:
-        """So many of the pairs from elsewhere that they have their share beside an iteration's own."""
+        """Sample as many offline pairs as give them their share next to an iteration's own."""
         assert self.offline is not None
         rollouts, imported = self.offline
         fields = {"rollouts": rollouts, "pairs": imported, "share": section.share, "beside": pairs}
@@ -295,11 +296,11 @@ class Recipe(RunStages):
         return self.graph.add(SAMPLE_PAIRS, "offline", fields, iteration=iteration)
 
     def import_offline(self, section: OfflineSection) -> tuple[Path, Path]:
-        """The answers of pairs from elsewhere, and the pairs."""
+        """Import the offline pairs. Returns their answers as rollouts, and the pairs."""
         data = section.model_dump(exclude_unset=True, exclude={"share"})
         data["source"] = self.locate(section.source)
         fields = {**data, **self.rendering(self.initial, self.config.chat_template_kwargs)}
-        # The tokenizer does not change, so that what is wrong with the pairs is found before anything is trained.
+        # The tokenizer of the config's policy: it never changes, and so mistakes in the pairs show before training.
         fields |= {"tokenizer": self.locate(self.config.policy), "exclude": [self.heldout_prompts]}
         rollouts = self.graph.add(IMPORT_PREFERENCES, "setup/offline/rollouts", fields)
         scores = self.graph.add(PREFERENCES_SCORES, "setup/offline/scores", {**data, "rollouts": rollouts})
@@ -315,7 +316,10 @@ class Recipe(RunStages):
         prompts: Path,
         window: dict[str, Any],
     ) -> dict[str, Any]:
-        """Experience, made of all that the algorithm needs; beside the policy, the critic is trained on it here."""
+        """The training data of an algorithm that reads samples: experience, with all inputs that the algorithm needs.
+
+        Also adds the training of the critic on this experience, which runs in parallel with that of the policy.
+        """
         config = self.config
         needs = config.description.needs
         inputs: dict[str, Path] = {"rollouts": rollouts, "rewards": rewards}
@@ -345,7 +349,8 @@ class Recipe(RunStages):
         return {"experience": experience}
 
     def latest_critic(self) -> Path:
-        """What predicts the values of answers: the last policy's own head or the last critic, at first critic.start."""
+        """The model that predicts values: the last policy, if it has a value head, else the last critic; at first
+        critic.start."""
         if self.config.training.value_head:
             return self.policies[-1] if self.has_value_head else self.untrained_critic()
         if self.critic is not None:
@@ -356,23 +361,23 @@ class Recipe(RunStages):
             return self.untrained_critic()
         if start == "reward_model":
             model = self.reward_model or self.config.scorers["reward"].model_path
-            assert model is not None  # else the scorer's own stage, which came before, was refused
+            assert model is not None  # otherwise the scorer's stage, which was added before, has been refused
             return self.locate(model)
         return self.locate(start)
 
     def untrained_critic(self) -> Path:
-        """The initial policy with a head that says 0."""
+        """The initial policy with a zero-initialized value head."""
         name = "setup/critic"
         if name in self.graph.nodes:
             return self.graph.nodes[name].output
         return self.graph.add(VALUE_HEAD, name, {"model": self.initial})
 
     def restarts(self, iteration: int) -> bool:
-        """Whether `changes` set a coefficient in this iteration, from which an adaptive one begins anew."""
+        """Whether `changes` set the KL coefficient in this iteration, so that an adaptive one starts from it again."""
         return "kl_coefficient" in (self.run.changes.get(iteration, {}).get("experience") or {})
 
     def evaluate(self, iteration: int, policy: Path) -> None:
-        """Judge a policy on the held-out prompts."""
+        """Evaluate a policy on the held-out prompts."""
         heldout = self.heldout_prompts
         rollouts = self.sample("heldout/generation", policy, heldout, iteration, self.config.evaluation)
         if iteration == 0:
@@ -399,7 +404,7 @@ class Recipe(RunStages):
         self.evaluations.append(self.graph.add(EVALUATE, "evaluation", fields, iteration=iteration))
 
     def rewards_of(self, answers: Path, role: str, iteration: int) -> Path:
-        """The present reward of earlier held-out answers: scored anew only where another scorer has scored them."""
+        """The current reward's scores of earlier held-out answers, recomputed only if the scorers have changed."""
         scorers = self.scorers_of("reward")
         if self.heldout_rewards[answers][0] != scorers:
             rewards = self.score(role, "reward", answers, iteration, against=self.first_answers)
@@ -407,7 +412,7 @@ class Recipe(RunStages):
         return self.heldout_rewards[answers][1]
 
     def evaluate_checkpoint(self, iteration: int, policy: Path) -> None:
-        """Have the user's own evaluations judge a policy."""
+        """Evaluate a policy by the user's own evaluations."""
         for name, section in self.config.evaluations.items():
             if iteration % section.every:
                 continue
@@ -422,8 +427,8 @@ class Recipe(RunStages):
             self.graph.add(EVALUATE_CHECKPOINT, role, fields, iteration=iteration, environment=section.environment_key)
 
     def prepare(self) -> None:
-        """What stands before the first iteration: prompts, and the initial policy and reward model if they are made
-        here."""
+        """Add the stages before the first iteration: prompts, and the initial policy and reward model if they are
+        trained here."""
         config = self.config
         if config.world is not None:
             self.graph.add(MAKE_WORLD, "setup/world", keys(config.world) | {"seed": config.seed})

@@ -1,6 +1,6 @@
-"""What a job on a cluster runs: the entry point beside pipelines/main.py.
+"""The entry point of jobs on a cluster, next to pipelines/main.py.
 
-submitit passes it on by its name, so it imports as little as it can.
+submitit pickles it by name, so it imports as little as possible.
 """
 
 import importlib
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def perform(task: JobTask) -> None:
-    """Do what a job is for."""
+    """Run the task of a job."""
     importlib.import_module(task.module).perform(task, ENTRY)
 
 
 def listeners(run: "RunDirectory", graph: "Graph") -> "list[Listen]":
-    """Those who are told what a job records."""
+    """The listeners of the events that a job records."""
     from pipelines.insight.listeners import listeners_of
 
     return listeners_of(run, graph)

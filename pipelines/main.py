@@ -1,4 +1,4 @@
-"""The `pipeline` command."""
+"""Runs the `pipeline` command and turns errors into messages and exit codes."""
 
 import argparse
 import sys
@@ -13,12 +13,12 @@ from pipelines.execution.attempts import StageFailedError
 from pipelines.lineage.verify import DamageError
 
 COMMANDS = (running, reading, pairing, scoring, keeping, weights, preparing, planning, profiling)
-"""Where they are declared, in the order of the help."""
+"""Modules that declare the subcommands, in the order of the help."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: done; 2: a mistake of the user's, in one message; 3: a gate has stopped the run; 130: interrupted;
-    1: anything else."""
+    """Run a command line. Exit codes: 0 done; 2 a user's mistake, in one message; 3 a gate has stopped the run; 130
+    interrupted; 1 anything else."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         options = parse(arguments)

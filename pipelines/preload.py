@@ -1,8 +1,8 @@
-"""What supervisors import, for the process that they are forked from (contracts/warm.py)."""
+"""Imports the supervisor's modules into the process that supervisors are forked from (contracts/warm.py)."""
 
 from collections.abc import Sequence
 
 
 def preload(libraries: Sequence[str]) -> None:
-    """Import it, whatever their libraries."""
+    """Import the supervisor; it needs none of the stages' libraries."""
     import pipelines.execution.supervisor  # noqa: F401

@@ -1,4 +1,4 @@
-"""Says on stderr how far something is that takes longer than a moment."""
+"""Shows on stderr the progress of operations that take longer than a moment."""
 
 import sys
 import threading
@@ -10,15 +10,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 PATIENCE = 1.5
-"""Seconds in which nobody wonders."""
+"""Seconds before anything is shown."""
 PAUSE = {True: 0.2, False: 5.0}
-"""Seconds between two words, on a terminal and elsewhere."""
+"""Seconds between two messages, on a terminal and elsewhere."""
 CLEAR = "\r\x1b[2K"
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Say what is waited for, if that takes longer than a moment."""
+    """Print what the command waits for, if that takes longer than PATIENCE."""
     timer = threading.Timer(PATIENCE, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
@@ -29,7 +29,7 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def tracked(items: Collection[T], what: str) -> Iterator[T]:
-    """The items one after another, with a word from time to time: a line that renews itself, or lines in a log."""
+    """Iterate over items and show progress: a line that is rewritten on a terminal, occasional lines in a log."""
     terminal = sys.stderr.isatty()
     begin, end = (CLEAR, "") if terminal else ("", "\n")
     due, shown = time.monotonic() + PATIENCE, False

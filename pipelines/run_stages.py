@@ -1,4 +1,4 @@
-"""Single stages of a run, each with what the config and the graph so far say that it reads."""
+"""Adds single stages to the graph of a run, with inputs that follow from the config and the graph so far."""
 
 import itertools
 from functools import partial
@@ -24,18 +24,18 @@ from pipelines.graph import Graph, name_of
 
 
 class RunStages:
-    """Adds one stage at a time to a run's graph; every method returns the path of what its stage will publish."""
+    """Adds one stage at a time to a run's graph; every method returns the path that its stage will publish."""
 
     def __init__(self, config: RunConfig) -> None:
         self.run = config
-        self.config = config  # what holds in the iteration that is being added
+        self.config = config  # the config of the iteration that is being added
         self.graph = Graph(config.run_directory.absolute())
-        self.reward_model: Path | None = None  # the one that is trained first
-        self.first_answers: Path  # of the initial policy to held-out prompts, as soon as there are any
-        self.standards: dict[str, Path] = {}  # their scores, by what has judged them
+        self.reward_model: Path | None = None  # the reward model that this run trains, if any
+        self.first_answers: Path  # the initial policy's answers to held-out prompts, once they are in the graph
+        self.standards: dict[str, Path] = {}  # their scores, by the scorers' settings
 
     def import_prompts(self, role: str, section: PromptsSettings, exclude: list[Path] | None = None) -> Path:
-        """Import prompts from where they are."""
+        """Add the import of a set of prompts."""
         fields = section.model_dump(exclude_unset=True, exclude={"weight"})
         fields |= {"source": self.locate(fields["source"]), "exclude": exclude or []}
         return self.graph.add(IMPORT_PROMPTS, role, fields)
@@ -49,7 +49,7 @@ class RunStages:
         section: GenerationSettings,
         window: dict[str, Any] | None = None,
     ) -> Path:
-        """Sample answers to prompts."""
+        """Add the sampling of answers to prompts."""
         fields = {**keys(section), **(window or {}), **self.rendering(policy, self.config.chat_template_kwargs)}
         fields |= {"policy": policy, "prompts": prompts, "iteration": iteration or 0}
         fields["seed"] = derive_seed(self.config.seed, name_of(iteration, role))
@@ -61,11 +61,11 @@ class RunStages:
     def score(
         self, role: str, scorer: str, rollouts: Path, iteration: int | None = None, against: Path | None = None
     ) -> Path:
-        """Judge rollouts with one of the configured scorers; a pairwise one compares them with those in `against`.
+        """Score rollouts with a configured scorer; a pairwise one compares them with those in `against`.
 
-        Scorers that it is made of judge them as well: in parts/NAME beside it, or where they do so anyhow.
+        The components of a combined scorer are scored as well, in parts/NAME next to it, unless they are scored anyway.
         """
-        if (known := self.graph.nodes.get(name_of(iteration, role))) is not None:  # as a part of another
+        if (known := self.graph.nodes.get(name_of(iteration, role))) is not None:  # as a component of another scorer
             return known.output
         section = self.config.scorers[scorer]
         fields = section.model_dump(exclude_unset=True, exclude={"environment"}) | {
@@ -95,7 +95,7 @@ class RunStages:
         return self.graph.add(SCORE, role, fields, iteration=iteration, environment=environment)
 
     def first_scores(self, scorer: str, iteration: int | None) -> Path:
-        """A scorer's scores of the initial policy's held-out answers, made anew only where it has changed since.
+        """A scorer's scores of the initial policy's held-out answers, recomputed only if the scorer has changed since.
 
         Raises:
             UserError: there are no such answers yet.
@@ -112,7 +112,8 @@ class RunStages:
         return self.standards[scorers]
 
     def scorers_of(self, scorer: str) -> dict[str, Any]:
-        """What decides, of the present settings, how a scorer judges, and those that it is made of, by name."""
+        """The settings that determine a scorer's results in the current iteration, and those of its components, by
+        name."""
         section = self.config.scorers[scorer]
         found: dict[str, Any] = {scorer: [section.select(Role.IDENTITY), section.select(Role.INPUT)]}
         for part in section.parts:
@@ -120,29 +121,29 @@ class RunStages:
         return found
 
     def reference(self, role: str, rollouts: Path, model: Path, iteration: int, pairs: Path | None = None) -> Path:
-        """Log-probabilities of rollouts under a reference; only of the completions in `pairs`, if given."""
+        """Log-probabilities of rollouts under a reference model; only of the completions in `pairs`, if given."""
         fields = {"kind": "logprobs", "name": "reference", "model": model, "rollouts": rollouts, "pairs": pairs}
         return self.graph.add(SCORE, role, fields, iteration=iteration)
 
     def choose(
         self, role: str, rollouts: Path, scores: Path, section: PairsSettings, iteration: int | None = None
     ) -> Path:
-        """Choose preference pairs."""
+        """Add the selection of preference pairs."""
         seed = derive_seed(self.config.seed, iteration or 0, "pairs")
         fields = keys(section) | {"rollouts": rollouts, "scores": scores, "seed": seed}
         return self.graph.add(CHOOSE_PAIRS, role, fields, iteration=iteration)
 
     def rendering(self, model: Path, variables: dict[str, Any]) -> dict[str, Any]:
-        """What a stage is told that renders conversations for a model: the variables of its chat template, and the
-        run's date if the template writes it."""
+        """The fields of a stage that renders conversations: the variables of the model's chat template, and the run's
+        date if the template writes one."""
         start, _ = self.graph.origin(model)
         find = partial(_writes_date, start, variables)
         fields = {"chat_template_kwargs": variables} if variables else {}
         return {**fields, "date": self.run.date} if self.graph.known(("date", start, repr(variables)), find) else fields
 
     def locate(self, reference: str | Path) -> Path:
-        """A path in the config as a real one: world:NAME is a file of the toy task, ratchet:NAME one that comes
-        with Ratchet, and relative paths are the user's."""
+        """Resolve a path of the config: world:NAME is a file of the toy task, ratchet:NAME one that comes with Ratchet;
+        other relative paths are the user's."""
         text = str(reference)
         if text.startswith("world:"):
             if text.removeprefix("world:") not in WORLD_FILES:
@@ -154,10 +155,10 @@ class RunStages:
 
 
 def _writes_date(model: Path, variables: dict[str, Any]) -> bool | None:
-    """Whether a model's template writes the date; None where the model is not there yet."""
+    """Whether a model's chat template writes the date; None if the model does not exist yet."""
     return reads_clock(model, variables) if model.is_dir() else None
 
 
 def keys(section: Section) -> dict[str, Any]:
-    """The keys that the user set in a section, so that the stage's own defaults hold for the others."""
+    """The fields of a section that the user has set, so that the stage's own defaults apply to the others."""
     return section.model_dump(exclude_unset=True)

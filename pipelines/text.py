@@ -1,4 +1,4 @@
-"""Words for what is printed."""
+"""Formats numbers, paths, durations and tables for printing."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,27 +9,27 @@ if TYPE_CHECKING:  # jobs on a cluster import this module, and print no tables
     from rich.table import Table
 
 LAST_COLUMN = 24
-"""Characters that a table's last column needs where it is broken into lines; the others are not."""
+"""Minimum width in characters of a table's last column, which alone may be broken into lines."""
 BETWEEN = "  "
 
 
 def plural(count: int, what: str) -> str:
-    """A number of things."""
+    """A count with its noun, with an s unless it is 1."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def relative(path: Path) -> Path:
-    """A path as one would type it from here."""
+    """A path relative to the working directory, if it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def megabytes(count: int) -> str:
-    """Bytes as people read them."""
+    """A number of bytes in megabytes (10^6)."""
     return f"{count / 1e6:.1f} MB"
 
 
 def numbers(values: Iterable[int]) -> str:
-    """Numbers in ranges: 0-3, 6."""
+    """Numbers as ranges: 0-3, 6."""
     parts: list[list[int]] = []
     for value in sorted(set(values)):
         if parts and value == parts[-1][-1] + 1:
@@ -40,7 +40,7 @@ def numbers(values: Iterable[int]) -> str:
 
 
 def lasting(seconds: float) -> str:
-    """A duration as people say it, with three digits."""
+    """A duration with three digits, in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.3g} s"
     if seconds < 100 * 60:
@@ -50,18 +50,18 @@ def lasting(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """A text of somebody else's, whose control characters are shown instead of acting on the terminal."""
+    """Foreign text with its control characters escaped, so that they do not act on the terminal."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
 
 
 def say(console: "Console", *lines: str) -> None:
-    """Print lines as they are: no markup in a path or a reason, no break but the terminal's own."""
-    for start in range(0, len(lines), 1000):  # a console is slow with single lines, and with very many at once
+    """Print lines verbatim: no markup in a path or a reason, no line breaks but the terminal's own."""
+    for start in range(0, len(lines), 1000):  # rich is slow with single lines, and with very many at once
         console.print("\n".join(lines[start : start + 1000]), soft_wrap=True, markup=False, highlight=False)
 
 
 def fits(console: "Console", table: "Table") -> bool:
-    """Whether a terminal is wide enough for a table whose last column alone is broken into lines."""
+    """Whether a terminal is wide enough for a table of which only the last column may be broken into lines."""
     from rich.measure import Measurement
 
     options = console.options.update(width=10_000)
@@ -71,8 +71,8 @@ def fits(console: "Console", table: "Table") -> bool:
 
 
 def stacked(console: "Console", table: "Table", head: str = "") -> "Group":
-    """A table's rows for a terminal that is too narrow for it: each begins with its first value, and has below it the
-    others with the titles of their columns, as many on a line as there is room for."""
+    """A table for a terminal that is too narrow for it: each row begins with its first value, followed by lines of the
+    others with their column titles, as many per line as fit."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text

@@ -1,1 +1,1 @@
-"""Configurations, as the user writes them."""
+"""The configuration of a run: its sections, how it is loaded, and what is checked."""

@@ -1,4 +1,4 @@
-"""What may change from one iteration to the next, and how a change is laid over what was set before."""
+"""Merges the config changes that apply from an iteration on, and checks which keys may change."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ OWNERS = {
     "algorithm": PolicySettings.model_fields["algorithm"].default,
     "strategy": PairsSettings.model_fields["strategy"].default,
 }
-"""Keys that say whose the `settings` beside them are, with their defaults."""
+"""Keys that determine what the `settings` next to them belong to, with their defaults."""
 CHANGEABLE = frozenset(
     "accumulate critic ema_decay evaluation experience generation lag pairs prompts reference replay scorers seed "
     "start training".split()
 )
-"""Keys of a run whose value may change from one iteration to the next."""
+"""Keys of a run's config that may change from one iteration to the next."""
 
 
 def require_changeable(change: dict[str, Any], iteration: int, place: str | None = None) -> None:
-    """Raise UserError unless these keys, which stand at `place`, may change from `iteration` on."""
+    """Raise UserError unless the keys of `change`, written at `place` in the config, may change from `iteration` on."""
     fixed = {name for name in change if name not in CHANGEABLE}
     prompts = change.get("prompts", {})
     fixed |= {f"prompts.{name}" for name in prompts if name != "per_iteration"} if isinstance(prompts, dict) else set()
@@ -35,8 +35,8 @@ def require_changeable(change: dict[str, Any], iteration: int, place: str | None
 
 
 def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `change`, section by section; another algorithm (or strategy of pairs) comes without
-    the settings of the one before, and a scorer of another kind without any key of it."""
+    """Merge `change` into `base`, section by section. Settings are dropped if the algorithm (or pair strategy) changes,
+    and all keys of a scorer if its kind does."""
     merged = dict(base)
     if any(key in change and change[key] != base.get(key, default) for key, default in OWNERS.items()):
         merged.pop("settings", None)
@@ -52,7 +52,7 @@ def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merge_scorer(base: Any, change: Any) -> Any:
-    """What is set of a scorer; where its kind is another one than before, or was not said, nothing of before."""
+    """Merge a scorer's section; if its kind changes or was not set before, the old keys are dropped."""
     if not isinstance(base, dict) or not isinstance(change, dict):
         return change
     return change if "kind" in change and change["kind"] != base.get("kind") else merge(base, change)

@@ -1,4 +1,4 @@
-"""A cluster that a run is simulated on, before there is one: machines of one kind, what they cost, what goes wrong."""
+"""The config of a cluster to simulate a run on: machines of one kind, their price, queue times and failures."""
 
 from pathlib import Path
 from typing import Self
@@ -27,7 +27,7 @@ class StragglersSection(Section):
 
 
 class MachinesSection(Section):
-    """Machines of one kind, as one large one: stages are given parts of all of their GPUs."""
+    """Machines of one kind, simulated as one large machine: stages are assigned parts of all GPUs."""
 
     machines: int = runtime(1, ge=1, le=10_000)
     """Number of machines."""
@@ -56,17 +56,17 @@ class MachinesSection(Section):
     @field_validator("queue", mode="before")
     @classmethod
     def _seconds(cls, value: object) -> object:
-        """A number is short for its seconds."""
+        """Read a number as `seconds`."""
         return {"seconds": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @property
     def total(self) -> int:
-        """GPUs of all machines."""
+        """GPUs of all machines together."""
         return self.machines * self.gpus
 
     @property
     def is_certain(self) -> bool:
-        """Whether it says nothing of chance: no spread of the queue, no failures, no stragglers."""
+        """Whether nothing is random: no spread of the queue, no failures, no stragglers."""
         return not (self.queue.spread or self.hours_between_failures or self.stragglers.share)
 
     @model_validator(mode="after")
@@ -77,9 +77,9 @@ class MachinesSection(Section):
 
 
 def read_machines(path: Path) -> MachinesSection:
-    """Read a cluster's file.
+    """Read a cluster file.
 
     Raises:
-        UserError: anything is wrong with it; lists every mistake.
+        UserError: the file is invalid; lists every mistake.
     """
     return validate(MachinesSection, read_yaml(path), str(path))

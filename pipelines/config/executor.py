@@ -1,4 +1,4 @@
-"""Where the stages of a run are executed, and what they ask of a cluster."""
+"""The section `executor`: where the stages of a run are executed, and the resources that they request."""
 
 import math
 import pkgutil
@@ -21,9 +21,9 @@ EXECUTORS = sorted(
     for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "execution" / "executors")])
     if module.name != "base"
 )
-"""Where stages can run: the modules of pipelines/execution/executors, found by their names alone."""
+"""Names of the executors: the modules of pipelines/execution/executors, listed without importing them."""
 HERE = ("inline", "local")
-"""Those of them that use this machine; every other one hands stages to a scheduler."""
+"""Executors on this machine; every other one submits stages to a scheduler."""
 
 
 def _check_kind(kind: str) -> str:
@@ -35,10 +35,10 @@ def _check_kind(kind: str) -> str:
 ExecutorKind: TypeAlias = Annotated[str, AfterValidator(_check_kind)]
 
 ONLY_IN: dict[str, tuple[Workload, ...]] = {"nodes": ("training",), "tasks": ARRAYS}
-"""Keys that only some kinds have."""
+"""Keys that apply only to some kinds of stages."""
 
 TASKS = 4
-"""Tasks of a job array, where nobody says."""
+"""Default number of tasks of a job array."""
 
 OWN_DIRECTIVES = {
     "partition": "partition", "account": "account", "qos": "qos", "time": "time", "nodes": "nodes",
@@ -46,13 +46,13 @@ OWN_DIRECTIVES = {
     "cpus-per-task": "cpus", "cpus-per-gpu": "cpus", "mem": "memory", "mem-per-cpu": "memory", "mem-per-gpu": "memory",
     "array": "tasks", "ntasks": "tasks", "ntasks-per-node": "tasks", "requeue": "requeue", "no-requeue": "requeue",
 }  # fmt: skip
-"""Options of sbatch that have a key of their own."""
+"""Options of sbatch that have their own config key."""
 OUR_DIRECTIVES = frozenset(
     "begin chdir cluster clusters comment dependency error export export-file hold input job-name "
     "kill-on-invalid-dep ntasks-per-core ntasks-per-gpu ntasks-per-socket open-mode output parsable quiet signal "
     "test-only wait wrap".split()
 )
-"""Options of sbatch that Ratchet sets itself, or that would keep it from following its jobs."""
+"""Options of sbatch that Ratchet sets itself, or that would prevent it from tracking its jobs."""
 
 
 class ResourcesSection(Section):
@@ -128,7 +128,7 @@ class ResourcesSection(Section):
             if not re.fullmatch("[a-z][a-z0-9-]+", name):
                 raise ValueError(f"{name!r} is no long name of an option of sbatch, like constraint")
             if name in OWN_DIRECTIVES:
-                raise ValueError(f"{name} has a key of its own beside `directives`: set `{OWN_DIRECTIVES[name]}`")
+                raise ValueError(f"{name} has its own key next to `directives`: set `{OWN_DIRECTIVES[name]}`")
             if name in ("gres", "tres-per-task") and re.search(r"\bgpu\b", str(option)):
                 raise ValueError(f"{name}={option} asks for GPUs, which have keys of their own: `gpus` and `gpu_type`")
             if name in OUR_DIRECTIVES:
@@ -137,7 +137,7 @@ class ResourcesSection(Section):
 
 
 class StageSection(ResourcesSection):
-    """The same for some stages, and where they run."""
+    """Resources of some stages, and the executor that runs them."""
 
     kind: ExecutorKind | None = runtime(None)
     """local, slurm or inline, if these stages run elsewhere than the others."""
@@ -149,11 +149,11 @@ class StageSection(ResourcesSection):
 
 
 LIGHT_TOO = frozenset("partition account qos setup directives requeue".split())
-"""Keys for all stages that hold for light ones as well: who pays and where, but not how much."""
+"""Keys of `resources` that also apply to light stages: account and placement, but not amounts."""
 
 
 def minutes_of(text: str) -> int | None:
-    """A time limit in minutes, rounded up; None if Slurm would read it otherwise or not at all."""
+    """A time limit in minutes, rounded up; None if Slurm would reject the text or read it differently."""
     days, dash, clock = text.strip().rpartition("-")
     words = clock.split(":")
     if len(words) > 3 or not all(word.isascii() and word.isdecimal() for word in [*words, *([days] if dash else [])]):
@@ -171,10 +171,10 @@ LONGEST_PAUSE = 600.0
 
 
 def pause_before(tries: int, backoff: float, chance: random.Random) -> float:
-    """Seconds until a stage that has failed so many times is tried again.
+    """Seconds until the retry of a stage that has failed `tries` times.
 
-    The pause doubles with every try and is drawn from 50 % to 150 % of that, so that what failed together does not
-    come back together.
+    The pause doubles with every failure, with jitter from 50 % to 150 %, so that stages that failed together are not
+    retried together.
     """
     doubled: float = backoff * 2 ** min(tries - 1, 10)
     return min(doubled, LONGEST_PAUSE) * chance.uniform(0.5, 1.5)
@@ -190,7 +190,7 @@ class ExecutorSection(Section):
     """Resources that all stages request from the scheduler: {partition: gpu, account: rlhf, gpus: 8}. Light stages only
     use `partition`, `account`, `qos`, `setup`, `directives` and `requeue` of these."""
     stages: dict[str, StageSection] = runtime({})
-    """The same for some stages, and `kind` if they run elsewhere: {training: {nodes: 2, gpus: 8}, light: local,
+    """Resources of some stages, and `kind` if they run elsewhere: {training: {nodes: 2, gpus: 8}, light: local,
     "iteration-*/heldout/*": {partition: cpu}}. A key is generation, scoring, training or light, the role of a stage in
     its iteration (reference), its name, or a pattern with *. If several entries match a stage, the later one wins, key
     by key."""
@@ -231,32 +231,34 @@ class ExecutorSection(Section):
 
     @property
     def uses_scheduler(self) -> bool:
-        """Whether any stage may run by a scheduler."""
+        """Whether any stage may run on a scheduler."""
         return any(
             kind not in HERE for kind in (self.kind, *(entry.kind or self.kind for entry in self.stages.values()))
         )
 
     @property
     def asks_gpus(self) -> bool:
-        """Whether any stage asks a scheduler for GPUs."""
+        """Whether any stage requests GPUs from a scheduler."""
         return self.uses_scheduler and any(section.gpus for section in (self.resources, *self.stages.values()))
 
     @property
     def is_remote(self) -> bool:
-        """Whether all heavy stages run by a scheduler."""
+        """Whether all heavy stages run on a scheduler."""
         kinds = {entry.kind for name, entry in self.stages.items() if name != "light" and entry.kind}
         return not {self.kind, *kinds} & set(HERE)
 
     def entry(self, stage: Demand) -> StageSection:
-        """All that is set for a stage, with where it runs (`kind`), and without what its workload cannot have."""
+        """The merged settings of a stage, with its executor (`kind`), without keys that do not apply to its
+        workload."""
         return self._merged(stage.workload, entries_of(stage, self.stages), stage.gpus)
 
     def finishing_entry(self) -> StageSection:
-        """The same for the small jobs that Ratchet adds to a stage: as for light stages; patterns do not name them."""
+        """The settings of the small jobs that Ratchet adds to finalize stages: those of light stages. Patterns do not
+        match them."""
         return self._merged("light", [self.stages["light"]] if "light" in self.stages else [], 0)
 
     def _merged(self, kind: Workload, entries: Iterable[StageSection], gpus: int) -> StageSection:
-        """The settings for all stages, and over them those of the entries; directives one by one."""
+        """Merge the entries over `resources`, key by key; `directives` are merged option by option."""
         include = set(LIGHT_TOO) if kind == "light" else None
         settings = self.resources.model_dump(exclude_unset=True, include=include)
         if kind in ARRAYS and settings.get("gpus"):

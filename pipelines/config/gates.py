@@ -1,4 +1,4 @@
-"""The section `gates`: what is refused before a run because it could never hold or never be done."""
+"""Checks the section `gates` before a run: conditions that can never hold, and rollbacks that are not possible."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +17,12 @@ ALWAYS = (
 
 
 def condition(section: GateSection) -> dict[str, Any]:
-    """What decides of a gate, as its stage is told."""
+    """The fields of a gate that its stage reads."""
     return section.model_dump(exclude_unset=True, exclude={"changes"})
 
 
 def known_metrics(config: RunConfig) -> list[str]:
-    """The metrics of a run's evaluations by which gates can decide."""
+    """The metrics of a run's evaluations that gates can refer to."""
     found = [*ALWAYS, *(["reward_uncertainty"] if config.scorers["reward"].ensemble else [])]
     for name in config.scorers:
         if name != "reward":
@@ -31,13 +31,14 @@ def known_metrics(config: RunConfig) -> list[str]:
 
 
 def require_possible_gates(configs: Sequence[RunConfig]) -> None:
-    """Check the gates of a run against the rest of its configuration.
+    """Check the gates of a run against the rest of its config.
 
     Args:
-        configs: what holds at first, and from each of the `changes` on.
+        configs: the config at the start, and from each of the `changes` on.
 
     Raises:
-        UserError: a metric does not exist or is never known, a condition can never hold, or a rollback cannot be made.
+        UserError: a metric does not exist or is never computed, a condition can never hold, or a rollback is not
+            possible.
     """
     for name, gate in configs[0].gates.items():
         place = f"gates.{name}"
@@ -51,7 +52,8 @@ def require_possible_gates(configs: Sequence[RunConfig]) -> None:
 
 
 def _require_metric(place: str, gate: GateSection, config: RunConfig) -> None:
-    """Raise UserError unless evaluations have the metric, as far as is known: what the user's own return is not."""
+    """Raise UserError unless evaluations have the metric. The metrics of the user's own evaluations are not known
+    here."""
     own = config.evaluations
     if gate.evaluation in own:
         if gate.basis == "previous" and own[gate.evaluation].every > 1:
@@ -73,7 +75,7 @@ def _require_metric(place: str, gate: GateSection, config: RunConfig) -> None:
 
 
 def _never(gate: GateSection, config: RunConfig) -> str | None:
-    """Why a condition does not hold whatever the policy does, or None."""
+    """Why a condition can never hold, or None if it can."""
     sampling, metric = config.evaluation, gate.metric
     if metric == "kl" and (sampling.temperatures, sampling.top_p, sampling.top_k) != ([1.0], 1.0, 0):
         return (
@@ -96,14 +98,14 @@ def _never(gate: GateSection, config: RunConfig) -> str | None:
 
 
 def _require_rollback(place: str, gate: GateSection, configs: Sequence[RunConfig]) -> None:
-    """Raise UserError unless a gate can take the run back, and its changes make a whole configuration."""
+    """Raise UserError unless a gate can roll the run back, and its changes give a valid config."""
     require_changeable(gate.changes, 1, f"{place}.changes")
     for config in configs:
         data = merge(config.model_dump(exclude_unset=True, exclude={"changes"}), gate.changes)
         after = validate(type(config), data, f"with {place}.changes")
         if (lag := config.lag or after.lag) and config.placement.streaming:
             raise UserError(
-                f"{place}.do is rollback, and lag is {lag}, by which an iteration may be under way that a rollback "
-                "changes; with placement.streaming its stages follow each other. Set placement.streaming=false, "
+                f"{place}.do is rollback, and lag is {lag}, so that an iteration that a rollback changes may be "
+                "running; with placement.streaming its stages follow each other. Set placement.streaming=false, "
                 "do=stop, or lag=0."
             )

@@ -1,4 +1,4 @@
-"""A run's configuration as a file and a command line give it."""
+"""Loads the config of a run from a file or recipe and command-line overrides."""
 
 import os
 import re
@@ -17,10 +17,10 @@ from training.config import ExperienceSettings
 
 
 def load_run_config(path: str | Path, overrides: list[str]) -> RunConfig:
-    """Read, override and validate a run's configuration: a file, or a recipe by its name.
+    """Read, override and validate the config of a run, given as a file or the name of a recipe.
 
     Raises:
-        UserError: anything is wrong with it; lists every mistake.
+        UserError: the config is invalid; lists every mistake.
     """
     path = find_config(path)
     config = _with_inherited(validate(RunConfig, _overridden(read_yaml(path), overrides), str(path)))
@@ -33,10 +33,10 @@ def load_run_config(path: str | Path, overrides: list[str]) -> RunConfig:
 
 
 def _overridden(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A file's data with the overrides; another algorithm or strategy does not take over the settings of the file's.
+    """Apply overrides to a file's data. The file's `settings` are dropped if an override changes the algorithm or
+    strategy.
 
-    `executor=KIND` and `placement=STRATEGY` leave the rest of the file's section as it is; `placement=FILE` replaces
-    it.
+    `executor=KIND` and `placement=STRATEGY` keep the other keys of the section; `placement=FILE` replaces it.
     """
     overrides = [re.sub("^executor=(?=[a-z]+$)", "executor.kind=", text) for text in overrides]
     overrides = [re.sub("^placement=(?=[a-z]+$)", "placement.strategy=", text) for text in overrides]
@@ -54,8 +54,7 @@ def _overridden(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 
 def _with_placement(data: dict[str, Any]) -> dict[str, Any]:
-    """The same with the section `placement` as a mapping: read from the file that it names, or with the strategy that
-    it is."""
+    """Expand the section `placement` to a mapping, if it is the name of a file or a strategy."""
     placement = data.get("placement")
     if not isinstance(placement, str):
         return data
@@ -65,7 +64,7 @@ def _with_placement(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_inherited(config: RunConfig) -> RunConfig:
-    """The same, with what sections take from others filled in: the sampling keys of `generation`, `hardware`."""
+    """Fill in the values that sections inherit: the sampling keys of `generation`, and `hardware`."""
     changes: dict[str, Any] = {"evaluation": _inherit(config.generation, config.evaluation)}
     if config.reward_model is not None:
         generation = _inherit(config.generation, config.reward_model.generation)
@@ -82,7 +81,7 @@ def _inherit(base: GenerationSettings, section: GenerationSettings) -> Generatio
 
 
 def _refuse_unused(configs: list[RunConfig]) -> None:
-    """Raise UserError where something is set that no iteration reads."""
+    """Raise UserError if a section is set that no iteration reads."""
     found = [config.description for config in configs]
     algorithms = ", ".join(dict.fromkeys(description.algorithm for description in found))
     for name, is_set, is_read, by in (
@@ -102,17 +101,17 @@ def _refuse_unused(configs: list[RunConfig]) -> None:
 
 
 def _require_lag(configs: list[RunConfig]) -> None:
-    """Raise UserError where generation is to overlap training, but waits for it."""
+    """Raise UserError if generation is to overlap training, but has to wait for it because there is no lag."""
     if configs[0].placement.strategy == "async" and not any(config.lag for config in configs):
         raise UserError(
-            "placement.strategy is async, by which an iteration is generated while the one before trains, but lag is "
-            "0: every iteration samples from what the one before has trained. Set lag=1, which changes what is "
+            "placement.strategy is async, which generates an iteration while the previous one trains, but lag is "
+            "0: every iteration samples from the policy that the previous one trains. Set lag=1, which changes what is "
             "computed (docs/lag.md), or placement=separation."
         )
 
 
 def _require_writable(directory: Path) -> None:
-    """Raise UserError where a run's directory cannot be made in `directory`."""
+    """Raise UserError if a run's directory cannot be created in `directory`."""
     parent = directory.absolute()
     while not parent.exists():
         parent = parent.parent

@@ -1,4 +1,4 @@
-"""Where and when the stages of a run compute: which devices each is given, and which may run beside each other."""
+"""The section `placement`: the devices of each stage, and which stages may run at the same time."""
 
 from typing import Any, Literal, Self, TypeAlias
 
@@ -11,9 +11,9 @@ from contracts.fingerprint import digest
 Strategy: TypeAlias = Literal["flattening", "interleaving", "separation", "async", "colocated"]
 STRATEGIES: tuple[Strategy, ...] = ("flattening", "interleaving", "separation", "async", "colocated")
 WHOLE: tuple[Strategy, ...] = ("flattening", "colocated")
-"""Strategies by which a stage has all devices of this machine."""
+"""Strategies that give every stage all devices of this machine."""
 SEPARATING: tuple[Strategy, ...] = ("separation", "async")
-"""Strategies by which generation and training have pools of their own."""
+"""Strategies with separate pools for generation and training."""
 
 
 class PoolSection(Section):
@@ -63,7 +63,7 @@ class LayoutSection(Section):
     zero: Literal[0, 1, 2, 3, "fsdp2"] | None = runtime(None)
     """Sharding of a training over its dp processes."""
     offload: list[Literal["optimizer", "param"]] | None = runtime(None)
-    """What DeepSpeed offloads of a training to CPU memory."""
+    """What DeepSpeed offloads to CPU memory in a training."""
     micro_batch_tokens: int | None = runtime(None, ge=1)
     """Tokens per forward and backward pass of one process of a training, padding included."""
     gradient_checkpointing: bool | None = runtime(None)
@@ -94,12 +94,12 @@ class ExpectedRoleSection(Section):
     first: int = runtime(0, ge=0)
     """The iteration of the first of them."""
     error: float = runtime(ge=0)
-    """One standard deviation of that, as a share."""
+    """One standard deviation of the times, as a share of them."""
     basis: Literal["measured", "scaled", "analytic"] = runtime()
     """Basis of the prediction: runs of matching stages, of others, or data sheets only."""
 
     def seconds_of(self, iteration: int | None) -> float:
-        """Of the stage in an iteration."""
+        """Expected seconds of the stage in an iteration."""
         number = max(0, (iteration or 0) - self.first)
         return self.seconds[min(number, len(self.seconds) - 1)]
 
@@ -108,25 +108,25 @@ class ExpectationSection(Section):
     """Expected times of a plan, written by `pipeline plan search`; optional."""
 
     chosen: str = runtime()
-    """found, or the strategy that it could not beat."""
+    """found, or the name of the strategy that the search could not beat."""
     seconds: float = runtime(ge=0)
-    """Of the run."""
+    """Expected seconds of the run."""
     error: float = runtime(ge=0)
-    """One standard deviation of that, in seconds."""
+    """One standard deviation of `seconds`, in seconds."""
     iterations: int = runtime(ge=0)
-    """Of the run."""
+    """Number of iterations of the run."""
     lag: int = runtime(0, ge=0)
     """The lag it was planned with."""
     devices: str = runtime()
     """The devices it was planned for."""
     seed: int = runtime(0, ge=0)
-    """Of the search."""
+    """Seed of the search."""
     config: str = runtime()
-    """Digest of the run's computation that it was planned for."""
+    """Digest of the config fields that determine the run's results."""
     plan: str = runtime()
     """Digest of the rest of this section: if you change keys of it later, the expectations no longer apply."""
     stages: dict[str, ExpectedRoleSection] = runtime({})
-    """By role."""
+    """Expected times by role."""
 
 
 class PlacementSection(Section):
@@ -171,10 +171,10 @@ class PlacementSection(Section):
 
     @property
     def digest(self) -> str:
-        """Of all that it decides."""
+        """Digest of the plan, without its expected times."""
         return digest(self.model_dump(mode="json", exclude={"expected"}, exclude_defaults=True))
 
     @property
     def expectation(self) -> ExpectationSection | None:
-        """What is expected of it; None also where it was changed since."""
+        """The expected times of the plan; None if there are none, or the plan has been changed since."""
         return self.expected if self.expected is not None and self.expected.plan == self.digest else None

@@ -1,4 +1,4 @@
-"""The recipes that come with Ratchet, which are named without a path: `pipeline run quickstart`."""
+"""Finds the recipes that come with Ratchet, which are named without a path: `pipeline run quickstart`."""
 
 import os
 from pathlib import Path
@@ -10,13 +10,13 @@ PREFIX = "recipe:"
 
 
 def recipes() -> dict[str, Path]:
-    """The file of each recipe by its name."""
+    """The file of each recipe, by its name."""
     paths = [*configs().glob("*.yaml"), *configs().glob("recipes/*.yaml")]
     return {path.stem: path for path in sorted(paths, key=lambda path: (len(path.parts), path.stem))}
 
 
 def find_config(named: str | Path) -> Path:
-    """The file that a command's CONFIG names: one of the user's own, else the recipe of that name.
+    """The file that a command's CONFIG names: the user's own, or else the recipe of that name.
 
     Raises:
         UserError: there is neither.
@@ -31,13 +31,14 @@ def find_config(named: str | Path) -> Path:
 
 
 def origin_of(path: Path, run: Path) -> str:
-    """What a run's directory remembers of its config file: a recipe's name, else where it is from there."""
+    """How a run records its config file: a recipe by its name, another file by its path relative to the run's
+    directory."""
     path = path.resolve()
     name = next((name for name, recipe in recipes().items() if recipe.resolve() == path), None)
     return f"{PREFIX}{name}" if name else os.path.relpath(path, run)
 
 
 def describe_recipes() -> str:
-    """Each recipe's name and what it says of itself."""
+    """Each recipe's name and the first line of its file, one per line."""
     first = {name: path.read_text().partition("\n")[0].lstrip("# ") for name, path in recipes().items()}
     return "".join(f"{name:<24} {line}\n" for name, line in first.items())

@@ -1,4 +1,4 @@
-"""The configuration of a run: one YAML file, sections named like the stages."""
+"""The config of a run: one YAML file, with sections named like the stages."""
 
 import difflib
 import json
@@ -96,8 +96,8 @@ class RunConfig(Section):
     evaluation: GenerationSettings = identity({})
     """How held-out responses are sampled; unset keys are those of the section `generation`."""
     evaluations: dict[Annotated[str, Field(pattern=NAME)], EvaluationSection] = identity({})
-    """Your own evaluations by name, beside the one on held-out prompts, each a stage for every policy: {lm_eval:
-    {function: evals.py:run}}. Their metrics are eval/NAME/..."""
+    """Your own evaluations by name, in addition to the one on held-out prompts, each a stage for every policy:
+    {lm_eval: {function: evals.py:run}}. Their metrics are eval/NAME/..."""
     diagnostics: bool = identity(False)
     """Also publish the diversity of the responses, the agreement of the scorers and the win rate against the previous
     policy in evaluations; gates always do: docs/gates.md."""
@@ -163,7 +163,7 @@ class RunConfig(Section):
                 )
         if self.placement.strategy == "colocated" and not self.executor.warm:
             raise ValueError(
-                "placement.strategy is colocated, by which engine and trainer stay loaded and take turns on the same "
+                "placement.strategy is colocated, so engine and trainer stay loaded and take turns on the same "
                 "devices, but executor.warm is false. Set executor.warm=true, or placement=flattening."
             )
         self._check_evaluations()
@@ -198,7 +198,7 @@ class RunConfig(Section):
         return self
 
     def _check_parts(self) -> None:
-        """That scorers which are made of others name such that there are, and not themselves."""
+        """Require that combined scorers refer to existing scorers, and do not contain themselves."""
         for name, scorer in self.scorers.items():
             if unknown := [part for part in scorer.parts if part not in self.scorers]:
                 near = difflib.get_close_matches(unknown[0], self.scorers, n=1)
@@ -210,17 +210,17 @@ class RunConfig(Section):
         if cycle := cycle_in({name: scorer.parts for name, scorer in self.scorers.items()}):
             raise ValueError(f"scorers.{cycle[0]} is made of itself: {' of '.join(cycle)}. Take one of them out.")
         if taken := sorted(set(OWN) & self.scorers.keys()):
-            raise ValueError(f"scorers.{taken[0]}: {taken[0]} stands for the answer's own in expressions; rename it.")
+            raise ValueError(f"scorers.{taken[0]}: {taken[0]} is a built-in name in expressions; rename it.")
 
     def with_parts(self, scorer: str) -> list[str]:
-        """A scorer and all that it is made of."""
+        """A scorer and all its components."""
         found = [scorer]
         for name in found:
             found += [part for part in self.scorers[name].parts if part not in found]
         return found
 
     def _check_lag(self, description: Description) -> None:
-        """That the training may read answers of older policies."""
+        """Require an algorithm that can train on answers of older policies, if there will be any."""
         if self.lag and self.start == "initial":
             raise ValueError(
                 f"lag={self.lag} with start=initial: a policy would come neither from the last one nor from its "
@@ -241,13 +241,13 @@ class RunConfig(Section):
                 f"{{level: {description.corrections[0]}, treatment: truncate, high: 2}}"
             )
         raise ValueError(
-            f"{name}, but training.algorithm={description.algorithm} takes its samples for those of the policy that it "
-            f"trains; with {'a lag they are of an older one' if self.lag else 'it some are of older ones'}, by which "
-            f"the gradient is biased. Either {', or '.join(ways)}."
+            f"{name}, but training.algorithm={description.algorithm} expects samples of the policy that it trains; "
+            f"{'with a lag they come' if self.lag else 'with it some come'} from older policies, which biases the "
+            f"gradient. Either {', or '.join(ways)}."
         )
 
     def _check_evaluations(self) -> None:
-        """That names of evaluations stand for one thing each, and environments, also of scorers, for something."""
+        """Require that names of evaluations are unique, and that the environments of scorers and evaluations exist."""
         if taken := sorted({"generation", "reference", *self.scorers} & self.evaluations.keys()):
             raise ValueError(
                 f"evaluations.{taken[0]}: eval/{taken[0]}/... are the metrics of another stage already. Choose another "
@@ -264,7 +264,7 @@ class RunConfig(Section):
                 )
 
     def _check_samples(self, description: Description) -> None:
-        """What an algorithm that trains on samples asks of the other sections."""
+        """Check what an algorithm that trains on samples requires of the other sections."""
         name, sampling = self.training.algorithm, self.generation
         if changed := sampling.departures:
             shown = ", ".join(f"{key}={json.dumps(value)}" for key, value in changed.items())
@@ -312,23 +312,23 @@ class RunConfig(Section):
 
     @property
     def pushes(self) -> HubSection | None:
-        """The section `hub`, with the names of this run's own repos."""
+        """The section `hub`, with this run's name in the names of the repos."""
         return self.hub.of(self.name) if self.hub is not None else None
 
     @property
     def description(self) -> Description:
-        """What the algorithm's source says about it."""
+        """The description of the algorithm, read from its source."""
         return describe(self.training.algorithm)
 
     @property
     def has_reward_model(self) -> bool:
-        """Whether the rewards are a model's, which a critic can start from."""
+        """Whether the reward is a model that a critic can start from."""
         return self.scorers["reward"].starts_critic
 
     @property
     def trained_scorer(self) -> str | None:
-        """The scorer whose model the section `reward_model` trains: `reward`, or one without a model of what that is
-        made of; None where there is none."""
+        """The scorer whose model the section `reward_model` trains: `reward`, or a component of it without a model;
+        None if there is none."""
         kind = self.reward_model.training.kind if self.reward_model is not None else None
         parts = {name: self.scorers[name] for name in self.with_parts("reward")}
         fitting = (name for name, one in parts.items() if name == "reward" or one.model_path is None)
@@ -336,18 +336,18 @@ class RunConfig(Section):
 
     @property
     def run_directory(self) -> Path:
-        """Where everything of this run is."""
+        """The run's directory."""
         return self.directory / self.name
 
     def settings(self) -> dict[str, Any]:
-        """What the user has set, as plain data."""
+        """The fields that the user has set, as plain data."""
         return self.model_dump(mode="json", exclude_unset=True)
 
     def at(self, iteration: int) -> Self:
-        """The configuration that holds in an iteration, by `changes`.
+        """The config of an iteration, according to `changes`.
 
         Raises:
-            UserError: a change is none that can be made between iterations, or its value is wrong.
+            UserError: a key cannot change between iterations, or its value is invalid.
         """
         data = self.model_dump(exclude_unset=True, exclude={"changes"})
         due = [start for start in sorted(self.changes) if start <= iteration]
@@ -359,6 +359,6 @@ class RunConfig(Section):
         return validate(type(self), data, f"with changes.{due[-1]}")
 
     def with_change(self, iteration: int, change: dict[str, Any]) -> Self:
-        """The same with further values from an iteration on, which go before what `changes` has for it."""
+        """Copy the config with further changes from an iteration on, which override those that `changes` has for it."""
         changes = {**self.changes, iteration: merge(self.changes.get(iteration, {}), change)}
         return self.model_copy(update={"changes": changes}) if change else self

@@ -1,4 +1,4 @@
-"""Sections of a run's configuration that are no stage's own settings."""
+"""Sections of a run's config that are not a stage's own settings."""
 
 import re
 from typing import Annotated, Any, Literal, Self, cast
@@ -18,7 +18,7 @@ from pipelines.environments.locked import NAMES, STAGES
 from training.config import CriticSettings, RewardSettings
 
 NAME = worded("^[A-Za-z][A-Za-z0-9_-]{0,49}$", "a letter, then letters, digits, _ and -, at most 50 in all")
-"""What the user calls hooks, evaluations and environments of their own."""
+"""The pattern of names that users choose, of hooks, gates, evaluations and environments."""
 
 
 class MixedPromptsSettings(PromptsSettings):
@@ -32,7 +32,7 @@ class DynamicSamplingSection(Section):
     """Replaces prompts whose responses give no training signal."""
 
     rounds: int = identity(2, ge=1, le=20)
-    """Maximum number of further draws in an iteration. What is missing then is left out."""
+    """Maximum number of further draws in an iteration. Prompts that are still missing then are left out."""
     margin: float = identity(0.0, ge=0)
     """Minimum difference between the best and the worst score of a prompt's responses; 0: they are not all equal."""
 
@@ -76,17 +76,17 @@ class PromptsSection(Section):
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the prompts of an iteration are drawn, and not just the next ones of one set."""
+        """Whether each iteration draws its prompts, instead of taking the next ones of one set."""
         return any(section is not None for section in (self.mixture, self.curriculum, self.dynamic_sampling))
 
     @property
     def import_roles(self) -> dict[str, str]:
-        """What the import of each set is for in the graph."""
+        """The role of each set's import in the graph."""
         return {name: "prompts/train" + (f"/{name}" if self.mixture else "") for name in self.sources}
 
     @property
     def sources(self) -> dict[str, PromptsSettings]:
-        """The sets of training prompts by name; one alone is called train."""
+        """The sets of training prompts by name; a single one is named train."""
         return {**self.mixture} if self.train is None and self.mixture else {"train": cast(PromptsSettings, self.train)}
 
 
@@ -100,12 +100,12 @@ class ReplaySection(Section):
     iteration before. 1 takes all of them."""
 
     def share(self, age: int) -> float:
-        """The share that is taken of an iteration so many before the present one."""
+        """The share that is taken from the iteration `age` iterations ago."""
         return self.decay**age
 
 
 class OfflineSection(PreferenceSettings):
-    """Offline preference pairs that every iteration trains on beside its own."""
+    """Offline preference pairs that every iteration trains on in addition to its own."""
 
     share: float = identity(0.25, gt=0, lt=1)
     """Their share of the training pairs together with the iteration's own, drawn again for each iteration."""
@@ -156,11 +156,11 @@ class EnvironmentsSection(Section):
             if name in NAMES:
                 raise ValueError(f"{name} is an environment already. Choose another name.")
             if not (environment.python or environment.conda or environment.container):
-                raise ValueError(f"{name} names no python, conda or container, of which an own environment needs one.")
+                raise ValueError(f"{name} has no python, conda or container; your own environment needs one of them.")
         return value
 
     def of(self, name: str) -> EnvironmentConfig:
-        """One of them by its key: training, or own.NAME."""
+        """An environment by its key: training, or own.NAME."""
         if name.startswith(OWN):
             return self.own[name.removeprefix(OWN)]
         found: EnvironmentConfig = getattr(self, name)
@@ -188,7 +188,7 @@ HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_
 
 
 RUN_NAME = "{name}"
-"""Stands for the run's name in that of a repo."""
+"""Placeholder for the run's name in the name of a repo."""
 
 
 class HubSection(Section):
@@ -225,7 +225,7 @@ class HubSection(Section):
         return self
 
     def of(self, run: str) -> "HubSection":
-        """The same for the run of this name."""
+        """Copy the section with a run's name in the names of the repos."""
         return HubSection(
             **{
                 key: value.replace(RUN_NAME, run) if isinstance(value, str) else value
@@ -262,12 +262,12 @@ class EvaluationSection(CheckpointEvaluationSettings):
 
     @property
     def environment_key(self) -> str:
-        """The key of its environment in the section `environments`."""
+        """The key of the environment in the section `environments`."""
         return environment_key(self.environment)
 
 
 def environment_key(name: str) -> str:
-    """The key in the section `environments` of an environment that a scorer or an evaluation names."""
+    """The key in `environments` of an environment that a scorer or an evaluation names."""
     return name if name in STAGES else f"{OWN}{name}"
 
 

@@ -1,4 +1,4 @@
-"""How an entry of a config names the stages that it is about: by their kind, their role, their name or a pattern."""
+"""Matches the keys of config entries to stages: by their kind, role, name, or a pattern."""
 
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,46 +11,45 @@ T = TypeVar("T")
 ARRAYS: tuple[Workload, ...] = ("generation", "scoring")
 """Kinds of stages that run as a job array, whose tasks share the shards."""
 HEAVY: tuple[Workload, ...] = (*ARRAYS, "training")
-"""Kinds that load a model and take most of the time."""
+"""Kinds that load a model and take most of a run's time."""
 KINDS: tuple[Workload, ...] = (*HEAVY, "light")
 
 
 class Demand(Protocol):
-    """What of a stage decides which settings are its own."""
+    """The properties of a stage that decide which entries match it."""
 
     @property
     def name(self) -> str:
-        """In the run."""
+        """Its name in the run."""
         ...
 
     @property
     def role(self) -> str:
-        """What it is for in its iteration."""
+        """Its role in the iteration."""
         ...
 
     @property
     def workload(self) -> Workload:
-        """What it is to a scheduler."""
+        """How it is scheduled."""
         ...
 
     @property
     def gpus(self) -> int:
-        """GPUs that one replica takes, where there are any."""
+        """GPUs per replica, on machines that have GPUs."""
         ...
 
 
 def is_named(stage: Demand, key: str) -> bool:
-    """Whether a key of a config is about a stage: its kind, its role ("reference"), its name, or a pattern of these
-    two."""
+    """Whether a config key matches a stage: its kind, its role ("reference"), its name, or a pattern of these two."""
     return key == stage.workload or any(fnmatch.fnmatchcase(name, key) for name in (stage.name, stage.role))
 
 
 def entries_of(stage: Demand, entries: Mapping[str, T]) -> Iterator[T]:
-    """The entries that are about a stage, in their order: of several the later one holds."""
+    """The entries that match a stage, in their order; later ones override earlier ones."""
     return (entry for key, entry in entries.items() if is_named(stage, key))
 
 
 def unused(keys: Iterable[str], stages: Iterable[Demand]) -> list[str]:
-    """The keys that are about none of the stages."""
+    """The keys that match none of the stages."""
     stages = list(stages)
     return [key for key in keys if not any(is_named(stage, key) for stage in stages)]

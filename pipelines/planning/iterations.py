@@ -1,20 +1,20 @@
-"""How many iterations a run can have, and what of its config so many of them leave without effect."""
+"""Checks the number of iterations of a run, and which config keys have no effect with so few."""
 
 from contracts.errors import UserError
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph
 
 MOST_ITERATIONS = 10_000
-"""More are surely a typing error: an iteration takes minutes."""
+"""Maximum number of iterations; a larger one is surely a typing error, since an iteration takes minutes."""
 MOST_ACCUMULATED = 1_000
-"""The same where each iteration reads the pairs of all before it."""
+"""Maximum number of iterations if each reads data of all earlier ones."""
 
 
 def require_iterations(config: RunConfig, asked: int | None) -> int:
-    """How many iterations a command wants: `--iters`, or what the config says.
+    """The number of iterations that a command asks for: `--iters`, or the config's.
 
     Raises:
-        UserError: the number is negative, or beyond all that a run can have.
+        UserError: the number is negative, or larger than a run may have.
     """
     wanted, name = (config.iterations, "iterations") if asked is None else (asked, "--iters")
     if not 0 <= wanted <= MOST_ITERATIONS:
@@ -28,14 +28,14 @@ def require_iterations(config: RunConfig, asked: int | None) -> int:
         if is_set and wanted > MOST_ACCUMULATED:
             fix = "set accumulate=false" if config.accumulate else f"set {key}.iterations"
             raise UserError(
-                f"{name} is {wanted} with {key}, by which every iteration reads the {what} of all before it; with that "
+                f"{name} is {wanted} with {key}, with which every iteration reads the {what} of all earlier ones; then "
                 f"it must be from 0 to {MOST_ACCUMULATED}. Lower it, or {fix}."
             )
     return wanted
 
 
 def lag_beyond_run(graph: Graph) -> str | None:
-    """What is wrong with a lag by which all iterations of a graph sample from the same policy; None if it is not so."""
+    """A warning if the lag makes all iterations of a graph sample from the same policy, else None."""
     sampling = [node for node in graph.nodes.values() if node.role == "generation"]
     if graph.lag == 0 or len(sampling) < 2 or len({node.path("policy") for node in sampling}) > 1:
         return None
@@ -46,7 +46,7 @@ def lag_beyond_run(graph: Graph) -> str | None:
 
 
 def curriculum_beyond_run(config: RunConfig, iterations: int) -> str | None:
-    """What is wrong with a curriculum that no iteration of a run has scores for; None if it is not so."""
+    """A warning if no iteration of the run has scores for the curriculum, else None."""
     if config.prompts.curriculum is None or not 0 < iterations <= config.lag + 1:
         return None
     return (

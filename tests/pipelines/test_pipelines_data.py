@@ -164,7 +164,7 @@ def test_dynamic_sampling_is_rounds_of_sampling_and_scoring(smallest: Path, algo
         (["replay={decay: 0}"], "'replay.decay' is 0"),
         (
             ["replay={}", "training.algorithm=grpo", "training.settings={}"],
-            "replay is set, but training.algorithm=grpo takes its samples for those of the policy that it trains",
+            "replay is set, but training.algorithm=grpo expects samples of the policy that it trains",
         ),
         (
             [

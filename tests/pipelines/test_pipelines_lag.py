@@ -231,7 +231,7 @@ def test_a_report_says_it(tmp_path: Path) -> None:
         (["lag=1", "start=initial"], "lag=1 with start=initial: .* Set start=previous, or lag=0"),
         (
             ["lag=1", "training.algorithm=grpo"],
-            r"lag=1, but training.algorithm=grpo takes its samples .* set lag=0, or choose .*\(decoupled_ppo, or one "
+            r"lag=1, but training.algorithm=grpo expects samples .* set lag=0, or choose .*\(decoupled_ppo, or one "
             r"on pairs\), or correct for it, .*training.correction=\{level: token",
         ),
         (["lag=1", "training.algorithm=rloo"], r"training.correction=\{level: sequence"),

@@ -84,7 +84,7 @@ def test_nothing_of_it_is_identity(smallest: Path) -> None:
         ("{stages: {generation: sampling}}", "is no pool. Known: none; add it to `pools`."),
         ("{stages: {generation: {layout: {tensor: 2}}}}", "unknown key 'placement.stages.generation.layout.tensor'"),
         ("{stages: {training: {layout: {zero: 4}}}}", "zero"),
-        ("async", "but lag is 0: every iteration samples from what the one before has trained. Set lag=1"),
+        ("async", "but lag is 0: every iteration samples from the policy that the previous one trains. Set lag=1"),
         ("nowhere.yaml", "config file nowhere.yaml does not exist"),
     ],
 )

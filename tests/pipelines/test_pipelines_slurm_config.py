@@ -82,7 +82,7 @@ def test_a_time_limit_is_read_as_slurm_reads_it(text: str, minutes: int | None) 
         ("executor.resources.nodes=0", "'executor.resources.nodes' is 0"),
         ("executor.resources.gpus=-1", "'executor.resources.gpus' is -1"),
         ("executor.resources.partiton=gpu", "Did you mean 'executor.resources.partition'?"),
-        ("executor.resources.directives={array: 0-3}", "array has a key of its own beside `directives`: set `tasks`"),
+        ("executor.resources.directives={array: 0-3}", "array has its own key next to `directives`: set `tasks`"),
         ("executor.resources.directives={mem-per-cpu: 4G}", "set `memory`"),
         ("executor.resources.directives={gpus_per_node: 4}", "set `gpus`"),
         ("executor.resources.directives={--time: 30}", "set `time`"),

@@ -1,7 +1,7 @@
-"""What a plan is expected to take, or why it cannot be.
+"""Evaluates plans: places and simulates them, or reports why they are impossible.
 
-A plan's section is placed and simulated as the driver would run it. The search itself looks at thousands of plans, for
-which it takes each stage's options from a table; what it then proposes is evaluated as a section again.
+`evaluate` places and simulates the section of a plan as the driver would run it. `PlanTable` evaluates thousands of
+plans during the search, from a table of each stage's layouts; the plan that is found is evaluated by `evaluate` again.
 """
 
 import functools
@@ -34,54 +34,54 @@ from pipelines.planning.simulation import DriverCosts, Simulation, Surroundings,
 from pipelines.planning.strategies import placements
 
 QUEUE = "queue"
-"""What a scheduler's queue is called among the shapes, whose errors are drawn."""
+"""The key of a scheduler's queue among the shapes whose errors are drawn."""
 
 
 @dataclass(frozen=True)
 class SearchedRun:
-    """What plans are made for."""
+    """The run that plans are searched for."""
 
     config: RunConfig
     graph: Graph
-    """Its stages, not placed."""
+    """Its graph, not placed."""
     predictor: Predictor
     device: Device
-    """That the memory of a stage is compared with."""
+    """The device whose memory limits the stages."""
     cluster_of: Callable[[RunConfig], Cluster]
-    """What a run with a config has."""
+    """The cluster of the run, by its config."""
     threads: int = 1
-    """Of each process, on a machine without GPUs."""
+    """Threads of each process, on a machine without GPUs."""
     driver: DriverCosts = field(default=DriverCosts())
     detached: bool = False
-    """Whether a scheduler's jobs are submitted all at once, and no driver stays."""
+    """Whether the run is detached: jobs are submitted all at once, and there is no driver."""
 
     @functools.cached_property
     def is_jobs(self) -> bool:
-        """Whether every stage that uses devices is a scheduler's jobs, so that no plan gives it devices."""
+        """Whether every stage that uses devices runs as a scheduler's jobs, so that plans assign no devices."""
         heavy = [node for node in self.graph.nodes.values() if node.stage.uses_devices(node.config)]
         return bool(heavy) and not any(self.config.executor.entry(node).kind in HERE for node in heavy)
 
     @functools.cached_property
     def on_gpu(self) -> bool:
-        """Whether stages that use devices compute on GPUs."""
+        """Whether the devices are GPUs."""
         cluster = self.cluster_of(self.config)
         if not self.is_jobs:
             return cluster.gpus > 0
         return cluster.scheduler_has_gpus and self.config.executor.asks_gpus
 
     def with_section(self, section: PlacementSection) -> RunConfig:
-        """The config with another plan."""
+        """Copy the config with another plan."""
         return self.config.model_copy(update={"placement": section})
 
     @functools.cached_property
     def streams(self) -> Streams:
-        """Which stages follow which where they may."""
+        """The stages that stream from others in plans with streaming."""
         section = self.config.placement.model_copy(update={"streaming": True})
         return streams(self.graph, self.with_section(section))
 
     @functools.cached_property
     def _unrelated(self) -> dict[str, set[str]]:
-        """By stage those that it neither needs nor is needed by."""
+        """By stage, the stages that neither depend on it nor it on them."""
         before: dict[str, set[str]] = {}
         for node in self.graph.nodes.values():
             needs = [need for need in node.needs if need in before]
@@ -95,7 +95,8 @@ class SearchedRun:
         }
 
     def beside(self, *, streaming: bool) -> Mapping[str, set[str]]:
-        """By stage those that can run at the same time: neither needs the other, or it follows it."""
+        """By stage, the stages that can run at the same time: independent ones, and with streaming also its
+        followers."""
         return self._following if streaming else self._unrelated
 
     @functools.cached_property
@@ -109,33 +110,33 @@ class SearchedRun:
 
 @dataclass(frozen=True)
 class ExpectedRun:
-    """A plan that can be, and what it is expected to take."""
+    """A possible plan with its simulation."""
 
     section: PlacementSection
     simulation: Simulation
     shapes: Mapping[str, str]
-    """By stage what decides the error of its prediction: its role and its layout."""
+    """By stage, its role and layout (`shape_of`), which share one prediction error."""
     largest: int = 0
-    """Bytes on a device of the stage of a scheduler's jobs that takes most."""
+    """The largest memory of a stage on one device, in bytes, if stages are a scheduler's jobs."""
 
     @property
     def seconds(self) -> float:
-        """Of the run."""
+        """Expected seconds of the run."""
         return self.simulation.total
 
     @property
     def device_hours(self) -> float:
-        """In which stages have devices."""
+        """Device-hours that stages hold."""
         return self.simulation.held_seconds / 3600
 
     @property
     def memory(self) -> int:
-        """Bytes on the fullest device, of what is predicted."""
+        """Predicted bytes on the fullest device."""
         return max((peak for peak, _ in self.simulation.memory.values()), default=self.largest)
 
     @property
     def idle(self) -> float:
-        """The share of all devices' time in which no stage has them."""
+        """The share of device time in which devices are idle."""
         if not self.simulation.cluster.is_divided and not self.simulation.cluster.executor.is_remote:
             return min(self.simulation.idle.values(), default=0.0)
         owned = self.simulation.owned_seconds
@@ -143,7 +144,7 @@ class ExpectedRun:
 
     @property
     def bases(self) -> dict[str, float]:
-        """The share of the stages' time that is measured, scaled or analytic."""
+        """The shares of the stages' time with predictions that are measured, scaled or analytic."""
         found: dict[str, float] = {}
         for prediction in self.simulation.predictions.values():
             found[prediction.basis] = found.get(prediction.basis, 0.0) + prediction.seconds
@@ -151,7 +152,8 @@ class ExpectedRun:
         return {basis: seconds / total for basis, seconds in sorted(found.items())} if total else {}
 
     def seconds_with(self, factors: Mapping[str, float]) -> float:
-        """Of the run, if stages of these shapes took so many times what is predicted, and so did the queue."""
+        """Seconds of the run if the times of stages of these shapes, and of the queue, are multiplied by these
+        factors."""
         seen, queue = self.simulation, factors.get(QUEUE, 1.0)
         scaled = {
             name: replace(
@@ -163,11 +165,11 @@ class ExpectedRun:
 
 
 class ImpossiblePlanError(UserError):
-    """A plan that cannot be, with the reason."""
+    """A plan is impossible; the message says why."""
 
 
 class UnknownCostError(ImpossiblePlanError):
-    """A plan with a stage of which nothing is known."""
+    """A plan has stages without a prediction."""
 
     def __init__(self, stages: Sequence[str]) -> None:
         super().__init__(unknown_in_words(stages))
@@ -175,19 +177,20 @@ class UnknownCostError(ImpossiblePlanError):
 
 
 def evaluate(setting: SearchedRun, section: PlacementSection) -> ExpectedRun:
-    """Place a plan, and run it in advance.
+    """Place a plan and simulate it.
 
     Raises:
-        ImpossiblePlanError: it asks for more devices or memory than there are, or for what a model cannot take.
-        UnknownCostError: nothing is known of one of its stages.
+        ImpossiblePlanError: it asks for more devices or memory than there are, or for a layout that a model does not
+            allow.
+        UnknownCostError: a stage has no prediction.
     """
     config = setting.with_section(section)
     if section.strategy == "async" and not setting.graph.lag:
-        raise ImpossiblePlanError("async is for runs with a lag, which this one has not.")
+        raise ImpossiblePlanError("async is for runs with a lag, and this one has none.")
     if section.strategy == "colocated" and not config.executor.warm:
-        raise ImpossiblePlanError("colocated is for processes that stay, but executor.warm is false.")
+        raise ImpossiblePlanError("colocated needs processes that stay loaded, but executor.warm is false.")
     if section.streaming and setting.detached:
-        raise ImpossiblePlanError("placement.streaming takes a driver that stays.")
+        raise ImpossiblePlanError("placement.streaming needs a driver, and a detached run has none.")
     cluster, on_gpu, room_of_all = setting.cluster_of(config), setting.on_gpu, setting.device.bytes
     try:
         graph = place(setting.graph, cluster)
@@ -208,7 +211,7 @@ def evaluate(setting: SearchedRun, section: PlacementSection) -> ExpectedRun:
         estimate = memory(node, graph, on_gpu=on_gpu)
         needed = needed_memory(estimate, predictions[name], node, on_gpu) or 0
         if on_gpu and not node.stage.uses_devices(node.config):
-            needed = 0  # what it takes is the machine's
+            needed = 0  # it uses CPU memory
         room = int((estimate.share if estimate is not None else 1.0) * setting.device.bytes)
         sizes[name] = needed
         if needed > room and room_of_all and (setting.is_jobs or cluster.executor.entry(node).kind in HERE):
@@ -230,12 +233,12 @@ def evaluate(setting: SearchedRun, section: PlacementSection) -> ExpectedRun:
 
 
 def shapes_of(graph: Graph) -> dict[str, str]:
-    """By stage of a placed graph its role and what of its config a layout decides."""
+    """The shape of each stage of a placed graph, by name."""
     return {name: shape_of(node) for name, node in graph.nodes.items()}
 
 
 def shape_of(node: Node) -> str:
-    """The same of one stage."""
+    """The shape of a placed stage: its role and its layout, as a text."""
     layout = node.stage.layout(node.config)
     own = {key: getattr(node.config, key) for key in node.stage.layout_keys if hasattr(node.config, key)}
     return f"{node.role}: {layout.shown or layout.processes} {own}"
@@ -248,12 +251,11 @@ def most_together(
     cluster: Cluster,
     room: int,
 ) -> int:
-    """The most bytes that stages may have at any time of the memory that they share, whenever each runs: that of the
-    machine where it has no GPU, or that of GPUs which several stages have at once. No more is found out than whether
-    it is more than there is room for.
+    """The peak of the memory that stages share, in bytes, over all possible orders: of CPU memory on a machine without
+    GPUs, or of GPUs that several stages use at once. The search stops at the first sum above `room`.
 
-    Stages that need each other never run at the same time unless one follows the other, nor do those with a device in
-    common that each has for itself.
+    Stages that depend on each other never run at the same time, unless one streams from the other, nor do stages that
+    share an exclusive device.
 
     Args:
         beside: by stage those that can run at the same time (`SearchedRun.beside`).
@@ -297,7 +299,7 @@ def most_together(
 
 
 def kept_loaded(order: Iterable[Node], sizes: Mapping[str, int]) -> int:
-    """Bytes of all that processes keep loaded, and of the largest stage that keeps nothing."""
+    """Bytes of everything that processes keep loaded, plus those of the largest stage that keeps nothing."""
     kept: dict[str, int] = {}
     largest = 0
     for node in order:
@@ -309,17 +311,17 @@ def kept_loaded(order: Iterable[Node], sizes: Mapping[str, int]) -> int:
 
 
 class PlanTable:
-    """Evaluates plans of the space, many times a second."""
+    """Evaluates plans quickly, many per second."""
 
     def __init__(
         self, setting: SearchedRun, options: Options | None = None, shapes: Collection[str] | None = None
     ) -> None:
-        """The plans of a run.
+        """Prepare the table for a run.
 
         Args:
-            setting: what they are for.
-            options: those of another table of the same run.
-            shapes: look only at layouts that are one of these, or that runs have shown (`shape_of`).
+            setting: the run.
+            options: the layout options of another table of the same run, to reuse.
+            shapes: restrict layouts to these shapes (`shape_of`), and to layouts that runs have used.
         """
         self.setting = setting
         self._shapes = shapes
@@ -334,7 +336,7 @@ class PlanTable:
         }
         whole = self._clusters[False]
         self.devices = 0 if setting.is_jobs else whole.devices
-        """Of this machine, to divide."""
+        """Devices of this machine that plans divide; 0 if all stages are a scheduler's jobs."""
         self.on_gpu = setting.on_gpu
         if setting.is_jobs:
             self.calls = calls_on_scheduler(setting.graph, place(setting.graph, whole), whole)
@@ -345,7 +347,7 @@ class PlanTable:
         )
         self.evaluated = 0
         self.out_of_room = 0
-        """Plans whose stages fit one by one, but not together."""
+        """Number of plans whose stages fit into memory one by one, but not together."""
         roles = {call.role for call in self.calls}
         self._order = [node.name for node in in_order(setting.graph, setting.config)]
         self._others: dict[bool, dict[str, Node]] = {}
@@ -358,10 +360,10 @@ class PlanTable:
                 if node.role not in roles
             }
         self.streams = setting.streams
-        """Which stages follow which in plans with streaming."""
+        """The stages that stream from others in plans with streaming."""
         self._sizes: dict[str, int] = {}
         self.unknown: list[str] = []
-        """Stages without devices of which nothing is known."""
+        """Stages without devices that have no prediction."""
         for name, node in self._others[False].items():
             one = setting.predictor.predict(node, setting.graph)
             if one is None:
@@ -375,13 +377,13 @@ class PlanTable:
         self._costs: dict[PlanChoice, tuple[float, ...] | None] = {}
 
     def can_stream(self, plan: PlanChoice) -> bool:
-        """Whether a stage can have devices beside the one that it follows."""
+        """Whether a stage can have devices at the same time as the stage that it streams from."""
         if not self.streams or self.setting.detached:
             return False
         return self.setting.is_jobs or plan.divided or self._clusters[False].parallel > 1
 
     def devices_of(self, plan: PlanChoice) -> list[tuple[int, ...]]:
-        """What the plan gives each role."""
+        """The devices that a plan gives each role."""
         if self.setting.is_jobs:
             return [tuple(range(call.asked or 0)) for call in self.calls]
         everything = tuple(range(self.devices))
@@ -400,11 +402,11 @@ class PlanTable:
         return found
 
     def _parts_of(self, roles: frozenset[str]) -> dict[str, tuple[int, ...]]:
-        """The parts of the machine that scorers in no pool have."""
+        """The parts of the machine for scorers in no pool."""
         if roles not in self._parts:
             data: dict[str, Any] = {"strategy": "interleaving"}
             rest = [call.role for call in self.calls if call.workload == "scoring" and call.role not in roles]
-            if rest:  # a pool of all, for the sake of those that are elsewhere
+            if rest:  # put the other scorers into a pool, so that they take no part
                 data |= {"pools": {"x": {"devices": self.devices}}, "stages": {role: {"pool": "x"} for role in rest}}
             section = PlacementSection.model_validate(data)
             cluster = replace(self._clusters[True], placement=section)
@@ -415,7 +417,7 @@ class PlanTable:
         return self._parts[roles]
 
     def options_of(self, plan: PlanChoice) -> list[list[Option]]:
-        """What each role can be on its devices."""
+        """The layout options of each role on its devices."""
         given = self.devices_of(plan)
         return [
             self._options(call, len(devices), plan.divided) for call, devices in zip(self.calls, given, strict=True)
@@ -436,7 +438,8 @@ class PlanTable:
         return self._seen[key]
 
     def cost(self, plan: PlanChoice) -> tuple[float, ...] | None:
-        """Seconds; of plans that take the same, device-seconds, then how much they change. None: it cannot be."""
+        """The cost of a plan, compared in order: seconds, device-seconds, number of changes. None if it is
+        impossible."""
         if plan not in self._costs:
             self._costs[plan] = self._cost(plan)
         return self._costs[plan]

@@ -1,4 +1,4 @@
-"""The whole of a search: the fixed strategies, the plan that is found, and which of them to take."""
+"""Runs a whole search: evaluates the fixed strategies, searches for better plans, and decides which plan to use."""
 
 import math
 from collections import Counter
@@ -24,57 +24,57 @@ from pipelines.planning.search.plans import fixed_section, jobs_section, section
 from pipelines.text import lasting, plural
 
 AS_WRITTEN = "as written"
-"""What the plan that the config itself has is called, where it is none of the strategies by themselves."""
+"""Name of the config's own plan, if it is not one of the plain strategies."""
 FOUND = "found"
-"""What the plan that the search has found is called."""
+"""Name of the best plan that the search has found."""
 CAUTIOUS = "cautious"
-"""The same for the one in layouts that runs have shown, or that the strategies have."""
+"""Name of the best plan that uses only layouts of earlier runs or of the strategies."""
 HORIZON = 2
-"""Iterations that are searched in, and as many more as the lag; the plans that are compared have all of the run's."""
+"""Number of iterations, plus the lag, that the search simulates; the final comparison simulates all of the run's."""
 
 
 @dataclass(frozen=True)
 class SearchAnswer:
-    """What a search has found."""
+    """The result of a search."""
 
     fixed: Mapping[str, ExpectedRun]
-    """The strategies that can be, by name."""
+    """The possible fixed strategies, by name."""
     impossible: Mapping[str, str]
-    """Those that cannot, with the reason."""
+    """The impossible ones, with the reason."""
     found: ExpectedRun | None
-    """The best plan of the space; None: none can be."""
+    """The best plan; None if none is possible."""
     cautious: ExpectedRun | None
-    """The best one in layouts that runs have shown, or that the strategies have."""
+    """The best plan that uses only layouts of earlier runs or of the strategies."""
     errors: Mapping[str, float]
-    """Of each of them, and of "found" and "cautious", one standard deviation in seconds."""
+    """One standard deviation in seconds of each of them, and of "found" and "cautious"."""
     comparison: PlanComparison | None
-    """The found plan beside the best fixed one."""
+    """The found plan compared with the best fixed strategy."""
     adopted: ExpectedRun
     name: str
-    """What it is called: found, or the strategy."""
+    """Name of the adopted plan: found, cautious, or a strategy."""
     reason: str
     finding: BestPlan
     bound: float
-    """Seconds below which no plan comes, of the searched iterations."""
+    """Lower bound in seconds for any plan, over the searched iterations."""
     searched_seconds: float | None
-    """What the found plan takes of them."""
+    """Seconds of the found plan over the searched iterations."""
     left_out: Mapping[str, int]
-    """Layouts that were not considered, by reason."""
+    """Number of layouts that were left out, by reason."""
     out_of_room: int
-    """Plans whose stages fit one by one, but not at the same time."""
+    """Number of plans whose stages fit into memory one by one, but not together."""
     memory_unknown: tuple[str, ...]
-    """Roles whose layouts are left as they are written."""
+    """Roles whose memory is not known, which keep the config's layout."""
 
 
 def search_plan(setting: SearchedRun, *, seed: int = 0, seconds: float = math.inf) -> SearchAnswer:
-    """Find the plan of a run that takes least, and say whether it is worth to leave the fixed strategies for it.
+    """Find the fastest plan of a run, and decide whether to adopt it instead of a fixed strategy.
 
     Args:
-        seed: of the search and of the draws of the errors.
-        seconds: after which the search ends with the best so far.
+        seed: seed of the search, and of the draws of prediction errors.
+        seconds: time limit, after which the best plan so far is used.
 
     Raises:
-        UserError: nothing is known of a stage in any layout, or no plan fits.
+        UserError: a stage has no prediction in any layout, or no plan is possible.
     """
     _require_pools_of_this_machine(setting)
     fixed, impossible = _fixed(setting)
@@ -118,7 +118,7 @@ def search_plan(setting: SearchedRun, *, seed: int = 0, seconds: float = math.in
 
 
 def _evaluated(setting: SearchedRun, table: PlanTable, finding: BestPlan) -> ExpectedRun | None:
-    """The plan that was found, as the section that says it."""
+    """Evaluate the found plan as a section."""
     if finding.plan is None:
         return None
     plan = finding.plan
@@ -132,16 +132,16 @@ def _evaluated(setting: SearchedRun, table: PlanTable, finding: BestPlan) -> Exp
 def plans_of(
     fixed: Mapping[str, ExpectedRun], found: ExpectedRun | None, cautious: ExpectedRun | None
 ) -> dict[str, ExpectedRun]:
-    """All of the table, by name."""
+    """All possible plans, by name."""
     searched = {FOUND: found, CAUTIOUS: cautious}
     return {**fixed, **{name: run for name, run in searched.items() if run is not None}}
 
 
 def taking(answer: SearchAnswer, name: str) -> SearchAnswer:
-    """The same, with a plan of the table that somebody wants, whatever the search would take.
+    """Adopt the plan of this name, regardless of the search's decision.
 
     Raises:
-        UserError: there is none that is called so.
+        UserError: there is no possible plan of this name.
     """
     plans = plans_of(answer.fixed, answer.found, answer.cautious)
     if name not in plans:
@@ -182,7 +182,7 @@ def _fixed(setting: SearchedRun) -> tuple[dict[str, ExpectedRun], dict[str, str]
 
 
 def _searched(setting: SearchedRun) -> SearchedRun:
-    """The same with few iterations."""
+    """Reduce the run to few iterations."""
     iterations = max((node.iteration or 0 for node in setting.graph.nodes.values()), default=0)
     few = HORIZON + setting.graph.lag
     if iterations <= few:
@@ -191,7 +191,7 @@ def _searched(setting: SearchedRun) -> SearchedRun:
 
 
 def _require_known(table: PlanTable) -> None:
-    """Raise UserError where stages cannot be planned because nobody knows what they take in any layout."""
+    """Raise UserError if stages have no prediction in any layout."""
     missing = list(table.unknown)
     for call in table.calls:
         devices = table.devices if call.asked is None else call.asked
@@ -213,17 +213,17 @@ def _choice(
     own: str,
     beside: PlanComparison | None,
 ) -> tuple[str, str]:
-    """What to take, and why.
+    """The name of the plan to adopt, and the reason.
 
     Args:
-        best: the strategy that takes least, if any can be.
-        comparison: the found plan beside it, and
-        careful: the cautious one.
-        own: the plan of the config itself.
-        beside: the best strategy beside that, if it can be.
+        best: the fastest strategy, if any is possible.
+        comparison: the found plan compared with it.
+        careful: the cautious plan compared with it.
+        own: the config's own plan.
+        beside: the fastest strategy compared with the config's own plan, if that is possible.
     """
     if best is None:
-        return FOUND, "no strategy by itself can be"
+        return FOUND, "none of the fixed strategies is possible"
     if comparison is not None and comparison.is_sure:
         return FOUND, f"{_less(comparison, best)}, and is the faster one {_draws_won(comparison)}"
     if comparison is None:
@@ -257,7 +257,7 @@ def _draws_won(comparison: PlanComparison) -> str:
 
 
 def differences(adopted: ExpectedRun, other: ExpectedRun) -> list[str]:
-    """What one plan does otherwise than another: by role where it runs and in which layout."""
+    """The differences between two plans: where each role runs, and in which layout."""
     rows = []
     if adopted.section.streaming != other.section.streaming:
         rows.append(f"streaming: {_on(adopted.section.streaming)} instead of {_on(other.section.streaming)}")
@@ -273,7 +273,7 @@ def _on(streaming: bool) -> str:
 
 
 def where(run: ExpectedRun) -> dict[str, str]:
-    """By role with devices where its stages run, and in which layout."""
+    """By role with devices, where its stages run, and in which layout."""
     found = {}
     for node in run.simulation.order:
         if not node.stage.uses_devices(node.config) or node.placement is None:
