@@ -9,7 +9,7 @@ from annotation.pairing.config import PairsSettings
 from contracts.config import describe
 from pipelines.commands.declaring import JSON, RUN, STYLE, argument, command, make_console, opened
 from pipelines.insight.pairs import as_json, compare_pairs, print_pairs
-from pipelines.run.alternatives import alternative, make, pairs_of
+from pipelines.run.alternatives import build, pairs_to_compare, select_alternative
 from pipelines.text import relative, say
 
 
@@ -26,16 +26,16 @@ from pipelines.text import relative, say
 )
 def _pairs(options: argparse.Namespace) -> int:
     run, graph = opened(options.run)
-    other = alternative(run, graph, options.iteration, options.overrides)
+    other = select_alternative(run, graph, options.iteration, options.overrides)
     console = make_console(stderr=options.json)
     place = relative(other.path)
     if other.is_own:
         say(console, f"these are the run's own pairs: {place}")
     elif other.is_published:
         say(console, f"already made: {place}")
-    elif code := make(other, run, sys.stderr if options.json or STYLE.quiet else None):
+    elif code := build(other, run, sys.stderr if options.json or STYLE.quiet else None):
         return code
-    found = compare_pairs(options.run.name, other.iteration, pairs_of(other))
+    found = compare_pairs(options.run.name, other.iteration, pairs_to_compare(other))
     if options.json:
         print(as_json(found))
         return 0

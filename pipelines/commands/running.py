@@ -46,10 +46,10 @@ from pipelines.planning.preflight import check_environments, require_possible
 from pipelines.run.directory import RunDirectory
 from pipelines.run.force import report_forced, resolve, set_aside
 from pipelines.run.fork import fork
-from pipelines.run.gates import stop_of
+from pipelines.run.gates import stop_decision
 from pipelines.run.plan import plan_run
-from pipelines.run.sharing import Shared
-from pipelines.run.sweep import PLACES, grid
+from pipelines.run.sharing import SharedArtifacts
+from pipelines.run.sweep import LOCATION_KEYS, grid
 from pipelines.run.verdicts import reused, verdicts
 from pipelines.text import plural, say
 
@@ -108,7 +108,7 @@ def run_command(options: argparse.Namespace) -> None:
     begin_hooks(config, run.path)
     set_aside(run.path, graph, forced)
     require_space(run.path, "directory")
-    shared = Shared(run.path, graph, but=forced)
+    shared = SharedArtifacts(run.path, graph, exclude=forced)
     for other in options.share:
         shared.offer(opened(other)[1])
     if options.detach:
@@ -123,7 +123,7 @@ def run_command(options: argparse.Namespace) -> None:
         print_table(console, graph)
         raise
     if options.share:
-        say(console, f"{plural(shared.withdraw(), 'stage')} taken over from {', '.join(map(str, options.share))}")
+        say(console, f"{plural(shared.remove_unused(), 'stage')} taken over from {', '.join(map(str, options.share))}")
     say(console, *report_forced(run.path, graph))
     if ran == 0:
         say(console, f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
@@ -143,7 +143,7 @@ def dry_run(console: Console, options: argparse.Namespace) -> None:
     plan = verdicts(graph, config, resolve(graph, options.force))
     say(console, *(f"warning: {text}" for text in wanted.warnings))
     say(console, *(f"{'reuse' if it.reuse else 'run':<6} {name}  ({it.reason})" for name, it in plan.items()))
-    if (stop := stop_of(graph, reused(plan))) is not None:
+    if (stop := stop_decision(graph, reused(plan))) is not None:
         say(console, f"stopped: {stop.reason} Nothing of a later iteration is started.")
     for other, lender in zip(options.share, lenders, strict=True):
         found = sum(name in lender.nodes and (lender.nodes[name].output / MANIFEST).is_file() for name in graph.nodes)
@@ -193,7 +193,7 @@ def _sweep(options: argparse.Namespace) -> int:
     worst = 0
     for number, point in enumerate(points):
         say(console, f"run {number + 1} of {len(points)}: {folder / point.name}")
-        overrides = [item for item in point.overrides if item.partition("=")[0] not in PLACES]
+        overrides = [item for item in point.overrides if item.partition("=")[0] not in LOCATION_KEYS]
         command = [sys.executable, "-m", "pipelines", "run", options.config, *overrides]
         command += [f"directory={folder}", f"name={point.name}", *(f"--share={run}" for run in done)]
         command += [] if options.iters is None else [f"--iters={options.iters}"]

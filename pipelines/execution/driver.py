@@ -29,12 +29,12 @@ from pipelines.graph import Node
 from pipelines.planning.cluster import cluster_of
 from pipelines.planning.placement import placed_graph
 from pipelines.planning.scheduling import Turn, in_order
-from pipelines.run.decisions import Decision, may_come_out_as_before, why_again
+from pipelines.run.decisions import Decision, may_reproduce_output, why_rebuilt
 from pipelines.run.directory import CANCEL
 from pipelines.run.events import OrphanEnded, RunEnded, RunEnding, RunStarted, StageWaits
 from pipelines.run.gates import decision_after
 from pipelines.run.retention import released_inputs
-from pipelines.run.superseded import end_deletions
+from pipelines.run.superseded import finish_deletions
 
 POLL_SECONDS = 0.1
 END_SECONDS = 20.0
@@ -63,7 +63,7 @@ class Driver:
         self.cluster = cluster_of(self.config)
         self.published: set[str] = set()
         self.running: dict[str, Running] = {}
-        self.again: dict[str, str] = {}  # released stages whose weights are rebuilt, with the reason
+        self.to_rebuild: dict[str, str] = {}  # released stages whose weights are rebuilt, with the reason
         self.stopped: GateDecision | None = None
         self.left: set[str] = set()  # running stages of iterations that a rollback has changed since
         self.ran = 0
@@ -104,7 +104,7 @@ class Driver:
         for executor in {*self.executors.used(), *self.executors.lasting()}:
             executor.recover()
         self.run.clear_scratch()
-        end_deletions(self.run.path)
+        finish_deletions(self.run.path)
 
     def publish_all(self) -> None:
         """Run the stages, then finish the work of retention."""
@@ -173,8 +173,8 @@ class Driver:
             return None
         if maker.decision.follows or not self.published.issuperset({*node.needs} - {maker.node.name}):
             return None
-        again = may_come_out_as_before(maker.node, maker.decision.key, self.run.path)
-        return maker if has_begun(maker.attempt) and not again else None
+        reproduces = may_reproduce_output(maker.node, maker.decision.key, self.run.path)
+        return maker if has_begun(maker.attempt) and not reproduces else None
 
     def may_start(self, node: Node) -> bool:
         """Whether a stage has everything it needs except devices."""
@@ -182,8 +182,8 @@ class Driver:
 
     def reuse_or_start(self, node: Node) -> None:
         """Decide about one stage and act on the decision."""
-        decision = self.lifecycle.decide(node, self.again.get(node.name))
-        if not decision.reuse and self.make_inputs_again(node):
+        decision = self.lifecycle.decide(node, self.to_rebuild.get(node.name))
+        if not decision.reuse and self.rebuild_inputs(node):
             return
         self.lifecycle.act(node, decision)
         if decision.reuse:
@@ -204,11 +204,11 @@ class Driver:
         self.running[node.name] = Running(node, attempt, job, decision)
         self.lifecycle.start(node, decision, attempt)
 
-    def make_inputs_again(self, node: Node) -> bool:
+    def rebuild_inputs(self, node: Node) -> bool:
         """Rerun the stages whose deleted weights `node` needs. Returns whether there are any."""
         released = released_inputs(node, self.graph)
-        self.published.difference_update(self.lifecycle.invalidate(released, why_again(node.name)))
-        self.again |= dict.fromkeys(released, why_again(node.name))
+        self.published.difference_update(self.lifecycle.invalidate(released, why_rebuilt(node.name)))
+        self.to_rebuild |= dict.fromkeys(released, why_rebuilt(node.name))
         return bool(released)
 
     def collect_ended(self) -> None:
@@ -233,7 +233,7 @@ class Driver:
             key = self.lifecycle.decide(node).key if decision.follows else decision.key
             outdated = self.lifecycle.finalize(node, key, running.attempt)
             self.ran += 1
-            self.again.pop(node.name, None)
+            self.to_rebuild.pop(node.name, None)
             if self.published.issuperset(node.needs) and not left:  # no input has been invalidated meanwhile
                 self.published.add(node.name)
             self.published.difference_update(outdated)

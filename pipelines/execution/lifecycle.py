@@ -48,7 +48,7 @@ from pipelines.run.events import (
 )
 from pipelines.run.gates import decision_after
 from pipelines.run.retention import Retention, may_be_released
-from pipelines.run.superseded import act_on, drop_partials, drop_replaced
+from pipelines.run.superseded import drop_partials, drop_replaced, move_outputs
 
 
 class Lifecycle:
@@ -63,14 +63,14 @@ class Lifecycle:
         self._untold: list[Event] = []
         self._profiles: ProfileRecorder | None = ProfileRecorder(graph, config)
 
-    def decide(self, node: Node, again: str | None = None) -> Decision:
+    def decide(self, node: Node, rebuild: str | None = None) -> Decision:
         """Decide about a stage whose inputs are published.
 
         Args:
-            again: the reason to rebuild its deleted weights, if something needs them.
+            rebuild: the reason to rebuild its deleted weights, if something needs them.
         """
         environment = self.config.environments.of(node.environment)
-        return decide(node, probe_versions(environment, node.environment), self.run.path, again=again)
+        return decide(node, probe_versions(environment, node.environment), self.run.path, rebuild=rebuild)
 
     def follow(self, node: Node, maker: Node, decision: Decision) -> Decision:
         """The decision to start a stage while the maker of one of its inputs runs, for which `decision` was made."""
@@ -83,7 +83,7 @@ class Lifecycle:
         Raises:
             UserError: the disk has too little space for the estimated output of the stage.
         """
-        act_on(node, decision, self.run.path)
+        move_outputs(node, decision, self.run.path)
         if not decision.reuse:
             require_disk_space(node, self.graph, self.config)
             return

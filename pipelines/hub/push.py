@@ -15,7 +15,7 @@ from pipelines.hub.parcels import LOG, REPORT, Kind, Parcel, parcels, report_fil
 from pipelines.hub.parquet import RolloutsWriter
 from pipelines.hub.remote import Remote
 from pipelines.run.directory import RunDirectory
-from pipelines.run.events import Event, HubPushed, HubPushFailed, on_hub
+from pipelines.run.events import Event, HubPushed, HubPushFailed, pushed_to_hub
 
 PLAN_SECONDS = 10.0
 """How long `--dry-run` asks a Hub that does not answer."""
@@ -84,7 +84,7 @@ class Pusher:
             known: leave out what the events say is there; else the Hub itself is asked.
         """
         self.failed.clear()
-        there = on_hub(self.run.events()) if known else set()
+        there = pushed_to_hub(self.run.events()) if known else set()
         for parcel in parcels(self.run, self.section, self._writer):
             if parcel.repo in self.failed or only not in (None, parcel.iteration) or (parcel.repo, parcel.tag) in there:
                 continue

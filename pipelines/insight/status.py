@@ -23,10 +23,10 @@ from pipelines.insight.wording import metrics_in_words, notable_lines, of_presen
 from pipelines.planning.cluster import cluster_of
 from pipelines.planning.placement import placed_if_possible
 from pipelines.planning.scheduling import streams
-from pipelines.run.decisions import reads_what_is_there
+from pipelines.run.decisions import has_current_inputs
 from pipelines.run.directory import CANCEL, RunDirectory
 from pipelines.run.events import Event, StagePublished, StageStarted
-from pipelines.run.gates import refused, stop_of
+from pipelines.run.gates import refused, stop_decision
 from pipelines.run.metrics import best_of, evaluations
 
 State = tuple[str, str, str, str]
@@ -127,7 +127,7 @@ def status_data(run: RunDirectory, graph: Graph) -> dict[str, Any]:
     given = {event.stage: event for event in run.events() if isinstance(event, StageStarted)}
     shares = {name: share_of(run.attempts(name)[-1]) for name in remaining.started if run.attempts(name)}
     published = [name for name, state in found.items() if state[0] in ("published", "released")]
-    rows, stop = evaluations(graph), stop_of(graph)
+    rows, stop = evaluations(graph), stop_decision(graph)
     took = {event.stage: event.seconds for event in run.events() if isinstance(event, StagePublished)}
     return {
         "run": str(run.path),
@@ -240,7 +240,7 @@ def _short(state: str, detail: str) -> State:
 def _state_of_published(node: Node, graph: Graph) -> State:
     try:
         manifest = Artifact.open(node.output).manifest
-        current = reads_what_is_there(node, graph, manifest)
+        current = has_current_inputs(node, graph, manifest)
     except UserError as error:
         return _short("damaged", str(error))
     state = "outdated"

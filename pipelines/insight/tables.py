@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.graph import Graph
-from pipelines.run.gates import refused, stop_of
+from pipelines.run.gates import refused, stop_decision
 from pipelines.run.metrics import COLUMNS, best_of, evaluations, is_further_scorer, judge_of
 from pipelines.text import numbers, relative
 
@@ -36,7 +36,7 @@ def print_table(console: Console, graph: Graph) -> None:
         soft_wrap=True,
         highlight=False,
     )
-    if (stop := stop_of(graph)) is not None:
+    if (stop := stop_decision(graph)) is not None:
         console.print(f"Stopped: {stop.reason}", soft_wrap=True, highlight=False)
 
 

@@ -122,7 +122,7 @@ def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
     if glance.idle:
         console.print(f"nobody works on {run.path}; nothing to cancel.", soft_wrap=True, highlight=False)
         return
-    with run.submitting():  # a finishing job submits no further ones from now on
+    with run.submit_lock():  # a finishing job submits no further ones from now on
         (run.path / CANCEL).touch()
         ids = [id for executor in Executors(Site(run, graph, run.config)).lasting() for id in executor.cancel()]
     if glance.holder is not None:

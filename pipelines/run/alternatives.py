@@ -75,7 +75,7 @@ class Alternative:
         return is_published(self.path, self.key)
 
 
-def alternative(run: RunDirectory, graph: Graph, iteration: int | None, overrides: list[str]) -> Alternative:
+def select_alternative(run: RunDirectory, graph: Graph, iteration: int | None, overrides: list[str]) -> Alternative:
     """The pairs that `overrides` give for an iteration; by default for the last one that has rollouts and scores.
 
     Raises:
@@ -112,7 +112,7 @@ def alternative(run: RunDirectory, graph: Graph, iteration: int | None, override
     return Alternative(node, config.model_copy(update={"output": path}), key, changes, place)
 
 
-def make(alternative: Alternative, run: RunDirectory, stdout: IO[str] | None) -> int:
+def build(alternative: Alternative, run: RunDirectory, stdout: IO[str] | None) -> int:
     """Run the stage in the foreground. Returns its exit code.
 
     Args:
@@ -178,7 +178,7 @@ def _missing(node: Node) -> list[Path]:
     return [path for path in node.inputs if not (path / MANIFEST).is_file()]
 
 
-def pairs_of(alternative: Alternative) -> dict[str, Artifact]:
+def pairs_to_compare(alternative: Alternative) -> dict[str, Artifact]:
     """The run's own pairs if published, and `alternative`; for the run's own, all alternatives of its iteration."""
     own, folder = alternative.node.output, alternative.place
     others = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")) if alternative.is_own else [alternative.path]

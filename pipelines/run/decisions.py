@@ -39,13 +39,13 @@ def decide(
     versions: dict[str, str],
     run: Path,
     where: Callable[[Path], Path] = lambda path: path,
-    again: str | None = None,
+    rebuild: str | None = None,
 ) -> Decision:
     """Decide about a stage of the run in the directory `run` whose inputs are all published.
 
     Args:
         where: maps an input's path to its present place; a dry run restores nothing from superseded/.
-        again: the reason to rebuild its deleted weights, if something needs them (`why_again`).
+        rebuild: the reason to rebuild its deleted weights, if something needs them (`why_rebuilt`).
 
     Raises:
         UserError: an input does not exist.
@@ -56,19 +56,19 @@ def decide(
     hidden = hidden_key(parts, followed, None if followed is None else maker_key(where(node.path(followed))))
     published = (node.output / MANIFEST).is_file()
     if published and Artifact.open(node.output).manifest.key == key:
-        if again and (node.output / RELEASED).is_file():
-            return Decision(False, again, key, hidden)
+        if rebuild and (node.output / RELEASED).is_file():
+            return Decision(False, rebuild, key, hidden)
         return Decision(True, "published under the same key", key, hidden)
     if node.output.exists() and not published:
         raise UserError(f"{node.output} exists but is not published. It is not Ratchet's: move it away.")
-    back = kept(run, node, key)
-    if back.exists() and not (again and (back / RELEASED).is_file()):
+    back = superseded_path(run, node, key)
+    if back.exists() and not (rebuild and (back / RELEASED).is_file()):
         lender = lender_of(back)
         reason = f"taken over from {lender}" if lender else f"taken back from {SUPERSEDED}/"
         return Decision(True, reason, key, hidden)
     if partial_directory(node.output, hidden).exists():
         return Decision(False, "continues where it was interrupted", key, hidden)
-    earlier = node.output if published else _last_kept(run, node)
+    earlier = node.output if published else _latest_superseded(run, node)
     if earlier is None:
         return Decision(False, "not made yet", key, hidden)
     changed = differences(Artifact.open(earlier).manifest.key_parts, parts)
@@ -82,12 +82,12 @@ def decide_to_follow(node: Node, versions: dict[str, str], maker: Node, making: 
     return Decision(False, f"follows {maker.name}", hidden, hidden, {str(maker.output): making})
 
 
-def may_come_out_as_before(maker: Node, key: str, run: Path) -> bool:
+def may_reproduce_output(maker: Node, key: str, run: Path) -> bool:
     """Whether a running stage has published under its key before (`--force`), so that its readers may be reused."""
     return any((run / SUPERSEDED / maker.name).glob(f"{key[:16]}*"))
 
 
-def why_again(reader: str) -> str:
+def why_rebuilt(reader: str) -> str:
     """The reason to rebuild a stage's deleted weights."""
     return f"its weights were deleted by gc and {reader} needs them"
 
@@ -113,7 +113,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def kept(run: Path, node: Node, key: str) -> Path:
+def superseded_path(run: Path, node: Node, key: str) -> Path:
     """The directory in superseded/ for a stage's output under a key."""
     return run / SUPERSEDED / node.name / key[:16]
 
@@ -131,13 +131,13 @@ def lender_of(place: Path) -> str | None:
         return None
 
 
-def _last_kept(run: Path, node: Node) -> Path | None:
+def _latest_superseded(run: Path, node: Node) -> Path | None:
     """The newest output of a stage in superseded/."""
     versions = [path.parent for path in (run / SUPERSEDED / node.name).glob(f"*/{MANIFEST}")]
     return max(versions, key=lambda path: path.stat().st_ctime_ns, default=None)
 
 
-def reads_what_is_there(node: Node, graph: Graph, manifest: Manifest) -> bool:
+def has_current_inputs(node: Node, graph: Graph, manifest: Manifest) -> bool:
     """Whether a published stage read exactly what its upstream stages have published now."""
     known = {digest for value in manifest.inputs.values() for digest in (value if isinstance(value, list) else [value])}
     outputs = {graph.nodes[name].output for name in node.needs}

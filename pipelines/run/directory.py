@@ -74,8 +74,8 @@ class RunDirectory:
         self.lock()
         origin = origin_of(source, self.path)
         if marker.exists():
-            owner = self._marked("config")
-            if owner != origin and self._marked("source") != str(source.absolute()):
+            owner = self._entry("config")
+            if owner != origin and self._entry("source") != str(source.absolute()):
                 its = owner if owner.startswith(PREFIX) else (self.path / owner).resolve()
                 raise UserError(
                     f"{self.path} is the run of {its}, not of {source}. Choose another name=... for this run."
@@ -118,7 +118,7 @@ class RunDirectory:
         (self.path / CANCEL).unlink(missing_ok=True)
         self.stream.drop_torn_line()
 
-    def submitting(self) -> contextlib.AbstractContextManager[None]:
+    def submit_lock(self) -> contextlib.AbstractContextManager[None]:
         """A lock across machines for submitting the run's jobs, changing their dependencies, or ending them."""
         return locked(self.path / "submit.lock")
 
@@ -151,14 +151,14 @@ class RunDirectory:
     def config(self) -> RunConfig:
         """The config of the last command, read once."""
         place = {"name": self.path.name, "directory": str(self.path.parent)}
-        return validate(RunConfig, {**self._marked("settings"), **place}, str(self.path / "run.json"))
+        return validate(RunConfig, {**self._entry("settings"), **place}, str(self.path / "run.json"))
 
     @property
     def iterations(self) -> int:
         """Number of iterations that the last command asked for."""
-        return int(self._marked("iterations"))
+        return int(self._entry("iterations"))
 
-    def _marked(self, name: str) -> Any:
+    def _entry(self, name: str) -> Any:
         """Read one entry of run.json."""
         path = self.path / "run.json"
         try:
@@ -218,7 +218,7 @@ def dated(config: RunConfig) -> RunConfig:
         return config
     date = None
     if (config.run_directory / "run.json").is_file():
-        date = RunDirectory(config.run_directory)._marked("settings").get("date")
+        date = RunDirectory(config.run_directory)._entry("settings").get("date")
     elif (config.run_directory / "config.resolved.yaml").is_file():  # where run.json was lost
         date = read_yaml(config.run_directory / "config.resolved.yaml").get("date")
     return config.model_copy(update={"date": date or datetime.date.today().isoformat()})

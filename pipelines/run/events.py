@@ -283,7 +283,7 @@ class EventStream:
         return EventReader(self.path).news()
 
 
-def on_hub(events: list[Event]) -> set[tuple[str, str]]:
+def pushed_to_hub(events: list[Event]) -> set[tuple[str, str]]:
     """Pairs of repo and tag (or "report") that the events record as pushed."""
     return {(event.repo, event.what) for event in events if isinstance(event, HubPushed)}
 

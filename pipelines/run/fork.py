@@ -23,7 +23,7 @@ from pipelines.run.sharing import link
 from pipelines.text import plural
 
 CONFIG = "config.yaml"
-OF_THE_RUN = frozenset({"environments", "executor", "hooks", "hub", "iterations", "retention", "tracking"})
+WHOLE_RUN_KEYS = frozenset({"environments", "executor", "hooks", "hub", "iterations", "retention", "tracking"})
 """Keys that a fork may set for the whole run, because they change no result."""
 
 
@@ -52,7 +52,7 @@ def fork(source: RunDirectory, first: int, overrides: list[str], name: str | Non
     try:
         write_atomically(work / CONFIG, yaml_text.dump(settings).encode())
         config = load_run_config(work / CONFIG, [])  # reports all mistakes in the values before anything is linked
-        count = _take_over(source, build_graph(source.config, last), work, first, bool(overrides))
+        count = _link_artifacts(source, build_graph(source.config, last), work, first, bool(overrides))
         record: dict[str, Any] = {"config": CONFIG, "source": str((target / CONFIG).absolute())}
         record |= {"iterations": config.iterations, "settings": config.settings()}
         record |= {COMMITS: commits} if (commits := recorded_commits(source.config)) is not None else {}
@@ -75,9 +75,9 @@ def _free_name(source: Path, first: int) -> str:
 def _settings(config: RunConfig, iterations: int, first: int, overrides: list[str], target: Path) -> dict[str, Any]:
     """The new run's settings: those of the old one, with the new values from iteration `first` on."""
     change = apply_overrides({}, overrides)
-    whole = {key: change.pop(key) for key in list(change) if key in OF_THE_RUN}
+    whole = {key: change.pop(key) for key in list(change) if key in WHOLE_RUN_KEYS}
     if unknown := set(change) - CHANGEABLE:
-        known = ", ".join(sorted(CHANGEABLE | OF_THE_RUN))
+        known = ", ".join(sorted(CHANGEABLE | WHOLE_RUN_KEYS))
         raise UserError(f"{min(unknown)!r} cannot change in a fork. What can: {known}. Else start a new run.")
     require_changeable(change, first)
     settings = {**config.settings(), "iterations": iterations}
@@ -101,7 +101,7 @@ def _without(data: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _take_over(source: RunDirectory, graph: Graph, work: Path, first: int, later_too: bool) -> int:
+def _link_artifacts(source: RunDirectory, graph: Graph, work: Path, first: int, include_later: bool) -> int:
     """Link the old run's artifacts: earlier iterations in place, later ones to superseded/. Returns how many."""
     count = 0
     for name, node in graph.nodes.items():
@@ -109,7 +109,7 @@ def _take_over(source: RunDirectory, graph: Graph, work: Path, first: int, later
             continue
         if node.iteration is None or node.iteration < first:
             link(node.output, work / name)
-        elif later_too:
+        elif include_later:
             link(node.output, work / SUPERSEDED / name / Artifact.open(node.output).manifest.key[:16])
         else:
             continue

@@ -19,7 +19,7 @@ def decisions(graph: Graph) -> Iterator[tuple[Node, GateDecision]]:
             yield node, decision
 
 
-def stop_of(graph: Graph, reused: Collection[str] | None = None) -> GateDecision | None:
+def stop_decision(graph: Graph, reused: Collection[str] | None = None) -> GateDecision | None:
     """The decision that stopped the run, or None. With `reused`, only the decisions of these stages count."""
     stops = ((node.name, decision) for node, decision in decisions(graph) if decision.action == "stop")
     return next((decision for name, decision in stops if reused is None or name in reused), None)

@@ -15,7 +15,7 @@ from contracts.manifest import MANIFEST
 from pipelines.config.sections import RetentionSection
 from pipelines.graph import Graph, folder_of
 from pipelines.iteration import build_graph
-from pipelines.run.decisions import SUPERSEDED, reads_what_is_there
+from pipelines.run.decisions import SUPERSEDED, has_current_inputs
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Collected
 from pipelines.run.retention import CollectionStep, compress, own_bytes, release, steps
@@ -118,7 +118,7 @@ def up_to_date(graph: Graph) -> set[str]:
     for node in graph.nodes.values():
         if not found.issuperset(node.needs) or not (node.output / MANIFEST).is_file():
             continue
-        if reads_what_is_there(node, graph, Artifact.open(node.output).manifest):
+        if has_current_inputs(node, graph, Artifact.open(node.output).manifest):
             found.add(node.name)
     return found
 
@@ -134,8 +134,8 @@ def leftovers(run: Path) -> Iterator[tuple[Path, str]]:
         name, _, key = path.name[1:].rpartition(".partial-")
         target = path.with_name(name)
         # A released stage that runs again has the same key.
-        again = (target / RELEASED).is_file() and Artifact.open(target).manifest.key[:16] == key
-        if (target / MANIFEST).is_file() and not again:
+        rebuilding = (target / RELEASED).is_file() and Artifact.open(target).manifest.key[:16] == key
+        if (target / MANIFEST).is_file() and not rebuilding:
             yield path, "begun under another key than what is published"
 
 

@@ -44,9 +44,9 @@ def policy_of(evaluation: Node, graph: Graph) -> Path:
 
 def best_of(rows: list[tuple[Path, dict[str, Any]]], refused: Collection[int] = ()) -> tuple[Path, dict[str, Any]]:
     """The best of `evaluations` among the policies that no gate refused; the initial one never is."""
-    judge = judge_of(rows[0][1])
+    metric = judge_of(rows[0][1])
     allowed = [row for row in rows if row[1]["iteration"] not in refused]
-    return max(allowed or rows, key=lambda item: float(item[1][judge]))
+    return max(allowed or rows, key=lambda item: float(item[1][metric]))
 
 
 def is_further_scorer(name: str) -> bool:

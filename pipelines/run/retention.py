@@ -35,9 +35,9 @@ from contracts.nested import leaves
 from contracts.records import EXPERIENCE, ROLLOUTS, SCORES
 from pipelines.config.sections import HubSection, RetentionSection
 from pipelines.graph import Graph, Node, tag_of
-from pipelines.run.decisions import SUPERSEDED, why_again
+from pipelines.run.decisions import SUPERSEDED, why_rebuilt
 from pipelines.run.directory import RunDirectory
-from pipelines.run.events import Event, RetentionFailed, RetentionHeld, RowsCompressed, WeightsReleased, on_hub
+from pipelines.run.events import Event, RetentionFailed, RetentionHeld, RowsCompressed, WeightsReleased, pushed_to_hub
 from pipelines.run.gates import refused
 from pipelines.run.metrics import best_of, evaluations, policy_of
 
@@ -66,7 +66,7 @@ def unpushed(run: RunDirectory, graph: Graph, hub: HubSection | None) -> set[str
     """The training stages whose checkpoints have to be pushed to the Hub and are not recorded as pushed."""
     if hub is None or hub.model is None:
         return set()
-    there = on_hub(run.events())
+    there = pushed_to_hub(run.events())
     trained = [node for node in graph.nodes.values() if node.role == "training"]
     return {node.name for node in trained if (hub.model, tag_of(node.iteration or 0)) not in there}
 
@@ -320,7 +320,7 @@ def released_inputs(node: Node, graph: Graph, where: Callable[[Path], Path] = la
     return [name for name in node.needs if (where(graph.nodes[name].output) / RELEASED).is_file()]
 
 
-def made_again(graph: Graph, runs: Collection[str], where: Callable[[Path], Path]) -> dict[str, str]:
+def stages_to_rebuild(graph: Graph, runs: Collection[str], where: Callable[[Path], Path]) -> dict[str, str]:
     """The released stages that must run again if the stages `runs` do, each with the reason."""
     found: dict[str, str] = {}
     todo = list(runs)
@@ -328,7 +328,7 @@ def made_again(graph: Graph, runs: Collection[str], where: Callable[[Path], Path
         reader = todo.pop()
         for name in released_inputs(graph.nodes[reader], graph, where):
             if name not in found and name not in runs:
-                found[name] = why_again(reader)
+                found[name] = why_rebuilt(reader)
                 todo.append(name)
     return found
 
@@ -346,7 +346,7 @@ class Retention:
         self.graph = graph
         self.section = section
         self.hub = hub
-        self._told: set[Event] = set()
+        self._recorded: set[Event] = set()
         self._stop = threading.Event()
         self._worker = ThreadPoolExecutor(1, "compression")
         self._compressing: dict[str, Future[int]] = {}
@@ -394,6 +394,6 @@ class Retention:
         self._once(RetentionFailed(what=what, error=f"{type(error).__name__}: {error}"))
 
     def _once(self, event: Event) -> None:
-        if event not in self._told:
-            self._told.add(event)
+        if event not in self._recorded:
+            self._recorded.add(event)
             self.run.record(event)

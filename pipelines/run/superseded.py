@@ -16,26 +16,26 @@ from contracts.artifacts import Artifact
 from contracts.fingerprint import RELEASED
 from contracts.manifest import MANIFEST
 from pipelines.graph import Node
-from pipelines.run.decisions import Decision, kept, lender_file
+from pipelines.run.decisions import Decision, lender_file, superseded_path
 
 TRASH = ".trash-"
 
 
-def act_on(node: Node, decision: Decision, run: Path) -> None:
+def move_outputs(node: Node, decision: Decision, run: Path) -> None:
     """Move a stage's old output aside before it runs, or restore the output that has the wanted key."""
     if (node.output / MANIFEST).is_file():
         old = Artifact.open(node.output).manifest.key
         if old == decision.key and decision.reuse:
             drop_replaced(node, old, run)
             return
-        aside = kept(run, node, old)
+        aside = superseded_path(run, node, old)
         aside.parent.mkdir(parents=True, exist_ok=True)
         if aside.exists():  # a released output, replaced by a command that was killed
             discard(aside, run)
         os.rename(node.output, aside)
     if decision.reuse:
         node.output.parent.mkdir(parents=True, exist_ok=True)
-        place = kept(run, node, decision.key)
+        place = superseded_path(run, node, decision.key)
         os.rename(place, node.output)
         lender_file(place).unlink(missing_ok=True)
 
@@ -45,7 +45,7 @@ def drop_replaced(node: Node, key: str, run: Path) -> bool:
 
     A stage that follows another may also reproduce an output kept here: its key is known only when the other ends.
     """
-    old = kept(run, node, key)
+    old = superseded_path(run, node, key)
     if not old.exists():
         return True
     released = (old / RELEASED).is_file()
@@ -68,7 +68,7 @@ def discard(directory: Path, run: Path) -> None:
     shutil.rmtree(trash)
 
 
-def end_deletions(run: Path) -> None:
+def finish_deletions(run: Path) -> None:
     """Finish deletions that a kill interrupted."""
     for trash in run.glob(f"{TRASH}*"):
         shutil.rmtree(trash)

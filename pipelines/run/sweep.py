@@ -11,12 +11,12 @@ from contracts.config import apply_overrides
 from contracts.errors import UserError
 from contracts.nested import flat
 
-MOST = 256
+MAX_RUNS = 256
 """Maximum number of runs of a sweep; more are most likely a mistake."""
 
-PLACES = ("name", "directory")
+LOCATION_KEYS = ("name", "directory")
 """Keys that locate the runs and cannot be swept."""
-LONGEST = 100
+MAX_NAME_LENGTH = 100
 """Maximum length of a run's name in characters."""
 
 
@@ -38,23 +38,23 @@ def grid(overrides: list[str]) -> list[GridPoint]:
     fixed: list[str] = []
     for item in overrides:
         ((key, value),) = flat(apply_overrides({}, [item])).items()
-        if isinstance(value, list) and value and key not in PLACES:
+        if isinstance(value, list) and value and key not in LOCATION_KEYS:
             axes[key] = list({json.dumps(one): one for one in value}.values())  # each once
         else:
             fixed.append(item)
     count = math.prod(map(len, axes.values()))
-    if not 2 <= count <= MOST:
+    if not 2 <= count <= MAX_RUNS:
         raise UserError(
-            f"these values make {count} {'run' if count == 1 else 'runs'}; a sweep has 2 to {MOST}. Give one key or "
-            "more a list: training.settings.beta=[0.1,0.3] seed=[1,2]. A value that is a list itself stands in one of "
-            "its own: generation.temperatures=[[0.7,1.0]]."
+            f"these values make {count} {'run' if count == 1 else 'runs'}; a sweep has 2 to {MAX_RUNS}. Give one "
+            "key or more a list: training.settings.beta=[0.1,0.3] seed=[1,2]. A value that is a list itself stands in "
+            "one of its own: generation.temperatures=[[0.7,1.0]]."
         )
     points = []
     for number, values in enumerate(itertools.product(*axes.values()), 1):
         point = dict(zip(axes, values, strict=True))
         name = _name(point)
         chosen = [f"{key}={json.dumps(value)}" for key, value in point.items()]
-        points.append(GridPoint(name if len(name) <= LONGEST else f"run-{number}", [*fixed, *chosen]))
+        points.append(GridPoint(name if len(name) <= MAX_NAME_LENGTH else f"run-{number}", [*fixed, *chosen]))
     return points
 
 

@@ -9,8 +9,8 @@ from pipelines.config.run import RunConfig
 from pipelines.environments.launch import probe_versions
 from pipelines.graph import Graph
 from pipelines.progress import tracked
-from pipelines.run.decisions import decide, kept
-from pipelines.run.retention import made_again
+from pipelines.run.decisions import decide, superseded_path
+from pipelines.run.retention import stages_to_rebuild
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Verdict:
 
     reuse: bool
     reason: str
-    again: bool = False
+    rebuild: bool = False
     """It runs only because its weights were deleted and are needed."""
 
 
@@ -56,10 +56,10 @@ def verdicts(graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Ve
             verdict = Verdict(decision.reuse, decision.reason)
             if decision.reuse:
                 certain.add(node.name)
-            if (place := kept(graph.directory, node, decision.key)).exists():
+            if (place := superseded_path(graph.directory, node, decision.key)).exists():
                 moved[node.name] = place
         if not verdict.reuse and sure:
             runs.append(node.name)
         found[node.name] = verdict
-    again = made_again(graph, runs, where)
-    return found | {name: Verdict(False, reason, again=True) for name, reason in again.items()}
+    rebuilt = stages_to_rebuild(graph, runs, where)
+    return found | {name: Verdict(False, reason, rebuild=True) for name, reason in rebuilt.items()}

@@ -22,7 +22,7 @@ from pipelines.iteration import build_graph
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import GateDecided, RunEnded
 from pipelines.run.fork import CONFIG, fork
-from pipelines.run.gates import refused, stop_of
+from pipelines.run.gates import refused, stop_decision
 from pipelines.run.gc import up_to_date
 from pipelines.run.metrics import best_of, evaluations
 
@@ -66,7 +66,7 @@ def test_a_stop_ends_the_run_and_the_same_command_says_the_same(run):
         run.drive(5, stop)
     assert str(first.value) == str(second.value)
     assert "run " not in run.lines
-    assert stop_of(graph_of(run, 5, stop)).iteration == 3
+    assert stop_decision(graph_of(run, 5, stop)).iteration == 3
 
 
 def test_a_stopped_run_goes_on_when_the_gate_is_told_to_look_later(run):

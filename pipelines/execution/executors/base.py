@@ -220,7 +220,7 @@ class Executors:
             UserError: a stage needs a driver.
             RunStoppedError: a gate has stopped the run.
         """
-        from pipelines.run.gates import stop_of
+        from pipelines.run.gates import stop_decision
         from pipelines.run.verdicts import reused
 
         if self.site.config.placement.streaming:
@@ -229,7 +229,7 @@ class Executors:
                 "driver. The jobs of a detached run wait until those before them have ended. Set "
                 "placement.streaming=false, or leave --detach out."
             )
-        if (stop := stop_of(self.site.graph, reused(plan))) is not None:
+        if (stop := stop_decision(self.site.graph, reused(plan))) is not None:
             raise RunStoppedError(stop.reason or "")
         for node in self.site.graph.nodes.values():
             if not plan[node.name].reuse and not (executor := self.of(node)).outlives_driver:

@@ -10,7 +10,7 @@ from pipelines.hub.background import command
 from pipelines.hub.parcels import LOG, ready
 from pipelines.insight.readers import ReaderProcess
 from pipelines.run.directory import RunDirectory
-from pipelines.run.events import Event, ListenerFailed, RunEnded, StagePublished, StageReused, on_hub
+from pipelines.run.events import Event, ListenerFailed, RunEnded, StagePublished, StageReused, pushed_to_hub
 
 
 def listen(run: RunDirectory, graph: Graph) -> Listen:
@@ -55,5 +55,5 @@ class HubListener:
 
     def _lacks(self) -> bool:
         """Whether something is published that is not known to be on the Hub."""
-        there = on_hub(self._run.events())
+        there = pushed_to_hub(self._run.events())
         return any((repo, tag_of(number)) not in there for repo, _, number in ready(self._run, self._section))

@@ -27,7 +27,7 @@ from pipelines.insight.report.timing import devices_of, note_waits, stage_row, t
 from pipelines.insight.wording import notable_lines, of_present
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, RunCancelled, RunEnded, RunStarted, StageEvent, StageSubmitted
-from pipelines.run.gates import refused, stop_of
+from pipelines.run.gates import refused, stop_decision
 from pipelines.run.points import latest
 
 Curves: TypeAlias = tuple[list[float], dict[str, list[float | None]]]
@@ -82,7 +82,7 @@ class _Gathering:
         rows = [self.stage(node) for node in self.graph.nodes.values()]
         note_waits(rows, {name: node.needs for name, node in self.graph.nodes.items()}, self.events)
         sets = list(self.sets())
-        stop = stop_of(self.graph)
+        stop = stop_decision(self.graph)
         report = RunReport(
             name=self.run.path.name,
             path=str(self.run.path),

@@ -45,7 +45,7 @@ from pipelines.run.decisions import Decision
 from pipelines.run.directory import CANCEL, RunDirectory
 from pipelines.run.events import RunEnded, RunStarted, StageSubmitted
 from pipelines.run.gates import decision_after
-from pipelines.run.superseded import end_deletions
+from pipelines.run.superseded import finish_deletions
 from pipelines.run.verdicts import Verdict, verdicts
 from pipelines.text import plural, say
 
@@ -63,7 +63,7 @@ def detach(console: "Console", site: Site, plan: dict[str, Verdict]) -> None:
     run, graph = site.run, site.graph
     if not scheduler.queue(run.path):
         end_orphans(run.path)
-        end_deletions(run.path)
+        finish_deletions(run.path)
         run.clear_scratch()
     to_run = [name for name, verdict in plan.items() if not verdict.reuse]
     new = submit_all(site, plan)
@@ -86,7 +86,7 @@ def detach(console: "Console", site: Site, plan: dict[str, Verdict]) -> None:
 def submit_all(site: Site, plan: dict[str, Verdict]) -> dict[str, Jobs]:
     """Submit the stages that have to run and have no jobs yet. Returns the new jobs by stage, in order."""
     run, graph = site.run, site.graph
-    with run.submitting():
+    with run.submit_lock():
         live = end_unknown(run.path)
         record_missed(run, live)
         run.record(RunStarted(stages=len(graph.nodes), by="Slurm"))
@@ -120,7 +120,7 @@ def submit_missing(site: Site, plan: dict[str, Verdict], live: set[str]) -> dict
             behind = [id for id in known.ids if id in live]
         attempt = run.new_attempt(node.name)
         request_for(node, attempt, site)
-        if plan[node.name].again:
+        if plan[node.name].rebuild:
             (attempt / AGAIN).write_text(plan[node.name].reason)
         after = predecessors(run, node, live)
         try:
@@ -219,7 +219,7 @@ def finalize(task: SlurmTask, entry: Entry) -> int:
     here = Here.of(task, entry)
     run, graph, node, attempt = here.site.run, here.site.graph, here.node, here.attempt
     broadcast = Broadcast(run, entry.listeners(run, graph))
-    with run.submitting():  # the submitting command may still be recording the job ids
+    with run.submit_lock():  # the submitting command may still be recording the job ids
         jobs = jobs_of(attempt)
     if jobs is None:
         print(f"{run.path}: the command that submitted this job was killed. Give it again.", file=sys.stderr)
@@ -230,7 +230,7 @@ def finalize(task: SlurmTask, entry: Entry) -> int:
         print(event.text)
     keep_output(attempt, run.path)
     decision = decision_of(attempt)
-    with run.submitting():
+    with run.submit_lock():
         code = _again(here) if decision is None or not published else _published(here, decision)
         clear_folders(run.path, scheduler.live_ids(run.path))
     if code == 0 and here.lifecycle.concerns_retention(node):
