@@ -23,7 +23,7 @@ BUCKET = 500_000_000
 
 
 @dataclass(frozen=True)
-class LongestRow:
+class RowShape:
     """The size of a row: one prompt with its answers, which are never split over micro-batches."""
 
     prompt: int
@@ -45,7 +45,7 @@ class LongestRow:
 
 
 def training_memory(
-    config: TrainingConfig, size: Size, row: LongestRow | None, *, on_gpu: bool, with_reference: bool = False
+    config: TrainingConfig, size: Size, row: RowShape | None, *, on_gpu: bool, with_reference: bool = False
 ) -> Memory:
     """Estimate the memory of a training process.
 
@@ -94,74 +94,74 @@ def training_memory(
     Once activations and logits are freed, AdamW's step on a GPU needs 4 T / n for its denominators, and merging the
     adapters into the published weights needs a·P: what exceeds the activations and logits is counted as `step`.
     """
-    number = number_bytes(config, on_gpu)
+    number = bytes_per_number(config, on_gpu)
     parallel, is_classifier = config.parallel, size.classifier
-    total, trained, adapters = size.parameters, trained_numbers(config, size), _adapter_numbers(config, size)
+    total, trained, adapters = size.parameters, trained_parameters(config, size), _adapter_parameters(config, size)
     moments = 2 if config.optimizer == "adamw" else 0
-    words = size.vocabulary * size.hidden
-    both = 1 if size.tied or is_classifier else 2
-    ends = both if parallel.pp == 1 else 1
+    matrix = size.vocabulary * size.hidden
+    vocabulary_matrices = 1 if size.tied or is_classifier else 2
+    own_matrices = vocabulary_matrices if parallel.pp == 1 else 1
     if parallel.pp > 1 or parallel.tp > 1:
-        whole = (total - both * words) // (parallel.pp * parallel.tp) + ends * words
+        whole = (total - vocabulary_matrices * matrix) // (parallel.pp * parallel.tp) + own_matrices * matrix
         trained = trained // parallel.pp if config.lora else trained * whole // total
         total, adapters = whole, adapters // parallel.pp
     sharing = parallel.dp * parallel.sp
-    widest = 2 * (size.parameters // max(1, size.layers) // parallel.tp) + words
+    largest_unsharded = 2 * (size.parameters // max(1, size.layers) // parallel.tp) + matrix
     base = number if config.lora else 4
     copies = 2 * (adapters if config.lora else total) if number == 2 else 0
-    stepped = 4 * trained if on_gpu and moments else 0
-    merged = 0
+    step_bytes = 4 * trained if on_gpu and moments else 0
+    merge_bytes = 0
     parts: dict[str, int] = {}
     if parallel.zero == "fsdp2":
-        computing = total if parallel.pp > 1 else min(total, widest + (ends - 1) * words)
+        computing = total if parallel.pp > 1 else min(total, largest_unsharded + (own_matrices - 1) * matrix)
         parts["weights"] = (base * total + 4 * adapters) // sharing + number * computing
         parts["gradients"] = 4 * trained // sharing + 4 * min(trained, computing)
         parts["optimizer"] = 4 * moments * trained // sharing
-        stepped //= sharing
+        step_bytes //= sharing
     elif parallel.zero == 0:
         parts["weights"] = base * total + 4 * adapters + copies
         parts["gradients"] = trained * (8 if sharing > 1 and not parallel.is_native else 4)
         parts["optimizer"] = trained * 4 * moments
-        merged = number * (total - both * words) if config.lora else 0
+        merge_bytes = number * (total - vocabulary_matrices * matrix) if config.lora else 0
     else:
         weights, gradients = (total + adapters) * number, trained * number
         if parallel.zero >= 2:
             gradients //= sharing
         if parallel.zero == 3:
-            weights = weights // sharing + min(weights, number * widest)
+            weights = weights // sharing + min(weights, number * largest_unsharded)
         parts["weights"] = 0 if "param" in parallel.offload and on_gpu else weights
         parts["gradients"] = gradients + number * min(trained, BUCKET)
         optimizer = trained * 4 * (2 + moments) // sharing
         parts["optimizer"] = 0 if "optimizer" in parallel.offload and on_gpu else optimizer
-        stepped = 0
-    tokens, apart = _micro_batch(config, size, row)
+        step_bytes = 0
+    tokens, expansion = _micro_batch_tokens(config, size, row)
     layer = (24 + (2 if number == 2 else 0) - (8 if config.lora else 0)) * size.hidden
     layer += 7 * number * config.lora.rank if config.lora else 0
-    attention = size.query_width + apart * 2 * (size.query_width + size.key_width)
+    attention = size.query_width + expansion * 2 * (size.query_width + size.key_width)
     layer += int(number * (4 * size.intermediate + attention)) // parallel.tp
     if config.gradient_checkpointing:
-        kept, holes = size.layers * 4 * size.hidden + 1.25 * layer, 2.4
+        kept, fragmentation = size.layers * 4 * size.hidden + 1.25 * layer, 2.4
     else:
-        kept, holes = (size.layers + 0.25) * layer, 1.5
-    parts["activations"] = int(tokens * (kept + 12 * size.hidden) * (1 if on_gpu else holes))
+        kept, fragmentation = (size.layers + 0.25) * layer, 1.5
+    parts["activations"] = int(tokens * (kept + 12 * size.hidden) * (1 if on_gpu else fragmentation))
     if not is_classifier:
-        head = 0 if config.lora else words * (8 + number)
+        head = 0 if config.lora else matrix * (8 + number)
         parts["logits"] = 12 * min(HEAD_CHUNK, tokens) * size.vocabulary + head
     if with_reference:
         parts["reference"] = base * size.parameters + 4 * REFERENCE_CHUNK * size.vocabulary * 6
-    over = parts["activations"] + parts.get("logits", 0)
-    parts["step"] = max(0, stepped - over, merged - over)
+    freed = parts["activations"] + parts.get("logits", 0)
+    parts["step"] = max(0, step_bytes - freed, merge_bytes - freed)
     return Memory({**parts, "process": PROCESS}, parallel.processes)
 
 
-def trained_numbers(config: TrainingConfig, size: Size) -> int:
+def trained_parameters(config: TrainingConfig, size: Size) -> int:
     """T: the number of trained parameters."""
     if config.lora is None:
         return size.trained(config.frozen)
-    return _adapter_numbers(config, size) + (size.hidden if size.classifier else 0)
+    return _adapter_parameters(config, size) + (size.hidden if size.classifier else 0)
 
 
-def _adapter_numbers(config: TrainingConfig, size: Size) -> int:
+def _adapter_parameters(config: TrainingConfig, size: Size) -> int:
     """Parameters of all adapters; a target that is not a layer of Llama is counted as all layers."""
     if config.lora is None:
         return 0
@@ -175,31 +175,31 @@ def _adapter_numbers(config: TrainingConfig, size: Size) -> int:
     return size.layers * config.lora.rank * sum(chosen)
 
 
-def _micro_batch(config: TrainingConfig, size: Size, row: LongestRow | None) -> tuple[int, float]:
+def _micro_batch_tokens(config: TrainingConfig, size: Size, row: RowShape | None) -> tuple[int, float]:
     """Tokens of the largest micro-batch in a process, and attention's number of tokens for each of them."""
     packs = config.packing != "padded" and (config.packing != "auto" or size.model_type in FLAT)
     shares = packs and config.packing != "flat"
-    tokens, apart = config.micro_batch_tokens, PADDING_SHARE if packs else 1.0
+    tokens, expansion = config.micro_batch_tokens, PADDING_SHARE if packs else 1.0
     if row is not None:
         one = row.shared if shares else row.flat
-        apart *= row.flat / one
+        expansion *= row.flat / one
         tokens = min(-(-config.global_batch // config.parallel.dp) * one, max(tokens, one))
-    return -(-tokens // config.parallel.sp), apart
+    return -(-tokens // config.parallel.sp), expansion
 
 
-def longest_of(answers: list[AnswerStats], sequences: int, limit: int | None) -> LongestRow | None:
+def longest_row_of(answers: list[AnswerStats], sequences: int, limit: int | None) -> RowShape | None:
     """The largest possible row of `sequences` answers to one prompt; sequences above `limit` tokens are dropped."""
     if not answers:
-        return LongestRow(0, limit, sequences) if limit else None
+        return RowShape(0, limit, sequences) if limit else None
     answer = max(found.longest_answer for found in answers)
     prompt = max(found.longest_prompt for found in answers)
     if limit is not None:
         answer = min(answer, limit)
         prompt = min(prompt, limit - answer)
-    return LongestRow(prompt, answer, sequences)
+    return RowShape(prompt, answer, sequences)
 
 
-def number_bytes(config: TrainingConfig, on_gpu: bool) -> int:
+def bytes_per_number(config: TrainingConfig, on_gpu: bool) -> int:
     """Bytes per number in computation and in the checkpoint: `auto` is bf16 on a GPU, fp32 on a CPU."""
     return 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu) else 4
 

@@ -17,7 +17,7 @@ from contracts.outlook import FILE, ID, LOGPROB, PROCESS, SAMPLE, STAGE, TEXT, A
 from contracts.records import ROLLOUTS
 from generation.config import GenerationConfig
 
-UNSEEN = 2048
+UNKNOWN_PROMPT_BYTES = 2048
 """Assumed bytes per prompt while the prompts are unknown."""
 
 
@@ -80,7 +80,7 @@ class Generation(Stage[GenerationConfig]):
         return Operations(
             kind="sampling",
             model=shape_of(size),
-            number=number_bytes(config, on_gpu=on_gpu),
+            number=bytes_per_number(config, on_gpu=on_gpu),
             layout=ModelLayout(dp=copies, tp=config.tensor_parallel),
             sequences=answers.count,
             prompt_tokens=answers.prompts.count * answers.mean_prompt,
@@ -142,7 +142,7 @@ class Generation(Stage[GenerationConfig]):
         if prompts is not None:
             limits.append(prompts.longest_tokens)
         elif config.count is not None:
-            prompts = RowStats(config.count, config.count * UNSEEN, UNSEEN)
+            prompts = RowStats(config.count, config.count * UNKNOWN_PROMPT_BYTES, UNKNOWN_PROMPT_BYTES)
         if prompts is None:
             return None
         count = min(config.count or prompts.count, prompts.count)
@@ -156,7 +156,7 @@ class Generation(Stage[GenerationConfig]):
         return config.max_prompt_tokens or 0, config.max_new_tokens
 
 
-def number_bytes(config: GenerationConfig, *, on_gpu: bool) -> int:
+def bytes_per_number(config: GenerationConfig, *, on_gpu: bool) -> int:
     """Bytes per number in the engine's dtype."""
     return {"float32": 4, "bfloat16": 2, "float16": 2}.get(config.dtype, 2 if on_gpu else 4)
 
@@ -172,7 +172,7 @@ def generation_memory(config: GenerationConfig, size: Size, answers: AnswerStats
     a batch of max_num_seqs, twice that while its tensors are copied to grow. Logits: max_num_seqs positions at 32 bytes
     per token of the vocabulary, because the sampler has several copies, some in fp64.
     """
-    number = number_bytes(config, on_gpu=on_gpu)
+    number = bytes_per_number(config, on_gpu=on_gpu)
     batch, longest = config.max_num_seqs, size.context or 4096
     if answers is not None:
         batch, longest = min(batch, answers.count), answers.longest

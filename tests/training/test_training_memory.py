@@ -16,13 +16,13 @@ from contracts.outlook import PROCESS
 from contracts.records import PAIRS, SCORES
 from pipelines.planning.sizes import read_size
 from training.config import PolicyConfig
-from training.estimates import LongestRow, training_memory
+from training.estimates import RowShape, training_memory
 
 WIDE: dict[str, Any] = {
     "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "head_dim": 64,
     "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512,
 }  # fmt: skip
-ROW = LongestRow(prompt=96, answer=96, sequences=2)
+ROW = RowShape(prompt=96, answer=96, sequences=2)
 ROWS = 3
 
 

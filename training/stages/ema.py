@@ -11,7 +11,7 @@ from training.estimates import model_bytes
 
 
 @dataclass(frozen=True)
-class Averaging(Stage[EmaConfig]):
+class AverageUpdate(Stage[EmaConfig]):
     """Update of a moving average of weights with a model."""
 
     def models(self, config: EmaConfig) -> tuple[ModelUse, ...]:
@@ -36,4 +36,4 @@ class Averaging(Stage[EmaConfig]):
         return config.model
 
 
-EMA = Averaging(EmaConfig, CHECKPOINT, "training.ema:run", preflight="training.preflight:check_average")
+EMA = AverageUpdate(EmaConfig, CHECKPOINT, "training.ema:run", preflight="training.preflight:check_average")

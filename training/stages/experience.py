@@ -7,12 +7,12 @@ from contracts.outlook import ID, LOGPROB, PROCESS, SAMPLE, STAGE, AnswerStats, 
 from contracts.records import EXPERIENCE
 from training.config import ExperienceConfig
 
-COLUMNS = 20
+NUMBERS_PER_TOKEN = 20
 """Numbers per response token that the stage holds in memory at once, including the intermediate results of GAE."""
 
 
 @dataclass(frozen=True)
-class ExperienceMaking(Stage[ExperienceConfig]):
+class ExperienceStage(Stage[ExperienceConfig]):
     """Computation of advantages and returns."""
 
     memory_fix: str = "Lower prompts.per_iteration, generation.k or generation.max_new_tokens, or free memory."
@@ -29,7 +29,7 @@ class ExperienceMaking(Stage[ExperienceConfig]):
         """The numbers of all samples, which are in memory at once."""
         answers = self.answers(config, outlook)
         tokens = answers.count * answers.longest_answer if answers else 0
-        return Memory({"numbers per token": COLUMNS * 8 * tokens, "process": PROCESS}, 1) if answers else None
+        return Memory({"numbers per token": NUMBERS_PER_TOKEN * 8 * tokens, "process": PROCESS}, 1) if answers else None
 
     def published_bytes(self, config: ExperienceConfig, outlook: Outlook) -> int | None:
         """prompts · (8 · text + 512) + answers · (256 + max_new_tokens · (7 + 24 · c)); c: numbers per token."""
@@ -41,4 +41,4 @@ class ExperienceMaking(Stage[ExperienceConfig]):
         return answers.prompt_bytes + answers.count * each + STAGE
 
 
-MAKE_EXPERIENCE = ExperienceMaking(ExperienceConfig, EXPERIENCE, "training.experience:run")
+MAKE_EXPERIENCE = ExperienceStage(ExperienceConfig, EXPERIENCE, "training.experience:run")

@@ -7,8 +7,8 @@ from contracts.models import ModelInfo
 from contracts.outlook import Outlook
 from contracts.records import CHECKPOINT
 from training.config import RewardConfig
-from training.estimates import LongestRow
-from training.stages.trainer import Training, all_pairs, count_of_pairs, longest_pair, mean_pair
+from training.estimates import RowShape
+from training.stages.trainer import Training, all_pairs, longest_pair, mean_pair, total_pairs
 
 
 @dataclass(frozen=True)
@@ -17,22 +17,22 @@ class RewardTraining(Training[RewardConfig]):
 
     def row_count(self, config: RewardConfig, outlook: Outlook) -> int | None:
         """Number of pairs."""
-        return count_of_pairs(all_pairs(config.pairs, outlook))
+        return total_pairs(all_pairs(config.pairs, outlook))
 
-    def longest_row(self, config: RewardConfig, outlook: Outlook) -> LongestRow | None:
+    def longest_row(self, config: RewardConfig, outlook: Outlook) -> RowShape | None:
         """The longest pair; for a pairwise model the longest question, whose two answers are one token each."""
         pairs, limit = all_pairs(config.pairs, outlook), config.max_length
         questions = [found.answers.question_tokens for found in pairs if found is not None]
         if config.kind == "pairwise" and questions:
-            return LongestRow(min(max(questions), limit or max(questions)), 1, 2)
+            return RowShape(min(max(questions), limit or max(questions)), 1, 2)
         return longest_pair(pairs, limit)
 
-    def mean_row(self, config: RewardConfig, outlook: Outlook) -> LongestRow | None:
+    def mean_row(self, config: RewardConfig, outlook: Outlook) -> RowShape | None:
         """A pair whose prompt has the mean length; for a pairwise model the question with both answers."""
         row = mean_pair(all_pairs(config.pairs, outlook), config.max_length)
         if row is None or config.kind == "bradley_terry":
             return row
-        return LongestRow(row.prompt + 2 * row.answer, 1, 2)
+        return RowShape(row.prompt + 2 * row.answer, 1, 2)
 
     def reads_as(self, config: RewardConfig) -> tuple[Callable[[ModelInfo], None], ...]:
         """A chat template, in which a pairwise model is asked its questions."""

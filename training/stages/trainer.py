@@ -12,15 +12,15 @@ from contracts.models import ModelInfo
 from contracts.operations import ModelLayout, Operations, shape_of
 from contracts.outlook import STAGE, AnswerStats, Memory, Outlook, PairStats
 from training.config import TrainingConfig
-from training.estimates import LongestRow, longest_of, number_bytes, trained_numbers, training_memory
+from training.estimates import RowShape, bytes_per_number, longest_row_of, trained_parameters, training_memory
 from training.parallel import ParallelConfig, check_layout
 
 T = TypeVar("T", bound=TrainingConfig)
 
-PARALLEL = ("dp", "tp", "pp", "sp", "zero", "offload")
-OWN = ("micro_batch_tokens", "gradient_checkpointing")
+PARALLEL_KEYS = ("dp", "tp", "pp", "sp", "zero", "offload")
+OTHER_KEYS = ("micro_batch_tokens", "gradient_checkpointing")
 """Layout keys outside of the section `parallel`."""
-LINE = 512
+LOG_LINE_BYTES = 512
 """Bytes of an optimizer step's line in the training log."""
 
 
@@ -32,7 +32,7 @@ class Training(Stage[T]):
     is_worker_node: str | None = "training.launch:is_worker_node"
     preflight: str | None = "training.preflight:check_training"
     step_log: str = "training-log.jsonl"
-    layout_keys: tuple[str, ...] = (*PARALLEL, *OWN)
+    layout_keys: tuple[str, ...] = (*PARALLEL_KEYS, *OTHER_KEYS)
     memory_fix: str = (
         "Lower micro_batch_tokens, set gradient_checkpointing=true, or spread the training over more devices with "
         "parallel.dp=N parallel.zero=3 (each with its section's name in front)."
@@ -42,11 +42,11 @@ class Training(Stage[T]):
         """Number of rows in an epoch; None if unknown."""
         raise NotImplementedError
 
-    def longest_row(self, config: T, outlook: Outlook) -> LongestRow | None:
+    def longest_row(self, config: T, outlook: Outlook) -> RowShape | None:
         """The largest row that may occur; None if unknown."""
         raise NotImplementedError
 
-    def mean_row(self, config: T, outlook: Outlook) -> LongestRow | None:
+    def mean_row(self, config: T, outlook: Outlook) -> RowShape | None:
         """A typical row: a prompt of mean length, and answers as long as allowed; None if unknown."""
         raise NotImplementedError
 
@@ -89,7 +89,7 @@ class Training(Stage[T]):
         return Operations(
             kind="training",
             model=shape_of(size),
-            number=number_bytes(config, on_gpu),
+            number=bytes_per_number(config, on_gpu),
             layout=ModelLayout(
                 *(parallel.dp, parallel.tp, parallel.pp, parallel.sp, parallel.zero),
                 offload=tuple(sorted(parallel.offload)),
@@ -103,7 +103,7 @@ class Training(Stage[T]):
             batch=config.micro_batch_tokens,
             passes=max(1, round(steps * config.global_batch / max(1, rows))),
             steps=steps,
-            trained=trained_numbers(config, size),
+            trained=trained_parameters(config, size),
             recomputes=config.gradient_checkpointing,
             beside=len(self.models(config)) - 1,
         )
@@ -111,13 +111,14 @@ class Training(Stage[T]):
     def published_bytes(self, config: T, outlook: Outlook) -> int | None:
         """Four bytes per parameter (bf16: 2, and 2 for the remainders to fp32), the tokenizer, and the training log."""
         size = outlook.size_of(config.output)
-        return None if size is None else size.checkpoint_bytes(4) + LINE * (self.steps(config, outlook) or 0) + STAGE
+        steps = self.steps(config, outlook) or 0
+        return None if size is None else size.checkpoint_bytes(4) + LOG_LINE_BYTES * steps + STAGE
 
     def scratch_bytes(self, config: T, outlook: Outlook) -> int:
         """The training state: T trained parameters and AdamW's two moments in fp32 (12 T; 4 T for SGD). Twice that
         while it is saved, because the new file replaces the old one only when it is complete."""
         size = outlook.size_of(config.output)
-        return 2 * (12 if config.optimizer == "adamw" else 4) * trained_numbers(config, size) if size else 0
+        return 2 * (12 if config.optimizer == "adamw" else 4) * trained_parameters(config, size) if size else 0
 
     def steps(self, config: T, outlook: Outlook) -> int | None:
         """Maximum number of optimizer steps; None if unknown."""
@@ -149,8 +150,8 @@ class Training(Stage[T]):
     def laid_out(self, config: T, sizes: Mapping[str, Any]) -> T:
         """The config with these sizes, in the section `parallel` or outside of it, validated like any config."""
         parallel = config.parallel.model_dump(exclude_unset=True)
-        parallel |= {key: size for key, size in sizes.items() if key in PARALLEL}
-        own = {key: size for key, size in sizes.items() if key in OWN}
+        parallel |= {key: size for key, size in sizes.items() if key in PARALLEL_KEYS}
+        own = {key: size for key, size in sizes.items() if key in OTHER_KEYS}
         validate(ParallelConfig, parallel, "layout")  # so that errors name the layout's keys
         return validate(type(config), config.model_dump(exclude_unset=True) | own | {"parallel": parallel}, "layout")
 
@@ -168,31 +169,31 @@ def all_pairs(paths: list[Path], outlook: Outlook) -> list[PairStats | None]:
     return [outlook.pairs_of(path) for path in paths]
 
 
-def count_of_pairs(pairs: list[PairStats | None]) -> int | None:
+def total_pairs(pairs: list[PairStats | None]) -> int | None:
     """Total number of pairs; None if one of the counts is unknown."""
     known = [found.count for found in pairs if found is not None]
     return sum(known) if len(known) == len(pairs) else None
 
 
-def longest_pair(pairs: list[PairStats | None], limit: int | None) -> LongestRow | None:
+def longest_pair(pairs: list[PairStats | None], limit: int | None) -> RowShape | None:
     """The largest of the known pairs."""
-    return longest_of([found.answers for found in pairs if found is not None], 2, limit)
+    return longest_row_of([found.answers for found in pairs if found is not None], 2, limit)
 
 
-def mean_of(answers: AnswerStats | None, sequences: int, limit: int | None) -> LongestRow | None:
+def mean_row_of(answers: AnswerStats | None, sequences: int, limit: int | None) -> RowShape | None:
     """A row with `sequences` answers to a prompt of mean length, each of at most `limit` tokens."""
     if answers is None:
         return None
     answer = min(answers.longest_answer, limit or answers.longest_answer)
-    return LongestRow(answers.mean_prompt, answer, sequences)
+    return RowShape(answers.mean_prompt, answer, sequences)
 
 
-def mean_pair(pairs: list[PairStats | None], limit: int | None) -> LongestRow | None:
+def mean_pair(pairs: list[PairStats | None], limit: int | None) -> RowShape | None:
     """A pair whose prompt has the mean length, estimated from the first known set of pairs."""
     known = next((found for found in pairs if found is not None), None)
-    return None if known is None else mean_of(known.answers, 2, limit)
+    return None if known is None else mean_row_of(known.answers, 2, limit)
 
 
-def longest_experience(answers: AnswerStats | None, limit: int | None) -> LongestRow | None:
+def longest_experience(answers: AnswerStats | None, limit: int | None) -> RowShape | None:
     """The largest row of an experience: the longest prompt with all of its answers."""
-    return longest_of([answers] if answers else [], answers.k if answers else 2, limit)
+    return longest_row_of([answers] if answers else [], answers.k if answers else 2, limit)

@@ -12,7 +12,7 @@ from training.estimates import model_bytes
 
 
 @dataclass(frozen=True)
-class NewCritic(Stage[ValueHeadConfig]):
+class UntrainedCritic(Stage[ValueHeadConfig]):
     """Creation of an untrained critic."""
 
     def models(self, config: ValueHeadConfig) -> tuple[ModelUse, ...]:
@@ -41,6 +41,6 @@ class NewCritic(Stage[ValueHeadConfig]):
         return True
 
 
-VALUE_HEAD = NewCritic(
+VALUE_HEAD = UntrainedCritic(
     ValueHeadConfig, CHECKPOINT, "training.value_head:run", preflight="training.preflight:check_new_critic"
 )
