@@ -25,7 +25,7 @@ class Combined:
         self.name = config.name
         self.shard = opening.shard
         self.scores = {name: Artifact.open(config.scores[name], SCORES) for name in self.expression.scorers}
-        self.standards = {name: _standard(config, name) for name in self.expression.standardised}
+        self.standards = {name: _mean_and_spread(config, name) for name in self.expression.standardised}
         self.facts: dict[str, str] = {}
         self.counts: dict[str, int] = {}
 
@@ -53,7 +53,9 @@ class Combined:
                 continue
             place, value = next(values)
             if math.isfinite(value):
-                found.append(sample.scored(value, parts={_plain(name): row[name] for name in self.expression.names}))
+                found.append(
+                    sample.scored(value, parts={_part_name(name): row[name] for name in self.expression.names})
+                )
                 continue
             why = self.expression.why_not(columns, self.standards, place)
             text = f"scorer {self.name!r}, expression {self.expression.text!r}: for {sample}, {why}."
@@ -70,17 +72,17 @@ class Combined:
             score = scores[name].get(completion.sample)
             value = None if score is None else score.score if part is None else (score.parts or {}).get(part)
             if value is None:
-                return f"no_{_plain(written)}"
+                return f"no_{_part_name(written)}"
             row[written] = value
         return row
 
 
-def _plain(written: str) -> str:
+def _part_name(written: str) -> str:
     """The part name for a name in the expression: helpful_clear for helpful.clear."""
     return written.replace(".", "_")
 
 
-def _standard(config: CombinedConfig, name: str) -> tuple[float, float]:
+def _mean_and_spread(config: CombinedConfig, name: str) -> tuple[float, float]:
     """Mean and standard deviation of published scores.
 
     Raises:

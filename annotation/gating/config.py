@@ -134,6 +134,6 @@ class GateConfig(StageConfig):
                 raise ValueError(f"conditions.{name}: {gate.meaningless}")
         return self
 
-    def asks(self, gate: GateSettings) -> bool:
+    def is_measured(self, gate: GateSettings) -> bool:
         """Whether a gate's metric is measured in this iteration; a user's own evaluation may skip iterations."""
         return gate.evaluation is None or gate.evaluation in self.evaluations

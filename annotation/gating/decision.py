@@ -14,7 +14,7 @@ from contracts.errors import UserError
 from contracts.records import GATE
 
 FILE = "gate.json"
-JUDGES = ("gold_reward_mean", "reward_mean")
+RANKING_METRICS = ("gold_reward_mean", "reward_mean")
 """Metrics that rank policies; the first one that exists is used."""
 
 
@@ -27,7 +27,7 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def of(cls, metrics: Mapping[str, Any], config: GateConfig) -> "Measured":
         """Select the metrics from those of an evaluation."""
-        names = sorted({*JUDGES, *(gate.metric for gate in config.conditions.values())})
+        names = sorted({*RANKING_METRICS, *(gate.metric for gate in config.conditions.values())})
         return cls(int(metrics["iteration"]), {name: _value(metrics, name) for name in names})
 
 
@@ -70,9 +70,9 @@ class GateDecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return " ".join([*filter(None, [self.reason]), *warned])
 
 
-def judge_of(metrics: Mapping[str, Any]) -> str:
+def ranking_metric(metrics: Mapping[str, Any]) -> str:
     """The metric that policies are ranked by: the gold reward if there is one, otherwise the reward."""
-    return next((name for name in JUDGES[:-1] if metrics.get(name) is not None), JUDGES[-1])
+    return next((name for name in RANKING_METRICS[:-1] if metrics.get(name) is not None), RANKING_METRICS[-1])
 
 
 def published_decision(config: GateConfig) -> GateDecision | None:
@@ -94,7 +94,7 @@ def decide(config: GateConfig, initial: Measured, now: Measured, earlier: GateDe
     first by name decides.
     """
     gates = dict(sorted(config.conditions.items()))
-    judge = judge_of(initial.values)
+    metric = ranking_metric(initial.values)
     best = earlier.best if earlier else initial
     bases: dict[Basis, Measured] = {"initial": initial, "previous": earlier.last if earlier else initial, "best": best}
     said: dict[str, str] = {}
@@ -102,7 +102,7 @@ def decide(config: GateConfig, initial: Measured, now: Measured, earlier: GateDe
     streaks: dict[str, int] = {}
     for name, gate in gates.items():
         before = earlier.streaks.get(name, 0) if earlier else 0
-        if not config.asks(gate):
+        if not config.is_measured(gate):
             holds[name], streaks[name] = None, before
             continue
         found = _holds(gate, now, bases) if config.iteration >= gate.first else (False, "")
@@ -111,21 +111,21 @@ def decide(config: GateConfig, initial: Measured, now: Measured, earlier: GateDe
     rollbacks = {name: earlier.rollbacks.get(name, 0) if earlier else 0 for name in gates}
     refused = any(holds[name] for name, gate in gates.items() if gate.do != "warn")
     if not refused:
-        best = _better(now, best, judge)
+        best = _better(now, best, metric)
     warnings = {name: text for name, text in said.items() if holds[name] is None}
     action: Literal["go on", "stop", "rollback"] = "go on"
     decided, reason, start = None, None, now
-    for name, gate in sorted(gates.items(), key=lambda item: _does(item[1], rollbacks[item[0]])):
+    for name, gate in sorted(gates.items(), key=lambda item: _action_rank(item[1], rollbacks[item[0]])):
         if streaks[name] < gate.patience or name not in said:
             continue
-        does = _does(gate, rollbacks[name])
+        rank = _action_rank(gate, rollbacks[name])
         lasting = f" for {streaks[name]} iterations in a row" if gate.patience > 1 else ""
         text = f"{said[name]}{lasting}"
-        if decided is not None or does == WARN:
+        if decided is not None or rank == WARN:
             warnings[name] = text
             continue
         decided = name
-        if does == STOP:
+        if rank == STOP:
             more = f", and it has rolled back {_times(rollbacks[name])} already" if gate.do == "rollback" else ""
             action = "stop"
             reason = f"the gate {name} stops the run after iteration {now.iteration}: {text}{more}."
@@ -133,7 +133,7 @@ def decide(config: GateConfig, initial: Measured, now: Measured, earlier: GateDe
             action, start = "rollback", best
             reason = (
                 f"the gate {name} rolls back after iteration {now.iteration}: {text}; iteration {now.iteration + 1} "
-                f"starts from {_policy(best.iteration)}, the best by {judge}."
+                f"starts from {_policy(best.iteration)}, the best by {metric}."
             )
     if action == "rollback":
         assert decided is not None
@@ -159,7 +159,7 @@ def decide(config: GateConfig, initial: Measured, now: Measured, earlier: GateDe
 STOP, ROLLBACK, WARN = 0, 1, 2
 
 
-def _does(gate: GateSettings, rollbacks: int) -> int:
+def _action_rank(gate: GateSettings, rollbacks: int) -> int:
     """The action of a gate whose condition holds, as a rank: the most severe first."""
     if gate.do == "rollback":
         return ROLLBACK if rollbacks < gate.at_most else STOP
@@ -195,9 +195,9 @@ def _bound_in_words(gate: GateSettings, basis: tuple[float, float], bases: Mappi
     return f"{side} {of} {gate.bound:+g}" if beyond < 0 else f"{side} {of} by more than {beyond:g}"
 
 
-def _better(one: Measured, other: Measured, judge: str) -> Measured:
+def _better(one: Measured, other: Measured, metric: str) -> Measured:
     """The better of two policies; `other`, the earlier one, if they are equal or cannot be compared."""
-    new, old = one.values[judge], other.values[judge]
+    new, old = one.values[metric], other.values[metric]
     if new is None or old is None:
         return one if old is None and new is not None else other
     return one if new[0] > old[0] else other

@@ -19,7 +19,7 @@ def run(config: GateConfig, context: Context) -> Outcome:
     decision = decision_of(config)
     ledger = Ledger("gates")
     ledger.keep(sum(held is not None for held in decision.holds.values()))
-    unasked = sum(not config.asks(gate) for gate in config.conditions.values())
+    unasked = sum(not config.is_measured(gate) for gate in config.conditions.values())
     ledger.drop("metric not known", sum(held is None for held in decision.holds.values()) - unasked)
     ledger.drop("not evaluated", unasked)
     text = msgspec.json.format(msgspec.json.encode(decision), indent=1)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
-from annotation.pairing.strategies import Asked, Candidate, Proposal, Samples
+from annotation.pairing.strategies import Candidate, PairPrompt, Proposal, Samples
 from contracts.callables import blamed, place_of
 from contracts.errors import UserError
 
@@ -37,8 +37,8 @@ class Choice(NamedTuple):
 
 def choose(
     candidates: Sequence[Candidate],
-    prompt: Asked,
-    propose: Callable[[list[Candidate], Asked], Proposal],
+    prompt: PairPrompt,
+    propose: Callable[[list[Candidate], PairPrompt], Proposal],
     *,
     margin: float = 0.0,
     margin_cap: float | None = None,
@@ -61,7 +61,7 @@ def choose(
     """
     if len(candidates) < 2:
         return Choice([], {TOO_FEW: 1})
-    kept = _without_repetitions(candidates) if distinct else candidates
+    kept = _deduplicated(candidates) if distinct else candidates
     repeated = len(candidates) - len(kept)
     if len(kept) < 2:
         return Choice([], {IDENTICAL: 1}, repeated)
@@ -74,7 +74,7 @@ def choose(
     dropped: dict[str, int] = {}
     for better, worse in proposed:
         pair = ranked[ranks[better]], ranked[ranks[worse]]
-        reason = _fault(*pair, margin, margin_cap)
+        reason = _drop_reason(*pair, margin, margin_cap)
         if reason is None and per_prompt is not None and len(pairs) == per_prompt:
             reason = BEYOND_LIMIT
         if reason is None:
@@ -85,13 +85,13 @@ def choose(
     return Choice(pairs, dropped, repeated)
 
 
-def _without_repetitions(candidates: Sequence[Candidate]) -> list[Candidate]:
+def _deduplicated(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Keep the first sample of each distinct answer. Keeping the one with the best score would favour scoring noise."""
     by_sample = sorted(candidates, key=lambda candidate: candidate.sample, reverse=True)
     return list({candidate.response_ids: candidate for candidate in by_sample}.values())
 
 
-def _fault(chosen: Candidate, rejected: Candidate, margin: float, margin_cap: float | None) -> str | None:
+def _drop_reason(chosen: Candidate, rejected: Candidate, margin: float, margin_cap: float | None) -> str | None:
     if chosen.response_ids == rejected.response_ids:
         return IDENTICAL
     if chosen.score == rejected.score:
@@ -103,12 +103,12 @@ def _fault(chosen: Candidate, rejected: Candidate, margin: float, margin_cap: fl
     return None
 
 
-class _OverdueError(BaseException):
+class _TimeLimitError(BaseException):
     """Raised inside a strategy that exceeds its time limit; no Exception, so that its own handlers do not catch it."""
 
 
 @contextlib.contextmanager
-def _within(seconds: float | None, what: str) -> Iterator[None]:
+def _time_limit(seconds: float | None, what: str) -> Iterator[None]:
     """Interrupt the block with a signal after `seconds`, and raise a UserError.
 
     Python handles signals between two bytecode instructions, which interrupts an endless loop. A library call that does
@@ -128,14 +128,14 @@ def _within(seconds: float | None, what: str) -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         if not done.is_set():
-            raise _OverdueError
+            raise _TimeLimitError
 
     before = signal.signal(signaled, end)
     watcher = threading.Thread(target=watch, name="deadline of a strategy", daemon=True)
     watcher.start()
     try:
         yield
-    except _OverdueError as error:
+    except _TimeLimitError as error:
         raise UserError(
             f"{what}: it took longer than seconds_per_prompt={seconds:g} and was ended{place_of(error)}. Take out what "
             "has no end, or raise seconds_per_prompt."
@@ -147,14 +147,17 @@ def _within(seconds: float | None, what: str) -> Iterator[None]:
 
 
 def _proposed(
-    propose: Callable[[list[Candidate], Asked], Proposal],
+    propose: Callable[[list[Candidate], PairPrompt], Proposal],
     ranked: list[Candidate],
-    prompt: Asked,
+    prompt: PairPrompt,
     what: str,
     seconds: float | None,
 ) -> list[Samples] | str:
     """Call the strategy and check its result: sample index pairs, or the reason for which there are none."""
-    with _within(seconds, f"{what}, prompt {prompt.prompt_id}"), blamed(f"{what} failed on prompt {prompt.prompt_id}"):
+    with (
+        _time_limit(seconds, f"{what}, prompt {prompt.prompt_id}"),
+        blamed(f"{what} failed on prompt {prompt.prompt_id}"),
+    ):
         returned: Any = propose(list(ranked), prompt)
         found = returned
         if isinstance(returned, Iterable) and not isinstance(returned, str):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import field_validator, model_validator
 
-from annotation.pairing.strategies import STRATEGIES, Asked, Candidate, Proposal, every_pair
+from annotation.pairing.strategies import STRATEGIES, Candidate, PairPrompt, Proposal, every_pair
 from contracts.callables import load_callable, source_files
 from contracts.config import Section, StageConfig, identity, input_path, runtime
 from contracts.errors import did_you_mean
@@ -74,7 +74,7 @@ class PairsSettings(Section):
         return self.strategy not in STRATEGIES
 
     @property
-    def recorded(self) -> str:
+    def recorded_name(self) -> str:
         """The strategy's name as recorded in pairs; the folders of a user's own file are left out."""
         return self.strategy.rpartition("/")[2] if self.is_own else self.strategy
 
@@ -86,7 +86,7 @@ class PairsSettings(Section):
             most = strategy.most(answers, strategy.settings(self.settings))
         return most if self.per_prompt is None else min(most, self.per_prompt)
 
-    def load(self) -> Callable[[list[Candidate], Asked], Proposal]:
+    def load(self) -> Callable[[list[Candidate], PairPrompt], Proposal]:
         """The strategy function, bound to its settings.
 
         Raises:

@@ -11,7 +11,7 @@ import msgspec
 from annotation.data.parquet import PairsParquet, further_of
 from annotation.pairing.choice import BEYOND_LIMIT, Choice, choose
 from annotation.pairing.config import PairsConfig
-from annotation.pairing.strategies import Asked, Candidate
+from annotation.pairing.strategies import Candidate, PairPrompt
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.fingerprint import digest
@@ -24,7 +24,7 @@ from contracts.stage import Context, Outcome
 
 SHARD = "shard-00000.jsonl"
 DATASET = "train.parquet"
-TRIED_TWICE = 16
+CHECKED_PROMPTS = 16
 """Number of prompts for which a user's own strategy is called twice, to detect randomness and state between calls."""
 
 
@@ -54,9 +54,9 @@ def run(config: PairsConfig, context: Context) -> Outcome:
     with publication.scratch(SHARD).open("wb") as jsonl:
         for rollout, found in join(rollouts, {"scores": scores}):
             candidates = _candidates(config, rollout, found["scores"], bos)
-            choice = choose_of(candidates, _asked(config, rollout))
-            if config.is_own and summary.prompts < TRIED_TWICE:
-                _require_same(choice, choose_of(candidates, _asked(config, rollout)), config, rollout)
+            choice = choose_of(candidates, _prompt_of(config, rollout))
+            if config.is_own and summary.prompts < CHECKED_PROMPTS:
+                _require_same(choice, choose_of(candidates, _prompt_of(config, rollout)), config, rollout)
             pairs = list(_records(config, rollout, choice.pairs))
             for pair in pairs:
                 jsonl.write(encode(pair))
@@ -119,10 +119,10 @@ def _candidates(config: PairsConfig, rollout: Rollout, scores: ScoresBySample, b
     ]
 
 
-def _asked(config: PairsConfig, rollout: Rollout) -> Asked:
+def _prompt_of(config: PairsConfig, rollout: Rollout) -> PairPrompt:
     seed = derive_seed(config.seed, rollout.prompt_id)
     messages = list(msgspec.to_builtins(rollout.messages))
-    return Asked(rollout.prompt_id, messages, rollout.answer, list(rollout.tags), seed)
+    return PairPrompt(rollout.prompt_id, messages, rollout.answer, list(rollout.tags), seed)
 
 
 def _records(config: PairsConfig, rollout: Rollout, pairs: list[tuple[Candidate, Candidate]]) -> Iterator[Pair]:
@@ -146,7 +146,7 @@ def _records(config: PairsConfig, rollout: Rollout, pairs: list[tuple[Candidate,
             chosen_score=better.score,
             rejected_score=worse.score,
             margin=better.score - worse.score,
-            strategy=config.recorded,
+            strategy=config.recorded_name,
             iteration=rollout.iteration,
             messages=rollout.messages,
             tools=rollout.tools,

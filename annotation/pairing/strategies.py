@@ -49,7 +49,7 @@ class Candidate(NamedTuple):
     """The parts of the score, by name."""
 
 
-class Asked(NamedTuple):
+class PairPrompt(NamedTuple):
     """The prompt that the candidates answer."""
 
     prompt_id: str
@@ -123,32 +123,34 @@ def _one(answers: int, settings: Mapping[str, Any]) -> int:
 
 
 @_strategy("max_min", _one)
-def max_min(candidates: Sequence[Candidate], prompt: Asked) -> Proposal:
+def max_min(candidates: Sequence[Candidate], prompt: PairPrompt) -> Proposal:
     """The best against the worst of N answers: West-of-N (arXiv 2401.12086)."""
     return [(candidates[0].sample, candidates[-1].sample)]
 
 
 @_strategy("max_random", _one)
-def max_random(candidates: Sequence[Candidate], prompt: Asked) -> Proposal:
+def max_random(candidates: Sequence[Candidate], prompt: PairPrompt) -> Proposal:
     """The best against a random other answer, drawn with the prompt's seed, as in Zephyr (arXiv 2310.16944)."""
     best, *others = candidates
     return [(best.sample, others[prompt.seed % len(others)].sample)]
 
 
 @_strategy("max_max", _one)
-def max_max(candidates: Sequence[Candidate], prompt: Asked) -> Proposal:
+def max_max(candidates: Sequence[Candidate], prompt: PairPrompt) -> Proposal:
     """The best against the second best."""
     return [(candidates[0].sample, candidates[1].sample)]
 
 
 @_strategy("all")
-def all_pairs(candidates: Sequence[Candidate], prompt: Asked) -> Proposal:
+def all_pairs(candidates: Sequence[Candidate], prompt: PairPrompt) -> Proposal:
     """Every pair of answers, as in InstructGPT (arXiv 2203.02155), largest margin first."""
     return _samples(sorted(_pairs(candidates), key=_margin, reverse=True))
 
 
 @_strategy("top_k_bottom_k", lambda answers, its: min(every_pair(answers, its), its["top"] * its["bottom"]))
-def top_k_bottom_k(candidates: Sequence[Candidate], prompt: Asked, *, top: Count = 2, bottom: Count = 2) -> Proposal:
+def top_k_bottom_k(
+    candidates: Sequence[Candidate], prompt: PairPrompt, *, top: Count = 2, bottom: Count = 2
+) -> Proposal:
     """Each of the `top` best against each of the `bottom` worst, largest margin first."""
     count = len(candidates)
     ranks = itertools.product(range(min(top, count)), range(max(0, count - bottom), count))
@@ -157,7 +159,7 @@ def top_k_bottom_k(candidates: Sequence[Candidate], prompt: Asked, *, top: Count
 
 
 @_strategy("length_matched")
-def length_matched(candidates: Sequence[Candidate], prompt: Asked, *, tolerance: Share = 0.1) -> Proposal:
+def length_matched(candidates: Sequence[Candidate], prompt: PairPrompt, *, tolerance: Share = 0.1) -> Proposal:
     """Pairs of similar length: the shorter answer is shorter than the longer one by at most the fraction `tolerance`.
     Largest margin first. Length then hardly predicts which answer was chosen (balanced pairs: arXiv 2310.03716)."""
     matched = [pair for pair in _pairs(candidates) if _difference(*pair) <= tolerance]
@@ -165,7 +167,7 @@ def length_matched(candidates: Sequence[Candidate], prompt: Asked, *, tolerance:
 
 
 @_strategy("correct_against_wrong", lambda answers, its: answers * answers // 4)
-def correct_against_wrong(candidates: Sequence[Candidate], prompt: Asked, *, threshold: float = 0.5) -> Proposal:
+def correct_against_wrong(candidates: Sequence[Candidate], prompt: PairPrompt, *, threshold: float = 0.5) -> Proposal:
     """Answers with a score of at least `threshold` against answers below it, as in iterative reasoning preference
     optimization (arXiv 2404.19733). Best against worst first; no answer is reused before it has to be."""
     correct = [candidate for candidate in candidates if candidate.score >= threshold]
@@ -182,7 +184,7 @@ def correct_against_wrong(candidates: Sequence[Candidate], prompt: Asked, *, thr
 
 @_strategy("uncertainty")
 def uncertainty(
-    candidates: Sequence[Candidate], prompt: Asked, *, parts: Several | None = None, sure: bool = False
+    candidates: Sequence[Candidate], prompt: PairPrompt, *, parts: Several | None = None, sure: bool = False
 ) -> Proposal:
     """Every pair of answers, the ones that the scorer is least certain about first; with `sure`, last.
 

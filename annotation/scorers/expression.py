@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 Column = list[float]
 
-LONGEST = 2000
+MAX_LENGTH = 2000
 """Maximum length of an expression, in characters."""
-DEEPEST = 50
+MAX_DEPTH = 50
 """Maximum nesting depth of operations."""
 OWN = ("tokens", "truncated")
 """Names for properties of the answer itself: its number of tokens, and whether it was truncated (1 or 0)."""
@@ -127,8 +127,8 @@ class Expression:
         Raises:
             ValueError: it is not an expression, or contains something that is not allowed.
         """
-        if len(text) > LONGEST:
-            raise ValueError(f"an expression of {len(text)} characters; it may have {LONGEST}.")
+        if len(text) > MAX_LENGTH:
+            raise ValueError(f"an expression of {len(text)} characters; it may have {MAX_LENGTH}.")
         try:
             tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -145,8 +145,8 @@ class Expression:
             raise ValueError("no scorer's name in it, so every answer would be judged by its length alone at best.")
 
     def _check(self, node: ast.expr, depth: int) -> None:
-        if depth > DEEPEST:
-            raise ValueError(f"more than {DEEPEST} operations within each other.")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} operations within each other.")
         match node:
             case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
                 if (isinstance(value, int) and abs(value) > 1 << 1000) or not math.isfinite(value):

@@ -12,7 +12,7 @@ from contracts.artifacts import Artifact
 from contracts.manifest import Manifest
 from pipelines.graph import name_of, sampled_from, tag_of
 from pipelines.hub.story import Story, public
-from pipelines.run.metrics import COLUMNS, is_further_scorer, judge_of
+from pipelines.run.metrics import COLUMNS, is_further_scorer, ranking_metric
 from pipelines.text import plural
 
 IN_CACHE = re.compile(r"/(?:models|datasets)--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(?:/|$)")
@@ -290,7 +290,7 @@ def _figures(story: Story, iteration: int) -> list[str]:
     known += sorted({name for row in rows for name in row if is_further_scorer(name)})
     titles = ("iteration", *(COLUMNS.get(name, name.removesuffix("_mean")) for name in known))
     table = _table(titles, [(str(row["iteration"]), *(_number(row.get(name)) for name in known)) for row in rows])
-    best = f"The best so far by `{judge_of(rows[0])}`: `{tag_of(story.best(iteration))}`." if rows else ""
+    best = f"The best so far by `{ranking_metric(rows[0])}`: `{tag_of(story.best(iteration))}`." if rows else ""
     return ["## Figures on held-out prompts", table, *filter(None, [best])]
 
 

@@ -12,7 +12,7 @@ from contracts.errors import UserError
 from contracts.points import read_points
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import RunEnded, RunStarted, StageInvalidated, StagePublished, StageReused
-from pipelines.run.metrics import judge_of
+from pipelines.run.metrics import ranking_metric
 from pipelines.run.points import EVAL, is_evaluation, latest
 from pipelines.text import relative, say
 
@@ -53,7 +53,7 @@ def summary(path: Path) -> dict[str, Any]:
     found = [point for points in latest(read_points(path)).values() for point in points[-1:] if is_evaluation(point)]
     judged = max(found, key=lambda point: point.iteration, default=None)
     metrics = {} if judged is None else {name.removeprefix(EVAL): value for name, value in judged.metrics.items()}
-    name = judge_of(metrics)
+    name = ranking_metric(metrics)
     value = metrics.get(name)
     return {
         "run": str(path),

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from pipelines.graph import Graph
 from pipelines.run.gates import refused, stop_decision
-from pipelines.run.metrics import COLUMNS, best_of, evaluations, is_further_scorer, judge_of
+from pipelines.run.metrics import COLUMNS, best_of, evaluations, is_further_scorer, ranking_metric
 from pipelines.text import numbers, relative
 
 
@@ -32,7 +32,7 @@ def print_table(console: Console, graph: Graph) -> None:
         console.print(f"KL is not estimated: {reason}", soft_wrap=True, highlight=False)
     without = f"; a gate holds for {numbers(barred)}" if barred else ""
     console.print(
-        f"Best checkpoint (by {judge_of(first)}, iteration {best['iteration']}{without}): {relative(policy)}",
+        f"Best checkpoint (by {ranking_metric(first)}, iteration {best['iteration']}{without}): {relative(policy)}",
         soft_wrap=True,
         highlight=False,
     )

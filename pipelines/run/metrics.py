@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from annotation.gating.decision import judge_of as judge_of
+from annotation.gating.decision import ranking_metric as ranking_metric
 from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST
 from pipelines.graph import Graph, Node
@@ -44,7 +44,7 @@ def policy_of(evaluation: Node, graph: Graph) -> Path:
 
 def best_of(rows: list[tuple[Path, dict[str, Any]]], refused: Collection[int] = ()) -> tuple[Path, dict[str, Any]]:
     """The best of `evaluations` among the policies that no gate refused; the initial one never is."""
-    metric = judge_of(rows[0][1])
+    metric = ranking_metric(rows[0][1])
     allowed = [row for row in rows if row[1]["iteration"] not in refused]
     return max(allowed or rows, key=lambda item: float(item[1][metric]))
 

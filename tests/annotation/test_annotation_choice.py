@@ -20,7 +20,7 @@ from annotation.pairing.choice import (
     choose,
 )
 from annotation.pairing.config import PairsConfig, PairsSettings
-from annotation.pairing.strategies import ALL_CORRECT, ALL_WRONG, STRATEGIES, UNMATCHED, Asked, Candidate
+from annotation.pairing.strategies import ALL_CORRECT, ALL_WRONG, STRATEGIES, UNMATCHED, Candidate, PairPrompt
 from contracts.attempt import ATTEMPT
 from contracts.config import Role, validate
 from contracts.errors import UserError
@@ -51,8 +51,8 @@ limits = st.fixed_dictionaries(
 )
 
 
-def prompt_of(seed: int = 0) -> Asked:
-    return Asked("p", [], None, [], seed)
+def prompt_of(seed: int = 0) -> PairPrompt:
+    return PairPrompt("p", [], None, [], seed)
 
 
 def chosen_by(strategy, candidates, given=None, seed=0, **modifiers) -> Choice:

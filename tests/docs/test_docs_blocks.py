@@ -23,7 +23,7 @@ from pretend import write_interpreter
 
 from annotation.pairing.choice import choose
 from annotation.pairing.config import PairsSettings
-from annotation.pairing.strategies import STRATEGIES, Asked, Candidate
+from annotation.pairing.strategies import STRATEGIES, Candidate, PairPrompt
 from contracts.config import docstrings
 from pipelines.config.load import load_run_config
 from pipelines.environments.locked import MARK, NAMES, Locked
@@ -132,7 +132,7 @@ def test_the_strategy_of_the_page_of_pairs_chooses(tmp_path: Path) -> None:
     settings = PairsSettings(strategy=f"{tmp_path}/mine.py:sweet_spot", settings={"spread": 0.5})
     scores = [5.0, 4.0, 3.0, 2.0, -9.0]
     candidates = [Candidate(sample, (sample,), score) for sample, score in enumerate(scores)]
-    ((chosen, rejected),) = choose(candidates, Asked("p", [], None, [], 0), settings.load()).pairs
+    ((chosen, rejected),) = choose(candidates, PairPrompt("p", [], None, [], 0), settings.load()).pairs
     assert (chosen.score, rejected.score) == (5.0, 2.0)
 
 

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from contracts.errors import UserError
 from pipelines.insight.compare.data import Comparison
-from pipelines.run.metrics import judge_of
+from pipelines.run.metrics import ranking_metric
 from pipelines.text import say
 
 
@@ -16,7 +16,7 @@ def print_comparison(console: Console, found: Comparison, metric: str | None) ->
     Raises:
         UserError: no run has the metric.
     """
-    metric = metric or judge_of(found.metrics)
+    metric = metric or ranking_metric(found.metrics)
     if metric not in found.metrics:
         known = ", ".join(sorted(found.metrics))
         raise UserError(f"there is no metric {metric!r} in {' or '.join(found.runs)}. Known: {known}.")

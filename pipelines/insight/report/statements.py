@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.insight.report.data import LedgerLine, RunReport, Statement
 from pipelines.insight.report.length import HELD_OUT, TRAINED_ON, length_statement
-from pipelines.run.metrics import judge_of, mean_with_interval
+from pipelines.run.metrics import mean_with_interval, ranking_metric
 from pipelines.text import numbers, plural
 
 FIXED = 0.2
@@ -114,7 +114,7 @@ def _judges(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
 
 
 def _best(rows: list[dict[str, Any]], refused: Collection[int]) -> list[str]:
-    judge = judge_of(rows[0])
+    judge = ranking_metric(rows[0])
     known = [row for row in rows if row.get(judge) is not None and row["iteration"] not in refused]
     best = max(known, key=lambda row: float(row[judge]), default=None)
     if best is None:
