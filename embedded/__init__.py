@@ -1,1 +1,1 @@
-"""The embedded default: a small world with its own data, models and gold scorer, made in seconds."""
+"""The embedded toy task with its own data, model and gold scorer, generated in seconds."""

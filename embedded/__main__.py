@@ -1,9 +1,9 @@
-"""python -m embedded world | smollm2: the toy task, and a small real model, without a hub."""
+"""`python -m embedded world | smollm2`: creates the toy task, or a small real model, without a model hub."""
 
 import os
 import sys
 
-# Ours before anything in the working directory that is called the same.
+# Ratchet's packages take precedence over modules of the same name in the working directory.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from contracts import surroundings
 

@@ -1,4 +1,4 @@
-"""A model directory that transformers 4 and 5 and vLLM all load alike."""
+"""Writes a model directory that transformers 4, transformers 5 and vLLM load with the same result."""
 
 import json
 from collections.abc import Callable
@@ -46,19 +46,19 @@ def commit_model(
     """Write and commit a Llama's files.
 
     Args:
-        publication: what the files become part of.
+        publication: the publication to add the files to.
         folder: prefix of their names, "" or "model/".
-        state: all weights of a `LlamaForCausalLM`, of one dtype, a tied `lm_head.weight` included: without it, an
-            engine that reloads weights keeps its old head.
-        config: with the ids of BOS, EOS and padding.
-        tokenizer: adds no special tokens by itself; the chat template has them all.
+        state: all weights of a `LlamaForCausalLM`, of one dtype, including a tied `lm_head.weight`: without it, an
+            engine that reloads weights would keep its old head.
+        config: the model's configuration, with the ids of BOS, EOS and padding.
+        tokenizer: a tokenizer that adds no special tokens on its own; the chat template has them all.
         special: `bos_token`, `eos_token`, `pad_token` and `unk_token`.
-        chat_template: in Jinja.
+        chat_template: a Jinja template.
     """
     (dtype,) = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
     if "lm_head.weight" not in state:
         raise AssertionError("a checkpoint without its LM head")
-    # safetensors stores no aliases, so that tied tensors are copied.
+    # safetensors cannot store aliases, so tied tensors are copied.
     weights = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
     ids = {f"{name}_id": tokenizer.token_to_id(token) for name, token in special.items() if name != "unk_token"}
     tokenizer_config = {
@@ -82,10 +82,10 @@ def commit_model(
 
 
 def llama_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
-    """The content of `config.json`, in a form that transformers 4 and 5 read alike.
+    """The content of `config.json`, in a form that transformers 4 and 5 read with the same result.
 
-    `rope_theta` and `torch_dtype` stand at the top level, where version 4 looks for them: from a file of version 5 it
-    takes its own default rope_theta, silently.
+    `rope_theta` and `torch_dtype` are also at the top level, where version 4 looks for them: given a file of version 5,
+    it silently uses its own default rope_theta.
     """
     full = config.to_dict()
     rope_theta = full["rope_parameters"]["rope_theta"]

@@ -1,4 +1,4 @@
-"""Configs of the toy task (`world`) and of the models that come with Ratchet."""
+"""The configs of the toy task (`world`) and of the model that Ratchet can create itself (`smollm2`)."""
 
 from pathlib import Path
 from typing import ClassVar, Self
@@ -8,7 +8,7 @@ from pydantic import model_validator
 from contracts.config import Section, StageConfig, identity, input_path
 
 WORLD_FILES = ("demonstrations.jsonl", "heldout.jsonl", "model", "preference.jsonl", "train.jsonl")
-"""What the stage `world` publishes."""
+"""The files and directories that the stage `world` publishes."""
 
 
 class WorldSettings(Section):
@@ -29,7 +29,7 @@ class WorldSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        from embedded.reviews import all_prompts  # its patterns take a while, and most runs have no toy task
+        from embedded.reviews import all_prompts  # its patterns take time to compile, and most runs have no toy task
 
         wanted = self.demonstrations + self.train + self.preference + self.heldout
         if wanted > (available := len(all_prompts())):
@@ -41,7 +41,7 @@ class WorldSettings(Section):
 
 
 class WorldConfig(WorldSettings, StageConfig):
-    """Make the toy task: an untrained tiny model, demonstrations and three disjoint sets of prompts."""
+    """Create the toy task: an untrained tiny model, demonstrations and three disjoint sets of prompts."""
 
     stage: ClassVar[str] = "world"
     code_version: ClassVar[int] = 1
@@ -51,7 +51,7 @@ class WorldConfig(WorldSettings, StageConfig):
 
 
 class Smollm2Config(StageConfig):
-    """Make a model directory out of SmolLM2-135M-Instruct as a GGUF file (scripts/get-smollm2.sh gets that file)."""
+    """Convert SmolLM2-135M-Instruct from a GGUF file (downloaded by scripts/get-smollm2.sh) to a model directory."""
 
     stage: ClassVar[str] = "smollm2"
     code_version: ClassVar[int] = 1

@@ -1,7 +1,7 @@
-"""A model directory out of SmolLM2-135M-Instruct as a GGUF file.
+"""Converts SmolLM2-135M-Instruct from a GGUF file to a model directory.
 
-The file comes from a package registry (scripts/get-smollm2.sh), so that a real chat model can be had without a model
-hub. Its 4-bit weights are multiplied out and stored as bfloat16.
+The file comes from a package registry (scripts/get-smollm2.sh), so that a real chat model is available without a model
+hub. Its 4-bit weights are dequantized and stored as bfloat16.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The toy task: everything that a complete run needs, made here in a second.
+"""Generates the toy task, which has everything that a complete run needs, in about a second.
 
 Published files:
   model/                an untrained tiny Llama with its word-level tokenizer and chat template
@@ -28,9 +28,9 @@ PAD, BOS, EOS, UNK, SYSTEM, USER, ASSISTANT = SPECIAL = (
 )  # fmt: skip
 CONTEXT = 128
 HEAD_DIM = 32
-"""The smallest that vLLM's attention has on a CPU."""
+"""The smallest head size that vLLM's attention supports on a CPU."""
 
-# One BOS, in front. An assistant's turn ends with EOS, the others where the next begins.
+# One BOS at the beginning. An assistant's turn ends with EOS; the other turns end where the next one begins.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -41,11 +41,11 @@ CHAT_TEMPLATE = (
 )
 
 ON_SUBJECT = 0.95
-"""Share of the demonstrations that are about the thing asked for."""
+"""The share of demonstrations that are about the requested thing."""
 RIGHT_COUNT = 0.9
-"""Share that is sure to have the number of adjectives asked for; the others have any number."""
+"""The share that is certain to have the requested number of adjectives; the others have a random number."""
 GARBLED = 0.15
-"""Share whose words are mixed up."""
+"""The share whose words are garbled."""
 
 
 def run(config: WorldConfig, context: Context) -> Outcome:
@@ -78,7 +78,7 @@ def demonstrate(prompt: str, source: random.Random) -> str:
 
 
 def _garble(text: str, source: random.Random) -> str:
-    """Lose a word, stutter one, or say an adjective again in the place of another."""
+    """Drop a word, repeat a word, or replace an adjective by another one of the text."""
     words = text.split()
     places = [place for place, word in enumerate(words) if word in ADJECTIVES]
     damage = source.choice(("lose", "stutter", "repeat"))
@@ -114,7 +114,7 @@ def _commit_model(config: WorldConfig, context: Context) -> None:
         num_key_value_heads=config.hidden_size // HEAD_DIM,
         head_dim=HEAD_DIM,
         max_position_embeddings=CONTEXT,
-        initializer_range=0.12,  # with the usual 0.02, so narrow a model takes several times as long to learn copying
+        initializer_range=0.12,  # with the usual 0.02, a model this narrow takes several times as long to learn copying
         tie_word_embeddings=True,
         bos_token_id=ids[BOS],
         eos_token_id=ids[EOS],

@@ -1,1 +1,1 @@
-"""What a model computes, for whoever needs it: loading, packing, attention, log-probabilities. Needs torch."""
+"""Model code shared by all stages: loading, packing, attention and log-probabilities. Requires torch."""

@@ -13,11 +13,12 @@ from modeling.packing import PackingPlan
 
 NAME = "packed"
 QUERIES = 64
-"""Of a sequence behind a shared prompt, which attend at a time: those before them need not see what is behind."""
+"""Queries per attention call in `attend_once`: a block reads keys only up to its own end, so that less is computed
+that the causal mask would hide."""
 
 
 def use_packed_attention(model: Any) -> None:
-    """Switch a transformers model to packed attention, which needs the `PackingPlan` of each batch."""
+    """Switch a transformers model to packed attention, which takes the `PackingPlan` of each batch."""
     model.config.get_text_config()._attn_implementation = NAME
     model.config._attn_implementation = NAME
 
@@ -30,9 +31,9 @@ def is_packed(model: Any) -> bool:
 def attention_on(device: torch.device, dtype: torch.dtype) -> str:
     """The kernel for packed attention.
 
-    On a GPU in half precision a variable-length kernel without padding: `flash_attn` if installed, otherwise torch's
-    `varlen`. Elsewhere `sdpa` on padded groups, which also computes what a kernel does not support (attention sinks,
-    and soft-capping in torch's kernel).
+    On a GPU in half precision it is a variable-length kernel without padding: `flash_attn` if installed, otherwise
+    torch's `varlen`. Elsewhere it is `sdpa` on padded groups, which is also the fallback for what a variable-length
+    kernel does not support (attention sinks, and soft-capping in torch's kernel).
     """
     if device.type != "cuda" or dtype == torch.float32:
         return "sdpa"
@@ -79,10 +80,10 @@ def attend(
     Args:
         query: [1, heads, T, head size]; key and value with as many heads or fewer (grouped queries).
         plan: the sequences' tokens.
-        scaling, sliding_window, softcap, s_aux: see `Shape`, under the names that transformers has for them.
+        scaling, sliding_window, softcap, s_aux: the fields of `Shape`, under transformers' names.
 
     Returns:
-        [1, T, heads, head size], as transformers expects it, and no weights.
+        [1, T, heads, head size], as transformers expects it, and None in place of the attention weights.
     """
     device = query.device.type
     # Under autocast, rotary embeddings leave queries and keys in fp32.
@@ -112,10 +113,10 @@ def attend(
 
 
 def attend_once(query: Tensor, key: Tensor, value: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
-    """Attention over the `spans` of a flat batch, [T, heads, head size] each: every token is a query once, and nothing
-    is padded.
+    """Compute attention over the `spans` of a flat batch, [T, heads, head size] each, without padding and with every
+    token as a query exactly once.
 
-    A prompt attends to itself, a response to its prompt and itself.
+    A prompt attends to itself; a response attends to its prompt and to itself.
     """
     found = query.new_empty(*query.shape[:2], value.shape[-1])
     q, k, v, out = (tensor.transpose(0, 1)[None] for tensor in (query, key, value, found))  # [1, heads, T, head size]
@@ -125,9 +126,9 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, shape: Shape, plan: P
             width, length = before.stop - before.start, own.stop - own.start
             if not length:
                 continue
-            keys, values = _keys_behind(before, own, k, v)
+            keys, values = _keys_with_prefix(before, own, k, v)
             windowed = shape.window is not None and shape.window < width + length
-            mask = _mask_behind(width, length, shape.window, q, plan) if width or windowed else None
+            mask = _mask_with_prefix(width, length, shape.window, q, plan) if width or windowed else None
             for first in range(0, length, length if mask is None else QUERIES):
                 end = length if mask is None else min(first + QUERIES, length)
                 places = slice(own.start + first, own.start + end)
@@ -140,13 +141,13 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, shape: Shape, plan: P
 
 
 def attend_once_at_last(query: Tensor, key: Tensor, value: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
-    """As `attend_once` for the last token of each of S sequences alone: query [S, heads, head size]."""
+    """Compute `attend_once` for only the last token of each of S sequences: query [S, heads, head size]."""
     found = query.new_empty(*query.shape[:2], value.shape[-1])
     q, k, v, out = (tensor.transpose(0, 1)[None] for tensor in (query, key, value, found))
     grouped = k.shape[1] != q.shape[1]
     sequences = ((span.prompt, own) for span in plan.spans for own in span.responses)
     for place, (before, own) in enumerate(sequences):
-        keys, values = _keys_behind(before, own, k, v)
+        keys, values = _keys_with_prefix(before, own, k, v)
         seen = slice(-min(keys.shape[2], shape.window or keys.shape[2]), None)
         out[:, :, place : place + 1] = scaled_dot_product_attention(
             q[:, :, place : place + 1], keys[:, :, seen], values[:, :, seen], scale=shape.scaling, enable_gqa=grouped
@@ -154,17 +155,17 @@ def attend_once_at_last(query: Tensor, key: Tensor, value: Tensor, shape: Shape,
     return found
 
 
-def _keys_behind(before: slice, own: slice, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [1, heads, tokens, head size] of a sequence in two parts."""
+def _keys_with_prefix(before: slice, own: slice, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [1, heads, tokens, head size] of the prefix `before` followed by `own`."""
     if before.start == before.stop:
         return key[:, :, own], value[:, :, own]
     keys, values = (torch.cat([each[:, :, before], each[:, :, own]], dim=2) for each in (key, value))
     return keys, values
 
 
-def _mask_behind(width: int, length: int, window: int | None, q: Tensor, plan: PackingPlan) -> Tensor:
-    """For the last `length` tokens of a sequence that begins with `width` others: what is added to their scores,
-    [length, width + length]."""
+def _mask_with_prefix(width: int, length: int, window: int | None, q: Tensor, plan: PackingPlan) -> Tensor:
+    """The additive attention mask [length, width + length] for `length` tokens that follow a prefix of `width`
+    tokens."""
     key = (width, length, window)
     if key not in plan.masks:
         visible = _visible(width + length, window, q.device)[width:]
@@ -180,7 +181,7 @@ def _fits(kernel: str, shape: Shape, query: Tensor, value: Tensor) -> bool:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
-    """Concatenated sequences, [L, heads, head size] each, by flash-attn."""
+    """Attention over concatenated sequences, [L, heads, head size] each, by flash-attn."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     found: Tensor = flash_attn_varlen_func(
@@ -191,7 +192,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: PackingPlan) -> 
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
-    """As `_flash`, by torch's variable-length kernel."""
+    """The same as `_flash`, by torch's variable-length kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
     found: Tensor = varlen_attn(  # type: ignore[assignment]
@@ -202,12 +203,12 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: PackingPlan) ->
 
 
 def _kernel_window(shape: Shape) -> tuple[int, int]:
-    """The window to the left and right of a token, in the kernels' convention (without itself); -1: unlimited."""
+    """The window to the left and right of a token, excluding the token itself, as the kernels expect; -1: unlimited."""
     return (-1 if shape.window is None else shape.window - 1, 0)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
-    """[S, W, heads, head size] each, right-padded: the causal mask hides the padding."""
+    """Attention over right-padded sequences, [S, W, heads, head size] each; the causal mask hides the padding."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     grouped = k.shape[1] != q.shape[1]
     mask = None if shape.window is None or shape.window >= q.shape[2] else _visible(q.shape[2], shape.window, q.device)
@@ -218,7 +219,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
-    """As `_sdpa` with materialised scores, for soft-capping and sinks."""
+    """The same as `_sdpa`, with materialised scores, for soft-capping and sinks."""
     groups = q.shape[2] // k.shape[2]
     k, v = (tensor.repeat_interleave(groups, dim=2) for tensor in (k, v))
     scaling = q.shape[-1] ** -0.5 if shape.scaling is None else shape.scaling

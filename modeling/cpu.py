@@ -1,8 +1,9 @@
-"""Decoders on CPUs, for inference alone: what transformers' modules compute, in less time.
+"""A faster decoder for inference on CPUs; it computes the same as transformers' modules.
 
-oneDNN multiplies by weights that it has laid out once, and activates, multiplies and adds while it writes. The weights
-of norms are in those of the matrices behind them. A rotary embedding is one complex product in place, for which the two
-numbers that it turns together lie side by side. The last layer is computed only for the tokens whose states are read.
+oneDNN multiplies by weights in a layout that is prepared once, and fuses the activation, product or sum that follows.
+The weights of norms are folded into the matrices that follow them. A rotary embedding is one complex product in place;
+for that, the two numbers that it rotates together are adjacent in memory. The last layer is computed only for the
+tokens whose states are read.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from modeling.heads import backbone_of
 from modeling.packing import Packed
 
 LAYERS = {f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
-"""transformers' classes of layers that are computed here: normed attention, and behind it a normed gated MLP."""
+"""The transformers layer classes supported here: pre-norm attention followed by a pre-norm gated MLP."""
 SILU = ("silu", "swish")
 MATRICES = [
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
@@ -24,7 +25,7 @@ MATRICES = [
 
 
 class _Matrix(NamedTuple):
-    """A linear layer whose weights are laid out for oneDNN."""
+    """A linear layer whose weights are in oneDNN's layout."""
 
     weight: Tensor
     bias: Tensor | None
@@ -34,28 +35,28 @@ class _Matrix(NamedTuple):
         return found
 
     def combined(self, inputs: Tensor, other: Tensor, operation: str) -> Tensor:
-        """With `other` added to the result ("add") or multiplied by it ("mul")."""
+        """The layer's output plus `other` ("add") or times `other` ("mul")."""
         found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, other, self.weight, self.bias, operation)
         return found
 
 
 class _Layer(NamedTuple):
     inputs: _Matrix
-    """Queries, keys and values, of H, K and K heads."""
+    """The projections to queries, keys and values, with H, K and K heads, as one matrix."""
     outputs: _Matrix
     gate: _Matrix
     up: _Matrix
     down: _Matrix
     head_weights: Tensor | None
-    """[H + K, head size]: norms of queries and keys, as in Qwen 3."""
+    """[H + K, head size]: the weights of the norms of queries and keys, as in Qwen 3."""
     epsilons: tuple[float, float, float]
-    """Of the norm before attention, of that before the MLP, of those of queries and keys."""
+    """The epsilons of three norms: before attention, before the MLP, and of queries and keys."""
     scaling: float
     window: int | None
 
 
 def is_fast_here(model: Any) -> bool:
-    """Whether `CpuDecoder` computes this model, and faster than its own modules do."""
+    """Whether `CpuDecoder` supports this model and is faster than its own modules."""
     if model.device.type != "cpu" or model.dtype != torch.float32 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     backbone = backbone_of(model)
@@ -68,11 +69,11 @@ def is_fast_here(model: Any) -> bool:
     if any(type(matrix) is not nn.Linear for matrix in matrices):  # quantised, or with an adapter
         return False
     cos, _ = backbone.rotary_emb(torch.empty(1), torch.zeros(1, 1, dtype=torch.long))
-    return bool(cos.shape[-1] == layers[0].self_attn.head_dim)  # all of a head is rotated
+    return bool(cos.shape[-1] == layers[0].self_attn.head_dim)  # no partial rotary embedding
 
 
 class CpuDecoder:
-    """The layers of a model, which has none any more: their weights lie here, in another order."""
+    """A model's decoder layers with their weights rearranged for oneDNN. The layers are removed from the model."""
 
     def __init__(self, model: Any) -> None:
         backbone = backbone_of(model)
@@ -90,8 +91,8 @@ class CpuDecoder:
         backbone.layers = nn.ModuleList()
 
     def __call__(self, batch: Packed, *, only_last: bool) -> Tensor:
-        """Last hidden states of a batch with `spans`: of every token [T, hidden size], or of the last token of each
-        sequence [S, hidden size]."""
+        """The last hidden states of a batch with `spans`: [T, hidden size] of every token, or with `only_last`
+        [S, hidden size] of the last token of each sequence."""
         plan = batch.plan
         assert plan is not None
         states = self._embed(batch.input_ids[0])
@@ -152,7 +153,7 @@ class CpuDecoder:
         )
 
     def _paired(self, rows: Tensor) -> Tensor:
-        """The rows of each head in another order: i and i + half of them, which are rotated together, side by side."""
+        """Reorder each head's rows so that i and i + half, which are rotated together, are adjacent."""
         return rows.view(-1, 2, self._head_size // 2, *rows.shape[1:]).transpose(1, 2).flatten(0, 2)
 
 

@@ -1,7 +1,7 @@
 """Per-token KL divergences between the full distributions of policy and reference model, without full logits.
 
-The reference is a frozen model held alongside the policy. Logits are computed in chunks of positions and recomputed in
-the backward pass, so that the logits of all positions never exist at the same time.
+The reference is a frozen model in the same process. Logits are computed in chunks of positions and recomputed in the
+backward pass, so that the logits of all positions never exist at the same time.
 """
 
 from typing import Any

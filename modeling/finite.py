@@ -19,16 +19,17 @@ INFINITY = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "BF16": 0x7F80, "F16": 0x7
 """The bits of +infinity in each format; larger ones without the sign are NaN."""
 CHUNK = 64 << 20
 _CHECKED: set[tuple[tuple[str, int, int], ...]] = set()
-"""Files (path, bytes, time of change) that this process has read already."""
+"""Files (path, bytes, modification time) that this process has already checked."""
 
 
 def require_finite(model: Path) -> None:
-    """Check that a model's weights have no NaN or infinity; published checkpoints were checked when they were written.
+    """Check that a model's weights contain no NaN or infinity.
 
-    If several processes load the model, only rank 0 checks.
+    Skips published checkpoints, which were checked when they were written. If several processes load the model, only
+    rank 0 checks.
 
     Raises:
-        UserError: a tensor has NaN or infinity; the message names them.
+        UserError: tensors contain NaN or infinity; the message names them.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -49,7 +50,7 @@ def require_finite(model: Path) -> None:
     _CHECKED.add(identity)
 
 
-def holds_the_same(one: StoredTensor, other: StoredTensor) -> bool:
+def is_equal(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors have the same format, shape and bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
@@ -61,7 +62,7 @@ def holds_the_same(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def is_finite(tensor: StoredTensor) -> bool:
-    """Whether a stored tensor has no NaN or infinity; True for formats that cannot represent them."""
+    """Whether a stored tensor contains no NaN or infinity; True for formats that cannot represent them."""
     limit = INFINITY.get(tensor.dtype)
     if limit is None or tensor.start == tensor.end:
         return True

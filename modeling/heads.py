@@ -1,4 +1,4 @@
-"""How a causal model turns its last hidden states into logits: inferred from its config and verified by measurement."""
+"""Determines how a causal model scales and caps its logits: inferred from its config, verified by measurement."""
 
 import contextlib
 import itertools
@@ -21,7 +21,7 @@ MAGNITUDES = (2.0, 200.0)
 
 
 class _States(BaseModelOutputWithPast):
-    """A backbone's output with the given hidden states, and None for every other attribute."""
+    """A backbone's output that has the given hidden states, and None as every other attribute."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -29,11 +29,11 @@ class _States(BaseModelOutputWithPast):
 
 
 def backbone_of(model: Any) -> Any:
-    """The part of a transformers model whose last hidden states its head reads."""
+    """The submodule of a transformers model whose last hidden states its head reads."""
     found = model.base_model
-    if found is model:  # its class names another part than it has (Llama 4)
+    if found is model:  # base_model_prefix names a module that the model does not have (Llama 4)
         found = model.model
-    inner = getattr(found, "decoder", None)  # OPT's head calls this, past the module around it
+    inner = getattr(found, "decoder", None)  # OPT's head calls this and not the module around it
     return inner if isinstance(inner, nn.Module) and not model.config.is_encoder_decoder else found
 
 
@@ -44,12 +44,12 @@ def head_shape(model: Any) -> HeadShape:
     Candidates come from its config; the model's own forward on given hidden states decides among them.
 
     Raises:
-        UserError: no candidate matches, so that log-probabilities would be silently wrong.
+        UserError: no candidate matches, so log-probabilities would be silently wrong.
     """
     head = model.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), torch.Tensor):
         raise _unknown(model)
-    with gathered([*head.parameters()]), _with_numbers(head):
+    with gathered([*head.parameters()]), _with_values(head):
         generator = torch.Generator().manual_seed(0)
         states = torch.randn(1, 4, head.weight.shape[-1], generator=generator).to(head.weight)
         unit = states / _linear(head, states).abs().max().clamp(min=torch.finfo(torch.float32).tiny).to(states)
@@ -67,8 +67,9 @@ def head_shape(model: Any) -> HeadShape:
 
 
 @contextlib.contextmanager
-def _with_numbers(head: Any) -> Iterator[None]:
-    """A head whose weights are not read yet has some random rows for a while: what is applied after it is the same."""
+def _with_values(head: Any) -> Iterator[None]:
+    """Give a head on the meta device a few random rows for the duration: what follows the head does not depend on
+    them."""
     weight = head.weight
     if weight.is_meta:
         rows = torch.randn(16, weight.shape[-1], generator=torch.Generator().manual_seed(0))

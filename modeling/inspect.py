@@ -1,6 +1,6 @@
-"""What is right and wrong with a model's tokenizer and chat template, found in the environment that will use them.
+"""Checks a model's tokenizer and chat template in the environment that will use them.
 
-No weights are loaded, and no code of a model's own is run.
+Weights are not loaded, and code that comes with a model is not run.
 """
 
 import json
@@ -24,7 +24,7 @@ QUESTION = Message("user", "What is the capital of France?")
 ANSWER = Message("assistant", "It is Paris.")
 OTHER = Message("assistant", "I do not know.")
 TODAY = "2000-01-01"
-"""What templates are told that write the date."""
+"""The date passed to chat templates that write one."""
 
 
 PROBES = (
@@ -35,18 +35,18 @@ PROBES = (
     "你好世界。 こんにちは 안녕하세요 مرحبا שלום Привет नमस्ते",
     "🙂👩‍👩‍👧‍👦 e\u0301 ﬁ ½ \u200b\u00a0",
 )
-"""What every environment tokenizes and decodes, to be compared."""
+"""Texts that every environment tokenizes and decodes; the driver compares the results."""
 
 
 Renders = Literal["prompts", "answers", "comparisons", "nothing"]
 
 
 def examine_model(stage: Inspected, model: Path, renders: Renders) -> Iterator[Finding]:
-    """What is found of a model's tokenizer and chat template.
+    """Check a model's tokenizer and chat template, with the user's own conversations.
 
     Args:
-        renders: the user's prompts, as a policy does; the same with an answer, as a reward model does; with two, as a
-            pairwise one does; or nothing, as a model that is given token ids.
+        renders: what this model's template will render: prompts (a policy), prompts with an answer (a reward model),
+            with two answers (a pairwise reward model), or nothing (a model that receives token ids).
     """
     variables, date = getattr(stage.config, "chat_template_kwargs", None), getattr(stage.config, "date", None)
     for finding in inspect(model, variables):
@@ -61,17 +61,17 @@ def examine_model(stage: Inspected, model: Path, renders: Renders) -> Iterator[F
 
 
 def note(stage: Inspected, chat: ChatTokenizer) -> None:
-    """Tell the driver what this environment makes of a model's tokenizer, to be compared."""
+    """Report to the driver how a model's tokenizer behaves in this environment, for comparison with the others."""
     stage.report.probes[str(chat.path)] = probes(chat, stage)
     stage.report.vocabularies[str(chat.path)] = chat.vocabulary
 
 
 def rendered(stage: Inspected, chat: ChatTokenizer, renders: Renders) -> Iterator[Finding]:
-    """Whether the chat template renders the user's own conversations; of those it refuses the first is told."""
+    """Check that the chat template renders the user's conversations; report the first one that it refuses."""
     answers = renders == "answers"
     judge = PairwiseChat(chat.path, chat.variables, chat.date) if renders == "comparisons" else None
     if judge is not None:
-        _ = judge.label_ids  # there are tokens for its labels
+        _ = judge.label_ids  # raises unless each label is a single token
     conversations = stage.prompts()
     refused: list[str] = []
     drops = getattr(stage.config, "refused", "error") == "drop"
@@ -96,8 +96,8 @@ def rendered(stage: Inspected, chat: ChatTokenizer, renders: Renders) -> Iterato
 
 
 def probes(chat: ChatTokenizer, stage: Inspected) -> list[dict[str, Any]]:
-    """What this environment makes of fixed texts, of the user's own, of what a template writes, and of the tokens that
-    end an answer: the same list in every environment, to be compared."""
+    """The results of this environment's tokenizer on fixed texts, the user's texts, a rendered template, and the tokens
+    that end an answer. Every environment returns the same list, for comparison."""
     texts = [*PROBES, *(turn.content for one in stage.conversations for turn in one.messages)]
     if chat.tokenizer.chat_template:
         texts.append(ChatTokenizer(chat.path, date=TODAY).render([QUESTION], for_answer=True))
@@ -106,16 +106,16 @@ def probes(chat: ChatTokenizer, stage: Inspected) -> list[dict[str, Any]]:
 
 
 def probe(chat: ChatTokenizer, text: str) -> dict[str, Any]:
-    """What this environment makes of a text: its ids, and the text that these are decoded to."""
+    """The token ids of a text, and the text that they decode to."""
     ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     return {"text": text, "ids": ids, "decoded": chat.tokenizer.decode(ids)}
 
 
 def inspect(model: Path, variables: dict[str, Any] | None = None) -> list[Finding]:
-    """Everything that is found of one model directory.
+    """Check one model directory.
 
     Args:
-        variables: `chat_template_kwargs` of the stage that reads it.
+        variables: `chat_template_kwargs` of the stage that reads the model.
     """
     try:
         info = ModelInfo.read(model)
@@ -125,7 +125,7 @@ def inspect(model: Path, variables: dict[str, Any] | None = None) -> list[Findin
         chat = ChatTokenizer(model, variables, TODAY)
     except UserError as error:
         return [Finding("error", str(error))]
-    except Exception as error:  # a tokenizer can fail in any way that its files suggest
+    except Exception as error:  # depending on its files, a tokenizer can raise anything
         return [
             Finding(
                 "error",
@@ -142,7 +142,7 @@ def inspect(model: Path, variables: dict[str, Any] | None = None) -> list[Findin
         whole = chat.conversation(messages)
     except UserError as error:
         return [*findings, Finding("error", str(error))]
-    except Exception as error:  # templates are programs
+    except Exception as error:  # templates are programs, and can raise anything
         fix = "Fix chat_template.jinja, or take that of the model's authors."
         return [*findings, Finding("error", f"its chat template fails: {_first_line(error)}", fix)]
     rendered = f"its chat template renders a conversation of {len(messages)} turns in {len(whole)} tokens"
@@ -177,7 +177,7 @@ def own_code(model: Path) -> Finding:
 
 
 def embedding_rows(model: Path) -> int | None:
-    """Token ids that the model's embedding knows, by its weights, else by config.json."""
+    """The number of rows of the model's embedding, from its weights or else from config.json."""
     from safetensors import safe_open
 
     for file in sorted(model.glob("*.safetensors")):
@@ -191,7 +191,7 @@ def embedding_rows(model: Path) -> int | None:
 
 
 def vocabulary(chat: ChatTokenizer, rows: int | None) -> Finding:
-    """Whether the model knows every token that its tokenizer can make, EOS included."""
+    """Check that the embedding has a row for every token of the tokenizer, EOS included."""
     tokenizer = chat.tokenizer
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     if rows is None:
@@ -209,7 +209,7 @@ def vocabulary(chat: ChatTokenizer, rows: int | None) -> Finding:
 
 
 def bos(chat: ChatTokenizer, messages: list[Message], prompt: list[int]) -> Finding:
-    """Whether a conversation begins with one BOS or none, in Ratchet and wherever its text is tokenized again."""
+    """Check that a conversation begins with at most one BOS, in Ratchet and in programs that tokenize rendered text."""
     tokenizer = chat.tokenizer
     begin = tokenizer.bos_token_id
     if begin is None:
@@ -240,7 +240,7 @@ def _leading(ids: list[int], token: int) -> int:
 
 
 def answers(chat: ChatTokenizer) -> Finding:
-    """Whether supervised fine-tuning can put a plain answer behind the prompts that generation makes."""
+    """Check that supervised fine-tuning can append a plain answer to the prompts that generation renders."""
     if chat.stop_ids and chat.answered([QUESTION, ANSWER]) == "no_thinking":
         return Finding(
             "warning",
@@ -253,7 +253,7 @@ def answers(chat: ChatTokenizer) -> Finding:
 
 
 def thoughts(chat: ChatTokenizer) -> Finding:
-    """Whether a judge is shown what an answer thought."""
+    """Check whether the chat template keeps the thoughts in an answer that a reward model scores."""
     text = chat.render([QUESTION, Message("assistant", f"<think>\n{SYSTEM.content}\n</think>\n\n{ANSWER.content}")])
     if SYSTEM.content in text:
         return Finding("ok", "it is shown whole answers, with thoughts (<think>) if they have some")
@@ -262,7 +262,7 @@ def thoughts(chat: ChatTokenizer) -> Finding:
 
 
 def turn_end(chat: ChatTokenizer, messages: list[Message]) -> Finding:
-    """Whether generation stops at what the template ends an assistant's turn with."""
+    """Check that generation stops at the token with which the template ends an assistant's turn."""
     tokenizer, stops = chat.tokenizer, chat.stop_ids
     named = {stop: tokenizer.convert_ids_to_tokens(stop) for stop in stops}
     if all(name is None for name in named.values()):
@@ -299,7 +299,7 @@ def turn_end(chat: ChatTokenizer, messages: list[Message]) -> Finding:
 
 
 def padding(tokenizer: Any) -> Finding:
-    """What the padding is: it makes no difference to Ratchet."""
+    """Report the padding token; it makes no difference to Ratchet."""
     if tokenizer.pad_token_id is None:
         return Finding("ok", "it has no padding token, which is fine: sequences are masked by their length")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:

@@ -1,4 +1,4 @@
-"""Loading models: the one way for all stages, which never leaves a weight at its random initialisation."""
+"""Loads models for all stages, and never leaves a weight at its random initialisation."""
 
 import copy
 import re
@@ -24,24 +24,24 @@ from contracts.errors import UserError
 from contracts.models import CLASSIFIERS, PROCESS_MODEL, VALUE_HEAD, ModelInfo
 from contracts.seeds import derive_seed
 from contracts.weights import stored_tensors
-from modeling.finite import holds_the_same, require_finite
+from modeling.finite import is_equal, require_finite
 from modeling.master import Start
 from modeling.modes import gathered, is_partitioned
 from modeling.probe import check_architecture, require_independence
-from modeling.rope import hold_rope
+from modeling.rope import fix_rope
 
 Shapes = dict[str, tuple[int, ...]]
 LoadedAs = Literal["causal", "classifier", "token classifier"]
-"""The classes of transformers that a model can be loaded as."""
+"""The kinds of transformers classes that a model can be loaded as."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-"""torch's names for safetensors' formats."""
+"""torch's dtypes by safetensors' names."""
 NEW_HEAD = "score.weight"
 """The score head, which a reward model or critic initialised from a causal language model lacks."""
 LEFTOVER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
-"""Buffers that older versions of transformers saved, and that models compute themselves."""
+"""Buffers that older versions of transformers saved; models now compute them."""
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.(weight|bias)$")
 """A causal language model's head, which a classifier does not use."""
 
@@ -50,11 +50,11 @@ def read_config(model: Path) -> Any:
     """The transformers configuration of a model directory.
 
     Raises:
-        UserError: transformers cannot read it, or only with remote code.
+        UserError: transformers cannot read it, or needs remote code to do so.
     """
     try:
         return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a config of others can make it fail in any way
+    except Exception as error:  # depending on the config, it can raise anything
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{model} needs Python code of its own to be loaded (auto_map in its config.json), which is never run. "
@@ -66,12 +66,12 @@ def read_config(model: Path) -> Any:
 
 
 def vocabulary_size(config: Any) -> int:
-    """Number of rows of the token embedding."""
+    """The number of rows of the token embedding."""
     return int(config.get_text_config().vocab_size)
 
 
 def tensor_shapes(auto: Any, config: Any) -> Shapes:
-    """Name and shape of every tensor of the architecture, found without allocating weights.
+    """The shape of every tensor of the architecture by name, without allocating weights.
 
     Call it before an `Accelerator` exists: under ZeRO-3 every later construction partitions its parameters.
     """
@@ -79,7 +79,7 @@ def tensor_shapes(auto: Any, config: Any) -> Shapes:
 
 
 def empty_model(auto: Any, config: Any) -> Any:
-    """The model of a configuration on the meta device.
+    """Build the model of a configuration on the meta device.
 
     Raises:
         UserError: transformers cannot build it.
@@ -87,7 +87,7 @@ def empty_model(auto: Any, config: Any) -> Any:
     try:
         with torch.device("meta"):
             return auto.from_config(copy.deepcopy(config))
-    except Exception as error:  # as above
+    except Exception as error:  # depending on the config, it can raise anything
         raise UserError(
             f"transformers cannot make the model that config.json describes ({config.model_type}): "
             f"{_in_one_line(error)}. Check it, or choose a model of another architecture."
@@ -101,7 +101,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 class Qwen2ForProcessRewardModel(Qwen2ForTokenClassification):
-    """Qwen2.5-Math-PRM (Zhang et al. 2025, arXiv 2501.07301): two labels for each token, by a head of two layers."""
+    """Qwen2.5-Math-PRM (Zhang et al. 2025, arXiv 2501.07301): two labels per token, from a head of two layers."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -111,18 +111,18 @@ class Qwen2ForProcessRewardModel(Qwen2ForTokenClassification):
 
     @classmethod
     def from_config(cls, config: Any) -> "Qwen2ForProcessRewardModel":
-        """As transformers' automatic classes make one."""
+        """Build a model, like `from_config` of transformers' auto classes."""
         return cls(config)
 
 
 def check_weights(model: Path, load_as: LoadedAs) -> None:
     """Check that a model directory has exactly the weights of the class it will be loaded as, all of them finite.
 
-    A causal language model may become a classifier with one label; only its head may be missing then. Does not
-    allocate the model. Call it before an `Accelerator` exists.
+    If a causal language model is loaded as a classifier with one label, only the classifier's head may be missing. The
+    model is not allocated. Call it before an `Accelerator` exists.
 
     Raises:
-        UserError: weights are missing, left over or not finite (the message names them), or the architecture is not
+        UserError: weights are missing, unexpected or not finite (the message names them), or the architecture is not
             supported.
     """
     info = ModelInfo.read(model)
@@ -140,7 +140,8 @@ def check_weights(model: Path, load_as: LoadedAs) -> None:
 
 
 def _compare(auto: Any, model: Path, config: Any, *, new_head: bool, dtype: torch.dtype = torch.float32) -> Any:
-    """Compare a checkpoint's headers with its architecture, by transformers' own loader; returns the empty model.
+    """Compare a checkpoint's headers with its architecture by transformers' own loader. Returns the model on the meta
+    device.
 
     The loader gets meta tensors, so that it renames, merges and ties them like the real ones, and reports missing,
     unexpected and mismatched keys.
@@ -152,7 +153,7 @@ def _compare(auto: Any, model: Path, config: Any, *, new_head: bool, dtype: torc
         name: torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, torch.uint8), device="meta")
         for name, tensor in stored_tensors(model).items()
     }
-    # transformers asks for accelerate wherever a device is named, but needs it only to spread a model over several.
+    # transformers requires accelerate for any device_map, but needs it only to spread a model over several devices.
     with mock.patch.object(accelerate_integration, "is_accelerate_available", return_value=True):
         loaded, report = _from_pretrained(
             model_class, model, None, config=config, state_dict=tensors, device_map="meta", dtype=dtype
@@ -162,11 +163,12 @@ def _compare(auto: Any, model: Path, config: Any, *, new_head: bool, dtype: torc
 
 
 def _require_one_head(model: Path, tied: Mapping[str, str]) -> None:
-    """Raise UserError if weights that config.json ties differ in the files: vLLM would load one, transformers both."""
+    """Raise UserError if weights that config.json ties differ in the files: vLLM would load one of them, transformers
+    both."""
     stored = stored_tensors(model)
     for second, first in tied.items():
         one, other = stored.get(first), stored.get(second)
-        if one is not None and other is not None and not holds_the_same(one, other):
+        if one is not None and other is not None and not is_equal(one, other):
             raise UserError(
                 f"{model} holds {first} and {second}, which are one tensor by config.json (tie_word_embeddings), but "
                 "differ: an engine would use another one than training. Set tie_word_embeddings to false in it."
@@ -181,14 +183,14 @@ def load_value_head(model: Path, hidden_size: int) -> torch.Tensor:
 
 
 def load_causal(model: Path, dtype: torch.dtype, *, master: bool = False, empty: bool = False, **options: Any) -> Any:
-    """A causal language model with its weights.
+    """Load a causal language model.
 
     Args:
         model: its directory.
         dtype: number format of the weights.
         master: in float32, restore the master weights of the last training instead of the bfloat16 weights.
-        empty: leave the parameters on the meta device; everything else is as with weights, and checked.
-        options: of transformers' loader.
+        empty: leave the parameters on the meta device; buffers are computed and the checkpoint is checked as usual.
+        options: options of transformers' loader.
     """
     if empty:
         return _empty(AutoModelForCausalLM, model, dtype)
@@ -196,15 +198,15 @@ def load_causal(model: Path, dtype: torch.dtype, *, master: bool = False, empty:
 
 
 def load_classifier(model: Path, dtype: torch.dtype) -> Any:
-    """A sequence classifier with its weights, head included."""
+    """Load a sequence classifier, head included."""
     return _load(AutoModelForSequenceClassification, model, dtype)
 
 
 def load_token_classifier(model: Path, dtype: torch.dtype) -> Any:
-    """A classifier of tokens with its weights, whose head is `score`.
+    """Load a token classifier whose head is called `score`.
 
     Raises:
-        UserError: its head is another one.
+        UserError: its head has another name.
     """
     loaded = _load(_token_class(ModelInfo.read(model)), model, dtype)
     if not hasattr(loaded, "score"):
@@ -217,9 +219,10 @@ def _token_class(info: ModelInfo) -> Any:
 
 
 def load_reward(model: Path, dtype: torch.dtype, seed: int, *, master: bool = False, empty: bool = False) -> Any:
-    """A sequence classifier with one label; on a causal model, with a new head drawn by `seed`. Others: as above.
+    """Load a sequence classifier with one label. A causal model gets a new head, initialised from `seed`.
 
-    The head is normal with standard deviation 1 / sqrt(hidden size + 1) (Stiennon et al. 2020, arXiv 2009.01325).
+    The new head is normal with standard deviation 1 / sqrt(hidden size + 1) (Stiennon et al. 2020, arXiv 2009.01325).
+    `dtype`, `master` and `empty` are those of `load_causal`.
     """
     has_head = ModelInfo.read(model).labels is not None
     auto = AutoModelForSequenceClassification
@@ -241,11 +244,11 @@ def load_reward(model: Path, dtype: torch.dtype, seed: int, *, master: bool = Fa
 
 
 def _empty(auto: Any, model: Path, dtype: torch.dtype, *, new_head: bool = False, **options: Any) -> Any:
-    """The model of a checkpoint with its parameters on the meta device and its buffers computed.
+    """Build a checkpoint's model with its parameters on the meta device and its buffers computed.
 
     Raises:
         UserError: weights are missing, unexpected or not finite.
-        ValueError: it has buffers of other modules than rotary embeddings, which only transformers can make.
+        ValueError: modules other than rotary embeddings have buffers, which only transformers' loader can compute.
     """
     ModelInfo.read(model)
     require_finite(model)
@@ -266,7 +269,7 @@ def _empty(auto: Any, model: Path, dtype: torch.dtype, *, new_head: bool = False
 def _load(
     auto: Any, model: Path, dtype: torch.dtype, *, new_head: bool = False, master: bool = False, **options: Any
 ) -> Any:
-    """A model with every tensor loaded from the checkpoint; with `new_head` all but a classifier's head.
+    """Load a model with every tensor from the checkpoint; with `new_head`, every tensor but the classifier's head.
 
     Raises:
         UserError: transformers cannot load it, weights are missing, unexpected or not finite.
@@ -298,9 +301,9 @@ def _load(
 
 
 def _from_pretrained(loader: Any, model: Path, source: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """transformers' loader with its loading report; its errors become UserErrors."""
+    """Call transformers' loader and return its loading report as well; its errors become UserErrors."""
     if source is not None:
-        read_config(source)  # has better messages for a broken config
+        read_config(source)  # for its better messages about a broken config
     try:
         loaded, report = loader.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -344,8 +347,8 @@ def _named(names: list[str]) -> str:
 
 
 def make_independent(model: Any) -> None:
-    """Make a loaded model's outputs independent of the batch, and switch off auxiliary losses; in place."""
-    hold_rope(model)
+    """Make a loaded model's outputs independent of the batch and switch off auxiliary losses, in place."""
+    fix_rope(model)
     text = model.config.get_text_config()
     if hasattr(text, "output_router_logits"):
         text.output_router_logits = False  # otherwise the experts' auxiliary loss is computed as well
@@ -354,7 +357,7 @@ def make_independent(model: Any) -> None:
 
 
 def _measured(loaded: Any, model: Path) -> Any:
-    """The loaded model, after a batch-independence test if its architecture is unknown."""
+    """Return the loaded model, after a test of batch independence if its architecture is unknown."""
     if support_of(loaded.config.to_dict()) == "measured" and not any(map(is_partitioned, loaded.parameters())):
         require_independence(loaded.eval(), str(model))
     return loaded

@@ -25,21 +25,21 @@ class HeadOutput(NamedTuple):
 
 
 class HeadShape(NamedTuple):
-    """How a model turns the output z of its LM head into logits: `cap * tanh(scale * z / cap)`."""
+    """A model's transformation of the LM head's output z into logits: `cap * tanh(scale * z / cap)`."""
 
     scale: float = 1.0
-    """As in Cohere and Granite."""
+    """The factor on z, as in Cohere and Granite."""
     cap: float | None = None
-    """None: `scale * z`; soft-capping as in Gemma 2 (arXiv 2408.00118)."""
+    """The limit of soft-capping, as in Gemma 2 (arXiv 2408.00118); None: the logits are `scale * z`."""
 
 
 PLAIN = HeadShape()
 
 
 class LogprobHead(nn.Module):
-    """An LM head that returns log-probabilities of target tokens instead of logits. Shares the LM head's weights.
+    """An LM head that returns log-probabilities of target tokens instead of logits. It shares the LM head's weights.
 
-    A module that owns these parameters, because ZeRO-3 gathers a parameter when its module is called.
+    It is a module that owns these parameters because ZeRO-3 gathers a parameter when its module is called.
     """
 
     def __init__(self, head: Any, shape: HeadShape = PLAIN, *, entropy: bool = False, collision: bool = False) -> None:
@@ -51,7 +51,7 @@ class LogprobHead(nn.Module):
         self.collision = collision
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden size] -> [N, vocabulary], fp32: all at once, differentiable."""
+        """All logits at once, differentiable: [N, hidden size] -> [N, vocabulary], fp32."""
         return _logits(hidden.to(self._dtype(hidden)), self.weight, self.bias, self.shape)
 
     def _dtype(self, hidden: Tensor) -> torch.dtype:
@@ -59,7 +59,7 @@ class LogprobHead(nn.Module):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
 
     def forward(self, hidden: Tensor, targets: Tensor) -> HeadOutput:
-        """hidden [N, hidden size], targets [N]."""
+        """Log-probabilities of the targets [N] from hidden states [N, hidden size]."""
         found: tuple[Tensor, ...] = _Head.apply(  # type: ignore[no-untyped-call]
             hidden.to(self._dtype(hidden)), self.weight, self.bias, targets, self.shape, self.entropy, self.collision
         )
@@ -75,8 +75,8 @@ class _Head(torch.autograd.Function):
 
     and through f, with z = f(y): d z / d y = scale (1 - (z / cap)^2).
 
-    A single chunk keeps p for the backward pass, unless z is needed too; otherwise p is recomputed. The weight itself
-    is saved, not a view of it, so that ZeRO-3 can release and gather it in between.
+    With a single chunk and without a cap, p is kept for the backward pass; otherwise it is recomputed. The weight
+    itself is saved, not a view of it, so that ZeRO-3 can release and gather it in between.
     """
 
     @staticmethod
@@ -95,7 +95,7 @@ class _Head(torch.autograd.Function):
         for chunk, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
             logits = _logits(chunk, weight, bias, shape)
             p = logits.softmax(-1)
-            # log sum exp z = max z - log max p: as exact as any, and far cheaper than another pass of exponentials.
+            # log sum exp z = max z - log max p: just as exact, and far cheaper than another pass of exponentials.
             normaliser = logits.amax(-1) - p.amax(-1).log()
             columns.append(
                 (

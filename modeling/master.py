@@ -4,9 +4,9 @@
     bf16   = (x + 2^15) >> 16                                    rounded to the nearest, ties away from zero
     rest   = (x + 2^15) mod 2^16                                 so that x = (bf16 << 16 | rest) - 2^15
 
-A checkpoint in bfloat16 has the remainders in `master/`, which engines ignore. The next training joins both: at the
-learning rates of preference learning an update is smaller than the last bit of a bfloat16 weight, and would be lost at
-every iteration. A tensor without a remainder is exactly representable in bfloat16.
+A bfloat16 checkpoint has the remainders in `master/`, which inference engines ignore. The next training joins both: at
+the learning rates of preference learning an update is smaller than the last bit of a bfloat16 weight, and would be lost
+in every iteration. A tensor without a remainder is exactly representable in bfloat16.
 """
 
 from collections.abc import Iterator
@@ -26,18 +26,18 @@ from contracts.weights import StoredTensor, stored_tensors
 
 HALF = 1 << 15
 BELONGS_TO = "weights"
-"""Metadata entry of the remainder files: `belonging` of their bfloat16 files."""
+"""Metadata entry of the remainder files: the `belonging` of the bfloat16 files that they complete."""
 
 
 def split(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """An fp32 tensor as bfloat16 and remainders (int16)."""
+    """Split an fp32 tensor into bfloat16 values and remainders (int16)."""
     bits = tensor.contiguous().flatten().view(torch.int32) + HALF
     rest, upper = bits.view(torch.int16).view(-1, 2).T  # the lower half comes first
     return upper.contiguous().view(torch.bfloat16).view(tensor.shape), rest.contiguous().view(tensor.shape)
 
 
 def join(upper: Tensor, rest: Tensor) -> Tensor:
-    """The inverse of `split`."""
+    """Invert `split`."""
     bits = (upper.contiguous().view(torch.int16).int() << 16) | (rest.int() & 0xFFFF)
     return (bits - HALF).view(torch.float32)
 
@@ -48,15 +48,15 @@ def has_rest(rest: Tensor) -> bool:
 
 
 def belonging(hashes: dict[str, str]) -> str:
-    """Identifies the bfloat16 files (SHA-256 by name) that remainders belong to."""
+    """A digest that identifies bfloat16 files, given as SHA-256 by name."""
     return digest(hashes)
 
 
 class Start:
-    """The fp32 weights that a training starts from, as exactly as the model directory has them."""
+    """The fp32 weights that a training starts from, with the remainders if the model directory has them."""
 
     def __init__(self, model: Path) -> None:
-        """Read the headers.
+        """Read the headers of a model directory.
 
         Raises:
             UserError: the remainders belong to other weights.
@@ -82,7 +82,7 @@ class Start:
 
     @property
     def precision(self) -> str:
-        """float32 if the master weights of the last training are there, otherwise the format of the files."""
+        """float32 if the directory has the master weights of the last training, otherwise the format of its files."""
         formats = {tensor.dtype for tensor in self.tensors.values()}
         if self.has_rests or formats == {"F32"}:
             return "float32"
@@ -105,7 +105,7 @@ class Start:
 
 
 def _hashes(model: Path, files: list[Path]) -> dict[str, str]:
-    """SHA-256 of files; taken from the manifest if it lists them, which the stage verifies while it runs."""
+    """SHA-256 of files by name; taken from the manifest if it lists them, which the stage verifies while it runs."""
     if (model / MANIFEST).is_file():
         known = {file.path: file.sha256 for file in Artifact.open(model).manifest.files}
         if all(file.name in known for file in files):

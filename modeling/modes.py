@@ -1,4 +1,4 @@
-"""Model state for training: evaluation mode, gradient checkpointing, gathered parameters under ZeRO-3."""
+"""Sets a model up for training: evaluation mode, gradient checkpointing, gathered parameters under ZeRO-3."""
 
 import contextlib
 import functools
@@ -15,7 +15,8 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def gathered(parameters: list[nn.Parameter], *, modifier: int | None = None) -> Any:
-    """Context with gathered parameters under ZeRO-3; changes by rank `modifier` are broadcast. Otherwise a no-op."""
+    """A context in which ZeRO-3's parameters are gathered, a no-op otherwise. Changes by rank `modifier` are
+    broadcast."""
     if not any(map(is_partitioned, parameters)):
         return contextlib.nullcontext()
     import deepspeed
@@ -24,7 +25,7 @@ def gathered(parameters: list[nn.Parameter], *, modifier: int | None = None) -> 
 
 
 def set_modes(model: Any, gradient_checkpointing: bool) -> None:
-    """Evaluation mode, so that no kind of dropout is active; with gradient checkpointing if asked for."""
+    """Set evaluation mode, so that no dropout of any kind is active, and gradient checkpointing if requested."""
     model.eval()
     if gradient_checkpointing:
         from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,13 +33,13 @@ def set_modes(model: Any, gradient_checkpointing: bool) -> None:
         model.gradient_checkpointing_enable()
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                # transformers checkpoints only layers in training mode, in which some apply dropout.
+                # transformers checkpoints only layers in training mode, and in that mode some apply dropout.
                 module.training = True
                 module._gradient_checkpointing_func = functools.partial(_recomputed, module)
 
 
 def _recomputed(layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
-    """`forward` of a layer in evaluation mode, with gradient checkpointing."""
+    """Run a layer's `forward` in evaluation mode, with gradient checkpointing."""
 
     def evaluated(*inputs: Any) -> Any:
         layer.training = False

@@ -1,4 +1,4 @@
-"""The modules that are trained: a transformers model with the head that its loss needs, on `Packed` batches."""
+"""The trained modules: a transformers model with the head that its loss needs, applied to `Packed` batches."""
 
 from typing import Any
 
@@ -23,8 +23,8 @@ class Trained(nn.Module):
         return self.read(self.hidden(batch), batch)
 
     def hidden(self, batch: Packed) -> Tensor:
-        """The last hidden state of every token, [tokens, hidden size]. No attention mask: right padding is hidden by
-        causal attention, and padded positions are never read."""
+        """The last hidden state of every token, [tokens, hidden size]. There is no attention mask: causal attention
+        hides right padding, and padded positions are never read."""
         plan = {} if batch.plan is None else {"plan": batch.plan}
         outputs = backbone_of(self.model)(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **plan
@@ -37,10 +37,11 @@ class Trained(nn.Module):
 
 
 class TokenLogprobs(Trained):
-    """A causal language model: `logprobs` [N] of the response tokens, and `entropy` and `log_collision` if wanted.
+    """A causal language model: `logprobs` [N] of the response tokens, and `entropy` and `log_collision` on request.
 
-    With a value head (weights [1, hidden size]) it is its own critic: `values` [N] of the states in which the response
-    tokens were chosen. With a frozen reference model, which is not part of the module, it returns `divergences`.
+    With a value head (weights [1, hidden size]) it is its own critic and returns the `values` [N] of the states in
+    which the response tokens were chosen. With a frozen reference model, which is not part of the module, it also
+    returns the outputs of `divergences`.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class TokenLogprobs(Trained):
             self.value_head.weight.data.copy_(value_head)
 
     def read(self, hidden: Tensor, batch: Packed) -> dict[str, Tensor]:
-        """See `HeadOutput`."""
+        """The outputs of `HeadOutput` by name, with `values` and `divergences` if configured."""
         states = hidden[batch.positions]
         found = self.head(states, batch.targets)
         outputs = {name: value for name, value in found._asdict().items() if value is not None}
@@ -85,8 +86,8 @@ class TokenLogprobs(Trained):
 class SequenceScores(Trained):
     """A sequence classifier with one label: `scores` [S], at each sequence's last token.
 
-    transformers' own forward picks the last token that is not the padding token, which is wrong if padding and EOS are
-    the same token.
+    transformers' own forward reads the score at the last token that is not the padding token, which is wrong if padding
+    and EOS are the same token.
     """
 
     def read(self, hidden: Tensor, batch: Packed) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Packing: lays out a micro-batch's sequences without padding, with a shared prompt computed once.
+"""Lays out a micro-batch's sequences without padding, so that a shared prompt is computed once.
 
 Three layouts give the same results:
 
@@ -25,7 +25,7 @@ PADDING_SHARE = 1.25
 
 
 class Span(NamedTuple):
-    """Where a row's tokens lie in a flat batch with shared prompts."""
+    """The positions of a row's tokens in a flat batch with shared prompts."""
 
     prompt: slice
     responses: tuple[slice, ...]
@@ -49,9 +49,9 @@ class PackingPlan(NamedTuple):
     longest: int
     """Tokens of the longest sequence."""
     spans: tuple[Span, ...] = ()
-    """The rows, where attention is to compute a shared prompt once as well; else it does so for each response."""
-    masks: dict[tuple[int, int, int | None], Tensor] = {}  # noqa: RUF012 (given anew with `spans`)
-    """By tokens of a prompt and of a response, and the window: what attention has masked for `spans` so far."""
+    """The rows, if attention also computes a shared prompt only once; empty: it does so once per response."""
+    masks: dict[tuple[int, int, int | None], Tensor] = {}  # noqa: RUF012 (a new one is passed along with `spans`)
+    """A cache of attention masks for `spans`, by prompt tokens, response tokens and window."""
 
 
 class Packed(NamedTuple):
@@ -70,11 +70,11 @@ class Packed(NamedTuple):
     lengths: Tensor
     """[S]: response tokens of each sequence; they add up to N."""
     last: Tensor
-    """[S], into the flattened `input_ids`: the last token of each sequence."""
+    """[S], indices into the flattened `input_ids`: the last token of each sequence."""
 
 
 def tokens_of(row: Row, packing: Packing) -> int:
-    """Tokens of a row in a flat batch; in a padded batch, before padding."""
+    """The number of a row's tokens in a flat batch; in a padded batch, before padding."""
     return row.response_tokens + len(row.prompt) if packing == "shared" else row.tokens
 
 
@@ -82,8 +82,8 @@ def pack(rows: Many[Row], packing: Packing, device: torch.device | str = "cpu", 
     """Pack rows into one micro-batch; its sequences are the rows' responses, in order.
 
     Args:
-        attend_once: on a CPU, attention computes a shared prompt once as well. For inference: it is the fastest way
-            forward, and gradients are not as fast.
+        attend_once: on a CPU, attention also computes a shared prompt only once. Meant for inference: the forward pass
+            is the fastest, the backward pass is not.
     """
     if packing == "padded":
         return _pad(rows, device)
@@ -106,7 +106,7 @@ def _spans(rows: Many[Row]) -> tuple[Span, ...]:
 def _flatten(rows: Many[Row], shared: bool, device: torch.device | str) -> Packed:
     ids: list[Ids] = []
     places: list[Ids] = []
-    wholes: list[Ids] = []  # of each sequence, where its tokens lie
+    wholes: list[Ids] = []  # for each sequence, the indices of its tokens in the flat batch
     starts: list[int] = []
     size = 0
     for row in rows:
@@ -135,7 +135,7 @@ def _flatten(rows: Many[Row], shared: bool, device: torch.device | str) -> Packe
 
 
 def _plan(wholes: list[Ids], size: int, device: torch.device | str) -> PackingPlan:
-    """Groups of sequences by descending length."""
+    """Group sequences by descending length."""
     groups: list[Tensor] = []
     order = np.zeros(size, dtype=np.int64)
     places = 0
@@ -191,7 +191,7 @@ def _pad(rows: Many[Row], device: torch.device | str) -> Packed:
 
 
 def _responses(rows: Many[Row], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Targets and lengths."""
+    """The targets [N] and lengths [S] of `Packed`."""
     responses = [response.ids for row in rows for response in row.responses]
     return _tensor(np.concatenate(responses), device), _tensor(np.array([len(ids) for ids in responses]), device)
 

@@ -1,9 +1,10 @@
-"""What every stage with a model imports, for the processes that stages are forked from (contracts/warm.py)."""
+"""Imports modules that every stage with a model needs, in the processes that stages are forked from
+(contracts/warm.py)."""
 
 
 def preload() -> None:
-    """Import what loading and running a model imports only when it happens; of the architectures, the one whose
-    modules most others are built from."""
+    """Import the modules that loading and running a model imports lazily, and the one architecture (Llama) that most
+    others are built from."""
     import torch._dynamo  # noqa: F401
     import transformers.activations
     import transformers.core_model_loading

@@ -24,16 +24,16 @@ VOCABULARY = 256
 
 @torch.no_grad()
 def require_independence(model: Any, name: str) -> None:
-    """Check that the hidden states depend on the sequence's own preceding tokens alone.
+    """Check that hidden states depend only on the preceding tokens of their own sequence.
 
     A short and a long sequence are computed alone and together (padded on the right, as scorers and trainers do), and
     the long one without its second half.
 
     Args:
-        name: names the model in the message.
+        name: the model's name in the message.
 
     Raises:
-        UserError: they depend on something else.
+        UserError: hidden states depend on something else.
     """
     size = int(model.config.get_text_config().vocab_size)
     short, long = (length_of(model, length) for length in LENGTHS)
@@ -55,7 +55,7 @@ def require_independence(model: Any, name: str) -> None:
 
 
 def length_of(model: Any, length: int) -> int:
-    """`length`, limited to the model's context."""
+    """`length`, at most the model's context length."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(length, limit) if isinstance(limit, int) and limit > 0 else length
 
@@ -74,7 +74,7 @@ def check_architecture(path: Path, config: Any) -> str | None:
         config: its transformers configuration.
 
     Returns:
-        Why no small model could be tested, or None. The real model is then tested after loading.
+        None, or the reason why no small model could be tested; the real model is then tested after loading.
 
     Raises:
         UserError: the architecture fails the test.

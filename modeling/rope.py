@@ -1,10 +1,10 @@
-"""Rotary embeddings that choose their frequencies by the longest sequence of a batch, held to one choice.
+"""Fixes the frequencies of rotary embeddings that would otherwise depend on the longest sequence of a batch.
 
-transformers gives a batch the short or the long factors of longrope (Phi-3.5, Phi-4-mini) by its longest sequence, so
-that a sequence's log-probabilities depend on what is beside it. Here the model decides: one whose context is longer
-than the one it was first trained with (`original_max_position_embeddings`) takes the long factors for every sequence,
-as vLLM does where it serves that context. Dynamic NTK leaves the frequencies alone inside of
-`max_position_embeddings`, in vLLM too, and no stage computes longer sequences: they are held there.
+transformers applies the short or the long factors of longrope (Phi-3.5, Phi-4-mini) to a batch by its longest sequence,
+so a sequence's log-probabilities would depend on the rest of the batch. Here the choice depends on the model: one whose
+context is longer than its original one (`original_max_position_embeddings`) uses the long factors for every sequence,
+like vLLM when it serves that context. Dynamic NTK does not change the frequencies within `max_position_embeddings`, in
+vLLM either, and no stage computes longer sequences, so they stay as they are.
 """
 
 import copy
@@ -16,22 +16,22 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 ENDLESS = 1 << 62
 
 
-def hold_rope(model: Any) -> None:
+def fix_rope(model: Any) -> None:
     """Make the rotary embeddings of a loaded model independent of the batch, in place."""
     for module in model.modules():
         rope_types = getattr(module, "rope_type", None)
         if isinstance(rope_types, str):
-            _hold(module, rope_types, None)
+            _fix(module, rope_types, None)
         elif isinstance(rope_types, dict):
             for layer_type, rope_type in rope_types.items():
-                _hold(module, rope_type, layer_type)
+                _fix(module, rope_type, layer_type)
 
 
-def _hold(module: Any, rope_type: str, layer_type: str | None) -> None:
+def _fix(module: Any, rope_type: str, layer_type: str | None) -> None:
     prefix = "" if layer_type is None else f"{layer_type}_"
     if "dynamic" in rope_type:
         setattr(module, f"{prefix}max_seq_len_cached", ENDLESS)
-        module.original_max_seq_len = 0  # nothing is shorter: no reset
+        module.original_max_seq_len = 0  # no sequence is shorter, so the frequencies are never reset
     elif rope_type == "longrope":
         config = module.config
         settings = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
@@ -40,7 +40,7 @@ def _hold(module: Any, rope_type: str, layer_type: str | None) -> None:
             return
         current = getattr(module, f"{prefix}inv_freq")
         compute = functools.partial(ROPE_INIT_FUNCTIONS[rope_type], seq_len=original + 1, layer_type=layer_type)
-        if "long_mscale" in settings:  # PhiMoE: frequencies anew in every forward pass, and a magnitude by length
+        if "long_mscale" in settings:  # PhiMoE recomputes them in every forward pass, with a magnitude by length
             module.rope_init_fn = compute
             module.config = copy.deepcopy(config)
             module.config.rope_parameters["short_mscale"] = settings["long_mscale"]

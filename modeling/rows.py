@@ -1,4 +1,4 @@
-"""Training rows: token ids of a prompt and its responses. No text, no padding."""
+"""Training rows: the token ids of a prompt and its responses, without text or padding."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ Floats: TypeAlias = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Response:
-    """A response in token ids. Its end is given by its length, never by a token's value."""
+    """A response's token ids. It ends where `ids` ends, regardless of the last token's value."""
 
     ids: Ids
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -35,17 +35,17 @@ class Row:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """The number of tokens of the longest sequence."""
         return len(self.prompt) + max(len(response.ids) for response in self.responses)
 
     @property
     def response_tokens(self) -> int:
-        """Tokens of all responses."""
+        """The number of tokens of all responses."""
         return sum(len(response.ids) for response in self.responses)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences, the prompt counted with each."""
+        """The number of tokens of all sequences, with the prompt counted in each."""
         return self.response_tokens + len(self.prompt) * len(self.responses)
 
 

@@ -1,4 +1,4 @@
-"""Traces of what torch computes, as chrome://tracing, Perfetto and TensorBoard read them."""
+"""Records torch profiler traces, which chrome://tracing, Perfetto and TensorBoard can display."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ import torch
 
 @contextlib.contextmanager
 def traced(path: Path) -> Iterator[None]:
-    """Write a trace of what is computed inside, on all devices, to a file NAME.json.gz.
+    """Trace the computation in the context, on all devices, into a file NAME.json.gz.
 
-    A trace that cannot be written is told, and nothing more: the computation is not to be lost for it.
+    If the trace cannot be written, only a message is printed, so that the computation is not lost.
     """
     with torch.profiler.profile(record_shapes=True) as profile:
         yield

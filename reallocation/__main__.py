@@ -1,9 +1,9 @@
-"""python -m reallocation FIRST SECOND [BASE]: what differs between two checkpoints, as one line of JSON."""
+"""`python -m reallocation FIRST SECOND [BASE]`: compare two checkpoints and print one line of JSON."""
 
 import os
 import sys
 
-# Ours before anything in the working directory that is called the same.
+# Ratchet's packages take precedence over modules of the same name in the working directory.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from contracts import surroundings
 

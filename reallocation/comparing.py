@@ -1,4 +1,4 @@
-"""Which tensors of two checkpoints differ, and by how much, whatever their layouts. numpy, no torch.
+"""Compares the tensors of two checkpoints, regardless of their layouts. Uses numpy, not torch.
 
     python -m reallocation CHECKPOINT CHECKPOINT      one JSON object, for `pipeline diff`
 
@@ -19,34 +19,34 @@ from reallocation.planning import item_bytes
 from reallocation.stored import VALUE_HEAD_NAME, StoredModel, read_file
 
 PIECE = 4 << 20
-"""Elements that are compared at once."""
+"""Elements that are compared at a time."""
 FORMATS = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8",
     "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|u1",
 }  # fmt: skip
-"""numpy's names for safetensors' formats; BF16 is the upper half of an F32."""
+"""numpy's dtypes by safetensors' names; BF16 is missing, since numpy has none (it is the upper half of an F32)."""
 KNOWN = {*FORMATS, "BF16"}
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """A tensor that is not the same in two checkpoints."""
+    """A tensor that differs between two checkpoints."""
 
     name: str
     kind: str
-    """missing, shape, dtype or values."""
+    """The difference: `missing`, `shape`, `dtype` or `values`."""
     first: str | None
-    """Format and shape in the first checkpoint; None: it has no such tensor."""
+    """Dtype and shape in the first checkpoint; None: it has no such tensor."""
     second: str | None
     elements: int | None = None
-    """How many there are; None where they cannot be compared one by one."""
+    """The number of elements; None if they cannot be compared one by one."""
     differ: int | None = None
-    """How many are not the same number: other bits, where both have one format."""
+    """The number of elements that differ: in their bits if the dtypes are the same, otherwise in their value."""
     largest: float | None = None
-    """The largest absolute difference, of those that are finite numbers in both."""
+    """The largest absolute difference of elements that are finite in both."""
     mean: float | None = None
-    """The mean absolute difference of the same, over all elements."""
+    """The sum of these absolute differences, divided by `elements`."""
     not_finite: int | None = None
-    """How many of those that differ are NaN or infinite in one of the two."""
+    """The number of differing elements that are NaN or infinite in at least one of the two."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class _Side:
     model: StoredModel
     tensor: GlobalTensor
     head: StoredTensor | None
-    """Where it is, if it is the value head."""
+    """The stored tensor, if this is the value head."""
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         return f"{self.tensor.dtype} {list(self.tensor.shape)}"
 
     def read(self, start: int, end: int) -> bytearray:
-        """The bytes of some elements of the undivided tensor."""
+        """Read the bytes of elements `start` to `end` of the flattened, undivided tensor."""
         item = item_bytes(self.tensor.dtype)
         content = bytearray((end - start) * item)
         if self.head is not None:
@@ -74,20 +74,22 @@ class _Side:
 
 
 def compare(first: StoredModel, second: StoredModel) -> Iterator[Difference]:
-    """The tensors that differ, in the order of the first checkpoint and then of the second."""
+    """Yield the tensors that differ: those of the first checkpoint in its order, then the others of the second."""
     left, right = _sides(first), _sides(second)
     for name in dict.fromkeys([*left, *right]):
         one, other = left.get(name), right.get(name)
         if one is None or other is None:
-            yield Difference(name, "missing", one.words if one else None, other.words if other else None)
+            yield Difference(name, "missing", one.description if one else None, other.description if other else None)
         elif one.tensor.shape != other.tensor.shape:
-            yield Difference(name, "shape", one.words, other.words)
+            yield Difference(name, "shape", one.description, other.description)
         elif one.tensor.dtype == other.tensor.dtype:
             if (numbers := _numbers(one, other))["differ"]:
-                yield Difference(name, "values", one.words, other.words, **numbers)
+                yield Difference(name, "values", one.description, other.description, **numbers)
         else:
             known = {one.tensor.dtype, other.tensor.dtype} <= KNOWN
-            yield Difference(name, "dtype", one.words, other.words, **(_numbers(one, other) if known else {}))
+            yield Difference(
+                name, "dtype", one.description, other.description, **(_numbers(one, other) if known else {})
+            )
 
 
 def _sides(model: StoredModel) -> dict[str, _Side]:
@@ -98,7 +100,7 @@ def _sides(model: StoredModel) -> dict[str, _Side]:
 
 
 def _numbers(one: _Side, other: _Side) -> dict[str, Any]:
-    """How many elements differ, and by how much where numpy knows their format."""
+    """Count the elements that differ, and measure by how much if numpy supports their dtype."""
     formats = (one.tensor.dtype, other.tensor.dtype)
     measured = set(formats) <= KNOWN
     total, differ, broken, largest, absolute = one.tensor.elements, 0, 0, 0.0, 0.0
@@ -131,14 +133,14 @@ def _numbers(one: _Side, other: _Side) -> dict[str, Any]:
 
 
 def decode(content: bytes | bytearray, dtype: str) -> Any:
-    """The numbers of a safetensors format, BF16 as float32."""
+    """Decode numbers of a safetensors dtype; BF16 becomes float32."""
     if dtype == "BF16":
         return (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(content, FORMATS[dtype])
 
 
 def comparison(first: Path, second: Path, base: Path | None) -> dict[str, Any]:
-    """What `pipeline diff` shows: the differences, and how many tensors the two have in all."""
+    """The result that `pipeline diff` shows: the differences, and the number of tensors in either checkpoint."""
     models = [StoredModel(path, base=base) for path in (first, second)]
     names = {name for model in models for name in model.tensors}
     names |= {VALUE_HEAD_NAME for model in models if model.value_head() is not None}

@@ -1,14 +1,14 @@
-"""How a model's tensors lie over the ranks of a parallel layout, by names, shapes and config.json alone.
+"""Computes how a parallel layout divides a model's tensors over ranks, from names, shapes and config.json alone.
 
 The ranks of a layout are a mesh [pp, dp, tp], tp fastest, as torch and vLLM number them. A tensor is divided in steps:
 
-    pp  a pipeline stage has some layers; the first also the embedding, the last the final norm and the head. A tied
-        head is the embedding a second time, in the last stage.
-    tp  query, key, value, gate and up projections are cut by rows (outputs), output and down projections by columns
+    pp  A pipeline stage has some layers; the first also has the embedding, the last the final norm and the head. For a
+        tied head, the last stage has a second copy of the embedding.
+    tp  Query, key, value, gate and up projections are cut by rows (outputs), output and down projections by columns
         (inputs), embedding and head by rows of the vocabulary, or not at all (Shoeybi et al. 2019, arXiv 1909.08053).
-        With fewer key-value heads than ranks each head is in several of them.
-    dp  every replica has all of that, or a shard of each tensor: rows as `torch.chunk` gives them (FSDP2), or an equal
-        part of the flattened tensor (ZeRO-3, Rajbhandari et al. 2020, arXiv 1910.02054; without its padding).
+        With fewer key-value heads than ranks, several ranks have the same head.
+    dp  Every replica has all of that, or a shard of each tensor: rows as in `torch.chunk` (FSDP2), or an equal part of
+        the flattened tensor (ZeRO-3, Rajbhandari et al. 2020, arXiv 1910.02054; without its padding).
 """
 
 import math
@@ -29,22 +29,22 @@ NORMS = (
     "self_attn.q_norm", "self_attn.k_norm",
 )  # fmt: skip
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma", "Gemma2", "Gemma3", "Gemma3Text")
-"""Architectures whose tensors these rules know, by the beginnings of their classes' names."""
+"""Supported architectures: the class names without their suffix in `HEADS`."""
 HEADS = ("ForCausalLM", "ForSequenceClassification")
 VOCABULARY_MULTIPLE = 64
-"""A divided vocabulary is filled up to a multiple of this before it is divided, as vLLM does."""
+"""A vocabulary is padded to a multiple of this before it is divided, as in vLLM."""
 MOST_RANKS = 65_536
-"""Ranks of a layout: more than any training has had, and few enough to plan in memory."""
+"""The most ranks of a layout: more than any training has had, and few enough to plan in memory."""
 OF_EVERY_LAYER = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
     "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
 )  # fmt: skip
-"""Modules whose weights each layer of these architectures has."""
+"""Modules that every layer of these architectures has."""
 IN_LAYER = re.compile(r"(?:base_model\.model\.)?(?:model\.){0,2}layers\.(\d+)\.(.+)")
 OUTSIDE = re.compile(r"(?:base_model\.model\.)?(?:model\.){0,2}(embed_tokens|norm|lm_head|score|value_head)\.(.+)")
 OF_ADAPTER = re.compile(r"\b(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$")
 REMAINDER = "master/"
-"""Before the names of the remainders to fp32 (`contracts.models.MASTER`), which lie as their tensors do."""
+"""The prefix of names of remainders to fp32 (`contracts.models.MASTER`), which are divided like their tensors."""
 
 Sharding = Literal["none", "rows", "flat"]
 Vocabulary = Literal["divided", "whole"]
@@ -52,17 +52,17 @@ Vocabulary = Literal["divided", "whole"]
 
 @dataclass(frozen=True)
 class RankLayout:
-    """A model over dp · tp · pp ranks."""
+    """A parallel layout of dp · tp · pp ranks."""
 
     dp: int = 1
     tp: int = 1
     pp: int = 1
     sharding: Sharding = "none"
-    """What the dp ranks of a group have of each tensor."""
+    """The sharding of each tensor over the dp ranks."""
     vocabulary: Vocabulary = "divided"
-    """Whether tp divides embedding and head (vLLM, Megatron), or every rank has them whole (our trainer)."""
+    """Whether tp divides embedding and head (vLLM, Megatron), or every rank has them whole (Ratchet's trainer)."""
     layers: tuple[int, ...] = ()
-    """Layers of each pipeline stage; by default as equal as they can be."""
+    """The number of layers of each pipeline stage; by default as equal as possible."""
 
     @property
     def ranks(self) -> int:
@@ -70,20 +70,20 @@ class RankLayout:
         return self.dp * self.tp * self.pp
 
     def rank(self, stage: int, replica: int, part: int) -> int:
-        """The rank at a place of the mesh [pp, dp, tp]."""
+        """The rank at a position of the mesh [pp, dp, tp]."""
         return (stage * self.dp + replica) * self.tp + part
 
     def place(self, rank: int) -> tuple[int, int, int]:
-        """Pipeline stage, replica and tensor parallel part of a rank."""
+        """The pipeline stage, replica and tensor parallel part of a rank."""
         return rank // (self.dp * self.tp), rank // self.tp % self.dp, rank % self.tp
 
     @classmethod
     def parse(cls, text: str) -> "RankLayout":
-        """Read `tp=4,pp=2`, with any of the keys dp, tp, pp, shard (none, rows, flat), vocab (divided, whole) and
-        layers (of each stage, 9+7).
+        """Parse a layout like `tp=4,pp=2`. The keys are dp, tp, pp, shard (none, rows, flat), vocab (divided, whole)
+        and layers (of each stage, like 9+7).
 
         Raises:
-            UserError: it is something else.
+            UserError: the text is no valid layout.
         """
         found: dict[str, Any] = {}
         names = {"dp": "dp", "tp": "tp", "pp": "pp", "shard": "sharding", "vocab": "vocabulary", "layers": "layers"}
@@ -123,7 +123,7 @@ class RankLayout:
         return layout
 
     def __str__(self) -> str:
-        """As `parse` reads it, without defaults."""
+        """The text that `parse` reads, without keys that have their default."""
         parts = [f"{name}={getattr(self, name)}" for name in ("dp", "tp", "pp") if getattr(self, name) > 1]
         parts += [f"shard={self.sharding}"] if self.sharding != "none" else []
         parts += [f"vocab={self.vocabulary}"] if self.vocabulary != "divided" else []
@@ -133,26 +133,27 @@ class RankLayout:
 
 @dataclass(frozen=True)
 class GlobalTensor:
-    """A tensor of a model, undivided."""
+    """An undivided tensor of a model."""
 
     name: str
     dtype: str
-    """In safetensors' words: F32, BF16, ..."""
+    """The dtype as safetensors names it: F32, BF16, ..."""
     shape: tuple[int, ...]
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class LocalPart:
-    """What one rank has of a tensor: columns `first` to `last` of its rows of `width` elements, of these `start` to
-    `end` in row-major order. All in elements; a tensor that is not cut by columns is one row."""
+    """The part of a tensor that one rank has: of the tensor as rows of `width` elements, take columns `first` to
+    `last`, and of these, in row-major order, elements `start` to `end`. A tensor that is not cut by columns is one
+    row."""
 
     shape: tuple[int, ...]
-    """As the rank holds it, contiguous."""
+    """The shape of the rank's contiguous local tensor."""
     width: int
     first: int
     last: int
@@ -161,22 +162,22 @@ class LocalPart:
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return self.end - self.start
 
     @property
     def cut_by_columns(self) -> bool:
-        """Whether a row of the whole tensor is in several parts."""
+        """Whether the part has only some columns of its rows."""
         return (self.first, self.last) != (0, self.width)
 
 
 def layer_bounds(layers: int, stages: int) -> list[int]:
-    """The first layer of each pipeline stage, and the number of layers behind the last one's: as equal as can be."""
+    """The boundaries [stages + 1] of pipeline stages of nearly equal size: stage i begins at layer bounds[i]."""
     return [round(stage * layers / stages) for stage in range(stages + 1)]
 
 
 def flat_part(tensor: GlobalTensor, start: int, end: int, shape: tuple[int, ...] | None = None) -> LocalPart:
-    """Elements `start` to `end` of a flattened tensor."""
+    """The part that consists of elements `start` to `end` of the flattened tensor."""
     width = max(tensor.elements, 1)
     return LocalPart((end - start,) if shape is None else shape, width, 0, width, start, end)
 
@@ -189,11 +190,11 @@ def part_of(
     shards: int = 1,
     shard: int = 0,
 ) -> LocalPart:
-    """What a rank has of a tensor.
+    """The part of a tensor that a rank has.
 
     Args:
-        cut: a dimension, and the indices from and to which the rank has it; None: all.
-        sharding: how what is cut is divided over `shards` ranks, of which this is number `shard`.
+        cut: (dimension, start, end): the range that the rank has of a dimension; None: everything.
+        sharding: how the result of `cut` is divided over `shards` ranks, of which this is number `shard`.
     """
     shape = list(tensor.shape)
     dim, low, high = cut if cut is not None else (0, 0, shape[0] if shape else 1)
@@ -221,19 +222,19 @@ def part_of(
 
 @dataclass
 class Division:
-    """Which rank of a layout has what of which tensor of a model.
+    """The division of a model's tensors over the ranks of a layout.
 
     Raises:
-        UserError: the architecture or a tensor is not known, or the layout does not divide it; the message says which
-            number is in the way. A layout without tp and pp needs no rules and takes every model.
+        UserError: the architecture or a tensor is not supported, or not divisible by the layout; the message names the
+            number that does not fit. A layout without tp and pp supports every model.
     """
 
     layout: RankLayout
     config: Mapping[str, Any]
-    """The model's config.json."""
+    """The content of the model's config.json."""
     tensors: Mapping[str, GlobalTensor]
     name: str = "the model"
-    """In messages."""
+    """The model's name in messages."""
     _parts: dict[str, dict[int, LocalPart]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -256,15 +257,15 @@ class Division:
             self._parts[tensor.name] = dict(self._divide(tensor))
 
     def parts(self, name: str) -> dict[int, LocalPart]:
-        """The part of a tensor in each rank that has one, which may be empty."""
+        """The parts of a tensor by rank; some may be empty."""
         return self._parts[name]
 
     def of_rank(self, rank: int) -> dict[str, LocalPart]:
-        """The part of each tensor that a rank has."""
+        """A rank's parts by tensor name."""
         return {name: parts[rank] for name, parts in self._parts.items() if rank in parts}
 
     def _require_shards(self) -> None:
-        """That some tensor has something for every shard."""
+        """Raise UserError if some shards would be empty for every tensor."""
         sharding = self.layout.sharding
         if sharding == "none" or not self.tensors:
             return
@@ -307,7 +308,7 @@ class Division:
                     )
 
     def _by_name(self, tensor: GlobalTensor) -> tuple[tuple[int, ...], list[tuple[int, int, int] | None]]:
-        """The pipeline stages that have a tensor, and for each tensor parallel rank its cut."""
+        """The pipeline stages that have a tensor, and the cut of each tensor parallel rank."""
         name = tensor.name.removeprefix(REMAINDER).replace(".base_layer.", ".")
         whole: list[tuple[int, int, int] | None] = [None] * self.layout.tp
         if found := IN_LAYER.fullmatch(name):
@@ -370,7 +371,7 @@ class Division:
         return [(dim, *self._span(tensor, module, dim, part)) for part in range(self.layout.tp)]
 
     def _span(self, tensor: GlobalTensor, module: str, dim: int, part: int) -> tuple[int, int]:
-        """The indices of dimension `dim` that a tensor parallel rank has: whole heads, or an equal part."""
+        """The range of dimension `dim` that a tensor parallel rank has: whole heads, or an equal part."""
         tp, size = self.layout.tp, tensor.shape[dim]
         if module.startswith("mlp."):
             key, units, shared = "intermediate_size", size, False
@@ -398,15 +399,15 @@ class Division:
 
 
 def require_complete(config: Mapping[str, Any], tensors: Mapping[str, GlobalTensor], name: str) -> None:
-    """Check a model of a known architecture against its config.json: that it has all tensors, in their shapes.
+    """Check that a model of a supported architecture has all tensors that its config.json implies, in their shapes.
 
     Adapters, quantised weights, remainders to fp32 and other architectures are not checked.
 
     Args:
-        name: of the model, in messages.
+        name: the model's name in messages.
 
     Raises:
-        UserError: a tensor is missing, or has another shape than it should.
+        UserError: a tensor is missing or has the wrong shape.
     """
     architecture = str((config.get("architectures") or [""])[0])
     known = {family + head for family in FAMILIES for head in HEADS}
@@ -451,7 +452,7 @@ def require_complete(config: Mapping[str, Any], tensors: Mapping[str, GlobalTens
 
 
 def _shape_by(text: Mapping[str, Any], kind: str) -> tuple[int, ...] | None:
-    """The shape of a tensor by config.json; None where that does not say it."""
+    """The shape of a tensor according to config.json; None if it is not determined by it."""
 
     def number(key: str) -> int:
         value = text.get(key)

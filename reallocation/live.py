@@ -1,8 +1,8 @@
-"""Parameters from process to process in another layout, by torch.distributed: gloo on CPUs, NCCL on GPUs.
+"""Moves parameters between processes into another layout, by torch.distributed: gloo on CPUs, NCCL on GPUs.
 
 Every process computes the same plan and the same rounds. In a round a process sends and receives at most half a
-bucket, one message to and from each other process. The messages of a round travel while those of the round before are
-written to their places, so two rounds, one bucket, are in memory beside the parts themselves.
+bucket, in one message to and from each other process. While the messages of a round are in flight, those of the
+previous round are copied to their destinations, so two rounds (one bucket) are in memory in addition to the parts.
 """
 
 from collections import defaultdict
@@ -18,25 +18,25 @@ from reallocation.layouts import LocalPart
 from reallocation.planning import ReallocationPlan, Transfer
 
 BUCKET = 256 << 20
-"""Bytes of messages that a process holds at most."""
+"""The most bytes of messages that a process holds at a time."""
 ALIGNED = 16
-"""Where each transfer begins in a message, so that it can be seen as numbers of any format."""
+"""Transfers begin at multiples of this in a message, so that they can be viewed as any dtype."""
 
 Message = list[Transfer]
 Round = dict[tuple[int, int], Message]
-"""Messages by sending and receiving process."""
+"""Messages by (sending process, receiving process)."""
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What a process has sent and received."""
+    """The traffic of one process during `reallocate`."""
 
     sent: int
-    """Bytes."""
+    """Bytes sent."""
     received: int
     rounds: int
     staged: int
-    """The most bytes of messages that it held at once."""
+    """The most bytes of messages that the process held at the same time."""
 
 
 def reallocate(
@@ -52,13 +52,14 @@ def reallocate(
     A collective: every process of the group calls it with the same plan. Processes of the plan are ranks of the group.
 
     Args:
-        plan: in which a process has at most one rank of each layout.
-        sources: this process's part of each tensor, contiguous, as `LocalPart.shape` says; none where it has no rank.
-        targets: its parts to be filled, contiguous and of the same formats; they share no memory with `sources`.
-        bucket: bytes of messages that this process holds at most.
+        plan: assigns each process at most one rank of each layout.
+        sources: this process's part of each tensor, contiguous, of shape `LocalPart.shape`; empty if it has no rank.
+        targets: its parts to fill, contiguous and of the same dtypes; they must not share memory with `sources`.
+        bucket: the most bytes of messages that this process holds at a time.
 
     Raises:
-        ValueError: a process has two ranks of a layout, a part is missing, or the bucket is too small to hold anything.
+        ValueError: a process has two ranks of a layout, a part is not contiguous, or the bucket is too small for any
+            message.
     """
     for ranks in (plan.source_processes, plan.target_processes):
         if len(set(ranks)) != len(ranks):
@@ -86,8 +87,8 @@ def reallocate(
 def rounds_of(plan: ReallocationPlan, bucket: int) -> list[Round]:
     """The messages of each round, the same in every process.
 
-    Every pair of processes gets on evenly, so that none waits for its turn; a transfer that is too large for a round is
-    divided.
+    All pairs of processes make progress at the same rate, so that none waits for others; a transfer that is too large
+    for a round is divided.
     """
     room = bucket // 2 - bucket // 2 % ALIGNED
     if room < ALIGNED:
@@ -118,7 +119,7 @@ def rounds_of(plan: ReallocationPlan, bucket: int) -> list[Round]:
 
 
 def pieces(transfer: Transfer, most: int) -> Iterator[Transfer]:
-    """A transfer in pieces of at most so many bytes, a multiple of ALIGNED."""
+    """Divide a transfer into pieces of at most `most` bytes, a multiple of `ALIGNED`."""
     if transfer.length > most:
         for row in range(transfer.rows):
             source = transfer.source_start + row * transfer.source_stride
@@ -138,7 +139,7 @@ def pieces(transfer: Transfer, most: int) -> Iterator[Transfer]:
 
 
 class _Posted:
-    """The messages of a round that are on their way to and from a process."""
+    """The messages of one round that are in flight to and from this process."""
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class _Posted:
     ) -> None:
         self._targets = targets
         self._incoming: list[tuple[Message, Tensor]] = []
-        self._outgoing: list[Tensor] = []  # which have to live until they are sent
+        self._outgoing: list[Tensor] = []  # keeps the buffers alive until they are sent
         self.sent = self.received = self.staged = 0
         operations = []
         for (sender, receiver), message in sorted(messages.items()):
@@ -174,7 +175,7 @@ class _Posted:
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def finish(self) -> None:
-        """Wait, and write what has come to its places."""
+        """Wait for the messages, and copy the received ones into the target parts."""
         for work in self._works:
             work.wait()
         for message, buffer in self._incoming:
@@ -197,12 +198,12 @@ def _padded(size: int) -> int:
 
 
 def _source_view(transfer: Transfer, tensor: Tensor) -> Tensor:
-    """The numbers of a transfer in the source's part, [rows, length]; shares its memory."""
+    """A view of a transfer's elements in the source's part, [rows, length]."""
     return _view(tensor, transfer, transfer.source_start, transfer.source_stride)
 
 
 def _target_view(transfer: Transfer, tensor: Tensor) -> Tensor:
-    """The same in the target's part."""
+    """A view of a transfer's elements in the target's part, [rows, length]."""
     return _view(tensor, transfer, transfer.target_start, transfer.target_stride)
 
 
@@ -217,7 +218,7 @@ def _view(tensor: Tensor, transfer: Transfer, start: int, stride: int) -> Tensor
 
 
 def slice_of(whole: Tensor, part: LocalPart) -> Tensor:
-    """A part of an undivided tensor, by the definition of a part; a copy."""
+    """Copy a part out of an undivided tensor, by the definition of `LocalPart`."""
     if not part.elements:
         return whole.new_empty(part.shape)
     columns = whole.reshape(-1, part.width)[:, part.first : part.last]

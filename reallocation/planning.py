@@ -1,8 +1,8 @@
-"""From any layout to any other: which bytes go from which rank to which. Pure, and the same at every call.
+"""Plans which bytes go from which rank to which, between any two layouts. Pure and deterministic.
 
-A part of a tensor is at most three blocks of its rows (`LocalPart`: a first and a last row that are not full, and what
-is between), and so is what two parts have in common. Each common block is one transfer: equal runs of bytes at equal
-distances, on both sides; where runs touch on both sides they are one.
+A part of a tensor consists of at most three blocks of rows (`LocalPart`: an incomplete first row, an incomplete last
+row, and the rows between them), and so does the intersection of two parts. Each block of the intersection is one
+transfer: runs of bytes of equal length and stride in source and target. Runs that are adjacent in both are merged.
 """
 
 import bisect
@@ -19,9 +19,9 @@ from reallocation.layouts import Division, GlobalTensor, LocalPart
 
 
 class Transfer(NamedTuple):
-    """Bytes of one tensor that one rank has of another: `rows` runs of `length` bytes.
+    """Bytes of one tensor that one rank receives from another: `rows` runs of `length` bytes.
 
-    Run i begins at start + i · stride, of the source's part and of the target's part of the tensor.
+    Run i begins at byte start + i · stride, in the source's part and in the target's part of the tensor.
     """
 
     source: int
@@ -38,16 +38,16 @@ class Transfer(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """All of its runs."""
+        """The bytes of all runs."""
         return self.rows * self.length
 
     @property
     def target_end(self) -> int:
-        """Behind the last run in the target's part."""
+        """The end of the last run in the target's part."""
         return self.target_start + (self.rows - 1) * self.target_stride + self.length
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
-        """Where each run begins in the target's part and in the source's, and its length."""
+        """Yield the start of each run in the target's part, its start in the source's part, and its length."""
         target, source = self.target_start, self.source_start
         for _ in range(self.rows):
             yield target, source, self.length
@@ -56,7 +56,8 @@ class Transfer(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Rows and columns of a tensor that a part has, and where: `offset` of the first, `stride` from row to row."""
+    """A rectangle of a tensor's rows and columns within a part: its first element is at `offset`, with `stride` from
+    row to row."""
 
     row: int
     row_end: int
@@ -68,10 +69,11 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class ReallocationPlan:
-    """What goes where. Ranks of source and target layout are processes, the same number being the same process."""
+    """The transfers from a source layout to a target layout. Each rank belongs to a process, and a process may have
+    ranks of both layouts."""
 
     transfers: tuple[Transfer, ...]
-    """By the order of the tensors, then by target rank, then by place in the target."""
+    """Ordered by tensor, then by target rank, then by position in the target."""
     source_processes: tuple[int, ...]
     """The process of each rank of the source layout."""
     target_processes: tuple[int, ...]
@@ -82,22 +84,22 @@ class ReallocationPlan:
 
     @cached_property
     def sent(self) -> dict[int, int]:
-        """Bytes that each process sends to others."""
+        """The bytes that each process sends to others."""
         return self._sum(self.source_processes, "source")
 
     @cached_property
     def received(self) -> dict[int, int]:
-        """Bytes that each process receives from others."""
+        """The bytes that each process receives from others."""
         return self._sum(self.target_processes, "target")
 
     @property
     def moved(self) -> int:
-        """Bytes that leave their process."""
+        """The bytes sent between processes."""
         return sum(self.sent.values())
 
     @property
     def written(self) -> int:
-        """Bytes of all targets."""
+        """The bytes of all target parts."""
         return sum(transfer.bytes for transfer in self.transfers)
 
     def _sum(self, processes: Sequence[int], side: str) -> dict[int, int]:
@@ -116,19 +118,19 @@ def plan(
     source_processes: Sequence[int] | None = None,
     target_processes: Sequence[int] | None = None,
 ) -> ReallocationPlan:
-    """How every element of every target gets its value, exactly once.
+    """Plan the transfers that fill every element of every target part exactly once.
 
-    Where several ranks have the same part, a process that needs it itself takes its own, and what is left goes to
-    whichever has least to send so far, large transfers first.
+    If several ranks have the same source part, a process uses its own copy if it has one. All other transfers are
+    assigned, the largest first, to the process that has the least to send so far.
 
     Args:
-        tensors: those to move, which both divisions know.
-        source_processes: of each rank of the source layout; by default the rank.
-        target_processes: of each rank of the target layout; by default the rank.
+        tensors: the tensors to move, known to both divisions.
+        source_processes: the process of each rank of the source layout; by default the rank.
+        target_processes: the process of each rank of the target layout; by default the rank.
 
     Raises:
-        ValueError: the source does not have all of a tensor exactly once, or the two cut it along two dimensions behind
-            the first.
+        ValueError: the distinct source parts do not cover a tensor exactly once, or the two layouts cut it along two
+            different dimensions other than the first.
     """
     from_process = tuple(source_processes or range(source.layout.ranks))
     to_process = tuple(target_processes or range(target.layout.ranks))
@@ -164,8 +166,8 @@ def plan(
 
 
 def _least(queue: list[tuple[int, int]], processes: Sequence[int], load: Mapping[int, int]) -> int:
-    """Of the ranks in a queue (load, rank) the one whose process has least to send, the first of equals. Loads only
-    grow, so what a queue says of a rank is never too much, and only the first has to be looked at."""
+    """The rank in a heap of (load, rank) whose process has the least to send, the lowest rank among equals. Loads only
+    grow, so an entry is never too high, and only the first one has to be updated until it is current."""
     while queue[0][0] != load[processes[queue[0][1]]]:
         rank = queue[0][1]
         heapq.heapreplace(queue, (load[processes[rank]], rank))
@@ -173,13 +175,13 @@ def _least(queue: list[tuple[int, int]], processes: Sequence[int], load: Mapping
 
 
 class PartIndex:
-    """The distinct parts of a tensor in one layout, which are found by their places, however many there are.
+    """An index of the distinct parts of a tensor in one layout, for fast search by position.
 
-    Parts of the same columns are in the order of their rows, and columns in theirs.
+    Parts are grouped by their columns, and sorted by their rows within a group.
     """
 
     def __init__(self, parts: Sequence[LocalPart]) -> None:
-        """Sort them; they overlap nowhere and none is empty (`replicas`)."""
+        """Sort the parts; they must not overlap, and none may be empty (`replicas`)."""
         self.parts = parts
         groups: dict[tuple[int, int, int], list[int]] = {}
         for number in sorted(range(len(parts)), key=lambda each: parts[each].start):
@@ -190,8 +192,8 @@ class PartIndex:
         self._spans = [[_span(parts[number]) for number in group] for group in self._groups]
 
     def near(self, wanted: LocalPart) -> Iterator[int]:
-        """The numbers of all parts that have something in common with another layout's, and of few others: of those
-        with which only its first and last rows could have had.
+        """Yield the indices of all parts that intersect a part of another layout, and of few others: some that are near
+        its incomplete first or last row without intersecting it.
 
         Raises:
             ValueError: the layouts cut the tensor along two dimensions.
@@ -205,7 +207,7 @@ class PartIndex:
             if wanted.cut_by_columns and wanted.width != some.width:
                 raise ValueError(f"a tensor is cut along two dimensions: {some}, {wanted}")
             first, last = (wanted.first, wanted.last) if wanted.cut_by_columns else (0, some.width)
-            if low // some.width == (high - 1) // some.width:  # all of it is in one row
+            if low // some.width == (high - 1) // some.width:  # it lies within one row
                 first, last = low % some.width, (high - 1) % some.width + 1
             begin = bisect.bisect_right(self._columns, first, key=lambda each: each[2])
             groups = range(begin, bisect.bisect_left(self._columns, last, key=lambda each: each[1]))
@@ -216,17 +218,17 @@ class PartIndex:
 
 
 def _span(part: LocalPart) -> tuple[int, int]:
-    """Where the first element of a part is in the flattened tensor, and behind where its last one is."""
+    """The position of a part's first element in the flattened tensor, and that of its last element plus one."""
     inner = part.last - part.first
     first, last = (place // inner * part.width + part.first + place % inner for place in (part.start, part.end - 1))
     return first, last + 1
 
 
 def replicas(tensor: GlobalTensor, parts: Mapping[int, LocalPart]) -> dict[LocalPart, list[int]]:
-    """The distinct parts of a tensor that are not empty, each with the ranks that have it.
+    """The distinct non-empty parts of a tensor, each with the ranks that have it.
 
     Raises:
-        ValueError: they are not all of the tensor, or overlap.
+        ValueError: the parts overlap, or do not cover the tensor.
     """
     holders: dict[LocalPart, list[int]] = {}
     for rank, part in sorted(parts.items()):
@@ -239,7 +241,7 @@ def replicas(tensor: GlobalTensor, parts: Mapping[int, LocalPart]) -> dict[Local
 
 
 def _overlap(parts: Sequence[LocalPart]) -> bool:
-    """Whether two parts have something in common, or columns that only overlap, as those of no layout do."""
+    """Whether two parts intersect, or have column ranges that overlap without being equal, which no layout produces."""
     groups: dict[tuple[int, int, int], list[LocalPart]] = {}
     for part in sorted(parts, key=lambda part: part.start):
         groups.setdefault((part.width, part.first, part.last), []).append(part)
@@ -250,16 +252,16 @@ def _overlap(parts: Sequence[LocalPart]) -> bool:
 
 
 def item_bytes(dtype: str) -> int:
-    """Bytes of one number of a safetensors format; formats that have a part of a byte are one, too."""
+    """The bytes per element of a safetensors dtype; 1 for dtypes that are unknown or smaller than a byte."""
     return BYTES.get(dtype, 1)
 
 
 @lru_cache(1 << 16)
 def common(source: LocalPart, target: LocalPart, item: int) -> tuple[Transfer, ...]:
-    """What two parts of a tensor have in common, by place in the target; ranks and name are left empty.
+    """The intersection of two parts of a tensor as transfers, by position in the target; ranks and name are left empty.
 
     Args:
-        item: bytes of an element.
+        item: bytes per element.
     """
     widths = {part.width for part in (source, target) if part.cut_by_columns} or {source.width}
     if len(widths) > 1:
@@ -298,7 +300,7 @@ def common(source: LocalPart, target: LocalPart, item: int) -> tuple[Transfer, .
 
 
 def blocks(part: LocalPart, width: int) -> Iterator[Block]:
-    """A part as blocks of a tensor's rows of `width` elements, of which a part that is not cut by columns has any."""
+    """Divide a part into blocks of rows of `width` elements; for a part that is not cut by columns, any width works."""
     if not part.elements:
         return
     inner = part.last - part.first if part.cut_by_columns else width
@@ -315,8 +317,9 @@ def blocks(part: LocalPart, width: int) -> Iterator[Block]:
 
 
 def interleaved(transfers: Sequence[Transfer]) -> Iterator[list[Transfer]]:
-    """Transfers to one target by place in it, in groups that follow each other: in every row of a group's, one run of
-    each transfer, one behind the other. Where they lie in another way, each run is a group."""
+    """Group transfers to one target such that writing the groups one after the other, and in each row of a group one
+    run of every transfer, writes the target sequentially. Transfers that cannot be grouped so become groups of one
+    run."""
     group: list[Transfer] = []
     end = 0
     for transfer in sorted(transfers, key=lambda each: each.target_start):
@@ -347,7 +350,7 @@ def _single_runs(group: Sequence[Transfer]) -> Iterator[list[Transfer]]:
 
 
 def in_order(transfers: Sequence[Transfer]) -> Iterator[tuple[int, int, int, int]]:
-    """The runs of several transfers to one target by place: the source, then as `Transfer.runs`."""
+    """Yield the runs of several transfers to one target by position: `Transfer.source`, then as in `Transfer.runs`."""
     for group in interleaved(transfers):
         for runs in zip(*(transfer.runs() for transfer in group), strict=True):
             for transfer, (target, source, length) in zip(group, runs, strict=True):

@@ -1,13 +1,13 @@
-"""Writing a checkpoint in another layout: a set of files for each rank, or the whole files that it had, bit for bit.
+"""Writes a checkpoint in another layout: a set of files for each rank, or the original whole files, bit for bit.
 
-Memory does not grow with the model (reallocation/writing.py). What a crash can leave, and what the same command does
-with it:
+Memory does not grow with the model (reallocation/writing.py). A crash can leave the following, which the same command
+handles when it is run again:
 
-    hidden directory beside the output      keeps its finished files, makes the rest
-    `*.tmp` in it                           deletes it
-    the output                              nothing left to do
+    hidden directory next to the output     keeps its finished files, writes the others
+    `*.tmp` in it                           deletes them
+    the output                              has nothing left to do
 
-A file gets its name when it is on the disk, and the directory when all of its files have.
+A file is renamed to its final name when it is on the disk, and the directory when all of its files are.
 """
 
 import fcntl
@@ -38,28 +38,28 @@ from reallocation.stored import (
 from reallocation.writing import OutputFile, header_of, new_file, write_files
 
 FILE_BYTES = 5 << 30
-"""Largest file of a rank, unless one tensor is larger."""
+"""The largest file of a rank, unless one tensor is larger."""
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-"""Files that hold the weights in other formats, which are not carried over."""
+"""Suffixes of files with weights in other formats, which are not copied."""
 
 
 @dataclass(frozen=True)
 class Resharded:
-    """What was written."""
+    """The result of `reshard`."""
 
     path: Path
     layout: RankLayout
     files: int
     bytes: int
-    """Of the weights."""
+    """Bytes of the weights."""
     ranks: int
     left_out: tuple[str, ...]
-    """Files of the checkpoint that hold the weights in another format."""
+    """Files of the checkpoint that were not copied because they hold the weights in another format."""
     was_there: bool
-    """Whether it had been written before."""
+    """Whether the output already existed."""
     compared: int
-    """Files whose bytes are those that a run has published, by their SHA-256. Of the others names, shapes and sizes are
-    checked, and no bytes: nothing says what they should be."""
+    """The number of files whose SHA-256 was compared with that of the published file. For other files only names,
+    shapes and sizes are checked, since their expected bytes are not known."""
 
 
 def reshard(model: StoredModel, layout: RankLayout, target: Path) -> Resharded:
@@ -67,12 +67,12 @@ def reshard(model: StoredModel, layout: RankLayout, target: Path) -> Resharded:
 
     Args:
         model: the checkpoint, in any layout.
-        layout: with one rank, the whole files come back as they were when they were divided.
-        target: the directory to make.
+        layout: the layout to write; with one rank, the whole files are restored as they were before the division.
+        target: the directory to create.
 
     Raises:
-        UserError: the model is not all that its config.json says, the layout does not divide it, the target is
-            something else, another process makes it, or the disk has no room for it.
+        UserError: the model does not have all tensors that its config.json implies, the layout does not divide it, the
+            target exists with other content, another process is writing it, or the disk has too little space.
     """
     require_complete(model.config, model.tensors, str(model.path))
     divided = layout.ranks > 1
@@ -91,7 +91,7 @@ def reshard(model: StoredModel, layout: RankLayout, target: Path) -> Resharded:
     directory = partial_directory(target, key)
     lock = DirectoryLock(directory, target)
     lock.when_free(lambda: lock.take(fcntl.LOCK_EX), 0)
-    if target.exists():  # another process has made it meanwhile
+    if target.exists():  # another process has written it in the meantime
         shutil.rmtree(directory)
         _require_same(target, record, outputs)
         return there
@@ -115,7 +115,7 @@ def reshard(model: StoredModel, layout: RankLayout, target: Path) -> Resharded:
 
 
 def _divided(model: StoredModel, layout: RankLayout) -> tuple[DividedRecord, list[OutputFile]]:
-    """The files of every rank that differs from those before it."""
+    """The record, and the files of every rank whose parts differ from those of all ranks before it."""
     division = model.division(layout)
     owners: dict[tuple[tuple[str, LocalPart], ...], int] = {}
     files: dict[str, tuple[str, ...]] = {}
@@ -137,7 +137,7 @@ def _divided(model: StoredModel, layout: RankLayout) -> tuple[DividedRecord, lis
 def _files_of_rank(model: StoredModel, rank: int, held: Sequence[tuple[str, LocalPart]]) -> Iterator[OutputFile]:
     for prefix in ("", REMAINDER):
         items = [(name, part) for name, part in held if name.startswith(REMAINDER) == bool(prefix)]
-        items.sort(key=lambda each: (-item_bytes(model.tensors[each[0]].dtype), each[0]))  # keeps numbers aligned
+        items.sort(key=lambda each: (-item_bytes(model.tensors[each[0]].dtype), each[0]))  # keeps elements aligned
         groups: list[list[tuple[str, LocalPart]]] = []
         used = 0
         for name, part in items:
@@ -153,7 +153,7 @@ def _files_of_rank(model: StoredModel, rank: int, held: Sequence[tuple[str, Loca
 
 
 def _whole(model: StoredModel) -> list[OutputFile]:
-    """The files that the model was made of."""
+    """The original whole files of the model."""
     outputs = []
     for file in model.files:
         prefix = REMAINDER if file.name.startswith(REMAINDER) else ""
@@ -166,7 +166,7 @@ def _whole(model: StoredModel) -> list[OutputFile]:
 
 
 def _others(model: StoredModel, divided: bool) -> tuple[dict[str, Path], list[str]]:
-    """The files beside the weights by their names in the output, and those that are left out."""
+    """The files other than weights by their names in the output, and the names of those that are not copied."""
     weights = {file.name for file in model.files} | {RECORD, LOCK}
     if model.record is not None:
         weights |= {name for files in model.record.ranks.values() for name in files}
@@ -187,7 +187,7 @@ def _others(model: StoredModel, divided: bool) -> tuple[dict[str, Path], list[st
 
 
 def _key(model: StoredModel, layout: RankLayout) -> str:
-    """Identifies the output by the states of the files that it is made from."""
+    """A digest that identifies the output: of the layout, and the size and modification time of all input files."""
     states = [
         (path.relative_to(model.path).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
         for path in sorted(model.path.rglob("*"))
@@ -197,7 +197,7 @@ def _key(model: StoredModel, layout: RankLayout) -> str:
 
 
 def _require_same(target: Path, record: DividedRecord | None, outputs: Sequence[OutputFile]) -> None:
-    """Raise UserError unless the target is what would be written, as far as headers and sizes say."""
+    """Raise UserError unless the target has the headers and sizes of the files that would be written."""
     try:
         there = (
             record is None or msgspec.json.decode((target / RECORD).read_bytes(), type=DividedRecord).key == record.key
@@ -226,13 +226,13 @@ def _require_room(directory: Path, needed: int) -> None:
 
 
 def _published(model: StoredModel) -> dict[str, str]:
-    """SHA-256 of the whole files that a divided checkpoint was made of, where its manifest is in `origin/`."""
+    """SHA-256 of a divided checkpoint's original files by name, if their manifest is in `origin/`."""
     path = model.path / ORIGIN / MANIFEST
     if not path.is_file():
         return {}
     try:
         return {file.path: file.sha256 for file in read_manifest(path.read_bytes()).files}
-    except msgspec.DecodeError:  # something else of this name, of another's checkpoint
+    except msgspec.DecodeError:  # a file of the same name that Ratchet did not write
         return {}
     except ValueError as error:
         raise UserError(f"{path} is not what was published ({error}). Divide the checkpoint again.") from error

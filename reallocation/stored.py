@@ -1,12 +1,12 @@
-"""Checkpoints on disk, whole or divided into a set of files for each rank: what is where, and reading any part of it.
+"""Reads any part of any tensor of a checkpoint on disk, which is whole or divided into a set of files for each rank.
 
-A divided checkpoint is what `pipeline reshard` writes:
+A divided checkpoint is written by `pipeline reshard`:
 
-    reallocation.json                     the layout, and how the whole files were: their names and safetensors headers
-    model-rank-R-part-P.safetensors       the parts that rank R has; ranks that differ in nothing share the first's
-    master/model-rank-R-part-P.safetensors    the same of the remainders to fp32, where the checkpoint has them
-    config.json, tokenizer                as they were
-    origin/                               the other files of the checkpoint, its manifest among them
+    reallocation.json                     the layout, and the names and safetensors headers of the original whole files
+    model-rank-R-part-P.safetensors       the parts of rank R; ranks with equal parts share the files of the first
+    master/model-rank-R-part-P.safetensors    the same for the remainders to fp32, if the checkpoint has them
+    config.json, tokenizer                unchanged
+    origin/                               the other files of the checkpoint, including its manifest
 """
 
 import json
@@ -30,7 +30,7 @@ RECORD = DIVIDED
 ORIGIN = "origin"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 VALUE_HEAD_NAME = "value_head/weight"
-"""What the value head's tensor is called beside a model's."""
+"""The name of the value head's tensor next to those of the model."""
 
 
 class WholeFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,7 +38,7 @@ class WholeFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     header: str
-    """Its safetensors header, with the spaces at its end."""
+    """The safetensors header, including the spaces at its end."""
 
 
 class DividedRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,19 +47,19 @@ class DividedRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int
     layout: str
     key: str
-    """Identifies what was divided, and how."""
+    """A digest that identifies the input and the layout."""
     config: dict[str, Any]
-    """The config.json of the model; of an adapter, that of its base model."""
+    """The config.json of the model; for an adapter, that of its base model."""
     files: tuple[WholeFile, ...]
     ranks: dict[str, tuple[str, ...]]
-    """The files of each rank that has some of its own."""
+    """The files of each rank that has files of its own."""
     replicas: dict[str, int]
-    """For each other rank, the one that has the same."""
+    """For each other rank, the rank whose files it shares."""
 
 
 @dataclass(frozen=True)
 class HeldPart:
-    """Where a part of a tensor is."""
+    """A part of a tensor, with the rank that has it and the stored tensor that holds it."""
 
     rank: int
     part: LocalPart
@@ -70,13 +70,13 @@ class StoredModel:
     """A checkpoint directory in any layout."""
 
     def __init__(self, path: Path, *, base: Path | None = None) -> None:
-        """Read the headers.
+        """Read the headers of the checkpoint's files.
 
         Args:
-            base: of an adapter, the directory of the model that it belongs to; by default as the adapter says.
+            base: for an adapter, the directory of its base model; by default the one that the adapter names.
 
         Raises:
-            UserError: it is no checkpoint, or not all of it is there.
+            UserError: the directory is no checkpoint, or is incomplete.
         """
         self.path = path
         self.record = _read_record(path / RECORD) if (path / RECORD).is_file() else None
@@ -98,16 +98,16 @@ class StoredModel:
                 self.tensors[prefix + tensor.name] = GlobalTensor(prefix + tensor.name, tensor.dtype, tensor.shape)
 
     def division(self, layout: RankLayout) -> Division:
-        """How a layout divides it.
+        """The division of the checkpoint by a layout.
 
         Raises:
-            UserError: it does not.
+            UserError: the layout does not divide it.
         """
         return Division(layout, self.config, self.tensors, str(self.path))
 
     @cached_property
     def sources(self) -> dict[str, tuple[HeldPart, ...]]:
-        """Where the distinct parts of each tensor are."""
+        """The distinct stored parts of each tensor."""
         if self.record is None:
             found: dict[str, tuple[HeldPart, ...]] = {}
             for file, placed in self.placed.items():
@@ -127,7 +127,7 @@ class StoredModel:
     def _held(
         self, tensor: GlobalTensor, parts: Mapping[int, LocalPart], held: Mapping[int, Mapping[str, StoredTensor]]
     ) -> Iterator[HeldPart]:
-        """Where the distinct parts of a tensor of a divided checkpoint are."""
+        """The distinct stored parts of a tensor of a divided checkpoint."""
         for ranks in replicas(tensor, parts).values():
             rank = next((rank for rank in ranks if rank in held), ranks[0])
             stored = held.get(rank, {}).get(tensor.name)
@@ -136,7 +136,7 @@ class StoredModel:
             yield HeldPart(rank, parts[rank], stored)
 
     def transfers(self, name: str, part: LocalPart) -> list[Transfer]:
-        """What a part of a tensor is made from, by place in it; `source` counts the tensor's `sources`."""
+        """The transfers that make up a part of a tensor, by position in it; `source` is an index into `sources`."""
         item, sources = item_bytes(self.tensors[name].dtype), self._places[name]
         found = [
             transfer._replace(source=number, tensor=name)
@@ -146,10 +146,10 @@ class StoredModel:
         return sorted(found, key=lambda each: each.target_start)
 
     def read(self, name: str, part: LocalPart, into: memoryview) -> None:
-        """Read a part of a tensor, of whose files no other bytes are read.
+        """Read a part of a tensor, and no other bytes of its files.
 
         Args:
-            into: as many bytes as the part has.
+            into: a buffer of the part's size.
         """
         sources, transfers = self.sources[name], self.transfers(name, part)
         with _Opened(sources[transfer.source].stored.file for transfer in transfers) as files:
@@ -158,7 +158,7 @@ class StoredModel:
                 read_exactly(files[stored.file], into[place : place + length], stored.start + begin, stored.file)
 
     def value_head(self) -> StoredTensor | None:
-        """The tensor of the value head of a policy that is its own critic."""
+        """The value head's tensor, if the checkpoint is a policy that is its own critic."""
         for folder in (self.path, self.path / ORIGIN):
             if (folder / VALUE_HEAD).is_file():
                 return read_header(folder / VALUE_HEAD)["weight"]
@@ -166,7 +166,7 @@ class StoredModel:
 
 
 class _Opened:
-    """The descriptors of files, closed at the end."""
+    """A context that opens files and yields their descriptors by path."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._paths = dict.fromkeys(paths)
@@ -187,7 +187,7 @@ class _Opened:
 
 
 def read_exactly(descriptor: int, into: memoryview, offset: int, file: Path) -> None:
-    """Fill a buffer from a place of an open file."""
+    """Fill a buffer with an open file's bytes from `offset` on."""
     while into:
         count = os.preadv(descriptor, [into], offset)
         if count == 0:
@@ -196,19 +196,19 @@ def read_exactly(descriptor: int, into: memoryview, offset: int, file: Path) -> 
 
 
 def read_file(file: Path, into: memoryview, offset: int) -> None:
-    """Fill a buffer from a place of a file."""
+    """Fill a buffer with a file's bytes from `offset` on."""
     with _Opened([file]) as files:
         read_exactly(files[file], into, offset, file)
 
 
 def header_bytes(file: Path) -> str:
-    """The safetensors header of a file as it is there."""
+    """The verbatim safetensors header of a file."""
     with file.open("rb") as stream:
         return stream.read(int.from_bytes(stream.read(8), "little")).decode()
 
 
 def rank_file(rank: int, part: int) -> str:
-    """The name of a file of a divided checkpoint."""
+    """The name of a weights file of a divided checkpoint."""
     return f"model-rank-{rank}-part-{part}.safetensors"
 
 
@@ -238,7 +238,7 @@ def _whole_files(path: Path) -> Iterator[WholeFile]:
 
 
 def _tensors_in(file: WholeFile, path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a whole file by its header, in the order of their places; the file need not be there."""
+    """The tensors that a whole file's header lists, by position; the file itself need not exist."""
     base = 8 + len(file.header.encode())
     found = []
     for name, tensor in json.loads(file.header).items():
@@ -269,7 +269,7 @@ def _rank_tensors(path: Path, files: tuple[str, ...]) -> dict[str, StoredTensor]
 
 
 def _config_of(path: Path, base: Path | None) -> Mapping[str, Any]:
-    """The config.json that says how many heads and layers there are."""
+    """The config.json with the numbers of heads and layers: the model's own, or for an adapter that of its base."""
     if not path.is_dir():
         raise UserError(f"checkpoint {path} is no directory. Give one written by save_pretrained or by Ratchet.")
     folder = path

@@ -1,7 +1,7 @@
-"""Writing weights files from parts of a model, bit for bit, as fast as the files could be copied.
+"""Writes weights files from parts of a model, about as fast as the files could be copied.
 
-Every file is written through a small buffer, several files side by side, so that memory does not grow with the model. A
-file gets its name when it is on the disk.
+Every file is written through a small buffer, several files in parallel, so that memory does not grow with the model. A
+file is renamed to its final name when it is on the disk.
 """
 
 import bisect
@@ -26,23 +26,23 @@ from reallocation.planning import Transfer, interleaved, item_bytes
 from reallocation.stored import ORIGIN, StoredModel, read_exactly
 
 PAGES = 64 << 10
-"""Files are written by this many bytes, and where they lie alike copied: what the kernel moves at once (16 pages)."""
+"""The alignment of writes, and of ranges that the kernel copies: the unit that it moves at a time (16 pages)."""
 BUFFER = 64 << 10
-"""Bytes that are written at once: for more the kernel looks for larger blocks of free memory, which costs it more."""
+"""Bytes per write: for larger ones the kernel looks for larger blocks of free memory, which is slower."""
 LONG = 128 << 10
-"""Ranges from this on are copied by the kernel alone, where they lie as in the new file."""
+"""Ranges from this size on are copied within the kernel if they have the same alignment in both files."""
 WINDOW = 512 << 10
-"""Bytes of rows that are read at once at most, where columns are cut out of them or put together to them."""
+"""The most bytes of rows that are read at a time when columns are cut out of them or joined into them."""
 GAP = 32 << 10
-"""Bytes between two runs of a row's columns that are read with them: a call of the system takes longer."""
+"""Gaps of up to this many bytes between two runs are read along with them: another system call would take longer."""
 RANGES = os.sysconf("SC_IOV_MAX")
-"""Ranges of bytes that the kernel writes in one call."""
+"""The most ranges of bytes that the kernel writes in one call."""
 COPY_AT_ONCE = 4 << 20
 HASHED_AT_ONCE = 1 << 20
 WRITERS = min(4, os.cpu_count() or 1)
-"""Files that are written side by side."""
+"""The number of files that are written in parallel."""
 NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-"""What file systems say that the kernel cannot copy between."""
+"""Errors of copy_file_range on file systems that do not support it."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +52,26 @@ class OutputFile:
     name: str
     header: str
     items: tuple[tuple[str, LocalPart], ...]
-    """Tensor and part of it, in the order of their places."""
+    """(tensor name, part of the tensor), by position in the file."""
     bytes: int
 
 
 @dataclass(frozen=True)
 class FileShare:
-    """What one writer writes of a file."""
+    """The share of a file that one writer writes."""
 
     header: bytes
-    """What is before the tensors; empty but at the beginning of the file."""
+    """The bytes before the tensors; empty unless the share is the beginning of the file."""
     items: tuple[tuple[str, LocalPart], ...]
     start: int
+    """The first byte of the share in the file."""
     end: int
-    """Its bytes in the file: from `start` until before `end`."""
+    """The first byte after the share."""
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """The path to write a file at that gets its name when it is on the disk."""
+    """Yield a scratch path to write to; afterwards flush the file to the disk and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{process_name()}.tmp")
     yield scratch
@@ -79,7 +80,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def header_of(model: StoredModel, items: Sequence[tuple[str, LocalPart]]) -> tuple[str, int]:
-    """A safetensors header, and the bytes of the whole file."""
+    """The safetensors header of a new file, and the bytes of the whole file."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     place = 0
     for name, part in items:
@@ -95,8 +96,9 @@ def header_of(model: StoredModel, items: Sequence[tuple[str, LocalPart]]) -> tup
 
 
 def _padding(model: StoredModel, items: Sequence[tuple[str, LocalPart]], place: int) -> int:
-    """Spaces behind a header that would end at `place`: to a multiple of 8, and if tensors are large so many that pages
-    lie in the new file as in the old one. Most tensors are whole pages, so that it holds for all of them."""
+    """The number of spaces after a header that would end at `place`: up to a multiple of 8, and if tensors are large,
+    as many as align the largest one to pages as in its old file. Most tensors consist of whole pages, so that the
+    others are aligned as well."""
     sizes = [part.elements * item_bytes(model.tensors[name].dtype) for name, part in items]
     largest = sizes.index(max(sizes))
     name, part = items[largest]
@@ -109,11 +111,14 @@ def _padding(model: StoredModel, items: Sequence[tuple[str, LocalPart]], place: 
 def write_files(
     model: StoredModel, directory: Path, outputs: Sequence[OutputFile], published: Mapping[str, str]
 ) -> None:
-    """Write weights files, several side by side, and few of them by several writers each: a file system has one writer
-    for each file at a time, but what the others write can be read meanwhile.
+    """Write weights files in parallel; if there are few, several writers share each. A file system allows one writer
+    per file at a time, but the others can read in the meantime.
+
+    Args:
+        published: the expected SHA-256 of files, by name.
 
     Raises:
-        UserError: a file is not the one whose SHA-256 is in `published`.
+        UserError: a file has another SHA-256 than the one in `published`.
     """
     writers: queue.SimpleQueue[_Writer] = queue.SimpleQueue()
 
@@ -125,7 +130,7 @@ def write_files(
             writers.put(writer)
 
     def write(output: OutputFile) -> None:
-        hashed = output.name in published  # from its beginning to its end
+        hashed = output.name in published  # hashing is sequential, so there is one writer
         parts = shares_of(model, output, 1 if hashed else max(1, WRITERS // len(outputs)))
         with new_file(directory / output.name) as scratch:
             writing = [helpers.submit(write_share, part, scratch, hashed=hashed) for part in parts]
@@ -146,7 +151,7 @@ def write_files(
 
 
 def shares_of(model: StoredModel, output: OutputFile, count: int) -> list[FileShare]:
-    """Cut a file between tensors into at most `count` shares that are about as large."""
+    """Cut a file between tensors into at most `count` shares of about the same size."""
     header = output.header.encode()
     header = len(header).to_bytes(8, "little") + header
     ends = list(
@@ -164,11 +169,11 @@ def shares_of(model: StoredModel, output: OutputFile, count: int) -> list[FileSh
 
 
 class _Writer:
-    """Writes files from the parts of a model, whose files it keeps open.
+    """Writes files from the parts of a model, and keeps the model's files open.
 
-    What is to be written is collected in a buffer that fits into a processor's cache, and leaves it in whole pages of
-    the new file: the kernel is faster with that than with copying ranges that begin within a page. Columns are read
-    with the rows that they are in, many rows at once, and leave that buffer from where they are.
+    Data is collected in a buffer that fits into a processor's cache, and written in whole pages of the new file, which
+    is faster than letting the kernel copy ranges that begin within a page. Columns are read together with the rows that
+    contain them, many rows at a time, and written directly from that read buffer.
     """
 
     def __init__(self, model: StoredModel) -> None:
@@ -177,11 +182,11 @@ class _Writer:
         self._buffer = memoryview(bytearray(BUFFER))
         self._used = 0
         self._room = BUFFER
-        """Bytes after which the buffer leaves at the end of a page."""
+        """The fill level at which the buffer is written, so that the write ends at the end of a page."""
         self._window = memoryview(bytearray(WINDOW))
         self._target = -1
         self._written = 0
-        """Where in the new file the buffer begins."""
+        """The position of the buffer's first byte in the new file."""
         self._hashing: _Hashing | None = None
 
     def __enter__(self) -> "_Writer":
@@ -192,14 +197,14 @@ class _Writer:
             os.close(descriptor)
 
     def write(self, share: FileShare, path: Path, *, hashed: bool) -> str | None:
-        """Write a share of a file and flush it to the disk; the SHA-256 of a whole file, where that is wanted."""
+        """Write a share of a file and flush it to the disk. With `hashed`, return the SHA-256 of the (whole) file."""
         self._written, self._used = share.start, 0
         self._room = BUFFER - share.start % PAGES
         with contextlib.ExitStack() as stack:
             self._target = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             stack.callback(os.close, self._target)
             self._hashing = stack.enter_context(_Hashing(self._target)) if hashed else None
-            self._take(memoryview(share.header))
+            self._append(memoryview(share.header))
             for name, part in share.items:
                 self._write_part(name, part)
             self._flush()
@@ -222,7 +227,7 @@ class _Writer:
                     self._copy(stored, stored.start + begin, length)
 
     def _write_rows(self, taken: Sequence[tuple[Transfer, StoredTensor]], row: int) -> None:
-        """Append rows, each made of one run of every transfer; `row` bytes are read for one."""
+        """Append rows, each joined from one run of every transfer; `row` is the number of bytes read per row."""
         self._flush()
         rows = taken[0][0].rows
         written = taken[0][0].target_stride
@@ -245,8 +250,8 @@ class _Writer:
                 ]
             )
 
-    def _take(self, view: memoryview) -> None:
-        """Append bytes."""
+    def _append(self, view: memoryview) -> None:
+        """Append bytes to the file, through the buffer."""
         while len(view) > self._room - self._used:
             room = self._room - self._used
             self._buffer[self._used : self._room] = view[:room]
@@ -256,7 +261,8 @@ class _Writer:
         self._used += len(view)
 
     def _copy(self, stored: StoredTensor, start: int, length: int) -> None:
-        """Append a range of a file: by the kernel alone where it lies as in the new file, which then may share it."""
+        """Append a range of a stored file: within the kernel if it has the same alignment in the new file, in which
+        case a file system may share the blocks."""
         descriptor = self._opened(stored)
         if length >= LONG and (start - self._written - self._used) % PAGES == 0:
             ahead = -(self._written + self._used) % PAGES
@@ -275,7 +281,8 @@ class _Writer:
                 self._flush()
 
     def _copy_range(self, descriptor: int, start: int, length: int) -> int:
-        """How many bytes the kernel has copied; not all where the file system cannot."""
+        """Copy a range within the kernel. Returns the number of bytes copied; fewer than `length` if the file system
+        does not support it."""
         copied = 0
         while copied < length:
             try:
@@ -285,10 +292,10 @@ class _Writer:
                 if error.errno not in NO_COPY_RANGE:
                     raise
                 break
-            if count == 0:  # reading will tell
+            if count == 0:  # the file is too short; the read that follows raises the error
                 break
             copied += count
-            self._go_on(count)
+            self._advance(count)
         return copied
 
     def _flush(self) -> None:
@@ -301,15 +308,15 @@ class _Writer:
         while left:
             count = os.pwritev(self._target, ranges, self._written)
             left -= count
-            if left:  # the kernel has taken a part
-                ranges = list(_behind(ranges, count))
-            self._go_on(count)
+            if left:  # a partial write
+                ranges = list(_without_first(ranges, count))
+            self._advance(count)
 
-    def _go_on(self, count: int) -> None:
-        """Bytes have been written."""
+    def _advance(self, count: int) -> None:
+        """Account for `count` written bytes."""
         self._written += count
         if self._hashing is not None:
-            self._hashing.go_on(self._written)
+            self._hashing.advance(self._written)
 
     def _opened(self, stored: StoredTensor) -> int:
         path = stored.file
@@ -318,8 +325,8 @@ class _Writer:
         return self._files[path]
 
 
-def _behind(ranges: Sequence[memoryview], count: int) -> Iterator[memoryview]:
-    """What is left of some ranges without their first bytes."""
+def _without_first(ranges: Sequence[memoryview], count: int) -> Iterator[memoryview]:
+    """Drop the first `count` bytes of a sequence of ranges."""
     for view in ranges:
         if count < len(view):
             yield view[count:]
@@ -327,7 +334,8 @@ def _behind(ranges: Sequence[memoryview], count: int) -> Iterator[memoryview]:
 
 
 class _Hashing:
-    """The SHA-256 of a file that is being written, by a thread that follows its end: nothing is read from the disk."""
+    """Computes the SHA-256 of a file while it is written, in a thread that follows its end, so that it reads from the
+    page cache and not from the disk."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -342,14 +350,14 @@ class _Hashing:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def go_on(self, end: int) -> None:
-        """Let it hash what is before `end`, once that is enough."""
+    def advance(self, end: int) -> None:
+        """Let the thread hash the bytes before `end`, once there are enough new ones."""
         if end - self._asked >= HASHED_AT_ONCE:
             self._asked = end
-            self._thread.submit(self._hash, end)  # where it fails, `result` goes on, and fails as well
+            self._thread.submit(self._hash, end)  # if it fails, `result` tries again and raises the error
 
     def result(self, end: int) -> str:
-        """Of all before `end`."""
+        """The SHA-256 of all bytes before `end`."""
         self._thread.submit(self._hash, end).result()
         return self._digest.hexdigest()
 

@@ -1,1 +1,1 @@
-"""Shows a run's metrics in the trackers that people watch: each is fed by a process of its own, which only reads."""
+"""Sends a run's metrics to experiment trackers. Each tracker has its own process, which only reads the run."""

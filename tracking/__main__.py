@@ -1,7 +1,7 @@
-"""`python -m tracking`: feed one tracker from a run's metrics.jsonl, until stdin ends.
+"""`python -m tracking`: sends a run's metrics.jsonl to one tracker, until stdin ends.
 
-The first line of stdin says which (`TrackingTask`); its end, by whatever end of the process that has started this one,
-that no more points come.
+The first line of stdin is the `TrackingTask`. The end of stdin means that no more points will come; it also ends when
+the parent process dies.
 """
 
 import os
@@ -23,21 +23,21 @@ from tracking.base import TrackedRun, Tracker
 from tracking.task import MARK, TrackingTask, sent_file
 
 POLL_SECONDS = 15.0
-"""How often the file is looked at: trackers pay for each time that something is logged, not for how much."""
+"""The interval between reads of the file: the cost of trackers is per call, not per metric."""
 OFFLINE_SECONDS = 300.0
-"""The same for files that nobody looks at before they are uploaded. The tracker is not opened before either: wandb's
-own process wakes up ten times a second, as long as it is there."""
+"""The interval for offline files, which nobody reads before they are uploaded. The tracker itself is opened only after
+the first interval, because wandb's own process wakes up ten times a second while it exists."""
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Send metrics until stdin ends. Returns the exit code."""
     surroundings.importing()
     task = msgspec.json.decode(sys.stdin.buffer.readline(), type=TrackingTask)
     run = TrackedRun(task.run_id, task.name, Path(task.directory), task.config)
     module = import_module(f"tracking.{task.tracker}_tracker")
     run.own.mkdir(exist_ok=True)
-    with locked(run.own / f"{task.tracker}.lock"):  # perhaps a process of an earlier command still sends
-        end_marked(f"{MARK}={os.environ[MARK]}")  # its library's own, where it was killed
+    with locked(run.own / f"{task.tracker}.lock"):  # a process of an earlier command may still be sending
+        end_marked(f"{MARK}={os.environ[MARK]}")  # processes that its library left behind when it was killed
         ended, seconds = end_of_input(), POLL_SECONDS
         if task.settings.get("mode") == "offline":
             seconds = OFFLINE_SECONDS
@@ -51,11 +51,11 @@ def main() -> int:
 
 
 def follow(path: Path, tracker: Tracker, ended: threading.Event, seconds: float) -> int:
-    """Feed a tracker every `seconds` with what it does not have yet; returns how many bytes of the file it has."""
+    """Send new points to a tracker every `seconds`. Returns the number of bytes of the file that were sent."""
     first = tracker.recorded()
     offset, last = 0, False
     while not last:
-        last = ended.is_set()  # before the file is read: what was written until then is sent
+        last = ended.is_set()  # checked before the file is read, so that everything written until the end is sent
         content = whole_lines(path, offset)
         offset += len(content)
         if points := [point for point in decode_points(content) if point.point >= first]:
@@ -70,10 +70,10 @@ if __name__ == "__main__":
         code = main()
     except Exception as error:
         traceback.print_exc()
-        if "\n" in (said := str(error).strip()):  # the driver tells the last lines
-            print(f"{type(error).__name__}: {said.splitlines()[0]}", file=sys.stderr)
+        if "\n" in (message := str(error).strip()):  # the driver shows the last lines
+            print(f"{type(error).__name__}: {message.splitlines()[0]}", file=sys.stderr)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # No library's thread may keep it, or say more behind the error.
+    # No thread of a library may keep the process alive, or print more after the error.
     os._exit(code)

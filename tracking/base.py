@@ -1,4 +1,4 @@
-"""What a tracker is."""
+"""Defines the interface of trackers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,35 +7,39 @@ from typing import Any, Protocol
 from contracts.points import Point
 
 POINT = "system/point"
-"""Metric with a point's place in metrics.jsonl, where a tracker has no step of its own for it."""
+"""The metric with a point's index in metrics.jsonl, for trackers whose own step is something else."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The run whose metrics are shown."""
+    """The run whose metrics are sent."""
 
     id: str
-    """What tells it from all other runs."""
+    """An id that is unique among all runs."""
     name: str
     directory: Path
     config: dict[str, Any]
-    """What the user has set."""
+    """The keys that the user has set."""
 
     @property
     def own(self) -> Path:
-        """Where trackers keep what belongs to the run."""
+        """The directory in which trackers keep files of this run."""
         return self.directory / "tracking"
 
 
 class Tracker(Protocol):
-    """One tracker, open for one run. Opening it makes the run there, or goes on with it."""
+    """A tracker that is open for one run. Opening it creates the run in the tracker, or continues it."""
 
     def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
-        """Open it; `settings` has all keys of its section, as plain data."""
+        """Open the tracker.
+
+        Args:
+            settings: all keys of its section, as plain data.
+        """
         ...
 
     def recorded(self) -> int:
-        """How many points are there: the place in the stream of the first that is not."""
+        """The number of points that the tracker already has, which is the index of the first one to send."""
         ...
 
     def log(self, points: list[Point]) -> None:
@@ -43,10 +47,10 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Wait until all is sent."""
+        """Wait until everything is sent."""
         ...
 
 
 def axes(point: Point) -> dict[str, int]:
-    """The numbers by which metrics can be plotted."""
+    """The values of the axes that metrics can be plotted by."""
     return {"iteration": point.iteration, "global_step": point.global_step, "stage_step": point.number}

@@ -1,4 +1,4 @@
-"""Settings of the trackers."""
+"""The config sections of the trackers."""
 
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ class WandbSettings(Section):
     entity: str | None = runtime(None)
     """The user or team; by default the one that the key belongs to."""
     name: str | None = runtime(None)
-    """What the run is called; by default as here."""
+    """The run's name in the tracker; by default the same as here."""
     group: str | None = runtime(None)
     """The group of runs that it belongs to."""
     tags: list[str] = runtime([])
@@ -29,20 +29,20 @@ class TrackioSettings(Section):
     project: str = runtime("ratchet")
     """The project."""
     name: str | None = runtime(None)
-    """What the run is called; by default as here."""
+    """The run's name in the tracker; by default the same as here."""
     group: str | None = runtime(None)
     """The group of runs that it belongs to."""
     space_id: str | None = runtime(None)
-    """Space that the metrics are sent to (ORG/NAME), with the usual token of the Hub."""
+    """The Space that metrics are sent to (ORG/NAME), with the usual token of the Hub."""
     directory: Path | None = runtime(None)
-    """Where the local database is; by default TRACKIO_DIR, or where trackio puts it."""
+    """The directory of the local database; by default TRACKIO_DIR, or trackio's own default."""
 
 
 class TensorboardSettings(Section):
     """TensorBoard. Its steps are global steps."""
 
     directory: Path | None = runtime(None)
-    """Where the event files are; by default tracking/tensorboard in the run's directory."""
+    """The directory of the event files; by default tracking/tensorboard in the run's directory."""
 
 
 class MlflowSettings(Section):
@@ -53,7 +53,7 @@ class MlflowSettings(Section):
     experiment: str = runtime("ratchet")
     """The experiment."""
     name: str | None = runtime(None)
-    """What the run is called; by default as here."""
+    """The run's name in the tracker; by default the same as here."""
 
 
 class TrackingSection(Section):
@@ -68,10 +68,10 @@ class TrackingSection(Section):
     mlflow: MlflowSettings | None = runtime(None)
     """MLflow."""
     grace_seconds: float = runtime(60.0, ge=0)
-    """How long the end of a command waits for trackers. What is missing then is sent by the next command."""
+    """How long a command waits for trackers at its end. Anything left unsent is sent by the next command."""
 
     @property
     def chosen(self) -> dict[str, Section]:
-        """The settings of each tracker that is fed, by its name."""
+        """The settings of the enabled trackers by name."""
         settings = {name: getattr(self, name) for name in ("wandb", "trackio", "tensorboard", "mlflow")}
         return {name: found for name, found in settings.items() if found is not None}

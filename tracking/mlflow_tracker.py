@@ -1,4 +1,4 @@
-"""MLflow, on a server or in a database of the run's own."""
+"""Sends metrics to MLflow, on a server or in a database in the run's directory."""
 
 import contextlib
 import os
@@ -16,41 +16,41 @@ from tracking.base import POINT, TrackedRun
 
 RUN_TAG = "ratchet.run"
 AT_ONCE = 1000
-"""Metrics that MLflow takes in one request."""
+"""The most metrics that MLflow accepts in one request."""
 LONGEST_PARAM = 6000
 PARAMS_AT_ONCE = 100
 
 
 class MlflowTracker:
-    """A run of MLflow, found again by its tag."""
+    """An MLflow run, which later commands find by its tag."""
 
     def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
         run.own.mkdir(exist_ok=True)
-        place_of_others = settings["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
-        if not place_of_others:
-            _clear_begun(run.own / "mlflow.db")
-        self._client = MlflowClient(place_of_others or f"sqlite:///{run.own / 'mlflow.db'}")
+        configured_uri = settings["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
+        if not configured_uri:
+            _delete_incomplete(run.own / "mlflow.db")
+        self._client = MlflowClient(configured_uri or f"sqlite:///{run.own / 'mlflow.db'}")
         found = self._client.get_experiment_by_name(settings["experiment"])
-        place = found.experiment_id if found else self._client.create_experiment(settings["experiment"])
-        known = self._client.search_runs([place], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
+        experiment = found.experiment_id if found else self._client.create_experiment(settings["experiment"])
+        known = self._client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
         if known:
             self._id = known[0].info.run_id
         else:
             tags = {RUN_TAG: run.id, MLFLOW_RUN_NAME: settings["name"] or run.name}
-            self._id = self._client.create_run(place, tags=tags).info.run_id
+            self._id = self._client.create_run(experiment, tags=tags).info.run_id
             params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in flat(run.config).items()]
             for begin in range(0, len(params), PARAMS_AT_ONCE):
                 self._client.log_batch(self._id, params=params[begin : begin + PARAMS_AT_ONCE])
         self._client.update_run(self._id, status="RUNNING")
-        places = [int(metric.value) for metric in self._client.get_metric_history(self._id, POINT)]
-        self._recorded = max(places, default=-1) + 1
+        indices = [int(metric.value) for metric in self._client.get_metric_history(self._id, POINT)]
+        self._recorded = max(indices, default=-1) + 1
 
     def recorded(self) -> int:
-        """What the server has."""
+        """The number of points that the server has."""
         return self._recorded
 
     def log(self, points: list[Point]) -> None:
-        """Send the points, as many at once as MLflow takes; a request is done as a whole or not at all."""
+        """Send the points in requests as large as MLflow accepts; each request is applied completely or not at all."""
         batch: list[Metric] = []
         for point in points:
             values = {POINT: point.point, "system/iteration": point.iteration, **point.metrics}
@@ -64,12 +64,12 @@ class MlflowTracker:
             self._client.log_batch(self._id, metrics=batch)
 
     def close(self) -> None:
-        """Mark the run as ended; the next command goes on with it."""
+        """Mark the run as ended; the next command continues it."""
         self._client.set_terminated(self._id)
 
 
-def _clear_begun(database: Path) -> None:
-    """Delete a database that holds no run: MLflow makes one in many steps, and cannot go on in the middle of them."""
+def _delete_incomplete(database: Path) -> None:
+    """Delete a database that holds no run: MLflow creates a database in many steps and cannot resume after a kill."""
     if not database.exists():
         return
     with contextlib.closing(sqlite3.connect(database)) as connection:

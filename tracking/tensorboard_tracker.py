@@ -1,4 +1,4 @@
-"""TensorBoard's event files."""
+"""Writes metrics to TensorBoard's event files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,17 +14,18 @@ from tracking.base import POINT, TrackedRun
 
 
 class TensorboardTracker:
-    """A folder of event files, one for each process that has written. A point is one event, so it is there or not."""
+    """A folder of event files, one per process that has written. A point is one event, so it is written completely or
+    not at all."""
 
     def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
         folder = Path(settings["directory"], run.name) if settings["directory"] else run.own / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
-        places = (int(values[POINT]) for file in sorted(folder.glob("*tfevents*")) for _, values in scalars(file))
-        self._recorded = max(places, default=-1) + 1
+        indices = (int(values[POINT]) for file in sorted(folder.glob("*tfevents*")) for _, values in scalars(file))
+        self._recorded = max(indices, default=-1) + 1
         self._writer = EventFileWriter(str(folder))
 
     def recorded(self) -> int:
-        """What the files of earlier processes have."""
+        """The number of points in the files of earlier processes."""
         return self._recorded
 
     def log(self, points: list[Point]) -> None:
@@ -37,12 +38,12 @@ class TensorboardTracker:
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the file."""
         self._writer.close()
 
 
 def scalars(file: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """The step and the values of each point in a file; what a killed process did not end is left out."""
+    """Yield the step and values of each point in a file, without a last one that a killed process left incomplete."""
     for event in EventFileLoader(str(file)).Load():
         values = {value.tag: value.tensor.float_val[0] for value in event.summary.value if value.tensor.float_val}
         if POINT in values:

@@ -1,4 +1,4 @@
-"""trackio: a local database, or a Space of the Hub."""
+"""Sends metrics to trackio: to a local database, or to a Space of the Hub."""
 
 import contextlib
 import os
@@ -11,15 +11,15 @@ from contracts.points import Point
 from tracking.base import TrackedRun, axes
 
 KEEPING = ("persist-", "write-")
-"""What its warnings' keys begin with where it could not keep something on this machine."""
+"""Prefixes of the keys of trackio's warnings about data that it could not store on this machine."""
 
 
 class TrackioTracker:
-    """A run of trackio. Its step is the place of a point in the stream.
+    """A trackio run. Its step is a point's index in metrics.jsonl.
 
-    trackio only warns of what it could not write, so that training goes on. Nothing trains in this process: such a
-    warning ends it, and the next one goes on from what was written. What cannot be sent to a Space is no such thing as
-    long as trackio can keep it: it sends that later by itself.
+    If trackio cannot write something it only warns, so that training continues. Nothing trains in this process, so such
+    a warning ends it, and the next process resumes after the last point that was written. Data that cannot be sent to a
+    Space is no error as long as trackio stores it, since it sends that later on its own.
     """
 
     def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
@@ -29,8 +29,8 @@ class TrackioTracker:
 
         project, name = settings["project"], settings["name"] or f"{run.name}-{run.id}"
         self._is_local = settings["space_id"] is None
-        waiting = _last_waiting(project, name)  # before the database is looked into, where they come next
-        with warnings.catch_warnings(record=True) as told:
+        waiting = _last_waiting(project, name)  # read before the database, because waiting files are moved into it
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self._run = trackio.init(
                 project=project,
@@ -44,26 +44,26 @@ class TrackioTracker:
                 auto_log_cpu=False,
             )
         own = Path(trackio.__file__).parent
-        said = [str(warning.message) for warning in told if Path(warning.filename).is_relative_to(own)]
-        self._failures = said if self._is_local else []
-        self._run._warn_once = self._note
+        messages = [str(warning.message) for warning in caught if Path(warning.filename).is_relative_to(own)]
+        self._failures = messages if self._is_local else []
+        self._run._warn_once = self._record_warning
         self._check()
-        found = self._run._next_step  # in the database, of an earlier process; nothing public says it
+        found = self._run._next_step  # from an earlier process, in the database; there is no public API for it
         if not found and self._is_local:
-            self._run.id = run.id  # the same for all processes, although what waits is not found by them
+            self._run.id = run.id  # so that all processes use the same id, although trackio does not see waiting files
         self._recorded = max(found, waiting + 1)
 
     def recorded(self) -> int:
-        """What trackio has found when it took the run up again."""
+        """The number of points that trackio had when it resumed the run."""
         return int(self._recorded)
 
     def log(self, points: list[Point]) -> None:
         """Write the points into the database, all or none of them; for a Space, hand them to trackio's own thread.
 
         Raises:
-            RuntimeError: trackio could not write these, or keep earlier ones.
+            RuntimeError: trackio could not write these points, or store earlier ones.
         """
-        with self._run._client_lock:  # which trackio's own thread takes in order to write what it finds
+        with self._run._client_lock:  # trackio's own thread takes it to write queued points
             for point in points:
                 self._run.log({**point.metrics, **axes(point)}, step=point.point)
             if self._is_local:
@@ -74,16 +74,16 @@ class TrackioTracker:
         """Wait until trackio's own thread has sent everything.
 
         Raises:
-            RuntimeError: it could not.
+            RuntimeError: trackio could not write or store a point.
         """
         self._run.finish()
         self._check()
 
-    def _note(self, key: str, message: str) -> None:
-        """Instead of trackio's own warning."""
+    def _record_warning(self, key: str, message: str) -> None:
+        """Replace trackio's own warning method."""
         print(message, file=sys.stderr)
         if self._is_local or key.startswith(KEEPING):
-            self._failures.append(message.partition(" User code will continue")[0])  # none is here
+            self._failures.append(message.partition(" User code will continue")[0])  # there is no user code here
 
     def _check(self) -> None:
         if self._failures:
@@ -91,13 +91,13 @@ class TrackioTracker:
 
 
 def _last_waiting(project: str, name: str) -> int:
-    """The last step of a run in the files that wait for the database: on a file system of the network trackio writes
-    such files, which its dashboard takes in. -1 if there is none."""
+    """The last step of a run in files that wait to be moved into the database, or -1. On network file systems trackio
+    writes such files, and its dashboard imports them."""
     from trackio import fragments
 
     last = -1
     for file in fragments.local_inbox_dir().rglob("*.jsonl"):
-        with contextlib.suppress(FileNotFoundError):  # it has been taken in
+        with contextlib.suppress(FileNotFoundError):  # it has just been imported
             for record in fragments.parse_fragment_bytes(file.read_bytes()):
                 if (record["project"], record["run"]) == (project, name):
                     last = max(last, record["step"])

@@ -1,4 +1,4 @@
-"""Reads the files that wandb writes: records of protobuf in blocks of 32 KiB, as in LevelDB's logs, and its own log."""
+"""Reads wandb's run files, which hold protobuf records in blocks of 32 KiB like LevelDB's logs, and wandb's own log."""
 
 import json
 import struct
@@ -14,21 +14,21 @@ BLOCK = 1 << 15
 RECORD_HEADER = struct.Struct("<IHB")  # checksum, length, type
 FULL, FIRST, MIDDLE, LAST = range(1, 5)
 FATAL = "ERROR+4"
-"""Level in the log of wandb's own process at which it says that it sends nothing more."""
+"""The level of log messages of wandb's own process after which it sends nothing more."""
 ERROR = "ERROR"
-"""The same for what it could not do, as to write a record."""
+"""The level of messages about single failures, such as a record that could not be written."""
 
 
 def steps_in(folder: Path, run_id: str) -> set[int]:
-    """The steps of a run in the files of all processes that have logged to it."""
+    """The steps of a run in the files of all processes that logged to it."""
     return {step for file in sorted(folder.glob(f"*run-*/run-{run_id}.wandb")) for step, _ in history(file)}
 
 
 def history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each step that was logged, with its values; a record that a killed process did not end is left out.
+    """Yield each logged step with its values, without a last record that a killed process left incomplete.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file is not wandb's.
     """
     for content in _records(file.read_bytes(), file):
         record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
@@ -41,13 +41,13 @@ def history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def first_error(log: Path, level: str) -> str | None:
-    """What wandb's own process says first at a level, in its log (`settings.log_internal`); None where it says nothing.
+    """The first message of a level in the log of wandb's own process (`settings.log_internal`); None if there is none.
 
     Raises:
-        FileNotFoundError: there is no log, so that nobody knows.
+        FileNotFoundError: there is no log.
     """
     lines = log.read_bytes().splitlines(keepends=True)
-    entries = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be still being written
+    entries = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last one may be incomplete
     return next((str(entry["msg"]) for entry in entries if entry["level"] == level), None)
 
 

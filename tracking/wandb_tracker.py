@@ -1,10 +1,10 @@
-"""Weights & Biases, online or offline."""
+"""Sends metrics to Weights & Biases, online or offline."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.modules.setdefault("numpy", None)  # type: ignore[arg-type] # wandb does without it: a fifth of what it imports
+sys.modules.setdefault("numpy", None)  # type: ignore[arg-type] # optional for wandb, and a fifth of its imports
 
 import wandb  # noqa: E402
 
@@ -13,15 +13,15 @@ from tracking.base import TrackedRun, axes  # noqa: E402
 from tracking.wandb_files import ERROR, FATAL, first_error, steps_in  # noqa: E402
 
 AXES = {"train/*": "global_step", "eval/*": "iteration", "data/*": "iteration", "system/*": "iteration"}
-"""What metrics are plotted by, group by group; those of other trainings by the step of theirs."""
+"""The axis by which each group of metrics is plotted; metrics of other trainings are plotted by their own step."""
 
 
 class WandbTracker:
-    """A run of wandb. Its step is the place of a point in the stream, so wandb itself refuses what it has."""
+    """A wandb run. Its step is a point's index in metrics.jsonl, so wandb itself rejects points that it already has."""
 
     def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
         run.own.mkdir(exist_ok=True)
-        # It asks for inputs that wandb's own launcher has set, and there is none; a third of all that it imports.
+        # It reads inputs of wandb's launcher, which is not used here, and causes a third of wandb's imports.
         wandb.Run._detect_and_apply_job_inputs = lambda run: None  # type: ignore[method-assign]
         self._run = wandb.init(
             id=run.id,
@@ -34,7 +34,7 @@ class WandbTracker:
             tags=settings["tags"],
             mode=settings["mode"],
             config=run.config,
-            # The stages run elsewhere: nothing of this process is worth to be watched.
+            # The stages run in other processes, so statistics of this one are of no use.
             settings=wandb.Settings(
                 console="off",
                 disable_code=True,
@@ -55,14 +55,14 @@ class WandbTracker:
         self._files = run.own / "wandb" if settings["mode"] == "offline" else None
         self._logged: set[int] = set()
         local = max(self._written(), default=-1) + 1
-        self._recorded: int = max(self._run.starting_step, local)  # `step` does not know yet what the server has
+        self._recorded: int = max(self._run.starting_step, local)  # `step` does not reflect the server's state yet
 
     def recorded(self) -> int:
-        """What the server says, or the files of earlier commands."""
+        """The number of points on the server, or in the files of earlier commands."""
         return self._recorded
 
     def log(self, points: list[Point]) -> None:
-        """Hand the points to wandb's own process, which sends them and tries again."""
+        """Hand the points to wandb's own process, which sends them and retries."""
         for point in points:
             self._run.log({**point.metrics, **axes(point)}, step=point.point)
             self._logged.add(point.point)
@@ -71,7 +71,8 @@ class WandbTracker:
         """Wait until wandb's own process has sent or written everything.
 
         Raises:
-            RuntimeError: it has not, of which `finish` says nothing: the key was revoked, or the disk is full.
+            RuntimeError: it did not, for example because the key was revoked or the disk is full; `finish` does not
+                report that.
         """
         self._run.finish()
         wandb.teardown()  # `finish` returns a moment before the last points of an offline run are written
@@ -86,5 +87,5 @@ class WandbTracker:
             raise RuntimeError(f"wandb has not written {len(missing)} of {len(self._logged)} points: {why} ({log})")
 
     def _written(self) -> set[int]:
-        """The steps in the files of this and of earlier commands, where no server has them."""
+        """The steps in the files of this and earlier commands; empty in online mode."""
         return set() if self._files is None else steps_in(self._files, self._run.id)

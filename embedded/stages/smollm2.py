@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a model directory."""
+"""Declares the stage that converts SmolLM2-135M-Instruct to a model directory."""
 
 from contracts.declaration import Stage
 from contracts.records import CHECKPOINT

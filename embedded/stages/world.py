@@ -1,4 +1,4 @@
-"""A tiny model, and data that it can learn from."""
+"""Declares the stage that generates the toy task."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +10,20 @@ from contracts.records import WORLD
 from embedded.config import WorldConfig
 
 ROW = 200
-"""Bytes of a row of its data."""
+"""Bytes per row of its data files."""
 
 
 @dataclass(frozen=True)
 class World(Stage[WorldConfig]):
-    """The making of the toy task."""
+    """The declaration of the stage `world`."""
 
     def libraries(self, config: WorldConfig) -> tuple[str, ...]:
-        """Those that make a model."""
+        """The libraries that create the model."""
         return ("torch", "transformers")
 
     def size(self, config: WorldConfig) -> Size:
-        """A Llama with heads of 32."""
-        from embedded.reviews import vocabulary  # its patterns take a while, and most runs have no toy task
+        """The size of the model, a Llama with attention heads of size 32."""
+        from embedded.reviews import vocabulary  # its patterns take time to compile, and most runs have no toy task
 
         return size_by(
             {
@@ -40,12 +40,12 @@ class World(Stage[WorldConfig]):
         )
 
     def rows(self, config: WorldConfig, path: Path, outlook: Outlook) -> RowStats:
-        """Those of one of its files, NAME.jsonl."""
+        """The rows of one of its files, NAME.jsonl."""
         count = getattr(config, path.stem, 0)
         return RowStats(count, count * ROW, ROW)
 
     def published_bytes(self, config: WorldConfig, outlook: Outlook) -> int:
-        """The model in fp32, whose tied head is written twice, and the data."""
+        """The bytes of the model in fp32, with the tied head written a second time, and of the data."""
         size = self.size(config)
         rows = config.demonstrations + config.train + config.preference + config.heldout
         return size.checkpoint_bytes(4) + 4 * size.vocabulary * size.hidden + rows * ROW + STAGE

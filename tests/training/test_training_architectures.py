@@ -27,7 +27,7 @@ from modeling.loading import load_causal, make_independent, read_config
 from modeling.modules import TokenLogprobs
 from modeling.packing import pack
 from modeling.probe import check_architecture, require_independence
-from modeling.rope import hold_rope
+from modeling.rope import fix_rope
 from modeling.rows import Response, Row, token_ids
 
 KNOWN = sorted(FLAT | PADDED | RECURRENT)
@@ -183,7 +183,7 @@ def test_longrope_takes_the_factors_that_a_long_sequence_gets() -> None:
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         long, short = (model(ids[:, :count], use_cache=False).logits for count in (37, 10))
-        hold_rope(model)
+        fix_rope(model)
         torch.testing.assert_close(model(ids, use_cache=False).logits, long)
         held = model(ids[:, :10], use_cache=False).logits
     torch.testing.assert_close(held, long[:, :10])
@@ -196,7 +196,7 @@ def test_a_model_that_is_held_to_its_first_context_takes_the_short_factors() -> 
     ids = torch.arange(3, 13)[None]
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
-        hold_rope(model)
+        fix_rope(model)
         torch.testing.assert_close(model(ids, use_cache=False).logits, before)
 
 
