@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Scores, pairs, evaluations, and exchange with RLHFlow: one stage of `python -m annotation`.
+# Run one stage of `python -m annotation`: scores, pairs, evaluations, or data exchange with RLHFlow.
 #
 #   bash scripts/annotate.sh score rollouts=DIR kind=reward_model model=DIR output=DIR
 #   bash scripts/annotate.sh pairs rollouts=DIR scores=DIR output=DIR

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# A Slurm cluster for development: real daemons, with accounting, and several virtual nodes with pretend GPUs, all on
-# this machine. See docs/development-cluster.md.
+# A Slurm cluster for development: real daemons with accounting, and several virtual nodes with fake GPUs, all on this
+# machine. See docs/development-cluster.md.
 #
 #   eval "$(scripts/dev-slurm.sh up)"   start or repair it, and point sbatch, squeue, ... of this shell at it
-#   scripts/dev-slurm.sh status         what runs; exit code 0 only if jobs can be submitted
-#   scripts/dev-slurm.sh down           end its jobs and daemons, and delete all that it wrote
-#   scripts/dev-slurm.sh down --keep    end them, and keep its queue and accounting for the next `up`
+#   scripts/dev-slurm.sh status         show what runs; exit code 0 only if jobs can be submitted
+#   scripts/dev-slurm.sh down           end its jobs and daemons, and delete all of its files
+#   scripts/dev-slurm.sh down --keep    end them, but keep its queue and accounting for the next `up`
 #
-# Needs root, on Debian or Ubuntu (a container will do); packages that are missing are installed. Exit code 2: it cannot
-# run here, or an option is wrong; the message says why.
+# Needs root on Debian or Ubuntu (a container is enough); missing packages are installed. Exit code 2: it cannot run
+# here, or an option is wrong; the message says why.
 #
-# Options are environment variables. Every state directory is a cluster of its own; beside another cluster, one needs
-# another base port too. A cluster that is there keeps the values that it was made with.
+# Options are environment variables. Every state directory is a separate cluster; clusters that run at the same time
+# also need different base ports. An existing cluster keeps the values that it was created with.
 #
 #   DEV_SLURM_STATE   its directory               [${TMPDIR:-/tmp}/dev-slurm-UID]
 #   DEV_SLURM_NODES   nodes, node1 and so on      [4]
-#   DEV_SLURM_GPUS    pretend GPUs of a node      [8]
-#   DEV_SLURM_CPUS    CPUs of a node, which may be more than the machine has  [8]
-#   DEV_SLURM_PORT    base port; uses this one, the next one, and one for each node from 11 on   [16800]
+#   DEV_SLURM_GPUS    fake GPUs per node          [8]
+#   DEV_SLURM_CPUS    CPUs per node, which may be more than the machine has  [8]
+#   DEV_SLURM_PORT    base port; this port, the next one, and base + 11, ... for the nodes are used   [16800]
 #
-# Partitions: gpu, the default; and low, whose jobs are requeued when a job of gpu needs their place (they get their
-# --signal, and 5 seconds).
+# Partitions: gpu, the default; and low, whose jobs are requeued when a job of gpu needs their resources (they get
+# their --signal and 5 seconds).
 set -euo pipefail
 
 defaults=(NODES=4 GPUS=8 CPUS=8 PORT=16800)
@@ -28,17 +28,17 @@ packages=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core maria
 programs=(slurmctld slurmd slurmdbd sbatch scontrol sacct sacctmgr munged munge mariadbd mariadb-install-db
   my_print_defaults)
 state=${DEV_SLURM_STATE:-${TMPDIR:-/tmp}/dev-slurm-$UID}
-# All that runs in the cluster has this variable: it says what is ours to end.
+# Every process of the cluster has this variable; `down` ends the processes that have it.
 mark=DEV_SLURM_CLUSTER=$state
 
 say() { echo "dev-slurm: $*" >&2; }
 
-refuse() { # what cannot be done here
+refuse() { # refuse MESSAGE: exit with code 2
   echo "error: $*" >&2
   exit 2
 }
 
-fail() { # fail NAME MESSAGE: with the end of the daemon's log
+fail() { # fail NAME MESSAGE: exit with code 1, after the end of the daemon's log
   local log
   echo "error: $2" >&2
   for log in "$state/log/$1".{out,log}; do
@@ -54,10 +54,10 @@ usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "$0"; }
 
 listens() { (exec 3<> "/dev/tcp/127.0.0.1/$1") 2> /dev/null; }
 
-# -- what is wanted, and whether it can be had here
+# -- settings and requirements
 
 check_state_directory() {
-  # Slurm's files know no quoting, and the path of a socket has 107 characters at most.
+  # Slurm's files have no quoting, and a socket's path has at most 107 characters.
   [[ $state =~ ^/[A-Za-z0-9._/+-]{1,70}$ && $state != *//* && $state != */ ]] \
     || refuse "DEV_SLURM_STATE=$state is not a plain absolute path of at most 70 characters."
   if [ -e "$state" ] && ! [ -O "$state" ]; then
@@ -68,7 +68,7 @@ check_state_directory() {
   fi
 }
 
-read_settings() { # sets NODES, GPUS, CPUS, PORT: those of the cluster that is there, else what is asked for
+read_settings() { # sets NODES, GPUS, CPUS, PORT: those of the existing cluster, otherwise the requested ones
   local default name asked kept
   for default in "${defaults[@]}"; do
     name=${default%=*}
@@ -85,7 +85,7 @@ read_settings() { # sets NODES, GPUS, CPUS, PORT: those of the cluster that is t
   [ $((PORT + 10 + NODES)) -le 65535 ] || refuse "DEV_SLURM_PORT=$PORT leaves no ports for $NODES nodes."
 }
 
-missing_programs() { # prints them in one line
+missing_programs() { # prints the missing programs in one line
   local program missing=()
   for program in "${programs[@]}"; do
     type -P "$program" > /dev/null || missing+=("$program")
@@ -115,18 +115,18 @@ install_packages() {
 install_with_apt() {
   local wanted=("${packages[@]}")
   exec 9< "$(type -P apt-get)"
-  flock 9 # another `up` may be installing the same
+  flock 9 # another `up` may be installing the same packages
   apt-get update || return 1
-  # Older releases have the database's programs only in the package that also starts it as a service.
+  # Older releases have the database's programs only in the package that also starts the service.
   apt-cache show mariadb-server-core > /dev/null || wanted=("${packages[@]/%mariadb-*-core/mariadb-server}")
   DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${wanted[@]}"
 }
 
-lock_state() { # one command at a time; the lock is the directory itself, so that nothing stays behind
+lock_state() { # one command at a time; the directory itself is the lock, so no lock file is left behind
   mkdir -p "$state"
   exec 9< "$state"
   flock -w 120 9 || fail lock "another dev-slurm.sh works on $state"
-  # Meanwhile its owner may have deleted it.
+  # The previous holder of the lock may have deleted the directory.
   [ "$(stat -Lc %i /dev/fd/9)" = "$(stat -c %i "$state" 2> /dev/null)" ] || lock_state
 }
 
@@ -134,7 +134,7 @@ lock_state() { # one command at a time; the lock is the directory itself, so tha
 
 write_configuration() {
   local i
-  # First: a directory with settings is known as a cluster's.
+  # Written first, because a directory is recognised as a cluster by this file.
   printf '%s\n' "NODES=$NODES" "GPUS=$GPUS" "CPUS=$CPUS" "PORT=$PORT" > "$state/settings"
   mkdir -p "$state"/{bin,etc,gpu,jobs,log,pids,run/mark}
   chmod 755 "$state" "$state"/*/
@@ -154,7 +154,7 @@ CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits until the credentials of its first start have expired.
+# A requeued job waits until the credentials of its first start expire.
 AuthInfo=socket=$state/run/munge.socket,cred_expire=5
 StateSaveLocation=$state/jobs
 SlurmdSpoolDir=$state/run/%n
@@ -204,7 +204,7 @@ PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE 
 CONF
 
   echo "NodeName=node[1-$NODES] Name=gpu File=$state/gpu/[0-$((GPUS - 1))]" > "$state/etc/gres.conf"
-  # From 23.11 on, slurmd looks for control groups even where no plugin uses them.
+  # From 23.11 on, slurmd looks for control groups even if no plugin uses them.
   if [ "$(slurmctld -V | grep -o '[0-9]*' | head -n 2 | paste -sd '' -)" -ge 2311 ]; then
     echo "CgroupPlugin=disabled" > "$state/etc/cgroup.conf"
   fi
@@ -224,16 +224,16 @@ StorageUser=root
 StorageLoc=slurm
 CONF
 
-  # Slurm builds the environment of a job from the submitter's: this adds the mark to it.
+  # Slurm builds a job's environment from the submitter's; this adds the mark to it.
   printf '%s\n' '#!/bin/sh' "echo export $mark" > "$state/etc/task-prolog"
   chmod 755 "$state/etc/task-prolog"
 }
 
-# -- daemons: each runs in the foreground of its own session, and its id is in pids/NAME
+# -- daemons: each runs in the foreground of its own session, with its process id in pids/NAME
 
 daemons() { printf '%s\n' munged mariadbd slurmdbd slurmctld $(seq -f 'node%g' "$NODES"); }
 
-pid_of() { # prints the id of a daemon that runs; ids are reused, so the command line must name the state directory
+pid_of() { # prints the id of a running daemon; ids are reused, so its command line must contain the state directory
   local pid
   pid=$(cat "$state/pids/$1" 2> /dev/null) && [ -n "$pid" ] || return 1
   grep -qzF -- "$state/" "/proc/$pid/cmdline" 2> /dev/null || return 1
@@ -254,7 +254,7 @@ launch() { # launch NAME COMMAND ...
   started[$name]=$!
 }
 
-wait_for() { # wait_for NAME COMMAND ...: until the command succeeds; fails when the daemon ends or takes too long
+wait_for() { # wait_for NAME COMMAND ...: wait until the command succeeds; fail if the daemon ends or takes too long
   local name=$1 end=$((SECONDS + 60))
   shift
   until "$@" > /dev/null 2>&1; do
@@ -291,8 +291,8 @@ start_slurmctld() { launch slurmctld slurmctld -D -f "$SLURM_CONF"; }
 
 start_node() { # start_node NAME
   local private=()
-  # With namespaces, a node has a host name of its own, its jobs find all nodes by name, and the empty file system
-  # marks all that they start; nothing else sees it.
+  # With namespaces, a node has its own host name, its jobs can resolve all nodes, and an empty mounted file system,
+  # visible only to them, marks all processes that they start.
   if [ "$namespaces" = yes ]; then
     private=(unshare --mount --uts --propagation private sh -ec
       'mount --bind "$1" /etc/hosts; mount -t tmpfs "$2" "$3"; hostname "$4"; shift 4; exec "$@"' sh
@@ -311,7 +311,7 @@ name_nodes() {
   exec 8< /etc/hosts
   flock 8
   { without_host_line; host_line; } > "$state/etc/hosts"
-  # In a container without the right to make namespaces, the machine's own file has to name them.
+  # In a container without permission to create namespaces, the machine's own /etc/hosts has to list the nodes.
   if unshare --mount --uts --propagation private mount --bind "$state/etc/hosts" /etc/hosts 2> /dev/null; then
     namespaces=yes
   else
@@ -355,7 +355,7 @@ up() {
   read_settings
   install_packages
   lock_state
-  read_settings # another `up` may have made it meanwhile
+  read_settings # another `up` may have created the cluster in the meantime
   for name in $(daemons); do
     if ! pid_of "$name" > /dev/null; then
       missing[$name]=yes
@@ -388,7 +388,7 @@ up() {
     scontrol update "nodename=$name" state=resume
   done
   wait_for slurmctld all_nodes_usable
-  say "$NODES nodes with $CPUS CPUs and $GPUS pretend GPUs each are ready"
+  say "$NODES nodes with $CPUS CPUs and $GPUS fake GPUs each are ready"
   echo "export SLURM_CONF=$SLURM_CONF"
 }
 
@@ -415,14 +415,15 @@ down() { # down [--keep]
   lock_state
   read_settings
   if [ "${1:-}" = --keep ]; then
-    # In this order, as each tells the next what it knows. Jobs that run are lost with their nodes, and requeued.
+    # In this order, because each daemon passes its state on to the next. Running jobs are lost with their nodes, and
+    # requeued.
     for name in slurmctld slurmdbd mariadbd; do
       end_daemon "$name"
     done
   fi
   while pids=$(our_processes | sort -u | xargs) && [ -n "$pids" ]; do
     [ $SECONDS -lt $end ] || fail down "cannot kill these processes of the cluster: $pids"
-    # shellcheck disable=SC2086 # one word for each
+    # shellcheck disable=SC2086 # one word per process
     kill -KILL $pids 2> /dev/null || true
     sleep 0.05
   done
@@ -430,14 +431,14 @@ down() { # down [--keep]
   if [ "${1:-}" = --keep ]; then
     say "ended; \`up\` goes on with the queue and the accounting in $state"
   else
-    # Last: without its settings, a directory is not known as a cluster's.
+    # The settings are deleted last, because a directory is recognised as a cluster by them.
     find "$state" -mindepth 1 -maxdepth 1 ! -name settings -exec rm -rf {} +
     rm -r "$state"
     say "ended and deleted $state"
   fi
 }
 
-end_daemon() { # end_daemon NAME: lets it save what it knows
+end_daemon() { # end_daemon NAME: with SIGTERM, so that it can save its state
   local pid end=$((SECONDS + 20))
   pid=$(pid_of "$1") || return 0
   kill "$pid"
@@ -462,7 +463,7 @@ status() {
     fi
   done
   echo
-  # Without these, the commands would go on asking for a minute.
+  # Without these daemons, the commands would retry for a minute.
   if pid_of munged > /dev/null && pid_of slurmctld > /dev/null; then
     timeout 20 sinfo -N -l && echo && timeout 20 squeue && [ "$(usable_nodes)" -gt 0 ] || usable=no
   fi
@@ -477,7 +478,7 @@ status() {
   echo "usable: export SLURM_CONF=$SLURM_CONF"
 }
 
-# What a job, or another cluster, has set for Slurm's commands must not reach this one's.
+# Variables for Slurm's commands, set by a job or for another cluster, must not affect this cluster's commands.
 for variable in "${!SLURM_@}" "${!SBATCH_@}" "${!SACCT_@}" "${!SQUEUE_@}" "${!SINFO_@}"; do
   unset "$variable"
 done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the documentation site into build/docs/site, out of README.md and docs/. It needs no network to be read.
-# Broken links, and pages that the navigation (docs/zensical.toml) does not name, are errors.
+# Builds the documentation site from README.md and docs/ into build/docs/site. It can be read offline.
+# Broken links, and pages missing from the navigation (docs/zensical.toml), are errors.
 #
 #   bash scripts/docs.sh [FOLDER]     FOLDER: build/docs; the site is in its folder `site`
 set -euo pipefail

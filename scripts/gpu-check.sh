@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Checks the training core on one NVIDIA card, in less than 8 minutes: its numbers in bf16 against fp32, the speed of DPO
-# and PPO steps on the largest random Llama that fits (0.5 to 3 billion weights), and TRL's DPOTrainer where it is there.
-# Needs Python with torch, transformers and accelerate. The figures go to benchmarks/results/NAME.json.
+# Checks the training core on one NVIDIA GPU in less than 8 minutes: its numbers in bf16 against fp32, the speed of DPO
+# and PPO steps on the largest random Llama that fits (0.5 to 3 billion weights), and TRL's DPOTrainer if installed.
+# Needs Python with torch, transformers and accelerate. The results go to benchmarks/results/NAME.json.
 #
 #   bash scripts/gpu-check.sh [--name NAME] [--model 0.5B|1B|3B] [--no-trl]
 #   bash scripts/gpu-check.sh --self-test      on a CPU, with a tiny model
 #
-# PYTHON names the interpreter; by default it is this project's training environment where that is set up.
+# PYTHON names the interpreter; by default that of Ratchet's training environment if it is set up, otherwise python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then

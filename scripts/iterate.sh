@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One iteration of online DPO by hand: every stage alone, from files to files. `pipeline run` does the same and more.
+# One iteration of online DPO by hand: each stage separately, from files to files. `pipeline run` does this and more.
 #
 #   bash scripts/iterate.sh PROMPTS POLICY REWARD_MODEL OUTPUT [generation keys ...]
 #
-# PROMPTS is a JSONL or Parquet file, a dataset directory, or hf:ORG/NAME; OUTPUT/policy is the next policy. Run again
-# after an interruption: what is published is reused.
+# PROMPTS is a JSONL or Parquet file, a dataset directory, or hf:ORG/NAME; OUTPUT/policy is the next policy. After an
+# interruption run it again; published artifacts are reused.
 set -euo pipefail
 if [ $# -lt 4 ]; then
   sed -n '2,7s/^# \{0,1\}//p' "$0" >&2

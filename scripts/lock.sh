@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Resolves configs/environments/*.in (and pyproject.toml for the driver) into complete lists of versions.
-# Versions that are locked already stay; delete a line of a lock, or the lock, to take the newest.
+# Resolves configs/environments/*.in (and pyproject.toml for the driver) into lock files with exact versions.
+# Versions that are already locked stay; delete a line of a lock, or the whole lock, to update.
 #
 #   bash scripts/lock.sh
 #
-# The locks are made for Python 3.11 on Linux x86-64. The CPU locks need an index or a find-links folder that holds
-# torch's CPU builds; the GPU locks use the default index only, whose torch is the CUDA build.
+# The locks are for Python 3.11 on Linux x86-64. The CPU locks need an index or a find-links folder with torch's CPU
+# builds; the GPU locks use only the default index, whose torch is the CUDA build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
@@ -13,8 +13,8 @@ locks=configs/environments
 temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
 
-# torchvision, torchaudio and torchcodec of the public index are CUDA builds: beside a CPU torch, importing vLLM dies
-# with "operator torchvision::nms does not exist". triton (1 GB) is for GPUs only.
+# torchvision, torchaudio and torchcodec of the public index are CUDA builds: with a CPU build of torch, importing vLLM
+# fails with "operator torchvision::nms does not exist". triton (1 GB) is for GPUs only.
 for name in torchvision torchaudio torchcodec triton; do
   echo "$name ; sys_platform == 'none'"
 done > "$temporary/cpu-overrides.txt"

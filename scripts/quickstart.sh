@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a language model that has become better: sets up, then runs (or continues) runs/quickstart.
+# From a fresh clone to an improved language model: sets up, then runs (or continues) runs/quickstart.
 #
 #   bash scripts/quickstart.sh [key=value ...]     for example seed=1 name=quickstart-1
 set -euo pipefail

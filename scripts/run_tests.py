@@ -1,12 +1,13 @@
-"""The linters, the types and the tests, each test in the environment of what it tests; scripts/test.sh calls this.
+"""Runs the linters, the type checker and the tests, each test in the environment of the code that it tests.
 
-Without a choice of paths, four lanes work side by side, each through one check after another, the longest first: two
-more than the cores that they are made for, since many tests wait, those of clusters most of the time. What a check has
-printed comes out as a whole when it ends. With paths, one runs after the other, and prints as it goes.
+scripts/test.sh calls this. Without paths, four lanes run in parallel, each through one check after another, the longest
+first. That is two more than the cores that they are meant for, since many tests mostly wait, above all those of
+clusters. The output of a check is printed as a whole when it ends. With paths, checks run one after the other, and
+their output is printed immediately.
 
-Hundreds of these tests are of processes that meet at some instant, and lanes that compute for others decide when. Where
-very few have failed, they run once more, alone. Those that pass then are named in the summary: each is a fault to look
-into, of the test or of what it tests, but does not stop somebody else's change.
+Hundreds of these tests depend on the timing of several processes, which the load of other lanes changes. If very few
+fail, they run once more, alone. The summary names those that pass then: each points to a fault in the test or in the
+tested code that should be investigated, but it does not block an unrelated change.
 """
 
 import json
@@ -42,12 +43,12 @@ FAST = "not slow and not cluster and not chaos"
 FLAGS = ("--fast", "--store-durations")
 LANES = 4
 FEW = 3
-"""Failures that may be those of the lanes: so many are tried again alone, more are not."""
+"""The most failures that may be caused by the load of other lanes: up to this many run again alone."""
 ON_CLUSTERS = re.compile(r"_(chain|chain_ends|slurm|fake_slurm|dev_slurm|one_job)\.py$")
 UNKNOWN_SECONDS = 60.0
-"""Of a folder whose duration is not stored."""
+"""The assumed duration of a folder without stored durations."""
 SHORTEST = 0.5
-"""Tests that take less are stored as a sum for each file."""
+"""Tests that take less time are stored as one sum per file."""
 PYTEST = """
 import os, sys
 sys.path.append(sys.argv.pop(1))
@@ -56,25 +57,25 @@ code = pytest.main(sys.argv[2:])
 sys.stdout.flush()
 os._exit(0 if code == pytest.ExitCode.NO_TESTS_COLLECTED and sys.argv[1] == "some" else code)
 """
-"""With a choice of tests (-k, --fast), a folder may have none of them; without, it must have some. A library's thread
-that a test has left waiting, such as one of torch's stores, would abort Python's ordinary end."""
+"""A folder without any tests fails, unless tests are selected (-k, --fast). os._exit is used because a library's thread
+that a test left waiting, such as one of torch's stores, would abort a normal exit."""
 
 
 @dataclass
 class Check:
-    """One process of the whole."""
+    """A linter or a group of tests, which runs as one process."""
 
     name: str
     command: list[str]
     seconds: float
-    """About how long it takes."""
+    """The expected duration; after the run, the actual one."""
     report: Path | None = None
-    """Where pytest writes what became of each test."""
+    """The file in which pytest writes the outcome of each test."""
     output: str = ""
     code: int = 0
 
     def run(self, environment: dict[str, str], *, live: bool) -> None:
-        """Run it to its end; its output is kept unless it goes straight to the terminal."""
+        """Run the process to its end. With `live`, its output goes straight to the terminal; otherwise it is kept."""
         begin = time.monotonic()
         where = None if live else subprocess.PIPE
         result = subprocess.run(
@@ -85,14 +86,14 @@ class Check:
         self.seconds = time.monotonic() - begin
 
     def cases(self) -> Iterable[ElementTree.Element]:
-        """Every test, as pytest reports it."""
+        """Yield every test from pytest's report."""
         if self.report is not None and self.report.exists():
             yield from ElementTree.parse(self.report).getroot().iter("testcase")
 
 
 def main() -> int:
-    """Returns the exit code: 0 when everything passed."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
+    """Run the checks. Returns the exit code: 0 if everything passed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore SIGINT in background commands
     options = sys.argv[1:]
     chosen = []
     while options and (options[0] in FLAGS or options[0].startswith("tests/")):
@@ -105,11 +106,11 @@ def main() -> int:
             print(f"error: {path} is in none of tests/{', tests/'.join(ENVIRONMENTS)}", file=sys.stderr)
             return 2
     with tempfile.TemporaryDirectory() as reports:
-        checks = [] if paths else [*linters(), *homeless()]
+        checks = [] if paths else [*linters(), *unassigned()]
         checks += test_checks(paths, options, Path(reports))
         run_all(checks, lanes=1 if paths else LANES, shared=reports)
         again = [] if paths else failed_tests(checks, Path(reports))
-        with tempfile.TemporaryDirectory() as fresh:  # what tests share is made anew: it may be what was wrong
+        with tempfile.TemporaryDirectory() as fresh:  # rebuild what tests share, because it may have been the fault
             run_all([check for _, check in again], lanes=1, shared=fresh)
         if "--store-durations" in chosen:
             store_durations(checks)
@@ -117,7 +118,7 @@ def main() -> int:
 
 
 def linters() -> list[Check]:
-    """What needs no test."""
+    """The linters and the type checker."""
     tools = ROOT / ".venv/bin"
     return [
         Check("ruff check", [f"{tools}/ruff", "check", "."], 1),
@@ -127,16 +128,16 @@ def linters() -> list[Check]:
     ]
 
 
-def homeless() -> list[Check]:
-    """A check that fails, for each file of tests that no environment runs."""
+def unassigned() -> list[Check]:
+    """A failing check for each test file whose folder has no environment."""
     files = [path.relative_to(ROOT) for path in sorted(TESTS.rglob("test_*.py"))]
     strays = [path for path in files if path.parts[1] not in ENVIRONMENTS]
-    say = "import sys; sys.exit(f'error: scripts/run_tests.py has no environment for {sys.argv[1]}')"
-    return [Check(str(path), [sys.executable, "-c", say, str(path)], 0) for path in strays]
+    fail = "import sys; sys.exit(f'error: scripts/run_tests.py has no environment for {sys.argv[1]}')"
+    return [Check(str(path), [sys.executable, "-c", fail, str(path)], 0) for path in strays]
 
 
 def test_checks(paths: list[str], options: list[str], reports: Path) -> list[Check]:
-    """One for each group that has something to run."""
+    """A check for each group of tests."""
     stored = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
     fast = FAST in options
     seconds_of = {
@@ -156,11 +157,11 @@ def test_checks(paths: list[str], options: list[str], reports: Path) -> list[Che
 
 
 def groups(paths: list[str], seconds_of: Mapping[str, float], *, fast: bool) -> dict[tuple[str, str], list[str]]:
-    """What one process runs: by a name and an environment, the tests' paths.
+    """Group tests by process: the paths of each group by (name, environment).
 
-    Most often it is a folder. By far the largest is divided: its tests of clusters share one group, the others are
-    spread over three. In the fast loop, which has no real cluster, all are spread, and the folders of the training
-    environment are one group: importing its libraries takes longer than the tests of the small ones.
+    Most groups are one folder. The by far largest folder is divided: its cluster tests are one group, the others are
+    spread over three. With --fast, which runs no real cluster, all are spread, and the folders of the training
+    environment are one group, because importing its libraries takes longer than the tests of the small folders.
     """
     found: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for folder, environment in ENVIRONMENTS.items():
@@ -182,7 +183,8 @@ def groups(paths: list[str], seconds_of: Mapping[str, float], *, fast: bool) -> 
 
 
 def test_tools() -> Path:
-    """pytest for the stages' environments, which stay as they are: a folder of its own, put last on the path."""
+    """A folder with pytest for the stages' environments. It is appended to sys.path, so the environments stay as they
+    are."""
     home = Path(os.environ.get("RATCHET_HOME") or Path.home() / ".cache/ratchet")
     folder = home / f"test-tools-{crc32(LOCK.read_bytes()):08x}"
     if not folder.exists():
@@ -194,7 +196,11 @@ def test_tools() -> Path:
 
 
 def run_all(checks: list[Check], lanes: int, shared: str) -> None:
-    """Run everything, so many at a time; `shared` is a directory for what several of them make only once."""
+    """Run all checks, `lanes` at a time.
+
+    Args:
+        shared: a directory for files that several checks need but only one creates.
+    """
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1",
         "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -223,16 +229,17 @@ def run_all(checks: list[Check], lanes: int, shared: str) -> None:
         for worker in workers:
             worker.join()
     except KeyboardInterrupt:
-        waiting.clear()  # Ctrl-C has reached what runs; nothing else is to begin
+        waiting.clear()  # Ctrl-C has reached the running checks; start no others
         for worker in workers:
             worker.join()
         raise
 
 
 def failed_tests(checks: list[Check], reports: Path) -> list[tuple[str, Check]]:
-    """The names of checks that failed by a few tests alone, each with a check that runs these; none if they are many.
+    """The names of failed checks, each with a check that runs only its failed tests.
 
-    Where a process ended without a report of each test, nobody knows what it has not come to.
+    Empty if more than `FEW` tests failed, or if a process ended without a report, since it may not have run all of its
+    tests.
     """
     failed = [check for check in checks if check.code]
     names = {check.name: [node_id(case) for case in check.cases() if has_failed(case)] for check in failed}
@@ -243,17 +250,17 @@ def failed_tests(checks: list[Check], reports: Path) -> list[tuple[str, Check]]:
         report = reports / f"again-{len(found)}.xml"
         python, code, (tools, choice, *_) = check.command[0], check.command[1:3], check.command[3:]
         command = [python, *code, tools, choice, f"--junit-xml={report}", *names[check.name]]
-        found.append((check.name, Check(f"{check.name}, what has failed, alone", command, 0, report)))
+        found.append((check.name, Check(f"{check.name}, failed tests again", command, 0, report)))
     return found
 
 
 def has_failed(case: ElementTree.Element) -> bool:
-    """Whether a test failed, or what it needs."""
+    """Whether a test or one of its fixtures failed."""
     return any(child.tag in ("failure", "error") for child in case)
 
 
 def node_id(case: ElementTree.Element) -> str:
-    """What pytest calls a test."""
+    """The node id by which pytest selects a test."""
     parts = case.get("classname", "").split(".")
     length = next(count for count in range(len(parts), 0, -1) if file_of(parts[:count]).exists())
     path = file_of(parts[:length]).relative_to(ROOT).as_posix()
@@ -261,7 +268,7 @@ def node_id(case: ElementTree.Element) -> str:
 
 
 def store_durations(checks: list[Check]) -> None:
-    """Write how long each test function took, its variants of a tier together; the short ones of a file as one sum."""
+    """Write how long each test function took. Variants of one tier are added up, and so are a file's short tests."""
     found: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for check in checks:
         for case in check.cases():
@@ -281,16 +288,18 @@ def store_durations(checks: list[Check]) -> None:
 
 
 def file_of(parts: list[str]) -> Path:
-    """Where a module would be."""
+    """The path of a module."""
     return ROOT.joinpath(*parts).with_suffix(".py")
 
 
 def summary(checks: list[Check], again: Mapping[str, Check]) -> int:
-    """Print one line for everything. A check that failed without a failed test counts as one.
+    """Print failed checks and the numbers of passed, failed and skipped tests. Returns the exit code.
+
+    A check that failed without a failed test counts as one failed test.
 
     Args:
-        checks: all of them.
-        again: by the names of those that failed, their failed tests, run alone.
+        checks: all checks.
+        again: by the name of a failed check, the check that ran its failed tests again.
     """
     passed = failed = skipped = 0
     for check in checks:
@@ -302,7 +311,7 @@ def summary(checks: list[Check], again: Mapping[str, Check]) -> int:
             skipped += "skipped" in kinds
             passed += not kinds & {"failure", "error", "skipped"}
             if has_failed(case) and retried is not None and not retried.code:
-                print(f"FAILED BESIDE OTHERS, passed alone: {node_id(case)}")
+                print(f"FAILED IN PARALLEL, passed alone: {node_id(case)}")
         if retried is not None and not retried.code:
             passed, bad = passed + bad, 0
         elif check.code:

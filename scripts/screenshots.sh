@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the images of docs/report.md from the report of a run, with a headless Chromium.
+# Takes the screenshots of docs/report.md from the report of a run, with a headless Chromium.
 #
 #   bash scripts/screenshots.sh runs/quickstart [FOLDER]     FOLDER: docs/images
 set -euo pipefail

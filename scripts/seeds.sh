@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The embedded task on several seeds: gold reward and well-formed answers by iteration, of one or several algorithms.
+# Runs the toy task with several seeds and compares gold reward and well-formed answers by iteration, for one or several
+# algorithms.
 #
 #   bash scripts/seeds.sh [NUMBER OF SEEDS [ITERATIONS [ALGORITHM ...]]]     by default 5 3 dpo; also ppo, grpo, raft
 #
-# The runs are runs/ALGORITHM-seed-N. Those of one seed share world, fine-tuning and reward model: all but dpo, which is
-# configs/quickstart.yaml, are forks of it.
+# The runs are runs/ALGORITHM-seed-N. Runs with the same seed share the toy task, fine-tuning and reward model: dpo is
+# configs/quickstart.yaml, and the others are forks of it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
@@ -34,7 +35,7 @@ for seed in $(seq 0 $((seeds - 1))); do
     [ "$algorithm" != dpo ] || continue
     name=$algorithm-seed-$seed
     if [ ! -d "runs/$name" ]; then
-      # shellcheck disable=SC2086  # several words
+      # shellcheck disable=SC2086  # expands to several words
       .venv/bin/pipeline fork "runs/dpo-seed-$seed" --from-iteration 1 --name "$name" \
         training.algorithm="$algorithm" "${samples[@]}" ${changes[$algorithm]}
     fi

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes .venv: the driver's environment, from its lock, and the command .venv/bin/pipeline. Does nothing where it is
-# up to date.
+# Creates .venv: the driver's environment, from its lock, and the command .venv/bin/pipeline. Does nothing if it is up
+# to date.
 #
 #   bash scripts/setup.sh [--test]     --test: with the tools of scripts/test.sh
 #
-# PYTHON names the interpreter to build on; by default the first of python3.11, 3.12, 3.13, 3.14, python3 that fits.
+# PYTHON names the base interpreter; by default the first usable one of python3.11, 3.12, 3.13, 3.14, python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +12,7 @@ locks=(configs/environments/driver.txt)
 if [ "${1:-}" = --test ]; then
   locks+=(configs/environments/test.txt)
 fi
-# Once the tools are there, they stay there and are kept up to date.
+# Once installed, the tools of scripts/test.sh are kept up to date.
 mark=.venv/.ratchet
 if [ "${#locks[@]}" = 1 ] && grep -q test.txt "$mark" 2>/dev/null; then
   locks+=(configs/environments/test.txt)

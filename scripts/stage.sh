@@ -1,5 +1,6 @@
-# Sourced by the scripts of the stages: how `python -m STAGE` finds Ratchet's code first and modules of yours last,
-# whatever lies in the working directory or on PYTHONPATH, and what makes it fast. What you have set yourself stays.
+# Sourced by the scripts that run stages. `python -m STAGE` finds Ratchet's code first and your own modules last, even
+# if the working directory or PYTHONPATH has modules of the same names. Also sets variables that make stages faster,
+# unless you have set them yourself.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export RATCHET_PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}${RATCHET_PYTHONPATH:+:$RATCHET_PYTHONPATH}
 export PYTHONPATH=$root PYTHONSAFEPATH=1 PYTHONUTF8=1

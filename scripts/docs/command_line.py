@@ -1,4 +1,4 @@
-"""The page of the command line, from the declarations of its commands."""
+"""Generates the command line reference from the declarations of the commands."""
 
 import argparse
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pipelines.commands.declaring import EXAMPLES, GROUPS, HELP, PARSER
 from pipelines.main import COMMANDS as MODULES
 
 ALIKE = ("help", "plain", "quiet")
-"""Options that commands have alike."""
+"""Options that all commands have."""
 BEGIN = """\
 # Command line
 
@@ -33,7 +33,7 @@ def page() -> str:
 
 
 def described(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
-    """A command, and those that are parts of it."""
+    """The section of a command and of its subcommands."""
     yield f"### {name}\n"
     yield f"{parser.description}\n"
     parts = children(parser)
@@ -54,13 +54,13 @@ def described(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The commands below a command."""
+    """The subcommands of a command."""
     found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(found[0].choices) if found else {}
 
 
 def names(action: argparse.Action) -> str:
-    """How an argument is written."""
+    """The notation of an argument, as Markdown."""
     value = action.metavar or action.dest.upper()
     if action.option_strings:
         takes = "" if action.nargs == 0 else f" {value}"
@@ -69,7 +69,7 @@ def names(action: argparse.Action) -> str:
 
 
 def meaning(action: argparse.Action) -> str:
-    """What it does, and its default."""
+    """The help text of an argument, with its choices and default."""
     text = str(action.help or "").replace("%%", "%").replace("|", "\\|")
     if action.choices and action.nargs != 0 and not all(f"{choice}" in text for choice in action.choices):
         text += f" ({', '.join(f'`{choice}`' for choice in action.choices)})"

@@ -1,4 +1,4 @@
-"""The page of the configuration, from the models that read it."""
+"""Generates the configuration reference from the config classes."""
 
 import json
 import types
@@ -31,8 +31,8 @@ The role of a key says how a change affects published artifacts ([stage keys](..
 | role | a change |
 |---|---|
 | identity | changes the result: the affected stages run again |
-| input | is a path: they run again if its content has changed |
-| runtime | changes where or how fast stages run: what is published stays |
+| input | changes a path: the stages run again if the content differs |
+| runtime | changes where or how fast stages run: published artifacts are still reused |
 
 The sections of a run come first, each documented once; after them the additional keys of single stages.
 
@@ -61,7 +61,7 @@ def page() -> str:
     for model, title in parts.items():
         lines += [f"## {title}\n", f"{first_line(model)}\n", *table(model, parts)]
     lines.append("## Single stages\n")
-    lines.append("Additional keys of a stage, beside those of the sections above, for `python -m PACKAGE STAGE`.\n")
+    lines.append("Keys of a stage in addition to those of the sections above, for `python -m PACKAGE STAGE`.\n")
     for package in PACKAGES:
         stages = stages_of(package)
         for command, stage in stages.items():
@@ -72,14 +72,14 @@ def page() -> str:
 
 
 def alone(name: str, config: type[Section], titles: dict[type[BaseModel], str]) -> Iterator[str]:
-    """The keys of a stage that no section has."""
+    """The section of a stage, with the keys that no section of the run config has."""
     yield f"### {name}\n"
     yield f"{first_line(config)}\n"
     yield from keys(config, titles)
 
 
 def keys(model: type[BaseModel], titles: dict[type[BaseModel], str]) -> Iterator[str]:
-    """The keys of a model; those that it has from another section as a link to that."""
+    """The keys of a config class; keys inherited from a documented section become a link to it."""
     shared = next((base for base in model.__mro__[1:] if base in titles), None)
     if shared is None:
         yield from table(model, titles)
@@ -90,7 +90,7 @@ def keys(model: type[BaseModel], titles: dict[type[BaseModel], str]) -> Iterator
 
 
 def found_places(model: type[BaseModel]) -> dict[type[BaseModel], list[str]]:
-    """The sections below a model, and where each stands, in the order of the file."""
+    """The sections within a config class with the key paths of each, in the order of the file."""
     found: defaultdict[type[BaseModel], list[str]] = defaultdict(list)
 
     def walk(inside: type[BaseModel], prefix: str) -> None:
@@ -105,7 +105,7 @@ def found_places(model: type[BaseModel]) -> dict[type[BaseModel], list[str]]:
 
 
 def sections_in(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    """The sections that a type holds, with what stands between the key and them."""
+    """Yield the sections that a type contains, each with the suffix that follows the key in its path."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, suffix
         return
@@ -115,17 +115,17 @@ def sections_in(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseMo
 
 
 def title_of(model: type[BaseModel], paths: list[str]) -> str:
-    """The heading of a section: where it stands first, at the least depth."""
+    """The heading of a section: the first of its paths with the least depth."""
     return min(paths, key=lambda path: path.count("."))
 
 
 def kind_of(model: type[BaseModel]) -> str:
-    """The value of the key `kind` by which a section is chosen among those of one place."""
+    """The value of the key `kind` that selects a section among the variants of one key."""
     return str(get_args(model.model_fields["kind"].annotation)[0])
 
 
 def link(title: str) -> str:
-    """A link to a section's heading, as repositories and the site make its anchor."""
+    """A link to a section's heading, with the anchor that both GitHub and the site generate."""
     anchor = "".join(sign for sign in title.lower() if sign.isalnum() or sign in "_-")
     return f"[`{title}`](#{anchor})"
 
@@ -133,7 +133,7 @@ def link(title: str) -> str:
 def table(
     model: type[BaseModel], titles: dict[type[BaseModel], str], without: set[str] | frozenset[str] = frozenset()
 ) -> list[str]:
-    """The keys of a model; required ones first."""
+    """The table of a config class's keys, required ones first."""
     texts = docstrings(model)
     fields = {key: field for key, field in model.model_fields.items() if key not in without}
     roles = model.roles if issubclass(model, Section) else {}
@@ -146,7 +146,7 @@ def table(
 
 
 def type_text(field: FieldInfo, titles: dict[type[BaseModel], str]) -> str:
-    """The type of a field with its bounds."""
+    """The type of a field and its bounds, as Markdown."""
     signs = [
         f"{SIGNS[name]} {getattr(bound, name):g}" for bound in field.metadata for name in SIGNS if hasattr(bound, name)
     ]
@@ -154,7 +154,7 @@ def type_text(field: FieldInfo, titles: dict[type[BaseModel], str]) -> str:
 
 
 def words(kind: Any, titles: dict[type[BaseModel], str]) -> str:
-    """A type in words."""
+    """A type, as Markdown."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind in titles:
         return link(titles[kind])
@@ -174,7 +174,7 @@ def words(kind: Any, titles: dict[type[BaseModel], str]) -> str:
 
 
 def default_text(field: FieldInfo) -> str:
-    """The default as YAML has it; nothing for a section, whose keys have their own."""
+    """The default as in YAML; empty for a section, whose keys have their own defaults."""
     if field.is_required():
         return "required"
     default = field.get_default(call_default_factory=True)
@@ -187,5 +187,5 @@ def default_text(field: FieldInfo) -> str:
 
 
 def first_line(model: type[BaseModel]) -> str:
-    """What a section is."""
+    """The first paragraph of a section's docstring."""
     return " ".join((model.__doc__ or "").strip().split("\n\n")[0].split())

@@ -1,8 +1,8 @@
-"""Lays out the pages of the documentation site, for scripts/docs.sh: README.md and docs/ as they are in the repository,
-with links that lead to pages of the site.
+"""Prepares the pages of the documentation site for scripts/docs.sh: README.md and docs/, with links to pages of the
+site.
 
-A file of source that a page links to becomes a page too, so that the site needs nothing beside itself. Stops with exit
-code 1 at a link to nothing, and where pages and navigation do not have the same files.
+A source file that a page links to becomes a page as well, so that the site is self-contained. Exits with code 1 if a
+link is broken, or if the pages and the navigation do not have the same files.
 """
 
 import os
@@ -18,14 +18,14 @@ ROOT = Path(__file__).parents[2]
 DOCS = Path("docs")
 CONFIG = DOCS / "zensical.toml"
 ELSEWHERE = {Path("README.md"): Path("index.md"), Path("benchmarks/README.md"): Path("benchmarks.md")}
-"""Pages that are not in docs/, and where they are on the site."""
+"""Pages outside docs/, with their paths on the site."""
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"^(```+|~~~+)")
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".toml": "toml", ".json": "json"}
 
 
 def main() -> int:
-    """Lay out the site below a folder, whose `pages` are made anew."""
+    """Prepare the site in the folder of the first argument, and rebuild its `pages`. Returns the exit code."""
     folder = Path(sys.argv[1])
     pages = folder / "pages"
     shutil.rmtree(pages, ignore_errors=True)
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def lay_out(pages: Path) -> list[str]:
-    """Write all pages and what they show, and return what is wrong."""
+    """Write all pages and the files that they link to. Returns the problems found."""
     problems: list[str] = []
     waiting = [path.relative_to(ROOT) for path in sorted((ROOT / DOCS).rglob("*.md"))] + list(ELSEWHERE)
     done = set(waiting)
@@ -63,12 +63,12 @@ def lay_out(pages: Path) -> list[str]:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file of the repository is a page by itself."""
+    """Whether a file of the repository is a documentation page."""
     return path in ELSEWHERE or (path.is_relative_to(DOCS) and path.suffix == ".md")
 
 
 def place_of(path: Path) -> Path:
-    """Where a file of the repository is on the site."""
+    """The path on the site of a file of the repository."""
     if path in ELSEWHERE:
         return ELSEWHERE[path]
     if path.is_relative_to(DOCS):
@@ -77,7 +77,7 @@ def place_of(path: Path) -> Path:
 
 
 def copy(path: Path, target: Path) -> None:
-    """Something in docs/ that is no page as it is; source as a page that the search leaves out."""
+    """Copy a file that is not a page: files of docs/ unchanged, source files as pages that are excluded from search."""
     if path.is_relative_to(DOCS):
         shutil.copy(ROOT / path, target)
         return
@@ -89,7 +89,7 @@ def copy(path: Path, target: Path) -> None:
 
 
 def with_links(text: str, page: Path) -> tuple[str, set[Path], list[str]]:
-    """A page with links as the site needs them, the files of the repository that it links to, and what is wrong."""
+    """Rewrite a page's links for the site. Returns the text, the repository's files that it links to, and problems."""
     linked: set[Path] = set()
     wrong: list[str] = []
 
@@ -115,7 +115,7 @@ def with_links(text: str, page: Path) -> tuple[str, set[Path], list[str]]:
 
 
 def entries(nav: list[Any]) -> Iterator[str]:
-    """The pages that a navigation names."""
+    """Yield the pages that a navigation lists."""
     for entry in nav:
         for value in entry.values():
             if isinstance(value, str):

@@ -1,7 +1,7 @@
-"""Writes what the documentation generates from the code, and what a test compares with it:
+"""Generates the parts of the documentation that come from the code.
 
-python scripts/docs/references.py            the pages of docs/reference/ and the schemas of docs/schemas/
-python scripts/docs/references.py --check    name what is out of date, and exit with 1
+python scripts/docs/references.py            write the pages of docs/reference/ and the schemas of docs/schemas/
+python scripts/docs/references.py --check    list the files that are out of date, and exit with 1 if there are any
 """
 
 import sys
@@ -18,7 +18,7 @@ NOTE = "<!-- Made by scripts/docs/references.py from the code: do not edit. -->\
 
 
 def main() -> int:
-    """The exit code."""
+    """Write or check the files. Returns the exit code."""
     docs = ROOT / "docs"
     wanted = {
         docs / "reference/configuration.md": NOTE + configuration.page(),

@@ -1,4 +1,4 @@
-"""A JSON Schema for each file format, from the records that the code reads and writes."""
+"""Generates a JSON Schema for each file format from the record classes that the code reads and writes."""
 
 import json
 from typing import Any, get_args
@@ -26,7 +26,7 @@ FORMATS: dict[str, Any] = {
     "events": AnyEvent,
     "metrics": Point,
 }
-"""What a line is of, or the whole file."""
+"""The type of a line, or of the whole file."""
 WHAT = {
     "prompts": "A line of a published prompt set",
     "rollouts": "A line of published rollouts",
@@ -37,19 +37,19 @@ WHAT = {
     "evaluation": "evaluation.json of a published evaluation",
     "gate": "gate.json of a published decision of gates",
     "manifest": "manifest.json of everything published",
-    "released": "released.json, beside the manifest of a checkpoint whose weights were deleted",
+    "released": "released.json, next to the manifest of a checkpoint whose weights were deleted",
     "events": "A line of a run's events.jsonl",
     "metrics": "A line of a run's metrics.jsonl",
 }
 
 
 def texts() -> dict[str, str]:
-    """The schemas by name."""
+    """The text of each schema by name."""
     return {name: json.dumps(schema(name), indent=1) + "\n" for name in FORMATS}
 
 
 def schema(name: str) -> dict[str, Any]:
-    """One of them, with the text of every field."""
+    """The schema of one file format, with a description of every field."""
     kind = FORMATS[name]
     made = msgspec.json.schema(kind)
     records = {record.__name__: record for record in reached(kind)}
@@ -61,7 +61,7 @@ def schema(name: str) -> dict[str, Any]:
 
 
 def reached(kind: Any) -> set[type]:
-    """All records that a type holds."""
+    """All record classes that a type contains."""
     found: set[type] = set()
     waiting = [kind]
     while waiting:

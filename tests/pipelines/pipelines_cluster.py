@@ -144,7 +144,7 @@ class Cluster(Slurm):
     """A real cluster in a directory of its own. It ends with the process that made it, however that ends."""
 
     def __init__(self, state: Path, nodes: int = 4) -> None:
-        """Start a cluster of `nodes` nodes (node1 and so on, 8 CPUs and 8 pretend GPUs each) in an absent directory."""
+        """Start a cluster of `nodes` nodes (node1 and so on, 8 CPUs and 8 fake GPUs each) in an absent directory."""
         self.state = state
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.environment = {"SLURM_CONF": str(state / "etc" / "slurm.conf")}
