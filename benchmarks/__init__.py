@@ -1,1 +1,1 @@
-"""Measurements of the whole project against others."""
+"""Benchmarks of Ratchet, most of them against other libraries."""

@@ -1,9 +1,9 @@
-"""The command `pipeline`, with a record of where its CPU time went; benchmarks/overhead.py starts it.
+"""Runs the command `pipeline` and records where its CPU time went; used by benchmarks/overhead.py.
 
     python benchmarks/accounted.py RECORD ARGUMENTS OF pipeline ...
 
-Every process that has ended is asked for its time and that of its descendants as the kernel counts it (wait4), so
-nothing is sampled and nothing depends on what else the machine does. Of the driver's own time, that of each listener.
+The CPU time of every process and its descendants comes from the kernel when the process ends (wait4), so it is not
+sampled and does not depend on other load. In the driver, the time of each listener is measured separately.
 """
 
 import contextlib
@@ -18,36 +18,37 @@ from pathlib import Path
 from typing import Any
 
 SPENT: dict[int, float] = {}
-"""By process, the CPU seconds of those that were waited for, with their descendants."""
+"""CPU seconds of ended processes with their descendants, by process id."""
 NAMES: dict[int, str] = {}
-"""Its command; of one that this process has not started, the name that the kernel has for it."""
+"""Commands by process id; the kernel's name for processes that this one did not start."""
 LISTENERS: dict[str, float] = {}
 _SUBREAPER = 36
 OF_READERS = ("wandb-core", "gpu_stats")
-"""Processes, by the names that the kernel has for them, that readers start and do not wait for."""
+"""The kernel's names of processes that readers start and do not wait for."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run took, in CPU seconds."""
+    """The CPU seconds of a run."""
 
     watching: dict[str, float]
-    """By who watches or publishes: readers by their logs, checks of hooks, and listeners in the driver."""
+    """The time of everything that watches or publishes the run: readers by their logs, checks of hooks, and listeners
+    in the driver."""
     all: float
 
     @property
     def watched(self) -> float:
-        """All who watch or publish."""
+        """The sum of `watching`."""
         return sum(self.watching.values())
 
     @property
     def share(self) -> float:
-        """Their part of everything."""
+        """The share of `watched` in the total."""
         return self.watched / self.all
 
 
 def parts_of(record: dict[str, Any]) -> Parts:
-    """What a record says."""
+    """Summarize a record."""
     found: Counter[str] = Counter()
     for name, spent in record["processes"]:
         if name.startswith("reader "):
@@ -62,8 +63,8 @@ def parts_of(record: dict[str, Any]) -> Parts:
 
 
 def wait(pid: int, options: int) -> tuple[int, int]:
-    """`os.waitpid`, which takes down what the process has used."""
-    with contextlib.suppress(ChildProcessError):  # which wait4 raises again
+    """Replace `os.waitpid`, and record the CPU time of the process."""
+    with contextlib.suppress(ChildProcessError):  # wait4 below raises it again
         kind = os.P_PID if pid > 0 else os.P_ALL
         ended = os.waitid(kind, max(pid, 0), os.WEXITED | os.WNOWAIT | (options & os.WNOHANG))
         if ended is not None:
@@ -76,10 +77,10 @@ def wait(pid: int, options: int) -> tuple[int, int]:
 
 
 def watch() -> None:
-    """Have this process take down who it starts, and what its listeners take."""
-    assert "subprocess" not in sys.modules, "it has taken os.waitpid already"
+    """Record the processes that this process starts, and the time of its listeners."""
+    assert "subprocess" not in sys.modules, "subprocess has already bound os.waitpid"
     os.waitpid = wait
-    ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # who outlives its parent is waited for here
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # orphaned descendants become children of this process
     import subprocess
 
     start = subprocess.Popen.__init__
@@ -112,7 +113,7 @@ def watch() -> None:
 
 
 def record() -> dict[str, Any]:
-    """What was taken down, when everything has ended."""
+    """Wait for all processes to end, and return the record."""
     import resource
 
     while True:
@@ -130,7 +131,7 @@ def record() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the command, and write the record beside it."""
+    """Run the command, and write the record."""
     path = Path(sys.argv.pop(1))
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     watch()

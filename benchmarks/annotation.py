@@ -1,8 +1,8 @@
-"""Ours against transformers' pipeline: how many answers a second of CPU scores with a reward model.
+"""Compares Ratchet with transformers' pipeline: answers scored by a reward model per CPU second.
 
     $(.venv/bin/pipeline env python annotation) benchmarks/annotation.py
 
-The last line is one JSON object with the ratios (ours / theirs; above 1 ours is faster). What is compared and how:
+The last line is one JSON object with the ratios (above 1: Ratchet is faster). The method is described in
 benchmarks/README.md.
 """
 
@@ -26,7 +26,7 @@ from benchmarks.side import Child  # noqa: E402
 from pipelines.environments.launch import KEEP_FREED  # noqa: E402
 
 SAME_WORK = 1e-4
-"""Difference of two sides' scores at most, relative to the largest: otherwise they do not compute the same."""
+"""The largest allowed difference between the sides' scores, relative to the largest score."""
 OURS, PIPELINE = "ours", "pipeline-1"
 
 
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(lines: dict[str, list[dict[str, Any]]], starts: dict[str, float]) -> dict[str, Any]:
-    """Ratios of one case: medians over the repetitions of the ratios within one."""
+    """The results of one case. Ratios are computed within each repetition; the median is reported."""
     units = {name: [line["cpu_seconds"] for line in of] for name, of in lines.items()}
     spent = units | {OURS: [line["phases"]["scoring"] for line in lines[OURS]]}
     reference = lines[PIPELINE][0]["scores"]
@@ -131,17 +131,17 @@ def _ratio(theirs: list[float], ours: list[float]) -> float:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; lengths are medians in tokens."""
+    """Parse the command line; lengths are medians in tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("only", nargs="*", help="cases, of long-k4, long-k8, short-k4, short-k8; all by default")
+    add("only", nargs="*", help="cases: long-k4, long-k8, short-k4, short-k8; all by default")
     add("--repetitions", type=int, default=3)
-    add("--layers", type=int, default=30, help="of a Llama with SmolLM2-135M's shape (30)")
-    add("--prompts", type=int, default=12, help="with K answers each")
-    add("--answer", type=int, default=96, help="tokens of an answer; long prompts have as many")
+    add("--layers", type=int, default=30, help="layers of a Llama with otherwise SmolLM2-135M's shape (30)")
+    add("--prompts", type=int, default=12, help="prompts with K answers each")
+    add("--answer", type=int, default=96, help="tokens of an answer, and of a long prompt")
     add("--short-prompt", type=int, default=12)
     add("--spread", type=float, default=0.5, help="standard deviation of the logarithm of lengths")
-    add("--batch-sizes", type=int, nargs="*", default=[4, 16], help="of padded batches, sorted by length; or none")
+    add("--batch-sizes", type=int, nargs="*", default=[4, 16], help="sizes of padded, length-sorted batches")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""The reward model and the answers that the sides of benchmarks/annotation.py score: random, made from a seed."""
+"""Generates the random reward model and answers that both sides of benchmarks/annotation.py score, from a seed."""
 
 import json
 import random
@@ -16,7 +16,7 @@ SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant")
 
 
 class Case(NamedTuple):
-    """What is scored; `prompt` and `answer` are medians of log-normal lengths in tokens."""
+    """The data of one case; `prompt` and `answer` are medians of log-normal lengths in tokens."""
 
     prompts: int
     k: int
@@ -25,7 +25,7 @@ class Case(NamedTuple):
     spread: float
 
     def conversations(self, shape: Shape) -> Iterator[tuple[str, list[str]]]:
-        """Each prompt with its answers; one word is one token."""
+        """Yield each prompt with its answers; one word is one token."""
         generator = random.Random(f"answers-{self}")
         prompts = texts_of(generator, shape, self.prompts, self.prompt, self.spread)
         answers = texts_of(generator, shape, self.prompts * self.k, self.answer, self.spread)
@@ -43,7 +43,7 @@ def read_cases(folder: Path) -> dict[str, Case]:
 
 
 def save_model(path: Path, shape: Shape) -> None:
-    """A reward model of this shape with a tokenizer of one word a token."""
+    """Save a reward model of this shape, with a tokenizer whose tokens are words."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit

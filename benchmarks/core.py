@@ -1,4 +1,4 @@
-"""Our training core, started as the training stages start it, on a model that was made instead of loaded."""
+"""Runs Ratchet's training core as the training stages do, on a model in memory instead of a loaded one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,18 +21,18 @@ from training.models import pick_dtype, set_trainable
 from training.state import Line
 
 NOWHERE = Path("unused")
-"""Where a configuration names files: the model and the data are in memory."""
+"""A placeholder for the paths of a config, because the model and the data are in memory."""
 
 
 def policy_config(settings: dict[str, Any], algorithm: str, algorithm_settings: dict[str, Any]) -> PolicyConfig:
-    """The configuration of the stage `policy` for the settings of a benchmark."""
+    """The config of the stage `policy` for the settings of a benchmark."""
     pairs = algorithm == "dpo"
     data = {"pairs": [NOWHERE], "reference": [NOWHERE]} if pairs else {"experience": NOWHERE}
     return PolicyConfig(algorithm=algorithm, settings=algorithm_settings, **data, **_common(settings))
 
 
 def critic_config(settings: dict[str, Any]) -> CriticConfig:
-    """The configuration of the stage `critic` for the settings of a benchmark."""
+    """The config of the stage `critic` for the settings of a benchmark."""
     return CriticConfig(experience=NOWHERE, **_common(settings))
 
 
@@ -52,7 +52,7 @@ def _common(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class Core:
-    """A model with its optimizer, ready for as many trainings as are wanted."""
+    """A model with its optimizer, which can be trained repeatedly."""
 
     def __init__(self, config: TrainingConfig, model: Any, wrap: Callable[[Any], Trained]) -> None:
         self.config = config
@@ -65,14 +65,14 @@ class Core:
         self.engine.prepare(wrap(model), lambda parameters: make_optimizer(config, parameters))
 
     def train(self, learning: Learning) -> list[Line]:
-        """The loop of all training stages, which neither finds nor saves a state of an earlier attempt."""
+        """Run the loop of all training stages, without restoring or saving training states."""
         state: Any = SimpleNamespace(read=list, due=False)
         context: Any = SimpleNamespace(progress=lambda *_: None, report_step=lambda *_: None)
         return train(self.config, context, self.engine, learning, self.packing, state)
 
 
 def watch(side: Side) -> None:
-    """Report the parts of every step of this process."""
+    """Report the time of forward, backward and optimizer in every step."""
     for name, owner, method in (
         ("forward", Trained, "forward"),
         ("backward", Accelerator, "backward"),

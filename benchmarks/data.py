@@ -1,11 +1,11 @@
-"""What data, or pairs, do for learning: the toy task by DPO, as docs/data.md and docs/pairs.md say, at several seeds.
+"""Compares data strategies (docs/data.md) or pair strategies (docs/pairs.md): DPO on the toy task at several seeds.
 
     .venv/bin/pipeline env run training benchmarks/data.py --compare data --seeds 0 1 2 3 4
     .venv/bin/pipeline env run training benchmarks/data.py --compare pairs --seeds 0 1 2 3 4
 
-The stages are those of a run, all in this one process, and shared where runs do not differ, as in benchmarks/lag.py.
-The same command again continues. Prints a table, and as its last line one JSON object. What is measured and how:
-benchmarks/README.md.
+All stages of the runs are executed in this process and reused where runs do not differ, as in benchmarks/lag.py. If
+interrupted, the same command continues. Prints a table, and as its last line one JSON object. The method is described
+in benchmarks/README.md.
 """
 
 import argparse
@@ -32,9 +32,9 @@ SMALL = (
     "evaluation.k=2",
     'scorers={reward: {kind: reward_model}, gold: {kind: rule, function: "embedded.reviews:gold_score"}}',
 )
-"""Smaller than the recipe; the gold scorer judges."""
+"""Overrides that make the recipe smaller, and a gold scorer."""
 OFFLINE = "setup/reward-model/pairs"
-"""What stands for pairs from elsewhere: answers of the initial policy that the gold scorer compares."""
+"""The node whose pairs serve as offline pairs: answers of the initial policy, compared by the gold scorer."""
 DATA: dict[str, tuple[str, ...]] = {
     "own pairs": (),
     "the same prompts": ("prompts.train.limit=256",),
@@ -61,11 +61,11 @@ PAIRS: dict[str, tuple[str, ...]] = {
     "west of 8": ("generation.k=8",),
 }
 COMPARED = {"data": DATA, "pairs": PAIRS}
-"""What is compared, with the overrides of each; the others of a group are compared with its first."""
+"""The strategies of each comparison with their overrides; the first one is the baseline."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is not there yet, print, and return the exit code."""
+    """Run the stages that are not published yet, print the results, and return the exit code."""
     options = parse(arguments)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     found: dict[str, list[Curve]] = {}
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def graph_of(options: argparse.Namespace, strategy: str, seed: int, offline: Path) -> Graph:
-    """The stages of one run."""
+    """The graph of one run."""
     own = [text.replace("OFFLINE", str(offline)) for text in COMPARED[options.compare][strategy]]
     name = strategy.replace(",", "").replace(" ", "-")
     overrides = [f"directory={options.directory}", f"name={name}-seed-{seed}", f"seed={seed}", *SMALL, *own]
@@ -97,7 +97,7 @@ def graph_of(options: argparse.Namespace, strategy: str, seed: int, offline: Pat
 
 
 def write_offline(options: argparse.Namespace, seed: int, file: Path, made: list[Graph]) -> None:
-    """Write the pairs of the reward model as people have theirs: texts in a file."""
+    """Write the reward model's pairs as texts to a file, as users have them."""
     graph = graph_of(options, "own pairs", seed, file)
     for node in graph.nodes.values():
         if node.iteration is None:
@@ -108,17 +108,17 @@ def write_offline(options: argparse.Namespace, seed: int, file: Path, made: list
 
 
 def pairs_of(graph: Graph, iteration: int) -> int:
-    """How many pairs an iteration is trained on."""
+    """The number of pairs that an iteration trains on."""
     config = graph.nodes[name_of(iteration, "training")].config.model_dump()
     return sum(Artifact.open(path).manifest.ledger.kept for path in config["pairs"])
 
 
 def table(found: dict[str, list[Curve]], iterations: int, base: str) -> str:
-    """Gold rewards by iteration, means over the seeds; the last with its interval, and less that of `base`.
+    """A table of mean gold rewards by iteration; the last one with its interval and its difference from `base`.
 
-    Pairs are those that the last iteration is trained on, KL is the last policy's.
+    The pairs are those of the last iteration, the KL is that of the last policy.
     """
-    heads = ["", *map(str, range(1, iterations + 1)), f"less that of {base}", "pairs", "KL"]
+    heads = ["", *map(str, range(1, iterations + 1)), f"difference from {base}", "pairs", "KL"]
     lines = [heads, ["---"] * len(heads)]
     for strategy, curves in found.items():
         last = [metrics[-1]["gold_reward_mean"] for metrics in curves]
@@ -133,13 +133,13 @@ def table(found: dict[str, list[Curve]], iterations: int, base: str) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--compare", choices=COMPARED, default="data")
-    parser.add_argument("--strategies", nargs="+", help="some of those that are compared; by default all")
-    parser.add_argument("--directory", type=Path, default=Path("runs/data"), help="where the runs are")
+    parser.add_argument("--strategies", nargs="+", help="the strategies to compare; by default all")
+    parser.add_argument("--directory", type=Path, default=Path("runs/data"), help="directory of the runs")
     options = parser.parse_args(arguments)
     known = COMPARED[options.compare]
     options.strategies = options.strategies or list(known)

@@ -1,9 +1,10 @@
-"""Does the packed core compute the right numbers on this GPU, and how fast? Needs torch, transformers and accelerate.
+"""Checks the numbers and the speed of packed training on this GPU. Needs torch, transformers and accelerate.
 
-    bash scripts/gpu-check.sh                       on one NVIDIA card, in less than 8 minutes
-    bash scripts/gpu-check.sh --self-test           on a CPU, with a tiny model: whether this program works
+    bash scripts/gpu-check.sh                       on one NVIDIA GPU, in less than 8 minutes
+    bash scripts/gpu-check.sh --self-test           on a CPU, with a tiny model, to check this program itself
 
-It prints one JSON object and writes it to benchmarks/results/NAME.json. What the figures mean: benchmarks/README.md.
+It prints one JSON object and writes it to benchmarks/results/NAME.json. The figures are explained in
+benchmarks/README.md.
 """
 
 import argparse
@@ -39,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 PEAK_BF16 = (
-    # FLOP per second on tensor cores, without sparsity, from NVIDIA's data sheets. The first match counts.
+    # FLOP per second of the tensor cores, without sparsity, from NVIDIA's data sheets. The first match counts.
     (r"H200|H100.*(SXM|HBM3)|GH200", 989e12),
     (r"H100 NVL", 835e12),
     (r"H100", 756e12),  # PCIe
@@ -55,62 +56,62 @@ PEAK_BF16 = (
     (r"RTX 4090", 165e12),
     (r"RTX 3090", 71e12),
 )  # fmt: skip
-"""Peak by a pattern in the device's name."""
+"""Peak speeds by patterns of device names."""
 
 SHAPES = {
-    # Random weights; the shapes are those of the Llama 3.2 family, and a half-billion model of the same kind.
+    # The weights are random; the shapes are those of Llama 3.2, and of a similar model with half a billion weights.
     "3B": workload.Shape(28, 3072, 8192, 24, 8, 128256),
     "1B": workload.Shape(16, 2048, 8192, 32, 8, 128256),
     "0.5B": workload.Shape(24, 1280, 3456, 20, 5, 49152),
 }
 BYTES_PER_WEIGHT = 18
-"""fp32 weights, gradients and two moments, and autocast's bf16 copy."""
+"""The sum of fp32 weights, gradients and two moments, and autocast's bf16 copy."""
 BYTES_PER_ACTIVATION = 80
-"""Of each token, layer and hidden unit, roughly, without gradient checkpointing."""
+"""Approximate bytes per token, layer and hidden unit, without gradient checkpointing."""
 LEAST_BUDGET, LARGEST_BUDGET = 4096, 16384
-"""Flat tokens of a micro-batch."""
+"""Bounds of the flat tokens per micro-batch."""
 
 EXACT = 1e-4
-"""Packed against padded in fp32: largest difference of a log-probability (nats)."""
+"""The largest allowed difference between packed and padded log-probabilities in fp32 (nats)."""
 BF16_FACTOR = 2.0
-"""Packed in bf16 may be this many times as far from fp32 as transformers' own padded bf16 is."""
+"""The allowed error of packed bf16, as a multiple of the error of transformers' own padded bf16, both against fp32."""
 BF16_COSINE = 0.99
-"""Least cosine between the gradients in bf16 and in fp32."""
+"""The smallest allowed cosine between the gradients in bf16 and in fp32."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: a real check, or the self-test."""
+    """The parameters of a real check, or of the self-test."""
 
     small: workload.Shape
-    """For the comparison of numbers."""
+    """The model with which numbers are compared."""
     large: str
     shape: workload.Shape
-    """For the speed."""
+    """The model with which speed is measured; its name is `large`."""
     pairs: int
-    """Per optimizer step; twice as many rollouts."""
+    """Pairs per optimizer step; PPO has twice as many rollouts."""
     prompt: int
     answer: int
     budget: int
-    """Flat tokens of a micro-batch."""
+    """Flat tokens per micro-batch."""
     steps: int
     seconds: float
-    """Each measurement ends after this time, or after `steps`."""
+    """A measurement ends after this time, or after `steps`."""
     trl_pairs: tuple[int, ...]
-    """Micro-batches that TRL is measured with; its best counts."""
+    """The micro-batch sizes with which TRL is measured; the best one counts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, measure, write; returns the exit code: 1 where a number is wrong."""
+    """Check, measure and write the report. Returns the exit code, which is 1 if a number is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--self-test", action="store_true", help="on the CPU, with a tiny model")
-    parser.add_argument("--name", help="of the result; by default the device's")
-    parser.add_argument("--model", choices=sorted(SHAPES), help="by default the largest that fits the free memory")
+    parser.add_argument("--name", help="name of the result; by default the device's")
+    parser.add_argument("--model", choices=sorted(SHAPES), help="by default the largest one that fits into memory")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--no-trl", action="store_true", help="do not compare with TRL")
     options = parser.parse_args(arguments)
     if not options.self_test and not torch.cuda.is_available():
-        print("error: no NVIDIA card is usable here; --self-test checks this program on a CPU", file=sys.stderr)
+        print("error: no NVIDIA GPU is usable here; --self-test checks this program on a CPU", file=sys.stderr)
         return 2
     device = torch.device("cpu" if options.self_test else "cuda")
     start = time.monotonic()
@@ -143,13 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def self_test() -> Plan:
-    """As little as shows that everything works."""
+    """The smallest plan that exercises everything."""
     tiny = workload.Shape(2, 64, 128, 4, 2, 512)
     return Plan(tiny, "tiny", tiny, pairs=4, prompt=12, answer=12, budget=96, steps=2, seconds=10.0, trl_pairs=(2,))
 
 
 def full_check(size: str | None) -> Plan:
-    """The largest model whose training fits into the memory that is free, and micro-batches that fill it."""
+    """A plan with the largest model whose training fits into free memory, and micro-batches that fill the rest."""
     free = 0.85 * torch.cuda.mem_get_info()[0]
     budgets = {
         name: int(free - BYTES_PER_WEIGHT * shape.parameters) // (BYTES_PER_ACTIVATION * shape.hidden * shape.layers)
@@ -165,7 +166,7 @@ def full_check(size: str | None) -> Plan:
 
 
 def within_memory(measure: Callable[..., dict[str, Any]], plan: Plan, device: torch.device) -> dict[str, Any]:
-    """A measurement, with smaller micro-batches where the memory ends."""
+    """Measure, with smaller micro-batches after running out of memory."""
     while True:
         try:
             return {"micro_batch_tokens": plan.budget, **measure(plan, device)}
@@ -179,9 +180,9 @@ def within_memory(measure: Callable[..., dict[str, Any]], plan: Plan, device: to
 
 
 def correctness(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """Packed against padded in fp32, and packed in bf16 against fp32; log-probabilities and gradients.
+    """Compare log-probabilities and gradients: packed with padded in fp32, and packed bf16 with fp32.
 
-    How far bf16 is from fp32 depends on the model. The measure is what transformers' own padded forward loses by it.
+    The error of bf16 depends on the model, so it is compared with that of transformers' own padded forward.
     """
     torch.set_float32_matmul_precision("highest")  # no TF32
     made = workload.pairs(plan.small, count=6, prompt=48, answer=64, spread=0.6, seed=1)
@@ -222,7 +223,7 @@ def correctness(plan: Plan, device: torch.device) -> dict[str, Any]:
 def logprobs_and_gradient(
     plan: Plan, rows: list[Row], packing: Packing, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of all response tokens [N], and the gradient of their mean as one vector, both in fp64."""
+    """The log-probabilities of all response tokens [N], and the gradient of their mean as one vector, both in fp64."""
     model = make(plan.small, TokenLogprobs, device, packing)
     batch = pack(rows, packing, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -236,7 +237,7 @@ def logprobs_and_gradient(
 
 
 def measure_dpo(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """Optimizer steps of DPO on pairs; the prompt of a pair is computed once."""
+    """Measure optimizer steps of DPO on pairs, with each pair's prompt computed once."""
     trainer = Trainer(plan, TokenLogprobs, device)
     batches = [
         [
@@ -257,7 +258,7 @@ def measure_dpo(plan: Plan, device: torch.device) -> dict[str, Any]:
 
 
 def measure_ppo(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """One epoch of PPO over rollouts: steps of the actor, then of the critic, in a model of its own."""
+    """Measure one epoch of PPO over rollouts: steps of the actor, then of the critic, which is a separate model."""
     rows = [
         [
             rollout_row(number, rollout)
@@ -289,13 +290,13 @@ def measure_ppo(plan: Plan, device: torch.device) -> dict[str, Any]:
 
 
 ANSWERS = 4
-"""To each prompt, in scoring."""
+"""Answers per prompt in `measure_scoring`."""
 
 
 @torch.inference_mode()
 def measure_scoring(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """A reward model in bf16 on the answers to prompts: in flat batches with each prompt once, and one conversation at
-    a time, as a pipeline at batch size 1 does."""
+    """Measure a reward model in bf16: in flat batches with each prompt computed once, and one conversation at a time,
+    like a transformers pipeline with batch size 1."""
     gc.collect()
     made = workload.rollouts(
         plan.shape, count=4 * ANSWERS * plan.pairs, prompt=plan.prompt, answer=plan.answer, spread=0.5, seed=0
@@ -338,7 +339,7 @@ def measure_scoring(plan: Plan, device: torch.device) -> dict[str, Any]:
 
 
 class Trainer:
-    """A model with AdamW, and the time that its optimizer steps take."""
+    """A model with AdamW, whose optimizer steps are measured."""
 
     def __init__(self, plan: Plan, wrap: Callable[[Any], nn.Module], device: torch.device) -> None:
         gc.collect()
@@ -353,7 +354,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-6, fused=device.type == "cuda")
 
     def measure(self, batches: list[list[Row]], loss: Callable[..., Tensor]) -> dict[str, Any]:
-        """One step that warms up, and then as many as there is time for."""
+        """Run one warm-up step, then measure as many steps as there is time for."""
         self._step(batches[0], loss)
         done: list[list[Row]] = []
         losses: list[float] = []
@@ -403,7 +404,8 @@ class Trainer:
 
 
 def measure_trl(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """TRL's DPOTrainer on the same pairs and the same model, in a process of its own, at the best of some settings."""
+    """Measure TRL's DPOTrainer on the same pairs and model, in its own process, with the best of several micro-batch
+    sizes."""
     missing = [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
         return {"skipped": f"{' and '.join(missing)} not installed"}
@@ -436,7 +438,7 @@ def measure_trl(plan: Plan, device: torch.device) -> dict[str, Any]:
 
 
 def run_trl(path: Path, environment: dict[str, str], plan: Plan) -> dict[str, Any]:
-    """Steps of TRL, the first of which warms up."""
+    """Run one warm-up step of TRL, then measure its steps."""
     child = Child(sys.executable, "trl_dpo", path, environment)
     try:
         child.unit()
@@ -455,18 +457,18 @@ def run_trl(path: Path, environment: dict[str, str], plan: Plan) -> dict[str, An
     }
 
 
-# What algorithms see
+# Inputs of the algorithms
 
 
 def pair_row(number: int, pair: workload.Pair) -> Row:
-    """A pair with its reference values."""
+    """The row of a pair with its reference values."""
     answers = zip((pair.chosen, pair.rejected), pair.reference, strict=True)
     responses = tuple(Response(token_ids(ids), {"reference": value}) for ids, value in answers)
     return Row(str(number), token_ids(pair.prompt), responses)
 
 
 def rollout_row(number: int, rollout: workload.Rollout) -> Row:
-    """A sample with made-up experience."""
+    """The row of a sample with random experience."""
     generator = torch.Generator().manual_seed(number)
     size = len(rollout.response)
     tokens = {name: torch.randn(size, generator=generator).numpy() for name in ("advantages", "values", "returns")}
@@ -474,7 +476,7 @@ def rollout_row(number: int, rollout: workload.Rollout) -> Row:
 
 
 def pairs_of(outputs: dict[str, Tensor], rows: list[Row], batch: Packed, total: int) -> Pairs:
-    """A micro-batch of pairs; `total`: pairs of the step."""
+    """The loss inputs of a micro-batch of pairs; `total` is the number of pairs of the step."""
     owners = torch.repeat_interleave(torch.arange(len(batch.lengths), device=batch.lengths.device), batch.lengths)
     sums = outputs["logprobs"].new_zeros(len(batch.lengths)).index_add(0, owners, outputs["logprobs"])
     reference = torch.tensor([response.numbers["reference"] for row in rows for response in row.responses])
@@ -498,7 +500,7 @@ def pairs_of(outputs: dict[str, Tensor], rows: list[Row], batch: Packed, total: 
 
 
 def samples_of(outputs: dict[str, Tensor], rows: list[Row], batch: Packed, step: list[Row]) -> Samples:
-    """A micro-batch of a step's rollouts; the old log-probabilities are the present ones."""
+    """The loss inputs of a micro-batch of rollouts; the old log-probabilities are the current ones."""
     logprobs = outputs["logprobs"]
     return Samples(
         logprobs=logprobs,
@@ -514,7 +516,7 @@ def samples_of(outputs: dict[str, Tensor], rows: list[Row], batch: Packed, step:
 
 
 def column(rows: list[Row], name: str, batch: Packed) -> Tensor:
-    """A number of every response token, [N]."""
+    """The values of a per-token input for all response tokens, [N]."""
     values = [torch.from_numpy(response.tokens[name]) for row in rows for response in row.responses]
     return torch.cat(values).to(batch.lengths.device)
 
@@ -523,11 +525,11 @@ def column(rows: list[Row], name: str, batch: Packed) -> Tensor:
 
 
 def flops(shape: workload.Shape, rows: list[Row], scores_tokens: bool) -> float:
-    """Floating-point operations that a step on these rows needs, forward and backward, nothing computed twice.
+    """The floating-point operations of a step on these rows, forward and backward, without any recomputation.
 
     3 (2 B T + 2 H N + 2 L A sum n^2): B weights of the layers, T tokens with each prompt once, H weights of the LM
     head (0 for a critic), N response tokens, L layers, A heads times head size, n the length of a whole sequence,
-    whose causal attention takes 4 n^2 A / 2. Recomputation, padding and the optimizer do not count.
+    for which causal attention takes 4 n^2 A / 2. Recomputation, padding and the optimizer are not counted.
     """
     tokens = sum(len(row.prompt) + row.response_tokens for row in rows)
     responses = sum(row.response_tokens for row in rows)
@@ -541,7 +543,7 @@ def flops(shape: workload.Shape, rows: list[Row], scores_tokens: bool) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The card's peak in bf16; None where it is not known."""
+    """The peak bf16 speed of the GPU; None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name()
@@ -549,12 +551,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """GiB that tensors took at most since the model was made."""
+    """The peak GiB of tensors since the model was created."""
     return round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None
 
 
 def micro_batches(rows: list[Row], budget: int) -> list[list[Row]]:
-    """Rows by descending size, as many together as fit into `budget` flat tokens."""
+    """Group rows by descending size into micro-batches of up to `budget` flat tokens."""
     made: list[list[Row]] = []
     left = 0
     for row in sorted(rows, key=lambda row: -(len(row.prompt) + row.response_tokens)):
@@ -568,7 +570,7 @@ def micro_batches(rows: list[Row], budget: int) -> list[list[Row]]:
 
 
 def make(shape: workload.Shape, wrap: Callable[[Any], Any], device: torch.device, packing: Packing) -> Any:
-    """A model with random fp32 weights on the device, with our attention unless it is `padded`."""
+    """Create a model with random fp32 weights on the device, with packed attention unless `packing` is `padded`."""
     with torch.device(device):
         model = shape.classifier(0) if wrap in (TokenValues, SequenceScores) else shape.causal(0)
     model.eval()
@@ -578,7 +580,7 @@ def make(shape: workload.Shape, wrap: Callable[[Any], Any], device: torch.device
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The device and the library versions."""
     versions = {}
     for name in ("torch", "transformers", "accelerate", "trl", "flash_attn"):
         if importlib.util.find_spec(name) is not None:
@@ -594,12 +596,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def slug(text: str) -> str:
-    """A file name."""
+    """Turn a text into a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def show(name: str, found: dict[str, Any]) -> None:
-    """Progress, for whoever waits."""
+    """Print an intermediate result."""
     print(f"{name}: {json.dumps(found)}", flush=True)
 
 

@@ -1,10 +1,10 @@
-"""What a lag costs in learning: the toy task at several lags and seeds, by DPO and by decoupled PPO.
+"""Measures how a lag affects learning: the toy task at several lags and seeds, with DPO and with decoupled PPO.
 
     .venv/bin/pipeline env run training benchmarks/lag.py --seeds 0 1 2 3 4 --iterations 4
 
-The stages are those of a run, in the order of its graph, all in this one process, so that nothing is imported twice.
-What another run has published under the same key is taken over, as in a sweep. The same command again continues.
-Prints a table, and as its last line one JSON object. What is measured and how: benchmarks/README.md.
+All stages of the runs are executed in this process, in the order of their graphs, so that nothing is imported twice.
+Artifacts that another run has published under the same key are reused, as in a sweep. If interrupted, the same command
+continues. Prints a table, and as its last line one JSON object. The method is described in benchmarks/README.md.
 """
 
 import argparse
@@ -34,14 +34,14 @@ SMALL = (
     "evaluation.k=2",
     'scorers={reward: {kind: reward_model}, gold: {kind: rule, function: "embedded.reviews:gold_score"}}',
 )
-"""Smaller than the recipes; the gold scorer judges."""
+"""Overrides that make the recipes smaller, and a gold scorer."""
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Of a 95 % interval of the mean of so many values, in standard errors (Student's t)."""
+"""Half the width of a 95 % confidence interval of a mean, in standard errors, by the number of values (Student's t)."""
 Curve = list[dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is not there yet, print, and return the exit code."""
+    """Run the stages that are not published yet, print the results, and return the exit code."""
     options = parse(arguments)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     found: dict[tuple[str, int], list[Curve]] = {}
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def graph_of(directory: Path, algorithm: str, seed: int, lag: int, iterations: int) -> Graph:
-    """The stages of one run."""
+    """The graph of one run."""
     overrides = [
         f"directory={directory}",
         f"name={algorithm}-seed-{seed}-lag-{lag}",
@@ -74,7 +74,7 @@ def graph_of(directory: Path, algorithm: str, seed: int, lag: int, iterations: i
 
 
 def make(node: Node, others: list[Graph]) -> None:
-    """Publish a stage's output, if it is not there: take it over from another run, or run the stage."""
+    """Publish a node's output unless it exists: reuse that of another run, or run the stage."""
     key = stage_key(key_parts(node.config, installed_versions()))
     if is_published(node.output, key):
         return
@@ -99,9 +99,10 @@ def gold(curve: Curve) -> list[float]:
 
 
 def table(found: dict[tuple[str, int], list[Curve]], iterations: int) -> str:
-    """Gold rewards by iteration, means over the seeds, the last with its interval and against lag 0, seed by seed."""
+    """A table of mean gold rewards by iteration; the last one with its interval and its per-seed difference from
+    lag 0."""
     numbers = [str(iteration) for iteration in range(1, iterations)]
-    heads = ["algorithm", "lag", *numbers, f"{iterations}", "less that of lag 0", "KL"]
+    heads = ["algorithm", "lag", *numbers, f"{iterations}", "difference from lag 0", "KL"]
     lines = [heads, ["---"] * len(heads)]
     for (algorithm, lag), curves in found.items():
         last = [metrics[-1]["gold_reward_mean"] for metrics in curves]
@@ -123,7 +124,7 @@ def table(found: dict[tuple[str, int], list[Curve]], iterations: int) -> str:
 
 
 def with_interval(values: list[float], form: str) -> str:
-    """The mean of independent values, and half its 95 % interval where there are enough of them."""
+    """The mean of independent values, with half of its 95 % confidence interval if there are enough values."""
     mean = form.format(statistics.fmean(values))
     if len(values) not in STUDENT:
         return mean
@@ -132,13 +133,13 @@ def with_interval(values: list[float], form: str) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--algorithms", nargs="+", default=list(RECIPES), choices=RECIPES)
-    parser.add_argument("--directory", type=Path, default=Path("runs/lag"), help="where the runs are")
+    parser.add_argument("--directory", type=Path, default=Path("runs/lag"), help="directory of the runs")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Our DPO on given pairs, one optimizer step per unit of work."""
+"""Ratchet's side of the DPO benchmark: trains on given pairs, one optimizer step per unit of work."""
 
 import sys
 from dataclasses import replace
@@ -9,7 +9,7 @@ from benchmarks.side import Side
 
 
 def main(path: str) -> None:
-    """Train until nobody wants more; `path` is a file of `workload.write`."""
+    """Train until no more units are requested; `path` is a file written by `workload.write`."""
     side = Side()
     import torch
 

@@ -1,8 +1,8 @@
-"""Our PPO on given rollouts, one batch of rollouts per unit of work.
+"""Ratchet's side of the PPO benchmark: trains on given rollouts, one batch of rollouts per unit of work.
 
-What counts is what our stages compute after sampling and rewards: the reference's log-probabilities, the critic's
+It measures what Ratchet's stages compute after sampling and rewards: the reference's log-probabilities, the critic's
 values, the experience, the policy's own log-probabilities before its training, and the epochs of both trainings. (TRL
-needs no pass for the policy's log-probabilities: it keeps the logits that it sampled with.)
+needs no pass for the policy's log-probabilities, since it keeps the logits from sampling.)
 """
 
 import sys
@@ -17,7 +17,7 @@ from benchmarks.side import Side
 
 
 def main(path: str) -> None:
-    """Train until nobody wants more; `path` is a file of `workload.write`."""
+    """Train until no more units are requested; `path` is a file written by `workload.write`."""
     side = Side()
     import numpy as np
     import torch
@@ -62,7 +62,7 @@ def main(path: str) -> None:
         ]
         for response in responses:
             response.tokens["behaviour"] = np.zeros(len(response.ids), np.float32)
-        # What the engine reported when it sampled.
+        # Stands for the log-probabilities that the engine reported when it sampled.
         side.exclude(measure_drift)(rows, policy.engine, policy.packing, budget)
         for response in responses:
             response.tokens["behaviour"] = response.tokens["proximal"]
@@ -97,9 +97,9 @@ def main(path: str) -> None:
 
 
 def _saved(model: Any, path: Path, kind: str, settings: dict[str, Any]) -> tuple[Any, None]:
-    """A model's files, and a scorer's configuration that names them.
+    """Save a model, and return the config of a scorer that loads it.
 
-    The scorer keeps the critic of the beginning, where an iteration would load the newest: the work is the same.
+    The scorer keeps the initial critic, whereas a run would load the newest one; the amount of work is the same.
     """
     from annotation.scorers import score_config
 
@@ -109,7 +109,7 @@ def _saved(model: Any, path: Path, kind: str, settings: dict[str, Any]) -> tuple
 
 
 def _sample(row: workload.Rollout) -> Any:
-    """What a scorer reads of a sample; its score is the numbers of its tokens."""
+    """A sample as a scorer reads it; `scored` returns the values of its tokens."""
     return SimpleNamespace(
         rollout=SimpleNamespace(prompt_ids=row.prompt),
         completion=SimpleNamespace(response_ids=row.response),
@@ -118,7 +118,7 @@ def _sample(row: workload.Rollout) -> Any:
 
 
 def _flat(columns: Any) -> Any:
-    """One number per token of all responses, in fp64."""
+    """Concatenate the per-token values of all responses, in fp64."""
     import torch
 
     return torch.cat([torch.as_tensor(column, dtype=torch.float64) for column in columns])

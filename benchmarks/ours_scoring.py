@@ -1,4 +1,4 @@
-"""Our side of benchmarks/annotation.py: the stage `score`, from published rollouts to published scores."""
+"""Ratchet's side of benchmarks/annotation.py: runs the stage `score`, from published rollouts to published scores."""
 
 import json
 import sys
@@ -10,11 +10,11 @@ from benchmarks.workload import Shape
 
 
 def main(path: str) -> None:
-    """Score the cases in turn, over and over."""
+    """Score the cases in turn until no more units are requested."""
     side = Side()
     from contracts import surroundings
 
-    surroundings.importing()  # as the stage's process does
+    surroundings.importing()  # like a stage's process
     from annotation.models.loading import open_model
     from annotation.models.reward_model import RewardModel
     from annotation.scorers import score_config
@@ -34,7 +34,7 @@ def main(path: str) -> None:
     keys = {"kind": "reward_model", "model": folder / "model"}
     config = score_config(output=folder / "scores", rollouts=folder / next(iter(cases)), **keys)
     assert isinstance(config, ModelScoreConfig)
-    open_model(config, Opening(folder, lambda: 0))  # kept for the stages of this process
+    open_model(config, Opening(folder, lambda: 0))  # stays loaded for the stages of this process
     surroundings.imported()
     setattr(RewardModel, "__call__", side.timed("scoring", RewardModel.__call__))  # noqa: B010 (a method, for mypy)
     side.ready(start_cpu_seconds=cpu_seconds() - published)
@@ -49,7 +49,7 @@ def main(path: str) -> None:
 
 
 def _publish(case: Case, shape: Shape, tokenizer: "object", target: Path) -> int:
-    """Publish a case as rollouts; returns the tokens of its conversations."""
+    """Publish a case as rollouts. Returns the number of tokens of its conversations."""
     from contracts.ledger import Ledger
     from contracts.prompts import prompt_id
     from contracts.publication import Publication

@@ -1,12 +1,12 @@
-"""What it costs a run to be watched and published: wandb offline, trackio, a hook, reports, and pushes to the Hub.
+"""Measures the cost of watching and publishing a run: wandb offline, trackio, a hook, reports, and pushes to the Hub.
 
     .venv/bin/python benchmarks/overhead.py
     .venv/bin/python benchmarks/overhead.py --iterations 1 seed=1     # any keys of the config
 
-Runs the quickstart with all of these, the Hub being a double of it on this machine, and prints the CPU seconds of each,
-as the kernel counts them when a process ends (benchmarks/accounted.py), and beside them what the libraries take by
-themselves, in scripts of a few lines that do the same. Its last line is one JSON object. The exit code is 1 where
-something of the run was not told, sent or pushed, since then the figures say nothing.
+Runs the quickstart with all of these, with a local double of the Hub, and prints the CPU seconds of each, as the kernel
+counts them when a process ends (benchmarks/accounted.py). For comparison it also measures the libraries alone, in short
+scripts that do the same. The last line is one JSON object. The exit code is 1 if something was not reported, sent or
+pushed, because the figures are meaningless then.
 """
 
 import argparse
@@ -62,7 +62,7 @@ ALONE = {
     "pyarrow, not writing": ("annotation", "import pyarrow.parquet"),
     "jinja2, not rendering": ("driver", "import jinja2"),
 }
-"""What the libraries do for a run, by themselves: in which environment, and how. `points` are its metrics."""
+"""Scripts with the libraries' own part of the work, and the environment of each. `points` are the run's metrics."""
 TRACKERS = ("wandb", "trackio")
 REPOS = ("model", "pairs", "rollouts")
 KINDS = ("run", "stage", "iteration", "step", "shard")
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(folder: Path, hub: HubDouble, options: argparse.Namespace) -> tuple[Parts, list[str]]:
-    """Run it; what its parts took, and what was not done although it should be."""
+    """Run the quickstart. Returns the CPU seconds of its parts, and what is missing of its results."""
     (folder / "hook.py").write_text(HOOK)
     record = folder / "record.json"
     command = [sys.executable, str(ROOT / "benchmarks/accounted.py"), str(record), "run", options.config]
@@ -106,7 +106,7 @@ def measure(folder: Path, hub: HubDouble, options: argparse.Namespace) -> tuple[
 
 
 def alone_seconds(folder: Path, environment: str, code: str) -> float:
-    """The CPU seconds of a script, with those of the processes that it starts and waits for."""
+    """The CPU seconds of a script, including processes that it starts and waits for."""
     python = sys.executable if environment == "driver" else str(interpreter(environment, "cpu"))
     read = (
         f"import json; points = [json.loads(line)['metrics'] for line in open({str(folder / 'watched' / METRICS)!r})]"
@@ -121,7 +121,7 @@ def alone_seconds(folder: Path, environment: str, code: str) -> float:
 
 
 def lacking_in(run: Path, iterations: int) -> list[str]:
-    """What a watched run should have, and has not."""
+    """The results that are missing of a watched run."""
     there = (run / METRICS).stat().st_size
     found = [f"metrics in {name}" for name in TRACKERS if int(sent_file(run, name).read_text()) != there]
     told = (run.parent / "told.txt").read_text().splitlines()

@@ -1,6 +1,6 @@
-"""The other side of benchmarks/annotation.py: transformers' text-classification pipeline, as RLHFlow calls it.
+"""The other side of benchmarks/annotation.py: runs transformers' text-classification pipeline as RLHFlow does.
 
-With a batch size above 1 the texts are sorted by length, so that there is as little padding as can be.
+With a batch size above 1 the texts are sorted by length, which minimizes padding.
 """
 
 import json
@@ -13,7 +13,7 @@ from benchmarks.workload import Shape
 
 
 def main(path: str) -> None:
-    """Score the cases in turn, over and over."""
+    """Score the cases in turn until no more units are requested."""
     side = Side()
     import torch
     from transformers import AutoTokenizer, pipeline

@@ -1,15 +1,15 @@
-"""How close a run comes to the shortest that its stages allow, by strategy.
+"""Measures how close a run comes to the shortest possible time, by strategy.
 
     .venv/bin/python benchmarks/placement.py --help
 
-Drives real runs, with the real driver, keys, shards and manifests, of stages that take a known time and compute nothing
-(tests/pipelines/pretend.py), on devices that are there by name only. From the run's events:
+Drives runs with the real driver, keys, shards and manifests, but with stages that take a known time and compute nothing
+(tests/pipelines/pretend.py), on devices that exist only by name. From the run's events:
 
-    wall      from the first stage's start to the last one's end
-    planned   what the plan says for stages that take what these took
-    shortest  the critical path, or the work of the busiest device, of what they took: no order is shorter
+    wall      time from the first stage's start to the last one's end
+    planned   the plan's time, given the measured durations of the stages
+    shortest  a lower bound: the critical path, or the busiest device's work, given these durations
     overlap   shortest / wall
-    alone     what the stages took, one after another
+    alone     the sum of these durations
 """
 
 import argparse
@@ -44,12 +44,12 @@ PPO = {
     "critic": {"start": "policy"},
 }
 SECONDS = {"generation": 6.0, "reward": 4.0, "reference": 4.0, "values": 4.0, "training": 8.0, "critic": 4.0}
-"""Of each stage of a role of an iteration; all others take no longer than a process takes to start and end."""
+"""The durations of an iteration's stages by role; all others take only as long as a process takes to start and end."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the events of a run say."""
+    """The times of a run, from its events."""
 
     strategy: str
     devices: int
@@ -60,7 +60,7 @@ class Measured:
     alone: float
     overlap: float
     digests: dict[str, str]
-    """Of what is published."""
+    """The digests of all artifacts."""
 
 
 def measure(
@@ -73,7 +73,7 @@ def measure(
     seconds: dict[str, float] = SECONDS,
     **config: Any,
 ) -> Measured:
-    """Run stages of these durations by a plan."""
+    """Run stages of these durations with a placement."""
     folder.mkdir(parents=True, exist_ok=True)
     interpreter = write_interpreter(folder / "interpreter")
     set_seconds(folder / "interpreter", {**{f"heldout/{role}": 0.0 for role in seconds}, **seconds})
@@ -100,7 +100,7 @@ def measure(
 
 
 def read(name: str, devices: int, iterations: int, path: Path) -> Measured:
-    """What the events of a finished run say."""
+    """Read the times of a finished run from its events."""
     config = load_run_config(path, [])
     graph = placed_graph(config, iterations)
     begun: dict[str, float] = {}
@@ -127,9 +127,9 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--devices", type=int, default=4)
     parser.add_argument("--pools", type=json.loads, help='{"generation": 2, "scoring": 1, "training": 1}')
-    parser.add_argument("--streaming", action="store_true", help="each strategy once more, with streaming")
-    parser.add_argument("--seconds", type=json.loads, default=SECONDS, help="of stages by role, where not these")
-    parser.add_argument("--scale", type=float, default=1.0, help="how much longer the stages take")
+    parser.add_argument("--streaming", action="store_true", help="run each strategy a second time, with streaming")
+    parser.add_argument("--seconds", type=json.loads, default=SECONDS, help="durations of stages by role, as JSON")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the durations")
     options = parser.parse_args()
     seconds = {role: options.scale * time for role, time in options.seconds.items()}
     found = []

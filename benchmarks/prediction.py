@@ -1,14 +1,13 @@
-"""What stages of a run take, predicted from another run: how wrong that is.
+"""Measures the error of stage durations that are predicted from another run.
 
     .venv/bin/python benchmarks/prediction.py --config quickstart --iters 2 --folder FOLDER
     .venv/bin/python benchmarks/prediction.py --runs FOLDER/known FOLDER/held-out
 
-The first form makes the two runs, one after another, each as if it were the only one (nothing is shared, no store of
-profiles is read); the same command again continues. The second run is predicted from the first one alone.
+The first form executes both runs, one after the other and independently (nothing is reused, no profiles are read); if
+interrupted, the same command continues. The second run is predicted from the first one alone.
 
-Where other programs share the machine, the seconds of the wall are theirs, too: beside these the processors' own
-seconds are predicted in the same way. Prints a table, and as its last line one JSON object. What is measured and how:
-benchmarks/README.md.
+Wall times include the load of other programs, so CPU times are predicted in the same way as well. Prints a table, and
+as its last line one JSON object. The method is described in benchmarks/README.md.
 """
 
 import argparse
@@ -58,7 +57,7 @@ class Compared:
 
 
 def compared(known: RunDirectory, held_out: RunDirectory) -> list[Compared]:
-    """Every stage of a run beside what another run says of it."""
+    """Predict every stage of a run from another run."""
     rows = profiles_of(known)
     graph = placed_graph(held_out.config, held_out.iterations)
     wall, cpu = _predictor(rows, held_out), _predictor(map(cpu_only, rows), held_out)
@@ -91,12 +90,12 @@ def _predictor(rows: Iterable[Profile], run: RunDirectory) -> ProfilePredictor:
 
 
 def cpu_only(row: Profile) -> Profile:
-    """A row as if the seconds of its processors were all that it took."""
+    """The same profile with its CPU seconds as the only duration."""
     return msgspec.structs.replace(row, start=0.0, load=0.0, compute=row.cpu or 0.0, handoff=0.0)
 
 
 def summary(stages: Sequence[Compared]) -> dict[str, float | int | None]:
-    """How wrong the predictions are, of single stages and of all together."""
+    """The errors of the predictions, for single stages and in total."""
     timed = [stage for stage in stages if stage.predicted_cpu and stage.measured_cpu]
     predicted, measured = [stage.predicted for stage in stages], [stage.measured for stage in stages]
     return {
@@ -127,7 +126,7 @@ def _whole(pairs: Iterable[tuple[float, float]]) -> float | None:
 
 
 def rank_correlation(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Spearman's: the correlation of the ranks, of equal values the mean rank."""
+    """Spearman's rank correlation; equal values get their mean rank."""
     first, second = _ranks(ours), _ranks(theirs)
     means = statistics.fmean(first), statistics.fmean(second)
     products = math.fsum((a - means[0]) * (b - means[1]) for a, b in zip(first, second, strict=True))
@@ -141,9 +140,9 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the runs if asked to, compare, and print."""
+    """Execute the runs if requested, compare them, and print the errors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--runs", type=Path, nargs=2, metavar="RUN", help="what is known, and what is held out")
+    parser.add_argument("--runs", type=Path, nargs=2, metavar="RUN", help="the known and the held-out run")
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--iters", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("benchmark-prediction"))

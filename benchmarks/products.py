@@ -1,10 +1,9 @@
-"""How fast this processor multiplies matrices in float32: a bound for all scoring on it.
+"""Measures how fast this processor multiplies float32 matrices, which bounds the speed of scoring on it.
 
     OMP_NUM_THREADS=1 $(.venv/bin/pipeline env python annotation) benchmarks/products.py
 
-Prints, for the matrices of a Llama with SmolLM2-135M's shape, billions of operations per CPU-second: of torch's
-`linear` (MKL), and of oneDNN with weights that it has laid out, as scoring computes (modeling/cpu.py). The best of
-twelve.
+Prints billions of operations per CPU second for the matrices of SmolLM2-135M: with torch's `linear` (MKL), and with
+oneDNN and weights in its own layout, as in scoring (modeling/cpu.py). Each figure is the best of twelve repetitions.
 """
 
 import sys

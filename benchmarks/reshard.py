@@ -1,12 +1,12 @@
-"""What dividing a checkpoint takes, against plain copies of its files.
+"""Compares the time to reshard a checkpoint with that of copying its files.
 
     .venv/bin/python benchmarks/reshard.py                       # a checkpoint of random bytes, 2.3 GB
     .venv/bin/python benchmarks/reshard.py --checkpoint DIR --to tp=4,pp=2 --rounds 5
 
-In every round `cp` and a flush of its files to the disk, `pipeline reshard` to the layout, and back, in changing order,
-each into a directory that is deleted afterwards. The command flushes its files, too; its start does not count. The last
-line is one JSON object; the ratios are medians over the rounds of ours / cp of the same round. The exit code is 1 where
-what comes back is not the same.
+Every round measures `cp` with a flush of its files to the disk, `pipeline reshard` to the layout, and `pipeline
+reshard` back, in random order, each into a new directory. `pipeline reshard` flushes its files too; its start is not
+counted. The last line is one JSON object; the ratios to cp are computed within each round, and their medians reported.
+The exit code is 1 if the restored checkpoint differs from the original.
 """
 
 import argparse
@@ -27,25 +27,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, whose training.py is not the package
 
 Spent = tuple[float, float]
-"""Seconds, and CPU-seconds in the kernel and outside, which depend less on what else the machine does."""
+"""Wall seconds, and CPU seconds (user and system), which depend less on other load."""
 LAYERS, HIDDEN, INNER, HEADS, KEY_HEADS, WIDTH, VOCABULARY = 4, 4096, 14336, 32, 8, 128, 32000
-"""Those of Mistral-7B, but for the layers."""
+"""The shape of Mistral-7B, with fewer layers."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, help="by default one of random bytes with the shapes of Mistral-7B")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="of that one")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="layers of the random checkpoint")
     parser.add_argument("--to", default="tp=4,pp=2")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write; by default the directory for temporary files")
+    parser.add_argument("--folder", type=Path, help="where to write; by default the system's temporary directory")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         place = Path(folder)
         model = options.checkpoint or make_checkpoint(place / "model", options.layers)
         weights = sorted(model.glob("*.safetensors"))
-        reshard(model, options.to, place / "divided")  # for the way back; it warms the cache for all
+        reshard(model, options.to, place / "divided")  # the source for resharding back; also warms the page cache
         whole = reshard(place / "divided", "tp=1", place / "whole")
         same = all(filecmp.cmp(file, place / "whole" / file.name, shallow=False) for file in weights)
         shutil.rmtree(place / "whole")
@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def reshard(model: Path, layout: str, target: Path) -> Spent:
-    """What it takes from reading the headers to the flush of the last file, as the command tells."""
+    """Reshard a checkpoint. Returns the time that the command reports, from reading headers to flushing the last
+    file."""
     command = [
         sys.executable,
         "-m",
@@ -93,12 +94,12 @@ def reshard(model: Path, layout: str, target: Path) -> Spent:
         "--json",
     ]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-    told = json.loads(output)
-    return told["seconds"], told["cpu_seconds"]
+    report = json.loads(output)
+    return report["seconds"], report["cpu_seconds"]
 
 
 def copy(files: Sequence[Path], target: Path) -> Spent:
-    """What cp takes, and the flush of what it has written."""
+    """Copy files with cp and flush the copies. Returns the time of both."""
     target.mkdir()
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(["cp", *map(str, files), str(target)], check=True)
@@ -108,7 +109,7 @@ def copy(files: Sequence[Path], target: Path) -> Spent:
 
 
 def make_checkpoint(path: Path, layers: int) -> Path:
-    """A Llama of random bytes."""
+    """Write a Llama checkpoint of random bytes."""
     path.mkdir()
     query, key = HEADS * WIDTH, KEY_HEADS * WIDTH
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}

@@ -1,12 +1,11 @@
-"""Whether a plan that is searched by what one run has taken is worth running, on this machine.
+"""Tests whether the plan found by `pipeline plan search` from one run is really faster on this machine.
 
     .venv/bin/python benchmarks/search.py
     .venv/bin/python benchmarks/search.py --iterations 2 --times 3 seed=1     # any keys of the config
 
-Runs the quickstart by flattening, searches a plan by what its stages have taken (and by nothing else), then runs by
-turns the plan that the search says to take, the one that it has found, and flattening. Its last line is one JSON
-object. The exit code is 1 where the plan that was taken is slower than flattening by more than the runs of one plan
-differ.
+Runs the quickstart with flattening, searches a plan using only the durations of that run's stages, then alternately
+runs the chosen plan, flattening, and any plans given by --also. The last line is one JSON object. The exit code is 1 if
+the chosen plan is slower than flattening by more than runs of the same plan differ.
 """
 
 import argparse
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default="quickstart", help="by default the quickstart")
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--times", type=int, default=1, help="runs of each plan")
-    parser.add_argument("--also", action="append", default=[], metavar="PLAN", help="run this plan of the table, too")
+    parser.add_argument("--also", action="append", default=[], metavar="PLAN", help="also run this plan of the table")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
@@ -57,15 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     means = {plan: statistics.fmean(found) for plan, found in seconds.items()}
     noise = max(max(found) - min(found) for found in [*seconds.values(), [learned, *seconds[FLATTENING]]])
     for plan, mean in means.items():
-        said = f", expected {expected[plan]:.1f} s" if plan in expected else ""
-        print(f"{plan}: {mean:.1f} s{said}; {means[FLATTENING] / mean:.2f} times as fast as flattening")
+        estimate = f", expected {expected[plan]:.1f} s" if plan in expected else ""
+        print(f"{plan}: {mean:.1f} s{estimate}; {means[FLATTENING] / mean:.2f} times as fast as flattening")
     figures = {"learned": learned, "seconds": seconds, "expected": expected, "chosen": view["chosen"], "noise": noise}
     print(json.dumps(figures))
     return int(means[TAKEN] > means[FLATTENING] + noise)
 
 
 def run(folder: Path, name: str, options: argparse.Namespace, placement: str) -> float:
-    """Seconds of a whole command."""
+    """Run the recipe with a placement. Returns the seconds that the whole command took."""
     settings = [f"directory={folder}", f"name={name}", f"placement={placement}"]
     start = time.monotonic()
     with (folder / f"{name}.log").open("wb") as log:
@@ -75,19 +74,19 @@ def run(folder: Path, name: str, options: argparse.Namespace, placement: str) ->
 
 
 def search(folder: Path, options: argparse.Namespace, *more: str) -> dict[str, Any]:
-    """What the search says, by the first run alone."""
+    """Search a plan, using only the first run's durations. Returns the chosen search as the command shows it."""
     command = ["plan", "search", options.config, f"directory={folder}", *options.overrides]
     command += ["--iters", str(options.iterations), "--json", *more, "--runs", str(folder / "learned")]
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "pipelines", *command], stdout=subprocess.PIPE, env=alone(), check=True
     )
-    found = json.loads(told.stdout)
+    found = json.loads(result.stdout)
     view: dict[str, Any] = found["searches"][found["taken"]]
     return view
 
 
 def written(folder: Path, name: str, section: dict[str, Any]) -> str:
-    """A file with a plan."""
+    """Write a plan to a file, and return its path."""
     path = folder / f"{name}.yaml"
     path.write_text(yaml_text.dump(section))
     return str(path)

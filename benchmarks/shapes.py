@@ -1,4 +1,4 @@
-"""Models that are shapes alone, and prompts that are lengths alone: what a simulation needs of large ones."""
+"""Writes model directories without weights, and prompts of a given length: the inputs of simulations."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,11 @@ SHAPES: dict[str, dict[str, int]] = {
     "70B": {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
             "intermediate_size": 28672, "vocab_size": 32000},
 }  # fmt: skip
-"""By the config.json of Llama 2 (7B, 13B, 70B), Code Llama (34B) and Llama 3 (8B)."""
+"""From the config.json of Llama 2 (7B, 13B, 70B), Code Llama (34B) and Llama 3 (8B)."""
 
 
 def write_model(folder: Path, name: str) -> Path:
-    """A directory of a Llama of this shape, without weights."""
+    """Write the directory of a Llama of this shape, without weights."""
     path = folder / name
     path.mkdir(parents=True, exist_ok=True)
     further: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -30,7 +30,7 @@ def write_model(folder: Path, name: str) -> Path:
 
 
 def write_prompts(path: Path, count: int, tokens: int) -> Path:
-    """So many prompts of about so many tokens, four bytes each."""
+    """Write `count` prompts of about `tokens` tokens, at four bytes per token."""
     rows = (json.dumps({"prompt": f"{number} ".ljust(4 * tokens, "x")}) for number in range(count))
     path.write_text("\n".join(rows) + "\n")
     return path

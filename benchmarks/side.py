@@ -1,7 +1,7 @@
-"""What a side of a benchmark has in common with the other: it works when it is told to, and says what that took.
+"""The protocol between a benchmark and the processes of its sides, which work in turns.
 
-A side is a process. It loads everything, writes a line, and then, for each line that it reads, does one unit of work
-and writes a line with the CPU seconds that it took. So two sides stand ready at the same time and take turns.
+A side is a process. It loads everything and writes a line. Then, for each line that it reads, it does one unit of work
+and writes a line with the CPU seconds that it took. So two sides are loaded at the same time and take turns.
 """
 
 import json
@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process with all of its threads, in the kernel and outside."""
+    """The CPU time (user and system) of this process with all of its threads."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
 class Side:
-    """This process's end of the conversation. Whatever else is printed goes to stderr."""
+    """The side's end of the protocol. Other output of the process goes to stderr."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")
@@ -34,12 +34,12 @@ class Side:
         self._begin = 0.0
 
     def ready(self, **facts: Any) -> None:
-        """Say that everything is loaded, and wait for the first unit."""
+        """Report that everything is loaded, and wait for the first request."""
         self._say(facts)
         self._wait()
 
     def done(self, **figures: Any) -> None:
-        """Report the unit that ends here, and wait for the next. Where none is wanted, the process ends."""
+        """Report the unit that ends here, and wait for the next request. If there is none, end the process."""
         cpu = cpu_seconds() - self._start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self._say(
@@ -54,7 +54,7 @@ class Side:
         self._wait()
 
     def exclude(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose time is not part of a unit."""
+        """Wrap a function so that its time is not counted in a unit."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             start, phases = cpu_seconds(), dict(self._phases)
@@ -66,7 +66,7 @@ class Side:
         return wrapped
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose time is reported under `phase` as well."""
+        """Wrap a function so that its time is also reported under `phase`."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             start = cpu_seconds()
@@ -82,13 +82,13 @@ class Side:
     def _wait(self) -> None:
         if not sys.stdin.readline():
             sys.stderr.flush()
-            os._exit(0)  # in the middle of a trainer's loop, which knows no other end
+            os._exit(0)  # the only way out of a trainer's loop
         self._phases = {}
         self._start, self._begin = cpu_seconds(), time.perf_counter()
 
 
 class Child:
-    """The other end: a side that runs as a process of its own."""
+    """The benchmark's end of the protocol: a side that runs in its own process."""
 
     def __init__(self, python: str, module: str, path: Path, environment: dict[str, str]) -> None:
         """Start `module` of this folder with the file `path` and wait until it has loaded everything."""
@@ -102,14 +102,14 @@ class Child:
         self.facts = self._read()
 
     def unit(self) -> dict[str, Any]:
-        """One unit of work, and what it took."""
+        """Request one unit of work, and return its report."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         return self._read()
 
     def close(self) -> None:
-        """Let it end."""
+        """End the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:

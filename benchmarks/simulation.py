@@ -1,22 +1,22 @@
-"""How near a simulation comes to what it simulates.
+"""Measures the error of simulated run times.
 
     .venv/bin/python benchmarks/simulation.py --help
     .venv/bin/python benchmarks/simulation.py --seed 3                                   # 20 drawn plans
     .venv/bin/python benchmarks/simulation.py --recipe quickstart --iterations 2         # a recipe's real stages
     .venv/bin/python benchmarks/simulation.py --recipe smollm2 --iterations 2 key=value  # with keys of its config
 
-Drives runs by plans that nobody has chosen (strategy, pools, streaming, lag, how many stages at once, how long each
-stage takes: all drawn by a seed), with the real driver, keys and manifests. The stages are processes that only sleep
-(tests/pipelines/small_stages.py), on devices that are there by name only. What the driver itself takes is measured in
-the runs by the --before plans drawn before; nothing else is known of a run but what its stages were told to take.
+Drives runs with random plans (strategy, pools, streaming, lag, number of parallel stages and stage durations are drawn
+from a seed), with the real driver, keys and manifests. The stages are processes that only sleep
+(tests/pipelines/small_stages.py), on devices that exist only by name. The driver's own costs are measured in the
+--before previous runs; apart from these, the simulation knows only the durations that the stages were given.
 
-    measured   from the first stage's start to the last one's end, by the run's events
-    simulated  the same of `pipelines.planning.simulation.simulate`
+    measured   time from the first stage's start to the last one's end, by the run's events
+    simulated  the same time in `pipelines.planning.simulation.simulate`
     error      (simulated - measured) / measured
 
-With --recipe the stages are real ones. The first run is predicted from data sheets alone, each later one from those
-before it, as a whole and from policy to policy. The exit code is 1 where the last run, or an iteration of it, was
-further off than --within; of drawn plans, where any was further off than 5 %.
+With --recipe the stages are real. The first run is predicted from data sheets alone, each later one from the previous
+runs, as a whole and from policy to policy. The exit code is 1 if the error of the last run, or of one of its
+iterations, exceeds --within; for random plans, if any error exceeds 5 %.
 """
 
 import argparse
@@ -72,7 +72,7 @@ POOLS = {
 
 @dataclass(frozen=True)
 class DrawnPlan:
-    """A plan that nobody has chosen."""
+    """A random plan."""
 
     recipe: str
     strategy: str
@@ -81,13 +81,13 @@ class DrawnPlan:
     parallel: int
     iterations: int
     seconds: dict[str, float]
-    """Of each stage of a role."""
+    """Stage durations by role."""
     others: float
-    """Of each stage of another role: long enough for the order of stages not to be a matter of milliseconds."""
+    """The duration of stages of other roles: long enough that the order of stages does not depend on milliseconds."""
 
     @property
     def overrides(self) -> list[str]:
-        """For the command line."""
+        """The config overrides of the plan."""
         placement = f"{{strategy: {self.strategy}, pools: {self.pools}, streaming: {str(self.streaming).lower()}}}"
         parallel = [f"executor.parallel={self.parallel}"] if self.strategy == "flattening" else []
         return [*RECIPES[self.recipe], f"placement={placement}", *parallel]
@@ -95,35 +95,36 @@ class DrawnPlan:
 
 @dataclass(frozen=True)
 class Compared:
-    """A run, and what was said of it before."""
+    """The measured and the simulated time of a run."""
 
     plan: DrawnPlan
     stages: int
     measured: float
     simulated: float
     same_order: bool
-    """Whether each device had its stages in the simulated order: two that are ready within milliseconds may change."""
+    """Whether each device ran its stages in the simulated order; stages that become ready within milliseconds may
+    swap."""
 
     @property
     def error(self) -> float:
-        """As a share of what was measured."""
+        """The error as a share of the measured time."""
         return (self.simulated - self.measured) / self.measured
 
 
 class Told:
-    """Predicts that stages take what they are told to."""
+    """A predictor that returns the durations that the stages were given."""
 
     def __init__(self, plan: DrawnPlan) -> None:
         self._plan = plan
 
     def predict(self, node: Node, graph: Graph) -> Prediction:
-        """It is all computing."""
+        """Predict the given duration, all of it as compute time."""
         seconds = self._plan.seconds.get(node.role, self._plan.others)
         return Prediction(seconds, 0.0, 0.0, 0.0, 0.0, None, "measured", 0.0, "told")
 
 
 def draw_plan(chance: random.Random, scale: float) -> DrawnPlan:
-    """Draw one."""
+    """Draw a random plan."""
     recipe = chance.choice(list(RECIPES))
     strategy = "async" if recipe == "lag" else chance.choice(["flattening", "interleaving", "separation"])
     return DrawnPlan(
@@ -139,7 +140,7 @@ def draw_plan(chance: random.Random, scale: float) -> DrawnPlan:
 
 
 def drive(folder: Path, plan: DrawnPlan) -> tuple[list[Event], Graph, Any]:
-    """Run it."""
+    """Run a plan with stages that sleep."""
     config = load_run_config(write_smallest(folder), plan.overrides)
     graph = placed_graph(config, plan.iterations)
     run = RunDirectory(config.run_directory)
@@ -153,13 +154,13 @@ def drive(folder: Path, plan: DrawnPlan) -> tuple[list[Event], Graph, Any]:
 
 
 def span(events: list[Event]) -> float:
-    """Seconds from the first stage's start to the last one's end."""
+    """The seconds from the first stage's start to the last one's end."""
     starts = [event.time for event in events if isinstance(event, StageStarted)]
     return max(event.time for event in events if isinstance(event, StagePublished)) - min(starts)
 
 
 def compare(folder: Path, plan: DrawnPlan, driver: DriverCosts) -> tuple[Compared, DriverCosts]:
-    """Simulate a plan, then run it; and what the driver took this time."""
+    """Simulate a plan, then run it. Also returns the driver's costs in this run."""
     config = load_run_config(write_smallest(folder), plan.overrides)
     graph = placed_graph(config, plan.iterations)
     predictions = predict_all(graph, Told(plan))
@@ -170,12 +171,13 @@ def compare(folder: Path, plan: DrawnPlan, driver: DriverCosts) -> tuple[Compare
     costs = driver_costs(events, {name: one.seconds for name, one in predictions.items()})
     assert costs is not None, "a run has stages"
     starts = {event.stage: event.time for event in events if isinstance(event, StageStarted)}
-    said = in_turn(order, {name: times.start for name, times in found.times.items()})
-    return Compared(plan, len(order), span(events), found.total - began, said == in_turn(order, starts)), costs
+    simulated_order = in_turn(order, {name: times.start for name, times in found.times.items()})
+    same_order = simulated_order == in_turn(order, starts)
+    return Compared(plan, len(order), span(events), found.total - began, same_order), costs
 
 
 def in_turn(order: Sequence[Node], starts: Mapping[str, float]) -> dict[tuple[int, ...], list[str]]:
-    """By devices their stages, in the order of these starts."""
+    """The stages of each group of devices, ordered by their starts."""
     found: dict[tuple[int, ...], list[str]] = {}
     for node in sorted(order, key=lambda node: starts[node.name]):
         if node.placement is not None and node.placement.devices:
@@ -184,12 +186,12 @@ def in_turn(order: Sequence[Node], starts: Mapping[str, float]) -> dict[tuple[in
 
 
 def mean_costs(costs: Sequence[DriverCosts]) -> DriverCosts:
-    """Of several runs."""
+    """The mean costs of several runs."""
     return DriverCosts(statistics.fmean(one.start for one in costs), statistics.fmean(one.end for one in costs))
 
 
 def policies(events: list[Event]) -> list[float]:
-    """Seconds from one policy to the next, from the first stage's start on."""
+    """The seconds from one policy to the next; the first value counts from the first stage's start."""
     start = min(event.time for event in events if isinstance(event, StageStarted))
     ends = [
         event.time - start
@@ -201,19 +203,19 @@ def policies(events: list[Event]) -> list[float]:
 
 @dataclass(frozen=True)
 class RealRun:
-    """A run with real stages, in seconds: of the whole, then from policy to policy."""
+    """The times of a run with real stages, in seconds: the whole run, then from policy to policy."""
 
     measured: list[float]
     simulated: list[float]
 
     @property
     def errors(self) -> list[float]:
-        """As shares of what was measured."""
-        return [(said - seen) / seen for seen, said in zip(self.measured, self.simulated, strict=True)]
+        """The errors as shares of the measured times."""
+        return [(guess - real) / real for real, guess in zip(self.measured, self.simulated, strict=True)]
 
 
 def real_stages(recipe: str, keys: list[str], iterations: int, runs: int) -> list[RealRun]:
-    """Runs of a recipe with its real stages, each predicted before from what those before it have left."""
+    """Run a recipe several times with its real stages, and predict each run from the previous ones before it starts."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["RATCHET_PROFILES"] = f"{folder}/profiles"
@@ -257,7 +259,7 @@ def real_stages(recipe: str, keys: list[str], iterations: int, runs: int) -> lis
 
 
 def rank_correlation(pairs: list[tuple[float, float]]) -> float:
-    """Spearman's."""
+    """Spearman's rank correlation."""
     ranks = []
     for values in zip(*pairs, strict=True):
         order = sorted(range(len(values)), key=values.__getitem__)
@@ -269,13 +271,13 @@ def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plans", type=int, default=20)
-    parser.add_argument("--before", type=int, default=3, help="latest runs by which the driver is measured")
+    parser.add_argument("--before", type=int, default=3, help="previous runs that measure the driver's costs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="how much longer the stages take")
-    parser.add_argument("--recipe", help="its real stages instead, each run predicted from those before it")
-    parser.add_argument("--iterations", type=int, default=2, help="of the recipe")
-    parser.add_argument("--runs", type=int, default=2, help="of the recipe")
-    parser.add_argument("--within", type=float, default=0.1, help="share by which the last of them may be off")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the durations")
+    parser.add_argument("--recipe", help="run this recipe's real stages, each run predicted from the previous ones")
+    parser.add_argument("--iterations", type=int, default=2, help="iterations of the recipe")
+    parser.add_argument("--runs", type=int, default=2, help="runs of the recipe")
+    parser.add_argument("--within", type=float, default=0.1, help="allowed error of the last run, as a share")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe's config")
     options = parser.parse_args()
     if options.recipe:
@@ -287,7 +289,7 @@ def main() -> int:
 
 
 def drawn_plans(options: argparse.Namespace) -> int:
-    """Print a line for each plan, and one JSON object."""
+    """Compare random plans; print a line for each, and one JSON object. Returns the exit code."""
     patch = pytest.MonkeyPatch()
     without_environments(patch)
     patch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")

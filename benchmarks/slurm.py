@@ -1,8 +1,8 @@
-"""What the driver and Slurm cost a stage of many small shards, and whether that is linear in the shards.
+"""Measures the overhead of driver and Slurm for a stage with many small shards, and whether it is linear in them.
 
     .venv/bin/python benchmarks/slurm.py
 
-Prints a table, and as its last line one JSON object. What is measured and how: benchmarks/README.md.
+Prints a table, and as its last line one JSON object. The method is described in benchmarks/README.md.
 """
 
 import argparse
@@ -31,11 +31,12 @@ from benchmarks import watch_shards  # noqa: E402
 STAGE = "iteration-000/heldout/reward"
 ROLLOUTS = "iteration-000/heldout/generation"
 MODES = ("attached", "detached", "replicas")
-"""attached: job array, under a driver. detached: the same without one. replicas: as many processes without Slurm."""
+"""attached: a job array under a driver. detached: the same without a driver. replicas: as many processes without
+Slurm."""
 PHASES = ("decide", "submit", "start", "load", "work", "end", "finish", "publish", "notice")
-"""The parts of a stage's wall time, in order; README.md says where each ends."""
+"""The parts of a stage's wall time, in order; README.md defines where each ends."""
 LINES = ("overhead", "overhead_cpu", "sharing", "sharing_cpu")
-"""What a straight line through the numbers of shards is laid."""
+"""The figures that are fitted by a straight line over the number of shards."""
 DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld", "node1", "node2", "node3", "node4")
 SITE = """
 import sys
@@ -43,7 +44,7 @@ if sys.orig_argv[1:4] == ["-m", "annotation", "score"]:
     from benchmarks.watch_shards import watch
     watch()
 """
-"""Put on the PYTHONPATH of the stage as sitecustomize.py."""
+"""The sitecustomize.py on the stage's PYTHONPATH."""
 MODEL = """
 import sys, torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -52,7 +53,7 @@ policy, output = sys.argv[1:]
 AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1).save_pretrained(output)
 AutoTokenizer.from_pretrained(policy).save_pretrained(output)
 """
-"""Makes a reward model of the toy task's policy."""
+"""A script that turns the toy task's policy into a reward model."""
 SECONDS = 900
 
 
@@ -89,13 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shards", type=int, nargs="+", default=[125, 250, 500, 1000])
-    add("--tasks", type=int, default=16, help="of the job array, and replicas of the peer")
-    add("--others", nargs="*", choices=MODES[1:], default=list(MODES[1:]), help="what else is measured than attached")
-    add("--others-at", type=int, nargs="*", help="numbers of shards for which it is; by default the largest")
+    add("--tasks", type=int, default=16, help="tasks of the job array, and number of replicas")
+    add("--others", nargs="*", choices=MODES[1:], default=list(MODES[1:]), help="modes to measure besides attached")
+    add("--others-at", type=int, nargs="*", help="numbers of shards for these modes; by default the largest")
     add("--repetitions", type=int, default=1)
     add("--peer-jobs", type=int, default=50, help="jobs of submitit's map_array")
     add("--port", type=int, default=46800, help="base port of the cluster that is started")
@@ -107,11 +108,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-# What is run.
+# Running stages.
 
 
 def make_models(scratch: Path) -> tuple[Path, Path]:
-    """The toy task's untrained policy, and a reward model of its shape."""
+    """Create the toy task's untrained policy, and a reward model of the same shape."""
     world = scratch / "world"
     sizes = [f"{name}=1" for name in ("demonstrations", "train", "preference", "heldout")]
     stage(["training", "-m", "embedded", "world", f"output={world}", *sizes])
@@ -120,7 +121,7 @@ def make_models(scratch: Path) -> tuple[Path, Path]:
 
 
 def stage(command: list[str]) -> None:
-    """Run `python ...` in the environment that the first word names."""
+    """Run `python ...` in the environment named by the first word."""
     from pipelines.environments.launch import EnvironmentConfig, launch_command
 
     argv, variables = launch_command(EnvironmentConfig(), command[0], command[1:])
@@ -128,7 +129,7 @@ def stage(command: list[str]) -> None:
 
 
 def quietly(command: list[str], environment: dict[str, str]) -> str:
-    """What a command prints; RuntimeError with the end of its output if it fails."""
+    """Run a command and return its output; raise RuntimeError with the end of its errors if it fails."""
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {result.returncode}\n{result.stderr[-3000:]}")
@@ -137,7 +138,7 @@ def quietly(command: list[str], environment: dict[str, str]) -> str:
 
 @contextmanager
 def cluster(state: Path, port: int) -> Iterator[None]:
-    """A Slurm cluster of four virtual nodes, which this process's children use."""
+    """Start a Slurm cluster of four virtual nodes, which this process's children use."""
     script = ["bash", str(ROOT / "scripts" / "dev-slurm.sh")]
     environment = {**os.environ, "DEV_SLURM_STATE": str(state), "DEV_SLURM_PORT": str(port)}
     quietly([*script, "up"], environment)
@@ -149,7 +150,7 @@ def cluster(state: Path, port: int) -> Iterator[None]:
 
 
 class Bench:
-    """A run whose rollouts are there, one short prompt with one answer in each shard, and whose scores are not."""
+    """A run with published rollouts, one short prompt with one answer per shard, but without scores."""
 
     def __init__(self, folder: Path, count: int, tasks: int, policy: Path, model: Path) -> None:
         folder.mkdir()
@@ -188,7 +189,7 @@ class Bench:
         from pipelines.run.directory import RunDirectory
 
         config, graph = load(self.config)
-        RunDirectory(config.run_directory).claim(config, self.config, 0)  # until this returns
+        RunDirectory(config.run_directory).claim(config, self.config, 0)  # claimed until this method returns
         node = graph.nodes["prompts/heldout"]
         keys = {name: getattr(node.config, name) for name in ("source", "output")}
         stage([node.environment, *node.argv, *(f"{name}={value}" for name, value in keys.items())])
@@ -200,7 +201,7 @@ class Bench:
         ledger, weights = Ledger("samples"), model_fingerprint(Path(config.policy))
         ledger.keep()
         answer = Completion(0, (5, 6, 7), "It is good.", "length", (-1.0,) * 3, 1, Sampling(1.0, 1.0, 0, 8))
-        with mock.patch.object(os, "fsync"):  # this is not what is measured
+        with mock.patch.object(os, "fsync"):  # not part of the measurement
             publication.begin()
             for number, prompt in enumerate(prompts.rows(Prompt)):
                 row = Rollout(prompt.prompt_id, prompt.messages, (1, 2, 3), (answer,), weights, 0, "processed")
@@ -211,7 +212,7 @@ class Bench:
             )  # fmt: skip
 
     def run(self, mode: str) -> dict[str, Any]:
-        """Have the shards scored, as if for the first time."""
+        """Score the shards in a mode, without reusing earlier results, and return the measurements."""
         output, watched = self.run_path / STAGE, self.folder / "watched"
         for folder in (output, self.run_path / "logs", watched):
             shutil.rmtree(folder, ignore_errors=True)
@@ -238,7 +239,7 @@ class Bench:
         }
 
     def _read(self, driver: dict[str, Any], ended: float, attempt: Path, jobs: dict[str, Any] | None) -> dict[str, Any]:
-        """The figures of a run that has ended, from what lies on the disk."""
+        """The measurements of a finished run, from its files."""
         from contracts.artifacts import Artifact
 
         artifact = Artifact.open(self.run_path / STAGE)
@@ -253,7 +254,7 @@ class Bench:
             marks += [tasks_end, last["started"], last["ended"], ended]
         else:
             (only,) = exits.values()
-            last_end = sorted(line["ended"] for line in watched)[-2]  # the last of all is the one that publishes
+            last_end = sorted(line["ended"] for line in watched)[-2]  # the last process is the one that publishes
             marks += [started(self.run_path), only["started"], min(written), max(written), last_end, last_end]
             marks += [only["ended"], ended]
         compute = artifact.manifest.seconds["compute"]
@@ -269,7 +270,8 @@ class Bench:
 
 
 def shard_figures(watched: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the processes' own clocks say: CPU seconds in all, and milliseconds of each shard beyond its computation."""
+    """The measurements of the processes' own clocks: total CPU seconds, and milliseconds per shard beyond its
+    computation."""
     workers = [line for line in watched if line["loop"][0]]
     made = [name for line in workers for name in line["shards"]]
     if len(made) != len(set(made)):
@@ -299,13 +301,13 @@ def shard_figures(watched: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def require_same(digests: dict[int, str], row: dict[str, Any]) -> None:
-    """Raise RuntimeError where two ways of running the same stage have published different scores."""
+    """Raise RuntimeError if two modes have published different scores for the same stage."""
     if digests.setdefault(row["shards"], row["digest"]) != row["digest"]:
         raise RuntimeError(f"{row['mode']}, {row['shards']} shards: another digest than before")
 
 
 def load(config: Path, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
-    """A run's configuration, and its graph up to the stage that is measured."""
+    """A run's config, and its graph reduced to the measured stage and those that it needs."""
     from pipelines.config.load import load_run_config
     from pipelines.planning.placement import placed_graph
 
@@ -317,7 +319,7 @@ def load(config: Path, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
 
 
 def drive(path: Path, overrides: list[str], *, detached: bool) -> dict[str, Any]:
-    """In a process of its own: what `pipeline run` does with the run."""
+    """Do the same as `pipeline run`, in this (separate) process. Returns the start time and CPU seconds."""
     from rich.console import Console
 
     from pipelines.execution.driver import Driver
@@ -342,22 +344,22 @@ def drive(path: Path, overrides: list[str], *, detached: bool) -> dict[str, Any]
     return {"begin": begin, "cpu": own.ru_utime + own.ru_stime, "commands_cpu": commands.ru_utime + commands.ru_stime}
 
 
-# What Slurm and the run's directory say.
+# Reading times from Slurm and the run directory.
 
 
 def events(run: Path) -> list[dict[str, Any]]:
-    """What was recorded in a run."""
+    """The events of a run."""
     path = run / "events.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def started(run: Path) -> float:
-    """When the driver had submitted the stage."""
+    """The time at which the driver had submitted the stage."""
     return next(float(event["time"]) for event in events(run) if event["event"] == "started")
 
 
 def wait_for_published(run: Path) -> float:
-    """When it was recorded that the stage is published."""
+    """Wait until the stage is published, and return the time of that event."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         for event in events(run):
@@ -370,14 +372,18 @@ def wait_for_published(run: Path) -> float:
 
 
 def job_seconds(ids: list[str], count: int) -> float:
-    """CPU seconds of jobs that are about to end, `count` with the tasks of arrays, and of all that they started."""
+    """Wait until jobs have ended, and return their CPU seconds including those of their children.
+
+    Args:
+        count: the number of jobs, with each task of an array counted.
+    """
     deadline = time.monotonic() + 60
     while True:
         table = quietly(
             ["sacct", "-n", "-P", "--format=JobID,State,TotalCPU", f"--jobs={','.join(ids)}"], dict(os.environ)
         )
         rows = [line.split("|") for line in table.splitlines()]
-        jobs = [row for row in rows if "." not in row[0]]  # the others are steps, which the time is known of
+        jobs = [row for row in rows if "." not in row[0]]  # the others are job steps, which have the CPU times
         if len(jobs) == count and {state for _, state, _ in rows} == {"COMPLETED"}:
             return sum(cpu_time(spent) for name, _, spent in rows if "." in name)
         if time.monotonic() > deadline:
@@ -386,16 +392,16 @@ def job_seconds(ids: list[str], count: int) -> float:
 
 
 def cpu_time(text: str) -> float:
-    """Seconds of Slurm's [DAYS-][HOURS:]MINUTES:SECONDS[.FRACTION]."""
+    """The seconds of a time in Slurm's format [DAYS-][HOURS:]MINUTES:SECONDS[.FRACTION]."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)", text.strip())
     if found is None:
-        raise ValueError(f"{text!r} is no time of Slurm's")
+        raise ValueError(f"{text!r} is not a time in Slurm's format")
     days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def daemon_seconds() -> float:
-    """CPU seconds that the cluster's own processes have used."""
+    """The CPU seconds that the cluster's daemons have used so far."""
     state = Path(os.environ["DEV_SLURM_STATE"], "pids")
     ticks = 0
     for name in DAEMONS:
@@ -405,12 +411,12 @@ def daemon_seconds() -> float:
 
 
 def one_job_per_shard(folder: Path, count: int, tasks: int) -> dict[str, Any]:
-    """The peer: submitit's map_array with jobs that do nothing, as many at once as the array has tasks."""
+    """Measure the alternative: submitit's map_array with empty jobs, at most `tasks` at a time."""
     from pipelines.execution.executors.slurm.resources import Resources, submitit_parameters
     from pipelines.execution.executors.slurm.scripts import make_executor
 
-    asked = Resources("scoring", "slurm", tasks=tasks, minutes=30)
-    parameters = submitit_parameters(asked, name="peer", comment="peer", grace_seconds=20)
+    resources = Resources("scoring", "slurm", tasks=tasks, minutes=30)
+    parameters = submitit_parameters(resources, name="peer", comment="peer", grace_seconds=20)
     executor = make_executor(folder, parameters)
     daemons, begin = daemon_seconds(), time.time()
     jobs = executor.map_array(abs, range(count))
@@ -419,7 +425,7 @@ def one_job_per_shard(folder: Path, count: int, tasks: int) -> dict[str, Any]:
     deadline = time.monotonic() + SECONDS
     while not all(path.exists() for path in results):
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{count} jobs of submitit's have not ended within {SECONDS} s")
+            raise RuntimeError(f"{count} jobs of submitit have not ended within {SECONDS} s")
         time.sleep(0.2)
     ends = sorted(path.stat().st_mtime for path in results)
     spent = job_seconds([jobs[0].job_id.partition("_")[0]], count)
@@ -433,24 +439,24 @@ def one_job_per_shard(folder: Path, count: int, tasks: int) -> dict[str, Any]:
     }
 
 
-# What is made of it.
+# Evaluating the measurements.
 
 
 def fit(shards: Sequence[float], values: Sequence[float]) -> dict[str, float]:
-    """The straight line of least squares: ms per shard, seconds without any, and how far the worst value is off it."""
+    """The least squares line: ms per shard, seconds without shards, and the largest relative deviation."""
     slope, intercept = statistics.linear_regression(shards, values)
     off = max(abs(value / (intercept + slope * count) - 1) for count, value in zip(shards, values, strict=True))
     return {"ms_per_shard": 1e3 * slope, "seconds": intercept, "largest_deviation_percent": 100 * off}
 
 
 def overhead_cpu(row: dict[str, Any]) -> float:
-    """CPU seconds of driver, commands (without Slurm the stage is one) and jobs, without the computation."""
+    """The CPU seconds of driver, commands (without Slurm, the stage is one of them) and jobs, minus the computation."""
     jobs = row["jobs_cpu_seconds"] or 0.0
     return float(jobs + row["commands_cpu_seconds"] + row["driver_cpu_seconds"] - row["compute_cpu_seconds"])
 
 
 def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median of every number of the same run, done several times."""
+    """The median of every figure over repetitions of the same run."""
     first = rows[0]
     found: dict[str, Any] = {}
     for name, value in first.items():
@@ -465,7 +471,7 @@ def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]], peer: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Medians, the straight lines, and the ratios to the peers."""
+    """The report: medians, fitted lines, and ratios to the alternatives."""
     for row in rows:
         row["overhead_cpu_seconds"] = overhead_cpu(row)
     runs = []
@@ -503,7 +509,7 @@ def summary(rows: list[dict[str, Any]], peer: dict[str, Any], options: argparse.
 
 
 def show(row: dict[str, Any]) -> None:
-    """One run, as soon as it has ended."""
+    """Print a run as soon as it has ended."""
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["phases"].items())
     print(f"{row['mode']}, {row['shards']} shards: {row['wall_seconds']:.1f} s ({phases})", flush=True)
 
@@ -523,11 +529,11 @@ COLUMNS = {
     "driver cpu": lambda run: f"{run['driver_cpu_seconds']:.2f}",
     "daemons cpu": lambda run: f"{run['daemons_cpu_seconds']:.2f}",
 }
-"""What the table shows of a run."""
+"""The columns of the table of runs."""
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """The runs, a line for each, in Markdown; then the straight lines and the ratios."""
+    """Print the table of runs in Markdown, then the fitted lines and the ratios."""
     print(f"\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for run in report["runs"]:
         print(f"| {' | '.join(column(run) for column in COLUMNS.values())} |")
@@ -536,7 +542,7 @@ def print_table(report: dict[str, Any]) -> None:
         for name, line in lines.items():
             print(
                 f"{mode}, {name.replace('_', ' ')}: {line['ms_per_shard']:.1f} ms per shard + {line['seconds']:.1f} s; "
-                f"at most {line['largest_deviation_percent']:.1f} % off"
+                f"largest deviation {line['largest_deviation_percent']:.1f} %"
             )
     print(f"one job per shard: {json.dumps(report['one_job_per_shard'])}")
     for name, ratio in report["ratios"].items():

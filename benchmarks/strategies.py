@@ -1,14 +1,14 @@
-"""When each strategy wins, and what others have published, by the simulator: pictures and a table.
+"""Compares strategies by simulation, also in the settings of published comparisons: pictures and tables.
 
     .venv/bin/python benchmarks/strategies.py --help
     .venv/bin/python benchmarks/strategies.py pictures docs/images
     .venv/bin/python benchmarks/strategies.py real
     .venv/bin/python benchmarks/strategies.py app
 
-Everything stands on data sheets (pipelines/planning/profiles): no figure of it was measured. Each strategy has its best
+All figures derive from data sheets (pipelines/planning/profiles); none was measured. Each strategy uses its best
 division of the GPUs (a quarter, a half or three quarters for generation and scoring) and the best of LAYOUTS for its
-trainings; what does not fit into memory is left out. `bare` leaves out what stages take to start, to load and to
-publish, as in a system whose processes stay and whose weights move in memory. async has a lag of 1.
+trainings; what does not fit into memory is left out. `bare` leaves out the time that stages take to start, load and
+publish, as in a system whose processes keep running and whose weights move in memory. async has a lag of 1.
 """
 
 import argparse
@@ -42,17 +42,17 @@ STRATEGIES = ("flattening", "interleaving", "separation", "async")
 COLOURS = {"flattening": "#555555", "interleaving": "#4878a8", "separation": "#6aa56a", "async": "#c8743c"}
 ITERATIONS = 6
 LAYOUTS: tuple[dict[str, Any], ...] = ({"zero": "fsdp2"}, {"zero": 2}, {"tp": 8, "zero": "fsdp2"})
-"""Of a training; dp is what the devices leave."""
+"""Layouts of a training; dp is the number of devices divided by tp."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A run of PPO."""
+    """The settings of a PPO run."""
 
     actor: str
-    """Shape of the policy and of the reference, and: """
+    """The shape of the policy and the reference model."""
     critic: str
-    """of critic and reward model."""
+    """The shape of the critic and the reward model."""
     gpus: int
     prompts: int
     prompt_tokens: int
@@ -60,13 +60,17 @@ class Setting:
     gpu: str = "H100-SXM"
     tensor_parallel: int = 1
     minibatches: int = 1
-    """Optimizer steps of an iteration."""
+    """Optimizer steps per iteration."""
     layouts: tuple[dict[str, Any], ...] = LAYOUTS
-    """Of its trainings, of which each strategy has the best."""
+    """The layouts of its trainings, of which each strategy uses the best."""
 
 
 def config_of(folder: Path, setting: Setting, strategy: str, share: float, layout: dict[str, Any]) -> Path:
-    """Its config, with this share of the GPUs for generation and scoring where a strategy divides them."""
+    """Write the config of a setting and return its path.
+
+    Args:
+        share: the share of the GPUs for generation and scoring, if the strategy divides them.
+    """
     first = int(setting.gpus * share)
     pools = {"generation": first, "training": setting.gpus - first} if strategy in ("separation", "async") else {}
     length = setting.prompt_tokens + setting.answer_tokens
@@ -97,10 +101,10 @@ def config_of(folder: Path, setting: Setting, strategy: str, share: float, layou
 def run(
     folder: Path, setting: Setting, strategy: str, share: float, layout: dict[str, Any], *, bare: bool
 ) -> Simulation:
-    """Simulate it, without the evaluation of policies, which the systems that are compared with do not have.
+    """Simulate a setting, without the evaluation of policies, which the published comparisons do not have either.
 
     Raises:
-        UserError: it cannot be placed so, nothing is known of a stage, or one does not fit into memory.
+        UserError: the run cannot be placed like this, a stage cannot be predicted, or it does not fit into memory.
     """
     config = load_run_config(config_of(folder, setting, strategy, share, layout), [])
     machines = MachinesSection(machines=max(1, setting.gpus // 8), gpus=min(8, setting.gpus), gpu=setting.gpu)
@@ -118,7 +122,7 @@ def run(
 
 
 def best(folder: Path, setting: Setting, strategy: str, *, bare: bool) -> float | str:
-    """Seconds of an iteration by a strategy, divided and laid out as is best for it; or why it cannot be had."""
+    """The seconds of an iteration with a strategy's best division and layout, or the reason why none is possible."""
     shares = (0.25, 0.5, 0.75) if strategy in ("separation", "async") else (1.0,)
     found, why = [], ""
     for share, layout in itertools.product(shares, setting.layouts):
@@ -131,7 +135,7 @@ def best(folder: Path, setting: Setting, strategy: str, *, bare: bool) -> float 
 
 
 def compare(setting: Setting, *, bare: bool, strategies: tuple[str, ...] = STRATEGIES) -> tuple[dict[str, float], str]:
-    """Seconds of an iteration by each strategy that can be had, and why the last one of the others cannot."""
+    """The seconds of an iteration by strategy, and the reason why the last impossible one is left out."""
     with tempfile.TemporaryDirectory() as folder:
         found = {name: best(Path(folder), setting, name, bare=bare) for name in strategies}
     why = [one for one in found.values() if isinstance(one, str)]
@@ -139,7 +143,7 @@ def compare(setting: Setting, *, bare: bool, strategies: tuple[str, ...] = STRAT
 
 
 def shown(times: dict[str, float], why: str) -> str:
-    """The strategies, the fastest first."""
+    """The strategies with their times, the fastest first, as text."""
     if not times:
         return why
     return ", ".join(f"{name} {times[name]:.1f} s" for name in sorted(times, key=times.__getitem__))
@@ -149,13 +153,13 @@ def shown(times: dict[str, float], why: str) -> str:
 
 
 def by_gpus(*, bare: bool) -> dict[int, dict[str, float]]:
-    """PPO of an 8B model, 1024 prompts an iteration: by the number of H100."""
+    """Compare strategies by the number of H100: PPO of an 8B model with 1024 prompts per iteration."""
     base = Setting("8B", "8B", 8, 1024, 256, 1024, minibatches=8)
     return {gpus: compare(replace(base, gpus=gpus), bare=bare)[0] for gpus in (8, 16, 32, 64, 128)}
 
 
 def by_length(*, bare: bool) -> dict[int, dict[str, float]]:
-    """The same on 32 H100: by the length of its answers."""
+    """Compare strategies by the length of answers, on 32 H100."""
     base = Setting("8B", "8B", 32, 1024, 256, 1024, minibatches=8)
     return {
         tokens: compare(replace(base, answer_tokens=tokens), bare=bare)[0] for tokens in (128, 512, 1024, 2048, 4096)
@@ -163,7 +167,7 @@ def by_length(*, bare: bool) -> dict[int, dict[str, float]]:
 
 
 def chart(title: str, axis: str, found: dict[int, dict[str, float]]) -> str:
-    """Time of an iteration as a share of flattening's, by what stands on the axis: an SVG picture."""
+    """An SVG chart of the time per iteration relative to flattening."""
     width, height, left, top = 640, 360, 60, 40
     points = [times for times in found.values() if "flattening" in times]
     lines = {
@@ -208,7 +212,7 @@ PICTURES = {
 
 
 def pictures(folder: Path) -> Iterator[str]:
-    """Draw them all; a line for each point."""
+    """Draw all pictures, and yield a line for each point."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (find, title, axis) in PICTURES.items():
         found = find(bare=name != "strategies-by-gpus")
@@ -217,40 +221,41 @@ def pictures(folder: Path) -> Iterator[str]:
             yield f"{name} {point:5}: {shown(times, '')}"
 
 
-# What others have published
+# Published comparisons
 
 REAL = {"7B": 8, "13B": 16, "34B": 32, "70B": 64}
-"""ReaL's weak scaling (arXiv 2406.14088; get_n_gpus in the plot scripts of openpsi-project/ReaLHF): H100 of each size,
-twice as many where critic and reward model are as large; prompts of 128 tokens, 2^17 tokens an iteration. Four
-optimizer steps an iteration are assumed."""
+"""ReaL's weak scaling (arXiv 2406.14088; get_n_gpus in the plot scripts of openpsi-project/ReaLHF): the number of H100
+by model size, twice as many if critic and reward model have the same size; prompts of 128 tokens, 2^17 tokens per
+iteration. Four optimizer steps per iteration are assumed."""
 REAL_ANSWERS = (128, 896)
 TENSOR = {"7B": 1, "13B": 1, "34B": 2, "70B": 4}
 
 
 def real(layouts: tuple[dict[str, Any], ...]) -> Iterator[str]:
-    """Flattening, interleaving and separation in ReaL's settings."""
+    """Simulate flattening, interleaving and separation in ReaL's settings."""
     for (size, gpus), both, answer in itertools.product(REAL.items(), (False, True), REAL_ANSWERS):
         setting = Setting(
             size, size if both else "7B", gpus * (1 + both), 2**17 // (128 + answer), 128, answer,
             tensor_parallel=TENSOR[size], minibatches=4, layouts=layouts,
         )  # fmt: skip
-        said = shown(*compare(setting, bare=True, strategies=STRATEGIES[:3]))
-        yield f"{size:>3} + {setting.critic:>3}, {setting.gpus:3} GPUs, answers of {answer:3}: {said}"
+        times = shown(*compare(setting, bare=True, strategies=STRATEGIES[:3]))
+        yield f"{size:>3} + {setting.critic:>3}, {setting.gpus:3} GPUs, answers of {answer:3}: {times}"
 
 
 def app() -> Iterator[str]:
-    """The three strategies of APP (arXiv 2312.11819) on A100, where stages start anew and where they do not."""
+    """Simulate the strategies of APP (arXiv 2312.11819) on A100, with and without the time that stages take to
+    start."""
     for size, bare in itertools.product(("7B", "13B", "34B"), (False, True)):
         setting = Setting(size, "7B", 32, 1024, 256, 256, gpu="A100-80", tensor_parallel=TENSOR[size], minibatches=8)
         yield f"{size:>3} {'bare' if bare else '':<4}: {shown(*compare(setting, bare=bare))}"
 
 
 def main() -> int:
-    """Print or draw what is asked for."""
+    """Print or draw the requested comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("pictures", "real", "app"))
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("pictures"), help="where pictures go")
-    parser.add_argument("--fsdp2-alone", action="store_true", help="no other layout of trainings, in `real`")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("pictures"), help="folder for pictures")
+    parser.add_argument("--fsdp2-alone", action="store_true", help="use no other layout for trainings, in `real`")
     options = parser.parse_args()
     layouts = LAYOUTS[:1] if options.fsdp2_alone else LAYOUTS
     found = {"pictures": lambda: pictures(options.folder), "real": lambda: real(layouts), "app": app}[options.what]()

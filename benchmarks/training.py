@@ -1,8 +1,8 @@
-"""Ours against TRL: how many useful tokens a second of CPU trains.
+"""Compares Ratchet with TRL: useful tokens trained per CPU second.
 
     .venv/bin/python benchmarks/training.py
 
-The last line is one JSON object with the ratios (ours / TRL; above 1 ours is faster). What is compared and how:
+The last line is one JSON object with the ratios (above 1: Ratchet is faster). The method is described in
 benchmarks/README.md.
 """
 
@@ -26,16 +26,16 @@ from benchmarks import workload  # noqa: E402
 from benchmarks.side import Child  # noqa: E402
 
 PPO_VERSION = "1.12.0"
-"""The last TRL with a PPO."""
+"""The last version of TRL with a PPO trainer."""
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": str(2**35), "MALLOC_TOP_PAD_": str(2**28)}
-"""Keep freed memory. By default glibc gives large tensors back to the kernel, and page faults take a third of TRL's
-time."""
+"""Makes glibc keep freed memory. By default it returns large tensors to the kernel, and page faults take a third of
+TRL's time."""
 SAME_WORK = 1e-3
-"""Relative difference of the sides' first figures at most: otherwise they do not compute the same."""
+"""The largest allowed relative difference between the sides' first results."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, print, and return the exit code: 0 if everything was compared."""
+    """Compare, print, and return the exit code, which is 0 if all comparisons succeeded."""
     options = parse(arguments)
     shape = workload.Shape(layers=options.layers)
     environment = {
@@ -108,7 +108,7 @@ def duel(
     environments: tuple[dict[str, str], dict[str, str]],
     repetitions: int,
 ) -> dict[str, Any]:
-    """Both sides do the same units in turn; the one that begins changes.
+    """Let both sides do the same units in turns; each begins every other unit.
 
     Raises:
         RuntimeError: a side failed, or the sides do not compute the same loss.
@@ -144,12 +144,12 @@ def duel(
 
 
 def speed(line: dict[str, Any]) -> float:
-    """Useful tokens per CPU-second of a unit."""
+    """The useful tokens per CPU second of a unit."""
     return float(line["useful_tokens"] / line["cpu_seconds"])
 
 
 def summary(side: Child, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of a side."""
+    """The medians of a side's units."""
     phases = {name: round(statistics.median(line["phases"][name] for line in lines), 3) for name in lines[0]["phases"]}
     return {
         **side.facts,
@@ -162,7 +162,11 @@ def summary(side: Child, lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def require_same(name: str, ours: dict[str, Any], trl: dict[str, Any]) -> float:
-    """The relative difference of what both say before any update: DPO's loss; for PPO, -log pi of the rollouts."""
+    """The relative difference of the sides' results before any update: DPO's loss; for PPO, -log pi of the rollouts.
+
+    Raises:
+        RuntimeError: the sides counted different tokens, or the difference is too large.
+    """
     if ours["useful_tokens"] != trl["useful_tokens"]:
         raise RuntimeError(
             f"{name}: the sides counted {ours['useful_tokens']} and {trl['useful_tokens']} useful tokens"
@@ -177,10 +181,10 @@ def require_same(name: str, ours: dict[str, Any], trl: dict[str, Any]) -> float:
 
 
 def get_ppo() -> Path:
-    """TRL's last version with PPO, unpacked: from the cache, or by pip from the index that pip is configured for.
+    """The folder with TRL's last version with PPO: from the cache, or downloaded by pip from its configured index.
 
     Raises:
-        RuntimeError: pip cannot get it.
+        RuntimeError: pip cannot download it.
     """
     cache = Path(os.environ.get("RATCHET_HOME", Path.home() / ".cache" / "ratchet"), "benchmarks", f"trl-{PPO_VERSION}")
     if not cache.is_dir():
@@ -198,7 +202,7 @@ def get_ppo() -> Path:
 
 
 def find_python() -> str:
-    """The interpreter of the training environment, or this one where it has TRL."""
+    """The interpreter of the training environment, or this one if there is no such environment."""
     tool = ROOT / ".venv" / "bin" / "pipeline"
     if tool.is_file():
         command = [str(tool), "env", "python", "training"]
@@ -209,23 +213,23 @@ def find_python() -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; lengths are medians in tokens."""
+    """Parse the command line; lengths are medians in tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     names = ("dpo_vs_trl_long_prompt", "dpo_vs_trl_short_prompt", "ppo_vs_trl")
-    add("only", nargs="*", help=f"comparisons, of {', '.join(names)}; all by default")
+    add("only", nargs="*", help=f"comparisons: {', '.join(names)}; all by default")
     add("--repetitions", type=int, default=3)
-    add("--layers", type=int, default=30, help="of a Llama with SmolLM2-135M's shape (30)")
+    add("--layers", type=int, default=30, help="layers of a Llama with otherwise SmolLM2-135M's shape (30)")
     add("--threads", type=int, default=1)
     add("--optimizer", choices=("adamw", "sgd"), default="adamw")
-    add("--pairs", type=int, default=4, help="per optimizer step")
-    add("--answer", type=int, default=96, help="tokens of an answer; long prompts have as many")
+    add("--pairs", type=int, default=4, help="pairs per optimizer step")
+    add("--answer", type=int, default=96, help="tokens of an answer, and of a long prompt")
     add("--short-prompt", type=int, default=12)
-    add("--rollouts", type=int, default=8, help="of PPO, per batch")
-    add("--ppo-answer", type=int, default=48, help="tokens of PPO's answers, and of its prompts")
+    add("--rollouts", type=int, default=8, help="rollouts per batch of PPO")
+    add("--ppo-answer", type=int, default=48, help="tokens of PPO's answers and prompts")
     add("--ppo-epochs", type=int, default=1)
     add("--spread", type=float, default=0.5, help="standard deviation of the logarithm of lengths")
-    add("--micro-batch-tokens", type=int, default=2048, help="ours")
+    add("--micro-batch-tokens", type=int, default=2048, help="tokens per micro-batch of Ratchet")
     add("--trl-pairs", type=int, default=1, help="pairs per micro-batch of TRL's DPO")
     add("--trl-rollouts", type=int, default=2, help="rollouts per micro-batch of TRL's PPO")
     add("--python", default=None, help="interpreter of the training environment")

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on given pairs, one optimizer step per unit of work."""
+"""TRL's side of the DPO benchmark: trains with DPOTrainer on given pairs, one optimizer step per unit of work."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from benchmarks.side import Side
 
 
 def main(path: str) -> None:
-    """Train until nobody wants more; `path` is a file of `workload.write`."""
+    """Train until no more units are requested; `path` is a file written by `workload.write`."""
     side = Side()
     import tempfile
 
@@ -26,7 +26,7 @@ def main(path: str) -> None:
     rows = [row for batch in batches for row in sorted(batch, key=_longest)]
 
     class Trainer(DPOTrainer):  # type: ignore[misc]
-        """The data is token ids with reference values: there is nothing to tokenize or to compute in advance."""
+        """A trainer that uses the data as it is: it has token ids and reference values already."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset

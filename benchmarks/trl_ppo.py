@@ -1,8 +1,8 @@
-"""The PPO of TRL 1.12, the last version that has one, on given rollouts: one batch of rollouts per unit of work.
+"""TRL's side of the PPO benchmark, with TRL 1.12, its last version with PPO: one batch of rollouts per unit of work.
 
-Its sampling is replaced by the given answers and their logits, which count nothing, as sampling on our side is the work
-of another program. Its reward model is not counted either. What counts is the reference's and the critic's scoring and
-the epochs of updates.
+Sampling is replaced by the given answers and their logits, and its time is not counted, because in Ratchet another
+stage samples. The reward model is not counted either. The scoring of reference and critic and the epochs of updates are
+counted.
 """
 
 import sys
@@ -14,7 +14,7 @@ from benchmarks.side import Side
 
 
 def main(path: str) -> None:
-    """Train until nobody wants more; `path` is a file of `workload.write`."""
+    """Train until no more units are requested; `path` is a file written by `workload.write`."""
     side = Side()
     import tempfile
 
@@ -63,7 +63,8 @@ def main(path: str) -> None:
         return tokens, torch.cat(logits) / (1.0 + 1e-7)
 
     def collate(_: Any) -> Any:
-        """The prompts of the next batch, whichever rows the loader drew; padded on the left, as by TRL's collator."""
+        """Pad the prompts of the next batch on the left, like TRL's collator, regardless of the rows that the loader
+        drew."""
         current[:] = sorted(next(turn), key=lambda row: len(row.prompt) + len(row.response))
         return tokenizer.pad([{"input_ids": row.prompt} for row in current], return_tensors="pt")
 

@@ -1,10 +1,10 @@
-"""What warm processes save a run on one machine.
+"""Measures how much time warm processes save a run on one machine.
 
     .venv/bin/python benchmarks/warm.py
     .venv/bin/python benchmarks/warm.py --iterations 1 seed=1     # any keys of the config
 
-Runs the quickstart with executor.warm=false and then as it is, compares what both publish, and prints where the time of
-their stages went. Its last line is one JSON object. The exit code is 1 where an artifact differs.
+Runs the quickstart with executor.warm=false and then with its default, compares the artifacts of both, and prints how
+the stages spent their time. The last line is one JSON object. The exit code is 1 if an artifact differs.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(run: Path, options: argparse.Namespace, *, warm: bool) -> float:
-    """Seconds of a whole command."""
+    """Run the config, and return the seconds that the whole command took."""
     command = [sys.executable, "-m", "pipelines", "run", options.config, "--iters", str(options.iterations), "--plain"]
     settings = [f"directory={run.parent}", f"name={run.name}", f"executor.warm={str(warm).lower()}"]
     start = time.monotonic()
@@ -61,13 +61,13 @@ def measure(run: Path, options: argparse.Namespace, *, warm: bool) -> float:
 
 
 def digests(run: Path) -> dict[str, str]:
-    """The content of each artifact of a finished run."""
+    """The digest of each artifact of a finished run."""
     found = (path.parent for path in sorted(run.rglob(MANIFEST)))
     return {path.relative_to(run).as_posix(): Artifact.open(path).manifest.digest for path in found}
 
 
 def parts_of(run: Path, places: Sequence[str]) -> dict[str, float]:
-    """Seconds of all stages: between start and end as the driver saw them, and what of them the stages can name."""
+    """The total seconds of all stages: `all` from the driver's events, and the parts that the stages recorded."""
     published = [event for event in RunDirectory(run).events() if isinstance(event, StagePublished)]
     total = Counter({"all": sum(event.seconds for event in published)})
     for place in places:
@@ -77,7 +77,7 @@ def parts_of(run: Path, places: Sequence[str]) -> dict[str, float]:
 
 
 def loading(parts: dict[str, float]) -> float:
-    """Share of the stages' time that is importing and loading."""
+    """The share of importing and loading in the stages' time."""
     return sum(parts.get(name, 0.0) for name in LOADING) / parts["total"]
 
 

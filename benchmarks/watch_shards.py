@@ -1,4 +1,4 @@
-"""Where the time of a process goes that shares shards with others; benchmarks/slurm.py has it loaded into stages."""
+"""Measures how processes that share the shards of a stage spend their time; benchmarks/slurm.py loads it into them."""
 
 import atexit
 import json
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "BENCHMARK_SHARDS"
-"""Environment variable: where every process leaves a file when it ends."""
+"""The environment variable with the folder into which every process writes its measurements when it ends."""
 PARTS = ("loop", "open", "make", "write")
-"""loop: from the first look for a shard to the last. In it, open: loads the model; make: makes and commits shards; and
-in that, write: writes and commits their rows."""
+"""loop: from the first search for a shard to the last. Within it, open: loading the model; make: computing and
+committing shards; and within that, write: writing and committing their rows."""
 
 
 def watch() -> None:
-    """Have this process measure its work on shards. Each part is in seconds, of the clock and of CPU."""
+    """Make this process measure its work on shards: each part in wall seconds and CPU seconds."""
     from contracts import workers
     from contracts.publication import Publication
 
@@ -69,5 +69,5 @@ def watch() -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """What the processes have left."""
+    """The measurements of all processes."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]

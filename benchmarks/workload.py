@@ -1,4 +1,4 @@
-"""The model and the data that every side of a benchmark gets: made from a seed, so that nothing is downloaded."""
+"""Generates the model and the data for all sides of a benchmark from a seed, without downloads."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama; the default is SmolLM2-135M's, layers included."""
+    """The shape of a Llama; by default that of SmolLM2-135M."""
 
     layers: int = 30
     hidden: int = 576
@@ -22,18 +22,18 @@ class Shape:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of one layer's matrices."""
+        """The number of weights in one layer's matrices."""
         keys = self.kv_heads * self.hidden // self.heads
         return 2 * self.hidden * (self.hidden + keys) + 3 * self.hidden * self.intermediate
 
     @property
     def parameters(self) -> int:
-        """Weights of the whole model; the LM head is the embedding."""
+        """The number of weights of the whole model, whose LM head is tied to the embedding."""
         norms = (2 * self.layers + 1) * self.hidden
         return self.layers * self.layer_weights + self.vocabulary * self.hidden + norms
 
     def config(self, **more: Any) -> Any:
-        """transformers' configuration; the token 0 is the padding."""
+        """The model's transformers configuration; token 0 is the padding."""
         from transformers import LlamaConfig
 
         return LlamaConfig(
@@ -56,7 +56,7 @@ class Shape:
         )
 
     def causal(self, seed: int) -> Any:
-        """A causal language model with random fp32 weights, the same for the same seed."""
+        """Create a causal language model with random fp32 weights from a seed."""
         import torch
         from transformers import LlamaForCausalLM
 
@@ -64,7 +64,7 @@ class Shape:
         return LlamaForCausalLM(self.config())
 
     def classifier(self, seed: int) -> Any:
-        """A sequence classifier with one label: a critic or a reward model."""
+        """Create a sequence classifier with one label: a critic or a reward model."""
         import torch
         from transformers import LlamaForSequenceClassification
 
@@ -83,7 +83,8 @@ class Pair:
 
     @property
     def useful_tokens(self) -> int:
-        """Tokens of both sequences that the loss is about; padding is not counted, however it is computed."""
+        """The tokens of both sequences, with the prompt in each and without padding, regardless of how they are
+        computed."""
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
@@ -96,14 +97,14 @@ class Rollout:
 
     @property
     def useful_tokens(self) -> int:
-        """Tokens of the sequence."""
+        """The number of tokens of the sequence."""
         return len(self.prompt) + len(self.response)
 
 
 def pairs(shape: Shape, *, count: int, prompt: int, answer: int, spread: float, seed: int) -> list[Pair]:
-    """Pairs whose prompts and answers have medians of `prompt` and `answer` tokens, with log-normal lengths.
+    """Generate pairs with log-normal lengths, whose medians are `prompt` and `answer` tokens.
 
-    The reference values are those of a model that knows nothing, plus noise: a loss near log 2 but not equal to it.
+    The reference values are those of a uniform model plus noise, so that the loss is near log 2 but not equal to it.
     """
     generator = random.Random(f"pairs-{seed}")
     prompts = texts_of(generator, shape, count, prompt, spread)
@@ -116,7 +117,7 @@ def pairs(shape: Shape, *, count: int, prompt: int, answer: int, spread: float, 
 
 
 def rollouts(shape: Shape, *, count: int, prompt: int, answer: int, spread: float, seed: int) -> list[Rollout]:
-    """Sampled answers with lengths as in `pairs`; each ends with EOS."""
+    """Generate sampled answers with lengths as in `pairs`; each ends with EOS."""
     generator = random.Random(f"rollouts-{seed}")
     prompts = texts_of(generator, shape, count, prompt, spread)
     answers = texts_of(generator, shape, count, answer, spread)
@@ -124,8 +125,8 @@ def rollouts(shape: Shape, *, count: int, prompt: int, answer: int, spread: floa
 
 
 def texts_of(generator: random.Random, shape: Shape, count: int, median: int, spread: float) -> list[list[int]]:
-    """Texts of random tokens, none of them special. Their lengths are evenly spaced quantiles of the distribution in a
-    random order, so that every batch holds short and long texts, and as many tokens as any other."""
+    """Generate texts of random tokens without special tokens. Their lengths are evenly spaced quantiles of the
+    distribution in random order, so that all batches have short and long texts and the same number of tokens."""
     quantiles = [NormalDist().inv_cdf((number + 0.5) / count) for number in range(count)]
     lengths = [max(round(median * math.exp(spread * quantile)), 2) for quantile in quantiles]
     generator.shuffle(lengths)
@@ -139,6 +140,6 @@ def write(path: Path, settings: dict[str, Any], shape: Shape, batches: list[list
 
 
 def read(path: Path, kind: type[Any]) -> tuple[dict[str, Any], Shape, list[list[Any]]]:
-    """What `write` wrote, with rows of the type `kind`."""
+    """Read a file written by `write`, with rows of the type `kind`."""
     found = json.loads(path.read_text())
     return found["settings"], Shape(**found["shape"]), [[kind(**row) for row in rows] for rows in found["batches"]]

@@ -17,7 +17,7 @@ def test_the_last_policies_are_compared_seed_by_seed() -> None:
         ("dpo", 1): [curve(0.5, 0.6, 0.7), curve(0.5, 0.62, 0.8)],
     }
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in lag.table(found, 2).splitlines()]
-    assert lines[0] == ["algorithm", "lag", "1", "2", "less that of lag 0", "KL"]
+    assert lines[0] == ["algorithm", "lag", "1", "2", "difference from lag 0", "KL"]
     # Both fell by 0.1: the seeds differ, and their differences do not.
     assert lines[2] == ["dpo", "0", "0.610", "0.850 ± 0.635", "", "0.21"]
     assert lines[3] == ["dpo", "1", "0.610", "0.750 ± 0.635", "-0.100 ± 0.000", "0.19"]

@@ -24,7 +24,7 @@ def test_slurm_times_are_read():
     assert slurm.cpu_time("00:01.500") == 1.5
     assert slurm.cpu_time("02:03:04") == 7384
     assert slurm.cpu_time("1-00:00:01") == 86401
-    with pytest.raises(ValueError, match="'soon' is no time"):
+    with pytest.raises(ValueError, match="'soon' is not a time"):
         slurm.cpu_time("soon")
 
 
