@@ -1,1 +1,1 @@
-"""What a run pushes to the Hugging Face Hub."""
+"""Pushes a run's checkpoints, pairs, rollouts and report to the Hugging Face Hub."""

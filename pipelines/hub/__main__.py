@@ -1,10 +1,10 @@
-"""`python -m pipelines.hub RUN`: the process that pushes a run while it goes on."""
+"""`python -m pipelines.hub RUN`: the process that pushes a run's artifacts while the run is in progress."""
 
 import os
 import sys
 from pathlib import Path
 
-# Ours before anything in the working directory or on PYTHONPATH that is called the same.
+# This repository's packages take precedence over namesakes in the working directory or on PYTHONPATH.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from contracts import surroundings
 

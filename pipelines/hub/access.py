@@ -1,4 +1,4 @@
-"""Whether what `hub` says can be pushed: a token that may write, into repos that are not somebody else's."""
+"""Checks that the repos of the section `hub` can be pushed to: the token may write there, and no one else uses them."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ LOGIN = "Set HF_TOKEN to one that may write, or `hf auth login`."
 
 
 def check_access(section: HubSection) -> Iterator[Finding]:
-    """What would keep a run from being pushed. The Hub is asked, and nothing is changed there."""
+    """Findings about everything that would keep a run from being pushed. Nothing is changed on the Hub."""
     if get_token() is None:
         yield Finding("error", "no token of the Hugging Face Hub was found, and hub says to push there", LOGIN)
         return
@@ -37,7 +37,7 @@ def check_access(section: HubSection) -> Iterator[Finding]:
 
 
 def repos(section: HubSection) -> Iterator[tuple[str, Kind]]:
-    """The repos of a section, and what they are."""
+    """The repos of a section, each with its kind."""
     if section.model:
         yield section.model, "model"
     for repo in (section.pairs, section.rollouts):
@@ -51,14 +51,14 @@ def _of_repo(repo: str, kind: Kind, spaces: set[str], name: str) -> Finding:
     def ask() -> str:
         head = remote.head()
         if head is None:
-            return "will be made"
+            return "will be created"
         HfApi().auth_check(repo, repo_type=kind, write=True)
         remote.require_ours(head)
-        return "is there, and may be written to"
+        return "exists, and the token may write there"
 
     if space not in spaces:
         fix = f"Name it {name}/{repo.partition('/')[2]}, or use the token of a member of {space}."
-        return Finding("error", f"hub says to push to {repo}, but {name} is no member of {space}", fix)
+        return Finding("error", f"hub says to push to {repo}, but {name} is not a member of {space}", fix)
     try:
         return Finding("ok", f"{repo} {persistently(ask, repo, patience=lambda: 5.0)}")
     except PushError as error:

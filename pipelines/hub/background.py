@@ -1,7 +1,7 @@
-"""Pushing while a run goes on: a process of its own beside whoever drives it, which neither waits for it nor needs it.
+"""Pushes a run while it is in progress, in a separate process that the driver neither waits for nor depends on.
 
-It can be killed at any instant, and so can the driver. The end of its stdin tells it that the driver has ended, in
-whatever way; it pushes what is there, and ends.
+Both processes can be killed at any instant. When the driver ends, for any reason, this process sees the end of its
+stdin; it then pushes what is published, and exits.
 """
 
 import os
@@ -16,16 +16,16 @@ from pipelines.run.events import FILE, RunEnded, RunStarted
 
 POLL_SECONDS = 1.0
 LAST_PATIENCE = 60.0
-"""Seconds at most that something is tried again in when the driver has ended."""
+"""Upper limit in seconds on retrying a request once the driver has ended."""
 
 
 def command(run: RunDirectory) -> list[str]:
-    """The command that pushes a run while it goes on."""
+    """The command line of the process that pushes a run in the background."""
     return [sys.executable, "-P", "-m", "pipelines.hub", str(run.path)]
 
 
 def follow(path: Path) -> None:
-    """Push what a run publishes, until stdin ends. What goes wrong with it is told in the run's events."""
+    """Push what a run publishes, until stdin ends. Failures are recorded in the run's events."""
     run = RunDirectory(path)
     section = run.config.pushes
     if section is not None:
@@ -34,7 +34,7 @@ def follow(path: Path) -> None:
 
 
 def _follow(run: RunDirectory, section: HubSection) -> None:
-    from pipelines.hub.push import Pusher  # with the library of the Hub
+    from pipelines.hub.push import Pusher  # imports huggingface_hub
 
     surroundings.imported()
     ended = end_of_input()
@@ -57,6 +57,6 @@ def _follow(run: RunDirectory, section: HubSection) -> None:
 
 
 def _has_ended(run: RunDirectory) -> bool:
-    """Whether the run has come to an end of its own, as far as its events tell."""
+    """Whether the run's last event of this kind is an end that was not an interruption."""
     ends = [event for event in run.events() if isinstance(event, RunStarted | RunEnded)]
     return bool(ends) and isinstance(ends[-1], RunEnded) and ends[-1].outcome != "interrupted"

@@ -1,4 +1,4 @@
-"""The cards (README.md) of what is pushed, written from the manifests. They hold no path of this machine, no time."""
+"""Writes the cards (README.md) of the repos on the Hub from manifests. They contain no local paths and no times."""
 
 import hashlib
 import json
@@ -16,19 +16,19 @@ from pipelines.run.metrics import COLUMNS, is_further_scorer, ranking_metric
 from pipelines.text import plural
 
 IN_CACHE = re.compile(r"/(?:models|datasets)--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(?:/|$)")
-"""Where the Hub's client keeps what it has downloaded."""
+"""A path in the download cache of the Hub's client."""
 REFERENCES = {
     "initial": "the initial policy",
-    "previous": "the policy that gave the answers",
+    "previous": "the policy that sampled the responses",
     "ema": "a moving average of all policies so far",
 }
 MARK = "\n<!-- Written by Ratchet. A card that is changed stays as it is then. "
-"""Before the digest of a card, by which it is known that nobody has changed it."""
+"""Text before the digest at the end of a card; the digest shows whether somebody has edited the card."""
 LIMITS = """\
 - The figures are those of the scorers above on held-out prompts. The score `reward` is also what the policy was trained
-  to raise: it can rise without the answers getting better. Read answers before you believe it.
-- Nothing here says how the model answers to other prompts than those, in other languages, or whether it is safe.
-- The figures have no variance over seeds: they are of this one run. Intervals (± 95 %) are over prompts.
+  to raise: it can rise without the answers getting better. Read some answers before you trust it.
+- Nothing here says how the model answers other prompts than those, prompts in other languages, or whether it is safe.
+- The figures are of one run, without a variance over seeds. Intervals (± 95 %) are over prompts.
 """
 
 
@@ -78,10 +78,10 @@ def checkpoint_card(story: Story, repo: str, iteration: int, manifest: Manifest)
 
 
 def pairs_card(story: Story, repo: str, iteration: int) -> str:
-    """The card of the preference pairs, as far as an iteration."""
+    """The card of the preference pairs of all iterations up to this one."""
     about = (
         "preference pairs: two answers of the policy to a prompt, the better one `chosen`, with both scores and the "
-        f"tokens. Each iteration's pairs are answers of {_older(story.config.lag)}."
+        f"tokens. Each iteration's pairs are made of answers of {_older(story.config.lag)}."
     )
     found = [(number, story.published(name_of(number, "pairs"))) for number in range(iteration + 1)]
     ready = [(number, pairs) for number, pairs in found if pairs is not None]
@@ -101,7 +101,7 @@ def pairs_card(story: Story, repo: str, iteration: int) -> str:
 
 
 def rollouts_card(story: Story, repo: str, iteration: int) -> str:
-    """The card of the rollouts, as far as an iteration."""
+    """The card of the rollouts of all iterations up to this one."""
     which = (
         "the answers of the policy to those training prompts that it was trained on: prompts whose answers all score "
         "the same were replaced by others"
@@ -111,21 +111,21 @@ def rollouts_card(story: Story, repo: str, iteration: int) -> str:
     about = (
         f"{which}. A row is a prompt with its answers "
         "(`completions`), their tokens and log-probabilities under the policy that sampled them, and their `scores`: "
-        "of each scorer one number for each answer; `score_parts`, where there are any, are the numbers that a score "
-        "was made of."
+        "for each scorer one number per answer; `score_parts`, where there are any, are the numbers that a score "
+        "is composed of."
     )
     found = [(number, story.published(name_of(number, story.answers))) for number in range(iteration + 1)]
     ready = [(number, rollouts) for number, rollouts in found if rollouts is not None]
     names = ("completions", "response_tokens", "response_length", "stop_rate")
     rows = [_split(number, rollouts, names) for number, rollouts in ready]
-    titles = ("split", "prompts", "answers", "tokens", "tokens per answer", "share that ended by itself")
+    titles = ("split", "prompts", "answers", "tokens", "tokens per answer", "share that ended before the limit")
     settings = story.made(name_of(ready[-1][0], "generation")).manifest.key_parts["config"]
     how = ["## How they were sampled", _table(("setting", "value"), _settings(settings))]
     return _data_card(story, repo, iteration, about, [number for number, _ in ready], _table(titles, rows), how)
 
 
 def _split(number: int, artifact: Artifact, names: Iterable[str]) -> tuple[str, ...]:
-    """A line of the table of splits."""
+    """A row of the table of splits."""
     facts = (_number(artifact.manifest.facts.get(name)) for name in names)
     return f"iteration_{number}", f"{artifact.manifest.rows:,}", *facts
 
@@ -140,7 +140,7 @@ def _data_card(
     model = [f"the checkpoints: `{story.section.model}`, with the same tags"] if story.section.model else []
     lines = [
         f"# {repo.partition('/')[2]}",
-        f"Of the run `{story.name}` (iterative online RLHF with Ratchet): {about}",
+        f"From the run `{story.name}` (iterative online RLHF with Ratchet): {about}",
         _code(f"""\
             from datasets import load_dataset
 
@@ -154,21 +154,21 @@ def _data_card(
         *_dropped(story, iteration),
         "## Limits",
         "- The answers are a model's, unread by people: they may be wrong, offensive or nonsense.\n"
-        "- The scores are those of the scorers named above, with all their mistakes; no person has judged.\n"
-        "- What holds of the prompts (licence, personal data) holds of this data set.",
+        "- The scores are those of the scorers named above, with all their mistakes; no person has checked them.\n"
+        "- The licence of the prompts applies to this data set, and so does any personal data in them.",
         "## Provenance",
-        "Of every split `provenance/` has the keys, digests, settings and library versions.",
+        "`provenance/` has the keys, digests, settings and library versions of every split.",
     ]
     return _card(meta, lines)
 
 
 def is_on_hub(model: str) -> bool:
-    """Whether a model or data set was taken from the Hub."""
+    """Whether a model or data set comes from the Hub."""
     return model.startswith("hf:") or IN_CACHE.search(model) is not None
 
 
 def _name(model: str) -> str:
-    """What a model or data set is called where this machine is not known."""
+    """The public name of a model or data set, without local directories."""
     if found := IN_CACHE.search(model):
         return f"{found[1]}/{found[2]}@{found[3]}"
     if model.startswith(("hf:", "world:")):
@@ -177,7 +177,7 @@ def _name(model: str) -> str:
 
 
 def _sources(story: Story) -> dict[str, str]:
-    """Where the prompts and demonstrations come from; those of the Hub begin with hf:."""
+    """The sources of prompts and demonstrations by what they are for; those on the Hub begin with hf:."""
     config = story.config
     prompts = config.prompts
     found = {
@@ -223,7 +223,7 @@ def _parents(story: Story, iteration: int, base: str, sources: dict[str, str]) -
 
 
 def _sampler(iteration: int, lag: int) -> str:
-    """The policy that gave the answers of an iteration."""
+    """The policy that sampled an iteration's responses."""
     if not lag:
         return "the policy before"
     number = sampled_from(iteration, lag)
@@ -235,7 +235,7 @@ def _older(lag: int) -> str:
 
 
 def _trained_on(story: Story, iteration: int, manifest: Manifest) -> Iterator[str]:
-    """The data of an iteration, with what its stages have found."""
+    """The training data of an iteration, in sentences with figures from its stages."""
     ledger = manifest.ledger
     if not iteration:
         yield plural(ledger.kept, ledger.unit.removesuffix("s"))
@@ -246,13 +246,13 @@ def _trained_on(story: Story, iteration: int, manifest: Manifest) -> Iterator[st
             heat = ", ".join(f"{value:g}" for value in settings["temperatures"])
             whose = _sampler(iteration, story.config.at(iteration).lag)
             yield (
-                f"{artifact.manifest.rows:,} prompts with {settings['k']} answers each, which {whose} gave "
+                f"{artifact.manifest.rows:,} prompts with {settings['k']} answers each, which {whose} sampled "
                 f"at temperature {heat}: {_number(facts.get('response_tokens'))} tokens"
             )
         elif name == "selected/rollouts":
             yield (
-                f"{artifact.manifest.rows:,} prompts of these and of further rounds: in the place of those whose "
-                "answers all score the same others were drawn"
+                f"{artifact.manifest.rows:,} prompts of these and of further rounds, which replaced prompts whose "
+                "answers all score the same"
             )
         elif name == "pairs":
             margin, chosen, rejected = (
@@ -269,12 +269,12 @@ def _trained_on(story: Story, iteration: int, manifest: Manifest) -> Iterator[st
             )
     config = story.config.at(iteration)
     if config.accumulate and iteration > 1:
-        yield "and the pairs of all iterations before"
+        yield "and the pairs of all earlier iterations"
     if config.replay is not None and iteration > 1:
         what = "pairs" if config.description.reads == "pairs" else "answers"
-        yield f"and a share of the {what} of iterations before, {config.replay.decay:g} to the power of their age"
+        yield f"and a share of the {what} of earlier iterations, {config.replay.decay:g} to the power of their age"
     if config.offline is not None:
-        yield f"and pairs from elsewhere, {100 * config.offline.share:.3g} % of these together"
+        yield f"and offline pairs, {100 * config.offline.share:.3g} % of all pairs"
 
 
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -284,7 +284,7 @@ def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _figures(story: Story, iteration: int) -> list[str]:
-    """The table of held-out figures, by iteration."""
+    """The section with the held-out metrics by iteration."""
     rows = list(story.metrics(iteration))
     known = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     known += sorted({name for row in rows for name in row if is_further_scorer(name)})
@@ -295,7 +295,7 @@ def _figures(story: Story, iteration: int) -> list[str]:
 
 
 def _dropped(story: Story, iteration: int) -> list[str]:
-    """What every stage of an iteration kept, and what it dropped and why."""
+    """The section with the ledgers: the rows that each stage kept, and those that it dropped by reason."""
     stages = [*story.setup(), *((f"iteration {iteration}: {name}", a) for name, a in story.stages(iteration))]
     return ["## What was dropped", _table(("stage", "in", "kept", "dropped"), (_row(*stage) for stage in stages))]
 
@@ -322,7 +322,7 @@ def _card(meta: dict[str, Any], parts: list[str]) -> str:
 
 
 def is_own(card: str) -> bool:
-    """Whether a card is as it was written here, by whatever version: nobody has changed it since."""
+    """Whether a card was written by (any version of) this module and has not been edited since."""
     body, mark, _ = card.rpartition(MARK)
     return bool(mark) and card == _signed(body)
 

@@ -1,4 +1,4 @@
-"""`pipeline push RUN [hub.model=ORG/NAME ...]`: push by hand what is published and not on the Hub yet."""
+"""`pipeline push RUN [hub.model=ORG/NAME ...]`: pushes published artifacts that are not on the Hub yet."""
 
 import argparse
 import json
@@ -17,8 +17,12 @@ FAILED = 1
 
 
 def push_command(options: argparse.Namespace) -> int:
-    """Print what is on the Hub now, or would be pushed; 0, or 2 and 1 where something failed for good or for now."""
-    from pipelines.hub.push import Pusher  # with the library of the Hub, which no other command waits for
+    """Print what is on the Hub now, or would be pushed.
+
+    Returns:
+        The exit code: 0; 1 after a failure that a later push may not meet; 2 after one that the user has to fix.
+    """
+    from pipelines.hub.push import Pusher  # imports huggingface_hub, which takes long and which only this command needs
 
     run = RunDirectory.existing(options.run)
     pusher = Pusher(run, section_of(run, options.overrides))
@@ -44,16 +48,16 @@ def push_command(options: argparse.Namespace) -> int:
         print(json.dumps([news.as_data() for news in found], indent=1))
     elif not found:
         what = "nothing" if options.iteration is None else f"no iteration {options.iteration}"
-        print(f"{options.run} has {what} to push yet: an iteration is pushed when its policy is judged.")
+        print(f"{options.run} has {what} to push yet: an iteration is pushed when its policy has been evaluated.")
     failed = [news for news in found if news.state == "failed"]
     return max((UserError.exit_code if news.lasts else FAILED for news in failed), default=0)
 
 
 def section_of(run: RunDirectory, overrides: list[str]) -> HubSection:
-    """Where a run is pushed to.
+    """The repos that a run is pushed to: its section `hub`, with the overrides of the command line.
 
     Raises:
-        UserError: nobody says it, or says it wrongly.
+        UserError: no repo is given, or an override is not valid.
     """
     if other := [text for text in overrides if not text.startswith("hub.")]:
         raise UserError(f"{other[0]}: only keys of the section `hub` can be set here, such as hub.model=ORG/NAME.")
@@ -62,14 +66,14 @@ def section_of(run: RunDirectory, overrides: list[str]) -> HubSection:
     found = validate(HubSection, apply_overrides(said, overrides)["hub"], "pipeline push").of(run.path.name)
     if not (found.model or found.pairs or found.rollouts):
         raise UserError(
-            f"{run.path} says nowhere where on the Hub it is to go. Give hub.model=ORG/NAME (and hub.pairs, "
+            f"{run.path} has no repo on the Hub to push to. Give hub.model=ORG/NAME (and hub.pairs, "
             "hub.rollouts) here, or in its configuration."
         )
     return found
 
 
 def line_of(news: "Pushed") -> str:
-    """One line for a person."""
+    """The outcome as one line for a terminal."""
     place = f"{news.what} of the {'model' if news.kind == 'model' else 'data set'} {news.repo}"
     if news.state == "failed":
         return f"FAILED           {place}: {news.error}"

@@ -1,4 +1,4 @@
-"""What goes wrong between here and the Hub: what is tried again, after which pause, and what it is called."""
+"""Retries requests to the Hub, and turns what they raise into messages."""
 
 import errno
 import random
@@ -19,10 +19,10 @@ from pipelines.hub.remote import RefusedError
 T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 TOLD_AFTER = 20.0
-"""Seconds of trouble that are told, though it is tried again."""
+"""Seconds of failing after which a failure is reported although it is still being retried."""
 TRY_AGAIN = (408, 409, 412, 425, 429)
-"""Statuses of requests that may be answered otherwise later; 412 is a stale parent: another commit came in between."""
-LATER = "It is tried again for a while; `pipeline push` does so later."
+"""HTTP statuses worth a retry; 412 means a stale parent commit: another commit came in between."""
+LATER = "The request is retried for a while; `pipeline push` tries again later."
 FIXES = {
     401: "The Hub refuses the token. Give a valid one (HF_TOKEN, or `hf auth login`), then `pipeline push`.",
     403: "The token may not write there. Give one that may (HF_TOKEN, or `hf auth login`), then `pipeline push`.",
@@ -32,17 +32,17 @@ FIXES = {
 
 @dataclass(frozen=True)
 class Failure:
-    """Why something is not on the Hub."""
+    """The reason why something could not be pushed."""
 
     text: str
     lasts: bool
-    """Whether it stays so until somebody does something."""
+    """Whether it is permanent: no retry succeeds until somebody fixes the cause."""
     pause: float = 0.0
-    """Seconds that the Hub asks to wait."""
+    """Seconds to wait before the next try, as the Hub has asked."""
 
 
 class PushError(Exception):
-    """Something could not be pushed, in spite of all tries."""
+    """Something could not be pushed, in spite of all retries."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.text)
@@ -56,16 +56,16 @@ def persistently(
     tell: Callable[[Failure], object] = lambda failure: None,
     at_once: Callable[[Failure], object] = lambda failure: None,
 ) -> T:
-    """Do something that can be repeated, until it is done.
+    """Call an idempotent action until it succeeds, with exponential backoff.
 
     Args:
-        action: looks first at what is there already.
-        patience: seconds to try it again in, while it may still succeed; asked again each time.
-        tell: is told of trouble that does not pass at once.
-        at_once: is told of the first trouble.
+        action: has to look first at what an earlier call has already done.
+        patience: returns for how many seconds to retry; called before every retry.
+        tell: called with each failure after `TOLD_AFTER` seconds of retrying.
+        at_once: called with the first failure.
 
     Raises:
-        PushError: it failed for good, or the patience has run out.
+        PushError: the failure is permanent, or the patience has run out.
     """
     start, pause, is_first = time.monotonic(), FIRST_PAUSE, True
     while True:
@@ -86,7 +86,7 @@ def persistently(
 
 
 def failure_of(error: Exception, repo: str) -> Failure:
-    """What an exception means.
+    """Classify an exception.
 
     Raises:
         Exception: the error itself, where it is a bug.
@@ -117,13 +117,13 @@ def _refusal(error: HfHubHTTPError, repo: str) -> Failure:
         text = f"{repo}: the Hub answers {status}: {_said(error)}. {LATER}"
         return Failure(text, lasts=False, pause=_asked_pause(error))
     if status == 404 and not isinstance(error, RepositoryNotFoundError):
-        return Failure(f"{repo}: the Hub answers {status}: {_said(error)}.", lasts=False)  # it went meanwhile
+        return Failure(f"{repo}: the Hub answers {status}: {_said(error)}.", lasts=False)  # deleted meanwhile
     fix = FIXES.get(status, "")
     return Failure(f"{repo}: the Hub answers {status}: {_said(error)}. {fix}".rstrip(), lasts=True)
 
 
 def _asked_pause(error: HfHubHTTPError) -> float:
-    """Seconds by the header Retry-After: a number, or a date."""
+    """Seconds in the header Retry-After, which is a number or a date; 0 without one."""
     asked = error.response.headers.get("retry-after", "")
     if re.fullmatch(r"\d+(\.\d+)?", asked):
         return float(asked)
@@ -134,13 +134,13 @@ def _asked_pause(error: HfHubHTTPError) -> float:
 
 
 def _causes(error: BaseException | None) -> Iterator[Exception]:
-    """An error and what has led to it, the library's own words first."""
+    """An error, then its causes."""
     while isinstance(error, Exception):
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _said(error: Exception) -> str:
-    """What an error says in one line, without tokens and without what signs an address."""
+    """The message of an error in one line, without tokens and without the signatures in URLs."""
     said = getattr(error, "server_message", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
     return re.sub(r"\?\S+", "?...", TOKEN.sub("(hidden)", said)).rstrip(". ")

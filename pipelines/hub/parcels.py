@@ -1,7 +1,7 @@
-"""What a run has for the Hub: one parcel for each iteration and repo, which becomes one commit and one tag there.
+"""Builds what a run uploads to the Hub: for each iteration and repo one upload, which becomes one commit and one tag.
 
-A parcel is a function of what is published, of nothing that changes with time or place: pushed again, from whatever
-copy of the run, it is the same.
+An upload depends on published content alone, not on when or where it is pushed: from any copy of the run it is the
+same.
 """
 
 import functools
@@ -25,12 +25,12 @@ from pipelines.run.directory import RunDirectory
 
 Kind = Literal["model", "dataset"]
 LOG = "logs/hub.log"
-"""Of the process that pushes while a run goes on."""
+"""Log of the process that pushes in the background."""
 README = "README.md"
 REPORT = "report"
 REPORT_PAGE, REPORT_FOLDER = "report.html", "report.samples"
 INITIAL = "setup/sft"
-"""The stage that makes the initial policy, where a run makes its own."""
+"""The stage that trains the initial policy, in runs that have one."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class Item:
     """One file of a commit."""
 
     path: str
-    """Where it is in the repo."""
+    """Path in the repo."""
     content: Path | bytes
     sha256: str = ""
-    """What its content must have, where a manifest says so."""
+    """The expected digest of its content, where a manifest has one."""
 
     def git_oid(self) -> str:
-        """What git calls its content."""
+        """The git object id (SHA-1) of its content."""
         data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
     def checked_sha256(self) -> str:
-        """The sha256 of what is there now.
+        """The SHA-256 of the current content.
 
         Raises:
-            DamagedError: it is not what was published.
+            DamagedError: the content is not what was published.
         """
         if isinstance(self.content, bytes):
             return hashlib.sha256(self.content).hexdigest()
@@ -60,32 +60,32 @@ class Item:
         if self.sha256 not in ("", found):
             raise DamagedError(
                 f"{self.content} differs from its manifest (sha256 {found[:12]}, was {self.sha256[:12]}), so it was "
-                f"not pushed. Delete {self.content.parent} and run the same command again, which makes it anew."
+                f"not pushed. Delete {self.content.parent} and run the same command again, which recomputes it."
             )
         return found
 
 
 class DamagedError(Exception):
-    """What was published is not there, or not what it was."""
+    """Published content is missing or has changed."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """The files of a parcel."""
+    """The files of an upload."""
 
     items: tuple[Item, ...]
-    """Those by which it is recognised on the Hub."""
+    """The files by which a commit on the Hub is recognised as this upload."""
     card: str
     """The repo's README.md from this iteration on."""
     obsolete: tuple[str, ...] = ()
-    """Files of the iteration before that are none of this one's."""
+    """Paths of the previous iteration's files that this one does not have."""
     make: Callable[[Path], list[Item]] = lambda scratch: []
-    """Writes, into an empty directory, the further files, which are made only to be pushed."""
+    """Writes further files, which exist only for the upload, into an empty directory, and returns them."""
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """What is pushed of one iteration to one repo."""
+    """One iteration's commit to one repo."""
 
     repo: str
     kind: Kind
@@ -96,17 +96,17 @@ class Parcel:
 
     @property
     def tag(self) -> str:
-        """Its tag in the repo."""
+        """The tag of the commit."""
         return tag_of(self.iteration)
 
     @functools.cached_property
     def content(self) -> Content:
-        """Its files, which are looked at only when they are needed."""
+        """The files, read on first use."""
         return self.fill()
 
 
 def ready(run: RunDirectory, section: HubSection) -> Iterator[tuple[str, str, int]]:
-    """What is ready to be pushed, of every iteration whose policy is judged, in order: repo, role, iteration."""
+    """(repo, role, iteration) of everything that can be pushed, in order: the iterations with an evaluated policy."""
     story = Story(run, section)
     for iteration in range(run.iterations + 1):
         if story.has(name_of(iteration, "evaluation")):
@@ -117,7 +117,7 @@ def ready(run: RunDirectory, section: HubSection) -> Iterator[tuple[str, str, in
 
 
 def parcels(run: RunDirectory, section: HubSection, writer: RolloutsWriter) -> Iterator[Parcel]:
-    """All that is ready to be pushed."""
+    """The uploads of everything that can be pushed."""
     story = Story(run, section)
     fill: dict[str, Callable[[Story, str, int], Content]]
     fill = {"checkpoint": _checkpoint, "pairs": _pairs, "rollouts": functools.partial(_rollouts, writer)}
@@ -128,14 +128,14 @@ def parcels(run: RunDirectory, section: HubSection, writer: RolloutsWriter) -> I
 
 
 def report_files(run: RunDirectory) -> list[Item]:
-    """The run's report, as far as there is one."""
+    """The files of the run's report; none where it has no report."""
     page = run.path / REPORT_PAGE
-    beside = sorted((run.path / REPORT_FOLDER).glob("*.js"))  # what the page loads
-    return [Item(path.relative_to(run.path).as_posix(), path) for path in (page, *beside)] if page.is_file() else []
+    chunks = sorted((run.path / REPORT_FOLDER).glob("*.js"))  # which the page loads
+    return [Item(path.relative_to(run.path).as_posix(), path) for path in (page, *chunks)] if page.is_file() else []
 
 
 def _stage(story: Story, role: str, iteration: int) -> str:
-    """The stage whose output becomes a parcel."""
+    """The stage whose artifact is uploaded."""
     if role == "checkpoint":
         return name_of(iteration, "training") if iteration else INITIAL
     return name_of(iteration, {"pairs": "pairs", "rollouts": story.answers}[role])
@@ -176,12 +176,12 @@ def _rollouts(writer: RolloutsWriter, story: Story, repo: str, iteration: int) -
 
 
 def split_file(iteration: int) -> str:
-    """Where a data set has the rows of an iteration."""
+    """The path of an iteration's rows in a data set."""
     return f"data/iteration_{iteration}.parquet"
 
 
 def provenance_of(artifact: Artifact, **others: Artifact) -> bytes:
-    """What of a manifest says what an artifact is, and not when, where and how fast it was made."""
+    """The parts of a manifest that identify an artifact, without when, where and how fast it was computed, as JSON."""
 
     def part(artifact: Artifact) -> dict[str, object]:
         manifest = artifact.manifest

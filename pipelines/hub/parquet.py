@@ -1,4 +1,4 @@
-"""Rollouts as Parquet, written in the environment of the annotation stages: the driver's has no pyarrow."""
+"""Writes rollouts as Parquet, in the environment `annotation`: the driver's has no pyarrow."""
 
 import json
 import subprocess
@@ -13,18 +13,18 @@ from pipelines.run.directory import RunDirectory
 
 
 class RolloutsWriter:
-    """Writes rollouts as Parquet, by a process that is started for the first and kept for what comes: its imports take
-    longer than an iteration's rows."""
+    """Writes rollouts as Parquet in a process that is started once and reused: its imports take longer than writing the
+    rows of an iteration."""
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
         self._process: _Process | None = None
 
     def write(self, rollouts: Path, scores: Mapping[str, Path], target: Path) -> None:
-        """Write the rows of an artifact of rollouts, each with its answers' scores by scorer.
+        """Write the rows of an artifact of rollouts, each with the scores of its completions by scorer.
 
         Raises:
-            UserError: the environment is not there, something is damaged, or the disk is full.
+            UserError: the environment is missing, an artifact is damaged, or the disk is full.
         """
         if self._process is None:
             self._process = _Process(self._run.config)
@@ -36,7 +36,7 @@ class RolloutsWriter:
         answer = self._process.ask(json.dumps(request).encode() + b"\n")
         if answer.endswith(b"\n"):
             mistake = json.loads(answer)
-        else:  # it has ended; the next is written by another one
+        else:  # the process has ended; the next call starts another one
             mistake = self._process.log_tail()
             self.close()
         if mistake is not None:
@@ -50,7 +50,7 @@ class RolloutsWriter:
 
 
 class _Process:
-    """`python -m annotation.rollouts_parquet`, which ends with this process, however that ends."""
+    """`python -m annotation.rollouts_parquet`, which ends with this process, even when this one is killed."""
 
     def __init__(self, config: RunConfig) -> None:
         argv = ["-P", "-m", "annotation.rollouts_parquet"]
@@ -65,7 +65,7 @@ class _Process:
         )
 
     def ask(self, request: bytes) -> bytes:
-        """The answer to a request; nothing, or half of one, where the process has ended."""
+        """The answer to a request, a line; empty or without its newline where the process has ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -76,14 +76,14 @@ class _Process:
         return self._process.stdout.readline()
 
     def log_tail(self) -> str:
-        """What it said last, when it has ended."""
+        """Wait for the end of the process, and return the last line of its stderr."""
         code = self._process.wait()
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()
-        return f"{lines[-1] if lines else 'its process said nothing'} (exit code {code})"
+        return f"{lines[-1] if lines else 'its process wrote no message'} (exit code {code})"
 
     def end(self) -> None:
-        """End it: what it has answered is written."""
+        """Kill the process. Files for which it has answered are complete."""
         self._process.kill()
         self._process.communicate()
         self._said.close()

@@ -1,4 +1,4 @@
-"""Pushing a run: every parcel once, in order, with what became of it told in the run's events."""
+"""Pushes a run's uploads to the Hub, each once and in order, and records the outcomes in the run's events."""
 
 import contextlib
 import fcntl
@@ -18,14 +18,14 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, HubPushed, HubPushFailed, pushed_to_hub
 
 PLAN_SECONDS = 10.0
-"""How long `--dry-run` asks a Hub that does not answer."""
+"""Seconds for which `--dry-run` retries a Hub that does not answer."""
 SCRATCH = ".hub"
-"""Directory in a run's with what is made only to be pushed, and the lock of who pushes."""
+"""Subdirectory of a run for files that exist only to be uploaded, and for the lock of the process that pushes."""
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What became of something that was to be pushed."""
+    """The outcome for one upload, or for the report."""
 
     repo: str
     kind: Kind
@@ -34,20 +34,20 @@ class Pushed:
     commit: str | None = None
     error: str | None = None
     lasts: bool = False
-    """Whether the failure stays until somebody does something."""
+    """Whether the failure is permanent: no retry succeeds until somebody fixes the cause."""
 
     def as_data(self) -> dict[str, Any]:
-        """For --json."""
+        """The fields that `--json` prints."""
         return {name: value for name, value in asdict(self).items() if name != "lasts" and value is not None}
 
 
 class Pusher:
-    """Pushes one run. Only one of them works at a time; what it knows is on the Hub and in the run's events."""
+    """Pushes one run. One process pushes at a time; its only state is on the Hub and in the run's events."""
 
     def __init__(self, run: RunDirectory, section: HubSection, patience: Callable[[], float] | None = None) -> None:
-        """`patience` is how many seconds to try something again; by default, as the section says."""
+        """`patience` returns for how many seconds to retry a request; by default the section's `patience_seconds`."""
         self.trouble: Callable[[Failure], object] = lambda failure: None
-        """Is told at once of what is tried again, by whoever waits for it."""
+        """Called with the first failure of a request, at once, for callers that a user is watching."""
         self.run = run
         self.section = section
         self.patience = patience or (lambda: section.patience_seconds)
@@ -57,10 +57,10 @@ class Pusher:
 
     @contextlib.contextmanager
     def alone(self, *, wait: bool = True) -> Iterator[None]:
-        """Be the only one who pushes this run.
+        """Hold the lock that lets only one process push this run.
 
         Raises:
-            UserError: another process does, and this is not to wait for it.
+            UserError: another process holds the lock, and `wait` is false.
         """
         self.scratch.mkdir(exist_ok=True)
         with contextlib.ExitStack() as held:
@@ -69,7 +69,7 @@ class Pusher:
             elif not try_lock(held.enter_context((self.scratch / "lock").open("a+")), fcntl.LOCK_EX):
                 raise UserError(
                     f"{self.run.path} is being pushed right now by another process (its log is {LOG}). `pipeline "
-                    "status` tells what becomes of it, and --dry-run what is there."
+                    "status` shows how it goes, and --dry-run what is on the Hub."
                 )
             for left in self.scratch.glob("tmp*"):
                 shutil.rmtree(left)
@@ -77,11 +77,11 @@ class Pusher:
             yield
 
     def push(self, *, only: int | None = None, known: bool = False) -> Iterator[Pushed]:
-        """Have on the Hub whatever is ready; after something failed in a repo, nothing more is pushed to it.
+        """Push everything that is ready; after a failure in a repo, nothing more is pushed to that repo.
 
         Args:
-            only: this iteration alone.
-            known: leave out what the events say is there; else the Hub itself is asked.
+            only: push this iteration alone.
+            known: skip what is on the Hub according to the run's events; otherwise the Hub itself is asked.
         """
         self.failed.clear()
         there = pushed_to_hub(self.run.events()) if known else set()
@@ -94,7 +94,7 @@ class Pusher:
             yield found
 
     def report(self) -> Iterator[Pushed]:
-        """Have the run's report on the Hub, if there is one, beside what was pushed before."""
+        """Push the run's report, if there is one, to a repo that has uploads already."""
         repo, kind = first_repo(self.section)
         files = report_files(self.run)
         if not self.section.report or not files or repo in self.failed:
@@ -110,7 +110,7 @@ class Pusher:
             yield self._told(Pushed(repo, kind, REPORT, "on the Hub", commit))
 
     def plan(self, *, only: int | None = None) -> Iterator[Pushed]:
-        """What `push` would do; nothing is written anywhere."""
+        """The outcomes that `push` would have; nothing is written."""
         for parcel in parcels(self.run, self.section, self._writer):
             if only in (None, parcel.iteration):
                 yield self._planned(parcel)
@@ -145,7 +145,7 @@ class Pusher:
         return Pushed(*place, "on the Hub" if commit else "would be pushed", commit)
 
     def _told(self, found: Pushed) -> Pushed:
-        """Record what is news."""
+        """Record an outcome in the run's events, unless it is the same as the last one of this upload."""
         event: HubPushed | HubPushFailed
         if found.state == "failed":
             event = HubPushFailed(
@@ -154,20 +154,20 @@ class Pusher:
         else:
             event = HubPushed(repo=found.repo, kind=found.kind, what=found.what, commit=found.commit or "")
         if not _is_known(event, self.run.events()):
-            with contextlib.suppress(OSError):  # a full disk, which the run itself tells
+            with contextlib.suppress(OSError):  # a full disk, which the run itself reports
                 self.run.record(event)
         return found
 
 
 def first_repo(section: HubSection) -> tuple[str, Kind]:
-    """Where the report goes."""
+    """The repo that gets the report, and its kind."""
     if section.model is not None:
         return section.model, "model"
     return section.pairs or section.rollouts or "", "dataset"
 
 
 def _is_known(event: HubPushed | HubPushFailed, events: list[Event]) -> bool:
-    """Whether the last thing that was told about the same is the same."""
+    """Whether the last event about the same upload says the same."""
     for other in reversed(events):
         if isinstance(other, HubPushed | HubPushFailed) and (other.repo, other.what) == (event.repo, event.what):
             if isinstance(event, HubPushed):

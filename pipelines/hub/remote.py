@@ -1,10 +1,10 @@
-"""The Hub itself: what is there, and putting a parcel there so that it is there once.
+"""Reads and writes repos on the Hub, so that each upload is committed exactly once.
 
-Every step can be killed at any instant, and its answer can be lost; the next try looks first at what is there:
+The process can be killed at any instant, and answers can be lost; every try first looks at what the repo has:
 
-    nothing                       the repo is made
-    files of the LFS store        are recognised by the store and not sent again
-    the commit without its tag    is recognised by its content, and tagged
+    no repo                       it is created
+    files in the LFS store        the store recognises them, and they are not sent again
+    the commit without its tag    it is recognised by its content, and tagged
     the commit and its tag        nothing is left to do
 """
 
@@ -26,15 +26,15 @@ from pipelines.hub.cards import is_own
 from pipelines.hub.parcels import README, REPORT_FOLDER, Item, Kind, Parcel
 
 OWN_FILES = {".gitattributes", README}
-"""What a repo has that was only just made."""
+"""The files of a newly created repo."""
 
-hub_logging.get_logger("huggingface_hub").setLevel("ERROR")  # its warnings name addresses with signatures in them
+hub_logging.get_logger("huggingface_hub").setLevel("ERROR")  # its warnings contain signed URLs
 if not sys.stderr.isatty():
     disable_progress_bars()
 
 
 class RefusedError(Exception):
-    """The Hub has other content than what would be pushed, which stays as it is."""
+    """The repo has content that an upload would conflict with; it is never overwritten."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Remote:
         self._place: dict[str, Any] = {"repo_id": repo, "repo_type": kind}
 
     def head(self) -> Head | None:
-        """What is there; None: no such repo."""
+        """The repo's newest commit and tags; None where the repo does not exist."""
         try:
             refs = self._api.list_repo_refs(**self._place)
         except RepositoryNotFoundError:
@@ -64,14 +64,15 @@ class Remote:
         return Head(branches["main"], {ref.name: ref.target_commit for ref in refs.tags})
 
     def create(self, *, private: bool) -> None:
-        """Make the repo, if it is not there."""
+        """Create the repo if it does not exist."""
         self._api.create_repo(self.repo, repo_type=self.kind, private=private, exist_ok=True)
 
     def find(self, parcel: Parcel, head: Head) -> tuple[str | None, bool]:
-        """The commit that is a parcel's, and whether it has its tag.
+        """The commit of an upload (None: there is none yet), and whether it has its tag.
 
         Raises:
-            RefusedError: the tag is there with other content, or the repo is somebody else's.
+            RefusedError: the tag exists with other content, a later iteration is there already, or the repo is not one
+                of Ratchet's.
         """
         if (tagged := head.tags.get(parcel.tag)) is not None:
             if not self.holds(parcel, tagged):
@@ -95,7 +96,7 @@ class Remote:
         return None, False
 
     def require_ours(self, head: Head) -> None:
-        """Raise RefusedError where a repo has files, and no iteration of any run."""
+        """Raise RefusedError where a repo has files but no tag of an iteration."""
         if not _iterations(head) and (others := sorted(self.tree(head.commit).keys() - OWN_FILES)):
             raise RefusedError(
                 f"{self.repo} exists and holds what no run of Ratchet has pushed there ({', '.join(others[:3])}"
@@ -103,23 +104,23 @@ class Remote:
             )
 
     def holds(self, parcel: Parcel, commit: str) -> bool:
-        """Whether a commit has a parcel's files, by their content."""
+        """Whether a commit has an upload's files, compared by content."""
         tree = self.tree(commit)
         return all(item.path in tree and _same(tree[item.path], item) for item in parcel.content.items)
 
     def tree(self, commit: str) -> dict[str, RepoFile]:
-        """The files of a commit."""
+        """The files of a commit by path."""
         entries = self._api.list_repo_tree(**self._place, revision=commit, recursive=True)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def push(self, parcel: Parcel, scratch: Path, *, private: bool) -> str:
-        """Have a parcel on the Hub, with its tag; returns the commit."""
+        """Commit and tag an upload, as far as that is not done yet. Returns the commit."""
         head = self.head()
         if head is None:
             self.create(private=private)
             head = self.head()
             if head is None:
-                raise TransientError("it was made just now, and is not there yet")
+                raise TransientError("it was created just now, and cannot be read yet")
         commit, has_tag = self.find(parcel, head)
         if commit is None:
             commit = self._commit(parcel, head, scratch)
@@ -137,7 +138,7 @@ class Remote:
             return self._send(items, head.commit, parcel.title, [path for path in content.obsolete if path in tree])
 
     def _has_own_card(self, commit: str) -> bool:
-        """Whether the card is one that was pushed, and nobody has written into it since."""
+        """Whether the card was written by Ratchet and has not been edited since."""
         url = hf_hub_url(self.repo, README, repo_type=self.kind, revision=commit)
         answer = get_session().get(url, headers=build_hf_headers())
         hf_raise_for_status(answer)
@@ -156,7 +157,7 @@ class Remote:
         return str(made.oid)
 
     def push_report(self, items: list[Item], title: str) -> str | None:
-        """Have the report at the end of the main branch; returns the commit, None where nothing was pushed before."""
+        """Commit the report to the main branch, unless it is there. Returns the commit; None in a repo without tags."""
         head = self.head()
         if head is None or not head.tags:
             return None
@@ -169,7 +170,7 @@ class Remote:
 
 
 def _iterations(head: Head) -> list[int]:
-    """The iterations that have a tag."""
+    """The iterations that have a tag, ascending."""
     numbers = [name.removeprefix("iteration-") for name in head.tags if name.startswith("iteration-")]
     return sorted(int(number) for number in numbers if number.isdecimal())
 

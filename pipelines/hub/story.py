@@ -1,4 +1,4 @@
-"""What a run's manifests tell about an iteration, as a card needs it."""
+"""Reads from a run's manifests what the cards on the Hub need."""
 
 import functools
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from pipelines.run.metrics import best_of
 
 
 def public(value: Any) -> Any:
-    """A value of a config without the directories of this machine: of an absolute path its last part."""
+    """A value of a config with every absolute path reduced to its last part, so that no directory is published."""
     if isinstance(value, dict):
         return {name: public(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -26,7 +26,7 @@ def public(value: Any) -> Any:
 
 
 class Story:
-    """The story of a run up to some iteration, read from what is published."""
+    """Access to the published artifacts of a run, by iteration."""
 
     def __init__(self, run: RunDirectory, section: HubSection) -> None:
         self.run = run
@@ -35,29 +35,29 @@ class Story:
 
     @functools.cached_property
     def config(self) -> RunConfig:
-        """The configuration of the run's last command."""
+        """The config of the run's last command."""
         return self.run.config
 
     def metrics(self, last: int) -> Iterator[dict[str, Any]]:
-        """Of each iteration up to `last` what its evaluation says of its policy."""
+        """The evaluation metrics of each iteration's policy up to `last`, where they are published."""
         for iteration in range(last + 1):
             evaluation = self.published(name_of(iteration, "evaluation"))
             if evaluation is not None:
                 yield evaluation.manifest.facts["metrics"]
 
     def decided(self, iteration: int) -> GateDecision | None:
-        """What the gates have decided after an iteration, if there are any."""
+        """The decision of the gates after an iteration; None without gates, or before they have decided."""
         gate = self.published(name_of(iteration, "gate")) if self.config.gates else None
         return None if gate is None else msgspec.convert(gate.manifest.facts["gate"], GateDecision)
 
     def best(self, last: int) -> int:
-        """The best iteration up to `last`, of those that no gate has refused."""
+        """The iteration with the best policy up to `last`, among those that no gate has refused."""
         decided = filter(None, (self.decided(iteration) for iteration in range(1, last + 1)))
         refused = {decision.iteration for decision in decided if decision.refused}
         return int(best_of([(self.run.path, metrics) for metrics in self.metrics(last)], refused)[1]["iteration"])
 
     def scores_of(self, iteration: int) -> dict[str, Artifact]:
-        """What the scorers say of the answers that an iteration trained on, by scorer."""
+        """The scores of the rollouts that an iteration trained on, by scorer."""
         found = {}
         for name in self.config.scorers:
             artifact = self.published(name_of(iteration, f"selected/{name}" if self.selects else name))
@@ -67,16 +67,16 @@ class Story:
 
     @property
     def selects(self) -> bool:
-        """Whether iterations are trained on answers that are selected from several rounds."""
+        """Whether iterations train on rollouts that dynamic sampling has selected."""
         return self.config.prompts.dynamic_sampling is not None
 
     @property
     def answers(self) -> str:
-        """The stage of an iteration that has published the answers that it is trained on."""
+        """The name, within an iteration, of the stage that publishes the rollouts it trains on."""
         return "selected/rollouts" if self.selects else "generation"
 
     def stages(self, iteration: int) -> Iterator[tuple[str, Artifact]]:
-        """What an iteration has published, by its name there, in the order in which it was made."""
+        """The artifacts of an iteration in the order of its stages, each with its name within the iteration."""
         made_of_answers = ("selected/rollouts", "reference", "values", "pairs", "experience", "training")
         for name in ("generation", *self.config.scorers, *made_of_answers):
             artifact = self.published(name_of(iteration, name))
@@ -84,7 +84,7 @@ class Story:
                 yield name, artifact
 
     def setup(self) -> Iterator[tuple[str, Artifact]]:
-        """What was published before the first iteration."""
+        """The artifacts of the stages before the first iteration, with their names."""
         prompts = (*self.config.prompts.import_roles.values(), "prompts/heldout")
         for name in (*prompts, "setup/sft", "setup/reward-model/training"):
             artifact = self.published(name)
@@ -92,13 +92,13 @@ class Story:
                 yield name, artifact
 
     def published(self, name: str) -> Artifact | None:
-        """The artifact of a stage, if it is there."""
+        """The artifact of a stage; None where it has not published."""
         return self.made(name) if self.has(name) else None
 
     def has(self, name: str) -> bool:
-        """Whether a stage has published."""
+        """Whether a stage has published its artifact."""
         return (self.run.path / name / MANIFEST).is_file()
 
     def made(self, name: str) -> Artifact:
-        """The artifact of a stage that has published."""
+        """The artifact of a stage that has published one."""
         return Artifact.open(self.run.path / name)

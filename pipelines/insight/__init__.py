@@ -1,1 +1,1 @@
-"""What a run has to tell: readers that change nothing."""
+"""Shows what is known of runs: status, plans, simulations, reports, hooks and trackers. Nothing here changes a run."""

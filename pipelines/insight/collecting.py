@@ -1,11 +1,11 @@
-"""Collects what stages report, and what they publish, into the run's metrics.jsonl.
+"""Collects the metrics that stages report and publish into the run's metrics.jsonl.
 
-Names of metrics come in groups, so that they can be read by people who see hundreds of them:
+The names of metrics are grouped by prefixes:
 
-    train/        each optimizer step of the policy; of other trainings: sft/, reward-model/, critic/
-    eval/         the evaluations (eval/reward_mean; of your own eval/NAME/...), and the stages that answer and score
-                  held-out prompts
-    data/         what was sampled, scored, chosen and dropped
+    train/        each optimizer step of the policy; sft/, reward-model/ and critic/ for the other trainings
+    eval/         the evaluations (eval/reward_mean; eval/NAME/... for your own), and the stages that sample and score
+                  responses to held-out prompts
+    data/         numbers of what was sampled, scored, chosen and dropped
     system/       seconds, rows and tokens per second of each stage
 """
 
@@ -27,13 +27,13 @@ from pipelines.run.points import PointStream
 
 SPEED = "_per_second"
 HELD_OUT = "held_out_"
-"""Beginning of the names of what a training measures when all its steps are done: a stage's metrics, not a step's."""
+"""Prefix of the metrics that a training measures once after its last step: they belong to the stage, not to a step."""
 OWN_EVALUATIONS = "evaluations"
-"""Beginning of the roles of the user's own evaluations."""
+"""Prefix of the roles of the user's own evaluations."""
 
 
 class Collector:
-    """Collects the points of a run's stages. All that it knows is on the disk, so anybody can go on at any time."""
+    """Collects the points of a run's stages. All its state is on the disk, so any process can continue at any time."""
 
     def __init__(self, run: RunDirectory, graph: Graph) -> None:
         self._run = run
@@ -44,11 +44,11 @@ class Collector:
         self._newest = _newest_trainings(graph)
 
     def collect(self, stage: str) -> None:
-        """Record what the attempts at a stage have reported since the last call."""
+        """Record the points that the attempts at a stage have reported since the last call."""
         self._stream.record(list(self._reported(self._graph.nodes[stage])))
 
     def finish(self, stage: str) -> None:
-        """Record what a stage has reported and, if it has, published."""
+        """Record the points that a stage has reported and, once it has published, those of its manifest."""
         node = self._graph.nodes[stage]
         if not (node.output / MANIFEST).is_file():
             self.collect(stage)
@@ -64,10 +64,13 @@ class Collector:
         self._stream.record([*points, self._point(node, manifest.key, summary, dict(_published(node, manifest)))])
 
     def _reported(self, node: Node, published: str | None = None) -> Iterator[Point]:
-        """What attempts have reported and nobody has read; of those that follow another stage when its key is known.
+        """The reported points that were not read yet.
+
+        An attempt that streams from another stage does not know its stage key while it runs; its points are read once
+        the stage has published.
 
         Args:
-            published: that key, what the stage has published under.
+            published: the stage key of the published artifact; None: the stage has not published.
         """
         attempts = self._run.attempts(node.name)
         last = decision_of(attempts[-1]) if attempts else None
@@ -83,18 +86,18 @@ class Collector:
                 if not whole:
                     continue
                 self._read[file] = begin + len(whole)
-                if decision is None:  # the logs were damaged
+                if decision is None:  # the attempt's logs are damaged
                     continue
                 for report in decode_reports(whole):
                     yield self._point(node, decision.key, report, _renamed(node, report.metrics))
 
     def _logged(self, node: Node, key: str) -> Iterator[Point]:
-        """The steps in a published log: the same that were reported, unless the logs of an attempt were lost."""
+        """The points of a published training log: those that were reported, also where an attempt's logs were lost."""
         time = (node.output / MANIFEST).stat().st_mtime
         log = node.output / node.stage.step_log
-        for line in log.read_bytes().splitlines() if log.exists() else ():  # `verify` tells of a lost one
+        for line in log.read_bytes().splitlines() if log.exists() else ():  # `verify` reports a lost one
             found = msgspec.json.decode(line, type=dict[str, float])
-            metrics = {name: value for name, value in found.items() if not name.startswith(HELD_OUT)}  # the stage's
+            metrics = {name: value for name, value in found.items() if not name.startswith(HELD_OUT)}
             yield self._point(
                 node, key, Report("step", int(metrics["step"]), round(time, 3), metrics), _renamed(node, metrics)
             )
@@ -117,11 +120,11 @@ class Collector:
         )
 
     def _done(self, node: Node) -> int:
-        """Optimizer steps of the newest policy that a stage depends on."""
+        """Total optimizer steps of the newest policy that a stage depends on."""
         return self._done_by(self._newest[node.name])
 
     def _done_by(self, iteration: int) -> int:
-        """Optimizer steps of the policy until the end of an iteration's training."""
+        """Total optimizer steps of the policy at the end of an iteration's training."""
         if iteration < 1:
             return 0
         if iteration not in self._steps:
@@ -134,7 +137,7 @@ class Collector:
 
 
 def _newest_trainings(graph: Graph) -> dict[str, int]:
-    """For each stage the last iteration whose training it depends on; 0 where it is none."""
+    """By stage, the last iteration whose training it depends on; 0 for none."""
     found: dict[str, int] = {}
     for node in graph.nodes.values():
         needed = [graph.nodes[name] for name in node.needs]
@@ -144,7 +147,7 @@ def _newest_trainings(graph: Graph) -> dict[str, int]:
 
 
 def group_of(node: Node) -> str:
-    """The group of a stage's metrics."""
+    """The prefix of a stage's metrics."""
     role = _short(node.role)
     if node.workload == "training":
         return "train" if role == "training" else role
@@ -168,7 +171,7 @@ def _renamed(node: Node, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _published(node: Node, manifest: Manifest) -> Iterator[tuple[str, float]]:
-    """The metrics of a whole stage, from its manifest."""
+    """The metrics of a stage as a whole, from its manifest."""
     group, system = group_of(node), f"system/{node.role}"
     own = node.role.startswith(f"{OWN_EVALUATIONS}/")
     for name, value in manifest.facts.get("metrics", {}).items():

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
+"""Shows a run's progress while it is driven: as a live table on a terminal, as plain lines elsewhere."""
 
 import errno
 import time
@@ -21,14 +21,14 @@ from pipelines.run.events import Event, StageFailed, StagePublished, StageReused
 from pipelines.text import fits, stacked
 
 LOOK_SECONDS = 1.0
-"""How often the remaining time of the table is computed anew: all stages are looked at for that."""
+"""Shortest time between two estimates of the remaining time: each looks at all stages."""
 
 
 class Display:
-    """Tells what happens to each stage, and how far the running ones are: a reader of the run's events."""
+    """A listener that prints what happens to each stage, and the progress of those that run."""
 
     def __init__(self, console: Console, run: RunDirectory, graph: Graph, *, quiet: bool = False):
-        """Tell of the stages of a graph; with `quiet` only what goes wrong."""
+        """Show the stages of a graph; with `quiet`, print only what goes wrong."""
         self.console = console
         self._run = run
         self._total = len(graph.nodes)
@@ -51,14 +51,14 @@ class Display:
                 self._live.stop()
 
     def __call__(self, events: list[Event]) -> None:
-        """Tell these events, and renew the table."""
+        """Print these events, and update the table."""
         if not self._is_gone:
             with self._unless_gone():
                 self._tell(events)
 
     @contextmanager
     def _unless_gone(self) -> Iterator[None]:
-        """Print no more once the terminal is closed: nobody looks at it."""
+        """Print nothing more once the terminal has been closed."""
         try:
             yield
         except OSError as error:
@@ -80,14 +80,14 @@ class Display:
             self._live.update(self._table(), refresh=True)
 
     def _note(self, event: Event) -> None:
-        """Keep account of what runs."""
+        """Keep track of the running stages."""
         if isinstance(event, StageStarted):
             self._running[event.stage] = event
         elif isinstance(event, StagePublished | StageReused | StageFailed):
             self._running.pop(event.stage, None)
 
     def _shares(self) -> dict[str, float]:
-        """How far the running stages are."""
+        """Progress of the running stages, from 0 to 1."""
         return {name: share_of(self._attempt(started)) for name, started in self._running.items()}
 
     def _attempt(self, started: StageStarted) -> Path:
@@ -104,7 +104,7 @@ class Display:
         return stacked(self.console, self._rows("", ""), ", ".join(filter(None, (done, self._words))))
 
     def _rows(self, *titles: str) -> Table:
-        """What runs; the titles are those of the first column and of the last."""
+        """The table of running stages; `titles` are those of the first and the last column."""
         table = Table(box=None, pad_edge=False)
         for title in (titles[0], "seconds", "progress", titles[1]):
             table.add_column(title)

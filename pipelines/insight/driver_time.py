@@ -1,4 +1,4 @@
-"""What the driver itself takes between stages, by the events of runs."""
+"""Measures the driver's own time between stages, from the events of runs."""
 
 import contextlib
 import statistics
@@ -13,28 +13,29 @@ from pipelines.run.events import Event, StagePublished, StageStarted
 
 
 def costs_here(config: RunConfig, runs: Iterable[RunDirectory] = ()) -> DriverCosts | None:
-    """What the driver took between stages in the runs of this directory, and in others; None where there are none."""
+    """The driver's median cost in the runs of the config's directory and in others; None if it was not measured."""
     found = []
     for run in [*map(RunDirectory, runs_below(config.directory, 1)), *runs]:
-        with contextlib.suppress(OSError, UserError):  # a damaged run says nothing
+        with contextlib.suppress(OSError, UserError):  # a damaged run does not count
             found.append(driver_costs(run.events()))
     starts = [costs.start for costs in found if costs is not None]
     return DriverCosts(statistics.median(starts)) if starts else None
 
 
 def driver_costs(events: Iterable[Event], seconds: Mapping[str, float] | None = None) -> DriverCosts | None:
-    """What the driver has taken to start stages and to take note of their ends, by the events of a run.
+    """The mean seconds that the driver has taken to start a stage and to record its end, from the events of a run.
 
-    Of each the mean, because a run is as long as their sum. What it waited for meanwhile does not count: the pause
-    before a further attempt, the start of a stage that another one follows, what it had in hand when a stage ended.
+    They are means, because a run's duration depends on the sums. Time in which the driver had to wait does not count:
+    the pause before a retry, the start of the stage that a streaming stage follows, and the work in progress when a
+    stage ended.
 
     Args:
-        events: of the run.
-        seconds: what the stages themselves have taken, from the start of their process to its end; None: what is
-            predicted of stages has the driver's part of their end in it (as profiles have).
+        events: the events of the run.
+        seconds: the durations of the stages themselves, from the start of their process to its end. None: the predicted
+            durations of stages include the driver's time at their end, as profiles do; it is then returned as 0.
 
     Returns:
-        None where the events do not say.
+        The costs; None where the events do not determine them.
     """
     starts, ends = [], [0.0] if seconds is None else []
     begun: dict[str, float] = {}

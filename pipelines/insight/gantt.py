@@ -1,4 +1,4 @@
-"""A plan's timeline as a picture: SVG, which stands by itself."""
+"""Draws a plan's timeline as a self-contained SVG."""
 
 from html import escape
 
@@ -6,12 +6,12 @@ from pipelines.insight.plan import PlannedStage, PlanView, lanes_of
 
 WIDTH, MARGIN, LANE, GAP = 960, 150, 26, 4
 COLOURS = {"generation": "#4878a8", "scoring": "#6aa56a", "training": "#c8743c", "light": "#999999"}
-"""By what stages are to a scheduler."""
+"""Colours of the bars by workload."""
 TICKS = 6
 
 
 def picture(view: PlanView) -> str:
-    """A line for each device, or for those that do the same, with what it computes from left to right."""
+    """The SVG: a lane for each device, or for devices with the same stages, and a bar for each stage."""
     lanes = lanes_of(view)
     height = len(lanes) * (LANE + GAP) + 60
     scale = (WIDTH - MARGIN - 10) / view.total if view.total else 0.0

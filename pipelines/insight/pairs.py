@@ -1,4 +1,4 @@
-"""Pairs of the same answers side by side: how many, how far apart, how long, and which are in both."""
+"""Compares sets of pairs that strategies have chosen from the same responses: numbers, margins, lengths, overlap."""
 
 import statistics
 from collections.abc import Callable
@@ -15,22 +15,21 @@ from pipelines.text import plural, say
 
 
 class PairSet(msgspec.Struct, frozen=True):
-    """Pairs as numbers."""
+    """Statistics of one set of pairs. Scores and margins are means over its pairs, lengths are in tokens."""
 
     name: str
     path: str
     config: dict[str, Any]
-    """What chose them: the strategy, and all that the stage key has of its config."""
+    """The strategy, and the other settings of its stage that enter the stage key."""
     pairs: int
     proposed: int
-    """Pairs that the strategy proposed; of a prompt of which it proposed none, one."""
+    """Pairs that the strategy proposed; a prompt for which it proposed none counts as one."""
     dropped: dict[str, int]
     prompts: int
-    """That have a pair."""
+    """Prompts with a pair."""
     margin: float | None
-    """Mean; as all that follow, of the pairs, unless it says otherwise."""
     margin_10: float | None
-    """A tenth of the margins are below it."""
+    """The 10th percentile of the margins."""
     margin_50: float | None
     margin_90: float | None
     chosen_score: float | None
@@ -38,38 +37,38 @@ class PairSet(msgspec.Struct, frozen=True):
     chosen_tokens: float | None
     rejected_tokens: float | None
     chosen_longer: float | None
-    """Share of the pairs whose chosen answer is the longer one, two of one length being half."""
+    """Share of the pairs whose chosen answer is the longer one; equal lengths count as half."""
     answers: int
-    """Different answers in them."""
+    """Distinct answers in the pairs."""
     reward_length_correlation: float | None = None
-    """Of the score that selects with the length of all scored answers; None where it is not known."""
+    """Correlation of the selecting score with the length, over all scored answers; None where it is not known."""
 
 
 class SharedPairs(msgspec.Struct, frozen=True):
-    """What a set of pairs has in common with the first one."""
+    """The overlap of a set of pairs with the first set."""
 
     name: str
     pairs: int
     only_first: int
     only_here: int
     turned: int
-    """Pairs of the same two answers, of which the other one is chosen."""
+    """Pairs of the same two answers with chosen and rejected swapped."""
     prompts: int
-    """That have a pair in both."""
+    """Prompts with a pair in both sets."""
 
 
 class PairComparison(msgspec.Struct, frozen=True):
-    """Sets of pairs of the same answers."""
+    """Several sets of pairs that were chosen from the same responses."""
 
     run: str
     iteration: int
     sets: list[PairSet]
     shared: list[SharedPairs]
-    """Of all sets but the first."""
+    """One entry for each set but the first."""
 
 
 def compare_pairs(run: str, iteration: int, artifacts: dict[str, Artifact]) -> PairComparison:
-    """Compare the pairs of artifacts, given by name, with those of the first."""
+    """Compare artifacts of pairs, given by name, with the first of them."""
     read = {name: _read(name, artifact) for name, artifact in artifacts.items()}
     (_, (_, first)), *others = read.items()
     shared = []
@@ -83,7 +82,7 @@ def compare_pairs(run: str, iteration: int, artifacts: dict[str, Artifact]) -> P
 
 
 def _read(name: str, artifact: Artifact) -> tuple[PairSet, set[tuple[str, int, int]]]:
-    """The numbers of an artifact, and its pairs as prompt, chosen and rejected sample."""
+    """The statistics of an artifact, and its pairs as (prompt id, chosen sample, rejected sample)."""
     keys: set[tuple[str, int, int]] = set()
     numbers: list[tuple[float, float, float, int, int]] = []
     for pair in artifact.rows(Pair):
@@ -110,7 +109,7 @@ def _mean(values: Any) -> float | None:
 
 
 def _tenth(values: Any, number: int) -> float | None:
-    """The number-th tenth of values, by position."""
+    """The (10 * number)-th percentile of values, without interpolation; None without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, number * len(ordered) // 10)] if ordered else None
 
@@ -126,12 +125,12 @@ ROWS: tuple[tuple[str, Callable[[PairSet], str]], ...] = (
     ("chosen is the longer one", lambda it: "-" if it.chosen_longer is None else f"{it.chosen_longer:.0%}"),
     ("score and length, correlation", lambda it: _shown(it.reward_length_correlation, 2)),
 )
-"""What the table shows of each set, in order, behind the keys that differ; the reasons of dropped pairs follow the
-number of pairs."""
+"""The rows of the table, after the settings that differ: title, and the value for a set. The reasons of dropped pairs
+follow the number of pairs."""
 
 
 def print_pairs(console: Console, found: PairComparison) -> None:
-    """Print the sets as columns, and what they share as a sentence."""
+    """Print a table with a column for each set, and a sentence on each overlap."""
     table = Table(title=f"Pairs of {found.run}, iteration {found.iteration}")
     table.add_column("")
     for one in found.sets:
@@ -164,7 +163,7 @@ def as_json(found: PairComparison) -> str:
 
 
 def _value(value: Any) -> str:
-    """A key's value; of one that a config does not need to have, -."""
+    """The value of a config key as text; - for None."""
     if isinstance(value, dict):
         return ", ".join(f"{name}: {_value(item)}" for name, item in value.items())
     return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,7 +1,7 @@
-"""`pipeline plan`: who runs where and when, before it does. Durations are those of the run's own stages, where it has
-any.
+"""`pipeline plan show`: shows where and when each stage of a run will run.
 
-What it says of time follows from the rule by which the driver starts stages (pipelines/planning/scheduling.py).
+Durations are taken from the run's own earlier stages. Start times follow from the rule by which the driver starts
+stages (pipelines/planning/scheduling.py).
 """
 
 import itertools
@@ -28,16 +28,16 @@ from pipelines.run.events import Event
 from pipelines.text import numbers, say
 
 WIDTH, LEAST_WIDTH = 100, 16
-"""Characters of the timeline, and of one on a narrow terminal."""
+"""Characters of the timeline, by default and at least, on a narrow terminal."""
 UNIT = 1.0
-"""What a stage with a model takes where nothing is known; the others then take no time."""
+"""Duration of a stage with a model where no duration is known; other stages then take no time."""
 BESIDE = "beside"
-"""The lane of stages that are given no device."""
+"""The lane of stages without devices."""
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage: where it runs, and when."""
+    """Place and time of one stage."""
 
     stage: str
     role: str
@@ -46,23 +46,23 @@ class PlannedStage:
     executor: str
     pool: str
     devices: list[int] | None
-    """Of this machine, for it alone; None: it shares all of them, or a scheduler chooses."""
+    """Its exclusive devices on this machine; None: it shares all of them, or a scheduler assigns them."""
     layout: str
     start: float
     end: float
     measured: bool
-    """Whether stages of its role have been seen, so that its duration is theirs."""
+    """Whether its duration is that of earlier stages of its role."""
     critical: bool
 
 
 @dataclass(frozen=True)
 class PlannedPool:
-    """Devices, and what they have to do."""
+    """A pool of devices, and how busy it is."""
 
     name: str
     devices: list[int]
     idle: float
-    """The share of the run in which they compute nothing."""
+    """Share of the run's time in which the devices are idle."""
 
 
 @dataclass(frozen=True)
@@ -73,27 +73,27 @@ class PlanView:
     streaming: bool
     lag: int
     unit: str
-    """seconds, or units where nothing is known of any stage."""
+    """seconds, or units where no duration is known."""
     devices: str
-    """What this machine has, or the one that the config is written for."""
+    """The devices of this machine, or of the one that the config describes."""
     total: float
     shortest: float
-    """No order of these stages is shorter."""
+    """Lower bound on the duration of these stages in any order."""
     alone: float
-    """All of them, one after another."""
+    """Duration of all stages one after another."""
     critical: list[str]
     pools: list[PlannedPool]
     stages: list[PlannedStage]
 
 
 def view_plan(graph: Graph, config: RunConfig, cluster: Cluster, events: list[Event]) -> PlanView:
-    """The plan of a placed graph.
+    """The plan of a placed graph, with durations from the run's events.
 
     Args:
-        graph: placed.
-        config: the run's.
-        cluster: what it is placed on.
-        events: of the run so far, for the durations.
+        graph: the placed graph.
+        config: the run's config.
+        cluster: the devices that it is placed on.
+        events: the events of the run so far.
     """
     seconds, measured = durations(graph, events)
     followers = streams(graph, config)
@@ -109,15 +109,15 @@ def plan_of(
     measured: Collection[str],
     times: Mapping[str, tuple[float, float]],
 ) -> PlanView:
-    """The plan of a placed graph whose stages take so long, and start and end then.
+    """The plan of a placed graph with given durations and times.
 
     Args:
-        graph: placed.
-        config: the run's.
-        cluster: what it is placed on.
-        seconds: by stage.
-        measured: the roles that have been seen; without any, `seconds` are units.
-        times: by stage.
+        graph: the placed graph.
+        config: the run's config.
+        cluster: the devices that it is placed on.
+        seconds: duration of each stage.
+        measured: the roles with measured durations; if there are none, `seconds` are units.
+        times: (start, end) of each stage.
     """
     followers = streams(graph, config)
     path = critical_path(graph.nodes.values(), seconds, followers)
@@ -139,10 +139,10 @@ def plan_of(
 
 
 def durations(graph: Graph, events: list[Event]) -> tuple[dict[str, float], set[str]]:
-    """What each stage is expected to take, and the roles that have been seen.
+    """The expected duration of each stage, and the roles with measured durations.
 
-    One whose role has not is expected to take what others of its kind did; where nothing has been seen, every stage
-    with a model takes one unit.
+    A stage of another role is expected to take as long as other stages of its kind. Where nothing has been measured,
+    every stage with a model takes one unit.
     """
     known = seconds_by_role(graph, events)
     if not known:
@@ -187,7 +187,7 @@ def _has_devices(node: Node) -> bool:
 
 
 def _pools(stages: list[PlannedStage], total: float, cluster: Cluster) -> list[PlannedPool]:
-    """Pools of this machine; without any, all of its devices. Stages without devices keep none of them busy."""
+    """The pools of this machine, or one of all its devices. `stages` are those that use devices."""
     groups: dict[str, list[PlannedStage]] = {}
     for stage in stages:
         if stage.executor in HERE and stage.devices != []:
@@ -206,7 +206,7 @@ def _pools(stages: list[PlannedStage], total: float, cluster: Cluster) -> list[P
 
 
 def print_plan(console: Console, view: PlanView) -> None:
-    """The plan as a table, a timeline, the critical path and what stands idle."""
+    """Print the plan as a table and a timeline, with the critical path and the idle shares of pools."""
     lag = f", lag {view.lag}" if view.lag else ""
     also = f"{', streaming' if view.streaming else ''}{lag}"
     say(console, f"strategy {view.strategy}{also}; {view.devices}")
@@ -224,13 +224,13 @@ def print_plan(console: Console, view: PlanView) -> None:
             f"{f'pool {pool.name}' if pool.name else 'all devices'} ({numbers(pool.devices)}): idle {pool.idle:.0%}",
         )
     if view.unit == "units":
-        say(console, "How long stages take is not known yet: each with a model counts as one unit, the others as none.")
+        say(console, "No durations are known yet: each stage with a model counts as one unit, the others as none.")
     elif unseen := sorted({stage.role for stage in view.stages if not stage.measured}):
-        say(console, f"not seen yet, and expected to take what stages of their kind do: {', '.join(unseen)}")
+        say(console, f"not measured yet, and expected to take as long as others of their kind: {', '.join(unseen)}")
 
 
 def _rows(view: PlanView) -> Iterator[tuple[str, str, str, str, str]]:
-    """One for the stages of a role that run alike."""
+    """Rows of the table: one for all stages of a role with the same placement and layout."""
     groups: dict[tuple[str, str, str], list[PlannedStage]] = {}
     for stage in view.stages:
         groups.setdefault((stage.role, runs_on(stage, view), stage.layout), []).append(stage)
@@ -242,7 +242,7 @@ def _rows(view: PlanView) -> Iterator[tuple[str, str, str, str, str]]:
 
 
 def _by_iteration(view: PlanView) -> Iterator[str]:
-    """The critical path, a line for each iteration that it goes through."""
+    """The critical path, a line for each iteration."""
     stages = {stage.stage: stage for stage in view.stages}
     for iteration, names in itertools.groupby(view.critical, lambda name: stages[name].iteration):
         where = "before" if iteration is None else f"iteration {iteration}"
@@ -250,7 +250,7 @@ def _by_iteration(view: PlanView) -> Iterator[str]:
 
 
 def runs_on(stage: PlannedStage, view: PlanView) -> str:
-    """What a stage runs on."""
+    """The executor, pool and devices of a stage, in words."""
     pool = f" {stage.pool}" if stage.pool else ""
     if stage.executor not in HERE:
         return f"{stage.executor}{pool}"
@@ -260,11 +260,11 @@ def runs_on(stage: PlannedStage, view: PlanView) -> str:
 
 
 def timeline(view: PlanView, width: int = WIDTH, end: str = "", room: int | None = None) -> list[str]:
-    """A line for each device, or for those that do the same, with what it computes from left to right.
+    """The timeline as text: a line for each device, or for devices with the same stages.
 
     Args:
-        end: what its end is called; by default its time in the plan's unit.
-        room: characters of a line with its label, on a terminal that may be narrower.
+        end: label of the right end; by default the total time in the plan's unit.
+        room: width of the terminal in characters, which labels and timeline have to fit into.
     """
     if not view.total:
         return []
@@ -278,7 +278,7 @@ def timeline(view: PlanView, width: int = WIDTH, end: str = "", room: int | None
 
 
 def lanes_of(view: PlanView) -> dict[str, list[PlannedStage]]:
-    """What each device computes, or all of those that compute the same, in the order of their start."""
+    """The stages of each device, or of devices with the same stages, by label and in the order of their start."""
     timed = [stage for stage in view.stages if stage.end > stage.start]
     by_device: dict[int, list[PlannedStage]] = {}
     shared: dict[str, list[list[PlannedStage]]] = {}
@@ -316,16 +316,17 @@ def _drawn(stages: list[PlannedStage], total: float, width: int) -> str:
 
 
 def as_json(view: PlanView) -> str:
-    """The same as one JSON object."""
+    """The plan as one JSON object."""
     data: dict[str, Any] = asdict(view)
     return json.dumps(data, indent=1)
 
 
 def check_plan(graph: Graph, config: RunConfig) -> list[str]:
-    """What was looked at and found right, a line each.
+    """Check that a plan is possible. Returns a line for each check that has passed.
 
     Raises:
-        UserError: the plan asks for more than there is, for what a model cannot take, or a file that is not there.
+        UserError: the plan asks for more devices or memory than there are, for a layout that a model does not support,
+            or for a file that does not exist.
     """
     check_entries(graph, config)
     cluster = cluster_as_written(config)
@@ -334,7 +335,7 @@ def check_plan(graph: Graph, config: RunConfig) -> list[str]:
     needs, unknown = estimated(graph, on_gpu=device.gpus > 0)
     require_memory(graph, config, device, needs)
     lines = [f"{len(graph.nodes)} stages have their devices, by placement.strategy={config.placement.strategy}"]
-    lines.append("the layouts are such as their models can take")
+    lines.append("the models support their layouts")
     if needs:
         largest = max(needs, key=lambda name: needs[name].total)
         lines.append(f"memory: {largest} takes most, {size(needs[largest].total)}, estimated for {device.name}")
@@ -344,5 +345,5 @@ def check_plan(graph: Graph, config: RunConfig) -> list[str]:
 
 
 def events_of(config: RunConfig) -> list[Event]:
-    """What has happened in the run that a config describes; nothing where there is none yet."""
+    """The events of the run that a config describes; none where it has not been started."""
     return RunDirectory(config.run_directory).events() if config.run_directory.is_dir() else []

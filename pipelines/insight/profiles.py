@@ -1,4 +1,4 @@
-"""`pipeline profile`: what is known of how long a run's stages take, from what, and what a short run would add."""
+"""`pipeline profile`: shows the predicted durations of a run's stages, and sets up a short run to measure more."""
 
 import json
 from collections.abc import Iterable
@@ -16,41 +16,41 @@ from pipelines.planning.profiles.rows import Profile
 from pipelines.text import say
 
 PROMPTS = 64
-"""Prompts of a short run, of each kind."""
+"""Prompts of each kind in a short run."""
 STEPS = 8
-"""Optimizer steps of each of its trainings; what a policy imitates first is learned in more of them, because nothing
-can be preferred in the babble of one that has learned nothing."""
+"""Optimizer steps of each of its trainings but SFT."""
 IMITATION = 16
+"""Factor by which SFT has more steps: no pairs can be chosen from the responses of a model that has learned nothing."""
 
 
 @dataclass(frozen=True)
 class KnownStages:
-    """Stages of which the same is known."""
+    """Stages that share one prediction."""
 
     stages: list[str]
     stage: str
     basis: str
-    """What a prediction stands on; empty: nothing can be said."""
+    """The basis of the prediction; empty: there is none."""
     seconds: float | None
     error: float | None
     memory: int | None
     source: str
     short_seconds: float | None
-    """What one of them is expected to take in a short run; None where that is not known."""
+    """The predicted seconds of one of them in a short run; None where that is not known."""
 
     @property
     def is_hole(self) -> bool:
-        """Whether no run has shown how long they take."""
+        """Whether their duration has never been measured, in no run at all."""
         return self.basis in ("", "analytic")
 
 
 def known_stages(graph: Graph, short_graph: Graph, predictor: Predictor) -> list[KnownStages]:
-    """What is known of a run's stages, those together of which the same is.
+    """Predict a run's stages, and group those with the same prediction.
 
     Args:
-        graph: of the run, placed.
-        short_graph: of a short run of the same.
-        predictor: what predicts both.
+        graph: the placed graph of the run.
+        short_graph: the placed graph of a short run with the same config.
+        predictor: predicts the stages of both.
     """
     groups: dict[tuple[str, Prediction | None], list[Node]] = {}
     for node in graph.nodes.values():
@@ -75,8 +75,8 @@ def known_stages(graph: Graph, short_graph: Graph, predictor: Predictor) -> list
 
 
 def short_overrides(config: RunConfig, prompts: int, steps: int) -> list[str]:
-    """What makes a run of one iteration of a config short: few prompts, few optimizer steps."""
-    # Half as many held-out ones: two amounts of the same kind tell what does not depend on the amount.
+    """Overrides that make a run of one iteration short: few prompts, few optimizer steps."""
+    # Half as many held-out prompts: measuring two amounts shows how much of the time does not depend on the amount.
     found = [f"prompts.heldout.limit={_at_most(max(1, prompts // 2), config.prompts.heldout.limit)}"]
     found.append(f"prompts.per_iteration={_at_most(prompts, config.prompts.per_iteration)}")
     found.append(f"training.max_steps={_at_most(steps, config.training.max_steps)}")
@@ -95,7 +95,7 @@ def _at_most(wanted: int, given: int | None) -> int:
 
 
 def with_needs(graph: Graph, names: Iterable[str]) -> Graph:
-    """Some stages of a graph, and all that they need."""
+    """Some stages of a graph, with all their dependencies."""
     wanted: set[str] = set()
     left = [name for name in names if name in graph.nodes]
     while left:
@@ -107,7 +107,7 @@ def with_needs(graph: Graph, names: Iterable[str]) -> Graph:
 
 
 def print_known(console: Console, known: list[KnownStages]) -> None:
-    """A table of them, and which have never run."""
+    """Print the predictions as a table, and how many kinds of stages were never measured."""
     table = Table("stages", "known by", "seconds", "error", "memory", "short run")
     for group in known:
         table.add_row(
@@ -127,7 +127,7 @@ def print_known(console: Console, known: list[KnownStages]) -> None:
 
 
 def print_profiles(console: Console, profiles: list[Profile]) -> None:
-    """A table of what stages took."""
+    """Print stored profiles as a table."""
     table = Table("when", "stage", "of", "device", "queue", "start", "load", "compute", "hand-off", "memory")
     for row in sorted(profiles, key=lambda row: row.created):
         times = (f"{value:.1f}" for value in (row.queue, row.start, row.load, row.compute, row.handoff))
@@ -138,6 +138,6 @@ def print_profiles(console: Console, profiles: list[Profile]) -> None:
 
 
 def as_json(known: list[KnownStages], overrides: list[str]) -> str:
-    """The same as one JSON object, with what makes a run short."""
+    """The predictions as one JSON object, with the overrides of a short run."""
     stages: list[dict[str, Any]] = [{**asdict(group), "is_hole": group.is_hole} for group in known]
     return json.dumps({"stages": stages, "short_run": overrides}, indent=1)

@@ -1,4 +1,4 @@
-"""Processes that read a run while it goes on, and that may fail without touching it."""
+"""Child processes that read a run's files while it is in progress, and whose failure does not affect it."""
 
 import contextlib
 import os
@@ -11,24 +11,24 @@ from contracts.processes import end_groups, start_leader
 
 LAST_LINES = 3
 MOST_BYTES = 16 << 20
-"""Of a log: from then on it has the latest half of that."""
+"""Bytes of a log beyond which it is cut to the latest half of that."""
 
 
 class ReaderProcess:
-    """A process that is told of the end of what it reads by the end of its stdin, however this process ends."""
+    """A child process that reads a run. The end of its stdin tells it that no more comes, also if this process dies."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str], first_line: bytes, log: Path) -> None:
         """Start it.
 
         Args:
-            first_line: what it is to do; the first line of its stdin.
-            log: its output is appended there.
+            first_line: its task, written as the first line of its stdin.
+            log: file to which its output is appended.
         """
         self.log = log
         self._begin = log.stat().st_size if log.exists() else 0
         self._process = start_leader(command, environment, log)
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended already, and says why in its log
+        with contextlib.suppress(BrokenPipeError):  # it has ended already; its log says why
             self._process.stdin.write(first_line + b"\n")
             self._process.stdin.flush()
 
@@ -38,7 +38,8 @@ class ReaderProcess:
         return self._process.poll() is None
 
     def failure(self) -> str | None:
-        """What it said last, if it has ended badly, or before what it reads has; also sees to its log on the way."""
+        """The last lines of its log if it has failed, or has ended before its stdin was closed; else None. Every call
+        also limits the size of the log."""
         self._keep_log_small()
         code = self._process.poll()
         assert self._process.stdin is not None
@@ -47,38 +48,38 @@ class ReaderProcess:
         with self.log.open("rb") as file:
             file.seek(self._begin)
             lines = file.read().decode(errors="replace").strip().splitlines()
-        return f"{' | '.join(lines[-LAST_LINES:]) or 'it said nothing'} (exit code {code}; {self.log})"
+        return f"{' | '.join(lines[-LAST_LINES:]) or 'no message'} (exit code {code}; {self.log})"
 
     def _keep_log_small(self) -> None:
-        """Cut off the beginning of a log that has become too long, whatever is still appended to it."""
-        with contextlib.suppress(FileNotFoundError):  # somebody has tidied up
+        """Cut off the beginning of a log that has become too long, while the process may be appending to it."""
+        with contextlib.suppress(FileNotFoundError):  # somebody has deleted it
             if self.log.stat().st_size <= MOST_BYTES:
                 return
             with self.log.open("r+b") as file:
                 file.seek(-MOST_BYTES // 2, os.SEEK_END)
                 latest = file.read()
-                while more := file.read():  # what comes between the last look and the cut is lost
+                while more := file.read():  # what is written between the last read and the cut is lost
                     latest += more
-                file.seek(0)  # the other process goes on at the end, wherever that is
+                file.seek(0)  # the child appends, so it continues at the new end
                 file.write(b"(what came before was cut off)\n" + latest.partition(b"\n")[2])
                 file.truncate()
             self._begin = 0
 
     def end_input(self) -> None:
-        """Tell it that nothing more comes."""
+        """Close its stdin: nothing more comes."""
         if self._process.stdin is not None and not self._process.stdin.closed:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
 
     def ends_until(self, deadline: float) -> bool:
-        """Wait for its end until `deadline` (time.monotonic); whether it has ended."""
+        """Wait for its end until `deadline` (time.monotonic). Returns whether it has ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, deadline - time.monotonic()))
             return True
         return False
 
     def wait(self, deadline: float) -> str | None:
-        """Wait for its end until `deadline` (time.monotonic), then kill it; what is to be told of it, if anything."""
+        """Wait for its end until `deadline` (time.monotonic), then kill it. Returns the failure, if there is one."""
         if self.ends_until(deadline):
             return self.failure()
         end_groups([self._process], 0.0)

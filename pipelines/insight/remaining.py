@@ -1,8 +1,8 @@
-"""How long a run will still take, by what its stages took before.
+"""Estimates the remaining time of a run from the durations of its earlier stages.
 
-A stage of a role that this run has had before, in an earlier iteration, is expected to take as long as the latest ones;
-one that runs, by its progress. Stages are then started as the driver starts them. What nobody has seen yet cannot be
-known: in the first iteration there is no answer.
+A stage is expected to take as long as the latest stages of its role in earlier iterations; for a running stage, its
+progress counts as well. The remaining stages are then scheduled as the driver schedules them. There is no estimate
+while some stages are of roles that the run has not had yet, as in the first iteration.
 """
 
 import statistics
@@ -16,11 +16,11 @@ from pipelines.planning.scheduling import Streams, schedule
 from pipelines.run.events import Event, StageInvalidated, StagePublished, StageReused, StageStarted
 
 LATEST = 3
-"""How many stages of a role are asked: the median of the latest ones."""
+"""How many of the latest stages of a role count: their median is the expected duration."""
 
 
 def seconds_by_role(graph: Graph, events: Iterable[Event]) -> dict[str, float]:
-    """What stages of each role took, by a run's events: the median of the latest ones."""
+    """The median seconds of the latest stages of each role, from a run's events."""
     seen: dict[str, list[float]] = {}
     for event in events:
         if isinstance(event, StagePublished) and event.stage in graph.nodes and event.seconds:
@@ -29,7 +29,7 @@ def seconds_by_role(graph: Graph, events: Iterable[Event]) -> dict[str, float]:
 
 
 class Remaining:
-    """Keeps account of what stages took, from the run's events."""
+    """Keeps track of the durations of stages from the run's events, and estimates the remaining time."""
 
     def __init__(self, graph: Graph, cluster: Cluster, followers: Streams = MappingProxyType({})) -> None:
         self._graph = graph
@@ -39,10 +39,10 @@ class Remaining:
         self._seconds: dict[str, list[float]] = {}
         self.done: set[str] = set()
         self.started: dict[str, float] = {}
-        """When the stages began that run."""
+        """When each running stage was started (seconds since 1970)."""
 
     def note(self, events: list[Event]) -> None:
-        """Take note of more events."""
+        """Take further events into account."""
         for event in events:
             match event:
                 case StageStarted(stage=stage):
@@ -58,11 +58,11 @@ class Remaining:
                     self.done.discard(stage)
 
     def seconds(self, shares: Mapping[str, float], published: Collection[str] = ()) -> float | None:
-        """Seconds until the end; None where a stage is of a role that has not been seen.
+        """Seconds until the end of the run; None if some stage is of a role without a known duration.
 
         Args:
-            shares: how far the running stages are, from 0 to 1.
-            published: stages that are done, besides those that the events tell of.
+            shares: progress of the running stages, from 0 to 1.
+            published: stages that are done, in addition to those that are so by the events.
         """
         done = {*self.done, *published}
         expected: dict[str, float] = {}
@@ -87,7 +87,7 @@ class Remaining:
 
 
 def in_words(seconds: float | None) -> str:
-    """A remaining time as people say it; nothing where it is not known, or over."""
+    """A remaining time in words; empty if it is not known, or 0."""
     if not seconds:
         return ""
     if seconds < 90:

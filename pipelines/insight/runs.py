@@ -1,4 +1,4 @@
-"""`pipeline runs`: all runs below a directory, with their state and their latest metric."""
+"""`pipeline runs`: lists all runs below a directory, with their state and their latest metric."""
 
 import time
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from pipelines.run.points import EVAL, is_evaluation, latest
 from pipelines.text import relative, say
 
 DEPTH = 3
-"""Levels of directories that are searched."""
+"""Levels of directories to search."""
 
 
 def runs_below(directory: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """The directories of all runs, in the order of their names."""
+    """The directories of all runs below a directory, sorted by name."""
     if (directory / "run.json").is_file():
         yield directory
     elif depth and directory.is_dir():
@@ -31,7 +31,7 @@ def runs_below(directory: Path, depth: int = DEPTH) -> Iterator[Path]:
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """One run, by its events and its metrics alone: its configuration and its artifacts are not read."""
+    """One run as a row of the table, from its events and metrics alone: its config and artifacts are not read."""
     run = RunDirectory(path)
     total, outcome, done, last = 0, "", set(), 0.0
     for event in run.events():
@@ -67,7 +67,7 @@ def summary(path: Path) -> dict[str, Any]:
 
 
 def summaries(directory: Path) -> Iterator[dict[str, Any]]:
-    """Each run below a directory; of one that cannot be read, why."""
+    """The summary of each run below a directory; for a run that cannot be read, with the reason."""
     for path in runs_below(directory):
         try:
             yield summary(path)
@@ -77,7 +77,7 @@ def summaries(directory: Path) -> Iterator[dict[str, Any]]:
 
 
 def print_runs(console: Console, directory: Path) -> None:
-    """A table of them.
+    """Print a table of the runs below a directory.
 
     Raises:
         UserError: there is none.
@@ -94,4 +94,4 @@ def print_runs(console: Console, directory: Path) -> None:
             str(relative(Path(row["run"]).absolute())), row["state"], row["stages"] or "", iteration, metric, when
         )
     console.print(table)
-    say(console, "`pipeline status RUN` says more of each; `pipeline compare RUN RUN` sets them beside each other.")
+    say(console, "`pipeline status RUN` shows one in detail; `pipeline compare RUN RUN` compares them.")

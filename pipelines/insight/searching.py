@@ -1,4 +1,4 @@
-"""`pipeline plan search`: from a run's config and what is known of its stages to a plan, and why it is this one."""
+"""`pipeline plan search`: searches a plan for a run, and presents the result with its reasons."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -47,43 +47,43 @@ from pipelines.text import lasting, plural, say
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One plan of the table."""
+    """One plan, as a row of the table."""
 
     name: str
     seconds: float
     error: float
-    """One standard deviation, in seconds."""
+    """One standard deviation of `seconds`."""
     device_hours: float
     memory: int
     """Bytes on the fullest device."""
     idle: float
     bases: dict[str, float]
-    """What is known of its stages, by share of their time."""
+    """Share of the stages' time by the basis of its prediction."""
 
 
 @dataclass(frozen=True)
 class SearchView:
-    """What there is to say of a search with one lag."""
+    """The results of a search with one lag."""
 
     lag: int
     iterations: int
     way: str
-    """attached or detached, of a run whose stages are jobs of a scheduler; else empty."""
+    """attached or detached, if the run's stages are jobs of a scheduler; else empty."""
     devices: str
     plans: list[PlanRow]
     impossible: dict[str, str]
     chosen: str
     reason: str
     gain: float | None
-    """Seconds by which the found plan is expected to be faster than the best strategy, and: """
+    """Seconds by which the found plan is expected to be faster than the best strategy."""
     gain_error: float | None
-    """one standard deviation of that, and: """
+    """One standard deviation of `gain`."""
     chance: float | None
-    """the share of draws of the errors in which it is."""
+    """Share of the draws of prediction errors in which the found plan is faster."""
     changes: list[str]
-    """What the found plan (the cautious one, where that is taken) does otherwise than the best strategy."""
+    """How the found plan (or the cautious one, if that is chosen) differs from the best strategy."""
     space: int | None
-    """How many plans there are, where all were looked at."""
+    """The number of possible plans; None unless all of them were evaluated."""
     evaluated: int
     search_seconds: float
     in_time: bool
@@ -93,20 +93,21 @@ class SearchView:
     out_of_room: int
     memory_unknown: list[str]
     found: dict[str, object] | None
-    """The section of the found plan, adopted or not."""
+    """The section `placement` of the found plan, whether it is chosen or not."""
     plan: dict[str, object]
-    """The section of the plan to take."""
+    """The section `placement` of the chosen plan."""
 
 
 def settings_of(
     config: RunConfig, iterations: int, machines: MachinesSection | None, runs: Sequence[RunDirectory]
 ) -> list[SearchedRun]:
-    """What plans are made for: a run, this machine or others, and what is known of its stages. Where all of them are
-    jobs of a scheduler, the run with a driver that stays, and the one without.
+    """The settings to search plans for: the run on this machine or on others, with the predictions for its stages.
+
+    There are two if all stages are jobs of a scheduler: the run with a driver, and the detached one.
 
     Raises:
-        UserError: there is no data sheet of such GPUs, or what the run reads does not exist, or nobody knows what the
-            scheduler's GPUs are.
+        UserError: there is no data sheet for the GPUs, an input of the run does not exist, or the type of the
+            scheduler's GPUs is not known.
     """
     attached = _setting_of(config, iterations, machines, runs)
     kinds = {config.executor.entry(node).kind for node in attached.graph.nodes.values()}
@@ -137,7 +138,7 @@ def _setting_of(
     graph = build_graph(planned, iterations)
     for mistake in input_mistakes(graph):
         raise mistake
-    if detached:  # all jobs are submitted at once
+    if detached:  # which submits all jobs at once
         planned = planned.model_copy(update={"executor": planned.executor.model_copy(update={"parallel": None})})
     setting = SearchedRun(
         config=planned,
@@ -153,16 +154,16 @@ def _setting_of(
 
 
 def _device_of_jobs(setting: SearchedRun, predictor: ProfilePredictor) -> Device:
-    """What a scheduler's jobs compute on: by `hardware`, else by the data sheet of what earlier jobs had; 0 bytes where
-    nobody says.
+    """The device of a scheduler's jobs: from the config key `hardware`, else from the data sheet of the devices that
+    earlier jobs had. Its memory is 0 bytes where it is not known.
 
     Raises:
-        UserError: they ask for GPUs of which nothing is known.
+        UserError: the jobs ask for GPUs of an unknown type.
     """
     kind, hardware = setting.config.executor.kind, setting.config.hardware
     name = f"{kind}, {predictor.device}"
     if not predictor.has_seen(kind):
-        name += f" (none of its jobs has been seen: {lasting(QUEUE_SECONDS)} in the queue are assumed of each)"
+        name += f" (none of its jobs has been measured: {lasting(QUEUE_SECONDS)} in the queue are assumed for each)"
     if not setting.on_gpu:
         return Device(name, 0, 0)
     require_known_gpus(setting.config, setting.cluster_of(setting.config), predictor)
@@ -173,16 +174,16 @@ def _device_of_jobs(setting: SearchedRun, predictor: ProfilePredictor) -> Device
 def searched(
     setting: SearchedRun, *, seed: int, seconds: float, take: str | None = None
 ) -> tuple[SearchView, PlacementSection]:
-    """Search, and say what was found; and the section to take.
+    """Search a plan. Returns the results, and the section `placement` of the chosen plan.
 
     Args:
-        setting: what plans are made for.
-        seed: of the search, and of the draws of the errors.
-        seconds: after which the search ends.
-        take: the plan of the table to take, whatever the search would.
+        setting: the run and the machines to search for.
+        seed: seed of the search, and of the draws of prediction errors.
+        seconds: time limit of the search.
+        take: name of the plan to choose, instead of the one that the search would choose.
 
     Raises:
-        UserError: nothing is known of a stage, or no plan fits, or there is none that is called so.
+        UserError: a stage's duration is not known, no plan fits, or there is no plan named `take`.
     """
     answer = search_plan(setting, seed=seed, seconds=seconds)
     if take is not None:
@@ -233,7 +234,7 @@ def _row(name: str, run: ExpectedRun, answer: SearchAnswer) -> PlanRow:
 
 
 def fastest(views: Sequence[SearchView]) -> int:
-    """Of searches with several lags the one whose plan takes least."""
+    """The index of the search whose chosen plan takes least time; of equal ones, the one with the smallest lag."""
     return min(range(len(views)), key=lambda number: (_taken(views[number]).seconds, views[number].lag))
 
 
@@ -242,7 +243,7 @@ def _taken(view: SearchView) -> PlanRow:
 
 
 def print_search(console: Console, view: SearchView) -> None:
-    """A table of the plans, which of them to take, and why."""
+    """Print a table of the plans, which of them to take, and why."""
     lag = f", lag {view.lag}" if view.lag else ""
     way = f", {view.way}" if view.way else ""
     say(console, f"{plural(view.iterations, 'iteration')} on {view.devices}{lag}{way}")
@@ -259,22 +260,22 @@ def print_search(console: Console, view: SearchView) -> None:
         )
     console.print(table)
     for name, reason in view.impossible.items():
-        say(console, f"{name} cannot be: {reason}")
+        say(console, f"{name} is not possible: {reason}")
     say(console, f"take {view.chosen}: {view.reason}.")
     if view.changes:
         which = CAUTIOUS if view.chosen == CAUTIOUS else FOUND
-        say(console, f"the {which} plan beside the best strategy:", *(f"  {change}" for change in view.changes))
+        say(console, f"the {which} plan, compared with the best strategy:", *(f"  {change}" for change in view.changes))
     say(console, *_how(view))
 
 
 def _how(view: SearchView) -> list[str]:
-    """How thoroughly was searched, and what was left out."""
+    """Sentences on how thorough the search was, and what it left out."""
     if view.space is not None:
-        lines = [f"all {plural(view.space, 'plan')} were looked at, in {lasting(view.search_seconds)}"]
+        lines = [f"all {plural(view.space, 'plan')} were evaluated, in {lasting(view.search_seconds)}"]
     else:
-        lines = [f"{plural(view.evaluated, 'plan')} were looked at, in {lasting(view.search_seconds)}"]
+        lines = [f"{plural(view.evaluated, 'plan')} were evaluated, in {lasting(view.search_seconds)}"]
     if not view.in_time:
-        lines[0] += "; the time was over before the search was: with more of it (--seconds) it may find better ones"
+        lines[0] += "; the search ran out of time: with more of it (--seconds) it may find better ones"
     if view.searched is not None:
         lines.append(
             f"no plan can take less than {lasting(view.bound)} for the iterations that were searched; the found one "
@@ -283,29 +284,29 @@ def _how(view: SearchView) -> list[str]:
     for reason, count in view.left_out.items():
         lines.append(f"left out: {plural(count, 'layout')}, {reason}")
     if view.out_of_room:
-        lines.append(f"left out: {plural(view.out_of_room, 'plan')}, whose stages have no room at the same time")
+        lines.append(f"left out: {plural(view.out_of_room, 'plan')}, whose concurrent stages need too much memory")
     if view.memory_unknown:
         lines.append(
-            f"the memory of {', '.join(view.memory_unknown)} is not known: their layouts are left as they are written"
+            f"the memory of {', '.join(view.memory_unknown)} is not known: their layouts are left as configured"
         )
     least = min(_taken(view).bases, key=("analytic", "scaled", "measured").index, default="measured")
     if least == "analytic":
         lines.append(
-            "some stages are known by data sheets alone: run one iteration, and search again by what it has taken"
+            "some durations are known from data sheets alone: run one iteration, and search again with its measurements"
         )
     return lines
 
 
 def as_json(views: Sequence[SearchView], taken: int) -> str:
-    """All searches, and which of them was taken."""
+    """All searches as one JSON object, with the index of the chosen one."""
     return json.dumps({"taken": taken, "searches": [asdict(view) for view in views]}, indent=1)
 
 
 def require_lags(text: str) -> list[int]:
-    """The lags that a command line lists.
+    """Parse the lags of `--lags`, ascending and without repetitions.
 
     Raises:
-        UserError: one of them is no number from 0 on.
+        UserError: one of them is not a number from 0 on.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):

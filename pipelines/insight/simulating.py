@@ -1,4 +1,4 @@
-"""`pipeline plan simulate`: from a run's plan, machines and past runs to a simulation."""
+"""`pipeline plan simulate`: simulates a run's plan on given machines, with predictions from past runs."""
 
 from collections.abc import Sequence
 
@@ -35,15 +35,15 @@ def simulated(
     """Simulate a run.
 
     Args:
-        plan: of the run, on these machines.
-        machines: what it is to run on; None: this machine.
-        runs: what to learn from, beside the stored profiles and the run itself.
-        draws: how many runs to draw; none of them on a machine of which nothing is said to be uncertain.
-        seed: of the draws.
+        plan: the run's plan.
+        machines: the machines to simulate; None: this machine.
+        runs: runs to learn from, in addition to the stored profiles and the run itself.
+        draws: how many runs to draw at random; none are drawn if no stage's duration can be predicted.
+        seed: seed of the draws.
 
     Raises:
-        UserError: there is no data sheet of such GPUs; or the run could not be had on them: what it reads does not
-            exist, its layouts do not go with its models or take more GPUs than there are, or it needs more memory.
+        UserError: there is no data sheet for the GPUs; or the run is not possible on them: an input does not exist, a
+            layout does not fit its model or takes more GPUs than there are, or a stage needs more memory.
     """
     config, cluster = plan.config, cluster_as_written(plan.config)
     device = device_of(config)
@@ -81,16 +81,16 @@ def simulated(
 
 
 def require_known_gpus(config: RunConfig, cluster: Cluster, predictor: ProfilePredictor) -> None:
-    """Raise UserError where a run asks a scheduler for GPUs of which nothing is known."""
+    """Raise UserError where a run asks a scheduler for GPUs of an unknown type."""
     executor = config.executor
     if executor.is_remote and executor.asks_gpus and cluster.scheduler_has_gpus and not predictor.sheet.is_gpu:
         raise UserError(
-            f"stages ask {executor.kind} for GPUs, and no job has been seen yet that had one: nobody knows what they "
-            "are. Run one iteration, or `pipeline profile CONFIG`, or say what they are in a cluster file (--cluster)."
+            f"stages ask {executor.kind} for GPUs, and no job has been seen yet that had one, so their type is not "
+            "known. Run one iteration, or `pipeline profile CONFIG`, or name the type in a cluster file (--cluster)."
         )
 
 
 def surroundings_of(graph: Graph, config: RunConfig, cluster: Cluster, driver: DriverCosts | None) -> Surroundings:
-    """What decides when stages start and end, beside their order, their devices and what they take."""
+    """The conditions other than order, devices and durations that decide when stages start and end."""
     demands, room = contention(graph.nodes.values(), cluster, lambda node: threads_of(node, config))
     return Surroundings(streams(graph, config), driver or DriverCosts(), demands, room)

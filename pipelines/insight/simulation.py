@@ -1,4 +1,4 @@
-"""What there is to say of a simulated run: in words, with a timeline, and as data."""
+"""Presents a simulated run: as a table with a timeline, in sentences, and as JSON."""
 
 import json
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ from pipelines.planning.simulation import DriverCosts, Simulation, gains, unknow
 from pipelines.text import lasting, numbers, plural, say
 
 NAMED = 3
-"""Kinds of stages that a sentence names."""
+"""At most so many items are listed in a sentence."""
 WORTH_SAYING = 0.005
-"""Share of the run's time below which a gain is none."""
+"""Share of the run's time below which a gain is not mentioned."""
 BASES: dict[Basis, str] = {
-    "measured": "runs of stages alike",
+    "measured": "runs of similar stages",
     "scaled": "runs of other sizes or layouts",
     "analytic": "data sheets alone",
 }
@@ -32,48 +32,48 @@ BASES: dict[Basis, str] = {
 
 @dataclass(frozen=True)
 class SimulationView:
-    """A simulated run. Times are seconds."""
+    """The results of a simulated run. Times are in seconds."""
 
     machines: str
-    """What it runs on."""
+    """Description of the machines that it runs on."""
     plan: PlanView
     total: float
     is_bound: bool
-    """Whether it takes at least so long, because nothing is known of the stages in `unknown`."""
+    """Whether `total` is a lower bound, because the durations of the stages in `unknown` are not known."""
     unknown: list[str]
     iterations: list[float]
-    """From one policy to the next."""
+    """Time from each policy to the next."""
     held: float
-    """Device-hours in which stages have devices, and: """
+    """Device-hours that are assigned to stages."""
     computing: float
-    """in which they compute, and:"""
+    """Device-hours in which stages compute."""
     owned: float
-    """of all devices until the end."""
+    """Device-hours of all devices until the end of the run."""
     currency: str
     cost: float | None
-    """Of all devices until the end; None: the cluster's file has no price."""
+    """Cost of all devices until the end; None where the cluster's file has no price."""
     cost_held: float | None
-    """Of those that stages have, where only these are paid for."""
+    """Cost of the device-hours in `held` alone."""
     way: dict[str, float]
-    """Share of the way to the end, on which each stage begins when the one before has ended, by kind of stage."""
+    """By kind of stage, its share of the critical path, on which each stage starts when the one before ends."""
     gains: dict[str, float]
-    """Share of the run's time that is spared where the stages of a kind take a tenth less."""
+    """By kind of stage, the share of the run's time that is saved if its stages take a tenth less."""
     memory: int | None
     """Bytes on the fullest device; None where that is not known."""
     memory_room: int | None
     memory_stage: str
     predictions: dict[str, Prediction]
-    """What each stage is expected to take, and what that is known from."""
+    """The predicted duration of each stage, with the basis of the prediction."""
     known_by: dict[str, float]
-    """Share of the stages' time by what it is known from."""
+    """Share of the stages' time by the basis of its prediction."""
     unused: dict[str, tuple[int, int]]
-    """By role of stages that have more GPUs than processes for them: these GPUs, and those that they use."""
+    """By role, for stages with more GPUs than their processes use: (GPUs assigned, GPUs used)."""
     driver: DriverCosts | None
-    """What the driver takes between stages, as measured; None: no run here says, and it is left out."""
+    """The measured time of the driver between stages; None: no run here has measured it, and it is left out."""
     draws: Draws | None
     seed: int
     finishes: bool
-    """Whether most of the runs drawn come to their end by themselves; so it is where none is drawn."""
+    """Whether most of the drawn runs finish; true where none was drawn."""
 
 
 def view_simulation(
@@ -87,17 +87,17 @@ def view_simulation(
     draws: Draws | None = None,
     seed: int = 0,
 ) -> SimulationView:
-    """What there is to say of a simulated run.
+    """Collect the results of a simulated run.
 
     Args:
-        simulation: of it.
-        graph: its stages, placed.
-        config: the run's.
-        machines: what it runs on; None: this machine.
+        simulation: the simulated run.
+        graph: its placed stages.
+        config: its config.
+        machines: the machines that it runs on; None: this machine.
         room: bytes of memory of one device.
-        driver: what its own time was taken to be.
-        draws: of the same run.
-        seed: of these.
+        driver: the driver's own time that was assumed.
+        draws: random draws of the same run.
+        seed: the seed of the draws.
     """
     times = {name: (one.start, one.end) for name, one in simulation.times.items()}
     seconds = {name: one.seconds for name, one in simulation.predictions.items()}
@@ -167,7 +167,7 @@ def _unused(simulation: Simulation) -> dict[str, tuple[int, int]]:
 
 
 def print_simulation(console: Console, view: SimulationView) -> None:
-    """It as a table, a timeline and in words."""
+    """Print the results as a table, a timeline and sentences."""
     plan = view.plan
     also = f"{', streaming' if plan.streaming else ''}{f', lag {plan.lag}' if plan.lag else ''}"
     say(console, f"strategy {plan.strategy}{also}; {view.machines}")
@@ -179,7 +179,7 @@ def print_simulation(console: Console, view: SimulationView) -> None:
 
 
 def _rows(view: SimulationView) -> Iterable[tuple[str, ...]]:
-    """One for the stages of a role that run alike."""
+    """Rows of the table: one for all stages of a role with the same placement and layout."""
     groups: dict[tuple[str, str, str], list[PlannedStage]] = {}
     for stage in view.plan.stages:
         groups.setdefault((stage.role, runs_on(stage, view.plan), stage.layout), []).append(stage)
@@ -203,9 +203,9 @@ def _rows(view: SimulationView) -> Iterable[tuple[str, ...]]:
 
 
 def in_sentences(view: SimulationView) -> Iterable[str]:
-    """What it comes to."""
+    """The results in sentences."""
     if view.is_bound:
-        yield f"All of it is a bound from below: {unknown_in_words(view.unknown)}"
+        yield f"All times are lower bounds: {unknown_in_words(view.unknown)}"
     least = "at least " if view.is_bound else ""
     each = ", ".join(lasting(seconds) for seconds in view.iterations[:NAMED])
     more = f" and {len(view.iterations) - NAMED} more" if len(view.iterations) > NAMED else ""
@@ -228,13 +228,13 @@ def in_sentences(view: SimulationView) -> Iterable[str]:
             + (f", and {draws.stopped:.0%} stop because a stage fails too often" if draws.stopped else "")
         )
     yield (
-        f"device-hours: {least}{view.owned:.4g} of all devices, {view.held:.4g} that stages have, "
+        f"device-hours: {least}{view.owned:.4g} of all devices, {view.held:.4g} assigned to stages, "
         f"{view.computing:.4g} in which they compute"
     )
     if view.cost is not None and view.cost_held is not None:
         yield (
             f"cost: {least}{view.cost:,.2f} {view.currency} for all devices until the end, "
-            f"{view.cost_held:,.2f} {view.currency} for those that stages have"
+            f"{view.cost_held:,.2f} {view.currency} for the hours assigned to stages"
         )
     yield from _bottleneck(view)
     yield from _memory(view)
@@ -244,20 +244,20 @@ def in_sentences(view: SimulationView) -> Iterable[str]:
     for role, (had, used) in view.unused.items():
         yield f"{role} has {had} GPUs and uses {used} of them: its processes are fewer. Set its layout, or its dp"
     known = sorted(view.known_by.items(), key=lambda item: -item[1])
-    yield "what stages take is known from " + ", ".join(f"{BASES[basis]} ({share:.0%})" for basis, share in known)  # type: ignore[index]
+    yield "durations are known from " + ", ".join(f"{BASES[basis]} ({share:.0%})" for basis, share in known)  # type: ignore[index]
     if view.driver is None:
-        yield "what the driver takes between stages is left out: no run on this machine says"
+        yield "the driver's own time between stages is left out: no run on this machine has measured it"
 
 
 def _bottleneck(view: SimulationView) -> Iterable[str]:
-    """On which stages the run waits."""
+    """The kinds of stages on the critical path, and the time that faster ones would save."""
     if not view.way:
         return
     first = next(iter(view.way))
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in list(view.way.items())[:NAMED])
     worth = [(kind, gain) for kind, gain in view.gains.items() if gain >= WORTH_SAYING][:NAMED]
     spared = ", ".join(f"{kind} {gain:.1%}" for kind, gain in worth)
-    yield f"bottleneck: {first}. Of the way to the end: {shares}. What a tenth less of each would spare: {spared}"
+    yield f"bottleneck: {first}. Shares of the critical path: {shares}. Saved if each took a tenth less: {spared}"
 
 
 def _memory(view: SimulationView) -> Iterable[str]:
@@ -269,7 +269,7 @@ def _memory(view: SimulationView) -> Iterable[str]:
 
 
 def as_json(view: SimulationView) -> str:
-    """The same as one JSON object."""
+    """The results as one JSON object."""
     data: dict[str, Any] = asdict(view)
     if view.draws is not None:
         low, high = view.draws.interval

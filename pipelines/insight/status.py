@@ -1,4 +1,4 @@
-"""`pipeline status RUN`: how far a run is, from what is on the disk and what its executors say of their jobs."""
+"""`pipeline status RUN`: shows how far a run is, from its files and from what its executors know of their jobs."""
 
 import io
 from dataclasses import dataclass
@@ -32,36 +32,36 @@ from pipelines.run.metrics import best_of, evaluations
 State = tuple[str, str, str, str]
 """State, rows, seconds and detail of a stage."""
 GLANCE_SECONDS = 10.0
-"""For how long `status` asks a scheduler again that does not answer."""
+"""Seconds for which `status` retries a scheduler that does not answer."""
 PATIENCE_SECONDS = 60.0
-"""For how long a report does."""
+"""Seconds for which everything else does."""
 
 
 @dataclass(frozen=True)
 class Glance:
-    """What works on a run at a moment."""
+    """The driver and the jobs that are working on a run at one moment."""
 
     holder: str | None
-    """The driver, if there is one."""
+    """The process that holds the run's lock, the driver; None if there is none."""
     observed: list[Observation]
-    """What the executors say whose jobs outlive a driver."""
+    """The observations of those executors whose jobs outlive the driver."""
 
     @classmethod
     def at(cls, run: RunDirectory, graph: Graph, patience: float = PATIENCE_SECONDS) -> "Glance":
-        """Look now."""
+        """Observe a run now, retrying schedulers that do not answer for `patience` seconds."""
         holder = run.holder()
         lasting = Executors(Site(run, graph, run.config)).lasting()
         return cls(holder, [seen for executor in lasting if (seen := executor.observe(patience)) is not None])
 
     def require_known(self) -> "Glance":
-        """The same; UserError where a scheduler has not answered."""
+        """Return this one; raise UserError if a scheduler has not answered."""
         if self.errors:
             raise UserError(self.errors[0])
         return self
 
     @property
     def errors(self) -> list[str]:
-        """Why nothing is known of some of the jobs."""
+        """The errors of executors that could not be observed."""
         return [seen.error for seen in self.observed if seen.error is not None]
 
     @property
@@ -71,7 +71,7 @@ class Glance:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody works on the run, as far as is known."""
+        """Whether nobody works on the run; false as well where an executor could not be observed."""
         return self.holder is None and not self.jobs and not self.errors
 
     def works_on(self, stage: str) -> bool:
@@ -83,28 +83,28 @@ class Glance:
         return any(seen.submitted(stage) for seen in self.observed)
 
     def state(self, stage: str, progress: str | None) -> tuple[str, str] | None:
-        """State and detail of a stage that has jobs."""
+        """State and detail of a stage that has jobs; None for other stages."""
         return next((state for seen in self.observed if (state := seen.state(stage, progress)) is not None), None)
 
     def unbegun(self, stage: str) -> tuple[str, str] | None:
-        """State and detail of a stage whose jobs have ended before it began."""
+        """State and detail of a stage whose jobs have ended before it started; None for other stages."""
         return next((state for seen in self.observed if (state := seen.unbegun(stage)) is not None), None)
 
 
 def jobs_elsewhere(run: RunDirectory, graph: Graph) -> int:
-    """How many jobs of a run have not ended.
+    """The number of a run's jobs that have not ended.
 
     Raises:
-        UserError: nobody knows.
+        UserError: a scheduler does not answer, so that it is not known.
     """
     return Glance.at(run, graph).require_known().jobs
 
 
 def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
-    """Who works on a run, and what there is to report of it."""
+    """Print who works on a run, then its report."""
     glance = Glance.at(run, graph, GLANCE_SECONDS)
     for error in glance.errors:
-        console.print(f"What is queued on the cluster is not known: {error}", soft_wrap=True, highlight=False)
+        console.print(f"The jobs on the cluster are not known: {error}", soft_wrap=True, highlight=False)
     pinned = ", pinned" if run.pinned else ""
     if glance.holder:
         driver = f"driven by {glance.holder}"
@@ -117,7 +117,7 @@ def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
 
 
 def status_data(run: RunDirectory, graph: Graph) -> dict[str, Any]:
-    """What `print_status` prints, for --json."""
+    """The data of `print_status`, for --json."""
     glance = Glance.at(run, graph, GLANCE_SECONDS)
     cluster = cluster_of(run.config)
     placed = placed_if_possible(graph, cluster)
@@ -157,14 +157,14 @@ def status_data(run: RunDirectory, graph: Graph) -> dict[str, Any]:
 
 
 def expected_seconds(config: RunConfig, node: Node) -> float | None:
-    """What the run's plan expects a stage to take; None where it says nothing of it."""
+    """The duration of a stage that the run's plan expects; None where it has no expectation."""
     expectation = config.placement.expectation
     role = expectation.stages.get(node.role) if expectation is not None else None
     return role.seconds_of(node.iteration) if role is not None else None
 
 
 def print_report(console: Console, run: RunDirectory, graph: Graph, glance: Glance) -> None:
-    """Every stage with its state, why some have failed, what happened on the way, then the metrics so far."""
+    """Print every stage with its state, the failures, notable events, then the metrics so far."""
     events = run.events()
     given = {event.stage: place_in_words(event) for event in events if isinstance(event, StageStarted)}
     table = Table("stage", "state", "rows", "seconds", "detail")
@@ -180,14 +180,14 @@ def print_report(console: Console, run: RunDirectory, graph: Graph, glance: Glan
     try:
         unheard += [event for seen in glance.observed if seen.error is None for event in seen.unheard()]
     except UserError as error:
-        failures.append(f"What happened to some of the jobs on the way is not known: {error}")
+        failures.append(f"The history of some jobs is not known: {error}")
     for line in [*failures, *notable_lines([*of_present(events, run.config), *unheard])]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     print_table(console, graph)
 
 
 def save_report(run: RunDirectory, graph: Graph) -> None:
-    """Keep it as report.txt in the run's directory."""
+    """Write the report to report.txt in the run's directory."""
     console = Console(file=io.StringIO(), width=200)
     glance = Glance(None, Glance.at(run, graph).observed)
     print_report(console, run, graph, glance)
@@ -195,7 +195,7 @@ def save_report(run: RunDirectory, graph: Graph) -> None:
 
 
 def states(run: RunDirectory, graph: Graph, glance: Glance) -> dict[str, State]:
-    """The state of each stage; one that waits for another that is not under way and not done is blocked."""
+    """The state of each stage. A stage is blocked if one that it needs has failed, was interrupted or is blocked."""
     found: dict[str, State] = {}
     lost: set[str] = set()
     goes_on = glance.holder is not None or (run.path / CANCEL).exists()

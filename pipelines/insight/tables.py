@@ -1,4 +1,4 @@
-"""Tables of the iterations' metrics."""
+"""Prints the table of held-out metrics by iteration."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from pipelines.text import numbers, relative
 
 
 def print_table(console: Console, graph: Graph) -> None:
-    """The table of iterations, and the path of the best checkpoint."""
+    """Print the table, the path of the best checkpoint, and why a gate has stopped the run."""
     rows = evaluations(graph)
     if not rows:
         return

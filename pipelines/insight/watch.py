@@ -1,4 +1,4 @@
-"""`pipeline attach|logs|cancel RUN`: a run from any node, by what is on the disk and what its executors say."""
+"""`pipeline attach|logs|cancel RUN`: follows and ends a run from any machine, through its files and its executors."""
 
 import os
 import time
@@ -21,14 +21,14 @@ from pipelines.text import plural, relative, say
 SECONDS = 5.0
 FOLLOW_SECONDS = 1.0
 SHOWN = ("running", "failed", "retrying", "interrupted")
-"""States of the stages whose logs are shown where none is named."""
+"""States of the stages whose logs are shown by default."""
 
 
 def attach(console: Console, run: RunDirectory, graph: Graph) -> None:
-    """Tell what the stages do until the run is over; interrupted, it leaves them alone.
+    """Print every change of a stage's state until the run is over. An interrupt ends the output, not the run.
 
     Raises:
-        StageFailedError: it ended without having published everything.
+        StageFailedError: the run ended without having published everything.
     """
     told: dict[str, tuple[str, ...]] = {}
     while True:
@@ -55,10 +55,13 @@ def attach(console: Console, run: RunDirectory, graph: Graph) -> None:
 def print_logs(
     console: Console, run: RunDirectory, graph: Graph, stage: str | None, lines: int, part: str | None = None
 ) -> list[Path]:
-    """The last lines of a stage's logs; by default of those stages that run or have failed. Returns the logs.
+    """Print the last lines of a stage's logs, by default of all stages that are running or have failed.
 
     Args:
-        part: of a stage of several jobs or nodes, the one whose log is wanted.
+        part: the job or machine whose log to print, for a stage with several.
+
+    Returns:
+        The paths of the logs.
 
     Raises:
         UserError: there is no such stage or part, or it has no log yet.
@@ -97,7 +100,7 @@ def _logs(run: RunDirectory, graph: Graph, stage: str | None) -> list[Path]:
 
 
 def follow_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | None, logs: list[Path]) -> None:
-    """Print what is added to the logs, and to those of stages that start later, until nobody works on the run."""
+    """Print what is appended to the logs, and to those of stages that start later, until nobody works on the run."""
     read = {log: log.stat().st_size for log in logs if log.exists()}
     last: Path | None = logs[-1]
     over = False
@@ -117,12 +120,12 @@ def follow_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | 
 
 
 def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
-    """End what works on a run: its jobs, and its driver wherever that is. What is finished stays."""
+    """End the jobs of a run, and its driver on whatever machine it is. Published artifacts stay."""
     glance = Glance.at(run, graph).require_known()
     if glance.idle:
         console.print(f"nobody works on {run.path}; nothing to cancel.", soft_wrap=True, highlight=False)
         return
-    with run.submit_lock():  # a finishing job submits no further ones from now on
+    with run.submit_lock():  # from now on, a job that ends submits no further ones
         (run.path / CANCEL).touch()
         ids = [id for executor in Executors(Site(run, graph, run.config)).lasting() for id in executor.cancel()]
     if glance.holder is not None:

@@ -1,4 +1,4 @@
-"""The events of a run in words: as they happen, and afterwards, of what a reader of the results should know."""
+"""Puts the events of a run into words: for the live output, and for reports."""
 
 import time
 from collections.abc import Iterable
@@ -33,12 +33,12 @@ from pipelines.run.events import (
 from pipelines.text import megabytes, numbers, plural, printable
 
 WATCHED = ("loss", "reward", "accuracy", "margin", "score_mean", "response_length", "grad_norm", "tokens_per_second")
-"""Metrics of a running stage that are shown, the first ones first."""
+"""The metrics to show of a running stage, by priority."""
 MOST_WATCHED = 3
 
 
 def live_line(event: Event) -> str | None:
-    """An event as it is told when it happens; None for one that says nothing to somebody who watches."""
+    """The line that is printed when an event happens; None for events that are not printed."""
     match event:
         case StageStarted():
             where = place_in_words(event)
@@ -70,7 +70,7 @@ def live_line(event: Event) -> str | None:
             return f"warning: {event.what} failed, and the run goes on: {printable(event.error)}"
         case ListenerFailed():
             error = printable(event.error)
-            return f"warning: the listener {event.listener} failed and is told no more; the run goes on: {error}"
+            return f"warning: the listener {event.listener} failed and is not called again; the run goes on: {error}"
         case HubPushed():
             return f"pushed {event.what} to {event.repo}"
         case HubPushFailed():
@@ -84,13 +84,13 @@ def live_line(event: Event) -> str | None:
 
 
 def metrics_in_words(metrics: dict[str, float]) -> str:
-    """The metrics of a step or shard that one looks at first."""
+    """The most important metrics of a step or shard, in words."""
     chosen = [name for name in WATCHED if name in metrics][:MOST_WATCHED]
     return ", ".join(f"{name.replace('_per_second', '/s').replace('_', ' ')} {metrics[name]:.3g}" for name in chosen)
 
 
 def place_in_words(event: StageStarted) -> str:
-    """The devices that a stage was given for itself, and its pool; nothing where it shares them."""
+    """The pool and the exclusive devices of a stage, in words; empty where it shares its devices."""
     found = [f"pool {event.pool}"] if event.pool else []
     if event.devices:
         found.append(f"device{'s' * (len(event.devices) > 1)} {numbers(event.devices)}")
@@ -98,12 +98,12 @@ def place_in_words(event: StageStarted) -> str:
 
 
 def is_good_news(event: Event) -> bool:
-    """Whether an event says that all goes as it should."""
+    """Whether an event reports that all is well, so that `--quiet` leaves it out."""
     return isinstance(event, StageStarted | StageReused | StagePublished | WeightsReleased | HubPushed)
 
 
 def of_present(events: Iterable[Event], config: RunConfig) -> list[Event]:
-    """The events without those of hooks and trackers that a run does not have any more."""
+    """The events, without failures of hooks and trackers that are no longer in the config."""
     hooks, trackers = config.hooks, config.tracking.chosen
     return [
         event
@@ -114,7 +114,7 @@ def of_present(events: Iterable[Event], config: RunConfig) -> list[Event]:
 
 
 def notable_lines(events: Iterable[Event]) -> list[str]:
-    """What happened on the way, in order: transient failures, retries, requeues, jobs that ended badly."""
+    """Lines on everything unusual in a run, by time: transient failures, retries, requeues, jobs that failed."""
     events = list(events)
     explained = {event.job for event in events if isinstance(event, JobRequeued)}
     cancelled = {id for event in events if isinstance(event, RunCancelled) for id in event.jobs}
@@ -124,13 +124,13 @@ def notable_lines(events: Iterable[Event]) -> list[str]:
             (event.cancelled and event.job.partition("_")[0] in cancelled)
             or (event.requeued and event.job in explained)
         ):
-            continue  # told by `pipeline cancel`, or by the job itself
+            continue  # the event of `pipeline cancel`, or of the job itself, reports it
         if (text := _notable(event)) is not None:
             when = event.ended if isinstance(event, JobEnded) and event.ended else event.time
             about = event.stage if isinstance(event, StageEvent) else "the run"
             lines[f"{time.strftime('%F %T', time.localtime(when))}  {about}: {text}"] = None
     unread = sum(isinstance(event, Unreadable) for event in events)
-    left_out = f"{plural(unread, 'line')} of events.jsonl cannot be read and left out here; nothing depends on that."
+    left_out = f"{plural(unread, 'line')} of events.jsonl cannot be read and left out here; the results are unaffected."
     return sorted(lines) + ([left_out] if unread else [])
 
 

@@ -100,7 +100,7 @@ def test_a_chain_outlives_a_killed_job_an_early_notice_and_accounting(tmp_path: 
         slurm.run("scancel", task)
         run.release(GENERATION)
         run.wait_for(lambda: REWARD in run.digests(), 200, "what reads that stage is published")
-        assert "What happened to some of the jobs on the way is not known: `sacct" in run.status()
+        assert "The history of some jobs is not known: `sacct" in run.status()
     finally:
         slurm.up()
     line = rf"{GENERATION}: job {task} on node\d: cancelled by"

@@ -103,7 +103,7 @@ def test_the_same_prompts_are_compared_one_by_one(smallest: Path, capsys: pytest
 def test_what_is_within_the_interval_is_no_difference(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noise = [score + (0.5 if number % 2 else -0.5) for number, score in enumerate(FIRST)]
     found = compared(capsys, judged(smallest, "first", FIRST), judged(smallest, "second", noise))
-    assert "no difference can be told" in found["paired"][0]["sentence"]
+    assert "No significant difference between" in found["paired"][0]["sentence"]
 
 
 def test_scores_of_different_judges_are_not_compared(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:

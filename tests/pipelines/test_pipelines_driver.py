@@ -213,7 +213,7 @@ def test_without_the_cluster_nothing_is_claimed_of_its_jobs(
     monkeypatch.setenv("PATH", "/nowhere")
     said = io.StringIO()
     print_status(Console(file=said, width=200), scene.run, scene.graph)
-    assert "What is queued on the cluster is not known: squeue is not on PATH" in said.getvalue()
+    assert "The jobs on the cluster are not known: squeue is not on PATH" in said.getvalue()
     assert re.search("prompts/all .*unknown .*job 7, 8", said.getvalue())
 
 

@@ -206,7 +206,7 @@ def test_a_hook_that_raises_is_told_of_once_and_the_run_goes_on(tmp_path: Path) 
     said = run.run(0)
     assert len(run.told("broken")) == len(run.told("good")) > 10
     (error,) = run.failures("broken")
-    assert error.startswith("on the run: started: ValueError: no such channel: pretended (it is told what comes")
+    assert error.startswith("on the run: started: ValueError: no such channel: pretended (it is still called")
     assert f"warning: the hook broken failed: {error}" in said
     log = run.path / "logs/hooks/broken.log"
     assert str(log) in error
@@ -239,7 +239,7 @@ def test_a_hook_that_ends_its_process_is_told_of_and_the_run_goes_on(tmp_path: P
     run.hook("leaving", "leave", notes=False)
     run.run(0)
     (error,) = run.failures("leaving")
-    assert error.startswith("it said nothing (exit code 0; ")
+    assert error.startswith("no message (exit code 0; ")
 
 
 @pytest.mark.slow

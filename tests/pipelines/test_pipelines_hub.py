@@ -386,7 +386,7 @@ def test_damage_is_not_pushed(hub: HubDouble, run: Path, capsys: pytest.CaptureF
         (["hub.model=alice"], "'alice' is no name of a repo on the Hub. Write it ORG/NAME"),
         (["hub.pairs=a/b", "hub.rollouts=a/b"], "each needs a repo of its own"),
         (["training.epochs=2"], "only keys of the section `hub`"),
-        (["hub.model=null"], "says nowhere where on the Hub"),
+        (["hub.model=null"], "has no repo on the Hub to push to"),
     ],
 )
 def test_mistakes(run: Path, overrides: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -410,10 +410,10 @@ def test_doctor_finds_what_would_refuse_a_push(hub: HubDouble, monkeypatch: pyte
     hub.create("bob/closed")
     state = hub.state()
     found = access(**HUB)
-    assert found[:2] == [("ok", f"{MODEL} will be made"), ("ok", f"{PAIRS} is there, and may be written to")]
+    assert found[:2] == [("ok", f"{MODEL} will be created"), ("ok", f"{PAIRS} exists, and the token may write there")]
     assert found[2][0] == "error"
     assert "holds what no run of Ratchet has pushed there (theirs.csv)" in found[2][1]
-    assert access(model="bob/closed") == [("error", "hub says to push to bob/closed, but alice is no member of bob")]
+    assert access(model="bob/closed") == [("error", "hub says to push to bob/closed, but alice is not a member of bob")]
     hub.tokens["hf_reader"] = Account(role="read")
     for token, said in (("hf_reader", "may only read"), ("hf_wrong", "The Hub refuses the token")):
         monkeypatch.setenv("HF_TOKEN", token)

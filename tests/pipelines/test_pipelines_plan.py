@@ -39,7 +39,7 @@ def test_before_a_run_it_counts_in_units(smallest: Path, capsys: pytest.CaptureF
     text = said(capsys, "plan", "show", str(smallest), "--iters", "2", "placement=separation", "--plain")
     assert "strategy separation; 4 GPUs" in text
     assert "| training                      | 1-2        | local training: 2-3   | dp=2       |" in text
-    assert "How long stages take is not known yet" in text
+    assert "No durations are known yet" in text
     assert "pool training (2-3): idle" in text
     lanes = [line for line in text.splitlines() if line.startswith("GPU ")]
     assert [lane.split("  ")[0] for lane in lanes] == ["GPU 0-1", "GPU 2-3"]

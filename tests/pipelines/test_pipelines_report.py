@@ -88,7 +88,7 @@ def test_reward_and_length(tmp_path: Path, length: Any, judge: Any, tone: str, s
     assert found.tone == tone
     learning = report.statements[0]
     assert ("length may be all that it learned" in " ".join(learning.details)) is (tone == "bad")
-    assert learning.answer.startswith("By its reward, yes." if tone == "bad" else ("Yes.", "Not that it shows."))
+    assert learning.answer.startswith("By its reward, yes." if tone == "bad" else ("Yes.", "Not measurably."))
 
 
 def test_what_was_selected_of_the_answers_is_what_was_trained_on() -> None:
@@ -133,7 +133,7 @@ def test_too_few_answers_to_tell(tmp_path: Path, judge: Any) -> None:
     [
         (lambda iteration, length: length % 2 + iteration, "good", "Yes. The held-out reward rose from"),
         (lambda iteration, length: length % 2 - iteration, "bad", "No, it got worse. The held-out reward fell from"),
-        (lambda iteration, length: length % 2, "unclear", "Not that it shows."),
+        (lambda iteration, length: length % 2, "unclear", "Not measurably."),
     ],
     ids=["better", "worse", "same"],
 )

@@ -188,7 +188,7 @@ def test_forked_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = gathered(run.with_name("child"))
     shared = [row for row in report.stages if row.key is not None]
     assert {row.iteration for row in shared} == {None, 0, 1}
-    assert {row.detail for row in shared} == {"made by another run or command"}
+    assert {row.detail for row in shared} == {"computed by another run or command"}
     assert report.time.stages == 0
     assert answers(report)["time"].startswith("Not known")
     assert answers(report)["learning"].startswith("Yes. The held-out reward rose from")

@@ -32,7 +32,7 @@ def test_page_is_written_by_itself(pretended_run: Path) -> None:
     """A run of pretended stages ends with a report, though nothing in it can be read as answers."""
     text = (pretended_run / "report.html").read_text()
     assert '<span class="badge finished">finished</span>' in text
-    assert "2 of 2 policies judged" in text
+    assert "2 of 2 policies evaluated" in text
     assert not any(isinstance(event, ListenerFailed) for event in RunDirectory(pretended_run).events())
 
 
@@ -66,7 +66,7 @@ def test_large_reports_are_made_elsewhere(run: Path, monkeypatch: pytest.MonkeyP
     assert not (run / "report.html").exists()
     writer([StagePublished(stage="iteration-001/evaluation", key="k")])
     writer([RunEnded(outcome="finished")])
-    assert "3 of 3 policies judged" in (run / "report.html").read_text()
+    assert "3 of 3 policies evaluated" in (run / "report.html").read_text()
     (run / "run.json").write_text("{}")
     writer([StagePublished(stage="iteration-002/generation", key="k")])
     with pytest.raises(RuntimeError, match=r"run\.json is damaged.*exit code 2"):
@@ -120,7 +120,7 @@ def test_view_sees_what_happens(run: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (run / "iteration-002/evaluation/manifest.json").unlink()
     RunDirectory(run).record(StageWaits(stage="iteration-002/evaluation", text="for a machine"))
     assert live.renew() == 2
-    assert b"2 of 3 policies judged" in live.page()
+    assert b"2 of 3 policies evaluated" in live.page()
 
 
 def test_port_in_use(served: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,7 +154,7 @@ def test_of_a_schedulers_jobs_both_ways_are_told(
     assert seconds[1]["as written"] > seconds[0]["as written"] + 60, "each training has a job more, which waits too"
     assert seconds[0]["found"] < seconds[0]["as written"], "streaming, which a detached run cannot have"
     assert detached["found"].get("streaming", False) is False
-    assert "none of its jobs has been seen: 60 s in the queue are assumed of each" in attached["devices"]
+    assert "none of its jobs has been measured: 60 s in the queue are assumed for each" in attached["devices"]
     (alone,) = json.loads(said(capsys, *search, "executor.stages.light=local", "--json"))["searches"]
     assert alone["way"] == "attached", "what runs here takes a driver"
     monkeypatch.setenv("RATCHET_VARIANT", "auto")  # it was decided for jobs without GPUs

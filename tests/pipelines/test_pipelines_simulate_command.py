@@ -78,7 +78,7 @@ def test_what_it_cannot_know_it_does_not_count_as_nothing(
     assert "iteration-001/training" in found["unknown"]
     assert main(["plan", "simulate", *unknown, "--iters", "1", "--cluster", str(tmp_path / "cluster.yaml")]) == 0
     said = capsys.readouterr().out
-    assert "All of it is a bound from below" in said
+    assert "All times are lower bounds" in said
     assert "at least" in said
 
 

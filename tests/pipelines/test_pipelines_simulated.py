@@ -176,7 +176,7 @@ def test_status_and_report_say_which_devices_each_stage_had_and_what_stood_idle(
     assert report["time"]["held"] >= max(held)
     assert report["time"]["idle"]["training"] > 0.5
     told = " ".join(detail for statement in report["statements"] for detail in statement["details"])
-    assert "The devices of the pool training computed nothing for" in told
+    assert "The devices of the pool training were idle for" in told
     page = (smallest.parent / "page.html").absolute()
     assert main(["report", run, "--output", str(page)]) == 0
     assert "<small>training 2-3</small>" in page.read_text()

@@ -313,11 +313,11 @@ def test_it_is_said_in_words_with_cost_and_bottleneck_and_what_is_not_known(shar
     assert "6.67 min in all; from policy to policy 3.33 min, 3.33 min" in said
     assert "of 20 runs drawn (seed 3) the median takes" in said
     assert f"cost: {3.0 * 4 * 400 / 3600:.2f} USD for all devices until the end" in said
-    assert "bottleneck: training. Of the way to the end: training 50%" in said
+    assert "bottleneck: training. Shares of the critical path: training 50%" in said
     assert "of 8.0 GiB on the fullest device, in " in said
     assert "pool training (3): idle 50%" in said
-    assert "runs of stages alike (100%)" in said
-    assert "what the driver takes between stages is left out" in said
+    assert "runs of similar stages (100%)" in said
+    assert "the driver's own time between stages is left out" in said
     data = json.loads(as_json(view))
     assert (data["total"], data["is_bound"], data["iterations"]) == (400.0, False, [200.0, 200.0])
     picture_of_it = picture(view.plan)
@@ -326,7 +326,7 @@ def test_it_is_said_in_words_with_cost_and_bottleneck_and_what_is_not_known(shar
     known = {name: one for name, one in found.predictions.items() if not name.endswith("training")}
     bound = view_simulation(simulate(found.order, cluster, known, bound=True), graph, config)
     said = "\n".join(in_sentences(bound))
-    assert said.startswith("All of it is a bound from below: nothing is known of what setup/reward-model/training")
+    assert said.startswith("All times are lower bounds: nothing is known of what setup/reward-model/training")
     assert "at least 3.33 min in all" in said
 
 

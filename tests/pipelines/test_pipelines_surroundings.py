@@ -332,7 +332,7 @@ def test_lines_of_the_events_that_are_not_ours(begun: RunDirectory, capsys: pyte
         "iteration-001/generation: attempt-1 fell over. Not tried again.",
         "iteration-001/training: attempt-1 fell over. Not tried again.",
     ]
-    assert told[2:] == ["7 lines of events.jsonl cannot be read and left out here; nothing depends on that."]
+    assert told[2:] == ["7 lines of events.jsonl cannot be read and left out here; the results are unaffected."]
     assert main(["status", str(begun.path)]) == 0
     assert "fell over" in capsys.readouterr().out
 

@@ -1,1 +1,1 @@
-"""Runs beside each other: what differs in their configurations, and which policy is better by how much."""
+"""Compares runs: what differs in their configs, and which policy is better, by how much."""

@@ -1,4 +1,4 @@
-"""`pipeline compare`: prints a comparison."""
+"""`pipeline compare`: prints a comparison of runs."""
 
 import msgspec
 from rich.console import Console
@@ -11,7 +11,7 @@ from pipelines.text import say
 
 
 def print_comparison(console: Console, found: Comparison, metric: str | None) -> None:
-    """What differs, one metric by iteration, and who is better.
+    """Print the differing settings, one metric by iteration, and the paired comparisons.
 
     Raises:
         UserError: no run has the metric.
@@ -37,13 +37,13 @@ def print_comparison(console: Console, found: Comparison, metric: str | None) ->
         table.add_row(series.run, *(f"{values[i]:.3f}" if i in values else "-" for i in iterations))
     console.print(table)
     for paired in found.paired:
-        say(console, f"{paired.sentence}; it has more in {paired.wins:.0%} of them.")
+        say(console, f"{paired.sentence}; it scores higher on {paired.wins:.0%} of them.")
     for note in dict.fromkeys(found.notes):
         say(console, note)
 
 
 def as_json(found: Comparison) -> str:
-    """A comparison as one JSON object; a paired one with its sentence."""
+    """A comparison as one JSON object, with the sentence of each paired comparison."""
     data = msgspec.to_builtins(found)
     for row, paired in zip(data["paired"], found.paired, strict=True):
         row["sentence"] = paired.sentence

@@ -1,4 +1,4 @@
-"""What a comparison of runs says."""
+"""The data of a comparison of runs."""
 
 import msgspec
 
@@ -11,11 +11,11 @@ class Series(msgspec.Struct, frozen=True):
 
 
 class Change(msgspec.Struct, frozen=True):
-    """A key whose value is not the same in all runs."""
+    """A config key whose value is not the same in all runs."""
 
     key: str
     values: list[str]
-    """One for each run, in order."""
+    """One value for each run, in order."""
 
 
 class ComparedAnswers(msgspec.Struct, frozen=True):
@@ -30,21 +30,21 @@ class ComparedAnswers(msgspec.Struct, frozen=True):
 
 
 class Paired(msgspec.Struct, frozen=True):
-    """Two policies by one scorer, on the held-out prompts that both have answered."""
+    """Comparison of two policies by one scorer, on the held-out prompts that both have answered."""
 
     scorer: str
     first: str
-    """Run and iteration of the policy that is compared with."""
+    """Run and iteration of the baseline policy."""
     second: str
     prompts: int
     difference: float
-    """Mean over the prompts of what the second has more: each prompt counts by the mean score of its answers."""
+    """Mean over the prompts of the second policy's score minus the first's, each the mean over the prompt's answers."""
     ci95: float
-    """Half the width of its 95 % confidence interval, prompts being drawn independently."""
+    """Half the width of the 95 % confidence interval of `difference`, with prompts as independent draws."""
     wins: float
-    """Share of prompts in which the second has more, a tie being half."""
+    """Share of prompts on which the second policy scores higher; ties count as half."""
     answers: list[ComparedAnswers]
-    """Of the prompts with the largest differences."""
+    """Answers to the prompts with the largest differences."""
 
     @property
     def is_clear(self) -> bool:
@@ -58,7 +58,7 @@ class Paired(msgspec.Struct, frozen=True):
         interval = f"{abs(self.difference):.3g} ± {self.ci95:.2g}"
         if not self.is_clear:
             return (
-                f"Between {self.second} and {self.first} no difference can be told {by}: "
+                f"No significant difference between {self.second} and {self.first} {by}: "
                 f"{self.difference:+.3g} ± {self.ci95:.2g}"
             )
         return f"{self.second} is {'better' if self.difference > 0 else 'worse'} than {self.first} by {interval}, {by}"
@@ -70,9 +70,9 @@ class Comparison(msgspec.Struct, frozen=True):
     runs: list[str]
     changes: list[Change]
     metrics: dict[str, list[Series]]
-    """By name, of every evaluation metric that two runs or more have."""
+    """The evaluation metrics by name, one series for each run."""
     paired: list[Paired]
     notes: list[str]
-    """Why something could not be compared."""
+    """The reasons why something could not be compared."""
     left_out: list[str] = []
-    """Runs that are damaged; the notes say how."""
+    """Runs that are damaged; `notes` has the reasons."""

@@ -1,4 +1,4 @@
-"""Reads runs for a comparison."""
+"""Reads runs and computes their comparison."""
 
 import math
 import statistics
@@ -23,38 +23,38 @@ from pipelines.run.metrics import evaluations, mean_with_interval
 from training.registry import check_settings
 
 SHOWN = 5
-"""Prompts whose answers are shown, in each direction."""
+"""How many prompts are shown with their answers, for the largest gains and for the largest losses."""
 LONGEST = 2000
-"""Characters of a prompt or an answer."""
+"""Characters of a prompt or an answer beyond which it is cut."""
 PLACES = ("name", "directory", "date")
-"""Keys of a run that say nothing of what it computes."""
+"""Config keys without influence on what a run computes."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy that was judged: its answers to the held-out prompts and their scores."""
+    """An evaluated policy, with its answers to the held-out prompts and their scores."""
 
     label: str
     rollouts: Artifact
     prompts: set[str]
-    """Those that it has answered."""
+    """Ids of the prompts that it has answered."""
     judges: dict[str, Any]
-    """What each scorer is."""
+    """By scorer, everything that determines its scores."""
     scores: dict[str, dict[str, float]]
-    """By scorer, the mean score of each prompt's answers."""
+    """By scorer and prompt id, the mean score of the prompt's answers."""
 
 
 def compare(
     runs: list[tuple[RunDirectory, Graph]], iteration: int | None = None, damaged: dict[Path, str] | None = None
 ) -> Comparison:
-    """Compare each run with the first, but for those that are damaged.
+    """Compare each run with the first, leaving out damaged runs.
 
     Args:
-        iteration: whose policies are compared on the same prompts; by default each run's last that was judged.
-        damaged: further runs, which could not be opened, and why.
+        iteration: the iteration whose policies are compared; by default the last evaluated one of each run.
+        damaged: further runs, which could not be opened, with the reasons.
 
     Raises:
-        UserError: a run has evaluated nothing, or not this iteration; or all are damaged.
+        UserError: a run has not evaluated any policy, or not that of this iteration; or all runs are damaged.
     """
     labels = _labels([run.path for run, _ in runs])
     damaged = dict(damaged or {})
@@ -81,7 +81,7 @@ def _labels(paths: list[Path]) -> list[str]:
 
 
 def _judged(graph: Graph, iteration: int | None) -> Node:
-    """The evaluation of the policy that is compared."""
+    """The evaluation node of the policy to compare."""
     judged = [
         node
         for node in graph.nodes.values()
@@ -96,7 +96,7 @@ def _judged(graph: Graph, iteration: int | None) -> Node:
 
 
 def _policy(label: str, node: Node) -> Policy:
-    """What an evaluation has judged by; UserError where something of it is damaged."""
+    """Read the answers and scores behind an evaluation; UserError where an artifact is damaged."""
     paths: dict[str, Path] = node.config.scores  # type: ignore[attr-defined]
     scores = {name: Artifact.open(path, SCORES) for name, path in paths.items()}
     rollouts = Artifact.open(node.path("rollouts"), ROLLOUTS)
@@ -181,7 +181,7 @@ def _changes(runs: list[RunDirectory]) -> list[Change]:
     rows: list[Change] = []
     for section in dict.fromkeys(name for found in settings for name in found if name not in PLACES):
         parts = [found.get(section) for found in settings]
-        if not all(isinstance(part, dict) for part in parts):  # a section that a run does not have is one change
+        if not all(isinstance(part, dict) for part in parts):  # a section that some run lacks counts as one change
             rows.append(Change(section, [_shown(part) for part in parts]))
             continue
         inner = [flat(part, f"{section}.") for part in parts if isinstance(part, dict)]
@@ -191,7 +191,7 @@ def _changes(runs: list[RunDirectory]) -> list[Change]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """What decides what a run computes, with the defaults of its algorithm."""
+    """The settings that determine what a run computes, with the defaults of its algorithm."""
     found = merge(config.select(Role.IDENTITY), config.select(Role.INPUT))
     settings = check_settings(config.description, config.training.settings)
     return {**found, "training": {**found["training"], "settings": settings}}

@@ -1,4 +1,4 @@
-"""A comparison as one page that needs nothing else."""
+"""Renders a comparison as one self-contained HTML page."""
 
 import zlib
 from base64 import b64encode
@@ -9,11 +9,11 @@ from pipelines.insight.compare.data import Comparison
 from pipelines.insight.report.page import DOM, PLOT, PLOTS, STYLES, environment, read_asset, script_hash
 
 HIDDEN = ("ci95", "unscored", "prompts", "samples")
-"""Ends of the names of metrics that are no curves."""
+"""Suffixes of metrics that are not drawn."""
 
 
 def render_comparison(found: Comparison) -> str:
-    """The page."""
+    """The page as HTML."""
     drawn = {name: series for name, series in found.metrics.items() if not name.endswith(HIDDEN)}
     scripts = [read_asset(name) for name in (PLOTS, DOM, PLOT, "compare/assets/compare.js")]
     template = environment().get_template("compare/assets/compare.html.j2")

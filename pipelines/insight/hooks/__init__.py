@@ -1,8 +1,8 @@
-"""Hooks: functions of the user's own that are called when something happens in a run, each in a process of its own.
+"""Hooks: the user's functions that are called when something happens in a run, each in its own process.
 
-    configured.py   those of a run's config, and what is wrong with their functions
-    task.py         what a process is told, and what it has on the disk
-    happenings.py   the events and points of a run, as a function is told them
+    configured.py   the hooks of a run's config, and the checks of their functions
+    task.py         what a hook's process is given, and its progress on the disk
+    happenings.py   turns the events and points of a run into what the functions are called with
     __main__.py     the process
 
 pipelines/insight/listeners/hooks.py starts and ends the processes.

@@ -1,7 +1,7 @@
-"""`python -m pipelines.insight.hooks`: call a function of the user's for what happens in a run, until stdin ends.
+"""`python -m pipelines.insight.hooks`: calls the user's function for what happens in a run, until stdin ends.
 
-The first line of stdin says which (`HookTask`). How far it is lies on the disk, so that after a kill the next process
-tells what is missing, and the one happening that was in hand once more.
+The first line of stdin is the `HookTask`. Progress is kept on the disk: after a kill, the next process continues with
+what is missing, and repeats the one happening whose call was interrupted.
 """
 
 import contextlib
@@ -28,17 +28,17 @@ from pipelines.run.events import FILE, EventStream, HookFailed, decode_events
 
 POLL_SECONDS = 1.0
 LATER_SECONDS = 5.0
-"""How much longer than the command that has started it this process waits for a function that hangs."""
+"""Seconds after the grace period of the hook until a function that hangs is killed with this process."""
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the hook, and return the exit code."""
     task = msgspec.json.decode(sys.stdin.buffer.readline(), type=HookTask)
     run = Path(task.run)
     os.nice(5)  # the stages come first
     ended = end_of_input()
     threading.Thread(target=_end_after, args=(ended, task.grace_seconds), daemon=True).start()
-    with locked(run / "hooks" / f"{task.hook}.lock"):  # perhaps a process of an earlier command still tells
+    with locked(run / "hooks" / f"{task.hook}.lock"):  # a process of an earlier command may still be calling it
         try:
             function = load_callable(task.function)
         except UserError as error:
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def _end_after(ended: threading.Event, seconds: float) -> None:
-    """End this process, and what it has started, if it hangs after the one that has started it has ended."""
+    """Kill this process and its children if it is still running some time after its stdin has ended."""
     ended.wait()
     time.sleep(seconds + LATER_SECONDS)
     print(
@@ -61,7 +61,7 @@ def _end_after(ended: threading.Event, seconds: float) -> None:
 
 
 class Telling:
-    """Tells a function what happens in a run."""
+    """Calls a function with everything that happens in a run."""
 
     def __init__(self, task: HookTask, function: Callable[..., Any], progress: Progress) -> None:
         self._task = task
@@ -74,13 +74,13 @@ class Telling:
         self._failures = 0
         for event in decode_events(whole_lines(self._run / FILE, 0)[: progress.events]):
             for _ in self._happenings.of(event):
-                pass  # was told, or was before this hook
+                pass  # the function was called for it, or it was before this hook
 
     def follow(self, ended: threading.Event) -> None:
-        """Tell what is new until the input ends, and then the rest."""
+        """Call the function for what is new until the input ends, then for the rest."""
         last = False
         while not last:
-            last = ended.wait(POLL_SECONDS)  # before the files are read: what was written until then is told
+            last = ended.wait(POLL_SECONDS)  # before the files are read, so that the last pass sees all of them
             for line in whole_lines(self._run / METRICS, self._progress.metrics).splitlines(keepends=True):
                 points = filter(self._begun.made, decode_points(line))
                 found = (happening for point in points if (happening := of_point(point)))
@@ -93,7 +93,7 @@ class Telling:
         self._file.write(self._progress)
 
     def _tell(self, happenings: Iterator[Happening]) -> None:
-        """Tell what the hook wants to know, and keep how far it is: what is not told needs no place on the disk."""
+        """Call the function for the kinds that the hook wants, and save the progress where there was a call."""
         wanted = [happening for happening in happenings if happening["kind"] in self._task.kinds]
         for happening in wanted:
             self._call(self._happenings.complete(happening))
@@ -103,7 +103,7 @@ class Telling:
     def _call(self, happening: Happening) -> None:
         try:
             self._function(happening, self._run, **self._task.settings)
-        except BaseException as error:  # also one that would end this process
+        except BaseException as error:  # SystemExit and KeyboardInterrupt too: the process goes on
             print(f"failed on {in_words(happening)}", file=sys.stderr)
             traceback.print_exc()
             self._failures += 1
@@ -113,13 +113,13 @@ class Telling:
 
     def _record(self, text: str) -> None:
         log = self._run / "logs" / "hooks" / f"{self._task.hook}.log"
-        with contextlib.suppress(OSError):  # a full disk has told of itself
+        with contextlib.suppress(OSError):  # a full disk, which the run itself reports
             EventStream(self._run / FILE).append(
-                HookFailed(hook=self._task.hook, error=f"{text} (it is told what comes all the same; {log})")
+                HookFailed(hook=self._task.hook, error=f"{text} (it is still called for what follows; {log})")
             )
 
 
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # no thread of the user's may keep it
+    os._exit(code)  # without waiting for threads that the user's function has started

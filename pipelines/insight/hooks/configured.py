@@ -1,4 +1,4 @@
-"""The hooks of a run's config: where they begin, which policies they are told of, and what is wrong with them."""
+"""Sets up the hooks of a run's config: their first progress, the policies they are called for, and their checks."""
 
 import concurrent.futures
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from pipelines.graph import Graph
 from pipelines.insight.hooks.task import EvaluatedPolicy, Progress
 
 GIVEN = ("happening", "run")
-"""What every function is given, beside its settings."""
+"""The positional arguments of every function; its settings are keywords."""
 
 
 def begin_hooks(config: RunConfig, run: Path) -> None:
-    """Have the hooks that this run did not have before begin with what happens from now on."""
+    """Have hooks that are new in this run skip everything that has happened so far."""
     for name in config.hooks:
         if Progress.of(run, name) is None:
             Progress.now(run).save(run, name)
 
 
 def evaluated_policies(graph: Graph) -> list[EvaluatedPolicy]:
-    """The policies of a run that are evaluated, in the order of iterations."""
+    """The evaluated policies of a run, in the order of iterations."""
     found = []
     judging: dict[int | None, dict[str, str]] = {}
     for node in graph.nodes.values():
@@ -39,7 +39,7 @@ def evaluated_policies(graph: Graph) -> list[EvaluatedPolicy]:
 
 
 def hook_mistakes(config: RunConfig) -> Iterator[UserError]:
-    """What is wrong with the functions of a run's hooks, as far as it can be seen without calling them."""
+    """The mistakes in the functions of a run's hooks that can be seen without calling them."""
     calls = {name: Call(hook.function, GIVEN, tuple(hook.settings)) for name, hook in config.hooks.items()}
     with concurrent.futures.ThreadPoolExecutor(max(1, len(calls))) as pool:
         found = pool.map(mistake_in, calls.values())

@@ -1,9 +1,9 @@
-"""What happens in a run, as a hook is told it: plain data, made from the run's events and points.
+"""Turns a run's events and points into happenings: the plain data that hooks are called with.
 
 Every happening has `kind` and `time` (seconds since 1970); those of stages and runs have `what`.
 
     run         what: started, finished, failed, stopped, interrupted, cancelled
-    stage       what: started, published, failed; stage, and what is known of it then
+    stage       what: started, published, failed; stage, and further fields of its event
     iteration   a policy is evaluated: iteration, policy, metrics
     step        an optimizer step: stage, iteration, step, global_step, metrics
     shard       a shard of rows: stage, iteration, shard, metrics
@@ -34,7 +34,7 @@ Happening: TypeAlias = dict[str, Any]
 
 
 class Happenings:
-    """Follows a run's events from the first one on, since some mean something only after others."""
+    """Makes happenings from a run's events. It has to see all of them in order, since some depend on earlier ones."""
 
     def __init__(self, run: Path, evaluated: list[EvaluatedPolicy]) -> None:
         self._run = run
@@ -43,7 +43,7 @@ class Happenings:
         self._made: set[str] = set()
 
     def of(self, event: Event) -> Iterator[Happening]:
-        """What a hook is told of an event, without what `complete` adds."""
+        """The happenings of an event, without the fields that `complete` adds."""
         match event:
             case RunStarted():
                 yield {"kind": "run", "what": "started", "time": event.time, "stages": event.stages, "by": event.by}
@@ -63,7 +63,7 @@ class Happenings:
                 told = {"key": event.key, "seconds": event.seconds, "ledger": event.ledger}
                 yield from self._published(event.stage, event.time, **told)
             case StageReused(stage=stage):
-                # What had been started was published while nobody was there to record it: its driver was killed.
+                # The stage was published while no driver was there to record it: the driver had been killed.
                 if self._started.get(stage) in ("", event.key):
                     yield from self._published(stage, event.time, key=event.key)
                 self._made.add(stage)
@@ -77,7 +77,7 @@ class Happenings:
             yield {"kind": "iteration", "time": time, "iteration": policy.iteration, "policy": policy.policy}
 
     def complete(self, happening: Happening) -> Happening:
-        """The same with what published stages say by themselves: their directories and metrics."""
+        """Add what is read from published artifacts: their directories and metrics."""
         if happening["kind"] == "stage" and happening["what"] == "published":
             stage = happening["stage"]
             return {**happening, "path": str(self._run / stage), "metrics": self._metrics(stage)}
@@ -96,7 +96,7 @@ class Happenings:
         return happening
 
     def _metrics(self, stage: str) -> dict[str, Any]:
-        """Those in a manifest; none where the stage is being made again."""
+        """The metrics in a stage's manifest; empty while the stage is being recomputed."""
         try:
             found: dict[str, Any] = Artifact.open(self._run / stage).manifest.facts.get("metrics", {})
         except UserError:
@@ -105,14 +105,14 @@ class Happenings:
 
 
 class Begun:
-    """The stages that a run has begun itself: what others have made and it has taken over did not happen in it."""
+    """The stages that this run has computed, as opposed to artifacts that it has reused from other runs."""
 
     def __init__(self, run: Path) -> None:
         self._events = EventReader(run / FILE)
         self._stages: set[tuple[str, str]] = set()
 
     def made(self, point: Point) -> bool:
-        """Whether the run itself has made what a point tells of. A stage's start is recorded before its first point."""
+        """Whether a point comes from a stage of this run. A stage's start is recorded before its first point."""
         if (found := (point.stage, point.key)) not in self._stages:
             started = (event for event in self._events.news() if isinstance(event, StageStarted | StagePublished))
             self._stages.update((event.stage, event.key[:KEY]) for event in started)
@@ -120,7 +120,7 @@ class Begun:
 
 
 def of_point(point: Point) -> Happening | None:
-    """What a hook is told of a point; nothing of a whole stage, which an event tells."""
+    """The happening of a point; None for a point of a whole stage, for which there is an event."""
     if point.unit == "stage":
         return None
     told: Happening = {"kind": point.unit, "time": point.time, "stage": point.stage, "iteration": point.iteration}
@@ -129,7 +129,7 @@ def of_point(point: Point) -> Happening | None:
 
 
 def in_words(happening: Happening) -> str:
-    """What happened, for a message."""
+    """A short name of a happening, for a message."""
     match happening["kind"]:
         case "run":
             return f"the run: {happening['what']}"

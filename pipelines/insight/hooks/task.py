@@ -1,4 +1,4 @@
-"""What a hook's process is told, and how far it has read. Its process imports no more than it needs."""
+"""The task of a hook's process, and its progress. This module imports little, so that the process starts fast."""
 
 import os
 from pathlib import Path
@@ -12,13 +12,13 @@ from pipelines.run.events import FILE
 
 
 class EvaluatedPolicy(msgspec.Struct, frozen=True):
-    """A policy of the run, and the stages that judge it."""
+    """A policy of the run, and the stages that evaluate it."""
 
     iteration: int
     policy: str
     """Directory of its checkpoint; hf:ORG/NAME where it has not been downloaded."""
     stages: dict[str, str]
-    """By stage, what its metrics' names begin with: nothing, or NAME/ of an evaluation of the user's own."""
+    """The prefix of each stage's metrics: empty, or NAME/ for an evaluation with the user's own function."""
 
 
 class HookTask(msgspec.Struct, frozen=True):
@@ -28,21 +28,21 @@ class HookTask(msgspec.Struct, frozen=True):
     function: str
     settings: dict[str, Any]
     kinds: list[str]
-    """What it is to be told."""
+    """The kinds of happenings that the function is called with."""
     run: str
     grace_seconds: float
     evaluated: list[EvaluatedPolicy]
 
 
 class Progress(msgspec.Struct):
-    """How much of a run's files a hook has been told, in bytes."""
+    """Bytes of a run's files that a hook has processed."""
 
     events: int
     metrics: int
 
     @classmethod
     def of(cls, run: Path, hook: str) -> "Progress | None":
-        """What is on the disk; None where there is nothing, or nothing that can be read."""
+        """The progress on the disk; None where there is none, or it cannot be read."""
         try:
             return msgspec.json.decode(_file(run, hook).read_bytes(), type=cls)
         except (FileNotFoundError, ValueError):
@@ -50,29 +50,29 @@ class Progress(msgspec.Struct):
 
     @classmethod
     def now(cls, run: Path) -> "Progress":
-        """That of a hook which has been told all that there is."""
+        """The progress of a hook that has processed everything so far."""
         return cls(_size(run / FILE), _size(run / METRICS))
 
     def save(self, run: Path, hook: str) -> None:
-        """Keep it on the disk: after a kill, the next process goes on from here."""
+        """Write it to the disk, for the next process to continue from."""
         path = _file(run, hook)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, msgspec.json.encode(self), durable=False)
 
 
 class ProgressFile:
-    """Progress on the disk that changes with everything that a hook is told: it is written over in place, which takes
-    a twentieth of the time of a file that takes the other's place, and no room on a full disk."""
+    """Writes the progress after every call, in place: that takes a twentieth of the time of an atomic replacement, and
+    no room on a full disk."""
 
     WIDTH = 64
-    """Bytes: more than two numbers take, and few enough to be written as a whole or not at all."""
+    """Bytes written at a time: more than two numbers take, and few enough for an atomic write."""
 
     def __init__(self, run: Path, hook: str, progress: Progress) -> None:
         progress.save(run, hook)
         self._file = _file(run, hook).open("r+b", buffering=0)
 
     def write(self, progress: Progress) -> None:
-        """Keep this one."""
+        """Overwrite the progress on the disk."""
         os.pwrite(self._file.fileno(), msgspec.json.encode(progress).ljust(self.WIDTH), 0)
 
 

@@ -1,4 +1,4 @@
-"""Has the hooks of the config told what happens, each by a process of its own."""
+"""Starts a process for each hook of the config, which calls the hook's function."""
 
 import contextlib
 import os
@@ -16,12 +16,12 @@ from pipelines.run.events import Event, HookFailed
 
 
 def listen(run: RunDirectory, graph: Graph) -> "Hooks":
-    """Tell the hooks of the run's config."""
+    """Start the hooks of the run's config."""
     return Hooks(run, graph)
 
 
 class Hooks:
-    """The processes that tell the hooks: the run's files are all that they read."""
+    """The processes of the hooks. They learn of events from the run's files alone."""
 
     def __init__(self, run: RunDirectory, graph: Graph) -> None:
         self._run = run
@@ -31,20 +31,20 @@ class Hooks:
         self._processes = {name: self._start(name, evaluated) for name in self._hooks}
 
     def __call__(self, events: list[Event]) -> None:
-        """Take note of those that have ended."""
+        """Record hooks whose process has failed."""
         for name, process in list(self._processes.items()):
             if error := process.failure():
                 del self._processes[name]
                 self._run.record(HookFailed(hook=name, error=error))
 
     def close(self) -> None:
-        """Wait until all are told everything."""
+        """Wait until all hooks have been called for everything, at most for their grace periods."""
         begun = time.monotonic()
         for process in self._processes.values():
             process.end_input()
         for name, process in self._processes.items():
             if error := process.wait(begun + self._hooks[name].grace_seconds):
-                with contextlib.suppress(OSError):  # a full disk has told of itself
+                with contextlib.suppress(OSError):  # a full disk, which the run itself reports
                     self._run.record(HookFailed(hook=name, error=error))
 
     def _start(self, name: str, evaluated: list[EvaluatedPolicy]) -> ReaderProcess:

@@ -1,4 +1,4 @@
-"""Pushes what the run publishes to the Hugging Face Hub, in a process of its own, where the section `hub` says so."""
+"""Pushes what the run publishes to the Hugging Face Hub, in a separate process, if the section `hub` says so."""
 
 import os
 import time
@@ -14,13 +14,13 @@ from pipelines.run.events import Event, ListenerFailed, RunEnded, StagePublished
 
 
 def listen(run: RunDirectory, graph: Graph) -> Listen:
-    """Listen to evaluations: when a policy is judged, its iteration is complete."""
+    """Listen to evaluations: they are what completes an iteration."""
     section = run.config.pushes
     return (lambda events: None) if section is None else HubListener(run, graph, section)
 
 
 class HubListener:
-    """Has a process push from the first iteration on that is not on the Hub."""
+    """Starts the process that pushes, as soon as an iteration is complete that is not on the Hub."""
 
     def __init__(self, run: RunDirectory, graph: Graph, section: HubSection) -> None:
         self._run = run
@@ -30,7 +30,7 @@ class HubListener:
         self._interrupted = False
 
     def __call__(self, events: list[Event]) -> None:
-        """Start the process when there is something for it; take note of how it ends, if it does."""
+        """Start the process when there is something to push, and record its failure."""
         self._interrupted |= any(
             isinstance(event, RunEnded) and event.outcome not in ("finished", "stopped") for event in events
         )
@@ -42,7 +42,7 @@ class HubListener:
             self._process = ReaderProcess(start, os.environ, b"", self._run.path / LOG)
 
     def close(self) -> None:
-        """Let the process end when it has pushed everything; a run that was not interrupted waits for it."""
+        """Let the process end when it has pushed everything, and wait for it unless the run was interrupted."""
         if self._process is not None:
             self._process.end_input()
             if not self._interrupted:

@@ -1,4 +1,4 @@
-"""Keeps metrics.jsonl up to date, while stages run and when they have published."""
+"""Keeps metrics.jsonl up to date while stages run and when they have ended."""
 
 import time
 
@@ -10,11 +10,11 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, StageFailed, StagePublished, StageReused, StageStarted
 
 SECONDS = 1.0
-"""How often running stages are asked."""
+"""Shortest time between two reads of what running stages report."""
 
 
 def listen(run: RunDirectory, graph: Graph) -> Listen:
-    """Collect what earlier commands have left, and then what comes."""
+    """Collect what earlier commands have left uncollected, then what running stages report."""
     collector = Collector(run, graph)
     running: set[str] = set()
     ended = dict.fromkeys(graph.nodes)  # in order

@@ -1,4 +1,4 @@
-"""Writes report.html when a policy was judged, and when nobody works on the run any more."""
+"""Writes report.html when a policy has been evaluated, and when the run ends."""
 
 import os
 import sys
@@ -14,8 +14,8 @@ from pipelines.run.events import Event, RunEnded, StageEvent, StagePublished
 
 PAGE = "report.html"
 QUICKLY = 8 << 20
-"""Bytes of new answers up to which this process reads them itself: it has its libraries loaded already, and is busy for
-well under a second. More is left to a process of its own, so that no stage waits."""
+"""Bytes of new rollouts up to which this process writes the report itself: its libraries are loaded already, and it is
+busy for well under a second. For more it starts another process, so that no stage has to wait."""
 COMMAND = [sys.executable, "-P", "-m", "pipelines", "report"]
 END_SECONDS = 600.0
 
@@ -26,19 +26,19 @@ def listen(run: RunDirectory, graph: Graph) -> Listen:
 
 
 class PageWriter:
-    """Writes the report, one at a time."""
+    """Writes the report, in this process or in one other at a time."""
 
     def __init__(self, run: RunDirectory, graph: Graph) -> None:
         self._run = run
         self._graph = graph
         self._last = max((node.iteration or 0 for node in graph.nodes.values()), default=0)
         self._changed = not (run.path / PAGE).exists()  # since the page was written
-        self._judged = False  # a policy, since then; of the last one the end of the run tells
+        self._judged = False  # a policy but the last, since then: after the last one, the end of the run follows
         self._unread = 0
         self._child: ReaderProcess | None = None
 
     def __call__(self, events: list[Event]) -> None:
-        """Take note of what has happened, and write what is due; at the end of the run wait for it."""
+        """Write the report if it is due; at the end of the run, wait until it is written."""
         ended = any(isinstance(event, RunEnded) for event in events)
         for event in events:
             self._note(event)
@@ -78,7 +78,7 @@ class PageWriter:
             self._changed = True
 
     def close(self) -> None:
-        """Wait for the process that writes: a job of a cluster takes with it whatever it has started."""
+        """Wait for the process that writes: when a job of a cluster ends, its processes are killed."""
         self._reap()
 
     def _reap(self) -> None:

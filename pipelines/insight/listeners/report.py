@@ -1,4 +1,4 @@
-"""Writes report.txt, the report of `pipeline status`, when nobody works on the run any more."""
+"""Writes report.txt, the output of `pipeline status`, when the run ends."""
 
 from pipelines.execution.listeners import Listen
 from pipelines.graph import Graph
@@ -11,7 +11,7 @@ def listen(run: RunDirectory, graph: Graph) -> Listen:
 
     def write_report(events: list[Event]) -> None:
         if any(isinstance(event, RunEnded) for event in events):
-            from pipelines.insight.status import save_report  # tables, which no earlier job needs
+            from pipelines.insight.status import save_report  # imports what only the last job needs
 
             save_report(run, graph)
 

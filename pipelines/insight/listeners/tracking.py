@@ -1,4 +1,4 @@
-"""Has the trackers of the config fed from metrics.jsonl, each by a process of its own in the environment `tracking`."""
+"""Starts a process for each tracker of the config, in the environment `tracking`, that sends it metrics.jsonl."""
 
 import contextlib
 import secrets
@@ -18,12 +18,12 @@ from tracking.task import MARK, TrackingTask, sent_file
 
 
 def listen(run: RunDirectory, graph: Graph) -> "Trackers":
-    """Feed the trackers of the run's config."""
+    """Send the run's metrics to the trackers of its config."""
     return Trackers(run)
 
 
 class Trackers:
-    """The processes that feed the trackers, started when there is something to send."""
+    """The processes that send metrics, each started when there is something to send."""
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
@@ -32,7 +32,7 @@ class Trackers:
         self._processes: dict[str, ReaderProcess] = {}
 
     def __call__(self, events: list[Event]) -> None:
-        """Start those that lack something, and take note of those that have failed."""
+        """Start the trackers that have something to send, and record those that have failed."""
         for name in [name for name in self._waiting if self._lacks(name)]:
             self._waiting.discard(name)
             self._processes[name] = self._start(name)
@@ -42,17 +42,17 @@ class Trackers:
                 self._run.record(TrackerFailed(tracker=name, error=error))
 
     def close(self) -> None:
-        """Wait until all have sent everything."""
+        """Wait until all have sent everything, at most for the grace period."""
         deadline = time.monotonic() + self._config.tracking.grace_seconds
         for process in self._processes.values():
             process.end_input()
         for name, process in self._processes.items():
             if error := process.wait(deadline):
-                with contextlib.suppress(OSError):  # a full disk has told of itself
+                with contextlib.suppress(OSError):  # a full disk, which the run itself reports
                     self._run.record(TrackerFailed(tracker=name, error=error))
 
     def _lacks(self, tracker: str) -> bool:
-        """Whether metrics.jsonl has more than a tracker has been sent."""
+        """Whether metrics.jsonl has more than what was sent to a tracker."""
         path, sent = self._run.path / METRICS, sent_file(self._run.path, tracker)
         there = path.stat().st_size if path.exists() else 0
         try:
@@ -71,7 +71,7 @@ class Trackers:
         return ReaderProcess(command, environment, msgspec.json.encode(task), log)
 
     def _run_id(self) -> str:
-        """What tells the run from all others in every tracker; made once."""
+        """The run's id in every tracker, generated on first use."""
         path = self._run.path / "tracking" / "id"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)

@@ -1,1 +1,1 @@
-"""The report of a run: gathered once as data (`gather`), then written as a page, as Markdown or as JSON."""
+"""Reports of runs: `gather` collects the data, from which a page, Markdown or JSON is rendered."""

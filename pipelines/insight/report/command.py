@@ -1,4 +1,4 @@
-"""`pipeline report RUN`: the report of a run as a page, as Markdown and as JSON."""
+"""`pipeline report RUN`: writes the report of a run as a page, or prints it as Markdown or JSON."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ PAGE = "report.html"
 
 
 def report(run: RunDirectory, graph: Graph, output: Path | None, *, as_markdown: bool, as_json: bool) -> None:
-    """Write the page and say where it is, or print the report in another form.
+    """Write the page and print its path, or print the report as Markdown or JSON.
 
     Raises:
         UserError: the page cannot be written there.
@@ -42,10 +42,10 @@ def report(run: RunDirectory, graph: Graph, output: Path | None, *, as_markdown:
 
 
 def write_report(run: RunDirectory, graph: Graph, page: Path) -> list[str]:
-    """Write the page, and into a folder beside it what does not fit; in the run's directory, also the Markdown.
+    """Write the page, and next to it a folder with what does not fit; in the run's directory, also the Markdown.
 
     Returns:
-        The names of the files in the folder that the page needs.
+        The names of the chunks in the folder that the page loads.
     """
     folder = folder_of_page(page)
     keep = Keep(folder)
@@ -59,5 +59,5 @@ def write_report(run: RunDirectory, graph: Graph, page: Path) -> list[str]:
 
 
 def folder_of_page(page: Path) -> Path:
-    """The folder beside a page: what was read of samples, among it the texts that do not fit into the page."""
+    """The folder next to a page: the cache of samples, with the texts that do not fit into the page."""
     return page.absolute().with_suffix(".samples")

@@ -1,6 +1,6 @@
-"""What a report says of a run, as data: bounded, and all that the page, the Markdown and the JSON are made of.
+"""The data of a report, of bounded size, from which the page, the Markdown and the JSON are rendered.
 
-Times are seconds since 1970, durations seconds, lengths tokens. None is what is not known.
+Times are seconds since 1970, durations are in seconds, lengths in tokens. None means not known.
 """
 
 from typing import Any, Literal
@@ -11,10 +11,10 @@ Tone = Literal["good", "bad", "unclear", "plain"]
 
 
 class Statement(msgspec.Struct, kw_only=True):
-    """One question of somebody who opens a report, and the answer in words."""
+    """A question that readers of a report have, and the answer in words."""
 
     topic: str
-    """What it is about: learning, length, dropped, time."""
+    """learning, length, dropped, time, signal, failure or plan."""
     question: str
     answer: str
     """One sentence."""
@@ -23,20 +23,20 @@ class Statement(msgspec.Struct, kw_only=True):
 
 
 class Correlation(msgspec.Struct, kw_only=True):
-    """How a score goes with the length of an answer (tokens)."""
+    """Correlation of a score with the length of an answer (tokens)."""
 
     across: float | None
-    """Pearson's correlation over all answers."""
+    """Pearson correlation over all answers."""
     within: float | None
-    """The same among the answers to one prompt: of the deviations from the prompt's means."""
+    """Pearson correlation within prompts: of the deviations from each prompt's means."""
     freedom: int
-    """Answers to prompts that have several, less those prompts: by how much `within` is known."""
+    """Degrees of freedom of `within`: scored answers to prompts with several, minus the number of those prompts."""
     slope: float | None
-    """Score for one token more, among the answers to one prompt."""
+    """Regression slope within prompts: score per additional token."""
 
 
 class PairFacts(msgspec.Struct, kw_only=True):
-    """The pairs that were chosen from a set of answers: means."""
+    """Statistics of the pairs that were chosen from a set of answers; all but `count` and `strategy` are means."""
 
     count: int
     chosen_length: float
@@ -48,7 +48,7 @@ class PairFacts(msgspec.Struct, kw_only=True):
 
 
 class LargestMargin(msgspec.Struct, kw_only=True):
-    """The pair with the largest margin, for those who read only the first screen; long texts are cut."""
+    """The pair with the largest margin, for the first screen; long texts are cut."""
 
     stage: str
     iteration: int | None
@@ -62,35 +62,35 @@ class LargestMargin(msgspec.Struct, kw_only=True):
 
 
 class GroupColumns(msgspec.Struct, kw_only=True):
-    """One entry for each prompt with its answers, in the order of the chunks: what the browser sorts and filters by."""
+    """Columns that the page sorts and filters by, with one entry for each prompt in the order of the chunks."""
 
     prompt: list[str] = []
     """Prompt ids."""
     mean: list[float | None] = []
-    """Mean score by the first scorer; so are the two that follow."""
+    """Mean score of the prompt's answers by the first scorer; `best` and `worst` are by the same scorer."""
     best: list[float | None] = []
     worst: list[float | None] = []
     margin: list[float | None] = []
-    """The largest margin of its pairs."""
+    """The largest margin of the prompt's pairs."""
     length: list[float] = []
     """Mean length."""
     longest: list[int] = []
     samples: list[int] = []
     truncated: list[int] = []
-    """Answers that were cut off."""
+    """Number of answers that were cut off."""
 
 
 class SampleSet(msgspec.Struct, kw_only=True):
-    """Answers that were sampled by one stage, with what became of them."""
+    """Answers that one stage has sampled, with their scores and pairs."""
 
     key: str
-    """Digest of everything that it was made from."""
+    """Digest of everything that determines the set."""
     name: str
-    """Of the stage that sampled."""
+    """Name of the stage that sampled."""
     role: str
     iteration: int | None
     scorers: list[str]
-    """The first is the one by which pairs are chosen, where there is one."""
+    """The scorers; the first is the one by which pairs are chosen, if there is one."""
     prompts: int
     samples: int
     truncated: int
@@ -98,33 +98,33 @@ class SampleSet(msgspec.Struct, kw_only=True):
     means: dict[str, float | None]
     """Mean score by scorer."""
     groups_scored: int
-    """Prompts with two scored answers or more."""
+    """Number of prompts with at least two scored answers."""
     groups_with_gradient: int
-    """Those of them whose scores are not all equal."""
+    """Number of those prompts whose scores are not all equal."""
     correlation: Correlation
     points: list[list[float]]
-    """[length, score] of some answers."""
+    """[length, score] of a sample of the answers."""
     pairs: PairFacts | None
     largest: LargestMargin | None
     gap: float | None
-    """Mean absolute difference (nats a token) between the log-probabilities of the engine that sampled and those of the
-    trainer's code, where both had the same weights."""
+    """Mean absolute difference (nats per token) between the log-probabilities of the engine that sampled and those of
+    the trainer's code, where both had the same weights."""
     gap_tokens: int
     columns: GroupColumns
     excerpts: dict[str, list[Any]]
     """By prompt id: the beginning of the prompt, and its tags."""
     chunks: list[int]
-    """Groups in each chunk of texts."""
+    """Number of prompts in each chunk of texts."""
     bytes: list[int]
-    """Bytes of each chunk."""
+    """Bytes of each chunk of texts."""
     token_bytes: list[int]
-    """Bytes of the log-probabilities of each chunk's answers."""
+    """Bytes of each chunk of log-probabilities."""
     left_out: int
-    """Prompts that are counted and not shown."""
+    """Number of prompts that count in the statistics and are not shown."""
 
 
 class LedgerLine(msgspec.Struct, kw_only=True):
-    """What became of what came into a stage."""
+    """The ledger of a stage: its input rows, kept or dropped by reason."""
 
     stage: str
     iteration: int | None
@@ -149,20 +149,20 @@ class StageRow(msgspec.Struct, kw_only=True):
     """When its last attempt began, or was handed to a scheduler."""
     ended: float | None = None
     wait: float | None = None
-    """Seconds from there to the start of its process, and in which it waited for shards of a stage that it followed; so
-    with the next four, as the stage measured them."""
+    """Seconds from `begun` to the start of its process, plus those in which it waited for shards of a stage that it
+    streamed from. The next four are seconds as well, as the stage has measured them."""
     load: float | None = None
-    """Importing libraries and loading models."""
+    """Time of importing libraries and loading models."""
     compute: float | None = None
     other: float | None = None
     total: float | None = None
     devices: int = 1
     pool: str = ""
-    """The pool of devices that it was given a part of, where the plan has several."""
+    """The pool that its devices belong to, if the plan has several."""
     given: list[int] = []
-    """The devices that it had for itself."""
+    """Its exclusive devices."""
     held: float | None = None
-    """Seconds in which it had its inputs, and others had its devices."""
+    """Seconds in which its inputs were complete and its devices were in use by other stages."""
     tokens: int | None = None
     rows: int | None = None
     key: str | None = None
@@ -175,7 +175,7 @@ class StageRow(msgspec.Struct, kw_only=True):
 
 
 class TrainingCurves(msgspec.Struct, kw_only=True):
-    """The log of one training, thinned: means of neighbouring steps."""
+    """The log of one training, reduced to means of neighbouring steps."""
 
     stage: str
     iteration: int | None
@@ -185,12 +185,12 @@ class TrainingCurves(msgspec.Struct, kw_only=True):
 
 
 class TimeFacts(msgspec.Struct, kw_only=True):
-    """Where the time of the run went."""
+    """How the run's time was spent."""
 
     wall: float | None
-    """From its first event to its last, without the time in which nobody worked on it."""
+    """Wall-clock time in which a command worked on the run."""
     stages: float
-    """Sum over the stages."""
+    """Total time of all stages."""
     device_hours: float
     load: float
     compute: float
@@ -198,45 +198,46 @@ class TimeFacts(msgspec.Struct, kw_only=True):
     other: float
     by_role: dict[str, float]
     held: float
-    """Sum over the stages of the time in which they had their inputs, and others had their devices."""
+    """Total time in which stages had complete inputs while their devices were in use by other stages."""
     idle: dict[str, float]
-    """By pool, the share of the wall-clock time in which its devices computed nothing."""
+    """By pool, the share of the wall-clock time in which its devices were idle."""
     tokens_per_second: dict[str, float]
-    """By role, over the time that was computed."""
+    """Tokens per second of computing, by role."""
 
 
 class ExpectedLine(msgspec.Struct, kw_only=True):
-    """What the plan expected the stages of one role to take, and what they took, in seconds."""
+    """Durations of the stages of one role: expected by the plan, and measured (seconds)."""
 
     role: str
     stages: int
     predicted: float
-    """On average, and so is:"""
+    """Mean of the expected durations."""
     measured: float
+    """Mean of the measured durations."""
     error: float
-    """One standard deviation of what was expected, as a share."""
+    """One standard deviation of the expectation, relative to it."""
     basis: str
     iterations: list[int | None]
-    """Of each stage, and:"""
+    """The iteration of each stage."""
     ratios: list[float]
-    """what it took over what was expected."""
+    """Measured over expected duration of each stage."""
 
 
 class PaidLine(msgspec.Struct, kw_only=True):
-    """What a judge's answers have taken, over all stages that are published."""
+    """What a judge has cost, over all published stages."""
 
     scorer: str
     stages: int
     answers: int
-    """Those that were asked for; what was kept from before is not paid again."""
+    """Number of answers that were requested; cached ones are not paid again."""
     prompt_tokens: int
     completion_tokens: int
     cost: float | None
-    """By the prices in its configuration; None: there are none."""
+    """Cost by the prices in its config; None where it has no prices."""
 
 
 class RunReport(msgspec.Struct, kw_only=True):
-    """All of it."""
+    """The whole report."""
 
     format: int = 1
     name: str
@@ -245,37 +246,37 @@ class RunReport(msgspec.Struct, kw_only=True):
     state: str
     """running, under way (as jobs of a scheduler), finished, failed, stopped, interrupted, cancelled, not finished."""
     iterations: int
-    """Asked for."""
+    """Number of iterations that the run was started with."""
     statements: list[Statement] = []
     missing: list[str] = []
-    """What the report would show and cannot, each with the reason."""
+    """Everything that the report should show and cannot, with the reasons."""
     notes: list[str] = []
-    """What happened on the way."""
+    """Notable events: failures, retries and the like."""
     evaluations: list[dict[str, Any]] = []
     """The metrics of each published evaluation."""
     refused: list[int] = []
-    """Iterations whose policies a gate holds for that stops or rolls back."""
+    """Iterations whose policies were refused by a gate that stops or rolls back."""
     stopped: str = ""
     """Why a gate has stopped the run."""
     paid: list[PaidLine] = []
     own_evaluations: list[dict[str, Any]] = []
-    """What the user's own evaluations say: {iteration, NAME/METRIC: number}, one for each policy."""
+    """Metrics of the user's own evaluations: {iteration, NAME/METRIC: number}, one for each policy."""
     scorers: list[str] = []
     largest: LargestMargin | None = None
-    """Of the pairs that the policy was trained on."""
+    """The pair with the largest margin among those that the policy was trained on."""
     sets: list[SampleSet] = []
     ledgers: list[LedgerLine] = []
     stages: list[StageRow] = []
     time: TimeFacts
     expected: list[ExpectedLine] = []
-    """By role, where the run's plan says what it expects."""
+    """Expected and measured durations by role; empty where the run's plan has no expectation."""
     training: list[TrainingCurves] = []
     calibration: dict[str, list[dict[str, Any]]] = {}
-    """By stage: bins of confidence and accuracy."""
+    """Of each reward model, by stage: bins of confidence and accuracy."""
     held_out_accuracy: dict[str, float] = {}
-    """By stage: of reward models, on pairs that they were not trained on."""
+    """Accuracy of each reward model, by stage, on pairs that it was not trained on."""
     facts: list[dict[str, Any]] = []
-    """By iteration: what the stages say of themselves, for example the drift."""
+    """Facts from the manifests of an iteration's main stages, for example the drift."""
     config: str = ""
-    """The configuration with everything that it leaves to defaults."""
+    """The resolved config as YAML, with all defaults."""
     config_of: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What the plan expected the stages to take, beside what they took."""
+"""Compares the measured durations of stages with those that the plan expected."""
 
 import shlex
 import statistics
@@ -9,24 +9,24 @@ from pipelines.insight.report.data import ExpectedLine, RunReport, StageRow, Sta
 from pipelines.planning.search.plan_file import digest_of
 
 DRIFTS = 2.0
-"""Times the stated error (one standard deviation) from which a stage is told to have drifted."""
+"""Multiple of the stated error (one standard deviation) beyond which durations count as drifted."""
 NAMED = 3
 STANDS_ON = {
-    "measured": "runs of stages alike",
+    "measured": "runs of similar stages",
     "scaled": "runs of other sizes or layouts",
     "analytic": "data sheets alone",
 }
 
 
 def expected_lines(config: RunConfig, rows: Sequence[StageRow]) -> list[ExpectedLine]:
-    """By role what its stages were expected to take and took, of those that this run has made itself."""
+    """Expected and measured durations by role, over the stages that this run has computed itself in one attempt."""
     expectation = config.placement.expectation
     if expectation is None:
         return []
     found = []
     for role, expected in expectation.stages.items():
         own = [row for row in rows if row.role == role and row.total is not None and row.wait is not None]
-        own = [row for row in own if row.attempts == 1]  # what was begun again says nothing of the prediction
+        own = [row for row in own if row.attempts == 1]  # a stage with retries says nothing about the prediction
         if not own:
             continue
         predicted = [expected.seconds_of(row.iteration) for row in own]
@@ -47,12 +47,12 @@ def expected_lines(config: RunConfig, rows: Sequence[StageRow]) -> list[Expected
 
 
 def has_drifted(line: ExpectedLine) -> bool:
-    """Whether its stages took more or less than the plan expected, by more than twice its stated error."""
+    """Whether the mean duration differs from the plan's expectation by more than twice the stated error."""
     return abs(line.measured / line.predicted - 1) > DRIFTS * line.error if line.predicted else False
 
 
 def plan_statement(report: RunReport, config: RunConfig) -> list[Statement]:
-    """Whether what was expected of the plan held."""
+    """The statement on whether the plan's expectations held; an empty list without a plan that has any."""
     expectation = config.placement.expectation
     lines = report.expected
     if expectation is None:
@@ -96,7 +96,7 @@ def _command(report: RunReport) -> str:
 
 
 def expected_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows: by role what was expected and what was measured."""
+    """Titles and rows of the table of expected and measured durations by role."""
     rows = [
         [
             line.role,

@@ -1,4 +1,4 @@
-"""Gathers a run's report from what it has published and recorded. It never fails: what is missing is said."""
+"""Gathers the data of a run's report from its artifacts and events. It never fails: what cannot be read is listed."""
 
 import time
 from collections.abc import Iterable
@@ -33,20 +33,20 @@ from pipelines.run.points import latest
 Curves: TypeAlias = tuple[list[float], dict[str, list[float | None]]]
 LOG = "training-log.jsonl"
 SELECTED = (TRAINED_ON, "selected/rollouts", "replay/rollouts")
-"""Roles of what an iteration trains on: the last of them that it has."""
+"""Roles of rollouts that an iteration may train on; it trains on the last of them that it has."""
 BEFORE_SELECTION = "generation, before selection"
-"""What is said for the role of others."""
+"""The role that is shown for the others."""
 MOST_CURVES = 6
-"""Trainings of the same role whose curves are shown: the latest."""
+"""Trainings of one role whose curves are shown: the latest ones."""
 MOST_STEPS = 240
 """Points of a training curve."""
 MOST_LINES = 200
 UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, msgspec.MsgspecError)
-"""What reading something that is damaged raises."""
+"""Exceptions of reading damaged files."""
 
 
 def gather(run: RunDirectory, graph: Graph, keep: Keep) -> RunReport:
-    """Everything that a report says; `keep` holds what was read of samples before."""
+    """The data of a run's report; `keep` caches what is read of samples."""
     return _Gathering(run, graph, keep).report()
 
 
@@ -64,7 +64,7 @@ class _Gathering:
                 self.by_stage.setdefault(event.stage, []).append(event)
 
     def told(self, what: str, read: Any, otherwise: Any) -> Any:
-        """What a function returns; where that cannot be had, it is said."""
+        """The result of `read`; if it fails to read something, note `what` as missing and return `otherwise`."""
         try:
             return read()
         except UNREADABLE as error:
@@ -122,7 +122,7 @@ class _Gathering:
         return report
 
     def state(self) -> str:
-        """What the run's last events say; of a detached run nobody but its scheduler knows more."""
+        """The state of the run by its last events. For a detached run, only its scheduler knows more."""
         told = (RunEnded, RunStarted, RunCancelled, StageSubmitted)
         last = next((event for event in reversed(self.events) if isinstance(event, told)), None)
         if isinstance(last, RunEnded):
@@ -134,7 +134,7 @@ class _Gathering:
         return "running" if self.told("lock", self.run.holder, None) else "not finished"
 
     def stage(self, node: Node) -> StageRow:
-        """One stage, from its manifest, its events and its latest attempt."""
+        """The row of a stage, from its manifest, its events and its latest attempt."""
         artifact = self.artifacts.get(node.name)
         row = stage_row(node, artifact.manifest if artifact else None, self.by_stage.get(node.name, []))
         attempts = self.told(node.name, lambda: self.run.attempts(node.name), [])
@@ -204,7 +204,7 @@ class _Gathering:
             )
 
     def facts(self) -> Iterable[dict[str, Any]]:
-        """By stage, what is worth a line: numbers and the drift."""
+        """Numbers, texts and the drift from the manifests of an iteration's main stages."""
         for name, artifact in self.artifacts.items():
             node = self.graph.nodes[name]
             if node.iteration is not None and node.role in ("training", "experience", "pairs", "generation"):
@@ -226,7 +226,7 @@ class _Gathering:
                 yield found
 
     def sources(self) -> Iterable[SetSources]:
-        """The rollouts that were published, each with the scores and pairs that were made of it."""
+        """The published rollouts, each with the scores and pairs that were computed from them."""
         readers: dict[Path, list[Node]] = {}
         for node in self.graph.nodes.values():
             if node.name in self.artifacts and "rollouts" in type(node.config).model_fields:
@@ -248,7 +248,7 @@ class _Gathering:
                     sources.reference = made
                 elif kind != "values":
                     sources.scores[str(getattr(reader.config, "name", reader.role))] = made
-            elif made.manifest.schema == PAIRS and "strategy" in type(reader.config).model_fields:  # no part of others
+            elif made.manifest.schema == PAIRS and "strategy" in type(reader.config).model_fields:  # not mixed
                 sources.pairs, sources.strategy = made, str(getattr(reader.config, "strategy", ""))
         order = ["reward", *self.run.config.scorers]
         sources.scores = dict(
@@ -260,7 +260,7 @@ class _Gathering:
         return sources
 
     def training(self) -> Iterable[TrainingCurves]:
-        """Of checkpoints, their logs; of trainings under way, what they have reported."""
+        """The logs of published checkpoints, and the reported steps of trainings in progress."""
         latest_of: dict[str, int] = {}
         for name in self.artifacts:
             latest_of[self.graph.nodes[name].role] = self.graph.nodes[name].iteration or 0
@@ -295,12 +295,12 @@ def _log_of(file: Path) -> Curves:
 
 
 def _ungrouped(point: Point) -> dict[str, float]:
-    """Metrics by the names that the training's log has."""
+    """The metrics of a point without their prefixes, as in the training's log."""
     return {name.partition("/")[2]: value for name, value in point.metrics.items()}
 
 
 def thinned(lines: Iterable[dict[str, Any]]) -> Curves:
-    """Steps, and the series of a training log; of a long one means of neighbours, so that MOST_STEPS are left."""
+    """Steps and series of a training log, as means of neighbouring steps where it has more than MOST_STEPS."""
     rows = [
         {name: value for name, value in line.items() if _is_number(value)}
         for line in lines
@@ -328,7 +328,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _without_secrets(line: str) -> str:
-    """What a log said, for a page that is passed on."""
+    """A line of a log without tokens, for a page that may be passed on."""
     return TOKEN.sub("(hidden)", line)
 
 
@@ -338,12 +338,12 @@ def _not_made(names: list[str], total: int) -> str:
 
 
 def roles_of(nodes: Iterable[Node]) -> dict[str, str]:
-    """By the names of stages that publish rollouts their roles, where `TRAINED_ON` is what an iteration trains on: with
-    dynamic sampling or replay that is what was selected, and what was sampled for it has another."""
+    """The role of each stage that publishes rollouts, by name. The rollouts that an iteration trains on have the role
+    `TRAINED_ON`; with dynamic sampling or replay these are the selected ones, and the sampled ones have another."""
     found = {node.name: node.role for node in nodes}
     last = {
         node.iteration: node.name for role in SELECTED for node in nodes if node.role == role
-    }  # of several the latest
+    }  # later roles override earlier ones
     for node in nodes:
         if node.role in SELECTED:
             found[node.name] = TRAINED_ON if last[node.iteration] == node.name else BEFORE_SELECTION

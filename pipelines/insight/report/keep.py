@@ -1,6 +1,6 @@
-"""What was read of a run's samples, so that a report of a run that goes on reads only what is new.
+"""Caches what was read of a run's samples, so that the next report of the run reads only what is new.
 
-The chunks of texts are scripts: a page that was opened from a file can load nothing else from beside it.
+The chunks of texts are scripts, since scripts are all that a page opened from a file can load from other files.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ _OWN = re.compile(r"[0-9a-f]{16}(-\d+t?\.js|\.json)")
 class Keep:
     """Reads sets of answers, each once.
 
-    With a folder, what was read stays there: NAME.js of each chunk, and KEY.json of each set. Without one it stays in
-    memory, and nothing is written.
+    With a folder, the results are kept there: NAME.js for each chunk, and KEY.json for each set. Without one they are
+    kept in memory, and nothing is written.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -37,7 +37,7 @@ class Keep:
         self._derived: dict[str, Any] = {}
 
     def artifact(self, path: Path) -> Artifact:
-        """A published directory, opened again only where its manifest is another one."""
+        """The artifact in a directory, opened again only if its manifest has changed."""
         changed = (path / MANIFEST).stat().st_mtime_ns
         known = self._artifacts.get(path)
         if known is None or known[0] != changed:
@@ -45,14 +45,14 @@ class Keep:
         return known[1]
 
     def once(self, artifact: Artifact, read: Callable[[], T]) -> T:
-        """What `read` makes of an artifact, asked once."""
+        """The result of `read`, which is called once for an artifact."""
         digest = artifact.manifest.digest
         if digest not in self._derived:
             self._derived[digest] = read()
         return cast(T, self._derived[digest])
 
     def read(self, sources: SetSources) -> SampleSet:
-        """The set; UserError where something of it is missing or damaged."""
+        """Read a set, or take it from the cache; UserError where something of it is missing or damaged."""
         found = self._sets.get(sources.key) or self._kept(sources.key)
         if found is None:
             found, chunks = read_set(sources)
@@ -80,13 +80,13 @@ class Keep:
         write_atomically(self._folder / f"{found.key}.json", msgspec.json.encode(found), durable=False)
 
     def chunk(self, name: str) -> str:
-        """The content of a chunk of a set that was read."""
+        """The content of a chunk of a set that has been read."""
         if self._folder is None:
             return self._chunks[name]
         return (self._folder / f"{name}.js").read_text().split('"')[3]
 
     def forget(self, sets: list[SampleSet]) -> None:
-        """Delete what belongs to none of these sets: something of theirs was made again."""
+        """Delete everything that belongs to none of these sets: their artifacts have changed since."""
         known = {f"{found.key}.json" for found in sets} | {f"{name}.js" for found in sets for name in names_of(found)}
         keys = {found.key for found in sets}
         self._sets = {key: found for key, found in self._sets.items() if key in keys}
@@ -97,5 +97,5 @@ class Keep:
 
 
 def names_of(found: SampleSet) -> list[str]:
-    """The chunks of a set: texts, and log-probabilities."""
+    """The names of a set's chunks: of texts, and of log-probabilities."""
     return [f"{found.key}-{number}{kind}" for number in range(len(found.chunks)) for kind in ("", "t")]

@@ -1,4 +1,4 @@
-"""The report as Markdown: its words and its tables."""
+"""Renders the statements and tables of a report as Markdown."""
 
 import re
 
@@ -21,10 +21,10 @@ MOST_STAGES = 400
 
 
 def render_markdown(report: RunReport) -> str:
-    """The report."""
+    """The report as Markdown."""
     parts = [
         f"# {escaped(report.name)}",
-        f"{report.state.capitalize()}; {len(report.evaluations)} of {report.iterations + 1} policies judged.",
+        f"{report.state.capitalize()}; {len(report.evaluations)} of {report.iterations + 1} policies evaluated.",
     ]
     for statement in report.statements:
         parts.append(f"## {statement.question}")
@@ -48,7 +48,7 @@ def render_markdown(report: RunReport) -> str:
         rows = [
             [rounded(one.get(name)) for name in ("confidence", "accuracy", "count")] for one in bins if one.get("count")
         ]
-        parts += [f"## Calibration of {escaped(stage)}", table(["how sure", "how often right", "held-out pairs"], rows)]
+        parts += [f"## Calibration of {escaped(stage)}", table(["confidence", "accuracy", "held-out pairs"], rows)]
     parts += ["## What was kept and dropped", *_dropped(report)]
     parts += ["## Time", table(["stages", "time"], [[r, duration(s)] for r, s in report.time.by_role.items()])]
     expected = expected_table(report)
@@ -111,7 +111,7 @@ def _stage(row: StageRow) -> list[str]:
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
-    """A table of texts."""
+    """A Markdown table, with its cells escaped."""
     if not rows:
         return ""
     lines = [titles, ["---"] * len(titles), *([escaped(cell) for cell in row] for row in rows)]
@@ -119,5 +119,5 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text that Markdown shows as it is, on one line."""
+    """A text escaped for Markdown, on one line."""
     return _SPECIAL.sub(r"\\\1", " ".join(visible(text).split()))

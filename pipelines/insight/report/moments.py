@@ -1,17 +1,17 @@
-"""How two quantities go together, added up one observation at a time."""
+"""Computes the correlation of two quantities online, one observation at a time."""
 
 import math
 
 
 class Moments:
-    """Second moments of two quantities, added up by Welford's method."""
+    """Running second moments of two quantities (Welford's algorithm)."""
 
     def __init__(self) -> None:
         self.count = 0
         self.mean_x = self.mean_y = self.xx = self.yy = self.xy = 0.0
 
     def add(self, x: float, y: float) -> None:
-        """One observation."""
+        """Add one observation."""
         self.count += 1
         dx = x - self.mean_x
         self.mean_x += dx / self.count
@@ -23,12 +23,12 @@ class Moments:
 
     @property
     def correlation(self) -> float | None:
-        """Pearson's; None where one of the two is constant."""
+        """The Pearson correlation; None where one of the two quantities is constant."""
         if self.xx <= 1e-12 or self.yy <= 1e-12:
             return None
         return self.xy / math.sqrt(self.xx * self.yy)
 
     @property
     def slope(self) -> float | None:
-        """Of y over x."""
+        """The slope of the regression of y on x; None where x is constant."""
         return self.xy / self.xx if self.xx > 1e-12 else None

@@ -1,4 +1,4 @@
-"""The report as one page that needs nothing else: styles, scripts and data are in it."""
+"""Renders the report as one self-contained HTML page: styles, scripts and data are in it."""
 
 import hashlib
 import zlib
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     import jinja2
 
 PAGE_BYTES = 4_600_000
-"""Of a page with its samples; what does not fit is beside it."""
+"""Size of a page with its samples; chunks that do not fit are files next to it."""
 MOST_GROUPS = 50_000
-"""Prompts with their answers that the browser of samples can sort and filter."""
+"""Prompts that the browser of samples can sort and filter, over all sets."""
 PLOTS = "report/vendor/uPlot-1.6.32.iife.min.js"
 DOM = "report/assets/dom.js"
 PLOT = "report/assets/plot.js"
@@ -52,11 +52,11 @@ STYLES = ("report/vendor/uPlot-1.6.32.min.css", "report/assets/report.css")
 
 
 def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: int | None = None) -> tuple[str, list[str]]:
-    """The page, and the names of the chunks that are not in it.
+    """The page as HTML, and the names of the chunks that are not in it.
 
     Args:
-        beside: the folder of the chunks that do not fit, as seen from the page; None: there is none.
-        live: the version, for a page that asks its server for later ones; it has no samples in it.
+        beside: the folder of the chunks that do not fit, relative to the page; None: there is none.
+        live: version number, for a page that polls its server for later ones; it contains no samples.
     """
     sets = _shown(report.sets)
     data = _data(report, sets, beside, live)
@@ -89,7 +89,7 @@ def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: int 
 
 
 def _shown(sets: list[SampleSet]) -> list[SampleSet]:
-    """The sets, without samples where these are too many, and without points that are not drawn."""
+    """The sets, without the samples beyond `MOST_GROUPS`, and without points that are not drawn."""
     kept: set[str] = set()
     room = MOST_GROUPS
     for found in sorted(sets, key=_interest):
@@ -111,7 +111,7 @@ def _shown(sets: list[SampleSet]) -> list[SampleSet]:
 
 
 def _data(report: RunReport, sets: list[SampleSet], beside: str | None, live: int | None) -> str:
-    """What the scripts need, compressed."""
+    """The data for the scripts: base64 of deflated JSON."""
     prompts: dict[str, list[Any]] = {}
     for found in sets:
         prompts |= found.excerpts
@@ -126,7 +126,7 @@ def _data(report: RunReport, sets: list[SampleSet], beside: str | None, live: in
 
 
 def _fitting(sets: list[SampleSet], room: int) -> list[str]:
-    """The chunks for which there is room in the page: all texts before any log-probabilities."""
+    """The chunks that fit into `room` bytes of the page: all texts before any log-probabilities."""
     found: list[str] = []
     ordered = sorted(sets, key=_interest)
     for sizes, kind in (("bytes", ""), ("token_bytes", "t")):
@@ -139,7 +139,7 @@ def _fitting(sets: list[SampleSet], room: int) -> list[str]:
 
 
 def _interest(found: SampleSet) -> tuple[int, int]:
-    """What one looks at first: held-out prompts, then the last iteration."""
+    """Sort key by interest to a reader: held-out prompts first, then the latest iterations."""
     return (found.role != HELD_OUT if found.iteration is not None else 2), -(found.iteration or 0)
 
 
@@ -149,19 +149,19 @@ def _names(found: SampleSet) -> list[str]:
 
 @cache
 def read_asset(name: str) -> str:
-    """A file that comes with a page."""
+    """The text of a script, style sheet or template."""
     return (files("pipelines.insight") / name).read_text("utf-8")
 
 
 def script_hash(script: str) -> str:
-    """What a page's content security policy calls a script."""
+    """The hash of a script for a page's content security policy."""
     return b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 @cache
 def environment() -> "jinja2.Environment":
-    """The templates of the pages, which escape whatever they are given."""
-    import jinja2  # loaded with the first page
+    """The environment of the pages' templates, which escapes all values."""
+    import jinja2  # imported for the first page only
 
     loader = jinja2.FunctionLoader(read_asset)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -1,4 +1,4 @@
-"""What a report reads of answers, their scores and their pairs, and where they are."""
+"""Reads the fields of rollouts, scores and pairs that a report needs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,15 +13,15 @@ from contracts.jsonl import read_jsonl
 from contracts.records import Message
 
 FORMAT = 1
-"""Of the chunks; changed with what they hold."""
+"""Version of the chunks' format."""
 CHUNK_BYTES = 400_000
-"""Of texts in a chunk, before it is compressed."""
+"""Bytes of texts in a chunk, before compression."""
 MOST_GROUPS = 20_000
-"""Prompts of one set that are shown; further ones are only counted."""
+"""Prompts of one set that are shown; further ones only count in the statistics."""
 
 
 class ReadAnswer(msgspec.Struct):
-    """What is read of a completion."""
+    """The fields of a completion that a report reads."""
 
     sample: int
     response_ids: list[int]
@@ -31,7 +31,7 @@ class ReadAnswer(msgspec.Struct):
 
 
 class ReadRow(msgspec.Struct):
-    """What the report reads of a rollout."""
+    """The fields of a rollout that a report reads."""
 
     prompt_id: str
     messages: list[Message]
@@ -41,7 +41,7 @@ class ReadRow(msgspec.Struct):
 
 
 class ReadScore(msgspec.Struct):
-    """What is read of a score."""
+    """The fields of a score that a report reads."""
 
     prompt_id: str
     sample: int
@@ -52,7 +52,7 @@ class ReadScore(msgspec.Struct):
 
 
 class ReadPair(msgspec.Struct):
-    """What is read of a pair."""
+    """The fields of a pair that a report reads."""
 
     prompt_id: str
     chosen_sample: int
@@ -64,36 +64,36 @@ class ReadPair(msgspec.Struct):
 
 @dataclass
 class SetSources:
-    """The published directories that a set is made of."""
+    """The artifacts from which a set is read."""
 
     name: str
     role: str
     iteration: int | None
     rollouts: Artifact
     scores: dict[str, Artifact] = field(default_factory=dict)
-    """By scorer; the first is the one by which pairs are chosen."""
+    """Scores by scorer; the first one is that by which pairs are chosen."""
     pairs: Artifact | None = None
     reference: Artifact | None = None
-    """Log-probabilities under a reference."""
+    """Log-probabilities under a reference model."""
     policy: Path | None = None
-    """The model that sampled, for the texts of its tokens."""
+    """The model that sampled, whose vocabulary has the texts of the tokens."""
     strategy: str = ""
 
     @property
     def key(self) -> str:
-        """Changes with whatever the set is made of."""
+        """Digest of everything that determines the set."""
         parts = [*self.scores.values(), *filter(None, (self.pairs, self.reference))]
         found = [self.name, self.rollouts.manifest.digest, *(part.manifest.digest for part in parts)]
         return digest([FORMAT, found, list(self.scores), CHUNK_BYTES, MOST_GROUPS])[:16]
 
 
 def question_of(row: ReadRow) -> str:
-    """What the user said last."""
+    """The last turn of the user."""
     return next((message.content for message in reversed(row.messages) if message.role == "user"), "")
 
 
 def text_of_turn(message: Message) -> str:
-    """What a turn says, with its thoughts and its calls of tools."""
+    """The text of a turn, with its reasoning and its tool calls."""
     thought, calls = message.reasoning_content, message.tool_calls
     parts = [thought if isinstance(thought, str) else "", message.content]
     parts += [msgspec.json.encode(call).decode() for call in calls] if isinstance(calls, tuple) else []
@@ -101,7 +101,7 @@ def text_of_turn(message: Message) -> str:
 
 
 def scores_in(artifact: Artifact, shard: str) -> dict[str, dict[int, ReadScore]]:
-    """Scores by prompt and sample."""
+    """The scores of a shard by prompt id and sample."""
     found: dict[str, dict[int, ReadScore]] = {}
     for score in read_jsonl(artifact.path / shard, ReadScore):
         found.setdefault(score.prompt_id, {})[score.sample] = score
@@ -109,7 +109,7 @@ def scores_in(artifact: Artifact, shard: str) -> dict[str, dict[int, ReadScore]]
 
 
 def logprobs_in(artifact: Artifact, shard: str) -> dict[tuple[str, int], list[float]]:
-    """Log-probabilities of the tokens (nats) by prompt and sample."""
+    """The token log-probabilities (nats) of a shard by (prompt id, sample)."""
     return {
         (score.prompt_id, score.sample): score.token_logprobs or []
         for score in read_jsonl(artifact.path / shard, ReadScore)
@@ -117,7 +117,7 @@ def logprobs_in(artifact: Artifact, shard: str) -> dict[tuple[str, int], list[fl
 
 
 def pairs_in(artifact: Artifact | None) -> dict[str, list[ReadPair]]:
-    """All of them: choosing needs one file, whatever the shards of the rollouts."""
+    """All pairs by prompt id. Their shards are not those of the rollouts, so they are read at once."""
     found: dict[str, list[ReadPair]] = {}
     for pair in _pairs(artifact):
         found.setdefault(pair.prompt_id, []).append(pair)

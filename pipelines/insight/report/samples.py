@@ -1,4 +1,4 @@
-"""One set of answers with scores and pairs, read once, shard by shard: figures, and chunks of texts for the browser."""
+"""Reads one set of rollouts with scores and pairs, shard by shard, into statistics and chunks of texts for the page."""
 
 import math
 import zlib
@@ -33,7 +33,7 @@ EXCERPT = 120
 LONGEST = 300
 """Characters of the texts on the first screen."""
 LEVEL = 4
-"""Of compression: what the next two levels save in bytes, an eighth, takes them three times as long."""
+"""Compression level of zlib: the next two levels save an eighth of the bytes and take three times as long."""
 
 
 @dataclass
@@ -45,7 +45,10 @@ class Chunk:
 
 
 def read_set(sources: SetSources) -> tuple[SampleSet, list[Chunk]]:
-    """Read everything of one set.
+    """Read one set.
+
+    Returns:
+        Its statistics, and its chunks: alternately texts and the log-probabilities that belong to them.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -57,7 +60,7 @@ def read_set(sources: SetSources) -> tuple[SampleSet, list[Chunk]]:
 
 
 class _Reader:
-    """Adds up what is read; holds one shard's scores and one chunk's texts at a time."""
+    """Accumulates the statistics, holding one shard's scores and one chunk's texts in memory at a time."""
 
     def __init__(self, sources: SetSources) -> None:
         self.sources = sources
@@ -88,7 +91,7 @@ class _Reader:
         self.reference = sources.reference if same else None
 
     def read(self, shard: Path) -> None:
-        """One shard of rollouts with the same shard of every scorer."""
+        """Read one shard of rollouts with the same shard of every scorer."""
         scores = [scores_in(artifact, shard.name) for artifact in self.sources.scores.values()]
         logprobs = logprobs_in(self.reference, shard.name) if self.reference else {}
         for row in read_jsonl(shard, ReadRow):
@@ -161,7 +164,7 @@ class _Reader:
                 self.gap_tokens += len(theirs)
 
     def _keep(self, row: ReadRow, scores: list[dict[int, ReadScore]], pairs: list[ReadPair]) -> None:
-        """Into the chunk: [prompt id, messages, known answer, answers, pairs]; an answer ends with `_told`."""
+        """Add a row to the chunk: [prompt id, messages, known answer, answers, pairs]; an answer ends with `_told`."""
         answers = [
             [
                 answer.sample,
@@ -196,7 +199,7 @@ class _Reader:
         self.text, self.tokens, self.pending = [], [], 0
 
     def finish(self) -> tuple[SampleSet, list[Chunk]]:
-        """What was read."""
+        """The statistics and the chunks of everything that was read."""
         self._close_chunk()
         pairs = None
         if self.pair_count:
@@ -245,7 +248,8 @@ class _Reader:
 
 
 def _told(answer: ReadAnswer, scores: list[dict[int, ReadScore]]) -> list[list[list[Any] | None]]:
-    """What scorers have told beside the score, [parts, extras] or null for each; nothing where none has."""
+    """The parts and extras of an answer's scores: one list with [parts, extras] or null for each scorer; an empty list
+    if no scorer has any."""
     found = [column.get(answer.sample) for column in scores]
     if not any(score is not None and (score.parts or score.extras) for score in found):
         return []
@@ -275,7 +279,7 @@ def _largest(sources: SetSources, row: ReadRow, pair: ReadPair) -> LargestMargin
 
 
 def _short(value: float) -> float:
-    """Four digits: what a reader of a table wants."""
+    """A number rounded to four digits; 0 if it is not finite."""
     return float(f"{value:.4g}") if math.isfinite(value) else 0.0
 
 

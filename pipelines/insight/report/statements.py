@@ -1,4 +1,4 @@
-"""The first screen in words: did it learn, did it hack length, what was dropped, where did the time go."""
+"""Writes the statements of a report: did it learn, did it hack length, what was dropped, where did the time go."""
 
 import math
 from collections.abc import Collection
@@ -10,17 +10,17 @@ from pipelines.run.metrics import mean_with_interval, ranking_metric
 from pipelines.text import numbers, plural
 
 FIXED = 0.2
-"""Share of the stages' time from which loading is told to be spared."""
+"""Share of the stages' time from which `executor.warm` is recommended against loading."""
 IDLE = 0.5
-"""Share of the time from which idle devices, and waiting for them, are told."""
+"""Share of the time from which idle devices, and waiting for them, are mentioned."""
 SLOW = 0.5
-"""Share of the stages' time from which loading is called the bottleneck."""
+"""Share of the stages' time from which loading or waiting counts as unusual."""
 PARTED = ("beyond_per_prompt", "not_drawn", "not_selected")
-"""Reasons of stages that are told to take a part."""
+"""Drop reasons that are intended: the stage was configured to select a part of its rows."""
 
 
 def statements(report: RunReport) -> list[Statement]:
-    """All of them, in the order in which they are read."""
+    """All statements of a report, in the order of the page."""
     learning, length = _learning(report), length_statement(report)
     if learning.tone == "good" and length.tone == "bad":
         learning.tone, learning.answer = "unclear", learning.answer.replace("Yes.", "By its reward, yes.", 1)
@@ -32,7 +32,7 @@ def _failure(report: RunReport) -> list[Statement]:
     failed = [row for row in report.stages if row.state == "failed"]
     if not failed:
         return []
-    told = [f"{row.name} failed: {row.detail.rstrip('.') or 'without a word'}." for row in failed]
+    told = [f"{row.name} failed: {row.detail.rstrip('.') or 'without a message'}." for row in failed]
     details = [*told[1:6], f"`pipeline logs {report.path} {failed[0].name}` shows the end of its log."]
     return [Statement(topic="failure", question="What went wrong?", answer=told[0], details=details, tone="bad")]
 
@@ -45,7 +45,7 @@ def _learning(report: RunReport) -> Statement:
         return found
     first, last = rows[0], rows[-1]
     if len(rows) == 1:
-        found.answer = f"Not known yet: only {_policy(first)} is judged ({_with_interval(first, 'reward')})."
+        found.answer = f"Not known yet: only {_policy(first)} has been evaluated ({_with_interval(first, 'reward')})."
         found.tone = "unclear"
         return found
     a, b = first.get("reward_mean"), last.get("reward_mean")
@@ -57,7 +57,7 @@ def _learning(report: RunReport) -> Statement:
         delta, ci95, prompts = change
         noise = f"{ci95:.2g}" if math.isfinite(ci95) else "an unknown error"
         same = f"by {_signed(delta)} ± {noise} (95 %) on the same {plural(prompts, 'held-out prompt')}"
-    else:  # their answers are gone, or damaged: the two means alone, each with its own interval
+    else:  # the answers are deleted or damaged: use the two means, each with its own interval
         delta, halves = b - a, (first.get("reward_ci95"), last.get("reward_ci95"))
         ci95 = math.inf if None in halves else math.hypot(*(float(half or 0.0) for half in halves))
         same = f"by {_signed(delta)}" + (f" ± {ci95:.2g} (95 %)" if math.isfinite(ci95) else ", with an unknown error")
@@ -68,7 +68,7 @@ def _learning(report: RunReport) -> Statement:
     elif delta + ci95 < 0:
         found.answer, found.tone = f"No, it got worse. The held-out reward fell {span} {over}, {same}.", "bad"
     else:
-        found.answer = f"Not that it shows. The held-out reward went {span} {over}, {same}: within its noise."
+        found.answer = f"Not measurably. The held-out reward went {span} {over}, {same}: within its noise."
         found.tone = "unclear"
     stopped = [f"{report.stopped[:1].upper()}{report.stopped[1:]}"] if report.stopped else []
     found.details = [
@@ -82,7 +82,7 @@ def _learning(report: RunReport) -> Statement:
 
 
 def paired_change(report: RunReport, first: int, last: int) -> tuple[float, float, int] | None:
-    """Change of the mean reward of the same held-out prompts, half its 95 % interval, and how many they are."""
+    """Change of the mean reward on the same held-out prompts, half its 95 % interval, and the number of prompts."""
     sets = {found.iteration: found for found in report.sets if found.role == HELD_OUT}
     if first not in sets or last not in sets:
         return None
@@ -141,14 +141,14 @@ def _lag(report: RunReport) -> list[str]:
 
 
 def dropped_statement(report: RunReport) -> Statement:
-    """What was dropped, less what was to be left out."""
+    """The rows that stages have dropped, without intended drops."""
     found = Statement(topic="dropped", question="What was dropped?", answer="")
     lines = [line for line in report.ledgers if _unintended(line)]
     if not report.ledgers:
         found.answer, found.tone = "Not known: nothing is published yet.", "unclear"
         return found
     if not lines:
-        found.answer, found.tone = "Nothing: every stage has kept all that came in.", "good"
+        found.answer, found.tone = "Nothing: every stage has kept all of its rows.", "good"
         return found
     worst = max(lines, key=_share)
     found.tone = "bad" if _share(worst) > 0.5 else "unclear" if _share(worst) > 0.1 else "good"
@@ -165,7 +165,7 @@ def _share(line: LedgerLine) -> float:
 
 
 def _unintended(line: LedgerLine) -> dict[str, int]:
-    """What a stage has dropped, by reason, less what was to be left out: the rest of a part that was asked for."""
+    """A stage's dropped rows by reason, without those of intended reasons."""
     return {reason: count for reason, count in line.dropped.items() if reason not in PARTED}
 
 
@@ -180,7 +180,7 @@ def _time(report: RunReport) -> Statement:
     found = Statement(topic="time", question="Where did the time go?", answer="")
     facts = report.time
     if not facts.stages:
-        found.answer, found.tone = "Not known: no stage has been made by this run yet.", "unclear"
+        found.answer, found.tone = "Not known: this run has not completed a stage yet.", "unclear"
         return found
     total = facts.stages
     shares = {"loading": facts.load, "computing": facts.compute, "waiting": facts.wait, "other": facts.other}
@@ -200,7 +200,7 @@ def _time(report: RunReport) -> Statement:
         )
     elif most == "waiting":
         found.details.append(
-            "The bottleneck is what comes before a stage begins: a scheduler's queue, or starting its process."
+            "The bottleneck is the time before a stage begins: a scheduler's queue, or starting its process."
         )
     else:
         found.details.append(f"The bottleneck is {role}.")
@@ -219,23 +219,23 @@ def _time(report: RunReport) -> Statement:
 
 
 def _could_be_saved(report: RunReport) -> list[str]:
-    """Fixed costs that another setting would spare, and devices that stood idle because of the plan."""
+    """Sentences on time that other settings would save: loading, idle devices, and waiting for devices."""
     facts, found = report.time, []
     if facts.load > FIXED * facts.stages and not (report.config_of.get("executor") or {}).get("warm"):
         share = 100 * facts.load / facts.stages
         found.append(
-            f"{share:.0f} % of the stages' time, {duration(facts.load)}, went into importing and loading, which every "
-            "stage paid anew: executor.warm=true keeps processes from stage to stage."
+            f"{share:.0f} % of the stages' time, {duration(facts.load)}, went into importing and loading, in every "
+            "stage again: executor.warm=true keeps processes from stage to stage."
         )
     for pool, idle in facts.idle.items():
         if idle > IDLE:
             name = f"The devices of the pool {pool}" if pool else "The devices"
             found.append(
-                f"{name} computed nothing for {100 * idle:.0f} % of the time: `pipeline plan show` says what waits for "
-                "what; a lag (docs/lag.md), pools of other sizes or another strategy may use them."
+                f"{name} were idle for {100 * idle:.0f} % of the time: `pipeline plan show` shows what waits for what; "
+                "a lag (docs/lag.md), pools of other sizes or another strategy may use them."
             )
     if facts.held > IDLE * facts.stages:
-        found.append(f"Stages that had their inputs waited {duration(facts.held)} in sum for devices that others had.")
+        found.append(f"Stages with all inputs waited {duration(facts.held)} in total for devices in use by others.")
     return found
 
 
@@ -281,7 +281,7 @@ def _signed(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time span as people read it."""
+    """A time span in words, rounded."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     if seconds < 600:

@@ -1,4 +1,4 @@
-"""What the page and the Markdown show as tables."""
+"""Computes the tables that the page and the Markdown share."""
 
 import re
 import time
@@ -9,25 +9,25 @@ from pipelines.run.metrics import COLUMNS, is_further_scorer
 from pipelines.text import numbers
 
 GAP_SECONDS = 30.0
-"""Shorter times without a stage are shown as they were."""
+"""Gaps without a running stage are not shortened below this duration."""
 MOST_BARS = 150
-"""Stages in the chart of times: the latest."""
+"""Stages in the chart of times: the latest ones."""
 MOST_FUNNELS = 12
-"""Iterations whose ledgers are shown: the latest, and those that have dropped most."""
+"""Iterations whose ledgers are shown: the latest, and those with the largest dropped shares."""
 MOST_STAGES = 600
 NONE = "\u2013"
-"""What stands for a value that is not known."""
+"""Placeholder for a value that is not known."""
 BEFORE = "Before the first iteration, where something was dropped"
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 def visible(text: Any) -> str:
-    """A text without characters that act instead of showing: control characters, changes of direction, surrogates."""
+    """A text with control characters, changes of direction and surrogates replaced by their codes."""
     return _UNSEEN.sub(lambda match: f"\u27e8{ord(match[0]):04X}\u27e9", str(text))
 
 
 def rounded(value: Any) -> str:
-    """A number of a table."""
+    """A number as text for a table; other values as they are, None as `NONE`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return NONE if value is None else str(value)
     return (
@@ -56,7 +56,7 @@ def own_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
 
 
 def paid_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows of what judges have cost; the cost is in the currency of their prices."""
+    """Titles and rows of the costs of judges, in the currency of their prices."""
     rows = [
         [
             line.scorer,
@@ -72,14 +72,14 @@ def paid_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
 
 
 def now(report: RunReport) -> list[str]:
-    """What is being made, and how far it is, of a run that goes on."""
+    """The running stages with their progress; empty unless the run is in progress."""
     if report.state not in ("running", "under way"):
         return []
     return [f"{row.name} {row.detail}".strip() for row in report.stages if row.state == "begun"]
 
 
 def funnels(report: RunReport) -> list[dict[str, Any]]:
-    """For each iteration, and for what was made before the first one: its stages, and what each has kept."""
+    """The funnel of each iteration, and of the stages before the first: the ledgers of its stages."""
     groups: dict[int | None, list[dict[str, Any]]] = {}
     for line in report.ledgers:
         if not line.rows_in or (line.iteration is None and not line.dropped):
@@ -108,9 +108,9 @@ def funnels(report: RunReport) -> list[dict[str, Any]]:
 
 
 def gantt(report: RunReport) -> dict[str, Any]:
-    """Bars of the stages in percent of the time from the first to the last, with the parts of each.
+    """The chart of times: a bar for each stage, placed in percent of the time from the first to the last one.
 
-    Times in which no stage ran (a run that was continued the next day) are shortened to a fiftieth of the others.
+    Gaps in which no stage ran (in a run that was continued the next day) are shortened to a fiftieth of the rest.
     """
     rows = [row for row in report.stages if row.begun is not None and row.wait is not None]
     rows = sorted(rows, key=lambda row: row.begun or 0.0)[-MOST_BARS:]
@@ -123,7 +123,7 @@ def gantt(report: RunReport) -> dict[str, Any]:
     gaps = [(since, until) for since, until in gaps if until - since > max(GAP_SECONDS, worked / 10)]
 
     def place(time: float) -> float:
-        """Seconds from the left: of a gap only a fiftieth of what was worked."""
+        """Seconds from the left edge, with each gap shortened to a fiftieth of the time in which stages ran."""
         cut = (min(time, until) - since - worked / 50 * (time >= until) for since, until in gaps if time > since)
         return time - begin - sum(cut)
 
@@ -138,7 +138,7 @@ def gantt(report: RunReport) -> dict[str, Any]:
 
 
 def _idle(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The times in which none of these stages ran; they are in the order in which they began."""
+    """The gaps between spans (start, end) that are sorted by start."""
     found, last = [], spans[0][1]
     for since, until in spans:
         if since > last:
@@ -148,7 +148,7 @@ def _idle(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _where(row: StageRow) -> str:
-    """Pool and devices that a stage had for itself."""
+    """The pool and the exclusive devices of a stage, in words."""
     return f"{row.pool} {numbers(row.given)}".strip() if row.given else row.pool
 
 
@@ -163,7 +163,7 @@ def _parts(row: StageRow, span: float) -> dict[str, Any]:
 
 
 def provenance(report: RunReport) -> dict[str, Any]:
-    """Versions by environment, and each stage with its key and digest."""
+    """Versions, hosts, seeds and the report's time, for the section on provenance."""
     versions: dict[str, dict[str, None]] = {}
     for row in report.stages:
         for name, version in row.versions.items():

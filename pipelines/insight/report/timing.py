@@ -1,4 +1,4 @@
-"""Where a run's time went, from its events and from what each stage measured of itself."""
+"""Computes how a run's time was spent, from its events and from the times that stages have measured themselves."""
 
 import calendar
 import contextlib
@@ -27,7 +27,10 @@ LOADING = ("import", "load", "start", "startup")
 
 
 def stage_row(node: Node, manifest: Manifest | None, events: Iterable[StageEvent]) -> StageRow:
-    """When a stage ran, and what for: of its last attempt that ended in what is there now; `events` are its own."""
+    """State, times and provenance of a stage, from its manifest and from its own events.
+
+    The times are those of its last attempt.
+    """
     row = StageRow(
         name=node.name, kind=node.stage.name, iteration=node.iteration, role=node.role, state="waiting"
     )  # fmt: skip
@@ -39,7 +42,7 @@ def stage_row(node: Node, manifest: Manifest | None, events: Iterable[StageEvent
             row.attempts += 1
             row.state = "begun"
             row.pool, row.given = event.pool, event.devices or []
-            if not queued:  # also after an attempt of whose end nobody was left to tell
+            if not queued:  # also if no driver was left to record the end of the previous attempt
                 row.begun, row.ended = event.time, None
             queued = False
         elif isinstance(event, StagePublished | StageFailed):
@@ -53,7 +56,7 @@ def stage_row(node: Node, manifest: Manifest | None, events: Iterable[StageEvent
 
 
 def devices_of(node: Node, manifest: Manifest, attempt: Path | None) -> int:
-    """How many devices a stage had: what it says itself, else the replicas that the driver gave its last attempt."""
+    """The number of devices of a stage: by its own manifest, else by the config of its last attempt."""
     processes = manifest.facts.get("processes")
     if isinstance(processes, int):
         return processes
@@ -67,16 +70,16 @@ def devices_of(node: Node, manifest: Manifest, attempt: Path | None) -> int:
 def _measured(row: StageRow, manifest: Manifest) -> None:
     seconds = manifest.seconds
     row.state = "published"
-    row.total = max(0.0, seconds.get("total", 0.0) - seconds.get("wait", 0.0))  # it may have followed another stage
+    row.total = max(0.0, seconds.get("total", 0.0) - seconds.get("wait", 0.0))  # it may have waited for streamed shards
     row.load = sum(seconds.get(name, 0.0) for name in LOADING)
     row.compute = seconds.get("compute", 0.0)
     if not row.compute and not row.load:
         row.compute = row.total
     row.other = max(0.0, row.total - row.load - row.compute)
-    if row.begun is None:  # made elsewhere, or by a command whose events are lost
+    if row.begun is None:  # computed by another run, or by a command whose events are lost
         created = calendar.timegm(time.strptime(manifest.created, "%Y-%m-%dT%H:%M:%SZ"))
         row.begun, row.ended = created - row.total, float(created)
-        row.detail = row.detail or "made by another run or command"
+        row.detail = row.detail or "computed by another run or command"
     elif row.ended is not None:
         row.wait = max(0.0, row.ended - row.begun - row.total)
     facts = manifest.facts
@@ -89,7 +92,7 @@ def _measured(row: StageRow, manifest: Manifest) -> None:
 
 
 def time_facts(rows: list[StageRow], events: list[Event]) -> TimeFacts:
-    """Sums over the stages that this run has made itself; what it took over from elsewhere cost it nothing."""
+    """Totals over the stages that this run has computed itself, without artifacts reused from other runs."""
     own = [row for row in rows if row.total is not None and row.wait is not None]
     by_role: dict[str, float] = {}
     tokens: dict[str, tuple[int, float]] = {}
@@ -115,12 +118,12 @@ def time_facts(rows: list[StageRow], events: list[Event]) -> TimeFacts:
 
 
 def note_waits(rows: Iterable[StageRow], needs: Mapping[str, Iterable[str]], events: Iterable[Event]) -> None:
-    """Note of each stage for how long it had its inputs and did not start: its devices were taken.
+    """Set `held` of each stage: for how long its inputs were complete before it started, since its devices were taken.
 
     Args:
-        rows: all stages.
-        needs: of each the stages that it reads.
-        events: of the run; before a command began nothing could start.
+        rows: all stages, which are changed.
+        needs: by stage, the stages that it reads.
+        events: the run's events; no stage could start before the command that started it.
     """
     known = {row.name: row for row in rows}
     begins = sorted(event.time for event in events if isinstance(event, RunStarted))
@@ -143,14 +146,14 @@ def _idle(rows: list[StageRow], wall: float | None) -> dict[str, float]:
 
 
 def _wall(events: list[Event]) -> float | None:
-    """Seconds in which somebody worked on the run."""
+    """Seconds in which commands worked on the run; None where that is not known."""
     total, since, last = 0.0, None, None
     for event in events:
         if not event.time:
             continue
         if isinstance(event, RunStarted):
             if since is not None and last is not None:
-                total += last - since  # the one before was killed
+                total += last - since  # the previous command was killed
             since = event.time
         last = event.time
         if isinstance(event, RunEnded) and since is not None:

@@ -1,7 +1,7 @@
-"""`pipeline view RUN`: the report over HTTP on this machine, anew whenever something has happened in the run.
+"""`pipeline view RUN`: serves the report over HTTP on this machine, updated whenever something has happened in the run.
 
-It writes nothing, so it may be somebody else's run, also one that goes on on another machine that shares the file
-system. Pages of other origins get nothing: requests must name the address that was bound.
+It writes nothing, so it also works for another user's run, and for one in progress on another machine with the same
+file system. Pages of other origins get no answers: requests must name the bound address in their Host header.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ HOST = "127.0.0.1"
 PORT = 8710
 FOLDER = "samples"
 SECONDS = 2.0
-"""How often the disk is looked at, at most."""
+"""Shortest time between two looks at the disk."""
 FORGET_SECONDS = 30.0
-"""After so long it is gathered anew in any case: a stage that fails or waits leaves no event at once."""
+"""Age at which the report is gathered again in any case: a stage that fails or waits records no event at once."""
 
 
 class LiveReport:
-    """The page of a run as it is now; gathered again when the run's streams have grown."""
+    """The up-to-date page of a run. It is gathered again when the run's events or metrics have grown."""
 
     def __init__(self, open_run: Callable[[], tuple[RunDirectory, Graph]]) -> None:
         self._open = open_run
@@ -50,10 +50,10 @@ class LiveReport:
         self._looked = self._gathered = float("-inf")
         self._page = self._content = b""
         self.version = 0
-        """Changes when the page does."""
+        """Version of the page; it increases with every change."""
 
     def page(self) -> bytes:
-        """The page."""
+        """The current page as HTML."""
         self.renew()
         return self._page
 
@@ -64,7 +64,7 @@ class LiveReport:
         return None
 
     def renew(self) -> int:
-        """Look for news; returns the version."""
+        """Update the page if the run has changed. Returns its version."""
         with self._lock:
             now = time.monotonic()
             if now - self._looked > SECONDS:
@@ -75,7 +75,7 @@ class LiveReport:
             return self.version
 
     def _gather(self, seen: tuple[Any, ...]) -> None:
-        if self._seen and seen[-1] != self._seen[-1]:  # another command has asked for more
+        if self._seen and seen[-1] != self._seen[-1]:  # another command has continued the run, perhaps with more stages
             with contextlib.suppress(UserError):
                 self._run, self._graph = self._open()
         report = gather(self._run, self._graph, self._keep)
@@ -90,7 +90,7 @@ class LiveReport:
 
 
 def _size(path: Path) -> int:
-    """Bytes in a file; opened, as a file server's client asks the server then."""
+    """The size of a file; -1 if it cannot be read. It is opened, because a network file system's size is fresh then."""
     try:
         with path.open("rb") as file:
             return file.seek(0, 2)
@@ -99,12 +99,12 @@ def _size(path: Path) -> int:
 
 
 def make_server(live: LiveReport, port: int) -> "ThreadingHTTPServer":
-    """A server of the page, bound to the loopback device; port 0: any that is free.
+    """A server of the page, bound to the loopback device; port 0 means any free one.
 
     Raises:
         UserError: the port is taken.
     """
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # with TLS, which other commands do not need
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # imports ssl, which other commands do not need
 
     class Handler(BaseHTTPRequestHandler):
         """Answers with the page, its version, and chunks of samples."""
@@ -113,12 +113,12 @@ def make_server(live: LiveReport, port: int) -> "ThreadingHTTPServer":
         protocol_version = "HTTP/1.1"
 
         def handle(self) -> None:
-            """A connection, until the other side has gone."""
+            """Serve a connection until the client closes it."""
             with contextlib.suppress(ConnectionError):
                 super().handle()
 
         def do_GET(self) -> None:
-            """One request."""
+            """Answer one request."""
             address = f"{HOST}:{self.connection.getsockname()[1]}"
             if self.headers.get("Host") not in (address, address.replace(HOST, "localhost")):
                 return self.answer(HTTPStatus.FORBIDDEN, "text/plain", b"ask for http://" + address.encode())
@@ -147,7 +147,7 @@ def make_server(live: LiveReport, port: int) -> "ThreadingHTTPServer":
             self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Requests are not worth a line."""
+            """Log nothing."""
 
     try:
         return ThreadingHTTPServer((HOST, port), Handler)
@@ -156,12 +156,12 @@ def make_server(live: LiveReport, port: int) -> "ThreadingHTTPServer":
 
 
 def view(console: Console, open_run: Callable[[], tuple[RunDirectory, Graph]], port: int | None) -> None:
-    """Serve until interrupted."""
+    """Serve the report until interrupted."""
     live = LiveReport(open_run)
     if port is None:
         try:
             server = make_server(live, PORT)
-        except UserError:  # another one looks at another run
+        except UserError:  # probably another `pipeline view` has the port
             server = make_server(live, 0)
     else:
         server = make_server(live, port)

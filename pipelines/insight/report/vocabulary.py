@@ -1,4 +1,4 @@
-"""The texts of tokens, read from a tokenizer.json without the library that it is for."""
+"""Reads the texts of tokens from a tokenizer.json, without the tokenizers library."""
 
 import json
 from collections.abc import Iterable
@@ -7,14 +7,14 @@ from typing import Any
 
 
 class Vocabulary:
-    """Texts of token ids, as far as they are known."""
+    """Maps token ids of a model to texts."""
 
     def __init__(self, model: Path | None) -> None:
         self._model = model
         self._texts: dict[int, str] | None = None
 
     def texts(self, ids: Iterable[int]) -> dict[int, str]:
-        """The texts of these; those that are not known are left out."""
+        """The texts of token ids; ids without a known text are left out."""
         if self._texts is None:
             self._texts = _texts_in(self._model / "tokenizer.json") if self._model else {}
         return {id: self._texts[id] for id in sorted(ids) if id in self._texts}
@@ -38,7 +38,7 @@ def _texts_in(file: Path) -> dict[int, str]:
 
 
 def _kinds(part: Any) -> set[str]:
-    """The kinds of a decoder or pre-tokenizer, which may be a sequence of several."""
+    """The types of a decoder or pre-tokenizer, and of its parts if it is a sequence."""
     if not isinstance(part, dict):
         return set()
     inner = [*(part.get("decoders") or ()), *(part.get("pretokenizers") or ())]
@@ -57,7 +57,7 @@ def _text(piece: str, kinds: set[str], spaced: bool) -> str:
 
 
 def _bytes_by_letter() -> dict[str, int]:
-    """The letters that byte-level vocabularies write bytes with (GPT-2's `bytes_to_unicode`)."""
+    """The byte that each letter of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`, inverted)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + number): byte for number, byte in enumerate(others)}

@@ -47,7 +47,7 @@ function conversation(group) {
   return el("div", { class: "conversation" }, turns, known);
 }
 
-/** Which answers became pairs, and why. */
+/** Sentences on which answers became pairs, and why. */
 function reasons(set, group) {
   if (!set.pairs) return [];
   if (!group.pairs.length) {
@@ -138,7 +138,7 @@ function card(samples, set, at, group, answer, marked) {
   );
 }
 
-/** What scorers have told beside their scores: the parts of a score, an extracted answer, an explanation. */
+/** What scorers have reported in addition to their scores: parts of a score, an extracted answer, an explanation. */
 function told(set, answer) {
   const rows = set.scorers.flatMap((name, place) => {
     const [parts, extras] = answer.told[place] ?? [{}, {}];
@@ -156,7 +156,7 @@ function told(set, answer) {
   );
 }
 
-/** Tokens, the less probable the stronger coloured. */
+/** The tokens of an answer; the less probable, the stronger the colour. */
 function tokens(list) {
   const spans = list.map(({ text, logprob }) => {
     const strength = logprob === null ? 0 : Math.min(1, -logprob / 6);
@@ -174,7 +174,7 @@ function tokens(list) {
   return el("div", {}, el("div", { class: "model-text tokens", dir: "auto" }, spans), el("p", { class: "note" }, note));
 }
 
-/** The same prompt in all iterations that have it: the best answer of each, as a difference to the one before. */
+/** The same prompt in all iterations that have it: one answer of each, as a difference from the previous one. */
 async function history(samples, set, group) {
   const sets = samples.sets
     .filter((other) => other.iteration !== null && other.role === set.role && other.place.has(group.prompt))
@@ -203,7 +203,7 @@ async function history(samples, set, group) {
     rows.replaceChildren(
       ...found.map(([other, theirs]) => {
         if (theirs === null)
-          return el("p", { class: "note" }, `${titleOf(other)}: the texts are not beside this page.`);
+          return el("p", { class: "note" }, `${titleOf(other)}: the texts are missing next to this page.`);
         const answer = picked(theirs, pick.value);
         const shown = before === null ? textOf(answer.text, "div") : difference(before, answer.text);
         before = answer.text;
@@ -233,9 +233,9 @@ async function history(samples, set, group) {
       "p",
       { class: "note" },
       pick,
-      " What is new is ",
+      " New text is ",
       el("ins", {}, "marked"),
-      ", what is gone ",
+      ", removed text ",
       el("del", {}, "struck out"),
       ".",
     ),

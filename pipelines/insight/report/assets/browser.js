@@ -44,7 +44,7 @@ class Browser {
       [
         ["", "any ending"],
         ["length", "some cut off"],
-        ["stop", "all came to their end"],
+        ["stop", "none cut off"],
       ].map(([value, title]) => el("option", { value }, title)),
     );
     this.tag = el("select", { "aria-label": "Tag", onchange: change });
@@ -97,7 +97,7 @@ class Browser {
     return sets.map((set) => el("option", { value: set.name }, titleOf(set)));
   }
 
-  /** Go on with the answers that there are now. */
+  /** Replace the samples by newer ones, and keep what is selected. */
   renew(samples) {
     const before = this.set.value;
     this.samples = samples;
@@ -109,7 +109,7 @@ class Browser {
     return this.samples.byName.get(this.set.value);
   }
 
-  /** Apply what was chosen. */
+  /** Apply the selected set, filters and order. */
   async refresh() {
     const set = this.current;
     if (!set) return;
@@ -155,7 +155,7 @@ class Browser {
     return !this.tag.value || (this.samples.data.prompts[columns.prompt[at]]?.[1] || []).includes(this.tag.value);
   }
 
-  /** Those of the prompts in which the text occurs, in whatever case: in the prompt or in an answer. */
+  /** The prompts whose text or answers contain the searched text, ignoring case. */
   async search(set, places) {
     const wanted = this.text.value.trim().toLowerCase();
     this.unsearched = 0;
@@ -184,8 +184,8 @@ class Browser {
     this.more.hidden = this.matches.length <= this.shown;
     const total = set.columns.prompt.length;
     const notes = [`${this.matches.length} of ${total} prompts`];
-    if (set.left_out) notes.push(`${set.left_out} further ones are counted in the figures and not shown`);
-    if (this.unsearched) notes.push(`the texts of ${this.unsearched} are not beside this page and were not searched`);
+    if (set.left_out) notes.push(`${set.left_out} further ones count in the figures and are not shown`);
+    if (this.unsearched) notes.push(`the texts of ${this.unsearched} are missing next to this page and were not searched`);
     this.count.textContent = `${notes.join("; ")}.`;
   }
 
@@ -209,7 +209,7 @@ class Browser {
     return el("li", { class: this.open === `${set.name} ${at}` ? "open" : null }, link);
   }
 
-  /** Open what the address of the page names, if it names a sample. */
+  /** Open the sample in the page's address, if there is one. */
   follow() {
     const wanted = location.hash.match(/^#sample=([^;]*);([^;]*)(?:;(\d+))?$/);
     if (!wanted) return;
@@ -217,7 +217,7 @@ class Browser {
     const at = set?.place.get(decoded(wanted[2]));
     if (at === undefined) {
       this.detail.replaceChildren(
-        el("p", { class: "note" }, "This report does not hold the sample that the address names."),
+        el("p", { class: "note" }, "This report does not have the sample in the address."),
       );
       return;
     }
@@ -234,7 +234,7 @@ class Browser {
       ?.classList.add("open");
   }
 
-  /** What is worth a look: [{id, title, target}]. */
+  /** Links to notable samples: [{id, title, target}]. */
   looks() {
     const last = Math.max(...this.samples.sets.map((set) => set.iteration ?? -1));
     const held = (set) => set.role === "heldout/generation" && set.iteration === last;
@@ -254,7 +254,7 @@ class Browser {
     });
   }
 
-  /** The address of the prompt with the highest value. */
+  /** The link to the prompt with the highest value in the wanted sets. */
   extreme(wanted, value) {
     let best = null;
     for (const set of this.samples.sets.filter(wanted)) {

@@ -1,5 +1,5 @@
 "use strict";
-// What the report of a run draws: its evaluations, its answers and pairs, and its trainings.
+// Draws the curves of a report: of evaluations, of answers and pairs, and of trainings.
 
 function drawCurves(place, data) {
   const rows = data.evaluations;
@@ -70,7 +70,7 @@ function drawCurves(place, data) {
       moved.map((row) => row.kl),
       [{ label: "reward", values: moved.map((row) => row.reward_mean), colour: "--violet" }],
       {
-        note: "one point an iteration: what each nat has bought",
+        note: "one point per iteration: the reward gained for each nat",
         xShort: "KL",
         hooks: labelled(moved.map((row) => String(row.iteration))),
       },
@@ -107,7 +107,7 @@ function drawCurves(place, data) {
     "%",
     "generation",
     [["different scores", (set) => (set.groups_scored ? (100 * set.groups_with_gradient) / set.groups_scored : null)]],
-    { note: "whose answers do not all have the same score", yRange: () => [-4, 104] },
+    { note: "their answers do not all have the same score", yRange: () => [-4, 104] },
   );
   const cut = (set) => (set.samples ? (100 * set.truncated) / set.samples : null);
   perIteration("Answers to training prompts cut off", "%", "generation", [["cut off", cut, "--orange"]], {
@@ -137,7 +137,7 @@ function drawCurves(place, data) {
     calibration(place, stage, bins, data.held_out_accuracy[stage]);
 }
 
-/** Reward against length of some answers, of the first and the last iteration. */
+/** Reward against length of a sample of answers, of the first and the last iteration. */
 function scatter(place, data) {
   const held = data.sets.filter((set) => set.role === "heldout/generation" && set.points.length);
   const sets = held.length
@@ -174,8 +174,8 @@ function calibration(place, stage, bins, accuracy) {
   plot(
     place,
     `Calibration of the reward model`,
-    "how sure it is",
-    "how often it is right",
+    "confidence",
+    "accuracy",
     confidence,
     [
       { label: "right", values: known.map((bin) => bin.accuracy) },
@@ -185,7 +185,7 @@ function calibration(place, stage, bins, accuracy) {
   );
 }
 
-/** Small plots of a training's log: one for each quantity, one line for each iteration. */
+/** Small plots of training logs: one for each metric, with a line for each iteration. */
 function drawTraining(place, data) {
   const roles = [...new Set(data.training.map((one) => one.role))];
   const before = place.querySelector("select")?.value;
@@ -220,7 +220,7 @@ function drawTraining(place, data) {
   show(select.value);
 }
 
-/** The loss first. */
+/** Order of metrics: loss, accuracy, margin, then the others by name. */
 function bySeries(a, b) {
   const rank = (name) => ["loss", "accuracy", "margin"].indexOf(name) >>> 0;
   return rank(a) - rank(b) || a.localeCompare(b);

@@ -1,5 +1,5 @@
 "use strict";
-// Elements and texts. Whatever a model wrote becomes a text node, never markup.
+// Helpers for elements and texts. Texts of models become text nodes, never markup.
 
 /** An element with attributes ("on..." are listeners) and children (elements, texts, null). */
 function el(name, attributes, ...children) {
@@ -17,12 +17,12 @@ function el(name, attributes, ...children) {
 const UNSEEN =
   /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
 
-/** A text whose control characters, changes of direction and lone surrogates are shown instead of acting. */
+/** A text with control characters, changes of direction and lone surrogates replaced by their codes. */
 function visible(text) {
   return text.replace(UNSEEN, (letter) => `⟨${letter.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 }
 
-/** A text of a model or a user: in its own direction, kept apart from what is around it. */
+/** An element with a text of a model or a user, whose writing direction is isolated from the rest of the page. */
 function textOf(text, name) {
   return el(name || "span", { dir: "auto", class: "model-text" }, visible(text));
 }
@@ -32,7 +32,7 @@ function number(value) {
   return Number.isInteger(value) ? String(value) : Number(value).toPrecision(3);
 }
 
-/** The object in base64 of deflated JSON. */
+/** Decode base64 of deflated JSON. */
 async function unpack(content) {
   const bytes = Uint8Array.from(atob(content.trim()), (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));

@@ -1,12 +1,12 @@
 "use strict";
-// Brings the page to life; of a run that goes on, asks the server for news.
+// Starts the page's scripts, and updates a page that `pipeline view` serves.
 
 const NEWS_SECONDS = 4;
 const SECTIONS = ["words", "missing", "results", "dropped", "time", "provenance"];
 
 let browser = null;
 
-/** Draw everything that the page's data says; a browser that is there keeps what was chosen in it. */
+/** Draw everything from the page's data. An existing browser of samples keeps what is selected in it. */
 async function draw() {
   const data = await unpack(document.getElementById("data").textContent);
   plots.clear();
@@ -14,7 +14,7 @@ async function draw() {
   const held = [charts, document.getElementById("training-charts")];
   held.forEach((place) => {
     place.style.minHeight = `${place.offsetHeight}px`;
-  }); // the page does not jump meanwhile
+  }); // so that the page does not jump while it is drawn
   charts.replaceChildren();
   drawCurves(charts, data);
   if (!charts.children.length) charts.append(el("p", { class: "note" }, "There is nothing to draw yet."));
@@ -35,7 +35,7 @@ async function draw() {
   return data;
 }
 
-/** Buttons that lead to what is worth a look. */
+/** Draw the buttons that lead to notable samples. */
 function drawLooks() {
   const buttons = browser.looks().map(({ id, title, target }) =>
     el(
@@ -56,7 +56,7 @@ function drawLooks() {
   document.getElementById("looks").hidden = !buttons.length;
 }
 
-/** Take over from the server's page what is new, and leave alone what the reader does. */
+/** Update what has changed from the server's page, and keep what the reader has opened and selected. */
 async function renew(known) {
   try {
     const version = await (await fetch("version")).json();

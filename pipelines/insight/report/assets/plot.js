@@ -1,5 +1,5 @@
 "use strict";
-// Plots by uPlot; colours come from the style sheet, so that they follow the reader's light or dark mode.
+// Draws plots with uPlot. Their colours come from the style sheet, so that they follow the light or dark mode.
 
 const plots = new Set();
 const COLOURS = ["--blue", "--orange", "--green", "--red", "--violet", "--grey"];
@@ -23,7 +23,7 @@ function axis(extra) {
   };
 }
 
-/** A number at an axis: of few digits, whatever its size. */
+/** A number at an axis, with few digits regardless of its size. */
 function short(value) {
   if (value === null) return "";
   const size = Math.abs(value);
@@ -31,7 +31,7 @@ function short(value) {
 }
 
 /**
- * A plot with a title and a line that says what it shows.
+ * Draw a plot with a title and an optional note.
  * x: numbers; lines: [{label, values, low, high, colour, points, line}]; a line with `low` and `high` has a band.
  */
 function plot(place, title, xLabel, yLabel, x, lines, options = {}) {
@@ -111,7 +111,7 @@ function plot(place, title, xLabel, yLabel, x, lines, options = {}) {
   plots.add(made);
 }
 
-/** A range around values; at least the share `share` of their size, so that what hardly changes looks like it. */
+/** A range around values, at least `share` times their size wide, so that small changes look small. */
 function padded(low, high, share = 0) {
   if (low === null || high === null) return [0, 1];
   const least = share * Math.max(Math.abs(low), Math.abs(high));
@@ -123,7 +123,7 @@ function fromNothing(_, low, high) {
   return [0, Math.max(high || 0, 1) * 1.1];
 }
 
-/** Writes a text beside every point of the first line. */
+/** uPlot hooks that write a text next to every point of the first line. */
 function labelled(texts) {
   return {
     draw: [

@@ -1,9 +1,9 @@
 "use strict";
-// The answers: an index of all prompts at once, their texts chunk by chunk, from the page or from beside it.
+// Loads samples: an index of all prompts at once, their texts in chunks, from the page or from files next to it.
 
 const waiting = new Map();
 
-/** Called by the scripts beside the page. */
+/** Called by the scripts next to the page, each of which holds a chunk. */
 function ratchetChunk(name, content) {
   waiting.get(name)?.(content);
 }
@@ -22,7 +22,7 @@ class Samples {
     this.addChanges();
   }
 
-  /** By role: how much a prompt's mean score has changed from the first to the last iteration that has it. */
+  /** Compute, by role, the change of each prompt's mean score from the first to the last iteration that has it. */
   addChanges() {
     this.changes = new Map();
     const roles = new Map();
@@ -76,7 +76,7 @@ class Samples {
     const folder = this.data.beside;
     if (folder === null) return Promise.reject(new Error("these texts are not in this page"));
     return new Promise((resolve, reject) => {
-      const missing = () => reject(new Error(`${folder}/${name}.js is not beside this page: copy the folder as well`));
+      const missing = () => reject(new Error(`${folder}/${name}.js is missing next to this page: copy the folder as well`));
       waiting.set(name, resolve);
       document.head.append(el("script", { src: `${folder}/${name}.js`, onerror: missing }));
     }).finally(() => waiting.delete(name));
@@ -89,7 +89,7 @@ class Samples {
     return asGroup(groups[place - set.starts[chunk]]);
   }
 
-  /** By answer: [{text, logprob}] of its tokens. */
+  /** For each answer to a prompt, its tokens: [{text, logprob}]. */
   async tokens(set, place) {
     const chunk = this.chunkOf(set, place);
     const [vocabulary, groups] = await this.load(`${set.key}-${chunk}t`);
